@@ -1,0 +1,152 @@
+"""Every shape and hyper-parameter of a model, as frozen dataclasses; no arrays and no jax here."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vlmprune_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Widths of one decoder layer: query heads, key/value heads and MLP neurons."""
+
+    q_heads: int
+    kv_heads: int
+    mlp: int
+
+    def __post_init__(self) -> None:
+        if min(self.q_heads, self.kv_heads, self.mlp) < 1:
+            raise UserError(f"{self}: every width of a decoder layer must be at least 1")
+        if self.q_heads % self.kv_heads:
+            raise UserError(f"{self}: q_heads must be a multiple of kv_heads (grouped-query attention)")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding as Hugging Face configs describe it (`rope_theta` + `rope_scaling`, or `rope_parameters`).
+
+    `kind` is "default", "linear", "llama3" or "yarn"; the other fields are that kind's parameters, 0 where unused.
+    """
+
+    theta: float
+    kind: str
+    factor: float = 1.0
+    original_max_positions: int = 0
+    low_freq_factor: float = 0.0
+    high_freq_factor: float = 0.0
+    beta_fast: float = 0.0
+    beta_slow: float = 0.0
+    attention_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """A pre-norm gated decoder (Llama family). `layers` holds one shape per decoder layer, in order."""
+
+    vocab_size: int
+    hidden_size: int
+    head_dim: int
+    layers: tuple[LayerShape, ...]
+    norm_eps: float
+    activation: str
+    rope: RopeConfig
+    tie_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    sliding_window: int | None
+    max_positions: int
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise UserError("a decoder needs at least one layer")
+        if self.head_dim % 2:
+            raise UserError(f"head_dim {self.head_dim} is odd: rotary embedding rotates pairs of channels")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A CLIP vision tower; `n_layers` counts the blocks that are computed, not those of the checkpoint (`n_layers_total`)."""
+
+    hidden_size: int
+    mlp: int
+    heads: int
+    n_layers: int
+    n_layers_total: int
+    image_size: int
+    patch_size: int
+    channels: int
+    norm_eps: float
+    activation: str
+
+    @property
+    def n_patches(self) -> int:
+        """Patches per image, without the class token."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """LLaVA's two-layer MLP from vision features to decoder embeddings."""
+
+    activation: str
+    bias: bool
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on decoder projections (Hu et al. 2021): y += alpha/rank * B A dropout(x)."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"LoRA needs rank >= 1 and 0 <= dropout < 1, got rank {self.rank}, dropout {self.dropout}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One model: decoder, optional vision tower and projector, and how its folder is laid out.
+
+    `feature_select` is "patch" (class token dropped) or "full". `image_token_id` marks the positions that image
+    features replace; the original LLaVA layout uses the sentinel -200, which is never embedded.
+    """
+
+    family: str
+    layout: str
+    text: TextConfig
+    vision: VisionConfig | None = None
+    projector: ProjectorConfig | None = None
+    image_token_id: int | None = None
+    feature_select: str = "patch"
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    lora: LoraConfig | None = None
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Decoder positions that one image occupies (0 without a vision tower)."""
+        if self.vision is None:
+            return 0
+        return self.vision.n_patches + (self.feature_select == "full")
+
+    def with_layers(self, layers: Sequence[LayerShape]) -> ModelConfig:
+        """The same model with other decoder layers."""
+        return dataclasses.replace(self, text=dataclasses.replace(self.text, layers=tuple(layers)))
+
+
+def runs(layers: Sequence[LayerShape]) -> tuple[tuple[int, int, LayerShape], ...]:
+    """Maximal runs of equal consecutive layers as (first layer, length, shape); each run is one scan."""
+    result, start = [], 0
+    for shape, group in itertools.groupby(layers):
+        length = len(list(group))
+        result.append((start, length, shape))
+        start += length
+    return tuple(result)

@@ -1,0 +1,1 @@
+"""The device mesh and where each named axis lives on it."""

@@ -1,0 +1,91 @@
+"""The one place where named axes meet mesh axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Named axis -> mesh axis or axes; an axis that is not listed is replicated. Parameters are split over `fsdp` along the
+# residual width and over `tensor` along heads, neurons and vocabulary; activations along the batch.
+RULES: dict[str, str | tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "q_heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vision": "fsdp",
+    "vision_heads": "tensor",
+    "vision_mlp": "tensor",
+    "projector": "tensor",
+}
+
+
+def spec(axes: Sequence[str | None]) -> PartitionSpec:
+    """The PartitionSpec of an array with these named axes; a mesh axis is used once, by the first that names it."""
+    used: set[str] = set()
+    entries: list[str | tuple[str, ...] | None] = []
+    for axis in axes:
+        entry = RULES.get(axis) if axis else None
+        names = (entry,) if isinstance(entry, str) else entry or ()
+        if used.intersection(names):
+            entry = None
+        else:
+            used.update(names)
+        entries.append(entry)
+    return PartitionSpec(*entries)
+
+
+def sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
+    """NamedSharding of an array with these named axes on `mesh`."""
+    return NamedSharding(mesh, spec(axes))
+
+
+def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """Pin an activation's sharding inside jit; the identity when no mesh is set (`jax.set_mesh`)."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def check_divides(cfg: ModelConfig, mesh: Mesh) -> None:
+    """Refuse a mesh that does not divide the model, before anything is placed on it.
+
+    Raises:
+      UserError: names every axis that fails and a size that works.
+    """
+    text, tensor, fsdp = cfg.text, mesh.shape["tensor"], mesh.shape["fsdp"]
+    sizes: dict[str, tuple[str, int]] = {"hidden_size": ("fsdp", text.hidden_size), "vocab_size": ("tensor", text.vocab_size)}
+    for i, shape in enumerate(text.layers):
+        sizes |= {
+            f"q_heads of layer {i}": ("tensor", shape.q_heads),
+            f"kv_heads of layer {i}": ("tensor", shape.kv_heads),
+            f"mlp of layer {i}": ("tensor", shape.mlp),
+        }
+    if cfg.vision is not None:
+        sizes |= {
+            "vision hidden_size": ("fsdp", cfg.vision.hidden_size),
+            "vision heads": ("tensor", cfg.vision.heads),
+            "vision mlp": ("tensor", cfg.vision.mlp),
+            "projector width": ("tensor", text.hidden_size),
+        }
+    split = {"tensor": tensor, "fsdp": fsdp}
+    bad = [f"{name} = {size}" for name, (axis, size) in sizes.items() if size % split[axis]]
+    if not bad:
+        return
+    fits = {axis: _largest_divisor([s for a, s in sizes.values() if a == axis], split[axis]) for axis in split}
+    raise UserError(
+        f"mesh fsdp={fsdp} tensor={tensor} does not divide {'; '.join(bad[:4])}{' …' if len(bad) > 4 else ''}: "
+        f"use fsdp={fits['fsdp']} tensor={fits['tensor']} or prune to widths that are multiples of tensor={tensor}"
+    )
+
+
+def _largest_divisor(sizes: Sequence[int], upper: int) -> int:
+    return next(n for n in range(upper, 0, -1) if upper % n == 0 and all(size % n == 0 for size in sizes))

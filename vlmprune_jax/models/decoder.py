@@ -1,0 +1,244 @@
+"""The decoder: pre-norm attention and gated MLP blocks, scanned over runs of equal shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vlmprune_jax.config import LayerShape, LoraConfig, TextConfig, runs
+from vlmprune_jax.distributed.rules import constrain
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.layers import Axes, Projection, RMSNorm, activation, declare, rope_tables, rotate
+
+STREAM = ("batch", "sequence", None)
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+# (keys, values) of one run: [layer, batch, slots, kv_heads, head] each.
+Cache = dict[str, tuple[jax.Array, jax.Array]]
+
+
+class Context(NamedTuple):
+    """What every block of one forward pass shares.
+
+    `cos`, `sin`: float32[batch, seq, head/2]; `mask`: bool[batch, 1, seq, slots], true where a query may look;
+    `slot`: int32[], first cache slot that this call writes; `dropout_key` switches LoRA dropout on.
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+    mask: jax.Array
+    slot: jax.Array
+    dropout_key: jax.Array | None = None
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary embedding."""
+
+    def __init__(self, cfg: TextConfig, sizes: Mapping[str, int], lora: LoraConfig | None):
+        def projection(name: str, out: Axes, into: Axes) -> Projection:
+            return Projection(sizes, out, into, bias=cfg.attention_bias, lora=_adapter(lora, name))
+
+        self.q_proj = projection("q_proj", ("q_heads", "head"), ("embed",))
+        self.k_proj = projection("k_proj", ("kv_heads", "head"), ("embed",))
+        self.v_proj = projection("v_proj", ("kv_heads", "head"), ("embed",))
+        self.o_proj = projection("o_proj", ("embed",), ("q_heads", "head"))
+
+    def __call__(self, x: jax.Array, ctx: Context, cache: tuple[jax.Array, jax.Array] | None):
+        keys = _split(ctx.dropout_key, 4)
+        q = rotate(self.q_proj(x, keys[0]), ctx.cos, ctx.sin)
+        k = rotate(self.k_proj(x, keys[1]), ctx.cos, ctx.sin)
+        v = self.v_proj(x, keys[2])
+        if cache is not None:
+            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, ctx.slot, axis=1)
+            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, ctx.slot, axis=1)
+            cache = (k, v)
+        mixed = jax.nn.dot_product_attention(q, k, v, mask=ctx.mask)
+        return self.o_proj(mixed, keys[3]), cache
+
+
+class GatedMlp(nnx.Module):
+    """down(act(gate(x)) * up(x))."""
+
+    def __init__(self, cfg: TextConfig, sizes: Mapping[str, int], lora: LoraConfig | None):
+        def projection(name: str, out: str, into: str) -> Projection:
+            return Projection(sizes, (out,), (into,), bias=cfg.mlp_bias, lora=_adapter(lora, name))
+
+        self.gate_proj = projection("gate_proj", "mlp", "embed")
+        self.up_proj = projection("up_proj", "mlp", "embed")
+        self.down_proj = projection("down_proj", "embed", "mlp")
+        self.activation = cfg.activation
+
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+        keys = _split(dropout_key, 3)
+        gate = activation(self.activation)(self.gate_proj(x, keys[0]))
+        return self.down_proj(gate * self.up_proj(x, keys[1]), keys[2])
+
+
+class DecoderLayer(nnx.Module):
+    """One block; with a `layer` size its parameters are stacked for a scan over a run of equal blocks."""
+
+    def __init__(self, cfg: TextConfig, shape: LayerShape, length: int, lora: LoraConfig | None):
+        sizes = {
+            "layer": length,
+            "embed": cfg.hidden_size,
+            "head": cfg.head_dim,
+            "q_heads": shape.q_heads,
+            "kv_heads": shape.kv_heads,
+            "mlp": shape.mlp,
+        }
+        self.input_layernorm = RMSNorm(sizes, "embed", eps=cfg.norm_eps)
+        self.self_attn = Attention(cfg, sizes, lora)
+        self.post_attention_layernorm = RMSNorm(sizes, "embed", eps=cfg.norm_eps)
+        self.mlp = GatedMlp(cfg, sizes, lora)
+
+    def __call__(self, x: jax.Array, ctx: Context, cache: tuple[jax.Array, jax.Array] | None = None):
+        attention_key, mlp_key = _split(ctx.dropout_key, 2)
+        mixed, cache = self.self_attn(self.input_layernorm(x), ctx._replace(dropout_key=attention_key), cache)
+        x = constrain(x + mixed, STREAM)
+        return constrain(x + self.mlp(self.post_attention_layernorm(x), mlp_key), STREAM), cache
+
+
+class Table(nnx.Module):
+    """A `[vocab, embed]` matrix: the input embedding, or the output head."""
+
+    def __init__(self, cfg: TextConfig):
+        self.weight = declare({"vocab": cfg.vocab_size, "embed": cfg.hidden_size}, ("vocab", "embed"))
+
+    def lookup(self, ids: jax.Array) -> jax.Array:
+        """Rows of int[...] ids; sentinels outside the vocabulary give an arbitrary row (they are overwritten)."""
+        return jnp.take(self.weight.get_value(), ids, axis=0, mode="clip")
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., vocab] of [..., embed]."""
+        return jnp.einsum("...d,vd->...v", hidden, self.weight.get_value())
+
+
+class Decoder(nnx.Module):
+    """Embedding, runs of blocks, final norm and head."""
+
+    def __init__(self, cfg: TextConfig, lora: LoraConfig | None):
+        self.cfg = cfg
+        self.embed_tokens = Table(cfg)
+        self.layers = nnx.Dict(
+            {str(r): DecoderLayer(cfg, shape, length, lora) for r, (_, length, shape) in enumerate(runs(cfg.layers))}
+        )
+        self.norm = RMSNorm({"embed": cfg.hidden_size}, "embed", eps=cfg.norm_eps)
+        self.lm_head = None if cfg.tie_embeddings else Table(cfg)
+
+    def context(self, positions: jax.Array, mask: jax.Array, slot: Any = 0, dropout_key: jax.Array | None = None) -> Context:
+        """Context of a forward at int[batch, seq] positions under bool[batch, seq, slots] `mask`."""
+        cos, sin = rope_tables(self.cfg.rope, self.cfg.head_dim, positions)
+        return Context(cos, sin, mask[:, None], jnp.asarray(slot, jnp.int32), dropout_key)
+
+    def run_parts(self, run: str) -> tuple[Callable[..., Any], nnx.State]:
+        """One run as `(apply, state)`: `apply(slice of state, x, ctx, cache=None) -> (x, cache)` is one block.
+
+        `state` has a leading layer axis; scanning it, or differentiating block by block, is up to the caller.
+        """
+        graph, state = nnx.split(self.layers[run])
+
+        def apply(layer_state: nnx.State, x: jax.Array, ctx: Context, cache=None):
+            return nnx.merge(graph, layer_state)(x, ctx, cache)
+
+        return apply, state
+
+    def __call__(
+        self,
+        x: jax.Array,
+        ctx: Context,
+        *,
+        keep: tuple[int, ...] = (),
+        tap: Callable[[jax.Array, jax.Array], Any] | None = None,
+        cache: Cache | None = None,
+        remat: str = "none",
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Run all blocks on float[batch, seq, embed]; returns the final-norm state and what was asked for.
+
+        `keep`: indices into the Hugging Face hidden-state tuple (0 = embeddings, n_layers = after the final norm) ->
+        aux["kept"]. `tap(before, after)` is evaluated per block inside the scan and stacked -> aux["tap"]; the last
+        block's `after` is the final-norm state, as in that tuple. `cache` -> aux["cache"], updated.
+        """
+        n_layers = len(self.cfg.layers)
+        middle = [i for i in keep if 0 < i < n_layers]
+        slots = [middle.index(i + 1) if i + 1 in middle else len(middle) for i in range(n_layers)]
+        saved = jnp.zeros((len(middle) + 1, *x.shape), x.dtype) if middle else None
+        carry, taps, caches = (x, x, saved), [], {}
+        for run, (start, length, _) in enumerate(runs(self.cfg.layers)):
+            apply, state = self.run_parts(str(run))
+            carry, (tapped, new_cache) = jax.lax.scan(
+                _body(apply, ctx, tap, remat),
+                carry,
+                (state, jnp.arange(start, start + length), jnp.asarray(slots[start : start + length]), (cache or {}).get(str(run))),
+            )
+            taps.append(tapped)
+            caches[str(run)] = new_cache
+        before, last, saved = carry
+        final = self.norm(last)
+        aux: dict[str, Any] = {"cache": caches} if cache is not None else {}
+        if keep:
+            ends = {0: x, n_layers: final}
+            aux["kept"] = tuple(ends[i] if i in ends else saved[middle.index(i)] for i in keep)
+        if tap is not None:
+            stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *taps)
+            aux["tap"] = jax.tree.map(lambda all_, end: all_.at[-1].set(end), stacked, tap(before, final))
+        return final, aux
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., vocab] of final-norm states."""
+        return (self.lm_head or self.embed_tokens).logits(hidden)
+
+    def empty_cache(self, batch: int, slots: int, dtype: Any) -> Cache:
+        """Zeroed key/value cache."""
+        return {
+            str(run): tuple(jnp.zeros((length, batch, slots, shape.kv_heads, self.cfg.head_dim), dtype) for _ in "kv")
+            for run, (_, length, shape) in enumerate(runs(self.cfg.layers))
+        }
+
+
+def _body(apply: Callable[..., Any], ctx: Context, tap: Callable[..., Any] | None, remat: str) -> Callable[..., Any]:
+    def block(state: nnx.State, x: jax.Array, index: jax.Array, cache: Any):
+        key = None if ctx.dropout_key is None else jax.random.fold_in(ctx.dropout_key, index)
+        return apply(state, x, ctx._replace(dropout_key=key), cache)
+
+    if remat not in REMAT_POLICIES:
+        raise UserError(f"remat {remat!r} is not one of {', '.join(REMAT_POLICIES)}")
+    if remat != "none":
+        block = jax.checkpoint(block, policy=REMAT_POLICIES[remat])
+
+    def body(carry: Any, layer: Any):
+        (_, x, saved), (state, index, slot, cache) = carry, layer
+        y, cache = block(state, x, index, cache)
+        if saved is not None:
+            saved = jax.lax.dynamic_update_index_in_dim(saved, y, slot, axis=0)
+        return (x, y, saved), (tap(x, y) if tap else None, cache)
+
+    return body
+
+
+def attention_mask(valid_keys: jax.Array, n_queries: int, start: Any, window: int | None) -> jax.Array:
+    """bool[batch, queries, slots]: causal by slot, real keys only, and within a sliding window if there is one.
+
+    `valid_keys`: bool[batch, slots]; the queries occupy slots `start ... start + n_queries - 1`.
+    """
+    queries = (start + jnp.arange(n_queries))[:, None]
+    slots = jnp.arange(valid_keys.shape[1])[None, :]
+    allowed = slots <= queries
+    if window is not None:
+        allowed &= slots > queries - window
+    return valid_keys[:, None, :] & allowed[None]
+
+
+def _adapter(lora: LoraConfig | None, name: str) -> LoraConfig | None:
+    return lora if lora is not None and name in lora.targets else None
+
+
+def _split(key: jax.Array | None, n: int) -> Any:
+    return [None] * n if key is None else jax.random.split(key, n)

@@ -1,0 +1,152 @@
+"""The layers every tower and decoder is made of: norms, projections with LoRA, activations and rotary embedding."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vlmprune_jax.config import LoraConfig, RopeConfig
+from vlmprune_jax.errors import UserError
+
+Axes = tuple[str, ...]
+
+
+class Parameter(nnx.Param):
+    """An nnx.Param that declares its named axes; the value is abstract until `params` fill it."""
+
+
+def declare(sizes: Mapping[str, int], axes: Axes) -> Parameter:
+    """A parameter with these named axes. Layers that are scanned have a leading `layer` axis, if `sizes` names one."""
+    if "layer" in sizes:
+        axes = ("layer", *axes)
+    return Parameter(jnp.zeros(tuple(sizes[axis] for axis in axes), jnp.float32), axes=axes)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+}
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """The activation that a Hugging Face config calls `name`."""
+    if name not in ACTIVATIONS:
+        raise UserError(f"activation {name!r} is not supported (supported: {', '.join(ACTIVATIONS)})")
+    return ACTIVATIONS[name]
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm: the mean square in float32, the result cast back, then scaled (as Llama does)."""
+
+    def __init__(self, sizes: Mapping[str, int], axis: str, *, eps: float):
+        self.weight, self.eps = declare(sizes, (axis,)), eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        full = x.astype(jnp.float32)
+        full = full * jax.lax.rsqrt(jnp.mean(full * full, axis=-1, keepdims=True) + self.eps)
+        return full.astype(x.dtype) * _broadcast(self.weight.get_value(), x.ndim)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with weight and bias, statistics in float32."""
+
+    def __init__(self, sizes: Mapping[str, int], axis: str, *, eps: float):
+        self.weight, self.bias, self.eps = declare(sizes, (axis,)), declare(sizes, (axis,)), eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        full = x.astype(jnp.float32)
+        full = full - jnp.mean(full, axis=-1, keepdims=True)
+        full = full * jax.lax.rsqrt(jnp.mean(full * full, axis=-1, keepdims=True) + self.eps)
+        return full.astype(x.dtype) * _broadcast(self.weight.get_value(), x.ndim) + _broadcast(
+            self.bias.get_value(), x.ndim
+        )
+
+
+def _broadcast(x: jax.Array, ndim: int) -> jax.Array:
+    return x.reshape((1,) * (ndim - x.ndim) + x.shape)
+
+
+class Projection(nnx.Module):
+    """A linear map between named axes, kept in Hugging Face's (out, in) order; optionally with a LoRA adapter.
+
+    The adapter is added to the output and never merged into the weight here: a merged weight would make the backward
+    pass build the full weight gradient.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], out: Axes, into: Axes, *, bias: bool, lora: LoraConfig | None = None):
+        self.weight = declare(sizes, out + into)
+        self.n_out, self.n_in = len(out), len(into)
+        self.bias = declare(sizes, out) if bias else None
+        self.lora = lora
+        if lora is not None:
+            ranked = {**sizes, "rank": lora.rank}
+            self.lora_a, self.lora_b = declare(ranked, ("rank", *into)), declare(ranked, (*out, "rank"))
+
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        y = _contract(x, self.weight.get_value(), self.n_in)
+        if self.bias is not None:
+            y = y + _broadcast(self.bias.get_value(), y.ndim)
+        if self.lora is None:
+            return y
+        if dropout_key is not None and self.lora.dropout > 0:
+            keep = jax.random.bernoulli(dropout_key, 1 - self.lora.dropout, x.shape)
+            x = jnp.where(keep, x / (1 - self.lora.dropout), jnp.zeros_like(x))
+        low = _contract(x, self.lora_a.get_value(), self.n_in)
+        return y + _contract(low, self.lora_b.get_value(), 1) * (self.lora.alpha / self.lora.rank)
+
+
+def _contract(x: jax.Array, weight: jax.Array, n: int) -> jax.Array:
+    """Sum over the last `n` axes of both: `[..., in] x [out, in] -> [..., out]`."""
+    left = tuple(range(x.ndim - n, x.ndim))
+    right = tuple(range(weight.ndim - n, weight.ndim))
+    return jax.lax.dot_general(x, weight, ((left, right), ((), ())))
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """float32[head_dim/2] rotation frequencies per position, as transformers' `modeling_rope_utils` defines each kind."""
+    exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    base = 1.0 / rope.theta**exponent
+    if rope.kind == "linear":
+        base = base / rope.factor
+    elif rope.kind == "llama3":
+        wavelength, old = 2 * math.pi / base, rope.original_max_positions
+        smooth = (old / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        mixed = (1 - smooth) * base / rope.factor + smooth * base
+        base = np.where(wavelength > old / rope.low_freq_factor, base / rope.factor, base)
+        middle = (wavelength <= old / rope.low_freq_factor) & (wavelength >= old / rope.high_freq_factor)
+        base = np.where(middle, mixed, base)
+    elif rope.kind == "yarn":
+
+        def dimension(rotations: float) -> float:
+            turns = rope.original_max_positions / (rotations * 2 * math.pi)
+            return head_dim * math.log(turns) / (2 * math.log(rope.theta))
+
+        low, high = max(math.floor(dimension(rope.beta_fast)), 0), min(math.ceil(dimension(rope.beta_slow)), head_dim - 1)
+        ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
+        base = base / rope.factor * ramp + base * (1 - ramp)
+    return base.astype(np.float32)
+
+
+def rope_tables(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float32[batch, seq, head_dim/2] cosines and sines at int[batch, seq] positions."""
+    frequencies = jnp.asarray(inverse_frequencies(rope, head_dim))
+    angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None, :]
+    return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Half-split rotary embedding of `[batch, seq, heads, head]`."""
+    first, second = jnp.split(x, 2, axis=-1)
+    cos, sin = cos[:, :, None, :].astype(x.dtype), sin[:, :, None, :].astype(x.dtype)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

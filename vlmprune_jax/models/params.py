@@ -1,0 +1,111 @@
+"""`params` as data: flat paths, named axes, per-layer views of stacked runs, random initialisation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from vlmprune_jax.config import ModelConfig, runs
+from vlmprune_jax.models.vlm import Params, abstract
+
+Flat = dict[str, Any]
+
+
+def flatten(params: Params) -> Flat:
+    """`{"text/norm/weight": array, ...}` of a nested dict."""
+    return flatten_dict(params, sep="/")
+
+
+def unflatten(flat: Mapping[str, Any]) -> Params:
+    """The nested dict of flat paths."""
+    return unflatten_dict(dict(flat), sep="/")
+
+
+def param_axes(cfg: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Named axes of every parameter, as its module declares them (stacked layers lead with `layer`)."""
+    return {"/".join(map(str, path)): leaf.get_metadata()["axes"] for path, leaf in nnx.to_flat_state(abstract(cfg)[1])}
+
+
+def param_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter."""
+    return {path: leaf.shape for path, leaf in flatten(nnx.to_pure_dict(abstract(cfg)[1])).items()}
+
+
+def count_params(cfg: ModelConfig, part: str = "") -> int:
+    """Number of parameters that the config describes, optionally of one part ("text", "vision", "projector")."""
+    return sum(math.prod(shape) for path, shape in param_shapes(cfg).items() if path.startswith(part))
+
+
+def locate(cfg: ModelConfig, path: str) -> tuple[str, int | None]:
+    """Where a per-layer path lives: `text/layers/7/…` -> (`text/layers/<run>/…`, index in that run's stack).
+
+    A path without a layer number is returned as it is, with None.
+    """
+    part, _, rest = path.partition("/layers/")
+    if not rest:
+        return path, None
+    number, _, leaf = rest.partition("/")
+    if part == "vision":
+        return f"vision/layers/{leaf}", int(number)
+    for run, (start, length, _) in enumerate(runs(cfg.text.layers)):
+        if start <= int(number) < start + length:
+            return f"text/layers/{run}/{leaf}", int(number) - start
+    raise IndexError(f"layer {number} of {len(cfg.text.layers)}")
+
+
+def unstack_layers(params: Params, cfg: ModelConfig) -> tuple[list[Flat], Params]:
+    """The decoder's layers as one flat dict each (`self_attn/q_proj/weight`, …), and params without them."""
+    layers: list[Flat] = []
+    for run, (_, length, _) in enumerate(runs(cfg.text.layers)):
+        flat = flatten(params["text"]["layers"][str(run)])
+        layers += [{name: stack[i] for name, stack in flat.items()} for i in range(length)]
+    text = {name: leaf for name, leaf in params["text"].items() if name != "layers"}
+    return layers, {**params, "text": text}
+
+
+def stack_layers(layers: Sequence[Flat], rest: Params, cfg: ModelConfig) -> Params:
+    """Inverse of `unstack_layers` for a config whose layers have these shapes."""
+    stacked = {}
+    for run, (start, length, _) in enumerate(runs(cfg.text.layers)):
+        members = layers[start : start + length]
+        stack = np.stack if isinstance(next(iter(members[0].values())), np.ndarray) else jnp.stack
+        stacked[str(run)] = unflatten({name: stack([layer[name] for layer in members]) for name in members[0]})
+    return {**rest, "text": {**rest["text"], "layers": stacked}}
+
+
+def init_params(cfg: ModelConfig, key: jax.Array, dtype: Any) -> Params:
+    """Random parameters: norms 1, biases 0, matrices normal with 1/sqrt(inputs), embeddings 0.02, LoRA as PEFT (B = 0).
+
+    Branch outputs (o_proj, down_proj, out_proj, fc2) are scaled by 1/sqrt(2 layers) as in GPT-2, so that the residual
+    stream of a deep model starts near the identity.
+    """
+    axes, shapes = param_axes(cfg), param_shapes(cfg)
+    keys = dict(zip(sorted(shapes), jax.random.split(key, len(shapes)), strict=True))
+    return unflatten({path: _init(path, shapes[path], axes[path], cfg, keys[path], dtype) for path in shapes})
+
+
+def _init(path: str, shape: tuple[int, ...], axes: tuple[str, ...], cfg: ModelConfig, key: jax.Array, dtype: Any) -> jax.Array:
+    owner, leaf = path.split("/")[-2:]
+    if leaf == "bias" or leaf == "lora_b":
+        return jnp.zeros(shape, dtype)
+    if "norm" in owner:
+        return jnp.ones(shape, dtype)
+    if owner in ("embed_tokens", "class_embedding", "position_embedding"):
+        return 0.02 * jax.random.normal(key, shape, dtype)
+    size = dict(zip(axes, shape, strict=True))
+    if leaf == "lora_a":
+        fan_in = math.prod(n for axis, n in size.items() if axis not in ("layer", "rank"))
+        bound = 1 / math.sqrt(fan_in)  # kaiming-uniform with a = sqrt(5)
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+    into = {"o_proj": ("q_heads", "head"), "out_proj": ("vision_heads", "vision_head"), "patch_embedding": axes[1:]}
+    fan_in = math.prod(size[axis] for axis in into.get(owner, axes[-1:]))
+    depth = len(cfg.text.layers) if path.startswith("text") else cfg.vision.n_layers if cfg.vision else 1
+    branch = owner in ("o_proj", "down_proj", "out_proj", "fc2")
+    return jax.random.normal(key, shape, dtype) * (1 / math.sqrt(fan_in * (2 * depth if branch else 1)))

@@ -1,0 +1,239 @@
+"""The whole model as pure functions of `(params, cfg)`, and the NNX module that describes it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.distributed.rules import constrain, sharding
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.decoder import Decoder, attention_mask
+from vlmprune_jax.models.vision import Projector, VisionTower
+
+Params = dict[str, Any]
+WANT = ("hidden", "image_features", "inputs_embeds")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model: a nested dict of arrays and the config that gives them meaning."""
+
+    params: Params
+    cfg: ModelConfig
+
+    def replace(self, **changes: Any) -> Model:
+        """A copy with other params or cfg."""
+        return dataclasses.replace(self, **changes)
+
+
+class VisionLanguageModel(nnx.Module):
+    """Vision tower -> projector -> decoder; a plain decoder when the config has no vision tower."""
+
+    def __init__(self, cfg: ModelConfig):
+        self.cfg = cfg
+        self.text = Decoder(cfg.text, cfg.lora)
+        if cfg.vision is not None and cfg.projector is not None:
+            self.vision = VisionTower(cfg.vision)
+            self.projector = Projector(cfg.projector, cfg.vision.hidden_size, cfg.text.hidden_size)
+
+    def vision_features(self, pixels: jax.Array) -> jax.Array:
+        """float[images, tokens, vision] selected tower states of float[images, channel, height, width]."""
+        states = self.vision(pixels)
+        return states[:, 1:] if self.cfg.feature_select == "patch" else states
+
+    def image_features(self, pixels: jax.Array) -> jax.Array:
+        """float[images, tokens, embed]: what replaces an image's positions in the decoder input."""
+        return self.projector(self.vision_features(pixels))
+
+    def embed(self, input_ids: jax.Array, pixel_values: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        """Decoder input float[batch, seq, embed] with image features spliced in, and those features.
+
+        `pixel_values`: [images, 3, H, W] in order of appearance over the batch, or [batch, slots, 3, H, W] per row
+        (then every device splices its own rows without communication).
+        """
+        x = self.text.embed_tokens.lookup(input_ids)
+        if pixel_values is None:
+            return x, None
+        per_row = pixel_values.ndim == 5
+        pixels = pixel_values.reshape(-1, *pixel_values.shape[-3:])
+        features = self.image_features(pixels.astype(x.dtype))
+        return splice(x, input_ids == self.cfg.image_token_id, features, per_row), features
+
+
+def splice(x: jax.Array, is_image: jax.Array, features: jax.Array, per_row: bool) -> jax.Array:
+    """`x` [batch, seq, embed] with the rows where bool[batch, seq] `is_image` replaced by features, in order."""
+    batch = x.shape[0] if per_row else 1
+    flat = features.reshape(batch, -1, x.shape[-1])
+    marks = is_image.reshape(batch, -1)
+    index = jnp.clip(jnp.cumsum(marks, axis=1) - 1, 0, flat.shape[1] - 1)
+    placed = jnp.take_along_axis(flat, index[..., None], axis=1).reshape(x.shape)
+    return jnp.where(is_image[..., None], placed, x)
+
+
+@functools.lru_cache(maxsize=64)
+def abstract(cfg: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """Graph and abstract state of a config's module; nothing is allocated."""
+    return nnx.split(nnx.eval_shape(lambda: VisionLanguageModel(cfg)))
+
+
+def to_nnx(model: Model) -> VisionLanguageModel:
+    """A fresh NNX module holding the model's arrays (for people who bring their own training loop)."""
+    graph, state = abstract(model.cfg)
+    if jax.tree.structure(nnx.to_pure_dict(state)) != jax.tree.structure(model.params):
+        raise UserError("params do not have the structure that cfg describes: change both together")
+    filled = jax.tree.map(lambda leaf: leaf, state)
+    nnx.replace_by_pure_dict(filled, model.params)
+    return nnx.merge(graph, filled)
+
+
+def encode(
+    params: Params,
+    cfg: ModelConfig,
+    input_ids: jax.Array,
+    *,
+    pixel_values: jax.Array | None = None,
+    attention_mask: jax.Array | None = None,
+    inputs_embeds: jax.Array | None = None,
+    keep: tuple[int, ...] = (),
+    tap: Callable[[jax.Array, jax.Array], Any] | None = None,
+    remat: str = "none",
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Everything before the head: final-norm states float[batch, seq, embed] and aux.
+
+    `inputs_embeds` replaces embedding and splicing (a teacher fed with the student's embeddings). `keep`, `tap`: see
+    `Decoder.__call__`. aux always has "inputs_embeds" and, with images, "image_features".
+    """
+    module = to_nnx(Model(params, cfg))
+    features = None
+    if inputs_embeds is None:
+        inputs_embeds, features = module.embed(input_ids, pixel_values)
+    x = constrain(inputs_embeds, ("batch", "sequence", None))
+    if attention_mask is None:
+        attention_mask = jnp.ones(input_ids.shape, jnp.int32)
+    positions = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
+    mask = attention_mask_for(attention_mask, cfg)
+    context = module.text.context(positions, mask, dropout_key=dropout_key)
+    final, aux = module.text(x, context, keep=keep, tap=tap, remat=remat)
+    return final, {**aux, "inputs_embeds": inputs_embeds, "image_features": features}
+
+
+def attention_mask_for(valid: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """bool[batch, seq, seq] mask of a forward without cache, from int[batch, seq] `valid`."""
+    return attention_mask(valid.astype(bool), valid.shape[1], 0, cfg.text.sliding_window)
+
+
+def unembed(params: Params, cfg: ModelConfig, hidden: jax.Array) -> jax.Array:
+    """Logits [..., vocab] of final-norm states [..., embed]."""
+    table = params["text"]["embed_tokens" if cfg.text.tie_embeddings else "lm_head"]["weight"]
+    return jnp.einsum("...d,vd->...v", hidden, table)
+
+
+def apply(
+    params: Params,
+    cfg: ModelConfig,
+    input_ids: jax.Array,
+    *,
+    pixel_values: jax.Array | None = None,
+    attention_mask: jax.Array | None = None,
+    want: Collection[str] = (),
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Logits float[batch, seq, vocab] and the `want`ed intermediates; pure, to be called inside jit.
+
+    aux["hidden"]: n_layers + 1 arrays, first = embeddings, last = after the final norm (the Hugging Face convention).
+    """
+    unknown = set(want) - set(WANT)
+    if unknown:
+        raise UserError(f"want={sorted(unknown)} is not one of {', '.join(WANT)}")
+    keep = tuple(range(len(cfg.text.layers) + 1)) if "hidden" in want else ()
+    final, aux = encode(params, cfg, input_ids, pixel_values=pixel_values, attention_mask=attention_mask, keep=keep)
+    aux["hidden"] = aux.get("kept")
+    return unembed(params, cfg, final), {name: aux[name] for name in want}
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "want"))
+def _forward(params, cfg, input_ids, pixel_values, attention_mask, want):
+    return apply(params, cfg, input_ids, pixel_values=pixel_values, attention_mask=attention_mask, want=want)
+
+
+def forward(
+    model: Model,
+    input_ids: Any,
+    *,
+    pixel_values: Any = None,
+    attention_mask: Any = None,
+    want: Collection[str] = (),
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Logits float[batch, seq, vocab] of int[batch, seq] ids whose image positions are already expanded.
+
+    Args:
+      model: the model; sharded parameters give a sharded computation.
+      input_ids: image positions hold `model.cfg.image_token_id`, once per image feature.
+      pixel_values: float[images, 3, H, W] in order of appearance.
+      attention_mask: int[batch, seq], 1 = real token.
+      want: any of "hidden", "image_features", "inputs_embeds" -> returned in aux.
+
+    Raises:
+      UserError: ids outside the vocabulary, or image positions that do not match the images.
+    """
+    check_inputs(model.cfg, input_ids, pixel_values)
+    mesh = mesh_of(model.params)
+    arrays = place_batch({"ids": input_ids, "pixels": pixel_values, "mask": attention_mask}, mesh)
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        return _forward(model.params, model.cfg, arrays["ids"], arrays["pixels"], arrays["mask"], tuple(want))
+
+
+def check_inputs(cfg: ModelConfig, input_ids: Any, pixel_values: Any) -> None:
+    """Refuse ids outside the vocabulary and image positions without an image each (a silent wrong splice)."""
+    ids = np.asarray(input_ids)
+    if ids.ndim != 2:
+        raise UserError(f"input_ids must be int[batch, seq], got shape {ids.shape}")
+    is_image = ids == cfg.image_token_id if cfg.image_token_id is not None else np.zeros(ids.shape, bool)
+    wrong = ~is_image & ((ids < 0) | (ids >= cfg.text.vocab_size))
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise UserError(f"input_ids[{row}, {column}] = {ids[row, column]} is outside the vocabulary of {cfg.text.vocab_size}")
+    if pixel_values is None:
+        if is_image.any():
+            raise UserError(f"input_ids hold {int(is_image.sum())} image positions but pixel_values is missing")
+        return
+    if cfg.vision is None:
+        raise UserError("pixel_values given to a model without a vision tower")
+    per_row = np.ndim(pixel_values) == 5
+    expected = np.prod(np.shape(pixel_values)[: 2 if per_row else 1]) * cfg.tokens_per_image
+    if not per_row and is_image.any() and is_image.sum() != expected:
+        raise UserError(
+            f"input_ids hold {int(is_image.sum())} image positions but the images give {int(expected)} features "
+            f"({cfg.tokens_per_image} per image): expand each image to that many ids {cfg.image_token_id}"
+        )
+
+
+def mesh_of(params: Params) -> Mesh | None:
+    """The mesh that the parameters live on, or None for single-device arrays."""
+    leaf = jax.tree.leaves(params)[0]
+    placed = getattr(leaf, "sharding", None)
+    return placed.mesh if isinstance(placed, NamedSharding) else None
+
+
+def place_batch(arrays: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Array | None]:
+    """Host arrays as device arrays, split along the batch where the mesh divides it (else replicated)."""
+    placed: dict[str, jax.Array | None] = {}
+    for name, array in arrays.items():
+        if array is None or mesh is None:
+            placed[name] = None if array is None else jnp.asarray(array)
+            continue
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        axes = ("batch",) if array.shape[0] % ways == 0 else (None,)
+        placed[name] = jax.device_put(array, sharding(mesh, axes + (None,) * (array.ndim - 1)))
+    return placed
