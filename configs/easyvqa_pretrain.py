@@ -1,0 +1,76 @@
+"""The demo's teacher, from scratch: LLaVA-1.5's architecture with 1.7 M parameters, trained on easy-VQA.
+
+  vlmprune pretrain --config=configs/easyvqa_pretrain.py --workdir=runs/teacher
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Architecture (a LlavaConfig), and the stages in order."""
+    config = ConfigDict()
+    config.seed = 0
+    config.architecture = ConfigDict(
+        {
+            "model_type": "llava",
+            "architectures": ["LlavaForConditionalGeneration"],
+            "projector_hidden_act": "gelu",
+            "vision_feature_layer": -2,
+            "vision_feature_select_strategy": "default",
+            "image_seq_length": 64,
+            "tie_word_embeddings": False,
+            "text_config": {
+                "model_type": "llama",
+                "hidden_size": 96,
+                "intermediate_size": 256,
+                "num_hidden_layers": 10,
+                "num_attention_heads": 6,
+                "num_key_value_heads": 6,
+                "head_dim": 16,
+                "rms_norm_eps": 1e-5,
+                "max_position_embeddings": 512,
+            },
+            "vision_config": {
+                "model_type": "clip_vision_model",
+                "hidden_size": 96,
+                "intermediate_size": 384,
+                "num_hidden_layers": 5,
+                "num_attention_heads": 4,
+                "image_size": 64,
+                "patch_size": 8,
+                "projection_dim": 96,
+            },
+        }
+    )
+    common = {
+        "augment": "flip_shift",
+        "batch_size": 128,
+        "weight_decay": 0.05,
+        "b2": 0.98,
+        "warmup_ratio": 0.05,
+        "compute_dtype": "float32",
+        "save_every": 100,
+    }
+    # Captions with a one-layer decoder teach the tower shape and colour.
+    tower = {
+        "name": "tower",
+        "records": "train_captions",
+        "turns_per_row": 1,
+        "decoder_layers": 1,
+        "trainable": "all",
+        "learning_rate": 1e-3,
+        "steps": 500,
+    }
+    # Eight questions per row share one image: an epoch costs a quarter of what single questions would.
+    decoder = {
+        "name": "decoder",
+        "records": "train_multi_turn",
+        "turns_per_row": 8,
+        "decoder_layers": 10,
+        "trainable": "decoder",
+        "learning_rate": 2e-3,
+        "steps": 600,
+        "batch_size": 64,
+    }
+    config.stages = tuple(ConfigDict({**common, **stage}) for stage in (tower, decoder))
+    return config

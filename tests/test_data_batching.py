@@ -1,0 +1,227 @@
+"""Batches have one shape, follow their seed, split over processes without overlap and resume exactly."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vlmprune_jax.data.batching import Batch, Encoder, generation_batches, train_batches
+from vlmprune_jax.data.images import augment_flip_shift, load_image_processor
+from vlmprune_jax.data.prompts import IGNORE, TEMPLATES, load_tokenizer
+from vlmprune_jax.data.records import Record, read_records
+from vlmprune_jax.errors import UserError
+
+TRAIN: dict[str, Any] = {
+    "batch_size": 4,
+    "seed": 3,
+    "shuffle": True,
+    "epochs": 1,
+    "drop_remainder": True,
+    "augment": "none",
+    "process_index": 0,
+    "process_count": 1,
+    "threads": 1,
+    "prefetch": 2,
+}
+GENERATE = {"batch_size": 4, "process_index": 0, "process_count": 1, "threads": 1, "prefetch": 2}
+
+
+@pytest.fixture(scope="module")
+def samples(goldens: Path) -> list[Record]:
+    """Short samples with one image, two images and none."""
+    records = read_records(goldens / "data/samples.json", goldens / "data/images")
+    two = Record("two", (("human", "<image>\n<image>\nSame?"), ("gpt", "No.")), records[0].images + records[2].images)
+    return [records[index] for index in (0, 2, 4, 7, 8, 11)] + [two]
+
+
+@pytest.fixture(scope="module")
+def encoder(goldens: Path) -> Encoder:
+    images = load_image_processor(goldens / "ckpt/clip_tower", aspect_ratio="pad", max_pixels=10**6, cache_bytes=10**6)
+    return Encoder(
+        tokenizer=load_tokenizer(goldens / "tokenizers/llava"),
+        template=TEMPLATES["llava_v1"],
+        max_length=220,
+        image_loader=images,
+        image_token_id=-200,
+        tokens_per_image=16,
+        max_images=2,
+        truncate=False,
+    )
+
+
+def ids(batches: list[Batch]) -> list[str]:
+    return [name for batch in batches for name in batch.record_ids]
+
+
+def equal(first: Batch, second: Batch) -> bool:
+    return first.record_ids == second.record_ids and all(
+        np.array_equal(first.arrays[name], second.arrays[name]) for name in first.arrays
+    )
+
+
+def test_training_rows(goldens: Path, samples: list[Record], encoder: Encoder) -> None:
+    batches = list(train_batches(samples, encoder, **{**TRAIN, "shuffle": False, "drop_remainder": False}))
+    assert ids(batches) == [*(record.id for record in samples), ""]
+    for batch in batches:
+        assert {name: (array.shape, array.dtype.name) for name, array in batch.arrays.items()} == {
+            "input_ids": ((4, 220), "int32"),
+            "attention_mask": ((4, 220), "int32"),
+            "labels": ((4, 220), "int32"),
+            "pixel_values": ((4, 2, 3, 28, 28), "float32"),
+        }
+    first, second = batches
+    lengths = first.arrays["attention_mask"].sum(1)
+    assert lengths.tolist() == [142 + 15, 145 + 15, 141, 134]
+    assert all(first.arrays["attention_mask"][row, :length].all() for row, length in enumerate(lengths))
+    assert (first.arrays["labels"][first.arrays["attention_mask"] == 0] == IGNORE).all()
+    assert (first.arrays["input_ids"] == -200).sum(1).tolist() == [16, 16, 0, 0]
+    stored = np.load(goldens / "data/images.npz")["clip_pad"]
+    pixels = first.arrays["pixel_values"]
+    np.testing.assert_allclose(pixels[0, 0], stored[0], atol=1e-5, rtol=0)
+    assert not pixels[0, 1].any()  # an image row's free slot
+    assert not pixels[2].any()  # a text-only row
+    np.testing.assert_allclose(second.arrays["pixel_values"][2], stored[[0, 2]], atol=1e-5, rtol=0)
+    assert not second.arrays["attention_mask"][3].any()
+    assert not second.arrays["pixel_values"][3].any()
+    assert (second.arrays["labels"][3] == IGNORE).all()
+
+
+def test_generation_rows(samples: list[Record], encoder: Encoder) -> None:
+    batches = list(generation_batches(samples, encoder, **GENERATE))
+    assert [batch.valid.tolist() for batch in batches] == [[True] * 4, [True, True, True, False]]
+    assert ids(batches) == [*(record.id for record in samples), ""]
+    assert batches[0].references == ("The car is red.", "Small", "A lamp is a light.", "It is 10:45.")
+    assert batches[1].references[3] == ""
+    end = encoder.tokenizer("ASSISTANT:")["input_ids"][-3:]
+    for batch in batches:
+        assert set(batch.arrays) == {"input_ids", "attention_mask", "pixel_values"}
+        assert batch.arrays["input_ids"].shape == (4, 220)
+        assert batch.arrays["input_ids"][:, -3:].tolist() == [end] * 4
+        assert batch.arrays["attention_mask"][:, -1].all()
+        assert (np.diff(batch.arrays["attention_mask"], axis=1) >= 0).all()  # padding at the left only
+    assert np.array_equal(batches[1].arrays["input_ids"][3], batches[0].arrays["input_ids"][0])
+
+
+def test_shuffle_depends_on_seed_and_epoch(samples: list[Record], encoder: Encoder) -> None:
+    options = {**TRAIN, "batch_size": 7, "epochs": 3}
+    epochs = [batch.record_ids for batch in train_batches(samples, encoder, **options)]
+    assert len(epochs) == 3
+    assert all(sorted(epoch) == sorted(record.id for record in samples) for epoch in epochs)
+    assert len(set(epochs)) == 3
+    assert epochs == [batch.record_ids for batch in train_batches(samples, encoder, **{**options, "threads": 3})]
+    assert epochs != [batch.record_ids for batch in train_batches(samples, encoder, **{**options, "seed": 4})]
+
+
+def test_batches_cross_epochs_and_the_rest_is_dropped(samples: list[Record], encoder: Encoder) -> None:
+    assert len(list(train_batches(samples, encoder, **{**TRAIN, "epochs": 2}))) == 3
+    endless = iter(train_batches(samples, encoder, **{**TRAIN, "epochs": None}))
+    assert len([next(endless) for _ in range(20)]) == 20
+
+
+@pytest.mark.parametrize("drop_remainder", [True, False])
+def test_process_slices_join_to_the_global_batch(samples: list[Record], encoder: Encoder, drop_remainder: bool) -> None:
+    options = {**TRAIN, "epochs": 2, "drop_remainder": drop_remainder, "augment": "flip_shift"}
+    whole = list(train_batches(samples, encoder, **options))
+    parts = [
+        list(train_batches(samples, encoder, **{**options, "process_index": index, "process_count": 2}))
+        for index in range(2)
+    ]
+    assert [len(part) for part in parts] == [len(whole)] * 2
+    for number, batch in enumerate(whole):
+        names = tuple(name for part in parts for name in part[number].record_ids)
+        arrays = {name: np.concatenate([part[number].arrays[name] for part in parts]) for name in batch.arrays}
+        assert equal(batch, Batch(arrays, names))
+
+
+def test_generation_slices_have_equal_counts(samples: list[Record], encoder: Encoder) -> None:
+    options = {**GENERATE, "batch_size": 6, "process_count": 3}
+    parts = [list(generation_batches(samples, encoder, **{**options, "process_index": i})) for i in range(3)]
+    assert [len(part) for part in parts] == [2, 2, 2]
+    assert [part[1].valid.tolist() for part in parts] == [[True, False], [False, False], [False, False]]
+    assert sorted(name for part in parts for name in ids(part) if name) == sorted(record.id for record in samples)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_state_restores_exactly(samples: list[Record], encoder: Encoder, threads: int) -> None:
+    options = {**TRAIN, "epochs": None, "augment": "flip_shift", "threads": threads, "prefetch": 4}
+    running = iter(train_batches(samples, encoder, **options))
+    for _ in range(5):
+        next(running)
+    state = running.get_state()
+    expected = [next(running) for _ in range(6)]
+    fresh = iter(train_batches(samples, encoder, **options))
+    next(fresh)
+    fresh.set_state(state)
+    assert all(equal(next(fresh), batch) for batch in expected)
+
+
+def test_augmentation_is_seeded_by_place(samples: list[Record], encoder: Encoder) -> None:
+    options = {**TRAIN, "shuffle": False, "epochs": 2, "batch_size": 7}
+    plain = next(iter(train_batches(samples, encoder, **options)))
+    first, second = train_batches(samples, encoder, **{**options, "augment": "flip_shift"})
+    pixels = plain.arrays["pixel_values"]
+    assert np.array_equal(first.arrays["pixel_values"][0, 0], augment_flip_shift(pixels[0, 0], (3, 0, 0)))
+    assert np.array_equal(first.arrays["pixel_values"][6, 1], augment_flip_shift(pixels[6, 1], (3, 6, 1)))
+    assert not np.array_equal(first.arrays["pixel_values"], second.arrays["pixel_values"])
+    assert not first.arrays["pixel_values"][2].any()
+
+
+def test_model_without_a_vision_tower(samples: list[Record], encoder: Encoder) -> None:
+    text_only = dataclasses.replace(encoder, image_loader=None)
+    batch = next(iter(train_batches(samples[2:4], text_only, **{**TRAIN, "batch_size": 2})))
+    assert set(batch.arrays) == {"input_ids", "attention_mask", "labels"}
+    with pytest.raises(UserError, match="record 000000: has an image but the model has no vision tower"):
+        next(iter(train_batches(samples[:1], text_only, **{**TRAIN, "batch_size": 1})))
+
+
+def test_longest_row_chooses_max_length(samples: list[Record], encoder: Encoder) -> None:
+    length = encoder.longest(samples, generation=False)
+    fitting = dataclasses.replace(encoder, max_length=length)
+    assert len(list(train_batches(samples, fitting, **TRAIN))) == 1
+    assert encoder.longest(samples, generation=True) < length
+    short = dataclasses.replace(encoder, max_length=length - 1)
+    with pytest.raises(UserError, match=f"{length} tokens with its images, over max_length {length - 1}"):
+        list(train_batches(samples, short, **{**TRAIN, "drop_remainder": False}))
+
+
+def test_long_rows_name_their_record(samples: list[Record], encoder: Encoder) -> None:
+    short = dataclasses.replace(encoder, max_length=140)
+    with pytest.raises(UserError, match="record 000004: 141 tokens"):
+        next(iter(train_batches(samples[2:3], short, **{**TRAIN, "batch_size": 1})))
+    with pytest.raises(UserError, match=r"record two: \d+ tokens"):
+        next(iter(generation_batches(samples[-1:], short, **{**GENERATE, "batch_size": 1})))
+
+
+def test_truncation_cuts_at_the_right(samples: list[Record], encoder: Encoder) -> None:
+    full = encoder.training_row(samples[0], None)
+    cut = dataclasses.replace(encoder, max_length=152, truncate=True)
+    row = cut.training_row(samples[0], None)
+    for name in ("input_ids", "attention_mask", "labels"):
+        assert np.array_equal(row[name], full[name][:152])
+    assert (row["labels"] != IGNORE).any()
+    inside_image = dataclasses.replace(encoder, max_length=110, truncate=True)
+    with pytest.raises(UserError, match="record 000000: an image lies beyond max_length 110"):
+        inside_image.training_row(samples[0], None)
+
+
+def test_refused_settings(samples: list[Record], encoder: Encoder) -> None:
+    one_slot = dataclasses.replace(encoder, max_images=1)
+    with pytest.raises(UserError, match="record two: 2 images, over max_images 1"):
+        next(iter(train_batches(samples[-1:], one_slot, **{**TRAIN, "batch_size": 1})))
+    with pytest.raises(UserError, match="batch size 4 must be a positive multiple of the 3 processes"):
+        train_batches(samples, encoder, **{**TRAIN, "process_count": 3})
+    with pytest.raises(UserError, match="do not fill one batch of 8"):
+        train_batches(samples, encoder, **{**TRAIN, "batch_size": 8})
+    with pytest.raises(UserError, match="augment 'crop'"):
+        train_batches(samples, encoder, **{**TRAIN, "augment": "crop"})
+    with pytest.raises(UserError, match="there are no records"):
+        generation_batches([], encoder, **GENERATE)
+
+
+def test_broken_image_inside_a_batch(tmp_path: Path, encoder: Encoder) -> None:
+    (tmp_path / "bad.png").write_bytes(b"x")
+    record = Record("broken", (("human", "<image>\nWhat?"), ("gpt", "It.")), (tmp_path / "bad.png",))
+    with pytest.raises(UserError, match=r"bad\.png \(record broken\): not a readable image"):
+        next(iter(train_batches([record], encoder, **{**TRAIN, "batch_size": 1})))

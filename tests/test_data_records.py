@@ -1,0 +1,154 @@
+"""LLaVA-format files become records, and everything malformed is refused in one line with its file and record."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vlmprune_jax.data.records import Record, read_records, take_fraction
+from vlmprune_jax.errors import UserError
+
+TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
+TEXT = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Nothing."}]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a.png", "sub/b.png"):
+        (folder / name).write_bytes(b"only its place matters here")
+    (tmp_path / "outside.png").write_bytes(b"")
+    (folder / "link_out.png").symlink_to(tmp_path / "outside.png")
+    (folder / "link_in.png").symlink_to(folder / "a.png")
+    return folder
+
+
+def read(tmp_path: Path, root: Path | None, content: object, name: str = "d.json") -> list[Record]:
+    path = tmp_path / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return read_records(path, root)
+
+
+def test_json_and_jsonl_give_the_same_records(goldens: Path) -> None:
+    listed = read_records(goldens / "data/samples.json", goldens / "data/images")
+    assert listed == read_records(goldens / "data/samples.jsonl", goldens / "data/images")
+    assert len(listed) == 14
+    assert listed[0].id == "000000"
+    assert listed[0].images == (goldens / "data/images/img0.png",)
+    assert listed[4].images == ()
+
+
+def test_first_turn_of_gpt_is_dropped(goldens: Path) -> None:
+    record = read_records(goldens / "data/samples.json", goldens / "data/images")[7]
+    assert record.turns == (("human", "What is the time?"), ("gpt", "It is 10:45."))
+
+
+def test_ids_lists_of_images_and_links_inside(tmp_path: Path, root: Path) -> None:
+    two = [{"from": "human", "value": "<image><image>Which?"}]
+    records = read(
+        tmp_path,
+        root,
+        [
+            {"conversations": TEXT},
+            {"id": 7, "image": "sub/b.png", "conversations": TALK},
+            {"id": "x", "images": ["a.png", "link_in.png"], "conversations": two},
+            {"id": "y", "image": None, "conversations": TEXT},
+        ],
+    )
+    assert [record.id for record in records] == ["0", "7", "x", "y"]
+    assert [record.images for record in records] == [
+        (),
+        (root / "sub/b.png",),
+        (root / "a.png", root / "link_in.png"),
+        (),
+    ]
+
+
+def test_text_needs_no_image_root(tmp_path: Path) -> None:
+    assert read(tmp_path, None, [{"conversations": TEXT}])[0].turns[1] == ("gpt", "Nothing.")
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"id": "r1", "conversations": TALK}, "1 <image> mark(s) but the record lists 0 image(s)"),
+        ({"id": "r1", "image": "a.png", "conversations": TEXT}, "0 <image> mark(s) but the record lists 1 image(s)"),
+        ({"id": "r1", "images": ["a.png", "a.png"], "conversations": TALK}, "lists 2 image(s)"),
+        ({"id": "r1", "image": "none.png", "conversations": TALK}, "does not exist"),
+        ({"id": "r1", "image": "sub", "conversations": TALK}, "does not exist"),
+        ({"id": "r1", "image": "../outside.png", "conversations": TALK}, "below the image root"),
+        ({"id": "r1", "image": "sub/../a.png", "conversations": TALK}, "below the image root"),
+        ({"id": "r1", "image": "/etc/passwd", "conversations": TALK}, "below the image root"),
+        ({"id": "r1", "image": "link_out.png", "conversations": TALK}, "link out of the image root"),
+        ({"id": "r1", "image": "", "conversations": TALK}, "path or a list of paths"),
+        ({"id": "r1", "image": 3, "conversations": TALK}, "path or a list of paths"),
+        ({"id": "r1", "image": "a.png", "images": ["a.png"], "conversations": TALK}, "keep one"),
+        ({"id": "r1"}, "non-empty list"),
+        ({"id": "r1", "conversations": []}, "non-empty list"),
+        ({"id": "r1", "conversations": ["hello"]}, "turn 0"),
+        ({"id": "r1", "conversations": [TEXT[0], {"from": "bot", "value": "x"}]}, "turn 1"),
+        ({"id": "r1", "conversations": [{"from": "human", "value": 3}]}, "turn 0"),
+        ({"id": "r1", "conversations": [TEXT[0], TEXT[0]]}, "alternate"),
+        ({"id": "r1", "conversations": [TEXT[1]]}, "alternate"),
+    ],
+)
+def test_malformed_record_names_file_and_record(tmp_path: Path, root: Path, entry: object, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, root, [entry])
+    message = str(caught.value)
+    assert words in message
+    assert f"{tmp_path / 'd.json'}, record r1" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "words"),
+    [
+        ("[{]", "d.json", "line 1: not valid JSON"),
+        ('{"conversations": []}\n{"conversations": []}', "d.json", "name JSON lines .jsonl"),
+        ('{"id": "a"', "d.jsonl", "line 1: not valid JSON"),
+        ("\n\n{bad}", "d.jsonl", "line 3: not valid JSON"),
+        ('{"a": 1}', "d.json", "holds a JSON dict"),
+        ("[]", "d.json", "holds no record"),
+        ("", "d.jsonl", "holds no record"),
+        ("[3]", "d.json", "record 0: is a int"),
+        ('[{"id": "", "conversations": []}]', "d.json", "record 0: id ''"),
+        ('[{"id": true, "conversations": []}]', "d.json", "record 0: id True"),
+        ("[" * 100_000, "d.json", "not valid JSON"),
+    ],
+)
+def test_malformed_file(tmp_path: Path, root: Path, content: str, name: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, root, content, name)
+    assert words in str(caught.value)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        read_records(tmp_path / "none.json", None)
+    (tmp_path / "latin.json").write_bytes(b'["\xff"]')
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_records(tmp_path / "latin.json", None)
+
+
+def test_image_without_a_root(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no image folder was given"):
+        read(tmp_path, None, [{"image": "a.png", "conversations": TALK}])
+
+
+def test_fraction_is_a_fixed_draw_in_file_order() -> None:
+    records = [Record(str(index), (("human", "q"),), ()) for index in range(100)]
+    chosen = [record.id for record in take_fraction(records, 0.05, 7)]
+    assert chosen == ["26", "42", "50", "54", "88"]  # stored: another process or machine must draw the same
+    assert [record.id for record in take_fraction(records, 0.05, 8)] != chosen
+    assert take_fraction(records, 1.0, 7) == records
+    assert len(take_fraction(records, 0.001, 7)) == 1
+    assert len(take_fraction(records, 0.29, 7)) == int(100 * 0.29)
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.1, 1.5, float("nan")])
+def test_fraction_out_of_range(fraction: float) -> None:
+    with pytest.raises(UserError, match="data fraction"):
+        take_fraction([Record("0", (("human", "q"),), ())], fraction, 0)

@@ -1,0 +1,124 @@
+"""Greedy generation against the reference's tokens, and against repeated full forwards."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlmprune_jax.config import LayerShape, ModelConfig, RopeConfig, TextConfig
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.hf.read import load
+from vlmprune_jax.models.generate import SharedPrefix, generate
+from vlmprune_jax.models.params import init_params
+from vlmprune_jax.models.vlm import Model, forward
+
+IMAGE, PATCHES = 400, 16
+
+
+@pytest.fixture(scope="module")
+def llava(goldens):
+    return load(goldens / "ckpt/llava_hf")
+
+
+def expand(ids):
+    return [i for token in ids for i in ([IMAGE] * PATCHES if token == -200 else [int(token)])]
+
+
+@pytest.mark.parametrize("row", [0, 1])
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+def test_tokens_of_the_reference(llava, goldens, row, padding):
+    golden = np.load(goldens / "forward/llava.npz")
+    ids = expand(golden["input_ids"][row][: golden["gen_prompt_len"][row]])
+    mask = [1] * len(ids)
+    if padding == "right":
+        ids, mask = ids + [0] * 3, mask + [0] * 3
+    if padding == "left":
+        ids, mask = [0] * 3 + ids, [0] * 3 + mask
+    tokens = generate(
+        llava,
+        np.array([ids]),
+        pixel_values=golden["pixel_values"][row : row + 1],
+        attention_mask=np.array([mask]),
+        max_new_tokens=8,
+        eos_token_ids=(),
+    )
+    np.testing.assert_array_equal(tokens[0], golden["gen_tokens"][row])
+
+
+def test_text_only_and_grouped_queries(llava, goldens):
+    golden = np.load(goldens / "forward/llava.npz")
+    tokens = generate(llava, golden["gen_text_prompt"][None], max_new_tokens=8, eos_token_ids=())
+    np.testing.assert_array_equal(tokens[0], golden["gen_text_tokens"])
+    golden = np.load(goldens / "forward/llama_gqa.npz")
+    prompt = golden["input_ids"][0][golden["attention_mask"][0] == 1]
+    tokens = generate(load(goldens / "ckpt/llama_gqa"), prompt[None], max_new_tokens=8, eos_token_ids=())
+    np.testing.assert_array_equal(tokens[0], golden["gen_tokens"])
+
+
+def test_shared_prefix_equals_whole_prompts(llava, goldens):
+    rng = np.random.default_rng(0)
+    pixels = np.load(goldens / "forward/llava.npz")["pixel_values"]
+    prefix = np.concatenate([rng.integers(5, 390, (3, 2)), np.full((3, PATCHES), IMAGE), [[7], [8], [9]]], axis=1)
+    prefix_mask = np.ones_like(prefix)
+    prefix_mask[1, 0] = 0
+    rest = rng.integers(5, 390, (7, 5))
+    mask = np.ones_like(rest)
+    mask[2, :2] = 0
+    mask[4, 3:] = 0
+    rows = np.array([0, 0, 1, 2, 1, 2, 0])
+    options = {"max_new_tokens": 6, "eos_token_ids": ()}
+    shared = generate(
+        llava, rest, attention_mask=mask, pixel_values=pixels, prefix=SharedPrefix(prefix, prefix_mask, rows), **options
+    )
+    whole = generate(
+        llava,
+        np.concatenate([prefix[rows], rest], axis=1),
+        attention_mask=np.concatenate([prefix_mask[rows], mask], axis=1),
+        pixel_values=pixels[rows],
+        **options,
+    )
+    np.testing.assert_array_equal(shared, whole)
+
+
+def test_end_token_is_kept_then_padding(llava, goldens):
+    golden = np.load(goldens / "forward/llava.npz")
+    expected = golden["gen_text_tokens"]
+    end = int(expected[2])
+    tokens = generate(llava, golden["gen_text_prompt"][None], max_new_tokens=8, eos_token_ids=(end,))[0]
+    np.testing.assert_array_equal(tokens[:3], expected[:3])
+    assert set(tokens[3:]) == {llava.cfg.pad_token_id}
+
+
+def test_sliding_window_equals_full_forwards():
+    text = TextConfig(
+        vocab_size=50, hidden_size=24, head_dim=6, layers=(LayerShape(4, 2, 20),) * 2, norm_eps=1e-5, activation="silu",
+        rope=RopeConfig(500.0, "default"), tie_embeddings=True, attention_bias=True, mlp_bias=True, sliding_window=4,
+        max_positions=64,
+    )  # fmt: skip
+    cfg = ModelConfig("llama", "transformers", text)
+    model = Model(init_params(cfg, jax.random.key(0), jnp.float32), cfg)
+    ids = np.random.default_rng(0).integers(0, 50, (2, 9))
+    tokens = generate(model, ids, max_new_tokens=5, eos_token_ids=())
+    for _ in range(5):
+        logits, _ = forward(model, ids)
+        ids = np.concatenate([ids, np.asarray(logits)[:, -1].argmax(-1)[:, None]], axis=1)
+    np.testing.assert_array_equal(tokens, ids[:, 9:])
+    wide = Model(model.params, dataclasses.replace(cfg, text=dataclasses.replace(text, sliding_window=None)))
+    assert (np.asarray(forward(wide, ids)[0]) != np.asarray(forward(model, ids)[0])).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"attention_mask": np.zeros((1, 3), int)}, "row 0 of the prompts is all padding"),
+        ({"input_ids": np.array([[1, 2, 99999]])}, "outside the vocabulary of 416"),
+        ({"input_ids": np.array([[1, IMAGE, 2]])}, "pixel_values is missing"),
+    ],
+)
+def test_bad_input(llava, change, message):
+    arguments = {"input_ids": np.array([[1, 2, 3]]), "max_new_tokens": 2, **change}
+    with pytest.raises(UserError, match=message):
+        generate(llava, arguments.pop("input_ids"), **arguments)

@@ -1,0 +1,1 @@
+"""Data: records, prompts, images and fixed-shape batches."""

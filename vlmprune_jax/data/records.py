@@ -1,0 +1,152 @@
+"""LLaVA-format data files (a JSON list, or JSON lines) as validated records."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from vlmprune_jax.errors import UserError
+
+IMAGE_TOKEN = "<image>"
+_SPEAKERS = ("human", "gpt")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One conversation: turns are ("human" | "gpt", text) in strict alternation from "human"; images in order."""
+
+    id: str
+    turns: tuple[tuple[str, str], ...]
+    images: tuple[Path, ...]
+
+
+def read_records(path: Path, image_root: Path | None) -> list[Record]:
+    """Read `{id, image? | images?, conversations: [{from, value}]}` entries from a `.json` list or a `.jsonl` file.
+
+    `image` is a path or a list of paths below `image_root`; a missing id becomes the entry's index. A first turn of gpt
+    is dropped (reference: `preprocess_v1`). Raises UserError naming file and record for anything malformed: turns that
+    do not alternate, `<image>` marks that do not match the images, an image that is missing or lies outside the root.
+    """
+    path = Path(path)
+    root = _ImageRoot(image_root)
+    records = [_make_record(entry, index, path, root) for index, entry in enumerate(_read_entries(path))]
+    if not records:
+        raise UserError(f"{path}: holds no record; a LLaVA data file is a list of conversations")
+    return records
+
+
+def take_fraction(records: Sequence[Record], fraction: float, seed: int) -> list[Record]:
+    """Return int(fraction * n) records, at least one, drawn without replacement and kept in file order.
+
+    The draw depends on `n`, `fraction` and `seed` alone (a numpy PCG64 generator of its own), so every process of a run
+    sees the same subset; the reference draws an unseeded one per rank.
+    """
+    if not 0.0 < fraction <= 1.0:
+        raise UserError(f"data fraction {fraction}: must be above 0 and at most 1; 0.05 means 5 % of the records")
+    count = max(1, int(len(records) * fraction))
+    chosen = np.random.Generator(np.random.PCG64(seed)).permutation(len(records))[:count]
+    return [records[index] for index in sorted(chosen.tolist())]
+
+
+def _read_entries(path: Path) -> Iterator[Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the data path") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); give a LLaVA JSON or JSONL file") from error
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(text.split("\n")):
+            if line.strip():
+                yield _parse(line, path, number, "one JSON object a line")
+        return
+    entries = _parse(text, path, 0, "one JSON list; name JSON lines .jsonl")
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: holds a JSON {type(entries).__name__}, expected a list of conversations")
+    yield from entries
+
+
+def _parse(text: str, path: Path, lines_before: int, expected: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        line = lines_before + getattr(error, "lineno", 1)
+        reason = getattr(error, "msg", "nested too deeply")
+        raise UserError(f"{path}, line {line}: not valid JSON ({reason}); expected {expected}") from error
+
+
+def _make_record(entry: Any, index: int, path: Path, root: _ImageRoot) -> Record:
+    if not isinstance(entry, dict):
+        raise UserError(f"{path}, record {index}: is a {type(entry).__name__}, expected an object with 'conversations'")
+    name = entry.get("id", index)
+    if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
+        raise UserError(f"{path}, record {index}: id {name!r} must be a non-empty string or a number")
+    where = f"{path}, record {name}"
+    turns = _make_turns(entry.get("conversations"), where)
+    images = tuple(root.find(image, where) for image in _image_names(entry, where))
+    marks = sum(text.count(IMAGE_TOKEN) for _, text in turns)
+    if marks != len(images):
+        raise UserError(
+            f"{where}: its text has {marks} {IMAGE_TOKEN} mark(s) but the record lists {len(images)} image(s); "
+            "give one mark per image"
+        )
+    return Record(str(name), turns, images)
+
+
+def _make_turns(conversation: Any, where: str) -> tuple[tuple[str, str], ...]:
+    if not isinstance(conversation, list) or not conversation:
+        raise UserError(f"{where}: 'conversations' must be a non-empty list of {{from, value}} turns")
+    turns: list[tuple[str, str]] = []
+    for turn in conversation:
+        speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+        if speaker not in _SPEAKERS or not isinstance(text, str):
+            raise UserError(f"{where}: turn {len(turns)} must have 'from' human or gpt and a string 'value'")
+        turns.append((speaker, text))
+    if turns[0][0] == "gpt":
+        turns = turns[1:]
+    if not turns or any(speaker != _SPEAKERS[place % 2] for place, (speaker, _) in enumerate(turns)):
+        raise UserError(f"{where}: turns must alternate human, gpt, human, ...; merge or drop the odd one")
+    return tuple(turns)
+
+
+def _image_names(entry: dict[str, Any], where: str) -> Iterable[str]:
+    given = [entry[key] for key in ("image", "images") if entry.get(key) is not None]
+    if len(given) > 1:
+        raise UserError(f"{where}: has both 'image' and 'images'; keep one")
+    names = given[0] if given else []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"{where}: 'image' must be a path or a list of paths, got {given[0]!r}")
+    return names
+
+
+class _ImageRoot:
+    """Finds images below one folder; a path already seen costs a dictionary look-up (many records share an image)."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = None if folder is None else Path(folder)
+        self._real = None if folder is None else os.path.realpath(folder)
+        self._found: dict[str, Path] = {}
+
+    def find(self, name: str, where: str) -> Path:
+        """Return the image's path. Raises UserError where it is missing or its real place is outside the folder."""
+        if name in self._found:
+            return self._found[name]
+        if self._folder is None or self._real is None:
+            raise UserError(f"{where}: has image {name!r} but no image folder was given; set the image root")
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts or "\0" in name:
+            raise UserError(f"{where}: image {name!r} must be a path below the image root {self._folder}")
+        path = self._folder / name
+        if not path.is_file():
+            raise UserError(f"{where}: image {path} does not exist; check the image root and the record's path")
+        if not os.path.realpath(path).startswith(self._real.rstrip(os.sep) + os.sep):
+            raise UserError(f"{where}: image {path} is a link out of the image root {self._folder}; copy it inside")
+        self._found[name] = path
+        return path

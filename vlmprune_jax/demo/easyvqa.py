@@ -1,0 +1,181 @@
+"""The easy-VQA data set (PyPI `easy-vqa`, MIT) as LLaVA records: one coloured shape per 64x64 image, 13 answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmprune_jax.errors import UserError
+
+SHAPES = ("circle", "rectangle", "triangle")
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+CAPTION_PROMPT = "<image>\nDescribe the image."
+QUESTION_COUNTS = {"train": 38_575, "test": 9_673}
+IMAGE_COUNTS = {"train": 4_000, "test": 1_000}
+_MANIFEST = "manifest.json"
+_MULTI_TURN_SEED = 0  # part of the data set's identity: another seed would be another file
+
+Questions = tuple[list[str], list[str], list[int]]
+JsonRecord = dict[str, Any]
+
+
+def write_dataset(out_dir: Path) -> dict[str, Path]:
+    """Write easy-VQA as LLaVA JSON files and images below `out_dir` and return the files by name.
+
+    Names: `train`, `test` (one question per record), `train_multi_turn` (one record per image), `train_captions`
+    (pretraining) and `images`, the image root of all of them. The folder is built beside its place and renamed, so it
+    is whole or absent; a whole one is left as it is. Raises UserError where `out_dir` holds something else.
+    """
+    out_dir = Path(out_dir)
+    if out_dir.exists():
+        if not _is_complete(out_dir):
+            raise UserError(f"{out_dir}: exists but is not a complete easy-VQA folder; remove it or give another path")
+        return _paths(out_dir)
+    package = _load_package()
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
+    try:
+        _build(building, package)
+        building.chmod(0o755)  # mkdtemp makes private folders
+        os.replace(building, out_dir)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        if _is_complete(out_dir):  # another process was faster
+            return _paths(out_dir)
+        raise
+    return _paths(out_dir)
+
+
+def single_turn_records(questions: Questions, split: str) -> list[JsonRecord]:
+    """Return one LLaVA record per question, `{split}-000123`, in the order of the package."""
+    return [
+        _record(f"{split}-{number:06d}", split, image, [(f"<image>\n{question}", answer)])
+        for number, (question, answer, image) in enumerate(zip(*questions, strict=True))
+    ]
+
+
+def multi_turn_records(questions: Questions, split: str, seed: int) -> list[JsonRecord]:
+    """Return one record per image with all its questions as turns, in an order drawn from `seed` and the image."""
+    by_image: dict[int, list[tuple[str, str]]] = defaultdict(list)
+    for question, answer, image in zip(*questions, strict=True):
+        by_image[image].append((question, answer))
+    records = []
+    for image in sorted(by_image):
+        order = np.random.default_rng([seed, image]).permutation(len(by_image[image]))
+        turns = [by_image[image][int(place)] for place in order]
+        turns[0] = (f"<image>\n{turns[0][0]}", turns[0][1])
+        records.append(_record(f"{split}-image-{image:05d}", split, image, turns))
+    return records
+
+
+def caption_records(questions: Questions, split: str) -> list[JsonRecord]:
+    """Return one record per image whose colour and shape follow from its questions: CAPTION_PROMPT -> "red circle"."""
+    return [
+        _record(f"{split}-caption-{image:05d}", split, image, [(CAPTION_PROMPT, f"{color} {shape}")])
+        for image, (color, shape) in sorted(image_facts(questions).items())
+        if color is not None and shape is not None
+    ]
+
+
+def image_facts(questions: Questions) -> dict[int, tuple[str | None, str | None]]:
+    """Return (colour, shape) per image as far as its questions and answers tell, by elimination where needed.
+
+    A yes/no question about a word leaves that word alone or removes it; an open question names its words outright
+    ("what color is the circle?" -> red: a red circle). One candidate left is the fact.
+    """
+    candidates: dict[int, tuple[set[str], set[str]]] = defaultdict(lambda: (set(COLORS), set(SHAPES)))
+    for question, answer, image in zip(*questions, strict=True):
+        words = re.findall(r"[a-z]+", question)
+        negated = "not" in words or "no" in words
+        for group in candidates[image]:
+            if answer in ("yes", "no"):
+                named = group.intersection(words)
+                present = (answer == "yes") != negated
+                if present and named:
+                    group.intersection_update(named)
+                elif not present:
+                    group.difference_update(words)
+            else:
+                named = group.intersection([*words, answer])
+                if named:
+                    group.intersection_update(named)
+    return {image: (_only(colors), _only(shapes)) for image, (colors, shapes) in candidates.items()}
+
+
+def _only(candidates: set[str]) -> str | None:
+    return next(iter(candidates)) if len(candidates) == 1 else None
+
+
+def _record(name: str, split: str, image: int, turns: list[tuple[str, str]]) -> JsonRecord:
+    conversations = []
+    for question, answer in turns:
+        conversations += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": name, "image": f"{split}/{image}.png", "conversations": conversations}
+
+
+def _load_package() -> dict[str, tuple[Questions, Mapping[int, str]]]:
+    try:
+        import easy_vqa
+    except ImportError as error:
+        raise UserError("the easy-VQA data set is not installed: pip install 'vlmprune-jax[demo]'") from error
+    readers: dict[str, tuple[Callable[[], Questions], Callable[[], Mapping[int, str]]]] = {
+        "train": (easy_vqa.get_train_questions, easy_vqa.get_train_image_paths),
+        "test": (easy_vqa.get_test_questions, easy_vqa.get_test_image_paths),
+    }
+    loaded = {}
+    for split, (read_questions, read_paths) in readers.items():
+        questions, paths = read_questions(), read_paths()
+        found = (len(questions[0]), len(paths))
+        expected = (QUESTION_COUNTS[split], IMAGE_COUNTS[split])
+        if found != expected:
+            raise UserError(
+                f"easy-VQA {split}: found {found} questions and images, not {expected}; install easy-vqa 1.0"
+            )
+        loaded[split] = (questions, paths)
+    return loaded
+
+
+def _build(folder: Path, package: dict[str, tuple[Questions, Mapping[int, str]]]) -> None:
+    train = package["train"][0]
+    files = {
+        "train": single_turn_records(train, "train"),
+        "test": single_turn_records(package["test"][0], "test"),
+        "train_multi_turn": multi_turn_records(train, "train", _MULTI_TURN_SEED),
+        "train_captions": caption_records(train, "train"),
+    }
+    for split, (_, paths) in package.items():
+        target = folder / "images" / split
+        target.mkdir(parents=True)
+        for image, source in paths.items():
+            shutil.copyfile(source, target / f"{image}.png")
+    sizes = {}
+    for name, records in files.items():
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(records, indent=0) + "\n", encoding="utf-8")
+        sizes[path.name] = path.stat().st_size
+    manifest = {"source": "PyPI easy-vqa 1.0 (MIT)", "images": IMAGE_COUNTS, "bytes": sizes}
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        sizes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["bytes"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items()) and all(
+            len(os.listdir(folder / "images" / split)) == count for split, count in IMAGE_COUNTS.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _paths(folder: Path) -> dict[str, Path]:
+    names = ("train", "test", "train_multi_turn", "train_captions")
+    return {**{name: folder / f"{name}.json" for name in names}, "images": folder / "images"}

@@ -1,0 +1,162 @@
+"""Training the demo's teacher from scratch as LLaVA is trained: the tower first, then the decoder that reads it.
+
+Each stage is a run of the product's own training loop; a stage differs from another by its records, by how many
+decoder layers it uses and by what trains. The first stage is captioning with a one-layer decoder (as in Tschannen et
+al. 2023, "Image Captioners Are Scalable Vision Learners Too"): a deep decoder learns the answers' prior long before
+the tower learns to see (measured: 86 % accuracy after 1,300 steps, against 99 % of the shapes after 400 this way).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.data.batching import Encoder, train_batches
+from vlmprune_jax.data.images import load_image_processor
+from vlmprune_jax.data.prompts import TEMPLATES, load_tokenizer
+from vlmprune_jax.data.records import Record, read_records
+from vlmprune_jax.demo.easyvqa import write_dataset
+from vlmprune_jax.demo.tokenizer import make_tokenizer
+from vlmprune_jax.families import family_of
+from vlmprune_jax.families.llava import LLAVA_HF
+from vlmprune_jax.hf.read import load
+from vlmprune_jax.hf.write import save
+from vlmprune_jax.models.params import flatten, init_params, locate, param_axes, stack_layers, unstack_layers
+from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.recover.loop import RecoverConfig, recover
+
+CACHE_BYTES = 512 * 2**20  # all 5,000 processed images of easy-VQA
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run: which records, how many questions of one image per row, how deep the decoder, and how to train."""
+
+    name: str
+    records: str
+    turns_per_row: int
+    decoder_layers: int
+    augment: str
+    training: RecoverConfig
+
+
+def pretrain(
+    workdir: Path, architecture: Mapping[str, Any], stages: Sequence[Stage], *, seed: int, overwrite: bool = False
+) -> Path:
+    """Train a LLaVA model on easy-VQA and return its `llava-hf` folder, `workdir/teacher`.
+
+    `architecture` is a LlavaConfig dictionary without the fields that the tokenizer decides. Every stage resumes from
+    its own checkpoints in `workdir/<stage>`.
+    """
+    files = write_dataset(workdir / "easyvqa")
+    folder = _write_random_model(workdir / "initial", architecture, files["train"], seed)
+    model = load(folder)
+    for stage in stages:
+        model = _train_stage(model, stage, files, folder, workdir / stage.name)
+    save(model, workdir / "teacher", source_dir=folder, dtype="float32", overwrite=overwrite)
+    return workdir / "teacher"
+
+
+def _train_stage(model: Model, stage: Stage, files: Mapping[str, Path], folder: Path, workdir: Path) -> Model:
+    """The model after a stage; decoder layers beyond the stage's depth are left as they were."""
+    records = split_conversations(read_records(files[stage.records], files["images"]), stage.turns_per_row)
+    encoder = make_encoder(model.cfg, folder)
+    encoder = dataclasses.replace(encoder, max_length=encoder.longest(records, generation=False))
+    batches = train_batches(
+        records,
+        encoder,
+        batch_size=stage.training.batch_size,
+        seed=stage.training.seed,
+        shuffle=True,
+        epochs=None,
+        drop_remainder=True,
+        augment=stage.augment,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        threads=2,
+        prefetch=4,
+    )
+    layers, rest = unstack_layers(model.params, model.cfg)
+    cfg = model.cfg.with_layers(model.cfg.text.layers[: stage.decoder_layers])
+    shallow = Model(stack_layers(layers[: stage.decoder_layers], rest, cfg), cfg)
+    steps = stage.training.num_steps(len(records))
+    trained, _ = recover(shallow, batches, stage.training, workdir=workdir, num_steps=steps)
+    first, rest = unstack_layers(trained.params, cfg)
+    return Model(stack_layers(first + layers[stage.decoder_layers :], rest, model.cfg), model.cfg)
+
+
+def make_encoder(cfg: ModelConfig, folder: Path) -> Encoder:
+    """The row encoder of a LLaVA folder with the prompt of its chat template (LLaVA v1 without a system text)."""
+    assert cfg.image_token_id is not None
+    return Encoder(
+        tokenizer=load_tokenizer(folder),
+        template=dataclasses.replace(TEMPLATES["llava_v1"], system=""),
+        max_length=cfg.text.max_positions,
+        image_loader=load_image_processor(folder, aspect_ratio="square", max_pixels=10**6, cache_bytes=CACHE_BYTES),
+        image_token_id=cfg.image_token_id,
+        tokens_per_image=cfg.tokens_per_image,
+        max_images=1,
+        truncate=False,
+    )
+
+
+def split_conversations(records: Sequence[Record], turns_per_row: int) -> list[Record]:
+    """Records of at most `turns_per_row` questions; each part starts with the images."""
+    parts = []
+    for record in records:
+        marks = "<image>\n" * len(record.images)
+        for start in range(0, len(record.turns), 2 * turns_per_row):
+            turns = list(record.turns[start : start + 2 * turns_per_row])
+            if start:
+                turns[0] = (turns[0][0], marks + turns[0][1])
+            parts.append(dataclasses.replace(record, id=f"{record.id}-{start // 2}", turns=tuple(turns)))
+    return parts
+
+
+def _write_random_model(folder: Path, architecture: Mapping[str, Any], records: Path, seed: int) -> Path:
+    """A whole `llava-hf` folder with random weights (blocks above the feature layer too, as stock models have them)."""
+    shutil.rmtree(folder, ignore_errors=True)
+    vision = architecture["vision_config"]
+    size = make_tokenizer(
+        json.loads(records.read_text()), folder, image_size=vision["image_size"], patch_size=vision["patch_size"]
+    )
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    text = {**architecture["text_config"], **ids, "vocab_size": size}
+    config = {**architecture, **ids, "image_token_index": 4, "text_config": text}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps({**ids, "do_sample": False}, indent=2) + "\n")
+    whole = LLAVA_HF.from_hf({**config, "vision_feature_layer": vision["num_hidden_layers"]}, None)
+    tensors = _hf_tensors(whole, flatten(init_params(whole, jax.random.key(seed), jnp.float32)))
+    for part, value in (("weight", 1.0), ("bias", 0.0)):
+        tensors[f"vision_tower.vision_model.post_layernorm.{part}"] = np.full(vision["hidden_size"], value, np.float32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def _hf_tensors(cfg: ModelConfig, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Checkpoint tensors of params, under the names that every transformers release reads."""
+    axes, tensors = param_axes(cfg), {}
+    assert cfg.vision is not None
+    depth = {"text": len(cfg.text.layers), "vision": cfg.vision.n_layers}
+    for weight in family_of(cfg).weights(cfg):
+        layered = "{i}" in weight.path
+        for i in range(depth[weight.path.split("/")[0]] if layered else 1):
+            line = weight.at(i)
+            path, index = locate(cfg, line.path)
+            array = np.asarray(flat[path] if index is None else flat[path][index])
+            names = axes[path] if index is None else axes[path][1:]
+            key = line.key.replace("vision_tower.", "vision_tower.vision_model.")
+            tensors[key] = np.ascontiguousarray(einops.rearrange(array, f"{' '.join(names)} -> {line.layout}"))
+    return tensors

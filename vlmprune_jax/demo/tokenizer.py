@@ -1,0 +1,127 @@
+"""The demo teacher's tokenizer and processor files: every word of the data set is one token, anything else is bytes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from vlmprune_jax.data.prompts import TEMPLATES
+from vlmprune_jax.errors import UserError
+
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")  # ids 0..4
+MAX_VOCABULARY = 320
+_MODEL_MAX_LENGTH = 2048
+
+# LLaVA v1 without its system prompt. Unlike the template on the hub, an answer ends with </s> and the next round
+# follows at once: that is how rounds look in training, so a second question meets the context the model knows.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ raise_exception('this template has no system prompt') }}{% endif %}"
+    "{{ 'ASSISTANT: ' if message['role'] == 'assistant' else 'USER: ' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}"
+    "{{ '</s>' if message['role'] == 'assistant' else ' ' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def make_tokenizer(records: Iterable[Mapping[str, Any]], out_dir: Path, *, image_size: int, patch_size: int) -> int:
+    """Write tokenizer and LLaVA processor files for `records` (LLaVA JSON records) and return the vocabulary size.
+
+    Byte-level BPE without merges: a word that occurs in the records or in LLaVA's template is one token (its leading
+    space belongs to it), any other text falls back to its bytes, and `<s>` is put in front. The words are taken by
+    falling frequency, so equal records give equal ids. Raises UserError where the words do not fit MAX_VOCABULARY.
+    """
+    pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    counts = _count_words(records, pre_tokenizer)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if len(word) > 1]
+    tokens = [*SPECIAL_TOKENS, *alphabet, *words]
+    if len(tokens) > MAX_VOCABULARY:
+        raise UserError(f"make_tokenizer: {len(tokens)} tokens, limit {MAX_VOCABULARY}; this tokenizer is for easy-VQA")
+    # ignore_merges looks a whole word up before any merge: one entry per word, no intermediate pieces.
+    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [], unk_token="<unk>", ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", SPECIAL_TOKENS.index("<s>"))]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(out_dir / "tokenizer.json"))
+    for name, content in _side_files(image_size, patch_size).items():
+        (out_dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (out_dir / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    return len(tokens)
+
+
+def _count_words(records: Iterable[Mapping[str, Any]], pre_tokenizer: pre_tokenizers.PreTokenizer) -> Counter[str]:
+    """Count the words as the tokenizer will cut them: after a role's colon, after `<image>` newline, after `</s>`."""
+    template = TEMPLATES["llava_v1"]
+    texts = Counter([template.system + " USER:", "USER:", " ASSISTANT:", " Describe", " image."])
+    for record in records:
+        for turn in record["conversations"]:
+            text = turn["value"]
+            texts[text.removeprefix("<image>") if text.startswith("<image>") else f" {text}"] += 1
+            if turn["from"] == "human":  # a question may come without its image, or as a later turn
+                texts[" " + text.removeprefix("<image>\n")] += 1
+    counts: Counter[str] = Counter()
+    for text, number in texts.items():
+        for word, _ in pre_tokenizer.pre_tokenize_str(text):
+            counts[word] += number
+    return counts
+
+
+def _side_files(image_size: int, patch_size: int) -> dict[str, dict[str, Any]]:
+    """Return what transformers 4.57 and 5.x read beside `tokenizer.json` to build a LlavaProcessor."""
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    added = {
+        str(index): {"content": token, "lstrip": False, "rstrip": False, "normalized": False, "special": True,
+                     "single_word": False}
+        for index, token in enumerate(SPECIAL_TOKENS)
+    }  # fmt: skip
+    return {
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "added_tokens_decoder": added,
+            "extra_special_tokens": {"image_token": "<image>"},
+            "image_token": "<image>",
+            **names,
+            "model_max_length": _MODEL_MAX_LENGTH,
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+            "processor_class": "LlavaProcessor",
+        },
+        "special_tokens_map.json": names,
+        "preprocessor_config.json": {
+            "image_processor_type": "CLIPImageProcessor",
+            "processor_class": "LlavaProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": image_size},
+            "resample": 3,
+            "do_center_crop": True,
+            "crop_size": {"height": image_size, "width": image_size},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+        },
+        "processor_config.json": {
+            "processor_class": "LlavaProcessor",
+            "patch_size": patch_size,
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
+            "image_token": "<image>",
+        },
+    }
