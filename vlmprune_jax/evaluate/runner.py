@@ -17,8 +17,8 @@ import numpy as np
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.data.batching import GenerationBatch
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.evaluate.questions import QuestionBatch
 from vlmprune_jax.evaluate.scorers import accuracy, accuracy_by_answer, is_exact_match
-from vlmprune_jax.evaluate.sharing import prompt_arguments
 from vlmprune_jax.models.generate import generate
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model, encode, mesh_of, place_batch, unembed
@@ -78,7 +78,8 @@ def evaluate(
 
     Args:
       model: the model; sharded parameters split every batch over the mesh.
-      batches: left-padded prompts of equal shapes with the expected answers; rows with `valid` False are not counted.
+      batches: prompts of equal shapes with the expected answers (`plan_questions(...).batches(...)`, which computes a
+        shared image once, or `data.batching.generation_batches`); rows with `valid` False are not counted.
       tokenizer: decodes the answers.
       max_new_tokens: longest answer; a longer one is cut and, as a rule, wrong.
       progress: called with the number of batches done.
@@ -86,14 +87,26 @@ def evaluate(
     Raises:
       UserError: there is no question, or a question has no reference answer.
     """
-    start, answers = time.perf_counter(), []
+    start, placed = time.perf_counter(), list[tuple[int, Answer]]()
     for done, batch in enumerate(batches, start=1):
-        tokens = generate(model, **prompt_arguments(batch, model.cfg.image_token_id), max_new_tokens=max_new_tokens)
-        answers += _score(batch, tokens, tokenizer, model.cfg)
+        _check_answered(batch)
+        tokens = generate(
+            model,
+            batch.arrays["input_ids"],
+            pixel_values=batch.arrays.get("pixel_values"),
+            attention_mask=batch.arrays["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            prefix=batch.prefix if isinstance(batch, QuestionBatch) else None,
+        )
+        answers = _score(batch, tokens, tokenizer, model.cfg)
+        counted = range(len(placed), len(placed) + len(answers))
+        places = batch.places[batch.valid].tolist() if isinstance(batch, QuestionBatch) else counted
+        placed += zip(places, answers, strict=True)
         if progress is not None:
             progress(done)
-    if not answers:
+    if not placed:
         raise UserError("there is no question to evaluate: check the evaluation records")
+    answers = [answer for _, answer in sorted(placed, key=lambda pair: pair[0])]
     hits = [answer.correct for answer in answers]
     return Evaluation(
         accuracy=accuracy(hits),
@@ -115,10 +128,14 @@ def _score(batch: GenerationBatch, tokens: np.ndarray, tokenizer: Any, cfg: Mode
     answers = []
     for row, text in zip(rows, texts, strict=True):
         name, reference = batch.record_ids[row], batch.references[row]
-        if not reference.strip():
-            raise UserError(f"record {name}: its last turn is no answer, so there is nothing to compare with; drop it")
         answers.append(Answer(name, text.strip(), reference, is_exact_match(text, reference), int(lengths[row])))
     return answers
+
+
+def _check_answered(batch: GenerationBatch) -> None:
+    for name, reference, valid in zip(batch.record_ids, batch.references, batch.valid, strict=True):
+        if valid and not reference.strip():
+            raise UserError(f"record {name}: its last turn is no answer, so there is nothing to compare with; drop it")
 
 
 def perplexity(

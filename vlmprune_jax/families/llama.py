@@ -163,5 +163,6 @@ LLAMA = Family(
     from_hf=_from_hf,
     to_hf=lambda cfg, source: text_to_hf(cfg.text, source),
     weights=lambda cfg: text_weights(cfg.text, "model.", "lm_head.weight"),
-    ignored=(r".*\.rotary_emb\.inv_freq",),
+    # a tied head that was written out all the same is not read
+    ignored=(r".*\.rotary_emb\.inv_freq", r"lm_head\.weight"),
 )

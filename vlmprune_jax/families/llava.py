@@ -165,6 +165,7 @@ LLAVA_HF = Family(
     ),
     ignored=(
         r".*\.rotary_emb\.inv_freq",
+        r"language_model\.lm_head\.weight",
         r"vision_tower\.(post_layernorm\..*|embeddings\.position_ids|encoder\.layers\..*)",
     ),
 )
@@ -188,6 +189,7 @@ LLAVA_ORIGINAL = Family(
     ),
     ignored=(
         r".*\.rotary_emb\.inv_freq",
+        r"lm_head\.weight",
         r"vision_tower\.(post_layernorm\..*|embeddings\.position_ids|encoder\.layers\..*)",
         r"(text_model|text_projection|visual_projection)\..*|logit_scale",
     ),

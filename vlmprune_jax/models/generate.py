@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,8 +13,20 @@ import numpy as np
 
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.models.decoder import attention_mask
-from vlmprune_jax.models.vlm import Model, Params, check_inputs, mesh_of, place_batch, to_nnx
+from vlmprune_jax.models.decoder import Cache, attention_mask
+from vlmprune_jax.models.vlm import Model, Params, VisionLanguageModel, check_inputs, mesh_of, place_batch, to_nnx
+
+
+@dataclass(frozen=True)
+class SharedPrefix:
+    """Prompt beginnings (usually an image and what precedes it) that several rows continue; each is computed once.
+
+    `input_ids`, `attention_mask`: int[prefixes, seq], padding on either side; `rows`: int[batch], each row's prefix.
+    """
+
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    rows: np.ndarray
 
 
 def generate(
@@ -24,6 +37,7 @@ def generate(
     attention_mask: Any = None,
     max_new_tokens: int,
     eos_token_ids: tuple[int, ...] | None = None,
+    prefix: SharedPrefix | None = None,
 ) -> np.ndarray:
     """Greedy continuation of every prompt: int32[batch, max_new_tokens].
 
@@ -35,50 +49,56 @@ def generate(
       max_new_tokens: length of the result; generation ends early once every row has ended.
       eos_token_ids: ids that end a row (default: the model's; `()` never ends). The id itself is kept, then come
         padding ids (the model's, or else the first end id).
+      prefix: what precedes the rows, computed once per prefix; all images are then the prefixes'.
 
     Raises:
-      UserError: see `forward`; max_new_tokens below 1.
+      UserError: see `forward`; max_new_tokens below 1; a prompt without a real token.
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    check_inputs(model.cfg, input_ids, pixel_values)
+    check_inputs(model.cfg, input_ids if prefix is None else prefix.input_ids, pixel_values)
+    ids, valid = _align_right(input_ids, attention_mask)
+    host: dict[str, Any] = {"ids": ids, "valid": valid, "pixels": pixel_values}
+    if prefix is not None:
+        check_inputs(model.cfg, input_ids, None)
+        host["prefix_ids"], host["prefix_valid"] = _align_right(prefix.input_ids, prefix.attention_mask)
+        host["rows"] = np.asarray(prefix.rows, np.int32)
+    eos = model.cfg.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
+    mesh = mesh_of(model.params)
+    arrays = place_batch(host, mesh)
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        return np.asarray(_generate(model.params, model.cfg, arrays, max_new_tokens, eos))
+
+
+def _align_right(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Real tokens moved to the right, so that every row continues from the last slot; their order is kept."""
     ids = np.asarray(input_ids, np.int32)
     valid = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask, np.int32)
     if (valid.sum(axis=1) == 0).any():
         raise UserError(f"row {int(np.argmin(valid.sum(axis=1)))} of the prompts is all padding")
-    # Real tokens to the right, so that every row continues from the last slot. A stable sort keeps their order, and
-    # with it the order of images.
     order = np.argsort(valid, axis=1, kind="stable")
-    ids, valid = np.take_along_axis(ids, order, axis=1), np.take_along_axis(valid, order, axis=1)
-    eos = model.cfg.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
-    mesh = mesh_of(model.params)
-    arrays = place_batch({"ids": ids, "pixels": pixel_values, "valid": valid}, mesh)
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        tokens = _generate(model.params, model.cfg, arrays["ids"], arrays["pixels"], arrays["valid"], max_new_tokens, eos)
-    return np.asarray(tokens)
+    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(valid, order, axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "max_new_tokens", "eos"))
 def _generate(
-    params: Params,
-    cfg: ModelConfig,
-    ids: jax.Array,
-    pixels: jax.Array | None,
-    valid: jax.Array,
-    max_new_tokens: int,
-    eos: tuple[int, ...],
+    params: Params, cfg: ModelConfig, arrays: dict[str, Any], max_new_tokens: int, eos: tuple[int, ...]
 ) -> jax.Array:
     module = to_nnx(Model(params, cfg))
-    batch, length = ids.shape
-    x, _ = module.embed(ids, pixels)
-    slots = jnp.concatenate([valid, jnp.ones((batch, max_new_tokens), valid.dtype)], axis=1).astype(bool)
-    window = cfg.text.sliding_window
-    positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-    context = module.text.context(positions, attention_mask(slots, length, 0, window))
-    cache = module.text.empty_cache(batch, length + max_new_tokens, x.dtype)
+    window, valid = cfg.text.sliding_window, arrays["valid"]
+    batch, length = valid.shape
+    cache, before = _prefill_prefix(module, arrays)
+    start = before.shape[1]
+    past = jnp.concatenate([before, valid], axis=1)
+    slots = jnp.concatenate([past, jnp.ones((batch, max_new_tokens), past.dtype)], axis=1).astype(bool)
+    positions = jnp.maximum(jnp.cumsum(past, axis=1) - 1, 0)
+    n_real = positions[:, -1:] + 1
+    x, _ = module.embed(arrays["ids"], arrays["pixels"] if start == 0 else None)
+    empty = module.text.empty_cache(batch, length + max_new_tokens, x.dtype)
+    cache = empty if cache is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), cache, empty)
+    context = module.text.context(positions[:, start:], attention_mask(slots, length, start, window), slot=start)
     hidden, aux = module.text(x, context, cache=cache)
     padding = cfg.pad_token_id if cfg.pad_token_id is not None else (eos[0] if eos else 0)
-    n_real = positions[:, -1:] + 1
 
     def choose(hidden: jax.Array, ended: jax.Array) -> tuple[jax.Array, jax.Array]:
         token = jnp.argmax(module.text.logits(hidden[:, -1]), axis=-1).astype(jnp.int32)
@@ -88,10 +108,9 @@ def _generate(
     def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
         i, token, ended, tokens, cache = state
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1)
-        embedded = module.text.embed_tokens.lookup(token[:, None])
-        mask = attention_mask(slots, 1, length + i, window)
-        context = module.text.context(n_real + i, mask, slot=length + i)
-        hidden, aux = module.text(embedded, context, cache=cache)
+        slot = start + length + i
+        context = module.text.context(n_real + i, attention_mask(slots, 1, slot, window), slot=slot)
+        hidden, aux = module.text(module.text.embed_tokens.lookup(token[:, None]), context, cache=cache)
         token, ended = choose(hidden, ended)
         return i + 1, token, ended, tokens, aux["cache"]
 
@@ -103,3 +122,16 @@ def _generate(
         lambda state: (state[0] < max_new_tokens - 1) & ~state[2].all(), step, state
     )
     return jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1)
+
+
+def _prefill_prefix(module: VisionLanguageModel, arrays: dict[str, Any]) -> tuple[Cache | None, jax.Array]:
+    """Every row's cache after its prefix, and int[batch, prefix seq] which of those slots are real."""
+    if "rows" not in arrays:
+        return None, jnp.zeros((arrays["valid"].shape[0], 0), arrays["valid"].dtype)
+    valid, rows = arrays["prefix_valid"], arrays["rows"]
+    x, _ = module.embed(arrays["prefix_ids"], arrays["pixels"])
+    positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+    mask = attention_mask(valid.astype(bool), valid.shape[1], 0, module.cfg.text.sliding_window)
+    cache = module.text.empty_cache(*valid.shape, x.dtype)
+    _, aux = module.text(x, module.text.context(positions, mask), cache=cache)
+    return jax.tree.map(lambda leaf: leaf[:, rows], aux["cache"]), valid[rows]

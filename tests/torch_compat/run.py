@@ -1,0 +1,83 @@
+"""Answer jobs, one JSON object a line on stdin, with what stock transformers and torch compute; one JSON line each.
+
+A job: {"folder": HF folder, "class": name in transformers, "inputs": npz path, "output": npz path to write,
+"want": subset of ["logits", "nll"], "max_new_tokens": int or null}. The answer: {"error": str or null, "transformers":
+version}. By hand: echo '{"folder": ...}' | PYTHONPATH=.compat/transformers-4.57 python tests/torch_compat/run.py
+"""
+
+import json
+import os
+import sys
+import traceback
+
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # libraries print progress on stdout; only answers may go there
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+
+def load_exactly(folder: str, class_name: str) -> torch.nn.Module:
+    """The model of `folder` in float32 with eager attention; every tensor must fit the class and fill it."""
+    model, report = getattr(transformers, class_name).from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # not to accept them: so that they are in the report, by name
+    )
+    wrong = {kind: sorted(map(str, found)) for kind, found in report.items() if found}
+    if wrong:
+        raise ValueError(f"loaded with {wrong}")
+    return model.eval()
+
+
+def next_token_nll(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """float32[batch, seq - 1]: -log p(input_ids[:, t + 1] | input_ids[:, :t + 1]); one row at a time to save memory."""
+    rows = zip(logits[:, :-1], input_ids[:, 1:], strict=True)
+    return torch.stack([torch.nn.functional.cross_entropy(row, ids, reduction="none") for row, ids in rows])
+
+
+def read_inputs(path: str) -> dict[str, torch.Tensor]:
+    """The arrays of an npz file, integers as int64."""
+    with np.load(path) as arrays:
+        tensors = {name: torch.from_numpy(arrays[name]) for name in arrays}
+    return {name: tensor if tensor.is_floating_point() else tensor.long() for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def run_job(job: dict) -> None:
+    """Load, compute what the job wants, write it."""
+    model = load_exactly(job["folder"], job["class"])
+    inputs = read_inputs(job["inputs"])
+    outputs = {}
+    if job["want"]:
+        logits = model(**inputs, use_cache=False).logits
+        if "logits" in job["want"]:
+            outputs["logits"] = logits
+        if "nll" in job["want"]:
+            outputs["nll"] = next_token_nll(logits, inputs["input_ids"])
+    if job["max_new_tokens"]:
+        # A fresh configuration: no eos to stop at, no sampling defaults and no length limits of the folder's own.
+        greedy = transformers.GenerationConfig(max_new_tokens=job["max_new_tokens"], do_sample=False, pad_token_id=0)
+        model.generation_config = greedy
+        tokens = model.generate(**inputs, generation_config=greedy, use_cache=True)
+        outputs["tokens"] = tokens[:, inputs["input_ids"].shape[1] :]
+    np.savez(job["output"], **{name: tensor.numpy() for name, tensor in outputs.items()})
+
+
+def main() -> None:
+    """Answer until stdin ends."""
+    for line in sys.stdin:
+        answer = {"error": None, "transformers": transformers.__version__}
+        try:
+            run_job(json.loads(line))
+        except Exception as error:
+            traceback.print_exc()
+            answer["error"] = f"{type(error).__name__}: {error}"
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

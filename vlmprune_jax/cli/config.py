@@ -1,0 +1,67 @@
+"""Between config files (ml_collections) and the typed experiment that the library takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.stages.spec import Experiment, override
+
+
+def experiment_config() -> ConfigDict:
+    """Every setting of an experiment with its default: what a config file starts from."""
+    return _section(Experiment())
+
+
+def _section(spec: Any) -> ConfigDict:
+    hints = typing.get_type_hints(type(spec))
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(spec):
+        value = getattr(spec, field.name)
+        if dataclasses.is_dataclass(value):
+            values[field.name] = _section(value)
+        elif value is None:
+            values[field.name] = config_dict.placeholder(_other_than_none(hints[field.name]))
+        else:
+            values[field.name] = ConfigDict(value) if isinstance(value, dict) else value
+    return ConfigDict(values)
+
+
+def _other_than_none(hint: Any) -> type:
+    assert isinstance(hint, types.UnionType)
+    return next(option for option in typing.get_args(hint) if option is not type(None))
+
+
+def to_experiment(config: ConfigDict | None, workdir: str | None) -> tuple[Experiment, Path]:
+    """The experiment that a config describes, with the data it names in place, and its workdir.
+
+    Raises:
+      UserError: no config or workdir, an unknown setting, a value of the wrong kind.
+    """
+    if config is None:
+        raise UserError("no experiment given: --config=FILE.py (see configs/)")
+    if not workdir:
+        raise UserError("no workdir given: --workdir=DIR, for everything this experiment makes")
+    experiment = override(Experiment(), config.to_dict())
+    folder = Path(workdir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--workdir={workdir}: is a file, give a folder")
+    return dataclasses.replace(experiment, data=_with_files(experiment, folder)), folder
+
+
+def _with_files(experiment: Experiment, workdir: Path) -> Any:
+    data = experiment.data
+    if data.source == "files":
+        return data
+    if data.source != "easyvqa":
+        raise UserError(f"data.source={data.source!r} is not one of files, easyvqa")
+    from vlmprune_jax.demo.easyvqa import write_dataset
+
+    files = {name: str(path) for name, path in write_dataset(workdir / "data").items()}
+    return dataclasses.replace(data, train=files["train"], eval=files["test"], images=files["images"])

@@ -1,0 +1,24 @@
+"""What the stage commands have in common: from flags to an experiment and a place to work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from absl import logging
+
+from vlmprune_jax.cli.config import to_experiment
+from vlmprune_jax.distributed.mesh import is_main_process
+from vlmprune_jax.stages.console import make_reporter
+from vlmprune_jax.stages.single import Context
+from vlmprune_jax.stages.spec import Experiment
+
+
+def prepare(flags: Any) -> tuple[Experiment, Context]:
+    """The experiment and the context of a stage command.
+
+    Raises:
+      UserError: see `to_experiment`.
+    """
+    logging.set_verbosity(logging.ERROR)  # orbax and grain narrate at lower levels
+    experiment, workdir = to_experiment(flags.config, flags.workdir)
+    return experiment, Context(workdir, make_reporter(is_main_process()), flags.overwrite)

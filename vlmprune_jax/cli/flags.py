@@ -1,0 +1,123 @@
+"""Flags of the commands: absl flags, and one ml_collections config whose fields are flags as well."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.stages.suggest import suggest
+
+Flags = flags.FlagValues
+
+
+def common(values: Flags) -> None:
+    """Flags that every stage command has."""
+    if "config" not in values:
+        flags.DEFINE_string("config", None, "experiment file, perhaps FILE.py:VARIANT", flag_values=values)
+    flags.DEFINE_string("workdir", None, "folder for everything this experiment makes", flag_values=values)
+    flags.DEFINE_bool("overwrite", False, "replace outputs that were made from other inputs", flag_values=values)
+
+
+def parse(name: str, command: ModuleType, argv: Sequence[str]) -> Flags:
+    """The command's flags with `values.config` as a locked ConfigDict, and positional arguments as `values.args`.
+
+    Raises:
+      UserError: an unknown flag or config field (with the nearest known one), a bad value, a missing --config.
+    """
+    values = _define(command)
+    config, default = _value(argv, "config"), getattr(command, "CONFIG", None)
+    if config is None and default is not None:
+        config, argv = default, [f"--config={default}", *argv]
+    if "config" in values and config is not None:
+        _check_overrides(argv, config)
+        values = _define(command, [name, *argv])
+    elif "config" in values and any(arg.startswith("--config.") for arg in argv):
+        raise UserError("--config.x=value changes a config: give the file as well, --config=FILE.py")
+    try:
+        rest = values([name, *argv])
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(f"vlmprune {name} has no flag --{error.flagname}{suggest(error.flagname, _names(values))}") from None
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{error}") from None
+    values.args = rest[1:]
+    return values
+
+
+def _define(command: ModuleType, argv: list[str] | None = None) -> Flags:
+    """The command's flags; with the arguments of a config file, every field of that file is a flag as well."""
+    values = Flags()
+    if argv is not None:
+        config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True, sys_argv=argv)
+    flags.DEFINE_bool("debug", False, "show the traceback of an error", flag_values=values)
+    flags.DEFINE_list("args", [], "positional arguments", flag_values=values)
+    command.define(values)
+    return values
+
+
+def _check_overrides(argv: Sequence[str], config: str) -> None:
+    """Refuse a config file that cannot be loaded, and `--config.x.y` that does not exist in it, in one line."""
+    values = Flags()
+    alone = ["vlmprune", f"--config={config}"]
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True, sys_argv=alone)
+    try:
+        values(alone)
+        loaded = values.config
+        loaded.keys()  # a file that failed to load says so at its first use
+    except UserError:
+        raise
+    except Exception as error:  # whatever a config file may raise
+        reason = str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__
+        raise UserError(f"--config={config}: cannot be loaded ({reason}); --debug shows more") from error
+    for arg in argv:
+        path = arg.lstrip("-").split("=", 1)[0]
+        if arg.startswith("--") and path.startswith("config."):
+            _check_path(path.split(".")[1:], loaded)
+
+
+def _check_path(parts: Sequence[str], config: Any) -> None:
+    at, where = config, "config"
+    for part in parts:
+        if not isinstance(at, Mapping) and not hasattr(at, "keys"):
+            raise UserError(f"--{where}.{part}: {where} is a value, not a section")
+        bare = part.split("[")[0]
+        if bare not in at:
+            raise UserError(f"--{where}.{part}: {where} has no {bare!r}{suggest(bare, list(at.keys()))}")
+        at, where = at[bare], f"{where}.{part}"
+
+
+def _value(argv: Sequence[str], name: str) -> str | None:
+    """The last value of `--name=value` or `--name value`."""
+    found = None
+    for i, arg in enumerate(argv):
+        if arg in (f"--{name}", f"-{name}") and i + 1 < len(argv):
+            found = argv[i + 1]
+        elif arg.startswith((f"--{name}=", f"-{name}=")):
+            found = arg.split("=", 1)[1]
+    return found
+
+
+def switch(argv: Sequence[str], name: str) -> bool:
+    """Whether a yes/no flag is given, without parsing the rest (which may be what failed)."""
+    return f"--{name}" in argv or f"--{name}=true" in argv
+
+
+def _names(values: Flags) -> list[str]:
+    return sorted(name for name in values if name not in ("args", "help"))
+
+
+def help_of(name: str, command: ModuleType) -> str:
+    """The command's docstring and its flags."""
+    values = _define(command)
+    lines = [inspect.cleandoc(command.__doc__ or ""), "", "flags:"]
+    for flag in _names(values):
+        shown = f"--{flag}" if values[flag].boolean else f"--{flag}=..."
+        lines.append(f"  {shown:<18} {values[flag].help}")
+    if "config" in values:
+        lines.append(f"  {'--config.x.y=...':<18} change one setting of the config")
+    return "\n".join(lines)

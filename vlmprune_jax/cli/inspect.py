@@ -1,0 +1,31 @@
+"""vlmprune inspect HF_DIR: family, layout, shapes, where the parameters are, what can be pruned, what export can do.
+
+Reads configs and tensor headers only. An original LLaVA folder whose vision tower is elsewhere takes --vision_dir.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from absl import flags as absl_flags
+
+from vlmprune_jax.cli.flags import Flags
+
+
+def define(values: Flags) -> None:
+    """Flags of this command."""
+    absl_flags.DEFINE_string("vision_dir", None, "the CLIP folder of an original-layout LLaVA", flag_values=values)
+    absl_flags.DEFINE_bool("json", False, "machine-readable output", flag_values=values)
+
+
+def run(flags: Any) -> None:
+    """Print what the folder holds."""
+    import json
+
+    from vlmprune_jax.errors import UserError
+    from vlmprune_jax.stages.describe import as_lines, describe
+
+    if len(flags.args) != 1:
+        raise UserError("inspect takes one folder: vlmprune inspect HF_DIR")
+    found = describe(flags.args[0], flags.vision_dir)
+    print(json.dumps(found, indent=2) if flags.json else "\n".join(as_lines(found)))

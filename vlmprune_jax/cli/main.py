@@ -1,0 +1,74 @@
+"""`vlmprune COMMAND ...`: finds the command, parses its flags, and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+from types import ModuleType
+
+from vlmprune_jax.cli.flags import help_of, parse, switch
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.stages.suggest import suggest
+
+# Command -> what it does, in the order of a run. Modules load when they are called: help stays fast.
+COMMANDS = {
+    "run": "all stages: score, prune, recover, evaluate, export, report",
+    "score": "importances of layers, heads and neurons -> scores.npz",
+    "prune": "plan from the scores, and the pruned model -> plan.json, pruned/",
+    "recover": "train the pruned model -> recovered/",
+    "evaluate": "accuracy by greedy generation -> eval/*.json",
+    "export": "the best model as a Hugging Face folder, reloaded and compared -> export/",
+    "report": "one page with table and plots from result.json -> report.html, report.png",
+    "inspect": "what a Hugging Face folder holds and what can be pruned, from its headers",
+    "demo": "the whole run on bundled real data, on a CPU",
+    "pretrain": "train the demo's teacher from scratch",
+}
+OVERVIEW = """\
+vlmprune: structured pruning and recovery of vision-language models, from Hugging Face folder to Hugging Face folder.
+
+usage: vlmprune COMMAND [flags]        vlmprune COMMAND --help
+
+{commands}
+
+  vlmprune demo --workdir=runs/demo
+  vlmprune run --config=configs/llava_depth.py --workdir=runs/llava --config.model.hf_dir=DIR --config.prune.ratio=0.3
+"""
+USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 (wrong input), 130 (Ctrl-C) or 143 (stopped by SIGTERM, saved)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(OVERVIEW.format(commands="\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())))
+        return 0
+    try:
+        return _dispatch(argv[0], argv[1:])
+    except UserError as error:
+        if switch(argv, "debug"):
+            traceback.print_exc()
+        print(f"vlmprune: error: {' '.join(str(error).split())}", file=sys.stderr)
+        training = sys.modules.get("vlmprune_jax.recover.loop")  # not imported here: it would load jax for a typo
+        return TERMINATED if training is not None and isinstance(error, training.Stopped) else USER_ERROR
+    except KeyboardInterrupt:
+        if switch(argv, "debug"):
+            traceback.print_exc()
+        print("\nvlmprune: interrupted; the same command continues with what is left", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _dispatch(name: str, rest: list[str]) -> int:
+    if name not in COMMANDS:
+        raise UserError(f"no command {name!r}{suggest(name, COMMANDS)}")
+    command: ModuleType = importlib.import_module(f"vlmprune_jax.cli.{name}")
+    if any(arg in ("-h", "--help") for arg in rest):
+        print(help_of(name, command))
+        return 0
+    command.run(parse(name, command, rest))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""vlmprune pretrain --config=configs/easyvqa_pretrain.py --workdir=DIR: train the demo's teacher from scratch.
+
+Makes DIR/teacher, a LLaVA folder in the llava-hf layout, with its tokenizer and processor. Every stage resumes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vlmprune_jax.cli.flags import Flags, common
+
+
+def define(values: Flags) -> None:
+    """Flags of this command."""
+    common(values)
+
+
+def run(flags: Any) -> None:
+    """Run the stages that the config lists."""
+    from vlmprune_jax.demo.pretrain import Stage, pretrain
+    from vlmprune_jax.errors import UserError
+    from vlmprune_jax.recover import RecoverConfig
+
+    if flags.config is None or not flags.workdir:
+        raise UserError("pretraining needs --config=configs/easyvqa_pretrain.py and --workdir=DIR")
+    config = flags.config.to_dict()
+    own = ("name", "records", "turns_per_row", "decoder_layers", "augment")
+    stages = []
+    for stage in (dict(s) for s in config["stages"]):
+        training = RecoverConfig(**{name: value for name, value in stage.items() if name not in own})
+        stages.append(Stage(**{name: stage[name] for name in own}, training=training))
+    folder = pretrain(
+        Path(flags.workdir), config["architecture"], stages, seed=config["seed"], overwrite=flags.overwrite
+    )
+    print(f"teacher: {folder}")

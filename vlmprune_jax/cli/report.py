@@ -1,0 +1,28 @@
+"""vlmprune report --workdir=DIR: the table on the terminal, report.html and report.png from DIR/result.json.
+
+The page is one file without external resources: table, accuracy against size, importance per layer, training curves.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vlmprune_jax.cli.flags import Flags, common
+
+
+def define(values: Flags) -> None:
+    """Flags of this command."""
+    common(values)
+
+
+def run(flags: Any) -> None:
+    """Build the report."""
+    from vlmprune_jax.errors import UserError
+    from vlmprune_jax.stages.console import make_reporter
+    from vlmprune_jax.stages.grid import finish
+    from vlmprune_jax.stages.single import Context
+
+    if not flags.workdir:
+        raise UserError("no workdir given: --workdir=DIR with the result.json of `vlmprune run`")
+    finish(Context(Path(flags.workdir), make_reporter(True), flags.overwrite))

@@ -1,0 +1,54 @@
+"""The demo as an experiment: a grid of two ways to prune and two ways to recover, in one workdir."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+from ml_collections import ConfigDict
+
+from vlmprune_jax.cli.config import experiment_config
+from vlmprune_jax.errors import UserError
+
+VARIANTS = ("", "quick")
+RATIO = 0.2  # of the whole model: about 30 % of the decoder, which is two thirds of it
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The demo; "quick" asks a few questions only and trains a few steps, to see that everything runs."""
+    if variant not in VARIANTS:
+        raise UserError(f"the demo has no variant {variant!r}: leave it out, or use quick")
+    config = experiment_config()
+    config.model.hf_dir = str(resources.files("vlmprune_jax") / "demo" / "teacher")
+
+    config.data.source = "easyvqa"
+    config.data.system = ""  # the teacher's chat template has no system text
+    config.data.aspect_ratio = "square"
+    config.data.max_length = 96
+    config.data.fraction = 0.05  # 1,928 of 38,575 training questions
+    config.score.samples = 64
+    config.score.batch_size = 32
+    config.evaluate.batch_size = 256
+    config.evaluate.max_new_tokens = 4  # every answer is one word, then the end token
+    config.export.dtype = "float32"
+
+    config.recover.trainable = "decoder"
+    config.recover.epochs = 4.0
+    config.recover.batch_size = 64
+    config.recover.learning_rate = 1e-3
+    config.recover.projector_learning_rate = 1e-3
+    config.recover.log_every = 1
+    config.recover.save_every = 40
+
+    config.prune_variants = {
+        "depth": {"prune": {"method": "depth", "ratio": RATIO}},
+        "width": {"prune": {"method": "width", "ratio": RATIO}},
+    }
+    config.recover_variants = {
+        "sft": {"recover": {"losses": {"ce": 1.0}}},
+        "sft_l2": {"recover": {"losses": {"ce": 0.5, "l2": 0.5, "l2_layers": (-1,)}}},  # the paper's alpha = 0.5
+    }
+    if variant == "quick":
+        config.evaluate.questions = 256
+        config.recover.steps = 2
+        config.score.samples = 32
+    return config

@@ -1,0 +1,1 @@
+"""Hugging Face folders: read onto the mesh, write atomically, check what was written."""

@@ -1,0 +1,111 @@
+"""Output folders that exist completely or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from vlmprune_jax.errors import UserError
+
+# Room beside the weights for file system overhead and small files.
+SPARE_BYTES = 16 * 2**20
+
+
+def check_target(out_dir: Path, source_dir: Path, overwrite: bool) -> None:
+    """Refuse an output folder that would destroy something.
+
+    Raises:
+      UserError: it exists and `overwrite` is off, it is not a model folder, or it holds the source.
+    """
+    out, source = out_dir.resolve(), source_dir.resolve()
+    if out == source or out in source.parents:
+        raise UserError(f"{out_dir}: is the source folder or holds it ({source_dir}): choose another output folder")
+    if not os.path.lexists(out_dir):
+        return
+    if not out_dir.is_dir():
+        raise UserError(f"{out_dir}: exists and is not a folder: choose another output folder")
+    if not any(out_dir.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"{out_dir}: exists already: choose another output folder or pass --overwrite (overwrite=True)")
+    if not (out_dir / "config.json").is_file():
+        raise UserError(f"{out_dir}: holds no config.json, so it is not a model folder: not overwritten, remove it by hand")
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse to start what cannot be finished.
+
+    Raises:
+      UserError: fewer than `needed` bytes (and some spare) are free where `folder` is to be.
+    """
+    free = shutil.disk_usage(next(parent for parent in folder.resolve().parents if parent.is_dir())).free
+    if free < needed + SPARE_BYTES:
+        raise UserError(
+            f"{folder}: needs {needed / 2**30:.2f} GiB but only {free / 2**30:.2f} GiB are free: make room or choose another disk"
+        )
+
+
+@contextlib.contextmanager
+def atomic_folder(out_dir: Path) -> Iterator[Path]:
+    """A hidden folder beside `out_dir` to write into; it becomes `out_dir` in one rename when the block succeeds.
+
+    Whatever was at `out_dir` is replaced at that moment and not before. If the block fails the hidden folder goes; if
+    the process is killed, the next call for the same `out_dir` on this machine removes it.
+    """
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    clean_stale(out_dir)
+    owner = f"{socket.gethostname()}-{os.getpid()}"
+    partial = out_dir.parent / f".{out_dir.name}.partial-{owner}"
+    replaced = out_dir.parent / f".{out_dir.name}.replaced-{owner}"
+    partial.mkdir()
+    try:
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            sync(path)
+        if out_dir.exists():
+            os.rename(out_dir, replaced)
+        os.rename(partial, out_dir)
+    except BaseException:
+        if replaced.exists() and not out_dir.exists():
+            os.rename(replaced, out_dir)
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync(out_dir.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def clean_stale(out_dir: Path) -> None:
+    """Remove what killed writers of `out_dir` left beside it, and put back a folder that one was just replacing."""
+    for kind in ("replaced", "partial"):
+        mark = f".{out_dir.name}.{kind}-{socket.gethostname()}-"
+        for left in sorted(path for path in out_dir.parent.iterdir() if path.name.startswith(mark)):
+            pid = left.name.removeprefix(mark)
+            if not pid.isdigit() or (int(pid) != os.getpid() and _alive(int(pid))):
+                continue
+            if kind == "replaced" and not out_dir.exists():
+                os.rename(left, out_dir)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

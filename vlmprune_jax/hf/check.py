@@ -1,0 +1,114 @@
+"""An export is not done before it was reloaded and computes the same logits."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.families import Family, family_of
+from vlmprune_jax.families.llama import PER_LAYER
+from vlmprune_jax.hf.files import WEIGHT_DTYPES, Checkpoint, read_json
+from vlmprune_jax.hf.layout import make_slots
+from vlmprune_jax.hf.read import load
+from vlmprune_jax.models.params import flatten, unflatten
+from vlmprune_jax.models.vlm import Model, forward, mesh_of
+
+TOLERANCE = 1e-4  # of float32 logits, between two implementations
+_ROWS, _TEXT_TOKENS = 2, 24
+
+
+def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | None = None) -> dict[str, Any]:
+    """Reload a written folder and compare its logits with the model's, on random text (and images), in float32.
+
+    The reload is in PyTorch where torch is installed and stock transformers has the class, else in JAX. Weights that
+    were written in a narrower dtype are compared with the model's own rounded to it.
+
+    Args:
+      model: what was written.
+      out_dir: where.
+      vision_dir: the vision tower's folder, for an original-layout LLaVA that does not hold it.
+
+    Returns:
+      {"backend": "torch" | "jax", "max_abs_logit_difference", "tolerance"}.
+
+    Raises:
+      UserError: the difference is above the tolerance, or transformers does not load the folder cleanly.
+    """
+    folder = Path(out_dir)
+    inputs = _random_inputs(model.cfg)
+    # Most CPUs and TPUs multiply float32 in fewer bits by default; the comparison is of functions, not of speed.
+    with jax.default_matmul_precision("highest"):
+        expected, _ = forward(_as_written(model, folder), **inputs)
+        backend, actual = _reloaded_logits(model, folder, inputs, vision_dir)
+    if actual.shape != expected.shape:
+        raise UserError(f"{folder}: reloaded in {backend} it has logits {list(actual.shape)}, the model {list(expected.shape)}")
+    difference = float(np.abs(np.asarray(expected) - actual).max())
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"{folder}: reloaded in {backend} its logits differ from the model's by {difference:.2g} (tolerance "
+            f"{TOLERANCE}): do not use this folder, and report it with its config.json"
+        )
+    return {"backend": backend, "max_abs_logit_difference": difference, "tolerance": TOLERANCE}
+
+
+def _as_written(model: Model, folder: Path) -> Model:
+    """The model in float32 with every weight rounded to the dtype it has in the folder."""
+    family, checkpoint = family_of(model.cfg), Checkpoint(folder)
+    dtypes = {family.canonical(key): entry.dtype for key, entry in checkpoint.entries.items()}
+    flat = flatten(model.params)
+    for slot in make_slots(model.cfg, family):
+        dtype = WEIGHT_DTYPES[dtypes.get(slot.key, "F32")]
+        if flat[slot.path].dtype != dtype:
+            flat[slot.path] = flat[slot.path].astype(dtype)
+    return Model(unflatten({path: leaf.astype(np.float32) for path, leaf in flat.items()}), model.cfg)
+
+
+def _random_inputs(cfg: ModelConfig) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    words = np.setdiff1d(np.arange(cfg.text.vocab_size), [cfg.image_token_id])
+    ids = rng.choice(words, (_ROWS, _TEXT_TOKENS))
+    if cfg.vision is None:
+        return {"input_ids": ids}
+    image = np.full((_ROWS, cfg.tokens_per_image), cfg.image_token_id)
+    shape = (_ROWS, cfg.vision.channels, cfg.vision.image_size, cfg.vision.image_size)
+    pixels = rng.standard_normal(shape, np.float32)
+    return {"input_ids": np.concatenate([ids[:, :4], image, ids[:, 4:]], axis=1), "pixel_values": pixels}
+
+
+def _reloaded_logits(
+    model: Model, folder: Path, inputs: dict[str, Any], vision_dir: str | Path | None
+) -> tuple[str, np.ndarray]:
+    stock = _stock_class(family_of(model.cfg), folder)
+    if stock and importlib.util.find_spec("torch") is not None:
+        return "torch", _torch_logits(folder, stock, inputs)
+    again = load(folder, vision_dir=vision_dir, dtype="float32", mesh=mesh_of(model.params))
+    return "jax", np.asarray(forward(again, **inputs)[0])
+
+
+def _stock_class(family: Family, folder: Path) -> str | None:
+    """The transformers class that loads the folder, if there is one."""
+    config = read_json(folder / "config.json")
+    if family.layout != "transformers" or PER_LAYER in config or PER_LAYER in (config.get("text_config") or {}):
+        return None
+    return (config.get("architectures") or [None])[0]
+
+
+def _torch_logits(folder: Path, class_name: str, inputs: dict[str, Any]) -> np.ndarray:
+    import torch
+    import transformers
+
+    options = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True, "output_loading_info": True}
+    loaded, info = getattr(transformers, class_name).from_pretrained(folder, **options)
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    problems = [f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, info[kind]))[:3])}" for kind in kinds if info.get(kind)]
+    if problems:
+        raise UserError(f"{folder}: transformers does not load it cleanly: {'; '.join(problems)}")
+    tensors = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in inputs.items()}
+    with torch.inference_mode():
+        return loaded.eval()(**tensors).logits.numpy()

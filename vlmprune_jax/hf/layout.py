@@ -1,0 +1,166 @@
+"""Where every tensor of a checkpoint goes in `params`: derived from the family's table and the modules' axes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.families import Family
+from vlmprune_jax.hf.files import WEIGHT_DTYPES, Checkpoint
+from vlmprune_jax.models.params import locate, param_axes, param_shapes
+
+PARTS = ("text", "projector", "vision")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor's place: its canonical key and shape in the files, its path in `params`, its index in a stack.
+
+    `shape` is the array's own: the file's shape with the named `axes` split. Both have the same order of elements, so
+    conversion either way is a reshape. `layer` is the block's number in its tower, where `index` is that in its run.
+    """
+
+    key: str
+    hf_shape: tuple[int, ...]
+    path: str
+    index: int | None
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    layer: int | None
+
+
+@dataclass
+class Match:
+    """What a checkpoint holds of a model: canonical key -> key in the files, and what is wrong with the rest.
+
+    `carried` are known keys that are not computed with; `tied` is the copy of the embedding that some checkpoints with
+    tied embeddings hold as output head.
+    """
+
+    found: dict[str, str] = field(default_factory=dict)
+    carried: list[str] = field(default_factory=list)
+    tied: str | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
+    """Every tensor of a model, layer by layer, in the table's order."""
+    axes, shapes = param_axes(cfg), param_shapes(cfg)
+    slots = []
+    for weight in family.weights(cfg):
+        layers: Iterable[int | None] = (None,)
+        if "{i}" in weight.path:
+            layers = range(n_blocks(cfg, weight.path.split("/")[0]))
+        for i in layers:
+            line = weight if i is None else weight.at(i)
+            path, index = locate(cfg, line.path)
+            names, shape = axes[path], shapes[path]
+            if index is not None:
+                names, shape = names[1:], shape[1:]
+            tokens = line.layout.replace("(", " ( ").replace(")", " ) ").split()
+            assert [t for t in tokens if t not in "()"] == list(names), f"{line} does not keep the axes {names}"
+            size = dict(zip(names, shape, strict=True))
+            slots.append(Slot(line.key, _grouped(tokens, size), path, index, shape, names, i))
+    covered = {slot.path for slot in slots}
+    assert covered == set(shapes), f"{family.name} table does not cover {sorted(covered ^ set(shapes))}"
+    return slots
+
+
+def n_blocks(cfg: ModelConfig, part: str) -> int:
+    """Number of computed blocks of a part ("text" or "vision")."""
+    if part == "text":
+        return len(cfg.text.layers)
+    return cfg.vision.n_layers if cfg.vision else 0
+
+
+def _grouped(tokens: Iterable[str], size: dict[str, int]) -> tuple[int, ...]:
+    """Shape of an einops side: `( q_heads head ) embed` -> (q_heads * head, embed)."""
+    shape: list[int] = []
+    inside: list[int] | None = None
+    for token in tokens:
+        if token == "(":
+            inside = []
+        elif token == ")":
+            shape.append(math.prod(inside or ()))
+            inside = None
+        else:
+            (shape if inside is None else inside).append(size[token])
+    return tuple(shape)
+
+
+def match_keys(
+    slots: Sequence[Slot], cfg: ModelConfig, family: Family, checkpoint: Checkpoint, parts: Collection[str] = PARTS
+) -> Match:
+    """Pair the keys in the files with the slots of these parts; every problem is noted, none raises.
+
+    What the checkpoint holds of other parts is another checkpoint's business and is passed over.
+    """
+    known = {slot.key: slot for slot in slots}
+    wanted = {key: slot for key, slot in known.items() if slot.path.split("/")[0] in parts}
+    match, head = Match(), tied_head(cfg, family)
+    for key, entry in checkpoint.entries.items():
+        name = family.canonical(key)
+        slot = wanted.get(name)
+        if slot is None and name in known:
+            continue
+        if slot is None:
+            if name == head:
+                match.tied = key
+            elif family.is_ignored(name) and not _in_computed_block(name, cfg, family):
+                match.carried.append(key)
+            else:
+                match.problems.append(f"unknown key {key}")
+        elif name in match.found:
+            match.problems.append(f"{key} and {match.found[name]} are the same weight")
+        else:
+            match.found[name] = key
+            if entry.shape != slot.hf_shape:
+                match.problems.append(f"{key} has shape {list(entry.shape)}, config.json says {list(slot.hf_shape)}")
+            if entry.dtype not in WEIGHT_DTYPES:
+                match.problems.append(f"{key} has dtype {entry.dtype}, supported are {', '.join(WEIGHT_DTYPES)}")
+    match.problems += [f"missing key {key}" for key in wanted if key not in match.found]
+    return match
+
+
+def refuse(problems: Sequence[str], family: Family, where: object) -> None:
+    """Raise one UserError that lists all problems, if there are any."""
+    if not problems:
+        return
+    order = sorted(problems, key=lambda text: ("missing key" in text, "unknown key" in text))
+    more = f"; and {len(order) - 8} more" if len(order) > 8 else ""
+    raise UserError(
+        f"{where}: the weights do not fit config.json: {'; '.join(order[:8])}{more}: is it a complete, "
+        f"unquantised {family.name} checkpoint in {family.layout} layout?"
+    )
+
+
+def tied_head(cfg: ModelConfig, family: Family) -> str | None:
+    """Canonical key of the output head that a model with tied embeddings does not have, or None."""
+    if not cfg.text.tie_embeddings:
+        return None
+    untied = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, tie_embeddings=False))
+    return next(w.key for w in family.weights(untied) if w.path == "text/lm_head/weight")
+
+
+def _in_computed_block(name: str, cfg: ModelConfig, family: Family) -> bool:
+    """Whether a canonical key belongs to a vision block that is computed, where every tensor must be known."""
+    number = block_number(name, "vision", cfg, family)
+    return number is not None and (number < n_blocks(cfg, "vision") or cfg.vision is None or number >= cfg.vision.n_layers_total)
+
+
+def block_number(name: str, part: str, cfg: ModelConfig, family: Family) -> int | None:
+    """Number of the `part`'s block that a canonical key lies in, or None."""
+    prefix = next((w.key.split("{i}")[0] for w in family.weights(cfg) if w.path.startswith(f"{part}/layers/{{i}}")), None)
+    if prefix is None or not name.startswith(prefix):
+        return None
+    return int(name[len(prefix) :].split(".")[0])
+
+
+def template(key: str) -> str:
+    """A key with its block number replaced by `{}`; keys outside blocks are returned as they are."""
+    return re.sub(r"\blayers\.\d+\.", "layers.{}.", key, count=1)

@@ -1,0 +1,192 @@
+"""Hugging Face folder -> Model: every device reads its own slice of the memory-mapped files."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh
+
+from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.distributed.rules import check_divides, sharding
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.families import Family, detect
+from vlmprune_jax.hf.files import Checkpoint, has_weights, read_json
+from vlmprune_jax.hf.layout import PARTS, Slot, make_slots, match_keys, refuse
+from vlmprune_jax.models.params import param_axes, param_shapes, unflatten
+from vlmprune_jax.models.vlm import Model, Params
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+# Bit patterns from which on a number (without, with sign) is infinite or NaN.
+_NOT_FINITE = {"float32": (0x7F800000, 0xFF800000), "bfloat16": (0x7F80, 0xFF80), "float16": (0x7C00, 0xFC00)}
+# XLA on CPU takes over a host buffer of this alignment without a copy.
+_ALIGNMENT = 64
+# Everything but weights, which come in one of two forms.
+_HUB_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+
+# Where a weight lies: canonical key -> (checkpoint, key in its files).
+Sources = dict[str, tuple[Checkpoint, str]]
+
+
+def load(
+    hf_dir: str | Path, *, vision_dir: str | Path | None = None, dtype: str = "float32", mesh: Mesh | None = None
+) -> Model:
+    """The model in a Hugging Face folder (or hub id).
+
+    Args:
+      hf_dir: folder with config.json and safetensors (or `pytorch_model*.bin`, with the [torch] extra), or a hub id.
+      vision_dir: the CLIP folder of an original-layout LLaVA that does not hold its tower.
+      dtype: of all parameters: "float32", "bfloat16" or "float16".
+      mesh: where the parameters go, split by `distributed.rules`; None is the default device.
+
+    Raises:
+      UserError: unknown family, missing or damaged files, weights that do not fit config.json or are not finite, or a
+        mesh that does not divide the model.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    folder = resolve(hf_dir)
+    tower = None if vision_dir is None else resolve(vision_dir)
+    family, cfg = read_config(folder, tower)
+    if mesh is not None:
+        check_divides(cfg, mesh)
+    slots = make_slots(cfg, family)
+    sources = find_weights(slots, cfg, family, folder, tower)
+    return Model(_read_params(cfg, slots, sources, DTYPES[dtype], mesh), cfg)
+
+
+def resolve(name: str | Path) -> Path:
+    """A local folder, or the local snapshot of a hub id such as `llava-hf/llava-1.5-7b-hf`.
+
+    Raises:
+      UserError: there is no such folder and the hub has no such model or cannot be reached.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    text = str(name)
+    if folder.is_absolute() or text.startswith(".") or text.count("/") != 1 or folder.exists():
+        raise UserError(f"{name}: no such folder (give a Hugging Face model folder or a hub id like org/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot = Path(snapshot_download(text, allow_patterns=[*_HUB_FILES, "*.safetensors"]))
+        if not has_weights(snapshot):
+            snapshot = Path(snapshot_download(text, allow_patterns=[*_HUB_FILES, "pytorch_model*.bin"]))
+    except Exception as error:  # the hub client raises its own, its transport's and OS errors
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{name}: no such folder, and not available from the hub ({reason})") from error
+    return snapshot
+
+
+def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, ModelConfig]:
+    """Family and config of a folder, from its JSON files only.
+
+    generation_config.json supplies the begin, end and padding ids that config.json leaves out.
+    """
+    config = read_json(folder / "config.json")
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        ids = {k: v for k, v in read_json(generation).items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        nested = config.get("text_config") or {}
+        known = {name for name in ids if config.get(name) is not None or nested.get(name) is not None}
+        config = {**config, **{name: value for name, value in ids.items() if name not in known and value is not None}}
+    family = detect(config, str(folder / "config.json"))
+    vision = None
+    if family.separate_vision:
+        vision = read_json(vision_dir / "config.json") if vision_dir is not None else config.get("vision_config")
+    return family, family.from_hf(config, vision)
+
+
+def find_weights(slots: list[Slot], cfg: ModelConfig, family: Family, folder: Path, vision_dir: Path | None) -> Sources:
+    """Where every weight lies; the tower of an original-layout LLaVA is its own folder's, as in the reference.
+
+    Raises:
+      UserError: unknown, missing or doubled keys, wrong shapes and dtypes, all in one line.
+    """
+    holders: list[tuple[Checkpoint, tuple[str, ...]]] = [(Checkpoint(folder), PARTS)]
+    if family.separate_vision and vision_dir is not None and has_weights(vision_dir):
+        holders = [(holders[0][0], ("text", "projector")), (Checkpoint(vision_dir), ("vision",))]
+    matches = [(checkpoint, match_keys(slots, cfg, family, checkpoint, parts)) for checkpoint, parts in holders]
+    where = " + ".join(str(checkpoint.folder) for checkpoint, _ in matches)
+    refuse([problem for _, match in matches for problem in match.problems], family, where)
+    checkpoint, match = matches[0]
+    if match.tied is not None:
+        embedding = match.found[next(slot.key for slot in slots if slot.path == "text/embed_tokens/weight")]
+        if not np.array_equal(checkpoint.raw(match.tied), checkpoint.raw(embedding)):
+            raise UserError(
+                f"{folder}: tie_word_embeddings is true but {match.tied} differs from {embedding}: "
+                "set it to false in config.json, or remove the one that does not count"
+            )
+    return {name: (checkpoint, key) for checkpoint, match in matches for name, key in match.found.items()}
+
+
+def _read_params(cfg: ModelConfig, slots: list[Slot], sources: Sources, dtype: np.dtype, mesh: Mesh | None) -> Params:
+    """Parameters filled tensor by tensor: beside them, no more than one tensor of a file is in memory at a time."""
+    members: dict[str, list[Slot]] = defaultdict(list)
+    for slot in slots:
+        members[slot.path].append(slot)
+    axes = param_axes(cfg)
+    flat = {}
+    for path, shape in param_shapes(cfg).items():
+        blocks: dict[Any, np.ndarray] = {}
+
+        def block(
+            index: tuple[slice, ...], path: str = path, shape: tuple[int, ...] = shape, blocks: Any = blocks
+        ) -> np.ndarray:
+            # Devices that hold the same slice share one buffer.
+            key = tuple(one.indices(size) for one, size in zip(index, shape, strict=True))
+            if key not in blocks:
+                blocks[key] = _read_block(members[path], sources, index, [len(range(*bounds)) for bounds in key], dtype)
+            return blocks[key]
+
+        if mesh is None:
+            flat[path] = jax.device_put(block((slice(None),) * len(shape)))
+        else:
+            flat[path] = jax.make_array_from_callback(shape, sharding(mesh, axes[path]), block)
+    return unflatten(flat)
+
+
+def _read_block(
+    slots: list[Slot], sources: Sources, index: tuple[slice, ...], shape: list[int], dtype: np.dtype
+) -> np.ndarray:
+    """The slice `index` of one parameter, cast to `dtype`; a stack is filled layer by layer."""
+    block = _aligned(shape, dtype)
+    stacked = slots[0].index is not None
+    targets = zip(slots[index[0]], block, strict=True) if stacked else [(slots[0], block)]
+    for slot, target in targets:
+        checkpoint, key = sources[slot.key]
+        part = checkpoint[key].reshape(slot.shape)[index[1:] if stacked else index]
+        check_finite(part, f"{checkpoint.folder}: tensor {key}")
+        target[...] = part
+        if dtype != np.float32 and dtype != part.dtype:
+            check_finite(target, f"{checkpoint.folder}: tensor {key} as {dtype.name}")
+    return block
+
+
+def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    n_bytes = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(n_bytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + n_bytes].view(dtype).reshape(shape)
+
+
+def check_finite(array: np.ndarray, what: str) -> None:
+    """Refuse infinity and NaN, which would spread to every score and loss.
+
+    Two maxima over the bit patterns, signed and unsigned: no temporary array, and several times faster than isfinite.
+
+    Raises:
+      UserError: names `what`.
+    """
+    if array.size == 0:
+        return
+    positive, negative = _NOT_FINITE[array.dtype.name]
+    bits = array.dtype.itemsize * 8
+    if array.view(f"int{bits}").max() >= positive or array.view(f"uint{bits}").max() >= negative:
+        count = int(np.sum(~np.isfinite(array)))
+        raise UserError(f"{what} holds {count} NaN or infinite values: the weights are damaged, or the dtype too narrow")

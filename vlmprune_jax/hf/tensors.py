@@ -1,0 +1,117 @@
+"""Tensors on their way to disk: fetched one at a time from the devices, streamed into safetensors shards."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from vlmprune_jax.hf.files import INDEX, OTHER_BYTES, SINGLE, WEIGHT_DTYPES
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor to write: its key, safetensors dtype and shape, and how to get its bytes (uint8[n_bytes])."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    n_bytes: int
+    fetch: Callable[[], np.ndarray]
+
+
+def weight(key: str, dtype: str, shape: tuple[int, ...], fetch: Callable[[], np.ndarray]) -> Tensor:
+    """A tensor whose `fetch` gives an array of any shape with the right number of elements and dtype."""
+
+    def to_bytes() -> np.ndarray:
+        # A transposed view's buffer is not in the order of its elements: always contiguous.
+        return np.ascontiguousarray(fetch()).reshape(-1).view(np.uint8)
+
+    return Tensor(key, dtype, shape, math.prod(shape) * WEIGHT_DTYPES[dtype].itemsize, to_bytes)
+
+
+def to_host(array: Any, index: int | None) -> np.ndarray:
+    """An array, or entry `index` of a stack, in host memory; every process must call it for arrays split over them."""
+    if isinstance(array, np.ndarray):
+        return array if index is None else array[index]
+    if not array.is_fully_addressable:
+        part = array if index is None else _entry(array, index)
+        return np.asarray(multihost_utils.process_allgather(part, tiled=True))
+    if array.is_fully_replicated:
+        # On CPU this is a view of the device buffer.
+        whole = np.asarray(array.addressable_data(0))
+        return whole if index is None else whole[index]
+    # Assembled by hand: np.asarray(array) would keep a host copy of every weight alive inside the model.
+    part = array if index is None else _entry(array, index)
+    host = np.empty(part.shape, part.dtype)
+    for shard in part.addressable_shards:
+        host[shard.index] = np.asarray(shard.data)
+    return host
+
+
+@jax.jit
+def _entry(stack: jax.Array, index: Any) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stack, index, axis=0, keepdims=False)
+
+
+def split_shards(tensors: Sequence[Tensor], max_bytes: int) -> list[list[Tensor]]:
+    """Consecutive tensors in shards of at most `max_bytes` (a larger tensor has one of its own)."""
+    shards: list[list[Tensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.n_bytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.n_bytes
+    return shards
+
+
+def write_weights(tensors: Sequence[Tensor], folder: Path, max_bytes: int) -> None:
+    """`model.safetensors`, or numbered shards and their index."""
+    shards = split_shards(tensors, max_bytes)
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        with (folder / name).open("wb") as file:
+            write_safetensors(shard, file)
+        weight_map.update({tensor.key: name for tensor in shard})
+    if len(shards) > 1:
+        total = sum(tensor.n_bytes for tensor in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_safetensors(tensors: Sequence[Tensor], file: BinaryIO) -> None:
+    """One safetensors file, a tensor in memory at a time (the library's own writer wants all of them at once).
+
+    Wide dtypes come first, as the library writes them: every tensor is then aligned to its element.
+    """
+    ordered = sorted(tensors, key=lambda tensor: -_item_bytes(tensor.dtype))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in ordered:
+        header[tensor.key] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.n_bytes],
+        }
+        end += tensor.n_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in ordered:
+        data = tensor.fetch()
+        assert data.nbytes == tensor.n_bytes, f"{tensor.key}: {data.nbytes} bytes, {tensor.n_bytes} announced"
+        file.write(data.data)
+
+
+def _item_bytes(dtype: str) -> int:
+    return WEIGHT_DTYPES[dtype].itemsize if dtype in WEIGHT_DTYPES else OTHER_BYTES.get(dtype, 1)

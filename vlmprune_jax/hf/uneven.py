@@ -1,0 +1,39 @@
+"""Layers of unequal width as layers of equal width: zero heads and neurons change nothing but the size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vlmprune_jax.config import LayerShape
+
+
+def widest(layers: Sequence[LayerShape]) -> LayerShape:
+    """The smallest shape that every layer fits in with its query heads in their groups."""
+    kv_heads = max(shape.kv_heads for shape in layers)
+    per_group = max(shape.q_heads // shape.kv_heads for shape in layers)
+    return LayerShape(kv_heads * per_group, kv_heads, max(shape.mlp for shape in layers))
+
+
+def pad_tensor(array: np.ndarray, axes: tuple[str, ...], shape: LayerShape, target: LayerShape) -> np.ndarray:
+    """A tensor of a layer of `shape`, with these named axes, widened to `target` with zeros.
+
+    A zero value head or neuron adds zero to the residual stream; a query head whose output weights are zero may look
+    anywhere. Query head g * per_group + r belongs to key/value head g, so both numbers are padded on their own.
+    """
+    if "q_heads" in axes:
+        at = axes.index("q_heads")
+        array = array.reshape(*array.shape[:at], shape.kv_heads, shape.q_heads // shape.kv_heads, *array.shape[at + 1 :])
+        array = _extend(_extend(array, at, target.kv_heads), at + 1, target.q_heads // target.kv_heads)
+        return array.reshape(*array.shape[:at], target.q_heads, *array.shape[at + 2 :])
+    for axis, size in (("kv_heads", target.kv_heads), ("mlp", target.mlp)):
+        if axis in axes:
+            array = _extend(array, axes.index(axis), size)
+    return array
+
+
+def _extend(array: np.ndarray, axis: int, size: int) -> np.ndarray:
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, size - array.shape[axis])
+    return np.pad(array, widths)

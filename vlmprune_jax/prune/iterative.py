@@ -1,0 +1,62 @@
+"""Width pruning in several steps, with scores of the smaller model before each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.params import count_params
+from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.prune.dispatch import score
+from vlmprune_jax.prune.plan import PrunePlan, compose
+from vlmprune_jax.prune.select import make_plan
+from vlmprune_jax.prune.surgery import apply_plan
+
+
+def prune_iteratively(
+    model: Model,
+    batches: Callable[[int], Iterable[Any]],
+    *,
+    steps: int,
+    criterion: str,
+    score_options: Mapping[str, Any] | None = None,
+    ratio: float | None = None,
+    sparsity: float | None = None,
+    **plan_options: Any,
+) -> tuple[Model, PrunePlan]:
+    """Reach a width ratio (or the reference's sparsity) in equal steps: score, plan, apply, and again.
+
+    Step k of K aims at k/K of the target, always relative to the model as it came in.
+
+    Args:
+      batches: calibration batches of step k = 0, 1, ...
+      score_options, plan_options: as for `score` and `make_plan(method="width")`.
+
+    Returns:
+      The pruned model, and one plan that leads from `model` to it.
+
+    Raises:
+      UserError: as `score` and `make_plan`; steps < 1.
+    """
+    if steps < 1:
+        raise UserError(f"steps={steps} must be at least 1")
+    current, plan = model, None
+    for k in range(1, steps + 1):
+        scores = score(current, batches(k - 1), criterion=criterion, **(score_options or {}))
+        now = make_plan(
+            scores,
+            current.cfg,
+            method="width",
+            base=model.cfg,
+            ratio=None if ratio is None else ratio * k / steps,
+            sparsity=None if sparsity is None else sparsity * k / steps,
+            **plan_options,
+        )
+        current = apply_plan(current, now)
+        plan = now if plan is None else compose(plan, now)
+    assert plan is not None
+    options = {**plan_options, **(score_options or {}), "steps": steps, "sparsity": sparsity}
+    total = plan_options.get("parameters_total") or count_params(model.cfg)
+    return current, dataclasses.replace(plan, asked=ratio, parameters_total=total, options=options)

@@ -1,0 +1,228 @@
+"""A prune plan: the kept layers, heads and neurons in original numbering, as a small JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vlmprune_jax.config import LayerShape, ModelConfig
+from vlmprune_jax.errors import UserError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class KeptLayer:
+    """What stays of decoder layer `index`: sorted indices of query heads, key/value heads and MLP neurons."""
+
+    index: int
+    q_heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+    neurons: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, index: int, shape: LayerShape) -> KeptLayer:
+        """All of a layer."""
+        return cls(index, tuple(range(shape.q_heads)), tuple(range(shape.kv_heads)), tuple(range(shape.mlp)))
+
+    @property
+    def shape(self) -> LayerShape:
+        """The layer's widths after pruning."""
+        return LayerShape(len(self.q_heads), len(self.kv_heads), len(self.neurons))
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """What to keep of the model with this fingerprint, and how that was decided.
+
+    `asked` and `reached` are reductions of `parameters_total`, the count that ratios refer to (by default all
+    parameters of the computed model); `asked` is None if no ratio was asked for.
+    """
+
+    fingerprint: str
+    method: str
+    criterion: str
+    layers_before: tuple[LayerShape, ...]
+    layers: tuple[KeptLayer, ...]
+    parameters_before: int
+    parameters_after: int
+    parameters_total: int
+    asked: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        problem = _problem(self.layers_before, self.layers)
+        if problem:
+            raise UserError(f"prune plan: {problem}")
+
+    @property
+    def reached(self) -> float:
+        """Share of `parameters_total` that the plan removes."""
+        return (self.parameters_before - self.parameters_after) / self.parameters_total
+
+    @property
+    def kept_layers(self) -> tuple[int, ...]:
+        """Original numbers of the layers that stay, in order: the teacher layer of each student layer."""
+        return tuple(layer.index for layer in self.layers)
+
+    @property
+    def removed_layers(self) -> tuple[int, ...]:
+        """Original numbers of the layers that go."""
+        return tuple(sorted(set(range(len(self.layers_before))) - set(self.kept_layers)))
+
+    def apply_to(self, cfg: ModelConfig) -> ModelConfig:
+        """The config of the pruned model."""
+        return cfg.with_layers([layer.shape for layer in self.layers])
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """JSON text (one line per layer), also written to `path` if given."""
+        head = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "method": self.method,
+            "criterion": self.criterion,
+            "asked": self.asked,
+            "reached": self.reached,
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
+            "parameters_total": self.parameters_total,
+            "options": dict(self.options),
+            "kept_layers": self.kept_layers,
+            "layers_before": [[s.q_heads, s.kv_heads, s.mlp] for s in self.layers_before],
+        }
+        lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
+        layers = ",\n".join(f"    {json.dumps(vars(layer))}" for layer in self.layers)
+        text = "\n".join(["{", *lines, '  "layers": [', layers, "  ]", "}"]) + "\n"
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(f"{path}.partial")
+            partial.write_text(text)
+            os.replace(partial, path)
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | os.PathLike[str]) -> PrunePlan:
+        """The plan in a file, or in JSON text.
+
+        Raises:
+          UserError: no such file, not JSON, or a key that is missing or inconsistent.
+        """
+        inline = isinstance(source, str) and source.lstrip().startswith("{")
+        where = "plan JSON" if inline else str(source)
+        try:
+            data = json.loads(str(source) if inline else Path(source).read_text())
+            return _from_dict(data)
+        except FileNotFoundError:
+            raise UserError(f"{where}: no such plan: run `vlmprune prune` first") from None
+        except KeyError as error:
+            raise UserError(f"{where}: key {error} is missing: plan again") from None
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{where}: not a prune plan ({error}): plan again") from None
+
+
+def keep_everything(cfg: ModelConfig, fingerprint: str, parameters: int) -> PrunePlan:
+    """The plan that changes nothing about a model with this many `parameters`."""
+    return PrunePlan(
+        fingerprint=fingerprint,
+        method="none",
+        criterion="none",
+        layers_before=cfg.text.layers,
+        layers=tuple(KeptLayer.whole(i, shape) for i, shape in enumerate(cfg.text.layers)),
+        parameters_before=parameters,
+        parameters_after=parameters,
+        parameters_total=parameters,
+    )
+
+
+def compose(first: PrunePlan, second: PrunePlan) -> PrunePlan:
+    """One plan that does `first`, then `second` (which was made for the model that `first` leaves).
+
+    Raises:
+      UserError: `second` is for other widths than `first` leaves.
+    """
+    left = tuple(layer.shape for layer in first.layers)
+    if second.layers_before != left or second.parameters_before != first.parameters_after:
+        raise UserError("these plans do not follow each other: the second must be made for the model that the first leaves")
+    layers = []
+    for kept in second.layers:
+        base = first.layers[kept.index]
+        layers.append(
+            KeptLayer(
+                base.index,
+                _pick(base.q_heads, kept.q_heads),
+                _pick(base.kv_heads, kept.kv_heads),
+                _pick(base.neurons, kept.neurons),
+            )
+        )
+    methods = {first.method, second.method} - {"none"}
+    return PrunePlan(
+        fingerprint=first.fingerprint,
+        method=methods.pop() if len(methods) == 1 else "hybrid" if methods else "none",
+        criterion=first.criterion if first.criterion == second.criterion else f"{first.criterion} + {second.criterion}",
+        layers_before=first.layers_before,
+        layers=tuple(layers),
+        parameters_before=first.parameters_before,
+        parameters_after=second.parameters_after,
+        parameters_total=first.parameters_total,
+        options={"first": dict(first.options), "second": dict(second.options)},
+    )
+
+
+def _pick(indices: Sequence[int], chosen: Sequence[int]) -> tuple[int, ...]:
+    return tuple(indices[i] for i in chosen)
+
+
+def _from_dict(data: Mapping[str, Any]) -> PrunePlan:
+    if data["format"] != FORMAT:
+        raise UserError(f"plan of format {data['format']}, this version reads {FORMAT}: plan again")
+    return PrunePlan(
+        fingerprint=data["fingerprint"],
+        method=data["method"],
+        criterion=data["criterion"],
+        layers_before=tuple(LayerShape(*shape) for shape in data["layers_before"]),
+        layers=tuple(
+            KeptLayer(one["index"], *(tuple(one[name]) for name in ("q_heads", "kv_heads", "neurons")))
+            for one in data["layers"]
+        ),
+        parameters_before=data["parameters_before"],
+        parameters_after=data["parameters_after"],
+        parameters_total=data["parameters_total"],
+        asked=data["asked"],
+        options=data["options"],
+    )
+
+
+def _problem(before: Sequence[LayerShape], layers: Sequence[KeptLayer]) -> str | None:
+    """Why these layers cannot be kept of a decoder with these widths, or None."""
+    if not layers:
+        return "no layer is kept"
+    if not _increasing([layer.index for layer in layers], len(before)):
+        return f"kept layers {[layer.index for layer in layers]} are not increasing numbers below {len(before)}"
+    for layer in layers:
+        shape = before[layer.index]
+        for name, indices, size in (
+            ("q_heads", layer.q_heads, shape.q_heads),
+            ("kv_heads", layer.kv_heads, shape.kv_heads),
+            ("neurons", layer.neurons, shape.mlp),
+        ):
+            if not indices or not _increasing(indices, size):
+                return f"{name} of layer {layer.index} are not increasing numbers below {size}, at least one"
+        group = shape.q_heads // shape.kv_heads
+        per_group = [sum(head // group == kv for head in layer.q_heads) for kv in layer.kv_heads]
+        if len(set(per_group)) != 1 or sum(per_group) != len(layer.q_heads):
+            return (
+                f"layer {layer.index} keeps query heads {list(layer.q_heads)} that do not share its key/value heads "
+                f"{list(layer.kv_heads)} evenly (groups of {group})"
+            )
+    return None
+
+
+def _increasing(indices: Sequence[int], size: int) -> bool:
+    edges = [-1, *indices, size]
+    return all(low < high for low, high in zip(edges, edges[1:], strict=False))

@@ -1,0 +1,95 @@
+"""Scores: what a criterion says about layers, heads and neurons; numbers only, in one small file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmprune_jax.errors import UserError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Importances of one model under one criterion; the smallest are removed first.
+
+    `importance`: float64[n_layers], or None if the criterion says nothing about whole layers.
+    `heads[i]`: float64[kv_heads] (whole groups of grouped-query attention) or float64[q_heads] of layer i, as
+    `options["gqa"]` says; `mlp[i]`: float64[neurons]. Both None if the criterion says nothing about widths.
+    """
+
+    criterion: str
+    fingerprint: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    importance: np.ndarray | None = None
+    heads: tuple[np.ndarray, ...] | None = None
+    mlp: tuple[np.ndarray, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, values in self._arrays().items():
+            if np.isnan(values).any():
+                raise UserError(
+                    f"{self.criterion} scores {name} hold NaN: check the weights and the calibration data for non-finite values"
+                )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one `.npz` (no pickle); the file appears complete or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        meta = {
+            "format": FORMAT,
+            "criterion": self.criterion,
+            "fingerprint": self.fingerprint,
+            "options": dict(self.options),
+            "layers": 0 if self.heads is None else len(self.heads),
+        }
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, meta=np.array(json.dumps(meta)), **self._arrays())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Scores:
+        """Read what `save` wrote.
+
+        Raises:
+          UserError: no such file, or not a scores file.
+        """
+        try:
+            with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as file:
+                meta = json.loads(str(file["meta"]))
+                arrays = {name: file[name] for name in file.files if name != "meta"}
+            if meta["format"] != FORMAT:
+                raise UserError(f"{path}: scores of format {meta['format']}, this version reads {FORMAT}: score again")
+            wide = range(meta["layers"])
+            return cls(
+                criterion=meta["criterion"],
+                fingerprint=meta["fingerprint"],
+                options=meta["options"],
+                importance=arrays.get("importance"),
+                heads=tuple(arrays[f"heads_{i}"] for i in wide) if wide else None,
+                mlp=tuple(arrays[f"mlp_{i}"] for i in wide) if wide else None,
+            )
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such scores file: run `vlmprune score` first") from None
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path}: not a scores file of `vlmprune score` ({error}): score again") from None
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        arrays = {} if self.importance is None else {"importance": self.importance}
+        for name, parts in (("heads", self.heads), ("mlp", self.mlp)):
+            arrays |= {f"{name}_{i}": part for i, part in enumerate(parts or ())}
+        return arrays

@@ -1,0 +1,203 @@
+"""From scores to a plan: which layers, heads and neurons go so that the asked share of all parameters is removed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.params import count_params
+from vlmprune_jax.prune.fingerprint import shape_digest
+from vlmprune_jax.prune.options import fraction, one_of, with_defaults
+from vlmprune_jax.prune.plan import KeptLayer, PrunePlan
+from vlmprune_jax.prune.scores import Scores
+from vlmprune_jax.prune.solver import layer_costs
+from vlmprune_jax.prune.width import choose_widths
+
+METHODS = ("depth", "width", "hybrid")
+DEPTH: Mapping[str, Any] = {"protect": (), "rounding": "nearest"}
+WIDTH: Mapping[str, Any] = {
+    "attn_layers": "all",
+    "mlp_layers": "all",
+    "heads_multiple": 1,
+    "neurons_multiple": 1,
+    "selection": "local",
+}
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "depth": {**DEPTH, "parameters_total": None},
+    "width": {**WIDTH, "sparsity": None, "base": None, "parameters_total": None},
+    "hybrid": {**DEPTH, **WIDTH, "depth_share": 0.5, "parameters_total": None},
+}
+
+
+def make_plan(
+    scores: Scores | tuple[Scores, Scores],
+    cfg: ModelConfig,
+    *,
+    method: str,
+    ratio: float | None = None,
+    layers_removed: int | None = None,
+    **options: Any,
+) -> PrunePlan:
+    """Plan the removal of `ratio` of the model's parameters; no forward pass, seconds at 7B.
+
+    Args:
+      scores: of this model; for "hybrid" the pair (depth scores, width scores).
+      method: "depth" (whole layers), "width" (heads and neurons) or "hybrid" (layers, then widths of the rest).
+      ratio: share of `parameters_total` to remove, 0 <= ratio < 1.
+      layers_removed: number of layers to remove (depth, hybrid) instead of deriving it.
+      options:
+        parameters_total: what ratios refer to; default all parameters of the computed model. (The reference also counts
+          tower blocks that are never run: 7,062,902,784 for LLaVA-1.5-7B where the computed model has 12.6 M less.)
+        protect: layers that depth pruning keeps, original numbers.
+        rounding: "nearest" number of layers, or the smallest that removes "at_least" the ratio.
+        attn_layers, mlp_layers: "all" or a half-open (start, stop), original numbers.
+        heads_multiple, neurons_multiple: snap kept widths to multiples.
+        selection: "local" (equal widths, lowest of each layer) or "global" (lowest of all layers, unnormalised).
+        sparsity: the reference's per-layer sparsity instead of a ratio (width).
+        base: config before earlier pruning steps, which ratio and sparsity are relative to (iterative width).
+        depth_share: share of the asked removal that layers take in a hybrid plan.
+
+    Raises:
+      UserError: scores of another model or of the wrong kind, an unknown option, or a ratio out of reach.
+    """
+    one_of("method", method, METHODS)
+    settings = with_defaults(f"make_plan(method={method!r})", options, DEFAULTS[method])
+    pair = _pair(scores, method)
+    for one in pair:
+        if one is not None and not one.fingerprint.startswith(shape_digest(cfg)):
+            raise UserError("scores of another model: their shapes differ from this config: score this model first")
+    before = count_params(cfg)
+    base = settings.get("base")
+    total = settings["parameters_total"] or (before if base is None else count_params(base))
+    _check_request(method, ratio, layers_removed, settings)
+    removed_layers: tuple[int, ...] = ()
+    if method != "width":
+        removed_layers = _choose_layers(pair[0], cfg, method, ratio, layers_removed, settings, total)
+    alive = [i for i in range(len(cfg.text.layers)) if i not in removed_layers]
+    if method == "depth":
+        layers = [KeptLayer.whole(i, cfg.text.layers[i]) for i in alive]
+        recorded = settings
+    else:
+        layers, solved = choose_widths(pair[1], cfg, alive, ratio, settings, total)
+        recorded = {**settings, **solved}
+    costs = layer_costs(cfg)
+    gone = sum(costs.of(s) for s in cfg.text.layers) - sum(costs.of(layer.shape) for layer in layers)
+    recorded = {name: value for name, value in recorded.items() if name not in ("base", "parameters_total")}
+    return PrunePlan(
+        fingerprint=next(one.fingerprint for one in pair if one is not None),
+        method=method,
+        criterion=" + ".join(_name(one) for one in pair if one is not None),
+        layers_before=cfg.text.layers,
+        layers=tuple(layers),
+        parameters_before=before,
+        parameters_after=before - gone,
+        parameters_total=total,
+        asked=ratio if ratio is None or base is None else ratio - (count_params(base) - before) / total,
+        options={name: list(v) if isinstance(v, (tuple, range)) else v for name, v in recorded.items()},
+    )
+
+
+def _pair(scores: Any, method: str) -> tuple[Scores | None, Scores | None]:
+    """(depth scores, width scores), checked for what the method needs."""
+    if method == "hybrid":
+        if isinstance(scores, Scores) or len(scores) != 2:
+            raise UserError("method 'hybrid' needs a pair (depth scores, width scores)")
+        depth, width = scores
+        if depth.fingerprint != width.fingerprint:
+            raise UserError("the depth scores and the width scores are of different models: score the same model")
+    else:
+        if not isinstance(scores, Scores):
+            raise UserError(f"method {method!r} needs one Scores, got {type(scores).__name__}")
+        depth, width = (scores, None) if method == "depth" else (None, scores)
+    if depth is not None and depth.importance is None:
+        raise UserError(f"{depth.criterion} scores say nothing about layers: depth needs block_influence, angular or random")
+    if width is not None and width.heads is None:
+        raise UserError(f"{width.criterion} scores say nothing about widths: width needs taylor, l1, l2 or random")
+    return depth, width
+
+
+def _check_request(method: str, ratio: float | None, layers_removed: int | None, settings: Mapping[str, Any]) -> None:
+    if ratio is not None:
+        fraction("ratio", ratio)
+    sparsity = settings.get("sparsity")
+    if method == "width" and layers_removed is not None:
+        raise UserError("layers_removed is for method 'depth' or 'hybrid': give a ratio or a sparsity")
+    if method == "width" and (ratio is None) == (sparsity is None):
+        raise UserError("method 'width' needs either ratio= (of all parameters) or sparsity= (of the layers in range)")
+    if method == "depth" and (ratio is None) == (layers_removed is None):
+        raise UserError("method 'depth' needs either ratio= or layers_removed=")
+    if method == "hybrid" and ratio is None:
+        raise UserError("method 'hybrid' needs ratio= (and perhaps layers_removed= or depth_share=)")
+
+
+def _name(scores: Scores) -> str:
+    variant = scores.options.get("variant")
+    return f"{scores.criterion}/{variant}" if variant else scores.criterion
+
+
+def _choose_layers(
+    scores: Scores | None,
+    cfg: ModelConfig,
+    method: str,
+    ratio: float | None,
+    layers_removed: int | None,
+    settings: Mapping[str, Any],
+    total: int,
+) -> tuple[int, ...]:
+    """Original numbers of the layers to remove."""
+    assert scores is not None and scores.importance is not None
+    one_of("rounding", settings["rounding"], ("nearest", "at_least"))
+    n_layers = len(cfg.text.layers)
+    protect = set(settings["protect"])
+    if not protect <= set(range(n_layers)):
+        raise UserError(f"protect={sorted(protect)} names layers that do not exist: there are {n_layers}")
+    if scores.criterion == "angular":
+        return _block(scores, protect, ratio, layers_removed)
+    order = [int(i) for i in np.argsort(scores.importance, kind="stable") if int(i) not in protect]
+    most = min(len(order), n_layers - 1)
+    if layers_removed is not None:
+        if not 0 <= layers_removed <= most:
+            raise UserError(
+                f"layers_removed={layers_removed} must be between 0 and {most} ({n_layers} layers, {len(protect)} protected)"
+            )
+        return tuple(order[:layers_removed])
+    assert ratio is not None
+    share = fraction("depth_share", settings["depth_share"]) if method == "hybrid" else 1.0
+    costs = layer_costs(cfg)
+    sizes = [costs.of(cfg.text.layers[i]) for i in order[:most]]
+    count = _nearest_count(sizes, share * ratio * total, settings["rounding"])
+    if count is None:
+        raise UserError(
+            f"ratio {share * ratio:g} cannot be reached by depth: removing {most} of {n_layers} layers "
+            f"({len(protect)} protected) gives at most {sum(sizes) / total:.4f}"
+        )
+    return tuple(order[:count])
+
+
+def _nearest_count(sizes: Sequence[int], removal: float, rounding: str) -> int | None:
+    """How many of the first layers to remove, or None if all of them are not enough; ties remove fewer."""
+    removed = np.concatenate([[0], np.cumsum(sizes)])
+    if removal > removed[-1]:
+        return None
+    if rounding == "at_least":
+        return int(np.argmax(removed >= removal))
+    return int(np.argmin(np.abs(removed - removal)))
+
+
+def _block(scores: Scores, protect: set[int], ratio: float | None, layers_removed: int | None) -> tuple[int, ...]:
+    """The consecutive layers with the smallest angular distance; their number was fixed when scoring."""
+    size = int(scores.options["layers_removed"])
+    if ratio is not None or layers_removed not in (None, size):
+        raise UserError(
+            f"angular scores are for removing {size} consecutive layers: plan with layers_removed={size}, or score again"
+        )
+    assert scores.importance is not None
+    for start in map(int, np.argsort(scores.importance, kind="stable")):
+        block = range(start, start + size)
+        if np.isfinite(scores.importance[start]) and not protect.intersection(block):
+            return tuple(block)
+    raise UserError(f"no {size} consecutive layers are free of the protected ones {sorted(protect)}")

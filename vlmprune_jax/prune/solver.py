@@ -1,0 +1,220 @@
+"""From a ratio to widths: what a layer, a head and a neuron cost, and which sparsity reaches a target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlmprune_jax.config import LayerShape, ModelConfig
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.params import param_axes, param_shapes
+
+GRID = 10_000  # sparsities that are tried: multiples of 1e-4
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Parameters per decoder layer (what never changes), per query head, per key/value head and per MLP neuron."""
+
+    layer: int
+    q_head: int
+    kv_head: int
+    neuron: int
+
+    def of(self, shape: LayerShape) -> int:
+        """Parameters of a layer with these widths."""
+        return self.layer + shape.q_heads * self.q_head + shape.kv_heads * self.kv_head + shape.mlp * self.neuron
+
+
+def layer_costs(cfg: ModelConfig) -> Costs:
+    """Costs of one decoder layer, from the named axes of its weights."""
+    prefix, pruned = "text/layers/0/", {"q_heads": 0, "kv_heads": 0, "mlp": 0}
+    fixed, axes = 0, param_axes(cfg)
+    for path, shape in param_shapes(cfg).items():
+        if not path.startswith(prefix):
+            continue
+        names = axes[path][1:]
+        size = math.prod(n for name, n in zip(names, shape[1:], strict=True) if name not in pruned)
+        (along,) = [name for name in names if name in pruned] or [None]
+        if along is None:
+            fixed += size
+        else:
+            pruned[along] += size
+    return Costs(fixed, pruned["q_heads"], pruned["kv_heads"], pruned["mlp"])
+
+
+@dataclass(frozen=True)
+class Units:
+    """What width pruning removes from one layer: attention units (a whole key/value group, or one query head of every
+    group) and neurons, each with its cost in parameters. `prune_heads`, `prune_neurons`: whether the layer is in range.
+    """
+
+    heads: int
+    neurons: int
+    head_cost: int
+    neuron_cost: int
+    prune_heads: bool
+    prune_neurons: bool
+    head_step: int
+    neuron_step: int
+
+
+def units_of(
+    shapes: Sequence[LayerShape],
+    costs: Costs,
+    *,
+    gqa: str,
+    attn_layers: Sequence[int],
+    mlp_layers: Sequence[int],
+    heads_multiple: int,
+    neurons_multiple: int,
+) -> list[Units]:
+    """Units of every layer.
+
+    Raises:
+      UserError: a layer in range is narrower than the multiple asked for.
+    """
+    result = []
+    for i, shape in enumerate(shapes):
+        group = shape.q_heads // shape.kv_heads
+        if gqa == "groups":
+            heads, cost, step = shape.kv_heads, group * costs.q_head + costs.kv_head, heads_multiple
+        else:
+            heads, cost = group, shape.kv_heads * costs.q_head
+            step = heads_multiple // math.gcd(heads_multiple, shape.kv_heads)
+        unit = Units(
+            heads, shape.mlp, cost, costs.neuron, i in attn_layers, i in mlp_layers, step, neurons_multiple
+        )
+        if unit.prune_heads and step > heads:
+            raise UserError(f"heads_multiple={heads_multiple} is more than the {shape.kv_heads} heads of layer {i}")
+        if unit.prune_neurons and neurons_multiple > shape.mlp:
+            raise UserError(f"neurons_multiple={neurons_multiple} is more than the {shape.mlp} neurons of layer {i}")
+        result.append(unit)
+    return result
+
+
+def kept_heads(units: int, head_dim: int, sparsity: np.ndarray) -> np.ndarray:
+    """Attention units left at each sparsity, as the reference counts: floor((C - int(C (1 - s))) / head_dim) go.
+
+    C = units * head_dim channels; int() truncates (algorithms of LLM-Pruner's MetaPruner).
+    """
+    channels = units * head_dim
+    kept = (channels * (1 - sparsity)).astype(np.int64)
+    return units - (channels - kept) // head_dim
+
+
+def kept_neurons(neurons: int, sparsity: np.ndarray) -> np.ndarray:
+    """MLP neurons left at each sparsity: int(C (1 - s))."""
+    return (neurons * (1 - sparsity)).astype(np.int64)
+
+
+def snap(kept: np.ndarray, step: int, full: int) -> np.ndarray:
+    """The nearest multiples of `step` from `step` to `full` (halves go up)."""
+    return np.clip((kept + step // 2) // step * step, step, full // step * step)
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Attention units and neurons that stay in each layer, the sparsity behind them and the parameters they remove."""
+
+    heads: tuple[int, ...]
+    neurons: tuple[int, ...]
+    sparsity: float
+    removed: int
+
+
+def widths_at(units: Sequence[Units], head_dim: int, sparsity: float) -> Widths:
+    """Widths at one explicit sparsity, exactly as the reference counts.
+
+    Raises:
+      UserError: a layer would lose all its heads or neurons.
+    """
+    if not 0 <= sparsity < 1:
+        raise UserError(f"sparsity {sparsity:g} must be at least 0 and below 1 (0.3 removes 30 % of the prunable widths)")
+    heads, neurons, removed = _on_grid(units, head_dim, np.asarray([sparsity]), smallest=0)
+    for i, (h, n) in enumerate(zip(heads[0], neurons[0], strict=True)):
+        if h < 1 or n < 1:
+            raise UserError(f"sparsity {sparsity:g} would remove all heads or neurons of layer {i}: ask for less")
+    return Widths(tuple(map(int, heads[0])), tuple(map(int, neurons[0])), sparsity, int(removed[0]))
+
+
+def smallest_sparsity(units: Sequence[Units], head_dim: int, removal: float) -> Widths:
+    """Widths at the smallest multiple of 1e-4 whose common sparsity removes at least `removal` parameters."""
+    heads, neurons, removed = _on_grid(units, head_dim, np.arange(GRID + 1) / GRID, smallest=1)
+    best = int(np.argmax(removed >= removal)) if removed[-1] >= removal else GRID
+    return Widths(tuple(map(int, heads[best])), tuple(map(int, neurons[best])), best / GRID, int(removed[best]))
+
+
+def most_removable(units: Sequence[Units]) -> int:
+    """Parameters that go when every layer in range keeps only one unit (or one multiple) of each kind."""
+    return sum(
+        u.prune_heads * (u.heads - u.head_step) * u.head_cost
+        + u.prune_neurons * (u.neurons - u.neuron_step) * u.neuron_cost
+        for u in units
+    )
+
+
+def solve_widths(units: Sequence[Units], head_dim: int, removal: float) -> Widths:
+    """Widths that remove as nearly `removal` parameters as equal widths allow.
+
+    Heads follow the smallest common sparsity that reaches the target; then the number of neurons, one fraction for all
+    layers in range, is moved until the total is nearest. With neurons in range the error is at most half of one neuron
+    (or multiple) in every layer; with heads alone, half of one head in every layer.
+    """
+    start = smallest_sparsity(units, head_dim, removal)
+    before = [widths_at_grid for widths_at_grid in (_previous(units, head_dim, start),) if widths_at_grid is not None]
+    candidates = [_tune_neurons(units, widths, removal) for widths in (start, *before)]
+    return min(candidates, key=lambda widths: abs(widths.removed - removal))
+
+
+def _previous(units: Sequence[Units], head_dim: int, start: Widths) -> Widths | None:
+    """Widths one step of the grid below `start`."""
+    if start.sparsity == 0:
+        return None
+    sparsity = round(start.sparsity * GRID - 1) / GRID
+    heads, neurons, removed = _on_grid(units, head_dim, np.asarray([sparsity]), smallest=1)
+    return Widths(tuple(map(int, heads[0])), tuple(map(int, neurons[0])), sparsity, int(removed[0]))
+
+
+def _tune_neurons(units: Sequence[Units], widths: Widths, removal: float) -> Widths:
+    inside = [i for i, u in enumerate(units) if u.prune_neurons]
+    if not inside:
+        return widths
+    by_heads = sum((u.heads - kept) * u.head_cost for u, kept in zip(units, widths.heads, strict=True))
+    widest = max(units[i].neurons for i in inside)
+    fractions = np.arange(1, widest + 1)
+    kept = np.stack(
+        [snap(units[i].neurons * fractions // widest, units[i].neuron_step, units[i].neurons) for i in inside], axis=1
+    )
+    full = np.asarray([units[i].neurons for i in inside])
+    cost = np.asarray([units[i].neuron_cost for i in inside])
+    removed = by_heads + ((full[None] - kept) * cost[None]).sum(axis=1)
+    gap = np.abs(removed - removal)
+    best = int(np.flatnonzero(gap == gap.min())[-1])  # the widest of equally near ones
+    neurons = list(widths.neurons)
+    for column, i in enumerate(inside):
+        neurons[i] = int(kept[best, column])
+    return Widths(widths.heads, tuple(neurons), widths.sparsity, int(removed[best]))
+
+
+def _on_grid(
+    units: Sequence[Units], head_dim: int, sparsity: np.ndarray, smallest: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """int[grid, layers] heads and neurons, and int[grid] removed parameters; `smallest` = 1 never empties a layer."""
+    heads, neurons, removed = [], [], np.zeros(len(sparsity), np.int64)
+    for u in units:
+        h = np.full(len(sparsity), u.heads)
+        n = np.full(len(sparsity), u.neurons)
+        if u.prune_heads:
+            h = np.maximum(kept_heads(u.heads, head_dim, sparsity), smallest)
+            h = h if u.head_step == 1 else snap(h, u.head_step, u.heads)
+        if u.prune_neurons:
+            n = np.maximum(kept_neurons(u.neurons, sparsity), smallest)
+            n = n if u.neuron_step == 1 else snap(n, u.neuron_step, u.neurons)
+        heads.append(h)
+        neurons.append(n)
+        removed += (u.heads - h) * u.head_cost + (u.neurons - n) * u.neuron_cost
+    return np.stack(heads, axis=1), np.stack(neurons, axis=1), removed

@@ -1,0 +1,88 @@
+"""Applying a plan: pure indexing along the named axes that each weight declares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vlmprune_jax.config import ModelConfig, runs
+from vlmprune_jax.distributed.rules import check_divides, sharding
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.params import flatten, param_axes, stack_layers, unflatten, unstack_layers
+from vlmprune_jax.models.vlm import Model, mesh_of
+from vlmprune_jax.prune.fingerprint import fingerprint, shape_digest
+from vlmprune_jax.prune.plan import KeptLayer, PrunePlan
+
+
+def apply_plan(model: Model, plan: PrunePlan) -> Model:
+    """The pruned model; `model` itself is not changed.
+
+    Works on host and device arrays; on a mesh every parameter keeps its named-axis sharding.
+
+    Raises:
+      UserError: the plan is for another model, or leaves widths that the mesh does not divide.
+    """
+    check_plan_is_for(model, plan)
+    cfg, mesh = plan.apply_to(model.cfg), mesh_of(model.params)
+    if mesh is not None:
+        check_divides(cfg, mesh)
+    axes = layer_axes(model.cfg)
+    layers, rest = unstack_layers(model.params, model.cfg)
+    kept = []
+    for layer in plan.layers:
+        flat = {path: keep_indices(leaf, axes[path], layer) for path, leaf in layers[layer.index].items()}
+        kept.append({path: _place(leaf, axes[path], mesh) for path, leaf in flat.items()})
+    params = stack_layers(kept, rest, cfg)
+    if mesh is None:
+        return Model(params, cfg)
+    placed = {path: _place(params_leaf, param_axes(cfg)[path], mesh) for path, params_leaf in flatten(params).items()}
+    return Model(unflatten(placed), cfg)
+
+
+def check_plan_is_for(model: Model, plan: PrunePlan) -> None:
+    """Raise UserError unless the plan was made for exactly this model (widths, then weights)."""
+    if plan.layers_before != model.cfg.text.layers or not plan.fingerprint.startswith(shape_digest(model.cfg)):
+        raise UserError(
+            f"plan of another model: it is for {_describe(plan.layers_before)}, this model has "
+            f"{_describe(model.cfg.text.layers)}: score and plan this model"
+        )
+    actual = fingerprint(model)
+    if plan.fingerprint != actual:
+        raise UserError(
+            f"plan of another model: same shapes, other weights (plan {plan.fingerprint}, model {actual}): "
+            "score and plan this model"
+        )
+
+
+def layer_axes(cfg: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Named axes of one decoder layer's parameters, `self_attn/q_proj/weight` -> ("q_heads", "head", "embed")."""
+    prefix = "text/layers/0/"
+    return {path[len(prefix) :]: axes[1:] for path, axes in param_axes(cfg).items() if path.startswith(prefix)}
+
+
+def keep_indices(leaf: Any, axes: tuple[str, ...], layer: KeptLayer) -> Any:
+    """One parameter of one layer, indexed along whichever of its axes the plan prunes.
+
+    Whole axes are left alone, so a kept-whole tensor is returned as it is, without a copy.
+    """
+    chosen = {"q_heads": layer.q_heads, "kv_heads": layer.kv_heads, "mlp": layer.neurons}
+    for position, axis in enumerate(axes):
+        indices = chosen.get(axis)
+        if indices is None or len(indices) == leaf.shape[position]:
+            continue
+        take = np.take if isinstance(leaf, np.ndarray) else jnp.take
+        leaf = take(leaf, np.asarray(indices), axis=position)
+    return leaf
+
+
+def _place(leaf: Any, axes: tuple[str, ...], mesh: Mesh | None) -> Any:
+    return leaf if mesh is None else jax.device_put(leaf, sharding(mesh, axes))
+
+
+def _describe(layers: tuple[Any, ...]) -> str:
+    parts = [f"{n} x {s.q_heads}/{s.kv_heads} heads, {s.mlp} neurons" for _, n, s in runs(layers)]
+    return f"{len(layers)} layers ({'; '.join(parts[:3])}{'; ...' if len(parts) > 3 else ''})"

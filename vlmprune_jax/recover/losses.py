@@ -1,0 +1,284 @@
+"""Training losses as (sum, weight) pairs: cross-entropy, forward and reverse KL, hidden-state L2.
+
+Vocabulary losses are computed in chunks of the sequence, so that no [batch, seq, vocab] array exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.vlm import Params, encode, to_nnx, unembed
+from vlmprune_jax.models.vlm import Model as _Model
+
+IGNORED = -100
+TEACHER_INPUTS = ("student", "own")
+STRATEGIES = ("kl", "rkl", "l2", "l2+kl", "l2+rkl")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the loss terms, and how they are measured.
+
+    `l2_layers` index the student's hidden-state tuple (0 embeddings, -1 after the final norm). `teacher_inputs`:
+    "student" feeds the teacher the student's input embeddings (the reference), "own" its own from ids and pixels.
+    `chunk`: tokens per row whose logits exist at a time.
+
+    `reference_compat` measures as the reference does: L2 and KL over all positions, padding (as zero embeddings)
+    included, KL divided by the batch size only, and L2 layers index each model's own tuple.
+    """
+
+    ce: float = 1.0
+    l2: float = 0.0
+    kl: float = 0.0
+    rkl: float = 0.0
+    l2_layers: tuple[int, ...] = (-1,)
+    temperature: float = 2.0
+    teacher_inputs: str = "student"
+    reference_compat: bool = False
+    chunk: int = 128
+
+    def __post_init__(self) -> None:
+        weights = self.weights()
+        if min(weights.values()) < 0 or not any(weights.values()):
+            raise UserError(f"loss weights {weights}: none may be negative and at least one must be positive")
+        if self.temperature <= 0 or self.chunk < 1:
+            raise UserError(f"losses: temperature {self.temperature} and chunk {self.chunk} must be positive")
+        if self.l2 and not self.l2_layers:
+            raise UserError("losses: l2 needs l2_layers, for example [-1] (the state after the final norm)")
+        if self.teacher_inputs not in TEACHER_INPUTS:
+            raise UserError(f"losses: teacher_inputs {self.teacher_inputs!r} is not one of {', '.join(TEACHER_INPUTS)}")
+
+    def weights(self) -> dict[str, float]:
+        """Weight of every term in the total."""
+        return {"ce": self.ce, "l2": self.l2, "kl": self.kl, "rkl": self.rkl}
+
+    def terms(self) -> tuple[str, ...]:
+        """Names of the terms that are computed: cross-entropy always (it is reported), others where they count."""
+        return tuple(name for name, weight in self.weights().items() if weight or name == "ce")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any distillation term counts."""
+        return bool(self.l2 or self.kl or self.rkl)
+
+
+def from_alpha(strategy: str, alpha: float, *, kl_norm: float = 1.0, **options: Any) -> LossConfig:
+    """The reference's `dist_strategy`/`dist_alpha`/`dist_norm`: alpha * distillation + (1 - alpha) * cross-entropy."""
+    if strategy not in STRATEGIES or not 0 <= alpha <= 1 or kl_norm <= 0:
+        raise UserError(
+            f"distillation strategy {strategy!r}, alpha {alpha}, norm {kl_norm}: "
+            f"the strategy is one of {', '.join(STRATEGIES)}, alpha lies in [0, 1], norm is positive"
+        )
+    parts = strategy.split("+")
+    weights = {name: alpha / (1.0 if name == "l2" else kl_norm) for name in parts}
+    return LossConfig(ce=1 - alpha, **weights, **options)
+
+
+def layer_pairs(
+    loss: LossConfig, student: ModelConfig, teacher: ModelConfig, kept: Sequence[int] | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Hidden-state indices (student's, teacher's) of `loss.l2_layers`, all counted from 0.
+
+    A depth-pruned student's state after its i-th layer is compared with the teacher's state after the original layer
+    `kept[i - 1]`; embeddings with embeddings, the final-norm state with the final-norm state.
+
+    Raises:
+      UserError: an index outside the student, or layer counts that differ without a plan to align them.
+    """
+    n_student, n_teacher = len(student.text.layers), len(teacher.text.layers)
+    if kept is not None and (len(kept) != n_student or max(kept) >= n_teacher):
+        raise UserError(
+            f"the plan keeps {len(kept)} layers (up to {max(kept)}) but the student has {n_student} and the teacher "
+            f"{n_teacher}: pass the plan that made this student from this teacher"
+        )
+    ours, theirs = [], []
+    for index in loss.l2_layers:
+        if not -n_student - 1 <= index <= n_student:
+            raise UserError(f"losses: l2 layer {index} is outside the student's {n_student + 1} hidden states")
+        i = index % (n_student + 1)
+        ours.append(i)
+        if loss.reference_compat:
+            theirs.append(index % (n_teacher + 1) if index < 0 else index)
+        elif i in (0, n_student):
+            theirs.append(0 if i == 0 else n_teacher)
+        elif kept is None and n_student != n_teacher:
+            raise UserError(f"losses: l2 layer {index} cannot be aligned without the depth plan: pass plan, or use layer -1")
+        else:
+            theirs.append(i if kept is None else kept[i - 1] + 1)
+    return tuple(ours), tuple(theirs)
+
+
+def check_teacher(loss: LossConfig, student: ModelConfig, teacher: ModelConfig | None) -> None:
+    """Refuse a teacher that is missing or does not fit.
+
+    Raises:
+      UserError: names both sizes.
+    """
+    if not loss.needs_teacher:
+        return
+    if teacher is None:
+        raise UserError("losses: l2, kl and rkl need a teacher: pass the unpruned model, or set their weights to 0")
+    if student.text.hidden_size != teacher.text.hidden_size:
+        raise UserError(f"teacher hidden_size {teacher.text.hidden_size} is not the student's {student.text.hidden_size}")
+    if (loss.kl or loss.rkl) and student.text.vocab_size != teacher.text.vocab_size:
+        raise UserError(f"teacher vocab_size {teacher.text.vocab_size} is not the student's {student.text.vocab_size}")
+
+
+def term_weights(loss: LossConfig, cfg: ModelConfig, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    """float32[] weight of every term over int[..., batch, seq] labels and mask; known before any forward pass.
+
+    Knowing the totals first makes gradients of micro-batches simply additive.
+    """
+    n_labels = jnp.sum(labels[..., 1:] != IGNORED, dtype=jnp.float32)
+    n_valid = jnp.float32(mask.size) if loss.reference_compat else jnp.sum(mask, dtype=jnp.float32)
+    rows = jnp.float32(mask.size // mask.shape[-1])
+    kl = rows if loss.reference_compat else n_valid
+    l2 = n_valid * float(cfg.text.hidden_size * len(loss.l2_layers))
+    return {name: {"ce": n_labels, "l2": l2, "kl": kl, "rkl": kl}[name] for name in loss.terms()}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What distillation needs beside the student: the teacher's config and the aligned hidden-state indices."""
+
+    cfg: ModelConfig
+    student_layers: tuple[int, ...]
+    teacher_layers: tuple[int, ...]
+
+
+def loss_sums(
+    params: Params,
+    cfg: ModelConfig,
+    batch: dict[str, jax.Array],
+    loss: LossConfig,
+    *,
+    teacher: Teacher | None,
+    teacher_params: Params | None,
+    remat: str,
+    dropout_key: jax.Array | None,
+) -> dict[str, jax.Array]:
+    """float32[] sum of every term over one (micro-)batch of `input_ids, attention_mask, labels[, pixel_values]`.
+
+    Sources: the reference's trainers (LLaVA `llava_trainer.py`): KL = T^2 sum p_t (log p_t - log p_s) with
+    p = softmax(logits / T), reverse KL with the roles swapped, L2 = squared difference of hidden states.
+    """
+    ids, mask, pixels = batch["input_ids"], batch["attention_mask"], batch.get("pixel_values")
+    embeds, positions = None, None
+    if loss.reference_compat:
+        embeds, _ = to_nnx(_Model(params, cfg)).embed(ids, pixels)
+        embeds = embeds * mask[..., None].astype(embeds.dtype)
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
+    keep = teacher.student_layers if teacher is not None and loss.l2 else ()
+    inputs = {"attention_mask": mask, "position_ids": positions, "remat": remat}
+    final, aux = encode(
+        params, cfg, ids, pixel_values=pixels, inputs_embeds=embeds, keep=keep, dropout_key=dropout_key, **inputs
+    )
+    sums, target, teacher_logits = {}, None, None
+    if teacher is not None and teacher_params is not None:
+        shared = aux["inputs_embeds"] if loss.teacher_inputs == "student" else None
+        keep = teacher.teacher_layers if loss.l2 else ()
+        target, taught = encode(
+            teacher_params, teacher.cfg, ids, pixel_values=pixels, inputs_embeds=shared, keep=keep, **inputs
+        )
+        target, taught = jax.lax.stop_gradient((target, taught.get("kept", ())))
+        if loss.l2:
+            sums["l2"] = sum(_squared(a, b, mask, loss) for a, b in zip(aux["kept"], taught, strict=True))
+        if loss.kl or loss.rkl:
+            teacher_logits = _head(jax.lax.stop_gradient(teacher_params), teacher.cfg)
+    sums |= vocabulary_sums(final, _head(params, cfg), batch["labels"], mask, loss, target, teacher_logits)
+    return {name: sums[name] for name in loss.terms()}
+
+
+def _head(params: Params, cfg: ModelConfig) -> Callable[[jax.Array], jax.Array]:
+    return lambda hidden: unembed(params, cfg, hidden).astype(jnp.float32)
+
+
+def _squared(a: jax.Array, b: jax.Array, mask: jax.Array, loss: LossConfig) -> jax.Array:
+    """float32[] summed squared difference over all positions, or the valid ones."""
+    squared = jnp.sum(jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)), axis=-1)
+    return jnp.sum(squared if loss.reference_compat else squared * mask.astype(jnp.float32))
+
+
+def vocabulary_sums(
+    hidden: jax.Array,
+    head: Callable[[jax.Array], jax.Array],
+    labels: jax.Array,
+    mask: jax.Array,
+    loss: LossConfig,
+    teacher_hidden: jax.Array | None,
+    teacher_head: Callable[[jax.Array], jax.Array] | None,
+) -> dict[str, jax.Array]:
+    """float32[] sums of cross-entropy (position t against label t + 1) and, with a teacher head, KL and reverse KL.
+
+    `head` maps final-norm states [..., embed] to float32 logits. The sequence is cut into chunks whose logits are
+    recomputed in the backward pass: the largest array is [batch, chunk, vocab].
+    """
+    batch, seq = labels.shape
+    size = min(loss.chunk, -(-seq // 2))
+    pad = -seq % size
+
+    def chunks(x: jax.Array, fill: int) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
+        return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
+
+    targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
+    weigh = jnp.ones_like(mask) if loss.reference_compat else mask
+    xs: dict[str, jax.Array] = {"h": chunks(hidden, 0), "y": chunks(targets, IGNORED), "w": chunks(weigh, 0)}
+    if teacher_head is not None and teacher_hidden is not None:
+        xs["t"] = chunks(teacher_hidden, 0)
+
+    @jax.checkpoint
+    def body(totals: dict[str, jax.Array], x: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], None]:
+        logits = head(x["h"])
+        new = {"ce": jnp.sum(_cross_entropy(logits, x["y"]))}
+        if teacher_head is not None:
+            new |= _divergences(logits, teacher_head(x["t"]), x["w"].astype(jnp.float32), loss)
+        return {name: totals[name] + new[name] for name in totals}, None
+
+    names = ("ce",) if teacher_head is None else tuple(n for n in loss.terms() if n != "l2")
+    return jax.lax.scan(body, {name: jnp.float32(0) for name in names}, xs)[0]
+
+
+def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """float32[...] negative log-probability of int[...] targets, 0 where ignored.
+
+    The target is picked with a mask instead of a gather, so that a vocabulary split over devices stays split.
+    """
+    hit = jnp.arange(logits.shape[-1]).reshape((1,) * targets.ndim + (-1,)) == targets[..., None]
+    picked = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+    return jnp.where(targets == IGNORED, 0.0, jax.nn.logsumexp(logits, axis=-1) - picked)
+
+
+def _divergences(student: jax.Array, teacher: jax.Array, weight: jax.Array, loss: LossConfig) -> dict[str, jax.Array]:
+    """float32[] T^2-scaled sums of KL(teacher || student) and KL(student || teacher), weighted per position."""
+    ours, theirs = (jax.nn.log_softmax(x / loss.temperature, axis=-1) for x in (student, teacher))
+    scale = loss.temperature**2
+    sums = {}
+    if loss.kl:
+        sums["kl"] = scale * jnp.sum(jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1) * weight)
+    if loss.rkl:
+        sums["rkl"] = scale * jnp.sum(jnp.sum(jnp.exp(ours) * (ours - theirs), axis=-1) * weight)
+    return sums
+
+
+def combine(sums: dict[str, jax.Array], weights: dict[str, jax.Array], loss: LossConfig) -> jax.Array:
+    """float32[] total = sum over terms of coefficient * sum / weight; a term without any weight (no labels) adds 0."""
+    coefficients = loss.weights()
+    total = jnp.float32(0)
+    for name, value in sums.items():
+        if coefficients[name]:
+            total += coefficients[name] * value / jnp.maximum(weights[name], 1.0)
+    return total
+
+
+def as_dict(loss: LossConfig) -> dict[str, Any]:
+    """Plain values, for metrics and checkpoint comparison."""
+    return dataclasses.asdict(loss)

@@ -1,0 +1,145 @@
+"""What trains: ordered regexes over parameter paths, LoRA adapters, and optimizer groups."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlmprune_jax.config import LoraConfig, ModelConfig
+from vlmprune_jax.distributed.rules import sharding
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.params import Flat, flatten, init_params, param_axes, unflatten
+from vlmprune_jax.models.vlm import Model, mesh_of
+
+# (regex over the whole path, True | False | group name); the first rule that matches a path decides.
+Rule = tuple[str, bool | str]
+Rules = tuple[Rule, ...]
+
+MAIN, PROJECTOR = "main", "projector"
+GROUPS = (MAIN, PROJECTOR)
+PRESETS: dict[str, Rules] = {
+    "projector": ((r"projector/.*", PROJECTOR),),
+    "lora": ((r"projector/.*", PROJECTOR), (r".*/lora_[ab]", MAIN)),
+    "decoder": ((r"projector/.*", PROJECTOR), (r"text/.*", MAIN)),
+    "all": ((r"projector/.*", PROJECTOR), (r".*", MAIN)),
+}
+LORA_SUFFIXES = ("lora_a", "lora_b")
+
+
+def assign_groups(paths: Sequence[str], trainable: str | Sequence[Rule]) -> dict[str, str]:
+    """The optimizer group ("main" or "projector") of every path that trains; paths without a match stay frozen.
+
+    `trainable` is a preset's name or rules `(regex, True | False | group)`; a regex must match the whole path.
+
+    Raises:
+      UserError: unknown preset or group, a regex that is malformed or matches nothing, or nothing trains.
+    """
+    rules, strict = resolve_rules(trainable)
+    for pattern, _ in rules if strict else ():
+        if not any(re.fullmatch(pattern, path) for path in paths):
+            raise UserError(f"trainable: regex {pattern!r} matches no parameter {_suggest(pattern, paths)}")
+    groups: dict[str, str] = {}
+    for path in paths:
+        value = next((value for pattern, value in rules if re.fullmatch(pattern, path)), False)
+        if value is not False:
+            groups[path] = MAIN if value is True else value
+    if not groups:
+        hint = "add a LoRA config" if trainable == "lora" else _suggest(str(rules[0][0]), paths)
+        raise UserError(f"trainable: {trainable!r} selects no parameter of this model, nothing would train: {hint}")
+    return groups
+
+
+def resolve_rules(trainable: str | Sequence[Rule]) -> tuple[Rules, bool]:
+    """The rules of a preset or a list of rules, and whether each of them has to match something (a user's own do)."""
+    if isinstance(trainable, str):
+        if trainable not in PRESETS:
+            close = difflib.get_close_matches(trainable, PRESETS, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise UserError(f"trainable: {trainable!r} is not a preset: {hint}use {', '.join(PRESETS)} or a list of rules")
+        return PRESETS[trainable], False
+    for rule in trainable:
+        if len(rule) != 2 or not isinstance(rule[0], str) or not (isinstance(rule[1], bool) or rule[1] in GROUPS):
+            raise UserError(f"trainable: rule {rule!r} must be (regex, True | False | one of {', '.join(GROUPS)})")
+        try:
+            re.compile(rule[0])
+        except re.error as error:
+            raise UserError(f"trainable: {rule[0]!r} is not a regular expression: {error}") from None
+    if not trainable:
+        raise UserError(f"trainable: no rules given: use {', '.join(PRESETS)} or a list of (regex, True | False | group)")
+    return tuple((str(pattern), value) for pattern, value in trainable), True
+
+
+def _suggest(pattern: str, paths: Sequence[str]) -> str:
+    plain = re.sub(r"[\\.*+?^$()\[\]|]", "", pattern)
+    close = difflib.get_close_matches(plain, paths, n=3, cutoff=0.3) or list(paths)[:3]
+    return f"(it must match a whole path; close paths: {', '.join(close)})"
+
+
+def partition(flat: Mapping[str, Any], trainable: str | Sequence[Rule]) -> tuple[Flat, Flat]:
+    """Split flat params into (what trains, what stays frozen); see `assign_groups`."""
+    groups = assign_groups(list(flat), trainable)
+    return {p: x for p, x in flat.items() if p in groups}, {p: x for p, x in flat.items() if p not in groups}
+
+
+def decays(path: str) -> bool:
+    """Whether weight decay applies: not to biases and norm scales, as in transformers' parameter groups."""
+    owner, leaf = path.split("/")[-2:]
+    return leaf != "bias" and "norm" not in owner
+
+
+def add_lora(model: Model, lora: LoraConfig, key: jax.Array) -> Model:
+    """The model with adapters on the decoder projections named in `lora.targets` (A Kaiming-uniform, B zero: PEFT's
+    initialisation), so that its outputs do not change. Adapters have their weight's dtype and sharding.
+
+    Raises:
+      UserError: the model has adapters already, or a target is not a projection of its decoder.
+    """
+    if model.cfg.lora is not None:
+        raise UserError("the model has LoRA adapters already: merge them first (merge_lora)")
+    flat = flatten(model.params)
+    projections = sorted({p.split("/")[-2] for p in flat if p.startswith("text/layers/") and p.endswith("proj/weight")})
+    unknown = [target for target in lora.targets if target not in projections]
+    if unknown or not lora.targets:
+        raise UserError(f"LoRA targets {unknown or '()'} are not projections of the decoder: use {', '.join(projections)}")
+    cfg = dataclasses.replace(model.cfg, lora=lora)
+    added = [path for path in param_axes(cfg) if path.endswith(LORA_SUFFIXES)]
+    dtype = flat[added[0].rpartition("/")[0] + "/weight"].dtype
+    leaves = flatten(init_params(cfg, key, dtype, paths=added))
+    mesh = mesh_of(model.params)
+    if mesh is not None:
+        axes = param_axes(cfg)
+        leaves = {path: jax.device_put(leaf, sharding(mesh, axes[path])) for path, leaf in leaves.items()}
+    return Model(unflatten({**flat, **leaves}), cfg)
+
+
+def merge_lora(model: Model) -> Model:
+    """The same function without adapters: weight + alpha/rank * B A (summed in float32), `cfg.lora` None."""
+    lora = model.cfg.lora
+    if lora is None:
+        return model
+    flat, axes = flatten(model.params), param_axes(model.cfg)
+    merged = {path: leaf for path, leaf in flat.items() if not path.endswith(LORA_SUFFIXES)}
+    for path in (p for p in flat if p.endswith("lora_a")):
+        owner = path.rpartition("/")[0]
+        weight = flat[f"{owner}/weight"]
+        delta = _delta(flat[path], flat[f"{owner}/lora_b"], n_out=len(axes[f"{owner}/lora_b"]) - 2)
+        merged[f"{owner}/weight"] = (jnp.asarray(weight, jnp.float32) + delta * (lora.alpha / lora.rank)).astype(weight.dtype)
+    return Model(unflatten(merged), without_lora(model.cfg))
+
+
+def without_lora(cfg: ModelConfig) -> ModelConfig:
+    """The config of the merged model."""
+    return dataclasses.replace(cfg, lora=None)
+
+
+def _delta(a: jax.Array, b: jax.Array, n_out: int) -> jax.Array:
+    """float32[layer, out..., in...] = B [layer, out..., rank] x A [layer, rank, in...]."""
+    a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+    contract = (((n_out + 1,), (1,)), ((0,), (0,)))
+    return jax.lax.dot_general(b, a, contract, precision=jax.lax.Precision.HIGHEST)

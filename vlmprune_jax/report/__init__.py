@@ -1,0 +1,1 @@
+"""A finished workdir as one self-contained HTML page."""

@@ -1,0 +1,175 @@
+"""The report's figures: accuracy against size, importance per layer, losses over steps."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+# Text and axes are drawn in this colour, which an inline SVG then trades for the page's own (light or dark).
+INK = "#3a3b3c"
+# Okabe-Ito: told apart with any kind of colour vision, and on light and dark grounds.
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+UNRECOVERED, MUTED = "#8c8c8c", "#8c8c8c"
+MARKERS = {"depth": "o", "width": "s", "hybrid": "D"}
+STYLE = {
+    "font.size": 9.5,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "vlmprune",  # the same data gives the same bytes
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), INK),
+}
+
+
+def accuracy_figure(result: Mapping[str, Any]) -> Figure:
+    """Accuracy of every model against its parameters; the shape tells the method, the colour the recovery."""
+    runs, teacher = result["runs"], result["teacher"]
+    colours = recovery_colours(runs)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.6, 3.9), layout="constrained")
+        axes = figure.add_subplot()
+        top = 100 * teacher["accuracy"]
+        axes.axhline(top, color=MUTED, linestyle="--", linewidth=1)
+        axes.plot(teacher["parameters"] / 1e6, top, "*", color=INK, markersize=14, label="unpruned", linestyle="none")
+        seen: set[tuple[str, str]] = set()
+        for run in runs:
+            kind = (run["method"], run["recovery"])
+            label = f"{run['method']}, {_recovery(run)}" if kind not in seen else None
+            seen.add(kind)
+            axes.plot(
+                run["parameters"] / 1e6,
+                100 * run["accuracy"],
+                MARKERS.get(run["method"], "^"),
+                color=colours[run["recovery"]],
+                markersize=8,
+                markeredgecolor="white",
+                label=label,
+                linestyle="none",
+            )
+        axes.set_xlabel("parameters (millions)")
+        axes.set_ylabel("accuracy (%)")
+        axes.set_title(f"Accuracy on {teacher['questions']:,} questions")
+        axes.set_ylim(0, max(104.0, axes.get_ylim()[1]))
+        axes.margins(x=0.12)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+        return figure
+
+
+def recovery_colours(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """One colour per recovery, grey for none."""
+    names = list(dict.fromkeys(run["recovery"] for run in runs if run["recovery"] != "none"))
+    return {"none": UNRECOVERED} | {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+
+
+def _recovery(run: Mapping[str, Any]) -> str:
+    return "unrecovered" if run["recovery"] == "none" else str(run["recovery"])
+
+
+def layer_importance_figure(title: str, importance: np.ndarray, removed: Sequence[int]) -> Figure:
+    """Importance of every decoder layer (original numbers), the removed ones in another colour."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.6, 2.7), layout="constrained")
+        axes = figure.add_subplot()
+        numbers = np.arange(len(importance))
+        values = np.where(np.isfinite(importance), importance, np.nan)
+        gone = np.isin(numbers, removed)
+        axes.bar(numbers[~gone], values[~gone], color=COLOURS[0], label="kept")
+        axes.bar(numbers[gone], values[gone], color=COLOURS[5], label="removed", hatch="//", edgecolor="white")
+        _layer_axis(axes, "x", len(importance))
+        axes.set_ylabel("importance")
+        axes.set_title(title)
+        axes.legend(ncols=2, loc="upper left", bbox_to_anchor=(0.62, 1.16))
+        return figure
+
+
+def width_importance_figure(title: str, heads: Sequence[np.ndarray], kept: Mapping[int, tuple[set[int], int, int]]) -> Figure:
+    """Importance of attention units by layer (as a share of the layer's largest), removed ones crossed; neurons kept.
+
+    `kept`: original layer number -> (kept units, kept neurons, neurons before); a layer that is missing is gone whole.
+    """
+    n_layers, widest = len(heads), max(len(h) for h in heads)
+    shares = np.full((widest, n_layers), np.nan)
+    for layer, values in enumerate(heads):
+        shares[: len(values), layer] = values / max(float(np.max(values)), 1e-30)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.6, 3.4), layout="constrained")
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+        image = top.imshow(shares, aspect="auto", cmap="viridis", vmin=0, vmax=1, origin="lower")
+        figure.colorbar(image, ax=top, label="importance /\nlargest of layer")
+        top.grid(visible=False)
+        for layer, values in enumerate(heads):
+            units = kept.get(layer, (set(), 0, 1))[0]
+            gone = [unit for unit in range(len(values)) if unit not in units]
+            top.plot([layer] * len(gone), gone, "x", color="white", markersize=7, markeredgewidth=2.2)
+        top.set_ylabel("attention head")
+        top.yaxis.set_major_locator(MaxNLocator(integer=True))
+        top.set_title(f"{title} (crossed: removed)")
+        parts = [100 * kept[i][1] / kept[i][2] if i in kept else 0.0 for i in range(n_layers)]
+        bottom.bar(range(n_layers), parts, color=COLOURS[0])
+        bottom.set_ylim(0, 100)
+        bottom.set_ylabel("neurons\nkept (%)")
+        _layer_axis(bottom, "x", n_layers)
+        return figure
+
+
+def _layer_axis(axes: Axes, which: str, n_layers: int) -> None:
+    axes.set(**{f"{which}label": "decoder layer (original number)"})
+    axes.get_xaxis().set_major_locator(MaxNLocator(integer=True, nbins=min(n_layers, 32) + 1))
+    axes.set_xlim(-0.6, n_layers - 0.4)
+    axes.grid(visible=False, axis="x")
+
+
+def loss_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure | None:
+    """Loss terms over steps, one panel per term, one line per run; None where no run reported any.
+
+    `curves`: run name -> rows of its metrics file.
+    """
+    terms = [t for t in ("ce", "l2", "kl", "rkl") if any(t in row for rows in curves.values() for row in rows)]
+    titles = {"ce": "cross-entropy", "l2": "hidden-state L2", "kl": "forward KL", "rkl": "reverse KL"}
+    if not terms:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.6, 2.8), layout="constrained")
+        panels = np.atleast_1d(figure.subplots(1, len(terms), sharex=True))
+        for axes, term in zip(panels, terms, strict=True):
+            for i, (name, rows) in enumerate(curves.items()):
+                points = [(row["step"], row[term]) for row in rows if term in row]
+                if points:
+                    style = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.4}
+                    axes.plot(*np.transpose(points), label=name if term == "ce" else None, **style)
+            axes.set_yscale("log")
+            axes.set_title(f"{titles[term]}, training batches")
+            axes.set_xlabel("step")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        panels[0].set_ylabel("loss per token")
+        figure.legend(loc="outside right center")
+        return figure
+
+
+def to_svg(figure: Figure) -> str:
+    """An `<svg>` element that takes its ink from the page."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :].replace(INK, "currentColor")
+
+
+def write_png(figure: Figure, path: Path) -> None:
+    """The figure on white, twice the size of the page's."""
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+    partial.replace(path)

@@ -1,0 +1,61 @@
+"""What a person sees while stages run: lines, progress bars and tables, from process 0 only."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+PIPE_WIDTH = 120  # columns of tables that go to a file or pipe, where there is no terminal to ask
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """Prints to `console` if `enabled`; bars only on a terminal, where they vanish once done."""
+
+    console: Console
+    enabled: bool = True
+
+    def say(self, text: str) -> None:
+        """One line, never wrapped by us, never interpreted as markup."""
+        if self.enabled:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Yields a function that takes the number of items done."""
+        if not (self.enabled and self.console.is_terminal):
+            yield lambda done: None
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task(what, total=total)
+            yield lambda done: progress.update(task, completed=done)
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """One table; the first column is text, the others are numbers, aligned to the right."""
+        if not self.enabled:
+            return
+        table = Table(title=title, title_justify="left")
+        for number, name in enumerate(header):
+            table.add_column(name, justify="right" if number else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+
+def make_reporter(enabled: bool) -> Reporter:
+    """A reporter on standard output."""
+    console = Console()
+    return Reporter(console if console.is_terminal else Console(width=PIPE_WIDTH), enabled)

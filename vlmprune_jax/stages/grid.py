@@ -1,0 +1,210 @@
+"""All variants of an experiment in one workdir, and the table, result.json and report they end in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.evaluate.scorers import retained
+from vlmprune_jax.report.build import build_report, table_of
+from vlmprune_jax.stages import single
+from vlmprune_jax.stages.ledger import Json, read_json, write_json
+from vlmprune_jax.stages.single import Context
+from vlmprune_jax.stages.spec import Experiment, override
+
+NO_RECOVERY = "none"
+
+
+@dataclass(frozen=True)
+class PruneRun:
+    """One way to prune: its name, its experiment and its folder (scores.npz, plan.json, pruned/)."""
+
+    name: str
+    experiment: Experiment
+    folder: Path
+
+
+@dataclass(frozen=True)
+class RecoverRun:
+    """One way to recover a pruned model: its folder holds training/ and recovered/."""
+
+    name: str
+    experiment: Experiment
+    folder: Path
+    pruned: PruneRun
+
+
+def prune_runs(experiment: Experiment, workdir: Path) -> list[PruneRun]:
+    """The prune variants, each in its own folder; without variants one, in the workdir itself."""
+    if not experiment.prune_variants:
+        return [PruneRun(experiment.prune.method, experiment, workdir)]
+    return [
+        PruneRun(_checked(name), override(experiment, values, f"prune_variants.{name}"), workdir / name)
+        for name, values in experiment.prune_variants.items()
+    ]
+
+
+def recover_runs(pruned: PruneRun) -> list[RecoverRun]:
+    """The recoveries of one pruned model."""
+    experiment = pruned.experiment
+    if not experiment.recover_variants:
+        return [RecoverRun(f"{pruned.name}-{experiment.recover.name}", experiment, pruned.folder, pruned)]
+    runs = []
+    for name, values in experiment.recover_variants.items():
+        changed = override(experiment, values, f"recover_variants.{name}")
+        changed = override(changed, {"recover": {"name": name}})
+        runs.append(RecoverRun(f"{pruned.name}-{_checked(name)}", changed, pruned.folder / name, pruned))
+    return runs
+
+
+def _checked(name: str) -> str:
+    """A variant's name, which becomes a folder's."""
+    if name in ("", ".", "..", NO_RECOVERY, "eval", "export", "pruned", "recovered", "training") or set(name) & set("/\\\0"):
+        raise UserError(f"variant name {name!r} cannot be a folder of the workdir: use another")
+    return name
+
+
+def score_all(experiment: Experiment, context: Context) -> None:
+    """Score every prune variant."""
+    for run in prune_runs(experiment, context.workdir):
+        single.score_stage(run.experiment, run.folder, context)
+
+
+def prune_all(experiment: Experiment, context: Context) -> None:
+    """Prune every variant from its scores."""
+    for run in prune_runs(experiment, context.workdir):
+        single.prune_stage(run.experiment, run.folder, context)
+
+
+def recover_all(experiment: Experiment, context: Context) -> None:
+    """Recover every pruned variant in every way."""
+    for pruned in prune_runs(experiment, context.workdir):
+        for run in recover_runs(pruned):
+            single.recover_stage(run.experiment, pruned.folder, run.folder, context)
+
+
+def evaluate_all(experiment: Experiment, context: Context) -> None:
+    """Evaluate the teacher and every model that is there."""
+    evaluate_teacher(experiment, context)
+    found = 0
+    for pruned in prune_runs(experiment, context.workdir):
+        if (pruned.folder / "pruned").is_dir() and pruned.experiment.evaluate.unrecovered:
+            single.evaluate_stage(pruned.experiment, pruned.folder / "pruned", pruned.folder, "pruned", context)
+            found += 1
+        for run in recover_runs(pruned):
+            if (run.folder / "recovered").is_dir():
+                single.evaluate_stage(run.experiment, run.folder / "recovered", run.folder, "recovered", context)
+                found += 1
+    if not found:
+        context.reporter.say("no pruned or recovered model in this workdir yet: only the unpruned one was evaluated")
+
+
+def evaluate_teacher(experiment: Experiment, context: Context) -> Json:
+    """Accuracy of the unpruned model -> `eval/teacher.json`."""
+    folder = single.teacher_folder(experiment)
+    return single.evaluate_stage(experiment, folder, context.workdir, "teacher", context)
+
+
+def run_all(experiment: Experiment, context: Context) -> Json:
+    """Every stage of every variant; returns and writes `result.json`, prints its table, builds the report."""
+    teacher = evaluate_teacher(experiment, context)
+    runs = [entry for pruned in prune_runs(experiment, context.workdir) for entry in _run_variant(pruned, teacher, context)]
+    chosen = best(runs)
+    exported = single.export_stage(experiment, context.workdir / chosen["path"], context)
+    result = {
+        "teacher": {name: teacher[name] for name in ("accuracy", "questions", "parameters", "by_answer")},
+        "runs": runs,
+        "best": chosen["name"],
+        "export": {"path": "export", **exported},
+    }
+    write_json(context.workdir / "result.json", result)
+    finish(context)
+    return result
+
+
+def best(runs: list[Json]) -> Json:
+    """The most accurate run; among equals the smallest.
+
+    Raises:
+      UserError: there is none (`evaluate.unrecovered` is off and nothing was recovered).
+    """
+    if not runs:
+        raise UserError("no model was evaluated: set evaluate.unrecovered, or add a recovery")
+    return min(runs, key=lambda run: (-run["accuracy"], run["parameters"]))
+
+
+def _run_variant(pruned: PruneRun, teacher: Json, context: Context) -> Iterator[Json]:
+    scored = single.score_stage(pruned.experiment, pruned.folder, context)
+    plan = single.prune_stage(pruned.experiment, pruned.folder, context)
+    seconds = scored["seconds"] + plan["seconds"]
+    common = {
+        **{name: plan[name] for name in ("method", "criterion", "ratio_asked", "ratio_reached", "decoder_ratio")},
+        "parameters": plan["parameters"],
+        "removed_layers": plan["removed_layers"],
+        "plan": _relative(pruned.folder / "plan.json", context),
+        "scores": [_relative(pruned.folder / name, context) for name in single.criteria_of(pruned.experiment)],
+    }
+    if pruned.experiment.evaluate.unrecovered:
+        folder = pruned.folder / "pruned"
+        scores = single.evaluate_stage(pruned.experiment, folder, pruned.folder, "pruned", context)
+        unrecovered = {"recovery": NO_RECOVERY, "data_fraction": 0.0, "seconds": round(seconds, 2)}
+        yield _entry(pruned.name, folder, scores, teacher, {**common, **unrecovered}, context)
+    for run in recover_runs(pruned):
+        trained = single.recover_stage(run.experiment, pruned.folder, run.folder, context)
+        folder = run.folder / "recovered"
+        scores = single.evaluate_stage(run.experiment, folder, run.folder, "recovered", context)
+        recovery = {
+            "recovery": run.experiment.recover.name,
+            "data_fraction": run.experiment.data.fraction,
+            "seconds": round(seconds + trained["seconds"], 2),
+            "training_records": trained["records"],
+            "training_steps": trained["steps"],
+            "metrics": _relative(run.folder / "training" / "metrics.jsonl", context),
+        }
+        yield _entry(run.name, folder, scores, teacher, {**common, **recovery}, context)
+
+
+def _entry(name: str, folder: Path, scores: Json, teacher: Json, facts: Json, context: Context) -> Json:
+    """One element of `result.json`'s runs; paths are relative to the workdir."""
+    return {
+        "name": name,
+        **facts,
+        "accuracy": scores["accuracy"],
+        "retained": retained(scores["accuracy"], teacher["accuracy"]),
+        "questions": scores["questions"],
+        "evaluation_seconds": scores["seconds"],
+        **({"perplexity": scores["perplexity"]} if "perplexity" in scores else {}),
+        "by_answer": scores["by_answer"],
+        "path": _relative(folder, context),
+    }
+
+
+def _relative(path: Path, context: Context) -> str:
+    return path.relative_to(context.workdir).as_posix()
+
+
+def export_best(experiment: Experiment, context: Context) -> Json:
+    """Export the best model: that of `result.json`, else the recovered or pruned one of a workdir without variants."""
+    result = context.workdir / "result.json"
+    if result.is_file():
+        return single.export_stage(experiment, context.workdir / best(read_json(result)["runs"])["path"], context)
+    for name in ("recovered", "pruned"):
+        if (context.workdir / name).is_dir():
+            return single.export_stage(experiment, context.workdir / name, context)
+    raise UserError(f"{context.workdir}: nothing to export yet: run `vlmprune run`, or prune and recover, first")
+
+
+def finish(context: Context) -> None:
+    """Print the table of `result.json`, and write the report and its plot."""
+    result: dict[str, Any] = read_json(context.workdir / "result.json")
+    header, rows = table_of(result)
+    context.reporter.table("Pruned and recovered models", header, rows)
+    export = result["export"]
+    difference = export.get("max_abs_logit_difference")
+    context.reporter.say(f"best: {result['best']}, exported to {context.workdir / export['path']}")
+    context.reporter.say(f"  reloaded and compared: largest difference of any logit {difference:.2g}")
+    page = build_report(context.workdir)
+    context.reporter.say(f"report: {page}, plot: {page.with_suffix('.png')}, numbers: {context.workdir / 'result.json'}")

@@ -1,0 +1,189 @@
+"""From data settings to batches: tokenizer, image processor, records and encoders of one model folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.data.batching import Batch, Encoder, train_batches
+from vlmprune_jax.data.images import ImageLoader, load_image_processor
+from vlmprune_jax.data.prompts import TEMPLATES, Template, load_tokenizer, tokenize_training
+from vlmprune_jax.data.records import Record, read_records, take_fraction
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.evaluate.questions import QuestionPlan, plan_questions
+from vlmprune_jax.prune.options import one_of
+from vlmprune_jax.stages.spec import DataSpec, Experiment, ModelSpec, ScoreSpec
+
+PREFETCH = 4  # batches read ahead, so that reading images overlaps with computing
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What turns a model's records into arrays; shared by all stages and variants of an experiment."""
+
+    data: DataSpec
+    tokenizer: Any
+    template: Template
+    image_loader: ImageLoader | None
+
+    def encoder(self, cfg: ModelConfig, max_length: int) -> Encoder:
+        """Rows of `max_length` tokens for this model."""
+        return Encoder(
+            tokenizer=self.tokenizer,
+            template=self.template,
+            max_length=max_length,
+            image_loader=self.image_loader,
+            image_token_id=-1 if cfg.image_token_id is None else cfg.image_token_id,
+            tokens_per_image=cfg.tokens_per_image,
+            max_images=self.data.max_images,
+            truncate=self.data.truncate,
+        )
+
+    def training_encoder(self, cfg: ModelConfig, records: Sequence[Record]) -> Encoder:
+        """Rows of `data.max_length`, or of the longest record."""
+        length = self.data.max_length or self.encoder(cfg, 0).longest(records, generation=False)
+        return self.encoder(cfg, length)
+
+
+@functools.lru_cache(maxsize=4)
+def load_inputs(model: ModelSpec, data: DataSpec, has_vision: bool) -> Inputs:
+    """Tokenizer, template and image processor of a model folder (the latter also from its vision folder)."""
+    one_of("data.template", data.template, tuple(TEMPLATES))
+    template = TEMPLATES[data.template]
+    if data.system is not None:
+        template = dataclasses.replace(template, system=data.system)
+    loader = None
+    if has_vision:
+        folder = Path(model.hf_dir)
+        described = any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
+        loader = load_image_processor(
+            folder if described or model.vision_dir is None else Path(model.vision_dir),
+            aspect_ratio=data.aspect_ratio,
+            max_pixels=data.max_image_pixels,
+            cache_bytes=data.cache_megabytes << 20,
+        )
+    return Inputs(data, load_tokenizer(Path(model.hf_dir)), template, loader)
+
+
+@functools.lru_cache(maxsize=4)
+def _records(path: str, images: str | None, changed: int) -> list[Record]:
+    del changed  # part of the key: a file that is written again is read again
+    return read_records(Path(path), None if images is None else Path(images))
+
+
+def training_records(data: DataSpec) -> list[Record]:
+    """All training records (before `fraction`).
+
+    Raises:
+      UserError: `data.train` is not set, or the file is malformed.
+    """
+    return _read(data.train, data.images, "data.train")
+
+
+def evaluation_records(experiment: Experiment) -> list[Record]:
+    """The evaluation records, perhaps only the first `evaluate.questions`.
+
+    Raises:
+      UserError: `data.eval` is not set, or the file is malformed.
+    """
+    data = experiment.data
+    records = _read(data.eval, data.eval_images or data.images, "data.eval")
+    return records[: experiment.evaluate.questions]
+
+
+def _read(path: str | None, images: str | None, what: str) -> list[Record]:
+    if path is None:
+        raise UserError(f"{what} is not set: give a LLaVA-format JSON file (--config.{what}=FILE)")
+    file = Path(path)
+    return _records(path, images, file.stat().st_mtime_ns if file.is_file() else 0)
+
+
+def calibration_batches(experiment: Experiment, cfg: ModelConfig, *, seed: int) -> list[Batch]:
+    """`score.samples` training records drawn with `seed`, in batches of equal shape (the last filled with padding).
+
+    Raises:
+      UserError: there are fewer records (short enough) than asked for.
+    """
+    inputs = load_inputs(experiment.model, experiment.data, cfg.vision is not None)
+    records = _draw(training_records(experiment.data), experiment.score, seed, inputs, cfg)
+    batches = train_batches(
+        records,
+        inputs.training_encoder(cfg, records),
+        batch_size=experiment.score.batch_size,
+        seed=seed,
+        shuffle=False,
+        epochs=1,
+        drop_remainder=False,
+        augment="none",
+        process_index=0,  # every process scores the whole batch, which the mesh splits
+        process_count=1,
+        threads=experiment.data.threads,
+        prefetch=PREFETCH,
+    )
+    return list(batches)
+
+
+def _draw(records: Sequence[Record], score: ScoreSpec, seed: int, inputs: Inputs, cfg: ModelConfig) -> list[Record]:
+    chosen: list[Record] = []
+    for index in np.random.Generator(np.random.PCG64(seed)).permutation(len(records)).tolist():
+        if len(chosen) == score.samples:
+            break
+        if score.longest_text is None or _text_length(records[index], inputs, cfg) <= score.longest_text:
+            chosen.append(records[index])
+    if len(chosen) < score.samples:
+        limit = "" if score.longest_text is None else f" of at most {score.longest_text} tokens"
+        raise UserError(f"score.samples={score.samples} but there are {len(chosen)} training records{limit}: ask for fewer")
+    return chosen
+
+
+def _text_length(record: Record, inputs: Inputs, cfg: ModelConfig) -> int:
+    token = 0 if cfg.image_token_id is None else cfg.image_token_id
+    ids, _ = tokenize_training(
+        record, inputs.tokenizer, inputs.template, image_token_id=token, tokens_per_image=1, cut_text_at=None
+    )
+    return len(ids)
+
+
+def recovery_batches(experiment: Experiment, cfg: ModelConfig) -> tuple[Any, int]:
+    """This process's endless stream of training batches (a grain dataset), and the number of records behind it."""
+    data, recover = experiment.data, experiment.recover
+    inputs = load_inputs(experiment.model, data, cfg.vision is not None)
+    records = take_fraction(training_records(data), data.fraction, data.seed)
+    batches = train_batches(
+        records,
+        inputs.training_encoder(cfg, records),
+        batch_size=recover.batch_size,
+        seed=recover.seed,
+        shuffle=True,
+        epochs=None,
+        drop_remainder=True,
+        augment="none",
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        threads=data.threads,
+        prefetch=PREFETCH,
+    )
+    return batches, len(records)
+
+
+def question_plan(experiment: Experiment, cfg: ModelConfig, *, multiple: int) -> QuestionPlan:
+    """The evaluation records as batches; every model of an experiment is asked from the same plan.
+
+    `multiple`: devices that share a batch.
+    """
+    inputs = load_inputs(experiment.model, experiment.data, cfg.vision is not None)
+    limit = experiment.evaluate.max_length or 0
+    return _plan(tuple(evaluation_records(experiment)), inputs.encoder(cfg, limit), experiment.evaluate.batch_size, multiple)
+
+
+@functools.lru_cache(maxsize=2)
+def _plan(records: tuple[Record, ...], encoder: Encoder, batch_size: int, multiple: int) -> QuestionPlan:
+    return plan_questions(records, encoder, batch_size=batch_size, multiple=multiple)

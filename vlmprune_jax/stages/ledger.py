@@ -1,0 +1,198 @@
+"""Which stages of a workdir are done: content hashes of their inputs, kept in `.stages/`, and atomic side files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vlmprune_jax.errors import UserError
+
+Json = dict[str, Any]
+FOLDER = ".stages"
+_WHOLE = 8 << 20  # files up to this size are hashed whole
+_BLOCK, _BLOCKS = 64 << 10, 32  # of larger ones these blocks, so that a 13 GB folder takes milliseconds
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step from inputs to outputs.
+
+    `settings`: every option that the result depends on (JSON values). `inputs`: files and folders by name.
+    `outputs`: what the stage makes, each written atomically by the stage. `scratch`: what an interrupted stage leaves to
+    resume from. `version`: changes whenever the stage's code gives other results.
+    """
+
+    name: str
+    version: int
+    workdir: Path
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, Path]
+    outputs: Sequence[Path]
+    scratch: Sequence[Path] = field(default=())
+
+    @property
+    def record(self) -> Path:
+        """Where the ledger keeps this stage's last run."""
+        return self.workdir / FOLDER / f"{self.name.replace('/', '.')}.json"
+
+
+def run_stage(stage: Stage, body: Callable[[], Json], *, overwrite: bool, say: Callable[[str], None]) -> Json:
+    """Run `body` unless its result is already there; returns the facts it reported, and `seconds`.
+
+    A stage whose inputs are unchanged is skipped; one that was interrupted starts again (or resumes from its scratch).
+    Facts are kept with the ledger, so a skipped stage returns those of the run that made its outputs. `seconds` are those of
+    the attempt that finished: what an interrupted one had spent before is not known.
+
+    Raises:
+      UserError: an output exists that was made from other inputs, or by hand, and `overwrite` is off.
+    """
+    now = {"settings": _plain(stage.settings), "inputs": {n: digest(p) for n, p in stage.inputs.items()}}
+    now["version"] = stage.version
+    last = _read(stage.record)
+    same = last.get("made_from") == now
+    present = [path for path in stage.outputs if path.exists()]
+    if same and last.get("done") and len(present) == len(stage.outputs) and _unchanged(stage, last):
+        say(f"{stage.name}: unchanged, skipped ({_relative(stage.outputs[0], stage.workdir)} is up to date)")
+        return {**last["facts"], "seconds": last["seconds"]}
+    resumes = same and not last.get("done")
+    if not resumes:
+        _refuse(stage, present, last, now, overwrite)
+    for path in [*stage.outputs, *(() if resumes else stage.scratch)]:
+        remove(path)
+    start = time.perf_counter()
+    write_json(stage.record, {"made_from": now, "done": False})
+    try:
+        facts = body()
+    except BaseException:
+        if not any(path.exists() for path in stage.scratch):
+            remove(stage.record)
+        raise
+    seconds = round(time.perf_counter() - start, 2)
+    made = {path.name: digest(path) for path in stage.outputs}
+    write_json(stage.record, {"made_from": now, "done": True, "seconds": seconds, "facts": facts, "outputs": made})
+    for path in stage.scratch:
+        remove(path)
+    return {**facts, "seconds": seconds}
+
+
+def _unchanged(stage: Stage, last: Json) -> bool:
+    return last["outputs"] == {path.name: digest(path) for path in stage.outputs}
+
+
+def _refuse(stage: Stage, present: Sequence[Path], last: Json, now: Json, overwrite: bool) -> None:
+    left = [*present, *(path for path in stage.scratch if path.exists())]
+    if overwrite or not left:
+        return
+    if last.get("made_from") == now:
+        reason = "was changed since this stage made it"
+    elif last:
+        reason = f"was made from other inputs ({'; '.join(changes(last.get('made_from'), now)[:4])})"
+    else:
+        reason = "exists and was not made by this stage"
+    raise UserError(f"{stage.name}: {left[0]} {reason}: use --overwrite to replace it, or another --workdir")
+
+
+def changes(before: Any, now: Any, name: str = "") -> list[str]:
+    """`setting was a, now b` for every leaf in which two JSON values differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        found = []
+        for key in sorted({*before, *now}):
+            inner = key if name in ("", "settings") else f"{name} {key}" if name == "inputs" else f"{name}.{key}"
+            found += changes(before.get(key), now.get(key), inner)
+        return found
+    if before == now:
+        return []
+    if name.startswith("inputs "):
+        return [f"{name.removeprefix('inputs ')} changed"]
+    return [f"{name} was {json.dumps(before)[:60]}, now {json.dumps(now)[:60]}"]
+
+
+def digest(path: Path) -> str:
+    """Hash of a file's or folder's content: names, sizes and, for files over 8 MiB, 2 MiB of spread-out blocks.
+
+    Raises:
+      UserError: nothing is there.
+    """
+    total = hashlib.sha256()
+    if path.is_dir():
+        for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
+            total.update(f"{file.relative_to(path).as_posix()}\0{_file_digest(file)}\n".encode())
+    elif path.is_file():
+        total.update(_file_digest(path).encode())
+    else:
+        raise UserError(f"{path}: no such file or folder")
+    return total.hexdigest()[:20]
+
+
+def _file_digest(path: Path) -> str:
+    size, total = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as file:
+        if size <= _WHOLE:
+            total.update(file.read())
+        else:
+            for i in range(_BLOCKS):
+                file.seek((size - _BLOCK) * i // (_BLOCKS - 1))
+                total.update(file.read(_BLOCK))
+    return f"{size}:{total.hexdigest()}"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of indented JSON."""
+    write_text(path, json.dumps(_plain(value), indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in a file.
+
+    Raises:
+      UserError: no such file, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a JSON file ({error})") from None
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder of this workdir, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _read(record: Path) -> Json:
+    """The last run of a stage; an unreadable record counts as none (its outputs are then refused, not trusted)."""
+    try:
+        return dict(json.loads(record.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON would return it (tuples as lists), so that it compares equal after a round trip."""
+    return json.loads(json.dumps(value, allow_nan=True))
+
+
+def _relative(path: Path, workdir: Path) -> str:
+    return path.relative_to(workdir).as_posix() if path.is_relative_to(workdir) else str(path)

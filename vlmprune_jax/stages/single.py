@@ -1,0 +1,385 @@
+"""The stages themselves: folder in, folder out, skipped when nothing changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from vlmprune_jax.config import LoraConfig
+from vlmprune_jax.distributed.mesh import make_mesh
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.evaluate.runner import evaluate, perplexity
+from vlmprune_jax.hf.check import check_export
+from vlmprune_jax.hf.read import load
+from vlmprune_jax.hf.write import save
+from vlmprune_jax.models.params import count_params
+from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.prune import CRITERIA, PrunePlan, Scores, apply_plan, make_plan, prune_iteratively, score
+from vlmprune_jax.recover import LossConfig, RecoverConfig, recover
+from vlmprune_jax.stages import inputs
+from vlmprune_jax.stages.console import Reporter
+from vlmprune_jax.stages.ledger import Json, Stage, remove, run_stage, write_json, write_text
+from vlmprune_jax.stages.spec import DataSpec, Experiment, PruneSpec, RecoverSpec
+
+# Raised whenever a stage's code gives other results for the same inputs: its outputs are then made again.
+VERSIONS = {"score": 1, "prune": 1, "recover": 1, "evaluate": 1, "export": 1}
+_NOT_IN_RESULTS = ("source", "train", "eval", "images", "eval_images", "cache_megabytes", "threads", "max_image_pixels")
+_ONLY_TRAINING = ("fraction", "seed")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What stages share beside the experiment: where they work, how they report, and whether they may replace."""
+
+    workdir: Path
+    reporter: Reporter
+    overwrite: bool
+
+    def run(self, stage: Stage, body: Callable[[], Json]) -> Json:
+        """`ledger.run_stage`, with a line when the work starts."""
+
+        def announced() -> Json:
+            self.reporter.say(f"{stage.name} ...")
+            return body()
+
+        return run_stage(stage, announced, overwrite=self.overwrite, say=self.reporter.say)
+
+    def stage(self, kind: str, folder: Path, name: str, **parts: Any) -> Stage:
+        """A stage named after its folder below the workdir, `depth/prune`; its ledger entry lies in the workdir."""
+        below = folder.relative_to(self.workdir).as_posix()
+        label = name if below == "." else f"{below}/{name}"
+        return Stage(name=label, version=VERSIONS[kind], workdir=self.workdir, **parts)
+
+
+def mesh_of(experiment: Experiment) -> Mesh | None:
+    """The device mesh, or None for one device."""
+    sizes = experiment.mesh
+    if (sizes.data, sizes.fsdp, sizes.tensor) == (1, 1, 1):
+        return None
+    return make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
+
+
+def load_model(experiment: Experiment, folder: Path) -> Model:
+    """The model in a folder of this experiment, in its dtype and on its mesh."""
+    spec = experiment.model
+    return load(folder, vision_dir=spec.vision_dir, dtype=spec.dtype, mesh=mesh_of(experiment))
+
+
+def teacher_folder(experiment: Experiment) -> Path:
+    """The unpruned model's folder.
+
+    Raises:
+      UserError: it is not set or not there.
+    """
+    if not experiment.model.hf_dir:
+        raise UserError("model.hf_dir is not set: give the Hugging Face folder to prune (--config.model.hf_dir=DIR)")
+    folder = Path(experiment.model.hf_dir)
+    if not folder.is_dir():
+        raise UserError(f"model.hf_dir={folder}: no such folder")
+    return folder
+
+
+def _model_inputs(experiment: Experiment, **folders: Path) -> dict[str, Path]:
+    found = {"model.hf_dir": teacher_folder(experiment), **folders}
+    if experiment.model.vision_dir is not None:
+        found["model.vision_dir"] = Path(experiment.model.vision_dir)
+    return found
+
+
+def _records_input(experiment: Experiment, which: str) -> dict[str, Path]:
+    path = getattr(experiment.data, which)
+    if path is None:
+        raise UserError(f"data.{which} is not set: give a LLaVA-format JSON file (--config.data.{which}=FILE)")
+    return {f"data.{which}": Path(path)}
+
+
+def _data_settings(data: DataSpec, *, training: bool) -> dict[str, Any]:
+    dropped = _NOT_IN_RESULTS + (() if training else (*_ONLY_TRAINING, "max_length", "truncate"))
+    return {f"data.{k}": v for k, v in vars(data).items() if k not in dropped}
+
+
+def criteria_of(experiment: Experiment) -> dict[str, str]:
+    """Scores file -> criterion, as the method needs them."""
+    spec, method = experiment.score, experiment.prune.method
+    if method == "hybrid":
+        return {"scores.npz": spec.depth, "scores_width.npz": spec.width}
+    return {"scores.npz": spec.width if method == "width" else spec.depth}
+
+
+def _score_options(experiment: Experiment, criterion: str) -> dict[str, Any]:
+    known = CRITERIA.get(criterion, {})
+    return {k: v for k, v in vars(experiment.score).items() if v is not None and k in known}
+
+
+def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
+    """Importances of the unpruned model -> `scores.npz` (hybrid: also `scores_width.npz`)."""
+    criteria = criteria_of(experiment)
+    settings = {f"score.{k}": v for k, v in vars(experiment.score).items() if k not in ("depth", "width")}
+    needs_data = any(c in ("block_influence", "angular", "taylor") for c in criteria.values())
+    stage = context.stage(
+        "score",
+        folder,
+        "score",
+        settings={"criteria": criteria, **settings, **_data_settings(experiment.data, training=True), **_precision(experiment)},
+        inputs=_model_inputs(experiment, **(_records_input(experiment, "train") if needs_data else {})),
+        outputs=[folder / name for name in criteria],
+    )
+
+    def body() -> Json:
+        model = load_model(experiment, teacher_folder(experiment))
+        batches = None
+        if needs_data:
+            batches = inputs.calibration_batches(experiment, model.cfg, seed=experiment.score.seed)
+        for name, criterion in criteria.items():
+            total = len(model.cfg.text.layers) if criterion == "taylor" else len(batches or [])
+            with context.reporter.bar(f"score ({criterion})", total) as progress:
+                options = _score_options(experiment, criterion)
+                score(model, batches, criterion=criterion, progress=progress, **options).save(folder / name)
+        return {"criteria": criteria, "samples": experiment.score.samples if needs_data else 0}
+
+    return context.run(stage, body)
+
+
+def _precision(experiment: Experiment) -> dict[str, Any]:
+    return {"model.dtype": experiment.model.dtype}
+
+
+def plan_options(spec: PruneSpec) -> dict[str, Any]:
+    """`make_plan` keywords: only what differs from the defaults, so that it can refuse what the method does not have."""
+    default = PruneSpec()
+    skipped = ("method", "ratio", "layers_removed", "steps")
+    changed = {k: v for k, v in vars(spec).items() if k not in skipped and v != getattr(default, k)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
+
+
+def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
+    """Scores -> `plan.json` and the pruned model's folder `pruned/`."""
+    criteria = criteria_of(experiment)
+    scores = {name: folder / name for name in criteria}
+    for path in scores.values():
+        if not path.is_file():
+            raise UserError(f"{path}: no such scores file: run `vlmprune score` (or `vlmprune run`) first")
+    iterative = experiment.prune.steps > 1
+    settings = {f"prune.{k}": v for k, v in vars(experiment.prune).items()}
+    settings |= _data_settings(experiment.data, training=True) if iterative else {}
+    records = _records_input(experiment, "train") if iterative else {}
+    stage = context.stage(
+        "prune",
+        folder,
+        "prune",
+        settings={**settings, **_precision(experiment)},
+        inputs=_model_inputs(experiment, **scores, **records),
+        outputs=[folder / "plan.json", folder / "pruned"],
+    )
+
+    def body() -> Json:
+        model = load_model(experiment, teacher_folder(experiment))
+        if iterative:
+            pruned, plan = _prune_in_steps(experiment, model)
+        else:
+            pair = tuple(Scores.load(path) for path in scores.values())
+            spec = experiment.prune
+            plan = make_plan(
+                pair if spec.method == "hybrid" else pair[0],
+                model.cfg,
+                method=spec.method,
+                ratio=spec.ratio,
+                layers_removed=spec.layers_removed,
+                **plan_options(spec),
+            )
+            pruned = apply_plan(model, plan)
+        save_model(pruned, folder / "pruned", experiment, teacher_folder(experiment), plan)
+        write_text(folder / "plan.json", plan.to_json())
+        facts = plan_facts(plan, model)
+        context.reporter.say(
+            f"  {plan.method}: asked for {_percent(plan.asked)}, reached {_percent(plan.reached)} of the model's parameters "
+            f"({facts['parameters']:,} of {facts['parameters_before']:,} left, {_percent(facts['decoder_ratio'])} of the decoder "
+            f"gone{_layers_gone(plan)})"
+        )
+        return facts
+
+    return context.run(stage, body)
+
+
+def _prune_in_steps(experiment: Experiment, model: Model) -> tuple[Model, PrunePlan]:
+    spec, criterion = experiment.prune, experiment.score.width
+    if spec.method != "width":
+        raise UserError(f"prune.steps={spec.steps} is for method 'width': depth and hybrid prune in one step")
+    return prune_iteratively(
+        model,
+        lambda step: inputs.calibration_batches(experiment, model.cfg, seed=experiment.score.seed + step),
+        steps=spec.steps,
+        criterion=criterion,
+        score_options=_score_options(experiment, criterion),
+        ratio=spec.ratio,
+        **plan_options(spec),
+    )
+
+
+def plan_facts(plan: PrunePlan, model: Model) -> Json:
+    """What tables and reports tell about a plan."""
+    gone = plan.parameters_before - plan.parameters_after
+    return {
+        "method": plan.method,
+        "criterion": plan.criterion,
+        "ratio_asked": plan.asked,
+        "ratio_reached": plan.reached,
+        "decoder_ratio": gone / count_params(model.cfg, "text"),
+        "parameters": plan.parameters_after,
+        "parameters_before": plan.parameters_before,
+        "removed_layers": list(plan.removed_layers),
+    }
+
+
+def _percent(value: float | None) -> str:
+    return "no ratio" if value is None else f"{100 * value:.2f} %"
+
+
+def _layers_gone(plan: PrunePlan) -> str:
+    return f"; layers {', '.join(map(str, plan.removed_layers))}" if plan.removed_layers else ""
+
+
+def save_model(model: Model, out_dir: Path, experiment: Experiment, source_dir: Path, plan: PrunePlan) -> None:
+    """An intermediate folder: source layout, true widths, the experiment's dtype."""
+    dtype = experiment.model.dtype
+    save(model, out_dir, source_dir=source_dir, layout="source", uneven="per_layer", dtype=dtype, plan=plan)
+
+
+def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, context: Context) -> Json:
+    """Pruned model + training records -> `recovered/`; curves stay in `training/metrics.jsonl`."""
+    pruned, training = prune_folder / "pruned", folder / "training"
+    if not pruned.is_dir():
+        raise UserError(f"{pruned}: no such folder: run `vlmprune prune` (or `vlmprune run`) first")
+    config = recover_config(experiment.recover)
+    settings = {f"recover.{k}": v for k, v in dataclasses.asdict(experiment.recover).items() if k not in _FREE_RECOVER}
+    mesh = {f"mesh.{k}": v for k, v in vars(experiment.mesh).items()}  # a resumed run has to be on the same one
+    stage = context.stage(
+        "recover",
+        folder,
+        "recover",
+        settings={**settings, **mesh, **_data_settings(experiment.data, training=True), **_precision(experiment)},
+        inputs=_model_inputs(experiment, pruned=pruned, **_records_input(experiment, "train")),
+        outputs=[folder / "recovered"],
+        scratch=[training / "checkpoints"],
+    )
+
+    def body() -> Json:
+        if not (training / "checkpoints").exists():
+            remove(training)
+        plan = PrunePlan.from_json(prune_folder / "plan.json")
+        teacher = load_model(experiment, teacher_folder(experiment)) if config.losses.needs_teacher else None
+        student = load_model(experiment, pruned)
+        batches, n_records = inputs.recovery_batches(experiment, student.cfg)
+        model, summary = recover(
+            student,
+            batches,
+            config,
+            teacher=teacher,
+            plan=plan,
+            workdir=training,
+            mesh=mesh_of(experiment),
+            progress=context.reporter.enabled and context.reporter.console.is_terminal,
+            num_steps=config.num_steps(n_records),
+        )
+        save_model(model, folder / "recovered", experiment, pruned, plan)
+        return {**summary, "records": n_records, "recovery": experiment.recover.name}
+
+    return context.run(stage, body)
+
+
+_FREE_RECOVER = ("name", "log_every", "save_every", "keep_checkpoints")
+
+
+def recover_config(spec: RecoverSpec) -> RecoverConfig:
+    """The training loop's settings; adapters only where "lora" trains."""
+    values = {k: v for k, v in vars(spec).items() if k not in ("name", "lora", "losses", "epochs")}
+    lora = LoraConfig(**vars(spec.lora)) if spec.trainable == "lora" else None
+    epochs = spec.epochs if spec.steps is None else None
+    return RecoverConfig(**values, epochs=epochs, lora=lora, losses=LossConfig(**vars(spec.losses)))
+
+
+def evaluate_stage(experiment: Experiment, model_folder: Path, out: Path, name: str, context: Context) -> Json:
+    """Accuracy (and perplexity, if a text is named) of one folder -> `eval/<name>.json` and its answers as JSON lines."""
+    spec = experiment.evaluate
+    path, answers_path = out / "eval" / f"{name}.json", out / "eval" / f"{name}.answers.jsonl"
+    text = {} if spec.text is None else {"evaluate.text": Path(spec.text)}
+    settings = {f"evaluate.{k}": v for k, v in vars(spec).items() if k not in ("text", "unrecovered")}
+    stage = context.stage(
+        "evaluate",
+        out,
+        f"evaluate {name}",
+        settings={**settings, **_data_settings(experiment.data, training=False), **_precision(experiment)},
+        inputs=_model_inputs(experiment, model=model_folder, **_records_input(experiment, "eval"), **text),
+        outputs=[path, answers_path],
+    )
+
+    def body() -> Json:
+        model = load_model(experiment, model_folder)
+        mesh = mesh_of(experiment)
+        ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        plan = inputs.question_plan(experiment, model.cfg, multiple=ways)
+        tokenizer = plan.encoder.tokenizer
+        batches = plan.batches(threads=experiment.data.threads, prefetch=inputs.PREFETCH)
+        with context.reporter.bar(f"evaluate {name}", len(plan)) as progress:
+            result = evaluate(
+                model, batches, tokenizer=tokenizer, max_new_tokens=spec.max_new_tokens, progress=progress
+            )
+        facts = result.summary()
+        if spec.text is not None:
+            facts["perplexity"] = _text_perplexity(experiment, model, tokenizer, context)
+        lines = [json.dumps(vars(answer), ensure_ascii=False) + "\n" for answer in result.answers]
+        write_text(answers_path, "".join(lines))
+        write_json(path, {**facts, "answers": answers_path.name})
+        context.reporter.say(
+            f"  {name}: {100 * result.accuracy:.2f} % of {result.questions:,} questions right "
+            f"({result.parameters:,} parameters, {result.seconds:.1f} s)"
+        )
+        return {k: v for k, v in facts.items() if k != "seconds"}
+
+    return context.run(stage, body)
+
+
+def _text_perplexity(experiment: Experiment, model: Model, tokenizer: Any, context: Context) -> float:
+    spec = experiment.evaluate
+    assert spec.text is not None
+    try:
+        ids = tokenizer(Path(spec.text).read_text(encoding="utf-8"))["input_ids"]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"evaluate.text={spec.text}: cannot be read as UTF-8 text ({error})") from None
+    total = -(-len(ids) // (spec.text_window * spec.batch_size))
+    with context.reporter.bar("perplexity", total) as progress:
+        return perplexity(model, ids, window=spec.text_window, batch_size=spec.batch_size, progress=progress).perplexity
+
+
+def export_stage(experiment: Experiment, model_folder: Path, context: Context) -> Json:
+    """One folder of the workdir -> `export/`, reloaded and compared before it counts as done."""
+    out, spec = context.workdir / "export", experiment.export
+    stage = context.stage(
+        "export",
+        context.workdir,
+        "export",
+        settings={f"export.{k}": v for k, v in vars(spec).items()} | _precision(experiment),
+        inputs=_model_inputs(experiment, model=model_folder),
+        outputs=[out],
+    )
+
+    def body() -> Json:
+        model = load_model(experiment, model_folder)
+        plan = PrunePlan.from_json(model_folder / "plan.json")
+        save(
+            model, out, source_dir=model_folder, layout=spec.layout, uneven=spec.uneven, dtype=spec.dtype, plan=plan
+        )
+        try:
+            return check_export(model, out, vision_dir=experiment.model.vision_dir)
+        except BaseException:
+            remove(out)  # a folder that failed its comparison, or was not compared, is not an export
+            raise
+
+    return context.run(stage, body)
+

@@ -1,0 +1,246 @@
+"""What an experiment is: every setting with its default, as frozen dataclasses that configs and overrides fill."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.stages.suggest import suggest
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The model to prune. `vision_dir`: the CLIP folder, for original LLaVA folders without a tower inside."""
+
+    hf_dir: str = ""
+    vision_dir: str | None = None
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """LLaVA records. `source`: "files", or "easyvqa" (the demo's data, written into the workdir by the command line).
+
+    `system`: other system text than the template's ("" = none). `max_length`: tokens per training row with its image, None
+    = that of the longest record. `max_images`: image slots per row. `fraction`, `seed`: which training records are used.
+    """
+
+    source: str = "files"
+    train: str | None = None
+    eval: str | None = None
+    images: str | None = None
+    eval_images: str | None = None
+    template: str = "llava_v1"
+    system: str | None = None
+    max_length: int | None = None
+    truncate: bool = True
+    max_images: int = 1
+    aspect_ratio: str = "pad"
+    max_image_pixels: int = 100_000_000
+    cache_megabytes: int = 512
+    threads: int = 2
+    fraction: float = 1.0
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class ScoreSpec:
+    """What to measure, on how many training records (see `prune.score`). `depth`, `width`: each method's criterion.
+
+    `reduction`: over the tensors of a group, None = the criterion's own. `layers_removed`: block length of the angular
+    criterion. `longest_text`: only records of at most so many tokens, an image counting 1 (None = any).
+    `reference_compat`: Block Influence and the angular distance exactly as the paper's code sums them.
+    """
+
+    depth: str = "block_influence"
+    width: str = "taylor"
+    variant: str = "param_first"
+    reduction: str | None = None
+    gqa: str = "groups"
+    reference_compat: bool = False
+    layers_removed: int | None = None
+    longest_text: int | None = None
+    samples: int = 50
+    batch_size: int = 1
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class PruneSpec:
+    """How much goes, and from where (see `make_plan`). `ratio` is the reduction of the whole model's parameters.
+
+    `attn_layers`, `mlp_layers`: () = all, or a half-open (start, stop) in original numbers. `steps`: width pruning in so
+    many rounds, each with new scores.
+    """
+
+    method: str = "depth"
+    ratio: float | None = None
+    layers_removed: int | None = None
+    protect: tuple[int, ...] = ()
+    rounding: str = "nearest"
+    attn_layers: tuple[int, ...] = ()
+    mlp_layers: tuple[int, ...] = ()
+    heads_multiple: int = 1
+    neurons_multiple: int = 1
+    selection: str = "local"
+    sparsity: float | None = None
+    depth_share: float = 0.5
+    steps: int = 1
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Low-rank adapters, used when `recover.trainable` is "lora"."""
+
+    rank: int = 128
+    alpha: float = 256.0
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """Weights of the loss terms and how they are measured (see `recover.losses.LossConfig`)."""
+
+    ce: float = 1.0
+    l2: float = 0.0
+    kl: float = 0.0
+    rkl: float = 0.0
+    l2_layers: tuple[int, ...] = (-1,)
+    temperature: float = 2.0
+    teacher_inputs: str = "student"
+    reference_compat: bool = False
+    chunk: int = 128
+
+
+@dataclass(frozen=True)
+class RecoverSpec:
+    """Training after pruning (see `RecoverConfig`); the defaults are LLaVA's LoRA recipe.
+
+    `trainable`: projector, lora, decoder or all. `steps` count instead of `epochs` if given. `name` is what tables call
+    this recovery.
+    """
+
+    name: str = "recovered"
+    trainable: str = "lora"
+    epochs: float = 1.0
+    steps: int | None = None
+    batch_size: int = 128
+    accumulation: int = 1
+    learning_rate: float = 2e-4
+    projector_learning_rate: float | None = 2e-5
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    warmup_ratio: float = 0.03
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float | None = 1.0
+    compute_dtype: str = "float32"
+    remat: str = "none"
+    lora: LoraSpec = field(default_factory=LoraSpec)
+    losses: LossSpec = field(default_factory=LossSpec)
+    log_every: int = 10
+    save_every: int = 100
+    keep_checkpoints: int = 2
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class EvaluateSpec:
+    """Greedy answers to `data.eval`, and perplexity on a text file if one is named.
+
+    `max_length`: longest prompt allowed, with its image (None = any). `questions`: only the
+    first so many. `unrecovered`: whether the pruned model is evaluated before recovery as well.
+    """
+
+    batch_size: int = 32
+    max_length: int | None = None
+    max_new_tokens: int = 16
+    questions: int | None = None
+    unrecovered: bool = True
+    text: str | None = None
+    text_window: int = 512
+
+
+@dataclass(frozen=True)
+class ExportSpec:
+    """The folder handed out. `layout`: "source" or "transformers". `uneven`: what to do with unequal layer widths."""
+
+    layout: str = "source"
+    uneven: str = "per_layer"
+    dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True)
+class MeshSpec:
+    """Sizes of the device mesh; -1 takes what is left. All 1 runs on one device without a mesh."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One model pruned, recovered, evaluated and exported.
+
+    `variants` make it a grid in one workdir: every prune variant with every recovery variant. A variant is a name and a
+    partial experiment that overrides this one. Without variants there is one of each, in the workdir itself.
+    """
+
+    model: ModelSpec = field(default_factory=ModelSpec)
+    data: DataSpec = field(default_factory=DataSpec)
+    score: ScoreSpec = field(default_factory=ScoreSpec)
+    prune: PruneSpec = field(default_factory=PruneSpec)
+    recover: RecoverSpec = field(default_factory=RecoverSpec)
+    evaluate: EvaluateSpec = field(default_factory=EvaluateSpec)
+    export: ExportSpec = field(default_factory=ExportSpec)
+    mesh: MeshSpec = field(default_factory=MeshSpec)
+    prune_variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    recover_variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def override(spec: Any, values: Mapping[str, Any], where: str = "config") -> Any:
+    """`spec` (any of these dataclasses) with a nested mapping of values in place of its own.
+
+    Raises:
+      UserError: a name that does not exist, with the nearest that does, or a value of the wrong kind.
+    """
+    hints = typing.get_type_hints(type(spec))
+    changes = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise UserError(f"{where} has no {name!r}{suggest(name, hints)}")
+        current = getattr(spec, name)
+        if dataclasses.is_dataclass(current):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{where}.{name} is a section, it cannot be {value!r}")
+            changes[name] = override(current, value, f"{where}.{name}")
+        else:
+            changes[name] = _checked(value, hints[name], f"{where}.{name}")
+    return dataclasses.replace(spec, **changes)
+
+
+def _checked(value: Any, kind: Any, where: str) -> Any:
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        plain = typing.get_origin(option) or option
+        if plain is tuple and isinstance(value, (tuple, list)):
+            inner = typing.get_args(option)[0]
+            return tuple(_checked(item, inner, f"{where}[{i}]") for i, item in enumerate(value))
+        if plain is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if plain is Mapping and isinstance(value, Mapping):
+            return {key: dict(inner) for key, inner in value.items()}
+        if isinstance(plain, type) and isinstance(value, plain) and (plain is bool or not isinstance(value, bool)):
+            return value
+    names = " or ".join("nothing" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
+    raise UserError(f"{where} is {value!r}, expected {names}")
