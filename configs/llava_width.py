@@ -1,12 +1,13 @@
 """LLaVA-1.5-7B, attention heads and MLP neurons removed by first-order Taylor importance, recovered as in the paper.
 
   vlmprune run --config=configs/llava_width.py:0.3 --workdir=runs/llava_width_30 \
-      --config.model.hf_dir=DIR/llava-1.5-7b-hf --config.data.train=DIR/llava_v1_5_mix665k.json --config.data.images=DIR \
-      --config.data.eval=DIR/questions.json
+      --config.model.hf_dir=DIR/llava-1.5-7b-hf --config.data.train=DIR/llava_v1_5_mix665k.json \
+      --config.data.images=DIR --config.data.eval=DIR/questions.json
 
 The variant is the share of the whole model's parameters to remove (default 0.3). Its published averages for width +
-fine-tuning + L2 (AVG-% over nine benchmarks): 83.99 at 45 %, 78.13 at 60 %; without recovery 90.87 at 15 %, 79.88 at 30 %.
-`:uniform` after the ratio (0.3:uniform) prunes all layers alike, for a folder that stock transformers loads at true size.
+fine-tuning + L2 (AVG-% over nine benchmarks): 83.99 at 45 %, 78.13 at 60 %; without recovery 90.87 at 15 %, 79.88
+at 30 %. `:uniform` after the ratio (0.3:uniform) prunes all layers alike, for a folder that stock transformers loads at its
+true size.
 """
 
 from ml_collections import ConfigDict

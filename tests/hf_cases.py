@@ -23,7 +23,7 @@ LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": 97,
-    "hidden_size": 40,
+    "hidden_size": 48,
     "head_dim": 12,
     "num_attention_heads": 6,
     "num_key_value_heads": 3,

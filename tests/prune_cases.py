@@ -97,5 +97,7 @@ def expanded(ids: np.ndarray, mask: np.ndarray, labels: np.ndarray, pixels: np.n
     length = max(len(row[0]) for row in rows)
     arrays = {"pixel_values": pixels[:, None]}
     for at, (name, fill) in enumerate((("input_ids", 0), ("attention_mask", 0), ("labels", -100))):
-        arrays[name] = np.stack([np.pad(r[at], (0, length - len(r[at])), constant_values=fill) for r in rows]).astype(int)
+        arrays[name] = np.stack([np.pad(r[at], (0, length - len(r[at])), constant_values=fill) for r in rows]).astype(
+            int
+        )
     return arrays

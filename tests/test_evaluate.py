@@ -221,9 +221,7 @@ def test_accuracy_of_known_answers(goldens, llava, encoder, expected):
 
 def test_batches_of_whole_prompts_give_the_same(goldens, llava, encoder, expected):
     asked = records(goldens, ["yes"] * 8)
-    batches = generation_batches(
-        asked, encoder, batch_size=3, process_index=0, process_count=1, threads=1, prefetch=1
-    )
+    batches = generation_batches(asked, encoder, batch_size=3, process_index=0, process_count=1, threads=1, prefetch=1)
     result = evaluate(llava, batches, tokenizer=encoder.tokenizer, max_new_tokens=STEPS)
     assert [answer.prediction for answer in result.answers] == [text.strip() for text in expected[0]]
     assert result.questions == 8  # the filled-up ninth row does not count
@@ -291,5 +289,3 @@ def test_perplexity_of_too_little():
         perplexity(model(config()), [3], window=4, batch_size=1)
     with pytest.raises(UserError, match="token id 99"):
         perplexity(model(config()), [3, 99], window=4, batch_size=1)
-
-

@@ -146,7 +146,7 @@ def test_every_device_reads_its_own_slice(tmp_path, sizes):
     model = load(folder, mesh=mesh)
     assert_equal(model, expected)
     up = model.params["text"]["layers"]["0"]["mlp"]["up_proj"]["weight"]
-    assert {shard.data.shape for shard in up.addressable_shards} == {(4, 56 // sizes[2], 40 // sizes[1])}
+    assert {shard.data.shape for shard in up.addressable_shards} == {(4, 56 // sizes[2], 48 // sizes[1])}
 
 
 def test_a_mesh_that_does_not_divide_is_refused_before_reading(llama):
@@ -320,15 +320,15 @@ def test_every_problem_is_named_in_one_line(llama):
     def edit(tensors):
         tensors["model.layers.0.mlp.extra.weight"] = np.zeros(3, np.float32)
         del tensors["model.layers.1.self_attn.o_proj.weight"]
-        tensors["model.norm.weight"] = np.zeros(41, np.float32)
-        tensors["model.layers.2.mlp.up_proj.weight"] = np.zeros((56, 40), np.int8)
+        tensors["model.norm.weight"] = np.zeros(49, np.float32)
+        tensors["model.layers.2.mlp.up_proj.weight"] = np.zeros((56, 48), np.int8)
 
     edit_weights(llama, edit)
     refused(
         llama,
         "unknown key model.layers.0.mlp.extra.weight",
         "missing key model.layers.1.self_attn.o_proj.weight",
-        "model.norm.weight has shape [41], config.json says [40]",
+        "model.norm.weight has shape [49], config.json says [48]",
         "model.layers.2.mlp.up_proj.weight has dtype I8",
     )
 

@@ -203,7 +203,9 @@ def test_unequal_layers_count_with_their_own_size():
 
 def test_angular_plans_remove_the_nearest_free_block():
     cfg = config(EQUAL)
-    scores = Scores("angular", shape_digest(cfg) + "-x", {"layers_removed": 2}, importance=np.array([3, 1, 2, 4, np.inf]))
+    scores = Scores(
+        "angular", shape_digest(cfg) + "-x", {"layers_removed": 2}, importance=np.array([3, 1, 2, 4, np.inf])
+    )
     assert make_plan(scores, cfg, method="depth", layers_removed=2).removed_layers == (1, 2)
     assert make_plan(scores, cfg, method="depth", layers_removed=2, protect=(2,)).removed_layers == (0, 1)
     with pytest.raises(UserError, match=r"no 2 consecutive layers are free of the protected ones \[1, 3\]"):
@@ -216,7 +218,10 @@ def test_angular_plans_remove_the_nearest_free_block():
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"ratio": 0.99}, r"ratio 0.99 cannot be reached by depth: removing 4 of 5 layers \(0 protected\) gives at most 0\.\d+"),
+        (
+            {"ratio": 0.99},
+            r"ratio 0.99 cannot be reached by depth: removing 4 of 5 layers \(0 protected\) gives at most 0\.\d+",
+        ),
         ({"ratio": 0.4, "protect": (0, 1, 2, 3)}, r"removing 1 of 5 layers \(4 protected\)"),
         ({"ratio": 30}, r"ratio=30 must be at least 0 and below 1 \(0.3 is 30 %\)"),
         ({"ratio": -0.1}, "ratio=-0.1 must be at least 0"),

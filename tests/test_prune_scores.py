@@ -21,7 +21,11 @@ def test_scores_survive_the_file_bit_for_bit(tmp_path):
     scores = score(model(config(UNEQUAL)), criterion="random", seed=3, gqa="q_heads")
     scores.save(tmp_path / "deep" / "scores.npz")
     again = Scores.load(tmp_path / "deep" / "scores.npz")
-    assert (again.criterion, again.fingerprint, again.options) == ("random", scores.fingerprint, {"seed": 3, "gqa": "q_heads"})
+    assert (again.criterion, again.fingerprint, again.options) == (
+        "random",
+        scores.fingerprint,
+        {"seed": 3, "gqa": "q_heads"},
+    )
     assert again.importance.dtype == np.float64
     np.testing.assert_array_equal(again.importance, scores.importance)
     for mine, theirs in zip(again.heads + again.mlp, scores.heads + scores.mlp, strict=True):
@@ -81,7 +85,9 @@ def test_fingerprint_ignores_dtype_host_and_sharding():
     assert len(expected) == 12 + 1 + 16
 
 
-@pytest.mark.parametrize("path", ["text/layers/0/self_attn/k_proj/weight", "vision/class_embedding/weight", "text/norm/weight"])
+@pytest.mark.parametrize(
+    "path", ["text/layers/0/self_attn/k_proj/weight", "vision/class_embedding/weight", "text/norm/weight"]
+)
 def test_fingerprint_sees_every_tensor(path):
     one = model(config(vision=True))
     flat = flatten(one.params)
@@ -95,15 +101,23 @@ def test_fingerprint_sees_one_layer_and_the_shapes():
     flat = flatten(one.params)
     weight = flat["text/layers/0/mlp/up_proj/weight"].copy()
     weight[3] = weight[3] * 1.1
-    assert fingerprint(Model(unflatten({**flat, "text/layers/0/mlp/up_proj/weight": weight}), one.cfg)) != fingerprint(one)
+    assert fingerprint(Model(unflatten({**flat, "text/layers/0/mlp/up_proj/weight": weight}), one.cfg)) != fingerprint(
+        one
+    )
     assert fingerprint(model(config(UNEQUAL)))[:12] != fingerprint(one)[:12]
 
 
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"criterion": "block_influense"}, r"criterion 'block_influense' is not one of .*did you mean 'block_influence'\?"),
-        ({"criterion": "l1", "reductoin": "sum"}, r"criterion 'l1' has no option 'reductoin' .*did you mean 'reduction'\?"),
+        (
+            {"criterion": "block_influense"},
+            r"criterion 'block_influense' is not one of .*did you mean 'block_influence'\?",
+        ),
+        (
+            {"criterion": "l1", "reductoin": "sum"},
+            r"criterion 'l1' has no option 'reductoin' .*did you mean 'reduction'\?",
+        ),
         ({"criterion": "l2", "reduction": "median"}, r"reduction 'median' is not one of sum, mean, max, prod, first"),
         ({"criterion": "l2", "gqa": "heads"}, r"gqa 'heads' is not one of groups, q_heads; did you mean 'q_heads'\?"),
         ({"criterion": "random", "gqa": "head"}, "gqa 'head' is not one of groups, q_heads"),
@@ -128,10 +142,22 @@ def test_score_refuses(request_, message):
         ({"attention_mask": None}, r"calibration batch 1: attention_mask missing \(it has input_ids,"),
         ({"labels": None}, "calibration batch 1: labels missing"),
         ({"labels": np.zeros((4, 3))}, r"calibration batch 1: labels has shape \(4, 3\) but input_ids \(4, 9\)"),
-        ({"labels": np.full((4, 9), 62)}, r"calibration batch 1: labels\[0, 0\] = 62 is neither -100 \(ignored\) nor an id below 62"),
-        ({"input_ids": np.full((4, 9), 70)}, r"calibration batch 1: input_ids\[0, 0\] = 70 is outside the vocabulary of 62"),
-        ({"pixel_values": np.zeros((4, 3, 6, 6))}, r"calibration batch 1: pixel_values must be float\[batch, images per row"),
-        ({"pixel_values": np.zeros((4, 1, 3, 6, 6))}, "calibration batch 1: pixel_values given to a model without a vision"),
+        (
+            {"labels": np.full((4, 9), 62)},
+            r"calibration batch 1: labels\[0, 0\] = 62 is neither -100 \(ignored\) nor an id below 62",
+        ),
+        (
+            {"input_ids": np.full((4, 9), 70)},
+            r"calibration batch 1: input_ids\[0, 0\] = 70 is outside the vocabulary of 62",
+        ),
+        (
+            {"pixel_values": np.zeros((4, 3, 6, 6))},
+            r"calibration batch 1: pixel_values must be float\[batch, images per row",
+        ),
+        (
+            {"pixel_values": np.zeros((4, 1, 3, 6, 6))},
+            "calibration batch 1: pixel_values given to a model without a vision",
+        ),
     ],
 )
 def test_calibration_batches_refuse(change, message):

@@ -1,11 +1,11 @@
-"""vlmprune-jax: structured pruning and recovery of vision-language models, from Hugging Face folder to Hugging Face folder.
+"""Structured pruning and recovery of vision-language models, from Hugging Face folder to Hugging Face folder.
 
-    import vlmprune_jax as vp
+import vlmprune_jax as vp
 
-    model = vp.load("DIR/llava-1.5-7b-hf")
-    scores = vp.score(model, batches, criterion="block_influence")
-    plan = vp.make_plan(scores, model.cfg, method="depth", ratio=0.3)
-    vp.save(vp.apply_plan(model, plan), "DIR/pruned", source_dir="DIR/llava-1.5-7b-hf")
+model = vp.load("DIR/llava-1.5-7b-hf")
+scores = vp.score(model, batches, criterion="block_influence")
+plan = vp.make_plan(scores, model.cfg, method="depth", ratio=0.3)
+vp.save(vp.apply_plan(model, plan), "DIR/pruned", source_dir="DIR/llava-1.5-7b-hf")
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vlmprune_jax.prune import PrunePlan, Scores, apply_plan, make_plan, score
     from vlmprune_jax.recover import RecoverConfig, recover
 
-# Public name -> module. They load at first use: `import vlmprune_jax` takes milliseconds, jax comes with the first call.
+# Public name -> module. They load at first use: `import vlmprune_jax` takes milliseconds, jax comes with a call.
 _HOMES = {
     "Model": "models.vlm",
     "ModelConfig": "config",
@@ -75,7 +75,8 @@ def _function(name: str) -> Any:
 
 class _CallableModule(ModuleType):
     """The subpackages `recover` and `evaluate` are the public functions of their names as well: importing
-    `vlmprune_jax.recover.losses` makes `vlmprune_jax.recover` the subpackage, and `vp.recover(...)` has to go on working.
+    `vlmprune_jax.recover.losses` makes `vlmprune_jax.recover` the subpackage, and `vp.recover(...)` has to go on
+    working.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

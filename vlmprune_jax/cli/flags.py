@@ -42,7 +42,9 @@ def parse(name: str, command: ModuleType, argv: Sequence[str]) -> Flags:
     try:
         rest = values([name, *argv])
     except flags.UnrecognizedFlagError as error:
-        raise UserError(f"vlmprune {name} has no flag --{error.flagname}{suggest(error.flagname, _names(values))}") from None
+        raise UserError(
+            f"vlmprune {name} has no flag --{error.flagname}{suggest(error.flagname, _names(values))}"
+        ) from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{error}") from None
     values.args = rest[1:]

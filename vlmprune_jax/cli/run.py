@@ -1,7 +1,7 @@
 """vlmprune run --config=FILE.py --workdir=DIR: score, prune, recover, evaluate, export and report, in this order.
 
-Whatever is there already and was made from the same inputs is skipped; an interrupted run continues. The workdir ends up
-with scores.npz, plan.json, pruned/, recovered/, eval/*.json, export/, result.json, report.html and report.png.
+Whatever is there already and was made from the same inputs is skipped; an interrupted run continues. The workdir ends
+up with scores.npz, plan.json, pruned/, recovered/, eval/*.json, export/, result.json, report.html and report.png.
   vlmprune run --config=configs/demo.py --workdir=runs/demo
   vlmprune run --config=configs/llava_depth.py --workdir=W --config.model.hf_dir=DIR --config.data.train=FILE.json ...
 """

@@ -143,7 +143,9 @@ def _prompt(record: Record, encoder: Encoder) -> np.ndarray:
     if record.images and encoder.image_loader is None:
         raise UserError(f"record {record.id}: has an image but the model has no vision tower; use text-only records")
     if len(record.images) > encoder.max_images:
-        raise UserError(f"record {record.id}: {len(record.images)} images, over max_images {encoder.max_images}; raise it")
+        raise UserError(
+            f"record {record.id}: {len(record.images)} images, over max_images {encoder.max_images}; raise it"
+        )
     ids = tokenize_prompt(
         record,
         encoder.tokenizer,
@@ -152,7 +154,9 @@ def _prompt(record: Record, encoder: Encoder) -> np.ndarray:
         tokens_per_image=encoder.tokens_per_image,
     )
     if encoder.max_length and len(ids) > encoder.max_length:
-        raise UserError(f"record {record.id}: {len(ids)} tokens with its images, over {encoder.max_length}; raise the limit")
+        raise UserError(
+            f"record {record.id}: {len(ids)} tokens with its images, over {encoder.max_length}; raise the limit"
+        )
     return ids
 
 

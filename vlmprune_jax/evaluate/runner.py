@@ -159,9 +159,13 @@ def perplexity(
     """
     ids = np.asarray(token_ids, np.int32).reshape(-1)
     if len(ids) < 2 or window < 2 or batch_size < 1:
-        raise UserError(f"perplexity of {len(ids)} tokens with window {window}, batch size {batch_size}: needs 2, 2 and 1")
+        raise UserError(
+            f"perplexity of {len(ids)} tokens with window {window}, batch size {batch_size}: needs 2, 2 and 1"
+        )
     if ids.min() < 0 or ids.max() >= model.cfg.text.vocab_size:
-        raise UserError(f"text has token id {ids.max()} but the vocabulary has {model.cfg.text.vocab_size}: other tokenizer?")
+        raise UserError(
+            f"text has token id {ids.max()} but the vocabulary has {model.cfg.text.vocab_size}: other tokenizer?"
+        )
     start, total, count = time.perf_counter(), 0.0, 0
     for done, (rows, mask) in enumerate(_windows(ids, window, batch_size), start=1):
         total += _negative_log_likelihood(model, rows, mask)

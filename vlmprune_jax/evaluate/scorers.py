@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from vlmprune_jax.errors import UserError
 
-# Divisors that bring a benchmark's score onto 0..100 in the paper's AVG-%: MME cognition counts to 800, perception to 2000.
+# Divisors that bring a score onto 0..100 in the paper's AVG-%: MME cognition counts to 800, perception to 2000.
 PAPER_SCALE: Mapping[str, float] = {"MME-C": 8.0, "MME-P": 20.0}
 
 
@@ -37,7 +37,9 @@ def retained_per_benchmark(scores: Mapping[str, float], original: Mapping[str, f
     """
     odd = sorted(set(scores) ^ set(original))
     if odd or not original:
-        raise UserError(f"benchmarks of the two models differ in {', '.join(odd) or 'nothing, both are empty'}: score both on all")
+        raise UserError(
+            f"benchmarks of the two models differ in {', '.join(odd) or 'nothing, both are empty'}: score both on all"
+        )
     for name, value in original.items():
         if value == 0:
             raise UserError(f"benchmark {name}: the unpruned model scores 0, so nothing can be retained; leave it out")
@@ -53,8 +55,8 @@ def mean_of_ratios(scores: Mapping[str, float], original: Mapping[str, float]) -
 def paper_average(scores: Mapping[str, float], original: Mapping[str, float]) -> float:
     """The paper's AVG-%: 100 * sum of normalised scores / sum of normalised original scores (arXiv 2604.24380, tables).
 
-    Normalised means MME-C / 8, MME-P / 20 and the score itself elsewhere, so benchmarks with high scores weigh more than
-    in `mean_of_ratios`.
+    Normalised means MME-C / 8, MME-P / 20 and the score itself elsewhere, so benchmarks with high scores weigh more
+    than in `mean_of_ratios`.
     """
     retained_per_benchmark(scores, original)
     ours, theirs = (sum(v / PAPER_SCALE.get(b, 1.0) for b, v in side.items()) for side in (scores, original))

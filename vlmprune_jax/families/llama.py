@@ -103,12 +103,23 @@ def text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     if len(set(text.layers)) > 1:
         config[PER_LAYER] = [[s.q_heads, s.kv_heads, s.mlp] for s in text.layers]
     if text.hidden_size % widest.q_heads and config.get("model_type", "llama") == "llama":
-        if text.attention_bias or text.mlp_bias:
+        biases = text.attention_bias or text.mlp_bias
+        if biases and PER_LAYER in config:
+            return config  # no stock class loads it in any case
+        if biases:
             raise UserError(
                 f"{widest.q_heads} attention heads do not divide hidden_size {text.hidden_size}, and this model has "
                 "biases that the Mistral layout cannot hold: plan with a number of heads that divides it"
             )
-        config.update(model_type="mistral", sliding_window=None)
+        # What the config leaves to LlamaConfig's defaults means something else to MistralConfig.
+        defaults = {
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.hidden_size,
+            "hidden_act": text.activation,
+            "rms_norm_eps": text.norm_eps,
+            "max_position_embeddings": text.max_positions,
+        }
+        config = {**defaults, **config, "model_type": "mistral", "sliding_window": None}
         if config.get("architectures") == ["LlamaForCausalLM"]:
             config["architectures"] = ["MistralForCausalLM"]
     return config

@@ -148,7 +148,9 @@ def _original_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
 LLAVA_HF = Family(
     name="llava",
     layout="transformers",
-    matches=lambda config: config.get("model_type") == "llava" and "vision_config" in config,
+    matches=lambda config: (
+        config.get("model_type") == "llava" and "vision_config" in config and "mm_vision_tower" not in config
+    ),
     from_hf=_hf_from_hf,
     to_hf=_hf_to_hf,
     weights=lambda cfg: (

@@ -84,9 +84,10 @@ def _random_inputs(cfg: ModelConfig) -> dict[str, Any]:
 def _reloaded_logits(
     model: Model, folder: Path, inputs: dict[str, Any], vision_dir: str | Path | None
 ) -> tuple[str, np.ndarray]:
-    stock = _stock_class(family_of(model.cfg), folder)
+    family = family_of(model.cfg)
+    stock = _stock_class(family, folder)
     if stock and importlib.util.find_spec("torch") is not None:
-        return "torch", _torch_logits(folder, stock, inputs)
+        return "torch", _torch_logits(folder, stock, family, inputs)
     again = load(folder, vision_dir=vision_dir, dtype="float32", mesh=mesh_of(model.params))
     return "jax", np.asarray(forward(again, **inputs)[0])
 
@@ -99,12 +100,14 @@ def _stock_class(family: Family, folder: Path) -> str | None:
     return (config.get("architectures") or [None])[0]
 
 
-def _torch_logits(folder: Path, class_name: str, inputs: dict[str, Any]) -> np.ndarray:
+def _torch_logits(folder: Path, class_name: str, family: Family, inputs: dict[str, Any]) -> np.ndarray:
     import torch
     import transformers
 
     options = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True, "output_loading_info": True}
     loaded, info = getattr(transformers, class_name).from_pretrained(folder, **options)
+    # Buffers that old checkpoints hold and new classes do not know are carried over and do no harm.
+    info["unexpected_keys"] = [key for key in info["unexpected_keys"] if not family.is_ignored(family.canonical(key))]
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     problems = [f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, info[kind]))[:3])}" for kind in kinds if info.get(kind)]
     if problems:

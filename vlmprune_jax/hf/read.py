@@ -162,7 +162,8 @@ def _read_block(
         checkpoint, key = sources[slot.key]
         part = checkpoint[key].reshape(slot.shape)[index[1:] if stacked else index]
         check_finite(part, f"{checkpoint.folder}: tensor {key}")
-        target[...] = part
+        with np.errstate(over="ignore"):  # reported with the tensor's name instead
+            target[...] = part
         if dtype != np.float32 and dtype != part.dtype:
             check_finite(target, f"{checkpoint.folder}: tensor {key} as {dtype.name}")
     return block

@@ -150,7 +150,8 @@ def _weight(
         array = to_host(flat[before.path], before.index)
         if before.shape != after.shape and before.layer is not None:
             array = pad_tensor(array, before.axes, old.text.layers[before.layer], new.text.layers[before.layer])
-        array = array.astype(WEIGHT_DTYPES[dtype], copy=False)
+        with np.errstate(over="ignore"):  # reported with the tensor's name instead
+            array = array.astype(WEIGHT_DTYPES[dtype], copy=False)
         check_finite(array, f"{key}, to be written as {dtype},")
         return array
 

@@ -34,7 +34,7 @@ def score(
     progress: Callable[[int], None] | None = None,
     **options: Any,
 ) -> Scores:
-    """Importances of layers ("block_influence", "angular"), of heads and neurons ("taylor", "l1", "l2"), or "random" ones.
+    """Importances of layers ("block_influence", "angular"), of heads and neurons ("taylor", "l1", "l2"), or "random".
 
     Args:
       model: on one device or on a mesh; the numbers are the same.

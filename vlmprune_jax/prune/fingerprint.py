@@ -30,8 +30,8 @@ def shape_digest(cfg: ModelConfig) -> str:
 def fingerprint(model: Model) -> str:
     """`shapes-content`: the shape digest and 16 hex digits over sampled weights of every tensor of every layer.
 
-    Weights are compared after rounding to bfloat16, so one folder has one fingerprint in whatever dtype it is loaded and
-    however it is sharded (float32 sums would depend on both).
+    Weights are compared after rounding to bfloat16, so one folder has one fingerprint in whatever dtype it is loaded
+    and however it is sharded (float32 sums would depend on both).
     """
     flat = flatten(model.params)
     axes = param_axes(model.cfg)
@@ -48,7 +48,8 @@ def _sample(flat: Flat, stacked: dict[str, bool]) -> dict[str, np.ndarray]:
     """bfloat16 samples per path; host arrays are read in place, device arrays in one compiled gather."""
     host = {path: leaf for path, leaf in flat.items() if isinstance(leaf, np.ndarray)}
     device = {path: leaf for path, leaf in flat.items() if path not in host}
-    sampled = {path: leaf[_indices(leaf.shape, stacked[path])].astype(ml_dtypes.bfloat16) for path, leaf in host.items()}
+    sampled = {path: leaf[_indices(leaf.shape, stacked[path])] for path, leaf in host.items()}
+    sampled = {path: values.astype(ml_dtypes.bfloat16) for path, values in sampled.items()}
     if device:
         mesh = mesh_of(device)
         everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -148,7 +149,9 @@ def compose(first: PrunePlan, second: PrunePlan) -> PrunePlan:
     """
     left = tuple(layer.shape for layer in first.layers)
     if second.layers_before != left or second.parameters_before != first.parameters_after:
-        raise UserError("these plans do not follow each other: the second must be made for the model that the first leaves")
+        raise UserError(
+            "these plans do not follow each other: the second must be made for the model that the first leaves"
+        )
     layers = []
     for kept in second.layers:
         base = first.layers[kept.index]
@@ -225,4 +228,4 @@ def _problem(before: Sequence[LayerShape], layers: Sequence[KeptLayer]) -> str |
 
 def _increasing(indices: Sequence[int], size: int) -> bool:
     edges = [-1, *indices, size]
-    return all(low < high for low, high in zip(edges, edges[1:], strict=False))
+    return all(low < high for low, high in itertools.pairwise(edges))

@@ -66,43 +66,46 @@ def make_plan(
     """
     one_of("method", method, METHODS)
     settings = with_defaults(f"make_plan(method={method!r})", options, DEFAULTS[method])
-    pair = _pair(scores, method)
-    for one in pair:
-        if one is not None and not one.fingerprint.startswith(shape_digest(cfg)):
+    depth, width = _pair(scores, method)
+    used = [one for one in (depth, width) if one is not None]
+    for one in used:
+        if not one.fingerprint.startswith(shape_digest(cfg)):
             raise UserError("scores of another model: their shapes differ from this config: score this model first")
-    before = count_params(cfg)
-    base = settings.get("base")
-    total = settings["parameters_total"] or (before if base is None else count_params(base))
     _check_request(method, ratio, layers_removed, settings)
-    removed_layers: tuple[int, ...] = ()
-    if method != "width":
-        removed_layers = _choose_layers(pair[0], cfg, method, ratio, layers_removed, settings, total)
-    alive = [i for i in range(len(cfg.text.layers)) if i not in removed_layers]
-    if method == "depth":
-        layers = [KeptLayer.whole(i, cfg.text.layers[i]) for i in alive]
-        recorded = settings
-    else:
-        layers, solved = choose_widths(pair[1], cfg, alive, ratio, settings, total)
-        recorded = {**settings, **solved}
+    before, base = count_params(cfg), settings.get("base")
+    unpruned = before if base is None else count_params(base)
+    total = settings["parameters_total"] or unpruned
+    removed = () if depth is None else _choose_layers(depth, cfg, ratio, layers_removed, settings, total)
+    alive = [i for i in range(len(cfg.text.layers)) if i not in removed]
+    layers = [KeptLayer.whole(i, cfg.text.layers[i]) for i in alive]
+    solved: dict[str, Any] = {}
+    if width is not None:
+        layers, solved = choose_widths(width, cfg, alive, ratio, settings, total)
     costs = layer_costs(cfg)
-    gone = sum(costs.of(s) for s in cfg.text.layers) - sum(costs.of(layer.shape) for layer in layers)
-    recorded = {name: value for name, value in recorded.items() if name not in ("base", "parameters_total")}
+    gone = sum(map(costs.of, cfg.text.layers)) - sum(costs.of(layer.shape) for layer in layers)
     return PrunePlan(
-        fingerprint=next(one.fingerprint for one in pair if one is not None),
+        fingerprint=used[0].fingerprint,
         method=method,
-        criterion=" + ".join(_name(one) for one in pair if one is not None),
+        criterion=" + ".join(_name(one) for one in used),
         layers_before=cfg.text.layers,
         layers=tuple(layers),
         parameters_before=before,
         parameters_after=before - gone,
         parameters_total=total,
-        asked=ratio if ratio is None or base is None else ratio - (count_params(base) - before) / total,
-        options={name: list(v) if isinstance(v, (tuple, range)) else v for name, v in recorded.items()},
+        # earlier steps from `base` have removed a part of what was asked for
+        asked=None if ratio is None else ratio - (unpruned - before) / total,
+        options=_recorded({**settings, **solved}),
     )
 
 
+def _recorded(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the settings goes into the plan, as JSON has it."""
+    kept = {name: value for name, value in settings.items() if name not in ("base", "parameters_total")}
+    return {name: list(value) if isinstance(value, (tuple, range)) else value for name, value in kept.items()}
+
+
 def _pair(scores: Any, method: str) -> tuple[Scores | None, Scores | None]:
-    """(depth scores, width scores), checked for what the method needs."""
+    """(depth scores, width scores), None where the method does not need them."""
     if method == "hybrid":
         if isinstance(scores, Scores) or len(scores) != 2:
             raise UserError("method 'hybrid' needs a pair (depth scores, width scores)")
@@ -113,10 +116,6 @@ def _pair(scores: Any, method: str) -> tuple[Scores | None, Scores | None]:
         if not isinstance(scores, Scores):
             raise UserError(f"method {method!r} needs one Scores, got {type(scores).__name__}")
         depth, width = (scores, None) if method == "depth" else (None, scores)
-    if depth is not None and depth.importance is None:
-        raise UserError(f"{depth.criterion} scores say nothing about layers: depth needs block_influence, angular or random")
-    if width is not None and width.heads is None:
-        raise UserError(f"{width.criterion} scores say nothing about widths: width needs taylor, l1, l2 or random")
     return depth, width
 
 
@@ -140,16 +139,14 @@ def _name(scores: Scores) -> str:
 
 
 def _choose_layers(
-    scores: Scores | None,
+    scores: Scores,
     cfg: ModelConfig,
-    method: str,
     ratio: float | None,
     layers_removed: int | None,
     settings: Mapping[str, Any],
     total: int,
 ) -> tuple[int, ...]:
     """Original numbers of the layers to remove."""
-    assert scores is not None and scores.importance is not None
     one_of("rounding", settings["rounding"], ("nearest", "at_least"))
     n_layers = len(cfg.text.layers)
     protect = set(settings["protect"])
@@ -157,16 +154,17 @@ def _choose_layers(
         raise UserError(f"protect={sorted(protect)} names layers that do not exist: there are {n_layers}")
     if scores.criterion == "angular":
         return _block(scores, protect, ratio, layers_removed)
-    order = [int(i) for i in np.argsort(scores.importance, kind="stable") if int(i) not in protect]
+    order = [int(i) for i in np.argsort(scores.layers, kind="stable") if int(i) not in protect]
     most = min(len(order), n_layers - 1)
     if layers_removed is not None:
         if not 0 <= layers_removed <= most:
             raise UserError(
-                f"layers_removed={layers_removed} must be between 0 and {most} ({n_layers} layers, {len(protect)} protected)"
+                f"layers_removed={layers_removed} must be between 0 and {most} "
+                f"({n_layers} layers, {len(protect)} protected)"
             )
         return tuple(order[:layers_removed])
     assert ratio is not None
-    share = fraction("depth_share", settings["depth_share"]) if method == "hybrid" else 1.0
+    share = fraction("depth_share", settings["depth_share"]) if "depth_share" in settings else 1.0
     costs = layer_costs(cfg)
     sizes = [costs.of(cfg.text.layers[i]) for i in order[:most]]
     count = _nearest_count(sizes, share * ratio * total, settings["rounding"])
@@ -193,11 +191,10 @@ def _block(scores: Scores, protect: set[int], ratio: float | None, layers_remove
     size = int(scores.options["layers_removed"])
     if ratio is not None or layers_removed not in (None, size):
         raise UserError(
-            f"angular scores are for removing {size} consecutive layers: plan with layers_removed={size}, or score again"
+            f"angular scores are for removing {size} consecutive layers: plan with layers_removed={size} or score again"
         )
-    assert scores.importance is not None
-    for start in map(int, np.argsort(scores.importance, kind="stable")):
+    for start in map(int, np.argsort(scores.layers, kind="stable")):
         block = range(start, start + size)
-        if np.isfinite(scores.importance[start]) and not protect.intersection(block):
+        if np.isfinite(scores.layers[start]) and not protect.intersection(block):
             return tuple(block)
     raise UserError(f"no {size} consecutive layers are free of the protected ones {sorted(protect)}")

@@ -38,11 +38,11 @@ def layer_costs(cfg: ModelConfig) -> Costs:
             continue
         names = axes[path][1:]
         size = math.prod(n for name, n in zip(names, shape[1:], strict=True) if name not in pruned)
-        (along,) = [name for name in names if name in pruned] or [None]
-        if along is None:
-            fixed += size
+        along = [name for name in names if name in pruned]
+        if along:
+            pruned[along[0]] += size
         else:
-            pruned[along] += size
+            fixed += size
     return Costs(fixed, pruned["q_heads"], pruned["kv_heads"], pruned["mlp"])
 
 
@@ -85,9 +85,7 @@ def units_of(
         else:
             heads, cost = group, shape.kv_heads * costs.q_head
             step = heads_multiple // math.gcd(heads_multiple, shape.kv_heads)
-        unit = Units(
-            heads, shape.mlp, cost, costs.neuron, i in attn_layers, i in mlp_layers, step, neurons_multiple
-        )
+        unit = Units(heads, shape.mlp, cost, costs.neuron, i in attn_layers, i in mlp_layers, step, neurons_multiple)
         if unit.prune_heads and step > heads:
             raise UserError(f"heads_multiple={heads_multiple} is more than the {shape.kv_heads} heads of layer {i}")
         if unit.prune_neurons and neurons_multiple > shape.mlp:
@@ -133,7 +131,9 @@ def widths_at(units: Sequence[Units], head_dim: int, sparsity: float) -> Widths:
       UserError: a layer would lose all its heads or neurons.
     """
     if not 0 <= sparsity < 1:
-        raise UserError(f"sparsity {sparsity:g} must be at least 0 and below 1 (0.3 removes 30 % of the prunable widths)")
+        raise UserError(
+            f"sparsity {sparsity:g} must be at least 0 and below 1 (0.3 removes 30 % of the prunable widths)"
+        )
     heads, neurons, removed = _on_grid(units, head_dim, np.asarray([sparsity]), smallest=0)
     for i, (h, n) in enumerate(zip(heads[0], neurons[0], strict=True)):
         if h < 1 or n < 1:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlmprune_jax.config import LoraConfig
+from vlmprune_jax.config import LoraConfig, ModelConfig
 from vlmprune_jax.distributed.rules import check_divides, sharding
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.decoder import REMAT_POLICIES
@@ -26,6 +26,7 @@ from vlmprune_jax.recover.losses import LossConfig, Teacher, check_teacher, laye
 from vlmprune_jax.recover.metrics import Recorder
 from vlmprune_jax.recover.preemption import StopSignal
 from vlmprune_jax.recover.step import (
+    COMPUTE_DTYPES,
     OptimizerConfig,
     Step,
     StepConfig,
@@ -84,6 +85,8 @@ class RecoverConfig:
     def __post_init__(self) -> None:
         resolve_rules(self.trainable)
         self.optimizer()
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            raise UserError(f"compute_dtype {self.compute_dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
         if self.batch_size < 1 or self.accumulation < 1 or self.batch_size % self.accumulation:
             raise UserError(f"batch_size {self.batch_size} must be a positive multiple of accumulation {self.accumulation}")
         if (self.steps is None) == (self.epochs is None) or (self.steps or self.epochs or 0) <= 0:
@@ -107,9 +110,10 @@ class RecoverConfig:
 
 
 class _Run(NamedTuple):
-    """A prepared run: the model with adapters, its two halves on the devices, and the compiled step."""
+    """A prepared run: config (with adapters) and dtypes of the model, its two halves on the devices, the compiled step."""
 
-    model: Model
+    cfg: ModelConfig
+    dtypes: dict[str, Any]
     mesh: Mesh | None
     frozen: Flat
     teacher_params: Params | None
@@ -202,7 +206,8 @@ def _prepare(
         "teacher": taught and {"cfg": dataclasses.asdict(taught.cfg), "weights": weights_digest(teacher_params)},
         "layers": taught and [taught.student_layers, taught.teacher_layers],
     }
-    return _Run(Model(unflatten(flat), model.cfg), mesh, frozen, teacher_params, state, step, identity)
+    dtypes = {path: leaf.dtype for path, leaf in trainable.items()}
+    return _Run(model.cfg, dtypes, mesh, frozen, teacher_params, state, step, identity)
 
 
 def _check_mesh(mesh: Mesh, model: Model, config: RecoverConfig) -> None:
@@ -296,7 +301,7 @@ def _next(stream: Iterator[Any], run: _Run, config: RecoverConfig, step: int) ->
     ids = batch.arrays["input_ids"]
     if len(ids) != rows:
         raise UserError(f"batch of step {step + 1} has {len(ids)} rows, config says {rows} per process")
-    check_inputs(run.model.cfg, ids, batch.arrays.get("pixel_values"))
+    check_inputs(run.cfg, ids, batch.arrays.get("pixel_values"))
     return batch
 
 
@@ -315,9 +320,8 @@ def _summary(run: _Run, recorder: Recorder, first: int, total: int) -> dict[str,
 
 def _finish(run: _Run, state: TrainState, model: Model, merge: bool) -> Model:
     """The trained model in its original dtypes; frozen leaves are the given arrays."""
-    before = flatten(run.model.params)
     given = flatten(model.params)
-    trained = {path: master.astype(before[path].dtype) for path, master in state.params.items()}
+    trained = {path: master.astype(run.dtypes[path]) for path, master in state.params.items()}
     frozen = {path: given.get(path, leaf) if run.mesh is None else leaf for path, leaf in run.frozen.items()}
-    result = Model(unflatten({**frozen, **trained}), run.model.cfg)
+    result = Model(unflatten({**frozen, **trained}), run.cfg)
     return merge_lora(result) if merge else result

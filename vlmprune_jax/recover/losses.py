@@ -5,7 +5,6 @@ Vocabulary losses are computed in chunks of the sequence, so that no [batch, seq
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +14,7 @@ import jax.numpy as jnp
 
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.models.vlm import Params, encode, to_nnx, unembed
-from vlmprune_jax.models.vlm import Model as _Model
+from vlmprune_jax.models.vlm import Model, Params, encode, to_nnx, unembed
 
 IGNORED = -100
 TEACHER_INPUTS = ("student", "own")
@@ -173,7 +171,7 @@ def loss_sums(
     ids, mask, pixels = batch["input_ids"], batch["attention_mask"], batch.get("pixel_values")
     embeds, positions = None, None
     if loss.reference_compat:
-        embeds, _ = to_nnx(_Model(params, cfg)).embed(ids, pixels)
+        embeds, _ = to_nnx(Model(params, cfg)).embed(ids, pixels)
         embeds = embeds * mask[..., None].astype(embeds.dtype)
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
     keep = teacher.student_layers if teacher is not None and loss.l2 else ()
@@ -278,7 +276,3 @@ def combine(sums: dict[str, jax.Array], weights: dict[str, jax.Array], loss: Los
             total += coefficients[name] * value / jnp.maximum(weights[name], 1.0)
     return total
 
-
-def as_dict(loss: LossConfig) -> dict[str, Any]:
-    """Plain values, for metrics and checkpoint comparison."""
-    return dataclasses.asdict(loss)

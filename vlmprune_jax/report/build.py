@@ -55,20 +55,27 @@ def build_report(workdir: Path) -> Path:
     plots.write_png(accuracy, workdir / "report.png")
     header, rows = table_of(result)
     names = [None, *(run["name"] for run in result["runs"])]
-    page = _environment().get_template("template.html").render(
-        title="Structural pruning report",
-        lead=_lead(result),
-        header=header,
-        rows=[{"cells": row, "best": name == result["best"]} for row, name in zip(rows, names, strict=True)],
-        notes=NOTES,
-        sections=[
-            {"title": "Accuracy and size", "figures": [_figure(accuracy, "The dashed line is the unpruned model.")]},
-            *_importance_section(workdir, result),
-            *_loss_section(workdir, result),
-        ],
-        answers=_answers(result),
-        export=_export_line(result),
-        result_json=json.dumps(result, indent=2),
+    page = (
+        _environment()
+        .get_template("template.html")
+        .render(
+            title="Structural pruning report",
+            lead=_lead(result),
+            header=header,
+            rows=[{"cells": row, "best": name == result["best"]} for row, name in zip(rows, names, strict=True)],
+            notes=NOTES,
+            sections=[
+                {
+                    "title": "Accuracy and size",
+                    "figures": [_figure(accuracy, "The dashed line is the unpruned model.")],
+                },
+                *_importance_section(workdir, result),
+                *_loss_section(workdir, result),
+            ],
+            answers=_answers(result),
+            export=_export_line(result),
+            result_json=json.dumps(result, indent=2),
+        )
     )
     out = workdir / "report.html"
     partial = workdir / ".report.html.partial"
@@ -109,13 +116,13 @@ def _lead(result: Json) -> str:
         recovery = f"after recovery ({run['recovery']}) on {100 * run['data_fraction']:g} % of the training data"
     return (
         f"Best of {len(result['runs'])} models: {run['name']} has {run['parameters']:,} of {teacher['parameters']:,} "
-        f"parameters ({100 * smaller:.1f} % fewer) and answers {100 * run['accuracy']:.2f} % of {teacher['questions']:,} "
-        f"questions {recovery}, {run['retained']:.1f} % of the unpruned model's {100 * teacher['accuracy']:.2f} %."
+        f"parameters ({100 * smaller:.1f} % fewer) and answers {100 * run['accuracy']:.2f} % of "
+        f"{teacher['questions']:,} questions {recovery}, {run['retained']:.1f} % of the unpruned model's {100 * teacher['accuracy']:.2f} %."
     )
 
 
 def _figure(figure: Any, caption: str) -> Json:
-    return {"svg": Markup(plots.to_svg(figure)), "caption": caption}  # noqa: S704 (our own drawing, no user text unescaped)
+    return {"svg": Markup(plots.to_svg(figure)), "caption": caption}
 
 
 def _importance_section(workdir: Path, result: Json) -> Iterator[Json]:
@@ -161,7 +168,7 @@ def _loss_section(workdir: Path, result: Json) -> Iterator[Json]:
 
 
 def _answers(result: Json) -> Json | None:
-    """Accuracy by reference answer, of the unpruned model and every run; None where answers are too many for a table."""
+    """Accuracy by reference answer, of the unpruned model and every run; None where they are too many for a table."""
     groups = result["teacher"].get("by_answer") or {}
     if not 0 < len(groups) <= 40:
         return None
@@ -169,13 +176,15 @@ def _answers(result: Json) -> Json | None:
     rows = []
     for answer, group in groups.items():
         models = [group, *(run["by_answer"].get(answer) for run in runs)]
-        rows.append([answer, f"{group['questions']:,}", *("" if m is None else f"{100 * m['accuracy']:.1f}" for m in models)])
+        rows.append(
+            [answer, f"{group['questions']:,}", *("" if m is None else f"{100 * m['accuracy']:.1f}" for m in models)]
+        )
     return {"models": ["unpruned", *(run["name"] for run in runs)], "rows": rows}
 
 
 def _export_line(result: Json) -> str:
     export = result["export"]
     return (
-        f"Exported: {export['path']} (the model {result['best']}), reloaded and compared: largest difference of any logit "
-        f"{export['max_abs_logit_difference']:.2g}."
+        f"Exported: {export['path']} (the model {result['best']}), reloaded and compared: largest difference of any "
+        f"logit {export['max_abs_logit_difference']:.2g}."
     )

@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 # Text and axes are drawn in this colour, which an inline SVG then trades for the page's own (light or dark).
@@ -18,7 +19,7 @@ INK = "#3a3b3c"
 # Okabe-Ito: told apart with any kind of colour vision, and on light and dark grounds.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 UNRECOVERED, MUTED = "#8c8c8c", "#8c8c8c"
-MARKERS = {"depth": "o", "width": "s", "hybrid": "D"}
+MARKERS = {"depth": ("o", 6), "width": ("s", 11), "hybrid": ("D", 14)}
 STYLE = {
     "font.size": 9.5,
     "axes.titlesize": 10.5,
@@ -31,7 +32,9 @@ STYLE = {
     "legend.frameon": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "vlmprune",  # the same data gives the same bytes
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), INK),
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), INK
+    ),
 }
 
 
@@ -40,43 +43,73 @@ def accuracy_figure(result: Mapping[str, Any]) -> Figure:
     runs, teacher = result["runs"], result["teacher"]
     colours = recovery_colours(runs)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.6, 3.9), layout="constrained")
-        axes = figure.add_subplot()
+        figure = Figure(figsize=(9.2, 3.9), layout="constrained")
+        axes, bars = figure.subplots(1, 2, width_ratios=(5, 4))
         top = 100 * teacher["accuracy"]
         axes.axhline(top, color=MUTED, linestyle="--", linewidth=1)
-        axes.plot(teacher["parameters"] / 1e6, top, "*", color=INK, markersize=14, label="unpruned", linestyle="none")
-        seen: set[tuple[str, str]] = set()
-        for run in runs:
-            kind = (run["method"], run["recovery"])
-            label = f"{run['method']}, {_recovery(run)}" if kind not in seen else None
-            seen.add(kind)
-            axes.plot(
-                run["parameters"] / 1e6,
-                100 * run["accuracy"],
-                MARKERS.get(run["method"], "^"),
-                color=colours[run["recovery"]],
-                markersize=8,
-                markeredgecolor="white",
-                label=label,
-                linestyle="none",
-            )
+        axes.plot(teacher["parameters"] / 1e6, top, "*", color=INK, markersize=14)
+        for method, recovery in dict.fromkeys((run["method"], run["recovery"]) for run in runs):
+            points = [
+                (r["parameters"] / 1e6, 100 * r["accuracy"])
+                for r in runs
+                if (r["method"], r["recovery"]) == (method, recovery)
+            ]
+            axes.plot(*np.transpose(sorted(points)), **_marker(method, colours[recovery]))
         axes.set_xlabel("parameters (millions)")
         axes.set_ylabel("accuracy (%)")
         axes.set_title(f"Accuracy on {teacher['questions']:,} questions")
-        axes.set_ylim(0, max(104.0, axes.get_ylim()[1]))
-        axes.margins(x=0.12)
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+        axes.set_ylim(-4, 106)
+        axes.margins(x=0.15)
+        axes.legend(handles=_legend(runs, colours), loc="best")
+        _accuracy_bars(bars, result, colours)
         return figure
+
+
+def _marker(method: str, colour: str) -> dict[str, Any]:
+    """Depth filled and width hollow: both stay visible where they coincide."""
+    shape, size = MARKERS.get(method, ("^", 8))
+    face = colour if method == "depth" else "none"
+    return {
+        "marker": shape, "markersize": size, "markerfacecolor": face, "markeredgecolor": colour, "markeredgewidth": 1.8,
+        "color": colour, "linewidth": 1,
+    }  # fmt: skip
+
+
+def _legend(runs: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> list[Line2D]:
+    """One entry per method (shape) and per recovery (colour)."""
+    plain = {"linestyle": "none"}
+    entries = [Line2D([], [], marker="*", color=INK, markersize=12, label="unpruned", **plain)]
+    for method in dict.fromkeys(run["method"] for run in runs):
+        entries.append(Line2D([], [], label=method, **{**_marker(method, INK), **plain}))
+    for recovery, colour in colours.items():
+        if any(run["recovery"] == recovery for run in runs):
+            label = "unrecovered" if recovery == "none" else recovery
+            entries.append(
+                Line2D([], [], marker="_", color=colour, markersize=12, markeredgewidth=4, label=label, **plain)
+            )
+    return entries
+
+
+def _accuracy_bars(axes: Axes, result: Mapping[str, Any], colours: Mapping[str, str]) -> None:
+    """One bar per model, with its accuracy written beside it."""
+    runs = [{"name": "unpruned", "recovery": "", **result["teacher"]}, *result["runs"]]
+    places = np.arange(len(runs))[::-1]
+    values = [100 * run["accuracy"] for run in runs]
+    axes.barh(places, values, color=[colours.get(run["recovery"], INK) for run in runs], height=0.66)
+    for place, value in zip(places, values, strict=True):
+        axes.annotate(f"{value:.1f}", (value, place), (4, 0), textcoords="offset points", va="center")
+    axes.set_yticks(places, [run["name"] for run in runs])
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlim(0, 118)
+    axes.set_xticks(range(0, 101, 25))
+    axes.set_xlabel("accuracy (%)")
 
 
 def recovery_colours(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """One colour per recovery, grey for none."""
     names = list(dict.fromkeys(run["recovery"] for run in runs if run["recovery"] != "none"))
     return {"none": UNRECOVERED} | {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
-
-
-def _recovery(run: Mapping[str, Any]) -> str:
-    return "unrecovered" if run["recovery"] == "none" else str(run["recovery"])
 
 
 def layer_importance_figure(title: str, importance: np.ndarray, removed: Sequence[int]) -> Figure:
@@ -96,7 +129,9 @@ def layer_importance_figure(title: str, importance: np.ndarray, removed: Sequenc
         return figure
 
 
-def width_importance_figure(title: str, heads: Sequence[np.ndarray], kept: Mapping[int, tuple[set[int], int, int]]) -> Figure:
+def width_importance_figure(
+    title: str, heads: Sequence[np.ndarray], kept: Mapping[int, tuple[set[int], int, int]]
+) -> Figure:
     """Importance of attention units by layer (as a share of the layer's largest), removed ones crossed; neurons kept.
 
     `kept`: original layer number -> (kept units, kept neurons, neurons before); a layer that is missing is gone whole.

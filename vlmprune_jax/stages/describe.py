@@ -83,11 +83,11 @@ def _export(cfg: ModelConfig, separate_vision: bool) -> list[str]:
         lines[0] += ", loads in stock transformers"
         lines.append("width, all layers alike: same layout, true size, loads in stock transformers")
         lines.append(
-            "width in a range of layers: true size for this package (per_layer), or padded to equal widths for stock "
-            "transformers (pad: same function, no savings)"
+            "width in a range of layers: true size for this package (per_layer), or padded with zeros for stock "
+            "transformers (pad)"
         )
     else:
-        lines.append("width: same layout; unequal layers at true size (per_layer) or padded to equal widths (pad)")
+        lines.append("width: same layout; unequal layers at true size (per_layer) or padded with zeros (pad)")
     if separate_vision:
         lines.append("the vision tower stays in its own folder")
     if len(set(cfg.text.layers)) > 1:
@@ -106,8 +106,8 @@ def as_lines(found: dict[str, Any]) -> list[str]:
         f"  parameters  {total:,}: "
         + ", ".join(f"{part} {parts[part]:,} ({100 * parts[part] / total:.1f} %)" for part in PARTS if parts[part]),
         f"  decoder     {text['layers']} layers: {', '.join(_run(run) for run in text['runs'])}",
-        f"              hidden size {text['hidden_size']}, heads of {text['head_dim']}, vocabulary {text['vocab_size']:,}"
-        f"{' (tied embeddings)' if text['tied_embeddings'] else ''}, up to {text['max_positions']:,} positions",
+        f"              hidden size {text['hidden_size']}, heads of {text['head_dim']}, vocabulary "
+        f"{text['vocab_size']:,}{' (tied embeddings)' if text['tied_embeddings'] else ''}, up to {text['max_positions']:,} positions",
     ]
     vision = found["vision"]
     if vision is not None:
@@ -119,9 +119,10 @@ def as_lines(found: dict[str, Any]) -> list[str]:
     group = prunable["query_heads_per_group"]
     unit = "head" if group == 1 else f"head group ({group} query heads)"
     lines += [
-        f"  can go      a layer is {_percent(prunable['layer'])} of the model, a {unit} {_percent(prunable['head_group'])}, "
-        f"a neuron {_percent(prunable['neuron'])}",
-        f"              at most {_percent(prunable['most_by_depth'])} by depth, {_percent(prunable['most_by_width'])} by width",
+        f"  can go      a layer is {_percent(prunable['layer'])} of the model, a {unit} "
+        f"{_percent(prunable['head_group'])}, a neuron {_percent(prunable['neuron'])}",
+        f"              at most {_percent(prunable['most_by_depth'])} by depth, "
+        f"{_percent(prunable['most_by_width'])} by width",
     ]
     return lines + [f"  {'export' if i == 0 else '':<11} {line}" for i, line in enumerate(found["export"])]
 

@@ -62,7 +62,9 @@ def recover_runs(pruned: PruneRun) -> list[RecoverRun]:
 
 def _checked(name: str) -> str:
     """A variant's name, which becomes a folder's."""
-    if name in ("", ".", "..", NO_RECOVERY, "eval", "export", "pruned", "recovered", "training") or set(name) & set("/\\\0"):
+    if name in ("", ".", "..", NO_RECOVERY, "eval", "export", "pruned", "recovered", "training") or set(name) & set(
+        "/\\\0"
+    ):
         raise UserError(f"variant name {name!r} cannot be a folder of the workdir: use another")
     return name
 
@@ -111,7 +113,9 @@ def evaluate_teacher(experiment: Experiment, context: Context) -> Json:
 def run_all(experiment: Experiment, context: Context) -> Json:
     """Every stage of every variant; returns and writes `result.json`, prints its table, builds the report."""
     teacher = evaluate_teacher(experiment, context)
-    runs = [entry for pruned in prune_runs(experiment, context.workdir) for entry in _run_variant(pruned, teacher, context)]
+    runs = [
+        entry for pruned in prune_runs(experiment, context.workdir) for entry in _run_variant(pruned, teacher, context)
+    ]
     chosen = best(runs)
     exported = single.export_stage(experiment, context.workdir / chosen["path"], context)
     result = {
@@ -207,4 +211,6 @@ def finish(context: Context) -> None:
     context.reporter.say(f"best: {result['best']}, exported to {context.workdir / export['path']}")
     context.reporter.say(f"  reloaded and compared: largest difference of any logit {difference:.2g}")
     page = build_report(context.workdir)
-    context.reporter.say(f"report: {page}, plot: {page.with_suffix('.png')}, numbers: {context.workdir / 'result.json'}")
+    context.reporter.say(
+        f"report: {page}, plot: {page.with_suffix('.png')}, numbers: {context.workdir / 'result.json'}"
+    )

@@ -140,7 +140,9 @@ def _draw(records: Sequence[Record], score: ScoreSpec, seed: int, inputs: Inputs
             chosen.append(records[index])
     if len(chosen) < score.samples:
         limit = "" if score.longest_text is None else f" of at most {score.longest_text} tokens"
-        raise UserError(f"score.samples={score.samples} but there are {len(chosen)} training records{limit}: ask for fewer")
+        raise UserError(
+            f"score.samples={score.samples} but there are {len(chosen)} training records{limit}: ask for fewer"
+        )
     return chosen
 
 
@@ -181,7 +183,9 @@ def question_plan(experiment: Experiment, cfg: ModelConfig, *, multiple: int) ->
     """
     inputs = load_inputs(experiment.model, experiment.data, cfg.vision is not None)
     limit = experiment.evaluate.max_length or 0
-    return _plan(tuple(evaluation_records(experiment)), inputs.encoder(cfg, limit), experiment.evaluate.batch_size, multiple)
+    return _plan(
+        tuple(evaluation_records(experiment)), inputs.encoder(cfg, limit), experiment.evaluate.batch_size, multiple
+    )
 
 
 @functools.lru_cache(maxsize=2)

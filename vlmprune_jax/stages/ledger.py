@@ -25,8 +25,8 @@ class Stage:
     """One step from inputs to outputs.
 
     `settings`: every option that the result depends on (JSON values). `inputs`: files and folders by name.
-    `outputs`: what the stage makes, each written atomically by the stage. `scratch`: what an interrupted stage leaves to
-    resume from. `version`: changes whenever the stage's code gives other results.
+    `outputs`: what the stage makes, each written atomically by the stage. `scratch`: what an interrupted stage leaves
+    to resume from. `version`: changes whenever the stage's code gives other results.
     """
 
     name: str
@@ -47,8 +47,8 @@ def run_stage(stage: Stage, body: Callable[[], Json], *, overwrite: bool, say: C
     """Run `body` unless its result is already there; returns the facts it reported, and `seconds`.
 
     A stage whose inputs are unchanged is skipped; one that was interrupted starts again (or resumes from its scratch).
-    Facts are kept with the ledger, so a skipped stage returns those of the run that made its outputs. `seconds` are those of
-    the attempt that finished: what an interrupted one had spent before is not known.
+    Facts are kept with the ledger, so a skipped stage returns those of the run that made its outputs. `seconds` are
+    those of the attempt that finished: what an interrupted one had spent before is not known.
 
     Raises:
       UserError: an output exists that was made from other inputs, or by hand, and `overwrite` is off.

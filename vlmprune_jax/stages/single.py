@@ -126,7 +126,12 @@ def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
         "score",
         folder,
         "score",
-        settings={"criteria": criteria, **settings, **_data_settings(experiment.data, training=True), **_precision(experiment)},
+        settings={
+            "criteria": criteria,
+            **settings,
+            **_data_settings(experiment.data, training=True),
+            **_precision(experiment),
+        },
         inputs=_model_inputs(experiment, **(_records_input(experiment, "train") if needs_data else {})),
         outputs=[folder / name for name in criteria],
     )
@@ -151,7 +156,7 @@ def _precision(experiment: Experiment) -> dict[str, Any]:
 
 
 def plan_options(spec: PruneSpec) -> dict[str, Any]:
-    """`make_plan` keywords: only what differs from the defaults, so that it can refuse what the method does not have."""
+    """`make_plan` keywords: only what differs from the defaults, so that it can refuse what a method does not have."""
     default = PruneSpec()
     skipped = ("method", "ratio", "layers_removed", "steps")
     changed = {k: v for k, v in vars(spec).items() if k not in skipped and v != getattr(default, k)}
@@ -198,9 +203,9 @@ def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
         write_text(folder / "plan.json", plan.to_json())
         facts = plan_facts(plan, model)
         context.reporter.say(
-            f"  {plan.method}: asked for {_percent(plan.asked)}, reached {_percent(plan.reached)} of the model's parameters "
-            f"({facts['parameters']:,} of {facts['parameters_before']:,} left, {_percent(facts['decoder_ratio'])} of the decoder "
-            f"gone{_layers_gone(plan)})"
+            f"  {plan.method}: asked for {_percent(plan.asked)}, reached {_percent(plan.reached)} of the model's parameters"
+            f" ({_percent(facts['decoder_ratio'])} of the decoder); {facts['parameters']:,} of "
+            f"{facts['parameters_before']:,} left{_layers_gone(plan)}"
         )
         return facts
 
@@ -242,7 +247,7 @@ def _percent(value: float | None) -> str:
 
 
 def _layers_gone(plan: PrunePlan) -> str:
-    return f"; layers {', '.join(map(str, plan.removed_layers))}" if plan.removed_layers else ""
+    return f"; without layers {', '.join(map(str, plan.removed_layers))}" if plan.removed_layers else ""
 
 
 def save_model(model: Model, out_dir: Path, experiment: Experiment, source_dir: Path, plan: PrunePlan) -> None:
@@ -305,7 +310,7 @@ def recover_config(spec: RecoverSpec) -> RecoverConfig:
 
 
 def evaluate_stage(experiment: Experiment, model_folder: Path, out: Path, name: str, context: Context) -> Json:
-    """Accuracy (and perplexity, if a text is named) of one folder -> `eval/<name>.json` and its answers as JSON lines."""
+    """Accuracy (and perplexity, if a text is named) of one folder -> `eval/<name>.json`, and its answers beside."""
     spec = experiment.evaluate
     path, answers_path = out / "eval" / f"{name}.json", out / "eval" / f"{name}.answers.jsonl"
     text = {} if spec.text is None else {"evaluate.text": Path(spec.text)}
@@ -372,9 +377,7 @@ def export_stage(experiment: Experiment, model_folder: Path, context: Context) -
     def body() -> Json:
         model = load_model(experiment, model_folder)
         plan = PrunePlan.from_json(model_folder / "plan.json")
-        save(
-            model, out, source_dir=model_folder, layout=spec.layout, uneven=spec.uneven, dtype=spec.dtype, plan=plan
-        )
+        save(model, out, source_dir=model_folder, layout=spec.layout, uneven=spec.uneven, dtype=spec.dtype, plan=plan)
         try:
             return check_export(model, out, vision_dir=experiment.model.vision_dir)
         except BaseException:
@@ -382,4 +385,3 @@ def export_stage(experiment: Experiment, model_folder: Path, context: Context) -
             raise
 
     return context.run(stage, body)
-

@@ -24,10 +24,10 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class DataSpec:
-    """LLaVA records. `source`: "files", or "easyvqa" (the demo's data, written into the workdir by the command line).
+    """LLaVA records. `source`: "files", or "easyvqa" (the demo's data, which the command line writes into the workdir).
 
-    `system`: other system text than the template's ("" = none). `max_length`: tokens per training row with its image, None
-    = that of the longest record. `max_images`: image slots per row. `fraction`, `seed`: which training records are used.
+    `system`: other system text than the template's ("" = none). `max_length`: tokens per training row with its image,
+    None = that of the longest record. `max_images`: image slots per row. `fraction`, `seed`: which training records.
     """
 
     source: str = "files"
@@ -74,8 +74,8 @@ class ScoreSpec:
 class PruneSpec:
     """How much goes, and from where (see `make_plan`). `ratio` is the reduction of the whole model's parameters.
 
-    `attn_layers`, `mlp_layers`: () = all, or a half-open (start, stop) in original numbers. `steps`: width pruning in so
-    many rounds, each with new scores.
+    `attn_layers`, `mlp_layers`: () = all, or a half-open (start, stop) in original numbers. `steps`: width pruning in
+    so many rounds, each with new scores.
     """
 
     method: str = "depth"

@@ -37,9 +37,31 @@ class Scores:
     def __post_init__(self) -> None:
         for name, values in self._arrays().items():
             if np.isnan(values).any():
-                raise UserError(
-                    f"{self.criterion} scores {name} hold NaN: check the weights and the calibration data for non-finite values"
-                )
+                raise UserError(f"{self.criterion} scores {name} hold NaN: check weights and calibration data for NaN")
+
+    @property
+    def widths(self) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+        """(heads, mlp), for a criterion that scores widths.
+
+        Raises:
+          UserError: it does not.
+        """
+        if self.heads is None or self.mlp is None:
+            raise UserError(f"{self.criterion} scores say nothing about widths: width needs taylor, l1, l2 or random")
+        return self.heads, self.mlp
+
+    @property
+    def layers(self) -> np.ndarray:
+        """`importance`, for a criterion that scores whole layers.
+
+        Raises:
+          UserError: it does not.
+        """
+        if self.importance is None:
+            raise UserError(
+                f"{self.criterion} scores say nothing about layers: depth needs block_influence, angular or random"
+            )
+        return self.importance
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one `.npz` (no pickle); the file appears complete or not at all."""
@@ -55,7 +77,7 @@ class Scores:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
         try:
             with os.fdopen(handle, "wb") as file:
-                np.savez(file, meta=np.array(json.dumps(meta)), **self._arrays())
+                np.savez(file, allow_pickle=False, meta=np.array(json.dumps(meta)), **self._arrays())
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)

@@ -24,7 +24,7 @@ def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: boo
       UserError: there is no batch, an array is missing, or shapes, ids, images or labels do not fit the model.
     """
     number = -1
-    for number, batch in enumerate(batches):  # noqa: B007 (used after the loop)
+    for number, batch in enumerate(batches):
         arrays = dict(getattr(batch, "arrays", batch))
         try:
             yield _checked(arrays, cfg, labels)
@@ -53,7 +53,7 @@ def _checked(arrays: Arrays, cfg: ModelConfig, labels: bool) -> Arrays:
         if wrong.any():
             row, column = np.argwhere(wrong)[0]
             raise UserError(
-                f"labels[{row}, {column}] = {result['labels'][row, column]} is neither {IGNORED} (ignored) nor an id below "
+                f"labels[{row}, {column}] = {result['labels'][row, column]} is neither {IGNORED} (ignored) nor below "
                 f"{cfg.text.vocab_size}"
             )
     if pixels is not None:

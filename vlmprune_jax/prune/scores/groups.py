@@ -64,19 +64,18 @@ def reduce_groups(
     attention, mlp = coupled(cfg)
     heads: list[np.ndarray] = []
     neurons: list[np.ndarray] = []
-    for run, (_, length, shape) in enumerate(runs(cfg.text.layers)):
+    for run, (_, _, shape) in enumerate(runs(cfg.text.layers)):
         scores = {name: np.asarray(values, np.float64) for name, values in channels[run].items()}
         stack = np.stack([scores[name] for name in mlp])
         neurons += list(reduce(stack))
         members = [_unit_channels(scores[name], shape, gqa) for name in attention]
         stack = np.stack([member for member in members if member is not None])
         heads += list(reduce(stack).sum(axis=-1))
-        assert len(heads) == len(neurons) and len(stack[0]) == length
     return tuple(heads), tuple(neurons)
 
 
 def _unit_channels(channels: np.ndarray, shape: LayerShape, gqa: str) -> np.ndarray | None:
-    """float[length, units, head] of one tensor's float[length, heads, head]; None if the unit does not own the tensor."""
+    """float[length, units, head] of a tensor's float[length, heads, head]; None if the unit does not own the tensor."""
     length, n, head = channels.shape
     if gqa == "q_heads" and shape.q_heads != shape.kv_heads:
         return channels if n == shape.q_heads else None

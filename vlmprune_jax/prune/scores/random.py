@@ -10,7 +10,7 @@ from vlmprune_jax.prune.scores.groups import GQA, Widths
 
 
 def random_scores(cfg: ModelConfig, *, seed: int, gqa: str) -> tuple[np.ndarray, Widths]:
-    """(importance, (heads, mlp)): one draw from U(0, 1) per layer and per channel; a head is the sum of its channels."""
+    """(importance, (heads, mlp)): a draw from U(0, 1) per layer and per channel; a head is the sum of its channels."""
     one_of("gqa", gqa, GQA)
     draw = np.random.default_rng(seed)
     importance = draw.random(len(cfg.text.layers))

@@ -1,13 +1,14 @@
 """Taylor scores: how much the calibration loss would change without a head or a neuron (LLM-Pruner, arXiv 2305.11627).
 
-Memory-bounded: a forward pass saves each block's input; then, block by block in reverse, the block's weight gradients are
-built, reduced to channel scores, and dropped. One layer's gradients exist at a time; the embeddings and the vision tower
-are never differentiated.
+Memory-bounded: a forward pass saves each block's input; then, block by block in reverse, the block's weight gradients
+are built, reduced to channel scores, and dropped. One layer's gradients exist at a time; the embeddings and the vision
+tower are never differentiated.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -19,11 +20,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from vlmprune_jax.config import runs
+from vlmprune_jax.config import ModelConfig, runs
 from vlmprune_jax.distributed.rules import constrain, sharding
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.decoder import Context
 from vlmprune_jax.models.params import flatten
-from vlmprune_jax.models.vlm import Model, VisionLanguageModel, mesh_of, text_context, to_nnx
+from vlmprune_jax.models.vlm import Model, Params, VisionLanguageModel, mesh_of, text_context, to_nnx
 from vlmprune_jax.prune.options import one_of
 from vlmprune_jax.prune.scores.calibration import IGNORED, Arrays, calibration_batches
 from vlmprune_jax.prune.scores.groups import Widths, coupled, reduce_groups
@@ -43,10 +45,10 @@ def taylor(
     rows_per_step: int | None,
     progress: Callable[[int], None] | None,
 ) -> Widths:
-    """(heads, mlp) scores of the mean cross-entropy over all labels of all batches (one large batch, whatever its cuts).
+    """(heads, mlp) scores of the mean cross-entropy over all labels of all batches, however the rows are cut.
 
-    With W a weight, g its gradient and A = sum_j g_j^2 / N over the N samples' own mean losses, the channel score sums over
-    the axis that is not pruned: vectorize |sum W g|, param_first sum |W g|, param_second sum |W A W|, param_mix
+    With W a weight, g its gradient and A = sum_j g_j^2 / N over the N samples' own mean losses, the channel score sums
+    over the axis that is not pruned: vectorize |sum W g|, param_first sum |W g|, param_second sum |W A W|, param_mix
     sum |W g - W A W / 2|.
 
     Args:
@@ -64,7 +66,9 @@ def taylor(
     data = _stack(calibration_batches(batches, cfg, labels=True), 1 if second else rows_per_step)
     counts = _label_counts(data["labels"])
     if counts.sum() == 0:
-        raise UserError(f"the calibration batches have no label: every one is {IGNORED}, so there is no loss to differentiate")
+        raise UserError(
+            f"the calibration batches have no label: every one is {IGNORED}, so there is no loss to differentiate"
+        )
     # all-(-100) rows, such as the filler of a last batch, are not samples
     total, samples = float(counts.sum()), float((counts > 0).sum())
     params = jax.tree.map(jnp.asarray, model.params) if mesh is None else model.params
@@ -75,11 +79,12 @@ def taylor(
         inputs, cotangent = _forward(params, cfg, placed)
         weights = jnp.asarray(counts.sum(axis=1), jnp.float32)
         for run, (_, length, _) in reversed(list(enumerate(runs(cfg.text.layers)))):
+            own, alone = _only_run(params, cfg, run)
             layers: list[Any] = [None] * length
             for i in reversed(range(length)):
                 scores, cotangent = _layer(
-                    params, inputs[run], cotangent, placed["attention_mask"], weights, i, total, samples,
-                    cfg=cfg, run=run, second=second,
+                    own, inputs[run], cotangent, placed["attention_mask"], weights, i, total, samples,
+                    cfg=alone, second=second,
                 )  # fmt: skip
                 layers[i] = {name: np.asarray(of_variant[variant]) for name, of_variant in scores.items()}
                 finished += 1
@@ -111,7 +116,9 @@ def _stack(batches: Iterable[Arrays], rows: int | None) -> Arrays:
             start += len(part)
         result[name] = flat.reshape(steps, rows, length)
     if slots:
-        result["pixel_values"] = _stack_pixels(seen, steps * rows, slots).reshape(steps, rows, slots, *_image_shape(seen))
+        result["pixel_values"] = _stack_pixels(seen, steps * rows, slots).reshape(
+            steps, rows, slots, *_image_shape(seen)
+        )
     return result
 
 
@@ -144,7 +151,7 @@ def _place(data: Arrays, mesh: Mesh | None) -> dict[str, jax.Array]:
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def _forward(params, cfg, data):
-    """Block inputs per run [steps, length, rows, seq, embed], and the summed loss's gradient at the last block's output."""
+    """Block inputs per run [steps, length, rows, seq, embed], and the summed loss's gradient at the blocks' output."""
     module = to_nnx(Model(params, cfg))
 
     def step(micro: dict[str, jax.Array]):
@@ -154,11 +161,15 @@ def _forward(params, cfg, data):
         inputs = []
         for run in range(len(runs(cfg.text.layers))):
             apply, state = module.text.run_parts(str(run))
-            x, before = jax.lax.scan(lambda h, layer, apply=apply: (apply(layer, h, ctx)[0], h), x, state)
+            x, before = jax.lax.scan(functools.partial(_block_input, apply, ctx), x, state)
             inputs.append(before)
         return inputs, _loss_gradient(module, x, micro["labels"])
 
     return jax.lax.map(step, data)
+
+
+def _block_input(apply: Callable[..., Any], ctx: Context, x: jax.Array, layer: nnx.State):
+    return apply(layer, x, ctx)[0], x
 
 
 def _loss_gradient(module: VisionLanguageModel, x: jax.Array, labels: jax.Array) -> jax.Array:
@@ -182,15 +193,24 @@ def _loss_gradient(module: VisionLanguageModel, x: jax.Array, labels: jax.Array)
     return gradient.swapaxes(0, 1).reshape(batch, n * size, embed)[:, :seq]
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "run", "second"), donate_argnames=("cotangent",))
-def _layer(params, inputs, cotangent, masks, weights, index, total, samples, *, cfg, run, second):
-    """Channel scores of layer `index` of a run, {weight: {variant: scores}}, and the loss's gradient at its input.
+def _only_run(params: Params, cfg: ModelConfig, run: int) -> tuple[Params, ModelConfig]:
+    """The decoder with one run of layers, so that equal runs of any model share one compiled step."""
+    _, length, shape = runs(cfg.text.layers)[run]
+    text = {**params["text"], "layers": {"0": params["text"]["layers"][str(run)]}}
+    alone = dataclasses.replace(cfg.with_layers((shape,) * length), vision=None, projector=None)
+    return {"text": text}, alone
 
-    All variants that the gradients allow come out of one compiled function; next to the products above they cost nothing.
-    inputs: [steps, length, rows, seq, embed]; cotangent: [steps, rows, seq, embed]; weights: float32[steps] label counts.
+
+@functools.partial(jax.jit, static_argnames=("cfg", "second"), donate_argnames=("cotangent",))
+def _layer(params, inputs, cotangent, masks, weights, index, total, samples, *, cfg, second):
+    """Channel scores of layer `index` of the only run, {weight: {variant: scores}}, and the loss's gradient at its input.
+
+    All variants that the gradients allow come out of one compiled function: next to the products they cost nothing.
+
+    inputs: [steps, length, rows, seq, embed]; cotangent: [steps, rows, seq, embed]; weights: float32[steps] labels.
     """
     module = to_nnx(Model(params, cfg))
-    apply, state = module.text.run_parts(str(run))
+    apply, state = module.text.run_parts("0")
     layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), state)
     attention, mlp = coupled(cfg)
     axes = attention | mlp
@@ -212,7 +232,7 @@ def _layer(params, inputs, cotangent, masks, weights, index, total, samples, *, 
     zeros = jax.tree.map(jnp.zeros_like, w)
     block = jax.lax.dynamic_index_in_dim(inputs, index, axis=1, keepdims=False)
     (first, squared), incoming = jax.lax.scan(
-        step, (zeros, zeros if second else None), (block, cotangent, masks, weights)
+        step, (zeros, zeros if second else {}), (block, cotangent, masks, weights)
     )
     scores = {}
     for name, axis in axes.items():

@@ -1,0 +1,225 @@
+"""Applying plans: properties that hold for any model and any plan."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prune_cases import EQUAL, UNEQUAL, batch, config, model, on_mesh
+
+from vlmprune_jax.config import LayerShape, LoraConfig
+from vlmprune_jax.distributed.rules import sharding
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.params import count_params, flatten, param_axes, param_shapes, stack_layers, unstack_layers
+from vlmprune_jax.models.vlm import Model, forward
+from vlmprune_jax.prune import KeptLayer, PrunePlan, apply_plan, compose, fingerprint, keep_everything
+
+CFG = config(UNEQUAL, vision=True)
+
+
+def plan_for(one: Model, layers) -> PrunePlan:
+    pruned = one.cfg.with_layers([layer.shape for layer in layers])
+    before, after = count_params(one.cfg), count_params(pruned)
+    return PrunePlan(
+        fingerprint(one), "width", "test", one.cfg.text.layers, tuple(layers), before, after, parameters_total=before
+    )
+
+
+@st.composite
+def kept_layers(draw, shapes, drop_layers=True, prune_widths=True):
+    """Any plan's layers: a subset of layers; of each, whole or halved groups and a subset of neurons."""
+
+    def subset(size):
+        return tuple(sorted(draw(st.sets(st.integers(0, size - 1), min_size=1))))
+
+    result = []
+    for index in subset(len(shapes)) if drop_layers else range(len(shapes)):
+        shape = shapes[index]
+        if not prune_widths:
+            result.append(KeptLayer.whole(index, shape))
+            continue
+        group = shape.q_heads // shape.kv_heads
+        each, kv_heads = draw(st.integers(1, group)), subset(shape.kv_heads)
+        q_heads = []
+        for kv in kv_heads:
+            q_heads += sorted(draw(st.permutations(range(kv * group, (kv + 1) * group)))[:each])
+        result.append(KeptLayer(index, tuple(q_heads), kv_heads, subset(shape.mlp)))
+    return result
+
+
+def same(a: Model, b: Model) -> None:
+    assert a.cfg == b.cfg
+    left, right = flatten(a.params), flatten(b.params)
+    assert left.keys() == right.keys()
+    for path, leaf in left.items():
+        assert leaf.dtype == right[path].dtype, path
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(right[path]), err_msg=path)
+
+
+@pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray, lambda x: x.astype(ml_dtypes.bfloat16)])
+def test_keeping_everything_is_the_identity(as_array):
+    one = model(CFG)
+    one = one.replace(params=jax.tree.map(as_array, one.params))
+    kept = apply_plan(one, keep_everything(CFG, fingerprint(one), count_params(CFG)))
+    same(kept, one)
+    assert type(flatten(kept.params)["text/layers/0/mlp/up_proj/weight"]) is type(as_array(np.zeros(2, np.float32)))
+
+
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_every_plan_leaves_the_shapes_it_says(data):
+    one = model(CFG)
+    plan = plan_for(one, data.draw(kept_layers(CFG.text.layers)))
+    pruned = apply_plan(one, plan)
+    assert {path: leaf.shape for path, leaf in flatten(pruned.params).items()} == param_shapes(pruned.cfg)
+    assert sum(leaf.size for leaf in flatten(pruned.params).values()) == plan.parameters_after
+    before, after = unstack_layers(one.params, one.cfg)[0], unstack_layers(pruned.params, pruned.cfg)[0]
+    for layer, new in zip(plan.layers, after, strict=True):
+        old = before[layer.index]
+        picked = old["self_attn/o_proj/weight"][:, list(layer.q_heads)]
+        np.testing.assert_array_equal(new["self_attn/o_proj/weight"], picked)
+        np.testing.assert_array_equal(new["self_attn/k_proj/bias"], old["self_attn/k_proj/bias"][list(layer.kv_heads)])
+        np.testing.assert_array_equal(new["mlp/down_proj/weight"], old["mlp/down_proj/weight"][:, list(layer.neurons)])
+        np.testing.assert_array_equal(new["mlp/down_proj/bias"], old["mlp/down_proj/bias"])
+
+
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_depth_and_width_commute(data):
+    one = model(CFG)
+    widths = data.draw(kept_layers(CFG.text.layers, drop_layers=False))
+    depth = data.draw(kept_layers(CFG.text.layers, prune_widths=False))
+    alive = [layer.index for layer in depth]
+    narrow = apply_plan(one, plan_for(one, widths))
+    then_depth = [KeptLayer.whole(i, narrow.cfg.text.layers[i]) for i in alive]
+    shallow = apply_plan(one, plan_for(one, depth))
+    then_width = [dataclasses.replace(widths[i], index=at) for at, i in enumerate(alive)]
+    same(apply_plan(narrow, plan_for(narrow, then_depth)), apply_plan(shallow, plan_for(shallow, then_width)))
+    same(apply_plan(shallow, plan_for(shallow, then_width)), apply_plan(one, plan_for(one, [widths[i] for i in alive])))
+
+
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_plans_compose(data):
+    one = model(CFG)
+    first = plan_for(one, data.draw(kept_layers(CFG.text.layers)))
+    between = apply_plan(one, first)
+    second = plan_for(between, data.draw(kept_layers(between.cfg.text.layers)))
+    whole = compose(first, second)
+    same(apply_plan(one, whole), apply_plan(between, second))
+    assert whole.parameters_after == second.parameters_after
+    assert compose(keep_everything(CFG, first.fingerprint, count_params(CFG)), first).layers == first.layers
+
+
+def with_zeroed_outputs(one: Model, plan: PrunePlan) -> Model:
+    """Dropped heads and neurons write nothing: their o_proj and down_proj columns are zero."""
+    layers, rest = unstack_layers(one.params, one.cfg)
+    layers = [dict(layer) for layer in layers]
+    for kept in plan.layers:
+        for name, stay in (("self_attn/o_proj/weight", kept.q_heads), ("mlp/down_proj/weight", kept.neurons)):
+            masked = np.zeros_like(layers[kept.index][name])
+            masked[:, list(stay)] = layers[kept.index][name][:, list(stay)]
+            layers[kept.index][name] = masked
+    return one.replace(params=stack_layers(layers, rest, one.cfg))
+
+
+SLICED = [KeptLayer(0, (0, 1), (0,), (1, 2, 5)), KeptLayer(1, (0, 3), (0, 1), tuple(range(12))),
+          KeptLayer(2, (1, 3, 4, 6), (0, 1), (0, 9)), KeptLayer(3, (1, 2), (1, 2), (4,))]  # fmt: skip
+
+
+def test_slicing_equals_masking():
+    one, arrays = model(CFG), batch(CFG)
+    plan = plan_for(one, SLICED)
+    inputs = {name: arrays[name] for name in ("pixel_values", "attention_mask")}
+    masked, _ = forward(with_zeroed_outputs(one, plan), arrays["input_ids"], **inputs)
+    sliced, _ = forward(apply_plan(one, plan), arrays["input_ids"], **inputs)
+    whole, _ = forward(one, arrays["input_ids"], **inputs)
+    real = arrays["attention_mask"] == 1
+    np.testing.assert_allclose(np.asarray(sliced)[real], np.asarray(masked)[real], atol=1e-5)
+    assert np.abs(np.asarray(sliced) - np.asarray(whole))[real].max() > 1e-2  # the test can fail
+
+
+def test_removing_zeroed_channels_changes_nothing():
+    one, arrays = model(CFG), batch(CFG)
+    zeroed = with_zeroed_outputs(one, plan_for(one, SLICED))
+    inputs = {name: arrays[name] for name in ("pixel_values", "attention_mask")}
+    before, _ = forward(zeroed, arrays["input_ids"], **inputs)
+    after, _ = forward(apply_plan(zeroed, plan_for(zeroed, SLICED)), arrays["input_ids"], **inputs)
+    real = arrays["attention_mask"] == 1
+    np.testing.assert_allclose(np.asarray(after)[real], np.asarray(before)[real], atol=1e-5)
+
+
+def test_removing_a_layer_equals_skipping_it():
+    one, arrays = model(config(EQUAL)), batch(config(EQUAL))
+    plan = plan_for(one, [KeptLayer.whole(i, EQUAL[0]) for i in (0, 1, 3, 4)])
+    layers, rest = unstack_layers(one.params, one.cfg)
+    silent = {
+        name: np.zeros_like(leaf) if name.startswith(("self_attn/o_proj", "mlp/down_proj")) else leaf
+        for name, leaf in layers[2].items()
+    }
+    skipped = one.replace(params=stack_layers([*layers[:2], silent, *layers[3:]], rest, one.cfg))
+    expected, _ = forward(skipped, arrays["input_ids"], attention_mask=arrays["attention_mask"])
+    logits, _ = forward(apply_plan(one, plan), arrays["input_ids"], attention_mask=arrays["attention_mask"])
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_a_mesh_keeps_its_shardings_and_numbers():
+    cfg = config(vision=True)
+    one, arrays = model(cfg), batch(cfg)
+    sharded = on_mesh(one, 2, 2, 2)
+    layers = [KeptLayer(i, (0, 3), (0, 1), (0, 2, 3, 11)) for i in (0, 2, 3)]
+    pruned = apply_plan(sharded, plan_for(one, layers))
+    same(pruned, apply_plan(one, plan_for(one, layers)))
+    mesh, axes = flatten(sharded.params)["text/norm/weight"].sharding.mesh, param_axes(pruned.cfg)
+    for path, leaf in flatten(pruned.params).items():
+        assert leaf.sharding.is_equivalent_to(sharding(mesh, axes[path]), leaf.ndim), path
+    inputs = {name: arrays[name] for name in ("pixel_values", "attention_mask")}
+    logits, _ = forward(pruned, arrays["input_ids"], **inputs)
+    expected, _ = forward(apply_plan(one, plan_for(one, layers)), arrays["input_ids"], **inputs)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_widths_that_the_mesh_does_not_divide_are_refused():
+    one = model(config())
+    plan = plan_for(one, [KeptLayer(i, (0, 1), (0,), tuple(range(11))) for i in range(5)])
+    with pytest.raises(UserError, match=r"does not divide kv_heads of layer 0 = 1; mlp of layer 0 = 11"):
+        apply_plan(on_mesh(one, 2, 2, 2), plan)
+
+
+def test_adapters_are_pruned_with_their_weights():
+    cfg = dataclasses.replace(config(EQUAL), lora=LoraConfig(2, 4.0, 0.0, ("q_proj", "o_proj", "down_proj")))
+    one = model(cfg)
+    layers = [KeptLayer(i, (2, 3), (1,), (0, 5)) for i in range(5)]
+    pruned = apply_plan(one, plan_for(one, layers))
+    assert {path: leaf.shape for path, leaf in flatten(pruned.params).items()} == param_shapes(pruned.cfg)
+    old, new = (unstack_layers(m.params, m.cfg)[0][4] for m in (one, pruned))
+    np.testing.assert_array_equal(new["self_attn/q_proj/lora_b"], old["self_attn/q_proj/lora_b"][[2, 3]])
+    np.testing.assert_array_equal(new["mlp/down_proj/lora_a"], old["mlp/down_proj/lora_a"][:, [0, 5]])
+
+
+def test_untouched_tensors_are_not_copied():
+    one = model(CFG)
+    pruned = apply_plan(one, plan_for(one, [KeptLayer.whole(0, CFG.text.layers[0])]))
+    for path, leaf in flatten(pruned.params).items():
+        if not path.startswith("text/layers/"):
+            assert leaf is flatten(one.params)[path], path
+
+
+def test_plans_of_other_models_are_refused():
+    one = model(config(EQUAL))
+    plan = plan_for(one, [KeptLayer.whole(i, EQUAL[0]) for i in range(4)])
+    with pytest.raises(
+        UserError, match=r"plan of another model: same shapes, other weights .* score and plan this model"
+    ):
+        apply_plan(model(config(EQUAL), seed=1), plan)
+    with pytest.raises(UserError, match=r"it is for 5 layers \(5 x 4/2 heads, 12 neurons\), this model has 4 layers"):
+        apply_plan(apply_plan(one, plan), plan)
+    wider = config((LayerShape(4, 2, 13),) * 5)
+    with pytest.raises(
+        UserError, match=r"plan of another model: .*this model has 5 layers \(5 x 4/2 heads, 13 neurons\)"
+    ):
+        apply_plan(model(wider), plan)

@@ -1,0 +1,260 @@
+"""The step: meshes and accumulation give the same numbers, frozen stays frozen, clipping, schedules, groups, dtypes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import recover_cases as cases
+from vlmprune_jax.distributed.mesh import make_mesh
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.params import flatten
+from vlmprune_jax.recover import LossConfig, recover
+from vlmprune_jax.recover.step import OptimizerConfig, init_state, make_optimizer, make_schedule, state_shardings
+from vlmprune_jax.recover.trainable import assign_groups
+
+CFG = cases.config()
+QUIET = {"progress": False}
+DISTILL = LossConfig(0.5, 0.5, 0.1, 0.1, (1, -1), 2.0, "student", False, 4)
+
+
+def train(config, *, cfg=CFG, **options):
+    return recover(cases.model(cfg), cases.Stream(cfg), config, **QUIET, **options)
+
+
+@pytest.fixture(scope="module")
+def distilled():
+    """LoRA training with every loss term on one device, as the reference for meshes and accumulation."""
+    return train(_distillation(), teacher=cases.model(CFG, 9))
+
+
+def _distillation(**changes):
+    return cases.settings(trainable="lora", lora=cases.LORA, losses=DISTILL, merge_lora=False, **changes)
+
+
+def test_accumulation_equals_one_large_batch(distilled):
+    split, summary = train(_distillation(accumulation=4), teacher=cases.model(CFG, 9))
+    assert cases.largest_difference(distilled[0], split) < 1e-5
+    for name in ("loss", "ce", "l2", "kl", "rkl", "grad_norm"):
+        np.testing.assert_allclose(summary["last"][name], distilled[1]["last"][name], rtol=1e-5)
+
+
+def test_a_mesh_gives_the_same_distillation(distilled):
+    sharded, summary = train(_distillation(accumulation=2), teacher=cases.model(CFG, 9), mesh=make_mesh(2, 2, 2))
+    assert cases.largest_difference(distilled[0], sharded) < 1e-5
+    np.testing.assert_allclose(summary["last"]["loss"], distilled[1]["last"]["loss"], rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained_whole():
+    return train(cases.settings())
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 4, 2)])
+def test_a_mesh_gives_the_same_training(trained_whole, shape):
+    sharded, _ = train(cases.settings(), mesh=make_mesh(*shape))
+    assert cases.largest_difference(trained_whole[0], sharded) < 1e-5
+    for leaf in jax.tree.leaves(sharded.params):
+        assert leaf.sharding.mesh.size == 8
+
+
+def test_training_lowers_the_loss_and_moves_everything(trained_whole):
+    before = flatten(cases.model(CFG).params)
+    for path, leaf in flatten(trained_whole[0].params).items():
+        moved = np.abs(leaf - before[path]).max()
+        # Attention scores do not depend on a bias of the keys before rotation; with it they do, weakly.
+        assert moved > 0, path
+
+
+def test_frozen_leaves_keep_their_bytes_and_have_no_moments():
+    trained, summary = train(cases.settings(trainable="projector", steps=2))
+    before = flatten(cases.model(CFG).params)
+    for path, leaf in flatten(trained.params).items():
+        same = leaf.tobytes() == before[path].tobytes() if isinstance(leaf, np.ndarray) else np.array_equal(leaf, before[path])
+        assert same != path.startswith("projector/"), path
+    count = sum(x.size for p, x in before.items() if p.startswith("projector/"))
+    assert summary["trained_parameters"] == count
+    assert summary["frozen_parameters"] == sum(x.size for x in before.values()) - count
+    trainable = {p: x for p, x in before.items() if p.startswith("projector/")}
+    groups = assign_groups(list(before), "projector")
+    state = init_state(trainable, make_optimizer(cases.settings().optimizer(), groups, 2), 0, None)
+    assert sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim) == 2 * count
+
+
+def test_moments_are_sharded_like_their_parameters():
+    mesh = make_mesh(1, 4, 2)
+    flat = flatten(cases.model(CFG).params)
+    groups = assign_groups(list(flat), "all")
+    optimizer = make_optimizer(cases.settings().optimizer(), groups, 2)
+    shardings = state_shardings(flat, optimizer, CFG, mesh)
+    state = init_state(flat, optimizer, 0, shardings)
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    assert len(moments) == 2 * len(flat)
+    for masters in (moments[: len(flat)], moments[len(flat) :]):
+        for path, moment in zip(sorted(flat), masters, strict=True):
+            assert moment.sharding == state.params[path].sharding, path
+    assert any(not x.sharding.is_fully_replicated for x in moments)
+
+
+def test_the_callers_arrays_survive():
+    model = cases.model(CFG)
+    before = {p: np.array(x) for p, x in flatten(model.params).items()}
+    train(cases.settings(steps=1))
+    for path, leaf in flatten(model.params).items():
+        assert np.array_equal(leaf, before[path])
+
+
+def test_adapter_dropout_is_seeded():
+    lora = dataclasses.replace(cases.LORA, dropout=0.3)
+    options = {"trainable": "lora", "lora": lora, "steps": 2, "warmup_ratio": 0.0}
+    one, _ = train(cases.settings(**options))
+    two, _ = train(cases.settings(**options))
+    cases.assert_bitwise(one, two)
+    none, _ = train(cases.settings(**{**options, "lora": cases.LORA}))
+    assert cases.largest_difference(one, none) > 1e-6
+
+
+def test_bfloat16_follows_float32():
+    plain, exact = train(cases.settings(warmup_ratio=0.0))
+    half = cases.settings(compute_dtype="bfloat16", warmup_ratio=0.0)
+    trained, summary = train(half)
+    assert abs(summary["last"]["loss"] - exact["last"]["loss"]) < 0.02 * exact["last"]["loss"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(trained.params)} == {jnp.dtype(jnp.float32)}
+    assert cases.largest_difference(plain, trained) < 0.02
+    loaded = recover(cases.model(CFG, 0, "bfloat16"), cases.Stream(CFG), dataclasses.replace(half, steps=1), **QUIET)[0]
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded.params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_rematerialisation_changes_nothing(trained_whole):
+    for remat in ("full", "dots"):
+        trained, _ = train(cases.settings(remat=remat, steps=6))
+        assert cases.largest_difference(trained_whole[0], trained) < 1e-5
+
+
+def _optimizer(**changes) -> OptimizerConfig:
+    values = {f.name: getattr(cases.settings(), f.name) for f in dataclasses.fields(OptimizerConfig)}
+    return OptimizerConfig(**{**values, **changes})
+
+
+@pytest.mark.parametrize("steps", [1, 7, 50])
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+def test_schedules_equal_transformers(name: str, steps: int):
+    ratio = 0.11
+    warmup = int(np.ceil(ratio * steps))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-3)
+    if name == "constant":
+        expected = transformers.get_constant_schedule_with_warmup(optimizer, warmup)
+    else:
+        expected = getattr(transformers, f"get_{name}_schedule_with_warmup")(optimizer, warmup, steps)
+    ours = make_schedule(_optimizer(schedule=name, learning_rate=2e-3, warmup_ratio=ratio), steps)
+    for step in range(steps):
+        np.testing.assert_allclose(float(ours(step)), expected.get_last_lr()[0], atol=1e-9)
+        optimizer.step()
+        expected.step()
+
+
+def test_optimizer_equals_torch_adamw():
+    """Three clipped steps: groups with their own rate, decay on matrices only."""
+    rng = np.random.default_rng(0)
+    start = {"text/a/weight": rng.normal(size=(3, 4)), "text/norm/weight": rng.normal(size=4), "projector/l/bias": rng.normal(size=3)}
+    start = {path: x.astype(np.float32) for path, x in start.items()}
+    config = _optimizer(learning_rate=0.1, projector_learning_rate=0.3, weight_decay=0.2, schedule="constant", warmup_ratio=0.0)
+    groups = {"text/a/weight": "main", "text/norm/weight": "main", "projector/l/bias": "projector"}
+    ours = make_optimizer(config, groups, 3)
+    theirs = {path: torch.nn.Parameter(torch.tensor(x)) for path, x in start.items()}
+    settings = {"betas": (config.b1, config.b2), "eps": config.eps}
+    reference = torch.optim.AdamW(
+        [
+            {"params": [theirs["text/a/weight"]], "lr": 0.1, "weight_decay": 0.2},
+            {"params": [theirs["text/norm/weight"]], "lr": 0.1, "weight_decay": 0.0},
+            {"params": [theirs["projector/l/bias"]], "lr": 0.3, "weight_decay": 0.0},
+        ],
+        **settings,
+    )
+    params = {path: jnp.asarray(x) for path, x in start.items()}
+    state = ours.init(params)
+    for _ in range(3):
+        grads = {path: rng.normal(size=x.shape).astype(np.float32) for path, x in start.items()}
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = ours.update({p: jnp.asarray(g) for p, g in grads.items()}, state, params)
+        params = {path: params[path] + updates[path] for path in params}
+        for path, parameter in theirs.items():
+            parameter.grad = torch.tensor(grads[path])
+        reference.step()
+    for path, parameter in theirs.items():
+        np.testing.assert_allclose(params[path], parameter.detach().numpy(), rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    """Without decay a first SGD-like step (large eps) moves by the clipped gradient: clipping scales all moves equally."""
+    base = {"steps": 1, "warmup_ratio": 0.0, "weight_decay": 0.0, "eps": 1e4, "learning_rate": 10.0}
+    free, summary = train(cases.settings(**base, clip_norm=None))
+    clip = summary["last"]["grad_norm"] / 4
+    clipped, same = train(cases.settings(**base, clip_norm=clip))
+    assert same["last"]["grad_norm"] == pytest.approx(summary["last"]["grad_norm"])  # reported before clipping
+    start, one, two = (flatten(m.params) for m in (cases.model(CFG), free, clipped))
+    moves = [(np.asarray(one[p] - start[p]).ravel(), np.asarray(two[p] - start[p]).ravel()) for p in start]
+    whole, quarter = (np.concatenate([move[i] for move in moves]) for i in (0, 1))
+    np.testing.assert_allclose(np.linalg.norm(whole) / np.linalg.norm(quarter), 4, rtol=1e-2)
+
+
+def test_a_plain_decoder_with_tied_embeddings_trains():
+    cfg = cases.config(vision=False, tie_embeddings=True, attention_bias=False)
+    _, summary = train(cases.settings(trainable="decoder", steps=12, learning_rate=2e-2, warmup_ratio=0.1), cfg=cfg)
+    assert np.isfinite(summary["last"]["loss"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning rates"),
+        ({"projector_learning_rate": -1.0}, "learning rates"),
+        ({"schedule": "cosin"}, "'cosin' is not one of cosine, linear, constant"),
+        ({"warmup_ratio": 1.0}, "warmup_ratio 1.0"),
+        ({"weight_decay": -0.1}, "weight_decay -0.1"),
+        ({"b2": 1.0}, "AdamW needs"),
+        ({"clip_norm": 0.0}, "clip_norm 0.0"),
+        ({"batch_size": 6, "accumulation": 4}, "multiple of accumulation 4"),
+        ({"steps": None}, "one of them"),
+        ({"epochs": 1.0}, "one of them"),
+        ({"steps": 0}, "positive number of steps"),
+        ({"remat": "some"}, "'some' is not one of none, full, dots"),
+        ({"compute_dtype": "float16"}, "'float16' is not one of float32, bfloat16"),
+        ({"save_every": -1}, "save_every must be >= 0"),
+        ({"trainable": "lora"}, "needs a LoRA config"),
+        ({"trainable": "everything"}, "not a preset"),
+    ],
+)
+def test_bad_settings(changes, message):
+    with pytest.raises(UserError, match=message):
+        cases.settings(**changes)
+
+
+def test_epochs_count_rows():
+    config = cases.settings(steps=None, epochs=2.5)
+    assert config.num_steps(100) == 31
+    assert config.num_steps(1) == 1
+    with pytest.raises(UserError, match="pass num_steps"):
+        train(config)
+
+
+def test_settings_that_do_not_fit_the_model():
+    with pytest.raises(UserError, match="need a teacher"):
+        train(cases.settings(losses=LossConfig(l2=1.0)))
+    narrow = cases.model(dataclasses.replace(CFG, text=dataclasses.replace(CFG.text, hidden_size=8)))
+    with pytest.raises(UserError, match="hidden_size 8 is not the student's 16"):
+        train(cases.settings(losses=LossConfig(l2=1.0)), teacher=narrow)
+    with pytest.raises(UserError, match="micro-batch of 4 rows .* make it a multiple of 8"):
+        train(cases.settings(accumulation=2), mesh=make_mesh(8, 1, 1))
+    with pytest.raises(UserError, match="does not divide"):
+        train(cases.settings(), mesh=make_mesh(1, 1, 8))
+    with pytest.raises(UserError, match="has 8 rows, config says 16"):
+        train(cases.settings(batch_size=16))
+    with pytest.raises(UserError, match="ended after 2 steps"):
+        recover(cases.model(CFG), cases.Stream(CFG, end=2), cases.settings(), **QUIET)
