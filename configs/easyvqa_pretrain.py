@@ -59,7 +59,7 @@ def get_config() -> ConfigDict:
         "decoder_layers": 1,
         "trainable": "all",
         "learning_rate": 1e-3,
-        "steps": 600,
+        "steps": 500,
     }
     # Three questions per row share one image. More would be cheaper still, but earlier answers tell later ones.
     decoder = {
@@ -68,8 +68,8 @@ def get_config() -> ConfigDict:
         "turns_per_row": 3,
         "decoder_layers": 10,
         "trainable": "decoder",
-        "learning_rate": 1e-3,
-        "steps": 600,
+        "learning_rate": 2e-3,
+        "steps": 400,
         "batch_size": 64,
     }
     config.stages = tuple(ConfigDict({**common, **stage}) for stage in (tower, decoder))

@@ -6,8 +6,8 @@
 
 The variant is the share of the whole model's parameters to remove (default 0.3). Its published averages for width +
 fine-tuning + L2 (AVG-% over nine benchmarks): 83.99 at 45 %, 78.13 at 60 %; without recovery 90.87 at 15 %, 79.88
-at 30 %. `:uniform` after the ratio (0.3:uniform) prunes all layers alike, for a folder that stock transformers loads at its
-true size.
+at 30 %. `:uniform` after the ratio (0.3:uniform) prunes all layers alike, for a folder that stock transformers loads at
+its true size.
 """
 
 from ml_collections import ConfigDict

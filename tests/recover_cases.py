@@ -9,7 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmprune_jax.config import LayerShape, LoraConfig, ModelConfig, ProjectorConfig, RopeConfig, TextConfig, VisionConfig
+from vlmprune_jax.config import (
+    LayerShape,
+    LoraConfig,
+    ModelConfig,
+    ProjectorConfig,
+    RopeConfig,
+    TextConfig,
+    VisionConfig,
+)
 from vlmprune_jax.data.batching import Batch
 from vlmprune_jax.models.params import flatten, init_params
 from vlmprune_jax.models.vlm import Model
@@ -40,11 +48,11 @@ def model(cfg: ModelConfig, seed: int = 0, dtype: str = "float32") -> Model:
 class Stream:
     """An endless, resumable stream of batches: batch i depends on i alone.
 
-    `poison`: number of the batch (from 0) whose pixels, or else ids, make the loss NaN.
+    `poison`: number of the batch (from 0) whose pixels make the loss NaN; `end`: how many batches there are.
     """
 
-    def __init__(self, cfg: ModelConfig, rows: int = 8, length: int = 11, poison: int | None = None, end: int | None = None):
-        self.cfg, self.rows, self.length, self.poison, self.end, self.at = cfg, rows, length, poison, end, 0
+    def __init__(self, cfg: ModelConfig, rows: int = 8, *, poison: int | None = None, end: int | None = None):
+        self.cfg, self.rows, self.length, self.poison, self.end, self.at = cfg, rows, 11, poison, end, 0
 
     def __iter__(self) -> Stream:
         return self

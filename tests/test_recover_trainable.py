@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import recover_cases as cases
+
 from vlmprune_jax.config import LoraConfig
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.rules import sharding
@@ -53,7 +53,7 @@ def test_first_matching_rule_decides_and_the_rest_is_frozen():
     ("trainable", "message"),
     [
         ("projektor", "did you mean 'projector'"),
-        ([("text/layers/.*/q_prj/weight", True)], r"matches no parameter \(it must match a whole path; close paths: text/lay"),
+        ([("text/layers/.*/q_prj/weight", True)], r"matches no parameter \(it must match a whole path; close"),
         ([("text/norm/weight", False)], "nothing would train"),
         ([("text/(norm", True)], "not a regular expression"),
         ([("text/.*", "decoder")], "one of main, projector"),
@@ -86,7 +86,8 @@ def test_fresh_adapters_change_nothing():
     model = cases.model(CFG)
     adapted = add_lora(model, cases.LORA, jax.random.key(3))
     batch = next(cases.Stream(CFG)).arrays
-    before, after = (encode(m.params, m.cfg, batch["input_ids"], pixel_values=batch["pixel_values"])[0] for m in (model, adapted))
+    inputs, pixels = batch["input_ids"], batch["pixel_values"]
+    before, after = (encode(m.params, m.cfg, inputs, pixel_values=pixels)[0] for m in (model, adapted))
     assert np.array_equal(before, after)
     shapes = param_shapes(adapted.cfg)
     added = {path: leaf for path, leaf in flatten(adapted.params).items() if "lora_" in path}
@@ -142,7 +143,8 @@ def test_adapters_follow_their_weights_dtype_and_mesh():
 
 
 @pytest.mark.parametrize(
-    ("targets", "message"), [(("q_proj", "qproj"), r"\['qproj'\] are not projections .* use down_proj, "), ((), r"use down_proj")]
+    ("targets", "message"),
+    [(("q_proj", "qproj"), r"\['qproj'\] are not projections .* use down_proj, "), ((), r"use down_proj")],
 )
 def test_bad_adapter_targets(targets, message):
     with pytest.raises(UserError, match=message):

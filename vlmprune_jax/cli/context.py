@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from absl import logging
+from transformers.utils.logging import disable_progress_bar
 
 from vlmprune_jax.cli.config import to_experiment
 from vlmprune_jax.distributed.mesh import is_main_process
@@ -20,5 +21,6 @@ def prepare(flags: Any) -> tuple[Experiment, Context]:
       UserError: see `to_experiment`.
     """
     logging.set_verbosity(logging.ERROR)  # orbax and grain narrate at lower levels
+    disable_progress_bar()  # the bars here are our own
     experiment, workdir = to_experiment(flags.config, flags.workdir)
     return experiment, Context(workdir, make_reporter(is_main_process()), flags.overwrite)

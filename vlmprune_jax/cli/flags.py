@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -40,7 +41,7 @@ def parse(name: str, command: ModuleType, argv: Sequence[str]) -> Flags:
     elif "config" in values and any(arg.startswith("--config.") for arg in argv):
         raise UserError("--config.x=value changes a config: give the file as well, --config=FILE.py")
     try:
-        rest = values([name, *argv])
+        rest = _parse(values, [name, *argv])
     except flags.UnrecognizedFlagError as error:
         raise UserError(
             f"vlmprune {name} has no flag --{error.flagname}{suggest(error.flagname, _names(values))}"
@@ -49,6 +50,16 @@ def parse(name: str, command: ModuleType, argv: Sequence[str]) -> Flags:
         raise UserError(f"{error}") from None
     values.args = rest[1:]
     return values
+
+
+def _parse(values: Flags, argv: list[str]) -> list[str]:
+    """Positional arguments; ml_collections loads config files in a way that Python has deprecated."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
+        rest: list[str] = values(argv)
+        if "config" in values:
+            values.config  # noqa: B018 (loads the file)
+    return rest
 
 
 def _define(command: ModuleType, argv: list[str] | None = None) -> Flags:
@@ -68,7 +79,7 @@ def _check_overrides(argv: Sequence[str], config: str) -> None:
     alone = ["vlmprune", f"--config={config}"]
     config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True, sys_argv=alone)
     try:
-        values(alone)
+        _parse(values, alone)
         loaded = values.config
         loaded.keys()  # a file that failed to load says so at its first use
     except UserError:

@@ -81,7 +81,7 @@ def stack_layers(layers: Sequence[Flat], rest: Params, cfg: ModelConfig) -> Para
 
 
 def init_params(cfg: ModelConfig, key: jax.Array, dtype: Any, paths: Sequence[str] | None = None) -> Params:
-    """Random parameters (all, or only these flat paths, with the same values): norms 1, biases 0, matrices normal with 1/sqrt(inputs), embeddings 0.02, LoRA as PEFT (B = 0).
+    """Random parameters (all, or only these flat paths, with the same values): norms 1, biases 0, matrices normal with 1/sqrt(inputs), words unit length, LoRA as PEFT (B = 0).
 
     Branch outputs (o_proj, down_proj, out_proj, fc2) are scaled by 1/sqrt(2 layers) as in GPT-2, so that the residual
     stream of a deep model starts near the identity.
@@ -97,7 +97,12 @@ def _init(path: str, shape: tuple[int, ...], axes: tuple[str, ...], cfg: ModelCo
         return jnp.zeros(shape, dtype)
     if "norm" in owner:
         return jnp.ones(shape, dtype)
-    if owner in ("embed_tokens", "class_embedding", "position_embedding"):
+    if owner == "embed_tokens":
+        # Unit-length words. With the usual 0.02 a small model's words drown in what attention adds to them, and it does
+        # not learn to compare a word with its context (text-only easy-VQA, 64 wide: 87 % after 150 steps and flat,
+        # against 99.6 % after 250 with this).
+        return jax.random.normal(key, shape, dtype) * (1 / math.sqrt(shape[-1]))
+    if owner in ("class_embedding", "position_embedding"):
         return 0.02 * jax.random.normal(key, shape, dtype)
     size = dict(zip(axes, shape, strict=True))
     if leaf == "lora_a":

@@ -46,7 +46,7 @@ def fingerprint(model: Model) -> str:
 
 def _sample(flat: Flat, stacked: dict[str, bool]) -> dict[str, np.ndarray]:
     """bfloat16 samples per path; host arrays are read in place, device arrays in one compiled gather."""
-    host = {path: leaf for path, leaf in flat.items() if isinstance(leaf, np.ndarray)}
+    host = {path: np.asarray(leaf) for path, leaf in flat.items() if _on_host(leaf)}
     device = {path: leaf for path, leaf in flat.items() if path not in host}
     sampled = {path: leaf[_indices(leaf.shape, stacked[path])] for path, leaf in host.items()}
     sampled = {path: values.astype(ml_dtypes.bfloat16) for path, values in sampled.items()}
@@ -56,6 +56,14 @@ def _sample(flat: Flat, stacked: dict[str, bool]) -> dict[str, np.ndarray]:
         gather = jax.jit(functools.partial(_gather, stacked=stacked), out_shardings=everywhere)
         sampled |= {path: np.asarray(values) for path, values in gather(device).items()}
     return sampled
+
+
+def _on_host(leaf: Any) -> bool:
+    """Whether numpy sees the array without a copy: a numpy array, or a whole jax array on a CPU device."""
+    if isinstance(leaf, np.ndarray):
+        return True
+    devices = list(leaf.devices())
+    return len(devices) == 1 and devices[0].platform == "cpu"
 
 
 def _gather(leaves: Flat, stacked: dict[str, bool]) -> Flat:

@@ -69,7 +69,8 @@ class Checkpointer:
             return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"{self.folder}/{step}: cannot read the checkpoint ({reason}); remove that folder") from error
+            where = f"{self.folder}/{step}"
+            raise UserError(f"{where}: cannot read the checkpoint ({reason}); remove that folder") from error
 
     def close(self) -> None:
         """Wait for the save in progress and stop the background threads."""

@@ -88,9 +88,11 @@ class RecoverConfig:
         if self.compute_dtype not in COMPUTE_DTYPES:
             raise UserError(f"compute_dtype {self.compute_dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
         if self.batch_size < 1 or self.accumulation < 1 or self.batch_size % self.accumulation:
-            raise UserError(f"batch_size {self.batch_size} must be a positive multiple of accumulation {self.accumulation}")
+            raise UserError(f"batch_size {self.batch_size} must be a multiple of accumulation {self.accumulation}")
         if (self.steps is None) == (self.epochs is None) or (self.steps or self.epochs or 0) <= 0:
-            raise UserError(f"give a positive number of steps or of epochs, one of them (steps {self.steps}, epochs {self.epochs})")
+            raise UserError(
+                f"give a positive number of steps or epochs, one of them, not {self.steps} and {self.epochs}"
+            )
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"remat {self.remat!r} is not one of {', '.join(REMAT_POLICIES)}")
         if self.save_every < 0 or self.log_every < 1 or self.keep_checkpoints < 1:
@@ -110,7 +112,7 @@ class RecoverConfig:
 
 
 class _Run(NamedTuple):
-    """A prepared run: config (with adapters) and dtypes of the model, its two halves on the devices, the compiled step."""
+    """A prepared run: the model's config (with adapters) and dtypes, its two halves on the devices, the step."""
 
     cfg: ModelConfig
     dtypes: dict[str, Any]
@@ -213,10 +215,11 @@ def _prepare(
 def _check_mesh(mesh: Mesh, model: Model, config: RecoverConfig) -> None:
     check_divides(model.cfg, mesh)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.batch_size // config.accumulation % ways:
+    rows = config.batch_size // config.accumulation
+    if rows % ways:
         raise UserError(
-            f"a micro-batch of {config.batch_size // config.accumulation} rows (batch_size {config.batch_size} / accumulation "
-            f"{config.accumulation}) does not divide over data x fsdp = {ways} devices: make it a multiple of {ways}"
+            f"a micro-batch of {rows} rows (batch_size / accumulation) "
+            f"does not divide over data x fsdp = {ways} devices: make it a multiple of {ways}"
         )
 
 
@@ -282,7 +285,7 @@ def _train(
                 saver.save(step + 1, state, stream.get_state())  # type: ignore[attr-defined]
                 recorder.saved = step + 1
             if stopping:
-                kept = f"saved in {saver.folder}: the same command continues it" if saver else "nothing saved: no workdir"
+                kept = f"saved in {saver.folder}: the same command continues it" if saver else "nothing is saved"
                 raise Stopped(f"training stopped on SIGTERM after step {step + 1} of {span[1]}; {kept}")
         settle(0)
     return state

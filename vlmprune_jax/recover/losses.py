@@ -76,7 +76,7 @@ def from_alpha(strategy: str, alpha: float, *, kl_norm: float = 1.0, **options: 
             f"the strategy is one of {', '.join(STRATEGIES)}, alpha lies in [0, 1], norm is positive"
         )
     parts = strategy.split("+")
-    weights = {name: alpha / (1.0 if name == "l2" else kl_norm) for name in parts}
+    weights: dict[str, Any] = {name: alpha / (1.0 if name == "l2" else kl_norm) for name in parts}
     return LossConfig(ce=1 - alpha, **weights, **options)
 
 
@@ -108,7 +108,7 @@ def layer_pairs(
         elif i in (0, n_student):
             theirs.append(0 if i == 0 else n_teacher)
         elif kept is None and n_student != n_teacher:
-            raise UserError(f"losses: l2 layer {index} cannot be aligned without the depth plan: pass plan, or use layer -1")
+            raise UserError(f"losses: l2 layer {index} cannot be aligned without a plan: pass plan, or use layer -1")
         else:
             theirs.append(i if kept is None else kept[i - 1] + 1)
     return tuple(ours), tuple(theirs)
@@ -124,10 +124,11 @@ def check_teacher(loss: LossConfig, student: ModelConfig, teacher: ModelConfig |
         return
     if teacher is None:
         raise UserError("losses: l2, kl and rkl need a teacher: pass the unpruned model, or set their weights to 0")
-    if student.text.hidden_size != teacher.text.hidden_size:
-        raise UserError(f"teacher hidden_size {teacher.text.hidden_size} is not the student's {student.text.hidden_size}")
-    if (loss.kl or loss.rkl) and student.text.vocab_size != teacher.text.vocab_size:
-        raise UserError(f"teacher vocab_size {teacher.text.vocab_size} is not the student's {student.text.vocab_size}")
+    ours, theirs = student.text, teacher.text
+    if ours.hidden_size != theirs.hidden_size:
+        raise UserError(f"teacher hidden_size {theirs.hidden_size} is not the student's {ours.hidden_size}")
+    if (loss.kl or loss.rkl) and ours.vocab_size != theirs.vocab_size:
+        raise UserError(f"teacher vocab_size {theirs.vocab_size} is not the student's {ours.vocab_size}")
 
 
 def term_weights(loss: LossConfig, cfg: ModelConfig, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
@@ -175,11 +176,12 @@ def loss_sums(
         embeds = embeds * mask[..., None].astype(embeds.dtype)
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
     keep = teacher.student_layers if teacher is not None and loss.l2 else ()
-    inputs = {"attention_mask": mask, "position_ids": positions, "remat": remat}
+    inputs: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "remat": remat}
     final, aux = encode(
         params, cfg, ids, pixel_values=pixels, inputs_embeds=embeds, keep=keep, dropout_key=dropout_key, **inputs
     )
-    sums, target, teacher_logits = {}, None, None
+    sums: dict[str, Any] = {}
+    target, teacher_logits = None, None
     if teacher is not None and teacher_params is not None:
         shared = aux["inputs_embeds"] if loss.teacher_inputs == "student" else None
         keep = teacher.teacher_layers if loss.l2 else ()
@@ -275,4 +277,3 @@ def combine(sums: dict[str, jax.Array], weights: dict[str, jax.Array], loss: Los
         if coefficients[name]:
             total += coefficients[name] * value / jnp.maximum(weights[name], 1.0)
     return total
-

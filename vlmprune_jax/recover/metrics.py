@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -49,7 +48,7 @@ class Recorder:
             self._task = self._bar.add_task("train", total=self._total, completed=self._first, loss="", rate="")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *exception: object) -> None:
         for resource, close in ((self._bar, "stop"), (self._file, "close"), (self._board, "close")):
             if resource is not None:
                 getattr(resource, close)()
@@ -72,7 +71,8 @@ class Recorder:
         else:
             self._counted += tokens
         self._tokens += tokens
-        self.last = {"step": step, **values, "tokens_per_second": speed, "seconds": seconds, "data_seconds": data_seconds}
+        times = {"tokens_per_second": speed, "seconds": seconds, "data_seconds": data_seconds}
+        self.last = {"step": step, **values, **times}
         if self._bar is not None:
             self._bar.update(self._task, completed=step, loss=f"loss {values['loss']:.4f}", rate=f"{speed:,.0f} tok/s")
         if step % self._log_every == 0 or step == self._total:
@@ -93,10 +93,12 @@ class Recorder:
         where = ""
         if self._folder is not None:
             path = self._folder / f"nonfinite-{jax.process_index()}.json"
-            path.write_text(json.dumps({"step": step, "metrics": {k: str(v) for k, v in values.items()}, "records": ids}))
+            metrics = {name: str(value) for name, value in values.items()}
+            path.write_text(json.dumps({"step": step, "metrics": metrics, "records": ids}))
             where = f" (all in {path}); the last good checkpoint is of step {self.saved}"
+        loss, norm = values["loss"], values["grad_norm"]
         raise UserError(
-            f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: not finite; records {listed}{where}; "
+            f"step {step}: loss {loss}, gradient norm {norm} not finite; records {listed}{where}; "
             "look at these records, or lower the learning rate"
         )
 

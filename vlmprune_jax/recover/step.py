@@ -56,7 +56,9 @@ class OptimizerConfig:
         if not all(0 < rate < math.inf for rate in rates):
             raise UserError(f"learning rates {rates} must be positive numbers")
         if self.weight_decay < 0 or not 0 <= self.warmup_ratio < 1:
-            raise UserError(f"weight_decay {self.weight_decay} must be >= 0 and warmup_ratio {self.warmup_ratio} in [0, 1)")
+            raise UserError(
+                f"weight_decay {self.weight_decay} is below 0, or warmup_ratio {self.warmup_ratio} not in [0, 1)"
+            )
         if self.schedule not in SCHEDULES:
             raise UserError(f"schedule {self.schedule!r} is not one of {', '.join(SCHEDULES)}")
         if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0):
@@ -101,7 +103,9 @@ def make_optimizer(config: OptimizerConfig, groups: Mapping[str, str], num_steps
     )
 
 
-def init_state(trainable: Flat, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState | None) -> TrainState:
+def init_state(
+    trainable: Flat, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState | None
+) -> TrainState:
     """State of step 0; `trainable` is copied to float32 masters, so that the caller's arrays survive donation."""
 
     def build(params: Flat) -> TrainState:
@@ -114,10 +118,11 @@ def init_state(trainable: Flat, optimizer: optax.GradientTransformation, seed: i
 def state_shardings(
     trainable: Flat, optimizer: optax.GradientTransformation, cfg: ModelConfig, mesh: Mesh | None
 ) -> TrainState | None:
-    """NamedSharding of every leaf of the state: moments like their parameter, scalars replicated. None without a mesh."""
+    """NamedSharding of every leaf of the state (None without a mesh); moments go with their parameter."""
     if mesh is None:
         return None
-    axes, everywhere = param_axes(cfg), NamedSharding(mesh, PartitionSpec())
+    axes = param_axes(cfg)
+    everywhere: Any = NamedSharding(mesh, PartitionSpec())
     params = {path: sharding(mesh, axes[path]) for path in trainable}
     opt_state = jax.eval_shape(optimizer.init, trainable)
     placed = optax.tree.map_params(
@@ -230,7 +235,7 @@ def _split(x: jax.Array, n: int) -> jax.Array:
     return constrain(split, (None, "batch", *(None,) * (x.ndim - 1)))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     """Rows over (data, fsdp)."""
     return sharding(mesh, ("batch", *(None,) * (ndim - 1)))

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlmprune_jax.config import LoraConfig, ModelConfig
+from vlmprune_jax.config import LoraConfig
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import Flat, flatten, init_params, param_axes, unflatten
@@ -61,7 +61,8 @@ def resolve_rules(trainable: str | Sequence[Rule]) -> tuple[Rules, bool]:
         if trainable not in PRESETS:
             close = difflib.get_close_matches(trainable, PRESETS, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
-            raise UserError(f"trainable: {trainable!r} is not a preset: {hint}use {', '.join(PRESETS)} or a list of rules")
+            known = ", ".join(PRESETS)
+            raise UserError(f"trainable: {trainable!r} is not a preset: {hint}use {known} or a list of rules")
         return PRESETS[trainable], False
     for rule in trainable:
         if len(rule) != 2 or not isinstance(rule[0], str) or not (isinstance(rule[1], bool) or rule[1] in GROUPS):
@@ -71,7 +72,7 @@ def resolve_rules(trainable: str | Sequence[Rule]) -> tuple[Rules, bool]:
         except re.error as error:
             raise UserError(f"trainable: {rule[0]!r} is not a regular expression: {error}") from None
     if not trainable:
-        raise UserError(f"trainable: no rules given: use {', '.join(PRESETS)} or a list of (regex, True | False | group)")
+        raise UserError(f"trainable: no rules given: use {', '.join(PRESETS)} or (regex, True | False | group) pairs")
     return tuple((str(pattern), value) for pattern, value in trainable), True
 
 
@@ -106,7 +107,8 @@ def add_lora(model: Model, lora: LoraConfig, key: jax.Array) -> Model:
     projections = sorted({p.split("/")[-2] for p in flat if p.startswith("text/layers/") and p.endswith("proj/weight")})
     unknown = [target for target in lora.targets if target not in projections]
     if unknown or not lora.targets:
-        raise UserError(f"LoRA targets {unknown or '()'} are not projections of the decoder: use {', '.join(projections)}")
+        known = ", ".join(projections)
+        raise UserError(f"LoRA targets {unknown or '()'} are not projections of the decoder: use {known}")
     cfg = dataclasses.replace(model.cfg, lora=lora)
     added = [path for path in param_axes(cfg) if path.endswith(LORA_SUFFIXES)]
     dtype = flat[added[0].rpartition("/")[0] + "/weight"].dtype
@@ -129,13 +131,9 @@ def merge_lora(model: Model) -> Model:
         owner = path.rpartition("/")[0]
         weight = flat[f"{owner}/weight"]
         delta = _delta(flat[path], flat[f"{owner}/lora_b"], n_out=len(axes[f"{owner}/lora_b"]) - 2)
-        merged[f"{owner}/weight"] = (jnp.asarray(weight, jnp.float32) + delta * (lora.alpha / lora.rank)).astype(weight.dtype)
-    return Model(unflatten(merged), without_lora(model.cfg))
-
-
-def without_lora(cfg: ModelConfig) -> ModelConfig:
-    """The config of the merged model."""
-    return dataclasses.replace(cfg, lora=None)
+        total = jnp.asarray(weight, jnp.float32) + delta * (lora.alpha / lora.rank)
+        merged[f"{owner}/weight"] = total.astype(weight.dtype)
+    return Model(unflatten(merged), dataclasses.replace(model.cfg, lora=None))
 
 
 def _delta(a: jax.Array, b: jax.Array, n_out: int) -> jax.Array:

@@ -16,10 +16,11 @@ from vlmprune_jax.prune import PrunePlan, Scores
 from vlmprune_jax.report import plots
 
 Json = dict[str, Any]
-HEADER = ("model", "recovery", "parameters", "ratio asked", "reached", "accuracy %", "retained %", "seconds")
+HEADER = ("model", "data", "parameters", "asked", "reached", "accuracy", "retained", "seconds")
 NOTES = (
-    "Ratios are shares of the whole model's parameters. Retained: accuracy as a share of the unpruned model's. "
-    "Seconds: scoring, pruning and training together, without evaluation."
+    "Data: share of the training records used for recovery. Asked, reached: share of all parameters to remove. Accuracy "
+    "and retained (accuracy as a share of the unpruned model's) in percent. Seconds: scoring, pruning and training, "
+    "without evaluation."
 )
 
 
@@ -28,16 +29,16 @@ def table_of(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str
     teacher = result["teacher"]
     rows = [("unpruned", "", f"{teacher['parameters']:,}", "", "", f"{100 * teacher['accuracy']:.2f}", "100.00", "")]
     for run in result["runs"]:
-        asked = run["ratio_asked"]
+        asked, kept = run["ratio_asked"], run["retained"]
         rows.append(
             (
-                run["method"] if run["recovery"] == "none" else run["name"],
-                f"{run['recovery']}, {100 * run['data_fraction']:g} % data" if run["recovery"] != "none" else "none",
+                run["name"],
+                "" if run["recovery"] == "none" else f"{100 * run['data_fraction']:g} %",
                 f"{run['parameters']:,}",
                 "" if asked is None else f"{asked:.3f}",
                 f"{run['ratio_reached']:.3f}",
                 f"{100 * run['accuracy']:.2f}",
-                f"{run['retained']:.2f}",
+                "" if kept is None else f"{kept:.2f}",
                 f"{run['seconds']:.1f}",
             )
         )
@@ -117,7 +118,7 @@ def _lead(result: Json) -> str:
     return (
         f"Best of {len(result['runs'])} models: {run['name']} has {run['parameters']:,} of {teacher['parameters']:,} "
         f"parameters ({100 * smaller:.1f} % fewer) and answers {100 * run['accuracy']:.2f} % of "
-        f"{teacher['questions']:,} questions {recovery}, {run['retained']:.1f} % of the unpruned model's {100 * teacher['accuracy']:.2f} %."
+        f"{teacher['questions']:,} questions {recovery}; the unpruned model answers {100 * teacher['accuracy']:.2f} %."
     )
 
 

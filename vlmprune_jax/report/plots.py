@@ -30,7 +30,7 @@ STYLE = {
     "grid.alpha": 0.25,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
-    "svg.fonttype": "none",
+    "svg.fonttype": "path",  # looks the same whatever fonts the reader has
     "svg.hashsalt": "vlmprune",  # the same data gives the same bytes
     **dict.fromkeys(
         ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), INK
@@ -198,7 +198,8 @@ def loss_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure | N
 def to_svg(figure: Figure) -> str:
     """An `<svg>` element that takes its ink from the page."""
     text = io.StringIO()
-    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
     return svg[svg.index("<svg") :].replace(INK, "currentColor")
 

@@ -83,8 +83,7 @@ def _export(cfg: ModelConfig, separate_vision: bool) -> list[str]:
         lines[0] += ", loads in stock transformers"
         lines.append("width, all layers alike: same layout, true size, loads in stock transformers")
         lines.append(
-            "width in a range of layers: true size for this package (per_layer), or padded with zeros for stock "
-            "transformers (pad)"
+            "width in a range of layers: true size for this package (per_layer), or zero-padded for the stock class (pad)"
         )
     else:
         lines.append("width: same layout; unequal layers at true size (per_layer) or padded with zeros (pad)")
@@ -107,7 +106,7 @@ def as_lines(found: dict[str, Any]) -> list[str]:
         + ", ".join(f"{part} {parts[part]:,} ({100 * parts[part] / total:.1f} %)" for part in PARTS if parts[part]),
         f"  decoder     {text['layers']} layers: {', '.join(_run(run) for run in text['runs'])}",
         f"              hidden size {text['hidden_size']}, heads of {text['head_dim']}, vocabulary "
-        f"{text['vocab_size']:,}{' (tied embeddings)' if text['tied_embeddings'] else ''}, up to {text['max_positions']:,} positions",
+        f"{text['vocab_size']:,}{' (tied)' if text['tied_embeddings'] else ''}, {text['max_positions']:,} positions",
     ]
     vision = found["vision"]
     if vision is not None:

@@ -177,7 +177,8 @@ def _entry(name: str, folder: Path, scores: Json, teacher: Json, facts: Json, co
         "name": name,
         **facts,
         "accuracy": scores["accuracy"],
-        "retained": retained(scores["accuracy"], teacher["accuracy"]),
+        # None where the unpruned model answers nothing: JSON has no NaN
+        "retained": retained(scores["accuracy"], teacher["accuracy"]) if teacher["accuracy"] else None,
         "questions": scores["questions"],
         "evaluation_seconds": scores["seconds"],
         **({"perplexity": scores["perplexity"]} if "perplexity" in scores else {}),
@@ -205,7 +206,7 @@ def finish(context: Context) -> None:
     """Print the table of `result.json`, and write the report and its plot."""
     result: dict[str, Any] = read_json(context.workdir / "result.json")
     header, rows = table_of(result)
-    context.reporter.table("Pruned and recovered models", header, rows)
+    context.reporter.table("Accuracy and retained accuracy in percent, ratios of all parameters", header, rows)
     export = result["export"]
     difference = export.get("max_abs_logit_difference")
     context.reporter.say(f"best: {result['best']}, exported to {context.workdir / export['path']}")

@@ -191,7 +191,7 @@ def _read(record: Path) -> Json:
 
 def _plain(value: Any) -> Any:
     """The value as JSON would return it (tuples as lists), so that it compares equal after a round trip."""
-    return json.loads(json.dumps(value, allow_nan=True))
+    return json.loads(json.dumps(value))
 
 
 def _relative(path: Path, workdir: Path) -> str:

@@ -203,8 +203,8 @@ def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
         write_text(folder / "plan.json", plan.to_json())
         facts = plan_facts(plan, model)
         context.reporter.say(
-            f"  {plan.method}: asked for {_percent(plan.asked)}, reached {_percent(plan.reached)} of the model's parameters"
-            f" ({_percent(facts['decoder_ratio'])} of the decoder); {facts['parameters']:,} of "
+            f"  {plan.method}: asked for {_percent(plan.asked)}, reached {_percent(plan.reached)} of all parameters "
+            f"({_percent(facts['decoder_ratio'])} of the decoder); {facts['parameters']:,} of "
             f"{facts['parameters_before']:,} left{_layers_gone(plan)}"
         )
         return facts

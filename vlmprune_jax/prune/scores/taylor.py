@@ -203,7 +203,7 @@ def _only_run(params: Params, cfg: ModelConfig, run: int) -> tuple[Params, Model
 
 @functools.partial(jax.jit, static_argnames=("cfg", "second"), donate_argnames=("cotangent",))
 def _layer(params, inputs, cotangent, masks, weights, index, total, samples, *, cfg, second):
-    """Channel scores of layer `index` of the only run, {weight: {variant: scores}}, and the loss's gradient at its input.
+    """Channel scores {weight: {variant: scores}} of layer `index` of the only run, and the gradient at its input.
 
     All variants that the gradients allow come out of one compiled function: next to the products they cost nothing.
 

