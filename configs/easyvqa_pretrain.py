@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
         "warmup_ratio": 0.05,
         "compute_dtype": "float32",
         "save_every": 100,
+        "keeps": ".*",
     }
     # Captions with a one-layer decoder teach the tower shape and colour.
     tower = {
@@ -60,17 +61,34 @@ def get_config() -> ConfigDict:
         "trainable": "all",
         "learning_rate": 1e-3,
         "steps": 500,
+        "keeps": "vision/.*",
     }
-    # Three questions per row share one image. More would be cheaper still, but earlier answers tell later ones.
-    decoder = {
-        "name": "decoder",
+    # Questions about a description in words: comparing a question's word with its context is learnt in minutes here,
+    # and not at all from images in as many steps.
+    language = {
+        "name": "language",
+        "records": "train_text",
+        "turns_per_row": 1,
+        "decoder_layers": 10,
+        "trainable": (("text/.*", True),),
+        "learning_rate": 2e-3,
+        "steps": 400,
+        "augment": "none",
+    }
+    # The projector alone learns to turn the image into what the decoder reads as words (a decoder that trains along
+    # forgets how to compare before there is anything to compare); then all of it. Three questions share one image.
+    projector = {
+        "name": "projector",
         "records": "train_multi_turn",
         "turns_per_row": 3,
         "decoder_layers": 10,
-        "trainable": "decoder",
-        "learning_rate": 2e-3,
-        "steps": 400,
+        "trainable": "projector",
+        "learning_rate": 3e-3,
+        "projector_learning_rate": 3e-3,
+        "steps": 200,
         "batch_size": 64,
     }
-    config.stages = tuple(ConfigDict({**common, **stage}) for stage in (tower, decoder))
+    together = {**projector, "name": "together", "trainable": "all", "learning_rate": 3e-4, "steps": 150}
+    together["projector_learning_rate"] = 3e-4
+    config.stages = tuple(ConfigDict({**common, **stage}) for stage in (tower, language, projector, together))
     return config

@@ -105,7 +105,8 @@ def edit_weights(folder: Path, edit: Any, name: str = "model.safetensors") -> No
     """Rewrite one safetensors file after `edit(dict)`."""
     tensors = load_file(folder / name)
     tensors = edit(tensors) or tensors
-    save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, folder / name, metadata={"format": "pt"})
+    tensors = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+    save_file(tensors, folder / name, metadata={"format": "pt"})
 
 
 def assert_same_tensors(first: Path, second: Path) -> None:

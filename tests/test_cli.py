@@ -1,6 +1,7 @@
 """The commands as a person meets them: help, typos, exit codes, what is skipped, refused, resumed and written."""
 
 import dataclasses
+import io
 import json
 import shutil
 import subprocess
@@ -377,6 +378,7 @@ def experiment(tmp_path, goldens):
     return [f"--config={file}", f"--workdir={tmp_path / 'w'}"]
 
 
+@pytest.mark.slow
 def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
     from vlmprune_jax.hf.read import load
     from vlmprune_jax.models.vlm import forward
@@ -438,3 +440,53 @@ def tree_leaves(params):
     import jax
 
     return jax.tree.leaves(params)
+
+
+# --- what is printed -------------------------------------------------------------------------------------------------
+
+
+def reporter(width, terminal):
+    from rich.console import Console
+
+    from vlmprune_jax.stages.console import Reporter
+
+    return Reporter(Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None))
+
+
+def test_bars_only_on_a_terminal():
+    for terminal in (True, False):
+        shown = reporter(80, terminal)
+        with shown.bar("evaluate teacher", 4) as progress:
+            progress(2)
+        text = shown.console.file.getvalue()
+        assert ("evaluate teacher" in text) is terminal
+        assert terminal or not text
+
+
+def test_lines_are_neither_wrapped_nor_markup():
+    shown = reporter(20, False)
+    shown.say("[bold] a line of more than twenty columns")
+    assert shown.console.file.getvalue() == "[bold] a line of more than twenty columns\n"
+    quiet = dataclasses.replace(shown, enabled=False)
+    quiet.say("x")
+    quiet.table("t", ["a"], [["b"]])
+    with quiet.bar("x", 1) as progress:
+        progress(1)
+    assert "x" not in shown.console.file.getvalue()
+
+
+def test_the_demo_table_fits_80_columns():
+    from vlmprune_jax.report.build import table_of
+
+    run = {"ratio_asked": 0.2, "ratio_reached": 0.2003, "parameters": 1326624, "accuracy": 0.9871, "retained": 100.0}
+    runs = [
+        {**run, "name": name, "recovery": recovery, "data_fraction": 0.05, "seconds": 136.5}
+        for name, recovery in (("depth", "none"), ("depth-sft_l2", "sft_l2"))
+    ]
+    shown = reporter(80, False)
+    shown.table("title", *table_of({"teacher": {"parameters": 1658976, "accuracy": 0.9871}, "runs": runs}))
+    text = shown.console.file.getvalue()
+    assert "depth-sft_l2" in text
+    assert "1,326,624" in text
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80

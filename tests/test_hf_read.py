@@ -68,7 +68,10 @@ def test_llava_hf_spellings(goldens, tmp_path, rename):
     assert_equal(load(folder), load(goldens / "ckpt/llava_hf"))
 
 
-@pytest.mark.parametrize("spelling", ["vision_model.", "", "model.vision_tower.vision_tower.vision_model.", "model.vision_tower.vision_tower."])
+@pytest.mark.parametrize(
+    "spelling",
+    ["vision_model.", "", "model.vision_tower.vision_tower.vision_model.", "model.vision_tower.vision_tower."],
+)
 def test_original_layout_tower_spellings_and_places(goldens, tmp_path, spelling):
     """The tower in its own folder (transformers 4 and 5 names), or inside the checkpoint with a config beside it."""
     expected = load(goldens / "ckpt/llava_orig", vision_dir=goldens / "ckpt/clip_tower")
@@ -123,7 +126,7 @@ def test_damaged_or_unsafe_bin(goldens, tmp_path):
     refused(folder, "must map names to tensors", vision_dir=tower)
 
 
-# Dtypes and placement ---------------------------------------------------------------------------------------------------
+# Dtypes and placement -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
@@ -171,7 +174,9 @@ def test_no_second_copy_of_the_weights(tmp_path):
 
 
 def test_generation_config_supplies_missing_ids_only(llama):
-    (llama / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8], "pad_token_id": 9, "bos_token_id": 1}))
+    (llama / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [7, 8], "pad_token_id": 9, "bos_token_id": 1})
+    )
     assert load(llama).cfg.eos_token_ids == (5,)
     edit_config(llama, eos_token_id=None, pad_token_id=None)
     cfg = load(llama).cfg
@@ -344,7 +349,13 @@ def test_more_layers_in_the_file_than_in_the_config(llama):
     refused(llama, "unknown key model.layers.3.", "; and 1 more")
 
 
-@pytest.mark.parametrize("name", ["vision_tower.vision_model.encoder.layers.0.mlp.fc3.weight", "vision_tower.vision_model.encoder.layers.3.mlp.fc1.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vision_tower.vision_model.encoder.layers.0.mlp.fc3.weight",
+        "vision_tower.vision_model.encoder.layers.3.mlp.fc1.weight",
+    ],
+)
 def test_unknown_key_in_the_tower(tmp_path, name):
     """Blocks above the feature layer are known; a stray tensor in a computed block, or a block too many, is not."""
     folder = make_folder(tmp_path / "llava", LLAVA)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -73,9 +74,15 @@ def test_round_trip_of_narrow_dtypes_is_bitwise(llama, tmp_path, stored):
 def test_original_layout_with_the_tower_inside(goldens, tmp_path):
     source = copy_golden(goldens, "llava_orig", tmp_path / "llava")
     tower = load_file(goldens / "ckpt/clip_tower/model.safetensors")
-    inside = {f"model.vision_tower.vision_tower.{key}": value for key, value in tower.items() if key.startswith("vision_model")}
+    inside = {
+        f"model.vision_tower.vision_tower.{key}": value
+        for key, value in tower.items()
+        if key.startswith("vision_model")
+    }
     edit_weights(source, lambda tensors: tensors | inside)
-    edit_config(source, vision_config=json.loads((goldens / "ckpt/clip_tower/config.json").read_text())["vision_config"])
+    edit_config(
+        source, vision_config=json.loads((goldens / "ckpt/clip_tower/config.json").read_text())["vision_config"]
+    )
     save(load(source), tmp_path / "out", source_dir=source, dtype="source")
     assert_same_tensors(source, tmp_path / "out")
 
@@ -85,7 +92,9 @@ def test_shards_are_split_at_the_limit_and_indexed(llama, tmp_path, monkeypatch)
     save(load(llama), tmp_path / "out", source_dir=llama, dtype="source")
     assert_same_tensors(llama, tmp_path / "out")
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
-    assert [shard.name for shard in shards] == [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    assert [shard.name for shard in shards] == [
+        f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
+    ]
     assert len(shards) > 2
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     whole = load_file(llama / "model.safetensors")
@@ -102,6 +111,33 @@ def test_every_tensor_is_aligned_to_its_dtype(tmp_path):
     entries = Checkpoint(tmp_path / "out").entries
     assert {entry.dtype for entry in entries.values()} == {"BF16", "F32"}  # what is carried over keeps its dtype
     assert all(entry.begin % {"BF16": 2, "F32": 4}[entry.dtype] == 0 for entry in entries.values())
+
+
+ONE_OF_TWO = """
+import sys
+import jax
+port, number, source, out = sys.argv[1:]
+jax.distributed.initialize(f"localhost:{port}", 2, int(number))
+from vlmprune_jax.distributed.mesh import make_mesh
+from vlmprune_jax.hf.read import load
+from vlmprune_jax.hf.write import save
+model = load(source, mesh=make_mesh(1, 2, 2))
+assert not model.params["text"]["embed_tokens"]["weight"].is_fully_addressable
+save(model, out, source_dir=source, dtype="source")
+load(out, mesh=make_mesh(1, 2, 2))
+"""
+
+
+def test_two_processes_read_their_parts_and_write_one_folder(goldens, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    source, out = goldens / "ckpt/llava_hf", tmp_path / "out"
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-c", ONE_OF_TWO, port]
+    parts = [subprocess.Popen([*command, str(i), str(source), str(out)], env=environment) for i in range(2)]
+    assert [part.wait() for part in parts] == [0, 0]
+    assert_same_tensors(source, out)
 
 
 # What a folder holds --------------------------------------------------------------------------------------------------
@@ -134,7 +170,9 @@ def test_the_source_s_spelling_is_kept(goldens, tmp_path, rename):
     model, _ = keep_layers(load(source), [1, 3])
     save(model, tmp_path / "out", source_dir=source, dtype="source")
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
-    assert set(after) == {key for key in before if not key.startswith(("model.language_model.layers.2", "model.language_model.layers.3"))}
+    assert set(after) == {
+        key for key in before if not key.startswith(("model.language_model.layers.2", "model.language_model.layers.3"))
+    }
     for key, value in before.items():
         if "vision" in key or "projector" in key:
             np.testing.assert_array_equal(after[key], value)
@@ -157,10 +195,12 @@ def test_dtype_of_weights_and_config(tmp_path, dtype):
 def test_files_beside_the_weights(llama, tmp_path):
     carried = {
         "tokenizer.json": "{}", "tokenizer_config.json": "{}", "tokenizer.model": "a", "special_tokens_map.json": "{}",
-        "added_tokens.json": "{}", "vocab.json": "{}", "merges.txt": "b", "chat_template.jinja": "c", "chat_template.json": "{}",
-        "preprocessor_config.json": "{}", "processor_config.json": "{}", "generation_config.json": "{}", "LICENSE.txt": "d",
+        "added_tokens.json": "{}", "vocab.json": "{}", "merges.txt": "b", "chat_template.jinja": "c",
+        "chat_template.json": "{}", "preprocessor_config.json": "{}", "processor_config.json": "{}",
+        "generation_config.json": "{}", "LICENSE.txt": "d",
     }  # fmt: skip
-    for name, text in {**carried, "optimizer.pt": "no", "model.safetensors.index.json.bak": "no", "train.py": "no"}.items():
+    not_carried = dict.fromkeys(("optimizer.pt", "model.safetensors.index.json.bak", "train.py"), "no")
+    for name, text in (carried | not_carried).items():
         (llama / name).write_text(text)
     (llama / "additional_chat_templates").mkdir()
     (llama / "additional_chat_templates/tools.jinja").write_text("e")
@@ -184,7 +224,10 @@ def test_model_card(llama, tmp_path):
     # A later stage that writes from this folder hands plan and table on.
     save(load(tmp_path / "out"), tmp_path / "again", source_dir=tmp_path / "out")
     assert PrunePlan.from_json(tmp_path / "again/plan.json") == plan
-    assert f"| total | {plan.parameters_before:,} | {plan.parameters_after:,} |" in (tmp_path / "again/README.md").read_text()
+    assert (
+        f"| total | {plan.parameters_before:,} | {plan.parameters_after:,} |"
+        in (tmp_path / "again/README.md").read_text()
+    )
 
 
 def test_embedding_stored_twice_is_written_twice(goldens, tmp_path):
@@ -298,7 +341,8 @@ def test_weights_that_are_not_finite_are_not_written(llama, tmp_path):
     for dtype, value in (("bfloat16", np.nan), ("float16", 1e5)):
         broken = jax.tree.map(lambda leaf: leaf, model.params)
         broken["text"]["norm"] = {"weight": broken["text"]["norm"]["weight"].at[2].set(value)}
-        refused("model.norm.weight.*1 NaN or infinite", Model(broken, model.cfg), tmp_path / "out", source_dir=llama, dtype=dtype)
+        options = {"source_dir": llama, "dtype": dtype}
+        refused("model.norm.weight.*1 NaN or infinite", Model(broken, model.cfg), tmp_path / "out", **options)
         assert names(tmp_path) == ["llama"]
 
 

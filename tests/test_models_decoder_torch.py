@@ -1,4 +1,4 @@
-"""Every decoder option of the Llama family against stock transformers on torch: logits of tiny random models within 1e-4."""
+"""Every decoder option of the Llama family against stock transformers on torch: logits of tiny models within 1e-4."""
 
 import json
 
@@ -48,8 +48,9 @@ def test_logits(tmp_path, torch_outputs, name, version):
     ids = np.random.default_rng(0).integers(6, 97, (2, 45))
     mask = np.ones_like(ids)
     mask[1, 30:] = 0
-    found = torch_outputs(folder, {"input_ids": ids, "attention_mask": mask}, class_name="AutoModelForCausalLM", version=version)
-    logits, _ = forward(load(folder), ids, attention_mask=mask)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    found = torch_outputs(folder, inputs, class_name="AutoModelForCausalLM", version=version)
+    logits, _ = forward(load(folder), **inputs)
     real = mask == 1
     np.testing.assert_allclose(logits[real], found["logits"][real], atol=1e-4, rtol=0)
 

@@ -92,7 +92,7 @@ def _metrics(folder: Path) -> list[dict]:
 
 
 def test_a_finished_run_is_not_trained_again(uninterrupted):
-    model, summary = train(cases.Stream(CFG, end=0), uninterrupted[2])
+    model, summary = train(mid_epoch_stream(), uninterrupted[2])
     assert (summary["resumed_from"], summary["tokens"]) == (6, 0)
     assert summary["last"]["loss"] == uninterrupted[1]["last"]["loss"]
     cases.assert_bitwise(model, uninterrupted[0])
@@ -103,6 +103,11 @@ def test_only_the_last_checkpoints_are_kept(uninterrupted):
     assert list((uninterrupted[2] / "tensorboard").glob("events*"))
 
 
+def test_other_batches_do_not_resume(uninterrupted):
+    with pytest.raises(UserError, match=r"its place in the data does not fit these batches \(KeyError\('at'\)\)"):
+        train(cases.Stream(CFG), uninterrupted[2])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -110,7 +115,7 @@ def test_only_the_last_checkpoints_are_kept(uninterrupted):
         ({"config": dataclasses.replace(SETTINGS, steps=9)}, r"config.steps was 6, now 9; num_steps was 6, now 9"),
         ({"model": cases.model(CFG, 5)}, r"model.weights was \"\w+\", now"),
         ({"teacher": cases.model(CFG, 5)}, r"teacher.weights was"),
-        ({"mesh": make_mesh(2, 2, 2)}, r"mesh.\w+ was null, now 2"),
+        ({"mesh": make_mesh(2, 2, 2)}, r"mesh was null, now \{"),
     ],
 )
 def test_another_run_does_not_resume(uninterrupted, changes, message):

@@ -53,7 +53,12 @@ def test_a_mesh_gives_the_same_distillation(distilled):
 
 @pytest.fixture(scope="module")
 def trained_whole():
-    return train(cases.settings())
+    """Everything trained on one device; the caller's arrays survive although the step donates its state."""
+    before = {path: np.array(leaf) for path, leaf in flatten(cases.model(CFG).params).items()}
+    result = train(cases.settings())
+    for path, leaf in flatten(cases.model(CFG).params).items():
+        assert np.array_equal(leaf, before[path])
+    return result
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 4, 2)])
@@ -64,12 +69,10 @@ def test_a_mesh_gives_the_same_training(trained_whole, shape):
         assert leaf.sharding.mesh.size == 8
 
 
-def test_training_lowers_the_loss_and_moves_everything(trained_whole):
+def test_everything_moves(trained_whole):
     before = flatten(cases.model(CFG).params)
-    for path, leaf in flatten(trained_whole[0].params).items():
-        moved = np.abs(leaf - before[path]).max()
-        # Attention scores do not depend on a bias of the keys before rotation; with it they do, weakly.
-        assert moved > 0, path
+    still = [path for path, leaf in flatten(trained_whole[0].params).items() if np.array_equal(leaf, before[path])]
+    assert not still
 
 
 def test_frozen_leaves_keep_their_bytes_and_have_no_moments():
@@ -102,39 +105,38 @@ def test_moments_are_sharded_like_their_parameters():
     assert any(not x.sharding.is_fully_replicated for x in moments)
 
 
-def test_the_callers_arrays_survive():
-    model = cases.model(CFG)
-    before = {p: np.array(x) for p, x in flatten(model.params).items()}
-    train(cases.settings(steps=1))
-    for path, leaf in flatten(model.params).items():
-        assert np.array_equal(leaf, before[path])
-
-
-def test_adapter_dropout_is_seeded():
+def test_adapter_dropout_is_seeded(distilled):
+    """The same seed gives the same bytes, and dropout does something."""
     lora = dataclasses.replace(cases.LORA, dropout=0.3)
-    options = {"trainable": "lora", "lora": lora, "steps": 2, "warmup_ratio": 0.0}
-    one, _ = train(cases.settings(**options))
-    two, _ = train(cases.settings(**options))
+    config = dataclasses.replace(_distillation(), lora=lora)
+    one, two = (train(config, teacher=cases.model(CFG, 9))[0] for _ in range(2))
     cases.assert_bitwise(one, two)
-    none, _ = train(cases.settings(**{**options, "lora": cases.LORA}))
-    assert cases.largest_difference(one, none) > 1e-6
+    assert cases.largest_difference(one, distilled[0]) > 1e-5
 
 
-def test_bfloat16_follows_float32():
-    plain, exact = train(cases.settings(warmup_ratio=0.0))
-    half = cases.settings(compute_dtype="bfloat16", warmup_ratio=0.0)
+def test_bfloat16_follows_float32(trained_whole):
+    exact = trained_whole[1]["last"]["loss"]
+    half = cases.settings(compute_dtype="bfloat16")
     trained, summary = train(half)
-    assert abs(summary["last"]["loss"] - exact["last"]["loss"]) < 0.02 * exact["last"]["loss"]
+    assert summary["last"]["loss"] != exact
+    assert abs(summary["last"]["loss"] - exact) < 0.02 * exact
     assert {leaf.dtype for leaf in jax.tree.leaves(trained.params)} == {jnp.dtype(jnp.float32)}
-    assert cases.largest_difference(plain, trained) < 0.02
-    loaded = recover(cases.model(CFG, 0, "bfloat16"), cases.Stream(CFG), dataclasses.replace(half, steps=1), **QUIET)[0]
-    assert {leaf.dtype for leaf in jax.tree.leaves(loaded.params)} == {jnp.dtype(jnp.bfloat16)}
+    assert cases.largest_difference(trained_whole[0], trained) < 0.02
+
+
+def test_a_bfloat16_model_is_returned_in_bfloat16():
+    config = cases.settings(compute_dtype="bfloat16", trainable="projector", steps=2, warmup_ratio=0.0)
+    trained, _ = recover(cases.model(CFG, 0, "bfloat16"), cases.Stream(CFG), config, **QUIET)
+    assert {leaf.dtype for leaf in jax.tree.leaves(trained.params)} == {jnp.dtype(jnp.bfloat16)}
+    before = flatten(cases.model(CFG, 0, "bfloat16").params)
+    moved = {path for path, leaf in flatten(trained.params).items() if not np.array_equal(leaf, before[path])}
+    assert moved
+    assert all(path.startswith("projector/") for path in moved)
 
 
 def test_rematerialisation_changes_nothing(trained_whole):
-    for remat in ("full", "dots"):
-        trained, _ = train(cases.settings(remat=remat, steps=6))
-        assert cases.largest_difference(trained_whole[0], trained) < 1e-5
+    trained, _ = train(cases.settings(remat="full"))
+    assert cases.largest_difference(trained_whole[0], trained) < 1e-5
 
 
 def _optimizer(**changes) -> OptimizerConfig:
@@ -193,22 +195,27 @@ def test_optimizer_equals_torch_adamw():
 
 
 def test_gradients_are_clipped_by_their_global_norm():
-    """With a huge eps and no decay a first step moves along the clipped gradient: clipping scales all moves equally."""
-    base = {"steps": 1, "warmup_ratio": 0.0, "weight_decay": 0.0, "eps": 1e4, "learning_rate": 10.0}
-    free, summary = train(cases.settings(**base, clip_norm=None))
+    """With a huge eps and no decay a first step moves along the clipped gradient: clipping scales all moves equally.
+
+    The model is a plain decoder with tied embeddings.
+    """
+    cfg = cases.config(vision=False, tie_embeddings=True, attention_bias=False)
+    base = {
+        "trainable": "decoder",
+        "steps": 1,
+        "warmup_ratio": 0.0,
+        "weight_decay": 0.0,
+        "eps": 1e4,
+        "learning_rate": 10.0,
+    }
+    free, summary = train(cases.settings(**base, clip_norm=None), cfg=cfg)
     clip = summary["last"]["grad_norm"] / 4
-    clipped, same = train(cases.settings(**base, clip_norm=clip))
+    clipped, same = train(cases.settings(**base, clip_norm=clip), cfg=cfg)
     assert same["last"]["grad_norm"] == pytest.approx(summary["last"]["grad_norm"])  # reported before clipping
-    start, one, two = (flatten(m.params) for m in (cases.model(CFG), free, clipped))
+    start, one, two = (flatten(m.params) for m in (cases.model(cfg), free, clipped))
     moves = [(np.asarray(one[p] - start[p]).ravel(), np.asarray(two[p] - start[p]).ravel()) for p in start]
     whole, quarter = (np.concatenate([move[i] for move in moves]) for i in (0, 1))
     np.testing.assert_allclose(np.linalg.norm(whole) / np.linalg.norm(quarter), 4, rtol=1e-2)
-
-
-def test_a_plain_decoder_with_tied_embeddings_trains():
-    cfg = cases.config(vision=False, tie_embeddings=True, attention_bias=False)
-    _, summary = train(cases.settings(trainable="decoder", steps=12, learning_rate=2e-2, warmup_ratio=0.1), cfg=cfg)
-    assert np.isfinite(summary["last"]["loss"])
 
 
 @pytest.mark.parametrize(
@@ -255,6 +262,8 @@ def test_settings_that_do_not_fit_the_model():
         train(cases.settings(accumulation=2), mesh=make_mesh(8, 1, 1))
     with pytest.raises(UserError, match="does not divide"):
         train(cases.settings(), mesh=make_mesh(1, 1, 8))
+    with pytest.raises(UserError, match="trains no adapter"):
+        train(cases.settings(trainable="projector", lora=cases.LORA))
     with pytest.raises(UserError, match="has 8 rows, config says 16"):
         train(cases.settings(batch_size=16))
     with pytest.raises(UserError, match="ended after 2 steps"):

@@ -52,7 +52,12 @@ def to_experiment(config: ConfigDict | None, workdir: str | None) -> tuple[Exper
     folder = Path(workdir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--workdir={workdir}: is a file, give a folder")
-    return dataclasses.replace(experiment, data=_with_files(experiment, folder)), folder
+    model = experiment.model
+    if model.hf_dir and not Path(model.hf_dir).is_dir():
+        from vlmprune_jax.hf.read import resolve  # a hub id becomes its local snapshot
+
+        model = dataclasses.replace(model, hf_dir=str(resolve(model.hf_dir)))
+    return dataclasses.replace(experiment, model=model, data=_with_files(experiment, folder)), folder
 
 
 def _with_files(experiment: Experiment, workdir: Path) -> Any:

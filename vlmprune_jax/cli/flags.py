@@ -48,7 +48,7 @@ def parse(name: str, command: ModuleType, argv: Sequence[str]) -> Flags:
         ) from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{error}") from None
-    values.args = rest[1:]
+    values["args"].value = rest[1:]
     return values
 
 
@@ -56,7 +56,7 @@ def _parse(values: Flags, argv: list[str]) -> list[str]:
     """Positional arguments; ml_collections loads config files in a way that Python has deprecated."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
-        rest: list[str] = values(argv)
+        rest = list(values(argv))
         if "config" in values:
             values.config  # noqa: B018 (loads the file)
     return rest

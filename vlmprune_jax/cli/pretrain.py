@@ -25,7 +25,7 @@ def run(flags: Any) -> None:
     if flags.config is None or not flags.workdir:
         raise UserError("pretraining needs --config=configs/easyvqa_pretrain.py and --workdir=DIR")
     config = flags.config.to_dict()
-    own = ("name", "records", "turns_per_row", "decoder_layers", "augment")
+    own = ("name", "records", "turns_per_row", "decoder_layers", "augment", "keeps")
     stages = []
     for stage in (dict(s) for s in config["stages"]):
         training = RecoverConfig(**{name: value for name, value in stage.items() if name not in own})

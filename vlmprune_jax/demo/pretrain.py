@@ -1,15 +1,16 @@
-"""Training the demo's teacher from scratch as LLaVA is trained: the tower first, then the decoder that reads it.
+"""Training the demo's teacher from scratch as LLaVA is made: a tower and a language model first, then both together.
 
 Each stage is a run of the product's own training loop; a stage differs from another by its records, by how many
-decoder layers it uses and by what trains. The first stage is captioning with a one-layer decoder (as in Tschannen et
-al. 2023, "Image Captioners Are Scalable Vision Learners Too"): a deep decoder learns the answers' prior long before
-the tower learns to see (measured: 86 % accuracy after 1,300 steps, against 99 % of the shapes after 400 this way).
+decoder layers it uses and by what trains. The tower learns from captions with a one-layer decoder (as in Tschannen et
+al. 2023, "Image Captioners Are Scalable Vision Learners Too"), the decoder learns the questions from text alone, and
+only then they meet. All at once, the decoder learns the answers' prior and stays there (docs/decisions.md, 10).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from vlmprune_jax.families import family_of
 from vlmprune_jax.families.llava import LLAVA_HF
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.hf.write import save
-from vlmprune_jax.models.params import flatten, init_params, locate, param_axes, stack_layers, unstack_layers
+from vlmprune_jax.models.params import flatten, init_params, locate, param_axes, stack_layers, unflatten, unstack_layers
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.recover.loop import RecoverConfig, recover
 
@@ -42,13 +43,17 @@ CACHE_BYTES = 512 * 2**20  # all 5,000 processed images of easy-VQA
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run: which records, how many questions of one image per row, how deep the decoder, and how to train."""
+    """One training run: which records, how many questions of one image per row, how deep the decoder, and how to train.
+
+    `keeps`: regex of the parameters that the next stage starts from; the others go back to what they were.
+    """
 
     name: str
     records: str
     turns_per_row: int
     decoder_layers: int
     augment: str
+    keeps: str
     training: RecoverConfig
 
 
@@ -70,9 +75,11 @@ def pretrain(
 
 
 def _train_stage(model: Model, stage: Stage, files: Mapping[str, Path], folder: Path, workdir: Path) -> Model:
-    """The model after a stage; decoder layers beyond the stage's depth are left as they were."""
-    records = split_conversations(read_records(files[stage.records], files["images"]), stage.turns_per_row)
+    """The model after a stage; decoder layers beyond the stage's depth are left as they were, too."""
+    records = split_conversations(_read_stage(stage.records, files), stage.turns_per_row)
     encoder = make_encoder(model.cfg, folder)
+    if not any(record.images for record in records):
+        encoder = dataclasses.replace(encoder, image_loader=None)
     encoder = dataclasses.replace(encoder, max_length=encoder.longest(records, generation=False))
     batches = train_batches(
         records,
@@ -94,7 +101,24 @@ def _train_stage(model: Model, stage: Stage, files: Mapping[str, Path], folder: 
     steps = stage.training.num_steps(len(records))
     trained, _ = recover(shallow, batches, stage.training, workdir=workdir, num_steps=steps)
     first, rest = unstack_layers(trained.params, cfg)
-    return Model(stack_layers(first + layers[stage.decoder_layers :], rest, model.cfg), model.cfg)
+    whole = flatten(stack_layers(first + layers[stage.decoder_layers :], rest, model.cfg))
+    kept = {path: leaf for path, leaf in whole.items() if re.fullmatch(stage.keeps, path)}
+    return Model(unflatten({**flatten(model.params), **kept}), model.cfg)
+
+
+def _read_stage(name: str, files: Mapping[str, Path]) -> list[Record]:
+    """The records of a file of easy-VQA, or "train_text": the training questions about a description of the image."""
+    if name != "train_text":
+        return read_records(files[name], files["images"])
+    captions = {record.images: record.turns[-1][1] for record in _read_stage("train_captions", files)}
+    return [describe(r, captions[r.images]) for r in _read_stage("train", files) if r.images in captions]
+
+
+def describe(record: Record, caption: str) -> Record:
+    """The record with words in place of its image."""
+    (speaker, text), *rest = record.turns
+    question = text.removeprefix("<image>\n")
+    return dataclasses.replace(record, turns=((speaker, f"{caption}\n{question}"), *rest), images=())
 
 
 def make_encoder(cfg: ModelConfig, folder: Path) -> Encoder:

@@ -31,9 +31,9 @@ def check_target(out_dir: Path, source_dir: Path, overwrite: bool) -> None:
     if not any(out_dir.iterdir()):
         return
     if not overwrite:
-        raise UserError(f"{out_dir}: exists already: choose another output folder or pass --overwrite (overwrite=True)")
+        raise UserError(f"{out_dir}: exists already: choose another folder or pass --overwrite (overwrite=True)")
     if not (out_dir / "config.json").is_file():
-        raise UserError(f"{out_dir}: holds no config.json, so it is not a model folder: not overwritten, remove it by hand")
+        raise UserError(f"{out_dir}: not a model folder (no config.json), so it is not overwritten: remove it by hand")
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -45,7 +45,8 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(next(parent for parent in folder.resolve().parents if parent.is_dir())).free
     if free < needed + SPARE_BYTES:
         raise UserError(
-            f"{folder}: needs {needed / 2**30:.2f} GiB but only {free / 2**30:.2f} GiB are free: make room or choose another disk"
+            f"{folder}: needs {needed / 2**30:.2f} GiB but only {free / 2**30:.2f} GiB are free: "
+            "make room or choose another disk"
         )
 
 

@@ -75,9 +75,9 @@ def _shapes(layers: tuple[LayerShape, ...]) -> str:
 def _loading(cfg: ModelConfig, written: ModelConfig, config: dict[str, Any]) -> str:
     if len(set(written.text.layers)) > 1:
         return (
-            "The layers have unequal widths and are stored at their true size (`per_layer_shapes` in config.json). Load "
-            "with `vlmprune_jax.load(folder)`. There is no PyTorch loader for this form yet; for stock transformers "
-            'export with `uneven="pad"`.'
+            "The layers have unequal widths and are stored at their true size (`per_layer_shapes` in config.json). "
+            "Load with `vlmprune_jax.load(folder)`. There is no PyTorch loader for this form yet; for stock "
+            'transformers export with `uneven="pad"`.'
         )
     padded = ""
     if written.text.layers != cfg.text.layers:
@@ -86,6 +86,8 @@ def _loading(cfg: ModelConfig, written: ModelConfig, config: dict[str, Any]) -> 
             f"{_shapes(written.text.layers)}: the same function as the pruned model, without its savings."
         )
     if cfg.layout == "original":
-        return f"`vlmprune_jax.load(folder, vision_dir=...)`, or the original LLaVA code (`LlavaLlamaForCausalLM`).{padded}"
+        return (
+            f"`vlmprune_jax.load(folder, vision_dir=...)` or the original LLaVA code (`LlavaLlamaForCausalLM`).{padded}"
+        )
     name = (config.get("architectures") or ["AutoModelForCausalLM"])[0]
     return f"```python\nfrom transformers import {name}\n\nmodel = {name}.from_pretrained(folder)\n```{padded}"

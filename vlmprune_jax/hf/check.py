@@ -47,7 +47,8 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
         expected, _ = forward(_as_written(model, folder), **inputs)
         backend, actual = _reloaded_logits(model, folder, inputs, vision_dir)
     if actual.shape != expected.shape:
-        raise UserError(f"{folder}: reloaded in {backend} it has logits {list(actual.shape)}, the model {list(expected.shape)}")
+        shapes = f"{list(actual.shape)} instead of {list(expected.shape)}"
+        raise UserError(f"{folder}: reloaded in {backend} its logits have shape {shapes}: do not use this folder")
     difference = float(np.abs(np.asarray(expected) - actual).max())
     if not difference <= TOLERANCE:
         raise UserError(
@@ -104,12 +105,16 @@ def _torch_logits(folder: Path, class_name: str, family: Family, inputs: dict[st
     import torch
     import transformers
 
-    options = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True, "output_loading_info": True}
-    loaded, info = getattr(transformers, class_name).from_pretrained(folder, **options)
+    options = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
+    shows_progress = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()  # ours is the one on the screen
+    loaded, info = getattr(transformers, class_name).from_pretrained(folder, output_loading_info=True, **options)
+    if shows_progress:
+        transformers.utils.logging.enable_progress_bar()
     # Buffers that old checkpoints hold and new classes do not know are carried over and do no harm.
     info["unexpected_keys"] = [key for key in info["unexpected_keys"] if not family.is_ignored(family.canonical(key))]
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    problems = [f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, info[kind]))[:3])}" for kind in kinds if info.get(kind)]
+    problems = [f"{kind}: {', '.join(sorted(map(str, info[kind]))[:3])}" for kind in kinds if info.get(kind)]
     if problems:
         raise UserError(f"{folder}: transformers does not load it cleanly: {'; '.join(problems)}")
     tensors = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in inputs.items()}

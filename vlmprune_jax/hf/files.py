@@ -69,8 +69,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
         missing = sorted(set(self.indexed) - set(self.entries))
         if missing:
             raise UserError(
-                f"{folder}: the index lists {missing[0]} in {self.indexed[missing[0]]} ({len(missing)} in all), but that "
-                "shard does not hold it: a shard of another checkpoint? download the folder again"
+                f"{folder}: the index lists {missing[0]} in {self.indexed[missing[0]]} ({len(missing)} in all), but "
+                "that shard does not hold it: a shard of another checkpoint? download the folder again"
             )
 
     def __getitem__(self, key: str) -> np.ndarray:
@@ -200,7 +200,7 @@ def _torch_entries(path: Path, tensors: dict[str, Any]) -> dict[str, Entry]:
     entries = {}
     for key, tensor in state.items():
         name = str(tensor.dtype).removeprefix("torch.")
-        entries[key] = Entry(path, _TORCH_NAMES.get(name, name), tuple(tensor.shape), 0, tensor.numel() * tensor.element_size())
+        entries[key] = Entry(path, _TORCH_NAMES.get(name, name), tuple(tensor.shape), 0, tensor.nbytes)
         tensors[key] = tensor
     return entries
 

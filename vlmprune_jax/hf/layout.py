@@ -148,14 +148,17 @@ def tied_head(cfg: ModelConfig, family: Family) -> str | None:
 
 
 def _in_computed_block(name: str, cfg: ModelConfig, family: Family) -> bool:
-    """Whether a canonical key belongs to a vision block that is computed, where every tensor must be known."""
+    """Whether a canonical key lies in a computed vision block, where every tensor must be known, or in one too many."""
     number = block_number(name, "vision", cfg, family)
-    return number is not None and (number < n_blocks(cfg, "vision") or cfg.vision is None or number >= cfg.vision.n_layers_total)
+    if number is None or cfg.vision is None:
+        return False
+    return number < cfg.vision.n_layers or number >= cfg.vision.n_layers_total
 
 
 def block_number(name: str, part: str, cfg: ModelConfig, family: Family) -> int | None:
     """Number of the `part`'s block that a canonical key lies in, or None."""
-    prefix = next((w.key.split("{i}")[0] for w in family.weights(cfg) if w.path.startswith(f"{part}/layers/{{i}}")), None)
+    keys = (weight.key for weight in family.weights(cfg) if weight.path.startswith(f"{part}/layers/{{i}}"))
+    prefix = next((key.split("{i}")[0] for key in keys), None)
     if prefix is None or not name.startswith(prefix):
         return None
     return int(name[len(prefix) :].split(".")[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,22 +134,25 @@ def _read_params(cfg: ModelConfig, slots: list[Slot], sources: Sources, dtype: n
     axes = param_axes(cfg)
     flat = {}
     for path, shape in param_shapes(cfg).items():
-        blocks: dict[Any, np.ndarray] = {}
-
-        def block(
-            index: tuple[slice, ...], path: str = path, shape: tuple[int, ...] = shape, blocks: Any = blocks
-        ) -> np.ndarray:
-            # Devices that hold the same slice share one buffer.
-            key = tuple(one.indices(size) for one, size in zip(index, shape, strict=True))
-            if key not in blocks:
-                blocks[key] = _read_block(members[path], sources, index, [len(range(*bounds)) for bounds in key], dtype)
-            return blocks[key]
-
+        block = _block_reader(members[path], sources, shape, dtype)
         if mesh is None:
             flat[path] = jax.device_put(block((slice(None),) * len(shape)))
         else:
             flat[path] = jax.make_array_from_callback(shape, sharding(mesh, axes[path]), block)
     return unflatten(flat)
+
+
+def _block_reader(slots: list[Slot], sources: Sources, shape: tuple[int, ...], dtype: np.dtype) -> Callable[..., Any]:
+    """Callable slice -> array of one parameter; devices that hold the same slice share one buffer."""
+    blocks: dict[Any, np.ndarray] = {}
+
+    def block(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = tuple(one.indices(size) for one, size in zip(index, shape, strict=True))
+        if bounds not in blocks:
+            blocks[bounds] = _read_block(slots, sources, index, [len(range(*bound)) for bound in bounds], dtype)
+        return blocks[bounds]
+
+    return block
 
 
 def _read_block(
@@ -190,4 +194,4 @@ def check_finite(array: np.ndarray, what: str) -> None:
     bits = array.dtype.itemsize * 8
     if array.view(f"int{bits}").max() >= positive or array.view(f"uint{bits}").max() >= negative:
         count = int(np.sum(~np.isfinite(array)))
-        raise UserError(f"{what} holds {count} NaN or infinite values: the weights are damaged, or the dtype too narrow")
+        raise UserError(f"{what} holds {count} NaN or infinite values: damaged weights, or too narrow a dtype")

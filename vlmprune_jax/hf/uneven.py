@@ -24,7 +24,8 @@ def pad_tensor(array: np.ndarray, axes: tuple[str, ...], shape: LayerShape, targ
     """
     if "q_heads" in axes:
         at = axes.index("q_heads")
-        array = array.reshape(*array.shape[:at], shape.kv_heads, shape.q_heads // shape.kv_heads, *array.shape[at + 1 :])
+        per_group = shape.q_heads // shape.kv_heads
+        array = array.reshape(*array.shape[:at], shape.kv_heads, per_group, *array.shape[at + 1 :])
         array = _extend(_extend(array, at, target.kv_heads), at + 1, target.q_heads // target.kv_heads)
         return array.reshape(*array.shape[:at], target.q_heads, *array.shape[at + 2 :])
     for axis, size in (("kv_heads", target.kv_heads), ("mlp", target.mlp)):

@@ -31,8 +31,9 @@ MAX_SHARD_BYTES = 5 * 10**9  # the hub's and transformers' default
 _NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # What makes a folder usable beside its weights and config.json.
 CARRIED_FILES = (
-    "*token*.json", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "special_tokens_map.json", "generation_config.json",
-    "*processor_config.json", "chat_template*", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*", "plan.json",
+    "*token*.json", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "special_tokens_map.json",
+    "generation_config.json", "*processor_config.json", "chat_template*", "*.jinja",
+    "LICENSE*", "NOTICE*", "USE_POLICY*", "plan.json",
 )  # fmt: skip
 
 
@@ -95,7 +96,8 @@ def save(
 
 
 def _check_options(cfg: ModelConfig, layout: str, uneven: str, dtype: str) -> None:
-    for name, value, known in (("layout", layout, LAYOUTS), ("uneven", uneven, UNEVEN), ("dtype", dtype, (*DTYPES, "source"))):
+    options = (("layout", layout, LAYOUTS), ("uneven", uneven, UNEVEN), ("dtype", dtype, (*DTYPES, "source")))
+    for name, value, known in options:
         if value not in known:
             raise UserError(f"{name} {value!r} is not one of {', '.join(known)}")
     if layout == "transformers" and cfg.layout != "transformers":

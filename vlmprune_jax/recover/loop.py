@@ -39,7 +39,7 @@ from vlmprune_jax.recover.step import (
     state_shardings,
     use_mesh,
 )
-from vlmprune_jax.recover.trainable import Rule, add_lora, assign_groups, merge_lora, resolve_rules
+from vlmprune_jax.recover.trainable import LORA_SUFFIXES, Rule, add_lora, assign_groups, merge_lora, resolve_rules
 
 # Settings that do not change the numbers: a run may be resumed with other values of these.
 FREE_FIELDS = ("save_every", "log_every", "keep_checkpoints", "merge_lora")
@@ -183,6 +183,8 @@ def _prepare(
     if config.lora is not None:
         model = add_lora(model, config.lora, jax.random.fold_in(jax.random.key(config.seed), 1))
     groups = assign_groups(list(flatten(model.params)), config.trainable)
+    if config.lora is not None and not any(path.endswith(LORA_SUFFIXES) for path in groups):
+        raise UserError(f'lora is given but trainable {config.trainable!r} trains no adapter: use "lora", or no lora')
     flat = _place(model, mesh)
     trainable = {path: leaf for path, leaf in flat.items() if path in groups}
     frozen = {path: leaf for path, leaf in flat.items() if path not in groups}
@@ -242,7 +244,10 @@ def _resume(run: _Run, stream: Iterator[Any], saver: Checkpointer | None) -> tup
     if restored is None:
         return run.state, 0
     state, data_state = restored
-    stream.set_state(data_state)
+    try:
+        stream.set_state(data_state)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{saver.folder}: its place in the data does not fit these batches ({error!r})") from error
     return state, int(state.step)
 
 

@@ -94,6 +94,7 @@ class Recorder:
         if self._folder is not None:
             path = self._folder / f"nonfinite-{jax.process_index()}.json"
             metrics = {name: str(value) for name, value in values.items()}
+            self._folder.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"step": step, "metrics": metrics, "records": ids}))
             where = f" (all in {path}); the last good checkpoint is of step {self.saved}"
         loss, norm = values["loss"], values["grad_norm"]

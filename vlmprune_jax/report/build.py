@@ -18,16 +18,18 @@ from vlmprune_jax.report import plots
 Json = dict[str, Any]
 HEADER = ("model", "data", "parameters", "asked", "reached", "accuracy", "retained", "seconds")
 NOTES = (
-    "Data: share of the training records used for recovery. Asked, reached: share of all parameters to remove. Accuracy "
-    "and retained (accuracy as a share of the unpruned model's) in percent. Seconds: scoring, pruning and training, "
-    "without evaluation."
+    "Data: share of the training records used for recovery. Asked, reached: share of all parameters to remove. "
+    "Accuracy and retained (accuracy as a share of the unpruned model's) in percent. Seconds: scoring, pruning and "
+    "training, without evaluation."
 )
 
 
 def table_of(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and rows of the one table: the unpruned model first, then every run."""
     teacher = result["teacher"]
-    rows = [("unpruned", "", f"{teacher['parameters']:,}", "", "", f"{100 * teacher['accuracy']:.2f}", "100.00", "")]
+    rows: list[tuple[str, ...]] = [
+        ("unpruned", "", f"{teacher['parameters']:,}", "", "", f"{100 * teacher['accuracy']:.2f}", "100.00", "")
+    ]
     for run in result["runs"]:
         asked, kept = run["ratio_asked"], run["retained"]
         rows.append(

@@ -20,7 +20,7 @@ INK = "#3a3b3c"
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 UNRECOVERED, MUTED = "#8c8c8c", "#8c8c8c"
 MARKERS = {"depth": ("o", 6), "width": ("s", 11), "hybrid": ("D", 14)}
-STYLE = {
+STYLE: Any = {
     "font.size": 9.5,
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
@@ -77,7 +77,7 @@ def _marker(method: str, colour: str) -> dict[str, Any]:
 
 def _legend(runs: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> list[Line2D]:
     """One entry per method (shape) and per recovery (colour)."""
-    plain = {"linestyle": "none"}
+    plain: Any = {"linestyle": "none"}
     entries = [Line2D([], [], marker="*", color=INK, markersize=12, label="unpruned", **plain)]
     for method in dict.fromkeys(run["method"] for run in runs):
         entries.append(Line2D([], [], label=method, **{**_marker(method, INK), **plain}))

@@ -82,9 +82,7 @@ def _export(cfg: ModelConfig, separate_vision: bool) -> list[str]:
     if cfg.layout == "transformers":
         lines[0] += ", loads in stock transformers"
         lines.append("width, all layers alike: same layout, true size, loads in stock transformers")
-        lines.append(
-            "width in a range of layers: true size for this package (per_layer), or zero-padded for the stock class (pad)"
-        )
+        lines.append("width in a range of layers: true size for this package (per_layer), or zero-padded, stock (pad)")
     else:
         lines.append("width: same layout; unequal layers at true size (per_layer) or padded with zeros (pad)")
     if separate_vision:

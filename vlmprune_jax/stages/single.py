@@ -29,8 +29,18 @@ from vlmprune_jax.stages.spec import DataSpec, Experiment, PruneSpec, RecoverSpe
 
 # Raised whenever a stage's code gives other results for the same inputs: its outputs are then made again.
 VERSIONS = {"score": 1, "prune": 1, "recover": 1, "evaluate": 1, "export": 1}
-_NOT_IN_RESULTS = ("source", "train", "eval", "images", "eval_images", "cache_megabytes", "threads", "max_image_pixels")
-_ONLY_TRAINING = ("fraction", "seed")
+_NOT_IN_RESULTS: tuple[str, ...] = (
+    "source",
+    "train",
+    "eval",
+    "images",
+    "eval_images",
+    "cache_megabytes",
+    "threads",
+    "max_image_pixels",
+)
+_ONLY_TRAINING = ("max_length", "truncate")
+_ONLY_RECOVERY = ("fraction", "seed")
 
 
 @dataclass(frozen=True)
@@ -99,8 +109,13 @@ def _records_input(experiment: Experiment, which: str) -> dict[str, Path]:
     return {f"data.{which}": Path(path)}
 
 
-def _data_settings(data: DataSpec, *, training: bool) -> dict[str, Any]:
-    dropped = _NOT_IN_RESULTS + (() if training else (*_ONLY_TRAINING, "max_length", "truncate"))
+def _data_settings(data: DataSpec, purpose: str) -> dict[str, Any]:
+    """What of the data settings a "recovery", a "calibration" or an "evaluation" depends on."""
+    dropped = _NOT_IN_RESULTS
+    if purpose != "recovery":
+        dropped += _ONLY_RECOVERY
+    if purpose == "evaluation":
+        dropped += _ONLY_TRAINING
     return {f"data.{k}": v for k, v in vars(data).items() if k not in dropped}
 
 
@@ -129,7 +144,7 @@ def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
         settings={
             "criteria": criteria,
             **settings,
-            **_data_settings(experiment.data, training=True),
+            **_data_settings(experiment.data, "calibration"),
             **_precision(experiment),
         },
         inputs=_model_inputs(experiment, **(_records_input(experiment, "train") if needs_data else {})),
@@ -172,7 +187,7 @@ def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
             raise UserError(f"{path}: no such scores file: run `vlmprune score` (or `vlmprune run`) first")
     iterative = experiment.prune.steps > 1
     settings = {f"prune.{k}": v for k, v in vars(experiment.prune).items()}
-    settings |= _data_settings(experiment.data, training=True) if iterative else {}
+    settings |= _data_settings(experiment.data, "calibration") if iterative else {}
     records = _records_input(experiment, "train") if iterative else {}
     stage = context.stage(
         "prune",
@@ -188,10 +203,10 @@ def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
         if iterative:
             pruned, plan = _prune_in_steps(experiment, model)
         else:
-            pair = tuple(Scores.load(path) for path in scores.values())
+            first, *second = [Scores.load(path) for path in scores.values()]
             spec = experiment.prune
             plan = make_plan(
-                pair if spec.method == "hybrid" else pair[0],
+                (first, second[0]) if second else first,
                 model.cfg,
                 method=spec.method,
                 ratio=spec.ratio,
@@ -268,7 +283,7 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
         "recover",
         folder,
         "recover",
-        settings={**settings, **mesh, **_data_settings(experiment.data, training=True), **_precision(experiment)},
+        settings={**settings, **mesh, **_data_settings(experiment.data, "recovery"), **_precision(experiment)},
         inputs=_model_inputs(experiment, pruned=pruned, **_records_input(experiment, "train")),
         outputs=[folder / "recovered"],
         scratch=[training / "checkpoints"],
@@ -319,7 +334,7 @@ def evaluate_stage(experiment: Experiment, model_folder: Path, out: Path, name: 
         "evaluate",
         out,
         f"evaluate {name}",
-        settings={**settings, **_data_settings(experiment.data, training=False), **_precision(experiment)},
+        settings={**settings, **_data_settings(experiment.data, "evaluation"), **_precision(experiment)},
         inputs=_model_inputs(experiment, model=model_folder, **_records_input(experiment, "eval"), **text),
         outputs=[path, answers_path],
     )
