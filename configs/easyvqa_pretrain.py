@@ -1,6 +1,6 @@
 """The demo's teacher, from scratch: LLaVA-1.5's architecture with 1.7 M parameters, trained on easy-VQA.
 
-  vlmprune pretrain --config=configs/easyvqa_pretrain.py --workdir=runs/teacher
+vlmprune pretrain --config=configs/easyvqa_pretrain.py --workdir=runs/teacher
 """
 
 from ml_collections import ConfigDict

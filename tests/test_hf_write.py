@@ -128,6 +128,7 @@ load(out, mesh=make_mesh(1, 2, 2))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_read_their_parts_and_write_one_folder(goldens, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -190,8 +190,17 @@ def test_global_selection_meets_a_ratio():
     kept = np.concatenate([scores.mlp[x.index][list(x.neurons)] for x in plan.layers])
     gone = np.concatenate([np.delete(scores.mlp[x.index], list(x.neurons)) for x in plan.layers])
     assert gone.max() < kept.min()
+    # layer 1's neurons are all lower than any other: the layer that would lose everything stays whole
+    low = dataclasses.replace(scores, mlp=tuple(m - 9 * (i == 1) for i, m in enumerate(scores.mlp)))
+    whole = make_plan(low, cfg, method="width", sparsity=0.2, selection="global")  # 14 of 70 units
+    assert [len(layer.neurons) for layer in whole.layers].count(12) >= 3
+    assert whole.layers[1].neurons == tuple(range(12))
+    assert sum(12 - len(layer.neurons) for layer in whole.layers) == 2
+    flat = dataclasses.replace(
+        scores, mlp=tuple(np.zeros(12) for _ in range(5)), heads=tuple(np.zeros(2) for _ in range(5))
+    )
     with pytest.raises(UserError, match="cannot be reached by global selection, which leaves a layer whole"):
-        make_plan(scores, cfg, method="width", ratio=0.5, selection="global")
+        make_plan(flat, cfg, method="width", ratio=0.3, selection="global")
     for bad in ({"neurons_multiple": 2}, {"heads_multiple": 2}):
         with pytest.raises(UserError, match='selection="global" gives every layer its own width'):
             make_plan(scores, cfg, method="width", ratio=0.1, selection="global", **bad)

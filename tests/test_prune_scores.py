@@ -71,7 +71,7 @@ def test_load_refuses(tmp_path):
 
 
 def test_nan_scores_are_refused():
-    with pytest.raises(UserError, match="l1 scores importance hold NaN: check the weights"):
+    with pytest.raises(UserError, match="l1 scores importance hold NaN: check weights and calibration data"):
         Scores("l1", "a-b", {}, importance=np.array([1.0, np.nan]))
 
 
@@ -144,7 +144,7 @@ def test_score_refuses(request_, message):
         ({"labels": np.zeros((4, 3))}, r"calibration batch 1: labels has shape \(4, 3\) but input_ids \(4, 9\)"),
         (
             {"labels": np.full((4, 9), 62)},
-            r"calibration batch 1: labels\[0, 0\] = 62 is neither -100 \(ignored\) nor an id below 62",
+            r"calibration batch 1: labels\[0, 0\] = 62 is neither -100 \(ignored\) nor below 62",
         ),
         (
             {"input_ids": np.full((4, 9), 70)},

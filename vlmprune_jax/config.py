@@ -27,7 +27,7 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding as Hugging Face configs describe it (`rope_theta` + `rope_scaling`, or `rope_parameters`).
+    """Rotary position embedding as Hugging Face configs describe it (`rope_theta` and `rope_scaling`).
 
     `kind` is "default", "linear", "llama3" or "yarn"; the other fields are that kind's parameters, 0 where unused.
     """
@@ -69,7 +69,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A CLIP vision tower; `n_layers` counts the blocks that are computed, not those of the checkpoint (`n_layers_total`)."""
+    """A CLIP vision tower; `n_layers` counts the blocks that are computed, `n_layers_total` those of the checkpoint."""
 
     hidden_size: int
     mlp: int

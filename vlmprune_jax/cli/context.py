@@ -10,7 +10,7 @@ from transformers.utils.logging import disable_progress_bar
 from vlmprune_jax.cli.config import to_experiment
 from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.stages.console import make_reporter
-from vlmprune_jax.stages.single import Context
+from vlmprune_jax.stages.context import Context
 from vlmprune_jax.stages.spec import Experiment
 
 

@@ -20,8 +20,8 @@ def run(flags: Any) -> None:
     """Build the report."""
     from vlmprune_jax.errors import UserError
     from vlmprune_jax.stages.console import make_reporter
+    from vlmprune_jax.stages.context import Context
     from vlmprune_jax.stages.grid import finish
-    from vlmprune_jax.stages.single import Context
 
     if not flags.workdir:
         raise UserError("no workdir given: --workdir=DIR with the result.json of `vlmprune run`")

@@ -62,7 +62,10 @@ def check_divides(cfg: ModelConfig, mesh: Mesh) -> None:
       UserError: names every axis that fails and a size that works.
     """
     text, tensor, fsdp = cfg.text, mesh.shape["tensor"], mesh.shape["fsdp"]
-    sizes: dict[str, tuple[str, int]] = {"hidden_size": ("fsdp", text.hidden_size), "vocab_size": ("tensor", text.vocab_size)}
+    sizes: dict[str, tuple[str, int]] = {
+        "hidden_size": ("fsdp", text.hidden_size),
+        "vocab_size": ("tensor", text.vocab_size),
+    }
     for i, shape in enumerate(text.layers):
         sizes |= {
             f"q_heads of layer {i}": ("tensor", shape.q_heads),

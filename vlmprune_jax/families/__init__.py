@@ -26,7 +26,8 @@ def detect(config: Mapping[str, Any], where: str) -> Family:
         if family.matches(config):
             return family
     raise UserError(
-        f"{where}: model_type {config.get('model_type')!r} (architectures {config.get('architectures')}) is not supported; "
+        f"{where}: model_type {config.get('model_type')!r} (architectures {config.get('architectures')}) is not "
+        "supported; "
         "known: llava (llava-hf and original LLaVA-1.5 layouts), llama, mistral"
     )
 

@@ -18,7 +18,9 @@ def vision_from_hf(config: Mapping[str, Any], feature_layer: int) -> VisionConfi
     """VisionConfig of a CLIPVisionConfig dictionary (or a whole CLIPConfig), computing only up to `feature_layer`."""
     config = config.get("vision_config", config)
     if config.get("model_type", "clip_vision_model") != "clip_vision_model":
-        raise UserError(f"vision tower of type {config['model_type']!r} is not supported (supported: clip_vision_model)")
+        raise UserError(
+            f"vision tower of type {config['model_type']!r} is not supported (supported: clip_vision_model)"
+        )
     total = int(config.get("num_hidden_layers", 12))
     used = feature_layer if feature_layer >= 0 else total + 1 + feature_layer
     if not 0 < used <= total:
@@ -58,7 +60,11 @@ def vision_weights(vision: VisionConfig, prefix: str) -> list[Weight]:
         table.append(Weight(f"{path}/weight", f"{source}.weight", "(vision_heads vision_head) vision"))
         table.append(Weight(f"{path}/bias", f"{source}.bias", "(vision_heads vision_head)"))
     table += [
-        Weight(f"{layer}/self_attn/out_proj/weight", f"{key}.self_attn.out_proj.weight", "vision (vision_heads vision_head)"),
+        Weight(
+            f"{layer}/self_attn/out_proj/weight",
+            f"{key}.self_attn.out_proj.weight",
+            "vision (vision_heads vision_head)",
+        ),
         Weight(f"{layer}/self_attn/out_proj/bias", f"{key}.self_attn.out_proj.bias", "vision"),
         Weight(f"{layer}/mlp/fc1/weight", f"{key}.mlp.fc1.weight", "vision_mlp vision"),
         Weight(f"{layer}/mlp/fc1/bias", f"{key}.mlp.fc1.bias", "vision_mlp"),
@@ -75,7 +81,11 @@ def projector_weights(projector: ProjectorConfig, prefix: str, first: str, secon
     for name, key, layout in (("linear_1", first, "projector vision"), ("linear_2", second, "embed projector")):
         for part in parts:
             table.append(
-                Weight(f"projector/{name}/{part}", f"{prefix}{key}.{part}", layout if part == "weight" else layout.split()[0])
+                Weight(
+                    f"projector/{name}/{part}",
+                    f"{prefix}{key}.{part}",
+                    layout if part == "weight" else layout.split()[0],
+                )
             )
     return table
 
@@ -84,7 +94,9 @@ def _hf_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> 
     del vision
     text = dict(config.get("text_config") or {})
     if text.get("model_type", "llama") not in TEXT_MODEL_TYPES:
-        raise UserError(f"LLaVA with a {text['model_type']!r} decoder is not supported (supported: {', '.join(TEXT_MODEL_TYPES)})")
+        raise UserError(
+            f"LLaVA with a {text['model_type']!r} decoder is not supported (supported: {', '.join(TEXT_MODEL_TYPES)})"
+        )
     # The outer flag decides in transformers (LlavaConfig ties nothing by default).
     text["tie_word_embeddings"] = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     select = config.get("vision_feature_select_strategy", "default")
@@ -100,7 +112,8 @@ def _hf_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> 
         text=text_from_hf(text),
         vision=vision_from_hf(config.get("vision_config") or {}, layer),
         projector=ProjectorConfig(
-            activation=config.get("projector_hidden_act", "gelu"), bias=bool(config.get("multimodal_projector_bias", True))
+            activation=config.get("projector_hidden_act", "gelu"),
+            bias=bool(config.get("multimodal_projector_bias", True)),
         ),
         image_token_id=int(config.get("image_token_id", config.get("image_token_index", 32000))),
         feature_select="patch" if select == "default" else "full",
@@ -142,7 +155,11 @@ def _original_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | Non
 
 def _original_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
     # The original classes keep their own model_type, whatever the head count (they never check divisibility).
-    return {**text_to_hf(cfg.text, source), "model_type": source["model_type"], "architectures": source.get("architectures")}
+    return {
+        **text_to_hf(cfg.text, source),
+        "model_type": source["model_type"],
+        "architectures": source.get("architectures"),
+    }
 
 
 LLAVA_HF = Family(

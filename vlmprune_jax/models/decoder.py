@@ -12,7 +12,7 @@ from flax import nnx
 from vlmprune_jax.config import LayerShape, LoraConfig, TextConfig, runs
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.models.layers import Axes, Projection, RMSNorm, activation, declare, rope_tables, rotate
+from vlmprune_jax.models.layers import Axes, Projection, RMSNorm, activation, attend, declare, rope_tables, rotate
 
 STREAM = ("batch", "sequence", None)
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
@@ -60,7 +60,7 @@ class Attention(nnx.Module):
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, ctx.slot, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, ctx.slot, axis=1)
             cache = (k, v)
-        mixed = jax.nn.dot_product_attention(q, k, v, mask=ctx.mask)
+        mixed = attend(q, k, v, ctx.mask)
         return self.o_proj(mixed, keys[3]), cache
 
 
@@ -133,7 +133,9 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm({"embed": cfg.hidden_size}, "embed", eps=cfg.norm_eps)
         self.lm_head = None if cfg.tie_embeddings else Table(cfg)
 
-    def context(self, positions: jax.Array, mask: jax.Array, slot: Any = 0, dropout_key: jax.Array | None = None) -> Context:
+    def context(
+        self, positions: jax.Array, mask: jax.Array, slot: Any = 0, dropout_key: jax.Array | None = None
+    ) -> Context:
         """Context of a forward at int[batch, seq] positions under bool[batch, seq, slots] `mask`."""
         cos, sin = rope_tables(self.cfg.rope, self.cfg.head_dim, positions)
         return Context(cos, sin, mask[:, None], jnp.asarray(slot, jnp.int32), dropout_key)
@@ -176,7 +178,12 @@ class Decoder(nnx.Module):
             carry, (tapped, new_cache) = jax.lax.scan(
                 _body(apply, ctx, tap, remat),
                 carry,
-                (state, jnp.arange(start, start + length), jnp.asarray(slots[start : start + length]), (cache or {}).get(str(run))),
+                (
+                    state,
+                    jnp.arange(start, start + length),
+                    jnp.asarray(slots[start : start + length]),
+                    (cache or {}).get(str(run)),
+                ),
             )
             taps.append(tapped)
             caches[str(run)] = new_cache
@@ -184,8 +191,10 @@ class Decoder(nnx.Module):
         final = self.norm(last)
         aux: dict[str, Any] = {"cache": caches} if cache is not None else {}
         if keep:
-            ends = {0: x, n_layers: final}
-            aux["kept"] = tuple(ends[i] if i in ends else saved[middle.index(i)] for i in keep)
+            states = {0: x, n_layers: final}
+            if saved is not None:
+                states |= {i: saved[slot] for slot, i in enumerate(middle)}
+            aux["kept"] = tuple(states[i] for i in keep)
         if tap is not None:
             stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *taps)
             aux["tap"] = jax.tree.map(lambda all_, end: all_.at[-1].set(end), stacked, tap(before, final))
@@ -197,10 +206,11 @@ class Decoder(nnx.Module):
 
     def empty_cache(self, batch: int, slots: int, dtype: Any) -> Cache:
         """Zeroed key/value cache."""
-        return {
-            str(run): tuple(jnp.zeros((length, batch, slots, shape.kv_heads, self.cfg.head_dim), dtype) for _ in "kv")
-            for run, (_, length, shape) in enumerate(runs(self.cfg.layers))
-        }
+        cache: Cache = {}
+        for run, (_, length, shape) in enumerate(runs(self.cfg.layers)):
+            size = (length, batch, slots, shape.kv_heads, self.cfg.head_dim)
+            cache[str(run)] = (jnp.zeros(size, dtype), jnp.zeros(size, dtype))
+        return cache
 
 
 def _body(apply: Callable[..., Any], ctx: Context, tap: Callable[..., Any] | None, remat: str) -> Callable[..., Any]:

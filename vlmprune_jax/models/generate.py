@@ -132,6 +132,6 @@ def _prefill_prefix(module: VisionLanguageModel, arrays: dict[str, Any]) -> tupl
     x, _ = module.embed(arrays["prefix_ids"], arrays["pixels"])
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
     mask = attention_mask(valid.astype(bool), valid.shape[1], 0, module.cfg.text.sliding_window)
-    cache = module.text.empty_cache(*valid.shape, x.dtype)
+    cache = module.text.empty_cache(valid.shape[0], valid.shape[1], x.dtype)
     _, aux = module.text(x, module.text.context(positions, mask), cache=cache)
     return jax.tree.map(lambda leaf: leaf[:, rows], aux["cache"]), valid[rows]

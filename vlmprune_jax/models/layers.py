@@ -106,6 +106,12 @@ class Projection(nnx.Module):
         return y + _contract(low, self.lora_b.get_value(), 1) * (self.lora.alpha / self.lora.rank)
 
 
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Softmax attention `[batch, queries, heads, head]`, scores in float32; `mask`: true where a query may look."""
+    with jax.numpy_dtype_promotion("standard"):  # jax.nn asks for the promotion of bfloat16 scores to float32
+        return jax.nn.dot_product_attention(q, k, v, mask=mask)
+
+
 def _contract(x: jax.Array, weight: jax.Array, n: int) -> jax.Array:
     """Sum over the last `n` axes of both: `[..., in] x [out, in] -> [..., out]`."""
     left = tuple(range(x.ndim - n, x.ndim))
@@ -114,7 +120,7 @@ def _contract(x: jax.Array, weight: jax.Array, n: int) -> jax.Array:
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """float32[head_dim/2] rotation frequencies per position, as transformers' `modeling_rope_utils` defines each kind."""
+    """float32[head_dim/2] rotations per position, as transformers' `modeling_rope_utils` defines each kind."""
     exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     base = 1.0 / rope.theta**exponent
     if rope.kind == "linear":
@@ -132,7 +138,10 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
             turns = rope.original_max_positions / (rotations * 2 * math.pi)
             return head_dim * math.log(turns) / (2 * math.log(rope.theta))
 
-        low, high = max(math.floor(dimension(rope.beta_fast)), 0), min(math.ceil(dimension(rope.beta_slow)), head_dim - 1)
+        low, high = (
+            max(math.floor(dimension(rope.beta_fast)), 0),
+            min(math.ceil(dimension(rope.beta_slow)), head_dim - 1),
+        )
         ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
         base = base / rope.factor * ramp + base * (1 - ramp)
     return base.astype(np.float32)

@@ -81,8 +81,9 @@ def stack_layers(layers: Sequence[Flat], rest: Params, cfg: ModelConfig) -> Para
 
 
 def init_params(cfg: ModelConfig, key: jax.Array, dtype: Any, paths: Sequence[str] | None = None) -> Params:
-    """Random parameters (all, or only these flat paths, with the same values): norms 1, biases 0, matrices normal with 1/sqrt(inputs), words unit length, LoRA as PEFT (B = 0).
+    """Random parameters: norms 1, biases 0, matrices normal with 1/sqrt(inputs), words of unit length, LoRA as PEFT.
 
+    `paths` limits it to these flat paths, with the same values as in the whole.
     Branch outputs (o_proj, down_proj, out_proj, fc2) are scaled by 1/sqrt(2 layers) as in GPT-2, so that the residual
     stream of a deep model starts near the identity.
     """
@@ -91,7 +92,9 @@ def init_params(cfg: ModelConfig, key: jax.Array, dtype: Any, paths: Sequence[st
     return unflatten({path: _init(path, shapes[path], axes[path], cfg, keys[path], dtype) for path in paths or shapes})
 
 
-def _init(path: str, shape: tuple[int, ...], axes: tuple[str, ...], cfg: ModelConfig, key: jax.Array, dtype: Any) -> jax.Array:
+def _init(
+    path: str, shape: tuple[int, ...], axes: tuple[str, ...], cfg: ModelConfig, key: jax.Array, dtype: Any
+) -> jax.Array:
     owner, leaf = path.split("/")[-2:]
     if leaf == "bias" or leaf == "lora_b":
         return jnp.zeros(shape, dtype)

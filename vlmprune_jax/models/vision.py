@@ -10,7 +10,7 @@ from flax import nnx
 
 from vlmprune_jax.config import ProjectorConfig, VisionConfig
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.models.layers import LayerNorm, Projection, activation, declare
+from vlmprune_jax.models.layers import LayerNorm, Projection, activation, attend, declare
 
 
 class Leaf(nnx.Module):
@@ -31,7 +31,7 @@ class VisionAttention(nnx.Module):
         self.out_proj = Projection(sizes, into, heads, bias=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.out_proj(jax.nn.dot_product_attention(self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+        return self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x)))
 
 
 class VisionMlp(nnx.Module):

@@ -68,7 +68,8 @@ class VisionLanguageModel(nnx.Module):
         per_row = pixel_values.ndim == 5
         pixels = pixel_values.reshape(-1, *pixel_values.shape[-3:])
         features = self.image_features(pixels.astype(x.dtype))
-        return splice(x, input_ids == self.cfg.image_token_id, features, per_row), features
+        is_image = jnp.equal(input_ids, jnp.asarray(self.cfg.image_token_id, input_ids.dtype))
+        return splice(x, is_image, features, per_row), features
 
 
 def splice(x: jax.Array, is_image: jax.Array, features: jax.Array, per_row: bool) -> jax.Array:
@@ -90,7 +91,7 @@ def abstract(cfg: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
 def to_nnx(model: Model) -> VisionLanguageModel:
     """A fresh NNX module holding the model's arrays (for people who bring their own training loop)."""
     graph, state = abstract(model.cfg)
-    if jax.tree.structure(nnx.to_pure_dict(state)) != jax.tree.structure(model.params):
+    if jax.tree.map(lambda _: 0, nnx.to_pure_dict(state)) != jax.tree.map(lambda _: 0, model.params):
         raise UserError("params do not have the structure that cfg describes: change both together")
     filled = jax.tree.map(lambda leaf: leaf, state)
     nnx.replace_by_pure_dict(filled, model.params)
@@ -215,7 +216,9 @@ def check_inputs(cfg: ModelConfig, input_ids: Any, pixel_values: Any) -> None:
     wrong = ~is_image & ((ids < 0) | (ids >= cfg.text.vocab_size))
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
-        raise UserError(f"input_ids[{row}, {column}] = {ids[row, column]} is outside the vocabulary of {cfg.text.vocab_size}")
+        raise UserError(
+            f"input_ids[{row}, {column}] = {ids[row, column]} is outside the vocabulary of {cfg.text.vocab_size}"
+        )
     if pixel_values is None:
         if is_image.any():
             raise UserError(f"input_ids hold {int(is_image.sum())} image positions but pixel_values is missing")
@@ -235,7 +238,7 @@ def mesh_of(params: Params) -> Mesh | None:
     """The mesh that the parameters live on, or None for single-device arrays."""
     leaf = jax.tree.leaves(params)[0]
     placed = getattr(leaf, "sharding", None)
-    return placed.mesh if isinstance(placed, NamedSharding) else None
+    return placed.mesh if isinstance(placed, NamedSharding) and isinstance(placed.mesh, Mesh) else None
 
 
 def place_batch(arrays: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Array | None]:

@@ -68,21 +68,18 @@ def make_plan(
     settings = with_defaults(f"make_plan(method={method!r})", options, DEFAULTS[method])
     depth, width = _pair(scores, method)
     used = [one for one in (depth, width) if one is not None]
-    for one in used:
-        if not one.fingerprint.startswith(shape_digest(cfg)):
-            raise UserError("scores of another model: their shapes differ from this config: score this model first")
+    _check_scores(used, cfg)
     _check_request(method, ratio, layers_removed, settings)
     before, base = count_params(cfg), settings.get("base")
     unpruned = before if base is None else count_params(base)
     total = settings["parameters_total"] or unpruned
     removed = () if depth is None else _choose_layers(depth, cfg, ratio, layers_removed, settings, total)
-    alive = [i for i in range(len(cfg.text.layers)) if i not in removed]
-    layers = [KeptLayer.whole(i, cfg.text.layers[i]) for i in alive]
+    layers = [KeptLayer.whole(i, shape) for i, shape in enumerate(cfg.text.layers) if i not in removed]
     solved: dict[str, Any] = {}
     if width is not None:
-        layers, solved = choose_widths(width, cfg, alive, ratio, settings, total)
-    costs = layer_costs(cfg)
-    gone = sum(map(costs.of, cfg.text.layers)) - sum(costs.of(layer.shape) for layer in layers)
+        layers, solved = choose_widths(width, cfg, [layer.index for layer in layers], ratio, settings, total)
+    cost = layer_costs(cfg).of
+    gone = sum(map(cost, cfg.text.layers)) - sum(cost(layer.shape) for layer in layers)
     return PrunePlan(
         fingerprint=used[0].fingerprint,
         method=method,
@@ -96,6 +93,11 @@ def make_plan(
         asked=None if ratio is None else ratio - (unpruned - before) / total,
         options=_recorded({**settings, **solved}),
     )
+
+
+def _check_scores(used: list[Scores], cfg: ModelConfig) -> None:
+    if any(not one.fingerprint.startswith(shape_digest(cfg)) for one in used):
+        raise UserError("scores of another model: their shapes differ from this config: score this model first")
 
 
 def _recorded(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -165,7 +165,8 @@ def _global(
         count = max(len(pool) - int(initial * (1 - target.sparsity)), 0)
     else:
         count = _nearest_count(removed, len(pool), target.removal)
-        if removed(count) < 0.99 * target.removal:
+        largest = max((u.head_cost if u.prune_heads else u.neuron_cost) for u in units)
+        if target.removal - removed(count) > largest:  # further off than the coarsest single unit
             raise UserError(
                 f"ratio {target.asked:g} cannot be reached by global selection, which leaves a layer whole rather than "
                 f"empty: it comes to {(target.by_depth + removed(count)) / target.total:.4f}: "

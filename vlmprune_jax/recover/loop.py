@@ -37,7 +37,7 @@ from vlmprune_jax.recover.step import (
     make_step,
     place_rows,
     state_shardings,
-    use_mesh,
+    step_context,
 )
 from vlmprune_jax.recover.trainable import LORA_SUFFIXES, Rule, add_lora, assign_groups, merge_lora, resolve_rules
 
@@ -163,7 +163,8 @@ def recover(
     saver = None if folder is None else Checkpointer(folder / "checkpoints", run.identity, config.keep_checkpoints)
     try:
         state, first = _resume(run, stream, saver)
-        with Recorder(folder, first, total, config.log_every, progress) as recorder, use_mesh(run.mesh):
+        context = step_context(run.mesh, config.compute_dtype)
+        with Recorder(folder, first, total, config.log_every, progress) as recorder, context:
             state = _train(run, stream, config, state, (first, total), saver, recorder)
             summary = _summary(run, recorder, first, total)
     finally:
@@ -199,7 +200,7 @@ def _prepare(
         model.cfg, config.losses, taught, config.accumulation, config.clip_norm, config.compute_dtype, config.remat
     )
     step = make_step(step_config, optimizer, make_schedule(config.optimizer(), total), shardings)
-    with use_mesh(mesh):
+    with step_context(mesh, config.compute_dtype):
         state = init_state(trainable, optimizer, config.seed, shardings)
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS}
     identity = {

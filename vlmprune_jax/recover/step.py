@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -248,6 +248,15 @@ def place_rows(arrays: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Ar
     return {name: jax.make_array_from_process_local_data(batch_sharding(mesh, x.ndim), x) for name, x in arrays.items()}
 
 
-def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """The context in which activations are pinned to `mesh` (`rules.constrain`)."""
-    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+@contextlib.contextmanager
+def step_context(mesh: Mesh | None, compute_dtype: str) -> Iterator[None]:
+    """The context in which a step runs: activations are pinned to `mesh` (`rules.constrain`).
+
+    In bfloat16 the backward pass of attention in jax.nn mixes bfloat16 with float32, which strict promotion refuses.
+    """
+    with contextlib.ExitStack() as stack:
+        if mesh is not None:
+            stack.enter_context(jax.set_mesh(mesh))
+        if compute_dtype == "bfloat16":
+            stack.enter_context(jax.numpy_dtype_promotion("standard"))
+        yield

@@ -11,8 +11,8 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluate.scorers import retained
 from vlmprune_jax.report.build import build_report, table_of
 from vlmprune_jax.stages import single
+from vlmprune_jax.stages.context import Context, teacher_folder
 from vlmprune_jax.stages.ledger import Json, read_json, write_json
-from vlmprune_jax.stages.single import Context
 from vlmprune_jax.stages.spec import Experiment, override
 
 NO_RECOVERY = "none"
@@ -106,7 +106,7 @@ def evaluate_all(experiment: Experiment, context: Context) -> None:
 
 def evaluate_teacher(experiment: Experiment, context: Context) -> Json:
     """Accuracy of the unpruned model -> `eval/teacher.json`."""
-    folder = single.teacher_folder(experiment)
+    folder = teacher_folder(experiment)
     return single.evaluate_stage(experiment, folder, context.workdir, "teacher", context)
 
 

@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import Mesh
-
 from vlmprune_jax.config import LoraConfig
-from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluate.runner import evaluate, perplexity
 from vlmprune_jax.hf.check import check_export
-from vlmprune_jax.hf.read import load
 from vlmprune_jax.hf.write import save
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import CRITERIA, PrunePlan, Scores, apply_plan, make_plan, prune_iteratively, score
 from vlmprune_jax.recover import LossConfig, RecoverConfig, recover
 from vlmprune_jax.stages import inputs
-from vlmprune_jax.stages.console import Reporter
-from vlmprune_jax.stages.ledger import Json, Stage, remove, run_stage, write_json, write_text
+from vlmprune_jax.stages.context import Context, load_model, mesh_of, teacher_folder
+from vlmprune_jax.stages.ledger import Json, remove, write_json, write_text
 from vlmprune_jax.stages.spec import DataSpec, Experiment, PruneSpec, RecoverSpec
 
-# Raised whenever a stage's code gives other results for the same inputs: its outputs are then made again.
-VERSIONS = {"score": 1, "prune": 1, "recover": 1, "evaluate": 1, "export": 1}
 _NOT_IN_RESULTS: tuple[str, ...] = (
     "source",
     "train",
@@ -41,58 +33,6 @@ _NOT_IN_RESULTS: tuple[str, ...] = (
 )
 _ONLY_TRAINING = ("max_length", "truncate")
 _ONLY_RECOVERY = ("fraction", "seed")
-
-
-@dataclass(frozen=True)
-class Context:
-    """What stages share beside the experiment: where they work, how they report, and whether they may replace."""
-
-    workdir: Path
-    reporter: Reporter
-    overwrite: bool
-
-    def run(self, stage: Stage, body: Callable[[], Json]) -> Json:
-        """`ledger.run_stage`, with a line when the work starts."""
-
-        def announced() -> Json:
-            self.reporter.say(f"{stage.name} ...")
-            return body()
-
-        return run_stage(stage, announced, overwrite=self.overwrite, say=self.reporter.say)
-
-    def stage(self, kind: str, folder: Path, name: str, **parts: Any) -> Stage:
-        """A stage named after its folder below the workdir, `depth/prune`; its ledger entry lies in the workdir."""
-        below = folder.relative_to(self.workdir).as_posix()
-        label = name if below == "." else f"{below}/{name}"
-        return Stage(name=label, version=VERSIONS[kind], workdir=self.workdir, **parts)
-
-
-def mesh_of(experiment: Experiment) -> Mesh | None:
-    """The device mesh, or None for one device."""
-    sizes = experiment.mesh
-    if (sizes.data, sizes.fsdp, sizes.tensor) == (1, 1, 1):
-        return None
-    return make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
-
-
-def load_model(experiment: Experiment, folder: Path) -> Model:
-    """The model in a folder of this experiment, in its dtype and on its mesh."""
-    spec = experiment.model
-    return load(folder, vision_dir=spec.vision_dir, dtype=spec.dtype, mesh=mesh_of(experiment))
-
-
-def teacher_folder(experiment: Experiment) -> Path:
-    """The unpruned model's folder.
-
-    Raises:
-      UserError: it is not set or not there.
-    """
-    if not experiment.model.hf_dir:
-        raise UserError("model.hf_dir is not set: give the Hugging Face folder to prune (--config.model.hf_dir=DIR)")
-    folder = Path(experiment.model.hf_dir)
-    if not folder.is_dir():
-        raise UserError(f"model.hf_dir={folder}: no such folder")
-    return folder
 
 
 def _model_inputs(experiment: Experiment, **folders: Path) -> dict[str, Path]:
@@ -187,7 +127,9 @@ def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
             raise UserError(f"{path}: no such scores file: run `vlmprune score` (or `vlmprune run`) first")
     iterative = experiment.prune.steps > 1
     settings = {f"prune.{k}": v for k, v in vars(experiment.prune).items()}
-    settings |= _data_settings(experiment.data, "calibration") if iterative else {}
+    if iterative:
+        settings |= _data_settings(experiment.data, "calibration")
+        settings |= {f"score.{k}": v for k, v in vars(experiment.score).items()}
     records = _records_input(experiment, "train") if iterative else {}
     stage = context.stage(
         "prune",
@@ -218,9 +160,11 @@ def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
         write_text(folder / "plan.json", plan.to_json())
         facts = plan_facts(plan, model)
         context.reporter.say(
-            f"  {plan.method}: asked for {_percent(plan.asked)}, reached {_percent(plan.reached)} of all parameters "
-            f"({_percent(facts['decoder_ratio'])} of the decoder); {facts['parameters']:,} of "
-            f"{facts['parameters_before']:,} left{_layers_gone(plan)}"
+            f"  {plan.method}: {_percent(plan.asked)} asked, {_percent(plan.reached)} of all parameters reached "
+            f"({_percent(facts['decoder_ratio'])} of the decoder)"
+        )
+        context.reporter.say(
+            f"  {facts['parameters']:,} of {facts['parameters_before']:,} parameters left{_layers_gone(plan)}"
         )
         return facts
 

@@ -1,0 +1,73 @@
+"""What stages share: where they work, how they report, and how they reach the model of an experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from vlmprune_jax.distributed.mesh import make_mesh
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.hf.read import load
+from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.stages.console import Reporter
+from vlmprune_jax.stages.ledger import Json, Stage, run_stage
+from vlmprune_jax.stages.spec import Experiment
+
+# Raised whenever a stage's code gives other results for the same inputs: its outputs are then made again.
+VERSIONS = {"score": 1, "prune": 1, "recover": 1, "evaluate": 1, "export": 1}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What stages share beside the experiment: where they work, how they report, and whether they may replace."""
+
+    workdir: Path
+    reporter: Reporter
+    overwrite: bool
+
+    def run(self, stage: Stage, body: Callable[[], Json]) -> Json:
+        """`ledger.run_stage`, with a line when the work starts."""
+
+        def announced() -> Json:
+            self.reporter.say(f"{stage.name} ...")
+            return body()
+
+        return run_stage(stage, announced, overwrite=self.overwrite, say=self.reporter.say)
+
+    def stage(self, kind: str, folder: Path, name: str, **parts: Any) -> Stage:
+        """A stage named after its folder below the workdir, `depth/prune`; its ledger entry lies in the workdir."""
+        below = folder.relative_to(self.workdir).as_posix()
+        label = name if below == "." else f"{below}/{name}"
+        return Stage(name=label, version=VERSIONS[kind], workdir=self.workdir, **parts)
+
+
+def mesh_of(experiment: Experiment) -> Mesh | None:
+    """The device mesh, or None for one device."""
+    sizes = experiment.mesh
+    if (sizes.data, sizes.fsdp, sizes.tensor) == (1, 1, 1):
+        return None
+    return make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
+
+
+def load_model(experiment: Experiment, folder: Path) -> Model:
+    """The model in a folder of this experiment, in its dtype and on its mesh."""
+    spec = experiment.model
+    return load(folder, vision_dir=spec.vision_dir, dtype=spec.dtype, mesh=mesh_of(experiment))
+
+
+def teacher_folder(experiment: Experiment) -> Path:
+    """The unpruned model's folder.
+
+    Raises:
+      UserError: it is not set or not there.
+    """
+    if not experiment.model.hf_dir:
+        raise UserError("model.hf_dir is not set: give the Hugging Face folder to prune (--config.model.hf_dir=DIR)")
+    folder = Path(experiment.model.hf_dir)
+    if not folder.is_dir():
+        raise UserError(f"model.hf_dir={folder}: no such folder")
+    return folder
