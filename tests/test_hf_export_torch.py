@@ -101,7 +101,7 @@ def test_check_export_notices_what_transformers_would_initialise(saved):
     model, out = saved("llava", "whole", dtype="float32")
     name = "vision_tower.vision_model.post_layernorm.bias"
     edit_weights(out, lambda tensors: {key: value for key, value in tensors.items() if key != name})
-    with pytest.raises(UserError, match=r"missing keys: .*post_layernorm\.bias"):
+    with pytest.raises(UserError, match=r"missing_keys: .*post_layernorm\.bias"):
         check_export(model, out)
 
 

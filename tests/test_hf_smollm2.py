@@ -75,4 +75,6 @@ def test_depth_pruned_export_has_the_same_perplexity(folder, windows, torch_outp
     theirs = math.exp(total / (windows.size - len(windows)))
     print(f"removed layers {plan.removed_layers}: perplexity {ours:.6f} here, {theirs:.6f} in torch")
     assert ours == pytest.approx(theirs, rel=1e-5)
-    assert check_export(pruned, tmp_path / "pruned")["max_abs_logit_difference"] <= 1e-4
+    report = check_export(pruned, tmp_path / "pruned")
+    assert report["backend"] == "torch"
+    assert report["max_abs_logit_difference"] <= report["tolerance"] < 1e-3

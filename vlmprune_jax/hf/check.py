@@ -19,7 +19,9 @@ from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import Model, forward, mesh_of
 
-TOLERANCE = 1e-4  # of float32 logits, between two implementations
+# Of float32 logits between two implementations: absolute, and beyond logits of 10 relative to the largest (SmolLM2-135M,
+# three layers removed, on random ids: 1.1e-4 between torch and XLA; its logits reach 41).
+TOLERANCE, RELATIVE_TOLERANCE = 1e-4, 1e-5
 _ROWS, _TEXT_TOKENS = 2, 24
 
 
@@ -50,12 +52,13 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
         shapes = f"{list(actual.shape)} instead of {list(expected.shape)}"
         raise UserError(f"{folder}: reloaded in {backend} its logits have shape {shapes}: do not use this folder")
     difference = float(np.abs(np.asarray(expected) - actual).max())
-    if not difference <= TOLERANCE:
+    tolerance = max(TOLERANCE, RELATIVE_TOLERANCE * float(np.abs(expected).max()))
+    if not difference <= tolerance:
         raise UserError(
             f"{folder}: reloaded in {backend} its logits differ from the model's by {difference:.2g} (tolerance "
-            f"{TOLERANCE}): do not use this folder, and report it with its config.json"
+            f"{tolerance:.2g}): do not use this folder, and report it with its config.json"
         )
-    return {"backend": backend, "max_abs_logit_difference": difference, "tolerance": TOLERANCE}
+    return {"backend": backend, "max_abs_logit_difference": difference, "tolerance": tolerance}
 
 
 def _as_written(model: Model, folder: Path) -> Model:

@@ -50,8 +50,8 @@ def make_plan(
       ratio: share of `parameters_total` to remove, 0 <= ratio < 1.
       layers_removed: number of layers to remove (depth, hybrid) instead of deriving it.
       options:
-        parameters_total: what ratios refer to; default all parameters of the computed model. (The reference also counts
-          tower blocks that are never run: 7,062,902,784 for LLaVA-1.5-7B where the computed model has 12.6 M less.)
+        parameters_total: what ratios refer to; default all parameters of the computed model. (The reference also
+          counts tower blocks that are never run: 12.6 M more, 7,062,902,784, for LLaVA-1.5-7B.)
         protect: layers that depth pruning keeps, original numbers.
         rounding: "nearest" number of layers, or the smallest that removes "at_least" the ratio.
         attn_layers, mlp_layers: "all" or a half-open (start, stop), original numbers.
@@ -70,12 +70,12 @@ def make_plan(
     used = [one for one in (depth, width) if one is not None]
     _check_scores(used, cfg)
     _check_request(method, ratio, layers_removed, settings)
-    before, base = count_params(cfg), settings.get("base")
-    unpruned = before if base is None else count_params(base)
+    before = count_params(cfg)
+    unpruned = count_params(settings.get("base") or cfg)
     total = settings["parameters_total"] or unpruned
     removed = () if depth is None else _choose_layers(depth, cfg, ratio, layers_removed, settings, total)
     layers = [KeptLayer.whole(i, shape) for i, shape in enumerate(cfg.text.layers) if i not in removed]
-    solved: dict[str, Any] = {}
+    solved: Mapping[str, Any] = {}
     if width is not None:
         layers, solved = choose_widths(width, cfg, [layer.index for layer in layers], ratio, settings, total)
     cost = layer_costs(cfg).of
