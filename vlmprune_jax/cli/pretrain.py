@@ -5,6 +5,7 @@ Makes DIR/teacher, a LLaVA folder in the llava-hf layout, with its tokenizer and
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def run(flags: Any) -> None:
     if flags.config is None or not flags.workdir:
         raise UserError("pretraining needs --config=configs/easyvqa_pretrain.py and --workdir=DIR")
     config = flags.config.to_dict()
-    own = ("name", "records", "turns_per_row", "decoder_layers", "augment", "keeps")
+    own = tuple(field.name for field in dataclasses.fields(Stage) if field.name != "training")
     stages = []
     for stage in (dict(s) for s in config["stages"]):
         training = RecoverConfig(**{name: value for name, value in stage.items() if name not in own})

@@ -9,6 +9,7 @@ only then they meet. All at once, the decoder learns the answers' prior and stay
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -45,12 +46,14 @@ CACHE_BYTES = 512 * 2**20  # all 5,000 processed images of easy-VQA
 class Stage:
     """One training run: which records, how many questions of one image per row, how deep the decoder, and how to train.
 
+    `words`: how many words of description take the place of the image (0: the image itself).
     `keeps`: regex of the parameters that the next stage starts from; the others go back to what they were.
     """
 
     name: str
     records: str
     turns_per_row: int
+    words: int
     decoder_layers: int
     augment: str
     keeps: str
@@ -76,7 +79,10 @@ def pretrain(
 
 def _train_stage(model: Model, stage: Stage, files: Mapping[str, Path], folder: Path, workdir: Path) -> Model:
     """The model after a stage; decoder layers beyond the stage's depth are left as they were, too."""
-    records = split_conversations(_read_stage(stage.records, files), stage.turns_per_row)
+    records = split_conversations(read_records(files[stage.records], files["images"]), stage.turns_per_row)
+    if stage.words:
+        captions = {r.images: r.turns[-1][1] for r in read_records(files["train_captions"], files["images"])}
+        records = [describe(r, captions[r.images], stage.words) for r in records if r.images in captions]
     encoder = make_encoder(model.cfg, folder)
     if not any(record.images for record in records):
         encoder = dataclasses.replace(encoder, image_loader=None)
@@ -106,19 +112,12 @@ def _train_stage(model: Model, stage: Stage, files: Mapping[str, Path], folder: 
     return Model(unflatten({**flatten(model.params), **kept}), model.cfg)
 
 
-def _read_stage(name: str, files: Mapping[str, Path]) -> list[Record]:
-    """The records of a file of easy-VQA, or "train_text": the training questions about a description of the image."""
-    if name != "train_text":
-        return read_records(files[name], files["images"])
-    captions = {record.images: record.turns[-1][1] for record in _read_stage("train_captions", files)}
-    return [describe(r, captions[r.images]) for r in _read_stage("train", files) if r.images in captions]
-
-
-def describe(record: Record, caption: str) -> Record:
-    """The record with words in place of its image."""
+def describe(record: Record, caption: str, length: int) -> Record:
+    """The record with `length` words in place of its image: the caption, again and again."""
     (speaker, text), *rest = record.turns
     question = text.removeprefix("<image>\n")
-    return dataclasses.replace(record, turns=((speaker, f"{caption}\n{question}"), *rest), images=())
+    words = itertools.islice(itertools.cycle(caption.split()), length)
+    return dataclasses.replace(record, turns=((speaker, f"{' '.join(words)}\n{question}"), *rest), images=())
 
 
 def make_encoder(cfg: ModelConfig, folder: Path) -> Encoder:
