@@ -13,8 +13,9 @@ from vlmprune_jax.models.generate import generate
 from vlmprune_jax.models.params import flatten, param_axes
 from vlmprune_jax.models.vlm import forward
 
-# Both: a logit of 10 is a sum whose terms the devices add in another order, and float32 has 7 digits.
+# A logit of 10 in float32 is 1e-5 away from its value in float64, on one device and on 8 alike (docs/decisions.md, 13).
 close = dict(atol=1e-5, rtol=1e-5)
+closer = dict(atol=1e-5, rtol=0)
 want = ("hidden", "image_features")
 
 
@@ -45,9 +46,9 @@ def test_llava(goldens, batches, sizes, rows):
     found, aux = forward(model, **inputs, want=want)
     real = inputs["attention_mask"] == 1
     np.testing.assert_allclose(np.asarray(found)[real], np.asarray(expected)[real], **close)
-    np.testing.assert_allclose(aux["image_features"], expected_aux["image_features"], **close)
+    np.testing.assert_allclose(aux["image_features"], expected_aux["image_features"], **closer)
     for a, b in zip(aux["hidden"], expected_aux["hidden"], strict=True):
-        np.testing.assert_allclose(np.asarray(a)[real], np.asarray(b)[real], **close)
+        np.testing.assert_allclose(np.asarray(a)[real], np.asarray(b)[real], **closer)
     np.testing.assert_allclose(np.asarray(found)[real][:, :400], reference[real], atol=1e-4, rtol=0)
 
 
