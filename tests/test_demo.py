@@ -43,7 +43,7 @@ def get_config():
     config.architecture.text_config.num_hidden_layers = 2
     config.stages = config.stages[:2]
     for stage in config.stages:
-        stage.update(steps=1, batch_size=4, decoder_layers=min(stage.decoder_layers, 2))
+        stage.update(steps=2, warmup_ratio=0.0, batch_size=4, decoder_layers=min(stage.decoder_layers, 2))
     return config
 ''')
     command = ["pretrain", f"--config={config}", f"--workdir={tmp_path / 'w'}"]
