@@ -46,7 +46,7 @@ class TorchWorkers:
         want: tuple[str, ...] = ("logits",),
         max_new_tokens: int | None = None,
     ) -> dict[str, np.ndarray]:
-        """Run one folder: {"logits": float32[batch, seq, vocab], "nll": float32[batch, seq - 1], "tokens": int64[...]}.
+        """Run one folder: {"logits": float32[batch, seq, vocab], "nll": float64[batch, seq - 1], "tokens": int64[...]}.
 
         `inputs` are int `input_ids` and optionally `attention_mask` and float `pixel_values`. `want` chooses among
         "logits" and "nll" (negative log likelihood of each next input id, in nats); `max_new_tokens` adds "tokens",
