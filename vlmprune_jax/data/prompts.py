@@ -57,7 +57,8 @@ _LLAVA_V1 = Template(
 _PHI3_CHAT = Template(
     name="phi3-chat",
     system_start="<|system|>\n",
-    system="你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。",
+    system="你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
+    "是一个有用无害的人工智能助手。",
     system_end="<|end|>",
     user="<|user|>\n",
     user_end="<|end|>",
@@ -178,9 +179,9 @@ def tokenize_training(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (input_ids, labels), both int32[tokens]; labels are IGNORE outside answers and their end marks.
 
-    Every `<image>` becomes `tokens_per_image` copies of `image_token_id` (1 x -200 is the reference's form) for each of
-    its `tiles` (None = one). With `cut_text_at` (the reference's model_max_length) a record without images is cut there,
-    and a malformed round beyond that many tokens does not cost the record its labels; None never cuts.
+    Every `<image>` becomes `tokens_per_image` copies of `image_token_id` (1 x -200 is the reference's form) for each
+    of its `tiles` (None = one). With `cut_text_at` (the reference's model_max_length) a record without images is cut
+    there, and a malformed round beyond that many tokens does not cost the record its labels; None never cuts.
     A record whose rounds cannot be told apart (an empty turn, a separator inside a text) has all labels ignored: the
     reference's "tokenization mismatch" rule.
     """
