@@ -31,8 +31,9 @@ def read_records(path: Path, image_root: Path | None, *, image_lead: bool = Fals
 
     `image` is a path or a list of paths below `image_root`; a missing id becomes the entry's index. A first turn of gpt
     is dropped (reference: `preprocess_v1`). With `image_lead` the text may leave out the `<image>` mark of a record's
-    only image, which the template then puts in front (InternVL data files do so). Raises UserError naming file and record for anything malformed: turns that
-    do not alternate, `<image>` marks that do not match the images, an image that is missing or lies outside the root.
+    only image, which the template then puts in front (InternVL data files do so). Raises UserError naming file and
+    record for anything malformed: turns that do not alternate, `<image>` marks that do not match the images, an image
+    that is missing or lies outside the root.
     """
     path = Path(path)
     root = _ImageRoot(image_root)

@@ -50,8 +50,7 @@ class Tiling:
         """Return (columns, rows) for an image of a record with `sharing` images."""
         if self.pad:
             width = height = max(width, height)
-        most = max(1, self.max_tiles // sharing)
-        return closest_grid(width, height, self.size, min(self.min_tiles, most), most)
+        return closest_grid(width, height, self.size, self.min_tiles, max(1, self.max_tiles // sharing))
 
     def count(self, width: int, height: int, sharing: int) -> int:
         """Return the number of tiles of an image, its thumbnail included."""
@@ -108,7 +107,7 @@ def closest_grid(width: int, height: int, tile: int, min_tiles: int, max_tiles: 
     """Return the (columns, rows) whose ratio is closest to the image's.
 
     Of equally close ones the larger wins if the image has more than half its pixels (reference: InternVL dataset.py
-    `find_closest_aspect_ratio`).
+    `find_closest_aspect_ratio`). One tile where min_tiles is above max_tiles.
     """
     best, closest = (1, 1), float("inf")
     for columns, rows in _grids(min_tiles, max_tiles):

@@ -45,7 +45,7 @@ class _Beginning:
 
 @dataclass(frozen=True)
 class _Group:
-    """The questions of one batch, and its shapes: image slots, number of beginnings, length of these and of the rests."""
+    """The questions of one batch, and its shapes: image slots, number of beginnings, lengths of these and of rests."""
 
     questions: tuple[_Question, ...]
     slots: int

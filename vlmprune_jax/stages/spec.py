@@ -29,9 +29,9 @@ class DataSpec:
     `template`: "auto" = the model family's. `system`: other system text than the template's ("" = none).
     `max_length`: tokens per training row with its images, None = that of the longest record. `max_images`: most images
     of a record. `aspect_ratio`: "pad" or "square", for models that do not cut images. `min_tiles`, `max_tiles`,
-    `thumbnail`: how InternVL cuts them, None = as the model's folder says. `tile_buckets`: numbers of image slots that a
-    batch may have, each one compiled program, () = the model's own (1, 2, 4, 7, 13 for twelve tiles and a thumbnail).
-    `fraction`, `seed`: which training records.
+    `thumbnail`: how InternVL cuts them, None = as the model's folder says. `tile_buckets`: numbers of image slots
+    that a batch may have, each one compiled program, () = the model's own (1, 2, 4, 7, 13 for twelve tiles and a
+    thumbnail). `fraction`, `seed`: which training records.
     """
 
     source: str = "files"
