@@ -100,13 +100,18 @@ def choose_template(name: str, family: str, tokenizer: Any, *, has_vision: bool)
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Return the fast tokenizer of an HF folder (offsets are needed for the label mask); never goes to the hub."""
-    from transformers import AutoTokenizer
+    """Return the fast tokenizer of an HF folder (offsets are needed for the label mask); never goes to the hub.
+
+    A `tokenizer.json` is taken as it is: AutoTokenizer looks at the model's config.json, which may name remote code,
+    and LlamaTokenizer of transformers 5 replaces the file's normalisation (Phi-3 loses a space mark behind `</img>`).
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        if tokenizer.is_fast:
-            _restore_text_rules(tokenizer, Path(folder) / "tokenizer.json")
+        if (Path(folder) / "tokenizer.json").is_file():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, TypeError, ... for a broken folder
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: no loadable tokenizer ({reason}); give a folder with tokenizer.json") from error
@@ -114,19 +119,6 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(f"{folder}: the tokenizer is a slow one without tokenizer.json; convert it")
     tokenizer("")  # switches off truncation and padding stored in the file, before several threads use it
     return tokenizer
-
-
-def _restore_text_rules(tokenizer: Any, file: Path) -> None:
-    """Give a tokenizer the normalisation that its file says.
-
-    LlamaTokenizer of transformers 5 puts its own in place: " and" behind `</img>` of Phi-3 loses a space mark by it.
-    """
-    from tokenizers import Tokenizer
-
-    if file.is_file():
-        stored = Tokenizer.from_file(str(file))
-        tokenizer.backend_tokenizer.normalizer = stored.normalizer
-        tokenizer.backend_tokenizer.pre_tokenizer = stored.pre_tokenizer
 
 
 def render(turns: Sequence[tuple[str, str]], template: Template, *, has_image: bool, generation: bool = False) -> str:

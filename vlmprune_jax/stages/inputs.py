@@ -53,8 +53,10 @@ class Inputs:
 
     def training_encoder(self, cfg: ModelConfig, records: Sequence[Record]) -> Encoder:
         """Rows of `data.max_length`, or of the longest record."""
-        length = self.data.max_length or self.encoder(cfg, 0).longest(records, generation=False)
-        return self.encoder(cfg, length)
+        if self.data.max_length:
+            return self.encoder(cfg, self.data.max_length)
+        uncut = dataclasses.replace(self.encoder(cfg, 0), truncate=False)
+        return self.encoder(cfg, uncut.longest(records, generation=False))
 
     def _tile_buckets(self) -> tuple[int, ...] | None:
         """`data.tile_buckets`, or those that hold every record of a model that cuts images (None for other models)."""
