@@ -7,7 +7,8 @@ from typing import Any
 
 from vlmprune_jax.config import ModelConfig, ProjectorConfig, VisionConfig
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.families.llama import TEXT_MODEL_TYPES, text_from_hf, text_to_hf, text_weights, token_ids
+from vlmprune_jax.families.decoders import text_from_hf, text_to_hf, text_weights
+from vlmprune_jax.families.shapes import token_ids
 from vlmprune_jax.families.table import Family, JsonDict, Weight
 
 # The original code's sentinel for an image in input_ids (LLaVA constants.py); it is never embedded.
@@ -93,10 +94,6 @@ def projector_weights(projector: ProjectorConfig, prefix: str, first: str, secon
 def _hf_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
     del vision
     text = dict(config.get("text_config") or {})
-    if text.get("model_type", "llama") not in TEXT_MODEL_TYPES:
-        raise UserError(
-            f"LLaVA with a {text['model_type']!r} decoder is not supported (supported: {', '.join(TEXT_MODEL_TYPES)})"
-        )
     # The outer flag decides in transformers (LlavaConfig ties nothing by default).
     text["tie_word_embeddings"] = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     select = config.get("vision_feature_select_strategy", "default")
