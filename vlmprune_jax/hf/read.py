@@ -88,8 +88,19 @@ def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, M
     """Family and config of a folder, from its JSON files only.
 
     generation_config.json supplies the begin, end and padding ids that config.json leaves out.
+
+    Raises:
+      UserError: unknown family, unsupported settings, or quantised weights.
     """
     config = read_json(folder / "config.json")
+    for part in (config, config.get("text_config"), config.get("llm_config")):
+        quantised = part.get("quantization_config") if isinstance(part, dict) else None
+        if quantised:
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+            raise UserError(
+                f"{folder / 'config.json'}: the weights are quantised (quantization_config, quant_method {method!r}) "
+                "and cannot be pruned like this: use the checkpoint they were made from"
+            )
     generation = folder / "generation_config.json"
     if generation.is_file():
         ids = {k: v for k, v in read_json(generation).items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")}
