@@ -101,10 +101,15 @@ def test_round_trip_is_bitwise(tmp_path, name):
     assert written["a_field_of_the_future"] == {"kept": True}
 
 
-# 2 of 3 (phi: of 3, phi3: of 2) key/value groups stay: 4 heads of 12 do fill 48, 2 heads do not.
+# One head for each key and value, and 5 of them stay, which divide no hidden size here.
+ODD = {
+    "phi3": {"hidden_size": 84, "num_attention_heads": 7, "num_key_value_heads": 7},
+    "phi3_plain": {"hidden_size": 84, "num_attention_heads": 7, "num_key_value_heads": 7},
+}
 PRUNED = {
     "depth": lambda model: keep_layers(model, [0, 3]),
     "width": lambda model: keep_width(model, [1], range(5, 45)),
+    "odd": lambda model: keep_width(model, [0, 1, 3, 4, 5], range(5, 45)),
     "uneven": lambda model: keep_width(model, [0], range(7, 47), only=[1, 2]),
 }
 MODELS = ("qwen2", "qwen2_layer_types", "qwen3", "phi", "phi3", "phi3_plain", "mistral")
@@ -114,7 +119,8 @@ MODELS = ("qwen2", "qwen2_layer_types", "qwen3", "phi", "phi3", "phi3_plain", "m
 @pytest.mark.parametrize("pruning", PRUNED)
 @pytest.mark.parametrize("name", MODELS)
 def test_pruned_folder_in_stock_transformers(tmp_path, torch_outputs, name, pruning, version):
-    source = make_folder(tmp_path / "source", OPTIONS[name])
+    changes = ODD.get(name, {"num_key_value_heads": 6}) if pruning == "odd" else {}
+    source = make_folder(tmp_path / "source", {**OPTIONS[name], **changes})
     model, plan = PRUNED[pruning](load(source))
     uneven = "pad" if pruning == "uneven" else "refuse"
     save(model, tmp_path / "out", source_dir=source, plan=plan, uneven=uneven, dtype="float32")
@@ -159,6 +165,14 @@ def test_phi3_with_fewer_heads_is_written_as_mistral(tmp_path):
     report = check_export(model, tmp_path / "out")
     assert report["backend"] == "torch"
     assert report["max_abs_logit_difference"] <= 1e-4
+
+
+def test_phi4_with_fewer_heads_is_refused(tmp_path):
+    source = make_folder(tmp_path / "source", PHI4)
+    model, _ = PRUNED["width"](load(source))
+    with pytest.raises(UserError, match=r"no class of transformers holds 2 heads of 12 .* keep all heads"):
+        save(model, tmp_path / "out", source_dir=source)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
