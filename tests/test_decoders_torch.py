@@ -63,15 +63,30 @@ def test_longrope_changes_its_factors_at_the_original_length(tmp_path, torch_out
     np.testing.assert_allclose(forward(load(folder), **inputs)[0], found["logits"], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize(("name", "length"), [("qwen2", 14), ("qwen3", 9), ("phi", 9), ("phi3", 26), ("phi3", 32)])
+GENERATION = [(name, 14, version) for name in ("qwen2", "qwen3", "phi", "phi3") for version in VERSIONS]
+
+
+@pytest.mark.parametrize(("name", "length", "version"), [*GENERATION, ("phi3", 26, "5"), ("phi3", 32, "5")])
 def test_greedy_generation(tmp_path, torch_outputs, name, length, version):
-    """Phi-3's cache is built anew where the text outgrows 32 positions: after 7 tokens of one prompt, 1 of the next."""
+    """Phi-3's cache is built anew where the text outgrows 32 positions: after 7 tokens of one prompt, 1 of the next.
+
+    That step of transformers 4.57 is wrong: it computes the whole text again, but with the last token's position only.
+    """
     folder = make_folder(tmp_path / name, OPTIONS[name])
     ids = np.random.default_rng(2).integers(6, 97, (1, length))
     found = torch_outputs(folder, {"input_ids": ids}, class_name=STOCK, version=version, max_new_tokens=12)
     tokens = generate(load(folder), ids, max_new_tokens=12, eos_token_ids=())
     np.testing.assert_array_equal(tokens, found["tokens"])
+
+
+def test_generation_through_longrope_equals_full_forwards(tmp_path):
+    model = load(make_folder(tmp_path / "phi3", OPTIONS["phi3"]))
+    ids = np.random.default_rng(5).integers(6, 97, (2, 30))
+    tokens = generate(model, ids, max_new_tokens=6, eos_token_ids=())
+    for _ in range(6):
+        logits, _ = forward(model, ids)
+        ids = np.concatenate([ids, np.asarray(logits)[:, -1].argmax(-1)[:, None]], axis=1)
+    np.testing.assert_array_equal(tokens, ids[:, 30:])
 
 
 def test_rows_that_end_before_longrope_changes_stay_ended(tmp_path):
@@ -101,10 +116,15 @@ def test_round_trip_is_bitwise(tmp_path, name):
     assert written["a_field_of_the_future"] == {"kept": True}
 
 
-# 2 of 3 (phi: of 3, phi3: of 2) key/value groups stay: 4 heads of 12 do fill 48, 2 heads do not.
+# One head for each key and value, and 5 of them stay, which divide no hidden size here.
+ODD = {
+    "phi3": {"hidden_size": 84, "num_attention_heads": 7, "num_key_value_heads": 7},
+    "phi3_plain": {"hidden_size": 84, "num_attention_heads": 7, "num_key_value_heads": 7},
+}
 PRUNED = {
     "depth": lambda model: keep_layers(model, [0, 3]),
     "width": lambda model: keep_width(model, [1], range(5, 45)),
+    "odd": lambda model: keep_width(model, [0, 1, 3, 4, 5], range(5, 45)),
     "uneven": lambda model: keep_width(model, [0], range(7, 47), only=[1, 2]),
 }
 MODELS = ("qwen2", "qwen2_layer_types", "qwen3", "phi", "phi3", "phi3_plain", "mistral")
@@ -114,7 +134,8 @@ MODELS = ("qwen2", "qwen2_layer_types", "qwen3", "phi", "phi3", "phi3_plain", "m
 @pytest.mark.parametrize("pruning", PRUNED)
 @pytest.mark.parametrize("name", MODELS)
 def test_pruned_folder_in_stock_transformers(tmp_path, torch_outputs, name, pruning, version):
-    source = make_folder(tmp_path / "source", OPTIONS[name])
+    changes = ODD.get(name, {"num_key_value_heads": 6}) if pruning == "odd" else {}
+    source = make_folder(tmp_path / "source", {**OPTIONS[name], **changes})
     model, plan = PRUNED[pruning](load(source))
     uneven = "pad" if pruning == "uneven" else "refuse"
     save(model, tmp_path / "out", source_dir=source, plan=plan, uneven=uneven, dtype="float32")
@@ -159,6 +180,14 @@ def test_phi3_with_fewer_heads_is_written_as_mistral(tmp_path):
     report = check_export(model, tmp_path / "out")
     assert report["backend"] == "torch"
     assert report["max_abs_logit_difference"] <= 1e-4
+
+
+def test_phi4_with_fewer_heads_is_refused(tmp_path):
+    source = make_folder(tmp_path / "source", PHI4)
+    model, _ = PRUNED["width"](load(source))
+    with pytest.raises(UserError, match=r"no class of transformers holds 2 heads of 12 .* keep all heads"):
+        save(model, tmp_path / "out", source_dir=source)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
