@@ -65,7 +65,7 @@ def _table(cfg: ModelConfig, plan: dict[str, Any] | None) -> str:
 
 
 def _shapes(layers: tuple[LayerShape, ...]) -> str:
-    shapes = sorted(set(layers), key=lambda s: (s.q_heads, s.kv_heads, s.mlp))
+    shapes = [LayerShape(*widths) for widths in sorted({shape.widths for shape in layers})]
     if len(shapes) == 1:
         shape = shapes[0]
         return f"each with {shape.q_heads} query heads, {shape.kv_heads} key/value heads and {shape.mlp} MLP neurons"
@@ -73,7 +73,7 @@ def _shapes(layers: tuple[LayerShape, ...]) -> str:
 
 
 def _loading(cfg: ModelConfig, written: ModelConfig, config: dict[str, Any]) -> str:
-    if len(set(written.text.layers)) > 1:
+    if not written.text.even:
         return (
             "The layers have unequal widths and are stored at their true size (`per_layer_shapes` in config.json). "
             "Load with `vlmprune_jax.load(folder)`. There is no PyTorch loader for this form yet; for stock "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -18,10 +19,10 @@ from vlmprune_jax.families import Family, detect, family_of
 from vlmprune_jax.hf.atomic import atomic_folder, check_space, check_target
 from vlmprune_jax.hf.card import model_card
 from vlmprune_jax.hf.files import WEIGHT_DTYPES, Checkpoint, read_json
-from vlmprune_jax.hf.layout import Slot, block_number, make_slots, template, tied_head
+from vlmprune_jax.hf.layout import Slot, block_number, by_key, join_tensor, make_slots, template, tied_head
 from vlmprune_jax.hf.read import DTYPES, check_finite, resolve
 from vlmprune_jax.hf.tensors import Tensor, to_host, weight, write_weights
-from vlmprune_jax.hf.uneven import pad_tensor, widest
+from vlmprune_jax.hf.uneven import pad_tensor, padded
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model
 
@@ -75,9 +76,9 @@ def save(
     if detect(config, str(source / "config.json")) is not family:
         raise UserError(f"{source}: is not the folder that this {family.name} ({family.layout} layout) model came from")
     layers = model.cfg.text.layers
-    cfg = model.cfg.with_layers((widest(layers),) * len(layers)) if uneven == "pad" else model.cfg
+    cfg = model.cfg.with_layers(padded(layers)) if uneven == "pad" else model.cfg
     written = _with_dtype(family.to_hf(cfg, config), dtype)
-    tensors = make_tensors(model, cfg, family, Checkpoint(source), dtype)
+    tensors = make_tensors(model, _in_table_of(cfg, family, written), family, Checkpoint(source), dtype)
     if is_main_process():
         check_space(target, sum(tensor.n_bytes for tensor in tensors))
         with atomic_folder(target) as folder:
@@ -104,51 +105,63 @@ def _check_options(cfg: ModelConfig, layout: str, uneven: str, dtype: str) -> No
         raise UserError(f'layout "transformers" is not available for a {cfg.layout}-layout folder: use layout "source"')
     if cfg.lora is not None:
         raise UserError("the model has unmerged LoRA adapters: merge them first (recover.merge_lora)")
-    if uneven == "refuse" and len(set(cfg.text.layers)) > 1:
+    if uneven == "refuse" and not cfg.text.even:
         raise UserError(
             "the layers have unequal widths, which stock transformers cannot load: prune all layers alike "
             '(prune.layers="all"), or export with uneven="pad" (same function, no savings) or "per_layer" (true sizes)'
         )
 
 
-def make_tensors(model: Model, cfg: ModelConfig, family: Family, source: Checkpoint, dtype: str) -> list[Tensor]:
-    """Every tensor of the new folder, its blocks padded to those of `cfg`.
+def _in_table_of(cfg: ModelConfig, family: Family, written: dict[str, Any]) -> ModelConfig:
+    """`cfg` under the weight table that its new config.json asks for (heads that Phi-3 refuses make it a Mistral)."""
+    if family.separate_vision:  # its config.json does not describe the tower, and never changes the table
+        return cfg
+    new = detect(written, "the new config.json").from_hf(written, None)
+    text = dataclasses.replace(cfg.text, decoder=new.text.decoder)
+    return dataclasses.replace(cfg, family=new.family, layout=new.layout, text=text)
 
-    The model's own come under the source's spelling of their keys, then those of the source that are not computed with.
+
+def make_tensors(model: Model, cfg: ModelConfig, family: Family, source: Checkpoint, dtype: str) -> list[Tensor]:
+    """Every tensor of the new folder in the table of `cfg`, its blocks padded to those of `cfg`.
+
+    The model's own come under the source's spelling of their keys, where it has them, then those of the source that
+    are not computed with.
 
     Raises:
       UserError: the source does not hold a tensor of the model.
     """
     flat = flatten(model.params)
     spelling = {template(family.canonical(key)): (template(key), entry.dtype) for key, entry in source.entries.items()}
-    before = {slot.key: slot for slot in make_slots(model.cfg, family)}
-    slots = make_slots(cfg, family)
-    head = tied_head(cfg, family)
+    before = {slot.name: slot for slot in make_slots(model.cfg, family)}
+    table = family_of(cfg)
+    after = by_key(make_slots(cfg, table))
+    head = tied_head(cfg, table)
     if head in spelling:  # some tied checkpoints hold the embedding twice
-        embedding = next(slot for slot in slots if slot.path == "text/embed_tokens/weight")
-        before[head] = before[embedding.key]
-        slots.append(Slot(head, *list(vars(embedding).values())[1:]))
+        after[head] = next(parts for parts in after.values() if parts[0].path == "text/embed_tokens/weight")
     tensors = []
-    for slot in slots:
-        if template(slot.key) not in spelling:
-            if family.separate_vision and slot.path.startswith("vision/"):
+    for key, parts in after.items():
+        origin = spelling.get(template(before[parts[0].name].key))
+        if origin is None:
+            if family.separate_vision and parts[0].path.startswith("vision/"):
                 continue  # the tower stays in its own folder
-            raise UserError(f"{source.folder}: has no tensor {slot.key}: is it the folder that this model came from?")
-        key, stored = spelling[template(slot.key)]
-        key = key.replace("{}", str(slot.layer))
+            raise UserError(f"{source.folder}: has no tensor {key}: is it the folder that this model came from?")
+        spelled, stored = spelling.get(template(key), (template(key), origin[1]))
+        spelled = spelled.replace("{}", str(parts[0].layer))
         if dtype == "source":
-            stored = source.entries[key].dtype if key in source.entries else stored
+            stored = source.entries[spelled].dtype if spelled in source.entries else stored
         else:
             stored = _NAMES[dtype]
-        tensors.append(_weight(key, stored, before[slot.key], slot, model.cfg, cfg, flat))
-    known = {slot.key for slot in slots}
-    return tensors + _carried(source, known, cfg, family)
+        pairs = [(before[part.name], part) for part in parts]
+        tensors.append(_weight(spelled, stored, pairs, model.cfg, cfg, flat))
+    return tensors + _carried(source, set(after), cfg, family)
 
 
 def _weight(
-    key: str, dtype: str, before: Slot, after: Slot, old: ModelConfig, new: ModelConfig, flat: dict[str, Any]
+    key: str, dtype: str, pairs: list[tuple[Slot, Slot]], old: ModelConfig, new: ModelConfig, flat: dict[str, Any]
 ) -> Tensor:
-    def fetch() -> np.ndarray:
+    """One tensor of the new folder from its parameters, each as (slot in the model, slot in the folder)."""
+
+    def fetch_part(before: Slot, after: Slot) -> np.ndarray:
         array = to_host(flat[before.path], before.index)
         if before.shape != after.shape and before.layer is not None:
             array = pad_tensor(array, before.axes, old.text.layers[before.layer], new.text.layers[before.layer])
@@ -157,7 +170,8 @@ def _weight(
         check_finite(array, f"{key}, to be written as {dtype},")
         return array
 
-    return weight(key, dtype, after.hf_shape, fetch)
+    shape = pairs[0][1].hf_shape
+    return weight(key, dtype, shape, lambda: join_tensor([fetch_part(*pair) for pair in pairs]))
 
 
 def _carried(source: Checkpoint, known: set[str], cfg: ModelConfig, family: Family) -> list[Tensor]:
