@@ -91,7 +91,8 @@ def test_the_other_families(goldens, name, sizes):
         assert leaf.sharding == sharding(mesh, axes[path]), path
     inputs = random_ids(one)
     (found, found_aux), (expected, expected_aux) = (forward(model, **inputs, want=want) for model in (many, one))
-    np.testing.assert_allclose(found, expected, **close)
+    # A logit is a sum of terms as large as the largest logits (10.6 here): its rounding is theirs, however small it is.
+    np.testing.assert_allclose(found, expected, atol=1e-5 + 1e-6 * np.abs(expected).max(), rtol=1e-5)
     np.testing.assert_allclose(found_aux["image_features"], expected_aux["image_features"], **close)
     for a, b in zip(found_aux["hidden"], expected_aux["hidden"], strict=True):
         np.testing.assert_allclose(a, b, **close)
