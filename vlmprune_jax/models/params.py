@@ -81,7 +81,7 @@ def stack_layers(layers: Sequence[Flat], rest: Params, cfg: ModelConfig) -> Para
 
 
 def init_params(cfg: ModelConfig, key: jax.Array, dtype: Any, paths: Sequence[str] | None = None) -> Params:
-    """Random parameters: norms 1, biases 0, layer scales 0.1, matrices normal with 1/sqrt(inputs), words of unit length, LoRA as PEFT.
+    """Random parameters: norms 1, biases 0, matrices normal with 1/sqrt(inputs), words of unit length, LoRA as PEFT.
 
     `paths` limits it to these flat paths, with the same values as in the whole.
     Branch outputs (o_proj, dense, down_proj, out_proj, fc2) are scaled by 1/sqrt(2 layers) as in GPT-2, so that the
