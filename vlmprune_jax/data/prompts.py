@@ -187,8 +187,9 @@ def tokenize_training(
     repeats = _repeats(tokens.is_image, tokens_per_image, tiles)
     # InternVL's labels are made of written-out images, LLaVA's and Bunny's of one mark an image.
     counted = (np.ones_like(repeats) if template.image_tokens is None else repeats)[tokens.ends <= covered].sum()
+    counted += covered > len(prompt)  # an end mark that is expected behind an empty answer
     miscounted = template.padding_mark is not None and template.padding_mark in prompt
-    if (covered < len(prompt) or miscounted) and (cut_text_at is None or counted < cut_text_at):
+    if (covered != len(prompt) or miscounted) and (cut_text_at is None or counted < cut_text_at):
         keep[:] = False
     if miscounted:
         keep &= tokens.ids != tokenizer.convert_tokens_to_ids(template.padding_mark)
