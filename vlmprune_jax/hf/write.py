@@ -204,7 +204,7 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     if dtype == "source":
         return config
     result = dict(config)
-    for name in ("text_config", "vision_config"):
+    for name in ("text_config", "llm_config", "vision_config"):
         if isinstance(result.get(name), dict):
             result[name] = {k: dtype if k in ("dtype", "torch_dtype") else v for k, v in result[name].items()}
     names = [name for name in ("dtype", "torch_dtype") if name in result] or ["torch_dtype"]
