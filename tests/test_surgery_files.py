@@ -1,5 +1,6 @@
 """File surgery: the bytes of load, apply and save without the model in memory, checked on the disk, all or nothing."""
 
+import dataclasses
 import errno
 import os
 import shutil
@@ -9,7 +10,8 @@ import sys
 
 import numpy as np
 import pytest
-from hf_cases import LLAMA, LLAVA, edit_weights, keep_layers, keep_width, make_folder
+from decoder_cases import DECODERS
+from hf_cases import LLAMA, LLAVA, edit_weights, keep_layers, keep_width, make_folder, prune
 from prune_cases import on_mesh
 from rich.console import Console
 
@@ -20,7 +22,7 @@ from vlmprune_jax.hf.checked import CheckedFile
 from vlmprune_jax.hf.files import Extent
 from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.hf.tensors import write_weights
-from vlmprune_jax.prune import fingerprint, prune_folder
+from vlmprune_jax.prune import KeptLayer, fingerprint, prune_folder
 from vlmprune_jax.stages.console import Reporter
 from vlmprune_jax.stages.context import Context
 from vlmprune_jax.stages.single import prune_stage
@@ -67,6 +69,41 @@ def same_bytes(tmp_path, source, cut, tower=None, **options):
 def test_the_bytes_of_load_apply_and_save(goldens, tmp_path, name, cut):
     tower = SOURCES[name] and goldens / "ckpt" / SOURCES[name]
     same_bytes(tmp_path, goldens / "ckpt" / name, CUTS[cut], tower)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_every_decoder(tmp_path, name):
+    """Plain MLPs, biases, norms of heads, windows; in Phi-3, tensors that hold several weights."""
+    source = make_folder(tmp_path / "source", DECODERS[name])
+    model = vp.load(source)
+    assert fingerprint(open_model(source)) == fingerprint(model)
+    for number, (cut, uneven) in enumerate(((keep_some, "per_layer"), (keep_mixed, "per_layer"), (keep_mixed, "pad"))):
+        (tmp_path / str(number)).mkdir()
+        same_bytes(tmp_path / str(number), source, cut, uneven=uneven)
+
+
+@pytest.mark.parametrize("name", ["phi3", "qwen2"])
+def test_what_the_plan_leaves_whole_is_copied_and_not_read(tmp_path, monkeypatch, name):
+    source = make_folder(tmp_path / "source", DECODERS[name])
+    plan = keep_some(vp.load(source))[1]
+    monkeypatch.setattr("vlmprune_jax.hf.lazy.FileArray.read", None)
+    prune_folder(source, plan, tmp_path / "out")
+    monkeypatch.undo()
+    vp.load(tmp_path / "out")
+
+
+def keep_some(model):
+    return keep_layers(model, [0, 2])
+
+
+def keep_mixed(model):
+    """Layer 1 whole, 2 gone, the first without half its neurons, the last without its first group of heads."""
+    shape = model.cfg.text.layers[0]
+    group = shape.q_heads // shape.kv_heads
+    heads, groups = tuple(range(group, shape.q_heads)), tuple(range(1, shape.kv_heads))
+    whole = KeptLayer.whole(1, shape)
+    first = dataclasses.replace(whole, index=0, neurons=tuple(range(1, shape.mlp, 2)))
+    return prune(model, [first, whole, dataclasses.replace(whole, index=3, q_heads=heads, kv_heads=groups)])
 
 
 @pytest.mark.parametrize("options", [{"uneven": "pad"}, {"dtype": "bfloat16"}, {"dtype": "float16", "uneven": "pad"}])

@@ -193,6 +193,11 @@ def read_header(path: Path) -> dict[str, Entry]:
             entries = {key: _entry(path, value, 8 + length) for key, value in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: damaged safetensors header ({error}): download it again") from error
+    last = max(entries, key=lambda key: entries[key].end, default=None)
+    if last is not None and entries[last].end > size:
+        raise UserError(
+            f"{path}: truncated: tensor {last} ends at byte {entries[last].end} of {size}: download it again"
+        )
     end = 8 + length
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         known = WEIGHT_DTYPES[entry.dtype].itemsize if entry.dtype in WEIGHT_DTYPES else OTHER_BYTES.get(entry.dtype)
@@ -203,8 +208,6 @@ def read_header(path: Path) -> dict[str, Entry]:
             )
         if entry.begin < end:
             raise UserError(f"{path}: tensor {key} overlaps the one before it: damaged header, download it again")
-        if entry.end > size:
-            raise UserError(f"{path}: truncated: tensor {key} ends at byte {entry.end} of {size}: download it again")
         if entry.begin > end:
             raise UserError(
                 f"{path}: {entry.begin - end} bytes before tensor {key} belong to none: damaged header, "
