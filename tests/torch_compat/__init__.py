@@ -45,12 +45,15 @@ class TorchWorkers:
         version: str,
         want: tuple[str, ...] = ("logits",),
         max_new_tokens: int | None = None,
+        trust_remote_code: bool = False,
+        save_to: Path | None = None,
     ) -> dict[str, np.ndarray]:
         """Run one folder: {"logits": float32[batch, seq, vocab], "nll": float64[batch, seq - 1], "tokens": int64[...]}.
 
         `inputs` are int `input_ids` and optionally `attention_mask` and float `pixel_values`. `want` chooses among
         "logits" and "nll" (negative log likelihood of each next input id, in nats); `max_new_tokens` adds "tokens",
         int64[batch, max_new_tokens], decoded greedily with eos ignored. Weights are float32, attention is eager.
+        `save_to` is a folder for save_pretrained. Code in the folder runs only with `trust_remote_code`.
         Raises TorchJobError if a key is missing, unexpected or mismatched, or if anything else fails.
         """
         self._jobs += 1
@@ -59,6 +62,7 @@ class TorchWorkers:
         np.savez(source, **inputs)
         job = {"folder": str(folder), "class": class_name, "inputs": str(source), "output": str(target)}
         job |= {"want": list(want), "max_new_tokens": max_new_tokens}
+        job |= {"trust_remote_code": trust_remote_code, "save_to": save_to and str(save_to)}
         answer = self._ask(version, json.dumps(job))
         if answer["error"]:
             raise TorchJobError(f"{folder} in transformers {answer['transformers']}: {answer['error']}")
@@ -90,7 +94,8 @@ class TorchWorkers:
         return json.loads(answer)
 
     def _start(self, version: str) -> None:
-        environment = dict(os.environ)
+        # Code that comes with a folder is imported from a copy, which would otherwise stay in the user's cache.
+        environment = {**os.environ, "HF_MODULES_CACHE": str(Path(self._scratch.name) / f"modules-{version}")}
         if version == "4.57":
             if not self._compat.is_dir():
                 raise TorchJobError(f"{self._compat} is missing: run `make setup-test` in {self._compat.parents[1]}")

@@ -1,7 +1,8 @@
 """Answer jobs, one JSON object a line on stdin, with what stock transformers and torch compute; one JSON line each.
 
 A job: {"folder": HF folder, "class": name in transformers, "inputs": npz path, "output": npz path to write,
-"want": subset of ["logits", "nll"], "max_new_tokens": int or null}. The answer: {"error": str or null, "transformers":
+"want": subset of ["logits", "nll"], "max_new_tokens": int or null, "trust_remote_code": bool, "save_to": a folder to
+write with save_pretrained, or null}. The answer: {"error": str or null, "transformers":
 version}. By hand: echo '{"folder": ...}' | PYTHONPATH=.compat/transformers-4.57 python tests/torch_compat/run.py
 """
 
@@ -18,12 +19,13 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 
-def load_exactly(folder: str, class_name: str) -> torch.nn.Module:
+def load_exactly(folder: str, class_name: str, trust_remote_code: bool) -> torch.nn.Module:
     """The model of `folder` in float32 with eager attention; every tensor must fit the class and fill it."""
     model, report = getattr(transformers, class_name).from_pretrained(
         folder,
         dtype=torch.float32,
         attn_implementation="eager",
+        trust_remote_code=trust_remote_code,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # not to accept them: so that they are in the report, by name
     )
@@ -52,7 +54,9 @@ def read_inputs(path: str) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def run_job(job: dict) -> None:
     """Load, compute what the job wants, write it."""
-    model = load_exactly(job["folder"], job["class"])
+    model = load_exactly(job["folder"], job["class"], job["trust_remote_code"])
+    if job["save_to"]:
+        model.save_pretrained(job["save_to"])
     inputs = read_inputs(job["inputs"])
     outputs = {}
     if job["want"]:

@@ -19,6 +19,7 @@ from vlmprune_jax.hf.atomic import atomic_folder, check_space, check_target
 from vlmprune_jax.hf.card import model_card
 from vlmprune_jax.hf.files import WEIGHT_DTYPES, Checkpoint, read_json
 from vlmprune_jax.hf.layout import Slot, block_number, make_slots, template, tied_head
+from vlmprune_jax.hf.per_layer import with_loader, without_loader, write_loader
 from vlmprune_jax.hf.read import DTYPES, check_finite, resolve
 from vlmprune_jax.hf.tensors import Tensor, to_host, weight, write_weights
 from vlmprune_jax.hf.uneven import pad_tensor, widest
@@ -76,7 +77,10 @@ def save(
         raise UserError(f"{source}: is not the folder that this {family.name} ({family.layout} layout) model came from")
     layers = model.cfg.text.layers
     cfg = model.cfg.with_layers((widest(layers),) * len(layers)) if uneven == "pad" else model.cfg
-    written = _with_dtype(family.to_hf(cfg, config), dtype)
+    written = _with_dtype(family.to_hf(cfg, without_loader(config)), dtype)
+    ships_loader = family.layout == "transformers" and len(set(cfg.text.layers)) > 1
+    if ships_loader:
+        written = with_loader(written)
     tensors = make_tensors(model, cfg, family, Checkpoint(source), dtype)
     if is_main_process():
         check_space(target, sum(tensor.n_bytes for tensor in tensors))
@@ -84,6 +88,8 @@ def save(
             write_weights(tensors, folder, MAX_SHARD_BYTES)
             _write_json(folder / "config.json", written)
             _copy_files(source, folder)
+            if ships_loader:
+                write_loader(folder)
             if plan is not None:
                 plan.to_json(folder / "plan.json")
             card = model_card(model.cfg, cfg, written, source.name, folder / "plan.json")
