@@ -69,7 +69,11 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A CLIP vision tower; `n_layers` counts the blocks that are computed, `n_layers_total` those of the checkpoint."""
+    """A vision transformer; `n_layers` counts the blocks that are computed, `n_layers_total` those of the checkpoint.
+
+    `kind` is "clip", "siglip" or "internvit"; the fields after it say how the towers differ. `position_size` is the
+    image size that the position table is for (0: `image_size`); only "internvit" resizes its table to other images.
+    """
 
     hidden_size: int
     mlp: int
@@ -81,19 +85,54 @@ class VisionConfig:
     channels: int
     norm_eps: float
     activation: str
+    kind: str = "clip"
+    class_token: bool = True
+    patch_bias: bool = False
+    pre_norm: bool = True
+    layer_scale: bool = False
+    qkv_bias: bool = True
+    position_size: int = 0
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.heads:
+            raise UserError(f"vision tower: hidden_size {self.hidden_size} is not a multiple of its {self.heads} heads")
+        if self.image_size < self.patch_size:
+            raise UserError(f"vision tower: image_size {self.image_size} is below patch_size {self.patch_size}")
+
+    @property
+    def grid(self) -> int:
+        """Patches a side; pixels beyond the last whole patch are not looked at."""
+        return self.image_size // self.patch_size
+
+    @property
+    def position_grid(self) -> int:
+        """Patches a side of the position table."""
+        return (self.position_size or self.image_size) // self.patch_size
 
     @property
     def n_patches(self) -> int:
         """Patches per image, without the class token."""
-        return (self.image_size // self.patch_size) ** 2
+        return self.grid**2
 
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    """LLaVA's two-layer MLP from vision features to decoder embeddings."""
+    """The two-layer MLP from vision features to decoder embeddings.
+
+    `kind` "mlp" is LLaVA's. "pixel_shuffle" is InternVL's: `downsample` x `downsample` neighbours become one longer
+    feature, which is layer-normed (`norm_eps`) first; `shuffle_version` "v1" transposes the cells, "v2" does not.
+    """
 
     activation: str
     bias: bool
+    kind: str = "mlp"
+    norm_eps: float = 0.0
+    downsample: int = 1
+    shuffle_version: str = "v2"
+
+    def __post_init__(self) -> None:
+        if self.shuffle_version not in ("v1", "v2"):
+            raise UserError(f"ps_version {self.shuffle_version!r} is not one of v1, v2")
 
 
 @dataclass(frozen=True)
@@ -114,8 +153,9 @@ class LoraConfig:
 class ModelConfig:
     """One model: decoder, optional vision tower and projector, and how its folder is laid out.
 
-    `feature_select` is "patch" (class token dropped) or "full". `image_token_id` marks the positions that image
-    features replace; the original LLaVA layout uses the sentinel -200, which is never embedded.
+    `feature_select` is "patch" (the tower's first position, the class token if it has one, is dropped) or "full".
+    `image_token_id` marks the positions that image features replace; the original LLaVA and Bunny layouts use the
+    sentinel -200, which is never embedded.
     """
 
     family: str
@@ -130,12 +170,20 @@ class ModelConfig:
     pad_token_id: int | None = None
     lora: LoraConfig | None = None
 
+    def __post_init__(self) -> None:
+        if self.vision is None or self.projector is None:
+            return
+        grid, factor = self.vision.grid, self.projector.downsample
+        if grid % factor:
+            raise UserError(f"images of {grid} patches a side cannot be downsampled {factor} times")
+
     @property
     def tokens_per_image(self) -> int:
-        """Decoder positions that one image occupies (0 without a vision tower)."""
+        """Decoder positions that one image, or one tile of it, occupies (0 without a vision tower)."""
         if self.vision is None:
             return 0
-        return self.vision.n_patches + (self.feature_select == "full")
+        positions = self.vision.n_patches + self.vision.class_token - (self.feature_select == "patch")
+        return positions if self.projector is None else positions // self.projector.downsample**2
 
     def with_layers(self, layers: Sequence[LayerShape]) -> ModelConfig:
         """The same model with other decoder layers."""
