@@ -56,20 +56,37 @@ class TorchWorkers:
         `save_to` is a folder for save_pretrained. Code in the folder runs only with `trust_remote_code`.
         Raises TorchJobError if a key is missing, unexpected or mismatched, or if anything else fails.
         """
-        self._jobs += 1
-        source = Path(self._scratch.name) / f"{self._jobs}-in.npz"
-        target = Path(self._scratch.name) / f"{self._jobs}-out.npz"
+        source = Path(self._scratch.name) / "in.npz"
         np.savez(source, **inputs)
-        job = {"folder": str(folder), "class": class_name, "inputs": str(source), "output": str(target)}
+        job: dict = {"class": class_name, "inputs": str(source)}
         job |= {"want": list(want), "max_new_tokens": max_new_tokens}
         job |= {"trust_remote_code": trust_remote_code, "save_to": save_to and str(save_to)}
-        answer = self._ask(version, json.dumps(job))
+        return self._run(folder, job, version)[0]
+
+    def chat(
+        self,
+        folder: Path,
+        messages: list[dict],
+        *,
+        version: str,
+        max_new_tokens: int | None = None,
+        trust_remote_code: bool = False,
+    ) -> tuple[dict[str, np.ndarray], str]:
+        """What the folder's processor makes of a chat (input_ids, pixel_values, ...), and a pipeline's answer to it."""
+        job = {"chat": messages, "max_new_tokens": max_new_tokens, "trust_remote_code": trust_remote_code}
+        outputs, answer = self._run(folder, job, version)
+        return outputs, answer["text"]
+
+    def _run(self, folder: Path, job: dict, version: str) -> tuple[dict[str, np.ndarray], dict]:
+        self._jobs += 1
+        target = Path(self._scratch.name) / f"{self._jobs}-out.npz"
+        answer = self._ask(version, json.dumps(job | {"folder": str(folder), "output": str(target)}))
         if answer["error"]:
             raise TorchJobError(f"{folder} in transformers {answer['transformers']}: {answer['error']}")
         if not answer["transformers"].startswith(version + "."):
             raise TorchJobError(f"asked for transformers {version}, ran in {answer['transformers']}")
         with np.load(target) as outputs:
-            return dict(outputs)
+            return dict(outputs), answer
 
     def close(self) -> None:
         """End the processes and remove their files."""

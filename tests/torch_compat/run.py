@@ -2,7 +2,8 @@
 
 A job: {"folder": HF folder, "class": name in transformers, "inputs": npz path, "output": npz path to write,
 "want": subset of ["logits", "nll"], "max_new_tokens": int or null, "trust_remote_code": bool, "save_to": a folder to
-write with save_pretrained, or null}. The answer: {"error": str or null, "transformers":
+write with save_pretrained, or null}, or {"chat": messages, "folder", "output", "max_new_tokens"}: the processor's tensors
+of a chat and, with max_new_tokens, the text of an image-text-to-text pipeline in the answer ("text"). The answer: {"error": str or null, "transformers":
 version}. By hand: echo '{"folder": ...}' | PYTHONPATH=.compat/transformers-4.57 python tests/torch_compat/run.py
 """
 
@@ -74,12 +75,33 @@ def run_job(job: dict) -> None:
     np.savez(job["output"], **{name: tensor.numpy() for name, tensor in outputs.items()})
 
 
+@torch.no_grad()
+def run_chat(job: dict) -> str:
+    """Write what the folder's processor makes of a chat; return what the pipeline answers to it, greedily."""
+    processor = transformers.AutoProcessor.from_pretrained(job["folder"])
+    made = processor.apply_chat_template(
+        job["chat"], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    np.savez(job["output"], **{name: tensor.numpy() for name, tensor in made.items()})
+    if not job["max_new_tokens"]:
+        return ""
+    pipeline = transformers.pipeline(
+        "image-text-to-text", model=job["folder"], dtype=torch.float32, trust_remote_code=job["trust_remote_code"]
+    )
+    answer = pipeline(text=job["chat"], max_new_tokens=job["max_new_tokens"], do_sample=False, return_full_text=False)
+    return answer[0]["generated_text"]
+
+
 def main() -> None:
     """Answer until stdin ends."""
     for line in sys.stdin:
         answer = {"error": None, "transformers": transformers.__version__}
         try:
-            run_job(json.loads(line))
+            job = json.loads(line)
+            if "chat" in job:
+                answer["text"] = run_chat(job)
+            else:
+                run_job(job)
         except Exception as error:
             traceback.print_exc()
             answer["error"] = f"{type(error).__name__}: {error}"

@@ -150,7 +150,9 @@ def chat_template(template: Template, image: str) -> str:
     images = "{%- for part in parts if part['type'] == 'image' -%}" + literal(image) + "{%- endfor -%}"
     texts = "{%- for part in parts if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}"
     stripped = "{%- set text -%}" + texts + "{%- endset -%}"
-    trimmed = "{{ text | trim }}" if template.image_first else "{{ text }}"
+    # as the reference does: only beside an image
+    trimmed = "{{ text | trim if parts | selectattr('type', 'equalto', 'image') | list else text }}"
+    trimmed = trimmed if template.image_first else "{{ text }}"
     system = literal(template.system_start), literal(template.system_end)
     gap = template.gap
     return "".join([
