@@ -36,11 +36,14 @@ def tokenizer(goldens: Path) -> Any:
     return load_tokenizer(goldens / "tokenizers/llava")
 
 
-@pytest.mark.parametrize("name", ["llava_v1", "bunny"])
-def test_prompt_text_equals_the_reference(goldens: Path, samples: list[Record], name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("llava_v1", "llava_v1"), ("bunny", "bunny"), ("phi3-chat", "internvl_phi3_chat_before_image_expansion")],
+)
+def test_prompt_text_equals_the_reference(goldens: Path, samples: list[Record], name: str, key: str) -> None:
     stored = json.loads((goldens / "data/prompts.json").read_text())
     for record in samples:
-        assert render(record.turns, TEMPLATES[name], has_image=bool(record.images)) == stored[record.id][name]
+        assert render(record.turns, TEMPLATES[name], has_image=bool(record.images)) == stored[record.id][key]
 
 
 @pytest.mark.parametrize(
@@ -72,6 +75,25 @@ def test_ids_and_labels_equal_the_reference(
         assert labels.tolist() == expected["labels"], record.id
         assert bool((labels == IGNORE).all()) == expected["all_ignored"], record.id
         assert ids.dtype == labels.dtype == np.int32
+
+
+def test_internvl_ids_and_labels_equal_the_reference(goldens: Path, samples: list[Record]) -> None:
+    stored = json.loads((goldens / "data/internvl_tokenized.json").read_text())["internvl"]
+    tokenizer = load_tokenizer(goldens / "tokenizers/internvl")
+    assert len(stored["samples"]) == len(samples)
+    for record, expected in zip(samples, stored["samples"], strict=True):
+        ids, labels = tokenize_training(
+            record,
+            tokenizer,
+            TEMPLATES["phi3-chat"],
+            image_token_id=393,
+            tokens_per_image=stored["num_image_token_per_tile"],
+            tiles=[expected["num_tiles"]] if record.images else [],
+            cut_text_at=stored["model_max_length"],
+        )
+        assert ids.tolist() == expected["input_ids"], record.id
+        assert labels.tolist() == expected["labels"], record.id
+        assert bool((labels == IGNORE).all()) == expected["all_ignored"], record.id
 
 
 def test_image_expands_to_its_tokens(samples: list[Record], tokenizer: Any) -> None:
