@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from vlmprune_jax.config import TextConfig
 from vlmprune_jax.families.table import JsonDict
 
 LOADER_FILE = "modeling_per_layer.py"
@@ -24,8 +25,23 @@ _CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-def with_loader(config: JsonDict) -> JsonDict:
-    """The config of a native folder of unequal layers, naming the class in the shipped file."""
+def with_loader(config: JsonDict, text: TextConfig) -> JsonDict:
+    """The config of a native folder of unequal layers, naming the class in the shipped file.
+
+    Config classes check head counts that such a folder has no use for: Llama's that they divide `hidden_size`, Phi-3's
+    that LongRoPE has a factor per frequency of hidden_size / heads. So the nominal ones, from which every layer is cut,
+    are the next that pass.
+    """
+    config = dict(config)
+    inner = dict(config["text_config"]) if "text_config" in config else config
+    if inner["model_type"] in ("llama", "phi3"):
+        fits = [n for n in range(inner["num_attention_heads"], text.hidden_size + 1) if text.hidden_size % n == 0]
+        whole = text.hidden_size // text.head_dim
+        inner["num_attention_heads"] = heads = whole if whole in fits else fits[0]
+        if heads % inner["num_key_value_heads"]:
+            inner["num_key_value_heads"] = heads
+    if "text_config" in config:
+        config["text_config"] = inner
     stock, autos = _CLASSES[config["model_type"]]
     others = {name: value for name, value in (config.get("auto_map") or {}).items() if name not in autos}
     auto_map = others | {auto: f"{LOADER_FILE.removesuffix('.py')}.{_PREFIX}{stock}" for auto in autos}

@@ -73,7 +73,7 @@ def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype:
     else:
         written = family.to_hf(wide, without_loader(config))
     ships = family.layout == "transformers" and len({shape.widths for shape in wide.text.layers}) > 1
-    written = _with_dtype(with_loader(written) if ships else written, dtype)
+    written = _with_dtype(with_loader(written, cfg.text) if ships else written, dtype)
     return Target(family, wide, written, new_family is not None, ships, tokenizer)
 
 
@@ -120,7 +120,8 @@ def write_files(target: Target, cfg: ModelConfig, source: Path, folder: Path, pl
         write_loader(folder)
     if plan is not None:
         plan.to_json(folder / "plan.json")
-    card = model_card(cfg, target.cfg, target.config, source.name, folder / "plan.json")
+    processor = (folder / "processor_config.json").is_file() or (folder / "preprocessor_config.json").is_file()
+    card = model_card(cfg, target.cfg, target.config, source.name, folder / "plan.json", processor)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -88,6 +88,7 @@ def write_tokenizer(folder: Path, source: Path, tokenizer: JsonDict, named: dict
         "tokenizer_class": "PreTrainedTokenizerFast",
         "processor_class": processor,
         "extra_special_tokens": (known if isinstance(known, dict) else {}) | named,
+        "model_input_names": ["input_ids", "attention_mask"],  # no token types, which the plain class would add
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
     }
