@@ -33,6 +33,11 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def process_count() -> int:
+    """Number of processes that run together; asking does not start the accelerator where there is one process."""
+    return jax.process_count() if jax.distributed.is_initialized() else 1
+
+
 def is_main_process() -> bool:
-    """Whether this process writes exports, logs and progress."""
-    return jax.process_index() == 0
+    """Whether this process writes exports, logs and progress; asking does not start the accelerator either."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +47,15 @@ class Entry:
     end: int
 
 
+@dataclass(frozen=True)
+class Extent:
+    """Bytes `begin` to `end` of a file."""
+
+    file: Path
+    begin: int
+    end: int
+
+
 class Checkpoint(Mapping[str, np.ndarray]):
     """All tensors of a folder by their key in the files; an array is a memory map, read when it is looked at.
 
@@ -56,9 +67,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
         self.folder = folder
         self.shards, self.indexed = list_shards(folder)
         self.entries: dict[str, Entry] = {}
-        self._torch: dict[str, Any] = {}
         for shard in self.shards:
-            found = _torch_entries(shard, self._torch) if shard.suffix == ".bin" else read_header(shard)
+            found = _torch_entries(shard) if shard.suffix == ".bin" else read_header(shard)
             twice = sorted(set(found) & set(self.entries))
             if twice:
                 raise UserError(
@@ -75,19 +85,42 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     def __getitem__(self, key: str) -> np.ndarray:
         entry = self.entries[key]
-        if entry.file.suffix == ".bin":
-            return _torch_array(self._torch[key], entry)
         return self.raw(key).view(WEIGHT_DTYPES[entry.dtype]).reshape(entry.shape)
 
     def raw(self, key: str) -> np.ndarray:
         """uint8[bytes] of a tensor of any dtype."""
         entry = self.entries[key]
-        if entry.file.suffix == ".bin":
-            return _torch_bytes(self._torch[key])
         if entry.begin == entry.end:
             return np.empty(0, np.uint8)
         # A fresh map per tensor: its pages are given back when the array goes, so peak memory is one tensor.
-        return np.memmap(entry.file, np.uint8, "r", offset=entry.begin, shape=(entry.end - entry.begin,))
+        if entry.file.suffix == ".bin":
+            return _torch_bytes(_torch_load(entry.file)[key])
+        start = entry.begin - entry.begin % mmap.ALLOCATIONGRANULARITY
+        with entry.file.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), entry.end - start, access=mmap.ACCESS_READ, offset=start)
+        return np.frombuffer(mapped, np.uint8, entry.end - entry.begin, entry.begin - start)
+
+    def extent(self, key: str, first: int, size: int) -> Extent | None:
+        """Where bytes `first` to `first + size` of a tensor are, or None inside a `.bin`, which is an archive."""
+        entry = self.entries[key]
+        if entry.file.suffix == ".bin":
+            return None
+        return Extent(entry.file, entry.begin + first, entry.begin + first + size)
+
+    def elements(self, key: str, positions: np.ndarray) -> np.ndarray:
+        """The weights at flat positions; single reads, since a map would read 128 KiB around every one of them."""
+        entry, dtype = self.entries[key], WEIGHT_DTYPES[self.entries[key].dtype]
+        if entry.file.suffix == ".bin":
+            return self.raw(key).view(dtype)[positions]
+        descriptor = os.open(entry.file, os.O_RDONLY)
+        try:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            size = dtype.itemsize
+            parts = [os.pread(descriptor, size, entry.begin + int(at) * size) for at in positions.reshape(-1)]
+        finally:
+            os.close(descriptor)
+        return np.frombuffer(b"".join(parts), dtype).reshape(positions.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -184,8 +217,17 @@ def _entry(path: Path, value: Mapping[str, Any], start: int) -> Entry:
 _TORCH_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "bool": "BOOL"}
 
 
-def _torch_entries(path: Path, tensors: dict[str, Any]) -> dict[str, Entry]:
-    """The tensors of a `pytorch_model*.bin`, memory-mapped; only plain tensors are unpickled (weights_only)."""
+def _torch_entries(path: Path) -> dict[str, Entry]:
+    """The tensors of a `pytorch_model*.bin`."""
+    entries = {}
+    for key, tensor in _torch_load(path).items():
+        name = str(tensor.dtype).removeprefix("torch.")
+        entries[key] = Entry(path, _TORCH_NAMES.get(name, name), tuple(tensor.shape), 0, tensor.nbytes)
+    return entries
+
+
+def _torch_load(path: Path) -> dict[str, Any]:
+    """A state dict, memory-mapped; only plain tensors are unpickled (weights_only)."""
     try:
         import torch
     except ImportError as error:
@@ -197,20 +239,7 @@ def _torch_entries(path: Path, tensors: dict[str, Any]) -> dict[str, Entry]:
         raise UserError(f"{path}: not a plain PyTorch state dict ({reason})") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: not a plain PyTorch state dict: it must map names to tensors and hold nothing else")
-    entries = {}
-    for key, tensor in state.items():
-        name = str(tensor.dtype).removeprefix("torch.")
-        entries[key] = Entry(path, _TORCH_NAMES.get(name, name), tuple(tensor.shape), 0, tensor.nbytes)
-        tensors[key] = tensor
-    return entries
-
-
-def _torch_array(tensor: Any, entry: Entry) -> np.ndarray:
-    import torch
-
-    if entry.dtype == "BF16":
-        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.contiguous().numpy()
+    return state
 
 
 def _torch_bytes(tensor: Any) -> np.ndarray:

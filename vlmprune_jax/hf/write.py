@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from vlmprune_jax.config import ModelConfig
-from vlmprune_jax.distributed.mesh import is_main_process
+from vlmprune_jax.distributed.mesh import is_main_process, process_count
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, detect, family_of
 from vlmprune_jax.hf.atomic import atomic_folder, check_space, check_target
@@ -21,7 +21,7 @@ from vlmprune_jax.hf.files import WEIGHT_DTYPES, Checkpoint, read_json
 from vlmprune_jax.hf.layout import Slot, block_number, make_slots, template, tied_head
 from vlmprune_jax.hf.per_layer import with_loader, without_loader, write_loader
 from vlmprune_jax.hf.read import DTYPES, check_finite, resolve
-from vlmprune_jax.hf.tensors import Tensor, to_host, weight, write_weights
+from vlmprune_jax.hf.tensors import Tensor, extent_of, to_host, weight, write_weights
 from vlmprune_jax.hf.uneven import pad_tensor, widest
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model
@@ -97,7 +97,7 @@ def save(
     else:
         for tensor in tensors:  # gathering what is split over processes takes all of them
             tensor.fetch()
-    if jax.process_count() > 1:
+    if process_count() > 1:
         multihost_utils.sync_global_devices(f"saved {target}")
 
 
@@ -156,14 +156,16 @@ def _weight(
 ) -> Tensor:
     def fetch() -> np.ndarray:
         array = to_host(flat[before.path], before.index)
-        if before.shape != after.shape and before.layer is not None:
-            array = pad_tensor(array, before.axes, old.text.layers[before.layer], new.text.layers[before.layer])
+        if padded:
+            array = pad_tensor(array, before.axes, old.text.layers[layer], new.text.layers[layer])
         with np.errstate(over="ignore"):  # reported with the tensor's name instead
-            array = array.astype(WEIGHT_DTYPES[dtype], copy=False)
-        check_finite(array, f"{key}, to be written as {dtype},")
-        return array
+            return array.astype(WEIGHT_DTYPES[dtype], copy=False)
 
-    return weight(key, dtype, after.hf_shape, fetch)
+    layer = before.layer or 0
+    padded = before.shape != after.shape and before.layer is not None
+    extent = None if padded else extent_of(flat[before.path], before.index, dtype)
+    check = functools.partial(check_finite, what=f"{key}, to be written as {dtype},")
+    return weight(key, dtype, after.hf_shape, fetch, extent, check)
 
 
 def _carried(source: Checkpoint, known: set[str], cfg: ModelConfig, family: Family) -> list[Tensor]:
@@ -175,8 +177,8 @@ def _carried(source: Checkpoint, known: set[str], cfg: ModelConfig, family: Fami
             continue
         number = block_number(name, "text", cfg, family)
         if number is None or number < len(cfg.text.layers):
-            fetch = lambda key=key: source.raw(key)  # noqa: E731
-            tensors.append(Tensor(key, entry.dtype, entry.shape, entry.end - entry.begin, fetch))
+            n_bytes, fetch = entry.end - entry.begin, functools.partial(source.raw, key)
+            tensors.append(Tensor(key, entry.dtype, entry.shape, n_bytes, fetch, source.extent(key, 0, n_bytes)))
     return tensors
 
 

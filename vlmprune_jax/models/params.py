@@ -75,7 +75,9 @@ def stack_layers(layers: Sequence[Flat], rest: Params, cfg: ModelConfig) -> Para
     stacked = {}
     for run, (start, length, _) in enumerate(runs(cfg.text.layers)):
         members = layers[start : start + length]
-        stack = np.stack if isinstance(next(iter(members[0].values())), np.ndarray) else jnp.stack
+        kind = type(next(iter(members[0].values())))
+        # arrays that stay in their files (hf/lazy.py) bring their own
+        stack = np.stack if issubclass(kind, np.ndarray) else getattr(kind, "stack", jnp.stack)
         stacked[str(run)] = unflatten({name: stack([layer[name] for layer in members]) for name in members[0]})
     return {**rest, "text": {**rest["text"], "layers": stacked}}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -21,7 +20,8 @@ from vlmprune_jax.prune.plan import KeptLayer, PrunePlan
 def apply_plan(model: Model, plan: PrunePlan) -> Model:
     """The pruned model; `model` itself is not changed.
 
-    Works on host and device arrays; on a mesh every parameter keeps its named-axis sharding.
+    Works on host and device arrays, and on those that stay in their files (hf/lazy.py); on a mesh every parameter
+    keeps its named-axis sharding.
 
     Raises:
       UserError: the plan is for another model, or leaves widths that the mesh does not divide.
@@ -74,8 +74,7 @@ def keep_indices(leaf: Any, axes: tuple[str, ...], layer: KeptLayer) -> Any:
         indices = chosen.get(axis)
         if indices is None or len(indices) == leaf.shape[position]:
             continue
-        take = np.take if isinstance(leaf, np.ndarray) else jnp.take
-        leaf = take(leaf, np.asarray(indices), axis=position)
+        leaf = leaf.take(np.asarray(indices), axis=position)
     return leaf
 
 
