@@ -12,24 +12,38 @@ from vlmprune_jax.errors import UserError
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Widths of one decoder layer: query heads, key/value heads and MLP neurons."""
+    """Widths of one decoder layer: query heads, key/value heads and MLP neurons.
+
+    `window` is the layer's own sliding attention window in tokens, None if it sees everything before it. It is no
+    width: pruning never changes it, and plans do not record it.
+    """
 
     q_heads: int
     kv_heads: int
     mlp: int
+    window: int | None = None
 
     def __post_init__(self) -> None:
         if min(self.q_heads, self.kv_heads, self.mlp) < 1:
             raise UserError(f"{self}: every width of a decoder layer must be at least 1")
         if self.q_heads % self.kv_heads:
             raise UserError(f"{self}: q_heads must be a multiple of kv_heads (grouped-query attention)")
+        if self.window is not None and self.window < 1:
+            raise UserError(f"{self}: a sliding window must hold at least 1 token")
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """(q_heads, kv_heads, mlp): what plans and `per_layer_shapes` record."""
+        return self.q_heads, self.kv_heads, self.mlp
 
 
 @dataclass(frozen=True)
 class RopeConfig:
     """Rotary position embedding as Hugging Face configs describe it (`rope_theta` and `rope_scaling`).
 
-    `kind` is "default", "linear", "llama3" or "yarn"; the other fields are that kind's parameters, 0 where unused.
+    `kind` is "default", "linear", "llama3", "yarn" or "longrope"; the other fields are that kind's parameters, 0 or
+    empty where unused. LongRoPE divides each frequency by its short factor, or by its long factor for the whole batch
+    as soon as one position reaches `original_max_positions`.
     """
 
     theta: float
@@ -41,11 +55,21 @@ class RopeConfig:
     beta_fast: float = 0.0
     beta_slow: float = 0.0
     attention_factor: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+
+
+_CHOICES = {"block": ("sequential", "parallel"), "norm": ("rms", "layer"), "mlp_kind": ("gated", "plain")}
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A pre-norm gated decoder (Llama family). `layers` holds one shape per decoder layer, in order."""
+    """A pre-norm decoder. `layers` holds one shape per decoder layer, in order.
+
+    `rotary_dim` channels of every head are rotated (its first ones). `block` is "sequential", or "parallel" for Phi's
+    x + attention(norm x) + mlp(norm x) with one norm; `norm` is "rms" or "layer"; `mlp_kind` is "gated" or "plain" (two
+    projections); `qk_norm` is Qwen3's norm of every query and key head. `decoder` names the weight table in files.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -55,16 +79,41 @@ class TextConfig:
     activation: str
     rope: RopeConfig
     tie_embeddings: bool
-    attention_bias: bool
-    mlp_bias: bool
-    sliding_window: int | None
     max_positions: int
+    rotary_dim: int
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    head_bias: bool = False
+    qk_norm: bool = False
+    block: str = "sequential"
+    norm: str = "rms"
+    mlp_kind: str = "gated"
+    decoder: str = "llama"
 
     def __post_init__(self) -> None:
         if not self.layers:
             raise UserError("a decoder needs at least one layer")
-        if self.head_dim % 2:
-            raise UserError(f"head_dim {self.head_dim} is odd: rotary embedding rotates pairs of channels")
+        if not 0 < self.rotary_dim <= self.head_dim:
+            raise UserError(f"{self.rotary_dim} rotated channels of heads of {self.head_dim}: need 1 to head_dim")
+        if self.rotary_dim % 2:
+            raise UserError(f"{self.rotary_dim} rotated channels of each head is odd: rotary embedding rotates pairs")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} {getattr(self, name)!r} of a decoder is not one of {', '.join(known)}")
+        if self.head_bias and self.tie_embeddings:
+            raise UserError("an output head with a bias cannot be tied to the embeddings (tie_word_embeddings)")
+        for factors in (self.rope.short_factors, self.rope.long_factors):
+            if self.rope.kind == "longrope" and len(factors) != self.rotary_dim // 2:
+                raise UserError(
+                    f"longrope has {len(factors)} factors for {self.rotary_dim // 2} frequencies: config.json's "
+                    "short_factor and long_factor need one per pair of rotated channels"
+                )
+
+    @property
+    def even(self) -> bool:
+        """Whether all layers have the same widths, as stock transformers wants them."""
+        return len({shape.widths for shape in self.layers}) == 1
 
 
 @dataclass(frozen=True)
@@ -137,7 +186,10 @@ class ProjectorConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters on decoder projections (Hu et al. 2021): y += alpha/rank * B A dropout(x)."""
+    """Low-rank adapters on decoder projections (Hu et al. 2021): y += alpha/rank * B A dropout(x).
+
+    `targets` are names of projections, as `q_proj`; none means all that the decoder has.
+    """
 
     rank: int
     alpha: float

@@ -7,7 +7,8 @@ from typing import Any
 
 from vlmprune_jax.config import ModelConfig, ProjectorConfig
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.families.llama import TEXT_MODEL_TYPES, text_from_hf, text_to_hf, text_weights, token_ids
+from vlmprune_jax.families.decoders import text_from_hf, text_to_hf, text_weights
+from vlmprune_jax.families.shapes import token_ids
 from vlmprune_jax.families.table import Family, JsonDict
 from vlmprune_jax.families.vision import projector_of, projector_weights, vision_from_hf, vision_of, vision_weights
 
@@ -35,10 +36,6 @@ OTHER_TOWERS = r"(text_model|text_projection|visual_projection)\..*|logit_scale|
 def _hf_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
     del vision
     text = dict(config.get("text_config") or {})
-    if text.get("model_type", "llama") not in TEXT_MODEL_TYPES:
-        raise UserError(
-            f"LLaVA with a {text['model_type']!r} decoder is not supported (supported: {', '.join(TEXT_MODEL_TYPES)})"
-        )
     # Version 5 of transformers ties if either says so, 4 if the decoder's says so (and never writes the outer default).
     text["tie_word_embeddings"] = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
     select = config.get("vision_feature_select_strategy", "default")

@@ -68,7 +68,7 @@ def _table(cfg: ModelConfig, plan: dict[str, Any] | None) -> str:
 
 
 def _shapes(layers: tuple[LayerShape, ...]) -> str:
-    shapes = sorted(set(layers), key=lambda s: (s.q_heads, s.kv_heads, s.mlp))
+    shapes = [LayerShape(*widths) for widths in sorted({shape.widths for shape in layers})]
     if len(shapes) == 1:
         shape = shapes[0]
         return f"each with {shape.q_heads} query heads, {shape.kv_heads} key/value heads and {shape.mlp} MLP neurons"

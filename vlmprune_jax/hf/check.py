@@ -11,11 +11,11 @@ import numpy as np
 
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.families import Family, family_of
-from vlmprune_jax.families.llama import PER_LAYER
+from vlmprune_jax.families import Family, detect, family_of
+from vlmprune_jax.families.shapes import PER_LAYER
 from vlmprune_jax.hf.files import WEIGHT_DTYPES, Checkpoint, read_json
 from vlmprune_jax.hf.layout import make_slots
-from vlmprune_jax.hf.read import load
+from vlmprune_jax.hf.read import load, read_config
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import Model, forward, mesh_of
 
@@ -46,7 +46,7 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
     inputs = _random_inputs(model.cfg)
     # Most CPUs and TPUs multiply float32 in fewer bits by default; the comparison is of functions, not of speed.
     with jax.default_matmul_precision("highest"):
-        expected, _ = forward(_as_written(model, folder), **inputs)
+        expected, _ = forward(_as_written(model, folder, vision_dir), **inputs)
         backend, actual = _reloaded_logits(model, folder, inputs, vision_dir)
     if actual.shape != expected.shape:
         shapes = f"{list(actual.shape)} instead of {list(expected.shape)}"
@@ -61,13 +61,14 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
     return {"backend": backend, "max_abs_logit_difference": difference, "tolerance": tolerance}
 
 
-def _as_written(model: Model, folder: Path) -> Model:
+def _as_written(model: Model, folder: Path, vision_dir: str | Path | None) -> Model:
     """The model in float32 with every weight rounded to the dtype it has in the folder."""
-    family, checkpoint = family_of(model.cfg), Checkpoint(folder)
-    dtypes = {family.canonical(key): entry.dtype for key, entry in checkpoint.entries.items()}
+    family, cfg = read_config(folder, None if vision_dir is None else Path(vision_dir))
+    keys = {family.canonical(key): entry.dtype for key, entry in Checkpoint(folder).entries.items()}
+    dtypes = {slot.name: keys.get(slot.key, "F32") for slot in make_slots(cfg, family)}
     flat = flatten(model.params)
-    for slot in make_slots(model.cfg, family):
-        dtype = WEIGHT_DTYPES[dtypes.get(slot.key, "F32")]
+    for slot in make_slots(model.cfg, family_of(model.cfg)):
+        dtype = WEIGHT_DTYPES[dtypes[slot.name]]
         if flat[slot.path].dtype != dtype:
             flat[slot.path] = flat[slot.path].astype(dtype)
     return Model(unflatten({path: leaf.astype(np.float32) for path, leaf in flat.items()}), model.cfg)
@@ -88,7 +89,7 @@ def _random_inputs(cfg: ModelConfig) -> dict[str, Any]:
 def _reloaded_logits(
     model: Model, folder: Path, inputs: dict[str, Any], vision_dir: str | Path | None
 ) -> tuple[str, np.ndarray]:
-    family = family_of(model.cfg)
+    family = detect(read_json(folder / "config.json"), str(folder / "config.json"))
     stock = _stock_class(family, folder)
     if stock and importlib.util.find_spec("torch") is not None:
         return "torch", _torch_logits(folder, stock, family, inputs)

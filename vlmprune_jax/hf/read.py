@@ -17,7 +17,7 @@ from vlmprune_jax.distributed.rules import check_divides, sharding
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, detect
 from vlmprune_jax.hf.files import Checkpoint, has_weights, read_json
-from vlmprune_jax.hf.layout import PARTS, Slot, make_slots, match_keys, refuse
+from vlmprune_jax.hf.layout import PARTS, Slot, make_slots, match_keys, refuse, split_tensor
 from vlmprune_jax.models.params import param_axes, param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, Params
 
@@ -164,7 +164,7 @@ def _read_block(
     targets = zip(slots[index[0]], block, strict=True) if stacked else [(slots[0], block)]
     for slot, target in targets:
         checkpoint, key = sources[slot.key]
-        part = checkpoint[key].reshape(slot.shape)[index[1:] if stacked else index]
+        part = split_tensor(checkpoint[key], slot)[index[1:] if stacked else index]
         check_finite(part, f"{checkpoint.folder}: tensor {key}")
         with np.errstate(over="ignore"):  # reported with the tensor's name instead
             target[...] = part

@@ -85,7 +85,7 @@ def _generate(
     params: Params, cfg: ModelConfig, arrays: dict[str, Any], max_new_tokens: int, eos: tuple[int, ...]
 ) -> jax.Array:
     module = to_nnx(Model(params, cfg))
-    window, valid = cfg.text.sliding_window, arrays["valid"]
+    valid = arrays["valid"]
     batch, length = valid.shape
     cache, before = _prefill_prefix(module, arrays)
     start = before.shape[1]
@@ -96,7 +96,7 @@ def _generate(
     x, _ = module.embed(arrays["ids"], arrays["pixels"] if start == 0 else None)
     empty = module.text.empty_cache(batch, length + max_new_tokens, x.dtype)
     cache = empty if cache is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), cache, empty)
-    context = module.text.context(positions[:, start:], attention_mask(slots, length, start, window), slot=start)
+    context = module.text.context(positions[:, start:], attention_mask(slots, length, start), slot=start)
     hidden, aux = module.text(x, context, cache=cache)
     padding = cfg.pad_token_id if cfg.pad_token_id is not None else (eos[0] if eos else 0)
 
@@ -109,7 +109,7 @@ def _generate(
         i, token, ended, tokens, cache = state
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1)
         slot = start + length + i
-        context = module.text.context(n_real + i, attention_mask(slots, 1, slot, window), slot=slot)
+        context = module.text.context(n_real + i, attention_mask(slots, 1, slot), slot=slot)
         hidden, aux = module.text(module.text.embed_tokens.lookup(token[:, None]), context, cache=cache)
         token, ended = choose(hidden, ended)
         return i + 1, token, ended, tokens, aux["cache"]
@@ -131,7 +131,7 @@ def _prefill_prefix(module: VisionLanguageModel, arrays: dict[str, Any]) -> tupl
     valid, rows = arrays["prefix_valid"], arrays["rows"]
     x, _ = module.embed(arrays["prefix_ids"], arrays["pixels"])
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-    mask = attention_mask(valid.astype(bool), valid.shape[1], 0, module.cfg.text.sliding_window)
+    mask = attention_mask(valid.astype(bool), valid.shape[1], 0)
     cache = module.text.empty_cache(valid.shape[0], valid.shape[1], x.dtype)
     _, aux = module.text(x, module.text.context(positions, mask), cache=cache)
     return jax.tree.map(lambda leaf: leaf[:, rows], aux["cache"]), valid[rows]

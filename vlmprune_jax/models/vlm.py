@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.rules import constrain, sharding
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.models.decoder import Context, Decoder, attention_mask
+from vlmprune_jax.models.decoder import Context, Decoder, attention_mask, head_logits
 from vlmprune_jax.models.vision import Projector, VisionTower, pixel_shuffle
 
 Params = dict[str, Any]
@@ -146,18 +146,18 @@ def text_context(
     """What the decoder's blocks share in a forward without cache, from int[batch, seq] `attention_mask` (1 = real)."""
     if position_ids is None:
         position_ids = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
-    return module.text.context(position_ids, attention_mask_for(attention_mask, module.cfg), dropout_key=dropout_key)
+    return module.text.context(position_ids, attention_mask_for(attention_mask), dropout_key=dropout_key)
 
 
-def attention_mask_for(valid: jax.Array, cfg: ModelConfig) -> jax.Array:
+def attention_mask_for(valid: jax.Array) -> jax.Array:
     """bool[batch, seq, seq] mask of a forward without cache, from int[batch, seq] `valid`."""
-    return attention_mask(valid.astype(bool), valid.shape[1], 0, cfg.text.sliding_window)
+    return attention_mask(valid.astype(bool), valid.shape[1], 0)
 
 
 def unembed(params: Params, cfg: ModelConfig, hidden: jax.Array) -> jax.Array:
     """Logits [..., vocab] of final-norm states [..., embed]."""
-    table = params["text"]["embed_tokens" if cfg.text.tie_embeddings else "lm_head"]["weight"]
-    return jnp.einsum("...d,vd->...v", hidden, table)
+    head = params["text"]["embed_tokens" if cfg.text.tie_embeddings else "lm_head"]
+    return head_logits(hidden, head["weight"], head.get("bias"))
 
 
 def apply(

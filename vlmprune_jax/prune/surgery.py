@@ -45,7 +45,10 @@ def apply_plan(model: Model, plan: PrunePlan) -> Model:
 
 def check_plan_is_for(model: Model, plan: PrunePlan) -> None:
     """Raise UserError unless the plan was made for exactly this model (widths, then weights)."""
-    if plan.layers_before != model.cfg.text.layers or not plan.fingerprint.startswith(shape_digest(model.cfg)):
+    widths = [shape.widths for shape in model.cfg.text.layers]
+    if [shape.widths for shape in plan.layers_before] != widths or not plan.fingerprint.startswith(
+        shape_digest(model.cfg)
+    ):
         raise UserError(
             f"plan of another model: it is for {_describe(plan.layers_before)}, this model has "
             f"{_describe(model.cfg.text.layers)}: score and plan this model"
