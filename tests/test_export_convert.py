@@ -1,4 +1,4 @@
-"""Hub layouts -> stock transformers classes: the same logits, greedy tokens, prompts and pixels, without remote code."""
+"""Hub layouts -> stock classes of transformers: the same logits, tokens, prompts and pixels, without remote code."""
 
 import json
 import shutil
@@ -153,7 +153,7 @@ def test_chat_template_and_processor_make_the_familys_prompt(goldens, converted,
         assert made["input_ids"][0].tolist() == expected
         assert set(made) == {"input_ids", "attention_mask", "pixel_values"}
         if kind is not None:
-            # torchvision of version 5 rounds after a resize otherwise than PIL: one level of 255, divided by the deviation
+            # torchvision (version 5) rounds after a resize otherwise than PIL: one level or two of 255, normalised
             limit = 1e-5 if version == "4.57" else 2 / 255 / 0.26
             np.testing.assert_allclose(made["pixel_values"][0], images[kind][number], atol=limit, rtol=0)
 

@@ -104,7 +104,9 @@ def _loading(cfg: ModelConfig, written: ModelConfig, config: dict[str, Any], pro
             f"function as the pruned model in a stock class. What it costs: {after:,} parameters in the files and in "
             f"memory instead of {before:,}, and the time of all of them."
         )
-    parts.append("In JAX: `vlmprune_jax.load(folder)`" + (", `vision_dir=...` for the tower." if _needs_tower(written) else "."))
+    parts.append(
+        "In JAX: `vlmprune_jax.load(folder)`" + (", `vision_dir=...` for the tower." if _needs_tower(written) else ".")
+    )
     return "\n\n".join(parts)
 
 
@@ -114,7 +116,7 @@ def _needs_tower(written: ModelConfig) -> bool:
 
 def _hub_loading(written: ModelConfig, config: dict[str, Any]) -> str:
     name = (config.get("architectures") or ["the hub's class"])[0]
-    if len({shape.widths for shape in written.text.layers}) > 1:
+    if not written.text.even:
         return (
             "The layers have unequal widths and are stored at their true size in the hub's layout "
             f"(`per_layer_shapes` in config.json), which `{name}` cannot load. For PyTorch export with "

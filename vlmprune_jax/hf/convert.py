@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from vlmprune_jax.config import ModelConfig, VisionConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import FAMILIES, Family
@@ -49,10 +51,11 @@ def to_transformers(cfg: ModelConfig, source: JsonDict, image_token_id: int, voc
     family = target_family(cfg)
     assert family is not None
     _check(cfg)
-    text = source["llm_config"] if cfg.family == "internvl" else source
+    text = source["llm_config"] if cfg.family == "internvl" else {**source, "model_type": cfg.text.decoder}
+    model_type = text["model_type"]
     text = {name: value for name, value in text.items() if not _NOT_TEXT.fullmatch(name)}
     text |= {
-        "model_type": cfg.text.decoder,
+        "model_type": model_type,
         "vocab_size": vocab_size,
         "tie_word_embeddings": cfg.text.tie_embeddings,
     }
@@ -138,3 +141,13 @@ def written_key(key: str, vision: VisionConfig) -> str:
     if vision.kind == "internvit":
         return key
     return re.sub(r"^vision_tower\.", "vision_tower.vision_model.", key)
+
+
+def more_words(array: np.ndarray, axes: tuple[str, ...], size: int) -> np.ndarray:
+    """A vocabulary of `size`: new embeddings, and new rows of the output head, are the mean of all others.
+
+    The logit of a new word is then the mean of all logits, so it is never the largest.
+    """
+    axis = axes.index("vocab")
+    mean = array.mean(axis=axis, keepdims=True, dtype=np.float32).astype(array.dtype)
+    return np.concatenate([array, np.repeat(mean, size - array.shape[axis], axis=axis)], axis=axis)

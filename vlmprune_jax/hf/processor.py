@@ -10,7 +10,7 @@ from typing import Any
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.data.prompts import TEMPLATES, Template
 from vlmprune_jax.families.table import JsonDict
-from vlmprune_jax.families.vision import projector_of, vision_of
+from vlmprune_jax.families.vision import vision_of
 from vlmprune_jax.hf.files import read_json
 from vlmprune_jax.hf.tokenizer import prefixes_only_the_start, token_id, write_tokenizer
 
@@ -143,6 +143,7 @@ def chat_template(template: Template, image: str) -> str:
     A message's content is a string or a list of image and text parts. The family's system text is used unless the
     first message is a system message.
     """
+
     def literal(text: str) -> str:
         return "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
 

@@ -18,7 +18,7 @@ from vlmprune_jax.hf.files import read_json
 from vlmprune_jax.hf.per_layer import with_loader, without_loader, write_loader
 from vlmprune_jax.hf.processor import NEW_TOKENS, write_processor
 from vlmprune_jax.hf.tokenizer import add_token, read_tokenizer
-from vlmprune_jax.hf.uneven import widest
+from vlmprune_jax.hf.uneven import padded
 
 LAYOUTS = ("source", "transformers")
 UNEVEN = ("per_layer", "pad", "refuse")
@@ -26,7 +26,7 @@ UNEVEN = ("per_layer", "pad", "refuse")
 _ALWAYS = ("LICENSE*", "NOTICE*", "USE_POLICY*", "plan.json")
 _SAME_LAYOUT = (
     "*token*.json", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "special_tokens_map.json",
-    "generation_config.json", "*processor_config.json", "chat_template*", "*.jinja", "*.py",
+    "generation_config.json", "*processor_config.json", "chat_template*", "*.jinja",
 )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype:
     if detect(config, str(source / "config.json")) is not family:
         raise UserError(f"{source}: is not the folder that this {family.name} ({family.layout} layout) model came from")
     layers = cfg.text.layers
-    wide = cfg.with_layers(tuple(widest(layers, shape) for shape in layers)) if uneven == "pad" else cfg
+    wide = cfg.with_layers(padded(layers)) if uneven == "pad" else cfg
     new_family = target_family(cfg) if layout == "transformers" else None
     tokenizer = None
     if new_family is not None:
@@ -72,7 +72,10 @@ def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype:
         wide = family.from_hf(written, None)
     else:
         written = family.to_hf(wide, without_loader(config))
-    ships = family.layout == "transformers" and len({shape.widths for shape in wide.text.layers}) > 1
+        if not family.separate_vision:  # whose config.json does not describe the tower, and never changes the table
+            family = detect(written, "the new config.json")
+            wide = family.from_hf(written, None)
+    ships = family.layout == "transformers" and not wide.text.even
     written = _with_dtype(with_loader(written, cfg.text) if ships else written, dtype)
     return Target(family, wide, written, new_family is not None, ships, tokenizer)
 
@@ -83,7 +86,7 @@ def _check_options(cfg: ModelConfig, layout: str, uneven: str) -> None:
             raise UserError(f"{name} {value!r} is not one of {', '.join(known)}")
     if cfg.lora is not None:
         raise UserError("the model has unmerged LoRA adapters: merge them first (recover.merge_lora)")
-    if uneven == "refuse" and len({shape.widths for shape in cfg.text.layers}) > 1:
+    if uneven == "refuse" and not cfg.text.even:
         raise UserError(
             "the layers have unequal widths, which stock transformers cannot load: prune all layers alike "
             '(prune.layers="all"), or export with uneven="pad" (same function, no savings) or "per_layer" (true sizes)'
@@ -113,7 +116,8 @@ def write_files(target: Target, cfg: ModelConfig, source: Path, folder: Path, pl
       plan: the prune plan, if any.
     """
     (folder / "config.json").write_text(json.dumps(target.config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    _copy_files(source, folder, _ALWAYS if target.converts else (*_ALWAYS, *_SAME_LAYOUT))
+    code = ("*.py",) if "auto_map" in target.config else ()
+    _copy_files(source, folder, _ALWAYS if target.converts else (*_ALWAYS, *_SAME_LAYOUT, *code))
     if target.tokenizer is not None:
         write_processor(folder, source, cfg, read_json(source / "config.json"), target.tokenizer)
     if target.ships_loader:

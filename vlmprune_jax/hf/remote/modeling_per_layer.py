@@ -91,7 +91,7 @@ class PerLayerWidths:
         if shapes is None or len(shapes) != len(layers):
             found = "no per_layer_shapes" if shapes is None else f"{len(shapes)} per_layer_shapes"
             raise ValueError(f"config.json has {found} for {len(layers)} layers")
-        for layer, shape in zip(layers, shapes):
+        for layer, shape in zip(layers, shapes, strict=True):
             resize_layer(layer, *shape)
 
     @classmethod
