@@ -7,11 +7,22 @@ from typing import Any
 
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.families.bunny import BUNNY
 from vlmprune_jax.families.decoders import DECODERS, LLAMA, PHI, PHI3
+from vlmprune_jax.families.internvl import INTERNVL_HF, INTERNVL_ORIGINAL
 from vlmprune_jax.families.llava import LLAVA_HF, LLAVA_ORIGINAL
 from vlmprune_jax.families.table import Family, Weight
 
-FAMILIES: tuple[Family, ...] = (LLAVA_HF, LLAVA_ORIGINAL, LLAMA, PHI, PHI3)
+FAMILIES: tuple[Family, ...] = (
+    LLAVA_HF,
+    LLAVA_ORIGINAL,
+    BUNNY,
+    INTERNVL_ORIGINAL,
+    INTERNVL_HF,
+    LLAMA,
+    PHI,
+    PHI3,
+)
 
 __all__ = ["FAMILIES", "Family", "Weight", "detect", "family_of"]
 
@@ -27,7 +38,8 @@ def detect(config: Mapping[str, Any], where: str) -> Family:
             return family
     raise UserError(
         f"{where}: model_type {config.get('model_type')!r} (architectures {config.get('architectures')}) is not "
-        f"supported; known: llava (llava-hf and original LLaVA-1.5 layouts), {', '.join(DECODERS)}"
+        f"supported; known: llava (llava-hf and original LLaVA-1.5 layouts), bunny-phi, internvl_chat, internvl, "
+        f"{', '.join(DECODERS)}"
     )
 
 

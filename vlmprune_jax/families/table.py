@@ -34,7 +34,9 @@ class Family:
     """A model family in one checkpoint layout.
 
     `renames` are ordered (regex, replacement) pairs that turn every accepted spelling of a key into the table's
-    spelling. Keys that match `ignored` are neither loaded nor refused; they are carried over on export.
+    spelling. Keys that match `ignored` are neither loaded nor refused; they are carried over on export. `token_names`
+    are (field, token) pairs: fields that `from_hf` looks for beside those of config.json, each with the id of a token
+    of the folder's tokenizer (absent where there is none).
     """
 
     name: str
@@ -46,6 +48,7 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     separate_vision: bool = False
+    token_names: tuple[tuple[str, str], ...] = ()
 
     def canonical(self, key: str) -> str:
         """The table's spelling of a checkpoint key."""

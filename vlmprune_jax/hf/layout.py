@@ -71,8 +71,8 @@ def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
             if index is not None:
                 names, shape = names[1:], shape[1:]
             tokens = line.layout.replace("(", " ( ").replace(")", " ) ").split()
-            assert [t for t in tokens if t not in "()"] == list(names), f"{line} does not keep the axes {names}"
-            size = dict(zip(names, shape, strict=True))
+            assert [t for t in tokens if t not in "()1"] == list(names), f"{line} does not keep the axes {names}"
+            size = {"1": 1, **dict(zip(names, shape, strict=True))}
             whole = _grouped(tokens, size)
             slots.append(Slot(line.key, line.path, whole, path, index, shape, names, i, 0, whole[0]))
     slots = _fused(slots)
@@ -205,4 +205,4 @@ def block_number(name: str, part: str, cfg: ModelConfig, family: Family) -> int 
 
 def template(key: str) -> str:
     """A key with its block number replaced by `{}`; keys outside blocks are returned as they are."""
-    return re.sub(r"\blayers\.\d+\.", "layers.{}.", key, count=1)
+    return re.sub(r"\b(layers?)\.\d+\.", r"\1.{}.", key, count=1)

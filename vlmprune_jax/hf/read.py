@@ -40,7 +40,8 @@ def load(
 
     Args:
       hf_dir: folder with config.json and safetensors (or `pytorch_model*.bin`, with the [torch] extra), or a hub id.
-      vision_dir: the CLIP folder of an original-layout LLaVA that does not hold its tower.
+      vision_dir: the vision tower's own folder (CLIP, SigLIP) for an original-layout LLaVA or Bunny; it wins over a
+        tower inside `hf_dir`.
       dtype: of all parameters: "float32", "bfloat16" or "float16".
       mesh: where the parameters go, split by `distributed.rules`; None is the default device.
 
@@ -93,18 +94,36 @@ def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, M
     generation = folder / "generation_config.json"
     if generation.is_file():
         ids = {k: v for k, v in read_json(generation).items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        nested = config.get("text_config") or {}
+        nested = config.get("text_config") or config.get("llm_config") or {}
         known = {name for name in ids if config.get(name) is not None or nested.get(name) is not None}
         config = {**config, **{name: value for name, value in ids.items() if name not in known and value is not None}}
     family = detect(config, str(folder / "config.json"))
+    if family.token_names:
+        tokens = tokenizer_ids(folder)
+        config = {**config, **{name: tokens[token] for name, token in family.token_names if token in tokens}}
     vision = None
     if family.separate_vision:
         vision = read_json(vision_dir / "config.json") if vision_dir is not None else config.get("vision_config")
     return family, family.from_hf(config, vision)
 
 
+def tokenizer_ids(folder: Path) -> dict[str, int]:
+    """Ids of the added tokens of a folder's tokenizer, by any of the files that can list them; {} without one."""
+    ids: dict[str, int] = {}
+    for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
+        content = read_json(folder / name) if (folder / name).is_file() else {}
+        if name == "added_tokens.json":
+            ids.update(content)
+        elif name == "tokenizer_config.json":
+            listed = content.get("added_tokens_decoder") or {}
+            ids.update({token["content"]: int(number) for number, token in listed.items()})
+        else:
+            ids.update({token["content"]: token["id"] for token in content.get("added_tokens") or ()})
+    return ids
+
+
 def find_weights(slots: list[Slot], cfg: ModelConfig, family: Family, folder: Path, vision_dir: Path | None) -> Sources:
-    """Where every weight lies; the tower of an original-layout LLaVA is its own folder's, as in the reference.
+    """Where every weight lies; the tower of an original LLaVA or Bunny is its own folder's, as in the reference.
 
     Raises:
       UserError: unknown, missing or doubled keys, wrong shapes and dtypes, all in one line.
