@@ -19,7 +19,8 @@ def model_card(
     """Markdown of one model card.
 
     `written` is `cfg` with the blocks as they are in the files (wider than the model's where layers were padded),
-    `config` the config.json beside it, `source` the name of the folder it came from, `plan_file` its plan, if any; `processor`: a processor lies beside it.
+    `config` the config.json beside it, `source` the name of the folder it came from, `plan_file` its plan, if
+    any; `processor` says that a processor lies beside it.
     """
     plan = json.loads(plan_file.read_text(encoding="utf-8")) if plan_file.is_file() else None
     return f"""---
@@ -123,7 +124,10 @@ def _hub_loading(written: ModelConfig, config: dict[str, Any]) -> str:
             '`layout="transformers"` (with a file that loads them) or `uneven="pad"`.'
         )
     where = "the code in this folder (`trust_remote_code=True`)" if config.get("auto_map") else "the model's own code"
-    return f'In the hub\'s layout: `{name}` of {where} loads it. For stock transformers export with `layout="transformers"`.'
+    return (
+        f"In the hub's layout: `{name}` of {where} loads it. For stock transformers export with "
+        '`layout="transformers"`.'
+    )
 
 
 def _converted(cfg: ModelConfig, written: ModelConfig) -> str:

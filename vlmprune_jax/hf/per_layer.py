@@ -68,7 +68,7 @@ def write_loader(folder: Path) -> None:
 
 
 def loader_class(config: JsonDict) -> str | None:
-    """Name of the class in the shipped file that loads a folder with this config, or None for a stock class's folder."""
+    """The class of the shipped file that loads a folder with this config, or None where a stock class does."""
     module = LOADER_FILE.removesuffix(".py") + "."
     named = [str(v) for v in (config.get("auto_map") or {}).values() if str(v).startswith(module)]
     return named[0].removeprefix(module) if named else None
