@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmprune_jax.config import TextConfig
+from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import llama
 from vlmprune_jax.families.rope import longrope_to_hf, rope_from_hf, rotary_dim
 from vlmprune_jax.families.shapes import PER_LAYER, layers_from_hf, layers_to_hf
@@ -53,15 +54,22 @@ def text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     LongRoPE under its first name "su" gets its later one, which transformers 5 wants and transformers 4 knows.
     Phi3Config wants as many LongRoPE factors as hidden_size // heads / 2, whatever `head_dim` says, so a model that
     lost heads does not load as Phi-3. It is written as Mistral: the same computation, with the fused weights split.
+
+    Raises:
+      UserError: it lost heads and rotates a part of each only (Phi-4-mini), which no class of transformers computes.
     """
     config = layers_to_hf(text, source)
     scaling = config.get("rope_scaling") or {}
     if text.rope.kind == "longrope" and "type" in scaling:
         config["rope_scaling"] = {**scaling, "type": "longrope"}
     heads = config["num_attention_heads"]
-    loads = text.rope.kind != "longrope" or text.hidden_size // heads == text.head_dim
-    if loads or PER_LAYER in config or text.rotary_dim != text.head_dim:
+    if text.rope.kind != "longrope" or text.hidden_size // heads == text.head_dim or PER_LAYER in config:
         return config
+    if text.rotary_dim != text.head_dim:
+        raise UserError(
+            f"no class of transformers holds {heads} heads of {text.head_dim} in hidden size {text.hidden_size} with "
+            "LongRoPE and partial rotary embedding: prune layers and neurons, and keep all heads"
+        )
     config = {name: value for name, value in config.items() if name not in ("auto_map", "partial_rotary_factor")}
     return llama.as_mistral(text, {**config, **longrope_to_hf(text.rope, source)})
 

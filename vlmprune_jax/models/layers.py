@@ -126,10 +126,12 @@ def inverse_frequencies(rope: RopeConfig, rotary_dim: int, long: bool = False) -
     """
     exponent = np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim
     base = 1.0 / rope.theta**exponent
+    if rope.kind == "longrope":
+        factors = np.asarray(rope.long_factors if long else rope.short_factors, np.float32)
+        # in transformers' order of rounding
+        return (1.0 / (factors * (rope.theta**exponent).astype(np.float32))).astype(np.float32)
     if rope.kind == "linear":
         base = base / rope.factor
-    elif rope.kind == "longrope":
-        base = base / np.asarray(rope.long_factors if long else rope.short_factors)
     elif rope.kind == "llama3":
         wavelength, old = 2 * math.pi / base, rope.original_max_positions
         smooth = (old / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
