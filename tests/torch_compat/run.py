@@ -2,8 +2,8 @@
 
 A job: {"folder": HF folder, "class": name in transformers, "inputs": npz path, "output": npz path to write,
 "want": subset of ["logits", "nll"], "max_new_tokens": int or null, "trust_remote_code": bool, "save_to": a folder for
-save_pretrained, or null}. Or a chat: {"folder", "output", "chat": messages, "max_new_tokens", "trust_remote_code"}: what
-the processor makes of it and, with max_new_tokens, the answer of an image-text-to-text pipeline as "text".
+save_pretrained, or null}. Or a chat: {"folder", "output", "chat": messages, "max_new_tokens", "trust_remote_code"}:
+what the processor makes of it and, with max_new_tokens, the answer of an image-text-to-text pipeline as "text".
 Answers: {"error": str or null, "transformers": version}.
 By hand: echo '{"folder": ...}' | PYTHONPATH=.compat/transformers-4.57 python tests/torch_compat/run.py
 """
