@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from hf_cases import assert_same_tensors, edit_config, edit_weights, keep_layers, random_ids
+from hf_cases import assert_same_tensors, edit_config, edit_weights, keep_layers, keep_width, random_ids
 from torch_compat import VERSIONS
 from vlm_cases import TEXTS, TOWERS, internvl_chat_config, internvl_config, llava_config, make_vlm_folder
 
@@ -50,6 +50,37 @@ def test_golden_there_and_back(goldens, tmp_path, name):
     save(model, tmp_path / "out", source_dir=source, dtype="source")
     assert_same_tensors(source, tmp_path / "out")
     assert survives(*(json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", source)))
+
+
+PRUNED = {
+    "depth": lambda model: keep_layers(model, [0, 2, 4]),
+    "width": lambda model: keep_width(model, [0, 2, 3, 5, 7], range(4, 60)),
+    "uneven": lambda model: keep_width(model, [1, 6], range(0, 70, 2), only=[1, 3]),
+}
+
+
+@pytest.mark.parametrize("how", PRUNED)
+@pytest.mark.parametrize("name", ["bunny", "internvl"])
+def test_pruned_golden_there_and_back(goldens, tmp_path, name, how):
+    """In the hub's layout: fused tensors of other widths, and a tower whose unused tensors come along."""
+    source, tower = goldens / "ckpt" / name, goldens / "ckpt/siglip_tower" if name == "bunny" else None
+    pruned, _ = PRUNED[how](load(source, vision_dir=tower))
+    save(pruned, tmp_path / "out", source_dir=source, dtype="source")
+    again = load(tmp_path / "out", vision_dir=tower)
+    assert again.cfg == pruned.cfg
+    expected = flatten(pruned.params)
+    for path, leaf in flatten(again.params).items():
+        np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
+    before, after = Checkpoint(source), Checkpoint(tmp_path / "out")
+    unchanged = [key for key in before if "vision" in key]
+    assert any(".encoder.layers.2." in key for key in unchanged)
+    for key in unchanged:
+        assert before.raw(key).tobytes() == after.raw(key).tobytes(), key
+    old, new = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "out"))
+    assert new["model_type"] == old["model_type"]
+    if name == "internvl":
+        assert new["llm_config"]["rope_scaling"] == old["llm_config"]["rope_scaling"]
+        assert new["llm_config"]["model_type"] == "phi3"
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -7,10 +7,10 @@ from typing import Any
 
 from vlmprune_jax.config import ModelConfig, ProjectorConfig
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.families.decoders import text_from_hf, text_to_hf, text_weights
+from vlmprune_jax.families.decoders import text_from_hf, text_weights
 from vlmprune_jax.families.llava import ORIGINAL_IMAGE_TOKEN, OTHER_TOWERS, TOWER_RENAMES, UNUSED_VISION
-from vlmprune_jax.families.shapes import token_ids
-from vlmprune_jax.families.table import Family, JsonDict
+from vlmprune_jax.families.shapes import layers_to_hf, token_ids
+from vlmprune_jax.families.table import Family
 from vlmprune_jax.families.vision import projector_of, projector_weights, vision_from_hf, vision_of, vision_weights
 
 MODEL_TYPE = "bunny-phi"
@@ -60,17 +60,13 @@ def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> Mod
     )
 
 
-def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
-    # The model type names the hub's classes, which are the same whatever the widths.
-    return {**text_to_hf(cfg.text, {**source, "model_type": "phi"}), "model_type": source["model_type"]}
-
-
 BUNNY = Family(
     name="bunny",
     layout="original",
     matches=lambda config: config.get("model_type") == MODEL_TYPE,
     from_hf=_from_hf,
-    to_hf=_to_hf,
+    # the hub's classes are the same whatever the widths
+    to_hf=lambda cfg, source: layers_to_hf(cfg.text, source),
     weights=lambda cfg: (
         text_weights(cfg.text, "model.", "lm_head.weight")
         + projector_weights(projector_of(cfg), "model.mm_projector.", ("0", "2"))

@@ -9,7 +9,7 @@ from vlmprune_jax.config import ModelConfig, ProjectorConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families.decoders import text_from_hf, text_to_hf, text_weights
 from vlmprune_jax.families.llava import NATIVE_RENAMES
-from vlmprune_jax.families.shapes import token_ids
+from vlmprune_jax.families.shapes import layers_to_hf, token_ids
 from vlmprune_jax.families.table import Family, JsonDict
 from vlmprune_jax.families.vision import internvit_weights, projector_of, projector_weights, vision_from_hf, vision_of
 
@@ -56,14 +56,6 @@ def _original_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | Non
     )
 
 
-def _original_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
-    old = dict(source.get("llm_config") or {})
-    text = text_to_hf(cfg.text, old)
-    # The hub's code knows its own decoder classes only; weight names do not depend on the widths.
-    kept = {name: old[name] for name in ("model_type", "architectures") if name in old}
-    return {**source, "llm_config": {**text, **kept}}
-
-
 def _native_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
     del vision
     text = {"model_type": "qwen2", **(config.get("text_config") or {})}
@@ -99,7 +91,8 @@ INTERNVL_ORIGINAL = Family(
     layout="original",
     matches=lambda config: config.get("model_type") == "internvl_chat",
     from_hf=_original_from_hf,
-    to_hf=_original_to_hf,
+    # the hub's classes are the same whatever the widths
+    to_hf=lambda cfg, source: {**source, "llm_config": layers_to_hf(cfg.text, source.get("llm_config") or {})},
     weights=lambda cfg: (
         text_weights(cfg.text, "language_model.model.", "language_model.lm_head.weight")
         + projector_weights(projector_of(cfg), "mlp1.", ("0", "1", "3"))

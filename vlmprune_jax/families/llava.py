@@ -8,7 +8,7 @@ from typing import Any
 from vlmprune_jax.config import ModelConfig, ProjectorConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families.decoders import text_from_hf, text_to_hf, text_weights
-from vlmprune_jax.families.shapes import token_ids
+from vlmprune_jax.families.shapes import layers_to_hf, token_ids
 from vlmprune_jax.families.table import Family, JsonDict
 from vlmprune_jax.families.vision import projector_of, projector_weights, vision_from_hf, vision_of, vision_weights
 
@@ -98,15 +98,6 @@ def _original_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | Non
     )
 
 
-def _original_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
-    # The original classes keep their own model_type, whatever the head count (they never check divisibility).
-    return {
-        **text_to_hf(cfg.text, source),
-        "model_type": source["model_type"],
-        "architectures": source.get("architectures"),
-    }
-
-
 LLAVA_HF = Family(
     name="llava",
     layout="transformers",
@@ -129,7 +120,8 @@ LLAVA_ORIGINAL = Family(
     layout="original",
     matches=lambda config: config.get("model_type") in ("llava", "llava_llama") and "mm_vision_tower" in config,
     from_hf=_original_from_hf,
-    to_hf=_original_to_hf,
+    # the original classes are the same whatever the widths (they never check that heads divide hidden_size)
+    to_hf=lambda cfg, source: layers_to_hf(cfg.text, source),
     weights=lambda cfg: (
         text_weights(cfg.text, "model.", "lm_head.weight")
         + projector_weights(projector_of(cfg), "model.mm_projector.", ("0", "2"))

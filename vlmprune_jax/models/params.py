@@ -102,6 +102,8 @@ def _init(
         return jnp.zeros(shape, dtype)
     if "norm" in owner:
         return jnp.ones(shape, dtype)
+    if owner.startswith("layer_scale"):
+        return jnp.full(shape, 0.1, dtype)  # InternVLVisionConfig.layer_scale_init_value
     if owner == "embed_tokens":
         # Unit-length words. With the usual 0.02 a small model's words drown in what attention adds to them, and it does
         # not learn to compare a word with its context (text-only easy-VQA, 64 wide: 87 % after 150 steps and flat,
