@@ -175,32 +175,3 @@ def _carried(source: Checkpoint, known: set[str], cfg: ModelConfig, family: Fami
             n_bytes, fetch = entry.end - entry.begin, functools.partial(source.raw, key)
             tensors.append(Tensor(key, entry.dtype, entry.shape, n_bytes, fetch, source.extent(key, 0, n_bytes)))
     return tensors
-<<<<<<< HEAD
-=======
-
-
-def _copy_files(source: Path, folder: Path) -> None:
-    for pattern in CARRIED_FILES:
-        for path in source.glob(pattern):
-            if path.is_file() and not path.name.endswith(".index.json"):
-                shutil.copyfile(path, folder / path.name)
-    templates = source / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, folder / templates.name)
-
-
-def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The config naming the weights' dtype under whichever of both names (`torch_dtype`, `dtype`) the source has."""
-    if dtype == "source":
-        return config
-    result = dict(config)
-    for name in ("text_config", "llm_config", "vision_config"):
-        if isinstance(result.get(name), dict):
-            result[name] = {k: dtype if k in ("dtype", "torch_dtype") else v for k, v in result[name].items()}
-    names = [name for name in ("dtype", "torch_dtype") if name in result] or ["torch_dtype"]
-    return result | dict.fromkeys(names, dtype)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
->>>>>>> d2
