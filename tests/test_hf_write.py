@@ -259,7 +259,8 @@ def test_per_layer_keeps_true_sizes(uneven, tmp_path):
     again = load(tmp_path / "out")
     assert again.cfg == model.cfg
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
-    assert "no PyTorch loader" in (tmp_path / "out/README.md").read_text()
+    assert "trust_remote_code=True" in (tmp_path / "out/README.md").read_text()
+    assert (tmp_path / "out/modeling_per_layer.py").is_file()
     assert check_export(model, tmp_path / "out")["backend"] == "jax"
 
 
