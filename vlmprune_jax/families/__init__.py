@@ -36,9 +36,10 @@ def detect(config: Mapping[str, Any], where: str) -> Family:
     for family in FAMILIES:
         if family.matches(config):
             return family
+    own = " and is loaded by the repository's own code (auto_map), which is never run here" * ("auto_map" in config)
     raise UserError(
         f"{where}: model_type {config.get('model_type')!r} (architectures {config.get('architectures')}) is not "
-        f"supported; known: llava (llava-hf and original LLaVA-1.5 layouts), bunny-phi, internvl_chat, internvl, "
+        f"supported{own}; known: llava (llava-hf and original LLaVA-1.5 layouts), bunny-phi, internvl_chat, internvl, "
         f"{', '.join(DECODERS)}"
     )
 

@@ -32,6 +32,7 @@ OTHER_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1,
     "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }  # fmt: skip
+_LFS = "a Git LFS pointer, not the file itself"
 # A header lists names and offsets; the limit of the safetensors library itself.
 MAX_HEADER_BYTES = 100_000_000
 
@@ -76,10 +77,11 @@ class Checkpoint(Mapping[str, np.ndarray]):
                     "shards of different checkpoints are mixed, download the folder again"
                 )
             self.entries.update(found)
-        missing = sorted(set(self.indexed) - set(self.entries))
-        if missing:
+        held = {key: entry.file.name for key, entry in self.entries.items()}
+        wrong = sorted(key for key, shard in self.indexed.items() if held.get(key) != shard)
+        if wrong:
             raise UserError(
-                f"{folder}: the index lists {missing[0]} in {self.indexed[missing[0]]} ({len(missing)} in all), but "
+                f"{folder}: the index lists {wrong[0]} in {self.indexed[wrong[0]]} ({len(wrong)} in all), but "
                 "that shard does not hold it: a shard of another checkpoint? download the folder again"
             )
 
@@ -175,21 +177,27 @@ def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of one safetensors file, with every claim of its header checked against the file.
 
     Raises:
-      UserError: truncated, overlapping, out of range, or a size that does not fit its shape.
+      UserError: truncated or too long, overlapping or with gaps, out of range, a size that does not fit its shape, or a
+        name that comes twice (the safetensors library refuses the same).
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            what = "a Git LFS pointer, not the file itself" if start == b"version " else "truncated or not safetensors"
+            what = _LFS if start == b"version " else "truncated or not safetensors"
             raise UserError(f"{path}: {what} ({size} bytes): download it again")
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
             header.pop("__metadata__", None)
             entries = {key: _entry(path, value, 8 + length) for key, value in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: damaged safetensors header ({error}): download it again") from error
+    last = max(entries, key=lambda key: entries[key].end, default=None)
+    if last is not None and entries[last].end > size:
+        raise UserError(
+            f"{path}: truncated: tensor {last} ends at byte {entries[last].end} of {size}: download it again"
+        )
     end = 8 + length
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         known = WEIGHT_DTYPES[entry.dtype].itemsize if entry.dtype in WEIGHT_DTYPES else OTHER_BYTES.get(entry.dtype)
@@ -200,10 +208,24 @@ def read_header(path: Path) -> dict[str, Entry]:
             )
         if entry.begin < end:
             raise UserError(f"{path}: tensor {key} overlaps the one before it: damaged header, download it again")
+        if entry.begin > end:
+            raise UserError(
+                f"{path}: {entry.begin - end} bytes before tensor {key} belong to none: damaged header, "
+                "download it again"
+            )
         end = entry.end
-        if end > size:
-            raise UserError(f"{path}: truncated: tensor {key} ends at byte {end} of {size}: download it again")
+    if end != size:
+        raise UserError(f"{path}: {size - end} bytes after the last tensor belong to none: download it again")
     return entries
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; json alone would keep the last of two equal names."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} comes twice")
+    return result
 
 
 def _entry(path: Path, value: Mapping[str, Any], start: int) -> Entry:
@@ -232,6 +254,9 @@ def _torch_load(path: Path) -> dict[str, Any]:
         import torch
     except ImportError as error:
         raise UserError(f"{path}: reading .bin checkpoints needs torch: pip install 'vlmprune-jax[torch]'") from error
+    with path.open("rb") as file:
+        if file.read(12) == b"version http":
+            raise UserError(f"{path}: {_LFS} ({path.stat().st_size} bytes): download it again")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises pickle, zip and runtime errors alike for a damaged file

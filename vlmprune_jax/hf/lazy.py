@@ -22,7 +22,8 @@ from vlmprune_jax.models.vlm import Model
 class FileArray:
     """One weight of one layer, in a file: `stored` is its shape there, `picks` are the (axis, indices) that stay.
 
-    Nothing is read before `read` or `elements`. Like a numpy array it has `shape`, `dtype` and `take`.
+    `first` is its first element in a tensor of the file that holds several weights one after the other. Nothing is read
+    before `read` or `elements`. Like a numpy array it has `shape`, `dtype` and `take`.
     """
 
     checkpoint: Checkpoint
@@ -118,7 +119,7 @@ def file_params(cfg: ModelConfig, slots: Sequence[Slot], sources: Sources) -> di
     flat: dict[str, Any] = {}
     for slot in slots:
         checkpoint, key = sources[slot.key]
-        one = FileArray(checkpoint, key, slot.shape)
+        one = FileArray(checkpoint, key, slot.shape, first=slot.start * math.prod(slot.hf_shape[1:]))
         if slot.index is None:
             flat[slot.path] = one
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -61,8 +62,9 @@ def weight(
 
 def to_host(array: Any, index: int | None) -> np.ndarray:
     """An array, or entry `index` of a stack, in host memory; every process must call it for arrays split over them."""
-    if isinstance(array, FileArray | FileStack):
-        return (array if isinstance(array, FileArray) else array[index or 0]).read()
+    stored = _in_file(array, index)
+    if stored is not None:
+        return stored.read()
     if isinstance(array, np.ndarray):
         return array if index is None else array[index]
     if not array.is_fully_addressable:
@@ -80,12 +82,24 @@ def to_host(array: Any, index: int | None) -> np.ndarray:
     return host
 
 
-def extent_of(array: Any, index: int | None, dtype: str) -> Extent | None:
-    """Where an array, or entry `index` of a stack, lies in a file as it is to be written, or None."""
+def extent_of(parts: Sequence[tuple[Any, int | None]], dtype: str) -> Extent | None:
+    """Where these arrays (or entries of stacks) lie in a file one after the other, as they are written; or None."""
+    pieces = [_in_file(*part) for part in parts]
+    extents = [one.extent for one in pieces if one is not None and one.dtype == WEIGHT_DTYPES[dtype]]
+    found = [extent for extent in extents if extent is not None]
+    follows = all(a.file == b.file and a.end == b.begin for a, b in itertools.pairwise(found))
+    return Extent(found[0].file, found[0].begin, found[-1].end) if len(found) == len(parts) and follows else None
+
+
+def origin(array: Any, index: int | None) -> str | None:
+    """File and key that an array (or entry of a stack) is read from, or None for one in memory."""
+    one = _in_file(array, index)
+    return None if one is None else f"{one.checkpoint.entries[one.key].file}: tensor {one.key}"
+
+
+def _in_file(array: Any, index: int | None) -> FileArray | None:
     one = array[index] if isinstance(array, FileStack) and index is not None else array
-    if not isinstance(one, FileArray) or one.dtype != WEIGHT_DTYPES[dtype]:
-        return None
-    return one.extent
+    return one if isinstance(one, FileArray) else None
 
 
 @jax.jit

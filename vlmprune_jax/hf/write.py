@@ -21,7 +21,7 @@ from vlmprune_jax.hf.files import WEIGHT_DTYPES, Checkpoint
 from vlmprune_jax.hf.layout import Slot, block_number, by_key, join_tensor, make_slots, template, tied_head
 from vlmprune_jax.hf.read import DTYPES, check_finite, resolve
 from vlmprune_jax.hf.target import Target, make_target, write_files
-from vlmprune_jax.hf.tensors import Tensor, extent_of, to_host, weight, write_weights
+from vlmprune_jax.hf.tensors import Tensor, extent_of, origin, to_host, weight, write_weights
 from vlmprune_jax.hf.uneven import pad_tensor
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model
@@ -100,17 +100,17 @@ def make_tensors(model: Model, target: Target, source: Checkpoint, dtype: str) -
     tensors = []
     for key, parts in after.items():
         first = before[parts[0].name]
-        origin = spelling.get(template(first.key))
-        if origin is None and family.separate_vision and first.path.startswith("vision/"):
+        held = spelling.get(template(first.key))
+        if held is None and family.separate_vision and first.path.startswith("vision/"):
             if not target.converts:
                 continue  # the tower stays in its own folder
-            origin = (key, _stored(flat[first.path]))
-        if origin is None:
+            held = (key, _stored(flat[first.path]))
+        if held is None:
             raise UserError(f"{source.folder}: has no tensor {first.key}: is it the folder that this model came from?")
         if target.converts:
-            spelled, stored = written_key(key, vision_of(target.cfg)), origin[1]
+            spelled, stored = written_key(key, vision_of(target.cfg)), held[1]
         else:
-            spelled, stored = spelling.get(template(key), (template(key), origin[1]))
+            spelled, stored = spelling.get(template(key), (template(key), held[1]))
             spelled = spelled.replace("{}", str(parts[0].layer))
             stored = source.entries[spelled].dtype if spelled in source.entries else stored
         stored = stored if dtype == "source" else _NAMES[dtype]
@@ -146,12 +146,11 @@ def _weight(
         with np.errstate(over="ignore"):  # reported with the tensor's name instead
             return array.astype(WEIGHT_DTYPES[dtype], copy=False)
 
-    extent = None
-    if len(pairs) == 1 and pairs[0][0].shape == pairs[0][1].shape:
-        extent = extent_of(flat[pairs[0][0].path], pairs[0][0].index, dtype)
-    check = functools.partial(check_finite, what=f"{key}, to be written as {dtype},")
-    shape = pairs[0][1].hf_shape
-    return weight(key, dtype, shape, lambda: join_tensor([fetch_part(*pair) for pair in pairs]), extent, check)
+    parts = [(flat[before.path], before.index) for before, _ in pairs]
+    extent = extent_of(parts, dtype) if all(before.shape == after.shape for before, after in pairs) else None
+    check = functools.partial(check_finite, what=f"{origin(*parts[0]) or key}, to be written as {dtype},")
+    fetch = lambda: join_tensor([fetch_part(*pair) for pair in pairs])  # noqa: E731
+    return weight(key, dtype, pairs[0][1].hf_shape, fetch, extent, check)
 
 
 def _constants(cfg: ModelConfig, dtype: str) -> list[Tensor]:
