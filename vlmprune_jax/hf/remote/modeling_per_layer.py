@@ -80,7 +80,7 @@ def resize_layer(layer, q_heads, kv_heads, mlp):
         layer.mlp.intermediate_size = mlp
 
 
-class PerLayerWidths:
+class PerLayerWidths(nn.Module):
     """Mixin before a stock class: its decoder layers get the widths in `per_layer_shapes`."""
 
     # save_pretrained then puts this file into the new folder, which transformers 4 would not do by itself
