@@ -9,7 +9,7 @@ import json
 
 import numpy as np
 import pytest
-from decoder_cases import DECODERS
+from decoder_cases import MISTRAL, PHI, PHI3, QWEN2, QWEN3
 from hf_cases import LLAMA, keep_layers, keep_width, make_folder, random_ids
 from torch_compat import VERSIONS
 from vlm_cases import TEXTS, TOWERS, internvl_chat_config, internvl_config, llava_config, make_vlm_folder
@@ -22,8 +22,7 @@ from vlmprune_jax.models.vlm import forward
 CAUSAL, IMAGES = "AutoModelForCausalLM", "AutoModelForImageTextToText"
 GOLDEN = {"llava_orig": "clip_tower", "bunny": "siglip_tower", "internvl": None}
 NATIVE = {
-    "llama": LLAMA,
-    **DECODERS,
+    **{"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3, "phi": PHI, "phi3": PHI3},
     **{f"llava-{tower}-{text}": llava_config(text, tower) for tower in TOWERS for text in TEXTS},
     **{f"internvl-{text}": internvl_config(text) for text in ("llama", "qwen2", "qwen3", "phi3")},
 }

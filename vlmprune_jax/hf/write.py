@@ -100,17 +100,17 @@ def make_tensors(model: Model, target: Target, source: Checkpoint, dtype: str) -
     tensors = []
     for key, parts in after.items():
         first = before[parts[0].name]
-        origin = spelling.get(template(first.key))
-        if origin is None and family.separate_vision and first.path.startswith("vision/"):
+        held = spelling.get(template(first.key))
+        if held is None and family.separate_vision and first.path.startswith("vision/"):
             if not target.converts:
                 continue  # the tower stays in its own folder
-            origin = (key, _stored(flat[first.path]))
-        if origin is None:
+            held = (key, _stored(flat[first.path]))
+        if held is None:
             raise UserError(f"{source.folder}: has no tensor {first.key}: is it the folder that this model came from?")
         if target.converts:
-            spelled, stored = written_key(key, vision_of(target.cfg)), origin[1]
+            spelled, stored = written_key(key, vision_of(target.cfg)), held[1]
         else:
-            spelled, stored = spelling.get(template(key), (template(key), origin[1]))
+            spelled, stored = spelling.get(template(key), (template(key), held[1]))
             spelled = spelled.replace("{}", str(parts[0].layer))
             stored = source.entries[spelled].dtype if spelled in source.entries else stored
         stored = stored if dtype == "source" else _NAMES[dtype]

@@ -6,6 +6,8 @@ stock parent at the widest shape and then cuts every layer to its own widths, be
 differs. Works with transformers 4.57 and 5.
 """
 
+from typing import Any
+
 from torch import nn
 from transformers import (
     InternVLForConditionalGeneration,
@@ -78,13 +80,14 @@ def resize_layer(layer, q_heads, kv_heads, mlp):
         layer.mlp.intermediate_size = mlp
 
 
-class PerLayerWidths:
+class PerLayerWidths(nn.Module):
     """Mixin before a stock class: its decoder layers get the widths in `per_layer_shapes`."""
 
     # save_pretrained then puts this file into the new folder, which transformers 4 would not do by itself
-    _auto_class = "AutoModelForCausalLM"
+    _auto_class: Any = "AutoModelForCausalLM"
+    model: Any
 
-    def __init__(self, config, *args, **kwargs):
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
         shapes = getattr(config.get_text_config(), "per_layer_shapes", None)
         layers = getattr(self.model, "language_model", self.model).layers
