@@ -130,9 +130,17 @@ PRUNED = {
 MODELS = ("qwen2", "qwen2_layer_types", "qwen3", "phi", "phi3", "phi3_plain", "mistral")
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("pruning", PRUNED)
-@pytest.mark.parametrize("name", MODELS)
+QUICK = {("qwen2", "depth"), ("qwen3", "odd"), ("phi", "width"), ("phi", "odd"), ("phi", "uneven"),
+         ("phi3", "depth"), ("phi3", "odd"), ("phi3", "uneven"), ("phi3_plain", "odd")}  # fmt: skip
+EXPORTS = [
+    pytest.param(name, pruning, version, marks=() if (name, pruning) in QUICK else pytest.mark.slow)
+    for name in MODELS
+    for pruning in PRUNED
+    for version in VERSIONS
+]
+
+
+@pytest.mark.parametrize(("name", "pruning", "version"), EXPORTS)
 def test_pruned_folder_in_stock_transformers(tmp_path, torch_outputs, name, pruning, version):
     changes = ODD.get(name, {"num_key_value_heads": 6}) if pruning == "odd" else {}
     source = make_folder(tmp_path / "source", {**OPTIONS[name], **changes})
