@@ -55,6 +55,9 @@ V5_PHI["rope_parameters"] = {"rope_type": "default", "rope_theta": 500.0, "parti
 V5_PHI3 = {key: value for key, value in PHI3.items() if key not in ("rope_theta", "rope_scaling")}
 V5_PHI3["rope_parameters"] = {"rope_type": "longrope", "rope_theta": 500.0, "partial_rotary_factor": 1.0, **FACTORS}
 
+# One of each kind, by model_type.
+DECODERS = {config["model_type"]: config for config in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI, PHI3)}
+
 
 def golden_decoder(goldens: Path, name: str, to: Path) -> Path:
     """The decoder of the golden Bunny ("phi2") or InternVL ("phi3") alone, as stock transformers has it."""

@@ -129,7 +129,7 @@ def test_inspect(capsys, goldens):
     assert "3 x (6/2 heads, 64 neurons)" in out
     assert max(map(len, out.splitlines())) <= 120
     assert "takes one folder" in failing(capsys, "inspect")
-    assert "is not supported" in failing(capsys, "inspect", str(goldens / "ckpt/bunny"))
+    assert "pass the tower's own folder as vision_dir" in failing(capsys, "inspect", str(goldens / "ckpt/bunny"))
 
 
 # --- experiments -----------------------------------------------------------------------------------------------------

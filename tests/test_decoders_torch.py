@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from decoder_cases import LONGROPE, MISTRAL, PHI, PHI3, QWEN2, QWEN3, V5_PHI, V5_PHI3
-from hf_cases import assert_same_tensors, keep_layers, keep_width, make_folder, random_ids
+from hf_cases import assert_same_tensors, edit_weights, keep_layers, keep_width, make_folder, random_ids
 from torch_compat import VERSIONS
 
 from vlmprune_jax.errors import UserError
@@ -130,12 +130,22 @@ PRUNED = {
 MODELS = ("qwen2", "qwen2_layer_types", "qwen3", "phi", "phi3", "phi3_plain", "mistral")
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("pruning", PRUNED)
-@pytest.mark.parametrize("name", MODELS)
+QUICK = {("qwen2", "depth"), ("qwen3", "odd"), ("phi", "width"), ("phi", "odd"), ("phi", "uneven"),
+         ("phi3", "depth"), ("phi3", "odd"), ("phi3", "uneven"), ("phi3_plain", "odd")}  # fmt: skip
+EXPORTS = [
+    pytest.param(name, pruning, version, marks=() if (name, pruning) in QUICK else pytest.mark.slow)
+    for name in MODELS
+    for pruning in PRUNED
+    for version in VERSIONS
+]
+
+
+@pytest.mark.parametrize(("name", "pruning", "version"), EXPORTS)
 def test_pruned_folder_in_stock_transformers(tmp_path, torch_outputs, name, pruning, version):
     changes = ODD.get(name, {"num_key_value_heads": 6}) if pruning == "odd" else {}
     source = make_folder(tmp_path / "source", {**OPTIONS[name], **changes})
+    if name.startswith("phi3"):  # at full size one rounding of its embeddings (6e-8) moves a logit by 4e-5
+        edit_weights(source, lambda tensors: {k: v if "norm" in k else v * np.float32(0.5) for k, v in tensors.items()})
     model, plan = PRUNED[pruning](load(source))
     uneven = "pad" if pruning == "uneven" else "refuse"
     save(model, tmp_path / "out", source_dir=source, plan=plan, uneven=uneven, dtype="float32")

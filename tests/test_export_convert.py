@@ -48,18 +48,36 @@ def hub(goldens, tmp_path_factory):
     return make
 
 
-@pytest.fixture
-def converted(hub, tmp_path):
-    """Prunes and converts one; gives the model and its folder."""
+@pytest.fixture(scope="module")
+def converted(hub, tmp_path_factory):
+    """Prunes and converts one, once; gives the model and its folder."""
+    done = {}
 
     def convert(name, pruning, **options):
-        source, tower = hub(name)
-        model, plan = PRUNED[pruning](load(source, vision_dir=tower))
-        options = {"dtype": "float32", "layout": "transformers", "plan": plan} | options
-        save(model, tmp_path / "out", source_dir=source, **options)
-        return model, tmp_path / "out"
+        key = (name, pruning, *sorted(options.items()))
+        if key not in done:
+            source, tower = hub(name)
+            model, plan = PRUNED[pruning](load(source, vision_dir=tower))
+            out = tmp_path_factory.mktemp("converted") / "out"
+            save(model, out, source_dir=source, plan=plan, **{"dtype": "float32", "layout": "transformers"} | options)
+            done[key] = model, out
+        return done[key]
 
     return convert
+
+
+@pytest.fixture(scope="module")
+def computed():
+    """Callable (model, inputs, tokens) -> (logits, greedy tokens), computed once per model."""
+    done = {}
+
+    def compute(model, inputs, tokens):
+        if id(model) not in done:
+            generated = generate(model, max_new_tokens=tokens, eos_token_ids=(), **inputs)
+            done[id(model)] = model, np.asarray(forward(model, **inputs)[0]), generated
+        return done[id(model)][1:]
+
+    return compute
 
 
 def prompts(model, out):
@@ -80,31 +98,35 @@ def prompts(model, out):
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("pruning", ["depth", "width"])
 @pytest.mark.parametrize("name", TOWERS)
-def test_stock_class_computes_the_same(converted, torch_outputs, name, pruning, version):
-    model, out = converted(name, pruning, uneven="refuse")
+def test_stock_class_computes_the_same(converted, computed, torch_outputs, name, pruning, version):
+    model, out = converted(name, pruning)
     ours, theirs = prompts(model, out)
+    logits, tokens = computed(model, ours, 6)
     found = torch_outputs(out, theirs, class_name=AUTO, version=version, max_new_tokens=6)
     words = model.cfg.text.vocab_size
-    np.testing.assert_allclose(found["logits"][..., :words], forward(model, **ours)[0], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(found["logits"][..., :words], logits, atol=1e-4, rtol=0)
     # new words never win: their rows are the mean of all
     np.testing.assert_array_equal(found["logits"].argmax(-1), found["logits"][..., :words].argmax(-1))
-    np.testing.assert_array_equal(found["tokens"], generate(model, max_new_tokens=6, eos_token_ids=(), **ours))
+    np.testing.assert_array_equal(found["tokens"], tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("uneven", ["per_layer", "pad"])
 @pytest.mark.parametrize("name", TOWERS)
-def test_uneven_widths(converted, torch_outputs, name, uneven, version):
+def test_uneven_widths(converted, computed, torch_outputs, name, uneven, version):
     model, out = converted(name, "uneven", uneven=uneven)
     ours, theirs = prompts(model, out)
+    logits, tokens = computed(model, ours, 5)
     trust = uneven == "per_layer"
     found = torch_outputs(out, theirs, class_name=AUTO, version=version, max_new_tokens=5, trust_remote_code=trust)
     words = model.cfg.text.vocab_size
-    np.testing.assert_allclose(found["logits"][..., :words], forward(model, **ours)[0], atol=1e-4, rtol=0)
-    np.testing.assert_array_equal(found["tokens"], generate(model, max_new_tokens=5, eos_token_ids=(), **ours))
+    np.testing.assert_allclose(found["logits"][..., :words], logits, atol=1e-4, rtol=0)
+    np.testing.assert_array_equal(found["tokens"], tokens)
     assert (out / "modeling_per_layer.py").is_file() == trust
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("uneven", ["per_layer", "pad"])
 @pytest.mark.parametrize("name", TOWERS)
 def test_converted_folders_are_read_and_checked(converted, name, uneven):

@@ -261,7 +261,7 @@ def test_per_layer_keeps_true_sizes(uneven, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
     assert "trust_remote_code=True" in (tmp_path / "out/README.md").read_text()
     assert (tmp_path / "out/modeling_per_layer.py").is_file()
-    assert check_export(model, tmp_path / "out")["backend"] == "jax"
+    assert check_export(model, tmp_path / "out")["backend"] == "torch"
 
 
 def test_pad_is_the_same_function(uneven, tmp_path):

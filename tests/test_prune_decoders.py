@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoder_cases import PHI, PHI3, fed_with, golden_decoder
-from hf_cases import keep_width, make_folder
+from hf_cases import edit_weights, keep_width, make_folder
 
 from vlmprune_jax.config import LoraConfig
 from vlmprune_jax.distributed.mesh import make_mesh
@@ -23,12 +23,18 @@ from vlmprune_jax.prune.solver import layer_costs
 from vlmprune_jax.recover.trainable import add_lora, merge_lora
 
 FORWARD = {"phi2": "bunny", "phi3": "internvl"}
-CASES = [(name, case) for name in FORWARD for case in (
-    "l1_r25", "l1_r50", "l2_r25", "l2_r50", "l2_sum_r25", "l2_iter2_r50", "l2_iter2_r25", "l2_global_r25", "first_r25",
-    "first_r50", "first_mean_r25", "first_max_r25", "second_r25", "mix_r25", "mix_r50", "vectorize_r25",
-    "vectorize_r50", "first_iter2_r50", "first_iter2_r25", "mix_iter2_r50", "first_global_r25", "first_global_r50",
-    "first_vlm_r25", "vectorize_vlm_r50", "second_vlm_r25", "mix_vlm_r25", "first_ranges_r25",
-)]  # fmt: skip
+# Each criterion, reduction, selection and kind of calibration once; the other ratios and combinations are slow tests.
+QUICK = (
+    "l1_r25", "l2_sum_r25", "l2_iter2_r50", "first_max_r25", "second_r25", "mix_r50", "vectorize_r25", "first_vlm_r25",
+    "first_global_r25", "first_ranges_r25",
+)  # fmt: skip
+SLOW = (
+    "l1_r50", "l2_r25", "l2_r50", "l2_iter2_r25", "l2_global_r25", "first_r25", "first_r50", "first_mean_r25",
+    "mix_r25", "vectorize_r50", "first_iter2_r50", "first_iter2_r25", "mix_iter2_r50", "first_global_r50",
+    "vectorize_vlm_r50", "second_vlm_r25", "mix_vlm_r25",
+)  # fmt: skip
+CASES = [(name, case) for name in FORWARD for case in QUICK]
+CASES += [pytest.param(name, case, marks=pytest.mark.slow) for name in FORWARD for case in SLOW]
 
 
 @pytest.fixture(scope="module")
@@ -105,14 +111,15 @@ def first_scores(decoders):
 
 
 def check_scores(scores, arrays, case, step):
-    checked = 0
+    checked, recorded = 0, sum(key.startswith(f"{case}__step{step}_layer") for key in arrays)
+    recorded -= sum(key.startswith(f"{case}__step{step}_layer") and "channel" in key for key in arrays)
     for kind, parts in (("head", scores.heads), ("mlp", scores.mlp)):
         for i, part in enumerate(parts):
             golden = arrays.get(f"{case}__step{step}_layer{i}_{kind}_importance")
             if golden is not None:
                 np.testing.assert_allclose(part, golden, rtol=1e-4)
                 checked += 1
-    assert checked >= 6  # the layers in range, both kinds
+    assert checked == recorded >= 4  # the layers in range, both kinds
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
@@ -186,9 +193,13 @@ def test_adapters_are_on_every_projection(tmp_path, config):
 
 @pytest.mark.parametrize("config", [PHI, PHI3], ids=["phi", "phi3"])
 def test_a_mesh_computes_the_same(tmp_path, config):
-    """8 devices: fused files are read slice by slice; forward, scores and generation do not change."""
+    """8 devices: fused files are read slice by slice; forward, scores and generation do not change.
+
+    With weights half as large as usual: at full size one rounding of Phi-3's embeddings (6e-8) moves a logit by 4e-5.
+    """
     config = {**config, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96}
     folder = make_folder(tmp_path / "model", config)
+    edit_weights(folder, lambda tensors: {k: v if "norm" in k else v * np.float32(0.5) for k, v in tensors.items()})
     one, many = load(folder), load(folder, mesh=make_mesh(2, 2, 2))
     axes = param_axes(one.cfg)
     assert set(axes) == set(flatten(many.params))

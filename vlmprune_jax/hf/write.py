@@ -94,6 +94,11 @@ def make_tensors(model: Model, target: Target, source: Checkpoint, dtype: str) -
     spelling = {template(family.canonical(key)): (template(key), entry.dtype) for key, entry in source.entries.items()}
     before = {slot.name: slot for slot in make_slots(model.cfg, family)}
     after = by_key(make_slots(target.cfg, target.family))
+    placed = {part.name for parts in after.values() for part in parts}
+    homeless = [slot for name, slot in before.items() if name not in placed]
+    if homeless:
+        key = homeless[0].key
+        raise UserError(f"{source.folder}: has no tensor {key}: is it the folder that this model came from?")
     head = tied_head(target.cfg, target.family)
     if head in spelling and not target.converts:  # some tied checkpoints hold the embedding twice
         after[head] = next(parts for parts in after.values() if parts[0].path == "text/embed_tokens/weight")
