@@ -99,10 +99,13 @@ def test_full_size_in_an_instant(tmp_path):
     assert sum(path.stat().st_size for path in folder.iterdir()) > 14e9
     command = [sys.executable, "-m", "vlmprune_jax", "inspect", str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    out = process.stdout.read()
+    with process.stdout:
+        out = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = status
     assert status == 0
-    assert "parameters  7,063,427,072: text 6,738,939,904 (95.4 %)" in out
+    # the reference's 7,062,902,784, with 64 more words twice, without the tower's last block and final norm
+    assert "parameters  7,050,828,800: text 6,738,939,904 (95.6 %)" in out
     assert "32 x (32 heads, 11,008 neurons)" in out
     assert usage.ru_utime + usage.ru_stime < 4
 
