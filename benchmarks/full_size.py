@@ -6,6 +6,7 @@
 Without --folder it makes a checkpoint with the true shapes of --model (llava 14 GB, bunny 6.4, internvl 8.3 or llama
 13.5) and random finite bfloat16 weights, in shards of 5 GB. Every step is a process of its own and starts with the
 source out of the page cache; its wall time includes the start of Python, and `cp` ends when everything is on the disk.
+`cat` reads the weights into nothing, `read` into memory that holds them all, which is the least that a loader does.
 One JSON line per step, and a last one with the ratios. Needs free disk for three times the checkpoint.
 """
 
@@ -24,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-STEPS = ("cp_input", "read", "load", "inspect", "depth", "cp_output", "width", "mergekit")
+STEPS = ("cp_input", "cat", "read", "load", "inspect", "depth", "cp_output", "width", "mergekit")
 DEVICES = 8
 DROPPED = 5  # of 32 layers; the middle ones, but for one, so that the kept ones are three runs
 MODELS: dict[str, dict[str, Any]] = {
@@ -51,6 +52,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "mm_projector_type": "mlp2x_gelu", "mm_hidden_size": 1152, "use_mm_proj": True,
         "mm_vision_tower": "google/siglip-so400m-patch14-384", "bos_token_id": 50256, "eos_token_id": 50256,
         "pad_token_id": 50256, "torch_dtype": "bfloat16",
+        "vision_config": {
+            "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304,
+            "num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
+        },
     },
     "internvl": {
         "architectures": ["InternVLChatModel"], "model_type": "internvl_chat", "downsample_ratio": 0.5,
@@ -90,13 +95,14 @@ def shrink(config: Any) -> Any:
 
 def make_checkpoint(config: dict[str, Any], folder: Path) -> None:
     """A folder with random weights: bits of numbers below 2, the same 64 MiB again and again from other places."""
-    from vlmprune_jax.families import detect
     from vlmprune_jax.hf.layout import make_slots
+    from vlmprune_jax.hf.read import read_config
     from vlmprune_jax.hf.tensors import Tensor, write_weights
     from vlmprune_jax.hf.write import MAX_SHARD_BYTES
 
-    family = detect(config, str(folder))
-    cfg = family.from_hf(config, None)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    family, cfg = read_config(folder)
     if cfg.vision is not None and cfg.family == "llava":  # its files hold the blocks above the feature layer as well
         cfg = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, n_layers=cfg.vision.n_layers_total))
     draw = np.random.default_rng(0)
@@ -110,8 +116,6 @@ def make_checkpoint(config: dict[str, Any], folder: Path) -> None:
         Tensor(key, "BF16", shape, 2 * int(np.prod(shape)), lambda shape=shape: fill(shape))
         for key, shape in shapes.items()
     ]
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
     write_weights(tensors, folder, MAX_SHARD_BYTES)
 
 
@@ -149,6 +153,10 @@ def child(args: argparse.Namespace) -> None:
     if step == "plan":
         make_plans(folder, work)
         return
+    if step == "read":
+        held = [np.fromfile(path, np.uint8) for path in sorted(folder.glob("*.safetensors"))]
+        assert sum(array.nbytes for array in held)
+        return
     import vlmprune_jax as vp
 
     if step == "load":
@@ -177,10 +185,10 @@ def commands(args: argparse.Namespace, folder: Path, work: Path) -> dict[str, li
     copy = 'cp -r "$0" "$1" && sync -f "$1" && for f in "$1"/*; do sync "$f"; done'
     found = {
         "cp_input": ["sh", "-c", copy, str(folder), str(work / "cp_input")],
-        "read": ["sh", "-c", 'cat "$0"/*.safetensors > /dev/null', str(folder)],
+        "cat": ["sh", "-c", 'cat "$0"/*.safetensors > /dev/null', str(folder)],
         "cp_output": ["sh", "-c", copy, str(work / "depth"), str(work / "cp_output")],
     }
-    found |= {step: own(args, step, folder, work) for step in ("load", "inspect", "depth", "width")}
+    found |= {step: own(args, step, folder, work) for step in ("read", "load", "inspect", "depth", "width")}
     if args.mergekit:
         kept = json.loads((work / "depth.json").read_text())["kept_layers"]
         starts = [i for i in range(len(kept)) if i == 0 or kept[i] != kept[i - 1] + 1]
@@ -228,8 +236,9 @@ def ratios(found: dict[str, dict[str, float]]) -> dict[str, float]:
     if {"depth", "cp_input", "cp_output"} <= set(seconds):
         copies = seconds["cp_input"] + seconds["cp_output"]
         result["depth_to_cp_of_input_and_output"] = seconds["depth"] / copies
-    if {"load", "read"} <= set(seconds):
-        result["load_to_read"] = seconds["load"] / seconds["read"]
+    for base in ("read", "cat"):
+        if {"load", base} <= set(seconds):
+            result[f"load_to_{base}"] = seconds["load"] / seconds[base]
     if {"depth", "mergekit"} <= set(seconds):
         result["depth_to_mergekit"] = seconds["depth"] / seconds["mergekit"]
         result["depth_rss_to_mergekit"] = found["depth"]["peak_rss_gib"] / found["mergekit"]["peak_rss_gib"]
@@ -258,10 +267,21 @@ def main() -> None:
     name = args.folder.name if args.folder else f"{args.model}{'_tiny' if args.tiny else ''}"
     folder = (args.folder or args.work / name).resolve()
     work = args.work.resolve() / f"{name}_results"
+    shutil.rmtree(work, ignore_errors=True)  # of a run that failed
     work.mkdir(parents=True)
-    if not folder.exists():
-        subprocess.run(own(args, "make", folder, work), check=True)
-    subprocess.run(own(args, "plan", folder, work), check=True)
+    try:
+        if not folder.exists():
+            subprocess.run(own(args, "make", folder, work), check=True)
+        subprocess.run(own(args, "plan", folder, work), check=True)
+        run(args, name, folder, work)
+    finally:
+        shutil.rmtree(work)
+    if not args.folder and not args.keep:
+        shutil.rmtree(folder)
+
+
+def run(args: argparse.Namespace, name: str, folder: Path, work: Path) -> None:
+    """All steps in order, a line each, and the ratios."""
     found = {}
     for step, command in commands(args, folder, work).items():
         if step not in args.steps.split(","):
@@ -276,9 +296,6 @@ def main() -> None:
         print(json.dumps(line), flush=True)
     load = f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     print(json.dumps({"model": name, "step": "ratios", **ratios(found), "load_average": load}), flush=True)
-    shutil.rmtree(work)
-    if not args.folder and not args.keep:
-        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

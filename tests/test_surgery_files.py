@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from decoder_cases import DECODERS
+from decoder_cases import MISTRAL, PHI, PHI3, QWEN2, QWEN3
 from hf_cases import LLAMA, LLAVA, edit_weights, keep_layers, keep_width, make_folder, prune
 from prune_cases import on_mesh
 from rich.console import Console
@@ -29,6 +29,7 @@ from vlmprune_jax.stages.single import prune_stage
 from vlmprune_jax.stages.spec import Experiment, ModelSpec, PruneSpec, ScoreSpec
 
 SOURCES = {"llava_hf": None, "llava_orig": "clip_tower", "llava_orig_bin": "clip_tower", "llama_gqa": None}
+DECODERS = {"mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3, "phi": PHI, "phi3": PHI3}
 CUTS = {
     "depth": lambda model: keep_layers(model, [0, 2]),
     "width": lambda model: keep_width(model, [1], range(3, 56, 2)),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.config import LayerShape, ModelConfig, runs
+from vlmprune_jax.families import Family
 from vlmprune_jax.hf.files import Checkpoint
 from vlmprune_jax.hf.layout import make_slots
 from vlmprune_jax.hf.read import find_weights, read_config, resolve
@@ -14,6 +15,12 @@ from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune.solver import layer_costs, most_removable, units_of
 
 PARTS = ("text", "vision", "projector")
+# Layouts of the hub's own code -> the stock class that layout="transformers" makes of them.
+_BECOMES = {
+    ("llava", "original"): "LlavaForConditionalGeneration",
+    ("bunny", "original"): "LlavaForConditionalGeneration",
+    ("internvl", "original"): "InternVLForConditionalGeneration",
+}
 
 
 def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[str, Any]:
@@ -41,7 +48,7 @@ def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[s
         "tokens_per_image": cfg.tokens_per_image,
         "parameters": {"total": count_params(cfg), **{part: count_params(cfg, part) for part in PARTS}},
         "prunable": _prunable(cfg),
-        "export": _export(cfg, family.separate_vision),
+        "export": _export(cfg, family),
     }
 
 
@@ -76,20 +83,28 @@ def _prunable(cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _export(cfg: ModelConfig, separate_vision: bool) -> list[str]:
-    """What becomes of a pruned copy of this folder."""
-    lines = ["depth: same layout, true size"]
-    if cfg.layout == "transformers":
-        lines[0] += ", loads in stock transformers"
-        lines.append("width, all layers alike: same layout, true size, loads in stock transformers")
-        lines.append("width in a range of layers: true size for this package (per_layer), or zero-padded, stock (pad)")
-    else:
-        lines.append("width: same layout; unequal layers at true size (per_layer) or padded with zeros (pad)")
-    if separate_vision:
-        lines.append("the vision tower stays in its own folder")
+def _export(cfg: ModelConfig, family: Family) -> dict[str, str]:
+    """What becomes of a pruned copy of this folder: kind of pruning or export option -> its size, and who loads it."""
+    stock = family.layout == "transformers"
+    becomes = _BECOMES.get((family.name, family.layout))
+    loader = "stock transformers" if stock else "this package and the hub's own code"
+    found = {
+        "depth": f"true size, loads in {loader}",
+        "equal widths": f"true size, loads in {loader}",
+        "uneven=per_layer": f"true size, loads in {_per_layer(stock)}",
+        "uneven=pad": f"zeros up to the widest layer, loads in {loader}",
+    }
+    if becomes:
+        found["layout=transformers"] = f"a stock {becomes} with its tower"
+    if family.separate_vision:
+        found["tower"] = "vision_dir's where that is given; stays in its own folder in this layout"
     if not cfg.text.even:
-        lines.append("this folder has layers of unequal width already")
-    return lines
+        found["now"] = "this folder has layers of unequal width already"
+    return found
+
+
+def _per_layer(stock: bool) -> str:
+    return "this package, and in transformers by the PyTorch file it ships" if stock else "this package"
 
 
 def as_lines(found: dict[str, Any]) -> list[str]:
@@ -121,7 +136,8 @@ def as_lines(found: dict[str, Any]) -> list[str]:
         f"              at most {_percent(prunable['most_by_depth'])} by depth, "
         f"{_percent(prunable['most_by_width'])} by width",
     ]
-    return lines + [f"  {'export' if i == 0 else '':<11} {line}" for i, line in enumerate(found["export"])]
+    exports = enumerate(found["export"].items())
+    return lines + [f"  {'export' if i == 0 else '':<11} {mode}: {what}" for i, (mode, what) in exports]
 
 
 def _run(run: dict[str, Any]) -> str:
