@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.distributed.mesh import whole
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.decoder import Cache, attention_mask
 from vlmprune_jax.models.vlm import Model, Params, VisionLanguageModel, check_inputs, mesh_of, place_batch, to_nnx
@@ -67,7 +68,7 @@ def generate(
     mesh = mesh_of(model.params)
     arrays = place_batch(host, mesh)
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        return np.asarray(_generate(model.params, model.cfg, arrays, max_new_tokens, eos))
+        return whole(_generate(model.params, model.cfg, arrays, max_new_tokens, eos))
 
 
 def _align_right(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]:

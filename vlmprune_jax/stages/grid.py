@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluate.scorers import retained
 from vlmprune_jax.report.build import build_report, table_of
@@ -125,7 +126,8 @@ def run_all(experiment: Experiment, context: Context) -> Json:
         "export": {"path": "export", **exported},
     }
     write_json(context.workdir / "result.json", result)
-    finish(context)
+    if is_main_process():
+        finish(context)
     return result
 
 

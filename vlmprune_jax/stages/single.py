@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.config import LoraConfig
+from vlmprune_jax.distributed.mesh import from_main, is_main_process
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluate.runner import evaluate, perplexity
 from vlmprune_jax.hf.check import check_export
@@ -100,7 +101,9 @@ def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
             total = len(model.cfg.text.layers) if criterion == "taylor" else len(batches or [])
             with context.reporter.bar(f"score ({criterion})", total) as progress:
                 options = _score_options(experiment, criterion)
-                score(model, batches, criterion=criterion, progress=progress, **options).save(folder / name)
+                scores = score(model, batches, criterion=criterion, progress=progress, **options)
+            if is_main_process():
+                scores.save(folder / name)
         return {"criteria": criteria, "samples": experiment.score.samples if needs_data else 0}
 
     return context.run(stage, body)
@@ -234,8 +237,7 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
     )
 
     def body() -> Json:
-        if not (training / "checkpoints").exists():
-            remove(training)
+        from_main(lambda: None if (training / "checkpoints").exists() else remove(training))
         plan = PrunePlan.from_json(prune_folder / "plan.json")
         teacher = load_model(experiment, teacher_folder(experiment)) if config.losses.needs_teacher else None
         student = load_model(experiment, pruned)
@@ -340,7 +342,8 @@ def export_stage(experiment: Experiment, model_folder: Path, context: Context) -
         try:
             return check_export(model, out, vision_dir=experiment.model.vision_dir)
         except BaseException:
-            remove(out)  # a folder that failed its comparison, or was not compared, is not an export
+            if is_main_process():
+                remove(out)  # a folder that failed its comparison, or was not compared, is not an export
             raise
 
     return context.run(stage, body)
