@@ -27,7 +27,7 @@ def loader(goldens: Path, aspect_ratio: str = "pad", max_pixels: int = 10**6, ca
 def test_pixels_equal_the_reference(goldens: Path, aspect_ratio: str, stored: str) -> None:
     images = loader(goldens, aspect_ratio)
     assert images.shape == (3, 28, 28)
-    pixels = np.stack([images.load(goldens / f"data/images/img{n}.png", "r") for n in range(4)])
+    pixels = np.concatenate([images.load(goldens / f"data/images/img{n}.png", "r") for n in range(4)])
     assert pixels.dtype == np.float32
     np.testing.assert_allclose(pixels, np.load(goldens / "data/images.npz")[stored], atol=1e-5, rtol=0)
 
@@ -39,6 +39,34 @@ def test_processor_saved_by_transformers_5(goldens: Path, tmp_path: Path) -> Non
     images = load_image_processor(tmp_path, aspect_ratio="pad", max_pixels=10**6, cache_bytes=0)
     path = goldens / "data/images/img0.png"
     assert np.array_equal(images.load(path, "r"), loader(goldens).load(path, "r"))
+
+
+@pytest.mark.parametrize(("aspect_ratio", "stored"), [("pad", "siglip_pad"), ("square", "siglip_square")])
+def test_siglip_pixels_equal_the_reference(goldens: Path, tmp_path: Path, aspect_ratio: str, stored: str) -> None:
+    options = {"aspect_ratio": aspect_ratio, "max_pixels": 10**6, "cache_bytes": 0}
+    paths = [goldens / f"data/images/img{n}.png" for n in range(4)]
+    expected = np.load(goldens / "data/images.npz")[stored]
+    tower = load_image_processor(goldens / "ckpt/siglip_tower", **options)
+    assert tower.shape == (3, 45, 45)
+    # The hub's Bunny folder has no processor file: its code holds the numbers, and the tower's size is in the model.
+    bunny = load_image_processor(goldens / "ckpt/bunny", **options, image_size=45)
+    for images in (tower, bunny):
+        pixels = np.concatenate([images.load(path, "r") for path in paths])
+        np.testing.assert_allclose(pixels, expected, atol=1e-5, rtol=0)
+    with pytest.raises(UserError, match=r"has no preprocessor_config\.json"):
+        load_image_processor(goldens / "ckpt/bunny", **options)
+
+
+def test_processor_that_pads_by_itself_pads_once(goldens: Path, tmp_path: Path) -> None:
+    config = json.loads((goldens / "ckpt/clip_tower/preprocessor_config.json").read_text())
+    del config["feature_extractor_type"]
+    config |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "size": {"shortest_edge": 28}}
+    config["crop_size"] = {"height": 28, "width": 28}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    path = goldens / "data/images/img3.png"
+    for aspect_ratio in ("pad", "square"):
+        images = load_image_processor(tmp_path, aspect_ratio=aspect_ratio, max_pixels=10**6, cache_bytes=0)
+        assert np.array_equal(images.load(path, "r"), loader(goldens, aspect_ratio).load(path, "r"))
 
 
 def test_works_without_torch(goldens: Path) -> None:
@@ -82,7 +110,7 @@ def test_colour_modes_become_rgb(goldens: Path, tmp_path: Path) -> None:
     for name in ("rgba.png", "palette.png"):
         assert np.array_equal(images.load(tmp_path / name, "r"), expected), name
     rgb.convert("L").save(tmp_path / "grey.png")
-    assert images.load(tmp_path / "grey.png", "r").shape == (3, 28, 28)
+    assert images.load(tmp_path / "grey.png", "r").shape == (1, 3, 28, 28)
 
 
 def png_chunk(kind: bytes, content: bytes) -> bytes:
@@ -176,6 +204,9 @@ def test_bad_processor_folders(goldens: Path, tmp_path: Path) -> None:
         load_image_processor(tmp_path, aspect_ratio="pad", **options)
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "ViltImageProcessor"}')
     with pytest.raises(UserError, match="'ViltImageProcessor' is not supported; known: CLIP"):
+        load_image_processor(tmp_path, aspect_ratio="pad", **options)
+    (tmp_path / "preprocessor_config.json").write_text("[]")
+    with pytest.raises(UserError, match="holds a JSON list"):
         load_image_processor(tmp_path, aspect_ratio="pad", **options)
     with pytest.raises(UserError, match="image_aspect_ratio 'anyres'"):
         load_image_processor(goldens / "ckpt/clip_tower", aspect_ratio="anyres", **options)

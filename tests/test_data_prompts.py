@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from vlmprune_jax.data.prompts import (
     IGNORE,
     TEMPLATES,
     Template,
+    choose_template,
     load_tokenizer,
     move_images_first,
     render,
@@ -36,11 +38,14 @@ def tokenizer(goldens: Path) -> Any:
     return load_tokenizer(goldens / "tokenizers/llava")
 
 
-@pytest.mark.parametrize("name", ["llava_v1", "bunny"])
-def test_prompt_text_equals_the_reference(goldens: Path, samples: list[Record], name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("llava_v1", "llava_v1"), ("bunny", "bunny"), ("phi3-chat", "internvl_phi3_chat_before_image_expansion")],
+)
+def test_prompt_text_equals_the_reference(goldens: Path, samples: list[Record], name: str, key: str) -> None:
     stored = json.loads((goldens / "data/prompts.json").read_text())
     for record in samples:
-        assert render(record.turns, TEMPLATES[name], has_image=bool(record.images)) == stored[record.id][name]
+        assert render(record.turns, TEMPLATES[name], has_image=bool(record.images)) == stored[record.id][key]
 
 
 @pytest.mark.parametrize(
@@ -72,6 +77,175 @@ def test_ids_and_labels_equal_the_reference(
         assert labels.tolist() == expected["labels"], record.id
         assert bool((labels == IGNORE).all()) == expected["all_ignored"], record.id
         assert ids.dtype == labels.dtype == np.int32
+
+
+def test_internvl_ids_and_labels_equal_the_reference(goldens: Path, samples: list[Record]) -> None:
+    stored = json.loads((goldens / "data/internvl_tokenized.json").read_text())["internvl"]
+    tokenizer = load_tokenizer(goldens / "tokenizers/internvl")
+    assert len(stored["samples"]) == len(samples)
+    for record, expected in zip(samples, stored["samples"], strict=True):
+        ids, labels = tokenize_training(
+            record,
+            tokenizer,
+            TEMPLATES["phi3-chat"],
+            image_token_id=393,
+            tokens_per_image=stored["num_image_token_per_tile"],
+            tiles=[expected["num_tiles"]] if record.images else [],
+            cut_text_at=stored["model_max_length"],
+        )
+        assert ids.tolist() == expected["input_ids"], record.id
+        assert labels.tolist() == expected["labels"], record.id
+        assert bool((labels == IGNORE).all()) == expected["all_ignored"], record.id
+
+
+@pytest.fixture(scope="module")
+def phi3(goldens: Path) -> Any:
+    return load_tokenizer(goldens / "tokenizers/internvl")
+
+
+PHI3 = {"template": TEMPLATES["phi3-chat"], "image_token_id": 393, "tokens_per_image": 2}
+
+
+def test_internvl_prompt_is_the_training_row_up_to_its_answer(samples: list[Record], phi3: Any) -> None:
+    for record, tiles in ((samples[1], [3]), (samples[4], []), (samples[11], [1])):
+        ids, labels = tokenize_training(record, phi3, **PHI3, tiles=tiles, cut_text_at=None)
+        prompt = tokenize_prompt(record, phi3, **PHI3, tiles=tiles)
+        assert prompt.tolist() == ids[: len(prompt)].tolist()
+        assert prompt[-1] == phi3.convert_tokens_to_ids("<|assistant|>")
+        assert (labels[len(prompt) :] != IGNORE).all()
+        assert (prompt == 393).sum() == 2 * sum(tiles)
+
+
+def test_several_images_are_expanded_in_order(phi3: Any) -> None:
+    turns = (("human", "Is <image> like <image>?"), ("gpt", "No."), ("human", "And <image>?"), ("gpt", "Yes."))
+    record = Record("r", turns, (Path("a"), Path("b"), Path("c")))
+    ids, _ = tokenize_training(record, phi3, **PHI3, tiles=[3, 1, 2], cut_text_at=None)
+    runs = "".join("i" if token == 393 else "." for token in ids).split(".")
+    assert [len(run) for run in runs if run] == [6, 2, 4]
+    assert ids.tolist().count(391) == ids.tolist().count(392) == 3  # <img>, </img>
+
+
+def test_lone_image_without_a_mark_leads(phi3: Any) -> None:
+    image = (Path("a"),)
+    bare = Record("r", (("human", "What is it?"), ("gpt", "A dog.")), image)
+    marked = dataclasses.replace(bare, turns=(("human", "<image>\nWhat is it?"), bare.turns[1]))
+    for one, other in zip(*(tokenize_training(r, phi3, **PHI3, cut_text_at=None) for r in (bare, marked)), strict=True):
+        assert np.array_equal(one, other)
+    assert np.array_equal(tokenize_prompt(bare, phi3, **PHI3), tokenize_prompt(marked, phi3, **PHI3))
+    text = dataclasses.replace(bare, images=())
+    assert 393 not in tokenize_prompt(text, phi3, **PHI3)
+
+
+def test_text_cannot_pose_as_an_image(phi3: Any) -> None:
+    for images in ((), (Path("a"),)):
+        record = Record("r9", (("human", "<IMG_CONTEXT> hi"), ("gpt", "x")), images)
+        with pytest.raises(UserError, match="record r9: its text holds <IMG_CONTEXT>"):
+            tokenize_training(record, phi3, **PHI3, cut_text_at=None)
+        with pytest.raises(UserError, match="record r9: its text holds <IMG_CONTEXT>"):
+            tokenize_prompt(record, phi3, **PHI3)
+
+
+def test_internvl_text_is_cut_where_the_reference_cuts(samples: list[Record], phi3: Any) -> None:
+    for record, tiles in ((samples[6], []), (samples[12], [4])):  # the second has an empty answer: mismatched
+        whole, labels = tokenize_training(record, phi3, **PHI3, tiles=tiles, cut_text_at=None)
+        for limit in (100, 150, len(whole) - 3, len(whole)):
+            ids, cut = tokenize_training(record, phi3, **PHI3, tiles=tiles, cut_text_at=limit)
+            if not record.images:
+                assert ids.tolist() == whole[:limit].tolist()
+                assert cut.tolist() == labels[:limit].tolist()
+            assert cut.tolist()[:limit] == reference_phi3_labels(record, phi3, limit, tiles).tolist()
+
+
+def reference_phi3_labels(record: Record, tokenizer: Any, limit: int, tiles: Sequence[int]) -> np.ndarray:
+    """InternVL's `preprocess_phi3` by its counting rule, written anew from its description."""
+    prompt = render(record.turns, TEMPLATES["phi3-chat"], has_image=bool(record.images))
+    for count in tiles:
+        prompt = prompt.replace("<image>", "<img>" + "<IMG_CONTEXT>" * 2 * count + "</img>", 1)
+
+    def count_of(text: str) -> int:
+        return len(tokenizer(text)["input_ids"])
+
+    labels = np.array(tokenizer(prompt)["input_ids"])[:limit]
+    total = int((labels != tokenizer.pad_token_id).sum())
+    labels[labels == tokenizer.convert_tokens_to_ids("<|endoftext|>")] = IGNORE
+    turns = prompt.split("<|end|>")
+    rounds = ["<|end|>".join(turns[:3])] + ["<|end|>".join(turns[i : i + 2]) for i in range(3, len(turns), 2)]
+    done = 1
+    labels[:done] = IGNORE
+    role = "<|end|><|assistant|>\n"
+    for text in rounds:
+        parts = text.split(role)
+        if not text or len(parts) != 2:
+            break
+        # BOS counts in the first round, the end mark that the split took away in all.
+        instruction = count_of(parts[0] + role) - 1
+        length = count_of(text) - 1 + 1
+        labels[done : done + instruction] = IGNORE
+        done += length
+    labels[done:] = IGNORE
+    if done < limit and done != total:
+        labels[:] = IGNORE
+    return labels
+
+
+phi3_texts = st.lists(
+    st.sampled_from(
+        ["dog", "The", " ", "12", "\n", "naïve", "☕", "<|end|>", "<|user|>", "<|assistant|>\n", "<|endoftext|>", "?"]
+    ),
+    max_size=5,
+).map(" ".join)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(
+    rounds=st.lists(st.tuples(phi3_texts, phi3_texts), min_size=1, max_size=3),
+    image=st.booleans(),
+    limit=st.integers(120, 260),
+)
+def test_internvl_labels_equal_the_counting_rule(
+    phi3: Any, rounds: list[tuple[str, str]], image: bool, limit: int
+) -> None:
+    turns = tuple(turn for question, answer in rounds for turn in (("human", question), ("gpt", answer)))
+    record = Record("r", turns, (Path("x"),) if image else ())
+    tiles = [3] if image else []
+    _, labels = tokenize_training(record, phi3, **PHI3, tiles=tiles, cut_text_at=limit)
+    assert labels[:limit].tolist() == reference_phi3_labels(record, phi3, limit, tiles).tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "folder", "expected"),
+    [
+        ("auto", "llava", "llava", "llava_v1"),
+        ("auto", "llava", "bunny", "bunny"),  # a Bunny exported as LlavaForConditionalGeneration
+        ("auto", "bunny", "bunny", "bunny"),
+        ("auto", "internvl", "internvl", "phi3-chat"),
+        ("auto", "llama", "bunny", "llava_v1"),
+        ("phi3-chat", "phi3", "internvl", "phi3-chat"),
+        ("bunny", "internvl", "internvl", "bunny"),
+    ],
+)
+def test_template_of_a_family(goldens: Path, name: str, family: str, folder: str, expected: str) -> None:
+    tokenizer = load_tokenizer(goldens / "tokenizers" / folder)
+    assert choose_template(name, family, tokenizer, has_vision=True).name == expected
+
+
+def test_template_that_the_tokenizer_cannot_write(tokenizer: Any) -> None:
+    with pytest.raises(
+        UserError, match=r"no token <\|system\|>, .*<img>, .*; set data.template to one of llava_v1, bunny"
+    ):
+        choose_template("auto", "internvl", tokenizer, has_vision=True)
+
+
+def test_tokenizer_is_that_of_its_file(goldens: Path) -> None:
+    from tokenizers import Tokenizer
+
+    for name in ("llava", "llava_legacy", "bunny", "internvl"):
+        stored = Tokenizer.from_file(str(goldens / "tokenizers" / name / "tokenizer.json"))
+        loaded = load_tokenizer(goldens / "tokenizers" / name)
+        for text in ("a  b", " leading", "x</s> y", "<img> z", "naïve ☕\n\n1", "</img> and"):
+            assert (
+                loaded(text, add_special_tokens=False)["input_ids"] == stored.encode(text, add_special_tokens=False).ids
+            )
 
 
 def test_image_expands_to_its_tokens(samples: list[Record], tokenizer: Any) -> None:

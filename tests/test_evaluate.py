@@ -231,8 +231,8 @@ def test_shared_images_are_computed_once(goldens, encoder):
     plan = plan_questions(records(goldens, ["x"] * 8), encoder, batch_size=4)
     assert len(plan.beginnings) == 4  # three images, and the text
     batches = list(plan.batches(threads=1, prefetch=1))
-    assert {len(batch.arrays["pixel_values"]) for batch in batches} == {plan.beginnings_per_batch}
-    assert plan.beginnings_per_batch < 4
+    assert {len(batch.arrays["pixel_values"]) for batch in batches} == {plan.groups[0].beginnings}
+    assert plan.groups[0].beginnings < 4
     assert sorted(place for batch in batches for place in batch.places[batch.valid]) == list(range(8))
     shapes = {tuple(a.shape for a in [*batch.arrays.values(), batch.prefix.input_ids]) for batch in batches}
     assert len(shapes) == 1  # one program
@@ -240,7 +240,7 @@ def test_shared_images_are_computed_once(goldens, encoder):
 
 def test_sharded_evaluation_gives_the_same(goldens, llava, encoder, expected):
     plan = plan_questions(records(goldens, ["yes"] * 8), encoder, batch_size=8, multiple=4)
-    assert plan.beginnings_per_batch % 4 == 0
+    assert plan.groups[0].beginnings % 4 == 0
     split = on_mesh(llava, 2, 2, 2)
     result = evaluate(split, plan.batches(threads=1, prefetch=1), tokenizer=encoder.tokenizer, max_new_tokens=STEPS)
     assert [answer.prediction for answer in result.answers] == [text.strip() for text in expected[0]]
@@ -248,7 +248,7 @@ def test_sharded_evaluation_gives_the_same(goldens, llava, encoder, expected):
 
 def test_bad_questions(goldens, llava, encoder):
     asked = records(goldens, ["x"] * 8)
-    with pytest.raises(UserError, match=r"record q0: \d+ tokens with its images, over 9"):
+    with pytest.raises(UserError, match=r"record q0: \d+ tokens with its images, over max_length 9"):
         plan_questions(asked, dataclasses.replace(encoder, max_length=9), batch_size=2)
     with pytest.raises(UserError, match="record q0: has an image but the model has no vision tower"):
         plan_questions(asked, dataclasses.replace(encoder, image_loader=None), batch_size=2)

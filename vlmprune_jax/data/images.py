@@ -1,133 +1,248 @@
-"""Image files to pixel arrays: guarded decoding, LLaVA's square padding, the folder's `transformers` processor."""
+"""Image files to pixel arrays: guarded decoding, LLaVA's square padding, the folder's processor or its tiles."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from vlmprune_jax.data.tiling import Tiling, pad_to_square, tiling_from_chat_config, tiling_from_processor
 from vlmprune_jax.errors import UserError
 
 ASPECT_RATIOS = ("pad", "square")
+_SUFFIXES = ("ImageProcessor", "ImageProcessorPil", "ImageProcessorFast", "FeatureExtractor")
 # image_processor_type (or the older feature_extractor_type) -> classes to try in order. Only NumPy/PIL ones: their
 # values are the reference's, while the torchvision ones of transformers 5 differ in the last bits and need torch.
 _PROCESSORS = {
-    **dict.fromkeys(
-        ("CLIPImageProcessor", "CLIPImageProcessorPil", "CLIPImageProcessorFast", "CLIPFeatureExtractor"),
-        ("CLIPImageProcessorPil", "CLIPImageProcessor"),
-    )
+    f"{kind}{suffix}": (f"{kind}ImageProcessorPil", f"{kind}ImageProcessor")
+    for kind in ("CLIP", "Siglip", "Llava")
+    for suffix in _SUFFIXES
 }
+_TILING_PROCESSORS = tuple(f"GotOcr2{suffix}" for suffix in _SUFFIXES[:3])
+
+
+class Preparation(Protocol):
+    """How a decoded image becomes arrays; `sharing` is the number of images in its record."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of what the vision tower takes."""
+
+    def count(self, width: int, height: int, sharing: int) -> int:
+        """Return the number of tiles of an image (1 where images are not cut)."""
+
+    def most(self, images: int) -> int:
+        """Return the largest number of tiles of a record with up to `images` images."""
+
+    def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
+        """Return the pixels in the largest picture on the way."""
+
+    def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
+        """Return float32[tiles, channels, height, width] of an RGB image."""
+
+
+class WholeImage:
+    """An image as one picture: LLaVA's `image_aspect_ratio`, then the folder's `transformers` processor.
+
+    `aspect_ratio` "pad" centres the image on a square of the colour int(255 * mean), "square" gives it to the processor
+    as it is.
+    """
+
+    def __init__(self, config: Mapping[str, Any], *, where: str, aspect_ratio: str) -> None:
+        if aspect_ratio not in ASPECT_RATIOS:
+            raise UserError(f"image_aspect_ratio {aspect_ratio!r} is unknown; use one of {', '.join(ASPECT_RATIOS)}")
+        # The reference pads, whatever the processor would do; a LlavaImageProcessor must not pad a second time.
+        self._processor = _make_processor({**config, "do_pad": False} if "do_pad" in config else config, where)
+        self._pad = aspect_ratio == "pad"
+        self._short_side = "shortest_edge" in dict(self._processor.size)
+        self.shape: tuple[int, ...] = self.prepare(Image.new("RGB", (8, 8)), 1).shape[1:]
+
+    def count(self, width: int, height: int, sharing: int) -> int:
+        """Return 1."""
+        del width, height, sharing
+        return 1
+
+    def most(self, images: int) -> int:
+        """Return `images`."""
+        return images
+
+    def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
+        """Return the pixels after padding, or after the short side is resized: thin images grow enormously there."""
+        del sharing
+        if self._pad:
+            return max(width, height) ** 2
+        if self._short_side:
+            return min(self.shape[1:]) ** 2 * max(width, height) // min(width, height)
+        return self.shape[1] * self.shape[2]
+
+    def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
+        """Return float32[1, 3, height, width]."""
+        del sharing
+        if self._pad:
+            image = pad_to_square(image, tuple(self._processor.image_mean))
+        return np.array(self._processor(image, return_tensors="np")["pixel_values"], np.float32, order="C")
 
 
 class ImageLoader:
-    """Reads and processes image files; results stay in a bounded LRU cache, because many records share an image.
+    """Reads and prepares image files; results stay in a bounded LRU cache, because many records share an image.
 
-    `aspect_ratio` is LLaVA's `image_aspect_ratio`: "pad" centres the image on a square of the colour int(255 * mean),
-    "square" gives it to the processor as it is. `max_pixels` bounds the file's size and the size after padding or
-    resizing. Safe to call from several threads.
+    `max_pixels` bounds the file's size and the size after padding or resizing. Safe to call from several threads.
     """
 
-    def __init__(
-        self, config: Mapping[str, Any], *, where: str, aspect_ratio: str, max_pixels: int, cache_bytes: int
-    ) -> None:
-        if aspect_ratio not in ASPECT_RATIOS:
-            raise UserError(f"image_aspect_ratio {aspect_ratio!r} is unknown; use one of {', '.join(ASPECT_RATIOS)}")
-        self._processor = _make_processor(config, where)
-        self._pad = aspect_ratio == "pad"
-        self._background = tuple(int(255 * mean) for mean in self._processor.image_mean)
+    def __init__(self, preparation: Preparation, *, max_pixels: int, cache_bytes: int) -> None:
+        self.preparation = preparation
+        self.shape = preparation.shape
         self._max_pixels = max_pixels
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
-        self._cache: OrderedDict[Path, np.ndarray] = OrderedDict()
+        self._cache: OrderedDict[tuple[Path, int], np.ndarray] = OrderedDict()
+        self._sizes: dict[Path, tuple[int, int]] = {}
         self._lock = threading.Lock()
-        self.shape: tuple[int, ...] = self._process(Image.new("RGB", (8, 8))).shape
 
-    def load(self, path: Path, record: str) -> np.ndarray:
-        """Return read-only float32[3, height, width]. Raises UserError naming the file and the record."""
+    def load(self, path: Path, record: str, sharing: int = 1) -> np.ndarray:
+        """Return read-only float32[tiles, 3, height, width] of an image in a record of `sharing` images.
+
+        Raises UserError naming the file and the record.
+        """
+        key = (path, sharing)
         with self._lock:
-            if path in self._cache:
-                self._cache.move_to_end(path)
-                return self._cache[path]
-        pixels = self._process(self._pad_to_square(self._decode(path, record)))
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return self._cache[key]
+        with _readable(path, record), self._open(path, record, sharing) as image:
+            rgb = _to_rgb(image)
+        pixels = self.preparation.prepare(rgb, sharing)
         pixels.flags.writeable = False
         with self._lock:
-            if path not in self._cache:
-                self._cache[path] = pixels
+            if key not in self._cache:
+                self._cache[key] = pixels
                 self._cached_bytes += pixels.nbytes
             while self._cached_bytes > self._cache_bytes:
                 self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
         return pixels
 
-    def _decode(self, path: Path, record: str) -> Image.Image:
-        try:
-            with Image.open(path) as image:
-                width, height = image.size
-                if max(width * height, self._prepared_pixels(width, height)) > self._max_pixels:
-                    raise UserError(
-                        f"{path} (record {record}): image of {width}x{height} pixels is over the limit of "
-                        f"{self._max_pixels} pixels once prepared; shrink it or raise max_image_pixels"
-                    )
-                if image.mode == "P" and "transparency" in image.info:
-                    # The same colours as a direct conversion, without PIL's warning about transparent palettes.
-                    return image.convert("RGBA").convert("RGB")
-                return image.convert("RGB")
-        except UserError:
-            raise
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise UserError(f"{path} (record {record}): image is far too large ({error}); shrink it") from error
-        except Exception as error:  # PIL decoders raise OSError, ValueError, SyntaxError, struct.error, ... by format
-            unknown = isinstance(error, UnidentifiedImageError)
-            reason = "unknown format" if unknown else " ".join(str(error).split())[:200] or type(error).__name__
-            raise UserError(f"{path} (record {record}): not a readable image ({reason}); replace the file") from error
+    def tiles(self, paths: Sequence[Path], record: str) -> list[int]:
+        """Return how many tiles each image of a record gives; reads their headers only where images are cut.
 
-    def _prepared_pixels(self, width: int, height: int) -> int:
-        """Return the pixels after padding, or after the short side is resized: thin images grow enormously there."""
-        if self._pad:
-            return max(width, height) ** 2
-        return min(self.shape[1:]) ** 2 * max(width, height) // min(width, height)
+        Raises UserError naming the file and the record.
+        """
+        sizes = [(1, 1)] * len(paths) if isinstance(self.preparation, WholeImage) else []
+        for path in paths[len(sizes) :]:
+            if path not in self._sizes:
+                with _readable(path, record), self._open(path, record, len(paths)) as image:
+                    self._sizes[path] = image.size
+            sizes.append(self._sizes[path])
+        return [self.preparation.count(width, height, len(paths)) for width, height in sizes]
 
-    def _pad_to_square(self, image: Image.Image) -> Image.Image:
-        """Centre on a square, offset rounded down (reference: LLaVA mm_utils.py `expand2square`)."""
+    def _open(self, path: Path, record: str, sharing: int) -> Image.Image:
+        image = Image.open(path)
         width, height = image.size
-        if not self._pad or width == height:
-            return image
-        side = max(width, height)
-        square = Image.new("RGB", (side, side), self._background)
-        square.paste(image, ((side - width) // 2, (side - height) // 2))
-        return square
-
-    def _process(self, image: Image.Image) -> np.ndarray:
-        pixels = self._processor(image, return_tensors="np")["pixel_values"][0]
-        return np.array(pixels, np.float32, order="C")
+        if max(width * height, self.preparation.prepared_pixels(width, height, sharing)) > self._max_pixels:
+            image.close()
+            raise UserError(
+                f"{path} (record {record}): image of {width}x{height} pixels is over the limit of "
+                f"{self._max_pixels} pixels once prepared; shrink it or raise max_image_pixels"
+            )
+        return image
 
 
-def load_image_processor(folder: Path, *, aspect_ratio: str, max_pixels: int, cache_bytes: int) -> ImageLoader:
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "P" and "transparency" in image.info:
+        # The same colours as a direct conversion, without PIL's warning about transparent palettes.
+        return image.convert("RGBA").convert("RGB")
+    return image.convert("RGB")
+
+
+@contextlib.contextmanager
+def _readable(path: Path, record: str) -> Iterator[None]:
+    """Turn whatever a decoder raises into one line that names the file and the record."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UserError(f"{path} (record {record}): image is far too large ({error}); shrink it") from error
+    except Exception as error:  # PIL decoders raise OSError, ValueError, SyntaxError, struct.error, ... by format
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "unknown format" if unknown else " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path} (record {record}): not a readable image ({reason}); replace the file") from error
+
+
+def load_image_processor(
+    folder: Path,
+    *,
+    aspect_ratio: str,
+    max_pixels: int,
+    cache_bytes: int,
+    image_size: int | None = None,
+    tiling: Mapping[str, Any] | None = None,
+) -> ImageLoader:
     """Return the ImageLoader that an HF folder describes.
 
-    Reads `preprocessor_config.json`, or the `image_processor` part of `processor_config.json` (transformers 5 writes
-    only that one). Raises UserError where neither is there or the processor type is not known.
+    Args:
+      folder: a model or its vision tower. An InternVL-Chat folder's config.json says how images are cut; otherwise
+        `preprocessor_config.json` is read, or the `image_processor` part of `processor_config.json` (transformers 5
+        writes only that one).
+      aspect_ratio: "pad" or "square", for models that do not cut images (see `WholeImage`).
+      max_pixels: largest image.
+      cache_bytes: what prepared images may take in memory.
+      image_size: side of a Bunny folder's images, whose processor the hub's code holds instead of a file.
+      tiling: fields of `Tiling` to use instead of the folder's, for models that cut images.
+
+    Raises:
+      UserError: nothing there describes a processor, its type is not known, or `tiling` is given for another model.
     """
     folder = Path(folder)
+    changes = {name: value for name, value in (tiling or {}).items() if value is not None}
+    preparation = _preparation(folder, aspect_ratio, image_size)
+    if changes and not isinstance(preparation, Tiling):
+        raise UserError(
+            f"{folder}: data.{', data.'.join(changes)} given, but this model does not cut images into tiles"
+        )
+    if isinstance(preparation, Tiling):
+        preparation = dataclasses.replace(preparation, **changes)
+    return ImageLoader(preparation, max_pixels=max_pixels, cache_bytes=cache_bytes)
+
+
+def _preparation(folder: Path, aspect_ratio: str, image_size: int | None) -> Preparation:
+    model_path = folder / "config.json"
+    model = _read_json(model_path) or {}
+    if model.get("model_type") == "internvl_chat":
+        return tiling_from_chat_config(model, str(model_path))
     for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         path = folder / name
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        config = _read_json(path)
+        config = config if key is None or config is None else config.get(key)
+        if config is None:
             continue
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read as JSON ({error}); restore it from the model's source") from error
-        config = config if key is None else config.get(key)
-        if config is not None:
-            return ImageLoader(
-                config, where=str(path), aspect_ratio=aspect_ratio, max_pixels=max_pixels, cache_bytes=cache_bytes
-            )
+        if _type_of(config) in _TILING_PROCESSORS:
+            return tiling_from_processor(config, str(path))
+        return WholeImage(config, where=str(path), aspect_ratio=aspect_ratio)
+    if image_size is not None and model.get("model_type") == "bunny-phi":
+        half, size = [0.5] * 3, {"height": image_size, "width": image_size}
+        config = {"image_processor_type": "SiglipImageProcessor", "size": size, "image_mean": half, "image_std": half}
+        return WholeImage(config, where=str(model_path), aspect_ratio=aspect_ratio)
     raise UserError(f"{folder}: has no preprocessor_config.json; copy it from the model or its vision tower")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); restore it from the model's source") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a JSON {type(content).__name__}, expected an object; restore it")
+    return content
 
 
 def augment_flip_shift(pixels: np.ndarray, seed: tuple[int, ...], max_shift: int = 4) -> np.ndarray:
@@ -149,9 +264,10 @@ def augment_flip_shift(pixels: np.ndarray, seed: tuple[int, ...], max_shift: int
 def _make_processor(config: Mapping[str, Any], where: str) -> Any:
     import transformers
 
-    name = config.get("image_processor_type") or config.get("feature_extractor_type")
+    name = _type_of(config)
     if name not in _PROCESSORS:
-        raise UserError(f"{where}: image processor {name!r} is not supported; known: {', '.join(sorted(_PROCESSORS))}")
+        known = ", ".join(sorted({*_PROCESSORS, *_TILING_PROCESSORS}))
+        raise UserError(f"{where}: image processor {name!r} is not supported; known: {known}")
     for class_name in _PROCESSORS[name]:
         try:
             processor_class = getattr(transformers, class_name)
@@ -159,3 +275,7 @@ def _make_processor(config: Mapping[str, Any], where: str) -> Any:
             continue
         return processor_class.from_dict(dict(config))
     raise UserError(f"transformers {transformers.__version__} has no image processor {_PROCESSORS[name]}; use >= 4.57")
+
+
+def _type_of(config: Mapping[str, Any]) -> Any:
+    return config.get("image_processor_type") or config.get("feature_extractor_type")

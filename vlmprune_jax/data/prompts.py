@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,9 +17,13 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Template:
-    """How turns become one string: `system + system_end`, then per turn `role + gap + text + end`.
+    """How turns become one string: `system_start + system + system_end`, then per turn `role + gap + text + end`.
 
-    `image_first` moves the placeholders of a turn in front of its stripped text, one a line.
+    `image_first` moves the placeholders of a turn in front of its stripped text, one a line; `image_lead` puts one in
+    front of the first turn where a record's only image has none there. With `image_tokens` (start, context, end) an
+    image is written out as these tokens, the context one once per position; without, a text is tokenised piece by
+    piece between its images. A record that holds `padding_mark` is one whose length the reference miscounts. `special`:
+    what must be single tokens.
     """
 
     name: str
@@ -31,6 +35,11 @@ class Template:
     assistant_end: str
     gap: str
     image_first: bool
+    system_start: str = ""
+    image_lead: bool = False
+    image_tokens: tuple[str, str, str] | None = None
+    padding_mark: str | None = None
+    special: tuple[str, ...] = ()
 
 
 _LLAVA_V1 = Template(
@@ -45,17 +54,64 @@ _LLAVA_V1 = Template(
     gap=" ",
     image_first=True,
 )
-TEMPLATES = {
-    template.name: template for template in (_LLAVA_V1, replace(_LLAVA_V1, name="bunny", assistant_end="<|endoftext|>"))
-}
+_PHI3_CHAT = Template(
+    name="phi3-chat",
+    system_start="<|system|>\n",
+    system="你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
+    "是一个有用无害的人工智能助手。",
+    system_end="<|end|>",
+    user="<|user|>\n",
+    user_end="<|end|>",
+    assistant="<|assistant|>\n",
+    assistant_end="<|end|>",
+    gap="",
+    image_first=False,
+    image_lead=True,
+    image_tokens=("<img>", "<IMG_CONTEXT>", "</img>"),
+    padding_mark="<|endoftext|>",
+    special=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+)
+_BUNNY = replace(_LLAVA_V1, name="bunny", assistant_end="<|endoftext|>")
+TEMPLATES = {template.name: template for template in (_LLAVA_V1, _BUNNY, _PHI3_CHAT)}
+AUTO = "auto"
+
+
+def choose_template(name: str, family: str, tokenizer: Any, *, has_vision: bool) -> Template:
+    """Return the template called `name`, or that of the model's family where it is "auto".
+
+    A LLaVA whose tokenizer ends texts with Bunny's mark (an exported Bunny) takes Bunny's. Raises UserError where the
+    tokenizer lacks a token of the template.
+    """
+    if name == AUTO:
+        ends_like_bunny = tokenizer.eos_token == _BUNNY.assistant_end
+        by_family = {"bunny": _BUNNY, "internvl": _PHI3_CHAT, "llava": _BUNNY if ends_like_bunny else _LLAVA_V1}
+        template = by_family.get(family, _LLAVA_V1)
+    else:
+        template = TEMPLATES[name]
+    needed = (*template.special, *((template.image_tokens or ()) if has_vision else ()))
+    known = tokenizer.get_vocab()
+    missing = [token for token in needed if token not in known]
+    if missing:
+        raise UserError(
+            f"template {template.name}: the tokenizer has no token {', '.join(missing)}; set data.template to one of "
+            f"{', '.join(other for other in TEMPLATES if other != template.name)}, or use the model's own tokenizer"
+        )
+    return template
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Return the fast tokenizer of an HF folder (offsets are needed for the label mask); never goes to the hub."""
-    from transformers import AutoTokenizer
+    """Return the fast tokenizer of an HF folder (offsets are needed for the label mask); never goes to the hub.
+
+    A `tokenizer.json` is taken as it is: AutoTokenizer looks at the model's config.json, which may name remote code,
+    and LlamaTokenizer of transformers 5 replaces the file's normalisation (Phi-3 loses a space mark behind `</img>`).
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        if (Path(folder) / "tokenizer.json").is_file():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, TypeError, ... for a broken folder
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: no loadable tokenizer ({reason}); give a folder with tokenizer.json") from error
@@ -69,9 +125,11 @@ def render(turns: Sequence[tuple[str, str]], template: Template, *, has_image: b
     """Return the prompt string; with `generation` it ends with the assistant's role, ready for an answer.
 
     A turn without text is its bare role, as in the reference (LLaVA conversation.py `get_prompt`). An empty system text
-    leaves out its end mark as well, which is how `llava-hf` chat templates look.
+    leaves out its marks as well, which is how `llava-hf` chat templates look.
     """
-    text = template.system + template.system_end if template.system else ""
+    text = template.system_start + template.system + template.system_end if template.system else ""
+    if has_image and template.image_lead:
+        turns = _lead_with_image(turns)
     for speaker, content in turns:
         if has_image and template.image_first:
             content = move_images_first(content)
@@ -80,6 +138,17 @@ def render(turns: Sequence[tuple[str, str]], template: Template, *, has_image: b
         )
         text += role + template.gap + content + end if content else role
     return text + template.assistant if generation else text
+
+
+def _lead_with_image(turns: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
+    """Return the turns, the first with a placeholder if it has none (reference: InternVL `multi_modal_get_item`).
+
+    Only where there is one image; a placeholder in a later turn is plain text then.
+    """
+    (speaker, first), *rest = turns
+    if IMAGE_TOKEN in first or sum(content.count(IMAGE_TOKEN) for _, content in rest) > 1:
+        return turns
+    return [(speaker, f"{IMAGE_TOKEN}\n{first}"), *rest]
 
 
 def move_images_first(content: str) -> str:
@@ -98,83 +167,133 @@ def tokenize_training(
     image_token_id: int,
     tokens_per_image: int,
     cut_text_at: int | None,
+    tiles: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (input_ids, labels), both int32[tokens]; labels are IGNORE outside answers and their end marks.
 
-    Every `<image>` becomes `tokens_per_image` copies of `image_token_id` (1 x -200 is the reference's form). With
-    `cut_text_at` (the reference's model_max_length) a record without images is cut there, and a malformed round
-    beyond that many tokens does not cost the record its labels; None never cuts.
+    Every `<image>` becomes `tokens_per_image` copies of `image_token_id` (1 x -200 is the reference's form) for each
+    of its `tiles` (None = one). With `cut_text_at` (the reference's model_max_length) a record without images is cut
+    there, and a malformed round beyond that many tokens does not cost the record its labels; None never cuts.
     A record whose rounds cannot be told apart (an empty turn, a separator inside a text) has all labels ignored: the
     reference's "tokenization mismatch" rule.
     """
-    prompt = render(record.turns, template, has_image=bool(record.images))
-    ids, ends, is_image = _tokenize(prompt, tokenizer, has_image=bool(record.images))
+    prompt = _write_images(render(record.turns, template, has_image=bool(record.images)), record, template)
+    tokens = _tokenize(prompt, record, tokenizer, template)
     spans, covered = _answer_spans(prompt, template)
-    keep = np.zeros(len(ids), bool)
+    keep = np.zeros(len(tokens.ids), bool)
     for start, stop in spans:
-        keep |= (ends > start) & (ends <= stop)
-    if covered < len(prompt) and (cut_text_at is None or np.count_nonzero(ends <= covered) < cut_text_at):
+        # A role token may have swallowed the white space that begins the answer: it starts before its own text ends.
+        keep |= (tokens.ends > start) & (tokens.ends <= stop) & (tokens.starts > start - len(template.assistant))
+    repeats = _repeats(tokens.is_image, tokens_per_image, tiles)
+    # InternVL's labels are made of written-out images, LLaVA's and Bunny's of one mark an image.
+    counted = (np.ones_like(repeats) if template.image_tokens is None else repeats)[tokens.ends <= covered].sum()
+    miscounted = template.padding_mark is not None and template.padding_mark in prompt
+    if (covered < len(prompt) or miscounted) and (cut_text_at is None or counted < cut_text_at):
         keep[:] = False
-    ids[is_image] = image_token_id
-    labels = np.where(keep & ~is_image, ids, IGNORE).astype(np.int32)
-    if cut_text_at is not None and not record.images:
-        ids, labels, is_image = ids[:cut_text_at], labels[:cut_text_at], is_image[:cut_text_at]
-    repeats = np.where(is_image, tokens_per_image, 1)
-    return np.repeat(ids, repeats), np.repeat(labels, repeats)
+    if miscounted:
+        keep &= tokens.ids != tokenizer.convert_tokens_to_ids(template.padding_mark)
+    ids = np.where(tokens.is_image, image_token_id, tokens.ids).astype(np.int32)
+    labels = np.where(keep & ~tokens.is_image, ids, IGNORE).astype(np.int32)
+    ids, labels = np.repeat(ids, repeats), np.repeat(labels, repeats)
+    return (ids, labels) if record.images else (ids[:cut_text_at], labels[:cut_text_at])
 
 
 def tokenize_prompt(
-    record: Record, tokenizer: Any, template: Template, *, image_token_id: int, tokens_per_image: int
+    record: Record,
+    tokenizer: Any,
+    template: Template,
+    *,
+    image_token_id: int,
+    tokens_per_image: int,
+    tiles: Sequence[int] | None = None,
 ) -> np.ndarray:
     """Return int32[tokens]: the conversation up to its last answer, ending with the assistant's role."""
     turns = record.turns[:-1] if record.turns[-1][0] == "gpt" else record.turns
     prompt = render(turns, template, has_image=bool(record.images), generation=True)
-    ids, _, is_image = _tokenize(prompt, tokenizer, has_image=bool(record.images))
-    ids[is_image] = image_token_id
-    return np.repeat(ids, np.where(is_image, tokens_per_image, 1))
+    tokens = _tokenize(_write_images(prompt, record, template), record, tokenizer, template)
+    ids = np.where(tokens.is_image, image_token_id, tokens.ids).astype(np.int32)
+    return np.repeat(ids, _repeats(tokens.is_image, tokens_per_image, tiles))
 
 
-def _tokenize(prompt: str, tokenizer: Any, *, has_image: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (ids, end offset in `prompt`, is image) per token; the text between images is tokenised piece by piece.
+def _write_images(prompt: str, record: Record, template: Template) -> str:
+    """Return the prompt with its first placeholders, one per image, as image tokens with a single position each."""
+    if template.image_tokens is None:
+        return prompt
+    if template.image_tokens[1] in prompt:
+        raise UserError(
+            f"record {record.id}: its text holds {template.image_tokens[1]}, which marks image positions; remove it"
+        )
+    return prompt.replace(IMAGE_TOKEN, "".join(template.image_tokens), len(record.images))
 
-    A leading BOS is kept once and dropped from later pieces (reference: `tokenizer_image_token`). Its end is -1, so no
-    span holds it.
+
+def _repeats(is_image: np.ndarray, tokens_per_image: int, tiles: Sequence[int] | None) -> np.ndarray:
+    """Return how many positions each token takes."""
+    repeats = np.ones(len(is_image), np.int64)
+    count = int(np.count_nonzero(is_image))
+    repeats[is_image] = tokens_per_image * np.array([1] * count if tiles is None else tiles[:count], np.int64)
+    return repeats
+
+
+class _Tokens(NamedTuple):
+    """Arrays [tokens]: ids, character places in the prompt (-1 for BOS, so that no span holds it), is it an image."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+    is_image: np.ndarray
+
+
+def _tokenize(prompt: str, record: Record, tokenizer: Any, template: Template) -> _Tokens:
+    """Return the tokens of a prompt; without image tokens the text between images is tokenised piece by piece.
+
+    A leading BOS is kept once and dropped from later pieces (reference: `tokenizer_image_token`).
     """
+    piecewise = bool(record.images) and template.image_tokens is None
     ids: list[int] = []
-    ends: list[int] = []
+    places: list[tuple[int, int]] = []
     is_image: list[bool] = []
     offset = 0
-    for number, piece in enumerate(prompt.split(IMAGE_TOKEN) if has_image else [prompt]):
+    for number, piece in enumerate(prompt.split(IMAGE_TOKEN) if piecewise else [prompt]):
         if number:
-            offset += len(IMAGE_TOKEN)
             ids.append(0)
-            ends.append(offset)
+            places.append((offset, offset + len(IMAGE_TOKEN)))
             is_image.append(True)
+            offset += len(IMAGE_TOKEN)
         encoded = tokenizer(piece, return_offsets_mapping=True, return_attention_mask=False)
-        piece_ids, piece_ends = encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
-        has_bos = bool(piece_ids) and piece_ids[0] == tokenizer.bos_token_id and piece_ends[0] == 0
+        piece_ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+        has_bos = bool(piece_ids) and piece_ids[0] == tokenizer.bos_token_id and spans[0][1] == 0
         if has_bos and not number:
             ids.append(piece_ids[0])
-            ends.append(-1)
+            places.append((-1, -1))
         ids += piece_ids[has_bos:]
-        ends += [offset + end for end in piece_ends[has_bos:]]
+        places += [(offset + start, offset + end) for start, end in spans[has_bos:]]
         is_image += [False] * (len(ids) - len(is_image))
         offset += len(piece)
-    return np.array(ids, np.int32), np.array(ends, np.int64), np.array(is_image, bool)
+    starts, ends = np.array(places, np.int64).reshape(-1, 2).T
+    found = np.array(is_image, bool)
+    if record.images and template.image_tokens is not None:
+        found = np.array(ids, np.int64) == tokenizer.convert_tokens_to_ids(template.image_tokens[1])
+    return _Tokens(np.array(ids, np.int32), starts, ends, found)
 
 
 def _answer_spans(prompt: str, template: Template) -> tuple[list[tuple[int, int]], int]:
     """Return the character spans that are learnt, and how far the rounds could be followed from the start.
 
-    A round is what ends with the assistant's end mark; it must hold the assistant's role exactly once.
+    A round is what ends with the assistant's end mark, which may end the system text and the question as well; it must
+    hold the assistant's role exactly once.
     """
+    end = template.assistant_end
     role = template.user_end + template.assistant + template.gap
+    marks = 1 + (template.user_end == end)
+    pieces = prompt.split(end)
     spans: list[tuple[int, int]] = []
     covered = 0
-    for text in prompt.split(template.assistant_end):
+    first = marks + (template.system_end == end and bool(template.system))
+    for begin in (0, *range(first, len(pieces), marks)):
+        text = end.join(pieces[begin : begin + marks if begin else first])
         if text.count(role) != 1:  # the empty rest behind the last end mark, or a round that cannot be told apart
             break
         start = covered + text.index(role) + len(role) - len(template.gap)
-        covered += len(text) + len(template.assistant_end)
+        covered += len(text) + len(end)
         spans.append((start, covered))
     return spans, covered

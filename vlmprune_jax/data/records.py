@@ -26,16 +26,18 @@ class Record:
     images: tuple[Path, ...]
 
 
-def read_records(path: Path, image_root: Path | None) -> list[Record]:
+def read_records(path: Path, image_root: Path | None, *, image_lead: bool = False) -> list[Record]:
     """Read `{id, image? | images?, conversations: [{from, value}]}` entries from a `.json` list or a `.jsonl` file.
 
     `image` is a path or a list of paths below `image_root`; a missing id becomes the entry's index. A first turn of gpt
-    is dropped (reference: `preprocess_v1`). Raises UserError naming file and record for anything malformed: turns that
-    do not alternate, `<image>` marks that do not match the images, an image that is missing or lies outside the root.
+    is dropped (reference: `preprocess_v1`). With `image_lead` the text may leave out the `<image>` mark of a record's
+    only image, which the template then puts in front (InternVL data files do so). Raises UserError naming file and
+    record for anything malformed: turns that do not alternate, `<image>` marks that do not match the images, an image
+    that is missing or lies outside the root.
     """
     path = Path(path)
     root = _ImageRoot(image_root)
-    records = [_make_record(entry, index, path, root) for index, entry in enumerate(_read_entries(path))]
+    records = [_make_record(entry, index, path, root, image_lead) for index, entry in enumerate(_read_entries(path))]
     if not records:
         raise UserError(f"{path}: holds no record; a LLaVA data file is a list of conversations")
     return records
@@ -81,7 +83,7 @@ def _parse(text: str, path: Path, lines_before: int, expected: str) -> Any:
         raise UserError(f"{path}, line {line}: not valid JSON ({reason}); expected {expected}") from error
 
 
-def _make_record(entry: Any, index: int, path: Path, root: _ImageRoot) -> Record:
+def _make_record(entry: Any, index: int, path: Path, root: _ImageRoot, image_lead: bool) -> Record:
     if not isinstance(entry, dict):
         raise UserError(f"{path}, record {index}: is a {type(entry).__name__}, expected an object with 'conversations'")
     name = entry.get("id", index)
@@ -91,7 +93,7 @@ def _make_record(entry: Any, index: int, path: Path, root: _ImageRoot) -> Record
     turns = _make_turns(entry.get("conversations"), where)
     images = tuple(root.find(image, where) for image in _image_names(entry, where))
     marks = sum(text.count(IMAGE_TOKEN) for _, text in turns)
-    if marks != len(images):
+    if marks != len(images) and not (image_lead and marks == 0 and len(images) == 1):
         raise UserError(
             f"{where}: its text has {marks} {IMAGE_TOKEN} mark(s) but the record lists {len(images)} image(s); "
             "give one mark per image"

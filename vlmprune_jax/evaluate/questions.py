@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import grain
 import numpy as np
 
-from vlmprune_jax.data.batching import Encoder, GenerationBatch
-from vlmprune_jax.data.prompts import tokenize_prompt
+from vlmprune_jax.data.batching import Encoder, GenerationBatch, check_length
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.generate import SharedPrefix
@@ -41,6 +40,18 @@ class _Question:
 class _Beginning:
     ids: np.ndarray
     record: Record
+    slots: int
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The questions of one batch, and its shapes: image slots, number of beginnings, lengths of these and of rests."""
+
+    questions: tuple[_Question, ...]
+    slots: int
+    beginnings: int
+    beginning_length: int
+    rest_length: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,51 +61,42 @@ class QuestionPlan:
     records: Sequence[Record]
     encoder: Encoder
     batch_size: int
-    groups: tuple[tuple[_Question, ...], ...]
+    groups: tuple[_Group, ...]
     beginnings: tuple[_Beginning, ...]
-    beginnings_per_batch: int
-    beginning_length: int
-    rest_length: int
 
     def __len__(self) -> int:
         """Number of batches."""
         return len(self.groups)
 
     def batches(self, *, threads: int, prefetch: int) -> grain.IterDataset[QuestionBatch]:
-        """All batches, read ahead in threads."""
+        """All batches, read ahead in threads; as many different shapes as there are numbers of image slots."""
         rows = grain.MapDataset.range(len(self.groups)).map(lambda number: self._load(self.groups[number]))
         return rows.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
 
-    def _load(self, group: Sequence[_Question]) -> QuestionBatch:
-        numbers = sorted({question.beginning for question in group})
+    def _load(self, group: _Group) -> QuestionBatch:
+        questions = group.questions
+        numbers = sorted({question.beginning for question in questions})
         slots = {number: slot for slot, number in enumerate(numbers)}
-        padding = self.batch_size - len(group)
-        rows = [*group, *[group[0]] * padding]
-        ids, mask = _left_padded([question.rest for question in rows], self.rest_length)
+        padding = self.batch_size - len(questions)
+        rows = [*questions, *[questions[0]] * padding]
+        ids, mask = _left_padded([question.rest for question in rows], group.rest_length)
         arrays = {"input_ids": ids, "attention_mask": mask}
         shared = [self.beginnings[number] for number in numbers]
-        shared += [shared[0]] * (self.beginnings_per_batch - len(shared))
-        prefix_ids, prefix_mask = _left_padded([beginning.ids for beginning in shared], self.beginning_length)
+        shared += [shared[0]] * (group.beginnings - len(shared))
+        prefix_ids, prefix_mask = _left_padded([beginning.ids for beginning in shared], group.beginning_length)
         if self.encoder.image_loader is not None:
-            arrays["pixel_values"] = np.stack([self._images(beginning.record) for beginning in shared])
-        names = [self.records[question.place].id for question in group]
-        references = [reference(self.records[question.place]) for question in group]
+            images = [self.encoder.images(beginning.record, group.slots) for beginning in shared]
+            arrays["pixel_values"] = np.stack(images)
+        names = [self.records[question.place].id for question in questions]
+        references = [reference(self.records[question.place]) for question in questions]
         return QuestionBatch(
             arrays=arrays,
             record_ids=(*names, *[""] * padding),
             references=(*references, *[""] * padding),
-            valid=np.arange(self.batch_size) < len(group),
+            valid=np.arange(self.batch_size) < len(questions),
             prefix=SharedPrefix(prefix_ids, prefix_mask, np.array([slots[question.beginning] for question in rows])),
             places=np.array([question.place for question in rows]),
         )
-
-    def _images(self, record: Record) -> np.ndarray:
-        loader = self.encoder.image_loader
-        assert loader is not None
-        pixels = np.zeros((self.encoder.max_images, *loader.shape), np.float32)
-        for slot, path in enumerate(record.images):
-            pixels[slot] = loader.load(path, record.id)
-        return pixels
 
 
 def plan_questions(records: Sequence[Record], encoder: Encoder, *, batch_size: int, multiple: int = 1) -> QuestionPlan:
@@ -107,7 +109,7 @@ def plan_questions(records: Sequence[Record], encoder: Encoder, *, batch_size: i
       multiple: number of beginnings per batch is a multiple of this (devices that share a batch).
 
     Raises:
-      UserError: no record; a prompt that is too long, has an image that the model cannot see, or too many images.
+      UserError: no record; a prompt that is too long, an image that the model cannot see, too many images or tiles.
     """
     if not records or batch_size < 1:
         raise UserError(f"{len(records)} questions in batches of {batch_size}: both must be at least 1")
@@ -115,63 +117,54 @@ def plan_questions(records: Sequence[Record], encoder: Encoder, *, batch_size: i
     beginnings: list[_Beginning] = []
     members: list[list[_Question]] = []
     for place, record in enumerate(records):
-        ids = _prompt(record, encoder)
+        ids = encoder.prompt_ids(record)
+        if encoder.max_length:
+            check_length(len(ids), record, encoder.max_length)
         marks = np.flatnonzero(ids == encoder.image_token_id) if record.images else np.empty(0, int)
         cut = min(int(marks[-1]) + 1 if len(marks) else 1, len(ids) - 1)
         key = (ids[:cut].tobytes(), tuple(map(str, record.images)))
         if key not in known:
             known[key] = len(beginnings)
-            beginnings.append(_Beginning(ids[:cut], record))
+            beginnings.append(_Beginning(ids[:cut], record, encoder.slots([record])))
             members.append([])
         members[known[key]].append(_Question(place, known[key], ids[cut:]))
-    ordered = [question for group in members for question in group]
-    per_batch = min(-(-batch_size * len(beginnings) // len(ordered)) + 1, batch_size)
-    per_batch = -(-per_batch // multiple) * multiple
     return QuestionPlan(
         records=records,
         encoder=encoder,
         batch_size=batch_size,
-        groups=tuple(_groups(ordered, batch_size, per_batch)),
+        groups=_groups(members, beginnings, batch_size, multiple),
         beginnings=tuple(beginnings),
-        beginnings_per_batch=per_batch,
-        beginning_length=max(len(beginning.ids) for beginning in beginnings),
-        rest_length=max(len(question.rest) for question in ordered),
     )
 
 
-def _prompt(record: Record, encoder: Encoder) -> np.ndarray:
-    if record.images and encoder.image_loader is None:
-        raise UserError(f"record {record.id}: has an image but the model has no vision tower; use text-only records")
-    if len(record.images) > encoder.max_images:
-        raise UserError(
-            f"record {record.id}: {len(record.images)} images, over max_images {encoder.max_images}; raise it"
-        )
-    ids = tokenize_prompt(
-        record,
-        encoder.tokenizer,
-        encoder.template,
-        image_token_id=encoder.image_token_id,
-        tokens_per_image=encoder.tokens_per_image,
-    )
-    if encoder.max_length and len(ids) > encoder.max_length:
-        raise UserError(
-            f"record {record.id}: {len(ids)} tokens with its images, over {encoder.max_length}; raise the limit"
-        )
-    return ids
+def _groups(
+    members: Sequence[Sequence[_Question]], beginnings: Sequence[_Beginning], batch_size: int, multiple: int
+) -> tuple[_Group, ...]:
+    """Neighbours together until a batch has all its rows, or as many beginnings as fit; one group of shapes a bucket.
 
-
-def _groups(ordered: Sequence[_Question], batch_size: int, per_batch: int) -> list[tuple[_Question, ...]]:
-    """Neighbours together until a batch has all its rows, or as many beginnings as fit."""
-    groups: list[tuple[_Question, ...]] = []
-    current: list[_Question] = []
-    seen: set[int] = set()
-    for question in ordered:
-        if len(current) == batch_size or len(seen | {question.beginning}) > per_batch:
-            groups.append(tuple(current))
-            current, seen = [], set()
-        current.append(question)
-        seen.add(question.beginning)
-    return [*groups, tuple(current)]
+    A batch holds only beginnings of one number of image slots, so a thumbnail does not wait for twelve tiles.
+    """
+    groups: list[_Group] = []
+    for slots in sorted({beginning.slots for beginning in beginnings}):
+        mine = [number for number, beginning in enumerate(beginnings) if beginning.slots == slots]
+        ordered = [question for number in mine for question in members[number]]
+        per_batch = min(-(-batch_size * len(mine) // len(ordered)) + 1, batch_size)
+        shapes = {
+            "slots": slots,
+            "beginnings": -(-per_batch // multiple) * multiple,
+            "beginning_length": max(len(beginnings[number].ids) for number in mine),
+            "rest_length": max(len(question.rest) for question in ordered),
+        }
+        current: list[_Question] = []
+        seen: set[int] = set()
+        for question in ordered:
+            if len(current) == batch_size or len(seen | {question.beginning}) > shapes["beginnings"]:
+                groups.append(_Group(tuple(current), **shapes))
+                current, seen = [], set()
+            current.append(question)
+            seen.add(question.beginning)
+        groups.append(_Group(tuple(current), **shapes))
+    return tuple(groups)
 
 
 def _left_padded(rows: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -15,14 +15,17 @@ import numpy as np
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.data.batching import Batch, Encoder, train_batches
 from vlmprune_jax.data.images import ImageLoader, load_image_processor
-from vlmprune_jax.data.prompts import TEMPLATES, Template, load_tokenizer, tokenize_training
+from vlmprune_jax.data.prompts import AUTO, TEMPLATES, Template, choose_template, load_tokenizer, tokenize_training
 from vlmprune_jax.data.records import Record, read_records, take_fraction
+from vlmprune_jax.data.tiling import Tiling
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluate.questions import QuestionPlan, plan_questions
 from vlmprune_jax.prune.options import one_of
 from vlmprune_jax.stages.spec import DataSpec, Experiment, ModelSpec, ScoreSpec
 
 PREFETCH = 4  # batches read ahead, so that reading images overlaps with computing
+# Image slots of a batch: a lone tile, and a thumbnail with 1, 3, 6 and 12 tiles (the common grids of InternVL).
+TILE_BUCKETS = (1, 2, 4, 7, 13)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,65 +48,90 @@ class Inputs:
             tokens_per_image=cfg.tokens_per_image,
             max_images=self.data.max_images,
             truncate=self.data.truncate,
+            tile_buckets=self._tile_buckets(),
         )
 
     def training_encoder(self, cfg: ModelConfig, records: Sequence[Record]) -> Encoder:
         """Rows of `data.max_length`, or of the longest record."""
-        length = self.data.max_length or self.encoder(cfg, 0).longest(records, generation=False)
-        return self.encoder(cfg, length)
+        if self.data.max_length:
+            return self.encoder(cfg, self.data.max_length)
+        uncut = dataclasses.replace(self.encoder(cfg, 0), truncate=False)
+        return self.encoder(cfg, uncut.longest(records, generation=False))
+
+    def _tile_buckets(self) -> tuple[int, ...] | None:
+        """`data.tile_buckets`, or those that hold every record of a model that cuts images (None for other models)."""
+        given = self.data.tile_buckets
+        if given and (given[0] < 1 or list(given) != sorted(set(given))):
+            raise UserError(f"data.tile_buckets {given} must be positive and ascending")
+        if given or self.image_loader is None or not isinstance(self.image_loader.preparation, Tiling):
+            return given or None
+        most = self.image_loader.preparation.most(self.data.max_images)
+        return (*(bucket for bucket in TILE_BUCKETS if bucket < most), most)
+
+
+def load_inputs(model: ModelSpec, data: DataSpec, cfg: ModelConfig) -> Inputs:
+    """Tokenizer, template and image processor of a model folder (the latter also from its vision folder).
+
+    Raises:
+      UserError: the template is unknown or does not fit the tokenizer, or a file is missing or malformed.
+    """
+    return _load_inputs(model, data, cfg.family, None if cfg.vision is None else cfg.vision.image_size)
 
 
 @functools.lru_cache(maxsize=4)
-def load_inputs(model: ModelSpec, data: DataSpec, has_vision: bool) -> Inputs:
-    """Tokenizer, template and image processor of a model folder (the latter also from its vision folder)."""
-    one_of("data.template", data.template, tuple(TEMPLATES))
-    template = TEMPLATES[data.template]
+def _load_inputs(model: ModelSpec, data: DataSpec, family: str, image_size: int | None) -> Inputs:
+    one_of("data.template", data.template, (AUTO, *TEMPLATES))
+    tokenizer = load_tokenizer(Path(model.hf_dir))
+    template = choose_template(data.template, family, tokenizer, has_vision=image_size is not None)
     if data.system is not None:
         template = dataclasses.replace(template, system=data.system)
     loader = None
-    if has_vision:
+    if image_size is not None:
         folder = Path(model.hf_dir)
         described = any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
+        own = described or model.vision_dir is None or family == "internvl"
         loader = load_image_processor(
-            folder if described or model.vision_dir is None else Path(model.vision_dir),
+            folder if own else Path(model.vision_dir or ""),
             aspect_ratio=data.aspect_ratio,
             max_pixels=data.max_image_pixels,
             cache_bytes=data.cache_megabytes << 20,
+            image_size=image_size,
+            tiling={name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")},
         )
-    return Inputs(data, load_tokenizer(Path(model.hf_dir)), template, loader)
+    return Inputs(data, tokenizer, template, loader)
 
 
 @functools.lru_cache(maxsize=4)
-def _records(path: str, images: str | None, changed: int) -> list[Record]:
+def _records(path: str, images: str | None, image_lead: bool, changed: int) -> list[Record]:
     del changed  # part of the key: a file that is written again is read again
-    return read_records(Path(path), None if images is None else Path(images))
+    return read_records(Path(path), None if images is None else Path(images), image_lead=image_lead)
 
 
-def training_records(data: DataSpec) -> list[Record]:
+def training_records(data: DataSpec, template: Template) -> list[Record]:
     """All training records (before `fraction`).
 
     Raises:
       UserError: `data.train` is not set, or the file is malformed.
     """
-    return _read(data.train, data.images, "data.train")
+    return _read(data.train, data.images, "data.train", template)
 
 
-def evaluation_records(experiment: Experiment) -> list[Record]:
+def evaluation_records(experiment: Experiment, template: Template) -> list[Record]:
     """The evaluation records, perhaps only the first `evaluate.questions`.
 
     Raises:
       UserError: `data.eval` is not set, or the file is malformed.
     """
     data = experiment.data
-    records = _read(data.eval, data.eval_images or data.images, "data.eval")
+    records = _read(data.eval, data.eval_images or data.images, "data.eval", template)
     return records[: experiment.evaluate.questions]
 
 
-def _read(path: str | None, images: str | None, what: str) -> list[Record]:
+def _read(path: str | None, images: str | None, what: str, template: Template) -> list[Record]:
     if path is None:
         raise UserError(f"{what} is not set: give a LLaVA-format JSON file (--config.{what}=FILE)")
     file = Path(path)
-    return _records(path, images, file.stat().st_mtime_ns if file.is_file() else 0)
+    return _records(path, images, template.image_lead, file.stat().st_mtime_ns if file.is_file() else 0)
 
 
 def calibration_batches(experiment: Experiment, cfg: ModelConfig, *, seed: int) -> list[Batch]:
@@ -112,8 +140,8 @@ def calibration_batches(experiment: Experiment, cfg: ModelConfig, *, seed: int) 
     Raises:
       UserError: there are fewer records (short enough) than asked for.
     """
-    inputs = load_inputs(experiment.model, experiment.data, cfg.vision is not None)
-    records = _draw(training_records(experiment.data), experiment.score, seed, inputs, cfg)
+    inputs = load_inputs(experiment.model, experiment.data, cfg)
+    records = _draw(training_records(experiment.data, inputs.template), experiment.score, seed, inputs, cfg)
     batches = train_batches(
         records,
         inputs.training_encoder(cfg, records),
@@ -157,8 +185,8 @@ def _text_length(record: Record, inputs: Inputs, cfg: ModelConfig) -> int:
 def recovery_batches(experiment: Experiment, cfg: ModelConfig) -> tuple[Any, int]:
     """This process's endless stream of training batches (a grain dataset), and the number of records behind it."""
     data, recover = experiment.data, experiment.recover
-    inputs = load_inputs(experiment.model, data, cfg.vision is not None)
-    records = take_fraction(training_records(data), data.fraction, data.seed)
+    inputs = load_inputs(experiment.model, data, cfg)
+    records = take_fraction(training_records(data, inputs.template), data.fraction, data.seed)
     batches = train_batches(
         records,
         inputs.training_encoder(cfg, records),
@@ -181,11 +209,10 @@ def question_plan(experiment: Experiment, cfg: ModelConfig, *, multiple: int) ->
 
     `multiple`: devices that share a batch.
     """
-    inputs = load_inputs(experiment.model, experiment.data, cfg.vision is not None)
+    inputs = load_inputs(experiment.model, experiment.data, cfg)
     limit = experiment.evaluate.max_length or 0
-    return _plan(
-        tuple(evaluation_records(experiment)), inputs.encoder(cfg, limit), experiment.evaluate.batch_size, multiple
-    )
+    records = tuple(evaluation_records(experiment, inputs.template))
+    return _plan(records, inputs.encoder(cfg, limit), experiment.evaluate.batch_size, multiple)
 
 
 @functools.lru_cache(maxsize=2)

@@ -26,8 +26,12 @@ class ModelSpec:
 class DataSpec:
     """LLaVA records. `source`: "files", or "easyvqa" (the demo's data, which the command line writes into the workdir).
 
-    `system`: other system text than the template's ("" = none). `max_length`: tokens per training row with its image,
-    None = that of the longest record. `max_images`: image slots per row. `fraction`, `seed`: which training records.
+    `template`: "auto" = the model family's. `system`: other system text than the template's ("" = none).
+    `max_length`: tokens per training row with its images, None = that of the longest record. `max_images`: most images
+    of a record. `aspect_ratio`: "pad" or "square", for models that do not cut images. `min_tiles`, `max_tiles`,
+    `thumbnail`: how InternVL cuts them, None = as the model's folder says. `tile_buckets`: numbers of image slots
+    that a batch may have, each one compiled program, () = the model's own (1, 2, 4, 7, 13 for twelve tiles and a
+    thumbnail). `fraction`, `seed`: which training records.
     """
 
     source: str = "files"
@@ -35,12 +39,16 @@ class DataSpec:
     eval: str | None = None
     images: str | None = None
     eval_images: str | None = None
-    template: str = "llava_v1"
+    template: str = "auto"
     system: str | None = None
     max_length: int | None = None
     truncate: bool = True
     max_images: int = 1
     aspect_ratio: str = "pad"
+    min_tiles: int | None = None
+    max_tiles: int | None = None
+    thumbnail: bool | None = None
+    tile_buckets: tuple[int, ...] = ()
     max_image_pixels: int = 100_000_000
     cache_megabytes: int = 512
     threads: int = 2

@@ -1,0 +1,188 @@
+"""InternVL's dynamic tiling: an image becomes a grid of square tiles, perhaps with the whole image as a last one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlmprune_jax.errors import UserError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# What InternVLChatConfig of the hub's remote code supplies where config.json says nothing.
+_CHAT_DEFAULTS = {"min_dynamic_patch": 1, "max_dynamic_patch": 6, "use_thumbnail": False, "dynamic_image_size": False}
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How images become tiles of `size` x `size` pixels: `min_tiles` to `max_tiles` in a grid, and perhaps a thumbnail.
+
+    `pad` centres an image on a square first; it is for images that stay one tile (tiles are square already).
+    """
+
+    size: int
+    min_tiles: int
+    max_tiles: int
+    thumbnail: bool
+    pad: bool
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resample: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_tiles <= self.max_tiles:
+            raise UserError(
+                f"image tiles: min_tiles {self.min_tiles} and max_tiles {self.max_tiles} must be 1 <= min <= max; "
+                "change data.min_tiles or data.max_tiles"
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of a tile."""
+        return (3, self.size, self.size)
+
+    def grid(self, width: int, height: int, sharing: int) -> tuple[int, int]:
+        """Return (columns, rows) for an image of a record with `sharing` images."""
+        if self.pad:
+            width = height = max(width, height)
+        return closest_grid(width, height, self.size, self.min_tiles, max(1, self.max_tiles // sharing))
+
+    def count(self, width: int, height: int, sharing: int) -> int:
+        """Return the number of tiles of an image, its thumbnail included."""
+        columns, rows = self.grid(width, height, sharing)
+        return columns * rows + (self.thumbnail and columns * rows != 1)
+
+    def most(self, images: int) -> int:
+        """Return the largest number of tiles that a record with up to `images` images can have."""
+
+        def of(sharing: int) -> int:
+            most = max(1, self.max_tiles // sharing)
+            return sharing * (most + (self.thumbnail and most != 1))
+
+        return max(of(sharing) for sharing in range(1, images + 1))
+
+    def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
+        """Return the number of pixels that an image is resized to."""
+        columns, rows = self.grid(width, height, sharing)
+        return max(columns * rows * self.size**2, max(width, height) ** 2 if self.pad else 0)
+
+    def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
+        """Return float32[tiles, 3, size, size]: the grid row by row, then the thumbnail."""
+        tiles = np.stack([np.asarray(tile) for tile in self.cut(image, sharing)]).astype(np.float32) / np.float32(255)
+        normalised = (tiles - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2))
+
+    def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
+        """Return the tiles of an RGB image (reference: InternVL dataset.py `dynamic_preprocess`)."""
+        if self.pad:
+            image = pad_to_square(image, self.mean)
+        columns, rows = self.grid(*image.size, sharing)
+        resized = image.resize((columns * self.size, rows * self.size), self.resample)
+        tiles = [
+            resized.crop((left, top, left + self.size, top + self.size))
+            for top in range(0, rows * self.size, self.size)
+            for left in range(0, columns * self.size, self.size)
+        ]
+        if self.thumbnail and len(tiles) != 1:
+            tiles.append(image.resize((self.size, self.size), self.resample))
+        return tiles
+
+
+@functools.lru_cache(maxsize=64)
+def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
+    """Return every (columns, rows) of min_tiles to max_tiles tiles, small areas first.
+
+    The order within an area is immaterial: no two different ratios that are neighbours have the same area.
+    """
+    pairs = [(columns, rows) for columns in range(1, max_tiles + 1) for rows in range(1, max_tiles // columns + 1)]
+    return tuple(sorted((pair for pair in pairs if pair[0] * pair[1] >= min_tiles), key=lambda pair: pair[0] * pair[1]))
+
+
+def closest_grid(width: int, height: int, tile: int, min_tiles: int, max_tiles: int) -> tuple[int, int]:
+    """Return the (columns, rows) whose ratio is closest to the image's.
+
+    Of equally close ones the larger wins if the image has more than half its pixels (reference: InternVL dataset.py
+    `find_closest_aspect_ratio`). One tile where min_tiles is above max_tiles.
+    """
+    best, closest = (1, 1), float("inf")
+    for columns, rows in _grids(min_tiles, max_tiles):
+        difference = abs(width / height - columns / rows)
+        large = width * height > 0.5 * tile * tile * columns * rows
+        if difference < closest or (difference == closest and large):
+            best, closest = (columns, rows), difference
+    return best
+
+
+def pad_to_square(image: Image.Image, mean: tuple[float, ...]) -> Image.Image:
+    """Centre an RGB image on a square of the colour int(255 * mean), offset rounded down (LLaVA's `expand2square`)."""
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in mean))
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def tiling_from_chat_config(config: Mapping[str, Any], where: str) -> Tiling:
+    """Return the tiling of an InternVL-Chat folder's config.json (the preprocessor_config of the hub is not what runs).
+
+    Raises:
+      UserError: a field is missing or not a number.
+    """
+    given = {**_CHAT_DEFAULTS, **{name: config[name] for name in _CHAT_DEFAULTS if config.get(name) is not None}}
+    size = config.get("force_image_size") or (config.get("vision_config") or {}).get("image_size")
+    dynamic = bool(given["dynamic_image_size"])
+    return Tiling(
+        size=_integer(size, "force_image_size", where),
+        min_tiles=_integer(given["min_dynamic_patch"], "min_dynamic_patch", where) if dynamic else 1,
+        max_tiles=_integer(given["max_dynamic_patch"], "max_dynamic_patch", where) if dynamic else 1,
+        thumbnail=dynamic and bool(given["use_thumbnail"]),
+        # Tiles are padded one by one, and they are square.
+        pad=bool(config.get("pad2square")) and not dynamic,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        resample=Image.Resampling.BICUBIC,
+    )
+
+
+def tiling_from_processor(config: Mapping[str, Any], where: str) -> Tiling:
+    """Return the tiling of a transformers InternVL folder (`GotOcr2ImageProcessor`; InternVLProcessor turns tiles on).
+
+    Raises:
+      UserError: a step is switched off, or the size is not a square.
+    """
+    for step in ("do_resize", "do_rescale", "do_normalize"):
+        if config.get(step) is False:
+            raise UserError(f"{where}: {step} false is not supported for InternVL tiles; set it to true")
+    size = config.get("size") or {"height": 384, "width": 384}
+    sides = {size.get("height"), size.get("width")} if isinstance(size, Mapping) else {size}
+    if len(sides) != 1:
+        raise UserError(f"{where}: size {size} is not a square, which InternVL tiles are; restore it")
+    if abs(float(config.get("rescale_factor") or 1 / 255) - 1 / 255) > 1e-9:
+        raise UserError(f"{where}: rescale_factor {config['rescale_factor']} is not supported; InternVL's is 1/255")
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    return Tiling(
+        size=_integer(sides.pop(), "size", where),
+        min_tiles=_integer(config.get("min_patches", 1), "min_patches", where),
+        max_tiles=_integer(config.get("max_patches", 12), "max_patches", where),
+        thumbnail=True,
+        pad=False,
+        mean=tuple(config.get("image_mean") or OPENAI_CLIP_MEAN),
+        std=tuple(config.get("image_std") or OPENAI_CLIP_STD),
+        resample=_integer(config.get("resample", int(Image.Resampling.BICUBIC)), "resample", where, least=0),
+    )
+
+
+def _integer(value: Any, name: str, where: str, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(
+            f"{where}: {name} is {value!r}, expected a whole number from {least}; restore it from the model's source"
+        )
+    return int(value)
