@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.config import LoraConfig
+from vlmprune_jax.data.tfds import PREFIX, tfds_folder
 from vlmprune_jax.distributed.mesh import from_main, is_main_process
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluate.runner import evaluate, perplexity
@@ -47,7 +48,7 @@ def _records_input(experiment: Experiment, which: str) -> dict[str, Path]:
     path = getattr(experiment.data, which)
     if path is None:
         raise UserError(f"data.{which} is not set: give a LLaVA-format JSON file (--config.data.{which}=FILE)")
-    return {f"data.{which}": Path(path)}
+    return {f"data.{which}": tfds_folder(path) if path.startswith(PREFIX) else Path(path)}
 
 
 def _data_settings(data: DataSpec, purpose: str) -> dict[str, Any]:

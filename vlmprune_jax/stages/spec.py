@@ -26,6 +26,7 @@ class ModelSpec:
 class DataSpec:
     """LLaVA records. `source`: "files", or "easyvqa" (the demo's data, which the command line writes into the workdir).
 
+    `train`, `eval`: JSON or JSON-lines files with images below `images`, or "tfds:FOLDER" (`vlmprune tfds` makes it).
     `template`: "auto" = the model family's. `system`: other system text than the template's ("" = none).
     `max_length`: tokens per training row with its images, None = that of the longest record. `max_images`: most images
     of a record. `aspect_ratio`: "pad" or "square", for models that do not cut images. `min_tiles`, `max_tiles`,
