@@ -45,12 +45,15 @@ class TorchWorkers:
         version: str,
         want: tuple[str, ...] = ("logits",),
         max_new_tokens: int | None = None,
+        adapter: Path | None = None,
+        dtype: str = "float32",
     ) -> dict[str, np.ndarray]:
         """Run one folder: {"logits": float32[batch, seq, vocab], "nll": float64[batch, seq - 1], "tokens": int64[...]}.
 
         `inputs` are int `input_ids` and optionally `attention_mask` and float `pixel_values`. `want` chooses among
         "logits" and "nll" (negative log likelihood of each next input id, in nats); `max_new_tokens` adds "tokens",
-        int64[batch, max_new_tokens], decoded greedily with eos ignored. Weights are float32, attention is eager.
+        int64[batch, max_new_tokens], decoded greedily with eos ignored. `adapter` is a peft folder to put on the model.
+        Weights and arithmetic have `dtype`, attention is eager.
         Raises TorchJobError if a key is missing, unexpected or mismatched, or if anything else fails.
         """
         self._jobs += 1
@@ -58,7 +61,8 @@ class TorchWorkers:
         target = Path(self._scratch.name) / f"{self._jobs}-out.npz"
         np.savez(source, **inputs)
         job = {"folder": str(folder), "class": class_name, "inputs": str(source), "output": str(target)}
-        job |= {"want": list(want), "max_new_tokens": max_new_tokens}
+        job |= {"want": list(want), "max_new_tokens": max_new_tokens, "adapter": adapter and str(adapter)}
+        job["dtype"] = dtype
         answer = self._ask(version, json.dumps(job))
         if answer["error"]:
             raise TorchJobError(f"{folder} in transformers {answer['transformers']}: {answer['error']}")

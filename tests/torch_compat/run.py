@@ -1,14 +1,16 @@
 """Answer jobs, one JSON object a line on stdin, with what stock transformers and torch compute; one JSON line each.
 
 A job: {"folder": HF folder, "class": name in transformers, "inputs": npz path, "output": npz path to write,
-"want": subset of ["logits", "nll"], "max_new_tokens": int or null}. The answer: {"error": str or null, "transformers":
-version}. By hand: echo '{"folder": ...}' | PYTHONPATH=.compat/transformers-4.57 python tests/torch_compat/run.py
+"want": subset of ["logits", "nll"], "max_new_tokens": int or null, "adapter": peft folder or null, "dtype":
+"float32" or "float64"}. The answer: {"error": str or null, "transformers": version}.
+By hand: echo '{"folder": ...}' | PYTHONPATH=.compat/transformers-4.57 python tests/torch_compat/run.py
 """
 
 import json
 import os
 import sys
 import traceback
+import warnings
 
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # libraries print progress on stdout; only answers may go there
@@ -18,11 +20,11 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 
-def load_exactly(folder: str, class_name: str) -> torch.nn.Module:
-    """The model of `folder` in float32 with eager attention; every tensor must fit the class and fill it."""
+def load_exactly(folder: str, class_name: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The model of `folder` with eager attention; every tensor must fit the class and fill it."""
     model, report = getattr(transformers, class_name).from_pretrained(
         folder,
-        dtype=torch.float32,
+        dtype=dtype,
         attn_implementation="eager",
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # not to accept them: so that they are in the report, by name
@@ -31,6 +33,21 @@ def load_exactly(folder: str, class_name: str) -> torch.nn.Module:
     if wrong:
         raise ValueError(f"loaded with {wrong}")
     return model.eval()
+
+
+def with_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
+    """The model with a peft adapter on it; its tensors and the places for them must be the same."""
+    import peft
+    from safetensors.torch import load_file
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # peft warns of missing keys
+        adapted = peft.PeftModel.from_pretrained(model, folder).to(model.dtype)
+    saved, loaded = load_file(f"{folder}/adapter_model.safetensors"), peft.get_peft_model_state_dict(adapted)
+    wrong = [name for name in saved if name not in loaded or not torch.equal(saved[name], loaded[name].float())]
+    if wrong or saved.keys() != loaded.keys():
+        raise ValueError(f"adapter: {wrong}, {sorted(saved.keys() ^ loaded.keys())} not loaded as written")
+    return adapted.eval()
 
 
 def next_token_nll(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
@@ -42,18 +59,21 @@ def next_token_nll(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tenso
     return torch.stack([torch.nn.functional.cross_entropy(row.double(), ids, reduction="none") for row, ids in rows])
 
 
-def read_inputs(path: str) -> dict[str, torch.Tensor]:
-    """The arrays of an npz file, integers as int64."""
+def read_inputs(path: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The arrays of an npz file in the model's dtype, integers as int64."""
     with np.load(path) as arrays:
         tensors = {name: torch.from_numpy(arrays[name]) for name in arrays}
-    return {name: tensor if tensor.is_floating_point() else tensor.long() for name, tensor in tensors.items()}
+    return {name: tensor.to(dtype if tensor.is_floating_point() else torch.long) for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
 def run_job(job: dict) -> None:
     """Load, compute what the job wants, write it."""
-    model = load_exactly(job["folder"], job["class"])
-    inputs = read_inputs(job["inputs"])
+    dtype = getattr(torch, job["dtype"])
+    model = load_exactly(job["folder"], job["class"], dtype)
+    if job["adapter"]:
+        model = with_adapter(model, job["adapter"])
+    inputs = read_inputs(job["inputs"], dtype)
     outputs = {}
     if job["want"]:
         logits = model(**inputs, use_cache=False).logits

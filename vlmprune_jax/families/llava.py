@@ -162,6 +162,13 @@ def _original_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
     }
 
 
+# Tensor names -> names of modules in memory, of transformers' vision-language classes since 4.52.
+HF_MODULES = (
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^language_model\.lm_head", "lm_head"),
+    (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
+)
+
 LLAVA_HF = Family(
     name="llava",
     layout="transformers",
@@ -187,6 +194,7 @@ LLAVA_HF = Family(
         r"language_model\.lm_head\.weight",
         r"vision_tower\.(post_layernorm\..*|embeddings\.position_ids|encoder\.layers\..*)",
     ),
+    modules=HF_MODULES,
 )
 
 LLAVA_ORIGINAL = Family(

@@ -35,6 +35,7 @@ class Family:
 
     `renames` are ordered (regex, replacement) pairs that turn every accepted spelling of a key into the table's
     spelling. Keys that match `ignored` are neither loaded nor refused; they are carried over on export.
+    `modules` are pairs that turn the table's spelling into the names that modules have in memory in stock transformers.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     separate_vision: bool = False
+    modules: tuple[tuple[str, str], ...] = ()
 
     def canonical(self, key: str) -> str:
         """The table's spelling of a checkpoint key."""

@@ -63,9 +63,9 @@ def recover_runs(pruned: PruneRun) -> list[RecoverRun]:
 
 def _checked(name: str) -> str:
     """A variant's name, which becomes a folder's."""
-    if name in ("", ".", "..", NO_RECOVERY, "eval", "export", "pruned", "recovered", "training") or set(name) & set(
-        "/\\\0"
-    ):
+    if name in ("", ".", "..", NO_RECOVERY, "adapter", "eval", "export", "pruned", "recovered", "training") or set(
+        name
+    ) & set("/\\\0"):
         raise UserError(f"variant name {name!r} cannot be a folder of the workdir: use another")
     return name
 

@@ -14,10 +14,12 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluate.runner import evaluate, perplexity
 from vlmprune_jax.hf.check import check_export
 from vlmprune_jax.hf.write import save
-from vlmprune_jax.models.params import count_params
+from vlmprune_jax.models.params import count_params, flatten
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import CRITERIA, PrunePlan, Scores, apply_plan, make_plan, prune_iteratively, score
 from vlmprune_jax.recover import LossConfig, RecoverConfig, recover
+from vlmprune_jax.recover.peft import write_adapter
+from vlmprune_jax.recover.trainable import assign_groups, merge_lora
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import Context, load_model, mesh_of, teacher_folder
 from vlmprune_jax.stages.ledger import Json, remove, write_json, write_text
@@ -224,7 +226,7 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
     pruned, training = prune_folder / "pruned", folder / "training"
     if not pruned.is_dir():
         raise UserError(f"{pruned}: no such folder: run `vlmprune prune` (or `vlmprune run`) first")
-    config = recover_config(experiment.recover)
+    spec, config = experiment.recover, recover_config(experiment.recover)
     settings = {f"recover.{k}": v for k, v in dataclasses.asdict(experiment.recover).items() if k not in _FREE_RECOVER}
     mesh = {f"mesh.{k}": v for k, v in vars(experiment.mesh).items()}  # a resumed run has to be on the same one
     stage = context.stage(
@@ -233,7 +235,7 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
         "recover",
         settings={**settings, **mesh, **_data_settings(experiment.data, "recovery"), **_precision(experiment)},
         inputs=_model_inputs(experiment, pruned=pruned, **_records_input(experiment, "train")),
-        outputs=[folder / "recovered"],
+        outputs=[folder / "recovered", *([folder / "adapter"] if spec.save_adapter else [])],
         scratch=[training / "checkpoints"],
     )
 
@@ -254,6 +256,10 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
             progress=context.reporter.enabled and context.reporter.console.is_terminal,
             num_steps=config.num_steps(n_records),
         )
+        if spec.save_adapter:
+            trained = assign_groups(list(flatten(model.params)), config.trainable)
+            write_adapter(model, folder / "adapter", base_dir=pruned, trained=trained)
+            model = merge_lora(model)
         save_model(model, folder / "recovered", experiment, pruned, plan)
         return {**summary, "records": n_records, "recovery": experiment.recover.name}
 
@@ -264,11 +270,21 @@ _FREE_RECOVER = ("name", "log_every", "save_every", "keep_checkpoints")
 
 
 def recover_config(spec: RecoverSpec) -> RecoverConfig:
-    """The training loop's settings; adapters only where "lora" trains."""
-    values = {k: v for k, v in vars(spec).items() if k not in ("name", "lora", "losses", "epochs")}
+    """The training loop's settings; adapters only where "lora" trains.
+
+    Raises:
+      UserError: `save_adapter` without adapters.
+    """
+    if spec.save_adapter and spec.trainable != "lora":
+        raise UserError(
+            f'recover.save_adapter: recover.trainable={spec.trainable!r} trains no adapter: set it to "lora", or leave '
+            "save_adapter out"
+        )
+    values = {k: v for k, v in vars(spec).items() if k not in ("name", "lora", "losses", "epochs", "save_adapter")}
     lora = LoraConfig(**vars(spec.lora)) if spec.trainable == "lora" else None
     epochs = spec.epochs if spec.steps is None else None
-    return RecoverConfig(**values, epochs=epochs, lora=lora, losses=LossConfig(**vars(spec.losses)))
+    losses = LossConfig(**vars(spec.losses))
+    return RecoverConfig(**values, epochs=epochs, lora=lora, losses=losses, merge_lora=not spec.save_adapter)
 
 
 def evaluate_stage(experiment: Experiment, model_folder: Path, out: Path, name: str, context: Context) -> Json:

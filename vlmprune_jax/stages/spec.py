@@ -132,7 +132,7 @@ class RecoverSpec:
     """Training after pruning (see `RecoverConfig`); the defaults are LLaVA's LoRA recipe.
 
     `trainable`: projector, lora, decoder or all. `steps` count instead of `epochs` if given. `name` is what tables call
-    this recovery.
+    this recovery. `save_adapter`: beside recovered/, where adapters are merged, adapter/ for `peft` on top of pruned/.
     """
 
     name: str = "recovered"
@@ -153,6 +153,7 @@ class RecoverSpec:
     compute_dtype: str = "float32"
     remat: str = "none"
     lora: LoraSpec = field(default_factory=LoraSpec)
+    save_adapter: bool = False
     losses: LossSpec = field(default_factory=LossSpec)
     log_every: int = 10
     save_every: int = 100
