@@ -75,12 +75,17 @@ def make_folder(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:
     draw = np.random.default_rng(seed)
     tensors = {}
     family = detect(config, str(folder))
-    whole = {**config, "vision_feature_layer": -1} if "vision_config" in config else config
+    # all blocks of the tower, also those above the feature layer
+    whole = {**config, "vision_feature_layer": -1, "select_layer": -1} if "vision_config" in config else config
     for slot in make_slots(family.from_hf(whole, None), family):
+        if slot.start > 0:
+            continue  # a tensor that several parameters share is drawn once
         noise = draw.standard_normal(slot.hf_shape, np.float32)
-        key = slot.key.replace("vision_tower.", "vision_tower.vision_model.")
+        key = slot.key
+        if family.name == "llava":
+            key = key.replace("vision_tower.", "vision_tower.vision_model.")
         tensors[key] = 1 + 0.2 * noise if "norm" in key and key.endswith("weight") else 0.25 * noise
-    if "vision_config" in config:
+    if family.name == "llava":
         width = config["vision_config"]["hidden_size"]
         for part in ("weight", "bias"):
             tensors[f"vision_tower.vision_model.post_layernorm.{part}"] = draw.standard_normal(width, np.float32)

@@ -30,9 +30,10 @@ def text_config(layers: tuple[LayerShape, ...], **changes) -> TextConfig:
         "activation": "gelu_new",
         "rope": RopeConfig(theta=700.0, kind="linear", factor=1.5),
         "tie_embeddings": False,
-        "attention_bias": True,
+        "rotary_dim": 6,
+        "qkv_bias": True,
+        "out_bias": True,
         "mlp_bias": True,
-        "sliding_window": None,
         "max_positions": 50,
     }
     return TextConfig(**{**values, **changes})

@@ -30,7 +30,7 @@ RANK = {unit: rank for rank, line in enumerate(ORDER) for unit in line}
 WITHOUT_JAX = ("errors", "config", "families")
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 CLI_PLUMBING = {"__init__", "main", "flags", "config", "context"}  # every other file of cli/ is one command
-SHIPPED_TORCH = PACKAGE / "hf" / "remote"  # PyTorch files that exports carry; this package never imports them
+SHIPPED_TORCH = PACKAGE / "hf" / "remote"  # PyTorch files that exports carry; only the check of one imports them
 
 
 def python_files(*folders: str) -> list[Path]:

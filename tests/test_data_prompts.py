@@ -156,6 +156,15 @@ def test_internvl_text_is_cut_where_the_reference_cuts(samples: list[Record], ph
             assert cut.tolist()[:limit] == reference_phi3_labels(record, phi3, limit, tiles).tolist()
 
 
+def test_positions_of_an_image_count_towards_the_cut(phi3: Any) -> None:
+    turns = (("human", "<image>\nA?"), ("gpt", "Yes."), ("human", "B?"), ("gpt", ""))  # a broken second round
+    record = Record("r", turns, (Path("x"),))
+    for limit, kept in ((260, True), (400, False)):
+        _, labels = tokenize_training(record, phi3, **PHI3, tiles=[60], cut_text_at=limit)
+        assert (labels != IGNORE).any() == kept
+        assert labels[:limit].tolist() == reference_phi3_labels(record, phi3, limit, [60]).tolist()
+
+
 def reference_phi3_labels(record: Record, tokenizer: Any, limit: int, tiles: Sequence[int]) -> np.ndarray:
     """InternVL's `preprocess_phi3` by its counting rule, written anew from its description."""
     prompt = render(record.turns, TEMPLATES["phi3-chat"], has_image=bool(record.images))
@@ -196,11 +205,13 @@ phi3_texts = st.lists(
 ).map(" ".join)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
 @given(
     rounds=st.lists(st.tuples(phi3_texts, phi3_texts), min_size=1, max_size=3),
     image=st.booleans(),
-    limit=st.integers(120, 260),
+    limit=st.integers(165, 260),
 )
 def test_internvl_labels_equal_the_counting_rule(
     phi3: Any, rounds: list[tuple[str, str]], image: bool, limit: int

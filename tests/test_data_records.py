@@ -65,6 +65,24 @@ def test_ids_lists_of_images_and_links_inside(tmp_path: Path, root: Path) -> Non
     ]
 
 
+def test_mark_of_a_lone_image_may_be_left_out(tmp_path: Path, root: Path) -> None:
+    path = tmp_path / "d.json"
+
+    def read_leading(entry: dict[str, object]) -> list[Record]:
+        path.write_text(json.dumps([{"id": "r1", **entry}]))
+        return read_records(path, root, image_lead=True)
+
+    assert read_leading({"image": "a.png", "conversations": TEXT})[0].images == (root / "a.png",)
+    assert read_leading({"image": "a.png", "conversations": TALK})[0].turns[0][1] == "<image>\nWhat?"
+    for wrong in (
+        {"images": ["a.png", "a.png"], "conversations": TEXT},
+        {"images": ["a.png", "a.png"], "conversations": TALK},
+        {"conversations": TALK},
+    ):
+        with pytest.raises(UserError, match=r"record r1: its text has \d <image> mark\(s\)"):
+            read_leading(wrong)
+
+
 def test_text_needs_no_image_root(tmp_path: Path) -> None:
     assert read(tmp_path, None, [{"conversations": TEXT}])[0].turns[1] == ("gpt", "Nothing.")
 

@@ -1,7 +1,5 @@
 """Greedy generation against the reference's tokens, and against repeated full forwards."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,9 +91,9 @@ def test_end_token_is_kept_then_padding(llava, goldens):
 
 def test_sliding_window_equals_full_forwards():
     text = TextConfig(
-        vocab_size=50, hidden_size=24, head_dim=6, layers=(LayerShape(4, 2, 20),) * 2, norm_eps=1e-5, activation="silu",
-        rope=RopeConfig(500.0, "default"), tie_embeddings=True, attention_bias=True, mlp_bias=True, sliding_window=4,
-        max_positions=64,
+        vocab_size=50, hidden_size=24, head_dim=6, norm_eps=1e-5, activation="silu",
+        layers=(LayerShape(4, 2, 20, window=4), LayerShape(4, 2, 20)), rotary_dim=6, max_positions=64,
+        rope=RopeConfig(500.0, "default"), tie_embeddings=True, qkv_bias=True, out_bias=True, mlp_bias=True,
     )  # fmt: skip
     cfg = ModelConfig("llama", "transformers", text)
     model = Model(init_params(cfg, jax.random.key(0), jnp.float32), cfg)
@@ -105,7 +103,10 @@ def test_sliding_window_equals_full_forwards():
         logits, _ = forward(model, ids)
         ids = np.concatenate([ids, np.asarray(logits)[:, -1].argmax(-1)[:, None]], axis=1)
     np.testing.assert_array_equal(tokens, ids[:, 9:])
-    wide = Model(model.params, dataclasses.replace(cfg, text=dataclasses.replace(text, sliding_window=None)))
+    one = model.params["text"]["layers"]
+    stack = {"0": jax.tree.map(lambda *layers: jnp.concatenate(layers), one["0"], one["1"])}
+    wide = {"text": {**model.params["text"], "layers": stack}}
+    wide = Model(wide, cfg.with_layers((LayerShape(4, 2, 20),) * 2))
     assert (np.asarray(forward(wide, ids)[0]) != np.asarray(forward(model, ids)[0])).any()
 
 

@@ -28,9 +28,10 @@ def llava_7b() -> ModelConfig:
         activation="silu",
         rope=RopeConfig(10000.0, "default"),
         tie_embeddings=False,
-        attention_bias=False,
+        rotary_dim=128,
+        qkv_bias=False,
+        out_bias=False,
         mlp_bias=False,
-        sliding_window=None,
         max_positions=4096,
     )
     vision = VisionConfig(1024, 4096, 16, 23, 24, 336, 14, 3, 1e-5, "quick_gelu")

@@ -14,7 +14,6 @@ from torch_compat import VERSIONS
 
 from vlmprune_jax.config import LoraConfig
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.hf.layout import Slot
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.hf.write import save
 from vlmprune_jax.models.params import flatten, unflatten
@@ -101,23 +100,25 @@ def test_what_the_folder_says(pruned, tmp_path):
     assert {array.dtype for array in tensors.values()} == {np.dtype(np.float32)}
 
 
-def test_fused_projections_become_one_adapter_of_a_higher_rank():
-    """q and v of a fused q, k, v tensor: what the adapter adds is each one's product in its own rows."""
-    rng = np.random.default_rng(0)
-    flat = {}
-    for name, heads in (("q", 4), ("v", 2)):
-        flat[f"x/{name}/lora_a"] = rng.standard_normal((3, 5), np.float32)
-        flat[f"x/{name}/lora_b"] = rng.standard_normal((heads, 2, 3), np.float32)
-    slots = [
-        Slot("x.qkv.weight", (8, 5), f"x/{name}/weight", None, (heads, 2, 5), ("q_heads", "head", "embed"), None)
-        for name, heads in (("q", 4), ("k", 2), ("v", 2))
-    ]
-    family = dataclasses.make_dataclass("F", [("modules", tuple, ())])()
-    adapter = peft._adapters(slots, flat, family)["x.qkv"]
-    assert (adapter.a.shape, adapter.b.shape, adapter.members) == ((6, 5), (16, 6), 2)
-    parts = {name: flat[f"x/{name}/lora_b"].reshape(-1, 3) @ flat[f"x/{name}/lora_a"] for name in ("q", "v")}
-    expected = np.concatenate([parts["q"], np.zeros((4, 5), np.float32), parts["v"]])
-    np.testing.assert_allclose(adapter.b @ adapter.a, expected, atol=1e-6)
+PHI3 = {
+    "model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "hidden_size": 48, "intermediate_size": 56,
+    "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 96, "rms_norm_eps": 3e-4,
+    "max_position_embeddings": 64, "original_max_position_embeddings": 64, "rope_theta": 700.0, "hidden_act": "silu",
+    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def test_fused_projections_become_one_adapter_of_a_higher_rank(tmp_path, torch_outputs):
+    """Phi-3 holds q, k and v as one tensor, and gate and up: adapters on two of the three, and on one of the two."""
+    folder = make_folder(tmp_path / "phi3", PHI3)
+    lora = dataclasses.replace(LORA, targets=("q_proj", "v_proj", "up_proj", "o_proj"))
+    model, trained = trained_model(load(folder), "lora", lora)
+    write_adapter(model, tmp_path / "adapter", base_dir=folder, trained=trained)
+    config = json.loads((tmp_path / "adapter" / peft.CONFIG_FILE).read_text())
+    assert (config["rank_pattern"], config["alpha_pattern"]) == ({"qkv_proj": 6}, {"qkv_proj": 14.0})
+    inputs = random_ids(model)
+    found = torch_outputs(folder, inputs, adapter=tmp_path / "adapter", class_name=CLASSES["llama"], version="5")
+    np.testing.assert_allclose(found["logits"], forward(merge_lora(model), **inputs)[0], atol=1e-4, rtol=0)
 
 
 def test_what_an_adapter_cannot_be(pruned, tmp_path):

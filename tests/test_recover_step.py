@@ -200,7 +200,7 @@ def test_gradients_are_clipped_by_their_global_norm():
 
     The model is a plain decoder with tied embeddings.
     """
-    cfg = cases.config(vision=False, tie_embeddings=True, attention_bias=False)
+    cfg = cases.config(vision=False, tie_embeddings=True, qkv_bias=False, out_bias=False)
     base = {
         "trainable": "decoder",
         "steps": 1,

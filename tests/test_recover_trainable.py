@@ -142,13 +142,16 @@ def test_adapters_follow_their_weights_dtype_and_mesh():
         assert leaf.sharding == sharding(mesh, axes[path]), path
 
 
-@pytest.mark.parametrize(
-    ("targets", "message"),
-    [(("q_proj", "qproj"), r"\['qproj'\] are not projections .* use down_proj, "), ((), r"use down_proj")],
-)
-def test_bad_adapter_targets(targets, message):
-    with pytest.raises(UserError, match=message):
-        add_lora(cases.model(CFG), LoraConfig(4, 8.0, 0.0, targets), jax.random.key(0))
+def test_bad_adapter_targets():
+    with pytest.raises(UserError, match=r"\['qproj'\] are not projections .* use down_proj, "):
+        add_lora(cases.model(CFG), LoraConfig(4, 8.0, 0.0, ("q_proj", "qproj")), jax.random.key(0))
+
+
+def test_no_adapter_targets_are_all_projections():
+    adapted = add_lora(cases.model(CFG), LoraConfig(4, 8.0, 0.0, ()), jax.random.key(0))
+    names = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert adapted.cfg.lora.targets == tuple(sorted(names))
+    assert {path.split("/")[-2] for path in flatten(adapted.params) if path.endswith("lora_b")} == names
 
 
 def test_adapters_are_not_stacked_on_adapters():

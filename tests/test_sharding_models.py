@@ -78,3 +78,21 @@ def test_dtype_on_the_mesh(tmp_path):
     folder = make_folder(tmp_path / "llama", {**LLAMA, "vocab_size": 96})
     one, many = load(folder, dtype="bfloat16"), load(folder, dtype="bfloat16", mesh=make_mesh(4, 2, 1))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(many.params), jax.device_get(one.params))
+
+
+# The 3 heads of the golden SigLIP tower cannot be split over `tensor`.
+@pytest.mark.parametrize(("name", "sizes"), [("bunny", (2, 4, 1)), ("internvl", (2, 2, 2)), ("internvl", (1, 2, 4))])
+def test_the_other_families(goldens, name, sizes):
+    folder, mesh = goldens / "ckpt" / name, make_mesh(*sizes)
+    tower = goldens / "ckpt/siglip_tower" if name == "bunny" else None
+    one, many = load(folder, vision_dir=tower), load(folder, vision_dir=tower, mesh=mesh)
+    axes = param_axes(many.cfg)
+    for path, leaf in flatten(many.params).items():
+        assert leaf.sharding == sharding(mesh, axes[path]), path
+    inputs = random_ids(one)
+    (found, found_aux), (expected, expected_aux) = (forward(model, **inputs, want=want) for model in (many, one))
+    # A logit is a sum of terms as large as the largest logits (10.6 here): its rounding is theirs, however small it is.
+    np.testing.assert_allclose(found, expected, atol=1e-5 + 1e-6 * np.abs(expected).max(), rtol=1e-5)
+    np.testing.assert_allclose(found_aux["image_features"], expected_aux["image_features"], **close)
+    for a, b in zip(found_aux["hidden"], expected_aux["hidden"], strict=True):
+        np.testing.assert_allclose(a, b, **close)

@@ -51,6 +51,8 @@ def test_internvl_folder(goldens: Path, internvl: tuple[ModelSpec, ModelConfig])
     assert loaded.template.name == "phi3-chat"
     assert isinstance(loaded.image_loader.preparation, Tiling)
     assert loaded.encoder(cfg, 10).tile_buckets == (1, 2, 4, 7, 13)
+    other = load_inputs(dataclasses.replace(model, vision_dir=str(goldens / "ckpt/clip_tower")), data(goldens), cfg)
+    assert other.image_loader.preparation == loaded.image_loader.preparation
     two = load_inputs(model, data(goldens, max_images=2, max_tiles=6), cfg)
     assert two.encoder(cfg, 10).tile_buckets == (1, 2, 4, 7, 8)  # two images of three tiles and a thumbnail each
     plain = load_inputs(model, data(goldens, max_tiles=1), cfg)

@@ -6,6 +6,8 @@ model = vp.load("DIR/llava-1.5-7b-hf")
 scores = vp.score(model, batches, criterion="block_influence")
 plan = vp.make_plan(scores, model.cfg, method="depth", ratio=0.3)
 vp.save(vp.apply_plan(model, plan), "DIR/pruned", source_dir="DIR/llava-1.5-7b-hf")
+
+vp.prune_folder("DIR/llava-1.5-7b-hf", plan, "DIR/pruned")  # the same from file to file, without the model in memory
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from vlmprune_jax.hf.write import save
     from vlmprune_jax.models.generate import generate
     from vlmprune_jax.models.vlm import Model, forward, to_nnx
-    from vlmprune_jax.prune import PrunePlan, Scores, apply_plan, make_plan, score
+    from vlmprune_jax.prune import PrunePlan, Scores, apply_plan, make_plan, prune_folder, score
     from vlmprune_jax.recover import RecoverConfig, recover
 
 # Public name -> module. They load at first use: `import vlmprune_jax` takes milliseconds, jax comes with a call.
@@ -42,6 +44,7 @@ _HOMES = {
     "load": "hf.read",
     "make_plan": "prune",
     "perplexity": "evaluate.runner",
+    "prune_folder": "prune",
     "recover": "recover",
     "save": "hf.write",
     "score": "prune",
@@ -62,6 +65,7 @@ __all__ = [
     "load",
     "make_plan",
     "perplexity",
+    "prune_folder",
     "recover",
     "save",
     "score",

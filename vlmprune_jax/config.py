@@ -12,24 +12,38 @@ from vlmprune_jax.errors import UserError
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Widths of one decoder layer: query heads, key/value heads and MLP neurons."""
+    """Widths of one decoder layer: query heads, key/value heads and MLP neurons.
+
+    `window` is the layer's own sliding attention window in tokens, None if it sees everything before it. It is no
+    width: pruning never changes it, and plans do not record it.
+    """
 
     q_heads: int
     kv_heads: int
     mlp: int
+    window: int | None = None
 
     def __post_init__(self) -> None:
         if min(self.q_heads, self.kv_heads, self.mlp) < 1:
             raise UserError(f"{self}: every width of a decoder layer must be at least 1")
         if self.q_heads % self.kv_heads:
             raise UserError(f"{self}: q_heads must be a multiple of kv_heads (grouped-query attention)")
+        if self.window is not None and self.window < 1:
+            raise UserError(f"{self}: a sliding window must hold at least 1 token")
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """(q_heads, kv_heads, mlp): what plans and `per_layer_shapes` record."""
+        return self.q_heads, self.kv_heads, self.mlp
 
 
 @dataclass(frozen=True)
 class RopeConfig:
     """Rotary position embedding as Hugging Face configs describe it (`rope_theta` and `rope_scaling`).
 
-    `kind` is "default", "linear", "llama3" or "yarn"; the other fields are that kind's parameters, 0 where unused.
+    `kind` is "default", "linear", "llama3", "yarn" or "longrope"; the other fields are that kind's parameters, 0 or
+    empty where unused. LongRoPE divides each frequency by its short factor, or by its long factor for the whole batch
+    as soon as one position reaches `original_max_positions`.
     """
 
     theta: float
@@ -41,11 +55,21 @@ class RopeConfig:
     beta_fast: float = 0.0
     beta_slow: float = 0.0
     attention_factor: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+
+
+_CHOICES = {"block": ("sequential", "parallel"), "norm": ("rms", "layer"), "mlp_kind": ("gated", "plain")}
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A pre-norm gated decoder (Llama family). `layers` holds one shape per decoder layer, in order."""
+    """A pre-norm decoder. `layers` holds one shape per decoder layer, in order.
+
+    `rotary_dim` channels of every head are rotated (its first ones). `block` is "sequential", or "parallel" for Phi's
+    x + attention(norm x) + mlp(norm x) with one norm; `norm` is "rms" or "layer"; `mlp_kind` is "gated" or "plain" (two
+    projections); `qk_norm` is Qwen3's norm of every query and key head. `decoder` names the weight table in files.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -55,21 +79,50 @@ class TextConfig:
     activation: str
     rope: RopeConfig
     tie_embeddings: bool
-    attention_bias: bool
-    mlp_bias: bool
-    sliding_window: int | None
     max_positions: int
+    rotary_dim: int
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    head_bias: bool = False
+    qk_norm: bool = False
+    block: str = "sequential"
+    norm: str = "rms"
+    mlp_kind: str = "gated"
+    decoder: str = "llama"
 
     def __post_init__(self) -> None:
         if not self.layers:
             raise UserError("a decoder needs at least one layer")
-        if self.head_dim % 2:
-            raise UserError(f"head_dim {self.head_dim} is odd: rotary embedding rotates pairs of channels")
+        if not 0 < self.rotary_dim <= self.head_dim:
+            raise UserError(f"{self.rotary_dim} rotated channels of heads of {self.head_dim}: need 1 to head_dim")
+        if self.rotary_dim % 2:
+            raise UserError(f"{self.rotary_dim} rotated channels of each head is odd: rotary embedding rotates pairs")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} {getattr(self, name)!r} of a decoder is not one of {', '.join(known)}")
+        if self.head_bias and self.tie_embeddings:
+            raise UserError("an output head with a bias cannot be tied to the embeddings (tie_word_embeddings)")
+        for factors in (self.rope.short_factors, self.rope.long_factors):
+            if self.rope.kind == "longrope" and len(factors) != self.rotary_dim // 2:
+                raise UserError(
+                    f"longrope has {len(factors)} factors for {self.rotary_dim // 2} frequencies: config.json's "
+                    "short_factor and long_factor need one per pair of rotated channels"
+                )
+
+    @property
+    def even(self) -> bool:
+        """Whether all layers have the same widths, as stock transformers wants them."""
+        return len({shape.widths for shape in self.layers}) == 1
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A CLIP vision tower; `n_layers` counts the blocks that are computed, `n_layers_total` those of the checkpoint."""
+    """A vision transformer; `n_layers` counts the blocks that are computed, `n_layers_total` those of the checkpoint.
+
+    `kind` is "clip", "siglip" or "internvit"; the fields after it say how the towers differ. `position_size` is the
+    image size that the position table is for (0: `image_size`); only "internvit" resizes its table to other images.
+    """
 
     hidden_size: int
     mlp: int
@@ -81,24 +134,62 @@ class VisionConfig:
     channels: int
     norm_eps: float
     activation: str
+    kind: str = "clip"
+    class_token: bool = True
+    patch_bias: bool = False
+    pre_norm: bool = True
+    layer_scale: bool = False
+    qkv_bias: bool = True
+    position_size: int = 0
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.heads:
+            raise UserError(f"vision tower: hidden_size {self.hidden_size} is not a multiple of its {self.heads} heads")
+        if self.image_size < self.patch_size:
+            raise UserError(f"vision tower: image_size {self.image_size} is below patch_size {self.patch_size}")
+
+    @property
+    def grid(self) -> int:
+        """Patches a side; pixels beyond the last whole patch are not looked at."""
+        return self.image_size // self.patch_size
+
+    @property
+    def position_grid(self) -> int:
+        """Patches a side of the position table."""
+        return (self.position_size or self.image_size) // self.patch_size
 
     @property
     def n_patches(self) -> int:
         """Patches per image, without the class token."""
-        return (self.image_size // self.patch_size) ** 2
+        return self.grid**2
 
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    """LLaVA's two-layer MLP from vision features to decoder embeddings."""
+    """The two-layer MLP from vision features to decoder embeddings.
+
+    `kind` "mlp" is LLaVA's. "pixel_shuffle" is InternVL's: `downsample` x `downsample` neighbours become one longer
+    feature, which is layer-normed (`norm_eps`) first; `shuffle_version` "v1" transposes the cells, "v2" does not.
+    """
 
     activation: str
     bias: bool
+    kind: str = "mlp"
+    norm_eps: float = 0.0
+    downsample: int = 1
+    shuffle_version: str = "v2"
+
+    def __post_init__(self) -> None:
+        if self.shuffle_version not in ("v1", "v2"):
+            raise UserError(f"ps_version {self.shuffle_version!r} is not one of v1, v2")
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters on decoder projections (Hu et al. 2021): y += alpha/rank * B A dropout(x)."""
+    """Low-rank adapters on decoder projections (Hu et al. 2021): y += alpha/rank * B A dropout(x).
+
+    `targets` are names of projections, as `q_proj`; none means all that the decoder has.
+    """
 
     rank: int
     alpha: float
@@ -114,8 +205,9 @@ class LoraConfig:
 class ModelConfig:
     """One model: decoder, optional vision tower and projector, and how its folder is laid out.
 
-    `feature_select` is "patch" (class token dropped) or "full". `image_token_id` marks the positions that image
-    features replace; the original LLaVA layout uses the sentinel -200, which is never embedded.
+    `feature_select` is "patch" (the tower's first position, the class token if it has one, is dropped) or "full".
+    `image_token_id` marks the positions that image features replace; the original LLaVA and Bunny layouts use the
+    sentinel -200, which is never embedded.
     """
 
     family: str
@@ -130,12 +222,20 @@ class ModelConfig:
     pad_token_id: int | None = None
     lora: LoraConfig | None = None
 
+    def __post_init__(self) -> None:
+        if self.vision is None or self.projector is None:
+            return
+        grid, factor = self.vision.grid, self.projector.downsample
+        if grid % factor:
+            raise UserError(f"images of {grid} patches a side cannot be downsampled {factor} times")
+
     @property
     def tokens_per_image(self) -> int:
-        """Decoder positions that one image occupies (0 without a vision tower)."""
+        """Decoder positions that one image, or one tile of it, occupies (0 without a vision tower)."""
         if self.vision is None:
             return 0
-        return self.vision.n_patches + (self.feature_select == "full")
+        positions = self.vision.n_patches + self.vision.class_token - (self.feature_select == "patch")
+        return positions if self.projector is None else positions // self.projector.downsample**2
 
     def with_layers(self, layers: Sequence[LayerShape]) -> ModelConfig:
         """The same model with other decoder layers."""

@@ -47,6 +47,8 @@ class TorchWorkers:
         max_new_tokens: int | None = None,
         adapter: Path | None = None,
         dtype: str = "float32",
+        trust_remote_code: bool = False,
+        save_to: Path | None = None,
     ) -> dict[str, np.ndarray]:
         """Run one folder: {"logits": float32[batch, seq, vocab], "nll": float64[batch, seq - 1], "tokens": int64[...]}.
 
@@ -54,22 +56,41 @@ class TorchWorkers:
         "logits" and "nll" (negative log likelihood of each next input id, in nats); `max_new_tokens` adds "tokens",
         int64[batch, max_new_tokens], decoded greedily with eos ignored. `adapter` is a peft folder to put on the model.
         Weights and arithmetic have `dtype`, attention is eager.
+        `save_to` is a folder for save_pretrained. Code in the folder runs only with `trust_remote_code`.
         Raises TorchJobError if a key is missing, unexpected or mismatched, or if anything else fails.
         """
-        self._jobs += 1
-        source = Path(self._scratch.name) / f"{self._jobs}-in.npz"
-        target = Path(self._scratch.name) / f"{self._jobs}-out.npz"
+        source = Path(self._scratch.name) / "in.npz"
         np.savez(source, **inputs)
-        job = {"folder": str(folder), "class": class_name, "inputs": str(source), "output": str(target)}
-        job |= {"want": list(want), "max_new_tokens": max_new_tokens, "adapter": adapter and str(adapter)}
-        job["dtype"] = dtype
-        answer = self._ask(version, json.dumps(job))
+        job: dict = {"class": class_name, "inputs": str(source)}
+        job |= {"want": list(want), "max_new_tokens": max_new_tokens}
+        job |= {"adapter": adapter and str(adapter), "dtype": dtype}
+        job |= {"trust_remote_code": trust_remote_code, "save_to": save_to and str(save_to)}
+        return self._run(folder, job, version)[0]
+
+    def chat(
+        self,
+        folder: Path,
+        messages: list[dict],
+        *,
+        version: str,
+        max_new_tokens: int | None = None,
+        trust_remote_code: bool = False,
+    ) -> tuple[dict[str, np.ndarray], str]:
+        """What the folder's processor makes of a chat (input_ids, pixel_values, ...), and a pipeline's answer to it."""
+        job = {"chat": messages, "max_new_tokens": max_new_tokens, "trust_remote_code": trust_remote_code}
+        outputs, answer = self._run(folder, job, version)
+        return outputs, answer["text"]
+
+    def _run(self, folder: Path, job: dict, version: str) -> tuple[dict[str, np.ndarray], dict]:
+        self._jobs += 1
+        target = Path(self._scratch.name) / f"{self._jobs}-out.npz"
+        answer = self._ask(version, json.dumps(job | {"folder": str(folder), "output": str(target)}))
         if answer["error"]:
             raise TorchJobError(f"{folder} in transformers {answer['transformers']}: {answer['error']}")
         if not answer["transformers"].startswith(version + "."):
             raise TorchJobError(f"asked for transformers {version}, ran in {answer['transformers']}")
         with np.load(target) as outputs:
-            return dict(outputs)
+            return dict(outputs), answer
 
     def close(self) -> None:
         """End the processes and remove their files."""
@@ -94,7 +115,8 @@ class TorchWorkers:
         return json.loads(answer)
 
     def _start(self, version: str) -> None:
-        environment = dict(os.environ)
+        # Code that comes with a folder is imported from a copy, which would otherwise stay in the user's cache.
+        environment = {**os.environ, "HF_MODULES_CACHE": str(Path(self._scratch.name) / f"modules-{version}")}
         if version == "4.57":
             if not self._compat.is_dir():
                 raise TorchJobError(f"{self._compat} is missing: run `make setup-test` in {self._compat.parents[1]}")

@@ -1,8 +1,11 @@
 """Answer jobs, one JSON object a line on stdin, with what stock transformers and torch compute; one JSON line each.
 
 A job: {"folder": HF folder, "class": name in transformers, "inputs": npz path, "output": npz path to write,
-"want": subset of ["logits", "nll"], "max_new_tokens": int or null, "adapter": peft folder or null, "dtype":
-"float32" or "float64"}. The answer: {"error": str or null, "transformers": version}.
+"want": subset of ["logits", "nll"], "max_new_tokens": int or null, "adapter": peft folder or null, "dtype": "float32"
+or "float64", "trust_remote_code": bool, "save_to": a folder for save_pretrained, or null}. Or a chat: {"folder",
+"output", "chat": messages, "max_new_tokens", "trust_remote_code"}: what the processor makes of it and, with
+max_new_tokens, the answer of an image-text-to-text pipeline as "text". Answers: {"error": str or null,
+"transformers": version}.
 By hand: echo '{"folder": ...}' | PYTHONPATH=.compat/transformers-4.57 python tests/torch_compat/run.py
 """
 
@@ -20,12 +23,13 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 
-def load_exactly(folder: str, class_name: str, dtype: torch.dtype) -> torch.nn.Module:
+def load_exactly(folder: str, class_name: str, dtype: torch.dtype, trust_remote_code: bool) -> torch.nn.Module:
     """The model of `folder` with eager attention; every tensor must fit the class and fill it."""
     model, report = getattr(transformers, class_name).from_pretrained(
         folder,
         dtype=dtype,
         attn_implementation="eager",
+        trust_remote_code=trust_remote_code,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # not to accept them: so that they are in the report, by name
     )
@@ -70,7 +74,9 @@ def read_inputs(path: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 def run_job(job: dict) -> None:
     """Load, compute what the job wants, write it."""
     dtype = getattr(torch, job["dtype"])
-    model = load_exactly(job["folder"], job["class"], dtype)
+    model = load_exactly(job["folder"], job["class"], dtype, job["trust_remote_code"])
+    if job["save_to"]:
+        model.save_pretrained(job["save_to"])
     if job["adapter"]:
         model = with_adapter(model, job["adapter"])
     inputs = read_inputs(job["inputs"], dtype)
@@ -90,12 +96,33 @@ def run_job(job: dict) -> None:
     np.savez(job["output"], **{name: tensor.numpy() for name, tensor in outputs.items()})
 
 
+@torch.no_grad()
+def run_chat(job: dict) -> str:
+    """Write what the folder's processor makes of a chat; return what the pipeline answers to it, greedily."""
+    processor = transformers.AutoProcessor.from_pretrained(job["folder"])
+    made = processor.apply_chat_template(
+        job["chat"], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    np.savez(job["output"], **{name: tensor.numpy() for name, tensor in made.items()})
+    if not job["max_new_tokens"]:
+        return ""
+    pipeline = transformers.pipeline(
+        "image-text-to-text", model=job["folder"], dtype=torch.float32, trust_remote_code=job["trust_remote_code"]
+    )
+    answer = pipeline(text=job["chat"], max_new_tokens=job["max_new_tokens"], do_sample=False, return_full_text=False)
+    return answer[0]["generated_text"]
+
+
 def main() -> None:
     """Answer until stdin ends."""
     for line in sys.stdin:
         answer = {"error": None, "transformers": transformers.__version__}
         try:
-            run_job(json.loads(line))
+            job = json.loads(line)
+            if "chat" in job:
+                answer["text"] = run_chat(job)
+            else:
+                run_job(job)
         except Exception as error:
             traceback.print_exc()
             answer["error"] = f"{type(error).__name__}: {error}"

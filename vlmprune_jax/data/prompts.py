@@ -183,15 +183,12 @@ def tokenize_training(
     keep = np.zeros(len(tokens.ids), bool)
     for start, stop in spans:
         # A role token may have swallowed the white space that begins the answer: it starts before its own text ends.
-        keep |= (tokens.ends > start) & (tokens.ends <= stop) & (tokens.starts > start - len(template.assistant))
+        keep |= (tokens.ends > start) & (tokens.starts < stop) & (tokens.starts > start - len(template.assistant))
     repeats = _repeats(tokens.is_image, tokens_per_image, tiles)
-    # InternVL's labels are made of written-out images, LLaVA's and Bunny's of one mark an image.
-    counted = (np.ones_like(repeats) if template.image_tokens is None else repeats)[tokens.ends <= covered].sum()
-    miscounted = template.padding_mark is not None and template.padding_mark in prompt
-    if (covered < len(prompt) or miscounted) and (cut_text_at is None or counted < cut_text_at):
+    padding = tokenizer.convert_tokens_to_ids(template.padding_mark) if template.padding_mark else None
+    if _is_mismatched(tokens, repeats, covered, prompt, padding, cut_text_at):
         keep[:] = False
-    if miscounted:
-        keep &= tokens.ids != tokenizer.convert_tokens_to_ids(template.padding_mark)
+    keep &= tokens.ids != (IGNORE if padding is None else padding)
     ids = np.where(tokens.is_image, image_token_id, tokens.ids).astype(np.int32)
     labels = np.where(keep & ~tokens.is_image, ids, IGNORE).astype(np.int32)
     ids, labels = np.repeat(ids, repeats), np.repeat(labels, repeats)
@@ -213,6 +210,22 @@ def tokenize_prompt(
     tokens = _tokenize(_write_images(prompt, record, template), record, tokenizer, template)
     ids = np.where(tokens.is_image, image_token_id, tokens.ids).astype(np.int32)
     return np.repeat(ids, _repeats(tokens.is_image, tokens_per_image, tiles))
+
+
+def _is_mismatched(
+    tokens: _Tokens, repeats: np.ndarray, covered: int, prompt: str, padding: int | None, cut_text_at: int | None
+) -> bool:
+    """Whether the reference loses count of a record's tokens, unless it has counted up to where it cuts.
+
+    `padding`: the id that its phi3-chat mask takes for padding; it counts images written out, and an end mark behind
+    an empty answer. LLaVA's and Bunny's masks count one token an image.
+    """
+    found = tokens.starts < covered
+    if padding is None:
+        return covered != len(prompt) and (cut_text_at is None or int(np.count_nonzero(found)) < cut_text_at)
+    counted = int(repeats[found].sum()) + (covered > len(prompt))
+    real = np.repeat(tokens.ids != padding, repeats)[:cut_text_at]
+    return counted != int(np.count_nonzero(real)) and (cut_text_at is None or counted < cut_text_at)
 
 
 def _write_images(prompt: str, record: Record, template: Template) -> str:

@@ -126,9 +126,14 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def process_count() -> int:
+    """Number of processes that run together; asking does not start the accelerator where there is one process."""
+    return jax.process_count() if jax.distributed.is_initialized() else 1
+
+
 def is_main_process() -> bool:
-    """Whether this process writes exports, logs and progress."""
-    return jax.process_index() == 0
+    """Whether this process writes exports, logs and progress; asking does not start the accelerator either."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def from_main(compute: Callable[[], Any]) -> Any:
@@ -139,7 +144,7 @@ def from_main(compute: Callable[[], Any]) -> Any:
     Raises:
       UserError: `compute` raised it; every process does.
     """
-    if jax.process_count() == 1:
+    if process_count() == 1:
         return compute()
     said: dict[str, Any] = {}
     if is_main_process():

@@ -25,6 +25,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "vision_heads": "tensor",
     "vision_mlp": "tensor",
     "projector": "tensor",
+    "shuffled": "fsdp",
 }
 
 

@@ -7,11 +7,22 @@ from typing import Any
 
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.families.llama import LLAMA
+from vlmprune_jax.families.bunny import BUNNY
+from vlmprune_jax.families.decoders import DECODERS, LLAMA, PHI, PHI3
+from vlmprune_jax.families.internvl import INTERNVL_HF, INTERNVL_ORIGINAL
 from vlmprune_jax.families.llava import LLAVA_HF, LLAVA_ORIGINAL
 from vlmprune_jax.families.table import Family, Weight
 
-FAMILIES: tuple[Family, ...] = (LLAVA_HF, LLAVA_ORIGINAL, LLAMA)
+FAMILIES: tuple[Family, ...] = (
+    LLAVA_HF,
+    LLAVA_ORIGINAL,
+    BUNNY,
+    INTERNVL_ORIGINAL,
+    INTERNVL_HF,
+    LLAMA,
+    PHI,
+    PHI3,
+)
 
 __all__ = ["FAMILIES", "Family", "Weight", "detect", "family_of"]
 
@@ -25,10 +36,11 @@ def detect(config: Mapping[str, Any], where: str) -> Family:
     for family in FAMILIES:
         if family.matches(config):
             return family
+    own = " and is loaded by the repository's own code (auto_map), which is never run here" * ("auto_map" in config)
     raise UserError(
         f"{where}: model_type {config.get('model_type')!r} (architectures {config.get('architectures')}) is not "
-        "supported; "
-        "known: llava (llava-hf and original LLaVA-1.5 layouts), llama, mistral"
+        f"supported{own}; known: llava (llava-hf and original LLaVA-1.5 layouts), bunny-phi, internvl_chat, internvl, "
+        f"{', '.join(DECODERS)}"
     )
 
 

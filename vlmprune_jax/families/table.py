@@ -34,8 +34,10 @@ class Family:
     """A model family in one checkpoint layout.
 
     `renames` are ordered (regex, replacement) pairs that turn every accepted spelling of a key into the table's
-    spelling. Keys that match `ignored` are neither loaded nor refused; they are carried over on export.
-    `modules` are pairs that turn the table's spelling into the names that modules have in memory in stock transformers.
+    spelling. Keys that match `ignored` are neither loaded nor refused; they are carried over on export. `token_names`
+    are (field, token) pairs: fields that `from_hf` looks for beside those of config.json, each with the id of a token
+    of the folder's tokenizer (absent where there is none). `modules` are pairs that turn the table's spelling into the
+    names that modules have in memory in stock transformers.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     separate_vision: bool = False
     modules: tuple[tuple[str, str], ...] = ()
+    token_names: tuple[tuple[str, str], ...] = ()
 
     def canonical(self, key: str) -> str:
         """The table's spelling of a checkpoint key."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import socket
@@ -13,6 +14,8 @@ from vlmprune_jax.errors import UserError
 
 # Room beside the weights for file system overhead and small files.
 SPARE_BYTES = 16 * 2**20
+# Disk, quota or file size limit: the user can do something about it.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_target(out_dir: Path, source_dir: Path, overwrite: bool) -> None:
@@ -56,6 +59,9 @@ def atomic_folder(out_dir: Path) -> Iterator[Path]:
 
     Whatever was at `out_dir` is replaced at that moment and not before. If the block fails the hidden folder goes; if
     the process is killed, the next call for the same `out_dir` on this machine removes it.
+
+    Raises:
+      UserError: the disk (or a quota) is full.
     """
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     clean_stale(out_dir)
@@ -70,10 +76,13 @@ def atomic_folder(out_dir: Path) -> Iterator[Path]:
         if out_dir.exists():
             os.rename(out_dir, replaced)
         os.rename(partial, out_dir)
-    except BaseException:
+    except BaseException as error:
         if replaced.exists() and not out_dir.exists():
             os.rename(replaced, out_dir)
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in _FULL:
+            reason = f"{error.strerror}: nothing was written, make room or choose another disk"
+            raise UserError(f"{out_dir}: {reason}") from error
         raise
     sync(out_dir.parent)
     shutil.rmtree(replaced, ignore_errors=True)

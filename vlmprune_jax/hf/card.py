@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.config import LayerShape, ModelConfig
+from vlmprune_jax.hf.per_layer import LOADER_FILE, loader_class
 from vlmprune_jax.models.params import count_params
 
 _PARTS = (("language model", "text"), ("projector", "projector"), ("vision tower (computed part)", "vision"))
 
 
-def model_card(cfg: ModelConfig, written: ModelConfig, config: dict[str, Any], source: str, plan_file: Path) -> str:
+def model_card(
+    cfg: ModelConfig, written: ModelConfig, config: dict[str, Any], source: str, plan_file: Path, processor: bool
+) -> str:
     """Markdown of one model card.
 
     `written` is `cfg` with the blocks as they are in the files (wider than the model's where layers were padded),
-    `config` the config.json beside it, `source` the name of the folder it came from, `plan_file` its plan, if any.
+    `config` the config.json beside it, `source` the name of the folder it came from, `plan_file` its plan, if
+    any; `processor` says that a processor lies beside it.
     """
     plan = json.loads(plan_file.read_text(encoding="utf-8")) if plan_file.is_file() else None
     return f"""---
@@ -36,7 +40,7 @@ Decoder layers: {len(cfg.text.layers)}, {_shapes(cfg.text.layers)}.
 
 ## Loading
 
-{_loading(cfg, written, config)}
+{_loading(cfg, written, config, processor)}
 """
 
 
@@ -65,29 +69,68 @@ def _table(cfg: ModelConfig, plan: dict[str, Any] | None) -> str:
 
 
 def _shapes(layers: tuple[LayerShape, ...]) -> str:
-    shapes = sorted(set(layers), key=lambda s: (s.q_heads, s.kv_heads, s.mlp))
+    shapes = [LayerShape(*widths) for widths in sorted({shape.widths for shape in layers})]
     if len(shapes) == 1:
         shape = shapes[0]
         return f"each with {shape.q_heads} query heads, {shape.kv_heads} key/value heads and {shape.mlp} MLP neurons"
     return "of unequal width: " + "; ".join(f"{s.q_heads}/{s.kv_heads} heads and {s.mlp} neurons" for s in shapes)
 
 
-def _loading(cfg: ModelConfig, written: ModelConfig, config: dict[str, Any]) -> str:
-    if len(set(written.text.layers)) > 1:
+def _loading(cfg: ModelConfig, written: ModelConfig, config: dict[str, Any], processor: bool) -> str:
+    parts = []
+    if written.layout == cfg.layout != "transformers":
+        parts.append(_hub_loading(written, config))
+    else:
+        name, trust = (config.get("architectures") or ["AutoModelForCausalLM"])[0], ""
+        loader = loader_class(config)
+        if loader is not None:
+            name, trust = next(iter(config["auto_map"])), ", trust_remote_code=True"
+        names = f"AutoProcessor, {name}" if processor else name
+        code = [f"from transformers import {names}", "", f'model = {name}.from_pretrained("FOLDER"{trust})']
+        code += ['processor = AutoProcessor.from_pretrained("FOLDER")'] if processor else []
+        parts.append("\n".join(["```python", *code, "```"]))
+        if loader is not None:
+            parts.append(
+                f"The layers have unequal widths and are stored at their true size (`per_layer_shapes` in "
+                f"config.json). What it costs: `{LOADER_FILE}` in this folder has to run, which takes "
+                "`trust_remote_code=True`; it cuts the layers of the stock class to their widths and changes nothing "
+                'else. Stock transformers and serving engines without it need an export with `uneven="pad"`.'
+            )
+    if written.layout != cfg.layout:
+        parts.append(_converted(cfg, written))
+    before, after = count_params(cfg), count_params(cfg.with_layers(written.text.layers))
+    if after != before:
+        parts.append(
+            f"Unequal layers were padded with zero heads and neurons to {_shapes(written.text.layers)}: the same "
+            f"function as the pruned model in a stock class. What it costs: {after:,} parameters in the files and in "
+            f"memory instead of {before:,}, and the time of all of them."
+        )
+    parts.append(
+        "In JAX: `vlmprune_jax.load(folder)`" + (", `vision_dir=...` for the tower." if _needs_tower(written) else ".")
+    )
+    return "\n\n".join(parts)
+
+
+def _needs_tower(written: ModelConfig) -> bool:
+    return (written.family, written.layout) == ("llava", "original")
+
+
+def _hub_loading(written: ModelConfig, config: dict[str, Any]) -> str:
+    name = (config.get("architectures") or ["the hub's class"])[0]
+    if not written.text.even:
         return (
-            "The layers have unequal widths and are stored at their true size (`per_layer_shapes` in config.json). "
-            "Load with `vlmprune_jax.load(folder)`. There is no PyTorch loader for this form yet; for stock "
-            'transformers export with `uneven="pad"`.'
+            "The layers have unequal widths and are stored at their true size in the hub's layout "
+            f"(`per_layer_shapes` in config.json), which `{name}` cannot load. For PyTorch export with "
+            '`layout="transformers"` (with a file that loads them) or `uneven="pad"`.'
         )
-    padded = ""
-    if written.text.layers != cfg.text.layers:
-        padded = (
-            "\n\nUnequal layers were padded with zero heads and neurons to "
-            f"{_shapes(written.text.layers)}: the same function as the pruned model, without its savings."
-        )
-    if cfg.layout == "original":
-        return (
-            f"`vlmprune_jax.load(folder, vision_dir=...)` or the original LLaVA code (`LlavaLlamaForCausalLM`).{padded}"
-        )
-    name = (config.get("architectures") or ["AutoModelForCausalLM"])[0]
-    return f"```python\nfrom transformers import {name}\n\nmodel = {name}.from_pretrained(folder)\n```{padded}"
+    where = "the code in this folder (`trust_remote_code=True`)" if config.get("auto_map") else "the model's own code"
+    return (
+        f"In the hub's layout: `{name}` of {where} loads it. For stock transformers export with "
+        '`layout="transformers"`.'
+    )
+
+
+def _converted(cfg: ModelConfig, written: ModelConfig) -> str:
+    words = written.text.vocab_size - cfg.text.vocab_size
+    more = f" The vocabulary has {words} more rows, for the image token and padding." if words else ""
+    return f"Converted from the {cfg.family} hub layout to a class of transformers: no code of the hub is needed.{more}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.mesh import whole
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, family_of
-from vlmprune_jax.families.llama import PER_LAYER
 from vlmprune_jax.hf.files import WEIGHT_DTYPES, Checkpoint, read_json
 from vlmprune_jax.hf.layout import make_slots
-from vlmprune_jax.hf.read import load
+from vlmprune_jax.hf.per_layer import loader_class
+from vlmprune_jax.hf.read import load, read_config
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import Model, forward, mesh_of
 
@@ -47,8 +48,12 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
     inputs = _random_inputs(model.cfg)
     # Most CPUs and TPUs multiply float32 in fewer bits by default; the comparison is of functions, not of speed.
     with jax.default_matmul_precision("highest"):
-        expected = whole(forward(_as_written(model, folder), **inputs)[0])
+        expected = whole(forward(_as_written(model, folder, vision_dir), **inputs)[0])
         backend, actual = _reloaded_logits(model, folder, inputs, vision_dir)
+    words = model.cfg.text.vocab_size
+    if actual.shape[-1] > words and float(actual[..., words:].max() - actual[..., :words].max()) > 0:
+        raise UserError(f"{folder}: a word that was only added to fill the vocabulary is the likeliest: do not use it")
+    actual = actual[..., :words]
     if actual.shape != expected.shape:
         shapes = f"{list(actual.shape)} instead of {list(expected.shape)}"
         raise UserError(f"{folder}: reloaded in {backend} its logits have shape {shapes}: do not use this folder")
@@ -62,13 +67,14 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
     return {"backend": backend, "max_abs_logit_difference": difference, "tolerance": tolerance}
 
 
-def _as_written(model: Model, folder: Path) -> Model:
+def _as_written(model: Model, folder: Path, vision_dir: str | Path | None) -> Model:
     """The model in float32 with every weight rounded to the dtype it has in the folder."""
-    family, checkpoint = family_of(model.cfg), Checkpoint(folder)
-    dtypes = {family.canonical(key): entry.dtype for key, entry in checkpoint.entries.items()}
+    family, cfg = read_config(folder, None if vision_dir is None else Path(vision_dir))
+    keys = {family.canonical(key): entry.dtype for key, entry in Checkpoint(folder).entries.items()}
+    dtypes = {slot.name: keys.get(slot.key, "F32") for slot in make_slots(cfg, family)}
     flat = flatten(model.params)
-    for slot in make_slots(model.cfg, family):
-        dtype = WEIGHT_DTYPES[dtypes.get(slot.key, "F32")]
+    for slot in make_slots(model.cfg, family_of(model.cfg)):
+        dtype = WEIGHT_DTYPES[dtypes[slot.name]]
         if flat[slot.path].dtype != dtype:
             flat[slot.path] = flat[slot.path].astype(dtype)
     return Model(unflatten({path: leaf.astype(np.float32) for path, leaf in flat.items()}), model.cfg)
@@ -89,30 +95,36 @@ def _random_inputs(cfg: ModelConfig) -> dict[str, Any]:
 def _reloaded_logits(
     model: Model, folder: Path, inputs: dict[str, Any], vision_dir: str | Path | None
 ) -> tuple[str, np.ndarray]:
-    family = family_of(model.cfg)
-    stock = _stock_class(family, folder)
-    if stock and importlib.util.find_spec("torch") is not None:
-        return "torch", _torch_logits(folder, stock, family, inputs)
+    config = read_json(folder / "config.json")
+    family, cfg = read_config(folder, None if vision_dir is None else Path(vision_dir))
+    if cfg.image_token_id != model.cfg.image_token_id:
+        ids = inputs["input_ids"]
+        inputs = inputs | {"input_ids": np.where(ids == model.cfg.image_token_id, cfg.image_token_id, ids)}
+    torch_loads = family.layout == "transformers" and (cfg.text.even or loader_class(config) is not None)
+    if torch_loads and importlib.util.find_spec("torch") is not None:
+        return "torch", _torch_logits(folder, config, family, inputs)
     again = load(folder, vision_dir=vision_dir, dtype="float32", mesh=mesh_of(model.params))
     return "jax", whole(forward(again, **inputs)[0])
 
 
-def _stock_class(family: Family, folder: Path) -> str | None:
-    """The transformers class that loads the folder, if there is one."""
-    config = read_json(folder / "config.json")
-    if family.layout != "transformers" or PER_LAYER in config or PER_LAYER in (config.get("text_config") or {}):
-        return None
-    return (config.get("architectures") or [None])[0]
+def _torch_class(config: dict[str, Any]) -> Any:
+    """The class that loads a folder with this config: of stock transformers, or of our own copy of the shipped file."""
+    import transformers
+
+    name = loader_class(config)
+    if name is None:
+        return getattr(transformers, config["architectures"][0])
+    return getattr(importlib.import_module("vlmprune_jax.hf.remote.modeling_per_layer"), name)
 
 
-def _torch_logits(folder: Path, class_name: str, family: Family, inputs: dict[str, Any]) -> np.ndarray:
+def _torch_logits(folder: Path, config: dict[str, Any], family: Family, inputs: dict[str, Any]) -> np.ndarray:
     import torch
     import transformers
 
     options = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
     shows_progress = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()  # ours is the one on the screen
-    loaded, info = getattr(transformers, class_name).from_pretrained(folder, output_loading_info=True, **options)
+    loaded, info = _torch_class(config).from_pretrained(folder, output_loading_info=True, **options)
     if shows_progress:
         transformers.utils.logging.enable_progress_bar()
     # Buffers that old checkpoints hold and new classes do not know are carried over and do no harm.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ OTHER_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1,
     "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }  # fmt: skip
+_LFS = "a Git LFS pointer, not the file itself"
 # A header lists names and offsets; the limit of the safetensors library itself.
 MAX_HEADER_BYTES = 100_000_000
 
@@ -45,6 +48,15 @@ class Entry:
     end: int
 
 
+@dataclass(frozen=True)
+class Extent:
+    """Bytes `begin` to `end` of a file."""
+
+    file: Path
+    begin: int
+    end: int
+
+
 class Checkpoint(Mapping[str, np.ndarray]):
     """All tensors of a folder by their key in the files; an array is a memory map, read when it is looked at.
 
@@ -56,9 +68,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
         self.folder = folder
         self.shards, self.indexed = list_shards(folder)
         self.entries: dict[str, Entry] = {}
-        self._torch: dict[str, Any] = {}
         for shard in self.shards:
-            found = _torch_entries(shard, self._torch) if shard.suffix == ".bin" else read_header(shard)
+            found = _torch_entries(shard) if shard.suffix == ".bin" else read_header(shard)
             twice = sorted(set(found) & set(self.entries))
             if twice:
                 raise UserError(
@@ -66,28 +77,52 @@ class Checkpoint(Mapping[str, np.ndarray]):
                     "shards of different checkpoints are mixed, download the folder again"
                 )
             self.entries.update(found)
-        missing = sorted(set(self.indexed) - set(self.entries))
-        if missing:
+        held = {key: entry.file.name for key, entry in self.entries.items()}
+        wrong = sorted(key for key, shard in self.indexed.items() if held.get(key) != shard)
+        if wrong:
             raise UserError(
-                f"{folder}: the index lists {missing[0]} in {self.indexed[missing[0]]} ({len(missing)} in all), but "
+                f"{folder}: the index lists {wrong[0]} in {self.indexed[wrong[0]]} ({len(wrong)} in all), but "
                 "that shard does not hold it: a shard of another checkpoint? download the folder again"
             )
 
     def __getitem__(self, key: str) -> np.ndarray:
         entry = self.entries[key]
-        if entry.file.suffix == ".bin":
-            return _torch_array(self._torch[key], entry)
         return self.raw(key).view(WEIGHT_DTYPES[entry.dtype]).reshape(entry.shape)
 
     def raw(self, key: str) -> np.ndarray:
         """uint8[bytes] of a tensor of any dtype."""
         entry = self.entries[key]
-        if entry.file.suffix == ".bin":
-            return _torch_bytes(self._torch[key])
         if entry.begin == entry.end:
             return np.empty(0, np.uint8)
         # A fresh map per tensor: its pages are given back when the array goes, so peak memory is one tensor.
-        return np.memmap(entry.file, np.uint8, "r", offset=entry.begin, shape=(entry.end - entry.begin,))
+        if entry.file.suffix == ".bin":
+            return _torch_bytes(_torch_load(entry.file)[key])
+        start = entry.begin - entry.begin % mmap.ALLOCATIONGRANULARITY
+        with entry.file.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), entry.end - start, access=mmap.ACCESS_READ, offset=start)
+        return np.frombuffer(mapped, np.uint8, entry.end - entry.begin, entry.begin - start)
+
+    def extent(self, key: str, first: int, size: int) -> Extent | None:
+        """Where bytes `first` to `first + size` of a tensor are, or None inside a `.bin`, which is an archive."""
+        entry = self.entries[key]
+        if entry.file.suffix == ".bin":
+            return None
+        return Extent(entry.file, entry.begin + first, entry.begin + first + size)
+
+    def elements(self, key: str, positions: np.ndarray) -> np.ndarray:
+        """The weights at flat positions; single reads, since a map would read 128 KiB around every one of them."""
+        entry, dtype = self.entries[key], WEIGHT_DTYPES[self.entries[key].dtype]
+        if entry.file.suffix == ".bin":
+            return self.raw(key).view(dtype)[positions]
+        descriptor = os.open(entry.file, os.O_RDONLY)
+        try:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            size = dtype.itemsize
+            parts = [os.pread(descriptor, size, entry.begin + int(at) * size) for at in positions.reshape(-1)]
+        finally:
+            os.close(descriptor)
+        return np.frombuffer(b"".join(parts), dtype).reshape(positions.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -142,21 +177,27 @@ def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of one safetensors file, with every claim of its header checked against the file.
 
     Raises:
-      UserError: truncated, overlapping, out of range, or a size that does not fit its shape.
+      UserError: truncated or too long, overlapping or with gaps, out of range, a size that does not fit its shape, or a
+        name that comes twice (the safetensors library refuses the same).
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            what = "a Git LFS pointer, not the file itself" if start == b"version " else "truncated or not safetensors"
+            what = _LFS if start == b"version " else "truncated or not safetensors"
             raise UserError(f"{path}: {what} ({size} bytes): download it again")
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
             header.pop("__metadata__", None)
             entries = {key: _entry(path, value, 8 + length) for key, value in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: damaged safetensors header ({error}): download it again") from error
+    last = max(entries, key=lambda key: entries[key].end, default=None)
+    if last is not None and entries[last].end > size:
+        raise UserError(
+            f"{path}: truncated: tensor {last} ends at byte {entries[last].end} of {size}: download it again"
+        )
     end = 8 + length
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         known = WEIGHT_DTYPES[entry.dtype].itemsize if entry.dtype in WEIGHT_DTYPES else OTHER_BYTES.get(entry.dtype)
@@ -167,10 +208,24 @@ def read_header(path: Path) -> dict[str, Entry]:
             )
         if entry.begin < end:
             raise UserError(f"{path}: tensor {key} overlaps the one before it: damaged header, download it again")
+        if entry.begin > end:
+            raise UserError(
+                f"{path}: {entry.begin - end} bytes before tensor {key} belong to none: damaged header, "
+                "download it again"
+            )
         end = entry.end
-        if end > size:
-            raise UserError(f"{path}: truncated: tensor {key} ends at byte {end} of {size}: download it again")
+    if end != size:
+        raise UserError(f"{path}: {size - end} bytes after the last tensor belong to none: download it again")
     return entries
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; json alone would keep the last of two equal names."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} comes twice")
+    return result
 
 
 def _entry(path: Path, value: Mapping[str, Any], start: int) -> Entry:
@@ -184,12 +239,24 @@ def _entry(path: Path, value: Mapping[str, Any], start: int) -> Entry:
 _TORCH_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "bool": "BOOL"}
 
 
-def _torch_entries(path: Path, tensors: dict[str, Any]) -> dict[str, Entry]:
-    """The tensors of a `pytorch_model*.bin`, memory-mapped; only plain tensors are unpickled (weights_only)."""
+def _torch_entries(path: Path) -> dict[str, Entry]:
+    """The tensors of a `pytorch_model*.bin`."""
+    entries = {}
+    for key, tensor in _torch_load(path).items():
+        name = str(tensor.dtype).removeprefix("torch.")
+        entries[key] = Entry(path, _TORCH_NAMES.get(name, name), tuple(tensor.shape), 0, tensor.nbytes)
+    return entries
+
+
+def _torch_load(path: Path) -> dict[str, Any]:
+    """A state dict, memory-mapped; only plain tensors are unpickled (weights_only)."""
     try:
         import torch
     except ImportError as error:
         raise UserError(f"{path}: reading .bin checkpoints needs torch: pip install 'vlmprune-jax[torch]'") from error
+    with path.open("rb") as file:
+        if file.read(12) == b"version http":
+            raise UserError(f"{path}: {_LFS} ({path.stat().st_size} bytes): download it again")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises pickle, zip and runtime errors alike for a damaged file
@@ -197,20 +264,7 @@ def _torch_entries(path: Path, tensors: dict[str, Any]) -> dict[str, Entry]:
         raise UserError(f"{path}: not a plain PyTorch state dict ({reason})") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: not a plain PyTorch state dict: it must map names to tensors and hold nothing else")
-    entries = {}
-    for key, tensor in state.items():
-        name = str(tensor.dtype).removeprefix("torch.")
-        entries[key] = Entry(path, _TORCH_NAMES.get(name, name), tuple(tensor.shape), 0, tensor.nbytes)
-        tensors[key] = tensor
-    return entries
-
-
-def _torch_array(tensor: Any, entry: Entry) -> np.ndarray:
-    import torch
-
-    if entry.dtype == "BF16":
-        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.contiguous().numpy()
+    return state
 
 
 def _torch_bytes(tensor: Any) -> np.ndarray:

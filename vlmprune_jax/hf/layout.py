@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.errors import UserError
@@ -19,19 +22,24 @@ PARTS = ("text", "projector", "vision")
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor's place: its canonical key and shape in the files, its path in `params`, its index in a stack.
+    """One parameter's place: its tensor's canonical key and shape in files, its path in `params`, its index in a stack.
 
     `shape` is the array's own: the file's shape with the named `axes` split. Both have the same order of elements, so
     conversion either way is a reshape. `layer` is the block's number in its tower, where `index` is that in its run.
+    `hf_shape` is the whole tensor's. Parameters that are fused in files share one, each with its rows `start ... stop`;
+    all others own every row. `name` is the parameter's path with the layer's own number in place of run and index.
     """
 
     key: str
+    name: str
     hf_shape: tuple[int, ...]
     path: str
     index: int | None
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     layer: int | None
+    start: int
+    stop: int
 
 
 @dataclass
@@ -63,12 +71,43 @@ def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
             if index is not None:
                 names, shape = names[1:], shape[1:]
             tokens = line.layout.replace("(", " ( ").replace(")", " ) ").split()
-            assert [t for t in tokens if t not in "()"] == list(names), f"{line} does not keep the axes {names}"
-            size = dict(zip(names, shape, strict=True))
-            slots.append(Slot(line.key, _grouped(tokens, size), path, index, shape, names, i))
+            assert [t for t in tokens if t not in "()1"] == list(names), f"{line} does not keep the axes {names}"
+            size = {"1": 1, **dict(zip(names, shape, strict=True))}
+            whole = _grouped(tokens, size)
+            slots.append(Slot(line.key, line.path, whole, path, index, shape, names, i, 0, whole[0]))
+    slots = _fused(slots)
     covered = {slot.path for slot in slots}
     assert covered == set(shapes), f"{family.name} table does not cover {sorted(covered ^ set(shapes))}"
     return slots
+
+
+def _fused(slots: Sequence[Slot]) -> list[Slot]:
+    """The same slots, those that name one key as consecutive rows of one tensor."""
+    rows: Counter[str] = Counter()
+    placed = []
+    for slot in slots:
+        start = rows[slot.key]
+        rows[slot.key] += slot.stop
+        placed.append(dataclasses.replace(slot, start=start, stop=rows[slot.key]))
+    return [dataclasses.replace(slot, hf_shape=(rows[slot.key], *slot.hf_shape[1:])) for slot in placed]
+
+
+def by_key(slots: Iterable[Slot]) -> dict[str, list[Slot]]:
+    """Slots per tensor in the files, in the order of their rows."""
+    tensors: dict[str, list[Slot]] = {}
+    for slot in slots:
+        tensors.setdefault(slot.key, []).append(slot)
+    return tensors
+
+
+def split_tensor(tensor: np.ndarray, slot: Slot) -> np.ndarray:
+    """One parameter (of `slot.shape`) of a tensor in the files; a view, so that slices of mapped files stay unread."""
+    return tensor[slot.start : slot.stop].reshape(slot.shape)
+
+
+def join_tensor(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The inverse: the elements of a tensor, in order, from its parameters."""
+    return parts[0] if len(parts) == 1 else np.concatenate([part.reshape(-1) for part in parts])
 
 
 def n_blocks(cfg: ModelConfig, part: str) -> int:
@@ -166,4 +205,4 @@ def block_number(name: str, part: str, cfg: ModelConfig, family: Family) -> int 
 
 def template(key: str) -> str:
     """A key with its block number replaced by `{}`; keys outside blocks are returned as they are."""
-    return re.sub(r"\blayers\.\d+\.", "layers.{}.", key, count=1)
+    return re.sub(r"\b(layers?)\.\d+\.", r"\1.{}.", key, count=1)

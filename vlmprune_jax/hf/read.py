@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from vlmprune_jax.distributed.rules import check_divides, sharding
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, detect
 from vlmprune_jax.hf.files import Checkpoint, has_weights, read_json
-from vlmprune_jax.hf.layout import PARTS, Slot, make_slots, match_keys, refuse
+from vlmprune_jax.hf.layout import PARTS, Slot, make_slots, match_keys, refuse, split_tensor
 from vlmprune_jax.models.params import param_axes, param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, Params
 
@@ -26,6 +28,8 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 _NOT_FINITE = {"float32": (0x7F800000, 0xFF800000), "bfloat16": (0x7F80, 0xFF80), "float16": (0x7C00, 0xFC00)}
 # XLA on CPU takes over a host buffer of this alignment without a copy.
 _ALIGNMENT = 64
+# Reading waits for the disk, and copying and checking do without Python's lock.
+_THREADS = min(4, os.cpu_count() or 1)
 # Everything but weights, which come in one of two forms.
 _HUB_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
 
@@ -40,7 +44,8 @@ def load(
 
     Args:
       hf_dir: folder with config.json and safetensors (or `pytorch_model*.bin`, with the [torch] extra), or a hub id.
-      vision_dir: the CLIP folder of an original-layout LLaVA that does not hold its tower.
+      vision_dir: the vision tower's own folder (CLIP, SigLIP) for an original-layout LLaVA or Bunny; it wins over a
+        tower inside `hf_dir`.
       dtype: of all parameters: "float32", "bfloat16" or "float16".
       mesh: where the parameters go, split by `distributed.rules`; None is the default device.
 
@@ -88,23 +93,52 @@ def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, M
     """Family and config of a folder, from its JSON files only.
 
     generation_config.json supplies the begin, end and padding ids that config.json leaves out.
+
+    Raises:
+      UserError: unknown family, unsupported settings, or quantised weights.
     """
     config = read_json(folder / "config.json")
+    for part in (config, config.get("text_config"), config.get("llm_config")):
+        quantised = part.get("quantization_config") if isinstance(part, dict) else None
+        if quantised:
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+            raise UserError(
+                f"{folder / 'config.json'}: the weights are quantised (quantization_config, quant_method {method!r}) "
+                "and cannot be pruned like this: use the checkpoint they were made from"
+            )
     generation = folder / "generation_config.json"
     if generation.is_file():
         ids = {k: v for k, v in read_json(generation).items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        nested = config.get("text_config") or {}
+        nested = config.get("text_config") or config.get("llm_config") or {}
         known = {name for name in ids if config.get(name) is not None or nested.get(name) is not None}
         config = {**config, **{name: value for name, value in ids.items() if name not in known and value is not None}}
     family = detect(config, str(folder / "config.json"))
+    if family.token_names:
+        tokens = tokenizer_ids(folder)
+        config = {**config, **{name: tokens[token] for name, token in family.token_names if token in tokens}}
     vision = None
     if family.separate_vision:
         vision = read_json(vision_dir / "config.json") if vision_dir is not None else config.get("vision_config")
     return family, family.from_hf(config, vision)
 
 
+def tokenizer_ids(folder: Path) -> dict[str, int]:
+    """Ids of the added tokens of a folder's tokenizer, by any of the files that can list them; {} without one."""
+    ids: dict[str, int] = {}
+    for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
+        content = read_json(folder / name) if (folder / name).is_file() else {}
+        if name == "added_tokens.json":
+            ids.update(content)
+        elif name == "tokenizer_config.json":
+            listed = content.get("added_tokens_decoder") or {}
+            ids.update({token["content"]: int(number) for number, token in listed.items()})
+        else:
+            ids.update({token["content"]: token["id"] for token in content.get("added_tokens") or ()})
+    return ids
+
+
 def find_weights(slots: list[Slot], cfg: ModelConfig, family: Family, folder: Path, vision_dir: Path | None) -> Sources:
-    """Where every weight lies; the tower of an original-layout LLaVA is its own folder's, as in the reference.
+    """Where every weight lies; the tower of an original LLaVA or Bunny is its own folder's, as in the reference.
 
     Raises:
       UserError: unknown, missing or doubled keys, wrong shapes and dtypes, all in one line.
@@ -127,49 +161,61 @@ def find_weights(slots: list[Slot], cfg: ModelConfig, family: Family, folder: Pa
 
 
 def _read_params(cfg: ModelConfig, slots: list[Slot], sources: Sources, dtype: np.dtype, mesh: Mesh | None) -> Params:
-    """Parameters filled tensor by tensor: beside them, no more than one tensor of a file is in memory at a time."""
+    """Parameters filled tensor by tensor: beside them, one tensor of a file per thread is in memory at a time."""
     members: dict[str, list[Slot]] = defaultdict(list)
     for slot in slots:
         members[slot.path].append(slot)
     axes = param_axes(cfg)
     flat = {}
-    for path, shape in param_shapes(cfg).items():
-        block = _block_reader(members[path], sources, shape, dtype)
-        if mesh is None:
-            flat[path] = jax.device_put(block((slice(None),) * len(shape)))
-        else:
-            flat[path] = jax.make_array_from_callback(shape, sharding(mesh, axes[path]), block)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for path, shape in param_shapes(cfg).items():
+            block = _block_reader(members[path], sources, shape, dtype, pool)
+            if mesh is None:
+                flat[path] = jax.device_put(block((slice(None),) * len(shape)))
+            else:
+                flat[path] = jax.make_array_from_callback(shape, sharding(mesh, axes[path]), block)
     return unflatten(flat)
 
 
-def _block_reader(slots: list[Slot], sources: Sources, shape: tuple[int, ...], dtype: np.dtype) -> Callable[..., Any]:
+def _block_reader(
+    slots: list[Slot], sources: Sources, shape: tuple[int, ...], dtype: np.dtype, pool: Executor
+) -> Callable[..., Any]:
     """Callable slice -> array of one parameter; devices that hold the same slice share one buffer."""
     blocks: dict[Any, np.ndarray] = {}
 
     def block(index: tuple[slice, ...]) -> np.ndarray:
         bounds = tuple(one.indices(size) for one, size in zip(index, shape, strict=True))
         if bounds not in blocks:
-            blocks[bounds] = _read_block(slots, sources, index, [len(range(*bound)) for bound in bounds], dtype)
+            sizes = [len(range(*bound)) for bound in bounds]
+            blocks[bounds] = _read_block(slots, sources, index, sizes, dtype, pool)
         return blocks[bounds]
 
     return block
 
 
 def _read_block(
-    slots: list[Slot], sources: Sources, index: tuple[slice, ...], shape: list[int], dtype: np.dtype
+    slots: list[Slot],
+    sources: Sources,
+    index: tuple[slice, ...],
+    shape: list[int],
+    dtype: np.dtype,
+    pool: Executor,
 ) -> np.ndarray:
-    """The slice `index` of one parameter, cast to `dtype`; a stack is filled layer by layer."""
+    """The slice `index` of one parameter, cast to `dtype`; a stack is filled layer by layer, several at a time."""
     block = _aligned(shape, dtype)
     stacked = slots[0].index is not None
-    targets = zip(slots[index[0]], block, strict=True) if stacked else [(slots[0], block)]
-    for slot, target in targets:
+
+    def fill(slot: Slot, target: np.ndarray) -> None:
         checkpoint, key = sources[slot.key]
-        part = checkpoint[key].reshape(slot.shape)[index[1:] if stacked else index]
+        part = split_tensor(checkpoint[key], slot)[index[1:] if stacked else index]
         check_finite(part, f"{checkpoint.folder}: tensor {key}")
         with np.errstate(over="ignore"):  # reported with the tensor's name instead
             target[...] = part
         if dtype != np.float32 and dtype != part.dtype:
             check_finite(target, f"{checkpoint.folder}: tensor {key} as {dtype.name}")
+
+    targets = zip(slots[index[0]], block, strict=True) if stacked else [(slots[0], block)]
+    list(pool.map(lambda pair: fill(*pair), targets))  # list: raises what a thread raised
     return block
 
 

@@ -2,43 +2,69 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from vlmprune_jax.hf.files import INDEX, OTHER_BYTES, SINGLE, WEIGHT_DTYPES
+from vlmprune_jax.hf.checked import CheckedFile, Look
+from vlmprune_jax.hf.files import INDEX, OTHER_BYTES, SINGLE, WEIGHT_DTYPES, Extent
+from vlmprune_jax.hf.lazy import FileArray, FileStack
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor to write: its key, safetensors dtype and shape, and how to get its bytes (uint8[n_bytes])."""
+    """One tensor to write: its key, safetensors dtype and shape, and how to get its bytes (uint8[n_bytes]).
+
+    Where the very bytes lie in a file, `extent` says so: they are copied block by block, and `look` sees every block.
+    """
 
     key: str
     dtype: str
     shape: tuple[int, ...]
     n_bytes: int
     fetch: Callable[[], np.ndarray]
+    extent: Extent | None = None
+    look: Look = lambda block: None
 
 
-def weight(key: str, dtype: str, shape: tuple[int, ...], fetch: Callable[[], np.ndarray]) -> Tensor:
-    """A tensor whose `fetch` gives an array of any shape with the right number of elements and dtype."""
+def weight(
+    key: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    fetch: Callable[[], np.ndarray],
+    extent: Extent | None,
+    check: Callable[[np.ndarray], None],
+) -> Tensor:
+    """A tensor whose `fetch` gives an array of any shape with the right number of elements and dtype.
+
+    `extent` is where the same bytes lie in a file, if they do; `check` sees every value that is written.
+    """
+
+    def look(block: np.ndarray) -> None:
+        check(block.view(WEIGHT_DTYPES[dtype]))
 
     def to_bytes() -> np.ndarray:
+        array = fetch()
+        check(array)
         # A transposed view's buffer is not in the order of its elements: always contiguous.
-        return np.ascontiguousarray(fetch()).reshape(-1).view(np.uint8)
+        return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
-    return Tensor(key, dtype, shape, math.prod(shape) * WEIGHT_DTYPES[dtype].itemsize, to_bytes)
+    return Tensor(key, dtype, shape, math.prod(shape) * WEIGHT_DTYPES[dtype].itemsize, to_bytes, extent, look)
 
 
 def to_host(array: Any, index: int | None) -> np.ndarray:
     """An array, or entry `index` of a stack, in host memory; every process must call it for arrays split over them."""
+    stored = _in_file(array, index)
+    if stored is not None:
+        return stored.read()
     if isinstance(array, np.ndarray):
         return array if index is None else array[index]
     if not array.is_fully_addressable:
@@ -54,6 +80,26 @@ def to_host(array: Any, index: int | None) -> np.ndarray:
     for shard in part.addressable_shards:
         host[shard.index] = np.asarray(shard.data)
     return host
+
+
+def extent_of(parts: Sequence[tuple[Any, int | None]], dtype: str) -> Extent | None:
+    """Where these arrays (or entries of stacks) lie in a file one after the other, as they are written; or None."""
+    pieces = [_in_file(*part) for part in parts]
+    extents = [one.extent for one in pieces if one is not None and one.dtype == WEIGHT_DTYPES[dtype]]
+    found = [extent for extent in extents if extent is not None]
+    follows = all(a.file == b.file and a.end == b.begin for a, b in itertools.pairwise(found))
+    return Extent(found[0].file, found[0].begin, found[-1].end) if len(found) == len(parts) and follows else None
+
+
+def origin(array: Any, index: int | None) -> str | None:
+    """File and key that an array (or entry of a stack) is read from, or None for one in memory."""
+    one = _in_file(array, index)
+    return None if one is None else f"{one.checkpoint.entries[one.key].file}: tensor {one.key}"
+
+
+def _in_file(array: Any, index: int | None) -> FileArray | None:
+    one = array[index] if isinstance(array, FileStack) and index is not None else array
+    return one if isinstance(one, FileArray) else None
 
 
 @jax.jit
@@ -80,7 +126,7 @@ def write_weights(tensors: Sequence[Tensor], folder: Path, max_bytes: int) -> No
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with (folder / name).open("wb") as file:
+        with CheckedFile(folder / name) as file:
             write_safetensors(shard, file)
         weight_map.update({tensor.key: name for tensor in shard})
     if len(shards) > 1:
@@ -89,7 +135,7 @@ def write_weights(tensors: Sequence[Tensor], folder: Path, max_bytes: int) -> No
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def write_safetensors(tensors: Sequence[Tensor], file: BinaryIO) -> None:
+def write_safetensors(tensors: Sequence[Tensor], file: CheckedFile) -> None:
     """One safetensors file, a tensor in memory at a time (the library's own writer wants all of them at once).
 
     Wide dtypes come first, as the library writes them: every tensor is then aligned to its element.
@@ -108,9 +154,12 @@ def write_safetensors(tensors: Sequence[Tensor], file: BinaryIO) -> None:
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for tensor in ordered:
+        if tensor.extent is not None:
+            file.copy(tensor.extent, tensor.look)
+            continue
         data = tensor.fetch()
         assert data.nbytes == tensor.n_bytes, f"{tensor.key}: {data.nbytes} bytes, {tensor.n_bytes} announced"
-        file.write(data.data)
+        file.write(data)
 
 
 def _item_bytes(dtype: str) -> int:

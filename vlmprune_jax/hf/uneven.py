@@ -16,6 +16,12 @@ def widest(layers: Sequence[LayerShape]) -> LayerShape:
     return LayerShape(kv_heads * per_group, kv_heads, max(shape.mlp for shape in layers))
 
 
+def padded(layers: Sequence[LayerShape]) -> tuple[LayerShape, ...]:
+    """All layers at the widths of `widest`, each with its own sliding window."""
+    widths = widest(layers).widths
+    return tuple(LayerShape(*widths, shape.window) for shape in layers)
+
+
 def pad_tensor(array: np.ndarray, axes: tuple[str, ...], shape: LayerShape, target: LayerShape) -> np.ndarray:
     """A tensor of a layer of `shape`, with these named axes, widened to `target` with zeros.
 

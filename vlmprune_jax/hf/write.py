@@ -1,40 +1,33 @@
-"""Model -> Hugging Face folder, in the layout and with the files of the folder it came from."""
+"""Model -> Hugging Face folder, in the layout and with the files of the folder it came from, or in transformers'."""
 
 from __future__ import annotations
 
-import json
-import shutil
+import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from vlmprune_jax.config import ModelConfig
-from vlmprune_jax.distributed.mesh import is_main_process
+from vlmprune_jax.distributed.mesh import is_main_process, process_count
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.families import Family, detect, family_of
+from vlmprune_jax.families import Family, family_of
+from vlmprune_jax.families.vision import vision_of
 from vlmprune_jax.hf.atomic import atomic_folder, check_space, check_target
-from vlmprune_jax.hf.card import model_card
-from vlmprune_jax.hf.files import WEIGHT_DTYPES, Checkpoint, read_json
-from vlmprune_jax.hf.layout import Slot, block_number, make_slots, template, tied_head
+from vlmprune_jax.hf.convert import constants, more_words, written_key
+from vlmprune_jax.hf.files import WEIGHT_DTYPES, Checkpoint
+from vlmprune_jax.hf.layout import Slot, block_number, by_key, join_tensor, make_slots, template, tied_head
 from vlmprune_jax.hf.read import DTYPES, check_finite, resolve
-from vlmprune_jax.hf.tensors import Tensor, to_host, weight, write_weights
-from vlmprune_jax.hf.uneven import pad_tensor, widest
+from vlmprune_jax.hf.target import Target, make_target, write_files
+from vlmprune_jax.hf.tensors import Tensor, extent_of, origin, to_host, weight, write_weights
+from vlmprune_jax.hf.uneven import pad_tensor
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model
 
-LAYOUTS = ("source", "transformers")
-UNEVEN = ("per_layer", "pad", "refuse")
 MAX_SHARD_BYTES = 5 * 10**9  # the hub's and transformers' default
 _NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-# What makes a folder usable beside its weights and config.json.
-CARRIED_FILES = (
-    "*token*.json", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "special_tokens_map.json",
-    "generation_config.json", "*processor_config.json", "chat_template*", "*.jinja",
-    "LICENSE*", "NOTICE*", "USE_POLICY*", "plan.json",
-)  # fmt: skip
 
 
 def save(
@@ -57,9 +50,11 @@ def save(
       out_dir: the new folder.
       source_dir: the folder that the model came from: spelling of the keys, config fields that we do not know,
         tokenizer, processor, chat template, generation config, and tensors that are not computed with, come from it.
-      layout: "source", or "transformers" (the same for a folder that stock transformers loads already).
-      uneven: layers of unequal width: "per_layer" writes true sizes (readable by this package), "pad" adds zero heads
-        and neurons (the same function in stock transformers, no savings), "refuse" raises.
+      layout: "source", or "transformers": original LLaVA, Bunny and InternVL-Chat become stock classes of transformers
+        with tower, tokenizer, processor and chat template (the same as "source" for a folder that is in it already).
+      uneven: layers of unequal width: "per_layer" writes true sizes and, in a layout of transformers, the file that
+        loads them in PyTorch; "pad" adds zero heads and neurons (the same function in stock transformers, no savings);
+        "refuse" raises.
       dtype: of the weights: float32, bfloat16, float16, or "source" (each tensor's own).
       overwrite: replace an existing model folder.
       plan: the prune plan, written beside the weights as plan.json.
@@ -68,96 +63,103 @@ def save(
       UserError: out_dir exists, source_dir is not this model's, options do not fit, weights are not finite, or the
         disk is full.
     """
-    _check_options(model.cfg, layout, uneven, dtype)
-    target, source = Path(out_dir), resolve(source_dir)
-    check_target(target, source, overwrite)
-    family, config = family_of(model.cfg), read_json(source / "config.json")
-    if detect(config, str(source / "config.json")) is not family:
-        raise UserError(f"{source}: is not the folder that this {family.name} ({family.layout} layout) model came from")
-    layers = model.cfg.text.layers
-    cfg = model.cfg.with_layers((widest(layers),) * len(layers)) if uneven == "pad" else model.cfg
-    written = _with_dtype(family.to_hf(cfg, config), dtype)
-    tensors = make_tensors(model, cfg, family, Checkpoint(source), dtype)
+    if dtype not in (*DTYPES, "source"):
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join((*DTYPES, 'source'))}")
+    out, source = Path(out_dir), resolve(source_dir)
+    check_target(out, source, overwrite)
+    target = make_target(model.cfg, source, layout, uneven, dtype)
+    tensors = make_tensors(model, target, Checkpoint(source), dtype)
     if is_main_process():
-        check_space(target, sum(tensor.n_bytes for tensor in tensors))
-        with atomic_folder(target) as folder:
+        check_space(out, sum(tensor.n_bytes for tensor in tensors))
+        with atomic_folder(out) as folder:
             write_weights(tensors, folder, MAX_SHARD_BYTES)
-            _write_json(folder / "config.json", written)
-            _copy_files(source, folder)
-            if plan is not None:
-                plan.to_json(folder / "plan.json")
-            card = model_card(model.cfg, cfg, written, source.name, folder / "plan.json")
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            write_files(target, model.cfg, source, folder, plan)
     else:
         for tensor in tensors:  # gathering what is split over processes takes all of them
             tensor.fetch()
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"saved {target}")
+    if process_count() > 1:
+        multihost_utils.sync_global_devices(f"saved {out}")
 
 
-def _check_options(cfg: ModelConfig, layout: str, uneven: str, dtype: str) -> None:
-    options = (("layout", layout, LAYOUTS), ("uneven", uneven, UNEVEN), ("dtype", dtype, (*DTYPES, "source")))
-    for name, value, known in options:
-        if value not in known:
-            raise UserError(f"{name} {value!r} is not one of {', '.join(known)}")
-    if layout == "transformers" and cfg.layout != "transformers":
-        raise UserError(f'layout "transformers" is not available for a {cfg.layout}-layout folder: use layout "source"')
-    if cfg.lora is not None:
-        raise UserError("the model has unmerged LoRA adapters: merge them first (recover.merge_lora)")
-    if uneven == "refuse" and len(set(cfg.text.layers)) > 1:
-        raise UserError(
-            "the layers have unequal widths, which stock transformers cannot load: prune all layers alike "
-            '(prune.layers="all"), or export with uneven="pad" (same function, no savings) or "per_layer" (true sizes)'
-        )
+def make_tensors(model: Model, target: Target, source: Checkpoint, dtype: str) -> list[Tensor]:
+    """Every tensor of the new folder, its blocks padded to those of the target.
 
-
-def make_tensors(model: Model, cfg: ModelConfig, family: Family, source: Checkpoint, dtype: str) -> list[Tensor]:
-    """Every tensor of the new folder, its blocks padded to those of `cfg`.
-
-    The model's own come under the source's spelling of their keys, then those of the source that are not computed with.
+    In the source's layout the model's own come under the source's spelling of their keys, where it has them, then those
+    of the source that are not computed with.
 
     Raises:
       UserError: the source does not hold a tensor of the model.
     """
-    flat = flatten(model.params)
+    flat, family = flatten(model.params), family_of(model.cfg)
     spelling = {template(family.canonical(key)): (template(key), entry.dtype) for key, entry in source.entries.items()}
-    before = {slot.key: slot for slot in make_slots(model.cfg, family)}
-    slots = make_slots(cfg, family)
-    head = tied_head(cfg, family)
-    if head in spelling:  # some tied checkpoints hold the embedding twice
-        embedding = next(slot for slot in slots if slot.path == "text/embed_tokens/weight")
-        before[head] = before[embedding.key]
-        slots.append(Slot(head, *list(vars(embedding).values())[1:]))
+    before = {slot.name: slot for slot in make_slots(model.cfg, family)}
+    after = by_key(make_slots(target.cfg, target.family))
+    head = tied_head(target.cfg, target.family)
+    if head in spelling and not target.converts:  # some tied checkpoints hold the embedding twice
+        after[head] = next(parts for parts in after.values() if parts[0].path == "text/embed_tokens/weight")
     tensors = []
-    for slot in slots:
-        if template(slot.key) not in spelling:
-            if family.separate_vision and slot.path.startswith("vision/"):
+    for key, parts in after.items():
+        first = before[parts[0].name]
+        held = spelling.get(template(first.key))
+        if held is None and family.separate_vision and first.path.startswith("vision/"):
+            if not target.converts:
                 continue  # the tower stays in its own folder
-            raise UserError(f"{source.folder}: has no tensor {slot.key}: is it the folder that this model came from?")
-        key, stored = spelling[template(slot.key)]
-        key = key.replace("{}", str(slot.layer))
-        if dtype == "source":
-            stored = source.entries[key].dtype if key in source.entries else stored
+            held = (key, _stored(flat[first.path]))
+        if held is None:
+            raise UserError(f"{source.folder}: has no tensor {first.key}: is it the folder that this model came from?")
+        if target.converts:
+            spelled, stored = written_key(key, vision_of(target.cfg)), held[1]
         else:
-            stored = _NAMES[dtype]
-        tensors.append(_weight(key, stored, before[slot.key], slot, model.cfg, cfg, flat))
-    known = {slot.key for slot in slots}
-    return tensors + _carried(source, known, cfg, family)
+            spelled, stored = spelling.get(template(key), (template(key), held[1]))
+            spelled = spelled.replace("{}", str(parts[0].layer))
+            stored = source.entries[spelled].dtype if spelled in source.entries else stored
+        stored = stored if dtype == "source" else _NAMES[dtype]
+        pairs = [(before[part.name], part) for part in parts]
+        tensors.append(_weight(spelled, stored, pairs, model.cfg, target.cfg, flat))
+    if target.converts:
+        return tensors + _constants(target.cfg, tensors[0].dtype)
+    return tensors + _carried(source, set(after), target.cfg, family)
+
+
+def _stored(array: Any) -> str:
+    """The safetensors name of an array's dtype."""
+    return next(name for name, dtype in WEIGHT_DTYPES.items() if dtype == array.dtype)
 
 
 def _weight(
-    key: str, dtype: str, before: Slot, after: Slot, old: ModelConfig, new: ModelConfig, flat: dict[str, Any]
+    key: str,
+    dtype: str,
+    pairs: list[tuple[Slot, Slot]],
+    old: ModelConfig,
+    new: ModelConfig,
+    flat: Mapping[str, Any],
 ) -> Tensor:
-    def fetch() -> np.ndarray:
-        array = to_host(flat[before.path], before.index)
-        if before.shape != after.shape and before.layer is not None:
-            array = pad_tensor(array, before.axes, old.text.layers[before.layer], new.text.layers[before.layer])
-        with np.errstate(over="ignore"):  # reported with the tensor's name instead
-            array = array.astype(WEIGHT_DTYPES[dtype], copy=False)
-        check_finite(array, f"{key}, to be written as {dtype},")
-        return array
+    """One tensor of the new folder from its parameters, each as (slot in the model, slot in the folder)."""
 
-    return weight(key, dtype, after.hf_shape, fetch)
+    def fetch_part(before: Slot, after: Slot) -> np.ndarray:
+        array = to_host(flat[before.path], before.index)
+        if before.shape != after.shape:
+            if before.layer is not None:
+                array = pad_tensor(array, before.axes, old.text.layers[before.layer], new.text.layers[before.layer])
+            else:
+                array = more_words(array, before.axes, new.text.vocab_size)
+        with np.errstate(over="ignore"):  # reported with the tensor's name instead
+            return array.astype(WEIGHT_DTYPES[dtype], copy=False)
+
+    parts = [(flat[before.path], before.index) for before, _ in pairs]
+    extent = extent_of(parts, dtype) if all(before.shape == after.shape for before, after in pairs) else None
+    check = functools.partial(check_finite, what=f"{origin(*parts[0]) or key}, to be written as {dtype},")
+    fetch = lambda: join_tensor([fetch_part(*pair) for pair in pairs])  # noqa: E731
+    return weight(key, dtype, pairs[0][1].hf_shape, fetch, extent, check)
+
+
+def _constants(cfg: ModelConfig, dtype: str) -> list[Tensor]:
+    """Weights that a class holds and never uses."""
+    tensors = []
+    for key, (shape, value) in constants(cfg).items():
+        fetch = functools.partial(np.full, shape, value, WEIGHT_DTYPES[dtype])
+        tensors.append(weight(key, dtype, shape, fetch, None, lambda array: None))
+    return tensors
 
 
 def _carried(source: Checkpoint, known: set[str], cfg: ModelConfig, family: Family) -> list[Tensor]:
@@ -169,32 +171,6 @@ def _carried(source: Checkpoint, known: set[str], cfg: ModelConfig, family: Fami
             continue
         number = block_number(name, "text", cfg, family)
         if number is None or number < len(cfg.text.layers):
-            fetch = lambda key=key: source.raw(key)  # noqa: E731
-            tensors.append(Tensor(key, entry.dtype, entry.shape, entry.end - entry.begin, fetch))
+            n_bytes, fetch = entry.end - entry.begin, functools.partial(source.raw, key)
+            tensors.append(Tensor(key, entry.dtype, entry.shape, n_bytes, fetch, source.extent(key, 0, n_bytes)))
     return tensors
-
-
-def _copy_files(source: Path, folder: Path) -> None:
-    for pattern in CARRIED_FILES:
-        for path in source.glob(pattern):
-            if path.is_file() and not path.name.endswith(".index.json"):
-                shutil.copyfile(path, folder / path.name)
-    templates = source / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, folder / templates.name)
-
-
-def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The config naming the weights' dtype under whichever of both names (`torch_dtype`, `dtype`) the source has."""
-    if dtype == "source":
-        return config
-    result = dict(config)
-    for name in ("text_config", "vision_config"):
-        if isinstance(result.get(name), dict):
-            result[name] = {k: dtype if k in ("dtype", "torch_dtype") else v for k, v in result[name].items()}
-    names = [name for name in ("dtype", "torch_dtype") if name in result] or ["torch_dtype"]
-    return result | dict.fromkeys(names, dtype)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

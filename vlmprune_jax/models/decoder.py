@@ -1,4 +1,4 @@
-"""The decoder: pre-norm attention and gated MLP blocks, scanned over runs of equal shape."""
+"""The decoder: pre-norm attention and MLP, in sequence or in parallel, scanned over runs of equal blocks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ from flax import nnx
 from vlmprune_jax.config import LayerShape, LoraConfig, TextConfig, runs
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.models.layers import Axes, Projection, RMSNorm, activation, attend, declare, rope_tables, rotate
+from vlmprune_jax.models.layers import (
+    Axes,
+    LayerNorm,
+    Projection,
+    RMSNorm,
+    activation,
+    attend,
+    declare,
+    rope_tables,
+    rotate,
+)
 
 STREAM = ("batch", "sequence", None)
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
@@ -28,40 +38,46 @@ Cache = dict[str, tuple[jax.Array, jax.Array]]
 class Context(NamedTuple):
     """What every block of one forward pass shares.
 
-    `cos`, `sin`: float32[batch, seq, head/2]; `mask`: bool[batch, 1, seq, slots], true where a query may look;
-    `slot`: int32[], first cache slot that this call writes; `dropout_key` switches LoRA dropout on.
+    `cos`, `sin`: float32[batch, seq, rotary/2]; `masks`: per sliding window (0 = none) bool[batch, 1, seq, slots], true
+    where a query may look; `slot`: int32[], first cache slot that this call writes; `dropout_key` switches LoRA
+    dropout on.
     """
 
     cos: jax.Array
     sin: jax.Array
-    mask: jax.Array
+    masks: dict[int, jax.Array]
     slot: jax.Array
     dropout_key: jax.Array | None = None
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary embedding."""
+    """Grouped-query attention with rotary embedding; with `qk_norm` every query and key head is normed before it."""
 
-    def __init__(self, cfg: TextConfig, sizes: Mapping[str, int], lora: LoraConfig | None):
-        def projection(name: str, out: Axes, into: Axes) -> Projection:
-            return Projection(sizes, out, into, bias=cfg.attention_bias, lora=_adapter(lora, name))
+    def __init__(self, cfg: TextConfig, shape: LayerShape, sizes: Mapping[str, int], lora: LoraConfig | None):
+        def projection(name: str, out: Axes, into: Axes, bias: bool) -> Projection:
+            return Projection(sizes, out, into, bias=bias, lora=_adapter(lora, name))
 
-        self.q_proj = projection("q_proj", ("q_heads", "head"), ("embed",))
-        self.k_proj = projection("k_proj", ("kv_heads", "head"), ("embed",))
-        self.v_proj = projection("v_proj", ("kv_heads", "head"), ("embed",))
-        self.o_proj = projection("o_proj", ("embed",), ("q_heads", "head"))
+        self.window = shape.window or 0
+        self.q_proj = projection("q_proj", ("q_heads", "head"), ("embed",), cfg.qkv_bias)
+        self.k_proj = projection("k_proj", ("kv_heads", "head"), ("embed",), cfg.qkv_bias)
+        self.v_proj = projection("v_proj", ("kv_heads", "head"), ("embed",), cfg.qkv_bias)
+        self.out_name = output_names(cfg)[0]
+        setattr(self, self.out_name, projection(self.out_name, ("embed",), ("q_heads", "head"), cfg.out_bias))
+        self.q_norm = RMSNorm(sizes, "head", eps=cfg.norm_eps) if cfg.qk_norm else None
+        self.k_norm = RMSNorm(sizes, "head", eps=cfg.norm_eps) if cfg.qk_norm else None
 
     def __call__(self, x: jax.Array, ctx: Context, cache: tuple[jax.Array, jax.Array] | None):
         keys = _split(ctx.dropout_key, 4)
-        q = rotate(self.q_proj(x, keys[0]), ctx.cos, ctx.sin)
-        k = rotate(self.k_proj(x, keys[1]), ctx.cos, ctx.sin)
-        v = self.v_proj(x, keys[2])
+        q, k, v = self.q_proj(x, keys[0]), self.k_proj(x, keys[1]), self.v_proj(x, keys[2])
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, ctx.cos, ctx.sin), rotate(k, ctx.cos, ctx.sin)
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, ctx.slot, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, ctx.slot, axis=1)
             cache = (k, v)
-        mixed = attend(q, k, v, ctx.mask)
-        return self.o_proj(mixed, keys[3]), cache
+        mixed = attend(q, k, v, ctx.masks[self.window])
+        return getattr(self, self.out_name)(mixed, keys[3]), cache
 
 
 class GatedMlp(nnx.Module):
@@ -82,6 +98,19 @@ class GatedMlp(nnx.Module):
         return self.down_proj(gate * self.up_proj(x, keys[1]), keys[2])
 
 
+class PlainMlp(nnx.Module):
+    """fc2(act(fc1(x)))."""
+
+    def __init__(self, cfg: TextConfig, sizes: Mapping[str, int], lora: LoraConfig | None):
+        self.fc1 = Projection(sizes, ("mlp",), ("embed",), bias=cfg.mlp_bias, lora=_adapter(lora, "fc1"))
+        self.fc2 = Projection(sizes, ("embed",), ("mlp",), bias=cfg.mlp_bias, lora=_adapter(lora, "fc2"))
+        self.activation = cfg.activation
+
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+        keys = _split(dropout_key, 2)
+        return self.fc2(activation(self.activation)(self.fc1(x, keys[0])), keys[1])
+
+
 class DecoderLayer(nnx.Module):
     """One block; with a `layer` size its parameters are stacked for a scan over a run of equal blocks."""
 
@@ -94,23 +123,37 @@ class DecoderLayer(nnx.Module):
             "kv_heads": shape.kv_heads,
             "mlp": shape.mlp,
         }
-        self.input_layernorm = RMSNorm(sizes, "embed", eps=cfg.norm_eps)
-        self.self_attn = Attention(cfg, sizes, lora)
-        self.post_attention_layernorm = RMSNorm(sizes, "embed", eps=cfg.norm_eps)
-        self.mlp = GatedMlp(cfg, sizes, lora)
+        self.input_layernorm = _norm(cfg, sizes)
+        self.self_attn = Attention(cfg, shape, sizes, lora)
+        self.post_attention_layernorm = None if cfg.block == "parallel" else _norm(cfg, sizes)
+        self.mlp = (GatedMlp if cfg.mlp_kind == "gated" else PlainMlp)(cfg, sizes, lora)
 
     def __call__(self, x: jax.Array, ctx: Context, cache: tuple[jax.Array, jax.Array] | None = None):
         attention_key, mlp_key = _split(ctx.dropout_key, 2)
-        mixed, cache = self.self_attn(self.input_layernorm(x), ctx._replace(dropout_key=attention_key), cache)
+        normed = self.input_layernorm(x)
+        mixed, cache = self.self_attn(normed, ctx._replace(dropout_key=attention_key), cache)
+        if self.post_attention_layernorm is None:
+            return constrain(x + mixed + self.mlp(normed, mlp_key), STREAM), cache
         x = constrain(x + mixed, STREAM)
         return constrain(x + self.mlp(self.post_attention_layernorm(x), mlp_key), STREAM), cache
 
 
-class Table(nnx.Module):
-    """A `[vocab, embed]` matrix: the input embedding, or the output head."""
+def output_names(cfg: TextConfig) -> tuple[str, str]:
+    """Names of a block's attention output projection and of the norm after the last block, as in Hugging Face."""
+    return ("dense", "final_layernorm") if cfg.block == "parallel" else ("o_proj", "norm")
 
-    def __init__(self, cfg: TextConfig):
-        self.weight = declare({"vocab": cfg.vocab_size, "embed": cfg.hidden_size}, ("vocab", "embed"))
+
+def _norm(cfg: TextConfig, sizes: Mapping[str, int]) -> RMSNorm | LayerNorm:
+    return (RMSNorm if cfg.norm == "rms" else LayerNorm)(sizes, "embed", eps=cfg.norm_eps)
+
+
+class Table(nnx.Module):
+    """A `[vocab, embed]` matrix: the input embedding, or the output head (which may have a bias)."""
+
+    def __init__(self, cfg: TextConfig, bias: bool = False):
+        sizes = {"vocab": cfg.vocab_size, "embed": cfg.hidden_size}
+        self.weight = declare(sizes, ("vocab", "embed"))
+        self.bias = declare(sizes, ("vocab",)) if bias else None
 
     def lookup(self, ids: jax.Array) -> jax.Array:
         """Rows of int[...] ids; sentinels outside the vocabulary give an arbitrary row (they are overwritten)."""
@@ -118,7 +161,14 @@ class Table(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., vocab] of [..., embed]."""
-        return jnp.einsum("...d,vd->...v", hidden, self.weight.get_value())
+        bias = None if self.bias is None else self.bias.get_value()
+        return head_logits(hidden, self.weight.get_value(), bias)
+
+
+def head_logits(hidden: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """[..., vocab] of [..., embed] states, a head's [vocab, embed] weight and its [vocab] bias, if it has one."""
+    logits = jnp.einsum("...d,vd->...v", hidden, weight)
+    return logits if bias is None else logits + bias.reshape((1,) * (logits.ndim - 1) + bias.shape)
 
 
 class Decoder(nnx.Module):
@@ -130,15 +180,23 @@ class Decoder(nnx.Module):
         self.layers = nnx.Dict(
             {str(r): DecoderLayer(cfg, shape, length, lora) for r, (_, length, shape) in enumerate(runs(cfg.layers))}
         )
-        self.norm = RMSNorm({"embed": cfg.hidden_size}, "embed", eps=cfg.norm_eps)
-        self.lm_head = None if cfg.tie_embeddings else Table(cfg)
+        self.norm_name = output_names(cfg)[1]
+        setattr(self, self.norm_name, _norm(cfg, {"embed": cfg.hidden_size}))
+        self.lm_head = None if cfg.tie_embeddings else Table(cfg, cfg.head_bias)
+
+    def final_norm(self, x: jax.Array) -> jax.Array:
+        """The norm after the last block."""
+        return getattr(self, self.norm_name)(x)
 
     def context(
         self, positions: jax.Array, mask: jax.Array, slot: Any = 0, dropout_key: jax.Array | None = None
     ) -> Context:
         """Context of a forward at int[batch, seq] positions under bool[batch, seq, slots] `mask`."""
-        cos, sin = rope_tables(self.cfg.rope, self.cfg.head_dim, positions)
-        return Context(cos, sin, mask[:, None], jnp.asarray(slot, jnp.int32), dropout_key)
+        cos, sin = rope_tables(self.cfg.rope, self.cfg.rotary_dim, positions)
+        masks = {
+            size: windowed(mask, size)[:, None] for size in sorted({shape.window or 0 for shape in self.cfg.layers})
+        }
+        return Context(cos, sin, masks, jnp.asarray(slot, jnp.int32), dropout_key)
 
     def run_parts(self, run: str) -> tuple[Callable[..., Any], nnx.State]:
         """One run as `(apply, state)`: `apply(slice of state, x, ctx, cache=None) -> (x, cache)` is one block.
@@ -188,7 +246,7 @@ class Decoder(nnx.Module):
             taps.append(tapped)
             caches[str(run)] = new_cache
         before, last, saved = carry
-        final = self.norm(last)
+        final = self.final_norm(last)
         aux: dict[str, Any] = {"cache": caches} if cache is not None else {}
         if keep:
             states = {0: x, n_layers: final}
@@ -233,17 +291,25 @@ def _body(apply: Callable[..., Any], ctx: Context, tap: Callable[..., Any] | Non
     return body
 
 
-def attention_mask(valid_keys: jax.Array, n_queries: int, start: Any, window: int | None) -> jax.Array:
-    """bool[batch, queries, slots]: causal by slot, real keys only, and within a sliding window if there is one.
+def attention_mask(valid_keys: jax.Array, n_queries: int, start: Any) -> jax.Array:
+    """bool[batch, queries, slots]: causal by slot, and real keys only.
 
     `valid_keys`: bool[batch, slots]; the queries occupy slots `start ... start + n_queries - 1`.
     """
     queries = (start + jnp.arange(n_queries))[:, None]
     slots = jnp.arange(valid_keys.shape[1])[None, :]
-    allowed = slots <= queries
-    if window is not None:
-        allowed &= slots > queries - window
-    return valid_keys[:, None, :] & allowed[None]
+    return valid_keys[:, None, :] & (slots <= queries)[None]
+
+
+def windowed(mask: jax.Array, size: int) -> jax.Array:
+    """bool[batch, queries, slots] `mask` without all but the last `size` keys that each query may see (0: all stay).
+
+    Counting keys instead of slots keeps the window right where padding lies between a shared prefix and its rows.
+    """
+    if size == 0 or size >= mask.shape[-1]:
+        return mask
+    from_here = jax.lax.cumsum(mask.astype(jnp.int32), axis=2, reverse=True)
+    return mask & (from_here <= size)
 
 
 def _adapter(lora: LoraConfig | None, name: str) -> LoraConfig | None:

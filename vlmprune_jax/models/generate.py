@@ -59,16 +59,52 @@ def generate(
         raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     check_inputs(model.cfg, input_ids if prefix is None else prefix.input_ids, pixel_values)
     ids, valid = _align_right(input_ids, attention_mask)
-    host: dict[str, Any] = {"ids": ids, "valid": valid, "pixels": pixel_values}
+    host: dict[str, Any] = {"ids": ids, "valid": valid, "pixels": pixel_values, "ended": np.zeros(len(ids), bool)}
     if prefix is not None:
         check_inputs(model.cfg, input_ids, None)
         host["prefix_ids"], host["prefix_valid"] = _align_right(prefix.input_ids, prefix.attention_mask)
         host["rows"] = np.asarray(prefix.rows, np.int32)
     eos = model.cfg.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
+    first = _until_long(model.cfg, host)
+    if not 0 < first < max_new_tokens:
+        return _run(model, host, max_new_tokens, eos)[0]
+    start, host["ended"] = _run(model, host, first, eos)
+    if host["ended"].all():
+        padding = np.full((len(ids), max_new_tokens - first), _padding(model.cfg, eos), np.int32)
+        return np.concatenate([start, padding], axis=1)
+    host["ids"] = np.concatenate([ids, start], axis=1)
+    host["valid"] = np.concatenate([valid, np.ones_like(start)], axis=1)
+    return np.concatenate([start, _run(model, host, max_new_tokens - first, eos)[0]], axis=1)
+
+
+def _until_long(cfg: ModelConfig, host: dict[str, Any]) -> int:
+    """Tokens that the longest row generates before LongRoPE changes its factors; 0 or less: none, or never.
+
+    What was cached under the short factors is no longer valid then, in any layer: as in transformers, the whole text is
+    computed again.
+    """
+    if cfg.text.rope.kind != "longrope":
+        return 0
+    lengths = host["valid"].sum(axis=1)
+    if "rows" in host:
+        lengths = lengths + host["prefix_valid"].sum(axis=1)[host["rows"]]
+    room = cfg.text.rope.original_max_positions - int(lengths.max())
+    return room + 1 if room >= 0 else 0
+
+
+def _run(
+    model: Model, host: dict[str, Any], max_new_tokens: int, eos: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """int32[batch, max_new_tokens] tokens of one prefill and one loop, and bool[batch] which rows have ended."""
     mesh = mesh_of(model.params)
     arrays = place_batch(host, mesh)
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        return whole(_generate(model.params, model.cfg, arrays, max_new_tokens, eos))
+        tokens, ended = _generate(model.params, model.cfg, arrays, max_new_tokens, eos)
+    return whole(tokens), whole(ended)
+
+
+def _padding(cfg: ModelConfig, eos: tuple[int, ...]) -> int:
+    return cfg.pad_token_id if cfg.pad_token_id is not None else (eos[0] if eos else 0)
 
 
 def _align_right(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -84,9 +120,9 @@ def _align_right(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.nd
 @functools.partial(jax.jit, static_argnames=("cfg", "max_new_tokens", "eos"))
 def _generate(
     params: Params, cfg: ModelConfig, arrays: dict[str, Any], max_new_tokens: int, eos: tuple[int, ...]
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     module = to_nnx(Model(params, cfg))
-    window, valid = cfg.text.sliding_window, arrays["valid"]
+    valid = arrays["valid"]
     batch, length = valid.shape
     cache, before = _prefill_prefix(module, arrays)
     start = before.shape[1]
@@ -97,9 +133,9 @@ def _generate(
     x, _ = module.embed(arrays["ids"], arrays["pixels"] if start == 0 else None)
     empty = module.text.empty_cache(batch, length + max_new_tokens, x.dtype)
     cache = empty if cache is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), cache, empty)
-    context = module.text.context(positions[:, start:], attention_mask(slots, length, start, window), slot=start)
+    context = module.text.context(positions[:, start:], attention_mask(slots, length, start), slot=start)
     hidden, aux = module.text(x, context, cache=cache)
-    padding = cfg.pad_token_id if cfg.pad_token_id is not None else (eos[0] if eos else 0)
+    padding = _padding(cfg, eos)
 
     def choose(hidden: jax.Array, ended: jax.Array) -> tuple[jax.Array, jax.Array]:
         token = jnp.argmax(module.text.logits(hidden[:, -1]), axis=-1).astype(jnp.int32)
@@ -110,19 +146,19 @@ def _generate(
         i, token, ended, tokens, cache = state
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1)
         slot = start + length + i
-        context = module.text.context(n_real + i, attention_mask(slots, 1, slot, window), slot=slot)
+        context = module.text.context(n_real + i, attention_mask(slots, 1, slot), slot=slot)
         hidden, aux = module.text(module.text.embed_tokens.lookup(token[:, None]), context, cache=cache)
         token, ended = choose(hidden, ended)
         return i + 1, token, ended, tokens, aux["cache"]
 
-    token, ended = choose(hidden, jnp.zeros((batch,), bool))
+    token, ended = choose(hidden, arrays["ended"])
     tokens = jnp.full((batch, max_new_tokens), padding, jnp.int32)
     state = (jnp.int32(0), token, ended, tokens, aux["cache"])
     # The last token needs no forward pass of its own, hence max_new_tokens - 1 steps and one final write.
-    i, token, _, tokens, _ = jax.lax.while_loop(
+    i, token, ended, tokens, _ = jax.lax.while_loop(
         lambda state: (state[0] < max_new_tokens - 1) & ~state[2].all(), step, state
     )
-    return jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1), ended
 
 
 def _prefill_prefix(module: VisionLanguageModel, arrays: dict[str, Any]) -> tuple[Cache | None, jax.Array]:
@@ -132,7 +168,7 @@ def _prefill_prefix(module: VisionLanguageModel, arrays: dict[str, Any]) -> tupl
     valid, rows = arrays["prefix_valid"], arrays["rows"]
     x, _ = module.embed(arrays["prefix_ids"], arrays["pixels"])
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-    mask = attention_mask(valid.astype(bool), valid.shape[1], 0, module.cfg.text.sliding_window)
+    mask = attention_mask(valid.astype(bool), valid.shape[1], 0)
     cache = module.text.empty_cache(valid.shape[0], valid.shape[1], x.dtype)
     _, aux = module.text(x, module.text.context(positions, mask), cache=cache)
     return jax.tree.map(lambda leaf: leaf[:, rows], aux["cache"]), valid[rows]

@@ -119,10 +119,17 @@ def _contract(x: jax.Array, weight: jax.Array, n: int) -> jax.Array:
     return jax.lax.dot_general(x, weight, ((left, right), ((), ())))
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """float32[head_dim/2] rotations per position, as transformers' `modeling_rope_utils` defines each kind."""
-    exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+def inverse_frequencies(rope: RopeConfig, rotary_dim: int, long: bool = False) -> np.ndarray:
+    """float32[rotary_dim/2] rotations per position, as transformers' `modeling_rope_utils` defines each kind.
+
+    `long` asks for LongRoPE's long factors.
+    """
+    exponent = np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim
     base = 1.0 / rope.theta**exponent
+    if rope.kind == "longrope":
+        factors = np.asarray(rope.long_factors if long else rope.short_factors, np.float32)
+        # in transformers' order of rounding
+        return (1.0 / (factors * (rope.theta**exponent).astype(np.float32))).astype(np.float32)
     if rope.kind == "linear":
         base = base / rope.factor
     elif rope.kind == "llama3":
@@ -136,26 +143,32 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 
         def dimension(rotations: float) -> float:
             turns = rope.original_max_positions / (rotations * 2 * math.pi)
-            return head_dim * math.log(turns) / (2 * math.log(rope.theta))
+            return rotary_dim * math.log(turns) / (2 * math.log(rope.theta))
 
         low, high = (
             max(math.floor(dimension(rope.beta_fast)), 0),
-            min(math.ceil(dimension(rope.beta_slow)), head_dim - 1),
+            min(math.ceil(dimension(rope.beta_slow)), rotary_dim - 1),
         )
-        ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
+        ramp = np.clip((np.arange(rotary_dim // 2) - low) / max(high - low, 0.001), 0, 1)
         base = base / rope.factor * ramp + base * (1 - ramp)
     return base.astype(np.float32)
 
 
-def rope_tables(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """float32[batch, seq, head_dim/2] cosines and sines at int[batch, seq] positions."""
-    frequencies = jnp.asarray(inverse_frequencies(rope, head_dim))
+def rope_tables(rope: RopeConfig, rotary_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float32[batch, seq, rotary_dim/2] cosines and sines at int[batch, seq] positions."""
+    frequencies = jnp.asarray(inverse_frequencies(rope, rotary_dim))
+    if rope.kind == "longrope":
+        is_long = jnp.max(positions) >= rope.original_max_positions
+        frequencies = jnp.where(is_long, jnp.asarray(inverse_frequencies(rope, rotary_dim, long=True)), frequencies)
     angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None, :]
     return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Half-split rotary embedding of `[batch, seq, heads, head]`."""
-    first, second = jnp.split(x, 2, axis=-1)
+    """Half-split rotary embedding of the first channels of `[batch, seq, heads, head]`, as many as the tables have."""
+    rotary_dim = 2 * cos.shape[-1]
+    turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+    first, second = jnp.split(turned, 2, axis=-1)
     cos, sin = cos[:, :, None, :].astype(x.dtype), sin[:, :, None, :].astype(x.dtype)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    parts = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(parts + ([rest] if rest.shape[-1] else []), axis=-1)

@@ -75,7 +75,9 @@ def stack_layers(layers: Sequence[Flat], rest: Params, cfg: ModelConfig) -> Para
     stacked = {}
     for run, (start, length, _) in enumerate(runs(cfg.text.layers)):
         members = layers[start : start + length]
-        stack = np.stack if isinstance(next(iter(members[0].values())), np.ndarray) else jnp.stack
+        kind = type(next(iter(members[0].values())))
+        # arrays that stay in their files (hf/lazy.py) bring their own
+        stack = np.stack if issubclass(kind, np.ndarray) else getattr(kind, "stack", jnp.stack)
         stacked[str(run)] = unflatten({name: stack([layer[name] for layer in members]) for name in members[0]})
     return {**rest, "text": {**rest["text"], "layers": stacked}}
 
@@ -84,8 +86,8 @@ def init_params(cfg: ModelConfig, key: jax.Array, dtype: Any, paths: Sequence[st
     """Random parameters: norms 1, biases 0, matrices normal with 1/sqrt(inputs), words of unit length, LoRA as PEFT.
 
     `paths` limits it to these flat paths, with the same values as in the whole.
-    Branch outputs (o_proj, down_proj, out_proj, fc2) are scaled by 1/sqrt(2 layers) as in GPT-2, so that the residual
-    stream of a deep model starts near the identity.
+    Branch outputs (o_proj, dense, down_proj, out_proj, fc2) are scaled by 1/sqrt(2 layers) as in GPT-2, so that the
+    residual stream of a deep model starts near the identity.
     """
     axes, shapes = param_axes(cfg), param_shapes(cfg)
     keys = dict(zip(sorted(shapes), jax.random.split(key, len(shapes)), strict=True))
@@ -100,6 +102,8 @@ def _init(
         return jnp.zeros(shape, dtype)
     if "norm" in owner:
         return jnp.ones(shape, dtype)
+    if owner.startswith("layer_scale"):
+        return jnp.full(shape, 0.1, dtype)  # InternVLVisionConfig.layer_scale_init_value
     if owner == "embed_tokens":
         # Unit-length words. With the usual 0.02 a small model's words drown in what attention adds to them, and it does
         # not learn to compare a word with its context (text-only easy-VQA, 64 wide: 87 % after 150 steps and flat,
@@ -112,8 +116,9 @@ def _init(
         fan_in = math.prod(n for axis, n in size.items() if axis not in ("layer", "rank"))
         bound = 1 / math.sqrt(fan_in)  # kaiming-uniform with a = sqrt(5)
         return jax.random.uniform(key, shape, dtype, -bound, bound)
-    into = {"o_proj": ("q_heads", "head"), "out_proj": ("vision_heads", "vision_head"), "patch_embedding": axes[1:]}
+    heads = ("q_heads", "head")
+    into = {"o_proj": heads, "dense": heads, "out_proj": ("vision_heads", "vision_head"), "patch_embedding": axes[1:]}
     fan_in = math.prod(size[axis] for axis in into.get(owner, axes[-1:]))
     depth = len(cfg.text.layers) if path.startswith("text") else cfg.vision.n_layers if cfg.vision else 1
-    branch = owner in ("o_proj", "down_proj", "out_proj", "fc2")
+    branch = owner in ("o_proj", "dense", "down_proj", "out_proj", "fc2")
     return jax.random.normal(key, shape, dtype) * (1 / math.sqrt(fan_in * (2 * depth if branch else 1)))

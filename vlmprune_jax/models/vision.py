@@ -1,4 +1,4 @@
-"""The CLIP vision tower (its computed part) and LLaVA's projector."""
+"""Vision towers (CLIP, SigLIP, InternViT; their computed part) and the projectors behind them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from vlmprune_jax.config import ProjectorConfig, VisionConfig
 from vlmprune_jax.distributed.rules import constrain
+from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.layers import LayerNorm, Projection, activation, attend, declare
+
+# Keys' cubic kernel as torch has it (jax.image.resize uses -0.5).
+_CUBIC = -0.75
 
 
 class Leaf(nnx.Module):
@@ -20,14 +25,32 @@ class Leaf(nnx.Module):
         self.weight = declare(sizes, axes)
 
 
-class VisionAttention(nnx.Module):
-    """Bidirectional attention with biases."""
+class PatchEmbedding(nnx.Module):
+    """A convolution whose stride is its kernel: one linear map per patch; a rest beyond the last patch is not read."""
 
-    def __init__(self, sizes: Mapping[str, int]):
+    def __init__(self, cfg: VisionConfig, sizes: Mapping[str, int]):
+        self.weight = declare(sizes, ("vision", "channel", "patch_row", "patch_column"))
+        self.bias = declare(sizes, ("vision",)) if cfg.patch_bias else None
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """float[images, rows * columns, vision] of float[images, channel, height, width]."""
+        weight = self.weight.get_value()
+        width, channels, patch = weight.shape[:3]
+        n, rows, columns = pixels.shape[0], pixels.shape[2] // patch, pixels.shape[3] // patch
+        pixels = pixels[:, :, : rows * patch, : columns * patch]
+        patches = pixels.reshape(n, channels, rows, patch, columns, patch).transpose(0, 2, 4, 1, 3, 5)
+        x = patches.reshape(n, rows * columns, -1) @ weight.reshape(width, -1).T
+        return x if self.bias is None else x + self.bias.get_value()[None, None]
+
+
+class VisionAttention(nnx.Module):
+    """Bidirectional attention."""
+
+    def __init__(self, cfg: VisionConfig, sizes: Mapping[str, int]):
         heads, into = ("vision_heads", "vision_head"), ("vision",)
-        self.q_proj = Projection(sizes, heads, into, bias=True)
-        self.k_proj = Projection(sizes, heads, into, bias=True)
-        self.v_proj = Projection(sizes, heads, into, bias=True)
+        self.q_proj = Projection(sizes, heads, into, bias=cfg.qkv_bias)
+        self.k_proj = Projection(sizes, heads, into, bias=cfg.qkv_bias)
+        self.v_proj = Projection(sizes, heads, into, bias=cfg.qkv_bias)
         self.out_proj = Projection(sizes, into, heads, bias=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -47,21 +70,27 @@ class VisionMlp(nnx.Module):
 
 
 class VisionLayer(nnx.Module):
-    """One pre-norm block, stacked for a scan."""
+    """One pre-norm block, stacked for a scan; InternViT scales each branch channel by channel."""
 
     def __init__(self, cfg: VisionConfig, sizes: Mapping[str, int]):
         self.layer_norm1 = LayerNorm(sizes, "vision", eps=cfg.norm_eps)
-        self.self_attn = VisionAttention(sizes)
+        self.self_attn = VisionAttention(cfg, sizes)
         self.layer_norm2 = LayerNorm(sizes, "vision", eps=cfg.norm_eps)
         self.mlp = VisionMlp(cfg, sizes)
+        self.layer_scale1 = Leaf(sizes, ("vision",)) if cfg.layer_scale else None
+        self.layer_scale2 = Leaf(sizes, ("vision",)) if cfg.layer_scale else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        x = x + _scaled(self.self_attn(self.layer_norm1(x)), self.layer_scale1)
+        return x + _scaled(self.mlp(self.layer_norm2(x)), self.layer_scale2)
+
+
+def _scaled(branch: jax.Array, scale: Leaf | None) -> jax.Array:
+    return branch if scale is None else branch * scale.weight.get_value()[None, None]
 
 
 class VisionTower(nnx.Module):
-    """CLIP's tower up to the feature layer; blocks above it are neither loaded nor run."""
+    """A tower up to the feature layer; blocks above it are neither loaded nor run."""
 
     def __init__(self, cfg: VisionConfig):
         self.cfg = cfg
@@ -73,37 +102,94 @@ class VisionTower(nnx.Module):
             "channel": cfg.channels,
             "patch_row": cfg.patch_size,
             "patch_column": cfg.patch_size,
-            "position": cfg.n_patches + 1,
+            "position": cfg.position_grid**2 + cfg.class_token,
         }
-        self.class_embedding = Leaf(sizes, ("vision",))
-        self.patch_embedding = Leaf(sizes, ("vision", "channel", "patch_row", "patch_column"))
+        self.class_embedding = Leaf(sizes, ("vision",)) if cfg.class_token else None
+        self.patch_embedding = PatchEmbedding(cfg, sizes)
         self.position_embedding = Leaf(sizes, ("position", "vision"))
-        self.pre_layrnorm = LayerNorm(sizes, "vision", eps=cfg.norm_eps)
+        self.pre_layrnorm = LayerNorm(sizes, "vision", eps=cfg.norm_eps) if cfg.pre_norm else None
         self.layers = VisionLayer(cfg, {**sizes, "layer": cfg.n_layers})
 
+    def positions(self, rows: int, columns: int) -> jax.Array:
+        """float[positions, vision] embeddings of an image of rows x columns patches, the class token's first.
+
+        Raises:
+          UserError: another grid than the tower was trained on, and the tower does not resize (only InternViT does).
+        """
+        table, cfg = self.position_embedding.weight.get_value(), self.cfg
+        if (rows, columns) == (cfg.position_grid, cfg.position_grid):
+            return table
+        if cfg.kind != "internvit":
+            raise UserError(
+                f"an image of {rows} x {columns} patches in a {cfg.kind} tower of {cfg.position_grid} a side: "
+                f"resize images to {cfg.image_size} pixels a side"
+            )
+        patches = table[int(cfg.class_token) :].astype(jnp.float32)
+        patches = patches.reshape(cfg.position_grid, cfg.position_grid, -1)
+        down, across = bicubic(cfg.position_grid, rows), bicubic(cfg.position_grid, columns)
+        resized = jnp.einsum("ri,cj,ijd->rcd", jnp.asarray(down), jnp.asarray(across), patches)
+        resized = resized.reshape(rows * columns, -1).astype(table.dtype)
+        return jnp.concatenate([table[: int(cfg.class_token)], resized])
+
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """float[images, 1 + patches, vision] states of float[images, channel, height, width] pixels."""
-        n, channels, size, patch = pixels.shape[0], self.cfg.channels, self.cfg.image_size, self.cfg.patch_size
-        grid = size // patch
-        pixels = pixels[:, :, : grid * patch, : grid * patch]
-        patches = pixels.reshape(n, channels, grid, patch, grid, patch).transpose(0, 2, 4, 1, 3, 5)
-        weight = self.patch_embedding.weight.get_value()
-        x = patches.reshape(n, grid * grid, -1) @ weight.reshape(weight.shape[0], -1).T
-        cls = jnp.broadcast_to(self.class_embedding.weight.get_value()[None, None], (n, 1, x.shape[-1]))
-        x = jnp.concatenate([cls, x], axis=1) + self.position_embedding.weight.get_value()[None]
-        x = constrain(self.pre_layrnorm(x), ("batch", None, None))
+        """float[images, positions, vision] states of float[images, channel, height, width] pixels.
+
+        The class token, where there is one, comes first; patches follow row by row.
+        """
+        n, patch = pixels.shape[0], self.cfg.patch_size
+        x = self.patch_embedding(pixels)
+        if self.class_embedding is not None:
+            cls = self.class_embedding.weight.get_value()[None, None]
+            x = jnp.concatenate([jnp.broadcast_to(cls, (n, 1, x.shape[-1])), x], axis=1)
+        x = x + self.positions(pixels.shape[2] // patch, pixels.shape[3] // patch)[None]
+        if self.pre_layrnorm is not None:
+            x = self.pre_layrnorm(x)
+        x = constrain(x, ("batch", None, None))
         graph, state = nnx.split(self.layers)
         return jax.lax.scan(lambda h, layer: (nnx.merge(graph, layer)(h), None), x, state)[0]
 
 
+def bicubic(n_in: int, n_out: int) -> np.ndarray:
+    """float32[n_out, n_in] weights of torch's bicubic interpolation (align_corners=False, borders repeated)."""
+    a = _CUBIC
+    weights = np.zeros((n_out, n_in))
+    for i in range(n_out):
+        center = (i + 0.5) * n_in / n_out - 0.5
+        for j in range(int(np.floor(center)) - 1, int(np.floor(center)) + 3):
+            t = abs(center - j)
+            near = (a + 2) * t**3 - (a + 3) * t**2 + 1
+            far = a * (t**3 - 5 * t**2 + 8 * t - 4)
+            weights[i, min(max(j, 0), n_in - 1)] += near if t <= 1 else far if t < 2 else 0.0
+    return weights.astype(np.float32)
+
+
+def pixel_shuffle(x: jax.Array, factor: int, version: str) -> jax.Array:
+    """`factor` x `factor` neighbouring patches as one longer feature (InternVL 1.5, Chen et al. 2024).
+
+    float[images, grid * grid, vision] -> float[images, (grid / factor)^2, vision * factor^2]. Output cell (r, c) of
+    "v2" is the concatenation of the input cells of that square, row by row; "v1" has its cells transposed.
+    """
+    n, positions, width = x.shape
+    grid = round(positions**0.5)
+    small = grid // factor
+    x = x.reshape(n, small, factor, small, factor, width)
+    x = x.transpose(0, 1, 3, 2, 4, 5) if version == "v2" else x.transpose(0, 3, 1, 2, 4, 5)
+    return x.reshape(n, small * small, factor * factor * width)
+
+
 class Projector(nnx.Module):
-    """linear_2(act(linear_1(features)))."""
+    """linear_2(act(linear_1(features))), behind a layer norm if the config has pixel-shuffled features."""
 
     def __init__(self, cfg: ProjectorConfig, vision_size: int, hidden_size: int):
-        sizes = {"vision": vision_size, "projector": hidden_size, "embed": hidden_size}
-        self.linear_1 = Projection(sizes, ("projector",), ("vision",), bias=cfg.bias)
+        shuffled = cfg.kind == "pixel_shuffle"
+        into = "shuffled" if shuffled else "vision"
+        sizes = {into: vision_size * cfg.downsample**2, "projector": hidden_size, "embed": hidden_size}
+        self.layer_norm = LayerNorm(sizes, into, eps=cfg.norm_eps) if shuffled else None
+        self.linear_1 = Projection(sizes, ("projector",), (into,), bias=cfg.bias)
         self.linear_2 = Projection(sizes, ("embed",), ("projector",), bias=cfg.bias)
         self.activation = cfg.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        if self.layer_norm is not None:
+            x = self.layer_norm(x)
         return self.linear_2(activation(self.activation)(self.linear_1(x)))

@@ -18,8 +18,8 @@ from jax.sharding import Mesh, NamedSharding
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.rules import constrain, sharding
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.models.decoder import Context, Decoder, attention_mask
-from vlmprune_jax.models.vision import Projector, VisionTower
+from vlmprune_jax.models.decoder import Context, Decoder, attention_mask, head_logits
+from vlmprune_jax.models.vision import Projector, VisionTower, pixel_shuffle
 
 Params = dict[str, Any]
 WANT = ("hidden", "image_features", "inputs_embeds")
@@ -48,9 +48,16 @@ class VisionLanguageModel(nnx.Module):
             self.projector = Projector(cfg.projector, cfg.vision.hidden_size, cfg.text.hidden_size)
 
     def vision_features(self, pixels: jax.Array) -> jax.Array:
-        """float[images, tokens, vision] selected tower states of float[images, channel, height, width]."""
-        states = self.vision(pixels)
-        return states[:, 1:] if self.cfg.feature_select == "patch" else states
+        """float[images, tokens, features]: selected (InternVL: and shuffled) tower states.
+
+        `pixels`: float[images, channel, height, width].
+        """
+        states, projector = self.vision(pixels), self.cfg.projector
+        if self.cfg.feature_select == "patch":
+            states = states[:, 1:]
+        if projector is not None and projector.kind == "pixel_shuffle":
+            states = pixel_shuffle(states, projector.downsample, projector.shuffle_version)
+        return states
 
     def image_features(self, pixels: jax.Array) -> jax.Array:
         """float[images, tokens, embed]: what replaces an image's positions in the decoder input."""
@@ -139,18 +146,18 @@ def text_context(
     """What the decoder's blocks share in a forward without cache, from int[batch, seq] `attention_mask` (1 = real)."""
     if position_ids is None:
         position_ids = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
-    return module.text.context(position_ids, attention_mask_for(attention_mask, module.cfg), dropout_key=dropout_key)
+    return module.text.context(position_ids, attention_mask_for(attention_mask), dropout_key=dropout_key)
 
 
-def attention_mask_for(valid: jax.Array, cfg: ModelConfig) -> jax.Array:
+def attention_mask_for(valid: jax.Array) -> jax.Array:
     """bool[batch, seq, seq] mask of a forward without cache, from int[batch, seq] `valid`."""
-    return attention_mask(valid.astype(bool), valid.shape[1], 0, cfg.text.sliding_window)
+    return attention_mask(valid.astype(bool), valid.shape[1], 0)
 
 
 def unembed(params: Params, cfg: ModelConfig, hidden: jax.Array) -> jax.Array:
     """Logits [..., vocab] of final-norm states [..., embed]."""
-    table = params["text"]["embed_tokens" if cfg.text.tie_embeddings else "lm_head"]["weight"]
-    return jnp.einsum("...d,vd->...v", hidden, table)
+    head = params["text"]["embed_tokens" if cfg.text.tie_embeddings else "lm_head"]
+    return head_logits(hidden, head["weight"], head.get("bias"))
 
 
 def apply(
@@ -193,7 +200,7 @@ def forward(
     Args:
       model: the model; sharded parameters give a sharded computation.
       input_ids: image positions hold `model.cfg.image_token_id`, once per image feature.
-      pixel_values: float[images, 3, H, W] in order of appearance.
+      pixel_values: float[images or tiles, 3, H, W] in order of appearance.
       attention_mask: int[batch, seq], 1 = real token.
       want: any of "hidden", "image_features", "inputs_embeds" -> returned in aux.
 
@@ -225,6 +232,11 @@ def check_inputs(cfg: ModelConfig, input_ids: Any, pixel_values: Any) -> None:
         return
     if cfg.vision is None:
         raise UserError("pixel_values given to a model without a vision tower")
+    wanted = (cfg.vision.channels, cfg.vision.image_size, cfg.vision.image_size)
+    if np.ndim(pixel_values) not in (4, 5) or np.shape(pixel_values)[-3:] != wanted:
+        raise UserError(
+            f"pixel_values has shape {list(np.shape(pixel_values))}, expected [images, {', '.join(map(str, wanted))}]"
+        )
     per_row = np.ndim(pixel_values) == 5
     expected = np.prod(np.shape(pixel_values)[: 2 if per_row else 1]) * cfg.tokens_per_image
     if not per_row and is_image.any() and is_image.sum() != expected:

@@ -1,6 +1,7 @@
 """Score, plan, apply: which layers, heads and neurons go, as numbers, a small JSON, and pure indexing."""
 
 from vlmprune_jax.prune.dispatch import CRITERIA, score
+from vlmprune_jax.prune.files import prune_folder
 from vlmprune_jax.prune.fingerprint import fingerprint
 from vlmprune_jax.prune.iterative import prune_iteratively
 from vlmprune_jax.prune.plan import KeptLayer, PrunePlan, compose, keep_everything
@@ -19,6 +20,7 @@ __all__ = [
     "fingerprint",
     "keep_everything",
     "make_plan",
+    "prune_folder",
     "prune_iteratively",
     "score",
 ]

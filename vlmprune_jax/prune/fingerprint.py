@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.hf.lazy import FileArray, FileStack
 from vlmprune_jax.models.params import Flat, flatten, param_axes, param_shapes
 from vlmprune_jax.models.vlm import Model, mesh_of
 
@@ -45,10 +46,11 @@ def fingerprint(model: Model) -> str:
 
 
 def _sample(flat: Flat, stacked: dict[str, bool]) -> dict[str, np.ndarray]:
-    """bfloat16 samples per path; host arrays are read in place, device arrays in one compiled gather."""
-    host = {path: np.asarray(leaf) for path, leaf in flat.items() if _on_host(leaf)}
-    device = {path: leaf for path, leaf in flat.items() if path not in host}
-    sampled = {path: leaf[_indices(leaf.shape, stacked[path])] for path, leaf in host.items()}
+    """bfloat16 samples per path; files and host arrays are read in place, device arrays in one compiled gather."""
+    sampled = {path: _from_files(leaf) for path, leaf in flat.items() if isinstance(leaf, FileArray | FileStack)}
+    host = {path: np.asarray(leaf) for path, leaf in flat.items() if path not in sampled and _on_host(leaf)}
+    device = {path: leaf for path, leaf in flat.items() if path not in host and path not in sampled}
+    sampled |= {path: leaf[_indices(leaf.shape, stacked[path])] for path, leaf in host.items()}
     sampled = {path: values.astype(ml_dtypes.bfloat16) for path, values in sampled.items()}
     if device:
         mesh = mesh_of(device)
@@ -56,6 +58,13 @@ def _sample(flat: Flat, stacked: dict[str, bool]) -> dict[str, np.ndarray]:
         gather = jax.jit(functools.partial(_gather, stacked=stacked), out_shardings=everywhere)
         sampled |= {path: np.asarray(values) for path, values in gather(device).items()}
     return sampled
+
+
+def _from_files(leaf: FileArray | FileStack) -> np.ndarray:
+    """The same samples from the files alone."""
+    if isinstance(leaf, FileStack):
+        return np.stack([_from_files(one) for one in leaf.members])
+    return leaf.elements(_indices(leaf.shape, stacked=False))
 
 
 def _on_host(leaf: Any) -> bool:

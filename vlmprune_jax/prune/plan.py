@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -56,6 +57,8 @@ class PrunePlan:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # Windows belong to the model, not to the plan: a plan is read back from widths alone.
+        object.__setattr__(self, "layers_before", tuple(LayerShape(*shape.widths) for shape in self.layers_before))
         problem = _problem(self.layers_before, self.layers)
         if problem:
             raise UserError(f"prune plan: {problem}")
@@ -77,7 +80,8 @@ class PrunePlan:
 
     def apply_to(self, cfg: ModelConfig) -> ModelConfig:
         """The config of the pruned model."""
-        return cfg.with_layers([layer.shape for layer in self.layers])
+        windows = [shape.window for shape in cfg.text.layers]
+        return cfg.with_layers([dataclasses.replace(one.shape, window=windows[one.index]) for one in self.layers])
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """JSON text (one line per layer), also written to `path` if given."""
@@ -93,7 +97,7 @@ class PrunePlan:
             "parameters_total": self.parameters_total,
             "options": dict(self.options),
             "kept_layers": self.kept_layers,
-            "layers_before": [[s.q_heads, s.kv_heads, s.mlp] for s in self.layers_before],
+            "layers_before": [s.widths for s in self.layers_before],
         }
         lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
         layers = ",\n".join(f"    {json.dumps(vars(layer))}" for layer in self.layers)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -21,7 +20,8 @@ from vlmprune_jax.prune.plan import KeptLayer, PrunePlan
 def apply_plan(model: Model, plan: PrunePlan) -> Model:
     """The pruned model; `model` itself is not changed.
 
-    Works on host and device arrays; on a mesh every parameter keeps its named-axis sharding.
+    Works on host and device arrays, and on those that stay in their files (hf/lazy.py); on a mesh every parameter
+    keeps its named-axis sharding.
 
     Raises:
       UserError: the plan is for another model, or leaves widths that the mesh does not divide.
@@ -45,7 +45,10 @@ def apply_plan(model: Model, plan: PrunePlan) -> Model:
 
 def check_plan_is_for(model: Model, plan: PrunePlan) -> None:
     """Raise UserError unless the plan was made for exactly this model (widths, then weights)."""
-    if plan.layers_before != model.cfg.text.layers or not plan.fingerprint.startswith(shape_digest(model.cfg)):
+    widths = [shape.widths for shape in model.cfg.text.layers]
+    if [shape.widths for shape in plan.layers_before] != widths or not plan.fingerprint.startswith(
+        shape_digest(model.cfg)
+    ):
         raise UserError(
             f"plan of another model: it is for {_describe(plan.layers_before)}, this model has "
             f"{_describe(model.cfg.text.layers)}: score and plan this model"
@@ -74,8 +77,7 @@ def keep_indices(leaf: Any, axes: tuple[str, ...], layer: KeptLayer) -> Any:
         indices = chosen.get(axis)
         if indices is None or len(indices) == leaf.shape[position]:
             continue
-        take = np.take if isinstance(leaf, np.ndarray) else jnp.take
-        leaf = take(leaf, np.asarray(indices), axis=position)
+        leaf = leaf.take(np.asarray(indices), axis=position)
     return leaf
 
 

@@ -16,7 +16,7 @@ from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, family_of
 from vlmprune_jax.hf.atomic import atomic_folder
-from vlmprune_jax.hf.layout import Slot, make_slots
+from vlmprune_jax.hf.layout import Slot, by_key, join_tensor, make_slots
 from vlmprune_jax.hf.tensors import to_host
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model
@@ -59,10 +59,9 @@ def write_adapter(model: Model, out_dir: Path, *, base_dir: Path, trained: Colle
         tensors[f"{_ROOT}{module}.lora_A.weight"], tensors[f"{_ROOT}{module}.lora_B.weight"] = adapter.a, adapter.b
     whole = _whole_modules(slots, trained, family)
     for module, members in whole.items():
-        for slot in members:
-            leaf = slot.key.rpartition(".")[2]
-            value = to_host(flat[slot.path], slot.index).astype(np.float32).reshape(slot.hf_shape)
-            tensors[f"{_ROOT}{module}.{leaf}"] = value
+        for key, parts in by_key(members).items():
+            value = join_tensor([to_host(flat[slot.path], slot.index).astype(np.float32) for slot in parts])
+            tensors[f"{_ROOT}{module}.{key.rpartition('.')[2]}"] = value.reshape(parts[0].hf_shape)
     if is_main_process():
         config = _config(adapters, list(whole), lora, plain, base_dir)
         with atomic_folder(Path(out_dir)) as folder:
@@ -73,38 +72,27 @@ def write_adapter(model: Model, out_dir: Path, *, base_dir: Path, trained: Colle
 
 def _adapters(slots: Sequence[Slot], flat: Mapping[str, Any], family: Family) -> dict[str, _Adapter]:
     """Module name -> adapter, in the order of the slots."""
-    fused: dict[str, list[Slot]] = {}
-    for slot in slots:
-        if slot.path.endswith("/weight"):
-            fused.setdefault(_module(slot.key, family), []).append(slot)
-    found = {module: _fuse(members, flat) for module, members in fused.items()}
+    weights = by_key(slot for slot in slots if slot.path.endswith("/weight"))
+    found = {_module(key, family): _fuse(members, flat) for key, members in weights.items()}
     return {module: adapter for module, adapter in found.items() if adapter is not None}
 
 
 def _fuse(members: Sequence[Slot], flat: Mapping[str, Any]) -> _Adapter | None:
     """The adapters of one tensor's members as one: A stacked, B block by block (the same function, a higher rank)."""
-    owners = [slot.path.rpartition("/")[0] for slot in members]
-    if not any(f"{owner}/lora_a" in flat for owner in owners):
+    pairs: list[tuple[Slot, np.ndarray, np.ndarray]] = []
+    for slot in members:
+        owner = slot.path.rpartition("/")[0]
+        if f"{owner}/lora_a" in flat:
+            a, b = (to_host(flat[f"{owner}/{suffix}"], slot.index).astype(np.float32) for suffix in LORA_SUFFIXES)
+            pairs.append((slot, a.reshape(len(a), -1), b.reshape(-1, b.shape[-1])))
+    if not pairs:
         return None
-    parts: list[tuple[np.ndarray, np.ndarray] | None] = []
-    for owner, slot in zip(owners, members, strict=True):
-        pair = [flat.get(f"{owner}/{suffix}") for suffix in LORA_SUFFIXES]
-        if pair[0] is None:
-            parts.append(None)
-            continue
-        a, b = (to_host(array, slot.index).astype(np.float32) for array in pair)
-        parts.append((a.reshape(a.shape[0], -1), b.reshape(-1, b.shape[-1])))
-    given = [part for part in parts if part is not None]
-    rank, width = given[0][0].shape
-    outs = [int(np.prod(slot.shape)) // width for slot in members]
-    b = np.zeros((sum(outs), rank * len(given)), np.float32)
-    row, column = 0, 0
-    for part, size in zip(parts, outs, strict=True):
-        if part is not None:
-            b[row : row + size, column : column + rank] = part[1]
-            column += rank
-        row += size
-    return _Adapter(np.concatenate([a for a, _ in given]), b, len(given))
+    stacked = np.concatenate([a for _, a, _ in pairs])
+    blocks, column = np.zeros((members[0].hf_shape[0], len(stacked)), np.float32), 0
+    for slot, a, b in pairs:
+        blocks[slot.start : slot.stop, column : column + len(a)] = b
+        column += len(a)
+    return _Adapter(stacked, blocks, len(pairs))
 
 
 def _whole_modules(slots: Sequence[Slot], trained: Collection[str], family: Family) -> dict[str, list[Slot]]:

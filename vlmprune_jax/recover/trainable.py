@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlmprune_jax.config import LoraConfig
+from vlmprune_jax.config import LoraConfig, ModelConfig
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import Flat, flatten, init_params, param_axes, unflatten
@@ -95,8 +95,9 @@ def decays(path: str) -> bool:
 
 
 def add_lora(model: Model, lora: LoraConfig, key: jax.Array) -> Model:
-    """The model with adapters on the decoder projections named in `lora.targets` (A Kaiming-uniform, B zero: PEFT's
-    initialisation), so that its outputs do not change. Adapters have their weight's dtype and sharding.
+    """The model with adapters on the decoder projections named in `lora.targets`, or on all of them if it names none
+    (A Kaiming-uniform, B zero: PEFT's initialisation), so that its outputs do not change. Adapters have their weight's
+    dtype and sharding.
 
     Raises:
       UserError: the model has adapters already, or a target is not a projection of its decoder.
@@ -104,11 +105,12 @@ def add_lora(model: Model, lora: LoraConfig, key: jax.Array) -> Model:
     if model.cfg.lora is not None:
         raise UserError("the model has LoRA adapters already: merge them first (merge_lora)")
     flat = flatten(model.params)
-    projections = sorted({p.split("/")[-2] for p in flat if p.startswith("text/layers/") and p.endswith("proj/weight")})
+    projections = projection_names(model.cfg)
     unknown = [target for target in lora.targets if target not in projections]
-    if unknown or not lora.targets:
+    if unknown:
         known = ", ".join(projections)
-        raise UserError(f"LoRA targets {unknown or '()'} are not projections of the decoder: use {known}")
+        raise UserError(f"LoRA targets {unknown} are not projections of the decoder: use {known}")
+    lora = dataclasses.replace(lora, targets=lora.targets or tuple(projections))
     cfg = dataclasses.replace(model.cfg, lora=lora)
     added = [path for path in param_axes(cfg) if path.endswith(LORA_SUFFIXES)]
     dtype = flat[added[0].rpartition("/")[0] + "/weight"].dtype
@@ -118,6 +120,12 @@ def add_lora(model: Model, lora: LoraConfig, key: jax.Array) -> Model:
         axes = param_axes(cfg)
         leaves = {path: jax.device_put(leaf, sharding(mesh, axes[path])) for path, leaf in leaves.items()}
     return Model(unflatten({**flat, **leaves}), cfg)
+
+
+def projection_names(cfg: ModelConfig) -> list[str]:
+    """The decoder's projections, which adapters can be on: q_proj, ..., or Phi's dense, fc1, fc2."""
+    paths = [path.split("/") for path in param_axes(cfg) if path.startswith("text/layers/")]
+    return sorted({path[-2] for path in paths if path[-1] == "weight" and "norm" not in path[-2]})
 
 
 def merge_lora(model: Model) -> Model:

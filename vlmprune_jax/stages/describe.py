@@ -87,7 +87,7 @@ def _export(cfg: ModelConfig, separate_vision: bool) -> list[str]:
         lines.append("width: same layout; unequal layers at true size (per_layer) or padded with zeros (pad)")
     if separate_vision:
         lines.append("the vision tower stays in its own folder")
-    if len(set(cfg.text.layers)) > 1:
+    if not cfg.text.even:
         lines.append("this folder has layers of unequal width already")
     return lines
 

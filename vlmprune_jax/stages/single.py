@@ -7,16 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.config import LoraConfig
+from vlmprune_jax.config import LoraConfig, ModelConfig
 from vlmprune_jax.data.tfds import PREFIX, tfds_folder
 from vlmprune_jax.distributed.mesh import from_main, is_main_process
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluate.runner import evaluate, perplexity
 from vlmprune_jax.hf.check import check_export
+from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.hf.write import save
 from vlmprune_jax.models.params import count_params, flatten
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.prune import CRITERIA, PrunePlan, Scores, apply_plan, make_plan, prune_iteratively, score
+from vlmprune_jax.prune import CRITERIA, PrunePlan, Scores, make_plan, prune_folder, prune_iteratively, score
 from vlmprune_jax.recover import LossConfig, RecoverConfig, recover
 from vlmprune_jax.recover.peft import write_adapter
 from vlmprune_jax.recover.trainable import assign_groups, merge_lora
@@ -147,24 +148,12 @@ def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
     )
 
     def body() -> Json:
-        model = load_model(experiment, teacher_folder(experiment))
         if iterative:
-            pruned, plan = _prune_in_steps(experiment, model)
+            plan, cfg = _prune_in_steps(experiment, folder / "pruned")
         else:
-            first, *second = [Scores.load(path) for path in scores.values()]
-            spec = experiment.prune
-            plan = make_plan(
-                (first, second[0]) if second else first,
-                model.cfg,
-                method=spec.method,
-                ratio=spec.ratio,
-                layers_removed=spec.layers_removed,
-                **plan_options(spec),
-            )
-            pruned = apply_plan(model, plan)
-        save_model(pruned, folder / "pruned", experiment, teacher_folder(experiment), plan)
+            plan, cfg = _prune_files(experiment, list(scores.values()), folder / "pruned")
         write_text(folder / "plan.json", plan.to_json())
-        facts = plan_facts(plan, model)
+        facts = plan_facts(plan, cfg)
         context.reporter.say(
             f"  {plan.method}: {_percent(plan.asked)} asked, {_percent(plan.reached)} of all parameters reached "
             f"({_percent(facts['decoder_ratio'])} of the decoder)"
@@ -177,11 +166,32 @@ def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
     return context.run(stage, body)
 
 
-def _prune_in_steps(experiment: Experiment, model: Model) -> tuple[Model, PrunePlan]:
+def _prune_files(experiment: Experiment, scores: list[Path], out_dir: Path) -> tuple[PrunePlan, ModelConfig]:
+    """Plan from the scores, applied from file to file: the model is not loaded."""
+    spec, source, vision_dir = experiment.prune, teacher_folder(experiment), experiment.model.vision_dir
+    first, *second = [Scores.load(path) for path in scores]
+    _, cfg = read_config(source, None if vision_dir is None else Path(vision_dir))
+    plan = make_plan(
+        (first, second[0]) if second else first,
+        cfg,
+        method=spec.method,
+        ratio=spec.ratio,
+        layers_removed=spec.layers_removed,
+        **plan_options(spec),
+    )
+    if is_main_process():
+        prune_folder(source, plan, out_dir, vision_dir=vision_dir, dtype=experiment.model.dtype)
+    return plan, cfg
+
+
+def _prune_in_steps(experiment: Experiment, out_dir: Path) -> tuple[PrunePlan, ModelConfig]:
+    """Rounds of scoring and pruning; the model that the last one leaves is written."""
     spec, criterion = experiment.prune, experiment.score.width
     if spec.method != "width":
         raise UserError(f"prune.steps={spec.steps} is for method 'width': depth and hybrid prune in one step")
-    return prune_iteratively(
+    source = teacher_folder(experiment)
+    model = load_model(experiment, source)
+    pruned, plan = prune_iteratively(
         model,
         lambda step: inputs.calibration_batches(experiment, model.cfg, seed=experiment.score.seed + step),
         steps=spec.steps,
@@ -190,9 +200,11 @@ def _prune_in_steps(experiment: Experiment, model: Model) -> tuple[Model, PruneP
         ratio=spec.ratio,
         **plan_options(spec),
     )
+    save_model(pruned, out_dir, experiment, source, plan)
+    return plan, model.cfg
 
 
-def plan_facts(plan: PrunePlan, model: Model) -> Json:
+def plan_facts(plan: PrunePlan, cfg: ModelConfig) -> Json:
     """What tables and reports tell about a plan."""
     gone = plan.parameters_before - plan.parameters_after
     return {
@@ -200,7 +212,7 @@ def plan_facts(plan: PrunePlan, model: Model) -> Json:
         "criterion": plan.criterion,
         "ratio_asked": plan.asked,
         "ratio_reached": plan.reached,
-        "decoder_ratio": gone / count_params(model.cfg, "text"),
+        "decoder_ratio": gone / count_params(cfg, "text"),
         "parameters": plan.parameters_after,
         "parameters_before": plan.parameters_before,
         "removed_layers": list(plan.removed_layers),

@@ -104,12 +104,12 @@ class PruneSpec:
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """Low-rank adapters, used when `recover.trainable` is "lora"."""
+    """Low-rank adapters, used when `recover.trainable` is "lora"; no targets means every projection of the decoder."""
 
     rank: int = 128
     alpha: float = 256.0
     dropout: float = 0.05
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

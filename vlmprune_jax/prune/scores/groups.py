@@ -1,7 +1,7 @@
 """Coupled groups: how the channel scores of tensors that are pruned together become one score per unit.
 
-A head couples its rows of q, k, v and its columns of o; a neuron couples its rows of gate and up and its column of down
-(LLM-Pruner, arXiv 2305.11627). Biases do not count.
+A head couples its rows of q, k, v and its columns of o; a neuron couples its rows of gate and up and its column of
+down, or its row of fc1 and its column of fc2 (LLM-Pruner, arXiv 2305.11627). Biases do not count.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vlmprune_jax.models.params import param_axes
 from vlmprune_jax.prune.options import one_of
 
 # Reference order of the tensors of a group; it matters for the reduction "first" only.
-ORDER = ("q_proj", "o_proj", "v_proj", "k_proj", "gate_proj", "up_proj", "down_proj")
+ORDER = ("q_proj", "o_proj", "dense", "v_proj", "k_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
 REDUCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "sum": lambda stack: stack.sum(axis=0),
     "mean": lambda stack: stack.mean(axis=0),

@@ -183,7 +183,7 @@ def _loss_gradient(module: VisionLanguageModel, x: jax.Array, labels: jax.Array)
     targets = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=IGNORED)
 
     def cross_entropy(h: jax.Array, wanted: jax.Array) -> jax.Array:
-        logits = module.text.logits(module.text.norm(h)).astype(jnp.float32)
+        logits = module.text.logits(module.text.final_norm(h)).astype(jnp.float32)
         logs = jax.nn.log_softmax(logits, axis=-1)
         picked = jnp.take_along_axis(logs, jnp.maximum(wanted, 0)[..., None], axis=-1)[..., 0]
         return -jnp.sum(jnp.where(wanted != IGNORED, picked, jnp.zeros_like(picked)))

@@ -1,0 +1,285 @@
+"""Loading, pruning and exporting at full size, against `cp` of the same bytes and mergekit, in one run.
+
+    python benchmarks/full_size.py --model=llama --work=/big/disk --mergekit=/path/to/venv/bin/mergekit-yaml
+    python benchmarks/full_size.py --folder=DIR/llava-1.5-7b-hf --work=/big/disk
+
+Without --folder it makes a checkpoint with the true shapes of --model (llava 14 GB, bunny 6.4, internvl 8.3 or llama
+13.5) and random finite bfloat16 weights, in shards of 5 GB. Every step is a process of its own and starts with the
+source out of the page cache; its wall time includes the start of Python, and `cp` ends when everything is on the disk.
+One JSON line per step, and a last one with the ratios. Needs free disk for three times the checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+STEPS = ("cp_input", "read", "load", "inspect", "depth", "cp_output", "width", "mergekit")
+DEVICES = 8
+DROPPED = 5  # of 32 layers; the middle ones, but for one, so that the kept ones are three runs
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "intermediate_size": 11008, "vocab_size": 32000,
+        "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "hidden_act": "silu", "rope_theta": 10000.0,
+        "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16",
+    },
+    "llava": {
+        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "image_token_index": 32000,
+        "projector_hidden_act": "gelu", "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
+        "torch_dtype": "bfloat16", "pad_token_id": 32001,
+        "vision_config": {
+            "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+            "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768, "vocab_size": 32000,
+        },
+    },
+    "bunny": {
+        "architectures": ["BunnyPhiForCausalLM"], "model_type": "bunny-phi", "hidden_size": 2560,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "intermediate_size": 10240,
+        "vocab_size": 50295, "max_position_embeddings": 2048, "hidden_act": "gelu_new", "layer_norm_eps": 1e-5,
+        "partial_rotary_factor": 0.4, "rope_theta": 10000.0, "tie_word_embeddings": False, "qk_layernorm": False,
+        "mm_projector_type": "mlp2x_gelu", "mm_hidden_size": 1152, "use_mm_proj": True,
+        "mm_vision_tower": "google/siglip-so400m-patch14-384", "bos_token_id": 50256, "eos_token_id": 50256,
+        "pad_token_id": 50256, "torch_dtype": "bfloat16",
+    },
+    "internvl": {
+        "architectures": ["InternVLChatModel"], "model_type": "internvl_chat", "downsample_ratio": 0.5,
+        "ps_version": "v2", "select_layer": -1, "force_image_size": 448, "template": "phi3-chat", "use_thumbnail": True,
+        "min_dynamic_patch": 1, "max_dynamic_patch": 12, "torch_dtype": "bfloat16",
+        "llm_config": {
+            "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "hidden_size": 3072, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 32, "intermediate_size": 8192, "vocab_size": 32020,
+            "max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+            "hidden_act": "silu", "rope_theta": 10000.0, "sliding_window": 262144, "tie_word_embeddings": False,
+            "bos_token_id": 1, "eos_token_id": 32000, "pad_token_id": 32000,
+            "rope_scaling": {"type": "su", "short_factor": [1.1] * 48, "long_factor": [32.0] * 48},
+        },
+        "vision_config": {
+            "architectures": ["InternVisionModel"], "model_type": "intern_vit_6b", "hidden_size": 1024,
+            "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 448,
+            "patch_size": 14, "num_channels": 3, "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True,
+            "qk_normalization": False, "norm_type": "layer_norm",
+        },
+    },
+}  # fmt: skip
+MODELS["llava"]["text_config"] = {**MODELS["llama"], "vocab_size": 32064}
+# Sizes of --tiny, which the tests run.
+TINY = {
+    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "num_hidden_layers": 8, "vocab_size": 120, "image_size": 28, "force_image_size": 28, "mm_hidden_size": 64,
+    "image_token_index": 100, "pad_token_id": 101, "short_factor": [1.1] * 8, "long_factor": [32.0] * 8,
+}  # fmt: skip
+
+
+def shrink(config: Any) -> Any:
+    """A config with the sizes of --tiny."""
+    if not isinstance(config, dict):
+        return config
+    return {key: TINY.get(key, shrink(value)) if value is not None else None for key, value in config.items()}
+
+
+def make_checkpoint(config: dict[str, Any], folder: Path) -> None:
+    """A folder with random weights: bits of numbers below 2, the same 64 MiB again and again from other places."""
+    from vlmprune_jax.families import detect
+    from vlmprune_jax.hf.layout import make_slots
+    from vlmprune_jax.hf.tensors import Tensor, write_weights
+    from vlmprune_jax.hf.write import MAX_SHARD_BYTES
+
+    family = detect(config, str(folder))
+    cfg = family.from_hf(config, None)
+    if cfg.vision is not None and cfg.family == "llava":  # its files hold the blocks above the feature layer as well
+        cfg = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, n_layers=cfg.vision.n_layers_total))
+    draw = np.random.default_rng(0)
+    noise = draw.integers(0, 2**16, 2**25, np.uint16) & np.uint16(0xBFFF)
+    shapes = {slot.key: slot.hf_shape for slot in make_slots(cfg, family)}
+
+    def fill(shape: tuple[int, ...]) -> np.ndarray:
+        return np.resize(noise[int(draw.integers(0, 2**20)) :], int(np.prod(shape))).view(np.uint8)
+
+    tensors = [
+        Tensor(key, "BF16", shape, 2 * int(np.prod(shape)), lambda shape=shape: fill(shape))
+        for key, shape in shapes.items()
+    ]
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    write_weights(tensors, folder, MAX_SHARD_BYTES)
+
+
+def make_plans(folder: Path, work: Path) -> None:
+    """depth.json and width.json for a folder."""
+    from vlmprune_jax.hf.lazy import open_model
+    from vlmprune_jax.models.params import count_params
+    from vlmprune_jax.prune import KeptLayer, PrunePlan, fingerprint
+
+    model = open_model(folder)
+    shapes, draw = model.cfg.text.layers, np.random.default_rng(1)
+    middle = len(shapes) // 2
+    gone = {middle - 3, *range(middle, middle + DROPPED - 1)}
+    depth = [KeptLayer.whole(i, shape) for i, shape in enumerate(shapes) if i not in gone]
+    width = []
+    for i, shape in enumerate(shapes):
+        group = shape.q_heads // shape.kv_heads
+        kv_heads = np.sort(draw.permutation(shape.kv_heads)[: max(1, shape.kv_heads * 3 // 4)])
+        q_heads = (kv_heads[:, None] * group + np.arange(group)).reshape(-1)
+        neurons = np.sort(draw.permutation(shape.mlp)[: shape.mlp * 3 // 4])
+        width.append(KeptLayer(i, *(tuple(map(int, kept)) for kept in (q_heads, kv_heads, neurons))))
+    mark, before = fingerprint(model), count_params(model.cfg)
+    for name, layers in (("depth", depth), ("width", width)):
+        after = count_params(model.cfg.with_layers([layer.shape for layer in layers]))
+        plan = PrunePlan(mark, name, "benchmark", shapes, tuple(layers), before, after, before)
+        plan.to_json(work / f"{name}.json")
+
+
+def child(args: argparse.Namespace) -> None:
+    """What is ours, in a process of its own: a child's peak memory is at least its parent's, which stays small so."""
+    step, folder, work = args.child, args.folder, args.work
+    if step == "make":
+        make_checkpoint(shrink(MODELS[args.model]) if args.tiny else MODELS[args.model], folder)
+        return
+    if step == "plan":
+        make_plans(folder, work)
+        return
+    import vlmprune_jax as vp
+
+    if step == "load":
+        import jax
+
+        from vlmprune_jax.distributed.mesh import make_mesh
+
+        model = vp.load(folder, dtype="bfloat16", mesh=make_mesh(1, DEVICES, 1))
+        jax.block_until_ready(model.params)
+    elif step == "inspect":
+        from vlmprune_jax.cli.main import main
+
+        sys.exit(main(["inspect", str(folder)]))
+    else:
+        vp.prune_folder(folder, vp.PrunePlan.from_json(work / f"{step}.json"), work / step)
+
+
+def own(args: argparse.Namespace, step: str, folder: Path, work: Path) -> list[str]:
+    """Command line of one of our steps."""
+    options = [f"--model={args.model}", f"--folder={folder}", f"--work={work}", *["--tiny"] * args.tiny]
+    return [sys.executable, __file__, *options, f"--child={step}"]
+
+
+def commands(args: argparse.Namespace, folder: Path, work: Path) -> dict[str, list[str]]:
+    """Step -> command line."""
+    copy = 'cp -r "$0" "$1" && sync -f "$1" && for f in "$1"/*; do sync "$f"; done'
+    found = {
+        "cp_input": ["sh", "-c", copy, str(folder), str(work / "cp_input")],
+        "read": ["sh", "-c", 'cat "$0"/*.safetensors > /dev/null', str(folder)],
+        "cp_output": ["sh", "-c", copy, str(work / "depth"), str(work / "cp_output")],
+    }
+    found |= {step: own(args, step, folder, work) for step in ("load", "inspect", "depth", "width")}
+    if args.mergekit:
+        kept = json.loads((work / "depth.json").read_text())["kept_layers"]
+        starts = [i for i in range(len(kept)) if i == 0 or kept[i] != kept[i - 1] + 1]
+        ends = [*starts[1:], len(kept)]
+        slices = [
+            {"sources": [{"model": str(folder), "layer_range": [kept[a], kept[b - 1] + 1]}]}
+            for a, b in zip(starts, ends, strict=True)
+        ]
+        recipe = work / "mergekit.yml"  # JSON is YAML
+        recipe.write_text(json.dumps({"slices": slices, "merge_method": "passthrough", "dtype": "bfloat16"}))
+        options = ["--lazy-unpickle", "--no-copy-tokenizer", "--out-shard-size=5B"]
+        found["mergekit"] = [args.mergekit, str(recipe), str(work / "mergekit"), *options]
+    return {step: found[step] for step in STEPS if step in found}
+
+
+def measure(command: list[str], folder: Path) -> dict[str, float]:
+    """Wall and processor seconds and peak resident GiB of a command that starts with `folder` out of the page cache."""
+    for path in folder.iterdir():
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+    started = time.perf_counter()
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    said = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - started
+    if status:
+        sys.exit(f"{' '.join(command)} failed:\n{said[-3000:]}")
+    processor = usage.ru_utime + usage.ru_stime
+    return {"seconds": seconds, "cpu_seconds": processor, "peak_rss_gib": usage.ru_maxrss / 2**20}
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def ratios(found: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The bars of the design, as far as their steps ran."""
+    seconds, result = {step: one["seconds"] for step, one in found.items()}, {}
+    if {"depth", "cp_input", "cp_output"} <= set(seconds):
+        copies = seconds["cp_input"] + seconds["cp_output"]
+        result["depth_to_cp_of_input_and_output"] = seconds["depth"] / copies
+    if {"load", "read"} <= set(seconds):
+        result["load_to_read"] = seconds["load"] / seconds["read"]
+    if {"depth", "mergekit"} <= set(seconds):
+        result["depth_to_mergekit"] = seconds["depth"] / seconds["mergekit"]
+        result["depth_rss_to_mergekit"] = found["depth"]["peak_rss_gib"] / found["mergekit"]["peak_rss_gib"]
+    return {name: round(value, 3) for name, value in result.items()}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(MODELS), default="llama")
+    parser.add_argument("--folder", type=Path, help="an existing folder instead of a random one")
+    parser.add_argument("--work", type=Path, required=True, help="where to write; what is made there is removed")
+    parser.add_argument("--mergekit", help="path of mergekit-yaml; without it that step is left out")
+    parser.add_argument("--steps", default=",".join(STEPS))
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to try the benchmark itself")
+    parser.add_argument("--keep", action="store_true", help="leave the random checkpoint in --work")
+    parser.add_argument("--child", choices=(*STEPS, "make", "plan"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure every step that was asked for."""
+    args = arguments()
+    if args.child:
+        child(args)
+        return
+    name = args.folder.name if args.folder else f"{args.model}{'_tiny' if args.tiny else ''}"
+    folder = (args.folder or args.work / name).resolve()
+    work = args.work.resolve() / f"{name}_results"
+    work.mkdir(parents=True)
+    if not folder.exists():
+        subprocess.run(own(args, "make", folder, work), check=True)
+    subprocess.run(own(args, "plan", folder, work), check=True)
+    found = {}
+    for step, command in commands(args, folder, work).items():
+        if step not in args.steps.split(","):
+            continue
+        found[step] = measure(command, folder)
+        line: dict[str, Any] = {"model": name, "step": step, "input_bytes": size_of(folder)}
+        line |= {key: round(value, 3) for key, value in found[step].items()}
+        if (work / step).is_dir():
+            line["output_bytes"] = size_of(work / step)
+            if step != "depth":  # which is copied next
+                shutil.rmtree(work / step)
+        print(json.dumps(line), flush=True)
+    load = f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    print(json.dumps({"model": name, "step": "ratios", **ratios(found), "load_average": load}), flush=True)
+    shutil.rmtree(work)
+    if not args.folder and not args.keep:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Tiny vision-language folders: every decoder under every tower, in the layouts of transformers and of the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hf_cases import edit_weights, make_folder
+
+# Every hyper-parameter differs from its default.
+_COMMON = {
+    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "max_position_embeddings": 64, "rope_theta": 500.0, "bos_token_id": 3, "eos_token_id": 5, "pad_token_id": 4,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+_RMS = {**_COMMON, "num_key_value_heads": 3, "rms_norm_eps": 3e-5, "hidden_act": "gelu_pytorch_tanh"}
+TEXTS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **_RMS, "head_dim": 12, "attention_bias": True, "mlp_bias": True},
+    "mistral": {"model_type": "mistral", **_RMS, "head_dim": 12, "sliding_window": 7},
+    "qwen2": {"model_type": "qwen2", **_RMS},
+    "qwen3": {"model_type": "qwen3", **_RMS, "head_dim": 12},
+    "phi": {
+        "model_type": "phi", **_COMMON, "num_key_value_heads": 6, "layer_norm_eps": 3e-4, "hidden_act": "quick_gelu",
+        "partial_rotary_factor": 0.5,
+    },
+    "phi3": {
+        "model_type": "phi3", **_RMS, "sliding_window": 99, "original_max_position_embeddings": 24,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.1, 1.3, 1.7, 2.9], "long_factor": [1.0, 1.9, 4.0, 6.0]},
+    },
+}  # fmt: skip
+_TOWER = {
+    "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 3, "num_hidden_layers": 3, "image_size": 18,
+    "patch_size": 4, "layer_norm_eps": 2e-4,
+}  # fmt: skip
+TOWERS: dict[str, dict[str, Any]] = {
+    "clip": {"model_type": "clip_vision_model", **_TOWER, "hidden_act": "gelu", "projection_dim": 24},
+    "siglip": {"model_type": "siglip_vision_model", **_TOWER, "hidden_act": "gelu"},
+}
+
+
+def llava_config(text: str, tower: str) -> dict[str, Any]:
+    """A LlavaForConditionalGeneration; a SigLIP tower has no class token to drop."""
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": 90,
+        "image_seq_length": 16,
+        "projector_hidden_act": "relu",
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "full" if tower == "siglip" else "default",
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "text_config": TEXTS[text],
+        "vision_config": TOWERS[tower],
+    }
+
+
+def internvl_config(text: str, **changes: Any) -> dict[str, Any]:
+    """An InternVLForConditionalGeneration."""
+    return {
+        "architectures": ["InternVLForConditionalGeneration"],
+        "model_type": "internvl",
+        "image_token_id": 90,
+        "image_seq_length": 4,
+        "projector_hidden_act": "relu",
+        "downsample_ratio": 0.5,
+        "vision_feature_layer": -1,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "text_config": TEXTS[text],
+        "vision_config": {
+            **_TOWER, "model_type": "internvl_vision", "hidden_act": "gelu_new", "attention_bias": True,
+            "image_size": [18, 18], "patch_size": [4, 4],
+        },
+        **changes,
+    }  # fmt: skip
+
+
+def internvl_chat_config(text: str) -> dict[str, Any]:
+    """The hub layout of InternVL-Chat, which transformers cannot load by itself."""
+    return {
+        "architectures": ["InternVLChatModel"],
+        "auto_map": {"AutoModel": "modeling_internvl_chat.InternVLChatModel"},
+        "model_type": "internvl_chat",
+        "downsample_ratio": 0.5,
+        "force_image_size": 16,
+        "ps_version": "v1",
+        "select_layer": -2,
+        "torch_dtype": "float32",
+        "llm_config": TEXTS[text],
+        "vision_config": {
+            **_TOWER, "model_type": "intern_vit_6b", "hidden_act": "gelu_new", "qkv_bias": True,
+            "qk_normalization": False, "norm_type": "layer_norm", "image_size": 24,
+        },
+    }  # fmt: skip
+
+
+def make_vlm_folder(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:
+    """A folder with random weights, with the tensors that a tower has beside what is computed."""
+    make_folder(folder, config, seed)
+    draw, width, wide = np.random.default_rng(seed + 1), _TOWER["hidden_size"], _TOWER["intermediate_size"]
+    if config["vision_config"]["model_type"] == "siglip_vision_model":
+        shapes = {
+            "probe": (1, 1, width),
+            "attention.in_proj_weight": (3 * width, width), "attention.in_proj_bias": (3 * width,),
+            "attention.out_proj.weight": (width, width), "attention.out_proj.bias": (width,),
+            "layernorm.weight": (width,), "layernorm.bias": (width,),
+            "mlp.fc1.weight": (wide, width), "mlp.fc1.bias": (wide,),
+            "mlp.fc2.weight": (width, wide), "mlp.fc2.bias": (width,),
+        }  # fmt: skip
+        head = {f"vision_tower.vision_model.head.{k}": draw.standard_normal(s, np.float32) for k, s in shapes.items()}
+        edit_weights(folder, lambda tensors: {**tensors, **head})
+    return folder

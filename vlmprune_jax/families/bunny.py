@@ -1,0 +1,78 @@
+"""Bunny-v1.0-3B in its hub's layout: SigLIP, a two-layer projector and Phi-2 (BunnyPhiForCausalLM)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlmprune_jax.config import ModelConfig, ProjectorConfig
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.families.decoders import text_from_hf, text_weights
+from vlmprune_jax.families.llava import ORIGINAL_IMAGE_TOKEN, OTHER_TOWERS, TOWER_RENAMES, UNUSED_VISION
+from vlmprune_jax.families.shapes import layers_to_hf, token_ids
+from vlmprune_jax.families.table import Family
+from vlmprune_jax.families.vision import projector_of, projector_weights, vision_from_hf, vision_of, vision_weights
+
+MODEL_TYPE = "bunny-phi"
+# Bunny's code computes all blocks but the last, whatever the config says (siglip_encoder.py).
+_FEATURE_LAYER = -2
+# Bunny's config.json names its tower and its width only; these are the sizes of the one that the hub's Bunny-v1.0 has.
+_HUB_TOWER = "siglip-so400m-patch14-384"
+_HUB_TOWER_CONFIG = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "image_size": 384,
+    "patch_size": 14,
+}
+
+
+def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
+    name, width = str(config.get("mm_vision_tower", "")), config.get("mm_hidden_size")
+    if vision is None and name.rstrip("/").endswith(_HUB_TOWER) and width == _HUB_TOWER_CONFIG["hidden_size"]:
+        vision = _HUB_TOWER_CONFIG
+    if vision is None:
+        raise UserError(
+            f"this Bunny folder names its vision tower {name!r} (width {width}) but does not describe it: "
+            "pass the tower's own folder as vision_dir (--config.model.vision_dir)"
+        )
+    kind = config.get("mm_projector_type", "mlp2x_gelu")
+    if kind != "mlp2x_gelu":
+        raise UserError(f"mm_projector_type {kind!r} is not supported (supported: mlp2x_gelu)")
+    if config.get("use_s2"):
+        raise UserError("Bunny with use_s2 (several image scales, Bunny-v1.1) is not supported")
+    tower = vision_from_hf(vision, _FEATURE_LAYER, "siglip_vision_model")
+    if tower.kind != "siglip":
+        raise UserError(f"Bunny with a {tower.kind} tower is not supported (supported: SigLIP)")
+    if width not in (None, tower.hidden_size):
+        raise UserError(f"mm_hidden_size is {width} but the vision tower {name!r} has width {tower.hidden_size}")
+    return ModelConfig(
+        family="bunny",
+        layout="original",
+        text=text_from_hf({**config, "model_type": "phi"}),
+        vision=tower,
+        projector=ProjectorConfig(activation="gelu", bias=True),
+        image_token_id=ORIGINAL_IMAGE_TOKEN,
+        feature_select="full",
+        **token_ids(config),
+    )
+
+
+BUNNY = Family(
+    name="bunny",
+    layout="original",
+    matches=lambda config: config.get("model_type") == MODEL_TYPE,
+    from_hf=_from_hf,
+    # the hub's classes are the same whatever the widths
+    to_hf=lambda cfg, source: layers_to_hf(cfg.text, source),
+    weights=lambda cfg: (
+        text_weights(cfg.text, "model.", "lm_head.weight")
+        + projector_weights(projector_of(cfg), "model.mm_projector.", ("0", "2"))
+        + vision_weights(vision_of(cfg), "vision_tower.")
+    ),
+    renames=TOWER_RENAMES,
+    ignored=(r".*\.rotary_emb\.inv_freq", r"lm_head\.weight", UNUSED_VISION, OTHER_TOWERS),
+    separate_vision=True,
+)

@@ -1,0 +1,77 @@
+"""Phi (1, 1.5 and 2): parallel blocks, layer norms, biases and partial rotary embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlmprune_jax.config import TextConfig
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.families.rope import rope_from_hf, rotary_dim
+from vlmprune_jax.families.shapes import layers_from_hf, layers_to_hf
+from vlmprune_jax.families.table import JsonDict, Weight
+
+MODEL_TYPES = ("phi",)
+
+
+def text_from_hf(config: Mapping[str, Any], tie_default: bool = False) -> TextConfig:
+    """TextConfig of a PhiConfig dictionary; absent fields take transformers' defaults.
+
+    The output head has no bias: in vision-language models it has none, `PhiForCausalLM` alone gives it one.
+    """
+    if config.get("qk_layernorm", False):
+        raise UserError("config.json: Phi with qk_layernorm=true is not supported (no released Phi uses it)")
+    hidden = int(config.get("hidden_size", 2048))
+    heads = int(config.get("num_attention_heads", 32))
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    head_dim = int(config.get("head_dim") or hidden // heads)
+    widths = (heads, kv_heads, int(config.get("intermediate_size", 8192)))
+    return TextConfig(
+        vocab_size=int(config.get("vocab_size", 51200)),
+        hidden_size=hidden,
+        head_dim=head_dim,
+        layers=layers_from_hf(config, widths, [None] * int(config.get("num_hidden_layers", 24))),
+        norm_eps=float(config.get("layer_norm_eps", 1e-5)),
+        activation=config.get("hidden_act", "gelu_new"),
+        rope=rope_from_hf(config),
+        tie_embeddings=bool(config.get("tie_word_embeddings", tie_default)),
+        max_positions=int(config.get("max_position_embeddings", 2048)),
+        rotary_dim=rotary_dim(config, head_dim, default=0.5),
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        block="parallel",
+        norm="layer",
+        mlp_kind="plain",
+        decoder="phi",
+    )
+
+
+def text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
+    """`source` with every field that depends on the layers rewritten; Phi's classes take an explicit `head_dim`."""
+    return layers_to_hf(text, source)
+
+
+def text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
+    """Weight lines of the decoder; `prefix` precedes `embed_tokens` and `layers`, and `head` is lm_head's key."""
+    layer, key = "text/layers/{i}", prefix + "layers.{i}"
+    table = [Weight("text/embed_tokens/weight", prefix + "embed_tokens.weight", "vocab embed")]
+    lines = {
+        "input_layernorm": ("embed", "embed"),
+        "self_attn.q_proj": ("(q_heads head) embed", "(q_heads head)"),
+        "self_attn.k_proj": ("(kv_heads head) embed", "(kv_heads head)"),
+        "self_attn.v_proj": ("(kv_heads head) embed", "(kv_heads head)"),
+        "self_attn.dense": ("embed (q_heads head)", "embed"),
+        "mlp.fc1": ("mlp embed", "mlp"),
+        "mlp.fc2": ("embed mlp", "embed"),
+    }
+    for name, layouts in lines.items():
+        for part, layout in zip(("weight", "bias"), layouts, strict=True):
+            table.append(Weight(f"{layer}/{name.replace('.', '/')}/{part}", f"{key}.{name}.{part}", layout))
+    for part in ("weight", "bias"):
+        table.append(Weight(f"text/final_layernorm/{part}", f"{prefix}final_layernorm.{part}", "embed"))
+    if not text.tie_embeddings:
+        table.append(Weight("text/lm_head/weight", head, "vocab embed"))
+    if text.head_bias:
+        table.append(Weight("text/lm_head/bias", head.removesuffix("weight") + "bias", "vocab"))
+    return table

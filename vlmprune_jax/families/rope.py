@@ -1,0 +1,98 @@
+"""Rotary embedding in Hugging Face configs, in the spelling of transformers 4 and of transformers 5."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from vlmprune_jax.config import RopeConfig
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.families.table import JsonDict
+
+KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+
+
+def rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
+    """RoPE of a text config: `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (transformers 4)."""
+    nested = config.get("rope_parameters") or {}
+    scaling = nested or config.get("rope_scaling") or {}
+    theta = float(nested.get("rope_theta", config.get("rope_theta", 10000.0)))
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "su" or (kind == "yarn" and "long_factor" in scaling):
+        kind = "longrope"  # its names in the first releases of Phi-3
+    if kind not in KINDS:
+        raise UserError(f"config.json: rope type {kind!r} is not supported (supported: {', '.join(KINDS)})")
+    if kind == "default":
+        return RopeConfig(theta=theta, kind=kind)
+    if kind == "longrope":
+        return _longrope(config, scaling, theta)
+    if kind == "yarn":
+        unsupported = [name for name in ("mscale", "mscale_all_dim", "truncate") if scaling.get(name)]
+        if unsupported:
+            raise UserError(f"config.json: yarn rope with {', '.join(unsupported)} is not supported")
+    original = scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings", 0)
+    factor = float(scaling["factor"])
+    return RopeConfig(
+        theta=theta,
+        kind=kind,
+        factor=factor,
+        original_max_positions=int(original),
+        low_freq_factor=float(scaling.get("low_freq_factor", 0.0)),
+        high_freq_factor=float(scaling.get("high_freq_factor", 0.0)),
+        beta_fast=float(scaling.get("beta_fast") or 32.0),
+        beta_slow=float(scaling.get("beta_slow") or 1.0),
+        attention_factor=float(scaling.get("attention_factor") or (_yarn_scale(factor) if kind == "yarn" else 1.0)),
+    )
+
+
+def _longrope(config: Mapping[str, Any], scaling: Mapping[str, Any], theta: float) -> RopeConfig:
+    """LongRoPE (Ding et al. 2024); a field outside the rope dictionary has priority, as in transformers."""
+    missing = [name for name in ("short_factor", "long_factor") if name not in scaling]
+    if missing:
+        raise UserError(f"config.json: longrope without {', '.join(missing)}")
+    most = int(config.get("max_position_embeddings", 4096))
+    inside = scaling.get("original_max_position_embeddings")
+    default = 4096 if config.get("model_type") == "phi3" else most
+    original = int(config.get("original_max_position_embeddings") or inside or default)
+    factor = float(scaling.get("factor") or most / original)
+    attention = scaling.get("attention_factor")
+    if attention is None:
+        attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return RopeConfig(
+        theta=theta,
+        kind="longrope",
+        factor=factor,
+        original_max_positions=original,
+        attention_factor=float(attention),
+        short_factors=tuple(map(float, scaling["short_factor"])),
+        long_factors=tuple(map(float, scaling["long_factor"])),
+    )
+
+
+def rotary_dim(config: Mapping[str, Any], head_dim: int, default: float) -> int:
+    """Rotated channels of a head: `partial_rotary_factor` of them, rounded down, as transformers has it."""
+    nested = config.get("rope_parameters") or {}
+    factor = nested.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    return int(head_dim * float(default if factor is None else factor))
+
+
+def longrope_to_hf(rope: RopeConfig, source: Mapping[str, Any]) -> JsonDict:
+    """Fields that describe LongRoPE to a class that, unlike Phi-3's, has no default for them."""
+    fields = {
+        "rope_type": "longrope",
+        "factor": rope.factor,
+        "short_factor": list(rope.short_factors),
+        "long_factor": list(rope.long_factors),
+        "attention_factor": rope.attention_factor,
+        "original_max_position_embeddings": rope.original_max_positions,
+    }
+    outside = {"original_max_position_embeddings": rope.original_max_positions, "rope_theta": rope.theta}
+    if source.get("rope_parameters"):
+        return {**outside, "rope_parameters": {**fields, "rope_theta": rope.theta}}
+    return {**outside, "rope_scaling": fields}
+
+
+def _yarn_scale(factor: float) -> float:
+    """Attention temperature of YaRN (Peng et al. 2023, eq. 22), the default when the config names none."""
+    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0

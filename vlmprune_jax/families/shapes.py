@@ -1,0 +1,82 @@
+"""Config fields that depend on a decoder's layers, whatever its family: widths, sliding windows, token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vlmprune_jax.config import LayerShape, TextConfig
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.families.table import JsonDict
+
+# The field in which a folder with unequal layers records each layer's true widths.
+PER_LAYER = "per_layer_shapes"
+LAYER_TYPES = {"full_attention": False, "sliding_attention": True}
+
+
+def layers_from_hf(
+    config: Mapping[str, Any], widths: tuple[int, int, int], windows: Sequence[int | None]
+) -> tuple[LayerShape, ...]:
+    """One shape per layer: these equal widths, or those that the folder records layer by layer.
+
+    Raises:
+      UserError: the record does not have as many layers as the config.
+    """
+    recorded = config.get(PER_LAYER) or [widths] * len(windows)
+    if len(recorded) != len(windows):
+        raise UserError(
+            f"config.json: num_hidden_layers is {len(windows)} but {PER_LAYER} lists {len(recorded)} layers"
+        )
+    return tuple(LayerShape(q, kv, mlp, window) for (q, kv, mlp), window in zip(recorded, windows, strict=True))
+
+
+def windows_from_hf(config: Mapping[str, Any], n_layers: int) -> list[int | None]:
+    """Sliding window of each layer of a Qwen config: by `layer_types`, else from layer `max_window_layers` on.
+
+    Raises:
+      UserError: `layer_types` has another number of layers, or a kind of attention that we do not know.
+    """
+    window = int(config.get("sliding_window") or 4096) if config.get("use_sliding_window", False) else None
+    types = config.get("layer_types")
+    if types is None:
+        first = int(config.get("max_window_layers", 28))
+        return [window if i >= first else None for i in range(n_layers)]
+    if len(types) != n_layers:
+        raise UserError(f"config.json: num_hidden_layers is {n_layers} but layer_types lists {len(types)} layers")
+    unknown = sorted(set(types) - set(LAYER_TYPES))
+    if unknown:
+        raise UserError(f"config.json: layer_types {unknown} not supported (supported: {', '.join(LAYER_TYPES)})")
+    return [window if LAYER_TYPES[kind] else None for kind in types]
+
+
+def layers_to_hf(text: TextConfig, source: Mapping[str, Any]) -> JsonDict:
+    """`source` with every field that depends on the layers rewritten; unknown fields survive."""
+    config = dict(source)
+    q_heads, kv_heads, mlp = (max(column) for column in zip(*(shape.widths for shape in text.layers), strict=True))
+    config.update(
+        num_hidden_layers=len(text.layers),
+        num_attention_heads=q_heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=mlp,
+        head_dim=text.head_dim,
+    )
+    config.pop(PER_LAYER, None)
+    if not text.even:
+        config[PER_LAYER] = [list(shape.widths) for shape in text.layers]
+    sliding = [shape.window is not None for shape in text.layers]
+    if "max_window_layers" in source:
+        config["max_window_layers"] = sliding.index(True) if any(sliding) else len(sliding)
+    if "layer_types" in source or len(set(sliding)) > 1:
+        config["layer_types"] = ["sliding_attention" if one else "full_attention" for one in sliding]
+    return config
+
+
+def token_ids(config: Mapping[str, Any]) -> dict[str, Any]:
+    """bos/eos/pad ids as ModelConfig keywords; eos may be one id or a list."""
+    eos = config.get("eos_token_id")
+    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+    return {
+        "bos_token_id": config.get("bos_token_id"),
+        "eos_token_ids": eos_ids,
+        "pad_token_id": config.get("pad_token_id"),
+    }

@@ -1,0 +1,228 @@
+"""Vision towers and projectors: Hugging Face configs, and the names of their weights in every layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlmprune_jax.config import ModelConfig, ProjectorConfig, VisionConfig
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.families.table import Weight
+
+# Class defaults of each tower's config in transformers (InternViT: of the hub's remote code), which files leave out.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "clip_vision_model": {
+        "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12,
+        "image_size": 224, "patch_size": 32, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu",
+    },
+    "siglip_vision_model": {
+        "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12,
+        "image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh",
+    },
+    "internvl_vision": {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24,
+        "image_size": 448, "patch_size": 14, "layer_norm_eps": 1e-6, "hidden_act": "gelu",
+        "attention_bias": False, "use_qk_norm": False, "norm_type": "layer_norm", "use_mean_pooling": True,
+        "use_absolute_position_embeddings": True,
+    },
+    "intern_vit_6b": {
+        "hidden_size": 3200, "intermediate_size": 12800, "num_attention_heads": 25, "num_hidden_layers": 48,
+        "image_size": 224, "patch_size": 14, "layer_norm_eps": 1e-6, "hidden_act": "gelu",
+        "qkv_bias": False, "qk_normalization": True, "norm_type": "rms_norm",
+    },
+}  # fmt: skip
+# How the kinds of tower differ.
+_TRAITS: dict[str, dict[str, Any]] = {
+    "clip_vision_model": {"kind": "clip"},
+    "siglip_vision_model": {"kind": "siglip", "class_token": False, "patch_bias": True, "pre_norm": False},
+    "internvl_vision": {"kind": "internvit", "patch_bias": True, "pre_norm": False, "layer_scale": True},
+    "intern_vit_6b": {"kind": "internvit", "patch_bias": True, "pre_norm": False, "layer_scale": True},
+}
+# A whole CLIP or SigLIP config, whose vision part may leave its type out.
+_OUTER = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+
+
+def vision_from_hf(
+    config: Mapping[str, Any], feature_layer: Any, default_type: str, image_size: int | None = None
+) -> VisionConfig:
+    """VisionConfig of a vision config dictionary (or a whole CLIP or SigLIP one).
+
+    Only blocks up to `feature_layer` (an index into the hidden states, 0 = embeddings) are computed. `image_size` is
+    that of the images where it is not the one the tower's position table is for.
+
+    Raises:
+      UserError: a type of tower or an option that is not supported, or several feature layers.
+    """
+    kind = _OUTER.get(config.get("model_type", ""), default_type)
+    config = config.get("vision_config", config)
+    kind = config.get("model_type") or kind
+    if kind not in _DEFAULTS:
+        raise UserError(f"vision tower of type {kind!r} is not supported (supported: {', '.join(_DEFAULTS)})")
+    full = {**_DEFAULTS[kind], **{name: value for name, value in config.items() if value is not None}}
+    _check_internvit(full)
+    total = int(full["num_hidden_layers"])
+    if not isinstance(feature_layer, int):
+        raise UserError(f"vision feature layer {feature_layer!r}: several are not supported, use one integer")
+    used = feature_layer if feature_layer >= 0 else total + 1 + feature_layer
+    if not 0 < used <= total:
+        raise UserError(f"vision feature layer {feature_layer} does not exist in a tower of {total} layers")
+    trained = _side(full["image_size"], "image_size")
+    return VisionConfig(
+        hidden_size=int(full["hidden_size"]),
+        mlp=int(full["intermediate_size"]),
+        heads=int(full["num_attention_heads"]),
+        n_layers=used,
+        n_layers_total=total,
+        image_size=image_size or trained,
+        patch_size=_side(full["patch_size"], "patch_size"),
+        channels=int(full.get("num_channels", 3)),
+        norm_eps=float(full["layer_norm_eps"]),
+        activation=full["hidden_act"],
+        qkv_bias=bool(full.get("qkv_bias", full.get("attention_bias", True))),
+        position_size=trained if image_size not in (None, trained) else 0,
+        **_TRAITS[kind],
+    )
+
+
+def _check_internvit(config: Mapping[str, Any]) -> None:
+    unsupported = {
+        "qk_normalization": config.get("qk_normalization", False),
+        "use_qk_norm": config.get("use_qk_norm", False),
+        "norm_type": config.get("norm_type", "layer_norm") != "layer_norm",
+        "use_mean_pooling": not config.get("use_mean_pooling", True),
+        "use_absolute_position_embeddings": not config.get("use_absolute_position_embeddings", True),
+    }
+    for name, refused in unsupported.items():
+        if refused:
+            raise UserError(
+                f"vision tower with {name} = {config[name]!r} is not supported (InternViT-300M is: layer_norm, no norm "
+                "of queries and keys, mean pooling, absolute positions)"
+            )
+
+
+def _side(size: Any, name: str) -> int:
+    """Side of a square that a config gives as a number or as a pair."""
+    sides = {int(side) for side in (size if isinstance(size, (list, tuple)) else (size,))}
+    if len(sides) != 1:
+        raise UserError(f"vision tower: {name} {size} is not square")
+    return sides.pop()
+
+
+# File layout of each parameter: of its weight; a bias has the first axes of it.
+_LAYOUTS = {
+    "class_embedding": "vision",
+    "patch_embedding": "vision channel patch_row patch_column",
+    "position_embedding": "position vision",
+    "pre_layrnorm": "vision",
+    "layers/{i}/layer_norm1": "vision",
+    "layers/{i}/self_attn/q_proj": "(vision_heads vision_head) vision",
+    "layers/{i}/self_attn/k_proj": "(vision_heads vision_head) vision",
+    "layers/{i}/self_attn/v_proj": "(vision_heads vision_head) vision",
+    "layers/{i}/self_attn/out_proj": "vision (vision_heads vision_head)",
+    "layers/{i}/layer_scale1": "vision",
+    "layers/{i}/layer_norm2": "vision",
+    "layers/{i}/mlp/fc1": "vision_mlp vision",
+    "layers/{i}/mlp/fc2": "vision vision_mlp",
+    "layers/{i}/layer_scale2": "vision",
+}
+# Keys that are not the path with dots; several paths of one key are a fused tensor, its rows in the order of the lines.
+_CLIP_KEYS = {
+    "class_embedding": "embeddings.class_embedding",
+    "patch_embedding": "embeddings.patch_embedding.weight",
+    "position_embedding": "embeddings.position_embedding.weight",
+}
+_INTERNVIT_KEYS = {
+    "class_embedding": "embeddings.class_embedding",
+    "patch_embedding": "embeddings.patch_embedding.weight",
+    "position_embedding": "embeddings.position_embedding",
+    "layers/{i}/layer_norm1": "encoder.layers.{i}.norm1.weight",
+    "layers/{i}/self_attn/q_proj": "encoder.layers.{i}.attn.qkv.weight",
+    "layers/{i}/self_attn/k_proj": "encoder.layers.{i}.attn.qkv.weight",
+    "layers/{i}/self_attn/v_proj": "encoder.layers.{i}.attn.qkv.weight",
+    "layers/{i}/self_attn/out_proj": "encoder.layers.{i}.attn.proj.weight",
+    "layers/{i}/layer_scale1": "encoder.layers.{i}.ls1",
+    "layers/{i}/layer_norm2": "encoder.layers.{i}.norm2.weight",
+    "layers/{i}/layer_scale2": "encoder.layers.{i}.ls2",
+}
+_INTERNVL_KEYS = {
+    "class_embedding": "embeddings.cls_token",
+    "patch_embedding": "embeddings.patch_embeddings.projection.weight",
+    "position_embedding": "embeddings.position_embeddings",
+    "layers/{i}/layer_norm1": "encoder.layer.{i}.layernorm_before.weight",
+    "layers/{i}/self_attn/q_proj": "encoder.layer.{i}.attention.q_proj.weight",
+    "layers/{i}/self_attn/k_proj": "encoder.layer.{i}.attention.k_proj.weight",
+    "layers/{i}/self_attn/v_proj": "encoder.layer.{i}.attention.v_proj.weight",
+    "layers/{i}/self_attn/out_proj": "encoder.layer.{i}.attention.projection_layer.weight",
+    "layers/{i}/layer_scale1": "encoder.layer.{i}.lambda_1",
+    "layers/{i}/layer_norm2": "encoder.layer.{i}.layernorm_after.weight",
+    "layers/{i}/layer_scale2": "encoder.layer.{i}.lambda_2",
+    "layers/{i}/mlp/fc1": "encoder.layer.{i}.mlp.fc1.weight",
+    "layers/{i}/mlp/fc2": "encoder.layer.{i}.mlp.fc2.weight",
+}
+
+
+def vision_weights(vision: VisionConfig, prefix: str) -> list[Weight]:
+    """Weight lines of a CLIP or SigLIP tower's computed part under key `prefix`."""
+    return _tower_weights(vision, prefix, _CLIP_KEYS)
+
+
+def internvit_weights(vision: VisionConfig, prefix: str, native: bool) -> list[Weight]:
+    """Weight lines of an InternViT's computed part, in the hub's names or (`native`) in those of transformers."""
+    return _tower_weights(vision, prefix, _INTERNVL_KEYS if native else _INTERNVIT_KEYS)
+
+
+def _tower_weights(vision: VisionConfig, prefix: str, keys: Mapping[str, str]) -> list[Weight]:
+    absent = {
+        "class_embedding": not vision.class_token,
+        "pre_layrnorm": not vision.pre_norm,
+        "layers/{i}/layer_scale1": not vision.layer_scale,
+        "layers/{i}/layer_scale2": not vision.layer_scale,
+    }
+    without_bias = {"class_embedding", "position_embedding", "layers/{i}/layer_scale1", "layers/{i}/layer_scale2"}
+    if not vision.patch_bias:
+        without_bias.add("patch_embedding")
+    if not vision.qkv_bias:
+        without_bias.update(f"layers/{{i}}/self_attn/{name}" for name in ("q_proj", "k_proj", "v_proj"))
+    # InternViT writes its class token and its positions as a batch of one
+    batched = {"class_embedding": "1 1 ", "position_embedding": "1 "} if vision.kind == "internvit" else {}
+    table = []
+    for path, layout in _LAYOUTS.items():
+        if absent.get(path):
+            continue
+        default = path.replace("layers/", "encoder.layers.").replace("/", ".") + ".weight"
+        key = prefix + keys.get(path, default)
+        table.append(Weight(f"vision/{path}/weight", key, batched.get(path, "") + layout))
+        if path not in without_bias:
+            table.append(Weight(f"vision/{path}/bias", key.removesuffix("weight") + "bias", first_axes(layout)))
+    return table
+
+
+def first_axes(layout: str) -> str:
+    """Layout of a bias: the first group of its weight's."""
+    return layout.partition(")")[0] + ")" if layout.startswith("(") else layout.split()[0]
+
+
+def projector_weights(projector: ProjectorConfig, prefix: str, names: tuple[str, ...]) -> list[Weight]:
+    """Weight lines of the projector; `names` of its layers in the files, first to last."""
+    shuffled = projector.kind == "pixel_shuffle"
+    layouts = {"linear_1": "projector shuffled" if shuffled else "projector vision", "linear_2": "embed projector"}
+    if shuffled:
+        layouts = {"layer_norm": "shuffled", **layouts}
+    table = []
+    for (path, layout), name in zip(layouts.items(), names, strict=True):
+        table.append(Weight(f"projector/{path}/weight", f"{prefix}{name}.weight", layout))
+        if projector.bias or path == "layer_norm":
+            table.append(Weight(f"projector/{path}/bias", f"{prefix}{name}.bias", first_axes(layout)))
+    return table
+
+
+def projector_of(cfg: ModelConfig) -> ProjectorConfig:
+    """The projector of a config that has one."""
+    assert cfg.projector is not None
+    return cfg.projector
+
+
+def vision_of(cfg: ModelConfig) -> VisionConfig:
+    """The tower of a config that has one."""
+    assert cfg.vision is not None
+    return cfg.vision

@@ -1,0 +1,130 @@
+"""Weights that stay in their files: what file surgery prunes in place of device arrays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.hf.files import WEIGHT_DTYPES, Checkpoint, Extent
+from vlmprune_jax.hf.layout import Slot, make_slots
+from vlmprune_jax.hf.read import Sources, find_weights, read_config
+from vlmprune_jax.models.params import unflatten
+from vlmprune_jax.models.vlm import Model
+
+
+@dataclass(frozen=True, eq=False)
+class FileArray:
+    """One weight of one layer, in a file: `stored` is its shape there, `picks` are the (axis, indices) that stay.
+
+    `first` is its first element in a tensor of the file that holds several weights one after the other. Nothing is read
+    before `read` or `elements`. Like a numpy array it has `shape`, `dtype` and `take`.
+    """
+
+    checkpoint: Checkpoint
+    key: str
+    stored: tuple[int, ...]
+    first: int = 0
+    picks: tuple[tuple[int, np.ndarray], ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape with the picked indices only."""
+        sizes = list(self.stored)
+        for axis, indices in self.picks:
+            sizes[axis] = len(indices)
+        return tuple(sizes)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype in the file."""
+        return WEIGHT_DTYPES[self.checkpoint.entries[self.key].dtype]
+
+    def take(self, indices: np.ndarray, axis: int) -> FileArray:
+        """The same weight with `indices` of an axis that was whole so far."""
+        return replace(self, picks=(*self.picks, (axis, np.asarray(indices))))
+
+    @property
+    def extent(self) -> Extent | None:
+        """Its bytes in the file, or None where they are not in one piece (picked, or inside a `.bin`)."""
+        if self.picks:
+            return None
+        return self.checkpoint.extent(self.key, self.first * self.dtype.itemsize, self._size * self.dtype.itemsize)
+
+    def read(self) -> np.ndarray:
+        """The values: a memory map, or a copy where indices are picked."""
+        # Bits instead of values: numpy has fast paths for taking integers, and none for bfloat16.
+        bits = self.checkpoint.raw(self.key).view(f"u{self.dtype.itemsize}")
+        array = bits[self.first : self.first + self._size].reshape(self.stored)
+        for axis, indices in self.picks:
+            array = np.take(array, indices, axis=axis)
+        return array.view(self.dtype)
+
+    def elements(self, positions: tuple[np.ndarray, ...]) -> np.ndarray:
+        """The values at these index arrays, reading nothing else."""
+        flat = np.ravel_multi_index(positions, self.stored)
+        assert not self.picks, "elements are those of the weight as stored"
+        return self.checkpoint.elements(self.key, self.first + flat)
+
+    @property
+    def _size(self) -> int:
+        return math.prod(self.stored)
+
+    @staticmethod
+    def stack(members: Sequence[FileArray]) -> FileStack:
+        """What `numpy.stack` is to arrays."""
+        return FileStack(tuple(members))
+
+
+@dataclass(frozen=True, eq=False)
+class FileStack:
+    """The same weight of a run of equal layers, as `params` stacks them."""
+
+    members: tuple[FileArray, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[layer, ...]`."""
+        return (len(self.members), *self.members[0].shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype in the files (of the first layer)."""
+        return self.members[0].dtype
+
+    def __getitem__(self, index: int) -> FileArray:
+        return self.members[index]
+
+
+def open_model(folder: Path, vision_dir: Path | None = None) -> Model:
+    """The model in a folder, with `FileArray` and `FileStack` in place of arrays: headers are read and checked, only.
+
+    `apply_plan` and `save` take it like any other model; it cannot compute.
+
+    Raises:
+      UserError: as `load`, but for weights that are not finite (found when they are written).
+    """
+    family, cfg = read_config(folder, vision_dir)
+    slots = make_slots(cfg, family)
+    return Model(file_params(cfg, slots, find_weights(slots, cfg, family, folder, vision_dir)), cfg)
+
+
+def file_params(cfg: ModelConfig, slots: Sequence[Slot], sources: Sources) -> dict[str, Any]:
+    """`params` of file arrays."""
+    flat: dict[str, Any] = {}
+    for slot in slots:
+        checkpoint, key = sources[slot.key]
+        one = FileArray(checkpoint, key, slot.shape, first=slot.start * math.prod(slot.hf_shape[1:]))
+        if slot.index is None:
+            flat[slot.path] = one
+        else:
+            flat.setdefault(slot.path, []).append((slot.index, one))
+    for path, leaf in flat.items():
+        if isinstance(leaf, list):
+            flat[path] = FileArray.stack([one for _, one in sorted(leaf, key=lambda pair: pair[0])])
+    return unflatten(flat)

@@ -1,0 +1,139 @@
+"""PyTorch loader of decoders whose layers have unequal widths: stock transformers classes, resized layer by layer.
+
+vlmprune-jax ships this file with exports of that kind. `per_layer_shapes` in config.json (in `text_config` of a
+vision-language model) lists [query heads, key/value heads, MLP neurons] of every decoder layer. Each class builds its
+stock parent at the widest shape and then cuts every layer to its own widths, before any weight is loaded; nothing else
+differs. Works with transformers 4.57 and 5.
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers import (
+    InternVLForConditionalGeneration,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    MistralForCausalLM,
+    Phi3ForCausalLM,
+    PhiForCausalLM,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
+
+
+class LayerConfig:
+    """The config of one layer: its own head counts, and everything else as the model's config has it at that moment."""
+
+    def __init__(self, config, **own):
+        self.__dict__.update(own, _model_config=config)
+
+    def __getattr__(self, name):
+        if name.startswith("__") or name == "_model_config":  # not there yet while a copy is being made
+            raise AttributeError(name)
+        return getattr(self._model_config, name)
+
+
+def cut(linear, rows=None, columns=None):
+    """Keep the first `rows` and `columns` of a linear layer (None keeps all)."""
+    have_rows, have_columns = linear.weight.shape
+    rows, columns = have_rows if rows is None else rows, have_columns if columns is None else columns
+    if rows > have_rows or columns > have_columns:
+        raise ValueError(f"per_layer_shapes in config.json: a layer of {rows} x {columns} is wider than the widest")
+    linear.weight = nn.Parameter(linear.weight.detach()[:rows, :columns].clone())
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias.detach()[:rows].clone())
+    linear.out_features, linear.in_features = rows, columns
+
+
+def resize_layer(layer, q_heads, kv_heads, mlp):
+    """Give one decoder layer its own numbers of heads and neurons."""
+    attention, head = layer.self_attn, layer.self_attn.head_dim
+    sizes = {
+        attention: {
+            "q_proj": (q_heads * head, None),
+            "k_proj": (kv_heads * head, None),
+            "v_proj": (kv_heads * head, None),
+            "qkv_proj": ((q_heads + 2 * kv_heads) * head, None),
+            "o_proj": (None, q_heads * head),
+            "dense": (None, q_heads * head),
+        },
+        layer.mlp: {
+            "gate_proj": (mlp, None),
+            "up_proj": (mlp, None),
+            "gate_up_proj": (2 * mlp, None),
+            "down_proj": (None, mlp),
+            "fc1": (mlp, None),
+            "fc2": (None, mlp),
+        },
+    }
+    for module, projections in sizes.items():
+        for name, size in projections.items():
+            if hasattr(module, name):
+                cut(getattr(module, name), *size)
+    heads = {"num_attention_heads": q_heads, "num_key_value_heads": kv_heads}
+    attention.config = LayerConfig(attention.config, intermediate_size=mlp, **heads)
+    own = {"num_heads": q_heads, "num_key_value_groups": q_heads // kv_heads, **heads}
+    for name, value in own.items():
+        if hasattr(attention, name):
+            setattr(attention, name, value)
+    if hasattr(layer.mlp, "intermediate_size"):
+        layer.mlp.intermediate_size = mlp
+
+
+class PerLayerWidths(nn.Module):
+    """Mixin before a stock class: its decoder layers get the widths in `per_layer_shapes`."""
+
+    # save_pretrained then puts this file into the new folder, which transformers 4 would not do by itself
+    _auto_class: Any = "AutoModelForCausalLM"
+    model: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        shapes = getattr(config.get_text_config(), "per_layer_shapes", None)
+        layers = getattr(self.model, "language_model", self.model).layers
+        if shapes is None or len(shapes) != len(layers):
+            found = "no per_layer_shapes" if shapes is None else f"{len(shapes)} per_layer_shapes"
+            raise ValueError(f"config.json has {found} for {len(layers)} layers")
+        for layer, shape in zip(layers, shapes, strict=True):
+            resize_layer(layer, *shape)
+
+    @classmethod
+    def is_custom_code(cls):
+        """False: transformers 5 then renames the keys of old checkpoints as it does for the stock class."""
+        return False
+
+
+class PerLayerLlamaForCausalLM(PerLayerWidths, LlamaForCausalLM):
+    """Llama with a shape per layer."""
+
+
+class PerLayerMistralForCausalLM(PerLayerWidths, MistralForCausalLM):
+    """Mistral with a shape per layer."""
+
+
+class PerLayerQwen2ForCausalLM(PerLayerWidths, Qwen2ForCausalLM):
+    """Qwen2 with a shape per layer."""
+
+
+class PerLayerQwen3ForCausalLM(PerLayerWidths, Qwen3ForCausalLM):
+    """Qwen3 with a shape per layer."""
+
+
+class PerLayerPhiForCausalLM(PerLayerWidths, PhiForCausalLM):
+    """Phi with a shape per layer."""
+
+
+class PerLayerPhi3ForCausalLM(PerLayerWidths, Phi3ForCausalLM):
+    """Phi-3 with a shape per layer."""
+
+
+class PerLayerLlavaForConditionalGeneration(PerLayerWidths, LlavaForConditionalGeneration):
+    """LLaVA whose decoder has a shape per layer."""
+
+    _auto_class = "AutoModelForImageTextToText"
+
+
+class PerLayerInternVLForConditionalGeneration(PerLayerWidths, InternVLForConditionalGeneration):
+    """InternVL whose decoder has a shape per layer."""
+
+    _auto_class = "AutoModelForImageTextToText"
