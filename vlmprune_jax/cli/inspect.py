@@ -14,7 +14,7 @@ from vlmprune_jax.cli.flags import Flags
 
 def define(values: Flags) -> None:
     """Flags of this command."""
-    absl_flags.DEFINE_string("vision_dir", None, "the CLIP folder of an original-layout LLaVA", flag_values=values)
+    absl_flags.DEFINE_string("vision_dir", None, "vision tower folder (original LLaVA, Bunny)", flag_values=values)
     absl_flags.DEFINE_bool("json", False, "machine-readable output", flag_values=values)
 
 
