@@ -45,6 +45,8 @@ class TorchWorkers:
         version: str,
         want: tuple[str, ...] = ("logits",),
         max_new_tokens: int | None = None,
+        adapter: Path | None = None,
+        dtype: str = "float32",
         trust_remote_code: bool = False,
         save_to: Path | None = None,
     ) -> dict[str, np.ndarray]:
@@ -52,7 +54,8 @@ class TorchWorkers:
 
         `inputs` are int `input_ids` and optionally `attention_mask` and float `pixel_values`. `want` chooses among
         "logits" and "nll" (negative log likelihood of each next input id, in nats); `max_new_tokens` adds "tokens",
-        int64[batch, max_new_tokens], decoded greedily with eos ignored. Weights are float32, attention is eager.
+        int64[batch, max_new_tokens], decoded greedily with eos ignored. `adapter` is a peft folder to put on the model.
+        Weights and arithmetic have `dtype`, attention is eager.
         `save_to` is a folder for save_pretrained. Code in the folder runs only with `trust_remote_code`.
         Raises TorchJobError if a key is missing, unexpected or mismatched, or if anything else fails.
         """
@@ -60,6 +63,7 @@ class TorchWorkers:
         np.savez(source, **inputs)
         job: dict = {"class": class_name, "inputs": str(source)}
         job |= {"want": list(want), "max_new_tokens": max_new_tokens}
+        job |= {"adapter": adapter and str(adapter), "dtype": dtype}
         job |= {"trust_remote_code": trust_remote_code, "save_to": save_to and str(save_to)}
         return self._run(folder, job, version)[0]
 

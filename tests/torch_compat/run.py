@@ -1,10 +1,11 @@
 """Answer jobs, one JSON object a line on stdin, with what stock transformers and torch compute; one JSON line each.
 
 A job: {"folder": HF folder, "class": name in transformers, "inputs": npz path, "output": npz path to write,
-"want": subset of ["logits", "nll"], "max_new_tokens": int or null, "trust_remote_code": bool, "save_to": a folder for
-save_pretrained, or null}. Or a chat: {"folder", "output", "chat": messages, "max_new_tokens", "trust_remote_code"}:
-what the processor makes of it and, with max_new_tokens, the answer of an image-text-to-text pipeline as "text".
-Answers: {"error": str or null, "transformers": version}.
+"want": subset of ["logits", "nll"], "max_new_tokens": int or null, "adapter": peft folder or null, "dtype": "float32"
+or "float64", "trust_remote_code": bool, "save_to": a folder for save_pretrained, or null}. Or a chat: {"folder",
+"output", "chat": messages, "max_new_tokens", "trust_remote_code"}: what the processor makes of it and, with
+max_new_tokens, the answer of an image-text-to-text pipeline as "text". Answers: {"error": str or null,
+"transformers": version}.
 By hand: echo '{"folder": ...}' | PYTHONPATH=.compat/transformers-4.57 python tests/torch_compat/run.py
 """
 
@@ -12,6 +13,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # libraries print progress on stdout; only answers may go there
@@ -21,11 +23,11 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 
-def load_exactly(folder: str, class_name: str, trust_remote_code: bool) -> torch.nn.Module:
-    """The model of `folder` in float32 with eager attention; every tensor must fit the class and fill it."""
+def load_exactly(folder: str, class_name: str, dtype: torch.dtype, trust_remote_code: bool) -> torch.nn.Module:
+    """The model of `folder` with eager attention; every tensor must fit the class and fill it."""
     model, report = getattr(transformers, class_name).from_pretrained(
         folder,
-        dtype=torch.float32,
+        dtype=dtype,
         attn_implementation="eager",
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
@@ -37,6 +39,21 @@ def load_exactly(folder: str, class_name: str, trust_remote_code: bool) -> torch
     return model.eval()
 
 
+def with_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
+    """The model with a peft adapter on it; its tensors and the places for them must be the same."""
+    import peft
+    from safetensors.torch import load_file
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # peft warns of missing keys
+        adapted = peft.PeftModel.from_pretrained(model, folder).to(model.dtype)
+    saved, loaded = load_file(f"{folder}/adapter_model.safetensors"), peft.get_peft_model_state_dict(adapted)
+    wrong = [name for name in saved if name not in loaded or not torch.equal(saved[name], loaded[name].float())]
+    if wrong or saved.keys() != loaded.keys():
+        raise ValueError(f"adapter: {wrong}, {sorted(saved.keys() ^ loaded.keys())} not loaded as written")
+    return adapted.eval()
+
+
 def next_token_nll(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """float64[batch, seq - 1]: -log p(input_ids[:, t + 1] | input_ids[:, :t + 1]); one row at a time to save memory.
 
@@ -46,20 +63,23 @@ def next_token_nll(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tenso
     return torch.stack([torch.nn.functional.cross_entropy(row.double(), ids, reduction="none") for row, ids in rows])
 
 
-def read_inputs(path: str) -> dict[str, torch.Tensor]:
-    """The arrays of an npz file, integers as int64."""
+def read_inputs(path: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The arrays of an npz file in the model's dtype, integers as int64."""
     with np.load(path) as arrays:
         tensors = {name: torch.from_numpy(arrays[name]) for name in arrays}
-    return {name: tensor if tensor.is_floating_point() else tensor.long() for name, tensor in tensors.items()}
+    return {name: tensor.to(dtype if tensor.is_floating_point() else torch.long) for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
 def run_job(job: dict) -> None:
     """Load, compute what the job wants, write it."""
-    model = load_exactly(job["folder"], job["class"], job["trust_remote_code"])
+    dtype = getattr(torch, job["dtype"])
+    model = load_exactly(job["folder"], job["class"], dtype, job["trust_remote_code"])
     if job["save_to"]:
         model.save_pretrained(job["save_to"])
-    inputs = read_inputs(job["inputs"])
+    if job["adapter"]:
+        model = with_adapter(model, job["adapter"])
+    inputs = read_inputs(job["inputs"], dtype)
     outputs = {}
     if job["want"]:
         logits = model(**inputs, use_cache=False).logits

@@ -8,7 +8,7 @@ from absl import logging
 from transformers.utils.logging import disable_progress_bar
 
 from vlmprune_jax.cli.config import to_experiment
-from vlmprune_jax.distributed.mesh import is_main_process
+from vlmprune_jax.distributed.mesh import initialize, is_main_process
 from vlmprune_jax.stages.console import make_reporter
 from vlmprune_jax.stages.context import Context
 from vlmprune_jax.stages.spec import Experiment
@@ -18,9 +18,10 @@ def prepare(flags: Any) -> tuple[Experiment, Context]:
     """The experiment and the context of a stage command.
 
     Raises:
-      UserError: see `to_experiment`.
+      UserError: see `initialize` and `to_experiment`.
     """
     logging.set_verbosity(logging.ERROR)  # orbax and grain narrate at lower levels
     disable_progress_bar()  # the bars here are our own
+    initialize(flags.coordinator, flags.num_processes, flags.process_id)
     experiment, workdir = to_experiment(flags.config, flags.workdir)
     return experiment, Context(workdir, make_reporter(is_main_process()), flags.overwrite)

@@ -22,6 +22,7 @@ COMMANDS = {
     "export": "the best model as a Hugging Face folder, reloaded and compared -> export/",
     "report": "one page with table and plots from result.json -> report.html, report.png",
     "inspect": "what a Hugging Face folder holds and what can be pruned, from its headers",
+    "tfds": "LLaVA records and their images as a tensorflow-datasets data set",
     "demo": "the whole run on bundled real data, on a CPU",
     "pretrain": "train the demo's teacher from scratch",
 }

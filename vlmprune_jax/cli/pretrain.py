@@ -20,11 +20,13 @@ def define(values: Flags) -> None:
 def run(flags: Any) -> None:
     """Run the stages that the config lists."""
     from vlmprune_jax.demo.pretrain import Stage, pretrain
+    from vlmprune_jax.distributed.mesh import initialize
     from vlmprune_jax.errors import UserError
     from vlmprune_jax.recover import RecoverConfig
 
     if flags.config is None or not flags.workdir:
         raise UserError("pretraining needs --config=configs/easyvqa_pretrain.py and --workdir=DIR")
+    initialize(flags.coordinator, flags.num_processes, flags.process_id)
     config = flags.config.to_dict()
     own = tuple(field.name for field in dataclasses.fields(Stage) if field.name != "training")
     stages = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import threading
 from collections import OrderedDict
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from vlmprune_jax.data.records import StoredImage
 from vlmprune_jax.data.tiling import Tiling, pad_to_square, tiling_from_chat_config, tiling_from_processor
 from vlmprune_jax.errors import UserError
 
@@ -103,11 +105,11 @@ class ImageLoader:
         self._max_pixels = max_pixels
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
-        self._cache: OrderedDict[tuple[Path, int], np.ndarray] = OrderedDict()
-        self._sizes: dict[Path, tuple[int, int]] = {}
+        self._cache: OrderedDict[tuple[Path | StoredImage, int], np.ndarray] = OrderedDict()
+        self._sizes: dict[Path | StoredImage, tuple[int, int]] = {}
         self._lock = threading.Lock()
 
-    def load(self, path: Path, record: str, sharing: int = 1) -> np.ndarray:
+    def load(self, path: Path | StoredImage, record: str, sharing: int = 1) -> np.ndarray:
         """Return read-only float32[tiles, 3, height, width] of an image in a record of `sharing` images.
 
         Raises UserError naming the file and the record.
@@ -129,7 +131,7 @@ class ImageLoader:
                 self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
         return pixels
 
-    def tiles(self, paths: Sequence[Path], record: str) -> list[int]:
+    def tiles(self, paths: Sequence[Path | StoredImage], record: str) -> list[int]:
         """Return how many tiles each image of a record gives; reads their headers only where images are cut.
 
         Raises UserError naming the file and the record.
@@ -142,8 +144,8 @@ class ImageLoader:
             sizes.append(self._sizes[path])
         return [self.preparation.count(width, height, len(paths)) for width, height in sizes]
 
-    def _open(self, path: Path, record: str, sharing: int) -> Image.Image:
-        image = Image.open(path)
+    def _open(self, path: Path | StoredImage, record: str, sharing: int) -> Image.Image:
+        image = Image.open(path if isinstance(path, Path) else io.BytesIO(path.read_bytes()))
         width, height = image.size
         if max(width * height, self.preparation.prepared_pixels(width, height, sharing)) > self._max_pixels:
             image.close()
@@ -162,7 +164,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _readable(path: Path, record: str) -> Iterator[None]:
+def _readable(path: Path | StoredImage, record: str) -> Iterator[None]:
     """Turn whatever a decoder raises into one line that names the file and the record."""
     try:
         yield

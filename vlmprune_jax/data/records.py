@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,13 +17,34 @@ IMAGE_TOKEN = "<image>"
 _SPEAKERS = ("human", "gpt")
 
 
+class _Store(Protocol):
+    def read(self, number: int) -> bytes:
+        """Return an image's encoded bytes."""
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An image inside a data set (see data/tfds.py) instead of in a file of its own; `name` is for messages."""
+
+    name: str
+    number: int
+    store: _Store
+
+    def __str__(self) -> str:
+        return self.name
+
+    def read_bytes(self) -> bytes:
+        """Return the encoded bytes. Raises OSError where they cannot be read."""
+        return self.store.read(self.number)
+
+
 @dataclass(frozen=True)
 class Record:
     """One conversation: turns are ("human" | "gpt", text) in strict alternation from "human"; images in order."""
 
     id: str
     turns: tuple[tuple[str, str], ...]
-    images: tuple[Path, ...]
+    images: tuple[Path | StoredImage, ...]
 
 
 def read_records(path: Path, image_root: Path | None, *, image_lead: bool = False) -> list[Record]:
@@ -37,7 +58,7 @@ def read_records(path: Path, image_root: Path | None, *, image_lead: bool = Fals
     """
     path = Path(path)
     root = _ImageRoot(image_root)
-    records = [_make_record(entry, index, path, root, image_lead) for index, entry in enumerate(_read_entries(path))]
+    records = [make_record(entry, index, path, root, image_lead) for index, entry in enumerate(_read_entries(path))]
     if not records:
         raise UserError(f"{path}: holds no record; a LLaVA data file is a list of conversations")
     return records
@@ -83,7 +104,15 @@ def _parse(text: str, path: Path, lines_before: int, expected: str) -> Any:
         raise UserError(f"{path}, line {line}: not valid JSON ({reason}); expected {expected}") from error
 
 
-def _make_record(entry: Any, index: int, path: Path, root: _ImageRoot, image_lead: bool) -> Record:
+class Images(Protocol):
+    """Where a record's images are looked up by name."""
+
+    def find(self, name: str, where: str) -> Path | StoredImage:
+        """Return the image. Raises UserError, which says `where`, if there is none."""
+
+
+def make_record(entry: Any, index: int, path: Path, root: Images, image_lead: bool) -> Record:
+    """Return the record of one entry of a data file, validated. Raises UserError naming `path` and the record."""
     if not isinstance(entry, dict):
         raise UserError(f"{path}, record {index}: is a {type(entry).__name__}, expected an object with 'conversations'")
     name = entry.get("id", index)

@@ -2,11 +2,104 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
 from vlmprune_jax.distributed.rules import MESH_AXES
 from vlmprune_jax.errors import UserError
+
+# Names for processes that no cluster introduces to each other (flags of the same names win).
+VARIABLES = ("VLMPRUNE_COORDINATOR", "VLMPRUNE_NUM_PROCESSES", "VLMPRUNE_PROCESS_ID")
+METADATA_SECONDS = 3.0  # a machine that is not on Google Cloud has no such server
+
+
+def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Join the other processes of a run, before anything touches a device; alone, do nothing.
+
+    The processes are those that the arguments name (None: the environment's VLMPRUNE_COORDINATOR and its companions),
+    or else the workers of the TPU slice that this machine belongs to, when it has several. A second call does nothing.
+
+    Raises:
+      UserError: an incomplete or impossible place among the processes, or the others cannot be reached.
+    """
+    if jax.distributed.is_initialized():
+        return
+    place = _named_place(coordinator, num_processes, process_id)
+    if place is None and not _slice_has_workers():
+        return
+    try:
+        if place is None:
+            jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(*place)
+    except (RuntimeError, ValueError) as error:
+        where = "the workers of this TPU slice" if place is None else f"process {place[2]} of {place[1]} at {place[0]}"
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{where}: could not join the other processes ({reason}): start all of them") from error
+
+
+def _named_place(coordinator: str | None, num_processes: int | None, process_id: int | None) -> tuple | None:
+    """(host:port, number of processes, own number) from arguments and environment, or None where nothing is named."""
+    given = (coordinator, num_processes, process_id)
+    values = [os.environ.get(name) if value is None else str(value)
+              for name, value in zip(VARIABLES, given, strict=True)]  # fmt: skip
+    if not any(values):
+        return None
+    address, count, number = values
+    if not (address and count and number):
+        raise UserError(
+            "several processes need all of --coordinator=HOST:PORT, --num_processes and --process_id "
+            f"(or {', '.join(VARIABLES)}); got {address}, {count}, {number}"
+        )
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"coordinator {address!r} must be HOST:PORT, the address of process 0")
+    if not (count.isdigit() and number.isdigit() and int(number) < int(count)):
+        raise UserError(f"process {number} of {count}: process_id must be between 0 and num_processes - 1")
+    return address, int(count), int(number)
+
+
+def _slice_has_workers() -> bool:
+    """Whether this machine is one of several workers of a TPU slice.
+
+    GKE says so in the environment, a TPU VM's metadata server in `worker-network-endpoints`. A machine that has libtpu
+    only to compile for TPUs has neither.
+
+    Raises:
+      UserError: the metadata server answers, but not this question.
+    """
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if importlib.util.find_spec("libtpu") is None or (platforms and "tpu" not in platforms.split(",")):
+        return False
+    hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
+    if os.environ.get("MEGASCALE_COORDINATOR_ADDRESS") or "," in (hosts or ""):
+        return True
+    if hosts or os.environ.get("TPU_SKIP_MDS_QUERY"):
+        return False
+    server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")  # the name that jax uses as well
+    url = f"http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
+    request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(request, timeout=METADATA_SECONDS) as answer:
+            return "," in answer.read().decode()
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == 404:  # on Google Cloud, but not on a TPU VM
+            return False
+        raise UserError(f"{url}: answers {error.code}, so the workers of this slice are unknown: try again") from error
+    except OSError:  # no such server: not on Google Cloud
+        return False
 
 
 def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
@@ -41,3 +134,43 @@ def process_count() -> int:
 def is_main_process() -> bool:
     """Whether this process writes exports, logs and progress; asking does not start the accelerator either."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def from_main(compute: Callable[[], Any]) -> Any:
+    """What `compute` returns on process 0 (any JSON value), on every process; all of them must call it, in step.
+
+    Files of a workdir are looked at and changed by process 0 alone: others could see them before or after a change.
+
+    Raises:
+      UserError: `compute` raised it; every process does.
+    """
+    if process_count() == 1:
+        return compute()
+    said: dict[str, Any] = {}
+    if is_main_process():
+        try:
+            said = {"value": compute()}
+        except UserError as error:
+            said = {"error": str(error)}
+        except BaseException as error:  # the others must not wait for an answer that never comes
+            _tell({"error": f"process 0 failed ({type(error).__name__}: {error})"})
+            raise
+    said = _tell(said)
+    if "error" in said:
+        raise UserError(said["error"])
+    return said["value"]
+
+
+def _tell(said: dict[str, Any]) -> dict[str, Any]:
+    """Process 0's value, on every process."""
+    raw = np.frombuffer(json.dumps(said).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(raw.size, np.int32)))
+    padded = raw if is_main_process() else np.zeros(size, np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes())
+
+
+def whole(array: jax.Array) -> np.ndarray:
+    """An array's values in host memory, on every process; all of them must call it where it is split over them."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -8,7 +8,7 @@ from typing import Any
 from vlmprune_jax.config import ModelConfig, ProjectorConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families.decoders import text_from_hf, text_to_hf, text_weights
-from vlmprune_jax.families.llava import NATIVE_RENAMES
+from vlmprune_jax.families.llava import HF_MODULES, NATIVE_RENAMES
 from vlmprune_jax.families.shapes import layers_to_hf, token_ids
 from vlmprune_jax.families.table import Family, JsonDict
 from vlmprune_jax.families.vision import internvit_weights, projector_of, projector_weights, vision_from_hf, vision_of
@@ -117,6 +117,7 @@ INTERNVL_HF = Family(
         + projector_weights(projector_of(cfg), "multi_modal_projector.", ("layer_norm", "linear_1", "linear_2"))
         + internvit_weights(vision_of(cfg), "vision_tower.", native=True)
     ),
+    modules=HF_MODULES,
     renames=NATIVE_RENAMES,
     ignored=(
         r".*\.rotary_emb\.inv_freq",

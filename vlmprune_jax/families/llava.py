@@ -98,6 +98,13 @@ def _original_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | Non
     )
 
 
+# Tensor names -> names of modules in memory, of transformers' vision-language classes since 4.52.
+HF_MODULES = (
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^language_model\.lm_head", "lm_head"),
+    (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
+)
+
 LLAVA_HF = Family(
     name="llava",
     layout="transformers",
@@ -111,6 +118,7 @@ LLAVA_HF = Family(
         + projector_weights(projector_of(cfg), "multi_modal_projector.", ("linear_1", "linear_2"))
         + vision_weights(vision_of(cfg), "vision_tower.")
     ),
+    modules=HF_MODULES,
     renames=NATIVE_RENAMES,
     ignored=(r".*\.rotary_emb\.inv_freq", r"language_model\.lm_head\.weight", UNUSED_VISION),
 )

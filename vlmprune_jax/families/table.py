@@ -36,7 +36,8 @@ class Family:
     `renames` are ordered (regex, replacement) pairs that turn every accepted spelling of a key into the table's
     spelling. Keys that match `ignored` are neither loaded nor refused; they are carried over on export. `token_names`
     are (field, token) pairs: fields that `from_hf` looks for beside those of config.json, each with the id of a token
-    of the folder's tokenizer (absent where there is none).
+    of the folder's tokenizer (absent where there is none). `modules` are pairs that turn the table's spelling into the
+    names that modules have in memory in stock transformers.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     separate_vision: bool = False
+    modules: tuple[tuple[str, str], ...] = ()
     token_names: tuple[tuple[str, str], ...] = ()
 
     def canonical(self, key: str) -> str:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.distributed.mesh import whole
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, family_of
 from vlmprune_jax.hf.files import WEIGHT_DTYPES, Checkpoint, read_json
@@ -47,7 +48,7 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
     inputs = _random_inputs(model.cfg)
     # Most CPUs and TPUs multiply float32 in fewer bits by default; the comparison is of functions, not of speed.
     with jax.default_matmul_precision("highest"):
-        expected, _ = forward(_as_written(model, folder, vision_dir), **inputs)
+        expected = whole(forward(_as_written(model, folder, vision_dir), **inputs)[0])
         backend, actual = _reloaded_logits(model, folder, inputs, vision_dir)
     words = model.cfg.text.vocab_size
     if actual.shape[-1] > words and float(actual[..., words:].max() - actual[..., :words].max()) > 0:
@@ -56,7 +57,7 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
     if actual.shape != expected.shape:
         shapes = f"{list(actual.shape)} instead of {list(expected.shape)}"
         raise UserError(f"{folder}: reloaded in {backend} its logits have shape {shapes}: do not use this folder")
-    difference = float(np.abs(np.asarray(expected) - actual).max())
+    difference = float(np.abs(expected - actual).max())
     tolerance = max(TOLERANCE, RELATIVE_TOLERANCE * float(np.abs(expected).max()))
     if not difference <= tolerance:
         raise UserError(
@@ -103,7 +104,7 @@ def _reloaded_logits(
     if torch_loads and importlib.util.find_spec("torch") is not None:
         return "torch", _torch_logits(folder, config, family, inputs)
     again = load(folder, vision_dir=vision_dir, dtype="float32", mesh=mesh_of(model.params))
-    return "jax", np.asarray(forward(again, **inputs)[0])
+    return "jax", whole(forward(again, **inputs)[0])
 
 
 def _torch_class(config: dict[str, Any]) -> Any:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.distributed.mesh import whole
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.decoder import Cache, attention_mask
 from vlmprune_jax.models.vlm import Model, Params, VisionLanguageModel, check_inputs, mesh_of, place_batch, to_nnx
@@ -99,7 +100,7 @@ def _run(
     arrays = place_batch(host, mesh)
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         tokens, ended = _generate(model.params, model.cfg, arrays, max_new_tokens, eos)
-    return np.asarray(tokens), np.asarray(ended)
+    return whole(tokens), whole(ended)
 
 
 def _padding(cfg: ModelConfig, eos: tuple[int, ...]) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluate.scorers import retained
 from vlmprune_jax.report.build import build_report, table_of
@@ -62,9 +63,9 @@ def recover_runs(pruned: PruneRun) -> list[RecoverRun]:
 
 def _checked(name: str) -> str:
     """A variant's name, which becomes a folder's."""
-    if name in ("", ".", "..", NO_RECOVERY, "eval", "export", "pruned", "recovered", "training") or set(name) & set(
-        "/\\\0"
-    ):
+    if name in ("", ".", "..", NO_RECOVERY, "adapter", "eval", "export", "pruned", "recovered", "training") or set(
+        name
+    ) & set("/\\\0"):
         raise UserError(f"variant name {name!r} cannot be a folder of the workdir: use another")
     return name
 
@@ -125,7 +126,8 @@ def run_all(experiment: Experiment, context: Context) -> Json:
         "export": {"path": "export", **exported},
     }
     write_json(context.workdir / "result.json", result)
-    finish(context)
+    if is_main_process():
+        finish(context)
     return result
 
 

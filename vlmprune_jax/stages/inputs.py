@@ -17,6 +17,7 @@ from vlmprune_jax.data.batching import Batch, Encoder, train_batches
 from vlmprune_jax.data.images import ImageLoader, load_image_processor
 from vlmprune_jax.data.prompts import AUTO, TEMPLATES, Template, choose_template, load_tokenizer, tokenize_training
 from vlmprune_jax.data.records import Record, read_records, take_fraction
+from vlmprune_jax.data.tfds import PREFIX, RECORDS, read_tfds, tfds_folder
 from vlmprune_jax.data.tiling import Tiling
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluate.questions import QuestionPlan, plan_questions
@@ -104,6 +105,8 @@ def _load_inputs(model: ModelSpec, data: DataSpec, family: str, image_size: int 
 @functools.lru_cache(maxsize=4)
 def _records(path: str, images: str | None, image_lead: bool, changed: int) -> list[Record]:
     del changed  # part of the key: a file that is written again is read again
+    if path.startswith(PREFIX):
+        return read_tfds(tfds_folder(path), image_lead=image_lead)
     return read_records(Path(path), None if images is None else Path(images), image_lead=image_lead)
 
 
@@ -129,9 +132,9 @@ def evaluation_records(experiment: Experiment, template: Template) -> list[Recor
 
 def _read(path: str | None, images: str | None, what: str, template: Template) -> list[Record]:
     if path is None:
-        raise UserError(f"{what} is not set: give a LLaVA-format JSON file (--config.{what}=FILE)")
-    file = Path(path)
-    return _records(path, images, template.image_lead, file.stat().st_mtime_ns if file.is_file() else 0)
+        raise UserError(f"{what} is not set: give a LLaVA-format JSON file, or {PREFIX}FOLDER (--config.{what}=FILE)")
+    file = tfds_folder(path) / RECORDS if path.startswith(PREFIX) else Path(path)
+    return _records(path, images, template.image_lead, file.stat().st_mtime_ns if file.exists() else 0)
 
 
 def calibration_batches(experiment: Experiment, cfg: ModelConfig, *, seed: int) -> list[Batch]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlmprune_jax.distributed.mesh import from_main, is_main_process
 from vlmprune_jax.errors import UserError
 
 Json = dict[str, Any]
@@ -46,6 +47,8 @@ class Stage:
 def run_stage(stage: Stage, body: Callable[[], Json], *, overwrite: bool, say: Callable[[str], None]) -> Json:
     """Run `body` unless its result is already there; returns the facts it reported, and `seconds`.
 
+    Every process of a run calls it. `body` runs on all of them; what is there, is decided and noted by process 0.
+
     A stage whose inputs are unchanged is skipped; one that was interrupted starts again (or resumes from its scratch).
     Facts are kept with the ledger, so a skipped stage returns those of the run that made its outputs. `seconds` are
     those of the attempt that finished: what an interrupted one had spent before is not known.
@@ -53,6 +56,21 @@ def run_stage(stage: Stage, body: Callable[[], Json], *, overwrite: bool, say: C
     Raises:
       UserError: an output exists that was made from other inputs, or by hand, and `overwrite` is off.
     """
+    finished = from_main(lambda: _begin(stage, overwrite, say))
+    if finished is not None:
+        return finished
+    start = time.perf_counter()
+    try:
+        facts = body()
+    except BaseException:
+        if is_main_process() and not any(path.exists() for path in stage.scratch):
+            remove(stage.record)
+        raise
+    return from_main(lambda: _end(stage, facts, round(time.perf_counter() - start, 2)))
+
+
+def _begin(stage: Stage, overwrite: bool, say: Callable[[str], None]) -> Json | None:
+    """The facts of a stage that is done, or None where it has to run; then its place is cleared."""
     now = {"settings": _plain(stage.settings), "inputs": {n: digest(p) for n, p in stage.inputs.items()}}
     now["version"] = stage.version
     last = _read(stage.record)
@@ -66,17 +84,15 @@ def run_stage(stage: Stage, body: Callable[[], Json], *, overwrite: bool, say: C
         _refuse(stage, present, last, now, overwrite)
     for path in [*stage.outputs, *(() if resumes else stage.scratch)]:
         remove(path)
-    start = time.perf_counter()
     write_json(stage.record, {"made_from": now, "done": False})
-    try:
-        facts = body()
-    except BaseException:
-        if not any(path.exists() for path in stage.scratch):
-            remove(stage.record)
-        raise
-    seconds = round(time.perf_counter() - start, 2)
+    return None
+
+
+def _end(stage: Stage, facts: Json, seconds: float) -> Json:
+    """Note in the ledger that the stage is done."""
     made = {path.name: digest(path) for path in stage.outputs}
-    write_json(stage.record, {"made_from": now, "done": True, "seconds": seconds, "facts": facts, "outputs": made})
+    done = {**_read(stage.record), "done": True, "seconds": seconds, "facts": facts, "outputs": made}
+    write_json(stage.record, done)
     for path in stage.scratch:
         remove(path)
     return {**facts, "seconds": seconds}
@@ -144,7 +160,9 @@ def _file_digest(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut."""
+    """Write a file so that it is there whole or not at all, also after a power cut; process 0 does."""
+    if not is_main_process():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:

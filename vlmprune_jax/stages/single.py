@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.config import LoraConfig, ModelConfig
+from vlmprune_jax.data.tfds import PREFIX, tfds_folder
+from vlmprune_jax.distributed.mesh import from_main, is_main_process
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluate.runner import evaluate, perplexity
 from vlmprune_jax.hf.check import check_export
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.hf.write import save
-from vlmprune_jax.models.params import count_params
+from vlmprune_jax.models.params import count_params, flatten
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import CRITERIA, PrunePlan, Scores, make_plan, prune_folder, prune_iteratively, score
 from vlmprune_jax.recover import LossConfig, RecoverConfig, recover
+from vlmprune_jax.recover.peft import write_adapter
+from vlmprune_jax.recover.trainable import assign_groups, merge_lora
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import Context, load_model, mesh_of, teacher_folder
 from vlmprune_jax.stages.ledger import Json, remove, write_json, write_text
@@ -47,7 +51,7 @@ def _records_input(experiment: Experiment, which: str) -> dict[str, Path]:
     path = getattr(experiment.data, which)
     if path is None:
         raise UserError(f"data.{which} is not set: give a LLaVA-format JSON file (--config.data.{which}=FILE)")
-    return {f"data.{which}": Path(path)}
+    return {f"data.{which}": tfds_folder(path) if path.startswith(PREFIX) else Path(path)}
 
 
 def _data_settings(data: DataSpec, purpose: str) -> dict[str, Any]:
@@ -101,7 +105,9 @@ def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
             total = len(model.cfg.text.layers) if criterion == "taylor" else len(batches or [])
             with context.reporter.bar(f"score ({criterion})", total) as progress:
                 options = _score_options(experiment, criterion)
-                score(model, batches, criterion=criterion, progress=progress, **options).save(folder / name)
+                scores = score(model, batches, criterion=criterion, progress=progress, **options)
+            if is_main_process():
+                scores.save(folder / name)
         return {"criteria": criteria, "samples": experiment.score.samples if needs_data else 0}
 
     return context.run(stage, body)
@@ -173,7 +179,8 @@ def _prune_files(experiment: Experiment, scores: list[Path], out_dir: Path) -> t
         layers_removed=spec.layers_removed,
         **plan_options(spec),
     )
-    prune_folder(source, plan, out_dir, vision_dir=vision_dir, dtype=experiment.model.dtype)
+    if is_main_process():
+        prune_folder(source, plan, out_dir, vision_dir=vision_dir, dtype=experiment.model.dtype)
     return plan, cfg
 
 
@@ -231,7 +238,7 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
     pruned, training = prune_folder / "pruned", folder / "training"
     if not pruned.is_dir():
         raise UserError(f"{pruned}: no such folder: run `vlmprune prune` (or `vlmprune run`) first")
-    config = recover_config(experiment.recover)
+    spec, config = experiment.recover, recover_config(experiment.recover)
     settings = {f"recover.{k}": v for k, v in dataclasses.asdict(experiment.recover).items() if k not in _FREE_RECOVER}
     mesh = {f"mesh.{k}": v for k, v in vars(experiment.mesh).items()}  # a resumed run has to be on the same one
     stage = context.stage(
@@ -240,13 +247,12 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
         "recover",
         settings={**settings, **mesh, **_data_settings(experiment.data, "recovery"), **_precision(experiment)},
         inputs=_model_inputs(experiment, pruned=pruned, **_records_input(experiment, "train")),
-        outputs=[folder / "recovered"],
+        outputs=[folder / "recovered", *([folder / "adapter"] if spec.save_adapter else [])],
         scratch=[training / "checkpoints"],
     )
 
     def body() -> Json:
-        if not (training / "checkpoints").exists():
-            remove(training)
+        from_main(lambda: None if (training / "checkpoints").exists() else remove(training))
         plan = PrunePlan.from_json(prune_folder / "plan.json")
         teacher = load_model(experiment, teacher_folder(experiment)) if config.losses.needs_teacher else None
         student = load_model(experiment, pruned)
@@ -262,6 +268,10 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
             progress=context.reporter.enabled and context.reporter.console.is_terminal,
             num_steps=config.num_steps(n_records),
         )
+        if spec.save_adapter:
+            trained = assign_groups(list(flatten(model.params)), config.trainable)
+            write_adapter(model, folder / "adapter", base_dir=pruned, trained=trained)
+            model = merge_lora(model)
         save_model(model, folder / "recovered", experiment, pruned, plan)
         return {**summary, "records": n_records, "recovery": experiment.recover.name}
 
@@ -272,11 +282,21 @@ _FREE_RECOVER = ("name", "log_every", "save_every", "keep_checkpoints")
 
 
 def recover_config(spec: RecoverSpec) -> RecoverConfig:
-    """The training loop's settings; adapters only where "lora" trains."""
-    values = {k: v for k, v in vars(spec).items() if k not in ("name", "lora", "losses", "epochs")}
+    """The training loop's settings; adapters only where "lora" trains.
+
+    Raises:
+      UserError: `save_adapter` without adapters.
+    """
+    if spec.save_adapter and spec.trainable != "lora":
+        raise UserError(
+            f'recover.save_adapter: recover.trainable={spec.trainable!r} trains no adapter: set it to "lora", or leave '
+            "save_adapter out"
+        )
+    values = {k: v for k, v in vars(spec).items() if k not in ("name", "lora", "losses", "epochs", "save_adapter")}
     lora = LoraConfig(**vars(spec.lora)) if spec.trainable == "lora" else None
     epochs = spec.epochs if spec.steps is None else None
-    return RecoverConfig(**values, epochs=epochs, lora=lora, losses=LossConfig(**vars(spec.losses)))
+    losses = LossConfig(**vars(spec.losses))
+    return RecoverConfig(**values, epochs=epochs, lora=lora, losses=losses, merge_lora=not spec.save_adapter)
 
 
 def evaluate_stage(experiment: Experiment, model_folder: Path, out: Path, name: str, context: Context) -> Json:
@@ -351,7 +371,8 @@ def export_stage(experiment: Experiment, model_folder: Path, context: Context) -
         try:
             return check_export(model, out, vision_dir=experiment.model.vision_dir)
         except BaseException:
-            remove(out)  # a folder that failed its comparison, or was not compared, is not an export
+            if is_main_process():
+                remove(out)  # a folder that failed its comparison, or was not compared, is not an export
             raise
 
     return context.run(stage, body)

@@ -26,6 +26,7 @@ class ModelSpec:
 class DataSpec:
     """LLaVA records. `source`: "files", or "easyvqa" (the demo's data, which the command line writes into the workdir).
 
+    `train`, `eval`: JSON or JSON-lines files with images below `images`, or "tfds:FOLDER" (`vlmprune tfds` makes it).
     `template`: "auto" = the model family's. `system`: other system text than the template's ("" = none).
     `max_length`: tokens per training row with its images, None = that of the longest record. `max_images`: most images
     of a record. `aspect_ratio`: "pad" or "square", for models that do not cut images. `min_tiles`, `max_tiles`,
@@ -131,7 +132,7 @@ class RecoverSpec:
     """Training after pruning (see `RecoverConfig`); the defaults are LLaVA's LoRA recipe.
 
     `trainable`: projector, lora, decoder or all. `steps` count instead of `epochs` if given. `name` is what tables call
-    this recovery.
+    this recovery. `save_adapter`: beside recovered/, where adapters are merged, adapter/ for `peft` on top of pruned/.
     """
 
     name: str = "recovered"
@@ -152,6 +153,7 @@ class RecoverSpec:
     compute_dtype: str = "float32"
     remat: str = "none"
     lora: LoraSpec = field(default_factory=LoraSpec)
+    save_adapter: bool = False
     losses: LossSpec = field(default_factory=LossSpec)
     log_every: int = 10
     save_every: int = 100

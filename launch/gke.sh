@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# GKE with XPK. gke.sh [--dry-run] create|setup|run|resume|logs|delete|delete-cluster [vlmprune's arguments]
+# Needs PROJECT, ZONE, CLUSTER; run also WORKLOAD, IMAGE, TPU_TYPE (v5litepod-64); SLICES (1), SPOT=1, RESTARTS (100).
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$root/launch/lib.sh"
+if [[ "${1:-}" == --dry-run ]]; then export DRY_RUN=1; shift; fi
+action="${1:-}"
+need PROJECT ZONE CLUSTER
+at=("--project=$PROJECT" "--zone=$ZONE" "--cluster=$CLUSTER")
+
+workload() { # restarted on 127 to 255 (preempted, 143: saved on SIGTERM); exit code 2, wrong input, ends it
+  run xpk workload create "${at[@]}" "--workload=$WORKLOAD" "--docker-image=$IMAGE" "--tpu-type=$TPU_TYPE" \
+    "--num-slices=${SLICES:-1}" "--max-restarts=${RESTARTS:-100}" --termination-grace-period-seconds=120 \
+    "--command=vlmprune$(printf ' %q' "$@")"
+}
+
+case "$action" in
+  create)
+    need TPU_TYPE
+    run xpk cluster create "${at[@]}" "--tpu-type=$TPU_TYPE" "--num-slices=${SLICES:-1}" ${SPOT:+--spot} ;;
+  setup) # the image that run uses
+    need IMAGE
+    run docker build --file "$root/launch/Dockerfile" --tag "$IMAGE" "$root"
+    run docker push "$IMAGE" ;;
+  run | resume) # resume: after delete, or when the restarts are used up; vlmprune continues from its checkpoints
+    need WORKLOAD IMAGE TPU_TYPE
+    [[ $# -gt 1 ]] || fail "say what to run: gke.sh $action recover --config=FILE.py --workdir=DIR"
+    if [[ "$action" == resume ]]; then run xpk workload delete "${at[@]}" "--workload=$WORKLOAD" --force; fi
+    workload "${@:2}" ;;
+  logs)
+    need WORKLOAD
+    run kubectl logs --follow --tail=100 \
+      "--selector=jobset.sigs.k8s.io/jobset-name=$WORKLOAD,batch.kubernetes.io/job-completion-index=${WORKER:-0}" ;;
+  delete) need WORKLOAD && run xpk workload delete "${at[@]}" "--workload=$WORKLOAD" --force ;;
+  delete-cluster) run xpk cluster delete "${at[@]}" ;;
+  *) fail "no action '$action': create, setup, run, resume, logs, delete or delete-cluster" ;;
+esac

@@ -1,0 +1,266 @@
+"""The launch scripts against stand-ins for gcloud, xpk, docker and kubectl that log how they were called."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted(LAUNCH.glob("*.sh"))
+TPU = {"PROJECT": "p", "ZONE": "z", "TPU_NAME": "slice", "ACCELERATOR": "v5litepod-16", "RUNTIME": "rt"}
+GKE = {"PROJECT": "p", "ZONE": "z", "CLUSTER": "c", "WORKLOAD": "w", "IMAGE": "i", "TPU_TYPE": "v5litepod-16"}
+RUN = ["recover", "--config=c.py", "--config.recover.name=two words"]
+AT = ["slice", "--project=p", "--zone=z"]
+ON_ALL = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", *AT, "--worker=all"]
+QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
+CREATE = [*QUEUED, "create", "slice", "--node-id=slice", *AT[1:], "--accelerator-type=v5litepod-16",
+          "--runtime-version=rt"]  # fmt: skip
+QUOTED_RUN = r"recover --config=c.py --config.recover.name=two\ words"
+
+# Logs its arguments; `describe` prints, and the run command exits with, the next line of a script that the test wrote.
+STAND_IN = r"""#!/usr/bin/env bash
+printf '%q ' "${0##*/}" "$@" >> "$LOG"; echo >> "$LOG"
+next() {
+  local line; line="$(head -n 1 "$1")"; sed -i 1d "$1"
+  [[ -n "$line" ]] && echo "$line"
+}
+case "$*" in
+  *queued-resources\ describe*) next "$LOG.states" ;;
+  *worker.sh\ run*) exit "$(next "$LOG.codes" || echo 0)" ;;
+esac
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Callable (script, *arguments, env=...) -> (finished process, calls as lists of arguments)."""
+    (tmp_path / "bin").mkdir()
+    for name in ("gcloud", "xpk", "docker", "kubectl"):
+        (tmp_path / "bin" / name).write_text(STAND_IN)
+        (tmp_path / "bin" / name).chmod(0o755)
+    log = tmp_path / "log"
+
+    def call(script, *arguments, env=TPU, states=(), codes=()):
+        log.write_text("")
+        (tmp_path / "log.states").write_text("".join(f"{line}\n" for line in states))
+        (tmp_path / "log.codes").write_text("".join(f"{line}\n" for line in codes))
+        path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+        quick = {"POLL_SECONDS": "0", "GRACE_SECONDS": "0", "TRIES": "3", "LOG": str(log), "PATH": path}
+        done = subprocess.run([LAUNCH / script, *arguments], env={**quick, **env}, capture_output=True, text=True,
+                              timeout=60, cwd=tmp_path)  # fmt: skip
+        return done, [shlex.split(line) for line in log.read_text().splitlines()]
+
+    return call
+
+
+def kinds(calls: list[list[str]]) -> list[str]:
+    """What each call of gcloud does: create, describe, delete, scp, or the part of worker.sh."""
+    names = {"create", "describe", "delete", "scp"}
+    commands = [next((a for a in call if a.startswith("--command=")), "") for call in calls]
+    parts = [
+        next((a for a in call if a in names), None) or shlex.split(command)[-1 if "setup" in command else 1]
+        for call, command in zip(calls, commands, strict=True)
+    ]
+    return [part for part in parts if part not in ("describe", "scp", "-p", "setup")]
+
+
+TPU_ACTIONS = {
+    "create": (["create"], [CREATE]),
+    "state": (["state"], [[*QUEUED, "describe", *AT, "--format=value(state.state)"]]),
+    "wait": (["wait"], [[*QUEUED, "describe", *AT, "--format=value(state.state)"]] * 2),
+    "setup": (
+        ["setup"],
+        [
+            [*ON_ALL[:4], "scp", "/tmp/vlmprune-jax.tar.gz", "slice:", *AT[1:], "--worker=all"],
+            [*ON_ALL, "--command=mkdir -p vlmprune-jax && tar xzf vlmprune-jax.tar.gz -C vlmprune-jax"],
+            [*ON_ALL, "--command=vlmprune-jax/launch/worker.sh setup"],
+        ],
+    ),
+    "run": (["run", *RUN], [[*ON_ALL, f"--command=vlmprune-jax/launch/worker.sh run {QUOTED_RUN}"]]),
+    "resume": (["resume", *RUN], [[*ON_ALL, f"--command=vlmprune-jax/launch/worker.sh run {QUOTED_RUN}"]]),
+    "logs": (["logs"], [[*ON_ALL[:-1], "--worker=0", "--command=tail -n 100 -F vlmprune-jax/run.log"]]),
+    "stop": (["stop"], [[*ON_ALL, "--command=vlmprune-jax/launch/worker.sh stop"]]),
+    "delete": (["delete"], [[*QUEUED, "delete", *AT, "--force", "--quiet"]]),
+}
+ON_CLUSTER = ["--project=p", "--zone=z", "--cluster=c"]
+WORKLOAD = ["xpk", "workload", "create", *ON_CLUSTER, "--workload=w", "--docker-image=i", "--tpu-type=v5litepod-16",
+            "--num-slices=1", "--max-restarts=100", "--termination-grace-period-seconds=120",
+            f"--command=vlmprune {QUOTED_RUN}"]  # fmt: skip
+DELETE = ["xpk", "workload", "delete", *ON_CLUSTER, "--workload=w", "--force"]
+SELECTOR = "jobset.sigs.k8s.io/jobset-name=w,batch.kubernetes.io/job-completion-index=0"
+GKE_ACTIONS = {
+    "create": (["create"], [["xpk", "cluster", "create", *ON_CLUSTER, "--tpu-type=v5litepod-16", "--num-slices=1"]]),
+    "setup": (
+        ["setup"],
+        [
+            ["docker", "build", "--file", str(LAUNCH / "Dockerfile"), "--tag", "i", str(ROOT)],
+            ["docker", "push", "i"],
+        ],
+    ),
+    "run": (["run", *RUN], [WORKLOAD]),
+    "resume": (["resume", *RUN], [DELETE, WORKLOAD]),
+    "logs": (["logs"], [["kubectl", "logs", "--follow", "--tail=100", f"--selector={SELECTOR}"]]),
+    "delete": (["delete"], [DELETE]),
+    "delete-cluster": (["delete-cluster"], [["xpk", "cluster", "delete", *ON_CLUSTER]]),
+}
+ACTIONS = [("tpu_vm.sh", TPU, *case) for case in TPU_ACTIONS.values()]
+ACTIONS += [("gke.sh", GKE, *case) for case in GKE_ACTIONS.values()]
+
+
+@pytest.mark.parametrize(("script", "env", "arguments", "expected"), ACTIONS)
+def test_every_action_calls_what_it_should(launch, script, env, arguments, expected):
+    done, calls = launch(script, *arguments, env=env, states=["PROVISIONING", "ACTIVE"])
+    assert done.returncode == 0, done.stderr
+    assert calls == expected
+
+
+@pytest.mark.parametrize(("script", "env", "arguments", "expected"), ACTIONS)
+def test_dry_run_prints_the_same_and_calls_nothing(launch, script, env, arguments, expected):
+    done, calls = launch(script, "--dry-run", *arguments, env=env)
+    assert (done.returncode, calls) == (0, [])
+    printed = [shlex.split(line) for line in done.stdout.splitlines()]
+    once = expected[:1] if arguments == ["wait"] else expected
+    assert [line for line in printed if line[0] != "git"] == once
+
+
+def test_spot_slices_are_asked_for(launch):
+    assert launch("tpu_vm.sh", "create", env={**TPU, "SPOT": "1"})[1] == [[*CREATE, "--spot"]]
+    assert launch("gke.sh", "create", env={**GKE, "SPOT": "1"})[1][0][-1] == "--spot"
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "env", "message"),
+    [
+        *(("tpu_vm.sh", ["create"], {**TPU, name: ""}, f"set {name}") for name in TPU),
+        *(("gke.sh", ["run", *RUN], {**GKE, name: ""}, f"set {name}") for name in GKE),
+        *(("spot_loop.sh", RUN, {**TPU, name: ""}, f"set {name}") for name in TPU),
+        ("tpu_vm.sh", [], TPU, "no action ''"),
+        ("tpu_vm.sh", ["crate"], TPU, "no action 'crate': create, state"),
+        ("tpu_vm.sh", ["run"], TPU, "say what to run: tpu_vm.sh run recover"),
+        ("gke.sh", ["crate"], GKE, "no action 'crate': create, setup"),
+        ("gke.sh", ["resume"], GKE, "say what to run: gke.sh resume recover"),
+        ("spot_loop.sh", [], TPU, "say what to run: spot_loop.sh recover"),
+        ("worker.sh", ["crate"], {}, "no action 'crate': setup, run or stop"),
+    ],
+)
+def test_wrong_use_gives_one_line_and_code_2(launch, script, arguments, env, message):
+    done, calls = launch(script, *arguments, env=env)
+    assert (done.returncode, calls, done.stdout) == (2, [], "")
+    assert done.stderr.startswith(f"{script}: error: {message}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_waiting_ends_where_the_slice_never_comes(launch):
+    done, _ = launch("tpu_vm.sh", "wait", states=["PROVISIONING", "FAILED"])
+    assert (done.returncode, done.stderr) == (1, "slice is FAILED: delete, then create\n")
+    assert launch("tpu_vm.sh", "wait")[0].returncode == 1  # there is no such slice
+
+
+@pytest.mark.parametrize(
+    ("states", "codes", "code", "expected"),
+    [
+        # no slice yet; one preemption, seen as SUSPENDED after the workers died with 134; then success
+        (["", "ACTIVE", "SUSPENDED", "SUSPENDED", "ACTIVE"], [134, 0], 0, "create run delete create run"),
+        # the slice goes away before the first run
+        (["ACTIVE", "SUSPENDED", "SUSPENDED", "ACTIVE"], [0], 0, "delete create run"),
+        # SIGTERM saved (143), or the connection broke (255), on a slice that is still there: run again
+        (["ACTIVE", "ACTIVE", "ACTIVE", "ACTIVE", "ACTIVE"], [143, 0], 0, "run run"),
+        (["ACTIVE", "ACTIVE", "ACTIVE", "ACTIVE", "ACTIVE"], [255, 0], 0, "run run"),
+        # the command's own failures: wrong input at once, anything else on a slice that stays
+        (["ACTIVE", "ACTIVE"], [2], 2, "run"),
+        (["ACTIVE", "ACTIVE", "ACTIVE"], [1], 1, "run"),
+    ],
+)
+def test_the_spot_loop_resumes_after_a_preemption_and_stops_at_an_end(launch, states, codes, code, expected):
+    done, calls = launch("spot_loop.sh", *RUN, states=states, codes=codes)
+    assert done.returncode == code, done.stderr
+    assert kinds(calls) == expected.split()
+    runs = [call[-1] for call in calls if "worker.sh run" in call[-1]]
+    assert set(runs) == {f"--command=vlmprune-jax/launch/worker.sh run {QUOTED_RUN}"}
+    assert all(call[-1] == "--spot" for call in calls if "create" in call)
+
+
+def test_the_spot_loop_gives_up_when_no_slice_can_be_made(launch):
+    done, calls = launch("spot_loop.sh", *RUN)  # describe fails for ever
+    assert (done.returncode, done.stderr) == (2, "spot_loop.sh: error: no slice after 3 tries\n")
+    assert kinds(calls) == ["create"] * 3
+
+
+def test_the_spot_loop_shows_one_round(launch):
+    done, calls = launch("spot_loop.sh", "--dry-run", *RUN)
+    assert (done.returncode, calls) == (0, [])
+    printed = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert printed[0] == [*CREATE, "--spot"]
+    assert printed[-1][4] == "delete"
+
+
+@pytest.fixture
+def worker(tmp_path):
+    """Callable (*arguments) that starts worker.sh in a copy whose vlmprune waits for a file and exits with its text."""
+    home = tmp_path / "vlmprune-jax"
+    (home / ".venv/bin").mkdir(parents=True)
+    (home / "launch").mkdir()
+    for name in ("worker.sh", "lib.sh"):
+        (home / "launch" / name).write_text((LAUNCH / name).read_text())
+    program = home / ".venv/bin/vlmprune"
+    program.write_text(
+        '#!/usr/bin/env bash\ntrap "echo saved; exit 143" TERM\necho "started: $*"\n'
+        'until [[ -f go ]]; do sleep 0.05; done\nexit "$(cat go)"\n'
+    )
+    program.chmod(0o755)
+
+    def start(*arguments, output=subprocess.PIPE):
+        command = ["bash", home / "launch/worker.sh", *arguments]
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True)
+
+    return start, home
+
+
+def wait_for(path: Path, text: str) -> None:
+    for _ in range(600):
+        if path.exists() and text in path.read_text():
+            return
+        subprocess.run(["sleep", "0.05"], check=True)
+    raise AssertionError(f"{path} never said {text}")
+
+
+def test_a_worker_outlives_its_connection_and_is_not_started_twice(worker):
+    start, home = worker
+    first = start("run", "recover", "--a=two words", output=subprocess.DEVNULL)
+    wait_for(home / "run.log", "started")
+    first.kill()
+    first.wait()
+    second = start("run", "recover", "--a=two words")
+    other = start("run", "score")
+    assert "'recover --a=two words' is running here: stop it first" in other.communicate(timeout=30)[0]
+    assert other.returncode == 2
+    (home / "go").write_text("7")
+    assert second.communicate(timeout=30)[0] == "started: recover --a=two words\n"
+    assert second.returncode == 7
+
+
+def test_a_stopped_worker_saves_and_starts_again(worker):
+    start, home = worker
+    running = start("run", "recover")
+    wait_for(home / "run.log", "started")
+    assert start("stop").communicate(timeout=30)[0] == ""
+    assert running.communicate(timeout=30)[0].endswith("saved\n")
+    assert running.returncode == 143
+    (home / "go").write_text("0")
+    again = start("run", "recover")
+    again.communicate(timeout=30)
+    assert again.returncode == 0
+    assert (home / "run.log").read_text().count("started: recover") == 2
+
+
+def test_scripts_are_short_and_shellcheck_finds_nothing():
+    assert {path.name for path in SCRIPTS} == {"tpu_vm.sh", "gke.sh", "spot_loop.sh", "worker.sh", "lib.sh"}
+    assert all(len(path.read_text().splitlines()) <= 40 for path in SCRIPTS)
+    done = subprocess.run([Path(sys.executable).with_name("shellcheck"), *SCRIPTS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,260 @@
+"""Several processes as one run: how they find each other, and that two of them compute what one does."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from vlmprune_jax.distributed import mesh
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.hf.read import load
+from vlmprune_jax.models.params import flatten
+
+CONFIG = """
+from vlmprune_jax.cli.config import experiment_config
+
+def get_config():
+    config = experiment_config()
+    config.model.hf_dir = "{root}/teacher"
+    config.data.train = "{root}/records.json"
+    config.data.images = "{images}"
+    config.data.system = ""
+    config.data.fraction = 0.8
+    config.score.samples = 8
+    config.score.batch_size = 8
+    config.prune.ratio = 0.2
+    config.recover.trainable = "lora"
+    config.recover.batch_size = 16
+    config.recover.accumulation = 2
+    config.recover.steps = 5
+    config.recover.save_every = 2
+    config.recover.log_every = 1
+    config.recover.eps = 1e-3
+    config.recover.learning_rate = 1e-2
+    config.recover.losses = {{"ce": 0.5, "l2": 0.5}}
+    config.recover.lora = {{"rank": 4, "alpha": 8.0, "dropout": 0.0}}
+    config.mesh.data = 4
+    config.mesh.fsdp = 2
+    return config
+"""
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """What jax.distributed.initialize is called with; nothing in the environment names other processes."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
+    for name in (*mesh.VARIABLES, "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "MEGASCALE_COORDINATOR_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+@pytest.fixture
+def tpu_vm(monkeypatch):
+    """Callable (status, text): this machine has libtpu, and a metadata server that answers so."""
+    answers, seen = [], []
+
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append((self.path, self.headers["Metadata-Flavor"]))
+            status, text = answers[-1]
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Metadata)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    monkeypatch.setattr(mesh.importlib.util, "find_spec", lambda name: name == "libtpu")
+    yield lambda status, text: (answers.append((status, text)), seen)[1]
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_alone_nothing_is_joined(joined):
+    mesh.initialize(None, None, None)
+    assert joined == []
+
+
+def test_named_processes_are_joined(joined, monkeypatch):
+    mesh.initialize("host:1234", 4, 0)
+    monkeypatch.setenv("VLMPRUNE_COORDINATOR", "other:99")
+    monkeypatch.setenv("VLMPRUNE_NUM_PROCESSES", "2")
+    monkeypatch.setenv("VLMPRUNE_PROCESS_ID", "1")
+    mesh.initialize(None, None, None)
+    mesh.initialize(None, None, 0)
+    assert joined == [("host:1234", 4, 0), ("other:99", 2, 1), ("other:99", 2, 0)]
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    mesh.initialize("host:1234", 4, 0)
+    assert len(joined) == 3
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (("host:1", 2, None), "several processes need all of --coordinator=HOST:PORT"),
+        ((None, None, 0), "got None, None, 0"),
+        (("host", 2, 0), "coordinator 'host' must be HOST:PORT"),
+        (("host:port", 2, 0), "coordinator 'host:port' must be HOST:PORT"),
+        (("host:1", 2, 2), "process 2 of 2: process_id must be between 0 and num_processes - 1"),
+        (("host:1", 2, -1), "process -1 of 2"),
+    ],
+)
+def test_impossible_places_are_refused(joined, place, message):
+    with pytest.raises(UserError, match=message):
+        mesh.initialize(*place)
+    assert joined == []
+
+
+def test_failing_to_join_names_the_place(joined, monkeypatch):
+    def fails(*args):
+        raise RuntimeError("DEADLINE_EXCEEDED:\n barrier timed out")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fails)
+    with pytest.raises(UserError, match=r"process 1 of 2 at host:1: could not join .*DEADLINE_EXCEEDED: barrier timed"):
+        mesh.initialize("host:1", 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "expected"),
+    [
+        (200, "a:1:10.0.0.1,b:2:10.0.0.2", [()]),  # the workers of a slice of several hosts
+        (200, "a:1:10.0.0.1", []),  # one host
+        (404, "", []),  # a machine of Google Cloud without TPUs that has libtpu to compile for them
+    ],
+)
+def test_a_tpu_vm_asks_its_metadata_server(joined, tpu_vm, status, text, expected):
+    seen = tpu_vm(status, text)
+    mesh.initialize(None, None, None)
+    assert joined == expected
+    assert seen == [("/computeMetadata/v1/instance/attributes/worker-network-endpoints", "Google")]
+
+
+def test_a_metadata_server_in_trouble_is_no_answer(joined, tpu_vm):
+    tpu_vm(503, "")
+    with pytest.raises(UserError, match="answers 503, so the workers of this slice are unknown"):
+        mesh.initialize(None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"TPU_WORKER_HOSTNAMES": "w0,w1"}, [()]),
+        ({"TPU_PROCESS_ADDRESSES": "w0:1,w1:1"}, [()]),
+        ({"TPU_WORKER_HOSTNAMES": "w0", "MEGASCALE_COORDINATOR_ADDRESS": "w0:1"}, [()]),
+        ({"TPU_WORKER_HOSTNAMES": "w0"}, []),
+        ({"TPU_SKIP_MDS_QUERY": "1"}, []),
+        ({"TPU_WORKER_HOSTNAMES": "w0,w1", "JAX_PLATFORMS": "cpu"}, []),
+    ],
+)
+def test_gke_tells_in_the_environment(joined, tpu_vm, monkeypatch, variables, expected):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    seen = tpu_vm(200, "a,b,c")
+    mesh.initialize(None, None, None)
+    assert (joined, seen) == (expected, [])
+
+
+def test_what_process_0_finds_is_what_all_find():
+    assert mesh.from_main(lambda: {"a": [1, None]}) == {"a": [1, None]}
+    with pytest.raises(UserError, match="wrong"):
+        mesh.from_main(lambda: (_ for _ in ()).throw(UserError("wrong")))
+
+
+# --- two processes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory, goldens):
+    root = tmp_path_factory.mktemp("pod")
+    shutil.copytree(goldens / "ckpt/llava_hf", root / "teacher")
+    shutil.copytree(goldens / "tokenizers/llava", root / "teacher", dirs_exist_ok=True)
+    shutil.copy(goldens / "ckpt/clip_tower/preprocessor_config.json", root / "teacher")
+    turns = [("human", "<image>\nIs it {}?"), ("gpt", "{}")]
+    words = ["a dog", "one", "two", "red", "a cat at night", "blue", "green"]
+    records = [
+        {
+            "id": f"r{i}",
+            "image": f"img{i % 4}.png",
+            "conversations": [{"from": who, "value": text.format(words[i % 7])} for who, text in turns],
+        }
+        for i in range(30)
+    ]
+    (root / "records.json").write_text(json.dumps(records))
+    (root / "config.py").write_text(CONFIG.format(root=root, images=goldens / "data/images"))
+    return root
+
+
+def start(root: Path, workdir: str, commands: str, count: int, *flags: str) -> list[subprocess.Popen]:
+    """`count` processes with 8 devices between them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}"}
+    place = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}"] if count > 1 else []
+    script, processes = str(Path(__file__).with_name("pod_worker.py")), []
+    for number in range(count):
+        ids, log = root / f"{workdir}-{number}.ids", root / f"{workdir}-{number}.log"
+        command = [sys.executable, script, str(ids), commands, f"--config={root / 'config.py'}", "--debug"]
+        command += [f"--workdir={root / workdir}", *place, *([f"--process_id={number}"] if place else []), *flags]
+        with log.open("a") as file:
+            processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
+    return processes
+
+
+def finish(root: Path, workdir: str, *args: str) -> None:
+    for number, process in enumerate(start(root, workdir, *args)):
+        assert process.wait(timeout=600) == 0, (root / f"{workdir}-{number}.log").read_text()[-3000:]
+
+
+def ids(root: Path, workdir: str, number: int) -> list[list[str]]:
+    return [json.loads(line) for line in (root / f"{workdir}-{number}.ids").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_two_processes_of_four_devices_train_what_one_of_eight_does(experiment):
+    """Scores, plan, losses and parameters; and joined, their rows are the global batches in the same order."""
+    finish(experiment, "one", "score,prune,recover", 1)
+    finish(experiment, "two", "score,prune,recover", 2)
+    one, two = experiment / "one", experiment / "two"
+    assert json.loads((one / "plan.json").read_text()) == json.loads((two / "plan.json").read_text())
+    lines = [[json.loads(line) for line in (w / "training/metrics.jsonl").read_text().splitlines()] for w in (one, two)]
+    assert [line["step"] for line in lines[1]] == [1, 2, 3, 4, 5]
+    for name in ("loss", "ce", "l2", "grad_norm"):
+        ours, theirs = ([line[name] for line in run] for run in lines)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=0)
+    assert lines[0][0]["loss"] > lines[0][-1]["loss"]  # it did train
+    first, second = (flatten(load(w / "recovered").params) for w in (one, two))
+    assert first.keys() == second.keys()
+    difference = max(float(np.abs(np.asarray(first[path]) - np.asarray(second[path])).max()) for path in first)
+    assert difference <= 1e-5
+    whole = [left + right for left, right in zip(ids(experiment, "two", 0), ids(experiment, "two", 1), strict=True)]
+    assert ids(experiment, "one", 0) == whole
+    assert len({name for batch in whole for name in batch}) == 24  # 80 % of 30
+    assert not (experiment / "two-1.log").read_text().count("recover ...")  # only process 0 talks
+
+
+@pytest.mark.slow
+def test_all_processes_end_when_one_finds_the_input_wrong(experiment):
+    processes = start(experiment, "wrong", "prune", 2)
+    assert [process.wait(timeout=300) for process in processes] == [2, 2]
+    assert "run `vlmprune score` (or `vlmprune run`) first" in (experiment / "wrong-1.log").read_text()

@@ -1,0 +1,39 @@
+"""vlmprune tfds --data=FILE.json --images=DIR --out=DIR: records and their images as a tensorflow-datasets data set.
+
+A few large ArrayRecord files instead of many small images, without TensorFlow; --config.data.train=tfds:DIR reads them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from absl import flags as absl_flags
+
+from vlmprune_jax.cli.flags import Flags
+
+
+def define(values: Flags) -> None:
+    """Flags of this command."""
+    absl_flags.DEFINE_string("data", None, "LLaVA records, a JSON or JSON-lines file", flag_values=values)
+    absl_flags.DEFINE_string("images", None, "the folder that their images are in", flag_values=values)
+    absl_flags.DEFINE_string("out", None, "the new folder", flag_values=values)
+
+
+def run(flags: Any) -> None:
+    """Write the data set."""
+    from pathlib import Path
+
+    from vlmprune_jax.data.records import read_records
+    from vlmprune_jax.data.tfds import write_tfds
+    from vlmprune_jax.errors import UserError
+    from vlmprune_jax.stages.console import make_reporter
+
+    if not flags.data or not flags.out:
+        raise UserError("tfds needs --data=FILE.json and --out=DIR (and --images=DIR where records have images)")
+    root = None if flags.images is None else Path(flags.images)
+    records = read_records(Path(flags.data), root, image_lead=True)  # whether a mark may be missing, the template says
+    images = len({image for record in records for image in record.images})
+    reporter = make_reporter(True)
+    with reporter.bar("write", len(records) + images) as progress:
+        write_tfds(records, Path(flags.out), image_root=root, progress=progress)
+    reporter.say(f"{flags.out}: {len(records):,} records, {images:,} images; use --config.data.train=tfds:{flags.out}")

@@ -1,0 +1,203 @@
+"""Records as a tensorflow-datasets data set in ArrayRecord files: built and read without TensorFlow.
+
+A folder holds two data sets that `tfds.builder_from_directory` opens like any other: `records` (id, turns, and which
+images) and `images` (encoded bytes, each image once however many records share it). Records are read at once, as from
+JSON; an image's bytes when it is decoded. Few large files instead of many small ones, which network disks like.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmprune_jax.data.records import Record, StoredImage, make_record
+from vlmprune_jax.errors import UserError
+
+PREFIX = "tfds:"  # of data.train and data.eval: tfds:FOLDER
+RECORDS, IMAGES, SPLIT, VERSION = "records", "images", "train", "1.0.0"
+
+
+def tfds_folder(text: str) -> Path:
+    """Return the folder that a setting `tfds:FOLDER` names. Raises UserError for an address that is no folder."""
+    name = text.removeprefix(PREFIX)
+    if not name or "://" in name:
+        raise UserError(f"{text}: give a folder, {PREFIX}DIR; mount a bucket first (gcsfuse)")
+    return Path(name)
+
+
+def write_tfds(
+    records: Sequence[Record], out_dir: Path, *, image_root: Path | None, progress: Callable[[int], None] | None = None
+) -> None:
+    """Write records and their images to a new folder, which appears whole or not at all.
+
+    Args:
+      records: as `read_records` returns them; read them with `image_lead` where a template may add the image mark.
+      out_dir: the new folder.
+      image_root: images are named by their paths below it (None: as they are).
+      progress: called with the number of examples written, of `len(records)` and then of the images.
+
+    Raises:
+      UserError: the folder exists, there is no record, or an image cannot be read.
+    """
+    out_dir = Path(out_dir)
+    if out_dir.exists():
+        raise UserError(f"{out_dir}: exists already; remove it or choose another folder")
+    if not records:
+        raise UserError(f"{out_dir}: there is no record to write")
+    names = {image: _name(image, image_root) for record in records for image in record.images}
+    numbers = {image: number for number, image in enumerate(names)}
+    building = out_dir.parent / f".{out_dir.name}.partial-{os.getpid()}"
+    tfds = _load_tfds()
+    text, sequence = tfds.features.Text(), tfds.features.Sequence
+    features = {
+        "id": text,
+        "conversations": sequence({"from": text, "value": text}),
+        "images": sequence({"name": text, "number": np.int64}),
+    }
+    try:
+        examples = (_example(record, names, numbers) for record in records)
+        _write(RECORDS, building, features, _counted(examples, 0, progress))
+        if names:
+            pictures = (_picture(image, name) for image, name in names.items())
+            features = {"name": text, "image": tfds.features.Image()}
+            _write(IMAGES, building, features, _counted(pictures, len(records), progress))
+        os.replace(building, out_dir)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _name(image: Path | StoredImage, root: Path | None) -> str:
+    return str(image if root is None or isinstance(image, StoredImage) else image.relative_to(root))
+
+
+def _example(record: Record, names: Mapping[Any, str], numbers: Mapping[Any, int]) -> dict[str, Any]:
+    return {
+        "id": record.id,
+        "conversations": [{"from": speaker, "value": value} for speaker, value in record.turns],
+        "images": [{"name": names[image], "number": numbers[image]} for image in record.images],
+    }
+
+
+def _picture(image: Path | StoredImage, name: str) -> dict[str, Any]:
+    try:
+        content = image.read_bytes()
+    except OSError as error:
+        raise UserError(f"{image}: cannot be read ({error.strerror}); check the image root") from error
+    return {"name": name, "image": io.BytesIO(content)}  # encoded bytes: arrays would go through TensorFlow
+
+
+def _counted(examples: Iterable[Any], before: int, progress: Callable[[int], None] | None) -> Iterator[tuple[int, Any]]:
+    for number, example in enumerate(examples):
+        yield number, example
+        if progress is not None:
+            progress(before + number + 1)
+
+
+def _write(name: str, data_dir: Path, features: Mapping[str, Any], examples: Iterator[tuple[int, Any]]) -> None:
+    tfds = _load_tfds()
+    base: Any = tfds.core.GeneratorBasedBuilder
+
+    class Builder(base, skip_registration=True):  # type: ignore[call-arg]
+        """One of the two data sets of a folder; examples keep their order."""
+
+        code_path = None  # no checksums of downloads lie beside this file; the look-up needs one more package
+        VERSION = tfds.core.Version(VERSION)
+
+        def _info(self) -> Any:
+            described = f"vlmprune {self.name}: conversations in LLaVA's format, images encoded as they came"
+            given = tfds.features.FeaturesDict(features)
+            return tfds.core.DatasetInfo(builder=self, features=given, description=described, disable_shuffling=True)
+
+        def _split_generators(self, manager: Any) -> dict[str, Iterator[tuple[int, Any]]]:
+            del manager
+            return {SPLIT: examples}
+
+        def _generate_examples(self) -> Any:
+            return examples
+
+    Builder.name = name
+    builder = Builder(data_dir=str(data_dir), file_format="array_record")
+    config = tfds.download.DownloadConfig(try_download_gcs=False)
+    with contextlib.redirect_stdout(io.StringIO()):  # it announces downloads, of which there are none
+        builder.download_and_prepare(download_dir=str(data_dir / "downloads"), download_config=config)
+    shutil.rmtree(data_dir / "downloads", ignore_errors=True)
+
+
+class ImageStore:
+    """The `images` data set of a folder, opened at the first read; safe to use from several threads."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._source: Any = None
+        self._lock = threading.Lock()
+
+    def read(self, number: int) -> bytes:
+        """Return the encoded bytes of an image. Raises OSError where there is no such image."""
+        with self._lock:
+            if self._source is None:
+                tfds = _load_tfds()
+                self._source = _open(self.folder, IMAGES, decoders={"image": tfds.decode.SkipDecoding()})
+        try:
+            return self._source[number]["image"]
+        except (IndexError, RuntimeError, ValueError) as error:
+            raise OSError(f"image {number} is not in {self.folder / IMAGES}") from error
+
+
+def read_tfds(folder: Path, *, image_lead: bool = False) -> list[Record]:
+    """Return the records of a folder that `write_tfds` made, the same as `read_records` returns for its source.
+
+    Images are `StoredImage`s. Raises UserError naming folder and record where something is malformed.
+    """
+    folder = Path(folder)
+    store, numbers = ImageStore(folder), dict[str, int]()
+    source = _open(folder, RECORDS, decoders=None)
+
+    class Stored:
+        def find(self, name: str, where: str) -> StoredImage:
+            """Return the image by its name."""
+            del where
+            return StoredImage(name, numbers[name], store)
+
+    records = []
+    for index in range(len(source)):
+        with _readable(folder / RECORDS):
+            found = source[index]
+        names = [name.decode() for name in found["images"]["name"]]
+        numbers |= zip(names, map(int, found["images"]["number"]), strict=True)
+        turns = zip(found["conversations"]["from"], found["conversations"]["value"], strict=True)
+        conversation = [{"from": speaker.decode(), "value": text.decode()} for speaker, text in turns]
+        entry = {"id": found["id"].decode(), "conversations": conversation, "images": names}
+        records.append(make_record(entry, index, folder, Stored(), image_lead))
+    return records
+
+
+def _open(folder: Path, name: str, decoders: Any) -> Any:
+    place = folder / name / VERSION
+    if not (place / "dataset_info.json").is_file():
+        raise UserError(f"{folder}: is no data set that `vlmprune tfds` wrote (no {name}/{VERSION}/dataset_info.json)")
+    with _readable(place):
+        return _load_tfds().builder_from_directory(str(place)).as_data_source(split=SPLIT, decoders=decoders)
+
+
+@contextlib.contextmanager
+def _readable(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{place}: cannot be read ({' '.join(str(error).split())[:200]}); write it again") from error
+
+
+def _load_tfds() -> Any:
+    """The library, which takes half a second to import, and whose bars are not ours."""
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
+    return tfds
