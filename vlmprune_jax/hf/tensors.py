@@ -108,7 +108,11 @@ def _entry(stack: jax.Array, index: Any) -> jax.Array:
 
 
 def split_shards(tensors: Sequence[Tensor], max_bytes: int) -> list[list[Tensor]]:
-    """Consecutive tensors in shards of at most `max_bytes` (a larger tensor has one of its own)."""
+    """Consecutive tensors in shards of at most `max_bytes` (a larger tensor has one of its own), in the order written.
+
+    Within a shard wide dtypes come first, as the safetensors library writes them: every tensor is then aligned to its
+    element.
+    """
     shards: list[list[Tensor]] = [[]]
     size = 0
     for tensor in tensors:
@@ -117,7 +121,7 @@ def split_shards(tensors: Sequence[Tensor], max_bytes: int) -> list[list[Tensor]
             size = 0
         shards[-1].append(tensor)
         size += tensor.n_bytes
-    return shards
+    return [sorted(shard, key=lambda tensor: -_item_bytes(tensor.dtype)) for shard in shards]
 
 
 def write_weights(tensors: Sequence[Tensor], folder: Path, max_bytes: int) -> None:
@@ -136,14 +140,10 @@ def write_weights(tensors: Sequence[Tensor], folder: Path, max_bytes: int) -> No
 
 
 def write_safetensors(tensors: Sequence[Tensor], file: CheckedFile) -> None:
-    """One safetensors file, a tensor in memory at a time (the library's own writer wants all of them at once).
-
-    Wide dtypes come first, as the library writes them: every tensor is then aligned to its element.
-    """
-    ordered = sorted(tensors, key=lambda tensor: -_item_bytes(tensor.dtype))
+    """One safetensors file, a tensor in memory at a time (the library's own writer wants all of them at once)."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for tensor in ordered:
+    for tensor in tensors:
         header[tensor.key] = {
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
@@ -153,7 +153,7 @@ def write_safetensors(tensors: Sequence[Tensor], file: CheckedFile) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    for tensor in ordered:
+    for tensor in tensors:
         if tensor.extent is not None:
             file.copy(tensor.extent, tensor.look)
             continue

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from vlmprune_jax.config import ModelConfig
-from vlmprune_jax.distributed.mesh import is_main_process, process_count
+from vlmprune_jax.distributed.mesh import from_main, is_main_process
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, family_of
 from vlmprune_jax.families.vision import vision_of
@@ -21,7 +23,7 @@ from vlmprune_jax.hf.files import WEIGHT_DTYPES, Checkpoint
 from vlmprune_jax.hf.layout import Slot, block_number, by_key, join_tensor, make_slots, template, tied_head
 from vlmprune_jax.hf.read import DTYPES, check_finite, resolve
 from vlmprune_jax.hf.target import Target, make_target, write_files
-from vlmprune_jax.hf.tensors import Tensor, extent_of, origin, to_host, weight, write_weights
+from vlmprune_jax.hf.tensors import Tensor, extent_of, origin, split_shards, to_host, weight, write_weights
 from vlmprune_jax.hf.uneven import pad_tensor
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model
@@ -43,7 +45,7 @@ def save(
 ) -> None:
     """Write a model as a Hugging Face folder that appears whole or not at all.
 
-    In a multi-process run every process must call it; the first one writes.
+    The first process writes; where arrays are split over processes, every process must call it.
 
     Args:
       model: the model; adapters must be merged (`recover.merge_lora`).
@@ -66,18 +68,25 @@ def save(
     if dtype not in (*DTYPES, "source"):
         raise UserError(f"dtype {dtype!r} is not one of {', '.join((*DTYPES, 'source'))}")
     out, source = Path(out_dir), resolve(source_dir)
-    check_target(out, source, overwrite)
+    spread = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in flatten(model.params).values())
     target = make_target(model.cfg, source, layout, uneven, dtype)
     tensors = make_tensors(model, target, Checkpoint(source), dtype)
-    if is_main_process():
+
+    def check() -> None:
+        check_target(out, source, overwrite)
         check_space(out, sum(tensor.n_bytes for tensor in tensors))
+
+    if spread:
+        from_main(check)
+    elif is_main_process():
+        check()
+    if is_main_process():
         with atomic_folder(out) as folder:
             write_weights(tensors, folder, MAX_SHARD_BYTES)
             write_files(target, model.cfg, source, folder, plan)
-    else:
-        for tensor in tensors:  # gathering what is split over processes takes all of them
-            tensor.fetch()
-    if process_count() > 1:
+    if spread:
+        for tensor in () if is_main_process() else itertools.chain(*split_shards(tensors, MAX_SHARD_BYTES)):
+            tensor.fetch()  # gathering what is split over processes takes all of them, in the same order
         multihost_utils.sync_global_devices(f"saved {out}")
 
 
