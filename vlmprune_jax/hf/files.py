@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,11 +126,41 @@ class Checkpoint(Mapping[str, np.ndarray]):
             os.close(descriptor)
         return np.frombuffer(b"".join(parts), dtype).reshape(positions.shape)
 
+    def pieces(self, key: str, cuts: Sequence[int]) -> Iterator[np.ndarray]:
+        """The weights between consecutive `cuts` (ascending flat positions), each array valid until the next is asked.
+
+        Read and not mapped: a page fault per 4 KiB costs more than copying them.
+        """
+        entry, dtype = self.entries[key], WEIGHT_DTYPES[self.entries[key].dtype]
+        if entry.file.suffix == ".bin":
+            whole = self.raw(key).view(dtype)
+            yield from (whole[begin:end] for begin, end in itertools.pairwise(cuts))
+            return
+        room = memoryview(bytearray(max(end - begin for begin, end in itertools.pairwise(cuts)) * dtype.itemsize))
+        with entry.file.open("rb", buffering=0) as file:
+            file.seek(entry.begin + cuts[0] * dtype.itemsize)
+            for begin, end in itertools.pairwise(cuts):
+                part = room[: (end - begin) * dtype.itemsize]
+                if read_fully(file, part) < len(part):
+                    raise UserError(f"{entry.file}: became shorter while it was read: is something else writing to it?")
+                yield np.frombuffer(part, dtype)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
 
     def __len__(self) -> int:
         return len(self.entries)
+
+
+def read_fully(file: io.RawIOBase, room: memoryview) -> int:
+    """Fill `room` from an unbuffered file; returns the bytes read, fewer at its end."""
+    done = 0
+    while done < len(room):
+        count = file.readinto(room[done:])
+        if not count:
+            break
+        done += count
+    return done
 
 
 def has_weights(folder: Path) -> bool:

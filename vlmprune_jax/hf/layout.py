@@ -100,13 +100,8 @@ def by_key(slots: Iterable[Slot]) -> dict[str, list[Slot]]:
     return tensors
 
 
-def split_tensor(tensor: np.ndarray, slot: Slot) -> np.ndarray:
-    """One parameter (of `slot.shape`) of a tensor in the files; a view, so that slices of mapped files stay unread."""
-    return tensor[slot.start : slot.stop].reshape(slot.shape)
-
-
 def join_tensor(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """The inverse: the elements of a tensor, in order, from its parameters."""
+    """The elements of a tensor, in order, from its parameters."""
     return parts[0] if len(parts) == 1 else np.concatenate([part.reshape(-1) for part in parts])
 
 

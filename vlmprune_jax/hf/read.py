@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 import os
 from collections import defaultdict
-from collections.abc import Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
 import ml_dtypes
@@ -19,7 +21,7 @@ from vlmprune_jax.distributed.rules import check_divides, sharding
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, detect
 from vlmprune_jax.hf.files import Checkpoint, has_weights, read_json
-from vlmprune_jax.hf.layout import PARTS, Slot, make_slots, match_keys, refuse, split_tensor
+from vlmprune_jax.hf.layout import PARTS, Slot, make_slots, match_keys, refuse
 from vlmprune_jax.models.params import param_axes, param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, Params
 
@@ -28,6 +30,7 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 _NOT_FINITE = {"float32": (0x7F800000, 0xFF800000), "bfloat16": (0x7F80, 0xFF80), "float16": (0x7C00, 0xFC00)}
 # XLA on CPU takes over a host buffer of this alignment without a copy.
 _ALIGNMENT = 64
+_PIECE = 2**18  # elements of a tensor that are read, checked and distributed at a time
 # Reading waits for the disk, and copying and checking do without Python's lock.
 _THREADS = min(4, os.cpu_count() or 1)
 # Everything but weights, which come in one of two forms.
@@ -35,6 +38,8 @@ _HUB_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
 
 # Where a weight lies: canonical key -> (checkpoint, key in its files).
 Sources = dict[str, tuple[Checkpoint, str]]
+# First and last + 1 index along every axis of a parameter that some device holds.
+Bounds = tuple[tuple[int, int], ...]
 
 
 def load(
@@ -161,7 +166,7 @@ def find_weights(slots: list[Slot], cfg: ModelConfig, family: Family, folder: Pa
 
 
 def _read_params(cfg: ModelConfig, slots: list[Slot], sources: Sources, dtype: np.dtype, mesh: Mesh | None) -> Params:
-    """Parameters filled tensor by tensor: beside them, one tensor of a file per thread is in memory at a time."""
+    """Parameters filled tensor by tensor: beside them, one piece of a file per thread is in memory at a time."""
     members: dict[str, list[Slot]] = defaultdict(list)
     for slot in slots:
         members[slot.path].append(slot)
@@ -169,58 +174,73 @@ def _read_params(cfg: ModelConfig, slots: list[Slot], sources: Sources, dtype: n
     flat = {}
     with ThreadPoolExecutor(_THREADS) as pool:
         for path, shape in param_shapes(cfg).items():
-            block = _block_reader(members[path], sources, shape, dtype, pool)
-            if mesh is None:
-                flat[path] = jax.device_put(block((slice(None),) * len(shape)))
+            where = None if mesh is None else sharding(mesh, axes[path])
+            slices = [(slice(None),) * len(shape)]
+            if where is not None:
+                slices = list(where.addressable_devices_indices_map(shape).values())
+            # Devices that hold the same slice share one buffer.
+            blocks = {bounds: _aligned(bounds, dtype) for bounds in (_bounds(index, shape) for index in slices)}
+            fill = functools.partial(_fill, sources=sources, blocks=blocks)
+            list(pool.map(fill, members[path]))  # list: raises what a thread raised
+            if where is None:
+                (whole,) = blocks.values()
+                flat[path] = jax.device_put(whole)
             else:
-                flat[path] = jax.make_array_from_callback(shape, sharding(mesh, axes[path]), block)
+                look_up = functools.partial(_look_up, blocks, shape)
+                flat[path] = jax.make_array_from_callback(shape, where, look_up)
     return unflatten(flat)
 
 
-def _block_reader(
-    slots: list[Slot], sources: Sources, shape: tuple[int, ...], dtype: np.dtype, pool: Executor
-) -> Callable[..., Any]:
-    """Callable slice -> array of one parameter; devices that hold the same slice share one buffer."""
-    blocks: dict[Any, np.ndarray] = {}
-
-    def block(index: tuple[slice, ...]) -> np.ndarray:
-        bounds = tuple(one.indices(size) for one, size in zip(index, shape, strict=True))
-        if bounds not in blocks:
-            sizes = [len(range(*bound)) for bound in bounds]
-            blocks[bounds] = _read_block(slots, sources, index, sizes, dtype, pool)
-        return blocks[bounds]
-
-    return block
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
+    return tuple(
+        (part.start or 0, size if part.stop is None else part.stop) for part, size in zip(index, shape, strict=True)
+    )
 
 
-def _read_block(
-    slots: list[Slot],
-    sources: Sources,
-    index: tuple[slice, ...],
-    shape: list[int],
-    dtype: np.dtype,
-    pool: Executor,
-) -> np.ndarray:
-    """The slice `index` of one parameter, cast to `dtype`; a stack is filled layer by layer, several at a time."""
-    block = _aligned(shape, dtype)
-    stacked = slots[0].index is not None
-
-    def fill(slot: Slot, target: np.ndarray) -> None:
-        checkpoint, key = sources[slot.key]
-        part = split_tensor(checkpoint[key], slot)[index[1:] if stacked else index]
-        check_finite(part, f"{checkpoint.folder}: tensor {key}")
-        with np.errstate(over="ignore"):  # reported with the tensor's name instead
-            target[...] = part
-        if dtype != np.float32 and dtype != part.dtype:
-            check_finite(target, f"{checkpoint.folder}: tensor {key} as {dtype.name}")
-
-    targets = zip(slots[index[0]], block, strict=True) if stacked else [(slots[0], block)]
-    list(pool.map(lambda pair: fill(*pair), targets))  # list: raises what a thread raised
-    return block
+def _look_up(blocks: Mapping[Bounds, np.ndarray], shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+    return blocks[_bounds(index, shape)]
 
 
-def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
-    n_bytes = int(np.prod(shape)) * dtype.itemsize
+def _fill(slot: Slot, *, sources: Sources, blocks: Mapping[Bounds, np.ndarray]) -> None:
+    """Put one tensor into its parameter's blocks: read once, in pieces that stay in the processor's cache.
+
+    Raises:
+      UserError: a weight is not finite, in the file or as the blocks' dtype.
+    """
+    checkpoint, key = sources[slot.key]
+    targets = []
+    for bounds, block in blocks.items():
+        if slot.index is not None:
+            (first, last), *inner = bounds
+            if not first <= slot.index < last:
+                continue
+            bounds, block = tuple(inner), block[slot.index - first]
+        targets.append((bounds[0], tuple(slice(*bound) for bound in bounds[1:]), block))
+    if not targets:
+        return
+    where, dtype = f"{checkpoint.folder}: tensor {key}", targets[0][2].dtype
+    start, stop = min(rows[0] for rows, _, _ in targets), max(rows[1] for rows, _, _ in targets)
+    row = math.prod(slot.shape[1:])
+    step = max(1, _PIECE // row)
+    rows = [*range(start, stop, step), stop]
+    offset = slot.start * math.prod(slot.hf_shape[1:])
+    pieces = checkpoint.pieces(key, [offset + n * row for n in rows])
+    for (begin, end), piece in zip(itertools.pairwise(rows), pieces, strict=True):
+        check_finite(piece, where)
+        if piece.dtype != dtype:
+            with np.errstate(over="ignore"):  # reported with the tensor's name instead
+                piece = piece.astype(dtype)
+            check_finite(piece, f"{where} as {dtype.name}")
+        piece = piece.reshape(-1, *slot.shape[1:])
+        for (first, last), columns, block in targets:
+            low, high = max(first, begin), min(last, end)
+            if low < high:
+                block[low - first : high - first] = piece[(slice(low - begin, high - begin), *columns)]
+
+
+def _aligned(bounds: Bounds, dtype: np.dtype) -> np.ndarray:
+    shape = [stop - start for start, stop in bounds]
+    n_bytes = math.prod(shape) * dtype.itemsize
     raw = np.empty(n_bytes + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
     return raw[start : start + n_bytes].view(dtype).reshape(shape)
