@@ -152,6 +152,18 @@ def test_every_device_reads_its_own_slice(tmp_path, sizes):
     assert {shard.data.shape for shard in up.addressable_shards} == {(4, 56 // sizes[2], 48 // sizes[1])}
 
 
+@pytest.mark.parametrize(
+    ("checkpoint", "tower"), [("internvl", None), ("bunny", "siglip_tower"), ("llava_orig_bin", "clip_tower")]
+)
+def test_pieces_of_any_size_make_the_same_arrays(goldens, monkeypatch, checkpoint, tower):
+    """Fused tensors (internvl), a tower in files of its own (bunny), torch's archives; pieces that end anywhere."""
+    folder, options = goldens / "ckpt" / checkpoint, {"vision_dir": goldens / "ckpt" / tower} if tower else {}
+    expected = load(folder, **options)
+    monkeypatch.setattr("vlmprune_jax.hf.read._PIECE", 100)
+    assert_equal(expected, load(folder, **options))
+    assert_equal(expected, load(folder, **options, mesh=make_mesh(2, 4, 1)))
+
+
 def test_a_mesh_that_does_not_divide_is_refused_before_reading(llama):
     (llama / "model.safetensors").write_bytes(b"")
     refused(llama, "does not divide", "vocab_size = 97", mesh=make_mesh(2, 1, 4))
