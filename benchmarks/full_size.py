@@ -189,7 +189,8 @@ def commands(args: argparse.Namespace, folder: Path, work: Path) -> dict[str, li
         "cp_output": ["sh", "-c", copy, str(work / "depth"), str(work / "cp_output")],
     }
     found |= {step: own(args, step, folder, work) for step in ("read", "load", "inspect", "depth", "width")}
-    if args.mergekit:
+    vision = "vision_config" in json.loads((folder / "config.json").read_text())
+    if args.mergekit and not vision:  # mergekit slices decoders only
         kept = json.loads((work / "depth.json").read_text())["kept_layers"]
         starts = [i for i in range(len(kept)) if i == 0 or kept[i] != kept[i - 1] + 1]
         ends = [*starts[1:], len(kept)]
@@ -250,7 +251,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=sorted(MODELS), default="llama")
     parser.add_argument("--folder", type=Path, help="an existing folder instead of a random one")
     parser.add_argument("--work", type=Path, required=True, help="where to write; what is made there is removed")
-    parser.add_argument("--mergekit", help="path of mergekit-yaml; without it that step is left out")
+    parser.add_argument("--mergekit", help="path of mergekit-yaml, for decoders; without it that step is left out")
     parser.add_argument("--steps", default=",".join(STEPS))
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the benchmark itself")
     parser.add_argument("--keep", action="store_true", help="leave the random checkpoint in --work")
