@@ -83,6 +83,8 @@ def to_transformers(cfg: ModelConfig, source: JsonDict, image_token_id: int, voc
     config |= {name: value for name, value in ids.items() if value is not None}
     if family.name == "internvl":
         config["downsample_ratio"] = 1 / projector.downsample
+        if source.get("template") is not None:
+            config["template"] = source["template"]  # transformers has no such field; ours tells prompts apart by it
     else:
         config["multimodal_projector_bias"] = projector.bias
     wide = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, vocab_size=vocab_size))
