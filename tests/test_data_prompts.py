@@ -237,14 +237,14 @@ def test_internvl_labels_equal_the_counting_rule(
 )
 def test_template_of_a_family(goldens: Path, name: str, family: str, folder: str, expected: str) -> None:
     tokenizer = load_tokenizer(goldens / "tokenizers" / folder)
-    assert choose_template(name, family, tokenizer, has_vision=True).name == expected
+    assert choose_template(name, family, tokenizer, config={}, has_vision=True).name == expected
 
 
 def test_template_that_the_tokenizer_cannot_write(tokenizer: Any) -> None:
     with pytest.raises(
         UserError, match=r"no token <\|system\|>, .*<img>, .*; set data.template to one of llava_v1, bunny"
     ):
-        choose_template("auto", "internvl", tokenizer, has_vision=True)
+        choose_template("auto", "internvl", tokenizer, config={}, has_vision=True)
 
 
 def test_tokenizer_is_that_of_its_file(goldens: Path) -> None:

@@ -80,6 +80,13 @@ def test_dtype_on_the_mesh(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(many.params), jax.device_get(one.params))
 
 
+def with_half_the_decoder(model):
+    """The golden Phi-3 amplifies rounding (docs/decisions.md, 25); half its weights do not."""
+    text = model.params["text"]
+    text = jax.tree.map_with_path(lambda path, leaf: leaf if "norm" in str(path) else leaf * 0.5, text)
+    return model.replace(params={**model.params, "text": text})
+
+
 # The 3 heads of the golden SigLIP tower cannot be split over `tensor`.
 @pytest.mark.parametrize(("name", "sizes"), [("bunny", (2, 4, 1)), ("internvl", (2, 2, 2)), ("internvl", (1, 2, 4))])
 def test_the_other_families(goldens, name, sizes):
@@ -89,10 +96,10 @@ def test_the_other_families(goldens, name, sizes):
     axes = param_axes(many.cfg)
     for path, leaf in flatten(many.params).items():
         assert leaf.sharding == sharding(mesh, axes[path]), path
+    models = (many, one) if name == "bunny" else (with_half_the_decoder(many), with_half_the_decoder(one))
     inputs = random_ids(one)
-    (found, found_aux), (expected, expected_aux) = (forward(model, **inputs, want=want) for model in (many, one))
-    # A logit is a sum of terms as large as the largest logits (10.6 here): its rounding is theirs, however small it is.
-    np.testing.assert_allclose(found, expected, atol=1e-5 + 1e-6 * np.abs(expected).max(), rtol=1e-5)
-    np.testing.assert_allclose(found_aux["image_features"], expected_aux["image_features"], **close)
+    (found, found_aux), (expected, expected_aux) = (forward(model, **inputs, want=want) for model in models)
+    np.testing.assert_allclose(found, expected, **close)
+    np.testing.assert_allclose(found_aux["image_features"], expected_aux["image_features"], **closer)
     for a, b in zip(found_aux["hidden"], expected_aux["hidden"], strict=True):
-        np.testing.assert_allclose(a, b, **close)
+        np.testing.assert_allclose(a, b, **closer)

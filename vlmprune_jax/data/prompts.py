@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +22,9 @@ class Template:
     `image_first` moves the placeholders of a turn in front of its stripped text, one a line; `image_lead` puts one in
     front of the first turn where a record's only image has none there. With `image_tokens` (start, context, end) an
     image is written out as these tokens, the context one once per position; without, a text is tokenised piece by
-    piece between its images. A record that holds `padding_mark` is one whose length the reference miscounts. `special`:
-    what must be single tokens.
+    piece between its images. A record that holds `padding_mark` is one whose length the reference miscounts. With
+    `by_turn` an empty turn keeps its end, and every answer is learnt up to its end mark, without the white space behind
+    it; else labels follow the end marks in the whole text. `special`: what must be single tokens.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Template:
     image_lead: bool = False
     image_tokens: tuple[str, str, str] | None = None
     padding_mark: str | None = None
+    by_turn: bool = False
     special: tuple[str, ...] = ()
 
 
@@ -72,20 +74,55 @@ _PHI3_CHAT = Template(
     special=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
 )
 _BUNNY = replace(_LLAVA_V1, name="bunny", assistant_end="<|endoftext|>")
-TEMPLATES = {template.name: template for template in (_LLAVA_V1, _BUNNY, _PHI3_CHAT)}
+# InternVL with Qwen2 or Llama, 1.5 and 2 | 2.5 and later (reference: InternVL conversation.py, dataset.py).
+_HERMES_2 = replace(
+    _PHI3_CHAT,
+    name="Hermes-2",
+    system_start="<|im_start|>system\n",
+    system_end="<|im_end|>",
+    user="<|im_start|>user\n",
+    user_end="<|im_end|>",
+    assistant="<|im_start|>assistant\n",
+    assistant_end="<|im_end|>",
+    special=("<|im_start|>", "<|im_end|>"),
+)
+_INTERNVL2_5 = replace(
+    _HERMES_2,
+    name="internvl2_5",
+    system="你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。",
+    system_end="<|im_end|>\n",
+    user_end="<|im_end|>\n",
+    assistant_end="<|im_end|>\n",
+    padding_mark=None,
+    by_turn=True,
+)
+TEMPLATES = {one.name: one for one in (_LLAVA_V1, _BUNNY, _PHI3_CHAT, _HERMES_2, _INTERNVL2_5)}
+_BY_FAMILY = {"bunny": _BUNNY, "internvl": _PHI3_CHAT}
 AUTO = "auto"
 
 
-def choose_template(name: str, family: str, tokenizer: Any, *, has_vision: bool) -> Template:
-    """Return the template called `name`, or that of the model's family where it is "auto".
+def template_of(family: str, config: Mapping[str, Any]) -> Template:
+    """Return the template of a model's family, or the one that an InternVL's config.json names (`template`).
+
+    Raises UserError for a name that is not known.
+    """
+    named = config.get("template") if family == "internvl" else None
+    if named is None:
+        return _BY_FAMILY.get(family, _LLAVA_V1)
+    if named not in TEMPLATES:
+        raise UserError(f"config.json: prompt template {named!r} is not supported (supported: {', '.join(TEMPLATES)})")
+    return TEMPLATES[named]
+
+
+def choose_template(name: str, family: str, tokenizer: Any, *, config: Mapping[str, Any], has_vision: bool) -> Template:
+    """Return the template called `name`, or that of the model (`template_of` its `config`) where it is "auto".
 
     A LLaVA whose tokenizer ends texts with Bunny's mark (an exported Bunny) takes Bunny's. Raises UserError where the
     tokenizer lacks a token of the template.
     """
     if name == AUTO:
-        ends_like_bunny = tokenizer.eos_token == _BUNNY.assistant_end
-        by_family = {"bunny": _BUNNY, "internvl": _PHI3_CHAT, "llava": _BUNNY if ends_like_bunny else _LLAVA_V1}
-        template = by_family.get(family, _LLAVA_V1)
+        is_bunny = family == "llava" and tokenizer.eos_token == _BUNNY.assistant_end
+        template = _BUNNY if is_bunny else template_of(family, config)
     else:
         template = TEMPLATES[name]
     needed = (*template.special, *((template.image_tokens or ()) if has_vision else ()))
@@ -102,23 +139,43 @@ def choose_template(name: str, family: str, tokenizer: Any, *, has_vision: bool)
 def load_tokenizer(folder: Path) -> Any:
     """Return the fast tokenizer of an HF folder (offsets are needed for the label mask); never goes to the hub.
 
-    A `tokenizer.json` is taken as it is: AutoTokenizer looks at the model's config.json, which may name remote code,
-    and LlamaTokenizer of transformers 5 replaces the file's normalisation (Phi-3 loses a space mark behind `</img>`).
+    A `tokenizer.json` is taken as it is: LlamaTokenizer of transformers 5 replaces its normalisation (Phi-3 loses
+    a space mark behind `</img>`). Without it the tokenizer's own config names the class; the model's config.json, which
+    may name remote code, is not looked at.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
     try:
         if (Path(folder) / "tokenizer.json").is_file():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            options = {"config": PretrainedConfig(), "trust_remote_code": False, "local_files_only": True}
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+            _mark_every_piece(tokenizer)
     except Exception as error:  # transformers raises OSError, ValueError, TypeError, ... for a broken folder
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: no loadable tokenizer ({reason}); give a folder with tokenizer.json") from error
+        raise UserError(
+            f"{folder}: no loadable tokenizer ({reason}); give a folder with tokenizer.json (pip install sentencepiece "
+            "protobuf if that is what is missing)"
+        ) from error
     if not tokenizer.is_fast:
         raise UserError(f"{folder}: the tokenizer is a slow one without tokenizer.json; convert it")
     tokenizer("")  # switches off truncation and padding stored in the file, before several threads use it
     return tokenizer
+
+
+def _mark_every_piece(tokenizer: Any) -> None:
+    """Put a space mark before every piece of text, as SentencePiece does where `legacy` is true (Phi-3).
+
+    LlamaTokenizer of transformers 5 leaves it out before a piece that begins with a space: `<img> z` loses one.
+    """
+    from tokenizers import normalizers, pre_tokenizers
+
+    backend = tokenizer.backend_tokenizer
+    before = backend.pre_tokenizer
+    if isinstance(before, pre_tokenizers.Metaspace) and before.prepend_scheme == "always":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = None
 
 
 def render(turns: Sequence[tuple[str, str]], template: Template, *, has_image: bool, generation: bool = False) -> str:
@@ -136,7 +193,7 @@ def render(turns: Sequence[tuple[str, str]], template: Template, *, has_image: b
         role, end = (
             (template.user, template.user_end) if speaker == "human" else (template.assistant, template.assistant_end)
         )
-        text += role + template.gap + content + end if content else role
+        text += role + template.gap + content + end if content or template.by_turn else role
     return text + template.assistant if generation else text
 
 
@@ -179,11 +236,11 @@ def tokenize_training(
     """
     prompt = _write_images(render(record.turns, template, has_image=bool(record.images)), record, template)
     tokens = _tokenize(prompt, record, tokenizer, template)
-    spans, covered = _answer_spans(prompt, template)
+    spans, covered = _turn_spans(record, template) if template.by_turn else _answer_spans(prompt, template)
     keep = np.zeros(len(tokens.ids), bool)
     for start, stop in spans:
-        # A role token may have swallowed the white space that begins the answer: it starts before its own text ends.
-        keep |= (tokens.ends > start) & (tokens.starts < stop) & (tokens.starts > start - len(template.assistant))
+        # A token of the role may have swallowed the white space that begins the answer: it starts before the answer.
+        keep |= (tokens.ends > start) & (tokens.starts >= start) & (tokens.starts < stop)
     repeats = _repeats(tokens.is_image, tokens_per_image, tiles)
     padding = tokenizer.convert_tokens_to_ids(template.padding_mark) if template.padding_mark else None
     if _is_mismatched(tokens, repeats, covered, prompt, padding, cut_text_at):
@@ -287,6 +344,23 @@ def _tokenize(prompt: str, record: Record, tokenizer: Any, template: Template) -
     if record.images and template.image_tokens is not None:
         found = np.array(ids, np.int64) == tokenizer.convert_tokens_to_ids(template.image_tokens[1])
     return _Tokens(np.array(ids, np.int32), starts, ends, found)
+
+
+def _turn_spans(record: Record, template: Template) -> tuple[list[tuple[int, int]], int]:
+    """Return the character spans of the answers with their end marks, and the length of the prompt."""
+    has_image, turns = bool(record.images), record.turns
+    if has_image and template.image_lead:
+        turns, template = _lead_with_image(turns), replace(template, image_lead=False)
+    until = [
+        len(_write_images(render(turns[:n], template, has_image=has_image), record, template))
+        for n in range(len(turns) + 1)
+    ]
+    role, space = (
+        len(template.assistant + template.gap),
+        len(template.assistant_end) - len(template.assistant_end.rstrip()),
+    )
+    answers = [n for n, (speaker, _) in enumerate(turns) if speaker != "human"]
+    return [(until[n] + role, until[n + 1] - space) for n in answers], until[-1]
 
 
 def _answer_spans(prompt: str, template: Template) -> tuple[list[tuple[int, int]], int]:

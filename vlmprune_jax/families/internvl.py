@@ -103,7 +103,11 @@ INTERNVL_ORIGINAL = Family(
         r"language_model\.lm_head\.weight",
         r"vision_model\.encoder\.layers\..*",
     ),
-    token_names=(("image_token_id", "<IMG_CONTEXT>"), ("chat_end_token_id", "<|end|>")),
+    token_names=(
+        ("image_token_id", "<IMG_CONTEXT>"),
+        ("chat_end_token_id", "<|end|>"),
+        ("chat_end_token_id", "<|im_end|>"),
+    ),
 )
 
 INTERNVL_HF = Family(

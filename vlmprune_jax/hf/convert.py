@@ -14,6 +14,7 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import FAMILIES, Family
 from vlmprune_jax.families.table import JsonDict
 from vlmprune_jax.families.vision import projector_of, vision_of
+from vlmprune_jax.hf.per_layer import stock_class
 
 # (family, layout) of a hub folder -> the family that takes its model over.
 _TARGETS = {("llava", "original"): "llava", ("bunny", "original"): "llava", ("internvl", "original"): "internvl"}
@@ -65,7 +66,7 @@ def to_transformers(cfg: ModelConfig, source: JsonDict, image_token_id: int, voc
         text["rope_scaling"] = {name: scaling[name] for name in ("short_factor", "long_factor")} | {"type": "longrope"}
     projector = projector_of(cfg)
     config = {
-        "architectures": [_CLASSES[family.name]],
+        "architectures": [stock_class(family.name)],
         "model_type": family.name,
         _IMAGE_TOKEN[family.name]: image_token_id,
         "image_seq_length": cfg.tokens_per_image,
@@ -82,13 +83,14 @@ def to_transformers(cfg: ModelConfig, source: JsonDict, image_token_id: int, voc
     config |= {name: value for name, value in ids.items() if value is not None}
     if family.name == "internvl":
         config["downsample_ratio"] = 1 / projector.downsample
+        if source.get("template") is not None:
+            config["template"] = source["template"]  # transformers has no such field; ours tells prompts apart by it
     else:
         config["multimodal_projector_bias"] = projector.bias
     wide = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, vocab_size=vocab_size))
     return family.to_hf(wide, config)
 
 
-_CLASSES = {"llava": "LlavaForConditionalGeneration", "internvl": "InternVLForConditionalGeneration"}
 _IMAGE_TOKEN = {"llava": "image_token_index", "internvl": "image_token_id"}
 
 

@@ -25,6 +25,11 @@ _CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
+def stock_class(model_type: str) -> str:
+    """Name of the transformers class that loads a config.json of this `model_type`."""
+    return _CLASSES[model_type][0]
+
+
 def with_loader(config: JsonDict, text: TextConfig) -> JsonDict:
     """The config of a native folder of unequal layers, naming the class in the shipped file.
 

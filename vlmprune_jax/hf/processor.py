@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.config import ModelConfig
-from vlmprune_jax.data.prompts import TEMPLATES, Template
+from vlmprune_jax.data.prompts import Template, template_of
 from vlmprune_jax.families.table import JsonDict
 from vlmprune_jax.families.vision import vision_of
 from vlmprune_jax.hf.files import read_json
 from vlmprune_jax.hf.tokenizer import prefixes_only_the_start, token_id, write_tokenizer
 
-# The prompt of each hub family, and the tokens that its transformers processor needs beside the source's own.
-_PROMPTS = {"llava": "llava_v1", "bunny": "bunny", "internvl": "phi3-chat"}
+# The token that each hub family's transformers processor needs beside the source's own.
 NEW_TOKENS = {"llava": "<image>", "bunny": "<image>", "internvl": "<video>"}
 # Mean and deviation of each tower's training images (openai/clip, google/siglip, ImageNet).
 _PIXELS = {
@@ -36,7 +35,7 @@ def write_processor(folder: Path, source: Path, cfg: ModelConfig, config: JsonDi
       config: the hub's config.json.
       tokenizer: the content of tokenizer.json, with the new token.
     """
-    template = TEMPLATES[_PROMPTS[cfg.family]]
+    template = template_of(cfg.family, config)
     if cfg.family == "internvl":
         start, context, end = template.image_tokens or ("", "", "")
         named = {"start_image_token": start, "end_image_token": end, "context_image_token": context}
@@ -126,7 +125,7 @@ def _generation_config(source: Path, cfg: ModelConfig, template: Template, token
     """The source's, with the mark that ends the family's answers among the ids that end a text."""
     path = source / "generation_config.json"
     config = read_json(path) if path.is_file() else {}
-    end = token_id(tokenizer, template.assistant_end)
+    end = token_id(tokenizer, template.assistant_end.strip())
     stated = config.get("eos_token_id")
     stated = cfg.eos_token_ids if stated is None else stated if isinstance(stated, list) else (stated,)
     ids = list(dict.fromkeys([*([] if end is None else [end]), *stated]))

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.families.table import JsonDict
 from vlmprune_jax.hf.files import read_json
 
@@ -30,17 +30,8 @@ def read_tokenizer(folder: Path) -> JsonDict | None:
         return read_json(folder / TOKENIZER)
     if not any((folder / name).is_file() for name in _SLOW):
         return None
-    from transformers import AutoTokenizer
-
-    try:
-        backend = AutoTokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
-        return json.loads(backend.to_str())
-    except Exception as error:  # transformers raises OSError, ValueError, ImportError, AttributeError, ...
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"{folder}: its tokenizer cannot be made into {TOKENIZER} ({reason}): put a {TOKENIZER} into the folder "
-            "(pip install sentencepiece protobuf if that is what is missing)"
-        ) from error
+    content: JsonDict = json.loads(load_tokenizer(folder).backend_tokenizer.to_str())
+    return content
 
 
 def token_id(tokenizer: JsonDict, token: str) -> int | None:

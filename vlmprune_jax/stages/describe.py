@@ -8,19 +8,15 @@ from typing import Any
 
 from vlmprune_jax.config import LayerShape, ModelConfig, runs
 from vlmprune_jax.families import Family
+from vlmprune_jax.hf.convert import target_family
 from vlmprune_jax.hf.files import Checkpoint
 from vlmprune_jax.hf.layout import make_slots
+from vlmprune_jax.hf.per_layer import stock_class
 from vlmprune_jax.hf.read import find_weights, read_config, resolve
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune.solver import layer_costs, most_removable, units_of
 
 PARTS = ("text", "vision", "projector")
-# Layouts of the hub's own code -> the stock class that layout="transformers" makes of them.
-_BECOMES = {
-    ("llava", "original"): "LlavaForConditionalGeneration",
-    ("bunny", "original"): "LlavaForConditionalGeneration",
-    ("internvl", "original"): "InternVLForConditionalGeneration",
-}
 
 
 def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[str, Any]:
@@ -86,7 +82,7 @@ def _prunable(cfg: ModelConfig) -> dict[str, Any]:
 def _export(cfg: ModelConfig, family: Family) -> dict[str, str]:
     """What becomes of a pruned copy of this folder: kind of pruning or export option -> its size, and who loads it."""
     stock = family.layout == "transformers"
-    becomes = _BECOMES.get((family.name, family.layout))
+    target = target_family(cfg)
     loader = "stock transformers" if stock else "this package and the hub's own code"
     found = {
         "depth": f"true size, loads in {loader}",
@@ -94,8 +90,8 @@ def _export(cfg: ModelConfig, family: Family) -> dict[str, str]:
         "uneven=per_layer": f"true size, loads in {_per_layer(stock)}",
         "uneven=pad": f"zeros up to the widest layer, loads in {loader}",
     }
-    if becomes:
-        found["layout=transformers"] = f"a stock {becomes} with its tower"
+    if target is not None:
+        found["layout=transformers"] = f"a stock {stock_class(target.name)} with its tower"
     if family.separate_vision:
         found["tower"] = "vision_dir's where that is given; stays in its own folder in this layout"
     if not cfg.text.even:

@@ -21,6 +21,7 @@ from vlmprune_jax.data.tfds import PREFIX, RECORDS, read_tfds, tfds_folder
 from vlmprune_jax.data.tiling import Tiling
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluate.questions import QuestionPlan, plan_questions
+from vlmprune_jax.hf.files import read_json
 from vlmprune_jax.prune.options import one_of
 from vlmprune_jax.stages.spec import DataSpec, Experiment, ModelSpec, ScoreSpec
 
@@ -83,7 +84,8 @@ def load_inputs(model: ModelSpec, data: DataSpec, cfg: ModelConfig) -> Inputs:
 def _load_inputs(model: ModelSpec, data: DataSpec, family: str, image_size: int | None) -> Inputs:
     one_of("data.template", data.template, (AUTO, *TEMPLATES))
     tokenizer = load_tokenizer(Path(model.hf_dir))
-    template = choose_template(data.template, family, tokenizer, has_vision=image_size is not None)
+    config = read_json(Path(model.hf_dir) / "config.json")
+    template = choose_template(data.template, family, tokenizer, config=config, has_vision=image_size is not None)
     if data.system is not None:
         template = dataclasses.replace(template, system=data.system)
     loader = None

@@ -15,7 +15,7 @@ from vlmprune_jax.stages.suggest import suggest
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The model to prune. `vision_dir`: the CLIP folder, for original LLaVA folders without a tower inside."""
+    """The model to prune. `vision_dir`: its vision tower's own folder (original LLaVA and Bunny)."""
 
     hf_dir: str = ""
     vision_dir: str | None = None
