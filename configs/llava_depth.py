@@ -20,6 +20,8 @@ def get_config(layers_removed: str = "10") -> ConfigDict:
     config.model.dtype = "bfloat16"
     config.data.max_length = 2048
     config.data.fraction = 0.05
+    config.data.group_by = "modality_length"
+    config.data.length_buckets = (768, 1024, 1536, 2048)
 
     config.score.depth = "block_influence"
     config.score.samples = 50

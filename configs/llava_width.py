@@ -22,6 +22,8 @@ def get_config(variant: str = "0.3") -> ConfigDict:
     config.model.dtype = "bfloat16"
     config.data.max_length = 2048
     config.data.fraction = 0.05
+    config.data.group_by = "modality_length"
+    config.data.length_buckets = (768, 1024, 1536, 2048)
 
     config.score.width = "taylor"
     config.score.variant = "param_first"

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlmprune_jax.data.batching import Batch, Encoder, generation_batches, train_batches
+from vlmprune_jax.data.batching import Batch, generation_batches, train_batches
+from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.images import augment_flip_shift, load_image_processor
+from vlmprune_jax.data.measure import measure
 from vlmprune_jax.data.prompts import IGNORE, TEMPLATES, load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.errors import UserError
@@ -177,10 +179,9 @@ def test_model_without_a_vision_tower(samples: list[Record], encoder: Encoder) -
 
 
 def test_longest_row_chooses_max_length(samples: list[Record], encoder: Encoder) -> None:
-    length = encoder.longest(samples, generation=False)
+    length = int(measure(samples, encoder, on_error="stop", threads=2)[:, 0].max())
     fitting = dataclasses.replace(encoder, max_length=length)
     assert len(list(train_batches(samples, fitting, **TRAIN))) == 1
-    assert encoder.longest(samples, generation=True) < length
     short = dataclasses.replace(encoder, max_length=length - 1)
     with pytest.raises(UserError, match=f"{length} tokens with its images, over max_length {length - 1}"):
         list(train_batches(samples, short, **{**TRAIN, "drop_remainder": False}))

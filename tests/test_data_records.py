@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmprune_jax.data.records import Record, read_records, take_fraction
+from vlmprune_jax.data.records import Record, data_files, read_records, take_fraction
 from vlmprune_jax.errors import UserError
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
@@ -102,6 +102,7 @@ def test_text_needs_no_image_root(tmp_path: Path) -> None:
         ({"id": "r1", "image": "", "conversations": TALK}, "path or a list of paths"),
         ({"id": "r1", "image": 3, "conversations": TALK}, "path or a list of paths"),
         ({"id": "r1", "image": "a.png", "images": ["a.png"], "conversations": TALK}, "keep one"),
+        ({"id": "r1", "video": "a.mp4", "conversations": TEXT}, "has a video"),
         ({"id": "r1"}, "non-empty list"),
         ({"id": "r1", "conversations": []}, "non-empty list"),
         ({"id": "r1", "conversations": ["hello"]}, "turn 0"),
@@ -127,7 +128,8 @@ def test_malformed_record_names_file_and_record(tmp_path: Path, root: Path, entr
         ('{"conversations": []}\n{"conversations": []}', "d.json", "name JSON lines .jsonl"),
         ('{"id": "a"', "d.jsonl", "line 1: not valid JSON"),
         ("\n\n{bad}", "d.jsonl", "line 3: not valid JSON"),
-        ('{"a": 1}', "d.json", "holds a JSON dict"),
+        ('{"a": 1}', "d.json", "'a' is no data set; expected a list of conversations"),
+        ("3", "d.json", "holds a JSON int"),
         ("[]", "d.json", "holds no record"),
         ("", "d.jsonl", "holds no record"),
         ("[3]", "d.json", "record 0: is a int"),
@@ -170,3 +172,59 @@ def test_fraction_is_a_fixed_draw_in_file_order() -> None:
 def test_fraction_out_of_range(fraction: float) -> None:
     with pytest.raises(UserError, match="data fraction"):
         take_fraction([Record("0", (("human", "q"),), ())], fraction, 0)
+
+
+def sets(tmp_path: Path, root: Path, **changes: object) -> Path:
+    """InternVL's object of two sets: ten records of text, and three with an image in a folder of their own."""
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"id": n, "conversations": TEXT}) for n in range(10)))
+    lines = [json.dumps({"id": n, "image": "b.png", "conversations": TALK}) for n in range(3)]
+    (tmp_path / "seen.jsonl").write_text("\n".join(lines))
+    text = {"root": "", "annotation": "text.jsonl", "data_augment": False, "repeat_time": 0.29, "length": 10}
+    seen = {"root": f"{root.name}/sub", "annotation": "seen.jsonl", "repeat_time": 2, **changes}
+    (tmp_path / "meta.json").write_text(json.dumps({"text": text, "seen": seen}, indent=1))
+    return tmp_path / "meta.json"
+
+
+def test_the_sets_that_internvl_lists(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = sets(tmp_path, root)
+    records = read_records(path, tmp_path)
+    assert [r.id for r in records] == ["text/0", "text/1", *[f"seen/{n}" for n in (0, 1, 2)] * 2]
+    assert records[2].images == (root / "sub/b.png",)
+    assert data_files(path, tmp_path) == [path, tmp_path / "text.jsonl", tmp_path / "seen.jsonl"]
+    monkeypatch.chdir(tmp_path)
+    assert len(read_records(path, None)) == len(records)
+    (tmp_path / "seen.jsonl").write_text('{"id": 1\n')
+    with pytest.raises(UserError, match=r"seen\.jsonl, line 1: not valid JSON"):
+        read_records(path, tmp_path)
+    kept = read_records(path, tmp_path, on_error="skip")
+    assert [(r.id, r.problem is None) for r in kept][2:] == [("seen/0", False)] * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"annotation": None}, "'seen' is no data set"),
+        ({"annotation": "none.jsonl"}, "none.jsonl: cannot be read"),
+        ({"repeat_time": 1.5}, "set seen: repeat_time 1.5"),
+        ({"repeat_time": True}, "set seen: repeat_time True"),
+        ({"data_augment": True}, "set seen: data_augment and max_dynamic_patch"),
+        ({"max_dynamic_patch": 6}, "set data.max_tiles for all"),
+    ],
+)
+def test_sets_that_cannot_be_read(tmp_path: Path, root: Path, changes: dict[str, object], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_records(sets(tmp_path, root, **changes), tmp_path)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_skipped_entries_keep_their_places(tmp_path: Path, root: Path) -> None:
+    entries = [{"id": "a", "conversations": TEXT}, 3, {"id": "c", "image": "no.png", "conversations": TALK}]
+    (tmp_path / "d.json").write_text(json.dumps([*entries, {"id": "d", "conversations": TEXT}]))
+    records = read_records(tmp_path / "d.json", root, on_error="skip")
+    assert [record.id for record in records] == ["a", "1", "c", "d"]
+    assert [record.problem is None for record in records] == [True, False, False, True]
+    assert "record c: image" in str(records[2].problem)
+    (tmp_path / "d.json").write_text("[3")
+    with pytest.raises(UserError, match="not valid JSON"):  # nothing of it can be told apart
+        read_records(tmp_path / "d.json", root, on_error="skip")

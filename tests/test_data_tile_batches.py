@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlmprune_jax.data.batching import Encoder, generation_batches, train_batches
+from vlmprune_jax.data.batching import generation_batches, train_batches
+from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.images import load_image_processor
+from vlmprune_jax.data.measure import measure
 from vlmprune_jax.data.prompts import IGNORE, TEMPLATES, load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.errors import UserError
@@ -191,5 +193,6 @@ def test_too_many_tiles_or_images_name_their_record(samples: list[Record], encod
 
 
 def test_longest_counts_tiles(samples: list[Record], encoder: Encoder) -> None:
-    assert encoder.longest(samples[:6], generation=False) == 292
-    assert encoder.longest([samples[2]], generation=False) == 207
+    sizes = measure(samples[:6], encoder, on_error="stop", threads=2)
+    assert sizes[:, 0].max() == 292
+    assert sizes[2].tolist() == [207, sum(encoder.tiles(samples[2]))]

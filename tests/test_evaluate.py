@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from prune_cases import config, model, on_mesh
 
-from vlmprune_jax.data.batching import Encoder, generation_batches
+from vlmprune_jax.data.batching import generation_batches
+from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.prompts import TEMPLATES, load_tokenizer
 from vlmprune_jax.data.records import Record

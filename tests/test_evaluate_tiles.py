@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlmprune_jax.data.batching import Encoder, generation_batches, train_batches
+from vlmprune_jax.data.batching import generation_batches, train_batches
+from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.images import ImageLoader
 from vlmprune_jax.data.prompts import TEMPLATES, load_tokenizer
 from vlmprune_jax.data.records import Record

@@ -12,6 +12,7 @@ import sys
 import threading
 from pathlib import Path
 
+import grain
 import jax
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from vlmprune_jax.distributed import mesh
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten
+from vlmprune_jax.prune import make_plan, prune_folder, score
 
 CONFIG = """
 from vlmprune_jax.cli.config import experiment_config
@@ -258,3 +260,91 @@ def test_all_processes_end_when_one_finds_the_input_wrong(experiment):
     processes = start(experiment, "wrong", "prune", 2)
     assert [process.wait(timeout=300) for process in processes] == [2, 2]
     assert "run `vlmprune score` (or `vlmprune run`) first" in (experiment / "wrong-1.log").read_text()
+
+
+# --- what the processes are handed ------------------------------------------------------------------------------------
+
+RECOVER = ("--config.data.fraction=1.0", "--config.recover.steps=4", "--config.recover.save_every=4")
+
+
+@pytest.fixture(scope="module")
+def pruned(experiment):
+    """Callable (workdir): gives it a pruned model, so that `recover` can run there."""
+    teacher = experiment / "teacher"
+    model = load(teacher)
+    plan = make_plan(score(model, None, criterion="l2"), model.cfg, method="width", ratio=0.1)
+    prune_folder(teacher, plan, experiment / "pruned", dtype="float32")
+
+    def give(workdir: str) -> None:
+        (experiment / workdir).mkdir()
+        shutil.copytree(experiment / "pruned", experiment / workdir / "pruned")
+        (experiment / workdir / "plan.json").write_text(plan.to_json())
+
+    return give
+
+
+def entry(name: str, image: str | None, answer: str) -> str:
+    question = "Is it so?" if image is None else "<image>\nIs it so?"
+    talk = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return json.dumps({"id": name, "conversations": talk} | ({} if image is None else {"image": image}))
+
+
+def one_and_two(experiment: Path, pruned, name: str, lines: list[str], *flags: str) -> list[list[list[str]]]:
+    """Train on the records with one process and with two; equal losses. The ids that each process was handed."""
+    (experiment / f"{name}.jsonl").write_text("\n".join(lines))
+    losses = []
+    for count in (1, 2):
+        pruned(f"{name}{count}")
+        train = f"--config.data.train={experiment / name}.jsonl"
+        finish(experiment, f"{name}{count}", "recover", count, train, *RECOVER, *flags)
+        metrics = (experiment / f"{name}{count}" / "training/metrics.jsonl").read_text().splitlines()
+        losses.append([[json.loads(line)[key] for key in ("loss", "ce", "l2", "grad_norm")] for line in metrics])
+    assert len(losses[0]) == 4
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5, atol=0)
+    found = [ids(experiment, f"{name}1", 0), *(ids(experiment, f"{name}2", number) for number in range(2))]
+    assert found[0] == [left + right for left, right in zip(*found[1:], strict=True)]
+    return found
+
+
+@pytest.mark.slow
+def test_text_on_one_process_and_images_on_the_other(experiment, pruned):
+    places = {int(number): place for place, number in enumerate(grain.MapDataset.range(64).shuffle(seed=42))}
+    lines = []
+    for number in range(64):
+        image = None if places[number] % 16 < 8 else f"img{number % 4}.png"
+        lines.append(entry(f"{'text' if image is None else 'image'}{number}", image, "Yes. " * (1 + number % 5)))
+    _, first, second = one_and_two(experiment, pruned, "mixed", lines)
+    assert all(name.startswith("text") for batch in first for name in batch)
+    assert all(name.startswith("image") for batch in second for name in batch)
+
+
+@pytest.mark.slow
+def test_groups_buckets_and_skipped_records(experiment, pruned):
+    answers = ["Yes.", "It is a red car. " * 3, "It is 10:45. " * 8]
+    lines = [entry(f"r{n}", f"img{n % 4}.png" if n % 3 else None, answers[n % 7 % 3]) for n in range(58)]
+    lines[5:5] = [entry("missing", "none.png", "Yes."), '{"id": "broken"', entry("late", None, "<image>")]
+    lines[30:30] = [entry("long", None, "It is 10:45. " * 40), '{"id": "empty"}', entry("also missing", "a.png", "No.")]
+    buckets = ("--config.data.length_buckets=(64, 128, 256)", "--config.data.truncate=False")
+    grouped = ("--config.data.group_by=modality_length", "--config.data.on_error=skip")
+    whole, *_ = one_and_two(experiment, pruned, "ragged", lines, *buckets, *grouped)
+    assert sorted(name for batch in whole for name in batch if name) == sorted(f"r{n}" for n in range(58))
+    listed = []
+    for count in (1, 2):
+        files = [experiment / f"ragged{count}/training/skipped-{number}.jsonl" for number in range(count)]
+        listed.append([json.loads(line) for file in files if file.exists() for line in file.read_text().splitlines()])
+    assert sorted(line["record"] for line in listed[0]) == ["6", "also missing", "empty", "late", "long", "missing"]
+    assert sorted(map(str, listed[0])) == sorted(map(str, listed[1]))
+    log = (experiment / "ragged2-0.log").read_text()
+    assert "6 rows skipped, listed in" in log
+    metrics = (experiment / "ragged2/training/metrics.jsonl").read_text().splitlines()
+    assert sum(json.loads(line)["empty_rows"] for line in metrics) == 6
+
+
+@pytest.mark.slow
+def test_no_usable_record_stops_every_process(experiment, pruned):
+    (experiment / "gone.jsonl").write_text("\n".join(entry(f"r{n}", "none.png", "Yes.") for n in range(20)))
+    pruned("gone")
+    flags = [f"--config.data.train={experiment / 'gone.jsonl'}", *RECOVER, "--config.data.on_error=skip"]
+    assert [process.wait(timeout=300) for process in start(experiment, "gone", "recover", 2, *flags)] == [2, 2]
+    words = "none of the 20 training records can be used; the first:"
+    assert all(words in (experiment / f"gone-{number}.log").read_text() for number in range(2))

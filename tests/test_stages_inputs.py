@@ -98,7 +98,7 @@ def test_internvl_records_may_leave_the_mark_out(
     spec = dataclasses.replace(data(goldens), train=str(tmp_path / "d.json"))
     loaded = load_inputs(model, spec, internvl_cfg)
     records = inputs.training_records(spec, loaded.template)
-    row = loaded.training_encoder(internvl_cfg, records).training_row(records[0], None)
+    row = loaded.encoder(internvl_cfg, 4096).training_row(records[0], None)
     assert (row["input_ids"] == 393).sum() == 4 * len(row["pixel_values"]) > 0
     llava = ModelSpec(
         hf_dir=folder_of(tmp_path, goldens, "llava_hf", "llava"), vision_dir=str(goldens / "ckpt/clip_tower")

@@ -234,7 +234,7 @@ def tokenize_training(
     A record whose rounds cannot be told apart (an empty turn, a separator inside a text) has all labels ignored: the
     reference's "tokenization mismatch" rule.
     """
-    prompt = _write_images(render(record.turns, template, has_image=bool(record.images)), record, template)
+    prompt = _training_prompt(record, template)
     tokens = _tokenize(prompt, record, tokenizer, template)
     spans, covered = _turn_spans(record, template) if template.by_turn else _answer_spans(prompt, template)
     keep = np.zeros(len(tokens.ids), bool)
@@ -250,6 +250,22 @@ def tokenize_training(
     labels = np.where(keep & ~tokens.is_image, ids, IGNORE).astype(np.int32)
     ids, labels = np.repeat(ids, repeats), np.repeat(labels, repeats)
     return (ids, labels) if record.images else (ids[:cut_text_at], labels[:cut_text_at])
+
+
+def prompt_pieces(record: Record, template: Template) -> list[str]:
+    """Return the texts that `tokenize_training` tokenises, one behind each image written as `<image>`."""
+    return _pieces(_training_prompt(record, template), record, template)
+
+
+def count_tokens(prompts: Sequence[Sequence[str]], tokenizer: Any) -> np.ndarray:
+    """Return int64[prompts]: the tokens of each prompt's pieces, a leading BOS once; on all cores, in Rust.
+
+    Faster than tokenising for training, which needs every token's place in the text.
+    """
+    encoded = tokenizer.backend_tokenizer.encode_batch_fast([piece for pieces in prompts for piece in pieces])
+    lengths = iter([len(encoding) for encoding in encoded])
+    bos = len(tokenizer("")["input_ids"])
+    return np.array([sum(next(lengths) for _ in p) - bos * (len(p) - 1) for p in prompts], np.int64)
 
 
 def tokenize_prompt(
@@ -285,6 +301,10 @@ def _is_mismatched(
     return counted != int(np.count_nonzero(real)) and (cut_text_at is None or counted < cut_text_at)
 
 
+def _training_prompt(record: Record, template: Template) -> str:
+    return _write_images(render(record.turns, template, has_image=bool(record.images)), record, template)
+
+
 def _write_images(prompt: str, record: Record, template: Template) -> str:
     """Return the prompt with its first placeholders, one per image, as image tokens with a single position each."""
     if template.image_tokens is None:
@@ -304,6 +324,10 @@ def _repeats(is_image: np.ndarray, tokens_per_image: int, tiles: Sequence[int] |
     return repeats
 
 
+def _pieces(prompt: str, record: Record, template: Template) -> list[str]:
+    return prompt.split(IMAGE_TOKEN) if record.images and template.image_tokens is None else [prompt]
+
+
 class _Tokens(NamedTuple):
     """Arrays [tokens]: ids, character places in the prompt (-1 for BOS, so that no span holds it), is it an image."""
 
@@ -318,12 +342,11 @@ def _tokenize(prompt: str, record: Record, tokenizer: Any, template: Template) -
 
     A leading BOS is kept once and dropped from later pieces (reference: `tokenizer_image_token`).
     """
-    piecewise = bool(record.images) and template.image_tokens is None
     ids: list[int] = []
     places: list[tuple[int, int]] = []
     is_image: list[bool] = []
     offset = 0
-    for number, piece in enumerate(prompt.split(IMAGE_TOKEN) if piecewise else [prompt]):
+    for number, piece in enumerate(_pieces(prompt, record, template)):
         if number:
             ids.append(0)
             places.append((offset, offset + len(IMAGE_TOKEN)))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,28 +40,89 @@ class StoredImage:
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation: turns are ("human" | "gpt", text) in strict alternation from "human"; images in order."""
+    """One conversation: turns are ("human" | "gpt", text) in strict alternation from "human"; images in order.
+
+    `problem`: why there are no turns, in the place of an entry that could not be read and was not to stop the run.
+    """
 
     id: str
     turns: tuple[tuple[str, str], ...]
     images: tuple[Path | StoredImage, ...]
+    problem: str | None = None
 
 
-def read_records(path: Path, image_root: Path | None, *, image_lead: bool = False) -> list[Record]:
+def read_records(
+    path: Path, image_root: Path | None, *, image_lead: bool = False, on_error: str = "stop"
+) -> list[Record]:
     """Read `{id, image? | images?, conversations: [{from, value}]}` entries from a `.json` list or a `.jsonl` file.
+
+    Or those of all data sets that InternVL's `.json` object lists (see `_read_sets`).
 
     `image` is a path or a list of paths below `image_root`; a missing id becomes the entry's index. A first turn of gpt
     is dropped (reference: `preprocess_v1`). With `image_lead` the text may leave out the `<image>` mark of a record's
     only image, which the template then puts in front (InternVL data files do so). Raises UserError naming file and
     record for anything malformed: turns that do not alternate, `<image>` marks that do not match the images, an image
-    that is missing or lies outside the root.
+    that is missing or lies outside the root. With `on_error` "skip" such a record stays, with nothing but its problem:
+    the places of the others do not depend on it.
     """
     path = Path(path)
+    if _lists_sets(path):
+        return _read_sets(path, image_root, image_lead, on_error)
     root = _ImageRoot(image_root)
-    records = [make_record(entry, index, path, root, image_lead) for index, entry in enumerate(_read_entries(path))]
+    entries = _read_entries(path, on_error)
+    records = [make_record(entry, index, path, root, image_lead, on_error) for index, entry in enumerate(entries)]
     if not records:
         raise UserError(f"{path}: holds no record; a LLaVA data file is a list of conversations")
     return records
+
+
+def data_files(path: Path, image_root: Path | None) -> list[Path]:
+    """Return the files that `read_records` reads: `path`, and those that it lists if it is InternVL's object."""
+    return [path, *(annotation for annotation, *_ in _sets(path, image_root).values())] if _lists_sets(path) else [path]
+
+
+def _lists_sets(path: Path) -> bool:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return path.suffix == ".json" and file.read(4096).lstrip()[:1] == "{"
+    except OSError:
+        return False  # which reading it will tell
+
+
+def _read_sets(path: Path, image_root: Path | None, image_lead: bool, on_error: str) -> list[Record]:
+    """The records of every set of InternVL's `{name: {root, annotation, repeat_time}}`, their ids as "name/id".
+
+    `repeat_time` below 1 keeps the first int(n * repeat_time) records, a whole number repeats them (reference: InternVL
+    `LazySupervisedDataset`).
+    """
+    records: list[Record] = []
+    for name, (annotation, root, repeat) in _sets(path, image_root).items():
+        read = read_records(annotation, root, image_lead=image_lead, on_error=on_error)
+        chosen = read[: int(len(read) * repeat)] if repeat < 1 else read * int(repeat)
+        records += [replace(record, id=f"{name}/{record.id}") for record in chosen]
+    if not records:
+        raise UserError(f"{path}: its sets keep no record; raise their repeat_time")
+    return records
+
+
+def _sets(path: Path, image_root: Path | None) -> dict[str, tuple[Path, Path, float]]:
+    """Name -> (annotation file, image folder, repeat_time); paths are below the image root or the current folder."""
+    base, sets = Path(image_root or ""), {}
+    for name, given in next(_read_entries(path, "stop", kind=dict)).items():
+        if not isinstance(given, dict) or not all(isinstance(given.get(key), str) for key in ("annotation", "root")):
+            raise UserError(f"{path}: {name!r} is no data set; expected a list of conversations, or InternVL's object "
+                            "of sets, each with 'root' and 'annotation'")  # fmt: skip
+        repeat = given.get("repeat_time", 1)
+        whole = isinstance(repeat, int | float) and (0 < repeat < 1 or (repeat >= 1 and repeat == int(repeat)))
+        if isinstance(repeat, bool) or not whole:
+            raise UserError(f"{path}, set {name}: repeat_time {repeat!r} must be a whole number, or between 0 and 1")
+        if given.get("data_augment") or given.get("max_dynamic_patch") is not None:
+            raise UserError(
+                f"{path}, set {name}: data_augment and max_dynamic_patch of a single set are not supported; remove "
+                "them, and set data.max_tiles for all"
+            )
+        sets[name] = (base / given["annotation"], base / given["root"], repeat)
+    return sets
 
 
 def take_fraction(records: Sequence[Record], fraction: float, seed: int) -> list[Record]:
@@ -77,7 +138,8 @@ def take_fraction(records: Sequence[Record], fraction: float, seed: int) -> list
     return [records[index] for index in sorted(chosen.tolist())]
 
 
-def _read_entries(path: Path) -> Iterator[Any]:
+def _read_entries(path: Path, on_error: str, kind: type = list) -> Iterator[Any]:
+    """Each entry as JSON gives it, or with "skip" the error in place of a line that is no JSON; an object as one."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -87,12 +149,17 @@ def _read_entries(path: Path) -> Iterator[Any]:
     if path.suffix == ".jsonl":
         for number, line in enumerate(text.split("\n")):
             if line.strip():
-                yield _parse(line, path, number, "one JSON object a line")
+                try:
+                    yield _parse(line, path, number, "one JSON object a line")
+                except UserError as error:
+                    if on_error == "stop":
+                        raise
+                    yield error
         return
     entries = _parse(text, path, 0, "one JSON list; name JSON lines .jsonl")
-    if not isinstance(entries, list):
+    if not isinstance(entries, kind):
         raise UserError(f"{path}: holds a JSON {type(entries).__name__}, expected a list of conversations")
-    yield from entries
+    yield from entries if isinstance(entries, list) else [entries]
 
 
 def _parse(text: str, path: Path, lines_before: int, expected: str) -> Any:
@@ -111,14 +178,33 @@ class Images(Protocol):
         """Return the image. Raises UserError, which says `where`, if there is none."""
 
 
-def make_record(entry: Any, index: int, path: Path, root: Images, image_lead: bool) -> Record:
-    """Return the record of one entry of a data file, validated. Raises UserError naming `path` and the record."""
+def make_record(
+    entry: Any, index: int, path: PurePath, root: Images, image_lead: bool, on_error: str = "stop"
+) -> Record:
+    """Return the record of one entry of a data file, validated.
+
+    Raises UserError naming `path` and the record; with `on_error` "skip" the record tells it as its `problem`.
+    """
+    try:
+        return _valid_record(entry, index, path, root, image_lead)
+    except UserError as error:
+        if on_error == "stop":
+            raise
+        name = entry.get("id", index) if isinstance(entry, dict) else index
+        return Record(str(name), (), (), str(error))
+
+
+def _valid_record(entry: Any, index: int, path: PurePath, root: Images, image_lead: bool) -> Record:
+    if isinstance(entry, UserError):
+        raise entry
     if not isinstance(entry, dict):
         raise UserError(f"{path}, record {index}: is a {type(entry).__name__}, expected an object with 'conversations'")
     name = entry.get("id", index)
     if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
         raise UserError(f"{path}, record {index}: id {name!r} must be a non-empty string or a number")
     where = f"{path}, record {name}"
+    if entry.get("video") is not None:
+        raise UserError(f"{where}: has a video, which no model here takes; drop the record")
     turns = _make_turns(entry.get("conversations"), where)
     images = tuple(root.find(image, where) for image in _image_names(entry, where))
     marks = sum(text.count(IMAGE_TOKEN) for _, text in turns)

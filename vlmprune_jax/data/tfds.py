@@ -3,6 +3,9 @@
 A folder holds two data sets that `tfds.builder_from_directory` opens like any other: `records` (id, turns, and which
 images) and `images` (encoded bytes, each image once however many records share it). Records are read at once, as from
 JSON; an image's bytes when it is decoded. Few large files instead of many small ones, which network disks like.
+
+The folder may lie in a bucket, gs://BUCKET/DIR: records are copied to this machine for as long as they are read, images
+are read where they are (array_record has a reader for Google Cloud Storage; the small files beside need gcsfs).
 """
 
 from __future__ import annotations
@@ -11,26 +14,44 @@ import contextlib
 import io
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from vlmprune_jax.data.records import Record, StoredImage, make_record
 from vlmprune_jax.errors import UserError
 
 PREFIX = "tfds:"  # of data.train and data.eval: tfds:FOLDER
+BUCKET = "gs://"
 RECORDS, IMAGES, SPLIT, VERSION = "records", "images", "train", "1.0.0"
+_INFO = "dataset_info.json"
 
 
-def tfds_folder(text: str) -> Path:
-    """Return the folder that a setting `tfds:FOLDER` names. Raises UserError for an address that is no folder."""
+def tfds_folder(text: str) -> Path | epath.Path:
+    """Return the folder that a setting `tfds:FOLDER` names: an epath for one in a bucket.
+
+    Raises UserError for an address of another kind.
+    """
     name = text.removeprefix(PREFIX)
+    if name.startswith(BUCKET):
+        return epath.Path(name)
     if not name or "://" in name:
-        raise UserError(f"{text}: give a folder, {PREFIX}DIR; mount a bucket first (gcsfuse)")
+        raise UserError(f"{text}: give a folder, {PREFIX}DIR, or one in a bucket, {PREFIX}{BUCKET}BUCKET/DIR")
     return Path(name)
+
+
+def tfds_state(folder: Path | epath.Path) -> str:
+    """Return a short text that changes when the records of a folder are written again, "" where there are none."""
+    info = folder / RECORDS / VERSION / _INFO
+    with _readable(info):
+        if not info.is_file():
+            return ""
+        return str(info.stat().st_mtime_ns) if isinstance(info, Path) else info.read_text()
 
 
 def write_tfds(
@@ -75,7 +96,9 @@ def write_tfds(
 
 
 def _name(image: Path | StoredImage, root: Path | None) -> str:
-    return str(image if root is None or isinstance(image, StoredImage) else image.relative_to(root))
+    if isinstance(image, Path) and root is not None and image.is_relative_to(root):
+        return str(image.relative_to(root))
+    return str(image)
 
 
 def _example(record: Record, names: Mapping[Any, str], numbers: Mapping[Any, int]) -> dict[str, Any]:
@@ -134,7 +157,7 @@ def _write(name: str, data_dir: Path, features: Mapping[str, Any], examples: Ite
 class ImageStore:
     """The `images` data set of a folder, opened at the first read; safe to use from several threads."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | epath.Path) -> None:
         self.folder = folder
         self._source: Any = None
         self._lock = threading.Lock()
@@ -151,14 +174,13 @@ class ImageStore:
             raise OSError(f"image {number} is not in {self.folder / IMAGES}") from error
 
 
-def read_tfds(folder: Path, *, image_lead: bool = False) -> list[Record]:
+def read_tfds(folder: Path | epath.Path, *, image_lead: bool = False, on_error: str = "stop") -> list[Record]:
     """Return the records of a folder that `write_tfds` made, the same as `read_records` returns for its source.
 
-    Images are `StoredImage`s. Raises UserError naming folder and record where something is malformed.
+    Images are `StoredImage`s. Raises UserError naming folder and record where something is malformed; with `on_error`
+    "skip" the record tells it, as in `read_records`.
     """
-    folder = Path(folder)
     store, numbers = ImageStore(folder), dict[str, int]()
-    source = _open(folder, RECORDS, decoders=None)
 
     class Stored:
         def find(self, name: str, where: str) -> StoredImage:
@@ -167,30 +189,53 @@ def read_tfds(folder: Path, *, image_lead: bool = False) -> list[Record]:
             return StoredImage(name, numbers[name], store)
 
     records = []
-    for index in range(len(source)):
-        with _readable(folder / RECORDS):
-            found = source[index]
-        names = [name.decode() for name in found["images"]["name"]]
-        numbers |= zip(names, map(int, found["images"]["number"]), strict=True)
-        turns = zip(found["conversations"]["from"], found["conversations"]["value"], strict=True)
-        conversation = [{"from": speaker.decode(), "value": text.decode()} for speaker, text in turns]
-        entry = {"id": found["id"].decode(), "conversations": conversation, "images": names}
-        records.append(make_record(entry, index, folder, Stored(), image_lead))
+    with _on_this_machine(folder) as near:
+        source = _open(near, RECORDS, decoders=None)
+        for index in range(len(source)):
+            with _readable(folder / RECORDS):
+                found = source[index]
+            names = [name.decode() for name in found["images"]["name"]]
+            numbers |= zip(names, map(int, found["images"]["number"]), strict=True)
+            turns = zip(found["conversations"]["from"], found["conversations"]["value"], strict=True)
+            conversation = [{"from": speaker.decode(), "value": text.decode()} for speaker, text in turns]
+            entry = {"id": found["id"].decode(), "conversations": conversation, "images": names}
+            records.append(make_record(entry, index, folder, Stored(), image_lead, on_error))
     return records
 
 
-def _open(folder: Path, name: str, decoders: Any) -> Any:
+@contextlib.contextmanager
+def _on_this_machine(folder: Path | epath.Path) -> Iterator[Path]:
+    """The folder, or a copy of the records of one in a bucket, which would take one request each."""
+    if isinstance(folder, Path):
+        yield folder
+        return
+    _open(folder, RECORDS, decoders=None)
+    with tempfile.TemporaryDirectory() as copy:
+        near = Path(copy) / RECORDS / VERSION
+        near.mkdir(parents=True)
+        with _readable(folder / RECORDS):
+            for file in (folder / RECORDS / VERSION).iterdir():
+                with file.open("rb") as theirs, (near / file.name).open("wb") as ours:
+                    shutil.copyfileobj(theirs, ours)
+        yield Path(copy)
+
+
+def _open(folder: Path | epath.Path, name: str, decoders: Any) -> Any:
     place = folder / name / VERSION
-    if not (place / "dataset_info.json").is_file():
-        raise UserError(f"{folder}: is no data set that `vlmprune tfds` wrote (no {name}/{VERSION}/dataset_info.json)")
     with _readable(place):
+        if not (place / _INFO).is_file():
+            raise UserError(f"{folder}: is no data set that `vlmprune tfds` wrote (no {name}/{VERSION}/{_INFO})")
         return _load_tfds().builder_from_directory(str(place)).as_data_source(split=SPLIT, decoders=decoders)
 
 
 @contextlib.contextmanager
-def _readable(place: Path) -> Iterator[None]:
+def _readable(place: Path | epath.Path) -> Iterator[None]:
     try:
         yield
+    except ImportError as error:
+        raise UserError(
+            f"{place}: a bucket is read with gcsfs, which is missing; pip install 'vlmprune-jax[gcs]'"
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{place}: cannot be read ({' '.join(str(error).split())[:200]}); write it again") from error
 

@@ -25,8 +25,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from vlmprune_jax.config import ModelConfig
-from vlmprune_jax.data.batching import Encoder, train_batches
+from vlmprune_jax.data.batching import train_batches
+from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.images import load_image_processor
+from vlmprune_jax.data.measure import measure
 from vlmprune_jax.data.prompts import TEMPLATES, load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.demo.easyvqa import write_dataset
@@ -86,7 +88,8 @@ def _train_stage(model: Model, stage: Stage, files: Mapping[str, Path], folder: 
     encoder = make_encoder(model.cfg, folder)
     if not any(record.images for record in records):
         encoder = dataclasses.replace(encoder, image_loader=None)
-    encoder = dataclasses.replace(encoder, max_length=encoder.longest(records, generation=False))
+    longest = int(measure(records, encoder, on_error="stop", threads=2)[:, 0].max())
+    encoder = dataclasses.replace(encoder, max_length=longest)
     batches = train_batches(
         records,
         encoder,

@@ -169,6 +169,35 @@ def _tell(said: dict[str, Any]) -> dict[str, Any]:
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes())
 
 
+def from_all(compute: Callable[[], Any]) -> list[Any]:
+    """What `compute` returns on each process (any JSON value), in their order, on every process; all must call it.
+
+    Raises:
+      UserError: `compute` raised it on any process; every process does.
+    """
+    if process_count() == 1:
+        return [compute()]
+    failure: BaseException | None = None
+    try:
+        said = {"value": compute()}
+    except UserError as error:
+        said = {"error": str(error)}
+    except BaseException as error:  # the others must not wait for an answer that never comes
+        said, failure = {"error": f"process {jax.process_index()} failed ({type(error).__name__}: {error})"}, error
+    raw = np.frombuffer(json.dumps(said).encode(), np.uint8)
+    lengths = np.asarray(multihost_utils.process_allgather(np.asarray(raw.size, np.int32)))
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: raw.size] = raw
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    if failure is not None:
+        raise failure
+    answers = [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
+    for answer in answers:
+        if "error" in answer:
+            raise UserError(answer["error"])
+    return [answer["value"] for answer in answers]
+
+
 def whole(array: jax.Array) -> np.ndarray:
     """An array's values in host memory, on every process; all of them must call it where it is split over them."""
     if array.is_fully_addressable or array.is_fully_replicated:

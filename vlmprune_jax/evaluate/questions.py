@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import grain
 import numpy as np
 
-from vlmprune_jax.data.batching import Encoder, GenerationBatch, check_length
+from vlmprune_jax.data.batching import GenerationBatch
+from vlmprune_jax.data.encoding import Encoder, check_length
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.generate import SharedPrefix

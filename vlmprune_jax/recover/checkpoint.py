@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from vlmprune_jax.distributed.mesh import from_all
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.recover.step import TrainState
 
@@ -88,14 +88,7 @@ def _gather(data_state: Any) -> list[str]:
         text = "b" + base64.b64encode(data_state).decode()
     else:
         text = "j" + json.dumps(data_state)
-    if jax.process_count() == 1:
-        return [text]
-    raw = np.frombuffer(text.encode(), np.uint8)
-    lengths = np.asarray(multihost_utils.process_allgather(np.asarray(raw.size, np.int32)))
-    padded = np.zeros(lengths.max(), np.uint8)
-    padded[: raw.size] = raw
-    rows = np.asarray(multihost_utils.process_allgather(padded))
-    return [row[:length].tobytes().decode() for row, length in zip(rows, lengths, strict=True)]
+    return from_all(lambda: text)
 
 
 def _decode(text: str) -> Any:

@@ -257,6 +257,7 @@ class _Pending(NamedTuple):
     metrics: dict[str, jax.Array]
     record_ids: Sequence[str]
     data_seconds: float
+    skipped: Sequence[tuple[str, str]]
 
 
 def _train(
@@ -274,7 +275,7 @@ def _train(
     def settle(upto: int) -> None:
         while len(pending) > upto:
             done = pending.popleft()
-            recorder.step(done.step, jax.device_get(done.metrics), done.record_ids, done.data_seconds)
+            recorder.step(done.step, jax.device_get(done.metrics), done.record_ids, done.data_seconds, done.skipped)
 
     with StopSignal() as stop:
         for step in range(*span):
@@ -282,7 +283,7 @@ def _train(
             batch = _next(stream, run, config, step)
             waited = time.perf_counter() - begin
             state, metrics = run.step(state, run.frozen, run.teacher_params, place_rows(batch.arrays, run.mesh))
-            pending.append(_Pending(step + 1, metrics, batch.record_ids, waited))
+            pending.append(_Pending(step + 1, metrics, batch.record_ids, waited, batch.skipped))
             settle(1)
             stopping = stop.requested(step + 1)
             due = step + 1 == span[1] or (config.save_every and (step + 1) % config.save_every == 0)

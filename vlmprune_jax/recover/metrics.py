@@ -13,7 +13,7 @@ import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from vlmprune_jax.distributed.mesh import is_main_process
+from vlmprune_jax.distributed.mesh import from_all, is_main_process
 from vlmprune_jax.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
@@ -23,7 +23,8 @@ LISTED_IDS = 16
 class Recorder:
     """Receives every finished step in order. Files and the bar belong to process 0.
 
-    `saved`: the last step that was checkpointed, for messages. A resumed run drops the lines of steps it repeats.
+    `saved`: the last step that was checkpointed, for messages. A resumed run drops the lines of steps it repeats. Each
+    process lists the records that it skipped in a file of its own, skipped-N.jsonl.
     """
 
     def __init__(self, folder: Path | None, first: int, total: int, log_every: int, progress: bool):
@@ -33,6 +34,12 @@ class Recorder:
         self._begin = self._mark = time.perf_counter()
         self._steady: float | None = None
         self._file = self._board = None
+        self._skipped = 0
+        self._skipped_file = None if folder is None else folder / f"skipped-{jax.process_index()}.jsonl"
+        if self._skipped_file is not None and self._skipped_file.exists():
+            before = _lines_until(self._skipped_file, first)
+            self._skipped = len(before)
+            self._skipped_file.write_text("".join(json.dumps(line) + "\n" for line in before))
         if folder is not None and is_main_process():
             folder.mkdir(parents=True, exist_ok=True)
             kept = _lines_until(folder / METRICS_FILE, first)
@@ -53,13 +60,21 @@ class Recorder:
             if resource is not None:
                 getattr(resource, close)()
 
-    def step(self, step: int, metrics: Mapping[str, Any], record_ids: Sequence[str], data_seconds: float) -> None:
-        """Take the fetched metrics of a step (counted from 1).
+    def step(
+        self,
+        step: int,
+        metrics: Mapping[str, Any],
+        record_ids: Sequence[str],
+        data_seconds: float,
+        skipped: Sequence[tuple[str, str]],
+    ) -> None:
+        """Take the fetched metrics of a step (counted from 1), and the (record id, reason) that it skipped.
 
         Raises:
           UserError: loss or gradient norm is not finite; names step and records.
         """
         values = {name: float(value) for name, value in metrics.items()}
+        self._list_skipped(step, skipped)
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             self._refuse(step, values, record_ids)
         now = time.perf_counter()
@@ -77,6 +92,14 @@ class Recorder:
             self._bar.update(self._task, completed=step, loss=f"loss {values['loss']:.4f}", rate=f"{speed:,.0f} tok/s")
         if step % self._log_every == 0 or step == self._total:
             self._log()
+
+    def _list_skipped(self, step: int, skipped: Sequence[tuple[str, str]]) -> None:
+        self._skipped += len(skipped)
+        if skipped and self._skipped_file is not None:
+            self._skipped_file.parent.mkdir(parents=True, exist_ok=True)
+            with self._skipped_file.open("a") as file:
+                for record, reason in skipped:
+                    file.write(json.dumps({"step": step, "record": record, "reason": reason}) + "\n")
 
     def _log(self) -> None:
         if self._file is not None:
@@ -104,13 +127,14 @@ class Recorder:
         )
 
     def summary(self) -> dict[str, Any]:
-        """Totals of this process's run, and the last step's numbers."""
+        """Totals of this process's run, the last step's numbers, and the rows that all processes skipped so far."""
         now = time.perf_counter()
         steady = now - self._steady if self._steady is not None else 0.0
         return {
             "seconds": now - self._begin,
             "tokens": self._tokens,
             "tokens_per_second": self._counted / steady if self._counted else 0.0,
+            "skipped_rows": sum(from_all(lambda: self._skipped)),
             "last": self.last,
         }
 

@@ -179,6 +179,7 @@ def make_step(
             "learning_rate": rate,
             "tokens": valid,
             "padding": (slots - valid) / slots,
+            "empty_rows": jnp.sum(~jnp.any(batch["attention_mask"] != 0, axis=1), dtype=jnp.float32),
         }
         return TrainState(params, opt_state, state.step + 1, state.key), metrics
 

@@ -13,17 +13,21 @@ import jax
 import numpy as np
 
 from vlmprune_jax.config import ModelConfig
-from vlmprune_jax.data.batching import Batch, Encoder, train_batches
+from vlmprune_jax.data.batching import ON_ERROR, Batch, train_batches
+from vlmprune_jax.data.encoding import Encoder
+from vlmprune_jax.data.grouping import GROUPINGS
 from vlmprune_jax.data.images import ImageLoader, load_image_processor
+from vlmprune_jax.data.measure import measure
 from vlmprune_jax.data.prompts import AUTO, TEMPLATES, Template, choose_template, load_tokenizer, tokenize_training
-from vlmprune_jax.data.records import Record, read_records, take_fraction
-from vlmprune_jax.data.tfds import PREFIX, RECORDS, read_tfds, tfds_folder
+from vlmprune_jax.data.records import Record, data_files, read_records, take_fraction
+from vlmprune_jax.data.tfds import PREFIX, read_tfds, tfds_folder, tfds_state
 from vlmprune_jax.data.tiling import Tiling
+from vlmprune_jax.distributed.mesh import from_all
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluate.questions import QuestionPlan, plan_questions
 from vlmprune_jax.hf.files import read_json
 from vlmprune_jax.prune.options import one_of
-from vlmprune_jax.stages.spec import DataSpec, Experiment, ModelSpec, ScoreSpec
+from vlmprune_jax.stages.spec import DataSpec, Experiment, ModelSpec
 
 PREFETCH = 4  # batches read ahead, so that reading images overlaps with computing
 # Image slots of a batch: a lone tile, and a thumbnail with 1, 3, 6 and 12 tiles (the common grids of InternVL).
@@ -53,22 +57,28 @@ class Inputs:
             tile_buckets=self._tile_buckets(),
         )
 
-    def training_encoder(self, cfg: ModelConfig, records: Sequence[Record]) -> Encoder:
-        """Rows of `data.max_length`, or of the longest record."""
-        if self.data.max_length:
-            return self.encoder(cfg, self.data.max_length)
-        uncut = dataclasses.replace(self.encoder(cfg, 0), truncate=False)
-        return self.encoder(cfg, uncut.longest(records, generation=False))
+    def training_encoder(self, cfg: ModelConfig) -> Encoder:
+        """Rows of at most `data.max_length` or the last of `data.length_buckets`; of any length without both."""
+        buckets, limit = self.data.length_buckets, self.data.max_length
+        _check_buckets("data.length_buckets", buckets)
+        if buckets and limit not in (None, buckets[-1]):
+            raise UserError(f"data.length_buckets {buckets} must end with data.max_length {limit}, the longest row")
+        encoder = self.encoder(cfg, limit or (buckets[-1] if buckets else 0))
+        return dataclasses.replace(encoder, length_buckets=buckets or None)
 
     def _tile_buckets(self) -> tuple[int, ...] | None:
         """`data.tile_buckets`, or those that hold every record of a model that cuts images (None for other models)."""
         given = self.data.tile_buckets
-        if given and (given[0] < 1 or list(given) != sorted(set(given))):
-            raise UserError(f"data.tile_buckets {given} must be positive and ascending")
+        _check_buckets("data.tile_buckets", given)
         if given or self.image_loader is None or not isinstance(self.image_loader.preparation, Tiling):
             return given or None
         most = self.image_loader.preparation.most(self.data.max_images)
         return (*(bucket for bucket in TILE_BUCKETS if bucket < most), most)
+
+
+def _check_buckets(name: str, given: Sequence[int]) -> None:
+    if given and (given[0] < 1 or list(given) != sorted(set(given))):
+        raise UserError(f"{name} {given} must be positive and ascending")
 
 
 def load_inputs(model: ModelSpec, data: DataSpec, cfg: ModelConfig) -> Inputs:
@@ -105,20 +115,21 @@ def _load_inputs(model: ModelSpec, data: DataSpec, family: str, image_size: int 
 
 
 @functools.lru_cache(maxsize=4)
-def _records(path: str, images: str | None, image_lead: bool, changed: int) -> list[Record]:
-    del changed  # part of the key: a file that is written again is read again
+def _records(path: str, root: Path | None, image_lead: bool, on_error: str, state: str) -> list[Record]:
+    del state  # part of the key: a file that is written again is read again
     if path.startswith(PREFIX):
-        return read_tfds(tfds_folder(path), image_lead=image_lead)
-    return read_records(Path(path), None if images is None else Path(images), image_lead=image_lead)
+        return read_tfds(tfds_folder(path), image_lead=image_lead, on_error=on_error)
+    return read_records(Path(path), root, image_lead=image_lead, on_error=on_error)
 
 
 def training_records(data: DataSpec, template: Template) -> list[Record]:
-    """All training records (before `fraction`).
+    """All training records (before `fraction`), those that `data.on_error` skips in their places.
 
     Raises:
       UserError: `data.train` is not set, or the file is malformed.
     """
-    return _read(data.train, data.images, "data.train", template)
+    one_of("data.on_error", data.on_error, ON_ERROR)
+    return _read(data.train, data.images, "data.train", template, data.on_error)
 
 
 def evaluation_records(experiment: Experiment, template: Template) -> list[Record]:
@@ -128,28 +139,55 @@ def evaluation_records(experiment: Experiment, template: Template) -> list[Recor
       UserError: `data.eval` is not set, or the file is malformed.
     """
     data = experiment.data
-    records = _read(data.eval, data.eval_images or data.images, "data.eval", template)
+    records = _read(data.eval, data.eval_images or data.images, "data.eval", template, "stop")
     return records[: experiment.evaluate.questions]
 
 
-def _read(path: str | None, images: str | None, what: str, template: Template) -> list[Record]:
+def _read(path: str | None, images: str | None, what: str, template: Template, on_error: str) -> list[Record]:
+    path = _given(path, what)
+    root = None if images is None else Path(images)
+    if path.startswith(PREFIX):
+        state = tfds_state(tfds_folder(path))
+    else:
+        state = str([file.stat().st_mtime_ns if file.exists() else 0 for file in data_files(Path(path), root)])
+    return _records(path, root, template.image_lead, on_error, state)
+
+
+def _given(path: str | None, what: str) -> str:
     if path is None:
         raise UserError(f"{what} is not set: give a LLaVA-format JSON file, or {PREFIX}FOLDER (--config.{what}=FILE)")
-    file = tfds_folder(path) / RECORDS if path.startswith(PREFIX) else Path(path)
-    return _records(path, images, template.image_lead, file.stat().st_mtime_ns if file.exists() else 0)
+    return path
+
+
+def record_files(data: DataSpec, which: str) -> dict[str, Path | str]:
+    """What the "train" or "eval" records are read from, by name; of a folder in a bucket the text that describes it.
+
+    Raises:
+      UserError: it is not set.
+    """
+    path = _given(getattr(data, which), f"data.{which}")
+    if path.startswith(PREFIX):
+        folder = tfds_folder(path)
+        return {f"data.{which}": folder if isinstance(folder, Path) else tfds_state(folder)}
+    images = data.images if which == "train" else data.eval_images or data.images
+    first, *listed = data_files(Path(path), None if images is None else Path(images))
+    return {f"data.{which}": first, **{f"data.{which} ({file})": file for file in listed}}
 
 
 def calibration_batches(experiment: Experiment, cfg: ModelConfig, *, seed: int) -> list[Batch]:
     """`score.samples` training records drawn with `seed`, in batches of equal shape (the last filled with padding).
 
+    The first batch tells which records were drawn in vain, where `data.on_error` skips them: others take their places.
+
     Raises:
       UserError: there are fewer records (short enough) than asked for.
     """
     inputs = load_inputs(experiment.model, experiment.data, cfg)
-    records = _draw(training_records(experiment.data, inputs.template), experiment.score, seed, inputs, cfg)
+    encoder = dataclasses.replace(inputs.training_encoder(cfg), length_buckets=None)
+    records, skipped = _draw(experiment, seed, inputs, cfg, encoder)
     batches = train_batches(
         records,
-        inputs.training_encoder(cfg, records),
+        _as_long_as(encoder, measure(records, encoder, on_error="stop", threads=experiment.data.threads)),
         batch_size=experiment.score.batch_size,
         seed=seed,
         shuffle=False,
@@ -161,22 +199,34 @@ def calibration_batches(experiment: Experiment, cfg: ModelConfig, *, seed: int) 
         threads=experiment.data.threads,
         prefetch=PREFETCH,
     )
-    return list(batches)
+    first, *rest = batches
+    return [dataclasses.replace(first, skipped=tuple(skipped)), *rest]
 
 
-def _draw(records: Sequence[Record], score: ScoreSpec, seed: int, inputs: Inputs, cfg: ModelConfig) -> list[Record]:
+def _draw(
+    experiment: Experiment, seed: int, inputs: Inputs, cfg: ModelConfig, encoder: Encoder
+) -> tuple[list[Record], list[tuple[str, str]]]:
+    """The records, and (id, reason) of those that are skipped."""
+    score, records = experiment.score, training_records(experiment.data, inputs.template)
     chosen: list[Record] = []
+    skipped: list[tuple[str, str]] = []
     for index in np.random.Generator(np.random.PCG64(seed)).permutation(len(records)).tolist():
         if len(chosen) == score.samples:
             break
+        if experiment.data.on_error == "skip":
+            problem = encoder.problem(records[index])
+            if problem is not None:
+                skipped.append((records[index].id, problem))
+                continue
         if score.longest_text is None or _text_length(records[index], inputs, cfg) <= score.longest_text:
             chosen.append(records[index])
     if len(chosen) < score.samples:
         limit = "" if score.longest_text is None else f" of at most {score.longest_text} tokens"
+        gone = f", {len(skipped)} cannot be used (the first: {skipped[0][1]})" if skipped else ""
         raise UserError(
-            f"score.samples={score.samples} but there are {len(chosen)} training records{limit}: ask for fewer"
+            f"score.samples={score.samples} but there are {len(chosen)} training records{limit}{gone}: ask for fewer"
         )
-    return chosen
+    return chosen, skipped
 
 
 def _text_length(record: Record, inputs: Inputs, cfg: ModelConfig) -> int:
@@ -191,10 +241,15 @@ def recovery_batches(experiment: Experiment, cfg: ModelConfig) -> tuple[Any, int
     """This process's endless stream of training batches (a grain dataset), and the number of records behind it."""
     data, recover = experiment.data, experiment.recover
     inputs = load_inputs(experiment.model, data, cfg)
-    records = take_fraction(training_records(data, inputs.template), data.fraction, data.seed)
+    one_of("data.group_by", data.group_by, GROUPINGS)
+    records = tuple(take_fraction(training_records(data, inputs.template), data.fraction, data.seed))
+    encoder, sizes = inputs.training_encoder(cfg), None
+    if not encoder.max_length or encoder.length_buckets or data.group_by != "none" or data.on_error == "skip":
+        sizes = _measured(records, encoder, data.on_error, data.threads)
+        encoder = _as_long_as(encoder, sizes)
     batches = train_batches(
         records,
-        inputs.training_encoder(cfg, records),
+        encoder,
         batch_size=recover.batch_size,
         seed=recover.seed,
         shuffle=True,
@@ -205,8 +260,31 @@ def recovery_batches(experiment: Experiment, cfg: ModelConfig) -> tuple[Any, int
         process_count=jax.process_count(),
         threads=data.threads,
         prefetch=PREFETCH,
+        sizes=sizes,
+        group_by=data.group_by,
+        on_error=data.on_error,
     )
     return batches, len(records)
+
+
+@functools.lru_cache(maxsize=2)
+def _measured(records: tuple[Record, ...], encoder: Encoder, on_error: str, threads: int) -> np.ndarray:
+    """`measure`, a share of the records by each process: what one of them cannot read is lost to all of them."""
+    mine = slice(jax.process_index(), None, jax.process_count())
+    shares = from_all(lambda: measure(records[mine], encoder, on_error=on_error, threads=threads).tolist())
+    sizes = np.zeros((len(records), 2), np.int32)
+    for process, share in enumerate(shares):
+        sizes[process :: len(shares)] = np.array(share, np.int32).reshape(-1, 2)
+    if not sizes.any():
+        raise UserError(
+            f"none of the {len(records)} training records can be used; the first: {encoder.problem(records[0])}"
+        )
+    return sizes
+
+
+def _as_long_as(encoder: Encoder, sizes: np.ndarray) -> Encoder:
+    """The encoder, with the longest record as `max_length` where there is no other."""
+    return dataclasses.replace(encoder, max_length=encoder.max_length or int(sizes[:, 0].max()))
 
 
 def question_plan(experiment: Experiment, cfg: ModelConfig, *, multiple: int) -> QuestionPlan:

@@ -34,7 +34,7 @@ class Stage:
     version: int
     workdir: Path
     settings: Mapping[str, Any]
-    inputs: Mapping[str, Path]
+    inputs: Mapping[str, Path | str]
     outputs: Sequence[Path]
     scratch: Sequence[Path] = field(default=())
 
@@ -130,14 +130,18 @@ def changes(before: Any, now: Any, name: str = "") -> list[str]:
     return [f"{name} was {json.dumps(before)[:60]}, now {json.dumps(now)[:60]}"]
 
 
-def digest(path: Path) -> str:
+def digest(path: Path | str) -> str:
     """Hash of a file's or folder's content: names, sizes and, for files over 8 MiB, 2 MiB of spread-out blocks.
+
+    A text stands for something elsewhere and is hashed itself.
 
     Raises:
       UserError: nothing is there.
     """
     total = hashlib.sha256()
-    if path.is_dir():
+    if isinstance(path, str):
+        total.update(path.encode())
+    elif path.is_dir():
         for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
             total.update(f"{file.relative_to(path).as_posix()}\0{_file_digest(file)}\n".encode())
     elif path.is_file():

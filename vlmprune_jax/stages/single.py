@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.config import LoraConfig, ModelConfig
-from vlmprune_jax.data.tfds import PREFIX, tfds_folder
 from vlmprune_jax.distributed.mesh import from_main, is_main_process
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluate.runner import evaluate, perplexity
@@ -36,22 +35,15 @@ _NOT_IN_RESULTS: tuple[str, ...] = (
     "threads",
     "max_image_pixels",
 )
-_ONLY_TRAINING = ("max_length", "truncate")
-_ONLY_RECOVERY = ("fraction", "seed")
+_ONLY_TRAINING = ("max_length", "truncate", "length_buckets", "on_error")
+_ONLY_RECOVERY = ("fraction", "seed", "group_by")
 
 
-def _model_inputs(experiment: Experiment, **folders: Path) -> dict[str, Path]:
-    found = {"model.hf_dir": teacher_folder(experiment), **folders}
+def _model_inputs(experiment: Experiment, **folders: Path | str) -> dict[str, Path | str]:
+    found: dict[str, Path | str] = {"model.hf_dir": teacher_folder(experiment), **folders}
     if experiment.model.vision_dir is not None:
         found["model.vision_dir"] = Path(experiment.model.vision_dir)
     return found
-
-
-def _records_input(experiment: Experiment, which: str) -> dict[str, Path]:
-    path = getattr(experiment.data, which)
-    if path is None:
-        raise UserError(f"data.{which} is not set: give a LLaVA-format JSON file (--config.data.{which}=FILE)")
-    return {f"data.{which}": tfds_folder(path) if path.startswith(PREFIX) else Path(path)}
 
 
 def _data_settings(data: DataSpec, purpose: str) -> dict[str, Any]:
@@ -92,7 +84,7 @@ def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
             **_data_settings(experiment.data, "calibration"),
             **_precision(experiment),
         },
-        inputs=_model_inputs(experiment, **(_records_input(experiment, "train") if needs_data else {})),
+        inputs=_model_inputs(experiment, **(inputs.record_files(experiment.data, "train") if needs_data else {})),
         outputs=[folder / name for name in criteria],
     )
 
@@ -108,7 +100,11 @@ def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
                 scores = score(model, batches, criterion=criterion, progress=progress, **options)
             if is_main_process():
                 scores.save(folder / name)
-        return {"criteria": criteria, "samples": experiment.score.samples if needs_data else 0}
+        skipped = [name for batch in batches or [] for name, _ in batch.skipped]
+        if skipped:
+            context.reporter.say(f"  {len(skipped)} unreadable records were passed over: {', '.join(skipped[:5])}")
+        facts = {"criteria": criteria, "samples": experiment.score.samples if needs_data else 0}
+        return {**facts, "skipped": skipped} if skipped else facts
 
     return context.run(stage, body)
 
@@ -137,7 +133,7 @@ def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
     if iterative:
         settings |= _data_settings(experiment.data, "calibration")
         settings |= {f"score.{k}": v for k, v in vars(experiment.score).items()}
-    records = _records_input(experiment, "train") if iterative else {}
+    records = inputs.record_files(experiment.data, "train") if iterative else {}
     stage = context.stage(
         "prune",
         folder,
@@ -245,7 +241,7 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
         folder,
         "recover",
         settings={**settings, **mesh, **_data_settings(experiment.data, "recovery"), **_precision(experiment)},
-        inputs=_model_inputs(experiment, pruned=pruned, **_records_input(experiment, "train")),
+        inputs=_model_inputs(experiment, pruned=pruned, **inputs.record_files(experiment.data, "train")),
         outputs=[folder / "recovered", *([folder / "adapter"] if spec.save_adapter else [])],
         scratch=[training / "checkpoints"],
     )
@@ -267,6 +263,8 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
             progress=context.reporter.enabled and context.reporter.console.is_terminal,
             num_steps=config.num_steps(n_records),
         )
+        if summary["skipped_rows"]:
+            context.reporter.say(f"  {summary['skipped_rows']:,} rows skipped, listed in {training}/skipped-*.jsonl")
         if spec.save_adapter:
             trained = assign_groups(list(flatten(model.params)), config.trainable)
             write_adapter(model, folder / "adapter", base_dir=pruned, trained=trained)
@@ -309,7 +307,7 @@ def evaluate_stage(experiment: Experiment, model_folder: Path, out: Path, name: 
         out,
         f"evaluate {name}",
         settings={**settings, **_data_settings(experiment.data, "evaluation"), **_precision(experiment)},
-        inputs=_model_inputs(experiment, model=model_folder, **_records_input(experiment, "eval"), **text),
+        inputs=_model_inputs(experiment, model=model_folder, **inputs.record_files(experiment.data, "eval"), **text),
         outputs=[path, answers_path],
     )
 

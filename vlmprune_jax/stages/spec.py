@@ -26,13 +26,18 @@ class ModelSpec:
 class DataSpec:
     """LLaVA records. `source`: "files", or "easyvqa" (the demo's data, which the command line writes into the workdir).
 
-    `train`, `eval`: JSON or JSON-lines files with images below `images`, or "tfds:FOLDER" (`vlmprune tfds` makes it).
+    `train`, `eval`: JSON or JSON-lines files with images below `images`, InternVL's JSON object of several, or
+    "tfds:FOLDER" (`vlmprune tfds` makes it), which may be a bucket's: "tfds:gs://BUCKET/DIR".
     `template`: "auto" = the model family's. `system`: other system text than the template's ("" = none).
     `max_length`: tokens per training row with its images, None = that of the longest record. `max_images`: most images
     of a record. `aspect_ratio`: "pad" or "square", for models that do not cut images. `min_tiles`, `max_tiles`,
     `thumbnail`: how InternVL cuts them, None = as the model's folder says. `tile_buckets`: numbers of image slots
     that a batch may have, each one compiled program, () = the model's own (1, 2, 4, 7, 13 for twelve tiles and a
-    thumbnail). `fraction`, `seed`: which training records.
+    thumbnail). `length_buckets`: the same for tokens of training rows, () = always `max_length`; the last one is
+    `max_length`. `group_by`: which records share a batch, "none", "length" or "modality_length" (as well, those with
+    images and those without apart). `on_error`: "stop" at a training record that cannot be read or does not fit, or
+    "skip" it: its row is padding, counted in the summary and listed in training/skipped-*.jsonl. `fraction`, `seed`:
+    which training records.
     """
 
     source: str = "files"
@@ -50,6 +55,9 @@ class DataSpec:
     max_tiles: int | None = None
     thumbnail: bool | None = None
     tile_buckets: tuple[int, ...] = ()
+    length_buckets: tuple[int, ...] = ()
+    group_by: str = "none"
+    on_error: str = "stop"
     max_image_pixels: int = 100_000_000
     cache_megabytes: int = 512
     threads: int = 2

@@ -1,0 +1,102 @@
+"""How much of a training batch is padding: with and without grouping and length buckets; and what measuring costs.
+
+  python benchmarks/padding.py --tokenizer=DIR
+
+Lengths are synthetic, shaped like LLaVA's 665k mix (image rows: 576 image tokens and a short or a long conversation;
+6 % text, up to 2,048 tokens); batches of 128. `--tokenizer`: an HF folder whose tokenizer counts `--texts` records.
+Prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+from vlmprune_jax.data import grouping
+from vlmprune_jax.data.encoding import Encoder
+from vlmprune_jax.data.measure import measure
+from vlmprune_jax.data.prompts import TEMPLATES, load_tokenizer
+from vlmprune_jax.data.records import Record
+
+RECORDS, BATCH, LONGEST, IMAGE = 665_298, 128, 2048, 576
+BUCKETS = (768, 1024, 1536, 2048)
+# Share of the records, median and spread (of the logarithm) of their text tokens, and whether they have an image.
+PARTS = ((0.24, 350, 0.35, True), (0.57, 110, 0.6, True), (0.13, 250, 0.4, True), (0.06, 900, 0.7, False))
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--texts", type=int, default=8000)
+    options = parser.parse_args()
+    draw = np.random.default_rng(0)
+    kind = draw.choice(len(PARTS), RECORDS, p=[part[0] for part in PARTS])
+    medians, spreads, images = (np.array([part[i] for part in PARTS])[kind] for i in (1, 2, 3))
+    tokens = np.exp(draw.normal(np.log(medians), spreads)).astype(int) + 40 + IMAGE * images
+    sizes = np.stack([np.minimum(tokens, LONGEST), images.astype(int)], 1)
+    shuffled = draw.permutation(RECORDS)
+    begin = time.perf_counter()
+    orders = {name: _order(sizes, name) for name in ("length", "modality_length")}
+    seconds = (time.perf_counter() - begin) / len(orders)
+    grouping.MEGABATCH = 1
+    orders["LLaVA's megabatch"] = _order(sizes, "modality_length")
+    padding = {"one length": _padding(sizes[shuffled, 0], (LONGEST,)), "buckets": _padding(sizes[shuffled, 0], BUCKETS)}
+    padding |= {f"buckets, {name}": _padding(sizes[order, 0], BUCKETS) for name, order in orders.items()}
+    print(json.dumps({"padding": padding, "mean_tokens": float(sizes[:, 0].mean()), "order_seconds": round(seconds, 2),
+                      **_measuring(options.tokenizer, options.texts)}))  # fmt: skip
+
+
+def _order(sizes: np.ndarray, group_by: str) -> np.ndarray:
+    return grouping.grouped_order(sizes, group_by=group_by, batch_size=BATCH, seed=0, epoch=0)
+
+
+def _padding(lengths: np.ndarray, buckets: tuple[int, ...]) -> float:
+    """The share of padding in all full batches."""
+    batches = lengths[: len(lengths) // BATCH * BATCH].reshape(-1, BATCH)
+    padded = np.array(buckets)[np.searchsorted(buckets, batches.max(1))]
+    return round(1 - float(batches.sum() / (padded.sum() * BATCH)), 4)
+
+
+def _measuring(folder: Path, texts: int) -> dict[str, float]:
+    """Records a second, counting and tokenising for training."""
+    draw = np.random.default_rng(1)
+    words = ["the", "a", "man", "is", "riding", "on", "top", "of", "red", "bicycle", "near", "what", "color", "."]
+    records = []
+    for number in range(texts):
+        rounds = int(draw.integers(1, 5))
+        turns = [
+            (who, " ".join(draw.choice(words, size)))
+            for _ in range(rounds)
+            for who, size in (("human", 12), ("gpt", 40))
+        ]
+        records.append(Record(str(number), tuple(turns), ()))
+    encoder = Encoder(
+        tokenizer=load_tokenizer(folder),
+        template=TEMPLATES["llava_v1"],
+        max_length=0,
+        image_loader=None,
+        image_token_id=0,
+        tokens_per_image=IMAGE,
+        max_images=1,
+        truncate=False,
+    )
+    begin = time.perf_counter()
+    sizes = measure(records, encoder, on_error="stop", threads=2)
+    counted = time.perf_counter()
+    for record in records[: texts // 8]:
+        encoder.training_tokens(record)
+    tokenised = time.perf_counter()
+    return {
+        "text_tokens": float(sizes[:, 0].mean()),
+        "counted_per_second": round(texts / (counted - begin)),
+        "tokenised_per_second": round(texts // 8 / (tokenised - counted)),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""What every training record takes of a batch, counted before training: for grouping, buckets and skipped records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from vlmprune_jax.data.encoding import Encoder
+from vlmprune_jax.data.prompts import count_tokens, prompt_pieces
+from vlmprune_jax.data.records import Record
+from vlmprune_jax.errors import UserError
+
+_CHUNK = 4096  # records whose texts are tokenised in one call, which spreads them over all cores
+
+
+def measure(records: Sequence[Record], encoder: Encoder, *, on_error: str, threads: int) -> np.ndarray:
+    """Return int32[records, 2]: tokens (at most `encoder.max_length`, 0 = any) and image slots of each training row.
+
+    With `on_error` "skip" a record that cannot be used has (0, 0). Images are not decoded; `threads` read the headers
+    of those that are cut into tiles. Raises UserError naming the record ("stop").
+    """
+
+    def attempt(compute: Callable[[Record], Any], record: Record) -> Any:
+        try:
+            return compute(record)
+        except UserError:
+            if on_error == "stop":
+                raise
+            return None
+
+    def parts(record: Record) -> tuple[list[int], list[str]]:
+        encoder.slots([record])  # refuses what no bucket holds
+        return encoder.tiles(record), prompt_pieces(record, encoder.template)
+
+    sizes = np.zeros((len(records), 2), np.int32)
+    with ThreadPoolExecutor(max(threads, 1)) as pool:
+        for start in range(0, len(records), _CHUNK):
+            chunk = records[start : start + _CHUNK]
+            found = list(pool.map(lambda record: attempt(parts, record), chunk))
+            texts = iter(count_tokens([pieces for _, pieces in filter(None, found)], encoder.tokenizer).tolist())
+            for place, (record, part) in enumerate(zip(chunk, found, strict=True), start):
+                if part is None:
+                    continue
+                tokens = next(texts) + encoder.image_positions(part[0])
+                if 0 < encoder.max_length < tokens:
+                    cut = attempt(encoder.training_tokens, record)
+                    tokens = 0 if cut is None else len(cut[0])
+                if tokens:
+                    sizes[place] = tokens, sum(part[0])
+    return sizes
