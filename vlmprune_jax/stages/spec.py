@@ -118,6 +118,7 @@ class LossSpec:
 
     ce: float = 1.0
     l2: float = 0.0
+    cosine: float = 0.0
     kl: float = 0.0
     rkl: float = 0.0
     l2_layers: tuple[int, ...] = (-1,)
