@@ -286,7 +286,14 @@ def test_bad_loss_settings(changes, message):
         LossConfig(**changes)
 
 
-@pytest.mark.parametrize(("strategy", "alpha", "norm"), [("vanilla", 0.5, 1.0), ("kl", 1.5, 1.0), ("kl", 0.5, 0.0)])
-def test_bad_strategies(strategy, alpha, norm):
-    with pytest.raises(UserError, match="distillation strategy"):
+@pytest.mark.parametrize(
+    ("strategy", "alpha", "norm", "message"),
+    [
+        ("l2-kl", 0.5, 1.0, r"'l2-kl' is not one of kl, rkl, l2, l2\+kl, l2\+rkl; did you mean 'l2\+kl'"),
+        ("kl", 1.5, 1.0, "alpha 1.5 must lie"),
+        ("kl", 0.5, 0.0, "norm 0.0 be positive"),
+    ],
+)
+def test_bad_strategies(strategy, alpha, norm, message):
+    with pytest.raises(UserError, match=message):
         from_alpha(strategy, alpha, kl_norm=norm)

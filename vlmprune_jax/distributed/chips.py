@@ -1,4 +1,4 @@
-"""What a TPU chip can do, per generation: the peaks behind rooflines and MFU."""
+"""What a TPU chip can do, per generation: the peaks behind rooflines and MFU (and those of some GPUs, for MFU)."""
 
 from __future__ import annotations
 
@@ -33,6 +33,17 @@ CHIPS = {
 }
 
 
+# Dense bfloat16 FLOP/s by the name that jax gives the device; NVIDIA's data sheets of A100 (SXM), H100 (SXM) and H200
+# print twice these for H100 and H200, with sparsity.
+GPU_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.5e12,
+    "NVIDIA H200": 989.5e12,
+}
+
+
 def peak_flops(device_kind: str) -> float | None:
-    """Peak bfloat16 FLOP/s of a device, by the name that jax gives it; None if it is not a known TPU."""
-    return next((chip.flops for chip in CHIPS.values() if device_kind in chip.kinds), None)
+    """Peak bfloat16 FLOP/s of a device, by the name that jax gives it; None if it is not a known TPU or GPU."""
+    found = next((chip.flops for chip in CHIPS.values() if device_kind in chip.kinds), None)
+    return GPU_FLOPS.get(device_kind) if found is None else found

@@ -16,6 +16,7 @@ import optax
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.vlm import Model, Params, encode, to_nnx, unembed
+from vlmprune_jax.prune.options import one_of
 
 IGNORED = -100
 TEACHER_INPUTS = ("student", "own")
@@ -54,8 +55,7 @@ class LossConfig:
             raise UserError(f"losses: temperature {self.temperature} and chunk {self.chunk} must be positive")
         if self.compares_hidden and not self.l2_layers:
             raise UserError("losses: l2 and cosine need l2_layers, for example [-1] (the state after the final norm)")
-        if self.teacher_inputs not in TEACHER_INPUTS:
-            raise UserError(f"losses: teacher_inputs {self.teacher_inputs!r} is not one of {', '.join(TEACHER_INPUTS)}")
+        one_of("losses: teacher_inputs", self.teacher_inputs, TEACHER_INPUTS)
 
     def weights(self) -> dict[str, float]:
         """Weight of every term in the total."""
@@ -78,11 +78,9 @@ class LossConfig:
 
 def from_alpha(strategy: str, alpha: float, *, kl_norm: float = 1.0, **options: Any) -> LossConfig:
     """The reference's `dist_strategy`/`dist_alpha`/`dist_norm`: alpha * distillation + (1 - alpha) * cross-entropy."""
-    if strategy not in STRATEGIES or not 0 <= alpha <= 1 or kl_norm <= 0:
-        raise UserError(
-            f"distillation strategy {strategy!r}, alpha {alpha}, norm {kl_norm}: "
-            f"the strategy is one of {', '.join(STRATEGIES)}, alpha lies in [0, 1], norm is positive"
-        )
+    one_of("distillation strategy", strategy, STRATEGIES)
+    if not 0 <= alpha <= 1 or kl_norm <= 0:
+        raise UserError(f"distillation: alpha {alpha} must lie in [0, 1] and norm {kl_norm} be positive")
     parts = strategy.split("+")
     weights: dict[str, Any] = {name: alpha / (1.0 if name == "l2" else kl_norm) for name in parts}
     return LossConfig(ce=1 - alpha, **weights, **options)
@@ -137,8 +135,18 @@ def check_teacher(loss: LossConfig, student: ModelConfig, teacher: ModelConfig |
     ours, theirs = student.text, teacher.text
     if ours.hidden_size != theirs.hidden_size:
         raise UserError(f"teacher hidden_size {theirs.hidden_size} is not the student's {ours.hidden_size}")
-    if (loss.kl or loss.rkl) and ours.vocab_size != theirs.vocab_size:
-        raise UserError(f"teacher vocab_size {theirs.vocab_size} is not the student's {ours.vocab_size}")
+    own = loss.teacher_inputs == "own"
+    if (loss.kl or loss.rkl or own) and ours.vocab_size != theirs.vocab_size:
+        raise UserError(
+            f"teacher vocab_size {theirs.vocab_size} is not the student's {ours.vocab_size}: pass the model that was "
+            'pruned, or distil with l2 or cosine and teacher_inputs "student"'
+        )
+    if own and (student.image_token_id, student.tokens_per_image) != (teacher.image_token_id, teacher.tokens_per_image):
+        raise UserError(
+            f"teacher images are {teacher.tokens_per_image} tokens of id {teacher.image_token_id}, the student's "
+            f"{student.tokens_per_image} of {student.image_token_id}: pass the model that was pruned, or use "
+            'teacher_inputs "student"'
+        )
 
 
 def term_weights(loss: LossConfig, cfg: ModelConfig, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
