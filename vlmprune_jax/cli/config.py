@@ -19,7 +19,8 @@ def experiment_config(recipe: str | None = None) -> ConfigDict:
     """Every setting of an experiment: what a config file starts from.
 
     Settings have their defaults, or what the `recipe` says ("llava", "bunny", "internvl": see stages/recipes.py).
-    Whatever a config file or the command line sets afterwards wins.
+    Whatever a config file or the command line sets afterwards wins. Set single values, or a section with `update`:
+    assigning a dictionary to a section drops its other settings, which then have their defaults.
 
     Raises:
       UserError: an unknown recipe.

@@ -192,10 +192,10 @@ def _prepare(
     flat = _place(model, mesh)
     trainable = {path: leaf for path, leaf in flat.items() if path in groups}
     frozen = {path: leaf for path, leaf in flat.items() if path not in groups}
-    taught, teacher_params = None, None
+    taught, teacher_cfg, teacher_params = None, None, None
     if teacher is not None and config.losses.needs_teacher:
         ours, theirs = layer_pairs(config.losses, model.cfg, teacher.cfg, getattr(plan, "kept_layers", None))
-        taught = Teacher(teacher.cfg, ours, theirs)
+        taught, teacher_cfg = Teacher(teacher.cfg, ours, theirs), teacher.cfg
         teacher_params = unflatten({p: x.astype(config.compute_dtype) for p, x in _place(teacher, mesh).items()})
     optimizer = make_optimizer(config.optimizer(), groups, total)
     shardings = state_shardings(trainable, optimizer, model.cfg, mesh)
@@ -215,7 +215,7 @@ def _prepare(
         "layers": taught and [taught.student_layers, taught.teacher_layers],
     }
     dtypes = {path: leaf.dtype for path, leaf in trainable.items()}
-    return _Run(model.cfg, dtypes, mesh, frozen, taught and taught.cfg, teacher_params, state, step, identity)
+    return _Run(model.cfg, dtypes, mesh, frozen, teacher_cfg, teacher_params, state, step, identity)
 
 
 def _check_mesh(mesh: Mesh, model: Model, config: RecoverConfig) -> None:

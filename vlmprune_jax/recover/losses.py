@@ -212,7 +212,7 @@ def loss_sums(
             teacher_params, teacher.cfg, ids, pixel_values=pixels, inputs_embeds=shared, keep=keep, **inputs
         )
         target, taught = jax.lax.stop_gradient((target, taught.get("kept", ())))
-        for name in HIDDEN_DISTANCES.keys() & loss.terms():
+        for name in (term for term in loss.terms() if term in HIDDEN_DISTANCES):
             sums[name] = sum(_distance(name, a, b, mask, loss) for a, b in zip(aux["kept"], taught, strict=True))
         if loss.kl or loss.rkl:
             teacher_logits = _head(jax.lax.stop_gradient(teacher_params), teacher.cfg)

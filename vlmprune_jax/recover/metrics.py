@@ -134,7 +134,7 @@ class Recorder:
         }
 
 
-def _shown(last: Mapping[str, float]) -> dict[str, str]:
+def _shown(last: Mapping[str, float]) -> dict[str, Any]:
     """What the bar tells about a step."""
     rate = f"{last['tokens_per_second']:,.0f} tok/s"
     if "mfu" in last:

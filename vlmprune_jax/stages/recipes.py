@@ -8,7 +8,7 @@ from typing import Any
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.stages.suggest import suggest
 
-_LORA = {
+_LORA: dict[str, Any] = {
     "name": "sft_l2",
     "trainable": "lora",
     "lora": {"rank": 128, "alpha": 256.0, "dropout": 0.05},
