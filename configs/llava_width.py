@@ -18,9 +18,8 @@ from vlmprune_jax.cli.config import experiment_config
 def get_config(variant: str = "0.3") -> ConfigDict:
     """The paper's settings (reference code: LLM-Pruner/examples/llava-vicuna_prune.py, ranges of hf_prune.py)."""
     ratio, _, layers = variant.partition(":")
-    config = experiment_config()
+    config = experiment_config(recipe="llava")
     config.model.dtype = "bfloat16"
-    config.data.max_length = 2048
     config.data.fraction = 0.05
     config.data.group_by = "modality_length"
     config.data.length_buckets = (768, 1024, 1536, 2048)
@@ -39,17 +38,7 @@ def get_config(variant: str = "0.3") -> ConfigDict:
         config.prune.attn_layers = (3, 31)
         config.prune.mlp_layers = (4, 30)
 
-    config.recover.name = "sft_l2"
-    config.recover.trainable = "lora"
-    config.recover.lora = {"rank": 128, "alpha": 256.0, "dropout": 0.05}
-    config.recover.losses = {"ce": 0.5, "l2": 0.5, "l2_layers": (-1,)}
-    config.recover.learning_rate = 2e-4
-    config.recover.projector_learning_rate = 2e-5
-    config.recover.epochs = 1.0
-    config.recover.batch_size = 128
     config.recover.accumulation = 2
-    config.recover.compute_dtype = "bfloat16"
-    config.recover.remat = "full"
 
     config.evaluate.batch_size = 64
     config.evaluate.max_new_tokens = 16

@@ -14,6 +14,7 @@ from vlmprune_jax.cli.main import COMMANDS, main
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.stages import ledger
 from vlmprune_jax.stages.ledger import Stage, run_stage
+from vlmprune_jax.stages.recipes import RECIPES
 from vlmprune_jax.stages.single import plan_options, recover_config
 from vlmprune_jax.stages.spec import Experiment, PruneSpec, RecoverSpec, override
 
@@ -137,6 +138,23 @@ def test_inspect(capsys, goldens):
 
 def test_config_holds_every_setting_and_comes_back():
     assert override(Experiment(), experiment_config().to_dict()) == Experiment()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_where_a_config_starts(name):
+    """Every setting is written out, so that it is recorded, and what is set afterwards wins."""
+    config = experiment_config(recipe=name)
+    config.recover.learning_rate = 3e-3
+    experiment = override(Experiment(), config.to_dict())
+    assert experiment == override(override(Experiment(), RECIPES[name]), {"recover": {"learning_rate": 3e-3}})
+    built = recover_config(experiment.recover)
+    assert built.learning_rate == 3e-3
+    facts = (built.lora.rank, built.lora.alpha, built.weight_decay, built.projector_learning_rate)
+    assert facts == ((16, 32.0, 0.05, None) if name == "internvl" else (128, 256.0, 0.0, 2e-5))
+    assert built.losses.teacher_inputs == ("own" if name == "internvl" else "student")
+    assert (built.schedule, built.warmup_ratio, built.epochs, built.batch_size) == ("cosine", 0.03, 1.0, 128)
+    with pytest.raises(UserError, match=f"no recipe '{name}x'; did you mean '{name}'"):
+        experiment_config(recipe=f"{name}x")
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.name)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import recover_cases as cases
+import torch
 
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.hf.read import load
@@ -21,6 +22,7 @@ from vlmprune_jax.prune.surgery import apply_plan
 from vlmprune_jax.recover.losses import (
     LossConfig,
     Teacher,
+    _distance,
     combine,
     from_alpha,
     layer_pairs,
@@ -29,22 +31,34 @@ from vlmprune_jax.recover.losses import (
     vocabulary_sums,
 )
 
-# Reference parameter -> path in params, and the index of its layer in the stack.
+# Reference family -> its checkpoint, tower folder, and whose inputs its trainer gives to the teacher.
+FAMILIES = {
+    "llava": ("llava_orig", "clip_tower", "student"),
+    "bunny": ("bunny", "siglip_tower", "student"),
+    "internvl": ("internvl", None, "own"),
+}
+# End of the reference's parameter name -> path in params, and the index of its layer in the stack.
 GRADIENTS = {
     "model.mm_projector.2.bias": ("projector/linear_2/bias", None),
+    "mlp1.3.bias": ("projector/linear_2/bias", None),
     "model.norm.weight": ("text/norm/weight", None),
+    "model.final_layernorm.weight": ("text/final_layernorm/weight", None),
     "model.layers.0.input_layernorm.weight": ("text/layers/0/input_layernorm/weight", 0),
 }
 
 
-@pytest.fixture(scope="module")
-def distill(goldens):
-    """The teacher, the two students, and the batch of distill/llava.npz with images expanded."""
-    teacher = load(goldens / "ckpt/llava_orig", vision_dir=goldens / "ckpt/clip_tower")
-    facts = json.loads((goldens / "distill/llava.json").read_text())["students"]
+@pytest.fixture(scope="module", params=FAMILIES)
+def distill(goldens, request):
+    """The teacher, the two students, and the batch of distill/<family>.npz with images expanded."""
+    checkpoint, tower, inputs = FAMILIES[request.param]
+    teacher = load(goldens / "ckpt" / checkpoint, vision_dir=tower and goldens / "ckpt" / tower)
+    facts = json.loads((goldens / f"distill/{request.param}.json").read_text())["students"]
     students = {kind: apply_plan(teacher, _plan(teacher, facts[kind])) for kind in ("layer", "width")}
-    arrays = np.load(goldens / "distill/llava.npz")
-    return teacher, students, facts, arrays, _expand(arrays, teacher.cfg.tokens_per_image)
+    arrays = np.load(goldens / f"distill/{request.param}.npz")
+    batch = _expand(arrays, teacher.cfg.tokens_per_image) if inputs == "student" else _tiles(arrays, teacher.cfg)
+    assert batch["attention_mask"].sum() < batch["attention_mask"].size  # padding takes part in the reference's losses
+    measure = LossConfig(1.0, 1.0, 1.0, 1.0, temperature=2.0, teacher_inputs=inputs, reference_compat=True, chunk=7)
+    return teacher, students, facts, arrays, batch, measure
 
 
 def _plan(teacher, facts) -> PrunePlan:
@@ -78,13 +92,21 @@ def _expand(arrays, n: int) -> dict[str, jax.Array]:
         batch["input_ids"][r, : len(ids)], batch["labels"][r, : len(ids)] = ids, labels
         batch["attention_mask"][r, : len(ids)] = 1
     batch["pixel_values"] = arrays["pixel_values"][:, None]
-    assert batch["attention_mask"].sum() < batch["attention_mask"].size  # padding takes part in the reference's losses
     return {name: jnp.asarray(array) for name, array in batch.items()}
 
 
-def _sums(student, teacher, batch, loss: LossConfig, flat):
+def _tiles(arrays, cfg) -> dict[str, jax.Array]:
+    """InternVL's batch: ids are expanded, tiles of all rows come one after the other."""
+    counts = (arrays["input_ids"] == cfg.image_token_id).sum(axis=1) // cfg.tokens_per_image
+    pixels = np.zeros((len(counts), counts.max(), *arrays["pixel_values"].shape[1:]), np.float32)
+    pixels[np.arange(counts.max()) < counts[:, None]] = arrays["pixel_values"]
+    batch = {name: arrays[name].astype(np.int32) for name in ("input_ids", "attention_mask", "labels")}
+    return {name: jnp.asarray(array) for name, array in {**batch, "pixel_values": pixels}.items()}
+
+
+def _sums(student, teacher, batch, loss: LossConfig, flat, kept=None):
     """Sums of the terms, and the weights; `flat` are the student's parameters."""
-    ours, theirs = layer_pairs(loss, student.cfg, teacher.cfg, None)
+    ours, theirs = layer_pairs(loss, student.cfg, teacher.cfg, kept)
     sums = loss_sums(
         unflatten(flat),
         student.cfg,
@@ -101,26 +123,31 @@ def _sums(student, teacher, batch, loss: LossConfig, flat):
 @pytest.mark.parametrize("kind", ["layer", "width"])
 @pytest.mark.parametrize("layers", [(-1,), (-1, 2)])
 def test_distillation_losses_equal_the_reference(distill, kind: str, layers: tuple[int, ...]):
-    teacher, students, facts, _, batch = distill
-    student = students[kind]
-    every = LossConfig(1.0, 1.0, 1.0, 1.0, layers, 2.0, "student", True, chunk=7)
+    teacher, students, facts, _, batch, measure = distill
+    student, every = students[kind], dataclasses.replace(measure, l2_layers=layers)
     sums, weights = jax.jit(lambda flat: _sums(student, teacher, batch, every, flat))(flatten(student.params))
+    components = facts[kind]["components"]
+    reported = {"ce": "xe", "l2": "l2_last" if layers == (-1,) else "l2_list", "kl": "kl", "rkl": "rkl"}
+    for term, name in reported.items():
+        if name in components:  # InternVL's trainer has no KL
+            np.testing.assert_allclose(sums[term] / weights[term], components[name], rtol=1e-5, err_msg=name)
     checked = 0
     for name, expected in facts[kind]["losses"].items():
         strategy, *rest = name.split("|")
         options = dict(part.split("=") for part in rest)
         if options["layers"] not in ("-", ",".join(map(str, layers))):
             continue
-        loss = from_alpha(strategy, float(options["alpha"]), kl_norm=float(options["norm"]), l2_layers=layers)
+        norm = float(options.get("norm", 1))
+        loss = from_alpha(strategy, float(options["alpha"]), kl_norm=norm, l2_layers=layers)
         value = combine({term: sums[term] for term in loss.terms()}, weights, loss)
         np.testing.assert_allclose(value, expected, rtol=1e-5, err_msg=name)
         checked += 1
-    assert checked == 20
+    assert checked == (20 if "kl" in components else 2 if layers == (-1,) else 0)
 
 
 @pytest.mark.parametrize("kind", ["layer", "width"])
 def test_distillation_gradients_equal_the_reference(distill, kind: str):
-    teacher, students, facts, arrays, batch = distill
+    teacher, students, facts, arrays, batch, measure = distill
     student = students[kind]
     flat = flatten(student.params)
 
@@ -128,21 +155,25 @@ def test_distillation_gradients_equal_the_reference(distill, kind: str):
         """Mean of every term, and of L2 over two layers."""
         everything, values = {**flat, **some}, {}
         for layers in ((-1,), (-1, 2)):
-            loss = LossConfig(1.0, 1.0, 1.0, 1.0, layers, 2.0, "student", True, chunk=9)
+            loss = dataclasses.replace(measure, l2_layers=layers, chunk=9)
             sums, weights = _sums(student, teacher, batch, loss, everything)
             values |= {(name, layers): sums[name] / weights[name] for name in sums}
         return values
 
-    jacobian = jax.jit(jax.jacrev(terms))({path: flat[path] for path, _ in GRADIENTS.values()})
+    jacobian = jax.jit(jax.jacrev(terms))({path: flat[path] for path, _ in GRADIENTS.values() if path in flat})
     for case in facts[kind]["grads"]:
         layers = tuple(case["layers"])
         loss = from_alpha(case["strategy"], case["alpha"], kl_norm=case["norm"], l2_layers=layers)
-        for name, (path, layer) in GRADIENTS.items():
-            ours = sum(weight * np.asarray(jacobian[term, layers][path]) for term, weight in loss.weights().items())
-            ours = ours if layer is None else ours[layer]
-            expected = arrays[f"{case['key']}__{name}"]
+        counted = {(term, layers): weight for term, weight in loss.weights().items() if weight}
+        stored = [name for name in arrays if name.startswith(f"{case['key']}__")]
+        assert len(stored) == 3
+        for name in stored:
+            end = next(end for end in GRADIENTS if name.endswith(end))
+            path, layer = GRADIENTS[end]
+            ours = sum(weight * np.asarray(jacobian[term][path]) for term, weight in counted.items())
+            ours, expected = ours if layer is None else ours[layer], arrays[name]
             scale = np.abs(expected).max()
-            np.testing.assert_allclose(ours / scale, expected / scale, atol=1e-5, err_msg=f"{case['key']} {name}")
+            np.testing.assert_allclose(ours / scale, expected / scale, atol=1e-5, err_msg=name)
 
 
 def test_layers_are_aligned_by_the_plan():
@@ -162,7 +193,7 @@ def test_layers_are_aligned_by_the_plan():
 
 
 def test_masked_terms_equal_plain_formulas():
-    """Default measure: L2 and KL over real tokens, cross-entropy over labelled ones; any chunk size."""
+    """Default measure: L2, cosine and KL over real tokens, cross-entropy over labelled ones; any chunk size."""
     cfg, other = cases.config(layers=3), cases.config(layers=2)
     student, teacher = cases.model(other, 1), cases.model(cfg, 2)
     arrays = next(cases.Stream(cfg, rows=3)).arrays
@@ -173,35 +204,38 @@ def test_masked_terms_equal_plain_formulas():
     log_p = jax.nn.log_softmax(logits)[:, :-1]
     picked = np.take_along_axis(np.asarray(log_p), np.maximum(labels, 0)[..., None], axis=-1)[..., 0]
     ours, theirs = (np.asarray(jax.nn.log_softmax(x / 1.7), np.float64) for x in (logits, taught))
+    hidden = [
+        [torch.from_numpy(np.array(x[valid], np.float64)) for x in pair]
+        for pair in ((aux["hidden"][1], teacher_aux["hidden"][2]), (aux["hidden"][2], teacher_aux["hidden"][3]))
+    ]
     expected = {
         "ce": -picked[labels != -100].mean(),
         "kl": 1.7**2 * (np.exp(theirs) * (theirs - ours)).sum(-1)[valid].mean(),
         "rkl": 1.7**2 * (np.exp(ours) * (ours - theirs)).sum(-1)[valid].mean(),
-        "l2": np.mean(
-            [np.square(a - b)[valid].mean() for a, b in zip(aux["hidden"][1:], teacher_aux["hidden"][2:], strict=False)]
-        ),
+        "l2": np.mean([torch.nn.functional.mse_loss(a, b) for a, b in hidden]),
+        "cosine": np.mean([(1 - torch.nn.functional.cosine_similarity(a, b, dim=-1)).mean() for a, b in hidden]),
     }
     for chunk in (1, 4, 100):
-        loss = LossConfig(1.0, 1.0, 1.0, 1.0, (1, -1), 1.7, "own", False, chunk)
-        ours_i, theirs_i = layer_pairs(loss, other, cfg, (1, 2))
-        sums = loss_sums(
-            student.params,
-            other,
-            batch,
-            loss,
-            teacher=Teacher(cfg, ours_i, theirs_i),
-            teacher_params=teacher.params,
-            remat="none",
-            dropout_key=None,
-        )
-        weights = term_weights(loss, other, batch["labels"], batch["attention_mask"])
+        loss = LossConfig(1.0, 1.0, 1.0, 1.0, (1, -1), 1.7, "own", False, chunk, cosine=1.0)
+        flat = flatten(student.params)
+        sums, weights = jax.jit(lambda flat, loss=loss: _sums(student, teacher, batch, loss, flat, (1, 2)))(flat)
+        assert sums.keys() == expected.keys()
         for name, value in expected.items():
             np.testing.assert_allclose(sums[name] / weights[name], value, rtol=2e-5, err_msg=f"{name}, chunk {chunk}")
 
 
+def test_states_that_are_zero_have_a_finite_cosine_and_gradient():
+    """Padding that is all zero must not turn into NaN, not even under the mask."""
+    zero, mask = jnp.zeros((1, 2, 3)), jnp.ones((1, 2))
+    loss = LossConfig(cosine=1.0)
+    value, gradient = jax.value_and_grad(lambda a: _distance("cosine", a, zero, mask, loss))(zero)
+    assert value == 2.0
+    assert not np.any(gradient)
+
+
 def _apply(model, batch, want):
     inputs = {"pixel_values": batch["pixel_values"], "attention_mask": batch["attention_mask"]}
-    return apply(model.params, model.cfg, batch["input_ids"], want=want, **inputs)
+    return jax.jit(lambda params: apply(params, model.cfg, batch["input_ids"], want=want, **inputs))(model.params)
 
 
 @pytest.mark.parametrize("seq", [12, 13, 300])
@@ -239,10 +273,11 @@ def _avals(jaxpr):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"cosine": 1.0, "l2_layers": ()}, "l2 and cosine need l2_layers"),
         ({"ce": 0.0}, "at least one must be positive"),
         ({"l2": -0.5}, "none may be negative"),
         ({"temperature": 0.0}, "temperature 0.0"),
-        ({"l2": 1.0, "l2_layers": ()}, "l2 needs l2_layers"),
+        ({"l2": 1.0, "l2_layers": ()}, "l2 and cosine need l2_layers"),
         ({"teacher_inputs": "both"}, "'both' is not one of student, own"),
     ],
 )
@@ -251,7 +286,14 @@ def test_bad_loss_settings(changes, message):
         LossConfig(**changes)
 
 
-@pytest.mark.parametrize(("strategy", "alpha", "norm"), [("vanilla", 0.5, 1.0), ("kl", 1.5, 1.0), ("kl", 0.5, 0.0)])
-def test_bad_strategies(strategy, alpha, norm):
-    with pytest.raises(UserError, match="distillation strategy"):
+@pytest.mark.parametrize(
+    ("strategy", "alpha", "norm", "message"),
+    [
+        ("l2-kl", 0.5, 1.0, r"'l2-kl' is not one of kl, rkl, l2, l2\+kl, l2\+rkl; did you mean 'l2\+kl'"),
+        ("kl", 1.5, 1.0, "alpha 1.5 must lie"),
+        ("kl", 0.5, 0.0, "norm 0.0 be positive"),
+    ],
+)
+def test_bad_strategies(strategy, alpha, norm, message):
+    with pytest.raises(UserError, match=message):
         from_alpha(strategy, alpha, kl_norm=norm)

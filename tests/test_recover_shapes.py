@@ -55,9 +55,9 @@ def test_the_list_of_skipped_records_goes_on(tmp_path):
     metrics = {"loss": 1.0, "grad_norm": 1.0, "tokens": 5.0}
 
     def run(first, last):
-        with Recorder(tmp_path, first, 9, 1, False) as recorder:
+        with Recorder(tmp_path, first, 9, 1, False, jax.devices()) as recorder:
             for step in range(first + 1, last + 1):
-                recorder.step(step, metrics, ["r"], 0.0, [(f"lost {step}", "why")] if step % 2 else [])
+                recorder.step(step, metrics, ["r"], 0.0, [(f"lost {step}", "why")] if step % 2 else [], 1)
             return recorder.summary()["skipped_rows"]
 
     assert run(0, 5) == 3

@@ -224,7 +224,7 @@ def test_gradients_are_clipped_by_their_global_norm():
     [
         ({"learning_rate": 0.0}, "learning rates"),
         ({"projector_learning_rate": -1.0}, "learning rates"),
-        ({"schedule": "cosin"}, "'cosin' is not one of cosine, linear, constant"),
+        ({"schedule": "cosin"}, "'cosin' is not one of cosine, linear, constant; did you mean 'cosine'"),
         ({"warmup_ratio": 1.0}, "warmup_ratio 1.0"),
         ({"weight_decay": -0.1}, "weight_decay -0.1"),
         ({"b2": 1.0}, "AdamW needs"),
@@ -259,6 +259,13 @@ def test_settings_that_do_not_fit_the_model():
     narrow = cases.model(dataclasses.replace(CFG, text=dataclasses.replace(CFG.text, hidden_size=8)))
     with pytest.raises(UserError, match="hidden_size 8 is not the student's 16"):
         train(cases.settings(losses=LossConfig(l2=1.0)), teacher=narrow)
+    larger = cases.model(dataclasses.replace(CFG, text=dataclasses.replace(CFG.text, vocab_size=72)))
+    for losses in (LossConfig(kl=1.0), LossConfig(cosine=1.0, teacher_inputs="own")):
+        with pytest.raises(UserError, match="vocab_size 72 is not the student's 64: pass the model that was pruned"):
+            train(cases.settings(losses=losses), teacher=larger)
+    marked = cases.model(dataclasses.replace(CFG, image_token_id=61))
+    with pytest.raises(UserError, match="images are 4 tokens of id 61, the student's 4 of 62"):
+        train(cases.settings(losses=LossConfig(l2=1.0, teacher_inputs="own")), teacher=marked)
     with pytest.raises(UserError, match=r"micro-batch of 4 rows .* make it a multiple of 8"):
         train(cases.settings(accumulation=2), mesh=make_mesh(8, 1, 1))
     with pytest.raises(UserError, match="does not divide"):

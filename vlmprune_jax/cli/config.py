@@ -11,12 +11,21 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.stages import recipes
 from vlmprune_jax.stages.spec import Experiment, override
 
 
-def experiment_config() -> ConfigDict:
-    """Every setting of an experiment with its default: what a config file starts from."""
-    return _section(Experiment())
+def experiment_config(recipe: str | None = None) -> ConfigDict:
+    """Every setting of an experiment: what a config file starts from.
+
+    Settings have their defaults, or what the `recipe` says ("llava", "bunny", "internvl": see stages/recipes.py).
+    Whatever a config file or the command line sets afterwards wins. Set single values, or a section with `update`:
+    assigning a dictionary to a section drops its other settings, which then have their defaults.
+
+    Raises:
+      UserError: an unknown recipe.
+    """
+    return _section(Experiment() if recipe is None else override(Experiment(), recipes.recipe(recipe)))
 
 
 def _section(spec: Any) -> ConfigDict:

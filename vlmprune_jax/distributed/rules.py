@@ -85,9 +85,11 @@ def check_divides(cfg: ModelConfig, mesh: Mesh) -> None:
     if not bad:
         return
     fits = {axis: _largest_divisor([s for a, s in sizes.values() if a == axis], split[axis]) for axis in split}
+    data = mesh.size // (fits["fsdp"] * fits["tensor"])  # all devices stay in use
     raise UserError(
         f"mesh fsdp={fsdp} tensor={tensor} does not divide {'; '.join(bad[:4])}{' …' if len(bad) > 4 else ''}: "
-        f"use fsdp={fits['fsdp']} tensor={fits['tensor']} or prune to widths that are multiples of tensor={tensor}"
+        f"use data={data} fsdp={fits['fsdp']} tensor={fits['tensor']} "
+        f"or prune to widths that are multiples of tensor={tensor}"
     )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,9 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.decoder import REMAT_POLICIES
 from vlmprune_jax.models.params import Flat, flatten, param_axes, unflatten
 from vlmprune_jax.models.vlm import Model, Params, check_inputs, mesh_of
+from vlmprune_jax.prune.options import one_of
 from vlmprune_jax.recover.checkpoint import Checkpointer, weights_digest
+from vlmprune_jax.recover.flops import step_flops
 from vlmprune_jax.recover.losses import LossConfig, Teacher, check_teacher, layer_pairs
 from vlmprune_jax.recover.metrics import Recorder
 from vlmprune_jax.recover.preemption import StopSignal
@@ -32,8 +35,8 @@ from vlmprune_jax.recover.step import (
     StepConfig,
     TrainState,
     init_state,
+    learning_rates,
     make_optimizer,
-    make_schedule,
     make_step,
     place_rows,
     state_shardings,
@@ -85,16 +88,14 @@ class RecoverConfig:
     def __post_init__(self) -> None:
         resolve_rules(self.trainable)
         self.optimizer()
-        if self.compute_dtype not in COMPUTE_DTYPES:
-            raise UserError(f"compute_dtype {self.compute_dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
+        one_of("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        one_of("remat", self.remat, REMAT_POLICIES)
         if self.batch_size < 1 or self.accumulation < 1 or self.batch_size % self.accumulation:
             raise UserError(f"batch_size {self.batch_size} must be a multiple of accumulation {self.accumulation}")
         if (self.steps is None) == (self.epochs is None) or (self.steps or self.epochs or 0) <= 0:
             raise UserError(
                 f"give a positive number of steps or epochs, one of them, not {self.steps} and {self.epochs}"
             )
-        if self.remat not in REMAT_POLICIES:
-            raise UserError(f"remat {self.remat!r} is not one of {', '.join(REMAT_POLICIES)}")
         if self.save_every < 0 or self.log_every < 1 or self.keep_checkpoints < 1:
             raise UserError("save_every must be >= 0, log_every and keep_checkpoints >= 1")
         if self.trainable == "lora" and self.lora is None:
@@ -118,6 +119,7 @@ class _Run(NamedTuple):
     dtypes: dict[str, Any]
     mesh: Mesh | None
     frozen: Flat
+    teacher_cfg: ModelConfig | None
     teacher_params: Params | None
     state: TrainState
     step: Step
@@ -164,7 +166,8 @@ def recover(
     try:
         state, first = _resume(run, stream, saver)
         context = step_context(run.mesh, config.compute_dtype)
-        with Recorder(folder, first, total, config.log_every, progress) as recorder, context:
+        devices = sorted(jax.tree.leaves(state)[0].sharding.device_set, key=lambda device: device.id)
+        with Recorder(folder, first, total, config.log_every, progress, devices) as recorder, context:
             state = _train(run, stream, config, state, (first, total), saver, recorder)
             summary = _summary(run, recorder, first, total)
     finally:
@@ -189,17 +192,17 @@ def _prepare(
     flat = _place(model, mesh)
     trainable = {path: leaf for path, leaf in flat.items() if path in groups}
     frozen = {path: leaf for path, leaf in flat.items() if path not in groups}
-    taught, teacher_params = None, None
+    taught, teacher_cfg, teacher_params = None, None, None
     if teacher is not None and config.losses.needs_teacher:
         ours, theirs = layer_pairs(config.losses, model.cfg, teacher.cfg, getattr(plan, "kept_layers", None))
-        taught = Teacher(teacher.cfg, ours, theirs)
+        taught, teacher_cfg = Teacher(teacher.cfg, ours, theirs), teacher.cfg
         teacher_params = unflatten({p: x.astype(config.compute_dtype) for p, x in _place(teacher, mesh).items()})
     optimizer = make_optimizer(config.optimizer(), groups, total)
     shardings = state_shardings(trainable, optimizer, model.cfg, mesh)
     step_config = StepConfig(
         model.cfg, config.losses, taught, config.accumulation, config.clip_norm, config.compute_dtype, config.remat
     )
-    step = make_step(step_config, optimizer, make_schedule(config.optimizer(), total), shardings)
+    step = make_step(step_config, optimizer, learning_rates(config.optimizer(), groups, total), shardings)
     with step_context(mesh, config.compute_dtype):
         state = init_state(trainable, optimizer, config.seed, shardings)
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS}
@@ -212,7 +215,7 @@ def _prepare(
         "layers": taught and [taught.student_layers, taught.teacher_layers],
     }
     dtypes = {path: leaf.dtype for path, leaf in trainable.items()}
-    return _Run(model.cfg, dtypes, mesh, frozen, teacher_params, state, step, identity)
+    return _Run(model.cfg, dtypes, mesh, frozen, teacher_cfg, teacher_params, state, step, identity)
 
 
 def _check_mesh(mesh: Mesh, model: Model, config: RecoverConfig) -> None:
@@ -258,6 +261,7 @@ class _Pending(NamedTuple):
     record_ids: Sequence[str]
     data_seconds: float
     skipped: Sequence[tuple[str, str]]
+    flops: int
 
 
 def _train(
@@ -271,11 +275,13 @@ def _train(
 ) -> TrainState:
     """Steps `first ... total - 1`. Metrics are read one step late, so that the device never waits for the host."""
     pending: deque[_Pending] = deque()
+    flops = _flops_of(run, config)
 
     def settle(upto: int) -> None:
         while len(pending) > upto:
             done = pending.popleft()
-            recorder.step(done.step, jax.device_get(done.metrics), done.record_ids, done.data_seconds, done.skipped)
+            metrics = jax.device_get(done.metrics)
+            recorder.step(done.step, metrics, done.record_ids, done.data_seconds, done.skipped, done.flops)
 
     with StopSignal() as stop:
         for step in range(*span):
@@ -283,7 +289,7 @@ def _train(
             batch = _next(stream, run, config, step)
             waited = time.perf_counter() - begin
             state, metrics = run.step(state, run.frozen, run.teacher_params, place_rows(batch.arrays, run.mesh))
-            pending.append(_Pending(step + 1, metrics, batch.record_ids, waited, batch.skipped))
+            pending.append(_Pending(step + 1, metrics, batch.record_ids, waited, batch.skipped, flops(batch.arrays)))
             settle(1)
             stopping = stop.requested(step + 1)
             due = step + 1 == span[1] or (config.save_every and (step + 1) % config.save_every == 0)
@@ -296,6 +302,20 @@ def _train(
                 raise Stopped(f"training stopped on SIGTERM after step {step + 1} of {span[1]}; {kept}")
         settle(0)
     return state
+
+
+def _flops_of(run: _Run, config: RecoverConfig) -> Callable[[Mapping[str, Any]], int]:
+    """Model FLOPs of a step over all devices, as a function of this process's rows."""
+
+    @functools.cache
+    def count(length: int, slots: int) -> int:
+        rows, trained = config.batch_size, run.state.params.keys()
+        sizes = {"rows": rows, "length": length, "images": rows * slots}
+        return step_flops(run.cfg, run.teacher_cfg, config.losses, trained, **sizes).total
+
+    return lambda arrays: count(
+        arrays["input_ids"].shape[1], arrays["pixel_values"].shape[1] if "pixel_values" in arrays else 0
+    )
 
 
 def _next(stream: Iterator[Any], run: _Run, config: RecoverConfig, step: int) -> Any:

@@ -1,4 +1,4 @@
-"""Training losses as (sum, weight) pairs: cross-entropy, forward and reverse KL, hidden-state L2.
+"""Training losses as (sum, weight) pairs: cross-entropy, forward and reverse KL, hidden-state L2 and cosine.
 
 Vocabulary losses are computed in chunks of the sequence, so that no [batch, seq, vocab] array exists.
 """
@@ -11,10 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.vlm import Model, Params, encode, to_nnx, unembed
+from vlmprune_jax.prune.options import one_of
 
 IGNORED = -100
 TEACHER_INPUTS = ("student", "own")
@@ -25,12 +27,13 @@ STRATEGIES = ("kl", "rkl", "l2", "l2+kl", "l2+rkl")
 class LossConfig:
     """Weights of the loss terms, and how they are measured.
 
-    `l2_layers` index the student's hidden-state tuple (0 embeddings, -1 after the final norm). `teacher_inputs`:
-    "student" feeds the teacher the student's input embeddings (the reference), "own" its own from ids and pixels.
-    `chunk`: tokens per row whose logits exist at a time.
+    `l2_layers` index the student's hidden-state tuple (0 embeddings, -1 after the final norm); `l2` and `cosine`
+    compare these states. `teacher_inputs`: "student" feeds the teacher the student's input embeddings (the
+    reference), "own" its own from ids and pixels. `chunk`: tokens per row whose logits exist at a time.
 
-    `reference_compat` measures as the reference does: L2 and KL over all positions, padding (as zero embeddings)
-    included, KL divided by the batch size only, and L2 layers index each model's own tuple.
+    `reference_compat` measures as the reference does: terms with a teacher over all positions, padding (at the right)
+    included, KL divided by the batch size only, and hidden layers index each model's own tuple. Padding is zero
+    embeddings in LLaVA's and Bunny's trainers ("student"), its ids at position 0 in InternVL's ("own").
     """
 
     ce: float = 1.0
@@ -42,6 +45,7 @@ class LossConfig:
     teacher_inputs: str = "student"
     reference_compat: bool = False
     chunk: int = 128
+    cosine: float = 0.0
 
     def __post_init__(self) -> None:
         weights = self.weights()
@@ -49,14 +53,13 @@ class LossConfig:
             raise UserError(f"loss weights {weights}: none may be negative and at least one must be positive")
         if self.temperature <= 0 or self.chunk < 1:
             raise UserError(f"losses: temperature {self.temperature} and chunk {self.chunk} must be positive")
-        if self.l2 and not self.l2_layers:
-            raise UserError("losses: l2 needs l2_layers, for example [-1] (the state after the final norm)")
-        if self.teacher_inputs not in TEACHER_INPUTS:
-            raise UserError(f"losses: teacher_inputs {self.teacher_inputs!r} is not one of {', '.join(TEACHER_INPUTS)}")
+        if self.compares_hidden and not self.l2_layers:
+            raise UserError("losses: l2 and cosine need l2_layers, for example [-1] (the state after the final norm)")
+        one_of("losses: teacher_inputs", self.teacher_inputs, TEACHER_INPUTS)
 
     def weights(self) -> dict[str, float]:
         """Weight of every term in the total."""
-        return {"ce": self.ce, "l2": self.l2, "kl": self.kl, "rkl": self.rkl}
+        return {"ce": self.ce, "l2": self.l2, "cosine": self.cosine, "kl": self.kl, "rkl": self.rkl}
 
     def terms(self) -> tuple[str, ...]:
         """Names of the terms that are computed: cross-entropy always (it is reported), others where they count."""
@@ -65,16 +68,19 @@ class LossConfig:
     @property
     def needs_teacher(self) -> bool:
         """Whether any distillation term counts."""
-        return bool(self.l2 or self.kl or self.rkl)
+        return bool(self.compares_hidden or self.kl or self.rkl)
+
+    @property
+    def compares_hidden(self) -> bool:
+        """Whether a term on hidden states counts."""
+        return bool(self.l2 or self.cosine)
 
 
 def from_alpha(strategy: str, alpha: float, *, kl_norm: float = 1.0, **options: Any) -> LossConfig:
     """The reference's `dist_strategy`/`dist_alpha`/`dist_norm`: alpha * distillation + (1 - alpha) * cross-entropy."""
-    if strategy not in STRATEGIES or not 0 <= alpha <= 1 or kl_norm <= 0:
-        raise UserError(
-            f"distillation strategy {strategy!r}, alpha {alpha}, norm {kl_norm}: "
-            f"the strategy is one of {', '.join(STRATEGIES)}, alpha lies in [0, 1], norm is positive"
-        )
+    one_of("distillation strategy", strategy, STRATEGIES)
+    if not 0 <= alpha <= 1 or kl_norm <= 0:
+        raise UserError(f"distillation: alpha {alpha} must lie in [0, 1] and norm {kl_norm} be positive")
     parts = strategy.split("+")
     weights: dict[str, Any] = {name: alpha / (1.0 if name == "l2" else kl_norm) for name in parts}
     return LossConfig(ce=1 - alpha, **weights, **options)
@@ -123,12 +129,24 @@ def check_teacher(loss: LossConfig, student: ModelConfig, teacher: ModelConfig |
     if not loss.needs_teacher:
         return
     if teacher is None:
-        raise UserError("losses: l2, kl and rkl need a teacher: pass the unpruned model, or set their weights to 0")
+        raise UserError(
+            "losses: l2, cosine, kl and rkl need a teacher: pass the unpruned model, or set their weights to 0"
+        )
     ours, theirs = student.text, teacher.text
     if ours.hidden_size != theirs.hidden_size:
         raise UserError(f"teacher hidden_size {theirs.hidden_size} is not the student's {ours.hidden_size}")
-    if (loss.kl or loss.rkl) and ours.vocab_size != theirs.vocab_size:
-        raise UserError(f"teacher vocab_size {theirs.vocab_size} is not the student's {ours.vocab_size}")
+    own = loss.teacher_inputs == "own"
+    if (loss.kl or loss.rkl or own) and ours.vocab_size != theirs.vocab_size:
+        raise UserError(
+            f"teacher vocab_size {theirs.vocab_size} is not the student's {ours.vocab_size}: pass the model that was "
+            'pruned, or distil with l2 or cosine and teacher_inputs "student"'
+        )
+    if own and (student.image_token_id, student.tokens_per_image) != (teacher.image_token_id, teacher.tokens_per_image):
+        raise UserError(
+            f"teacher images are {teacher.tokens_per_image} tokens of id {teacher.image_token_id}, the student's "
+            f"{student.tokens_per_image} of {student.image_token_id}: pass the model that was pruned, or use "
+            'teacher_inputs "student"'
+        )
 
 
 def term_weights(loss: LossConfig, cfg: ModelConfig, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
@@ -140,8 +158,9 @@ def term_weights(loss: LossConfig, cfg: ModelConfig, labels: jax.Array, mask: ja
     n_valid = jnp.float32(mask.size) if loss.reference_compat else jnp.sum(mask, dtype=jnp.float32)
     rows = jnp.float32(mask.size // mask.shape[-1])
     kl = rows if loss.reference_compat else n_valid
-    l2 = n_valid * float(cfg.text.hidden_size * len(loss.l2_layers))
-    return {name: {"ce": n_labels, "l2": l2, "kl": kl, "rkl": kl}[name] for name in loss.terms()}
+    cosine = n_valid * float(len(loss.l2_layers))
+    every = {"ce": n_labels, "l2": cosine * float(cfg.text.hidden_size), "cosine": cosine, "kl": kl, "rkl": kl}
+    return {name: every[name] for name in loss.terms()}
 
 
 @dataclass(frozen=True)
@@ -167,15 +186,19 @@ def loss_sums(
     """float32[] sum of every term over one (micro-)batch of `input_ids, attention_mask, labels[, pixel_values]`.
 
     Sources: the reference's trainers (LLaVA `llava_trainer.py`): KL = T^2 sum p_t (log p_t - log p_s) with
-    p = softmax(logits / T), reverse KL with the roles swapped, L2 = squared difference of hidden states.
+    p = softmax(logits / T), reverse KL with the roles swapped, L2 = squared difference of hidden states. Cosine =
+    1 - cos of two hidden states (not in the reference).
     """
     ids, mask, pixels = batch["input_ids"], batch["attention_mask"], batch.get("pixel_values")
     embeds, positions = None, None
     if loss.reference_compat:
-        embeds, _ = to_nnx(Model(params, cfg)).embed(ids, pixels)
-        embeds = embeds * mask[..., None].astype(embeds.dtype)
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
-    keep = teacher.student_layers if teacher is not None and loss.l2 else ()
+        if loss.teacher_inputs == "own":
+            positions = positions * mask
+        else:
+            embeds, _ = to_nnx(Model(params, cfg)).embed(ids, pixels)
+            embeds = embeds * mask[..., None].astype(embeds.dtype)
+    keep = teacher.student_layers if teacher is not None and loss.compares_hidden else ()
     inputs: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "remat": remat}
     final, aux = encode(
         params, cfg, ids, pixel_values=pixels, inputs_embeds=embeds, keep=keep, dropout_key=dropout_key, **inputs
@@ -184,13 +207,13 @@ def loss_sums(
     target, teacher_logits = None, None
     if teacher is not None and teacher_params is not None:
         shared = aux["inputs_embeds"] if loss.teacher_inputs == "student" else None
-        keep = teacher.teacher_layers if loss.l2 else ()
+        keep = teacher.teacher_layers if loss.compares_hidden else ()
         target, taught = encode(
             teacher_params, teacher.cfg, ids, pixel_values=pixels, inputs_embeds=shared, keep=keep, **inputs
         )
         target, taught = jax.lax.stop_gradient((target, taught.get("kept", ())))
-        if loss.l2:
-            sums["l2"] = sum(_squared(a, b, mask, loss) for a, b in zip(aux["kept"], taught, strict=True))
+        for name in (term for term in loss.terms() if term in HIDDEN_DISTANCES):
+            sums[name] = sum(_distance(name, a, b, mask, loss) for a, b in zip(aux["kept"], taught, strict=True))
         if loss.kl or loss.rkl:
             teacher_logits = _head(jax.lax.stop_gradient(teacher_params), teacher.cfg)
     sums |= vocabulary_sums(final, _head(params, cfg), batch["labels"], mask, loss, target, teacher_logits)
@@ -201,10 +224,17 @@ def _head(params: Params, cfg: ModelConfig) -> Callable[[jax.Array], jax.Array]:
     return lambda hidden: unembed(params, cfg, hidden).astype(jnp.float32)
 
 
-def _squared(a: jax.Array, b: jax.Array, mask: jax.Array, loss: LossConfig) -> jax.Array:
-    """float32[] summed squared difference over all positions, or the valid ones."""
-    squared = jnp.sum(jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)), axis=-1)
-    return jnp.sum(squared if loss.reference_compat else squared * mask.astype(jnp.float32))
+# Of float32[..., embed] pairs -> [...]. Both are finite, and so are their gradients, for states that are all zero.
+HIDDEN_DISTANCES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "l2": lambda a, b: jnp.sum(jnp.square(a - b), axis=-1),
+    "cosine": lambda a, b: 1.0 - optax.cosine_similarity(a, b, epsilon=1e-16),
+}
+
+
+def _distance(name: str, a: jax.Array, b: jax.Array, mask: jax.Array, loss: LossConfig) -> jax.Array:
+    """float32[] sum of a term of HIDDEN_DISTANCES over all positions, or the valid ones."""
+    distance = HIDDEN_DISTANCES[name](a.astype(jnp.float32), b.astype(jnp.float32))
+    return jnp.sum(distance if loss.reference_compat else distance * mask.astype(jnp.float32))
 
 
 def vocabulary_sums(
@@ -243,7 +273,7 @@ def vocabulary_sums(
             new |= _divergences(logits, teacher_head(x["t"]), x["w"].astype(jnp.float32), loss)
         return {name: totals[name] + new[name] for name in totals}, None
 
-    names = ("ce",) if teacher_head is None else tuple(n for n in loss.terms() if n != "l2")
+    names = ("ce",) if teacher_head is None else tuple(n for n in loss.terms() if n not in HIDDEN_DISTANCES)
     return jax.lax.scan(body, {name: jnp.float32(0) for name in names}, xs)[0]
 
 

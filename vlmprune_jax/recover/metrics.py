@@ -13,6 +13,7 @@ import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from vlmprune_jax.distributed.chips import peak_flops
 from vlmprune_jax.distributed.mesh import from_all, is_main_process
 from vlmprune_jax.errors import UserError
 
@@ -23,14 +24,25 @@ LISTED_IDS = 16
 class Recorder:
     """Receives every finished step in order. Files and the bar belong to process 0.
 
-    `saved`: the last step that was checkpointed, for messages. A resumed run drops the lines of steps it repeats. Each
-    process lists the records that it skipped in a file of its own, skipped-N.jsonl.
+    `devices`: those of the run; `mfu` is recorded where their peak is known. `saved`: the last step that was
+    checkpointed, for messages. A resumed run drops the lines of steps it repeats. Each process lists the records that
+    it skipped in a file of its own, skipped-N.jsonl.
     """
 
-    def __init__(self, folder: Path | None, first: int, total: int, log_every: int, progress: bool):
+    def __init__(
+        self,
+        folder: Path | None,
+        first: int,
+        total: int,
+        log_every: int,
+        progress: bool,
+        devices: Sequence[jax.Device],
+    ):
         self.saved, self.last = first, {}
         self._folder, self._first, self._total, self._log_every = folder, first, total, log_every
-        self._tokens = self._counted = 0.0
+        peak = peak_flops(devices[0].device_kind)
+        self._peak = None if peak is None else peak * len(devices)
+        self._tokens = self._counted = self._flops = 0.0
         self._begin = self._mark = time.perf_counter()
         self._steady: float | None = None
         self._file = self._board = None
@@ -67,8 +79,10 @@ class Recorder:
         record_ids: Sequence[str],
         data_seconds: float,
         skipped: Sequence[tuple[str, str]],
+        flops: int,
     ) -> None:
-        """Take the fetched metrics of a step (counted from 1), and the (record id, reason) that it skipped.
+        """Take the fetched metrics of a step (counted from 1), the (record id, reason) that it skipped, and its model
+        FLOPs over all devices.
 
         Raises:
           UserError: loss or gradient norm is not finite; names step and records.
@@ -80,16 +94,16 @@ class Recorder:
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
         tokens = values.pop("tokens")
-        speed = tokens / seconds
         if self._steady is None:
             self._steady = now  # the first step compiles
         else:
             self._counted += tokens
+            self._flops += flops
         self._tokens += tokens
-        times = {"tokens_per_second": speed, "seconds": seconds, "data_seconds": data_seconds}
+        times = {**self._speeds(tokens, flops, seconds), "seconds": seconds, "data_seconds": data_seconds}
         self.last = {"step": step, **values, **times}
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, loss=f"loss {values['loss']:.4f}", rate=f"{speed:,.0f} tok/s")
+            self._bar.update(self._task, completed=step, **_shown(self.last))
         if step % self._log_every == 0 or step == self._total:
             self._log()
 
@@ -100,6 +114,11 @@ class Recorder:
             with self._skipped_file.open("a") as file:
                 for record, reason in skipped:
                     file.write(json.dumps({"step": step, "record": record, "reason": reason}) + "\n")
+
+    def _speeds(self, tokens: float, flops: float, seconds: float) -> dict[str, float]:
+        """Real tokens and model FLOPs a second, and the latter as a share of the devices' bfloat16 peak."""
+        speeds = {"tokens_per_second": tokens / seconds, "model_flops_per_second": flops / seconds}
+        return speeds if self._peak is None else {**speeds, "mfu": flops / seconds / self._peak}
 
     def _log(self) -> None:
         if self._file is not None:
@@ -135,14 +154,23 @@ class Recorder:
             "tokens": self._tokens,
             "tokens_per_second": self._counted / steady if self._counted else 0.0,
             "skipped_rows": sum(from_all(lambda: self._skipped)),
+            **self._speeds(self._counted, self._flops, steady or 1.0),
             "last": self.last,
         }
+
+
+def _shown(last: Mapping[str, float]) -> dict[str, Any]:
+    """What the bar tells about a step."""
+    rate = f"{last['tokens_per_second']:,.0f} tok/s"
+    if "mfu" in last:
+        rate += f"  MFU {100 * last['mfu']:.0f} %"
+    return {"loss": f"loss {last['loss']:.4f}  lr {last['learning_rate']:.1e}", "rate": rate}
 
 
 def _bar() -> Progress:
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TextColumn("{task.fields[loss]}  {task.fields[rate]}"),
         TimeElapsedColumn(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ from vlmprune_jax.distributed.rules import constrain, sharding
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import Flat, param_axes, unflatten
 from vlmprune_jax.models.vlm import Params
+from vlmprune_jax.prune.options import one_of
 from vlmprune_jax.recover.losses import LossConfig, Teacher, combine, loss_sums, term_weights
 from vlmprune_jax.recover.trainable import PROJECTOR, decays
 
@@ -59,8 +61,7 @@ class OptimizerConfig:
             raise UserError(
                 f"weight_decay {self.weight_decay} is below 0, or warmup_ratio {self.warmup_ratio} not in [0, 1)"
             )
-        if self.schedule not in SCHEDULES:
-            raise UserError(f"schedule {self.schedule!r} is not one of {', '.join(SCHEDULES)}")
+        one_of("schedule", self.schedule, SCHEDULES)
         if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0):
             raise UserError(f"AdamW needs 0 <= b1, b2 < 1 and eps > 0, got {self.b1}, {self.b2}, {self.eps}")
         if self.clip_norm is not None and self.clip_norm <= 0:
@@ -82,6 +83,15 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     if warmup == 0:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def learning_rates(config: OptimizerConfig, groups: Mapping[str, str], num_steps: int) -> dict[str, optax.Schedule]:
+    """Metric name -> schedule: the main rate, and that of the projector where it trains (see `make_optimizer`)."""
+    schedules = {"learning_rate": make_schedule(config, num_steps)}
+    if PROJECTOR in groups.values():
+        own = dataclasses.replace(config, learning_rate=config.projector_learning_rate or config.learning_rate)
+        schedules["projector_learning_rate"] = make_schedule(own, num_steps)
+    return schedules
 
 
 def make_optimizer(config: OptimizerConfig, groups: Mapping[str, str], num_steps: int) -> optax.GradientTransformation:
@@ -148,12 +158,15 @@ Step = Callable[[TrainState, Flat, Params | None, dict[str, jax.Array]], tuple[T
 
 
 def make_step(
-    config: StepConfig, optimizer: optax.GradientTransformation, schedule: optax.Schedule, shardings: TrainState | None
+    config: StepConfig,
+    optimizer: optax.GradientTransformation,
+    rates: Mapping[str, optax.Schedule],
+    shardings: TrainState | None,
 ) -> Step:
     """The jitted `(state, frozen, teacher params, batch) -> (state, metrics)`; the state is donated.
 
-    `batch`: global arrays, rows split over (data, fsdp). Metrics are float32 scalars on the device; nothing in the
-    step waits for the host.
+    `batch`: global arrays, rows split over (data, fsdp). `rates`: metric name -> schedule, to be reported. Metrics are
+    float32 scalars on the device; nothing in the step waits for the host.
     """
     replicated = None if shardings is None else shardings.step
 
@@ -169,14 +182,13 @@ def make_step(
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer step counts
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            rate = jnp.asarray(schedule(state.step), jnp.float32)
-        metrics = {name: value / jnp.maximum(weights[name], 1.0) for name, value in sums.items()}
+            metrics = {name: jnp.asarray(rate(state.step), jnp.float32) for name, rate in rates.items()}
+        metrics |= {name: value / jnp.maximum(weights[name], 1.0) for name, value in sums.items()}
         valid = jnp.sum(batch["attention_mask"], dtype=jnp.float32)
         slots = batch["attention_mask"].size
         metrics |= {
             "loss": combine(sums, weights, config.loss),
             "grad_norm": norm,
-            "learning_rate": rate,
             "tokens": valid,
             "padding": (slots - valid) / slots,
             "empty_rows": jnp.sum(~jnp.any(batch["attention_mask"] != 0, axis=1), dtype=jnp.float32),

@@ -173,8 +173,14 @@ def loss_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure | N
 
     `curves`: run name -> rows of its metrics file.
     """
-    terms = [t for t in ("ce", "l2", "kl", "rkl") if any(t in row for rows in curves.values() for row in rows)]
-    titles = {"ce": "cross-entropy", "l2": "hidden-state L2", "kl": "forward KL", "rkl": "reverse KL"}
+    titles = {
+        "ce": "cross-entropy",
+        "l2": "hidden-state L2",
+        "cosine": "hidden-state cosine",
+        "kl": "forward KL",
+        "rkl": "reverse KL",
+    }
+    terms = [term for term in titles if any(term in row for rows in curves.values() for row in rows)]
     if not terms:
         return None
     with matplotlib.rc_context(STYLE):

@@ -17,6 +17,7 @@ from vlmprune_jax.hf.write import save
 from vlmprune_jax.models.params import count_params, flatten
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import CRITERIA, PrunePlan, Scores, make_plan, prune_folder, prune_iteratively, score
+from vlmprune_jax.prune.surgery import check_plan_is_for
 from vlmprune_jax.recover import LossConfig, RecoverConfig, recover
 from vlmprune_jax.recover.peft import write_adapter
 from vlmprune_jax.recover.trainable import assign_groups, merge_lora
@@ -250,6 +251,8 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
         from_main(lambda: None if (training / "checkpoints").exists() else remove(training))
         plan = PrunePlan.from_json(prune_folder / "plan.json")
         teacher = load_model(experiment, teacher_folder(experiment)) if config.losses.needs_teacher else None
+        if teacher is not None:
+            check_plan_is_for(teacher, plan)  # another model of these sizes would train without complaint
         student = load_model(experiment, pruned)
         batches, n_records = inputs.recovery_batches(experiment, student.cfg)
         model, summary = recover(

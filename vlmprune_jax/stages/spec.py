@@ -126,6 +126,7 @@ class LossSpec:
 
     ce: float = 1.0
     l2: float = 0.0
+    cosine: float = 0.0
     kl: float = 0.0
     rkl: float = 0.0
     l2_layers: tuple[int, ...] = (-1,)
@@ -137,7 +138,9 @@ class LossSpec:
 
 @dataclass(frozen=True)
 class RecoverSpec:
-    """Training after pruning (see `RecoverConfig`); the defaults are LLaVA's LoRA recipe.
+    """Training after pruning (see `RecoverConfig`); the defaults are LLaVA's LoRA fine-tuning, without a teacher.
+
+    The reference's settings per family, distillation included, are recipes to start a config from (stages/recipes.py).
 
     `trainable`: projector, lora, decoder or all. `steps` count instead of `epochs` if given. `name` is what tables call
     this recovery. `save_adapter`: beside recovered/, where adapters are merged, adapter/ for `peft` on top of pruned/.

@@ -1,0 +1,68 @@
+"""What a run reports: every term, both learning rates, speed, and MFU by the published formula."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import recover_cases as cases
+
+from vlmprune_jax.distributed import chips
+from vlmprune_jax.models.params import param_axes
+from vlmprune_jax.recover import LossConfig, add_lora, recover
+from vlmprune_jax.recover.flops import step_flops
+from vlmprune_jax.recover.metrics import Recorder, _shown
+
+CFG = cases.config(layers=1)
+LOSSES = LossConfig(0.5, 0.5, 0.1, 0.1, cosine=0.2)
+
+
+def test_metrics_of_a_run(tmp_path, monkeypatch):
+    """Their names in both files, and that the numbers belong together."""
+    monkeypatch.setitem(chips.GPU_FLOPS, jax.devices()[0].device_kind, 1e9)
+    config = cases.settings(
+        trainable="lora", lora=cases.LORA, losses=LOSSES, steps=3, projector_learning_rate=5e-4, warmup_ratio=0.5
+    )
+    teacher, data = cases.model(CFG, 9), cases.Stream(CFG)
+    _, summary = recover(cases.model(CFG), data, config, teacher=teacher, workdir=tmp_path, progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    names = {"loss", *LOSSES.terms(), "grad_norm", "learning_rate", "projector_learning_rate", "padding"}
+    names |= {"tokens_per_second", "model_flops_per_second", "mfu", "seconds", "data_seconds"}
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    written = events.read_bytes()
+    assert all(name.encode() in written for name in names)
+    adapted = add_lora(cases.model(CFG), cases.LORA, jax.random.key(0)).cfg
+    trained = [path for path in param_axes(adapted) if path.startswith("projector/") or "lora" in path]
+    flops = step_flops(adapted, CFG, LOSSES, trained, rows=8, length=11, images=8).total
+    for line in lines:
+        assert names | {"step"} == line.keys()
+        assert line["learning_rate"] * 5e-4 == pytest.approx(line["projector_learning_rate"] * 3e-3)
+        assert line["model_flops_per_second"] * line["seconds"] == pytest.approx(flops)
+        assert line["mfu"] == pytest.approx(line["model_flops_per_second"] / 1e9)
+        total = sum(weight * line[name] for name, weight in LOSSES.weights().items())
+        assert line["loss"] == pytest.approx(total, rel=1e-5)
+        valid = next(_batch(line["step"])).arrays["attention_mask"]
+        assert line["padding"] == pytest.approx(1 - valid.mean())
+        assert line["tokens_per_second"] * line["seconds"] == pytest.approx(np.sum(valid))
+    assert lines[1]["projector_learning_rate"] == pytest.approx(2.5e-4)  # half of two warm-up steps
+    assert {"tokens_per_second", "model_flops_per_second", "mfu"} <= summary.keys()
+    assert "MFU" in _shown(lines[0])["rate"]
+
+
+def _batch(step: int) -> cases.Stream:
+    stream = cases.Stream(CFG)
+    stream.set_state({"at": step - 1})
+    return stream
+
+
+def test_mfu_needs_a_known_device():
+    """A CPU has no published peak; TPUs and GPUs are found by the name that jax gives them."""
+    with Recorder(None, 0, 1, 1, False, jax.devices()) as recorder:
+        recorder.step(1, {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens": 5.0}, (), 0.1, (), 1000)
+    assert recorder.last["model_flops_per_second"] * recorder.last["seconds"] == pytest.approx(1000)
+    assert "mfu" not in recorder.last
+    assert "MFU" not in _shown(recorder.last)["rate"]
+    assert chips.peak_flops("TPU v5 lite") == 197e12
+    assert chips.peak_flops("NVIDIA H100 80GB HBM3") == 989.5e12
+    assert chips.peak_flops("cpu") is None
