@@ -12,17 +12,8 @@ from flax import nnx
 from vlmprune_jax.config import LayerShape, LoraConfig, TextConfig, runs
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.models.layers import (
-    Axes,
-    LayerNorm,
-    Projection,
-    RMSNorm,
-    activation,
-    attend,
-    declare,
-    rope_tables,
-    rotate,
-)
+from vlmprune_jax.models.attention import attention_mask, for_tpu, splash_attention, windowed, xla_attention
+from vlmprune_jax.models.layers import Axes, LayerNorm, Projection, RMSNorm, activation, declare, rope_tables, rotate
 
 STREAM = ("batch", "sequence", None)
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
@@ -38,13 +29,14 @@ Cache = dict[str, tuple[jax.Array, jax.Array]]
 class Context(NamedTuple):
     """What every block of one forward pass shares.
 
-    `cos`, `sin`: float32[batch, seq, rotary/2]; `masks`: per sliding window (0 = none) bool[batch, 1, seq, slots], true
-    where a query may look; `slot`: int32[], first cache slot that this call writes; `dropout_key` switches LoRA
-    dropout on.
+    `cos`, `sin`: float32[batch, seq, rotary/2]; `valid`: bool[batch, slots], real keys; `masks`: per sliding window
+    (0 = none) bool[batch, 1, seq, slots], true where a query may look; `slot`: int32[], first cache slot that this call
+    writes; `dropout_key` switches LoRA dropout on.
     """
 
     cos: jax.Array
     sin: jax.Array
+    valid: jax.Array
     masks: dict[int, jax.Array]
     slot: jax.Array
     dropout_key: jax.Array | None = None
@@ -76,7 +68,10 @@ class Attention(nnx.Module):
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, ctx.slot, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, ctx.slot, axis=1)
             cache = (k, v)
-        mixed = attend(q, k, v, ctx.masks[self.window])
+        if cache is None and for_tpu():
+            mixed = splash_attention(q, k, v, ctx.valid, causal=True, window=self.window)
+        else:
+            mixed = xla_attention(q, k, v, ctx.masks[self.window])
         return getattr(self, self.out_name)(mixed, keys[3]), cache
 
 
@@ -189,14 +184,19 @@ class Decoder(nnx.Module):
         return getattr(self, self.norm_name)(x)
 
     def context(
-        self, positions: jax.Array, mask: jax.Array, slot: Any = 0, dropout_key: jax.Array | None = None
+        self, positions: jax.Array, valid: jax.Array, slot: Any = 0, dropout_key: jax.Array | None = None
     ) -> Context:
-        """Context of a forward at int[batch, seq] positions under bool[batch, seq, slots] `mask`."""
+        """Context of a forward at int[batch, seq] positions, which are slots `slot ...` of [batch, slots] `valid` keys.
+
+        Without a cache the slots are the sequence.
+        """
         cos, sin = rope_tables(self.cfg.rope, self.cfg.rotary_dim, positions)
+        valid = valid.astype(bool)
+        mask = attention_mask(valid, positions.shape[1], slot)
         masks = {
             size: windowed(mask, size)[:, None] for size in sorted({shape.window or 0 for shape in self.cfg.layers})
         }
-        return Context(cos, sin, masks, jnp.asarray(slot, jnp.int32), dropout_key)
+        return Context(cos, sin, valid, masks, jnp.asarray(slot, jnp.int32), dropout_key)
 
     def run_parts(self, run: str) -> tuple[Callable[..., Any], nnx.State]:
         """One run as `(apply, state)`: `apply(slice of state, x, ctx, cache=None) -> (x, cache)` is one block.
@@ -289,27 +289,6 @@ def _body(apply: Callable[..., Any], ctx: Context, tap: Callable[..., Any] | Non
         return (x, y, saved), (tap(x, y) if tap else None, cache)
 
     return body
-
-
-def attention_mask(valid_keys: jax.Array, n_queries: int, start: Any) -> jax.Array:
-    """bool[batch, queries, slots]: causal by slot, and real keys only.
-
-    `valid_keys`: bool[batch, slots]; the queries occupy slots `start ... start + n_queries - 1`.
-    """
-    queries = (start + jnp.arange(n_queries))[:, None]
-    slots = jnp.arange(valid_keys.shape[1])[None, :]
-    return valid_keys[:, None, :] & (slots <= queries)[None]
-
-
-def windowed(mask: jax.Array, size: int) -> jax.Array:
-    """bool[batch, queries, slots] `mask` without all but the last `size` keys that each query may see (0: all stay).
-
-    Counting keys instead of slots keeps the window right where padding lies between a shared prefix and its rows.
-    """
-    if size == 0 or size >= mask.shape[-1]:
-        return mask
-    from_here = jax.lax.cumsum(mask.astype(jnp.int32), axis=2, reverse=True)
-    return mask & (from_here <= size)
 
 
 def _adapter(lora: LoraConfig | None, name: str) -> LoraConfig | None:

@@ -14,7 +14,7 @@ import numpy as np
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.mesh import whole
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.models.decoder import Cache, attention_mask
+from vlmprune_jax.models.decoder import Cache
 from vlmprune_jax.models.vlm import Model, Params, VisionLanguageModel, check_inputs, mesh_of, place_batch, to_nnx
 
 
@@ -133,7 +133,7 @@ def _generate(
     x, _ = module.embed(arrays["ids"], arrays["pixels"] if start == 0 else None)
     empty = module.text.empty_cache(batch, length + max_new_tokens, x.dtype)
     cache = empty if cache is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), cache, empty)
-    context = module.text.context(positions[:, start:], attention_mask(slots, length, start), slot=start)
+    context = module.text.context(positions[:, start:], slots, slot=start)
     hidden, aux = module.text(x, context, cache=cache)
     padding = _padding(cfg, eos)
 
@@ -146,7 +146,7 @@ def _generate(
         i, token, ended, tokens, cache = state
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1)
         slot = start + length + i
-        context = module.text.context(n_real + i, attention_mask(slots, 1, slot), slot=slot)
+        context = module.text.context(n_real + i, slots, slot=slot)
         hidden, aux = module.text(module.text.embed_tokens.lookup(token[:, None]), context, cache=cache)
         token, ended = choose(hidden, ended)
         return i + 1, token, ended, tokens, aux["cache"]
@@ -168,7 +168,6 @@ def _prefill_prefix(module: VisionLanguageModel, arrays: dict[str, Any]) -> tupl
     valid, rows = arrays["prefix_valid"], arrays["rows"]
     x, _ = module.embed(arrays["prefix_ids"], arrays["pixels"])
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-    mask = attention_mask(valid.astype(bool), valid.shape[1], 0)
     cache = module.text.empty_cache(valid.shape[0], valid.shape[1], x.dtype)
-    _, aux = module.text(x, module.text.context(positions, mask), cache=cache)
+    _, aux = module.text(x, module.text.context(positions, valid), cache=cache)
     return jax.tree.map(lambda leaf: leaf[:, rows], aux["cache"]), valid[rows]

@@ -106,12 +106,6 @@ class Projection(nnx.Module):
         return y + _contract(low, self.lora_b.get_value(), 1) * (self.lora.alpha / self.lora.rank)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Softmax attention `[batch, queries, heads, head]`, scores in float32; `mask`: true where a query may look."""
-    with jax.numpy_dtype_promotion("standard"):  # jax.nn asks for the promotion of bfloat16 scores to float32
-        return jax.nn.dot_product_attention(q, k, v, mask=mask)
-
-
 def _contract(x: jax.Array, weight: jax.Array, n: int) -> jax.Array:
     """Sum over the last `n` axes of both: `[..., in] x [out, in] -> [..., out]`."""
     left = tuple(range(x.ndim - n, x.ndim))

@@ -12,7 +12,8 @@ from flax import nnx
 from vlmprune_jax.config import ProjectorConfig, VisionConfig
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.models.layers import LayerNorm, Projection, activation, attend, declare
+from vlmprune_jax.models.attention import for_tpu, splash_attention, xla_attention
+from vlmprune_jax.models.layers import LayerNorm, Projection, activation, declare
 
 # Keys' cubic kernel as torch has it (jax.image.resize uses -0.5).
 _CUBIC = -0.75
@@ -54,7 +55,8 @@ class VisionAttention(nnx.Module):
         self.out_proj = Projection(sizes, into, heads, bias=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.out_proj(splash_attention(q, k, v, causal=False) if for_tpu() else xla_attention(q, k, v))
 
 
 class VisionMlp(nnx.Module):

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.rules import constrain, sharding
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.models.decoder import Context, Decoder, attention_mask, head_logits
+from vlmprune_jax.models.decoder import Context, Decoder, head_logits
 from vlmprune_jax.models.vision import Projector, VisionTower, pixel_shuffle
 
 Params = dict[str, Any]
@@ -146,12 +146,7 @@ def text_context(
     """What the decoder's blocks share in a forward without cache, from int[batch, seq] `attention_mask` (1 = real)."""
     if position_ids is None:
         position_ids = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
-    return module.text.context(position_ids, attention_mask_for(attention_mask), dropout_key=dropout_key)
-
-
-def attention_mask_for(valid: jax.Array) -> jax.Array:
-    """bool[batch, seq, seq] mask of a forward without cache, from int[batch, seq] `valid`."""
-    return attention_mask(valid.astype(bool), valid.shape[1], 0)
+    return module.text.context(position_ids, attention_mask, dropout_key=dropout_key)
 
 
 def unembed(params: Params, cfg: ModelConfig, hidden: jax.Array) -> jax.Array:

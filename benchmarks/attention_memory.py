@@ -1,0 +1,97 @@
+"""Memory of attention on a TPU chip, splash against XLA, compiled ahead of time on a machine without TPUs.
+
+    TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-4 TPU_WORKER_HOSTNAMES=localhost JAX_PLATFORMS=cpu \
+        python benchmarks/attention_memory.py
+
+Needs libtpu (`pip install vlmprune-jax[tpu]`). Four layers of LLaMA-7B's shape, frozen, in bfloat16, on v5e:2x2 under
+fsdp=4, one row a chip: forward and gradient at the embeddings, as LoRA needs it. And InternViT-300M's shape, four
+blocks, forward, 13 tiles a chip. One JSON line per case with the temporaries of a chip in MiB.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from vlmprune_jax.config import LayerShape, ModelConfig, ProjectorConfig, RopeConfig, TextConfig, VisionConfig
+from vlmprune_jax.distributed.rules import MESH_AXES, sharding
+from vlmprune_jax.models import decoder, vision
+from vlmprune_jax.models.params import param_axes, param_shapes, unflatten
+from vlmprune_jax.models.vlm import Model, encode, to_nnx
+
+CHIPS, LAYERS = 4, 4
+TEXT = TextConfig(
+    32000, 4096, 128, (LayerShape(32, 32, 11008),) * LAYERS, 1e-5, "silu", RopeConfig(1e4, "default"), rotary_dim=128,
+    max_positions=4096, qkv_bias=False, out_bias=False, mlp_bias=False, tie_embeddings=False,
+)  # fmt: skip
+TILES, TOWER = 13, VisionConfig(1024, 4096, 16, LAYERS, LAYERS, 448, 14, 3, 1e-6, "gelu", kind="internvit")
+
+
+def decoder_case(mesh: Mesh, seq: int, remat: str) -> tuple[Callable[..., Any], list[Any]]:
+    """Gradient of the decoder at its input embeddings, and abstract arguments."""
+    cfg = ModelConfig("llama", "transformers", TEXT)
+    embeds = _abstract(mesh, (CHIPS, seq, TEXT.hidden_size), ("batch", None, None))
+    mask = _abstract(mesh, (CHIPS, seq), ("batch", None), "int32")
+
+    def loss(embeds: jax.Array, params: Any, mask: jax.Array) -> jax.Array:
+        final, _ = encode(params, cfg, mask, inputs_embeds=embeds, attention_mask=mask, remat=remat)
+        return jnp.sum(jnp.square(final.astype(jnp.float32)))
+
+    return jax.grad(loss), [embeds, _params(mesh, cfg), mask]
+
+
+def tower_case(mesh: Mesh) -> tuple[Callable[..., Any], list[Any]]:
+    """Features of the tiles, and abstract arguments."""
+    projector = ProjectorConfig("gelu", True, "pixel_shuffle", 1e-5, 2)
+    cfg = ModelConfig("internvl", "source", TEXT, TOWER, projector, image_token_id=0)
+    size = TOWER.image_size
+    pixels = _abstract(mesh, (CHIPS * TILES, TOWER.channels, size, size), ("batch", None, None, None))
+    return lambda pixels, params: to_nnx(Model(params, cfg)).image_features(pixels), [pixels, _params(mesh, cfg)]
+
+
+def _params(mesh: Mesh, cfg: ModelConfig) -> Any:
+    axes = param_axes(cfg)
+    return unflatten({path: _abstract(mesh, shape, axes[path]) for path, shape in param_shapes(cfg).items()})
+
+
+def _abstract(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: str = "bfloat16") -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh, axes))
+
+
+def main() -> None:
+    """One JSON line per case."""
+    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    mesh = Mesh(np.asarray(chips).reshape(1, CHIPS, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    cases: dict[str, Callable[[Mesh], tuple[Callable[..., Any], list[Any]]]] = {
+        f"decoder, {seq} tokens, remat {remat}": functools.partial(decoder_case, seq=seq, remat=remat)
+        for seq in (1024, 4096)
+        for remat in ("none", "full")
+    } | {f"tower, {TILES} tiles": tower_case}
+    for name, case in cases.items():
+        line: dict[str, Any] = {"case": name}
+        for kind in ("xla", "splash"):
+            with (
+                jax.set_mesh(mesh),
+                mock.patch.object(decoder, "for_tpu", lambda kind=kind: kind == "splash"),
+                mock.patch.object(vision, "for_tpu", lambda kind=kind: kind == "splash"),
+            ):
+                function, arguments = case(mesh)
+                began = time.perf_counter()
+                compiled = jax.jit(function).lower(*arguments).compile()
+            line[f"{kind}_temporaries_mib"] = round(compiled.memory_analysis().temp_size_in_bytes / 2**20)
+            line[f"{kind}_compile_s"] = round(time.perf_counter() - began, 1)
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

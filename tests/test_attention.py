@@ -1,0 +1,140 @@
+"""Splash attention, interpreted on the CPU, equals XLA's; and TPUs get it, in the decoder and in the tower."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import recover_cases as cases
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from vlmprune_jax.config import LayerShape
+from vlmprune_jax.distributed.mesh import make_mesh
+from vlmprune_jax.distributed.rules import MESH_AXES
+from vlmprune_jax.models import attention, decoder, vision
+from vlmprune_jax.models.attention import attention_mask, splash_attention, windowed, xla_attention
+from vlmprune_jax.models.params import param_shapes, unflatten
+from vlmprune_jax.models.vlm import Model, apply
+
+SEQ = 200
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    """200 tokens in two blocks of 128, so that blocks are skipped, summed over and padded."""
+    monkeypatch.setattr(attention, "_LARGEST_BLOCK", 128)
+
+
+def _valid(*lengths: int, left: bool = False) -> np.ndarray:
+    """bool[batch, SEQ], padding on the right or the left."""
+    slots = np.arange(SEQ)[None]
+    lengths_ = np.asarray(lengths)[:, None]
+    return slots >= SEQ - lengths_ if left else slots < lengths_
+
+
+@pytest.mark.parametrize(
+    ("head", "heads", "valid", "causal", "window"),
+    [
+        (64, (4, 2), _valid(SEQ, 70), True, 0),
+        (80, (2, 2), _valid(150, 131, left=True), True, 0),
+        (96, (3, 1), _valid(190, 1), True, 37),
+        (128, (2, 1), _valid(SEQ, 140, left=True), True, 150),
+        (80, (2, 2), None, False, 0),
+    ],
+)  # fmt: skip
+def test_splash_equals_xla(head, heads, valid, causal, window):
+    """Forward 1e-5, gradient 1e-4 (DESIGN §6), at every query that may look at a key.
+
+    Padding queries on the right are such queries, but a window of slots and one of real keys differ there.
+    """
+    rng = np.random.default_rng(head)
+    q, k, v, out = (
+        jnp.asarray(rng.standard_normal((2, SEQ, n, head)), jnp.float32) for n in (*heads, heads[1], heads[0])
+    )
+    mask = None if valid is None else windowed(attention_mask(jnp.asarray(valid), SEQ, 0), window)[:, None]
+    seen = np.ones((2, SEQ), bool) if mask is None else np.asarray(mask).any(axis=(1, 3))
+    if window:
+        seen = seen & valid
+    out = out * seen[..., None, None].astype(np.float32)
+    options = {"valid": valid, "causal": causal, "window": window, "interpret": True}
+
+    @jax.jit
+    def both(q, k, v):
+        expected, pull = jax.vjp(functools.partial(xla_attention, mask=mask), q, k, v)
+        found, own_pull = jax.vjp(functools.partial(splash_attention, **options), q, k, v)
+        return expected, found, pull(out), own_pull(out)
+
+    expected, found, gradients, own = both(q, k, v)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(np.asarray(found)[seen], np.asarray(expected)[seen], atol=1e-5, rtol=0)
+    for ours, theirs in zip(own, gradients, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+
+
+def _logits(params, cfg, batch):
+    """Logits at real tokens; 0 elsewhere."""
+    logits, _ = apply(params, cfg, batch["input_ids"], pixel_values=batch["pixel_values"], attention_mask=batch["mask"])
+    return logits * batch["mask"][..., None].astype(jnp.float32)
+
+
+def _case():
+    """A LLaVA whose two layers differ in heads and window, and two rows of it."""
+    cfg = cases.config().with_layers((LayerShape(4, 2, 24), LayerShape(2, 2, 16, window=5)))
+    rng, shapes = np.random.default_rng(4), param_shapes(cfg)
+    params = {path: jnp.asarray(rng.normal(0.0, 0.2, shape), jnp.float32) for path, shape in shapes.items()}
+    batch = next(cases.Stream(cfg, rows=2)).arrays
+    return Model(unflatten(params), cfg), {**batch, "mask": batch["attention_mask"]}
+
+
+def test_a_model_with_splash_equals_one_with_xla(monkeypatch):
+    """Layers of unequal heads and windows, and the tower."""
+    model, batch = _case()
+    expected = jax.jit(_logits, static_argnums=1)(model.params, model.cfg, batch)
+    for module in (decoder, vision):
+        monkeypatch.setattr(module, "for_tpu", lambda: True)
+        monkeypatch.setattr(module, "splash_attention", functools.partial(splash_attention, interpret=True))
+    found = jax.jit(lambda params, batch: _logits(params, model.cfg, batch))(model.params, batch)
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+
+
+def test_splash_on_a_mesh():
+    """Rows and heads are split over the mesh; 3 rows, which do not divide, are whole on every device."""
+    rng = np.random.default_rng(3)
+    q, k, v = (jnp.asarray(rng.standard_normal((4, 9, n, 8)), jnp.float32) for n in (4, 2, 2))
+    valid = np.arange(9)[None] < np.asarray([9, 4, 7, 8])[:, None]
+
+    def gradients(attend, *qkv):
+        return jax.grad(lambda *args: jnp.sum(jnp.square(attend(*args))), argnums=(0, 1, 2))(*qkv)
+
+    split = functools.partial(splash_attention, valid=valid, causal=True, interpret=True)
+    mask = attention_mask(jnp.asarray(valid), 9, 0)[:, None]
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        found = jax.jit(functools.partial(gradients, split))(q, k, v)
+        whole = jax.jit(functools.partial(splash_attention, causal=False, interpret=True))(q[:3], k[:3], v[:3])
+    for ours, theirs in zip(found, gradients(functools.partial(xla_attention, mask=mask), q, k, v), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(whole, xla_attention(q[:3], k[:3], v[:3]), atol=1e-5, rtol=0)
+
+
+def test_tpus_get_splash():
+    """Lowered for a TPU mesh on this machine, each attention is the kernel; for CPUs none is."""
+    model, batch = _case()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (model.params, batch))
+    chip = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    mesh = AbstractMesh((1, 1, 1), MESH_AXES, (AxisType.Auto,) * 3, abstract_device=chip)
+
+    def kernels(platform: str) -> list[str]:
+        """Names of the kernels of a gradient, in order."""
+        gradient = jax.jit(lambda *args: jax.grad(lambda *args: jnp.sum(_logits(args[0], model.cfg, args[1])))(*args))
+        text = gradient.trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+        return re.findall(r'tpu_custom_call.*?kernel_name = "(\w+)"', text)
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        found = kernels("tpu")
+    # one kernel per run of layers, and the tower's; a backward pass has two
+    assert [sum(f"_{name}_" in kernel for kernel in found) for name in ("fwd", "dq", "dkv")] == [3, 3, 3]
+    assert not kernels("cpu")

@@ -1,0 +1,94 @@
+"""What the compiled step holds in memory, from its HLO and XLA's own report; and that it never waits for the host."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+import recover_cases as cases
+
+from vlmprune_jax.config import LayerShape, ModelConfig
+from vlmprune_jax.models.params import param_shapes, unflatten
+from vlmprune_jax.recover import LossConfig
+from vlmprune_jax.recover.losses import Teacher
+from vlmprune_jax.recover.step import StepConfig, init_state, make_optimizer, make_schedule, make_step, step_context
+from vlmprune_jax.recover.trainable import assign_groups
+
+ROWS, SEQ, VOCAB, CHUNK = 4, 64, 4099, 8  # no other size of the model is 4,099
+TOTAL = 10
+
+
+def make_arguments(cfg: ModelConfig, loss: LossConfig, trainable: str, build):
+    """(step, its arguments): `build(shape, dtype)` makes every array but the state's."""
+    settings = cases.settings(trainable=trainable).optimizer()
+    shapes = param_shapes(cfg)
+    groups = assign_groups(list(shapes), trainable)
+    optimizer = make_optimizer(settings, groups, TOTAL)
+    teacher = Teacher(cfg, (), ()) if loss.needs_teacher else None
+    config = StepConfig(cfg, loss, teacher, 1, 1.0, "float32", "none")
+    step = make_step(config, optimizer, make_schedule(settings, TOTAL), None)
+    params = {path: build(shape, "float32") for path, shape in shapes.items()}
+    frozen = {path: x for path, x in params.items() if path not in groups}
+    masters = {path: x for path, x in params.items() if path in groups}
+    batch = {name: build((ROWS, SEQ), "int32") for name in ("input_ids", "attention_mask", "labels")}
+    taught = unflatten({path: build(shape, "float32") for path, shape in shapes.items()}) if teacher else None
+    return step, optimizer, masters, frozen, taught, batch
+
+
+def compiled_step(cfg: ModelConfig, loss: LossConfig, trainable: str = "all"):
+    """The step, compiled for shapes."""
+    step, optimizer, masters, *rest = make_arguments(cfg, loss, trainable, jax.ShapeDtypeStruct)
+    state = jax.eval_shape(lambda params: init_state(params, optimizer, 0, None), masters)
+    return step.lower(state, *rest).compile()
+
+
+@pytest.mark.parametrize("terms", [{"ce": 1.0}, {"ce": 0.0, "kl": 1.0}, {"ce": 0.0, "rkl": 1.0}], ids=str)
+def test_no_logits_of_the_whole_sequence(terms):
+    """Of all arrays with a vocabulary axis, none has more positions than a chunk has, in any dtype."""
+    cfg = cases.config(vision=False)
+    cfg = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, vocab_size=VOCAB))
+    compiled = compiled_step(cfg, LossConfig(chunk=CHUNK, **terms))
+    shapes = {tuple(map(int, sizes.split(","))) for sizes in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", compiled.as_text())}
+    of_vocabulary = {math.prod(shape) // VOCAB for shape in shapes if VOCAB in shape}
+    assert max(of_vocabulary) == ROWS * CHUNK
+    # two models' logits of a chunk, their softmaxes and gradients, the head's gradient: not half of one [B, T, V]
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * ROWS * SEQ * VOCAB / 2
+
+
+def test_frozen_weights_have_no_gradients():
+    """What the step needs beside its arguments is less than the frozen weights; trained, they need more than that."""
+    cfg = dataclasses.replace(cases.config(vision=False), lora=cases.LORA)
+    shapes = (LayerShape(4, 2, 2048),) * 4
+    text = dataclasses.replace(cfg.text, hidden_size=256)
+    cfg = dataclasses.replace(cfg, text=text).with_layers(shapes)
+    matrices = 4 * sum(math.prod(shape) for path, shape in param_shapes(cfg).items() if path.endswith("proj/weight"))
+    lora, everything = (
+        compiled_step(cfg, LossConfig(), trainable).memory_analysis().temp_size_in_bytes
+        for trainable in ("lora", "all")
+    )
+    print(lora, everything, matrices)
+    assert lora < matrices / 2
+    assert everything > matrices
+
+
+def test_the_step_does_not_wait_for_the_host():
+    """No transfer that was not asked for, and no callback: with its arguments on the device a step is device work."""
+    cfg = dataclasses.replace(cases.config(vision=False), lora=dataclasses.replace(cases.LORA, dropout=0.1))
+    rng = np.random.default_rng(0)
+
+    def build(shape, dtype):
+        return jax.device_put(rng.integers(0, 2, shape).astype(dtype))
+
+    step, optimizer, masters, *rest = make_arguments(cfg, LossConfig(kl=1.0), "lora", build)
+    state = init_state(masters, optimizer, 0, None)
+    with step_context(None, "float32"):
+        state, _ = step(state, *rest)
+        with jax.transfer_guard("disallow"):
+            state, metrics = step(state, *rest)
+        text = step.lower(state, *rest).as_text()
+    assert np.isfinite(metrics["loss"])
+    assert not re.findall(r"callback|infeed|outfeed|stablehlo\.(?:send|recv)", text)

@@ -1,0 +1,113 @@
+"""Attention over `[batch, seq, heads, head]`: XLA's anywhere, the splash kernel where the computation is for TPUs.
+
+Splash attention (jax.experimental.pallas.ops.tpu) keeps softmax tiles on the chip; XLA writes float32 scores
+[batch, heads, seq, seq] to memory, which at 4,096 tokens are 2 GiB a row and layer of a 7B model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+from vlmprune_jax.distributed.rules import spec
+
+# Tiles are multiples of the 128 lanes of a vector register; 512 is what MaxText and Levanter run with by default.
+_LANES, _LARGEST_BLOCK = 128, 512
+
+
+def for_tpu() -> bool:
+    """Whether the function that is being traced is for TPUs.
+
+    The mesh in use (`jax.set_mesh`) decides, since it may be a topology that is only compiled for; else the default
+    backend does.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (jax.default_backend() if device is None else device.platform) == "tpu"
+
+
+def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Softmax attention, scores in float32; `mask`: bool[batch, 1, queries, keys], true where a query may look."""
+    with jax.numpy_dtype_promotion("standard"):  # jax.nn asks for the promotion of bfloat16 scores to float32
+        return jax.nn.dot_product_attention(q, k, v, mask=mask)
+
+
+def splash_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    valid: jax.Array | None = None,
+    *,
+    causal: bool,
+    window: int = 0,
+    interpret: bool = False,
+) -> jax.Array:
+    """Softmax attention of a sequence with itself, scores in float32 tiles; compiles for TPUs only.
+
+    `valid`: bool[batch, seq], keys that may be looked at; a query that may look at none has an arbitrary finite output.
+    `causal`: a query does not look ahead, and with a `window` sees that many slots, its own included (xla_attention
+    under `windowed` counts real keys: the same where padding lies at the ends of a row). Heads are split over `tensor`
+    and rows over (data, fsdp) of the mesh in use, rows only if they divide. `interpret` runs the kernel on a CPU.
+    """
+    batch, seq = q.shape[:2]
+    n_blocks = -(-seq // _LARGEST_BLOCK)
+    block = -(-seq // (n_blocks * _LANES)) * _LANES
+    pad = n_blocks * block - seq
+    if valid is None and pad:
+        valid = jnp.ones((batch, seq), bool)
+    keys = None if valid is None else jnp.pad(valid.astype(jnp.int32), ((0, 0), (0, pad)))
+
+    def per_head(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2)
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array | None) -> jax.Array:
+        kernel = _kernel(q.shape[1], q.shape[2], block, causal, window, interpret)
+
+        def row(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array | None) -> jax.Array:
+            # Queries are all of one segment, padding among them: they then see what they see in xla_attention.
+            return kernel(q, k, v, None if keys is None else splash.SegmentIds(jnp.ones_like(keys), keys))
+
+        return jax.vmap(row)(q, k, v, keys)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        rows = "batch" if batch % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
+        heads = spec((rows, "q_heads", None, None))
+        specs = (heads, spec((rows, "kv_heads", None, None)), spec((rows, "kv_heads", None, None)), spec((rows, None)))
+        local = jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)
+    scaled = q * q.shape[-1] ** -0.5  # the kernel does not scale
+    return local(per_head(scaled), per_head(k), per_head(v), keys).swapaxes(1, 2)[:, :seq]
+
+
+def _kernel(heads: int, seq: int, block: int, causal: bool, window: int, interpret: bool) -> Any:
+    """The splash kernel of one row: `[heads, seq, head]` and segment ids in, `[heads, seq, head]` out."""
+    mask: Any = splash.FullMask((seq, seq))
+    if causal:
+        mask = splash.LocalMask((seq, seq), (window - 1, 0), 0) if 0 < window < seq else splash.CausalMask((seq, seq))
+    sizes = splash.BlockSizes(block, block, block, block, block, block, block, block)
+    return splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+    )
+
+
+def attention_mask(valid_keys: jax.Array, n_queries: int, start: Any) -> jax.Array:
+    """bool[batch, queries, slots]: causal by slot, and real keys only.
+
+    `valid_keys`: bool[batch, slots]; the queries occupy slots `start ... start + n_queries - 1`.
+    """
+    queries = (start + jnp.arange(n_queries))[:, None]
+    slots = jnp.arange(valid_keys.shape[1])[None, :]
+    return valid_keys[:, None, :] & (slots <= queries)[None]
+
+
+def windowed(mask: jax.Array, size: int) -> jax.Array:
+    """bool[batch, queries, slots] `mask` without all but the last `size` keys that each query may see (0: all stay).
+
+    Counting keys instead of slots keeps the window right where padding lies between a shared prefix and its rows.
+    """
+    if size == 0 or size >= mask.shape[-1]:
+        return mask
+    from_here = jax.lax.cumsum(mask.astype(jnp.int32), axis=2, reverse=True)
+    return mask & (from_here <= size)
