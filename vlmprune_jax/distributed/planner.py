@@ -42,7 +42,7 @@ def make_slice(name: str) -> Slice:
     if generation not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", grid):
         raise UserError(f"topology {name!r} is not GENERATION:SIZES, for example {known}")
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("planning compiles with libtpu, which is not installed: pip install 'vlmprune-jax[plan]'")
+        raise UserError("planning compiles with libtpu, which is not installed: pip install 'vlmprune-jax[tpu]'")
     for variable, value in _ELSEWHERE.items():
         os.environ.setdefault(variable, value)
     try:
@@ -85,7 +85,7 @@ def compile_for_tpu(program: Any, *arguments: Any) -> Compiled:
     traced = program.trace(*arguments)
     started = time.perf_counter()
     try:
-        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+        compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         sizes = _OUT_OF_MEMORY.search(str(error))
         if sizes is None:

@@ -116,7 +116,15 @@ def training_records(data: DataSpec, template: Template) -> list[Record]:
     Raises:
       UserError: `data.train` is not set, or the file is malformed.
     """
-    return _read(data.train, data.images, "data.train", template)
+    return _read(data.train, data.images, "data.train", template.image_lead)
+
+
+def count_records(data: DataSpec) -> int | None:
+    """Training records after `fraction`, read without a tokenizer; None where `data.train` is not set."""
+    if data.train is None:
+        return None
+    # Whether an image's mark may be missing from a text depends on the template, and changes no count.
+    return len(take_fraction(_read(data.train, data.images, "data.train", image_lead=True), data.fraction, data.seed))
 
 
 def evaluation_records(experiment: Experiment, template: Template) -> list[Record]:
@@ -126,15 +134,15 @@ def evaluation_records(experiment: Experiment, template: Template) -> list[Recor
       UserError: `data.eval` is not set, or the file is malformed.
     """
     data = experiment.data
-    records = _read(data.eval, data.eval_images or data.images, "data.eval", template)
+    records = _read(data.eval, data.eval_images or data.images, "data.eval", template.image_lead)
     return records[: experiment.evaluate.questions]
 
 
-def _read(path: str | None, images: str | None, what: str, template: Template) -> list[Record]:
+def _read(path: str | None, images: str | None, what: str, image_lead: bool) -> list[Record]:
     if path is None:
         raise UserError(f"{what} is not set: give a LLaVA-format JSON file, or {PREFIX}FOLDER (--config.{what}=FILE)")
     file = tfds_folder(path) / RECORDS if path.startswith(PREFIX) else Path(path)
-    return _records(path, images, template.image_lead, file.stat().st_mtime_ns if file.exists() else 0)
+    return _records(path, images, image_lead, file.stat().st_mtime_ns if file.exists() else 0)
 
 
 def calibration_batches(experiment: Experiment, cfg: ModelConfig, *, seed: int) -> list[Batch]:
