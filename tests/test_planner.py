@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -16,6 +17,7 @@ from vlmprune_jax.cli.main import main
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.planner import DoesNotFit, collective_bytes, compile_for_tpu, executed_flops, make_slice
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.attention import splash_attention
 from vlmprune_jax.models.params import param_shapes, unflatten
 from vlmprune_jax.prune import Scores, make_plan
 from vlmprune_jax.prune.fingerprint import shape_digest
@@ -92,6 +94,13 @@ def test_full_recomputation_is_executed_and_not_counted():
         config = cases.settings(trainable="lora", lora=cases.LORA, losses=loss, remat=remat)
         executed[remat] = traced_step(cfg, None, config)[1]
     assert 1.15 < executed["full"] / executed["none"] < 1.35
+
+
+def test_kernels_count_their_grid():
+    """Splash attention forward: scores and mixing of 2 rows, 4 query and 2 key heads, in blocks of 512 positions."""
+    q, k = (jax.ShapeDtypeStruct((2, 1024, heads, 64), jnp.bfloat16) for heads in (4, 2))
+    traced = jax.make_jaxpr(functools.partial(splash_attention, causal=True))(q, k, k)
+    assert executed_flops(traced.jaxpr) == 4 * 2 * 4 * 1024**2 * 64
 
 
 HLO = """\

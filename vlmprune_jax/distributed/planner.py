@@ -112,7 +112,8 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 def executed_flops(jaxpr: Any) -> int:
     """FLOPs of all matrix products and convolutions in a jaxpr, loops as often as they run, recomputation included.
 
-    XLA's own `cost_analysis` counts the body of a loop once.
+    Kernels count all their blocks, those that a causal mask lets them skip as well. XLA's own `cost_analysis` counts the
+    body of a loop once.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -140,7 +141,7 @@ def _times(equation: Any) -> int:
     if name == "scan":
         return params["length"]
     if name == "shard_map":
-        return math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+        return params["mesh"].size  # attention is mapped over the whole mesh
     if name == "pallas_call":
         return math.prod(params["grid_mapping"].grid)
     return 1
