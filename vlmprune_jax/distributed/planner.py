@@ -110,10 +110,10 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def executed_flops(jaxpr: Any) -> int:
-    """FLOPs of all matrix products and convolutions in a jaxpr, loops as often as they run, recomputation included.
+    """FLOPs of all matrix products in a jaxpr, loops as often as they run, recomputation included.
 
-    Kernels count all their blocks, those that a causal mask lets them skip as well. XLA's own `cost_analysis` counts the
-    body of a loop once.
+    Kernels count all their blocks, those that a causal mask lets them skip as well. XLA's own `cost_analysis` counts a
+    loop once.
     """
     total = 0
     for equation in jaxpr.eqns:

@@ -53,6 +53,10 @@ class Case:
     slots: int
     slice: Slice
 
+    def make_mesh(self) -> Mesh:
+        """The mesh over the slice's devices."""
+        return make_mesh(*self.mesh, devices=self.slice.devices)
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -166,7 +170,7 @@ def estimate(case: Case) -> Estimate:
       DoesNotFit: it needs more HBM than a chip has.
       UserError: settings that do not fit the model or the slice.
     """
-    mesh = make_mesh(*case.mesh, devices=case.slice.devices)
+    mesh = case.make_mesh()
     config = case.config
     steps = config.steps or 1000  # of the schedule, which has the same operations for any number
     program = make_program(
@@ -280,7 +284,7 @@ def facts(found: Estimate, n_records: int | None) -> Json:
     return {
         "topology": case.slice.name,
         "chips": n_chips,
-        "mesh": list(case.mesh),
+        "mesh": dict(case.make_mesh().shape),
         "student": {"layers": len(case.cfg.text.layers), "parameters": count_params(case.cfg)},
         "teacher": case.teacher_cfg
         and {
@@ -319,7 +323,7 @@ def as_lines(told: Json) -> list[str]:
     if teacher:
         models += f", teacher {teacher['parameters']:,} in {teacher['layers']}"
     lines = [
-        f"{told['topology']}: {told['chips']} chips, mesh (data, fsdp, tensor) = {tuple(told['mesh'])}",
+        f"{told['topology']}: {told['chips']} chips, mesh {' x '.join(f'{name} {size}' for name, size in told['mesh'].items())}",
         f"  student       {models}",
         f"  step          {told['batch_size']} rows of {told['tokens_per_row']:,} tokens and {told['images_per_row']} "
         f"images, {told['accumulation']} micro-batches, remat {told['remat']}",
