@@ -322,8 +322,9 @@ def as_lines(told: Json) -> list[str]:
     models = f"{told['student']['parameters']:,} parameters in {told['student']['layers']} layers"
     if teacher:
         models += f", teacher {teacher['parameters']:,} in {teacher['layers']}"
+    mesh = " x ".join(f"{name} {size}" for name, size in told["mesh"].items())
     lines = [
-        f"{told['topology']}: {told['chips']} chips, mesh {' x '.join(f'{name} {size}' for name, size in told['mesh'].items())}",
+        f"{told['topology']}: {told['chips']} chips, mesh {mesh}",
         f"  student       {models}",
         f"  step          {told['batch_size']} rows of {told['tokens_per_row']:,} tokens and {told['images_per_row']} "
         f"images, {told['accumulation']} micro-batches, remat {told['remat']}",
