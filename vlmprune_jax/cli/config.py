@@ -47,17 +47,26 @@ def _other_than_none(hint: Any) -> type:
     return next(option for option in typing.get_args(hint) if option is not type(None))
 
 
+def read_experiment(config: ConfigDict | None) -> Experiment:
+    """The experiment that a config describes, as it stands there.
+
+    Raises:
+      UserError: no config, an unknown setting, a value of the wrong kind.
+    """
+    if config is None:
+        raise UserError("no experiment given: --config=FILE.py (see configs/)")
+    return override(Experiment(), config.to_dict())
+
+
 def to_experiment(config: ConfigDict | None, workdir: str | None) -> tuple[Experiment, Path]:
     """The experiment that a config describes, with the data it names in place, and its workdir.
 
     Raises:
-      UserError: no config or workdir, an unknown setting, a value of the wrong kind.
+      UserError: no workdir, or see `read_experiment`.
     """
-    if config is None:
-        raise UserError("no experiment given: --config=FILE.py (see configs/)")
+    experiment = read_experiment(config)
     if not workdir:
         raise UserError("no workdir given: --workdir=DIR, for everything this experiment makes")
-    experiment = override(Experiment(), config.to_dict())
     folder = Path(workdir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--workdir={workdir}: is a file, give a folder")

@@ -17,10 +17,15 @@ from vlmprune_jax.stages.suggest import suggest
 Flags = flags.FlagValues
 
 
-def common(values: Flags) -> None:
-    """Flags that every stage command has."""
+def config_flag(values: Flags) -> None:
+    """--config, unless a file is being read into it already."""
     if "config" not in values:
         flags.DEFINE_string("config", None, "experiment file, perhaps FILE.py:VARIANT", flag_values=values)
+
+
+def common(values: Flags) -> None:
+    """Flags that every stage command has."""
+    config_flag(values)
     flags.DEFINE_string("workdir", None, "folder for everything this experiment makes", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "replace outputs that were made from other inputs", flag_values=values)
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no TPU slice tells", flag_values=values)

@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "accuracy by greedy generation -> eval/*.json",
     "export": "the best model as a Hugging Face folder, reloaded and compared -> export/",
     "report": "one page with table and plots from result.json -> report.html, report.png",
+    "plan": "what recovery needs on a TPU slice, compiled ahead of time on this machine",
     "inspect": "what a Hugging Face folder holds and what can be pruned, from its headers",
     "tfds": "LLaVA records and their images as a tensorflow-datasets data set",
     "demo": "the whole run on bundled real data, on a CPU",

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-GIGA = 10**9
+GIGA, GIB = 10**9, 2**30
 
 
 @dataclass(frozen=True)
 class Chip:
-    """Peaks of one chip: bfloat16 FLOP/s, HBM bytes/s, and bytes/s that its links to other chips can receive together.
+    """Peaks of one chip: bfloat16 FLOP/s, bytes of HBM that a program may take, HBM bytes/s, and bytes/s that its links
+    to other chips can receive together.
 
     `kinds`: what jax calls its devices. `slices`: common topologies, smallest first.
     """
 
     kinds: tuple[str, ...]
     flops: float
+    hbm: float
     hbm_bandwidth: float
     ici_bandwidth: float
     slices: tuple[str, ...]
@@ -27,9 +29,9 @@ _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"
 # Google's "TPU v5e", "TPU v5p" and "TPU v6e" pages (docs.cloud.google.com/tpu/docs): peak compute per chip (bf16), HBM
 # bandwidth, and inter-chip interconnect bandwidth in Gbps (1600, 4800, 3200), which is one direction of all links.
 CHIPS = {
-    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 819 * GIGA, 1600 * GIGA / 8, _FLAT),
-    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 2765 * GIGA, 4800 * GIGA / 8, _CUBES),
-    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 1640 * GIGA, 3200 * GIGA / 8, _FLAT),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 819 * GIGA, 1600 * GIGA / 8, _FLAT),
+    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95.74 * GIB, 2765 * GIGA, 4800 * GIGA / 8, _CUBES),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 31.25 * GIB, 1640 * GIGA, 3200 * GIGA / 8, _FLAT),
 }
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -102,13 +102,14 @@ def _slice_has_workers() -> bool:
         return False
 
 
-def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh `(data, fsdp, tensor)` over all devices of all processes; one size may be -1 (what is left).
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh `(data, fsdp, tensor)` over all devices of all processes, or over `devices`; one size may be -1 (what is
+    left).
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
-    sizes, n_devices = [data, fsdp, tensor], jax.device_count()
+    sizes, n_devices = [data, fsdp, tensor], jax.device_count() if devices is None else len(devices)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(f"mesh {dict(zip(MESH_AXES, sizes, strict=True))}: sizes are positive, and at most one is -1")
     known = 1
@@ -123,7 +124,7 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
             "their product must be the number of devices (use -1 for one size to fill up)"
         )
     # Auto: the compiler propagates shardings from the parameters and the pinned activations (distributed/rules.py).
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def process_count() -> int:

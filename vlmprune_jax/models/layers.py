@@ -100,7 +100,7 @@ class Projection(nnx.Module):
         if self.lora is None:
             return y
         if dropout_key is not None and self.lora.dropout > 0:
-            keep = jax.random.bernoulli(dropout_key, 1 - self.lora.dropout, x.shape)
+            keep = jax.lax.optimization_barrier(jax.random.bernoulli(dropout_key, 1 - self.lora.dropout, x.shape))
             x = jnp.where(keep, x / (1 - self.lora.dropout), jnp.zeros_like(x))
         low = _contract(x, self.lora_a.get_value(), self.n_in)
         return y + _contract(low, self.lora_b.get_value(), 1) * (self.lora.alpha / self.lora.rank)

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from vlmprune_jax.config import LoraConfig, ModelConfig
 from vlmprune_jax.distributed.rules import check_divides, sharding
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.decoder import REMAT_POLICIES
-from vlmprune_jax.models.params import Flat, flatten, param_axes, unflatten
+from vlmprune_jax.models.params import Flat, flatten, param_axes, param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, Params, check_inputs, mesh_of
 from vlmprune_jax.prune.options import one_of
 from vlmprune_jax.recover.checkpoint import Checkpointer, weights_digest
@@ -42,7 +43,15 @@ from vlmprune_jax.recover.step import (
     state_shardings,
     step_context,
 )
-from vlmprune_jax.recover.trainable import LORA_SUFFIXES, Rule, add_lora, assign_groups, merge_lora, resolve_rules
+from vlmprune_jax.recover.trainable import (
+    LORA_SUFFIXES,
+    Rule,
+    add_lora,
+    assign_groups,
+    merge_lora,
+    resolve_rules,
+    with_lora,
+)
 
 # Settings that do not change the numbers: a run may be resumed with other values of these.
 FREE_FIELDS = ("save_every", "log_every", "keep_checkpoints", "merge_lora")
@@ -176,35 +185,79 @@ def recover(
     return _finish(run, state, model, config.merge_lora), summary
 
 
+class Program(NamedTuple):
+    """What a run compiles, for which no weights are needed.
+
+    `cfg` has the adapters, `groups` is path -> optimizer group of what trains, `shardings` those of the state.
+    """
+
+    cfg: ModelConfig
+    groups: dict[str, str]
+    teacher: Teacher | None
+    optimizer: optax.GradientTransformation
+    shardings: TrainState | None
+    step: Step
+
+
+def make_program(
+    cfg: ModelConfig,
+    config: RecoverConfig,
+    *,
+    teacher_cfg: ModelConfig | None,
+    kept_layers: Sequence[int] | None,
+    mesh: Mesh | None,
+    num_steps: int,
+) -> Program:
+    """The step of a run, with everything checked that does not depend on weights (`kept_layers`: the prune plan's).
+
+    Raises:
+      UserError: settings that do not fit the model, the teacher or the mesh.
+    """
+    check_teacher(config.losses, cfg, teacher_cfg)
+    if mesh is not None:
+        _check_mesh(mesh, cfg, config)
+    if config.lora is not None:
+        cfg = with_lora(cfg, config.lora)
+    shapes = param_shapes(cfg)
+    groups = assign_groups(list(shapes), config.trainable)
+    if config.lora is not None and not any(path.endswith(LORA_SUFFIXES) for path in groups):
+        raise UserError(f'lora is given but trainable {config.trainable!r} trains no adapter: use "lora", or no lora')
+    teacher = None
+    if teacher_cfg is not None and config.losses.needs_teacher:
+        teacher = Teacher(teacher_cfg, *layer_pairs(config.losses, cfg, teacher_cfg, kept_layers))
+    optimizer = make_optimizer(config.optimizer(), groups, num_steps)
+    masters = {path: jax.ShapeDtypeStruct(shapes[path], np.float32) for path in groups}
+    shardings = state_shardings(masters, optimizer, cfg, mesh)
+    step_config = StepConfig(
+        cfg, config.losses, teacher, config.accumulation, config.clip_norm, config.compute_dtype, config.remat
+    )
+    step = make_step(step_config, optimizer, learning_rates(config.optimizer(), groups, num_steps), shardings)
+    return Program(cfg, groups, teacher, optimizer, shardings, step)
+
+
 def _prepare(
     model: Model, config: RecoverConfig, teacher: Model | None, plan: Any, mesh: Mesh | None, total: int
 ) -> _Run:
     """Check everything that can be checked before the first batch, place the arrays and build the step."""
     mesh = mesh if mesh is not None else mesh_of(model.params)
-    check_teacher(config.losses, model.cfg, None if teacher is None else teacher.cfg)
-    if mesh is not None:
-        _check_mesh(mesh, model, config)
+    program = make_program(
+        model.cfg,
+        config,
+        teacher_cfg=None if teacher is None else teacher.cfg,
+        kept_layers=getattr(plan, "kept_layers", None),
+        mesh=mesh,
+        num_steps=total,
+    )
     if config.lora is not None:
         model = add_lora(model, config.lora, jax.random.fold_in(jax.random.key(config.seed), 1))
-    groups = assign_groups(list(flatten(model.params)), config.trainable)
-    if config.lora is not None and not any(path.endswith(LORA_SUFFIXES) for path in groups):
-        raise UserError(f'lora is given but trainable {config.trainable!r} trains no adapter: use "lora", or no lora')
     flat = _place(model, mesh)
-    trainable = {path: leaf for path, leaf in flat.items() if path in groups}
-    frozen = {path: leaf for path, leaf in flat.items() if path not in groups}
-    taught, teacher_cfg, teacher_params = None, None, None
-    if teacher is not None and config.losses.needs_teacher:
-        ours, theirs = layer_pairs(config.losses, model.cfg, teacher.cfg, getattr(plan, "kept_layers", None))
-        taught, teacher_cfg = Teacher(teacher.cfg, ours, theirs), teacher.cfg
+    trainable = {path: leaf for path, leaf in flat.items() if path in program.groups}
+    frozen = {path: leaf for path, leaf in flat.items() if path not in program.groups}
+    taught, teacher_params = program.teacher, None
+    if teacher is not None and taught is not None:
         teacher_params = unflatten({p: x.astype(config.compute_dtype) for p, x in _place(teacher, mesh).items()})
-    optimizer = make_optimizer(config.optimizer(), groups, total)
-    shardings = state_shardings(trainable, optimizer, model.cfg, mesh)
-    step_config = StepConfig(
-        model.cfg, config.losses, taught, config.accumulation, config.clip_norm, config.compute_dtype, config.remat
-    )
-    step = make_step(step_config, optimizer, learning_rates(config.optimizer(), groups, total), shardings)
     with step_context(mesh, config.compute_dtype):
-        state = init_state(trainable, optimizer, config.seed, shardings)
+        state = init_state(trainable, program.optimizer, config.seed, program.shardings)
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS}
     identity = {
         "config": settings,
@@ -215,11 +268,12 @@ def _prepare(
         "layers": taught and [taught.student_layers, taught.teacher_layers],
     }
     dtypes = {path: leaf.dtype for path, leaf in trainable.items()}
-    return _Run(model.cfg, dtypes, mesh, frozen, teacher_cfg, teacher_params, state, step, identity)
+    teacher_cfg = None if taught is None else taught.cfg
+    return _Run(program.cfg, dtypes, mesh, frozen, teacher_cfg, teacher_params, state, program.step, identity)
 
 
-def _check_mesh(mesh: Mesh, model: Model, config: RecoverConfig) -> None:
-    check_divides(model.cfg, mesh)
+def _check_mesh(mesh: Mesh, cfg: ModelConfig, config: RecoverConfig) -> None:
+    check_divides(cfg, mesh)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = config.batch_size // config.accumulation
     if rows % ways:

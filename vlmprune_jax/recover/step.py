@@ -118,11 +118,19 @@ def init_state(
 ) -> TrainState:
     """State of step 0; `trainable` is copied to float32 masters, so that the caller's arrays survive donation."""
 
-    def build(params: Flat) -> TrainState:
-        masters = {path: jnp.copy(x.astype(jnp.float32)) for path, x in params.items()}
-        return TrainState(masters, optimizer.init(masters), jnp.int32(0), jax.random.key_data(jax.random.key(seed)))
-
+    build = functools.partial(_initial, optimizer=optimizer, seed=seed)
     return jax.jit(build, out_shardings=shardings)(trainable)
+
+
+def abstract_state(trainable: Flat, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
+    """The shapes and shardings of `init_state`, for leaves that may be shapes as well."""
+    state = jax.eval_shape(functools.partial(_initial, optimizer=optimizer, seed=0), trainable)
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, shardings)
+
+
+def _initial(trainable: Flat, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    masters = {path: jnp.copy(x.astype(jnp.float32)) for path, x in trainable.items()}
+    return TrainState(masters, optimizer.init(masters), jnp.int32(0), jax.random.key_data(jax.random.key(seed)))
 
 
 def state_shardings(

@@ -94,24 +94,27 @@ def decays(path: str) -> bool:
     return leaf != "bias" and "norm" not in owner
 
 
-def add_lora(model: Model, lora: LoraConfig, key: jax.Array) -> Model:
-    """The model with adapters on the decoder projections named in `lora.targets`, or on all of them if it names none
-    (A Kaiming-uniform, B zero: PEFT's initialisation), so that its outputs do not change. Adapters have their weight's
-    dtype and sharding.
+def with_lora(cfg: ModelConfig, lora: LoraConfig) -> ModelConfig:
+    """The config with adapters on the decoder projections named in `lora.targets`, or on all of them if it names none.
 
     Raises:
       UserError: the model has adapters already, or a target is not a projection of its decoder.
     """
-    if model.cfg.lora is not None:
+    if cfg.lora is not None:
         raise UserError("the model has LoRA adapters already: merge them first (merge_lora)")
-    flat = flatten(model.params)
-    projections = projection_names(model.cfg)
+    projections = projection_names(cfg)
     unknown = [target for target in lora.targets if target not in projections]
     if unknown:
         known = ", ".join(projections)
         raise UserError(f"LoRA targets {unknown} are not projections of the decoder: use {known}")
-    lora = dataclasses.replace(lora, targets=lora.targets or tuple(projections))
-    cfg = dataclasses.replace(model.cfg, lora=lora)
+    return dataclasses.replace(cfg, lora=dataclasses.replace(lora, targets=lora.targets or tuple(projections)))
+
+
+def add_lora(model: Model, lora: LoraConfig, key: jax.Array) -> Model:
+    """The model with adapters (see `with_lora`) that leave its outputs as they are: A Kaiming-uniform, B zero, PEFT's
+    initialisation. Adapters have their weight's dtype and sharding.
+    """
+    flat, cfg = flatten(model.params), with_lora(model.cfg, lora)
     added = [path for path in param_axes(cfg) if path.endswith(LORA_SUFFIXES)]
     dtype = flat[added[0].rpartition("/")[0] + "/weight"].dtype
     leaves = flatten(init_params(cfg, key, dtype, paths=added))

@@ -11,7 +11,8 @@ from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluate.scorers import retained
 from vlmprune_jax.report.build import build_report, table_of
-from vlmprune_jax.stages import single
+from vlmprune_jax.stages import inputs, planning, single
+from vlmprune_jax.stages.console import Reporter
 from vlmprune_jax.stages.context import Context, teacher_folder
 from vlmprune_jax.stages.ledger import Json, read_json, write_json
 from vlmprune_jax.stages.spec import Experiment, override
@@ -87,6 +88,24 @@ def recover_all(experiment: Experiment, context: Context) -> None:
     for pruned in prune_runs(experiment, context.workdir):
         for run in recover_runs(pruned):
             single.recover_stage(run.experiment, pruned.folder, run.folder, context)
+
+
+def plan_all(
+    experiment: Experiment, workdir: Path | None, reporter: Reporter, topology: str, n_records: int | None, search: bool
+) -> Json:
+    """What every recovery needs on a TPU slice, by its name (see `planning.facts`); `search`: and what else would fit.
+
+    Raises:
+      UserError: an unknown slice, or a step that does not fit it, with what to change.
+    """
+    result: Json = {}
+    for pruned in prune_runs(experiment, workdir or Path()):
+        for run in recover_runs(pruned):
+            case = planning.make_case(run.experiment, None if workdir is None else pruned.folder, topology)
+            records = inputs.count_records(run.experiment.data) if n_records is None else n_records
+            reporter.say(f"{run.name}: compiling for {topology} ...")
+            result[run.name] = planning.plan_recovery(case, records, search, reporter.say)
+    return result
 
 
 def evaluate_all(experiment: Experiment, context: Context) -> None:

@@ -129,7 +129,16 @@ def training_records(data: DataSpec, template: Template) -> list[Record]:
       UserError: `data.train` is not set, or the file is malformed.
     """
     one_of("data.on_error", data.on_error, ON_ERROR)
-    return _read(data.train, data.images, "data.train", template, data.on_error)
+    return _read(data.train, data.images, "data.train", template.image_lead, data.on_error)
+
+
+def count_records(data: DataSpec) -> int | None:
+    """Training records after `fraction`, read without a tokenizer; None where `data.train` is not set."""
+    if data.train is None:
+        return None
+    # Whether an image's mark may be missing from a text depends on the template, and changes no count.
+    records = _read(data.train, data.images, "data.train", True, data.on_error)
+    return len(take_fraction(records, data.fraction, data.seed))
 
 
 def evaluation_records(experiment: Experiment, template: Template) -> list[Record]:
@@ -139,18 +148,18 @@ def evaluation_records(experiment: Experiment, template: Template) -> list[Recor
       UserError: `data.eval` is not set, or the file is malformed.
     """
     data = experiment.data
-    records = _read(data.eval, data.eval_images or data.images, "data.eval", template, "stop")
+    records = _read(data.eval, data.eval_images or data.images, "data.eval", template.image_lead, "stop")
     return records[: experiment.evaluate.questions]
 
 
-def _read(path: str | None, images: str | None, what: str, template: Template, on_error: str) -> list[Record]:
+def _read(path: str | None, images: str | None, what: str, image_lead: bool, on_error: str) -> list[Record]:
     path = _given(path, what)
     root = None if images is None else Path(images)
     if path.startswith(PREFIX):
         state = tfds_state(tfds_folder(path))
     else:
         state = str([file.stat().st_mtime_ns if file.exists() else 0 for file in data_files(Path(path), root)])
-    return _records(path, root, template.image_lead, on_error, state)
+    return _records(path, root, image_lead, on_error, state)
 
 
 def _given(path: str | None, what: str) -> str:

@@ -1,0 +1,47 @@
+"""vlmprune plan --config=FILE.py --topology=v5e:8x8: what recovery needs on a TPU slice, compiled here without a TPU.
+
+Compiles the real training step, student and teacher, for every variant of the experiment (a minute or two each), and
+prints memory, FLOPs, communication and the least time. Needs the model's config.json, not its weights; takes
+plan.json from --workdir where it is there, else predicts the pruned shapes. --search also looks for the cheapest remat
+and the largest batch that fit, and for the smallest slice; each try is another compilation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from absl import flags as absl_flags
+
+from vlmprune_jax.cli.flags import Flags, config_flag
+
+
+def define(values: Flags) -> None:
+    """Flags of this command."""
+    config_flag(values)
+    absl_flags.DEFINE_string("workdir", None, "folder whose plan.json files say what is pruned", flag_values=values)
+    absl_flags.DEFINE_string("topology", None, "TPU slice, as v5e:8x8, v5p:4x4x4, v6e:8x8", flag_values=values)
+    absl_flags.DEFINE_integer("records", None, "training records, where data.train is not here", flag_values=values)
+    absl_flags.DEFINE_bool("search", False, "also find remat, batch and slice that fit", flag_values=values)
+    absl_flags.DEFINE_string("save", None, "JSON file for the numbers", flag_values=values)
+
+
+def run(flags: Any) -> None:
+    """Plan every variant, print what comes out, and save it."""
+    from pathlib import Path
+
+    import jax
+
+    from vlmprune_jax.cli.config import read_experiment
+    from vlmprune_jax.errors import UserError
+    from vlmprune_jax.stages.console import make_reporter
+    from vlmprune_jax.stages.grid import plan_all
+    from vlmprune_jax.stages.ledger import write_json
+
+    jax.config.update("jax_platforms", "cpu")  # libtpu is here to compile, there may be no TPU and it stays free
+    experiment = read_experiment(flags.config)
+    if not flags.topology:
+        raise UserError("no slice given: --topology=v5e:8x8 (or v5p:4x4x4, v6e:8x8)")
+    workdir = None if flags.workdir is None else Path(flags.workdir)
+    found = plan_all(experiment, workdir, make_reporter(True), flags.topology, flags.records, flags.search)
+    if flags.save:
+        write_json(Path(flags.save), found)

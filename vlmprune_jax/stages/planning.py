@@ -1,0 +1,367 @@
+"""What recovery will need on a TPU slice: the real step, compiled ahead of time without weights and without TPUs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.data.images import load_image_processor
+from vlmprune_jax.distributed.mesh import make_mesh
+from vlmprune_jax.distributed.planner import Compiled, DoesNotFit, Slice, compile_for_tpu, make_slice
+from vlmprune_jax.distributed.rules import sharding
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.hf.read import read_config
+from vlmprune_jax.models.params import count_params, param_axes, param_shapes, unflatten
+from vlmprune_jax.prune import PrunePlan, Scores, make_plan
+from vlmprune_jax.prune.fingerprint import shape_digest
+from vlmprune_jax.prune.scores.random import random_scores
+from vlmprune_jax.recover.flops import StepFlops, step_flops
+from vlmprune_jax.recover.loop import Program, RecoverConfig, make_program
+from vlmprune_jax.recover.step import abstract_state, batch_sharding, step_context
+from vlmprune_jax.stages.context import teacher_folder
+from vlmprune_jax.stages.ledger import Json
+from vlmprune_jax.stages.single import plan_options, recover_config
+from vlmprune_jax.stages.spec import Experiment
+
+GIB = 2**30
+REMAT_BY_COST = ("none", "dots", "full")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recovery on one slice: student, teacher and training settings, and the shape of a row.
+
+    `slots`: images (or tiles) per row.
+    """
+
+    cfg: ModelConfig
+    teacher_cfg: ModelConfig | None
+    kept_layers: tuple[int, ...]
+    config: RecoverConfig
+    dtype: str
+    mesh: tuple[int, int, int]
+    length: int
+    slots: int
+    slice: Slice
+
+    def make_mesh(self) -> Mesh:
+        """The mesh over the slice's devices."""
+        return make_mesh(*self.mesh, devices=self.slice.devices)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the step of a case needs, as compiled, and its model FLOPs. Times are lower bounds."""
+
+    case: Case
+    compiled: Compiled
+    model: StepFlops
+
+    @property
+    def free(self) -> float:
+        """Bytes of HBM per chip that the step leaves."""
+        return self.case.slice.chip.hbm - self.compiled.arguments - self.compiled.temporaries
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of a step if only this limited it: arithmetic, memory, links between chips.
+
+        Memory: arguments are read and temporaries and what other chips send are written and read, once at least.
+        """
+        chip, n_chips, received = (
+            self.case.slice.chip,
+            len(self.case.slice.devices),
+            sum(self.compiled.received.values()),
+        )
+        traffic = self.compiled.arguments + 2 * (self.compiled.temporaries + received)
+        return {
+            "compute": self.compiled.flops / n_chips / chip.flops,
+            "memory": traffic / chip.hbm_bandwidth,
+            "interconnect": received / chip.ici_bandwidth,
+        }
+
+    @property
+    def step_seconds(self) -> float:
+        """The roofline: the slowest of the three, the others hidden behind it."""
+        return max(self.seconds.values())
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs over what the chips could do in that time."""
+        return self.model.total / (self.step_seconds * len(self.case.slice.devices) * self.case.slice.chip.flops)
+
+
+def make_case(experiment: Experiment, folder: Path | None, topology: str) -> Case:
+    """The case that a config describes; of the model's folder only JSON files are read.
+
+    `folder`: where the prune stage leaves plan.json; without one the pruned shapes are predicted from the config.
+
+    Raises:
+      UserError: an unknown topology, or settings that leave shapes open.
+    """
+    target = make_slice(topology)
+    model = experiment.model
+    hf_dir, tower = teacher_folder(experiment), None if model.vision_dir is None else Path(model.vision_dir)
+    _, cfg = read_config(hf_dir, tower)
+    plan = PrunePlan.from_json(folder / "plan.json") if _has_plan(folder) else predict_plan(experiment, cfg)
+    config = recover_config(experiment.recover)
+    if experiment.data.max_length is None:
+        raise UserError("data.max_length is not set: planning needs the tokens per row (--config.data.max_length=2048)")
+    return Case(
+        cfg=plan.apply_to(cfg),
+        teacher_cfg=cfg if config.losses.needs_teacher else None,
+        kept_layers=plan.kept_layers,
+        config=config,
+        dtype=model.dtype,
+        mesh=dataclasses.astuple(experiment.mesh),
+        length=experiment.data.max_length,
+        slots=_image_slots(experiment, cfg, hf_dir),
+        slice=target,
+    )
+
+
+def _has_plan(folder: Path | None) -> bool:
+    return folder is not None and (folder / "plan.json").is_file()
+
+
+def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
+    """A plan with the shapes that the config's prune section leads to, from scores that know nothing.
+
+    Equal widths and the number of layers do not depend on scores; which layers go, and widths chosen over all layers
+    at once (`selection="global"`), do.
+    """
+    spec = experiment.prune
+    importance, (heads, mlp) = random_scores(cfg, seed=0, gqa=experiment.score.gqa)
+    scores = Scores("random", f"{shape_digest(cfg)}-", {"gqa": experiment.score.gqa}, importance, heads, mlp)
+    pair = (scores, scores) if spec.method == "hybrid" else scores
+    removed, options = spec.layers_removed, plan_options(spec)
+    return make_plan(pair, cfg, method=spec.method, ratio=spec.ratio, layers_removed=removed, **options)
+
+
+def _image_slots(experiment: Experiment, cfg: ModelConfig, folder: Path) -> int:
+    """Images or tiles per row of the largest batch."""
+    data = experiment.data
+    if cfg.vision is None:
+        return 0
+    if data.tile_buckets:
+        return data.tile_buckets[-1]
+    if cfg.family != "internvl":
+        return data.max_images
+    tiling = {name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")}
+    loader = load_image_processor(
+        folder, aspect_ratio=data.aspect_ratio, max_pixels=data.max_image_pixels, cache_bytes=0, tiling=tiling
+    )
+    return loader.preparation.most(data.max_images)
+
+
+def estimate(case: Case) -> Estimate:
+    """Compile the step of a case.
+
+    Raises:
+      DoesNotFit: it needs more HBM than a chip has.
+      UserError: settings that do not fit the model or the slice.
+    """
+    mesh = case.make_mesh()
+    config = case.config
+    steps = config.steps or 1000  # of the schedule, which has the same operations for any number
+    program = make_program(
+        case.cfg, config, teacher_cfg=case.teacher_cfg, kept_layers=case.kept_layers, mesh=mesh, num_steps=steps
+    )
+    arguments = _arguments(case, program, mesh)
+    with step_context(mesh, config.compute_dtype):
+        compiled = compile_for_tpu(program.step, *arguments)
+    model = step_flops(
+        program.cfg,
+        case.teacher_cfg,
+        config.losses,
+        program.groups,
+        rows=config.batch_size,
+        length=case.length,
+        images=config.batch_size * case.slots,
+    )
+    return Estimate(case, compiled, model)
+
+
+def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
+    """The step's arguments, as shapes with shardings."""
+
+    def leaves(cfg: ModelConfig, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
+        axes = param_axes(cfg)
+        return {
+            path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding(mesh, axes[path]))
+            for path, shape in param_shapes(cfg).items()
+        }
+
+    def rows(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, len(shape)))
+
+    student = leaves(program.cfg, case.dtype)
+    frozen = {path: leaf for path, leaf in student.items() if path not in program.groups}
+    trained = {path: leaf for path, leaf in student.items() if path in program.groups}
+    state = abstract_state(trained, program.optimizer, program.shardings)
+    teacher = None
+    if program.teacher is not None:
+        teacher = unflatten(leaves(program.teacher.cfg, case.config.compute_dtype))
+    n_rows = case.config.batch_size
+    batch = {name: rows((n_rows, case.length), np.int32) for name in ("input_ids", "attention_mask", "labels")}
+    if case.cfg.vision is not None and case.slots:
+        side = case.cfg.vision.image_size
+        batch["pixel_values"] = rows((n_rows, case.slots, case.cfg.vision.channels, side, side), np.float32)
+    return state, frozen, teacher, batch
+
+
+def search(case: Case, say: Callable[[str], None]) -> dict[str, Estimate]:
+    """What else fits, each found by compiling: the cheapest "remat", then with it the largest micro-"batch"; and the
+    smallest "slice" with the settings as they are. Where nothing fits, the entry is missing.
+    """
+    found: dict[str, Estimate] = {}
+    cheapest = _first_fit([(f"remat {name}", _with(case, remat=name)) for name in REMAT_BY_COST], say)
+    if cheapest is not None:
+        found["remat"] = found["batch"] = cheapest
+        while (larger := _doubled(found["batch"].case)) is not None:
+            best = _first_fit([(f"micro-batch of {larger.config.batch_size} rows", larger)], say)
+            if best is None:
+                break
+            found["batch"] = best
+    generation, most = case.slice.name.partition(":")[0], len(case.slice.devices)
+    slices = [make_slice(f"{generation}:{grid}") for grid in case.slice.chip.slices]
+    smaller = [(one.name, dataclasses.replace(case, slice=one)) for one in slices if len(one.devices) <= most]
+    smallest = _first_fit(smaller, say)
+    if smallest is not None:
+        found["slice"] = smallest
+    return found
+
+
+def _first_fit(cases: Sequence[tuple[str, Case]], say: Callable[[str], None]) -> Estimate | None:
+    for what, case in cases:
+        try:
+            found = estimate(case)
+        except UserError as error:  # too large, or its rows or sizes do not divide over so many chips
+            say(f"  {what}: {error}")
+            continue
+        say(f"  {what}: fits, {found.free / GIB:.2f} GiB free")
+        return found
+    return None
+
+
+def _with(case: Case, **changes: Any) -> Case:
+    return dataclasses.replace(case, config=dataclasses.replace(case.config, **changes))
+
+
+def _doubled(case: Case) -> Case | None:
+    """The case with twice the rows per micro-batch, in one micro-batch; None beyond 1,024 rows a chip."""
+    rows = 2 * case.config.batch_size // case.config.accumulation
+    return _with(case, batch_size=rows, accumulation=1) if rows <= 1024 * len(case.slice.devices) else None
+
+
+def too_large(case: Case, error: DoesNotFit) -> UserError:
+    """`error` with what to change."""
+    config, chip = case.config, case.slice.chip
+    ways = [] if config.remat == "full" else ["recover.remat=full"]
+    if config.batch_size // config.accumulation > len(case.slice.devices):
+        ways.append(f"recover.accumulation={2 * config.accumulation}")
+    place = chip.slices.index(grid) if (grid := case.slice.name.partition(":")[2]) in chip.slices else -1
+    if place + 1 < len(chip.slices):
+        ways.append(f"--topology={case.slice.name.partition(':')[0]}:{chip.slices[place + 1]}")
+    return UserError(f"the recovery step on {case.slice.name} {error}: try {' or '.join(ways) or 'shorter rows'}")
+
+
+def facts(found: Estimate, n_records: int | None) -> Json:
+    """Everything about an estimate, as JSON values; sizes and bytes are per chip, FLOPs and throughput of all chips."""
+    case, config = found.case, found.case.config
+    n_steps = config.steps if config.steps is not None or n_records is None else config.num_steps(n_records)
+    hours = None if n_steps is None else n_steps * found.step_seconds / 3600
+    n_chips, tokens = len(case.slice.devices), config.batch_size * case.length
+    return {
+        "topology": case.slice.name,
+        "chips": n_chips,
+        "mesh": dict(case.make_mesh().shape),
+        "student": {"layers": len(case.cfg.text.layers), "parameters": count_params(case.cfg)},
+        "teacher": case.teacher_cfg
+        and {
+            "layers": len(case.teacher_cfg.text.layers),
+            "parameters": count_params(case.teacher_cfg),
+        },
+        "batch_size": config.batch_size,
+        "accumulation": config.accumulation,
+        "remat": config.remat,
+        "tokens_per_row": case.length,
+        "images_per_row": case.slots,
+        "hbm": {
+            "arguments": found.compiled.arguments,
+            "temporaries": found.compiled.temporaries,
+            "free": int(found.free),
+        },
+        "flops": {"executed": found.compiled.flops, "model": found.model.total, **dataclasses.asdict(found.model)},
+        "received": found.compiled.received,
+        "seconds": {"step": found.step_seconds, **found.seconds},
+        "mfu": found.mfu,
+        "tokens_per_second": tokens / found.step_seconds,
+        "steps": n_steps,
+        "hours": hours,
+        "chip_hours": None if hours is None else hours * n_chips,
+        "compile_seconds": found.compiled.seconds,
+    }
+
+
+def as_lines(told: Json) -> list[str]:
+    """`facts` for a person."""
+    hbm, flops, seconds, teacher = told["hbm"], told["flops"], told["seconds"], told["teacher"]
+    limits = ", ".join(f"{name} {seconds[name]:.3f}" for name in ("compute", "memory", "interconnect"))
+    received = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in told["received"].items()) or "none"
+    parts = ", ".join(f"{name} {flops[name]:.2e}" for name in ("student", "teacher", "attention", "vision"))
+    models = f"{told['student']['parameters']:,} parameters in {told['student']['layers']} layers"
+    if teacher:
+        models += f", teacher {teacher['parameters']:,} in {teacher['layers']}"
+    mesh = " x ".join(f"{name} {size}" for name, size in told["mesh"].items())
+    lines = [
+        f"{told['topology']}: {told['chips']} chips, mesh {mesh}",
+        f"  student       {models}",
+        f"  step          {told['batch_size']} rows of {told['tokens_per_row']:,} tokens and {told['images_per_row']} "
+        f"images, {told['accumulation']} micro-batches, remat {told['remat']}",
+        f"  HBM per chip  {hbm['arguments'] / GIB:.2f} GiB arguments + {hbm['temporaries'] / GIB:.2f} GiB temporaries, "
+        f"{hbm['free'] / GIB:.2f} GiB free",
+        f"  FLOPs         {flops['executed']:.2e} executed, {flops['model']:.2e} of the model ({parts})",
+        f"  received      per chip, in GiB: {received}",
+        f"  step time     at least {seconds['step']:.3f} s ({limits}); MFU at most {100 * told['mfu']:.1f} %",
+        f"  throughput    at most {told['tokens_per_second']:,.0f} tokens/s",
+    ]
+    if told["hours"] is not None:
+        run = f"{told['steps']:,} steps: at least {told['hours']:.2f} hours, {told['chip_hours']:.1f} chip-hours"
+        lines.append(f"  run           {run}")
+    return [*lines, f"  compiled in   {told['compile_seconds']:.0f} s"]
+
+
+def plan_recovery(case: Case, n_records: int | None, searching: bool, say: Callable[[str], None]) -> Json:
+    """`facts` of a case, said as lines, and under "search" of what else fits.
+
+    Raises:
+      UserError: the case does not fit, with what to change, unless a search is to find that out.
+    """
+    told: Json = {}
+    try:
+        told = facts(estimate(case), n_records)
+        for line in as_lines(told):
+            say(line)
+    except DoesNotFit as error:
+        if not searching:
+            raise too_large(case, error) from error
+        say(f"{too_large(case, error)}")
+    if searching:
+        told["search"] = {what: facts(found, n_records) for what, found in search(case, say).items()}
+        for what, found in told["search"].items():
+            say(
+                f"{what}: {found['batch_size']} rows in {found['accumulation']}, remat {found['remat']}, on "
+                f"{found['topology']}: {found['hbm']['free'] / GIB:.2f} GiB free, at least "
+                f"{found['seconds']['step']:.3f} s a step, {found['tokens_per_second']:,.0f} tokens/s"
+            )
+    return told
