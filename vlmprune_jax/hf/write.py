@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vlmprune_jax.config import ModelConfig
-from vlmprune_jax.distributed.mesh import is_main_process, process_count
+from vlmprune_jax.distributed.mesh import from_main, is_main_process, process_count
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, family_of
 from vlmprune_jax.families.vision import vision_of
@@ -21,7 +21,7 @@ from vlmprune_jax.hf.files import WEIGHT_DTYPES, Checkpoint
 from vlmprune_jax.hf.layout import Slot, block_number, by_key, join_tensor, make_slots, template, tied_head
 from vlmprune_jax.hf.read import DTYPES, check_finite, resolve
 from vlmprune_jax.hf.target import Target, make_target, write_files
-from vlmprune_jax.hf.tensors import Tensor, extent_of, origin, to_host, weight, write_weights
+from vlmprune_jax.hf.tensors import Tensor, extent_of, is_split, origin, to_host, weight, write_weights
 from vlmprune_jax.hf.uneven import pad_tensor
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model
@@ -66,7 +66,7 @@ def save(
     if dtype not in (*DTYPES, "source"):
         raise UserError(f"dtype {dtype!r} is not one of {', '.join((*DTYPES, 'source'))}")
     out, source = Path(out_dir), resolve(source_dir)
-    check_target(out, source, overwrite)
+    from_main(lambda: check_target(out, source, overwrite))  # before process 0 writes there
     target = make_target(model.cfg, source, layout, uneven, dtype)
     tensors = make_tensors(model, target, Checkpoint(source), dtype)
     if is_main_process():
@@ -74,7 +74,7 @@ def save(
         with atomic_folder(out) as folder:
             write_weights(tensors, folder, MAX_SHARD_BYTES)
             write_files(target, model.cfg, source, folder, plan)
-    else:
+    elif any(is_split(array) for array in flatten(model.params).values()):
         for tensor in tensors:  # gathering what is split over processes takes all of them
             tensor.fetch()
     if process_count() > 1:

@@ -179,8 +179,7 @@ def _prune_files(experiment: Experiment, scores: list[Path], out_dir: Path) -> t
         layers_removed=spec.layers_removed,
         **plan_options(spec),
     )
-    if is_main_process():
-        prune_folder(source, plan, out_dir, vision_dir=vision_dir, dtype=experiment.model.dtype)
+    prune_folder(source, plan, out_dir, vision_dir=vision_dir, dtype=experiment.model.dtype)
     return plan, cfg
 
 
