@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,10 +36,9 @@ class Recorder:
         self._file = self._board = None
         if folder is not None and is_main_process():
             folder.mkdir(parents=True, exist_ok=True)
-            kept = _lines_until(folder / METRICS_FILE, first)
+            kept = _keep_until(folder / METRICS_FILE, first)
             self.last = kept[-1] if kept else {}
-            self._file = (folder / METRICS_FILE).open("w")
-            self._file.writelines(json.dumps(line) + "\n" for line in kept)
+            self._file = (folder / METRICS_FILE).open("a")
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
         self._bar = _bar() if progress and is_main_process() and first < total else None
 
@@ -126,8 +126,8 @@ def _bar() -> Progress:
     )
 
 
-def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """Complete lines of steps up to `step`; a line that a crash cut off is dropped."""
+def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Lines of steps up to `step`, which is what the file then holds; a line that a crash cut off is dropped."""
     kept = []
     for text in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -136,4 +136,7 @@ def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
             continue
         if line["step"] <= step:
             kept.append(line)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    os.replace(partial, path)  # a process killed here, or before the next line is there, keeps the old ones
     return kept
