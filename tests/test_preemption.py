@@ -122,7 +122,8 @@ def test_a_folder_that_is_being_written_goes(straight, experiment, monkeypatch, 
     def interrupted(*args):
         original(*args)
         if not once:
-            once.append(os.kill(os.getpid(), signal.SIGTERM))
+            once.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(write, "write_files", interrupted)
     flags = experiment("straight")

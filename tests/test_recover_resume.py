@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import grain
@@ -130,6 +131,7 @@ def test_settings_without_influence_may_change(uninterrupted):
     assert model.cfg.lora == SETTINGS.lora
 
 
+@pytest.mark.slow
 def test_another_mesh_continues_within_rounding(uninterrupted, tmp_path):
     """Steps 1-2 on one device, 3-4 on 2 x 2 x 2, 5-6 on 1 x 4 x 2: the same batches, losses and parameters."""
     for mesh, done in ((None, 2), (make_mesh(2, 2, 2), 4)):
@@ -157,10 +159,10 @@ def test_data_states_of_other_processes(uninterrupted, tmp_path):
 
 
 class Full:
-    """A stream after whose batch `at` no file can grow beyond 4 KiB: the disk is full."""
+    """A stream that fills the disk as soon as step `at` is saved: no file can grow beyond 4 KiB any more."""
 
-    def __init__(self, inner, at: int):
-        self.inner, self.at = iter(inner), at
+    def __init__(self, inner, at: int, folder: Path):
+        self.inner, self.left, self.saved = iter(inner), at, folder / f"checkpoints/{at}"
 
     def __iter__(self):
         return self
@@ -172,9 +174,11 @@ class Full:
         self.inner.set_state(state)
 
     def __next__(self):
-        if self.at == 0:
+        if self.left == 0:
+            while not self.saved.exists():
+                time.sleep(0.01)
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-        self.at -= 1
+        self.left -= 1
         return next(self.inner)
 
 
@@ -184,7 +188,7 @@ def test_a_save_that_fails_ends_the_run(uninterrupted, tmp_path, at):
     config = dataclasses.replace(SETTINGS, log_every=100)
     try:
         with pytest.raises(UserError, match=rf"checkpoints: cannot save a checkpoint \(.*last .* step {at}: make room"):
-            train(Full(mid_epoch_stream(), at), tmp_path, config)
+            train(Full(mid_epoch_stream(), at, tmp_path), tmp_path, config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     model, summary = train(mid_epoch_stream(), tmp_path, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -48,10 +49,12 @@ class Recorder:
             self._task = self._bar.add_task("train", total=self._total, completed=self._first, loss="", rate="")
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for resource, close in ((self._bar, "stop"), (self._file, "close"), (self._board, "close")):
-            if resource is not None:
-                getattr(resource, close)()
+            # On a full disk they fail as well, and what failed first is what the user should read.
+            with contextlib.suppress(*(() if error is None else (OSError,))):
+                if resource is not None:
+                    getattr(resource, close)()
 
     def step(self, step: int, metrics: Mapping[str, Any], record_ids: Sequence[str], data_seconds: float) -> None:
         """Take the fetched metrics of a step (counted from 1).
