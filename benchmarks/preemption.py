@@ -2,12 +2,13 @@
 
     python benchmarks/preemption.py --work=DIR [--kills=20] [--seed=0]
 
-The run is `vlmprune run` on the demo's teacher: score, prune, recover (LoRA and distillation, a checkpoint every
-second step), evaluate and export, by two processes of four CPU devices each. It runs undisturbed twice. Then both
-processes are killed in the middle of a step, while a checkpoint is written, while a model folder is written, while a
-pass over batches keeps its journal, or at any time; the same command is started again until it ends, and every file of
-recovered/ and export/, all answers and the losses of all steps are compared. At last one process alone is killed, once
-each: the other has to end by itself, within a time that is printed. One line for each kill, and a last JSON line.
+The run is `vlmprune run` on four layers of the demo's teacher: score, prune, recover (LoRA and distillation, a
+checkpoint every second step), evaluate and export, by two processes of four CPU devices each. It runs undisturbed
+twice. Then both processes are killed in the middle of a step, while a checkpoint is written, while a model folder is
+written, while a pass over batches keeps its journal, or at any time; the same command is started again until it ends,
+and every file of recovered/ and export/, all answers and the losses of all steps are compared. At last one process
+alone is killed, once each: the other has to end by itself, within a time that is printed. One line for each kill, and a
+last JSON line.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -29,17 +31,19 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
+from safetensors.numpy import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
-STEPS = 12
+TEACHER = ROOT / "vlmprune_jax/demo/teacher"
+LAYERS = 4  # of the teacher's ten
+STEPS = 8
 ALONE_SECONDS = 300  # longest time that a process may outlive its peer
 CONFIG = f"""
-from importlib import resources
 from vlmprune_jax.cli.config import experiment_config
 
 def get_config():
     config = experiment_config()
-    config.model.hf_dir = str(resources.files("vlmprune_jax") / "demo" / "teacher")
+    config.model.hf_dir = "{{root}}/teacher"
     config.data.train = config.data.eval = "{{root}}/records.json"
     config.data.images = "{{root}}"
     config.data.system = ""
@@ -47,7 +51,7 @@ def get_config():
     config.data.max_length = 88
     config.score.samples = 16
     config.score.batch_size = 8
-    config.prune.ratio = 0.155
+    config.prune.layers_removed = 1
     config.recover.steps = {STEPS}
     config.recover.batch_size = 8
     config.recover.learning_rate = 1e-3
@@ -55,6 +59,7 @@ def get_config():
     config.recover.losses = {{{{"ce": 0.5, "l2": 0.5}}}}
     config.recover.log_every = 1
     config.recover.save_every = 2
+    config.evaluate.questions = 16
     config.evaluate.batch_size = 8
     config.evaluate.max_new_tokens = 2
     config.evaluate.unrecovered = False
@@ -65,9 +70,22 @@ def get_config():
 """
 
 
+def make_teacher(folder: Path) -> None:
+    """The first `LAYERS` decoder layers of the demo's teacher, with all that is beside them."""
+    shutil.copytree(TEACHER, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = LAYERS
+    (folder / "config.json").write_text(json.dumps(config))
+    layer = re.compile(r"language_model\.(?:model\.)?layers\.(\d+)\.")
+    tensors = load_file(folder / "model.safetensors")
+    kept = {key: x for key, x in tensors.items() if not (m := layer.search(key)) or int(m[1]) < LAYERS}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+
 def make_experiment(root: Path) -> None:
-    """Coloured circles, questions about them, and the config."""
+    """The teacher, coloured circles, questions about them, and the config."""
     root.mkdir(parents=True)
+    make_teacher(root / "teacher")
     colors = ("red", "green", "blue", "yellow")
     for color in colors:
         image = Image.new("RGB", (64, 64), "white")
