@@ -210,7 +210,7 @@ class Work:
         self.folder, self.runs, self.said, self.fail = folder, 0, [], False
         (folder / "in.txt").write_text("input")
 
-    def __call__(self, overwrite=False, scratch=(), version=1, **settings):
+    def __call__(self, overwrite=False, scratch=(), journals=(), version=1, **settings):
         stage = Stage(
             name="depth/prune",
             version=version,
@@ -219,6 +219,7 @@ class Work:
             inputs={"data.train": self.folder / "in.txt"},
             outputs=[self.folder / "out.txt"],
             scratch=scratch,
+            journals=journals,
         )
         return run_stage(stage, self.body, overwrite=overwrite, say=self.said.append)
 
@@ -302,6 +303,27 @@ def test_scratch_is_kept_for_the_same_inputs_only(work):
     work(scratch=[scratch])
     assert seen == [True]
     assert not scratch.exists()  # the result is there: its checkpoints are no longer needed
+    scratch.mkdir()  # as if killed before they were removed
+    work(scratch=[scratch])
+    assert (seen, scratch.exists()) == ([True], False)
+
+
+def test_journals_are_kept_for_the_same_inputs_and_never_in_the_way(work):
+    journal, seen, body = work.folder / "out.journal", [], work.body
+
+    def stopped():
+        seen.append(journal.exists())
+        journal.write_text("half")
+        raise KeyboardInterrupt
+
+    work.body = stopped
+    for ratio in (0.3, 0.3, 0.4):
+        with pytest.raises(KeyboardInterrupt):
+            work(journals=[journal], ratio=ratio)
+    work.body = lambda: seen.append(journal.exists()) or body()
+    work(journals=[journal], ratio=0.4)
+    assert seen == [False, True, False, True]
+    assert not journal.exists()
 
 
 def test_digest_sees_content_names_and_sampled_blocks(tmp_path):

@@ -1,15 +1,17 @@
-"""Several processes as one run: how they find each other, and that two of them compute what one does."""
+"""Several processes as one run: how they find each other, compute what one does, and stop and continue together."""
 
 from __future__ import annotations
 
 import http.server
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import grain
@@ -39,8 +41,8 @@ def get_config():
     config.recover.trainable = "lora"
     config.recover.batch_size = 16
     config.recover.accumulation = 2
-    config.recover.steps = 5
-    config.recover.save_every = 2
+    config.recover.steps = 20
+    config.recover.save_every = 10
     config.recover.log_every = 1
     config.recover.eps = 1e-3
     config.recover.learning_rate = 1e-2
@@ -57,7 +59,7 @@ def joined(monkeypatch):
     """What jax.distributed.initialize is called with; nothing in the environment names other processes."""
     calls = []
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **timeouts: calls.append(args))
     for name in (*mesh.VARIABLES, "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "MEGASCALE_COORDINATOR_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     return calls
@@ -128,7 +130,7 @@ def test_impossible_places_are_refused(joined, place, message):
 
 
 def test_failing_to_join_names_the_place(joined, monkeypatch):
-    def fails(*args):
+    def fails(*args, **timeouts):
         raise RuntimeError("DEADLINE_EXCEEDED:\n barrier timed out")
 
     monkeypatch.setattr(jax.distributed, "initialize", fails)
@@ -232,27 +234,79 @@ def ids(root: Path, workdir: str, number: int) -> list[list[str]]:
     return [json.loads(line) for line in (root / f"{workdir}-{number}.ids").read_text().splitlines()]
 
 
-@pytest.mark.slow
-def test_two_processes_of_four_devices_train_what_one_of_eight_does(experiment):
-    """Scores, plan, losses and parameters; and joined, their rows are the global batches in the same order."""
+@pytest.fixture(scope="module")
+def one(experiment):
+    """The workdir of one process of eight devices that scored, pruned and recovered."""
     finish(experiment, "one", "score,prune,recover", 1)
-    finish(experiment, "two", "score,prune,recover", 2)
-    one, two = experiment / "one", experiment / "two"
-    assert json.loads((one / "plan.json").read_text()) == json.loads((two / "plan.json").read_text())
-    lines = [[json.loads(line) for line in (w / "training/metrics.jsonl").read_text().splitlines()] for w in (one, two)]
-    assert [line["step"] for line in lines[1]] == [1, 2, 3, 4, 5]
-    for name in ("loss", "ce", "l2", "grad_norm"):
-        ours, theirs = ([line[name] for line in run] for run in lines)
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=0)
-    assert lines[0][0]["loss"] > lines[0][-1]["loss"]  # it did train
-    first, second = (flatten(load(w / "recovered").params) for w in (one, two))
+    return experiment / "one"
+
+
+def assert_same_training(ours: Path, theirs: Path) -> None:
+    """20 steps with the same losses and gradients, and the same parameters in the end, within 1e-5."""
+    files = [(workdir / "training/metrics.jsonl").read_text() for workdir in (ours, theirs)]
+    found = [[json.loads(line) for line in file.splitlines()] for file in files]
+    assert [line["step"] for line in found[0]] == list(range(1, 21))
+    for name in ("step", "loss", "ce", "l2", "grad_norm"):
+        np.testing.assert_allclose(*([line[name] for line in run] for run in found), rtol=1e-5, atol=0)
+    assert found[0][0]["loss"] > found[0][-1]["loss"]  # it did train
+    first, second = (flatten(load(w / "recovered").params) for w in (ours, theirs))
     assert first.keys() == second.keys()
-    difference = max(float(np.abs(np.asarray(first[path]) - np.asarray(second[path])).max()) for path in first)
-    assert difference <= 1e-5
+    assert max(float(np.abs(np.asarray(first[path]) - np.asarray(second[path])).max()) for path in first) <= 1e-5
+
+
+@pytest.mark.slow
+def test_two_processes_of_four_devices_train_what_one_of_eight_does(experiment, one):
+    """Scores, plan, losses and parameters; and joined, their rows are the global batches in the same order."""
+    finish(experiment, "two", "score,prune,recover", 2)
+    two = experiment / "two"
+    assert json.loads((one / "plan.json").read_text()) == json.loads((two / "plan.json").read_text())
+    assert_same_training(two, one)
     whole = [left + right for left, right in zip(ids(experiment, "two", 0), ids(experiment, "two", 1), strict=True)]
     assert ids(experiment, "one", 0) == whole
     assert len({name for batch in whole for name in batch}) == 24  # 80 % of 30
     assert not (experiment / "two-1.log").read_text().count("recover ...")  # only process 0 talks
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_stops_both_and_one_continues_on_another_mesh(experiment, one):
+    """Both save after the same step; one process then goes through the same batches to the same end within 1e-5."""
+    moved = experiment / "moved"
+    shutil.copytree(one, moved, ignore=shutil.ignore_patterns("training", "recovered", "recover.json"))
+    processes = start(experiment, "moved", "recover", 2)
+    metrics = moved / "training/metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        assert processes[0].poll() is None, (experiment / "moved-0.log").read_text()[-3000:]
+        time.sleep(0.05)
+    processes[1].terminate()
+    assert [process.wait(timeout=300) for process in processes] == [143, 143]
+    told = [(experiment / f"moved-{number}.log").read_text().splitlines()[-1] for number in (0, 1)]
+    assert told[0] == told[1]
+    step = int(re.match(r"vlmprune: training stopped on SIGTERM after step (\d+) of 20; saved in ", told[0])[1])
+    assert max(int(path.name) for path in (moved / "training/checkpoints").iterdir()) == step < 20
+    joined = [
+        left + right for left, right in zip(ids(experiment, "moved", 0), ids(experiment, "moved", 1), strict=True)
+    ]
+    finish(experiment, "moved", "recover", 1, "--config.mesh.data=2", "--config.mesh.tensor=2")
+    assert joined + ids(experiment, "moved", 0)[step:] == ids(experiment, "one", 0)
+    assert_same_training(moved, one)
+    assert json.loads((moved / ".stages/recover.json").read_text())["facts"]["resumed_from"] == step
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_ends_the_scoring_of_both(experiment):
+    """The notice takes a second to go round, less than the first batch takes to compile."""
+    flags = ("--config.score.samples=24", "--config.data.fraction=1.0")
+    processes, log = start(experiment, "scoring", "score", 2, *flags), experiment / "scoring-0.log"
+    while "score ..." not in log.read_text():
+        assert processes[0].poll() is None
+        time.sleep(0.01)
+    processes[0].terminate()
+    assert [process.wait(timeout=300) for process in processes] == [143, 143]
+    lines = [(experiment / f"scoring-{number}.log").read_text().splitlines()[-1] for number in (0, 1)]
+    assert lines[0] == lines[1]
+    assert re.match(r"vlmprune: score \(block_influence\) stopped on SIGTERM after \d of 3; ", lines[0])
+    finish(experiment, "scoring", "score", 2, *flags)
+    assert {path.name for path in (experiment / "scoring").iterdir()} == {".stages", "scores.npz"}
 
 
 @pytest.mark.slow
@@ -348,3 +402,13 @@ def test_no_usable_record_stops_every_process(experiment, pruned):
     assert [process.wait(timeout=300) for process in start(experiment, "gone", "recover", 2, *flags)] == [2, 2]
     words = "none of the 20 training records can be used; the first:"
     assert all(words in (experiment / f"gone-{number}.log").read_text() for number in range(2))
+
+
+@pytest.mark.slow
+def test_kill_9_at_five_random_moments(tmp_path):
+    """The benchmark's runs of two processes, which compares every byte with an undisturbed one."""
+    script = Path(__file__).parents[1] / "benchmarks/preemption.py"
+    command = [sys.executable, str(script), f"--work={tmp_path / 'work'}", "--kills=5", "--no-alone"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1])["kills"] == 5

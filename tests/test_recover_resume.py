@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import grain
@@ -115,7 +117,6 @@ def test_other_batches_do_not_resume(uninterrupted):
         ({"config": dataclasses.replace(SETTINGS, steps=9)}, r"config.steps was 6, now 9; num_steps was 6, now 9"),
         ({"model": cases.model(CFG, 5)}, r"model.weights was \"\w+\", now"),
         ({"teacher": cases.model(CFG, 5)}, r"teacher.weights was"),
-        ({"mesh": make_mesh(2, 2, 2)}, r"mesh was null, now \{"),
     ],
 )
 def test_another_run_does_not_resume(uninterrupted, changes, message):
@@ -128,6 +129,72 @@ def test_settings_without_influence_may_change(uninterrupted):
     free = dataclasses.replace(SETTINGS, save_every=3, log_every=5, keep_checkpoints=1, merge_lora=False)
     model, _ = train(mid_epoch_stream(), uninterrupted[2], free)
     assert model.cfg.lora == SETTINGS.lora
+
+
+@pytest.mark.slow
+def test_another_mesh_continues_within_rounding(uninterrupted, tmp_path):
+    """Steps 1-2 on one device, 3-4 on 2 x 2 x 2, 5-6 on 1 x 4 x 2: the same batches, losses and parameters."""
+    for mesh, done in ((None, 2), (make_mesh(2, 2, 2), 4)):
+        with pytest.raises(Stopped, match=f"after step {done} of 6"):
+            train(Stopping(mid_epoch_stream(), 1), tmp_path, mesh=mesh)
+    model, summary = train(mid_epoch_stream(), tmp_path, mesh=make_mesh(1, 4, 2))
+    assert summary["resumed_from"] == 4
+    assert cases.largest_difference(model, uninterrupted[0]) < 1e-5
+    for name in ("step", "loss", "ce", "l2", "grad_norm"):
+        ours, straight = ([line[name] for line in _metrics(path)] for path in (tmp_path, uninterrupted[2]))
+        np.testing.assert_allclose(ours, straight, rtol=1e-5)
+
+
+def test_data_states_of_other_processes(uninterrupted, tmp_path):
+    """Saved by three processes: in one place all of them, any number continues; in their own places, only three."""
+    shutil.copytree(uninterrupted[2] / "checkpoints/6", tmp_path / "checkpoints/6")
+    file = tmp_path / "checkpoints/6/meta/metadata"
+    meta = json.loads(file.read_text())
+    own = meta["data"][0]
+    file.write_text(json.dumps({**meta, "data": [own] * 3}))
+    assert train(mid_epoch_stream(), tmp_path)[1]["resumed_from"] == 6
+    file.write_text(json.dumps({**meta, "data": [own, own, "jnull"]}))
+    with pytest.raises(UserError, match="saved by 3 processes, each in another place of its data: continue with 3"):
+        train(mid_epoch_stream(), tmp_path)
+
+
+class Full:
+    """A stream that fills the disk as soon as step `at` is saved: no file can grow beyond 4 KiB any more."""
+
+    def __init__(self, inner, at: int, folder: Path):
+        self.inner, self.left, self.saved = iter(inner), at, folder / f"checkpoints/{at}"
+
+    def __iter__(self):
+        return self
+
+    def get_state(self):
+        return self.inner.get_state()
+
+    def set_state(self, state):
+        self.inner.set_state(state)
+
+    def __next__(self):
+        if self.left == 0:
+            while not self.saved.exists():
+                time.sleep(0.01)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        self.left -= 1
+        return next(self.inner)
+
+
+@pytest.mark.parametrize("at", [3, 5])  # one in the middle, and the last one, which no later save looks at
+def test_a_save_that_fails_ends_the_run(uninterrupted, tmp_path, at):
+    """Saves go on in the background; a failed one is fatal, and the last good checkpoint is continued from."""
+    config = dataclasses.replace(SETTINGS, log_every=100)
+    try:
+        with pytest.raises(UserError, match=rf"checkpoints: cannot save a checkpoint \(.*last .* step {at}: make room"):
+            train(Full(mid_epoch_stream(), at, tmp_path), tmp_path, config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    model, summary = train(mid_epoch_stream(), tmp_path, config)
+    assert summary["resumed_from"] == at
+    cases.assert_bitwise(model, uninterrupted[0])
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4", "5", "6"}  # no half-written one
 
 
 def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path):

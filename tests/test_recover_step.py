@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,8 @@ import transformers
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import flatten
-from vlmprune_jax.recover import LossConfig, recover
+from vlmprune_jax.models.vlm import forward
+from vlmprune_jax.recover import LossConfig, merge_lora, recover
 from vlmprune_jax.recover.step import OptimizerConfig, init_state, make_optimizer, make_schedule, state_shardings
 from vlmprune_jax.recover.trainable import assign_groups
 
@@ -49,6 +51,45 @@ def test_a_mesh_gives_the_same_distillation(distilled):
     sharded, summary = train(_distillation(accumulation=2), teacher=cases.model(CFG, 9), mesh=make_mesh(2, 2, 2))
     assert cases.largest_difference(distilled[0], sharded) < 1e-5
     np.testing.assert_allclose(summary["last"]["loss"], distilled[1]["last"]["loss"], rtol=1e-5)
+
+
+def _curve(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def twenty_steps(tmp_path_factory):
+    """(adapted model, its metrics) after 20 steps on one device."""
+    folder = tmp_path_factory.mktemp("twenty")
+    model, _ = train(_distillation(steps=20), teacher=cases.model(CFG, 9), workdir=folder)
+    return model, _curve(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "accumulation"), [(None, 4), ((8, 1, 1), 1), ((1, 8, 1), 1), ((2, 2, 2), 2), ((1, 4, 2), 2)]
+)
+def test_twenty_steps_are_the_same_on_any_devices(twenty_steps, tmp_path, shape, accumulation):
+    """Losses and gradient norms of every step, and the parameters in the end."""
+    mesh = None if shape is None else make_mesh(*shape)
+    config = _distillation(steps=20, accumulation=accumulation)
+    model, _ = train(config, teacher=cases.model(CFG, 9), workdir=tmp_path, mesh=mesh)
+    ours, theirs = _curve(tmp_path), twenty_steps[1]
+    assert [line["step"] for line in ours] == list(range(1, 21))
+    for name in ("loss", "ce", "l2", "kl", "rkl", "grad_norm"):
+        np.testing.assert_allclose([line[name] for line in ours], [line[name] for line in theirs], rtol=1e-5)
+    assert cases.largest_difference(model, twenty_steps[0]) < 1e-5
+
+
+@pytest.mark.slow
+def test_twenty_steps_merged_compute_what_the_adapters_do(twenty_steps):
+    adapted, merged = twenty_steps[0], merge_lora(twenty_steps[0])
+    arrays = next(cases.Stream(CFG)).arrays
+    inputs = {name: arrays[name] for name in ("input_ids", "attention_mask")}
+    inputs["pixel_values"] = arrays["pixel_values"].reshape(-1, *arrays["pixel_values"].shape[2:])
+    start, one, two = (np.asarray(forward(m, **inputs)[0]) for m in (cases.model(CFG), adapted, merged))
+    np.testing.assert_allclose(one, two, atol=1e-5, rtol=0)
+    assert np.abs(one - start).max() > 1e-2  # the adapters do something
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
-from types import ModuleType
+from types import FrameType, ModuleType
 
 from vlmprune_jax.cli.flags import help_of, parse, switch
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.errors import Stopped, UserError
 from vlmprune_jax.stages.suggest import suggest
 
 # Command -> what it does, in the order of a run. Modules load when they are called: help stays fast.
@@ -40,25 +42,46 @@ usage: vlmprune COMMAND [flags]        vlmprune COMMAND --help
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM where nothing waits for it to save first."""
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 (wrong input), 130 (Ctrl-C) or 143 (stopped by SIGTERM, saved)."""
+    """Run one command; returns the exit code: 0, 2 (wrong input), 130 (Ctrl-C) or 143 (stopped by SIGTERM)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(OVERVIEW.format(commands="\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())))
         return 0
+    if threading.current_thread() is not threading.main_thread():  # where no signal can be caught
+        return _guarded(argv)
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return _guarded(argv)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _guarded(argv: list[str]) -> int:
+    """The command's exit code, with whatever stopped it told in one line."""
     try:
         return _dispatch(argv[0], argv[1:])
     except UserError as error:
         if switch(argv, "debug"):
             traceback.print_exc()
-        print(f"vlmprune: error: {' '.join(str(error).split())}", file=sys.stderr)
-        training = sys.modules.get("vlmprune_jax.recover.loop")  # not imported here: it would load jax for a typo
-        return TERMINATED if training is not None and isinstance(error, training.Stopped) else USER_ERROR
-    except KeyboardInterrupt:
+        stopped = isinstance(error, Stopped)
+        print(f"vlmprune: {'' if stopped else 'error: '}{' '.join(str(error).split())}", file=sys.stderr)
+        return TERMINATED if stopped else USER_ERROR
+    except KeyboardInterrupt as error:
         if switch(argv, "debug"):
             traceback.print_exc()
-        print("\nvlmprune: interrupted; the same command continues with what is left", file=sys.stderr)
-        return INTERRUPTED
+        terminated = isinstance(error, _Terminated)
+        what = "stopped on SIGTERM" if terminated else "interrupted"
+        print(f"\nvlmprune: {what}; the same command continues with what is left", file=sys.stderr)
+        return TERMINATED if terminated else INTERRUPTED
 
 
 def _dispatch(name: str, rest: list[str]) -> int:

@@ -20,6 +20,8 @@ from vlmprune_jax.errors import UserError
 
 # Names for processes that no cluster introduces to each other (flags of the same names win).
 VARIABLES = ("VLMPRUNE_COORDINATOR", "VLMPRUNE_NUM_PROCESSES", "VLMPRUNE_PROCESS_ID")
+# How long the others of a run wait for a process that died, or that ended with an error while they expect it.
+_LOSS: dict[str, Any] = {"heartbeat_timeout_seconds": 60, "shutdown_timeout_seconds": 60}
 METADATA_SECONDS = 3.0  # a machine that is not on Google Cloud has no such server
 
 
@@ -39,9 +41,9 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
         return
     try:
         if place is None:
-            jax.distributed.initialize()
+            jax.distributed.initialize(**_LOSS)
         else:
-            jax.distributed.initialize(*place)
+            jax.distributed.initialize(*place, **_LOSS)
     except (RuntimeError, ValueError) as error:
         where = "the workers of this TPU slice" if place is None else f"process {place[2]} of {place[1]} at {place[0]}"
         reason = " ".join(str(error).split())[:200]

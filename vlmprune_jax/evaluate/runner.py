@@ -16,6 +16,7 @@ import numpy as np
 
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.data.batching import GenerationBatch
+from vlmprune_jax.distributed.journal import Journal, continued
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluate.questions import QuestionBatch
 from vlmprune_jax.evaluate.scorers import accuracy, accuracy_by_answer, is_exact_match
@@ -73,6 +74,7 @@ def evaluate(
     tokenizer: Any,
     max_new_tokens: int,
     progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> Evaluation:
     """Exact-match accuracy of greedy answers (see `scorers.normalise` for what counts as equal).
 
@@ -83,12 +85,15 @@ def evaluate(
       tokenizer: decodes the answers.
       max_new_tokens: longest answer; a longer one is cut and, as a rule, wrong.
       progress: called with the number of batches done.
+      journal: where the answers of each batch are kept, to continue after an interruption (`seconds` are then of the
+        last part).
 
     Raises:
       UserError: there is no question, or a question has no reference answer.
     """
-    start, placed = time.perf_counter(), list[tuple[int, Answer]]()
-    for done, batch in enumerate(batches, start=1):
+    start, found = time.perf_counter(), list[tuple[int | None, Answer]]()
+
+    def ask(batch: GenerationBatch) -> list[tuple[int | None, dict[str, Any]]]:
         _check_answered(batch)
         tokens = generate(
             model,
@@ -99,13 +104,16 @@ def evaluate(
             prefix=batch.prefix if isinstance(batch, QuestionBatch) else None,
         )
         answers = _score(batch, tokens, tokenizer, model.cfg)
-        counted = range(len(placed), len(placed) + len(answers))
-        places = batch.places[batch.valid].tolist() if isinstance(batch, QuestionBatch) else counted
-        placed += zip(places, answers, strict=True)
+        places = batch.places[batch.valid].tolist() if isinstance(batch, QuestionBatch) else [None] * len(answers)
+        return [(place, vars(answer)) for place, answer in zip(places, answers, strict=True)]
+
+    for done, answered in enumerate(continued(ask, batches, journal), start=1):
+        found += [(place, Answer(**answer)) for place, answer in answered]
         if progress is not None:
             progress(done)
-    if not placed:
+    if not found:
         raise UserError("there is no question to evaluate: check the evaluation records")
+    placed = [(number if place is None else place, answer) for number, (place, answer) in enumerate(found)]
     answers = [answer for _, answer in sorted(placed, key=lambda pair: pair[0])]
     hits = [answer.correct for answer in answers]
     return Evaluation(

@@ -67,7 +67,7 @@ def to_host(array: Any, index: int | None) -> np.ndarray:
         return stored.read()
     if isinstance(array, np.ndarray):
         return array if index is None else array[index]
-    if not array.is_fully_addressable:
+    if is_split(array):
         part = array if index is None else _entry(array, index)
         return np.asarray(multihost_utils.process_allgather(part, tiled=True))
     if array.is_fully_replicated:
@@ -80,6 +80,11 @@ def to_host(array: Any, index: int | None) -> np.ndarray:
     for shard in part.addressable_shards:
         host[shard.index] = np.asarray(shard.data)
     return host
+
+
+def is_split(array: Any) -> bool:
+    """Whether no process alone can read the whole array."""
+    return isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated)
 
 
 def extent_of(parts: Sequence[tuple[Any, int | None]], dtype: str) -> Extent | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.fingerprint import fingerprint
@@ -32,6 +33,7 @@ def score(
     *,
     criterion: str,
     progress: Callable[[int], None] | None = None,
+    journal: Journal | None = None,
     **options: Any,
 ) -> Scores:
     """Importances of layers ("block_influence", "angular"), of heads and neurons ("taylor", "l1", "l2"), or "random".
@@ -40,6 +42,7 @@ def score(
       model: on one device or on a mesh; the numbers are the same.
       batches: calibration batches (mappings of arrays, or objects with `.arrays`); l1, l2 and random look at none.
       progress: called with the number of finished batches (block_influence, angular) or layers (taylor).
+      journal: where block_influence and angular keep what each batch gave, to continue after an interruption.
       options: see `CRITERIA` and the functions of `vlmprune_jax.prune.scores`.
 
     Raises:
@@ -54,11 +57,11 @@ def score(
         raise UserError(f"criterion {criterion!r} needs calibration batches")
     importance = heads = mlp = None
     if criterion == "block_influence":
-        importance = block_influence(model, batches or (), progress=progress, **settings)
+        importance = block_influence(model, batches or (), progress=progress, journal=journal, **settings)
     elif criterion == "angular":
         if settings["layers_removed"] is None:
             raise UserError("criterion 'angular' needs layers_removed= (the number of consecutive layers to remove)")
-        importance = angular_distance(model, batches or (), progress=progress, **settings)
+        importance = angular_distance(model, batches or (), progress=progress, journal=journal, **settings)
     elif criterion == "taylor":
         heads, mlp = taylor(model, batches or (), progress=progress, **settings)
     elif criterion == "random":

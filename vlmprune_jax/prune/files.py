@@ -28,6 +28,8 @@ def prune_folder(
     others are read, indexed and written one at a time; every block is read back and compared by its checksum. No array
     is put on a device, and no accelerator is started.
 
+    In a multi-process run every process must call it; the first one writes.
+
     Args:
       source_dir: the folder (or hub id) that the plan is for.
       plan: what stays; its fingerprint is compared with weights sampled from the files.

@@ -1,6 +1,7 @@
 """Training what pruning lost: losses, what trains, the step, checkpoints and the loop."""
 
-from vlmprune_jax.recover.loop import RecoverConfig, Stopped, recover
+from vlmprune_jax.errors import Stopped
+from vlmprune_jax.recover.loop import RecoverConfig, recover
 from vlmprune_jax.recover.losses import LossConfig, from_alpha
 from vlmprune_jax.recover.trainable import add_lora, merge_lora
 

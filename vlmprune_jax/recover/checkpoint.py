@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +25,61 @@ class Checkpointer:
     """Checkpoints of one run in one folder, written in the background, the newest `keep` of them kept.
 
     A checkpoint appears by a rename when it is complete: a process that is killed while saving leaves the previous
-    one in place. `identity` is everything that has to be the same for a resumed run to be this run.
+    one in place. `identity` is everything that has to be the same for a resumed run to be this run. Devices and
+    processes are not part of it: arrays are read onto whatever mesh there is now.
+
+    As a context it waits for the save in progress at the end.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], keep: int):
         self.folder = folder
         self.identity = json.loads(json.dumps(identity))
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            with self._failing():
+                self._manager.close()
+        else:  # what went wrong first is what the user should read
+            with contextlib.suppress(Exception):
+                self._manager.close()
+
+    def check(self) -> None:
+        """Raise UserError if a save that went on in the background has failed."""
+        with self._failing():
+            self._manager.check_for_errors()
+
     def save(self, step: int, state: TrainState, data_state: Any) -> None:
-        """Start saving; returns when the arrays are on the host. Data states of all processes go into one file."""
+        """Start saving; returns when the arrays are on the host. Data states of all processes go into one file.
+
+        Raises:
+          UserError: this save or the one before it cannot be written.
+        """
         meta = {"identity": self.identity, "data": _gather(data_state)}
         args = ocp.args.Composite(
             **{STATE: ocp.args.StandardSave(_tree(state)), META: ocp.args.JsonSave(meta)},
         )
-        self._manager.save(step, args=args, force=True)
+        with self._failing():
+            self._manager.save(step, args=args, force=True)
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Whatever orbax and its storage raise, as one line with the folder."""
+        try:
+            yield
+        except Exception as error:
+            complete = sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+            last = f"the last complete one is of step {complete[-1]}" if complete else "there is no complete one"
+            raise UserError(
+                f"{self.folder}: cannot save a checkpoint ({_reason(error)}); {last}: "
+                "make room or mend the disk, and run the same command"
+            ) from error
 
     def restore(self, like: TrainState) -> tuple[TrainState, Any] | None:
         """The newest complete checkpoint and this process's data state, or None in a new folder.
@@ -62,19 +102,32 @@ class Checkpointer:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _tree(like))
         tree = self._read(step, STATE, ocp.args.StandardRestore(abstract))
         leaves = [tree[name] for name in sorted(tree)]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), _decode(meta["data"][jax.process_index()])
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), self._own(step, meta["data"])
+
+    def _own(self, step: int, states: list[str]) -> Any:
+        """This process's data state of those that were saved.
+
+        Streams that go through the global batches (`data.batching`) are in the same place on every process, so that
+        any number of processes can continue them.
+        """
+        if len(states) != jax.process_count() and len(set(states)) > 1:
+            raise UserError(
+                f"{self.folder}/{step} was saved by {len(states)} processes, each in another place of its data: "
+                f"continue with {len(states)} processes, not {jax.process_count()}"
+            )
+        return _decode(states[jax.process_index() if len(states) == jax.process_count() else 0])
 
     def _read(self, step: int, item: str, args: Any) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
             where = f"{self.folder}/{step}"
-            raise UserError(f"{where}: cannot read the checkpoint ({reason}); remove that folder") from error
+            raise UserError(f"{where}: cannot read the checkpoint ({_reason(error)}); remove that folder") from error
 
-    def close(self) -> None:
-        """Wait for the save in progress and stop the background threads."""
-        self._manager.close()
+
+def _reason(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _tree(state: TrainState) -> dict[str, jax.Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -18,8 +19,9 @@ import optax
 from jax.sharding import Mesh
 
 from vlmprune_jax.config import LoraConfig, ModelConfig
+from vlmprune_jax.distributed.preemption import StopSignal
 from vlmprune_jax.distributed.rules import check_divides, sharding
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.errors import Stopped, UserError
 from vlmprune_jax.models.decoder import REMAT_POLICIES
 from vlmprune_jax.models.params import Flat, flatten, param_axes, param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, Params, check_inputs, mesh_of
@@ -28,7 +30,6 @@ from vlmprune_jax.recover.checkpoint import Checkpointer, weights_digest
 from vlmprune_jax.recover.flops import step_flops
 from vlmprune_jax.recover.losses import LossConfig, Teacher, check_teacher, layer_pairs
 from vlmprune_jax.recover.metrics import Recorder
-from vlmprune_jax.recover.preemption import StopSignal
 from vlmprune_jax.recover.step import (
     COMPUTE_DTYPES,
     OptimizerConfig,
@@ -55,10 +56,6 @@ from vlmprune_jax.recover.trainable import (
 
 # Settings that do not change the numbers: a run may be resumed with other values of these.
 FREE_FIELDS = ("save_every", "log_every", "keep_checkpoints", "merge_lora")
-
-
-class Stopped(UserError):
-    """Training stopped on SIGTERM after saving; the same call resumes it."""
 
 
 @dataclass(frozen=True)
@@ -156,13 +153,14 @@ def recover(
       config: what trains, on which losses, and how.
       teacher: the unpruned model, for distillation.
       plan: the prune plan that made `model` from `teacher` (its `kept_layers` align hidden states).
-      workdir: checkpoints, metrics.jsonl and TensorBoard go there; a run that stopped there continues bitwise.
+      workdir: checkpoints, metrics.jsonl and TensorBoard go there; a run that stopped there continues, bitwise on the
+        same devices and processes, within rounding on others.
       mesh: where to train (default: where the model's arrays live).
       num_steps: optimizer steps (default: `config.steps`).
 
     Raises:
       UserError: settings that do not fit the model, mesh or checkpoint; a loss or gradient that is not finite (names
-        the records); data that ends early.
+        the records); data that ends early; a checkpoint that cannot be written.
       Stopped: SIGTERM; the state is saved.
     """
     total = num_steps or config.steps
@@ -172,16 +170,13 @@ def recover(
     stream = iter(batches)
     folder = None if workdir is None else Path(workdir)
     saver = None if folder is None else Checkpointer(folder / "checkpoints", run.identity, config.keep_checkpoints)
-    try:
+    with saver if saver is not None else contextlib.nullcontext():
         state, first = _resume(run, stream, saver)
         context = step_context(run.mesh, config.compute_dtype)
         devices = sorted(jax.tree.leaves(state)[0].sharding.device_set, key=lambda device: device.id)
         with Recorder(folder, first, total, config.log_every, progress, devices) as recorder, context:
             state = _train(run, stream, config, state, (first, total), saver, recorder)
             summary = _summary(run, recorder, first, total)
-    finally:
-        if saver is not None:
-            saver.close()
     return _finish(run, state, model, config.merge_lora), summary
 
 
@@ -262,7 +257,6 @@ def _prepare(
     identity = {
         "config": settings,
         "num_steps": total,
-        "mesh": None if mesh is None else dict(mesh.shape),
         "model": {"cfg": dataclasses.asdict(model.cfg), "weights": weights_digest(flat)},
         "teacher": taught and {"cfg": dataclasses.asdict(taught.cfg), "weights": weights_digest(teacher_params)},
         "layers": taught and [taught.student_layers, taught.teacher_layers],
@@ -345,7 +339,9 @@ def _train(
             state, metrics = run.step(state, run.frozen, run.teacher_params, place_rows(batch.arrays, run.mesh))
             pending.append(_Pending(step + 1, metrics, batch.record_ids, waited, batch.skipped, flops(batch.arrays)))
             settle(1)
-            stopping = stop.requested(step + 1)
+            if saver is not None:
+                saver.check()
+            stopping = stop.requested()
             due = step + 1 == span[1] or (config.save_every and (step + 1) % config.save_every == 0)
             if saver is not None and (due or stopping):
                 settle(0)  # a state is only saved after its loss and gradient proved finite

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,15 +51,12 @@ class Recorder:
         self._skipped = 0
         self._skipped_file = None if folder is None else folder / f"skipped-{jax.process_index()}.jsonl"
         if self._skipped_file is not None and self._skipped_file.exists():
-            before = _lines_until(self._skipped_file, first)
-            self._skipped = len(before)
-            self._skipped_file.write_text("".join(json.dumps(line) + "\n" for line in before))
+            self._skipped = len(_keep_until(self._skipped_file, first))
         if folder is not None and is_main_process():
             folder.mkdir(parents=True, exist_ok=True)
-            kept = _lines_until(folder / METRICS_FILE, first)
+            kept = _keep_until(folder / METRICS_FILE, first)
             self.last = kept[-1] if kept else {}
-            self._file = (folder / METRICS_FILE).open("w")
-            self._file.writelines(json.dumps(line) + "\n" for line in kept)
+            self._file = (folder / METRICS_FILE).open("a")
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
         self._bar = _bar() if progress and is_main_process() and first < total else None
 
@@ -67,10 +66,12 @@ class Recorder:
             self._task = self._bar.add_task("train", total=self._total, completed=self._first, loss="", rate="")
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for resource, close in ((self._bar, "stop"), (self._file, "close"), (self._board, "close")):
-            if resource is not None:
-                getattr(resource, close)()
+            # On a full disk they fail as well, and what failed first is what the user should read.
+            with contextlib.suppress(*(() if error is None else (OSError,))):
+                if resource is not None:
+                    getattr(resource, close)()
 
     def step(
         self,
@@ -178,8 +179,8 @@ def _bar() -> Progress:
     )
 
 
-def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """Complete lines of steps up to `step`; a line that a crash cut off is dropped."""
+def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Lines of steps up to `step`, which is what the file then holds; a line that a crash cut off is dropped."""
     kept = []
     for text in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -188,4 +189,7 @@ def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
             continue
         if line["step"] <= step:
             kept.append(line)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    os.replace(partial, path)  # a process killed here, or before the next line is there, keeps the old ones
     return kept

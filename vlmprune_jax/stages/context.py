@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
+from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.distributed.mesh import make_mesh
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.distributed.preemption import StopSignal, noticed
+from vlmprune_jax.errors import Stopped, UserError
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.stages.console import Reporter
@@ -30,19 +33,46 @@ class Context:
     overwrite: bool
 
     def run(self, stage: Stage, body: Callable[[], Json]) -> Json:
-        """`ledger.run_stage`, with a line when the work starts."""
+        """`ledger.run_stage`, with a line when the work starts.
+
+        Raises:
+          Stopped: another process of the run got SIGTERM.
+        """
 
         def announced() -> Json:
+            if noticed():
+                raise Stopped(f"stopped on SIGTERM before {stage.name}; the same command continues with it")
             self.reporter.say(f"{stage.name} ...")
             return body()
 
         return run_stage(stage, announced, overwrite=self.overwrite, say=self.reporter.say)
+
+    @contextlib.contextmanager
+    def phase(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """`reporter.bar` that ends between two items on SIGTERM.
+
+        Raises:
+          Stopped: from the function that takes the number of items done; every process must call it in step.
+        """
+        with self.reporter.bar(what, total) as update, StopSignal() as stop:
+
+            def progress(done: int) -> None:
+                update(done)
+                if stop.requested():
+                    raise Stopped(f"{what} stopped on SIGTERM after {done} of {total}; the same command continues")
+
+            yield progress
 
     def stage(self, kind: str, folder: Path, name: str, **parts: Any) -> Stage:
         """A stage named after its folder below the workdir, `depth/prune`; its ledger entry lies in the workdir."""
         below = folder.relative_to(self.workdir).as_posix()
         label = name if below == "." else f"{below}/{name}"
         return Stage(name=label, version=VERSIONS[kind], workdir=self.workdir, **parts)
+
+
+def journal_of(experiment: Experiment, path: Path, batches: int) -> Journal:
+    """What an interrupted pass over so many batches left; another mesh may cut and round them in another way."""
+    return Journal(path, {"batches": batches, "mesh": vars(experiment.mesh)})
 
 
 def mesh_of(experiment: Experiment) -> Mesh | None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ class Stage:
 
     `settings`: every option that the result depends on (JSON values). `inputs`: files and folders by name.
     `outputs`: what the stage makes, each written atomically by the stage. `scratch`: what an interrupted stage leaves
-    to resume from. `version`: changes whenever the stage's code gives other results.
+    to resume from; `journals`: the same, but dropped without asking where the inputs changed. `version`: changes
+    whenever the stage's code gives other results.
     """
 
     name: str
@@ -36,7 +37,8 @@ class Stage:
     settings: Mapping[str, Any]
     inputs: Mapping[str, Path | str]
     outputs: Sequence[Path]
-    scratch: Sequence[Path] = field(default=())
+    scratch: Sequence[Path] = ()
+    journals: Sequence[Path] = ()
 
     @property
     def record(self) -> Path:
@@ -63,7 +65,7 @@ def run_stage(stage: Stage, body: Callable[[], Json], *, overwrite: bool, say: C
     try:
         facts = body()
     except BaseException:
-        if is_main_process() and not any(path.exists() for path in stage.scratch):
+        if is_main_process() and not any(path.exists() for path in (*stage.scratch, *stage.journals)):
             remove(stage.record)
         raise
     return from_main(lambda: _end(stage, facts, round(time.perf_counter() - start, 2)))
@@ -78,11 +80,12 @@ def _begin(stage: Stage, overwrite: bool, say: Callable[[str], None]) -> Json | 
     present = [path for path in stage.outputs if path.exists()]
     if same and last.get("done") and len(present) == len(stage.outputs) and _unchanged(stage, last):
         say(f"{stage.name}: unchanged, skipped ({_relative(stage.outputs[0], stage.workdir)} is up to date)")
+        _clear(stage)  # what a process left that was killed just after it had noted the end
         return {**last["facts"], "seconds": last["seconds"]}
     resumes = same and not last.get("done")
     if not resumes:
         _refuse(stage, present, last, now, overwrite)
-    for path in [*stage.outputs, *(() if resumes else stage.scratch)]:
+    for path in [*stage.outputs, *(() if resumes else (*stage.scratch, *stage.journals))]:
         remove(path)
     write_json(stage.record, {"made_from": now, "done": False})
     return None
@@ -93,9 +96,13 @@ def _end(stage: Stage, facts: Json, seconds: float) -> Json:
     made = {path.name: digest(path) for path in stage.outputs}
     done = {**_read(stage.record), "done": True, "seconds": seconds, "facts": facts, "outputs": made}
     write_json(stage.record, done)
-    for path in stage.scratch:
-        remove(path)
+    _clear(stage)
     return {**facts, "seconds": seconds}
+
+
+def _clear(stage: Stage) -> None:
+    for path in (*stage.scratch, *stage.journals):
+        remove(path)
 
 
 def _unchanged(stage: Stage, last: Json) -> bool:

@@ -22,7 +22,7 @@ from vlmprune_jax.recover import LossConfig, RecoverConfig, recover
 from vlmprune_jax.recover.peft import write_adapter
 from vlmprune_jax.recover.trainable import assign_groups, merge_lora
 from vlmprune_jax.stages import inputs
-from vlmprune_jax.stages.context import Context, load_model, mesh_of, teacher_folder
+from vlmprune_jax.stages.context import Context, journal_of, load_model, mesh_of, teacher_folder
 from vlmprune_jax.stages.ledger import Json, remove, write_json, write_text
 from vlmprune_jax.stages.spec import DataSpec, Experiment, PruneSpec, RecoverSpec
 
@@ -70,6 +70,11 @@ def _score_options(experiment: Experiment, criterion: str) -> dict[str, Any]:
     return {k: v for k, v in vars(experiment.score).items() if v is not None and k in known}
 
 
+def _journal(output: Path) -> Path:
+    """Where the pass that makes a file keeps what its batches gave."""
+    return output.with_name(f"{output.name}.journal")
+
+
 def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
     """Importances of the unpruned model -> `scores.npz` (hybrid: also `scores_width.npz`)."""
     criteria = criteria_of(experiment)
@@ -87,6 +92,7 @@ def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
         },
         inputs=_model_inputs(experiment, **(inputs.record_files(experiment.data, "train") if needs_data else {})),
         outputs=[folder / name for name in criteria],
+        journals=[_journal(folder / name) for name in criteria],
     )
 
     def body() -> Json:
@@ -96,9 +102,10 @@ def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
             batches = inputs.calibration_batches(experiment, model.cfg, seed=experiment.score.seed)
         for name, criterion in criteria.items():
             total = len(model.cfg.text.layers) if criterion == "taylor" else len(batches or [])
-            with context.reporter.bar(f"score ({criterion})", total) as progress:
+            journal = journal_of(experiment, _journal(folder / name), total)
+            with context.phase(f"score ({criterion})", total) as progress:
                 options = _score_options(experiment, criterion)
-                scores = score(model, batches, criterion=criterion, progress=progress, **options)
+                scores = score(model, batches, criterion=criterion, progress=progress, journal=journal, **options)
             if is_main_process():
                 scores.save(folder / name)
         skipped = [name for batch in batches or [] for name, _ in batch.skipped]
@@ -236,12 +243,11 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
         raise UserError(f"{pruned}: no such folder: run `vlmprune prune` (or `vlmprune run`) first")
     spec, config = experiment.recover, recover_config(experiment.recover)
     settings = {f"recover.{k}": v for k, v in dataclasses.asdict(experiment.recover).items() if k not in _FREE_RECOVER}
-    mesh = {f"mesh.{k}": v for k, v in vars(experiment.mesh).items()}  # a resumed run has to be on the same one
     stage = context.stage(
         "recover",
         folder,
         "recover",
-        settings={**settings, **mesh, **_data_settings(experiment.data, "recovery"), **_precision(experiment)},
+        settings={**settings, **_data_settings(experiment.data, "recovery"), **_precision(experiment)},
         inputs=_model_inputs(experiment, pruned=pruned, **inputs.record_files(experiment.data, "train")),
         outputs=[folder / "recovered", *([folder / "adapter"] if spec.save_adapter else [])],
         scratch=[training / "checkpoints"],
@@ -312,6 +318,7 @@ def evaluate_stage(experiment: Experiment, model_folder: Path, out: Path, name: 
         settings={**settings, **_data_settings(experiment.data, "evaluation"), **_precision(experiment)},
         inputs=_model_inputs(experiment, model=model_folder, **inputs.record_files(experiment.data, "eval"), **text),
         outputs=[path, answers_path],
+        journals=[_journal(path)],
     )
 
     def body() -> Json:
@@ -321,9 +328,15 @@ def evaluate_stage(experiment: Experiment, model_folder: Path, out: Path, name: 
         plan = inputs.question_plan(experiment, model.cfg, multiple=ways)
         tokenizer = plan.encoder.tokenizer
         batches = plan.batches(threads=experiment.data.threads, prefetch=inputs.PREFETCH)
-        with context.reporter.bar(f"evaluate {name}", len(plan)) as progress:
+        journal = journal_of(experiment, _journal(path), len(plan))
+        with context.phase(f"evaluate {name}", len(plan)) as progress:
             result = evaluate(
-                model, batches, tokenizer=tokenizer, max_new_tokens=spec.max_new_tokens, progress=progress
+                model,
+                batches,
+                tokenizer=tokenizer,
+                max_new_tokens=spec.max_new_tokens,
+                progress=progress,
+                journal=journal,
             )
         facts = result.summary()
         if spec.text is not None:
@@ -348,7 +361,7 @@ def _text_perplexity(experiment: Experiment, model: Model, tokenizer: Any, conte
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"evaluate.text={spec.text}: cannot be read as UTF-8 text ({error})") from None
     total = -(-len(ids) // (spec.text_window * spec.batch_size))
-    with context.reporter.bar("perplexity", total) as progress:
+    with context.phase("perplexity", total) as progress:
         return perplexity(model, ids, window=spec.text_window, batch_size=spec.batch_size, progress=progress).perplexity
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -74,13 +73,13 @@ class Scores:
             "options": dict(self.options),
             "layers": 0 if self.heads is None else len(self.heads),
         }
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+        partial = path.with_name(f".{path.name}.partial")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with partial.open("wb") as file:
                 np.savez(file, allow_pickle=False, meta=np.array(json.dumps(meta)), **self._arrays())
-            os.replace(temporary, path)
+            os.replace(partial, path)
         except BaseException:
-            os.unlink(temporary)
+            partial.unlink(missing_ok=True)
             raise
 
     @classmethod

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlmprune_jax.distributed.journal import Journal, continued
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.vlm import Model, encode, mesh_of, place_batch
-from vlmprune_jax.prune.scores.calibration import calibration_batches
+from vlmprune_jax.prune.scores.calibration import Arrays, calibration_batches
 
 Progress = Callable[[int], None]
 
 
 def block_influence(
-    model: Model, batches: Iterable[Any], *, reference_compat: bool, progress: Progress | None
+    model: Model,
+    batches: Iterable[Any],
+    *,
+    reference_compat: bool,
+    progress: Progress | None,
+    journal: Journal | None,
 ) -> np.ndarray:
     """float64[n_layers] mean over the real tokens of all samples of 1 - cos(input, output) of each layer.
 
@@ -29,14 +35,20 @@ def block_influence(
     """
     total, weight = np.zeros(len(model.cfg.text.layers)), 0.0
     for summed, count in _over_batches(
-        functools.partial(_influence, masked=not reference_compat), model, batches, progress
+        functools.partial(_influence, masked=not reference_compat), model, batches, progress, journal
     ):
         total, weight = total + summed, weight + count
     return total if reference_compat else total / _positive(weight)
 
 
 def angular_distance(
-    model: Model, batches: Iterable[Any], *, layers_removed: int, reference_compat: bool, progress: Progress | None
+    model: Model,
+    batches: Iterable[Any],
+    *,
+    layers_removed: int,
+    reference_compat: bool,
+    progress: Progress | None,
+    journal: Journal | None,
 ) -> np.ndarray:
     """float64[n_layers]: entry i is the mean over rows of arccos(cos)/pi between h_i and h_{i + layers_removed}.
 
@@ -48,7 +60,9 @@ def angular_distance(
         raise UserError(f"layers_removed={layers_removed} must be between 1 and {n_layers - 1} for {n_layers} layers")
     starts = n_layers - layers_removed + 1
     total, weight = np.zeros(starts), 0.0
-    for summed, count in _over_batches(functools.partial(_angular, n=layers_removed), model, batches, progress):
+    for summed, count in _over_batches(
+        functools.partial(_angular, n=layers_removed), model, batches, progress, journal
+    ):
         total, weight = total + summed, weight + count
     importance = np.full(n_layers, np.inf)
     importance[:starts] = total if reference_compat else total / _positive(weight)
@@ -68,17 +82,28 @@ def cosine_distance(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.where(zero[..., 0], jnp.float32(0.5), 0.5 * jnp.sum(gap * gap, axis=-1))
 
 
-def _over_batches(step: Callable[..., Any], model: Model, batches: Iterable[Any], progress: Progress | None):
+def _over_batches(
+    step: Callable[..., Any],
+    model: Model,
+    batches: Iterable[Any],
+    progress: Progress | None,
+    journal: Journal | None,
+) -> Iterator[tuple[np.ndarray, float]]:
     """(float64[layers or starts], float) of each batch; only these leave the device."""
     mesh = mesh_of(model.params)
     params = jax.tree.map(jnp.asarray, model.params) if mesh is None else model.params
-    for done, arrays in enumerate(calibration_batches(batches, model.cfg, labels=False), start=1):
+
+    def sums(arrays: Arrays) -> tuple[list[float], float]:
         placed = place_batch({**arrays, "pixel_values": arrays.get("pixel_values")}, mesh)
         with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
             summed, count = step(
                 params, model.cfg, placed["input_ids"], placed["pixel_values"], placed["attention_mask"]
             )
-        yield np.asarray(summed, np.float64), float(count)
+        return np.asarray(summed, np.float64).tolist(), float(count)
+
+    checked = calibration_batches(batches, model.cfg, labels=False)
+    for done, (summed, count) in enumerate(continued(sums, checked, journal), start=1):
+        yield np.asarray(summed), count
         if progress is not None:
             progress(done)
 

@@ -1,0 +1,37 @@
+"""Passes over many batches keep what each one gave: an interrupted pass continues after them, bit for bit."""
+
+from __future__ import annotations
+
+import math
+
+from vlmprune_jax.distributed.journal import Journal, continued
+
+
+def test_a_pass_continues_after_the_last_whole_line(tmp_path):
+    path, asked = tmp_path / "eval/a.journal", []
+
+    def third_root(number: int) -> list[float]:
+        asked.append(number)
+        return [number ** (1 / 3), math.inf]
+
+    entries = continued(third_root, range(5), Journal(path, {"batches": 5}))
+    first = [next(entries) for _ in range(3)]
+    path.write_text(path.read_text()[:-5])  # cut off by a kill
+    again = list(continued(third_root, range(5), Journal(path, {"batches": 5})))
+    assert asked == [0, 1, 2, 2, 3, 4]
+    assert again == [third_root(number) for number in range(5)]
+    assert again[:3] == first
+    assert len(Journal(path, {"batches": 5}).entries) == 5
+
+
+def test_a_journal_of_another_pass_starts_again(tmp_path):
+    path = tmp_path / "a.journal"
+    Journal(path, {"mesh": [1, 1, 1]}).add(7)
+    assert Journal(path, {"mesh": [1, 1, 1]}).entries == [7]
+    assert Journal(path, {"mesh": [8, 1, 1]}).entries == []
+    path.write_bytes(b"\x00\x01 no journal")
+    assert Journal(path, {"mesh": [8, 1, 1]}).entries == []
+
+
+def test_without_a_journal_every_batch_is_computed():
+    assert list(continued(lambda x: 2 * x, iter("ab"), None)) == ["aa", "bb"]

@@ -1,0 +1,52 @@
+"""Stopping in good order when the machine is taken away."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from jax.experimental import multihost_utils
+
+from vlmprune_jax.distributed.mesh import process_count
+
+_calls = itertools.count(1)  # of `noticed`, over all phases: the number that processes agree to stop at
+
+
+def noticed() -> bool:
+    """Whether any process of a run of several got SIGTERM; all must call it in step, and all get True at the same call.
+
+    `jax.distributed` catches the signal from the moment that the processes join, so that none of them dies of it.
+    """
+    return process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_calls))
+
+
+class StopSignal:
+    """While entered, SIGTERM sets a flag instead of ending the process; on a pod all processes agree when to stop.
+
+    Outside the main thread signals cannot be caught, and SIGTERM keeps its usual meaning.
+    """
+
+    def __init__(self) -> None:
+        self._flag = threading.Event()
+        self._previous: Any = None
+        self._installed = False
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread() and process_count() == 1:
+            self._previous = signal.signal(signal.SIGTERM, self._catch)
+            self._installed = True
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._installed:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _catch(self, signum: int, frame: FrameType | None) -> None:
+        self._flag.set()
+
+    def requested(self) -> bool:
+        """Whether to save and stop here; on a pod every process must ask, in step."""
+        return self._flag.is_set() or noticed()
