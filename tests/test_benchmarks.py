@@ -1,0 +1,23 @@
+"""The training benchmark at a tiny size: it checks by itself that both sides compute the same losses and gradients."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_the_training_benchmark_runs(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks/train_step.py"), "--tiny", "--batch=2x24", "--rounds=2"]
+    done = subprocess.run([*command, f"--work={tmp_path}"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours, peft, ratios = map(json.loads, done.stdout.splitlines())
+    assert [line["side"] for line in (ours, peft, ratios)] == ["ours", "peft", "ours/peft"]
+    for line in (ours, peft):
+        assert line["tokens_per_second"] == pytest.approx(2 * 24 / line["step_seconds"], rel=0.2)  # rounded to 1 ms
+        assert 0.1 < line["peak_rss_gib"] < 2
+    assert ratios["tokens_per_second"] == pytest.approx(ours["tokens_per_second"] / peft["tokens_per_second"], rel=0.01)
