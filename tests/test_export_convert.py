@@ -11,6 +11,7 @@ from torch_compat import VERSIONS
 
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.hf.check import check_export
+from vlmprune_jax.hf.files import Checkpoint
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.hf.tokenizer import read_tokenizer, token_id
 from vlmprune_jax.hf.write import save
@@ -207,6 +208,10 @@ def test_files_of_a_converted_folder(converted, name):
     assert "Plan fingerprint" in card
     words = config["text_config"]["vocab_size"] - model.cfg.text.vocab_size
     assert (f"The vocabulary has {words} more rows" in card) == (words > 0)
+    for key in ("model.embed_tokens", "lm_head"):
+        rows = Checkpoint(out)[f"language_model.{key}.weight"]
+        mean = np.mean(rows[: model.cfg.text.vocab_size], axis=0, keepdims=True)
+        np.testing.assert_allclose(rows[model.cfg.text.vocab_size :], np.repeat(mean, words, axis=0), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", TOWERS)
