@@ -11,7 +11,9 @@ from torch_compat import VERSIONS
 
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.hf.check import check_export
+from vlmprune_jax.hf.files import Checkpoint
 from vlmprune_jax.hf.read import load
+from vlmprune_jax.hf.tokenizer import read_tokenizer, token_id
 from vlmprune_jax.hf.write import save
 from vlmprune_jax.models.generate import generate
 from vlmprune_jax.models.vlm import forward
@@ -41,6 +43,7 @@ def hub(goldens, tmp_path_factory):
             config |= {"max_dynamic_patch": 6} if name == "internvl" else {}  # as in the golden token ids
             (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "modeling_hub.Hub"}}))
             (folder / "LICENSE").write_text("as it is")
+            (folder / "generation_config.json").write_text(json.dumps({"from_the_source": 7, "eos_token_id": 11}))
             (folder / "modeling_hub.py").write_text("the hub's own code")
             made[name] = folder, TOWERS[name] and goldens / "ckpt" / TOWERS[name]
         return made[name]
@@ -186,14 +189,29 @@ def test_files_of_a_converted_folder(converted, name):
     names = {path.name for path in out.iterdir()}
     assert {"LICENSE", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "plan.json"} <= names
     assert {"processor_config.json", "preprocessor_config.json", "generation_config.json", "README.md"} <= names
+    processor, generation = (
+        json.loads((out / f"{part}_config.json").read_text()) for part in ("processor", "generation")
+    )
+    assert processor.get("image_seq_length", model.cfg.tokens_per_image) == model.cfg.tokens_per_image
+    ends = {"llava_orig": "</s>", "bunny": "<|endoftext|>", "internvl": "<|end|>"}
+    assert generation["eos_token_id"] == [token_id(read_tokenizer(out), ends[name]), 11]
+    assert generation["from_the_source"] == 7
+    assert generation.get("pad_token_id") == model.cfg.pad_token_id
     assert "modeling_hub.py" not in names
     config = json.loads((out / "config.json").read_text())
     assert "auto_map" not in config
     assert len(model.cfg.text.layers) == config["text_config"]["num_hidden_layers"] == 3
+    assert config["image_seq_length"] == model.cfg.tokens_per_image
     card = (out / "README.md").read_text()
     assert config["architectures"][0] in card
     assert "trust_remote_code" not in card
     assert "Plan fingerprint" in card
+    words = config["text_config"]["vocab_size"] - model.cfg.text.vocab_size
+    assert (f"The vocabulary has {words} more rows" in card) == (words > 0)
+    for key in ("model.embed_tokens", "lm_head"):
+        rows = Checkpoint(out)[f"language_model.{key}.weight"]
+        mean = np.mean(rows[: model.cfg.text.vocab_size], axis=0, keepdims=True)
+        np.testing.assert_allclose(rows[model.cfg.text.vocab_size :], np.repeat(mean, words, axis=0), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", TOWERS)

@@ -110,6 +110,30 @@ def test_sliding_window_equals_full_forwards():
     assert (np.asarray(forward(wide, ids)[0]) != np.asarray(forward(model, ids)[0])).any()
 
 
+def test_sliding_window_across_a_shared_prefix():
+    """Padding between the prefix and its rows takes no place in a window: 4 keys are seen, however far they are."""
+    text = TextConfig(
+        vocab_size=50, hidden_size=24, head_dim=6, norm_eps=1e-5, activation="silu",
+        layers=(LayerShape(4, 2, 20, window=4), LayerShape(4, 2, 20, window=6)), rotary_dim=6, max_positions=64,
+        rope=RopeConfig(500.0, "default"), tie_embeddings=True, qkv_bias=True, out_bias=True, mlp_bias=True,
+    )  # fmt: skip
+    cfg = ModelConfig("llama", "transformers", text)
+    model = Model(init_params(cfg, jax.random.key(0), jnp.float32), cfg)
+    draw = np.random.default_rng(1)
+    prefix, rest = draw.integers(0, 50, (2, 7)), draw.integers(0, 50, (4, 5))
+    prefix_mask, mask, rows = np.ones_like(prefix), np.ones_like(rest), np.array([0, 1, 1, 0])
+    prefix_mask[1, :2] = 0
+    mask[1, :3] = mask[2, 1:] = 0  # 3 empty slots behind the prefix; 4, once the row is moved to the right
+    shared = SharedPrefix(prefix, prefix_mask, rows)
+    tokens = generate(model, rest, attention_mask=mask, prefix=shared, max_new_tokens=6, eos_token_ids=())
+    for row, first in enumerate(rows):
+        whole = [*prefix[first][prefix_mask[first] == 1], *rest[row][mask[row] == 1]]
+        for token in tokens[row]:
+            ids = np.array([whole + [0] * (18 - len(whole))])  # padding behind all of it is never looked at
+            assert np.asarray(forward(model, ids)[0])[0, len(whole) - 1].argmax() == token
+            whole.append(int(token))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -183,6 +183,17 @@ def test_the_hubs_bunny_needs_no_vision_dir(goldens, tmp_path):
     assert count_params(cfg, "projector") == 9_507_840
 
 
+def test_what_an_internvl_chat_config_leaves_out(goldens, tmp_path):
+    """The defaults of the hub's InternVLChatConfig: the first pixel shuffle, all blocks, half the side."""
+    config = json.loads((goldens / "ckpt/internvl/config.json").read_text())
+    stated = ("ps_version", "select_layer", "downsample_ratio")
+    assert all(name in config for name in stated)
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in stated}))
+    _, cfg = read_config(tmp_path)
+    assert (cfg.projector.shuffle_version, cfg.projector.downsample) == ("v1", 2)
+    assert cfg.vision.n_layers == cfg.vision.n_layers_total
+
+
 def test_parameters_of_mini_internvl(goldens, tmp_path):
     config = json.loads((goldens / "ckpt/internvl/config.json").read_text())
     config["force_image_size"] = config["vision_config"]["image_size"] = 448

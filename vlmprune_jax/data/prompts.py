@@ -371,7 +371,8 @@ def _tokenize(prompt: str, record: Record, tokenizer: Any, template: Template) -
 
 def _turn_spans(record: Record, template: Template) -> tuple[list[tuple[int, int]], int]:
     """Return the character spans of the answers with their end marks, and the length of the prompt."""
-    has_image, turns = bool(record.images), record.turns
+    has_image = bool(record.images)
+    turns: Sequence[tuple[str, str]] = record.turns
     if has_image and template.image_lead:
         turns, template = _lead_with_image(turns), replace(template, image_lead=False)
     until = [
