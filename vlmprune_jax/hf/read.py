@@ -177,7 +177,7 @@ def _read_params(cfg: ModelConfig, slots: list[Slot], sources: Sources, dtype: n
             where = None if mesh is None else sharding(mesh, axes[path])
             slices = [(slice(None),) * len(shape)]
             if where is not None:
-                slices = list(where.addressable_devices_indices_map(shape).values())
+                slices = [index for index in where.addressable_devices_indices_map(shape).values() if index is not None]
             # Devices that hold the same slice share one buffer.
             blocks = {bounds: _aligned(bounds, dtype) for bounds in (_bounds(index, shape) for index in slices)}
             fill = functools.partial(_fill, sources=sources, blocks=blocks)
