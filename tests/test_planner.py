@@ -260,8 +260,9 @@ def test_a_search_doubles_rows_and_shrinks_the_slice(experiment_file, monkeypatc
             raise DoesNotFit(needed, int(case.slice.chip.hbm))
         return dataclasses.replace(real, case=case)
 
-    case = planning.Case(cases.config(), None, (0, 1), cases.settings(batch_size=64, remat="full"), "float32", (1, -1, 1), 12, 1,
-                         make_slice("v5e:4x4"))  # fmt: skip
+    config = cases.settings(batch_size=64, remat="full")
+    target = make_slice("v5e:4x4")
+    case = planning.Case(cases.config(), None, (0, 1), config, "float32", (1, -1, 1), LENGTH, 1, target)
     real = planning.Estimate(case, planning.Compiled(0, 0, {}, 1, 0.0), planning.StepFlops(1, 0, 0, 0))
     monkeypatch.setattr(planning, "estimate", fake)
     said = []

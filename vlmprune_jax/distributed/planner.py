@@ -18,8 +18,14 @@ from jax.experimental import topologies
 from vlmprune_jax.distributed.chips import CHIPS, Chip
 from vlmprune_jax.errors import UserError
 
-# libtpu asks the metadata server of Google Cloud where it runs, unless these say it.
-_ELSEWHERE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+# libtpu asks the metadata server of Google Cloud where it runs, unless the first three say it; and one process at a time
+# may use the chips, which a process that only compiles does not.
+_ELSEWHERE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,8 @@ def make_slice(name: str) -> Slice:
     except jax.errors.JaxRuntimeError as error:
         sizes = ", ".join(CHIPS[generation].slices)
         reason = str(error).splitlines()[0]
+        if "INVALID_ARGUMENT" not in reason:
+            raise UserError(f"libtpu, which compiles for {name}, does not start here: {reason}") from error
         raise UserError(f"topology {name!r} does not exist ({reason}): {generation} has {sizes}") from error
     return Slice(name, CHIPS[generation], tuple(devices))
 
