@@ -210,7 +210,8 @@ def experiment_file(tmp_path_factory):
 def test_a_small_step_compiles_for_tpus(experiment_file, tmp_path, capsys):
     saved = tmp_path / "plan.json"
     flags = [f"--config={experiment_file}", "--topology=v5e:2x2", "--records=80", f"--save={saved}"]
-    assert main(["plan", *flags]) == 0
+    with jax.default_matmul_precision("default"):  # the kernels do not compile for float32 products of bfloat16
+        assert main(["plan", *flags]) == 0
     said = capsys.readouterr().out
     assert "GiB free" in said
     assert "10 steps" in said

@@ -18,8 +18,8 @@ from jax.experimental import topologies
 from vlmprune_jax.distributed.chips import CHIPS, Chip
 from vlmprune_jax.errors import UserError
 
-# libtpu asks the metadata server of Google Cloud where it runs, unless the first three say it; and one process at a time
-# may use the chips, which a process that only compiles does not.
+# libtpu asks the metadata server of Google Cloud where it runs, unless the first three say it; the last lets it load
+# beside another one, since this one only compiles and uses no chips.
 _ELSEWHERE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
