@@ -98,8 +98,7 @@ def compile_for_tpu(program: Any, *arguments: Any) -> Compiled:
         sizes = _OUT_OF_MEMORY.search(str(error))
         if sizes is None:
             raise
-        needed, capacity = (float(sizes[i]) * _UNITS[sizes[i + 1]] for i in (1, 3))
-        raise DoesNotFit(int(needed), int(capacity)) from error
+        raise DoesNotFit(*(int(float(size) * _UNITS[unit]) for size, unit in _SIZE.findall(sizes[0]))) from error
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
     return Compiled(
@@ -112,8 +111,11 @@ def compile_for_tpu(program: Any, *arguments: Any) -> Compiled:
     )
 
 
-# "Used 17.25G of 15.75G hbm."
-_OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
+# "Used 17.25G of 15.75G hbm", or "... (18.00G) exceeds available HBM (15.75G)"
+_OUT_OF_MEMORY = re.compile(
+    r"Used [\d.]+[KMG] of [\d.]+[KMG] hbm|\([\d.]+[KMG]\) exceeds available HBM \([\d.]+[KMG]\)"
+)
+_SIZE = re.compile(r"([\d.]+)([KMG])")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
