@@ -27,6 +27,7 @@ SETTINGS = {
     },
     "mesh": {"fsdp": -1},
 }
+DATA = {"internvl": {"max_length": 4096, "max_tiles": 12, "thumbnail": True}}
 RANGES = {"attn_layers": (3, 31), "mlp_layers": (4, 30)}
 
 
@@ -49,7 +50,7 @@ def main() -> None:
             (Path(folder) / "config.json").write_text(json.dumps(MODELS[family]))
             changes = {
                 "model": {"hf_dir": folder, "dtype": "bfloat16"},
-                "data": {"max_length": 4096 if family == "internvl" else 1024},
+                "data": DATA.get(family, {"max_length": 1024}),
                 "prune": {"method": method, "ratio": ratio, **(RANGES if method == "width" else {})},
             }
             experiment = override(Experiment(), {**SETTINGS, **changes})

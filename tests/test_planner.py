@@ -210,7 +210,8 @@ def experiment_file(tmp_path_factory):
 def test_a_small_step_compiles_for_tpus(experiment_file, tmp_path, capsys):
     saved = tmp_path / "plan.json"
     flags = [f"--config={experiment_file}", "--topology=v5e:2x2", "--records=80", f"--save={saved}"]
-    assert main(["plan", *flags]) == 0
+    with jax.default_matmul_precision("default"):  # the kernels do not compile for float32 products of bfloat16
+        assert main(["plan", *flags]) == 0
     said = capsys.readouterr().out
     assert "GiB free" in said
     assert "10 steps" in said
@@ -224,13 +225,16 @@ def test_a_small_step_compiles_for_tpus(experiment_file, tmp_path, capsys):
     assert told["hours"] == pytest.approx(10 * told["seconds"]["step"] / 3600)
 
 
-def test_a_program_that_does_not_fit_says_by_how_much():
-    target = make_slice("v5e:2x2")
+@pytest.mark.parametrize(("topology", "size"), [("v5e:2x2", 9), ("v5p:2x2x1", 50), ("v6e:2x2", 17)])
+def test_a_program_that_does_not_fit_says_by_how_much(topology, size):
+    """Argument and result of `size` GiB each; the compiler knows what a program may take of the chip's memory."""
+    target = make_slice(topology)
     mesh = make_mesh(1, 4, 1, devices=target.devices)
-    huge = jax.ShapeDtypeStruct((9 * 2**18, 2**10), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
-    with pytest.raises(DoesNotFit, match=r"needs 1[89]\.\d\d GiB of HBM per chip, [23]\.\d\d too many") as caught:
-        compile_for_tpu(jax.jit(lambda x: x + 1), huge)
-    assert caught.value.capacity == target.chip.hbm
+    array = jax.ShapeDtypeStruct((size * 2**18, 2**10), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    with pytest.raises(DoesNotFit, match=r"needs \d+\.\d\d GiB of HBM per chip, \d\.\d\d too many") as caught:
+        compile_for_tpu(jax.jit(lambda x: x + 1), array)
+    assert caught.value.needed == pytest.approx(2 * size * 2**30, rel=0.05)
+    assert caught.value.capacity == pytest.approx(target.chip.hbm, rel=1e-3)
 
 
 def test_what_to_do_about_a_step_that_does_not_fit(experiment_file, monkeypatch, capsys):
@@ -248,7 +252,7 @@ def test_what_to_do_about_a_step_that_does_not_fit(experiment_file, monkeypatch,
 
 
 def test_a_search_doubles_rows_and_shrinks_the_slice(experiment_file, monkeypatch):
-    """With 1 GiB per row and 8 GiB of arguments over the chips: remat none fits, 15 rows a chip, down to one host."""
+    """With 8 GiB of arguments over the chips, and 1 GiB a row, 2 without remat."""
 
     def fake(case):
         rows = case.config.batch_size // case.config.accumulation / len(case.slice.devices)
@@ -257,8 +261,9 @@ def test_a_search_doubles_rows_and_shrinks_the_slice(experiment_file, monkeypatc
             raise DoesNotFit(needed, int(case.slice.chip.hbm))
         return dataclasses.replace(real, case=case)
 
-    case = planning.Case(cases.config(), None, (0, 1), cases.settings(batch_size=64), "float32", (1, -1, 1), 12, 1,
-                         make_slice("v5e:4x4"))  # fmt: skip
+    config = cases.settings(batch_size=64, remat="full")
+    target = make_slice("v5e:4x4")
+    case = planning.Case(cases.config(), None, (0, 1), config, "float32", (1, -1, 1), LENGTH, 1, target)
     real = planning.Estimate(case, planning.Compiled(0, 0, {}, 1, 0.0), planning.StepFlops(1, 0, 0, 0))
     monkeypatch.setattr(planning, "estimate", fake)
     said = []

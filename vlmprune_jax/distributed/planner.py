@@ -18,8 +18,14 @@ from jax.experimental import topologies
 from vlmprune_jax.distributed.chips import CHIPS, Chip
 from vlmprune_jax.errors import UserError
 
-# libtpu asks the metadata server of Google Cloud where it runs, unless these say it.
-_ELSEWHERE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+# libtpu asks the metadata server of Google Cloud where it runs, unless the first three say it; the last lets it load
+# beside another one, since this one only compiles and uses no chips.
+_ELSEWHERE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,8 @@ def make_slice(name: str) -> Slice:
     except jax.errors.JaxRuntimeError as error:
         sizes = ", ".join(CHIPS[generation].slices)
         reason = str(error).splitlines()[0]
+        if "INVALID_ARGUMENT" not in reason:
+            raise UserError(f"libtpu, which compiles for {name}, does not start here: {reason}") from error
         raise UserError(f"topology {name!r} does not exist ({reason}): {generation} has {sizes}") from error
     return Slice(name, CHIPS[generation], tuple(devices))
 
@@ -90,8 +98,7 @@ def compile_for_tpu(program: Any, *arguments: Any) -> Compiled:
         sizes = _OUT_OF_MEMORY.search(str(error))
         if sizes is None:
             raise
-        needed, capacity = (float(sizes[i]) * _UNITS[sizes[i + 1]] for i in (1, 3))
-        raise DoesNotFit(int(needed), int(capacity)) from error
+        raise DoesNotFit(*(int(float(size) * _UNITS[unit]) for size, unit in _SIZE.findall(sizes[0]))) from error
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
     return Compiled(
@@ -104,8 +111,11 @@ def compile_for_tpu(program: Any, *arguments: Any) -> Compiled:
     )
 
 
-# "Used 17.25G of 15.75G hbm."
-_OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
+# "Used 17.25G of 15.75G hbm", or "... (18.00G) exceeds available HBM (15.75G)"
+_OUT_OF_MEMORY = re.compile(
+    r"Used [\d.]+[KMG] of [\d.]+[KMG] hbm|\([\d.]+[KMG]\) exceeds available HBM \([\d.]+[KMG]\)"
+)
+_SIZE = re.compile(r"([\d.]+)([KMG])")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 

@@ -87,21 +87,27 @@ class Projection(nnx.Module):
     def __init__(self, sizes: Mapping[str, int], out: Axes, into: Axes, *, bias: bool, lora: LoraConfig | None = None):
         self.weight = declare(sizes, out + into)
         self.n_out, self.n_in = len(out), len(into)
+        self.inputs = tuple(sizes[axis] for axis in into)
         self.bias = declare(sizes, out) if bias else None
         self.lora = lora
         if lora is not None:
             ranked = {**sizes, "rank": lora.rank}
             self.lora_a, self.lora_b = declare(ranked, ("rank", *into)), declare(ranked, (*out, "rank"))
 
-    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+    @property
+    def dropout(self) -> float:
+        """Share of its inputs that the adapter drops in training."""
+        return 0.0 if self.lora is None else self.lora.dropout
+
+    def __call__(self, x: jax.Array, stays: jax.Array | None = None) -> jax.Array:
+        """`stays`: bool mask of the inputs that adapter dropout leaves, or None."""
         y = _contract(x, self.weight.get_value(), self.n_in)
         if self.bias is not None:
             y = y + _broadcast(self.bias.get_value(), y.ndim)
         if self.lora is None:
             return y
-        if dropout_key is not None and self.lora.dropout > 0:
-            keep = jax.lax.optimization_barrier(jax.random.bernoulli(dropout_key, 1 - self.lora.dropout, x.shape))
-            x = jnp.where(keep, x / (1 - self.lora.dropout), jnp.zeros_like(x))
+        if stays is not None:
+            x = jnp.where(stays, x / (1 - self.lora.dropout), jnp.zeros_like(x))
         low = _contract(x, self.lora_a.get_value(), self.n_in)
         return y + _contract(low, self.lora_b.get_value(), 1) * (self.lora.alpha / self.lora.rank)
 

@@ -112,7 +112,8 @@ def make_case(experiment: Experiment, folder: Path | None, topology: str) -> Cas
     model = experiment.model
     hf_dir, tower = teacher_folder(experiment), None if model.vision_dir is None else Path(model.vision_dir)
     _, cfg = read_config(hf_dir, tower)
-    plan = PrunePlan.from_json(folder / "plan.json") if _has_plan(folder) else predict_plan(experiment, cfg)
+    made = None if folder is None else folder / "plan.json"
+    plan = predict_plan(experiment, cfg) if made is None or not made.is_file() else PrunePlan.from_json(made)
     config = recover_config(experiment.recover)
     if experiment.data.max_length is None:
         raise UserError("data.max_length is not set: planning needs the tokens per row (--config.data.max_length=2048)")
@@ -127,10 +128,6 @@ def make_case(experiment: Experiment, folder: Path | None, topology: str) -> Cas
         slots=_image_slots(experiment, cfg, hf_dir),
         slice=target,
     )
-
-
-def _has_plan(folder: Path | None) -> bool:
-    return folder is not None and (folder / "plan.json").is_file()
 
 
 def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
@@ -207,6 +204,7 @@ def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
     student = leaves(program.cfg, case.dtype)
     frozen = {path: leaf for path, leaf in student.items() if path not in program.groups}
     trained = {path: leaf for path, leaf in student.items() if path in program.groups}
+    assert program.shardings is not None  # there is a mesh
     state = abstract_state(trained, program.optimizer, program.shardings)
     teacher = None
     if program.teacher is not None:
