@@ -13,6 +13,7 @@ from vlmprune_jax.config import LayerShape, LoraConfig, TextConfig, runs
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.layers import (
+    KEPT,
     Axes,
     LayerNorm,
     Projection,
@@ -28,7 +29,7 @@ STREAM = ("batch", "sequence", None)
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(KEPT),
 }
 
 # (keys, values) of one run: [layer, batch, slots, kv_heads, head] each.

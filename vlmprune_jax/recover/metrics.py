@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
 from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.errors import UserError
@@ -34,6 +33,8 @@ class Recorder:
         self._steady: float | None = None
         self._file = self._board = None
         if folder is not None and is_main_process():
+            from tensorboardX import SummaryWriter  # imports torch where it is installed: 2 s and 0.2 GiB
+
             folder.mkdir(parents=True, exist_ok=True)
             kept = _lines_until(folder / METRICS_FILE, first)
             self.last = kept[-1] if kept else {}
