@@ -40,7 +40,11 @@ ENVIRONMENT = {
 REMOVED = 8  # of 30 layers
 RANK, ALPHA, DROPOUT = 128, 256.0, 0.05
 LEARNING_RATE, CLIP_NORM = 1e-4, 1.0
-CHECKED_STEPS, TOLERANCE = 3, {"float32": 1e-4, "bfloat16": 0.05}
+CHECKED_STEPS = 3
+TOLERANCES = {
+    "float32": {"loss": 1e-4, "ce": 1e-4, "l2": 1e-4, "grad_norm": 1e-3},
+    "bfloat16": {"loss": 0.05, "ce": 0.05, "l2": 0.05},
+}
 TINY = {
     "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 10, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 12, "vocab_size": 160, "max_position_embeddings": 128,
@@ -241,10 +245,10 @@ def own(args: argparse.Namespace, name: str) -> list[str]:
 
 
 def check_equal(args: argparse.Namespace) -> None:
-    """Both sides compute the same: losses and gradient norms of the first steps without dropout.
+    """Both sides compute the same losses and gradient norms in their first steps without dropout.
 
-    Losses after a step tell gradients apart better than norms do: those of the first step differ by 1e-4, all losses by
-    3e-6 (relative).
+    Losses after a step tell gradients apart better than norms do: in float32 all losses differ by 3e-6 (relative), the
+    norms of the first step by 1e-4. In bfloat16 the norms of either side are several times off those of float32.
     """
     found = {}
     for name in SIDES:
@@ -252,9 +256,9 @@ def check_equal(args: argparse.Namespace) -> None:
         for _ in range(CHECKED_STEPS - 1):
             side.step()
         found[name] = side.close()
-    for key, slack in (("loss", 1), ("ce", 1), ("l2", 1), ("grad_norm", 10)):
+    for key, tolerance in TOLERANCES[args.dtype].items():
         ours, theirs = ([line[key] for line in found[name]] for name in SIDES)
-        np.testing.assert_allclose(ours, theirs, rtol=slack * TOLERANCE[args.dtype], err_msg=key)
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance, err_msg=key)
 
 
 def summaries(args: argparse.Namespace, lines: dict[str, list[dict[str, float]]]) -> Iterator[dict[str, Any]]:

@@ -15,11 +15,11 @@ import transformers
 
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.models.params import flatten
-from vlmprune_jax.models.vlm import forward
-from vlmprune_jax.recover import LossConfig, merge_lora, recover
+from vlmprune_jax.models.params import flatten, unflatten
+from vlmprune_jax.models.vlm import encode, forward
+from vlmprune_jax.recover import LossConfig, add_lora, merge_lora, recover
 from vlmprune_jax.recover.step import OptimizerConfig, init_state, make_optimizer, make_schedule, state_shardings
-from vlmprune_jax.recover.trainable import assign_groups
+from vlmprune_jax.recover.trainable import assign_groups, partition
 
 CFG = cases.config()
 QUIET = {"progress": False}
@@ -175,9 +175,44 @@ def test_a_bfloat16_model_is_returned_in_bfloat16():
     assert all(path.startswith("projector/") for path in moved)
 
 
-def test_rematerialisation_changes_nothing(trained_whole):
-    trained, _ = train(cases.settings(remat="full"))
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_rematerialisation_changes_nothing(trained_whole, remat):
+    trained, _ = train(cases.settings(remat=remat))
     assert cases.largest_difference(trained_whole[0], trained) < 1e-5
+
+
+def test_dots_halves_the_memory_and_draws_dropout_once():
+    model = add_lora(cases.model(CFG), dataclasses.replace(cases.LORA, dropout=0.3), jax.random.key(0))
+    trained, frozen = partition(flatten(model.params), "lora")
+    ids = jnp.ones((4, 40), jnp.int32)
+
+    def gradient(remat):
+        def total(some):
+            params = unflatten({**frozen, **some})
+            final, _ = encode(params, model.cfg, ids, remat=remat, dropout_key=jax.random.key(1))
+            return jnp.sum(final * final)
+
+        jitted = jax.jit(jax.grad(total))
+        drawn = _count("random_bits", jax.make_jaxpr(jitted)(trained).jaxpr)
+        return jitted(trained), drawn, jitted.lower(trained).compile().memory_analysis().temp_size_in_bytes
+
+    (exact, drawn, whole), (same, drawn_dots, dots), (_, drawn_full, _) = map(gradient, ("none", "dots", "full"))
+    for path, grad in exact.items():
+        np.testing.assert_allclose(same[path], grad, atol=1e-5 * np.abs(grad).max(), err_msg=path)
+    assert 0 < drawn == drawn_dots < drawn_full
+    assert dots < 0.6 * whole
+
+
+def _count(primitive, jaxpr) -> int:
+    """How many equations of a primitive there are, inner jaxprs included."""
+    found = 0
+    for equation in jaxpr.eqns:
+        found += equation.primitive.name == primitive
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                found += _count(primitive, inner) if hasattr(inner, "eqns") else 0
+    return found
 
 
 def _optimizer(**changes) -> OptimizerConfig:

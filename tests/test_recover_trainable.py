@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import recover_cases as cases
+from flax import nnx
 
 from vlmprune_jax.config import LoraConfig
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.layers import Projection
 from vlmprune_jax.models.params import flatten, param_axes, param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, encode
 from vlmprune_jax.recover import add_lora, merge_lora
@@ -110,6 +113,32 @@ def test_merged_adapters_give_the_same_states():
     one, two, plain = (encode(m.params, m.cfg, ids)[0] for m in (adapted, merged, cases.model(CFG)))
     np.testing.assert_allclose(one, two, atol=1e-5)
     assert np.abs(one - plain).max() > 0.05  # the adapters do something
+
+
+HEADS = ("q_heads", "head")
+
+
+@pytest.mark.parametrize(("out", "into"), [(HEADS, ("embed",)), (("embed",), HEADS)])
+def test_adapter_gradients_are_those_of_the_formula(out, into):
+    """y = W x + alpha / rank * B A x, with outputs and inputs of one axis and of two."""
+    sizes, rank, draw = {"q_heads": 3, "head": 5, "embed": 7}, cases.LORA.rank, np.random.default_rng(0)
+    graph, state = nnx.split(Projection(sizes, out, into, bias=False, lora=cases.LORA))
+    left, right = ([sizes[axis] for axis in axes] for axes in (out, into))
+    shapes = ([2, 4, *right], [*left, *right], [rank, *right], [*left, rank])
+    arrays = [jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in shapes]
+
+    def run(x, weight, a, b):
+        filled = jax.tree.map(lambda leaf: leaf, state)
+        nnx.replace_by_pure_dict(filled, {"weight": weight, "lora_a": a, "lora_b": b})
+        return jnp.sum(jnp.sin(nnx.merge(graph, filled)(x)))
+
+    def formula(x, weight, a, b):
+        n_in, n_out = math.prod(right), math.prod(left)
+        merged = weight.reshape(n_out, n_in) + cases.LORA.alpha / rank * b.reshape(n_out, rank) @ a.reshape(rank, n_in)
+        return jnp.sum(jnp.sin(x.reshape(-1, n_in) @ merged.T))
+
+    for ours, expected in zip(*(jax.grad(f, argnums=(0, 1, 2, 3))(*arrays) for f in (run, formula)), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
 def _with_random_b(model: Model) -> Model:

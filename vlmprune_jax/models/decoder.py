@@ -15,13 +15,24 @@ from vlmprune_jax.config import LayerShape, LoraConfig, TextConfig, runs
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.attention import attention_mask, for_tpu, splash_attention, windowed, xla_attention
-from vlmprune_jax.models.layers import Axes, LayerNorm, Projection, RMSNorm, activation, declare, rope_tables, rotate
+from vlmprune_jax.models.layers import (
+    KEPT,
+    Axes,
+    LayerNorm,
+    Projection,
+    RMSNorm,
+    activation,
+    declare,
+    kept,
+    rope_tables,
+    rotate,
+)
 
 STREAM = ("batch", "sequence", None)
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(KEPT),
 }
 
 # (keys, values) of one run: [layer, batch, slots, kv_heads, head] each.
@@ -308,7 +319,7 @@ def _draw(key: jax.Array | None, x: jax.Array, projections: Sequence[Projection]
     if key is None or not any(sizes):
         return [None] * len(projections)
     rate = max(one.dropout for one in projections)
-    drawn = jax.lax.optimization_barrier(jax.random.bernoulli(key, 1 - rate, (*x.shape[:2], sum(sizes))))
+    drawn = kept(jax.lax.optimization_barrier(jax.random.bernoulli(key, 1 - rate, (*x.shape[:2], sum(sizes)))))
     parts = jnp.split(constrain(drawn, STREAM), np.cumsum(sizes)[:-1].tolist(), axis=-1)
     return [
         part.reshape(*x.shape[:2], *one.inputs) if size else None

@@ -64,6 +64,7 @@ class RecoverConfig:
 
     `trainable`: "projector", "lora", "decoder", "all", or rules (see `trainable.assign_groups`). `batch_size` is global
     and counts rows per optimizer step; `accumulation` splits it into micro-batches. Give `steps` or `epochs`.
+    `remat`: what the backward pass computes again, "none", all but matrix products ("dots"), or "full" blocks.
     `save_every` 0 saves only at the end. `merge_lora`: the returned model has its adapters merged.
     """
 
@@ -84,7 +85,7 @@ class RecoverConfig:
     epochs: float | None = None
     accumulation: int = 1
     compute_dtype: str = "bfloat16"
-    remat: str = "none"
+    remat: str = "dots"
     seed: int = 42
     merge_lora: bool = True
     save_every: int = 0

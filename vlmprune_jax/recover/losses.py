@@ -287,10 +287,11 @@ def vocabulary_sums(
 def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """float32[...] negative log-probability of int[...] targets, 0 where ignored.
 
-    The target is picked with a mask instead of a gather, so that a vocabulary split over devices stays split.
+    The target is picked with a mask instead of a gather, so that a vocabulary split over devices stays split; times the
+    mask, not by a select, whose zeros XLA would keep in memory as an array of the logits' size.
     """
     hit = jnp.arange(logits.shape[-1]).reshape((1,) * targets.ndim + (-1,)) == targets[..., None]
-    picked = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+    picked = jnp.sum(logits * hit.astype(logits.dtype), axis=-1)
     return jnp.where(targets == IGNORED, 0.0, jax.nn.logsumexp(logits, axis=-1) - picked)
 
 

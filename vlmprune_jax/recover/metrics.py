@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
 from vlmprune_jax.distributed.chips import peak_flops
 from vlmprune_jax.distributed.mesh import from_all, is_main_process
@@ -53,6 +52,8 @@ class Recorder:
         if self._skipped_file is not None and self._skipped_file.exists():
             self._skipped = len(_keep_until(self._skipped_file, first))
         if folder is not None and is_main_process():
+            from tensorboardX import SummaryWriter  # imports torch where it is installed: 2 s and 0.2 GiB
+
             folder.mkdir(parents=True, exist_ok=True)
             kept = _keep_until(folder / METRICS_FILE, first)
             self.last = kept[-1] if kept else {}

@@ -162,7 +162,7 @@ class RecoverSpec:
     eps: float = 1e-8
     clip_norm: float | None = 1.0
     compute_dtype: str = "float32"
-    remat: str = "none"
+    remat: str = "dots"
     lora: LoraSpec = field(default_factory=LoraSpec)
     save_adapter: bool = False
     losses: LossSpec = field(default_factory=LossSpec)
