@@ -113,8 +113,8 @@ class Pair:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        # Restarts should be quick: LLVM does not optimise, and process 0 finds its compiled functions (JAX keeps those of
-        # no other). Only the first run writes them: a process that is killed at it would leave half of one.
+        # Restarts should be quick: LLVM does not optimise, and process 0 finds its compiled functions (JAX keeps no
+        # other's). Only the first run writes them: a process that is killed at it would leave half of one.
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
