@@ -113,8 +113,8 @@ class Pair:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        # Restarts should be quick: LLVM does not optimise, and process 0 finds its compiled functions (JAX keeps those
-        # of no other). Only the first run writes them: a process that is killed at it would leave half of one.
+        # Restarts should be quick: LLVM does not optimise, and process 0 finds its compiled functions (JAX keeps no
+        # other's). Only the first run writes them: a process that is killed at it would leave half of one.
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
@@ -180,23 +180,19 @@ def being_written(workdir: Path) -> list[str]:
     return sorted(path.name for pattern in patterns for path in workdir.glob(pattern))
 
 
-def moments(draw: random.Random, seconds: float) -> tuple[str, Callable[[Path], bool], float]:
+Come = Callable[[int, set[str]], bool]  # (steps since the start, what was begun since then) -> whether to kill
+
+
+def moment(draw: random.Random, seconds: float) -> tuple[str, Come, float]:
     """(phase, whether it has come, seconds to wait then), drawn at random."""
     phase = draw.choice(("step", "step", "save", "save", "export", "journal", "any"))
-    if phase == "any":
-        return phase, lambda workdir: True, draw.uniform(0, seconds / 2)  # a warm run is faster
-    if phase == "step":
-        wanted = draw.randrange(1, STEPS)
-        return phase, lambda workdir: finished_step(workdir) >= wanted, draw.uniform(0, 0.3)
-    mark = {"save": ".orbax-checkpoint-tmp", "export": ".partial-", "journal": ".journal"}[phase]
-    found: set[str] = set()
     count = draw.randrange(1, 3)
-
-    def come(workdir: Path) -> bool:
-        found.update(name for name in being_written(workdir) if mark in name)
-        return len(found) >= count
-
-    return phase, come, draw.uniform(0, 0.05)
+    if phase == "any":
+        return phase, lambda steps, begun: True, draw.uniform(0, seconds / 2)  # a warm run is faster
+    if phase == "step":
+        return phase, lambda steps, begun: steps >= count, draw.uniform(0, 0.5)
+    mark = {"save": ".orbax-checkpoint-tmp", "export": ".partial-", "journal": ".journal"}[phase]
+    return phase, lambda steps, begun: sum(mark in name for name in begun) >= count, draw.uniform(0, 0.05)
 
 
 def results(workdir: Path) -> dict[str, Any]:
@@ -219,16 +215,18 @@ def differing(workdir: Path, expected: dict[str, Any]) -> list[str]:
     return names + being_written(workdir)
 
 
-def killed_once(pair: Pair, workdir: Path, come: Callable[[Path], bool], delay: float) -> bool:
+def killed_once(pair: Pair, workdir: Path, come: Come, delay: float) -> bool:
     """Wait for the moment and kill both; False if the run ended before."""
-    while not come(workdir):
+    first, left, begun = finished_step(workdir), set(being_written(workdir)), set[str]()
+    until = None
+    while until is None or time.monotonic() < until:
         if not pair.running():
             return False
-        time.sleep(0.002)
-    until = time.monotonic() + delay
-    while time.monotonic() < until:
-        if not pair.running():
-            return False
+        now = set(being_written(workdir))
+        left &= now  # of an earlier kill, until it is cleared away
+        begun |= now - left
+        if until is None and come(finished_step(workdir) - first, begun):
+            until = time.monotonic() + delay
         time.sleep(0.002)
     pair.kill(0, 1)
     return True
@@ -242,7 +240,7 @@ def kill_both(root: Path, kills: int, seed: int, seconds: float, expected: dict[
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     workdir, pending = root / f"seed-{seed}-run-0", None
     while True:
-        pending = pending or (moments(draw, seconds) if done < kills else None)
+        pending = pending or (moment(draw, seconds) if done < kills else None)
         pair = Pair(root, workdir, fill_cache=False)
         if pending is not None and killed_once(pair, workdir, *pending[1:]):
             done += 1
