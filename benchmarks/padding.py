@@ -19,8 +19,9 @@ import numpy as np
 from vlmprune_jax.data import grouping
 from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.measure import measure
-from vlmprune_jax.data.prompts import TEMPLATES, load_tokenizer
+from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record
+from vlmprune_jax.data.templates import TEMPLATES
 
 RECORDS, BATCH, LONGEST, IMAGE = 665_298, 128, 2048, 576
 BUCKETS = (768, 1024, 1536, 2048)

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from vlmprune_jax.families import detect
 from vlmprune_jax.hf.files import Checkpoint
 from vlmprune_jax.hf.layout import make_slots
-from vlmprune_jax.models.params import count_params
+from vlmprune_jax.models.params import count_params, flatten
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import KeptLayer, PrunePlan, apply_plan, fingerprint
 
@@ -194,3 +194,11 @@ def mean_loss(logits: np.ndarray, labels: np.ndarray) -> float:
     picked = np.take_along_axis(logits, np.maximum(labels, 0)[..., None], axis=-1)[..., 0]
     used = labels != -100
     return float((norm - picked)[used].mean())
+
+
+def assert_equal(first, second):
+    a, b = flatten(first.params), flatten(second.params)
+    assert set(a) == set(b)
+    for path in a:
+        assert a[path].dtype == b[path].dtype, path
+        np.testing.assert_array_equal(np.asarray(a[path]), np.asarray(b[path]), err_msg=path)

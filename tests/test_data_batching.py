@@ -11,8 +11,9 @@ from vlmprune_jax.data.batching import Batch, generation_batches, train_batches
 from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.images import augment_flip_shift, load_image_processor
 from vlmprune_jax.data.measure import measure
-from vlmprune_jax.data.prompts import IGNORE, TEMPLATES, load_tokenizer
+from vlmprune_jax.data.prompts import IGNORE, load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
+from vlmprune_jax.data.templates import TEMPLATES
 from vlmprune_jax.errors import UserError
 
 TRAIN: dict[str, Any] = {

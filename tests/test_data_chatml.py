@@ -11,16 +11,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from vlm_cases import internvl_chat_config, make_vlm_folder
 
-from vlmprune_jax.data.prompts import (
-    IGNORE,
-    TEMPLATES,
-    choose_template,
-    load_tokenizer,
-    render,
-    tokenize_prompt,
-    tokenize_training,
-)
+from vlmprune_jax.data.prompts import IGNORE, load_tokenizer, render, tokenize_prompt, tokenize_training
 from vlmprune_jax.data.records import Record
+from vlmprune_jax.data.templates import TEMPLATES, choose_template
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.hf.processor import chat_template
 from vlmprune_jax.hf.read import load

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmprune_jax.data.prompts import IGNORE, TEMPLATES, load_tokenizer, tokenize_prompt, tokenize_training
+from vlmprune_jax.data.prompts import IGNORE, load_tokenizer, tokenize_prompt, tokenize_training
 from vlmprune_jax.data.records import Record, read_records
+from vlmprune_jax.data.templates import TEMPLATES
 from vlmprune_jax.demo.easyvqa import (
     CAPTION_PROMPT,
     caption_records,

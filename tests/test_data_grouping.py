@@ -15,8 +15,9 @@ from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.grouping import MEGABATCH, grouped_order
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.measure import measure
-from vlmprune_jax.data.prompts import TEMPLATES, load_tokenizer
+from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
+from vlmprune_jax.data.templates import TEMPLATES
 from vlmprune_jax.errors import UserError
 
 TRAIN: dict[str, Any] = {

@@ -13,9 +13,6 @@ from hypothesis import strategies as st
 
 from vlmprune_jax.data.prompts import (
     IGNORE,
-    TEMPLATES,
-    Template,
-    choose_template,
     load_tokenizer,
     move_images_first,
     render,
@@ -23,6 +20,7 @@ from vlmprune_jax.data.prompts import (
     tokenize_training,
 )
 from vlmprune_jax.data.records import Record, read_records
+from vlmprune_jax.data.templates import TEMPLATES, Template, choose_template
 from vlmprune_jax.errors import UserError
 
 LLAVA = TEMPLATES["llava_v1"]

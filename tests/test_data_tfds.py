@@ -127,7 +127,7 @@ def test_what_is_not_such_a_folder_is_refused(source, tmp_path):
 
 
 def test_the_command_writes_what_a_config_reads(source, tmp_path, capsys):
-    from vlmprune_jax.data.prompts import TEMPLATES
+    from vlmprune_jax.data.templates import TEMPLATES
     from vlmprune_jax.stages.inputs import training_records
     from vlmprune_jax.stages.spec import DataSpec
 

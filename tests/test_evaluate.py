@@ -12,8 +12,9 @@ from prune_cases import config, model, on_mesh
 from vlmprune_jax.data.batching import generation_batches
 from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.images import load_image_processor
-from vlmprune_jax.data.prompts import TEMPLATES, load_tokenizer
+from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record
+from vlmprune_jax.data.templates import TEMPLATES
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluate.questions import plan_questions
 from vlmprune_jax.evaluate.runner import evaluate, perplexity

@@ -9,8 +9,9 @@ import pytest
 from vlmprune_jax.data.batching import generation_batches, train_batches
 from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.images import ImageLoader
-from vlmprune_jax.data.prompts import TEMPLATES, load_tokenizer
+from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record
+from vlmprune_jax.data.templates import TEMPLATES
 from vlmprune_jax.data.tiling import IMAGENET_MEAN, IMAGENET_STD, Tiling
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluate.questions import plan_questions

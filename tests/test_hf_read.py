@@ -9,21 +9,12 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from hf_cases import LLAMA, LLAVA, copy_golden, edit_config, edit_weights, make_folder
+from hf_cases import LLAMA, LLAVA, assert_equal, copy_golden, edit_config, edit_weights, make_folder
 from safetensors.numpy import load_file, save_file
 
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.hf.read import load
-from vlmprune_jax.models.params import flatten
-
-
-def assert_equal(first, second):
-    a, b = flatten(first.params), flatten(second.params)
-    assert set(a) == set(b)
-    for path in a:
-        assert a[path].dtype == b[path].dtype, path
-        np.testing.assert_array_equal(np.asarray(a[path]), np.asarray(b[path]), err_msg=path)
 
 
 def refused(folder, *parts, **options):
@@ -150,18 +141,6 @@ def test_every_device_reads_its_own_slice(tmp_path, sizes):
     assert_equal(model, expected)
     up = model.params["text"]["layers"]["0"]["mlp"]["up_proj"]["weight"]
     assert {shard.data.shape for shard in up.addressable_shards} == {(4, 56 // sizes[2], 48 // sizes[1])}
-
-
-@pytest.mark.parametrize(
-    ("checkpoint", "tower"), [("internvl", None), ("bunny", "siglip_tower"), ("llava_orig_bin", "clip_tower")]
-)
-def test_pieces_of_any_size_make_the_same_arrays(goldens, monkeypatch, checkpoint, tower):
-    """Fused tensors (internvl), a tower in files of its own (bunny), torch's archives; pieces that end anywhere."""
-    folder, options = goldens / "ckpt" / checkpoint, {"vision_dir": goldens / "ckpt" / tower} if tower else {}
-    expected = load(folder, **options)
-    monkeypatch.setattr("vlmprune_jax.hf.read._PIECE", 100)
-    assert_equal(expected, load(folder, **options))
-    assert_equal(expected, load(folder, **options, mesh=make_mesh(2, 4, 1)))
 
 
 def test_a_mesh_that_does_not_divide_is_refused_before_reading(llama):

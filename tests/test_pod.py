@@ -1,8 +1,7 @@
-"""Several processes as one run: how they find each other, compute what one does, and stop and continue together."""
+"""Several processes as one run: they compute what one does, and stop and continue together."""
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
 import re
@@ -10,17 +9,13 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import grain
-import jax
 import numpy as np
 import pytest
 
-from vlmprune_jax.distributed import mesh
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.prune import make_plan, prune_folder, score
@@ -52,136 +47,6 @@ def get_config():
     config.mesh.fsdp = 2
     return config
 """
-
-
-@pytest.fixture
-def joined(monkeypatch):
-    """What jax.distributed.initialize is called with; nothing in the environment names other processes."""
-    calls = []
-    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **timeouts: calls.append(args))
-    for name in (*mesh.VARIABLES, "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "MEGASCALE_COORDINATOR_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
-    return calls
-
-
-@pytest.fixture
-def tpu_vm(monkeypatch):
-    """Callable (status, text): this machine has libtpu, and a metadata server that answers so."""
-    answers, seen = [], []
-
-    class Metadata(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            seen.append((self.path, self.headers["Metadata-Flavor"]))
-            status, text = answers[-1]
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(text.encode())
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.HTTPServer(("127.0.0.1", 0), Metadata)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
-    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
-    monkeypatch.setattr(mesh.importlib.util, "find_spec", lambda name: name == "libtpu")
-    yield lambda status, text: (answers.append((status, text)), seen)[1]
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def test_alone_nothing_is_joined(joined):
-    mesh.initialize(None, None, None)
-    assert joined == []
-
-
-def test_named_processes_are_joined(joined, monkeypatch):
-    mesh.initialize("host:1234", 4, 0)
-    monkeypatch.setenv("VLMPRUNE_COORDINATOR", "other:99")
-    monkeypatch.setenv("VLMPRUNE_NUM_PROCESSES", "2")
-    monkeypatch.setenv("VLMPRUNE_PROCESS_ID", "1")
-    mesh.initialize(None, None, None)
-    mesh.initialize(None, None, 0)
-    assert joined == [("host:1234", 4, 0), ("other:99", 2, 1), ("other:99", 2, 0)]
-    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    mesh.initialize("host:1234", 4, 0)
-    assert len(joined) == 3
-
-
-@pytest.mark.parametrize(
-    ("place", "message"),
-    [
-        (("host:1", 2, None), "several processes need all of --coordinator=HOST:PORT"),
-        ((None, None, 0), "got None, None, 0"),
-        (("host", 2, 0), "coordinator 'host' must be HOST:PORT"),
-        (("host:port", 2, 0), "coordinator 'host:port' must be HOST:PORT"),
-        (("host:1", 2, 2), "process 2 of 2: process_id must be between 0 and num_processes - 1"),
-        (("host:1", 2, -1), "process -1 of 2"),
-    ],
-)
-def test_impossible_places_are_refused(joined, place, message):
-    with pytest.raises(UserError, match=message):
-        mesh.initialize(*place)
-    assert joined == []
-
-
-def test_failing_to_join_names_the_place(joined, monkeypatch):
-    def fails(*args, **timeouts):
-        raise RuntimeError("DEADLINE_EXCEEDED:\n barrier timed out")
-
-    monkeypatch.setattr(jax.distributed, "initialize", fails)
-    with pytest.raises(UserError, match=r"process 1 of 2 at host:1: could not join .*DEADLINE_EXCEEDED: barrier timed"):
-        mesh.initialize("host:1", 2, 1)
-
-
-@pytest.mark.parametrize(
-    ("status", "text", "expected"),
-    [
-        (200, "a:1:10.0.0.1,b:2:10.0.0.2", [()]),  # the workers of a slice of several hosts
-        (200, "a:1:10.0.0.1", []),  # one host
-        (404, "", []),  # a machine of Google Cloud without TPUs that has libtpu to compile for them
-    ],
-)
-def test_a_tpu_vm_asks_its_metadata_server(joined, tpu_vm, status, text, expected):
-    seen = tpu_vm(status, text)
-    mesh.initialize(None, None, None)
-    assert joined == expected
-    assert seen == [("/computeMetadata/v1/instance/attributes/worker-network-endpoints", "Google")]
-
-
-def test_a_metadata_server_in_trouble_is_no_answer(joined, tpu_vm):
-    tpu_vm(503, "")
-    with pytest.raises(UserError, match="answers 503, so the workers of this slice are unknown"):
-        mesh.initialize(None, None, None)
-
-
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({"TPU_WORKER_HOSTNAMES": "w0,w1"}, [()]),
-        ({"TPU_PROCESS_ADDRESSES": "w0:1,w1:1"}, [()]),
-        ({"TPU_WORKER_HOSTNAMES": "w0", "MEGASCALE_COORDINATOR_ADDRESS": "w0:1"}, [()]),
-        ({"TPU_WORKER_HOSTNAMES": "w0"}, []),
-        ({"TPU_SKIP_MDS_QUERY": "1"}, []),
-        ({"TPU_WORKER_HOSTNAMES": "w0,w1", "JAX_PLATFORMS": "cpu"}, []),
-    ],
-)
-def test_gke_tells_in_the_environment(joined, tpu_vm, monkeypatch, variables, expected):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    seen = tpu_vm(200, "a,b,c")
-    mesh.initialize(None, None, None)
-    assert (joined, seen) == (expected, [])
-
-
-def test_what_process_0_finds_is_what_all_find():
-    assert mesh.from_main(lambda: {"a": [1, None]}) == {"a": [1, None]}
-    with pytest.raises(UserError, match="wrong"):
-        mesh.from_main(lambda: (_ for _ in ()).throw(UserError("wrong")))
 
 
 # --- two processes ---------------------------------------------------------------------------------------------------

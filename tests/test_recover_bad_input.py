@@ -18,7 +18,7 @@ def get_config():
     config.data.train = "{root}/records.json"
     config.data.images = "{images}"
     config.data.system = ""
-    config.data.max_length = None
+    config.data.max_length = 256
     config.score.samples = 2
     config.prune.layers_removed = 2
     config.recover.trainable = "projector"
@@ -101,8 +101,9 @@ def test_checkpoint_of_another_config(root, capsys, monkeypatch):
     monkeypatch.undo()
     capsys.readouterr()
     said = refused(root, capsys, "recover.weight_decay=0.1", "recover.losses.cosine=0.5")
-    assert "w/training/checkpoints/2 is a checkpoint of another run" in said
-    assert "config.losses.cosine was 0.0, now 0.5; config.weight_decay was 0.0, now 0.1; use another workdir" in said
+    assert "w/training/checkpoints was made from other inputs" in said
+    assert "recover.losses.cosine was 0.0, now 0.5; recover.weight_decay was 0.0, now 0.1" in said
+    assert "use --overwrite to replace it, or another --workdir" in said
     shutil.rmtree(root / "w/training")
 
 

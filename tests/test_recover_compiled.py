@@ -15,7 +15,7 @@ from vlmprune_jax.config import LayerShape, ModelConfig
 from vlmprune_jax.models.params import param_shapes, unflatten
 from vlmprune_jax.recover import LossConfig
 from vlmprune_jax.recover.losses import Teacher
-from vlmprune_jax.recover.step import StepConfig, init_state, make_optimizer, make_schedule, make_step, step_context
+from vlmprune_jax.recover.step import StepConfig, init_state, learning_rates, make_optimizer, make_step, step_context
 from vlmprune_jax.recover.trainable import assign_groups
 
 ROWS, VOCAB, CHUNK = 4, 4099, 8  # no other size of the model is 4,099
@@ -30,7 +30,7 @@ def make_arguments(cfg: ModelConfig, loss: LossConfig, trainable: str, seq: int,
     optimizer = make_optimizer(settings, groups, TOTAL)
     teacher = Teacher(cfg, (), ()) if loss.needs_teacher else None
     config = StepConfig(cfg, loss, teacher, 1, 1.0, "float32", "none")
-    step = make_step(config, optimizer, make_schedule(settings, TOTAL), None)
+    step = make_step(config, optimizer, learning_rates(settings, groups, TOTAL), None)
     params = {path: build(shape, "float32") for path, shape in shapes.items()}
     frozen = {path: x for path, x in params.items() if path not in groups}
     masters = {path: x for path, x in params.items() if path in groups}

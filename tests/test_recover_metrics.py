@@ -28,7 +28,7 @@ def test_metrics_of_a_run(tmp_path, monkeypatch):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     names = {"loss", *LOSSES.terms(), "grad_norm", "learning_rate", "projector_learning_rate", "padding"}
-    names |= {"tokens_per_second", "model_flops_per_second", "mfu", "seconds", "data_seconds"}
+    names |= {"empty_rows", "tokens_per_second", "model_flops_per_second", "mfu", "seconds", "data_seconds"}
     (events,) = (tmp_path / "tensorboard").iterdir()
     written = events.read_bytes()
     assert all(name.encode() in written for name in names)

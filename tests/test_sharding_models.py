@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from hf_cases import LLAMA, LLAVA, expanded_batch, make_folder, random_ids
+from hf_cases import LLAMA, LLAVA, assert_equal, expanded_batch, make_folder, random_ids
 
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.rules import sharding
@@ -103,3 +103,15 @@ def test_the_other_families(goldens, name, sizes):
     np.testing.assert_allclose(found_aux["image_features"], expected_aux["image_features"], **closer)
     for a, b in zip(found_aux["hidden"], expected_aux["hidden"], strict=True):
         np.testing.assert_allclose(a, b, **closer)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "tower"), [("internvl", None), ("bunny", "siglip_tower"), ("llava_orig_bin", "clip_tower")]
+)
+def test_pieces_of_any_size_make_the_same_arrays(goldens, monkeypatch, checkpoint, tower):
+    """Fused tensors (internvl), a tower in files of its own (bunny), torch's archives; pieces that end anywhere."""
+    folder, options = goldens / "ckpt" / checkpoint, {"vision_dir": goldens / "ckpt" / tower} if tower else {}
+    expected = load(folder, **options)
+    monkeypatch.setattr("vlmprune_jax.hf.read._PIECE", 100)
+    assert_equal(expected, load(folder, **options))
+    assert_equal(expected, load(folder, **options, mesh=make_mesh(2, 4, 1)))

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlmprune_jax.data.images import ImageLoader, augment_flip_shift
-from vlmprune_jax.data.prompts import IGNORE, Template, tokenize_prompt, tokenize_training
+from vlmprune_jax.data.prompts import IGNORE, tokenize_prompt, tokenize_training
 from vlmprune_jax.data.records import Record
+from vlmprune_jax.data.templates import Template
 from vlmprune_jax.errors import UserError
 
 

@@ -132,7 +132,7 @@ def take_fraction(records: Sequence[Record], fraction: float, seed: int) -> list
     sees the same subset; the reference draws an unseeded one per rank.
     """
     if not 0.0 < fraction <= 1.0:
-        raise UserError(f"data fraction {fraction}: must be above 0 and at most 1; 0.05 means 5 % of the records")
+        raise UserError(f"data.fraction {fraction} must be above 0 and at most 1; 0.05 means 5 % of the records")
     count = max(1, int(len(records) * fraction))
     chosen = np.random.Generator(np.random.PCG64(seed)).permutation(len(records))[:count]
     return [records[index] for index in sorted(chosen.tolist())]

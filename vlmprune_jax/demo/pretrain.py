@@ -29,8 +29,9 @@ from vlmprune_jax.data.batching import train_batches
 from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.measure import measure
-from vlmprune_jax.data.prompts import TEMPLATES, load_tokenizer
+from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
+from vlmprune_jax.data.templates import TEMPLATES
 from vlmprune_jax.demo.easyvqa import write_dataset
 from vlmprune_jax.demo.tokenizer import make_tokenizer
 from vlmprune_jax.families import family_of

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from vlmprune_jax.data.prompts import TEMPLATES
+from vlmprune_jax.data.templates import TEMPLATES
 from vlmprune_jax.errors import UserError
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")  # ids 0..4

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.config import ModelConfig
-from vlmprune_jax.data.prompts import Template, template_of
+from vlmprune_jax.data.templates import Template, template_of
 from vlmprune_jax.families.table import JsonDict
 from vlmprune_jax.families.vision import vision_of
 from vlmprune_jax.hf.files import read_json

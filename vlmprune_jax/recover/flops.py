@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from vlmprune_jax.config import ModelConfig, VisionConfig
 from vlmprune_jax.models.params import param_axes, param_shapes
@@ -68,6 +70,20 @@ def step_flops(
         attention += _causal(teacher_cfg, length) * rows
         vision += _vision(teacher_cfg, (), images) if loss.teacher_inputs == "own" else 0
     return StepFlops(student, teacher, attention, vision)
+
+
+def batch_flops(
+    cfg: ModelConfig, teacher_cfg: ModelConfig | None, loss: LossConfig, trained: Collection[str], *, rows: int
+) -> Callable[[Mapping[str, Any]], int]:
+    """`step_flops` in all, as a function of one process's arrays of a batch; the global batch has `rows`."""
+
+    @functools.cache
+    def count(length: int, slots: int) -> int:
+        return step_flops(cfg, teacher_cfg, loss, trained, rows=rows, length=length, images=rows * slots).total
+
+    return lambda arrays: count(
+        arrays["input_ids"].shape[1], arrays["pixel_values"].shape[1] if "pixel_values" in arrays else 0
+    )
 
 
 def _weights(cfg: ModelConfig, prefix: str, trained: Collection[str], passes: bool) -> int:

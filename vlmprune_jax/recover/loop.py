@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +26,7 @@ from vlmprune_jax.models.params import Flat, flatten, param_axes, param_shapes, 
 from vlmprune_jax.models.vlm import Model, Params, check_inputs, mesh_of
 from vlmprune_jax.prune.options import one_of
 from vlmprune_jax.recover.checkpoint import Checkpointer, weights_digest
-from vlmprune_jax.recover.flops import step_flops
+from vlmprune_jax.recover.flops import batch_flops
 from vlmprune_jax.recover.losses import LossConfig, Teacher, check_teacher, layer_pairs
 from vlmprune_jax.recover.metrics import Recorder
 from vlmprune_jax.recover.step import (
@@ -324,7 +323,8 @@ def _train(
 ) -> TrainState:
     """Steps `first ... total - 1`. Metrics are read one step late, so that the device never waits for the host."""
     pending: deque[_Pending] = deque()
-    flops = _flops_of(run, config)
+    trained = run.state.params.keys()
+    flops = batch_flops(run.cfg, run.teacher_cfg, config.losses, trained, rows=config.batch_size)
 
     def settle(upto: int) -> None:
         while len(pending) > upto:
@@ -353,20 +353,6 @@ def _train(
                 raise Stopped(f"training stopped on SIGTERM after step {step + 1} of {span[1]}; {kept}")
         settle(0)
     return state
-
-
-def _flops_of(run: _Run, config: RecoverConfig) -> Callable[[Mapping[str, Any]], int]:
-    """Model FLOPs of a step over all devices, as a function of this process's rows."""
-
-    @functools.cache
-    def count(length: int, slots: int) -> int:
-        rows, trained = config.batch_size, run.state.params.keys()
-        sizes = {"rows": rows, "length": length, "images": rows * slots}
-        return step_flops(run.cfg, run.teacher_cfg, config.losses, trained, **sizes).total
-
-    return lambda arrays: count(
-        arrays["input_ids"].shape[1], arrays["pixel_values"].shape[1] if "pixel_values" in arrays else 0
-    )
 
 
 def _next(stream: Iterator[Any], run: _Run, config: RecoverConfig, step: int) -> Any:

@@ -106,7 +106,7 @@ def with_lora(cfg: ModelConfig, lora: LoraConfig) -> ModelConfig:
     unknown = [target for target in lora.targets if target not in projections]
     if unknown:
         known = ", ".join(projections)
-        raise UserError(f"LoRA targets {unknown} are not projections of the decoder: use {known}")
+        raise UserError(f"LoRA targets {', '.join(unknown)} are not projections of the decoder: use {known}")
     return dataclasses.replace(cfg, lora=dataclasses.replace(lora, targets=lora.targets or tuple(projections)))
 
 

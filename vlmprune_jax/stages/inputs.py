@@ -18,8 +18,9 @@ from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.grouping import GROUPINGS
 from vlmprune_jax.data.images import ImageLoader, load_image_processor
 from vlmprune_jax.data.measure import measure
-from vlmprune_jax.data.prompts import AUTO, TEMPLATES, Template, choose_template, load_tokenizer, tokenize_training
+from vlmprune_jax.data.prompts import load_tokenizer, tokenize_training
 from vlmprune_jax.data.records import Record, data_files, read_records, take_fraction
+from vlmprune_jax.data.templates import AUTO, TEMPLATES, Template, choose_template
 from vlmprune_jax.data.tfds import PREFIX, read_tfds, tfds_folder, tfds_state
 from vlmprune_jax.data.tiling import Tiling
 from vlmprune_jax.distributed.mesh import from_all
