@@ -170,7 +170,7 @@ def test_fraction_is_a_fixed_draw_in_file_order() -> None:
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.5, float("nan")])
 def test_fraction_out_of_range(fraction: float) -> None:
-    with pytest.raises(UserError, match="data.fraction"):
+    with pytest.raises(UserError, match=r"data\.fraction"):
         take_fraction([Record("0", (("human", "q"),), ())], fraction, 0)
 
 

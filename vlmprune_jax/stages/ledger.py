@@ -65,7 +65,7 @@ def run_stage(stage: Stage, body: Callable[[], Json], *, overwrite: bool, say: C
     try:
         facts = body()
     except BaseException:
-        if is_main_process() and not any(path.exists() for path in (*stage.scratch, *stage.journals)):
+        if is_main_process() and not any(_holds(path) for path in (*stage.scratch, *stage.journals)):
             remove(stage.record)
         raise
     return from_main(lambda: _end(stage, facts, round(time.perf_counter() - start, 2)))
@@ -105,12 +105,17 @@ def _clear(stage: Stage) -> None:
         remove(path)
 
 
+def _holds(path: Path) -> bool:
+    """Whether something is there; an empty folder (a run failed before its first checkpoint) is nothing."""
+    return any(path.iterdir()) if path.is_dir() else path.exists()
+
+
 def _unchanged(stage: Stage, last: Json) -> bool:
     return last["outputs"] == {path.name: digest(path) for path in stage.outputs}
 
 
 def _refuse(stage: Stage, present: Sequence[Path], last: Json, now: Json, overwrite: bool) -> None:
-    left = [*present, *(path for path in stage.scratch if path.exists())]
+    left = [*present, *(path for path in stage.scratch if _holds(path))]
     if overwrite or not left:
         return
     if last.get("made_from") == now:
