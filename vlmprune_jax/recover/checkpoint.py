@@ -74,7 +74,7 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
-            complete = sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+            complete = sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdigit())
             last = f"the last complete one is of step {complete[-1]}" if complete else "there is no complete one"
             raise UserError(
                 f"{self.folder}: cannot save a checkpoint ({_reason(error)}); {last}: "
