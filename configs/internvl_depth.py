@@ -19,6 +19,8 @@ def get_config(layers_removed: str = "10") -> ConfigDict:
     config = experiment_config(recipe="internvl")
     config.model.dtype = "bfloat16"
     config.data.fraction = 0.05
+    config.data.group_by = "length"
+    config.data.length_buckets = (1024, 2048, 3072, 4096)
 
     config.score.depth = "block_influence"
     config.score.samples = 50
