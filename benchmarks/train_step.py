@@ -114,8 +114,8 @@ def ours(args: argparse.Namespace, ids: np.ndarray) -> Step:
         OptimizerConfig,
         StepConfig,
         init_state,
+        learning_rates,
         make_optimizer,
-        make_schedule,
         make_step,
         step_context,
     )
@@ -126,10 +126,11 @@ def ours(args: argparse.Namespace, ids: np.ndarray) -> Step:
     loss = LossConfig(ce=0.5, l2=0.5)
     trainable, frozen = partition(flatten(student.params), "lora")
     rates = OptimizerConfig(LEARNING_RATE, None, 0.0, "constant", 0.0, 0.9, 0.999, 1e-8, CLIP_NORM)
-    optimizer = make_optimizer(rates, assign_groups(list(trainable), "lora"), 1)
+    groups = assign_groups(list(trainable), "lora")
+    optimizer = make_optimizer(rates, groups, 1)
     taught = Teacher(teacher.cfg, *layer_pairs(loss, student.cfg, teacher.cfg, None))
     config = StepConfig(student.cfg, loss, taught, 1, CLIP_NORM, args.dtype, args.remat)
-    compiled = make_step(config, optimizer, make_schedule(rates, 1), None)
+    compiled = make_step(config, optimizer, learning_rates(rates, groups, 1), None)
     state = init_state(trainable, optimizer, 0, None)
     params, batch = teacher.params, {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids}
     del student, teacher, trainable

@@ -69,7 +69,8 @@ def test_the_formula_counts_what_the_step_computes(trainable, loss, tied):
         pytest.skip("a decoder alone has no projector")
     changes = {"vision": not tied, "tie_embeddings": tied}
     cfg, teacher_cfg = cases.config(**changes), cases.config(layers=3, **changes) if loss.needs_teacher else None
-    config = cases.settings(trainable=trainable, lora=cases.LORA if trainable == "lora" else None, losses=loss)
+    lora = cases.LORA if trainable == "lora" else None
+    config = cases.settings(trainable=trainable, lora=lora, losses=loss, remat="none")
     program, executed = traced_step(cfg, teacher_cfg, config)
     found = step_flops(
         program.cfg, teacher_cfg, loss, program.groups, rows=ROWS, length=LENGTH, images=0 if tied else ROWS

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from vlmprune_jax.distributed.rules import spec
+from vlmprune_jax.models.layers import KEPT
 
 # Tiles are multiples of the 128 lanes of a vector register; 512 is what MaxText and Levanter run with by default.
 _LANES, _LARGEST_BLOCK = 128, 512
@@ -88,7 +89,12 @@ def _kernel(heads: int, seq: int, block: int, causal: bool, window: int, interpr
         mask = splash.LocalMask((seq, seq), (window - 1, 0), 0) if 0 < window < seq else splash.CausalMask((seq, seq))
     sizes = splash.BlockSizes(block, block, block, block, block, block, block, block)
     return splash.make_splash_mha(
-        splash.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+        splash.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=KEPT,  # else the backward pass runs the kernel once more (remat "dots")
+        interpret=interpret,
     )
 
 
