@@ -283,13 +283,13 @@ def test_interrupted_stage_starts_again(work):
 
 def test_scratch_is_kept_for_the_same_inputs_only(work):
     scratch = work.folder / "checkpoints"
-    scratch.mkdir()
+    (scratch / "1").mkdir(parents=True)
     with pytest.raises(UserError, match="checkpoints exists and was not made by this stage"):
         work(scratch=[scratch])
-    scratch.rmdir()
+    (scratch / "1").rmdir()  # an empty folder is nothing to lose
 
     def stopped():
-        scratch.mkdir()
+        (scratch / "1").mkdir(parents=True)
         raise KeyboardInterrupt
 
     body, work.body = work.body, stopped
@@ -303,7 +303,7 @@ def test_scratch_is_kept_for_the_same_inputs_only(work):
     work(scratch=[scratch])
     assert seen == [True]
     assert not scratch.exists()  # the result is there: its checkpoints are no longer needed
-    scratch.mkdir()  # as if killed before they were removed
+    (scratch / "1").mkdir(parents=True)  # as if killed before they were removed
     work(scratch=[scratch])
     assert (seen, scratch.exists()) == ([True], False)
 
