@@ -1,9 +1,9 @@
 """What `vlmprune plan` finds for the real families at their true shapes, one JSON line per case.
 
-    python benchmarks/plan.py --topology=v5e:8x8 [--cases=llava/depth15,bunny/width30]
+    python benchmarks/plan.py --topology=v5e:8x8 [--remat=dots] [--cases=llava/depth15,bunny/width30]
 
-LoRA of rank 128 on every projection, 0.5 cross-entropy + 0.5 hidden-state L2 against the unpruned teacher, remat
-"full", global batch 64 x 1,024 tokens and one image (InternVL: 4,096 tokens and 13 tiles). depthN removes N % of all
+LoRA of rank 128 on every projection, 0.5 cross-entropy + 0.5 hidden-state L2 against the unpruned teacher, full
+remat, global batch 64 x 1,024 tokens and one image (InternVL: 4,096 tokens and 13 tiles). depthN removes N % of all
 parameters by layers, widthN by heads of layers 3-30 and neurons of layers 4-29, which leaves five runs of equal layers.
 """
 
@@ -41,6 +41,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="v5e:8x8")
+    parser.add_argument("--remat", default=SETTINGS["recover"]["remat"])
     parser.add_argument("--cases", default=",".join(f"{family}/{kind}" for family in FAMILIES for kind in KINDS))
     args = parser.parse_args()
     for case in args.cases.split(","):
@@ -53,7 +54,7 @@ def main() -> None:
                 "data": DATA.get(family, {"max_length": 1024}),
                 "prune": {"method": method, "ratio": ratio, **(RANGES if method == "width" else {})},
             }
-            experiment = override(Experiment(), {**SETTINGS, **changes})
+            experiment = override(override(Experiment(), SETTINGS), {**changes, "recover": {"remat": args.remat}})
             started = time.process_time()
             told = facts(estimate(make_case(experiment, None, args.topology)), None)
         print(json.dumps({"case": case, "cpu_seconds": time.process_time() - started, **told}), flush=True)
