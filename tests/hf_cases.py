@@ -145,12 +145,18 @@ def keep_layers(model: Model, numbers: Sequence[int]) -> tuple[Model, PrunePlan]
     return prune(model, [KeptLayer.whole(i, model.cfg.text.layers[i]) for i in numbers])
 
 
-def keep_width(model: Model, kv_heads: Sequence[int], neurons: Sequence[int], only: Sequence[int] | None = None):
-    """A width-pruned model: whole groups of heads, in all layers or `only` some."""
+def keep_width(
+    model: Model,
+    kv_heads: Sequence[int],
+    neurons: Sequence[int],
+    only: Sequence[int] | None = None,
+    of_each_group: int | None = None,
+):
+    """A width-pruned model, in all layers or `only` some: whole groups of heads, or the first query heads of each."""
     layers = []
     for i, shape in enumerate(model.cfg.text.layers):
         per_group = shape.q_heads // shape.kv_heads
-        q_heads = tuple(g * per_group + r for g in kv_heads for r in range(per_group))
+        q_heads = tuple(g * per_group + r for g in kv_heads for r in range(of_each_group or per_group))
         cut = only is None or i in only
         layers.append(KeptLayer(i, q_heads, tuple(kv_heads), tuple(neurons)) if cut else KeptLayer.whole(i, shape))
     return prune(model, layers)
