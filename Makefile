@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .PHONY: help demo test test-fast check setup-demo setup-test setup-dev clean distclean
 
 help:
-	@echo 'make demo       install what the demo needs (no torch) and run it into runs/demo (about 5 minutes)'
+	@echo 'make demo       install what the demo needs (no torch) and run it into runs/demo (3 to 5 minutes)'
 	@echo 'make test       install everything, run every test, quick ones first (this is what CI runs)'
 	@echo 'make test-fast  the same without the tests marked slow'
 	@echo 'make check      format, lint, types, quick tests'
