@@ -99,6 +99,13 @@ def copy_golden(goldens: Path, name: str, to: Path) -> Path:
     return to
 
 
+def copy_llava(goldens: Path, to: Path) -> Path:
+    """The golden LLaVA with its tokenizer and image processor: a folder that the commands take."""
+    shutil.copytree(goldens / "tokenizers/llava", copy_golden(goldens, "llava_hf", to), dirs_exist_ok=True)
+    shutil.copy(goldens / "ckpt/clip_tower/preprocessor_config.json", to)
+    return to
+
+
 def edit_config(folder: Path, **changes: Any) -> None:
     """Change fields of a config.json; None removes one."""
     path = folder / "config.json"

@@ -15,6 +15,7 @@ from pathlib import Path
 import grain
 import numpy as np
 import pytest
+from hf_cases import copy_llava
 
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten
@@ -55,9 +56,7 @@ def get_config():
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory, goldens):
     root = tmp_path_factory.mktemp("pod")
-    shutil.copytree(goldens / "ckpt/llava_hf", root / "teacher")
-    shutil.copytree(goldens / "tokenizers/llava", root / "teacher", dirs_exist_ok=True)
-    shutil.copy(goldens / "ckpt/clip_tower/preprocessor_config.json", root / "teacher")
+    copy_llava(goldens, root / "teacher")
     turns = [("human", "<image>\nIs it {}?"), ("gpt", "{}")]
     words = ["a dog", "one", "two", "red", "a cat at night", "blue", "green"]
     records = [

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hf_cases import copy_llava
 
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.distributed.journal import Journal
@@ -38,9 +38,7 @@ def get_config():
 def experiment(tmp_path_factory, goldens):
     """Callable (workdir) -> flags."""
     root = tmp_path_factory.mktemp("stopping")
-    shutil.copytree(goldens / "ckpt/llava_hf", root / "teacher")
-    shutil.copytree(goldens / "tokenizers/llava", root / "teacher", dirs_exist_ok=True)
-    shutil.copy(goldens / "ckpt/clip_tower/preprocessor_config.json", root / "teacher")
+    copy_llava(goldens, root / "teacher")
     turns = [{"from": "human", "value": "<image>\nIs it red?"}, {"from": "gpt", "value": "yes"}]
     records = [{"id": f"r{i}", "image": f"img{i % 4}.png", "conversations": turns} for i in range(6)]
     (root / "records.json").write_text(json.dumps(records))

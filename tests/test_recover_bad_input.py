@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from hf_cases import edit_weights
+from hf_cases import copy_llava, edit_weights
 
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.recover.metrics import Recorder
@@ -34,9 +34,7 @@ def get_config():
 def root(tmp_path_factory, goldens):
     """A folder with a teacher, four records, an experiment.py, and w/ with scores.npz, plan.json and pruned/."""
     root = tmp_path_factory.mktemp("experiment")
-    shutil.copytree(goldens / "ckpt/llava_hf", root / "teacher")
-    shutil.copytree(goldens / "tokenizers/llava", root / "teacher", dirs_exist_ok=True)
-    shutil.copy(goldens / "ckpt/clip_tower/preprocessor_config.json", root / "teacher")
+    copy_llava(goldens, root / "teacher")
     turns = [{"from": "human", "value": "<image>\nA dog?"}, {"from": "gpt", "value": "yes"}]
     records = [{"id": f"r{i}", "image": f"img{i}.png", "conversations": turns} for i in range(4)]
     (root / "records.json").write_text(json.dumps(records))

@@ -3,10 +3,10 @@
 import dataclasses
 import io
 import json
-import shutil
 
 import numpy as np
 import pytest
+from hf_cases import copy_llava
 
 from vlmprune_jax.cli.main import main
 
@@ -41,9 +41,7 @@ def get_config():
 @pytest.fixture
 def experiment(tmp_path, goldens):
     teacher = tmp_path / "teacher"
-    shutil.copytree(goldens / "ckpt/llava_hf", teacher)
-    shutil.copytree(goldens / "tokenizers/llava", teacher, dirs_exist_ok=True)
-    shutil.copy(goldens / "ckpt/clip_tower/preprocessor_config.json", teacher)
+    copy_llava(goldens, teacher)
     records = [
         {
             "id": f"r{i}",
