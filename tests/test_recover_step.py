@@ -47,6 +47,25 @@ def test_accumulation_equals_one_large_batch(distilled):
         np.testing.assert_allclose(summary["last"][name], distilled[1]["last"][name], rtol=1e-5)
 
 
+@pytest.mark.parametrize("blank", ["labels", "rows"])
+def test_a_batch_with_nothing_to_learn_from_changes_nothing(blank):
+    """Answers that were all cut off, or records that were all skipped: losses of 0, not 0 / 0."""
+
+    class Blank(cases.Stream):
+        def __next__(self):
+            batch = super().__next__()
+            batch.arrays["labels"][:] = -100
+            if blank == "rows":
+                batch.arrays["attention_mask"][:] = 0
+            return batch
+
+    losses = LossConfig() if blank == "labels" else DISTILL
+    config = cases.settings(trainable="decoder", losses=losses, steps=2, weight_decay=0.0)
+    trained, summary = recover(cases.model(CFG), Blank(CFG), config, teacher=cases.model(CFG, 9), **QUIET)
+    cases.assert_bitwise(trained, cases.model(CFG))
+    assert summary["last"]["loss"] == summary["last"]["ce"] == summary["last"]["grad_norm"] == 0
+
+
 def test_a_mesh_gives_the_same_distillation(distilled):
     sharded, summary = train(_distillation(accumulation=2), teacher=cases.model(CFG, 9), mesh=make_mesh(2, 2, 2))
     assert cases.largest_difference(distilled[0], sharded) < 1e-5
