@@ -354,7 +354,7 @@ def test_settings_that_do_not_fit_the_model():
     with pytest.raises(UserError, match="hidden_size 8 is not the student's 16"):
         train(cases.settings(losses=LossConfig(l2=1.0)), teacher=narrow)
     larger = cases.model(dataclasses.replace(CFG, text=dataclasses.replace(CFG.text, vocab_size=72)))
-    for losses in (LossConfig(kl=1.0), LossConfig(cosine=1.0, teacher_inputs="own")):
+    for losses in (LossConfig(kl=1.0), LossConfig(rkl=1.0), LossConfig(cosine=1.0, teacher_inputs="own")):
         with pytest.raises(UserError, match="vocab_size 72 is not the student's 64: pass the model that was pruned"):
             train(cases.settings(losses=losses), teacher=larger)
     marked = cases.model(dataclasses.replace(CFG, image_token_id=61))
