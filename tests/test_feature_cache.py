@@ -27,6 +27,7 @@ from vlmprune_jax.data.images import ImageLoader, load_image_processor
 from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.errors import Stopped, UserError
+from vlmprune_jax.hf.files import Checkpoint
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model, check_inputs, to_nnx
@@ -46,6 +47,7 @@ RECOVER = {
     "steps": 4,
     "batch_size": 4,
     "accumulation": 2,
+    "remat": "none",
     "save_every": 1,
     "log_every": 1,
     "learning_rate": 1e-2,
@@ -95,12 +97,15 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
 
 
-def assert_same(first: Path, second: Path) -> None:
-    """The same losses and gradients, bit by bit, and the same folder."""
-    assert metrics(first) == metrics(second)
-    one, two = (flatten(load(folder / "recovered").params) for folder in (first, second))
-    assert one.keys() == two.keys()
-    assert not [path for path in one if np.asarray(one[path]).tobytes() != np.asarray(two[path]).tobytes()]
+def assert_same(first: Path, second: Path, tolerance: float = 0.0) -> None:
+    """The same losses and gradients, and the same folder, bit by bit or within a relative tolerance."""
+    for ours, theirs in zip(metrics(first), metrics(second), strict=True):
+        assert ours == (theirs if not tolerance else pytest.approx(theirs, rel=tolerance))
+    one, two = (Checkpoint(folder / "recovered") for folder in (first, second))
+    assert set(one) == set(two)
+    for key in one:
+        assert one.entries[key].dtype == two.entries[key].dtype
+        np.testing.assert_allclose(one[key], two[key], rtol=0, atol=tolerance, err_msg=key)
     files = [sorted(path.name for path in (folder / "recovered").iterdir()) for folder in (first, second)]
     assert files[0] == files[1]
     skipped = [(folder / "training/skipped-0.jsonl").read_text() for folder in (first, second)]
@@ -121,7 +126,12 @@ def llava(tmp_path_factory: pytest.TempPathFactory, goldens: Path) -> tuple[Expe
 @pytest.fixture(scope="module")
 def tiled(goldens: Path) -> tuple[Model, list[Record]]:
     """The golden InternVL, and records of images that give 7, 4, 1 and 5 tiles, alone or two together."""
-    return load(goldens / "ckpt/internvl"), read_records(goldens / "data/samples.json", goldens / "data/images")
+    records = read_records(goldens / "data/samples.json", goldens / "data/images")
+    both = (goldens / "data/images/img0.png", goldens / "data/images/img3.png")
+    return load(goldens / "ckpt/internvl"), [
+        *records,
+        Record("both", (("human", "<image><image>"), ("gpt", "a")), both),
+    ]
 
 
 def make_loader(goldens: Path, folder: Path, model: Model) -> FeatureLoader:
@@ -146,7 +156,7 @@ def test_tiles_become_what_the_model_computes_of_them(goldens, tiled, tmp_path):
     model, records = tiled
     seen: list[int] = []
     loader = make_loader(goldens, tmp_path / "one", model)
-    assert fill(loader, tiled, progress=seen.append) > 4
+    assert fill(loader, tiled, progress=seen.append) == 6  # two of them have fewer tiles in the last record
     assert seen == sorted(seen)
     meshed = load(goldens / "ckpt/internvl", mesh=make_mesh(2, 2, 2))
     split = make_loader(goldens, tmp_path / "eight", model)
@@ -215,9 +225,7 @@ def test_inputs_of_a_model_without_its_tower():
     ids = np.full((2, 5), cases.IMAGE)
     check_inputs(cfg, ids, None, np.zeros((2, 1, *cfg.feature_shape)))
     for features in (None, np.zeros((2, 1, 3, 8)), np.zeros((1, 1, *cfg.feature_shape))):
-        with pytest.raises(
-            UserError, match=r"vision_features has shape .*: a model without its tower takes \[2, image"
-        ):
+        with pytest.raises(UserError, match=r"vision_features has shape .*: a model without its tower takes \[2, im"):
             check_inputs(cfg, ids, np.zeros((2, 1, 3, 6, 6)), features)
     with pytest.raises(UserError, match="another one pixel_values"):
         check_inputs(cases.config(), ids, None, np.zeros((2, 1, *cfg.feature_shape)))
@@ -307,7 +315,11 @@ FAMILIES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_interrupted_twice_and_the_same_numbers(name, goldens, tmp_path, monkeypatch):
-    """Stopped in the pass, killed while it trains: another tower, tiles and uneven slots, length buckets, adapters."""
+    """Stopped in the pass, killed while it trains: another tower, tiles and uneven slots, length buckets, adapters.
+
+    Bit by bit where the pass takes as many images at a time as a micro-batch. Batches of tiles have several sizes, and
+    matrix products of other sizes are rounded in another order.
+    """
     sections = {part: dict(values) for part, values in FAMILIES[name].items()}
     if name == "llava":
         copy_llava(goldens, tmp_path / "teacher")
@@ -335,7 +347,7 @@ def test_interrupted_twice_and_the_same_numbers(name, goldens, tmp_path, monkeyp
 
     monkeypatch.setattr(cache_module, "SHARD_BYTES", 1)
     monkeypatch.setattr(ImageLoader, "load", stopped)
-    with pytest.raises(Stopped, match="features stopped on SIGTERM after . of 5; the same command continues"):
+    with pytest.raises(Stopped, match=r"features stopped on SIGTERM after . of 5; the same command continues"):
         recovered(experiment, tmp_path, "cached", tmp_path / "cache")
     monkeypatch.setattr(ImageLoader, "load", decode)
     monkeypatch.setattr(Recorder, "step", killed)
@@ -344,4 +356,4 @@ def test_interrupted_twice_and_the_same_numbers(name, goldens, tmp_path, monkeyp
     monkeypatch.setattr(Recorder, "step", record)
     cached = recovered(experiment, tmp_path, "cached", tmp_path / "cache")
     assert json.loads((tmp_path / ".stages/cached.recover.json").read_text())["facts"]["resumed_from"] == 2
-    assert_same(cached, with_tower)
+    assert_same(cached, with_tower, tolerance=1e-5 if name == "internvl" else 0.0)
