@@ -47,13 +47,15 @@ def traced_step(cfg, teacher_cfg, config):
         teacher = unflatten({p: jax.ShapeDtypeStruct(s, np.float32) for p, s in param_shapes(teacher_cfg).items()})
     names = ("input_ids", "attention_mask", "labels")
     batch = {name: jax.ShapeDtypeStruct((ROWS, LENGTH), np.int32) for name in names}
-    if cfg.vision is not None:
+    if not cfg.tower:
+        batch["vision_features"] = jax.ShapeDtypeStruct((ROWS, 1, *cfg.feature_shape), np.float32)
+    elif cfg.vision is not None:
         batch["pixel_values"] = jax.ShapeDtypeStruct((ROWS, 1, 3, 6, 6), np.float32)
     with step_context(None, "float32"):
         return program, executed_flops(program.step.trace(state, frozen, teacher, batch).jaxpr.jaxpr)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["vision", "tied"])
+@pytest.mark.parametrize("tied", [False, True, None], ids=["vision", "tied", "cached"])
 @pytest.mark.parametrize("trainable", ["all", "lora", "projector"])
 @pytest.mark.parametrize(
     "loss",
@@ -67,8 +69,11 @@ def traced_step(cfg, teacher_cfg, config):
 def test_the_formula_counts_what_the_step_computes(trainable, loss, tied):
     if tied and trainable == "projector":
         pytest.skip("a decoder alone has no projector")
-    changes = {"vision": not tied, "tie_embeddings": tied}
+    changes = {"vision": not tied, "tie_embeddings": bool(tied)}
     cfg, teacher_cfg = cases.config(**changes), cases.config(layers=3, **changes) if loss.needs_teacher else None
+    if tied is None:  # features come from a cache
+        cfg = dataclasses.replace(cfg, tower=False)
+        teacher_cfg = teacher_cfg and dataclasses.replace(teacher_cfg, tower=False)
     lora = cases.LORA if trainable == "lora" else None
     config = cases.settings(trainable=trainable, lora=lora, losses=loss, remat="none")
     program, executed = traced_step(cfg, teacher_cfg, config)
@@ -82,7 +87,7 @@ def test_the_formula_counts_what_the_step_computes(trainable, loss, tied):
     head = 2 * text.vocab_size * text.hidden_size * ROWS * LENGTH
     expected += head * bool(loss.ce or loss.kl) + head * bool(loss.kl)
     # The input of the projector's first layer needs a gradient only if the tower trains.
-    if not tied and trainable != "all":
+    if not tied and (trainable != "all" or not cfg.tower):
         expected -= 2 * cfg.vision.hidden_size * text.hidden_size * ROWS * cfg.tokens_per_image
     assert executed == round(expected)
 

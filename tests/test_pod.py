@@ -259,6 +259,24 @@ def test_groups_buckets_and_skipped_records(experiment, pruned):
 
 
 @pytest.mark.slow
+def test_two_processes_share_a_feature_cache(experiment, pruned):
+    """Each writes the shards of its own images, and both train as one process with the tower does."""
+    images = [None if n % 5 == 4 else f"img{n % 4}.png" for n in range(32)]
+    (experiment / "shared.jsonl").write_text("\n".join(entry(f"r{n}", images[n], "Yes.") for n in range(32)))
+    losses, cache = [], experiment / "features"
+    for count, extra in ((1, ()), (2, (f"--config.data.feature_cache={cache}",))):
+        pruned(f"shared{count}")
+        train = f"--config.data.train={experiment / 'shared.jsonl'}"
+        finish(experiment, f"shared{count}", "recover", count, train, *RECOVER, *extra)
+        metrics = (experiment / f"shared{count}" / "training/metrics.jsonl").read_text().splitlines()
+        losses.append([[json.loads(line)[key] for key in ("loss", "ce", "l2", "grad_norm")] for line in metrics])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5, atol=0)
+    assert len(list(cache.glob("*.safetensors"))) == 2
+    first, second = (flatten(load(experiment / f"shared{count}/recovered").params) for count in (1, 2))
+    assert max(float(np.abs(np.asarray(first[path]) - np.asarray(second[path])).max()) for path in first) <= 1e-5
+
+
+@pytest.mark.slow
 def test_no_usable_record_stops_every_process(experiment, pruned):
     (experiment / "gone.jsonl").write_text("\n".join(entry(f"r{n}", "none.png", "Yes.") for n in range(20)))
     pruned("gone")

@@ -207,7 +207,8 @@ class ModelConfig:
 
     `feature_select` is "patch" (the tower's first position, the class token if it has one, is dropped) or "full".
     `image_token_id` marks the positions that image features replace; the original LLaVA and Bunny layouts use the
-    sentinel -200, which is never embedded.
+    sentinel -200, which is never embedded. With `tower` False there are no weights of the tower, and the model takes
+    its features instead of pixels.
     """
 
     family: str
@@ -221,6 +222,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
     lora: LoraConfig | None = None
+    tower: bool = True
 
     def __post_init__(self) -> None:
         if self.vision is None or self.projector is None:
@@ -236,6 +238,13 @@ class ModelConfig:
             return 0
         positions = self.vision.n_patches + self.vision.class_token - (self.feature_select == "patch")
         return positions if self.projector is None else positions // self.projector.downsample**2
+
+    @property
+    def feature_shape(self) -> tuple[int, int]:
+        """(tokens, features) of one image, or one tile of it, before the projector ((0, 0) without a vision tower)."""
+        if self.vision is None or self.projector is None:
+            return 0, 0
+        return self.tokens_per_image, self.vision.hidden_size * self.projector.downsample**2
 
     def with_layers(self, layers: Sequence[LayerShape]) -> ModelConfig:
         """The same model with other decoder layers."""

@@ -10,6 +10,7 @@ import grain
 import numpy as np
 
 from vlmprune_jax.data.encoding import Encoder, Shape
+from vlmprune_jax.data.features import FeatureLoader
 from vlmprune_jax.data.grouping import GROUPINGS, grouped_order
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.errors import UserError
@@ -24,8 +25,8 @@ class Batch:
     """Rows of equal shape for training and scoring.
 
     `arrays`: input_ids, attention_mask, labels int32[batch, tokens] (labels are not shifted) and, with a vision tower,
-    pixel_values float32[batch, slots, 3, height, width]; rows with fewer images (or tiles of images) carry zeros in the
-    other slots, which come last.
+    pixel_values float32[batch, slots, 3, height, width], or with a feature cache vision_features [batch, slots, tokens,
+    features]; rows with fewer images (or tiles of images) carry zeros in the other slots, which come last.
     A padding row has mask 0 everywhere and the id "". `skipped`: (record id, reason) of the records that could not be
     read and whose rows are padding instead.
     """
@@ -77,6 +78,8 @@ def train_batches(
     for name, (value, values) in known.items():
         if value not in values:
             raise UserError(f"{name} {value!r} is not supported; use one of {', '.join(values)}")
+    if augment != "none" and isinstance(encoder.image_loader, FeatureLoader):
+        raise UserError(f"augment {augment!r} changes images, and cached features are of images as they are: drop one")
     if sizes is None and (group_by, on_error, encoder.length_buckets) != ("none", "stop", None):
         raise UserError("group_by, length buckets and on_error='skip' need sizes=measure(records, encoder, ...)")
     if drop_remainder and epochs is not None and len(records) * epochs < batch_size:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlmprune_jax.data.features import FeatureLoader
 from vlmprune_jax.data.images import ImageLoader, augment_flip_shift
 from vlmprune_jax.data.prompts import IGNORE, tokenize_prompt, tokenize_training
 from vlmprune_jax.data.records import Record
@@ -27,17 +28,18 @@ class Encoder:
     """How one record becomes one row of tokens, at most `max_length`, and of image slots.
 
     Every image, or every tile of one, takes `tokens_per_image` positions that hold `image_token_id`, and one slot.
-    `image_loader` is None for a model without a vision tower. `truncate` cuts longer training rows at the right, as the
-    reference does; without it they are refused. A record has at most `max_images` images. With `tile_buckets`
-    (ascending) a batch has as many slots as the smallest of them that holds each of its rows, so that there are as many
-    compiled programs as buckets; None = always `max_images` slots. `length_buckets` (ascending, up to `max_length`) are
-    the same for the tokens of measured training batches; None = always `max_length`.
+    `image_loader` is None for a model without a vision tower; it may read cached features instead of images. `truncate`
+    cuts longer training rows at the right, as the reference does; without it they are refused. A record has at most
+    `max_images` images. With `tile_buckets` (ascending) a batch has as many slots as the smallest of them that holds
+    each of its rows, so that there are as many compiled programs as buckets; None = always `max_images` slots.
+    `length_buckets` (ascending, up to `max_length`) are the same for the tokens of measured training batches; None =
+    always `max_length`.
     """
 
     tokenizer: Any
     template: Template
     max_length: int
-    image_loader: ImageLoader | None
+    image_loader: ImageLoader | FeatureLoader | None
     image_token_id: int
     tokens_per_image: int
     max_images: int
@@ -174,7 +176,8 @@ class Encoder:
             "labels": np.full(shape.tokens, IGNORE, np.int32),
         }
         if self.image_loader is not None:
-            row["pixel_values"] = np.zeros((shape.slots, *self.image_loader.shape), np.float32)
+            loader = self.image_loader
+            row[loader.array] = np.zeros((shape.slots, *loader.shape), loader.dtype)
         return row
 
     def _fill_images(self, row: dict[str, np.ndarray], record: Record, augment_seed: tuple[int, ...] | None) -> None:
@@ -182,7 +185,7 @@ class Encoder:
         for path in record.images:
             assert self.image_loader is not None  # the prompt was tokenised, which checks it
             for pixels in self.image_loader.load(path, record.id, len(record.images)):
-                row["pixel_values"][slot] = (
+                row[self.image_loader.array][slot] = (
                     pixels if augment_seed is None else augment_flip_shift(pixels, (*augment_seed, slot))
                 )
                 slot += 1

@@ -38,6 +38,10 @@ class Preparation(Protocol):
     def shape(self) -> tuple[int, ...]:
         """(channels, height, width) of what the vision tower takes."""
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the arrays depend on beside the image, as JSON values."""
+
     def count(self, width: int, height: int, sharing: int) -> int:
         """Return the number of tiles of an image (1 where images are not cut)."""
 
@@ -64,6 +68,7 @@ class WholeImage:
         # The reference pads, whatever the processor would do; a LlavaImageProcessor must not pad a second time.
         self._processor = _make_processor({**config, "do_pad": False} if "do_pad" in config else config, where)
         self._pad = aspect_ratio == "pad"
+        self.settings: dict[str, Any] = {"aspect_ratio": aspect_ratio, "processor": dict(config)}
         self._short_side = "shortest_edge" in dict(self._processor.size)
         self.shape: tuple[int, ...] = self.prepare(Image.new("RGB", (8, 8)), 1).shape[1:]
 
@@ -97,7 +102,10 @@ class ImageLoader:
     """Reads and prepares image files; results stay in a bounded LRU cache, because many records share an image.
 
     `max_pixels` bounds the file's size and the size after padding or resizing. Safe to call from several threads.
+    `array` and `dtype`: what it fills in a batch.
     """
+
+    array, dtype = "pixel_values", np.dtype(np.float32)
 
     def __init__(self, preparation: Preparation, *, max_pixels: int, cache_bytes: int) -> None:
         self.preparation = preparation

@@ -21,6 +21,9 @@ class _Store(Protocol):
     def read(self, number: int) -> bytes:
         """Return an image's encoded bytes."""
 
+    def identity(self) -> str:
+        """Return a text that differs between data sets."""
+
 
 @dataclass(frozen=True)
 class StoredImage:

@@ -11,6 +11,7 @@ are read where they are (array_record has a reader for Google Cloud Storage; the
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import shutil
@@ -160,7 +161,16 @@ class ImageStore:
     def __init__(self, folder: Path | epath.Path) -> None:
         self.folder = folder
         self._source: Any = None
+        self._identity: str | None = None
         self._lock = threading.Lock()
+
+    def identity(self) -> str:
+        """Return a digest of what describes the data set: the number of its images and their bytes."""
+        if self._identity is None:
+            info = self.folder / IMAGES / VERSION / _INFO
+            with _readable(info):
+                self._identity = hashlib.sha256(info.read_text().encode()).hexdigest()[:16]
+        return self._identity
 
     def read(self, number: int) -> bytes:
         """Return the encoded bytes of an image. Raises OSError where there is no such image."""

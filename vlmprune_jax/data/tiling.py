@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,6 +46,11 @@ class Tiling:
     def shape(self) -> tuple[int, ...]:
         """(channels, height, width) of a tile."""
         return (3, self.size, self.size)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the tiles depend on beside the image, as JSON values."""
+        return {"tiling": dataclasses.asdict(self)}
 
     def grid(self, width: int, height: int, sharing: int) -> tuple[int, int]:
         """Return (columns, rows) for an image of a record with `sharing` images."""

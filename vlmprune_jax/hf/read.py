@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,7 +44,12 @@ Bounds = tuple[tuple[int, int], ...]
 
 
 def load(
-    hf_dir: str | Path, *, vision_dir: str | Path | None = None, dtype: str = "float32", mesh: Mesh | None = None
+    hf_dir: str | Path,
+    *,
+    vision_dir: str | Path | None = None,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    parts: Collection[str] = PARTS,
 ) -> Model:
     """The model in a Hugging Face folder (or hub id).
 
@@ -53,6 +59,7 @@ def load(
         tower inside `hf_dir`.
       dtype: of all parameters: "float32", "bfloat16" or "float16".
       mesh: where the parameters go, split by `distributed.rules`; None is the default device.
+      parts: what to read, of "text", "projector" and "vision". Without "vision" the model takes features of images.
 
     Raises:
       UserError: unknown family, missing or damaged files, weights that do not fit config.json or are not finite, or a
@@ -67,7 +74,9 @@ def load(
         check_divides(cfg, mesh)
     slots = make_slots(cfg, family)
     sources = find_weights(slots, cfg, family, folder, tower)
-    return Model(_read_params(cfg, slots, sources, DTYPES[dtype], mesh), cfg)
+    read = [slot for slot in slots if slot.path.split("/")[0] in parts]
+    params = _read_params(cfg, read, sources, DTYPES[dtype], mesh)
+    return Model(params, dataclasses.replace(cfg, tower=cfg.tower and "vision" in parts))
 
 
 def resolve(name: str | Path) -> Path:
@@ -174,6 +183,8 @@ def _read_params(cfg: ModelConfig, slots: list[Slot], sources: Sources, dtype: n
     flat = {}
     with ThreadPoolExecutor(_THREADS) as pool:
         for path, shape in param_shapes(cfg).items():
+            if path not in members:
+                continue
             where = None if mesh is None else sharding(mesh, axes[path])
             slices = [(slice(None),) * len(shape)]
             if where is not None:

@@ -44,7 +44,8 @@ class VisionLanguageModel(nnx.Module):
         self.cfg = cfg
         self.text = Decoder(cfg.text, cfg.lora)
         if cfg.vision is not None and cfg.projector is not None:
-            self.vision = VisionTower(cfg.vision)
+            if cfg.tower:
+                self.vision = VisionTower(cfg.vision)
             self.projector = Projector(cfg.projector, cfg.vision.hidden_size, cfg.text.hidden_size)
 
     def vision_features(self, pixels: jax.Array) -> jax.Array:
@@ -52,31 +53,52 @@ class VisionLanguageModel(nnx.Module):
 
         `pixels`: float[images, channel, height, width].
         """
-        states, projector = self.vision(pixels), self.cfg.projector
-        if self.cfg.feature_select == "patch":
-            states = states[:, 1:]
-        if projector is not None and projector.kind == "pixel_shuffle":
-            states = pixel_shuffle(states, projector.downsample, projector.shuffle_version)
-        return states
+        return _selected(self.vision(pixels), self.cfg)
 
     def image_features(self, pixels: jax.Array) -> jax.Array:
         """float[images, tokens, embed]: what replaces an image's positions in the decoder input."""
         return self.projector(self.vision_features(pixels))
 
-    def embed(self, input_ids: jax.Array, pixel_values: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    def embed(
+        self, input_ids: jax.Array, pixel_values: jax.Array | None, vision_features: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array | None]:
         """Decoder input float[batch, seq, embed] with image features spliced in, and those features.
 
         `pixel_values`: [images, 3, H, W] in order of appearance over the batch, or [batch, slots, 3, H, W] per row
-        (then every device splices its own rows without communication).
+        (then every device splices its own rows without communication). `vision_features`: instead of pixels, what the
+        tower made of them, [batch, slots, tokens, features].
         """
         x = self.text.embed_tokens.lookup(input_ids)
-        if pixel_values is None:
+        if vision_features is not None:
+            per_row, states = True, vision_features.reshape(-1, *vision_features.shape[-2:])
+            features = self.projector(states.astype(x.dtype))
+        elif pixel_values is not None:
+            per_row, pixels = pixel_values.ndim == 5, pixel_values.reshape(-1, *pixel_values.shape[-3:])
+            features = self.image_features(pixels.astype(x.dtype))
+        else:
             return x, None
-        per_row = pixel_values.ndim == 5
-        pixels = pixel_values.reshape(-1, *pixel_values.shape[-3:])
-        features = self.image_features(pixels.astype(x.dtype))
         is_image = jnp.equal(input_ids, jnp.asarray(self.cfg.image_token_id, input_ids.dtype))
         return splice(x, is_image, features, per_row), features
+
+
+def _selected(states: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """The projector's input of a tower's states."""
+    projector = cfg.projector
+    if cfg.feature_select == "patch":
+        states = states[:, 1:]
+    if projector is not None and projector.kind == "pixel_shuffle":
+        states = pixel_shuffle(states, projector.downsample, projector.shuffle_version)
+    return states
+
+
+def tower_features(tower: Params, cfg: ModelConfig, pixels: jax.Array) -> jax.Array:
+    """`VisionLanguageModel.vision_features` by the params of the tower alone, in their dtype."""
+    assert cfg.vision is not None
+    vision = cfg.vision
+    graph, state = nnx.split(nnx.eval_shape(lambda: VisionTower(vision)))
+    nnx.replace_by_pure_dict(state, tower)
+    dtype = jax.tree.leaves(tower)[0].dtype
+    return _selected(nnx.merge(graph, state)(pixels.astype(dtype)), cfg)
 
 
 def splice(x: jax.Array, is_image: jax.Array, features: jax.Array, per_row: bool) -> jax.Array:
@@ -111,6 +133,7 @@ def encode(
     input_ids: jax.Array,
     *,
     pixel_values: jax.Array | None = None,
+    vision_features: jax.Array | None = None,
     attention_mask: jax.Array | None = None,
     inputs_embeds: jax.Array | None = None,
     position_ids: jax.Array | None = None,
@@ -121,14 +144,15 @@ def encode(
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Everything before the head: final-norm states float[batch, seq, embed] and aux.
 
-    `inputs_embeds` replaces embedding and splicing (a teacher fed with the student's embeddings); `position_ids`
-    int[batch, seq] replaces the positions counted along `attention_mask`. `keep`, `tap`: see `Decoder.__call__`.
+    `vision_features`: see `VisionLanguageModel.embed`. `inputs_embeds` replaces embedding and splicing (a teacher fed
+    with the student's embeddings); `position_ids` int[batch, seq] replaces the positions counted along
+    `attention_mask`. `keep`, `tap`: see `Decoder.__call__`.
     aux always has "inputs_embeds" and, with images, "image_features".
     """
     module = to_nnx(Model(params, cfg))
     features = None
     if inputs_embeds is None:
-        inputs_embeds, features = module.embed(input_ids, pixel_values)
+        inputs_embeds, features = module.embed(input_ids, pixel_values, vision_features)
     x = constrain(inputs_embeds, ("batch", "sequence", None))
     if attention_mask is None:
         attention_mask = jnp.ones(input_ids.shape, jnp.int32)
@@ -209,7 +233,7 @@ def forward(
         return _forward(model.params, model.cfg, arrays["ids"], arrays["pixels"], arrays["mask"], tuple(want))
 
 
-def check_inputs(cfg: ModelConfig, input_ids: Any, pixel_values: Any) -> None:
+def check_inputs(cfg: ModelConfig, input_ids: Any, pixel_values: Any, vision_features: Any = None) -> None:
     """Refuse ids outside the vocabulary and image positions without an image each (a silent wrong splice)."""
     ids = np.asarray(input_ids)
     if ids.ndim != 2:
@@ -221,6 +245,14 @@ def check_inputs(cfg: ModelConfig, input_ids: Any, pixel_values: Any) -> None:
         raise UserError(
             f"input_ids[{row}, {column}] = {ids[row, column]} is outside the vocabulary of {cfg.text.vocab_size}"
         )
+    if vision_features is not None or not cfg.tower:
+        shape, per_image = np.shape(vision_features), cfg.feature_shape
+        if cfg.tower or len(shape) != 4 or (shape[0], *shape[2:]) != (len(ids), *per_image):
+            raise UserError(
+                f"vision_features has shape {list(shape)}: a model without its tower takes "
+                f"[{len(ids)}, images, {per_image[0]}, {per_image[1]}], another one pixel_values"
+            )
+        return
     if pixel_values is None:
         if is_image.any():
             raise UserError(f"input_ids hold {int(is_image.sum())} image positions but pixel_values is missing")

@@ -34,7 +34,12 @@ def fingerprint(model: Model) -> str:
     Weights are compared after rounding to bfloat16, so one folder has one fingerprint in whatever dtype it is loaded
     and however it is sharded (float32 sums would depend on both).
     """
-    flat = flatten(model.params)
+    return f"{shape_digest(model.cfg)}-{content_digest(model)}"
+
+
+def content_digest(model: Model, part: str = "") -> str:
+    """The 16 hex digits of `fingerprint`, of the tensors below a path."""
+    flat = {path: leaf for path, leaf in flatten(model.params).items() if path.startswith(part)}
     axes = param_axes(model.cfg)
     stacked = {path: axes[path][0] == "layer" for path in flat}
     sampled = _sample(flat, stacked)
@@ -42,7 +47,7 @@ def fingerprint(model: Model) -> str:
     for path in sorted(sampled):
         digest.update(path.encode())
         digest.update(np.ascontiguousarray(sampled[path]).tobytes())
-    return f"{shape_digest(model.cfg)}-{digest.hexdigest()[:16]}"
+    return digest.hexdigest()[:16]
 
 
 def _sample(flat: Flat, stacked: dict[str, bool]) -> dict[str, np.ndarray]:

@@ -81,9 +81,11 @@ def batch_flops(
     def count(length: int, slots: int) -> int:
         return step_flops(cfg, teacher_cfg, loss, trained, rows=rows, length=length, images=rows * slots).total
 
-    return lambda arrays: count(
-        arrays["input_ids"].shape[1], arrays["pixel_values"].shape[1] if "pixel_values" in arrays else 0
-    )
+    def of(arrays: Mapping[str, Any]) -> int:
+        images = arrays.get("pixel_values", arrays.get("vision_features"))
+        return count(arrays["input_ids"].shape[1], 0 if images is None else images.shape[1])
+
+    return of
 
 
 def _weights(cfg: ModelConfig, prefix: str, trained: Collection[str], passes: bool) -> int:
@@ -111,16 +113,19 @@ def _causal(cfg: ModelConfig, length: int) -> int:
 
 
 def _vision(cfg: ModelConfig, trained: Collection[str], images: int) -> int:
-    """FLOPs of tower and projector over `images` images or tiles."""
+    """FLOPs of projector and tower, if it runs, over `images` images or tiles."""
     tower = cfg.vision
     if tower is None or cfg.projector is None:
         return 0
     in_tower = any(path.startswith("vision/") for path in trained)
     in_projector = in_tower or any(path.startswith("projector/") for path in trained)
+    projector = _weights(cfg, "projector/", trained, in_projector) * cfg.tokens_per_image
+    if not cfg.tower:
+        return images * projector
     blocks = _weights(cfg, "vision/layers/", trained, in_tower) * _positions(tower)
     blocks += 4 * tower.n_layers * _positions(tower) ** 2 * tower.hidden_size * (3 if in_tower else 1)
     patches = _weights(cfg, "vision/patch_embedding/", trained, False) * tower.n_patches
-    return images * (blocks + patches + _weights(cfg, "projector/", trained, in_projector) * cfg.tokens_per_image)
+    return images * (blocks + patches + projector)
 
 
 def _positions(tower: VisionConfig) -> int:

@@ -368,7 +368,7 @@ def _next(stream: Iterator[Any], run: _Run, config: RecoverConfig, step: int) ->
     ids = batch.arrays["input_ids"]
     if len(ids) != rows:
         raise UserError(f"batch of step {step + 1} has {len(ids)} rows, config says {rows} per process")
-    check_inputs(run.cfg, ids, batch.arrays.get("pixel_values"))
+    check_inputs(run.cfg, ids, batch.arrays.get("pixel_values"), batch.arrays.get("vision_features"))
     return batch
 
 

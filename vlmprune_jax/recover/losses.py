@@ -185,34 +185,32 @@ def loss_sums(
     remat: str,
     dropout_key: jax.Array | None,
 ) -> dict[str, jax.Array]:
-    """float32[] sum of every term over one (micro-)batch of `input_ids, attention_mask, labels[, pixel_values]`.
+    """float32[] sum of every term over one (micro-)batch of `input_ids, attention_mask, labels` and perhaps images:
+    `pixel_values`, or `vision_features` for models without their tower.
 
     Sources: the reference's trainers (LLaVA `llava_trainer.py`): KL = T^2 sum p_t (log p_t - log p_s) with
     p = softmax(logits / T), reverse KL with the roles swapped, L2 = squared difference of hidden states. Cosine =
     1 - cos of two hidden states (not in the reference).
     """
-    ids, mask, pixels = batch["input_ids"], batch["attention_mask"], batch.get("pixel_values")
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    images: dict[str, Any] = {name: batch.get(name) for name in ("pixel_values", "vision_features")}
     embeds, positions = None, None
     if loss.reference_compat:
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
         if loss.teacher_inputs == "own":
             positions = positions * mask
         else:
-            embeds, _ = to_nnx(Model(params, cfg)).embed(ids, pixels)
+            embeds, _ = to_nnx(Model(params, cfg)).embed(ids, **images)
             embeds = embeds * mask[..., None].astype(embeds.dtype)
     keep = teacher.student_layers if teacher is not None and loss.compares_hidden else ()
     inputs: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "remat": remat}
-    final, aux = encode(
-        params, cfg, ids, pixel_values=pixels, inputs_embeds=embeds, keep=keep, dropout_key=dropout_key, **inputs
-    )
+    final, aux = encode(params, cfg, ids, **images, inputs_embeds=embeds, keep=keep, dropout_key=dropout_key, **inputs)
     sums: dict[str, Any] = {}
     target, teacher_logits = None, None
     if teacher is not None and teacher_params is not None:
         shared = aux["inputs_embeds"] if loss.teacher_inputs == "student" else None
         keep = teacher.teacher_layers if loss.compares_hidden else ()
-        target, taught = encode(
-            teacher_params, teacher.cfg, ids, pixel_values=pixels, inputs_embeds=shared, keep=keep, **inputs
-        )
+        target, taught = encode(teacher_params, teacher.cfg, ids, **images, inputs_embeds=shared, keep=keep, **inputs)
         target, taught = jax.lax.stop_gradient((target, taught.get("kept", ())))
         for name in (term for term in loss.terms() if term in HIDDEN_DISTANCES):
             sums[name] = sum(_distance(name, a, b, mask, loss) for a, b in zip(aux["kept"], taught, strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.preemption import StopSignal, noticed
 from vlmprune_jax.errors import Stopped, UserError
+from vlmprune_jax.hf.layout import PARTS
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.stages.console import Reporter
@@ -83,10 +84,10 @@ def mesh_of(experiment: Experiment) -> Mesh | None:
     return make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
 
 
-def load_model(experiment: Experiment, folder: Path) -> Model:
-    """The model in a folder of this experiment, in its dtype and on its mesh."""
+def load_model(experiment: Experiment, folder: Path, parts: Collection[str] = PARTS) -> Model:
+    """The model in a folder of this experiment, or parts of it, in its dtype and on its mesh."""
     spec = experiment.model
-    return load(folder, vision_dir=spec.vision_dir, dtype=spec.dtype, mesh=mesh_of(experiment))
+    return load(folder, vision_dir=spec.vision_dir, dtype=spec.dtype, mesh=mesh_of(experiment), parts=parts)
 
 
 def teacher_folder(experiment: Experiment) -> Path:

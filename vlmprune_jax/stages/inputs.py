@@ -15,6 +15,7 @@ import numpy as np
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.data.batching import ON_ERROR, Batch, train_batches
 from vlmprune_jax.data.encoding import Encoder
+from vlmprune_jax.data.features import FeatureLoader
 from vlmprune_jax.data.grouping import GROUPINGS
 from vlmprune_jax.data.images import ImageLoader, load_image_processor
 from vlmprune_jax.data.measure import measure
@@ -247,19 +248,31 @@ def _text_length(record: Record, inputs: Inputs, cfg: ModelConfig) -> int:
     return len(ids)
 
 
-def recovery_batches(experiment: Experiment, cfg: ModelConfig) -> tuple[Any, int]:
-    """This process's endless stream of training batches (a grain dataset), and the number of records behind it."""
+def recovery_records(experiment: Experiment, cfg: ModelConfig) -> tuple[Record, ...]:
+    """The training records of a recovery."""
+    data = experiment.data
+    template = load_inputs(experiment.model, data, cfg).template
+    return tuple(take_fraction(training_records(data, template), data.fraction, data.seed))
+
+
+def recovery_batches(
+    experiment: Experiment, cfg: ModelConfig, features: FeatureLoader | None = None
+) -> tuple[Any, int]:
+    """This process's endless stream of training batches (a grain dataset), and the number of records behind it.
+
+    `features`: what images are read from in place of pixels.
+    """
     data, recover = experiment.data, experiment.recover
     inputs = load_inputs(experiment.model, data, cfg)
     one_of("data.group_by", data.group_by, GROUPINGS)
-    records = tuple(take_fraction(training_records(data, inputs.template), data.fraction, data.seed))
+    records = recovery_records(experiment, cfg)
     encoder, sizes = inputs.training_encoder(cfg), None
     if not encoder.max_length or encoder.length_buckets or data.group_by != "none" or data.on_error == "skip":
         sizes = _measured(records, encoder, data.on_error, data.threads)
         encoder = _as_long_as(encoder, sizes)
     batches = train_batches(
         records,
-        encoder,
+        encoder if features is None else dataclasses.replace(encoder, image_loader=features),
         batch_size=recover.batch_size,
         seed=recover.seed,
         shuffle=True,

@@ -28,6 +28,7 @@ from vlmprune_jax.recover.flops import StepFlops, step_flops
 from vlmprune_jax.recover.loop import Program, RecoverConfig, make_program
 from vlmprune_jax.recover.step import abstract_state, batch_sharding, step_context
 from vlmprune_jax.stages.context import teacher_folder
+from vlmprune_jax.stages.features import check_frozen
 from vlmprune_jax.stages.ledger import Json
 from vlmprune_jax.stages.single import plan_options, recover_config
 from vlmprune_jax.stages.spec import Experiment
@@ -117,6 +118,10 @@ def make_case(experiment: Experiment, folder: Path | None, topology: str) -> Cas
     config = recover_config(experiment.recover)
     if experiment.data.max_length is None:
         raise UserError("data.max_length is not set: planning needs the tokens per row (--config.data.max_length=2048)")
+    slots = _image_slots(experiment, cfg, hf_dir)
+    if experiment.data.feature_cache is not None:
+        check_frozen(cfg, config)
+        cfg = dataclasses.replace(cfg, tower=False)
     return Case(
         cfg=plan.apply_to(cfg),
         teacher_cfg=cfg if config.losses.needs_teacher else None,
@@ -125,7 +130,7 @@ def make_case(experiment: Experiment, folder: Path | None, topology: str) -> Cas
         dtype=model.dtype,
         mesh=dataclasses.astuple(experiment.mesh),
         length=experiment.data.max_length,
-        slots=_image_slots(experiment, cfg, hf_dir),
+        slots=slots,
         slice=target,
     )
 
@@ -211,7 +216,10 @@ def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
         teacher = unflatten(leaves(program.teacher.cfg, case.config.compute_dtype))
     n_rows = case.config.batch_size
     batch = {name: rows((n_rows, case.length), np.int32) for name in ("input_ids", "attention_mask", "labels")}
-    if case.cfg.vision is not None and case.slots:
+    if case.cfg.vision is not None and case.slots and not case.cfg.tower:
+        features, dtype = (n_rows, case.slots, *case.cfg.feature_shape), case.config.compute_dtype
+        batch["vision_features"] = rows(features, jnp.dtype(dtype))
+    elif case.cfg.vision is not None and case.slots:
         side = case.cfg.vision.image_size
         batch["pixel_values"] = rows((n_rows, case.slots, case.cfg.vision.channels, side, side), np.float32)
     return state, frozen, teacher, batch
@@ -294,6 +302,7 @@ def facts(found: Estimate, n_records: int | None) -> Json:
         "remat": config.remat,
         "tokens_per_row": case.length,
         "images_per_row": case.slots,
+        "feature_cache": not case.cfg.tower,
         "hbm": {
             "arguments": found.compiled.arguments,
             "temporaries": found.compiled.temporaries,
@@ -320,12 +329,13 @@ def as_lines(told: Json) -> list[str]:
     models = f"{told['student']['parameters']:,} parameters in {told['student']['layers']} layers"
     if teacher:
         models += f", teacher {teacher['parameters']:,} in {teacher['layers']}"
+    images = "cached images" if told["feature_cache"] else "images"
     mesh = " x ".join(f"{name} {size}" for name, size in told["mesh"].items())
     lines = [
         f"{told['topology']}: {told['chips']} chips, mesh {mesh}",
         f"  student       {models}",
         f"  step          {told['batch_size']} rows of {told['tokens_per_row']:,} tokens and {told['images_per_row']} "
-        f"images, {told['accumulation']} micro-batches, remat {told['remat']}",
+        f"{images}, {told['accumulation']} micro-batches, remat {told['remat']}",
         f"  HBM per chip  {hbm['arguments'] / GIB:.2f} GiB arguments + {hbm['temporaries'] / GIB:.2f} GiB temporaries, "
         f"{hbm['free'] / GIB:.2f} GiB free",
         f"  FLOPs         {flops['executed']:.2e} executed, {flops['model']:.2e} of the model ({parts})",

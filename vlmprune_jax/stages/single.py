@@ -23,6 +23,7 @@ from vlmprune_jax.recover.peft import write_adapter
 from vlmprune_jax.recover.trainable import assign_groups, merge_lora
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import Context, journal_of, load_model, mesh_of, teacher_folder
+from vlmprune_jax.stages.features import cached_features, load_for_training, open_folder, with_tower
 from vlmprune_jax.stages.ledger import Json, remove, write_json, write_text
 from vlmprune_jax.stages.spec import DataSpec, Experiment, PruneSpec, RecoverSpec
 
@@ -33,6 +34,7 @@ _NOT_IN_RESULTS: tuple[str, ...] = (
     "images",
     "eval_images",
     "cache_megabytes",
+    "feature_cache",
     "threads",
     "max_image_pixels",
 )
@@ -256,11 +258,11 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
     def body() -> Json:
         from_main(lambda: None if (training / "checkpoints").exists() else remove(training))
         plan = PrunePlan.from_json(prune_folder / "plan.json")
-        teacher = load_model(experiment, teacher_folder(experiment)) if config.losses.needs_teacher else None
-        if teacher is not None:
-            check_plan_is_for(teacher, plan)  # another model of these sizes would train without complaint
-        student = load_model(experiment, pruned)
-        batches, n_records = inputs.recovery_batches(experiment, student.cfg)
+        if config.losses.needs_teacher:  # another model of these sizes would train without complaint
+            check_plan_is_for(open_folder(experiment, teacher_folder(experiment)), plan)
+        features = cached_features(experiment, config, pruned, context)
+        student, teacher = load_for_training(experiment, config, pruned, towers=features is None)
+        batches, n_records = inputs.recovery_batches(experiment, student.cfg, features)
         model, summary = recover(
             student,
             batches,
@@ -274,6 +276,7 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
         )
         if summary["skipped_rows"]:
             context.reporter.say(f"  {summary['skipped_rows']:,} rows skipped, listed in {training}/skipped-*.jsonl")
+        model = with_tower(model, experiment, pruned)
         if spec.save_adapter:
             trained = assign_groups(list(flatten(model.params)), config.trainable)
             write_adapter(model, folder / "adapter", base_dir=pruned, trained=trained)

@@ -36,8 +36,9 @@ class DataSpec:
     thumbnail). `length_buckets`: the same for tokens of training rows, () = always `max_length`; the last one is
     `max_length`. `group_by`: which records share a batch, "none", "length" or "modality_length" (as well, those with
     images and those without apart). `on_error`: "stop" at a training record that cannot be read or does not fit, or
-    "skip" it: its row is padding, counted in the summary and listed in training/skipped-*.jsonl. `fraction`, `seed`:
-    which training records.
+    "skip" it: its row is padding, counted in the summary and listed in training/skipped-*.jsonl. `feature_cache`: a
+    folder, for any number of runs, where recovery keeps what the frozen vision tower makes of each training image; it
+    then trains without tower and pixels. `fraction`, `seed`: which training records.
     """
 
     source: str = "files"
@@ -60,6 +61,7 @@ class DataSpec:
     on_error: str = "stop"
     max_image_pixels: int = 100_000_000
     cache_megabytes: int = 512
+    feature_cache: str | None = None
     threads: int = 2
     fraction: float = 1.0
     seed: int = 42

@@ -1,0 +1,90 @@
+"""Features of a frozen vision tower, read from a cache where a batch would hold pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from vlmprune_jax.data.cache import ArrayCache
+from vlmprune_jax.data.images import ImageLoader, Preparation
+from vlmprune_jax.data.records import Record, StoredImage
+from vlmprune_jax.data.tiling import Tiling
+from vlmprune_jax.errors import UserError
+
+
+class Picture(NamedTuple):
+    """An image as a record has it: `place` among the record's images."""
+
+    record: Record
+    place: int
+
+    @property
+    def image(self) -> Path | StoredImage:
+        """The image itself."""
+        return self.record.images[self.place]
+
+
+class FeatureLoader:
+    """What an `ImageLoader` is to pixels: features [tiles, tokens, features] of images, which are not decoded.
+
+    An image is known by its path and size (in a tfds data set: by its number there), where tiles depend on them also by
+    how many images its record has. One that could not be read when features were computed has no tiles in the cache.
+
+    Args:
+      images: loads the pixels of the same images.
+      cache: holds the features.
+      shape: (tokens, features) of one tile.
+      dtype: of the features.
+    """
+
+    array = "vision_features"
+
+    def __init__(self, images: ImageLoader, cache: ArrayCache, shape: tuple[int, int], dtype: np.dtype):
+        self.images, self.cache, self.shape, self.dtype = images, cache, shape, dtype
+
+    @property
+    def preparation(self) -> Preparation:
+        """How images became arrays."""
+        return self.images.preparation
+
+    def tiles(self, paths: Sequence[Path | StoredImage], record: str) -> list[int]:
+        """See `ImageLoader.tiles`."""
+        return self.images.tiles(paths, record)
+
+    def load(self, path: Path | StoredImage, record: str, sharing: int = 1) -> np.ndarray:
+        """Return an image's features. Raises UserError naming the file and the record."""
+        features = self.cache[self.key(path, sharing)]
+        if len(features):
+            return features
+        self.images.load(path, record, sharing)  # raises what it raised when the features were computed
+        raise UserError(
+            f"{path} (record {record}): could not be read when its features were cached, and now it can: "
+            f"remove {self.cache.folder}"
+        )
+
+    def key(self, path: Path | StoredImage, sharing: int) -> str:
+        """Return the name of an image's features."""
+        if isinstance(path, StoredImage):
+            name = f"{path.store.identity()}/{path.number}"
+        else:
+            name = f"{path.absolute()}:{path.stat().st_size if path.exists() else 'missing'}"
+        return f"{name}:1/{sharing}" if isinstance(self.preparation, Tiling) else name
+
+    def missing(self, records: Iterable[Record]) -> dict[str, Picture]:
+        """Return the pictures of these records whose features are not there, each once, in order."""
+        found = (Picture(record, place) for record in records for place in range(len(record.images)))
+        pictures: dict[str, Picture] = {}
+        for picture in found:
+            pictures.setdefault(self.key(picture.image, len(picture.record.images)), picture)
+        return {key: pictures[key] for key in self.cache.missing(pictures)}
+
+    def pixels(self, picture: Picture) -> np.ndarray:
+        """Return a picture's pixels, float32[tiles, 3, height, width]. Raises UserError naming file and record."""
+        return self.images.load(picture.image, picture.record.id, len(picture.record.images))
+
+    def count(self, picture: Picture) -> int:
+        """Return a picture's number of tiles. Raises UserError naming file and record."""
+        return self.images.tiles(picture.record.images, picture.record.id)[picture.place]

@@ -1,0 +1,122 @@
+"""Recovery without its vision tower: `data.feature_cache`, filled before training and read in place of pixels."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.data.cache import ArrayCache
+from vlmprune_jax.data.features import FeatureLoader
+from vlmprune_jax.distributed.mesh import from_main
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.hf.layout import PARTS
+from vlmprune_jax.hf.lazy import open_model
+from vlmprune_jax.hf.read import DTYPES
+from vlmprune_jax.models.params import param_shapes
+from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.prune.fingerprint import content_digest
+from vlmprune_jax.recover import RecoverConfig
+from vlmprune_jax.recover.features import compute_features, feature_identity
+from vlmprune_jax.recover.trainable import assign_groups
+from vlmprune_jax.stages import inputs
+from vlmprune_jax.stages.context import Context, load_model, mesh_of, teacher_folder
+from vlmprune_jax.stages.spec import Experiment
+
+TOWER = "vision"
+
+
+def open_folder(experiment: Experiment, folder: Path) -> Model:
+    """The model in a folder of this experiment, its weights in their files."""
+    vision_dir = experiment.model.vision_dir
+    return open_model(folder, None if vision_dir is None else Path(vision_dir))
+
+
+def cached_features(
+    experiment: Experiment, config: RecoverConfig, pruned: Path, context: Context
+) -> FeatureLoader | None:
+    """What recovery reads images from, complete for its records; None without `data.feature_cache`.
+
+    Raises:
+      UserError: the tower is none or trains, the teacher has another one, the folder is of another tower or cannot be
+        written, or an image cannot be read.
+      Stopped: SIGTERM; what is computed stays.
+    """
+    folder, data = experiment.data.feature_cache, experiment.data
+    if folder is None:
+        return None
+    cfg = open_folder(experiment, pruned).cfg
+    check_frozen(cfg, config)
+    weights = from_main(lambda: _digest(experiment, config, pruned))
+    images = inputs.load_inputs(experiment.model, data, cfg).image_loader
+    assert images is not None  # there is a tower
+    made_from = {"digest": weights, "dtype": experiment.model.dtype}
+    identity = feature_identity(cfg, made_from, images.preparation.settings, config.compute_dtype)
+    dtype: np.dtype = DTYPES[config.compute_dtype]
+    loader = FeatureLoader(images, ArrayCache(Path(folder), identity), cfg.feature_shape, dtype)
+    missing = loader.missing(inputs.recovery_records(experiment, cfg))
+    if missing:
+        with context.phase("features", len(missing)) as progress:
+            compute_features(
+                load_model(experiment, pruned, (TOWER,)).params[TOWER],
+                cfg,
+                loader,
+                missing,
+                batch_size=config.batch_size // config.accumulation,
+                on_error=data.on_error,
+                threads=data.threads,
+                mesh=mesh_of(experiment),
+                progress=progress,
+            )
+    context.reporter.say(f"  features of {len(missing):,} images computed, the others were in {folder}")
+    return loader
+
+
+def check_frozen(cfg: ModelConfig, config: RecoverConfig) -> None:
+    """Refuse cached features where they would not stay what they are.
+
+    Raises:
+      UserError: the model has no tower, or it trains.
+    """
+    if cfg.vision is None:
+        raise UserError("data.feature_cache: this model has no vision tower: leave it out")
+    trained = assign_groups(list(param_shapes(cfg)), config.trainable)
+    if any(path.startswith(f"{TOWER}/") for path in trained):
+        raise UserError(
+            f"data.feature_cache: recover.trainable={config.trainable!r} trains the vision tower, whose features then "
+            "change: leave feature_cache out, or train less (decoder, lora, projector)"
+        )
+
+
+def _digest(experiment: Experiment, config: RecoverConfig, pruned: Path) -> str:
+    """Of the student's tower, which must be the teacher's where that looks at images itself."""
+    student = content_digest(open_folder(experiment, pruned), f"{TOWER}/")
+    if config.losses.needs_teacher and config.losses.teacher_inputs == "own":
+        teacher = teacher_folder(experiment)
+        if content_digest(open_folder(experiment, teacher), f"{TOWER}/") != student:
+            raise UserError(
+                f"data.feature_cache: {teacher} and {pruned} have different vision towers: leave feature_cache out, or "
+                'use losses.teacher_inputs="student"'
+            )
+    return student
+
+
+def load_for_training(
+    experiment: Experiment, config: RecoverConfig, pruned: Path, *, towers: bool
+) -> tuple[Model, Model | None]:
+    """Student, and teacher if a loss needs one, with or without their vision towers."""
+    parts = [part for part in PARTS if towers or part != TOWER]
+    teacher = None
+    if config.losses.needs_teacher:
+        teacher = load_model(experiment, teacher_folder(experiment), parts)
+    return load_model(experiment, pruned, parts), teacher
+
+
+def with_tower(model: Model, experiment: Experiment, folder: Path) -> Model:
+    """The model with the tower that lies in a folder, if it was trained without."""
+    if model.cfg.tower:
+        return model
+    tower = open_folder(experiment, folder).params[TOWER]
+    return Model({**model.params, TOWER: tower}, dataclasses.replace(model.cfg, tower=True))
