@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from vlmprune_jax.distributed.mesh import from_all
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.errors import UserError, differences
 from vlmprune_jax.recover.step import TrainState
 
 STATE, META = "state", "meta"
@@ -146,21 +146,6 @@ def _gather(data_state: Any) -> list[str]:
 
 def _decode(text: str) -> Any:
     return base64.b64decode(text[1:]) if text[0] == "b" else json.loads(text[1:])
-
-
-def differences(saved: Any, now: Any, name: str = "") -> list[str]:
-    """`field: saved -> now` for every leaf in which two JSON values differ."""
-    if isinstance(saved, dict) and isinstance(now, dict):
-        found = []
-        for key in sorted({*saved, *now}):
-            found += differences(saved.get(key), now.get(key), f"{name}.{key}" if name else key)
-        return found
-    return [] if saved == now else [f"{name} was {_short(saved)}, now {_short(now)}"]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 @jax.jit

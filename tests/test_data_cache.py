@@ -1,0 +1,175 @@
+"""Arrays by key on disk: what is there is read back exactly, what is not is known, and nothing wrong is read."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from vlmprune_jax.data import cache as module
+from vlmprune_jax.data.cache import ArrayCache
+from vlmprune_jax.errors import UserError
+
+MADE_FROM = {"tower": {"weights": "a1", "layers": 3}, "dtype": "float32"}
+
+
+def array(number: int, dtype=np.float32) -> np.ndarray:
+    return np.random.default_rng(number).standard_normal((2, 3, 5)).astype(dtype)
+
+
+def filled(folder, numbers, **changes) -> ArrayCache:
+    cache = ArrayCache(folder, {**MADE_FROM, **changes})
+    for number in numbers:
+        cache.add({f"k{number}": array(number)})
+    cache.publish()
+    return cache
+
+
+def shards(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors")
+
+
+def test_arrays_come_back_as_they_were(tmp_path):
+    given = {
+        "bfloat16": array(1, ml_dtypes.bfloat16),
+        "float16": array(2, np.float16),
+        "ids": np.arange(12, dtype=np.int32).reshape(3, 4),
+        "transposed": array(3).T,
+        "nothing": np.zeros((0, 4), np.float32),
+    }
+    first = ArrayCache(tmp_path / "new/cache", MADE_FROM)
+    assert first.missing(["ids", "other", "ids"]) == ["ids", "other"]
+    first.add(given)
+    first.publish()
+    for cache in (first, ArrayCache(tmp_path / "new/cache", MADE_FROM)):
+        assert cache.missing(["ids", "other"]) == ["other"]
+        for key, expected in given.items():
+            assert cache[key].dtype == expected.dtype
+            assert np.array_equal(cache[key], expected), key
+    with pytest.raises(UserError, match="holds nothing for other: run the same command again"):
+        first["other"]
+
+
+def test_shards_fill_up_and_only_what_is_missing_is_added(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SHARD_BYTES", 3 * array(0).nbytes)
+    filled(tmp_path, range(7))
+    assert len(shards(tmp_path)) == 3
+    names = shards(tmp_path)
+    again = filled(tmp_path, range(7, 9))
+    assert set(names) < set(shards(tmp_path))
+    assert again.missing(f"k{i}" for i in range(10)) == ["k9"]
+    assert all(np.array_equal(again[f"k{i}"], array(i)) for i in range(9))
+
+
+def test_many_threads_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SHARD_BYTES", 10 * array(0).nbytes)
+    cache, together = filled(tmp_path, range(50)), threading.Barrier(4)
+
+    def read(seed: int) -> bool:
+        together.wait()
+        return all(np.array_equal(cache[f"k{i}"], array(i)) for i in np.random.default_rng(seed).permutation(50))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(4)))
+
+
+def test_identity_is_readable_and_another_one_is_refused(tmp_path):
+    filled(tmp_path, [1])
+    assert json.loads((tmp_path / "cache.json").read_text()) == {"version": 1, **MADE_FROM}
+    with pytest.raises(UserError, match=r'something else gave \(tower.weights was "a1", now "b2"\): give another fold'):
+        ArrayCache(tmp_path, {**MADE_FROM, "tower": {"weights": "b2", "layers": 3}})
+    with pytest.raises(UserError, match=r'\(dtype was "float32", now "bfloat16"; tiles was null, now 4\)'):
+        ArrayCache(tmp_path, {**MADE_FROM, "dtype": "bfloat16", "tiles": 4})
+
+
+def test_folders_that_cannot_be_a_cache(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for folder, reason in (
+        (tmp_path, "is not empty and no cache"),
+        (tmp_path / "thesis.tex", "cannot be used as a cache .*: give another"),
+        (tmp_path / "thesis.tex/cache", "cannot be used as a cache .*: give another"),
+    ):
+        with pytest.raises(UserError, match=reason) as error:
+            ArrayCache(folder, MADE_FROM)
+        assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_damaged_files(tmp_path):
+    filled(tmp_path, range(3))
+    (shard,) = (tmp_path / name for name in shards(tmp_path))
+    shard.write_bytes(shard.read_bytes()[:-7])
+    with pytest.raises(UserError, match=f"{shard.name}: damaged .*: remove it, and what it held is computed again"):
+        ArrayCache(tmp_path, MADE_FROM)
+    shard.unlink()
+    assert ArrayCache(tmp_path, MADE_FROM).missing(["k0"]) == ["k0"]
+    (tmp_path / "cache.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be used as a cache"):
+        ArrayCache(tmp_path, MADE_FROM)
+
+
+def test_a_full_disk_leaves_whole_shards(tmp_path, monkeypatch):
+    cache = filled(tmp_path, range(3))
+    cache.add({"k3": array(3)})
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module.os, "fsync", full)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\): make room"):
+        cache.publish()
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["cache.json", *shards(tmp_path)])
+    assert ArrayCache(tmp_path, MADE_FROM).missing(f"k{i}" for i in range(4)) == ["k3"]
+
+
+def test_a_folder_that_others_do_not_see(tmp_path, monkeypatch):
+    """Process 1 wrote a shard that this one cannot open."""
+    cache = filled(tmp_path, [1])
+    monkeypatch.setattr(module, "from_all", lambda compute: [compute() or [], ["0123.safetensors"]])
+    with pytest.raises(UserError, match=r"0123\.safetensors: process 1 of .* must lie on a disk that all processes sh"):
+        cache.publish()
+
+
+WRITER = """
+import os, sys, time
+import numpy as np
+from pathlib import Path
+from vlmprune_jax.data import cache
+cache.SHARD_BYTES, plain, count = 100, os.fsync, 0
+def slow(descriptor):
+    global count
+    count += 1
+    if count == 4:  # cache.json and two shards are there
+        print("writing", flush=True)
+        time.sleep(600)
+    plain(descriptor)
+cache.os.fsync = slow
+made = cache.ArrayCache(Path(sys.argv[1]), {"a": 1})
+for i in range(9):
+    made.add({f"k{i}": np.full(50, i, np.float32)})
+"""
+
+
+def test_a_killed_writer_leaves_whole_shards(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout.readline() == "writing\n"
+        writer.send_signal(signal.SIGKILL)
+    left = [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]
+    assert len(left) == 1
+    cache = ArrayCache(tmp_path, {"a": 1})
+    assert cache.missing(f"k{i}" for i in range(4)) == ["k2", "k3"]
+    assert np.array_equal(cache["k1"], np.full(50, 1, np.float32))
+    assert left[0].exists()  # perhaps another run writes it at this moment
+    os.utime(left[0], (0, 0))
+    ArrayCache(tmp_path, {"a": 1})
+    assert not left[0].exists()
