@@ -51,6 +51,9 @@ def traced_step(cfg, teacher_cfg, config):
         batch["vision_features"] = jax.ShapeDtypeStruct((ROWS, 1, *cfg.feature_shape), np.float32)
     elif cfg.vision is not None:
         batch["pixel_values"] = jax.ShapeDtypeStruct((ROWS, 1, 3, 6, 6), np.float32)
+    if top_k := config.losses.teacher_top_k:
+        batch["teacher_ids"] = jax.ShapeDtypeStruct((ROWS, LENGTH, top_k), np.int32)
+        batch["teacher_logprobs"] = jax.ShapeDtypeStruct((ROWS, LENGTH, top_k + 1), np.float32)
     with step_context(None, "float32"):
         return program, executed_flops(program.step.trace(state, frozen, teacher, batch).jaxpr.jaxpr)
 
@@ -63,8 +66,9 @@ def traced_step(cfg, teacher_cfg, config):
         LossConfig(chunk=4),
         LossConfig(ce=0.5, l2=0.5, kl=0.1, teacher_inputs="own", chunk=4),
         LossConfig(ce=0.0, l2=1.0, chunk=4),
+        LossConfig(ce=0.5, kl=0.1, teacher_inputs="own", chunk=4, teacher_top_k=5),
     ],
-    ids=["ce", "ce+l2+kl", "l2"],
+    ids=["ce", "ce+l2+kl", "l2", "ce+cached kl"],
 )
 def test_the_formula_counts_what_the_step_computes(trainable, loss, tied):
     if tied and trainable == "projector":
@@ -85,7 +89,7 @@ def test_the_formula_counts_what_the_step_computes(trainable, loss, tied):
     # Logits are computed again in the backward pass, the student's and the teacher's.
     text = cfg.text
     head = 2 * text.vocab_size * text.hidden_size * ROWS * LENGTH
-    expected += head * bool(loss.ce or loss.kl) + head * bool(loss.kl)
+    expected += head * bool(loss.ce or loss.kl) + head * bool(loss.kl and loss.needs_teacher)
     # The input of the projector's first layer needs a gradient only if the tower trains.
     if not tied and (trainable != "all" or not cfg.tower):
         expected -= 2 * cfg.vision.hidden_size * text.hidden_size * ROWS * cfg.tokens_per_image
@@ -229,6 +233,34 @@ def test_a_small_step_compiles_for_tpus(experiment_file, tmp_path, capsys):
     assert 1 < told["flops"]["executed"] / told["flops"]["model"] < 2.5
     assert 0 < told["mfu"] < 1
     assert told["hours"] == pytest.approx(10 * told["seconds"]["step"] / 3600)
+
+
+def test_a_cached_teacher_takes_no_memory_and_no_arithmetic(experiment_file, monkeypatch, tmp_path):
+    """Its top-k logits come with the rows; what is compiled for has no weights of a teacher."""
+    compiled_for, saved = [], tmp_path / "plan.json"
+
+    def seen(step, *arguments):
+        compiled_for.append(arguments)
+        return planning.Compiled(0, 0, {}, executed_flops(step.trace(*arguments).jaxpr.jaxpr), 0.0)
+
+    monkeypatch.setattr(planning, "compile_for_tpu", seen)
+    losses = {"ce": 0.5, "l2": 0.0, "kl": 0.5, "teacher_inputs": "own"}
+    path = tmp_path / "cached.py"
+    path.write_text(experiment_file.read_text().replace('{"ce": 0.5, "l2": 0.5}', repr(losses)))
+    flags = [f"--config={path}", "--topology=v5e:2x2", f"--save={saved}"]
+    told = []
+    for more in ([], ["--config.recover.teacher_cache=somewhere", "--config.recover.teacher_top_k=16"]):
+        assert main(["plan", *flags, *more]) == 0
+        told += json.loads(saved.read_text()).values()
+    beside, cached = told
+    assert beside["flops"]["teacher"] > cached["flops"]["teacher"] == 0
+    assert beside["flops"]["executed"] > 1.3 * cached["flops"]["executed"]
+    assert cached["teacher"] is None
+    _, _, teacher, batch = compiled_for[1]
+    assert teacher is None
+    assert compiled_for[0][2] is not None
+    assert (batch["teacher_ids"].shape, batch["teacher_ids"].dtype) == ((8, 128, 16), np.int32)
+    assert (batch["teacher_logprobs"].shape, batch["teacher_logprobs"].dtype) == ((8, 128, 17), jnp.bfloat16)
 
 
 @pytest.mark.parametrize(("topology", "size"), [("v5e:2x2", 9), ("v5p:2x2x1", 50), ("v6e:2x2", 17)])

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from hf_cases import copy_llava
 
+from vlmprune_jax.data.cache import ArrayCache
+from vlmprune_jax.hf.files import read_header
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.prune import make_plan, prune_folder, score
@@ -274,6 +276,33 @@ def test_two_processes_share_a_feature_cache(experiment, pruned):
     assert len(list(cache.glob("*.safetensors"))) == 2
     first, second = (flatten(load(experiment / f"shared{count}/recovered").params) for count in (1, 2))
     assert max(float(np.abs(np.asarray(first[path]) - np.asarray(second[path])).max()) for path in first) <= 1e-5
+
+
+@pytest.mark.slow
+def test_a_cached_teacher(experiment, pruned):
+    """Its pass and its reading by two processes, rows skipped and of two lengths; the second goes on after a kill."""
+    answers = ["Yes.", "It is a red car. " * 3]
+    lines = [entry(f"r{n}", f"img{n % 4}.png" if n % 3 else None, answers[n % 7 % 2]) for n in range(63)]
+    lines.append(entry("missing", "none.png", "Yes."))
+    flags = ["--config.data.length_buckets=(64, 128)", "--config.data.on_error=skip", "--config.recover.losses.l2=0.0"]
+    flags += ["--config.recover.losses.kl=0.5", "--config.recover.losses.teacher_inputs=own"]
+    folders = [experiment / f"logits{count}" for count in (1, 2)]
+    (experiment / "taught.jsonl").write_text("\n".join(lines))
+    for count, folder in enumerate(folders, start=1):
+        pruned(f"taught{count}")
+        given = (f"--config.data.train={experiment / 'taught.jsonl'}", *RECOVER, *flags)
+        finish(experiment, f"taught{count}", "recover", count, *given, f"--config.recover.teacher_cache={folder}")
+    made = [ArrayCache(folder, json.loads((folder / "cache.json").read_text())) for folder in folders]
+    assert len(list(folders[1].glob("*.safetensors"))) == 2 * len(list(folders[0].glob("*.safetensors"))) == 2
+    keys = {key for file in folders[0].glob("*.safetensors") for key in read_header(file)}
+    assert len(keys) == 2 * 63
+    for key in keys:
+        np.testing.assert_allclose(made[1][key], made[0][key], atol=1e-4)
+    losses = []
+    for count in (1, 2):
+        metrics = (experiment / f"taught{count}/training/metrics.jsonl").read_text().splitlines()
+        losses.append([[json.loads(line)[key] for key in ("loss", "ce", "kl", "grad_norm")] for line in metrics])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5, atol=0)
 
 
 @pytest.mark.slow

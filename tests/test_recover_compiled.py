@@ -29,12 +29,16 @@ def make_arguments(cfg: ModelConfig, loss: LossConfig, trainable: str, seq: int,
     groups = assign_groups(list(shapes), trainable)
     optimizer = make_optimizer(settings, groups, TOTAL)
     teacher = Teacher(cfg, (), ()) if loss.needs_teacher else None
+    top_k = loss.teacher_top_k
     config = StepConfig(cfg, loss, teacher, 1, 1.0, "float32", "none")
     step = make_step(config, optimizer, learning_rates(settings, groups, TOTAL), None)
     params = {path: build(shape, "float32") for path, shape in shapes.items()}
     frozen = {path: x for path, x in params.items() if path not in groups}
     masters = {path: x for path, x in params.items() if path in groups}
     batch = {name: build((ROWS, seq), "int32") for name in ("input_ids", "attention_mask", "labels")}
+    if top_k:
+        batch |= {"teacher_ids": build((ROWS, seq, top_k), "int32")}
+        batch |= {"teacher_logprobs": build((ROWS, seq, top_k + 1), "float32")}
     taught = unflatten({path: build(shape, "float32") for path, shape in shapes.items()}) if teacher else None
     return step, optimizer, masters, frozen, taught, batch
 
@@ -46,7 +50,10 @@ def compiled_step(cfg: ModelConfig, loss: LossConfig, trainable: str, seq: int):
     return step.lower(state, *rest).compile()
 
 
-@pytest.mark.parametrize("terms", [{"ce": 1.0}, {"kl": 1.0, "rkl": 1.0}], ids=str)
+CACHED = {"kl": 1.0, "teacher_top_k": 8, "teacher_inputs": "own"}
+
+
+@pytest.mark.parametrize("terms", [{"ce": 1.0}, {"kl": 1.0, "rkl": 1.0}, CACHED], ids=str)
 def test_no_logits_of_the_whole_sequence(terms):
     """Of all arrays with a vocabulary axis, none has more positions than a chunk has, in any dtype."""
     cfg = cases.config(vision=False)

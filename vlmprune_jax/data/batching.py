@@ -13,6 +13,7 @@ from vlmprune_jax.data.encoding import Encoder, Shape
 from vlmprune_jax.data.features import FeatureLoader
 from vlmprune_jax.data.grouping import GROUPINGS, grouped_order
 from vlmprune_jax.data.records import Record
+from vlmprune_jax.data.teacher import TeacherRows
 from vlmprune_jax.errors import UserError
 
 AUGMENTATIONS = ("none", "flip_shift")
@@ -26,7 +27,8 @@ class Batch:
 
     `arrays`: input_ids, attention_mask, labels int32[batch, tokens] (labels are not shifted) and, with a vision tower,
     pixel_values float32[batch, slots, 3, height, width], or with a feature cache vision_features [batch, slots, tokens,
-    features]; rows with fewer images (or tiles of images) carry zeros in the other slots, which come last.
+    features]; rows with fewer images (or tiles of images) carry zeros in the other slots, which come last. With a
+    cached teacher also what `TeacherRows` adds.
     A padding row has mask 0 everywhere and the id "". `skipped`: (record id, reason) of the records that could not be
     read and whose rows are padding instead.
     """
@@ -61,6 +63,7 @@ def train_batches(
     sizes: np.ndarray | None = None,
     group_by: str = "none",
     on_error: str = "stop",
+    teacher: TeacherRows | None = None,
 ) -> grain.IterDataset[Batch]:
     """Return this process's rows of every global batch of `batch_size`, as a grain dataset of Batch.
 
@@ -72,7 +75,7 @@ def train_batches(
 
     `sizes`: int[records, 2] (`measure.measure`), equal on all processes; the shape of a batch follows from them. They
     are needed to group rows (`grouping.grouped_order`), for length buckets, and to skip what cannot be read: with
-    `on_error="skip"` such a record keeps its place, and its row is padding.
+    `on_error="skip"` such a record keeps its place, and its row is padding. `teacher` adds its arrays to every row.
     """
     known = {"augment": (augment, AUGMENTATIONS), "group_by": (group_by, GROUPINGS), "on_error": (on_error, ON_ERROR)}
     for name, (value, values) in known.items():
@@ -100,6 +103,7 @@ def train_batches(
         augment_seed=seed if augment == "flip_shift" else None,
         sizes=sizes,
         skip=on_error == "skip",
+        teacher=teacher,
     )
     return rows.map(load).to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
 
@@ -113,6 +117,7 @@ def _load_training(
     augment_seed: int | None,
     sizes: np.ndarray | None,
     skip: bool,
+    teacher: TeacherRows | None,
 ) -> Batch:
     """The rows `mine` of a global batch of (place, record index), in the shape that all of its rows need."""
     real = [index for index in batch[:, 1].tolist() if index != _PADDING_ROW]
@@ -128,13 +133,19 @@ def _load_training(
             try:
                 if sizes is not None and not sizes[index, 0]:
                     raise UserError(encoder.problem(record) or f"record {record.id}: could not be read when measured")
-                row = encoder.training_row(record, None if augment_seed is None else (augment_seed, place), shape)
-                name = record.id
+                made = encoder.training_row(record, None if augment_seed is None else (augment_seed, place), shape)
+                if teacher is not None:
+                    teacher.fill(made, record)
+                row, name = made, record.id
             except UserError as error:
                 if not skip:
                     raise
                 skipped.append((record.id, str(error)))
-        rows.append(encoder.padding_row(shape) if row is None else row)
+        if row is None:
+            row = encoder.padding_row(shape)
+            if teacher is not None:
+                teacher.fill(row, None)
+        rows.append(row)
         names.append(name)
     return Batch(_stack(rows), tuple(names), skipped=tuple(skipped))
 

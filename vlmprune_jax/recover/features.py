@@ -20,7 +20,7 @@ from vlmprune_jax.distributed.mesh import from_all, from_main
 from vlmprune_jax.errors import Stopped, UserError
 from vlmprune_jax.hf.atomic import check_space
 from vlmprune_jax.models.vlm import Params, tower_features
-from vlmprune_jax.recover.step import batch_sharding, place_rows, step_context
+from vlmprune_jax.recover.step import batch_sharding, local_rows, place_rows, step_context
 
 
 def feature_identity(
@@ -96,7 +96,7 @@ def compute_features(
             taken = [rows.popleft() for _ in range(min(local, len(rows)))]
             empty = np.zeros((local - len(taken), *loader.images.shape), np.float32)
             batch = np.concatenate([np.stack(taken), empty]) if taken else empty
-            finished.extend(_local_rows(compute(cast, batch))[: len(taken)])
+            finished.extend(local_rows(compute(cast, batch))[: len(taken)])
     except Stopped:
         loader.cache.publish()
         raise
@@ -114,12 +114,6 @@ def _make_compute(cfg: ModelConfig, mesh: Mesh | None) -> Callable[[Params, np.n
             return program(tower, place_rows({"pixels": rows}, mesh)["pixels"])
 
     return compute
-
-
-def _local_rows(array: jax.Array) -> np.ndarray:
-    """This process's rows of an array whose first axis is split over processes; other axes are whole."""
-    parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
-    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
 
 def _decoded(

@@ -19,9 +19,11 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.decoder import head_logits
 from vlmprune_jax.models.vlm import Model, Params, encode, to_nnx
 from vlmprune_jax.prune.options import one_of
+from vlmprune_jax.recover.top_k import top_k_divergence
 
 IGNORED = -100
 TEACHER_INPUTS = ("student", "own")
+KL_POSITIONS = ("all", "labels")
 STRATEGIES = ("kl", "rkl", "l2", "l2+kl", "l2+rkl")
 
 
@@ -32,6 +34,8 @@ class LossConfig:
     `l2_layers` index the student's hidden-state tuple (0 embeddings, -1 after the final norm); `l2` and `cosine`
     compare these states. `teacher_inputs`: "student" feeds the teacher the student's input embeddings (the
     reference), "own" its own from ids and pixels. `chunk`: tokens per row whose logits exist at a time.
+    `kl_positions`: where `kl` and `rkl` are measured, at "all" real tokens (the reference) or those before "labels".
+    `teacher_top_k`: no teacher runs, batches bring its k likeliest tokens of each of these positions (0 = it runs).
 
     `reference_compat` measures as the reference does: terms with a teacher over all positions, padding (at the right)
     included, KL divided by the batch size only, and hidden layers index each model's own tuple. Padding is zero
@@ -48,6 +52,8 @@ class LossConfig:
     reference_compat: bool = False
     chunk: int = 128
     cosine: float = 0.0
+    kl_positions: str = "all"
+    teacher_top_k: int = 0
 
     def __post_init__(self) -> None:
         weights = self.weights()
@@ -58,6 +64,26 @@ class LossConfig:
         if self.compares_hidden and not self.l2_layers:
             raise UserError("losses: l2 and cosine need l2_layers, for example [-1] (the state after the final norm)")
         one_of("losses: teacher_inputs", self.teacher_inputs, TEACHER_INPUTS)
+        one_of("losses: kl_positions", self.kl_positions, KL_POSITIONS)
+        if self.reference_compat and self.kl_positions != "all":
+            raise UserError('losses: reference_compat measures kl at all positions: leave kl_positions "all"')
+        if self.teacher_top_k:
+            self._check_top_k()
+
+    def _check_top_k(self) -> None:
+        whole = [name for name in ("rkl", "l2", "cosine") if self.weights()[name]]
+        if whole:
+            raise UserError(
+                f"losses: {' and '.join(whole)} cannot be had from a teacher's cached top-k logits, only kl can: set "
+                f"{' and '.join(f'{name}=0' for name in whole)}, or train without teacher_cache"
+            )
+        if not self.kl or self.teacher_top_k < 0:
+            raise UserError(f"losses: teacher_top_k {self.teacher_top_k} must be positive, and is for kl > 0")
+        if self.teacher_inputs != "own" or self.reference_compat:
+            raise UserError(
+                "losses: a cached teacher saw its own embeddings of real tokens, not the student's of this step nor "
+                'padding: set teacher_inputs="own" and reference_compat=False, or train without teacher_cache'
+            )
 
     def weights(self) -> dict[str, float]:
         """Weight of every term in the total."""
@@ -69,8 +95,8 @@ class LossConfig:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any distillation term counts."""
-        return bool(self.compares_hidden or self.kl or self.rkl)
+        """Whether a teacher runs beside the student: any distillation term counts, and it is not cached."""
+        return bool(self.compares_hidden or self.kl or self.rkl) and not self.teacher_top_k
 
     @property
     def compares_hidden(self) -> bool:
@@ -128,6 +154,10 @@ def check_teacher(loss: LossConfig, student: ModelConfig, teacher: ModelConfig |
     Raises:
       UserError: names both sizes.
     """
+    if loss.teacher_top_k > student.text.vocab_size:
+        raise UserError(
+            f"losses: teacher_top_k {loss.teacher_top_k} is more than the vocabulary's {student.text.vocab_size} tokens"
+        )
     if not loss.needs_teacher:
         return
     if teacher is None:
@@ -159,7 +189,7 @@ def term_weights(loss: LossConfig, cfg: ModelConfig, labels: jax.Array, mask: ja
     n_labels = jnp.sum(labels[..., 1:] != IGNORED, dtype=jnp.float32)
     n_valid = jnp.float32(mask.size) if loss.reference_compat else jnp.sum(mask, dtype=jnp.float32)
     rows = jnp.float32(mask.size // mask.shape[-1])
-    kl = rows if loss.reference_compat else n_valid
+    kl = rows if loss.reference_compat else n_labels if loss.kl_positions == "labels" else n_valid
     cosine = n_valid * float(len(loss.l2_layers))
     every = {"ce": n_labels, "l2": cosine * float(cfg.text.hidden_size), "cosine": cosine, "kl": kl, "rkl": kl}
     return {name: every[name] for name in loss.terms()}
@@ -188,6 +218,8 @@ def loss_sums(
     """float32[] sum of every term over one (micro-)batch of `input_ids, attention_mask, labels` and perhaps images:
     `pixel_values`, or `vision_features` for models without their tower.
 
+    With `loss.teacher_top_k` it has `teacher_ids` and `teacher_logprobs` as well (see `data.teacher.TeacherRows`).
+
     Sources: the reference's trainers (LLaVA `llava_trainer.py`): KL = T^2 sum p_t (log p_t - log p_s) with
     p = softmax(logits / T), reverse KL with the roles swapped, L2 = squared difference of hidden states. Cosine =
     1 - cos of two hidden states (not in the reference).
@@ -215,12 +247,22 @@ def loss_sums(
         for name in (term for term in loss.terms() if term in HIDDEN_DISTANCES):
             sums[name] = sum(_distance(name, a, b, mask, loss) for a, b in zip(aux["kept"], taught, strict=True))
         if loss.kl or loss.rkl:
-            teacher_logits = _head(jax.lax.stop_gradient(teacher_params), teacher.cfg)
-    sums |= vocabulary_sums(final, _head(params, cfg), batch["labels"], mask, loss, target, teacher_logits)
+            teacher_logits = head_of(jax.lax.stop_gradient(teacher_params), teacher.cfg)
+    top = _top_k(batch, loss) if loss.teacher_top_k else None
+    sums |= vocabulary_sums(final, head_of(params, cfg), batch["labels"], mask, loss, target, teacher_logits, top)
     return {name: sums[name] for name in loss.terms()}
 
 
-def _head(params: Params, cfg: ModelConfig) -> Callable[[jax.Array], jax.Array]:
+def _top_k(batch: dict[str, jax.Array], loss: LossConfig) -> dict[str, jax.Array]:
+    """The teacher's part of a batch."""
+    top, k = {name: batch.get(f"teacher_{name}") for name in ("ids", "logprobs")}, loss.teacher_top_k
+    widths = {name: None if array is None else array.shape[-1] for name, array in top.items()}
+    if widths != {"ids": k, "logprobs": k + 1}:
+        raise UserError(f"losses: teacher_top_k={k} needs batches with {k} teacher_ids and {k + 1} teacher_logprobs")
+    return top  # type: ignore[return-value]
+
+
+def head_of(params: Params, cfg: ModelConfig) -> Callable[[jax.Array], jax.Array]:
     """Float32 logits of final-norm states. The matrix is gathered here, once, and not again in every chunk: over 64
     chips a 7B step in 8 chunks, forward and backward, received 3.9 GiB for it instead of 0.5.
     """
@@ -250,36 +292,46 @@ def vocabulary_sums(
     loss: LossConfig,
     teacher_hidden: jax.Array | None,
     teacher_head: Callable[[jax.Array], jax.Array] | None,
+    top: dict[str, jax.Array] | None = None,
 ) -> dict[str, jax.Array]:
     """float32[] sums of cross-entropy (position t against label t + 1) and, with a teacher head, KL and reverse KL.
 
-    `head` maps final-norm states [..., embed] to float32 logits. The sequence is cut into chunks whose logits are
-    recomputed in the backward pass: the largest array is [batch, chunk, vocab].
+    `head` maps final-norm states [..., embed] to float32 logits. `top`: instead of a teacher its likeliest tokens, ids
+    int[batch, seq, k] and logprobs [batch, seq, k + 1]. The sequence is cut into chunks whose logits are recomputed in
+    the backward pass: the largest array is [batch, chunk, vocab].
     """
-    batch, seq = labels.shape
-    size = min(loss.chunk, -(-seq // 2))
-    pad = -seq % size
-
-    def chunks(x: jax.Array, fill: int) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
-        return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
-
     targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
     weigh = jnp.ones_like(mask) if loss.reference_compat else mask
-    xs: dict[str, jax.Array] = {"h": chunks(hidden, 0), "y": chunks(targets, IGNORED), "w": chunks(weigh, 0)}
+    if loss.kl_positions == "labels":
+        weigh = (targets != IGNORED).astype(mask.dtype)
+    xs: dict[str, Any] = {"h": hidden, "w": weigh, **(top or {})}
     if teacher_head is not None and teacher_hidden is not None:
-        xs["t"] = chunks(teacher_hidden, 0)
+        xs["t"] = teacher_hidden
+    xs = {name: chunks(x, loss.chunk, 0) for name, x in xs.items()} | {"y": chunks(targets, loss.chunk, IGNORED)}
 
     @jax.checkpoint
     def body(totals: dict[str, jax.Array], x: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], None]:
         logits = head(x["h"])
         new = {"ce": jnp.sum(_cross_entropy(logits, x["y"]))}
+        weight = x["w"].astype(jnp.float32)
         if teacher_head is not None:
-            new |= _divergences(logits, teacher_head(x["t"]), x["w"].astype(jnp.float32), loss)
+            new |= _divergences(logits, teacher_head(x["t"]), weight, loss)
+        if top is not None:
+            divergence = top_k_divergence(logits, x["ids"], x["logprobs"], loss.temperature)
+            new["kl"] = loss.temperature**2 * jnp.sum(divergence * weight)
         return {name: totals[name] + new[name] for name in totals}, None
 
-    names = ("ce",) if teacher_head is None else tuple(n for n in loss.terms() if n not in HIDDEN_DISTANCES)
+    has_teacher = teacher_head is not None or top is not None
+    names = tuple(n for n in loss.terms() if n not in HIDDEN_DISTANCES) if has_teacher else ("ce",)
     return jax.lax.scan(body, {name: jnp.float32(0) for name in names}, xs)[0]
+
+
+def chunks(x: jax.Array, size: int, fill: int) -> jax.Array:
+    """[batch, seq, ...] -> [n, batch, chunk, ...]: at least two chunks of at most `size`; `fill` fills up the last."""
+    batch, seq = x.shape[:2]
+    size = min(size, -(-seq // 2))
+    x = jnp.pad(x, ((0, 0), (0, -seq % size)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
+    return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
 
 
 def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -267,6 +268,12 @@ def place_rows(arrays: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Ar
     if mesh is None:
         return {name: jnp.asarray(x) for name, x in arrays.items()}
     return {name: jax.make_array_from_process_local_data(batch_sharding(mesh, x.ndim), x) for name, x in arrays.items()}
+
+
+def local_rows(array: jax.Array) -> np.ndarray:
+    """This process's rows of a global array, whose other axes are whole: the inverse of `place_rows`."""
+    parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from vlmprune_jax.data.images import ImageLoader, load_image_processor
 from vlmprune_jax.data.measure import measure
 from vlmprune_jax.data.prompts import load_tokenizer, tokenize_training
 from vlmprune_jax.data.records import Record, data_files, read_records, take_fraction
+from vlmprune_jax.data.teacher import TeacherRows
 from vlmprune_jax.data.templates import AUTO, TEMPLATES, Template, choose_template
 from vlmprune_jax.data.tfds import PREFIX, read_tfds, tfds_folder, tfds_state
 from vlmprune_jax.data.tiling import Tiling
@@ -255,14 +256,18 @@ def recovery_records(experiment: Experiment, cfg: ModelConfig) -> tuple[Record, 
     return tuple(take_fraction(training_records(data, template), data.fraction, data.seed))
 
 
-def recovery_batches(
-    experiment: Experiment, cfg: ModelConfig, features: FeatureLoader | None = None
-) -> tuple[Any, int]:
-    """This process's endless stream of training batches (a grain dataset), and the number of records behind it.
+@dataclass(frozen=True, eq=False)
+class TrainingRows:
+    """The records that recovery trains on and how each becomes a row; `sizes`: see `train_batches`."""
 
-    `features`: what images are read from in place of pixels.
-    """
-    data, recover = experiment.data, experiment.recover
+    records: tuple[Record, ...]
+    encoder: Encoder
+    sizes: np.ndarray | None
+
+
+def training_rows(experiment: Experiment, cfg: ModelConfig) -> TrainingRows:
+    """The rows of `data.fraction` of the training records for this model."""
+    data = experiment.data
     inputs = load_inputs(experiment.model, data, cfg)
     one_of("data.group_by", data.group_by, GROUPINGS)
     records = recovery_records(experiment, cfg)
@@ -270,9 +275,20 @@ def recovery_batches(
     if not encoder.max_length or encoder.length_buckets or data.group_by != "none" or data.on_error == "skip":
         sizes = _measured(records, encoder, data.on_error, data.threads)
         encoder = _as_long_as(encoder, sizes)
+    return TrainingRows(records, encoder, sizes)
+
+
+def recovery_batches(
+    experiment: Experiment, cfg: ModelConfig, features: FeatureLoader | None = None, teacher: TeacherRows | None = None
+) -> tuple[Any, int]:
+    """This process's endless stream of training batches (a grain dataset), and the number of records behind it.
+
+    `features`: what images are read from in place of pixels; `teacher`: what rows have of a cached teacher.
+    """
+    data, recover, rows = experiment.data, experiment.recover, training_rows(experiment, cfg)
     batches = train_batches(
-        records,
-        encoder if features is None else dataclasses.replace(encoder, image_loader=features),
+        rows.records,
+        rows.encoder if features is None else dataclasses.replace(rows.encoder, image_loader=features),
         batch_size=recover.batch_size,
         seed=recover.seed,
         shuffle=True,
@@ -283,11 +299,12 @@ def recovery_batches(
         process_count=jax.process_count(),
         threads=data.threads,
         prefetch=PREFETCH,
-        sizes=sizes,
+        sizes=rows.sizes,
         group_by=data.group_by,
         on_error=data.on_error,
+        teacher=teacher,
     )
-    return batches, len(records)
+    return batches, len(rows.records)
 
 
 @functools.lru_cache(maxsize=2)

@@ -222,6 +222,9 @@ def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
     elif case.cfg.vision is not None and case.slots:
         side = case.cfg.vision.image_size
         batch["pixel_values"] = rows((n_rows, case.slots, case.cfg.vision.channels, side, side), np.float32)
+    if top_k := case.config.losses.teacher_top_k:
+        batch["teacher_ids"] = rows((n_rows, case.length, top_k), np.int32)
+        batch["teacher_logprobs"] = rows((n_rows, case.length, top_k + 1), jnp.dtype(case.config.compute_dtype))
     return state, frozen, teacher, batch
 
 

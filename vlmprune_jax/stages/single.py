@@ -26,6 +26,7 @@ from vlmprune_jax.stages.context import Context, journal_of, load_model, mesh_of
 from vlmprune_jax.stages.features import cached_features, load_for_training, open_folder, with_tower
 from vlmprune_jax.stages.ledger import Json, remove, write_json, write_text
 from vlmprune_jax.stages.spec import DataSpec, Experiment, PruneSpec, RecoverSpec
+from vlmprune_jax.stages.teacher_cache import cached_teacher
 
 _NOT_IN_RESULTS: tuple[str, ...] = (
     "source",
@@ -245,6 +246,7 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
         raise UserError(f"{pruned}: no such folder: run `vlmprune prune` (or `vlmprune run`) first")
     spec, config = experiment.recover, recover_config(experiment.recover)
     settings = {f"recover.{k}": v for k, v in dataclasses.asdict(experiment.recover).items() if k not in _FREE_RECOVER}
+    settings["recover.teacher_top_k"] = config.losses.teacher_top_k
     stage = context.stage(
         "recover",
         folder,
@@ -261,8 +263,9 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
         if config.losses.needs_teacher:  # another model of these sizes would train without complaint
             check_plan_is_for(open_folder(experiment, teacher_folder(experiment)), plan)
         features = cached_features(experiment, config, pruned, context)
+        taught = cached_teacher(experiment, config, plan, context) if config.losses.teacher_top_k else None
         student, teacher = load_for_training(experiment, config, pruned, towers=features is None)
-        batches, n_records = inputs.recovery_batches(experiment, student.cfg, features)
+        batches, n_records = inputs.recovery_batches(experiment, student.cfg, features, taught)
         model, summary = recover(
             student,
             batches,
@@ -287,24 +290,29 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
     return context.run(stage, body)
 
 
-_FREE_RECOVER = ("name", "log_every", "save_every", "keep_checkpoints")
+_FREE_RECOVER = ("name", "log_every", "save_every", "keep_checkpoints", "teacher_cache")
+_NOT_IN_CONFIG = ("name", "lora", "losses", "epochs", "save_adapter", "teacher_cache", "teacher_top_k")
 
 
 def recover_config(spec: RecoverSpec) -> RecoverConfig:
     """The training loop's settings; adapters only where "lora" trains.
 
     Raises:
-      UserError: `save_adapter` without adapters.
+      UserError: `save_adapter` without adapters, losses that cannot be had from a cached teacher.
     """
     if spec.save_adapter and spec.trainable != "lora":
         raise UserError(
             f'recover.save_adapter: recover.trainable={spec.trainable!r} trains no adapter: set it to "lora", or leave '
             "save_adapter out"
         )
-    values = {k: v for k, v in vars(spec).items() if k not in ("name", "lora", "losses", "epochs", "save_adapter")}
+    values = {k: v for k, v in vars(spec).items() if k not in _NOT_IN_CONFIG}
     lora = LoraConfig(**vars(spec.lora)) if spec.trainable == "lora" else None
     epochs = spec.epochs if spec.steps is None else None
     losses = LossConfig(**vars(spec.losses))
+    if spec.teacher_top_k < 1:
+        raise UserError(f"recover.teacher_top_k={spec.teacher_top_k} must be at least 1")
+    if spec.teacher_cache is not None and losses.needs_teacher:
+        losses = dataclasses.replace(losses, teacher_top_k=spec.teacher_top_k)
     return RecoverConfig(**values, epochs=epochs, lora=lora, losses=losses, merge_lora=not spec.save_adapter)
 
 

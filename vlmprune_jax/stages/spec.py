@@ -136,6 +136,7 @@ class LossSpec:
     teacher_inputs: str = "student"
     reference_compat: bool = False
     chunk: int = 128
+    kl_positions: str = "all"
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,9 @@ class RecoverSpec:
 
     `trainable`: projector, lora, decoder or all. `steps` count instead of `epochs` if given. `name` is what tables call
     this recovery. `save_adapter`: beside recovered/, where adapters are merged, adapter/ for `peft` on top of pruned/.
+    `teacher_cache`: a folder for the teacher's `teacher_top_k` likeliest tokens at every position that `losses.kl`
+    counts; what is not there is computed first, then training runs without the teacher. For losses ce and kl, with
+    `losses.teacher_inputs` "own"; runs may share it.
     """
 
     name: str = "recovered"
@@ -168,6 +172,8 @@ class RecoverSpec:
     lora: LoraSpec = field(default_factory=LoraSpec)
     save_adapter: bool = False
     losses: LossSpec = field(default_factory=LossSpec)
+    teacher_cache: str | None = None
+    teacher_top_k: int = 64
     log_every: int = 10
     save_every: int = 100
     keep_checkpoints: int = 2

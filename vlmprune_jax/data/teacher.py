@@ -1,0 +1,78 @@
+"""A teacher's likeliest tokens for training rows: kept once per record, and read back into the rows of a batch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlmprune_jax.data.cache import ArrayCache
+from vlmprune_jax.data.prompts import IGNORE
+from vlmprune_jax.data.records import Record
+from vlmprune_jax.errors import UserError
+
+Row = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherRows:
+    """What the loss needs of a teacher, per record and only at the positions that it counts.
+
+    A row gets `teacher_ids` int32[tokens, k] and `teacher_logprobs` [tokens, k + 1] in `dtype` (see
+    `recover.top_k.top_k_logprobs`), zeros at positions that do not count. `positions`: "all" that are real, or those
+    before "labels".
+    """
+
+    cache: ArrayCache
+    top_k: int
+    positions: str
+    dtype: np.dtype
+
+    def has(self, record: Record) -> bool:
+        """Whether a record is there."""
+        return not self.cache.missing(_keys(record))
+
+    def keep(self, record: Record, row: Row, ids: np.ndarray, logprobs: np.ndarray) -> None:
+        """Take what a teacher gave at all positions of a record's row; it is there after `cache.publish`."""
+        counted = self._counted(row)
+        ids, logprobs = ids[counted], logprobs[counted].astype(self.dtype)
+        narrow = np.uint16 if ids.max(initial=0) <= np.iinfo(np.uint16).max else np.int32
+        self.cache.add(dict(zip(_keys(record), (ids.astype(narrow), logprobs), strict=True)))
+
+    def fill(self, row: Row, record: Record | None) -> None:
+        """Add the arrays of a record, or of no record (a row of padding).
+
+        Raises:
+          UserError: the record is not there, or was another one.
+        """
+        tokens = len(row["labels"])
+        row["teacher_ids"] = np.zeros((tokens, self.top_k), np.int32)
+        row["teacher_logprobs"] = np.zeros((tokens, self.top_k + 1), self.dtype)
+        if record is None:
+            return
+        counted, (ids, logprobs) = self._counted(row), (self.cache[key] for key in _keys(record))
+        if len(ids) != counted.sum():
+            raise UserError(
+                f"record {record.id}: {counted.sum()} of its positions count but {self.cache.folder} holds {len(ids)}: "
+                "remove that folder, or give another recover.teacher_cache"
+            )
+        row["teacher_ids"][counted], row["teacher_logprobs"][counted] = ids, logprobs
+
+    def _counted(self, row: Row) -> np.ndarray:
+        """bool[tokens]; position t is before label t + 1."""
+        if self.positions == "all":
+            return row["attention_mask"] == 1
+        return np.append(row["labels"][1:] != IGNORE, False)
+
+
+def record_key(record: Record) -> str:
+    """32 hex digits of all that a record says and shows (by path): ids repeat in LLaVA's mix."""
+    said = json.dumps([record.id, record.turns, [str(image) for image in record.images]])
+    return hashlib.sha256(said.encode()).hexdigest()[:32]
+
+
+def _keys(record: Record) -> tuple[str, str]:
+    key = record_key(record)
+    return f"{key}.ids", f"{key}.logprobs"

@@ -1,0 +1,116 @@
+"""The teacher's top-k logits of the training records, computed once into a folder that runs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vlmprune_jax.data.batching import train_batches
+from vlmprune_jax.data.cache import ArrayCache
+from vlmprune_jax.data.teacher import TeacherRows, record_key
+from vlmprune_jax.distributed.mesh import from_main
+from vlmprune_jax.errors import Stopped
+from vlmprune_jax.hf.lazy import open_model
+from vlmprune_jax.prune import PrunePlan
+from vlmprune_jax.prune.surgery import check_plan_is_for
+from vlmprune_jax.recover import RecoverConfig
+from vlmprune_jax.recover.losses import check_teacher
+from vlmprune_jax.recover.teacher import teacher_top_k
+from vlmprune_jax.stages import inputs
+from vlmprune_jax.stages.context import Context, load_model, mesh_of, teacher_folder
+from vlmprune_jax.stages.ledger import digest
+from vlmprune_jax.stages.spec import Experiment
+
+# Data settings that decide what a record's row holds, beside `max_length`.
+_ENCODING = ("template", "system", "truncate", "aspect_ratio", "min_tiles", "max_tiles", "thumbnail")
+
+
+def cached_teacher(experiment: Experiment, config: RecoverConfig, plan: PrunePlan, context: Context) -> TeacherRows:
+    """What `recover.teacher_cache` holds of the training records; what is missing is computed first.
+
+    Records are computed in batches that do not depend on what is there: an interrupted pass ends with the same bytes.
+
+    Raises:
+      UserError: the folder is of another teacher or other settings, or the plan is of another teacher.
+      Stopped: SIGTERM; what was computed is kept.
+    """
+    folder, tower, loss = teacher_folder(experiment), experiment.model.vision_dir, config.losses
+    opened = open_model(folder, None if tower is None else Path(tower))
+    check_plan_is_for(opened, plan)
+    check_teacher(loss, opened.cfg, None)
+    training = inputs.training_rows(experiment, opened.cfg)
+    cache = ArrayCache(Path(experiment.recover.teacher_cache or ""), from_main(lambda: _made_from(experiment, config)))
+    rows = TeacherRows(cache, loss.teacher_top_k, loss.kl_positions, np.dtype(config.compute_dtype))
+    size = config.batch_size // config.accumulation
+    todo = _unfinished(training, rows, size)
+    context.reporter.say(f"  teacher's top {rows.top_k}: {len(todo):,} of {len(training.records):,} records to compute")
+    if not todo:
+        return rows
+    teacher, mesh = load_model(experiment, folder), mesh_of(experiment)
+    batches = train_batches(
+        [training.records[number] for number in todo],
+        training.encoder,
+        batch_size=size,
+        seed=0,
+        shuffle=False,
+        epochs=1,
+        drop_remainder=False,
+        augment="none",
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        threads=experiment.data.threads,
+        prefetch=inputs.PREFETCH,
+        sizes=None if training.sizes is None else training.sizes[todo],
+        on_error=experiment.data.on_error,
+    )
+    local = size // jax.process_count()
+    found = teacher_top_k(teacher, batches, loss, compute_dtype=config.compute_dtype, mesh=mesh)
+    try:
+        with context.phase("teacher's top-k logits", -(-len(todo) // size)) as progress:
+            for done, (batch, ids, logprobs) in enumerate(found, start=1):
+                first = (done - 1) * size + jax.process_index() * local
+                for place, name in enumerate(batch.record_ids):
+                    if name:
+                        row = {key: array[place] for key, array in batch.arrays.items()}
+                        rows.keep(training.records[todo[first + place]], row, ids[place], logprobs[place])
+                progress(done)
+    except Stopped:
+        cache.publish()
+        raise
+    cache.publish()
+    return rows
+
+
+def _unfinished(training: inputs.TrainingRows, rows: TeacherRows, size: int) -> list[int]:
+    """Numbers of the distinct records in batches of `size` that are not there completely.
+
+    Rows of like length share a batch where lengths are known, the longest first: what does not fit in memory is met at
+    once.
+    """
+    records, sizes = training.records, training.sizes
+    order = range(len(records)) if sizes is None else np.argsort(-sizes[:, 0], kind="stable").tolist()
+    distinct = {record_key(records[number]): number for number in order if sizes is None or sizes[number, 0]}
+    numbers = list(distinct.values())
+    batches = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+    return [number for batch in batches if not all(rows.has(records[number]) for number in batch) for number in batch]
+
+
+def _made_from(experiment: Experiment, config: RecoverConfig) -> dict[str, Any]:
+    """Everything that the logits of a record depend on."""
+    model, data, loss = experiment.model, experiment.data, config.losses
+    longest = data.max_length or (data.length_buckets[-1] if data.length_buckets else None)
+    return {
+        "holds": "a teacher's top-k logits",
+        "model.hf_dir": digest(teacher_folder(experiment)),
+        "model.vision_dir": None if model.vision_dir is None else digest(Path(model.vision_dir)),
+        "model.dtype": model.dtype,
+        "data.max_length": longest,
+        **{f"data.{name}": getattr(data, name) for name in _ENCODING},
+        "recover.compute_dtype": config.compute_dtype,
+        "recover.losses.temperature": loss.temperature,
+        "recover.losses.kl_positions": loss.kl_positions,
+        "recover.teacher_top_k": loss.teacher_top_k,
+    }
