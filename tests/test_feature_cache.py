@@ -31,7 +31,7 @@ from vlmprune_jax.hf.files import Checkpoint
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model, check_inputs, to_nnx
-from vlmprune_jax.prune import make_plan, prune_folder, score
+from vlmprune_jax.prune import PrunePlan, make_plan, prune_folder, score
 from vlmprune_jax.recover import loop
 from vlmprune_jax.recover.features import compute_features
 from vlmprune_jax.recover.metrics import Recorder
@@ -239,12 +239,12 @@ def prepared(experiment: Experiment, root: Path, cache: Path, **sections: Any) -
     data = {"feature_cache": str(cache), **sections.pop("data", {})}
     changed = override(experiment, {"data": data, **sections})
     context = Context(root, Reporter(Console(file=io.StringIO())), overwrite=False)
-    return cached_features(changed, recover_config(changed.recover), root / "pruned", context)
+    plan = PrunePlan.from_json(root / "plan.json")
+    return cached_features(changed, recover_config(changed.recover), plan, root / "pruned", context)
 
 
 def test_what_is_refused(llava, goldens, tmp_path):
     experiment, root = llava
-    assert cached_features(experiment, recover_config(experiment.recover), root / "pruned", None) is None
     cache = tmp_path / "cache"
     assert prepared(experiment, root, cache) is not None
     identity = json.loads((cache / "cache.json").read_text())
@@ -252,6 +252,7 @@ def test_what_is_refused(llava, goldens, tmp_path):
     assert identity["images"]["aspect_ratio"] == "pad"
     for changes, reason in (
         ({"recover": {"trainable": "all"}}, "recover.trainable='all' trains the vision tower"),
+        ({"mesh": {"data": 8}}, "a micro-batch of 2 rows .* does not divide over data x fsdp = 8 devices"),
         ({"recover": {"compute_dtype": "bfloat16"}}, 'something else gave .dtype was "float32", now "bfloat16"'),
         ({"model": {"dtype": "bfloat16"}}, 'weights.dtype was "float32", now "bfloat16"'),
         ({"data": {"aspect_ratio": "square"}}, 'images.aspect_ratio was "pad", now "square"'),
@@ -260,6 +261,7 @@ def test_what_is_refused(llava, goldens, tmp_path):
             prepared(experiment, root, cache, **changes)
         assert "\n" not in str(error.value)
     shutil.copytree(root / "pruned", tmp_path / "pruned")
+    shutil.copy(root / "plan.json", tmp_path)
     for file in (tmp_path / "pruned").glob("*.safetensors"):
         edit_weights(tmp_path / "pruned", _other_tower, file.name)
     with pytest.raises(UserError, match="have different vision towers: leave feature_cache out"):

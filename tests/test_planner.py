@@ -18,7 +18,7 @@ from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.planner import DoesNotFit, collective_bytes, compile_for_tpu, executed_flops, make_slice
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.attention import splash_attention
-from vlmprune_jax.models.params import param_shapes, unflatten
+from vlmprune_jax.models.params import flatten, param_shapes, unflatten
 from vlmprune_jax.prune import Scores, make_plan
 from vlmprune_jax.prune.fingerprint import shape_digest
 from vlmprune_jax.prune.scores.random import random_scores
@@ -287,6 +287,26 @@ def test_what_to_do_about_a_step_that_does_not_fit(experiment_file, monkeypatch,
     assert "try --topology=v5e:2x4" in error
     assert main(["plan", *flags, "--config.recover.remat=none", "--config.recover.accumulation=1"]) == 2
     assert "try recover.remat=full or recover.accumulation=2 or --topology=v5e:2x4" in capsys.readouterr().err
+
+
+def test_cached_features_take_the_tower_out_of_the_plan(experiment_file, monkeypatch, capsys):
+    seen = []
+
+    def refuse(step, state, frozen, teacher, batch):
+        seen.append(([*state.params, *frozen, *flatten(teacher)], batch))
+        raise DoesNotFit(20 * 2**30, 16 * 2**30)
+
+    monkeypatch.setattr(planning, "compile_for_tpu", refuse)
+    flags = [f"--config={experiment_file}", "--topology=v5e:2x2"]
+    assert main(["plan", *flags]) == main(["plan", *flags, "--config.data.feature_cache=features"]) == 2
+    assert [any(path.startswith("vision/") for path in paths) for paths, _ in seen] == [True, False]
+    assert "pixel_values" in seen[0][1]
+    assert seen[1][1].keys() == seen[0][1].keys() - {"pixel_values"} | {"vision_features"}
+    features = seen[1][1]["vision_features"]
+    assert (features.shape, features.dtype) == ((8, 1, 4, 64), jnp.bfloat16)
+    flags += ["--config.data.feature_cache=features", "--config.recover.trainable=all"]
+    assert main(["plan", *flags]) == 2
+    assert "trains the vision tower, whose features then change" in capsys.readouterr().err
 
 
 def test_a_search_doubles_rows_and_shrinks_the_slice(experiment_file, monkeypatch):

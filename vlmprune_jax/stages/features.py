@@ -17,9 +17,11 @@ from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.hf.read import DTYPES
 from vlmprune_jax.models.params import param_shapes
 from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.prune.fingerprint import content_digest
 from vlmprune_jax.recover import RecoverConfig
 from vlmprune_jax.recover.features import compute_features, feature_identity
+from vlmprune_jax.recover.loop import make_program
 from vlmprune_jax.recover.trainable import assign_groups
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import Context, load_model, mesh_of, teacher_folder
@@ -35,20 +37,23 @@ def open_folder(experiment: Experiment, folder: Path) -> Model:
 
 
 def cached_features(
-    experiment: Experiment, config: RecoverConfig, pruned: Path, context: Context
+    experiment: Experiment, config: RecoverConfig, plan: PrunePlan, pruned: Path, context: Context
 ) -> FeatureLoader | None:
     """What recovery reads images from, complete for its records; None without `data.feature_cache`.
 
     Raises:
-      UserError: the tower is none or trains, the teacher has another one, the folder is of another tower or cannot be
-        written, or an image cannot be read.
+      UserError: training would be refused, the tower is none or trains, the teacher has another one, the folder is of
+        another tower or cannot be written, or an image cannot be read.
       Stopped: SIGTERM; what is computed stays.
     """
     folder, data = experiment.data.feature_cache, experiment.data
     if folder is None:
         return None
-    cfg = open_folder(experiment, pruned).cfg
+    cfg, mesh = open_folder(experiment, pruned).cfg, mesh_of(experiment)
     check_frozen(cfg, config)
+    teacher_cfg = open_folder(experiment, teacher_folder(experiment)).cfg if config.losses.needs_teacher else None
+    # Settings that training refuses are better refused before a long pass.
+    make_program(cfg, config, teacher_cfg=teacher_cfg, kept_layers=plan.kept_layers, mesh=mesh, num_steps=1)
     weights = from_main(lambda: _digest(experiment, config, pruned))
     images = inputs.load_inputs(experiment.model, data, cfg).image_loader
     assert images is not None  # there is a tower
@@ -67,7 +72,7 @@ def cached_features(
                 batch_size=config.batch_size // config.accumulation,
                 on_error=data.on_error,
                 threads=data.threads,
-                mesh=mesh_of(experiment),
+                mesh=mesh,
                 progress=progress,
             )
     context.reporter.say(f"  features of {len(missing):,} images computed, the others were in {folder}")

@@ -262,7 +262,7 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
         plan = PrunePlan.from_json(prune_folder / "plan.json")
         if config.losses.needs_teacher:  # another model of these sizes would train without complaint
             check_plan_is_for(open_folder(experiment, teacher_folder(experiment)), plan)
-        features = cached_features(experiment, config, pruned, context)
+        features = cached_features(experiment, config, plan, pruned, context)
         taught = cached_teacher(experiment, config, plan, context) if config.losses.teacher_top_k else None
         student, teacher = load_for_training(experiment, config, pruned, towers=features is None)
         batches, n_records = inputs.recovery_batches(experiment, student.cfg, features, taught)

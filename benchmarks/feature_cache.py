@@ -1,0 +1,91 @@
+"""A recovery step with the vision tower and from cached features, on the demo: seconds, peak memory, the same losses.
+
+  python benchmarks/feature_cache.py --work=DIR
+
+easy-VQA and the demo's teacher, three layers removed, cross-entropy and hidden-state L2. Each run is a process of its
+own, by turns; the cached side's first run computes the features. Prints a JSON line per side, and their ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SIDES = ("tower", "cached")
+CONFIG = """
+from vlmprune_jax.demo.experiment import RATIO, get_config as demo
+
+def get_config(run):
+    config = demo()
+    config.prune_variants = {{"depth": {{"prune": {{"method": "depth", "ratio": RATIO}}}}}}
+    losses = {{"ce": 0.5, "l2": 0.5, "l2_layers": (-1,), "teacher_inputs": "own"}}
+    variant = {{"recover": {{"losses": losses, "steps": {steps}}}}}
+    if run.startswith("cached"):
+        variant["data"] = {{"feature_cache": "{cache}"}}
+    config.recover_variants = {{run: variant}}
+    return config
+"""
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=2)
+    options = parser.parse_args()
+    work = options.work.absolute()
+    work.mkdir(parents=True)
+    (work / "config.py").write_text(CONFIG.format(steps=options.steps, cache=work / "cache"))
+    for command in ("score", "prune"):
+        _run(work, command, "tower0")
+    runs = {side: [_recovery(work, f"{side}{n}") for n in range(options.rounds)] for side in SIDES}
+    losses = [run.pop("losses") for side in SIDES for run in runs[side]]
+    assert all(found == losses[0] for found in losses), "the losses differ"
+    told = {}
+    for side in SIDES:
+        values = {name: statistics.median(run[name] for run in runs[side]) for name in runs[side][0]}
+        told[side] = {name: round(value, 4) for name, value in values.items()}
+        print(json.dumps({"side": side, "wall_seconds": [run["wall_seconds"] for run in runs[side]], **told[side]}))
+    features = sum(path.stat().st_size for path in (work / "cache").glob("*.safetensors"))
+    ratio = {name: round(told["cached"][name] / told["tower"][name], 3) for name in ("step_seconds", "peak_rss_gib")}
+    print(json.dumps({"side": "cached/tower", **ratio, "cache_mib": round(features / 2**20, 2)}))
+
+
+def _recovery(work: Path, run: str) -> dict[str, Any]:
+    """Medians over all but the first steps, which compile."""
+    wall, peak = _run(work, "recover", run)
+    lines = (work / "w/depth" / run / "training/metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines]
+    seconds = {name: statistics.median(step[name] for step in steps[5:]) for name in ("seconds", "data_seconds")}
+    return {
+        "step_seconds": seconds["seconds"],
+        "data_seconds": seconds["data_seconds"],
+        "peak_rss_gib": peak,
+        "wall_seconds": round(wall, 1),
+        "losses": [step["loss"] for step in steps],
+    }
+
+
+def _run(work: Path, command: str, run: str) -> tuple[float, float]:
+    """Wall seconds and peak GiB of one command."""
+    flags = [f"--config={work / 'config.py'}:{run}", f"--workdir={work / 'w'}"]
+    begin = time.perf_counter()
+    with (work / f"{command}-{run}.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vlmprune_jax", command, *flags], stdout=log, stderr=subprocess.STDOUT
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, (work / f"{command}-{run}.log").read_text()[-2000:]
+    return time.perf_counter() - begin, usage.ru_maxrss / 2**20
+
+
+if __name__ == "__main__":
+    main()
