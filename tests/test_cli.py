@@ -15,7 +15,7 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.stages import ledger
 from vlmprune_jax.stages.ledger import Stage, run_stage
 from vlmprune_jax.stages.recipes import RECIPES
-from vlmprune_jax.stages.single import plan_options, recover_config
+from vlmprune_jax.stages.settings import plan_options, recover_config
 from vlmprune_jax.stages.spec import Experiment, PruneSpec, RecoverSpec, override
 
 ROOT = Path(__file__).parents[1]

@@ -44,7 +44,7 @@ def get_config():
     config.recover.log_every = 1
     config.recover.eps = 1e-3
     config.recover.learning_rate = 1e-2
-    config.recover.losses = {{"ce": 0.5, "l2": 0.5}}
+    config.recover.losses.ce = config.recover.losses.l2 = 0.5
     config.recover.lora = {{"rank": 4, "alpha": 8.0, "dropout": 0.0}}
     config.mesh.data = 4
     config.mesh.fsdp = 2
@@ -280,7 +280,7 @@ def test_two_processes_share_a_feature_cache(experiment, pruned):
 
 @pytest.mark.slow
 def test_a_cached_teacher(experiment, pruned):
-    """Its pass and its reading by two processes, rows skipped and of two lengths; the second goes on after a kill."""
+    """Two processes compute and read what one does, each a shard of its own rows; of two lengths, one skipped."""
     answers = ["Yes.", "It is a red car. " * 3]
     lines = [entry(f"r{n}", f"img{n % 4}.png" if n % 3 else None, answers[n % 7 % 2]) for n in range(63)]
     lines.append(entry("missing", "none.png", "Yes."))

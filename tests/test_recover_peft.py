@@ -21,7 +21,7 @@ from vlmprune_jax.models.vlm import Model, forward
 from vlmprune_jax.recover import peft
 from vlmprune_jax.recover.peft import write_adapter
 from vlmprune_jax.recover.trainable import add_lora, assign_groups, merge_lora
-from vlmprune_jax.stages.single import recover_config
+from vlmprune_jax.stages.settings import recover_config
 from vlmprune_jax.stages.spec import RecoverSpec
 
 CLASSES = {"llama": "AutoModelForCausalLM", "llava": "LlavaForConditionalGeneration"}

@@ -103,14 +103,14 @@ def test_a_lower_bound_that_grows_with_k():
 
 
 def test_log_probabilities_of_less_precision_are_normalised():
-    """A teacher that equals the student leaves no gradient, though bfloat16 rounds its probabilities by 1e-3."""
+    """Bfloat16 changes their sum by 1e-3, which would show as a divergence from oneself (or one below 0)."""
     student = jnp.asarray(_logits(0, 3.0))
     ids, logprobs = top_k_logprobs(student, TEMPERATURE, 5)
     rounded = logprobs.astype(jnp.bfloat16)
     assert np.abs(np.exp(rounded.astype(jnp.float32)).sum(-1) - 1).max() > 1e-3
-    gradient = jax.grad(lambda x: jnp.sum(top_k_divergence(x, ids, rounded, TEMPERATURE)))(student)
-    assert np.abs(np.asarray(gradient).sum(-1)).max() < 1e-6  # both are distributions
-    assert np.abs(gradient).max() < 5e-3
+    divergence = top_k_divergence(student, ids, rounded, TEMPERATURE)
+    assert divergence.min() > -1e-6
+    assert divergence.max() < 1e-4
 
 
 # --- in the step ------------------------------------------------------------------------------------------------------
@@ -261,5 +261,7 @@ def test_rows_keep_the_positions_that_count(tmp_path):
         assert not found["teacher_logprobs"].any()
     with pytest.raises(UserError, match=r"record same: 0 of its positions count but .* holds 3: remove that folder"):
         rows.fill(dict(nothing), records[0])
+    with pytest.raises(UserError, match="record same: the teacher's logits are not finite"):
+        rows.keep(records[0], row, ids, np.full_like(logprobs, np.nan))
     with pytest.raises(UserError, match="holds nothing for"):
         rows.fill(dict(nothing), Record("same", records[0].turns, (tmp_path / "image.png",)))

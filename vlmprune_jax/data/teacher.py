@@ -35,9 +35,17 @@ class TeacherRows:
         return not self.cache.missing(_keys(record))
 
     def keep(self, record: Record, row: Row, ids: np.ndarray, logprobs: np.ndarray) -> None:
-        """Take what a teacher gave at all positions of a record's row; it is there after `cache.publish`."""
+        """Take what a teacher gave at all positions of a record's row; it is there after `cache.publish`.
+
+        Raises:
+          UserError: a log-probability is NaN.
+        """
         counted = self._counted(row)
         ids, logprobs = ids[counted], logprobs[counted].astype(self.dtype)
+        if np.isnan(logprobs).any():
+            raise UserError(
+                f"record {record.id}: the teacher's logits are not finite: check its weights, or compute in float32"
+            )
         narrow = np.uint16 if ids.max(initial=0) <= np.iinfo(np.uint16).max else np.int32
         self.cache.add(dict(zip(_keys(record), (ids.astype(narrow), logprobs), strict=True)))
 

@@ -210,7 +210,7 @@ def make_program(
     """
     check_teacher(config.losses, cfg, teacher_cfg)
     if mesh is not None:
-        _check_mesh(mesh, cfg, config)
+        check_mesh(mesh, cfg, config)
     if config.lora is not None:
         cfg = with_lora(cfg, config.lora)
     shapes = param_shapes(cfg)
@@ -266,7 +266,12 @@ def _prepare(
     return _Run(program.cfg, dtypes, mesh, frozen, teacher_cfg, teacher_params, state, program.step, identity)
 
 
-def _check_mesh(mesh: Mesh, cfg: ModelConfig, config: RecoverConfig) -> None:
+def check_mesh(mesh: Mesh, cfg: ModelConfig, config: RecoverConfig) -> None:
+    """Refuse a mesh that does not divide the model or a micro-batch.
+
+    Raises:
+      UserError: names the sizes.
+    """
     check_divides(cfg, mesh)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = config.batch_size // config.accumulation

@@ -30,7 +30,7 @@ from vlmprune_jax.recover.step import abstract_state, batch_sharding, step_conte
 from vlmprune_jax.stages.context import teacher_folder
 from vlmprune_jax.stages.features import check_frozen
 from vlmprune_jax.stages.ledger import Json
-from vlmprune_jax.stages.single import plan_options, recover_config
+from vlmprune_jax.stages.settings import plan_options, recover_config
 from vlmprune_jax.stages.spec import Experiment
 
 GIB = 2**30

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.config import LoraConfig, ModelConfig
+from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.mesh import from_main, is_main_process
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluate.runner import evaluate, perplexity
@@ -18,14 +18,15 @@ from vlmprune_jax.models.params import count_params, flatten
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import CRITERIA, PrunePlan, Scores, make_plan, prune_folder, prune_iteratively, score
 from vlmprune_jax.prune.surgery import check_plan_is_for
-from vlmprune_jax.recover import LossConfig, RecoverConfig, recover
+from vlmprune_jax.recover import recover
 from vlmprune_jax.recover.peft import write_adapter
 from vlmprune_jax.recover.trainable import assign_groups, merge_lora
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import Context, journal_of, load_model, mesh_of, teacher_folder
 from vlmprune_jax.stages.features import cached_features, load_for_training, open_folder, with_tower
 from vlmprune_jax.stages.ledger import Json, remove, write_json, write_text
-from vlmprune_jax.stages.spec import DataSpec, Experiment, PruneSpec, RecoverSpec
+from vlmprune_jax.stages.settings import plan_options, recover_config
+from vlmprune_jax.stages.spec import DataSpec, Experiment
 from vlmprune_jax.stages.teacher_cache import cached_teacher
 
 _NOT_IN_RESULTS: tuple[str, ...] = (
@@ -122,14 +123,6 @@ def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
 
 def _precision(experiment: Experiment) -> dict[str, Any]:
     return {"model.dtype": experiment.model.dtype}
-
-
-def plan_options(spec: PruneSpec) -> dict[str, Any]:
-    """`make_plan` keywords: only what differs from the defaults, so that it can refuse what a method does not have."""
-    default = PruneSpec()
-    skipped = ("method", "ratio", "layers_removed", "steps")
-    changed = {k: v for k, v in vars(spec).items() if k not in skipped and v != getattr(default, k)}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
 
 
 def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
@@ -291,29 +284,6 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
 
 
 _FREE_RECOVER = ("name", "log_every", "save_every", "keep_checkpoints", "teacher_cache")
-_NOT_IN_CONFIG = ("name", "lora", "losses", "epochs", "save_adapter", "teacher_cache", "teacher_top_k")
-
-
-def recover_config(spec: RecoverSpec) -> RecoverConfig:
-    """The training loop's settings; adapters only where "lora" trains.
-
-    Raises:
-      UserError: `save_adapter` without adapters, losses that cannot be had from a cached teacher.
-    """
-    if spec.save_adapter and spec.trainable != "lora":
-        raise UserError(
-            f'recover.save_adapter: recover.trainable={spec.trainable!r} trains no adapter: set it to "lora", or leave '
-            "save_adapter out"
-        )
-    values = {k: v for k, v in vars(spec).items() if k not in _NOT_IN_CONFIG}
-    lora = LoraConfig(**vars(spec.lora)) if spec.trainable == "lora" else None
-    epochs = spec.epochs if spec.steps is None else None
-    losses = LossConfig(**vars(spec.losses))
-    if spec.teacher_top_k < 1:
-        raise UserError(f"recover.teacher_top_k={spec.teacher_top_k} must be at least 1")
-    if spec.teacher_cache is not None and losses.needs_teacher:
-        losses = dataclasses.replace(losses, teacher_top_k=spec.teacher_top_k)
-    return RecoverConfig(**values, epochs=epochs, lora=lora, losses=losses, merge_lora=not spec.save_adapter)
 
 
 def evaluate_stage(experiment: Experiment, model_folder: Path, out: Path, name: str, context: Context) -> Json:

@@ -17,6 +17,7 @@ from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.prune.surgery import check_plan_is_for
 from vlmprune_jax.recover import RecoverConfig
+from vlmprune_jax.recover.loop import check_mesh
 from vlmprune_jax.recover.losses import check_teacher
 from vlmprune_jax.recover.teacher import teacher_top_k
 from vlmprune_jax.stages import inputs
@@ -41,6 +42,9 @@ def cached_teacher(experiment: Experiment, config: RecoverConfig, plan: PrunePla
     opened = open_model(folder, None if tower is None else Path(tower))
     check_plan_is_for(opened, plan)
     check_teacher(loss, opened.cfg, None)
+    mesh = mesh_of(experiment)
+    if mesh is not None:
+        check_mesh(mesh, opened.cfg, config)
     training = inputs.training_rows(experiment, opened.cfg)
     cache = ArrayCache(Path(experiment.recover.teacher_cache or ""), from_main(lambda: _made_from(experiment, config)))
     rows = TeacherRows(cache, loss.teacher_top_k, loss.kl_positions, np.dtype(config.compute_dtype))
@@ -49,7 +53,7 @@ def cached_teacher(experiment: Experiment, config: RecoverConfig, plan: PrunePla
     context.reporter.say(f"  teacher's top {rows.top_k}: {len(todo):,} of {len(training.records):,} records to compute")
     if not todo:
         return rows
-    teacher, mesh = load_model(experiment, folder), mesh_of(experiment)
+    teacher = load_model(experiment, folder)
     batches = train_batches(
         [training.records[number] for number in todo],
         training.encoder,

@@ -1,0 +1,156 @@
+"""Forward KL with the teacher in the step and with its top-k logits from disk: time, memory, bytes, and what is learnt.
+
+  python benchmarks/teacher_cache.py --work=DIR [--part=steps | accuracy] [--rows=4 --length=256]
+
+steps: `vlmprune recover` of SmolLM2-135M (of 30 layers 22 are kept, adapters of rank 16, 0.5 CE + 0.5 KL at the
+positions before labels, float32) in a process of its own for each way. Step seconds are the median without the first
+two steps, which compile; peak memory is the process's resident set, with the pass where it computes the cache.
+
+accuracy: the demo (a LLaVA, 5 % of easy-VQA) pruned in width and recovered with 0.5 CE + 0.5 KL each way.
+
+One JSON line per way. `kl`: the teacher runs; `k`: tokens per position in the cache, `again` with the cache complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+REMOVED = 8
+STEPS = """
+from vlmprune_jax.cli.config import experiment_config
+
+def get_config():
+    config = experiment_config()
+    config.model.hf_dir = "{folder}"
+    config.data.train = "{work}/records.json"
+    config.data.template = "bunny"
+    config.data.max_length = {length}
+    config.score.depth = "random"
+    config.prune.layers_removed = {removed}
+    config.recover.batch_size = {rows}
+    config.recover.steps = 5
+    config.recover.lora.rank = 16
+    config.recover.lora.dropout = 0.0
+    config.recover.log_every = 1
+    config.recover.losses = {losses}
+    return config
+"""
+ACCURACY = """
+from vlmprune_jax.demo.experiment import get_config as demo
+
+def get_config():
+    config = demo()
+    losses = {losses}
+    config.prune_variants = {{"width": {{"prune": {{"method": "width", "ratio": 0.155}}}}}}
+    config.recover_variants = {{"kl": {{"recover": {{"losses": losses}}}}}} | {{
+        f"k{{k}}": {{"recover": {{"losses": losses, "teacher_top_k": k, "teacher_cache": f"{work}/demo-top{{k}}"}}}}
+        for k in (1, 8, 64)
+    }}
+    return config
+"""
+LOSSES = {"ce": 0.5, "kl": 0.5, "teacher_inputs": "own", "kl_positions": "labels"}
+
+
+def steps(args: argparse.Namespace) -> None:
+    """A line per way for SmolLM2."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from smollm2 import english_text, smollm2_folder
+
+    piece = 4 * args.length
+    text = english_text(5 * args.rows * piece)
+    pairs = [text[at : at + piece] for at in range(0, 5 * args.rows * piece, piece)]
+    talk = [[{"from": "human", "value": x[: piece // 4]}, {"from": "gpt", "value": x[piece // 4 :]}] for x in pairs]
+    records = [{"id": str(number), "conversations": turns} for number, turns in enumerate(talk)]
+    (args.work / "records.json").write_text(json.dumps(records))
+    facts = {"folder": smollm2_folder(ROOT), "work": args.work, "losses": LOSSES, "removed": REMOVED}
+    config = args.work / "steps.py"
+    config.write_text(STEPS.format(**facts, rows=args.rows, length=args.length))
+    start = args.work / "start"
+    for stage in ("score", "prune"):
+        child(stage, config, start)
+    for name, k in (("kl", None), ("k", 8), ("k", 64), ("again", 64)):
+        workdir, cache = args.work / f"{name}{k}", args.work / f"top{k}"
+        shutil.copytree(start, workdir)
+        peak, seconds = child("recover", config, workdir, *with_cache(k, cache))
+        lines = [json.loads(line) for line in (workdir / "training/metrics.jsonl").read_text().splitlines()]
+        report(
+            {"way": name, "k": k, "step_seconds": statistics.median(line["seconds"] for line in lines[2:])},
+            {"peak_rss_gib": peak, "command_seconds": seconds, "first_kl": lines[0]["kl"], "last_kl": lines[-1]["kl"]},
+            {} if k is None else disk(cache),
+        )
+
+
+def accuracy(args: argparse.Namespace) -> None:
+    """A line per way for the demo."""
+    config, workdir = args.work / "accuracy.py", args.work / "demo"
+    config.write_text(ACCURACY.format(losses=LOSSES, work=args.work))
+    child("run", config, workdir)
+    for run in json.loads((workdir / "result.json").read_text())["runs"]:
+        folder = args.work / f"demo-top{run['recovery'][1:]}"
+        facts = {name: run[name] for name in ("name", "accuracy", "seconds")}
+        metrics = workdir / "width" / run["recovery"] / "training/metrics.jsonl"
+        if metrics.exists():
+            seconds = [json.loads(line)["seconds"] for line in metrics.read_text().splitlines()]
+            facts["step_seconds"] = statistics.median(seconds[2:])
+        report(facts, disk(folder) if folder.exists() else {})
+
+
+def with_cache(k: int | None, folder: Path) -> list[str]:
+    return [] if k is None else [f"--config.recover.teacher_cache={folder}", f"--config.recover.teacher_top_k={k}"]
+
+
+def child(command: str, config: Path, workdir: Path, *flags: str) -> tuple[float, float]:
+    """Run a command of vlmprune; (peak resident GiB, wall seconds)."""
+    code = (
+        "import resource, sys; from vlmprune_jax.cli.main import main; code = main(sys.argv[1:]);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
+    )
+    argv = [sys.executable, "-c", code, command, f"--config={config}", f"--workdir={workdir}", *flags]
+    begin = time.perf_counter()
+    done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
+    return int(done.stdout.split()[-1]) / 2**20, time.perf_counter() - begin
+
+
+def disk(folder: Path) -> dict[str, Any]:
+    """Bytes of a cache, in all and per position that counts."""
+    from vlmprune_jax.hf.files import read_header
+
+    shards = sorted(folder.glob("*.safetensors"))
+    entries = {key: entry for shard in shards for key, entry in read_header(shard).items()}
+    positions = sum(entry.shape[0] for key, entry in entries.items() if key.endswith(".ids"))
+    size = sum(shard.stat().st_size for shard in shards)
+    return {"cache_bytes": size, "positions": positions, "bytes_per_position": size / positions}
+
+
+def report(*facts: dict[str, Any]) -> None:
+    told = {name: value for part in facts for name, value in part.items()}
+    rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in told.items()}
+    print(json.dumps(rounded), flush=True)
+
+
+def main() -> None:
+    """Run the parts asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--part", choices=("steps", "accuracy"))
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    args = parser.parse_args()
+    args.work = args.work.resolve()
+    args.work.mkdir(parents=True, exist_ok=True)
+    for part in (steps, accuracy):
+        if args.part in (None, part.__name__):
+            part(args)
+
+
+if __name__ == "__main__":
+    main()
