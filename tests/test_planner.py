@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -217,21 +218,24 @@ def experiment_file(tmp_path_factory):
     return path
 
 
-def test_a_small_step_compiles_for_tpus(experiment_file, tmp_path, capsys):
-    saved = tmp_path / "plan.json"
-    flags = [f"--config={experiment_file}", "--topology=v5e:2x2", "--records=80", f"--save={saved}"]
+@pytest.mark.parametrize(
+    "topology", ["v5e:2x2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("v5p:2x2x1", "v6e:2x2"))]
+)
+def test_a_small_step_compiles_for_tpus(topology, experiment_file, tmp_path, capsys):
+    flags = [f"--config={experiment_file}", f"--topology={topology}", "--records=80", f"--workdir={tmp_path}"]
     with jax.default_matmul_precision("default"):  # the kernels do not compile for float32 products of bfloat16
         assert main(["plan", *flags]) == 0
     said = capsys.readouterr().out
     assert "GiB free" in said
     assert "10 steps" in said
-    [told] = json.loads(saved.read_text()).values()
+    [told] = json.loads((tmp_path / "tpu_plan.json").read_text()).values()
     assert (told["chips"], told["student"]["layers"], told["teacher"]["layers"]) == (4, 2, 3)
     teacher = 2 * told["teacher"]["parameters"] / 4  # bytes per chip, less what is not split
     assert teacher < told["hbm"]["arguments"] < 4 * teacher
     assert told["received"]["all-gather"] > 0
     assert 1 < told["flops"]["executed"] / told["flops"]["model"] < 2.5
     assert 0 < told["mfu"] < 1
+    assert told["topology"] == topology
     assert told["hours"] == pytest.approx(10 * told["seconds"]["step"] / 3600)
 
 
@@ -313,6 +317,7 @@ def test_a_search_doubles_rows_and_shrinks_the_slice(experiment_file, monkeypatc
     """With 8 GiB of arguments over the chips, and 1 GiB a row, 2 without remat."""
 
     def fake(case):
+        compiled.append(case)
         rows = case.config.batch_size // case.config.accumulation / len(case.slice.devices)
         needed = int((8 / len(case.slice.devices) + rows * (2 if case.config.remat == "none" else 1)) * 2**30)
         if needed > case.slice.chip.hbm:
@@ -321,22 +326,60 @@ def test_a_search_doubles_rows_and_shrinks_the_slice(experiment_file, monkeypatc
 
     config = cases.settings(batch_size=64, remat="full")
     target = make_slice("v5e:4x4")
-    case = planning.Case(cases.config(), None, (0, 1), config, "float32", (1, -1, 1), LENGTH, 1, target)
+    case = planning.Case(cases.config(), None, (0, 1), config, "float32", (1, -1, 1), (LENGTH,), (1,), target)
     real = planning.Estimate(case, planning.Compiled(0, 0, {}, 1, 0.0), planning.StepFlops(1, 0, 0, 0))
     monkeypatch.setattr(planning, "estimate", fake)
-    said = []
-    found = planning.search(case, said.append)
+    said, compiled = [], []
+    found = planning.search(case, said.append, {case: fake(case)})
+    assert len(set(compiled)) == len(compiled)  # none of them twice
     assert found["remat"].case.config.remat == "none"
     assert found["batch"].case.config.batch_size == 64  # 8 rows a chip would need 16.5 GiB
     assert found["slice"].case.slice.name == "v5e:2x4"  # on four chips 16 rows do not fit
     assert any("too many" in line for line in said)
 
 
+@pytest.mark.slow
+def test_a_search_asks_the_compiler(experiment_file, tmp_path, capsys):
+    """512 rows of 512 tokens on each of four chips, the smallest slice: just so without remat, and no more."""
+    flags = [f"--config={experiment_file}", "--topology=v5e:2x2", "--search", f"--save={tmp_path / 'plan.json'}"]
+    changes = {"data.max_length": 512, "recover.batch_size": 2048, "recover.accumulation": 1, "recover.remat": "none"}
+    changes |= {"recover.losses.l2": 0.0, "recover.lora.dropout": 0.0}  # quicker to compile
+    with jax.default_matmul_precision("default"):
+        assert main(["plan", *flags, *(f"--config.{name}={value}" for name, value in changes.items())]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"micro-batch of 4096 rows: needs \d+\.\d\d GiB of HBM per chip, \d+\.\d\d too many", said)
+    [told] = json.loads((tmp_path / "plan.json").read_text()).values()
+    assert 0 < told["hbm"]["free"] < 4 * 2**30
+    first = {name: value for name, value in told.items() if name != "search"}
+    assert told["search"] == {"remat": first, "batch": first, "slice": first}
+
+
+def test_buckets_are_planned_by_the_largest(experiment_file, monkeypatch, capsys):
+    seen = []
+
+    def fake(_, state, frozen, teacher, batch):
+        seen.append(batch["input_ids"].shape)
+        return planning.Compiled(1, 1, {}, 10**12, 1.0)
+
+    monkeypatch.setattr(planning, "compile_for_tpu", fake)
+    flags = [f"--config={experiment_file}", "--topology=v5e:2x2", "--records=80"]
+    assert main(["plan", *flags]) == 0
+    said = capsys.readouterr().out
+    assert "bucket" not in said
+    assert main(["plan", *flags, "--config.data.length_buckets=(32,64,128)"]) == 0
+    said = capsys.readouterr().out
+    assert seen == [(8, 128)] * 2
+    assert "the largest of 32, 64, 128 tokens" in said
+    assert "with every batch of the largest bucket (how many are is not known without the data)" in said
+    assert main(["plan", *flags, "--config.data.length_buckets=(32,64)"]) == 2
+    assert "must end with data.max_length 128" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("topology", "message"),
     [
-        ("v5x:8x8", "'v5x:8x8' is not GENERATION:SIZES, for example v5e:"),
-        ("v5e", "for example v5e:"),
+        ("v5x:8x8", "'v5x:8x8': generations are v5e, v5p, v6e, slices of them for example v5e:"),
+        ("v5e", "'v5e' is not GENERATION:SIZES, for example v5e:"),
         ("v5e:3x5", "does not exist .* v5e has 2x2, 2x4"),
     ],
 )

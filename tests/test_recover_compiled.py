@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import recover_cases as cases
 
-from vlmprune_jax.config import LayerShape, ModelConfig
+from vlmprune_jax.config import LayerShape, LoraConfig, ModelConfig
 from vlmprune_jax.models.params import param_shapes, unflatten
 from vlmprune_jax.recover import LossConfig
 from vlmprune_jax.recover.losses import Teacher
@@ -22,7 +22,7 @@ ROWS, VOCAB, CHUNK = 8, 16411, 2  # no other size of the model is 16,411
 TOTAL = 10
 
 
-def make_arguments(cfg: ModelConfig, loss: LossConfig, trainable: str, seq: int, build):
+def make_arguments(cfg: ModelConfig, loss: LossConfig, trainable: str, seq: int, build, remat: str = "none"):
     """(step, its arguments): `build(shape, dtype)` makes every array but the state's."""
     settings = cases.settings().optimizer()
     shapes = param_shapes(cfg)
@@ -30,7 +30,7 @@ def make_arguments(cfg: ModelConfig, loss: LossConfig, trainable: str, seq: int,
     optimizer = make_optimizer(settings, groups, TOTAL)
     teacher = Teacher(cfg, (), ()) if loss.needs_teacher else None
     top_k = loss.teacher_top_k
-    config = StepConfig(cfg, loss, teacher, 1, 1.0, "float32", "none")
+    config = StepConfig(cfg, loss, teacher, 1, 1.0, "float32", remat)
     step = make_step(config, optimizer, learning_rates(settings, groups, TOTAL), None)
     params = {path: build(shape, "float32") for path, shape in shapes.items()}
     frozen = {path: x for path, x in params.items() if path not in groups}
@@ -43,9 +43,9 @@ def make_arguments(cfg: ModelConfig, loss: LossConfig, trainable: str, seq: int,
     return step, optimizer, masters, frozen, taught, batch
 
 
-def compiled_step(cfg: ModelConfig, loss: LossConfig, trainable: str, seq: int):
+def compiled_step(cfg: ModelConfig, loss: LossConfig, trainable: str, seq: int, remat: str = "none"):
     """The step, compiled for shapes."""
-    step, optimizer, masters, *rest = make_arguments(cfg, loss, trainable, seq, jax.ShapeDtypeStruct)
+    step, optimizer, masters, *rest = make_arguments(cfg, loss, trainable, seq, jax.ShapeDtypeStruct, remat)
     state = jax.eval_shape(lambda params: init_state(params, optimizer, 0, None), masters)
     return step.lower(state, *rest).compile()
 
@@ -74,6 +74,24 @@ def test_frozen_weights_have_no_gradients():
     frozen = sum(math.prod(shape) for path, shape in param_shapes(cfg).items() if path.endswith("/weight"))
     compiled = compiled_step(cfg, LossConfig(), "lora", seq=4)
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * frozen
+
+
+def test_what_the_backward_pass_keeps():
+    """Of every layer "full" keeps its input; "dots" what has a name as well (decision 47); "none" much more."""
+    inputs = {"q_proj": 16, "k_proj": 16, "v_proj": 16, "o_proj": 24, "fc1": 16, "fc2": 96}
+    outputs = {"q_proj": 24, "k_proj": 12, "v_proj": 12, "o_proj": 16, "fc1": 96}  # the backward pass needs none of fc2
+    lora = LoraConfig(rank=8, alpha=6.0, dropout=0.1, targets=tuple(inputs))
+    n_layers, seq = 24, 64
+    cfg = dataclasses.replace(cases.config(vision=False, mlp_kind="plain"), lora=lora)
+    cfg = cfg.with_layers((LayerShape(4, 2, 96),) * n_layers)
+    held = {
+        remat: compiled_step(cfg, LossConfig(chunk=4), "lora", seq, remat).memory_analysis().temp_size_in_bytes
+        for remat in ("none", "dots", "full")
+    }
+    masks, low = sum(inputs.values()), 4 * lora.rank * len(inputs)
+    named = 4 * sum(outputs.values()) + low + masks  # bytes of a position in a layer
+    assert (held["dots"] - held["full"]) / (n_layers * ROWS * seq) > named - 0.75 * min(low, masks)
+    assert held["none"] > 2 * held["dots"]
 
 
 def test_the_step_does_not_wait_for_the_host():

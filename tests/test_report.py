@@ -1,5 +1,6 @@
 """The report page: what it says, that it is one file, and what it does with a damaged workdir."""
 
+import html
 import json
 import re
 import struct
@@ -87,6 +88,60 @@ def test_page_tells_the_numbers_and_is_one_file(workdir):
     assert "&lt;b&gt;" in page  # an answer is text, not markup
     assert "<td><b></td>" not in page
     assert list(workdir.glob(".*")) == []
+
+
+PLANNED = {
+    "topology": "v5e:8x8",
+    "chips": 64,
+    "mesh": {"data": 1, "fsdp": 64, "tensor": 1},
+    "student": {"layers": 27, "parameters": 5_700_000_000},
+    "teacher": {"layers": 32, "parameters": 7_000_000_000},
+    "batch_size": 64,
+    "accumulation": 2,
+    "remat": "full",
+    "tokens_per_row": 2048,
+    "images_per_row": 1,
+    "tokens_buckets": [768, 2048],
+    "images_buckets": [1],
+    "hbm": {"arguments": 2 << 30, "temporaries": 3 << 29, "free": 12 << 30},
+    "flops": {
+        **{"executed": 3.26e15, "model": 2.51e15},
+        **{"student": 1.5e15, "teacher": 1e15, "attention": 7e12, "vision": 3e12},
+    },
+    "received": {"all-gather": 37 << 30},
+    "seconds": {"step": 0.258, "compute": 0.258, "memory": 0.02, "interconnect": 0.19},
+    "mfu": 0.771,
+    "tokens_per_second": 254_000.0,
+    "steps": 520,
+    "hours": 0.0373,
+    "chip_hours": 2.385,
+    "compile_seconds": 68.0,
+}
+
+
+def test_what_was_planned_for_a_slice_is_shown(workdir):
+    assert "TPU" not in build_report(workdir).read_text()
+    runs = {"depth-sft": PLANNED, "<width>": {"problem": "12 GiB too many", "search": {"slice": PLANNED}}}
+    (workdir / "tpu_plan.json").write_text(json.dumps(runs))
+    page = build_report(workdir).read_text()
+    section = page[page.index("Recovery on a TPU slice") :]
+    told = {
+        html.unescape(what): value for what, value in re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td>', section)
+    }
+    assert told["HBM per chip"] == "2.00 GiB arguments + 1.50 GiB temporaries, 12.00 GiB free"
+    assert told["FLOPs"].startswith("3.26e+15 executed, 2.51e+15 of the model")
+    assert told["received"] == "per chip, in GiB: all-gather 37.00"
+    assert told["step time"].endswith("(compute 0.258, memory 0.020, interconnect 0.190); MFU at most 77.1 %")
+    assert told["buckets"] == "the largest of 768, 2048 tokens; smaller ones need less"
+    assert told["run"].startswith(
+        "520 steps: at least 0.04 hours, 2.4 chip-hours with every batch of the largest bucket"
+    )
+    assert told["does not fit"] == "12 GiB too many"
+    assert told["best slice"].startswith("64 rows in 2, remat full, on v5e:8x8: 12.00 GiB free")
+    assert "<h3>&lt;width&gt;</h3>" in section
+    (workdir / "tpu_plan.json").write_text("[]")
+    with pytest.raises(UserError, match=r"tpu_plan\.json: not a result of `vlmprune plan`"):
+        build_report(workdir)
 
 
 def test_plot_is_a_png_of_its_size(workdir):

@@ -2,7 +2,8 @@
 
 Compiles the real training step, student and teacher, for every variant of the experiment (a minute or two each), and
 prints memory, FLOPs, communication and the least time. Needs the model's config.json, not its weights; takes
-plan.json from --workdir where it is there, else predicts the pruned shapes. --search also looks for the cheapest remat
+plan.json from --workdir where it is there, else predicts the pruned shapes. With length or tile buckets it is the step
+of the largest. The report of --workdir shows the numbers. --search also looks for the cheapest remat
 and the largest batch that fit, and for the smallest slice; each try is another compilation.
 """
 
@@ -18,11 +19,12 @@ from vlmprune_jax.cli.flags import Flags, config_flag
 def define(values: Flags) -> None:
     """Flags of this command."""
     config_flag(values)
-    absl_flags.DEFINE_string("workdir", None, "folder whose plan.json files say what is pruned", flag_values=values)
+    about = "folder whose plan.json files say what is pruned, and whose report shows the numbers"
+    absl_flags.DEFINE_string("workdir", None, about, flag_values=values)
     absl_flags.DEFINE_string("topology", None, "TPU slice, as v5e:8x8, v5p:4x4x4, v6e:8x8", flag_values=values)
     absl_flags.DEFINE_integer("records", None, "training records, where data.train is not here", flag_values=values)
     absl_flags.DEFINE_bool("search", False, "also find remat, batch and slice that fit", flag_values=values)
-    absl_flags.DEFINE_string("save", None, "JSON file for the numbers", flag_values=values)
+    absl_flags.DEFINE_string("save", None, "JSON file for the numbers (else WORKDIR/tpu_plan.json)", flag_values=values)
 
 
 def run(flags: Any) -> None:
@@ -33,6 +35,7 @@ def run(flags: Any) -> None:
 
     from vlmprune_jax.cli.config import read_experiment
     from vlmprune_jax.errors import UserError
+    from vlmprune_jax.report.planned import PLANNED
     from vlmprune_jax.stages.console import make_reporter
     from vlmprune_jax.stages.grid import plan_all
     from vlmprune_jax.stages.ledger import write_json
@@ -43,5 +46,6 @@ def run(flags: Any) -> None:
         raise UserError("no slice given: --topology=v5e:8x8 (or v5p:4x4x4, v6e:8x8)")
     workdir = None if flags.workdir is None else Path(flags.workdir)
     found = plan_all(experiment, workdir, make_reporter(True), flags.topology, flags.records, flags.search)
-    if flags.save:
-        write_json(Path(flags.save), found)
+    saved = flags.save or (workdir and workdir / PLANNED)
+    if saved:
+        write_json(Path(saved), found)

@@ -45,7 +45,9 @@ def make_slice(name: str) -> Slice:
     """
     generation, _, grid = name.partition(":")
     known = ", ".join(f"{key}:{chip.slices[-3]}" for key, chip in CHIPS.items())
-    if generation not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", grid):
+    if generation not in CHIPS:
+        raise UserError(f"topology {name!r}: generations are {', '.join(CHIPS)}, slices of them for example {known}")
+    if not re.fullmatch(r"\d+(x\d+)+", grid):
         raise UserError(f"topology {name!r} is not GENERATION:SIZES, for example {known}")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("planning compiles with libtpu, which is not installed: pip install 'vlmprune-jax[tpu]'")

@@ -24,6 +24,7 @@ from vlmprune_jax.models.layers import (
     activation,
     declare,
     kept,
+    once,
     rope_tables,
     rotate,
 )
@@ -104,7 +105,7 @@ class GatedMlp(nnx.Module):
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         stay = _draw(dropout_key, x, (self.gate_proj, self.up_proj, self.down_proj))
         gate = activation(self.activation)(self.gate_proj(x, stay[0]))
-        return self.down_proj(gate * self.up_proj(x, stay[1]), stay[2])
+        return self.down_proj(once(gate * self.up_proj(x, stay[1])), stay[2])
 
 
 class PlainMlp(nnx.Module):
@@ -117,7 +118,7 @@ class PlainMlp(nnx.Module):
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         stay = _draw(dropout_key, x, (self.fc1, self.fc2))
-        return self.fc2(activation(self.activation)(self.fc1(x, stay[0])), stay[1])
+        return self.fc2(once(activation(self.activation)(self.fc1(x, stay[0]))), stay[1])
 
 
 class DecoderLayer(nnx.Module):
@@ -139,12 +140,12 @@ class DecoderLayer(nnx.Module):
 
     def __call__(self, x: jax.Array, ctx: Context, cache: tuple[jax.Array, jax.Array] | None = None):
         attention_key, mlp_key = (None, None) if ctx.dropout_key is None else jax.random.split(ctx.dropout_key)
-        normed = self.input_layernorm(x)
+        normed = once(self.input_layernorm(x))
         mixed, cache = self.self_attn(normed, ctx._replace(dropout_key=attention_key), cache)
         if self.post_attention_layernorm is None:
             return constrain(x + mixed + self.mlp(normed, mlp_key), STREAM), cache
         x = constrain(x + mixed, STREAM)
-        return constrain(x + self.mlp(self.post_attention_layernorm(x), mlp_key), STREAM), cache
+        return constrain(x + self.mlp(once(self.post_attention_layernorm(x)), mlp_key), STREAM), cache
 
 
 def output_names(cfg: TextConfig) -> tuple[str, str]:
@@ -319,7 +320,7 @@ def _draw(key: jax.Array | None, x: jax.Array, projections: Sequence[Projection]
     if key is None or not any(sizes):
         return [None] * len(projections)
     rate = max(one.dropout for one in projections)
-    drawn = kept(jax.lax.optimization_barrier(jax.random.bernoulli(key, 1 - rate, (*x.shape[:2], sum(sizes)))))
+    drawn = kept(once(jax.random.bernoulli(key, 1 - rate, (*x.shape[:2], sum(sizes)))))
     parts = jnp.split(constrain(drawn, STREAM), np.cumsum(sizes)[:-1].tolist(), axis=-1)
     return [
         part.reshape(*x.shape[:2], *one.inputs) if size else None

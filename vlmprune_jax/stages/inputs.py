@@ -57,26 +57,37 @@ class Inputs:
             tokens_per_image=cfg.tokens_per_image,
             max_images=self.data.max_images,
             truncate=self.data.truncate,
-            tile_buckets=self._tile_buckets(),
+            tile_buckets=tile_buckets(self.data, self.image_loader and self.image_loader.preparation),
         )
 
     def training_encoder(self, cfg: ModelConfig) -> Encoder:
         """Rows of at most `data.max_length` or the last of `data.length_buckets`; of any length without both."""
-        buckets, limit = self.data.length_buckets, self.data.max_length
-        _check_buckets("data.length_buckets", buckets)
-        if buckets and limit not in (None, buckets[-1]):
-            raise UserError(f"data.length_buckets {buckets} must end with data.max_length {limit}, the longest row")
-        encoder = self.encoder(cfg, limit or (buckets[-1] if buckets else 0))
-        return dataclasses.replace(encoder, length_buckets=buckets or None)
+        lengths = length_buckets(self.data)
+        encoder = self.encoder(cfg, lengths[-1] if lengths else 0)
+        return dataclasses.replace(encoder, length_buckets=self.data.length_buckets or None)
 
-    def _tile_buckets(self) -> tuple[int, ...] | None:
-        """`data.tile_buckets`, or those that hold every record of a model that cuts images (None for other models)."""
-        given = self.data.tile_buckets
-        _check_buckets("data.tile_buckets", given)
-        if given or self.image_loader is None or not isinstance(self.image_loader.preparation, Tiling):
-            return given or None
-        most = self.image_loader.preparation.most(self.data.max_images)
-        return (*(bucket for bucket in TILE_BUCKETS if bucket < most), most)
+
+def length_buckets(data: DataSpec) -> tuple[int, ...]:
+    """Tokens per row that a training batch can have, ascending; () where the longest record decides.
+
+    Raises:
+      UserError: `data.length_buckets` and `data.max_length` contradict each other.
+    """
+    buckets, limit = data.length_buckets, data.max_length
+    _check_buckets("data.length_buckets", buckets)
+    if buckets and limit not in (None, buckets[-1]):
+        raise UserError(f"data.length_buckets {buckets} must end with data.max_length {limit}, the longest row")
+    return buckets or ((limit,) if limit else ())
+
+
+def tile_buckets(data: DataSpec, preparation: Any) -> tuple[int, ...] | None:
+    """`data.tile_buckets`, or those that hold every record of a model whose `preparation` cuts images (else None)."""
+    given = data.tile_buckets
+    _check_buckets("data.tile_buckets", given)
+    if given or not isinstance(preparation, Tiling):
+        return given or None
+    most = preparation.most(data.max_images)
+    return (*(bucket for bucket in TILE_BUCKETS if bucket < most), most)
 
 
 def _check_buckets(name: str, given: Sequence[int]) -> None:

@@ -27,8 +27,10 @@ from vlmprune_jax.prune.scores.random import random_scores
 from vlmprune_jax.recover.flops import StepFlops, step_flops
 from vlmprune_jax.recover.loop import Program, RecoverConfig, make_program
 from vlmprune_jax.recover.step import abstract_state, batch_sharding, step_context
+from vlmprune_jax.report.planned import as_rows
 from vlmprune_jax.stages.context import teacher_folder
 from vlmprune_jax.stages.features import check_frozen
+from vlmprune_jax.stages.inputs import length_buckets, tile_buckets
 from vlmprune_jax.stages.ledger import Json
 from vlmprune_jax.stages.settings import plan_options, recover_config
 from vlmprune_jax.stages.spec import Experiment
@@ -41,7 +43,8 @@ REMAT_BY_COST = ("none", "dots", "full")
 class Case:
     """One recovery on one slice: student, teacher and training settings, and the shape of a row.
 
-    `slots`: images (or tiles) per row.
+    `lengths`: tokens per row of every bucket, ascending; `slots`: the same for images (or tiles). The step is that of
+    the largest of both.
     """
 
     cfg: ModelConfig
@@ -50,9 +53,19 @@ class Case:
     config: RecoverConfig
     dtype: str
     mesh: tuple[int, int, int]
-    length: int
-    slots: int
+    lengths: tuple[int, ...]
+    slots: tuple[int, ...]
     slice: Slice
+
+    @property
+    def length(self) -> int:
+        """Tokens per row."""
+        return self.lengths[-1]
+
+    @property
+    def images(self) -> int:
+        """Images (or tiles) per row."""
+        return self.slots[-1]
 
     def make_mesh(self) -> Mesh:
         """The mesh over the slice's devices."""
@@ -116,7 +129,8 @@ def make_case(experiment: Experiment, folder: Path | None, topology: str) -> Cas
     made = None if folder is None else folder / "plan.json"
     plan = predict_plan(experiment, cfg) if made is None or not made.is_file() else PrunePlan.from_json(made)
     config = recover_config(experiment.recover)
-    if experiment.data.max_length is None:
+    lengths = length_buckets(experiment.data)
+    if not lengths:
         raise UserError("data.max_length is not set: planning needs the tokens per row (--config.data.max_length=2048)")
     slots = _image_slots(experiment, cfg, hf_dir)
     if experiment.data.feature_cache is not None:
@@ -129,7 +143,7 @@ def make_case(experiment: Experiment, folder: Path | None, topology: str) -> Cas
         config=config,
         dtype=model.dtype,
         mesh=dataclasses.astuple(experiment.mesh),
-        length=experiment.data.max_length,
+        lengths=lengths,
         slots=slots,
         slice=target,
     )
@@ -149,20 +163,17 @@ def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
     return make_plan(pair, cfg, method=spec.method, ratio=spec.ratio, layers_removed=removed, **options)
 
 
-def _image_slots(experiment: Experiment, cfg: ModelConfig, folder: Path) -> int:
-    """Images or tiles per row of the largest batch."""
-    data = experiment.data
+def _image_slots(experiment: Experiment, cfg: ModelConfig, folder: Path) -> tuple[int, ...]:
+    """Images or tiles per row that a batch can have."""
+    data, preparation = experiment.data, None
     if cfg.vision is None:
-        return 0
-    if data.tile_buckets:
-        return data.tile_buckets[-1]
-    if cfg.family != "internvl":
-        return data.max_images
-    tiling = {name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")}
-    loader = load_image_processor(
-        folder, aspect_ratio=data.aspect_ratio, max_pixels=data.max_image_pixels, cache_bytes=0, tiling=tiling
-    )
-    return loader.preparation.most(data.max_images)
+        return (0,)
+    if cfg.family == "internvl":
+        tiling = {name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")}
+        preparation = load_image_processor(
+            folder, aspect_ratio=data.aspect_ratio, max_pixels=data.max_image_pixels, cache_bytes=0, tiling=tiling
+        ).preparation
+    return tile_buckets(data, preparation) or (data.max_images,)
 
 
 def estimate(case: Case) -> Estimate:
@@ -188,7 +199,7 @@ def estimate(case: Case) -> Estimate:
         program.groups,
         rows=config.batch_size,
         length=case.length,
-        images=config.batch_size * case.slots,
+        images=config.batch_size * case.images,
     )
     return Estimate(case, compiled, model)
 
@@ -216,50 +227,62 @@ def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
         teacher = unflatten(leaves(program.teacher.cfg, case.config.compute_dtype))
     n_rows = case.config.batch_size
     batch = {name: rows((n_rows, case.length), np.int32) for name in ("input_ids", "attention_mask", "labels")}
-    if case.cfg.vision is not None and case.slots and not case.cfg.tower:
-        features, dtype = (n_rows, case.slots, *case.cfg.feature_shape), case.config.compute_dtype
+    if case.cfg.vision is not None and case.images and not case.cfg.tower:
+        features, dtype = (n_rows, case.images, *case.cfg.feature_shape), case.config.compute_dtype
         batch["vision_features"] = rows(features, jnp.dtype(dtype))
-    elif case.cfg.vision is not None and case.slots:
+    elif case.cfg.vision is not None and case.images:
         side = case.cfg.vision.image_size
-        batch["pixel_values"] = rows((n_rows, case.slots, case.cfg.vision.channels, side, side), np.float32)
+        batch["pixel_values"] = rows((n_rows, case.images, case.cfg.vision.channels, side, side), np.float32)
     if top_k := case.config.losses.teacher_top_k:
         batch["teacher_ids"] = rows((n_rows, case.length, top_k), np.int32)
         batch["teacher_logprobs"] = rows((n_rows, case.length, top_k + 1), jnp.dtype(case.config.compute_dtype))
     return state, frozen, teacher, batch
 
 
-def search(case: Case, say: Callable[[str], None]) -> dict[str, Estimate]:
+Attempts = dict[Case, Estimate | UserError]
+
+
+def search(case: Case, say: Callable[[str], None], tried: Attempts) -> dict[str, Estimate]:
     """What else fits, each found by compiling: the cheapest "remat", then with it the largest micro-"batch"; and the
     smallest "slice" with the settings as they are. Where nothing fits, the entry is missing.
+
+    `tried`: cases that need not be compiled again; it grows.
     """
     found: dict[str, Estimate] = {}
-    cheapest = _first_fit([(f"remat {name}", _with(case, remat=name)) for name in REMAT_BY_COST], say)
+    cheapest = _first_fit([(f"remat {name}", _with(case, remat=name)) for name in REMAT_BY_COST], say, tried)
     if cheapest is not None:
         found["remat"] = found["batch"] = cheapest
         while (larger := _doubled(found["batch"].case)) is not None:
-            best = _first_fit([(f"micro-batch of {larger.config.batch_size} rows", larger)], say)
+            best = _first_fit([(f"micro-batch of {larger.config.batch_size} rows", larger)], say, tried)
             if best is None:
                 break
             found["batch"] = best
     generation, most = case.slice.name.partition(":")[0], len(case.slice.devices)
-    slices = [make_slice(f"{generation}:{grid}") for grid in case.slice.chip.slices]
+    names = [f"{generation}:{grid}" for grid in case.slice.chip.slices]
+    slices = [case.slice if name == case.slice.name else make_slice(name) for name in names]
     smaller = [(one.name, dataclasses.replace(case, slice=one)) for one in slices if len(one.devices) <= most]
-    smallest = _first_fit(smaller, say)
+    smallest = _first_fit(smaller, say, tried)
     if smallest is not None:
         found["slice"] = smallest
     return found
 
 
-def _first_fit(cases: Sequence[tuple[str, Case]], say: Callable[[str], None]) -> Estimate | None:
+def _first_fit(cases: Sequence[tuple[str, Case]], say: Callable[[str], None], tried: Attempts) -> Estimate | None:
     for what, case in cases:
-        try:
-            found = estimate(case)
-        except UserError as error:  # too large, or its rows or sizes do not divide over so many chips
-            say(f"  {what}: {error}")
-            continue
-        say(f"  {what}: fits, {found.free / GIB:.2f} GiB free")
-        return found
+        found = tried[case] = tried.get(case) or _attempt(case)
+        if isinstance(found, Estimate):
+            say(f"  {what}: fits, {found.free / GIB:.2f} GiB free")
+            return found
+        say(f"  {what}: {found}")
     return None
+
+
+def _attempt(case: Case) -> Estimate | UserError:
+    """The estimate, or why there is none: too large, or rows or sizes that do not divide over so many chips."""
+    try:
+        return estimate(case)
+    except UserError as error:
+        return error
 
 
 def _with(case: Case, **changes: Any) -> Case:
@@ -304,8 +327,11 @@ def facts(found: Estimate, n_records: int | None) -> Json:
         "accumulation": config.accumulation,
         "remat": config.remat,
         "tokens_per_row": case.length,
-        "images_per_row": case.slots,
+        "images_per_row": case.images,
+        "tokens_buckets": list(case.lengths),
+        "images_buckets": list(case.slots),
         "feature_cache": not case.cfg.tower,
+        "teacher_top_k": config.losses.teacher_top_k,
         "hbm": {
             "arguments": found.compiled.arguments,
             "temporaries": found.compiled.temporaries,
@@ -323,56 +349,26 @@ def facts(found: Estimate, n_records: int | None) -> Json:
     }
 
 
-def as_lines(told: Json) -> list[str]:
-    """`facts` for a person."""
-    hbm, flops, seconds, teacher = told["hbm"], told["flops"], told["seconds"], told["teacher"]
-    limits = ", ".join(f"{name} {seconds[name]:.3f}" for name in ("compute", "memory", "interconnect"))
-    received = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in told["received"].items()) or "none"
-    parts = ", ".join(f"{name} {flops[name]:.2e}" for name in ("student", "teacher", "attention", "vision"))
-    models = f"{told['student']['parameters']:,} parameters in {told['student']['layers']} layers"
-    if teacher:
-        models += f", teacher {teacher['parameters']:,} in {teacher['layers']}"
-    images = "cached images" if told["feature_cache"] else "images"
-    mesh = " x ".join(f"{name} {size}" for name, size in told["mesh"].items())
-    lines = [
-        f"{told['topology']}: {told['chips']} chips, mesh {mesh}",
-        f"  student       {models}",
-        f"  step          {told['batch_size']} rows of {told['tokens_per_row']:,} tokens and {told['images_per_row']} "
-        f"{images}, {told['accumulation']} micro-batches, remat {told['remat']}",
-        f"  HBM per chip  {hbm['arguments'] / GIB:.2f} GiB arguments + {hbm['temporaries'] / GIB:.2f} GiB temporaries, "
-        f"{hbm['free'] / GIB:.2f} GiB free",
-        f"  FLOPs         {flops['executed']:.2e} executed, {flops['model']:.2e} of the model ({parts})",
-        f"  received      per chip, in GiB: {received}",
-        f"  step time     at least {seconds['step']:.3f} s ({limits}); MFU at most {100 * told['mfu']:.1f} %",
-        f"  throughput    at most {told['tokens_per_second']:,.0f} tokens/s",
-    ]
-    if told["hours"] is not None:
-        run = f"{told['steps']:,} steps: at least {told['hours']:.2f} hours, {told['chip_hours']:.1f} chip-hours"
-        lines.append(f"  run           {run}")
-    return [*lines, f"  compiled in   {told['compile_seconds']:.0f} s"]
-
-
 def plan_recovery(case: Case, n_records: int | None, searching: bool, say: Callable[[str], None]) -> Json:
-    """`facts` of a case, said as lines, and under "search" of what else fits.
+    """`facts` of a case, or its "problem"; all said as lines, and under "search" what else fits.
 
     Raises:
       UserError: the case does not fit, with what to change, unless a search is to find that out.
     """
-    told: Json = {}
-    try:
-        told = facts(estimate(case), n_records)
-        for line in as_lines(told):
-            say(line)
-    except DoesNotFit as error:
+    first = _attempt(case)
+    if isinstance(first, Estimate):
+        told = facts(first, n_records)
+    elif isinstance(first, DoesNotFit):
+        problem = too_large(case, first)
         if not searching:
-            raise too_large(case, error) from error
-        say(f"{too_large(case, error)}")
+            raise problem from first
+        told = {"problem": str(problem)}
+    else:
+        raise first
+    for what, value in as_rows(told):
+        say(f"  {what:<13} {value}")
     if searching:
-        told["search"] = {what: facts(found, n_records) for what, found in search(case, say).items()}
-        for what, found in told["search"].items():
-            say(
-                f"{what}: {found['batch_size']} rows in {found['accumulation']}, remat {found['remat']}, on "
-                f"{found['topology']}: {found['hbm']['free'] / GIB:.2f} GiB free, at least "
-                f"{found['seconds']['step']:.3f} s a step, {found['tokens_per_second']:,.0f} tokens/s"
-            )
+        told["search"] = {what: facts(found, n_records) for what, found in search(case, say, {case: first}).items()}
+        for what, value in as_rows({"search": told["search"]}):
+            say(f"  {what:<13} {value}")
     return told
