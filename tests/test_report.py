@@ -103,6 +103,8 @@ PLANNED = {
     "images_per_row": 1,
     "tokens_buckets": [768, 2048],
     "images_buckets": [1],
+    "feature_cache": False,
+    "teacher_top_k": 0,
     "hbm": {"arguments": 2 << 30, "temporaries": 3 << 29, "free": 12 << 30},
     "flops": {
         **{"executed": 3.26e15, "model": 2.51e15},

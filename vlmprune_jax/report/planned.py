@@ -38,10 +38,11 @@ def _step_rows(told: Json) -> Iterator[tuple[str, str]]:
     if told["teacher_top_k"]:
         models += f", the teacher's top {told['teacher_top_k']} from its cache"
     yield "student", models
+    images = "cached images" if told["feature_cache"] else "images"
     yield (
         "step",
-        f"{told['batch_size']} rows of {told['tokens_per_row']:,} tokens and {told['images_per_row']} "
-        f"{'cached images' if told['feature_cache'] else 'images'}, {told['accumulation']} micro-batches, remat {told['remat']}",
+        f"{told['batch_size']} rows of {told['tokens_per_row']:,} tokens and {told['images_per_row']} {images}, "
+        f"{told['accumulation']} micro-batches, remat {told['remat']}",
     )
     if _buckets(told):
         yield "buckets", f"the largest of {_buckets(told)}; smaller ones need less"
