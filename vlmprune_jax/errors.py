@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class Stopped(UserError):
     """Work ended on SIGTERM where it could; the same call continues it."""
+
+
+class SharedError(UserError):
+    """Raised on every process of a run at once: none has to tell the others."""
