@@ -260,7 +260,7 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
         if teacher is not None:
             check_plan_is_for(teacher, plan)  # another model of these sizes would train without complaint
         student = load_model(experiment, pruned)
-        batches, n_records = inputs.recovery_batches(experiment, student.cfg)
+        batches, n_records = inputs.recovery_batches(experiment, student.cfg, context.reporter.bar)
         model, summary = recover(
             student,
             batches,
