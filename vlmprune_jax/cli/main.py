@@ -40,7 +40,10 @@ usage: vlmprune COMMAND [flags]        vlmprune COMMAND --help
   vlmprune demo --workdir=runs/demo
   vlmprune run --config=configs/llava_depth.py --workdir=runs/llava --config.model.hf_dir=DIR --config.prune.ratio=0.3
 """
-CRASHED, USER_ERROR, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
+# An unforeseen error of one of several processes may be what the loss of another looks like: launch/ starts such a run
+# again, as where jax itself aborts.
+ABORTED = 134
 
 
 class _Terminated(KeyboardInterrupt):
@@ -52,9 +55,9 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 (a bug), 2 (wrong input), 130 (Ctrl-C) or 143 (stopped by SIGTERM).
+    """Run one command; returns the exit code: 0, 2 (wrong input), 130 (Ctrl-C) or 143 (stopped by SIGTERM).
 
-    Where several processes run together and one fails, all of them exit with its code from here.
+    Where several processes run together and one fails, all exit from here with its code, 134 for an unforeseen error.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -95,7 +98,7 @@ def _guarded(argv: list[str]) -> int:
         if not joined():
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        return end(traceback.format_exc(), reason, CRASHED)
+        return end(traceback.format_exc(), reason, ABORTED)
 
 
 def _dispatch(name: str, rest: list[str]) -> int:
