@@ -131,6 +131,15 @@ def test_sizes_are_those_of_the_rows(samples: list[Record], encoder: Encoder, ma
     assert (sizes[:, 0].max() == 190) == (max_length == 190)
 
 
+def test_measuring_tells_how_far_it_is(samples: list[Record], encoder: Encoder, monkeypatch) -> None:
+    """And the sizes are the same in chunks of any length."""
+    expected, told = sizes_of(samples, encoder), []
+    monkeypatch.setattr("vlmprune_jax.data.measure._CHUNK", 7)
+    found = measure(samples[:20], encoder, on_error="stop", threads=2, progress=told.append)
+    assert told == [7, 14, 20]
+    assert np.array_equal(found, expected[:20])
+
+
 def test_sizes_of_tiles_and_a_tokenizer_without_bos(goldens: Path, samples: list[Record], encoder: Encoder) -> None:
     images = load_image_processor(
         goldens / "ckpt/internvl", aspect_ratio="pad", max_pixels=10**6, cache_bytes=10**7, tiling={"max_tiles": 6}

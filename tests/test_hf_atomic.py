@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -149,6 +150,24 @@ def test_kill_between_the_two_renames(tmp_path):
     atomic.clean_stale(tmp_path / "out")
     assert names(tmp_path) == [other.name, "out"]
     assert (tmp_path / "out/config.json").read_text() == "old"
+
+
+def test_what_another_machine_left_goes_once_nothing_is_written_there(tmp_path):
+    """The worker of a pod that takes a lost one's place has another name."""
+    left = tmp_path / ".out.partial-worker-7-12"
+    left.mkdir()
+    shard = left / "model.safetensors"
+    shard.write_text("half")
+    old = time.time() - atomic.ABANDONED_SECONDS - 60
+    os.utime(left, (old, old))
+    atomic.clean_stale(tmp_path / "out")  # its last file is new
+    assert names(tmp_path) == [left.name]
+    os.utime(shard, (old, old))
+    replaced = tmp_path / ".out.replaced-worker-7-12"
+    replaced.mkdir()
+    os.utime(replaced, (old, old))
+    atomic.clean_stale(tmp_path / "out")
+    assert names(tmp_path) == ["out"]
 
 
 # Options --------------------------------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def assert_same_training(ours: Path, theirs: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_of_four_devices_train_what_one_of_eight_does(experiment, one):
     """Scores, plan, losses and parameters; and joined, their rows are the global batches in the same order."""
-    finish(experiment, "two", "score,prune,recover", 2)
+    finish(experiment, "two", "score,prune,recover,export", 2)
     two = experiment / "two"
     assert json.loads((one / "plan.json").read_text()) == json.loads((two / "plan.json").read_text())
     assert_same_training(two, one)
@@ -131,6 +131,9 @@ def test_two_processes_of_four_devices_train_what_one_of_eight_does(experiment, 
     assert ids(experiment, "one", 0) == whole
     assert len({name for batch in whole for name in batch}) == 24  # 80 % of 30
     assert not (experiment / "two-1.log").read_text().count("recover ...")  # only process 0 talks
+    written = [set((experiment / f"two-{number}.ids.written").read_text().splitlines()) for number in (0, 1)]
+    assert {"scores.npz", "plan.json", "export"} <= written[0]
+    assert all(path.startswith("training/checkpoints/") for path in written[1]), sorted(written[1])
 
 
 @pytest.mark.slow
@@ -180,6 +183,30 @@ def test_all_processes_end_when_one_finds_the_input_wrong(experiment):
     processes = start(experiment, "wrong", "prune", 2)
     assert [process.wait(timeout=300) for process in processes] == [2, 2]
     assert "run `vlmprune score` (or `vlmprune run`) first" in (experiment / "wrong-1.log").read_text()
+
+
+@pytest.mark.slow
+def test_both_end_when_one_cannot_read_an_image(experiment, pruned, goldens):
+    """In the second step, in which the other one goes on to a collective."""
+    (experiment / "images").mkdir()
+    shutil.copy(goldens / "data/images/img0.png", experiment / "images/good.png")
+    (experiment / "images/broken.png").write_bytes(b"no image")
+    places = {int(number): place for place, number in enumerate(grain.MapDataset.range(64).shuffle(seed=42))}
+    lines = [entry(f"r{n}", f"{'broken' if places[n] == 30 else 'good'}.png", "Yes.") for n in range(64)]
+    record = next(number for number, place in places.items() if place == 30)
+    (experiment / "unreadable.jsonl").write_text("\n".join(lines))
+    pruned("unreadable")
+    flags = [f"--config.data.train={experiment / 'unreadable.jsonl'}", *RECOVER]
+    flags.append(f"--config.data.images={experiment / 'images'}")
+    processes, log = start(experiment, "unreadable", "recover", 2, *flags), experiment / "unreadable-1.log"
+    while f"record r{record}" not in log.read_text():
+        assert None in [process.poll() for process in processes]
+        time.sleep(0.05)
+    assert [process.wait(timeout=10) for process in processes] == [2, 2]
+    told = [(experiment / f"unreadable-{number}.log").read_text().splitlines() for number in (0, 1)]
+    told = [[line.removeprefix("vlmprune: error: ") for line in log if line.startswith("vlmprune: ")] for log in told]
+    assert f"record r{record}" in told[1][0]
+    assert told == [[f"process 1 failed: {told[1][0]}"], [told[1][0]]]
 
 
 # --- what the processes are handed ------------------------------------------------------------------------------------

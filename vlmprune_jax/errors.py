@@ -14,6 +14,10 @@ class Stopped(UserError):
     """Work ended on SIGTERM where it could; the same call continues it."""
 
 
+class SharedError(UserError):
+    """Raised on every process of a run at once: none has to tell the others."""
+
+
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
     """`field was a, now b` for every leaf in which two JSON values differ."""
     if isinstance(before, dict) and isinstance(now, dict):

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from types import FrameType, ModuleType
 
 from vlmprune_jax.cli.flags import help_of, parse, switch
-from vlmprune_jax.errors import Stopped, UserError
+from vlmprune_jax.distributed.failure import end, joined
+from vlmprune_jax.errors import SharedError, Stopped, UserError
 from vlmprune_jax.stages.suggest import suggest
 
 # Command -> what it does, in the order of a run. Modules load when they are called: help stays fast.
@@ -40,6 +41,9 @@ usage: vlmprune COMMAND [flags]        vlmprune COMMAND --help
   vlmprune run --config=configs/llava_depth.py --workdir=runs/llava --config.model.hf_dir=DIR --config.prune.ratio=0.3
 """
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
+# An unforeseen error of one of several processes may be what the loss of another looks like: launch/ starts such a run
+# again, as where jax itself aborts.
+ABORTED = 134
 
 
 class _Terminated(KeyboardInterrupt):
@@ -51,7 +55,10 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 (wrong input), 130 (Ctrl-C) or 143 (stopped by SIGTERM)."""
+    """Run one command; returns the exit code: 0, 2 (wrong input), 130 (Ctrl-C) or 143 (stopped by SIGTERM).
+
+    Where several processes run together and one fails, all exit from here with its code, 134 for an unforeseen error.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(OVERVIEW.format(commands="\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())))
@@ -72,16 +79,26 @@ def _guarded(argv: list[str]) -> int:
     except UserError as error:
         if switch(argv, "debug"):
             traceback.print_exc()
-        stopped = isinstance(error, Stopped)
-        print(f"vlmprune: {'' if stopped else 'error: '}{' '.join(str(error).split())}", file=sys.stderr)
-        return TERMINATED if stopped else USER_ERROR
+        line = " ".join(str(error).split())
+        if isinstance(error, Stopped):
+            print(f"vlmprune: {line}", file=sys.stderr)
+            return TERMINATED
+        if isinstance(error, SharedError):
+            print(f"vlmprune: error: {line}", file=sys.stderr)
+            return USER_ERROR
+        return end(f"vlmprune: error: {line}", line, USER_ERROR)
     except KeyboardInterrupt as error:
         if switch(argv, "debug"):
             traceback.print_exc()
         terminated = isinstance(error, _Terminated)
         what = "stopped on SIGTERM" if terminated else "interrupted"
-        print(f"\nvlmprune: {what}; the same command continues with what is left", file=sys.stderr)
-        return TERMINATED if terminated else INTERRUPTED
+        line = f"\nvlmprune: {what}; the same command continues with what is left"
+        return end(line, what, TERMINATED if terminated else INTERRUPTED)
+    except Exception as error:
+        if not joined():
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        return end(traceback.format_exc(), reason, ABORTED)
 
 
 def _dispatch(name: str, rest: list[str]) -> int:

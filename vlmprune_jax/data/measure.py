@@ -16,11 +16,19 @@ from vlmprune_jax.errors import UserError
 _CHUNK = 4096  # records whose texts are tokenised in one call, which spreads them over all cores
 
 
-def measure(records: Sequence[Record], encoder: Encoder, *, on_error: str, threads: int) -> np.ndarray:
+def measure(
+    records: Sequence[Record],
+    encoder: Encoder,
+    *,
+    on_error: str,
+    threads: int,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
     """Return int32[records, 2]: tokens (at most `encoder.max_length`, 0 = any) and image slots of each training row.
 
     With `on_error` "skip" a record that cannot be used has (0, 0). Images are not decoded; `threads` read the headers
-    of those that are cut into tiles. Raises UserError naming the record ("stop").
+    of those that are cut into tiles. `progress` takes the number of records done. Raises UserError naming the record
+    ("stop").
     """
 
     def attempt(compute: Callable[[Record], Any], record: Record) -> Any:
@@ -50,4 +58,6 @@ def measure(records: Sequence[Record], encoder: Encoder, *, on_error: str, threa
                     tokens = 0 if cut is None else len(cut[0])
                 if tokens:
                     sizes[place] = tokens, sum(part[0])
+            if progress is not None:
+                progress(start + len(chunk))
     return sizes

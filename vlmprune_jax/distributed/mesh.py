@@ -15,8 +15,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
+from vlmprune_jax.distributed import failure
 from vlmprune_jax.distributed.rules import MESH_AXES
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.errors import SharedError, UserError
 
 # Names for processes that no cluster introduces to each other (flags of the same names win).
 VARIABLES = ("VLMPRUNE_COORDINATOR", "VLMPRUNE_NUM_PROCESSES", "VLMPRUNE_PROCESS_ID")
@@ -30,6 +31,7 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
 
     The processes are those that the arguments name (None: the environment's VLMPRUNE_COORDINATOR and its companions),
     or else the workers of the TPU slice that this machine belongs to, when it has several. A second call does nothing.
+    From then on they fail together (distributed/failure.py).
 
     Raises:
       UserError: an incomplete or impossible place among the processes, or the others cannot be reached.
@@ -48,6 +50,8 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
         where = "the workers of this TPU slice" if place is None else f"process {place[2]} of {place[1]} at {place[0]}"
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{where}: could not join the other processes ({reason}): start all of them") from error
+    if process_count() > 1:
+        failure.watch()
 
 
 def _named_place(coordinator: str | None, num_processes: int | None, process_id: int | None) -> tuple | None:
@@ -145,7 +149,7 @@ def from_main(compute: Callable[[], Any]) -> Any:
     Files of a workdir are looked at and changed by process 0 alone: others could see them before or after a change.
 
     Raises:
-      UserError: `compute` raised it; every process does.
+      SharedError: `compute` raised a UserError; every process does.
     """
     if process_count() == 1:
         return compute()
@@ -160,7 +164,7 @@ def from_main(compute: Callable[[], Any]) -> Any:
             raise
     said = _tell(said)
     if "error" in said:
-        raise UserError(said["error"])
+        raise SharedError(said["error"])
     return said["value"]
 
 
@@ -176,7 +180,7 @@ def from_all(compute: Callable[[], Any]) -> list[Any]:
     """What `compute` returns on each process (any JSON value), in their order, on every process; all must call it.
 
     Raises:
-      UserError: `compute` raised it on any process; every process does.
+      SharedError: `compute` raised a UserError on any process; every process does.
     """
     if process_count() == 1:
         return [compute()]
@@ -197,7 +201,7 @@ def from_all(compute: Callable[[], Any]) -> list[Any]:
     answers = [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
     for answer in answers:
         if "error" in answer:
-            raise UserError(answer["error"])
+            raise SharedError(answer["error"])
     return [answer["value"] for answer in answers]
 
 

@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from vlmprune_jax.errors import UserError
 
 # Room beside the weights for file system overhead and small files.
 SPARE_BYTES = 16 * 2**20
+# Weights are written all the time; the longest pause is a shard that other processes gather.
+ABANDONED_SECONDS = 3600.0
 # Disk, quota or file size limit: the user can do something about it.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -58,7 +61,7 @@ def atomic_folder(out_dir: Path) -> Iterator[Path]:
     """A hidden folder beside `out_dir` to write into; it becomes `out_dir` in one rename when the block succeeds.
 
     Whatever was at `out_dir` is replaced at that moment and not before. If the block fails the hidden folder goes; if
-    the process is killed, the next call for the same `out_dir` on this machine removes it.
+    the process is killed, a later call for the same `out_dir` removes it (`clean_stale`).
 
     Raises:
       UserError: the disk (or a quota) is full.
@@ -89,17 +92,32 @@ def atomic_folder(out_dir: Path) -> Iterator[Path]:
 
 
 def clean_stale(out_dir: Path) -> None:
-    """Remove what killed writers of `out_dir` left beside it, and put back a folder that one was just replacing."""
+    """Remove what killed writers of `out_dir` left beside it, and put back a folder that one was just replacing.
+
+    A writer on this machine is gone when its process is; one on another machine (which a pod may have lost) when it
+    wrote nothing for `ABANDONED_SECONDS`.
+    """
     for kind in ("replaced", "partial"):
-        mark = f".{out_dir.name}.{kind}-{socket.gethostname()}-"
+        mark = f".{out_dir.name}.{kind}-"
         for left in sorted(path for path in out_dir.parent.iterdir() if path.name.startswith(mark)):
-            pid = left.name.removeprefix(mark)
-            if not pid.isdigit() or (int(pid) != os.getpid() and _alive(int(pid))):
+            host, _, pid = left.name.removeprefix(mark).rpartition("-")
+            if not pid.isdigit() or _writing(left, host, int(pid)):
                 continue
             if kind == "replaced" and not out_dir.exists():
                 os.rename(left, out_dir)
             else:
                 shutil.rmtree(left, ignore_errors=True)
+
+
+def _writing(folder: Path, host: str, pid: int) -> bool:
+    """Whether the process that made a folder may still be at it."""
+    if host == socket.gethostname():
+        return pid != os.getpid() and _alive(pid)
+    try:
+        newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+    except FileNotFoundError:  # it is, or somebody else removes it
+        return True
+    return time.time() - newest < ABANDONED_SECONDS
 
 
 def _alive(pid: int) -> bool:

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from vlmprune_jax.config import ModelConfig
-from vlmprune_jax.distributed.mesh import whole
+from vlmprune_jax.distributed.mesh import from_main, whole
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.families import Family, family_of
+from vlmprune_jax.families import detect, family_of
 from vlmprune_jax.hf.files import WEIGHT_DTYPES, Checkpoint, read_json
 from vlmprune_jax.hf.layout import make_slots
 from vlmprune_jax.hf.per_layer import loader_class
@@ -31,7 +31,8 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
     """Reload a written folder and compare its logits with the model's, on random text (and images), in float32.
 
     The reload is in PyTorch where torch is installed and stock transformers has the class, else in JAX. Weights that
-    were written in a narrower dtype are compared with the model's own rounded to it.
+    were written in a narrower dtype are compared with the model's own rounded to it. Every process of a run must call
+    it; process 0 alone reloads in PyTorch.
 
     Args:
       model: what was written.
@@ -49,8 +50,15 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
     # Most CPUs and TPUs multiply float32 in fewer bits by default; the comparison is of functions, not of speed.
     with jax.default_matmul_precision("highest"):
         expected = whole(forward(_as_written(model, folder, vision_dir), **inputs)[0])
-        backend, actual = _reloaded_logits(model, folder, inputs, vision_dir)
-    words = model.cfg.text.vocab_size
+        inputs = _renamed_images(inputs, model.cfg, folder, vision_dir)
+        if from_main(lambda: _torch_loads(folder, vision_dir)):
+            return from_main(lambda: _compare(model.cfg, folder, "torch", expected, _torch_logits(folder, inputs)))
+        again = load(folder, vision_dir=vision_dir, dtype="float32", mesh=mesh_of(model.params))
+        return _compare(model.cfg, folder, "jax", expected, whole(forward(again, **inputs)[0]))
+
+
+def _compare(cfg: ModelConfig, folder: Path, backend: str, expected: np.ndarray, actual: np.ndarray) -> dict[str, Any]:
+    words = cfg.text.vocab_size
     if actual.shape[-1] > words and float(actual[..., words:].max() - actual[..., :words].max()) > 0:
         raise UserError(f"{folder}: a word that was only added to fill the vocabulary is the likeliest: do not use it")
     actual = actual[..., :words]
@@ -92,19 +100,22 @@ def _random_inputs(cfg: ModelConfig) -> dict[str, Any]:
     return {"input_ids": np.concatenate([ids[:, :4], image, ids[:, 4:]], axis=1), "pixel_values": pixels}
 
 
-def _reloaded_logits(
-    model: Model, folder: Path, inputs: dict[str, Any], vision_dir: str | Path | None
-) -> tuple[str, np.ndarray]:
-    config = read_json(folder / "config.json")
+def _renamed_images(
+    inputs: dict[str, Any], cfg: ModelConfig, folder: Path, vision_dir: str | Path | None
+) -> dict[str, Any]:
+    """The inputs with the folder's id at image positions, which another layout may have changed."""
+    _, written = read_config(folder, None if vision_dir is None else Path(vision_dir))
+    if written.image_token_id == cfg.image_token_id:
+        return inputs
+    ids = inputs["input_ids"]
+    return inputs | {"input_ids": np.where(ids == cfg.image_token_id, written.image_token_id, ids)}
+
+
+def _torch_loads(folder: Path, vision_dir: str | Path | None) -> bool:
+    """Whether torch is installed and transformers has a class for the folder."""
     family, cfg = read_config(folder, None if vision_dir is None else Path(vision_dir))
-    if cfg.image_token_id != model.cfg.image_token_id:
-        ids = inputs["input_ids"]
-        inputs = inputs | {"input_ids": np.where(ids == model.cfg.image_token_id, cfg.image_token_id, ids)}
-    torch_loads = family.layout == "transformers" and (cfg.text.even or loader_class(config) is not None)
-    if torch_loads and importlib.util.find_spec("torch") is not None:
-        return "torch", _torch_logits(folder, config, family, inputs)
-    again = load(folder, vision_dir=vision_dir, dtype="float32", mesh=mesh_of(model.params))
-    return "jax", whole(forward(again, **inputs)[0])
+    known = cfg.text.even or loader_class(read_json(folder / "config.json")) is not None
+    return family.layout == "transformers" and known and importlib.util.find_spec("torch") is not None
 
 
 def _torch_class(config: dict[str, Any]) -> Any:
@@ -117,10 +128,12 @@ def _torch_class(config: dict[str, Any]) -> Any:
     return getattr(importlib.import_module("vlmprune_jax.hf.remote.modeling_per_layer"), name)
 
 
-def _torch_logits(folder: Path, config: dict[str, Any], family: Family, inputs: dict[str, Any]) -> np.ndarray:
+def _torch_logits(folder: Path, inputs: dict[str, Any]) -> np.ndarray:
     import torch
     import transformers
 
+    config = read_json(folder / "config.json")
+    family = detect(config, str(folder))
     options = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
     shows_progress = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()  # ours is the one on the screen

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from vlmprune_jax.hf.files import read_json
 from vlmprune_jax.prune.options import one_of
 from vlmprune_jax.stages.spec import DataSpec, Experiment, ModelSpec
 
+# (what, total) -> takes the number of items done, while entered (`Reporter.bar`).
+Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 PREFETCH = 4  # batches read ahead, so that reading images overlaps with computing
 # Image slots of a batch: a lone tile, and a thumbnail with 1, 3, 6 and 12 tiles (the common grids of InternVL).
 TILE_BUCKETS = (1, 2, 4, 7, 13)
@@ -276,27 +279,33 @@ class TrainingRows:
     sizes: np.ndarray | None
 
 
-def training_rows(experiment: Experiment, cfg: ModelConfig) -> TrainingRows:
-    """The rows of `data.fraction` of the training records for this model."""
+def training_rows(experiment: Experiment, cfg: ModelConfig, bar: Bar) -> TrainingRows:
+    """The rows of `data.fraction` of the training records for this model; `bar` shows how far they are measured."""
     data = experiment.data
     inputs = load_inputs(experiment.model, data, cfg)
     one_of("data.group_by", data.group_by, GROUPINGS)
     records = recovery_records(experiment, cfg)
     encoder, sizes = inputs.training_encoder(cfg), None
     if not encoder.max_length or encoder.length_buckets or data.group_by != "none" or data.on_error == "skip":
-        sizes = _measured(records, encoder, data.on_error, data.threads)
+        sizes = _measured(records, encoder, data.on_error, data.threads, bar)
         encoder = _as_long_as(encoder, sizes)
     return TrainingRows(records, encoder, sizes)
 
 
 def recovery_batches(
-    experiment: Experiment, cfg: ModelConfig, features: FeatureLoader | None = None, teacher: TeacherRows | None = None
+    experiment: Experiment,
+    cfg: ModelConfig,
+    bar: Bar,
+    *,
+    features: FeatureLoader | None = None,
+    teacher: TeacherRows | None = None,
 ) -> tuple[Any, int]:
     """This process's endless stream of training batches (a grain dataset), and the number of records behind it.
 
-    `features`: what images are read from in place of pixels; `teacher`: what rows have of a cached teacher.
+    `bar`: see `training_rows`; `features`: what images are read from in place of pixels; `teacher`: what rows have of a
+    cached teacher.
     """
-    data, recover, rows = experiment.data, experiment.recover, training_rows(experiment, cfg)
+    data, recover, rows = experiment.data, experiment.recover, training_rows(experiment, cfg, bar)
     batches = train_batches(
         rows.records,
         rows.encoder if features is None else dataclasses.replace(rows.encoder, image_loader=features),
@@ -319,10 +328,13 @@ def recovery_batches(
 
 
 @functools.lru_cache(maxsize=2)
-def _measured(records: tuple[Record, ...], encoder: Encoder, on_error: str, threads: int) -> np.ndarray:
+def _measured(records: tuple[Record, ...], encoder: Encoder, on_error: str, threads: int, bar: Bar) -> np.ndarray:
     """`measure`, a share of the records by each process: what one of them cannot read is lost to all of them."""
-    mine = slice(jax.process_index(), None, jax.process_count())
-    shares = from_all(lambda: measure(records[mine], encoder, on_error=on_error, threads=threads).tolist())
+    mine = records[jax.process_index() :: jax.process_count()]
+    with bar("measure records", len(mine)) as progress:
+        shares = from_all(
+            lambda: measure(mine, encoder, on_error=on_error, threads=threads, progress=progress).tolist()
+        )
     sizes = np.zeros((len(records), 2), np.int32)
     for process, share in enumerate(shares):
         sizes[process :: len(shares)] = np.array(share, np.int32).reshape(-1, 2)

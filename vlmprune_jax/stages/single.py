@@ -258,7 +258,9 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
         features = cached_features(experiment, config, plan, pruned, context)
         taught = cached_teacher(experiment, config, plan, context) if config.losses.teacher_top_k else None
         student, teacher = load_for_training(experiment, config, pruned, towers=features is None)
-        batches, n_records = inputs.recovery_batches(experiment, student.cfg, features, taught)
+        batches, n_records = inputs.recovery_batches(
+            experiment, student.cfg, context.reporter.bar, features=features, teacher=taught
+        )
         model, summary = recover(
             student,
             batches,

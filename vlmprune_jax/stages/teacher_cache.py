@@ -45,7 +45,7 @@ def cached_teacher(experiment: Experiment, config: RecoverConfig, plan: PrunePla
     mesh = mesh_of(experiment)
     if mesh is not None:
         check_mesh(mesh, opened.cfg, config)
-    training = inputs.training_rows(experiment, opened.cfg)
+    training = inputs.training_rows(experiment, opened.cfg, context.reporter.bar)
     cache = ArrayCache(Path(experiment.recover.teacher_cache or ""), from_main(lambda: _made_from(experiment, config)))
     rows = TeacherRows(cache, loss.teacher_top_k, loss.kl_positions, np.dtype(config.compute_dtype))
     size = config.batch_size // config.accumulation

@@ -1,0 +1,67 @@
+"""A process that fails ends the others of its run."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from vlmprune_jax.distributed import failure
+
+PROCESS = """
+import sys, time
+import jax
+from vlmprune_jax.distributed import failure, mesh
+
+jax.config.update("jax_platforms", "cpu")
+address, number, failing = sys.argv[1], int(sys.argv[2]), sys.argv[3].split(",")
+mesh.initialize(address, 3, number)
+if str(number) in failing:
+    sys.exit(failure.end(f"first line\\nvlmprune: error: record r{number}", f"record r{number}", 2))
+time.sleep(0 if failing == ["none"] else 60)  # a collective that the failing ones never join
+"""
+
+
+def run(failing: str) -> list[tuple[int, list[str]]]:
+    """(exit code, own lines on standard error) of each of three processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PROCESS, address, str(n), failing], stderr=subprocess.PIPE, text=True)
+        for n in range(3)
+    ]
+    told = [process.communicate(timeout=60)[1].splitlines() for process in processes]
+    ours = [[line for line in lines if "vlmprune" in line or line == "first line"] for lines in told]
+    return [(process.returncode, lines) for process, lines in zip(processes, ours, strict=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_the_failure_of_one_ends_all_and_names_it(failing):
+    for number, end in enumerate(run(str(failing))):
+        own = ["first line", f"vlmprune: error: record r{failing}"]
+        assert end == (
+            2,
+            own if number == failing else [f"vlmprune: error: process {failing} failed: record r{failing}"],
+        )
+
+
+@pytest.mark.slow
+def test_all_may_fail_at_once():
+    """Each tells of one failure, and nobody waits for the others in vain."""
+    for number, (code, lines) in enumerate(run("0,1,2")):
+        assert (code, sum("vlmprune: error: " in line for line in lines)) == (2, 1), (number, lines)
+
+
+@pytest.mark.slow
+def test_those_who_end_well_end_nobody():
+    assert run("none") == [(0, [])] * 3
+
+
+def test_alone_the_line_is_printed_and_the_code_returned(capsys):
+    assert not failure.joined()
+    assert failure.end("vlmprune: error: wrong", "wrong", 2) == 2
+    assert capsys.readouterr().err == "vlmprune: error: wrong\n"
