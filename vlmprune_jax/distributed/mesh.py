@@ -51,7 +51,7 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{where}: could not join the other processes ({reason}): start all of them") from error
     if process_count() > 1:
-        failure.watch()
+        failure.watch(jax.process_index(), jax.process_count())
 
 
 def _named_place(coordinator: str | None, num_processes: int | None, process_id: int | None) -> tuple | None:
