@@ -7,6 +7,7 @@ command's help does without it.)
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -17,7 +18,7 @@ from typing import Any, NoReturn
 
 _FAILED, _HEARD = "vlmprune/failed", "vlmprune/heard"
 POLL_SECONDS, LEAVE_SECONDS = 0.5, 10.0  # between two looks; for the others to hear of a failure, at most
-_ending = threading.Event()
+_ending, _done = threading.Event(), threading.Event()  # this process ends: on a failure; in good order
 _place: tuple[int, int] | None = None  # own number, and how many processes there are
 
 
@@ -25,7 +26,14 @@ def watch(number: int, count: int) -> None:
     """From here on the failure (`end`) of any of `count` processes ends this one too; all of them call it, once."""
     global _place
     _place = number, count
-    threading.Thread(target=_watch, args=(number, count), daemon=True).start()
+    thread = threading.Thread(target=_watch, args=(_store(), number, count), daemon=True)
+    thread.start()
+
+    def leave() -> None:
+        _done.set()
+        thread.join()
+
+    atexit.register(leave)  # which runs before jax disconnects: nobody may be in the store then
 
 
 def joined() -> bool:
@@ -60,17 +68,12 @@ def _store() -> Any:
     return multihost.get_jax_distributed_client()
 
 
-def _watch(number: int, count: int) -> None:
+def _watch(store: Any, number: int, count: int) -> None:
     from jax.errors import JaxRuntimeError
 
-    store = _store()
-    while True:
-        try:
-            said = store.key_value_try_get(_FAILED)
-        except JaxRuntimeError:  # nobody failed
-            time.sleep(POLL_SECONDS)
-        else:
-            _leave(store, number, count, json.loads(said))
+    while not _done.wait(POLL_SECONDS):
+        with contextlib.suppress(JaxRuntimeError):  # nobody failed
+            _leave(store, number, count, json.loads(store.key_value_try_get(_FAILED)))
 
 
 def _leave(store: Any, number: int, count: int, said: dict[str, Any]) -> NoReturn:
