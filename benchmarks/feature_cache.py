@@ -3,17 +3,20 @@
   python benchmarks/feature_cache.py --work=DIR
 
 easy-VQA and the demo's teacher, three layers removed, cross-entropy and hidden-state L2. Each run is a process of its
-own, by turns; the cached side's first run computes the features. Prints a JSON line per side, and their ratio.
+own; the cached side's first run computes the features. Prints a JSON line per side, their ratio, and the ratio of the
+model FLOPs of a step for the real families as benchmarks/plan.py plans them (15 % of depth).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -46,17 +49,54 @@ def main() -> None:
     (work / "config.py").write_text(CONFIG.format(steps=options.steps, cache=work / "cache"))
     for command in ("score", "prune"):
         _run(work, command, "tower0")
-    runs = {side: [_recovery(work, f"{side}{n}") for n in range(options.rounds)] for side in SIDES}
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    for n in range(options.rounds):
+        for side in SIDES:
+            runs[side].append(_recovery(work, f"{side}{n}"))
     losses = [run.pop("losses") for side in SIDES for run in runs[side]]
     assert all(found == losses[0] for found in losses), "the losses differ"
     told = {}
     for side in SIDES:
         values = {name: statistics.median(run[name] for run in runs[side]) for name in runs[side][0]}
         told[side] = {name: round(value, 4) for name, value in values.items()}
-        print(json.dumps({"side": side, "wall_seconds": [run["wall_seconds"] for run in runs[side]], **told[side]}))
+        print(json.dumps({"side": side, **told[side]}))
     features = sum(path.stat().st_size for path in (work / "cache").glob("*.safetensors"))
     ratio = {name: round(told["cached"][name] / told["tower"][name], 3) for name in ("step_seconds", "peak_rss_gib")}
     print(json.dumps({"side": "cached/tower", **ratio, "cache_mib": round(features / 2**20, 2)}))
+    flops = {family: _flops_ratio(family) for family in ("llava", "bunny", "internvl")}
+    print(json.dumps({"side": "cached/tower, model FLOPs", **flops}))
+
+
+def _flops_ratio(family: str) -> float:
+    from full_size import MODELS
+    from plan import DATA, SETTINGS
+
+    from vlmprune_jax.hf.read import read_config
+    from vlmprune_jax.models.params import param_shapes
+    from vlmprune_jax.recover.flops import step_flops
+    from vlmprune_jax.recover.trainable import assign_groups, with_lora
+    from vlmprune_jax.stages.planning import predict_plan
+    from vlmprune_jax.stages.single import recover_config
+    from vlmprune_jax.stages.spec import Experiment, override
+
+    experiment = override(override(Experiment(), SETTINGS), {"prune": {"method": "depth", "ratio": 0.15}})
+    if family == "internvl":  # as its recipe: the teacher looks at the images as well
+        experiment = override(experiment, {"recover": {"losses": {"teacher_inputs": "own"}}})
+    config = recover_config(experiment.recover)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(MODELS[family]))
+        _, teacher = read_config(Path(folder))
+    assert config.lora is not None
+    totals = []
+    for tower in (False, True):
+        taught = dataclasses.replace(teacher, tower=tower)
+        student = with_lora(dataclasses.replace(predict_plan(experiment, teacher).apply_to(teacher), tower=tower),
+                            config.lora)  # fmt: skip
+        trained = assign_groups(list(param_shapes(student)), config.trainable)
+        length, images = (4096, 13) if family in DATA else (1024, 1)
+        options = {"rows": config.batch_size, "length": length, "images": config.batch_size * images}
+        totals.append(step_flops(student, taught, config.losses, trained, **options).total)
+    return round(totals[0] / totals[1], 3)
 
 
 def _recovery(work: Path, run: str) -> dict[str, Any]:

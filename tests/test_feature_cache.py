@@ -285,6 +285,7 @@ def augmented(inputs: Any, loader: Any) -> None:
     train_batches([], encoder, batch_size=1, seed=0, augment="flip_shift", threads=1, prefetch=1, **options)
 
 
+@pytest.mark.slow
 def test_same_numbers_without_tower_and_pixels(llava, monkeypatch):
     """The tower is neither on the devices nor in the step, each image is decoded once, and the folder is the same."""
     experiment, root = llava
