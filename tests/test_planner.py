@@ -331,16 +331,19 @@ def test_a_search_doubles_rows_and_shrinks_the_slice(experiment_file, monkeypatc
     monkeypatch.setattr(planning, "estimate", fake)
     said, compiled = [], []
     found = planning.search(case, said.append, {case: fake(case)})
-    assert len(set(compiled)) == len(compiled)  # none of them twice
     assert found["remat"].case.config.remat == "none"
     assert found["batch"].case.config.batch_size == 64  # 8 rows a chip would need 16.5 GiB
     assert found["slice"].case.slice.name == "v5e:2x4"  # on four chips 16 rows do not fit
     assert any("too many" in line for line in said)
+    compiled.clear()
+    unsaved = dataclasses.replace(case, config=dataclasses.replace(config, remat="none"))
+    planning.search(unsaved, said.append, {unsaved: fake(unsaved)})
+    assert len(set(compiled)) == len(compiled)  # nothing is compiled twice
 
 
 @pytest.mark.slow
 def test_a_search_asks_the_compiler(experiment_file, tmp_path, capsys):
-    """512 rows of 512 tokens on each of four chips, the smallest slice: just so without remat, and no more."""
+    """512 rows of 512 tokens on each of four chips, the smallest slice, fit without remat; twice as many do not."""
     flags = [f"--config={experiment_file}", "--topology=v5e:2x2", "--search", f"--save={tmp_path / 'plan.json'}"]
     changes = {"data.max_length": 512, "recover.batch_size": 2048, "recover.accumulation": 1, "recover.remat": "none"}
     changes |= {"recover.losses.l2": 0.0, "recover.lora.dropout": 0.0}  # quicker to compile
@@ -349,7 +352,7 @@ def test_a_search_asks_the_compiler(experiment_file, tmp_path, capsys):
     said = capsys.readouterr().out
     assert re.search(r"micro-batch of 4096 rows: needs \d+\.\d\d GiB of HBM per chip, \d+\.\d\d too many", said)
     [told] = json.loads((tmp_path / "plan.json").read_text()).values()
-    assert 0 < told["hbm"]["free"] < 4 * 2**30
+    assert 0 < told["hbm"]["free"] < 15.75 * 2**30 / 2
     first = {name: value for name, value in told.items() if name != "search"}
     assert told["search"] == {"remat": first, "batch": first, "slice": first}
 
