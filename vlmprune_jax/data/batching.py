@@ -79,6 +79,8 @@ def train_batches(
     for name, (value, values) in known.items():
         if value not in values:
             raise UserError(f"{name} {value!r} is not supported; use one of {', '.join(values)}")
+    if augment != "none" and teacher is not None:
+        raise UserError(f"augment {augment!r} changes images, and a cached teacher saw them as they are: drop one")
     if sizes is None and (group_by, on_error, encoder.length_buckets) != ("none", "stop", None):
         raise UserError("group_by, length buckets and on_error='skip' need sizes=measure(records, encoder, ...)")
     if drop_remainder and epochs is not None and len(records) * epochs < batch_size:
