@@ -271,7 +271,7 @@ def test_what_is_refused(llava, goldens, tmp_path):
     with pytest.raises(UserError, match="this model has no vision tower"):
         check_frozen(cases.config(vision=False), recover_config(experiment.recover))
     encoder = dataclasses.replace(load_inputs(experiment.model, experiment.data, load(root / "teacher").cfg))
-    with pytest.raises(UserError, match="augment 'flip_shift' changes images, and cached features"):
+    with pytest.raises(UserError, match="augment 'flip_shift' changes images, and what is cached"):
         augmented(encoder, prepared(experiment, root, cache))
 
 

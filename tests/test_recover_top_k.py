@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import recover_cases as cases
 
+from vlmprune_jax.data.batching import train_batches
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.data.teacher import TeacherRows
@@ -175,6 +176,7 @@ def _lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_training_is_what_it_is_beside_a_teacher(tmp_path):
     """Six steps with micro-batches on one device with a teacher, and cached on eight, the vocabulary split over two."""
     teacher, student = (cases.model(cases.config(layers=n, vision=False), n) for n in (2, 1))
@@ -263,5 +265,9 @@ def test_rows_keep_the_positions_that_count(tmp_path):
         rows.fill(dict(nothing), records[0])
     with pytest.raises(UserError, match="record same: the teacher's logits are not finite"):
         rows.keep(records[0], row, ids, np.full_like(logprobs, np.nan))
+    options = {"augment": "flip_shift", "teacher": rows, "batch_size": 1, "seed": 0, "shuffle": False, "epochs": 1}
+    processes = {"process_index": 0, "process_count": 1, "threads": 1, "prefetch": 1, "drop_remainder": False}
+    with pytest.raises(UserError, match="augment 'flip_shift' changes images, and what is cached"):
+        train_batches(records, None, **options, **processes)
     with pytest.raises(UserError, match="holds nothing for"):
         rows.fill(dict(nothing), Record("same", records[0].turns, (tmp_path / "image.png",)))

@@ -98,6 +98,7 @@ def held(folder) -> dict[str, np.ndarray]:
     return {key: found[key] for key in found._where}
 
 
+@pytest.mark.slow
 def test_the_whole_vocabulary_trains_like_the_teacher_itself(experiment, capsys, monkeypatch):
     """With images, text alone, several turns, a cut record, buckets and a skipped record; and again without a pass."""
     root = experiment.root

@@ -81,8 +81,8 @@ def train_batches(
     for name, (value, values) in known.items():
         if value not in values:
             raise UserError(f"{name} {value!r} is not supported; use one of {', '.join(values)}")
-    if augment != "none" and isinstance(encoder.image_loader, FeatureLoader):
-        raise UserError(f"augment {augment!r} changes images, and cached features are of images as they are: drop one")
+    if augment != "none" and (teacher is not None or isinstance(encoder.image_loader, FeatureLoader)):
+        raise UserError(f"augment {augment!r} changes images, and what is cached is of images as they are: drop one")
     if sizes is None and (group_by, on_error, encoder.length_buckets) != ("none", "stop", None):
         raise UserError("group_by, length buckets and on_error='skip' need sizes=measure(records, encoder, ...)")
     if drop_remainder and epochs is not None and len(records) * epochs < batch_size:
