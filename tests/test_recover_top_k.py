@@ -25,7 +25,7 @@ from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.recover import LossConfig, recover
 from vlmprune_jax.recover.flops import step_flops
 from vlmprune_jax.recover.loop import _place
-from vlmprune_jax.recover.losses import check_teacher, term_weights, vocabulary_sums
+from vlmprune_jax.recover.losses import _top_k, check_teacher, term_weights, vocabulary_sums
 from vlmprune_jax.recover.teacher import teacher_top_k
 from vlmprune_jax.recover.top_k import top_k_divergence, top_k_logprobs
 
@@ -226,9 +226,8 @@ def test_more_tokens_than_there_are_and_batches_without_any():
     cfg = cases.config(vision=False)
     with pytest.raises(UserError, match="teacher_top_k 65 is more than the vocabulary's 64 tokens"):
         check_teacher(dataclasses.replace(KL, teacher_top_k=65), cfg, None)
-    config = cases.settings(losses=dataclasses.replace(KL, teacher_top_k=5))
     with pytest.raises(UserError, match="teacher_top_k=5 needs batches with 5 teacher_ids and 6 teacher_logprobs"):
-        recover(cases.model(cfg), cases.Stream(cfg), config, progress=False)
+        _top_k({"teacher_ids": jnp.zeros((1, 2, 5), jnp.int32)}, dataclasses.replace(KL, teacher_top_k=5))
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
