@@ -100,7 +100,8 @@ def held(folder) -> dict[str, np.ndarray]:
 
 @pytest.mark.slow
 def test_the_whole_vocabulary_trains_like_the_teacher_itself(experiment, capsys, monkeypatch):
-    """With images, text alone, several turns, a cut record, buckets and a skipped record; and again without a pass."""
+    """With images, text alone, several turns, a cut record, buckets and a skipped record; again without a pass, and
+    with the vision tower's features from a cache as well."""
     root = experiment.root
     whole = f"--config.recover.teacher_top_k={VOCAB}"
     assert main(["recover", *experiment("beside", None)]) == 0
@@ -112,6 +113,11 @@ def test_the_whole_vocabulary_trains_like_the_teacher_itself(experiment, capsys,
     for name, values in found.items():
         np.testing.assert_allclose(values, expected[name], rtol=5e-6, err_msg=name)
     monkeypatch.setattr(teacher_cache, "load_model", None)
+    features = f"--config.data.feature_cache={root / 'features'}"
+    assert main(["recover", *experiment("both", "whole", whole, features)]) == 0
+    assert list((root / "features").glob("*.safetensors"))
+    for name, values in metrics(root, "both").items():
+        np.testing.assert_allclose(values, found[name], rtol=5e-6, err_msg=name)
     assert main(["recover", *experiment("half", "whole", whole, "--config.data.fraction=0.5", ONE_STEP)]) == 0
     assert "0 of 6 records to compute" in capsys.readouterr().out
 
