@@ -373,7 +373,7 @@ def test_buckets_are_planned_by_the_largest(experiment_file, monkeypatch, capsys
     said = capsys.readouterr().out
     assert seen == [(8, 128)] * 2
     assert "the largest of 32, 64, 128 tokens" in said
-    assert "with every batch of the largest bucket (how many are is not known without the data)" in said
+    assert "if every batch is of the largest bucket (how many are of each depends on the data)" in said
     assert main(["plan", *flags, "--config.data.length_buckets=(32,64)"]) == 2
     assert "must end with data.max_length 128" in capsys.readouterr().err
 

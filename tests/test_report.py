@@ -136,7 +136,7 @@ def test_what_was_planned_for_a_slice_is_shown(workdir):
     assert told["step time"].endswith("(compute 0.258, memory 0.020, interconnect 0.190); MFU at most 77.1 %")
     assert told["buckets"] == "the largest of 768, 2048 tokens; smaller ones need less"
     assert told["run"].startswith(
-        "520 steps: at least 0.04 hours, 2.4 chip-hours with every batch of the largest bucket"
+        "520 steps: at least 0.04 hours, 2.4 chip-hours if every batch is of the largest bucket"
     )
     assert told["does not fit"] == "12 GiB too many"
     assert told["best slice"].startswith("64 rows in 2, remat full, on v5e:8x8: 12.00 GiB free")

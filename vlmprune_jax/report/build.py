@@ -119,8 +119,9 @@ def _lead(result: Json) -> str:
     recovery = "without recovery"
     if run["recovery"] != "none":
         recovery = f"after recovery ({run['recovery']}) on {100 * run['data_fraction']:g} % of the training data"
+    among = f"Best of {len(result['runs'])} models: " if len(result["runs"]) > 1 else ""
     return (
-        f"Best of {len(result['runs'])} models: {run['name']} has {run['parameters']:,} of {teacher['parameters']:,} "
+        f"{among}{run['name']} has {run['parameters']:,} of {teacher['parameters']:,} "
         f"parameters ({100 * smaller:.1f} % fewer) and answers {100 * run['accuracy']:.2f} % of "
         f"{teacher['questions']:,} questions {recovery}; the unpruned model answers {100 * teacher['accuracy']:.2f} %."
     )

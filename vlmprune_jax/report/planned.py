@@ -38,10 +38,11 @@ def _step_rows(told: Json) -> Iterator[tuple[str, str]]:
     if told["teacher_top_k"]:
         models += f", the teacher's top {told['teacher_top_k']} from its cache"
     yield "student", models
-    images = "cached images" if told["feature_cache"] else "images"
+    images = f"{told['images_per_row']}{' cached' if told['feature_cache'] else ''} image"
+    images += "" if told["images_per_row"] == 1 else "s"
     yield (
         "step",
-        f"{told['batch_size']} rows of {told['tokens_per_row']:,} tokens and {told['images_per_row']} {images}, "
+        f"{told['batch_size']} rows of {told['tokens_per_row']:,} tokens and {images}, "
         f"{told['accumulation']} micro-batches, remat {told['remat']}",
     )
     if _buckets(told):
@@ -60,7 +61,7 @@ def _step_rows(told: Json) -> Iterator[tuple[str, str]]:
     yield "throughput", f"at most {told['tokens_per_second']:,.0f} tokens/s"
     if told["hours"] is not None:
         run = f"{told['steps']:,} steps: at least {told['hours']:.2f} hours, {told['chip_hours']:.1f} chip-hours"
-        largest = " with every batch of the largest bucket (how many are is not known without the data)"
+        largest = " if every batch is of the largest bucket (how many are of each depends on the data)"
         yield "run", run + (largest if _buckets(told) else "")
     yield "compiled in", f"{told['compile_seconds']:.0f} s"
 
