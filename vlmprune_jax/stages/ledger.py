@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.distributed.mesh import from_main, is_main_process
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.errors import UserError, differences
 
 Json = dict[str, Any]
 FOLDER = ".stages"
@@ -121,25 +121,18 @@ def _refuse(stage: Stage, present: Sequence[Path], last: Json, now: Json, overwr
     if last.get("made_from") == now:
         reason = "was changed since this stage made it"
     elif last:
-        reason = f"was made from other inputs ({'; '.join(changes(last.get('made_from'), now)[:4])})"
+        reason = f"was made from other inputs ({'; '.join(_changes(last['made_from'], now)[:4])})"
     else:
         reason = "exists and was not made by this stage"
     raise UserError(f"{stage.name}: {left[0]} {reason}: use --overwrite to replace it, or another --workdir")
 
 
-def changes(before: Any, now: Any, name: str = "") -> list[str]:
-    """`setting was a, now b` for every leaf in which two JSON values differ."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        found = []
-        for key in sorted({*before, *now}):
-            inner = key if name in ("", "settings") else f"{name} {key}" if name == "inputs" else f"{name}.{key}"
-            found += changes(before.get(key), now.get(key), inner)
-        return found
-    if before == now:
-        return []
-    if name.startswith("inputs "):
-        return [f"{name.removeprefix('inputs ')} changed"]
-    return [f"{name} was {json.dumps(before)[:60]}, now {json.dumps(now)[:60]}"]
+def _changes(before: Json, now: Json) -> list[str]:
+    """`input changed` and `setting was a, now b`, for all in which what a stage was made from differs."""
+    known, given = before["inputs"], now["inputs"]
+    inputs = [f"{name} changed" for name in sorted({*known, *given}) if known.get(name) != given.get(name)]
+    old, new = ({**made["settings"], "version": made["version"]} for made in (before, now))
+    return [*inputs, *differences(old, new)]
 
 
 def digest(path: Path | str) -> str:
