@@ -14,10 +14,10 @@ import os
 import sys
 import threading
 import time
-from typing import Any, NoReturn
+from typing import Any
 
-_FAILED, _HEARD = "vlmprune/failed", "vlmprune/heard"
-POLL_SECONDS, LEAVE_SECONDS = 0.5, 10.0  # between two looks; for the others to hear of a failure, at most
+_FAILED, _HEARD, _LEFT = "vlmprune/failed", "vlmprune/heard", "vlmprune/left"
+POLL_SECONDS, LEAVE_SECONDS = 0.5, 10.0  # between two looks; for all to hear of a failure, at most
 _ending, _done = threading.Event(), threading.Event()  # this process ends: on a failure; in good order
 _place: tuple[int, int] | None = None  # own number, and how many processes there are
 
@@ -57,7 +57,7 @@ def end(text: str, reason: str, code: int) -> int:
         said = {"process": _place[0], "reason": reason, "code": code}
         with contextlib.suppress(JaxRuntimeError):  # another one failed as well and was first
             _store().key_value_set(_FAILED, json.dumps(said))
-    time.sleep(2 * LEAVE_SECONDS)  # the watching thread ends the process, unless the store is gone
+    time.sleep(3 * LEAVE_SECONDS)  # the watching thread ends the process, unless the store is gone
     os._exit(code)
 
 
@@ -71,20 +71,35 @@ def _store() -> Any:
 def _watch(store: Any, number: int, count: int) -> None:
     from jax.errors import JaxRuntimeError
 
-    while not _done.wait(POLL_SECONDS):
+    said: dict[str, Any] = {}
+    while not said:
+        if _done.wait(POLL_SECONDS):
+            return
         with contextlib.suppress(JaxRuntimeError):  # nobody failed
-            _leave(store, number, count, json.loads(store.key_value_try_get(_FAILED)))
-
-
-def _leave(store: Any, number: int, count: int, said: dict[str, Any]) -> NoReturn:
+            said = json.loads(store.key_value_try_get(_FAILED))
     if not _ending.is_set():
         _ending.set()
         print(f"vlmprune: error: process {said['process']} failed: {said['reason']}", file=sys.stderr, flush=True)
-    if number == 0:  # which holds the store: jax aborts those who lose it
-        until = time.monotonic() + LEAVE_SECONDS
-        while len(store.key_value_dir_get(_HEARD)) < count - 1 and time.monotonic() < until:
-            time.sleep(POLL_SECONDS / 5)
-    else:
-        store.key_value_set(f"{_HEARD}/{number}", "")
+    with contextlib.suppress(JaxRuntimeError):  # process 0 has gone, and with it the store
+        _part(store, number, count)
     sys.stdout.flush()
     os._exit(said["code"])  # not sys.exit, which would wait for all processes to disconnect from jax
+
+
+def _part(store: Any, number: int, count: int) -> None:
+    """Wait until all know of the failure, who would take a broken connection for one otherwise; process 0 goes last,
+    for jax aborts those who lose the store.
+    """
+
+    def meet(what: str, expected: int) -> None:
+        until = time.monotonic() + LEAVE_SECONDS
+        while len(store.key_value_dir_get(what)) < expected and time.monotonic() < until:
+            time.sleep(POLL_SECONDS / 5)
+
+    store.key_value_set(f"{_HEARD}/{number}", "")
+    meet(_HEARD, count)
+    if number:
+        store.key_value_set(f"{_LEFT}/{number}", "")
+    else:
+        meet(_LEFT, count - 1)
+        time.sleep(POLL_SECONDS)  # they still have to hear that this was written
