@@ -111,4 +111,8 @@ def test_another_teacher(root, capsys):
     shutil.copytree(root / "teacher", other)
     for file in other.glob("*.safetensors"):
         edit_weights(other, lambda all_: {key: value + 1 for key, value in all_.items()}, file.name)
-    assert "plan of another model: same shapes, other weights" in refused(root, capsys, f"model.hf_dir={other}")
+    losses = ["recover.losses.l2=0.0", "recover.losses.kl=0.5", "recover.losses.teacher_inputs=own"]
+    for settings in ([], [*losses, f"recover.teacher_cache={root / 'cache'}"]):
+        said = refused(root, capsys, f"model.hf_dir={other}", *settings)
+        assert "plan of another model: same shapes, other weights" in said
+    assert not (root / "cache").exists()

@@ -15,6 +15,7 @@ from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.preemption import StopSignal, noticed
 from vlmprune_jax.errors import Stopped, UserError
 from vlmprune_jax.hf.layout import PARTS
+from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.stages.console import Reporter
@@ -88,6 +89,12 @@ def load_model(experiment: Experiment, folder: Path, parts: Collection[str] = PA
     """The model in a folder of this experiment, or parts of it, in its dtype and on its mesh."""
     spec = experiment.model
     return load(folder, vision_dir=spec.vision_dir, dtype=spec.dtype, mesh=mesh_of(experiment), parts=parts)
+
+
+def open_folder(experiment: Experiment, folder: Path) -> Model:
+    """The model in a folder of this experiment, its weights in their files."""
+    vision_dir = experiment.model.vision_dir
+    return open_model(folder, None if vision_dir is None else Path(vision_dir))
 
 
 def teacher_folder(experiment: Experiment) -> Path:

@@ -13,7 +13,6 @@ from vlmprune_jax.data.features import FeatureLoader
 from vlmprune_jax.distributed.mesh import from_main
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.hf.layout import PARTS
-from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.hf.read import DTYPES
 from vlmprune_jax.models.params import param_shapes
 from vlmprune_jax.models.vlm import Model
@@ -24,16 +23,10 @@ from vlmprune_jax.recover.features import compute_features, feature_identity
 from vlmprune_jax.recover.loop import make_program
 from vlmprune_jax.recover.trainable import assign_groups
 from vlmprune_jax.stages import inputs
-from vlmprune_jax.stages.context import Context, load_model, mesh_of, teacher_folder
+from vlmprune_jax.stages.context import Context, load_model, mesh_of, open_folder, teacher_folder
 from vlmprune_jax.stages.spec import Experiment
 
 TOWER = "vision"
-
-
-def open_folder(experiment: Experiment, folder: Path) -> Model:
-    """The model in a folder of this experiment, its weights in their files."""
-    vision_dir = experiment.model.vision_dir
-    return open_model(folder, None if vision_dir is None else Path(vision_dir))
 
 
 def cached_features(

@@ -22,8 +22,8 @@ from vlmprune_jax.recover import recover
 from vlmprune_jax.recover.peft import write_adapter
 from vlmprune_jax.recover.trainable import assign_groups, merge_lora
 from vlmprune_jax.stages import inputs
-from vlmprune_jax.stages.context import Context, journal_of, load_model, mesh_of, teacher_folder
-from vlmprune_jax.stages.features import cached_features, load_for_training, open_folder, with_tower
+from vlmprune_jax.stages.context import Context, journal_of, load_model, mesh_of, open_folder, teacher_folder
+from vlmprune_jax.stages.features import cached_features, load_for_training, with_tower
 from vlmprune_jax.stages.ledger import Json, remove, write_json, write_text
 from vlmprune_jax.stages.settings import plan_options, recover_config
 from vlmprune_jax.stages.spec import DataSpec, Experiment
@@ -253,10 +253,10 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
     def body() -> Json:
         from_main(lambda: None if (training / "checkpoints").exists() else remove(training))
         plan = PrunePlan.from_json(prune_folder / "plan.json")
-        if config.losses.needs_teacher:  # another model of these sizes would train without complaint
+        if config.losses.needs_teacher or config.losses.teacher_top_k:  # another model would teach without complaint
             check_plan_is_for(open_folder(experiment, teacher_folder(experiment)), plan)
         features = cached_features(experiment, config, plan, pruned, context)
-        taught = cached_teacher(experiment, config, plan, context) if config.losses.teacher_top_k else None
+        taught = cached_teacher(experiment, config, context) if config.losses.teacher_top_k else None
         student, teacher = load_for_training(experiment, config, pruned, towers=features is None)
         batches, n_records = inputs.recovery_batches(
             experiment, student.cfg, context.reporter.bar, features=features, teacher=taught

@@ -13,15 +13,12 @@ from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.teacher import TeacherRows, record_key
 from vlmprune_jax.distributed.mesh import from_main
 from vlmprune_jax.errors import Stopped
-from vlmprune_jax.hf.lazy import open_model
-from vlmprune_jax.prune import PrunePlan
-from vlmprune_jax.prune.surgery import check_plan_is_for
 from vlmprune_jax.recover import RecoverConfig
 from vlmprune_jax.recover.loop import check_mesh
 from vlmprune_jax.recover.losses import check_teacher
 from vlmprune_jax.recover.teacher import teacher_top_k
 from vlmprune_jax.stages import inputs
-from vlmprune_jax.stages.context import Context, load_model, mesh_of, teacher_folder
+from vlmprune_jax.stages.context import Context, load_model, mesh_of, open_folder, teacher_folder
 from vlmprune_jax.stages.ledger import digest
 from vlmprune_jax.stages.spec import Experiment
 
@@ -29,23 +26,21 @@ from vlmprune_jax.stages.spec import Experiment
 _ENCODING = ("template", "system", "truncate", "aspect_ratio", "min_tiles", "max_tiles", "thumbnail")
 
 
-def cached_teacher(experiment: Experiment, config: RecoverConfig, plan: PrunePlan, context: Context) -> TeacherRows:
+def cached_teacher(experiment: Experiment, config: RecoverConfig, context: Context) -> TeacherRows:
     """What `recover.teacher_cache` holds of the training records; what is missing is computed first.
 
     Records are computed in batches that do not depend on what is there: an interrupted pass ends with the same bytes.
 
     Raises:
-      UserError: the folder is of another teacher or other settings, or the plan is of another teacher.
+      UserError: the folder is of another teacher or other settings, or training would be refused.
       Stopped: SIGTERM; what was computed is kept.
     """
-    folder, tower, loss = teacher_folder(experiment), experiment.model.vision_dir, config.losses
-    opened = open_model(folder, None if tower is None else Path(tower))
-    check_plan_is_for(opened, plan)
-    check_teacher(loss, opened.cfg, None)
-    mesh = mesh_of(experiment)
+    folder, loss, mesh = teacher_folder(experiment), config.losses, mesh_of(experiment)
+    cfg = open_folder(experiment, folder).cfg
+    check_teacher(loss, cfg, None)
     if mesh is not None:
-        check_mesh(mesh, opened.cfg, config)
-    training = inputs.training_rows(experiment, opened.cfg, context.reporter.bar)
+        check_mesh(mesh, cfg, config)
+    training = inputs.training_rows(experiment, cfg, context.reporter.bar)
     cache = ArrayCache(Path(experiment.recover.teacher_cache or ""), from_main(lambda: _made_from(experiment, config)))
     rows = TeacherRows(cache, loss.teacher_top_k, loss.kl_positions, np.dtype(config.compute_dtype))
     size = config.batch_size // config.accumulation
