@@ -97,6 +97,7 @@ def compute_features(
             empty = np.zeros((local - len(taken), *loader.images.shape), np.float32)
             batch = np.concatenate([np.stack(taken), empty]) if taken else empty
             finished.extend(local_rows(compute(cast, batch))[: len(taken)])
+        progress(len(pictures))
     except Stopped:
         loader.cache.publish()
         raise

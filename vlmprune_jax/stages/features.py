@@ -68,7 +68,7 @@ def cached_features(
                 mesh=mesh,
                 progress=progress,
             )
-    context.reporter.say(f"  features of {len(missing):,} images computed, the others were in {folder}")
+    context.reporter.say(f"  {folder} holds the features of all images ({len(missing):,} computed now)")
     return loader
 
 
