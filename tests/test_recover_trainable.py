@@ -16,6 +16,7 @@ from vlmprune_jax.config import LoraConfig
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.decoder import _draw
 from vlmprune_jax.models.layers import Projection
 from vlmprune_jax.models.params import flatten, param_axes, param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, encode
@@ -157,6 +158,22 @@ def test_dropout_scales_what_it_keeps():
     first, second, again = run(jax.random.key(1)), run(jax.random.key(2)), run(jax.random.key(1))
     assert np.array_equal(first, again)
     assert np.abs(first - second).max() > 1e-2
+
+
+def test_dropout_masks_are_independent_and_drop_the_share_asked_for():
+    """Of one token's inputs, of two tokens and of two projections, which share a draw; an odd number of inputs too."""
+    rate, lora = 0.3, LoraConfig(2, 4.0, 0.3, ("x",))
+    sizes = {"embed": 45, "mlp": 30}
+    module = nnx.eval_shape(lambda: [Projection(sizes, ("mlp",), (name,), bias=False, lora=lora) for name in sizes])
+    x = jnp.zeros((40, 50, 45))
+    masks = jax.jit(lambda key: _draw(key, x, module))(jax.random.key(0))
+    assert [mask.shape for mask in masks] == [(40, 50, 45), (40, 50, 30)]
+    left = np.concatenate(masks, axis=-1).reshape(2000, 75) - (1 - rate)
+    variance = rate * (1 - rate)
+    assert np.abs(left.mean(axis=0)).max() < 4.5 * np.sqrt(variance / 2000)
+    assert np.abs(left.mean(axis=1)).max() < 4.5 * np.sqrt(variance / 75)
+    covariance = left.T @ left / 2000 - variance * np.eye(75)
+    assert np.abs(covariance).max() < 5.5 * variance / np.sqrt(2000) + 0.002
 
 
 def test_adapters_follow_their_weights_dtype_and_mesh():
