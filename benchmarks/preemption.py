@@ -177,7 +177,10 @@ def being_written(workdir: Path) -> list[str]:
         "*.journal",
         "eval/*.journal",
     )
-    return sorted(path.name for pattern in patterns for path in workdir.glob(pattern))
+    try:
+        return sorted(path.name for pattern in patterns for path in workdir.glob(pattern))
+    except FileNotFoundError:  # a folder was renamed or removed between its listing and its turn
+        return being_written(workdir)
 
 
 Come = Callable[[int, set[str]], bool]  # (steps since the start, what was begun since then) -> whether to kill
