@@ -105,14 +105,25 @@ def test_check_export_notices_what_transformers_would_initialise(saved):
         check_export(model, out)
 
 
-def test_check_export_of_the_original_layout(goldens, tmp_path):
-    tower = goldens / "ckpt/clip_tower"
-    source = goldens / "ckpt/llava_orig"
-    model, _ = keep_layers(load(source, vision_dir=tower), [0, 1, 4])
-    save(model, tmp_path / "out", source_dir=source, dtype="float32")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "tower", "wrong"),
+    [
+        ("llava_orig", "clip_tower", "model.norm.weight"),
+        ("bunny", "siglip_tower", "model.vision_tower.vision_tower.vision_model.embeddings.patch_embedding.weight"),
+    ],
+)
+def test_check_export_of_the_hub_layouts(goldens, tmp_path, name, tower, wrong, dtype):
+    """The tower's own folder is float32, as on the hub, whatever dtype the model is loaded and written in."""
+    tower, source = goldens / "ckpt" / tower, goldens / "ckpt" / name
+    model, _ = keep_layers(load(source, vision_dir=tower, dtype=dtype), [0, 1, 4])
+    save(model, tmp_path / "out", source_dir=source, dtype=dtype)
     report = check_export(model, tmp_path / "out", vision_dir=tower)
     assert report["backend"] == "jax"
     assert report["max_abs_logit_difference"] <= 1e-6
+    edit_weights(tmp_path / "out", lambda tensors: tensors.update({wrong: tensors[wrong] * 2}))
+    with pytest.raises(UserError, match="logits differ from the model's by"):
+        check_export(model, tmp_path / "out", vision_dir=tower)
 
 
 def test_torch_is_only_imported_to_check(saved):

@@ -223,6 +223,8 @@ def test_model_card(llama, tmp_path):
     assert f"| total | {plan.parameters_before:,} | {plan.parameters_after:,} |" in text
     assert "LlamaForCausalLM.from_pretrained" in text
     assert str(tmp_path) not in text
+    assert f"\n# {llama.name}, pruned\n\nMade from `{llama.name}` by" in text
+    assert "base_model" not in text
     # A later stage that writes from this folder hands plan and table on.
     save(load(tmp_path / "out"), tmp_path / "again", source_dir=tmp_path / "out")
     assert PrunePlan.from_json(tmp_path / "again/plan.json") == plan
@@ -230,6 +232,22 @@ def test_model_card(llama, tmp_path):
         f"| total | {plan.parameters_before:,} | {plan.parameters_after:,} |"
         in (tmp_path / "again/README.md").read_text()
     )
+
+
+def test_model_card_names_the_hub_model(llama, tmp_path):
+    """Neither the snapshot's hash nor the intermediate folder of a run."""
+    snapshot = tmp_path / "models--some-org--some--model/snapshots/1a2b"
+    snapshot.parent.mkdir(parents=True)
+    llama.rename(snapshot)
+    save(load(snapshot), tmp_path / "out", source_dir=snapshot)
+    text = (tmp_path / "out/README.md").read_text()
+    assert "\nbase_model: some-org/some--model\n" in text
+    assert "\n# some-org/some--model\n\nMade from `some-org/some--model` by" in text
+    assert "trained after pruning" not in text
+    save(load(snapshot), tmp_path / "again", source_dir=tmp_path / "out", name="llama", recovered=True)
+    text = (tmp_path / "again/README.md").read_text()
+    assert "\n# llama, recovered\n" in text
+    assert "It was trained after pruning." in text
 
 
 def test_embedding_stored_twice_is_written_twice(goldens, tmp_path):

@@ -98,6 +98,9 @@ def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
     assert [run["data_fraction"] for run in result["runs"]] == [0.0, 0.5] * 2
     assert result["export"]["max_abs_logit_difference"] <= 1e-4
     best = next(run for run in result["runs"] if run["name"] == result["best"])
+    card = (workdir / "export/README.md").read_text()
+    assert "Made from `teacher` by" in card
+    assert ("trained after pruning" in card) == (best["recovery"] != "none")
     ids = np.array([[1, 5, 9, 12]])
     exported, chosen = (np.asarray(forward(load(f), ids)[0]) for f in (workdir / "export", workdir / best["path"]))
     np.testing.assert_array_equal(exported, chosen)

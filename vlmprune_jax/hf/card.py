@@ -13,24 +13,37 @@ from vlmprune_jax.models.params import count_params
 _PARTS = (("language model", "text"), ("projector", "projector"), ("vision tower (computed part)", "vision"))
 
 
-def model_card(
-    cfg: ModelConfig, written: ModelConfig, config: dict[str, Any], source: str, plan_file: Path, processor: bool
-) -> str:
-    """Markdown of one model card.
+def model_name(folder: Path) -> str:
+    """What a folder's model is called: the hub id of a snapshot in the hub's cache, else the folder's name."""
+    cached = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and cached.startswith("models--"):
+        return cached.removeprefix("models--").replace("--", "/", 1)
+    return folder.resolve().name
+
+
+def write_card(
+    folder: Path, cfg: ModelConfig, written: ModelConfig, config: dict[str, Any], *, name: str, recovered: bool
+) -> None:
+    """The model card of a folder that holds everything else.
 
     `written` is `cfg` with the blocks as they are in the files (wider than the model's where layers were padded),
-    `config` the config.json beside it, `source` the name of the folder it came from, `plan_file` its plan, if
-    any; `processor` says that a processor lies beside it.
+    `config` the config.json beside it, `name` that of the model before pruning; `recovered` says that it was trained
+    after.
     """
+    plan_file = folder / "plan.json"
     plan = json.loads(plan_file.read_text(encoding="utf-8")) if plan_file.is_file() else None
-    return f"""---
+    processor = any((folder / f"{kind}_config.json").is_file() for kind in ("processor", "preprocessor"))
+    done = [what for what, so in (("pruned", plan), ("recovered", recovered)) if so]
+    base = f"base_model: {name}\n" if "/" in name else ""
+    card = f"""---
 library_name: transformers
-tags: [vlmprune-jax, pruned]
+{base}tags: [vlmprune-jax, pruned]
 ---
 
-# {source}{", pruned" if plan else ""}
+# {", ".join([name, *done])}
 
-Made from `{source}` by vlmprune-jax (structural pruning of the language model; arXiv 2604.24380).
+Made from `{name}` by vlmprune-jax (structural pruning of the language model; arXiv 2604.24380).\
+{" It was trained after pruning." if recovered else ""}
 
 {_removed(plan)}
 
@@ -42,6 +55,7 @@ Decoder layers: {len(cfg.text.layers)}, {_shapes(cfg.text.layers)}.
 
 {_loading(cfg, written, config, processor)}
 """
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _removed(plan: dict[str, Any] | None) -> str:
@@ -132,5 +146,5 @@ def _hub_loading(written: ModelConfig, config: dict[str, Any]) -> str:
 
 def _converted(cfg: ModelConfig, written: ModelConfig) -> str:
     words = written.text.vocab_size - cfg.text.vocab_size
-    more = f" The vocabulary has {words} more rows, for the image token and padding." if words else ""
+    more = f" The vocabulary has {words} more rows, for a token of the processor and padding." if words else ""
     return f"Converted from the {cfg.family} hub layout to a class of transformers: no code of the hub is needed.{more}"

@@ -15,9 +15,9 @@ from vlmprune_jax.distributed.mesh import from_main, whole
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import detect, family_of
 from vlmprune_jax.hf.files import WEIGHT_DTYPES, Checkpoint, read_json
-from vlmprune_jax.hf.layout import make_slots
+from vlmprune_jax.hf.layout import PARTS, make_slots
 from vlmprune_jax.hf.per_layer import loader_class
-from vlmprune_jax.hf.read import load, read_config
+from vlmprune_jax.hf.read import find_weights, read_config, read_params
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import Model, forward, mesh_of
 
@@ -49,11 +49,12 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
     inputs = _random_inputs(model.cfg)
     # Most CPUs and TPUs multiply float32 in fewer bits by default; the comparison is of functions, not of speed.
     with jax.default_matmul_precision("highest"):
-        expected = whole(forward(_as_written(model, folder, vision_dir), **inputs)[0])
+        written = _as_written(model, folder, vision_dir)
+        expected = whole(forward(written, **inputs)[0])
         inputs = _renamed_images(inputs, model.cfg, folder, vision_dir)
         if from_main(lambda: _torch_loads(folder, vision_dir)):
             return from_main(lambda: _compare(model.cfg, folder, "torch", expected, _torch_logits(folder, inputs)))
-        again = load(folder, vision_dir=vision_dir, dtype="float32", mesh=mesh_of(model.params))
+        again = _reloaded(written, folder, vision_dir)
         return _compare(model.cfg, folder, "jax", expected, whole(forward(again, **inputs)[0]))
 
 
@@ -86,6 +87,21 @@ def _as_written(model: Model, folder: Path, vision_dir: str | Path | None) -> Mo
         if flat[slot.path].dtype != dtype:
             flat[slot.path] = flat[slot.path].astype(dtype)
     return Model(unflatten({path: leaf.astype(np.float32) for path, leaf in flat.items()}), model.cfg)
+
+
+def _reloaded(written: Model, folder: Path, vision_dir: str | Path | None) -> Model:
+    """The folder in float32 on the model's mesh; a tower that it does not hold is the model's.
+
+    `vision_dir` only describes the tower here: its weights are no part of the export, and of another dtype perhaps.
+    """
+    family, cfg = read_config(folder, None if vision_dir is None else Path(vision_dir))
+    keys, slots = {family.canonical(key) for key in Checkpoint(folder)}, make_slots(cfg, family)
+    holds_tower = not family.separate_vision or any(s.key in keys for s in slots if s.path.startswith("vision/"))
+    parts = PARTS if holds_tower else ("text", "projector")
+    sources = find_weights(slots, cfg, family, folder, None, parts)
+    here = [slot for slot in slots if slot.path.split("/")[0] in parts]
+    params = read_params(cfg, here, sources, np.dtype(np.float32), mesh_of(written.params))
+    return Model(dict(written.params) | params, cfg)
 
 
 def _random_inputs(cfg: ModelConfig) -> dict[str, Any]:

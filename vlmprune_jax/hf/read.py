@@ -75,7 +75,7 @@ def load(
     slots = make_slots(cfg, family)
     sources = find_weights(slots, cfg, family, folder, tower)
     read = [slot for slot in slots if slot.path.split("/")[0] in parts]
-    params = _read_params(cfg, read, sources, DTYPES[dtype], mesh)
+    params = read_params(cfg, read, sources, DTYPES[dtype], mesh)
     return Model(params, dataclasses.replace(cfg, tower=cfg.tower and "vision" in parts))
 
 
@@ -151,13 +151,21 @@ def tokenizer_ids(folder: Path) -> dict[str, int]:
     return ids
 
 
-def find_weights(slots: list[Slot], cfg: ModelConfig, family: Family, folder: Path, vision_dir: Path | None) -> Sources:
-    """Where every weight lies; the tower of an original LLaVA or Bunny is its own folder's, as in the reference.
+def find_weights(
+    slots: list[Slot],
+    cfg: ModelConfig,
+    family: Family,
+    folder: Path,
+    vision_dir: Path | None,
+    parts: Collection[str] = PARTS,
+) -> Sources:
+    """Where every weight of these parts lies; the tower of an original LLaVA or Bunny is its own folder's, as in the
+    reference.
 
     Raises:
       UserError: unknown, missing or doubled keys, wrong shapes and dtypes, all in one line.
     """
-    holders: list[tuple[Checkpoint, tuple[str, ...]]] = [(Checkpoint(folder), PARTS)]
+    holders: list[tuple[Checkpoint, Collection[str]]] = [(Checkpoint(folder), parts)]
     if family.separate_vision and vision_dir is not None and has_weights(vision_dir):
         holders = [(holders[0][0], ("text", "projector")), (Checkpoint(vision_dir), ("vision",))]
     matches = [(checkpoint, match_keys(slots, cfg, family, checkpoint, parts)) for checkpoint, parts in holders]
@@ -174,8 +182,8 @@ def find_weights(slots: list[Slot], cfg: ModelConfig, family: Family, folder: Pa
     return {name: (checkpoint, key) for checkpoint, match in matches for name, key in match.found.items()}
 
 
-def _read_params(cfg: ModelConfig, slots: list[Slot], sources: Sources, dtype: np.dtype, mesh: Mesh | None) -> Params:
-    """Parameters filled tensor by tensor: beside them, one piece of a file per thread is in memory at a time."""
+def read_params(cfg: ModelConfig, slots: list[Slot], sources: Sources, dtype: np.dtype, mesh: Mesh | None) -> Params:
+    """The parameters of these slots; beside them, one piece of a file per thread is in memory at a time."""
     members: dict[str, list[Slot]] = defaultdict(list)
     for slot in slots:
         members[slot.path].append(slot)

@@ -12,7 +12,6 @@ from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, detect, family_of
 from vlmprune_jax.families.table import JsonDict
-from vlmprune_jax.hf.card import model_card
 from vlmprune_jax.hf.convert import rows_for, target_family, to_transformers
 from vlmprune_jax.hf.files import read_json
 from vlmprune_jax.hf.per_layer import with_loader, without_loader, write_loader
@@ -106,7 +105,7 @@ def _with_dtype(config: JsonDict, dtype: str) -> JsonDict:
 
 
 def write_files(target: Target, cfg: ModelConfig, source: Path, folder: Path, plan: Any) -> None:
-    """config.json, tokenizer, processor, chat template, generation config, PyTorch file, plan and model card.
+    """config.json, tokenizer, processor, chat template, generation config, PyTorch file and plan.
 
     Args:
       target: what to write.
@@ -124,9 +123,6 @@ def write_files(target: Target, cfg: ModelConfig, source: Path, folder: Path, pl
         write_loader(folder)
     if plan is not None:
         plan.to_json(folder / "plan.json")
-    processor = (folder / "processor_config.json").is_file() or (folder / "preprocessor_config.json").is_file()
-    card = model_card(cfg, target.cfg, target.config, source.name, folder / "plan.json", processor)
-    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _copy_files(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:

@@ -18,6 +18,7 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, family_of
 from vlmprune_jax.families.vision import vision_of
 from vlmprune_jax.hf.atomic import atomic_folder, check_space, check_target
+from vlmprune_jax.hf.card import model_name, write_card
 from vlmprune_jax.hf.convert import constants, more_words, written_key
 from vlmprune_jax.hf.files import WEIGHT_DTYPES, Checkpoint
 from vlmprune_jax.hf.layout import Slot, block_number, by_key, join_tensor, make_slots, template, tied_head
@@ -42,6 +43,8 @@ def save(
     dtype: str = "bfloat16",
     overwrite: bool = False,
     plan: Any = None,
+    name: str | None = None,
+    recovered: bool = False,
 ) -> None:
     """Write a model as a Hugging Face folder that appears whole or not at all.
 
@@ -60,6 +63,8 @@ def save(
       dtype: of the weights: float32, bfloat16, float16, or "source" (each tensor's own).
       overwrite: replace an existing model folder.
       plan: the prune plan, written beside the weights as plan.json.
+      name: what the model card calls the model that was pruned; None is the name (or hub id) of `source_dir`.
+      recovered: whether the model was trained after pruning, for the model card.
 
     Raises:
       UserError: out_dir exists, source_dir is not this model's, options do not fit, weights are not finite, or the
@@ -84,6 +89,8 @@ def save(
         with atomic_folder(out) as folder:
             write_weights(tensors, folder, MAX_SHARD_BYTES)
             write_files(target, model.cfg, source, folder, plan)
+            title = name or model_name(source)
+            write_card(folder, model.cfg, target.cfg, target.config, name=title, recovered=recovered)
     if spread:
         for tensor in () if is_main_process() else itertools.chain(*split_shards(tensors, MAX_SHARD_BYTES)):
             tensor.fetch()  # gathering what is split over processes takes all of them, in the same order

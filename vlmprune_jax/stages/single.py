@@ -11,6 +11,7 @@ from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.mesh import from_main, is_main_process
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluate.runner import evaluate, perplexity
+from vlmprune_jax.hf.card import model_name
 from vlmprune_jax.hf.check import check_export
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.hf.write import save
@@ -228,8 +229,17 @@ def _layers_gone(plan: PrunePlan) -> str:
 
 def save_model(model: Model, out_dir: Path, experiment: Experiment, source_dir: Path, plan: PrunePlan) -> None:
     """An intermediate folder: source layout, true widths, the experiment's dtype."""
-    dtype = experiment.model.dtype
-    save(model, out_dir, source_dir=source_dir, layout="source", uneven="per_layer", dtype=dtype, plan=plan)
+    save(
+        model,
+        out_dir,
+        source_dir=source_dir,
+        layout="source",
+        uneven="per_layer",
+        dtype=experiment.model.dtype,
+        plan=plan,
+        name=model_name(teacher_folder(experiment)),
+        recovered=out_dir.name == "recovered",
+    )
 
 
 def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, context: Context) -> Json:
@@ -363,7 +373,15 @@ def export_stage(experiment: Experiment, model_folder: Path, context: Context) -
     def body() -> Json:
         model = load_model(experiment, model_folder)
         plan = PrunePlan.from_json(model_folder / "plan.json")
-        save(model, out, source_dir=model_folder, layout=spec.layout, uneven=spec.uneven, dtype=spec.dtype, plan=plan)
+        save(
+            model,
+            out,
+            source_dir=model_folder,
+            **vars(spec),
+            plan=plan,
+            name=model_name(teacher_folder(experiment)),
+            recovered=model_folder.name == "recovered",
+        )
         try:
             return check_export(model, out, vision_dir=experiment.model.vision_dir)
         except BaseException:
