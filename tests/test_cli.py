@@ -64,7 +64,7 @@ from vlmprune_jax.cli.config import experiment_config
 
 def get_config(variant="none"):
     config = experiment_config()
-    config.prune.ratio = {"none": 0.3, "half": 0.5}[variant]
+    config.prune = {"ratio": {"none": 0.3, "half": 0.5}[variant]}
     return config
 """
 
@@ -138,6 +138,25 @@ def test_inspect(capsys, goldens):
 
 def test_config_holds_every_setting_and_comes_back():
     assert override(Experiment(), experiment_config().to_dict()) == Experiment()
+
+
+def test_a_dictionary_changes_a_section_of_a_config():
+    """At any depth, as a ConfigDict too; other settings stay, variants are no section, and a typo is refused."""
+    config = experiment_config(recipe="llava")
+    config.recover.losses = {"kl": 0.5}
+    config.recover = {"lora": {"rank": 4}, "epochs": 2}
+    config["mesh"] = {"fsdp": 8}
+    config.data = experiment_config().data
+    changes = {"recover": {"losses": {"kl": 0.5}, "lora": {"rank": 4}, "epochs": 2.0}, "mesh": {"fsdp": 8}}
+    expected = override(override(Experiment(), {"recover": RECIPES["llava"]["recover"]}), changes)
+    assert override(Experiment(), config.lock().to_dict()) == expected
+    for name in ("one", "two"):
+        config.recover_variants = {name: {"recover": {"epochs": 1.0}}}
+    assert config.recover_variants.to_dict() == {"two": {"recover": {"epochs": 1.0}}}
+    config = experiment_config()
+    config.recover.losses = {"kll": 0.5}
+    with pytest.raises(UserError, match=r"config.recover.losses has no 'kll'; did you mean 'kl'"):
+        override(Experiment(), config.to_dict())
 
 
 @pytest.mark.parametrize("name", RECIPES)

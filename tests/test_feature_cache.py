@@ -25,6 +25,7 @@ from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.features import FeatureLoader, Picture
 from vlmprune_jax.data.images import ImageLoader, load_image_processor
 from vlmprune_jax.data.records import Record, read_records
+from vlmprune_jax.data.tfds import read_tfds, write_tfds
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.errors import Stopped, UserError
 from vlmprune_jax.hf.files import Checkpoint
@@ -277,6 +278,33 @@ def test_what_is_refused(llava, goldens, tmp_path):
 
 def _other_tower(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {key: value * 1.5 if "vision" in key else value for key, value in tensors.items()}
+
+
+def test_images_of_a_tfds_data_set(llava, tmp_path):
+    """Their features are those of the files, under names that a copy of the data set keeps, and fill the same rows."""
+    experiment, root = llava
+    files = prepared(experiment, root, tmp_path / "files")
+    assert files is not None
+    records = read_records(root / "records.json", root / "images")
+    write_tfds(records, tmp_path / "set", image_root=root / "images")
+    stored = prepared(experiment, root, tmp_path / "cache", data={"train": f"tfds:{tmp_path / 'set'}"})
+    assert stored is not None
+    again = read_tfds(tmp_path / "set")
+    inputs = load_inputs(experiment.model, experiment.data, load(root / "teacher").cfg)
+    encoder = inputs.training_encoder(load(root / "teacher").cfg)
+    ours, theirs = (dataclasses.replace(encoder, image_loader=loader) for loader in (stored, files))
+    reasons = [ours.problem(record) for record in again]
+    assert [number for number, reason in enumerate(reasons) if reason] == [5, 11]
+    assert reasons[5] == "broken.png (record r5): not a readable image (unknown format); replace the file"
+    for one, other, reason in zip(again, records, reasons, strict=True):
+        if not reason:
+            row, wanted = ours.training_row(one, None), theirs.training_row(other, None)
+            assert row.keys() == wanted.keys() >= {"vision_features"}
+            assert all(np.array_equal(row[name], wanted[name]) for name in row)
+    shutil.copytree(tmp_path / "set", tmp_path / "copy")
+    assert not stored.missing(read_tfds(tmp_path / "copy"))
+    with pytest.raises(UserError, match="holds nothing for"):
+        stored.load(records[0].images[0], "r0")
 
 
 def augmented(inputs: Any, loader: Any) -> None:

@@ -14,10 +14,13 @@ from hf_cases import copy_llava
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.data import cache
 from vlmprune_jax.data.cache import ArrayCache
+from vlmprune_jax.data.images import ImageLoader
 from vlmprune_jax.data.teacher import TeacherRows
+from vlmprune_jax.hf.atomic import check_space
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.prune import make_plan, prune_folder, score
 from vlmprune_jax.stages import teacher_cache
+from vlmprune_jax.stages.context import load_model
 
 VOCAB = 416
 ONE_STEP = "--config.recover.steps=1"
@@ -120,6 +123,48 @@ def test_the_whole_vocabulary_trains_like_the_teacher_itself(experiment, capsys,
         np.testing.assert_allclose(values, found[name], rtol=5e-6, err_msg=name)
     assert main(["recover", *experiment("half", "whole", whole, "--config.data.fraction=0.5", ONE_STEP)]) == 0
     assert "0 of 6 records to compute" in capsys.readouterr().out
+
+
+def test_with_cached_features_the_teacher_decodes_nothing(experiment, straight, monkeypatch):
+    """Every image is decoded once, for its features, and the teacher says of them what it says of the images."""
+    decode, decoded, loaded = ImageLoader.load, list[str](), list[list[str]]()
+
+    def listed(self, path, *args):
+        decoded.append(path.name)
+        return decode(self, path, *args)
+
+    def load_parts(experiment, folder, parts):
+        loaded.append(parts)
+        return load_model(experiment, folder, parts)
+
+    monkeypatch.setattr(ImageLoader, "load", listed)
+    monkeypatch.setattr(teacher_cache, "load_model", load_parts)
+    root = experiment.root
+    features = f"--config.data.feature_cache={root / 'features'}"
+    assert main(["recover", *experiment("both-caches", "beside-features", features, ONE_STEP)]) == 0
+    assert sorted(decoded) == [f"img{number}.png" for number in range(4)]
+    assert loaded == [["text", "projector"]]
+    expected, ours = held(straight), held(root / "beside-features")
+    assert expected.keys() == ours.keys()
+    for key, array in ours.items():
+        np.testing.assert_allclose(array, expected[key], rtol=1e-5, err_msg=key)
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_the_pass(experiment, straight, capsys, monkeypatch):
+    asked = []
+
+    def full(folder, needed):
+        asked.append(needed)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, needed))
+        check_space(folder, needed)
+
+    monkeypatch.setattr(teacher_cache, "check_space", full)
+    monkeypatch.setattr(teacher_cache, "load_model", None)
+    assert main(["recover", *experiment("small", "small-cache")]) == 2
+    line = capsys.readouterr().err.strip()
+    assert "small-cache/*.safetensors: needs 0.00 GiB but only 0.00 GiB are free: make room or choose" in line
+    assert "\n" not in line
+    assert asked == [sum(array.nbytes for array in held(straight).values())]
 
 
 def stop(monkeypatch, after: int, how) -> list[int]:

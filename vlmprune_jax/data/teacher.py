@@ -46,8 +46,14 @@ class TeacherRows:
             raise UserError(
                 f"record {record.id}: the teacher's logits are not finite: check its weights, or compute in float32"
             )
-        narrow = np.uint16 if ids.max(initial=0) <= np.iinfo(np.uint16).max else np.int32
-        self.cache.add(dict(zip(_keys(record), (ids.astype(narrow), logprobs), strict=True)))
+        kept = (ids.astype(_narrow(ids.max(initial=0))), logprobs)
+        self.cache.add(dict(zip(_keys(record), kept, strict=True)))
+
+    def bytes_of(self, labels: np.ndarray, vocab_size: int) -> int:
+        """Bytes that `keep` takes for a record of int[tokens] labels, without padding."""
+        counted = self._counted({"attention_mask": np.ones_like(labels), "labels": labels}).sum()
+        per_position = self.top_k * _narrow(vocab_size - 1).itemsize + (self.top_k + 1) * self.dtype.itemsize
+        return int(counted) * per_position
 
     def fill(self, row: Row, record: Record | None) -> None:
         """Add the arrays of a record, or of no record (a row of padding).
@@ -73,6 +79,10 @@ class TeacherRows:
         if self.positions == "all":
             return row["attention_mask"] == 1
         return np.append(row["labels"][1:] != IGNORE, False)
+
+
+def _narrow(largest: int) -> np.dtype:
+    return np.dtype(np.uint16 if largest <= np.iinfo(np.uint16).max else np.int32)
 
 
 def record_key(record: Record) -> str:

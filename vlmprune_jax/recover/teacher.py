@@ -25,14 +25,15 @@ def teacher_top_k(
     """Every batch, with ids int32[rows, seq, k] and log-probabilities float32[rows, seq, k + 1] of its rows.
 
     k = `loss.teacher_top_k`, at `loss.temperature`. `teacher` lives on `mesh`; `batches` are this process's rows
-    (`Batch`), and all processes go through theirs in step.
+    (`Batch`), and all processes go through theirs in step. A teacher without its tower takes `vision_features`.
 
     Raises:
       UserError: ids or images that do not fit the teacher.
     """
     params = jax.tree.map(lambda x: jnp.asarray(x).astype(compute_dtype), teacher.params)
     for batch in batches:
-        check_inputs(teacher.cfg, batch.arrays["input_ids"], batch.arrays.get("pixel_values"))
+        images = (batch.arrays.get(name) for name in ("pixel_values", "vision_features"))
+        check_inputs(teacher.cfg, batch.arrays["input_ids"], *images)
         inputs = {name: array for name, array in batch.arrays.items() if name != "labels"}
         with step_context(mesh, compute_dtype):
             ids, logprobs = _top_k(params, teacher.cfg, place_rows(inputs, mesh), loss)
@@ -43,8 +44,9 @@ def teacher_top_k(
 def _top_k(
     params: Params, cfg: ModelConfig, batch: dict[str, jax.Array], loss: LossConfig
 ) -> tuple[jax.Array, jax.Array]:
-    ids = batch["input_ids"]
-    final, _ = encode(params, cfg, ids, pixel_values=batch.get("pixel_values"), attention_mask=batch["attention_mask"])
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    images: dict[str, Any] = {name: batch.get(name) for name in ("pixel_values", "vision_features")}
+    final, _ = encode(params, cfg, ids, **images, attention_mask=mask)
     head = head_of(params, cfg)
 
     def body(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -91,7 +91,8 @@ def check_frozen(cfg: ModelConfig, config: RecoverConfig) -> None:
 def _digest(experiment: Experiment, config: RecoverConfig, pruned: Path) -> str:
     """Of the student's tower, which must be the teacher's where that looks at images itself."""
     student = content_digest(open_folder(experiment, pruned), f"{TOWER}/")
-    if config.losses.needs_teacher and config.losses.teacher_inputs == "own":
+    looks = config.losses.needs_teacher or config.losses.teacher_top_k
+    if looks and config.losses.teacher_inputs == "own":
         teacher = teacher_folder(experiment)
         if content_digest(open_folder(experiment, teacher), f"{TOWER}/") != student:
             raise UserError(
@@ -101,11 +102,16 @@ def _digest(experiment: Experiment, config: RecoverConfig, pruned: Path) -> str:
     return student
 
 
+def parts_beside(features: FeatureLoader | None) -> list[str]:
+    """What is loaded of a model: its tower only where no cached features stand for it."""
+    return [part for part in PARTS if features is None or part != TOWER]
+
+
 def load_for_training(
-    experiment: Experiment, config: RecoverConfig, pruned: Path, *, towers: bool
+    experiment: Experiment, config: RecoverConfig, pruned: Path, features: FeatureLoader | None
 ) -> tuple[Model, Model | None]:
-    """Student, and teacher if a loss needs one, with or without their vision towers."""
-    parts = [part for part in PARTS if towers or part != TOWER]
+    """Student, and teacher if a loss needs one, as far as they are needed beside cached features."""
+    parts = parts_beside(features)
     teacher = None
     if config.losses.needs_teacher:
         teacher = load_model(experiment, teacher_folder(experiment), parts)

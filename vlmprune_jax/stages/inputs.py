@@ -279,8 +279,13 @@ class TrainingRows:
     sizes: np.ndarray | None
 
 
-def training_rows(experiment: Experiment, cfg: ModelConfig, bar: Bar) -> TrainingRows:
-    """The rows of `data.fraction` of the training records for this model; `bar` shows how far they are measured."""
+def training_rows(
+    experiment: Experiment, cfg: ModelConfig, bar: Bar, features: FeatureLoader | None = None
+) -> TrainingRows:
+    """The rows of `data.fraction` of the training records for this model.
+
+    `bar` shows how far they are measured; `features`: what images are read from in place of pixels.
+    """
     data = experiment.data
     inputs = load_inputs(experiment.model, data, cfg)
     one_of("data.group_by", data.group_by, GROUPINGS)
@@ -289,7 +294,9 @@ def training_rows(experiment: Experiment, cfg: ModelConfig, bar: Bar) -> Trainin
     if not encoder.max_length or encoder.length_buckets or data.group_by != "none" or data.on_error == "skip":
         sizes = _measured(records, encoder, data.on_error, data.threads, bar)
         encoder = _as_long_as(encoder, sizes)
-    return TrainingRows(records, encoder, sizes)
+    return TrainingRows(
+        records, encoder if features is None else dataclasses.replace(encoder, image_loader=features), sizes
+    )
 
 
 def recovery_batches(
@@ -302,13 +309,12 @@ def recovery_batches(
 ) -> tuple[Any, int]:
     """This process's endless stream of training batches (a grain dataset), and the number of records behind it.
 
-    `bar`: see `training_rows`; `features`: what images are read from in place of pixels; `teacher`: what rows have of a
-    cached teacher.
+    `bar`, `features`: see `training_rows`; `teacher`: what rows have of a cached teacher.
     """
-    data, recover, rows = experiment.data, experiment.recover, training_rows(experiment, cfg, bar)
+    data, recover, rows = experiment.data, experiment.recover, training_rows(experiment, cfg, bar, features)
     batches = train_batches(
         rows.records,
-        rows.encoder if features is None else dataclasses.replace(rows.encoder, image_loader=features),
+        rows.encoder,
         batch_size=recover.batch_size,
         seed=recover.seed,
         shuffle=True,

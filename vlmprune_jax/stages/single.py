@@ -266,8 +266,8 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
         if config.losses.needs_teacher or config.losses.teacher_top_k:  # another model would teach without complaint
             check_plan_is_for(open_folder(experiment, teacher_folder(experiment)), plan)
         features = cached_features(experiment, config, plan, pruned, context)
-        taught = cached_teacher(experiment, config, context) if config.losses.teacher_top_k else None
-        student, teacher = load_for_training(experiment, config, pruned, towers=features is None)
+        taught = cached_teacher(experiment, config, context, features) if config.losses.teacher_top_k else None
+        student, teacher = load_for_training(experiment, config, pruned, features)
         batches, n_records = inputs.recovery_batches(
             experiment, student.cfg, context.reporter.bar, features=features, teacher=taught
         )

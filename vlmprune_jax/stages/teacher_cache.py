@@ -10,29 +10,37 @@ import numpy as np
 
 from vlmprune_jax.data.batching import train_batches
 from vlmprune_jax.data.cache import ArrayCache
+from vlmprune_jax.data.features import FeatureLoader
 from vlmprune_jax.data.teacher import TeacherRows, record_key
 from vlmprune_jax.distributed.mesh import from_main
 from vlmprune_jax.errors import Stopped
+from vlmprune_jax.hf.atomic import check_space
 from vlmprune_jax.recover import RecoverConfig
 from vlmprune_jax.recover.loop import check_mesh
 from vlmprune_jax.recover.losses import check_teacher
 from vlmprune_jax.recover.teacher import teacher_top_k
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import Context, load_model, mesh_of, open_folder, teacher_folder
+from vlmprune_jax.stages.features import parts_beside
 from vlmprune_jax.stages.ledger import digest
 from vlmprune_jax.stages.spec import Experiment
 
+_SPREAD = 256  # records whose sizes tell that of a pass
 # Data settings that decide what a record's row holds, beside `max_length`.
 _ENCODING = ("template", "system", "truncate", "aspect_ratio", "min_tiles", "max_tiles", "thumbnail")
 
 
-def cached_teacher(experiment: Experiment, config: RecoverConfig, context: Context) -> TeacherRows:
+def cached_teacher(
+    experiment: Experiment, config: RecoverConfig, context: Context, features: FeatureLoader | None
+) -> TeacherRows:
     """What `recover.teacher_cache` holds of the training records; what is missing is computed first.
 
-    Records are computed in batches that do not depend on what is there: an interrupted pass ends with the same bytes.
+    With cached `features`, of the teacher's tower as well, it needs neither its tower nor an image. Records are
+    computed in batches that do not depend on what is there: an interrupted pass ends with the same bytes.
 
     Raises:
-      UserError: the folder is of another teacher or other settings, or training would be refused.
+      UserError: the folder is of another teacher or other settings, its disk is too small, or training would be
+        refused.
       Stopped: SIGTERM; what was computed is kept.
     """
     folder, loss, mesh = teacher_folder(experiment), config.losses, mesh_of(experiment)
@@ -40,7 +48,7 @@ def cached_teacher(experiment: Experiment, config: RecoverConfig, context: Conte
     check_teacher(loss, cfg, None)
     if mesh is not None:
         check_mesh(mesh, cfg, config)
-    training = inputs.training_rows(experiment, cfg, context.reporter.bar)
+    training = inputs.training_rows(experiment, cfg, context.reporter.bar, features)
     cache = ArrayCache(Path(experiment.recover.teacher_cache or ""), from_main(lambda: _made_from(experiment, config)))
     rows = TeacherRows(cache, loss.teacher_top_k, loss.kl_positions, np.dtype(config.compute_dtype))
     size = config.batch_size // config.accumulation
@@ -48,7 +56,8 @@ def cached_teacher(experiment: Experiment, config: RecoverConfig, context: Conte
     context.reporter.say(f"  teacher's top {rows.top_k}: {len(todo):,} of {len(training.records):,} records to compute")
     if not todo:
         return rows
-    teacher = load_model(experiment, folder)
+    from_main(lambda: check_space(cache.folder / "*.safetensors", _bytes(training, rows, todo, cfg.text.vocab_size)))
+    teacher = load_model(experiment, folder, parts_beside(features))
     batches = train_batches(
         [training.records[number] for number in todo],
         training.encoder,
@@ -95,6 +104,13 @@ def _unfinished(training: inputs.TrainingRows, rows: TeacherRows, size: int) -> 
     numbers = list(distinct.values())
     batches = [numbers[start : start + size] for start in range(0, len(numbers), size)]
     return [number for batch in batches if not all(rows.has(records[number]) for number in batch) for number in batch]
+
+
+def _bytes(training: inputs.TrainingRows, rows: TeacherRows, todo: list[int], vocab_size: int) -> int:
+    """Bytes that these records will take, as evenly spread ones of them do."""
+    spread = todo[:: -(-len(todo) // _SPREAD)]
+    labels = (training.encoder.training_tokens(training.records[number])[1] for number in spread)
+    return sum(rows.bytes_of(row, vocab_size) for row in labels) * len(todo) // len(spread)
 
 
 def _made_from(experiment: Experiment, config: RecoverConfig) -> dict[str, Any]:
