@@ -16,11 +16,13 @@ from vlmprune_jax.hf.convert import rows_for, target_family, to_transformers
 from vlmprune_jax.hf.files import read_json
 from vlmprune_jax.hf.per_layer import with_loader, without_loader, write_loader
 from vlmprune_jax.hf.processor import NEW_TOKENS, write_processor
+from vlmprune_jax.hf.read import DTYPES
 from vlmprune_jax.hf.tokenizer import add_token, read_tokenizer
 from vlmprune_jax.hf.uneven import padded
 
 LAYOUTS = ("source", "transformers")
 UNEVEN = ("per_layer", "pad", "refuse")
+WRITTEN = (*DTYPES, "source")  # dtypes of a folder
 # What makes a folder usable beside its weights and config.json.
 _ALWAYS = ("LICENSE*", "NOTICE*", "USE_POLICY*", "plan.json")
 _SAME_LAYOUT = (
@@ -52,7 +54,7 @@ def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype:
       UserError: unknown options, a source of another family, unequal layers with uneven="refuse", or a model that
         the layout cannot hold.
     """
-    _check_options(cfg, layout, uneven)
+    _check_options(cfg, layout, uneven, dtype)
     family, config = family_of(cfg), read_json(source / "config.json")
     if detect(config, str(source / "config.json")) is not family:
         raise UserError(f"{source}: is not the folder that this {family.name} ({family.layout} layout) model came from")
@@ -79,16 +81,16 @@ def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype:
     return Target(family, wide, written, new_family is not None, ships, tokenizer)
 
 
-def _check_options(cfg: ModelConfig, layout: str, uneven: str) -> None:
-    for name, value, known in (("layout", layout, LAYOUTS), ("uneven", uneven, UNEVEN)):
+def _check_options(cfg: ModelConfig, layout: str, uneven: str, dtype: str) -> None:
+    for name, value, known in (("layout", layout, LAYOUTS), ("uneven", uneven, UNEVEN), ("dtype", dtype, WRITTEN)):
         if value not in known:
             raise UserError(f"{name} {value!r} is not one of {', '.join(known)}")
     if cfg.lora is not None:
         raise UserError("the model has unmerged LoRA adapters: merge them first (recover.merge_lora)")
     if uneven == "refuse" and not cfg.text.even:
         raise UserError(
-            "the layers have unequal widths, which stock transformers cannot load: prune all layers alike "
-            '(prune.layers="all"), or export with uneven="pad" (same function, no savings) or "per_layer" (true sizes)'
+            "the layers have unequal widths, which stock transformers cannot load: prune all layers alike (attn_layers "
+            'and mlp_layers "all"), or export with uneven="pad" (same function, no savings) or "per_layer" (true sizes)'
         )
 
 

@@ -22,7 +22,7 @@ from vlmprune_jax.hf.card import model_name, write_card
 from vlmprune_jax.hf.convert import constants, more_words, written_key
 from vlmprune_jax.hf.files import WEIGHT_DTYPES, Checkpoint
 from vlmprune_jax.hf.layout import Slot, block_number, by_key, join_tensor, make_slots, template, tied_head
-from vlmprune_jax.hf.read import DTYPES, check_finite, resolve
+from vlmprune_jax.hf.read import check_finite, resolve
 from vlmprune_jax.hf.target import Target, make_target, write_files
 from vlmprune_jax.hf.tensors import Tensor, extent_of, origin, split_shards, to_host, weight, write_weights
 from vlmprune_jax.hf.uneven import pad_tensor
@@ -70,8 +70,6 @@ def save(
       UserError: out_dir exists, source_dir is not this model's, options do not fit, weights are not finite, or the
         disk is full.
     """
-    if dtype not in (*DTYPES, "source"):
-        raise UserError(f"dtype {dtype!r} is not one of {', '.join((*DTYPES, 'source'))}")
     out, source = Path(out_dir), resolve(source_dir)
     spread = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in flatten(model.params).values())
     target = make_target(model.cfg, source, layout, uneven, dtype)
