@@ -17,6 +17,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import recover_cases as cases
 from jax.sharding import NamedSharding, PartitionSpec
@@ -199,6 +200,21 @@ def test_a_save_that_fails_ends_the_run(uninterrupted, tmp_path, at):
     assert summary["resumed_from"] == at
     cases.assert_bitwise(model, uninterrupted[0])
     assert all(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir())  # the half-written one is gone
+
+
+def test_a_save_that_failed_in_the_background_ends_the_next_step(tmp_path, monkeypatch):
+    """Not only the next save, which may be hours away."""
+    cfg, looks = cases.config(vision=False, layers=1), []
+
+    def look(manager):
+        looks.append(manager)
+        if len(looks) == 2:
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "check_for_errors", look)
+    with pytest.raises(UserError, match=r"cannot save a checkpoint \(No space .*there is no complete one: make room"):
+        recover(cases.model(cfg), cases.Stream(cfg), cases.settings(), workdir=tmp_path, progress=False)
+    assert [line["step"] for line in _metrics(tmp_path)] == [1]
 
 
 def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path):

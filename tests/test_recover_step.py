@@ -189,23 +189,24 @@ def test_adapter_dropout_is_seeded(distilled):
     assert cases.largest_difference(one, distilled[0]) > 1e-5
 
 
-def test_micro_batches_draw_dropout_of_their_own():
-    """Two of the same row would otherwise have the gradient of one."""
+def test_micro_batches_and_steps_draw_dropout_of_their_own():
+    """Two of the same row would otherwise have the gradient of one, and the next step that of this one."""
     lora = dataclasses.replace(cases.LORA, dropout=0.5)
     model = add_lora(cases.model(cases.config(vision=False, layers=1)), lora, jax.random.key(0))
     trained, frozen = partition(flatten(model.params), "lora")
-    state = TrainState(trained, (), jnp.int32(0), jax.random.key_data(jax.random.key(0)))
+    key = jax.random.key_data(jax.random.key(0))
     row = {name: array[:1] for name, array in next(cases.Stream(model.cfg)).arrays.items()}
 
     @functools.partial(jax.jit, static_argnames="copies")
-    def gradient(copies):
+    def gradient(copies, step):
         config = StepConfig(model.cfg, LossConfig(), None, copies, None, "float32", "none")
         batch = {name: jnp.concatenate([jnp.asarray(array)] * copies) for name, array in row.items()}
         weights = term_weights(config.loss, config.cfg, batch["labels"], batch["attention_mask"])
-        return _gradients(config, state, frozen, None, batch, weights)[0]
+        return _gradients(config, TrainState(trained, (), step, key), frozen, None, batch, weights)[0]
 
-    once, twice = map(gradient, (1, 2))
-    assert any(np.abs(twice[path] - once[path]).max() > 1e-2 * np.abs(once[path]).max() for path in once)
+    once, twice, later = gradient(1, 0), gradient(2, 0), gradient(1, 1)
+    for other in (twice, later):
+        assert any(np.abs(other[path] - once[path]).max() > 1e-2 * np.abs(once[path]).max() for path in once)
 
 
 def test_micro_batches_take_rows_from_where_they_lie():

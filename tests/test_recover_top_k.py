@@ -173,6 +173,23 @@ def test_the_whole_vocabulary_gives_the_loss_of_a_teacher_that_runs(positions: s
     assert counted.tolist() == ([*range(11)] if positions == "all" else [0, 1, 3, 4, 6, 7, 9])
 
 
+def test_a_teacher_is_computed_in_the_given_precision_and_sees_its_own_ids_only():
+    teacher, loss = cases.model(cases.config(vision=False, layers=1)), dataclasses.replace(KL, teacher_top_k=VOCAB)
+    batch = next(cases.Stream(teacher.cfg))
+    exact, half = (
+        next(teacher_top_k(teacher, [batch], loss, compute_dtype=dtype, mesh=None))[1:]
+        for dtype in ("float32", "bfloat16")
+    )
+    logprobs = [
+        np.take_along_axis(found, np.argsort(ids), -1)
+        for ids, found in ((ids, lp[..., :-1]) for ids, lp in (exact, half))
+    ]
+    assert 1e-4 < np.abs(logprobs[0] - logprobs[1]).max() < 0.1
+    batch.arrays["input_ids"][0, 0] = VOCAB
+    with pytest.raises(UserError, match=f"outside the vocabulary of {VOCAB}"):
+        next(teacher_top_k(teacher, [batch], loss, compute_dtype="float32", mesh=None))
+
+
 def _lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
