@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -212,6 +213,8 @@ def test_settings_reach_the_library():
     built = recover_config(spec)
     assert (built.steps, built.epochs, built.losses.l2_layers, built.lora.rank) == (7, None, (-1, 2), 128)
     assert recover_config(dataclasses.replace(spec, trainable="projector")).lora is None
+    cached = override(RecoverSpec(), {"steps": 7, "losses": {"ce": 1.0, "l2": 0.0}, "teacher_cache": "somewhere"})
+    assert recover_config(cached).losses.teacher_top_k == 0  # of use to other variants of the experiment
     assert plan_options(PruneSpec(ratio=0.3)) == {}
     assert plan_options(PruneSpec(attn_layers=(1, 4), rounding="at_least")) == {
         "attn_layers": [1, 4],
@@ -229,13 +232,13 @@ class Work:
         self.folder, self.runs, self.said, self.fail = folder, 0, [], False
         (folder / "in.txt").write_text("input")
 
-    def __call__(self, overwrite=False, scratch=(), journals=(), version=1, **settings):
+    def __call__(self, overwrite=False, scratch=(), journals=(), version=1, inputs=None, **settings):
         stage = Stage(
             name="depth/prune",
             version=version,
             workdir=self.folder,
             settings={"ratio": 0.3, **settings},
-            inputs={"data.train": self.folder / "in.txt"},
+            inputs={"data.train": self.folder / "in.txt", **(inputs or {})},
             outputs=[self.folder / "out.txt"],
             scratch=scratch,
             journals=journals,
@@ -282,6 +285,20 @@ def test_other_inputs_are_refused_unless_overwritten(work, change, message):
     assert work.runs == 1
     assert work(overwrite=True, **settings)["number"] == 2
     assert work(**settings)["number"] == 2
+
+
+def test_a_new_input_is_named(work):
+    work()
+    (work.folder / "more.txt").write_text("more")
+    with pytest.raises(UserError, match=r"was made from other inputs \(data.eval changed\)"):
+        work(inputs={"data.eval": work.folder / "more.txt"})
+
+
+def test_a_missing_output_is_made_again(work):
+    work()
+    (work.folder / "out.txt").unlink()
+    assert work()["number"] == 2
+    assert (work.folder / "out.txt").read_text() == "run 2"
 
 
 def test_output_of_unknown_origin_is_refused(work):
@@ -364,6 +381,15 @@ def test_digest_sees_content_names_and_sampled_blocks(tmp_path):
     assert ledger.digest(tmp_path / "copy") != first
     with pytest.raises(UserError, match="no such file or folder"):
         ledger.digest(tmp_path / "none")
+
+
+def test_a_large_file_is_hashed_in_no_time_and_its_size_counts(tmp_path):
+    path, found = tmp_path / "weights", []
+    for size in (1 << 42, (1 << 42) + 1):
+        path.touch()
+        os.truncate(path, size)  # holes, which read as zeros
+        found.append(ledger.digest(path))
+    assert found[0] != found[1]
 
 
 def test_writing_is_all_or_nothing(tmp_path, monkeypatch):

@@ -70,6 +70,15 @@ def test_shards_fill_up_and_only_what_is_missing_is_added(tmp_path, monkeypatch)
     assert all(np.array_equal(again[f"k{i}"], array(i)) for i in range(9))
 
 
+def test_runs_that_share_a_folder_do_not_replace_each_others_shards(tmp_path):
+    """Both begin with the same key."""
+    runs = [ArrayCache(tmp_path, MADE_FROM) for _ in range(2)]
+    for run, numbers in zip(runs, ((0, 1, 2), (0, 3)), strict=True):
+        run.add({f"k{number}": array(number) for number in numbers})
+        run.publish()
+    assert not ArrayCache(tmp_path, MADE_FROM).missing(f"k{number}" for number in range(4))
+
+
 def test_many_threads_read(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SHARD_BYTES", 10 * array(0).nbytes)
     cache, together = filled(tmp_path, range(50)), threading.Barrier(4)
@@ -104,6 +113,11 @@ def test_folders_that_cannot_be_a_cache(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_folder_whose_first_run_was_killed_at_once_is_a_new_one(tmp_path):
+    (tmp_path / ".cache.json.host-1.partial").write_text("{")
+    assert filled(tmp_path, [1]).missing(["k1", "k2"]) == ["k2"]
+
+
 def test_damaged_files(tmp_path):
     filled(tmp_path, range(3))
     (shard,) = (tmp_path / name for name in shards(tmp_path))
@@ -133,11 +147,14 @@ def test_a_full_disk_leaves_whole_shards(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_others_do_not_see(tmp_path, monkeypatch):
-    """Process 1 wrote a shard that this one cannot open."""
+    """Process 1 wrote a shard that this one cannot open; a new folder has none yet, but it is not there either."""
     cache = filled(tmp_path, [1])
     monkeypatch.setattr(module, "from_all", lambda compute: [compute() or [], ["0123.safetensors"]])
     with pytest.raises(UserError, match=r"0123\.safetensors: process 1 of .* must lie on a disk that all processes sh"):
         cache.publish()
+    monkeypatch.setattr(module, "from_main", lambda begin: [])
+    with pytest.raises(UserError, match=r"new/cache\.json: process 0 of .* has it, but here it cannot be opened"):
+        ArrayCache(tmp_path / "new", MADE_FROM)
 
 
 WRITER = """
@@ -166,6 +183,7 @@ def test_a_killed_writer_leaves_whole_shards(tmp_path):
         writer.send_signal(signal.SIGKILL)
     left = [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]
     assert len(left) == 1
+    assert left[0].name.endswith(f"-{writer.pid}.partial")  # nobody else writes to it
     cache = ArrayCache(tmp_path, {"a": 1})
     assert cache.missing(f"k{i}" for i in range(4)) == ["k2", "k3"]
     assert np.array_equal(cache["k1"], np.full(50, 1, np.float32))

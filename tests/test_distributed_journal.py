@@ -22,6 +22,11 @@ def test_a_pass_continues_after_the_last_whole_line(tmp_path):
     assert again == [third_root(number) for number in range(5)]
     assert again[:3] == first
     assert len(Journal(path, {"batches": 5}).entries) == 5
+    lines = path.read_text().splitlines()
+    path.write_text(
+        "\n".join([*lines[:3], lines[3][:-5], *lines[4:]])
+    )  # damaged in the middle: what follows is of which?
+    assert Journal(path, {"batches": 5}).entries == again[:2]
 
 
 def test_a_journal_of_another_pass_starts_again(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import recover_cases as cases
@@ -28,13 +30,14 @@ from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.data.tfds import read_tfds, write_tfds
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.errors import Stopped, UserError
+from vlmprune_jax.hf.atomic import SPARE_BYTES
 from vlmprune_jax.hf.files import Checkpoint
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model, check_inputs, to_nnx
 from vlmprune_jax.prune import PrunePlan, make_plan, prune_folder, score
 from vlmprune_jax.recover import loop
-from vlmprune_jax.recover.features import compute_features
+from vlmprune_jax.recover.features import compute_features, feature_identity
 from vlmprune_jax.recover.metrics import Recorder
 from vlmprune_jax.stages.console import Reporter
 from vlmprune_jax.stages.context import Context
@@ -211,11 +214,90 @@ def test_images_that_cannot_be_read(goldens, tiled, tmp_path):
     assert len(loader.load(image, "other")) == loader.count(Picture(records[0], 0))
 
 
+def test_headers_are_read_before_anything_is_computed(goldens, tiled, tmp_path):
+    """A pass over a million images does not end at the last one."""
+    model, records = tiled
+    image, seen = tmp_path / "one.png", []
+    image.write_bytes(b"no image")
+    last = Record("last", (("human", "<image>"), ("gpt", "a")), (image,))
+    with pytest.raises(UserError, match=r"one.png \(record last\): not a readable image"):
+        fill(make_loader(goldens, tmp_path / "cache", model), (model, [*records, last]), progress=seen.append)
+    assert seen == []
+
+
+def test_an_image_that_can_be_read_again_is_not_taken_for_one_without_tiles(goldens, tiled, tmp_path):
+    """A disk that was away, say."""
+    model, _ = tiled
+    image = tmp_path / "one.png"
+    Image.new("RGB", (60, 40)).save(image)
+    good = image.read_bytes()
+    image.write_bytes(bytes(len(good)))
+    loader = make_loader(goldens, tmp_path / "cache", model)
+    records = [Record("first", (("human", "<image>"), ("gpt", "a")), (image,))]
+    fill(loader, (model, records), on_error="skip")
+    image.write_bytes(good)
+    with pytest.raises(
+        UserError, match=r"one.png \(record other\): could not be read when .* now it can: remove .*cache"
+    ):
+        loader.load(image, "other")
+
+
+def test_an_image_without_tiles_is_one_however_many_share_a_record(llava, goldens, tmp_path):
+    """And it is named after the first record that shows it."""
+    images = load_image_processor(llava[1] / "teacher", aspect_ratio="pad", max_pixels=10**6, cache_bytes=10**6)
+    loader = FeatureLoader(images, ArrayCache(tmp_path, {}), (4, 8), np.dtype(np.float32))
+    paths = [goldens / f"data/images/img{number}.png" for number in range(2)]
+    shown = {"first": paths[:1], "both": paths, "again": paths[:1]}
+    found = loader.missing(Record(name, (), tuple(images)) for name, images in shown.items())
+    assert [(picture.record.id, picture.place) for picture in found.values()] == [("first", 0), ("both", 1)]
+
+
+def test_features_are_computed_and_kept_in_the_given_precision(goldens, tiled, tmp_path):
+    model, records = tiled
+    loader, exact = (make_loader(goldens, tmp_path / name, model) for name in ("half", "exact"))
+    loader.dtype = np.dtype(jnp.bfloat16)
+    for each in (loader, exact):
+        fill(each, (model, records[:2]))
+    (path, *_), number = records[0].images, len(records[0].images)
+    features, expected = (each.load(path, "", number) for each in (loader, exact))
+    assert features.dtype == loader.dtype
+    error = np.abs(features.astype(np.float32) - expected).max()
+    assert 0 < error < 0.05 * np.abs(expected).max()
+
+
 def test_a_disk_that_is_too_small_is_noticed_first(goldens, tiled, tmp_path, monkeypatch):
-    usage = shutil._ntuple_diskusage(10**12, 10**12 - 10**6, 10**6)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"safetensors: needs .* GiB but only .* free"):
-        fill(make_loader(goldens, tmp_path, tiled[0]), tiled)
+    """To the byte; the records of two images have other tiles than these alone."""
+    loader = make_loader(goldens, tmp_path, tiled[0])
+    tiles = sum(len(loader.pixels(picture)) for picture in loader.missing(tiled[1]).values())
+    free = 4 * tiles * math.prod(tiled[0].cfg.feature_shape) + SPARE_BYTES
+
+    def begun(done: int) -> None:
+        raise Stopped("begun")
+
+    for short, error, told in ((1, UserError, "safetensors: needs .* GiB but only .* free"), (0, Stopped, "begun")):
+        usage = shutil._ntuple_diskusage(10**12, 10**12 - free, free - short)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        with pytest.raises(error, match=told):
+            fill(loader, tiled, progress=begun)
+
+
+def test_whatever_changes_features_is_in_the_identity():
+    """Of the tower, of its weights, and of how images become arrays and are computed."""
+    cfg = cases.config()
+    given = {"cfg": cfg, "weights": {"digest": "a"}, "preparation": {"size": 6}, "dtype": "float32"}
+    changes = [
+        {"cfg": dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, activation="gelu_new"))},
+        {"cfg": dataclasses.replace(cfg, feature_select="full")},
+        {"cfg": dataclasses.replace(cfg, projector=dataclasses.replace(cfg.projector, shuffle_version="v1"))},
+        {"weights": {"digest": "b"}},
+        {"preparation": {"size": 7}},
+        {"dtype": "bfloat16"},
+    ]
+    first = feature_identity(**given)
+    for change in changes:
+        assert feature_identity(**{**given, **change}) != first, change
+    other = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, hidden_size=32))
+    assert feature_identity(**{**given, "cfg": other}) == first  # models of any size share a cache
 
 
 # --- the model without its tower --------------------------------------------------------------------------------------

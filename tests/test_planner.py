@@ -137,7 +137,13 @@ HloModule jit_step, is_scheduled=true
   ROOT %sum = (f32[16]{0}, bf16[4]{0}) all-reduce(%done, %y), channel_id=8, replica_groups=[2,4]<=[8], to_apply=%add.1
 }
 
+%shared.1 (p.6: f32[4]) -> f32[4] {
+  ROOT %next = f32[4]{0} collective-permute(%p.6), channel_id=10, source_target_pairs={{0,1},{1,0}}
+}
+
 ENTRY %main.1 (p.5: bf16[4,8]) -> bf16[4,8] {
+  %once = f32[4]{0} call(%a), to_apply=%shared.1
+  %twice = f32[4]{0} call(%once), to_apply=%shared.1
   %loop = (s32[], bf16[4,8]) while(%tuple), condition=%condition.1, body=%body.1
   %scatter = f32[6]{0} reduce-scatter(%z), channel_id=9, replica_groups={{0,1},{2,3}}, dimensions={0}, to_apply=%add.1
 }
@@ -148,6 +154,7 @@ def test_collectives_count_as_often_as_their_loop_runs():
     assert collective_bytes(HLO) == {
         "all-gather": 5 * 4 * 8 * 2 * 3 // 4,  # in two fusions, which are one
         "all-reduce": 5 * 2 * (16 * 4 + 4 * 2) * 3 // 4,
+        "collective-permute": 2 * 4 * 4,  # called from two places
         "reduce-scatter": 6 * 4,
     }
 

@@ -63,6 +63,10 @@ def refused(root, capsys, *settings):
     [
         (["recover.losses.rlk=0.1"], "config.recover.losses has no 'rlk'; did you mean 'rkl'?"),
         (["recover.trainable=lorra"], "trainable: 'lorra' is not a preset: did you mean 'lora'?"),
+        (
+            ["recover.save_adapter=True"],
+            "recover.trainable='projector' trains no adapter: set it to \"lora\", or leave",
+        ),
         (["recover.schedule=cosin"], "schedule 'cosin' is not one of cosine, linear, constant; did you mean 'cosine'?"),
         (["recover.remat=ful"], "remat 'ful' is not one of none, full, dots; did you mean 'full'?"),
         (["recover.compute_dtype=bfloat"], "did you mean 'bfloat16'?"),

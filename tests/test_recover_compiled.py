@@ -105,6 +105,8 @@ def test_the_step_does_not_wait_for_the_host():
     step, optimizer, masters, *rest = make_arguments(cfg, LossConfig(), "lora", 16, build)
     state = init_state(masters, optimizer, 0, None)
     lowered = step.lower(state, *rest)
+    given = [leaf.donated for leaf in jax.tree.leaves(lowered.args_info)]
+    assert given == [True] * len(jax.tree.leaves(state)) + [False] * (len(given) - len(jax.tree.leaves(state)))
     compiled = lowered.compile()
     with jax.transfer_guard("disallow"):
         _, metrics = compiled(state, *rest)

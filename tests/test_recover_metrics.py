@@ -1,6 +1,7 @@
 """What a run reports: every term, both learning rates, speed, and MFU by the published formula."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 import recover_cases as cases
 
 from vlmprune_jax.distributed import chips
+from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import param_axes
-from vlmprune_jax.recover import LossConfig, add_lora, recover
+from vlmprune_jax.recover import LossConfig, add_lora, metrics, recover
 from vlmprune_jax.recover.flops import step_flops
 from vlmprune_jax.recover.metrics import Recorder, _shown
 
@@ -66,3 +68,62 @@ def test_mfu_needs_a_known_device():
     assert chips.peak_flops("TPU v5 lite") == 197e12
     assert chips.peak_flops("NVIDIA H100 80GB HBM3") == 989.5e12
     assert chips.peak_flops("cpu") is None
+
+
+STEP = {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 1e-3}
+
+
+def test_speeds_are_of_single_steps_and_in_all_of_those_after_the_first(monkeypatch):
+    """The first one compiles."""
+    ticks = iter([0.0, 10.0, 12.0, 16.0, 16.0])
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    seen = []
+    with Recorder(None, 0, 3, 1, False, jax.devices()) as recorder:
+        for step, (tokens, flops) in enumerate(((100.0, 1000), (50.0, 600), (70.0, 900)), start=1):
+            recorder.step(step, {**STEP, "tokens": tokens}, (), 0.1, (), flops)
+            seen.append([recorder.last[name] for name in ("seconds", "tokens_per_second", "model_flops_per_second")])
+        summary = recorder.summary()
+    assert seen == [[10, 10, 100], [2, 25, 300], [4, 17.5, 225]]
+    assert (summary["seconds"], summary["tokens"]) == (16, 220)
+    assert (summary["tokens_per_second"], summary["model_flops_per_second"]) == (20, 250)
+
+
+def test_lines_are_there_at_once_and_the_last_step_has_one(tmp_path):
+    """A process that is killed leaves what it measured; a line that was cut off is dropped when the run goes on."""
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(json.dumps({"step": 2, "loss": 3.0}) + '\n{"step": 3, "lo')
+    with Recorder(tmp_path, 2, 5, 2, False, jax.devices()) as recorder:
+        for step, expected in ((3, [2]), (4, [2, 4]), (5, [2, 4, 5])):
+            recorder.step(step, {**STEP, "tokens": 1.0}, (), 0.1, (), 1)
+            assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == expected
+
+
+def test_what_is_not_finite_is_told_with_its_records(tmp_path):
+    """Some of them in the message, all in a file; rows that were skipped in that step are listed before it stops."""
+    names = [f"r{number}" for number in range(18)]
+    values = {**STEP, "grad_norm": float("inf"), "tokens": 1.0}
+    told = r"step 3: loss 2.0, gradient norm inf not finite; records r0, .*r15 and 2 more \(all in .*nonfinite-0.json\)"
+    with (
+        Recorder(tmp_path, 2, 5, 1, False, jax.devices()) as recorder,
+        pytest.raises(UserError, match=rf"{told}; the last good checkpoint is of step 2"),
+    ):
+        recorder.step(3, values, (*names, ""), 0.1, [("lost", "why")], 1)
+    assert json.loads((tmp_path / "nonfinite-0.json").read_text())["records"] == names
+    assert json.loads((tmp_path / "skipped-0.jsonl").read_text())["record"] == "lost"
+
+
+@pytest.mark.parametrize("first", [KeyError, None])
+def test_what_failed_first_is_told(tmp_path, monkeypatch, first):
+    """On a full disk closing the files fails as well, which is told where nothing else failed."""
+
+    def full():
+        raise OSError("No space left on device")
+
+    def run():
+        with Recorder(tmp_path, 0, 5, 1, False, jax.devices()) as recorder:
+            monkeypatch.setattr(recorder._board, "close", full)
+            if first is not None:
+                raise first
+
+    with pytest.raises(first or OSError):
+        run()

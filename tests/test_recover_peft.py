@@ -71,7 +71,11 @@ def test_peft_computes_what_the_merged_model_does(pruned, torch_outputs, tmp_pat
 
 def test_modules_that_trained_whole_are_in_the_folder(pruned, torch_outputs, tmp_path):
     base, folder = pruned("llava", "depth")
-    rules = ((r"projector/linear_2/.*", True), (r"text/(norm|layers/.*layernorm)/.*", True), (r".*/lora_[ab]", True))
+    rules = (
+        (r"projector/linear_2/weight", True),
+        (r"text/(norm|layers/.*layernorm)/.*", True),
+        (r".*/lora_[ab]", True),
+    )
     model, trained = trained_model(base, rules)
     write_adapter(model, tmp_path / "adapter", base_dir=folder, trained=trained)
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())

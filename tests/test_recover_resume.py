@@ -14,13 +14,18 @@ import time
 from pathlib import Path
 
 import grain
+import jax
+import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import recover_cases as cases
+from jax.sharding import NamedSharding, PartitionSpec
 
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.recover import LossConfig, Stopped, recover
+from vlmprune_jax.recover.checkpoint import weights_digest
 
 CFG = cases.config()
 SETTINGS = cases.settings(
@@ -197,6 +202,21 @@ def test_a_save_that_fails_ends_the_run(uninterrupted, tmp_path, at):
     assert all(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir())  # the half-written one is gone
 
 
+def test_a_save_that_failed_in_the_background_ends_the_next_step(tmp_path, monkeypatch):
+    """Not only the next save, which may be hours away."""
+    cfg, looks = cases.config(vision=False, layers=1), []
+
+    def look(manager):
+        looks.append(manager)
+        if len(looks) == 2:
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "check_for_errors", look)
+    with pytest.raises(UserError, match=r"cannot save a checkpoint \(No space .*there is no complete one: make room"):
+        recover(cases.model(cfg), cases.Stream(cfg), cases.settings(), workdir=tmp_path, progress=False)
+    assert [line["step"] for line in _metrics(tmp_path)] == [1]
+
+
 def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path):
 
     shutil.copytree(uninterrupted[2] / "checkpoints", tmp_path / "checkpoints")
@@ -205,6 +225,19 @@ def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path):
             part.write_bytes(part.read_bytes()[:10])
     with pytest.raises(UserError, match=r"checkpoints/6: cannot read the checkpoint \(.*remove that folder"):
         train(mid_epoch_stream(), tmp_path)
+
+
+def test_any_change_of_weights_changes_their_digest():
+    """A number, their order along any axis, two leaves in each other's place; but not where they lie."""
+    draw = np.random.default_rng(0)
+    params = {name: draw.standard_normal((8, 6)).astype(np.float32) for name in "ab"} | {"c": np.ones(3, np.float16)}
+    digest = weights_digest(jax.tree.map(jnp.asarray, params))
+    spread = NamedSharding(make_mesh(2, 4, 1), PartitionSpec("fsdp", "data"))
+    assert weights_digest({**params, "a": jax.device_put(params["a"], spread)}) == digest
+    changed = [{"a": params["a"][::-1]}, {"a": params["a"][:, ::-1]}, {"a": params["b"], "b": params["a"]}]
+    changed += [{"a": np.where(params["a"] == params["a"][1, 1], 0, params["a"])}, {"c": -params["c"]}]
+    changed += [{"a": params["a"].reshape(6, 8)}, {"b": params["a"], "a": params["a"]}]
+    assert len({digest, *(weights_digest({**params, **change}) for change in changed)}) == 8
 
 
 def test_a_stream_without_state_needs_no_workdir(tmp_path):

@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,8 @@ import recover_cases as cases
 
 from vlmprune_jax.data.batching import train_batches
 from vlmprune_jax.data.cache import ArrayCache
-from vlmprune_jax.data.records import Record
-from vlmprune_jax.data.teacher import TeacherRows
+from vlmprune_jax.data.records import Record, StoredImage
+from vlmprune_jax.data.teacher import TeacherRows, record_key
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import flatten, unflatten
@@ -172,6 +173,23 @@ def test_the_whole_vocabulary_gives_the_loss_of_a_teacher_that_runs(positions: s
     assert counted.tolist() == ([*range(11)] if positions == "all" else [0, 1, 3, 4, 6, 7, 9])
 
 
+def test_a_teacher_is_computed_in_the_given_precision_and_sees_its_own_ids_only():
+    teacher, loss = cases.model(cases.config(vision=False, layers=1)), dataclasses.replace(KL, teacher_top_k=VOCAB)
+    batch = next(cases.Stream(teacher.cfg))
+    exact, half = (
+        next(teacher_top_k(teacher, [batch], loss, compute_dtype=dtype, mesh=None))[1:]
+        for dtype in ("float32", "bfloat16")
+    )
+    logprobs = [
+        np.take_along_axis(found, np.argsort(ids), -1)
+        for ids, found in ((ids, lp[..., :-1]) for ids, lp in (exact, half))
+    ]
+    assert 1e-4 < np.abs(logprobs[0] - logprobs[1]).max() < 0.1
+    batch.arrays["input_ids"][0, 0] = VOCAB
+    with pytest.raises(UserError, match=f"outside the vocabulary of {VOCAB}"):
+        next(teacher_top_k(teacher, [batch], loss, compute_dtype="float32", mesh=None))
+
+
 def _lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -249,6 +267,8 @@ def test_rows_keep_the_positions_that_count(tmp_path):
         found = dict(row)
         rows.fill(found, records[number])
         assert rows.has(records[number])
+        kept = [rows.cache[f"{record_key(records[number])}.{name}"].dtype for name in ("ids", "logprobs")]
+        assert kept == [np.int32 if base else np.uint16, rows.dtype]
         assert found["teacher_ids"].tolist() == [[0, 0], [base + 2, base + 3], [base + 4, base + 5], [0, 0],
                                                  [base + 8, base + 9], [0, 0]]  # fmt: skip
         assert found["teacher_logprobs"].dtype == rows.dtype
@@ -270,3 +290,43 @@ def test_rows_keep_the_positions_that_count(tmp_path):
         train_batches(records, None, **options, **processes)
     with pytest.raises(UserError, match="holds nothing for"):
         rows.fill(dict(nothing), Record("same", records[0].turns, (tmp_path / "image.png",)))
+
+
+class Store:
+    """A data set of images."""
+
+    def __init__(self, name: str):
+        self.identity = lambda: name
+
+
+def test_a_record_is_known_by_what_it_says_and_shows(tmp_path, monkeypatch):
+    """Runs share a cache: from several working directories, with several data sets, after an image was replaced."""
+    turns, found = (("human", "a"), ("gpt", "b")), []
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "image.png").write_bytes(b"image")
+        monkeypatch.chdir(tmp_path / folder)
+        found.append(record_key(Record("r", turns, (Path("image.png"),))))
+        assert record_key(Record("r", turns, (tmp_path / folder / "image.png",))) == found[-1]
+    Path("image.png").write_bytes(b"another one")
+    images = [StoredImage("image.png", n, Store(name)) for n, name in ((0, "one"), (1, "one"), (0, "two"))]
+    others = [(turns, (image,)) for image in (Path("image.png"), *images)] + [(turns, ()), (turns[:1], ())]
+    found += [record_key(Record("r", *given)) for given in others]
+    assert len(set(found)) == 8
+
+
+def test_padding_is_not_kept_where_all_positions_count(tmp_path):
+    """A longer bucket has more of it."""
+    rows, record = TeacherRows(ArrayCache(tmp_path, {}), 1, "all", np.dtype("float32")), Record("r", (), ())
+    rows.keep(record, _row(3, 4), np.arange(1, 5)[:, None], np.arange(8, dtype=np.float32).reshape(4, 2))
+    rows.cache.publish()
+    found = _row(3, 6)
+    rows.fill(found, record)
+    assert found["teacher_ids"].tolist() == [[1], [2], [3], [0], [0], [0]]
+    assert found["teacher_logprobs"].tolist() == [[0, 1], [2, 3], [4, 5], [0, 0], [0, 0], [0, 0]]
+    with pytest.raises(UserError, match=r"record r: 2 of its positions count but .* holds 3"):
+        rows.fill(_row(2, 6), record)
+
+
+def _row(real: int, length: int) -> dict[str, np.ndarray]:
+    return {"labels": np.full(length, 5), "attention_mask": (np.arange(length) < real).astype(np.int32)}

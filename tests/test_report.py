@@ -15,6 +15,7 @@ from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune import Scores, fingerprint, make_plan
 from vlmprune_jax.report import plots
 from vlmprune_jax.report.build import build_report, table_of
+from vlmprune_jax.report.planned import as_rows
 
 CFG = config((LayerShape(4, 4, 12),) * len(EQUAL))
 GROUPS = {"yes": {"questions": 30, "accuracy": 0.9}, "<b>": {"questions": 10, "accuracy": 0.5}}
@@ -139,11 +140,24 @@ def test_what_was_planned_for_a_slice_is_shown(workdir):
         "520 steps: at least 0.04 hours, 2.4 chip-hours if every batch is of the largest bucket"
     )
     assert told["does not fit"] == "12 GiB too many"
-    assert told["best slice"].startswith("64 rows in 2, remat full, on v5e:8x8: 12.00 GiB free")
+    assert told["best slice"] == (
+        "64 rows in 2, remat full, on v5e:8x8: 12.00 GiB free, at least 0.258 s a step, 254,000 tokens/s"
+    )
     assert "<h3>&lt;width&gt;</h3>" in section
     (workdir / "tpu_plan.json").write_text("[]")
     with pytest.raises(UserError, match=r"tpu_plan\.json: not a result of `vlmprune plan`"):
         build_report(workdir)
+
+
+def test_what_a_planned_step_takes():
+    """One image or several, pixels or features, a teacher in memory or in a cache."""
+    told = dict(as_rows(PLANNED))
+    assert told["step"] == "64 rows of 2,048 tokens and 1 image, 2 micro-batches, remat full"
+    assert told["student"] == "5,700,000,000 parameters in 27 layers, teacher 7,000,000,000 in 32"
+    cached = {"images_per_row": 13, "feature_cache": True, "teacher": None, "teacher_top_k": 64}
+    told = dict(as_rows({**PLANNED, **cached}))
+    assert told["step"] == "64 rows of 2,048 tokens and 13 cached images, 2 micro-batches, remat full"
+    assert told["student"] == "5,700,000,000 parameters in 27 layers, the teacher's top 64 from its cache"
 
 
 def test_plot_is_a_png_of_its_size(workdir):

@@ -63,8 +63,8 @@ def experiment(tmp_path_factory, goldens):
     """Callable (workdir, cache folder or None) -> flags of `vlmprune recover` there."""
     root = tmp_path_factory.mktemp("taught")
     copy_llava(goldens, root / "teacher")
-    records = [record(n, "It is a red car." if n % 2 else "yes", image=n % 3 > 0, turns=1 + n % 3) for n in range(11)]
-    records += [record(11, "It is 10:45. " * 40), record(12, "no", name="none.png")]
+    records = [record(n, "It is a red car." if n % 2 else "yes", image=n % 3 > 0, turns=1 + n % 3) for n in range(12)]
+    records += [record(12, "It is 10:45. " * 40), record(13, "no", name="none.png")]
     (root / "records.json").write_text(json.dumps(records))
     (root / "config.py").write_text(CONFIG.format(root=root, images=goldens / "data/images"))
     model = load(root / "teacher")
@@ -109,7 +109,7 @@ def test_the_whole_vocabulary_trains_like_the_teacher_itself(experiment, capsys,
     whole = f"--config.recover.teacher_top_k={VOCAB}"
     assert main(["recover", *experiment("beside", None)]) == 0
     assert main(["recover", *experiment("cached", "whole", whole)]) == 0
-    assert "teacher's top 416: 12 of 13 records to compute" in capsys.readouterr().out
+    assert "teacher's top 416: 13 of 14 records to compute" in capsys.readouterr().out
     expected, found = metrics(root, "beside"), metrics(root, "cached")
     assert sum(found["empty_rows"]) >= 1
     assert found["loss"][0] > found["loss"][-1]
@@ -122,7 +122,7 @@ def test_the_whole_vocabulary_trains_like_the_teacher_itself(experiment, capsys,
     for name, values in metrics(root, "both").items():
         np.testing.assert_allclose(values, found[name], rtol=5e-6, err_msg=name)
     assert main(["recover", *experiment("half", "whole", whole, "--config.data.fraction=0.5", ONE_STEP)]) == 0
-    assert "0 of 6 records to compute" in capsys.readouterr().out
+    assert "0 of 7 records to compute" in capsys.readouterr().out
 
 
 def test_with_cached_features_the_teacher_decodes_nothing(experiment, straight, monkeypatch):
@@ -187,7 +187,7 @@ def killed():
 
 @pytest.mark.parametrize(
     ("how", "code", "again"),
-    [(lambda: os.kill(os.getpid(), signal.SIGTERM), 143, 4), (killed, 130, 8)],
+    [(lambda: os.kill(os.getpid(), signal.SIGTERM), 143, 5), (killed, 130, 9)],
     ids=["SIGTERM", "killed"],
 )
 def test_an_interrupted_pass_continues_to_the_same_bytes(experiment, straight, capsys, monkeypatch, how, code, again):
@@ -198,18 +198,37 @@ def test_an_interrupted_pass_continues_to_the_same_bytes(experiment, straight, c
     capsys.readouterr()
     assert main(["recover", *experiment(name, f"{name}-cache", ONE_STEP)]) == code
     if code == 143:
-        line = "vlmprune: teacher's top-k logits stopped on SIGTERM after 2 of 3; the same command continues"
+        line = "vlmprune: teacher's top-k logits stopped on SIGTERM after 2 of 4; the same command continues"
         assert capsys.readouterr().err.strip() == line
     assert not (root / name / "training/checkpoints").exists()
     before = len(kept)
     assert main(["recover", *experiment(name, f"{name}-cache", ONE_STEP)]) == 0
-    assert f"teacher's top 8: {again} of 13 records to compute" in capsys.readouterr().out
+    assert f"teacher's top 8: {again} of 14 records to compute" in capsys.readouterr().out
     assert len(kept) - before == again
     expected, ours = held(straight), held(root / f"{name}-cache")
-    assert len(expected) == 2 * 12
+    assert len(expected) == 2 * 13
     assert expected.keys() == ours.keys()
     assert all(np.array_equal(ours[key], array) for key, array in expected.items())
     assert metrics(root, name) == metrics(root, "s")
+
+
+def test_the_longest_rows_come_first_in_the_smallest_buckets(experiment, monkeypatch):
+    """What does not fit in memory is met at once; the last batch is filled up."""
+    seen, compute = [], teacher_cache.teacher_top_k
+
+    def watched(teacher, batches, *args, **options):
+        for batch, *found in compute(teacher, batches, *args, **options):
+            seen.append((batch.arrays["attention_mask"], batch.record_ids))
+            yield batch, *found
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(teacher_cache, "teacher_top_k", watched)
+    assert main(["recover", *experiment("ordered", "ordered-cache")]) == 130
+    lengths = [mask.sum(1).max() for mask, _ in seen]
+    assert lengths == sorted(lengths, reverse=True)
+    assert [mask.shape[1] for mask, _ in seen] == [96 if length > 48 else 48 for length in lengths]
+    assert {mask.shape[1] for mask, _ in seen} == {48, 96}
+    assert [sum(map(bool, names)) for _, names in seen] == [4, 4, 4, 1]
 
 
 @pytest.mark.parametrize(
@@ -222,6 +241,8 @@ def test_an_interrupted_pass_continues_to_the_same_bytes(experiment, straight, c
         (["--config.data.system=Hi."], 'data.system was "", now "Hi."'),
         (["--config.data.length_buckets=(48, 64)"], "data.max_length was 96, now 64"),
         (["--config.data.aspect_ratio=square"], 'data.aspect_ratio was "pad", now "square"'),
+        (["--config.data.template=bunny"], 'data.template was "auto", now "bunny"'),
+        (["--config.model.dtype=bfloat16"], 'model.dtype was "float32", now "bfloat16"'),
         (["--config.data.truncate=False"], "data.truncate was true, now false"),
     ],
     ids=lambda value: value[0].split(".")[-1] if isinstance(value, list) else "",
@@ -255,6 +276,10 @@ def test_another_teacher_is_refused(experiment, straight, capsys):
         (["--config.recover.losses.teacher_inputs=student"], 'set teacher_inputs="own"'),
         (["--config.recover.teacher_top_k=0"], "recover.teacher_top_k=0 must be at least 1"),
         (["--config.recover.teacher_top_k=417"], "teacher_top_k 417 is more than the vocabulary's 416 tokens"),
+        (
+            ["--config.mesh.data=8"],
+            "a micro-batch of 4 rows (batch_size / accumulation) does not divide over data x fsdp",
+        ),
         (["--config.recover.teacher_cache={root}/teacher"], "teacher: is not empty and no cache"),
         (["--config.recover.teacher_cache={root}/records.json"], "records.json: "),
     ],

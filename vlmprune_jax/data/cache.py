@@ -121,7 +121,7 @@ class ArrayCache:
                 f"{self.folder}: holds what something else gave ({'; '.join(different[:4])}): give another folder, or "
                 "remove this one"
             )
-        return [name for name in names if name.endswith(SUFFIX) and not name.startswith(".")]
+        return [name for name in names if name.endswith(SUFFIX)]
 
     def _open(self, names: Iterable[str], process: int) -> None:
         """Read the headers of shards that `process` saw or wrote, by name: a listing may be behind on network disks."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.images import ImageLoader, Preparation
-from vlmprune_jax.data.records import Record, StoredImage
+from vlmprune_jax.data.records import Record, StoredImage, image_key
 from vlmprune_jax.data.tiling import Tiling
 from vlmprune_jax.errors import UserError
 
@@ -30,8 +30,8 @@ class Picture(NamedTuple):
 class FeatureLoader:
     """What an `ImageLoader` is to pixels: features [tiles, tokens, features] of images, which are not decoded.
 
-    An image is known by its path and size (in a tfds data set: by its number there), where tiles depend on them also by
-    how many images its record has. One that could not be read when features were computed has no tiles in the cache.
+    An image is known by its `image_key`, where tiles depend on them also by how many images its record has. One that
+    could not be read when features were computed has no tiles in the cache.
 
     Args:
       images: loads the pixels of the same images.
@@ -67,10 +67,7 @@ class FeatureLoader:
 
     def key(self, path: Path | StoredImage, sharing: int) -> str:
         """Return the name of an image's features."""
-        if isinstance(path, StoredImage):
-            name = f"{path.store.identity()}/{path.number}"
-        else:
-            name = f"{path.absolute()}:{path.stat().st_size if path.exists() else 'missing'}"
+        name = image_key(path)
         return f"{name}:1/{sharing}" if isinstance(self.preparation, Tiling) else name
 
     def missing(self, records: Iterable[Record]) -> dict[str, Picture]:

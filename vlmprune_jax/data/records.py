@@ -41,6 +41,13 @@ class StoredImage:
         return self.store.read(self.number)
 
 
+def image_key(image: Path | StoredImage) -> str:
+    """Return what caches know an image by: its path and size, in a data set its number there."""
+    if isinstance(image, StoredImage):
+        return f"{image.store.identity()}/{image.number}"
+    return f"{image.absolute()}:{image.stat().st_size if image.exists() else 'missing'}"
+
+
 @dataclass(frozen=True)
 class Record:
     """One conversation: turns are ("human" | "gpt", text) in strict alternation from "human"; images in order.

@@ -10,7 +10,7 @@ import numpy as np
 
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.prompts import IGNORE
-from vlmprune_jax.data.records import Record
+from vlmprune_jax.data.records import Record, image_key
 from vlmprune_jax.errors import UserError
 
 Row = dict[str, np.ndarray]
@@ -86,8 +86,8 @@ def _narrow(largest: int) -> np.dtype:
 
 
 def record_key(record: Record) -> str:
-    """32 hex digits of all that a record says and shows (by path): ids repeat in LLaVA's mix."""
-    said = json.dumps([record.id, record.turns, [str(image) for image in record.images]])
+    """32 hex digits of all that a record says and shows: ids repeat in LLaVA's mix."""
+    said = json.dumps([record.id, record.turns, [image_key(image) for image in record.images]])
     return hashlib.sha256(said.encode()).hexdigest()[:32]
 
 

@@ -65,7 +65,7 @@ class Checkpointer:
         args = ocp.args.Composite(
             **{STATE: ocp.args.StandardSave(_tree(state)), META: ocp.args.JsonSave(meta)},
         )
-        with self._failing():
+        with self._failing():  # force: orbax would ask on its own whether the machine is taken away
             self._manager.save(step, args=args, force=True)
 
     @contextlib.contextmanager

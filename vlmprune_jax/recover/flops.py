@@ -46,8 +46,8 @@ def step_flops(
 
     What is computed again in the backward pass does not count, and padding does, so that MFU is about the program and
     `padding` about the data. N are the weights of matrix products, the head included and looked-up tables not. Of the
-    6 N, 2 N are the forward pass; 2 N gradients of activations, where something that trains lies below or at the
-    weight; 2 N gradients of the weight, where it trains: a frozen weight above an adapter counts 4 N. Attention counts
+    6 N, 2 N are the forward pass; 2 N gradients of activations, in the decoder always, for whatever trains is in it or
+    below; 2 N gradients of the weight, where it trains: a frozen weight above an adapter counts 4 N. Attention counts
     the keys that a query may see (causal, within its window), twice again where gradients pass.
 
     Args:
@@ -56,12 +56,10 @@ def step_flops(
       rows, length: of the global batch of one optimizer step, all micro-batches; images: its image or tile slots.
     """
     tokens = rows * length
-    below = any(path.startswith(("vision/", "projector/")) for path in trained)
-    in_text = below or any(path.startswith("text/") for path in trained)
-    student = _weights(cfg, "text/layers/", trained, in_text) * tokens
+    student = _weights(cfg, "text/layers/", trained, True) * tokens
     logits = bool(loss.ce or loss.kl or loss.rkl)
-    student += _weights(cfg, _head(cfg), trained if logits else (), in_text and logits) * tokens
-    attention = _causal(cfg, length) * rows * (3 if in_text else 1)
+    student += _weights(cfg, _head(cfg), trained if logits else (), logits) * tokens
+    attention = 3 * _causal(cfg, length) * rows
     vision = _vision(cfg, trained, images)
     teacher = 0
     if teacher_cfg is not None and loss.needs_teacher:
