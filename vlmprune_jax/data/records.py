@@ -168,9 +168,9 @@ def _read_entries(path: Path, on_error: str, kind: type = list) -> Iterator[Any]
 def _parse(text: str, path: Path, lines_before: int, expected: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         line = lines_before + getattr(error, "lineno", 1)
-        reason = getattr(error, "msg", "nested too deeply")
+        reason = getattr(error, "msg", str(error))
         raise UserError(f"{path}, line {line}: not valid JSON ({reason}); expected {expected}") from error
 
 
