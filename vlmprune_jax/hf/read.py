@@ -154,13 +154,16 @@ def tokenizer_ids(folder: Path) -> dict[str, int]:
     ids: dict[str, int] = {}
     for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
         content = read_json(folder / name) if (folder / name).is_file() else {}
-        if name == "added_tokens.json":
-            ids.update(content)
-        elif name == "tokenizer_config.json":
-            listed = content.get("added_tokens_decoder") or {}
-            ids.update({token["content"]: int(number) for number, token in listed.items()})
-        else:
-            ids.update({token["content"]: token["id"] for token in content.get("added_tokens") or ()})
+        try:
+            if name == "added_tokens.json":
+                ids.update({token: int(number) for token, number in content.items()})
+            elif name == "tokenizer_config.json":
+                listed = content.get("added_tokens_decoder") or {}
+                ids.update({token["content"]: int(number) for number, token in listed.items()})
+            else:
+                ids.update({token["content"]: int(token["id"]) for token in content.get("added_tokens") or ()})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{folder / name}: added tokens are not as expected ({error!r}): restore it") from error
     return ids
 
 
