@@ -3,6 +3,7 @@
 Every case is a function that damages a good sharded folder; loading, inspecting and file surgery must all refuse it.
 """
 
+import itertools
 import json
 import shutil
 import struct
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 import vlmprune_jax as vp
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.hf.read import read_config
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -61,7 +63,8 @@ def edit_header(path, edit):
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])
     text = edit(header) or json.dumps(header)
-    path.write_bytes(struct.pack("<Q", len(text)) + text.encode() + raw[8 + length :])
+    text = text if isinstance(text, bytes) else text.encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
 
 
 def larger_shape(header):
@@ -94,6 +97,14 @@ def twice(header):
     return json.dumps(header)[:-1] + f', "{KEY}": {json.dumps(header[KEY])}}}'
 
 
+def nested(header):
+    return "[" * 100_000
+
+
+def not_in_utf8(header):
+    return json.dumps(header).encode("utf-16")
+
+
 HEADERS = {
     larger_shape: (KEY, "cannot take"),
     longer_range: (KEY, "cannot take"),
@@ -102,6 +113,8 @@ HEADERS = {
     without_the_last: ("bytes after the last tensor belong to none",),
     huge: (KEY, "truncated"),
     twice: (KEY, "comes twice"),
+    nested: ("damaged safetensors header", "recursion"),
+    not_in_utf8: ("damaged safetensors header", "utf-8"),
 }
 
 
@@ -210,10 +223,87 @@ def test_weights_that_are_not_finite(tmp_path, dtype, value):
 # Configs --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("text", ["", "[1]", "{" * 3, '{"a": ' * 100_000, "\ufeff{}", "\0"])
+@pytest.mark.parametrize("name", ["config.json", INDEX, "generation_config.json"])
+def test_files_that_are_no_json_object(capsys, folder, plan, name, text):
+    (folder / name).write_text(text, encoding="utf-8")
+    refused_by_all(capsys, folder, plan, f"{folder / name}: ", "restore it")
+
+
 def test_unknown_family_lists_what_is_known(capsys, folder, plan):
     edit_config(folder, model_type="blip-2", architectures=["Blip2ForConditionalGeneration"])
     known = ("llava", "llama", "mistral", "qwen2", "qwen3", "phi", "phi3")
     refused_by_all(capsys, folder, plan, f"{folder / 'config.json'}: model_type 'blip-2'", "Blip2", "known:", *known)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"text_config.hidden_size": "48"}, "text_config.hidden_size is '48', expected a whole number above 0"),
+        ({"text_config.num_hidden_layers": 10**9}, "text_config.num_hidden_layers is 1000000000, expected a whole"),
+        ({"text_config.vocab_size": -1}, "text_config.vocab_size is -1, expected a whole number above 0"),
+        ({"text_config.rms_norm_eps": float("nan")}, "text_config.rms_norm_eps is nan, expected a number"),
+        ({"text_config.rope_scaling": {"type": "linear"}}, "linear rope without a factor"),
+        ({"text_config.per_layer_shapes": 5}, "text_config.per_layer_shapes is 5, expected a list of [query heads"),
+        ({"vision_config": ["clip"]}, "vision_config is ['clip'], expected an object"),
+        ({"vision_config.num_attention_heads": 5}, "vision tower: hidden_size 32 is not a multiple of its 5"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', expected true or false"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_fields_that_cannot_be(capsys, folder, plan, changes, said):
+    config = json.loads((folder / "config.json").read_text())
+    for path, value in changes.items():
+        *sections, name = path.split(".")
+        at = config[sections[0]] if sections else config
+        at[name] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    refused_by_all(capsys, folder, plan, f"{folder / 'config.json'}: {said}")
+
+
+ODD = (
+    "abc",
+    "",
+    "7",
+    -1,
+    0,
+    7,
+    10**30,
+    1e300,
+    -0.5,
+    float("nan"),
+    True,
+    None,
+    [],
+    [1],
+    ["a"],
+    {},
+    {"a": 1},
+    {"type": 1},
+)
+
+
+@pytest.mark.parametrize("name", ["llava_hf", "llava_orig", "bunny", "internvl", "llama_gqa"])
+def test_whatever_a_field_holds(goldens, tmp_path, name):
+    """A config with one wrong field is read as it is or refused in one line that names the file, never a crash."""
+    tower = {"llava_orig": "clip_tower", "bunny": "siglip_tower"}.get(name)
+    tower = tower and goldens / "ckpt" / tower
+    good, path = json.loads((goldens / "ckpt" / name / "config.json").read_text()), tmp_path / "config.json"
+    sections = [(), *((key,) for key, value in good.items() if isinstance(value, dict))]
+    added = {"head_dim", "rope_parameters", "rope_scaling", "layer_types", "per_layer_shapes", "eos_token_id"}
+    for section in sections:
+        fields = set(good[section[0]] if section else good) | added
+        for field, value in itertools.product(sorted(fields), ODD):
+            config = json.loads(json.dumps(good))
+            (config[section[0]] if section else config)[field] = value
+            path.write_text(json.dumps(config))
+            try:
+                read_config(tmp_path, tower)
+            except UserError as error:
+                said = str(error)
+                assert said.startswith(f"{path}: "), said
+                assert "\n" not in said, said
+                assert len(said) < 400, said
 
 
 def test_code_of_a_repository_is_never_run(capsys, folder, plan):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmprune_jax.cli.config import experiment_config
+from vlmprune_jax.cli.config import experiment_config, to_experiment
 from vlmprune_jax.cli.main import COMMANDS, main
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.stages import ledger
@@ -29,6 +29,16 @@ def failing(capsys, *argv):
     assert err.startswith("vlmprune: error: ")
     assert err.count("\n") == 1, err
     return out + err
+
+
+def test_hub_ids_become_folders(monkeypatch, tmp_path):
+    monkeypatch.setattr("vlmprune_jax.hf.read.resolve", lambda name: tmp_path / name)
+    config = experiment_config()
+    config.model.hf_dir, config.model.vision_dir = "org/model", "org/tower"
+    model = to_experiment(config, str(tmp_path / "w"))[0].model
+    assert (model.hf_dir, model.vision_dir) == (str(tmp_path / "org/model"), str(tmp_path / "org/tower"))
+    config = experiment_config()
+    assert to_experiment(config, str(tmp_path / "w"))[0].model == Experiment().model
 
 
 # --- help and typos --------------------------------------------------------------------------------------------------

@@ -210,3 +210,23 @@ def test_bad_processor_folders(goldens: Path, tmp_path: Path) -> None:
         load_image_processor(tmp_path, aspect_ratio="pad", **options)
     with pytest.raises(UserError, match="image_aspect_ratio 'anyres'"):
         load_image_processor(goldens / "ckpt/clip_tower", aspect_ratio="anyres", **options)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"feature_extractor_type": "CLIPFeatureExtractor", "size": "abc", "crop_size": 28},
+        {"feature_extractor_type": "CLIPFeatureExtractor", "size": -1, "crop_size": -1},
+        {"feature_extractor_type": "CLIPFeatureExtractor", "size": 28, "crop_size": 28, "image_mean": "x"},
+        {"image_processor_type": ["CLIPImageProcessor"], "size": 28},
+        {"image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 28, "width": 28}, "rescale_factor": "x"},
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_processors_that_do_not_run(tmp_path: Path, settings: dict, nested: bool) -> None:
+    path = tmp_path / ("processor_config.json" if nested else "preprocessor_config.json")
+    path.write_text(json.dumps({"image_processor": settings} if nested else settings))
+    with pytest.raises(UserError) as error:
+        load_image_processor(tmp_path, aspect_ratio="square", max_pixels=1000, cache_bytes=0)
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)

@@ -95,6 +95,7 @@ def test_text_needs_no_image_root(tmp_path: Path) -> None:
         ({"id": "r1", "images": ["a.png", "a.png"], "conversations": TALK}, "lists 2 image(s)"),
         ({"id": "r1", "image": "none.png", "conversations": TALK}, "does not exist"),
         ({"id": "r1", "image": "sub", "conversations": TALK}, "does not exist"),
+        ({"id": "r1", "image": "a" * 300, "conversations": TALK}, "does not exist"),
         ({"id": "r1", "image": "../outside.png", "conversations": TALK}, "below the image root"),
         ({"id": "r1", "image": "sub/../a.png", "conversations": TALK}, "below the image root"),
         ({"id": "r1", "image": "/etc/passwd", "conversations": TALK}, "below the image root"),
@@ -108,6 +109,7 @@ def test_text_needs_no_image_root(tmp_path: Path) -> None:
         ({"id": "r1", "conversations": ["hello"]}, "turn 0"),
         ({"id": "r1", "conversations": [TEXT[0], {"from": "bot", "value": "x"}]}, "turn 1"),
         ({"id": "r1", "conversations": [{"from": "human", "value": 3}]}, "turn 0"),
+        ({"id": "r1", "conversations": [TEXT[0], {"from": "gpt", "value": "\ud83d"}]}, "turn 1 holds half of"),
         ({"id": "r1", "conversations": [TEXT[0], TEXT[0]]}, "alternate"),
         ({"id": "r1", "conversations": [TEXT[1]]}, "alternate"),
     ],
@@ -125,6 +127,7 @@ def test_malformed_record_names_file_and_record(tmp_path: Path, root: Path, entr
     ("content", "name", "words"),
     [
         ("[{]", "d.json", "line 1: not valid JSON"),
+        ('[{"id": ' + "9" * 5000 + "}]", "d.json", "line 1: not valid JSON (Exceeds the limit"),
         ('{"conversations": []}\n{"conversations": []}', "d.json", "name JSON lines .jsonl"),
         ('{"id": "a"', "d.jsonl", "line 1: not valid JSON"),
         ("\n\n{bad}", "d.jsonl", "line 3: not valid JSON"),

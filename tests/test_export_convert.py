@@ -222,6 +222,15 @@ def test_the_hubs_layout_keeps_the_hubs_code(converted, name):
     assert 'layout="transformers"' in (out / "README.md").read_text()
 
 
+@pytest.mark.parametrize("name", TOWERS)
+def test_the_hubs_code_does_not_load_fewer_heads(converted, name):
+    """And the card does not say that it does."""
+    _, out = converted(name, "width", layout="source")
+    card = (out / "README.md").read_text()
+    assert "cannot load: it takes hidden_size / heads for the size of a head" in card
+    assert "loads it" not in card
+
+
 def test_what_the_class_lacks_is_refused(hub, tmp_path):
     source, _ = hub("internvl")
     shutil.copytree(source, tmp_path / "v1")

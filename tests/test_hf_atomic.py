@@ -1,6 +1,7 @@
 """A folder is written whole or not at all, and never over something else."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from vlmprune_jax.hf import atomic, write
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.hf.write import save
 from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.prune import prune_folder
 
 
 @pytest.fixture
@@ -81,6 +83,27 @@ def test_weights_that_are_not_finite_are_not_written(llama, tmp_path):
         options = {"source_dir": llama, "dtype": dtype}
         refused("model.norm.weight.*1 NaN or infinite", Model(broken, model.cfg), tmp_path / "out", **options)
         assert names(tmp_path) == ["llama"]
+
+
+def test_where_nothing_can_be_written(llama, tmp_path):
+    model = load(llama)
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file/out", tmp_path / ("a" * 250)):
+        refused(f"{re.escape(str(out))}: .*: nothing was written, check that path", model, out, source_dir=llama)
+    assert names(tmp_path) == ["file", "llama"]
+
+
+def test_a_source_that_goes_while_it_is_read(llama, tmp_path, monkeypatch):
+    plan, begun = keep_layers(load(llama), [0])[1], write.write_weights
+
+    def too_late(*args):
+        (llama / "model.safetensors").unlink()
+        begun(*args)
+
+    monkeypatch.setattr(write, "write_weights", too_late)
+    with pytest.raises(UserError, match=r"out: No such file .*model\.safetensors\): nothing was written"):
+        prune_folder(llama, plan, tmp_path / "out")
+    assert names(tmp_path) == ["llama"]
 
 
 def test_failure_keeps_the_old_folder(llama, tmp_path, monkeypatch):

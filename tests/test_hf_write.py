@@ -225,6 +225,7 @@ def test_model_card(llama, tmp_path):
     assert str(tmp_path) not in text
     assert f"\n# {llama.name}, pruned\n\nMade from `{llama.name}` by" in text
     assert "base_model" not in text
+    assert "\npipeline_tag: text-generation\n" in text
     # A later stage that writes from this folder hands plan and table on.
     save(load(tmp_path / "out"), tmp_path / "again", source_dir=tmp_path / "out")
     assert PrunePlan.from_json(tmp_path / "again/plan.json") == plan
@@ -232,6 +233,15 @@ def test_model_card(llama, tmp_path):
         f"| total | {plan.parameters_before:,} | {plan.parameters_after:,} |"
         in (tmp_path / "again/README.md").read_text()
     )
+
+
+@pytest.mark.parametrize("text", ["{}", '{"layers_before": 5}', "[]", "no"])
+def test_a_plan_that_is_none(llama, tmp_path, text):
+    """Whatever else a source calls plan.json."""
+    (llama / "plan.json").write_text(text)
+    with pytest.raises(UserError, match=r"plan\.json"):
+        save(load(llama), tmp_path / "out", source_dir=llama)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [llama.name]
 
 
 def test_model_card_names_the_hub_model(llama, tmp_path):

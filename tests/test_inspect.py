@@ -54,6 +54,7 @@ def test_every_family_from_headers_alone(goldens, capsys, monkeypatch, name):
     assert found["bytes"] == sum(entry.end - entry.begin for entry in Checkpoint(folder).entries.values())
     assert set(found["export"]) >= {"depth", "equal widths", "uneven=per_layer", "uneven=pad"}
     assert ("layout=transformers" in found["export"]) == (found["layout"] == "original")
+    assert ("where no head is missing" in found["export"]["equal widths"]) == (found["layout"] == "original")
 
 
 def test_layers_of_unequal_width(tmp_path, capsys):

@@ -194,6 +194,22 @@ def test_what_an_internvl_chat_config_leaves_out(goldens, tmp_path):
     assert cfg.vision.n_layers == cfg.vision.n_layers_total
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("added_tokens.json", {"<IMG_CONTEXT>": "x"}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"393": "<IMG_CONTEXT>"}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": 5}),
+        ("tokenizer.json", {"added_tokens": [{"content": "<IMG_CONTEXT>"}]}),
+    ],
+)
+def test_added_tokens_of_an_unknown_form(goldens, tmp_path, name, content):
+    shutil.copy(goldens / "ckpt/internvl/config.json", tmp_path)
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"{name}: added tokens are not as expected"):
+        read_config(tmp_path)
+
+
 def test_parameters_of_mini_internvl(goldens, tmp_path):
     config = json.loads((goldens / "ckpt/internvl/config.json").read_text())
     config["force_image_size"] = config["vision_config"]["image_size"] = 448

@@ -84,11 +84,19 @@ def to_experiment(config: ConfigDict | None, workdir: str | None) -> tuple[Exper
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--workdir={workdir}: is a file, give a folder")
     model = experiment.model
-    if model.hf_dir and not Path(model.hf_dir).is_dir():
-        from vlmprune_jax.hf.read import resolve  # a hub id becomes its local snapshot
-
-        model = dataclasses.replace(model, hf_dir=str(resolve(model.hf_dir)))
+    model = dataclasses.replace(
+        model, hf_dir=_local(model.hf_dir), vision_dir=model.vision_dir and _local(model.vision_dir)
+    )
     return dataclasses.replace(experiment, model=model, data=_with_files(experiment, folder)), folder
+
+
+def _local(name: str) -> str:
+    """A hub id as its local snapshot; a folder, and nothing, as it is."""
+    if not name or Path(name).is_dir():
+        return name
+    from vlmprune_jax.hf.read import resolve
+
+    return str(resolve(name))
 
 
 def _with_files(experiment: Experiment, workdir: Path) -> Any:

@@ -233,9 +233,15 @@ def _preparation(folder: Path, aspect_ratio: str, image_size: int | None) -> Pre
         config = config if key is None or config is None else config.get(key)
         if config is None:
             continue
-        if _type_of(config) in _TILING_PROCESSORS:
-            return tiling_from_processor(config, str(path))
-        return WholeImage(config, where=str(path), aspect_ratio=aspect_ratio)
+        try:
+            if _type_of(config) in _TILING_PROCESSORS:
+                return tiling_from_processor(config, str(path))
+            return WholeImage(config, where=str(path), aspect_ratio=aspect_ratio)
+        except UserError:
+            raise
+        except Exception as error:  # processors raise ValueError, TypeError, AttributeError, ... for odd settings
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path}: its image processor does not run ({reason}); restore it") from error
     if image_size is not None and model.get("model_type") == "bunny-phi":
         half, size = [0.5] * 3, {"height": image_size, "width": image_size}
         config = {"image_processor_type": "SiglipImageProcessor", "size": size, "image_mean": half, "image_std": half}
@@ -248,7 +254,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); restore it from the model's source") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a JSON {type(content).__name__}, expected an object; restore it")

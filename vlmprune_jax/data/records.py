@@ -175,9 +175,9 @@ def _read_entries(path: Path, on_error: str, kind: type = list) -> Iterator[Any]
 def _parse(text: str, path: Path, lines_before: int, expected: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         line = lines_before + getattr(error, "lineno", 1)
-        reason = getattr(error, "msg", "nested too deeply")
+        reason = getattr(error, "msg", str(error))
         raise UserError(f"{path}, line {line}: not valid JSON ({reason}); expected {expected}") from error
 
 
@@ -234,6 +234,8 @@ def _make_turns(conversation: Any, where: str) -> tuple[tuple[str, str], ...]:
         speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
         if speaker not in _SPEAKERS or not isinstance(text, str):
             raise UserError(f"{where}: turn {len(turns)} must have 'from' human or gpt and a string 'value'")
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise UserError(f"{where}: turn {len(turns)} holds half of a surrogate pair, which is no character; fix it")
         turns.append((speaker, text))
     if turns[0][0] == "gpt":
         turns = turns[1:]
@@ -271,7 +273,7 @@ class _ImageRoot:
         if pure.is_absolute() or ".." in pure.parts or "\0" in name:
             raise UserError(f"{where}: image {name!r} must be a path below the image root {self._folder}")
         path = self._folder / name
-        if not path.is_file():
+        if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
             raise UserError(f"{where}: image {path} does not exist; check the image root and the record's path")
         if not os.path.realpath(path).startswith(self._real.rstrip(os.sep) + os.sep):
             raise UserError(f"{where}: image {path} is a link out of the image root {self._folder}; copy it inside")

@@ -65,7 +65,7 @@ BUNNY = Family(
     layout="original",
     matches=lambda config: config.get("model_type") == MODEL_TYPE,
     from_hf=_from_hf,
-    # the hub's classes are the same whatever the widths
+    # the hub's classes have no other name for other widths
     to_hf=lambda cfg, source: layers_to_hf(cfg.text, source),
     weights=lambda cfg: (
         text_weights(cfg.text, "model.", "lm_head.weight")

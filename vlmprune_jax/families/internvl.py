@@ -91,7 +91,7 @@ INTERNVL_ORIGINAL = Family(
     layout="original",
     matches=lambda config: config.get("model_type") == "internvl_chat",
     from_hf=_original_from_hf,
-    # the hub's classes are the same whatever the widths
+    # the hub's classes have no other name for other widths
     to_hf=lambda cfg, source: {**source, "llm_config": layers_to_hf(cfg.text, source.get("llm_config") or {})},
     weights=lambda cfg: (
         text_weights(cfg.text, "language_model.model.", "language_model.lm_head.weight")

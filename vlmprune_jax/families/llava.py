@@ -128,7 +128,7 @@ LLAVA_ORIGINAL = Family(
     layout="original",
     matches=lambda config: config.get("model_type") in ("llava", "llava_llama") and "mm_vision_tower" in config,
     from_hf=_original_from_hf,
-    # the original classes are the same whatever the widths (they never check that heads divide hidden_size)
+    # the original classes have no other name for other widths
     to_hf=lambda cfg, source: layers_to_hf(cfg.text, source),
     weights=lambda cfg: (
         text_weights(cfg.text, "model.", "lm_head.weight")

@@ -20,7 +20,7 @@ def text_from_hf(config: Mapping[str, Any], tie_default: bool = False) -> TextCo
     The output head has no bias: in vision-language models it has none, `PhiForCausalLM` alone gives it one.
     """
     if config.get("qk_layernorm", False):
-        raise UserError("config.json: Phi with qk_layernorm=true is not supported (no released Phi uses it)")
+        raise UserError("Phi with qk_layernorm=true is not supported (no released Phi uses it)")
     hidden = int(config.get("hidden_size", 2048))
     heads = int(config.get("num_attention_heads", 32))
     kv_heads = int(config.get("num_key_value_heads") or heads)

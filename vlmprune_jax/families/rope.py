@@ -22,7 +22,7 @@ def rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
     if kind == "su" or (kind == "yarn" and "long_factor" in scaling):
         kind = "longrope"  # its names in the first releases of Phi-3
     if kind not in KINDS:
-        raise UserError(f"config.json: rope type {kind!r} is not supported (supported: {', '.join(KINDS)})")
+        raise UserError(f"rope type {kind!r} is not supported (supported: {', '.join(KINDS)})")
     if kind == "default":
         return RopeConfig(theta=theta, kind=kind)
     if kind == "longrope":
@@ -30,7 +30,9 @@ def rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
     if kind == "yarn":
         unsupported = [name for name in ("mscale", "mscale_all_dim", "truncate") if scaling.get(name)]
         if unsupported:
-            raise UserError(f"config.json: yarn rope with {', '.join(unsupported)} is not supported")
+            raise UserError(f"yarn rope with {', '.join(unsupported)} is not supported")
+    if "factor" not in scaling:
+        raise UserError(f"{kind} rope without a factor")
     original = scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings", 0)
     factor = float(scaling["factor"])
     return RopeConfig(
@@ -50,11 +52,13 @@ def _longrope(config: Mapping[str, Any], scaling: Mapping[str, Any], theta: floa
     """LongRoPE (Ding et al. 2024); a field outside the rope dictionary has priority, as in transformers."""
     missing = [name for name in ("short_factor", "long_factor") if name not in scaling]
     if missing:
-        raise UserError(f"config.json: longrope without {', '.join(missing)}")
+        raise UserError(f"longrope without {', '.join(missing)}")
     most = int(config.get("max_position_embeddings", 4096))
     inside = scaling.get("original_max_position_embeddings")
     default = 4096 if config.get("model_type") == "phi3" else most
     original = int(config.get("original_max_position_embeddings") or inside or default)
+    if original < 2:
+        raise UserError(f"longrope with original_max_position_embeddings {original}: need at least 2")
     factor = float(scaling.get("factor") or most / original)
     attention = scaling.get("attention_factor")
     if attention is None:

@@ -24,9 +24,7 @@ def layers_from_hf(
     """
     recorded = config.get(PER_LAYER) or [widths] * len(windows)
     if len(recorded) != len(windows):
-        raise UserError(
-            f"config.json: num_hidden_layers is {len(windows)} but {PER_LAYER} lists {len(recorded)} layers"
-        )
+        raise UserError(f"num_hidden_layers is {len(windows)} but {PER_LAYER} lists {len(recorded)} layers")
     return tuple(LayerShape(q, kv, mlp, window) for (q, kv, mlp), window in zip(recorded, windows, strict=True))
 
 
@@ -42,10 +40,10 @@ def windows_from_hf(config: Mapping[str, Any], n_layers: int) -> list[int | None
         first = int(config.get("max_window_layers", 28))
         return [window if i >= first else None for i in range(n_layers)]
     if len(types) != n_layers:
-        raise UserError(f"config.json: num_hidden_layers is {n_layers} but layer_types lists {len(types)} layers")
+        raise UserError(f"num_hidden_layers is {n_layers} but layer_types lists {len(types)} layers")
     unknown = sorted(set(types) - set(LAYER_TYPES))
     if unknown:
-        raise UserError(f"config.json: layer_types {unknown} not supported (supported: {', '.join(LAYER_TYPES)})")
+        raise UserError(f"layer_types {unknown} not supported (supported: {', '.join(LAYER_TYPES)})")
     return [window if LAYER_TYPES[kind] else None for kind in types]
 
 

@@ -17,7 +17,7 @@ from vlmprune_jax.errors import UserError
 SPARE_BYTES = 16 * 2**20
 # Weights are written all the time; the longest pause is a shard that other processes gather.
 ABANDONED_SECONDS = 3600.0
-# Disk, quota or file size limit: the user can do something about it.
+# Disk, quota or file size limit.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -64,15 +64,15 @@ def atomic_folder(out_dir: Path) -> Iterator[Path]:
     the process is killed, a later call for the same `out_dir` removes it (`clean_stale`).
 
     Raises:
-      UserError: the disk (or a quota) is full.
+      UserError: the disk (or a quota) is full, or the system refuses to read or write a file of the work.
     """
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    clean_stale(out_dir)
     owner = f"{socket.gethostname()}-{os.getpid()}"
     partial = out_dir.parent / f".{out_dir.name}.partial-{owner}"
     replaced = out_dir.parent / f".{out_dir.name}.replaced-{owner}"
-    partial.mkdir()
     try:
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        clean_stale(out_dir)
+        partial.mkdir()
         yield partial
         for path in (*partial.rglob("*"), partial):
             sync(path)
@@ -80,12 +80,13 @@ def atomic_folder(out_dir: Path) -> Iterator[Path]:
             os.rename(out_dir, replaced)
         os.rename(partial, out_dir)
     except BaseException as error:
-        if replaced.exists() and not out_dir.exists():
+        if os.path.exists(replaced) and not out_dir.exists():
             os.rename(replaced, out_dir)
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in _FULL:
-            reason = f"{error.strerror}: nothing was written, make room or choose another disk"
-            raise UserError(f"{out_dir}: {reason}") from error
+        if isinstance(error, OSError) and error.errno:
+            what = f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
+            todo = "make room or choose another disk" if error.errno in _FULL else "check that path, or choose another"
+            raise UserError(f"{out_dir}: {what}: nothing was written, {todo}") from error
         raise
     sync(out_dir.parent)
     shutil.rmtree(replaced, ignore_errors=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.config import LayerShape, ModelConfig
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.hf.files import read_json
 from vlmprune_jax.hf.per_layer import LOADER_FILE, loader_class
 from vlmprune_jax.models.params import count_params
 
@@ -22,7 +23,7 @@ def model_name(folder: Path) -> str:
 
 
 def write_card(
-    folder: Path, cfg: ModelConfig, written: ModelConfig, config: dict[str, Any], *, name: str, recovered: bool
+    folder: Path, cfg: ModelConfig, written: ModelConfig, config: dict[str, Any], name: str, recovered: bool
 ) -> None:
     """The model card of a folder that holds everything else.
 
@@ -31,12 +32,18 @@ def write_card(
     after.
     """
     plan_file = folder / "plan.json"
-    plan = json.loads(plan_file.read_text(encoding="utf-8")) if plan_file.is_file() else None
+    plan = read_json(plan_file) if plan_file.is_file() else None
     processor = any((folder / f"{kind}_config.json").is_file() for kind in ("processor", "preprocessor"))
     done = [what for what, so in (("pruned", plan), ("recovered", recovered)) if so]
     base = f"base_model: {name}\n" if "/" in name else ""
+    try:
+        removed, table = _removed(plan), _table(cfg, plan)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{name}: its plan.json is not a prune plan ({error!r}): move it away") from error
+    task = "text-generation" if cfg.vision is None else "image-text-to-text"
     card = f"""---
 library_name: transformers
+pipeline_tag: {task}
 {base}tags: [vlmprune-jax, pruned]
 ---
 
@@ -45,9 +52,9 @@ library_name: transformers
 Made from `{name}` by vlmprune-jax (structural pruning of the language model; arXiv 2604.24380).\
 {" It was trained after pruning." if recovered else ""}
 
-{_removed(plan)}
+{removed}
 
-{_table(cfg, plan)}
+{table}
 
 Decoder layers: {len(cfg.text.layers)}, {_shapes(cfg.text.layers)}.
 
@@ -136,6 +143,12 @@ def _hub_loading(written: ModelConfig, config: dict[str, Any]) -> str:
             "The layers have unequal widths and are stored at their true size in the hub's layout "
             f"(`per_layer_shapes` in config.json), which `{name}` cannot load. For PyTorch export with "
             '`layout="transformers"` (with a file that loads them) or `uneven="pad"`.'
+        )
+    text = written.text
+    if any(shape.q_heads * text.head_dim != text.hidden_size for shape in text.layers):
+        return (
+            f"In the hub's layout with fewer heads, which `{name}` cannot load: it takes hidden_size / heads for the "
+            'size of a head. For PyTorch export with `layout="transformers"`.'
         )
     where = "the code in this folder (`trust_remote_code=True`)" if config.get("auto_map") else "the model's own code"
     return (

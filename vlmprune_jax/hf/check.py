@@ -17,7 +17,7 @@ from vlmprune_jax.families import detect, family_of
 from vlmprune_jax.hf.files import WEIGHT_DTYPES, Checkpoint, read_json
 from vlmprune_jax.hf.layout import PARTS, make_slots
 from vlmprune_jax.hf.per_layer import loader_class
-from vlmprune_jax.hf.read import find_weights, read_config, read_params
+from vlmprune_jax.hf.read import find_weights, read_config, read_params, resolve
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import Model, forward, mesh_of
 
@@ -45,16 +45,16 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
     Raises:
       UserError: the difference is above the tolerance, or transformers does not load the folder cleanly.
     """
-    folder = Path(out_dir)
+    folder, tower = Path(out_dir), None if vision_dir is None else resolve(vision_dir)
     inputs = _random_inputs(model.cfg)
     # Most CPUs and TPUs multiply float32 in fewer bits by default; the comparison is of functions, not of speed.
     with jax.default_matmul_precision("highest"):
-        written = _as_written(model, folder, vision_dir)
+        written = _as_written(model, folder, tower)
         expected = whole(forward(written, **inputs)[0])
-        inputs = _renamed_images(inputs, model.cfg, folder, vision_dir)
-        if from_main(lambda: _torch_loads(folder, vision_dir)):
+        inputs = _renamed_images(inputs, model.cfg, folder, tower)
+        if from_main(lambda: _torch_loads(folder, tower)):
             return from_main(lambda: _compare(model.cfg, folder, "torch", expected, _torch_logits(folder, inputs)))
-        again = _reloaded(written, folder, vision_dir)
+        again = _reloaded(written, folder, tower)
         return _compare(model.cfg, folder, "jax", expected, whole(forward(again, **inputs)[0]))
 
 
@@ -76,9 +76,9 @@ def _compare(cfg: ModelConfig, folder: Path, backend: str, expected: np.ndarray,
     return {"backend": backend, "max_abs_logit_difference": difference, "tolerance": tolerance}
 
 
-def _as_written(model: Model, folder: Path, vision_dir: str | Path | None) -> Model:
+def _as_written(model: Model, folder: Path, tower: Path | None) -> Model:
     """The model in float32 with every weight rounded to the dtype it has in the folder."""
-    family, cfg = read_config(folder, None if vision_dir is None else Path(vision_dir))
+    family, cfg = read_config(folder, tower)
     keys = {family.canonical(key): entry.dtype for key, entry in Checkpoint(folder).entries.items()}
     dtypes = {slot.name: keys.get(slot.key, "F32") for slot in make_slots(cfg, family)}
     flat = flatten(model.params)
@@ -89,12 +89,12 @@ def _as_written(model: Model, folder: Path, vision_dir: str | Path | None) -> Mo
     return Model(unflatten({path: leaf.astype(np.float32) for path, leaf in flat.items()}), model.cfg)
 
 
-def _reloaded(written: Model, folder: Path, vision_dir: str | Path | None) -> Model:
+def _reloaded(written: Model, folder: Path, tower: Path | None) -> Model:
     """The folder in float32 on the model's mesh; a tower that it does not hold is the model's.
 
-    `vision_dir` only describes the tower here: its weights are no part of the export, and of another dtype perhaps.
+    Its own folder, `tower`, only describes it here: weights there are no part of the export and may have another dtype.
     """
-    family, cfg = read_config(folder, None if vision_dir is None else Path(vision_dir))
+    family, cfg = read_config(folder, tower)
     keys, slots = {family.canonical(key) for key in Checkpoint(folder)}, make_slots(cfg, family)
     holds_tower = not family.separate_vision or any(s.key in keys for s in slots if s.path.startswith("vision/"))
     parts = PARTS if holds_tower else ("text", "projector")
@@ -116,20 +116,18 @@ def _random_inputs(cfg: ModelConfig) -> dict[str, Any]:
     return {"input_ids": np.concatenate([ids[:, :4], image, ids[:, 4:]], axis=1), "pixel_values": pixels}
 
 
-def _renamed_images(
-    inputs: dict[str, Any], cfg: ModelConfig, folder: Path, vision_dir: str | Path | None
-) -> dict[str, Any]:
+def _renamed_images(inputs: dict[str, Any], cfg: ModelConfig, folder: Path, tower: Path | None) -> dict[str, Any]:
     """The inputs with the folder's id at image positions, which another layout may have changed."""
-    _, written = read_config(folder, None if vision_dir is None else Path(vision_dir))
+    _, written = read_config(folder, tower)
     if written.image_token_id == cfg.image_token_id:
         return inputs
     ids = inputs["input_ids"]
     return inputs | {"input_ids": np.where(ids == cfg.image_token_id, written.image_token_id, ids)}
 
 
-def _torch_loads(folder: Path, vision_dir: str | Path | None) -> bool:
+def _torch_loads(folder: Path, tower: Path | None) -> bool:
     """Whether torch is installed and transformers has a class for the folder."""
-    family, cfg = read_config(folder, None if vision_dir is None else Path(vision_dir))
+    family, cfg = read_config(folder, tower)
     known = cfg.text.even or loader_class(read_json(folder / "config.json")) is not None
     return family.layout == "transformers" and known and importlib.util.find_spec("torch") is not None
 

@@ -198,10 +198,12 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: is missing (is {path.parent} a Hugging Face model folder?)") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}): restore it from the model's source") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__}, expected an object")
+        raise UserError(
+            f"{path}: holds a {type(value).__name__}, expected an object: restore it from the model's source"
+        )
     return value
 
 
@@ -220,10 +222,10 @@ def read_header(path: Path) -> dict[str, Entry]:
             what = _LFS if start == b"version " else "truncated or not safetensors"
             raise UserError(f"{path}: {what} ({size} bytes): download it again")
         try:
-            header = json.loads(file.read(length), object_pairs_hook=_unique)
+            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique)
             header.pop("__metadata__", None)
             entries = {key: _entry(path, value, 8 + length) for key, value in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: damaged safetensors header ({error}): download it again") from error
     last = max(entries, key=lambda key: entries[key].end, default=None)
     if last is not None and entries[last].end > size:

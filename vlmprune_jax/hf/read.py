@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -21,6 +22,7 @@ from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.rules import check_divides, sharding
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, detect
+from vlmprune_jax.families.fields import check_fields
 from vlmprune_jax.hf.files import Checkpoint, has_weights, read_json
 from vlmprune_jax.hf.layout import PARTS, Slot, make_slots, match_keys, refuse
 from vlmprune_jax.models.params import param_axes, param_shapes, unflatten
@@ -109,9 +111,9 @@ def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, M
     generation_config.json supplies the begin, end and padding ids that config.json leaves out.
 
     Raises:
-      UserError: unknown family, unsupported settings, or quantised weights.
+      UserError: unknown family, unsupported settings, fields that hold something else than they can, quantised weights.
     """
-    config = read_json(folder / "config.json")
+    config = _read_fields(folder / "config.json")
     for part in (config, config.get("text_config"), config.get("llm_config")):
         quantised = part.get("quantization_config") if isinstance(part, dict) else None
         if quantised:
@@ -122,7 +124,9 @@ def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, M
             )
     generation = folder / "generation_config.json"
     if generation.is_file():
-        ids = {k: v for k, v in read_json(generation).items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        ids = {
+            k: v for k, v in _read_fields(generation).items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")
+        }
         nested = config.get("text_config") or config.get("llm_config") or {}
         known = {name for name in ids if config.get(name) is not None or nested.get(name) is not None}
         config = {**config, **{name: value for name, value in ids.items() if name not in known and value is not None}}
@@ -132,8 +136,17 @@ def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, M
         config = {**config, **{name: tokens[token] for name, token in family.token_names if token in tokens}}
     vision = None
     if family.separate_vision:
-        vision = read_json(vision_dir / "config.json") if vision_dir is not None else config.get("vision_config")
-    return family, family.from_hf(config, vision)
+        vision = _read_fields(vision_dir / "config.json") if vision_dir is not None else config.get("vision_config")
+    try:
+        return family, family.from_hf(config, vision)
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
+
+
+def _read_fields(path: Path) -> dict[str, Any]:
+    config = read_json(path)
+    check_fields(config, str(path))
+    return config
 
 
 def tokenizer_ids(folder: Path) -> dict[str, int]:
@@ -141,13 +154,16 @@ def tokenizer_ids(folder: Path) -> dict[str, int]:
     ids: dict[str, int] = {}
     for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
         content = read_json(folder / name) if (folder / name).is_file() else {}
-        if name == "added_tokens.json":
-            ids.update(content)
-        elif name == "tokenizer_config.json":
-            listed = content.get("added_tokens_decoder") or {}
-            ids.update({token["content"]: int(number) for number, token in listed.items()})
-        else:
-            ids.update({token["content"]: token["id"] for token in content.get("added_tokens") or ()})
+        try:
+            if name == "added_tokens.json":
+                ids.update({token: int(number) for token, number in content.items()})
+            elif name == "tokenizer_config.json":
+                listed = content.get("added_tokens_decoder") or {}
+                ids.update({token["content"]: int(number) for number, token in listed.items()})
+            else:
+                ids.update({token["content"]: int(token["id"]) for token in content.get("added_tokens") or ()})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{folder / name}: added tokens are not as expected ({error!r}): restore it") from error
     return ids
 
 

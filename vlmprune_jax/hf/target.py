@@ -89,8 +89,9 @@ def _check_options(cfg: ModelConfig, layout: str, uneven: str, dtype: str) -> No
         raise UserError("the model has unmerged LoRA adapters: merge them first (recover.merge_lora)")
     if uneven == "refuse" and not cfg.text.even:
         raise UserError(
-            "the layers have unequal widths, which stock transformers cannot load: prune all layers alike (attn_layers "
-            'and mlp_layers "all"), or export with uneven="pad" (same function, no savings) or "per_layer" (true sizes)'
+            "the layers have unequal widths, which stock transformers cannot load: prune all layers alike (without "
+            'attn_layers and mlp_layers), or export with uneven="pad" (same function, no savings) or "per_layer" '
+            "(true sizes)"
         )
 
 

@@ -63,8 +63,7 @@ def save(
       dtype: of the weights: float32, bfloat16, float16, or "source" (each tensor's own).
       overwrite: replace an existing model folder.
       plan: the prune plan, written beside the weights as plan.json.
-      name: what the model card calls the model that was pruned; None is the name (or hub id) of `source_dir`.
-      recovered: whether the model was trained after pruning, for the model card.
+      name, recovered: for the model card: the unpruned model's name (None: `source_dir`'s), and whether it was trained.
 
     Raises:
       UserError: out_dir exists, source_dir is not this model's, options do not fit, weights are not finite, or the
@@ -87,8 +86,7 @@ def save(
         with atomic_folder(out) as folder:
             write_weights(tensors, folder, MAX_SHARD_BYTES)
             write_files(target, model.cfg, source, folder, plan)
-            title = name or model_name(source)
-            write_card(folder, model.cfg, target.cfg, target.config, name=title, recovered=recovered)
+            write_card(folder, model.cfg, target.cfg, target.config, name or model_name(source), recovered)
     if spread:
         for tensor in () if is_main_process() else itertools.chain(*split_shards(tensors, MAX_SHARD_BYTES)):
             tensor.fetch()  # gathering what is split over processes takes all of them, in the same order

@@ -84,11 +84,13 @@ def _export(cfg: ModelConfig, family: Family) -> dict[str, str]:
     stock = family.layout == "transformers"
     target = target_family(cfg)
     loader = "stock transformers" if stock else "this package and the hub's own code"
+    # which takes hidden_size / heads for the size of a head
+    heads = loader if stock else "this package, and where no head is missing in the hub's own code"
     found = {
         "depth": f"true size, loads in {loader}",
-        "equal widths": f"true size, loads in {loader}",
+        "equal widths": f"true size, loads in {heads}",
         "uneven=per_layer": f"true size, loads in {_per_layer(stock)}",
-        "uneven=pad": f"zeros up to the widest layer, loads in {loader}",
+        "uneven=pad": f"zeros up to the widest layer, loads in {heads}",
     }
     if target is not None:
         found["layout=transformers"] = f"a stock {stock_class(target.name)} with its tower"
