@@ -100,6 +100,16 @@ def test_text_needs_no_image_root(tmp_path: Path) -> None:
         ({"id": "r1", "image": "sub/../a.png", "conversations": TALK}, "below the image root"),
         ({"id": "r1", "image": "/etc/passwd", "conversations": TALK}, "below the image root"),
         ({"id": "r1", "image": "link_out.png", "conversations": TALK}, "link out of the image root"),
+        ({"id": "r1", "image": "a/" * 4000, "conversations": TALK}, "does not exist"),
+        (
+            {"id": "r1", "image": "data:image/png;base64," + "A" * 9999, "conversations": TALK},
+            "AAA...' is no file; save",
+        ),
+        (
+            {"id": "r1", "image": "https://host/a.png", "conversations": TALK},
+            "'https://host/a.png' is no file; save it",
+        ),
+        ({"id": "r1", "conversations": [{"from": "human", "value": "\ud83d"}]}, "turn 0 holds half a surrogate pair"),
         ({"id": "r1", "image": "", "conversations": TALK}, "path or a list of paths"),
         ({"id": "r1", "image": 3, "conversations": TALK}, "path or a list of paths"),
         ({"id": "r1", "image": "a.png", "images": ["a.png"], "conversations": TALK}, "keep one"),
@@ -121,6 +131,7 @@ def test_malformed_record_names_file_and_record(tmp_path: Path, root: Path, entr
     assert words in message
     assert f"{tmp_path / 'd.json'}, record r1" in message
     assert "\n" not in message
+    assert len(message) < 800
 
 
 @pytest.mark.parametrize(
@@ -138,6 +149,8 @@ def test_malformed_record_names_file_and_record(tmp_path: Path, root: Path, entr
         ("[3]", "d.json", "record 0: is a int"),
         ('[{"id": "", "conversations": []}]', "d.json", "record 0: id ''"),
         ('[{"id": true, "conversations": []}]', "d.json", "record 0: id True"),
+        ('[{"id": "\\ud83d", "conversations": []}]', "d.json", "record 0: id '\\ud83d' must be"),
+        ("{}", "d.json", "keeps no record of its data sets"),
         ("[" * 100_000, "d.json", "not valid JSON"),
     ],
 )
@@ -146,6 +159,15 @@ def test_malformed_file(tmp_path: Path, root: Path, content: str, name: str, wor
         read(tmp_path, root, content, name)
     assert words in str(caught.value)
     assert str(tmp_path / name) in str(caught.value)
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path, root: Path) -> None:
+    entries = [{"id": "r1", "image": "a.png", "conversations": TALK}]
+    for name, content in (("d.json", json.dumps(entries)), ("d.jsonl", json.dumps(entries[0]))):
+        assert read(tmp_path, root, f"\ufeff{content}", name) == read(tmp_path, root, entries)
+    path = sets(tmp_path, root)
+    path.write_text(f"\ufeff{path.read_text()}")
+    assert len(read_records(path, tmp_path)) == 8
 
 
 def test_unreadable_files(tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ def test_a_journal_of_another_pass_starts_again(tmp_path):
     Journal(path, {"mesh": [1, 1, 1]}).add(7)
     assert Journal(path, {"mesh": [1, 1, 1]}).entries == [7]
     assert Journal(path, {"mesh": [8, 1, 1]}).entries == []
-    path.write_bytes(b"\x00\x01 no journal")
+    assert not path.exists()  # a pass that is refused leaves nothing
+    path.write_bytes(b"\x00\xff no journal")
     assert Journal(path, {"mesh": [8, 1, 1]}).entries == []
 
 

@@ -274,7 +274,7 @@ def test_a_disk_that_is_too_small_is_noticed_first(goldens, tiled, tmp_path, mon
     def begun(done: int) -> None:
         raise Stopped("begun")
 
-    for short, error, told in ((1, UserError, "safetensors: needs .* GiB but only .* free"), (0, Stopped, "begun")):
+    for short, error, told in ((1, UserError, "safetensors: needs .* MiB but only .* free"), (0, Stopped, "begun")):
         usage = shutil._ntuple_diskusage(10**12, 10**12 - free, free - short)
         monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
         with pytest.raises(error, match=told):

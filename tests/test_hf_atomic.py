@@ -71,7 +71,7 @@ def test_overwrite_spares_what_is_not_a_model_folder(llama, tmp_path):
 def test_full_disk_is_noticed_first(llama, tmp_path, monkeypatch):
     usage = shutil._ntuple_diskusage(10**12, 10**12 - 10**6, 10**6)
     monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: usage)
-    refused("needs .* GiB .* free", load(llama), tmp_path / "new/out", source_dir=llama)
+    refused("needs .* MiB .* free", load(llama), tmp_path / "new/out", source_dir=llama)
     assert names(tmp_path) == ["llama"]
 
 

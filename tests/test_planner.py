@@ -122,25 +122,20 @@ HloModule jit_step, is_scheduled=true
   %i = s32[]{:T(128)} get-tuple-element(%p.1), index=0
   ROOT %less = pred[]{:T(512)} compare(%i, %bound), direction=LT
 }
-
 %fused.1 (p.2: bf16[1,8]) -> bf16[4,8] {
   ROOT %ag.1 = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} all-gather(%p.2), channel_id=7, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={0}
 }
-
 %fused.2 (p.3: bf16[1,8]) -> bf16[4,8] {
   ROOT %ag.2 = bf16[4,8]{1,0:T(8,128)(2,1)} all-gather(%p.3), channel_id=7, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={0}
 }
-
 %body.1 (p.4: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
   %start = bf16[4,8]{1,0} fusion(%x), kind=kLoop, calls=%fused.1
   %done = bf16[4,8]{1,0} fusion(%start), kind=kLoop, calls=%fused.2
   ROOT %sum = (f32[16]{0}, bf16[4]{0}) all-reduce(%done, %y), channel_id=8, replica_groups=[2,4]<=[8], to_apply=%add.1
 }
-
 %shared.1 (p.6: f32[4]) -> f32[4] {
   ROOT %next = f32[4]{0} collective-permute(%p.6), channel_id=10, source_target_pairs={{0,1},{1,0}}
 }
-
 ENTRY %main.1 (p.5: bf16[4,8]) -> bf16[4,8] {
   %once = f32[4]{0} call(%a), to_apply=%shared.1
   %twice = f32[4]{0} call(%once), to_apply=%shared.1
@@ -399,6 +394,5 @@ def test_unknown_topologies_suggest_known_ones(topology, message):
 
 
 def test_a_mesh_that_leaves_chips_idle_is_refused(experiment_file, capsys):
-    flags = [f"--config={experiment_file}", "--topology=v5e:2x2", "--config.mesh.fsdp=2"]
-    assert main(["plan", *flags]) == 2
+    assert main(["plan", f"--config={experiment_file}", "--topology=v5e:2x2", "--config.mesh.fsdp=2"]) == 2
     assert "needs 2 devices but there are 4" in capsys.readouterr().err

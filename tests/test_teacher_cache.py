@@ -162,7 +162,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_pass(experiment, straigh
     monkeypatch.setattr(teacher_cache, "load_model", None)
     assert main(["recover", *experiment("small", "small-cache")]) == 2
     line = capsys.readouterr().err.strip()
-    assert "small-cache/*.safetensors: needs 0.00 GiB but only 0.00 GiB are free: make room or choose" in line
+    assert "small-cache/*.safetensors: needs 16 MiB but only 0 MiB are free: make room or choose" in line
     assert "\n" not in line
     assert asked == [sum(array.nbytes for array in held(straight).values())]
 

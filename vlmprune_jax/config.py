@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -197,8 +198,9 @@ class LoraConfig:
     targets: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"LoRA needs rank >= 1 and 0 <= dropout < 1, got rank {self.rank}, dropout {self.dropout}")
+        if self.rank < 1 or not 0.0 < self.alpha < math.inf or not 0.0 <= self.dropout < 1.0:
+            given = f"{self.rank}, {self.alpha} and {self.dropout}"
+            raise UserError(f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1, got {given}")
 
 
 @dataclass(frozen=True)

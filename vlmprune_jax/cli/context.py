@@ -11,6 +11,7 @@ from vlmprune_jax.cli.config import to_experiment
 from vlmprune_jax.distributed.mesh import initialize, is_main_process
 from vlmprune_jax.stages.console import make_reporter
 from vlmprune_jax.stages.context import Context
+from vlmprune_jax.stages.grid import check_settings
 from vlmprune_jax.stages.spec import Experiment
 
 
@@ -18,10 +19,11 @@ def prepare(flags: Any) -> tuple[Experiment, Context]:
     """The experiment and the context of a stage command.
 
     Raises:
-      UserError: see `initialize` and `to_experiment`.
+      UserError: see `initialize`, `to_experiment` and `check_settings`.
     """
     logging.set_verbosity(logging.ERROR)  # orbax and grain narrate at lower levels
     disable_progress_bar()  # the bars here are our own
     initialize(flags.coordinator, flags.num_processes, flags.process_id)
     experiment, workdir = to_experiment(flags.config, flags.workdir)
+    check_settings(experiment, workdir)
     return experiment, Context(workdir, make_reporter(is_main_process()), flags.overwrite)

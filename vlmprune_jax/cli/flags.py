@@ -40,7 +40,7 @@ def parse(name: str, command: ModuleType, argv: Sequence[str]) -> Flags:
       UserError: an unknown flag or config field (with the nearest known one), a bad value, a missing --config.
     """
     values = _define(command)
-    config, default = _value(argv, "config"), getattr(command, "CONFIG", None)
+    config, default = value_of(argv, "config"), getattr(command, "CONFIG", None)
     if config is None and default is not None:
         config, argv = default, [f"--config={default}", *argv]
     if "config" in values and config is not None:
@@ -112,8 +112,8 @@ def _check_path(parts: Sequence[str], config: Any) -> None:
         at, where = at[bare], f"{where}.{part}"
 
 
-def _value(argv: Sequence[str], name: str) -> str | None:
-    """The last value of `--name=value` or `--name value`."""
+def value_of(argv: Sequence[str], name: str) -> str | None:
+    """The last value of `--name=value` or `--name value`, without parsing the rest."""
     found = None
     for i, arg in enumerate(argv):
         if arg in (f"--{name}", f"-{name}") and i + 1 < len(argv):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import signal
 import sys
@@ -10,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 from types import FrameType, ModuleType
 
-from vlmprune_jax.cli.flags import help_of, parse, switch
+from vlmprune_jax.cli.flags import help_of, parse, switch, value_of
 from vlmprune_jax.distributed.failure import end, joined
 from vlmprune_jax.errors import SharedError, Stopped, UserError
 from vlmprune_jax.stages.suggest import suggest
@@ -41,6 +42,8 @@ usage: vlmprune COMMAND [flags]        vlmprune COMMAND --help
   vlmprune run --config=configs/llava_depth.py --workdir=runs/llava --config.model.hf_dir=DIR --config.prune.ratio=0.3
 """
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
+# What a person can do something about: no room (disk, quota, largest file), no right to write.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 # An unforeseen error of one of several processes may be what the loss of another looks like: launch/ starts such a run
 # again, as where jax itself aborts.
 ABORTED = 134
@@ -95,6 +98,12 @@ def _guarded(argv: list[str]) -> int:
         line = f"\nvlmprune: {what}; the same command continues with what is left"
         return end(line, what, TERMINATED if terminated else INTERRUPTED)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _DISK:
+            if switch(argv, "debug"):
+                traceback.print_exc()
+            where = error.filename or value_of(argv, "workdir") or f"vlmprune {argv[0]}"
+            line = f"{where}: {error.strerror}: make room or mend the disk, and run the same command"
+            return end(f"vlmprune: error: {line}", line, USER_ERROR)
         if not joined():
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]

@@ -15,6 +15,7 @@ from vlmprune_jax.errors import UserError
 
 IMAGE_TOKEN = "<image>"
 _SPEAKERS = ("human", "gpt")
+_SHOWN = 200  # characters of an image's name in a message
 
 
 class _Store(Protocol):
@@ -93,7 +94,7 @@ def data_files(path: Path, image_root: Path | None) -> list[Path]:
 
 def _lists_sets(path: Path) -> bool:
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
             return path.suffix == ".json" and file.read(4096).lstrip()[:1] == "{"
     except OSError:
         return False  # which reading it will tell
@@ -111,7 +112,7 @@ def _read_sets(path: Path, image_root: Path | None, image_lead: bool, on_error: 
         chosen = read[: int(len(read) * repeat)] if repeat < 1 else read * int(repeat)
         records += [replace(record, id=f"{name}/{record.id}") for record in chosen]
     if not records:
-        raise UserError(f"{path}: its sets keep no record; raise their repeat_time")
+        raise UserError(f"{path}: keeps no record of its data sets; list some, or raise their repeat_time")
     return records
 
 
@@ -151,7 +152,7 @@ def take_fraction(records: Sequence[Record], fraction: float, seed: int) -> list
 def _read_entries(path: Path, on_error: str, kind: type = list) -> Iterator[Any]:
     """Each entry as JSON gives it, or with "skip" the error in place of a line that is no JSON; an object as one."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the data path") from error
     except UnicodeDecodeError as error:
@@ -210,7 +211,7 @@ def _valid_record(entry: Any, index: int, path: PurePath, root: Images, image_le
     if not isinstance(entry, dict):
         raise UserError(f"{path}, record {index}: is a {type(entry).__name__}, expected an object with 'conversations'")
     name = entry.get("id", index)
-    if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
+    if not isinstance(name, str | int) or isinstance(name, bool) or name == "" or _broken(str(name)):
         raise UserError(f"{path}, record {index}: id {name!r} must be a non-empty string or a number")
     where = f"{path}, record {name}"
     if entry.get("video") is not None:
@@ -234,14 +235,23 @@ def _make_turns(conversation: Any, where: str) -> tuple[tuple[str, str], ...]:
         speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
         if speaker not in _SPEAKERS or not isinstance(text, str):
             raise UserError(f"{where}: turn {len(turns)} must have 'from' human or gpt and a string 'value'")
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise UserError(f"{where}: turn {len(turns)} holds half of a surrogate pair, which is no character; fix it")
+        if _broken(text):
+            raise UserError(f"{where}: turn {len(turns)} holds half a surrogate pair (\\ud800 to \\udfff); remove it")
         turns.append((speaker, text))
     if turns[0][0] == "gpt":
         turns = turns[1:]
     if not turns or any(speaker != _SPEAKERS[place % 2] for place, (speaker, _) in enumerate(turns)):
         raise UserError(f"{where}: turns must alternate human, gpt, human, ...; merge or drop the odd one")
     return tuple(turns)
+
+
+def _broken(text: str) -> bool:
+    """Whether it is no Unicode text, which JSON allows: an emoji that was cut in the middle."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _image_names(entry: dict[str, Any], where: str) -> Iterable[str]:
@@ -269,12 +279,16 @@ class _ImageRoot:
             return self._found[name]
         if self._folder is None or self._real is None:
             raise UserError(f"{where}: has image {name!r} but no image folder was given; set the image root")
-        pure = PurePosixPath(name)
+        shown, pure = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}...", PurePosixPath(name)
+        if name.startswith("data:") or "://" in name:
+            raise UserError(f"{where}: image {shown!r} is no file; save it below the image root {self._folder}")
         if pure.is_absolute() or ".." in pure.parts or "\0" in name:
-            raise UserError(f"{where}: image {name!r} must be a path below the image root {self._folder}")
+            raise UserError(f"{where}: image {shown!r} must be a path below the image root {self._folder}")
         path = self._folder / name
-        if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
-            raise UserError(f"{where}: image {path} does not exist; check the image root and the record's path")
+        if not os.path.isfile(path):  # unlike Path.is_file, false for a name that is too long
+            raise UserError(
+                f"{where}: image {self._folder / shown} does not exist; check the image root and the record's path"
+            )
         if not os.path.realpath(path).startswith(self._real.rstrip(os.sep) + os.sep):
             raise UserError(f"{where}: image {path} is a link out of the image root {self._folder}; copy it inside")
         self._found[name] = path

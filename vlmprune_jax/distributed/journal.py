@@ -22,19 +22,20 @@ class Journal:
 
     def __init__(self, path: Path, made_from: Mapping[str, Any]):
         self.path = path
-        self.entries: list[Any] = from_main(lambda: self._open(dict(made_from)))
+        self._made_from = json.loads(json.dumps(dict(made_from)))
+        self.entries: list[Any] = from_main(self._open)
 
-    def _open(self, made_from: dict[str, Any]) -> list[Any]:
-        """The entries of an interrupted pass; the file then holds them and nothing else."""
+    def _open(self) -> list[Any]:
+        """The entries of an interrupted pass; the file then holds them and nothing else, and is not there without."""
         lines = []
-        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
+        for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else ():
             try:
                 lines.append(json.loads(text))
             except json.JSONDecodeError:
                 break
-        if not lines or lines[0] != json.loads(json.dumps(made_from)):
-            lines = [made_from]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not lines or lines[0] != self._made_from:
+            self.path.unlink(missing_ok=True)
+            return []
         partial = self.path.with_name(f".{self.path.name}.partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         os.replace(partial, self.path)
@@ -43,8 +44,10 @@ class Journal:
     def add(self, entry: Any) -> None:
         """Note what the next batch gave (a JSON value)."""
         if is_main_process():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+                lines = [entry] if file.tell() else [self._made_from, entry]
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def continued(compute: Callable[[T], Any], batches: Iterable[T], journal: Journal | None) -> Iterator[Any]:

@@ -51,7 +51,7 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(next(parent for parent in folder.resolve().parents if parent.is_dir())).free
     if free < needed + SPARE_BYTES:
         raise UserError(
-            f"{folder}: needs {needed / 2**30:.2f} GiB but only {free / 2**30:.2f} GiB are free: "
+            f"{folder}: needs {(needed + SPARE_BYTES) / 2**20:,.0f} MiB but only {free / 2**20:,.0f} MiB are free: "
             "make room or choose another disk"
         )
 

@@ -96,9 +96,10 @@ class RecoverConfig:
         self.optimizer()
         one_of("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         one_of("remat", self.remat, REMAT_POLICIES)
-        if self.batch_size < 1 or self.accumulation < 1 or self.batch_size % self.accumulation:
-            raise UserError(f"batch_size {self.batch_size} must be a multiple of accumulation {self.accumulation}")
-        if (self.steps is None) == (self.epochs is None) or (self.steps or self.epochs or 0) <= 0:
+        size, parts = self.batch_size, self.accumulation
+        if size < 1 or parts < 1 or size % parts:
+            raise UserError(f"batch_size {size} must be a positive multiple of accumulation {parts}")
+        if (self.steps is None) == (self.epochs is None) or not 0 < (self.steps or self.epochs or 0) < math.inf:
             raise UserError(
                 f"give a positive number of steps or epochs, one of them, not {self.steps} and {self.epochs}"
             )

@@ -5,6 +5,7 @@ Vocabulary losses are computed in chunks of the sequence, so that no [batch, seq
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,9 +58,9 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         weights = self.weights()
-        if min(weights.values()) < 0 or not any(weights.values()):
+        if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
             raise UserError(f"loss weights {weights}: none may be negative and at least one must be positive")
-        if self.temperature <= 0 or self.chunk < 1:
+        if not 0 < self.temperature < math.inf or self.chunk < 1:
             raise UserError(f"losses: temperature {self.temperature} and chunk {self.chunk} must be positive")
         if self.compares_hidden and not self.l2_layers:
             raise UserError("losses: l2 and cosine need l2_layers, for example [-1] (the state after the final norm)")

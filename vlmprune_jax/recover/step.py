@@ -58,14 +58,14 @@ class OptimizerConfig:
         rates = [self.learning_rate, self.projector_learning_rate or self.learning_rate]
         if not all(0 < rate < math.inf for rate in rates):
             raise UserError(f"learning rates {rates} must be positive numbers")
-        if self.weight_decay < 0 or not 0 <= self.warmup_ratio < 1:
+        if not 0 <= self.weight_decay < math.inf or not 0 <= self.warmup_ratio < 1:
             raise UserError(
-                f"weight_decay {self.weight_decay} is below 0, or warmup_ratio {self.warmup_ratio} not in [0, 1)"
+                f"weight_decay {self.weight_decay} must be at least 0, and warmup_ratio {self.warmup_ratio} in [0, 1)"
             )
         one_of("schedule", self.schedule, SCHEDULES)
-        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0):
+        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and 0 < self.eps < math.inf):
             raise UserError(f"AdamW needs 0 <= b1, b2 < 1 and eps > 0, got {self.b1}, {self.b2}, {self.eps}")
-        if self.clip_norm is not None and self.clip_norm <= 0:
+        if self.clip_norm is not None and not self.clip_norm > 0:
             raise UserError(f"clip_norm {self.clip_norm} must be positive (or None for no clipping)")
 
 

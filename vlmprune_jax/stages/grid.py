@@ -10,11 +10,15 @@ from typing import Any
 from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluate.scorers import retained
+from vlmprune_jax.hf.target import LAYOUTS, UNEVEN
+from vlmprune_jax.prune import CRITERIA, METHODS
+from vlmprune_jax.prune.options import one_of
 from vlmprune_jax.report.build import build_report, table_of
 from vlmprune_jax.stages import inputs, planning, single
 from vlmprune_jax.stages.console import Reporter
 from vlmprune_jax.stages.context import Context, teacher_folder
 from vlmprune_jax.stages.ledger import Json, read_json, write_json
+from vlmprune_jax.stages.settings import recover_config
 from vlmprune_jax.stages.spec import Experiment, override
 
 NO_RECOVERY = "none"
@@ -69,6 +73,23 @@ def _checked(name: str) -> str:
     ) & set("/\\\0"):
         raise UserError(f"variant name {name!r} cannot be a folder of the workdir: use another")
     return name
+
+
+def check_settings(experiment: Experiment, workdir: Path) -> None:
+    """Refuse at the start what a stage of any variant would refuse hours later.
+
+    Raises:
+      UserError: a setting that does not exist, has no such value, or goes with another one.
+    """
+    for pruned in prune_runs(experiment, workdir):
+        spec = pruned.experiment
+        one_of("prune.method", spec.prune.method, METHODS)
+        one_of("score.depth", spec.score.depth, tuple(CRITERIA))
+        one_of("score.width", spec.score.width, tuple(CRITERIA))
+        for run in recover_runs(pruned):
+            recover_config(run.experiment.recover)
+    one_of("export.layout", experiment.export.layout, LAYOUTS)
+    one_of("export.uneven", experiment.export.uneven, UNEVEN)
 
 
 def score_all(experiment: Experiment, context: Context) -> None:

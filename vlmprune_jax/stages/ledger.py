@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,23 +58,54 @@ def run_stage(stage: Stage, body: Callable[[], Json], *, overwrite: bool, say: C
     those of the attempt that finished: what an interrupted one had spent before is not known.
 
     Raises:
-      UserError: an output exists that was made from other inputs, or by hand, and `overwrite` is off.
+      UserError: an input is not there, another run is at this stage, or an output exists that was made from other
+        inputs, or by hand, and `overwrite` is off.
     """
-    finished = from_main(lambda: _begin(stage, overwrite, say))
-    if finished is not None:
-        return finished
-    start = time.perf_counter()
-    try:
-        facts = body()
-    except BaseException:
-        if is_main_process() and not any(_holds(path) for path in (*stage.scratch, *stage.journals)):
-            remove(stage.record)
-        raise
-    return from_main(lambda: _end(stage, facts, round(time.perf_counter() - start, 2)))
+    with contextlib.ExitStack() as held:
+
+        def begin() -> Json | None:
+            held.enter_context(_alone(stage))
+            return _begin(stage, overwrite, say)
+
+        finished = from_main(begin)
+        if finished is not None:
+            return finished
+        start = time.perf_counter()
+        try:
+            facts = body()
+        except BaseException:
+            if is_main_process() and not any(_holds(path) for path in (*stage.scratch, *stage.journals)):
+                remove(stage.record)
+            raise
+        return from_main(lambda: _end(stage, facts, round(time.perf_counter() - start, 2)))
+
+
+@contextlib.contextmanager
+def _alone(stage: Stage) -> Iterator[None]:
+    """Refuse a second run of a stage in the same workdir; the system lets go of the lock of a process that is killed.
+
+    Raises:
+      UserError: another run is at it.
+    """
+    path = stage.record.with_suffix(".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{stage.name}: another run is at it in {stage.workdir}: wait for that one, or use another --workdir"
+            ) from None
+        except OSError:  # a mounted bucket may have no locks
+            pass
+        yield
 
 
 def _begin(stage: Stage, overwrite: bool, say: Callable[[str], None]) -> Json | None:
     """The facts of a stage that is done, or None where it has to run; then its place is cleared."""
+    for name, path in stage.inputs.items():
+        if isinstance(path, Path) and not path.exists():
+            raise UserError(f"{stage.name}: {name} is {path}: no such file or folder")
     now = {"settings": _plain(stage.settings), "inputs": {n: digest(p) for n, p in stage.inputs.items()}}
     now["version"] = stage.version
     last = _read(stage.record)
@@ -174,11 +207,15 @@ def write_text(path: Path, text: str) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

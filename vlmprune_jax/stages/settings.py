@@ -35,8 +35,6 @@ def recover_config(spec: RecoverSpec) -> RecoverConfig:
     lora = LoraConfig(**vars(spec.lora)) if spec.trainable == "lora" else None
     epochs = spec.epochs if spec.steps is None else None
     losses = LossConfig(**vars(spec.losses))
-    if spec.teacher_top_k < 1:
-        raise UserError(f"recover.teacher_top_k={spec.teacher_top_k} must be at least 1")
     if spec.teacher_cache is not None and losses.needs_teacher:
         losses = dataclasses.replace(losses, teacher_top_k=spec.teacher_top_k)
     return RecoverConfig(**values, epochs=epochs, lora=lora, losses=losses, merge_lora=not spec.save_adapter)

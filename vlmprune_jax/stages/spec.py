@@ -13,6 +13,16 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.stages.suggest import suggest
 
 
+def _check(section: str, spec: Any, **least: int) -> None:
+    """Refuse numbers below these, and a seed that no generator takes."""
+    for name, low in least.items():
+        value = getattr(spec, name)
+        if value is not None and value < low:
+            raise UserError(f"{section}.{name}={value} must be at least {low}")
+    if not 0 <= getattr(spec, "seed", 0) < 2**32:
+        raise UserError(f"{section}.seed={spec.seed} must be at least 0 and below 2**32")
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """The model to prune. `vision_dir`: its vision tower's own folder (original LLaVA and Bunny)."""
@@ -66,6 +76,9 @@ class DataSpec:
     fraction: float = 1.0
     seed: int = 42
 
+    def __post_init__(self) -> None:
+        _check("data", self, max_length=1, max_images=1, max_image_pixels=1, cache_megabytes=0, threads=0)
+
 
 @dataclass(frozen=True)
 class ScoreSpec:
@@ -87,6 +100,9 @@ class ScoreSpec:
     samples: int = 50
     batch_size: int = 1
     seed: int = 42
+
+    def __post_init__(self) -> None:
+        _check("score", self, samples=1, batch_size=1, longest_text=1, layers_removed=1)
 
 
 @dataclass(frozen=True)
@@ -110,6 +126,9 @@ class PruneSpec:
     sparsity: float | None = None
     depth_share: float = 0.5
     steps: int = 1
+
+    def __post_init__(self) -> None:
+        _check("prune", self, steps=1)
 
 
 @dataclass(frozen=True)
@@ -179,6 +198,9 @@ class RecoverSpec:
     keep_checkpoints: int = 2
     seed: int = 42
 
+    def __post_init__(self) -> None:
+        _check("recover", self, teacher_top_k=1)
+
 
 @dataclass(frozen=True)
 class EvaluateSpec:
@@ -195,6 +217,9 @@ class EvaluateSpec:
     unrecovered: bool = True
     text: str | None = None
     text_window: int = 512
+
+    def __post_init__(self) -> None:
+        _check("evaluate", self, batch_size=1, max_length=1, max_new_tokens=1, questions=1, text_window=2)
 
 
 @dataclass(frozen=True)
