@@ -45,6 +45,13 @@ def internvl(goldens: Path, tmp_path: Path, cfg: ModelConfig) -> tuple[ModelSpec
     return ModelSpec(hf_dir=folder), dataclasses.replace(cfg, family="internvl", image_token_id=393, vision=vision)
 
 
+def test_image_processor_of_another_model(goldens: Path, tmp_path: Path, cfg: ModelConfig) -> None:
+    folder = Path(folder_of(tmp_path, goldens, "llava_hf", "llava"))
+    shutil.copy(goldens / "ckpt/siglip_tower/preprocessor_config.json", folder)
+    with pytest.raises(UserError, match="makes 45 x 45 pixels, but the vision tower takes 28 x 28"):
+        load_inputs(ModelSpec(hf_dir=str(folder)), data(goldens), cfg)
+
+
 def test_internvl_folder(goldens: Path, internvl: tuple[ModelSpec, ModelConfig]) -> None:
     model, cfg = internvl
     loaded = load_inputs(model, data(goldens), cfg)

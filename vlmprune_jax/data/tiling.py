@@ -15,6 +15,8 @@ from vlmprune_jax.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# Far above any model's (40), and few enough to list all grids: a config.json may name any number.
+MAX_TILES = 1000
 # What InternVLChatConfig of the hub's remote code supplies where config.json says nothing.
 _CHAT_DEFAULTS = {"min_dynamic_patch": 1, "max_dynamic_patch": 6, "use_thumbnail": False, "dynamic_image_size": False}
 
@@ -36,10 +38,10 @@ class Tiling:
     resample: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_tiles <= self.max_tiles:
+        if not 1 <= self.min_tiles <= self.max_tiles <= MAX_TILES:
             raise UserError(
-                f"image tiles: min_tiles {self.min_tiles} and max_tiles {self.max_tiles} must be 1 <= min <= max; "
-                "change data.min_tiles or data.max_tiles"
+                f"image tiles: min_tiles {self.min_tiles} and max_tiles {self.max_tiles} must be 1 <= min <= max <= "
+                f"{MAX_TILES}; change data.min_tiles or data.max_tiles"
             )
 
     @property

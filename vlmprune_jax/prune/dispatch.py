@@ -40,9 +40,9 @@ def score(
 
     Args:
       model: on one device or on a mesh; the numbers are the same.
-      batches: calibration batches, mappings of arrays or others with `.arrays`: input_ids and attention_mask int[batch,
-        seq], with a tower pixel_values float[batch, images, 3, height, width], for taylor labels int[batch, seq] (not
-        shifted, -100 where nothing is to be learnt); l1, l2 and random look at none.
+      batches: calibration batches, mappings of arrays or objects with `.arrays`: input_ids and attention_mask
+        int[batch, seq], with a tower pixel_values float[batch, images, 3, height, width], for taylor labels
+        int[batch, seq] (not shifted, -100 where nothing is to be learnt); l1, l2 and random look at none.
       progress: called with the number of finished batches (block_influence, angular) or layers (taylor).
       journal: where block_influence and angular keep what each batch gave, to continue after an interruption.
       options: see `CRITERIA` and the functions of `vlmprune_jax.prune.scores`.

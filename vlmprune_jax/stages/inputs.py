@@ -128,6 +128,11 @@ def _load_inputs(model: ModelSpec, data: DataSpec, family: str, image_size: int 
             image_size=image_size,
             tiling={name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")},
         )
+        if loader.shape[1:] != (image_size, image_size):
+            raise UserError(
+                f"{folder}: its image processor makes {loader.shape[1]} x {loader.shape[2]} pixels, but the vision "
+                f"tower takes {image_size} x {image_size}: is preprocessor_config.json another model's?"
+            )
     return Inputs(data, tokenizer, template, loader)
 
 
