@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmprune_jax.cli.config import experiment_config, to_experiment
+from vlmprune_jax.cli.config import experiment_config, read_experiment, to_experiment
 from vlmprune_jax.cli.main import COMMANDS, main
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.stages.recipes import RECIPES
@@ -81,6 +81,7 @@ def get_config(variant="none"):
 def config_file(tmp_path):
     path = tmp_path / "experiment.py"
     path.write_text(CONFIG)
+    (tmp_path / "dict.py").write_text("def get_config():\n    return {}\n")
     return path
 
 
@@ -95,6 +96,15 @@ def config_file(tmp_path):
         (["--config.prune.ratio=0.2"], "give the file as well, --config=FILE.py"),
         (["--config=nowhere.py"], "--config=nowhere.py: cannot be loaded"),
         (["--config={file}:third"], "cannot be loaded ('third')"),
+        (
+            ["--config={file}", "config.prune.ratio=0.2"],
+            "takes no argument 'config.prune.ratio=0.2': settings begin with",
+        ),
+        (
+            ["--config={dir}/dict.py"],
+            "dict.py: cannot be loaded (get_config() gives a dict, not what experiment_config()",
+        ),
+        (["--config={file}", "--config.data.threads=None"], "config.data.threads is None, expected int"),
         ([], "no experiment given: --config=FILE.py"),
         (["--config={file}"], "no workdir given: --workdir=DIR"),
         (["--config={file}", "--workdir={file}"], "is a file, give a folder"),
@@ -114,6 +124,17 @@ def test_wrong_command_lines(capsys, config_file, flags, message):
     filled = [flag.format(file=config_file, dir=config_file.parent) for flag in flags]
     assert message in failing(capsys, "run", *filled)
     assert not (config_file.parent / "w").exists()
+
+
+def test_a_setting_can_be_unset(config_file, monkeypatch):
+    """What a config file sets, where a recipe or another variant sets something else instead."""
+    seen = []
+    monkeypatch.setattr("vlmprune_jax.cli.run.run", lambda flags: seen.append(read_experiment(flags.config)))
+    texts = ["--config.data.system=", "--config.data.images=None", "--config.prune.layers_removed=3"]
+    assert main(["run", f"--config={config_file}:half", "--config.prune.ratio=None", *texts]) == 0
+    (experiment,) = seen
+    assert (experiment.prune.ratio, experiment.prune.layers_removed) == (None, 3)
+    assert (experiment.data.system, experiment.data.images) == ("", None)
 
 
 def test_debug_shows_where(capsys):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import recover_cases as cases
+from hf_cases import copy_llava
 from PIL import Image
 
 from vlmprune_jax.data.cache import ArrayCache
@@ -144,7 +145,8 @@ def test_an_image_that_can_be_read_again_is_not_taken_for_one_without_tiles(gold
 
 def test_an_image_without_tiles_is_one_however_many_share_a_record(goldens, tmp_path):
     """And it is named after the first record that shows it."""
-    images = load_image_processor(goldens / "ckpt/llava_hf", aspect_ratio="pad", max_pixels=10**6, cache_bytes=10**6)
+    copy_llava(goldens, tmp_path / "teacher")
+    images = load_image_processor(tmp_path / "teacher", aspect_ratio="pad", max_pixels=10**6, cache_bytes=10**6)
     loader = FeatureLoader(images, ArrayCache(tmp_path / "cache", {}), (4, 8), np.dtype(np.float32))
     paths = [goldens / f"data/images/img{number}.png" for number in range(2)]
     shown = {"first": paths[:1], "both": paths, "again": paths[:1]}

@@ -14,9 +14,29 @@ from vlmprune_jax.models.params import param_axes
 from vlmprune_jax.recover import LossConfig, add_lora, metrics, recover
 from vlmprune_jax.recover.flops import step_flops
 from vlmprune_jax.recover.metrics import Recorder, _shown
+from vlmprune_jax.stages import console
+from vlmprune_jax.stages.console import make_reporter
 
 CFG = cases.config(layers=1)
 LOSSES = LossConfig(0.5, 0.5, 0.1, 0.1, cosine=0.2)
+
+
+def test_without_a_terminal_a_line_a_minute(monkeypatch, capsys):
+    """What `launch/tpu_vm.sh logs` shows of training and of other passes."""
+    config = cases.settings(trainable="projector", steps=3)
+    recover(cases.model(CFG), cases.Stream(CFG), config)
+    reporter = make_reporter(enabled=True)
+    with reporter.bar("evaluate teacher", 1200) as update:
+        update(600)
+        assert capsys.readouterr().out == ""
+        monkeypatch.setattr(metrics, "PAUSE_SECONDS", 0.0)
+        monkeypatch.setattr(console, "PAUSE_SECONDS", 0.0)
+        update(1200)
+    assert capsys.readouterr().out == "  evaluate teacher: 1,200 of 1,200\n"
+    recover(cases.model(CFG), cases.Stream(CFG), config)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  loss")[0] for line in lines] == [f"  train: step {step} of 3" for step in (1, 2, 3)]
+    assert all("tok/s" in line for line in lines)
 
 
 def test_metrics_of_a_run(tmp_path, monkeypatch):

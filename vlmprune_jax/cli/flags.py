@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.stages.suggest import suggest
 
 Flags = flags.FlagValues
+_UNSET = re.compile(r"--config\.\S+=None")
 
 
 def config_flag(values: Flags) -> None:
@@ -40,16 +42,20 @@ def parse(name: str, command: ModuleType, argv: Sequence[str]) -> Flags:
       UserError: an unknown flag or config field (with the nearest known one), a bad value, a missing --config.
     """
     values = _define(command)
-    config, default = value_of(argv, "config"), getattr(command, "CONFIG", None)
+    config, default, unset = value_of(argv, "config"), getattr(command, "CONFIG", None), list[str]()
     if config is None and default is not None:
         config, argv = default, [f"--config={default}", *argv]
     if "config" in values and config is not None:
         _check_overrides(argv, config)
+        unset = [arg for arg in argv if _UNSET.fullmatch(arg)]
+        argv = [arg for arg in argv if arg not in unset]
         values = _define(command, [name, *argv])
     elif "config" in values and any(arg.startswith("--config.") for arg in argv):
         raise UserError("--config.x=value changes a config: give the file as well, --config=FILE.py")
     try:
         rest = _parse(values, [name, *argv])
+        for arg in unset:  # ml_collections reads None as a text
+            values.config.update_from_flattened_dict({arg.removeprefix("--config.").removesuffix("=None"): None})
     except flags.UnrecognizedFlagError as error:
         raise UserError(
             f"vlmprune {name} has no flag --{error.flagname}{suggest(error.flagname, _names(values))}"
@@ -57,6 +63,8 @@ def parse(name: str, command: ModuleType, argv: Sequence[str]) -> Flags:
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{error}") from None
     values["args"].value = rest[1:]
+    if rest[1:] and not getattr(command, "TAKES_ARGUMENTS", False):
+        raise UserError(f"vlmprune {name} takes no argument {rest[1]!r}: settings begin with --, as --config.{rest[1]}")
     return values
 
 
@@ -90,6 +98,8 @@ def _check_overrides(argv: Sequence[str], config: str) -> None:
         _parse(values, alone)
         loaded = values.config
         loaded.keys()  # a file that failed to load says so at its first use
+        if not isinstance(loaded, ConfigDict):
+            raise TypeError(f"get_config() gives a {type(loaded).__name__}, not what experiment_config() gives")
     except UserError:
         raise
     except Exception as error:  # whatever a config file may raise
@@ -140,5 +150,5 @@ def help_of(name: str, command: ModuleType) -> str:
         shown = f"--{flag}" if values[flag].boolean else f"--{flag}=..."
         lines.append(f"  {shown:<18} {values[flag].help}")
     if "config" in values:
-        lines.append(f"  {'--config.x.y=...':<18} change one setting of the config")
+        lines.append(f"  {'--config.x.y=...':<18} change one setting of the config, None to unset it")
     return "\n".join(lines)

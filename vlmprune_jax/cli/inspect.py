@@ -11,6 +11,8 @@ from absl import flags as absl_flags
 
 from vlmprune_jax.cli.flags import Flags
 
+TAKES_ARGUMENTS = True
+
 
 def define(values: Flags) -> None:
     """Flags of this command."""

@@ -39,7 +39,8 @@ usage: vlmprune COMMAND [flags]        vlmprune COMMAND --help
 {commands}
 
   vlmprune demo --workdir=runs/demo
-  vlmprune run --config=configs/llava_depth.py --workdir=runs/llava --config.model.hf_dir=DIR --config.prune.ratio=0.3
+  vlmprune run --config=configs/llava_width.py:0.3 --workdir=runs/llava --config.model.hf_dir=DIR
+               --config.data.train=FILE.json --config.data.images=DIR --config.data.eval=FILE.json
 """
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 # What a person can do something about: no room (disk, quota, largest file), no right to write.

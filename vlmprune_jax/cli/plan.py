@@ -44,6 +44,8 @@ def run(flags: Any) -> None:
     experiment = read_experiment(flags.config)
     if not flags.topology:
         raise UserError("no slice given: --topology=v5e:8x8 (or v5p:4x4x4, v6e:8x8)")
+    if flags.records is not None and flags.records < 1:
+        raise UserError(f"--records={flags.records} must be at least 1")
     workdir = None if flags.workdir is None else Path(flags.workdir)
     found = plan_all(experiment, workdir, make_reporter(True), flags.topology, flags.records, flags.search)
     saved = flags.save or (workdir and workdir / PLANNED)

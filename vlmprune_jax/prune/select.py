@@ -130,7 +130,7 @@ def _check_request(method: str, ratio: float | None, layers_removed: int | None,
     if method == "width" and (ratio is None) == (sparsity is None):
         raise UserError("method 'width' needs either ratio= (of all parameters) or sparsity= (of the layers in range)")
     if method == "depth" and (ratio is None) == (layers_removed is None):
-        raise UserError("method 'depth' needs either ratio= or layers_removed=")
+        raise UserError("method 'depth' needs either ratio= or layers_removed=, and the other None")
     if method == "hybrid" and ratio is None:
         raise UserError("method 'hybrid' needs ratio= (and perhaps layers_removed= or depth_share=)")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vlmprune_jax.distributed.chips import peak_flops
@@ -20,6 +21,7 @@ from vlmprune_jax.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 LISTED_IDS = 16
+PAUSE_SECONDS = 60.0  # between two lines where no bar can be drawn, as in a pod's log
 
 
 class Recorder:
@@ -60,6 +62,7 @@ class Recorder:
             self._file = (folder / METRICS_FILE).open("a")
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
         self._bar = _bar() if progress and is_main_process() and first < total else None
+        self._said = self._begin
 
     def __enter__(self) -> Recorder:
         if self._bar is not None:
@@ -106,6 +109,9 @@ class Recorder:
         self.last = {"step": step, **values, **times}
         if self._bar is not None:
             self._bar.update(self._task, completed=step, **_shown(self.last))
+            if self._bar.disable and now - self._said >= PAUSE_SECONDS:
+                self._said = now
+                print(f"  train: step {step:,} of {self._total:,}  {'  '.join(_shown(self.last).values())}", flush=True)
         if step % self._log_every == 0 or step == self._total:
             self._log()
 
@@ -170,6 +176,7 @@ def _shown(last: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _bar() -> Progress:
+    console = get_console()
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -177,6 +184,7 @@ def _bar() -> Progress:
         TextColumn("{task.fields[loss]}  {task.fields[rate]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        disable=not (console.is_terminal or console.is_jupyter),
     )
 
 

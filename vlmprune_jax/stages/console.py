@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,12 +12,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+PAUSE_SECONDS = 60.0
 PIPE_WIDTH = 120  # columns of tables that go to a file or pipe, where there is no terminal to ask
 
 
 @dataclass(frozen=True)
 class Reporter:
-    """Prints to `console` if `enabled`; bars only on a terminal, where they vanish once done."""
+    """Prints to `console` if `enabled`; bars on a terminal, where they vanish once done, elsewhere a line a minute."""
 
     console: Console
     enabled: bool = True
@@ -28,9 +30,12 @@ class Reporter:
 
     @contextlib.contextmanager
     def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Yields a function that takes the number of items done."""
-        if not (self.enabled and self.console.is_terminal):
+        """Yields a function that takes the number of items done; where no bar can be drawn it says so once a minute."""
+        if not self.enabled:
             yield lambda done: None
+            return
+        if not self.console.is_terminal:
+            yield self._lines(what, total)
             return
         columns = (
             TextColumn("{task.description}"),
@@ -43,6 +48,17 @@ class Reporter:
         with Progress(*columns, console=self.console, transient=True, refresh_per_second=4) as progress:
             task = progress.add_task(what, total=total)
             yield lambda done: progress.update(task, completed=done)
+
+    def _lines(self, what: str, total: int) -> Callable[[int], None]:
+        said = time.monotonic()
+
+        def update(done: int) -> None:
+            nonlocal said
+            if time.monotonic() - said >= PAUSE_SECONDS:
+                said = time.monotonic()
+                self.say(f"  {what}: {done:,} of {total:,}")
+
+        return update
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """One table; the first column is text, the others are numbers, aligned to the right."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.errors import UserError
@@ -13,11 +12,11 @@ from vlmprune_jax.evaluate.scorers import retained
 from vlmprune_jax.hf.target import LAYOUTS, UNEVEN
 from vlmprune_jax.prune import CRITERIA, METHODS
 from vlmprune_jax.prune.options import one_of
-from vlmprune_jax.report.build import build_report, table_of
+from vlmprune_jax.report.build import build_report, read_result, table_of
 from vlmprune_jax.stages import inputs, planning, single
 from vlmprune_jax.stages.console import Reporter
 from vlmprune_jax.stages.context import Context, teacher_folder
-from vlmprune_jax.stages.ledger import Json, read_json, write_json
+from vlmprune_jax.stages.ledger import Json, write_json
 from vlmprune_jax.stages.settings import recover_config
 from vlmprune_jax.stages.spec import Experiment, override
 
@@ -235,9 +234,9 @@ def _relative(path: Path, context: Context) -> str:
 
 def export_best(experiment: Experiment, context: Context) -> Json:
     """Export the best model: that of `result.json`, else the recovered or pruned one of a workdir without variants."""
-    result = context.workdir / "result.json"
-    if result.is_file():
-        return single.export_stage(experiment, context.workdir / best(read_json(result)["runs"])["path"], context)
+    if (context.workdir / "result.json").is_file():
+        chosen = best(read_result(context.workdir)["runs"])
+        return single.export_stage(experiment, context.workdir / chosen["path"], context)
     for name in ("recovered", "pruned"):
         if (context.workdir / name).is_dir():
             return single.export_stage(experiment, context.workdir / name, context)
@@ -246,7 +245,7 @@ def export_best(experiment: Experiment, context: Context) -> Json:
 
 def finish(context: Context) -> None:
     """Print the table of `result.json`, and write the report and its plot."""
-    result: dict[str, Any] = read_json(context.workdir / "result.json")
+    result = read_result(context.workdir)
     header, rows = table_of(result)
     context.reporter.table("Accuracy and retained accuracy in percent, ratios of all parameters", header, rows)
     export = result["export"]

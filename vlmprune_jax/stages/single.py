@@ -279,7 +279,7 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
             plan=plan,
             workdir=training,
             mesh=mesh_of(experiment),
-            progress=context.reporter.enabled and context.reporter.console.is_terminal,
+            progress=context.reporter.enabled,
             num_steps=config.num_steps(n_records),
         )
         if summary["skipped_rows"]:
