@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hf_cases import keep_layers, keep_width
+from hf_cases import edit_config, keep_layers, keep_width
 from torch_compat import VERSIONS
 
 from vlmprune_jax.errors import UserError
@@ -212,6 +212,29 @@ def test_files_of_a_converted_folder(converted, name):
         rows = Checkpoint(out)[f"language_model.{key}.weight"]
         mean = np.mean(rows[: model.cfg.text.vocab_size], axis=0, keepdims=True)
         np.testing.assert_allclose(rows[model.cfg.text.vocab_size :], np.repeat(mean, words, axis=0), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_thumbnail": False}, r"use_thumbnail false is nothing that .* layout=\"source\""),
+        ({"use_thumbnail": None}, "use_thumbnail null"),
+        ({"dynamic_image_size": False, "pad2square": True}, "pad2square true"),
+        ({"dynamic_image_size": False}, None),
+        ({"max_dynamic_patch": 1, "use_thumbnail": False}, None),
+    ],
+)
+def test_tiles_that_transformers_cannot_cut_are_refused(hub, tmp_path, changes, message):
+    source = Path(shutil.copytree(hub("internvl")[0], tmp_path / "source"))
+    edit_config(source, **changes)
+    out, model = tmp_path / "out", load(source)
+    if message is not None:
+        with pytest.raises(UserError, match=message):
+            save(model, out, source_dir=source, layout="transformers")
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    else:
+        save(model, out, source_dir=source, layout="transformers")
+        assert json.loads((out / "preprocessor_config.json").read_text())["max_patches"] == 1
 
 
 @pytest.mark.parametrize("name", TOWERS)

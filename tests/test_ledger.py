@@ -1,5 +1,6 @@
 """Stages that are skipped, refused, resumed and written whole, by what their ledger says."""
 
+import fcntl
 import os
 import shutil
 
@@ -78,14 +79,15 @@ def test_an_input_that_is_not_there_is_named(work):
         work()
 
 
-def test_two_runs_of_a_stage_at_once(work):
+def test_two_runs_of_a_stage_at_once(work, monkeypatch):
     """The second is refused and changes nothing, whatever its settings; nothing is left in the way afterwards."""
+    monkeypatch.setattr(ledger, "LOCK_SECONDS", 0.01)
     body, refused = work.body, []
 
     def both():
         work.body = body
         for settings in ({}, {"ratio": 0.4}):
-            with pytest.raises(UserError, match=r"depth/prune: another run is at it in .*: wait for that one") as error:
+            with pytest.raises(UserError, match=r"depth/prune: another run is at it in .*: wait for its end") as error:
                 work(overwrite=True, **settings)
             refused.append(error)
         return body()
@@ -94,6 +96,17 @@ def test_two_runs_of_a_stage_at_once(work):
     assert work()["number"] == 1
     assert len(refused) == 2
     assert work()["number"] == 1
+
+
+def test_a_run_waits_for_the_end_of_the_one_it_replaces(work, monkeypatch):
+    lock, waited = work.folder / ".stages/depth.prune.lock", []
+    lock.parent.mkdir()
+    held = lock.open("a")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    monkeypatch.setattr(ledger.time, "sleep", lambda seconds: waited.append(seconds) or held.close())
+    assert work()["number"] == 1
+    assert waited == [1.0]
+    assert "another run is at it, waiting up to 100 s for its end" in work.said[0]
 
 
 def test_a_new_input_is_named(work):

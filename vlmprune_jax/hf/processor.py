@@ -9,6 +9,8 @@ from typing import Any
 
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.data.templates import Template, template_of
+from vlmprune_jax.data.tiling import tiling_from_chat_config
+from vlmprune_jax.errors import UserError
 from vlmprune_jax.families.table import JsonDict
 from vlmprune_jax.families.vision import vision_of
 from vlmprune_jax.hf.files import read_json
@@ -93,13 +95,24 @@ def _squares(cfg: ModelConfig, config: Mapping[str, Any]) -> JsonDict:
 
 
 def _tiles(cfg: ModelConfig, config: Mapping[str, Any]) -> JsonDict:
-    """InternVL's images: cut into tiles of the grid that fits best, and the whole image as one more."""
+    """InternVL's images: cut into tiles of the grid that fits best, and the whole image as one more.
+
+    Raises:
+      UserError: what the config asks for is nothing that transformers' image processor does.
+    """
+    tiling = tiling_from_chat_config(config, "config.json")
+    for field, lost in (("use_thumbnail", tiling.max_tiles > 1 and not tiling.thumbnail), ("pad2square", tiling.pad)):
+        if lost:
+            raise UserError(
+                f"config.json: {field} {json.dumps(config.get(field))} is nothing that transformers' InternVLProcessor "
+                'can do: export with layout="source"'
+            )
     return {
         **_frames(cfg),
         "image_processor_type": "GotOcr2ImageProcessor",
-        "crop_to_patches": bool(config.get("dynamic_image_size", True)),
-        "min_patches": int(config.get("min_dynamic_patch", 1)),
-        "max_patches": int(config.get("max_dynamic_patch", 12)),
+        "crop_to_patches": tiling.max_tiles > 1,
+        "min_patches": tiling.min_tiles,
+        "max_patches": tiling.max_tiles,
     }
 
 

@@ -12,13 +12,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vlmprune_jax.distributed.mesh import from_main, is_main_process
 from vlmprune_jax.errors import UserError, differences
 
 Json = dict[str, Any]
 FOLDER = ".stages"
+# A lost machine keeps its locks on a network disk until its lease ends (NFS: 90 s); the run that takes over waits.
+LOCK_SECONDS = 100.0
 _WHOLE = 8 << 20  # files up to this size are hashed whole
 _BLOCK, _BLOCKS = 64 << 10, 32  # of larger ones these blocks, so that a 13 GB folder takes milliseconds
 
@@ -64,7 +66,7 @@ def run_stage(stage: Stage, body: Callable[[], Json], *, overwrite: bool, say: C
     with contextlib.ExitStack() as held:
 
         def begin() -> Json | None:
-            held.enter_context(_alone(stage))
+            held.enter_context(_alone(stage, say))
             return _begin(stage, overwrite, say)
 
         finished = from_main(begin)
@@ -81,24 +83,37 @@ def run_stage(stage: Stage, body: Callable[[], Json], *, overwrite: bool, say: C
 
 
 @contextlib.contextmanager
-def _alone(stage: Stage) -> Iterator[None]:
+def _alone(stage: Stage, say: Callable[[str], None]) -> Iterator[None]:
     """Refuse a second run of a stage in the same workdir; the system lets go of the lock of a process that is killed.
 
     Raises:
-      UserError: another run is at it.
+      UserError: another run is at it, and stays.
     """
     path = stage.record.with_suffix(".lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{stage.name}: another run is at it in {stage.workdir}: wait for that one, or use another --workdir"
-            ) from None
-        except OSError:  # a mounted bucket may have no locks
-            pass
+        until = None
+        while not _locked(file):
+            if until is None:
+                until = time.monotonic() + LOCK_SECONDS
+                say(f"{stage.name}: another run is at it, waiting up to {LOCK_SECONDS:.0f} s for its end")
+            if time.monotonic() >= until:
+                raise UserError(
+                    f"{stage.name}: another run is at it in {stage.workdir}: wait for its end, or use another --workdir"
+                )
+            time.sleep(min(1.0, LOCK_SECONDS))
         yield
+
+
+def _locked(file: IO[str]) -> bool:
+    """Whether this process has the file now, or its disk (a mounted bucket) knows no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _begin(stage: Stage, overwrite: bool, say: Callable[[str], None]) -> Json | None:
