@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -18,9 +20,10 @@ from vlmprune_jax.distributed import failure, mesh
 
 jax.config.update("jax_platforms", "cpu")
 address, number, failing = sys.argv[1], int(sys.argv[2]), sys.argv[3].split(",")
-failure.POLL_SECONDS = 0.01 if str(number) in failing else 1.0  # the others hear of it late
+failure.POLL_SECONDS = 1e-4 if failing == ["none"] else 0.01 if str(number) in failing else 1.0  # hear of it late
 mesh.initialize(address, 3, number)
 multihost_utils.process_allgather(numpy.zeros(1))  # connects all with all
+print("so far")
 if str(number) in failing:
     sys.exit(failure.end(f"first line\\nvlmprune: error: record r{number}", f"record r{number}", 2))
 try:
@@ -30,16 +33,22 @@ except Exception as error:
 """
 
 
+BUFFERED = {**os.environ, "PYTHONUNBUFFERED": ""}  # what is printed stays in the process until it is flushed
+PIPES: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": BUFFERED}
+
+
 def run(failing: str) -> list[tuple[int, list[str]]]:
-    """(exit code, own lines on standard error) of each of three processes."""
+    """(exit code, own lines on standard error) of each of three processes; what they had printed is there."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     processes = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, address, str(n), failing], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, "-c", PROCESS, address, str(n), failing], text=True, **PIPES)
         for n in range(3)
     ]
-    told = [process.communicate(timeout=60)[1].splitlines() for process in processes]
+    said = [process.communicate(timeout=50) for process in processes]
+    assert all("so far" in out.splitlines() for out, _ in said)
+    told = [lines.splitlines() for _, lines in said]
     ours = [[line for line in lines if "vlmprune" in line or line == "first line"] for lines in told]
     return [(process.returncode, lines) for process, lines in zip(processes, ours, strict=True)]
 

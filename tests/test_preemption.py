@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from hf_cases import copy_llava
 
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.distributed.journal import Journal
+from vlmprune_jax.distributed.preemption import StopSignal
 from vlmprune_jax.hf import write
 from vlmprune_jax.prune import Scores
 
@@ -112,6 +114,19 @@ def test_a_journal_is_not_continued_with_other_settings_nor_in_the_way(straight,
     stopped(capsys, "score", *flags)
     assert main(["score", *flags, "--config.score.samples=4"]) == 0
     assert len(added) == 2 + 2
+
+
+def test_outside_the_main_thread_signals_stay_what_they_are():
+    """Where a notebook or a server calls `recover`."""
+
+    def entered() -> bool:
+        with StopSignal() as stop:
+            return signal.getsignal(signal.SIGTERM) is before and not stop.requested()
+
+    before = signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(entered).result()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_folder_that_is_being_written_goes(straight, experiment, monkeypatch, capsys):

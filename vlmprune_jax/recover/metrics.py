@@ -154,7 +154,6 @@ class Recorder:
         return {
             "seconds": now - self._begin,
             "tokens": self._tokens,
-            "tokens_per_second": self._counted / steady if self._counted else 0.0,
             "skipped_rows": sum(from_all(lambda: self._skipped)),
             **self._speeds(self._counted, self._flops, steady or 1.0),
             "last": self.last,
