@@ -38,7 +38,7 @@ def get_config():
     config.data.on_error = "skip"
     config.recover.trainable = "projector"
     config.recover.batch_size = 4
-    config.recover.steps = 3
+    config.recover.steps = 4
     config.recover.log_every = 1
     config.recover.losses.ce = config.recover.losses.kl = 0.5
     config.recover.losses.teacher_inputs = "own"
