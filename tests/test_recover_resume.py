@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.recover import LossConfig, Stopped, recover
-from vlmprune_jax.recover.checkpoint import weights_digest
+from vlmprune_jax.recover.checkpoint import Checkpointer, weights_digest
 
 CFG = cases.config()
 SETTINGS = cases.settings(
@@ -215,6 +215,25 @@ def test_a_save_that_failed_in_the_background_ends_the_next_step(tmp_path, monke
     with pytest.raises(UserError, match=r"cannot save a checkpoint \(No space .*there is no complete one: make room"):
         recover(cases.model(cfg), cases.Stream(cfg), cases.settings(), workdir=tmp_path, progress=False)
     assert [line["step"] for line in _metrics(tmp_path)] == [1]
+
+
+def test_what_went_wrong_first_is_told(tmp_path, monkeypatch):
+    """A disk that fails in a step fails when the last save is waited for as well."""
+    saver = Checkpointer(tmp_path / "checkpoints", {}, 1)
+    close = saver._manager.close
+
+    def failing():
+        close()
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(saver._manager, "close", failing)
+    with pytest.raises(UserError, match="the step"), saver:
+        raise UserError("the step")
+    with (
+        pytest.raises(UserError, match=r"cannot save a checkpoint \(the disk is gone\); there is no complete one"),
+        saver,
+    ):
+        pass
 
 
 def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path):
