@@ -118,7 +118,7 @@ def test_text_needs_no_image_root(tmp_path: Path) -> None:
         ({"id": "r1", "conversations": ["hello"]}, "turn 0"),
         ({"id": "r1", "conversations": [TEXT[0], {"from": "bot", "value": "x"}]}, "turn 1"),
         ({"id": "r1", "conversations": [{"from": "human", "value": 3}]}, "turn 0"),
-        ({"id": "r1", "conversations": [TEXT[0], {"from": "gpt", "value": "\ud83d"}]}, "turn 1 holds half a surrogate pair"),
+        ({"id": "r1", "conversations": [TEXT[0], {"from": "gpt", "value": "\ud83d"}]}, "turn 1 holds half a"),
         ({"id": "r1", "conversations": [TEXT[0], TEXT[0]]}, "alternate"),
         ({"id": "r1", "conversations": [TEXT[1]]}, "alternate"),
     ],
