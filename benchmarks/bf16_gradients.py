@@ -46,9 +46,9 @@ def ours(args: argparse.Namespace, dtype: str, jitter: bool) -> tuple[Flat, Grad
 
     import vlmprune_jax as vp
     from vlmprune_jax.models.params import flatten, unflatten
-    from vlmprune_jax.recover.losses import LossConfig, Teacher, combine, layer_pairs, loss_sums, term_weights
-    from vlmprune_jax.recover.step import step_context
-    from vlmprune_jax.recover.trainable import partition
+    from vlmprune_jax.recovery.losses import LossConfig, Teacher, combine, layer_pairs, loss_sums, term_weights
+    from vlmprune_jax.recovery.step import step_context
+    from vlmprune_jax.recovery.trainable import partition
 
     student = base.adapted(vp.load(args.work / "student", dtype="bfloat16"), 0.0)
     trainable, frozen = partition(flatten(student.params), "lora")

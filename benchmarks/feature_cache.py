@@ -71,13 +71,13 @@ def _flops_ratio(family: str) -> float:
     from full_size import MODELS
     from plan import DATA, SETTINGS
 
+    from vlmprune_jax.experiment.arguments import recover_config
+    from vlmprune_jax.experiment.spec import Experiment, override
     from vlmprune_jax.hf.read import read_config
     from vlmprune_jax.models.params import param_shapes
-    from vlmprune_jax.recover.flops import step_flops
-    from vlmprune_jax.recover.trainable import assign_groups, with_lora
-    from vlmprune_jax.stages.planning import predict_plan
-    from vlmprune_jax.stages.single import recover_config
-    from vlmprune_jax.stages.spec import Experiment, override
+    from vlmprune_jax.recovery.flops import step_flops
+    from vlmprune_jax.recovery.trainable import assign_groups, with_lora
+    from vlmprune_jax.stages.tpu_fit import predict_plan
 
     experiment = override(override(Experiment(), SETTINGS), {"prune": {"method": "depth", "ratio": 0.15}})
     if family == "internvl":  # as its recipe: the teacher looks at the images as well

@@ -95,10 +95,10 @@ def shrink(config: Any) -> Any:
 
 def make_checkpoint(config: dict[str, Any], folder: Path) -> None:
     """A folder with random weights: bits of numbers below 2, the same 64 MiB again and again from other places."""
+    from vlmprune_jax.hf.disk.tensors import Tensor, write_weights
+    from vlmprune_jax.hf.export.write import MAX_SHARD_BYTES
     from vlmprune_jax.hf.layout import make_slots
     from vlmprune_jax.hf.read import read_config
-    from vlmprune_jax.hf.tensors import Tensor, write_weights
-    from vlmprune_jax.hf.write import MAX_SHARD_BYTES
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))

@@ -36,8 +36,8 @@ def main() -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from vlmprune_jax.stages.planning import estimate, facts, make_case
-    from vlmprune_jax.stages.spec import Experiment, override
+    from vlmprune_jax.experiment.spec import Experiment, override
+    from vlmprune_jax.stages.tpu_fit import estimate, facts, make_case
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="v5e:8x8")

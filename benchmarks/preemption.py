@@ -39,7 +39,7 @@ LAYERS = 4  # of the teacher's ten
 STEPS = 8
 ALONE_SECONDS = 300  # longest time that a process may outlive its peer
 CONFIG = f"""
-from vlmprune_jax.cli.config import experiment_config
+from vlmprune_jax.cli.config_files import experiment_config
 
 def get_config():
     config = experiment_config()

@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 REMOVED = 8
 STEPS = """
-from vlmprune_jax.cli.config import experiment_config
+from vlmprune_jax.cli.config_files import experiment_config
 
 def get_config():
     config = experiment_config()
@@ -122,7 +122,7 @@ def child(command: str, config: Path, workdir: Path, *flags: str) -> tuple[float
 
 def disk(folder: Path) -> dict[str, Any]:
     """Bytes of a cache, in all and per position that counts."""
-    from vlmprune_jax.hf.files import read_header
+    from vlmprune_jax.hf.disk.checkpoint import read_header
 
     shards = sorted(folder.glob("*.safetensors"))
     entries = {key: entry for shard in shards for key, entry in read_header(shard).items()}

@@ -57,7 +57,7 @@ Step = Callable[[], dict[str, float]]
 def make(args: argparse.Namespace) -> None:
     """The student's folder, the adapters' folder and the batch, from the teacher's folder."""
     import vlmprune_jax as vp
-    from vlmprune_jax.recover.peft import write_adapter
+    from vlmprune_jax.recovery.peft import write_adapter
 
     if args.tiny:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -92,7 +92,7 @@ def adapted(student: Any, dropout: float) -> Any:
 
     from vlmprune_jax.config import LoraConfig
     from vlmprune_jax.models.params import flatten, unflatten
-    from vlmprune_jax.recover.trainable import LORA_SUFFIXES, add_lora
+    from vlmprune_jax.recovery.trainable import LORA_SUFFIXES, add_lora
 
     model = add_lora(student, LoraConfig(RANK, ALPHA, dropout, targets=()), jax.random.key(0))
     flat, draw = flatten(model.params), np.random.default_rng(1)
@@ -109,8 +109,8 @@ def ours(args: argparse.Namespace, ids: np.ndarray) -> Step:
 
     import vlmprune_jax as vp
     from vlmprune_jax.models.params import flatten
-    from vlmprune_jax.recover.losses import LossConfig, Teacher, layer_pairs
-    from vlmprune_jax.recover.step import (
+    from vlmprune_jax.recovery.losses import LossConfig, Teacher, layer_pairs
+    from vlmprune_jax.recovery.step import (
         OptimizerConfig,
         StepConfig,
         init_state,
@@ -119,7 +119,7 @@ def ours(args: argparse.Namespace, ids: np.ndarray) -> Step:
         make_step,
         step_context,
     )
-    from vlmprune_jax.recover.trainable import assign_groups, partition
+    from vlmprune_jax.recovery.trainable import assign_groups, partition
 
     student = adapted(vp.load(args.work / "student", dtype=args.dtype), args.dropout)
     teacher = vp.load(args.folder, dtype=args.dtype)

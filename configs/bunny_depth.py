@@ -10,7 +10,7 @@ Its published averages for layers + fine-tuning + L2 (AVG-% over nine benchmarks
 
 from ml_collections import ConfigDict
 
-from vlmprune_jax.cli.config import experiment_config
+from vlmprune_jax.cli.config_files import experiment_config
 
 
 def get_config(layers_removed: str = "10") -> ConfigDict:

@@ -11,7 +11,7 @@ constant times the original's scores and no target.
 
 from ml_collections import ConfigDict
 
-from vlmprune_jax.cli.config import experiment_config
+from vlmprune_jax.cli.config_files import experiment_config
 
 
 def get_config(layers_removed: str = "10") -> ConfigDict:

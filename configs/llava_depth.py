@@ -11,7 +11,7 @@ layers that its code removes first are 27, 28, 25, 29, 26, then 23, 24, 21, 22, 
 
 from ml_collections import ConfigDict
 
-from vlmprune_jax.cli.config import experiment_config
+from vlmprune_jax.cli.config_files import experiment_config
 
 
 def get_config(layers_removed: str = "10") -> ConfigDict:

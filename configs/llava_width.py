@@ -12,7 +12,7 @@ its true size.
 
 from ml_collections import ConfigDict
 
-from vlmprune_jax.cli.config import experiment_config
+from vlmprune_jax.cli.config_files import experiment_config
 
 
 def get_config(variant: str = "0.3") -> ConfigDict:

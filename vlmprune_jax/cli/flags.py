@@ -12,8 +12,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from vlmprune_jax.checks import suggest
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.stages.suggest import suggest
 
 Flags = flags.FlagValues
 _UNSET = re.compile(r"--config\.\S+=None")

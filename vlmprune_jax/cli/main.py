@@ -11,10 +11,10 @@ import traceback
 from collections.abc import Sequence
 from types import FrameType, ModuleType
 
+from vlmprune_jax.checks import suggest
 from vlmprune_jax.cli.flags import help_of, parse, switch, value_of
 from vlmprune_jax.distributed.failure import end, joined
 from vlmprune_jax.errors import SharedError, Stopped, UserError
-from vlmprune_jax.stages.suggest import suggest
 
 # Command -> what it does, in the order of a run. Modules load when they are called: help stays fast.
 COMMANDS = {

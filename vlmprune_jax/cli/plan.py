@@ -33,12 +33,12 @@ def run(flags: Any) -> None:
 
     import jax
 
-    from vlmprune_jax.cli.config import read_experiment
+    from vlmprune_jax.cli.config_files import read_experiment
     from vlmprune_jax.errors import UserError
-    from vlmprune_jax.report.planned import PLANNED
+    from vlmprune_jax.report.fit import PLANNED
     from vlmprune_jax.stages.console import make_reporter
-    from vlmprune_jax.stages.grid import plan_all
     from vlmprune_jax.stages.ledger import write_json
+    from vlmprune_jax.stages.tpu_fit import fit_all
 
     jax.config.update("jax_platforms", "cpu")  # libtpu is here to compile, there may be no TPU and it stays free
     experiment = read_experiment(flags.config)
@@ -47,7 +47,7 @@ def run(flags: Any) -> None:
     if flags.records is not None and flags.records < 1:
         raise UserError(f"--records={flags.records} must be at least 1")
     workdir = None if flags.workdir is None else Path(flags.workdir)
-    found = plan_all(experiment, workdir, make_reporter(True), flags.topology, flags.records, flags.search)
+    found = fit_all(experiment, workdir, make_reporter(True), flags.topology, flags.records, flags.search)
     saved = flags.save or (workdir and workdir / PLANNED)
     if saved:
         write_json(Path(saved), found)

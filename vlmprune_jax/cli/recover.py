@@ -18,7 +18,7 @@ def define(values: Flags) -> None:
 
 def run(flags: Any) -> None:
     """Do this stage for every variant of the experiment."""
-    from vlmprune_jax.cli.context import prepare
-    from vlmprune_jax.stages.grid import recover_all
+    from vlmprune_jax.cli.workdir import prepare
+    from vlmprune_jax.stages.run import recover_all
 
     recover_all(*prepare(flags))

@@ -21,7 +21,7 @@ def run(flags: Any) -> None:
     from vlmprune_jax.errors import UserError
     from vlmprune_jax.stages.console import make_reporter
     from vlmprune_jax.stages.context import Context
-    from vlmprune_jax.stages.grid import finish
+    from vlmprune_jax.stages.run import finish
 
     if not flags.workdir:
         raise UserError("no workdir given: --workdir=DIR with the result.json of `vlmprune run`")

@@ -20,7 +20,7 @@ def define(values: Flags) -> None:
 
 def run(flags: Any) -> None:
     """Run every stage of every variant."""
-    from vlmprune_jax.cli.context import prepare
-    from vlmprune_jax.stages.grid import run_all
+    from vlmprune_jax.cli.workdir import prepare
+    from vlmprune_jax.stages.run import run_all
 
     run_all(*prepare(flags))

@@ -10,10 +10,10 @@ import grain
 import numpy as np
 
 from vlmprune_jax.data.encoding import Encoder, Shape
-from vlmprune_jax.data.features import FeatureLoader
+from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.grouping import GROUPINGS, grouped_order
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.data.teacher import TeacherRows
+from vlmprune_jax.data.teacher_rows import TeacherRows
 from vlmprune_jax.errors import UserError
 
 AUGMENTATIONS = ("none", "flip_shift")

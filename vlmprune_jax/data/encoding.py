@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlmprune_jax.data.features import FeatureLoader
+from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.images import ImageLoader, augment_flip_shift
 from vlmprune_jax.data.prompts import IGNORE, tokenize_prompt, tokenize_training
 from vlmprune_jax.data.records import Record

@@ -6,7 +6,7 @@ from importlib import resources
 
 from ml_collections import ConfigDict
 
-from vlmprune_jax.cli.config import experiment_config
+from vlmprune_jax.cli.config_files import experiment_config
 from vlmprune_jax.errors import UserError
 
 VARIANTS = ("", "quick")

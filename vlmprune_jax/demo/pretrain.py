@@ -33,14 +33,14 @@ from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.data.templates import TEMPLATES
 from vlmprune_jax.demo.easyvqa import write_dataset
-from vlmprune_jax.demo.tokenizer import make_tokenizer
+from vlmprune_jax.demo.vocabulary import make_tokenizer
 from vlmprune_jax.families import family_of
 from vlmprune_jax.families.llava import LLAVA_HF
+from vlmprune_jax.hf.export.write import save
 from vlmprune_jax.hf.read import load
-from vlmprune_jax.hf.write import save
 from vlmprune_jax.models.params import flatten, init_params, locate, param_axes, stack_layers, unflatten, unstack_layers
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.recover.loop import RecoverConfig, recover
+from vlmprune_jax.recovery.loop import RecoverConfig, recover
 
 CACHE_BYTES = 512 * 2**20  # all 5,000 processed images of easy-VQA
 

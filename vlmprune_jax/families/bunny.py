@@ -11,7 +11,7 @@ from vlmprune_jax.families.decoders import text_from_hf, text_weights
 from vlmprune_jax.families.llava import ORIGINAL_IMAGE_TOKEN, OTHER_TOWERS, TOWER_RENAMES, UNUSED_VISION
 from vlmprune_jax.families.shapes import layers_to_hf, token_ids
 from vlmprune_jax.families.table import Family
-from vlmprune_jax.families.vision import projector_of, projector_weights, vision_from_hf, vision_of, vision_weights
+from vlmprune_jax.families.towers import projector_of, projector_weights, vision_from_hf, vision_of, vision_weights
 
 MODEL_TYPE = "bunny-phi"
 # Bunny's code computes all blocks but the last, whatever the config says (siglip_encoder.py).

@@ -11,7 +11,7 @@ from vlmprune_jax.families.decoders import text_from_hf, text_to_hf, text_weight
 from vlmprune_jax.families.llava import HF_MODULES, NATIVE_RENAMES
 from vlmprune_jax.families.shapes import layers_to_hf, token_ids
 from vlmprune_jax.families.table import Family, JsonDict
-from vlmprune_jax.families.vision import internvit_weights, projector_of, projector_weights, vision_from_hf, vision_of
+from vlmprune_jax.families.towers import internvit_weights, projector_of, projector_weights, vision_from_hf, vision_of
 
 # torch's default, which the projector's layer norm has in both layouts.
 _PROJECTOR_EPS = 1e-5

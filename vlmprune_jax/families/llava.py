@@ -10,7 +10,7 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.families.decoders import text_from_hf, text_to_hf, text_weights
 from vlmprune_jax.families.shapes import layers_to_hf, token_ids
 from vlmprune_jax.families.table import Family, JsonDict
-from vlmprune_jax.families.vision import projector_of, projector_weights, vision_from_hf, vision_of, vision_weights
+from vlmprune_jax.families.towers import projector_of, projector_weights, vision_from_hf, vision_of, vision_weights
 
 # The original code's sentinel for an image in input_ids (LLaVA constants.py); it is never embedded.
 ORIGINAL_IMAGE_TOKEN = -200

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vlmprune_jax.config import ModelConfig
-from vlmprune_jax.hf.files import WEIGHT_DTYPES, Checkpoint, Extent
+from vlmprune_jax.hf.disk.checkpoint import WEIGHT_DTYPES, Checkpoint, Extent
 from vlmprune_jax.hf.layout import Slot, make_slots
 from vlmprune_jax.hf.read import Sources, find_weights, read_config
 from vlmprune_jax.models.params import unflatten

@@ -23,7 +23,7 @@ from vlmprune_jax.distributed.rules import check_divides, sharding
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, detect
 from vlmprune_jax.families.fields import check_fields
-from vlmprune_jax.hf.files import Checkpoint, has_weights, read_json
+from vlmprune_jax.hf.disk.checkpoint import Checkpoint, has_weights, read_json
 from vlmprune_jax.hf.layout import PARTS, Slot, make_slots, match_keys, refuse
 from vlmprune_jax.models.params import param_axes, param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, Params

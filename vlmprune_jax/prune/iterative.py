@@ -9,8 +9,8 @@ from typing import Any
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.prune.dispatch import score
 from vlmprune_jax.prune.plan import PrunePlan, compose
+from vlmprune_jax.prune.scoring import score
 from vlmprune_jax.prune.select import make_plan
 from vlmprune_jax.prune.surgery import apply_plan
 

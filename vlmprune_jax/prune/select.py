@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from vlmprune_jax.checks import fraction, one_of, with_defaults
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune.fingerprint import shape_digest
-from vlmprune_jax.prune.options import fraction, one_of, with_defaults
 from vlmprune_jax.prune.plan import KeptLayer, PrunePlan
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.solver import layer_costs

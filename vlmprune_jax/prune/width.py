@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from vlmprune_jax.checks import layer_range, one_of
 from vlmprune_jax.config import LayerShape, ModelConfig
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.prune.options import layer_range, one_of
 from vlmprune_jax.prune.plan import KeptLayer
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.solver import Units, layer_costs, most_removable, solve_widths, units_of, widths_at

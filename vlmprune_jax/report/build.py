@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.prune import PrunePlan, Scores
-from vlmprune_jax.report import planned, plots
+from vlmprune_jax.report import fit, plots
 
 Json = dict[str, Any]
 HEADER = ("model", "data", "parameters", "asked", "reached", "accuracy", "retained", "seconds")
@@ -76,8 +76,8 @@ def build_report(workdir: Path) -> Path:
                 *_loss_section(workdir, result),
             ],
             answers=_answers(result),
-            planned=planned.read_planned(workdir),
-            planned_notes=planned.NOTES,
+            planned=fit.read_planned(workdir),
+            planned_notes=fit.NOTES,
             export=_export_line(result),
             result_json=json.dumps(result, indent=2),
         )

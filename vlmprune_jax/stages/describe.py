@@ -8,10 +8,10 @@ from typing import Any
 
 from vlmprune_jax.config import LayerShape, ModelConfig, runs
 from vlmprune_jax.families import Family
-from vlmprune_jax.hf.convert import target_family
-from vlmprune_jax.hf.files import Checkpoint
+from vlmprune_jax.hf.disk.checkpoint import Checkpoint
+from vlmprune_jax.hf.export.convert import target_family
+from vlmprune_jax.hf.export.per_layer import stock_class
 from vlmprune_jax.hf.layout import make_slots
-from vlmprune_jax.hf.per_layer import stock_class
 from vlmprune_jax.hf.read import find_weights, read_config, resolve
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune.solver import layer_costs, most_removable, units_of

@@ -13,25 +13,25 @@ from typing import Any
 import jax
 import numpy as np
 
+from vlmprune_jax.checks import one_of
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.data.batching import ON_ERROR, Batch, train_batches
 from vlmprune_jax.data.encoding import Encoder
-from vlmprune_jax.data.features import FeatureLoader
+from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.grouping import GROUPINGS
 from vlmprune_jax.data.images import ImageLoader, load_image_processor
 from vlmprune_jax.data.measure import measure
 from vlmprune_jax.data.prompts import load_tokenizer, tokenize_training
 from vlmprune_jax.data.records import Record, data_files, read_records, take_fraction
-from vlmprune_jax.data.teacher import TeacherRows
+from vlmprune_jax.data.teacher_rows import TeacherRows
 from vlmprune_jax.data.templates import AUTO, TEMPLATES, Template, choose_template
 from vlmprune_jax.data.tfds import PREFIX, read_tfds, tfds_folder, tfds_state
 from vlmprune_jax.data.tiling import Tiling
 from vlmprune_jax.distributed.mesh import from_all
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.evaluate.questions import QuestionPlan, plan_questions
-from vlmprune_jax.hf.files import read_json
-from vlmprune_jax.prune.options import one_of
-from vlmprune_jax.stages.spec import DataSpec, Experiment, ModelSpec
+from vlmprune_jax.evaluation.questions import QuestionPlan, plan_questions
+from vlmprune_jax.experiment.spec import DataSpec, Experiment, ModelSpec
+from vlmprune_jax.hf.disk.checkpoint import read_json
 
 # (what, total) -> takes the number of items done, while entered (`Reporter.bar`).
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]

@@ -10,20 +10,20 @@ import numpy as np
 
 from vlmprune_jax.data.batching import train_batches
 from vlmprune_jax.data.cache import ArrayCache
-from vlmprune_jax.data.features import FeatureLoader
-from vlmprune_jax.data.teacher import TeacherRows, record_key
+from vlmprune_jax.data.feature_loader import FeatureLoader
+from vlmprune_jax.data.teacher_rows import TeacherRows, record_key
 from vlmprune_jax.distributed.mesh import from_main
 from vlmprune_jax.errors import Stopped
-from vlmprune_jax.hf.atomic import check_space
-from vlmprune_jax.recover import RecoverConfig
-from vlmprune_jax.recover.loop import check_mesh
-from vlmprune_jax.recover.losses import check_teacher
-from vlmprune_jax.recover.teacher import teacher_top_k
+from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.hf.disk.atomic import check_space
+from vlmprune_jax.recovery import RecoverConfig
+from vlmprune_jax.recovery.loop import check_mesh
+from vlmprune_jax.recovery.losses import check_teacher
+from vlmprune_jax.recovery.teacher_pass import teacher_top_k
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import Context, load_model, mesh_of, open_folder, teacher_folder
-from vlmprune_jax.stages.features import parts_beside
+from vlmprune_jax.stages.feature_cache import parts_beside
 from vlmprune_jax.stages.ledger import digest
-from vlmprune_jax.stages.spec import Experiment
 
 _SPREAD = 256  # records whose sizes tell that of a pass
 # Data settings that decide what a record's row holds, beside `max_length`.

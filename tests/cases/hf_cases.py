@@ -1,0 +1,217 @@
+"""Small Hugging Face folders, pruned models and golden inputs that the reading, writing and parity tests share."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from vlmprune_jax.families import detect
+from vlmprune_jax.hf.disk.checkpoint import Checkpoint
+from vlmprune_jax.hf.layout import make_slots
+from vlmprune_jax.models.params import count_params, flatten
+from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.prune import KeptLayer, PrunePlan, apply_plan, fingerprint
+
+# Every hyper-parameter differs from its default.
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "head_dim": 12,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "num_hidden_layers": 4,
+    "intermediate_size": 56,
+    "rms_norm_eps": 3e-5,
+    "hidden_act": "gelu_pytorch_tanh",
+    "rope_theta": 500.0,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "bos_token_id": 3,
+    "eos_token_id": 5,
+    "pad_token_id": 4,
+    "torch_dtype": "float32",
+    "a_field_of_the_future": {"kept": True},
+}
+LLAVA = {
+    "architectures": ["LlavaForConditionalGeneration"],
+    "model_type": "llava",
+    "image_token_index": 90,
+    "image_seq_length": 9,
+    "projector_hidden_act": "relu",
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "text_config": {k: v for k, v in LLAMA.items() if k not in ("torch_dtype", "a_field_of_the_future")},
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_attention_heads": 3,
+        "num_hidden_layers": 3,
+        "image_size": 12,
+        "patch_size": 4,
+        "projection_dim": 24,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 2e-4,
+    },
+}
+
+
+def make_folder(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:
+    """A folder with random weights for a config, in the names of transformers 4 and 5's files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    draw = np.random.default_rng(seed)
+    tensors = {}
+    family = detect(config, str(folder))
+    # all blocks of the tower, also those above the feature layer
+    whole = {**config, "vision_feature_layer": -1, "select_layer": -1} if "vision_config" in config else config
+    for slot in make_slots(family.from_hf(whole, None), family):
+        if slot.start > 0:
+            continue  # a tensor that several parameters share is drawn once
+        noise = draw.standard_normal(slot.hf_shape, np.float32)
+        key = slot.key
+        if family.name == "llava":
+            key = key.replace("vision_tower.", "vision_tower.vision_model.")
+        tensors[key] = 1 + 0.2 * noise if "norm" in key and key.endswith("weight") else 0.25 * noise
+    if family.name == "llava":
+        width = config["vision_config"]["hidden_size"]
+        for part in ("weight", "bias"):
+            tensors[f"vision_tower.vision_model.post_layernorm.{part}"] = draw.standard_normal(width, np.float32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def copy_golden(goldens: Path, name: str, to: Path) -> Path:
+    """A writable copy of a golden checkpoint."""
+    shutil.copytree(goldens / "ckpt" / name, to)
+    return to
+
+
+def copy_llava(goldens: Path, to: Path) -> Path:
+    """The golden LLaVA with its tokenizer and image processor: a folder that the commands take."""
+    shutil.copytree(goldens / "tokenizers/llava", copy_golden(goldens, "llava_hf", to), dirs_exist_ok=True)
+    shutil.copy(goldens / "ckpt/clip_tower/preprocessor_config.json", to)
+    return to
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change fields of a config.json; None removes one."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def edit_weights(folder: Path, edit: Any, name: str = "model.safetensors") -> None:
+    """Rewrite one safetensors file after `edit(dict)`."""
+    tensors = load_file(folder / name)
+    tensors = edit(tensors) or tensors
+    tensors = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+    save_file(tensors, folder / name, metadata={"format": "pt"})
+
+
+def assert_same_tensors(first: Path, second: Path) -> None:
+    """Both folders hold the same keys with the same dtypes, shapes and bytes."""
+    a, b = Checkpoint(first), Checkpoint(second)
+    assert set(a) == set(b)
+    for key in a:
+        assert (a.entries[key].dtype, a.entries[key].shape) == (b.entries[key].dtype, b.entries[key].shape), key
+        assert a.raw(key).tobytes() == b.raw(key).tobytes(), key
+
+
+def prune(model: Model, layers: Sequence[KeptLayer]) -> tuple[Model, PrunePlan]:
+    """The model with these layers, and the plan that says so."""
+    cfg = model.cfg
+    after = cfg.with_layers([layer.shape for layer in layers])
+    plan = PrunePlan(
+        fingerprint=fingerprint(model),
+        method="hybrid",
+        criterion="by hand",
+        layers_before=cfg.text.layers,
+        layers=tuple(layers),
+        parameters_before=count_params(cfg),
+        parameters_after=count_params(after),
+        parameters_total=count_params(cfg),
+    )
+    return apply_plan(model, plan), plan
+
+
+def keep_layers(model: Model, numbers: Sequence[int]) -> tuple[Model, PrunePlan]:
+    """A depth-pruned model."""
+    return prune(model, [KeptLayer.whole(i, model.cfg.text.layers[i]) for i in numbers])
+
+
+def keep_width(
+    model: Model,
+    kv_heads: Sequence[int],
+    neurons: Sequence[int],
+    only: Sequence[int] | None = None,
+    of_each_group: int | None = None,
+):
+    """A width-pruned model, in all layers or `only` some: whole groups of heads, or the first query heads of each."""
+    layers = []
+    for i, shape in enumerate(model.cfg.text.layers):
+        per_group = shape.q_heads // shape.kv_heads
+        q_heads = tuple(g * per_group + r for g in kv_heads for r in range(of_each_group or per_group))
+        cut = only is None or i in only
+        layers.append(KeptLayer(i, q_heads, tuple(kv_heads), tuple(neurons)) if cut else KeptLayer.whole(i, shape))
+    return prune(model, layers)
+
+
+def random_ids(model: Model, seed: int = 0) -> dict[str, np.ndarray]:
+    """Two rows of 20 random ids, with an image each if the model has a tower."""
+    draw, cfg = np.random.default_rng(seed), model.cfg
+    ids = draw.integers(6, 90, (2, 20))
+    if cfg.vision is None:
+        return {"input_ids": ids}
+    image = np.full((2, cfg.tokens_per_image), cfg.image_token_id)
+    size = cfg.vision.image_size
+    pixels = draw.standard_normal((2, 3, size, size), np.float32)
+    return {"input_ids": np.concatenate([ids[:, :3], image, ids[:, 3:]], axis=1), "pixel_values": pixels}
+
+
+def expand(ids: np.ndarray, mask: np.ndarray, image_token: int, n_patches: int) -> list[int]:
+    """One golden row with every -200 replaced by `n_patches` image tokens."""
+    real = [int(token) for token in ids[mask == 1]]
+    return [i for token in real for i in ([image_token] * n_patches if token == -200 else [token])]
+
+
+def expanded_batch(golden: Any, image_token: int, n_patches: int) -> tuple[np.ndarray, np.ndarray]:
+    """Expanded, right-padded ids and mask of all rows of a golden forward."""
+    pairs = zip(golden["input_ids"], golden["attention_mask"], strict=True)
+    rows = [expand(ids, mask, image_token, n_patches) for ids, mask in pairs]
+    ids = np.zeros(golden["merged_attention_mask"].shape, np.int32)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    np.testing.assert_array_equal(mask, golden["merged_attention_mask"])
+    return ids, mask
+
+
+def mean_loss(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean cross entropy of position t against label t + 1, over labels that are not -100."""
+    logits, labels = np.asarray(logits, np.float64)[:, :-1], np.asarray(labels)[:, 1:]
+    top = logits.max(axis=-1, keepdims=True)
+    norm = np.log(np.exp(logits - top).sum(axis=-1)) + top[..., 0]
+    picked = np.take_along_axis(logits, np.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+    used = labels != -100
+    return float((norm - picked)[used].mean())
+
+
+def assert_equal(first, second):
+    a, b = flatten(first.params), flatten(second.params)
+    assert set(a) == set(b)
+    for path in a:
+        assert a[path].dtype == b[path].dtype, path
+        np.testing.assert_array_equal(np.asarray(a[path]), np.asarray(b[path]), err_msg=path)

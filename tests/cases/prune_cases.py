@@ -1,0 +1,134 @@
+"""Small models, batches and golden inputs that the prune tests share."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from vlmprune_jax.config import LayerShape, ModelConfig, ProjectorConfig, RopeConfig, TextConfig, VisionConfig
+from vlmprune_jax.distributed.mesh import make_mesh
+from vlmprune_jax.distributed.rules import sharding
+from vlmprune_jax.hf.read import load
+from vlmprune_jax.models.params import flatten, param_axes, param_shapes, unflatten
+from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.prune import Scores
+from vlmprune_jax.prune.fingerprint import shape_digest
+
+UNEQUAL = (LayerShape(4, 2, 12), LayerShape(4, 2, 12), LayerShape(8, 2, 10), LayerShape(4, 4, 12))
+EQUAL = (LayerShape(4, 2, 12),) * 5
+
+
+def text_config(layers: tuple[LayerShape, ...], **changes) -> TextConfig:
+    """A decoder whose every hyper-parameter is unusual."""
+    values = {
+        "vocab_size": 62,
+        "hidden_size": 20,
+        "head_dim": 6,
+        "layers": layers,
+        "norm_eps": 3e-4,
+        "activation": "gelu_new",
+        "rope": RopeConfig(theta=700.0, kind="linear", factor=1.5),
+        "tie_embeddings": False,
+        "rotary_dim": 6,
+        "qkv_bias": True,
+        "out_bias": True,
+        "mlp_bias": True,
+        "max_positions": 50,
+    }
+    return TextConfig(**{**values, **changes})
+
+
+def config(layers: tuple[LayerShape, ...] = EQUAL, *, vision: bool = False, **changes) -> ModelConfig:
+    """A plain decoder, or a LLaVA with a tower of 4 patches (image id 61)."""
+    text = text_config(layers, **changes)
+    if not vision:
+        return ModelConfig(family="llama", layout="transformers", text=text)
+    tower = VisionConfig(8, 10, 2, 2, 3, 6, 3, 3, 2e-4, "gelu")
+    projector = ProjectorConfig("relu", True)
+    return ModelConfig("llava", "transformers", text, vision=tower, projector=projector, image_token_id=61)
+
+
+@functools.lru_cache(maxsize=16)
+def model(cfg: ModelConfig, seed: int = 0) -> Model:
+    """Random weights on the host, biases included."""
+    draw, noisy = np.random.default_rng(seed), {}
+    for path, shape in param_shapes(cfg).items():
+        noise = draw.standard_normal(shape).astype(np.float32)
+        noisy[path] = 1 + 0.2 * noise if "norm" in path else 0.25 * noise
+    return Model(unflatten(noisy), cfg)
+
+
+def on_mesh(one: Model, data: int, fsdp: int, tensor: int) -> Model:
+    """The same model, sharded by its named axes."""
+    mesh, axes = make_mesh(data, fsdp, tensor), param_axes(one.cfg)
+    flat = flatten(one.params)
+    return one.replace(params=unflatten({p: jax.device_put(x, sharding(mesh, axes[p])) for p, x in flat.items()}))
+
+
+def batch(cfg: ModelConfig, rows: int = 4, length: int = 9, seed: int = 0) -> dict[str, np.ndarray]:
+    """Rows of different length, padded on the right; with a tower, an image in every row but the last."""
+    draw = np.random.default_rng(seed)
+    ids = draw.integers(0, 61, (rows, length)).astype(np.int32)
+    mask = (np.arange(length)[None] < draw.integers(length - 3, length + 1, rows)[:, None]).astype(np.int32)
+    labels = np.where(mask == 1, ids, -100)
+    labels[0, :3] = -100
+    result = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if cfg.vision is not None:
+        ids[:-1, 1:5], labels[:-1, 1:5] = 61, -100
+        pixels = draw.standard_normal((rows, 1, 3, 6, 6)).astype(np.float32)
+        pixels[-1] = 0
+        result["pixel_values"] = pixels
+    return result
+
+
+@functools.lru_cache(maxsize=1)
+def golden_llava(goldens: Path) -> Model:
+    """The golden LLaVA in its original layout."""
+    return load(goldens / "ckpt" / "llava_orig", vision_dir=goldens / "ckpt" / "clip_tower", dtype="float32", mesh=None)
+
+
+def expanded(ids: np.ndarray, mask: np.ndarray, labels: np.ndarray, pixels: np.ndarray) -> dict[str, np.ndarray]:
+    """A golden batch with every -200 written out as 16 patches, as the processors do."""
+    rows = []
+    for row in range(len(ids)):
+        times = np.where(ids[row] == -200, 16, 1) * (mask[row] == 1)
+        target = np.where(ids[row] == -200, -100, labels[row])
+        rows.append((np.repeat(ids[row], times), np.ones(times.sum()), np.repeat(target, times)))
+    length = max(len(row[0]) for row in rows)
+    arrays = {"pixel_values": pixels[:, None]}
+    for at, (name, fill) in enumerate((("input_ids", 0), ("attention_mask", 0), ("labels", -100))):
+        arrays[name] = np.stack([np.pad(r[at], (0, length - len(r[at])), constant_values=fill) for r in rows]).astype(
+            int
+        )
+    return arrays
+
+
+REFERENCE_TOTAL = 7_062_902_784  # the reference counts the whole tower: one more block and the post layer norm
+
+
+def llava_7b() -> ModelConfig:
+    """LLaVA-1.5-7B's shapes."""
+    text = TextConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        head_dim=128,
+        layers=(LayerShape(32, 32, 11008),) * 32,
+        norm_eps=1e-5,
+        activation="silu",
+        rope=RopeConfig(10000.0, "default"),
+        tie_embeddings=False,
+        rotary_dim=128,
+        qkv_bias=False,
+        out_bias=False,
+        mlp_bias=False,
+        max_positions=4096,
+    )
+    vision = VisionConfig(1024, 4096, 16, 23, 24, 336, 14, 3, 1e-5, "quick_gelu")
+    return ModelConfig("llava", "original", text, vision, ProjectorConfig("gelu", True), image_token_id=-200)
+
+
+def depth_scores(cfg: ModelConfig, importance: list[float]) -> Scores:
+    return Scores("block_influence", shape_digest(cfg) + "-x", {}, importance=np.asarray(importance, np.float64))

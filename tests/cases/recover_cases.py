@@ -1,0 +1,115 @@
+"""Small models and streams that the recovery tests share; importable from the subprocesses that some of them kill."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlmprune_jax.config import (
+    LayerShape,
+    LoraConfig,
+    ModelConfig,
+    ProjectorConfig,
+    RopeConfig,
+    TextConfig,
+    VisionConfig,
+)
+from vlmprune_jax.data.batching import Batch
+from vlmprune_jax.models.params import flatten, init_params
+from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.recovery import RecoverConfig
+
+IMAGE = 62
+LORA = LoraConfig(rank=4, alpha=6.0, dropout=0.0, targets=("q_proj", "o_proj", "down_proj"))
+
+
+def config(*, vision: bool = True, layers: int = 2, **changes: Any) -> ModelConfig:
+    """A LLaVA with one wide and `layers` - 1 narrow layers (sizes that 8 devices divide), or its decoder alone."""
+    shapes = (LayerShape(4, 2, 24),) + (LayerShape(2, 2, 16),) * (layers - 1)
+    values = {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "tie_embeddings": False, **changes}
+    rope = RopeConfig(theta=700.0, kind="linear", factor=1.5)
+    text = TextConfig(64, 16, 6, shapes, 3e-4, "gelu_new", rope, rotary_dim=6, max_positions=50, **values)
+    if not vision:
+        return ModelConfig("llama", "transformers", text)
+    tower = VisionConfig(8, 16, 2, 2, 3, 6, 3, 3, 2e-4, "gelu")
+    return ModelConfig("llava", "transformers", text, tower, ProjectorConfig("relu", True), image_token_id=IMAGE)
+
+
+@functools.lru_cache(maxsize=16)
+def model(cfg: ModelConfig, seed: int = 0, dtype: str = "float32") -> Model:
+    """Random weights."""
+    return Model(init_params(cfg, jax.random.key(seed), jnp.dtype(dtype)), cfg)
+
+
+class Stream:
+    """An endless, resumable stream of batches: batch i depends on i alone.
+
+    `poison`: number of the batch (from 0) whose pixels make the loss NaN; `end`: how many batches there are.
+    """
+
+    def __init__(self, cfg: ModelConfig, rows: int = 8, *, poison: int | None = None, end: int | None = None):
+        self.cfg, self.rows, self.length, self.poison, self.end, self.at = cfg, rows, 11, poison, end, 0
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def get_state(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+    def __next__(self) -> Batch:
+        if self.at == self.end:
+            raise StopIteration
+        draw = np.random.default_rng(self.at)
+        ids = draw.integers(0, 61, (self.rows, self.length)).astype(np.int32)
+        mask = (np.arange(self.length)[None] < draw.integers(7, self.length + 1, self.rows)[:, None]).astype(np.int32)
+        labels = np.where(mask == 1, ids, -100).astype(np.int32)
+        arrays = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        if self.cfg.vision is not None:
+            ids[:, 1:5], labels[:, 1:5] = IMAGE, -100
+            arrays["pixel_values"] = draw.standard_normal((self.rows, 1, 3, 6, 6)).astype(np.float32)
+            if self.at == self.poison:
+                arrays["pixel_values"][0] = np.nan
+        names = tuple(f"record-{self.at}-{row}" for row in range(self.rows))
+        self.at += 1
+        return Batch(arrays, names)
+
+
+def settings(**changes: Any) -> RecoverConfig:
+    """Float32 training of everything for 6 steps of 8 rows.
+
+    eps is large: Adam divides by |gradient| + eps, which blows the rounding of near-zero gradients up to full updates.
+    """
+    values = {
+        "trainable": "all",
+        "learning_rate": 3e-3,
+        "batch_size": 8,
+        "steps": 6,
+        "compute_dtype": "float32",
+        "eps": 1e-3,
+        "warmup_ratio": 0.3,
+        "weight_decay": 0.1,
+        "log_every": 1,
+    }
+    return RecoverConfig(**{**values, **changes})
+
+
+def largest_difference(a: Model, b: Model) -> float:
+    """Largest absolute difference between two models' parameters."""
+    first, second = flatten(jax.device_get(a.params)), flatten(jax.device_get(b.params))
+    assert first.keys() == second.keys()
+    return max(float(np.abs(first[p].astype(np.float32) - second[p].astype(np.float32)).max()) for p in first)
+
+
+def assert_bitwise(a: Model, b: Model) -> None:
+    """Every array of two models has the same bytes."""
+    first, second = flatten(jax.device_get(a.params)), flatten(jax.device_get(b.params))
+    assert first.keys() == second.keys()
+    different = [p for p in first if first[p].tobytes() != second[p].tobytes()]
+    assert not different

@@ -1,0 +1,74 @@
+"""The demo: the bundled teacher and one recovered model reach what the README says; how a teacher is pretrained."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from repository import ROOT
+
+from vlmprune_jax.cli.main import main
+from vlmprune_jax.data.records import Record
+from vlmprune_jax.demo.pretrain import describe, split_conversations
+
+CONFIG = ROOT / "configs/easyvqa_pretrain.py"
+TURNS = (("human", "<image>\nis it red?"), ("gpt", "yes"), ("human", "is it blue?"), ("gpt", "no"))
+RECORD = Record(id="r", images=(Path("0.png"),), turns=TURNS)
+
+
+def test_conversations_are_split_and_described():
+    first, second = split_conversations([RECORD], 1)
+    assert (first.id, second.id) == ("r-0", "r-1")
+    assert second.turns == (("human", "<image>\nis it blue?"), ("gpt", "no"))
+    assert describe(second, "red circle", 5) == Record(
+        id="r-1", images=(), turns=(("human", "red circle red circle red\nis it blue?"), ("gpt", "no"))
+    )
+
+
+@pytest.mark.slow
+def test_pretraining_changes_what_a_stage_keeps_and_resumes(tmp_path, capsys):
+    from vlmprune_jax.hf.read import load
+    from vlmprune_jax.models.params import flatten
+
+    config = tmp_path / "short.py"
+    config.write_text(f'''
+import importlib.util
+
+spec = importlib.util.spec_from_file_location("pretrain", "{CONFIG}")
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+
+
+def get_config():
+    config = module.get_config()
+    config.architecture.text_config.num_hidden_layers = 2
+    config.stages = config.stages[:2]
+    for stage in config.stages:
+        stage.update(steps=2, warmup_ratio=0.0, batch_size=4, decoder_layers=min(stage.decoder_layers, 2))
+    return config
+''')
+    command = ["pretrain", f"--config={config}", f"--workdir={tmp_path / 'w'}"]
+    assert main(command) == 0, capsys.readouterr().err
+    before, after = (flatten(load(tmp_path / "w" / name).params) for name in ("initial", "teacher"))
+    changed = {path for path in before if not np.array_equal(before[path], after[path])}
+    # "tower" keeps the tower, "words" trains the decoder; nothing else may move.
+    assert {path.split("/")[0] for path in changed} == {"vision", "text"}
+    assert main([*command, "--overwrite"]) == 0, capsys.readouterr().err
+    again = flatten(load(tmp_path / "w/teacher").params)
+    for path, leaf in after.items():
+        np.testing.assert_array_equal(again[path], leaf, err_msg=path)
+
+
+@pytest.mark.slow
+def test_the_demo_reaches_its_numbers(tmp_path, capsys):
+    """The teacher answers >= 95 % of all 9,673 questions; SFT + L2 with 5 % of the data retains >= 95 % of that."""
+    assert main(["demo", f"--workdir={tmp_path / 'w'}"]) == 0, capsys.readouterr().err
+    result = json.loads((tmp_path / "w/result.json").read_text())
+    assert result["teacher"]["questions"] == 9_673
+    assert result["teacher"]["accuracy"] >= 0.95
+    runs = {run["name"]: run for run in result["runs"]}
+    for run in (runs["depth-sft_l2"], runs["width-sft_l2"]):
+        assert run["retained"] >= 95
+        assert run["data_fraction"] == 0.05
+        assert 0.27 < run["decoder_ratio"] < 0.33
+    assert result["export"]["max_abs_logit_difference"] < 1e-4

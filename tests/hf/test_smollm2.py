@@ -1,0 +1,78 @@
+"""A real model, SmolLM2-135M: the same tokens and the same perplexity as torch, before and after depth pruning."""
+
+import math
+
+import numpy as np
+import pytest
+from repository import ROOT
+from smollm2 import english_text, smollm2_folder
+from transformers import AutoTokenizer
+
+from vlmprune_jax.hf.export.reload import check_export
+from vlmprune_jax.hf.export.write import save
+from vlmprune_jax.hf.read import load
+from vlmprune_jax.models.generate import generate
+from vlmprune_jax.prune import apply_plan, make_plan, score
+
+pytestmark = pytest.mark.slow
+PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):",
+    "Once upon a time, in a small village by the sea,",
+    "Water boils at a temperature of",
+    "The three laws of motion say that",
+)
+WINDOW, ROWS = 512, 8
+
+
+@pytest.fixture(scope="module")
+def folder():
+    return smollm2_folder(ROOT)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def windows(tokenizer):
+    """int[windows, 512]: at least 50 kB of English, cut into whole windows."""
+    ids = np.asarray(tokenizer(english_text(53_000))["input_ids"])
+    ids = ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW)
+    assert len(tokenizer.decode(ids.reshape(-1)).encode()) >= 50_000
+    return ids
+
+
+def test_greedy_continuations(folder, tokenizer, torch_outputs):
+    model = load(folder)
+    for prompt in PROMPTS:
+        ids = np.asarray([tokenizer(prompt)["input_ids"]], np.int32)
+        options = {"class_name": "AutoModelForCausalLM", "version": "5", "want": (), "max_new_tokens": 32}
+        expected = torch_outputs(folder, {"input_ids": ids}, **options)["tokens"]
+        np.testing.assert_array_equal(generate(model, ids, max_new_tokens=32, eos_token_ids=()), expected)
+
+
+def test_depth_pruned_export_has_the_same_perplexity(folder, windows, torch_outputs, tmp_path):
+    from vlmprune_jax.evaluation.runner import perplexity
+
+    model = load(folder)
+    calibration = {"input_ids": windows[:1].astype(np.int32), "attention_mask": np.ones((1, WINDOW), np.int32)}
+    scores = score(model, [calibration], criterion="block_influence")
+    plan = make_plan(scores, model.cfg, method="depth", layers_removed=3)
+    assert len(plan.removed_layers) == 3
+    assert len(plan.kept_layers) == 27
+    pruned = apply_plan(model, plan)
+    save(pruned, tmp_path / "pruned", source_dir=folder, dtype="float32", plan=plan)
+    ours = perplexity(pruned, windows.reshape(-1), window=WINDOW, batch_size=4).perplexity
+    options = {"class_name": "AutoModelForCausalLM", "version": "5", "want": ("nll",)}
+    total = sum(
+        torch_outputs(tmp_path / "pruned", {"input_ids": windows[i : i + ROWS]}, **options)["nll"].sum()
+        for i in range(0, len(windows), ROWS)
+    )
+    theirs = math.exp(total / (windows.size - len(windows)))
+    print(f"removed layers {plan.removed_layers}: perplexity {ours:.6f} here, {theirs:.6f} in torch")
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    report = check_export(pruned, tmp_path / "pruned")
+    assert report["backend"] == "torch"
+    assert report["max_abs_logit_difference"] <= report["tolerance"] < 1e-3

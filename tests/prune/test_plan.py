@@ -1,0 +1,342 @@
+"""Width and hybrid plans: the reference's tables, the ratio solver, and the plan file."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prune_cases import EQUAL, REFERENCE_TOTAL, UNEQUAL, config, depth_scores, llava_7b, model
+
+from vlmprune_jax.config import LayerShape
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.params import count_params
+from vlmprune_jax.prune import KeptLayer, PrunePlan, Scores, compose, keep_everything, make_plan, score
+from vlmprune_jax.prune.fingerprint import shape_digest
+from vlmprune_jax.prune.solver import Units, layer_costs, smallest_sparsity, widths_at
+
+
+def width_scores(cfg, seed=0, gqa="groups"):
+    draw = np.random.default_rng(seed)
+    heads = tuple(draw.random(s.kv_heads if gqa == "groups" else s.q_heads) for s in cfg.text.layers)
+    neurons = tuple(draw.random(s.mlp) for s in cfg.text.layers)
+    return Scores("l1", shape_digest(cfg) + "-x", {"gqa": gqa}, heads=heads, mlp=neurons)
+
+
+# heads, neurons, parameters per head and per neuron, head_dim, total: algorithms 1.6 (three architectures)
+ARCHITECTURES = {
+    "llava": (32, 11008, 2_097_152, 12_288, 128, REFERENCE_TOTAL),
+    "bunny": (32, 10240, 819_440, 5_121, 80, 3_182_254_624),
+    "internvl": (32, 8192, 1_179_648, 9_216, 96, 4_146_855_936),
+}
+RANGES = {"A": (range(3, 21), range(3, 20)), "B": (range(3, 31), range(4, 30)), "C": (range(4, 30), range(4, 30))}
+
+
+def reference_units(name, ranges):
+    heads, neurons, per_head, per_neuron, head_dim, total = ARCHITECTURES[name]
+    attn, mlp = RANGES[ranges]
+    return [Units(heads, neurons, per_head, per_neuron, i in attn, i in mlp, 1, 1) for i in range(32)], head_dim, total
+
+
+@pytest.mark.parametrize(
+    ("name", "s", "heads", "neurons"),
+    [
+        ("llava", 0.2, 6, 2202), ("llava", 0.3, 9, 3303), ("llava", 0.4, 12, 4404), ("llava", 0.6, 19, 6605),
+        ("llava", 0.8, 25, 8807), ("bunny", 0.28, 8, 2868), ("bunny", 0.8, 25, 8193), ("internvl", 0.25, 8, 2048),
+        ("internvl", 0.3, 9, 2458),
+    ],
+)  # fmt: skip
+def test_sparsity_truncates_as_the_reference(name, s, heads, neurons):
+    units, head_dim, _ = reference_units(name, "C")
+    widths = widths_at(units, head_dim, s)
+    assert (32 - widths.heads[5], units[5].neurons - widths.neurons[5]) == (heads, neurons)
+    assert (widths.heads[2], widths.neurons[2]) == (32, units[5].neurons)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "name", "percents"),
+    [
+        ("A", "llava", (9.72, 12.42, 14.58, 19.44, 29.69, 39.41)),
+        ("A", "bunny", (8.38, 10.71, 12.58, 16.77, 25.61, 34.00)),
+        ("A", "internvl", (9.26, 11.83, 13.89, 18.53, 28.30, 37.56)),
+        ("B", "llava", (14.95, 19.10, 22.42, 29.90, 45.67, 60.62)),
+        ("B", "bunny", (12.89, 16.48, 19.34, 25.79, 39.41, 52.30)),
+        ("B", "internvl", (14.25, 18.21, 21.37, 28.49, 43.54, 57.78)),
+        ("C", "llava", (14.59, 18.62, 21.89, 29.19, 44.55, 59.14)),
+        ("C", "bunny", (12.59, 16.07, 18.88, 25.17, 38.43, 51.02)),
+        ("C", "internvl", (13.91, 17.75, 20.86, 27.81, 42.46, 56.36)),
+    ],
+)
+def test_sparsity_to_total_ratio_table(ranges, name, percents):
+    units, head_dim, total = reference_units(name, ranges)
+    reached = [100 * widths_at(units, head_dim, s).removed / total for s in (0.2, 0.25, 0.3, 0.4, 0.6, 0.8)]
+    assert [round(r, 2) for r in reached] == list(percents)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranges", "target", "s", "heads", "neurons"),
+    [
+        ("llava", "A", 0.15, 0.3123, 10, 3438),
+        ("llava", "B", 0.15, 0.2011, 6, 2214),
+        ("llava", "C", 0.15, 0.2083, 6, 2293),
+        ("bunny", "A", 0.15, 0.3535, 11, 3620),
+        ("bunny", "C", 0.30, 0.4684, 15, 4797),
+        ("llava", "A", 0.30, 0.6095, 19, 6710),
+        ("llava", "B", 0.60, 0.7876, 25, 8670),
+        ("bunny", "B", 0.60, 0.9124, 29, 9343),
+        ("internvl", "C", 0.45, 0.6381, 20, 5228),
+        ("internvl", "B", 0.60, 0.8300, 26, 6800),
+    ],
+)
+def test_smallest_sparsity_table(name, ranges, target, s, heads, neurons):
+    units, head_dim, total = reference_units(name, ranges)
+    widths = smallest_sparsity(units, head_dim, target * total)
+    assert (widths.sparsity, 32 - widths.heads[10], units[0].neurons - widths.neurons[10]) == (s, heads, neurons)
+
+
+def test_llava_7b_costs_and_sparsity_from_the_config():
+    cfg = llava_7b()
+    costs = layer_costs(cfg)
+    assert (costs.q_head + costs.kv_head, costs.neuron, costs.layer) == (2_097_152, 12_288, 8_192)
+    assert costs.of(cfg.text.layers[0]) == 202_383_360
+    options = {"attn_layers": (3, 31), "mlp_layers": (4, 30), "parameters_total": REFERENCE_TOTAL}
+    plan = make_plan(width_scores(cfg), cfg, method="width", sparsity=0.4, **options)
+    assert round(100 * plan.reached, 2) == 29.90
+    assert plan.layers[10].shape == LayerShape(20, 20, 11008 - 4404)
+    assert plan.layers[2].shape == cfg.text.layers[2]
+    assert plan.asked is None
+    with pytest.raises(
+        UserError, match=r"ratio 0.6 cannot be reached by width within attn_layers=\(3, 21\), mlp_layers=\(3, 20\)"
+    ):
+        make_plan(width_scores(cfg), cfg, method="width", ratio=0.6, attn_layers=(3, 21), mlp_layers=(3, 20))
+
+
+@pytest.mark.parametrize("ratio", [0.15, 0.3, 0.45, 0.6])
+def test_llava_7b_ratio_is_reached_to_half_a_neuron_per_layer(ratio):
+    cfg = llava_7b()
+    plan = make_plan(width_scores(cfg), cfg, method="width", ratio=ratio)
+    assert plan.asked == ratio
+    assert abs(plan.reached - ratio) <= 0.5 * 32 * 12_288 / plan.parameters_total
+    assert len({layer.shape for layer in plan.layers}) == 1  # equal widths: a stock loader takes the folder
+    assert plan.parameters_after == count_params(plan.apply_to(cfg))
+    snapped = make_plan(width_scores(cfg), cfg, method="width", ratio=ratio, heads_multiple=4, neurons_multiple=128)
+    assert abs(snapped.reached - ratio) <= 0.5 * 32 * 12_288 * 128 / plan.parameters_total
+    assert {(s.shape.q_heads % 4, s.shape.kv_heads % 4, s.shape.mlp % 128) for s in snapped.layers} == {(0, 0, 0)}
+
+
+shapes = st.builds(lambda kv, group, mlp: LayerShape(kv * group, kv, mlp), *map(st.integers, (1, 1, 2), (4, 3, 30)))
+
+
+@given(
+    ratio=st.floats(0, 0.95),
+    layers=st.lists(shapes, min_size=1, max_size=4),
+    gqa=st.sampled_from(["groups", "q_heads"]),
+    multiple=st.sampled_from([1, 2]),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_ratio_is_planned_honestly_or_refused(ratio, layers, gqa, multiple):
+    cfg = config(tuple(layers))
+    costs = layer_costs(cfg)
+    options = {"method": "width", "ratio": ratio, "neurons_multiple": multiple}
+    scores = width_scores(cfg, gqa=gqa)
+    least = 0
+    for shape in layers:  # one group, or one query head in every group
+        narrowest = (shape.q_heads // shape.kv_heads, 1) if gqa == "groups" else (shape.kv_heads, shape.kv_heads)
+        least += costs.of(LayerShape(*narrowest, multiple))
+    if ratio * count_params(cfg) > sum(map(costs.of, layers)) - least:
+        with pytest.raises(UserError, match="cannot be reached by width"):
+            make_plan(scores, cfg, **options)
+        return
+    plan = make_plan(scores, cfg, **options)
+    assert plan.parameters_after == count_params(plan.apply_to(cfg))
+    # off by at most one head in every layer, the coarsest step there is
+    step = sum(max(costs.neuron * multiple, costs.q_head * s.q_heads + costs.kv_head * s.kv_heads) for s in layers)
+    assert abs(plan.reached - ratio) * plan.parameters_total <= step
+
+
+def test_the_lowest_scores_go():
+    cfg = config(EQUAL)
+    scores = width_scores(cfg)
+    plan = make_plan(scores, cfg, method="width", sparsity=0.5, attn_layers=(1, 3), mlp_layers=(0, 2))
+    for layer in plan.layers:
+        heads, neurons = scores.heads[layer.index], scores.mlp[layer.index]
+        if 1 <= layer.index < 3:
+            best = int(np.argmax(heads))
+            assert (layer.kv_heads, layer.q_heads) == ((best,), (2 * best, 2 * best + 1))
+        else:
+            assert layer.q_heads == (0, 1, 2, 3)
+        expected = np.sort(np.argsort(neurons)[6:]) if layer.index < 2 else np.arange(12)
+        assert layer.neurons == tuple(expected)
+
+
+def test_query_heads_go_evenly_inside_their_groups():
+    cfg = config((LayerShape(6, 2, 8),) * 2)
+    scores = dataclasses.replace(
+        width_scores(cfg, gqa="q_heads"), heads=(np.array([9.0, 8, 7, 1, 3, 2]), np.array([1.0, 2, 3, 9, 7, 8]))
+    )
+    plan = make_plan(scores, cfg, method="width", sparsity=0.4, mlp_layers=(0, 0))
+    assert [layer.q_heads for layer in plan.layers] == [(0, 1, 4, 5), (1, 2, 3, 5)]
+    assert [layer.kv_heads for layer in plan.layers] == [(0, 1), (0, 1)]
+    assert plan.parameters_after == count_params(plan.apply_to(cfg))
+
+
+def test_global_selection_meets_a_ratio():
+    cfg = config(EQUAL)
+    scores = dataclasses.replace(width_scores(cfg), heads=tuple(5 + h for h in width_scores(cfg).heads))
+    plan = make_plan(scores, cfg, method="width", ratio=0.1, selection="global")
+    assert abs(plan.reached - 0.1) <= 0.5 * layer_costs(cfg).neuron / plan.parameters_total
+    kept = np.concatenate([scores.mlp[x.index][list(x.neurons)] for x in plan.layers])
+    gone = np.concatenate([np.delete(scores.mlp[x.index], list(x.neurons)) for x in plan.layers])
+    assert gone.max() < kept.min()
+    # layer 1's neurons are all lower than any other: the layer that would lose everything stays whole
+    low = dataclasses.replace(scores, mlp=tuple(m - 9 * (i == 1) for i, m in enumerate(scores.mlp)))
+    whole = make_plan(low, cfg, method="width", sparsity=0.2, selection="global")  # 14 of 70 units
+    assert [len(layer.neurons) for layer in whole.layers].count(12) >= 3
+    assert whole.layers[1].neurons == tuple(range(12))
+    assert sum(12 - len(layer.neurons) for layer in whole.layers) == 2
+    flat = dataclasses.replace(
+        scores, mlp=tuple(np.zeros(12) for _ in range(5)), heads=tuple(np.zeros(2) for _ in range(5))
+    )
+    with pytest.raises(UserError, match="cannot be reached by global selection, which leaves a layer whole"):
+        make_plan(flat, cfg, method="width", ratio=0.3, selection="global")
+    for bad in ({"neurons_multiple": 2}, {"heads_multiple": 2}):
+        with pytest.raises(UserError, match='selection="global" gives every layer its own width'):
+            make_plan(scores, cfg, method="width", ratio=0.1, selection="global", **bad)
+
+
+def test_hybrid_takes_its_share_in_layers_and_the_rest_in_widths():
+    cfg = config((LayerShape(4, 2, 40),) * 6)
+    pair = (depth_scores(cfg, [5, 0, 4, 1, 3, 2]), width_scores(cfg))
+    plan = make_plan(pair, cfg, method="hybrid", ratio=0.5, depth_share=0.6)
+    layer_share = layer_costs(cfg).of(cfg.text.layers[0]) / count_params(cfg)
+    assert plan.removed_layers == tuple(sorted([1, 3][: round(0.3 / layer_share)]))
+    assert abs(plan.reached - 0.5) <= 0.5 * 4 * layer_costs(cfg).neuron / plan.parameters_total
+    assert plan.parameters_after == count_params(plan.apply_to(cfg))
+    assert plan.criterion == "block_influence + l1"
+    given_layers = make_plan(
+        pair, cfg, method="hybrid", ratio=0.4, layers_removed=2, mlp_layers=(1, 5), attn_layers=(1, 5)
+    )
+    assert given_layers.removed_layers == (1, 3)
+    assert given_layers.layers[0].shape == given_layers.layers[-1].shape == cfg.text.layers[0]
+    assert abs(given_layers.reached - 0.4) <= 0.5 * 2 * layer_costs(cfg).neuron / plan.parameters_total
+    only_layers = make_plan(pair, cfg, method="hybrid", ratio=1.5 * layer_share, layers_removed=2)
+    assert {layer.shape for layer in only_layers.layers} == {cfg.text.layers[0]}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "method 'width' needs either ratio= .* or sparsity="),
+        ({"ratio": 0.2, "sparsity": 0.2}, "method 'width' needs either ratio= .* or sparsity="),
+        ({"ratio": 0.2, "layers_removed": 1}, "layers_removed is for method 'depth' or 'hybrid'"),
+        ({"sparsity": 1.0}, "sparsity 1 must be at least 0 and below 1"),
+        ({"sparsity": 0.99}, "sparsity 0.99 would remove all heads or neurons of layer 0"),
+        (
+            {"ratio": 0.9},
+            r"ratio 0.9 cannot be reached by width within attn_layers=all, mlp_layers=all: the most is 0\.\d{4}",
+        ),
+        ({"ratio": 0.1, "attn_layers": (2, 9)}, r"attn_layers=\(2, 9\) must lie within the 5 layers"),
+        ({"ratio": 0.1, "mlp_layers": (3, 2)}, r"mlp_layers=\(3, 2\) must lie within the 5 layers"),
+        ({"ratio": 0.1, "mlp_layers": "some"}, "mlp_layers='some' must be \"all\" or a half-open pair"),
+        ({"ratio": 0.1, "heads_multiple": 0}, "heads_multiple=0 must be a whole number, at least 1"),
+        ({"ratio": 0.1, "heads_multiple": 3}, "heads_multiple=3 is more than the 2 heads of layer 0"),
+        ({"ratio": 0.1, "neurons_multiple": 16}, "neurons_multiple=16 is more than the 12 neurons of layer 0"),
+        (
+            {"ratio": 0.1, "selection": "locally"},
+            "selection 'locally' is not one of local, global; did you mean 'local'",
+        ),
+        ({"ratio": 0.1, "base": config(UNEQUAL)}, "base has 4 layers but the model has 5"),
+        ({"ratio": 0.1, "atn_layers": "all"}, "has no option 'atn_layers' .*did you mean 'attn_layers'"),
+    ],
+)
+def test_width_plans_refuse(options, message):
+    cfg = config(EQUAL)
+    with pytest.raises(UserError, match=message):
+        make_plan(width_scores(cfg), cfg, method="width", **options)
+
+
+def test_hybrid_plans_refuse():
+    cfg = config(EQUAL)
+    pair = (depth_scores(cfg, [0, 1, 2, 3, 4]), width_scores(cfg))
+    for scores, options, message in (
+        (pair[0], {"ratio": 0.3}, r"method 'hybrid' needs a pair \(depth scores, width scores\)"),
+        (pair, {}, "method 'hybrid' needs ratio="),
+        (pair, {"ratio": 0.3, "depth_share": 1.5}, "depth_share=1.5 must be at least 0 and below 1"),
+        (pair, {"ratio": 0.9, "layers_removed": 1}, "cannot be reached by width .* after removing layers: the most is"),
+        ((pair[0], dataclasses.replace(pair[1], fingerprint="a-b")), {"ratio": 0.3}, "are of different models"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_plan(scores, cfg, method="hybrid", **options)
+
+
+def test_json_round_trip_is_exact(tmp_path):
+    cfg = config(UNEQUAL)
+    pair = (depth_scores(cfg, [0, 1, 2, 3]), score(model(cfg), criterion="l2"))
+    pair = (dataclasses.replace(pair[0], fingerprint=pair[1].fingerprint), pair[1])
+    plan = make_plan(pair, cfg, method="hybrid", ratio=1 / 3, protect=(1,), depth_share=0.4, attn_layers=(1, 4))
+    text = plan.to_json(tmp_path / "deep" / "plan.json")
+    assert PrunePlan.from_json(text) == plan
+    assert PrunePlan.from_json(tmp_path / "deep" / "plan.json") == plan
+    assert PrunePlan.from_json(str(tmp_path / "deep" / "plan.json")).to_json() == text
+    data = json.loads(text)
+    assert data["reached"] == plan.reached
+    assert data["kept_layers"] == list(plan.kept_layers)
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["plan.json"]
+
+
+def plan_data():
+    cfg = config(EQUAL)
+    return json.loads(make_plan(width_scores(cfg), cfg, method="width", ratio=0.2).to_json())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.pop("layers"), "key 'layers' is missing: plan again"),
+        (lambda d: d.update(format=7), "plan of format 7, this version reads 1"),
+        (lambda d: d.update(layers=[]), "no layer is kept"),
+        (lambda d: d["layers"].reverse(), r"kept layers \[4, 3, 2, 1, 0\] are not increasing numbers below 5"),
+        (lambda d: d["layers"][4].update(index=5), r"kept layers .* are not increasing numbers below 5"),
+        (lambda d: d["layers"][1].update(neurons=[3, 3]), "neurons of layer 1 are not increasing numbers below 12"),
+        (lambda d: d["layers"][1].update(neurons=[]), "neurons of layer 1 .* at least one"),
+        (
+            lambda d: d["layers"][1].update(q_heads=[0, 1, 2], kv_heads=[0, 1]),
+            "do not share its key/value heads .* evenly",
+        ),
+        (lambda d: d["layers"][1].update(q_heads=[0, 1], kv_heads=[1]), "do not share its key/value heads .* evenly"),
+        (lambda d: d.update(layers="all"), "not a prune plan"),
+        (lambda d: d.update(layers_before=[[4, 3, 12]]), "q_heads must be a multiple of kv_heads"),
+    ],
+)
+def test_from_json_refuses(tmp_path, change, message):
+    data = plan_data()
+    change(data)
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match=rf"plan.json: .*{message}"):
+        PrunePlan.from_json(tmp_path / "plan.json")
+
+
+def test_from_json_refuses_files_that_are_not_plans(tmp_path):
+    with pytest.raises(UserError, match=r"none.json: no such plan"):
+        PrunePlan.from_json(tmp_path / "none.json")
+    (tmp_path / "half.json").write_text('{"format": 1,')
+    with pytest.raises(UserError, match=r"half.json: not a prune plan"):
+        PrunePlan.from_json(tmp_path / "half.json")
+    with pytest.raises(UserError, match="plan JSON: key 'format' is missing"):
+        PrunePlan.from_json("{}")
+
+
+def test_plans_that_do_not_follow_each_other_are_not_composed():
+    cfg = config(EQUAL)
+    one = make_plan(width_scores(cfg), cfg, method="width", ratio=0.2)
+    with pytest.raises(UserError, match="these plans do not follow each other"):
+        compose(one, one)
+
+
+def test_keep_everything():
+    cfg = config(UNEQUAL)
+    plan = keep_everything(cfg, "a-b", count_params(cfg))
+    assert plan.apply_to(cfg) == cfg
+    assert (plan.reached, plan.removed_layers) == (0, ())
+    assert plan.layers[2] == KeptLayer(2, tuple(range(8)), (0, 1), tuple(range(10)))

@@ -1,0 +1,327 @@
+"""Checkpoints: a run that stopped, was killed or went wrong continues to the same bytes, and only as the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import recover_cases as cases
+from jax.sharding import NamedSharding, PartitionSpec
+from repository import WORKERS
+
+from vlmprune_jax.distributed.mesh import make_mesh
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.recovery import LossConfig, Stopped, recover
+from vlmprune_jax.recovery.checkpoint import Checkpointer, weights_digest
+
+CFG = cases.config()
+SETTINGS = cases.settings(
+    trainable="lora",
+    lora=dataclasses.replace(cases.LORA, dropout=0.2),
+    losses=LossConfig(ce=0.5, l2=0.5),
+    save_every=1,
+    keep_checkpoints=3,
+)
+
+
+def train(stream, workdir, config=SETTINGS, **options):
+    options = {"teacher": cases.model(CFG, 9), "progress": False, **options}
+    return recover(options.pop("model", cases.model(CFG)), stream, config, workdir=workdir, **options)
+
+
+def mid_epoch_stream() -> grain.IterDataset:
+    """Shuffled epochs of 5 batches: step 3 of 6 lies inside the first one."""
+    rows = cases.Stream(CFG)
+    batches = [next(rows) for _ in range(5)]
+    return grain.MapDataset.source(batches).shuffle(seed=4).repeat().to_iter_dataset()
+
+
+class Stopping:
+    """A stream whose process gets SIGTERM while batch `at` is handed out."""
+
+    def __init__(self, inner, at: int):
+        self.inner, self.at, self.handed = iter(inner), at, 0
+
+    def __iter__(self):
+        return self
+
+    def get_state(self):
+        return self.inner.get_state()
+
+    def set_state(self, state):
+        self.inner.set_state(state)
+
+    def __next__(self):
+        if self.handed == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.handed += 1
+        return next(self.inner)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    model, summary = train(mid_epoch_stream(), folder)
+    return model, summary, folder
+
+
+def test_resuming_after_sigterm_is_bitwise_the_same(uninterrupted, tmp_path):
+    """Half way, in the middle of an epoch, with adapter dropout; a new stream, state and step function go on."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match=r"SIGTERM after step 3 of 6; saved in .*checkpoints"):
+        train(Stopping(mid_epoch_stream(), 2), tmp_path)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [line["step"] for line in _metrics(tmp_path)] == [1, 2, 3]
+    model, summary = train(mid_epoch_stream(), tmp_path)
+    assert summary["resumed_from"] == 3
+    cases.assert_bitwise(model, uninterrupted[0])
+    same = ("step", "loss", "ce", "l2", "grad_norm", "learning_rate", "padding")
+    ours, straight = ([{k: line[k] for k in same} for line in _metrics(path)] for path in (tmp_path, uninterrupted[2]))
+    assert ours == straight
+    assert [line["step"] for line in ours] == [1, 2, 3, 4, 5, 6]
+
+
+def _metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_finished_run_is_not_trained_again(uninterrupted):
+    model, summary = train(mid_epoch_stream(), uninterrupted[2])
+    assert (summary["resumed_from"], summary["tokens"]) == (6, 0)
+    assert summary["last"]["loss"] == uninterrupted[1]["last"]["loss"]
+    cases.assert_bitwise(model, uninterrupted[0])
+
+
+def test_only_the_last_checkpoints_are_kept(uninterrupted):
+    assert {path.name for path in (uninterrupted[2] / "checkpoints").iterdir()} == {"4", "5", "6"}
+    assert list((uninterrupted[2] / "tensorboard").glob("events*"))
+
+
+def test_other_batches_do_not_resume(uninterrupted):
+    with pytest.raises(UserError, match=r"its place in the data does not fit these batches \(KeyError\('at'\)\)"):
+        train(cases.Stream(CFG), uninterrupted[2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": dataclasses.replace(SETTINGS, learning_rate=1.0)}, r"config.learning_rate was 0.003, now 1.0"),
+        ({"config": dataclasses.replace(SETTINGS, steps=9)}, r"config.steps was 6, now 9; num_steps was 6, now 9"),
+        ({"model": cases.model(CFG, 5)}, r"model.weights was \"\w+\", now"),
+        ({"teacher": cases.model(CFG, 5)}, r"teacher.weights was"),
+    ],
+)
+def test_another_run_does_not_resume(uninterrupted, changes, message):
+    changes = dict(changes)
+    with pytest.raises(UserError, match=f"checkpoint of another run: .*{message}.*use another workdir"):
+        train(mid_epoch_stream(), uninterrupted[2], changes.pop("config", SETTINGS), **changes)
+
+
+def test_settings_without_influence_may_change(uninterrupted):
+    free = dataclasses.replace(SETTINGS, save_every=3, log_every=5, keep_checkpoints=1, merge_lora=False)
+    model, _ = train(mid_epoch_stream(), uninterrupted[2], free)
+    assert model.cfg.lora == SETTINGS.lora
+
+
+@pytest.mark.slow
+def test_another_mesh_continues_within_rounding(uninterrupted, tmp_path):
+    """Steps 1-2 on one device, 3-4 on 2 x 2 x 2, 5-6 on 1 x 4 x 2: the same batches, losses and parameters."""
+    for mesh, done in ((None, 2), (make_mesh(2, 2, 2), 4)):
+        with pytest.raises(Stopped, match=f"after step {done} of 6"):
+            train(Stopping(mid_epoch_stream(), 1), tmp_path, mesh=mesh)
+    model, summary = train(mid_epoch_stream(), tmp_path, mesh=make_mesh(1, 4, 2))
+    assert summary["resumed_from"] == 4
+    assert cases.largest_difference(model, uninterrupted[0]) < 1e-5
+    for name in ("step", "loss", "ce", "l2", "grad_norm"):
+        ours, straight = ([line[name] for line in _metrics(path)] for path in (tmp_path, uninterrupted[2]))
+        np.testing.assert_allclose(ours, straight, rtol=1e-5)
+
+
+def test_data_states_of_other_processes(uninterrupted, tmp_path):
+    """Saved by three processes: in one place all of them, any number continues; in their own places, only three."""
+    shutil.copytree(uninterrupted[2] / "checkpoints/6", tmp_path / "checkpoints/6")
+    file = tmp_path / "checkpoints/6/meta/metadata"
+    meta = json.loads(file.read_text())
+    own = meta["data"][0]
+    file.write_text(json.dumps({**meta, "data": [own] * 3}))
+    assert train(mid_epoch_stream(), tmp_path)[1]["resumed_from"] == 6
+    file.write_text(json.dumps({**meta, "data": [own, own, "jnull"]}))
+    with pytest.raises(UserError, match="saved by 3 processes, each in another place of its data: continue with 3"):
+        train(mid_epoch_stream(), tmp_path)
+
+
+class Full:
+    """A stream that fills the disk as soon as step `at` is saved: no file can grow beyond 4 KiB any more."""
+
+    def __init__(self, inner, at: int, folder: Path):
+        self.inner, self.left, self.saved = iter(inner), at, folder / f"checkpoints/{at}"
+
+    def __iter__(self):
+        return self
+
+    def get_state(self):
+        return self.inner.get_state()
+
+    def set_state(self, state):
+        self.inner.set_state(state)
+
+    def __next__(self):
+        if self.left == 0:
+            while not self.saved.exists():
+                time.sleep(0.01)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        self.left -= 1
+        return next(self.inner)
+
+
+@pytest.mark.parametrize("at", [3, 5])  # one in the middle, and the last one, which no later save looks at
+def test_a_save_that_fails_ends_the_run(uninterrupted, tmp_path, at):
+    """Saves go on in the background; a failed one is fatal, and the last good checkpoint is continued from."""
+    config = dataclasses.replace(SETTINGS, log_every=100)
+    try:
+        with pytest.raises(UserError, match=rf"checkpoints: cannot save a checkpoint \(.*last .* step {at}: make room"):
+            train(Full(mid_epoch_stream(), at, tmp_path), tmp_path, config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    model, summary = train(mid_epoch_stream(), tmp_path, dataclasses.replace(config, save_every=0))
+    assert summary["resumed_from"] == at
+    cases.assert_bitwise(model, uninterrupted[0])
+    assert all(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir())  # the half-written one is gone
+
+
+def test_a_save_that_failed_in_the_background_ends_the_next_step(tmp_path, monkeypatch):
+    """Not only the next save, which may be hours away."""
+    cfg, looks = cases.config(vision=False, layers=1), []
+
+    def look(manager):
+        looks.append(manager)
+        if len(looks) == 2:
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "check_for_errors", look)
+    with pytest.raises(UserError, match=r"cannot save a checkpoint \(No space .*there is no complete one: make room"):
+        recover(cases.model(cfg), cases.Stream(cfg), cases.settings(), workdir=tmp_path, progress=False)
+    assert [line["step"] for line in _metrics(tmp_path)] == [1]
+
+
+def test_what_went_wrong_first_is_told(tmp_path, monkeypatch):
+    """A disk that fails in a step fails when the last save is waited for as well."""
+    saver = Checkpointer(tmp_path / "checkpoints", {}, 1)
+    close = saver._manager.close
+
+    def failing():
+        close()
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(saver._manager, "close", failing)
+    with pytest.raises(UserError, match="the step"), saver:
+        raise UserError("the step")
+    with (
+        pytest.raises(UserError, match=r"cannot save a checkpoint \(the disk is gone\); there is no complete one"),
+        saver,
+    ):
+        pass
+
+
+def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path):
+
+    shutil.copytree(uninterrupted[2] / "checkpoints", tmp_path / "checkpoints")
+    for part in (tmp_path / "checkpoints/6/state").rglob("*"):
+        if part.is_file() and part.parent.name == "d":
+            part.write_bytes(part.read_bytes()[:10])
+    with pytest.raises(UserError, match=r"checkpoints/6: cannot read the checkpoint \(.*remove that folder"):
+        train(mid_epoch_stream(), tmp_path)
+
+
+def test_any_change_of_weights_changes_their_digest():
+    """A number, their order along any axis, two leaves in each other's place; but not where they lie."""
+    draw = np.random.default_rng(0)
+    params = {name: draw.standard_normal((8, 6)).astype(np.float32) for name in "ab"} | {"c": np.ones(3, np.float16)}
+    digest = weights_digest(jax.tree.map(jnp.asarray, params))
+    spread = NamedSharding(make_mesh(2, 4, 1), PartitionSpec("fsdp", "data"))
+    assert weights_digest({**params, "a": jax.device_put(params["a"], spread)}) == digest
+    changed = [{"a": params["a"][::-1]}, {"a": params["a"][:, ::-1]}, {"a": params["b"], "b": params["a"]}]
+    changed += [{"a": np.where(params["a"] == params["a"][1, 1], 0, params["a"])}, {"c": -params["c"]}]
+    changed += [{"a": params["a"].reshape(6, 8)}, {"b": params["a"], "a": params["a"]}]
+    assert len({digest, *(weights_digest({**params, **change}) for change in changed)}) == 8
+
+
+def test_a_stream_without_state_needs_no_workdir(tmp_path):
+    batches = [next(cases.Stream(CFG))]
+    with pytest.raises(UserError, match="no get_state/set_state"):
+        train(batches, tmp_path)
+
+
+def test_nan_stops_and_names_the_records(tmp_path):
+    """Batch 3 is poisoned: steps 1 to 3 are saved, nothing of step 4 is."""
+    config = cases.settings(save_every=1)
+    with pytest.raises(UserError, match=r"step 4: loss nan.* records record-3-0, record-3-1.* checkpoint is of step 3"):
+        recover(cases.model(CFG), cases.Stream(CFG, poison=3), config, workdir=tmp_path, progress=False)
+    listed = json.loads((tmp_path / "nonfinite-0.json").read_text())
+    assert listed["step"] == 4
+    assert listed["records"] == [f"record-3-{row}" for row in range(8)]
+    assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == 3
+    healthy, summary = recover(cases.model(CFG), cases.Stream(CFG), config, workdir=tmp_path, progress=False)
+    assert summary["resumed_from"] == 3
+    straight, _ = recover(cases.model(CFG), cases.Stream(CFG), config, progress=False)
+    cases.assert_bitwise(healthy, straight)
+
+
+def test_ids_outside_the_vocabulary_are_refused():
+    stream = cases.Stream(CFG)
+    stream.cfg = dataclasses.replace(CFG, image_token_id=None)
+    wrong = dataclasses.replace(CFG, text=dataclasses.replace(CFG.text, vocab_size=32))
+    with pytest.raises(UserError, match="outside the vocabulary of 32"):
+        recover(cases.model(wrong), stream, cases.settings(), progress=False)
+
+
+def _worker(folder: Path) -> subprocess.Popen:
+    command = [sys.executable, str(WORKERS / "recover_worker.py"), str(folder)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def _finish(folder: Path) -> bytes:
+    process = _worker(folder)
+    output, _ = process.communicate()
+    assert process.returncode == 0
+    assert output.endswith("done\n")
+    return (folder / "trained.bin").read_bytes()
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_resumes_bitwise(tmp_path):
+    """Every step starts a save, so kills at random delays fall before, during and after saves."""
+    expected = _finish(tmp_path / "straight")
+    draw, folder, resumed = np.random.default_rng(0), tmp_path / "killed", []
+    for _ in range(4):
+        process = _worker(folder)
+        assert process.stdout is not None
+        first = int(process.stdout.readline().split()[1])
+        resumed.append(first)
+        for _ in range(int(draw.integers(3, 9))):
+            process.stdout.readline()
+        try:
+            process.wait(timeout=float(draw.uniform(0, 0.05)))
+        except subprocess.TimeoutExpired:
+            process.kill()
+        process.wait()
+        process.stdout.close()
+        assert process.returncode == -signal.SIGKILL
+    assert resumed[0] == 0
+    assert resumed == sorted(resumed)
+    assert resumed[-1] > 0  # checkpoints survived the kills
+    assert _finish(folder) == expected

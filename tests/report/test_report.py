@@ -1,0 +1,228 @@
+"""The report page: what it says, that it is one file, and what it does with a damaged workdir."""
+
+import html
+import json
+import re
+import struct
+
+import numpy as np
+import pytest
+from prune_cases import EQUAL, config, model
+
+from vlmprune_jax.config import LayerShape
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.params import count_params
+from vlmprune_jax.prune import Scores, fingerprint, make_plan
+from vlmprune_jax.report import plots
+from vlmprune_jax.report.build import build_report, table_of
+from vlmprune_jax.report.fit import as_rows
+
+CFG = config((LayerShape(4, 4, 12),) * len(EQUAL))
+GROUPS = {"yes": {"questions": 30, "accuracy": 0.9}, "<b>": {"questions": 10, "accuracy": 0.5}}
+
+
+def make_run(workdir, method, recovery, accuracy, **changes):
+    one = model(CFG)
+    draw = np.random.default_rng(3)
+    if method == "depth":
+        importance = np.arange(5, 0, -1) / 10
+        scores = Scores("block_influence", fingerprint(one), {}, importance=importance)
+    else:
+        heads, mlp = tuple(draw.random(4) for _ in EQUAL), tuple(draw.random(12) for _ in EQUAL)
+        scores = Scores("taylor", fingerprint(one), {"gqa": "groups"}, heads=heads, mlp=mlp)
+    plan = make_plan(scores, CFG, method=method, ratio=0.3)
+    scores.save(workdir / method / "scores.npz")
+    plan.to_json(workdir / method / "plan.json")
+    name = method if recovery == "none" else f"{method}-{recovery}"
+    return {
+        "name": name,
+        "method": method,
+        "recovery": recovery,
+        "ratio_asked": 0.3,
+        "ratio_reached": plan.reached,
+        "parameters": plan.parameters_after,
+        "data_fraction": 0.0 if recovery == "none" else 0.05,
+        "accuracy": accuracy,
+        "retained": 100 * accuracy / 0.8,
+        "seconds": 12.34,
+        "by_answer": GROUPS,
+        "plan": f"{method}/plan.json",
+        "scores": [f"{method}/scores.npz"],
+        "path": f"{method}/pruned",
+        **changes,
+    }
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    metrics = tmp_path / "depth" / "sft" / "metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text("".join(json.dumps({"step": i, "ce": 1 / i, "l2": 0.5 / i}) + "\n" for i in range(1, 9)))
+    runs = [
+        make_run(tmp_path, "depth", "none", 0.25),
+        make_run(tmp_path, "depth", "sft", 0.76, metrics="depth/sft/metrics.jsonl"),
+        make_run(tmp_path, "width", "none", 0.5),
+    ]
+    teacher = {"accuracy": 0.8, "questions": 40, "parameters": count_params(CFG), "by_answer": GROUPS}
+    result = {"teacher": teacher, "runs": runs, "best": "depth-sft"}
+    result["export"] = {"path": "export", "max_abs_logit_difference": 3.2e-6}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    return tmp_path
+
+
+def change(workdir, edit):
+    result = json.loads((workdir / "result.json").read_text())
+    edit(result)
+    (workdir / "result.json").write_text(json.dumps(result))
+
+
+def test_page_tells_the_numbers_and_is_one_file(workdir):
+    page = build_report(workdir).read_text()
+    for text in ("depth-sft", "76.00", "95.00", "5 %", "12.3", "3.2e-06", "Best of 3 models"):
+        assert text in page
+    assert page.count("<svg") == 4  # accuracy, two importances, losses
+    outside = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?(?!#)(\w+:[^"\')]+)', page)
+    assert [link for link in outside if not link.startswith("data:") and "www.w3.org" not in link] == []
+    assert "<script" not in page
+    best = re.search(r'<tr class="best">(.*?)</tr>', page, re.S).group(1)
+    assert "depth-sft" in best
+    assert "&lt;b&gt;" in page  # an answer is text, not markup
+    assert "<td><b></td>" not in page
+    assert list(workdir.glob(".*")) == []
+
+
+PLANNED = {
+    "topology": "v5e:8x8",
+    "chips": 64,
+    "mesh": {"data": 1, "fsdp": 64, "tensor": 1},
+    "student": {"layers": 27, "parameters": 5_700_000_000},
+    "teacher": {"layers": 32, "parameters": 7_000_000_000},
+    "batch_size": 64,
+    "accumulation": 2,
+    "remat": "full",
+    "tokens_per_row": 2048,
+    "images_per_row": 1,
+    "tokens_buckets": [768, 2048],
+    "images_buckets": [1],
+    "feature_cache": False,
+    "teacher_top_k": 0,
+    "hbm": {"arguments": 2 << 30, "temporaries": 3 << 29, "free": 12 << 30},
+    "flops": {
+        **{"executed": 3.26e15, "model": 2.51e15},
+        **{"student": 1.5e15, "teacher": 1e15, "attention": 7e12, "vision": 3e12},
+    },
+    "received": {"all-gather": 37 << 30},
+    "seconds": {"step": 0.258, "compute": 0.258, "memory": 0.02, "interconnect": 0.19},
+    "mfu": 0.771,
+    "tokens_per_second": 254_000.0,
+    "steps": 520,
+    "hours": 0.0373,
+    "chip_hours": 2.385,
+    "compile_seconds": 68.0,
+}
+
+
+def test_what_was_planned_for_a_slice_is_shown(workdir):
+    assert "TPU" not in build_report(workdir).read_text()
+    runs = {"depth-sft": PLANNED, "<width>": {"problem": "12 GiB too many", "search": {"slice": PLANNED}}}
+    (workdir / "tpu_plan.json").write_text(json.dumps(runs))
+    page = build_report(workdir).read_text()
+    section = page[page.index("Recovery on a TPU slice") :]
+    told = {
+        html.unescape(what): value for what, value in re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td>', section)
+    }
+    assert told["HBM per chip"] == "2.00 GiB arguments + 1.50 GiB temporaries, 12.00 GiB free"
+    assert told["FLOPs"].startswith("3.26e+15 executed, 2.51e+15 of the model")
+    assert told["received"] == "per chip, in GiB: all-gather 37.00"
+    assert told["step time"].endswith("(compute 0.258, memory 0.020, interconnect 0.190); MFU at most 77.1 %")
+    assert told["buckets"] == "the largest of 768, 2048 tokens; smaller ones need less"
+    assert told["run"].startswith(
+        "520 steps: at least 0.04 hours, 2.4 chip-hours if every batch is of the largest bucket"
+    )
+    assert told["does not fit"] == "12 GiB too many"
+    assert told["best slice"] == (
+        "64 rows in 2, remat full, on v5e:8x8: 12.00 GiB free, at least 0.258 s a step, 254,000 tokens/s"
+    )
+    assert "<h3>&lt;width&gt;</h3>" in section
+    (workdir / "tpu_plan.json").write_text("[]")
+    with pytest.raises(UserError, match=r"tpu_plan\.json: not a result of `vlmprune plan`"):
+        build_report(workdir)
+
+
+def test_what_a_planned_step_takes():
+    """One image or several, pixels or features, a teacher in memory or in a cache."""
+    told = dict(as_rows(PLANNED))
+    assert told["step"] == "64 rows of 2,048 tokens and 1 image, 2 micro-batches, remat full"
+    assert told["student"] == "5,700,000,000 parameters in 27 layers, teacher 7,000,000,000 in 32"
+    cached = {"images_per_row": 13, "feature_cache": True, "teacher": None, "teacher_top_k": 64}
+    told = dict(as_rows({**PLANNED, **cached}))
+    assert told["step"] == "64 rows of 2,048 tokens and 13 cached images, 2 micro-batches, remat full"
+    assert told["student"] == "5,700,000,000 parameters in 27 layers, the teacher's top 64 from its cache"
+
+
+def test_plot_is_a_png_of_its_size(workdir):
+    build_report(workdir)
+    data = (workdir / "report.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", data[16:24])
+    assert (width, height) == (1840, 780)
+
+
+def test_the_same_result_gives_the_same_page(workdir):
+    first = build_report(workdir).read_bytes()
+    assert build_report(workdir).read_bytes() == first
+
+
+def test_table(workdir):
+    header, rows = table_of(json.loads((workdir / "result.json").read_text()))
+    assert all(len(row) == len(header) for row in rows)
+    unpruned, depth, recovered, _ = (dict(zip(header, row, strict=True)) for row in rows)
+    assert unpruned["accuracy"] == "80.00"
+    assert (depth["model"], depth["data"], depth["accuracy"], depth["retained"]) == ("depth", "", "25.00", "31.25")
+    assert (recovered["data"], recovered["retained"], recovered["asked"]) == ("5 %", "95.00", "0.300")
+
+
+def test_no_ratio_and_nothing_retained(workdir):
+    def edit(result):
+        result["runs"][0].update(ratio_asked=None, retained=None)
+
+    change(workdir, edit)
+    _, rows = table_of(json.loads((workdir / "result.json").read_text()))
+    assert rows[1][3] == rows[1][6] == ""
+    build_report(workdir)
+
+
+def test_importance_figures_mark_what_goes(workdir):
+    scores = Scores.load(workdir / "depth" / "scores.npz")
+    figure = plots.layer_importance_figure("t", scores.importance, [4, 3])
+    kept, removed = figure.axes[0].containers
+    assert [round(bar.get_center()[0]) for bar in removed] == [3, 4]
+    assert [bar.get_height() for bar in removed] == pytest.approx([0.2, 0.1])
+    assert len(kept) == 3
+    heads = [np.array([1.0, 2.0]), np.array([4.0, 1.0])]
+    figure = plots.width_importance_figure("t", heads, {0: ({1}, 6, 12), 1: ({0, 1}, 12, 12)})
+    crosses = [(line.get_xdata()[0], line.get_ydata()[0]) for line in figure.axes[0].lines if len(line.get_xdata())]
+    assert crosses == [(0, 0)]
+    assert [bar.get_height() for bar in figure.axes[1].patches] == [50.0, 100.0]
+
+
+def test_loss_figure():
+    assert plots.loss_figure({"a": [{"step": 1, "grad_norm": 2.0}]}) is None
+    figure = plots.loss_figure({"a": [{"step": 1, "ce": 2.0}, {"step": 2, "ce": 1.0}], "b": [{"step": 1, "l2": 1.0}]})
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "cross-entropy, training batches",
+        "hidden-state L2, training batches",
+    ]
+    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), [2.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "no such file: run `vlmprune run` first"), ("{", "not a result"), ('{"runs": []}', "KeyError")],
+)
+def test_damaged_result(workdir, text, message):
+    (workdir / "result.json").unlink()
+    if text is not None:
+        (workdir / "result.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        build_report(workdir)

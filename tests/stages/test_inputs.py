@@ -1,0 +1,146 @@
+"""From data settings to batches: which template, which images and which image slots a model's folder gives."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.data.tiling import Tiling
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.experiment.spec import DataSpec, EvaluateSpec, Experiment, ModelSpec, ScoreSpec
+from vlmprune_jax.families import detect
+from vlmprune_jax.stages import inputs
+from vlmprune_jax.stages.inputs import load_inputs
+
+
+@pytest.fixture(scope="module")
+def cfg(goldens: Path) -> ModelConfig:
+    """Some model with images; only its family, image size and positions matter here."""
+    config = json.loads((goldens / "ckpt/llava_hf/config.json").read_text())
+    return detect(config, "config.json").from_hf(config, None)
+
+
+def folder_of(tmp_path: Path, goldens: Path, checkpoint: str, tokenizer: str) -> str:
+    shutil.copytree(goldens / "tokenizers" / tokenizer, tmp_path / checkpoint)
+    for file in (goldens / "ckpt" / checkpoint).glob("*config.json"):
+        shutil.copy(file, tmp_path / checkpoint)
+    return str(tmp_path / checkpoint)
+
+
+def data(goldens: Path, **changes: Any) -> DataSpec:
+    file = str(goldens / "data/samples.json")
+    return DataSpec(train=file, eval=file, images=str(goldens / "data/images"), **changes)
+
+
+@pytest.fixture
+def internvl(goldens: Path, tmp_path: Path, cfg: ModelConfig) -> tuple[ModelSpec, ModelConfig]:
+    folder = folder_of(tmp_path, goldens, "internvl", "internvl")
+    assert cfg.vision is not None
+    vision = dataclasses.replace(cfg.vision, image_size=56, patch_size=28)  # 4 positions a tile
+    return ModelSpec(hf_dir=folder), dataclasses.replace(cfg, family="internvl", image_token_id=393, vision=vision)
+
+
+def test_image_processor_of_another_model(goldens: Path, tmp_path: Path, cfg: ModelConfig) -> None:
+    folder = Path(folder_of(tmp_path, goldens, "llava_hf", "llava"))
+    shutil.copy(goldens / "ckpt/siglip_tower/preprocessor_config.json", folder)
+    with pytest.raises(UserError, match="makes 45 x 45 pixels, but the vision tower takes 28 x 28"):
+        load_inputs(ModelSpec(hf_dir=str(folder)), data(goldens), cfg)
+
+
+def test_internvl_folder(goldens: Path, internvl: tuple[ModelSpec, ModelConfig]) -> None:
+    model, cfg = internvl
+    loaded = load_inputs(model, data(goldens), cfg)
+    assert loaded.template.name == "phi3-chat"
+    assert isinstance(loaded.image_loader.preparation, Tiling)
+    assert loaded.encoder(cfg, 10).tile_buckets == (1, 2, 4, 7, 13)
+    other = load_inputs(dataclasses.replace(model, vision_dir=str(goldens / "ckpt/clip_tower")), data(goldens), cfg)
+    assert other.image_loader.preparation == loaded.image_loader.preparation
+    two = load_inputs(model, data(goldens, max_images=2, max_tiles=6), cfg)
+    assert two.encoder(cfg, 10).tile_buckets == (1, 2, 4, 7, 8)  # two images of three tiles and a thumbnail each
+    plain = load_inputs(model, data(goldens, max_tiles=1), cfg)
+    assert plain.encoder(cfg, 10).tile_buckets == (1,)
+    chosen = load_inputs(model, data(goldens, tile_buckets=(3, 5), template="bunny", system="Hi."), cfg)
+    assert chosen.encoder(cfg, 10).tile_buckets == (3, 5)
+    assert (chosen.template.name, chosen.template.system) == ("bunny", "Hi.")
+    for wrong in ((5, 3), (0, 2), (2, 2)):
+        with pytest.raises(UserError, match=r"data\.tile_buckets .* must be positive and ascending"):
+            load_inputs(model, data(goldens, tile_buckets=wrong), cfg).encoder(cfg, 10)
+
+
+def test_internvl_batches_of_every_stage(goldens: Path, internvl: tuple[ModelSpec, ModelConfig]) -> None:
+    model, cfg = internvl
+    experiment = Experiment(
+        model=model,
+        data=data(goldens, max_tiles=6),
+        score=ScoreSpec(samples=5, batch_size=2, longest_text=240),
+        evaluate=EvaluateSpec(batch_size=4),
+    )
+    batches = inputs.calibration_batches(experiment, cfg, seed=0)
+    assert len(batches) == 3
+    assert {batch.arrays["input_ids"].shape for batch in batches} == {batches[0].arrays["input_ids"].shape}
+    stored = json.loads((goldens / "data/internvl_tokenized.json").read_text())["internvl"]["samples"]
+    names = [record["id"] for record in json.loads((goldens / "data/samples.json").read_text())]
+    for batch in batches:
+        for row, name in enumerate(batch.record_ids):
+            if name:
+                real = batch.arrays["attention_mask"][row] == 1
+                assert batch.arrays["input_ids"][row][real].tolist() == stored[names.index(name)]["input_ids"]
+    plan = inputs.question_plan(experiment, cfg, multiple=1)
+    assert sorted(place for batch in plan.batches(threads=1, prefetch=1) for place in batch.places[batch.valid]) == [
+        *range(14)
+    ]
+
+
+def test_internvl_records_may_leave_the_mark_out(
+    goldens: Path, internvl: tuple[ModelSpec, ModelConfig], tmp_path: Path, cfg: ModelConfig
+) -> None:
+    model, internvl_cfg = internvl
+    talk = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A dog."}]
+    (tmp_path / "d.json").write_text(json.dumps([{"id": "r1", "image": "img2.png", "conversations": talk}]))
+    spec = dataclasses.replace(data(goldens), train=str(tmp_path / "d.json"))
+    loaded = load_inputs(model, spec, internvl_cfg)
+    records = inputs.training_records(spec, loaded.template)
+    row = loaded.encoder(internvl_cfg, 4096).training_row(records[0], None)
+    assert (row["input_ids"] == 393).sum() == 4 * len(row["pixel_values"]) > 0
+    llava = ModelSpec(
+        hf_dir=folder_of(tmp_path, goldens, "llava_hf", "llava"), vision_dir=str(goldens / "ckpt/clip_tower")
+    )
+    with pytest.raises(UserError, match=r"record r1: its text has 0 <image> mark\(s\)"):
+        inputs.training_records(spec, load_inputs(llava, spec, cfg).template)
+
+
+def test_bunny_folders(goldens: Path, tmp_path: Path, cfg: ModelConfig) -> None:
+    assert cfg.vision is not None
+    vision = dataclasses.replace(cfg.vision, image_size=45)
+    bunny = dataclasses.replace(cfg, family="bunny", image_token_id=-200, vision=vision)
+    folder = folder_of(tmp_path, goldens, "bunny", "bunny")
+    stored = np.load(goldens / "data/images.npz")["siglip_pad"]
+    path = goldens / "data/images/img1.png"
+    for vision_dir in (None, str(goldens / "ckpt/siglip_tower")):
+        loaded = load_inputs(ModelSpec(hf_dir=folder, vision_dir=vision_dir), data(goldens), bunny)
+        assert loaded.template.name == "bunny"
+        assert loaded.encoder(bunny, 10).tile_buckets is None
+        np.testing.assert_allclose(loaded.image_loader.load(path, "r")[0], stored[1], atol=1e-5, rtol=0)
+    llava = dataclasses.replace(bunny, family="llava", layout="transformers")
+    assert load_inputs(ModelSpec(hf_dir=folder, vision_dir=vision_dir), data(goldens), llava).template.name == "bunny"
+
+
+def test_wrong_template_names(goldens: Path, internvl: tuple[ModelSpec, ModelConfig]) -> None:
+    model, cfg = internvl
+    with pytest.raises(UserError, match=r"data\.template 'phi3_chat' is not one of auto, .*; did you mean 'phi3-chat'"):
+        load_inputs(model, data(goldens, template="phi3_chat"), cfg)
+
+
+def test_tile_settings_of_a_model_without_tiles(goldens: Path, tmp_path: Path, cfg: ModelConfig) -> None:
+    folder = folder_of(tmp_path, goldens, "llava_hf", "llava")
+    model = ModelSpec(hf_dir=folder, vision_dir=str(goldens / "ckpt/clip_tower"))
+    with pytest.raises(UserError, match=r"data\.thumbnail given, but this model does not cut images"):
+        load_inputs(model, data(goldens, thumbnail=True), cfg)
+    assert load_inputs(model, data(goldens, max_images=3), cfg).encoder(cfg, 10).slots([]) == 3
+    by_images = load_inputs(model, data(goldens, max_images=3, tile_buckets=(1, 3)), cfg).encoder(cfg, 10)
+    assert by_images.slots([]) == 1  # other models' images are one tile each

@@ -1,0 +1,177 @@
+"""The whole run on the golden LLaVA from the command line: interrupted, resumed, skipped, refused; how it prints."""
+
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+from hf_cases import copy_llava
+
+from vlmprune_jax.cli.main import main
+
+GRID = """
+from vlmprune_jax.cli.config_files import experiment_config
+
+def get_config():
+    config = experiment_config()
+    config.model.hf_dir = "{root}/teacher"
+    config.data.train = config.data.eval = "{root}/records.json"
+    config.data.images = "{images}"
+    config.data.system = ""
+    config.data.fraction = 0.5
+    config.score.samples = 4
+    config.score.batch_size = 2
+    config.prune.ratio = 0.2
+    config.evaluate.batch_size = 4
+    config.evaluate.max_new_tokens = 2
+    config.export.dtype = "float32"
+    config.recover.trainable = "projector"
+    config.recover.batch_size = 2
+    config.recover.steps = 4
+    config.recover.save_every = 1
+    config.recover.log_every = 1
+    config.recover.losses = {{"ce": 0.5, "l2": 0.5}}
+    config.prune_variants = {{"depth": {{"prune": {{"method": "depth"}}}}, "width": {{"prune": {{"method": "width"}}}}}}
+    config.recover_variants = {{"sft_l2": {{}}}}
+    return config
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path, goldens):
+    teacher = tmp_path / "teacher"
+    copy_llava(goldens, teacher)
+    records = [
+        {
+            "id": f"r{i}",
+            "image": f"img{i % 4}.png",
+            "conversations": [
+                {"from": "human", "value": f"<image>\nIs {'a dog' if i % 2 else 'one'} here?"},
+                {"from": "gpt", "value": "yes" if i % 3 else "no"},
+            ],
+        }
+        for i in range(10)
+    ]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    file = tmp_path / "grid.py"
+    file.write_text(GRID.format(root=tmp_path, images=goldens / "data/images"))
+    return [f"--config={file}", f"--workdir={tmp_path / 'w'}"]
+
+
+@pytest.mark.slow
+def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
+    from vlmprune_jax.hf.read import load
+    from vlmprune_jax.models.vlm import forward
+    from vlmprune_jax.recovery.metrics import Recorder
+
+    workdir = tmp_path / "w"
+    record = Recorder.step
+
+    def killed(self, step, *args):
+        if step == 3:
+            raise KeyboardInterrupt
+        record(self, step, *args)
+
+    monkeypatch.setattr(Recorder, "step", killed)
+    assert main(["run", *experiment]) == 130
+    assert not (workdir / "depth/sft_l2/recovered").exists()
+    assert not (workdir / "result.json").exists()
+    monkeypatch.undo()
+    assert main(["run", *experiment]) == 0
+    out = capsys.readouterr().out
+    assert "depth/prune: unchanged, skipped" in out
+    assert "Loading weights" not in out
+    facts = json.loads((workdir / ".stages/depth.sft_l2.recover.json").read_text())["facts"]
+    assert facts["resumed_from"] == 2
+    assert facts["steps"] == 4
+
+    result = json.loads((workdir / "result.json").read_text())
+    assert result["teacher"]["questions"] == 10
+    assert [run["name"] for run in result["runs"]] == ["depth", "depth-sft_l2", "width", "width-sft_l2"]
+    wanted = ("name", "method", "ratio_asked", "ratio_reached", "parameters", "recovery", "data_fraction", "accuracy")
+    for run in result["runs"]:
+        assert {*wanted, "retained", "seconds", "path"} <= set(run)
+        assert sum(x.size for x in tree_leaves(load(workdir / run["path"]).params)) == run["parameters"]
+        assert run["ratio_reached"] == pytest.approx(1 - run["parameters"] / result["teacher"]["parameters"])
+    assert [run["recovery"] for run in result["runs"]] == ["none", "sft_l2"] * 2
+    assert [run["data_fraction"] for run in result["runs"]] == [0.0, 0.5] * 2
+    assert result["export"]["max_abs_logit_difference"] <= 1e-4
+    best = next(run for run in result["runs"] if run["name"] == result["best"])
+    card = (workdir / "export/README.md").read_text()
+    assert "Made from `teacher` by" in card
+    assert ("trained after pruning" in card) == (best["recovery"] != "none")
+    ids = np.array([[1, 5, 9, 12]])
+    exported, chosen = (np.asarray(forward(load(f), ids)[0]) for f in (workdir / "export", workdir / best["path"]))
+    np.testing.assert_array_equal(exported, chosen)
+    answers = [json.loads(line) for line in (workdir / "eval/teacher.answers.jsonl").read_text().splitlines()]
+    assert [answer["id"] for answer in answers] == [f"r{i}" for i in range(10)]
+    assert (workdir / "report.html").is_file()
+
+    # Again: nothing is done. With other settings: refused, and nothing is touched.
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("model.safetensors")}
+    assert main(["run", *experiment]) == 0
+    out = capsys.readouterr().out
+    assert out.count("unchanged, skipped") == 12
+    assert "..." not in out
+    assert main(["run", *experiment, "--config.prune.ratio=0.25"]) == 2
+    line = capsys.readouterr().err
+    assert "depth/prune: " in line
+    assert "(prune.ratio was 0.2, now 0.25): use --overwrite" in line
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("model.safetensors")} == before
+
+
+def tree_leaves(params):
+    import jax
+
+    return jax.tree.leaves(params)
+
+
+# --- what is printed -------------------------------------------------------------------------------------------------
+
+
+def reporter(width, terminal):
+    from rich.console import Console
+
+    from vlmprune_jax.stages.console import Reporter
+
+    return Reporter(Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None))
+
+
+def test_bars_only_on_a_terminal():
+    for terminal in (True, False):
+        shown = reporter(80, terminal)
+        with shown.bar("evaluate teacher", 4) as progress:
+            progress(2)
+        text = shown.console.file.getvalue()
+        assert ("evaluate teacher" in text) is terminal
+        assert terminal or not text
+
+
+def test_lines_are_neither_wrapped_nor_markup():
+    shown = reporter(20, False)
+    shown.say("[bold] a line of more than twenty columns")
+    assert shown.console.file.getvalue() == "[bold] a line of more than twenty columns\n"
+    quiet = dataclasses.replace(shown, enabled=False)
+    quiet.say("x")
+    quiet.table("t", ["a"], [["b"]])
+    with quiet.bar("x", 1) as progress:
+        progress(1)
+    assert "x" not in shown.console.file.getvalue()
+
+
+def test_the_demo_table_fits_80_columns():
+    from vlmprune_jax.report.build import table_of
+
+    run = {"ratio_asked": 0.2, "ratio_reached": 0.2003, "parameters": 1326624, "accuracy": 0.9871, "retained": 100.0}
+    runs = [
+        {**run, "name": name, "recovery": recovery, "data_fraction": 0.05, "seconds": 136.5}
+        for name, recovery in (("depth", "none"), ("depth-sft_l2", "sft_l2"))
+    ]
+    shown = reporter(80, False)
+    shown.table("title", *table_of({"teacher": {"parameters": 1658976, "accuracy": 0.9871}, "runs": runs}))
+    text = shown.console.file.getvalue()
+    assert "depth-sft_l2" in text
+    assert "1,326,624" in text
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80

@@ -1,0 +1,111 @@
+"""Between config files (ml_collections) and the typed experiment that the library takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.experiment import recipes
+from vlmprune_jax.experiment.spec import Experiment, override
+
+
+def experiment_config(recipe: str | None = None) -> ConfigDict:
+    """Every setting of an experiment: what a config file starts from.
+
+    Settings have their defaults, or what the `recipe` says ("llava", "bunny", "internvl": see experiment/recipes.py).
+    Whatever a config file or the command line sets afterwards wins. A dictionary assigned to a section sets what it
+    names: `config.recover.losses = {"ce": 0.5, "kl": 0.5}` leaves the temperature as it was.
+
+    Raises:
+      UserError: an unknown recipe.
+    """
+    return _section(Experiment() if recipe is None else override(Experiment(), recipes.recipe(recipe)))
+
+
+class _Section(ConfigDict):
+    """Settings with defaults: a dictionary assigned to a section in it changes that section and never replaces it."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        section = self.get(key)
+        if isinstance(section, _Section) and isinstance(value, Mapping | ConfigDict):
+            for name, setting in value.items():
+                section[name] = setting
+        else:
+            super().__setitem__(key, ConfigDict(value) if isinstance(value, dict) else value)
+
+
+def _section(spec: Any) -> ConfigDict:
+    hints = typing.get_type_hints(type(spec))
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(spec):
+        value = getattr(spec, field.name)
+        if dataclasses.is_dataclass(value):
+            values[field.name] = _section(value)
+        elif value is None:
+            values[field.name] = config_dict.placeholder(_other_than_none(hints[field.name]))
+        else:
+            values[field.name] = ConfigDict(value) if isinstance(value, dict) else value
+    return _Section(values)
+
+
+def _other_than_none(hint: Any) -> type:
+    assert isinstance(hint, types.UnionType)
+    return next(option for option in typing.get_args(hint) if option is not type(None))
+
+
+def read_experiment(config: ConfigDict | None) -> Experiment:
+    """The experiment that a config describes, as it stands there.
+
+    Raises:
+      UserError: no config, an unknown setting, a value of the wrong kind.
+    """
+    if config is None:
+        raise UserError("no experiment given: --config=FILE.py (see configs/)")
+    return override(Experiment(), config.to_dict())
+
+
+def to_experiment(config: ConfigDict | None, workdir: str | None) -> tuple[Experiment, Path]:
+    """The experiment that a config describes, with the data it names in place, and its workdir.
+
+    Raises:
+      UserError: no workdir, or see `read_experiment`.
+    """
+    experiment = read_experiment(config)
+    if not workdir:
+        raise UserError("no workdir given: --workdir=DIR, for everything this experiment makes")
+    folder = Path(workdir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--workdir={workdir}: is a file, give a folder")
+    model = experiment.model
+    model = dataclasses.replace(
+        model, hf_dir=_local(model.hf_dir), vision_dir=model.vision_dir and _local(model.vision_dir)
+    )
+    return dataclasses.replace(experiment, model=model, data=_with_files(experiment, folder)), folder
+
+
+def _local(name: str) -> str:
+    """A hub id as its local snapshot; a folder, and nothing, as it is."""
+    if not name or Path(name).is_dir():
+        return name
+    from vlmprune_jax.hf.read import resolve
+
+    return str(resolve(name))
+
+
+def _with_files(experiment: Experiment, workdir: Path) -> Any:
+    data = experiment.data
+    if data.source == "files":
+        return data
+    if data.source != "easyvqa":
+        raise UserError(f"data.source={data.source!r} is not one of files, easyvqa")
+    from vlmprune_jax.demo.easyvqa import write_dataset
+
+    files = {name: str(path) for name, path in write_dataset(workdir / "data").items()}
+    return dataclasses.replace(data, train=files["train"], eval=files["test"], images=files["images"])

@@ -1,0 +1,83 @@
+"""The variants of an experiment: every way to prune with every way to recover, each in its own folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlmprune_jax.checks import one_of
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.experiment.arguments import recover_config
+from vlmprune_jax.experiment.spec import Experiment, override
+from vlmprune_jax.hf.export.target import LAYOUTS, UNEVEN
+from vlmprune_jax.prune import CRITERIA, METHODS
+
+NO_RECOVERY = "none"
+
+
+@dataclass(frozen=True)
+class PruneRun:
+    """One way to prune: its name, its experiment and its folder (scores.npz, plan.json, pruned/)."""
+
+    name: str
+    experiment: Experiment
+    folder: Path
+
+
+@dataclass(frozen=True)
+class RecoverRun:
+    """One way to recover a pruned model: its folder holds training/ and recovered/."""
+
+    name: str
+    experiment: Experiment
+    folder: Path
+    pruned: PruneRun
+
+
+def prune_runs(experiment: Experiment, workdir: Path) -> list[PruneRun]:
+    """The prune variants, each in its own folder; without variants one, in the workdir itself."""
+    if not experiment.prune_variants:
+        return [PruneRun(experiment.prune.method, experiment, workdir)]
+    return [
+        PruneRun(_checked(name), override(experiment, values, f"prune_variants.{name}"), workdir / name)
+        for name, values in experiment.prune_variants.items()
+    ]
+
+
+def recover_runs(pruned: PruneRun) -> list[RecoverRun]:
+    """The recoveries of one pruned model."""
+    experiment = pruned.experiment
+    if not experiment.recover_variants:
+        return [RecoverRun(f"{pruned.name}-{experiment.recover.name}", experiment, pruned.folder, pruned)]
+    runs = []
+    for name, values in experiment.recover_variants.items():
+        changed = override(experiment, values, f"recover_variants.{name}")
+        changed = override(changed, {"recover": {"name": name}})
+        runs.append(RecoverRun(f"{pruned.name}-{_checked(name)}", changed, pruned.folder / name, pruned))
+    return runs
+
+
+def _checked(name: str) -> str:
+    """A variant's name, which becomes a folder's."""
+    if name in ("", ".", "..", NO_RECOVERY, "adapter", "eval", "export", "pruned", "recovered", "training") or set(
+        name
+    ) & set("/\\\0"):
+        raise UserError(f"variant name {name!r} cannot be a folder of the workdir: use another")
+    return name
+
+
+def check_settings(experiment: Experiment, workdir: Path) -> None:
+    """Refuse at the start what a stage of any variant would refuse hours later.
+
+    Raises:
+      UserError: a setting that does not exist, has no such value, or goes with another one.
+    """
+    for pruned in prune_runs(experiment, workdir):
+        spec = pruned.experiment
+        one_of("prune.method", spec.prune.method, METHODS)
+        one_of("score.depth", spec.score.depth, tuple(CRITERIA))
+        one_of("score.width", spec.score.width, tuple(CRITERIA))
+        for run in recover_runs(pruned):
+            recover_config(run.experiment.recover)
+    one_of("export.layout", experiment.export.layout, LAYOUTS)
+    one_of("export.uneven", experiment.export.uneven, UNEVEN)

@@ -1,0 +1,1 @@
+"""Files of a checkpoint: validated reading, verified and atomic writing."""

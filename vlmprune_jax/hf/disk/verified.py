@@ -1,0 +1,176 @@
+"""Files that are written in large blocks past the page cache, every block read back and compared by its checksum."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import queue
+import zlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.hf.disk.checkpoint import Extent
+
+BLOCK = 8 * 2**20  # three of them are the memory of a writer, and one that of its reader
+_ALIGNMENT = 4096  # of memory, offsets and lengths where the page cache is passed by
+_DIRECT = getattr(os, "O_DIRECT", 0)
+
+# Sees every block of a copied extent before it is written.
+Look = Callable[[np.ndarray], None]
+
+
+class CheckedFile:
+    """A new file, written from front to back.
+
+    Blocks are written by one thread and read back by another while the caller fills the next: through the page cache
+    13.5 GB cost tens of seconds of copies and evictions, and a block read back from there proves little. File systems
+    without direct access (tmpfs, some network ones) are written the ordinary way.
+
+    Raises:
+      UserError: a block read back differs from what was written.
+      OSError: the disk is full or fails.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._descriptor, self._direct = _create(path)
+        self._free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
+        for _ in range(3):
+            self._free.put(mmap.mmap(-1, BLOCK))
+        self._block, self._filled = self._free.get(), 0
+        self._again = mmap.mmap(-1, BLOCK)
+        self._size = 0
+        self._writer, self._reader = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._pending: list[Future[Future[None]]] = []
+
+    def __enter__(self) -> CheckedFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._writer.shutdown(cancel_futures=True)
+            self._reader.shutdown(cancel_futures=True)
+            os.close(self._descriptor)
+
+    def write(self, data: bytes | np.ndarray) -> None:
+        """Append bytes."""
+        rest = memoryview(data if isinstance(data, bytes) else data.data).cast("B")
+        while rest:
+            room = memoryview(self._block)[self._filled :]
+            part = rest[: len(room)]
+            room[: len(part)] = part
+            self._advance(len(part))
+            rest = rest[len(part) :]
+
+    def copy(self, extent: Extent, look: Look) -> None:
+        """Append bytes of another file, at most one block in memory at a time.
+
+        Args:
+          extent: what to copy.
+          look: called with uint8[bytes] of each part in turn, cut at multiples of 8 bytes of this file.
+        """
+        source, begin = os.open(extent.file, os.O_RDONLY), extent.begin
+        try:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(source, begin, extent.end - begin, os.POSIX_FADV_SEQUENTIAL)
+            while begin < extent.end:
+                room = memoryview(self._block)[self._filled :][: extent.end - begin]
+                _read(source, room, begin, extent.file)
+                look(np.frombuffer(room, np.uint8))
+                begin += len(room)
+                self._advance(len(room))
+        finally:
+            os.close(source)
+
+    def _advance(self, count: int) -> None:
+        self._filled += count
+        if self._filled == BLOCK:
+            self._flush()
+            self._block, self._filled = self._free.get(), 0
+
+    def _flush(self) -> None:
+        while self._pending and self._pending[0].done():  # an error ends the work now and not at the last byte
+            if not self._pending[0].result().done():
+                break
+            self._pending.pop(0).result().result()
+        checksum = zlib.crc32(memoryview(self._block)[: self._filled])
+        job = (self._block, self._filled, self._size, checksum)
+        self._pending.append(self._writer.submit(self._put, *job))
+        self._size += self._filled
+
+    def _put(self, block: mmap.mmap, length: int, offset: int, checksum: int) -> Future[None]:
+        """Write one block (writer's thread), then have it read back."""
+        try:
+            padded = min(-(-length // _ALIGNMENT) * _ALIGNMENT, BLOCK) if self._direct else length
+            rest = memoryview(block)[:padded]
+            while rest:
+                written = self._pwrite(rest, offset + padded - len(rest))
+                rest = rest[written:]
+        finally:
+            self._free.put(block)
+        return self._reader.submit(self._compare, length, offset, checksum)
+
+    def _pwrite(self, data: memoryview, offset: int) -> int:
+        try:
+            return os.pwrite(self._descriptor, data, offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self._direct:
+                raise
+            # A file system that accepts the flag when it opens a file and not when it writes one.
+            flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
+            return os.pwrite(self._descriptor, data, offset)
+
+    def _compare(self, length: int, offset: int, checksum: int) -> None:
+        """Read one block back (reader's thread)."""
+        room, got = memoryview(self._again), 0
+        while got < length:  # whole blocks, as direct reads must be; the end of the file ends the last one
+            count = os.preadv(self._descriptor, [room[got:]], offset + got)
+            if not count:
+                break
+            got += count
+        if got < length or zlib.crc32(room[:length]) != checksum:
+            raise UserError(
+                f"{self._path}: bytes {offset} to {offset + length} read back differ from what was written: "
+                "the disk or its connection is failing, use another one"
+            )
+
+    def _finish(self) -> None:
+        """Write the last block, cut off its padding and put everything on the disk."""
+        if self._filled:
+            memoryview(self._block)[self._filled :][: -self._filled % _ALIGNMENT] = bytes(-self._filled % _ALIGNMENT)
+            self._flush()
+        for future in self._pending:
+            future.result().result()
+        os.ftruncate(self._descriptor, self._size)
+        os.fsync(self._descriptor)
+
+
+def _create(path: Path) -> tuple[int, bool]:
+    """Descriptor of a new file, and whether it passes the page cache by."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
+    if _DIRECT:
+        try:
+            return os.open(path, flags | _DIRECT, 0o644), True
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+    return os.open(path, flags, 0o644), False
+
+
+def _read(descriptor: int, room: memoryview, offset: int, path: Path) -> None:
+    while room:
+        count = os.preadv(descriptor, [room], offset)
+        if not count:
+            raise UserError(f"{path}: became shorter while it was read: is something else writing to it?")
+        room, offset = room[count:], offset + count

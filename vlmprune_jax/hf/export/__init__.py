@@ -1,0 +1,1 @@
+"""What a written folder holds, and the proof that it loads."""

@@ -1,0 +1,163 @@
+"""The README.md of an exported folder: what was removed, what is left, how to load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vlmprune_jax.config import LayerShape, ModelConfig
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.hf.disk.checkpoint import read_json
+from vlmprune_jax.hf.export.per_layer import LOADER_FILE, loader_class
+from vlmprune_jax.models.params import count_params
+
+_PARTS = (("language model", "text"), ("projector", "projector"), ("vision tower (computed part)", "vision"))
+
+
+def model_name(folder: Path) -> str:
+    """What a folder's model is called: the hub id of a snapshot in the hub's cache, else the folder's name."""
+    cached = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and cached.startswith("models--"):
+        return cached.removeprefix("models--").replace("--", "/", 1)
+    return folder.resolve().name
+
+
+def write_card(
+    folder: Path, cfg: ModelConfig, written: ModelConfig, config: dict[str, Any], name: str, recovered: bool
+) -> None:
+    """The model card of a folder that holds everything else.
+
+    `written` is `cfg` with the blocks as they are in the files (wider than the model's where layers were padded),
+    `config` the config.json beside it, `name` that of the model before pruning; `recovered` says that it was trained
+    after.
+    """
+    plan_file = folder / "plan.json"
+    plan = read_json(plan_file) if plan_file.is_file() else None
+    processor = any((folder / f"{kind}_config.json").is_file() for kind in ("processor", "preprocessor"))
+    done = [what for what, so in (("pruned", plan), ("recovered", recovered)) if so]
+    base = f"base_model: {name}\n" if "/" in name else ""
+    try:
+        removed, table = _removed(plan), _table(cfg, plan)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{name}: its plan.json is not a prune plan ({error!r}): move it away") from error
+    task = "text-generation" if cfg.vision is None else "image-text-to-text"
+    card = f"""---
+library_name: transformers
+pipeline_tag: {task}
+{base}tags: [vlmprune-jax, pruned]
+---
+
+# {", ".join([name, *done])}
+
+Made from `{name}` by vlmprune-jax (structural pruning of the language model; arXiv 2604.24380).\
+{" It was trained after pruning." if recovered else ""}
+
+{removed}
+
+{table}
+
+Decoder layers: {len(cfg.text.layers)}, {_shapes(cfg.text.layers)}.
+
+## Loading
+
+{_loading(cfg, written, config, processor)}
+"""
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _removed(plan: dict[str, Any] | None) -> str:
+    if plan is None:
+        return "No prune plan came with this model."
+    before = plan["layers_before"]
+    gone = sorted(set(range(len(before))) - set(plan["kept_layers"]))
+    asked = "" if plan["asked"] is None else f" ({plan['asked']:.1%} asked)"
+    return (
+        f"Method: {plan['method']}, criterion: {plan['criterion']}. Removed: {plan['reached']:.1%} of "
+        f"{plan['parameters_total']:,} parameters{asked}; {len(gone)} of {len(before)} layers"
+        f"{' (numbers ' + ', '.join(map(str, gone)) + ')' if gone else ''}. The kept heads and neurons are listed in "
+        f"`plan.json`. Plan fingerprint: `{plan['fingerprint']}`."
+    )
+
+
+def _table(cfg: ModelConfig, plan: dict[str, Any] | None) -> str:
+    parts = [(name, part) for name, part in _PARTS if count_params(cfg, part)] + [("total", "")]
+    if plan is None:
+        rows = [f"| {name} | {count_params(cfg, part):,} |" for name, part in parts]
+        return "\n".join(["| part | parameters |", "|---|---|", *rows])
+    original = cfg.with_layers([LayerShape(*shape) for shape in plan["layers_before"]])
+    rows = [f"| {name} | {count_params(original, part):,} | {count_params(cfg, part):,} |" for name, part in parts]
+    return "\n".join(["| parameters | before | after |", "|---|---|---|", *rows])
+
+
+def _shapes(layers: tuple[LayerShape, ...]) -> str:
+    shapes = [LayerShape(*widths) for widths in sorted({shape.widths for shape in layers})]
+    if len(shapes) == 1:
+        shape = shapes[0]
+        return f"each with {shape.q_heads} query heads, {shape.kv_heads} key/value heads and {shape.mlp} MLP neurons"
+    return "of unequal width: " + "; ".join(f"{s.q_heads}/{s.kv_heads} heads and {s.mlp} neurons" for s in shapes)
+
+
+def _loading(cfg: ModelConfig, written: ModelConfig, config: dict[str, Any], processor: bool) -> str:
+    parts = []
+    if written.layout == cfg.layout != "transformers":
+        parts.append(_hub_loading(written, config))
+    else:
+        name, trust = (config.get("architectures") or ["AutoModelForCausalLM"])[0], ""
+        loader = loader_class(config)
+        if loader is not None:
+            name, trust = next(iter(config["auto_map"])), ", trust_remote_code=True"
+        names = f"AutoProcessor, {name}" if processor else name
+        code = [f"from transformers import {names}", "", f'model = {name}.from_pretrained("FOLDER"{trust})']
+        code += ['processor = AutoProcessor.from_pretrained("FOLDER")'] if processor else []
+        parts.append("\n".join(["```python", *code, "```"]))
+        if loader is not None:
+            parts.append(
+                f"The layers have unequal widths and are stored at their true size (`per_layer_shapes` in "
+                f"config.json). What it costs: `{LOADER_FILE}` in this folder has to run, which takes "
+                "`trust_remote_code=True`; it cuts the layers of the stock class to their widths and changes nothing "
+                'else. Stock transformers and serving engines without it need an export with `uneven="pad"`.'
+            )
+    if written.layout != cfg.layout:
+        parts.append(_converted(cfg, written))
+    before, after = count_params(cfg), count_params(cfg.with_layers(written.text.layers))
+    if after != before:
+        parts.append(
+            f"Unequal layers were padded with zero heads and neurons to {_shapes(written.text.layers)}: the same "
+            f"function as the pruned model in a stock class. What it costs: {after:,} parameters in the files and in "
+            f"memory instead of {before:,}, and the time of all of them."
+        )
+    parts.append(
+        "In JAX: `vlmprune_jax.load(folder)`" + (", `vision_dir=...` for the tower." if _needs_tower(written) else ".")
+    )
+    return "\n\n".join(parts)
+
+
+def _needs_tower(written: ModelConfig) -> bool:
+    return (written.family, written.layout) == ("llava", "original")
+
+
+def _hub_loading(written: ModelConfig, config: dict[str, Any]) -> str:
+    name = (config.get("architectures") or ["the hub's class"])[0]
+    if not written.text.even:
+        return (
+            "The layers have unequal widths and are stored at their true size in the hub's layout "
+            f"(`per_layer_shapes` in config.json), which `{name}` cannot load. For PyTorch export with "
+            '`layout="transformers"` (with a file that loads them) or `uneven="pad"`.'
+        )
+    text = written.text
+    if any(shape.q_heads * text.head_dim != text.hidden_size for shape in text.layers):
+        return (
+            f"In the hub's layout with fewer heads, which `{name}` cannot load: it takes hidden_size / heads for the "
+            'size of a head. For PyTorch export with `layout="transformers"`.'
+        )
+    where = "the code in this folder (`trust_remote_code=True`)" if config.get("auto_map") else "the model's own code"
+    return (
+        f"In the hub's layout: `{name}` of {where} loads it. For stock transformers export with "
+        '`layout="transformers"`.'
+    )
+
+
+def _converted(cfg: ModelConfig, written: ModelConfig) -> str:
+    words = written.text.vocab_size - cfg.text.vocab_size
+    more = f" The vocabulary has {words} more rows, for a token of the processor and padding." if words else ""
+    return f"Converted from the {cfg.family} hub layout to a class of transformers: no code of the hub is needed.{more}"

@@ -1,0 +1,165 @@
+"""An export is not done before it was reloaded and computes the same logits."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.distributed.mesh import from_main, whole
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.families import detect, family_of
+from vlmprune_jax.hf.disk.checkpoint import WEIGHT_DTYPES, Checkpoint, read_json
+from vlmprune_jax.hf.export.per_layer import loader_class
+from vlmprune_jax.hf.layout import PARTS, make_slots
+from vlmprune_jax.hf.read import find_weights, read_config, read_params, resolve
+from vlmprune_jax.models.params import flatten, unflatten
+from vlmprune_jax.models.vlm import Model, forward, mesh_of
+
+# Of float32 logits between two implementations: absolute, and beyond logits of 10 relative to the largest
+# (SmolLM2-135M, three layers removed, on random ids: 1.1e-4 between torch and XLA; its logits reach 33).
+TOLERANCE, RELATIVE_TOLERANCE = 1e-4, 1e-5
+_ROWS, _TEXT_TOKENS = 2, 24
+
+
+def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | None = None) -> dict[str, Any]:
+    """Reload a written folder and compare its logits with the model's, on random text (and images), in float32.
+
+    The reload is in PyTorch where torch is installed and stock transformers has the class, else in JAX. Weights that
+    were written in a narrower dtype are compared with the model's own rounded to it. Every process of a run must call
+    it; process 0 alone reloads in PyTorch.
+
+    Args:
+      model: what was written.
+      out_dir: where.
+      vision_dir: the vision tower's folder, for an original-layout LLaVA that does not hold it.
+
+    Returns:
+      {"backend": "torch" | "jax", "max_abs_logit_difference", "tolerance"}.
+
+    Raises:
+      UserError: the difference is above the tolerance, or transformers does not load the folder cleanly.
+    """
+    folder, tower = Path(out_dir), None if vision_dir is None else resolve(vision_dir)
+    inputs = _random_inputs(model.cfg)
+    # Most CPUs and TPUs multiply float32 in fewer bits by default; the comparison is of functions, not of speed.
+    with jax.default_matmul_precision("highest"):
+        written = _as_written(model, folder, tower)
+        expected = whole(forward(written, **inputs)[0])
+        inputs = _renamed_images(inputs, model.cfg, folder, tower)
+        if from_main(lambda: _torch_loads(folder, tower)):
+            return from_main(lambda: _compare(model.cfg, folder, "torch", expected, _torch_logits(folder, inputs)))
+        again = _reloaded(written, folder, tower)
+        return _compare(model.cfg, folder, "jax", expected, whole(forward(again, **inputs)[0]))
+
+
+def _compare(cfg: ModelConfig, folder: Path, backend: str, expected: np.ndarray, actual: np.ndarray) -> dict[str, Any]:
+    words = cfg.text.vocab_size
+    if actual.shape[-1] > words and float(actual[..., words:].max() - actual[..., :words].max()) > 0:
+        raise UserError(f"{folder}: a word that was only added to fill the vocabulary is the likeliest: do not use it")
+    actual = actual[..., :words]
+    if actual.shape != expected.shape:
+        shapes = f"{list(actual.shape)} instead of {list(expected.shape)}"
+        raise UserError(f"{folder}: reloaded in {backend} its logits have shape {shapes}: do not use this folder")
+    difference = float(np.abs(expected - actual).max())
+    tolerance = max(TOLERANCE, RELATIVE_TOLERANCE * float(np.abs(expected).max()))
+    if not difference <= tolerance:
+        raise UserError(
+            f"{folder}: reloaded in {backend} its logits differ from the model's by {difference:.2g} (tolerance "
+            f"{tolerance:.2g}): do not use this folder, and report it with its config.json"
+        )
+    return {"backend": backend, "max_abs_logit_difference": difference, "tolerance": tolerance}
+
+
+def _as_written(model: Model, folder: Path, tower: Path | None) -> Model:
+    """The model in float32 with every weight rounded to the dtype it has in the folder."""
+    family, cfg = read_config(folder, tower)
+    keys = {family.canonical(key): entry.dtype for key, entry in Checkpoint(folder).entries.items()}
+    dtypes = {slot.name: keys.get(slot.key, "F32") for slot in make_slots(cfg, family)}
+    flat = flatten(model.params)
+    for slot in make_slots(model.cfg, family_of(model.cfg)):
+        dtype = WEIGHT_DTYPES[dtypes[slot.name]]
+        if flat[slot.path].dtype != dtype:
+            flat[slot.path] = flat[slot.path].astype(dtype)
+    return Model(unflatten({path: leaf.astype(np.float32) for path, leaf in flat.items()}), model.cfg)
+
+
+def _reloaded(written: Model, folder: Path, tower: Path | None) -> Model:
+    """The folder in float32 on the model's mesh; a tower that it does not hold is the model's.
+
+    Its own folder, `tower`, only describes it here: weights there are no part of the export and may have another dtype.
+    """
+    family, cfg = read_config(folder, tower)
+    keys, slots = {family.canonical(key) for key in Checkpoint(folder)}, make_slots(cfg, family)
+    holds_tower = not family.separate_vision or any(s.key in keys for s in slots if s.path.startswith("vision/"))
+    parts = PARTS if holds_tower else ("text", "projector")
+    sources = find_weights(slots, cfg, family, folder, None, parts)
+    here = [slot for slot in slots if slot.path.split("/")[0] in parts]
+    params = read_params(cfg, here, sources, np.dtype(np.float32), mesh_of(written.params))
+    return Model(dict(written.params) | params, cfg)
+
+
+def _random_inputs(cfg: ModelConfig) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    words = np.setdiff1d(np.arange(cfg.text.vocab_size), [cfg.image_token_id])
+    ids = rng.choice(words, (_ROWS, _TEXT_TOKENS))
+    if cfg.vision is None:
+        return {"input_ids": ids}
+    image = np.full((_ROWS, cfg.tokens_per_image), cfg.image_token_id)
+    shape = (_ROWS, cfg.vision.channels, cfg.vision.image_size, cfg.vision.image_size)
+    pixels = rng.standard_normal(shape, np.float32)
+    return {"input_ids": np.concatenate([ids[:, :4], image, ids[:, 4:]], axis=1), "pixel_values": pixels}
+
+
+def _renamed_images(inputs: dict[str, Any], cfg: ModelConfig, folder: Path, tower: Path | None) -> dict[str, Any]:
+    """The inputs with the folder's id at image positions, which another layout may have changed."""
+    _, written = read_config(folder, tower)
+    if written.image_token_id == cfg.image_token_id:
+        return inputs
+    ids = inputs["input_ids"]
+    return inputs | {"input_ids": np.where(ids == cfg.image_token_id, written.image_token_id, ids)}
+
+
+def _torch_loads(folder: Path, tower: Path | None) -> bool:
+    """Whether torch is installed and transformers has a class for the folder."""
+    family, cfg = read_config(folder, tower)
+    known = cfg.text.even or loader_class(read_json(folder / "config.json")) is not None
+    return family.layout == "transformers" and known and importlib.util.find_spec("torch") is not None
+
+
+def _torch_class(config: dict[str, Any]) -> Any:
+    """The class that loads a folder with this config: of stock transformers, or of our own copy of the shipped file."""
+    import transformers
+
+    name = loader_class(config)
+    if name is None:
+        return getattr(transformers, config["architectures"][0])
+    return getattr(importlib.import_module("vlmprune_jax.hf.remote.modeling_per_layer"), name)
+
+
+def _torch_logits(folder: Path, inputs: dict[str, Any]) -> np.ndarray:
+    import torch
+    import transformers
+
+    config = read_json(folder / "config.json")
+    family = detect(config, str(folder))
+    options = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
+    shows_progress = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()  # ours is the one on the screen
+    loaded, info = _torch_class(config).from_pretrained(folder, output_loading_info=True, **options)
+    if shows_progress:
+        transformers.utils.logging.enable_progress_bar()
+    # Buffers that old checkpoints hold and new classes do not know are carried over and do no harm.
+    info["unexpected_keys"] = [key for key in info["unexpected_keys"] if not family.is_ignored(family.canonical(key))]
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    problems = [f"{kind}: {', '.join(sorted(map(str, info[kind]))[:3])}" for kind in kinds if info.get(kind)]
+    if problems:
+        raise UserError(f"{folder}: transformers does not load it cleanly: {'; '.join(problems)}")
+    tensors = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in inputs.items()}
+    with torch.inference_mode():
+        return loaded.eval()(**tensors).logits.numpy()

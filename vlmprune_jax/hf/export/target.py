@@ -1,0 +1,138 @@
+"""What an exported folder is to hold beside its weights: layout, config.json, and the files that make it usable."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.families import Family, detect, family_of
+from vlmprune_jax.families.table import JsonDict
+from vlmprune_jax.hf.disk.checkpoint import read_json
+from vlmprune_jax.hf.export.convert import rows_for, target_family, to_transformers
+from vlmprune_jax.hf.export.per_layer import with_loader, without_loader, write_loader
+from vlmprune_jax.hf.export.processor import NEW_TOKENS, write_processor
+from vlmprune_jax.hf.export.tokenizer import add_token, read_tokenizer
+from vlmprune_jax.hf.export.uneven import padded
+from vlmprune_jax.hf.read import DTYPES
+
+LAYOUTS = ("source", "transformers")
+UNEVEN = ("per_layer", "pad", "refuse")
+WRITTEN = (*DTYPES, "source")  # dtypes of a folder
+# What makes a folder usable beside its weights and config.json.
+_ALWAYS = ("LICENSE*", "NOTICE*", "USE_POLICY*", "plan.json")
+_SAME_LAYOUT = (
+    "*token*.json", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "special_tokens_map.json",
+    "generation_config.json", "*processor_config.json", "chat_template*", "*.jinja",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Target:
+    """A folder to be written: its family, its model (`cfg`, with padded layers and new words) and its config.json.
+
+    `converts` says that its layout is not the source's; `tokenizer` is then the tokenizer.json to be written, if the
+    source has a tokenizer. `ships_loader` says that PyTorch needs the per-layer file.
+    """
+
+    family: Family
+    cfg: ModelConfig
+    config: JsonDict
+    converts: bool
+    ships_loader: bool
+    tokenizer: JsonDict | None = None
+
+
+def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype: str) -> Target:
+    """The folder for a model that came from `source`.
+
+    Raises:
+      UserError: unknown options, a source of another family, unequal layers with uneven="refuse", or a model that
+        the layout cannot hold.
+    """
+    _check_options(cfg, layout, uneven, dtype)
+    family, config = family_of(cfg), read_json(source / "config.json")
+    if detect(config, str(source / "config.json")) is not family:
+        raise UserError(f"{source}: is not the folder that this {family.name} ({family.layout} layout) model came from")
+    layers = cfg.text.layers
+    wide = cfg.with_layers(padded(layers)) if uneven == "pad" else cfg
+    new_family = target_family(cfg) if layout == "transformers" else None
+    tokenizer = None
+    if new_family is not None:
+        family, tokenizer = new_family, read_tokenizer(source)
+        ids = {"image": cfg.text.vocab_size} if tokenizer is None and cfg.family != "internvl" else {}
+        if tokenizer is not None:
+            tokenizer, ids["new"] = add_token(tokenizer, NEW_TOKENS[cfg.family])
+        image = cfg.image_token_id if cfg.family == "internvl" else next(iter(ids.values()))
+        assert image is not None
+        written = to_transformers(wide, config, image, rows_for(cfg, ids))
+        wide = family.from_hf(written, None)
+    else:
+        written = family.to_hf(wide, without_loader(config))
+        if not family.separate_vision:  # whose config.json does not describe the tower, and never changes the table
+            family = detect(written, "the new config.json")
+            wide = family.from_hf(written, None)
+    ships = family.layout == "transformers" and not wide.text.even
+    written = _with_dtype(with_loader(written, cfg.text) if ships else written, dtype)
+    return Target(family, wide, written, new_family is not None, ships, tokenizer)
+
+
+def _check_options(cfg: ModelConfig, layout: str, uneven: str, dtype: str) -> None:
+    for name, value, known in (("layout", layout, LAYOUTS), ("uneven", uneven, UNEVEN), ("dtype", dtype, WRITTEN)):
+        if value not in known:
+            raise UserError(f"{name} {value!r} is not one of {', '.join(known)}")
+    if cfg.lora is not None:
+        raise UserError("the model has unmerged LoRA adapters: merge them first (recover.merge_lora)")
+    if uneven == "refuse" and not cfg.text.even:
+        raise UserError(
+            "the layers have unequal widths, which stock transformers cannot load: prune all layers alike (without "
+            'attn_layers and mlp_layers), or export with uneven="pad" (same function, no savings) or "per_layer" '
+            "(true sizes)"
+        )
+
+
+def _with_dtype(config: JsonDict, dtype: str) -> JsonDict:
+    """The config naming the weights' dtype under whichever of both names (`torch_dtype`, `dtype`) the source has."""
+    if dtype == "source":
+        return config
+    result = dict(config)
+    for name in ("text_config", "vision_config", "llm_config"):
+        if isinstance(result.get(name), dict):
+            result[name] = {k: dtype if k in ("dtype", "torch_dtype") else v for k, v in result[name].items()}
+    names = [name for name in ("dtype", "torch_dtype") if name in result] or ["torch_dtype"]
+    return result | dict.fromkeys(names, dtype)
+
+
+def write_files(target: Target, cfg: ModelConfig, source: Path, folder: Path, plan: Any) -> None:
+    """config.json, tokenizer, processor, chat template, generation config, PyTorch file and plan.
+
+    Args:
+      target: what to write.
+      cfg: the model, with the source's layout and true widths.
+      source: the folder it came from.
+      folder: where to write.
+      plan: the prune plan, if any.
+    """
+    (folder / "config.json").write_text(json.dumps(target.config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    code = ("*.py",) if "auto_map" in target.config else ()
+    _copy_files(source, folder, _ALWAYS if target.converts else (*_ALWAYS, *_SAME_LAYOUT, *code))
+    if target.tokenizer is not None:
+        write_processor(folder, source, cfg, read_json(source / "config.json"), target.tokenizer)
+    if target.ships_loader:
+        write_loader(folder)
+    if plan is not None:
+        plan.to_json(folder / "plan.json")
+
+
+def _copy_files(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
+    for pattern in patterns:
+        for path in source.glob(pattern):
+            if path.is_file() and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, folder / path.name)
+    templates = source / "additional_chat_templates"
+    if templates.is_dir():
+        shutil.copytree(templates, folder / templates.name, dirs_exist_ok=True)

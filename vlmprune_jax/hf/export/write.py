@@ -1,0 +1,193 @@
+"""Model -> Hugging Face folder, in the layout and with the files of the folder it came from, or in transformers'."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.distributed.mesh import from_main, is_main_process
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.families import Family, family_of
+from vlmprune_jax.families.towers import vision_of
+from vlmprune_jax.hf.disk.atomic import atomic_folder, check_space, check_target
+from vlmprune_jax.hf.disk.checkpoint import WEIGHT_DTYPES, Checkpoint
+from vlmprune_jax.hf.disk.tensors import Tensor, extent_of, origin, split_shards, to_host, weight, write_weights
+from vlmprune_jax.hf.export.card import model_name, write_card
+from vlmprune_jax.hf.export.convert import constants, more_words, written_key
+from vlmprune_jax.hf.export.target import Target, make_target, write_files
+from vlmprune_jax.hf.export.uneven import pad_tensor
+from vlmprune_jax.hf.layout import Slot, block_number, by_key, join_tensor, make_slots, template, tied_head
+from vlmprune_jax.hf.read import check_finite, resolve
+from vlmprune_jax.models.params import flatten
+from vlmprune_jax.models.vlm import Model
+
+MAX_SHARD_BYTES = 5 * 10**9  # the hub's and transformers' default
+_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+def save(
+    model: Model,
+    out_dir: str | Path,
+    *,
+    source_dir: str | Path,
+    layout: str = "source",
+    uneven: str = "per_layer",
+    dtype: str = "bfloat16",
+    overwrite: bool = False,
+    plan: Any = None,
+    name: str | None = None,
+    recovered: bool = False,
+) -> None:
+    """Write a model as a Hugging Face folder that appears whole or not at all.
+
+    The first process writes; where arrays are split over processes, every process must call it.
+
+    Args:
+      model: the model; adapters must be merged (`recover.merge_lora`).
+      out_dir: the new folder.
+      source_dir: the folder that the model came from: spelling of the keys, config fields that we do not know,
+        tokenizer, processor, chat template, generation config, and tensors that are not computed with, come from it.
+      layout: "source", or "transformers": original LLaVA, Bunny and InternVL-Chat become stock classes of transformers
+        with tower, tokenizer, processor and chat template (the same as "source" for a folder that is in it already).
+      uneven: layers of unequal width: "per_layer" writes true sizes and, in a layout of transformers, the file that
+        loads them in PyTorch; "pad" adds zero heads and neurons (the same function in stock transformers, no savings);
+        "refuse" raises.
+      dtype: of the weights: float32, bfloat16, float16, or "source" (each tensor's own).
+      overwrite: replace an existing model folder.
+      plan: the prune plan, written beside the weights as plan.json.
+      name, recovered: for the model card: the unpruned model's name (None: `source_dir`'s), and whether it was trained.
+
+    Raises:
+      UserError: out_dir exists, source_dir is not this model's, options do not fit, weights are not finite, or the
+        disk is full.
+    """
+    out, source = Path(out_dir), resolve(source_dir)
+    spread = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in flatten(model.params).values())
+    target = make_target(model.cfg, source, layout, uneven, dtype)
+    tensors = make_tensors(model, target, Checkpoint(source), dtype)
+
+    def check() -> None:
+        check_target(out, source, overwrite)
+        check_space(out, sum(tensor.n_bytes for tensor in tensors))
+
+    if spread:
+        from_main(check)
+    elif is_main_process():
+        check()
+    if is_main_process():
+        with atomic_folder(out) as folder:
+            write_weights(tensors, folder, MAX_SHARD_BYTES)
+            write_files(target, model.cfg, source, folder, plan)
+            write_card(folder, model.cfg, target.cfg, target.config, name or model_name(source), recovered)
+    if spread:
+        for tensor in () if is_main_process() else itertools.chain(*split_shards(tensors, MAX_SHARD_BYTES)):
+            tensor.fetch()  # gathering what is split over processes takes all of them, in the same order
+        multihost_utils.sync_global_devices(f"saved {out}")
+
+
+def make_tensors(model: Model, target: Target, source: Checkpoint, dtype: str) -> list[Tensor]:
+    """Every tensor of the new folder, its blocks padded to those of the target.
+
+    In the source's layout the model's own come under the source's spelling of their keys, where it has them, then those
+    of the source that are not computed with.
+
+    Raises:
+      UserError: the source does not hold a tensor of the model.
+    """
+    flat, family = flatten(model.params), family_of(model.cfg)
+    spelling = {template(family.canonical(key)): (template(key), entry.dtype) for key, entry in source.entries.items()}
+    before = {slot.name: slot for slot in make_slots(model.cfg, family)}
+    after = by_key(make_slots(target.cfg, target.family))
+    placed = {part.name for parts in after.values() for part in parts}
+    homeless = [slot for name, slot in before.items() if name not in placed]
+    if homeless:
+        key = homeless[0].key
+        raise UserError(f"{source.folder}: has no tensor {key}: is it the folder that this model came from?")
+    head = tied_head(target.cfg, target.family)
+    if head in spelling and not target.converts:  # some tied checkpoints hold the embedding twice
+        after[head] = next(parts for parts in after.values() if parts[0].path == "text/embed_tokens/weight")
+    tensors = []
+    for key, parts in after.items():
+        first = before[parts[0].name]
+        held = spelling.get(template(first.key))
+        if held is None and family.separate_vision and first.path.startswith("vision/"):
+            if not target.converts:
+                continue  # the tower stays in its own folder
+            held = (key, _stored(flat[first.path]))
+        if held is None:
+            raise UserError(f"{source.folder}: has no tensor {first.key}: is it the folder that this model came from?")
+        if target.converts:
+            spelled, stored = written_key(key, vision_of(target.cfg)), held[1]
+        else:
+            spelled, stored = spelling.get(template(key), (template(key), held[1]))
+            spelled = spelled.replace("{}", str(parts[0].layer))
+            stored = source.entries[spelled].dtype if spelled in source.entries else stored
+        stored = stored if dtype == "source" else _NAMES[dtype]
+        pairs = [(before[part.name], part) for part in parts]
+        tensors.append(_weight(spelled, stored, pairs, model.cfg, target.cfg, flat))
+    if target.converts:
+        return tensors + _constants(target.cfg, tensors[0].dtype)
+    return tensors + _carried(source, set(after), target.cfg, family)
+
+
+def _stored(array: Any) -> str:
+    """The safetensors name of an array's dtype."""
+    return next(name for name, dtype in WEIGHT_DTYPES.items() if dtype == array.dtype)
+
+
+def _weight(
+    key: str,
+    dtype: str,
+    pairs: list[tuple[Slot, Slot]],
+    old: ModelConfig,
+    new: ModelConfig,
+    flat: Mapping[str, Any],
+) -> Tensor:
+    """One tensor of the new folder from its parameters, each as (slot in the model, slot in the folder)."""
+
+    def fetch_part(before: Slot, after: Slot) -> np.ndarray:
+        array = to_host(flat[before.path], before.index)
+        if before.shape != after.shape:
+            if before.layer is not None:
+                array = pad_tensor(array, before.axes, old.text.layers[before.layer], new.text.layers[before.layer])
+            else:
+                array = more_words(array, before.axes, new.text.vocab_size)
+        with np.errstate(over="ignore"):  # reported with the tensor's name instead
+            return array.astype(WEIGHT_DTYPES[dtype], copy=False)
+
+    parts = [(flat[before.path], before.index) for before, _ in pairs]
+    extent = extent_of(parts, dtype) if all(before.shape == after.shape for before, after in pairs) else None
+    check = functools.partial(check_finite, what=f"{origin(*parts[0]) or key}, to be written as {dtype},")
+    fetch = lambda: join_tensor([fetch_part(*pair) for pair in pairs])  # noqa: E731
+    return weight(key, dtype, pairs[0][1].hf_shape, fetch, extent, check)
+
+
+def _constants(cfg: ModelConfig, dtype: str) -> list[Tensor]:
+    """Weights that a class holds and never uses."""
+    tensors = []
+    for key, (shape, value) in constants(cfg).items():
+        fetch = functools.partial(np.full, shape, value, WEIGHT_DTYPES[dtype])
+        tensors.append(weight(key, dtype, shape, fetch, None, lambda array: None))
+    return tensors
+
+
+def _carried(source: Checkpoint, known: set[str], cfg: ModelConfig, family: Family) -> list[Tensor]:
+    """Tensors of the source that are not computed with, byte for byte; not those of decoder layers that are gone."""
+    tensors = []
+    for key, entry in source.entries.items():
+        name = family.canonical(key)
+        if name in known or not family.is_ignored(name):
+            continue
+        number = block_number(name, "text", cfg, family)
+        if number is None or number < len(cfg.text.layers):
+            n_bytes, fetch = entry.end - entry.begin, functools.partial(source.raw, key)
+            tensors.append(Tensor(key, entry.dtype, entry.shape, n_bytes, fetch, source.extent(key, 0, n_bytes)))
+    return tensors

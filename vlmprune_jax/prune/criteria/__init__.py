@@ -1,0 +1,1 @@
+"""What makes a layer, a head or a neuron worth keeping: one file per criterion."""

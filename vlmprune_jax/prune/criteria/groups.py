@@ -1,0 +1,84 @@
+"""Coupled groups: how the channel scores of tensors that are pruned together become one score per unit.
+
+A head couples its rows of q, k, v and its columns of o; a neuron couples its rows of gate and up and its column of
+down, or its row of fc1 and its column of fc2 (LLM-Pruner, arXiv 2305.11627). Biases do not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from vlmprune_jax.checks import one_of
+from vlmprune_jax.config import LayerShape, ModelConfig, runs
+from vlmprune_jax.models.params import param_axes
+
+# Reference order of the tensors of a group; it matters for the reduction "first" only.
+ORDER = ("q_proj", "o_proj", "dense", "v_proj", "k_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
+REDUCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "sum": lambda stack: stack.sum(axis=0),
+    "mean": lambda stack: stack.mean(axis=0),
+    "max": lambda stack: stack.max(axis=0),
+    "prod": lambda stack: stack.prod(axis=0),
+    "first": lambda stack: stack[0],
+}
+GQA = ("groups", "q_heads")
+Widths = tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]
+
+
+def coupled(cfg: ModelConfig) -> tuple[dict[str, int], dict[str, int]]:
+    """Weights of one decoder layer's attention group and of its MLP group, in reference order.
+
+    Each with its axis (of the layer's own array) that channel scores sum over: the one that is not pruned.
+    """
+    attention: dict[str, int] = {}
+    mlp: dict[str, int] = {}
+    prefix = "text/layers/0/"
+    for path, axes in param_axes(cfg).items():
+        if not path.startswith(prefix) or not path.endswith("/weight"):
+            continue
+        group = attention if {"q_heads", "kv_heads"} & set(axes) else mlp if "mlp" in axes else None
+        if group is not None:
+            group[path.removeprefix(prefix)] = axes.index("embed") - 1
+
+    def ordered(group: dict[str, int]) -> dict[str, int]:
+        return dict(sorted(group.items(), key=lambda item: ORDER.index(item[0].split("/")[-2])))
+
+    return ordered(attention), ordered(mlp)
+
+
+def reduce_groups(
+    channels: Mapping[int, Mapping[str, np.ndarray]], cfg: ModelConfig, *, reduction: str, gqa: str
+) -> Widths:
+    """(heads, mlp) scores per layer of the channel scores of each run.
+
+    Args:
+      channels: per run, weight name -> float[length, heads, head] or float[length, neurons].
+      reduction: over the tensors of a group, channel by channel; a head is then the sum over its channels.
+      gqa: "groups" scores a key/value head with all its query heads (their q and o channels are added up first);
+        "q_heads" scores every query head by its q and o alone, since k and v stay.
+    """
+    reduce = REDUCTIONS[one_of("reduction", reduction, tuple(REDUCTIONS))]
+    one_of("gqa", gqa, GQA)
+    attention, mlp = coupled(cfg)
+    heads: list[np.ndarray] = []
+    neurons: list[np.ndarray] = []
+    for run, (_, _, shape) in enumerate(runs(cfg.text.layers)):
+        scores = {name: np.asarray(values, np.float64) for name, values in channels[run].items()}
+        stack = np.stack([scores[name] for name in mlp])
+        neurons += list(reduce(stack))
+        members = [_unit_channels(scores[name], shape, gqa) for name in attention]
+        stack = np.stack([member for member in members if member is not None])
+        heads += list(reduce(stack).sum(axis=-1))
+    return tuple(heads), tuple(neurons)
+
+
+def _unit_channels(channels: np.ndarray, shape: LayerShape, gqa: str) -> np.ndarray | None:
+    """float[length, units, head] of a tensor's float[length, heads, head]; None if the unit does not own the tensor."""
+    length, n, head = channels.shape
+    if gqa == "q_heads" and shape.q_heads != shape.kv_heads:
+        return channels if n == shape.q_heads else None
+    if n == shape.kv_heads:
+        return channels
+    return channels.reshape(length, shape.kv_heads, n // shape.kv_heads, head).sum(axis=2)

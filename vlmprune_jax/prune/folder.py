@@ -1,0 +1,46 @@
+"""File surgery: a plan applied to a folder, tensor by tensor, without an accelerator or the model in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlmprune_jax.hf.export.write import save
+from vlmprune_jax.hf.lazy import open_model
+from vlmprune_jax.hf.read import resolve
+from vlmprune_jax.prune.plan import PrunePlan
+from vlmprune_jax.prune.surgery import apply_plan
+
+
+def prune_folder(
+    source_dir: str | Path,
+    plan: PrunePlan,
+    out_dir: str | Path,
+    *,
+    vision_dir: str | Path | None = None,
+    dtype: str = "source",
+    layout: str = "source",
+    uneven: str = "per_layer",
+    overwrite: bool = False,
+) -> None:
+    """Write the pruned copy of a folder, byte for byte what `save(apply_plan(load(source_dir), plan), ...)` writes.
+
+    The plan is applied to arrays that stay in their files. Tensors that it leaves whole are copied in blocks, the
+    others are read, indexed and written one at a time; every block is read back and compared by its checksum. No array
+    is put on a device, and no accelerator is started.
+
+    In a multi-process run every process must call it; the first one writes.
+
+    Args:
+      source_dir: the folder (or hub id) that the plan is for.
+      plan: what stays; its fingerprint is compared with weights sampled from the files.
+      out_dir: the new folder, which appears whole or not at all.
+      vision_dir: the tower's own folder, as in `load`.
+      dtype, layout, uneven, overwrite: as in `save`; "source" keeps every tensor's dtype.
+
+    Raises:
+      UserError: as `load`, `apply_plan` and `save`; also when a disk gives back other bytes than were written.
+    """
+    source = resolve(source_dir)
+    model = open_model(source, None if vision_dir is None else resolve(vision_dir))
+    pruned = apply_plan(model, plan)
+    save(pruned, out_dir, source_dir=source, layout=layout, uneven=uneven, dtype=dtype, overwrite=overwrite, plan=plan)

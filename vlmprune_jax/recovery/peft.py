@@ -1,0 +1,141 @@
+"""Trained adapters as a folder that `peft` loads onto the pruned model's Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from vlmprune_jax.config import LoraConfig, ModelConfig
+from vlmprune_jax.distributed.mesh import is_main_process
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.families import Family, family_of
+from vlmprune_jax.hf.disk.atomic import atomic_folder
+from vlmprune_jax.hf.disk.tensors import to_host
+from vlmprune_jax.hf.layout import Slot, by_key, join_tensor, make_slots
+from vlmprune_jax.models.params import flatten
+from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.recovery.trainable import LORA_SUFFIXES
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_ROOT = "base_model.model."  # how peft calls the model that it wraps
+
+
+class _Adapter(NamedTuple):
+    """One Hugging Face module's adapter; `members` projections of ours were fused in it."""
+
+    a: np.ndarray  # float32[members * rank, in]
+    b: np.ndarray  # float32[out, members * rank]
+    members: int
+
+
+def write_adapter(model: Model, out_dir: Path, *, base_dir: Path, trained: Collection[str]) -> None:
+    """Write what a training with adapters changed, in peft's format.
+
+    In a multi-process run every process must call it; the first one writes.
+
+    Args:
+      model: with its adapters, not merged.
+      out_dir: the new folder.
+      base_dir: the folder of the model that was trained, which the adapter belongs to.
+      trained: flat paths of everything that trained; modules other than adapters (the projector) are written whole.
+
+    Raises:
+      UserError: the model has no adapters, or a part trained that such a folder cannot hold.
+    """
+    lora = model.cfg.lora
+    if lora is None:
+        raise UserError(f"{out_dir}: the model has no LoRA adapters to write (were they merged?)")
+    plain = ModelConfig(**{**vars(model.cfg), "lora": None})
+    family, flat = family_of(plain), flatten(model.params)
+    slots, tensors = make_slots(plain, family), dict[str, np.ndarray]()
+    adapters = _adapters(slots, flat, family)
+    for module, adapter in adapters.items():
+        tensors[f"{_ROOT}{module}.lora_A.weight"], tensors[f"{_ROOT}{module}.lora_B.weight"] = adapter.a, adapter.b
+    whole = _whole_modules(slots, trained, family)
+    for module, members in whole.items():
+        for key, parts in by_key(members).items():
+            value = join_tensor([to_host(flat[slot.path], slot.index).astype(np.float32) for slot in parts])
+            tensors[f"{_ROOT}{module}.{key.rpartition('.')[2]}"] = value.reshape(parts[0].hf_shape)
+    if is_main_process():
+        config = _config(adapters, list(whole), lora, plain, base_dir)
+        with atomic_folder(Path(out_dir)) as folder:
+            contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+            save_file(contiguous, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+            (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _adapters(slots: Sequence[Slot], flat: Mapping[str, Any], family: Family) -> dict[str, _Adapter]:
+    """Module name -> adapter, in the order of the slots."""
+    weights = by_key(slot for slot in slots if slot.path.endswith("/weight"))
+    found = {_module(key, family): _fuse(members, flat) for key, members in weights.items()}
+    return {module: adapter for module, adapter in found.items() if adapter is not None}
+
+
+def _fuse(members: Sequence[Slot], flat: Mapping[str, Any]) -> _Adapter | None:
+    """The adapters of one tensor's members as one: A stacked, B block by block (the same function, a higher rank)."""
+    pairs: list[tuple[Slot, np.ndarray, np.ndarray]] = []
+    for slot in members:
+        owner = slot.path.rpartition("/")[0]
+        if f"{owner}/lora_a" in flat:
+            a, b = (to_host(flat[f"{owner}/{suffix}"], slot.index).astype(np.float32) for suffix in LORA_SUFFIXES)
+            pairs.append((slot, a.reshape(len(a), -1), b.reshape(-1, b.shape[-1])))
+    if not pairs:
+        return None
+    stacked = np.concatenate([a for _, a, _ in pairs])
+    blocks, column = np.zeros((members[0].hf_shape[0], len(stacked)), np.float32), 0
+    for slot, a, b in pairs:
+        blocks[slot.start : slot.stop, column : column + len(a)] = b
+        column += len(a)
+    return _Adapter(stacked, blocks, len(pairs))
+
+
+def _whole_modules(slots: Sequence[Slot], trained: Collection[str], family: Family) -> dict[str, list[Slot]]:
+    """Module name -> its tensors, for every module of which something trained that is no adapter."""
+    plain = {path for path in trained if not path.endswith(LORA_SUFFIXES)}
+    vision = sorted(path for path in plain if path.startswith("vision/"))
+    if vision:
+        raise UserError(f"an adapter cannot hold a trained vision tower ({vision[0]}): export the merged model instead")
+    modules: dict[str, list[Slot]] = {}
+    for slot in slots:
+        modules.setdefault(_module(slot.key, family), []).append(slot)
+    return {name: members for name, members in modules.items() if any(slot.path in plain for slot in members)}
+
+
+def _module(key: str, family: Family) -> str:
+    """The module of a tensor's key, as stock transformers names it in memory."""
+    name = key.rpartition(".")[0]
+    for pattern, replacement in family.modules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _config(
+    adapters: Mapping[str, _Adapter], whole: Sequence[str], lora: LoraConfig, cfg: ModelConfig, base_dir: Path
+) -> dict[str, Any]:
+    """adapter_config.json. Targets are a regex over whole names: a vision tower has projections of the same names."""
+    targets = dict.fromkeys(re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(module)) for module in adapters)
+    members = {module.rpartition(".")[2]: adapter.members for module, adapter in adapters.items()}
+    fused = {name: count for name, count in members.items() if count > 1}
+    return {
+        "peft_type": "LORA",
+        "task_type": None if cfg.vision is not None else "CAUSAL_LM",
+        "base_model_name_or_path": str(base_dir),
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": "|".join(targets),
+        "modules_to_save": list(whole) or None,
+        # Scale is alpha / r: both grow with the number of projections in one fused tensor.
+        "rank_pattern": {name: count * lora.rank for name, count in fused.items()},
+        "alpha_pattern": {name: count * lora.alpha for name, count in fused.items()},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }

@@ -1,0 +1,290 @@
+"""One jitted training step: micro-batches, clipping, AdamW; only what trains is differentiated."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vlmprune_jax.checks import one_of
+from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.distributed.rules import constrain, sharding
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.params import Flat, param_axes, unflatten
+from vlmprune_jax.models.vlm import Params
+from vlmprune_jax.recovery.losses import LossConfig, Teacher, combine, loss_sums, term_weights
+from vlmprune_jax.recovery.trainable import PROJECTOR, decays
+
+SCHEDULES = ("cosine", "linear", "constant")
+COMPUTE_DTYPES = ("float32", "bfloat16")
+
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """What a step changes: float32 masters of what trains, optimizer state, int32[] step, and the random key's data."""
+
+    params: Flat
+    opt_state: optax.OptState
+    step: jax.Array
+    key: jax.Array
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a warmed-up schedule; learning rates are per optimizer group."""
+
+    learning_rate: float
+    projector_learning_rate: float | None
+    weight_decay: float
+    schedule: str
+    warmup_ratio: float
+    b1: float
+    b2: float
+    eps: float
+    clip_norm: float | None
+
+    def __post_init__(self) -> None:
+        rates = [self.learning_rate, self.projector_learning_rate or self.learning_rate]
+        if not all(0 < rate < math.inf for rate in rates):
+            raise UserError(f"learning rates {rates} must be positive numbers")
+        if not 0 <= self.weight_decay < math.inf or not 0 <= self.warmup_ratio < 1:
+            raise UserError(
+                f"weight_decay {self.weight_decay} must be at least 0, and warmup_ratio {self.warmup_ratio} in [0, 1)"
+            )
+        one_of("schedule", self.schedule, SCHEDULES)
+        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and 0 < self.eps < math.inf):
+            raise UserError(f"AdamW needs 0 <= b1, b2 < 1 and eps > 0, got {self.b1}, {self.b2}, {self.eps}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise UserError(f"clip_norm {self.clip_norm} must be positive (or None for no clipping)")
+
+
+def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Learning rate of step 0, 1, ...: 0 rising over ceil(warmup_ratio * num_steps) steps, then cosine or linear to 0.
+
+    As transformers' `get_*_schedule_with_warmup`.
+    """
+    warmup = math.ceil(config.warmup_ratio * num_steps)
+    rest, peak = max(num_steps - warmup, 1), config.learning_rate
+    after = {
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "constant": optax.constant_schedule(peak),
+    }[config.schedule]
+    if warmup == 0:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def learning_rates(config: OptimizerConfig, groups: Mapping[str, str], num_steps: int) -> dict[str, optax.Schedule]:
+    """Metric name -> schedule: the main rate, and that of the projector where it trains (see `make_optimizer`)."""
+    schedules = {"learning_rate": make_schedule(config, num_steps)}
+    if PROJECTOR in groups.values():
+        own = dataclasses.replace(config, learning_rate=config.projector_learning_rate or config.learning_rate)
+        schedules["projector_learning_rate"] = make_schedule(own, num_steps)
+    return schedules
+
+
+def make_optimizer(config: OptimizerConfig, groups: Mapping[str, str], num_steps: int) -> optax.GradientTransformation:
+    """AdamW over a flat dict of masters: decay on matrices only, the projector group at its own rate.
+
+    `groups`: path -> "main" or "projector" (see `trainable.assign_groups`).
+    """
+    ratio = (config.projector_learning_rate or config.learning_rate) / config.learning_rate
+    scale = {path: ratio if group == PROJECTOR else 1.0 for path, group in groups.items()}
+
+    def per_group(updates: Flat, _: Any) -> Flat:
+        return {path: update * scale[path] for path, update in updates.items()}
+
+    return optax.chain(
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask={path: decays(path) for path in groups}),
+        optax.stateless(per_group),
+        optax.scale_by_learning_rate(make_schedule(config, num_steps)),
+    )
+
+
+def init_state(
+    trainable: Flat, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState | None
+) -> TrainState:
+    """State of step 0; `trainable` is copied to float32 masters, so that the caller's arrays survive donation."""
+
+    build = functools.partial(_initial, optimizer=optimizer, seed=seed)
+    return jax.jit(build, out_shardings=shardings)(trainable)
+
+
+def abstract_state(trainable: Flat, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
+    """The shapes and shardings of `init_state`, for leaves that may be shapes as well."""
+    state = jax.eval_shape(functools.partial(_initial, optimizer=optimizer, seed=0), trainable)
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, shardings)
+
+
+def _initial(trainable: Flat, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    masters = {path: jnp.copy(x.astype(jnp.float32)) for path, x in trainable.items()}
+    return TrainState(masters, optimizer.init(masters), jnp.int32(0), jax.random.key_data(jax.random.key(seed)))
+
+
+def state_shardings(
+    trainable: Flat, optimizer: optax.GradientTransformation, cfg: ModelConfig, mesh: Mesh | None
+) -> TrainState | None:
+    """NamedSharding of every leaf of the state (None without a mesh); moments go with their parameter."""
+    if mesh is None:
+        return None
+    axes = param_axes(cfg)
+    everywhere: Any = NamedSharding(mesh, PartitionSpec())
+    params = {path: sharding(mesh, axes[path]) for path in trainable}
+    opt_state = jax.eval_shape(optimizer.init, trainable)
+    placed = optax.tree.map_params(
+        optimizer, lambda _, where: where, opt_state, params, transform_non_params=lambda _: everywhere
+    )
+    return TrainState(params, placed, everywhere, everywhere)
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """What a compiled step depends on beside its arrays."""
+
+    cfg: ModelConfig
+    loss: LossConfig
+    teacher: Teacher | None
+    accumulation: int
+    clip_norm: float | None
+    compute_dtype: str
+    remat: str
+
+
+Step = Callable[[TrainState, Flat, Params | None, dict[str, jax.Array]], tuple[TrainState, Metrics]]
+
+
+def make_step(
+    config: StepConfig,
+    optimizer: optax.GradientTransformation,
+    rates: Mapping[str, optax.Schedule],
+    shardings: TrainState | None,
+) -> Step:
+    """The jitted `(state, frozen, teacher params, batch) -> (state, metrics)`; the state is donated.
+
+    `batch`: global arrays, rows split over (data, fsdp). `rates`: metric name -> schedule, to be reported. Metrics are
+    float32 scalars on the device; nothing in the step waits for the host.
+    """
+    replicated = None if shardings is None else shardings.step
+
+    def step(
+        state: TrainState, frozen: Flat, teacher_params: Params | None, batch: dict[str, jax.Array]
+    ) -> tuple[TrainState, Metrics]:
+        weights = term_weights(config.loss, config.cfg, batch["labels"], batch["attention_mask"])
+        grads, sums = _gradients(config, state, frozen, teacher_params, batch, weights)
+        norm = optax.tree.norm(grads)
+        if config.clip_norm is not None:
+            factor = jnp.minimum(1.0, config.clip_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
+            grads = {path: grad * factor for path, grad in grads.items()}
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer step counts
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            metrics = {name: jnp.asarray(rate(state.step), jnp.float32) for name, rate in rates.items()}
+        metrics |= {name: value / jnp.maximum(weights[name], 1.0) for name, value in sums.items()}
+        valid = jnp.sum(batch["attention_mask"], dtype=jnp.float32)
+        slots = batch["attention_mask"].size
+        metrics |= {
+            "loss": combine(sums, weights, config.loss),
+            "grad_norm": norm,
+            "tokens": valid,
+            "padding": (slots - valid) / slots,
+            "empty_rows": jnp.sum(~jnp.any(batch["attention_mask"] != 0, axis=1), dtype=jnp.float32),
+        }
+        return TrainState(params, opt_state, state.step + 1, state.key), metrics
+
+    return jax.jit(step, donate_argnums=(0,), out_shardings=None if shardings is None else (shardings, replicated))
+
+
+def _gradients(
+    config: StepConfig,
+    state: TrainState,
+    frozen: Flat,
+    teacher_params: Params | None,
+    batch: dict[str, jax.Array],
+    weights: dict[str, jax.Array],
+) -> tuple[Flat, dict[str, jax.Array]]:
+    """Gradient of the total loss over the whole batch, and the summed terms; one micro-batch in memory at a time."""
+    cfg, dtype = config.cfg, jnp.dtype(config.compute_dtype)
+    dropout = cfg.lora is not None and cfg.lora.dropout > 0
+    step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    taught = None if teacher_params is None else jax.tree.map(lambda x: x.astype(dtype), teacher_params)
+    fixed = {path: x.astype(dtype) for path, x in frozen.items()}
+
+    def total(masters: Flat, micro: dict[str, jax.Array], index: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        params = unflatten({**fixed, **{path: x.astype(dtype) for path, x in masters.items()}})
+        key = jax.random.fold_in(step_key, index) if dropout else None
+        sums = loss_sums(
+            params,
+            cfg,
+            micro,
+            config.loss,
+            teacher=config.teacher,
+            teacher_params=taught,
+            remat=config.remat,
+            dropout_key=key,
+        )
+        return combine(sums, weights, config.loss), sums
+
+    gradient = jax.grad(total, has_aux=True)
+    if config.accumulation == 1:
+        return gradient(state.params, batch, jnp.int32(0))
+
+    def body(carry: Any, xs: Any) -> tuple[Any, None]:
+        micro, index = xs
+        return jax.tree.map(jnp.add, carry, gradient(state.params, micro, index)), None
+
+    zeros = {path: jnp.zeros_like(x) for path, x in state.params.items()}
+    start = (zeros, {name: jnp.float32(0) for name in weights})
+    micro = {name: _split(x, config.accumulation) for name, x in batch.items()}
+    return jax.lax.scan(body, start, (micro, jnp.arange(config.accumulation)))[0]
+
+
+def _split(x: jax.Array, n: int) -> jax.Array:
+    """[rows, ...] -> [n, rows / n, ...]; micro-batch i takes every n-th row, so that rows stay on their device."""
+    split = jnp.swapaxes(x.reshape(-1, n, *x.shape[1:]), 0, 1)
+    return constrain(split, (None, "batch", *(None,) * (x.ndim - 1)))
+
+
+@functools.cache
+def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
+    """Rows over (data, fsdp)."""
+    return sharding(mesh, ("batch", *(None,) * (ndim - 1)))
+
+
+def place_rows(arrays: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Array]:
+    """This process's rows of a batch as global device arrays."""
+    if mesh is None:
+        return {name: jnp.asarray(x) for name, x in arrays.items()}
+    return {name: jax.make_array_from_process_local_data(batch_sharding(mesh, x.ndim), x) for name, x in arrays.items()}
+
+
+def local_rows(array: jax.Array) -> np.ndarray:
+    """This process's rows of a global array, whose other axes are whole: the inverse of `place_rows`."""
+    parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
+@contextlib.contextmanager
+def step_context(mesh: Mesh | None, compute_dtype: str) -> Iterator[None]:
+    """The context in which a step runs: activations are pinned to `mesh` (`rules.constrain`).
+
+    In bfloat16 the backward pass of attention in jax.nn mixes bfloat16 with float32, which strict promotion refuses.
+    """
+    with contextlib.ExitStack() as stack:
+        if mesh is not None:
+            stack.enter_context(jax.set_mesh(mesh))
+        if compute_dtype == "bfloat16":
+            stack.enter_context(jax.numpy_dtype_promotion("standard"))
+        yield

@@ -1,0 +1,60 @@
+"""The teacher run once over training batches instead of in every step, for `LossConfig.teacher_top_k`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.distributed.rules import constrain
+from vlmprune_jax.models.vlm import Model, Params, check_inputs, encode
+from vlmprune_jax.recovery.losses import LossConfig, chunks, head_of
+from vlmprune_jax.recovery.step import local_rows, place_rows, step_context
+from vlmprune_jax.recovery.top_k import top_k_logprobs
+
+
+def teacher_top_k(
+    teacher: Model, batches: Iterable[Any], loss: LossConfig, *, compute_dtype: str, mesh: Mesh | None
+) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
+    """Every batch, with ids int32[rows, seq, k] and log-probabilities float32[rows, seq, k + 1] of its rows.
+
+    k = `loss.teacher_top_k`, at `loss.temperature`. `teacher` lives on `mesh`; `batches` are this process's rows
+    (`Batch`), and all processes go through theirs in step. A teacher without its tower takes `vision_features`.
+
+    Raises:
+      UserError: ids or images that do not fit the teacher.
+    """
+    params = jax.tree.map(lambda x: jnp.asarray(x).astype(compute_dtype), teacher.params)
+    for batch in batches:
+        images = (batch.arrays.get(name) for name in ("pixel_values", "vision_features"))
+        check_inputs(teacher.cfg, batch.arrays["input_ids"], *images)
+        inputs = {name: array for name, array in batch.arrays.items() if name != "labels"}
+        with step_context(mesh, compute_dtype):
+            ids, logprobs = _top_k(params, teacher.cfg, place_rows(inputs, mesh), loss)
+        yield batch, local_rows(ids), local_rows(logprobs)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "loss"))
+def _top_k(
+    params: Params, cfg: ModelConfig, batch: dict[str, jax.Array], loss: LossConfig
+) -> tuple[jax.Array, jax.Array]:
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    images: dict[str, Any] = {name: batch.get(name) for name in ("pixel_values", "vision_features")}
+    final, _ = encode(params, cfg, ids, **images, attention_mask=mask)
+    head = head_of(params, cfg)
+
+    def body(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return top_k_logprobs(head(hidden), loss.temperature, loss.teacher_top_k)
+
+    def join(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x, 0, 1).reshape(len(ids), -1, x.shape[-1])[:, : ids.shape[1]]
+        return constrain(x, ("batch", None, None))
+
+    found, logprobs = jax.lax.map(body, chunks(final, loss.chunk, 0))
+    return join(found), join(logprobs)

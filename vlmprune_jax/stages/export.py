@@ -1,0 +1,48 @@
+"""One folder of the workdir -> `export/`, reloaded and compared before it counts as done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlmprune_jax.distributed.mesh import is_main_process
+from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.hf.export.card import model_name
+from vlmprune_jax.hf.export.reload import check_export
+from vlmprune_jax.hf.export.write import save
+from vlmprune_jax.prune import PrunePlan
+from vlmprune_jax.stages.context import Context, load_model, model_inputs, precision, teacher_folder
+from vlmprune_jax.stages.ledger import Json, remove
+
+
+def export_stage(experiment: Experiment, model_folder: Path, context: Context) -> Json:
+    """One folder of the workdir -> `export/`, reloaded and compared before it counts as done."""
+    out, spec = context.workdir / "export", experiment.export
+    stage = context.stage(
+        "export",
+        context.workdir,
+        "export",
+        settings={f"export.{k}": v for k, v in vars(spec).items()} | precision(experiment),
+        inputs=model_inputs(experiment, model=model_folder),
+        outputs=[out],
+    )
+
+    def body() -> Json:
+        model = load_model(experiment, model_folder)
+        plan = PrunePlan.from_json(model_folder / "plan.json")
+        save(
+            model,
+            out,
+            source_dir=model_folder,
+            **vars(spec),
+            plan=plan,
+            name=model_name(teacher_folder(experiment)),
+            recovered=model_folder.name == "recovered",
+        )
+        try:
+            return check_export(model, out, vision_dir=experiment.model.vision_dir)
+        except BaseException:
+            if is_main_process():
+                remove(out)  # a folder that failed its comparison, or was not compared, is not an export
+            raise
+
+    return context.run(stage, body)

@@ -1,0 +1,127 @@
+"""Scores -> `plan.json` and the pruned model's folder `pruned/`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.distributed.mesh import from_main
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.experiment.arguments import plan_options
+from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.hf.read import read_config
+from vlmprune_jax.models.params import count_params
+from vlmprune_jax.prune import PrunePlan, Scores, make_plan, prune_folder, prune_iteratively
+from vlmprune_jax.stages import inputs
+from vlmprune_jax.stages.context import (
+    Context,
+    data_settings,
+    load_model,
+    model_inputs,
+    precision,
+    save_model,
+    teacher_folder,
+)
+from vlmprune_jax.stages.ledger import Json, write_text
+from vlmprune_jax.stages.score import criteria_of, score_options
+
+
+def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
+    """Scores -> `plan.json` and the pruned model's folder `pruned/`."""
+    criteria = criteria_of(experiment)
+    scores = {name: folder / name for name in criteria}
+    for path in scores.values():
+        if not path.is_file():
+            raise UserError(f"{path}: no such scores file: run `vlmprune score` (or `vlmprune run`) first")
+    iterative = experiment.prune.steps > 1
+    settings = {f"prune.{k}": v for k, v in vars(experiment.prune).items()}
+    if iterative:
+        settings |= data_settings(experiment.data, "calibration")
+        settings |= {f"score.{k}": v for k, v in vars(experiment.score).items()}
+    records = inputs.record_files(experiment.data, "train") if iterative else {}
+    stage = context.stage(
+        "prune",
+        folder,
+        "prune",
+        settings={**settings, **precision(experiment)},
+        inputs=model_inputs(experiment, **scores, **records),
+        outputs=[folder / "plan.json", folder / "pruned"],
+    )
+
+    def body() -> Json:
+        if iterative:
+            plan, cfg = _prune_in_steps(experiment, folder / "pruned")
+        else:
+            plan, cfg = _prune_files(experiment, list(scores.values()), folder / "pruned")
+        write_text(folder / "plan.json", plan.to_json())
+        facts = plan_facts(plan, cfg)
+        context.reporter.say(
+            f"  {plan.method}: {_percent(plan.asked)} asked, {_percent(plan.reached)} of all parameters reached "
+            f"({_percent(facts['decoder_ratio'])} of the decoder)"
+        )
+        context.reporter.say(
+            f"  {facts['parameters']:,} of {facts['parameters_before']:,} parameters left{_layers_gone(plan)}"
+        )
+        return facts
+
+    return context.run(stage, body)
+
+
+def _prune_files(experiment: Experiment, scores: list[Path], out_dir: Path) -> tuple[PrunePlan, ModelConfig]:
+    """Plan from the scores, applied from file to file: the model is not loaded."""
+    spec, source, vision_dir = experiment.prune, teacher_folder(experiment), experiment.model.vision_dir
+    first, *second = [Scores.load(path) for path in scores]
+    _, cfg = read_config(source, None if vision_dir is None else Path(vision_dir))
+    plan = make_plan(
+        (first, second[0]) if second else first,
+        cfg,
+        method=spec.method,
+        ratio=spec.ratio,
+        layers_removed=spec.layers_removed,
+        **plan_options(spec),
+    )
+    from_main(lambda: prune_folder(source, plan, out_dir, vision_dir=vision_dir, dtype=experiment.model.dtype))
+    return plan, cfg
+
+
+def _prune_in_steps(experiment: Experiment, out_dir: Path) -> tuple[PrunePlan, ModelConfig]:
+    """Rounds of scoring and pruning; the model that the last one leaves is written."""
+    spec, criterion = experiment.prune, experiment.score.width
+    if spec.method != "width":
+        raise UserError(f"prune.steps={spec.steps} is for method 'width': depth and hybrid prune in one step")
+    source = teacher_folder(experiment)
+    model = load_model(experiment, source)
+    pruned, plan = prune_iteratively(
+        model,
+        lambda step: inputs.calibration_batches(experiment, model.cfg, seed=experiment.score.seed + step),
+        steps=spec.steps,
+        criterion=criterion,
+        score_options=score_options(experiment, criterion),
+        ratio=spec.ratio,
+        **plan_options(spec),
+    )
+    save_model(pruned, out_dir, experiment, source, plan)
+    return plan, model.cfg
+
+
+def plan_facts(plan: PrunePlan, cfg: ModelConfig) -> Json:
+    """What tables and reports tell about a plan."""
+    gone = plan.parameters_before - plan.parameters_after
+    return {
+        "method": plan.method,
+        "criterion": plan.criterion,
+        "ratio_asked": plan.asked,
+        "ratio_reached": plan.reached,
+        "decoder_ratio": gone / count_params(cfg, "text"),
+        "parameters": plan.parameters_after,
+        "parameters_before": plan.parameters_before,
+        "removed_layers": list(plan.removed_layers),
+    }
+
+
+def _percent(value: float | None) -> str:
+    return "no ratio" if value is None else f"{100 * value:.2f} %"
+
+
+def _layers_gone(plan: PrunePlan) -> str:
+    return f"; without layers {', '.join(map(str, plan.removed_layers))}" if plan.removed_layers else ""

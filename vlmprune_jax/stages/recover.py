@@ -1,0 +1,86 @@
+"""Pruned model + training records -> `recovered/`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from vlmprune_jax.distributed.mesh import from_main
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.experiment.arguments import recover_config
+from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.models.params import flatten
+from vlmprune_jax.prune import PrunePlan
+from vlmprune_jax.prune.surgery import check_plan_is_for
+from vlmprune_jax.recovery import recover
+from vlmprune_jax.recovery.peft import write_adapter
+from vlmprune_jax.recovery.trainable import assign_groups, merge_lora
+from vlmprune_jax.stages import inputs
+from vlmprune_jax.stages.context import (
+    Context,
+    data_settings,
+    mesh_of,
+    model_inputs,
+    open_folder,
+    precision,
+    save_model,
+    teacher_folder,
+)
+from vlmprune_jax.stages.feature_cache import cached_features, load_for_training, with_tower
+from vlmprune_jax.stages.ledger import Json, remove
+from vlmprune_jax.stages.teacher_cache import cached_teacher
+
+_FREE_RECOVER = ("name", "log_every", "save_every", "keep_checkpoints", "teacher_cache")
+
+
+def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, context: Context) -> Json:
+    """Pruned model + training records -> `recovered/`; curves stay in `training/metrics.jsonl`."""
+    pruned, training = prune_folder / "pruned", folder / "training"
+    if not pruned.is_dir():
+        raise UserError(f"{pruned}: no such folder: run `vlmprune prune` (or `vlmprune run`) first")
+    spec, config = experiment.recover, recover_config(experiment.recover)
+    settings = {f"recover.{k}": v for k, v in dataclasses.asdict(experiment.recover).items() if k not in _FREE_RECOVER}
+    settings["recover.teacher_top_k"] = config.losses.teacher_top_k
+    stage = context.stage(
+        "recover",
+        folder,
+        "recover",
+        settings={**settings, **data_settings(experiment.data, "recovery"), **precision(experiment)},
+        inputs=model_inputs(experiment, pruned=pruned, **inputs.record_files(experiment.data, "train")),
+        outputs=[folder / "recovered", *([folder / "adapter"] if spec.save_adapter else [])],
+        scratch=[training / "checkpoints"],
+    )
+
+    def body() -> Json:
+        from_main(lambda: None if (training / "checkpoints").exists() else remove(training))
+        plan = PrunePlan.from_json(prune_folder / "plan.json")
+        if config.losses.needs_teacher or config.losses.teacher_top_k:  # another model would teach without complaint
+            check_plan_is_for(open_folder(experiment, teacher_folder(experiment)), plan)
+        features = cached_features(experiment, config, plan, pruned, context)
+        taught = cached_teacher(experiment, config, context, features) if config.losses.teacher_top_k else None
+        student, teacher = load_for_training(experiment, config, pruned, features)
+        batches, n_records = inputs.recovery_batches(
+            experiment, student.cfg, context.reporter.bar, features=features, teacher=taught
+        )
+        model, summary = recover(
+            student,
+            batches,
+            config,
+            teacher=teacher,
+            plan=plan,
+            workdir=training,
+            mesh=mesh_of(experiment),
+            progress=context.reporter.enabled,
+            num_steps=config.num_steps(n_records),
+        )
+        if summary["skipped_rows"]:
+            context.reporter.say(f"  {summary['skipped_rows']:,} rows skipped, listed in {training}/skipped-*.jsonl")
+        model = with_tower(model, experiment, pruned)
+        if spec.save_adapter:
+            trained = assign_groups(list(flatten(model.params)), config.trainable)
+            write_adapter(model, folder / "adapter", base_dir=pruned, trained=trained)
+            model = merge_lora(model)
+        save_model(model, folder / "recovered", experiment, pruned, plan)
+        return {**summary, "records": n_records, "recovery": experiment.recover.name}
+
+    return context.run(stage, body)

@@ -1,0 +1,169 @@
+"""All variants of an experiment in one workdir, and the table, result.json and report they end in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from vlmprune_jax.distributed.mesh import is_main_process
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.evaluation.scorers import retained
+from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.experiment.variants import NO_RECOVERY, PruneRun, prune_runs, recover_runs
+from vlmprune_jax.report.build import build_report, read_result, table_of
+from vlmprune_jax.stages.context import Context, teacher_folder
+from vlmprune_jax.stages.evaluate import evaluate_stage
+from vlmprune_jax.stages.export import export_stage
+from vlmprune_jax.stages.ledger import Json, write_json
+from vlmprune_jax.stages.prune import prune_stage
+from vlmprune_jax.stages.recover import recover_stage
+from vlmprune_jax.stages.score import criteria_of, score_stage
+
+
+def score_all(experiment: Experiment, context: Context) -> None:
+    """Score every prune variant."""
+    for run in prune_runs(experiment, context.workdir):
+        score_stage(run.experiment, run.folder, context)
+
+
+def prune_all(experiment: Experiment, context: Context) -> None:
+    """Prune every variant from its scores."""
+    for run in prune_runs(experiment, context.workdir):
+        prune_stage(run.experiment, run.folder, context)
+
+
+def recover_all(experiment: Experiment, context: Context) -> None:
+    """Recover every pruned variant in every way."""
+    for pruned in prune_runs(experiment, context.workdir):
+        for run in recover_runs(pruned):
+            recover_stage(run.experiment, pruned.folder, run.folder, context)
+
+
+def evaluate_all(experiment: Experiment, context: Context) -> None:
+    """Evaluate the teacher and every model that is there."""
+    evaluate_teacher(experiment, context)
+    found = 0
+    for pruned in prune_runs(experiment, context.workdir):
+        if (pruned.folder / "pruned").is_dir() and pruned.experiment.evaluate.unrecovered:
+            evaluate_stage(pruned.experiment, pruned.folder / "pruned", pruned.folder, "pruned", context)
+            found += 1
+        for run in recover_runs(pruned):
+            if (run.folder / "recovered").is_dir():
+                evaluate_stage(run.experiment, run.folder / "recovered", run.folder, "recovered", context)
+                found += 1
+    if not found:
+        context.reporter.say("no pruned or recovered model in this workdir yet: only the unpruned one was evaluated")
+
+
+def evaluate_teacher(experiment: Experiment, context: Context) -> Json:
+    """Accuracy of the unpruned model -> `eval/teacher.json`."""
+    folder = teacher_folder(experiment)
+    return evaluate_stage(experiment, folder, context.workdir, "teacher", context)
+
+
+def run_all(experiment: Experiment, context: Context) -> Json:
+    """Every stage of every variant; returns and writes `result.json`, prints its table, builds the report."""
+    teacher = evaluate_teacher(experiment, context)
+    runs = [
+        entry for pruned in prune_runs(experiment, context.workdir) for entry in _run_variant(pruned, teacher, context)
+    ]
+    chosen = best(runs)
+    exported = export_stage(experiment, context.workdir / chosen["path"], context)
+    result = {
+        "teacher": {name: teacher[name] for name in ("accuracy", "questions", "parameters", "by_answer")},
+        "runs": runs,
+        "best": chosen["name"],
+        "export": {"path": "export", **exported},
+    }
+    write_json(context.workdir / "result.json", result)
+    if is_main_process():
+        finish(context)
+    return result
+
+
+def best(runs: list[Json]) -> Json:
+    """The most accurate run; among equals the smallest.
+
+    Raises:
+      UserError: there is none (`evaluate.unrecovered` is off and nothing was recovered).
+    """
+    if not runs:
+        raise UserError("no model was evaluated: set evaluate.unrecovered, or add a recovery")
+    return min(runs, key=lambda run: (-run["accuracy"], run["parameters"]))
+
+
+def _run_variant(pruned: PruneRun, teacher: Json, context: Context) -> Iterator[Json]:
+    scored = score_stage(pruned.experiment, pruned.folder, context)
+    plan = prune_stage(pruned.experiment, pruned.folder, context)
+    seconds = scored["seconds"] + plan["seconds"]
+    common = {
+        **{name: plan[name] for name in ("method", "criterion", "ratio_asked", "ratio_reached", "decoder_ratio")},
+        "parameters": plan["parameters"],
+        "removed_layers": plan["removed_layers"],
+        "plan": _relative(pruned.folder / "plan.json", context),
+        "scores": [_relative(pruned.folder / name, context) for name in criteria_of(pruned.experiment)],
+    }
+    if pruned.experiment.evaluate.unrecovered:
+        folder = pruned.folder / "pruned"
+        scores = evaluate_stage(pruned.experiment, folder, pruned.folder, "pruned", context)
+        unrecovered = {"recovery": NO_RECOVERY, "data_fraction": 0.0, "seconds": round(seconds, 2)}
+        yield _entry(pruned.name, folder, scores, teacher, {**common, **unrecovered}, context)
+    for run in recover_runs(pruned):
+        trained = recover_stage(run.experiment, pruned.folder, run.folder, context)
+        folder = run.folder / "recovered"
+        scores = evaluate_stage(run.experiment, folder, run.folder, "recovered", context)
+        recovery = {
+            "recovery": run.experiment.recover.name,
+            "data_fraction": run.experiment.data.fraction,
+            "seconds": round(seconds + trained["seconds"], 2),
+            "training_records": trained["records"],
+            "training_steps": trained["steps"],
+            "metrics": _relative(run.folder / "training" / "metrics.jsonl", context),
+        }
+        yield _entry(run.name, folder, scores, teacher, {**common, **recovery}, context)
+
+
+def _entry(name: str, folder: Path, scores: Json, teacher: Json, facts: Json, context: Context) -> Json:
+    """One element of `result.json`'s runs; paths are relative to the workdir."""
+    return {
+        "name": name,
+        **facts,
+        "accuracy": scores["accuracy"],
+        # None where the unpruned model answers nothing: JSON has no NaN
+        "retained": retained(scores["accuracy"], teacher["accuracy"]) if teacher["accuracy"] else None,
+        "questions": scores["questions"],
+        "evaluation_seconds": scores["seconds"],
+        **({"perplexity": scores["perplexity"]} if "perplexity" in scores else {}),
+        "by_answer": scores["by_answer"],
+        "path": _relative(folder, context),
+    }
+
+
+def _relative(path: Path, context: Context) -> str:
+    return path.relative_to(context.workdir).as_posix()
+
+
+def export_best(experiment: Experiment, context: Context) -> Json:
+    """Export the best model: that of `result.json`, else the recovered or pruned one of a workdir without variants."""
+    if (context.workdir / "result.json").is_file():
+        chosen = best(read_result(context.workdir)["runs"])
+        return export_stage(experiment, context.workdir / chosen["path"], context)
+    for name in ("recovered", "pruned"):
+        if (context.workdir / name).is_dir():
+            return export_stage(experiment, context.workdir / name, context)
+    raise UserError(f"{context.workdir}: nothing to export yet: run `vlmprune run`, or prune and recover, first")
+
+
+def finish(context: Context) -> None:
+    """Print the table of `result.json`, and write the report and its plot."""
+    result = read_result(context.workdir)
+    header, rows = table_of(result)
+    context.reporter.table("Accuracy and retained accuracy in percent, ratios of all parameters", header, rows)
+    export = result["export"]
+    difference = export.get("max_abs_logit_difference")
+    context.reporter.say(f"best: {result['best']}, exported to {context.workdir / export['path']}")
+    context.reporter.say(f"  reloaded and compared: largest difference of any logit {difference:.2g}")
+    page = build_report(context.workdir)
+    context.reporter.say(
+        f"report: {page}, plot: {page.with_suffix('.png')}, numbers: {context.workdir / 'result.json'}"
+    )

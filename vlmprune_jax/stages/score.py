@@ -1,0 +1,77 @@
+"""Importances of the unpruned model -> `scores.npz`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vlmprune_jax.distributed.mesh import is_main_process
+from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.prune import CRITERIA, score
+from vlmprune_jax.stages import inputs
+from vlmprune_jax.stages.context import (
+    Context,
+    data_settings,
+    journal_of,
+    journal_path,
+    load_model,
+    model_inputs,
+    precision,
+    teacher_folder,
+)
+from vlmprune_jax.stages.ledger import Json
+
+
+def criteria_of(experiment: Experiment) -> dict[str, str]:
+    """Scores file -> criterion, as the method needs them."""
+    spec, method = experiment.score, experiment.prune.method
+    if method == "hybrid":
+        return {"scores.npz": spec.depth, "scores_width.npz": spec.width}
+    return {"scores.npz": spec.width if method == "width" else spec.depth}
+
+
+def score_options(experiment: Experiment, criterion: str) -> dict[str, Any]:
+    known = CRITERIA.get(criterion, {})
+    return {k: v for k, v in vars(experiment.score).items() if v is not None and k in known}
+
+
+def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
+    """Importances of the unpruned model -> `scores.npz` (hybrid: also `scores_width.npz`)."""
+    criteria = criteria_of(experiment)
+    settings = {f"score.{k}": v for k, v in vars(experiment.score).items() if k not in ("depth", "width")}
+    needs_data = any(c in ("block_influence", "angular", "taylor") for c in criteria.values())
+    stage = context.stage(
+        "score",
+        folder,
+        "score",
+        settings={
+            "criteria": criteria,
+            **settings,
+            **data_settings(experiment.data, "calibration"),
+            **precision(experiment),
+        },
+        inputs=model_inputs(experiment, **(inputs.record_files(experiment.data, "train") if needs_data else {})),
+        outputs=[folder / name for name in criteria],
+        journals=[journal_path(folder / name) for name in criteria],
+    )
+
+    def body() -> Json:
+        model = load_model(experiment, teacher_folder(experiment))
+        batches = None
+        if needs_data:
+            batches = inputs.calibration_batches(experiment, model.cfg, seed=experiment.score.seed)
+        for name, criterion in criteria.items():
+            total = len(model.cfg.text.layers) if criterion == "taylor" else len(batches or [])
+            journal = journal_of(experiment, journal_path(folder / name), total)
+            with context.phase(f"score ({criterion})", total) as progress:
+                options = score_options(experiment, criterion)
+                scores = score(model, batches, criterion=criterion, progress=progress, journal=journal, **options)
+            if is_main_process():
+                scores.save(folder / name)
+        skipped = [name for batch in batches or [] for name, _ in batch.skipped]
+        if skipped:
+            context.reporter.say(f"  {len(skipped)} unreadable records were passed over: {', '.join(skipped[:5])}")
+        facts = {"criteria": criteria, "samples": experiment.score.samples if needs_data else 0}
+        return {**facts, "skipped": skipped} if skipped else facts
+
+    return context.run(stage, body)
