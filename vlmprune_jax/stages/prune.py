@@ -24,7 +24,7 @@ from vlmprune_jax.stages.context import (
     teacher_folder,
 )
 from vlmprune_jax.stages.ledger import Json, write_text
-from vlmprune_jax.stages.score import criteria_of, score_options, score_settings
+from vlmprune_jax.stages.score import criteria_of, criterion_files, score_options, score_settings
 
 
 def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
@@ -41,12 +41,13 @@ def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
         settings |= score_settings(experiment.score)
     needs_data = iterative and CRITERIA[experiment.score.width].needs_batches
     records = inputs.record_files(experiment.data, "train") if needs_data else {}
+    own = criterion_files(criteria.values()) if iterative else {}
     stage = context.stage(
         "prune",
         folder,
         "prune",
         settings={**settings, **precision(experiment)},
-        inputs=model_inputs(experiment, **scores, **records),
+        inputs=model_inputs(experiment, **scores, **records, **own),
         outputs=[folder / "plan.json", folder / "pruned"],
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,12 @@ def score_settings(spec: ScoreSpec) -> dict[str, Any]:
     return {f"score.{k}": v for k, v in vars(spec).items() if k != "options" or v}
 
 
+def criterion_files(criteria: Iterable[str]) -> dict[str, Path]:
+    """The files of users' own criteria: what these give changes with them."""
+    files = {f"criterion {name}": CRITERIA[name].file for name in criteria}
+    return {name: path for name, path in files.items() if path is not None}
+
+
 def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
     """Importances of the unpruned model -> `scores.npz` (hybrid: also `scores_width.npz`)."""
     criteria = criteria_of(experiment)
@@ -57,7 +64,11 @@ def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
             **data_settings(experiment.data, "calibration"),
             **precision(experiment),
         },
-        inputs=model_inputs(experiment, **(inputs.record_files(experiment.data, "train") if needs_data else {})),
+        inputs=model_inputs(
+            experiment,
+            **(inputs.record_files(experiment.data, "train") if needs_data else {}),
+            **criterion_files(criteria.values()),
+        ),
         outputs=[folder / name for name in criteria],
         journals=[journal_path(folder / name) for name in criteria],
     )
