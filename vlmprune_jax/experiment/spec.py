@@ -86,7 +86,8 @@ class ScoreSpec:
 
     `reduction`: over the tensors of a group, None = the criterion's own. `layers_removed`: block length of the angular
     criterion. `longest_text`: only records of at most so many tokens, an image counting 1 (None = any).
-    `reference_compat`: Block Influence and the angular distance exactly as the paper's code sums them.
+    `reference_compat`: Block Influence and the angular distance exactly as the paper's code sums them. `options`: a
+    criterion's options that have no setting here, by name.
     """
 
     depth: str = "block_influence"
@@ -100,6 +101,7 @@ class ScoreSpec:
     samples: int = 50
     batch_size: int = 1
     seed: int = 42
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check("score", self, samples=1, batch_size=1, longest_text=1, layers_removed=1)
@@ -293,7 +295,7 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
         if plain is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
         if plain is Mapping and isinstance(value, Mapping):
-            return {key: dict(inner) for key, inner in value.items()}
+            return {key: dict(inner) if isinstance(inner, Mapping) else inner for key, inner in value.items()}
         if isinstance(plain, type) and isinstance(value, plain) and (plain is bool or not isinstance(value, bool)):
             return value
     names = " or ".join("nothing" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
