@@ -19,6 +19,8 @@ from vlmprune_jax.errors import UserError
 
 if TYPE_CHECKING:
     from vlmprune_jax.config import ModelConfig
+    from vlmprune_jax.evaluation.metrics import METRICS as metrics
+    from vlmprune_jax.evaluation.metrics import Metric
     from vlmprune_jax.evaluation.runner import evaluate, perplexity
     from vlmprune_jax.hf.export.write import save
     from vlmprune_jax.hf.read import load
@@ -27,8 +29,10 @@ if TYPE_CHECKING:
     from vlmprune_jax.prune import PrunePlan, Scores, apply_plan, make_plan, prune_folder, score
     from vlmprune_jax.recovery import RecoverConfig, recover
 
-# Public name -> module. They load at first use: `import vlmprune_jax` takes milliseconds, jax comes with a call.
+# Public name -> module, and ":name there" where that differs. They load at first use: `import vlmprune_jax` takes
+# milliseconds, jax comes with a call.
 _HOMES = {
+    "Metric": "evaluation.metrics",
     "Model": "models.vlm",
     "ModelConfig": "config",
     "PrunePlan": "prune",
@@ -40,6 +44,7 @@ _HOMES = {
     "generate": "models.generate",
     "load": "hf.read",
     "make_plan": "prune",
+    "metrics": "evaluation.metrics:METRICS",
     "perplexity": "evaluation.runner",
     "prune_folder": "prune",
     "recover": "recovery",
@@ -49,6 +54,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Metric",
     "Model",
     "ModelConfig",
     "PrunePlan",
@@ -61,6 +67,7 @@ __all__ = [
     "generate",
     "load",
     "make_plan",
+    "metrics",
     "perplexity",
     "prune_folder",
     "recover",
@@ -73,7 +80,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'vlmprune_jax' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"vlmprune_jax.{_HOMES[name]}"), name)
+    module, _, there = _HOMES[name].partition(":")
+    value = getattr(importlib.import_module(f"vlmprune_jax.{module}"), there or name)
     globals()[name] = value
     return value
 
