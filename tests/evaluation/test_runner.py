@@ -122,6 +122,19 @@ def test_shared_images_are_computed_once(goldens, encoder):
     assert len(shapes) == 1  # one program
 
 
+def test_a_suffix_continues_the_last_question(goldens, encoder):
+    asked = records(goldens, ["x"] * 8)
+    longer = [
+        dataclasses.replace(record, turns=((*record.turns[0][:1], record.turns[0][1] + " Say it."), *record.turns[1:]))
+        for record in asked
+    ]
+    suffixed = arrange_questions(asked, encoder, batch_size=4, prompt_suffix=" Say it.")
+    written = arrange_questions(longer, encoder, batch_size=4)
+    for ours, theirs in zip(*(a.batches(threads=1, prefetch=1) for a in (suffixed, written)), strict=True):
+        np.testing.assert_array_equal(ours.arrays["input_ids"], theirs.arrays["input_ids"])
+        assert set(ours.records) <= set(asked)  # metrics see the question as the file has it
+
+
 def test_sharded_evaluation_gives_the_same(goldens, llava, encoder, expected):
     asking = arrange_questions(records(goldens, ["yes"] * 8), encoder, batch_size=8, multiple=4)
     assert asking.groups[0].beginnings % 4 == 0

@@ -137,7 +137,7 @@ def build_report(workdir: Path) -> Path:
             planned=fit.read_planned(workdir),
             planned_notes=fit.NOTES,
             export=_export_line(result),
-            result_json=json.dumps(result, indent=2),
+            result_json=(workdir / "result.json").read_text(encoding="utf-8"),
         )
     )
     out = workdir / "report.html"
