@@ -19,6 +19,8 @@ from vlmprune_jax.errors import UserError
 
 if TYPE_CHECKING:
     from vlmprune_jax.config import ModelConfig
+    from vlmprune_jax.evaluation.metrics import METRICS as metrics
+    from vlmprune_jax.evaluation.metrics import Metric
     from vlmprune_jax.evaluation.runner import evaluate, perplexity
     from vlmprune_jax.hf.export.write import save
     from vlmprune_jax.hf.read import load
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 # milliseconds, jax comes with a call.
 _HOMES = {
     "Criterion": "prune",
+    "Metric": "evaluation.metrics",
     "Model": "models.vlm",
     "ModelConfig": "config",
     "PrunePlan": "prune",
@@ -44,6 +47,7 @@ _HOMES = {
     "generate": "models.generate",
     "load": "hf.read",
     "make_plan": "prune",
+    "metrics": "evaluation.metrics:METRICS",
     "perplexity": "evaluation.runner",
     "prune_folder": "prune",
     "recover": "recovery",
@@ -54,6 +58,7 @@ _HOMES = {
 
 __all__ = [
     "Criterion",
+    "Metric",
     "Model",
     "ModelConfig",
     "PrunePlan",
@@ -67,6 +72,7 @@ __all__ = [
     "generate",
     "load",
     "make_plan",
+    "metrics",
     "perplexity",
     "prune_folder",
     "recover",

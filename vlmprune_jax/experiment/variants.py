@@ -8,7 +8,7 @@ from typing import Any
 
 from vlmprune_jax.checks import one_of, with_defaults
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.experiment.arguments import recover_config
+from vlmprune_jax.experiment.arguments import evaluation_sets, recover_config
 from vlmprune_jax.experiment.spec import Experiment, ScoreSpec, override
 from vlmprune_jax.hf.export.target import LAYOUTS, UNEVEN
 from vlmprune_jax.prune import CRITERIA, METHODS
@@ -87,6 +87,7 @@ def check_settings(experiment: Experiment, workdir: Path) -> None:
     Raises:
       UserError: a setting that does not exist, has no such value, or goes with another one.
     """
+    sets = evaluation_sets(experiment)
     for pruned in prune_runs(experiment, workdir):
         spec = pruned.experiment
         one_of("prune.method", spec.prune.method, METHODS)
@@ -97,5 +98,7 @@ def check_settings(experiment: Experiment, workdir: Path) -> None:
         _check_criteria(spec.score)
         for run in recover_runs(pruned):
             recover_config(run.experiment.recover)
+            if evaluation_sets(run.experiment) != sets:
+                raise UserError(f"variant {run.name} is evaluated on other sets: give all models the same questions")
     one_of("export.layout", experiment.export.layout, LAYOUTS)
     one_of("export.uneven", experiment.export.uneven, UNEVEN)
