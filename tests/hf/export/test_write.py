@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 
+import hf_cases
 import jax
 import ml_dtypes
 import numpy as np
@@ -22,8 +23,6 @@ from hf_cases import (
     keep_width,
     make_folder,
     random_ids,
-    transformers_4_52,
-    transformers_5,
 )
 from safetensors.numpy import load_file
 
@@ -163,9 +162,10 @@ def test_depth_pruned_layers_are_renumbered(goldens, tmp_path):
     assert PrunePlan.from_json(tmp_path / "out/plan.json") == plan
 
 
-@pytest.mark.parametrize("spell", [transformers_5, transformers_4_52])
-def test_the_source_s_spelling_is_kept(goldens, tmp_path, spell):
+@pytest.mark.parametrize("rename", ["transformers_5", "transformers_4_52"])
+def test_the_source_s_spelling_is_kept(goldens, tmp_path, rename):
     source = make_folder(tmp_path / "llava", LLAVA)
+    spell = getattr(hf_cases, rename)
     edit_weights(source, lambda tensors: {spell(key): value for key, value in tensors.items()})
     model, _ = keep_layers(load(source), [1, 3])
     save(model, tmp_path / "out", source_dir=source, dtype="source")
