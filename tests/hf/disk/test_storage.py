@@ -263,7 +263,7 @@ DAMAGE = {
     "unknown_weight": (renamed("1.mlp.up_proj", "1.mlp.high_proj"), "unknown key model.layers.1.mlp.high_proj.weight"),
     "plain_values": (replaced(KEY, lambda it: it.astype("f4")), f"{KEY} is F32 [56, 48], expected I8 [56, 48]"),
     "other_scales": (replaced(f"{KEY}_scale", lambda it: it[1:]), f"{KEY}_scale is F32 [55, 1], expected F32 [56, 1]"),
-    "wide_scales": (replaced(f"{KEY}_scale", lambda it: it.astype("f8")), f"{KEY} has dtype F64, supported are"),
+    "wide_scales": (replaced(f"{KEY}_scale", lambda it: it.astype("f8")), f"{KEY}: is decoded to F64, supported are"),
     "one_axis": (replaced(KEY, lambda it: it.reshape(-1)), f"{KEY}: not enough values to unpack"),
     "narrow": (
         lambda tensors: tensors | {KEY: tensors[KEY][:9], f"{KEY}_scale": tensors[f"{KEY}_scale"][:9]},

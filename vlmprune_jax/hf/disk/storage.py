@@ -1,7 +1,7 @@
 """Storage formats: how a weight lies in the tensors of a folder where it is not one plain tensor (quantised, packed).
 
-A format is one object, a `Storage`, which `storages` finds by the `quant_method` of config.json. Below here a weight is
-its tensors; everything above sees one array per weight, decoded row by row as it is read.
+A format is one object, a `Storage`: `storages` finds it by the `quant_method` of config.json, and `save` takes one. The
+files hold its tensors; everything above `hf/disk` sees one array per weight, decoded row by row as it is read.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES
 from vlmprune_jax.hf.disk.weight_files import Entry, Extent
 
 JsonDict = dict[str, Any]
-# What has a storage in checkpoints: biases and buffers are plain.
-_WEIGHT = ".weight"
+_WEIGHT = ".weight"  # how the keys end that a storage may hold: biases and buffers are plain
 
 
 class Storage(Protocol):
-    """How weights lie in several tensors. Of the weight `KEY.weight` they are `KEY.weight` + each of `suffixes`.
+    """How a weight lies in tensors: that of `KEY` in `KEY` + each of `suffixes`, of which "" may be one.
 
-    Dtypes are those of weight files ("F32", "I8"). A tensor's name without a suffix is a part where "" is among them.
+    Dtypes are spelled as in weight files ("F32", "I8"), and parts go by their suffix.
     """
 
     @property
@@ -36,13 +35,13 @@ class Storage(Protocol):
 
     @property
     def suffixes(self) -> Sequence[str]:
-        """Of all its tensors, of which every weight has every one."""
+        """Of its tensors; every weight has each of them."""
 
     def weight(self, parts: Mapping[str, Entry]) -> tuple[str, tuple[int, ...]]:
-        """Dtype and shape of the weight in these tensors (by suffix); the dtype is one that is computed with."""
+        """Dtype (F32, F16 or BF16) and shape of the weight in these tensors; ValueError: what cannot be one."""
 
     def tensors(self, dtype: str, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Dtype and shape of the tensors of such a weight, by suffix: the inverse of `weight`."""
+        """Dtype and shape of the tensors of such a weight: the inverse of `weight`, against which files are checked."""
 
     def decode(self, parts: Mapping[str, Entry], start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop` of the weight, in its dtype; `Entry.rows` reads what it needs of a part."""
@@ -51,10 +50,10 @@ class Storage(Protocol):
         """The tensors of a weight with these values, as `tensors` says."""
 
     def holds(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether a weight is written in this storage, by its path in `params` and its shape in files; else plain."""
+        """Whether a weight is written like this, by its path in `params` and its shape in files; others are plain."""
 
-    def to_config(self, plain: Sequence[str]) -> JsonDict:
-        """`quantization_config` of a folder in which the tensors `plain` are stored as they are."""
+    def to_config(self, keys: Sequence[str]) -> JsonDict:
+        """`quantization_config` of a folder with these tensors, `quant_method` among it."""
 
 
 # quant_method -> the storage that a folder's quantization_config describes (UserError: what it cannot read of it).
@@ -182,6 +181,8 @@ def _join(storage: Storage, key: str, parts: Mapping[str, Entry]) -> EncodedWeig
     if set(parts) != set(storage.suffixes):
         raise ValueError("it is there twice, plain and in parts")
     dtype, shape = storage.weight(parts)
+    if dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"is decoded to {dtype}, supported are {', '.join(WEIGHT_DTYPES)}")
     for suffix, (part_dtype, part_shape) in storage.tensors(dtype, shape).items():
         part = parts[suffix]
         if (part.dtype, part.shape) != (part_dtype, part_shape):

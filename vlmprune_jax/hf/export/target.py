@@ -87,7 +87,7 @@ def _check_options(cfg: ModelConfig, layout: str, uneven: str, dtype: str) -> No
         if value not in known:
             raise UserError(f"{name} {value!r} is not one of {', '.join(known)}")
     if cfg.lora is not None:
-        raise UserError("the model has unmerged LoRA adapters: merge them first (recover.merge_lora)")
+        raise UserError("the model has unmerged LoRA adapters: merge them first (recovery.merge_lora)")
     if uneven == "refuse" and not cfg.text.even:
         raise UserError(
             "the layers have unequal widths, which stock transformers cannot load: prune all layers alike (without "

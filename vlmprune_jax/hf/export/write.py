@@ -55,7 +55,7 @@ def save(
     The first process writes; where arrays are split over processes, every process must call it.
 
     Args:
-      model: the model; adapters must be merged (`recover.merge_lora`).
+      model: the model; adapters must be merged (`recovery.merge_lora`).
       out_dir: the new folder.
       source_dir: the folder that the model came from: spelling of the keys, config fields that we do not know,
         tokenizer, processor, chat template, generation config, and tensors that are not computed with, come from it.
