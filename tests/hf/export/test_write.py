@@ -135,7 +135,7 @@ def test_two_processes_read_their_parts_and_write_one_folder(goldens, tmp_path):
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     source, out = goldens / "ckpt/llava_hf", tmp_path / "out"
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"}
     command = [sys.executable, "-c", ONE_OF_TWO, port]
     parts = [subprocess.Popen([*command, str(i), str(source), str(out)], env=environment) for i in range(2)]
     assert [part.wait() for part in parts] == [0, 0]
