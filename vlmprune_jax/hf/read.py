@@ -22,12 +22,13 @@ from vlmprune_jax.distributed.rules import check_divides, sharding
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, detect
 from vlmprune_jax.families.fields import check_fields
-from vlmprune_jax.hf.disk.checkpoint import Checkpoint, has_weights, read_json
+from vlmprune_jax.hf.disk.checkpoint import Checkpoint, has_weights
 from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.hf.disk.storage import StoredWeight, find_storage
 from vlmprune_jax.hf.layout import PARTS, Slot, make_slots, match_keys, refuse
 from vlmprune_jax.models.params import param_axes, param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, Params
+from vlmprune_jax.readers import read_json
 
 # Bit patterns from which on a number (without, with sign) is infinite or NaN.
 _NOT_FINITE = {"float32": (0x7F800000, 0xFF800000), "bfloat16": (0x7F80, 0xFF80), "float16": (0x7C00, 0xFC00)}

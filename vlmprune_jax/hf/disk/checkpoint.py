@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.hf.disk.storage import StoredWeight, find_storage, join_parts
 from vlmprune_jax.hf.disk.weight_files import Entry, read_header, read_torch
+from vlmprune_jax.readers import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -89,22 +88,3 @@ def list_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
                 raise UserError(f"{folder}: {index} names shards that are missing: {', '.join(missing)}: download them")
             return [folder / name for name in names], weight_map
     raise UserError(f"{folder}: no weights (looked for {SINGLE}, {INDEX}, {BIN_SINGLE}, {BIN_INDEX})")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-      UserError: the file is missing, is not JSON, or holds something else than an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: is missing (is {path.parent} a Hugging Face model folder?)") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}): restore it from the model's source") from error
-    if not isinstance(value, dict):
-        raise UserError(
-            f"{path}: holds a {type(value).__name__}, expected an object: restore it from the model's source"
-        )
-    return value

@@ -14,13 +14,14 @@ from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.mesh import from_main, whole
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import detect, family_of
-from vlmprune_jax.hf.disk.checkpoint import Checkpoint, read_json
+from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES
 from vlmprune_jax.hf.export.per_layer import loader_class
 from vlmprune_jax.hf.layout import PARTS, make_slots
 from vlmprune_jax.hf.read import find_weights, read_config, read_params, resolve
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import Model, forward, mesh_of
+from vlmprune_jax.readers import read_json
 
 # Of float32 logits between two implementations: absolute, and beyond logits of 10 relative to the largest
 # (SmolLM2-135M, three layers removed, on random ids: 1.1e-4 between torch and XLA; its logits reach 33).

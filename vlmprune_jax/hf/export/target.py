@@ -12,7 +12,6 @@ from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, detect, family_of
 from vlmprune_jax.families.table import JsonDict
-from vlmprune_jax.hf.disk.checkpoint import read_json
 from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.hf.disk.storage import without_storage
 from vlmprune_jax.hf.export.convert import rows_for, target_family, to_transformers
@@ -20,6 +19,7 @@ from vlmprune_jax.hf.export.per_layer import with_loader, without_loader, write_
 from vlmprune_jax.hf.export.processor import NEW_TOKENS, write_processor
 from vlmprune_jax.hf.export.tokenizer import add_token, read_tokenizer
 from vlmprune_jax.hf.export.uneven import padded
+from vlmprune_jax.readers import read_json
 
 LAYOUTS = ("source", "transformers")
 UNEVEN = ("per_layer", "pad", "refuse")
