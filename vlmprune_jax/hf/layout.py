@@ -14,7 +14,8 @@ import numpy as np
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family
-from vlmprune_jax.hf.disk.checkpoint import WEIGHT_DTYPES, Checkpoint
+from vlmprune_jax.hf.disk.checkpoint import Checkpoint
+from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES
 from vlmprune_jax.models.params import locate, param_axes, param_shapes
 
 PARTS = ("text", "projector", "vision")

@@ -30,15 +30,16 @@ def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[s
     family, cfg = read_config(folder, tower)
     find_weights(make_slots(cfg, family), cfg, family, folder, tower)
     own = Checkpoint(folder)
-    entries = own.entries.values()
+    entries = own.tensors.values()
     return {
         "folder": str(folder),
         "family": cfg.family,
         "layout": cfg.layout,
         "dtypes": dict(Counter(entry.dtype for entry in entries).most_common()),
-        "bytes": sum(entry.end - entry.begin for entry in entries),
+        "bytes": sum(entry.n_bytes for entry in entries),
         "shards": len(own.shards),
-        "tensors": len(own),
+        "tensors": len(own.tensors),
+        "storage": None if own.storage is None else own.storage.name,
         "text": _text(cfg),
         "vision": None if cfg.vision is None else {k: v for k, v in vars(cfg.vision).items() if k != "norm_eps"},
         "tokens_per_image": cfg.tokens_per_image,
@@ -112,7 +113,8 @@ def as_lines(found: dict[str, Any]) -> list[str]:
     lines = [
         f"{found['folder']}: {found['family']}, {found['layout']} layout",
         f"  files       {found['bytes'] / 2**20:,.1f} MiB in {found['shards']} shard(s), {found['tensors']} tensors, "
-        f"{', '.join(f'{n} x {kind}' for kind, n in found['dtypes'].items())}",
+        f"{', '.join(f'{n} x {kind}' for kind, n in found['dtypes'].items())}"
+        + (f", weights in {found['storage']}" if found["storage"] else ""),
         f"  parameters  {total:,}: "
         + ", ".join(f"{part} {parts[part]:,} ({100 * parts[part] / total:.1f} %)" for part in PARTS if parts[part]),
         f"  decoder     {text['layers']} layers: {', '.join(_run(run) for run in text['runs'])}",

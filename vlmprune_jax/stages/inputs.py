@@ -31,7 +31,7 @@ from vlmprune_jax.distributed.mesh import from_all
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.questions import ArrangedQuestions, arrange_questions
 from vlmprune_jax.experiment.spec import DataSpec, EvaluationSetSpec, Experiment, ModelSpec
-from vlmprune_jax.hf.disk.checkpoint import read_json
+from vlmprune_jax.readers import read_json
 
 # (what, total) -> takes the number of items done, while entered (`Reporter.bar`).
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]

@@ -13,8 +13,8 @@ from vlmprune_jax.data.tiling import tiling_from_chat_config
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families.table import JsonDict
 from vlmprune_jax.families.towers import vision_of
-from vlmprune_jax.hf.disk.checkpoint import read_json
 from vlmprune_jax.hf.export.tokenizer import prefixes_only_the_start, token_id, write_tokenizer
+from vlmprune_jax.readers import read_json
 
 # The token that each hub family's transformers processor needs beside the source's own.
 NEW_TOKENS = {"llava": "<image>", "bunny": "<image>", "internvl": "<video>"}

@@ -12,13 +12,14 @@ from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, detect, family_of
 from vlmprune_jax.families.table import JsonDict
-from vlmprune_jax.hf.disk.checkpoint import read_json
+from vlmprune_jax.hf.disk.dtypes import DTYPES
+from vlmprune_jax.hf.disk.storage import without_storage
 from vlmprune_jax.hf.export.convert import rows_for, target_family, to_transformers
 from vlmprune_jax.hf.export.per_layer import with_loader, without_loader, write_loader
 from vlmprune_jax.hf.export.processor import NEW_TOKENS, write_processor
 from vlmprune_jax.hf.export.tokenizer import add_token, read_tokenizer
 from vlmprune_jax.hf.export.uneven import padded
-from vlmprune_jax.hf.read import DTYPES
+from vlmprune_jax.readers import read_json
 
 LAYOUTS = ("source", "transformers")
 UNEVEN = ("per_layer", "pad", "refuse")
@@ -55,7 +56,7 @@ def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype:
         the layout cannot hold.
     """
     _check_options(cfg, layout, uneven, dtype)
-    family, config = family_of(cfg), read_json(source / "config.json")
+    family, config = family_of(cfg), without_storage(read_json(source / "config.json"))
     if detect(config, str(source / "config.json")) is not family:
         raise UserError(f"{source}: is not the folder that this {family.name} ({family.layout} layout) model came from")
     layers = cfg.text.layers
@@ -86,7 +87,7 @@ def _check_options(cfg: ModelConfig, layout: str, uneven: str, dtype: str) -> No
         if value not in known:
             raise UserError(f"{name} {value!r} is not one of {', '.join(known)}")
     if cfg.lora is not None:
-        raise UserError("the model has unmerged LoRA adapters: merge them first (recover.merge_lora)")
+        raise UserError("the model has unmerged LoRA adapters: merge them first (recovery.merge_lora)")
     if uneven == "refuse" and not cfg.text.even:
         raise UserError(
             "the layers have unequal widths, which stock transformers cannot load: prune all layers alike (without "
