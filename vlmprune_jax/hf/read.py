@@ -114,8 +114,9 @@ def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, M
       UserError: unknown family, unsupported settings, fields that hold something else than they can, quantised weights.
     """
     config = _read_fields(folder / "config.json")
-    for part in (config, config.get("text_config"), config.get("llm_config")):
-        quantised = part.get("quantization_config") if isinstance(part, dict) else None
+    family = detect(config, str(folder / "config.json"))
+    for part in (config, family.text_config(config)):
+        quantised = part.get("quantization_config")
         if quantised:
             method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
             raise UserError(
@@ -127,10 +128,9 @@ def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, M
         ids = {
             k: v for k, v in _read_fields(generation).items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")
         }
-        nested = config.get("text_config") or config.get("llm_config") or {}
+        nested = family.text_config(config)
         known = {name for name in ids if config.get(name) is not None or nested.get(name) is not None}
         config = {**config, **{name: value for name, value in ids.items() if name not in known and value is not None}}
-    family = detect(config, str(folder / "config.json"))
     if family.token_names:
         tokens = tokenizer_ids(folder)
         config = {**config, **{name: tokens[token] for name, token in family.token_names if token in tokens}}
