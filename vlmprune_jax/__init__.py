@@ -17,6 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from vlmprune_jax.errors import UserError
 
+# At once, since the folder of that name would otherwise stand in its place as soon as something imports it; no jax.
+from vlmprune_jax.families import FAMILIES as families
+from vlmprune_jax.families import Family
+
 if TYPE_CHECKING:
     from vlmprune_jax.config import ModelConfig
     from vlmprune_jax.evaluation.runner import evaluate, perplexity
@@ -49,6 +53,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Family",
     "Model",
     "ModelConfig",
     "PrunePlan",
@@ -57,6 +62,7 @@ __all__ = [
     "UserError",
     "apply_plan",
     "evaluate",
+    "families",
     "forward",
     "generate",
     "load",

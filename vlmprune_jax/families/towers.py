@@ -47,7 +47,8 @@ PIXELS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "internvit": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 # The type of each kind in transformers.
-_STOCK_TYPES = {"clip": "clip_vision_model", "siglip": "siglip_vision_model", "internvit": "internvl_vision"}
+KINDS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model", "internvit": "internvl_vision"}
+TYPES = tuple(_DEFAULTS)
 # A whole CLIP or SigLIP config, whose vision part may leave its type out.
 _OUTER = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 
@@ -241,7 +242,7 @@ def vision_of(cfg: ModelConfig) -> VisionConfig:
 def stock_tower(vision: VisionConfig) -> JsonDict:
     """vision_config of a class of transformers for the computed part of a tower: its last block makes the feature."""
     config = {
-        "model_type": _STOCK_TYPES[vision.kind],
+        "model_type": KINDS[vision.kind],
         "hidden_size": vision.hidden_size,
         "intermediate_size": vision.mlp,
         "num_attention_heads": vision.heads,
