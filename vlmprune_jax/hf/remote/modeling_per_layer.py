@@ -60,9 +60,11 @@ def resize_layer(layer, q_heads, kv_heads, mlp):
         },
     }
     for module, projections in sizes.items():
-        for name, size in projections.items():
-            if hasattr(module, name):
-                cut(getattr(module, name), *size)
+        for name, child in module.named_children():
+            if name in projections:
+                cut(child, *projections[name])
+            elif isinstance(child, nn.Linear):
+                raise ValueError(f"{type(module).__name__}: this file does not know how to cut its {name}")
     heads = {"num_attention_heads": q_heads, "num_key_value_heads": kv_heads}
     attention.config = LayerConfig(attention.config, intermediate_size=mlp, **heads)
     own = {"num_heads": q_heads, "num_key_value_groups": q_heads // kv_heads, **heads}
