@@ -69,7 +69,7 @@ class TextConfig:
 
     `rotary_dim` channels of every head are rotated (its first ones). `block` is "sequential", or "parallel" for Phi's
     x + attention(norm x) + mlp(norm x) with one norm; `norm` is "rms" or "layer"; `mlp_kind` is "gated" or "plain" (two
-    projections); `qk_norm` is Qwen3's norm of every query and key head. `decoder` names the weight table in files.
+    projections); `qk_norm` is Qwen3's norm of every query and key head. `decoder` is the `model_type` in files.
     """
 
     vocab_size: int
@@ -90,7 +90,7 @@ class TextConfig:
     block: str = "sequential"
     norm: str = "rms"
     mlp_kind: str = "gated"
-    decoder: str = "llama"
+    decoder: str = dataclasses.field(kw_only=True)
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -121,8 +121,9 @@ class TextConfig:
 class VisionConfig:
     """A vision transformer; `n_layers` counts the blocks that are computed, `n_layers_total` those of the checkpoint.
 
-    `kind` is "clip", "siglip" or "internvit"; the fields after it say how the towers differ. `position_size` is the
-    image size that the position table is for (0: `image_size`); only "internvit" resizes its table to other images.
+    `kind` names its weight table in files (families/towers.py); the fields after it say how the towers differ.
+    `position_size` is the image size that the position table is for (0: `image_size`); a tower that `resizes` fits its
+    table to other images.
     """
 
     hidden_size: int
@@ -135,13 +136,14 @@ class VisionConfig:
     channels: int
     norm_eps: float
     activation: str
-    kind: str = "clip"
+    kind: str = dataclasses.field(kw_only=True)
     class_token: bool = True
     patch_bias: bool = False
     pre_norm: bool = True
     layer_scale: bool = False
     qkv_bias: bool = True
     position_size: int = 0
+    resizes: bool = False
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.heads:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from vlmprune_jax.config import ModelConfig, ProjectorConfig, VisionConfig
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.families.table import Weight
+from vlmprune_jax.families.table import JsonDict, Weight
 
 # Class defaults of each tower's config in transformers (InternViT: of the hub's remote code), which files leave out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -32,12 +33,22 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 # How the kinds of tower differ.
+_INTERNVIT = {"patch_bias": True, "pre_norm": False, "layer_scale": True, "resizes": True}
 _TRAITS: dict[str, dict[str, Any]] = {
     "clip_vision_model": {"kind": "clip"},
     "siglip_vision_model": {"kind": "siglip", "class_token": False, "patch_bias": True, "pre_norm": False},
-    "internvl_vision": {"kind": "internvit", "patch_bias": True, "pre_norm": False, "layer_scale": True},
-    "intern_vit_6b": {"kind": "internvit", "patch_bias": True, "pre_norm": False, "layer_scale": True},
+    "internvl_vision": {"kind": "internvit", **_INTERNVIT},
+    "intern_vit_6b": {"kind": "internvit", **_INTERNVIT},
 }
+# Mean and deviation of each kind's training images (openai/clip, google/siglip, ImageNet).
+PIXELS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "internvit": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+# The type of each kind in transformers.
+KINDS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model", "internvit": "internvl_vision"}
+TYPES = tuple(_DEFAULTS)
 # A whole CLIP or SigLIP config, whose vision part may leave its type out.
 _OUTER = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 
@@ -226,3 +237,39 @@ def vision_of(cfg: ModelConfig) -> VisionConfig:
     """The tower of a config that has one."""
     assert cfg.vision is not None
     return cfg.vision
+
+
+def stock_tower(vision: VisionConfig) -> JsonDict:
+    """vision_config of a class of transformers for the computed part of a tower: its last block makes the feature."""
+    config = {
+        "model_type": KINDS[vision.kind],
+        "hidden_size": vision.hidden_size,
+        "intermediate_size": vision.mlp,
+        "num_attention_heads": vision.heads,
+        "num_hidden_layers": vision.n_layers,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "num_channels": vision.channels,
+        "layer_norm_eps": vision.norm_eps,
+        "hidden_act": vision.activation,
+    }
+    if vision.kind == "siglip":
+        config["vision_use_head"] = False
+    if vision.kind == "internvit":
+        sides = {name: [config[name]] * 2 for name in ("image_size", "patch_size")}
+        config |= {**sides, "attention_bias": vision.qkv_bias, "norm_type": "layer_norm", "use_qk_norm": False}
+    return config
+
+
+def stock_tower_constants(vision: VisionConfig) -> dict[str, tuple[tuple[int, ...], float]]:
+    """Weights that the class of `stock_tower` holds and never uses, as key -> (shape, value)."""
+    if vision.kind == "internvit":
+        return {}
+    # a norm behind the last block; the feature is taken before it
+    norm = "vision_tower.vision_model.post_layernorm."
+    return {f"{norm}weight": ((vision.hidden_size,), 1.0), f"{norm}bias": ((vision.hidden_size,), 0.0)}
+
+
+def stock_tower_key(key: str, vision: VisionConfig) -> str:
+    """The spelling of a model's key that versions 4 and 5 of transformers both load."""
+    return key if vision.kind == "internvit" else re.sub(r"^vision_tower\.", "vision_tower.vision_model.", key)

@@ -58,7 +58,11 @@ class Match:
 
 
 def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
-    """Every tensor of a model, layer by layer, in the table's order."""
+    """Every tensor of a model, layer by layer, in the table's order.
+
+    Raises:
+      UserError: the family's lines are not those of the model's parameters.
+    """
     axes, shapes = param_axes(cfg), param_shapes(cfg)
     slots = []
     for weight in family.weights(cfg):
@@ -68,17 +72,21 @@ def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
         for i in layers:
             line = weight if i is None else weight.at(i)
             path, index = locate(cfg, line.path)
+            if path not in axes:
+                raise UserError(f"family {family.name}: a line for {line.path}, a parameter that this model has not")
             names, shape = axes[path], shapes[path]
             if index is not None:
                 names, shape = names[1:], shape[1:]
             tokens = line.layout.replace("(", " ( ").replace(")", " ) ").split()
-            assert [t for t in tokens if t not in "()1"] == list(names), f"{line} does not keep the axes {names}"
+            if [t for t in tokens if t not in "()1"] != list(names):
+                raise UserError(f"family {family.name}: layout {line.layout!r} of {line.path}, whose axes are {names}")
             size = {"1": 1, **dict(zip(names, shape, strict=True))}
             whole = _grouped(tokens, size)
             slots.append(Slot(line.key, line.path, whole, path, index, shape, names, i, 0, whole[0]))
     slots = _fused(slots)
-    covered = {slot.path for slot in slots}
-    assert covered == set(shapes), f"{family.name} table does not cover {sorted(covered ^ set(shapes))}"
+    missing = sorted(set(shapes) - {slot.path for slot in slots})
+    if missing:
+        raise UserError(f"family {family.name}: no line for {', '.join(missing[:3])}")
     return slots
 
 

@@ -116,16 +116,16 @@ def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, M
         that are quantised in a way that is not known.
     """
     config = _read_fields(folder / "config.json")
+    family = detect(config, str(folder / "config.json"))
     find_storage(config, str(folder / "config.json"))  # refuses what cannot be read
     generation = folder / "generation_config.json"
     if generation.is_file():
         ids = {
             k: v for k, v in _read_fields(generation).items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")
         }
-        nested = config.get("text_config") or config.get("llm_config") or {}
+        nested = family.text_config(config)
         known = {name for name in ids if config.get(name) is not None or nested.get(name) is not None}
         config = {**config, **{name: value for name, value in ids.items() if name not in known and value is not None}}
-    family = detect(config, str(folder / "config.json"))
     if family.token_names:
         tokens = tokenizer_ids(folder)
         config = {**config, **{name: tokens[token] for name, token in family.token_names if token in tokens}}

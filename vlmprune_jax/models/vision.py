@@ -121,7 +121,7 @@ class VisionTower(nnx.Module):
         table, cfg = self.position_embedding.weight.get_value(), self.cfg
         if (rows, columns) == (cfg.position_grid, cfg.position_grid):
             return table
-        if cfg.kind != "internvit":
+        if not cfg.resizes:
             raise UserError(
                 f"an image of {rows} x {columns} patches in a {cfg.kind} tower of {cfg.position_grid} a side: "
                 f"resize images to {cfg.image_size} pixels a side"

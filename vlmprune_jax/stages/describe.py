@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.config import LayerShape, ModelConfig, runs
-from vlmprune_jax.families import Family
+from vlmprune_jax.families import Family, target_of
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
-from vlmprune_jax.hf.export.convert import target_family
-from vlmprune_jax.hf.export.per_layer import stock_class
 from vlmprune_jax.hf.layout import make_slots
 from vlmprune_jax.hf.read import find_weights, read_config, resolve
 from vlmprune_jax.models.params import count_params
@@ -82,8 +80,7 @@ def _prunable(cfg: ModelConfig) -> dict[str, Any]:
 
 def _export(cfg: ModelConfig, family: Family) -> dict[str, str]:
     """What becomes of a pruned copy of this folder: kind of pruning or export option -> its size, and who loads it."""
-    stock = family.layout == "transformers"
-    target = target_family(cfg)
+    stock, target = family.layout == "transformers", target_of(family)
     loader = "stock transformers" if stock else "this package and the hub's own code"
     # which takes hidden_size / heads for the size of a head
     heads = loader if stock else "this package, and where no head is missing in the hub's own code"
@@ -93,8 +90,8 @@ def _export(cfg: ModelConfig, family: Family) -> dict[str, str]:
         "uneven=per_layer": f"true size, loads in {_per_layer(stock)}",
         "uneven=pad": f"zeros up to the widest layer, loads in {heads}",
     }
-    if target is not None:
-        found["layout=transformers"] = f"a stock {stock_class(target.name)} with its tower"
+    if target is not None and target.stock is not None:
+        found["layout=transformers"] = f"a stock {target.stock.name} with its tower"
     if family.separate_vision:
         found["tower"] = "vision_dir's where that is given; stays in its own folder in this layout"
     if not cfg.text.even:

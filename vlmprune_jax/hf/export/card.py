@@ -7,6 +7,7 @@ from typing import Any
 
 from vlmprune_jax.config import LayerShape, ModelConfig
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.export.per_layer import LOADER_FILE, loader_class
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.readers import read_json
@@ -126,14 +127,9 @@ def _loading(cfg: ModelConfig, written: ModelConfig, config: dict[str, Any], pro
             f"function as the pruned model in a stock class. What it costs: {after:,} parameters in the files and in "
             f"memory instead of {before:,}, and the time of all of them."
         )
-    parts.append(
-        "In JAX: `vlmprune_jax.load(folder)`" + (", `vision_dir=...` for the tower." if _needs_tower(written) else ".")
-    )
+    tower = "" if family_of(written).holds_tower else ", `vision_dir=...` for the tower"
+    parts.append(f"In JAX: `vlmprune_jax.load(folder)`{tower}.")
     return "\n\n".join(parts)
-
-
-def _needs_tower(written: ModelConfig) -> bool:
-    return (written.family, written.layout) == ("llava", "original")
 
 
 def _hub_loading(written: ModelConfig, config: dict[str, Any]) -> str:

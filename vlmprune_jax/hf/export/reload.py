@@ -156,9 +156,14 @@ def _torch_logits(folder: Path, inputs: dict[str, Any]) -> np.ndarray:
     options = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
     shows_progress = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()  # ours is the one on the screen
-    loaded, info = _torch_class(config).from_pretrained(folder, output_loading_info=True, **options)
-    if shows_progress:
-        transformers.utils.logging.enable_progress_bar()
+    try:
+        loaded, info = _torch_class(config).from_pretrained(folder, output_loading_info=True, **options)
+    except (RuntimeError, TypeError, ValueError) as error:  # as its classes raise where weights and config do not fit
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder}: transformers does not load it ({reason}): do not use this folder") from error
+    finally:
+        if shows_progress:
+            transformers.utils.logging.enable_progress_bar()
     # Buffers that old checkpoints hold and new classes do not know are carried over and do no harm.
     info["unexpected_keys"] = [key for key in info["unexpected_keys"] if not family.is_ignored(family.canonical(key))]
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")

@@ -17,14 +17,14 @@ from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.mesh import from_main, is_main_process
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, family_of
-from vlmprune_jax.families.towers import vision_of
+from vlmprune_jax.families.towers import stock_tower_constants, stock_tower_key, vision_of
 from vlmprune_jax.hf.disk.atomic import atomic_folder, check_space, check_target
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES, file_name
 from vlmprune_jax.hf.disk.storage import Storage
 from vlmprune_jax.hf.disk.tensors import Tensor, encoded, split_shards, weight, write_weights
 from vlmprune_jax.hf.export.card import model_name, write_card
-from vlmprune_jax.hf.export.convert import constants, more_words, written_key
+from vlmprune_jax.hf.export.convert import more_words
 from vlmprune_jax.hf.export.target import Target, make_target, write_files
 from vlmprune_jax.hf.export.uneven import pad_tensor
 from vlmprune_jax.hf.fetch import extent_of, origin, to_host
@@ -136,7 +136,7 @@ def make_tensors(
         if held is None:
             raise UserError(f"{source.folder}: has no tensor {first.key}: is it the folder that this model came from?")
         if target.converts:
-            spelled, stored = written_key(key, vision_of(target.cfg)), held[1]
+            spelled, stored = stock_tower_key(key, vision_of(target.cfg)), held[1]
         else:
             spelled, stored = spelling.get(template(key), (template(key), held[1]))
             spelled = spelled.replace("{}", str(parts[0].layer))
@@ -182,7 +182,7 @@ def _weight(
 def _constants(cfg: ModelConfig, dtype: str) -> list[Tensor]:
     """Weights that a class holds and never uses."""
     tensors = []
-    for key, (shape, value) in constants(cfg).items():
+    for key, (shape, value) in stock_tower_constants(vision_of(cfg)).items():
         fetch = functools.partial(np.full, shape, value, WEIGHT_DTYPES[dtype])
         tensors.append(weight(key, dtype, shape, fetch, None, lambda array: None))
     return tensors
