@@ -10,8 +10,15 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.families.decoders import text_from_hf, text_weights
 from vlmprune_jax.families.llava import ORIGINAL_IMAGE_TOKEN, OTHER_TOWERS, TOWER_RENAMES, UNUSED_VISION
 from vlmprune_jax.families.shapes import layers_to_hf, token_ids
-from vlmprune_jax.families.table import Family
-from vlmprune_jax.families.towers import projector_of, projector_weights, vision_from_hf, vision_of, vision_weights
+from vlmprune_jax.families.table import Family, JsonDict
+from vlmprune_jax.families.towers import (
+    check_whole,
+    projector_of,
+    projector_weights,
+    vision_from_hf,
+    vision_of,
+    vision_weights,
+)
 
 MODEL_TYPE = "bunny-phi"
 # Bunny's code computes all blocks but the last, whatever the config says (siglip_encoder.py).
@@ -60,13 +67,17 @@ def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> Mod
     )
 
 
+def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
+    check_whole(vision_of(cfg), _FEATURE_LAYER)
+    return layers_to_hf(cfg.text, source)  # the hub's classes have no other name for other widths
+
+
 BUNNY = Family(
     name="bunny",
     layout="original",
     matches=lambda config: config.get("model_type") == MODEL_TYPE,
     from_hf=_from_hf,
-    # the hub's classes have no other name for other widths
-    to_hf=lambda cfg, source: layers_to_hf(cfg.text, source),
+    to_hf=_to_hf,
     weights=lambda cfg: (
         text_weights(cfg.text, "model.", "lm_head.weight")
         + projector_weights(projector_of(cfg), "model.mm_projector.", ("0", "2"))

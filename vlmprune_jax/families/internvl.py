@@ -11,7 +11,14 @@ from vlmprune_jax.families.decoders import text_from_hf, text_to_hf, text_weight
 from vlmprune_jax.families.llava import HF_MODULES, NATIVE_RENAMES
 from vlmprune_jax.families.shapes import layers_to_hf, token_ids
 from vlmprune_jax.families.table import Family, JsonDict
-from vlmprune_jax.families.towers import internvit_weights, projector_of, projector_weights, vision_from_hf, vision_of
+from vlmprune_jax.families.towers import (
+    internvit_weights,
+    projector_of,
+    projector_weights,
+    vision_from_hf,
+    vision_of,
+    vision_to_hf,
+)
 
 # torch's default, which the projector's layer norm has in both layouts.
 _PROJECTOR_EPS = 1e-5
@@ -83,7 +90,14 @@ def _native_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None)
 
 def _native_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
     old = {"model_type": "qwen2", **(source.get("text_config") or {})}
-    return {**source, "text_config": text_to_hf(cfg.text, old)}
+    config = vision_to_hf(vision_of(cfg), source, "internvl_vision", ("vision_feature_layer", -1))
+    return {**config, "text_config": text_to_hf(cfg.text, old)}
+
+
+def _original_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
+    config = vision_to_hf(vision_of(cfg), source, "intern_vit_6b", ("select_layer", -1))
+    # the hub's classes have no other name for other widths
+    return {**config, "llm_config": layers_to_hf(cfg.text, source.get("llm_config") or {})}
 
 
 INTERNVL_ORIGINAL = Family(
@@ -91,8 +105,7 @@ INTERNVL_ORIGINAL = Family(
     layout="original",
     matches=lambda config: config.get("model_type") == "internvl_chat",
     from_hf=_original_from_hf,
-    # the hub's classes have no other name for other widths
-    to_hf=lambda cfg, source: {**source, "llm_config": layers_to_hf(cfg.text, source.get("llm_config") or {})},
+    to_hf=_original_to_hf,
     weights=lambda cfg: (
         text_weights(cfg.text, "language_model.model.", "language_model.lm_head.weight")
         + projector_weights(projector_of(cfg), "mlp1.", ("0", "1", "3"))

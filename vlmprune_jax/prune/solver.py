@@ -17,7 +17,7 @@ GRID = 10_000  # sparsities that are tried: multiples of 1e-4
 
 @dataclass(frozen=True)
 class Costs:
-    """Parameters per decoder layer (what never changes), per query head, per key/value head and per MLP neuron."""
+    """Parameters per layer of a stack (what never changes), per query head, per key/value head and per MLP neuron."""
 
     layer: int
     q_head: int
@@ -29,9 +29,9 @@ class Costs:
         return self.layer + shape.q_heads * self.q_head + shape.kv_heads * self.kv_head + shape.mlp * self.neuron
 
 
-def layer_costs(cfg: ModelConfig) -> Costs:
-    """Costs of one decoder layer, from the named axes of its weights."""
-    prefix, pruned = "text/layers/0/", {"q_heads": 0, "kv_heads": 0, "mlp": 0}
+def layer_costs(cfg: ModelConfig, stack: str = "text") -> Costs:
+    """Costs of one layer of a stack, from the named axes of its weights."""
+    prefix, pruned = f"{stack}/layers/0/", {"q_heads": 0, "kv_heads": 0, "mlp": 0}
     fixed, axes = 0, param_axes(cfg)
     for path, shape in param_shapes(cfg).items():
         if not path.startswith(prefix):

@@ -108,12 +108,13 @@ def _check(cfg: ModelConfig) -> None:
 
 
 def _vision_config(vision: VisionConfig) -> JsonDict:
+    shape = vision.layers[0]
     config = {
         "model_type": _VISION_TYPES[vision.kind],
         "hidden_size": vision.hidden_size,
-        "intermediate_size": vision.mlp,
-        "num_attention_heads": vision.heads,
-        "num_hidden_layers": vision.n_layers,
+        "intermediate_size": shape.mlp,
+        "num_attention_heads": shape.q_heads,
+        "num_hidden_layers": len(vision.layers),
         "image_size": vision.image_size,
         "patch_size": vision.patch_size,
         "num_channels": vision.channels,

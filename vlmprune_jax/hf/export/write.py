@@ -157,7 +157,8 @@ def _weight(
         array = to_host(flat[before.path], before.index)
         if before.shape != after.shape:
             if before.layer is not None:
-                array = pad_tensor(array, before.axes, old.text.layers[before.layer], new.text.layers[before.layer])
+                shapes = [cfg.stack(before.part).layers[before.layer] for cfg in (old, new)]
+                array = pad_tensor(array, before.axes, *shapes)
             else:
                 array = more_words(array, before.axes, new.text.vocab_size)
         with np.errstate(over="ignore"):  # reported with the tensor's name instead
@@ -180,14 +181,15 @@ def _constants(cfg: ModelConfig, dtype: str) -> list[Tensor]:
 
 
 def _carried(source: Checkpoint, known: set[str], cfg: ModelConfig, family: Family) -> list[Tensor]:
-    """Tensors of the source that are not computed with, byte for byte; not those of decoder layers that are gone."""
+    """Tensors of the source that are not computed with, byte for byte; not those of layers that are gone."""
+    ends = {"text": len(cfg.text.layers)} | ({"vision": cfg.vision.n_layers_total} if cfg.vision is not None else {})
     tensors = []
     for key, entry in source.entries.items():
         name = family.canonical(key)
         if name in known or not family.is_ignored(name):
             continue
-        number = block_number(name, "text", cfg, family)
-        if number is None or number < len(cfg.text.layers):
+        numbers = {stack: block_number(name, stack, cfg, family) for stack in ends}
+        if all(number is None or number < ends[stack] for stack, number in numbers.items()):
             n_bytes, fetch = entry.end - entry.begin, functools.partial(source.raw, key)
             tensors.append(Tensor(key, entry.dtype, entry.shape, n_bytes, fetch, source.extent(key, 0, n_bytes)))
     return tensors
