@@ -384,10 +384,8 @@ TOWER = (LayerShape(2, 2, 10), LayerShape(2, 2, 10), LayerShape(2, 2, 7), LayerS
 def tower_scores(cfg, seed=0):
     draw = np.random.default_rng(seed)
     shapes = cfg.vision.layers
-    heads, neurons = ([draw.random(getattr(s, name)) for s in shapes] for name in ("kv_heads", "mlp"))
-    return Scores(
-        "l1", shape_digest(cfg) + "-x", {"gqa": "groups"}, draw.random(len(shapes)), tuple(heads), tuple(neurons)
-    )
+    heads, neurons = (tuple(draw.random(getattr(s, name)) for s in shapes) for name in ("kv_heads", "mlp"))
+    return Scores("l1", shape_digest(cfg) + "-x", {"gqa": "groups"}, draw.random(len(shapes)), heads, neurons)
 
 
 def test_costs_of_the_tower():

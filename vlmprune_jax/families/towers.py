@@ -114,7 +114,15 @@ def vision_to_hf(vision: VisionConfig, source: JsonDict, default_type: str, feat
     }
     if "head_dim" in old or not vision.whole_heads:
         new["head_dim"] = vision.head_dim
+    if vision.kind == "siglip":
+        new["vision_use_head"] = False
     return {**source, "vision_config": new, name: -1}
+
+
+def is_left_out(key: str, config: JsonDict) -> bool:
+    """Whether a model with this config.json has no tensor of this (canonical) key, which its source may have."""
+    vision = config.get("vision_config") or {}
+    return key.startswith(_POOLING_HEAD) and vision.get("vision_use_head") is False
 
 
 def check_whole(vision: VisionConfig, feature_layer: int) -> None:
@@ -169,6 +177,8 @@ _LAYOUTS = {
     "layers/{i}/mlp/fc2": "vision mlp",
     "layers/{i}/layer_scale2": "vision",
 }
+# SigLIP's pooling head, which no feature passes through; its MLP has the widths of the layers.
+_POOLING_HEAD = "vision_tower.head."
 # Keys that are not the path with dots; several paths of one key are a fused tensor, its rows in the order of the lines.
 _CLIP_KEYS = {
     "class_embedding": "embeddings.class_embedding",

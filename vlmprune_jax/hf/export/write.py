@@ -16,7 +16,7 @@ from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.mesh import from_main, is_main_process
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, family_of
-from vlmprune_jax.families.towers import vision_of
+from vlmprune_jax.families.towers import is_left_out, vision_of
 from vlmprune_jax.hf.disk.atomic import atomic_folder, check_space, check_target
 from vlmprune_jax.hf.disk.checkpoint import WEIGHT_DTYPES, Checkpoint
 from vlmprune_jax.hf.disk.tensors import Tensor, extent_of, origin, split_shards, to_host, weight, write_weights
@@ -135,7 +135,7 @@ def make_tensors(model: Model, target: Target, source: Checkpoint, dtype: str) -
         tensors.append(_weight(spelled, stored, pairs, model.cfg, target.cfg, flat))
     if target.converts:
         return tensors + _constants(target.cfg, tensors[0].dtype)
-    return tensors + _carried(source, set(after), target.cfg, family)
+    return tensors + _carried(source, set(after), target, family)
 
 
 def _stored(array: Any) -> str:
@@ -180,13 +180,14 @@ def _constants(cfg: ModelConfig, dtype: str) -> list[Tensor]:
     return tensors
 
 
-def _carried(source: Checkpoint, known: set[str], cfg: ModelConfig, family: Family) -> list[Tensor]:
+def _carried(source: Checkpoint, known: set[str], target: Target, family: Family) -> list[Tensor]:
     """Tensors of the source that are not computed with, byte for byte; not those of layers that are gone."""
+    cfg = target.cfg
     ends = {"text": len(cfg.text.layers)} | ({"vision": cfg.vision.n_layers_total} if cfg.vision is not None else {})
     tensors = []
     for key, entry in source.entries.items():
         name = family.canonical(key)
-        if name in known or not family.is_ignored(name):
+        if name in known or not family.is_ignored(name) or is_left_out(name, target.config):
             continue
         numbers = {stack: block_number(name, stack, cfg, family) for stack in ends}
         if all(number is None or number < ends[stack] for stack, number in numbers.items()):
