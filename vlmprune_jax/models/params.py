@@ -38,6 +38,21 @@ def param_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flatten(nnx.to_pure_dict(abstract(cfg)[1])).items()}
 
 
+def layer_axes(cfg: ModelConfig, stack: str = "text") -> dict[str, tuple[str, ...]]:
+    """Named axes of the parameters of a layer of a stack, `self_attn/q_proj/weight` -> ("q_heads", "head", "embed")."""
+    return _of_first_run(param_axes(cfg), stack)
+
+
+def layer_shapes(cfg: ModelConfig, stack: str = "text") -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters of the first layer of a stack."""
+    return _of_first_run(param_shapes(cfg), stack)
+
+
+def _of_first_run(found: Mapping[str, tuple[Any, ...]], stack: str) -> dict[str, tuple[Any, ...]]:
+    prefix = f"{stack}/layers/0/"
+    return {path.removeprefix(prefix): sizes[1:] for path, sizes in found.items() if path.startswith(prefix)}
+
+
 def count_params(cfg: ModelConfig, part: str = "") -> int:
     """Number of parameters that the config describes, optionally of one part ("text", "vision", "projector")."""
     return sum(math.prod(shape) for path, shape in param_shapes(cfg).items() if path.startswith(part))

@@ -10,7 +10,7 @@ import numpy as np
 
 from vlmprune_jax.config import LayerShape, ModelConfig
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.models.params import param_axes, param_shapes
+from vlmprune_jax.models.params import layer_axes, layer_shapes
 
 GRID = 10_000  # sparsities that are tried: multiples of 1e-4
 
@@ -31,14 +31,11 @@ class Costs:
 
 def layer_costs(cfg: ModelConfig, stack: str = "text") -> Costs:
     """Costs of one layer of a stack, from the named axes of its weights."""
-    prefix, pruned = f"{stack}/layers/0/", {"q_heads": 0, "kv_heads": 0, "mlp": 0}
-    fixed, axes = 0, param_axes(cfg)
-    for path, shape in param_shapes(cfg).items():
-        if not path.startswith(prefix):
-            continue
-        names = axes[path][1:]
-        size = math.prod(n for name, n in zip(names, shape[1:], strict=True) if name not in pruned)
-        along = [name for name in names if name in pruned]
+    fixed, pruned, axes = 0, {"q_heads": 0, "kv_heads": 0, "mlp": 0}, layer_axes(cfg, stack)
+    for name, shape in layer_shapes(cfg, stack).items():
+        names = axes[name]
+        size = math.prod(n for axis, n in zip(names, shape, strict=True) if axis not in pruned)
+        along = [axis for axis in names if axis in pruned]
         if along:
             pruned[along[0]] += size
         else:

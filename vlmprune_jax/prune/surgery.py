@@ -8,10 +8,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlmprune_jax.config import LayerShape, ModelConfig, runs
+from vlmprune_jax.config import LayerShape, runs
 from vlmprune_jax.distributed.rules import check_divides, sharding
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.models.params import flatten, param_axes, stack_layers, unflatten, unstack_layers
+from vlmprune_jax.models.params import flatten, layer_axes, param_axes, stack_layers, unflatten, unstack_layers
 from vlmprune_jax.models.vlm import Model, mesh_of
 from vlmprune_jax.prune.fingerprint import fingerprint, shape_digest
 from vlmprune_jax.prune.plan import KeptLayer, PrunePlan
@@ -65,12 +65,6 @@ def check_plan_is_for(model: Model, plan: PrunePlan) -> None:
             f"plan of another model: same shapes, other weights (plan {plan.fingerprint}, model {actual}): "
             "score and plan this model"
         )
-
-
-def layer_axes(cfg: ModelConfig, stack: str = "text") -> dict[str, tuple[str, ...]]:
-    """Named axes of the parameters of one layer, `self_attn/q_proj/weight` -> ("q_heads", "head", "embed")."""
-    prefix = f"{stack}/layers/0/"
-    return {path[len(prefix) :]: axes[1:] for path, axes in param_axes(cfg).items() if path.startswith(prefix)}
 
 
 def keep_indices(leaf: Any, axes: tuple[str, ...], layer: KeptLayer) -> Any:
