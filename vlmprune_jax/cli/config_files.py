@@ -41,13 +41,31 @@ class _Section(ConfigDict):
             super().__setitem__(key, ConfigDict(value) if isinstance(value, dict) else value)
 
 
+def _sections(kind: type, given: Mapping[str, Any]) -> ConfigDict:
+    """Sections of one kind by names of the user's (evaluation sets): a new one has every setting of its kind."""
+
+    class Sections(_Section):
+        def __setitem__(self, key: str, value: Any) -> None:
+            if key not in self and isinstance(value, Mapping | ConfigDict):
+                super().__setitem__(key, _section(kind()))
+            super().__setitem__(key, value)
+
+    sections = Sections()
+    for name, spec in given.items():
+        sections[name] = _section(spec)
+    return sections
+
+
 def _section(spec: Any) -> ConfigDict:
     hints = typing.get_type_hints(type(spec))
     values: dict[str, Any] = {}
     for field in dataclasses.fields(spec):
         value = getattr(spec, field.name)
+        named = (*typing.get_args(hints[field.name]), None)[1] if isinstance(value, Mapping) else None
         if dataclasses.is_dataclass(value):
             values[field.name] = _section(value)
+        elif isinstance(named, type) and dataclasses.is_dataclass(named):
+            values[field.name] = _sections(named, value)
         elif value is None:
             values[field.name] = config_dict.placeholder(_other_than_none(hints[field.name]))
         else:

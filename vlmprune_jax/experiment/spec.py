@@ -86,7 +86,8 @@ class ScoreSpec:
 
     `reduction`: over the tensors of a group, None = the criterion's own. `layers_removed`: block length of the angular
     criterion. `longest_text`: only records of at most so many tokens, an image counting 1 (None = any).
-    `reference_compat`: Block Influence and the angular distance exactly as the paper's code sums them.
+    `reference_compat`: Block Influence and the angular distance exactly as the paper's code sums them. `options`: a
+    criterion's options that have no setting here, by name.
     """
 
     depth: str = "block_influence"
@@ -100,6 +101,7 @@ class ScoreSpec:
     samples: int = 50
     batch_size: int = 1
     seed: int = 42
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check("score", self, samples=1, batch_size=1, longest_text=1, layers_removed=1)
@@ -203,11 +205,41 @@ class RecoverSpec:
 
 
 @dataclass(frozen=True)
-class EvaluateSpec:
-    """Greedy answers to `data.eval`, and perplexity on a text file if one is named.
+class EvaluationSetSpec:
+    """One evaluation set: questions from `data` and `images`, or a `text` file. What is None is as `evaluate` says.
 
-    `max_length`: longest prompt allowed, with its image (None = any). `questions`: only the
-    first so many. `unrecovered`: whether the pruned model is evaluated before recovery as well.
+    `data`, `images`: as `data.eval` and `data.eval_images`, which they are by default. `metric`: a name in `vp.metrics`
+    (default: exact_match; perplexity of a text). `prompt_suffix`: what follows every last question, such as
+    "\\nAnswer the question using a single word or phrase."
+    """
+
+    data: str | None = None
+    images: str | None = None
+    text: str | None = None
+    metric: str | None = None
+    prompt_suffix: str | None = None
+    max_new_tokens: int | None = None
+    questions: int | None = None
+    text_window: int | None = None
+
+    def __post_init__(self) -> None:
+        _check("evaluate.sets", self, max_new_tokens=1, questions=1, text_window=2)
+        if self.text is not None and (self.data or self.images or self.prompt_suffix or self.questions):
+            raise UserError(
+                f"evaluate.sets: a set is a text ({self.text}) or questions: drop its text, or its data, images, "
+                "prompt_suffix and questions"
+            )
+
+
+@dataclass(frozen=True)
+class EvaluateSpec:
+    """Greedy answers to questions, and perplexity of text: what of each model is measured.
+
+    `sets`: the evaluation sets by name, each measured apart. Without any there is one, "questions", of `data.eval`; and
+    if a `text` file is named one more, "text". Sets have these settings too, in place of those here: `metric`,
+    `prompt_suffix`, `max_new_tokens`, `questions` (only the first so many), `text_window` (tokens per forward pass).
+    `max_length`: longest prompt allowed, with its image (None = any). `unrecovered`: whether the pruned model is
+    evaluated before recovery as well.
     """
 
     batch_size: int = 32
@@ -215,8 +247,11 @@ class EvaluateSpec:
     max_new_tokens: int = 16
     questions: int | None = None
     unrecovered: bool = True
+    metric: str = "exact_match"
+    prompt_suffix: str = ""
     text: str | None = None
     text_window: int = 512
+    sets: Mapping[str, EvaluationSetSpec] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check("evaluate", self, batch_size=1, max_length=1, max_new_tokens=1, questions=1, text_window=2)
@@ -281,6 +316,15 @@ def override(spec: Any, values: Mapping[str, Any], where: str = "config") -> Any
     return dataclasses.replace(spec, **changes)
 
 
+def _named(section: Any, value: Any, where: str) -> Any:
+    """A section of those that a mapping has by names of the user's."""
+    if isinstance(value, section):
+        return value
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} is a section, it cannot be {value!r}")
+    return override(section(), value, where)
+
+
 def _checked(value: Any, kind: Any, where: str) -> Any:
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if value is None and type(None) in options:
@@ -293,7 +337,10 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
         if plain is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
         if plain is Mapping and isinstance(value, Mapping):
-            return {key: dict(inner) for key, inner in value.items()}
+            section = typing.get_args(option)[1]
+            if dataclasses.is_dataclass(section):
+                return {key: _named(section, inner, f"{where}.{key}") for key, inner in value.items()}
+            return {key: dict(inner) if isinstance(inner, Mapping) else inner for key, inner in value.items()}
         if isinstance(plain, type) and isinstance(value, plain) and (plain is bool or not isinstance(value, bool)):
             return value
     names = " or ".join("nothing" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)

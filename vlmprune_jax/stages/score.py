@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.distributed.mesh import is_main_process
-from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.experiment.spec import Experiment, ScoreSpec
 from vlmprune_jax.prune import CRITERIA, score
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import (
@@ -31,15 +31,22 @@ def criteria_of(experiment: Experiment) -> dict[str, str]:
 
 
 def score_options(experiment: Experiment, criterion: str) -> dict[str, Any]:
-    known = CRITERIA.get(criterion, {})
-    return {k: v for k, v in vars(experiment.score).items() if v is not None and k in known}
+    """Those of the score settings that are options of a criterion."""
+    spec = experiment.score
+    given = {k: v for k, v in vars(spec).items() if v is not None and k != "options"}
+    return {k: v for k, v in {**given, **spec.options}.items() if k in CRITERIA[criterion].options}
+
+
+def score_settings(spec: ScoreSpec) -> dict[str, Any]:
+    """What scores depend on, for the ledger."""
+    return {f"score.{k}": v for k, v in vars(spec).items() if k != "options" or v}
 
 
 def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
     """Importances of the unpruned model -> `scores.npz` (hybrid: also `scores_width.npz`)."""
     criteria = criteria_of(experiment)
-    settings = {f"score.{k}": v for k, v in vars(experiment.score).items() if k not in ("depth", "width")}
-    needs_data = any(c in ("block_influence", "angular", "taylor") for c in criteria.values())
+    settings = {k: v for k, v in score_settings(experiment.score).items() if k not in ("score.depth", "score.width")}
+    needs_data = any(CRITERIA[criterion].needs_batches for criterion in criteria.values())
     stage = context.stage(
         "score",
         folder,
@@ -61,7 +68,7 @@ def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
         if needs_data:
             batches = inputs.calibration_batches(experiment, model.cfg, seed=experiment.score.seed)
         for name, criterion in criteria.items():
-            total = len(model.cfg.text.layers) if criterion == "taylor" else len(batches or [])
+            total = CRITERIA[criterion].total(model.cfg, batches or [])
             journal = journal_of(experiment, journal_path(folder / name), total)
             with context.phase(f"score ({criterion})", total) as progress:
                 options = score_options(experiment, criterion)
