@@ -114,13 +114,13 @@ def _prune_in_steps(experiment: Experiment, scores: Path, out_dir: Path) -> tupl
 
 def plan_facts(plan: PrunePlan, cfg: ModelConfig) -> Json:
     """What tables and reports tell about a plan."""
-    gone = plan.parameters_before - plan.parameters_after
+    before, after = (count_params(one, "text") for one in (cfg, plan.apply_to(cfg)))
     return {
         "method": plan.method,
         "criterion": plan.criterion,
         "ratio_asked": plan.asked,
         "ratio_reached": plan.reached,
-        "decoder_ratio": gone / count_params(cfg, "text"),
+        "decoder_ratio": (before - after) / before,
         "parameters": plan.parameters_after,
         "parameters_before": plan.parameters_before,
         "removed_layers": list(plan.removed_layers),

@@ -134,6 +134,7 @@ def _torch_loads(folder: Path, tower: Path | None) -> bool:
     """Whether torch is installed and transformers has a class for the folder."""
     family, cfg = read_config(folder, tower)
     known = cfg.text.even or loader_class(read_json(folder / "config.json")) is not None
+    known = known and (cfg.vision is None or cfg.vision.whole_heads)
     return family.layout == "transformers" and known and importlib.util.find_spec("torch") is not None
 
 

@@ -18,7 +18,7 @@ from vlmprune_jax.hf.export.convert import rows_for, to_transformers
 from vlmprune_jax.hf.export.per_layer import with_loader, without_loader, write_loader
 from vlmprune_jax.hf.export.processor import write_processor
 from vlmprune_jax.hf.export.tokenizer import add_token, read_tokenizer
-from vlmprune_jax.hf.export.uneven import padded
+from vlmprune_jax.hf.export.uneven import padded_stacks
 from vlmprune_jax.readers import read_json
 
 LAYOUTS = ("source", "transformers")
@@ -59,8 +59,7 @@ def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype:
     family, config = family_of(cfg), without_storage(read_json(source / "config.json"))
     if detect(config, str(source / "config.json")) is not family:
         raise UserError(f"{source}: is not the folder that this {family.name} ({family.layout} layout) model came from")
-    layers = cfg.text.layers
-    wide = cfg.with_layers(padded(layers)) if uneven == "pad" else cfg
+    wide = padded_stacks(cfg) if uneven == "pad" else cfg
     new_family, conversion = target_of(family) if layout == "transformers" else None, family.conversion
     tokenizer = None
     if new_family is not None and conversion is not None:

@@ -17,7 +17,7 @@ from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.mesh import from_main, is_main_process
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, family_of
-from vlmprune_jax.families.towers import stock_tower_constants, stock_tower_key, vision_of
+from vlmprune_jax.families.towers import is_left_out, stock_tower_constants, stock_tower_key, vision_of
 from vlmprune_jax.hf.disk.atomic import atomic_folder, check_space, check_target
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES, file_name
@@ -147,7 +147,7 @@ def make_tensors(
     if target.converts:
         others = _constants(target.cfg, weights[0][1].dtype)
     else:
-        others = _carried(source, set(after), target.cfg, family)
+        others = _carried(source, set(after), target, family)
     tensors = [tensor for _, tensor in weights] if storage is None else encoded(weights, storage)
     return tensors + others
 
@@ -166,7 +166,8 @@ def _weight(
         array = to_host(flat[before.path], before.index)
         if before.shape != after.shape:
             if before.layer is not None:
-                array = pad_tensor(array, before.axes, old.text.layers[before.layer], new.text.layers[before.layer])
+                shapes = [cfg.stack(before.part).layers[before.layer] for cfg in (old, new)]
+                array = pad_tensor(array, before.axes, *shapes)
             else:
                 array = more_words(array, before.axes, new.text.vocab_size)
         with np.errstate(over="ignore"):  # reported with the tensor's name instead
@@ -188,15 +189,17 @@ def _constants(cfg: ModelConfig, dtype: str) -> list[Tensor]:
     return tensors
 
 
-def _carried(source: Checkpoint, known: set[str], cfg: ModelConfig, family: Family) -> list[Tensor]:
-    """Tensors of the source that are not computed with, byte for byte; not those of decoder layers that are gone."""
+def _carried(source: Checkpoint, known: set[str], target: Target, family: Family) -> list[Tensor]:
+    """Tensors of the source that are not computed with, byte for byte; not those of layers that are gone."""
+    cfg = target.cfg
+    ends = {"text": len(cfg.text.layers)} | ({"vision": cfg.vision.n_layers_total} if cfg.vision is not None else {})
     tensors = []
     for key, entry in source.entries.items():
         name = family.canonical(key)
-        if name in known or not family.is_ignored(name):
+        if name in known or not family.is_ignored(name) or is_left_out(name, target.config):
             continue
-        number = block_number(name, "text", cfg, family)
-        if number is None or number < len(cfg.text.layers):
+        numbers = {stack: block_number(name, stack, cfg, family) for stack in ends}
+        if all(number is None or number < ends[stack] for stack, number in numbers.items()):
             extent = entry.extent(0, entry.n_bytes)
             tensors.append(Tensor(key, entry.dtype, entry.shape, entry.n_bytes, entry.raw, extent))
     return tensors
