@@ -25,30 +25,38 @@ if TYPE_CHECKING:
     from vlmprune_jax.models.generate import generate
     from vlmprune_jax.models.vlm import Model, forward, to_nnx
     from vlmprune_jax.prune import PrunePlan, Scores, apply_plan, make_plan, prune_folder, score
-    from vlmprune_jax.recovery import RecoverConfig, recover
+    from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
+    from vlmprune_jax.recovery.loop import recover
+    from vlmprune_jax.recovery.losses import losses
+    from vlmprune_jax.recovery.terms import LossTerm
 
 # Public name -> module. They load at first use: `import vlmprune_jax` takes milliseconds, jax comes with a call.
 _HOMES = {
+    "LossConfig": "recovery.config",
+    "LossTerm": "recovery.terms",
     "Model": "models.vlm",
     "ModelConfig": "config",
     "PrunePlan": "prune",
-    "RecoverConfig": "recovery",
+    "RecoverConfig": "recovery.config",
     "Scores": "prune",
     "apply_plan": "prune",
     "evaluate": "evaluation.runner",
     "forward": "models.vlm",
     "generate": "models.generate",
     "load": "hf.read",
+    "losses": "recovery.losses",
     "make_plan": "prune",
     "perplexity": "evaluation.runner",
     "prune_folder": "prune",
-    "recover": "recovery",
+    "recover": "recovery.loop",
     "save": "hf.export.write",
     "score": "prune",
     "to_nnx": "models.vlm",
 }
 
 __all__ = [
+    "LossConfig",
+    "LossTerm",
     "Model",
     "ModelConfig",
     "PrunePlan",
@@ -60,6 +68,7 @@ __all__ = [
     "forward",
     "generate",
     "load",
+    "losses",
     "make_plan",
     "perplexity",
     "prune_folder",

@@ -23,7 +23,8 @@ from vlmprune_jax.evaluation.scorers import accuracy, accuracy_by_answer, is_exa
 from vlmprune_jax.models.generate import generate
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model, encode, mesh_of, place_batch, unembed
-from vlmprune_jax.recovery.losses import LossConfig, vocabulary_sums
+from vlmprune_jax.recovery.config import LossConfig
+from vlmprune_jax.recovery.losses import vocabulary_sums
 
 Progress = Callable[[int], None]
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmprune_jax.checks import one_of
+from vlmprune_jax.checks import check_settings
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.arguments import recover_config
-from vlmprune_jax.experiment.spec import Experiment, override
-from vlmprune_jax.hf.export.target import LAYOUTS, UNEVEN
-from vlmprune_jax.prune import CRITERIA, METHODS
+from vlmprune_jax.experiment.spec import Experiment, override, sections
 
 NO_RECOVERY = "none"
 
@@ -66,18 +64,14 @@ def _checked(name: str) -> str:
     return name
 
 
-def check_settings(experiment: Experiment, workdir: Path) -> None:
+def check_experiment(experiment: Experiment, workdir: Path) -> None:
     """Refuse at the start what a stage of any variant would refuse hours later.
 
     Raises:
       UserError: a setting that does not exist, has no such value, or goes with another one.
     """
     for pruned in prune_runs(experiment, workdir):
-        spec = pruned.experiment
-        one_of("prune.method", spec.prune.method, METHODS)
-        one_of("score.depth", spec.score.depth, tuple(CRITERIA))
-        one_of("score.width", spec.score.width, tuple(CRITERIA))
         for run in recover_runs(pruned):
+            for name, section in sections(run.experiment).items():
+                check_settings(name, section, elsewhere=True)
             recover_config(run.experiment.recover)
-    one_of("export.layout", experiment.export.layout, LAYOUTS)
-    one_of("export.uneven", experiment.export.uneven, UNEVEN)

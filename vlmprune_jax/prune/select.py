@@ -18,6 +18,7 @@ from vlmprune_jax.prune.solver import layer_costs
 from vlmprune_jax.prune.width import choose_widths
 
 METHODS = ("depth", "width", "hybrid")
+ROUNDINGS = ("nearest", "at_least")
 DEPTH: Mapping[str, Any] = {"protect": (), "rounding": "nearest"}
 WIDTH: Mapping[str, Any] = {
     "attn_layers": "all",
@@ -149,7 +150,7 @@ def _choose_layers(
     total: int,
 ) -> tuple[int, ...]:
     """Original numbers of the layers to remove."""
-    one_of("rounding", settings["rounding"], ("nearest", "at_least"))
+    one_of("rounding", settings["rounding"], ROUNDINGS)
     n_layers = len(cfg.text.layers)
     protect = set(settings["protect"])
     if not protect <= set(range(n_layers)):

@@ -15,6 +15,7 @@ from vlmprune_jax.prune.plan import KeptLayer
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.solver import Units, layer_costs, most_removable, solve_widths, units_of, widths_at
 
+SELECTIONS = ("local", "global")
 Kept = tuple[np.ndarray, np.ndarray]  # sorted: key/value heads (gqa "groups") or query heads, and neurons
 
 
@@ -52,7 +53,7 @@ def choose_widths(
         raise UserError(
             f"base has {len(base.text.layers)} layers but the model has {len(cfg.text.layers)}: only widths may differ"
         )
-    one_of("selection", settings["selection"], ("local", "global"))
+    one_of("selection", settings["selection"], SELECTIONS)
     units = _units(base, gqa, alive, settings)
     costs = layer_costs(cfg)
     by_depth = sum(costs.of(shape) for i, shape in enumerate(base.text.layers) if i not in alive)

@@ -8,18 +8,16 @@ from typing import Any
 
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.runner import evaluate, perplexity
-from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import (
     Context,
-    data_settings,
     journal_of,
     journal_path,
     load_model,
     mesh_of,
     model_inputs,
-    precision,
 )
 from vlmprune_jax.stages.ledger import Json, write_json, write_text
 
@@ -29,12 +27,11 @@ def evaluate_stage(experiment: Experiment, model_folder: Path, out: Path, name: 
     spec = experiment.evaluate
     path, answers_path = out / "eval" / f"{name}.json", out / "eval" / f"{name}.answers.jsonl"
     text = {} if spec.text is None else {"evaluate.text": Path(spec.text)}
-    settings = {f"evaluate.{k}": v for k, v in vars(spec).items() if k not in ("text", "unrecovered")}
     stage = context.stage(
         "evaluate",
         out,
         f"evaluate {name}",
-        settings={**settings, **data_settings(experiment.data, "evaluation"), **precision(experiment)},
+        settings=affecting("evaluate", experiment),
         inputs=model_inputs(experiment, model=model_folder, **inputs.record_files(experiment.data, "eval"), **text),
         outputs=[path, answers_path],
         journals=[journal_path(path)],

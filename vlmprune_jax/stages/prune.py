@@ -8,17 +8,15 @@ from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.mesh import from_main
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.arguments import plan_options
-from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune import PrunePlan, Scores, make_plan, prune_folder, prune_iteratively
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import (
     Context,
-    data_settings,
     load_model,
     model_inputs,
-    precision,
     save_model,
     teacher_folder,
 )
@@ -34,16 +32,15 @@ def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
         if not path.is_file():
             raise UserError(f"{path}: no such scores file: run `vlmprune score` (or `vlmprune run`) first")
     iterative = experiment.prune.steps > 1
-    settings = {f"prune.{k}": v for k, v in vars(experiment.prune).items()}
-    if iterative:
-        settings |= data_settings(experiment.data, "calibration")
-        settings |= {f"score.{k}": v for k, v in vars(experiment.score).items()}
+    settings = affecting("prune", experiment)
+    if iterative:  # it scores as well
+        settings |= affecting("score", experiment)
     records = inputs.record_files(experiment.data, "train") if iterative else {}
     stage = context.stage(
         "prune",
         folder,
         "prune",
-        settings={**settings, **precision(experiment)},
+        settings=settings,
         inputs=model_inputs(experiment, **scores, **records),
         outputs=[folder / "plan.json", folder / "pruned"],
     )

@@ -6,17 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.distributed.mesh import is_main_process
-from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.prune import CRITERIA, score
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import (
     Context,
-    data_settings,
     journal_of,
     journal_path,
     load_model,
     model_inputs,
-    precision,
     teacher_folder,
 )
 from vlmprune_jax.stages.ledger import Json
@@ -38,18 +36,15 @@ def score_options(experiment: Experiment, criterion: str) -> dict[str, Any]:
 def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
     """Importances of the unpruned model -> `scores.npz` (hybrid: also `scores_width.npz`)."""
     criteria = criteria_of(experiment)
-    settings = {f"score.{k}": v for k, v in vars(experiment.score).items() if k not in ("depth", "width")}
+    settings = affecting("score", experiment)
+    for name in ("score.depth", "score.width"):  # those of them that the method needs are its criteria
+        del settings[name]
     needs_data = any(c in ("block_influence", "angular", "taylor") for c in criteria.values())
     stage = context.stage(
         "score",
         folder,
         "score",
-        settings={
-            "criteria": criteria,
-            **settings,
-            **data_settings(experiment.data, "calibration"),
-            **precision(experiment),
-        },
+        settings={"criteria": criteria, **settings},
         inputs=model_inputs(experiment, **(inputs.record_files(experiment.data, "train") if needs_data else {})),
         outputs=[folder / name for name in criteria],
         journals=[journal_path(folder / name) for name in criteria],
