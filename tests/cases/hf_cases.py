@@ -215,3 +215,15 @@ def assert_equal(first, second):
     for path in a:
         assert a[path].dtype == b[path].dtype, path
         np.testing.assert_array_equal(np.asarray(a[path]), np.asarray(b[path]), err_msg=path)
+
+
+def transformers_5(key):
+    """In-memory names of transformers >= 4.52, without the vision_model segment that version 5 dropped."""
+    key = key.replace("vision_tower.vision_model.", "vision_tower.")
+    if key == "language_model.lm_head.weight":
+        return "lm_head.weight"
+    return "model." + key.replace("language_model.model.", "language_model.")
+
+
+def transformers_4_52(key):
+    return "lm_head.weight" if "lm_head" in key else "model." + key.replace("language_model.model.", "language_model.")

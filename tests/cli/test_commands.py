@@ -115,6 +115,18 @@ def config_file(tmp_path):
             ["--config={file}", "--workdir={dir}/w", "--config.export.layout=hf"],
             "export.layout 'hf' is not one of source",
         ),
+        (
+            ["--config={file}", "--workdir={dir}/w", "--config.score.depth=taylor"],
+            "score.depth='taylor' scores widths, not layers: use block_influence or angular or random",
+        ),
+        (
+            ["--config={file}", "--workdir={dir}/w", "--config.score.width=block_influence"],
+            "score.width='block_influence' scores layers, not widths: use taylor or l1 or l2 or random",
+        ),
+        (
+            ["--config={file}", "--workdir={dir}/w", "--config.prune.steps=2"],
+            "prune.steps=2 is for prune.method='width': depth and hybrid prune in one step",
+        ),
         (["--config={file}", "--workdir={dir}/w", "--config.prune.method=widht"], "did you mean 'width'?"),
         (["--config={file}", "--workdir={dir}/w", "--config.recover.remat=ful"], "did you mean 'full'?"),
     ],

@@ -95,8 +95,9 @@ def test_generation_rows(samples: list[Record], encoder: Encoder) -> None:
     batches = list(generation_batches(samples, encoder, **GENERATE))
     assert [batch.valid.tolist() for batch in batches] == [[True] * 4, [True, True, True, False]]
     assert ids(batches) == [*(record.id for record in samples), ""]
-    assert batches[0].references == ("The car is red.", "Small", "A lamp is a light.", "It is 10:45.")
-    assert batches[1].references[3] == ""
+    assert [record.id for record in batches[0].records] == list(batches[0].record_ids)
+    references = [record.references for record in batches[0].records]
+    assert references == [("The car is red.",), ("Small",), ("A lamp is a light.",), ("It is 10:45.",)]
     end = encoder.tokenizer("ASSISTANT:")["input_ids"][-3:]
     for batch in batches:
         assert set(batch.arrays) == {"input_ids", "attention_mask", "pixel_values"}

@@ -99,6 +99,15 @@ def test_text_alone_needs_no_images(tmp_path):
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["records"]
 
 
+def test_answers_and_other_fields_come_along(tmp_path):
+    asked = {**entry("a", [], "How many é?"), "answers": ["5", "five"], "choices": ["5", "6"], "question_id": 3}
+    (tmp_path / "text.json").write_text(json.dumps([asked, entry("b", [], "Hi", "yes")]))
+    write_tfds(read_records(tmp_path / "text.json", None), tmp_path / "set", image_root=None)
+    first, second = read_tfds(tmp_path / "set")
+    assert (first.references, second.references) == (("5", "five"), ("yes",))
+    assert (first.fields, second.fields) == ({"choices": ["5", "6"], "question_id": 3}, {})
+
+
 def test_a_folder_appears_whole_or_not_at_all(source, tmp_path):
     file, root = source
     records = read_records(file, root, image_lead=True)

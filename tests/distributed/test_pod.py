@@ -80,7 +80,8 @@ def start(root: Path, workdir: str, commands: str, count: int, *flags: str) -> l
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}"}
+    devices = f"--xla_force_host_platform_device_count={8 // count}"
+    environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {devices}"}
     place = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}"] if count > 1 else []
     script, processes = str(WORKERS / "pod_worker.py"), []
     for number in range(count):

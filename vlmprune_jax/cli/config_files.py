@@ -41,12 +41,30 @@ class _Section(ConfigDict):
             super().__setitem__(key, ConfigDict(value) if isinstance(value, dict) else value)
 
 
+def _sections(kind: type, given: Mapping[str, Any]) -> ConfigDict:
+    """Sections of one kind by names of the user's (evaluation sets): a new one has every setting of its kind."""
+
+    class Sections(_Section):
+        def __setitem__(self, key: str, value: Any) -> None:
+            if key not in self and isinstance(value, Mapping | ConfigDict):
+                super().__setitem__(key, _section(kind()))
+            super().__setitem__(key, value)
+
+    sections = Sections()
+    for name, spec in given.items():
+        sections[name] = _section(spec)
+    return sections
+
+
 def _section(spec: Any) -> ConfigDict:
     values: dict[str, Any] = {}
     for name, hint in hints_of(spec).items():
         value = getattr(spec, name)
+        named = (*typing.get_args(hint), None)[1] if isinstance(value, Mapping) else None
         if dataclasses.is_dataclass(value):
             values[name] = _section(value)
+        elif isinstance(named, type) and dataclasses.is_dataclass(named):
+            values[name] = _sections(named, value)
         elif value is None:
             values[name] = config_dict.placeholder(_other_than_none(hint))
         else:

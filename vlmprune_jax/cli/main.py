@@ -22,7 +22,7 @@ COMMANDS = {
     "score": "importances of layers, heads and neurons -> scores.npz",
     "prune": "plan from the scores, and the pruned model -> plan.json, pruned/",
     "recover": "train the pruned model -> recovered/",
-    "evaluate": "accuracy by greedy generation -> eval/*.json",
+    "evaluate": "answers to questions and what metrics say of them -> eval/*.json",
     "export": "the best model as a Hugging Face folder, reloaded and compared -> export/",
     "report": "one page with table and plots from result.json -> report.html, report.png",
     "plan": "what recovery needs on a TPU slice, compiled ahead of time on this machine",

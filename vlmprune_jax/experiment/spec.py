@@ -148,10 +148,10 @@ class ScoreSpec:
     """What to measure, on how many training records (see `prune.score`)."""
 
     depth: str = setting(
-        "block_influence", "Criterion of methods depth and hybrid.", affects=_SCORE, choices="prune.scoring:CRITERIA"
+        "block_influence", "Criterion of methods depth and hybrid.", affects=_SCORE, choices="prune.criteria:CRITERIA"
     )
     width: str = setting(
-        "taylor", "Criterion of methods width and hybrid.", affects=_SCORE, choices="prune.scoring:CRITERIA"
+        "taylor", "Criterion of methods width and hybrid.", affects=_SCORE, choices="prune.criteria:CRITERIA"
     )
     variant: str = setting(
         "param_first", "Which Taylor expansion.", affects=_SCORE, choices="prune.criteria.taylor:VARIANTS"
@@ -184,6 +184,9 @@ class ScoreSpec:
     samples: int = setting(50, "Calibration records.", affects=_SCORE, unit="records", least=1)
     batch_size: int = setting(1, "Records of a batch.", affects=_SCORE, unit="rows", least=1)
     seed: int = setting(42, "Of which records these are.", affects=_SCORE, least=0, below=2**32)
+    options: Mapping[str, Any] = setting(
+        {}, "A criterion's options that have no setting here, by name.", affects=_SCORE
+    )
 
     def __post_init__(self) -> None:
         check_settings("score", self)
@@ -259,8 +262,42 @@ class RecoverSpec(RecoverConfig):
 
 
 @dataclass(frozen=True)
+class EvaluationSetSpec:
+    """One evaluation set: questions from `data` and `images`, or a `text` file. What is None is as `evaluate` says."""
+
+    data: str | None = setting(None, "Its records; None: `data.eval`.", affects=_EVALUATE, by_content=True)
+    images: str | None = setting(
+        None, "Folder of their images; None: `data.eval_images`.", affects=_EVALUATE, by_content=True
+    )
+    text: str | None = setting(None, "A text file in place of records.", affects=_EVALUATE, by_content=True)
+    metric: str | None = setting(
+        None,
+        "What answers are worth; None: `evaluate.metric`, of a text perplexity.",
+        choices="evaluation.metrics:METRICS",
+    )
+    prompt_suffix: str | None = setting(None, "What follows every last question.", affects=_EVALUATE)
+    max_new_tokens: int | None = setting(None, "Longest answer.", affects=_EVALUATE, unit="tokens", least=1)
+    questions: int | None = setting(None, "Only the first so many.", affects=_EVALUATE, unit="questions", least=1)
+    text_window: int | None = setting(
+        None, "Tokens of the text that are seen together.", affects=_EVALUATE, unit="tokens", least=2
+    )
+
+    def __post_init__(self) -> None:
+        check_settings("evaluate.sets", self)
+        if self.text is not None and (self.data or self.images or self.prompt_suffix or self.questions):
+            raise UserError(
+                f"evaluate.sets: a set is a text ({self.text}) or questions: drop its text, or its data, images, "
+                "prompt_suffix and questions"
+            )
+
+
+@dataclass(frozen=True)
 class EvaluateSpec:
-    """Greedy answers to `data.eval`, and perplexity on a text file if one is named."""
+    """Greedy answers to questions, and perplexity of text: what of each model is measured.
+
+    `sets`: the evaluation sets by name, each measured apart, whose settings take the place of those here. Without any
+    there is one, "questions", of `data.eval`; and if a `text` file is named one more, "text".
+    """
 
     batch_size: int = setting(32, "Questions of a batch.", affects=_EVALUATE, unit="rows", least=1)
     max_length: int | None = setting(
@@ -271,10 +308,21 @@ class EvaluateSpec:
         None, "Only the first so many; None: all.", affects=_EVALUATE, unit="questions", least=1
     )
     unrecovered: bool = setting(True, "Evaluate the pruned model before recovery as well.")
+    metric: str = setting(
+        "exact_match",
+        "What answers are worth, worked out anew from those on disk each time.",
+        choices="evaluation.metrics:METRICS",
+    )
+    prompt_suffix: str = setting(
+        "",
+        'What follows every last question, such as "\\nAnswer the question using a single word or phrase."',
+        affects=_EVALUATE,
+    )
     text: str | None = setting(None, "Text file for perplexity.", affects=_EVALUATE, by_content=True)
     text_window: int = setting(
         512, "Tokens of the text that are seen together.", affects=_EVALUATE, unit="tokens", least=2
     )
+    sets: Mapping[str, EvaluationSetSpec] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_settings("evaluate", self)
@@ -390,6 +438,15 @@ def override(spec: Any, values: Mapping[str, Any], where: str = "config") -> Any
     return dataclasses.replace(spec, **changes)
 
 
+def _named(value: Any, section: Any, where: str) -> Any:
+    """A section of those that a mapping has by names of the user's."""
+    if isinstance(value, section):
+        return value
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} is a section, it cannot be {value!r}")
+    return override(section(), value, where)
+
+
 def _checked(value: Any, kind: Any, where: str) -> Any:
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if value is None and type(None) in options:
@@ -408,7 +465,8 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
             return float(value)
         if plain is Mapping and isinstance(value, Mapping):
             inner = typing.get_args(option)[1]
-            return {key: _checked(item, inner, f"{where}.{key}") for key, item in value.items()}
+            check = _named if dataclasses.is_dataclass(inner) else _checked
+            return {key: check(item, inner, f"{where}.{key}") for key, item in value.items()}
         if isinstance(plain, type) and isinstance(value, plain) and (plain is bool or not isinstance(value, bool)):
             return value
     names = " or ".join("nothing" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)

@@ -84,7 +84,7 @@ def make_plan(
     return PrunePlan(
         fingerprint=used[0].fingerprint,
         method=method,
-        criterion=" + ".join(_name(one) for one in used),
+        criterion=" + ".join(one.name for one in used),
         layers_before=cfg.text.layers,
         layers=tuple(layers),
         parameters_before=before,
@@ -136,11 +136,6 @@ def _check_request(method: str, ratio: float | None, layers_removed: int | None,
         raise UserError("method 'hybrid' needs ratio= (and perhaps layers_removed= or depth_share=)")
 
 
-def _name(scores: Scores) -> str:
-    variant = scores.options.get("variant")
-    return f"{scores.criterion}/{variant}" if variant else scores.criterion
-
-
 def _choose_layers(
     scores: Scores,
     cfg: ModelConfig,
@@ -155,8 +150,8 @@ def _choose_layers(
     protect = set(settings["protect"])
     if not protect <= set(range(n_layers)):
         raise UserError(f"protect={sorted(protect)} names layers that do not exist: there are {n_layers}")
-    if scores.criterion == "angular":
-        return _block(scores, protect, ratio, layers_removed)
+    if scores.span is not None:
+        return _block(scores, scores.span, protect, ratio, layers_removed)
     order = [int(i) for i in np.argsort(scores.layers, kind="stable") if int(i) not in protect]
     most = min(len(order), n_layers - 1)
     if layers_removed is not None:
@@ -189,12 +184,14 @@ def _nearest_count(sizes: Sequence[int], removal: float, rounding: str) -> int |
     return int(np.argmin(np.abs(removed - removal)))
 
 
-def _block(scores: Scores, protect: set[int], ratio: float | None, layers_removed: int | None) -> tuple[int, ...]:
-    """The consecutive layers with the smallest angular distance; their number was fixed when scoring."""
-    size = int(scores.options["layers_removed"])
+def _block(
+    scores: Scores, size: int, protect: set[int], ratio: float | None, layers_removed: int | None
+) -> tuple[int, ...]:
+    """The `size` consecutive layers that score lowest; their number was fixed when scoring."""
     if ratio is not None or layers_removed not in (None, size):
         raise UserError(
-            f"angular scores are for removing {size} consecutive layers: plan with layers_removed={size} or score again"
+            f"{scores.criterion} scores are for removing {size} consecutive layers: plan with layers_removed={size} or "
+            "score again"
         )
     for start in map(int, np.argsort(scores.layers, kind="stable")):
         block = range(start, start + size)

@@ -29,8 +29,10 @@ def criteria_of(experiment: Experiment) -> dict[str, str]:
 
 
 def score_options(experiment: Experiment, criterion: str) -> dict[str, Any]:
-    known = CRITERIA.get(criterion, {})
-    return {k: v for k, v in vars(experiment.score).items() if v is not None and k in known}
+    """Those of the score settings that are options of a criterion."""
+    spec = experiment.score
+    given = {k: v for k, v in vars(spec).items() if v is not None and k != "options"}
+    return {k: v for k, v in {**given, **spec.options}.items() if k in CRITERIA[criterion].options}
 
 
 def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
@@ -39,7 +41,7 @@ def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
     settings = affecting("score", experiment)
     for name in ("score.depth", "score.width"):  # those of them that the method needs are its criteria
         del settings[name]
-    needs_data = any(c in ("block_influence", "angular", "taylor") for c in criteria.values())
+    needs_data = any(CRITERIA[criterion].needs_batches for criterion in criteria.values())
     stage = context.stage(
         "score",
         folder,
@@ -56,7 +58,7 @@ def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
         if needs_data:
             batches = inputs.calibration_batches(experiment, model.cfg, seed=experiment.score.seed)
         for name, criterion in criteria.items():
-            total = len(model.cfg.text.layers) if criterion == "taylor" else len(batches or [])
+            total = CRITERIA[criterion].total(model.cfg, batches or [])
             journal = journal_of(experiment, journal_path(folder / name), total)
             with context.phase(f"score ({criterion})", total) as progress:
                 options = score_options(experiment, criterion)

@@ -159,8 +159,8 @@ def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
     at once (`selection="global"`), do.
     """
     spec = experiment.prune
-    importance, (heads, mlp) = random_scores(cfg, seed=0, gqa=experiment.score.gqa)
-    scores = Scores("random", f"{shape_digest(cfg)}-", {"gqa": experiment.score.gqa}, importance, heads, mlp)
+    gqa = experiment.score.gqa
+    scores = Scores("none", f"{shape_digest(cfg)}-", {"gqa": gqa}, **random_scores(cfg, seed=0, gqa=gqa))
     pair = (scores, scores) if spec.method == "hybrid" else scores
     removed, options = spec.layers_removed, plan_options(spec)
     return make_plan(pair, cfg, method=spec.method, ratio=spec.ratio, layers_removed=removed, **options)
