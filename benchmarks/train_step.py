@@ -79,7 +79,7 @@ def read_ids(args: argparse.Namespace, n: int) -> np.ndarray:
     """int32[n] tokens of English text, or random ones of the tiny model."""
     if args.tiny:
         return np.random.default_rng(0).integers(0, TINY["vocab_size"], n).astype(np.int32)
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests/cases"))
     from smollm2 import english_text
     from transformers import AutoTokenizer
 
@@ -322,7 +322,7 @@ def arguments() -> argparse.Namespace:
 
 def smollm2() -> Path:
     """The folder of SmolLM2-135M."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests/cases"))
     from smollm2 import smollm2_folder
 
     return smollm2_folder(ROOT)
