@@ -199,7 +199,7 @@ tags: [vlmprune-jax, lora]
 
 # Adapters for {name}
 
-LoRA adapters of rank {config["r"]} (alpha {config["lora_alpha"]:g}) for `{name}`, trained after pruning by vlmprune-jax.\
+LoRA adapters of rank {config["r"]} (alpha {config["lora_alpha"]:g}) for `{name}`, trained by vlmprune-jax.\
 {" Trained whole and in here: " + ", ".join(f"`{module}`" for module in whole) + "." if whole else ""}
 
 ## Loading
