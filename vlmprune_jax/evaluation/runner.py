@@ -15,6 +15,7 @@ import numpy as np
 
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.data.batching import GenerationBatch
+from vlmprune_jax.data.prompts import IGNORED
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.distributed.journal import Journal, continued
 from vlmprune_jax.errors import UserError
@@ -294,7 +295,7 @@ def _negative_log_likelihood(model: Model, ids: np.ndarray, mask: np.ndarray) ->
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def _nll(params: Any, cfg: ModelConfig, ids: jax.Array, mask: jax.Array) -> jax.Array:
     final, _ = encode(params, cfg, ids, attention_mask=mask)
-    labels = jnp.where(mask > 0, ids, -100)
+    labels = jnp.where(mask > 0, ids, IGNORED)
 
     def head(hidden: jax.Array) -> jax.Array:
         return unembed(params, cfg, hidden).astype(jnp.float32)
