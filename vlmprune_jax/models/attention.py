@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from vlmprune_jax.distributed.rules import spec
-from vlmprune_jax.models.layers import KEPT
+from vlmprune_jax.models.layers import SAVEABLE
 
 # Tiles are multiples of the 128 lanes of a vector register; 512 is what MaxText and Levanter run with by default.
 _LANES, _LARGEST_BLOCK = 128, 512
@@ -93,7 +93,7 @@ def _kernel(heads: int, seq: int, block: int, causal: bool, window: int, interpr
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
-        residual_checkpoint_name=KEPT,  # else the backward pass runs the kernel once more (remat "dots")
+        residual_checkpoint_name=SAVEABLE,  # else the backward pass runs the kernel once more (remat "dots")
         interpret=interpret,
     )
 

@@ -235,18 +235,22 @@ def loss_sums(
         else:
             embeds, _ = to_nnx(Model(params, cfg)).embed(ids, **images)
             embeds = embeds * mask[..., None].astype(embeds.dtype)
-    keep = teacher.student_layers if teacher is not None and loss.compares_hidden else ()
+    states = teacher.student_layers if teacher is not None and loss.compares_hidden else ()
     inputs: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "remat": remat}
-    final, aux = encode(params, cfg, ids, **images, inputs_embeds=embeds, keep=keep, dropout_key=dropout_key, **inputs)
+    final, aux = encode(
+        params, cfg, ids, **images, inputs_embeds=embeds, states=states, dropout_key=dropout_key, **inputs
+    )
     sums: dict[str, Any] = {}
     target, teacher_logits = None, None
     if teacher is not None and teacher_params is not None:
         shared = aux["inputs_embeds"] if loss.teacher_inputs == "student" else None
-        keep = teacher.teacher_layers if loss.compares_hidden else ()
-        target, taught = encode(teacher_params, teacher.cfg, ids, **images, inputs_embeds=shared, keep=keep, **inputs)
-        target, taught = jax.lax.stop_gradient((target, taught.get("kept", ())))
+        states = teacher.teacher_layers if loss.compares_hidden else ()
+        target, taught = encode(
+            teacher_params, teacher.cfg, ids, **images, inputs_embeds=shared, states=states, **inputs
+        )
+        target, taught = jax.lax.stop_gradient((target, taught.get("states", ())))
         for name in (term for term in loss.terms() if term in HIDDEN_DISTANCES):
-            sums[name] = sum(_distance(name, a, b, mask, loss) for a, b in zip(aux["kept"], taught, strict=True))
+            sums[name] = sum(_distance(name, a, b, mask, loss) for a, b in zip(aux["states"], taught, strict=True))
         if loss.kl or loss.rkl:
             teacher_logits = head_of(jax.lax.stop_gradient(teacher_params), teacher.cfg)
     top = _top_k(batch, loss) if loss.teacher_top_k else None
