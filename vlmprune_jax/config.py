@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from vlmprune_jax.checks import check_settings, setting
 from vlmprune_jax.errors import UserError
 
 
@@ -214,18 +214,18 @@ class ProjectorConfig:
 class LoraConfig:
     """Low-rank adapters on decoder projections (Hu et al. 2021): y += alpha/rank * B A dropout(x).
 
-    `targets` are names of projections, as `q_proj`; none means all that the decoder has.
+    Used where `recover.trainable` trains adapters.
     """
 
-    rank: int
-    alpha: float
-    dropout: float
-    targets: tuple[str, ...]
+    rank: int = setting(128, "Rank of the two factors.", affects=("recover",), least=1)
+    alpha: float = setting(256.0, "The adapter is scaled by alpha / rank.", affects=("recover",), above=0)
+    dropout: float = setting(0.05, "Of the adapter's input, in training.", affects=("recover",), least=0, below=1)
+    targets: tuple[str, ...] = setting(
+        (), "Projections with adapters, as `q_proj`; none means all that the decoder has.", affects=("recover",)
+    )
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or not 0.0 < self.alpha < math.inf or not 0.0 <= self.dropout < 1.0:
-            given = f"{self.rank}, {self.alpha} and {self.dropout}"
-            raise UserError(f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1, got {given}")
+        check_settings("recover.lora", self)
 
 
 @dataclass(frozen=True)

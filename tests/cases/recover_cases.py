@@ -21,7 +21,7 @@ from vlmprune_jax.config import (
 from vlmprune_jax.data.batching import Batch
 from vlmprune_jax.models.params import flatten, init_params
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.recovery import RecoverConfig
+from vlmprune_jax.recovery.config import RecoverConfig
 
 IMAGE = 62
 LORA = LoraConfig(rank=4, alpha=6.0, dropout=0.0, targets=("q_proj", "o_proj", "down_proj"))

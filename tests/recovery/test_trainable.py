@@ -20,8 +20,7 @@ from vlmprune_jax.models.decoder import _draw
 from vlmprune_jax.models.layers import Projection
 from vlmprune_jax.models.params import flatten, param_axes, param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, encode
-from vlmprune_jax.recovery import add_lora, merge_lora
-from vlmprune_jax.recovery.trainable import assign_groups, decays, partition
+from vlmprune_jax.recovery.trainable import add_lora, assign_groups, decays, merge_lora, partition
 
 CFG = cases.config()
 WITH_LORA = dataclasses.replace(CFG, lora=cases.LORA)

@@ -31,9 +31,10 @@ from vlmprune_jax.models.params import flatten, param_shapes, unflatten
 from vlmprune_jax.prune import Scores, make_plan
 from vlmprune_jax.prune.criteria.random import random_scores
 from vlmprune_jax.prune.fingerprint import shape_digest
-from vlmprune_jax.recovery import LossConfig
+from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.flops import step_flops
-from vlmprune_jax.recovery.loop import make_program
+from vlmprune_jax.recovery.losses import needs_teacher
+from vlmprune_jax.recovery.program import make_program
 from vlmprune_jax.recovery.step import TrainState, step_context
 from vlmprune_jax.stages import tpu_fit
 
@@ -82,7 +83,7 @@ def test_the_formula_counts_what_the_step_computes(trainable, loss, tied):
     if tied and trainable == "projector":
         pytest.skip("a decoder alone has no projector")
     changes = {"vision": not tied, "tie_embeddings": bool(tied)}
-    cfg, teacher_cfg = cases.config(**changes), cases.config(layers=3, **changes) if loss.needs_teacher else None
+    cfg, teacher_cfg = cases.config(**changes), cases.config(layers=3, **changes) if needs_teacher(loss) else None
     if tied is None:  # features come from a cache
         cfg = dataclasses.replace(cfg, tower=False)
         teacher_cfg = teacher_cfg and dataclasses.replace(teacher_cfg, tower=False)
@@ -97,8 +98,7 @@ def test_the_formula_counts_a_tower_of_unequal_layers(trainable):
 
 
 def check_formula(cfg, teacher_cfg, trainable, loss):
-    lora = cases.LORA if trainable == "lora" else None
-    config = cases.settings(trainable=trainable, lora=lora, losses=loss, remat="none")
+    config = cases.settings(trainable=trainable, lora=cases.LORA, losses=loss, remat="none")
     program, executed = traced_step(cfg, teacher_cfg, config)
     images = 0 if cfg.vision is None else ROWS
     found = step_flops(program.cfg, teacher_cfg, loss, program.groups, rows=ROWS, length=LENGTH, images=images)
@@ -107,7 +107,7 @@ def check_formula(cfg, teacher_cfg, trainable, loss):
     # Logits are computed again in the backward pass, the student's and the teacher's.
     text = cfg.text
     head = 2 * text.vocab_size * text.hidden_size * ROWS * LENGTH
-    expected += head * bool(loss.ce or loss.kl) + head * bool(loss.kl and loss.needs_teacher)
+    expected += head * bool(loss.ce or loss.kl) + head * bool(loss.kl and needs_teacher(loss))
     # The input of the projector's first layer needs a gradient only if the tower trains.
     if cfg.vision is not None and (trainable != "all" or not cfg.tower):
         expected -= 2 * cfg.vision.hidden_size * text.hidden_size * ROWS * cfg.tokens_per_image

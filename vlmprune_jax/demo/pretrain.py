@@ -40,7 +40,8 @@ from vlmprune_jax.hf.export.write import save
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten, init_params, locate, param_axes, stack_layers, unflatten, unstack_layers
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.recovery.loop import RecoverConfig, recover
+from vlmprune_jax.recovery.config import RecoverConfig
+from vlmprune_jax.recovery.loop import recover
 
 CACHE_BYTES = 512 * 2**20  # all 5,000 processed images of easy-VQA
 

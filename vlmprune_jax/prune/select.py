@@ -18,6 +18,7 @@ from vlmprune_jax.prune.solver import layer_costs
 from vlmprune_jax.prune.width import choose_widths
 
 METHODS = ("depth", "width", "hybrid")
+ROUNDINGS = ("nearest", "at_least")
 DEPTH: Mapping[str, Any] = {"protect": (), "rounding": "nearest"}
 WIDTH: Mapping[str, Any] = {
     "attn_layers": "all",
@@ -153,7 +154,7 @@ def _choose_layers(
     stack: str,
 ) -> tuple[int, ...]:
     """Original numbers of the layers to remove."""
-    one_of("rounding", settings["rounding"], ("nearest", "at_least"))
+    one_of("rounding", settings["rounding"], ROUNDINGS)
     shapes = cfg.stack(stack).layers
     n_layers = len(shapes)
     protect = set(settings["protect"])

@@ -15,6 +15,7 @@ from vlmprune_jax.prune.plan import KeptLayer
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.solver import Costs, Units, layer_costs, most_removable, solve_widths, units_of, widths_at
 
+SELECTIONS = ("local", "global")
 Kept = tuple[np.ndarray, np.ndarray]  # sorted: key/value heads (gqa "groups") or query heads, and neurons
 
 
@@ -52,7 +53,7 @@ def choose_widths(
     base, shapes = base_cfg.stack(stack), cfg.stack(stack).layers
     if len(base.layers) != len(shapes):
         raise UserError(f"base has {len(base.layers)} layers but the model has {len(shapes)}: only widths may differ")
-    one_of("selection", settings["selection"], ("local", "global"))
+    one_of("selection", settings["selection"], SELECTIONS)
     costs = layer_costs(cfg, stack)
     units = _units(base, costs, gqa, alive, settings)
     by_depth = sum(costs.of(shape) for i, shape in enumerate(base.layers) if i not in alive)
