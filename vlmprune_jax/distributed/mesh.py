@@ -144,7 +144,7 @@ def is_main_process() -> bool:
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def from_main(compute: Callable[[], Any]) -> Any:
+def on_process_zero(compute: Callable[[], Any]) -> Any:
     """What `compute` returns on process 0 (any JSON value), on every process; all of them must call it, in step.
 
     Files of a workdir are looked at and changed by process 0 alone: others could see them before or after a change.

@@ -137,7 +137,7 @@ def encode(
     attention_mask: jax.Array | None = None,
     inputs_embeds: jax.Array | None = None,
     position_ids: jax.Array | None = None,
-    keep: tuple[int, ...] = (),
+    states: tuple[int, ...] = (),
     tap: Tap | None = None,
     tap_inputs: tuple[str, ...] = (),
     remat: str = "none",
@@ -147,7 +147,7 @@ def encode(
 
     `vision_features`: see `VisionLanguageModel.embed`. `inputs_embeds` replaces embedding and splicing (a teacher fed
     with the student's embeddings); `position_ids` int[batch, seq] replaces the positions counted along
-    `attention_mask`. `keep`, `tap`, `tap_inputs`: see `Decoder.__call__`.
+    `attention_mask`. `states`, `tap`, `tap_inputs`: see `Decoder.__call__`.
     aux always has "inputs_embeds" and, with images, "image_features".
     """
     module = to_nnx(Model(params, cfg))
@@ -158,7 +158,7 @@ def encode(
     if attention_mask is None:
         attention_mask = jnp.ones(input_ids.shape, jnp.int32)
     context = text_context(module, attention_mask, dropout_key, position_ids)
-    final, aux = module.text(x, context, keep=keep, tap=tap, tap_inputs=tap_inputs, remat=remat)
+    final, aux = module.text(x, context, states=states, tap=tap, tap_inputs=tap_inputs, remat=remat)
     return final, {**aux, "inputs_embeds": inputs_embeds, "image_features": features}
 
 
@@ -196,9 +196,9 @@ def apply(
     unknown = set(want) - set(WANT)
     if unknown:
         raise UserError(f"want={sorted(unknown)} is not one of {', '.join(WANT)}")
-    keep = tuple(range(len(cfg.text.layers) + 1)) if "hidden" in want else ()
-    final, aux = encode(params, cfg, input_ids, pixel_values=pixel_values, attention_mask=attention_mask, keep=keep)
-    aux["hidden"] = aux.get("kept")
+    states = tuple(range(len(cfg.text.layers) + 1)) if "hidden" in want else ()
+    final, aux = encode(params, cfg, input_ids, pixel_values=pixel_values, attention_mask=attention_mask, states=states)
+    aux["hidden"] = aux.get("states")
     return unembed(params, cfg, final), {name: aux[name] for name in want}
 
 

@@ -271,21 +271,23 @@ def loss_sums(
             embeds, _ = to_nnx(Model(params, cfg)).embed(ids, **images)
             embeds = embeds * mask[..., None].astype(embeds.dtype)
     hidden = on_hidden(loss)
-    keep: tuple[int, ...] = ()
+    states: tuple[int, ...] = ()
     if hidden:
-        keep = student_layers(loss, cfg) if teacher is None else teacher.student_layers
+        states = student_layers(loss, cfg) if teacher is None else teacher.student_layers
     inputs: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "remat": remat}
-    final, aux = encode(params, cfg, ids, **images, inputs_embeds=embeds, keep=keep, dropout_key=dropout_key, **inputs)
+    final, aux = encode(
+        params, cfg, ids, **images, inputs_embeds=embeds, states=states, dropout_key=dropout_key, **inputs
+    )
     sums: dict[str, Any] = {}
     target, teacher_logits = None, None
-    taught: Sequence[jax.Array | None] = (None,) * len(keep)
+    taught: Sequence[jax.Array | None] = (None,) * len(states)
     if teacher is not None and teacher_params is not None:
         shared = aux["inputs_embeds"] if loss.teacher_inputs == "student" else None
-        keep = teacher.teacher_layers if hidden else ()
-        target, seen = encode(teacher_params, teacher.cfg, ids, **images, inputs_embeds=shared, keep=keep, **inputs)
-        target, taught = jax.lax.stop_gradient((target, seen.get("kept", ())))
+        states = teacher.teacher_layers if hidden else ()
+        target, seen = encode(teacher_params, teacher.cfg, ids, **images, inputs_embeds=shared, states=states, **inputs)
+        target, taught = jax.lax.stop_gradient((target, seen.get("states", ())))
     for name, term in hidden.items():
-        sums[name] = sum(_over_tokens(term, *pair, mask, loss) for pair in zip(aux["kept"], taught, strict=True))
+        sums[name] = sum(_over_tokens(term, *pair, mask, loss) for pair in zip(aux["states"], taught, strict=True))
     if teacher is not None and teacher_params is not None and compares_logits(loss):
         teacher_logits = head_of(jax.lax.stop_gradient(teacher_params), teacher.cfg)
     top = _top_k(batch, loss) if loss.teacher_top_k else None

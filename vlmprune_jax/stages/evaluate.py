@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.checks import settings_of
-from vlmprune_jax.distributed.mesh import from_main
+from vlmprune_jax.distributed.mesh import on_process_zero
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.metrics import METRICS
 from vlmprune_jax.evaluation.runner import ask, check_answered, log_likelihoods
@@ -75,7 +75,7 @@ def _evaluate_set(
         return {**facts, "parameters": count_params(model().cfg)}
 
     facts = context.run(stage, body)
-    found = from_main(lambda: _measure(of, answers, path, facts))
+    found = on_process_zero(lambda: _measure(of, answers, path, facts))
     metric, counted = found["metric"], "questions" if of.text is None else "tokens"
     context.reporter.say(
         f"  {title}: {metric['main']} {shown(found['values'][metric['main']], metric)} on {facts[counted]:,} {counted} "

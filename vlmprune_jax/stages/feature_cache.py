@@ -10,7 +10,7 @@ import numpy as np
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.feature_loader import FeatureLoader
-from vlmprune_jax.distributed.mesh import from_main
+from vlmprune_jax.distributed.mesh import on_process_zero
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.hf.disk.dtypes import DTYPES
@@ -48,7 +48,7 @@ def cached_features(
     teacher_cfg = open_folder(experiment, teacher_folder(experiment)).cfg if needs_teacher(config.losses) else None
     # Settings that training refuses are better refused before a long pass.
     make_program(cfg, config, teacher_cfg=teacher_cfg, kept_layers=plan.kept_layers, mesh=mesh, num_steps=1)
-    weights = from_main(lambda: _digest(experiment, config, pruned))
+    weights = on_process_zero(lambda: _digest(experiment, config, pruned))
     images = inputs.load_inputs(experiment.model, data, cfg).image_loader
     assert images is not None  # there is a tower
     made_from = {"digest": weights, "dtype": experiment.model.dtype}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.data.batching import Batch
-from vlmprune_jax.distributed.mesh import from_main
+from vlmprune_jax.distributed.mesh import on_process_zero
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.arguments import plan_options
 from vlmprune_jax.experiment.spec import Experiment, affecting
@@ -80,7 +80,7 @@ def _prune_files(experiment: Experiment, scores: list[Path], out_dir: Path) -> t
         layers_removed=spec.layers_removed,
         **plan_options(spec),
     )
-    from_main(lambda: prune_folder(source, plan, out_dir, vision_dir=vision_dir, dtype=experiment.model.dtype))
+    on_process_zero(lambda: prune_folder(source, plan, out_dir, vision_dir=vision_dir, dtype=experiment.model.dtype))
     return plan, cfg
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlmprune_jax.distributed.mesh import from_main
+from vlmprune_jax.distributed.mesh import on_process_zero
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.arguments import recover_config
 from vlmprune_jax.experiment.spec import Experiment, affecting
@@ -48,7 +48,7 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
     )
 
     def body() -> Json:
-        from_main(lambda: None if (training / "checkpoints").exists() else remove(training))
+        on_process_zero(lambda: None if (training / "checkpoints").exists() else remove(training))
         plan = PrunePlan.from_json(prune_folder / "plan.json")
         if needs_teacher(config.losses) or config.losses.teacher_top_k:  # another model would teach without complaint
             check_plan_is_for(open_folder(experiment, teacher_folder(experiment)), plan)

@@ -12,7 +12,7 @@ from vlmprune_jax.data.batching import train_batches
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.teacher_rows import TeacherRows, record_key
-from vlmprune_jax.distributed.mesh import from_main
+from vlmprune_jax.distributed.mesh import on_process_zero
 from vlmprune_jax.errors import Stopped
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.hf.disk.atomic import check_space
@@ -47,14 +47,16 @@ def cached_teacher(
     if mesh is not None:
         check_mesh(mesh, cfg, config)
     training = inputs.training_rows(experiment, cfg, context.reporter.bar, features)
-    cache = ArrayCache(Path(experiment.recover.teacher_cache or ""), from_main(lambda: _made_from(experiment)))
+    cache = ArrayCache(Path(experiment.recover.teacher_cache or ""), on_process_zero(lambda: _made_from(experiment)))
     rows = TeacherRows(cache, loss.teacher_top_k, loss.kl_positions, np.dtype(config.compute_dtype))
     size = config.batch_size // config.accumulation
     todo = _unfinished(training, rows, size)
     context.reporter.say(f"  teacher's top {rows.top_k}: {len(todo):,} of {len(training.records):,} records to compute")
     if not todo:
         return rows
-    from_main(lambda: check_space(cache.folder / "*.safetensors", _bytes(training, rows, todo, cfg.text.vocab_size)))
+    on_process_zero(
+        lambda: check_space(cache.folder / "*.safetensors", _bytes(training, rows, todo, cfg.text.vocab_size))
+    )
     teacher = load_model(experiment, folder, parts_beside(features))
     batches = train_batches(
         [training.records[number] for number in todo],
