@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 
+import hf_cases
 import jax
 import ml_dtypes
 import numpy as np
@@ -163,10 +164,8 @@ def test_depth_pruned_layers_are_renumbered(goldens, tmp_path):
 
 @pytest.mark.parametrize("rename", ["transformers_5", "transformers_4_52"])
 def test_the_source_s_spelling_is_kept(goldens, tmp_path, rename):
-    import test_hf_read
-
     source = make_folder(tmp_path / "llava", LLAVA)
-    spell = getattr(test_hf_read, rename)
+    spell = getattr(hf_cases, rename)
     edit_weights(source, lambda tensors: {spell(key): value for key, value in tensors.items()})
     model, _ = keep_layers(load(source), [1, 3])
     save(model, tmp_path / "out", source_dir=source, dtype="source")
