@@ -60,6 +60,7 @@ def get_config():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_the_demo_reaches_its_numbers(tmp_path, capsys):
     """The teacher answers >= 95 % of all 9,673 questions; SFT + L2 with 5 % of the data retains >= 95 % of that."""
     assert main(["demo", f"--workdir={tmp_path / 'w'}"]) == 0, capsys.readouterr().err
