@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 COMPAT := .compat/transformers-4.57
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-fast check setup-demo setup-test setup-dev clean distclean
+.PHONY: help demo test test-fast check docs setup-demo setup-test setup-dev clean distclean
 
 help:
 	@echo 'make demo       install what the demo needs (no torch) and run it into runs/demo (3 to 5 minutes)'
@@ -17,6 +17,7 @@ help:
 	@echo 'make test-fast  the same without the tests marked slow'
 	@echo '                WORKERS=2 processes run them; PYTEST_ARGS="-k name" goes to pytest'
 	@echo 'make check      format, lint, types, quick tests'
+	@echo 'make docs       docs/options.md from the declarations of the settings'
 	@echo 'make clean      remove caches; make distclean: .venv and .compat as well'
 
 demo: setup-demo
@@ -33,6 +34,9 @@ check: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy vlmprune_jax
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+
+docs: setup-demo
+	$(BIN)/python -m vlmprune_jax.experiment.options > docs/options.md
 
 setup-demo: $(VENV)/demo.stamp
 setup-test: $(VENV)/test.stamp $(COMPAT)/installed.stamp

@@ -32,17 +32,22 @@ if TYPE_CHECKING:
     from vlmprune_jax.models.vlm import Model, forward, to_nnx
     from vlmprune_jax.prune import Criterion, PrunePlan, Scores, apply_plan, make_plan, prune_folder, score
     from vlmprune_jax.prune.criteria import CRITERIA as criteria
-    from vlmprune_jax.recovery import RecoverConfig, recover
+    from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
+    from vlmprune_jax.recovery.loop import recover
+    from vlmprune_jax.recovery.losses import losses
+    from vlmprune_jax.recovery.terms import LossTerm
 
 # Public name -> module, and ":name there" where that differs. They load at first use: `import vlmprune_jax` takes
 # milliseconds, jax comes with a call.
 _HOMES = {
     "Criterion": "prune",
+    "LossConfig": "recovery.config",
+    "LossTerm": "recovery.terms",
     "Metric": "evaluation.metrics",
     "Model": "models.vlm",
     "ModelConfig": "config",
     "PrunePlan": "prune",
-    "RecoverConfig": "recovery",
+    "RecoverConfig": "recovery.config",
     "Scores": "prune",
     "apply_plan": "prune",
     "criteria": "prune.criteria:CRITERIA",
@@ -50,11 +55,12 @@ _HOMES = {
     "forward": "models.vlm",
     "generate": "models.generate",
     "load": "hf.read",
+    "losses": "recovery.losses",
     "make_plan": "prune",
     "metrics": "evaluation.metrics:METRICS",
     "perplexity": "evaluation.runner",
     "prune_folder": "prune",
-    "recover": "recovery",
+    "recover": "recovery.loop",
     "save": "hf.export.write",
     "score": "prune",
     "to_nnx": "models.vlm",
@@ -63,6 +69,8 @@ _HOMES = {
 __all__ = [
     "Criterion",
     "Family",
+    "LossConfig",
+    "LossTerm",
     "Metric",
     "Model",
     "ModelConfig",
@@ -77,6 +85,7 @@ __all__ = [
     "forward",
     "generate",
     "load",
+    "losses",
     "make_plan",
     "metrics",
     "perplexity",

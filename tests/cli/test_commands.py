@@ -55,7 +55,7 @@ def test_every_command_has_help(capsys, name):
     out = capsys.readouterr().out
     assert out.startswith(f"vlmprune {name}")
     assert "--debug" in out
-    assert {"inspect": "HF_DIR", "tfds": "--out"}.get(name, "--workdir") in out
+    assert {"inspect": "HF_DIR", "tfds": "--out", "help": "SETTING"}.get(name, "--workdir") in out
 
 
 def test_module_runs_and_help_does_not_load_jax():
@@ -109,7 +109,7 @@ def config_file(tmp_path):
         (["--config={file}", "--workdir={file}"], "is a file, give a folder"),
         (["--config={file}", "--workdir={dir}/w"], "model.hf_dir is not set"),
         (["--config={file}", "--workdir={dir}/w", "--config.model.hf_dir=/no/where"], "/no/where: no such folder"),
-        (["--config={file}", "--workdir={dir}/w", "--config.data.source=web"], "data.source='web' is not one of"),
+        (["--config={file}", "--workdir={dir}/w", "--config.data.source=web"], "data.source 'web' is not one of"),
         (["--config={file}", "--workdir={dir}/w", "--config.model.hf_dir={dir}"], "data.eval is not set"),
         (
             ["--config={file}", "--workdir={dir}/w", "--config.export.layout=hf"],
@@ -275,8 +275,8 @@ def test_wrong_settings(values, message):
 def test_settings_reach_the_library():
     spec = override(RecoverSpec(), {"steps": 7, "losses": {"l2": 0.5, "l2_layers": [-1, 2]}, "learning_rate": 1})
     built = recover_config(spec)
-    assert (built.steps, built.epochs, built.losses.l2_layers, built.lora.rank) == (7, None, (-1, 2), 128)
-    assert recover_config(dataclasses.replace(spec, trainable="projector")).lora is None
+    assert (built.steps, built.num_steps(1000), built.losses.l2_layers, built.adapters.rank) == (7, 7, (-1, 2), 128)
+    assert recover_config(dataclasses.replace(spec, trainable="projector")).adapters is None
     cached = override(RecoverSpec(), {"steps": 7, "losses": {"ce": 1.0, "l2": 0.0}, "teacher_cache": "somewhere"})
     assert recover_config(cached).losses.teacher_top_k == 0  # of use to other variants of the experiment
     assert plan_options(PruneSpec(ratio=0.3)) == {}

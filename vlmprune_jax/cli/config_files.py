@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, config_dict
 
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment import recipes
-from vlmprune_jax.experiment.spec import Experiment, override
+from vlmprune_jax.experiment.spec import Experiment, hints_of, override
 
 
 def experiment_config(recipe: str | None = None) -> ConfigDict:
@@ -57,19 +57,18 @@ def _sections(kind: type, given: Mapping[str, Any]) -> ConfigDict:
 
 
 def _section(spec: Any) -> ConfigDict:
-    hints = typing.get_type_hints(type(spec))
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(spec):
-        value = getattr(spec, field.name)
-        named = (*typing.get_args(hints[field.name]), None)[1] if isinstance(value, Mapping) else None
+    for name, hint in hints_of(spec).items():
+        value = getattr(spec, name)
+        named = (*typing.get_args(hint), None)[1] if isinstance(value, Mapping) else None
         if dataclasses.is_dataclass(value):
-            values[field.name] = _section(value)
+            values[name] = _section(value)
         elif isinstance(named, type) and dataclasses.is_dataclass(named):
-            values[field.name] = _sections(named, value)
+            values[name] = _sections(named, value)
         elif value is None:
-            values[field.name] = config_dict.placeholder(_other_than_none(hints[field.name]))
+            values[name] = config_dict.placeholder(_other_than_none(hint))
         else:
-            values[field.name] = ConfigDict(value) if isinstance(value, dict) else value
+            values[name] = ConfigDict(value) if isinstance(value, dict) else value
     return _Section(values)
 
 
@@ -121,8 +120,6 @@ def _with_files(experiment: Experiment, workdir: Path) -> Any:
     data = experiment.data
     if data.source == "files":
         return data
-    if data.source != "easyvqa":
-        raise UserError(f"data.source={data.source!r} is not one of files, easyvqa")
     from vlmprune_jax.demo.easyvqa import write_dataset
 
     files = {name: str(path) for name, path in write_dataset(workdir / "data").items()}

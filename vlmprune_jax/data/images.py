@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from vlmprune_jax.data.records import StoredImage
 from vlmprune_jax.data.tiling import Tiling, pad_to_square, tiling_from_processor
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import FAMILIES, find
+from vlmprune_jax.readers import read_json
 
 ASPECT_RATIOS = ("pad", "square")
 _SUFFIXES = ("ImageProcessor", "ImageProcessorPil", "ImageProcessorFast", "FeatureExtractor")
@@ -217,13 +217,13 @@ def load_image_processor(
 
 def _preparation(folder: Path, aspect_ratio: str, image_size: int | None) -> Preparation:
     model_path = folder / "config.json"
-    model = _read_json(model_path) or {}
+    model = read_json(model_path) if model_path.is_file() else {}
     family = find(model)
     if family is not None and family.tiling is not None:
         return Tiling(**vars(family.tiling(model, str(model_path))))
     for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         path = folder / name
-        config = _read_json(path)
+        config = read_json(path) if path.is_file() else None
         config = config if key is None or config is None else config.get(key)
         if config is None:
             continue
@@ -239,18 +239,6 @@ def _preparation(folder: Path, aspect_ratio: str, image_size: int | None) -> Pre
     if image_size is not None and family is not None and family.pixels is not None:
         return WholeImage(family.pixels(image_size), where=str(model_path), aspect_ratio=aspect_ratio)
     raise UserError(f"{folder}: has no preprocessor_config.json; copy it from the model or its vision tower")
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); restore it from the model's source") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a JSON {type(content).__name__}, expected an object; restore it")
-    return content
 
 
 def augment_flip_shift(pixels: np.ndarray, seed: tuple[int, ...], max_shift: int = 4) -> np.ndarray:

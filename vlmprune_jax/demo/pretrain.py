@@ -40,7 +40,8 @@ from vlmprune_jax.hf.export.write import save
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten, init_params, locate, param_axes, stack_layers, unflatten, unstack_layers
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.recovery.loop import RecoverConfig, recover
+from vlmprune_jax.recovery.config import RecoverConfig
+from vlmprune_jax.recovery.loop import recover
 
 CACHE_BYTES = 512 * 2**20  # all 5,000 processed images of easy-VQA
 
@@ -175,11 +176,9 @@ def _write_random_model(folder: Path, architecture: Mapping[str, Any], records: 
 def _hf_tensors(cfg: ModelConfig, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Checkpoint tensors of params, under the names that every transformers release reads."""
     axes, tensors = param_axes(cfg), {}
-    assert cfg.vision is not None
-    depth = {"text": len(cfg.text.layers), "vision": cfg.vision.n_layers}
     for weight in family_of(cfg).weights(cfg):
         layered = "{i}" in weight.path
-        for i in range(depth[weight.path.split("/")[0]] if layered else 1):
+        for i in range(len(cfg.stack(weight.path.split("/")[0]).layers) if layered else 1):
             line = weight.at(i)
             path, index = locate(cfg, line.path)
             array = np.asarray(flat[path] if index is None else flat[path][index])

@@ -25,7 +25,8 @@ from vlmprune_jax.evaluation.questions import QuestionBatch
 from vlmprune_jax.models.generate import generate
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model, encode, mesh_of, place_batch, unembed
-from vlmprune_jax.recovery.losses import LossConfig, vocabulary_sums
+from vlmprune_jax.recovery.config import LossConfig
+from vlmprune_jax.recovery.losses import vocabulary_sums
 
 Progress = Callable[[int], None]
 

@@ -6,11 +6,11 @@ import dataclasses
 import re
 from typing import Any
 
-from vlmprune_jax.config import LoraConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.metrics import metric_named
 from vlmprune_jax.experiment.spec import EvaluationSetSpec, Experiment, PruneSpec, RecoverSpec
-from vlmprune_jax.recovery import LossConfig, RecoverConfig
+from vlmprune_jax.recovery.config import RecoverConfig
+from vlmprune_jax.recovery.losses import check_losses, needs_teacher
 
 QUESTIONS, TEXT = "questions", "text"  # the evaluation sets of an experiment that names none
 
@@ -24,24 +24,22 @@ def plan_options(spec: PruneSpec) -> dict[str, Any]:
 
 
 def recover_config(spec: RecoverSpec) -> RecoverConfig:
-    """The training loop's settings; adapters only where "lora" trains.
+    """The training loop's settings, with those of the library alone that the others decide.
 
     Raises:
-      UserError: `save_adapter` without adapters, losses that cannot be had from a cached teacher.
+      UserError: `save_adapter` without adapters, losses that do not exist or cannot be had from a cached teacher.
     """
-    if spec.save_adapter and spec.trainable != "lora":
+    if spec.save_adapter and spec.adapters is None:
         raise UserError(
             f'recover.save_adapter: recover.trainable={spec.trainable!r} trains no adapter: set it to "lora", or leave '
             "save_adapter out"
         )
-    skipped = ("name", "lora", "losses", "epochs", "save_adapter", "teacher_cache", "teacher_top_k")
-    values = {k: v for k, v in vars(spec).items() if k not in skipped}
-    lora = LoraConfig(**vars(spec.lora)) if spec.trainable == "lora" else None
-    epochs = spec.epochs if spec.steps is None else None
-    losses = LossConfig(**vars(spec.losses))
-    if spec.teacher_cache is not None and losses.needs_teacher:
+    losses = spec.losses
+    if spec.teacher_cache is not None and needs_teacher(losses):
         losses = dataclasses.replace(losses, teacher_top_k=spec.teacher_top_k)
-    return RecoverConfig(**values, epochs=epochs, lora=lora, losses=losses, merge_lora=not spec.save_adapter)
+    check_losses(losses)
+    values = {f.name: getattr(spec, f.name) for f in dataclasses.fields(RecoverConfig)}
+    return RecoverConfig(**{**values, "losses": losses, "merge_lora": not spec.save_adapter})
 
 
 def evaluation_sets(experiment: Experiment) -> dict[str, EvaluationSetSpec]:

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.checks import one_of, with_defaults
+from vlmprune_jax.checks import check_settings, one_of, with_defaults
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.arguments import evaluation_sets, recover_config
-from vlmprune_jax.experiment.spec import Experiment, ScoreSpec, override
-from vlmprune_jax.hf.export.target import LAYOUTS, UNEVEN
-from vlmprune_jax.prune import CRITERIA, METHODS
-from vlmprune_jax.prune.criteria import scoring
+from vlmprune_jax.experiment.spec import Experiment, ScoreSpec, override, sections
+from vlmprune_jax.prune.criteria import CRITERIA, scoring
 
 NO_RECOVERY = "none"
 
@@ -81,7 +79,7 @@ def _check_criteria(spec: ScoreSpec) -> None:
     with_defaults(f"score.options of {spec.depth!r} or {spec.width!r}", spec.options, options)
 
 
-def check_settings(experiment: Experiment, workdir: Path) -> None:
+def check_experiment(experiment: Experiment, workdir: Path) -> None:
     """Refuse at the start what a stage of any variant would refuse hours later.
 
     Raises:
@@ -90,15 +88,14 @@ def check_settings(experiment: Experiment, workdir: Path) -> None:
     sets = evaluation_sets(experiment)
     for pruned in prune_runs(experiment, workdir):
         spec = pruned.experiment
-        one_of("prune.method", spec.prune.method, METHODS)
         if spec.prune.steps > 1 and spec.prune.method != "width":
             raise UserError(
                 f"prune.steps={spec.prune.steps} is for prune.method='width': depth and hybrid prune in one step"
             )
         _check_criteria(spec.score)
         for run in recover_runs(pruned):
+            for name, section in sections(run.experiment).items():
+                check_settings(name, section, elsewhere=True)
             recover_config(run.experiment.recover)
             if evaluation_sets(run.experiment) != sets:
                 raise UserError(f"variant {run.name} is evaluated on other sets: give all models the same questions")
-    one_of("export.layout", experiment.export.layout, LAYOUTS)
-    one_of("export.uneven", experiment.export.uneven, UNEVEN)

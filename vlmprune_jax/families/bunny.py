@@ -15,6 +15,7 @@ from vlmprune_jax.families.table import Conversion, Family, JsonDict
 from vlmprune_jax.families.templates import LLAVA_V1
 from vlmprune_jax.families.towers import (
     PIXELS,
+    check_whole,
     projector_of,
     projector_weights,
     vision_from_hf,
@@ -69,6 +70,11 @@ def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> Mod
     )
 
 
+def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
+    check_whole(vision_of(cfg), _FEATURE_LAYER)
+    return layers_to_hf(cfg.text, source)  # the hub's classes have no other name for other widths
+
+
 def _pixels(size: int) -> JsonDict:
     """Settings of the image processor, which the hub's code holds instead of a file."""
     mean, std = PIXELS["siglip"]
@@ -81,8 +87,7 @@ BUNNY = Family(
     layout="original",
     model_types=("bunny-phi",),
     from_hf=_from_hf,
-    # the hub's classes have no other name for other widths
-    to_hf=lambda cfg, source: layers_to_hf(cfg.text, source),
+    to_hf=_to_hf,
     weights=lambda cfg: (
         text_weights(cfg.text, "model.", "lm_head.weight")
         + projector_weights(projector_of(cfg), "model.mm_projector.", ("0", "2"))

@@ -22,6 +22,7 @@ from vlmprune_jax.families.towers import (
     projector_weights,
     vision_from_hf,
     vision_of,
+    vision_to_hf,
 )
 
 # torch's default, which the projector's layer norm has in both layouts.
@@ -151,7 +152,14 @@ def _native_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None)
 
 def _native_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
     old = {"model_type": "qwen2", **(source.get("text_config") or {})}
-    return {**source, "text_config": text_to_hf(cfg.text, old)}
+    config = vision_to_hf(vision_of(cfg), source, "internvl_vision", ("vision_feature_layer", -1))
+    return {**config, "text_config": text_to_hf(cfg.text, old)}
+
+
+def _original_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
+    config = vision_to_hf(vision_of(cfg), source, "intern_vit_6b", ("select_layer", -1))
+    # the hub's classes have no other name for other widths
+    return {**config, "llm_config": layers_to_hf(cfg.text, source.get("llm_config") or {})}
 
 
 def _tiling(config: Mapping[str, Any], where: str) -> TilingConfig:
@@ -247,8 +255,7 @@ INTERNVL_ORIGINAL = Family(
     model_types=("internvl_chat",),
     from_hf=_original_from_hf,
     text_section="llm_config",
-    # the hub's classes have no other name for other widths
-    to_hf=lambda cfg, source: {**source, "llm_config": layers_to_hf(cfg.text, source.get("llm_config") or {})},
+    to_hf=_original_to_hf,
     weights=lambda cfg: (
         text_weights(cfg.text, "language_model.model.", "language_model.lm_head.weight")
         + projector_weights(projector_of(cfg), "mlp1.", ("0", "1", "3"))

@@ -14,10 +14,12 @@ from vlmprune_jax.families.templates import Template
 from vlmprune_jax.families.tiles import BICUBIC
 from vlmprune_jax.families.towers import (
     PIXELS,
+    check_whole,
     projector_of,
     projector_weights,
     vision_from_hf,
     vision_of,
+    vision_to_hf,
     vision_weights,
 )
 
@@ -96,7 +98,7 @@ def _hf_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> 
 
 
 def _hf_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
-    config = dict(source)
+    config = dict(vision_to_hf(vision_of(cfg), source, "clip_vision_model", ("vision_feature_layer", -2)))
     # transformers fills what text_config leaves out with its class's defaults, so absent fields must stay meaningful.
     config["text_config"] = text_to_hf(cfg.text, dict(source.get("text_config") or {}))
     return config
@@ -171,6 +173,12 @@ HF_MODULES = (
     (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
 )
 
+
+def _original_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
+    check_whole(vision_of(cfg), source.get("mm_vision_select_layer", -2))
+    return layers_to_hf(cfg.text, source)  # the original classes have no other name for other widths
+
+
 LLAVA_HF = Family(
     name="llava",
     layout="transformers",
@@ -205,8 +213,7 @@ LLAVA_ORIGINAL = Family(
     model_types=("llava", "llava_llama"),
     matches=lambda config: "mm_vision_tower" in config,
     from_hf=_original_from_hf,
-    # the original classes have no other name for other widths
-    to_hf=lambda cfg, source: layers_to_hf(cfg.text, source),
+    to_hf=_original_to_hf,
     weights=lambda cfg: (
         text_weights(cfg.text, "model.", "lm_head.weight")
         + projector_weights(projector_of(cfg), "model.mm_projector.", ("0", "2"))

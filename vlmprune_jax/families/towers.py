@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vlmprune_jax.config import ModelConfig, ProjectorConfig, VisionConfig
+from vlmprune_jax.config import LayerShape, ModelConfig, ProjectorConfig, VisionConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families.table import JsonDict, Weight
 
@@ -78,11 +78,13 @@ def vision_from_hf(
     if not 0 < used <= total:
         raise UserError(f"vision feature layer {feature_layer} does not exist in a tower of {total} layers")
     trained = _side(full["image_size"], "image_size")
+    hidden, heads = int(full["hidden_size"]), int(full["num_attention_heads"])
+    if "head_dim" not in full and hidden % heads:
+        raise UserError(f"vision tower: hidden_size {hidden} is not a multiple of its {heads} heads")
     return VisionConfig(
-        hidden_size=int(full["hidden_size"]),
-        mlp=int(full["intermediate_size"]),
-        heads=int(full["num_attention_heads"]),
-        n_layers=used,
+        hidden_size=hidden,
+        head_dim=int(full.get("head_dim", hidden // heads)),
+        layers=(LayerShape(heads, heads, int(full["intermediate_size"])),) * used,
         n_layers_total=total,
         image_size=image_size or trained,
         patch_size=_side(full["patch_size"], "patch_size"),
@@ -93,6 +95,56 @@ def vision_from_hf(
         position_size=trained if image_size not in (None, trained) else 0,
         **_TRAITS[kind],
     )
+
+
+def vision_to_hf(vision: VisionConfig, source: JsonDict, default_type: str, feature_layer: tuple[str, int]) -> JsonDict:
+    """`source`, a whole config.json, with every field that depends on the tower's layers rewritten.
+
+    A tower that is not the source's ends with its feature layer, whose states are then its last. `feature_layer` is the
+    name of that field and its default.
+
+    Raises:
+      UserError: layers of unequal width, which no class loads.
+    """
+    name, default = feature_layer
+    old = source.get("vision_config") or {}
+    before = vision_from_hf(old, source.get(name, default), default_type)
+    if (before.layers, before.n_layers_total) == (vision.layers, vision.n_layers_total):
+        return source
+    if not vision.even:
+        raise UserError(
+            "the layers of the vision tower have unequal widths, which no class loads: prune all of them alike, or "
+            'export with uneven="pad" (same function, no savings)'
+        )
+    shape = vision.layers[0]
+    new = {
+        **old,
+        "num_hidden_layers": len(vision.layers),
+        "num_attention_heads": shape.q_heads,
+        "intermediate_size": shape.mlp,
+    }
+    if "head_dim" in old or not vision.whole_heads:
+        new["head_dim"] = vision.head_dim
+    if vision.kind == "siglip":
+        new["vision_use_head"] = False
+    return {**source, "vision_config": new, name: -1}
+
+
+def is_left_out(key: str, config: JsonDict) -> bool:
+    """Whether a model with this config.json has no tensor of this (canonical) key, which its source may have."""
+    vision = config.get("vision_config") or {}
+    return key.startswith(_POOLING_HEAD) and vision.get("vision_use_head") is False
+
+
+def check_whole(vision: VisionConfig, feature_layer: int) -> None:
+    """Raise UserError if pruning changed a tower that its layout leaves in a folder of its own."""
+    total = vision.n_layers_total
+    used = feature_layer if feature_layer >= 0 else total + 1 + feature_layer
+    if len(vision.layers) != used or not vision.whole_heads:
+        raise UserError(
+            "the vision tower was pruned, but this layout leaves it in its own folder, unpruned: use "
+            'layout="transformers", which writes it'
+        )
 
 
 def _check_internvit(config: Mapping[str, Any]) -> None:
@@ -126,16 +178,18 @@ _LAYOUTS = {
     "position_embedding": "position vision",
     "pre_layrnorm": "vision",
     "layers/{i}/layer_norm1": "vision",
-    "layers/{i}/self_attn/q_proj": "(vision_heads vision_head) vision",
-    "layers/{i}/self_attn/k_proj": "(vision_heads vision_head) vision",
-    "layers/{i}/self_attn/v_proj": "(vision_heads vision_head) vision",
-    "layers/{i}/self_attn/out_proj": "vision (vision_heads vision_head)",
+    "layers/{i}/self_attn/q_proj": "(q_heads head) vision",
+    "layers/{i}/self_attn/k_proj": "(kv_heads head) vision",
+    "layers/{i}/self_attn/v_proj": "(kv_heads head) vision",
+    "layers/{i}/self_attn/out_proj": "vision (q_heads head)",
     "layers/{i}/layer_scale1": "vision",
     "layers/{i}/layer_norm2": "vision",
-    "layers/{i}/mlp/fc1": "vision_mlp vision",
-    "layers/{i}/mlp/fc2": "vision vision_mlp",
+    "layers/{i}/mlp/fc1": "mlp vision",
+    "layers/{i}/mlp/fc2": "vision mlp",
     "layers/{i}/layer_scale2": "vision",
 }
+# SigLIP's pooling head, which no feature passes through; its MLP has the widths of the layers.
+_POOLING_HEAD = "vision_tower.head."
 # Keys that are not the path with dots; several paths of one key are a fused tensor, its rows in the order of the lines.
 _CLIP_KEYS = {
     "class_embedding": "embeddings.class_embedding",
@@ -241,12 +295,13 @@ def vision_of(cfg: ModelConfig) -> VisionConfig:
 
 def stock_tower(vision: VisionConfig) -> JsonDict:
     """vision_config of a class of transformers for the computed part of a tower: its last block makes the feature."""
+    shape = vision.layers[0]
     config = {
         "model_type": KINDS[vision.kind],
         "hidden_size": vision.hidden_size,
-        "intermediate_size": vision.mlp,
-        "num_attention_heads": vision.heads,
-        "num_hidden_layers": vision.n_layers,
+        "intermediate_size": shape.mlp,
+        "num_attention_heads": shape.q_heads,
+        "num_hidden_layers": len(vision.layers),
         "image_size": vision.image_size,
         "patch_size": vision.patch_size,
         "num_channels": vision.channels,

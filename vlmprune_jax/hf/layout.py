@@ -14,7 +14,8 @@ import numpy as np
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family
-from vlmprune_jax.hf.disk.checkpoint import WEIGHT_DTYPES, Checkpoint
+from vlmprune_jax.hf.disk.checkpoint import Checkpoint
+from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES
 from vlmprune_jax.models.params import locate, param_axes, param_shapes
 
 PARTS = ("text", "projector", "vision")
@@ -40,6 +41,11 @@ class Slot:
     layer: int | None
     start: int
     stop: int
+
+    @property
+    def part(self) -> str:
+        """Which of `PARTS` it belongs to; of a layer's, that is its stack."""
+        return self.path.split("/")[0]
 
 
 @dataclass
@@ -67,7 +73,7 @@ def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
     for weight in family.weights(cfg):
         layers: Iterable[int | None] = (None,)
         if "{i}" in weight.path:
-            layers = range(n_blocks(cfg, weight.path.split("/")[0]))
+            layers = range(len(cfg.stack(weight.path.split("/")[0]).layers))
         for i in layers:
             line = weight if i is None else weight.at(i)
             path, index = locate(cfg, line.path)
@@ -111,13 +117,6 @@ def by_key(slots: Iterable[Slot]) -> dict[str, list[Slot]]:
 def join_tensor(parts: Sequence[np.ndarray]) -> np.ndarray:
     """The elements of a tensor, in order, from its parameters."""
     return parts[0] if len(parts) == 1 else np.concatenate([part.reshape(-1) for part in parts])
-
-
-def n_blocks(cfg: ModelConfig, part: str) -> int:
-    """Number of computed blocks of a part ("text" or "vision")."""
-    if part == "text":
-        return len(cfg.text.layers)
-    return cfg.vision.n_layers if cfg.vision else 0
 
 
 def _grouped(tokens: Iterable[str], size: dict[str, int]) -> tuple[int, ...]:
@@ -194,7 +193,7 @@ def _in_computed_block(name: str, cfg: ModelConfig, family: Family) -> bool:
     number = block_number(name, "vision", cfg, family)
     if number is None or cfg.vision is None:
         return False
-    return number < cfg.vision.n_layers or number >= cfg.vision.n_layers_total
+    return number < len(cfg.vision.layers) or number >= cfg.vision.n_layers_total
 
 
 def block_number(name: str, part: str, cfg: ModelConfig, family: Family) -> int | None:

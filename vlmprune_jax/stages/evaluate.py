@@ -13,25 +13,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmprune_jax.checks import settings_of
 from vlmprune_jax.distributed.mesh import from_main
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.metrics import METRICS
 from vlmprune_jax.evaluation.runner import ask, check_answered, log_likelihoods
 from vlmprune_jax.experiment.arguments import QUESTIONS, evaluation_sets
-from vlmprune_jax.experiment.spec import EvaluationSetSpec, Experiment
+from vlmprune_jax.experiment.spec import EvaluationSetSpec, Experiment, affecting
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.report.result import shown
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import (
     Context,
-    data_settings,
     journal_of,
     journal_path,
     load_model,
     mesh_of,
     model_inputs,
-    precision,
 )
 from vlmprune_jax.stages.ledger import Json, write_text
 
@@ -63,7 +62,7 @@ def _evaluate_set(
         "evaluate",
         out,
         f"evaluate {title}",
-        settings={**_settings(experiment, key, of), **precision(experiment)},
+        settings=_settings(experiment, key, of),
         inputs=model_inputs(experiment, model=model_folder, **_files(experiment, key, of)),
         outputs=[answers],
         journals=[journal_path(path)],
@@ -88,12 +87,16 @@ def _evaluate_set(
 def _settings(experiment: Experiment, key: str, of: EvaluationSetSpec) -> Json:
     """What the answers depend on, the metric not among it."""
     where = "evaluate" if key == QUESTIONS else f"evaluate.sets.{key}"
-    shared = {"evaluate.batch_size": experiment.evaluate.batch_size}
+    shared = affecting("evaluate", experiment)
     if of.text is not None:
-        return {**shared, f"{where}.text_window": of.text_window}
-    own = {f"{where}.{field}": getattr(of, field) for field in ("prompt_suffix", "max_new_tokens", "questions")}
-    asked = {"evaluate.max_length": experiment.evaluate.max_length, **data_settings(experiment.data, "evaluation")}
-    return {**shared, **asked, **own}
+        return {f"{where}.text_window": of.text_window} | {
+            name: shared[name] for name in ("model.dtype", "evaluate.batch_size")
+        }
+    for field in settings_of(of):  # the set's own, with those of the experiment in place of what it does not set
+        shared.pop(f"evaluate.{field}", None)
+    return shared | {
+        f"{where}.{field}": getattr(of, field) for field in ("prompt_suffix", "max_new_tokens", "questions")
+    }
 
 
 def _files(experiment: Experiment, key: str, of: EvaluationSetSpec) -> dict[str, Path | str]:

@@ -32,7 +32,7 @@ from vlmprune_jax.evaluation.questions import ArrangedQuestions, arrange_questio
 from vlmprune_jax.experiment.spec import DataSpec, EvaluationSetSpec, Experiment, ModelSpec
 from vlmprune_jax.families import Family, family_of, templates
 from vlmprune_jax.families.templates import Template
-from vlmprune_jax.hf.disk.checkpoint import read_json
+from vlmprune_jax.readers import read_json
 
 # (what, total) -> takes the number of items done, while entered (`Reporter.bar`).
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.distributed.mesh import is_main_process
-from vlmprune_jax.experiment.spec import Experiment, ScoreSpec
+from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.prune import CRITERIA, score
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import (
     Context,
-    data_settings,
     journal_of,
     journal_path,
     load_model,
     model_inputs,
-    precision,
     teacher_folder,
 )
 from vlmprune_jax.stages.ledger import Json
@@ -37,27 +36,29 @@ def score_options(experiment: Experiment, criterion: str) -> dict[str, Any]:
     return {k: v for k, v in {**given, **spec.options}.items() if k in CRITERIA[criterion].options}
 
 
-def score_settings(spec: ScoreSpec) -> dict[str, Any]:
-    """What scores depend on, for the ledger."""
-    return {f"score.{k}": v for k, v in vars(spec).items() if k != "options" or v}
+def criterion_files(criteria: Iterable[str]) -> dict[str, Path]:
+    """The files of users' own criteria: what these give changes with them."""
+    files = {f"criterion {name}": CRITERIA[name].file for name in criteria}
+    return {name: path for name, path in files.items() if path is not None}
 
 
 def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
     """Importances of the unpruned model -> `scores.npz` (hybrid: also `scores_width.npz`)."""
     criteria = criteria_of(experiment)
-    settings = {k: v for k, v in score_settings(experiment.score).items() if k not in ("score.depth", "score.width")}
+    settings = affecting("score", experiment)
+    for name in ("score.depth", "score.width"):  # those of them that the method needs are its criteria
+        del settings[name]
     needs_data = any(CRITERIA[criterion].needs_batches for criterion in criteria.values())
     stage = context.stage(
         "score",
         folder,
         "score",
-        settings={
-            "criteria": criteria,
-            **settings,
-            **data_settings(experiment.data, "calibration"),
-            **precision(experiment),
-        },
-        inputs=model_inputs(experiment, **(inputs.record_files(experiment.data, "train") if needs_data else {})),
+        settings={"criteria": criteria, **settings},
+        inputs=model_inputs(
+            experiment,
+            **(inputs.record_files(experiment.data, "train") if needs_data else {}),
+            **criterion_files(criteria.values()),
+        ),
         outputs=[folder / name for name in criteria],
         journals=[journal_path(folder / name) for name in criteria],
     )

@@ -28,8 +28,10 @@ from vlmprune_jax.models.params import count_params, param_axes, param_shapes, u
 from vlmprune_jax.prune import PrunePlan, Scores, make_plan
 from vlmprune_jax.prune.criteria.random import random_scores
 from vlmprune_jax.prune.fingerprint import shape_digest
+from vlmprune_jax.recovery.config import REMAT, RecoverConfig
 from vlmprune_jax.recovery.flops import StepFlops, step_flops
-from vlmprune_jax.recovery.loop import Program, RecoverConfig, make_program
+from vlmprune_jax.recovery.losses import needs_teacher
+from vlmprune_jax.recovery.program import Program, make_program
 from vlmprune_jax.recovery.step import abstract_state, batch_sharding, step_context
 from vlmprune_jax.report.fit import as_rows
 from vlmprune_jax.stages.console import Reporter
@@ -39,7 +41,6 @@ from vlmprune_jax.stages.inputs import count_records, length_buckets, tile_bucke
 from vlmprune_jax.stages.ledger import Json
 
 GIB = 2**30
-REMAT_BY_COST = ("none", "dots", "full")
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def make_case(experiment: Experiment, folder: Path | None, topology: str) -> Cas
         cfg = dataclasses.replace(cfg, tower=False)
     return Case(
         cfg=plan.apply_to(cfg),
-        teacher_cfg=cfg if config.losses.needs_teacher else None,
+        teacher_cfg=cfg if needs_teacher(config.losses) else None,
         kept_layers=plan.kept_layers,
         config=config,
         dtype=model.dtype,
@@ -252,7 +253,7 @@ def search(case: Case, say: Callable[[str], None], tried: Attempts) -> dict[str,
     `tried`: cases that need not be compiled again; it grows.
     """
     found: dict[str, Estimate] = {}
-    cheapest = _first_fit([(f"remat {name}", _with(case, remat=name)) for name in REMAT_BY_COST], say, tried)
+    cheapest = _first_fit([(f"remat {name}", _with(case, remat=name)) for name in REMAT], say, tried)
     if cheapest is not None:
         found["remat"] = found["batch"] = cheapest
         while (larger := _doubled(found["batch"].case)) is not None:

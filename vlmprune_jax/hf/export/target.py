@@ -12,13 +12,14 @@ from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, detect, family_of, target_of
 from vlmprune_jax.families.table import JsonDict
-from vlmprune_jax.hf.disk.checkpoint import read_json
+from vlmprune_jax.hf.disk.dtypes import DTYPES
+from vlmprune_jax.hf.disk.storage import without_storage
 from vlmprune_jax.hf.export.convert import rows_for, to_transformers
 from vlmprune_jax.hf.export.per_layer import with_loader, without_loader, write_loader
 from vlmprune_jax.hf.export.processor import write_processor
 from vlmprune_jax.hf.export.tokenizer import add_token, read_tokenizer
-from vlmprune_jax.hf.export.uneven import padded
-from vlmprune_jax.hf.read import DTYPES
+from vlmprune_jax.hf.export.uneven import padded_stacks
+from vlmprune_jax.readers import read_json
 
 LAYOUTS = ("source", "transformers")
 UNEVEN = ("per_layer", "pad", "refuse")
@@ -55,11 +56,10 @@ def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype:
         the layout cannot hold.
     """
     _check_options(cfg, layout, uneven, dtype)
-    family, config = family_of(cfg), read_json(source / "config.json")
+    family, config = family_of(cfg), without_storage(read_json(source / "config.json"))
     if detect(config, str(source / "config.json")) is not family:
         raise UserError(f"{source}: is not the folder that this {family.name} ({family.layout} layout) model came from")
-    layers = cfg.text.layers
-    wide = cfg.with_layers(padded(layers)) if uneven == "pad" else cfg
+    wide = padded_stacks(cfg) if uneven == "pad" else cfg
     new_family, conversion = target_of(family) if layout == "transformers" else None, family.conversion
     tokenizer = None
     if new_family is not None and conversion is not None:
@@ -86,7 +86,7 @@ def _check_options(cfg: ModelConfig, layout: str, uneven: str, dtype: str) -> No
         if value not in known:
             raise UserError(f"{name} {value!r} is not one of {', '.join(known)}")
     if cfg.lora is not None:
-        raise UserError("the model has unmerged LoRA adapters: merge them first (recover.merge_lora)")
+        raise UserError("the model has unmerged LoRA adapters: merge them first (recovery.merge_lora)")
     if uneven == "refuse" and not cfg.text.even:
         raise UserError(
             "the layers have unequal widths, which stock transformers cannot load: prune all layers alike (without "
