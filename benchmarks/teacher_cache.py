@@ -62,7 +62,7 @@ LOSSES = {"ce": 0.5, "kl": 0.5, "teacher_inputs": "own", "kl_positions": "labels
 
 def steps(args: argparse.Namespace) -> None:
     """A line per way for SmolLM2."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests/cases"))
     from smollm2 import english_text, smollm2_folder
 
     piece = 4 * args.length
