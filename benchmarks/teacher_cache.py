@@ -62,7 +62,7 @@ LOSSES = {"ce": 0.5, "kl": 0.5, "teacher_inputs": "own", "kl_positions": "labels
 
 def steps(args: argparse.Namespace) -> None:
     """A line per way for SmolLM2."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests/cases"))
     from smollm2 import english_text, smollm2_folder
 
     piece = 4 * args.length
@@ -122,7 +122,7 @@ def child(command: str, config: Path, workdir: Path, *flags: str) -> tuple[float
 
 def disk(folder: Path) -> dict[str, Any]:
     """Bytes of a cache, in all and per position that counts."""
-    from vlmprune_jax.hf.disk.checkpoint import read_header
+    from vlmprune_jax.hf.disk.weight_files import read_header
 
     shards = sorted(folder.glob("*.safetensors"))
     entries = {key: entry for shard in shards for key, entry in read_header(shard).items()}

@@ -41,6 +41,7 @@ REMOVED = 8  # of 30 layers
 RANK, ALPHA, DROPOUT = 128, 256.0, 0.05
 LEARNING_RATE, CLIP_NORM = 1e-4, 1.0
 CHECKED_STEPS = 3
+RATIOS = ("tokens_per_second", "step_cpu_seconds", "peak_rss_gib")
 TOLERANCES = {
     "float32": {"loss": 1e-4, "ce": 1e-4, "l2": 1e-4, "grad_norm": 1e-3},
     "bfloat16": {"loss": 0.05, "ce": 0.05, "l2": 0.05},
@@ -79,7 +80,7 @@ def read_ids(args: argparse.Namespace, n: int) -> np.ndarray:
     """int32[n] tokens of English text, or random ones of the tiny model."""
     if args.tiny:
         return np.random.default_rng(0).integers(0, TINY["vocab_size"], n).astype(np.int32)
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests/cases"))
     from smollm2 import english_text
     from transformers import AutoTokenizer
 
@@ -194,19 +195,19 @@ def child(args: argparse.Namespace) -> None:
     sides = {"ours": ours, "peft": peft}
     started = time.perf_counter()
     step = sides[args.child](args, np.load(args.work / "ids.npy"))
-    loaded = time.perf_counter()
-    report(step(), loaded, load_seconds=loaded - started)
+    report(step, load_seconds=time.perf_counter() - started)
     for _ in sys.stdin:
-        started = time.perf_counter()
-        report(step(), started)
+        report(step)
 
 
-def report(values: dict[str, float], started: float, **more: float) -> None:
-    """One JSON line: what the step returned, seconds since `started`, and the peak resident GiB so far."""
-    seconds = time.perf_counter() - started
+def report(step: Step, **more: float) -> None:
+    """One JSON line: what the step returned, seconds by the clock and of all cores, and the peak resident GiB."""
+    started, used = time.perf_counter(), time.process_time()
+    values = step()
+    more |= {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - used}
     status = Path("/proc/self/status").read_text()
     peak = int(status.partition("VmHWM:")[2].split()[0]) / 2**20
-    print(json.dumps({**values, "seconds": seconds, "peak_rss_gib": peak, **more}), flush=True)
+    print(json.dumps({**values, **more, "peak_rss_gib": peak}), flush=True)
 
 
 class Side:
@@ -264,12 +265,13 @@ def check_equal(args: argparse.Namespace) -> None:
 
 
 def summaries(args: argparse.Namespace, lines: dict[str, list[dict[str, float]]]) -> Iterator[dict[str, Any]]:
-    """A line per side, and the ratios: above 1 is better for throughput, below 1 for memory."""
+    """A line per side, and the ratios: above 1 is better for throughput, below 1 for processor time and memory."""
     tokens, found = args.batch[0] * args.batch[1], {}
     for name, (first, *rest) in lines.items():
         seconds = statistics.median(line["seconds"] for line in rest)
         found[name] = {
             "step_seconds": seconds,
+            "step_cpu_seconds": statistics.median(line["cpu_seconds"] for line in rest),
             "tokens_per_second": tokens / seconds,
             "peak_rss_gib": max(first["peak_rss_gib"], rest[-1]["peak_rss_gib"]),
             "first_step_peak_rss_gib": first["peak_rss_gib"],
@@ -277,8 +279,15 @@ def summaries(args: argparse.Namespace, lines: dict[str, list[dict[str, float]]]
             "first_step_seconds": first["seconds"],
         }
         yield {"side": name, **found[name]}
-    ratios = {key: found["ours"][key] / found["peft"][key] for key in ("tokens_per_second", "peak_rss_gib")}
-    yield {"side": "ours/peft", **ratios, "threads": args.threads, "load_average": os.getloadavg()[0]}
+    ratios = {key: found["ours"][key] / found["peft"][key] for key in RATIOS}
+    facts = {"threads": args.threads, "load_average": os.getloadavg()[0], "processor": processor()}
+    yield {"side": "ours/peft", **ratios, **facts}
+
+
+def processor() -> str:
+    """The processor's model, which these numbers depend on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def main() -> None:
@@ -322,7 +331,7 @@ def arguments() -> argparse.Namespace:
 
 def smollm2() -> Path:
     """The folder of SmolLM2-135M."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests/cases"))
     from smollm2 import smollm2_folder
 
     return smollm2_folder(ROOT)

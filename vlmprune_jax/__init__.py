@@ -17,6 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from vlmprune_jax.errors import UserError
 
+# At once, since the folder of that name would otherwise stand in its place as soon as something imports it; no jax.
+from vlmprune_jax.families import FAMILIES as families
+from vlmprune_jax.families import Family
+
 if TYPE_CHECKING:
     from vlmprune_jax.config import ModelConfig
     from vlmprune_jax.evaluation.metrics import METRICS as metrics
@@ -64,6 +68,7 @@ _HOMES = {
 
 __all__ = [
     "Criterion",
+    "Family",
     "LossConfig",
     "LossTerm",
     "Metric",
@@ -76,6 +81,7 @@ __all__ = [
     "apply_plan",
     "criteria",
     "evaluate",
+    "families",
     "forward",
     "generate",
     "load",

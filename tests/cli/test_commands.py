@@ -14,7 +14,7 @@ from vlmprune_jax.cli.config_files import experiment_config, read_experiment, to
 from vlmprune_jax.cli.main import COMMANDS, main
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.arguments import plan_options, recover_config
-from vlmprune_jax.experiment.recipes import RECIPES
+from vlmprune_jax.experiment.recipes import recipe, recipes
 from vlmprune_jax.experiment.spec import Experiment, PruneSpec, RecoverSpec, override
 
 
@@ -207,7 +207,7 @@ def test_a_dictionary_changes_a_section_of_a_config():
     config["mesh"] = {"fsdp": 8}
     config.data = experiment_config().data
     changes = {"recover": {"losses": {"kl": 0.5}, "lora": {"rank": 4}, "epochs": 2.0}, "mesh": {"fsdp": 8}}
-    expected = override(override(Experiment(), {"recover": RECIPES["llava"]["recover"]}), changes)
+    expected = override(override(Experiment(), {"recover": recipe("llava")["recover"]}), changes)
     assert override(Experiment(), config.lock().to_dict()) == expected
     for name in ("one", "two"):
         config.recover_variants = {name: {"recover": {"epochs": 1.0}}}
@@ -218,13 +218,13 @@ def test_a_dictionary_changes_a_section_of_a_config():
         override(Experiment(), config.to_dict())
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", recipes())
 def test_recipes_are_where_a_config_starts(name):
     """Every setting is written out, so that it is recorded, and what is set afterwards wins."""
     config = experiment_config(recipe=name)
     config.recover.learning_rate = 3e-3
     experiment = override(Experiment(), config.to_dict())
-    assert experiment == override(override(Experiment(), RECIPES[name]), {"recover": {"learning_rate": 3e-3}})
+    assert experiment == override(override(Experiment(), recipe(name)), {"recover": {"learning_rate": 3e-3}})
     built = recover_config(experiment.recover)
     assert built.learning_rate == 3e-3
     facts = (built.lora.rank, built.lora.alpha, built.weight_decay, built.projector_learning_rate)

@@ -14,10 +14,10 @@ from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.data.templates import TEMPLATES
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.questions import arrange_questions
 from vlmprune_jax.evaluation.runner import evaluate, perplexity
+from vlmprune_jax.families import templates
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.vlm import forward
 
@@ -32,7 +32,7 @@ def encoder(goldens, llava):
     loader = load_image_processor(goldens / "ckpt/clip_tower", aspect_ratio="pad", max_pixels=10**7, cache_bytes=2**20)
     return Encoder(
         tokenizer=load_tokenizer(goldens / "tokenizers/llava"),
-        template=dataclasses.replace(TEMPLATES["llava_v1"], system=""),
+        template=dataclasses.replace(templates()["llava_v1"], system=""),
         max_length=72,
         image_loader=loader,
         image_token_id=llava.cfg.image_token_id,

@@ -11,11 +11,11 @@ from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.images import ImageLoader
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.data.templates import TEMPLATES
 from vlmprune_jax.data.tiling import IMAGENET_MEAN, IMAGENET_STD, Tiling
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.questions import arrange_questions
 from vlmprune_jax.evaluation.runner import evaluate
+from vlmprune_jax.families import templates
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.vlm import Model, forward
 
@@ -34,7 +34,7 @@ def encoder(goldens: Path, llava: Model) -> Encoder:
     assert llava.cfg.image_token_id is not None
     return Encoder(
         tokenizer=load_tokenizer(goldens / "tokenizers/llava"),
-        template=dataclasses.replace(TEMPLATES["llava_v1"], system=""),
+        template=dataclasses.replace(templates()["llava_v1"], system=""),
         max_length=160,
         image_loader=ImageLoader(tiling, max_pixels=10**6, cache_bytes=10**6),
         image_token_id=llava.cfg.image_token_id,

@@ -70,6 +70,12 @@ def test_the_printed_criterion_scores_and_prunes(experiment, tmp_path, capsys):
     lowest = np.argsort(scores.mlp[2], kind="stable")[: len(scores.mlp[2]) - len(plan.layers[2].neurons)]
     assert not set(lowest) & set(plan.layers[2].neurons)
     capsys.readouterr()
+    assert main(["score", *experiment]) == 0
+    assert "score: unchanged, skipped" in capsys.readouterr().out
+    with (tmp_path / "my_criterion.py").open("a") as file:
+        file.write("# changed\n")
+    assert main(["score", *experiment]) == 2
+    assert "was made from other inputs (criterion wanda changed)" in capsys.readouterr().err
     assert main(["score", *experiment, "--config.score.width=wada"]) == 2
     assert "did you mean 'wanda'?" in capsys.readouterr().err
     assert main(["score", *experiment, "--config.score.depth=wanda"]) == 2

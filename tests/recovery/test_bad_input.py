@@ -84,7 +84,10 @@ def refused(root, capsys, *settings):
         (["recover.trainable=lora", "recover.lora.alpha=0"], "recover.lora.alpha=0.0 must be above 0"),
         (["recover.losses.l2_layers=(9,)"], "l2 layer 9 is outside the student's 5 hidden states"),
         (["mesh.data=3"], "needs 3 devices but there are 8"),
-        (["mesh.tensor=8", "recover.batch_size=8"], "does not divide vision heads = 4: use data=2 fsdp=1 tensor=4"),
+        (
+            ["mesh.tensor=8", "recover.batch_size=8"],
+            "does not divide q_heads of vision layer 0 = 4.*: use data=2 fsdp=1 tensor=4",
+        ),
         (["mesh.data=8"], "2 rows (batch_size / accumulation) does not divide over data x fsdp = 8 devices: make it"),
         (["data.fraction=0"], "data.fraction=0.0 must be above 0 and at most 1"),
         (["data.train={root}/empty.json"], "empty.json: holds no record; a LLaVA data file is a list"),

@@ -17,7 +17,7 @@ from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import apply
 from vlmprune_jax.prune.fingerprint import fingerprint
-from vlmprune_jax.prune.plan import KeptLayer, PrunePlan
+from vlmprune_jax.prune.plan import KeptLayer, KeptStack, PrunePlan
 from vlmprune_jax.prune.surgery import apply_plan
 from vlmprune_jax.recovery.config import LossConfig, from_alpha
 from vlmprune_jax.recovery.losses import (
@@ -73,7 +73,7 @@ def _plan(teacher, facts) -> PrunePlan:
             heads, neurons = tuple(facts["kept_heads"][str(i)]), tuple(facts["kept_neurons"][str(i)])
             whole = KeptLayer(i, heads, heads, neurons)
         layers.append(whole)
-    return PrunePlan(fingerprint(teacher), "depth", "golden", shapes, tuple(layers), 1, 1, 1)
+    return PrunePlan(fingerprint(teacher), "depth", "golden", {"text": KeptStack(shapes, tuple(layers))}, 1, 1, 1)
 
 
 def _expand(arrays, n: int) -> dict[str, jax.Array]:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
+import shutil
+import stat
 
 import jax
 import numpy as np
@@ -44,8 +48,12 @@ def pruned(tmp_path):
     def make(family, pruning):
         source = make_folder(tmp_path / "source", {"llama": LLAMA, "llava": LLAVA}[family])
         model = load(source)
-        model, plan = keep_layers(model, [0, 3]) if pruning == "depth" else keep_width(model, [2], range(5, 45))
-        save(model, tmp_path / "pruned", source_dir=source, plan=plan, dtype="float32", uneven="refuse")
+        if pruning == "depth":
+            model, plan = keep_layers(model, [0, 3])
+        else:
+            model, plan = keep_width(model, [2], range(5, 45), only=[1, 2] if pruning == "uneven" else None)
+        uneven = "per_layer" if pruning == "uneven" else "refuse"
+        save(model, tmp_path / "pruned", source_dir=source, plan=plan, dtype="float32", uneven=uneven)
         return model, tmp_path / "pruned"
 
     return make
@@ -91,10 +99,11 @@ def test_what_the_folder_says(pruned, tmp_path):
     base, folder = pruned("llava", "depth")
     model, trained = trained_model(base)
     write_adapter(model, tmp_path / "adapter", base_dir=folder, trained=trained)
-    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [peft.CONFIG_FILE, peft.WEIGHTS_FILE]
+    names = {peft.CARD_FILE, peft.CONFIG_FILE, peft.WEIGHTS_FILE}
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == names
     config = json.loads((tmp_path / "adapter" / peft.CONFIG_FILE).read_text())
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 7.0, 0.1)
-    assert config["base_model_name_or_path"] == str(folder)
+    assert config["base_model_name_or_path"] == "../pruned"
     assert config["rank_pattern"] == {}
     targets = config["target_modules"].split("|")
     assert len(targets) == 4  # one regex for all layers
@@ -102,6 +111,39 @@ def test_what_the_folder_says(pruned, tmp_path):
     tensors = load_file(tmp_path / "adapter" / peft.WEIGHTS_FILE)
     assert len(tensors) == 2 * 4 * 2 + 4  # A and B of four projections in two layers, and the projector's two layers
     assert {array.dtype for array in tensors.values()} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize(("family", "pruning"), [("llama", "depth"), ("llava", "depth"), ("llava", "uneven")])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_card_loads_it_as_printed(pruned, torch_outputs, tmp_path, family, pruning, version):
+    """peft's Auto classes find base and class, also after the folder that holds both has moved."""
+    base, folder = pruned(family, pruning)
+    model, trained = trained_model(base)
+    write_adapter(model, tmp_path / "run/adapter", base_dir=folder, trained=trained)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("pruned", "run"):
+        shutil.move(tmp_path / name, moved / name)
+    card = (moved / "run/adapter" / peft.CARD_FILE).read_text()
+    assert card.startswith("---\nlibrary_name: peft\nbase_model: pruned\n")
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert [("AutoPeftModel" in block) for block in blocks] == [True, False]
+    inputs = random_ids(model)
+    for block in blocks:
+        found = torch_outputs.code(moved / "run/adapter", block, inputs, version=version)
+        np.testing.assert_allclose(found, forward(merge_lora(model), **inputs)[0], atol=1e-4, rtol=0)
+
+
+def test_files_follow_the_umask(pruned, tmp_path):
+    base, folder = pruned("llama", "depth")
+    model, trained = trained_model(base)
+    before = os.umask(0o027)
+    try:
+        write_adapter(model, tmp_path / "adapter", base_dir=folder, trained=trained)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "adapter").iterdir()}
+    assert modes == dict.fromkeys([peft.CARD_FILE, peft.CONFIG_FILE, peft.WEIGHTS_FILE], 0o640)
 
 
 PHI3 = {

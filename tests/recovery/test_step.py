@@ -254,7 +254,7 @@ def test_dots_gives_the_same_adapter_gradients_and_draws_dropout_once():
             return jnp.sum(final * final)
 
         jitted = jax.jit(jax.grad(total))
-        drawn = _count("random_bits", jax.make_jaxpr(jitted)(trained).jaxpr)
+        drawn = _count("shift_left", jax.make_jaxpr(jitted)(trained).jaxpr)  # only random decisions have any
         return jitted(trained), drawn
 
     (exact, drawn), (same, drawn_dots), (_, drawn_full) = map(gradient, ("none", "dots", "full"))

@@ -118,7 +118,7 @@ def test_internvl_records_may_leave_the_mark_out(
 def test_bunny_folders(goldens: Path, tmp_path: Path, cfg: ModelConfig) -> None:
     assert cfg.vision is not None
     vision = dataclasses.replace(cfg.vision, image_size=45)
-    bunny = dataclasses.replace(cfg, family="bunny", image_token_id=-200, vision=vision)
+    bunny = dataclasses.replace(cfg, family="bunny", layout="original", image_token_id=-200, vision=vision)
     folder = folder_of(tmp_path, goldens, "bunny", "bunny")
     stored = np.load(goldens / "data/images.npz")["siglip_pad"]
     path = goldens / "data/images/img1.png"

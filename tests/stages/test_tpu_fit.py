@@ -15,6 +15,7 @@ import recover_cases as cases
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vlmprune_jax.cli.main import main
+from vlmprune_jax.config import LayerShape
 from vlmprune_jax.distributed.ahead_of_time import (
     DoesNotFit,
     collective_bytes,
@@ -86,11 +87,21 @@ def test_the_formula_counts_what_the_step_computes(trainable, loss, tied):
     if tied is None:  # features come from a cache
         cfg = dataclasses.replace(cfg, tower=False)
         teacher_cfg = teacher_cfg and dataclasses.replace(teacher_cfg, tower=False)
+    check_formula(cfg, teacher_cfg, trainable, loss)
+
+
+@pytest.mark.parametrize("trainable", ["all", "lora"])
+def test_the_formula_counts_a_tower_of_unequal_layers(trainable):
+    layers = (LayerShape(2, 2, 16), LayerShape(1, 1, 5), LayerShape(1, 1, 5), LayerShape(2, 2, 3))
+    teacher, loss = cases.config(), LossConfig(kl=0.1, teacher_inputs="own", chunk=4)
+    check_formula(cases.config().with_layers(layers, "vision"), teacher, trainable, loss)
+
+
+def check_formula(cfg, teacher_cfg, trainable, loss):
     config = cases.settings(trainable=trainable, lora=cases.LORA, losses=loss, remat="none")
     program, executed = traced_step(cfg, teacher_cfg, config)
-    found = step_flops(
-        program.cfg, teacher_cfg, loss, program.groups, rows=ROWS, length=LENGTH, images=0 if tied else ROWS
-    )
+    images = 0 if cfg.vision is None else ROWS
+    found = step_flops(program.cfg, teacher_cfg, loss, program.groups, rows=ROWS, length=LENGTH, images=images)
     # The formula counts visible pairs of positions, XLA's attention computes all.
     expected = found.total + found.attention * (2 * LENGTH / (LENGTH + 1) - 1)
     # Logits are computed again in the backward pass, the student's and the teacher's.
@@ -98,7 +109,7 @@ def test_the_formula_counts_what_the_step_computes(trainable, loss, tied):
     head = 2 * text.vocab_size * text.hidden_size * ROWS * LENGTH
     expected += head * bool(loss.ce or loss.kl) + head * bool(loss.kl and needs_teacher(loss))
     # The input of the projector's first layer needs a gradient only if the tower trains.
-    if not tied and (trainable != "all" or not cfg.tower):
+    if cfg.vision is not None and (trainable != "all" or not cfg.tower):
         expected -= 2 * cfg.vision.hidden_size * text.hidden_size * ROWS * cfg.tokens_per_image
     assert executed == round(expected)
 

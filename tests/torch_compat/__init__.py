@@ -97,6 +97,12 @@ class TorchOutputs:
         job |= {"trust_remote_code": trust_remote_code, "save_to": save_to and str(save_to)}
         return self._run(folder, job, version)[0]
 
+    def code(self, folder: Path, code: str, inputs: dict[str, np.ndarray], *, version: str) -> np.ndarray:
+        """float32[batch, seq, vocab] logits of the `model` that Python code makes where `folder` is the working one."""
+        source = Path(self._scratch.name) / "in.npz"
+        np.savez(source, **inputs)
+        return self._run(folder, {"code": code, "inputs": str(source)}, version)[0]["logits"]
+
     def chat(
         self,
         folder: Path,

@@ -4,11 +4,13 @@ A job: {"folder": HF folder, "class": name in transformers, "inputs": npz path, 
 "want": subset of ["logits", "nll"], "max_new_tokens": int or null, "adapter": peft folder or null, "dtype": "float32"
 or "float64", "trust_remote_code": bool, "save_to": a folder for save_pretrained, or null}. Or a chat: {"folder",
 "output", "chat": messages, "max_new_tokens", "trust_remote_code"}: what the processor makes of it and, with
-max_new_tokens, the answer of an image-text-to-text pipeline as "text". Answers: {"error": str or null,
+max_new_tokens, the answer of an image-text-to-text pipeline as "text". Or code: {"folder", "code": Python that makes a
+`model` in that folder, "inputs", "output"}: its float32 logits. Answers: {"error": str or null,
 "transformers": version}.
 By hand: echo '{"folder": ...}' | PYTHONPATH=.compat/transformers-4.57 python tests/torch_compat/run.py
 """
 
+import contextlib
 import json
 import sys
 import traceback
@@ -109,6 +111,16 @@ def run_chat(job: dict) -> str:
     return answer[0]["generated_text"]
 
 
+@torch.no_grad()
+def run_code(job: dict) -> None:
+    """Run what a folder's card says, in that folder, and write the logits of the model it makes."""
+    made: dict = {}
+    with contextlib.chdir(job["folder"]):
+        exec(job["code"], made)
+    model = made["model"].float().eval()
+    np.savez(job["output"], logits=model(**read_inputs(job["inputs"], torch.float32), use_cache=False).logits.numpy())
+
+
 def answer(line: str) -> str:
     """What became of the job, without its newline."""
     found = {"error": None, "transformers": transformers.__version__}
@@ -116,6 +128,8 @@ def answer(line: str) -> str:
         job = json.loads(line)
         if "chat" in job:
             found["text"] = run_chat(job)
+        elif "code" in job:
+            run_code(job)
         else:
             run_job(job)
     except Exception as error:

@@ -19,7 +19,7 @@ from vlmprune_jax.experiment.spec import Experiment, hints_of, override
 def experiment_config(recipe: str | None = None) -> ConfigDict:
     """Every setting of an experiment: what a config file starts from.
 
-    Settings have their defaults, or what the `recipe` says ("llava", "bunny", "internvl": see experiment/recipes.py).
+    Settings have their defaults, or what the `recipe` says (a family's name, as "llava": see families/).
     Whatever a config file or the command line sets afterwards wins. A dictionary assigned to a section sets what it
     names: `config.recover.losses = {"ce": 0.5, "kl": 0.5}` leaves the temperature as it was.
 

@@ -29,6 +29,7 @@ from vlmprune_jax.models.layers import (
     rope_tables,
     rotate,
 )
+from vlmprune_jax.models.random import bernoulli
 
 STREAM = ("batch", "sequence", None)
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
@@ -362,7 +363,7 @@ def _draw(key: jax.Array | None, x: jax.Array, projections: Sequence[Projection]
     if key is None or not any(sizes):
         return [None] * len(projections)
     rate = max(one.dropout for one in projections)
-    drawn = kept(once(jax.random.bernoulli(key, 1 - rate, (*x.shape[:2], sum(sizes)))))
+    drawn = kept(once(bernoulli(key, 1 - rate, (x.shape[0], x.shape[1], sum(sizes)))))
     parts = jnp.split(constrain(drawn, STREAM), np.cumsum(sizes)[:-1].tolist(), axis=-1)
     return [
         part.reshape(*x.shape[:2], *one.inputs) if size else None

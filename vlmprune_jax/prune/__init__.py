@@ -4,7 +4,7 @@ from vlmprune_jax.prune.criteria import CRITERIA, Criterion
 from vlmprune_jax.prune.fingerprint import fingerprint
 from vlmprune_jax.prune.folder import prune_folder
 from vlmprune_jax.prune.iterative import prune_iteratively
-from vlmprune_jax.prune.plan import KeptLayer, PrunePlan, compose, keep_everything
+from vlmprune_jax.prune.plan import KeptLayer, KeptStack, PrunePlan, compose, keep_everything
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.scoring import score
 from vlmprune_jax.prune.select import METHODS, make_plan
@@ -15,6 +15,7 @@ __all__ = [
     "METHODS",
     "Criterion",
     "KeptLayer",
+    "KeptStack",
     "PrunePlan",
     "Scores",
     "apply_plan",

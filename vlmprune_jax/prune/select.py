@@ -12,7 +12,7 @@ from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune.fingerprint import shape_digest
-from vlmprune_jax.prune.plan import KeptLayer, PrunePlan
+from vlmprune_jax.prune.plan import KeptLayer, KeptStack, PrunePlan
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.solver import layer_costs
 from vlmprune_jax.prune.width import choose_widths
@@ -41,6 +41,7 @@ def make_plan(
     method: str,
     ratio: float | None = None,
     layers_removed: int | None = None,
+    stack: str = "text",
     **options: Any,
 ) -> PrunePlan:
     """Plan the removal of `ratio` of the model's parameters; no forward pass, seconds at 7B.
@@ -50,6 +51,7 @@ def make_plan(
       method: "depth" (whole layers), "width" (heads and neurons) or "hybrid" (layers, then widths of the rest).
       ratio: share of `parameters_total` to remove, 0 <= ratio < 1.
       layers_removed: number of layers to remove (depth, hybrid) instead of deriving it.
+      stack: whose layers the scores are of: "text", the decoder, or "vision", the tower.
       options:
         parameters_total: what ratios refer to; default all parameters of the computed model. (The reference also
           counts tower blocks that are never run: 12.6 M more, 7,062,902,784, for LLaVA-1.5-7B.)
@@ -69,24 +71,24 @@ def make_plan(
     settings = with_defaults(f"make_plan(method={method!r})", options, DEFAULTS[method])
     depth, width = _pair(scores, method)
     used = [one for one in (depth, width) if one is not None]
-    _check_scores(used, cfg)
+    shapes = cfg.stack(stack).layers
+    _check_scores(used, cfg, stack)
     _check_request(method, ratio, layers_removed, settings)
     before = count_params(cfg)
     unpruned = count_params(settings.get("base") or cfg)
     total = settings["parameters_total"] or unpruned
-    removed = () if depth is None else _choose_layers(depth, cfg, ratio, layers_removed, settings, total)
-    layers = [KeptLayer.whole(i, shape) for i, shape in enumerate(cfg.text.layers) if i not in removed]
+    removed = () if depth is None else _choose_layers(depth, cfg, ratio, layers_removed, settings, total, stack)
+    layers = [KeptLayer.whole(i, shape) for i, shape in enumerate(shapes) if i not in removed]
     solved: Mapping[str, Any] = {}
     if width is not None:
-        layers, solved = choose_widths(width, cfg, [layer.index for layer in layers], ratio, settings, total)
-    cost = layer_costs(cfg).of
-    gone = sum(map(cost, cfg.text.layers)) - sum(cost(layer.shape) for layer in layers)
+        layers, solved = choose_widths(width, cfg, [layer.index for layer in layers], ratio, settings, total, stack)
+    cost = layer_costs(cfg, stack).of
+    gone = sum(map(cost, shapes)) - sum(cost(layer.shape) for layer in layers)
     return PrunePlan(
         fingerprint=used[0].fingerprint,
         method=method,
         criterion=" + ".join(one.name for one in used),
-        layers_before=cfg.text.layers,
-        layers=tuple(layers),
+        stacks={"text": KeptStack.whole(cfg.text.layers), stack: KeptStack(shapes, tuple(layers))},
         parameters_before=before,
         parameters_after=before - gone,
         parameters_total=total,
@@ -96,9 +98,15 @@ def make_plan(
     )
 
 
-def _check_scores(used: list[Scores], cfg: ModelConfig) -> None:
+def _check_scores(used: list[Scores], cfg: ModelConfig, stack: str) -> None:
     if any(not one.fingerprint.startswith(shape_digest(cfg)) for one in used):
         raise UserError("scores of another model: their shapes differ from this config: score this model first")
+    shapes = cfg.stack(stack).layers
+    neurons = [shape.mlp for shape in shapes]
+    for one in used:
+        layers = len(shapes) if one.importance is None else len(one.importance)
+        if layers != len(shapes) or (one.mlp is not None and [len(scores) for scores in one.mlp] != neurons):
+            raise UserError(f"{one.criterion} scores are not of the {stack} stack: their layers or widths are others")
 
 
 def _recorded(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,10 +151,12 @@ def _choose_layers(
     layers_removed: int | None,
     settings: Mapping[str, Any],
     total: int,
+    stack: str,
 ) -> tuple[int, ...]:
     """Original numbers of the layers to remove."""
     one_of("rounding", settings["rounding"], ROUNDINGS)
-    n_layers = len(cfg.text.layers)
+    shapes = cfg.stack(stack).layers
+    n_layers = len(shapes)
     protect = set(settings["protect"])
     if not protect <= set(range(n_layers)):
         raise UserError(f"protect={sorted(protect)} names layers that do not exist: there are {n_layers}")
@@ -163,8 +173,8 @@ def _choose_layers(
         return tuple(order[:layers_removed])
     assert ratio is not None
     share = fraction("depth_share", settings["depth_share"]) if "depth_share" in settings else 1.0
-    costs = layer_costs(cfg)
-    sizes = [costs.of(cfg.text.layers[i]) for i in order[:most]]
+    costs = layer_costs(cfg, stack)
+    sizes = [costs.of(shapes[i]) for i in order[:most]]
     count = _nearest_count(sizes, share * ratio * total, settings["rounding"])
     if count is None:
         raise UserError(

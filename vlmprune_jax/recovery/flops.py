@@ -122,7 +122,8 @@ def _vision(cfg: ModelConfig, trained: Collection[str], images: int) -> int:
     if not cfg.tower:
         return images * projector
     blocks = _weights(cfg, "vision/layers/", trained, in_tower) * _positions(tower)
-    blocks += 4 * tower.n_layers * _positions(tower) ** 2 * tower.hidden_size * (3 if in_tower else 1)
+    heads = sum(shape.q_heads for shape in tower.layers)
+    blocks += 4 * heads * tower.head_dim * _positions(tower) ** 2 * (3 if in_tower else 1)
     patches = _weights(cfg, "vision/patch_embedding/", trained, False) * tower.n_patches
     return images * (blocks + patches + projector)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +18,15 @@ from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, family_of
 from vlmprune_jax.hf.disk.atomic import atomic_folder
-from vlmprune_jax.hf.disk.tensors import to_host
+from vlmprune_jax.hf.export.card import model_name
+from vlmprune_jax.hf.fetch import to_host
 from vlmprune_jax.hf.layout import Slot, by_key, join_tensor, make_slots
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.readers import read_json
 from vlmprune_jax.recovery.trainable import LORA_SUFFIXES
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 _ROOT = "base_model.model."  # how peft calls the model that it wraps
 
 
@@ -35,9 +39,10 @@ class _Adapter(NamedTuple):
 
 
 def write_adapter(model: Model, out_dir: Path, *, base_dir: Path, trained: Collection[str]) -> None:
-    """Write what a training with adapters changed, in peft's format.
+    """Write what a training with adapters changed, in peft's format, and a card that says how to load it.
 
-    In a multi-process run every process must call it; the first one writes.
+    The config names the base by its path relative to `out_dir`, so that a folder which holds both can move. In a
+    multi-process run every process must call it; the first one writes.
 
     Args:
       model: with its adapters, not merged.
@@ -46,7 +51,7 @@ def write_adapter(model: Model, out_dir: Path, *, base_dir: Path, trained: Colle
       trained: flat paths of everything that trained; modules other than adapters (the projector) are written whole.
 
     Raises:
-      UserError: the model has no adapters, or a part trained that such a folder cannot hold.
+      UserError: the model has no adapters, a part trained that such a folder cannot hold, or `base_dir` has no config.
     """
     lora = model.cfg.lora
     if lora is None:
@@ -63,11 +68,14 @@ def write_adapter(model: Model, out_dir: Path, *, base_dir: Path, trained: Colle
             value = join_tensor([to_host(flat[slot.path], slot.index).astype(np.float32) for slot in parts])
             tensors[f"{_ROOT}{module}.{key.rpartition('.')[2]}"] = value.reshape(parts[0].hf_shape)
     if is_main_process():
-        config = _config(adapters, list(whole), lora, plain, base_dir)
+        base, stock = os.path.relpath(base_dir.resolve(), out_dir.resolve()), read_json(base_dir / "config.json")
+        config = _config(adapters, list(whole), lora, base, _loader(plain, stock))
         with atomic_folder(Path(out_dir)) as folder:
             contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
             save_file(contiguous, folder / WEIGHTS_FILE, metadata={"format": "pt"})
             (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            (folder / CARD_FILE).write_text(_card(config, model_name(base_dir), "auto_map" in stock), encoding="utf-8")
+            shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors makes private files
 
 
 def _adapters(slots: Sequence[Slot], flat: Mapping[str, Any], family: Family) -> dict[str, _Adapter]:
@@ -115,17 +123,33 @@ def _module(key: str, family: Family) -> str:
     return name
 
 
+def _loader(cfg: ModelConfig, config: Mapping[str, Any]) -> str | None:
+    """The class of transformers that loads a base with this config.json; None where only the hub's own code does."""
+    if cfg.vision is None:
+        return "AutoModelForCausalLM"
+    autos = [name for name in config.get("auto_map") or {} if name.startswith("AutoModel")]
+    stock = config.get("architectures") or [] if cfg.layout == "transformers" else []
+    return next(iter([*autos, *stock]), None)
+
+
 def _config(
-    adapters: Mapping[str, _Adapter], whole: Sequence[str], lora: LoraConfig, cfg: ModelConfig, base_dir: Path
+    adapters: Mapping[str, _Adapter], whole: Sequence[str], lora: LoraConfig, base: str, loader: str | None
 ) -> dict[str, Any]:
-    """adapter_config.json. Targets are a regex over whole names: a vision tower has projections of the same names."""
+    """adapter_config.json. Targets are a regex over whole names: a vision tower has projections of the same names.
+
+    peft's Auto classes find a decoder's class by `task_type`; for models that see images there is none, and they look
+    into `auto_mapping`.
+    """
     targets = dict.fromkeys(re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(module)) for module in adapters)
     members = {module.rpartition(".")[2]: adapter.members for module, adapter in adapters.items()}
     fused = {name: count for name, count in members.items() if count > 1}
+    causal = loader == "AutoModelForCausalLM"
+    found = None if causal or loader is None else {"base_model_class": loader, "parent_library": "transformers"}
     return {
         "peft_type": "LORA",
-        "task_type": None if cfg.vision is not None else "CAUSAL_LM",
-        "base_model_name_or_path": str(base_dir),
+        "task_type": "CAUSAL_LM" if causal else None,
+        "auto_mapping": found,
+        "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
@@ -139,3 +163,46 @@ def _config(
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def _card(config: Mapping[str, Any], name: str, remote: bool) -> str:
+    """README.md of an adapter_config for the base called `name`, which takes code of its own folder if `remote`."""
+    base, trust = config["base_model_name_or_path"], ", trust_remote_code=True" if remote else ""
+    found, whole = config["auto_mapping"], config["modules_to_save"] or []
+    loader = found["base_model_class"] if found else "AutoModelForCausalLM" if config["task_type"] else None
+    if loader is None:
+        load = f"The code of the hub that loads `{base}` makes the model that `peft.PeftModel.from_pretrained` takes."
+    else:
+        auto = "AutoPeftModel" if found else "AutoPeftModelForCausalLM"
+        load = f"""In this folder, to which the path of the base model, `{base}`, is relative:
+
+```python
+from peft import {auto}
+
+model = {auto}.from_pretrained("."{trust})
+```
+
+In another one with the paths of both:
+
+```python
+from peft import PeftModel
+from transformers import {loader}
+
+base = {loader}.from_pretrained("{base}"{trust})
+model = PeftModel.from_pretrained(base, ".")
+```"""
+    return f"""---
+library_name: peft
+base_model: {name}
+tags: [vlmprune-jax, lora]
+---
+
+# Adapters for {name}
+
+LoRA adapters of rank {config["r"]} (alpha {config["lora_alpha"]:g}) for `{name}`, trained by vlmprune-jax.\
+{" Trained whole and in here: " + ", ".join(f"`{module}`" for module in whole) + "." if whole else ""}
+
+## Loading
+
+{load}
+"""

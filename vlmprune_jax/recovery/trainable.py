@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from vlmprune_jax.config import LoraConfig, ModelConfig
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.models.params import Flat, flatten, init_params, param_axes, unflatten
+from vlmprune_jax.models.params import Flat, flatten, init_params, layer_axes, param_axes, unflatten
 from vlmprune_jax.models.vlm import Model, mesh_of
 from vlmprune_jax.recovery.config import MAIN, Rule, resolve_rules
 
@@ -95,7 +95,7 @@ def add_lora(model: Model, lora: LoraConfig, key: jax.Array) -> Model:
 
 def projection_names(cfg: ModelConfig) -> list[str]:
     """The decoder's projections, which adapters can be on: q_proj, ..., or Phi's dense, fc1, fc2."""
-    paths = [path.split("/") for path in param_axes(cfg) if path.startswith("text/layers/")]
+    paths = [name.split("/") for name in layer_axes(cfg)]
     return sorted({path[-2] for path in paths if path[-1] == "weight" and "norm" not in path[-2]})
 
 

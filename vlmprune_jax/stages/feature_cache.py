@@ -13,8 +13,8 @@ from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.distributed.mesh import from_main
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.hf.layout import PARTS
-from vlmprune_jax.hf.read import DTYPES
 from vlmprune_jax.models.params import param_shapes
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import PrunePlan

@@ -21,17 +21,18 @@ from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.grouping import GROUPINGS
 from vlmprune_jax.data.images import ImageLoader, load_image_processor
 from vlmprune_jax.data.measure import measure
-from vlmprune_jax.data.prompts import load_tokenizer, tokenize_training
+from vlmprune_jax.data.prompts import AUTO, choose_template, load_tokenizer, tokenize_training
 from vlmprune_jax.data.records import Record, data_files, read_records, take_fraction
 from vlmprune_jax.data.teacher_rows import TeacherRows
-from vlmprune_jax.data.templates import AUTO, TEMPLATES, Template, choose_template
 from vlmprune_jax.data.tfds import PREFIX, read_tfds, tfds_folder, tfds_state
 from vlmprune_jax.data.tiling import Tiling
 from vlmprune_jax.distributed.mesh import from_all
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.questions import ArrangedQuestions, arrange_questions
 from vlmprune_jax.experiment.spec import DataSpec, EvaluationSetSpec, Experiment, ModelSpec
-from vlmprune_jax.hf.disk.checkpoint import read_json
+from vlmprune_jax.families import Family, family_of, templates
+from vlmprune_jax.families.templates import Template
+from vlmprune_jax.readers import read_json
 
 # (what, total) -> takes the number of items done, while entered (`Reporter.bar`).
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -104,12 +105,12 @@ def load_inputs(model: ModelSpec, data: DataSpec, cfg: ModelConfig) -> Inputs:
     Raises:
       UserError: the template is unknown or does not fit the tokenizer, or a file is missing or malformed.
     """
-    return _load_inputs(model, data, cfg.family, None if cfg.vision is None else cfg.vision.image_size)
+    return _load_inputs(model, data, family_of(cfg), None if cfg.vision is None else cfg.vision.image_size)
 
 
 @functools.lru_cache(maxsize=4)
-def _load_inputs(model: ModelSpec, data: DataSpec, family: str, image_size: int | None) -> Inputs:
-    one_of("data.template", data.template, (AUTO, *TEMPLATES))
+def _load_inputs(model: ModelSpec, data: DataSpec, family: Family, image_size: int | None) -> Inputs:
+    one_of("data.template", data.template, (AUTO, *templates()))
     tokenizer = load_tokenizer(Path(model.hf_dir))
     config = read_json(Path(model.hf_dir) / "config.json")
     template = choose_template(data.template, family, tokenizer, config=config, has_vision=image_size is not None)
@@ -119,7 +120,7 @@ def _load_inputs(model: ModelSpec, data: DataSpec, family: str, image_size: int 
     if image_size is not None:
         folder = Path(model.hf_dir)
         described = any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
-        own = described or model.vision_dir is None or family == "internvl"
+        own = described or model.vision_dir is None or family.cuts_images
         loader = load_image_processor(
             folder if own else Path(model.vision_dir or ""),
             aspect_ratio=data.aspect_ratio,

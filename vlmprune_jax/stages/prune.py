@@ -22,7 +22,7 @@ from vlmprune_jax.stages.context import (
     teacher_folder,
 )
 from vlmprune_jax.stages.ledger import Json, write_text
-from vlmprune_jax.stages.score import criteria_of, score_options
+from vlmprune_jax.stages.score import criteria_of, criterion_files, score_options
 
 
 def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
@@ -38,12 +38,13 @@ def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
         settings |= affecting("score", experiment)
     needs_data = iterative and CRITERIA[experiment.score.width].needs_batches
     records = inputs.record_files(experiment.data, "train") if needs_data else {}
+    own = criterion_files(criteria.values()) if iterative else {}
     stage = context.stage(
         "prune",
         folder,
         "prune",
         settings=settings,
-        inputs=model_inputs(experiment, **scores, **records),
+        inputs=model_inputs(experiment, **scores, **records, **own),
         outputs=[folder / "plan.json", folder / "pruned"],
     )
 
@@ -110,13 +111,13 @@ def _prune_in_steps(experiment: Experiment, scores: Path, out_dir: Path) -> tupl
 
 def plan_facts(plan: PrunePlan, cfg: ModelConfig) -> Json:
     """What tables and reports tell about a plan."""
-    gone = plan.parameters_before - plan.parameters_after
+    before, after = (count_params(one, "text") for one in (cfg, plan.apply_to(cfg)))
     return {
         "method": plan.method,
         "criterion": plan.criterion,
         "ratio_asked": plan.asked,
         "ratio_reached": plan.reached,
-        "decoder_ratio": gone / count_params(cfg, "text"),
+        "decoder_ratio": (before - after) / before,
         "parameters": plan.parameters_after,
         "parameters_before": plan.parameters_before,
         "removed_layers": list(plan.removed_layers),

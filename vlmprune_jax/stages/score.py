@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ def score_options(experiment: Experiment, criterion: str) -> dict[str, Any]:
     return {k: v for k, v in {**given, **spec.options}.items() if k in CRITERIA[criterion].options}
 
 
+def criterion_files(criteria: Iterable[str]) -> dict[str, Path]:
+    """The files of users' own criteria: what these give changes with them."""
+    files = {f"criterion {name}": CRITERIA[name].file for name in criteria}
+    return {name: path for name, path in files.items() if path is not None}
+
+
 def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
     """Importances of the unpruned model -> `scores.npz` (hybrid: also `scores_width.npz`)."""
     criteria = criteria_of(experiment)
@@ -47,7 +54,11 @@ def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
         folder,
         "score",
         settings={"criteria": criteria, **settings},
-        inputs=model_inputs(experiment, **(inputs.record_files(experiment.data, "train") if needs_data else {})),
+        inputs=model_inputs(
+            experiment,
+            **(inputs.record_files(experiment.data, "train") if needs_data else {}),
+            **criterion_files(criteria.values()),
+        ),
         outputs=[folder / name for name in criteria],
         journals=[journal_path(folder / name) for name in criteria],
     )

@@ -22,6 +22,7 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.arguments import plan_options, recover_config
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import prune_runs, recover_runs
+from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import count_params, param_axes, param_shapes, unflatten
 from vlmprune_jax.prune import PrunePlan, Scores, make_plan
@@ -171,7 +172,7 @@ def _image_slots(experiment: Experiment, cfg: ModelConfig, folder: Path) -> tupl
     data, preparation = experiment.data, None
     if cfg.vision is None:
         return (0,)
-    if cfg.family == "internvl":
+    if family_of(cfg).cuts_images:
         tiling = {name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")}
         preparation = load_image_processor(
             folder, aspect_ratio=data.aspect_ratio, max_pixels=data.max_image_pixels, cache_bytes=0, tiling=tiling

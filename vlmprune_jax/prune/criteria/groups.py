@@ -12,7 +12,7 @@ import numpy as np
 
 from vlmprune_jax.checks import one_of
 from vlmprune_jax.config import LayerShape, ModelConfig
-from vlmprune_jax.models.params import param_axes
+from vlmprune_jax.models.params import layer_axes
 from vlmprune_jax.prune.criteria.criterion import Parts
 
 # Reference order of the tensors of a group; it matters for the reduction "first" only.
@@ -35,13 +35,10 @@ def coupled(cfg: ModelConfig) -> tuple[dict[str, int], dict[str, int]]:
     """
     attention: dict[str, int] = {}
     mlp: dict[str, int] = {}
-    prefix = "text/layers/0/"
-    for path, axes in param_axes(cfg).items():
-        if not path.startswith(prefix) or not path.endswith("/weight"):
-            continue
+    for name, axes in layer_axes(cfg).items():
         group = attention if {"q_heads", "kv_heads"} & set(axes) else mlp if "mlp" in axes else None
-        if group is not None:
-            group[path.removeprefix(prefix)] = axes.index("embed") - 1
+        if group is not None and name.endswith("/weight"):
+            group[name] = axes.index("embed")
 
     def ordered(group: dict[str, int]) -> dict[str, int]:
         return dict(sorted(group.items(), key=lambda item: ORDER.index(item[0].split("/")[-2])))
