@@ -8,6 +8,7 @@ import importlib
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.errors import UserError
@@ -169,3 +170,10 @@ def _numbers(value: Any) -> list[float]:
 
 def _number(limit: float) -> str:
     return "2**32" if limit == 2**32 else f"{limit:g}" if isinstance(limit, float) else str(limit)
+
+
+def file_of_users(function: Any) -> Path | None:
+    """The file of a function that is not this package's own: what it gives changes with that file."""
+    code = getattr(function, "__code__", None)
+    path = Path("" if code is None else code.co_filename)
+    return path if path.is_file() and Path(__file__).parent not in path.parents else None

@@ -69,6 +69,12 @@ def test_the_printed_term_trains(flags, tmp_path, capsys):
     capsys.readouterr()
     assert main(["recover", *flags, "--config.recover.losses.extra.jsd=0.7"]) == 2
     assert "recover.losses.extra.jsd was 0.5, now 0.7" in capsys.readouterr().err
+    assert main(["recover", *flags]) == 0
+    assert "recover: unchanged, skipped" in capsys.readouterr().out
+    with (tmp_path / "my_loss.py").open("a") as file:
+        file.write("# changed\n")
+    assert main(["recover", *flags]) == 2
+    assert "was made from other inputs (loss jsd changed)" in capsys.readouterr().err
     config = tmp_path / "experiment.py"
     config.write_text(config.read_text().replace('"jsd"', '"jsdd"'))
     assert main(["recover", *flags]) == 2

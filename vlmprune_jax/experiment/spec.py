@@ -104,14 +104,12 @@ class DataSpec:
         "for twelve tiles and a thumbnail).",
         affects=_RECORDS,
         unit="images",
-        least=1,
     )
     length_buckets: tuple[int, ...] = setting(
         (),
         "Lengths that a training batch may have, the last one `max_length`; (): always `max_length`.",
         affects=_TRAINING,
         unit="tokens",
-        least=1,
     )
     group_by: str = setting(
         "none",
