@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from vlmprune_jax.checks import suggest
-from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.config import IGNORED, ModelConfig
 from vlmprune_jax.distributed.mesh import within
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.errors import UserError
@@ -22,8 +22,6 @@ from vlmprune_jax.models.decoder import head_logits
 from vlmprune_jax.models.vlm import Model, Params, check_inputs, encode, mesh_of, to_nnx
 from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
 from vlmprune_jax.recovery.terms import BUILT_IN, LossTerm
-
-IGNORED = -100
 
 
 class LossTerms(dict[str, LossTerm]):
