@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from vlm_cases import internvl_chat_config, make_vlm_folder
 
+from vlmprune_jax.config import IGNORED
 from vlmprune_jax.data.prompts import (
-    IGNORED,
     choose_template,
     load_tokenizer,
     render,

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vlmprune_jax.config import IGNORED
 from vlmprune_jax.data.prompts import (
-    IGNORED,
     choose_template,
     load_tokenizer,
     move_images_first,

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmprune_jax.data.prompts import IGNORED, load_tokenizer, tokenize_prompt, tokenize_training
+from vlmprune_jax.config import IGNORED
+from vlmprune_jax.data.prompts import load_tokenizer, tokenize_prompt, tokenize_training
 from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.demo.easyvqa import (
     CAPTION_PROMPT,

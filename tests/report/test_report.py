@@ -284,13 +284,16 @@ def test_importance_figures_mark_what_goes(workdir):
 
 
 def test_loss_figure():
-    assert plots.loss_figure({"a": [{"step": 1, "grad_norm": 2.0}]}) is None
-    figure = plots.loss_figure({"a": [{"step": 1, "ce": 2.0}, {"step": 2, "ce": 1.0}], "b": [{"step": 1, "l2": 1.0}]})
+    titles = {"ce": "cross-entropy", "l2": "hidden states", "mine": "of my own"}
+    assert plots.loss_figure({"a": [{"step": 1, "grad_norm": 2.0}]}, titles) is None
+    one, two = [{"step": 1, "ce": 2.0}, {"step": 2, "ce": 1.0}], [{"step": 1, "mine": 1.0}]
+    figure = plots.loss_figure({"a": one, "b": two}, titles)
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
         "cross-entropy, training batches",
-        "hidden-state L2, training batches",
+        "of my own, training batches",
     ]
     np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), [2.0, 1.0])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.config import ModelConfig
-from vlmprune_jax.data.prompts import IGNORED
+from vlmprune_jax.config import IGNORED, ModelConfig
 from vlmprune_jax.errors import UserError
 
 

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlmprune_jax.config import IGNORED
 from vlmprune_jax.data.records import IMAGE_TOKEN, Record
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, template_of, templates
 from vlmprune_jax.families.templates import Template
 
-IGNORED = -100
 AUTO = "auto"
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vlmprune_jax.config import IGNORED
 from vlmprune_jax.data.cache import ArrayCache
-from vlmprune_jax.data.prompts import IGNORED
 from vlmprune_jax.data.records import Record, image_key
 from vlmprune_jax.errors import UserError
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from vlmprune_jax.distributed import failure
 from vlmprune_jax.distributed.rules import MESH_AXES
@@ -218,6 +218,6 @@ def within(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def row_ways(mesh: Mesh | None) -> int:
+def row_ways(mesh: Mesh | AbstractMesh | None) -> int:
     """Over how many ways the rows of a batch are split: data x fsdp."""
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]

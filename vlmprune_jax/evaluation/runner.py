@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.config import IGNORED, ModelConfig
 from vlmprune_jax.data.batching import GenerationBatch
 from vlmprune_jax.data.prompts import IGNORED
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.distributed.journal import Journal, continued
+from vlmprune_jax.distributed.mesh import within
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.metrics import Metric, metric_named
 from vlmprune_jax.evaluation.metrics.metric import Scores
@@ -288,7 +288,7 @@ def _windows(ids: np.ndarray, window: int, batch_size: int) -> Iterable[tuple[np
 def _negative_log_likelihood(model: Model, ids: np.ndarray, mask: np.ndarray) -> float:
     mesh = mesh_of(model.params)
     arrays = place_batch({"ids": ids, "mask": mask}, mesh)
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+    with within(mesh):
         return float(_nll(model.params, model.cfg, arrays["ids"], arrays["mask"]))
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
+from vlmprune_jax.distributed.mesh import row_ways
 from vlmprune_jax.distributed.rules import spec
 from vlmprune_jax.models.layers import SAVEABLE, saveable
 
@@ -87,7 +88,7 @@ def splash_attention(
 
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
-        rows = "batch" if batch % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
+        rows = "batch" if batch % row_ways(mesh) == 0 else None
         heads = spec((rows, "q_heads", None, None))
         specs = (heads, spec((rows, "kv_heads", None, None)), spec((rows, "kv_heads", None, None)), spec((rows, None)))
         local = jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)

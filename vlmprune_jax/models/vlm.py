@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Collection, Mapping
@@ -16,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.distributed.mesh import row_ways, within
 from vlmprune_jax.distributed.rules import constrain, sharding
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.decoder import Context, Decoder, Tap, head_logits
@@ -230,7 +230,7 @@ def forward(
     check_inputs(model.cfg, input_ids, pixel_values)
     mesh = mesh_of(model.params)
     arrays = place_batch({"ids": input_ids, "pixels": pixel_values, "mask": attention_mask}, mesh)
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+    with within(mesh):
         return _forward(model.params, model.cfg, arrays["ids"], arrays["pixels"], arrays["mask"], tuple(want))
 
 
@@ -288,7 +288,6 @@ def place_batch(arrays: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.A
         if array is None or mesh is None:
             placed[name] = None if array is None else jnp.asarray(array)
             continue
-        ways = mesh.shape["data"] * mesh.shape["fsdp"]
-        axes = ("batch",) if array.shape[0] % ways == 0 else (None,)
+        axes = ("batch",) if array.shape[0] % row_ways(mesh) == 0 else (None,)
         placed[name] = jax.device_put(array, sharding(mesh, axes + (None,) * (array.ndim - 1)))
     return placed

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from vlmprune_jax.checks import suggest
-from vlmprune_jax.config import ModelConfig
-from vlmprune_jax.data.prompts import IGNORED
+from vlmprune_jax.config import IGNORED, ModelConfig
 from vlmprune_jax.distributed.mesh import within
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.errors import UserError
@@ -71,7 +70,7 @@ class LossTerms(dict[str, LossTerm]):
             params = teacher.params
         with within(mesh_of(model.params)):
             values = _means(model.params, model.cfg, arrays, loss, taught, params, dtype, tuple(self.items()))
-        return {name: float(value) for name, value in values.items()}
+        return {name: float(values[name]) for name in (*measured(loss), "total")}
 
 
 losses = LossTerms(BUILT_IN)

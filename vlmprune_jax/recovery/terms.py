@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from vlmprune_jax.checks import one_of
+from vlmprune_jax.checks import file_of_users, one_of
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.recovery.top_k import top_k_divergence
 
@@ -37,7 +38,7 @@ class LossTerm:
     states) of terms on hidden states.
     `from_top_k` is `value` from a teacher's k likeliest tokens instead: (float32[batch, chunk, vocab] logits, int[...,
     k] ids, [..., k + 1] log-probabilities, temperature), see `top_k`; without it a cached teacher cannot serve it.
-    `reported`: it is measured even where its weight is 0.
+    `reported`: it is measured even where its weight is 0. `label` is what plots call it ("": its name).
     """
 
     value: Callable[..., jax.Array]
@@ -45,6 +46,7 @@ class LossTerm:
     counts: str
     from_top_k: Callable[[jax.Array, jax.Array, jax.Array, float], jax.Array] | None = None
     reported: bool = False
+    label: str = ""
 
     def __post_init__(self) -> None:
         for name in self.needs:
@@ -64,6 +66,11 @@ class LossTerm:
     def taught(self) -> bool:
         """Whether it needs a teacher."""
         return any(name.startswith("teacher_") for name in self.needs)
+
+    @property
+    def file(self) -> Path | None:
+        """The file of a term that is not this package's own: what it gives changes with that file."""
+        return file_of_users(self.value)
 
     @property
     def tempered(self) -> bool:
@@ -101,9 +108,11 @@ def cosine_distance(ours: jax.Array, theirs: jax.Array) -> jax.Array:
 # p = softmax(logits / T), reverse KL with the roles swapped, L2 = squared difference of hidden states. Cosine is not in
 # the reference.
 BUILT_IN = {
-    "ce": LossTerm(cross_entropy, ("logits", "targets"), "labels", reported=True),
-    "l2": LossTerm(squared_difference, HIDDEN, "features"),
-    "cosine": LossTerm(cosine_distance, HIDDEN, "tokens"),
-    "kl": LossTerm(divergence, ("teacher_log_probs", "log_probs"), "positions", from_top_k=top_k_divergence),
-    "rkl": LossTerm(divergence, ("log_probs", "teacher_log_probs"), "positions"),
+    "ce": LossTerm(cross_entropy, ("logits", "targets"), "labels", reported=True, label="cross-entropy"),
+    "l2": LossTerm(squared_difference, HIDDEN, "features", label="hidden-state L2"),
+    "cosine": LossTerm(cosine_distance, HIDDEN, "tokens", label="hidden-state cosine"),
+    "kl": LossTerm(
+        divergence, ("teacher_log_probs", "log_probs"), "positions", from_top_k=top_k_divergence, label="forward KL"
+    ),
+    "rkl": LossTerm(divergence, ("log_probs", "teacher_log_probs"), "positions", label="reverse KL"),
 }

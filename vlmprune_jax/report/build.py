@@ -13,6 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from vlmprune_jax.prune import PrunePlan, Scores
+from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.report import fit, plots
 from vlmprune_jax.report.result import main_value, read_result, shown
 
@@ -252,12 +253,13 @@ def _importance_figure(scores: Scores, plan: PrunePlan) -> Any:
 
 
 def _loss_section(workdir: Path, result: Json) -> Iterator[Json]:
-    curves = {}
+    curves, titles = {}, dict[str, str]()
     for run in result["runs"]:
+        titles |= run.get("loss_terms") or {name: name for name in LossConfig().weights()}
         path = workdir / run["metrics"] if run.get("metrics") else None
         if path is not None and path.is_file():
             curves[run["name"]] = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    figure = plots.loss_figure(curves)
+    figure = plots.loss_figure(curves, titles)
     if figure is not None:
         yield {"title": "Recovery training", "figures": [_figure(figure, "Mean over each logged batch; logarithmic.")]}
 

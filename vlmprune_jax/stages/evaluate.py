@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.checks import settings_of
-from vlmprune_jax.distributed.mesh import on_process_zero
+from vlmprune_jax.distributed.mesh import on_process_zero, row_ways
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.metrics import METRICS
 from vlmprune_jax.evaluation.runner import ask, check_answered, log_likelihoods
@@ -39,7 +39,9 @@ def evaluate_stage(experiment: Experiment, model_folder: Path, out: Path, name: 
     """{set: what is known of it} of one folder -> `eval/<name>.json`, of other sets than "questions"
     `eval/<name>.<set>.json`; the answers beside.
     """
-    model = functools.cache(lambda: load_model(experiment, model_folder))  # for the first set that needs it
+    model = functools.cache(
+        lambda: load_model(experiment.model, experiment.mesh, model_folder)
+    )  # for the first set that needs it
     return {
         key: _evaluate_set(experiment, key, of, model_folder, model, out, name, context)
         for key, of in evaluation_sets(experiment).items()
@@ -63,7 +65,7 @@ def _evaluate_set(
         out,
         f"evaluate {title}",
         settings=_settings(experiment, key, of),
-        inputs=model_inputs(experiment, model=model_folder, **_files(experiment, key, of)),
+        inputs=model_inputs(experiment.model, model=model_folder, **_files(experiment, key, of)),
         outputs=[answers],
         journals=[journal_path(path)],
     )
@@ -110,9 +112,10 @@ def _ask(
     experiment: Experiment, of: EvaluationSetSpec, model: Model, title: str, journal: Path, context: Context
 ) -> tuple[list[Json], Json]:
     """The model's answers to questions, one line each, and facts about them."""
-    mesh = mesh_of(experiment)
-    ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-    questions = inputs.arranged_questions(experiment, of, model.cfg, multiple=ways)
+    ways = row_ways(mesh_of(experiment.mesh))
+    questions = inputs.arranged_questions(
+        experiment.model, experiment.data, experiment.evaluate, of, model.cfg, multiple=ways
+    )
     check_answered(questions.records)  # the last one now, not after hours
     with context.phase(title, len(questions)) as progress:
         replies = ask(
@@ -121,7 +124,7 @@ def _ask(
             tokenizer=questions.encoder.tokenizer,
             max_new_tokens=of.max_new_tokens or 1,
             progress=progress,
-            journal=journal_of(experiment, journal, len(questions)),
+            journal=journal_of(experiment.mesh, journal, len(questions)),
         )
     lines = [
         {
@@ -149,7 +152,7 @@ def _read_text(
     window = of.text_window or 0
     total = -(-len(ids) // (window * size))
     with context.phase(title, total) as progress:
-        kept = journal_of(experiment, journal, total)
+        kept = journal_of(experiment.mesh, journal, total)
         lines = log_likelihoods(model, ids, window=window, batch_size=size, progress=progress, journal=kept)
     return list(lines), {"tokens": int(sum(line["tokens"] for line in lines))}
 
