@@ -2,34 +2,41 @@
 # A second run installs nothing and needs no network. `make test PYTHON=python3.13` picks the interpreter of a new .venv.
 PYTHON ?= python3
 PYTEST_ARGS ?=
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --durations=15
 VENV := .venv
 BIN := $(VENV)/bin
 COMPAT := .compat/transformers-4.57
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-fast check setup-demo setup-test setup-dev clean distclean
+.PHONY: help demo test test-fast check docs setup-demo setup-test setup-dev clean distclean
 
 help:
 	@echo 'make demo       install what the demo needs (no torch) and run it into runs/demo (3 to 5 minutes)'
 	@echo 'make test       install everything, run every test, quick ones first (this is what CI runs)'
 	@echo 'make test-fast  the same without the tests marked slow'
+	@echo '                WORKERS=2 processes run them; PYTEST_ARGS="-k name" goes to pytest'
 	@echo 'make check      format, lint, types, quick tests'
+	@echo 'make docs       docs/options.md from the declarations of the settings'
 	@echo 'make clean      remove caches; make distclean: .venv and .compat as well'
 
 demo: setup-demo
 	$(BIN)/vlmprune demo --workdir=runs/demo
 
 test: setup-test
-	$(BIN)/python -m pytest --durations=15 $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-fast: setup-test
-	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
 check: setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy vlmprune_jax
-	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+
+docs: setup-demo
+	$(BIN)/python -m vlmprune_jax.experiment.options > docs/options.md
 
 setup-demo: $(VENV)/demo.stamp
 setup-test: $(VENV)/test.stamp $(COMPAT)/installed.stamp

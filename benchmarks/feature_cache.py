@@ -86,7 +86,6 @@ def _flops_ratio(family: str) -> float:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODELS[family]))
         _, teacher = read_config(Path(folder))
-    assert config.lora is not None
     totals = []
     for tower in (False, True):
         taught = dataclasses.replace(teacher, tower=tower)

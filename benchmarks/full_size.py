@@ -13,7 +13,6 @@ One JSON line per step, and a last one with the ratios. Needs free disk for thre
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import shutil
@@ -104,7 +103,7 @@ def make_checkpoint(config: dict[str, Any], folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     family, cfg = read_config(folder)
     if cfg.vision is not None and cfg.family == "llava":  # its files hold the blocks above the feature layer as well
-        cfg = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, n_layers=cfg.vision.n_layers_total))
+        cfg = cfg.with_layers(cfg.vision.layers[:1] * cfg.vision.n_layers_total, "vision")
     draw = np.random.default_rng(0)
     noise = draw.integers(0, 2**16, 2**25, np.uint16) & np.uint16(0xBFFF)
     shapes = {slot.key: slot.hf_shape for slot in make_slots(cfg, family)}
@@ -123,7 +122,7 @@ def make_plans(folder: Path, work: Path) -> None:
     """depth.json and width.json for a folder."""
     from vlmprune_jax.hf.lazy import open_model
     from vlmprune_jax.models.params import count_params
-    from vlmprune_jax.prune import KeptLayer, PrunePlan, fingerprint
+    from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, fingerprint
 
     model = open_model(folder)
     shapes, draw = model.cfg.text.layers, np.random.default_rng(1)
@@ -140,7 +139,8 @@ def make_plans(folder: Path, work: Path) -> None:
     mark, before = fingerprint(model), count_params(model.cfg)
     for name, layers in (("depth", depth), ("width", width)):
         after = count_params(model.cfg.with_layers([layer.shape for layer in layers]))
-        plan = PrunePlan(mark, name, "benchmark", shapes, tuple(layers), before, after, before)
+        stacks = {"text": KeptStack(shapes, tuple(layers))}
+        plan = PrunePlan(mark, name, "benchmark", stacks, before, after, before)
         plan.to_json(work / f"{name}.json")
 
 
@@ -191,7 +191,7 @@ def commands(args: argparse.Namespace, folder: Path, work: Path) -> dict[str, li
     found |= {step: own(args, step, folder, work) for step in ("read", "load", "inspect", "depth", "width")}
     vision = "vision_config" in json.loads((folder / "config.json").read_text())
     if args.mergekit and not vision:  # mergekit slices decoders only
-        kept = json.loads((work / "depth.json").read_text())["kept_layers"]
+        kept = json.loads((work / "depth.json").read_text())["stacks"]["text"]["kept_layers"]
         starts = [i for i in range(len(kept)) if i == 0 or kept[i] != kept[i - 1] + 1]
         ends = [*starts[1:], len(kept)]
         slices = [

@@ -21,7 +21,7 @@ from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.measure import measure
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.data.templates import TEMPLATES
+from vlmprune_jax.families import templates
 
 RECORDS, BATCH, LONGEST, IMAGE = 665_298, 128, 2048, 576
 BUCKETS = (768, 1024, 1536, 2048)
@@ -78,7 +78,7 @@ def _measuring(folder: Path, texts: int) -> dict[str, float]:
         records.append(Record(str(number), tuple(turns), ()))
     encoder = Encoder(
         tokenizer=load_tokenizer(folder),
-        template=TEMPLATES["llava_v1"],
+        template=templates()["llava_v1"],
         max_length=0,
         image_loader=None,
         image_token_id=0,

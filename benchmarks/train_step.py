@@ -110,9 +110,9 @@ def ours(args: argparse.Namespace, ids: np.ndarray) -> Step:
 
     import vlmprune_jax as vp
     from vlmprune_jax.models.params import flatten
-    from vlmprune_jax.recovery.losses import LossConfig, Teacher, layer_pairs
+    from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
+    from vlmprune_jax.recovery.losses import Teacher, layer_pairs
     from vlmprune_jax.recovery.step import (
-        OptimizerConfig,
         StepConfig,
         init_state,
         learning_rates,
@@ -126,7 +126,7 @@ def ours(args: argparse.Namespace, ids: np.ndarray) -> Step:
     teacher = vp.load(args.folder, dtype=args.dtype)
     loss = LossConfig(ce=0.5, l2=0.5)
     trainable, frozen = partition(flatten(student.params), "lora")
-    rates = OptimizerConfig(LEARNING_RATE, None, 0.0, "constant", 0.0, 0.9, 0.999, 1e-8, CLIP_NORM)
+    rates = RecoverConfig(learning_rate=LEARNING_RATE, schedule="constant", warmup_ratio=0.0, clip_norm=CLIP_NORM)
     groups = assign_groups(list(trainable), "lora")
     optimizer = make_optimizer(rates, groups, 1)
     taught = Teacher(teacher.cfg, *layer_pairs(loss, student.cfg, teacher.cfg, None))

@@ -1,13 +1,16 @@
 """What every test runs under: 8 CPU devices, strict numerics, no network; and the fixtures that several topics share.
 
-The environment is set before the first `import jax`, which reads it once. Warnings are errors: pyproject.toml has the
-list of exceptions, each with its reason.
+The environment is set before the first `import jax`, which reads it once; the workers of pytest-xdist and the processes
+that tests start inherit it. Warnings are errors: pyproject.toml has the list of exceptions, each with its reason.
 """
 
 import os
+import tempfile
 
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "PYTHONWARNINGS": "ignore:Error reading persistent compilation cache entry:UserWarning",  # pyproject.toml says why
     "HF_HUB_OFFLINE": "1",  # a test that needs a hub is a defect: fail at once instead of timing out
     "TRANSFORMERS_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",  # its thread pool warns when a test starts a subprocess by fork
@@ -15,28 +18,69 @@ _ENVIRONMENT = {
 }
 _XLA_FLAGS = (
     "--xla_force_host_platform_device_count=8",
+    # Most of a test's time is compiling what runs for milliseconds. XLA's own passes run as always; LLVM's do not.
+    "--xla_backend_optimization_level=0",
     # Eight device threads on two busy cores can wait long for each other; XLA's 40 s limit would end the process.
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
 )
-os.environ.update(_ENVIRONMENT)
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_XLA_FLAGS]).strip()
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _SHARED = tempfile.TemporaryDirectory(prefix="vlmprune-tests-")
+    os.environ.update(_ENVIRONMENT, VLMPRUNE_TESTS_SHARED=_SHARED.name)
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_XLA_FLAGS]).strip()
+    # Equal programs compile once in a session; set, it keeps them for the next one.
+    _CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR", f"{_SHARED.name}/jax")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.abspath(_CACHE)  # some tests start processes in other folders
 
-from collections.abc import Iterator  # noqa: E402
+import itertools  # noqa: E402
+from collections.abc import Iterator, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
-from torch_compat import TorchWorkers  # noqa: E402
+from torch_compat import TorchOutputs, TorchServers  # noqa: E402
+from xdist.remote import Producer  # noqa: E402
+from xdist.scheduler import LoadScopeScheduling  # noqa: E402
+from xdist.workermanage import WorkerController  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Start, once a session, what its workers share."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        config.add_cleanup(_SHARED.cleanup)
+        config.add_cleanup(TorchServers(Path(__file__).parents[1], Path(_SHARED.name)).close)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run tests marked `slow` last, so that one run reports the quick ones first."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+class _FilesInOrder(LoadScopeScheduling):
+    """Hands out consecutive tests of one file together, in the order of collection.
+
+    So what the tests of a module share is made once, its quick tests come with the other quick ones, and a module's
+    tests see the same order and the same fixtures as in one process.
+    """
+
+    def add_node_collection(self, node: WorkerController, collection: Sequence[str]) -> None:
+        super().add_node_collection(node, collection)
+        runs = itertools.groupby(collection, key=lambda nodeid: nodeid.split("::")[0])
+        self._scopes = {nodeid: f"{number} {file}" for number, (file, run) in enumerate(runs) for nodeid in run}
+
+    def _split_scope(self, nodeid: str) -> str:
+        return self._scopes[nodeid]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """`pytest -n 2` schedules so, whatever --dist says."""
+    config.option.loadscopereorder = False
+    return _FilesInOrder(config, log)
 
 
 @pytest.fixture(autouse=True)
@@ -64,8 +108,8 @@ def goldens() -> Path:
 def torch_outputs():
     """Callable (folder, inputs, *, class_name, version, ...) -> numpy outputs of stock transformers on torch.
 
-    See torch_compat.TorchWorkers.__call__. One process per transformers version lives as long as the session.
+    See torch_compat.TorchOutputs.__call__. One process per transformers version serves the whole session.
     """
-    workers = TorchWorkers(Path(__file__).parents[1])
-    yield workers
-    workers.close()
+    outputs = TorchOutputs(Path(os.environ["VLMPRUNE_TESTS_SHARED"]))
+    yield outputs
+    outputs.close()

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 import warnings
@@ -9,12 +10,14 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from vlmprune_jax.families import FAMILIES, rope, templates, towers
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "vlmprune_jax"
 # One way: a unit imports from its own line and the lines above it. Modules never form a cycle, and neither do units,
 # but for the top line, where a command runs the demo and the demo's experiment is a config file like any other.
 ORDER = (
-    ("errors", "checks", "config"),
+    ("errors", "checks", "readers", "config"),
     ("families",),
     ("models", "data", "distributed"),
     ("hf",),
@@ -27,7 +30,7 @@ ORDER = (
     ("cli", "demo", "__main__"),
 )
 RANK = {unit: rank for rank, line in enumerate(ORDER) for unit in line}
-WITHOUT_JAX = ("errors", "checks", "config", "families")
+WITHOUT_JAX = ("errors", "checks", "readers", "config", "families")
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 CLI_PLUMBING = {"__init__", "main", "flags", "config_files", "workdir"}  # every other file of cli/ is one command
 SHIPPED_TORCH = PACKAGE / "hf" / "remote"  # PyTorch files that exports carry; only the check of one imports them
@@ -120,6 +123,55 @@ def test_foundations_do_without_jax():
     wrong = [where(path, node) for path in files for name, node in imports(path) if name.split(".")[0] in banned]
     assert files
     assert not wrong, wrong
+
+
+def plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def names_of_families() -> set[str]:
+    """Families, model types, decoders, towers, prompt formats, classes and image processors, in small letters."""
+    found = {*templates(), *towers.KINDS, *towers.TYPES}
+    for family in FAMILIES.values():
+        found |= {family.name, *family.model_types, *family.image_processors}
+        found |= {family.stock.name} if family.stock is not None else set()
+    return {plain(name) for name in found}
+
+
+def documentation(tree: ast.Module) -> set[int]:
+    """Strings that are statements: docstrings."""
+    return {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+
+
+def family_facts(path: Path, tree: ast.Module, names: set[str]) -> Iterator[str]:
+    """Every literal that is a family's name, or a longer word with one of five letters or more in it."""
+    inside, docs = re.compile("|".join(sorted(name for name in names if len(name) > 4))), documentation(tree)
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        docs |= {id(keyword.value) for keyword in call.keywords if keyword.arg == "mode"}  # jnp.take(mode="clip")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            word = plain(node.value)
+            if (
+                not re.search(r"\s", node.value)
+                and node.value not in rope.KINDS
+                and (word in names or inside.search(word))
+            ):
+                yield f"{where(path, node)}: {node.value!r}"
+
+
+def test_family_facts_live_in_families():
+    """Whatever is said of a family by name is said in its file; the demo makes a folder of one family."""
+    names, wrong = names_of_families(), []
+    assert {"llava", "internvlchat", "phi3", "mistralforcausallm", "hermes2", "siglip", "gotocr2"} <= names
+    for path in python_files("vlmprune_jax"):
+        if unit_of(path) not in ("families", "demo"):
+            wrong += family_facts(path, parsed(path), names)
+    assert not wrong, "\n".join(wrong)
+
+
+def test_family_facts_are_noticed():
+    source = """if cfg.family == "llava" or kind == 'clip': x = {"phi": 1, "LlavaProcessor": 2}[f"{a}internvl_chat"]"""
+    assert len(list(family_facts(ROOT / "x.py", ast.parse(source), names_of_families()))) == 5
 
 
 def test_torch_is_imported_only_inside_functions_of_hf():

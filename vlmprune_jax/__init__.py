@@ -17,38 +17,61 @@ from typing import TYPE_CHECKING, Any
 
 from vlmprune_jax.errors import UserError
 
+# At once, since the folder of that name would otherwise stand in its place as soon as something imports it; no jax.
+from vlmprune_jax.families import FAMILIES as families
+from vlmprune_jax.families import Family
+
 if TYPE_CHECKING:
     from vlmprune_jax.config import ModelConfig
+    from vlmprune_jax.evaluation.metrics import METRICS as metrics
+    from vlmprune_jax.evaluation.metrics import Metric
     from vlmprune_jax.evaluation.runner import evaluate, perplexity
     from vlmprune_jax.hf.export.write import save
     from vlmprune_jax.hf.read import load
     from vlmprune_jax.models.generate import generate
     from vlmprune_jax.models.vlm import Model, forward, to_nnx
-    from vlmprune_jax.prune import PrunePlan, Scores, apply_plan, make_plan, prune_folder, score
-    from vlmprune_jax.recovery import RecoverConfig, recover
+    from vlmprune_jax.prune import Criterion, PrunePlan, Scores, apply_plan, make_plan, prune_folder, score
+    from vlmprune_jax.prune.criteria import CRITERIA as criteria
+    from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
+    from vlmprune_jax.recovery.loop import recover
+    from vlmprune_jax.recovery.losses import losses
+    from vlmprune_jax.recovery.terms import LossTerm
 
-# Public name -> module. They load at first use: `import vlmprune_jax` takes milliseconds, jax comes with a call.
+# Public name -> module, and ":name there" where that differs. They load at first use: `import vlmprune_jax` takes
+# milliseconds, jax comes with a call.
 _HOMES = {
+    "Criterion": "prune",
+    "LossConfig": "recovery.config",
+    "LossTerm": "recovery.terms",
+    "Metric": "evaluation.metrics",
     "Model": "models.vlm",
     "ModelConfig": "config",
     "PrunePlan": "prune",
-    "RecoverConfig": "recovery",
+    "RecoverConfig": "recovery.config",
     "Scores": "prune",
     "apply_plan": "prune",
+    "criteria": "prune.criteria:CRITERIA",
     "evaluate": "evaluation.runner",
     "forward": "models.vlm",
     "generate": "models.generate",
     "load": "hf.read",
+    "losses": "recovery.losses",
     "make_plan": "prune",
+    "metrics": "evaluation.metrics:METRICS",
     "perplexity": "evaluation.runner",
     "prune_folder": "prune",
-    "recover": "recovery",
+    "recover": "recovery.loop",
     "save": "hf.export.write",
     "score": "prune",
     "to_nnx": "models.vlm",
 }
 
 __all__ = [
+    "Criterion",
+    "Family",
+    "LossConfig",
+    "LossTerm",
+    "Metric",
     "Model",
     "ModelConfig",
     "PrunePlan",
@@ -56,11 +79,15 @@ __all__ = [
     "Scores",
     "UserError",
     "apply_plan",
+    "criteria",
     "evaluate",
+    "families",
     "forward",
     "generate",
     "load",
+    "losses",
     "make_plan",
+    "metrics",
     "perplexity",
     "prune_folder",
     "recover",
@@ -73,7 +100,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'vlmprune_jax' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"vlmprune_jax.{_HOMES[name]}"), name)
+    module, _, there = _HOMES[name].partition(":")
+    value = getattr(importlib.import_module(f"vlmprune_jax.{module}"), there or name)
     globals()[name] = value
     return value
 

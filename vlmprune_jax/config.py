@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
+from vlmprune_jax.checks import check_settings, setting
 from vlmprune_jax.errors import UserError
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Widths of one decoder layer: query heads, key/value heads and MLP neurons.
+    """Widths of one layer of a stack: query heads, key/value heads and MLP neurons.
 
     `window` is the layer's own sliding attention window in tokens, None if it sees everything before it. It is no
     width: pruning never changes it, and plans do not record it.
@@ -26,7 +27,7 @@ class LayerShape:
 
     def __post_init__(self) -> None:
         if min(self.q_heads, self.kv_heads, self.mlp) < 1:
-            raise UserError(f"{self}: every width of a decoder layer must be at least 1")
+            raise UserError(f"{self}: every width of a layer must be at least 1")
         if self.q_heads % self.kv_heads:
             raise UserError(f"{self}: q_heads must be a multiple of kv_heads (grouped-query attention)")
         if self.window is not None and self.window < 1:
@@ -60,22 +61,44 @@ class RopeConfig:
     long_factors: tuple[float, ...] = ()
 
 
+# The decoder, and the tower of a model that sees images: names of the fields of a `ModelConfig` and of its params.
+STACKS = ("text", "vision")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers that share one residual stream of `hidden_size`, one shape each, in order; heads are of `head_dim`.
+
+    Models and plans have them by name, see `STACKS`.
+    """
+
+    hidden_size: int
+    head_dim: int
+    layers: tuple[LayerShape, ...]
+
+    @property
+    def even(self) -> bool:
+        """Whether all layers have the same widths, as stock transformers wants them."""
+        return len({shape.widths for shape in self.layers}) <= 1
+
+    def with_layers(self, layers: Sequence[LayerShape]) -> Self:
+        """The same stack with other layers."""
+        return dataclasses.replace(self, layers=tuple(layers))
+
+
 _CHOICES = {"block": ("sequential", "parallel"), "norm": ("rms", "layer"), "mlp_kind": ("gated", "plain")}
 
 
 @dataclass(frozen=True)
-class TextConfig:
-    """A pre-norm decoder. `layers` holds one shape per decoder layer, in order.
+class TextConfig(Stack):
+    """A pre-norm decoder.
 
     `rotary_dim` channels of every head are rotated (its first ones). `block` is "sequential", or "parallel" for Phi's
     x + attention(norm x) + mlp(norm x) with one norm; `norm` is "rms" or "layer"; `mlp_kind` is "gated" or "plain" (two
-    projections); `qk_norm` is Qwen3's norm of every query and key head. `decoder` names the weight table in files.
+    projections); `qk_norm` is Qwen3's norm of every query and key head. `decoder` is the `model_type` in files.
     """
 
     vocab_size: int
-    hidden_size: int
-    head_dim: int
-    layers: tuple[LayerShape, ...]
     norm_eps: float
     activation: str
     rope: RopeConfig
@@ -90,7 +113,7 @@ class TextConfig:
     block: str = "sequential"
     norm: str = "rms"
     mlp_kind: str = "gated"
-    decoder: str = "llama"
+    decoder: str = dataclasses.field(kw_only=True)
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -111,41 +134,33 @@ class TextConfig:
                     "short_factor and long_factor need one per pair of rotated channels"
                 )
 
-    @property
-    def even(self) -> bool:
-        """Whether all layers have the same widths, as stock transformers wants them."""
-        return len({shape.widths for shape in self.layers}) == 1
-
 
 @dataclass(frozen=True)
-class VisionConfig:
-    """A vision transformer; `n_layers` counts the blocks that are computed, `n_layers_total` those of the checkpoint.
+class VisionConfig(Stack):
+    """A vision transformer; its `layers` are the blocks that are computed, up to the feature layer.
 
-    `kind` is "clip", "siglip" or "internvit"; the fields after it say how the towers differ. `position_size` is the
-    image size that the position table is for (0: `image_size`); only "internvit" resizes its table to other images.
+    `n_layers_total` counts the blocks of the checkpoint: those above the feature layer are neither loaded nor run.
+    `kind` names its weight table in files (families/towers.py); the fields after it say how the towers differ.
+    `position_size` is the image size that the position table is for (0: `image_size`); a tower that `resizes` fits its
+    table to other images.
     """
 
-    hidden_size: int
-    mlp: int
-    heads: int
-    n_layers: int
     n_layers_total: int
     image_size: int
     patch_size: int
     channels: int
     norm_eps: float
     activation: str
-    kind: str = "clip"
+    kind: str = dataclasses.field(kw_only=True)
     class_token: bool = True
     patch_bias: bool = False
     pre_norm: bool = True
     layer_scale: bool = False
     qkv_bias: bool = True
     position_size: int = 0
+    resizes: bool = False
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.heads:
-            raise UserError(f"vision tower: hidden_size {self.hidden_size} is not a multiple of its {self.heads} heads")
         if self.image_size < self.patch_size:
             raise UserError(f"vision tower: image_size {self.image_size} is below patch_size {self.patch_size}")
 
@@ -163,6 +178,16 @@ class VisionConfig:
     def n_patches(self) -> int:
         """Patches per image, without the class token."""
         return self.grid**2
+
+    @property
+    def whole_heads(self) -> bool:
+        """Whether the heads of every layer make up the width, from which classes in PyTorch take the size of one."""
+        return all(shape.q_heads * self.head_dim == self.hidden_size for shape in self.layers)
+
+    def with_layers(self, layers: Sequence[LayerShape]) -> Self:
+        """The same tower with other layers; it then ends with the feature layer, since no block above it fits them."""
+        layers = tuple(layers)
+        return self if layers == self.layers else dataclasses.replace(self, layers=layers, n_layers_total=len(layers))
 
 
 @dataclass(frozen=True)
@@ -189,18 +214,18 @@ class ProjectorConfig:
 class LoraConfig:
     """Low-rank adapters on decoder projections (Hu et al. 2021): y += alpha/rank * B A dropout(x).
 
-    `targets` are names of projections, as `q_proj`; none means all that the decoder has.
+    Used where `recover.trainable` trains adapters.
     """
 
-    rank: int
-    alpha: float
-    dropout: float
-    targets: tuple[str, ...]
+    rank: int = setting(128, "Rank of the two factors.", affects=("recover",), least=1)
+    alpha: float = setting(256.0, "The adapter is scaled by alpha / rank.", affects=("recover",), above=0)
+    dropout: float = setting(0.05, "Of the adapter's input, in training.", affects=("recover",), least=0, below=1)
+    targets: tuple[str, ...] = setting(
+        (), "Projections with adapters, as `q_proj`; none means all that the decoder has.", affects=("recover",)
+    )
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or not 0.0 < self.alpha < math.inf or not 0.0 <= self.dropout < 1.0:
-            given = f"{self.rank}, {self.alpha} and {self.dropout}"
-            raise UserError(f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1, got {given}")
+        check_settings("recover.lora", self)
 
 
 @dataclass(frozen=True)
@@ -248,9 +273,27 @@ class ModelConfig:
             return 0, 0
         return self.tokens_per_image, self.vision.hidden_size * self.projector.downsample**2
 
-    def with_layers(self, layers: Sequence[LayerShape]) -> ModelConfig:
-        """The same model with other decoder layers."""
-        return dataclasses.replace(self, text=dataclasses.replace(self.text, layers=tuple(layers)))
+    @property
+    def stacks(self) -> dict[str, Stack]:
+        """The stacks of layers that the model has weights of, by name."""
+        tower: dict[str, Stack] = {} if self.vision is None or not self.tower else {"vision": self.vision}
+        return {"text": self.text, **tower}
+
+    def stack(self, name: str) -> Stack:
+        """The stack of this name.
+
+        Raises:
+          UserError: the model has none.
+        """
+        found: Stack | None = getattr(self, name) if name in STACKS else None
+        if found is None:
+            raise UserError(f"this model has no stack of layers {name!r} (it has {', '.join(self.stacks)})")
+        return found
+
+    def with_layers(self, layers: Sequence[LayerShape], stack: str = "text") -> ModelConfig:
+        """The same model with other layers of a stack."""
+        changes: dict[str, Any] = {stack: self.stack(stack).with_layers(layers)}
+        return dataclasses.replace(self, **changes)
 
 
 def runs(layers: Sequence[LayerShape]) -> tuple[tuple[int, int, LayerShape], ...]:

@@ -16,7 +16,7 @@ from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.layout import make_slots
 from vlmprune_jax.models.params import count_params, flatten
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.prune import KeptLayer, PrunePlan, apply_plan, fingerprint
+from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, apply_plan, fingerprint
 
 # Every hyper-parameter differs from its default.
 LLAMA = {
@@ -127,19 +127,19 @@ def assert_same_tensors(first: Path, second: Path) -> None:
     assert set(a) == set(b)
     for key in a:
         assert (a.entries[key].dtype, a.entries[key].shape) == (b.entries[key].dtype, b.entries[key].shape), key
-        assert a.raw(key).tobytes() == b.raw(key).tobytes(), key
+        assert a.entries[key].raw().tobytes() == b.entries[key].raw().tobytes(), key
 
 
-def prune(model: Model, layers: Sequence[KeptLayer]) -> tuple[Model, PrunePlan]:
-    """The model with these layers, and the plan that says so."""
+def prune(model: Model, layers: Sequence[KeptLayer], stack: str = "text") -> tuple[Model, PrunePlan]:
+    """The model with these layers of a stack, and the plan that says so."""
     cfg = model.cfg
-    after = cfg.with_layers([layer.shape for layer in layers])
+    after = cfg.with_layers([layer.shape for layer in layers], stack)
+    kept = KeptStack(cfg.stack(stack).layers, tuple(layers))
     plan = PrunePlan(
         fingerprint=fingerprint(model),
         method="hybrid",
         criterion="by hand",
-        layers_before=cfg.text.layers,
-        layers=tuple(layers),
+        stacks={"text": KeptStack.whole(cfg.text.layers), stack: kept},
         parameters_before=count_params(cfg),
         parameters_after=count_params(after),
         parameters_total=count_params(cfg),
@@ -215,3 +215,15 @@ def assert_equal(first, second):
     for path in a:
         assert a[path].dtype == b[path].dtype, path
         np.testing.assert_array_equal(np.asarray(a[path]), np.asarray(b[path]), err_msg=path)
+
+
+def transformers_5(key):
+    """In-memory names of transformers >= 4.52, without the vision_model segment that version 5 dropped."""
+    key = key.replace("vision_tower.vision_model.", "vision_tower.")
+    if key == "language_model.lm_head.weight":
+        return "lm_head.weight"
+    return "model." + key.replace("language_model.model.", "language_model.")
+
+
+def transformers_4_52(key):
+    return "lm_head.weight" if "lm_head" in key else "model." + key.replace("language_model.model.", "language_model.")

@@ -37,6 +37,7 @@ def text_config(layers: tuple[LayerShape, ...], **changes) -> TextConfig:
         "out_bias": True,
         "mlp_bias": True,
         "max_positions": 50,
+        "decoder": "llama",
     }
     return TextConfig(**{**values, **changes})
 
@@ -46,7 +47,7 @@ def config(layers: tuple[LayerShape, ...] = EQUAL, *, vision: bool = False, **ch
     text = text_config(layers, **changes)
     if not vision:
         return ModelConfig(family="llama", layout="transformers", text=text)
-    tower = VisionConfig(8, 10, 2, 2, 3, 6, 3, 3, 2e-4, "gelu")
+    tower = VisionConfig(8, 4, (LayerShape(2, 2, 10),) * 2, 3, 6, 3, 3, 2e-4, "gelu", kind="clip")
     projector = ProjectorConfig("relu", True)
     return ModelConfig("llava", "transformers", text, vision=tower, projector=projector, image_token_id=61)
 
@@ -125,8 +126,9 @@ def llava_7b() -> ModelConfig:
         out_bias=False,
         mlp_bias=False,
         max_positions=4096,
+        decoder="llama",
     )
-    vision = VisionConfig(1024, 4096, 16, 23, 24, 336, 14, 3, 1e-5, "quick_gelu")
+    vision = VisionConfig(1024, 64, (LayerShape(16, 16, 4096),) * 23, 24, 336, 14, 3, 1e-5, "quick_gelu", kind="clip")
     return ModelConfig("llava", "original", text, vision, ProjectorConfig("gelu", True), image_token_id=-200)
 
 

@@ -21,7 +21,7 @@ from vlmprune_jax.config import (
 from vlmprune_jax.data.batching import Batch
 from vlmprune_jax.models.params import flatten, init_params
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.recovery import RecoverConfig
+from vlmprune_jax.recovery.config import RecoverConfig
 
 IMAGE = 62
 LORA = LoraConfig(rank=4, alpha=6.0, dropout=0.0, targets=("q_proj", "o_proj", "down_proj"))
@@ -30,12 +30,13 @@ LORA = LoraConfig(rank=4, alpha=6.0, dropout=0.0, targets=("q_proj", "o_proj", "
 def config(*, vision: bool = True, layers: int = 2, **changes: Any) -> ModelConfig:
     """A LLaVA with one wide and `layers` - 1 narrow layers (sizes that 8 devices divide), or its decoder alone."""
     shapes = (LayerShape(4, 2, 24),) + (LayerShape(2, 2, 16),) * (layers - 1)
-    values = {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "tie_embeddings": False, **changes}
+    biases = dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True)
+    values = biases | {"tie_embeddings": False, "decoder": "llama", **changes}
     rope = RopeConfig(theta=700.0, kind="linear", factor=1.5)
-    text = TextConfig(64, 16, 6, shapes, 3e-4, "gelu_new", rope, rotary_dim=6, max_positions=50, **values)
+    text = TextConfig(16, 6, shapes, 64, 3e-4, "gelu_new", rope, rotary_dim=6, max_positions=50, **values)
     if not vision:
         return ModelConfig("llama", "transformers", text)
-    tower = VisionConfig(8, 16, 2, 2, 3, 6, 3, 3, 2e-4, "gelu")
+    tower = VisionConfig(8, 4, (LayerShape(2, 2, 16),) * 2, 3, 6, 3, 3, 2e-4, "gelu", kind="clip")
     return ModelConfig("llava", "transformers", text, tower, ProjectorConfig("relu", True), image_token_id=IMAGE)
 
 

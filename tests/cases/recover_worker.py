@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import recover_cases as cases
 
 from vlmprune_jax.models.params import flatten
-from vlmprune_jax.recovery import recover
+from vlmprune_jax.recovery.loop import recover
 
 STEPS = 40
 CFG = cases.config(vision=False)

@@ -14,7 +14,7 @@ from vlmprune_jax.cli.config_files import experiment_config, read_experiment, to
 from vlmprune_jax.cli.main import COMMANDS, main
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.arguments import plan_options, recover_config
-from vlmprune_jax.experiment.recipes import RECIPES
+from vlmprune_jax.experiment.recipes import recipe, recipes
 from vlmprune_jax.experiment.spec import Experiment, PruneSpec, RecoverSpec, override
 
 
@@ -55,7 +55,7 @@ def test_every_command_has_help(capsys, name):
     out = capsys.readouterr().out
     assert out.startswith(f"vlmprune {name}")
     assert "--debug" in out
-    assert {"inspect": "HF_DIR", "tfds": "--out"}.get(name, "--workdir") in out
+    assert {"inspect": "HF_DIR", "tfds": "--out", "help": "SETTING"}.get(name, "--workdir") in out
 
 
 def test_module_runs_and_help_does_not_load_jax():
@@ -109,11 +109,23 @@ def config_file(tmp_path):
         (["--config={file}", "--workdir={file}"], "is a file, give a folder"),
         (["--config={file}", "--workdir={dir}/w"], "model.hf_dir is not set"),
         (["--config={file}", "--workdir={dir}/w", "--config.model.hf_dir=/no/where"], "/no/where: no such folder"),
-        (["--config={file}", "--workdir={dir}/w", "--config.data.source=web"], "data.source='web' is not one of"),
+        (["--config={file}", "--workdir={dir}/w", "--config.data.source=web"], "data.source 'web' is not one of"),
         (["--config={file}", "--workdir={dir}/w", "--config.model.hf_dir={dir}"], "data.eval is not set"),
         (
             ["--config={file}", "--workdir={dir}/w", "--config.export.layout=hf"],
             "export.layout 'hf' is not one of source",
+        ),
+        (
+            ["--config={file}", "--workdir={dir}/w", "--config.score.depth=taylor"],
+            "score.depth='taylor' scores widths, not layers: use block_influence or angular or random",
+        ),
+        (
+            ["--config={file}", "--workdir={dir}/w", "--config.score.width=block_influence"],
+            "score.width='block_influence' scores layers, not widths: use taylor or l1 or l2 or random",
+        ),
+        (
+            ["--config={file}", "--workdir={dir}/w", "--config.prune.steps=2"],
+            "prune.steps=2 is for prune.method='width': depth and hybrid prune in one step",
         ),
         (["--config={file}", "--workdir={dir}/w", "--config.prune.method=widht"], "did you mean 'width'?"),
         (["--config={file}", "--workdir={dir}/w", "--config.recover.remat=ful"], "did you mean 'full'?"),
@@ -195,7 +207,7 @@ def test_a_dictionary_changes_a_section_of_a_config():
     config["mesh"] = {"fsdp": 8}
     config.data = experiment_config().data
     changes = {"recover": {"losses": {"kl": 0.5}, "lora": {"rank": 4}, "epochs": 2.0}, "mesh": {"fsdp": 8}}
-    expected = override(override(Experiment(), {"recover": RECIPES["llava"]["recover"]}), changes)
+    expected = override(override(Experiment(), {"recover": recipe("llava")["recover"]}), changes)
     assert override(Experiment(), config.lock().to_dict()) == expected
     for name in ("one", "two"):
         config.recover_variants = {name: {"recover": {"epochs": 1.0}}}
@@ -206,13 +218,13 @@ def test_a_dictionary_changes_a_section_of_a_config():
         override(Experiment(), config.to_dict())
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", recipes())
 def test_recipes_are_where_a_config_starts(name):
     """Every setting is written out, so that it is recorded, and what is set afterwards wins."""
     config = experiment_config(recipe=name)
     config.recover.learning_rate = 3e-3
     experiment = override(Experiment(), config.to_dict())
-    assert experiment == override(override(Experiment(), RECIPES[name]), {"recover": {"learning_rate": 3e-3}})
+    assert experiment == override(override(Experiment(), recipe(name)), {"recover": {"learning_rate": 3e-3}})
     built = recover_config(experiment.recover)
     assert built.learning_rate == 3e-3
     facts = (built.lora.rank, built.lora.alpha, built.weight_decay, built.projector_learning_rate)
@@ -263,8 +275,8 @@ def test_wrong_settings(values, message):
 def test_settings_reach_the_library():
     spec = override(RecoverSpec(), {"steps": 7, "losses": {"l2": 0.5, "l2_layers": [-1, 2]}, "learning_rate": 1})
     built = recover_config(spec)
-    assert (built.steps, built.epochs, built.losses.l2_layers, built.lora.rank) == (7, None, (-1, 2), 128)
-    assert recover_config(dataclasses.replace(spec, trainable="projector")).lora is None
+    assert (built.steps, built.num_steps(1000), built.losses.l2_layers, built.adapters.rank) == (7, 7, (-1, 2), 128)
+    assert recover_config(dataclasses.replace(spec, trainable="projector")).adapters is None
     cached = override(RecoverSpec(), {"steps": 7, "losses": {"ce": 1.0, "l2": 0.0}, "teacher_cache": "somewhere"})
     assert recover_config(cached).losses.teacher_top_k == 0  # of use to other variants of the experiment
     assert plan_options(PruneSpec(ratio=0.3)) == {}

@@ -13,8 +13,8 @@ from vlmprune_jax.data.images import augment_flip_shift, load_image_processor
 from vlmprune_jax.data.measure import measure
 from vlmprune_jax.data.prompts import IGNORE, load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
-from vlmprune_jax.data.templates import TEMPLATES
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.families import templates
 
 TRAIN: dict[str, Any] = {
     "batch_size": 4,
@@ -44,7 +44,7 @@ def encoder(goldens: Path) -> Encoder:
     images = load_image_processor(goldens / "ckpt/clip_tower", aspect_ratio="pad", max_pixels=10**6, cache_bytes=10**6)
     return Encoder(
         tokenizer=load_tokenizer(goldens / "tokenizers/llava"),
-        template=TEMPLATES["llava_v1"],
+        template=templates()["llava_v1"],
         max_length=220,
         image_loader=images,
         image_token_id=-200,
@@ -95,8 +95,9 @@ def test_generation_rows(samples: list[Record], encoder: Encoder) -> None:
     batches = list(generation_batches(samples, encoder, **GENERATE))
     assert [batch.valid.tolist() for batch in batches] == [[True] * 4, [True, True, True, False]]
     assert ids(batches) == [*(record.id for record in samples), ""]
-    assert batches[0].references == ("The car is red.", "Small", "A lamp is a light.", "It is 10:45.")
-    assert batches[1].references[3] == ""
+    assert [record.id for record in batches[0].records] == list(batches[0].record_ids)
+    references = [record.references for record in batches[0].records]
+    assert references == [("The car is red.",), ("Small",), ("A lamp is a light.",), ("It is 10:45.",)]
     end = encoder.tokenizer("ASSISTANT:")["input_ids"][-3:]
     for batch in batches:
         assert set(batch.arrays) == {"input_ids", "attention_mask", "pixel_values"}

@@ -11,10 +11,17 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from vlm_cases import internvl_chat_config, make_vlm_folder
 
-from vlmprune_jax.data.prompts import IGNORE, load_tokenizer, render, tokenize_prompt, tokenize_training
+from vlmprune_jax.data.prompts import (
+    IGNORE,
+    choose_template,
+    load_tokenizer,
+    render,
+    tokenize_prompt,
+    tokenize_training,
+)
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.data.templates import TEMPLATES, choose_template
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.families import FAMILIES, templates
 from vlmprune_jax.hf.export.processor import chat_template
 from vlmprune_jax.hf.export.write import save
 from vlmprune_jax.hf.read import load
@@ -49,7 +56,7 @@ def tokenizer(folder: Path) -> Any:
 
 def options(tokenizer: Any, name: str) -> dict[str, Any]:
     image = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
-    return {"tokenizer": tokenizer, "template": TEMPLATES[name], "image_token_id": image, "tokens_per_image": 3}
+    return {"tokenizer": tokenizer, "template": templates()[name], "image_token_id": image, "tokens_per_image": 3}
 
 
 @pytest.mark.parametrize("image", [False, True])
@@ -58,7 +65,7 @@ def test_ids_equal_the_chat_template(tokenizer: Any, name: str, image: bool) -> 
     turns = (("human", "<image>\nWhat is it?" if image else "What?"), ("gpt", "A dog."), ("human", "Sure?"))
     record = Record("r", (*turns, ("gpt", "Yes.\n\nVery.")), IMAGE if image else ())
     roles = {"human": "user", "gpt": "assistant"}
-    chat = [{"role": "system", "content": TEMPLATES[name].system}]
+    chat = [{"role": "system", "content": templates()[name].system}]
     for speaker, text in record.turns:
         text = text.replace("<image>", "<img>" + "<IMG_CONTEXT>" * 6 + "</img>")  # two tiles of three positions
         chat.append({"role": roles[speaker], "content": text})
@@ -79,15 +86,15 @@ def test_the_template_that_an_export_ships(tokenizer: Any, name: str) -> None:
     content = [{"type": "image"}, {"type": "text", "text": "What?"}]
     chat = [{"role": "user", "content": content}, {"role": "assistant", "content": "A dog."}]
     chat.append({"role": "user", "content": "Sure?"})
-    jinja = chat_template(TEMPLATES[name], "<IMG_CONTEXT>\n")
+    jinja = chat_template(templates()[name], "<IMG_CONTEXT>\n")
     made = tokenizer.apply_chat_template(chat, chat_template=jinja, tokenize=False, add_generation_prompt=True)
-    text = render(turns, TEMPLATES[name], has_image=True, generation=True)
+    text = render(turns, templates()[name], has_image=True, generation=True)
     assert made == text.replace("<image>", "<IMG_CONTEXT>")
 
 
 def hermes_labels(record: Record, tokenizer: Any) -> list[int]:
     """InternVL's `preprocess_mpt` by its counting rule, written anew from its description."""
-    prompt = render(record.turns, TEMPLATES["Hermes-2"], has_image=bool(record.images))
+    prompt = render(record.turns, templates()["Hermes-2"], has_image=bool(record.images))
     prompt = prompt.replace("<image>", "<img>" + "<IMG_CONTEXT>" * 3 + "</img>", len(record.images))
     labels, end, role = np.array(tokenizer(prompt)["input_ids"]), "<|im_end|>", "<|im_end|><|im_start|>assistant\n"
     real = int((labels != tokenizer.pad_token_id).sum())
@@ -105,7 +112,7 @@ def hermes_labels(record: Record, tokenizer: Any) -> list[int]:
 
 def internvl2_5_labels(record: Record, tokenizer: Any) -> list[int]:
     """InternVL's `preprocess_internvl2_5`: turn by turn, all of an answer but its role and the last line break."""
-    template, image = TEMPLATES["internvl2_5"], "<img>" + "<IMG_CONTEXT>" * 3 + "</img>"
+    template, image = templates()["internvl2_5"], "<img>" + "<IMG_CONTEXT>" * 3 + "</img>"
     labels = [IGNORE] * len(tokenizer(f"<|im_start|>system\n{template.system}<|im_end|>\n")["input_ids"])
     for number, (speaker, text) in enumerate(record.turns):
         if record.images and number == 0:
@@ -155,9 +162,12 @@ def test_labels_equal_the_references_rules(tokenizer: Any, rounds: list[tuple[st
 
 def test_the_template_that_config_json_names(tokenizer: Any) -> None:
     for name in NAMES:
-        assert choose_template("auto", "internvl", tokenizer, config={"template": name}, has_vision=True).name == name
+        assert (
+            choose_template("auto", FAMILIES["internvl"], tokenizer, config={"template": name}, has_vision=True).name
+            == name
+        )
     with pytest.raises(UserError, match=r"template 'internlm2-chat' is not supported \(supported: llava_v1, .*2_5\)"):
-        choose_template("auto", "internvl", tokenizer, config={"template": "internlm2-chat"}, has_vision=True)
+        choose_template("auto", FAMILIES["internvl"], tokenizer, config={"template": "internlm2-chat"}, has_vision=True)
 
 
 def test_export_of_a_qwen2_chat(folder: Path, tmp_path: Path) -> None:
@@ -176,4 +186,6 @@ def test_export_of_a_qwen2_chat(folder: Path, tmp_path: Path) -> None:
     assert end in json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"]
     written = json.loads((tmp_path / "out/config.json").read_text())
     tokenizer = load_tokenizer(tmp_path / "out")
-    assert choose_template("auto", "internvl", tokenizer, config=written, has_vision=True).name == "internvl2_5"
+    assert (
+        choose_template("auto", FAMILIES["internvl"], tokenizer, config=written, has_vision=True).name == "internvl2_5"
+    )

@@ -17,8 +17,8 @@ from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.measure import measure
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
-from vlmprune_jax.data.templates import TEMPLATES
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.families import templates
 
 TRAIN: dict[str, Any] = {
     "batch_size": 4,
@@ -48,7 +48,7 @@ def encoder(goldens: Path) -> Encoder:
     images = load_image_processor(goldens / "ckpt/clip_tower", aspect_ratio="pad", max_pixels=10**6, cache_bytes=10**6)
     return Encoder(
         tokenizer=load_tokenizer(goldens / "tokenizers/llava"),
-        template=TEMPLATES["llava_v1"],
+        template=templates()["llava_v1"],
         max_length=512,
         image_loader=images,
         image_token_id=-200,
@@ -148,10 +148,10 @@ def test_sizes_of_tiles_and_a_tokenizer_without_bos(goldens: Path, samples: list
         goldens / "ckpt/internvl", aspect_ratio="pad", max_pixels=10**6, cache_bytes=10**7, tiling={"max_tiles": 6}
     )
     loaded = load_tokenizer(goldens / "tokenizers/internvl")
-    changes = {"template": TEMPLATES["phi3-chat"], "tokens_per_image": 4, "tile_buckets": (1, 4, 8)}
+    changes = {"template": templates()["phi3-chat"], "tokens_per_image": 4, "tile_buckets": (1, 4, 8)}
     tiled = dataclasses.replace(encoder, tokenizer=loaded, image_loader=images, max_length=0, **changes)
     bunny = dataclasses.replace(
-        encoder, tokenizer=load_tokenizer(goldens / "tokenizers/bunny"), template=TEMPLATES["bunny"], max_length=0
+        encoder, tokenizer=load_tokenizer(goldens / "tokenizers/bunny"), template=templates()["bunny"], max_length=0
     )
     for other in (tiled, bunny):
         sizes = sizes_of(samples, other)

@@ -75,14 +75,15 @@ import sys
 sys.modules["torch"] = sys.modules["torchvision"] = None  # importing either now fails, as where it is not installed
 from pathlib import Path
 import numpy as np
-from vlmprune_jax.data import batching, images, prompts, records, templates
+from vlmprune_jax.data import batching, images, prompts, records
+from vlmprune_jax.families import templates
 root = Path({str(goldens)!r})
 loader = images.load_image_processor(root / "ckpt/clip_tower", aspect_ratio="pad", max_pixels=10**6, cache_bytes=0)
 pixels = loader.load(root / "data/images/img1.png", "r")
 assert abs(pixels - np.load(root / "data/images.npz")["clip_pad"][1]).max() <= 1e-5
 tokenizer = prompts.load_tokenizer(root / "tokenizers/llava")
 record = records.read_records(root / "data/samples.json", root / "data/images")[0]
-encoder = batching.Encoder(tokenizer, templates.TEMPLATES["llava_v1"], 200, loader, -200, 16, 1, False)
+encoder = batching.Encoder(tokenizer, templates()["llava_v1"], 200, loader, -200, 16, 1, False)
 assert encoder.training_row(record, None)["attention_mask"].sum() == 157
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from vlmprune_jax.data.prompts import (
     IGNORE,
+    choose_template,
     load_tokenizer,
     move_images_first,
     render,
@@ -20,10 +21,11 @@ from vlmprune_jax.data.prompts import (
     tokenize_training,
 )
 from vlmprune_jax.data.records import Record, read_records
-from vlmprune_jax.data.templates import TEMPLATES, Template, choose_template
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.families import FAMILIES, templates
+from vlmprune_jax.families.templates import Template
 
-LLAVA = TEMPLATES["llava_v1"]
+LLAVA = templates()["llava_v1"]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def tokenizer(goldens: Path) -> Any:
 def test_prompt_text_equals_the_reference(goldens: Path, samples: list[Record], name: str, key: str) -> None:
     stored = json.loads((goldens / "data/prompts.json").read_text())
     for record in samples:
-        assert render(record.turns, TEMPLATES[name], has_image=bool(record.images)) == stored[record.id][key]
+        assert render(record.turns, templates()[name], has_image=bool(record.images)) == stored[record.id][key]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,7 @@ def test_ids_and_labels_equal_the_reference(
         ids, labels = tokenize_training(
             record,
             tokenizer,
-            TEMPLATES[template],
+            templates()[template],
             image_token_id=-200,
             tokens_per_image=1,
             cut_text_at=stored["model_max_length"],
@@ -85,7 +87,7 @@ def test_internvl_ids_and_labels_equal_the_reference(goldens: Path, samples: lis
         ids, labels = tokenize_training(
             record,
             tokenizer,
-            TEMPLATES["phi3-chat"],
+            templates()["phi3-chat"],
             image_token_id=393,
             tokens_per_image=stored["num_image_token_per_tile"],
             tiles=[expected["num_tiles"]] if record.images else [],
@@ -101,7 +103,7 @@ def phi3(goldens: Path) -> Any:
     return load_tokenizer(goldens / "tokenizers/internvl")
 
 
-PHI3 = {"template": TEMPLATES["phi3-chat"], "image_token_id": 393, "tokens_per_image": 2}
+PHI3 = {"template": templates()["phi3-chat"], "image_token_id": 393, "tokens_per_image": 2}
 
 
 def test_internvl_prompt_is_the_training_row_up_to_its_answer(samples: list[Record], phi3: Any) -> None:
@@ -165,7 +167,7 @@ def test_positions_of_an_image_count_towards_the_cut(phi3: Any) -> None:
 
 def reference_phi3_labels(record: Record, tokenizer: Any, limit: int, tiles: Sequence[int]) -> np.ndarray:
     """InternVL's `preprocess_phi3` by its counting rule, written anew from its description."""
-    prompt = render(record.turns, TEMPLATES["phi3-chat"], has_image=bool(record.images))
+    prompt = render(record.turns, templates()["phi3-chat"], has_image=bool(record.images))
     for count in tiles:
         prompt = prompt.replace("<image>", "<img>" + "<IMG_CONTEXT>" * 2 * count + "</img>", 1)
 
@@ -235,14 +237,14 @@ def test_internvl_labels_equal_the_counting_rule(
 )
 def test_template_of_a_family(goldens: Path, name: str, family: str, folder: str, expected: str) -> None:
     tokenizer = load_tokenizer(goldens / "tokenizers" / folder)
-    assert choose_template(name, family, tokenizer, config={}, has_vision=True).name == expected
+    assert choose_template(name, FAMILIES[family], tokenizer, config={}, has_vision=True).name == expected
 
 
 def test_template_that_the_tokenizer_cannot_write(tokenizer: Any) -> None:
     with pytest.raises(
         UserError, match=r"no token <\|system\|>, .*<img>, .*; set data.template to one of llava_v1, bunny"
     ):
-        choose_template("auto", "internvl", tokenizer, config={}, has_vision=True)
+        choose_template("auto", FAMILIES["internvl"], tokenizer, config={}, has_vision=True)
 
 
 def test_tokenizer_is_that_of_its_file(goldens: Path) -> None:

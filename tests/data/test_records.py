@@ -65,6 +65,26 @@ def test_ids_lists_of_images_and_links_inside(tmp_path: Path, root: Path) -> Non
     ]
 
 
+def test_several_answers_and_other_fields(tmp_path: Path, root: Path) -> None:
+    question = TEXT[:1]
+    records = read(
+        tmp_path,
+        root,
+        [
+            {"conversations": question, "answers": ["5", "five"], "choices": ["a", "b"], "question_id": 7},
+            {
+                "conversations": TEXT,
+                "answers": [{"answer": "net", "answer_id": 1}, {"answer": "a net", "answer_id": 2}],
+            },
+            {"id": "x", "image": "a.png", "conversations": TALK},
+            {"conversations": question},
+        ],
+    )
+    assert [record.references for record in records] == [("5", "five"), ("net", "a net"), ("A dog.",), ()]
+    assert [dict(record.fields) for record in records] == [{"choices": ["a", "b"], "question_id": 7}, {}, {}, {}]
+    assert hash(records[0]) == hash(records[0])  # records are keys of caches
+
+
 def test_mark_of_a_lone_image_may_be_left_out(tmp_path: Path, root: Path) -> None:
     path = tmp_path / "d.json"
 
@@ -90,6 +110,10 @@ def test_text_needs_no_image_root(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
+        ({"id": "r1", "conversations": TEXT, "answers": []}, "'answers' must be a non-empty list of strings, got []"),
+        ({"id": "r1", "conversations": TEXT, "answers": "5"}, "'answers' must be a non-empty list of strings, got 5"),
+        ({"id": "r1", "conversations": TEXT, "answers": ["5", 5]}, "must be a non-empty list of strings, got ['5', 5]"),
+        ({"id": "r1", "conversations": TEXT, "answers": ["\ud83d"]}, "'answers' holds half a surrogate pair"),
         ({"id": "r1", "conversations": TALK}, "1 <image> mark(s) but the record lists 0 image(s)"),
         ({"id": "r1", "image": "a.png", "conversations": TEXT}, "0 <image> mark(s) but the record lists 1 image(s)"),
         ({"id": "r1", "images": ["a.png", "a.png"], "conversations": TALK}, "lists 2 image(s)"),

@@ -99,6 +99,15 @@ def test_text_alone_needs_no_images(tmp_path):
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["records"]
 
 
+def test_answers_and_other_fields_come_along(tmp_path):
+    asked = {**entry("a", [], "How many é?"), "answers": ["5", "five"], "choices": ["5", "6"], "question_id": 3}
+    (tmp_path / "text.json").write_text(json.dumps([asked, entry("b", [], "Hi", "yes")]))
+    write_tfds(read_records(tmp_path / "text.json", None), tmp_path / "set", image_root=None)
+    first, second = read_tfds(tmp_path / "set")
+    assert (first.references, second.references) == (("5", "five"), ("yes",))
+    assert (first.fields, second.fields) == ({"choices": ["5", "6"], "question_id": 3}, {})
+
+
 def test_a_folder_appears_whole_or_not_at_all(source, tmp_path):
     file, root = source
     records = read_records(file, root, image_lead=True)
@@ -127,8 +136,8 @@ def test_what_is_not_such_a_folder_is_refused(source, tmp_path):
 
 
 def test_the_command_writes_what_a_config_reads(source, tmp_path, capsys):
-    from vlmprune_jax.data.templates import TEMPLATES
     from vlmprune_jax.experiment.spec import DataSpec
+    from vlmprune_jax.families import templates
     from vlmprune_jax.stages.inputs import training_records
 
     file, root = source
@@ -136,9 +145,9 @@ def test_the_command_writes_what_a_config_reads(source, tmp_path, capsys):
     assert main(["tfds", f"--data={file}", f"--images={root}", f"--out={out}"]) == 0
     assert f"4 records, 2 images; use --config.data.train=tfds:{out}" in capsys.readouterr().out.replace("\n", "")
     data = DataSpec(train=f"tfds:{out}")
-    assert [r.id for r in training_records(data, TEMPLATES["phi3-chat"])] == ["first", "second", "7", "led"]
+    assert [r.id for r in training_records(data, templates()["phi3-chat"])] == ["first", "second", "7", "led"]
     with pytest.raises(UserError, match="record led: its text has 0 <image>"):
-        training_records(data, TEMPLATES["llava_v1"])
+        training_records(data, templates()["llava_v1"])
     assert main(["tfds", f"--data={file}"]) == 2
 
 

@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from vlmprune_jax.data.images import ImageLoader, load_image_processor
-from vlmprune_jax.data.tiling import IMAGENET_MEAN, IMAGENET_STD, Tiling, closest_grid
+from vlmprune_jax.data.tiling import Tiling, closest_grid
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.families.towers import PIXELS
 
-SMALL = Tiling(28, 1, 6, True, False, IMAGENET_MEAN, IMAGENET_STD, int(Image.Resampling.BICUBIC))
+SMALL = Tiling(28, 1, 6, True, False, *PIXELS["internvit"], int(Image.Resampling.BICUBIC))
 FULL = dataclasses.replace(SMALL, size=448, max_tiles=12)
 
 

@@ -14,7 +14,6 @@ from PIL import Image
 
 from vlmprune_jax.data.prompts import IGNORE, load_tokenizer, tokenize_prompt, tokenize_training
 from vlmprune_jax.data.records import Record, read_records
-from vlmprune_jax.data.templates import TEMPLATES
 from vlmprune_jax.demo.easyvqa import (
     CAPTION_PROMPT,
     caption_records,
@@ -25,8 +24,9 @@ from vlmprune_jax.demo.easyvqa import (
 )
 from vlmprune_jax.demo.vocabulary import make_tokenizer
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.families import templates
 
-BARE = dataclasses.replace(TEMPLATES["llava_v1"], system="")
+BARE = dataclasses.replace(templates()["llava_v1"], system="")
 RGB = {
     "black": (0, 0, 0),
     "blue": (0, 0, 255),
@@ -171,7 +171,7 @@ def test_special_ids_and_any_text(tokenizer: Any) -> None:
         assert ids[0] == 1
         assert 0 not in ids
         assert tokenizer.decode(ids[1:]) == text
-    system = TEMPLATES["llava_v1"].system
+    system = templates()["llava_v1"].system
     assert len(tokenizer(system)["input_ids"]) == 1 + len(system.replace(".", " .").replace(",", " ,").split()) + 1
 
 

@@ -19,7 +19,7 @@ from hf_cases import copy_llava
 from repository import ROOT, WORKERS
 
 from vlmprune_jax.data.cache import ArrayCache
-from vlmprune_jax.hf.disk.checkpoint import read_header
+from vlmprune_jax.hf.disk.weight_files import read_header
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.prune import make_plan, prune_folder, score
@@ -80,7 +80,8 @@ def start(root: Path, workdir: str, commands: str, count: int, *flags: str) -> l
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}"}
+    devices = f"--xla_force_host_platform_device_count={8 // count}"
+    environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {devices}"}
     place = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}"] if count > 1 else []
     script, processes = str(WORKERS / "pod_worker.py"), []
     for number in range(count):

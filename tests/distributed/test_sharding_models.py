@@ -53,7 +53,7 @@ def test_llava(goldens, batches, sizes, rows):
 
 
 def test_a_mesh_that_does_not_divide_says_what_would(goldens):
-    with pytest.raises(UserError, match=r"vision heads = 4.*use data=2 fsdp=1 tensor=4"):
+    with pytest.raises(UserError, match=r"q_heads of vision layer 0 = 4.*use data=2 fsdp=1 tensor=4"):
         load(goldens / "ckpt/llava_hf", mesh=make_mesh(1, 1, 8))
 
 

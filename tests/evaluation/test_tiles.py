@@ -11,11 +11,11 @@ from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.images import ImageLoader
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.data.templates import TEMPLATES
 from vlmprune_jax.data.tiling import IMAGENET_MEAN, IMAGENET_STD, Tiling
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.evaluation.questions import plan_questions
+from vlmprune_jax.evaluation.questions import arrange_questions
 from vlmprune_jax.evaluation.runner import evaluate
+from vlmprune_jax.families import templates
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.vlm import Model, forward
 
@@ -34,7 +34,7 @@ def encoder(goldens: Path, llava: Model) -> Encoder:
     assert llava.cfg.image_token_id is not None
     return Encoder(
         tokenizer=load_tokenizer(goldens / "tokenizers/llava"),
-        template=dataclasses.replace(TEMPLATES["llava_v1"], system=""),
+        template=dataclasses.replace(templates()["llava_v1"], system=""),
         max_length=160,
         image_loader=ImageLoader(tiling, max_pixels=10**6, cache_bytes=10**6),
         image_token_id=llava.cfg.image_token_id,
@@ -101,8 +101,8 @@ def expected(llava: Model, encoder: Encoder, asked: list[Record]) -> list[str]:
 
 
 def test_shared_beginnings_of_tiles(llava: Model, encoder: Encoder, asked: list[Record], expected: list[str]) -> None:
-    plan = plan_questions(asked, encoder, batch_size=2)
-    batches = list(plan.batches(threads=1, prefetch=1))
+    asking = arrange_questions(asked, encoder, batch_size=2)
+    batches = list(asking.batches(threads=1, prefetch=1))
     slots = [batch.arrays["pixel_values"].shape[1] for batch in batches]
     assert slots == sorted(slots)  # one program after the other
     assert set(slots) == {4, 7}
@@ -122,6 +122,6 @@ def test_shared_beginnings_of_tiles(llava: Model, encoder: Encoder, asked: list[
 
 def test_questions_that_do_not_fit(encoder: Encoder, asked: list[Record]) -> None:
     with pytest.raises(UserError, match="record q0: its images make 7 tiles, over the largest bucket of 5"):
-        plan_questions(asked, dataclasses.replace(encoder, tile_buckets=(1, 5)), batch_size=2)
+        arrange_questions(asked, dataclasses.replace(encoder, tile_buckets=(1, 5)), batch_size=2)
     with pytest.raises(UserError, match=r"record q0: 136 tokens with its images, over max_length 100"):
-        plan_questions(asked, dataclasses.replace(encoder, max_length=100), batch_size=2)
+        arrange_questions(asked, dataclasses.replace(encoder, max_length=100), batch_size=2)

@@ -9,7 +9,17 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from hf_cases import LLAMA, LLAVA, assert_equal, copy_golden, edit_config, edit_weights, make_folder
+from hf_cases import (
+    LLAMA,
+    LLAVA,
+    assert_equal,
+    copy_golden,
+    edit_config,
+    edit_weights,
+    make_folder,
+    transformers_4_52,
+    transformers_5,
+)
 from safetensors.numpy import load_file, save_file
 
 from vlmprune_jax.distributed.mesh import make_mesh
@@ -34,18 +44,6 @@ def llama(tmp_path):
 
 
 # Spellings ------------------------------------------------------------------------------------------------------------
-
-
-def transformers_5(key):
-    """In-memory names of transformers >= 4.52, without the vision_model segment that version 5 dropped."""
-    key = key.replace("vision_tower.vision_model.", "vision_tower.")
-    if key == "language_model.lm_head.weight":
-        return "lm_head.weight"
-    return "model." + key.replace("language_model.model.", "language_model.")
-
-
-def transformers_4_52(key):
-    return "lm_head.weight" if "lm_head" in key else "model." + key.replace("language_model.model.", "language_model.")
 
 
 @pytest.mark.parametrize("rename", [transformers_5, transformers_4_52])

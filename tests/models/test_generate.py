@@ -91,7 +91,7 @@ def test_end_token_is_kept_then_padding(llava, goldens):
 
 def test_sliding_window_equals_full_forwards():
     text = TextConfig(
-        vocab_size=50, hidden_size=24, head_dim=6, norm_eps=1e-5, activation="silu",
+        vocab_size=50, hidden_size=24, head_dim=6, norm_eps=1e-5, activation="silu", decoder="llama",
         layers=(LayerShape(4, 2, 20, window=4), LayerShape(4, 2, 20)), rotary_dim=6, max_positions=64,
         rope=RopeConfig(500.0, "default"), tie_embeddings=True, qkv_bias=True, out_bias=True, mlp_bias=True,
     )  # fmt: skip
@@ -113,7 +113,7 @@ def test_sliding_window_equals_full_forwards():
 def test_sliding_window_across_a_shared_prefix():
     """Padding between the prefix and its rows takes no place in a window: 4 keys are seen, however far they are."""
     text = TextConfig(
-        vocab_size=50, hidden_size=24, head_dim=6, norm_eps=1e-5, activation="silu",
+        vocab_size=50, hidden_size=24, head_dim=6, norm_eps=1e-5, activation="silu", decoder="llama",
         layers=(LayerShape(4, 2, 20, window=4), LayerShape(4, 2, 20, window=6)), rotary_dim=6, max_positions=64,
         rope=RopeConfig(500.0, "default"), tie_embeddings=True, qkv_bias=True, out_bias=True, mlp_bias=True,
     )  # fmt: skip

@@ -23,7 +23,8 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import forward
 from vlmprune_jax.prune import Scores, make_plan, score
-from vlmprune_jax.prune.criteria.block_influence import _influence, cosine_distance
+from vlmprune_jax.prune.criteria.activations import _sums
+from vlmprune_jax.prune.criteria.block_influence import cosine_distance
 from vlmprune_jax.prune.fingerprint import shape_digest
 
 
@@ -140,9 +141,9 @@ def test_cosine_distance_of_zero_opposite_and_nearly_equal_vectors():
 def test_the_model_is_not_traced_again_for_every_batch():
     cfg = config(EQUAL)
     score(model(cfg), [batch(cfg)], criterion="block_influence")
-    before = _influence._cache_size()
+    before = _sums._cache_size()
     score(model(cfg), [batch(cfg, seed=s) for s in range(3)], criterion="block_influence")
-    assert _influence._cache_size() == before
+    assert _sums._cache_size() == before
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ import vlmprune_jax as vp
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.spec import Experiment, ModelSpec, PruneSpec, ScoreSpec
 from vlmprune_jax.hf.disk import verified
-from vlmprune_jax.hf.disk.checkpoint import Extent
 from vlmprune_jax.hf.disk.tensors import write_weights
 from vlmprune_jax.hf.disk.verified import CheckedFile
+from vlmprune_jax.hf.disk.weight_files import Extent
 from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.prune import KeptLayer, fingerprint, prune_folder
 from vlmprune_jax.stages.console import Reporter

@@ -11,8 +11,8 @@ from prune_cases import EQUAL, REFERENCE_TOTAL, UNEQUAL, config, depth_scores, l
 
 from vlmprune_jax.config import LayerShape
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.models.params import count_params
-from vlmprune_jax.prune import KeptLayer, PrunePlan, Scores, compose, keep_everything, make_plan, score
+from vlmprune_jax.models.params import count_params, param_shapes
+from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, Scores, compose, keep_everything, make_plan, score
 from vlmprune_jax.prune.fingerprint import shape_digest
 from vlmprune_jax.prune.solver import Units, layer_costs, smallest_sparsity, widths_at
 
@@ -281,40 +281,150 @@ def test_json_round_trip_is_exact(tmp_path):
     assert PrunePlan.from_json(str(tmp_path / "deep" / "plan.json")).to_json() == text
     data = json.loads(text)
     assert data["reached"] == plan.reached
-    assert data["kept_layers"] == list(plan.kept_layers)
+    assert data["stacks"]["text"]["kept_layers"] == list(plan.kept_layers)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["plan.json"]
 
 
-def plan_data():
+def plan_data(form):
+    """(a plan as JSON has it in this format, what of it is the decoder's)."""
     cfg = config(EQUAL)
-    return json.loads(make_plan(width_scores(cfg), cfg, method="width", ratio=0.2).to_json())
+    data = json.loads(make_plan(width_scores(cfg), cfg, method="width", ratio=0.2).to_json())
+    if form == 1:
+        data = {**data, "format": 1, **data.pop("stacks")["text"]}
+    return data, data if form == 1 else data["stacks"]["text"]
 
 
+@pytest.mark.parametrize("form", [1, 2])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.pop("layers"), "key 'layers' is missing: plan again"),
-        (lambda d: d.update(format=7), "plan of format 7, this version reads 1"),
-        (lambda d: d.update(layers=[]), "no layer is kept"),
-        (lambda d: d["layers"].reverse(), r"kept layers \[4, 3, 2, 1, 0\] are not increasing numbers below 5"),
-        (lambda d: d["layers"][4].update(index=5), r"kept layers .* are not increasing numbers below 5"),
-        (lambda d: d["layers"][1].update(neurons=[3, 3]), "neurons of layer 1 are not increasing numbers below 12"),
-        (lambda d: d["layers"][1].update(neurons=[]), "neurons of layer 1 .* at least one"),
+        (lambda d, _: d.pop("fingerprint"), "key 'fingerprint' is missing: plan again"),
+        (lambda _, t: t.pop("layers"), "key 'layers' is missing: plan again"),
+        (lambda d, _: d.update(format=7), "plan of format 7, this version reads up to 2"),
+        (lambda _, t: t.update(layers=[]), "no layer is kept"),
+        (lambda _, t: t["layers"].reverse(), r"kept layers \[4, 3, 2, 1, 0\] are not increasing numbers below 5"),
+        (lambda _, t: t["layers"][4].update(index=5), r"kept layers .* are not increasing numbers below 5"),
+        (lambda _, t: t["layers"][1].update(neurons=[3, 3]), "neurons of layer 1 are not increasing numbers below 12"),
+        (lambda _, t: t["layers"][1].update(neurons=[]), "neurons of layer 1 .* at least one"),
         (
-            lambda d: d["layers"][1].update(q_heads=[0, 1, 2], kv_heads=[0, 1]),
+            lambda _, t: t["layers"][1].update(q_heads=[0, 1, 2], kv_heads=[0, 1]),
             "do not share its key/value heads .* evenly",
         ),
-        (lambda d: d["layers"][1].update(q_heads=[0, 1], kv_heads=[1]), "do not share its key/value heads .* evenly"),
-        (lambda d: d.update(layers="all"), "not a prune plan"),
-        (lambda d: d.update(layers_before=[[4, 3, 12]]), "q_heads must be a multiple of kv_heads"),
+        (
+            lambda _, t: t["layers"][1].update(q_heads=[0, 1], kv_heads=[1]),
+            "do not share its key/value heads .* evenly",
+        ),
+        (lambda _, t: t.update(layers="all"), "not a prune plan"),
+        (lambda _, t: t.update(layers_before=[[4, 3, 12]]), "q_heads must be a multiple of kv_heads"),
     ],
 )
-def test_from_json_refuses(tmp_path, change, message):
-    data = plan_data()
-    change(data)
+def test_from_json_refuses(tmp_path, change, message, form):
+    data, text = plan_data(form)
+    change(data, text)
     (tmp_path / "plan.json").write_text(json.dumps(data))
     with pytest.raises(UserError, match=rf"plan.json: .*{message}"):
         PrunePlan.from_json(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("stacks", "message"),
+    [
+        (lambda t: {"vision": t}, "its stacks are vision, of which text must be one and vision may be"),
+        (lambda t: {"text": t, "audio": t}, "its stacks are text, audio, of which text must be"),
+        (lambda t: [t], "not a prune plan"),
+    ],
+)
+def test_from_json_refuses_stacks(stacks, message):
+    data, text = plan_data(2)
+    with pytest.raises(UserError, match=f"plan JSON: .*{message}"):
+        PrunePlan.from_json(json.dumps(data | {"stacks": stacks(text)}))
+
+
+# As version 0.1 wrote it.
+FORMAT_1 = """{
+  "format": 1,
+  "fingerprint": "0123456789ab-0123456789abcdef",
+  "method": "width",
+  "criterion": "l1",
+  "asked": 0.25,
+  "reached": 0.26,
+  "parameters_before": 100,
+  "parameters_after": 74,
+  "parameters_total": 100,
+  "options": {"gqa": "groups"},
+  "kept_layers": [1, 3],
+  "layers_before": [[4, 2, 12], [4, 2, 12], [8, 2, 10], [4, 4, 12]],
+  "layers": [
+    {"index": 1, "q_heads": [2, 3], "kv_heads": [1], "neurons": [0, 5, 11]},
+    {"index": 3, "q_heads": [0, 1, 2, 3], "kv_heads": [0, 1, 2, 3], "neurons": [4]}
+  ]
+}
+"""
+
+
+def test_format_1_is_the_decoder_alone(tmp_path):
+    (tmp_path / "plan.json").write_text(FORMAT_1)
+    plan = PrunePlan.from_json(tmp_path / "plan.json")
+    assert plan.stacks.keys() == {"text"}
+    assert (plan.kept_layers, plan.removed_layers, plan.reached) == ((1, 3), (0, 2), 0.26)
+    assert plan.layers == (KeptLayer(1, (2, 3), (1,), (0, 5, 11)), KeptLayer(3, (0, 1, 2, 3), (0, 1, 2, 3), (4,)))
+    assert plan.layers_before == UNEQUAL
+    cfg = config(UNEQUAL, vision=True)
+    assert plan.apply_to(cfg) == cfg.with_layers([LayerShape(2, 1, 3), LayerShape(4, 4, 1)])
+    again = json.loads(plan.to_json())
+    assert again["format"] == 2
+    assert PrunePlan.from_json(plan.to_json()) == plan
+
+
+# The tower ------------------------------------------------------------------------------------------------------------
+
+TOWER = (LayerShape(2, 2, 10), LayerShape(2, 2, 10), LayerShape(2, 2, 7), LayerShape(2, 2, 10))
+
+
+def tower_scores(cfg, seed=0):
+    draw = np.random.default_rng(seed)
+    shapes = cfg.vision.layers
+    heads, neurons = (tuple(draw.random(getattr(s, name)) for s in shapes) for name in ("kv_heads", "mlp"))
+    return Scores("l1", shape_digest(cfg) + "-x", {"gqa": "groups"}, draw.random(len(shapes)), heads, neurons)
+
+
+def test_costs_of_the_tower():
+    cfg = config(UNEQUAL, vision=True).with_layers(TOWER, "vision")
+    shapes = {path: np.prod(shape) for path, shape in param_shapes(cfg).items() if path.startswith("vision/layers/")}
+    assert sum(map(layer_costs(cfg, "vision").of, TOWER)) == sum(shapes.values())
+    narrow = cfg.with_layers([LayerShape(1, 1, 3)] * 2, "vision")
+    gone = sum(map(layer_costs(cfg, "vision").of, TOWER)) - 2 * layer_costs(cfg, "vision").of(LayerShape(1, 1, 3))
+    assert count_params(cfg) - count_params(narrow) == gone
+
+
+@pytest.mark.parametrize("method", ["depth", "width", "hybrid"])
+def test_plans_of_the_tower(method):
+    cfg = config(UNEQUAL, vision=True).with_layers(TOWER, "vision")
+    scores = tower_scores(cfg)
+    pair = (scores, scores) if method == "hybrid" else scores
+    ratio = 1.5 * layer_costs(cfg, "vision").of(TOWER[2]) / count_params(cfg)
+    plan = make_plan(pair, cfg, method=method, ratio=ratio, stack="vision")
+    assert plan.stacks["text"] == KeptStack.whole(UNEQUAL)
+    assert plan.parameters_after == count_params(plan.apply_to(cfg)) < plan.parameters_before
+    if method == "width":
+        assert plan.stacks["vision"].kept_layers == (0, 1, 2, 3)
+        assert abs(plan.reached - ratio) <= 0.5 * 4 * layer_costs(cfg, "vision").neuron / plan.parameters_total
+    else:
+        assert plan.stacks["vision"].removed_layers[:1] == (int(np.argmin(scores.importance)),)
+    assert PrunePlan.from_json(plan.to_json()) == plan
+    same = compose(keep_everything(cfg, plan.fingerprint, plan.parameters_before), plan)
+    assert (same.stacks, plan.apply_to(cfg)) == (plan.stacks, same.apply_to(cfg))
+
+
+def test_plans_of_another_stack_are_refused():
+    cfg = config(UNEQUAL, vision=True).with_layers((*TOWER, TOWER[0]), "vision")
+    for method, scores in (("depth", depth_scores(cfg, [0, 1, 2, 3])), ("width", width_scores(cfg))):
+        with pytest.raises(UserError, match="scores are not of the vision stack: their layers or widths are others"):
+            make_plan(scores, cfg, method=method, ratio=0.01, stack="vision")
+        with pytest.raises(UserError, match=r"this model has no stack of layers 'audio' \(it has text, vision\)"):
+            make_plan(scores, cfg, method=method, ratio=0.01, stack="audio")
+    with pytest.raises(UserError, match="scores are not of the text stack"):
+        make_plan(tower_scores(cfg), cfg, method="width", ratio=0.01)
 
 
 def test_from_json_refuses_files_that_are_not_plans(tmp_path):
@@ -334,9 +444,11 @@ def test_plans_that_do_not_follow_each_other_are_not_composed():
         compose(one, one)
 
 
-def test_keep_everything():
-    cfg = config(UNEQUAL)
+@pytest.mark.parametrize("vision", [False, True])
+def test_keep_everything(vision):
+    cfg = config(UNEQUAL, vision=vision)
     plan = keep_everything(cfg, "a-b", count_params(cfg))
     assert plan.apply_to(cfg) == cfg
     assert (plan.reached, plan.removed_layers) == (0, ())
+    assert plan.stacks.keys() == ({"text", "vision"} if vision else {"text"})
     assert plan.layers[2] == KeptLayer(2, tuple(range(8)), (0, 1), tuple(range(10)))

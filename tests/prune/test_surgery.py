@@ -16,17 +16,21 @@ from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import count_params, flatten, param_axes, param_shapes, stack_layers, unstack_layers
 from vlmprune_jax.models.vlm import Model, forward
-from vlmprune_jax.prune import KeptLayer, PrunePlan, apply_plan, compose, fingerprint, keep_everything
+from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, apply_plan, compose, fingerprint, keep_everything
 
-CFG = config(UNEQUAL, vision=True)
+TOWER = (LayerShape(2, 2, 10), LayerShape(2, 2, 10), LayerShape(2, 2, 7), LayerShape(2, 2, 10))
+CFG = config(UNEQUAL, vision=True).with_layers(TOWER, "vision")
+STACKS = pytest.mark.parametrize("stack", ["text", "vision"])
+# What heads and neurons write with, in each stack.
+OUTPUTS = {"text": ("self_attn/o_proj", "mlp/down_proj"), "vision": ("self_attn/out_proj", "mlp/fc2")}
 
 
-def plan_for(one: Model, layers) -> PrunePlan:
-    pruned = one.cfg.with_layers([layer.shape for layer in layers])
-    before, after = count_params(one.cfg), count_params(pruned)
-    return PrunePlan(
-        fingerprint(one), "width", "test", one.cfg.text.layers, tuple(layers), before, after, parameters_total=before
-    )
+def plan_for(one: Model, layers, stack="text") -> PrunePlan:
+    before = count_params(one.cfg)
+    after = count_params(one.cfg.with_layers([layer.shape for layer in layers], stack))
+    kept = KeptStack(one.cfg.stack(stack).layers, tuple(layers))
+    stacks = {"text": KeptStack.whole(one.cfg.text.layers), stack: kept}
+    return PrunePlan(fingerprint(one), "width", "test", stacks, before, after, parameters_total=before)
 
 
 @st.composite
@@ -64,27 +68,30 @@ def same(a: Model, b: Model) -> None:
 def test_keeping_everything_is_the_identity(as_array):
     one = model(CFG)
     one = one.replace(params=jax.tree.map(as_array, one.params))
-    kept = apply_plan(one, keep_everything(CFG, fingerprint(one), count_params(CFG)))
+    plan = keep_everything(CFG, fingerprint(one), count_params(CFG))
+    assert plan.stacks.keys() == {"text", "vision"}
+    kept = apply_plan(one, plan)
     same(kept, one)
     assert type(flatten(kept.params)["text/layers/0/mlp/up_proj/weight"]) is type(as_array(np.zeros(2, np.float32)))
 
 
+@STACKS
 @given(data=st.data())
 @settings(max_examples=25, deadline=None)
-def test_every_plan_leaves_the_shapes_it_says(data):
+def test_every_plan_leaves_the_shapes_it_says(stack, data):
     one = model(CFG)
-    plan = plan_for(one, data.draw(kept_layers(CFG.text.layers)))
+    plan = plan_for(one, data.draw(kept_layers(CFG.stack(stack).layers)), stack)
     pruned = apply_plan(one, plan)
     assert {path: leaf.shape for path, leaf in flatten(pruned.params).items()} == param_shapes(pruned.cfg)
     assert sum(leaf.size for leaf in flatten(pruned.params).values()) == plan.parameters_after
-    before, after = unstack_layers(one.params, one.cfg)[0], unstack_layers(pruned.params, pruned.cfg)[0]
-    for layer, new in zip(plan.layers, after, strict=True):
+    before, after = (unstack_layers(m.params, m.cfg, stack)[0] for m in (one, pruned))
+    heads, neurons = OUTPUTS[stack]
+    for layer, new in zip(plan.stacks[stack].layers, after, strict=True):
         old = before[layer.index]
-        picked = old["self_attn/o_proj/weight"][:, list(layer.q_heads)]
-        np.testing.assert_array_equal(new["self_attn/o_proj/weight"], picked)
+        np.testing.assert_array_equal(new[f"{heads}/weight"], old[f"{heads}/weight"][:, list(layer.q_heads)])
         np.testing.assert_array_equal(new["self_attn/k_proj/bias"], old["self_attn/k_proj/bias"][list(layer.kv_heads)])
-        np.testing.assert_array_equal(new["mlp/down_proj/weight"], old["mlp/down_proj/weight"][:, list(layer.neurons)])
-        np.testing.assert_array_equal(new["mlp/down_proj/bias"], old["mlp/down_proj/bias"])
+        np.testing.assert_array_equal(new[f"{neurons}/weight"], old[f"{neurons}/weight"][:, list(layer.neurons)])
+        np.testing.assert_array_equal(new[f"{neurons}/bias"], old[f"{neurons}/bias"])
 
 
 @given(data=st.data())
@@ -102,40 +109,54 @@ def test_depth_and_width_commute(data):
     same(apply_plan(shallow, plan_for(shallow, then_width)), apply_plan(one, plan_for(one, [widths[i] for i in alive])))
 
 
+@pytest.mark.parametrize("stacks", [("text", "text"), ("text", "vision"), ("vision", "text"), ("vision", "vision")])
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
-def test_plans_compose(data):
+@settings(max_examples=10, deadline=None)
+def test_plans_compose(stacks, data):
     one = model(CFG)
-    first = plan_for(one, data.draw(kept_layers(CFG.text.layers)))
+    first = plan_for(one, data.draw(kept_layers(CFG.stack(stacks[0]).layers)), stacks[0])
     between = apply_plan(one, first)
-    second = plan_for(between, data.draw(kept_layers(between.cfg.text.layers)))
+    second = plan_for(between, data.draw(kept_layers(between.cfg.stack(stacks[1]).layers)), stacks[1])
     whole = compose(first, second)
+    assert list(whole.stacks) == (["text"] if set(stacks) == {"text"} else ["text", "vision"])
     same(apply_plan(one, whole), apply_plan(between, second))
     assert whole.parameters_after == second.parameters_after
-    assert compose(keep_everything(CFG, first.fingerprint, count_params(CFG)), first).layers == first.layers
+    after_all = compose(keep_everything(CFG, first.fingerprint, count_params(CFG)), first)
+    assert {name: after_all.stacks[name] for name in first.stacks} == first.stacks
+    same(apply_plan(one, after_all), between)
 
 
-def with_zeroed_outputs(one: Model, plan: PrunePlan) -> Model:
-    """Dropped heads and neurons write nothing: their o_proj and down_proj columns are zero."""
-    layers, rest = unstack_layers(one.params, one.cfg)
+def with_zeroed_outputs(one: Model, plan: PrunePlan, stack: str = "text") -> Model:
+    """Dropped heads and neurons write nothing: their output columns are zero, of dropped layers the biases as well."""
+    layers, rest = unstack_layers(one.params, one.cfg, stack)
     layers = [dict(layer) for layer in layers]
-    for kept in plan.layers:
-        for name, stay in (("self_attn/o_proj/weight", kept.q_heads), ("mlp/down_proj/weight", kept.neurons)):
-            masked = np.zeros_like(layers[kept.index][name])
-            masked[:, list(stay)] = layers[kept.index][name][:, list(stay)]
-            layers[kept.index][name] = masked
-    return one.replace(params=stack_layers(layers, rest, one.cfg))
+    alive = {kept.index: kept for kept in plan.stacks[stack].layers}
+    for i, layer in enumerate(layers):
+        for owner, field in zip(OUTPUTS[stack], ("q_heads", "neurons"), strict=True):
+            name, stay = f"{owner}/weight", list(getattr(alive[i], field)) if i in alive else []
+            masked = np.zeros_like(layer[name])
+            masked[:, stay] = layer[name][:, stay]
+            layer[name] = masked
+            if i not in alive:
+                layer[f"{owner}/bias"] = np.zeros_like(layer[f"{owner}/bias"])
+    return one.replace(params=stack_layers(layers, rest, one.cfg, stack))
 
 
 SLICED = [KeptLayer(0, (0, 1), (0,), (1, 2, 5)), KeptLayer(1, (0, 3), (0, 1), tuple(range(12))),
           KeptLayer(2, (1, 3, 4, 6), (0, 1), (0, 9)), KeptLayer(3, (1, 2), (1, 2), (4,))]  # fmt: skip
 
 
-def test_slicing_equals_masking():
+# A layer gone; heads, neurons and both gone of the others.
+SLICED_TOWER = [KeptLayer(0, (1,), (1,), tuple(range(10))), KeptLayer(2, (0, 1), (0, 1), (0, 2, 6)),
+                KeptLayer(3, (0,), (0,), (9,))]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stack", "layers"), [("text", SLICED), ("vision", SLICED_TOWER)])
+def test_slicing_equals_masking(stack, layers):
     one, arrays = model(CFG), batch(CFG)
-    plan = plan_for(one, SLICED)
+    plan = plan_for(one, layers, stack)
     inputs = {name: arrays[name] for name in ("pixel_values", "attention_mask")}
-    masked, _ = forward(with_zeroed_outputs(one, plan), arrays["input_ids"], **inputs)
+    masked, _ = forward(with_zeroed_outputs(one, plan, stack), arrays["input_ids"], **inputs)
     sliced, _ = forward(apply_plan(one, plan), arrays["input_ids"], **inputs)
     whole, _ = forward(one, arrays["input_ids"], **inputs)
     real = arrays["attention_mask"] == 1
@@ -183,6 +204,19 @@ def test_a_mesh_keeps_its_shardings_and_numbers():
     np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
+def test_a_tower_on_a_mesh_keeps_its_shardings_and_numbers():
+    cfg = config(vision=True).with_layers((LayerShape(2, 2, 10),) * 4, "vision")
+    one, sharded = model(cfg), on_mesh(model(cfg), 2, 2, 2)
+    layers = [KeptLayer(0, (0, 1), (0, 1), (0, 2, 3, 9)), KeptLayer(3, (0, 1), (0, 1), (5, 8))]
+    pruned = apply_plan(sharded, plan_for(one, layers, "vision"))
+    same(pruned, apply_plan(one, plan_for(one, layers, "vision")))
+    mesh, axes = flatten(sharded.params)["text/norm/weight"].sharding.mesh, param_axes(pruned.cfg)
+    for path, leaf in flatten(pruned.params).items():
+        assert leaf.sharding.is_equivalent_to(sharding(mesh, axes[path]), leaf.ndim), path
+    with pytest.raises(UserError, match="does not divide q_heads of vision layer 0 = 1; kv_heads of vision"):
+        apply_plan(sharded, plan_for(one, [KeptLayer(0, (0,), (0,), (0, 1))], "vision"))
+
+
 def test_widths_that_the_mesh_does_not_divide_are_refused():
     one = model(config())
     plan = plan_for(one, [KeptLayer(i, (0, 1), (0,), tuple(range(11))) for i in range(5)])
@@ -218,6 +252,14 @@ def test_plans_of_other_models_are_refused():
         apply_plan(model(config(EQUAL), seed=1), plan)
     with pytest.raises(UserError, match=r"it is for 5 layers \(5 x 4/2 heads, 12 neurons\), this model has 4 layers"):
         apply_plan(apply_plan(one, plan), plan)
+    seeing = model(CFG)
+    tower = plan_for(seeing, [KeptLayer.whole(0, TOWER[0])], "vision")
+    with pytest.raises(
+        UserError, match=r"it is for 4 layers \(2 x 2/2 .*\), this model has in its vision tower 1 layers"
+    ):
+        apply_plan(apply_plan(seeing, tower), tower)
+    with pytest.raises(UserError, match=r"it is for 4 layers .*, this model has in its vision tower no layers"):
+        apply_plan(model(config(UNEQUAL)), tower)
     wider = config((LayerShape(4, 2, 13),) * 5)
     with pytest.raises(
         UserError, match=r"plan of another model: .*this model has 5 layers \(5 x 4/2 heads, 13 neurons\)"

@@ -96,16 +96,18 @@ def test_width_equals_the_reference(goldens, case):
 def test_prune_iteratively_is_score_plan_apply_repeated(goldens):
     cases, _, calibration = width_goldens(goldens)
     want, original, asked = cases["l2_iter2_r25"], golden_llava(goldens), []
-    pruned, plan = prune_iteratively(
-        original,
-        lambda step: asked.append(step) or [calibration["text"]],
-        steps=2,
-        criterion="l2",
-        sparsity=0.25,
-        attn_layers=(1, 5),
-        mlp_layers=(1, 5),
-    )
+    settings = {"steps": 2, "criterion": "l2", "sparsity": 0.25, "attn_layers": (1, 5), "mlp_layers": (1, 5)}
+
+    def batches(step):
+        asked.append(step)
+        return [calibration["text"]]
+
+    pruned, plan, scores = prune_iteratively(original, batches, **settings)
     assert asked == [0, 1]
+    first, second = scores
+    assert len(second.mlp[1]) < len(first.mlp[1])
+    assert prune_iteratively(original, batches, scores=first, **settings)[1] == plan
+    assert asked == [0, 1, 1]
     assert [list(layer.q_heads) for layer in plan.layers] == [want["kept_heads"][str(i)] for i in range(6)]
     assert [list(layer.neurons) for layer in plan.layers] == [want["kept_neurons"][str(i)] for i in range(6)]
     assert pruned.cfg == plan.apply_to(original.cfg)
@@ -113,7 +115,7 @@ def test_prune_iteratively_is_score_plan_apply_repeated(goldens):
         forward(apply_plan(original, plan), calibration["text"]["input_ids"])[0],
         forward(pruned, calibration["text"]["input_ids"])[0],
     )
-    _, by_ratio = prune_iteratively(original, lambda _: (), steps=2, criterion="l1", ratio=0.2)
+    _, by_ratio, _ = prune_iteratively(original, lambda _: (), steps=2, criterion="l1", ratio=0.2)
     assert by_ratio.asked == 0.2
     assert abs(by_ratio.reached - 0.2) < 0.5 * 6 * 3 * 48 / by_ratio.parameters_before
 
@@ -206,7 +208,7 @@ def test_second_order_ignores_filler_rows():
 
 
 def test_long_rows_are_unembedded_in_chunks(monkeypatch):
-    from vlmprune_jax.prune.criteria import taylor as module
+    from vlmprune_jax.prune.criteria import gradients as module
 
     cfg = config(EQUAL)
     expected = score(model(cfg), [batch(cfg)], criterion="taylor")

@@ -13,8 +13,8 @@ import recover_cases as cases
 
 from vlmprune_jax.config import LayerShape, LoraConfig, ModelConfig
 from vlmprune_jax.models.params import param_shapes, unflatten
-from vlmprune_jax.recovery import LossConfig
-from vlmprune_jax.recovery.losses import Teacher
+from vlmprune_jax.recovery.config import LossConfig
+from vlmprune_jax.recovery.losses import Teacher, needs_teacher
 from vlmprune_jax.recovery.step import StepConfig, init_state, learning_rates, make_optimizer, make_step
 from vlmprune_jax.recovery.trainable import assign_groups
 
@@ -24,11 +24,11 @@ TOTAL = 10
 
 def make_arguments(cfg: ModelConfig, loss: LossConfig, trainable: str, seq: int, build, remat: str = "none"):
     """(step, its arguments): `build(shape, dtype)` makes every array but the state's."""
-    settings = cases.settings().optimizer()
+    settings = cases.settings()
     shapes = param_shapes(cfg)
     groups = assign_groups(list(shapes), trainable)
     optimizer = make_optimizer(settings, groups, TOTAL)
-    teacher = Teacher(cfg, (), ()) if loss.needs_teacher else None
+    teacher = Teacher(cfg, (), ()) if needs_teacher(loss) else None
     top_k = loss.teacher_top_k
     config = StepConfig(cfg, loss, teacher, 1, 1.0, "float32", remat)
     step = make_step(config, optimizer, learning_rates(settings, groups, TOTAL), None)

@@ -17,16 +17,17 @@ from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import apply
 from vlmprune_jax.prune.fingerprint import fingerprint
-from vlmprune_jax.prune.plan import KeptLayer, PrunePlan
+from vlmprune_jax.prune.plan import KeptLayer, KeptStack, PrunePlan
 from vlmprune_jax.prune.surgery import apply_plan
+from vlmprune_jax.recovery.config import LossConfig, from_alpha
 from vlmprune_jax.recovery.losses import (
-    LossConfig,
     Teacher,
-    _distance,
+    check_losses,
     combine,
-    from_alpha,
     layer_pairs,
     loss_sums,
+    losses,
+    measured,
     term_weights,
     vocabulary_sums,
 )
@@ -72,7 +73,7 @@ def _plan(teacher, facts) -> PrunePlan:
             heads, neurons = tuple(facts["kept_heads"][str(i)]), tuple(facts["kept_neurons"][str(i)])
             whole = KeptLayer(i, heads, heads, neurons)
         layers.append(whole)
-    return PrunePlan(fingerprint(teacher), "depth", "golden", shapes, tuple(layers), 1, 1, 1)
+    return PrunePlan(fingerprint(teacher), "depth", "golden", {"text": KeptStack(shapes, tuple(layers))}, 1, 1, 1)
 
 
 def _expand(arrays, n: int) -> dict[str, jax.Array]:
@@ -139,7 +140,7 @@ def test_distillation_losses_equal_the_reference(distill, kind: str, layers: tup
             continue
         norm = float(options.get("norm", 1))
         loss = from_alpha(strategy, float(options["alpha"]), kl_norm=norm, l2_layers=layers)
-        value = combine({term: sums[term] for term in loss.terms()}, weights, loss)
+        value = combine({term: sums[term] for term in measured(loss)}, weights, loss)
         np.testing.assert_allclose(value, expected, rtol=1e-5, err_msg=name)
         checked += 1
     assert checked == (20 if "kl" in components else 2 if layers == (-1,) else 0)
@@ -226,9 +227,8 @@ def test_masked_terms_equal_plain_formulas():
 
 def test_states_that_are_zero_have_a_finite_cosine_and_gradient():
     """Padding that is all zero must not turn into NaN, not even under the mask."""
-    zero, mask = jnp.zeros((1, 2, 3)), jnp.ones((1, 2))
-    loss = LossConfig(cosine=1.0)
-    value, gradient = jax.value_and_grad(lambda a: _distance("cosine", a, zero, mask, loss))(zero)
+    zero = jnp.zeros((1, 2, 3))
+    value, gradient = jax.value_and_grad(lambda a: jnp.sum(losses["cosine"].value(a, zero)))(zero)
     assert value == 2.0
     assert not np.any(gradient)
 
@@ -273,17 +273,21 @@ def _avals(jaxpr):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"cosine": 1.0, "l2_layers": ()}, "l2 and cosine need l2_layers"),
+        ({"cosine": 1.0, "l2_layers": ()}, "cosine needs l2_layers"),
         ({"ce": 0.0}, "at least one must be positive"),
-        ({"l2": -0.5}, "none may be negative"),
-        ({"temperature": 0.0}, "temperature 0.0"),
-        ({"l2": 1.0, "l2_layers": ()}, "l2 and cosine need l2_layers"),
+        ({"l2": -0.5}, "recover.losses.l2=-0.5 must be at least 0"),
+        ({"l2": float("inf")}, "recover.losses.l2=inf must be at least 0"),
+        ({"temperature": 0.0}, "recover.losses.temperature=0.0 must be above 0"),
+        ({"l2": 1.0, "cosine": 0.5, "l2_layers": ()}, "l2 and cosine needs l2_layers"),
+        ({"extra": {"jsd": 1.0}}, "extra has no term 'jsd'"),
+        ({"extra": {"kl": 1.0}}, "kl has a setting of its own, recover.losses.kl"),
+        ({"extra": {"jsd": -1.0}}, "recover.losses.extra={'jsd': -1.0} must be at least 0"),
         ({"teacher_inputs": "both"}, "'both' is not one of student, own"),
     ],
 )
 def test_bad_loss_settings(changes, message):
     with pytest.raises(UserError, match=message):
-        LossConfig(**changes)
+        check_losses(LossConfig(**changes))
 
 
 @pytest.mark.parametrize(

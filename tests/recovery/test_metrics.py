@@ -11,9 +11,12 @@ import recover_cases as cases
 from vlmprune_jax.distributed import chips
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import param_axes
-from vlmprune_jax.recovery import LossConfig, add_lora, metrics, recover
+from vlmprune_jax.recovery import metrics
+from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.flops import step_flops
+from vlmprune_jax.recovery.loop import recover
 from vlmprune_jax.recovery.metrics import Recorder, _shown
+from vlmprune_jax.recovery.trainable import add_lora
 from vlmprune_jax.stages import console
 from vlmprune_jax.stages.console import make_reporter
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,13 +11,8 @@ import torch
 import transformers
 
 from vlmprune_jax.models.params import flatten
-from vlmprune_jax.recovery import recover
-from vlmprune_jax.recovery.step import OptimizerConfig, make_optimizer, make_schedule
-
-
-def _optimizer(**changes) -> OptimizerConfig:
-    values = {f.name: getattr(cases.settings(), f.name) for f in dataclasses.fields(OptimizerConfig)}
-    return OptimizerConfig(**{**values, **changes})
+from vlmprune_jax.recovery.loop import recover
+from vlmprune_jax.recovery.step import make_optimizer, make_schedule
 
 
 @pytest.mark.parametrize("steps", [1, 7, 50])
@@ -32,7 +25,7 @@ def test_schedules_equal_transformers(name: str, steps: int):
         expected = transformers.get_constant_schedule_with_warmup(optimizer, warmup)
     else:
         expected = getattr(transformers, f"get_{name}_schedule_with_warmup")(optimizer, warmup, steps)
-    ours = make_schedule(_optimizer(schedule=name, learning_rate=2e-3, warmup_ratio=ratio), steps)
+    ours = make_schedule(cases.settings(schedule=name, learning_rate=2e-3, warmup_ratio=ratio), steps)
     for step in range(steps):
         np.testing.assert_allclose(float(ours(step)), expected.get_last_lr()[0], atol=1e-9)
         optimizer.step()
@@ -46,7 +39,7 @@ def test_optimizer_equals_torch_adamw():
     start = {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
     rates = {"learning_rate": 0.1, "projector_learning_rate": 0.3}
     # b2 as small as this: at 0.999, 1 - b2**t keeps only 4 digits in float32 (torch computes it in float64).
-    config = _optimizer(**rates, b2=0.9, weight_decay=0.2, schedule="constant", warmup_ratio=0.0)
+    config = cases.settings(**rates, b2=0.9, weight_decay=0.2, schedule="constant", warmup_ratio=0.0)
     groups = {"text/a/weight": "main", "text/norm/weight": "main", "projector/l/bias": "projector"}
     ours = make_optimizer(config, groups, 3)
     theirs = {path: torch.nn.Parameter(torch.tensor(x)) for path, x in start.items()}

@@ -24,9 +24,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from repository import WORKERS
 
 from vlmprune_jax.distributed.mesh import make_mesh
-from vlmprune_jax.errors import UserError
-from vlmprune_jax.recovery import LossConfig, Stopped, recover
+from vlmprune_jax.errors import Stopped, UserError
 from vlmprune_jax.recovery.checkpoint import Checkpointer, weights_digest
+from vlmprune_jax.recovery.config import LossConfig
+from vlmprune_jax.recovery.loop import recover
 
 CFG = cases.config()
 SETTINGS = cases.settings(

@@ -9,7 +9,7 @@ import numpy as np
 import recover_cases as cases
 
 from vlmprune_jax.data.batching import Batch
-from vlmprune_jax.recovery import recover
+from vlmprune_jax.recovery.loop import recover
 from vlmprune_jax.recovery.metrics import Recorder
 
 CFG = cases.config(vision=False)

@@ -17,7 +17,8 @@ from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import encode, forward
-from vlmprune_jax.recovery import LossConfig, add_lora, merge_lora, recover
+from vlmprune_jax.recovery.config import LossConfig
+from vlmprune_jax.recovery.loop import recover
 from vlmprune_jax.recovery.losses import term_weights
 from vlmprune_jax.recovery.step import (
     StepConfig,
@@ -30,7 +31,7 @@ from vlmprune_jax.recovery.step import (
     state_shardings,
     step_context,
 )
-from vlmprune_jax.recovery.trainable import assign_groups, partition
+from vlmprune_jax.recovery.trainable import add_lora, assign_groups, merge_lora, partition
 
 CFG = cases.config()
 QUIET = {"progress": False}
@@ -157,7 +158,7 @@ def test_frozen_leaves_keep_their_bytes_and_have_no_moments():
     assert summary["frozen_parameters"] == sum(x.size for x in before.values()) - count
     trainable = {p: x for p, x in before.items() if p.startswith("projector/")}
     groups = assign_groups(list(before), "projector")
-    state = init_state(trainable, make_optimizer(cases.settings().optimizer(), groups, 2), 0, None)
+    state = init_state(trainable, make_optimizer(cases.settings(), groups, 2), 0, None)
     assert sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim) == 2 * count
 
 
@@ -165,7 +166,7 @@ def test_moments_are_sharded_like_their_parameters():
     mesh = make_mesh(1, 4, 2)
     flat = flatten(cases.model(CFG).params)
     groups = assign_groups(list(flat), "all")
-    optimizer = make_optimizer(cases.settings().optimizer(), groups, 2)
+    optimizer = make_optimizer(cases.settings(), groups, 2)
     shardings = state_shardings(flat, optimizer, CFG, mesh)
     state = init_state(flat, optimizer, 0, shardings)
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
@@ -277,22 +278,22 @@ def _count(primitive, jaxpr) -> int:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"learning_rate": 0.0}, "learning rates"),
-        ({"projector_learning_rate": -1.0}, "learning rates"),
+        ({"learning_rate": 0.0}, "recover.learning_rate=0.0 must be above 0"),
+        ({"projector_learning_rate": -1.0}, "recover.projector_learning_rate=-1.0 must be above 0"),
         ({"schedule": "cosin"}, "'cosin' is not one of cosine, linear, constant; did you mean 'cosine'"),
-        ({"warmup_ratio": 1.0}, "warmup_ratio 1.0"),
-        ({"weight_decay": -0.1}, "weight_decay -0.1"),
-        ({"b2": 1.0}, "AdamW needs"),
-        ({"clip_norm": 0.0}, "clip_norm 0.0"),
-        ({"batch_size": 6, "accumulation": 4}, "multiple of accumulation 4"),
-        ({"steps": None}, "one of them"),
-        ({"epochs": 1.0}, "one of them"),
-        ({"steps": 0}, "positive number of steps"),
-        ({"remat": "some"}, "'some' is not one of none, full, dots"),
+        ({"warmup_ratio": 1.0}, "warmup_ratio=1.0 must be at least 0 and below 1"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1 must be at least 0"),
+        ({"b2": 1.0}, "b2=1.0 must be at least 0 and below 1"),
+        ({"clip_norm": 0.0}, "clip_norm=0.0 must be above 0"),
+        ({"batch_size": 6, "accumulation": 4}, "multiple of recover.accumulation=4"),
+        ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"epochs": 0.0}, "epochs=0.0 must be above 0"),
+        ({"epochs": float("inf")}, "epochs=inf must be above 0"),
+        ({"remat": "some"}, "'some' is not one of none, dots, full"),
         ({"compute_dtype": "float16"}, "'float16' is not one of float32, bfloat16"),
-        ({"save_every": -1}, "save_every must be >= 0"),
-        ({"trainable": "lora"}, "needs a LoRA config"),
-        ({"trainable": "everything"}, "not a preset"),
+        ({"save_every": -1}, "save_every=-1 must be at least 0"),
+        ({"log_every": 0}, "log_every=0 must be at least 1"),
+        ({"trainable": "everything"}, "'everything' is not one of projector, lora, decoder, all"),
     ],
 )
 def test_bad_settings(changes, message):
@@ -303,6 +304,7 @@ def test_bad_settings(changes, message):
 def test_epochs_count_rows():
     config = cases.settings(steps=None, epochs=2.5)
     assert config.num_steps(100) == 31
+    assert dataclasses.replace(config, steps=7).num_steps(100) == 7
     assert config.num_steps(1) == 1
     with pytest.raises(UserError, match="pass num_steps"):
         train(config)
@@ -311,7 +313,7 @@ def test_epochs_count_rows():
 def test_settings_that_do_not_fit_the_model():
     """All but the last two are refused before a weight is looked at."""
     original = cases.model(CFG)
-    with pytest.raises(UserError, match="need a teacher"):
+    with pytest.raises(UserError, match="a teacher is needed for l2"):
         train(cases.settings(losses=LossConfig(l2=1.0)))
     narrow = original.replace(cfg=dataclasses.replace(CFG, text=dataclasses.replace(CFG.text, hidden_size=8)))
     with pytest.raises(UserError, match="hidden_size 8 is not the student's 16"):
@@ -327,8 +329,8 @@ def test_settings_that_do_not_fit_the_model():
         train(cases.settings(accumulation=2), mesh=make_mesh(8, 1, 1))
     with pytest.raises(UserError, match="does not divide"):
         train(cases.settings(), mesh=make_mesh(1, 1, 8))
-    with pytest.raises(UserError, match="trains no adapter"):
-        train(cases.settings(trainable="projector", lora=cases.LORA))
+    with pytest.raises(UserError, match=r"recover.losses.extra has no term 'klx'; did you mean 'kl'"):
+        train(cases.settings(losses=LossConfig(extra={"klx": 1.0})))
     with pytest.raises(UserError, match="has 8 rows, config says 16"):
         train(cases.settings(batch_size=16, trainable="projector"))
     with pytest.raises(UserError, match="ended after 2 steps"):

@@ -23,10 +23,11 @@ from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.recovery import LossConfig, recover
+from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.flops import step_flops
-from vlmprune_jax.recovery.loop import _place
-from vlmprune_jax.recovery.losses import _top_k, check_teacher, term_weights, vocabulary_sums
+from vlmprune_jax.recovery.loop import recover
+from vlmprune_jax.recovery.losses import _top_k, check_losses, check_teacher, term_weights, vocabulary_sums
+from vlmprune_jax.recovery.program import place
 from vlmprune_jax.recovery.teacher_pass import teacher_top_k
 from vlmprune_jax.recovery.top_k import top_k_divergence, top_k_logprobs
 
@@ -199,7 +200,7 @@ def test_training_is_what_it_is_beside_a_teacher(tmp_path):
     """Six steps with micro-batches on one device with a teacher, and cached on eight, the vocabulary split over two."""
     teacher, student = (cases.model(cases.config(layers=n, vision=False), n) for n in (2, 1))
     mesh, loss = make_mesh(2, 2, 2), dataclasses.replace(KL, kl_positions="labels")
-    cached, split = dataclasses.replace(loss, teacher_top_k=VOCAB), Model(unflatten(_place(teacher, mesh)), teacher.cfg)
+    cached, split = dataclasses.replace(loss, teacher_top_k=VOCAB), Model(unflatten(place(teacher, mesh)), teacher.cfg)
     runs = {
         "beside": (loss, cases.Stream(teacher.cfg), {"teacher": teacher}),
         "cached": (cached, Taught(tmp_path / "cache", split, cached, mesh), {"mesh": mesh}),
@@ -227,8 +228,8 @@ def test_training_is_what_it_is_beside_a_teacher(tmp_path):
     [
         ({"rkl": 0.5}, "rkl cannot be had from a teacher's cached top-k logits, only kl can: set rkl=0, or train"),
         ({"l2": 0.5, "cosine": 0.1}, "l2 and cosine cannot be had .* set l2=0 and cosine=0"),
-        ({"kl": 0.0}, "teacher_top_k 5 must be positive, and is for kl > 0"),
-        ({"teacher_top_k": -1}, "teacher_top_k -1 must be positive"),
+        ({"kl": 0.0}, "teacher_top_k 5 is for kl > 0"),
+        ({"teacher_top_k": -1}, "teacher_top_k=-1 must be at least 0"),
         ({"teacher_inputs": "student"}, 'cached teacher saw its own embeddings .* set teacher_inputs="own"'),
         ({"reference_compat": True}, "and reference_compat=False"),
         ({"kl_positions": "label"}, "'label' is not one of all, labels; did you mean 'labels'"),
@@ -237,7 +238,7 @@ def test_training_is_what_it_is_beside_a_teacher(tmp_path):
 )
 def test_settings_that_contradict_each_other(changes, message):
     with pytest.raises(UserError, match=message):
-        dataclasses.replace(KL, **{"teacher_top_k": 5, **changes})
+        check_losses(dataclasses.replace(KL, **{"teacher_top_k": 5, **changes}))
 
 
 def test_more_tokens_than_there_are_and_batches_without_any():

@@ -20,8 +20,7 @@ from vlmprune_jax.models.decoder import _draw
 from vlmprune_jax.models.layers import Projection
 from vlmprune_jax.models.params import flatten, param_axes, param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, encode
-from vlmprune_jax.recovery import add_lora, merge_lora
-from vlmprune_jax.recovery.trainable import assign_groups, decays, partition
+from vlmprune_jax.recovery.trainable import add_lora, assign_groups, decays, merge_lora, partition
 
 CFG = cases.config()
 WITH_LORA = dataclasses.replace(CFG, lora=cases.LORA)
@@ -79,7 +78,7 @@ def test_presets_that_select_nothing(preset):
 def test_no_decay_on_norms_and_biases():
     undecayed = {path for path in param_shapes(WITH_LORA) if not decays(path)}
     assert "text/norm/weight" in undecayed
-    assert "vision/layers/layer_norm1/weight" in undecayed
+    assert "vision/layers/0/layer_norm1/weight" in undecayed
     assert "projector/linear_1/bias" in undecayed
     assert {path.split("/")[-1] for path in undecayed} == {"weight", "bias"}
     assert all("norm" in path or path.endswith("bias") for path in undecayed)

@@ -11,17 +11,19 @@ from prune_cases import EQUAL, config, model
 
 from vlmprune_jax.config import LayerShape
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.evaluation.metrics import Metric
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune import Scores, fingerprint, make_plan
 from vlmprune_jax.report import plots
-from vlmprune_jax.report.build import build_report, table_of
+from vlmprune_jax.report.build import build_report, tables_of
 from vlmprune_jax.report.fit import as_rows
+from vlmprune_jax.report.result import make_result, make_run, read_result
 
 CFG = config((LayerShape(4, 4, 12),) * len(EQUAL))
 GROUPS = {"yes": {"questions": 30, "accuracy": 0.9}, "<b>": {"questions": 10, "accuracy": 0.5}}
 
 
-def make_run(workdir, method, recovery, accuracy, **changes):
+def old_run(workdir, method, recovery, accuracy, **changes):
     one = model(CFG)
     draw = np.random.default_rng(3)
     if method == "depth":
@@ -59,9 +61,9 @@ def workdir(tmp_path):
     metrics.parent.mkdir(parents=True)
     metrics.write_text("".join(json.dumps({"step": i, "ce": 1 / i, "l2": 0.5 / i}) + "\n" for i in range(1, 9)))
     runs = [
-        make_run(tmp_path, "depth", "none", 0.25),
-        make_run(tmp_path, "depth", "sft", 0.76, metrics="depth/sft/metrics.jsonl"),
-        make_run(tmp_path, "width", "none", 0.5),
+        old_run(tmp_path, "depth", "none", 0.25),
+        old_run(tmp_path, "depth", "sft", 0.76, metrics="depth/sft/metrics.jsonl"),
+        old_run(tmp_path, "width", "none", 0.5),
     ]
     teacher = {"accuracy": 0.8, "questions": 40, "parameters": count_params(CFG), "by_answer": GROUPS}
     result = {"teacher": teacher, "runs": runs, "best": "depth-sft"}
@@ -174,12 +176,87 @@ def test_the_same_result_gives_the_same_page(workdir):
 
 
 def test_table(workdir):
-    header, rows = table_of(json.loads((workdir / "result.json").read_text()))
-    assert all(len(row) == len(header) for row in rows)
-    unpruned, depth, recovered, _ = (dict(zip(header, row, strict=True)) for row in rows)
+    (table,) = tables_of(read_result(workdir))
+    assert table.title == "Accuracy in %, retained in %; asked, reached: shares of all parameters"
+    assert all(len(row) == len(table.header) for row in table.rows)
+    unpruned, depth, recovered, _ = (dict(zip(table.header, row, strict=True)) for row in table.rows)
     assert unpruned["accuracy"] == "80.00"
     assert (depth["model"], depth["data"], depth["accuracy"], depth["retained"]) == ("depth", "", "25.00", "31.25")
     assert (recovered["data"], recovered["retained"], recovered["asked"]) == ("5 %", "95.00", "0.300")
+
+
+# --- several evaluation sets, with metrics that nothing here has ever heard of ----------------------------------------
+
+METRICS = {
+    "docs": {"name": "anls", **Metric("anls", None).describe()},
+    "mme": {"name": "mme_p", **Metric("perception", None, full=2000.0, unit="").describe()},
+    "wiki": {"name": "bpb", **Metric("bits", None, full=None, unit="bit", higher_is_better=False).describe()},
+}
+
+
+def found(anls, perception, bits):
+    """What the evaluation stage reports of one model."""
+    values = {"docs": {"anls": anls}, "mme": {"perception": perception, "OCR": 50.0}, "wiki": {"bits": bits}}
+    counts = {"docs": {"questions": 40}, "mme": {"questions": 30}, "wiki": {"tokens": 2000}}
+    groups = {"OCR": {"questions": 2, "perception": 50.0, "OCR": 50.0}}
+    return {
+        name: {
+            **{
+                "metric": metric,
+                "values": values[name],
+                "parameters": count_params(CFG),
+                "seconds": 1.5,
+                **counts[name],
+            },
+            "groups": groups if name == "mme" else {},
+        }
+        for name, metric in METRICS.items()
+    }
+
+
+@pytest.fixture
+def several(workdir):
+    result, teacher = json.loads((workdir / "result.json").read_text()), found(0.8, 1500.0, 1.0)
+    models = [found(0.4, 1200.0, 2.0), found(0.6, 1350.0, 1.25), found(0.2, 1500.0, 1e9)]
+    own = ("accuracy", "retained", "by_answer", "name", "path")
+    runs = [
+        make_run(old["name"], {k: v for k, v in old.items() if k not in own}, model, teacher, old["path"])
+        for old, model in zip(result["runs"], models, strict=True)
+    ]
+    (workdir / "result.json").write_text(json.dumps(make_result(teacher, runs, "depth-sft", result["export"])))
+    return workdir
+
+
+def test_tables_of_several_sets(several):
+    summary, scores, kept = tables_of(read_result(several))
+    assert summary.header[5:7] == ("retained", "paper avg")
+    # docs 50 %, mme 80 %; in the paper's average 0.4 + 0.6 of 0.8 + 0.75
+    assert [row[5:7] for row in summary.rows[:2]] == [("100.00", "100.00"), ("65.00", "64.52")]
+    assert scores.title == "docs: anls in %, mme: perception, wiki: bits in bit"
+    assert scores.rows[1] == ("depth", "40.00", "1200.00", "2.00")
+    assert kept.rows[0] == ("depth", "50.00", "80.00", "50.00")
+    assert kept.header == ("model", "docs", "mme", "wiki")
+
+
+def test_page_of_several_sets(several):
+    page = build_report(several).read_text()
+    assert page.count("<svg") == 7  # the average, three sets, two importances, losses
+    for text in ("retains 82.50 % on average over 3 evaluation sets", "docs: Anls on 40 questions", "2,000 tokens"):
+        assert text in page
+    assert "accuracy" not in page.lower().split("<summary>")[0]
+
+
+def test_axes_of_figures(several):
+    runs = read_result(several)
+    full = plots.Measured("Perception", "t", "perception", 2000.0, [1500.0, 1200.0, 1350.0, None])
+    points, bars = plots.score_figure(runs, full).axes
+    assert points.get_ylim() == pytest.approx((-80, 2120))
+    assert [bar.get_width() for bar in bars.patches] == pytest.approx([1500, 1200, 1350, np.nan], nan_ok=True)
+    assert [text.get_text() for text in bars.texts] == ["1500.0", "1200.0", "1350.0", ""]
+    free = plots.Measured("Bits", "t", "bits (bit)", None, [1.0, 2.0, 1.25, np.inf])
+    points, bars = plots.score_figure(runs, free).axes
+    assert points.get_ylim() == pytest.approx((-0.08, 2.12))
+    assert bars.texts[-1].get_text() == "inf"
 
 
 def test_no_ratio_and_nothing_retained(workdir):
@@ -187,8 +264,8 @@ def test_no_ratio_and_nothing_retained(workdir):
         result["runs"][0].update(ratio_asked=None, retained=None)
 
     change(workdir, edit)
-    _, rows = table_of(json.loads((workdir / "result.json").read_text()))
-    assert rows[1][3] == rows[1][6] == ""
+    (table,) = tables_of(read_result(workdir))
+    assert table.rows[1][3] == table.rows[1][6] == ""
     build_report(workdir)
 
 

@@ -12,6 +12,7 @@ import pytest
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.data.tiling import Tiling
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.experiment.arguments import evaluation_sets
 from vlmprune_jax.experiment.spec import DataSpec, EvaluateSpec, Experiment, ModelSpec, ScoreSpec
 from vlmprune_jax.families import detect
 from vlmprune_jax.stages import inputs
@@ -90,10 +91,10 @@ def test_internvl_batches_of_every_stage(goldens: Path, internvl: tuple[ModelSpe
             if name:
                 real = batch.arrays["attention_mask"][row] == 1
                 assert batch.arrays["input_ids"][row][real].tolist() == stored[names.index(name)]["input_ids"]
-    plan = inputs.question_plan(experiment, cfg, multiple=1)
-    assert sorted(place for batch in plan.batches(threads=1, prefetch=1) for place in batch.places[batch.valid]) == [
-        *range(14)
-    ]
+    questions = evaluation_sets(experiment)["questions"]
+    arranged = inputs.arranged_questions(experiment, questions, cfg, multiple=1)
+    batches = arranged.batches(threads=1, prefetch=1)
+    assert sorted(place for batch in batches for place in batch.places[batch.valid]) == [*range(14)]
 
 
 def test_internvl_records_may_leave_the_mark_out(
@@ -117,7 +118,7 @@ def test_internvl_records_may_leave_the_mark_out(
 def test_bunny_folders(goldens: Path, tmp_path: Path, cfg: ModelConfig) -> None:
     assert cfg.vision is not None
     vision = dataclasses.replace(cfg.vision, image_size=45)
-    bunny = dataclasses.replace(cfg, family="bunny", image_token_id=-200, vision=vision)
+    bunny = dataclasses.replace(cfg, family="bunny", layout="original", image_token_id=-200, vision=vision)
     folder = folder_of(tmp_path, goldens, "bunny", "bunny")
     stored = np.load(goldens / "data/images.npz")["siglip_pad"]
     path = goldens / "data/images/img1.png"

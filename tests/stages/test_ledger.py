@@ -1,6 +1,7 @@
 """Stages that are skipped, refused, resumed and written whole, by what their ledger says."""
 
 import fcntl
+import json
 import os
 import shutil
 
@@ -217,7 +218,7 @@ def test_a_large_file_is_hashed_in_no_time_and_its_size_counts(tmp_path):
 def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "a" / "x.json"
     ledger.write_json(path, {"a": (1, 2)})
-    assert ledger.read_json(path) == {"a": [1, 2]}
+    assert json.loads(path.read_text()) == {"a": [1, 2]}
 
     def broken(*args):
         raise OSError("disk full")
@@ -226,6 +227,4 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         ledger.write_json(path, {"a": 3})
     assert [file.name for file in path.parent.iterdir()] == ["x.json"]
-    assert ledger.read_json(path) == {"a": [1, 2]}
-    with pytest.raises(UserError, match="no such file"):
-        ledger.read_json(tmp_path / "none.json")
+    assert json.loads(path.read_text()) == {"a": [1, 2]}

@@ -161,17 +161,30 @@ def test_lines_are_neither_wrapped_nor_markup():
 
 
 def test_the_demo_table_fits_80_columns():
-    from vlmprune_jax.report.build import table_of
+    from vlmprune_jax.evaluation.metrics import METRICS
+    from vlmprune_jax.report.build import tables_of
+    from vlmprune_jax.report.result import make_result, make_run
 
-    run = {"ratio_asked": 0.2, "ratio_reached": 0.2003, "parameters": 1326624, "accuracy": 0.9871, "retained": 100.0}
+    metric = {"name": "exact_match", **METRICS["exact_match"].describe()}
+    found = {"metric": metric, "values": {"accuracy": 0.9871}, "groups": {}, "questions": 9673, "seconds": 9.0}
+    teacher = {"questions": {**found, "parameters": 1658976}}
+    facts = {
+        "ratio_asked": 0.2,
+        "ratio_reached": 0.2003,
+        "parameters": 1326624,
+        "data_fraction": 0.05,
+        "seconds": 136.5,
+    }
     runs = [
-        {**run, "name": name, "recovery": recovery, "data_fraction": 0.05, "seconds": 136.5}
+        make_run(name, {**facts, "recovery": recovery}, teacher, teacher, "pruned")
         for name, recovery in (("depth", "none"), ("depth-sft_l2", "sft_l2"))
     ]
     shown = reporter(80, False)
-    shown.table("title", *table_of({"teacher": {"parameters": 1658976, "accuracy": 0.9871}, "runs": runs}))
+    (table,) = tables_of(make_result(teacher, runs, "depth", {}))
+    shown.table(table.title, table.header, table.rows)
     text = shown.console.file.getvalue()
     assert "depth-sft_l2" in text
     assert "1,326,624" in text
+    assert "98.71" in text
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80

@@ -15,6 +15,7 @@ import recover_cases as cases
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vlmprune_jax.cli.main import main
+from vlmprune_jax.config import LayerShape
 from vlmprune_jax.distributed.ahead_of_time import (
     DoesNotFit,
     collective_bytes,
@@ -30,9 +31,10 @@ from vlmprune_jax.models.params import flatten, param_shapes, unflatten
 from vlmprune_jax.prune import Scores, make_plan
 from vlmprune_jax.prune.criteria.random import random_scores
 from vlmprune_jax.prune.fingerprint import shape_digest
-from vlmprune_jax.recovery import LossConfig
+from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.flops import step_flops
-from vlmprune_jax.recovery.loop import make_program
+from vlmprune_jax.recovery.losses import needs_teacher
+from vlmprune_jax.recovery.program import make_program
 from vlmprune_jax.recovery.step import TrainState, step_context
 from vlmprune_jax.stages import tpu_fit
 
@@ -81,24 +83,33 @@ def test_the_formula_counts_what_the_step_computes(trainable, loss, tied):
     if tied and trainable == "projector":
         pytest.skip("a decoder alone has no projector")
     changes = {"vision": not tied, "tie_embeddings": bool(tied)}
-    cfg, teacher_cfg = cases.config(**changes), cases.config(layers=3, **changes) if loss.needs_teacher else None
+    cfg, teacher_cfg = cases.config(**changes), cases.config(layers=3, **changes) if needs_teacher(loss) else None
     if tied is None:  # features come from a cache
         cfg = dataclasses.replace(cfg, tower=False)
         teacher_cfg = teacher_cfg and dataclasses.replace(teacher_cfg, tower=False)
-    lora = cases.LORA if trainable == "lora" else None
-    config = cases.settings(trainable=trainable, lora=lora, losses=loss, remat="none")
+    check_formula(cfg, teacher_cfg, trainable, loss)
+
+
+@pytest.mark.parametrize("trainable", ["all", "lora"])
+def test_the_formula_counts_a_tower_of_unequal_layers(trainable):
+    layers = (LayerShape(2, 2, 16), LayerShape(1, 1, 5), LayerShape(1, 1, 5), LayerShape(2, 2, 3))
+    teacher, loss = cases.config(), LossConfig(kl=0.1, teacher_inputs="own", chunk=4)
+    check_formula(cases.config().with_layers(layers, "vision"), teacher, trainable, loss)
+
+
+def check_formula(cfg, teacher_cfg, trainable, loss):
+    config = cases.settings(trainable=trainable, lora=cases.LORA, losses=loss, remat="none")
     program, executed = traced_step(cfg, teacher_cfg, config)
-    found = step_flops(
-        program.cfg, teacher_cfg, loss, program.groups, rows=ROWS, length=LENGTH, images=0 if tied else ROWS
-    )
+    images = 0 if cfg.vision is None else ROWS
+    found = step_flops(program.cfg, teacher_cfg, loss, program.groups, rows=ROWS, length=LENGTH, images=images)
     # The formula counts visible pairs of positions, XLA's attention computes all.
     expected = found.total + found.attention * (2 * LENGTH / (LENGTH + 1) - 1)
     # Logits are computed again in the backward pass, the student's and the teacher's.
     text = cfg.text
     head = 2 * text.vocab_size * text.hidden_size * ROWS * LENGTH
-    expected += head * bool(loss.ce or loss.kl) + head * bool(loss.kl and loss.needs_teacher)
+    expected += head * bool(loss.ce or loss.kl) + head * bool(loss.kl and needs_teacher(loss))
     # The input of the projector's first layer needs a gradient only if the tower trains.
-    if not tied and (trainable != "all" or not cfg.tower):
+    if cfg.vision is not None and (trainable != "all" or not cfg.tower):
         expected -= 2 * cfg.vision.hidden_size * text.hidden_size * ROWS * cfg.tokens_per_image
     assert executed == round(expected)
 
@@ -174,8 +185,7 @@ def test_predicted_shapes_are_those_of_any_scores(method, changes):
     cfg = cfg.with_layers([cfg.text.layers[0]] * 8)
     experiment = override(Experiment(), {"prune": {"method": method, **changes}})
     predicted = tpu_fit.predict_plan(experiment, cfg)
-    importance, (heads, mlp) = random_scores(cfg, seed=5, gqa="groups")
-    scores = Scores("random", shape_digest(cfg), {"gqa": "groups"}, importance, heads, mlp)
+    scores = Scores("random", shape_digest(cfg), {"gqa": "groups"}, **random_scores(cfg, seed=5, gqa="groups"))
     plan = make_plan((scores, scores) if method == "hybrid" else scores, cfg, method=method, **changes)
     assert plan.layers != predicted.layers
     assert predicted.parameters_after == plan.parameters_after

@@ -1,38 +1,68 @@
 """Stock transformers on torch, in a process of its own, for two versions of transformers.
 
-Torch and JAX fight over threads inside one process, and two versions of transformers cannot share one at all. Starting
-such a process takes about ten seconds, so each version's process is started once and answers jobs until it is closed.
+Torch and JAX fight over threads inside one process, and two versions of transformers cannot share one at all. Importing
+them takes about ten seconds of a core, so a test session has one process per version, which all its workers ask.
 """
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 VERSIONS = ("5", "4.57")
-RUNNER = Path(__file__).parent / "run.py"
+SERVE = Path(__file__).parent / "serve.py"
 
 
 class TorchJobError(Exception):
     """A folder that stock transformers does not load exactly, or a forward pass that failed."""
 
 
-class TorchWorkers:
-    """Processes that load Hugging Face folders in stock transformers and return what torch computes, as numpy.
+class TorchServers:
+    """The processes, one per transformers version; each imports torch when it is first asked.
 
     `root` is the checkout: its .compat/transformers-4.57 (made by the Makefile) holds the second version. "5" is the
-    version of the running Python.
+    version of the running Python. Sockets and logs lie in `folder`. The processes end with `close` or with the process
+    that made this object, however that ends: they read its end of a pipe.
     """
 
-    def __init__(self, root: Path):
-        self._compat = root / ".compat" / "transformers-4.57"
-        self._processes: dict[str, subprocess.Popen] = {}
-        self._logs: dict[str, IO[str]] = {}
+    def __init__(self, root: Path, folder: Path):
+        self._processes = []
+        compat = root / ".compat" / "transformers-4.57"
+        for version in VERSIONS:
+            # Code that comes with a folder is imported from a copy, which would otherwise stay in the user's cache.
+            environment = {**os.environ, "HF_MODULES_CACHE": str(folder / f"modules-{version}")}
+            if version == "4.57":
+                if not compat.is_dir():
+                    continue  # said to those who ask for it
+                environment["PYTHONPATH"] = str(compat)
+            with socket.socket(socket.AF_UNIX) as listener, (folder / f"{version}.log").open("w") as log:
+                listener.bind(str(folder / version))
+                listener.listen()
+                command = [sys.executable, str(SERVE), str(listener.fileno())]
+                options = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log, "env": environment}
+                self._processes.append(subprocess.Popen(command, pass_fds=[listener.fileno()], **options))
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()  # it holds nothing; a tidy exit of torch takes seconds
+            process.communicate()
+
+
+class TorchOutputs:
+    """Loads Hugging Face folders in stock transformers and returns what torch computes, as numpy.
+
+    `folder` is that of the `TorchServers`, which may belong to another process.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
         self._scratch = tempfile.TemporaryDirectory(prefix="torch-outputs-")
         self._jobs = 0
 
@@ -99,37 +129,19 @@ class TorchWorkers:
             return dict(outputs), answer
 
     def close(self) -> None:
-        """End the processes and remove their files."""
-        for process in self._processes.values():
-            process.kill()  # it holds nothing; a tidy exit of torch takes seconds
-            process.communicate()
-        for log in self._logs.values():
-            log.close()
+        """Remove the files of all jobs."""
         self._scratch.cleanup()
 
     def _ask(self, version: str, line: str) -> dict:
-        if version not in self._processes:
-            self._start(version)
-        process, log = self._processes[version], self._logs[version]
-        process.stdin.write(line + "\n")
-        process.stdin.flush()
-        answer = process.stdout.readline()
-        if not answer:
-            code = self._processes.pop(version).wait()
-            log.seek(0)
-            raise TorchJobError(f"the transformers {version} process ended (exit {code}):\n{log.read()[-3000:]}")
-        return json.loads(answer)
-
-    def _start(self, version: str) -> None:
-        # Code that comes with a folder is imported from a copy, which would otherwise stay in the user's cache.
-        environment = {**os.environ, "HF_MODULES_CACHE": str(Path(self._scratch.name) / f"modules-{version}")}
-        if version == "4.57":
-            if not self._compat.is_dir():
-                raise TorchJobError(f"{self._compat} is missing: run `make setup-test` in {self._compat.parents[1]}")
-            environment["PYTHONPATH"] = str(self._compat)
-        log = open(Path(self._scratch.name) / f"stderr-{version}.txt", "w+")  # noqa: SIM115 (closed in close())
-        self._logs[version] = log
-        command = [sys.executable, str(RUNNER)]
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, env=environment, text=True)
-        self._processes[version] = process
+        address = self._folder / version
+        if not address.exists():
+            raise TorchJobError(f".compat/transformers-{version} is missing: run `make setup-test`")
+        with contextlib.suppress(ConnectionError), socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(address))
+            with connection.makefile("rw") as lines:
+                lines.write(line + "\n")
+                lines.flush()
+                if answer := lines.readline():
+                    return json.loads(answer)
+        log = (self._folder / f"{version}.log").read_text()
+        raise TorchJobError(f"the transformers {version} process ended:\n{log[-3000:]}")

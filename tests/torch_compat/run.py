@@ -1,4 +1,4 @@
-"""Answer jobs, one JSON object a line on stdin, with what stock transformers and torch compute; one JSON line each.
+"""Answer jobs, each a line of JSON, with what stock transformers and torch compute; one JSON line each.
 
 A job: {"folder": HF folder, "class": name in transformers, "inputs": npz path, "output": npz path to write,
 "want": subset of ["logits", "nll"], "max_new_tokens": int or null, "adapter": peft folder or null, "dtype": "float32"
@@ -12,17 +12,13 @@ By hand: echo '{"folder": ...}' | PYTHONPATH=.compat/transformers-4.57 python te
 
 import contextlib
 import json
-import os
 import sys
 import traceback
 import warnings
 
-answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # libraries print progress on stdout; only answers may go there
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
+import numpy as np
+import torch
+import transformers
 
 
 def load_exactly(folder: str, class_name: str, dtype: torch.dtype, trust_remote_code: bool) -> torch.nn.Module:
@@ -125,23 +121,23 @@ def run_code(job: dict) -> None:
     np.savez(job["output"], logits=model(**read_inputs(job["inputs"], torch.float32), use_cache=False).logits.numpy())
 
 
-def main() -> None:
-    """Answer until stdin ends."""
-    for line in sys.stdin:
-        answer = {"error": None, "transformers": transformers.__version__}
-        try:
-            job = json.loads(line)
-            if "chat" in job:
-                answer["text"] = run_chat(job)
-            elif "code" in job:
-                run_code(job)
-            else:
-                run_job(job)
-        except Exception as error:
-            traceback.print_exc()
-            answer["error"] = f"{type(error).__name__}: {error}"
-        print(json.dumps(answer), file=answers, flush=True)
+def answer(line: str) -> str:
+    """What became of the job, without its newline."""
+    found = {"error": None, "transformers": transformers.__version__}
+    try:
+        job = json.loads(line)
+        if "chat" in job:
+            found["text"] = run_chat(job)
+        elif "code" in job:
+            run_code(job)
+        else:
+            run_job(job)
+    except Exception as error:
+        traceback.print_exc()
+        found["error"] = f"{type(error).__name__}: {error}"
+    return json.dumps(found)
 
 
 if __name__ == "__main__":
-    main()
+    for job_line in sys.stdin:
+        print(answer(job_line), flush=True)

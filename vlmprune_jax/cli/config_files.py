@@ -13,13 +13,13 @@ from ml_collections import ConfigDict, config_dict
 
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment import recipes
-from vlmprune_jax.experiment.spec import Experiment, override
+from vlmprune_jax.experiment.spec import Experiment, hints_of, override
 
 
 def experiment_config(recipe: str | None = None) -> ConfigDict:
     """Every setting of an experiment: what a config file starts from.
 
-    Settings have their defaults, or what the `recipe` says ("llava", "bunny", "internvl": see experiment/recipes.py).
+    Settings have their defaults, or what the `recipe` says (a family's name, as "llava": see families/).
     Whatever a config file or the command line sets afterwards wins. A dictionary assigned to a section sets what it
     names: `config.recover.losses = {"ce": 0.5, "kl": 0.5}` leaves the temperature as it was.
 
@@ -41,17 +41,34 @@ class _Section(ConfigDict):
             super().__setitem__(key, ConfigDict(value) if isinstance(value, dict) else value)
 
 
+def _sections(kind: type, given: Mapping[str, Any]) -> ConfigDict:
+    """Sections of one kind by names of the user's (evaluation sets): a new one has every setting of its kind."""
+
+    class Sections(_Section):
+        def __setitem__(self, key: str, value: Any) -> None:
+            if key not in self and isinstance(value, Mapping | ConfigDict):
+                super().__setitem__(key, _section(kind()))
+            super().__setitem__(key, value)
+
+    sections = Sections()
+    for name, spec in given.items():
+        sections[name] = _section(spec)
+    return sections
+
+
 def _section(spec: Any) -> ConfigDict:
-    hints = typing.get_type_hints(type(spec))
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(spec):
-        value = getattr(spec, field.name)
+    for name, hint in hints_of(spec).items():
+        value = getattr(spec, name)
+        named = (*typing.get_args(hint), None)[1] if isinstance(value, Mapping) else None
         if dataclasses.is_dataclass(value):
-            values[field.name] = _section(value)
+            values[name] = _section(value)
+        elif isinstance(named, type) and dataclasses.is_dataclass(named):
+            values[name] = _sections(named, value)
         elif value is None:
-            values[field.name] = config_dict.placeholder(_other_than_none(hints[field.name]))
+            values[name] = config_dict.placeholder(_other_than_none(hint))
         else:
-            values[field.name] = ConfigDict(value) if isinstance(value, dict) else value
+            values[name] = ConfigDict(value) if isinstance(value, dict) else value
     return _Section(values)
 
 
@@ -103,8 +120,6 @@ def _with_files(experiment: Experiment, workdir: Path) -> Any:
     data = experiment.data
     if data.source == "files":
         return data
-    if data.source != "easyvqa":
-        raise UserError(f"data.source={data.source!r} is not one of files, easyvqa")
     from vlmprune_jax.demo.easyvqa import write_dataset
 
     files = {name: str(path) for name, path in write_dataset(workdir / "data").items()}

@@ -1,7 +1,8 @@
-"""vlmprune evaluate --config=FILE.py --workdir=DIR: exact-match accuracy of the unpruned, pruned and recovered models.
+"""vlmprune evaluate --config=FILE.py --workdir=DIR: what metrics say of the unpruned, pruned and recovered models.
 
-Makes eval/*.json with every single answer beside.
-Settings: evaluate.batch_size, evaluate.max_new_tokens, evaluate.text (--config.evaluate.batch_size=...).
+Makes eval/*.json with every single answer beside; another metric is worked out from these answers, without the model.
+Settings: evaluate.batch_size, evaluate.metric, evaluate.max_new_tokens, evaluate.text, and evaluate.sets.NAME.metric,
+.data, .images, .prompt_suffix, ... for several sets (--config.evaluate.metric=...).
 """
 
 from __future__ import annotations

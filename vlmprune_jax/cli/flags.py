@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
+import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -70,12 +73,26 @@ def parse(name: str, command: ModuleType, argv: Sequence[str]) -> Flags:
 
 def _parse(values: Flags, argv: list[str]) -> list[str]:
     """Positional arguments; ml_collections loads config files in a way that Python has deprecated."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _importing_beside(value_of(argv, "config")):
         warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
         rest = list(values(argv))
         if "config" in values:
             values.config  # noqa: B018 (loads the file)
     return rest
+
+
+@contextlib.contextmanager
+def _importing_beside(config: str | None) -> Iterator[None]:
+    """A config file may import its neighbours, which add criteria, metrics, ... of the user's own."""
+    if config is None:
+        yield
+        return
+    folder = str(Path(config.split(".py:")[0]).resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
 
 
 def _define(command: ModuleType, argv: list[str] | None = None) -> Flags:

@@ -1,6 +1,7 @@
 """vlmprune inspect HF_DIR: family, layout, shapes, where the parameters are, what can be pruned, what export can do.
 
 Reads configs and tensor headers only. An original LLaVA folder whose vision tower is elsewhere takes --vision_dir.
+With --config=FILE.py the families that the file adds are known as well.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from typing import Any
 
 from absl import flags as absl_flags
 
-from vlmprune_jax.cli.flags import Flags
+from vlmprune_jax.cli.flags import Flags, config_flag
 
 TAKES_ARGUMENTS = True
 
 
 def define(values: Flags) -> None:
     """Flags of this command."""
+    config_flag(values)
     absl_flags.DEFINE_string("vision_dir", None, "vision tower folder (original LLaVA, Bunny)", flag_values=values)
     absl_flags.DEFINE_bool("json", False, "machine-readable output", flag_values=values)
 

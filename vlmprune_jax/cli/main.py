@@ -22,10 +22,11 @@ COMMANDS = {
     "score": "importances of layers, heads and neurons -> scores.npz",
     "prune": "plan from the scores, and the pruned model -> plan.json, pruned/",
     "recover": "train the pruned model -> recovered/",
-    "evaluate": "accuracy by greedy generation -> eval/*.json",
+    "evaluate": "answers to questions and what metrics say of them -> eval/*.json",
     "export": "the best model as a Hugging Face folder, reloaded and compared -> export/",
     "report": "one page with table and plots from result.json -> report.html, report.png",
     "plan": "what recovery needs on a TPU slice, compiled ahead of time on this machine",
+    "help": "what a setting does, as `vlmprune help kl`, its default and choices",
     "inspect": "what a Hugging Face folder holds and what can be pruned, from its headers",
     "tfds": "LLaVA records and their images as a tensorflow-datasets data set",
     "demo": "the whole run on bundled real data, on a CPU",
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Where several processes run together and one fails, all exit from here with its code, 134 for an unforeseen error.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if not argv or argv[0] in ("-h", "--help") or argv == ["help"]:
         print(OVERVIEW.format(commands="\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())))
         return 0
     if threading.current_thread() is not threading.main_thread():  # where no signal can be caught

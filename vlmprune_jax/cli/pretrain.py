@@ -22,7 +22,7 @@ def run(flags: Any) -> None:
     from vlmprune_jax.demo.pretrain import Stage, pretrain
     from vlmprune_jax.distributed.mesh import initialize
     from vlmprune_jax.errors import UserError
-    from vlmprune_jax.recovery import RecoverConfig
+    from vlmprune_jax.recovery.config import RecoverConfig
 
     if flags.config is None or not flags.workdir:
         raise UserError("pretraining needs --config=configs/easyvqa_pretrain.py and --workdir=DIR")

@@ -1,6 +1,6 @@
 """vlmprune report --workdir=DIR: the table on the terminal, report.html and report.png from DIR/result.json.
 
-The page is one file without external resources: table, accuracy against size, importance per layer, training curves.
+The page is one file without external resources: tables, scores against size, importance per layer, training curves.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from transformers.utils.logging import disable_progress_bar
 from vlmprune_jax.cli.config_files import to_experiment
 from vlmprune_jax.distributed.mesh import initialize, is_main_process
 from vlmprune_jax.experiment.spec import Experiment
-from vlmprune_jax.experiment.variants import check_settings
+from vlmprune_jax.experiment.variants import check_experiment
 from vlmprune_jax.stages.console import make_reporter
 from vlmprune_jax.stages.context import Context
 
@@ -19,11 +19,11 @@ def prepare(flags: Any) -> tuple[Experiment, Context]:
     """The experiment and the context of a stage command.
 
     Raises:
-      UserError: see `initialize`, `to_experiment` and `check_settings`.
+      UserError: see `initialize`, `to_experiment` and `check_experiment`.
     """
     logging.set_verbosity(logging.ERROR)  # orbax and grain narrate at lower levels
     disable_progress_bar()  # the bars here are our own
     initialize(flags.coordinator, flags.num_processes, flags.process_id)
     experiment, workdir = to_experiment(flags.config, flags.workdir)
-    check_settings(experiment, workdir)
+    check_experiment(experiment, workdir)
     return experiment, Context(workdir, make_reporter(is_main_process()), flags.overwrite)

@@ -40,9 +40,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class GenerationBatch(Batch):
-    """Left-padded prompts (no labels) and what should follow; rows with `valid` False only fill the batch."""
+    """Left-padded prompts (no labels) and the records they are of; rows with `valid` False only fill the batch."""
 
-    references: tuple[str, ...]
+    records: tuple[Record, ...]
     valid: np.ndarray  # bool[batch]
 
 
@@ -160,7 +160,7 @@ def generation_batches(
     threads: int,
     prefetch: int,
 ) -> grain.IterDataset[GenerationBatch]:
-    """Return this process's rows of every global batch of prompts, in file order, with the last answers as references.
+    """Return this process's rows of every global batch of prompts, in file order.
 
     The last batch is filled with copies of the first record whose `valid` is False, so that all shapes are equal and
     every process sees ceil(len(records) / batch_size) batches.
@@ -174,15 +174,9 @@ def generation_batches(
         slots, chosen = encoder.slots(everyone), everyone[mine]
         arrays = _stack([encoder.generation_row(record, slots) for record in chosen])
         names = tuple(record.id if real else "" for record, real in zip(chosen, valid, strict=True))
-        references = tuple(_reference(record) if real else "" for record, real in zip(chosen, valid, strict=True))
-        return GenerationBatch(arrays, names, references, valid)
+        return GenerationBatch(arrays, names, tuple(chosen), valid)
 
     return rows.map(load).to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
-
-
-def _reference(record: Record) -> str:
-    speaker, text = record.turns[-1]
-    return text if speaker == "gpt" else ""
 
 
 def _stack(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -12,8 +12,8 @@ from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.images import ImageLoader, augment_flip_shift
 from vlmprune_jax.data.prompts import IGNORE, tokenize_prompt, tokenize_training
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.data.templates import Template
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.families.templates import Template
 
 
 class Shape(NamedTuple):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,19 +15,13 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vlmprune_jax.data.records import StoredImage
-from vlmprune_jax.data.tiling import Tiling, pad_to_square, tiling_from_chat_config, tiling_from_processor
+from vlmprune_jax.data.tiling import Tiling, pad_to_square, tiling_from_processor
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.families import FAMILIES, find
+from vlmprune_jax.readers import read_json
 
 ASPECT_RATIOS = ("pad", "square")
 _SUFFIXES = ("ImageProcessor", "ImageProcessorPil", "ImageProcessorFast", "FeatureExtractor")
-# image_processor_type (or the older feature_extractor_type) -> classes to try in order. Only NumPy/PIL ones: their
-# values are the reference's, while the torchvision ones of transformers 5 differ in the last bits and need torch.
-_PROCESSORS = {
-    f"{kind}{suffix}": (f"{kind}ImageProcessorPil", f"{kind}ImageProcessor")
-    for kind in ("CLIP", "Siglip", "Llava")
-    for suffix in _SUFFIXES
-}
-_TILING_PROCESSORS = tuple(f"GotOcr2{suffix}" for suffix in _SUFFIXES[:3])
 
 
 class Preparation(Protocol):
@@ -198,13 +191,13 @@ def load_image_processor(
     """Return the ImageLoader that an HF folder describes.
 
     Args:
-      folder: a model or its vision tower. An InternVL-Chat folder's config.json says how images are cut; otherwise
+      folder: a model or its vision tower. A family's config.json may say how images are cut; otherwise
         `preprocessor_config.json` is read, or the `image_processor` part of `processor_config.json` (transformers 5
         writes only that one).
       aspect_ratio: "pad" or "square", for models that do not cut images (see `WholeImage`).
       max_pixels: largest image.
       cache_bytes: what prepared images may take in memory.
-      image_size: side of a Bunny folder's images, whose processor the hub's code holds instead of a file.
+      image_size: side of the images, for a family whose processor the hub's code holds instead of a file.
       tiling: fields of `Tiling` to use instead of the folder's, for models that cut images.
 
     Raises:
@@ -224,17 +217,18 @@ def load_image_processor(
 
 def _preparation(folder: Path, aspect_ratio: str, image_size: int | None) -> Preparation:
     model_path = folder / "config.json"
-    model = _read_json(model_path) or {}
-    if model.get("model_type") == "internvl_chat":
-        return tiling_from_chat_config(model, str(model_path))
+    model = read_json(model_path) if model_path.is_file() else {}
+    family = find(model)
+    if family is not None and family.tiling is not None:
+        return Tiling(**vars(family.tiling(model, str(model_path))))
     for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         path = folder / name
-        config = _read_json(path)
+        config = read_json(path) if path.is_file() else None
         config = config if key is None or config is None else config.get(key)
         if config is None:
             continue
         try:
-            if _type_of(config) in _TILING_PROCESSORS:
+            if _type_of(config) in _processors(cut=True):
                 return tiling_from_processor(config, str(path))
             return WholeImage(config, where=str(path), aspect_ratio=aspect_ratio)
         except UserError:
@@ -242,23 +236,9 @@ def _preparation(folder: Path, aspect_ratio: str, image_size: int | None) -> Pre
         except Exception as error:  # processors raise ValueError, TypeError, AttributeError, ... for odd settings
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{path}: its image processor does not run ({reason}); restore it") from error
-    if image_size is not None and model.get("model_type") == "bunny-phi":
-        half, size = [0.5] * 3, {"height": image_size, "width": image_size}
-        config = {"image_processor_type": "SiglipImageProcessor", "size": size, "image_mean": half, "image_std": half}
-        return WholeImage(config, where=str(model_path), aspect_ratio=aspect_ratio)
+    if image_size is not None and family is not None and family.pixels is not None:
+        return WholeImage(family.pixels(image_size), where=str(model_path), aspect_ratio=aspect_ratio)
     raise UserError(f"{folder}: has no preprocessor_config.json; copy it from the model or its vision tower")
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); restore it from the model's source") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a JSON {type(content).__name__}, expected an object; restore it")
-    return content
 
 
 def augment_flip_shift(pixels: np.ndarray, seed: tuple[int, ...], max_shift: int = 4) -> np.ndarray:
@@ -277,20 +257,31 @@ def augment_flip_shift(pixels: np.ndarray, seed: tuple[int, ...], max_shift: int
     return padded[:, down : down + height, right : right + width]
 
 
+def _processors(*, cut: bool) -> dict[str, tuple[str, str]]:
+    """image_processor_type (or the older feature_extractor_type) -> classes to try in order, of all families.
+
+    Only NumPy/PIL ones: their values are the reference's, while the torchvision ones of transformers 5 differ in the
+    last bits and need torch.
+    """
+    kinds = [kind for one in FAMILIES.values() if one.cuts_images == cut for kind in one.image_processors]
+    suffixes = _SUFFIXES[:3] if cut else _SUFFIXES
+    return {f"{k}{suffix}": (f"{k}ImageProcessorPil", f"{k}ImageProcessor") for k in kinds for suffix in suffixes}
+
+
 def _make_processor(config: Mapping[str, Any], where: str) -> Any:
     import transformers
 
-    name = _type_of(config)
-    if name not in _PROCESSORS:
-        known = ", ".join(sorted({*_PROCESSORS, *_TILING_PROCESSORS}))
+    name, classes = _type_of(config), _processors(cut=False)
+    if name not in classes:
+        known = ", ".join(sorted({*classes, *_processors(cut=True)}))
         raise UserError(f"{where}: image processor {name!r} is not supported; known: {known}")
-    for class_name in _PROCESSORS[name]:
+    for class_name in classes[name]:
         try:
             processor_class = getattr(transformers, class_name)
         except (AttributeError, ImportError):  # transformers 4 has no *Pil name: its plain name is the NumPy one
             continue
         return processor_class.from_dict(dict(config))
-    raise UserError(f"transformers {transformers.__version__} has no image processor {_PROCESSORS[name]}; use >= 4.57")
+    raise UserError(f"transformers {transformers.__version__} has no image processor {classes[name]}; use >= 4.57")
 
 
 def _type_of(config: Mapping[str, Any]) -> Any:

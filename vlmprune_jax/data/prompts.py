@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlmprune_jax.data.records import IMAGE_TOKEN, Record
-from vlmprune_jax.data.templates import Template
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.families import Family, template_of, templates
+from vlmprune_jax.families.templates import Template
 
 IGNORE = -100
+AUTO = "auto"
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -56,6 +58,25 @@ def _mark_every_piece(tokenizer: Any) -> None:
     if isinstance(before, pre_tokenizers.Metaspace) and before.prepend_scheme == "always":
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         backend.pre_tokenizer = None
+
+
+def choose_template(
+    name: str, family: Family, tokenizer: Any, *, config: Mapping[str, Any], has_vision: bool
+) -> Template:
+    """Return the template called `name`, or that of the model (`template_of` its `config`) where it is "auto".
+
+    Raises UserError where the tokenizer lacks a token of the template.
+    """
+    template = template_of(family, config, tokenizer.eos_token) if name == AUTO else templates()[name]
+    needed = (*template.special, *((template.image_tokens or ()) if has_vision else ()))
+    known = tokenizer.get_vocab()
+    missing = [token for token in needed if token not in known]
+    if missing:
+        raise UserError(
+            f"template {template.name}: the tokenizer has no token {', '.join(missing)}; set data.template to one of "
+            f"{', '.join(other for other in templates() if other != template.name)}, or use the model's own tokenizer"
+        )
+    return template
 
 
 def render(turns: Sequence[tuple[str, str]], template: Template, *, has_image: bool, generation: bool = False) -> str:

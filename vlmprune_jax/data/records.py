@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from vlmprune_jax.errors import UserError
 
 IMAGE_TOKEN = "<image>"
 _SPEAKERS = ("human", "gpt")
+_OWN_FIELDS = ("id", "image", "images", "conversations", "answers", "video")  # all others are `Record.fields`
 _SHOWN = 200  # characters of an image's name in a message
 
 
@@ -54,25 +55,37 @@ class Record:
     """One conversation: turns are ("human" | "gpt", text) in strict alternation from "human"; images in order.
 
     `problem`: why there are no turns, in the place of an entry that could not be read and was not to stop the run.
+    `answers`: what counts as right, where an evaluation record lists it. `fields`: all other fields of the entry as
+    JSON gave them (choices, category, question_id, ...), which metrics may read; they are no part of its identity.
     """
 
     id: str
     turns: tuple[tuple[str, str], ...]
     images: tuple[Path | StoredImage, ...]
     problem: str | None = None
+    answers: tuple[str, ...] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The right answers to the last question: `answers`, else the turn of gpt that ends the record, if one does."""
+        if self.answers:
+            return self.answers
+        return tuple(text for speaker, text in self.turns[-1:] if speaker == "gpt")
 
 
 def read_records(
     path: Path, image_root: Path | None, *, image_lead: bool = False, on_error: str = "stop"
 ) -> list[Record]:
-    """Read `{id, image? | images?, conversations: [{from, value}]}` entries from a `.json` list or a `.jsonl` file.
+    """Read `{id, image? | images?, conversations: [{from, value}], answers?}` of a `.json` list or a `.jsonl` file.
 
     Or those of all data sets that InternVL's `.json` object lists (see `_read_sets`).
 
     `image` is a path or a list of paths below `image_root`; a missing id becomes the entry's index. A first turn of gpt
-    is dropped (reference: `preprocess_v1`). With `image_lead` the text may leave out the `<image>` mark of a record's
-    only image, which the template then puts in front (InternVL data files do so). Raises UserError naming file and
-    record for anything malformed: turns that do not alternate, `<image>` marks that do not match the images, an image
+    is dropped (reference: `preprocess_v1`). `answers` lists the right answers of a question that has several, as texts
+    (TextVQA, DocVQA) or as VQA's `{"answer": text}`. With `image_lead` the text may leave out the `<image>` mark of a
+    record's only image, which the template then puts in front (InternVL data files do so). Raises UserError naming file
+    and record for anything malformed: turns that do not alternate, `<image>` marks that do not match the images, one
     that is missing or lies outside the root. With `on_error` "skip" such a record stays, with nothing but its problem:
     the places of the others do not depend on it.
     """
@@ -224,7 +237,22 @@ def _valid_record(entry: Any, index: int, path: PurePath, root: Images, image_le
             f"{where}: its text has {marks} {IMAGE_TOKEN} mark(s) but the record lists {len(images)} image(s); "
             "give one mark per image"
         )
-    return Record(str(name), turns, images)
+    answers = _answers(entry.get("answers"), where)
+    return Record(str(name), turns, images, None, answers, {k: v for k, v in entry.items() if k not in _OWN_FIELDS})
+
+
+def _answers(given: Any, where: str) -> tuple[str, ...]:
+    if given is None:
+        return ()
+    listed = given if isinstance(given, list) else []
+    answers = tuple(
+        answer["answer"] if isinstance(answer, dict) and "answer" in answer else answer for answer in listed
+    )
+    if not answers or not all(isinstance(answer, str) for answer in answers):
+        raise UserError(f"{where}: 'answers' must be a non-empty list of strings, got {str(given)[:_SHOWN]}")
+    if any(map(_broken, answers)):
+        raise UserError(f"{where}: 'answers' holds half a surrogate pair (\\ud800 to \\udfff); remove it")
+    return answers
 
 
 def _make_turns(conversation: Any, where: str) -> tuple[tuple[str, str], ...]:

@@ -1,8 +1,9 @@
 """Records as a tensorflow-datasets data set in ArrayRecord files: built and read without TensorFlow.
 
-A folder holds two data sets that `tfds.builder_from_directory` opens like any other: `records` (id, turns, and which
-images) and `images` (encoded bytes, each image once however many records share it). Records are read at once, as from
-JSON; an image's bytes when it is decoded. Few large files instead of many small ones, which network disks like.
+A folder holds two data sets that `tfds.builder_from_directory` opens like any other: `records` (id, turns, which
+images, and what else the entry had) and `images` (encoded bytes, each image once however many records share it).
+Records are read at once, as from JSON; an image's bytes when it is decoded. Few large files instead of many small ones,
+which network disks like.
 
 The folder may lie in a bucket, gs://BUCKET/DIR: records are copied to this machine for as long as they are read, images
 are read where they are (array_record has a reader for Google Cloud Storage; the small files beside need gcsfs).
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import os
 import shutil
 import tempfile
@@ -83,6 +85,7 @@ def write_tfds(
         "id": text,
         "conversations": sequence({"from": text, "value": text}),
         "images": sequence({"name": text, "number": np.int64}),
+        "others": text,
     }
     try:
         examples = (_example(record, names, numbers) for record in records)
@@ -107,6 +110,7 @@ def _example(record: Record, names: Mapping[Any, str], numbers: Mapping[Any, int
         "id": record.id,
         "conversations": [{"from": speaker, "value": value} for speaker, value in record.turns],
         "images": [{"name": names[image], "number": numbers[image]} for image in record.images],
+        "others": json.dumps({**record.fields, **({"answers": record.answers} if record.answers else {})}),
     }
 
 
@@ -208,7 +212,8 @@ def read_tfds(folder: Path | epath.Path, *, image_lead: bool = False, on_error: 
             numbers |= zip(names, map(int, found["images"]["number"]), strict=True)
             turns = zip(found["conversations"]["from"], found["conversations"]["value"], strict=True)
             conversation = [{"from": speaker.decode(), "value": text.decode()} for speaker, text in turns]
-            entry = {"id": found["id"].decode(), "conversations": conversation, "images": names}
+            others = json.loads(found.get("others", b"{}"))  # which folders of older versions do not have
+            entry = {**others, "id": found["id"].decode(), "conversations": conversation, "images": names}
             records.append(make_record(entry, index, folder, Stored(), image_lead, on_error))
     return records
 

@@ -12,37 +12,12 @@ import numpy as np
 from PIL import Image
 
 from vlmprune_jax.errors import UserError
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-# Far above any model's (40), and few enough to list all grids: a config.json may name any number.
-MAX_TILES = 1000
-# What InternVLChatConfig of the hub's remote code supplies where config.json says nothing.
-_CHAT_DEFAULTS = {"min_dynamic_patch": 1, "max_dynamic_patch": 6, "use_thumbnail": False, "dynamic_image_size": False}
+from vlmprune_jax.families.tiles import BICUBIC, TilingConfig, whole_number
 
 
 @dataclass(frozen=True)
-class Tiling:
-    """How images become tiles of `size` x `size` pixels: `min_tiles` to `max_tiles` in a grid, and perhaps a thumbnail.
-
-    `pad` centres an image on a square first; it is for images that stay one tile (tiles are square already).
-    """
-
-    size: int
-    min_tiles: int
-    max_tiles: int
-    thumbnail: bool
-    pad: bool
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    resample: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.min_tiles <= self.max_tiles <= MAX_TILES:
-            raise UserError(
-                f"image tiles: min_tiles {self.min_tiles} and max_tiles {self.max_tiles} must be 1 <= min <= max <= "
-                f"{MAX_TILES}; change data.min_tiles or data.max_tiles"
-            )
+class Tiling(TilingConfig):
+    """What a model's folder says about tiles, at work."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -137,28 +112,6 @@ def pad_to_square(image: Image.Image, mean: tuple[float, ...]) -> Image.Image:
     return square
 
 
-def tiling_from_chat_config(config: Mapping[str, Any], where: str) -> Tiling:
-    """Return the tiling of an InternVL-Chat folder's config.json (the preprocessor_config of the hub is not what runs).
-
-    Raises:
-      UserError: a field is missing or not a number.
-    """
-    given = {**_CHAT_DEFAULTS, **{name: config[name] for name in _CHAT_DEFAULTS if config.get(name) is not None}}
-    size = config.get("force_image_size") or (config.get("vision_config") or {}).get("image_size")
-    dynamic = bool(given["dynamic_image_size"])
-    return Tiling(
-        size=_integer(size, "force_image_size", where),
-        min_tiles=_integer(given["min_dynamic_patch"], "min_dynamic_patch", where) if dynamic else 1,
-        max_tiles=_integer(given["max_dynamic_patch"], "max_dynamic_patch", where) if dynamic else 1,
-        thumbnail=dynamic and bool(given["use_thumbnail"]),
-        # Tiles are padded one by one, and they are square.
-        pad=bool(config.get("pad2square")) and not dynamic,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        resample=Image.Resampling.BICUBIC,
-    )
-
-
 def tiling_from_processor(config: Mapping[str, Any], where: str) -> Tiling:
     """Return the tiling of a transformers InternVL folder (`GotOcr2ImageProcessor`; InternVLProcessor turns tiles on).
 
@@ -177,20 +130,12 @@ def tiling_from_processor(config: Mapping[str, Any], where: str) -> Tiling:
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     return Tiling(
-        size=_integer(sides.pop(), "size", where),
-        min_tiles=_integer(config.get("min_patches", 1), "min_patches", where),
-        max_tiles=_integer(config.get("max_patches", 12), "max_patches", where),
+        size=whole_number(sides.pop(), "size", where),
+        min_tiles=whole_number(config.get("min_patches", 1), "min_patches", where),
+        max_tiles=whole_number(config.get("max_patches", 12), "max_patches", where),
         thumbnail=True,
         pad=False,
         mean=tuple(config.get("image_mean") or OPENAI_CLIP_MEAN),
         std=tuple(config.get("image_std") or OPENAI_CLIP_STD),
-        resample=_integer(config.get("resample", int(Image.Resampling.BICUBIC)), "resample", where, least=0),
+        resample=whole_number(config.get("resample", BICUBIC), "resample", where, least=0),
     )
-
-
-def _integer(value: Any, name: str, where: str, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(
-            f"{where}: {name} is {value!r}, expected a whole number from {least}; restore it from the model's source"
-        )
-    return int(value)

@@ -31,16 +31,17 @@ from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.measure import measure
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
-from vlmprune_jax.data.templates import TEMPLATES
 from vlmprune_jax.demo.easyvqa import write_dataset
 from vlmprune_jax.demo.vocabulary import make_tokenizer
 from vlmprune_jax.families import family_of
 from vlmprune_jax.families.llava import LLAVA_HF
+from vlmprune_jax.families.templates import LLAVA_V1
 from vlmprune_jax.hf.export.write import save
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten, init_params, locate, param_axes, stack_layers, unflatten, unstack_layers
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.recovery.loop import RecoverConfig, recover
+from vlmprune_jax.recovery.config import RecoverConfig
+from vlmprune_jax.recovery.loop import recover
 
 CACHE_BYTES = 512 * 2**20  # all 5,000 processed images of easy-VQA
 
@@ -129,7 +130,7 @@ def make_encoder(cfg: ModelConfig, folder: Path) -> Encoder:
     assert cfg.image_token_id is not None
     return Encoder(
         tokenizer=load_tokenizer(folder),
-        template=dataclasses.replace(TEMPLATES["llava_v1"], system=""),
+        template=dataclasses.replace(LLAVA_V1, system=""),
         max_length=cfg.text.max_positions,
         image_loader=load_image_processor(folder, aspect_ratio="square", max_pixels=10**6, cache_bytes=CACHE_BYTES),
         image_token_id=cfg.image_token_id,
@@ -175,11 +176,9 @@ def _write_random_model(folder: Path, architecture: Mapping[str, Any], records: 
 def _hf_tensors(cfg: ModelConfig, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Checkpoint tensors of params, under the names that every transformers release reads."""
     axes, tensors = param_axes(cfg), {}
-    assert cfg.vision is not None
-    depth = {"text": len(cfg.text.layers), "vision": cfg.vision.n_layers}
     for weight in family_of(cfg).weights(cfg):
         layered = "{i}" in weight.path
-        for i in range(depth[weight.path.split("/")[0]] if layered else 1):
+        for i in range(len(cfg.stack(weight.path.split("/")[0]).layers) if layered else 1):
             line = weight.at(i)
             path, index = locate(cfg, line.path)
             array = np.asarray(flat[path] if index is None else flat[path][index])

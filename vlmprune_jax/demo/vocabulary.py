@@ -10,8 +10,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from vlmprune_jax.data.templates import TEMPLATES
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.families.templates import LLAVA_V1
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")  # ids 0..4
 MAX_VOCABULARY = 320
@@ -66,8 +66,7 @@ def make_tokenizer(records: Iterable[Mapping[str, Any]], out_dir: Path, *, image
 
 def _count_words(records: Iterable[Mapping[str, Any]], pre_tokenizer: pre_tokenizers.PreTokenizer) -> Counter[str]:
     """Count the words as the tokenizer will cut them: after a role's colon, after `<image>` newline, after `</s>`."""
-    template = TEMPLATES["llava_v1"]
-    texts = Counter([template.system + " USER:", "USER:", " ASSISTANT:", " Describe", " image."])
+    texts = Counter([LLAVA_V1.system + " USER:", "USER:", " ASSISTANT:", " Describe", " image."])
     for record in records:
         for turn in record["conversations"]:
             text = turn["value"]

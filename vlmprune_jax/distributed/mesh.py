@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -210,3 +211,13 @@ def whole(array: jax.Array) -> np.ndarray:
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def within(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """The context in which computations are laid out on `mesh` (`rules.constrain`); nothing without one."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def row_ways(mesh: Mesh | None) -> int:
+    """Over how many ways the rows of a batch are split: data x fsdp."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]

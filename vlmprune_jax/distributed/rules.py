@@ -22,8 +22,6 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "vision": "fsdp",
-    "vision_heads": "tensor",
-    "vision_mlp": "tensor",
     "projector": "tensor",
     "shuffled": "fsdp",
 }
@@ -67,17 +65,17 @@ def check_divides(cfg: ModelConfig, mesh: Mesh) -> None:
         "hidden_size": ("fsdp", text.hidden_size),
         "vocab_size": ("tensor", text.vocab_size),
     }
-    for i, shape in enumerate(text.layers):
-        sizes |= {
-            f"q_heads of layer {i}": ("tensor", shape.q_heads),
-            f"kv_heads of layer {i}": ("tensor", shape.kv_heads),
-            f"mlp of layer {i}": ("tensor", shape.mlp),
-        }
+    for name, stack in cfg.stacks.items():
+        prefix = "" if name == "text" else f"{name} "
+        for i, shape in enumerate(stack.layers):
+            sizes |= {
+                f"q_heads of {prefix}layer {i}": ("tensor", shape.q_heads),
+                f"kv_heads of {prefix}layer {i}": ("tensor", shape.kv_heads),
+                f"mlp of {prefix}layer {i}": ("tensor", shape.mlp),
+            }
     if cfg.vision is not None:
         sizes |= {
             "vision hidden_size": ("fsdp", cfg.vision.hidden_size),
-            "vision heads": ("tensor", cfg.vision.heads),
-            "vision mlp": ("tensor", cfg.vision.mlp),
             "projector width": ("tensor", text.hidden_size),
         }
     split = {"tensor": tensor, "fsdp": fsdp}

@@ -1,1 +1,1 @@
-"""How good a model is: exact-match accuracy by greedy generation, perplexity on text, and what pruning retained."""
+"""How good a model is: metrics of its answers to questions, or of text, and what pruning retained of them."""

@@ -6,6 +6,7 @@ about 80 positions there, 576 in LLaVA-1.5), so computing what precedes the ques
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,7 +57,7 @@ class _Group:
 
 
 @dataclass(frozen=True, eq=False)
-class QuestionPlan:
+class ArrangedQuestions:
     """Which questions share a batch and a beginning; made once, then read as often as models are evaluated."""
 
     records: Sequence[Record]
@@ -89,25 +90,27 @@ class QuestionPlan:
             images = [self.encoder.images(beginning.record, group.slots) for beginning in shared]
             arrays["pixel_values"] = np.stack(images)
         names = [self.records[question.place].id for question in questions]
-        references = [reference(self.records[question.place]) for question in questions]
         return QuestionBatch(
             arrays=arrays,
             record_ids=(*names, *[""] * padding),
-            references=(*references, *[""] * padding),
+            records=tuple(self.records[question.place] for question in rows),
             valid=np.arange(self.batch_size) < len(questions),
             prefix=SharedPrefix(prefix_ids, prefix_mask, np.array([slots[question.beginning] for question in rows])),
             places=np.array([question.place for question in rows]),
         )
 
 
-def plan_questions(records: Sequence[Record], encoder: Encoder, *, batch_size: int, multiple: int = 1) -> QuestionPlan:
+def arrange_questions(
+    records: Sequence[Record], encoder: Encoder, *, batch_size: int, multiple: int = 1, prompt_suffix: str = ""
+) -> ArrangedQuestions:
     """Tokenise all prompts and arrange them so that questions about one image are neighbours.
 
     Args:
-      records: the last answer of each is the reference.
+      records: conversations; each is asked up to its last turn of gpt.
       encoder: tokenizer, template and images; its `max_length` is the longest prompt allowed (0 = any).
       batch_size: rows of every batch.
       multiple: number of beginnings per batch is a multiple of this (devices that share a batch).
+      prompt_suffix: what follows every last question, such as "\\nAnswer the question using a single word or phrase."
 
     Raises:
       UserError: no record; a prompt that is too long, an image that the model cannot see, too many images or tiles.
@@ -118,7 +121,7 @@ def plan_questions(records: Sequence[Record], encoder: Encoder, *, batch_size: i
     beginnings: list[_Beginning] = []
     members: list[list[_Question]] = []
     for place, record in enumerate(records):
-        ids = encoder.prompt_ids(record)
+        ids = encoder.prompt_ids(_with_suffix(record, prompt_suffix))
         if encoder.max_length:
             check_length(len(ids), record, encoder.max_length)
         marks = np.flatnonzero(ids == encoder.image_token_id) if record.images else np.empty(0, int)
@@ -129,7 +132,7 @@ def plan_questions(records: Sequence[Record], encoder: Encoder, *, batch_size: i
             beginnings.append(_Beginning(ids[:cut], record, encoder.slots([record])))
             members.append([])
         members[known[key]].append(_Question(place, known[key], ids[cut:]))
-    return QuestionPlan(
+    return ArrangedQuestions(
         records=records,
         encoder=encoder,
         batch_size=batch_size,
@@ -177,7 +180,11 @@ def _left_padded(rows: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, n
     return ids, mask
 
 
-def reference(record: Record) -> str:
-    """The answer that ends a record, or "" where it ends with a question."""
-    speaker, text = record.turns[-1]
-    return text if speaker == "gpt" else ""
+def _with_suffix(record: Record, suffix: str) -> Record:
+    """The record with its last question continued."""
+    if not suffix or not record.turns:
+        return record
+    last = max(place for place, (speaker, _) in enumerate(record.turns) if speaker == "human")
+    turns = list(record.turns)
+    turns[last] = ("human", turns[last][1] + suffix)
+    return dataclasses.replace(record, turns=tuple(turns))

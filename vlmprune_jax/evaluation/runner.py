@@ -1,12 +1,11 @@
-"""Running a model over questions (greedy generation, exact match) or over text (perplexity)."""
+"""Running a model over questions (greedy generation) or over text (log-likelihood), and what a metric makes of it."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,41 +15,61 @@ import numpy as np
 
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.data.batching import GenerationBatch
+from vlmprune_jax.data.records import Record
 from vlmprune_jax.distributed.journal import Journal, continued
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.evaluation.metrics import Metric, metric_named
+from vlmprune_jax.evaluation.metrics.metric import Scores
+from vlmprune_jax.evaluation.metrics.perplexity import PERPLEXITY
 from vlmprune_jax.evaluation.questions import QuestionBatch
-from vlmprune_jax.evaluation.scorers import accuracy, accuracy_by_answer, is_exact_match
 from vlmprune_jax.models.generate import generate
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model, encode, mesh_of, place_batch, unembed
-from vlmprune_jax.recovery.losses import LossConfig, vocabulary_sums
+from vlmprune_jax.recovery.config import LossConfig
+from vlmprune_jax.recovery.losses import vocabulary_sums
 
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
+class Reply:
+    """What the model said to the question of a record: the text as decoded, and its tokens (the end token included)."""
+
+    record: Record
+    prediction: str
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Answer:
-    """One question's outcome: the generated text as decoded, and how many tokens it took (the end token included)."""
+    """One question's outcome; `scores` are the metric's, `tokens` were generated (the end token included)."""
 
     id: str
     prediction: str
-    reference: str
-    correct: bool
+    references: tuple[str, ...]
+    scores: Scores
     tokens: int
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy of one model over all questions; `seconds` includes compilation."""
+    """What a metric says of one model over all questions; `seconds` includes compilation.
 
-    accuracy: float
+    `values`: the metric's. `groups`: {group: {questions, **values}} where the metric tells groups apart.
+    """
+
+    values: Mapping[str, float]
+    groups: Mapping[str, Mapping[str, float]]
     questions: int
-    correct: int
     parameters: int
     seconds: float
     mean_generated_tokens: float
-    by_answer: dict[str, dict[str, float]]
     answers: tuple[Answer, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """The value of that name; exact match has it, others may."""
+        return self.values["accuracy"]
 
     def summary(self) -> dict[str, Any]:
         """Everything but the single answers, as JSON values."""
@@ -73,14 +92,54 @@ def evaluate(
     *,
     tokenizer: Any,
     max_new_tokens: int,
+    metric: Metric | str = "exact_match",
     progress: Progress | None = None,
     journal: Journal | None = None,
 ) -> Evaluation:
-    """Exact-match accuracy of greedy answers (see `scorers.normalise` for what counts as equal).
+    """What a metric says of a model's greedy answers; by default how many are exactly the reference.
+
+    Args:
+      model, batches, tokenizer, max_new_tokens, progress, journal: see `ask`.
+      metric: a metric, or the name of one in `vp.metrics`.
+
+    Raises:
+      UserError: there is no question, a question has no reference answer, or the metric does not exist or fit.
+    """
+    start = time.perf_counter()
+    metric = metric_named(metric) if isinstance(metric, str) else metric
+    replies = ask(
+        model, batches, tokenizer=tokenizer, max_new_tokens=max_new_tokens, progress=progress, journal=journal
+    )
+    records = [reply.record for reply in replies]
+    scores = metric.score_all([reply.prediction for reply in replies], records)
+    return Evaluation(
+        values=metric.values(scores, records),
+        groups=metric.values_of_groups(scores, records),
+        questions=len(replies),
+        parameters=count_params(model.cfg),
+        seconds=round(time.perf_counter() - start, 3),
+        mean_generated_tokens=sum(reply.tokens for reply in replies) / len(replies),
+        answers=tuple(
+            Answer(reply.record.id, reply.prediction, reply.record.references, one, reply.tokens)
+            for reply, one in zip(replies, scores, strict=True)
+        ),
+    )
+
+
+def ask(
+    model: Model,
+    batches: Iterable[GenerationBatch],
+    *,
+    tokenizer: Any,
+    max_new_tokens: int,
+    progress: Progress | None = None,
+    journal: Journal | None = None,
+) -> list[Reply]:
+    """Greedy answers to all questions, in the order of the records.
 
     Args:
       model: the model; sharded parameters split every batch over the mesh.
-      batches: prompts of equal shapes with the expected answers (`plan_questions(...).batches(...)`, which computes a
+      batches: prompts of equal shapes with their records (`arrange_questions(...).batches(...)`, which computes a
         shared image once, or `data.batching.generation_batches`); rows with `valid` False are not counted.
       tokenizer: decodes the answers.
       max_new_tokens: longest answer; a longer one is cut and, as a rule, wrong.
@@ -91,10 +150,22 @@ def evaluate(
     Raises:
       UserError: there is no question, or a question has no reference answer.
     """
-    start, found = time.perf_counter(), list[tuple[int | None, Answer]]()
+    asked: list[tuple[int, Record]] = []  # (place, record) of every row that counts, as the batches come
+    said: list[tuple[str, int]] = []
 
-    def ask(batch: GenerationBatch) -> list[tuple[int | None, dict[str, Any]]]:
-        _check_answered(batch)
+    def noted() -> Iterator[GenerationBatch]:
+        for batch in batches:
+            rows = np.flatnonzero(batch.valid).tolist()
+            records = [batch.records[row] for row in rows]
+            check_answered(records)
+            first = len(asked)
+            places = (
+                batch.places[rows].tolist() if isinstance(batch, QuestionBatch) else range(first, first + len(rows))
+            )
+            asked.extend(zip(places, records, strict=True))
+            yield batch
+
+    def answer(batch: GenerationBatch) -> list[tuple[str, int]]:
         tokens = generate(
             model,
             batch.arrays["input_ids"],
@@ -103,47 +174,38 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             prefix=batch.prefix if isinstance(batch, QuestionBatch) else None,
         )
-        answers = _score(batch, tokens, tokenizer, model.cfg)
-        places = batch.places[batch.valid].tolist() if isinstance(batch, QuestionBatch) else [None] * len(answers)
-        return [(place, vars(answer)) for place, answer in zip(places, answers, strict=True)]
+        return _decoded(batch, tokens, tokenizer, model.cfg)
 
-    for done, answered in enumerate(continued(ask, batches, journal), start=1):
-        found += [(place, Answer(**answer)) for place, answer in answered]
+    for done, answered in enumerate(continued(answer, noted(), journal), start=1):
+        said += answered
         if progress is not None:
             progress(done)
-    if not found:
+    if not said:
         raise UserError("there is no question to evaluate: check the evaluation records")
-    placed = [(number if place is None else place, answer) for number, (place, answer) in enumerate(found)]
-    answers = [answer for _, answer in sorted(placed, key=lambda pair: pair[0])]
-    hits = [answer.correct for answer in answers]
-    return Evaluation(
-        accuracy=accuracy(hits),
-        questions=len(answers),
-        correct=sum(hits),
-        parameters=count_params(model.cfg),
-        seconds=round(time.perf_counter() - start, 3),
-        mean_generated_tokens=sum(answer.tokens for answer in answers) / len(answers),
-        by_answer=accuracy_by_answer([a.prediction for a in answers], [a.reference for a in answers]),
-        answers=tuple(answers),
-    )
+    replies = [(place, Reply(record, *reply)) for (place, record), reply in zip(asked, said, strict=True)]
+    return [reply for _, reply in sorted(replies, key=lambda pair: pair[0])]
 
 
-def _score(batch: GenerationBatch, tokens: np.ndarray, tokenizer: Any, cfg: ModelConfig) -> list[Answer]:
+def _decoded(batch: GenerationBatch, tokens: np.ndarray, tokenizer: Any, cfg: ModelConfig) -> list[tuple[str, int]]:
+    """(text, tokens) of every row that counts."""
     is_end = np.isin(tokens, cfg.eos_token_ids)
-    lengths = np.where(is_end.any(axis=1), is_end.argmax(axis=1) + 1, tokens.shape[1])
+    lengths = np.where(is_end.any(axis=1), is_end.argmax(axis=1) + 1, tokens.shape[1]).tolist()
     rows = [row for row in range(len(tokens)) if batch.valid[row]]
     texts = tokenizer.batch_decode([tokens[row, : lengths[row]].tolist() for row in rows], skip_special_tokens=True)
-    answers = []
-    for row, text in zip(rows, texts, strict=True):
-        name, reference = batch.record_ids[row], batch.references[row]
-        answers.append(Answer(name, text.strip(), reference, is_exact_match(text, reference), int(lengths[row])))
-    return answers
+    return [(text.strip(), lengths[row]) for row, text in zip(rows, texts, strict=True)]
 
 
-def _check_answered(batch: GenerationBatch) -> None:
-    for name, reference, valid in zip(batch.record_ids, batch.references, batch.valid, strict=True):
-        if valid and not reference.strip():
-            raise UserError(f"record {name}: its last turn is no answer, so there is nothing to compare with; drop it")
+def check_answered(records: Iterable[Record]) -> None:
+    """Refuse questions without a right answer.
+
+    Raises:
+      UserError: names the record.
+    """
+    for record in records:
+        if not any(text.strip() for text in record.references):
+            raise UserError(
+                f"record {record.id}: its last turn is no answer, so there is nothing to compare with; drop it"
+            )
 
 
 def perplexity(
@@ -154,13 +216,40 @@ def perplexity(
     batch_size: int,
     progress: Progress | None = None,
 ) -> Perplexity:
-    """Perplexity of text, cut into windows of `window` tokens that do not overlap (the first of each is not predicted).
+    """Perplexity of text.
+
+    Args:
+      token_ids, window, batch_size, progress: see `log_likelihoods`.
+
+    Raises:
+      UserError: see there.
+    """
+    start = time.perf_counter()
+    found = log_likelihoods(model, token_ids, window=window, batch_size=batch_size, progress=progress)
+    value = PERPLEXITY.values(found, ())["perplexity"]
+    count = int(sum(one["tokens"] for one in found))
+    return Perplexity(value, count, count_params(model.cfg), round(time.perf_counter() - start, 3))
+
+
+def log_likelihoods(
+    model: Model,
+    token_ids: Sequence[int] | np.ndarray,
+    *,
+    window: int,
+    batch_size: int,
+    progress: Progress | None = None,
+    journal: Journal | None = None,
+) -> list[dict[str, float]]:
+    """{"nll": nats, "tokens": predicted} of every batch of windows that cut a text and do not overlap.
+
+    The first token of a window is not predicted.
 
     Args:
       token_ids: int[tokens] of the whole text.
       window: tokens per forward pass; the last window may be shorter.
       batch_size: windows per forward pass.
       progress: called with the number of batches done.
+      journal: where the numbers of each batch are kept, to continue after an interruption.
 
     Raises:
       UserError: fewer than two tokens, or a window or batch size that is too small.
@@ -174,15 +263,17 @@ def perplexity(
         raise UserError(
             f"text has token id {ids.max()} but the vocabulary has {model.cfg.text.vocab_size}: other tokenizer?"
         )
-    start, total, count = time.perf_counter(), 0.0, 0
-    for done, (rows, mask) in enumerate(_windows(ids, window, batch_size), start=1):
-        total += _negative_log_likelihood(model, rows, mask)
-        count += int(mask[:, 1:].sum())
+
+    def measure(batch: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+        rows, mask = batch
+        return {"nll": _negative_log_likelihood(model, rows, mask), "tokens": int(mask[:, 1:].sum())}
+
+    found = []
+    for done, one in enumerate(continued(measure, _windows(ids, window, batch_size), journal), start=1):
+        found.append(one)
         if progress is not None:
             progress(done)
-    mean = total / count
-    value = math.exp(mean) if mean < 700 else math.inf
-    return Perplexity(value, count, count_params(model.cfg), round(time.perf_counter() - start, 3))
+    return found
 
 
 def _windows(ids: np.ndarray, window: int, batch_size: int) -> Iterable[tuple[np.ndarray, np.ndarray]]:

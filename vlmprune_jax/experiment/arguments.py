@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
-from vlmprune_jax.config import LoraConfig
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.experiment.spec import PruneSpec, RecoverSpec
-from vlmprune_jax.recovery import LossConfig, RecoverConfig
+from vlmprune_jax.evaluation.metrics import metric_named
+from vlmprune_jax.experiment.spec import EvaluationSetSpec, Experiment, PruneSpec, RecoverSpec
+from vlmprune_jax.recovery.config import RecoverConfig
+from vlmprune_jax.recovery.losses import check_losses, needs_teacher
+
+QUESTIONS, TEXT = "questions", "text"  # the evaluation sets of an experiment that names none
 
 
 def plan_options(spec: PruneSpec) -> dict[str, Any]:
@@ -20,21 +24,53 @@ def plan_options(spec: PruneSpec) -> dict[str, Any]:
 
 
 def recover_config(spec: RecoverSpec) -> RecoverConfig:
-    """The training loop's settings; adapters only where "lora" trains.
+    """The training loop's settings, with those of the library alone that the others decide.
 
     Raises:
-      UserError: `save_adapter` without adapters, losses that cannot be had from a cached teacher.
+      UserError: `save_adapter` without adapters, losses that do not exist or cannot be had from a cached teacher.
     """
-    if spec.save_adapter and spec.trainable != "lora":
+    if spec.save_adapter and spec.adapters is None:
         raise UserError(
             f'recover.save_adapter: recover.trainable={spec.trainable!r} trains no adapter: set it to "lora", or leave '
             "save_adapter out"
         )
-    skipped = ("name", "lora", "losses", "epochs", "save_adapter", "teacher_cache", "teacher_top_k")
-    values = {k: v for k, v in vars(spec).items() if k not in skipped}
-    lora = LoraConfig(**vars(spec.lora)) if spec.trainable == "lora" else None
-    epochs = spec.epochs if spec.steps is None else None
-    losses = LossConfig(**vars(spec.losses))
-    if spec.teacher_cache is not None and losses.needs_teacher:
+    losses = spec.losses
+    if spec.teacher_cache is not None and needs_teacher(losses):
         losses = dataclasses.replace(losses, teacher_top_k=spec.teacher_top_k)
-    return RecoverConfig(**values, epochs=epochs, lora=lora, losses=losses, merge_lora=not spec.save_adapter)
+    check_losses(losses)
+    values = {f.name: getattr(spec, f.name) for f in dataclasses.fields(RecoverConfig)}
+    return RecoverConfig(**{**values, "losses": losses, "merge_lora": not spec.save_adapter})
+
+
+def evaluation_sets(experiment: Experiment) -> dict[str, EvaluationSetSpec]:
+    """The evaluation sets by name, with every setting that applies to each in place.
+
+    Raises:
+      UserError: a name that no file can have, or a metric that does not exist or does not fit.
+    """
+    spec, sets = experiment.evaluate, dict(experiment.evaluate.sets)
+    if not sets and (spec.text is None or experiment.data.eval is not None):
+        sets[QUESTIONS] = EvaluationSetSpec()
+    if spec.text is not None:
+        if TEXT in sets:
+            raise UserError(f"evaluate.text is the evaluation set {TEXT!r}, which evaluate.sets has as well: drop one")
+        sets[TEXT] = EvaluationSetSpec(text=spec.text)
+    return {name: _resolved(name, given, experiment) for name, given in sets.items()}
+
+
+def _resolved(name: str, given: EvaluationSetSpec, experiment: Experiment) -> EvaluationSetSpec:
+    spec, data = experiment.evaluate, experiment.data
+    if not re.fullmatch(r"[\w-]+", name, re.ASCII):
+        raise UserError(f"evaluate.sets: the name {name!r} becomes a file's: use letters, digits, _ and -")
+    defaults: dict[str, Any] = {"metric": "perplexity", "text_window": spec.text_window}
+    if given.text is None:
+        shared = ("metric", "prompt_suffix", "max_new_tokens", "questions")
+        defaults = {"data": data.eval, "images": data.eval_images or data.images}
+        defaults |= {field: getattr(spec, field) for field in shared}
+    own = {field: value for field, value in vars(given).items() if value is not None}
+    resolved = EvaluationSetSpec(**defaults | own)
+    of_text = metric_named(resolved.metric or "", f"evaluate.sets.{name}.metric").score is None
+    if of_text != (resolved.text is not None):
+        is_of, has = ("running text", "questions") if of_text else ("answers", "a text")
+        raise UserError(f"evaluate.sets.{name}: metric {resolved.metric} is of {is_of}, but the set has {has}")
+    return resolved

@@ -1,4 +1,4 @@
-"""What an experiment is: every setting with its default, as frozen dataclasses that configs and overrides fill."""
+"""What an experiment is: every setting, declared once, as frozen dataclasses that configs and overrides fill."""
 
 from __future__ import annotations
 
@@ -9,235 +9,359 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlmprune_jax.checks import suggest
+from vlmprune_jax.checks import check_settings, setting, settings_of, suggest
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.recovery.config import RecoverConfig
 
+# What a setting may affect: the stages with results of their own, and the cache of a teacher's logits.
+STAGES = ("score", "prune", "recover", "evaluate", "export", "teacher_cache")
 
-def _check(section: str, spec: Any, **least: int) -> None:
-    """Refuse numbers below these, and a seed that no generator takes."""
-    for name, low in least.items():
-        value = getattr(spec, name)
-        if value is not None and value < low:
-            raise UserError(f"{section}.{name}={value} must be at least {low}")
-    if not 0 <= getattr(spec, "seed", 0) < 2**32:
-        raise UserError(f"{section}.seed={spec.seed} must be at least 0 and below 2**32")
+_ALL = STAGES
+_RECORDS = ("score", "recover", "evaluate")  # what becomes of a record, beside its batch
+_ROWS = (*_RECORDS, "teacher_cache")
+_TRAINING = ("score", "recover")
+_SCORE, _PRUNE, _RECOVER, _EVALUATE, _EXPORT = (("score",), ("prune",), ("recover",), ("evaluate",), ("export",))
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The model to prune. `vision_dir`: its vision tower's own folder (original LLaVA and Bunny)."""
+    """The model to prune."""
 
-    hf_dir: str = ""
-    vision_dir: str | None = None
-    dtype: str = "float32"
+    hf_dir: str = setting("", "Its Hugging Face folder, or hub id.", affects=_ALL, by_content=True)
+    vision_dir: str | None = setting(
+        None, "Its vision tower's own folder (original LLaVA and Bunny).", affects=_ALL, by_content=True
+    )
+    dtype: str = setting(
+        "float32", "What weights are held and written in until export.", affects=_ALL, choices="hf.read:DTYPES"
+    )
+
+    def __post_init__(self) -> None:
+        check_settings("model", self)
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """LLaVA records. `source`: "files", or "easyvqa" (the demo's data, which the command line writes into the workdir).
+    """LLaVA records, for calibration, recovery and evaluation."""
 
-    `train`, `eval`: JSON or JSON-lines files with images below `images`, InternVL's JSON object of several, or
-    "tfds:FOLDER" (`vlmprune tfds` makes it), which may be a bucket's: "tfds:gs://BUCKET/DIR".
-    `template`: "auto" = the model family's. `system`: other system text than the template's ("" = none).
-    `max_length`: tokens per training row with its images, None = that of the longest record. `max_images`: most images
-    of a record. `aspect_ratio`: "pad" or "square", for models that do not cut images. `min_tiles`, `max_tiles`,
-    `thumbnail`: how InternVL cuts them, None = as the model's folder says. `tile_buckets`: numbers of image slots
-    that a batch may have, each one compiled program, () = the model's own (1, 2, 4, 7, 13 for twelve tiles and a
-    thumbnail). `length_buckets`: the same for tokens of training rows, () = always `max_length`; the last one is
-    `max_length`. `group_by`: which records share a batch, "none", "length" or "modality_length" (as well, those with
-    images and those without apart). `on_error`: "stop" at a training record that cannot be read or does not fit, or
-    "skip" it: its row is padding, counted in the summary and listed in training/skipped-*.jsonl. `feature_cache`: a
-    folder, for any number of runs, where recovery keeps what the frozen vision tower makes of each training image; it
-    then trains without tower and pixels. `fraction`, `seed`: which training records.
-    """
-
-    source: str = "files"
-    train: str | None = None
-    eval: str | None = None
-    images: str | None = None
-    eval_images: str | None = None
-    template: str = "auto"
-    system: str | None = None
-    max_length: int | None = None
-    truncate: bool = True
-    max_images: int = 1
-    aspect_ratio: str = "pad"
-    min_tiles: int | None = None
-    max_tiles: int | None = None
-    thumbnail: bool | None = None
-    tile_buckets: tuple[int, ...] = ()
-    length_buckets: tuple[int, ...] = ()
-    group_by: str = "none"
-    on_error: str = "stop"
-    max_image_pixels: int = 100_000_000
-    cache_megabytes: int = 512
-    feature_cache: str | None = None
-    threads: int = 2
-    fraction: float = 1.0
-    seed: int = 42
+    source: str = setting(
+        "files",
+        '"easyvqa": the demo\'s data, which the command line writes into the workdir.',
+        choices=("files", "easyvqa"),
+    )
+    train: str | None = setting(
+        None,
+        "Training records: JSON or JSON lines with images below `images`, InternVL's JSON object of several, or "
+        '"tfds:FOLDER" (`vlmprune tfds` makes it), which may be a bucket\'s, "tfds:gs://BUCKET/DIR".',
+        affects=_TRAINING,
+        by_content=True,
+    )
+    eval: str | None = setting(None, "Evaluation records, as `train`.", affects=_EVALUATE, by_content=True)
+    images: str | None = setting(None, "Folder of the images.", affects=_RECORDS, by_content=True)
+    eval_images: str | None = setting(
+        None, "Folder of the evaluation images; None: `images`.", affects=_EVALUATE, by_content=True
+    )
+    template: str = setting(
+        "auto", 'Prompt template; "auto": the model family\'s.', affects=_ROWS, choices="data.templates:TEMPLATES"
+    )
+    system: str | None = setting(None, 'Other system text than the template\'s; "": none.', affects=_ROWS)
+    max_length: int | None = setting(
+        None,
+        "Tokens of a training row with its images; None: those of the longest record.",
+        affects=(*_TRAINING, "teacher_cache"),
+        unit="tokens",
+        least=1,
+    )
+    truncate: bool = setting(
+        True, "Cut records that are longer, else refuse them.", affects=(*_TRAINING, "teacher_cache")
+    )
+    max_images: int = setting(1, "Most images of a record.", affects=_RECORDS, unit="images", least=1)
+    aspect_ratio: str = setting(
+        "pad",
+        "How an image becomes square, for models that do not cut images.",
+        affects=_ROWS,
+        choices="data.images:ASPECT_RATIOS",
+    )
+    min_tiles: int | None = setting(
+        None,
+        "Least tiles of an image that is cut (InternVL); None: as the model's folder says.",
+        affects=_ROWS,
+        unit="tiles",
+        least=1,
+    )
+    max_tiles: int | None = setting(
+        None,
+        "Most tiles of an image that is cut; None: as the model's folder says.",
+        affects=_ROWS,
+        unit="tiles",
+        least=1,
+    )
+    thumbnail: bool | None = setting(
+        None, "Whether a cut image comes as a whole as well; None: as the model's folder says.", affects=_ROWS
+    )
+    tile_buckets: tuple[int, ...] = setting(
+        (),
+        "Numbers of image slots that a batch may have, each one compiled program; (): the model's own (1, 2, 4, 7, 13 "
+        "for twelve tiles and a thumbnail).",
+        affects=_RECORDS,
+        unit="images",
+        least=1,
+    )
+    length_buckets: tuple[int, ...] = setting(
+        (),
+        "Lengths that a training batch may have, the last one `max_length`; (): always `max_length`.",
+        affects=_TRAINING,
+        unit="tokens",
+        least=1,
+    )
+    group_by: str = setting(
+        "none",
+        'Which records share a batch: any, those of like "length", or as well only with or without images.',
+        affects=_RECOVER,
+        choices="data.grouping:GROUPINGS",
+    )
+    on_error: str = setting(
+        "stop",
+        'At a training record that cannot be read or does not fit: "stop", or "skip" it (its row is padding, counted, '
+        "and listed in training/skipped-*.jsonl).",
+        affects=_TRAINING,
+        choices="data.batching:ON_ERROR",
+    )
+    max_image_pixels: int = setting(100_000_000, "Larger images are refused.", unit="pixels", least=1)
+    cache_megabytes: int = setting(512, "Memory for prepared images.", unit="MiB", least=0)
+    feature_cache: str | None = setting(
+        None,
+        "A folder, for any number of runs, where recovery keeps what the frozen vision tower makes of each training "
+        "image; it then trains without tower and pixels.",
+    )
+    threads: int = setting(2, "Threads that read and prepare records.", unit="threads", least=0)
+    fraction: float = setting(
+        1.0, "Share of the training records that recovery uses.", affects=_RECOVER, above=0, most=1
+    )
+    seed: int = setting(42, "Of which records these are.", affects=_RECOVER, least=0, below=2**32)
 
     def __post_init__(self) -> None:
-        _check("data", self, max_length=1, max_images=1, max_image_pixels=1, cache_megabytes=0, threads=0)
+        check_settings("data", self)
 
 
 @dataclass(frozen=True)
 class ScoreSpec:
-    """What to measure, on how many training records (see `prune.score`). `depth`, `width`: each method's criterion.
+    """What to measure, on how many training records (see `prune.score`)."""
 
-    `reduction`: over the tensors of a group, None = the criterion's own. `layers_removed`: block length of the angular
-    criterion. `longest_text`: only records of at most so many tokens, an image counting 1 (None = any).
-    `reference_compat`: Block Influence and the angular distance exactly as the paper's code sums them.
-    """
-
-    depth: str = "block_influence"
-    width: str = "taylor"
-    variant: str = "param_first"
-    reduction: str | None = None
-    gqa: str = "groups"
-    reference_compat: bool = False
-    layers_removed: int | None = None
-    longest_text: int | None = None
-    samples: int = 50
-    batch_size: int = 1
-    seed: int = 42
+    depth: str = setting(
+        "block_influence", "Criterion of methods depth and hybrid.", affects=_SCORE, choices="prune.criteria:CRITERIA"
+    )
+    width: str = setting(
+        "taylor", "Criterion of methods width and hybrid.", affects=_SCORE, choices="prune.criteria:CRITERIA"
+    )
+    variant: str = setting(
+        "param_first", "Which Taylor expansion.", affects=_SCORE, choices="prune.criteria.taylor:VARIANTS"
+    )
+    reduction: str | None = setting(
+        None,
+        "Over the tensors of a group; None: the criterion's own.",
+        affects=_SCORE,
+        choices="prune.criteria.groups:REDUCTIONS",
+    )
+    gqa: str = setting(
+        "groups",
+        "What of attention goes together: a key head with its query heads, or query heads evenly within them.",
+        affects=_SCORE,
+        choices="prune.criteria.groups:GQA",
+    )
+    reference_compat: bool = setting(
+        False, "Block Influence and angular distance exactly as the paper's code sums them.", affects=_SCORE
+    )
+    layers_removed: int | None = setting(
+        None, "Block length of the angular criterion.", affects=_SCORE, unit="layers", least=1
+    )
+    longest_text: int | None = setting(
+        None,
+        "Only records of at most so many tokens, an image counting 1; None: any.",
+        affects=_SCORE,
+        unit="tokens",
+        least=1,
+    )
+    samples: int = setting(50, "Calibration records.", affects=_SCORE, unit="records", least=1)
+    batch_size: int = setting(1, "Records of a batch.", affects=_SCORE, unit="rows", least=1)
+    seed: int = setting(42, "Of which records these are.", affects=_SCORE, least=0, below=2**32)
+    options: Mapping[str, Any] = setting(
+        {}, "A criterion's options that have no setting here, by name.", affects=_SCORE
+    )
 
     def __post_init__(self) -> None:
-        _check("score", self, samples=1, batch_size=1, longest_text=1, layers_removed=1)
+        check_settings("score", self)
 
 
 @dataclass(frozen=True)
 class PruneSpec:
-    """How much goes, and from where (see `make_plan`). `ratio` is the reduction of the whole model's parameters.
+    """How much goes, and from where (see `make_plan`)."""
 
-    `attn_layers`, `mlp_layers`: () = all, or a half-open (start, stop) in original numbers. `steps`: width pruning in
-    so many rounds, each with new scores.
-    """
-
-    method: str = "depth"
-    ratio: float | None = None
-    layers_removed: int | None = None
-    protect: tuple[int, ...] = ()
-    rounding: str = "nearest"
-    attn_layers: tuple[int, ...] = ()
-    mlp_layers: tuple[int, ...] = ()
-    heads_multiple: int = 1
-    neurons_multiple: int = 1
-    selection: str = "local"
-    sparsity: float | None = None
-    depth_share: float = 0.5
-    steps: int = 1
+    method: str = setting("depth", "What goes.", affects=_PRUNE, choices="prune.select:METHODS")
+    ratio: float | None = setting(None, "Reduction of the whole model's parameters.", affects=_PRUNE)
+    layers_removed: int | None = setting(None, "Layers to remove, in place of `ratio`.", affects=_PRUNE, unit="layers")
+    protect: tuple[int, ...] = setting((), "Layers that stay, in original numbers.", affects=_PRUNE, unit="layers")
+    rounding: str = setting(
+        "nearest",
+        "Whether the layers removed come nearest to `ratio` or reach it.",
+        affects=_PRUNE,
+        choices="prune.select:ROUNDINGS",
+    )
+    attn_layers: tuple[int, ...] = setting(
+        (),
+        "Layers that lose heads, a half-open (start, stop) in original numbers; (): all.",
+        affects=_PRUNE,
+        unit="layers",
+    )
+    mlp_layers: tuple[int, ...] = setting(
+        (), "Layers that lose neurons, as `attn_layers`.", affects=_PRUNE, unit="layers"
+    )
+    heads_multiple: int = setting(1, "Kept heads are a multiple of this.", affects=_PRUNE, unit="heads")
+    neurons_multiple: int = setting(1, "Kept neurons are a multiple of this.", affects=_PRUNE, unit="neurons")
+    selection: str = setting(
+        "local",
+        "Whether units compete within their layer or over all layers.",
+        affects=_PRUNE,
+        choices="prune.width:SELECTIONS",
+    )
+    sparsity: float | None = setting(
+        None, "Share of units that go from each layer, in place of `ratio` (the reference's).", affects=_PRUNE
+    )
+    depth_share: float = setting(0.5, "Share of the reduction that hybrid takes by layers.", affects=_PRUNE)
+    steps: int = setting(1, "Rounds of width pruning, each with new scores.", affects=_PRUNE, unit="rounds", least=1)
 
     def __post_init__(self) -> None:
-        _check("prune", self, steps=1)
+        check_settings("prune", self)
 
 
 @dataclass(frozen=True)
-class LoraSpec:
-    """Low-rank adapters, used when `recover.trainable` is "lora"; no targets means every projection of the decoder."""
-
-    rank: int = 128
-    alpha: float = 256.0
-    dropout: float = 0.05
-    targets: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class LossSpec:
-    """Weights of the loss terms and how they are measured (see `recover.losses.LossConfig`)."""
-
-    ce: float = 1.0
-    l2: float = 0.0
-    cosine: float = 0.0
-    kl: float = 0.0
-    rkl: float = 0.0
-    l2_layers: tuple[int, ...] = (-1,)
-    temperature: float = 2.0
-    teacher_inputs: str = "student"
-    reference_compat: bool = False
-    chunk: int = 128
-    kl_positions: str = "all"
-
-
-@dataclass(frozen=True)
-class RecoverSpec:
-    """Training after pruning (see `RecoverConfig`); the defaults are LLaVA's LoRA fine-tuning, without a teacher.
+class RecoverSpec(RecoverConfig):
+    """Training after pruning: `RecoverConfig`, and what goes with it in a workdir.
 
     The reference's settings per family, distillation included, are recipes to start a config from (`recipes`).
-
-    `trainable`: projector, lora, decoder or all. `steps` count instead of `epochs` if given. `name` is what tables call
-    this recovery. `save_adapter`: beside recovered/, where adapters are merged, adapter/ for `peft` on top of pruned/.
-    `teacher_cache`: a folder for the teacher's `teacher_top_k` likeliest tokens at every position that `losses.kl`
-    counts; what is not there is computed first, then training runs without the teacher. For losses ce and kl, with
-    `losses.teacher_inputs` "own"; runs may share it.
     """
 
-    name: str = "recovered"
-    trainable: str = "lora"
-    epochs: float = 1.0
-    steps: int | None = None
-    batch_size: int = 128
-    accumulation: int = 1
-    learning_rate: float = 2e-4
-    projector_learning_rate: float | None = 2e-5
-    weight_decay: float = 0.0
-    schedule: str = "cosine"
-    warmup_ratio: float = 0.03
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    clip_norm: float | None = 1.0
-    compute_dtype: str = "float32"
-    remat: str = "dots"
-    lora: LoraSpec = field(default_factory=LoraSpec)
-    save_adapter: bool = False
-    losses: LossSpec = field(default_factory=LossSpec)
-    teacher_cache: str | None = None
-    teacher_top_k: int = 64
-    log_every: int = 10
-    save_every: int = 100
-    keep_checkpoints: int = 2
-    seed: int = 42
+    name: str = setting("recovered", "What tables call this recovery.")
+    save_adapter: bool = setting(
+        False,
+        "Beside recovered/, where adapters are merged, write adapter/ for `peft` on top of pruned/.",
+        affects=_RECOVER,
+    )
+    teacher_cache: str | None = setting(
+        None,
+        "A folder, which runs may share, for the teacher's likeliest tokens at every position that counts; what is not "
+        "there is computed first, then training runs without the teacher. Not for every loss, and with "
+        '`losses.teacher_inputs` "own".',
+    )
+    teacher_top_k: int = setting(
+        64,
+        "How many tokens `teacher_cache` keeps of a position.",
+        affects=("recover", "teacher_cache"),
+        unit="tokens",
+        least=1,
+    )
+
+
+@dataclass(frozen=True)
+class EvaluationSetSpec:
+    """One evaluation set: questions from `data` and `images`, or a `text` file. What is None is as `evaluate` says."""
+
+    data: str | None = setting(None, "Its records; None: `data.eval`.", affects=_EVALUATE, by_content=True)
+    images: str | None = setting(
+        None, "Folder of their images; None: `data.eval_images`.", affects=_EVALUATE, by_content=True
+    )
+    text: str | None = setting(None, "A text file in place of records.", affects=_EVALUATE, by_content=True)
+    metric: str | None = setting(
+        None,
+        "What answers are worth; None: `evaluate.metric`, of a text perplexity.",
+        choices="evaluation.metrics:METRICS",
+    )
+    prompt_suffix: str | None = setting(None, "What follows every last question.", affects=_EVALUATE)
+    max_new_tokens: int | None = setting(None, "Longest answer.", affects=_EVALUATE, unit="tokens", least=1)
+    questions: int | None = setting(None, "Only the first so many.", affects=_EVALUATE, unit="questions", least=1)
+    text_window: int | None = setting(
+        None, "Tokens of the text that are seen together.", affects=_EVALUATE, unit="tokens", least=2
+    )
 
     def __post_init__(self) -> None:
-        _check("recover", self, teacher_top_k=1)
+        check_settings("evaluate.sets", self)
+        if self.text is not None and (self.data or self.images or self.prompt_suffix or self.questions):
+            raise UserError(
+                f"evaluate.sets: a set is a text ({self.text}) or questions: drop its text, or its data, images, "
+                "prompt_suffix and questions"
+            )
 
 
 @dataclass(frozen=True)
 class EvaluateSpec:
-    """Greedy answers to `data.eval`, and perplexity on a text file if one is named.
+    """Greedy answers to questions, and perplexity of text: what of each model is measured.
 
-    `max_length`: longest prompt allowed, with its image (None = any). `questions`: only the
-    first so many. `unrecovered`: whether the pruned model is evaluated before recovery as well.
+    `sets`: the evaluation sets by name, each measured apart, whose settings take the place of those here. Without any
+    there is one, "questions", of `data.eval`; and if a `text` file is named one more, "text".
     """
 
-    batch_size: int = 32
-    max_length: int | None = None
-    max_new_tokens: int = 16
-    questions: int | None = None
-    unrecovered: bool = True
-    text: str | None = None
-    text_window: int = 512
+    batch_size: int = setting(32, "Questions of a batch.", affects=_EVALUATE, unit="rows", least=1)
+    max_length: int | None = setting(
+        None, "Longest prompt allowed, with its image; None: any.", affects=_EVALUATE, unit="tokens", least=1
+    )
+    max_new_tokens: int = setting(16, "Longest answer.", affects=_EVALUATE, unit="tokens", least=1)
+    questions: int | None = setting(
+        None, "Only the first so many; None: all.", affects=_EVALUATE, unit="questions", least=1
+    )
+    unrecovered: bool = setting(True, "Evaluate the pruned model before recovery as well.")
+    metric: str = setting(
+        "exact_match",
+        "What answers are worth, worked out anew from those on disk each time.",
+        choices="evaluation.metrics:METRICS",
+    )
+    prompt_suffix: str = setting(
+        "",
+        'What follows every last question, such as "\\nAnswer the question using a single word or phrase."',
+        affects=_EVALUATE,
+    )
+    text: str | None = setting(None, "Text file for perplexity.", affects=_EVALUATE, by_content=True)
+    text_window: int = setting(
+        512, "Tokens of the text that are seen together.", affects=_EVALUATE, unit="tokens", least=2
+    )
+    sets: Mapping[str, EvaluationSetSpec] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check("evaluate", self, batch_size=1, max_length=1, max_new_tokens=1, questions=1, text_window=2)
+        check_settings("evaluate", self)
 
 
 @dataclass(frozen=True)
 class ExportSpec:
-    """The folder handed out. `layout`: "source" or "transformers". `uneven`: what to do with unequal layer widths."""
+    """The folder handed out."""
 
-    layout: str = "source"
-    uneven: str = "per_layer"
-    dtype: str = "bfloat16"
+    layout: str = setting(
+        "source",
+        "The layout that was read, or that of the stock class of transformers.",
+        affects=_EXPORT,
+        choices="hf.export.target:LAYOUTS",
+    )
+    uneven: str = setting(
+        "per_layer",
+        "Unequal layer widths: true size with a PyTorch file of their own, zeros up to the widest, or refused.",
+        affects=_EXPORT,
+        choices="hf.export.target:UNEVEN",
+    )
+    dtype: str = setting(
+        "bfloat16", "What weights are written in.", affects=_EXPORT, choices="hf.export.target:WRITTEN"
+    )
+
+    def __post_init__(self) -> None:
+        check_settings("export", self)
 
 
 @dataclass(frozen=True)
 class MeshSpec:
     """Sizes of the device mesh; -1 takes what is left. All 1 runs on one device without a mesh."""
 
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = setting(1, "Copies of the model, each with its share of a batch.", unit="devices")
+    fsdp: int = setting(1, "Devices that share a copy's weights along the residual width, and a batch.", unit="devices")
+    tensor: int = setting(1, "Devices that share heads, neurons and vocabulary.", unit="devices")
+
+    def __post_init__(self) -> None:
+        check_settings("mesh", self)
 
 
 @dataclass(frozen=True)
@@ -260,13 +384,46 @@ class Experiment:
     recover_variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
+def sections(experiment: Experiment) -> dict[str, Any]:
+    """The sections by name."""
+    found = {name: getattr(experiment, name) for name in (f.name for f in dataclasses.fields(experiment))}
+    return {name: value for name, value in found.items() if dataclasses.is_dataclass(value)}
+
+
+def affecting(stage: str, experiment: Experiment) -> dict[str, Any]:
+    """`section.name` -> value of every setting that changes a stage's results; sections in a section are mappings.
+
+    Files and folders are not among them: their content counts, as the stage's inputs. Nor is an empty mapping.
+    """
+    found = {section: _affecting(stage, spec) for section, spec in sections(experiment).items()}
+    return {f"{section}.{name}": value for section, values in found.items() for name, value in values.items()}
+
+
+def _affecting(stage: str, spec: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, about in settings_of(spec).items():
+        value = getattr(spec, name)
+        if stage in about.affects and about.offered and not about.by_content and value != {}:
+            found[name] = value
+    inner = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
+    parts = {name: _affecting(stage, value) for name, value in inner.items() if dataclasses.is_dataclass(value)}
+    return found | {name: part for name, part in parts.items() if part}
+
+
+def hints_of(spec: Any) -> dict[str, Any]:
+    """Name -> type of everything that a config has in place of this dataclass."""
+    kept_back = {name for name, about in settings_of(spec).items() if not about.offered}
+    hints = typing.get_type_hints(spec if isinstance(spec, type) else type(spec))
+    return {name: hint for name, hint in hints.items() if name not in kept_back}
+
+
 def override(spec: Any, values: Mapping[str, Any], where: str = "config") -> Any:
     """`spec` (any of these dataclasses) with a nested mapping of values in place of its own.
 
     Raises:
       UserError: a name that does not exist, with the nearest that does, or a value of the wrong kind.
     """
-    hints = typing.get_type_hints(type(spec))
+    hints = hints_of(spec)
     changes = {}
     for name, value in values.items():
         if name not in hints:
@@ -281,19 +438,35 @@ def override(spec: Any, values: Mapping[str, Any], where: str = "config") -> Any
     return dataclasses.replace(spec, **changes)
 
 
+def _named(value: Any, section: Any, where: str) -> Any:
+    """A section of those that a mapping has by names of the user's."""
+    if isinstance(value, section):
+        return value
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} is a section, it cannot be {value!r}")
+    return override(section(), value, where)
+
+
 def _checked(value: Any, kind: Any, where: str) -> Any:
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if value is None and type(None) in options:
         return None
     for option in options:
         plain = typing.get_origin(option) or option
+        if option is Any:
+            return value
         if plain is tuple and isinstance(value, (tuple, list)):
-            inner = typing.get_args(option)[0]
-            return tuple(_checked(item, inner, f"{where}[{i}]") for i, item in enumerate(value))
+            first, *rest = typing.get_args(option)
+            kinds = [first] * len(value) if rest[-1:] == [...] else [first, *rest]
+            if len(kinds) == len(value):
+                items = enumerate(zip(value, kinds, strict=True))
+                return tuple(_checked(item, inner, f"{where}[{i}]") for i, (item, inner) in items)
         if plain is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
         if plain is Mapping and isinstance(value, Mapping):
-            return {key: dict(inner) for key, inner in value.items()}
+            inner = typing.get_args(option)[1]
+            check = _named if dataclasses.is_dataclass(inner) else _checked
+            return {key: check(item, inner, f"{where}.{key}") for key, item in value.items()}
         if isinstance(plain, type) and isinstance(value, plain) and (plain is bool or not isinstance(value, bool)):
             return value
     names = " or ".join("nothing" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)

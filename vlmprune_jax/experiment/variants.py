@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from vlmprune_jax.checks import one_of
+from vlmprune_jax.checks import check_settings, one_of, with_defaults
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.experiment.arguments import recover_config
-from vlmprune_jax.experiment.spec import Experiment, override
-from vlmprune_jax.hf.export.target import LAYOUTS, UNEVEN
-from vlmprune_jax.prune import CRITERIA, METHODS
+from vlmprune_jax.experiment.arguments import evaluation_sets, recover_config
+from vlmprune_jax.experiment.spec import Experiment, ScoreSpec, override, sections
+from vlmprune_jax.prune.criteria import CRITERIA, scoring
 
 NO_RECOVERY = "none"
 
@@ -66,18 +66,36 @@ def _checked(name: str) -> str:
     return name
 
 
-def check_settings(experiment: Experiment, workdir: Path) -> None:
+def _check_criteria(spec: ScoreSpec) -> None:
+    """Refuse a criterion that does not score what its setting is for, and options that neither criterion has."""
+    options: dict[str, Any] = {}
+    for name, criterion, what in (("depth", spec.depth, "layers"), ("width", spec.width, "widths")):
+        chosen = CRITERIA[one_of(f"score.{name}", criterion, tuple(CRITERIA))]
+        if what not in chosen.scores:
+            raise UserError(
+                f"score.{name}={criterion!r} scores {' and '.join(chosen.scores)}, not {what}: use {scoring(what)}"
+            )
+        options |= chosen.options
+    with_defaults(f"score.options of {spec.depth!r} or {spec.width!r}", spec.options, options)
+
+
+def check_experiment(experiment: Experiment, workdir: Path) -> None:
     """Refuse at the start what a stage of any variant would refuse hours later.
 
     Raises:
       UserError: a setting that does not exist, has no such value, or goes with another one.
     """
+    sets = evaluation_sets(experiment)
     for pruned in prune_runs(experiment, workdir):
         spec = pruned.experiment
-        one_of("prune.method", spec.prune.method, METHODS)
-        one_of("score.depth", spec.score.depth, tuple(CRITERIA))
-        one_of("score.width", spec.score.width, tuple(CRITERIA))
+        if spec.prune.steps > 1 and spec.prune.method != "width":
+            raise UserError(
+                f"prune.steps={spec.prune.steps} is for prune.method='width': depth and hybrid prune in one step"
+            )
+        _check_criteria(spec.score)
         for run in recover_runs(pruned):
+            for name, section in sections(run.experiment).items():
+                check_settings(name, section, elsewhere=True)
             recover_config(run.experiment.recover)
-    one_of("export.layout", experiment.export.layout, LAYOUTS)
-    one_of("export.uneven", experiment.export.uneven, UNEVEN)
+            if evaluation_sets(run.experiment) != sets:
+                raise UserError(f"variant {run.name} is evaluated on other sets: give all models the same questions")

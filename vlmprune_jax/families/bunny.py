@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from vlmprune_jax.config import ModelConfig, ProjectorConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families.decoders import text_from_hf, text_weights
-from vlmprune_jax.families.llava import ORIGINAL_IMAGE_TOKEN, OTHER_TOWERS, TOWER_RENAMES, UNUSED_VISION
+from vlmprune_jax.families.llava import ORIGINAL_IMAGE_TOKEN, OTHER_TOWERS, RECIPE, TOWER_RENAMES, UNUSED_VISION
 from vlmprune_jax.families.shapes import layers_to_hf, token_ids
-from vlmprune_jax.families.table import Family
-from vlmprune_jax.families.towers import projector_of, projector_weights, vision_from_hf, vision_of, vision_weights
+from vlmprune_jax.families.table import Conversion, Family, JsonDict
+from vlmprune_jax.families.templates import LLAVA_V1
+from vlmprune_jax.families.towers import (
+    PIXELS,
+    check_whole,
+    projector_of,
+    projector_weights,
+    vision_from_hf,
+    vision_of,
+    vision_weights,
+)
 
-MODEL_TYPE = "bunny-phi"
+TEMPLATE = dataclasses.replace(LLAVA_V1, name="bunny", assistant_end="<|endoftext|>")
 # Bunny's code computes all blocks but the last, whatever the config says (siglip_encoder.py).
 _FEATURE_LAYER = -2
 # Bunny's config.json names its tower and its width only; these are the sizes of the one that the hub's Bunny-v1.0 has.
@@ -60,13 +70,24 @@ def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> Mod
     )
 
 
+def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
+    check_whole(vision_of(cfg), _FEATURE_LAYER)
+    return layers_to_hf(cfg.text, source)  # the hub's classes have no other name for other widths
+
+
+def _pixels(size: int) -> JsonDict:
+    """Settings of the image processor, which the hub's code holds instead of a file."""
+    mean, std = PIXELS["siglip"]
+    side = {"height": size, "width": size}
+    return {"image_processor_type": "SiglipImageProcessor", "size": side, "image_mean": mean, "image_std": std}
+
+
 BUNNY = Family(
     name="bunny",
     layout="original",
-    matches=lambda config: config.get("model_type") == MODEL_TYPE,
+    model_types=("bunny-phi",),
     from_hf=_from_hf,
-    # the hub's classes have no other name for other widths
-    to_hf=lambda cfg, source: layers_to_hf(cfg.text, source),
+    to_hf=_to_hf,
     weights=lambda cfg: (
         text_weights(cfg.text, "model.", "lm_head.weight")
         + projector_weights(projector_of(cfg), "model.mm_projector.", ("0", "2"))
@@ -75,4 +96,8 @@ BUNNY = Family(
     renames=TOWER_RENAMES,
     ignored=(r".*\.rotary_emb\.inv_freq", r"lm_head\.weight", UNUSED_VISION, OTHER_TOWERS),
     separate_vision=True,
+    templates=(TEMPLATE,),
+    pixels=_pixels,
+    recipe=RECIPE,
+    conversion=Conversion(to="llava", new_token="<image>", marks_images=True),
 )

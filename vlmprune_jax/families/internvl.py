@@ -2,21 +2,90 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from vlmprune_jax.config import ModelConfig, ProjectorConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families.decoders import text_from_hf, text_to_hf, text_weights
-from vlmprune_jax.families.llava import HF_MODULES, NATIVE_RENAMES
+from vlmprune_jax.families.llava import HF_MODULES, NATIVE_RENAMES, RECIPE
 from vlmprune_jax.families.shapes import layers_to_hf, token_ids
-from vlmprune_jax.families.table import Family, JsonDict
-from vlmprune_jax.families.towers import internvit_weights, projector_of, projector_weights, vision_from_hf, vision_of
+from vlmprune_jax.families.table import Conversion, Family, JsonDict, ProcessorFiles, Stock
+from vlmprune_jax.families.templates import Template
+from vlmprune_jax.families.tiles import BICUBIC, TilingConfig, whole_number
+from vlmprune_jax.families.towers import (
+    PIXELS,
+    internvit_weights,
+    projector_of,
+    projector_weights,
+    vision_from_hf,
+    vision_of,
+    vision_to_hf,
+)
 
 # torch's default, which the projector's layer norm has in both layouts.
 _PROJECTOR_EPS = 1e-5
 # The vocabulary ends in <img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> </box>, in this order.
 _IMAGE_TOKEN_FROM_END = 7
+# What InternVLChatConfig of the hub's remote code supplies where config.json says nothing.
+_TILE_DEFAULTS = {"min_dynamic_patch": 1, "max_dynamic_patch": 6, "use_thumbnail": False, "dynamic_image_size": False}
+
+_PHI3_CHAT = Template(
+    name="phi3-chat",
+    system_start="<|system|>\n",
+    system="你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
+    "是一个有用无害的人工智能助手。",
+    system_end="<|end|>",
+    user="<|user|>\n",
+    user_end="<|end|>",
+    assistant="<|assistant|>\n",
+    assistant_end="<|end|>",
+    gap="",
+    image_first=False,
+    image_lead=True,
+    image_tokens=("<img>", "<IMG_CONTEXT>", "</img>"),
+    padding_mark="<|endoftext|>",
+    special=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+)
+# With Qwen2 or Llama, 1.5 and 2 | 2.5 and later (reference: InternVL conversation.py, dataset.py).
+_HERMES_2 = replace(
+    _PHI3_CHAT,
+    name="Hermes-2",
+    system_start="<|im_start|>system\n",
+    system_end="<|im_end|>",
+    user="<|im_start|>user\n",
+    user_end="<|im_end|>",
+    assistant="<|im_start|>assistant\n",
+    assistant_end="<|im_end|>",
+    special=("<|im_start|>", "<|im_end|>"),
+)
+_INTERNVL2_5 = replace(
+    _HERMES_2,
+    name="internvl2_5",
+    system="你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。",
+    system_end="<|im_end|>\n",
+    user_end="<|im_end|>\n",
+    assistant_end="<|im_end|>\n",
+    padding_mark=None,
+    by_turn=True,
+)
+_TEMPLATES = (_PHI3_CHAT, _HERMES_2, _INTERNVL2_5)
+
+# Source: InternVL's slurm scripts. They adapt the fused qkv_proj and gate_up_proj and decay every tensor; here each
+# projection has its own adapter, and biases and norms do not decay.
+_RECIPE: dict[str, Any] = {
+    "data": {"max_length": 4096},
+    "recover": {
+        **RECIPE["recover"],
+        "lora": {"rank": 16, "alpha": 32.0, "dropout": 0.05},
+        "losses": {**RECIPE["recover"]["losses"], "teacher_inputs": "own"},
+        "learning_rate": 4e-5,
+        "projector_learning_rate": None,
+        "weight_decay": 0.05,
+    },
+}
 
 
 def _projector(config: Mapping[str, Any], version: str) -> ProjectorConfig:
@@ -83,16 +152,110 @@ def _native_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None)
 
 def _native_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
     old = {"model_type": "qwen2", **(source.get("text_config") or {})}
-    return {**source, "text_config": text_to_hf(cfg.text, old)}
+    config = vision_to_hf(vision_of(cfg), source, "internvl_vision", ("vision_feature_layer", -1))
+    return {**config, "text_config": text_to_hf(cfg.text, old)}
+
+
+def _original_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
+    config = vision_to_hf(vision_of(cfg), source, "intern_vit_6b", ("select_layer", -1))
+    # the hub's classes have no other name for other widths
+    return {**config, "llm_config": layers_to_hf(cfg.text, source.get("llm_config") or {})}
+
+
+def _tiling(config: Mapping[str, Any], where: str) -> TilingConfig:
+    """How a chat folder's config.json has images cut (the preprocessor_config of the hub is not what runs).
+
+    Raises:
+      UserError: a field is missing or not a number.
+    """
+    given = {**_TILE_DEFAULTS, **{name: config[name] for name in _TILE_DEFAULTS if config.get(name) is not None}}
+    size = config.get("force_image_size") or (config.get("vision_config") or {}).get("image_size")
+    dynamic = bool(given["dynamic_image_size"])
+    mean, std = PIXELS["internvit"]
+    return TilingConfig(
+        size=whole_number(size, "force_image_size", where),
+        min_tiles=whole_number(given["min_dynamic_patch"], "min_dynamic_patch", where) if dynamic else 1,
+        max_tiles=whole_number(given["max_dynamic_patch"], "max_dynamic_patch", where) if dynamic else 1,
+        thumbnail=dynamic and bool(given["use_thumbnail"]),
+        # Tiles are padded one by one, and they are square.
+        pad=bool(config.get("pad2square")) and not dynamic,
+        mean=mean,
+        std=std,
+        resample=BICUBIC,
+    )
+
+
+def _processor(cfg: ModelConfig, source: JsonDict, template: Template, new_token: str) -> ProcessorFiles:
+    """InternVLProcessor; images are cut into tiles of the grid that fits best, and the whole image is one more.
+
+    Raises:
+      UserError: what the config asks for is nothing that the image processor of transformers does.
+    """
+    tiling = _tiling(source, "config.json")
+    for field, lost in (("use_thumbnail", tiling.max_tiles > 1 and not tiling.thumbnail), ("pad2square", tiling.pad)):
+        if lost:
+            raise UserError(
+                f"config.json: {field} {json.dumps(source.get(field))} is nothing that transformers' InternVLProcessor "
+                'can do: export with layout="source"'
+            )
+    vision = vision_of(cfg)
+    mean, std = PIXELS[vision.kind]
+    frames = {
+        "video_processor_type": "InternVLVideoProcessor",
+        "processor_class": "InternVLProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": vision.image_size, "width": vision.image_size},
+        "resample": BICUBIC,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": std,
+    }
+    tiles = {
+        **frames,
+        "image_processor_type": "GotOcr2ImageProcessor",
+        "crop_to_patches": tiling.max_tiles > 1,
+        "min_patches": tiling.min_tiles,
+        "max_patches": tiling.max_tiles,
+    }
+    start, context, end = template.image_tokens or ("", "", "")
+    tokens = {"start_image_token": start, "end_image_token": end, "context_image_token": context}
+    files = {
+        "preprocessor_config.json": tiles,
+        "video_preprocessor_config.json": frames,
+        "processor_config.json": {
+            "processor_class": "InternVLProcessor",
+            "image_seq_length": cfg.tokens_per_image,
+        },
+    }
+    return ProcessorFiles({**tokens, "video_token": new_token}, context, files)
+
+
+def _stock_config(cfg: ModelConfig, source: JsonDict) -> JsonDict:
+    config: JsonDict = {"downsample_ratio": 1 / projector_of(cfg).downsample}
+    if source.get("template") is not None:
+        config["template"] = source["template"]  # transformers has no such field; ours tells prompts apart by it
+    return config
+
+
+def _lacks(cfg: ModelConfig) -> str | None:
+    projector = projector_of(cfg)
+    if projector.kind == "pixel_shuffle" and (projector.shuffle_version, projector.norm_eps) == ("v2", _PROJECTOR_EPS):
+        return None
+    if projector.kind != "pixel_shuffle":
+        return f"projector of kind {projector.kind} (pixel shuffle)"
+    return f"pixel shuffle {projector.shuffle_version} with layer norm eps {projector.norm_eps:g} (v2 and 1e-05)"
 
 
 INTERNVL_ORIGINAL = Family(
     name="internvl",
     layout="original",
-    matches=lambda config: config.get("model_type") == "internvl_chat",
+    model_types=("internvl_chat",),
     from_hf=_original_from_hf,
-    # the hub's classes have no other name for other widths
-    to_hf=lambda cfg, source: {**source, "llm_config": layers_to_hf(cfg.text, source.get("llm_config") or {})},
+    text_section="llm_config",
+    to_hf=_original_to_hf,
     weights=lambda cfg: (
         text_weights(cfg.text, "language_model.model.", "language_model.lm_head.weight")
         + projector_weights(projector_of(cfg), "mlp1.", ("0", "1", "3"))
@@ -108,14 +271,21 @@ INTERNVL_ORIGINAL = Family(
         ("chat_end_token_id", "<|end|>"),
         ("chat_end_token_id", "<|im_end|>"),
     ),
+    templates=_TEMPLATES,
+    template_field="template",
+    cuts_images=True,
+    tiling=_tiling,
+    recipe=_RECIPE,
+    conversion=Conversion(to="internvl", new_token="<video>", marks_images=False),
 )
 
 INTERNVL_HF = Family(
     name="internvl",
     layout="transformers",
-    matches=lambda config: config.get("model_type") == "internvl",
+    model_types=("internvl",),
     from_hf=_native_from_hf,
     to_hf=_native_to_hf,
+    text_section="text_config",
     weights=lambda cfg: (
         text_weights(cfg.text, "language_model.model.", "language_model.lm_head.weight")
         + projector_weights(projector_of(cfg), "multi_modal_projector.", ("layer_norm", "linear_1", "linear_2"))
@@ -127,5 +297,18 @@ INTERNVL_HF = Family(
         r".*\.rotary_emb\.inv_freq",
         r"language_model\.lm_head\.weight",
         r"vision_tower\.(embeddings\.mask_token|encoder\.layer\..*)",
+    ),
+    templates=_TEMPLATES,
+    template_field="template",
+    image_processors=("GotOcr2",),
+    cuts_images=True,
+    recipe=_RECIPE,
+    stock=Stock(
+        "InternVLForConditionalGeneration",
+        "AutoModelForImageTextToText",
+        image_token="image_token_id",
+        config=_stock_config,
+        lacks=_lacks,
+        processor=_processor,
     ),
 )

@@ -9,11 +9,45 @@ from vlmprune_jax.config import ModelConfig, ProjectorConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families.decoders import text_from_hf, text_to_hf, text_weights
 from vlmprune_jax.families.shapes import layers_to_hf, token_ids
-from vlmprune_jax.families.table import Family, JsonDict
-from vlmprune_jax.families.towers import projector_of, projector_weights, vision_from_hf, vision_of, vision_weights
+from vlmprune_jax.families.table import Conversion, Family, JsonDict, ProcessorFiles, Stock
+from vlmprune_jax.families.templates import Template
+from vlmprune_jax.families.tiles import BICUBIC
+from vlmprune_jax.families.towers import (
+    PIXELS,
+    check_whole,
+    projector_of,
+    projector_weights,
+    vision_from_hf,
+    vision_of,
+    vision_to_hf,
+    vision_weights,
+)
 
 # The original code's sentinel for an image in input_ids (LLaVA constants.py); it is never embedded.
 ORIGINAL_IMAGE_TOKEN = -200
+
+# The reference's recovery: fine-tuning of adapters and projector with hidden-state distillation, a partial experiment.
+# Source: VLM/llava/train/train_pruned.py (Bunny's is VLM/bunny/train/train_pruned.py), which leaves rates, batch,
+# schedule and adapters to a command line that the repository does not have: these are those of LLaVA's own LoRA script,
+# which it continues.
+RECIPE: dict[str, Any] = {
+    "data": {"max_length": 2048},
+    "recover": {
+        "name": "sft_l2",
+        "trainable": "lora",
+        "lora": {"rank": 128, "alpha": 256.0, "dropout": 0.05},
+        "losses": {"ce": 0.5, "l2": 0.5, "l2_layers": (-1,), "teacher_inputs": "student"},
+        "learning_rate": 2e-4,
+        "projector_learning_rate": 2e-5,
+        "weight_decay": 0.0,
+        "schedule": "cosine",
+        "warmup_ratio": 0.03,
+        "epochs": 1.0,
+        "batch_size": 128,
+        "compute_dtype": "bfloat16",
+        "remat": "full",
+    },
+}
 
 # Spellings of a model of transformers: the names in memory since 4.52, and the segment that version 5 dropped.
 NATIVE_RENAMES = (
@@ -64,7 +98,7 @@ def _hf_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> 
 
 
 def _hf_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
-    config = dict(source)
+    config = dict(vision_to_hf(vision_of(cfg), source, "clip_vision_model", ("vision_feature_layer", -2)))
     # transformers fills what text_config leaves out with its class's defaults, so absent fields must stay meaningful.
     config["text_config"] = text_to_hf(cfg.text, dict(source.get("text_config") or {}))
     return config
@@ -98,6 +132,40 @@ def _original_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | Non
     )
 
 
+def _processor(cfg: ModelConfig, source: JsonDict, template: Template, new_token: str) -> ProcessorFiles:
+    """LlavaProcessor; images are padded to a square of the mean colour where the config says so, then resized."""
+    del template
+    vision = vision_of(cfg)
+    mean, std = PIXELS[vision.kind]
+    side = {"height": vision.image_size, "width": vision.image_size}
+    crops = vision.kind == "clip"
+    images = {
+        "image_processor_type": "LlavaImageProcessor",
+        "processor_class": "LlavaProcessor",
+        "do_pad": source.get("image_aspect_ratio") == "pad",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": vision.image_size} if crops else side,
+        "resample": BICUBIC,
+        "do_center_crop": crops,
+        "crop_size": side,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": std,
+    }
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "patch_size": vision.patch_size,
+        "num_additional_image_tokens": int(vision.class_token),
+        "vision_feature_select_strategy": "default" if cfg.feature_select == "patch" else "full",
+        "image_token": new_token,
+    }
+    files = {"preprocessor_config.json": images, "processor_config.json": processor}
+    return ProcessorFiles({"image_token": new_token}, new_token, files)
+
+
 # Tensor names -> names of modules in memory, of transformers' vision-language classes since 4.52.
 HF_MODULES = (
     (r"^language_model\.model\.", "model.language_model."),
@@ -105,14 +173,20 @@ HF_MODULES = (
     (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
 )
 
+
+def _original_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
+    check_whole(vision_of(cfg), source.get("mm_vision_select_layer", -2))
+    return layers_to_hf(cfg.text, source)  # the original classes have no other name for other widths
+
+
 LLAVA_HF = Family(
     name="llava",
     layout="transformers",
-    matches=lambda config: (
-        config.get("model_type") == "llava" and "vision_config" in config and "mm_vision_tower" not in config
-    ),
+    model_types=("llava",),
+    matches=lambda config: "vision_config" in config and "mm_vision_tower" not in config,
     from_hf=_hf_from_hf,
     to_hf=_hf_to_hf,
+    text_section="text_config",
     weights=lambda cfg: (
         text_weights(cfg.text, "language_model.model.", "language_model.lm_head.weight")
         + projector_weights(projector_of(cfg), "multi_modal_projector.", ("linear_1", "linear_2"))
@@ -121,15 +195,25 @@ LLAVA_HF = Family(
     modules=HF_MODULES,
     renames=NATIVE_RENAMES,
     ignored=(r".*\.rotary_emb\.inv_freq", r"language_model\.lm_head\.weight", UNUSED_VISION),
+    image_processors=("CLIP", "Siglip", "Llava"),
+    recipe=RECIPE,
+    stock=Stock(
+        "LlavaForConditionalGeneration",
+        "AutoModelForImageTextToText",
+        image_token="image_token_index",
+        config=lambda cfg, source: {"multimodal_projector_bias": projector_of(cfg).bias},
+        lacks=lambda cfg: "pixel shuffle" if projector_of(cfg).kind == "pixel_shuffle" else None,
+        processor=_processor,
+    ),
 )
 
 LLAVA_ORIGINAL = Family(
     name="llava",
     layout="original",
-    matches=lambda config: config.get("model_type") in ("llava", "llava_llama") and "mm_vision_tower" in config,
+    model_types=("llava", "llava_llama"),
+    matches=lambda config: "mm_vision_tower" in config,
     from_hf=_original_from_hf,
-    # the original classes have no other name for other widths
-    to_hf=lambda cfg, source: layers_to_hf(cfg.text, source),
+    to_hf=_original_to_hf,
     weights=lambda cfg: (
         text_weights(cfg.text, "model.", "lm_head.weight")
         + projector_weights(projector_of(cfg), "model.mm_projector.", ("0", "2"))
@@ -138,4 +222,7 @@ LLAVA_ORIGINAL = Family(
     renames=TOWER_RENAMES,
     ignored=(r".*\.rotary_emb\.inv_freq", r"lm_head\.weight", UNUSED_VISION, OTHER_TOWERS),
     separate_vision=True,
+    holds_tower=False,
+    recipe=RECIPE,
+    conversion=Conversion(to="llava", new_token="<image>", marks_images=True),
 )

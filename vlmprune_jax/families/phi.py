@@ -7,14 +7,13 @@ from typing import Any
 
 from vlmprune_jax.config import TextConfig
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.families.decoders import decoder_family
 from vlmprune_jax.families.rope import rope_from_hf, rotary_dim
 from vlmprune_jax.families.shapes import layers_from_hf, layers_to_hf
-from vlmprune_jax.families.table import JsonDict, Weight
-
-MODEL_TYPES = ("phi",)
+from vlmprune_jax.families.table import Decoder, Weight
 
 
-def text_from_hf(config: Mapping[str, Any], tie_default: bool = False) -> TextConfig:
+def _from_hf(config: Mapping[str, Any]) -> TextConfig:
     """TextConfig of a PhiConfig dictionary; absent fields take transformers' defaults.
 
     The output head has no bias: in vision-language models it has none, `PhiForCausalLM` alone gives it one.
@@ -34,7 +33,7 @@ def text_from_hf(config: Mapping[str, Any], tie_default: bool = False) -> TextCo
         norm_eps=float(config.get("layer_norm_eps", 1e-5)),
         activation=config.get("hidden_act", "gelu_new"),
         rope=rope_from_hf(config),
-        tie_embeddings=bool(config.get("tie_word_embeddings", tie_default)),
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         max_positions=int(config.get("max_position_embeddings", 2048)),
         rotary_dim=rotary_dim(config, head_dim, default=0.5),
         qkv_bias=True,
@@ -47,12 +46,7 @@ def text_from_hf(config: Mapping[str, Any], tie_default: bool = False) -> TextCo
     )
 
 
-def text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
-    """`source` with every field that depends on the layers rewritten; Phi's classes take an explicit `head_dim`."""
-    return layers_to_hf(text, source)
-
-
-def text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
+def _weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
     """Weight lines of the decoder; `prefix` precedes `embed_tokens` and `layers`, and `head` is lm_head's key."""
     layer, key = "text/layers/{i}", prefix + "layers.{i}"
     table = [Weight("text/embed_tokens/weight", prefix + "embed_tokens.weight", "vocab embed")]
@@ -75,3 +69,7 @@ def text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
     if text.head_bias:
         table.append(Weight("text/lm_head/bias", head.removesuffix("weight") + "bias", "vocab"))
     return table
+
+
+# layers_to_hf: its classes take an explicit `head_dim`
+PHI = decoder_family(Decoder("phi", "PhiForCausalLM", _from_hf, layers_to_hf, _weights, head_bias=True))

@@ -8,12 +8,23 @@ from typing import Any
 
 from vlmprune_jax.config import TextConfig
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.families import llama
-from vlmprune_jax.families.rope import longrope_to_hf, rope_from_hf, rotary_dim
-from vlmprune_jax.families.shapes import PER_LAYER, layers_from_hf, layers_to_hf
-from vlmprune_jax.families.table import JsonDict, Weight
+from vlmprune_jax.families.decoders import decoder_family
+from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
+from vlmprune_jax.families.mistral import as_mistral
+from vlmprune_jax.families.rope import longrope_to_hf, rotary_dim
+from vlmprune_jax.families.shapes import PER_LAYER, layers_to_hf
+from vlmprune_jax.families.table import Decoder, JsonDict, Weight
 
-MODEL_TYPES = ("phi3",)
+# What transformers' config class fills in where a config.json is silent.
+_DEFAULTS: JsonDict = {
+    "vocab_size": 32064,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+}
 # Rows of a fused tensor, in order.
 _FUSED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -21,34 +32,15 @@ _FUSED = {
 }
 
 
-def text_from_hf(config: Mapping[str, Any], tie_default: bool = False) -> TextConfig:
-    """TextConfig of a Phi3Config dictionary; absent fields take transformers' defaults."""
-    config = {**config, "model_type": "phi3"}
-    hidden = int(config.get("hidden_size", 3072))
-    heads = int(config.get("num_attention_heads", 32))
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    head_dim = int(config.get("head_dim") or hidden // heads)
+def _from_hf(config: Mapping[str, Any]) -> TextConfig:
+    config = {**_DEFAULTS, **config, "model_type": "phi3"}
+    head_dim = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
     window = config.get("sliding_window")
-    windows = [None if window is None else int(window)] * int(config.get("num_hidden_layers", 32))
-    return TextConfig(
-        vocab_size=int(config.get("vocab_size", 32064)),
-        hidden_size=hidden,
-        head_dim=head_dim,
-        layers=layers_from_hf(config, (heads, kv_heads, int(config.get("intermediate_size", 8192))), windows),
-        norm_eps=float(config.get("rms_norm_eps", 1e-5)),
-        activation=config.get("hidden_act", "silu"),
-        rope=rope_from_hf(config),
-        tie_embeddings=bool(config.get("tie_word_embeddings", tie_default)),
-        max_positions=int(config.get("max_position_embeddings", 4096)),
-        rotary_dim=rotary_dim(config, head_dim, default=1.0),
-        qkv_bias=False,
-        out_bias=False,
-        mlp_bias=False,
-        decoder="phi3",
-    )
+    windows = [None if window is None else int(window)] * int(config["num_hidden_layers"])
+    return llama_like(config, "phi3", windows=windows, rotary_dim=rotary_dim(config, head_dim, default=1.0))
 
 
-def text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
+def _to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     """`source` with every field that depends on the layers rewritten; unknown fields survive.
 
     LongRoPE under its first name "su" gets its later one, which transformers 5 wants and transformers 4 knows.
@@ -71,14 +63,17 @@ def text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
             "LongRoPE and partial rotary embedding: prune layers and neurons, and keep all heads"
         )
     config = {name: value for name, value in config.items() if name not in ("auto_map", "partial_rotary_factor")}
-    return llama.as_mistral(text, {**config, **longrope_to_hf(text.rope, source)})
+    return as_mistral(text, {**config, **longrope_to_hf(text.rope, source)})
 
 
-def text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
+def _weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
     """Weight lines of the decoder: Llama's, several of which lie in one tensor of the files."""
     fused = {part: whole for whole, parts in _FUSED.items() for part in parts}
     table = []
-    for line in llama.text_weights(text, prefix, head):
+    for line in llama_like_weights(text, prefix, head):
         owner = next((part for part in fused if f".{part}." in line.key), None)
         table.append(line if owner is None else dataclasses.replace(line, key=line.key.replace(owner, fused[owner])))
     return table
+
+
+PHI3 = decoder_family(Decoder("phi3", "Phi3ForCausalLM", _from_hf, _to_hf, _weights, heads_divide=True))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from vlmprune_jax.config import ModelConfig, ProjectorConfig, VisionConfig
+from vlmprune_jax.config import LayerShape, ModelConfig, ProjectorConfig, VisionConfig
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.families.table import Weight
+from vlmprune_jax.families.table import JsonDict, Weight
 
 # Class defaults of each tower's config in transformers (InternViT: of the hub's remote code), which files leave out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -32,12 +33,22 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 # How the kinds of tower differ.
+_INTERNVIT = {"patch_bias": True, "pre_norm": False, "layer_scale": True, "resizes": True}
 _TRAITS: dict[str, dict[str, Any]] = {
     "clip_vision_model": {"kind": "clip"},
     "siglip_vision_model": {"kind": "siglip", "class_token": False, "patch_bias": True, "pre_norm": False},
-    "internvl_vision": {"kind": "internvit", "patch_bias": True, "pre_norm": False, "layer_scale": True},
-    "intern_vit_6b": {"kind": "internvit", "patch_bias": True, "pre_norm": False, "layer_scale": True},
+    "internvl_vision": {"kind": "internvit", **_INTERNVIT},
+    "intern_vit_6b": {"kind": "internvit", **_INTERNVIT},
 }
+# Mean and deviation of each kind's training images (openai/clip, google/siglip, ImageNet).
+PIXELS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "internvit": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+# The type of each kind in transformers.
+KINDS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model", "internvit": "internvl_vision"}
+TYPES = tuple(_DEFAULTS)
 # A whole CLIP or SigLIP config, whose vision part may leave its type out.
 _OUTER = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 
@@ -67,11 +78,13 @@ def vision_from_hf(
     if not 0 < used <= total:
         raise UserError(f"vision feature layer {feature_layer} does not exist in a tower of {total} layers")
     trained = _side(full["image_size"], "image_size")
+    hidden, heads = int(full["hidden_size"]), int(full["num_attention_heads"])
+    if "head_dim" not in full and hidden % heads:
+        raise UserError(f"vision tower: hidden_size {hidden} is not a multiple of its {heads} heads")
     return VisionConfig(
-        hidden_size=int(full["hidden_size"]),
-        mlp=int(full["intermediate_size"]),
-        heads=int(full["num_attention_heads"]),
-        n_layers=used,
+        hidden_size=hidden,
+        head_dim=int(full.get("head_dim", hidden // heads)),
+        layers=(LayerShape(heads, heads, int(full["intermediate_size"])),) * used,
         n_layers_total=total,
         image_size=image_size or trained,
         patch_size=_side(full["patch_size"], "patch_size"),
@@ -82,6 +95,56 @@ def vision_from_hf(
         position_size=trained if image_size not in (None, trained) else 0,
         **_TRAITS[kind],
     )
+
+
+def vision_to_hf(vision: VisionConfig, source: JsonDict, default_type: str, feature_layer: tuple[str, int]) -> JsonDict:
+    """`source`, a whole config.json, with every field that depends on the tower's layers rewritten.
+
+    A tower that is not the source's ends with its feature layer, whose states are then its last. `feature_layer` is the
+    name of that field and its default.
+
+    Raises:
+      UserError: layers of unequal width, which no class loads.
+    """
+    name, default = feature_layer
+    old = source.get("vision_config") or {}
+    before = vision_from_hf(old, source.get(name, default), default_type)
+    if (before.layers, before.n_layers_total) == (vision.layers, vision.n_layers_total):
+        return source
+    if not vision.even:
+        raise UserError(
+            "the layers of the vision tower have unequal widths, which no class loads: prune all of them alike, or "
+            'export with uneven="pad" (same function, no savings)'
+        )
+    shape = vision.layers[0]
+    new = {
+        **old,
+        "num_hidden_layers": len(vision.layers),
+        "num_attention_heads": shape.q_heads,
+        "intermediate_size": shape.mlp,
+    }
+    if "head_dim" in old or not vision.whole_heads:
+        new["head_dim"] = vision.head_dim
+    if vision.kind == "siglip":
+        new["vision_use_head"] = False
+    return {**source, "vision_config": new, name: -1}
+
+
+def is_left_out(key: str, config: JsonDict) -> bool:
+    """Whether a model with this config.json has no tensor of this (canonical) key, which its source may have."""
+    vision = config.get("vision_config") or {}
+    return key.startswith(_POOLING_HEAD) and vision.get("vision_use_head") is False
+
+
+def check_whole(vision: VisionConfig, feature_layer: int) -> None:
+    """Raise UserError if pruning changed a tower that its layout leaves in a folder of its own."""
+    total = vision.n_layers_total
+    used = feature_layer if feature_layer >= 0 else total + 1 + feature_layer
+    if len(vision.layers) != used or not vision.whole_heads:
+        raise UserError(
+            "the vision tower was pruned, but this layout leaves it in its own folder, unpruned: use "
+            'layout="transformers", which writes it'
+        )
 
 
 def _check_internvit(config: Mapping[str, Any]) -> None:
@@ -115,16 +178,18 @@ _LAYOUTS = {
     "position_embedding": "position vision",
     "pre_layrnorm": "vision",
     "layers/{i}/layer_norm1": "vision",
-    "layers/{i}/self_attn/q_proj": "(vision_heads vision_head) vision",
-    "layers/{i}/self_attn/k_proj": "(vision_heads vision_head) vision",
-    "layers/{i}/self_attn/v_proj": "(vision_heads vision_head) vision",
-    "layers/{i}/self_attn/out_proj": "vision (vision_heads vision_head)",
+    "layers/{i}/self_attn/q_proj": "(q_heads head) vision",
+    "layers/{i}/self_attn/k_proj": "(kv_heads head) vision",
+    "layers/{i}/self_attn/v_proj": "(kv_heads head) vision",
+    "layers/{i}/self_attn/out_proj": "vision (q_heads head)",
     "layers/{i}/layer_scale1": "vision",
     "layers/{i}/layer_norm2": "vision",
-    "layers/{i}/mlp/fc1": "vision_mlp vision",
-    "layers/{i}/mlp/fc2": "vision vision_mlp",
+    "layers/{i}/mlp/fc1": "mlp vision",
+    "layers/{i}/mlp/fc2": "vision mlp",
     "layers/{i}/layer_scale2": "vision",
 }
+# SigLIP's pooling head, which no feature passes through; its MLP has the widths of the layers.
+_POOLING_HEAD = "vision_tower.head."
 # Keys that are not the path with dots; several paths of one key are a fused tensor, its rows in the order of the lines.
 _CLIP_KEYS = {
     "class_embedding": "embeddings.class_embedding",
@@ -226,3 +291,40 @@ def vision_of(cfg: ModelConfig) -> VisionConfig:
     """The tower of a config that has one."""
     assert cfg.vision is not None
     return cfg.vision
+
+
+def stock_tower(vision: VisionConfig) -> JsonDict:
+    """vision_config of a class of transformers for the computed part of a tower: its last block makes the feature."""
+    shape = vision.layers[0]
+    config = {
+        "model_type": KINDS[vision.kind],
+        "hidden_size": vision.hidden_size,
+        "intermediate_size": shape.mlp,
+        "num_attention_heads": shape.q_heads,
+        "num_hidden_layers": len(vision.layers),
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "num_channels": vision.channels,
+        "layer_norm_eps": vision.norm_eps,
+        "hidden_act": vision.activation,
+    }
+    if vision.kind == "siglip":
+        config["vision_use_head"] = False
+    if vision.kind == "internvit":
+        sides = {name: [config[name]] * 2 for name in ("image_size", "patch_size")}
+        config |= {**sides, "attention_bias": vision.qkv_bias, "norm_type": "layer_norm", "use_qk_norm": False}
+    return config
+
+
+def stock_tower_constants(vision: VisionConfig) -> dict[str, tuple[tuple[int, ...], float]]:
+    """Weights that the class of `stock_tower` holds and never uses, as key -> (shape, value)."""
+    if vision.kind == "internvit":
+        return {}
+    # a norm behind the last block; the feature is taken before it
+    norm = "vision_tower.vision_model.post_layernorm."
+    return {f"{norm}weight": ((vision.hidden_size,), 1.0), f"{norm}bias": ((vision.hidden_size,), 0.0)}
+
+
+def stock_tower_key(key: str, vision: VisionConfig) -> str:
+    """The spelling of a model's key that versions 4 and 5 of transformers both load."""
+    return key if vision.kind == "internvit" else re.sub(r"^vision_tower\.", "vision_tower.vision_model.", key)

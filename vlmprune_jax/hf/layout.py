@@ -14,7 +14,8 @@ import numpy as np
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family
-from vlmprune_jax.hf.disk.checkpoint import WEIGHT_DTYPES, Checkpoint
+from vlmprune_jax.hf.disk.checkpoint import Checkpoint
+from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES
 from vlmprune_jax.models.params import locate, param_axes, param_shapes
 
 PARTS = ("text", "projector", "vision")
@@ -41,6 +42,11 @@ class Slot:
     start: int
     stop: int
 
+    @property
+    def part(self) -> str:
+        """Which of `PARTS` it belongs to; of a layer's, that is its stack."""
+        return self.path.split("/")[0]
+
 
 @dataclass
 class Match:
@@ -57,27 +63,35 @@ class Match:
 
 
 def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
-    """Every tensor of a model, layer by layer, in the table's order."""
+    """Every tensor of a model, layer by layer, in the table's order.
+
+    Raises:
+      UserError: the family's lines are not those of the model's parameters.
+    """
     axes, shapes = param_axes(cfg), param_shapes(cfg)
     slots = []
     for weight in family.weights(cfg):
         layers: Iterable[int | None] = (None,)
         if "{i}" in weight.path:
-            layers = range(n_blocks(cfg, weight.path.split("/")[0]))
+            layers = range(len(cfg.stack(weight.path.split("/")[0]).layers))
         for i in layers:
             line = weight if i is None else weight.at(i)
             path, index = locate(cfg, line.path)
+            if path not in axes:
+                raise UserError(f"family {family.name}: a line for {line.path}, a parameter that this model has not")
             names, shape = axes[path], shapes[path]
             if index is not None:
                 names, shape = names[1:], shape[1:]
             tokens = line.layout.replace("(", " ( ").replace(")", " ) ").split()
-            assert [t for t in tokens if t not in "()1"] == list(names), f"{line} does not keep the axes {names}"
+            if [t for t in tokens if t not in "()1"] != list(names):
+                raise UserError(f"family {family.name}: layout {line.layout!r} of {line.path}, whose axes are {names}")
             size = {"1": 1, **dict(zip(names, shape, strict=True))}
             whole = _grouped(tokens, size)
             slots.append(Slot(line.key, line.path, whole, path, index, shape, names, i, 0, whole[0]))
     slots = _fused(slots)
-    covered = {slot.path for slot in slots}
-    assert covered == set(shapes), f"{family.name} table does not cover {sorted(covered ^ set(shapes))}"
+    missing = sorted(set(shapes) - {slot.path for slot in slots})
+    if missing:
+        raise UserError(f"family {family.name}: no line for {', '.join(missing[:3])}")
     return slots
 
 
@@ -103,13 +117,6 @@ def by_key(slots: Iterable[Slot]) -> dict[str, list[Slot]]:
 def join_tensor(parts: Sequence[np.ndarray]) -> np.ndarray:
     """The elements of a tensor, in order, from its parameters."""
     return parts[0] if len(parts) == 1 else np.concatenate([part.reshape(-1) for part in parts])
-
-
-def n_blocks(cfg: ModelConfig, part: str) -> int:
-    """Number of computed blocks of a part ("text" or "vision")."""
-    if part == "text":
-        return len(cfg.text.layers)
-    return cfg.vision.n_layers if cfg.vision else 0
 
 
 def _grouped(tokens: Iterable[str], size: dict[str, int]) -> tuple[int, ...]:
@@ -186,7 +193,7 @@ def _in_computed_block(name: str, cfg: ModelConfig, family: Family) -> bool:
     number = block_number(name, "vision", cfg, family)
     if number is None or cfg.vision is None:
         return False
-    return number < cfg.vision.n_layers or number >= cfg.vision.n_layers_total
+    return number < len(cfg.vision.layers) or number >= cfg.vision.n_layers_total
 
 
 def block_number(name: str, part: str, cfg: ModelConfig, family: Family) -> int | None:

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from vlmprune_jax.config import ModelConfig
-from vlmprune_jax.hf.disk.checkpoint import WEIGHT_DTYPES, Checkpoint, Extent
+from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES
+from vlmprune_jax.hf.disk.storage import StoredWeight
+from vlmprune_jax.hf.disk.weight_files import Extent
 from vlmprune_jax.hf.layout import Slot, make_slots
 from vlmprune_jax.hf.read import Sources, find_weights, read_config
 from vlmprune_jax.models.params import unflatten
@@ -26,8 +28,7 @@ class FileArray:
     before `read` or `elements`. Like a numpy array it has `shape`, `dtype` and `take`.
     """
 
-    checkpoint: Checkpoint
-    key: str
+    source: StoredWeight
     stored: tuple[int, ...]
     first: int = 0
     picks: tuple[tuple[int, np.ndarray], ...] = ()
@@ -43,7 +44,7 @@ class FileArray:
     @property
     def dtype(self) -> np.dtype:
         """Dtype in the file."""
-        return WEIGHT_DTYPES[self.checkpoint.entries[self.key].dtype]
+        return WEIGHT_DTYPES[self.source.dtype]
 
     def take(self, indices: np.ndarray, axis: int) -> FileArray:
         """The same weight with `indices` of an axis that was whole so far."""
@@ -51,16 +52,16 @@ class FileArray:
 
     @property
     def extent(self) -> Extent | None:
-        """Its bytes in the file, or None where they are not in one piece (picked, or inside a `.bin`)."""
+        """Its bytes in the file, or None where they are not in one piece (picked, encoded, inside a `.bin`)."""
         if self.picks:
             return None
-        return self.checkpoint.extent(self.key, self.first * self.dtype.itemsize, self._size * self.dtype.itemsize)
+        return self.source.extent(self.first * self.dtype.itemsize, self._size * self.dtype.itemsize)
 
     def read(self) -> np.ndarray:
-        """The values: a memory map, or a copy where indices are picked."""
+        """The values: a memory map, or a copy where indices are picked (or the storage is not plain)."""
         # Bits instead of values: numpy has fast paths for taking integers, and none for bfloat16.
-        bits = self.checkpoint.raw(self.key).view(f"u{self.dtype.itemsize}")
-        array = bits[self.first : self.first + self._size].reshape(self.stored)
+        bits = self.source.values(self.first, self._size).view(f"u{self.dtype.itemsize}")
+        array = bits.reshape(self.stored)
         for axis, indices in self.picks:
             array = np.take(array, indices, axis=axis)
         return array.view(self.dtype)
@@ -69,7 +70,7 @@ class FileArray:
         """The values at these index arrays, reading nothing else."""
         flat = np.ravel_multi_index(positions, self.stored)
         assert not self.picks, "elements are those of the weight as stored"
-        return self.checkpoint.elements(self.key, self.first + flat)
+        return self.source.elements(self.first + flat)
 
     @property
     def _size(self) -> int:
@@ -118,8 +119,7 @@ def file_params(cfg: ModelConfig, slots: Sequence[Slot], sources: Sources) -> di
     """`params` of file arrays."""
     flat: dict[str, Any] = {}
     for slot in slots:
-        checkpoint, key = sources[slot.key]
-        one = FileArray(checkpoint, key, slot.shape, first=slot.start * math.prod(slot.hf_shape[1:]))
+        one = FileArray(sources[slot.key], slot.shape, first=slot.start * math.prod(slot.hf_shape[1:]))
         if slot.index is None:
             flat[slot.path] = one
         else:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
@@ -23,12 +22,14 @@ from vlmprune_jax.distributed.rules import check_divides, sharding
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, detect
 from vlmprune_jax.families.fields import check_fields
-from vlmprune_jax.hf.disk.checkpoint import Checkpoint, has_weights, read_json
+from vlmprune_jax.hf.disk.checkpoint import Checkpoint, has_weights
+from vlmprune_jax.hf.disk.dtypes import DTYPES
+from vlmprune_jax.hf.disk.storage import StoredWeight, find_storage
 from vlmprune_jax.hf.layout import PARTS, Slot, make_slots, match_keys, refuse
 from vlmprune_jax.models.params import param_axes, param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, Params
+from vlmprune_jax.readers import read_json
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 # Bit patterns from which on a number (without, with sign) is infinite or NaN.
 _NOT_FINITE = {"float32": (0x7F800000, 0xFF800000), "bfloat16": (0x7F80, 0xFF80), "float16": (0x7C00, 0xFC00)}
 # XLA on CPU takes over a host buffer of this alignment without a copy.
@@ -39,8 +40,8 @@ _THREADS = min(4, os.cpu_count() or 1)
 # Everything but weights, which come in one of two forms.
 _HUB_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
 
-# Where a weight lies: canonical key -> (checkpoint, key in its files).
-Sources = dict[str, tuple[Checkpoint, str]]
+# Where a weight lies, by its canonical key.
+Sources = dict[str, StoredWeight]
 # First and last + 1 index along every axis of a parameter that some device holds.
 Bounds = tuple[tuple[int, int], ...]
 
@@ -111,26 +112,20 @@ def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, M
     generation_config.json supplies the begin, end and padding ids that config.json leaves out.
 
     Raises:
-      UserError: unknown family, unsupported settings, fields that hold something else than they can, quantised weights.
+      UserError: unknown family, unsupported settings, fields that hold something else than they can, weights
+        that are quantised in a way that is not known.
     """
     config = _read_fields(folder / "config.json")
-    for part in (config, config.get("text_config"), config.get("llm_config")):
-        quantised = part.get("quantization_config") if isinstance(part, dict) else None
-        if quantised:
-            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-            raise UserError(
-                f"{folder / 'config.json'}: the weights are quantised (quantization_config, quant_method {method!r}) "
-                "and cannot be pruned like this: use the checkpoint they were made from"
-            )
+    family = detect(config, str(folder / "config.json"))
+    find_storage(config, str(folder / "config.json"))  # refuses what cannot be read
     generation = folder / "generation_config.json"
     if generation.is_file():
         ids = {
             k: v for k, v in _read_fields(generation).items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")
         }
-        nested = config.get("text_config") or config.get("llm_config") or {}
+        nested = family.text_config(config)
         known = {name for name in ids if config.get(name) is not None or nested.get(name) is not None}
         config = {**config, **{name: value for name, value in ids.items() if name not in known and value is not None}}
-    family = detect(config, str(folder / "config.json"))
     if family.token_names:
         tokens = tokenizer_ids(folder)
         config = {**config, **{name: tokens[token] for name, token in family.token_names if token in tokens}}
@@ -190,12 +185,12 @@ def find_weights(
     checkpoint, match = matches[0]
     if match.tied is not None:
         embedding = match.found[next(slot.key for slot in slots if slot.path == "text/embed_tokens/weight")]
-        if not np.array_equal(checkpoint.raw(match.tied), checkpoint.raw(embedding)):
+        if not np.array_equal(checkpoint.entries[match.tied].raw(), checkpoint.entries[embedding].raw()):
             raise UserError(
                 f"{folder}: tie_word_embeddings is true but {match.tied} differs from {embedding}: "
                 "set it to false in config.json, or remove the one that does not count"
             )
-    return {name: (checkpoint, key) for checkpoint, match in matches for name, key in match.found.items()}
+    return {name: checkpoint.entries[key] for checkpoint, match in matches for name, key in match.found.items()}
 
 
 def read_params(cfg: ModelConfig, slots: list[Slot], sources: Sources, dtype: np.dtype, mesh: Mesh | None) -> Params:
@@ -242,7 +237,7 @@ def _fill(slot: Slot, *, sources: Sources, blocks: Mapping[Bounds, np.ndarray]) 
     Raises:
       UserError: a weight is not finite, in the file or as the blocks' dtype.
     """
-    checkpoint, key = sources[slot.key]
+    source = sources[slot.key]
     targets = []
     for bounds, block in blocks.items():
         if slot.index is not None:
@@ -253,13 +248,13 @@ def _fill(slot: Slot, *, sources: Sources, blocks: Mapping[Bounds, np.ndarray]) 
         targets.append((bounds[0], tuple(slice(*bound) for bound in bounds[1:]), block))
     if not targets:
         return
-    where, dtype = f"{checkpoint.folder}: tensor {key}", targets[0][2].dtype
+    where, dtype = f"{source.file.parent}: tensor {source.key}", targets[0][2].dtype
     start, stop = min(rows[0] for rows, _, _ in targets), max(rows[1] for rows, _, _ in targets)
     row = math.prod(slot.shape[1:])
     step = max(1, _PIECE // row)
     rows = [*range(start, stop, step), stop]
     offset = slot.start * math.prod(slot.hf_shape[1:])
-    pieces = checkpoint.pieces(key, [offset + n * row for n in rows])
+    pieces = source.pieces([offset + n * row for n in rows])
     for (begin, end), piece in zip(itertools.pairwise(rows), pieces, strict=True):
         check_finite(piece, where)
         if piece.dtype != dtype:

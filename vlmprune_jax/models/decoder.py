@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -37,6 +38,9 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "dots": jax.checkpoint_policies.save_only_these_names(KEPT),
 }
 
+# Projections whose inputs a tap can ask for, in every family by these names (Phi's are called dense and fc2).
+TAP_INPUTS = ("o_proj", "down_proj")
+
 # (keys, values) of one run: [layer, batch, slots, kv_heads, head] each.
 Cache = dict[str, tuple[jax.Array, jax.Array]]
 
@@ -55,6 +59,22 @@ class Context(NamedTuple):
     masks: dict[int, jax.Array]
     slot: jax.Array
     dropout_key: jax.Array | None = None
+
+
+class Block(NamedTuple):
+    """What a tap sees of one block.
+
+    `before`, `after`: float[batch, seq, embed]; `inputs`: what the projections read that were asked for, "o_proj"
+    float[batch, seq, q_heads, head] and "down_proj" float[batch, seq, mlp]; `params`: the block's own, nested.
+    """
+
+    before: jax.Array
+    after: jax.Array
+    inputs: dict[str, jax.Array]
+    params: dict[str, Any]
+
+
+Tap = Callable[[Block], Any]
 
 
 class Attention(nnx.Module):
@@ -88,7 +108,7 @@ class Attention(nnx.Module):
             mixed = splash_attention(q, k, v, ctx.valid, causal=True, window=self.window)
         else:
             mixed = xla_attention(q, k, v, ctx.masks[self.window])
-        return out_proj(mixed, stay[3]), cache
+        return out_proj(mixed, stay[3]), mixed, cache
 
 
 class GatedMlp(nnx.Module):
@@ -103,10 +123,11 @@ class GatedMlp(nnx.Module):
         self.down_proj = projection("down_proj", "embed", "mlp")
         self.activation = cfg.activation
 
-    def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         stay = _draw(dropout_key, x, (self.gate_proj, self.up_proj, self.down_proj))
         gate = activation(self.activation)(self.gate_proj(x, stay[0]))
-        return self.down_proj(once(gate * self.up_proj(x, stay[1])), stay[2])
+        hidden = once(gate * self.up_proj(x, stay[1]))
+        return self.down_proj(hidden, stay[2]), hidden
 
 
 class PlainMlp(nnx.Module):
@@ -117,9 +138,10 @@ class PlainMlp(nnx.Module):
         self.fc2 = Projection(sizes, ("embed",), ("mlp",), bias=cfg.mlp_bias, lora=_adapter(lora, "fc2"))
         self.activation = cfg.activation
 
-    def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         stay = _draw(dropout_key, x, (self.fc1, self.fc2))
-        return self.fc2(once(activation(self.activation)(self.fc1(x, stay[0]))), stay[1])
+        hidden = once(activation(self.activation)(self.fc1(x, stay[0])))
+        return self.fc2(hidden, stay[1]), hidden
 
 
 class DecoderLayer(nnx.Module):
@@ -139,14 +161,26 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = None if cfg.block == "parallel" else _norm(cfg, sizes)
         self.mlp = (GatedMlp if cfg.mlp_kind == "gated" else PlainMlp)(cfg, sizes, lora)
 
-    def __call__(self, x: jax.Array, ctx: Context, cache: tuple[jax.Array, jax.Array] | None = None):
+    def __call__(
+        self,
+        x: jax.Array,
+        ctx: Context,
+        cache: tuple[jax.Array, jax.Array] | None = None,
+        tap_inputs: tuple[str, ...] = (),
+    ):
+        """(output, cache, what the projections `tap_inputs` read); nothing is kept of what is not asked for."""
         attention_key, mlp_key = (None, None) if ctx.dropout_key is None else jax.random.split(ctx.dropout_key)
         normed = once(self.input_layernorm(x))
-        mixed, cache = self.self_attn(normed, ctx._replace(dropout_key=attention_key), cache)
+        attended, mixed, cache = self.self_attn(normed, ctx._replace(dropout_key=attention_key), cache)
         if self.post_attention_layernorm is None:
-            return constrain(x + mixed + self.mlp(normed, mlp_key), STREAM), cache
-        x = constrain(x + mixed, STREAM)
-        return constrain(x + self.mlp(once(self.post_attention_layernorm(x)), mlp_key), STREAM), cache
+            out, hidden = self.mlp(normed, mlp_key)
+            y = constrain(x + attended + out, STREAM)
+        else:
+            x = constrain(x + attended, STREAM)
+            out, hidden = self.mlp(once(self.post_attention_layernorm(x)), mlp_key)
+            y = constrain(x + out, STREAM)
+        read = {"o_proj": mixed, "down_proj": hidden}
+        return y, cache, {name: read[name] for name in tap_inputs}
 
 
 def output_names(cfg: TextConfig) -> tuple[str, str]:
@@ -215,14 +249,16 @@ class Decoder(nnx.Module):
         return Context(cos, sin, valid, masks, jnp.asarray(slot, jnp.int32), dropout_key)
 
     def run_parts(self, run: str) -> tuple[Callable[..., Any], nnx.State]:
-        """One run as `(apply, state)`: `apply(slice of state, x, ctx, cache=None) -> (x, cache)` is one block.
+        """One run as `(apply, state)`: `apply(slice of state, x, ctx, cache=None, tap_inputs=())` is one block.
+
+        It returns (x, cache, {name: what the projection read} of `tap_inputs`).
 
         `state` has a leading layer axis; scanning it, or differentiating block by block, is up to the caller.
         """
         graph, state = nnx.split(self.layers[run])
 
-        def apply(layer_state: nnx.State, x: jax.Array, ctx: Context, cache=None):
-            return nnx.merge(graph, layer_state)(x, ctx, cache)
+        def apply(layer_state: nnx.State, x: jax.Array, ctx: Context, cache=None, tap_inputs: tuple[str, ...] = ()):
+            return nnx.merge(graph, layer_state)(x, ctx, cache, tap_inputs)
 
         return apply, state
 
@@ -232,26 +268,30 @@ class Decoder(nnx.Module):
         ctx: Context,
         *,
         keep: tuple[int, ...] = (),
-        tap: Callable[[jax.Array, jax.Array], Any] | None = None,
+        tap: Tap | None = None,
+        tap_inputs: tuple[str, ...] = (),
         cache: Cache | None = None,
         remat: str = "none",
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Run all blocks on float[batch, seq, embed]; returns the final-norm state and what was asked for.
 
         `keep`: indices into the Hugging Face hidden-state tuple (0 = embeddings, n_layers = after the final norm) ->
-        aux["kept"]. `tap(before, after)` is evaluated per block inside the scan and stacked -> aux["tap"]; the last
-        block's `after` is the final-norm state, as in that tuple. `cache` -> aux["cache"], updated.
+        aux["kept"]. `tap(Block)` is evaluated per block inside the scan -> aux["tap"], a list with what each gave; the
+        last block's `after` is the final-norm state, as in that tuple. `tap_inputs`: of TAP_INPUTS, what the tap looks
+        at. `cache` -> aux["cache"], updated.
         """
         n_layers = len(self.cfg.layers)
         middle = [i for i in keep if 0 < i < n_layers]
         slots = [middle.index(i + 1) if i + 1 in middle else len(middle) for i in range(n_layers)]
         saved = jnp.zeros((len(middle) + 1, *x.shape), x.dtype) if middle else None
-        carry, taps, caches = (x, x, saved), [], {}
-        for run, (start, length, _) in enumerate(runs(self.cfg.layers)):
+        before, last, taps, caches = x, x, list[Any](), {}
+        for run, (start, length, shape) in enumerate(runs(self.cfg.layers)):
             apply, state = self.run_parts(str(run))
-            carry, (tapped, new_cache) = jax.lax.scan(
-                _body(apply, ctx, tap, remat),
-                carry,
+            sizes = {"o_proj": (shape.q_heads, self.cfg.head_dim), "down_proj": (shape.mlp,)}
+            read = {name: jnp.zeros((*x.shape[:2], *sizes[name]), x.dtype) for name in tap_inputs}
+            (before, last, saved, read), (tapped, new_cache) = jax.lax.scan(
+                _body(apply, ctx, tap, tap_inputs, remat),
+                (before, last, saved, read),
                 (
                     state,
                     jnp.arange(start, start + length),
@@ -259,9 +299,8 @@ class Decoder(nnx.Module):
                     (cache or {}).get(str(run)),
                 ),
             )
-            taps.append(tapped)
+            taps += [jax.tree.map(operator.itemgetter(i), tapped) for i in range(length)]
             caches[str(run)] = new_cache
-        before, last, saved = carry
         final = self.final_norm(last)
         aux: dict[str, Any] = {"cache": caches} if cache is not None else {}
         if keep:
@@ -270,8 +309,8 @@ class Decoder(nnx.Module):
                 states |= {i: saved[slot] for slot, i in enumerate(middle)}
             aux["kept"] = tuple(states[i] for i in keep)
         if tap is not None:
-            stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *taps)
-            aux["tap"] = jax.tree.map(lambda all_, end: all_.at[-1].set(end), stacked, tap(before, final))
+            params = jax.tree.map(operator.itemgetter(-1), nnx.to_pure_dict(state))
+            aux["tap"] = [*taps[:-1], tap(Block(before, final, read, params))]
         return final, aux
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -287,10 +326,12 @@ class Decoder(nnx.Module):
         return cache
 
 
-def _body(apply: Callable[..., Any], ctx: Context, tap: Callable[..., Any] | None, remat: str) -> Callable[..., Any]:
+def _body(
+    apply: Callable[..., Any], ctx: Context, tap: Tap | None, tap_inputs: tuple[str, ...], remat: str
+) -> Callable[..., Any]:
     def block(state: nnx.State, x: jax.Array, index: jax.Array, cache: Any):
         key = None if ctx.dropout_key is None else jax.random.fold_in(ctx.dropout_key, index)
-        return apply(state, x, ctx._replace(dropout_key=key), cache)
+        return apply(state, x, ctx._replace(dropout_key=key), cache, tap_inputs)
 
     if remat not in REMAT_POLICIES:
         raise UserError(f"remat {remat!r} is not one of {', '.join(REMAT_POLICIES)}")
@@ -298,11 +339,12 @@ def _body(apply: Callable[..., Any], ctx: Context, tap: Callable[..., Any] | Non
         block = jax.checkpoint(block, policy=REMAT_POLICIES[remat])
 
     def body(carry: Any, layer: Any):
-        (_, x, saved), (state, index, slot, cache) = carry, layer
-        y, cache = block(state, x, index, cache)
+        (_, x, saved, _), (state, index, slot, cache) = carry, layer
+        y, cache, read = block(state, x, index, cache)
         if saved is not None:
             saved = jax.lax.dynamic_update_index_in_dim(saved, y, slot, axis=0)
-        return (x, y, saved), (tap(x, y) if tap else None, cache)
+        tapped = tap(Block(x, y, read, nnx.to_pure_dict(state))) if tap else None
+        return (x, y, saved, read), (tapped, cache)
 
     return body
 
@@ -321,7 +363,7 @@ def _draw(key: jax.Array | None, x: jax.Array, projections: Sequence[Projection]
     if key is None or not any(sizes):
         return [None] * len(projections)
     rate = max(one.dropout for one in projections)
-    drawn = kept(once(bernoulli(key, 1 - rate, (*x.shape[:2], sum(sizes)))))
+    drawn = kept(once(bernoulli(key, 1 - rate, (x.shape[0], x.shape[1], sum(sizes)))))
     parts = jnp.split(constrain(drawn, STREAM), np.cumsum(sizes)[:-1].tolist(), axis=-1)
     return [
         part.reshape(*x.shape[:2], *one.inputs) if size else None

@@ -38,6 +38,21 @@ def param_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flatten(nnx.to_pure_dict(abstract(cfg)[1])).items()}
 
 
+def layer_axes(cfg: ModelConfig, stack: str = "text") -> dict[str, tuple[str, ...]]:
+    """Named axes of the parameters of a layer of a stack, `self_attn/q_proj/weight` -> ("q_heads", "head", "embed")."""
+    return _of_first_run(param_axes(cfg), stack)
+
+
+def layer_shapes(cfg: ModelConfig, stack: str = "text") -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters of the first layer of a stack."""
+    return _of_first_run(param_shapes(cfg), stack)
+
+
+def _of_first_run(found: Mapping[str, tuple[Any, ...]], stack: str) -> dict[str, tuple[Any, ...]]:
+    prefix = f"{stack}/layers/0/"
+    return {path.removeprefix(prefix): sizes[1:] for path, sizes in found.items() if path.startswith(prefix)}
+
+
 def count_params(cfg: ModelConfig, part: str = "") -> int:
     """Number of parameters that the config describes, optionally of one part ("text", "vision", "projector")."""
     return sum(math.prod(shape) for path, shape in param_shapes(cfg).items() if path.startswith(part))
@@ -48,38 +63,37 @@ def locate(cfg: ModelConfig, path: str) -> tuple[str, int | None]:
 
     A path without a layer number is returned as it is, with None.
     """
-    part, _, rest = path.partition("/layers/")
+    stack, _, rest = path.partition("/layers/")
     if not rest:
         return path, None
     number, _, leaf = rest.partition("/")
-    if part == "vision":
-        return f"vision/layers/{leaf}", int(number)
-    for run, (start, length, _) in enumerate(runs(cfg.text.layers)):
+    shapes = cfg.stack(stack).layers
+    for run, (start, length, _) in enumerate(runs(shapes)):
         if start <= int(number) < start + length:
-            return f"text/layers/{run}/{leaf}", int(number) - start
-    raise IndexError(f"layer {number} of {len(cfg.text.layers)}")
+            return f"{stack}/layers/{run}/{leaf}", int(number) - start
+    raise IndexError(f"layer {number} of {len(shapes)}")
 
 
-def unstack_layers(params: Params, cfg: ModelConfig) -> tuple[list[Flat], Params]:
-    """The decoder's layers as one flat dict each (`self_attn/q_proj/weight`, …), and params without them."""
+def unstack_layers(params: Params, cfg: ModelConfig, stack: str = "text") -> tuple[list[Flat], Params]:
+    """The layers of a stack as one flat dict each (`self_attn/q_proj/weight`, …), and params without them."""
     layers: list[Flat] = []
-    for run, (_, length, _) in enumerate(runs(cfg.text.layers)):
-        flat = flatten(params["text"]["layers"][str(run)])
-        layers += [{name: stack[i] for name, stack in flat.items()} for i in range(length)]
-    text = {name: leaf for name, leaf in params["text"].items() if name != "layers"}
-    return layers, {**params, "text": text}
+    for run, (_, length, _) in enumerate(runs(cfg.stack(stack).layers)):
+        flat = flatten(params[stack]["layers"][str(run)])
+        layers += [{name: leaf[i] for name, leaf in flat.items()} for i in range(length)]
+    rest = {name: leaf for name, leaf in params[stack].items() if name != "layers"}
+    return layers, {**params, stack: rest}
 
 
-def stack_layers(layers: Sequence[Flat], rest: Params, cfg: ModelConfig) -> Params:
+def stack_layers(layers: Sequence[Flat], rest: Params, cfg: ModelConfig, stack: str = "text") -> Params:
     """Inverse of `unstack_layers` for a config whose layers have these shapes."""
     stacked = {}
-    for run, (start, length, _) in enumerate(runs(cfg.text.layers)):
+    for run, (start, length, _) in enumerate(runs(cfg.stack(stack).layers)):
         members = layers[start : start + length]
         kind = type(next(iter(members[0].values())))
         # arrays that stay in their files (hf/lazy.py) bring their own
-        stack = np.stack if issubclass(kind, np.ndarray) else getattr(kind, "stack", jnp.stack)
-        stacked[str(run)] = unflatten({name: stack([layer[name] for layer in members]) for name in members[0]})
-    return {**rest, "text": {**rest["text"], "layers": stacked}}
+        join = np.stack if issubclass(kind, np.ndarray) else getattr(kind, "stack", jnp.stack)
+        stacked[str(run)] = unflatten({name: join([layer[name] for layer in members]) for name in members[0]})
+    return {**rest, stack: {**rest[stack], "layers": stacked}}
 
 
 def init_params(cfg: ModelConfig, key: jax.Array, dtype: Any, paths: Sequence[str] | None = None) -> Params:
@@ -117,8 +131,8 @@ def _init(
         bound = 1 / math.sqrt(fan_in)  # kaiming-uniform with a = sqrt(5)
         return jax.random.uniform(key, shape, dtype, -bound, bound)
     heads = ("q_heads", "head")
-    into = {"o_proj": heads, "dense": heads, "out_proj": ("vision_heads", "vision_head"), "patch_embedding": axes[1:]}
+    into = {"o_proj": heads, "dense": heads, "out_proj": heads, "patch_embedding": axes[1:]}
     fan_in = math.prod(size[axis] for axis in into.get(owner, axes[-1:]))
-    depth = len(cfg.text.layers) if path.startswith("text") else cfg.vision.n_layers if cfg.vision else 1
     branch = owner in ("o_proj", "dense", "down_proj", "out_proj", "fc2")
+    depth = len(cfg.stack(path.split("/")[0]).layers) if branch else 0
     return jax.random.normal(key, shape, dtype) * (1 / math.sqrt(fan_in * (2 * depth if branch else 1)))

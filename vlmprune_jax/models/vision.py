@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vlmprune_jax.config import ProjectorConfig, VisionConfig
+from vlmprune_jax.config import LayerShape, ProjectorConfig, VisionConfig, runs
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.attention import for_tpu, splash_attention, xla_attention
@@ -48,11 +48,11 @@ class VisionAttention(nnx.Module):
     """Bidirectional attention."""
 
     def __init__(self, cfg: VisionConfig, sizes: Mapping[str, int]):
-        heads, into = ("vision_heads", "vision_head"), ("vision",)
-        self.q_proj = Projection(sizes, heads, into, bias=cfg.qkv_bias)
-        self.k_proj = Projection(sizes, heads, into, bias=cfg.qkv_bias)
-        self.v_proj = Projection(sizes, heads, into, bias=cfg.qkv_bias)
-        self.out_proj = Projection(sizes, into, heads, bias=True)
+        into = ("vision",)
+        self.q_proj = Projection(sizes, ("q_heads", "head"), into, bias=cfg.qkv_bias)
+        self.k_proj = Projection(sizes, ("kv_heads", "head"), into, bias=cfg.qkv_bias)
+        self.v_proj = Projection(sizes, ("kv_heads", "head"), into, bias=cfg.qkv_bias)
+        self.out_proj = Projection(sizes, into, ("q_heads", "head"), bias=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -63,8 +63,8 @@ class VisionMlp(nnx.Module):
     """fc2(act(fc1(x)))."""
 
     def __init__(self, cfg: VisionConfig, sizes: Mapping[str, int]):
-        self.fc1 = Projection(sizes, ("vision_mlp",), ("vision",), bias=True)
-        self.fc2 = Projection(sizes, ("vision",), ("vision_mlp",), bias=True)
+        self.fc1 = Projection(sizes, ("mlp",), ("vision",), bias=True)
+        self.fc2 = Projection(sizes, ("vision",), ("mlp",), bias=True)
         self.activation = cfg.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -72,9 +72,17 @@ class VisionMlp(nnx.Module):
 
 
 class VisionLayer(nnx.Module):
-    """One pre-norm block, stacked for a scan; InternViT scales each branch channel by channel."""
+    """One pre-norm block, stacked for a scan over equal ones; InternViT scales each branch channel by channel."""
 
-    def __init__(self, cfg: VisionConfig, sizes: Mapping[str, int]):
+    def __init__(self, cfg: VisionConfig, shape: LayerShape, length: int):
+        sizes = {
+            "layer": length,
+            "vision": cfg.hidden_size,
+            "head": cfg.head_dim,
+            "q_heads": shape.q_heads,
+            "kv_heads": shape.kv_heads,
+            "mlp": shape.mlp,
+        }
         self.layer_norm1 = LayerNorm(sizes, "vision", eps=cfg.norm_eps)
         self.self_attn = VisionAttention(cfg, sizes)
         self.layer_norm2 = LayerNorm(sizes, "vision", eps=cfg.norm_eps)
@@ -98,9 +106,6 @@ class VisionTower(nnx.Module):
         self.cfg = cfg
         sizes = {
             "vision": cfg.hidden_size,
-            "vision_heads": cfg.heads,
-            "vision_head": cfg.hidden_size // cfg.heads,
-            "vision_mlp": cfg.mlp,
             "channel": cfg.channels,
             "patch_row": cfg.patch_size,
             "patch_column": cfg.patch_size,
@@ -110,7 +115,9 @@ class VisionTower(nnx.Module):
         self.patch_embedding = PatchEmbedding(cfg, sizes)
         self.position_embedding = Leaf(sizes, ("position", "vision"))
         self.pre_layrnorm = LayerNorm(sizes, "vision", eps=cfg.norm_eps) if cfg.pre_norm else None
-        self.layers = VisionLayer(cfg, {**sizes, "layer": cfg.n_layers})
+        self.layers = nnx.Dict(
+            {str(r): VisionLayer(cfg, shape, length) for r, (_, length, shape) in enumerate(runs(cfg.layers))}
+        )
 
     def positions(self, rows: int, columns: int) -> jax.Array:
         """float[positions, vision] embeddings of an image of rows x columns patches, the class token's first.
@@ -121,7 +128,7 @@ class VisionTower(nnx.Module):
         table, cfg = self.position_embedding.weight.get_value(), self.cfg
         if (rows, columns) == (cfg.position_grid, cfg.position_grid):
             return table
-        if cfg.kind != "internvit":
+        if not cfg.resizes:
             raise UserError(
                 f"an image of {rows} x {columns} patches in a {cfg.kind} tower of {cfg.position_grid} a side: "
                 f"resize images to {cfg.image_size} pixels a side"
@@ -147,8 +154,15 @@ class VisionTower(nnx.Module):
         if self.pre_layrnorm is not None:
             x = self.pre_layrnorm(x)
         x = constrain(x, ("batch", None, None))
-        graph, state = nnx.split(self.layers)
-        return jax.lax.scan(lambda h, layer: (nnx.merge(graph, layer)(h), None), x, state)[0]
+        for run in range(len(self.layers)):
+            x = _scan(self.layers[str(run)], x)
+        return x
+
+
+def _scan(run: VisionLayer, x: jax.Array) -> jax.Array:
+    """States after a run of equal blocks."""
+    graph, state = nnx.split(run)
+    return jax.lax.scan(lambda h, layer: (nnx.merge(graph, layer)(h), None), x, state)[0]
 
 
 def bicubic(n_in: int, n_out: int) -> np.ndarray:

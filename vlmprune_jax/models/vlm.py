@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.rules import constrain, sharding
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.models.decoder import Context, Decoder, head_logits
+from vlmprune_jax.models.decoder import Context, Decoder, Tap, head_logits
 from vlmprune_jax.models.vision import Projector, VisionTower, pixel_shuffle
 
 Params = dict[str, Any]
@@ -138,7 +138,8 @@ def encode(
     inputs_embeds: jax.Array | None = None,
     position_ids: jax.Array | None = None,
     keep: tuple[int, ...] = (),
-    tap: Callable[[jax.Array, jax.Array], Any] | None = None,
+    tap: Tap | None = None,
+    tap_inputs: tuple[str, ...] = (),
     remat: str = "none",
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, Any]]:
@@ -146,7 +147,7 @@ def encode(
 
     `vision_features`: see `VisionLanguageModel.embed`. `inputs_embeds` replaces embedding and splicing (a teacher fed
     with the student's embeddings); `position_ids` int[batch, seq] replaces the positions counted along
-    `attention_mask`. `keep`, `tap`: see `Decoder.__call__`.
+    `attention_mask`. `keep`, `tap`, `tap_inputs`: see `Decoder.__call__`.
     aux always has "inputs_embeds" and, with images, "image_features".
     """
     module = to_nnx(Model(params, cfg))
@@ -157,7 +158,7 @@ def encode(
     if attention_mask is None:
         attention_mask = jnp.ones(input_ids.shape, jnp.int32)
     context = text_context(module, attention_mask, dropout_key, position_ids)
-    final, aux = module.text(x, context, keep=keep, tap=tap, remat=remat)
+    final, aux = module.text(x, context, keep=keep, tap=tap, tap_inputs=tap_inputs, remat=remat)
     return final, {**aux, "inputs_embeds": inputs_embeds, "image_features": features}
 
 

@@ -1,18 +1,21 @@
 """Score, plan, apply: which layers, heads and neurons go, as numbers, a small JSON, and pure indexing."""
 
+from vlmprune_jax.prune.criteria import CRITERIA, Criterion
 from vlmprune_jax.prune.fingerprint import fingerprint
 from vlmprune_jax.prune.folder import prune_folder
 from vlmprune_jax.prune.iterative import prune_iteratively
-from vlmprune_jax.prune.plan import KeptLayer, PrunePlan, compose, keep_everything
+from vlmprune_jax.prune.plan import KeptLayer, KeptStack, PrunePlan, compose, keep_everything
 from vlmprune_jax.prune.scores import Scores
-from vlmprune_jax.prune.scoring import CRITERIA, score
+from vlmprune_jax.prune.scoring import score
 from vlmprune_jax.prune.select import METHODS, make_plan
 from vlmprune_jax.prune.surgery import apply_plan
 
 __all__ = [
     "CRITERIA",
     "METHODS",
+    "Criterion",
     "KeptLayer",
+    "KeptStack",
     "PrunePlan",
     "Scores",
     "apply_plan",

@@ -10,6 +10,7 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.plan import PrunePlan, compose
+from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.scoring import score
 from vlmprune_jax.prune.select import make_plan
 from vlmprune_jax.prune.surgery import apply_plan
@@ -21,30 +22,34 @@ def prune_iteratively(
     *,
     steps: int,
     criterion: str,
+    scores: Scores | None = None,
     score_options: Mapping[str, Any] | None = None,
     ratio: float | None = None,
     sparsity: float | None = None,
     **plan_options: Any,
-) -> tuple[Model, PrunePlan]:
+) -> tuple[Model, PrunePlan, tuple[Scores, ...]]:
     """Reach a width ratio (or the reference's sparsity) in equal steps: score, plan, apply, and again.
 
     Step k of K aims at k/K of the target, always relative to the model as it came in.
 
     Args:
       batches: calibration batches of step k = 0, 1, ...
+      scores: those of `model`, for the first step, where they are there already.
       score_options, plan_options: as for `score` and `make_plan(method="width")`.
 
     Returns:
-      The pruned model, and one plan that leads from `model` to it.
+      The pruned model, one plan that leads from `model` to it, and the scores of every step.
 
     Raises:
       UserError: as `score` and `make_plan`; steps < 1.
     """
     if steps < 1:
         raise UserError(f"steps={steps} must be at least 1")
-    current, plan = model, None
+    current, plan, used = model, None, list[Scores]()
     for k in range(1, steps + 1):
-        scores = score(current, batches(k - 1), criterion=criterion, **(score_options or {}))
+        if k > 1 or scores is None:
+            scores = score(current, batches(k - 1), criterion=criterion, **(score_options or {}))
+        used.append(scores)
         now = make_plan(
             scores,
             current.cfg,
@@ -59,4 +64,4 @@ def prune_iteratively(
     assert plan is not None
     options = {**plan_options, **(score_options or {}), "steps": steps, "sparsity": sparsity}
     total = plan_options.get("parameters_total") or count_params(model.cfg)
-    return current, dataclasses.replace(plan, asked=ratio, parameters_total=total, options=options)
+    return current, dataclasses.replace(plan, asked=ratio, parameters_total=total, options=options), tuple(used)

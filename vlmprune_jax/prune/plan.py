@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.config import LayerShape, ModelConfig
+from vlmprune_jax.config import STACKS, LayerShape, ModelConfig
 from vlmprune_jax.errors import UserError
 
-FORMAT = 1
+FORMAT = 2  # 1, which had the decoder's layers only, is read
 
 
 @dataclass(frozen=True)
 class KeptLayer:
-    """What stays of decoder layer `index`: sorted indices of query heads, key/value heads and MLP neurons."""
+    """What stays of layer `index` of a stack: sorted indices of query heads, key/value heads and MLP neurons."""
 
     index: int
     q_heads: tuple[int, ...]
@@ -38,23 +38,11 @@ class KeptLayer:
 
 
 @dataclass(frozen=True)
-class PrunePlan:
-    """What to keep of the model with this fingerprint, and how that was decided.
+class KeptStack:
+    """What stays of one stack: the widths of all its `layers_before`, and the `layers` that are kept, in order."""
 
-    `asked` and `reached` are reductions of `parameters_total`, the count that ratios refer to (by default all
-    parameters of the computed model); `asked` is None if no ratio was asked for.
-    """
-
-    fingerprint: str
-    method: str
-    criterion: str
     layers_before: tuple[LayerShape, ...]
     layers: tuple[KeptLayer, ...]
-    parameters_before: int
-    parameters_after: int
-    parameters_total: int
-    asked: float | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # Windows belong to the model, not to the plan: a plan is read back from widths alone.
@@ -63,14 +51,19 @@ class PrunePlan:
         if problem:
             raise UserError(f"prune plan: {problem}")
 
+    @classmethod
+    def whole(cls, layers: Sequence[LayerShape]) -> KeptStack:
+        """All of a stack."""
+        return cls(tuple(layers), tuple(KeptLayer.whole(i, shape) for i, shape in enumerate(layers)))
+
     @property
-    def reached(self) -> float:
-        """Share of `parameters_total` that the plan removes."""
-        return (self.parameters_before - self.parameters_after) / self.parameters_total
+    def shapes(self) -> tuple[LayerShape, ...]:
+        """The widths after pruning."""
+        return tuple(layer.shape for layer in self.layers)
 
     @property
     def kept_layers(self) -> tuple[int, ...]:
-        """Original numbers of the layers that stay, in order: the teacher layer of each student layer."""
+        """Original numbers of the layers that stay, in order."""
         return tuple(layer.index for layer in self.layers)
 
     @property
@@ -78,10 +71,65 @@ class PrunePlan:
         """Original numbers of the layers that go."""
         return tuple(sorted(set(range(len(self.layers_before))) - set(self.kept_layers)))
 
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """What to keep of the model with this fingerprint, and how that was decided.
+
+    `stacks` says it by name of the stack: of the decoder, "text", always; another that is not there is kept whole.
+    `layers_before`, `layers`, `kept_layers` and `removed_layers` are the decoder's.
+    `asked` and `reached` are reductions of `parameters_total`, the count that ratios refer to (by default all
+    parameters of the computed model); `asked` is None if no ratio was asked for.
+    """
+
+    fingerprint: str
+    method: str
+    criterion: str
+    stacks: Mapping[str, KeptStack]
+    parameters_before: int
+    parameters_after: int
+    parameters_total: int
+    asked: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if "text" not in self.stacks or not self.stacks.keys() <= set(STACKS):
+            raise UserError(
+                f"prune plan: its stacks are {', '.join(self.stacks)}, of which text must be one and vision may be"
+            )
+
+    @property
+    def layers_before(self) -> tuple[LayerShape, ...]:
+        """Widths of the unpruned decoder's layers."""
+        return self.stacks["text"].layers_before
+
+    @property
+    def layers(self) -> tuple[KeptLayer, ...]:
+        """What stays of the decoder."""
+        return self.stacks["text"].layers
+
+    @property
+    def reached(self) -> float:
+        """Share of `parameters_total` that the plan removes."""
+        return (self.parameters_before - self.parameters_after) / self.parameters_total
+
+    @property
+    def kept_layers(self) -> tuple[int, ...]:
+        """Original numbers of the decoder layers that stay, in order: the teacher layer of each student layer."""
+        return self.stacks["text"].kept_layers
+
+    @property
+    def removed_layers(self) -> tuple[int, ...]:
+        """Original numbers of the decoder layers that go."""
+        return self.stacks["text"].removed_layers
+
     def apply_to(self, cfg: ModelConfig) -> ModelConfig:
         """The config of the pruned model."""
-        windows = [shape.window for shape in cfg.text.layers]
-        return cfg.with_layers([dataclasses.replace(one.shape, window=windows[one.index]) for one in self.layers])
+        for name, kept in self.stacks.items():
+            windows = [shape.window for shape in cfg.stack(name).layers]
+            shapes = [dataclasses.replace(one.shape, window=windows[one.index]) for one in kept.layers]
+            cfg = cfg.with_layers(shapes, name)
+        return cfg
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """JSON text (one line per layer), also written to `path` if given."""
@@ -96,12 +144,10 @@ class PrunePlan:
             "parameters_after": self.parameters_after,
             "parameters_total": self.parameters_total,
             "options": dict(self.options),
-            "kept_layers": self.kept_layers,
-            "layers_before": [s.widths for s in self.layers_before],
         }
         lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
-        layers = ",\n".join(f"    {json.dumps(vars(layer))}" for layer in self.layers)
-        text = "\n".join(["{", *lines, '  "layers": [', layers, "  ]", "}"]) + "\n"
+        stacks = ",\n".join(f"    {json.dumps(name)}: {_as_json(kept)}" for name, kept in self.stacks.items())
+        text = "\n".join(["{", *lines, '  "stacks": {', stacks, "  }", "}"]) + "\n"
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             partial = Path(f"{path}.partial")
@@ -137,8 +183,7 @@ def keep_everything(cfg: ModelConfig, fingerprint: str, parameters: int) -> Prun
         fingerprint=fingerprint,
         method="none",
         criterion="none",
-        layers_before=cfg.text.layers,
-        layers=tuple(KeptLayer.whole(i, shape) for i, shape in enumerate(cfg.text.layers)),
+        stacks={name: KeptStack.whole(stack.layers) for name, stack in cfg.stacks.items()},
         parameters_before=parameters,
         parameters_after=parameters,
         parameters_total=parameters,
@@ -151,11 +196,28 @@ def compose(first: PrunePlan, second: PrunePlan) -> PrunePlan:
     Raises:
       UserError: `second` is for other widths than `first` leaves.
     """
-    left = tuple(layer.shape for layer in first.layers)
-    if second.layers_before != left or second.parameters_before != first.parameters_after:
+    both = first.stacks.keys() & second.stacks.keys()
+    follows = all(second.stacks[name].layers_before == first.stacks[name].shapes for name in both)
+    if not follows or second.parameters_before != first.parameters_after:
         raise UserError(
             "these plans do not follow each other: the second must be made for the model that the first leaves"
         )
+    together = {name: _compose(first.stacks[name], second.stacks[name]) for name in both}
+    stacks = {**first.stacks, **second.stacks, **together}
+    methods = {first.method, second.method} - {"none"}
+    return PrunePlan(
+        fingerprint=first.fingerprint,
+        method=methods.pop() if len(methods) == 1 else "hybrid" if methods else "none",
+        criterion=first.criterion if first.criterion == second.criterion else f"{first.criterion} + {second.criterion}",
+        stacks={name: stacks[name] for name in STACKS if name in stacks},
+        parameters_before=first.parameters_before,
+        parameters_after=second.parameters_after,
+        parameters_total=first.parameters_total,
+        options={"first": dict(first.options), "second": dict(second.options)},
+    )
+
+
+def _compose(first: KeptStack, second: KeptStack) -> KeptStack:
     layers = []
     for kept in second.layers:
         base = first.layers[kept.index]
@@ -167,36 +229,43 @@ def compose(first: PrunePlan, second: PrunePlan) -> PrunePlan:
                 _pick(base.neurons, kept.neurons),
             )
         )
-    methods = {first.method, second.method} - {"none"}
-    return PrunePlan(
-        fingerprint=first.fingerprint,
-        method=methods.pop() if len(methods) == 1 else "hybrid" if methods else "none",
-        criterion=first.criterion if first.criterion == second.criterion else f"{first.criterion} + {second.criterion}",
-        layers_before=first.layers_before,
-        layers=tuple(layers),
-        parameters_before=first.parameters_before,
-        parameters_after=second.parameters_after,
-        parameters_total=first.parameters_total,
-        options={"first": dict(first.options), "second": dict(second.options)},
-    )
+    return KeptStack(first.layers_before, tuple(layers))
 
 
 def _pick(indices: Sequence[int], chosen: Sequence[int]) -> tuple[int, ...]:
     return tuple(indices[i] for i in chosen)
 
 
-def _from_dict(data: Mapping[str, Any]) -> PrunePlan:
-    if data["format"] != FORMAT:
-        raise UserError(f"plan of format {data['format']}, this version reads {FORMAT}: plan again")
-    return PrunePlan(
-        fingerprint=data["fingerprint"],
-        method=data["method"],
-        criterion=data["criterion"],
+def _as_json(kept: KeptStack) -> str:
+    """A stack as JSON text, one line per layer."""
+    lines = [
+        f'"kept_layers": {json.dumps(kept.kept_layers)}',
+        f'"layers_before": {json.dumps([shape.widths for shape in kept.layers_before])}',
+        '"layers": [',
+    ]
+    layers = ",\n".join(f"        {json.dumps(vars(layer))}" for layer in kept.layers)
+    return "{\n" + ",\n".join(f"      {line}" for line in lines) + f"\n{layers}\n      ]\n    }}"
+
+
+def _stack_from_dict(data: Mapping[str, Any]) -> KeptStack:
+    return KeptStack(
         layers_before=tuple(LayerShape(*shape) for shape in data["layers_before"]),
         layers=tuple(
             KeptLayer(one["index"], *(tuple(one[name]) for name in ("q_heads", "kv_heads", "neurons")))
             for one in data["layers"]
         ),
+    )
+
+
+def _from_dict(data: Mapping[str, Any]) -> PrunePlan:
+    if data["format"] not in (1, FORMAT):
+        raise UserError(f"plan of format {data['format']}, this version reads up to {FORMAT}: plan again")
+    stacks = {"text": data} if data["format"] == 1 else data["stacks"]
+    return PrunePlan(
+        fingerprint=data["fingerprint"],
+        method=data["method"],
+        criterion=data["criterion"],
+        stacks={name: _stack_from_dict(one) for name, one in stacks.items()},
         parameters_before=data["parameters_before"],
         parameters_after=data["parameters_after"],
         parameters_total=data["parameters_total"],
@@ -206,7 +275,7 @@ def _from_dict(data: Mapping[str, Any]) -> PrunePlan:
 
 
 def _problem(before: Sequence[LayerShape], layers: Sequence[KeptLayer]) -> str | None:
-    """Why these layers cannot be kept of a decoder with these widths, or None."""
+    """Why these layers cannot be kept of a stack with these widths, or None."""
     if not layers:
         return "no layer is kept"
     if not _increasing([layer.index for layer in layers], len(before)):

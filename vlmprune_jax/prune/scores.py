@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.prune.criteria import scoring
 
 FORMAT = 1
 
@@ -21,7 +22,8 @@ FORMAT = 1
 class Scores:
     """Importances of one model under one criterion; the smallest are removed first.
 
-    `importance`: float64[n_layers], or None if the criterion says nothing about whole layers.
+    `importance`: float64[n_layers], or None if the criterion says nothing about whole layers; with an option
+    `layers_removed` entry i is of that many consecutive layers from layer i on, together.
     `heads[i]`: float64[kv_heads] (whole groups of grouped-query attention) or float64[q_heads] of layer i, as
     `options["gqa"]` says; `mlp[i]`: float64[neurons]. Both None if the criterion says nothing about widths.
     """
@@ -39,6 +41,17 @@ class Scores:
                 raise UserError(f"{self.criterion} scores {name} hold NaN: check weights and calibration data for NaN")
 
     @property
+    def name(self) -> str:
+        """The criterion, and its `variant` where it has several: `taylor/param_first`."""
+        variant = self.options.get("variant")
+        return f"{self.criterion}/{variant}" if variant else self.criterion
+
+    @property
+    def span(self) -> int | None:
+        """How many consecutive layers an entry of `importance` is of; None where each is of its layer alone."""
+        return self.options.get("layers_removed")
+
+    @property
     def widths(self) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
         """(heads, mlp), for a criterion that scores widths.
 
@@ -46,7 +59,7 @@ class Scores:
           UserError: it does not.
         """
         if self.heads is None or self.mlp is None:
-            raise UserError(f"{self.criterion} scores say nothing about widths: width needs taylor, l1, l2 or random")
+            raise UserError(f"{self.criterion} scores say nothing about widths: width needs {scoring('widths')}")
         return self.heads, self.mlp
 
     @property
@@ -57,9 +70,7 @@ class Scores:
           UserError: it does not.
         """
         if self.importance is None:
-            raise UserError(
-                f"{self.criterion} scores say nothing about layers: depth needs block_influence, angular or random"
-            )
+            raise UserError(f"{self.criterion} scores say nothing about layers: depth needs {scoring('layers')}")
         return self.importance
 
     def save(self, path: str | os.PathLike[str]) -> None:

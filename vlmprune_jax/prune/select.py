@@ -12,12 +12,13 @@ from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune.fingerprint import shape_digest
-from vlmprune_jax.prune.plan import KeptLayer, PrunePlan
+from vlmprune_jax.prune.plan import KeptLayer, KeptStack, PrunePlan
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.solver import layer_costs
 from vlmprune_jax.prune.width import choose_widths
 
 METHODS = ("depth", "width", "hybrid")
+ROUNDINGS = ("nearest", "at_least")
 DEPTH: Mapping[str, Any] = {"protect": (), "rounding": "nearest"}
 WIDTH: Mapping[str, Any] = {
     "attn_layers": "all",
@@ -40,6 +41,7 @@ def make_plan(
     method: str,
     ratio: float | None = None,
     layers_removed: int | None = None,
+    stack: str = "text",
     **options: Any,
 ) -> PrunePlan:
     """Plan the removal of `ratio` of the model's parameters; no forward pass, seconds at 7B.
@@ -49,6 +51,7 @@ def make_plan(
       method: "depth" (whole layers), "width" (heads and neurons) or "hybrid" (layers, then widths of the rest).
       ratio: share of `parameters_total` to remove, 0 <= ratio < 1.
       layers_removed: number of layers to remove (depth, hybrid) instead of deriving it.
+      stack: whose layers the scores are of: "text", the decoder, or "vision", the tower.
       options:
         parameters_total: what ratios refer to; default all parameters of the computed model. (The reference also
           counts tower blocks that are never run: 12.6 M more, 7,062,902,784, for LLaVA-1.5-7B.)
@@ -68,24 +71,24 @@ def make_plan(
     settings = with_defaults(f"make_plan(method={method!r})", options, DEFAULTS[method])
     depth, width = _pair(scores, method)
     used = [one for one in (depth, width) if one is not None]
-    _check_scores(used, cfg)
+    shapes = cfg.stack(stack).layers
+    _check_scores(used, cfg, stack)
     _check_request(method, ratio, layers_removed, settings)
     before = count_params(cfg)
     unpruned = count_params(settings.get("base") or cfg)
     total = settings["parameters_total"] or unpruned
-    removed = () if depth is None else _choose_layers(depth, cfg, ratio, layers_removed, settings, total)
-    layers = [KeptLayer.whole(i, shape) for i, shape in enumerate(cfg.text.layers) if i not in removed]
+    removed = () if depth is None else _choose_layers(depth, cfg, ratio, layers_removed, settings, total, stack)
+    layers = [KeptLayer.whole(i, shape) for i, shape in enumerate(shapes) if i not in removed]
     solved: Mapping[str, Any] = {}
     if width is not None:
-        layers, solved = choose_widths(width, cfg, [layer.index for layer in layers], ratio, settings, total)
-    cost = layer_costs(cfg).of
-    gone = sum(map(cost, cfg.text.layers)) - sum(cost(layer.shape) for layer in layers)
+        layers, solved = choose_widths(width, cfg, [layer.index for layer in layers], ratio, settings, total, stack)
+    cost = layer_costs(cfg, stack).of
+    gone = sum(map(cost, shapes)) - sum(cost(layer.shape) for layer in layers)
     return PrunePlan(
         fingerprint=used[0].fingerprint,
         method=method,
-        criterion=" + ".join(_name(one) for one in used),
-        layers_before=cfg.text.layers,
-        layers=tuple(layers),
+        criterion=" + ".join(one.name for one in used),
+        stacks={"text": KeptStack.whole(cfg.text.layers), stack: KeptStack(shapes, tuple(layers))},
         parameters_before=before,
         parameters_after=before - gone,
         parameters_total=total,
@@ -95,9 +98,15 @@ def make_plan(
     )
 
 
-def _check_scores(used: list[Scores], cfg: ModelConfig) -> None:
+def _check_scores(used: list[Scores], cfg: ModelConfig, stack: str) -> None:
     if any(not one.fingerprint.startswith(shape_digest(cfg)) for one in used):
         raise UserError("scores of another model: their shapes differ from this config: score this model first")
+    shapes = cfg.stack(stack).layers
+    neurons = [shape.mlp for shape in shapes]
+    for one in used:
+        layers = len(shapes) if one.importance is None else len(one.importance)
+        if layers != len(shapes) or (one.mlp is not None and [len(scores) for scores in one.mlp] != neurons):
+            raise UserError(f"{one.criterion} scores are not of the {stack} stack: their layers or widths are others")
 
 
 def _recorded(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,11 +144,6 @@ def _check_request(method: str, ratio: float | None, layers_removed: int | None,
         raise UserError("method 'hybrid' needs ratio= (and perhaps layers_removed= or depth_share=)")
 
 
-def _name(scores: Scores) -> str:
-    variant = scores.options.get("variant")
-    return f"{scores.criterion}/{variant}" if variant else scores.criterion
-
-
 def _choose_layers(
     scores: Scores,
     cfg: ModelConfig,
@@ -147,15 +151,17 @@ def _choose_layers(
     layers_removed: int | None,
     settings: Mapping[str, Any],
     total: int,
+    stack: str,
 ) -> tuple[int, ...]:
     """Original numbers of the layers to remove."""
-    one_of("rounding", settings["rounding"], ("nearest", "at_least"))
-    n_layers = len(cfg.text.layers)
+    one_of("rounding", settings["rounding"], ROUNDINGS)
+    shapes = cfg.stack(stack).layers
+    n_layers = len(shapes)
     protect = set(settings["protect"])
     if not protect <= set(range(n_layers)):
         raise UserError(f"protect={sorted(protect)} names layers that do not exist: there are {n_layers}")
-    if scores.criterion == "angular":
-        return _block(scores, protect, ratio, layers_removed)
+    if scores.span is not None:
+        return _block(scores, scores.span, protect, ratio, layers_removed)
     order = [int(i) for i in np.argsort(scores.layers, kind="stable") if int(i) not in protect]
     most = min(len(order), n_layers - 1)
     if layers_removed is not None:
@@ -167,8 +173,8 @@ def _choose_layers(
         return tuple(order[:layers_removed])
     assert ratio is not None
     share = fraction("depth_share", settings["depth_share"]) if "depth_share" in settings else 1.0
-    costs = layer_costs(cfg)
-    sizes = [costs.of(cfg.text.layers[i]) for i in order[:most]]
+    costs = layer_costs(cfg, stack)
+    sizes = [costs.of(shapes[i]) for i in order[:most]]
     count = _nearest_count(sizes, share * ratio * total, settings["rounding"])
     if count is None:
         raise UserError(
@@ -188,12 +194,14 @@ def _nearest_count(sizes: Sequence[int], removal: float, rounding: str) -> int |
     return int(np.argmin(np.abs(removed - removal)))
 
 
-def _block(scores: Scores, protect: set[int], ratio: float | None, layers_removed: int | None) -> tuple[int, ...]:
-    """The consecutive layers with the smallest angular distance; their number was fixed when scoring."""
-    size = int(scores.options["layers_removed"])
+def _block(
+    scores: Scores, size: int, protect: set[int], ratio: float | None, layers_removed: int | None
+) -> tuple[int, ...]:
+    """The `size` consecutive layers that score lowest; their number was fixed when scoring."""
     if ratio is not None or layers_removed not in (None, size):
         raise UserError(
-            f"angular scores are for removing {size} consecutive layers: plan with layers_removed={size} or score again"
+            f"{scores.criterion} scores are for removing {size} consecutive layers: plan with layers_removed={size} or "
+            "score again"
         )
     for start in map(int, np.argsort(scores.layers, kind="stable")):
         block = range(start, start + size)

@@ -10,14 +10,14 @@ import numpy as np
 
 from vlmprune_jax.config import LayerShape, ModelConfig
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.models.params import param_axes, param_shapes
+from vlmprune_jax.models.params import layer_axes, layer_shapes
 
 GRID = 10_000  # sparsities that are tried: multiples of 1e-4
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Parameters per decoder layer (what never changes), per query head, per key/value head and per MLP neuron."""
+    """Parameters per layer of a stack (what never changes), per query head, per key/value head and per MLP neuron."""
 
     layer: int
     q_head: int
@@ -29,16 +29,13 @@ class Costs:
         return self.layer + shape.q_heads * self.q_head + shape.kv_heads * self.kv_head + shape.mlp * self.neuron
 
 
-def layer_costs(cfg: ModelConfig) -> Costs:
-    """Costs of one decoder layer, from the named axes of its weights."""
-    prefix, pruned = "text/layers/0/", {"q_heads": 0, "kv_heads": 0, "mlp": 0}
-    fixed, axes = 0, param_axes(cfg)
-    for path, shape in param_shapes(cfg).items():
-        if not path.startswith(prefix):
-            continue
-        names = axes[path][1:]
-        size = math.prod(n for name, n in zip(names, shape[1:], strict=True) if name not in pruned)
-        along = [name for name in names if name in pruned]
+def layer_costs(cfg: ModelConfig, stack: str = "text") -> Costs:
+    """Costs of one layer of a stack, from the named axes of its weights."""
+    fixed, pruned, axes = 0, {"q_heads": 0, "kv_heads": 0, "mlp": 0}, layer_axes(cfg, stack)
+    for name, shape in layer_shapes(cfg, stack).items():
+        names = axes[name]
+        size = math.prod(n for axis, n in zip(names, shape, strict=True) if axis not in pruned)
+        along = [axis for axis in names if axis in pruned]
         if along:
             pruned[along[0]] += size
         else:

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlmprune_jax.config import ModelConfig, runs
+from vlmprune_jax.config import LayerShape, runs
 from vlmprune_jax.distributed.rules import check_divides, sharding
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.models.params import flatten, param_axes, stack_layers, unflatten, unstack_layers
+from vlmprune_jax.models.params import flatten, layer_axes, param_axes, stack_layers, unflatten, unstack_layers
 from vlmprune_jax.models.vlm import Model, mesh_of
 from vlmprune_jax.prune.fingerprint import fingerprint, shape_digest
 from vlmprune_jax.prune.plan import KeptLayer, PrunePlan
@@ -30,13 +30,15 @@ def apply_plan(model: Model, plan: PrunePlan) -> Model:
     cfg, mesh = plan.apply_to(model.cfg), mesh_of(model.params)
     if mesh is not None:
         check_divides(cfg, mesh)
-    axes = layer_axes(model.cfg)
-    layers, rest = unstack_layers(model.params, model.cfg)
-    kept = []
-    for layer in plan.layers:
-        flat = {path: keep_indices(leaf, axes[path], layer) for path, leaf in layers[layer.index].items()}
-        kept.append({path: _place(leaf, axes[path], mesh) for path, leaf in flat.items()})
-    params = stack_layers(kept, rest, cfg)
+    params = model.params
+    for name, stack in plan.stacks.items():
+        axes = layer_axes(model.cfg, name)
+        layers, rest = unstack_layers(params, model.cfg, name)
+        kept = []
+        for layer in stack.layers:
+            flat = {path: keep_indices(leaf, axes[path], layer) for path, leaf in layers[layer.index].items()}
+            kept.append({path: _place(leaf, axes[path], mesh) for path, leaf in flat.items()})
+        params = stack_layers(kept, rest, cfg, name)
     if mesh is None:
         return Model(params, cfg)
     placed = {path: _place(params_leaf, param_axes(cfg)[path], mesh) for path, params_leaf in flatten(params).items()}
@@ -45,13 +47,17 @@ def apply_plan(model: Model, plan: PrunePlan) -> Model:
 
 def check_plan_is_for(model: Model, plan: PrunePlan) -> None:
     """Raise UserError unless the plan was made for exactly this model (widths, then weights)."""
-    widths = [shape.widths for shape in model.cfg.text.layers]
-    if [shape.widths for shape in plan.layers_before] != widths or not plan.fingerprint.startswith(
-        shape_digest(model.cfg)
-    ):
+    stacks = model.cfg.stacks
+    pairs = [
+        (name, kept.layers_before, stacks[name].layers if name in stacks else ()) for name, kept in plan.stacks.items()
+    ]
+    others = [pair for pair in pairs if [shape.widths for shape in pair[1]] != [shape.widths for shape in pair[2]]]
+    if others or not plan.fingerprint.startswith(shape_digest(model.cfg)):
+        name, planned, found = (others or pairs)[0]
+        which = "" if name == "text" else f"in its {name} tower "
         raise UserError(
-            f"plan of another model: it is for {_describe(plan.layers_before)}, this model has "
-            f"{_describe(model.cfg.text.layers)}: score and plan this model"
+            f"plan of another model: it is for {_describe(planned)}, this model has {which}{_describe(found)}: "
+            "score and plan this model"
         )
     actual = fingerprint(model)
     if plan.fingerprint != actual:
@@ -59,12 +65,6 @@ def check_plan_is_for(model: Model, plan: PrunePlan) -> None:
             f"plan of another model: same shapes, other weights (plan {plan.fingerprint}, model {actual}): "
             "score and plan this model"
         )
-
-
-def layer_axes(cfg: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Named axes of one decoder layer's parameters, `self_attn/q_proj/weight` -> ("q_heads", "head", "embed")."""
-    prefix = "text/layers/0/"
-    return {path[len(prefix) :]: axes[1:] for path, axes in param_axes(cfg).items() if path.startswith(prefix)}
 
 
 def keep_indices(leaf: Any, axes: tuple[str, ...], layer: KeptLayer) -> Any:
@@ -85,6 +85,8 @@ def _place(leaf: Any, axes: tuple[str, ...], mesh: Mesh | None) -> Any:
     return leaf if mesh is None else jax.device_put(leaf, sharding(mesh, axes))
 
 
-def _describe(layers: tuple[Any, ...]) -> str:
+def _describe(layers: tuple[LayerShape, ...]) -> str:
+    if not layers:
+        return "no layers"
     parts = [f"{n} x {s.q_heads}/{s.kv_heads} heads, {s.mlp} neurons" for _, n, s in runs(layers)]
     return f"{len(layers)} layers ({'; '.join(parts[:3])}{'; ...' if len(parts) > 3 else ''})"

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from vlmprune_jax.checks import layer_range, one_of
-from vlmprune_jax.config import LayerShape, ModelConfig
+from vlmprune_jax.config import LayerShape, ModelConfig, Stack
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.prune.plan import KeptLayer
 from vlmprune_jax.prune.scores import Scores
-from vlmprune_jax.prune.solver import Units, layer_costs, most_removable, solve_widths, units_of, widths_at
+from vlmprune_jax.prune.solver import Costs, Units, layer_costs, most_removable, solve_widths, units_of, widths_at
 
+SELECTIONS = ("local", "global")
 Kept = tuple[np.ndarray, np.ndarray]  # sorted: key/value heads (gqa "groups") or query heads, and neurons
 
 
@@ -39,6 +40,7 @@ def choose_widths(
     ratio: float | None,
     settings: Mapping[str, Any],
     total: int,
+    stack: str = "text",
 ) -> tuple[list[KeptLayer], dict[str, Any]]:
     """Kept layers among `alive` (original numbers), and what the solver found, for the plan's record.
 
@@ -47,15 +49,14 @@ def choose_widths(
     Raises:
       UserError: ranges or multiples that do not fit, or a target out of reach.
     """
-    base, gqa = settings.get("base") or cfg, scores.options.get("gqa", "groups")
-    if len(base.text.layers) != len(cfg.text.layers):
-        raise UserError(
-            f"base has {len(base.text.layers)} layers but the model has {len(cfg.text.layers)}: only widths may differ"
-        )
-    one_of("selection", settings["selection"], ("local", "global"))
-    units = _units(base, gqa, alive, settings)
-    costs = layer_costs(cfg)
-    by_depth = sum(costs.of(shape) for i, shape in enumerate(base.text.layers) if i not in alive)
+    base_cfg, gqa = settings.get("base") or cfg, scores.options.get("gqa", "groups")
+    base, shapes = base_cfg.stack(stack), cfg.stack(stack).layers
+    if len(base.layers) != len(shapes):
+        raise UserError(f"base has {len(base.layers)} layers but the model has {len(shapes)}: only widths may differ")
+    one_of("selection", settings["selection"], SELECTIONS)
+    costs = layer_costs(cfg, stack)
+    units = _units(base, costs, gqa, alive, settings)
+    by_depth = sum(costs.of(shape) for i, shape in enumerate(base.layers) if i not in alive)
     removal = None if ratio is None else max(ratio * total - by_depth, 0)
     target = Target(removal, settings.get("sparsity"), ratio, total, by_depth)
     if removal is not None and removal > most_removable(units):
@@ -70,18 +71,18 @@ def choose_widths(
         kept, solved = _global(scores, base, units, alive, target)
     else:
         kept, solved = _local(scores, base, units, alive, target)
-    return [_kept_layer(i, *kept[i], cfg.text.layers[i], gqa) for i in alive], solved
+    return [_kept_layer(i, *kept[i], shapes[i], gqa) for i in alive], solved
 
 
-def _units(base: ModelConfig, gqa: str, alive: Collection[int], settings: Mapping[str, Any]) -> list[Units]:
-    n_layers = len(base.text.layers)
+def _units(base: Stack, costs: Costs, gqa: str, alive: Collection[int], settings: Mapping[str, Any]) -> list[Units]:
+    n_layers = len(base.layers)
     for name in ("heads_multiple", "neurons_multiple"):
         value = settings[name]
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(f"{name}={value!r} must be a whole number, at least 1")
     return units_of(
-        base.text.layers,
-        layer_costs(base),
+        base.layers,
+        costs,
         gqa=gqa,
         attn_layers=[i for i in layer_range("attn_layers", settings["attn_layers"], n_layers) if i in alive],
         mlp_layers=[i for i in layer_range("mlp_layers", settings["mlp_layers"], n_layers) if i in alive],
@@ -91,20 +92,20 @@ def _units(base: ModelConfig, gqa: str, alive: Collection[int], settings: Mappin
 
 
 def _local(
-    scores: Scores, base: ModelConfig, units: Sequence[Units], alive: Sequence[int], target: Target
+    scores: Scores, base: Stack, units: Sequence[Units], alive: Sequence[int], target: Target
 ) -> tuple[dict[int, Kept], dict[str, Any]]:
     """The highest-scoring units of each layer; widths are the same in all layers in range."""
     if target.removal is None:
         assert target.sparsity is not None
-        widths = widths_at(units, base.text.head_dim, target.sparsity)
+        widths = widths_at(units, base.head_dim, target.sparsity)
     else:
-        widths = solve_widths(units, base.text.head_dim, target.removal)
+        widths = solve_widths(units, base.head_dim, target.removal)
     head_scores, neuron_scores = scores.widths
     kept: dict[int, Kept] = {}
     for i in alive:
         neurons = _highest(neuron_scores[i], widths.neurons[i])
         if scores.options.get("gqa") == "q_heads":
-            kv_heads = base.text.layers[i].kv_heads
+            kv_heads = base.layers[i].kv_heads
             groups = head_scores[i].reshape(kv_heads, -1)
             chosen = [kv * groups.shape[1] + _highest(group, widths.heads[i]) for kv, group in enumerate(groups)]
             kept[i] = np.concatenate(chosen), neurons
@@ -128,7 +129,7 @@ def _kept_layer(index: int, heads: np.ndarray, neurons: np.ndarray, shape: Layer
 
 
 def _global(
-    scores: Scores, base: ModelConfig, units: Sequence[Units], alive: Sequence[int], target: Target
+    scores: Scores, base: Stack, units: Sequence[Units], alive: Sequence[int], target: Target
 ) -> tuple[dict[int, Kept], dict[str, Any]]:
     """One pool of head and neuron scores over all layers in range; everything up to the n-th smallest goes.
 

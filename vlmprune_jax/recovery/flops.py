@@ -10,7 +10,8 @@ from typing import Any
 
 from vlmprune_jax.config import ModelConfig, VisionConfig
 from vlmprune_jax.models.params import param_axes, param_shapes
-from vlmprune_jax.recovery.losses import LossConfig
+from vlmprune_jax.recovery.config import LossConfig
+from vlmprune_jax.recovery.losses import compares_logits, needs_logits, needs_teacher
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,14 @@ def step_flops(
     """
     tokens = rows * length
     student = _weights(cfg, "text/layers/", trained, True) * tokens
-    logits = bool(loss.ce or loss.kl or loss.rkl)
+    logits = needs_logits(loss)
     student += _weights(cfg, _head(cfg), trained if logits else (), logits) * tokens
     attention = 3 * _causal(cfg, length) * rows
     vision = _vision(cfg, trained, images)
     teacher = 0
-    if teacher_cfg is not None and loss.needs_teacher:
+    if teacher_cfg is not None and needs_teacher(loss):
         teacher = _weights(teacher_cfg, "text/layers/", (), False) * tokens
-        teacher += (_weights(teacher_cfg, _head(teacher_cfg), (), False) if loss.kl or loss.rkl else 0) * tokens
+        teacher += (_weights(teacher_cfg, _head(teacher_cfg), (), False) if compares_logits(loss) else 0) * tokens
         attention += _causal(teacher_cfg, length) * rows
         vision += _vision(teacher_cfg, (), images) if loss.teacher_inputs == "own" else 0
     return StepFlops(student, teacher, attention, vision)
@@ -121,7 +122,8 @@ def _vision(cfg: ModelConfig, trained: Collection[str], images: int) -> int:
     if not cfg.tower:
         return images * projector
     blocks = _weights(cfg, "vision/layers/", trained, in_tower) * _positions(tower)
-    blocks += 4 * tower.n_layers * _positions(tower) ** 2 * tower.hidden_size * (3 if in_tower else 1)
+    heads = sum(shape.q_heads for shape in tower.layers)
+    blocks += 4 * heads * tower.head_dim * _positions(tower) ** 2 * (3 if in_tower else 1)
     patches = _weights(cfg, "vision/patch_embedding/", trained, False) * tower.n_patches
     return images * (blocks + patches + projector)
 

@@ -1,118 +1,158 @@
-"""Training losses as (sum, weight) pairs: cross-entropy, forward and reverse KL, hidden-state L2 and cosine.
+"""Training losses as (sum, weight) pairs over the terms of `losses`, which a user's file may extend.
 
-Vocabulary losses are computed in chunks of the sequence, so that no [batch, seq, vocab] array exists.
+Vocabulary terms are computed in chunks of the sequence, so that no [batch, seq, vocab] array exists.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from vlmprune_jax.checks import one_of
+from vlmprune_jax.checks import suggest
 from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.distributed.mesh import within
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.decoder import head_logits
-from vlmprune_jax.models.vlm import Model, Params, encode, to_nnx
-from vlmprune_jax.recovery.top_k import top_k_divergence
+from vlmprune_jax.models.vlm import Model, Params, check_inputs, encode, mesh_of, to_nnx
+from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
+from vlmprune_jax.recovery.terms import BUILT_IN, LossTerm
 
 IGNORED = -100
-TEACHER_INPUTS = ("student", "own")
-KL_POSITIONS = ("all", "labels")
-STRATEGIES = ("kl", "rkl", "l2", "l2+kl", "l2+rkl")
 
 
-@dataclass(frozen=True)
-class LossConfig:
-    """Weights of the loss terms, and how they are measured.
+class LossTerms(dict[str, LossTerm]):
+    """The loss terms by name: `vp.losses["mine"] = vp.LossTerm(...)` adds one, and a call measures them on a batch."""
 
-    `l2_layers` index the student's hidden-state tuple (0 embeddings, -1 after the final norm); `l2` and `cosine`
-    compare these states. `teacher_inputs`: "student" feeds the teacher the student's input embeddings (the
-    reference), "own" its own from ids and pixels. `chunk`: tokens per row whose logits exist at a time.
-    `kl_positions`: where `kl` and `rkl` are measured, at "all" real tokens (the reference) or those before "labels".
-    `teacher_top_k`: no teacher runs, batches bring its k likeliest tokens of each of these positions (0 = it runs).
+    def __setitem__(self, name: str, term: LossTerm) -> None:
+        if not isinstance(term, LossTerm) or not name.isidentifier():
+            raise UserError(f"losses: {name!r} must be a name as in Python, and its term a LossTerm, not {term!r}")
+        super().__setitem__(name, term)
 
-    `reference_compat` measures as the reference does: terms with a teacher over all positions, padding (at the right)
-    included, KL divided by the batch size only, and hidden layers index each model's own tuple. Padding is zero
-    embeddings in LLaVA's and Bunny's trainers ("student"), its ids at position 0 in InternVL's ("own").
+    def __call__(
+        self,
+        model: Model,
+        batch: Any,
+        config: LossConfig | RecoverConfig,
+        *,
+        teacher: Model | None = None,
+        plan: Any = None,
+    ) -> dict[str, float]:
+        """The mean of every term over one batch, without dropout, and their weighted sum as "total".
+
+        Args:
+          model: the student, with or without adapters.
+          batch: a mapping of arrays, or an object with such `.arrays`: input_ids, attention_mask and labels
+            int[batch, seq] (labels are not shifted, -100 where nothing is to be learnt), perhaps pixel_values.
+          config: which terms; a `RecoverConfig` also in which precision (else in the model's own).
+          teacher, plan: as for `recover`.
+
+        Raises:
+          UserError: terms, teacher or batch that do not fit.
+        """
+        loss, dtype = (config.losses, config.compute_dtype) if isinstance(config, RecoverConfig) else (config, None)
+        theirs = None if teacher is None else teacher.cfg
+        check_losses(loss)
+        check_teacher(loss, model.cfg, theirs)
+        arrays = {name: jnp.asarray(array) for name, array in getattr(batch, "arrays", batch).items()}
+        missing = [name for name in ("input_ids", "attention_mask", "labels") if name not in arrays]
+        if missing:
+            raise UserError(f"losses: the batch has no {', '.join(missing)}")
+        check_inputs(model.cfg, arrays["input_ids"], arrays.get("pixel_values"), arrays.get("vision_features"))
+        taught, params = None, None
+        if teacher is not None and needs_teacher(loss):
+            taught = Teacher(
+                teacher.cfg, *layer_pairs(loss, model.cfg, teacher.cfg, getattr(plan, "kept_layers", None))
+            )
+            params = teacher.params
+        with within(mesh_of(model.params)):
+            values = _means(model.params, model.cfg, arrays, loss, taught, params, dtype, tuple(self.items()))
+        return {name: float(value) for name, value in values.items()}
+
+
+losses = LossTerms(BUILT_IN)
+
+
+def measured(loss: LossConfig) -> dict[str, LossTerm]:
+    """The terms that are computed: those that count, and those that are reported in any case."""
+    weights = loss.weights()
+    return {name: term for name, term in losses.items() if weights.get(name) or term.reported}
+
+
+def counted(loss: LossConfig) -> dict[str, LossTerm]:
+    """The terms with a weight."""
+    weights = loss.weights()
+    return {name: term for name, term in losses.items() if weights.get(name)}
+
+
+def needs_teacher(loss: LossConfig) -> bool:
+    """Whether a teacher runs beside the student: any term that needs one counts, and it is not cached."""
+    return any(term.taught for term in counted(loss).values()) and not loss.teacher_top_k
+
+
+def compares_logits(loss: LossConfig) -> bool:
+    """Whether a term counts that needs the teacher's logits."""
+    return any(term.taught and not term.on_hidden for term in counted(loss).values())
+
+
+def needs_logits(loss: LossConfig) -> bool:
+    """Whether a term counts that needs the student's logits."""
+    return not all(term.on_hidden for term in counted(loss).values())
+
+
+def on_hidden(loss: LossConfig) -> dict[str, LossTerm]:
+    """The terms on hidden states that are computed."""
+    return {name: term for name, term in measured(loss).items() if term.on_hidden}
+
+
+def check_losses(loss: LossConfig) -> None:
+    """Refuse terms that do not exist, or cannot be measured with these settings.
+
+    Raises:
+      UserError: names them.
     """
-
-    ce: float = 1.0
-    l2: float = 0.0
-    kl: float = 0.0
-    rkl: float = 0.0
-    l2_layers: tuple[int, ...] = (-1,)
-    temperature: float = 2.0
-    teacher_inputs: str = "student"
-    reference_compat: bool = False
-    chunk: int = 128
-    cosine: float = 0.0
-    kl_positions: str = "all"
-    teacher_top_k: int = 0
-
-    def __post_init__(self) -> None:
-        weights = self.weights()
-        if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
-            raise UserError(f"loss weights {weights}: none may be negative and at least one must be positive")
-        if not 0 < self.temperature < math.inf or self.chunk < 1:
-            raise UserError(f"losses: temperature {self.temperature} and chunk {self.chunk} must be positive")
-        if self.compares_hidden and not self.l2_layers:
-            raise UserError("losses: l2 and cosine need l2_layers, for example [-1] (the state after the final norm)")
-        one_of("losses: teacher_inputs", self.teacher_inputs, TEACHER_INPUTS)
-        one_of("losses: kl_positions", self.kl_positions, KL_POSITIONS)
-        if self.reference_compat and self.kl_positions != "all":
-            raise UserError('losses: reference_compat measures kl at all positions: leave kl_positions "all"')
-        if self.teacher_top_k:
-            self._check_top_k()
-
-    def _check_top_k(self) -> None:
-        whole = [name for name in ("rkl", "l2", "cosine") if self.weights()[name]]
-        if whole:
-            raise UserError(
-                f"losses: {' and '.join(whole)} cannot be had from a teacher's cached top-k logits, only kl can: set "
-                f"{' and '.join(f'{name}=0' for name in whole)}, or train without teacher_cache"
-            )
-        if not self.kl or self.teacher_top_k < 0:
-            raise UserError(f"losses: teacher_top_k {self.teacher_top_k} must be positive, and is for kl > 0")
-        if self.teacher_inputs != "own" or self.reference_compat:
-            raise UserError(
-                "losses: a cached teacher saw its own embeddings of real tokens, not the student's of this step nor "
-                'padding: set teacher_inputs="own" and reference_compat=False, or train without teacher_cache'
-            )
-
-    def weights(self) -> dict[str, float]:
-        """Weight of every term in the total."""
-        return {"ce": self.ce, "l2": self.l2, "cosine": self.cosine, "kl": self.kl, "rkl": self.rkl}
-
-    def terms(self) -> tuple[str, ...]:
-        """Names of the terms that are computed: cross-entropy always (it is reported), others where they count."""
-        return tuple(name for name, weight in self.weights().items() if weight or name == "ce")
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether a teacher runs beside the student: any distillation term counts, and it is not cached."""
-        return bool(self.compares_hidden or self.kl or self.rkl) and not self.teacher_top_k
-
-    @property
-    def compares_hidden(self) -> bool:
-        """Whether a term on hidden states counts."""
-        return bool(self.l2 or self.cosine)
+    for name in loss.weights():
+        if name not in losses:
+            raise UserError(f"recover.losses.extra has no term {name!r}{suggest(name, losses)}")
+    hidden = on_hidden(loss)
+    if hidden and not loss.l2_layers:
+        raise UserError(
+            f"recover.losses: {_listed(hidden)} needs l2_layers, for example [-1] (the state after the final norm)"
+        )
+    if not loss.teacher_top_k:
+        return
+    terms = counted(loss)
+    able = [name for name, term in losses.items() if term.from_top_k is not None]
+    whole = [name for name, term in terms.items() if term.taught and name not in able]
+    if whole:
+        raise UserError(
+            f"recover.losses: {_listed(whole)} cannot be had from a teacher's cached top-k logits, only "
+            f"{_listed(able)} can: set {' and '.join(f'{name}=0' for name in whole)}, or train without teacher_cache"
+        )
+    if not set(able) & set(terms):
+        raise UserError(f"recover.losses: teacher_top_k {loss.teacher_top_k} is for {_listed(able)} > 0")
 
 
-def from_alpha(strategy: str, alpha: float, *, kl_norm: float = 1.0, **options: Any) -> LossConfig:
-    """The reference's `dist_strategy`/`dist_alpha`/`dist_norm`: alpha * distillation + (1 - alpha) * cross-entropy."""
-    one_of("distillation strategy", strategy, STRATEGIES)
-    if not 0 <= alpha <= 1 or kl_norm <= 0:
-        raise UserError(f"distillation: alpha {alpha} must lie in [0, 1] and norm {kl_norm} be positive")
-    parts = strategy.split("+")
-    weights: dict[str, Any] = {name: alpha / (1.0 if name == "l2" else kl_norm) for name in parts}
-    return LossConfig(ce=1 - alpha, **weights, **options)
+def _listed(names: Iterable[str]) -> str:
+    return " and ".join(names)
+
+
+def student_layers(loss: LossConfig, cfg: ModelConfig) -> tuple[int, ...]:
+    """`loss.l2_layers` counted from 0.
+
+    Raises:
+      UserError: an index outside the model.
+    """
+    n_layers = len(cfg.text.layers)
+    for index in loss.l2_layers:
+        if not -n_layers - 1 <= index <= n_layers:
+            raise UserError(f"losses: l2 layer {index} is outside the student's {n_layers + 1} hidden states")
+    return tuple(index % (n_layers + 1) for index in loss.l2_layers)
 
 
 def layer_pairs(
@@ -132,12 +172,8 @@ def layer_pairs(
             f"the plan keeps {len(kept)} layers (up to {max(kept)}) but the student has {n_student} and the teacher "
             f"{n_teacher}: pass the plan that made this student from this teacher"
         )
-    ours, theirs = [], []
-    for index in loss.l2_layers:
-        if not -n_student - 1 <= index <= n_student:
-            raise UserError(f"losses: l2 layer {index} is outside the student's {n_student + 1} hidden states")
-        i = index % (n_student + 1)
-        ours.append(i)
+    ours, theirs = student_layers(loss, student), []
+    for index, i in zip(loss.l2_layers, ours, strict=True):
         if loss.reference_compat:
             theirs.append(index % (n_teacher + 1) if index < 0 else index)
         elif i in (0, n_student):
@@ -146,7 +182,7 @@ def layer_pairs(
             raise UserError(f"losses: l2 layer {index} cannot be aligned without a plan: pass plan, or use layer -1")
         else:
             theirs.append(i if kept is None else kept[i - 1] + 1)
-    return tuple(ours), tuple(theirs)
+    return ours, tuple(theirs)
 
 
 def check_teacher(loss: LossConfig, student: ModelConfig, teacher: ModelConfig | None) -> None:
@@ -159,20 +195,19 @@ def check_teacher(loss: LossConfig, student: ModelConfig, teacher: ModelConfig |
         raise UserError(
             f"losses: teacher_top_k {loss.teacher_top_k} is more than the vocabulary's {student.text.vocab_size} tokens"
         )
-    if not loss.needs_teacher:
+    if not needs_teacher(loss):
         return
     if teacher is None:
-        raise UserError(
-            "losses: l2, cosine, kl and rkl need a teacher: pass the unpruned model, or set their weights to 0"
-        )
+        taught = _listed(name for name, term in counted(loss).items() if term.taught)
+        raise UserError(f"losses: a teacher is needed for {taught}: pass the unpruned model, or set their weights to 0")
     ours, theirs = student.text, teacher.text
     if ours.hidden_size != theirs.hidden_size:
         raise UserError(f"teacher hidden_size {theirs.hidden_size} is not the student's {ours.hidden_size}")
     own = loss.teacher_inputs == "own"
-    if (loss.kl or loss.rkl or own) and ours.vocab_size != theirs.vocab_size:
+    if (compares_logits(loss) or own) and ours.vocab_size != theirs.vocab_size:
         raise UserError(
             f"teacher vocab_size {theirs.vocab_size} is not the student's {ours.vocab_size}: pass the model that was "
-            'pruned, or distil with l2 or cosine and teacher_inputs "student"'
+            'pruned, or distil by terms on hidden states with teacher_inputs "student"'
         )
     if own and (student.image_token_id, student.tokens_per_image) != (teacher.image_token_id, teacher.tokens_per_image):
         raise UserError(
@@ -190,10 +225,15 @@ def term_weights(loss: LossConfig, cfg: ModelConfig, labels: jax.Array, mask: ja
     n_labels = jnp.sum(labels[..., 1:] != IGNORED, dtype=jnp.float32)
     n_valid = jnp.float32(mask.size) if loss.reference_compat else jnp.sum(mask, dtype=jnp.float32)
     rows = jnp.float32(mask.size // mask.shape[-1])
-    kl = rows if loss.reference_compat else n_labels if loss.kl_positions == "labels" else n_valid
-    cosine = n_valid * float(len(loss.l2_layers))
-    every = {"ce": n_labels, "l2": cosine * float(cfg.text.hidden_size), "cosine": cosine, "kl": kl, "rkl": kl}
-    return {name: every[name] for name in loss.terms()}
+    places = rows if loss.reference_compat else n_labels if loss.kl_positions == "labels" else n_valid
+    tokens = n_valid * float(len(loss.l2_layers))
+    every = {
+        "labels": n_labels,
+        "positions": places,
+        "tokens": tokens,
+        "features": tokens * float(cfg.text.hidden_size),
+    }
+    return {name: every[term.counts] for name, term in measured(loss).items()}
 
 
 @dataclass(frozen=True)
@@ -219,11 +259,7 @@ def loss_sums(
     """float32[] sum of every term over one (micro-)batch of `input_ids, attention_mask, labels` and perhaps images:
     `pixel_values`, or `vision_features` for models without their tower.
 
-    With `loss.teacher_top_k` it has `teacher_ids` and `teacher_logprobs` as well (see `data.teacher.TeacherRows`).
-
-    Sources: the reference's trainers (LLaVA `llava_trainer.py`): KL = T^2 sum p_t (log p_t - log p_s) with
-    p = softmax(logits / T), reverse KL with the roles swapped, L2 = squared difference of hidden states. Cosine =
-    1 - cos of two hidden states (not in the reference).
+    With `loss.teacher_top_k` it has `teacher_ids` and `teacher_logprobs` as well (see `data.teacher_rows`).
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
     images: dict[str, Any] = {name: batch.get(name) for name in ("pixel_values", "vision_features")}
@@ -235,23 +271,27 @@ def loss_sums(
         else:
             embeds, _ = to_nnx(Model(params, cfg)).embed(ids, **images)
             embeds = embeds * mask[..., None].astype(embeds.dtype)
-    keep = teacher.student_layers if teacher is not None and loss.compares_hidden else ()
+    hidden = on_hidden(loss)
+    keep: tuple[int, ...] = ()
+    if hidden:
+        keep = student_layers(loss, cfg) if teacher is None else teacher.student_layers
     inputs: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "remat": remat}
     final, aux = encode(params, cfg, ids, **images, inputs_embeds=embeds, keep=keep, dropout_key=dropout_key, **inputs)
     sums: dict[str, Any] = {}
     target, teacher_logits = None, None
+    taught: Sequence[jax.Array | None] = (None,) * len(keep)
     if teacher is not None and teacher_params is not None:
         shared = aux["inputs_embeds"] if loss.teacher_inputs == "student" else None
-        keep = teacher.teacher_layers if loss.compares_hidden else ()
-        target, taught = encode(teacher_params, teacher.cfg, ids, **images, inputs_embeds=shared, keep=keep, **inputs)
-        target, taught = jax.lax.stop_gradient((target, taught.get("kept", ())))
-        for name in (term for term in loss.terms() if term in HIDDEN_DISTANCES):
-            sums[name] = sum(_distance(name, a, b, mask, loss) for a, b in zip(aux["kept"], taught, strict=True))
-        if loss.kl or loss.rkl:
-            teacher_logits = head_of(jax.lax.stop_gradient(teacher_params), teacher.cfg)
+        keep = teacher.teacher_layers if hidden else ()
+        target, seen = encode(teacher_params, teacher.cfg, ids, **images, inputs_embeds=shared, keep=keep, **inputs)
+        target, taught = jax.lax.stop_gradient((target, seen.get("kept", ())))
+    for name, term in hidden.items():
+        sums[name] = sum(_over_tokens(term, *pair, mask, loss) for pair in zip(aux["kept"], taught, strict=True))
+    if teacher is not None and teacher_params is not None and compares_logits(loss):
+        teacher_logits = head_of(jax.lax.stop_gradient(teacher_params), teacher.cfg)
     top = _top_k(batch, loss) if loss.teacher_top_k else None
     sums |= vocabulary_sums(final, head_of(params, cfg), batch["labels"], mask, loss, target, teacher_logits, top)
-    return {name: sums[name] for name in loss.terms()}
+    return {name: sums[name] for name in measured(loss)}
 
 
 def _top_k(batch: dict[str, jax.Array], loss: LossConfig) -> dict[str, jax.Array]:
@@ -272,17 +312,15 @@ def head_of(params: Params, cfg: ModelConfig) -> Callable[[jax.Array], jax.Array
     return lambda hidden: head_logits(hidden, weight, table.get("bias")).astype(jnp.float32)
 
 
-# Of float32[..., embed] pairs -> [...]. Both are finite, and so are their gradients, for states that are all zero.
-HIDDEN_DISTANCES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    "l2": lambda a, b: jnp.sum(jnp.square(a - b), axis=-1),
-    "cosine": lambda a, b: 1.0 - optax.cosine_similarity(a, b, epsilon=1e-16),
-}
-
-
-def _distance(name: str, a: jax.Array, b: jax.Array, mask: jax.Array, loss: LossConfig) -> jax.Array:
-    """float32[] sum of a term of HIDDEN_DISTANCES over all positions, or the valid ones."""
-    distance = HIDDEN_DISTANCES[name](a.astype(jnp.float32), b.astype(jnp.float32))
-    return jnp.sum(distance if loss.reference_compat else distance * mask.astype(jnp.float32))
+def _over_tokens(
+    term: LossTerm, ours: jax.Array, theirs: jax.Array | None, mask: jax.Array, loss: LossConfig
+) -> jax.Array:
+    """float32[] sum of a term on one layer's states over all positions, or the valid ones."""
+    given = {
+        name: x.astype(jnp.float32) for name, x in {"hidden": ours, "teacher_hidden": theirs}.items() if x is not None
+    }
+    values = term.value(*(given[name] for name in term.needs))
+    return jnp.sum(values if loss.reference_compat else values * mask.astype(jnp.float32))
 
 
 def vocabulary_sums(
@@ -295,7 +333,7 @@ def vocabulary_sums(
     teacher_head: Callable[[jax.Array], jax.Array] | None,
     top: dict[str, jax.Array] | None = None,
 ) -> dict[str, jax.Array]:
-    """float32[] sums of cross-entropy (position t against label t + 1) and, with a teacher head, KL and reverse KL.
+    """float32[] sums of the vocabulary terms: position t against label t + 1 and, with a teacher head, its logits at t.
 
     `head` maps final-norm states [..., embed] to float32 logits. `top`: instead of a teacher its likeliest tokens, ids
     int[batch, seq, k] and logprobs [batch, seq, k + 1]. The sequence is cut into chunks whose logits are recomputed in
@@ -310,21 +348,41 @@ def vocabulary_sums(
         xs["t"] = teacher_hidden
     xs = {name: chunks(x, loss.chunk, 0) for name, x in xs.items()} | {"y": chunks(targets, loss.chunk, IGNORED)}
 
+    terms = {name: term for name, term in measured(loss).items() if not term.on_hidden}
+    if teacher_head is None and top is None:
+        terms = {name: term for name, term in terms.items() if not term.taught}
+    tempered = any(term.tempered and not (term.taught and top) for term in terms.values())
+
     @jax.checkpoint
     def body(totals: dict[str, jax.Array], x: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], None]:
-        logits = head(x["h"])
-        new = {"ce": jnp.sum(_cross_entropy(logits, x["y"]))}
-        weight = x["w"].astype(jnp.float32)
+        given = {"logits": head(x["h"]), "targets": x["y"]}
         if teacher_head is not None:
-            new |= _divergences(logits, teacher_head(x["t"]), weight, loss)
-        if top is not None:
-            divergence = top_k_divergence(logits, x["ids"], x["logprobs"], loss.temperature)
-            new["kl"] = loss.temperature**2 * jnp.sum(divergence * weight)
+            given["teacher_logits"] = teacher_head(x["t"])
+        if tempered:
+            for name in [name for name in given if name.endswith("logits")]:
+                logprobs = jax.nn.log_softmax(given[name] / loss.temperature, axis=-1)
+                given[name.replace("logits", "log_probs")] = logprobs
+        weight = x["w"].astype(jnp.float32)
+        new = {name: _over_chunk(term, given, x, weight, loss) for name, term in terms.items()}
         return {name: totals[name] + new[name] for name in totals}, None
 
-    has_teacher = teacher_head is not None or top is not None
-    names = tuple(n for n in loss.terms() if n not in HIDDEN_DISTANCES) if has_teacher else ("ce",)
-    return jax.lax.scan(body, {name: jnp.float32(0) for name in names}, xs)[0]
+    return jax.lax.scan(body, {name: jnp.float32(0) for name in terms}, xs)[0]
+
+
+def _over_chunk(
+    term: LossTerm,
+    given: Mapping[str, jax.Array],
+    x: Mapping[str, jax.Array],
+    weight: jax.Array,
+    loss: LossConfig,
+) -> jax.Array:
+    """float32[] sum of a vocabulary term over the positions of a chunk that it counts."""
+    if term.taught and "ids" in x and term.from_top_k is not None:
+        values = term.from_top_k(given["logits"], x["ids"], x["logprobs"], loss.temperature)
+    else:
+        values = term.value(*(given[name] for name in term.needs))
+    total = jnp.sum(jnp.where(x["y"] == IGNORED, 0.0, values) if term.counts == "labels" else values * weight)
+    return loss.temperature**2 * total if term.tempered else total
 
 
 def chunks(x: jax.Array, size: int, fill: int) -> jax.Array:
@@ -335,34 +393,33 @@ def chunks(x: jax.Array, size: int, fill: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
 
 
-def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """float32[...] negative log-probability of int[...] targets, 0 where ignored.
-
-    The target is picked with a mask instead of a gather, so that a vocabulary split over devices stays split; times the
-    mask, not by a select, whose zeros XLA would keep in memory as an array of the logits' size.
-    """
-    hit = jnp.arange(logits.shape[-1]).reshape((1,) * targets.ndim + (-1,)) == targets[..., None]
-    picked = jnp.sum(logits * hit.astype(logits.dtype), axis=-1)
-    return jnp.where(targets == IGNORED, 0.0, jax.nn.logsumexp(logits, axis=-1) - picked)
-
-
-def _divergences(student: jax.Array, teacher: jax.Array, weight: jax.Array, loss: LossConfig) -> dict[str, jax.Array]:
-    """float32[] T^2-scaled sums of KL(teacher || student) and KL(student || teacher), weighted per position."""
-    ours, theirs = (jax.nn.log_softmax(x / loss.temperature, axis=-1) for x in (student, teacher))
-    scale = loss.temperature**2
-    sums = {}
-    if loss.kl:
-        sums["kl"] = scale * jnp.sum(jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1) * weight)
-    if loss.rkl:
-        sums["rkl"] = scale * jnp.sum(jnp.sum(jnp.exp(ours) * (ours - theirs), axis=-1) * weight)
-    return sums
-
-
 def combine(sums: dict[str, jax.Array], weights: dict[str, jax.Array], loss: LossConfig) -> jax.Array:
     """float32[] total = sum over terms of coefficient * sum / weight; a term without any weight (no labels) adds 0."""
     coefficients = loss.weights()
     total = jnp.float32(0)
     for name, value in sums.items():
-        if coefficients[name]:
+        if coefficients.get(name):
             total += coefficients[name] * value / jnp.maximum(weights[name], 1.0)
     return total
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "loss", "teacher", "dtype", "terms"))
+def _means(
+    params: Params,
+    cfg: ModelConfig,
+    batch: dict[str, jax.Array],
+    loss: LossConfig,
+    teacher: Teacher | None,
+    teacher_params: Params | None,
+    dtype: str | None,
+    terms: tuple[tuple[str, LossTerm], ...],
+) -> dict[str, jax.Array]:
+    del terms  # part of the key: a term that was replaced is compiled again
+    if dtype is not None:
+        params, teacher_params = jax.tree.map(lambda x: x.astype(dtype), (params, teacher_params))
+    weights = term_weights(loss, cfg, batch["labels"], batch["attention_mask"])
+    sums = loss_sums(
+        params, cfg, batch, loss, teacher=teacher, teacher_params=teacher_params, remat="none", dropout_key=None
+    )
+    means = {name: value / jnp.maximum(weights[name], 1.0) for name, value in sums.items()}
+    return {**means, "total": combine(sums, weights, loss)}

@@ -18,12 +18,12 @@ from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, family_of
 from vlmprune_jax.hf.disk.atomic import atomic_folder
-from vlmprune_jax.hf.disk.checkpoint import read_json
-from vlmprune_jax.hf.disk.tensors import to_host
 from vlmprune_jax.hf.export.card import model_name
+from vlmprune_jax.hf.fetch import to_host
 from vlmprune_jax.hf.layout import Slot, by_key, join_tensor, make_slots
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.readers import read_json
 from vlmprune_jax.recovery.trainable import LORA_SUFFIXES
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"

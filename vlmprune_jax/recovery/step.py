@@ -16,17 +16,14 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vlmprune_jax.checks import one_of
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.rules import constrain, sharding
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import Flat, param_axes, unflatten
 from vlmprune_jax.models.vlm import Params
-from vlmprune_jax.recovery.losses import LossConfig, Teacher, combine, loss_sums, term_weights
-from vlmprune_jax.recovery.trainable import PROJECTOR, decays
-
-SCHEDULES = ("cosine", "linear", "constant")
-COMPUTE_DTYPES = ("float32", "bfloat16")
+from vlmprune_jax.recovery.config import PROJECTOR, LossConfig, RecoverConfig
+from vlmprune_jax.recovery.losses import Teacher, combine, loss_sums, term_weights
+from vlmprune_jax.recovery.trainable import decays
 
 Metrics = dict[str, jax.Array]
 
@@ -40,36 +37,7 @@ class TrainState(NamedTuple):
     key: jax.Array
 
 
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with a warmed-up schedule; learning rates are per optimizer group."""
-
-    learning_rate: float
-    projector_learning_rate: float | None
-    weight_decay: float
-    schedule: str
-    warmup_ratio: float
-    b1: float
-    b2: float
-    eps: float
-    clip_norm: float | None
-
-    def __post_init__(self) -> None:
-        rates = [self.learning_rate, self.projector_learning_rate or self.learning_rate]
-        if not all(0 < rate < math.inf for rate in rates):
-            raise UserError(f"learning rates {rates} must be positive numbers")
-        if not 0 <= self.weight_decay < math.inf or not 0 <= self.warmup_ratio < 1:
-            raise UserError(
-                f"weight_decay {self.weight_decay} must be at least 0, and warmup_ratio {self.warmup_ratio} in [0, 1)"
-            )
-        one_of("schedule", self.schedule, SCHEDULES)
-        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and 0 < self.eps < math.inf):
-            raise UserError(f"AdamW needs 0 <= b1, b2 < 1 and eps > 0, got {self.b1}, {self.b2}, {self.eps}")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise UserError(f"clip_norm {self.clip_norm} must be positive (or None for no clipping)")
-
-
-def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+def make_schedule(config: RecoverConfig, num_steps: int) -> optax.Schedule:
     """Learning rate of step 0, 1, ...: 0 rising over ceil(warmup_ratio * num_steps) steps, then cosine or linear to 0.
 
     As transformers' `get_*_schedule_with_warmup`.
@@ -86,7 +54,7 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
-def learning_rates(config: OptimizerConfig, groups: Mapping[str, str], num_steps: int) -> dict[str, optax.Schedule]:
+def learning_rates(config: RecoverConfig, groups: Mapping[str, str], num_steps: int) -> dict[str, optax.Schedule]:
     """Metric name -> schedule: the main rate, and that of the projector where it trains (see `make_optimizer`)."""
     schedules = {"learning_rate": make_schedule(config, num_steps)}
     if PROJECTOR in groups.values():
@@ -95,7 +63,7 @@ def learning_rates(config: OptimizerConfig, groups: Mapping[str, str], num_steps
     return schedules
 
 
-def make_optimizer(config: OptimizerConfig, groups: Mapping[str, str], num_steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: RecoverConfig, groups: Mapping[str, str], num_steps: int) -> optax.GradientTransformation:
     """AdamW over a flat dict of masters: decay on matrices only, the projector group at its own rate.
 
     `groups`: path -> "main" or "projector" (see `trainable.assign_groups`).
@@ -192,7 +160,7 @@ def make_step(
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             metrics = {name: jnp.asarray(rate(state.step), jnp.float32) for name, rate in rates.items()}
-        metrics |= {name: value / jnp.maximum(weights[name], 1.0) for name, value in sums.items()}
+        terms = {name: value / jnp.maximum(weights[name], 1.0) for name, value in sums.items()}
         valid = jnp.sum(batch["attention_mask"], dtype=jnp.float32)
         slots = batch["attention_mask"].size
         metrics |= {
@@ -202,7 +170,9 @@ def make_step(
             "padding": (slots - valid) / slots,
             "empty_rows": jnp.sum(~jnp.any(batch["attention_mask"] != 0, axis=1), dtype=jnp.float32),
         }
-        return TrainState(params, opt_state, state.step + 1, state.key), metrics
+        if taken := metrics.keys() & terms.keys():
+            raise UserError(f"losses: a term cannot be called {', '.join(taken)}, a metric is: give it another name")
+        return TrainState(params, opt_state, state.step + 1, state.key), {**terms, **metrics}
 
     return jax.jit(step, donate_argnums=(0,), out_shardings=None if shardings is None else (shardings, replicated))
 

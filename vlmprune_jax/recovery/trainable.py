@@ -14,21 +14,10 @@ import jax.numpy as jnp
 from vlmprune_jax.config import LoraConfig, ModelConfig
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.models.params import Flat, flatten, init_params, param_axes, unflatten
+from vlmprune_jax.models.params import Flat, flatten, init_params, layer_axes, param_axes, unflatten
 from vlmprune_jax.models.vlm import Model, mesh_of
+from vlmprune_jax.recovery.config import MAIN, Rule, resolve_rules
 
-# (regex over the whole path, True | False | group name); the first rule that matches a path decides.
-Rule = tuple[str, bool | str]
-Rules = tuple[Rule, ...]
-
-MAIN, PROJECTOR = "main", "projector"
-GROUPS = (MAIN, PROJECTOR)
-PRESETS: dict[str, Rules] = {
-    "projector": ((r"projector/.*", PROJECTOR),),
-    "lora": ((r"projector/.*", PROJECTOR), (r".*/lora_[ab]", MAIN)),
-    "decoder": ((r"projector/.*", PROJECTOR), (r"text/.*", MAIN)),
-    "all": ((r"projector/.*", PROJECTOR), (r".*", MAIN)),
-}
 LORA_SUFFIXES = ("lora_a", "lora_b")
 
 
@@ -50,30 +39,9 @@ def assign_groups(paths: Sequence[str], trainable: str | Sequence[Rule]) -> dict
         if value is not False:
             groups[path] = MAIN if value is True else value
     if not groups:
-        hint = "add a LoRA config" if trainable == "lora" else _suggest(str(rules[0][0]), paths)
+        hint = "its adapters are missing" if trainable == "lora" else _suggest(str(rules[0][0]), paths)
         raise UserError(f"trainable: {trainable!r} selects no parameter of this model, nothing would train: {hint}")
     return groups
-
-
-def resolve_rules(trainable: str | Sequence[Rule]) -> tuple[Rules, bool]:
-    """The rules of a preset or a list of rules, and whether each of them has to match something (a user's own do)."""
-    if isinstance(trainable, str):
-        if trainable not in PRESETS:
-            close = difflib.get_close_matches(trainable, PRESETS, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            known = ", ".join(PRESETS)
-            raise UserError(f"trainable: {trainable!r} is not a preset: {hint}use {known} or a list of rules")
-        return PRESETS[trainable], False
-    for rule in trainable:
-        if len(rule) != 2 or not isinstance(rule[0], str) or not (isinstance(rule[1], bool) or rule[1] in GROUPS):
-            raise UserError(f"trainable: rule {rule!r} must be (regex, True | False | one of {', '.join(GROUPS)})")
-        try:
-            re.compile(rule[0])
-        except re.error as error:
-            raise UserError(f"trainable: {rule[0]!r} is not a regular expression: {error}") from None
-    if not trainable:
-        raise UserError(f"trainable: no rules given: use {', '.join(PRESETS)} or (regex, True | False | group) pairs")
-    return tuple((str(pattern), value) for pattern, value in trainable), True
 
 
 def _suggest(pattern: str, paths: Sequence[str]) -> str:
@@ -127,7 +95,7 @@ def add_lora(model: Model, lora: LoraConfig, key: jax.Array) -> Model:
 
 def projection_names(cfg: ModelConfig) -> list[str]:
     """The decoder's projections, which adapters can be on: q_proj, ..., or Phi's dense, fc1, fc2."""
-    paths = [path.split("/") for path in param_axes(cfg) if path.startswith("text/layers/")]
+    paths = [name.split("/") for name in layer_axes(cfg)]
     return sorted({path[-2] for path in paths if path[-1] == "weight" and "norm" not in path[-2]})
 
 

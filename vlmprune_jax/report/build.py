@@ -4,47 +4,105 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.prune import PrunePlan, Scores
 from vlmprune_jax.report import fit, plots
+from vlmprune_jax.report.result import main_value, read_result, shown
 
 Json = dict[str, Any]
-HEADER = ("model", "data", "parameters", "asked", "reached", "accuracy", "retained", "seconds")
 NOTES = (
     "Data: share of the training records used for recovery. Asked, reached: share of all parameters to remove. "
-    "Accuracy and retained (accuracy as a share of the unpruned model's) in percent. Seconds: scoring, pruning and "
-    "training, without evaluation."
+    "Retained: share of the unpruned model's score, in percent{averages}. Seconds: scoring, pruning and training, "
+    "without evaluation."
+)
+AVERAGES = (
+    ", of several evaluation sets the mean. Paper avg: the sum of all scores, each divided by a perfect model's, as a "
+    "share of the unpruned model's sum"
 )
 
 
-def table_of(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows of the one table: the unpruned model first, then every run."""
-    teacher = result["teacher"]
-    rows: list[tuple[str, ...]] = [
-        ("unpruned", "", f"{teacher['parameters']:,}", "", "", f"{100 * teacher['accuracy']:.2f}", "100.00", "")
+@dataclass(frozen=True)
+class Table:
+    """One table of text; the first column names the models, the unpruned one first."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def tables_of(result: Json) -> list[Table]:
+    """The summary of all models; of several evaluation sets also the scores, and what was retained of each."""
+    sets, models = result["sets"], [{"name": "unpruned", **result["teacher"]}, *result["runs"]]
+    rows = [_summary(model, result["teacher"], sets) for model in models]
+    summary = Table(
+        f"{_columns_title(sets)}; asked, reached: shares of all parameters",
+        ("model", "data", "parameters", "asked", "reached", *_columns(sets), "seconds"),
+        tuple(rows),
+    )
+    if len(sets) == 1:
+        return [summary]
+    header = ("model", *sets)
+    scores = [
+        (m["name"], *(shown(main_value(m, name, sets), of, unit=False) for name, of in sets.items())) for m in models
     ]
-    for run in result["runs"]:
-        asked, kept = run["ratio_asked"], run["retained"]
-        rows.append(
-            (
-                run["name"],
-                "" if run["recovery"] == "none" else f"{100 * run['data_fraction']:g} %",
-                f"{run['parameters']:,}",
-                "" if asked is None else f"{asked:.3f}",
-                f"{run['ratio_reached']:.3f}",
-                f"{100 * run['accuracy']:.2f}",
-                "" if kept is None else f"{kept:.2f}",
-                f"{run['seconds']:.1f}",
-            )
+    kept = [(m["name"], *(_percent(m["evaluation"]["retained"].get(name)) for name in sets)) for m in models[1:]]
+    return [
+        summary,
+        Table(", ".join(f"{name}: {_label(of)}" for name, of in sets.items()), header, tuple(scores)),
+        Table("Retained of each, in %", header, tuple(kept)),
+    ]
+
+
+def _columns(sets: Json) -> tuple[str, str]:
+    """The two columns that say how good a model is."""
+    return (next(iter(sets.values()))["main"], "retained") if len(sets) == 1 else ("retained", "paper avg")
+
+
+def _columns_title(sets: Json) -> str:
+    if len(sets) == 1:
+        return f"{_upper(_label(next(iter(sets.values()))))}, retained in %"
+    return "Retained on average over the sets and in the paper's average, in %"
+
+
+def _summary(model: Json, teacher: Json, sets: Json) -> tuple[str, ...]:
+    if "ratio_reached" not in model:
+        what = ("", f"{model['parameters']:,}", "", "")
+        averages, seconds = (100.0, 100.0), ""
+    else:
+        asked = model["ratio_asked"]
+        what = (
+            "" if model["recovery"] == "none" else f"{100 * model['data_fraction']:g} %",
+            f"{model['parameters']:,}",
+            "" if asked is None else f"{asked:.3f}",
+            f"{model['ratio_reached']:.3f}",
         )
-    return HEADER, rows
+        averages = (model["evaluation"]["mean_of_ratios"], model["evaluation"]["paper_average"])
+        seconds = f"{model['seconds']:.1f}"
+    worth = tuple(map(_percent, averages))
+    if len(sets) == 1:
+        name, of = next(iter(sets.items()))
+        worth = (shown(main_value(model, name, sets), of, unit=False), worth[0])
+    return model["name"], *what, *worth, seconds
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _label(described: Json) -> str:
+    """ "accuracy in %": the main value of a set and its unit."""
+    return described["main"] + (f" in {described['unit']}" if described["unit"] else "")
+
+
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def build_report(workdir: Path) -> Path:
@@ -54,32 +112,32 @@ def build_report(workdir: Path) -> Path:
       UserError: `result.json` is missing or damaged.
     """
     result = read_result(workdir)
-    accuracy = plots.accuracy_figure(result)
-    plots.write_png(accuracy, workdir / "report.png")
-    header, rows = table_of(result)
-    names = [None, *(run["name"] for run in result["runs"])]
+    measured = _measured(result)
+    first = plots.score_figure(result, measured[0])
+    plots.write_png(first, workdir / "report.png")
     page = (
         _environment()
         .get_template("template.html")
         .render(
             title="Structural pruning report",
             lead=_lead(result),
-            header=header,
-            rows=[{"cells": row, "best": name == result["best"]} for row, name in zip(rows, names, strict=True)],
-            notes=NOTES,
+            tables=tables_of(result),
+            best=result["best"],
+            notes=NOTES.format(averages=AVERAGES if len(result["sets"]) > 1 else ""),
             sections=[
                 {
-                    "title": "Accuracy and size",
-                    "figures": [_figure(accuracy, "The dashed line is the unpruned model.")],
+                    "title": f"{measured[0].name} and size",
+                    "figures": [_figure(first, "The dashed line is the unpruned model.")],
                 },
+                *_set_section(result, measured[1:]),
                 *_importance_section(workdir, result),
                 *_loss_section(workdir, result),
             ],
-            answers=_answers(result),
+            groups=list(_groups(result)),
             planned=fit.read_planned(workdir),
             planned_notes=fit.NOTES,
             export=_export_line(result),
-            result_json=json.dumps(result, indent=2),
+            result_json=(workdir / "result.json").read_text(encoding="utf-8"),
         )
     )
     out = workdir / "report.html"
@@ -87,24 +145,6 @@ def build_report(workdir: Path) -> Path:
     partial.write_text(page, encoding="utf-8")
     os.replace(partial, out)
     return out
-
-
-def read_result(workdir: Path) -> Json:
-    """`result.json` of a workdir.
-
-    Raises:
-      UserError: it is missing, not JSON, or lacks its main keys.
-    """
-    path = workdir / "result.json"
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("teacher", "runs", "best", "export"):
-            result[key]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file: run `vlmprune run` first") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a result of `vlmprune run` ({error!r}): run it again") from None
-    return dict(result)
 
 
 def _environment() -> jinja2.Environment:
@@ -121,10 +161,59 @@ def _lead(result: Json) -> str:
         recovery = f"after recovery ({run['recovery']}) on {100 * run['data_fraction']:g} % of the training data"
     among = f"Best of {len(result['runs'])} models: " if len(result["runs"]) > 1 else ""
     return (
-        f"{among}{run['name']} has {run['parameters']:,} of {teacher['parameters']:,} "
-        f"parameters ({100 * smaller:.1f} % fewer) and answers {100 * run['accuracy']:.2f} % of "
-        f"{teacher['questions']:,} questions {recovery}; the unpruned model answers {100 * teacher['accuracy']:.2f} %."
+        f"{among}{run['name']} has {run['parameters']:,} of {teacher['parameters']:,} parameters "
+        f"({100 * smaller:.1f} % fewer) and {_worth(run, result)} {recovery}{_unpruned(result)}."
     )
+
+
+def _worth(run: Json, result: Json) -> str:
+    sets = result["sets"]
+    if len(sets) > 1:
+        kept = run["evaluation"]["mean_of_ratios"]
+        return f"retains {_percent(kept) or 'an unknown share'} % on average over {len(sets)} evaluation sets"
+    name, of = next(iter(sets.items()))
+    return f"reaches {_reached(run, name, sets)} {of['main']} on {_count(of)}"
+
+
+def _unpruned(result: Json) -> str:
+    sets = result["sets"]
+    return (
+        "" if len(sets) > 1 else f"; the unpruned model reaches {_reached(result['teacher'], next(iter(sets)), sets)}"
+    )
+
+
+def _reached(model: Json, name: str, sets: Json) -> str:
+    return shown(main_value(model, name, sets), sets[name])
+
+
+def _count(described: Json) -> str:
+    counted = "questions" if "questions" in described else "tokens"
+    return f"{described[counted]:,} {counted}"
+
+
+def _measured(result: Json) -> list[plots.Measured]:
+    """What figures show: the value of the only evaluation set; of several first what was retained, then each."""
+    sets, teacher, runs = result["sets"], result["teacher"], result["runs"]
+    each = []
+    for name, of in sets.items():
+        values = [main_value(model, name, sets) for model in (teacher, *runs)]
+        scaled = [None if value is None else of["scale"] * value for value in values]
+        label = of["main"] + (f" ({of['unit']})" if of["unit"] else "")
+        title = f"{_upper(of['main'])} on {_count(of)}"
+        full = None if of["full"] is None else of["scale"] * of["full"]
+        each.append(
+            plots.Measured(_upper(of["main"]), title if len(sets) == 1 else f"{name}: {title}", label, full, scaled)
+        )
+    if len(sets) == 1:
+        return each
+    kept = [100.0, *(run["evaluation"]["mean_of_ratios"] for run in runs)]
+    return [plots.Measured("Retained", f"Retained, mean of {len(sets)} sets", "retained (%)", 100.0, kept), *each]
+
+
+def _set_section(result: Json, measured: Sequence[plots.Measured]) -> Iterator[Json]:
+    if measured:
+        figures = [_figure(plots.score_figure(result, one), one.title) for one in measured]
+        yield {"title": "Every evaluation set", "figures": figures}
 
 
 def _figure(figure: Any, caption: str) -> Json:
@@ -173,19 +262,23 @@ def _loss_section(workdir: Path, result: Json) -> Iterator[Json]:
         yield {"title": "Recovery training", "figures": [_figure(figure, "Mean over each logged batch; logarithmic.")]}
 
 
-def _answers(result: Json) -> Json | None:
-    """Accuracy by reference answer, of the unpruned model and every run; None where they are too many for a table."""
-    groups = result["teacher"].get("by_answer") or {}
-    if not 0 < len(groups) <= 40:
-        return None
-    runs = result["runs"]
-    rows = []
-    for answer, group in groups.items():
-        models = [group, *(run["by_answer"].get(answer) for run in runs)]
-        rows.append(
-            [answer, f"{group['questions']:,}", *("" if m is None else f"{100 * m['accuracy']:.1f}" for m in models)]
-        )
-    return {"models": ["unpruned", *(run["name"] for run in runs)], "rows": rows}
+def _groups(result: Json) -> Iterator[Json]:
+    """Values by group of questions, of the unpruned model and every run, of every set that has groups."""
+    runs, sets = result["runs"], result["sets"]
+    for name, groups in result["teacher"]["evaluation"]["groups"].items():
+        of, rows = sets[name], []
+        for group, values in groups.items():
+            models = [values, *(run["evaluation"]["groups"].get(name, {}).get(group, {}) for run in runs)]
+            cells = [model.get(of["main"]) for model in models]
+            rows.append(
+                [group, f"{values['questions']:,}", *("" if c is None else f"{of['scale'] * c:.1f}" for c in cells)]
+            )
+        title = f"{_upper(of['main'])} by {of['grouped_by']}"
+        yield {
+            "title": title if len(sets) == 1 else f"{name}: {title}",
+            "header": [of["grouped_by"], "questions", "unpruned", *(run["name"] for run in runs)],
+            "rows": rows,
+        }
 
 
 def _export_line(result: Json) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,31 +39,53 @@ STYLE: Any = {
 }
 
 
-def accuracy_figure(result: Mapping[str, Any]) -> Figure:
-    """Accuracy of every model against its parameters; the shape tells the method, the colour the recovery."""
+@dataclass(frozen=True)
+class Measured:
+    """One number of every model, the unpruned one first (None: it has none), and how to name it.
+
+    `full`: what a perfect model reaches, which is where the axis ends; None = as far as there are values.
+    """
+
+    name: str
+    title: str
+    label: str
+    full: float | None
+    values: Sequence[float | None]
+
+
+def score_figure(result: Mapping[str, Any], measured: Measured) -> Figure:
+    """A number of every model against its parameters; the shape tells the method, the colour the recovery."""
     runs, teacher = result["runs"], result["teacher"]
     colours = recovery_colours(runs)
+    finite = [np.nan if v is None or not np.isfinite(v) else v for v in measured.values]
+    unpruned, values = finite[0], finite[1:]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.2, 3.9), layout="constrained")
         axes, bars = figure.subplots(1, 2, width_ratios=(5, 4))
-        top = 100 * teacher["accuracy"]
-        axes.axhline(top, color=MUTED, linestyle="--", linewidth=1)
-        axes.plot(teacher["parameters"] / 1e6, top, "*", color=INK, markersize=14)
+        axes.axhline(unpruned, color=MUTED, linestyle="--", linewidth=1)
+        axes.plot(teacher["parameters"] / 1e6, unpruned, "*", color=INK, markersize=14)
         for method, recovery in dict.fromkeys((run["method"], run["recovery"]) for run in runs):
             points = [
-                (r["parameters"] / 1e6, 100 * r["accuracy"])
-                for r in runs
-                if (r["method"], r["recovery"]) == (method, recovery)
+                (run["parameters"] / 1e6, value)
+                for run, value in zip(runs, values, strict=True)
+                if (run["method"], run["recovery"]) == (method, recovery)
             ]
             axes.plot(*np.transpose(sorted(points)), **_marker(method, colours[recovery]))
         axes.set_xlabel("parameters (millions)")
-        axes.set_ylabel("accuracy (%)")
-        axes.set_title(f"Accuracy on {teacher['questions']:,} questions")
-        axes.set_ylim(-4, 106)
+        axes.set_ylabel(measured.label)
+        axes.set_title(measured.title)
+        top = _top(finite, measured.full)
+        axes.set_ylim(-0.04 * top, 1.06 * top)
         axes.margins(x=0.15)
         axes.legend(handles=_legend(runs, colours), loc="best")
-        _accuracy_bars(bars, result, colours)
+        _score_bars(bars, runs, finite, top, measured, colours)
         return figure
+
+
+def _top(values: Sequence[float], full: float | None) -> float:
+    """Where an axis from 0 ends: at the full score, or the largest value beyond it."""
+    real = [value for value in values if np.isfinite(value)]
+    return max([full or 0.0, *real]) or 1.0
 
 
 def _marker(method: str, colour: str) -> dict[str, Any]:
@@ -90,20 +113,30 @@ def _legend(runs: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> li
     return entries
 
 
-def _accuracy_bars(axes: Axes, result: Mapping[str, Any], colours: Mapping[str, str]) -> None:
-    """One bar per model, with its accuracy written beside it."""
-    runs = [{"name": "unpruned", "recovery": "", **result["teacher"]}, *result["runs"]]
-    places = np.arange(len(runs))[::-1]
-    values = [100 * run["accuracy"] for run in runs]
-    axes.barh(places, values, color=[colours.get(run["recovery"], INK) for run in runs], height=0.66)
-    for place, value in zip(places, values, strict=True):
-        axes.annotate(f"{value:.1f}", (value, place), (4, 0), textcoords="offset points", va="center")
-    axes.set_yticks(places, [run["name"] for run in runs])
+def _score_bars(
+    axes: Axes,
+    runs: Sequence[Mapping[str, Any]],
+    values: Sequence[float],
+    top: float,
+    measured: Measured,
+    colours: Mapping[str, str],
+) -> None:
+    """One bar per model, with its value written beside it."""
+    places = np.arange(len(values))[::-1]
+    shades = [INK, *(colours[run["recovery"]] for run in runs)]
+    axes.barh(places, values, color=shades, height=0.66)
+    for place, value, told in zip(places, values, measured.values, strict=True):
+        at = value if np.isfinite(value) else 0.0
+        axes.annotate(
+            "" if told is None else f"{told:.1f}", (at, place), (4, 0), textcoords="offset points", va="center"
+        )
+    axes.set_yticks(places, ["unpruned", *(run["name"] for run in runs)])
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
-    axes.set_xlim(0, 118)
-    axes.set_xticks(range(0, 101, 25))
-    axes.set_xlabel("accuracy (%)")
+    axes.set_xlim(0, 1.18 * top)
+    if measured.full == top:
+        axes.set_xticks(np.linspace(0, top, 5))
+    axes.set_xlabel(measured.label)
 
 
 def recovery_colours(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.preemption import StopSignal, noticed
 from vlmprune_jax.errors import Stopped, UserError
-from vlmprune_jax.experiment.spec import DataSpec, Experiment
+from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.hf.export.card import model_name
 from vlmprune_jax.hf.export.write import save
 from vlmprune_jax.hf.layout import PARTS
@@ -26,7 +26,7 @@ from vlmprune_jax.stages.console import Reporter
 from vlmprune_jax.stages.ledger import Json, Stage, run_stage
 
 # Raised whenever a stage's code gives other results for the same inputs: its outputs are then made again.
-VERSIONS = {"score": 1, "prune": 1, "recover": 1, "evaluate": 1, "export": 1}
+VERSIONS = {"score": 1, "prune": 1, "recover": 1, "evaluate": 2, "export": 1}
 
 
 @dataclass(frozen=True)
@@ -114,40 +114,11 @@ def teacher_folder(experiment: Experiment) -> Path:
     return folder
 
 
-_NOT_IN_RESULTS: tuple[str, ...] = (
-    "source",
-    "train",
-    "eval",
-    "images",
-    "eval_images",
-    "cache_megabytes",
-    "feature_cache",
-    "threads",
-    "max_image_pixels",
-)
-_ONLY_TRAINING = ("max_length", "truncate", "length_buckets", "on_error")
-_ONLY_RECOVERY = ("fraction", "seed", "group_by")
-
-
 def model_inputs(experiment: Experiment, **folders: Path | str) -> dict[str, Path | str]:
     found: dict[str, Path | str] = {"model.hf_dir": teacher_folder(experiment), **folders}
     if experiment.model.vision_dir is not None:
         found["model.vision_dir"] = Path(experiment.model.vision_dir)
     return found
-
-
-def data_settings(data: DataSpec, purpose: str) -> dict[str, Any]:
-    """What of the data settings a "recovery", a "calibration" or an "evaluation" depends on."""
-    dropped = _NOT_IN_RESULTS
-    if purpose != "recovery":
-        dropped += _ONLY_RECOVERY
-    if purpose == "evaluation":
-        dropped += _ONLY_TRAINING
-    return {f"data.{k}": v for k, v in vars(data).items() if k not in dropped}
-
-
-def precision(experiment: Experiment) -> dict[str, Any]:
-    return {"model.dtype": experiment.model.dtype}
 
 
 def journal_path(output: Path) -> Path:

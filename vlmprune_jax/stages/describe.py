@@ -6,11 +6,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.config import LayerShape, ModelConfig, runs
-from vlmprune_jax.families import Family
+from vlmprune_jax.config import LayerShape, ModelConfig, Stack, VisionConfig, runs
+from vlmprune_jax.families import Family, target_of
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
-from vlmprune_jax.hf.export.convert import target_family
-from vlmprune_jax.hf.export.per_layer import stock_class
 from vlmprune_jax.hf.layout import make_slots
 from vlmprune_jax.hf.read import find_weights, read_config, resolve
 from vlmprune_jax.models.params import count_params
@@ -30,17 +28,18 @@ def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[s
     family, cfg = read_config(folder, tower)
     find_weights(make_slots(cfg, family), cfg, family, folder, tower)
     own = Checkpoint(folder)
-    entries = own.entries.values()
+    entries = own.tensors.values()
     return {
         "folder": str(folder),
         "family": cfg.family,
         "layout": cfg.layout,
         "dtypes": dict(Counter(entry.dtype for entry in entries).most_common()),
-        "bytes": sum(entry.end - entry.begin for entry in entries),
+        "bytes": sum(entry.n_bytes for entry in entries),
         "shards": len(own.shards),
-        "tensors": len(own),
+        "tensors": len(own.tensors),
+        "storage": None if own.storage is None else own.storage.name,
         "text": _text(cfg),
-        "vision": None if cfg.vision is None else {k: v for k, v in vars(cfg.vision).items() if k != "norm_eps"},
+        "vision": None if cfg.vision is None else _vision(cfg.vision),
         "tokens_per_image": cfg.tokens_per_image,
         "parameters": {"total": count_params(cfg), **{part: count_params(cfg, part) for part in PARTS}},
         "prunable": _prunable(cfg),
@@ -48,13 +47,23 @@ def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[s
     }
 
 
+def _stack(stack: Stack) -> dict[str, Any]:
+    return {
+        "layers": len(stack.layers),
+        "runs": [{"first": first, "layers": n, **vars(shape)} for first, n, shape in runs(stack.layers)],
+        "hidden_size": stack.hidden_size,
+        "head_dim": stack.head_dim,
+    }
+
+
+def _vision(vision: VisionConfig) -> dict[str, Any]:
+    return {**{name: value for name, value in vars(vision).items() if name != "norm_eps"}, **_stack(vision)}
+
+
 def _text(cfg: ModelConfig) -> dict[str, Any]:
     text = cfg.text
     return {
-        "layers": len(text.layers),
-        "runs": [{"first": first, "layers": n, **vars(shape)} for first, n, shape in runs(text.layers)],
-        "hidden_size": text.hidden_size,
-        "head_dim": text.head_dim,
+        **_stack(text),
         "vocab_size": text.vocab_size,
         "tied_embeddings": text.tie_embeddings,
         "max_positions": text.max_positions,
@@ -81,8 +90,7 @@ def _prunable(cfg: ModelConfig) -> dict[str, Any]:
 
 def _export(cfg: ModelConfig, family: Family) -> dict[str, str]:
     """What becomes of a pruned copy of this folder: kind of pruning or export option -> its size, and who loads it."""
-    stock = family.layout == "transformers"
-    target = target_family(cfg)
+    stock, target = family.layout == "transformers", target_of(family)
     loader = "stock transformers" if stock else "this package and the hub's own code"
     # which takes hidden_size / heads for the size of a head
     heads = loader if stock else "this package, and where no head is missing in the hub's own code"
@@ -92,8 +100,8 @@ def _export(cfg: ModelConfig, family: Family) -> dict[str, str]:
         "uneven=per_layer": f"true size, loads in {_per_layer(stock)}",
         "uneven=pad": f"zeros up to the widest layer, loads in {heads}",
     }
-    if target is not None:
-        found["layout=transformers"] = f"a stock {stock_class(target.name)} with its tower"
+    if target is not None and target.stock is not None:
+        found["layout=transformers"] = f"a stock {target.stock.name} with its tower"
     if family.separate_vision:
         found["tower"] = "vision_dir's where that is given; stays in its own folder in this layout"
     if not cfg.text.even:
@@ -112,20 +120,22 @@ def as_lines(found: dict[str, Any]) -> list[str]:
     lines = [
         f"{found['folder']}: {found['family']}, {found['layout']} layout",
         f"  files       {found['bytes'] / 2**20:,.1f} MiB in {found['shards']} shard(s), {found['tensors']} tensors, "
-        f"{', '.join(f'{n} x {kind}' for kind, n in found['dtypes'].items())}",
+        f"{', '.join(f'{n} x {kind}' for kind, n in found['dtypes'].items())}"
+        + (f", weights in {found['storage']}" if found["storage"] else ""),
         f"  parameters  {total:,}: "
         + ", ".join(f"{part} {parts[part]:,} ({100 * parts[part] / total:.1f} %)" for part in PARTS if parts[part]),
-        f"  decoder     {text['layers']} layers: {', '.join(_run(run) for run in text['runs'])}",
+        f"  decoder     {text['layers']} layers: {_runs(text)}",
         f"              hidden size {text['hidden_size']}, heads of {text['head_dim']}, vocabulary "
         f"{text['vocab_size']:,}{' (tied)' if text['tied_embeddings'] else ''}, {text['max_positions']:,} positions",
     ]
     vision = found["vision"]
     if vision is not None:
-        lines.append(
-            f"  vision      {vision['n_layers']} of {vision['n_layers_total']} layers are computed, width "
-            f"{vision['hidden_size']}, images of {vision['image_size']} in patches of {vision['patch_size']}: "
-            f"{found['tokens_per_image']} tokens each"
-        )
+        lines += [
+            f"  vision      {vision['layers']} of {vision['n_layers_total']} layers are computed: {_runs(vision)}",
+            f"              hidden size {vision['hidden_size']}, heads of {vision['head_dim']}, images of "
+            f"{vision['image_size']} in patches of {vision['patch_size']}: "
+            f"{found['tokens_per_image']} tokens each",
+        ]
     group = prunable["query_heads_per_group"]
     unit = "head" if group == 1 else f"head group ({group} query heads)"
     lines += [
@@ -136,6 +146,10 @@ def as_lines(found: dict[str, Any]) -> list[str]:
     ]
     exports = enumerate(found["export"].items())
     return lines + [f"  {'export' if i == 0 else '':<11} {mode}: {what}" for i, (mode, what) in exports]
+
+
+def _runs(stack: dict[str, Any]) -> str:
+    return ", ".join(map(_run, stack["runs"]))
 
 
 def _run(run: dict[str, Any]) -> str:

@@ -1,84 +1,173 @@
-"""Answers of one model folder, and what they are worth -> `eval/<name>.json`."""
+"""What one model folder says to every evaluation set, and what that is worth -> `eval/<name>.json`.
+
+Asking is a stage of its own for every set: adding one repeats no other. What the answers are worth is worked out anew
+from the answers on disk each time, in moments: another metric, or a mended one, asks the model nothing.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmprune_jax.checks import settings_of
+from vlmprune_jax.distributed.mesh import from_main
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.evaluation.runner import evaluate, perplexity
-from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.evaluation.metrics import METRICS
+from vlmprune_jax.evaluation.runner import ask, check_answered, log_likelihoods
+from vlmprune_jax.experiment.arguments import QUESTIONS, evaluation_sets
+from vlmprune_jax.experiment.spec import EvaluationSetSpec, Experiment, affecting
+from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.report.result import shown
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import (
     Context,
-    data_settings,
     journal_of,
     journal_path,
     load_model,
     mesh_of,
     model_inputs,
-    precision,
 )
-from vlmprune_jax.stages.ledger import Json, write_json, write_text
+from vlmprune_jax.stages.ledger import Json, write_text
 
 
 def evaluate_stage(experiment: Experiment, model_folder: Path, out: Path, name: str, context: Context) -> Json:
-    """Accuracy (and perplexity, if a text is named) of one folder -> `eval/<name>.json`, and its answers beside."""
-    spec = experiment.evaluate
-    path, answers_path = out / "eval" / f"{name}.json", out / "eval" / f"{name}.answers.jsonl"
-    text = {} if spec.text is None else {"evaluate.text": Path(spec.text)}
-    settings = {f"evaluate.{k}": v for k, v in vars(spec).items() if k not in ("text", "unrecovered")}
+    """{set: what is known of it} of one folder -> `eval/<name>.json`, of other sets than "questions"
+    `eval/<name>.<set>.json`; the answers beside.
+    """
+    model = functools.cache(lambda: load_model(experiment, model_folder))  # for the first set that needs it
+    return {
+        key: _evaluate_set(experiment, key, of, model_folder, model, out, name, context)
+        for key, of in evaluation_sets(experiment).items()
+    }
+
+
+def _evaluate_set(
+    experiment: Experiment,
+    key: str,
+    of: EvaluationSetSpec,
+    model_folder: Path,
+    model: Callable[[], Model],
+    out: Path,
+    name: str,
+    context: Context,
+) -> Json:
+    file, title = (name, name) if key == QUESTIONS else (f"{name}.{key}", f"{name} {key}")
+    path, answers = out / "eval" / f"{file}.json", out / "eval" / f"{file}.answers.jsonl"
     stage = context.stage(
         "evaluate",
         out,
-        f"evaluate {name}",
-        settings={**settings, **data_settings(experiment.data, "evaluation"), **precision(experiment)},
-        inputs=model_inputs(experiment, model=model_folder, **inputs.record_files(experiment.data, "eval"), **text),
-        outputs=[path, answers_path],
+        f"evaluate {title}",
+        settings=_settings(experiment, key, of),
+        inputs=model_inputs(experiment, model=model_folder, **_files(experiment, key, of)),
+        outputs=[answers],
         journals=[journal_path(path)],
     )
 
     def body() -> Json:
-        model = load_model(experiment, model_folder)
-        mesh = mesh_of(experiment)
-        ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-        plan = inputs.question_plan(experiment, model.cfg, multiple=ways)
-        tokenizer = plan.encoder.tokenizer
-        batches = plan.batches(threads=experiment.data.threads, prefetch=inputs.PREFETCH)
-        journal = journal_of(experiment, journal_path(path), len(plan))
-        with context.phase(f"evaluate {name}", len(plan)) as progress:
-            result = evaluate(
-                model,
-                batches,
-                tokenizer=tokenizer,
-                max_new_tokens=spec.max_new_tokens,
-                progress=progress,
-                journal=journal,
-            )
-        facts = result.summary()
-        if spec.text is not None:
-            facts["perplexity"] = _text_perplexity(experiment, model, tokenizer, context)
-        lines = [json.dumps(vars(answer), ensure_ascii=False) + "\n" for answer in result.answers]
-        write_text(answers_path, "".join(lines))
-        write_json(path, {**facts, "answers": answers_path.name})
-        context.reporter.say(
-            f"  {name}: {100 * result.accuracy:.2f} % of {result.questions:,} questions right "
-            f"({result.parameters:,} parameters, {result.seconds:.1f} s)"
+        run = _ask if of.text is None else _read_text
+        lines, facts = run(experiment, of, model(), f"evaluate {title}", journal_path(path), context)
+        write_text(answers, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        return {**facts, "parameters": count_params(model().cfg)}
+
+    facts = context.run(stage, body)
+    found = from_main(lambda: _measure(of, answers, path, facts))
+    metric, counted = found["metric"], "questions" if of.text is None else "tokens"
+    context.reporter.say(
+        f"  {title}: {metric['main']} {shown(found['values'][metric['main']], metric)} on {facts[counted]:,} {counted} "
+        f"({facts['parameters']:,} parameters, {facts['seconds']:.1f} s)"
+    )
+    return found
+
+
+def _settings(experiment: Experiment, key: str, of: EvaluationSetSpec) -> Json:
+    """What the answers depend on, the metric not among it."""
+    where = "evaluate" if key == QUESTIONS else f"evaluate.sets.{key}"
+    shared = affecting("evaluate", experiment)
+    if of.text is not None:
+        return {f"{where}.text_window": of.text_window} | {
+            name: shared[name] for name in ("model.dtype", "evaluate.batch_size")
+        }
+    for field in settings_of(of):  # the set's own, with those of the experiment in place of what it does not set
+        shared.pop(f"evaluate.{field}", None)
+    return shared | {
+        f"{where}.{field}": getattr(of, field) for field in ("prompt_suffix", "max_new_tokens", "questions")
+    }
+
+
+def _files(experiment: Experiment, key: str, of: EvaluationSetSpec) -> dict[str, Path | str]:
+    """What the set is read from, by name."""
+    if of.text is not None:
+        return {f"text of {key}": Path(of.text)}
+    return inputs.record_files(dataclasses.replace(experiment.data, eval=of.data, eval_images=of.images), "eval")
+
+
+def _ask(
+    experiment: Experiment, of: EvaluationSetSpec, model: Model, title: str, journal: Path, context: Context
+) -> tuple[list[Json], Json]:
+    """The model's answers to questions, one line each, and facts about them."""
+    mesh = mesh_of(experiment)
+    ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    questions = inputs.arranged_questions(experiment, of, model.cfg, multiple=ways)
+    check_answered(questions.records)  # the last one now, not after hours
+    with context.phase(title, len(questions)) as progress:
+        replies = ask(
+            model,
+            questions.batches(threads=experiment.data.threads, prefetch=inputs.PREFETCH),
+            tokenizer=questions.encoder.tokenizer,
+            max_new_tokens=of.max_new_tokens or 1,
+            progress=progress,
+            journal=journal_of(experiment, journal, len(questions)),
         )
-        return {k: v for k, v in facts.items() if k != "seconds"}
+    lines = [
+        {
+            "id": said.record.id,
+            "prediction": said.prediction,
+            "references": said.record.references,
+            "tokens": said.tokens,
+        }
+        for said in replies
+    ]
+    mean = sum(said.tokens for said in replies) / len(replies)
+    return lines, {"questions": len(replies), "mean_generated_tokens": mean}
 
-    return context.run(stage, body)
 
-
-def _text_perplexity(experiment: Experiment, model: Model, tokenizer: Any, context: Context) -> float:
-    spec = experiment.evaluate
-    assert spec.text is not None
+def _read_text(
+    experiment: Experiment, of: EvaluationSetSpec, model: Model, title: str, journal: Path, context: Context
+) -> tuple[list[Json], Json]:
+    """The log-likelihood of a text, one line a batch of windows, and facts about them."""
+    path, size = Path(of.text or ""), experiment.evaluate.batch_size
+    tokenizer = inputs.load_inputs(experiment.model, experiment.data, model.cfg).tokenizer
     try:
-        ids = tokenizer(Path(spec.text).read_text(encoding="utf-8"))["input_ids"]
+        ids = tokenizer(path.read_text(encoding="utf-8"))["input_ids"]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"evaluate.text={spec.text}: cannot be read as UTF-8 text ({error})") from None
-    total = -(-len(ids) // (spec.text_window * spec.batch_size))
-    with context.phase("perplexity", total) as progress:
-        return perplexity(model, ids, window=spec.text_window, batch_size=spec.batch_size, progress=progress).perplexity
+        raise UserError(f"evaluate.text={path}: cannot be read as UTF-8 text ({error})") from None
+    window = of.text_window or 0
+    total = -(-len(ids) // (window * size))
+    with context.phase(title, total) as progress:
+        kept = journal_of(experiment, journal, total)
+        lines = log_likelihoods(model, ids, window=window, batch_size=size, progress=progress, journal=kept)
+    return list(lines), {"tokens": int(sum(line["tokens"] for line in lines))}
+
+
+def _measure(of: EvaluationSetSpec, answers: Path, path: Path, facts: Json) -> Json:
+    """What the metric makes of the answers in a file -> `path`."""
+    metric = METRICS[of.metric or ""]
+    lines = [json.loads(line) for line in answers.read_text(encoding="utf-8").split("\n") if line]
+    # Whether a lone image's mark may be missing was checked when the records were asked.
+    records = () if of.text is not None else inputs.evaluation_records(of, image_lead=True)
+    scores: Sequence[Any] = lines
+    if of.text is None:
+        scores = metric.score_all([line["prediction"] for line in lines], records)
+    values, groups = metric.values(scores, records), metric.values_of_groups(scores, records)
+    found = {**facts, "metric": {"name": of.metric, **metric.describe()}, "values": values, "groups": groups}
+    names = dict.fromkeys(name for one in scores for name in one)
+    of_each = {name: [one.get(name) for one in scores] for name in names}
+    written = {**values, **found, "answers": answers.name, "scores": of_each}
+    members = (f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in written.items())
+    write_text(path, "{\n" + ",\n".join(members) + "\n}\n")  # a line each: there may be thousands of scores
+    return found

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlmprune_jax.distributed.mesh import is_main_process
-from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.hf.export.card import model_name
 from vlmprune_jax.hf.export.reload import check_export
 from vlmprune_jax.hf.export.write import save
 from vlmprune_jax.prune import PrunePlan
-from vlmprune_jax.stages.context import Context, load_model, model_inputs, precision, teacher_folder
+from vlmprune_jax.stages.context import Context, load_model, model_inputs, teacher_folder
 from vlmprune_jax.stages.ledger import Json, remove
 
 
@@ -21,7 +21,7 @@ def export_stage(experiment: Experiment, model_folder: Path, context: Context) -
         "export",
         context.workdir,
         "export",
-        settings={f"export.{k}": v for k, v in vars(spec).items()} | precision(experiment),
+        settings=affecting("export", experiment),
         inputs=model_inputs(experiment, model=model_folder),
         outputs=[out],
     )

@@ -13,15 +13,16 @@ from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.distributed.mesh import from_main
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.hf.layout import PARTS
-from vlmprune_jax.hf.read import DTYPES
 from vlmprune_jax.models.params import param_shapes
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.prune.fingerprint import content_digest
-from vlmprune_jax.recovery import RecoverConfig
+from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.feature_pass import compute_features, feature_identity
-from vlmprune_jax.recovery.loop import make_program
+from vlmprune_jax.recovery.losses import needs_teacher
+from vlmprune_jax.recovery.program import make_program
 from vlmprune_jax.recovery.trainable import assign_groups
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import Context, load_model, mesh_of, open_folder, teacher_folder
@@ -44,7 +45,7 @@ def cached_features(
         return None
     cfg, mesh = open_folder(experiment, pruned).cfg, mesh_of(experiment)
     check_frozen(cfg, config)
-    teacher_cfg = open_folder(experiment, teacher_folder(experiment)).cfg if config.losses.needs_teacher else None
+    teacher_cfg = open_folder(experiment, teacher_folder(experiment)).cfg if needs_teacher(config.losses) else None
     # Settings that training refuses are better refused before a long pass.
     make_program(cfg, config, teacher_cfg=teacher_cfg, kept_layers=plan.kept_layers, mesh=mesh, num_steps=1)
     weights = from_main(lambda: _digest(experiment, config, pruned))
@@ -91,7 +92,7 @@ def check_frozen(cfg: ModelConfig, config: RecoverConfig) -> None:
 def _digest(experiment: Experiment, config: RecoverConfig, pruned: Path) -> str:
     """Of the student's tower, which must be the teacher's where that looks at images itself."""
     student = content_digest(open_folder(experiment, pruned), f"{TOWER}/")
-    looks = config.losses.needs_teacher or config.losses.teacher_top_k
+    looks = needs_teacher(config.losses) or config.losses.teacher_top_k
     if looks and config.losses.teacher_inputs == "own":
         teacher = teacher_folder(experiment)
         if content_digest(open_folder(experiment, teacher), f"{TOWER}/") != student:
@@ -113,7 +114,7 @@ def load_for_training(
     """Student, and teacher if a loss needs one, as far as they are needed beside cached features."""
     parts = parts_beside(features)
     teacher = None
-    if config.losses.needs_teacher:
+    if needs_teacher(config.losses):
         teacher = load_model(experiment, teacher_folder(experiment), parts)
     return load_model(experiment, pruned, parts), teacher
 

@@ -21,17 +21,18 @@ from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.grouping import GROUPINGS
 from vlmprune_jax.data.images import ImageLoader, load_image_processor
 from vlmprune_jax.data.measure import measure
-from vlmprune_jax.data.prompts import load_tokenizer, tokenize_training
+from vlmprune_jax.data.prompts import AUTO, choose_template, load_tokenizer, tokenize_training
 from vlmprune_jax.data.records import Record, data_files, read_records, take_fraction
 from vlmprune_jax.data.teacher_rows import TeacherRows
-from vlmprune_jax.data.templates import AUTO, TEMPLATES, Template, choose_template
 from vlmprune_jax.data.tfds import PREFIX, read_tfds, tfds_folder, tfds_state
 from vlmprune_jax.data.tiling import Tiling
 from vlmprune_jax.distributed.mesh import from_all
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.evaluation.questions import QuestionPlan, plan_questions
-from vlmprune_jax.experiment.spec import DataSpec, Experiment, ModelSpec
-from vlmprune_jax.hf.disk.checkpoint import read_json
+from vlmprune_jax.evaluation.questions import ArrangedQuestions, arrange_questions
+from vlmprune_jax.experiment.spec import DataSpec, EvaluationSetSpec, Experiment, ModelSpec
+from vlmprune_jax.families import Family, family_of, templates
+from vlmprune_jax.families.templates import Template
+from vlmprune_jax.readers import read_json
 
 # (what, total) -> takes the number of items done, while entered (`Reporter.bar`).
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -104,12 +105,12 @@ def load_inputs(model: ModelSpec, data: DataSpec, cfg: ModelConfig) -> Inputs:
     Raises:
       UserError: the template is unknown or does not fit the tokenizer, or a file is missing or malformed.
     """
-    return _load_inputs(model, data, cfg.family, None if cfg.vision is None else cfg.vision.image_size)
+    return _load_inputs(model, data, family_of(cfg), None if cfg.vision is None else cfg.vision.image_size)
 
 
 @functools.lru_cache(maxsize=4)
-def _load_inputs(model: ModelSpec, data: DataSpec, family: str, image_size: int | None) -> Inputs:
-    one_of("data.template", data.template, (AUTO, *TEMPLATES))
+def _load_inputs(model: ModelSpec, data: DataSpec, family: Family, image_size: int | None) -> Inputs:
+    one_of("data.template", data.template, (AUTO, *templates()))
     tokenizer = load_tokenizer(Path(model.hf_dir))
     config = read_json(Path(model.hf_dir) / "config.json")
     template = choose_template(data.template, family, tokenizer, config=config, has_vision=image_size is not None)
@@ -119,7 +120,7 @@ def _load_inputs(model: ModelSpec, data: DataSpec, family: str, image_size: int 
     if image_size is not None:
         folder = Path(model.hf_dir)
         described = any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
-        own = described or model.vision_dir is None or family == "internvl"
+        own = described or model.vision_dir is None or family.cuts_images
         loader = load_image_processor(
             folder if own else Path(model.vision_dir or ""),
             aspect_ratio=data.aspect_ratio,
@@ -136,7 +137,7 @@ def _load_inputs(model: ModelSpec, data: DataSpec, family: str, image_size: int 
     return Inputs(data, tokenizer, template, loader)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)
 def _records(path: str, root: Path | None, image_lead: bool, on_error: str, state: str) -> list[Record]:
     del state  # part of the key: a file that is written again is read again
     if path.startswith(PREFIX):
@@ -163,15 +164,13 @@ def count_records(data: DataSpec) -> int | None:
     return len(take_fraction(records, data.fraction, data.seed))
 
 
-def evaluation_records(experiment: Experiment, template: Template) -> list[Record]:
-    """The evaluation records, perhaps only the first `evaluate.questions`.
+def evaluation_records(of: EvaluationSetSpec, *, image_lead: bool) -> tuple[Record, ...]:
+    """The questions of an evaluation set, perhaps only the first `of.questions`.
 
     Raises:
-      UserError: `data.eval` is not set, or the file is malformed.
+      UserError: there is no data file, or it is malformed.
     """
-    data = experiment.data
-    records = _read(data.eval, data.eval_images or data.images, "data.eval", template.image_lead, "stop")
-    return records[: experiment.evaluate.questions]
+    return tuple(_read(of.data, of.images, "data.eval", image_lead, "stop")[: of.questions])
 
 
 def _read(path: str | None, images: str | None, what: str, image_lead: bool, on_error: str) -> list[Record]:
@@ -361,17 +360,21 @@ def _as_long_as(encoder: Encoder, sizes: np.ndarray) -> Encoder:
     return dataclasses.replace(encoder, max_length=encoder.max_length or int(sizes[:, 0].max()))
 
 
-def question_plan(experiment: Experiment, cfg: ModelConfig, *, multiple: int) -> QuestionPlan:
-    """The evaluation records as batches; every model of an experiment is asked from the same plan.
+def arranged_questions(
+    experiment: Experiment, of: EvaluationSetSpec, cfg: ModelConfig, *, multiple: int
+) -> ArrangedQuestions:
+    """The questions of an evaluation set as batches; every model of an experiment is asked from the same ones.
 
     `multiple`: devices that share a batch.
     """
-    inputs = load_inputs(experiment.model, experiment.data, cfg)
-    limit = experiment.evaluate.max_length or 0
-    records = tuple(evaluation_records(experiment, inputs.template))
-    return _plan(records, inputs.encoder(cfg, limit), experiment.evaluate.batch_size, multiple)
+    inputs, spec = load_inputs(experiment.model, experiment.data, cfg), experiment.evaluate
+    records = evaluation_records(of, image_lead=inputs.template.image_lead)
+    encoder = inputs.encoder(cfg, spec.max_length or 0)
+    return _arranged(records, encoder, spec.batch_size, multiple, of.prompt_suffix or "")
 
 
-@functools.lru_cache(maxsize=2)
-def _plan(records: tuple[Record, ...], encoder: Encoder, batch_size: int, multiple: int) -> QuestionPlan:
-    return plan_questions(records, encoder, batch_size=batch_size, multiple=multiple)
+@functools.lru_cache(maxsize=16)
+def _arranged(
+    records: tuple[Record, ...], encoder: Encoder, batch_size: int, multiple: int, suffix: str
+) -> ArrangedQuestions:
+    return arrange_questions(records, encoder, batch_size=batch_size, multiple=multiple, prompt_suffix=suffix)

@@ -238,20 +238,6 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(_plain(value), indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """The JSON value in a file.
-
-    Raises:
-      UserError: no such file, or not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from None
-
-
 def remove(path: Path) -> None:
     """Delete a file or folder of this workdir, if it is there."""
     if path.is_dir() and not path.is_symlink():

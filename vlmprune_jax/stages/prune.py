@@ -5,25 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.data.batching import Batch
 from vlmprune_jax.distributed.mesh import from_main
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.arguments import plan_options
-from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import count_params
-from vlmprune_jax.prune import PrunePlan, Scores, make_plan, prune_folder, prune_iteratively
+from vlmprune_jax.prune import CRITERIA, PrunePlan, Scores, make_plan, prune_folder, prune_iteratively
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import (
     Context,
-    data_settings,
     load_model,
     model_inputs,
-    precision,
     save_model,
     teacher_folder,
 )
 from vlmprune_jax.stages.ledger import Json, write_text
-from vlmprune_jax.stages.score import criteria_of, score_options
+from vlmprune_jax.stages.score import criteria_of, criterion_files, score_options
 
 
 def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
@@ -34,23 +33,24 @@ def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
         if not path.is_file():
             raise UserError(f"{path}: no such scores file: run `vlmprune score` (or `vlmprune run`) first")
     iterative = experiment.prune.steps > 1
-    settings = {f"prune.{k}": v for k, v in vars(experiment.prune).items()}
-    if iterative:
-        settings |= data_settings(experiment.data, "calibration")
-        settings |= {f"score.{k}": v for k, v in vars(experiment.score).items()}
-    records = inputs.record_files(experiment.data, "train") if iterative else {}
+    settings = affecting("prune", experiment)
+    if iterative:  # it scores as well
+        settings |= affecting("score", experiment)
+    needs_data = iterative and CRITERIA[experiment.score.width].needs_batches
+    records = inputs.record_files(experiment.data, "train") if needs_data else {}
+    own = criterion_files(criteria.values()) if iterative else {}
     stage = context.stage(
         "prune",
         folder,
         "prune",
-        settings={**settings, **precision(experiment)},
-        inputs=model_inputs(experiment, **scores, **records),
+        settings=settings,
+        inputs=model_inputs(experiment, **scores, **records, **own),
         outputs=[folder / "plan.json", folder / "pruned"],
     )
 
     def body() -> Json:
         if iterative:
-            plan, cfg = _prune_in_steps(experiment, folder / "pruned")
+            plan, cfg = _prune_in_steps(experiment, scores["scores.npz"], folder / "pruned")
         else:
             plan, cfg = _prune_files(experiment, list(scores.values()), folder / "pruned")
         write_text(folder / "plan.json", plan.to_json())
@@ -84,18 +84,23 @@ def _prune_files(experiment: Experiment, scores: list[Path], out_dir: Path) -> t
     return plan, cfg
 
 
-def _prune_in_steps(experiment: Experiment, out_dir: Path) -> tuple[PrunePlan, ModelConfig]:
-    """Rounds of scoring and pruning; the model that the last one leaves is written."""
+def _prune_in_steps(experiment: Experiment, scores: Path, out_dir: Path) -> tuple[PrunePlan, ModelConfig]:
+    """Rounds of scoring and pruning, the first from `scores`; the model that the last one leaves is written."""
     spec, criterion = experiment.prune, experiment.score.width
-    if spec.method != "width":
-        raise UserError(f"prune.steps={spec.steps} is for method 'width': depth and hybrid prune in one step")
     source = teacher_folder(experiment)
     model = load_model(experiment, source)
-    pruned, plan = prune_iteratively(
+
+    def batches(step: int) -> list[Batch]:
+        if not CRITERIA[criterion].needs_batches:
+            return []
+        return inputs.calibration_batches(experiment, model.cfg, seed=experiment.score.seed + step)
+
+    pruned, plan, _ = prune_iteratively(
         model,
-        lambda step: inputs.calibration_batches(experiment, model.cfg, seed=experiment.score.seed + step),
+        batches,
         steps=spec.steps,
         criterion=criterion,
+        scores=Scores.load(scores),
         score_options=score_options(experiment, criterion),
         ratio=spec.ratio,
         **plan_options(spec),
@@ -106,13 +111,13 @@ def _prune_in_steps(experiment: Experiment, out_dir: Path) -> tuple[PrunePlan, M
 
 def plan_facts(plan: PrunePlan, cfg: ModelConfig) -> Json:
     """What tables and reports tell about a plan."""
-    gone = plan.parameters_before - plan.parameters_after
+    before, after = (count_params(one, "text") for one in (cfg, plan.apply_to(cfg)))
     return {
         "method": plan.method,
         "criterion": plan.criterion,
         "ratio_asked": plan.asked,
         "ratio_reached": plan.reached,
-        "decoder_ratio": gone / count_params(cfg, "text"),
+        "decoder_ratio": (before - after) / before,
         "parameters": plan.parameters_after,
         "parameters_before": plan.parameters_before,
         "removed_layers": list(plan.removed_layers),

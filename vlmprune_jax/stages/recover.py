@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from vlmprune_jax.distributed.mesh import from_main
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.arguments import recover_config
-from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.prune.surgery import check_plan_is_for
-from vlmprune_jax.recovery import recover
+from vlmprune_jax.recovery.loop import recover
+from vlmprune_jax.recovery.losses import needs_teacher
 from vlmprune_jax.recovery.peft import write_adapter
 from vlmprune_jax.recovery.trainable import assign_groups, merge_lora
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import (
     Context,
-    data_settings,
     mesh_of,
     model_inputs,
     open_folder,
-    precision,
     save_model,
     teacher_folder,
 )
 from vlmprune_jax.stages.feature_cache import cached_features, load_for_training, with_tower
 from vlmprune_jax.stages.ledger import Json, remove
 from vlmprune_jax.stages.teacher_cache import cached_teacher
-
-_FREE_RECOVER = ("name", "log_every", "save_every", "keep_checkpoints", "teacher_cache")
 
 
 def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, context: Context) -> Json:
@@ -39,13 +35,13 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
     if not pruned.is_dir():
         raise UserError(f"{pruned}: no such folder: run `vlmprune prune` (or `vlmprune run`) first")
     spec, config = experiment.recover, recover_config(experiment.recover)
-    settings = {f"recover.{k}": v for k, v in dataclasses.asdict(experiment.recover).items() if k not in _FREE_RECOVER}
-    settings["recover.teacher_top_k"] = config.losses.teacher_top_k
+    settings = affecting("recover", experiment)
+    settings["recover.teacher_top_k"] = config.losses.teacher_top_k  # 0 where no teacher is cached
     stage = context.stage(
         "recover",
         folder,
         "recover",
-        settings={**settings, **data_settings(experiment.data, "recovery"), **precision(experiment)},
+        settings=settings,
         inputs=model_inputs(experiment, pruned=pruned, **inputs.record_files(experiment.data, "train")),
         outputs=[folder / "recovered", *([folder / "adapter"] if spec.save_adapter else [])],
         scratch=[training / "checkpoints"],
@@ -54,7 +50,7 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
     def body() -> Json:
         from_main(lambda: None if (training / "checkpoints").exists() else remove(training))
         plan = PrunePlan.from_json(prune_folder / "plan.json")
-        if config.losses.needs_teacher or config.losses.teacher_top_k:  # another model would teach without complaint
+        if needs_teacher(config.losses) or config.losses.teacher_top_k:  # another model would teach without complaint
             check_plan_is_for(open_folder(experiment, teacher_folder(experiment)), plan)
         features = cached_features(experiment, config, plan, pruned, context)
         taught = cached_teacher(experiment, config, context, features) if config.losses.teacher_top_k else None

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.evaluation.scorers import retained
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import NO_RECOVERY, PruneRun, prune_runs, recover_runs
-from vlmprune_jax.report.build import build_report, read_result, table_of
+from vlmprune_jax.report.build import build_report, tables_of
+from vlmprune_jax.report.result import best_run, describe_sets, make_result, make_run, read_result
 from vlmprune_jax.stages.context import Context, teacher_folder
 from vlmprune_jax.stages.evaluate import evaluate_stage
 from vlmprune_jax.stages.export import export_stage
@@ -56,7 +56,7 @@ def evaluate_all(experiment: Experiment, context: Context) -> None:
 
 
 def evaluate_teacher(experiment: Experiment, context: Context) -> Json:
-    """Accuracy of the unpruned model -> `eval/teacher.json`."""
+    """What the unpruned model is worth on every set -> `eval/teacher.json`."""
     folder = teacher_folder(experiment)
     return evaluate_stage(experiment, folder, context.workdir, "teacher", context)
 
@@ -67,29 +67,13 @@ def run_all(experiment: Experiment, context: Context) -> Json:
     runs = [
         entry for pruned in prune_runs(experiment, context.workdir) for entry in _run_variant(pruned, teacher, context)
     ]
-    chosen = best(runs)
+    chosen = best_run(runs, describe_sets(teacher))
     exported = export_stage(experiment, context.workdir / chosen["path"], context)
-    result = {
-        "teacher": {name: teacher[name] for name in ("accuracy", "questions", "parameters", "by_answer")},
-        "runs": runs,
-        "best": chosen["name"],
-        "export": {"path": "export", **exported},
-    }
+    result = make_result(teacher, runs, chosen["name"], {"path": "export", **exported})
     write_json(context.workdir / "result.json", result)
     if is_main_process():
         finish(context)
     return result
-
-
-def best(runs: list[Json]) -> Json:
-    """The most accurate run; among equals the smallest.
-
-    Raises:
-      UserError: there is none (`evaluate.unrecovered` is off and nothing was recovered).
-    """
-    if not runs:
-        raise UserError("no model was evaluated: set evaluate.unrecovered, or add a recovery")
-    return min(runs, key=lambda run: (-run["accuracy"], run["parameters"]))
 
 
 def _run_variant(pruned: PruneRun, teacher: Json, context: Context) -> Iterator[Json]:
@@ -105,13 +89,13 @@ def _run_variant(pruned: PruneRun, teacher: Json, context: Context) -> Iterator[
     }
     if pruned.experiment.evaluate.unrecovered:
         folder = pruned.folder / "pruned"
-        scores = evaluate_stage(pruned.experiment, folder, pruned.folder, "pruned", context)
+        found = evaluate_stage(pruned.experiment, folder, pruned.folder, "pruned", context)
         unrecovered = {"recovery": NO_RECOVERY, "data_fraction": 0.0, "seconds": round(seconds, 2)}
-        yield _entry(pruned.name, folder, scores, teacher, {**common, **unrecovered}, context)
+        yield make_run(pruned.name, {**common, **unrecovered}, found, teacher, _relative(folder, context))
     for run in recover_runs(pruned):
         trained = recover_stage(run.experiment, pruned.folder, run.folder, context)
         folder = run.folder / "recovered"
-        scores = evaluate_stage(run.experiment, folder, run.folder, "recovered", context)
+        found = evaluate_stage(run.experiment, folder, run.folder, "recovered", context)
         recovery = {
             "recovery": run.experiment.recover.name,
             "data_fraction": run.experiment.data.fraction,
@@ -120,23 +104,7 @@ def _run_variant(pruned: PruneRun, teacher: Json, context: Context) -> Iterator[
             "training_steps": trained["steps"],
             "metrics": _relative(run.folder / "training" / "metrics.jsonl", context),
         }
-        yield _entry(run.name, folder, scores, teacher, {**common, **recovery}, context)
-
-
-def _entry(name: str, folder: Path, scores: Json, teacher: Json, facts: Json, context: Context) -> Json:
-    """One element of `result.json`'s runs; paths are relative to the workdir."""
-    return {
-        "name": name,
-        **facts,
-        "accuracy": scores["accuracy"],
-        # None where the unpruned model answers nothing: JSON has no NaN
-        "retained": retained(scores["accuracy"], teacher["accuracy"]) if teacher["accuracy"] else None,
-        "questions": scores["questions"],
-        "evaluation_seconds": scores["seconds"],
-        **({"perplexity": scores["perplexity"]} if "perplexity" in scores else {}),
-        "by_answer": scores["by_answer"],
-        "path": _relative(folder, context),
-    }
+        yield make_run(run.name, {**common, **recovery}, found, teacher, _relative(folder, context))
 
 
 def _relative(path: Path, context: Context) -> str:
@@ -146,7 +114,8 @@ def _relative(path: Path, context: Context) -> str:
 def export_best(experiment: Experiment, context: Context) -> Json:
     """Export the best model: that of `result.json`, else the recovered or pruned one of a workdir without variants."""
     if (context.workdir / "result.json").is_file():
-        chosen = best(read_result(context.workdir)["runs"])
+        result = read_result(context.workdir)
+        chosen = best_run(result["runs"], result["sets"])
         return export_stage(experiment, context.workdir / chosen["path"], context)
     for name in ("recovered", "pruned"):
         if (context.workdir / name).is_dir():
@@ -157,8 +126,8 @@ def export_best(experiment: Experiment, context: Context) -> Json:
 def finish(context: Context) -> None:
     """Print the table of `result.json`, and write the report and its plot."""
     result = read_result(context.workdir)
-    header, rows = table_of(result)
-    context.reporter.table("Accuracy and retained accuracy in percent, ratios of all parameters", header, rows)
+    for table in tables_of(result):
+        context.reporter.table(table.title, table.header, table.rows)
     export = result["export"]
     difference = export.get("max_abs_logit_difference")
     context.reporter.say(f"best: {result['best']}, exported to {context.workdir / export['path']}")

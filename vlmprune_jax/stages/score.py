@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.distributed.mesh import is_main_process
-from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.prune import CRITERIA, score
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import (
     Context,
-    data_settings,
     journal_of,
     journal_path,
     load_model,
     model_inputs,
-    precision,
     teacher_folder,
 )
 from vlmprune_jax.stages.ledger import Json
@@ -31,26 +30,35 @@ def criteria_of(experiment: Experiment) -> dict[str, str]:
 
 
 def score_options(experiment: Experiment, criterion: str) -> dict[str, Any]:
-    known = CRITERIA.get(criterion, {})
-    return {k: v for k, v in vars(experiment.score).items() if v is not None and k in known}
+    """Those of the score settings that are options of a criterion."""
+    spec = experiment.score
+    given = {k: v for k, v in vars(spec).items() if v is not None and k != "options"}
+    return {k: v for k, v in {**given, **spec.options}.items() if k in CRITERIA[criterion].options}
+
+
+def criterion_files(criteria: Iterable[str]) -> dict[str, Path]:
+    """The files of users' own criteria: what these give changes with them."""
+    files = {f"criterion {name}": CRITERIA[name].file for name in criteria}
+    return {name: path for name, path in files.items() if path is not None}
 
 
 def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
     """Importances of the unpruned model -> `scores.npz` (hybrid: also `scores_width.npz`)."""
     criteria = criteria_of(experiment)
-    settings = {f"score.{k}": v for k, v in vars(experiment.score).items() if k not in ("depth", "width")}
-    needs_data = any(c in ("block_influence", "angular", "taylor") for c in criteria.values())
+    settings = affecting("score", experiment)
+    for name in ("score.depth", "score.width"):  # those of them that the method needs are its criteria
+        del settings[name]
+    needs_data = any(CRITERIA[criterion].needs_batches for criterion in criteria.values())
     stage = context.stage(
         "score",
         folder,
         "score",
-        settings={
-            "criteria": criteria,
-            **settings,
-            **data_settings(experiment.data, "calibration"),
-            **precision(experiment),
-        },
-        inputs=model_inputs(experiment, **(inputs.record_files(experiment.data, "train") if needs_data else {})),
+        settings={"criteria": criteria, **settings},
+        inputs=model_inputs(
+            experiment,
+            **(inputs.record_files(experiment.data, "train") if needs_data else {}),
+            **criterion_files(criteria.values()),
+        ),
         outputs=[folder / name for name in criteria],
         journals=[journal_path(folder / name) for name in criteria],
     )
@@ -61,7 +69,7 @@ def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
         if needs_data:
             batches = inputs.calibration_batches(experiment, model.cfg, seed=experiment.score.seed)
         for name, criterion in criteria.items():
-            total = len(model.cfg.text.layers) if criterion == "taylor" else len(batches or [])
+            total = CRITERIA[criterion].total(model.cfg, batches or [])
             journal = journal_of(experiment, journal_path(folder / name), total)
             with context.phase(f"score ({criterion})", total) as progress:
                 options = score_options(experiment, criterion)

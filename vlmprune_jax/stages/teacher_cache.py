@@ -14,11 +14,11 @@ from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.teacher_rows import TeacherRows, record_key
 from vlmprune_jax.distributed.mesh import from_main
 from vlmprune_jax.errors import Stopped
-from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.hf.disk.atomic import check_space
-from vlmprune_jax.recovery import RecoverConfig
-from vlmprune_jax.recovery.loop import check_mesh
+from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.losses import check_teacher
+from vlmprune_jax.recovery.program import check_mesh
 from vlmprune_jax.recovery.teacher_pass import teacher_top_k
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import Context, load_model, mesh_of, open_folder, teacher_folder
@@ -26,8 +26,6 @@ from vlmprune_jax.stages.feature_cache import parts_beside
 from vlmprune_jax.stages.ledger import digest
 
 _SPREAD = 256  # records whose sizes tell that of a pass
-# Data settings that decide what a record's row holds, beside `max_length`.
-_ENCODING = ("template", "system", "truncate", "aspect_ratio", "min_tiles", "max_tiles", "thumbnail")
 
 
 def cached_teacher(
@@ -49,7 +47,7 @@ def cached_teacher(
     if mesh is not None:
         check_mesh(mesh, cfg, config)
     training = inputs.training_rows(experiment, cfg, context.reporter.bar, features)
-    cache = ArrayCache(Path(experiment.recover.teacher_cache or ""), from_main(lambda: _made_from(experiment, config)))
+    cache = ArrayCache(Path(experiment.recover.teacher_cache or ""), from_main(lambda: _made_from(experiment)))
     rows = TeacherRows(cache, loss.teacher_top_k, loss.kl_positions, np.dtype(config.compute_dtype))
     size = config.batch_size // config.accumulation
     todo = _unfinished(training, rows, size)
@@ -113,19 +111,17 @@ def _bytes(training: inputs.TrainingRows, rows: TeacherRows, todo: list[int], vo
     return sum(rows.bytes_of(row, vocab_size) for row in labels) * len(todo) // len(spread)
 
 
-def _made_from(experiment: Experiment, config: RecoverConfig) -> dict[str, Any]:
+def _made_from(experiment: Experiment) -> dict[str, Any]:
     """Everything that the logits of a record depend on."""
-    model, data, loss = experiment.model, experiment.data, config.losses
+    model, data = experiment.model, experiment.data
+    settings = affecting("teacher_cache", experiment)
+    losses = settings.pop("recover.losses")
     longest = data.max_length or (data.length_buckets[-1] if data.length_buckets else None)
     return {
         "holds": "a teacher's top-k logits",
         "model.hf_dir": digest(teacher_folder(experiment)),
         "model.vision_dir": None if model.vision_dir is None else digest(Path(model.vision_dir)),
-        "model.dtype": model.dtype,
+        **settings,
+        **{f"recover.losses.{name}": value for name, value in losses.items()},
         "data.max_length": longest,
-        **{f"data.{name}": getattr(data, name) for name in _ENCODING},
-        "recover.compute_dtype": config.compute_dtype,
-        "recover.losses.temperature": loss.temperature,
-        "recover.losses.kl_positions": loss.kl_positions,
-        "recover.teacher_top_k": loss.teacher_top_k,
     }

@@ -22,13 +22,16 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.arguments import plan_options, recover_config
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import prune_runs, recover_runs
+from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import count_params, param_axes, param_shapes, unflatten
 from vlmprune_jax.prune import PrunePlan, Scores, make_plan
 from vlmprune_jax.prune.criteria.random import random_scores
 from vlmprune_jax.prune.fingerprint import shape_digest
+from vlmprune_jax.recovery.config import REMAT, RecoverConfig
 from vlmprune_jax.recovery.flops import StepFlops, step_flops
-from vlmprune_jax.recovery.loop import Program, RecoverConfig, make_program
+from vlmprune_jax.recovery.losses import needs_teacher
+from vlmprune_jax.recovery.program import Program, make_program
 from vlmprune_jax.recovery.step import abstract_state, batch_sharding, step_context
 from vlmprune_jax.report.fit import as_rows
 from vlmprune_jax.stages.console import Reporter
@@ -38,7 +41,6 @@ from vlmprune_jax.stages.inputs import count_records, length_buckets, tile_bucke
 from vlmprune_jax.stages.ledger import Json
 
 GIB = 2**30
-REMAT_BY_COST = ("none", "dots", "full")
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def make_case(experiment: Experiment, folder: Path | None, topology: str) -> Cas
         cfg = dataclasses.replace(cfg, tower=False)
     return Case(
         cfg=plan.apply_to(cfg),
-        teacher_cfg=cfg if config.losses.needs_teacher else None,
+        teacher_cfg=cfg if needs_teacher(config.losses) else None,
         kept_layers=plan.kept_layers,
         config=config,
         dtype=model.dtype,
@@ -158,8 +160,8 @@ def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
     at once (`selection="global"`), do.
     """
     spec = experiment.prune
-    importance, (heads, mlp) = random_scores(cfg, seed=0, gqa=experiment.score.gqa)
-    scores = Scores("random", f"{shape_digest(cfg)}-", {"gqa": experiment.score.gqa}, importance, heads, mlp)
+    gqa = experiment.score.gqa
+    scores = Scores("none", f"{shape_digest(cfg)}-", {"gqa": gqa}, **random_scores(cfg, seed=0, gqa=gqa))
     pair = (scores, scores) if spec.method == "hybrid" else scores
     removed, options = spec.layers_removed, plan_options(spec)
     return make_plan(pair, cfg, method=spec.method, ratio=spec.ratio, layers_removed=removed, **options)
@@ -170,7 +172,7 @@ def _image_slots(experiment: Experiment, cfg: ModelConfig, folder: Path) -> tupl
     data, preparation = experiment.data, None
     if cfg.vision is None:
         return (0,)
-    if cfg.family == "internvl":
+    if family_of(cfg).cuts_images:
         tiling = {name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")}
         preparation = load_image_processor(
             folder, aspect_ratio=data.aspect_ratio, max_pixels=data.max_image_pixels, cache_bytes=0, tiling=tiling
@@ -251,7 +253,7 @@ def search(case: Case, say: Callable[[str], None], tried: Attempts) -> dict[str,
     `tried`: cases that need not be compiled again; it grows.
     """
     found: dict[str, Estimate] = {}
-    cheapest = _first_fit([(f"remat {name}", _with(case, remat=name)) for name in REMAT_BY_COST], say, tried)
+    cheapest = _first_fit([(f"remat {name}", _with(case, remat=name)) for name in REMAT], say, tried)
     if cheapest is not None:
         found["remat"] = found["batch"] = cheapest
         while (larger := _doubled(found["batch"].case)) is not None:

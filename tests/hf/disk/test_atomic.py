@@ -123,11 +123,13 @@ def test_failure_keeps_the_old_folder(llama, tmp_path, monkeypatch):
 
 WRITER = """
 import sys, time
-from vlmprune_jax.hf.disk import verified, tensors, write
+from vlmprune_jax.hf import fetch
+from vlmprune_jax.hf.disk import verified
+from vlmprune_jax.hf.export import write
 from vlmprune_jax.hf.read import load
 source, out = sys.argv[1:]
 verified.BLOCK = 4096  # or nothing of so small a model is on the disk before its end
-model, plain, count = load(source), tensors.to_host, 0
+model, plain, count = load(source), fetch.to_host, 0
 def slow(*args):
     global count
     count += 1

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 
+import hf_cases
 import jax
 import ml_dtypes
 import numpy as np
@@ -134,7 +135,7 @@ def test_two_processes_read_their_parts_and_write_one_folder(goldens, tmp_path):
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     source, out = goldens / "ckpt/llava_hf", tmp_path / "out"
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"}
     command = [sys.executable, "-c", ONE_OF_TWO, port]
     parts = [subprocess.Popen([*command, str(i), str(source), str(out)], env=environment) for i in range(2)]
     assert [part.wait() for part in parts] == [0, 0]
@@ -163,10 +164,8 @@ def test_depth_pruned_layers_are_renumbered(goldens, tmp_path):
 
 @pytest.mark.parametrize("rename", ["transformers_5", "transformers_4_52"])
 def test_the_source_s_spelling_is_kept(goldens, tmp_path, rename):
-    import test_hf_read
-
     source = make_folder(tmp_path / "llava", LLAVA)
-    spell = getattr(test_hf_read, rename)
+    spell = getattr(hf_cases, rename)
     edit_weights(source, lambda tensors: {spell(key): value for key, value in tensors.items()})
     model, _ = keep_layers(load(source), [1, 3])
     save(model, tmp_path / "out", source_dir=source, dtype="source")

@@ -1,22 +1,21 @@
-"""Tensors on their way to disk: fetched one at a time from the devices, streamed into safetensors shards."""
+"""Tensors on their way to disk: their bytes fetched one at a time, streamed into safetensors shards."""
 
 from __future__ import annotations
 
-import itertools
+import functools
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from vlmprune_jax.hf.disk.checkpoint import INDEX, OTHER_BYTES, SINGLE, WEIGHT_DTYPES, Extent
+from vlmprune_jax.hf.disk.checkpoint import INDEX, SINGLE
+from vlmprune_jax.hf.disk.dtypes import FILE_DTYPES, WEIGHT_DTYPES, bytes_in_file
+from vlmprune_jax.hf.disk.storage import Storage
 from vlmprune_jax.hf.disk.verified import CheckedFile, Look
-from vlmprune_jax.hf.lazy import FileArray, FileStack
+from vlmprune_jax.hf.disk.weight_files import Extent
 
 
 @dataclass(frozen=True)
@@ -54,62 +53,42 @@ def weight(
     def to_bytes() -> np.ndarray:
         array = fetch()
         check(array)
-        # A transposed view's buffer is not in the order of its elements: always contiguous.
-        return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        return _bytes_of(array)
 
-    return Tensor(key, dtype, shape, math.prod(shape) * WEIGHT_DTYPES[dtype].itemsize, to_bytes, extent, look)
-
-
-def to_host(array: Any, index: int | None) -> np.ndarray:
-    """An array, or entry `index` of a stack, in host memory; every process must call it for arrays split over them."""
-    stored = _in_file(array, index)
-    if stored is not None:
-        return stored.read()
-    if isinstance(array, np.ndarray):
-        return array if index is None else array[index]
-    if is_split(array):
-        part = array if index is None else _entry(array, index)
-        return np.asarray(multihost_utils.process_allgather(part, tiled=True))
-    if array.is_fully_replicated:
-        # On CPU this is a view of the device buffer.
-        whole = np.asarray(array.addressable_data(0))
-        return whole if index is None else whole[index]
-    # Assembled by hand: np.asarray(array) would keep a host copy of every weight alive inside the model.
-    part = array if index is None else _entry(array, index)
-    host = np.empty(part.shape, part.dtype)
-    for shard in part.addressable_shards:
-        host[shard.index] = np.asarray(shard.data)
-    return host
+    return Tensor(key, dtype, shape, bytes_in_file(dtype, shape), to_bytes, extent, look)
 
 
-def is_split(array: Any) -> bool:
-    """Whether no process alone can read the whole array."""
-    return isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated)
+def encoded(weights: Sequence[tuple[str, Tensor]], storage: Storage) -> list[Tensor]:
+    """The tensors of these weights, (path in `params`, plain tensor), in a storage; those that it does not hold stay.
+
+    Sizes are known beforehand; a weight is fetched and encoded when its first tensor is written, and once more for
+    those that are written after other weights' (`split_shards` puts wide dtypes first).
+    """
+
+    @functools.lru_cache(maxsize=1)
+    def encode(one: Tensor) -> dict[str, np.ndarray]:
+        return storage.encode(one.fetch().view(WEIGHT_DTYPES[one.dtype]).reshape(one.shape))
+
+    def fetch(one: Tensor, suffix: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        array = encode(one)[suffix]
+        found = (array.dtype, array.shape)
+        assert found == (FILE_DTYPES[dtype], shape), f"{one.key}{suffix}: {found}, {dtype} {shape} announced"
+        return _bytes_of(array)
+
+    tensors = []
+    for name, one in weights:
+        if not storage.holds(name, one.shape):
+            tensors.append(one)
+            continue
+        for suffix, (dtype, shape) in storage.tensors(one.dtype, one.shape).items():
+            part = functools.partial(fetch, one, suffix, dtype, shape)
+            tensors.append(Tensor(one.key + suffix, dtype, shape, bytes_in_file(dtype, shape), part))
+    return tensors
 
 
-def extent_of(parts: Sequence[tuple[Any, int | None]], dtype: str) -> Extent | None:
-    """Where these arrays (or entries of stacks) lie in a file one after the other, as they are written; or None."""
-    pieces = [_in_file(*part) for part in parts]
-    extents = [one.extent for one in pieces if one is not None and one.dtype == WEIGHT_DTYPES[dtype]]
-    found = [extent for extent in extents if extent is not None]
-    follows = all(a.file == b.file and a.end == b.begin for a, b in itertools.pairwise(found))
-    return Extent(found[0].file, found[0].begin, found[-1].end) if len(found) == len(parts) and follows else None
-
-
-def origin(array: Any, index: int | None) -> str | None:
-    """File and key that an array (or entry of a stack) is read from, or None for one in memory."""
-    one = _in_file(array, index)
-    return None if one is None else f"{one.checkpoint.entries[one.key].file}: tensor {one.key}"
-
-
-def _in_file(array: Any, index: int | None) -> FileArray | None:
-    one = array[index] if isinstance(array, FileStack) and index is not None else array
-    return one if isinstance(one, FileArray) else None
-
-
-@jax.jit
-def _entry(stack: jax.Array, index: Any) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(stack, index, axis=0, keepdims=False)
+def _bytes_of(array: np.ndarray) -> np.ndarray:
+    # A transposed view's buffer is not in the order of its elements: always contiguous.
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def split_shards(tensors: Sequence[Tensor], max_bytes: int) -> list[list[Tensor]]:
@@ -168,4 +147,4 @@ def write_safetensors(tensors: Sequence[Tensor], file: CheckedFile) -> None:
 
 
 def _item_bytes(dtype: str) -> int:
-    return WEIGHT_DTYPES[dtype].itemsize if dtype in WEIGHT_DTYPES else OTHER_BYTES.get(dtype, 1)
+    return FILE_DTYPES[dtype].itemsize if dtype in FILE_DTYPES else 1

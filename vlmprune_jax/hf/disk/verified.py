@@ -16,7 +16,7 @@ from types import TracebackType
 import numpy as np
 
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.hf.disk.checkpoint import Extent
+from vlmprune_jax.hf.disk.weight_files import Extent
 
 BLOCK = 8 * 2**20  # three of them are the memory of a writer, and one that of its reader
 _ALIGNMENT = 4096  # of memory, offsets and lengths where the page cache is passed by

@@ -7,9 +7,10 @@ from typing import Any
 
 from vlmprune_jax.config import LayerShape, ModelConfig
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.hf.disk.checkpoint import read_json
+from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.export.per_layer import LOADER_FILE, loader_class
 from vlmprune_jax.models.params import count_params
+from vlmprune_jax.readers import read_json
 
 _PARTS = (("language model", "text"), ("projector", "projector"), ("vision tower (computed part)", "vision"))
 
@@ -38,7 +39,7 @@ def write_card(
     base = f"base_model: {name}\n" if "/" in name else ""
     try:
         removed, table = _removed(plan), _table(cfg, plan)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{name}: its plan.json is not a prune plan ({error!r}): move it away") from error
     task = "text-generation" if cfg.vision is None else "image-text-to-text"
     card = f"""---
@@ -56,7 +57,7 @@ Made from `{name}` by vlmprune-jax (structural pruning of the language model; ar
 
 {table}
 
-Decoder layers: {len(cfg.text.layers)}, {_shapes(cfg.text.layers)}.
+Decoder layers: {len(cfg.text.layers)}, {_shapes(cfg.text.layers)}.{_tower(cfg, plan)}
 
 ## Loading
 
@@ -68,8 +69,9 @@ Decoder layers: {len(cfg.text.layers)}, {_shapes(cfg.text.layers)}.
 def _removed(plan: dict[str, Any] | None) -> str:
     if plan is None:
         return "No prune plan came with this model."
-    before = plan["layers_before"]
-    gone = sorted(set(range(len(before))) - set(plan["kept_layers"]))
+    stacks = _stacks(plan)
+    before = stacks["text"]["layers_before"]
+    gone = sorted(set(range(len(before))) - set(stacks["text"]["kept_layers"]))
     asked = "" if plan["asked"] is None else f" ({plan['asked']:.1%} asked)"
     return (
         f"Method: {plan['method']}, criterion: {plan['criterion']}. Removed: {plan['reached']:.1%} of "
@@ -79,14 +81,28 @@ def _removed(plan: dict[str, Any] | None) -> str:
     )
 
 
+def _stacks(plan: dict[str, Any]) -> dict[str, Any]:
+    """What a plan says of each stack of layers; format 1 was the decoder's alone."""
+    return plan.get("stacks", {"text": plan})
+
+
 def _table(cfg: ModelConfig, plan: dict[str, Any] | None) -> str:
     parts = [(name, part) for name, part in _PARTS if count_params(cfg, part)] + [("total", "")]
     if plan is None:
         rows = [f"| {name} | {count_params(cfg, part):,} |" for name, part in parts]
         return "\n".join(["| part | parameters |", "|---|---|", *rows])
-    original = cfg.with_layers([LayerShape(*shape) for shape in plan["layers_before"]])
+    original = cfg
+    for name, kept in _stacks(plan).items():
+        original = original.with_layers([LayerShape(*shape) for shape in kept["layers_before"]], name)
     rows = [f"| {name} | {count_params(original, part):,} | {count_params(cfg, part):,} |" for name, part in parts]
     return "\n".join(["| parameters | before | after |", "|---|---|---|", *rows])
+
+
+def _tower(cfg: ModelConfig, plan: dict[str, Any] | None) -> str:
+    """The vision tower's layers, where the plan names them."""
+    if plan is None or cfg.vision is None or "vision" not in _stacks(plan):
+        return ""
+    return f"\nVision layers: {len(cfg.vision.layers)}, {_shapes(cfg.vision.layers)}."
 
 
 def _shapes(layers: tuple[LayerShape, ...]) -> str:
@@ -119,21 +135,24 @@ def _loading(cfg: ModelConfig, written: ModelConfig, config: dict[str, Any], pro
             )
     if written.layout != cfg.layout:
         parts.append(_converted(cfg, written))
-    before, after = count_params(cfg), count_params(cfg.with_layers(written.text.layers))
+    if written.vision is not None and not written.vision.whole_heads:
+        parts.append(
+            "The vision tower has fewer heads than its width, which its class in PyTorch cannot hold: it takes "
+            'hidden_size / heads for the size of a head. For PyTorch export with `uneven="pad"`.'
+        )
+    padded = cfg
+    for name in cfg.stacks:
+        padded = padded.with_layers(written.stack(name).layers, name)
+    before, after = count_params(cfg), count_params(padded)
     if after != before:
         parts.append(
             f"Unequal layers were padded with zero heads and neurons to {_shapes(written.text.layers)}: the same "
             f"function as the pruned model in a stock class. What it costs: {after:,} parameters in the files and in "
             f"memory instead of {before:,}, and the time of all of them."
         )
-    parts.append(
-        "In JAX: `vlmprune_jax.load(folder)`" + (", `vision_dir=...` for the tower." if _needs_tower(written) else ".")
-    )
+    tower = "" if family_of(written).holds_tower else ", `vision_dir=...` for the tower"
+    parts.append(f"In JAX: `vlmprune_jax.load(folder)`{tower}.")
     return "\n\n".join(parts)
-
-
-def _needs_tower(written: ModelConfig) -> bool:
-    return (written.family, written.layout) == ("llava", "original")
 
 
 def _hub_loading(written: ModelConfig, config: dict[str, Any]) -> str:

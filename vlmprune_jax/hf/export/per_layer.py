@@ -6,51 +6,35 @@ import shutil
 from pathlib import Path
 
 from vlmprune_jax.config import TextConfig
+from vlmprune_jax.families import Family
+from vlmprune_jax.families.decoders import decoder_of
 from vlmprune_jax.families.table import JsonDict
 
 LOADER_FILE = "modeling_per_layer.py"
 _LOADER = Path(__file__).parents[1] / "remote" / LOADER_FILE
 _PREFIX = "PerLayer"
-# Stock class by model_type of config.json, and the Auto classes that find the shipped one.
-_CAUSAL, _IMAGES = ("AutoModelForCausalLM",), ("AutoModelForImageTextToText",)
-_CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "llama": ("LlamaForCausalLM", _CAUSAL),
-    "mistral": ("MistralForCausalLM", _CAUSAL),
-    "qwen2": ("Qwen2ForCausalLM", _CAUSAL),
-    "qwen3": ("Qwen3ForCausalLM", _CAUSAL),
-    "phi": ("PhiForCausalLM", _CAUSAL),
-    "phi3": ("Phi3ForCausalLM", _CAUSAL),
-    "llava": ("LlavaForConditionalGeneration", _IMAGES),
-    "internvl": ("InternVLForConditionalGeneration", _IMAGES),
-}
 
 
-def stock_class(model_type: str) -> str:
-    """Name of the transformers class that loads a config.json of this `model_type`."""
-    return _CLASSES[model_type][0]
-
-
-def with_loader(config: JsonDict, text: TextConfig) -> JsonDict:
-    """The config of a native folder of unequal layers, naming the class in the shipped file.
+def with_loader(config: JsonDict, text: TextConfig, family: Family) -> JsonDict:
+    """The config of a folder of unequal layers in this stock family, naming the class in the shipped file.
 
     Config classes check head counts that such a folder has no use for: Llama's that they divide `hidden_size`, Phi-3's
     that LongRoPE has a factor per frequency of hidden_size / heads. So the nominal ones, from which every layer is cut,
     are the next that pass.
     """
-    config = dict(config)
-    inner = dict(config["text_config"]) if "text_config" in config else config
-    if inner["model_type"] in ("llama", "phi3"):
+    assert family.stock is not None
+    inner = family.text_config(config)
+    if decoder_of(inner["model_type"]).heads_divide:
         fits = [n for n in range(inner["num_attention_heads"], text.hidden_size + 1) if text.hidden_size % n == 0]
         whole = text.hidden_size // text.head_dim
         inner["num_attention_heads"] = heads = whole if whole in fits else fits[0]
         if heads % inner["num_key_value_heads"]:
             inner["num_key_value_heads"] = heads
-    if "text_config" in config:
-        config["text_config"] = inner
-    stock, autos = _CLASSES[config["model_type"]]
-    others = {name: value for name, value in (config.get("auto_map") or {}).items() if name not in autos}
-    auto_map = others | {auto: f"{LOADER_FILE.removesuffix('.py')}.{_PREFIX}{stock}" for auto in autos}
-    return {**config, "architectures": [_PREFIX + stock], "auto_map": auto_map}
+    config = dict(inner) if family.text_section is None else {**config, family.text_section: inner}
+    auto, stock = family.stock.auto, _PREFIX + family.stock.name
+    others = {name: value for name, value in (config.get("auto_map") or {}).items() if name != auto}
+    auto_map = others | {auto: f"{LOADER_FILE.removesuffix('.py')}.{stock}"}
+    return {**config, "architectures": [stock], "auto_map": auto_map}
 
 
 def without_loader(config: JsonDict) -> JsonDict:

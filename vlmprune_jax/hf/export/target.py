@@ -10,15 +10,16 @@ from typing import Any
 
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.families import Family, detect, family_of
+from vlmprune_jax.families import Family, detect, family_of, target_of
 from vlmprune_jax.families.table import JsonDict
-from vlmprune_jax.hf.disk.checkpoint import read_json
-from vlmprune_jax.hf.export.convert import rows_for, target_family, to_transformers
+from vlmprune_jax.hf.disk.dtypes import DTYPES
+from vlmprune_jax.hf.disk.storage import without_storage
+from vlmprune_jax.hf.export.convert import rows_for, to_transformers
 from vlmprune_jax.hf.export.per_layer import with_loader, without_loader, write_loader
-from vlmprune_jax.hf.export.processor import NEW_TOKENS, write_processor
+from vlmprune_jax.hf.export.processor import write_processor
 from vlmprune_jax.hf.export.tokenizer import add_token, read_tokenizer
-from vlmprune_jax.hf.export.uneven import padded
-from vlmprune_jax.hf.read import DTYPES
+from vlmprune_jax.hf.export.uneven import padded_stacks
+from vlmprune_jax.readers import read_json
 
 LAYOUTS = ("source", "transformers")
 UNEVEN = ("per_layer", "pad", "refuse")
@@ -55,19 +56,18 @@ def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype:
         the layout cannot hold.
     """
     _check_options(cfg, layout, uneven, dtype)
-    family, config = family_of(cfg), read_json(source / "config.json")
+    family, config = family_of(cfg), without_storage(read_json(source / "config.json"))
     if detect(config, str(source / "config.json")) is not family:
         raise UserError(f"{source}: is not the folder that this {family.name} ({family.layout} layout) model came from")
-    layers = cfg.text.layers
-    wide = cfg.with_layers(padded(layers)) if uneven == "pad" else cfg
-    new_family = target_family(cfg) if layout == "transformers" else None
+    wide = padded_stacks(cfg) if uneven == "pad" else cfg
+    new_family, conversion = target_of(family) if layout == "transformers" else None, family.conversion
     tokenizer = None
-    if new_family is not None:
+    if new_family is not None and conversion is not None:
         family, tokenizer = new_family, read_tokenizer(source)
-        ids = {"image": cfg.text.vocab_size} if tokenizer is None and cfg.family != "internvl" else {}
+        ids = {"image": cfg.text.vocab_size} if tokenizer is None and conversion.marks_images else {}
         if tokenizer is not None:
-            tokenizer, ids["new"] = add_token(tokenizer, NEW_TOKENS[cfg.family])
-        image = cfg.image_token_id if cfg.family == "internvl" else next(iter(ids.values()))
+            tokenizer, ids["new"] = add_token(tokenizer, conversion.new_token)
+        image = next(iter(ids.values())) if conversion.marks_images else cfg.image_token_id
         assert image is not None
         written = to_transformers(wide, config, image, rows_for(cfg, ids))
         wide = family.from_hf(written, None)
@@ -77,7 +77,7 @@ def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype:
             family = detect(written, "the new config.json")
             wide = family.from_hf(written, None)
     ships = family.layout == "transformers" and not wide.text.even
-    written = _with_dtype(with_loader(written, cfg.text) if ships else written, dtype)
+    written = _with_dtype(with_loader(written, cfg.text, family) if ships else written, dtype, family)
     return Target(family, wide, written, new_family is not None, ships, tokenizer)
 
 
@@ -86,7 +86,7 @@ def _check_options(cfg: ModelConfig, layout: str, uneven: str, dtype: str) -> No
         if value not in known:
             raise UserError(f"{name} {value!r} is not one of {', '.join(known)}")
     if cfg.lora is not None:
-        raise UserError("the model has unmerged LoRA adapters: merge them first (recover.merge_lora)")
+        raise UserError("the model has unmerged LoRA adapters: merge them first (recovery.merge_lora)")
     if uneven == "refuse" and not cfg.text.even:
         raise UserError(
             "the layers have unequal widths, which stock transformers cannot load: prune all layers alike (without "
@@ -95,13 +95,13 @@ def _check_options(cfg: ModelConfig, layout: str, uneven: str, dtype: str) -> No
         )
 
 
-def _with_dtype(config: JsonDict, dtype: str) -> JsonDict:
+def _with_dtype(config: JsonDict, dtype: str, family: Family) -> JsonDict:
     """The config naming the weights' dtype under whichever of both names (`torch_dtype`, `dtype`) the source has."""
     if dtype == "source":
         return config
     result = dict(config)
-    for name in ("text_config", "vision_config", "llm_config"):
-        if isinstance(result.get(name), dict):
+    for name in (family.text_section, "vision_config"):
+        if name is not None and isinstance(result.get(name), dict):
             result[name] = {k: dtype if k in ("dtype", "torch_dtype") else v for k, v in result[name].items()}
     names = [name for name in ("dtype", "torch_dtype") if name in result] or ["torch_dtype"]
     return result | dict.fromkeys(names, dtype)

@@ -8,7 +8,7 @@ from typing import Any
 
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.families.table import JsonDict
-from vlmprune_jax.hf.disk.checkpoint import read_json
+from vlmprune_jax.readers import read_json
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 # Files that a tokenizer without tokenizer.json is made of.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
-from vlmprune_jax.config import LayerShape
+from vlmprune_jax.config import LayerShape, ModelConfig
 
 
 def widest(layers: Sequence[LayerShape]) -> LayerShape:
@@ -20,6 +21,17 @@ def padded(layers: Sequence[LayerShape]) -> tuple[LayerShape, ...]:
     """All layers at the widths of `widest`, each with its own sliding window."""
     widths = widest(layers).widths
     return tuple(LayerShape(*widths, shape.window) for shape in layers)
+
+
+def padded_stacks(cfg: ModelConfig) -> ModelConfig:
+    """The model with the layers of each of its stacks `padded`, a tower's to all the heads of its width."""
+    for name, stack in cfg.stacks.items():
+        layers = padded(stack.layers)
+        if name == "vision":  # whose classes in PyTorch take hidden_size / heads for the size of a head
+            heads = stack.hidden_size // stack.head_dim
+            layers = tuple(dataclasses.replace(shape, q_heads=heads, kv_heads=heads) for shape in layers)
+        cfg = cfg.with_layers(layers, name)
+    return cfg
 
 
 def pad_tensor(array: np.ndarray, axes: tuple[str, ...], shape: LayerShape, target: LayerShape) -> np.ndarray:

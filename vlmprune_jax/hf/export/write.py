@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping
@@ -16,21 +17,23 @@ from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.mesh import from_main, is_main_process
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, family_of
-from vlmprune_jax.families.towers import vision_of
+from vlmprune_jax.families.towers import is_left_out, stock_tower_constants, stock_tower_key, vision_of
 from vlmprune_jax.hf.disk.atomic import atomic_folder, check_space, check_target
-from vlmprune_jax.hf.disk.checkpoint import WEIGHT_DTYPES, Checkpoint
-from vlmprune_jax.hf.disk.tensors import Tensor, extent_of, origin, split_shards, to_host, weight, write_weights
+from vlmprune_jax.hf.disk.checkpoint import Checkpoint
+from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES, file_name
+from vlmprune_jax.hf.disk.storage import Storage
+from vlmprune_jax.hf.disk.tensors import Tensor, encoded, split_shards, weight, write_weights
 from vlmprune_jax.hf.export.card import model_name, write_card
-from vlmprune_jax.hf.export.convert import constants, more_words, written_key
+from vlmprune_jax.hf.export.convert import more_words
 from vlmprune_jax.hf.export.target import Target, make_target, write_files
 from vlmprune_jax.hf.export.uneven import pad_tensor
+from vlmprune_jax.hf.fetch import extent_of, origin, to_host
 from vlmprune_jax.hf.layout import Slot, block_number, by_key, join_tensor, make_slots, template, tied_head
 from vlmprune_jax.hf.read import check_finite, resolve
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model
 
 MAX_SHARD_BYTES = 5 * 10**9  # the hub's and transformers' default
-_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def save(
@@ -41,6 +44,7 @@ def save(
     layout: str = "source",
     uneven: str = "per_layer",
     dtype: str = "bfloat16",
+    storage: Storage | None = None,
     overwrite: bool = False,
     plan: Any = None,
     name: str | None = None,
@@ -51,7 +55,7 @@ def save(
     The first process writes; where arrays are split over processes, every process must call it.
 
     Args:
-      model: the model; adapters must be merged (`recover.merge_lora`).
+      model: the model; adapters must be merged (`recovery.merge_lora`).
       out_dir: the new folder.
       source_dir: the folder that the model came from: spelling of the keys, config fields that we do not know,
         tokenizer, processor, chat template, generation config, and tensors that are not computed with, come from it.
@@ -61,6 +65,8 @@ def save(
         loads them in PyTorch; "pad" adds zero heads and neurons (the same function in stock transformers, no savings);
         "refuse" raises.
       dtype: of the weights: float32, bfloat16, float16, or "source" (each tensor's own).
+      storage: the format that weights are written in, for those that it holds; None writes plain tensors, whatever the
+        source's format is.
       overwrite: replace an existing model folder.
       plan: the prune plan, written beside the weights as plan.json.
       name, recovered: for the model card: the unpruned model's name (None: `source_dir`'s), and whether it was trained.
@@ -72,7 +78,10 @@ def save(
     out, source = Path(out_dir), resolve(source_dir)
     spread = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in flatten(model.params).values())
     target = make_target(model.cfg, source, layout, uneven, dtype)
-    tensors = make_tensors(model, target, Checkpoint(source), dtype)
+    tensors = make_tensors(model, target, Checkpoint(source), dtype, storage)
+    if storage is not None:
+        settings = storage.to_config([tensor.key for tensor in tensors])
+        target = dataclasses.replace(target, config=target.config | {"quantization_config": settings})
 
     def check() -> None:
         check_target(out, source, overwrite)
@@ -93,7 +102,9 @@ def save(
         multihost_utils.sync_global_devices(f"saved {out}")
 
 
-def make_tensors(model: Model, target: Target, source: Checkpoint, dtype: str) -> list[Tensor]:
+def make_tensors(
+    model: Model, target: Target, source: Checkpoint, dtype: str, storage: Storage | None = None
+) -> list[Tensor]:
     """Every tensor of the new folder, its blocks padded to those of the target.
 
     In the source's layout the model's own come under the source's spelling of their keys, where it has them, then those
@@ -114,33 +125,31 @@ def make_tensors(model: Model, target: Target, source: Checkpoint, dtype: str) -
     head = tied_head(target.cfg, target.family)
     if head in spelling and not target.converts:  # some tied checkpoints hold the embedding twice
         after[head] = next(parts for parts in after.values() if parts[0].path == "text/embed_tokens/weight")
-    tensors = []
+    weights: list[tuple[str, Tensor]] = []
     for key, parts in after.items():
         first = before[parts[0].name]
         held = spelling.get(template(first.key))
         if held is None and family.separate_vision and first.path.startswith("vision/"):
             if not target.converts:
                 continue  # the tower stays in its own folder
-            held = (key, _stored(flat[first.path]))
+            held = (key, file_name(flat[first.path].dtype.name))
         if held is None:
             raise UserError(f"{source.folder}: has no tensor {first.key}: is it the folder that this model came from?")
         if target.converts:
-            spelled, stored = written_key(key, vision_of(target.cfg)), held[1]
+            spelled, stored = stock_tower_key(key, vision_of(target.cfg)), held[1]
         else:
             spelled, stored = spelling.get(template(key), (template(key), held[1]))
             spelled = spelled.replace("{}", str(parts[0].layer))
             stored = source.entries[spelled].dtype if spelled in source.entries else stored
-        stored = stored if dtype == "source" else _NAMES[dtype]
+        stored = stored if dtype == "source" else file_name(dtype)
         pairs = [(before[part.name], part) for part in parts]
-        tensors.append(_weight(spelled, stored, pairs, model.cfg, target.cfg, flat))
+        weights.append((parts[0].name, _weight(spelled, stored, pairs, model.cfg, target.cfg, flat)))
     if target.converts:
-        return tensors + _constants(target.cfg, tensors[0].dtype)
-    return tensors + _carried(source, set(after), target.cfg, family)
-
-
-def _stored(array: Any) -> str:
-    """The safetensors name of an array's dtype."""
-    return next(name for name, dtype in WEIGHT_DTYPES.items() if dtype == array.dtype)
+        others = _constants(target.cfg, weights[0][1].dtype)
+    else:
+        others = _carried(source, set(after), target, family)
+    tensors = [tensor for _, tensor in weights] if storage is None else encoded(weights, storage)
+    return tensors + others
 
 
 def _weight(
@@ -157,7 +166,8 @@ def _weight(
         array = to_host(flat[before.path], before.index)
         if before.shape != after.shape:
             if before.layer is not None:
-                array = pad_tensor(array, before.axes, old.text.layers[before.layer], new.text.layers[before.layer])
+                shapes = [cfg.stack(before.part).layers[before.layer] for cfg in (old, new)]
+                array = pad_tensor(array, before.axes, *shapes)
             else:
                 array = more_words(array, before.axes, new.text.vocab_size)
         with np.errstate(over="ignore"):  # reported with the tensor's name instead
@@ -173,21 +183,23 @@ def _weight(
 def _constants(cfg: ModelConfig, dtype: str) -> list[Tensor]:
     """Weights that a class holds and never uses."""
     tensors = []
-    for key, (shape, value) in constants(cfg).items():
+    for key, (shape, value) in stock_tower_constants(vision_of(cfg)).items():
         fetch = functools.partial(np.full, shape, value, WEIGHT_DTYPES[dtype])
         tensors.append(weight(key, dtype, shape, fetch, None, lambda array: None))
     return tensors
 
 
-def _carried(source: Checkpoint, known: set[str], cfg: ModelConfig, family: Family) -> list[Tensor]:
-    """Tensors of the source that are not computed with, byte for byte; not those of decoder layers that are gone."""
+def _carried(source: Checkpoint, known: set[str], target: Target, family: Family) -> list[Tensor]:
+    """Tensors of the source that are not computed with, byte for byte; not those of layers that are gone."""
+    cfg = target.cfg
+    ends = {"text": len(cfg.text.layers)} | ({"vision": cfg.vision.n_layers_total} if cfg.vision is not None else {})
     tensors = []
     for key, entry in source.entries.items():
         name = family.canonical(key)
-        if name in known or not family.is_ignored(name):
+        if name in known or not family.is_ignored(name) or is_left_out(name, target.config):
             continue
-        number = block_number(name, "text", cfg, family)
-        if number is None or number < len(cfg.text.layers):
-            n_bytes, fetch = entry.end - entry.begin, functools.partial(source.raw, key)
-            tensors.append(Tensor(key, entry.dtype, entry.shape, n_bytes, fetch, source.extent(key, 0, n_bytes)))
+        numbers = {stack: block_number(name, stack, cfg, family) for stack in ends}
+        if all(number is None or number < ends[stack] for stack, number in numbers.items()):
+            extent = entry.extent(0, entry.n_bytes)
+            tensors.append(Tensor(key, entry.dtype, entry.shape, entry.n_bytes, entry.raw, extent))
     return tensors

@@ -1,24 +1,17 @@
 """PyTorch loader of decoders whose layers have unequal widths: stock transformers classes, resized layer by layer.
 
 vlmprune-jax ships this file with exports of that kind. `per_layer_shapes` in config.json (in `text_config` of a
-vision-language model) lists [query heads, key/value heads, MLP neurons] of every decoder layer. Each class builds its
-stock parent at the widest shape and then cuts every layer to its own widths, before any weight is loaded; nothing else
-differs. Works with transformers 4.57 and 5.
+vision-language model) lists [query heads, key/value heads, MLP neurons] of every decoder layer. `PerLayerX` builds its
+stock parent X at the widest shape and then cuts every layer to its own widths, before any weight is loaded; nothing
+else differs. Works with transformers 4.57 and 5.
 """
 
 from typing import Any
 
+import transformers
 from torch import nn
-from transformers import (
-    InternVLForConditionalGeneration,
-    LlamaForCausalLM,
-    LlavaForConditionalGeneration,
-    MistralForCausalLM,
-    Phi3ForCausalLM,
-    PhiForCausalLM,
-    Qwen2ForCausalLM,
-    Qwen3ForCausalLM,
-)
+
+PREFIX = "PerLayer"
 
 
 class LayerConfig:
@@ -67,9 +60,11 @@ def resize_layer(layer, q_heads, kv_heads, mlp):
         },
     }
     for module, projections in sizes.items():
-        for name, size in projections.items():
-            if hasattr(module, name):
-                cut(getattr(module, name), *size)
+        for name, child in module.named_children():
+            if name in projections:
+                cut(child, *projections[name])
+            elif isinstance(child, nn.Linear):
+                raise ValueError(f"{type(module).__name__}: this file does not know how to cut its {name}")
     heads = {"num_attention_heads": q_heads, "num_key_value_heads": kv_heads}
     attention.config = LayerConfig(attention.config, intermediate_size=mlp, **heads)
     own = {"num_heads": q_heads, "num_key_value_groups": q_heads // kv_heads, **heads}
@@ -84,7 +79,7 @@ class PerLayerWidths(nn.Module):
     """Mixin before a stock class: its decoder layers get the widths in `per_layer_shapes`."""
 
     # save_pretrained then puts this file into the new folder, which transformers 4 would not do by itself
-    _auto_class: Any = "AutoModelForCausalLM"
+    _auto_class: Any
     model: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
@@ -103,37 +98,12 @@ class PerLayerWidths(nn.Module):
         return False
 
 
-class PerLayerLlamaForCausalLM(PerLayerWidths, LlamaForCausalLM):
-    """Llama with a shape per layer."""
-
-
-class PerLayerMistralForCausalLM(PerLayerWidths, MistralForCausalLM):
-    """Mistral with a shape per layer."""
-
-
-class PerLayerQwen2ForCausalLM(PerLayerWidths, Qwen2ForCausalLM):
-    """Qwen2 with a shape per layer."""
-
-
-class PerLayerQwen3ForCausalLM(PerLayerWidths, Qwen3ForCausalLM):
-    """Qwen3 with a shape per layer."""
-
-
-class PerLayerPhiForCausalLM(PerLayerWidths, PhiForCausalLM):
-    """Phi with a shape per layer."""
-
-
-class PerLayerPhi3ForCausalLM(PerLayerWidths, Phi3ForCausalLM):
-    """Phi-3 with a shape per layer."""
-
-
-class PerLayerLlavaForConditionalGeneration(PerLayerWidths, LlavaForConditionalGeneration):
-    """LLaVA whose decoder has a shape per layer."""
-
-    _auto_class = "AutoModelForImageTextToText"
-
-
-class PerLayerInternVLForConditionalGeneration(PerLayerWidths, InternVLForConditionalGeneration):
-    """InternVL whose decoder has a shape per layer."""
-
-    _auto_class = "AutoModelForImageTextToText"
+def __getattr__(name: str) -> Any:
+    """`PerLayerX` of a class X of transformers; config.json names the one that loads the folder (`auto_map`)."""
+    stock = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    if stock is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    auto = "AutoModelForCausalLM" if name.endswith("ForCausalLM") else "AutoModelForImageTextToText"
+    made = type(name, (PerLayerWidths, stock), {"__module__": __name__, "_auto_class": auto})
+    globals()[name] = made  # one class, whoever asks
+    return made

@@ -1,1 +1,45 @@
-"""What makes a layer, a head or a neuron worth keeping: one file per criterion."""
+"""What makes a layer, a head or a neuron worth keeping: one file per criterion, and all of them by name."""
+
+from vlmprune_jax.prune.criteria.activations import Blocks, Tokens
+from vlmprune_jax.prune.criteria.angular import ANGULAR
+from vlmprune_jax.prune.criteria.block_influence import BLOCK_INFLUENCE
+from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, PADDING, PROMPT
+from vlmprune_jax.prune.criteria.criterion import Criterion
+from vlmprune_jax.prune.criteria.gradients import gradient_channels
+from vlmprune_jax.prune.criteria.groups import coupled, reduce_groups, reduce_inputs
+from vlmprune_jax.prune.criteria.magnitude import L1, L2, input_weights
+from vlmprune_jax.prune.criteria.random import RANDOM
+from vlmprune_jax.prune.criteria.taylor import TAYLOR
+
+# A user's file adds its own by assignment: CRITERIA["mine"] = Criterion(...).
+CRITERIA: dict[str, Criterion] = {
+    "block_influence": BLOCK_INFLUENCE,
+    "angular": ANGULAR,
+    "taylor": TAYLOR,
+    "l1": L1,
+    "l2": L2,
+    "random": RANDOM,
+}
+
+
+def scoring(what: str) -> str:
+    """The criteria that score "layers" or "widths", for messages: `a or b or c`."""
+    return " or ".join(name for name, criterion in CRITERIA.items() if what in criterion.scores)
+
+
+__all__ = [
+    "ANSWER",
+    "CRITERIA",
+    "IMAGE",
+    "PADDING",
+    "PROMPT",
+    "Blocks",
+    "Criterion",
+    "Tokens",
+    "coupled",
+    "gradient_channels",
+    "input_weights",
+    "reduce_groups",
+    "reduce_inputs",
+    "scoring",
+]

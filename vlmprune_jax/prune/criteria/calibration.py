@@ -13,19 +13,23 @@ from vlmprune_jax.models.vlm import check_inputs
 
 Arrays = dict[str, np.ndarray]
 IGNORED = -100
+# What a token is; an answer is a token with a label.
+PADDING, PROMPT, IMAGE, ANSWER = range(4)
 
 
 def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: bool) -> Iterator[Arrays]:
-    """Arrays of each batch: input_ids, attention_mask, perhaps pixel_values, and labels if asked for.
+    """Arrays of each batch: input_ids, attention_mask, kind (of every token), perhaps pixel_values and labels.
 
-    `batches`: mappings, or objects with such a mapping as `.arrays`; pixel_values are per row [batch, images, 3, H, W].
+    `batches`: mappings, or objects with such a mapping as `.arrays`. `labels`: whether every batch must have them.
+    pixel_values come out per row, float32[batch, images, 3, H, W]; as [images, 3, H, W] in order of appearance, as
+    processors emit them, they are given to the rows that have their positions.
 
     Raises:
       UserError: there is no batch, an array is missing, or shapes, ids, images or labels do not fit the model.
     """
     number = -1
     for number, batch in enumerate(batches):
-        arrays = dict(getattr(batch, "arrays", batch))
+        arrays = {name: array for name, array in getattr(batch, "arrays", batch).items() if array is not None}
         try:
             yield _checked(arrays, cfg, labels)
         except UserError as error:
@@ -34,28 +38,71 @@ def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: boo
         raise UserError("there are no calibration batches: pass at least one")
 
 
+def positive(count: Any) -> Any:
+    """`count` of real tokens, or rows with one.
+
+    Raises:
+      UserError: there is none.
+    """
+    if count == 0:
+        raise UserError("the calibration batches have no real token: every attention_mask is 0")
+    return count
+
+
 def _checked(arrays: Arrays, cfg: ModelConfig, labels: bool) -> Arrays:
     wanted = ("input_ids", "attention_mask", "labels") if labels else ("input_ids", "attention_mask")
-    missing = [name for name in wanted if arrays.get(name) is None]
+    missing = [name for name in wanted if name not in arrays]
     if missing:
         raise UserError(f"{', '.join(missing)} missing (it has {', '.join(arrays)})")
-    result = {name: np.asarray(arrays[name], np.int32) for name in wanted}
+    named = ("input_ids", "attention_mask", "labels")
+    result = {name: np.asarray(arrays[name], np.int32) for name in named if name in arrays}
     shape = result["input_ids"].shape
     for name, array in result.items():
         if array.shape != shape:
             raise UserError(f"{name} has shape {array.shape} but input_ids {shape}")
     pixels = arrays.get("pixel_values")
-    if pixels is not None and np.ndim(pixels) != 5:
-        raise UserError(f"pixel_values must be float[batch, images per row, 3, H, W], got shape {np.shape(pixels)}")
     check_inputs(cfg, result["input_ids"], pixels)
-    if labels:
-        wrong = (result["labels"] != IGNORED) & ((result["labels"] < 0) | (result["labels"] >= cfg.text.vocab_size))
-        if wrong.any():
-            row, column = np.argwhere(wrong)[0]
-            raise UserError(
-                f"labels[{row}, {column}] = {result['labels'][row, column]} is neither {IGNORED} (ignored) nor below "
-                f"{cfg.text.vocab_size}"
-            )
+    if "labels" in result:
+        _check_labels(result["labels"], cfg)
     if pixels is not None:
-        result["pixel_values"] = np.asarray(pixels, np.float32)
-    return result
+        pixels = np.asarray(pixels, np.float32)
+        result["pixel_values"] = pixels if pixels.ndim == 5 else _per_row(pixels, result["input_ids"], cfg)
+    return {**result, "kind": _kinds(result, cfg)}
+
+
+def _check_labels(labels: np.ndarray, cfg: ModelConfig) -> None:
+    wrong = (labels != IGNORED) & ((labels < 0) | (labels >= cfg.text.vocab_size))
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise UserError(
+            f"labels[{row}, {column}] = {labels[row, column]} is neither {IGNORED} (ignored) nor below "
+            f"{cfg.text.vocab_size}"
+        )
+
+
+def _per_row(pixels: np.ndarray, ids: np.ndarray, cfg: ModelConfig) -> np.ndarray:
+    """[batch, images, 3, H, W] of [images, 3, H, W] in order of appearance; rows with fewer carry zeros at the end."""
+    positions = (ids == cfg.image_token_id).sum(axis=1)
+    counts, rest = np.divmod(positions, cfg.tokens_per_image)
+    if rest.any():
+        row = int(np.argmax(rest > 0))
+        raise UserError(
+            f"row {row} of input_ids holds {positions[row]} image positions, not a multiple of the "
+            f"{cfg.tokens_per_image} of an image"
+        )
+    if counts.sum() != len(pixels):
+        raise UserError(f"pixel_values hold {len(pixels)} images but input_ids the positions of {counts.sum()}")
+    rows = np.zeros((len(ids), max(counts.max(), 1), *pixels.shape[1:]), np.float32)
+    rows[np.arange(rows.shape[1]) < counts[:, None]] = pixels
+    return rows
+
+
+def _kinds(arrays: Arrays, cfg: ModelConfig) -> np.ndarray:
+    """int32[batch, seq], what every token is."""
+    kind = np.full(arrays["input_ids"].shape, PROMPT, np.int32)
+    if "labels" in arrays:
+        kind[arrays["labels"] != IGNORED] = ANSWER
+    if cfg.image_token_id is not None:
+        kind[arrays["input_ids"] == cfg.image_token_id] = IMAGE
+    kind[arrays["attention_mask"] == 0] = PADDING
+    return kind

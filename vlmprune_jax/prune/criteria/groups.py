@@ -6,13 +6,14 @@ down, or its row of fc1 and its column of fc2 (LLM-Pruner, arXiv 2305.11627). Bi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from vlmprune_jax.checks import one_of
-from vlmprune_jax.config import LayerShape, ModelConfig, runs
-from vlmprune_jax.models.params import param_axes
+from vlmprune_jax.config import LayerShape, ModelConfig
+from vlmprune_jax.models.params import layer_axes
+from vlmprune_jax.prune.criteria.criterion import Parts
 
 # Reference order of the tensors of a group; it matters for the reduction "first" only.
 ORDER = ("q_proj", "o_proj", "dense", "v_proj", "k_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
@@ -24,7 +25,7 @@ REDUCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "first": lambda stack: stack[0],
 }
 GQA = ("groups", "q_heads")
-Widths = tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]
+Channels = dict[str, np.ndarray]  # of one layer: tensor -> float[heads, head] or float[neurons]
 
 
 def coupled(cfg: ModelConfig) -> tuple[dict[str, int], dict[str, int]]:
@@ -34,13 +35,10 @@ def coupled(cfg: ModelConfig) -> tuple[dict[str, int], dict[str, int]]:
     """
     attention: dict[str, int] = {}
     mlp: dict[str, int] = {}
-    prefix = "text/layers/0/"
-    for path, axes in param_axes(cfg).items():
-        if not path.startswith(prefix) or not path.endswith("/weight"):
-            continue
+    for name, axes in layer_axes(cfg).items():
         group = attention if {"q_heads", "kv_heads"} & set(axes) else mlp if "mlp" in axes else None
-        if group is not None:
-            group[path.removeprefix(prefix)] = axes.index("embed") - 1
+        if group is not None and name.endswith("/weight"):
+            group[name] = axes.index("embed")
 
     def ordered(group: dict[str, int]) -> dict[str, int]:
         return dict(sorted(group.items(), key=lambda item: ORDER.index(item[0].split("/")[-2])))
@@ -48,13 +46,11 @@ def coupled(cfg: ModelConfig) -> tuple[dict[str, int], dict[str, int]]:
     return ordered(attention), ordered(mlp)
 
 
-def reduce_groups(
-    channels: Mapping[int, Mapping[str, np.ndarray]], cfg: ModelConfig, *, reduction: str, gqa: str
-) -> Widths:
-    """(heads, mlp) scores per layer of the channel scores of each run.
+def reduce_groups(channels: Sequence[Channels], cfg: ModelConfig, *, reduction: str, gqa: str) -> Parts:
+    """{"heads": ..., "mlp": ...}: per layer, the scores of its units.
 
     Args:
-      channels: per run, weight name -> float[length, heads, head] or float[length, neurons].
+      channels: per layer, path of every coupled weight -> float[heads, head] or float[neurons].
       reduction: over the tensors of a group, channel by channel; a head is then the sum over its channels.
       gqa: "groups" scores a key/value head with all its query heads (their q and o channels are added up first);
         "q_heads" scores every query head by its q and o alone, since k and v stay.
@@ -64,21 +60,34 @@ def reduce_groups(
     attention, mlp = coupled(cfg)
     heads: list[np.ndarray] = []
     neurons: list[np.ndarray] = []
-    for run, (_, _, shape) in enumerate(runs(cfg.text.layers)):
-        scores = {name: np.asarray(values, np.float64) for name, values in channels[run].items()}
-        stack = np.stack([scores[name] for name in mlp])
-        neurons += list(reduce(stack))
+    for layer, shape in zip(channels, cfg.text.layers, strict=True):
+        scores = {name: np.asarray(values, np.float64) for name, values in layer.items()}
+        neurons.append(reduce(np.stack([scores[name] for name in mlp])))
         members = [_unit_channels(scores[name], shape, gqa) for name in attention]
-        stack = np.stack([member for member in members if member is not None])
-        heads += list(reduce(stack).sum(axis=-1))
-    return tuple(heads), tuple(neurons)
+        heads.append(reduce(np.stack([member for member in members if member is not None])).sum(axis=-1))
+    return {"heads": tuple(heads), "mlp": tuple(neurons)}
+
+
+def reduce_inputs(channels: Sequence[Mapping[str, np.ndarray]], cfg: ModelConfig, *, gqa: str) -> Parts:
+    """{"heads": ..., "mlp": ...} of scores of what o_proj and down_proj read, by these names, per layer.
+
+    "o_proj" is float[q_heads, head], whose sum over a unit's channels (`gqa`, see `reduce_groups`) is its score;
+    "down_proj" float[neurons].
+    """
+    one_of("gqa", gqa, GQA)
+    heads, neurons = [], []
+    for layer, shape in zip(channels, cfg.text.layers, strict=True):
+        units = shape.kv_heads if gqa == "groups" else shape.q_heads
+        heads.append(np.asarray(layer["o_proj"], np.float64).reshape(units, -1).sum(axis=-1))
+        neurons.append(np.asarray(layer["down_proj"], np.float64))
+    return {"heads": tuple(heads), "mlp": tuple(neurons)}
 
 
 def _unit_channels(channels: np.ndarray, shape: LayerShape, gqa: str) -> np.ndarray | None:
-    """float[length, units, head] of a tensor's float[length, heads, head]; None if the unit does not own the tensor."""
-    length, n, head = channels.shape
+    """float[units, head] of a tensor's float[heads, head]; None if the unit does not own the tensor."""
+    n, head = channels.shape
     if gqa == "q_heads" and shape.q_heads != shape.kv_heads:
         return channels if n == shape.q_heads else None
     if n == shape.kv_heads:
         return channels
-    return channels.reshape(length, shape.kv_heads, n // shape.kv_heads, head).sum(axis=2)
+    return channels.reshape(shape.kv_heads, n // shape.kv_heads, head).sum(axis=1)

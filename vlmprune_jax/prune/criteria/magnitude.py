@@ -12,24 +12,50 @@ import numpy as np
 from vlmprune_jax.config import runs
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model, mesh_of
-from vlmprune_jax.prune.criteria.groups import Widths, coupled, reduce_groups
+from vlmprune_jax.prune.criteria.criterion import Criterion, Parts
+from vlmprune_jax.prune.criteria.groups import Channels, coupled, reduce_groups
 
 
-def magnitude(model: Model, *, power: int, reduction: str, gqa: str) -> Widths:
-    """(heads, mlp) scores: channel scores sum |W|^power without a root, as the reference's L1 and L2."""
+def magnitude(model: Model, *, power: int, reduction: str, gqa: str) -> Parts:
+    """Channel scores sum |W|^power without a root, as the reference's L1 and L2, reduced over coupled groups."""
     attention, mlp = coupled(model.cfg)
-    mesh = mesh_of(model.params)
-    channels = {}
+    return reduce_groups(channel_sums(model, attention | mlp, power=power), model.cfg, reduction=reduction, gqa=gqa)
+
+
+def channel_sums(model: Model, weights: dict[str, int], *, power: int) -> list[Channels]:
+    """Per layer, the sum of |W|^power of these weights (path -> axis of the layer's own array) over that axis."""
+    mesh, layers = mesh_of(model.params), list[Channels]()
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        for run in range(len(runs(model.cfg.text.layers))):
+        for run, (_, length, _) in enumerate(runs(model.cfg.text.layers)):
             flat = flatten(model.params["text"]["layers"][str(run)])
-            channels[run] = {
-                name: np.asarray(_summed(flat[name], power, axis + 1)) for name, axis in (attention | mlp).items()
-            }
-    return reduce_groups(channels, model.cfg, reduction=reduction, gqa=gqa)
+            sums = {name: np.asarray(_summed(flat[name], power, axis + 1)) for name, axis in weights.items()}
+            layers += [{name: values[i] for name, values in sums.items()} for i in range(length)]
+    return layers
+
+
+def input_weights(model: Model, *, power: int) -> list[Channels]:
+    """Per layer, the sum over outputs of |W|^power: "o_proj" float32[q_heads, head] and "down_proj" float32[mlp].
+
+    It weighs what a tap sees of the inputs of these projections, in every family by these names.
+    """
+    attention, mlp = coupled(model.cfg)
+    (o_proj,), (down_proj,) = ([name for name, axis in group.items() if axis == 0] for group in (attention, mlp))
+    sums = channel_sums(model, {o_proj: 0, down_proj: 0}, power=power)
+    return [{"o_proj": layer[o_proj], "down_proj": layer[down_proj]} for layer in sums]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _summed(weight: jax.Array, power: int, axis: int) -> jax.Array:
     full = jnp.abs(weight.astype(jnp.float32))
     return jnp.sum(full if power == 1 else full * full, axis=axis)
+
+
+L1, L2 = (
+    Criterion(
+        scores=("widths",),
+        needs="weights",
+        function=functools.partial(magnitude, power=power),
+        options={"reduction": "mean", "gqa": "groups"},
+    )
+    for power in (1, 2)
+)

@@ -6,11 +6,18 @@ import numpy as np
 
 from vlmprune_jax.checks import one_of
 from vlmprune_jax.config import ModelConfig
-from vlmprune_jax.prune.criteria.groups import GQA, Widths
+from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.prune.criteria.criterion import Criterion, Parts
+from vlmprune_jax.prune.criteria.groups import GQA
 
 
-def random_scores(cfg: ModelConfig, *, seed: int, gqa: str) -> tuple[np.ndarray, Widths]:
-    """(importance, (heads, mlp)): a draw from U(0, 1) per layer and per channel; a head is the sum of its channels."""
+def random(model: Model, *, seed: int, gqa: str) -> Parts:
+    """`random_scores` of a model."""
+    return random_scores(model.cfg, seed=seed, gqa=gqa)
+
+
+def random_scores(cfg: ModelConfig, *, seed: int, gqa: str) -> Parts:
+    """Importance, heads and mlp: a draw from U(0, 1) per layer and per channel; a head is the sum of its channels."""
     one_of("gqa", gqa, GQA)
     draw = np.random.default_rng(seed)
     importance = draw.random(len(cfg.text.layers))
@@ -18,4 +25,8 @@ def random_scores(cfg: ModelConfig, *, seed: int, gqa: str) -> tuple[np.ndarray,
     for shape in cfg.text.layers:
         units = shape.kv_heads if gqa == "groups" else shape.q_heads
         heads.append(draw.random((units, cfg.text.head_dim)).sum(axis=1))
-    return importance, (tuple(heads), tuple(draw.random(shape.mlp) for shape in cfg.text.layers))
+    mlp = tuple(draw.random(shape.mlp) for shape in cfg.text.layers)
+    return {"importance": importance, "heads": tuple(heads), "mlp": mlp}
+
+
+RANDOM = Criterion(scores=("layers", "widths"), needs="weights", function=random, options={"seed": 0, "gqa": "groups"})

@@ -1,0 +1,274 @@
+"""Settings as they are declared: bounds and choices, what a stage's ledger holds, the page and the help."""
+
+import dataclasses
+import importlib.util
+from dataclasses import dataclass
+
+import pytest
+from repository import ROOT
+
+from vlmprune_jax.checks import check_settings, setting, settings_of
+from vlmprune_jax.cli.main import main
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.experiment.arguments import recover_config
+from vlmprune_jax.experiment.options import as_markdown, options, sections
+from vlmprune_jax.experiment.spec import STAGES, Experiment, override
+from vlmprune_jax.experiment.variants import check_experiment
+from vlmprune_jax.models.decoder import REMAT_POLICIES
+from vlmprune_jax.recovery.config import REMAT, LossConfig, RecoverConfig
+from vlmprune_jax.recovery.losses import losses
+from vlmprune_jax.stages.console import make_reporter
+from vlmprune_jax.stages.context import Context
+from vlmprune_jax.stages.evaluate import evaluate_stage
+from vlmprune_jax.stages.export import export_stage
+from vlmprune_jax.stages.prune import prune_stage
+from vlmprune_jax.stages.recover import recover_stage
+from vlmprune_jax.stages.score import score_stage
+from vlmprune_jax.stages.teacher_cache import _made_from
+
+# --- declarations -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Some settings."""
+
+    name: str = setting("a", "Which.", choices=("a", "b"))
+    where: str = setting("any", "One of a mapping, or any.", choices="recovery.losses:losses")
+    share: float | None = setting(0.5, "How much.", above=0, most=1)
+    sizes: tuple[int, ...] = setting((), "How large.", least=2)
+    parts: dict = setting({}, "By name.", below=9)
+
+    def __post_init__(self) -> None:
+        check_settings("toy", self)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "c"}, "toy.name 'c' is not one of a, b"),
+        ({"share": 0.0}, "toy.share=0.0 must be above 0 and at most 1"),
+        ({"share": 1.5}, "toy.share=1.5 must be above 0 and at most 1"),
+        ({"share": float("nan")}, "toy.share=nan must be above 0 and at most 1"),
+        ({"sizes": (2, 1)}, "toy.sizes=(2, 1) must be at least 2"),
+        ({"parts": {"x": 9}}, "toy.parts={'x': 9} must be below 9"),
+        ({"parts": {"x": float("inf")}}, "must be below 9"),
+    ],
+)
+def test_what_is_declared_is_checked(values, message):
+    with pytest.raises(UserError) as error:
+        Toy(**values)
+    assert message in str(error.value)
+    assert Toy(share=None, sizes=(2,), parts={"x": 8, "text": "y"}).share is None
+
+
+def test_choices_elsewhere_are_looked_up_when_a_command_starts():
+    check_settings("toy", Toy(where="kl"), elsewhere=True)
+    check_settings("toy", Toy(), elsewhere=True)
+    check_settings("toy", Toy(where="nothing"))
+    with pytest.raises(UserError, match=r"toy.where 'kll' is not one of any, ce, .*; did you mean 'kl'"):
+        check_settings("toy", Toy(where="kll"), elsewhere=True)
+
+
+def test_every_field_of_every_section_is_declared():
+    nested = {"recover": {"lora", "losses"}, "evaluate": {"sets"}}
+    for place, section in sections().items():
+        fields = {f.name for f in dataclasses.fields(section)}
+        assert fields - set(settings_of(section)) == nested.get(place, set()), place
+    for option in options():
+        assert set(option.about.affects) <= set(STAGES), option.name
+        assert option.about.sentence.endswith((".", '."')), option.name
+        if option.about.choices:
+            assert len(option.about.names()) > 1, option.name
+    assert set(REMAT) == set(REMAT_POLICIES)
+
+
+def test_one_set_of_defaults():
+    """Those of the library and of a config."""
+    assert recover_config(Experiment().recover) == RecoverConfig()
+    assert LossConfig().weights().keys() == losses.keys()
+    assert hash(RecoverConfig(losses=LossConfig(extra={"mine": 1.0}))) != hash(RecoverConfig())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"export": {"layout": "hf"}}, "export.layout 'hf' is not one of source, transformers"),
+        ({"score": {"gqa": "group"}}, "score.gqa 'group' is not one of groups, q_heads; did you mean 'groups'"),
+        ({"data": {"template": "buny"}}, "data.template 'buny' is not one of auto, .*; did you mean 'bunny'"),
+        ({"prune_variants": {"a": {"prune": {"rounding": "up"}}}}, "prune.rounding 'up' is not one of nearest"),
+        ({"recover_variants": {"a": {"recover": {"losses": {"extra": {"k": 1}}}}}}, "extra has no term 'k'"),
+    ],
+)
+def test_a_command_refuses_at_its_start(values, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        check_experiment(override(Experiment(), values), tmp_path)
+
+
+# --- what a stage's ledger holds --------------------------------------------------------------------------------------
+
+
+def named(section: str, names: str) -> set[str]:
+    return {f"{section}.{name}" for name in names.split()}
+
+
+PRECISION = {"model.dtype"}
+PICTURE = named("data", "template system max_images aspect_ratio min_tiles max_tiles thumbnail tile_buckets")
+TRAINING = PICTURE | named("data", "max_length truncate length_buckets on_error")
+SCORE = named("score", "variant reduction gqa reference_compat layers_removed longest_text samples batch_size seed")
+PRUNE = named(
+    "prune",
+    "method ratio layers_removed protect rounding attn_layers mlp_layers heads_multiple neurons_multiple selection "
+    "sparsity depth_share steps",
+)
+RECOVER = named(
+    "recover",
+    "trainable epochs steps batch_size accumulation learning_rate projector_learning_rate weight_decay schedule "
+    "warmup_ratio b1 b2 eps clip_norm compute_dtype remat lora save_adapter losses teacher_top_k seed",
+)
+# Stage -> the settings that it keeps: what is not here may be changed without making anything again.
+EXPECTED = {
+    "score": PRECISION | TRAINING | SCORE | {"criteria"},
+    "prune": PRECISION | PRUNE,
+    "prune in steps": PRECISION | PRUNE | TRAINING | SCORE | named("score", "depth width"),
+    "recover": PRECISION | TRAINING | RECOVER | named("data", "fraction seed group_by"),
+    "evaluate": PRECISION | PICTURE | named("evaluate", "batch_size max_length max_new_tokens questions prompt_suffix"),
+    "export": PRECISION | named("export", "layout uneven dtype"),
+}
+LOSSES = {
+    *("ce", "l2", "cosine", "kl", "rkl", "l2_layers", "temperature", "teacher_inputs", "reference_compat", "chunk"),
+    "kl_positions",
+}
+
+
+class Seen(Exception):
+    """The stage that would have run."""
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """Callable (experiment, stage) -> the settings that its ledger keeps."""
+    for folder in ("model", "pruned"):
+        (tmp_path / folder).mkdir()
+    for name in ("records.json", "scores.npz"):
+        (tmp_path / name).write_text("[]")
+
+    def seen(self, stage, body):
+        raise Seen(stage)
+
+    monkeypatch.setattr(Context, "run", seen)
+    context = Context(tmp_path, make_reporter(False), False)
+    calls = {
+        "score": lambda e: score_stage(e, tmp_path, context),
+        "prune": lambda e: prune_stage(e, tmp_path, context),
+        "recover": lambda e: recover_stage(e, tmp_path, tmp_path, context),
+        "evaluate": lambda e: evaluate_stage(e, tmp_path / "pruned", tmp_path, "pruned", context),
+        "export": lambda e: export_stage(e, tmp_path / "pruned", context),
+    }
+
+    def of(experiment, stage):
+        files = {"train": str(tmp_path / "records.json"), "eval": str(tmp_path / "records.json"), "images": None}
+        experiment = override(experiment, {"model": {"hf_dir": str(tmp_path / "model")}, "data": files})
+        with pytest.raises(Seen) as told:
+            calls[stage](experiment)
+        return told.value.args[0].settings
+
+    return of
+
+
+def shipped(name: str) -> Experiment:
+    spec = importlib.util.spec_from_file_location("config", ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return override(Experiment(), module.get_config().to_dict())
+
+
+@pytest.mark.parametrize("name", ["demo", "llava_width", "internvl_depth"])
+def test_each_stage_keeps_what_changes_it(kept, name):
+    experiment = shipped(name)
+    for stage, expected in EXPECTED.items():
+        asked = override(experiment, {"prune": {"steps": 2}}) if stage == "prune in steps" else experiment
+        assert kept(asked, stage.split()[0]).keys() == expected, stage
+    found = kept(experiment, "recover")
+    assert found["recover.losses"].keys() == LOSSES
+    assert found["recover.lora"].keys() == {"rank", "alpha", "dropout", "targets"}
+    assert found["recover.teacher_top_k"] == 0
+
+
+def test_only_what_a_setting_affects_is_made_again(kept):
+    """For every setting, against its declaration; files and folders are inputs and none of the settings."""
+    experiment = Experiment()
+    for stage in ("score", "prune", "recover", "evaluate", "export"):
+        found = kept(experiment, stage)
+        names = {name for name in found if not isinstance(found[name], dict)}
+        names |= {f"{name}.{inner}" for name, value in found.items() if isinstance(value, dict) for inner in value}
+        declared = {o.name for o in options() if stage in o.about.affects and not o.about.by_content}
+        declared = {name for name in declared if not name.startswith("evaluate.sets.")}
+        declared -= {"recover.losses.extra", "score.options", "evaluate.text_window"}  # empty, or of a text
+        if stage == "score":
+            names = (names - {"criteria.scores.npz"}) | {"score.depth", "score.width"}
+        assert names == declared, stage
+
+
+def test_terms_of_ones_own_are_kept(kept):
+    experiment = override(Experiment(), {"recover": {"losses": {"extra": {"mine": 0.5}}}})
+    losses["mine"] = losses["kl"]
+    try:
+        assert kept(experiment, "recover")["recover.losses"]["extra"] == {"mine": 0.5}
+    finally:
+        del losses["mine"]
+
+
+def test_a_teacher_cache_is_of_what_its_logits_depend_on(tmp_path):
+    spec = {"teacher_cache": "x", "teacher_top_k": 5, "losses": {"kl": 1.0, "teacher_inputs": "own"}}
+    experiment = override(
+        Experiment(), {"model": {"hf_dir": str(tmp_path)}, "recover": spec, "data": {"max_length": 9}}
+    )
+    assert _made_from(experiment).keys() == {
+        *("holds", "model.hf_dir", "model.vision_dir", "model.dtype", "data.max_length", "recover.teacher_top_k"),
+        *named("data", "template system truncate aspect_ratio min_tiles max_tiles thumbnail"),
+        *named("recover", "compute_dtype losses.temperature losses.kl_positions"),
+    }
+
+
+def test_a_checkpoint_is_of_what_changes_the_numbers():
+    config = RecoverConfig(trainable="projector", steps=3)
+    found = config.identity()
+    assert found.keys() == {f.name for f in dataclasses.fields(config)} - {
+        *("save_every", "keep_checkpoints", "log_every", "merge_lora")
+    }
+    assert (found["lora"], found["epochs"], found["steps"]) == (None, None, 3)
+    assert found["losses"].keys() == {*LOSSES, "teacher_top_k"}
+
+
+# --- the page and the help --------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_up_to_date():
+    assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == as_markdown(), "run: make docs"
+
+
+def test_help_of_settings(capsys):
+    for name in ("recover.losses.kl", "losses.kl", "kl"):
+        assert main(["help", name]) == 0
+        out = capsys.readouterr().out
+        assert out.splitlines() == [
+            "recover.losses.kl = 0.0   (float; weight; at least 0)",
+            "  Forward KL, teacher to student, at `temperature`.",
+            "  changes: recover",
+        ]
+    assert main(["help", "lora", "group_by"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split(" = ")[0] for line in out.splitlines() if " = " in line] == [
+        *("recover.lora.rank", "recover.lora.alpha", "recover.lora.dropout", "recover.lora.targets", "data.group_by")
+    ]
+    assert "(str; none, length, modality_length)" in out
+    assert main(["help", "log_every"]) == 0
+    assert "changes: nothing" in capsys.readouterr().out
+
+
+def test_help_of_what_does_not_exist(capsys):
+    assert main(["help", "temprature"]) == 2
+    assert capsys.readouterr().err == "vlmprune: error: no setting 'temprature'; did you mean 'temperature'?\n"
+    assert main(["help", "xyzzy"]) == 2
+    assert "(sections are model, data, score, " in capsys.readouterr().err

@@ -1,0 +1,114 @@
+"""The criterion that docs/extend.md prints, from a config on the command line."""
+
+import importlib.util
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from extend_cases import printed_file
+from hf_cases import copy_llava
+from prune_cases import UNEQUAL, batch, config, model
+
+import vlmprune_jax as vp
+from vlmprune_jax.cli.main import main
+from vlmprune_jax.models.params import unstack_layers
+from vlmprune_jax.models.vlm import encode
+
+CONFIG = """
+import my_criterion  # registers "wanda"
+
+from vlmprune_jax.cli.config_files import experiment_config
+
+def get_config():
+    config = experiment_config()
+    config.model.hf_dir = "{folder}/teacher"
+    config.data.train = "{folder}/records.json"
+    config.data.images = "{goldens}/data/images"
+    config.data.system = ""
+    config.score.width = "wanda"
+    config.score.options = {{"image_weight": 0.5}}
+    config.score.samples = 3
+    config.score.batch_size = 2
+    config.prune.method = "width"
+    config.prune.ratio = 0.2
+    return config
+"""
+
+
+@pytest.fixture
+def printed(tmp_path):
+    """The printed file, in tmp_path; what importing it registers is taken back."""
+    before, path = dict(vp.criteria), list(sys.path)
+    yield printed_file("A criterion", tmp_path)
+    assert sys.path == path
+    sys.modules.pop("my_criterion", None)
+    vp.criteria.clear()
+    vp.criteria.update(before)
+
+
+@pytest.fixture
+def experiment(printed, tmp_path, goldens):
+    """Flags of a config that lies beside it and imports it."""
+    copy_llava(goldens, tmp_path / "teacher")
+    question = [{"from": "human", "value": "<image>\nIs it one?"}, {"from": "gpt", "value": "yes"}]
+    records = [{"id": f"r{i}", "image": f"img{i}.png", "conversations": question} for i in range(4)]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    (tmp_path / "experiment.py").write_text(CONFIG.format(goldens=goldens, folder=tmp_path))
+    return [f"--config={tmp_path / 'experiment.py'}", f"--workdir={tmp_path / 'w'}"]
+
+
+def test_the_printed_criterion_scores_and_prunes(experiment, tmp_path, capsys):
+    assert main(["score", *experiment]) == 0
+    scores = vp.Scores.load(tmp_path / "w/scores.npz")
+    assert (scores.criterion, scores.options) == ("wanda", {"gqa": "groups", "image_weight": 0.5})
+    assert main(["prune", *experiment]) == 0
+    plan = vp.PrunePlan.from_json(tmp_path / "w/plan.json")
+    assert plan.criterion == "wanda"
+    lowest = np.argsort(scores.mlp[2], kind="stable")[: len(scores.mlp[2]) - len(plan.layers[2].neurons)]
+    assert not set(lowest) & set(plan.layers[2].neurons)
+    capsys.readouterr()
+    assert main(["score", *experiment]) == 0
+    assert "score: unchanged, skipped" in capsys.readouterr().out
+    with (tmp_path / "my_criterion.py").open("a") as file:
+        file.write("# changed\n")
+    assert main(["score", *experiment]) == 2
+    assert "was made from other inputs (criterion wanda changed)" in capsys.readouterr().err
+    assert main(["score", *experiment, "--config.score.width=wada"]) == 2
+    assert "did you mean 'wanda'?" in capsys.readouterr().err
+    assert main(["score", *experiment, "--config.score.depth=wanda"]) == 2
+    assert "score.depth='wanda' scores widths, not layers: use block_influence or" in capsys.readouterr().err
+
+
+def test_its_numbers(printed):
+    """Over two batches, against whole activations."""
+    spec = importlib.util.spec_from_file_location("my_criterion", printed)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    cfg = config(UNEQUAL, vision=True)
+    one, batches = model(cfg), [batch(cfg), batch(cfg, seed=1)]
+    scores = vp.score(one, batches, criterion="wanda", image_weight=0.25, gqa="q_heads")
+    layers = unstack_layers(one.params, cfg)[0]
+    squares = [{name: 0.0 for name in ("o_proj", "down_proj")} for _ in layers]
+    for arrays in batches:
+        weight = np.where(arrays["input_ids"] == 61, 0.25, arrays["attention_mask"])
+        weight = np.where(arrays["attention_mask"] == 0, 0.0, weight)
+        for sums, seen in zip(squares, whole_inputs(one, arrays), strict=True):
+            for name, x in seen.items():
+                sums[name] = sums[name] + np.einsum("bt,bt...->...", weight, np.asarray(x, np.float64) ** 2)
+    for i, (layer, sums) in enumerate(zip(layers, squares, strict=True)):
+        heads = np.abs(layer["self_attn/o_proj/weight"]).sum(0) * np.sqrt(sums["o_proj"])
+        np.testing.assert_allclose(scores.heads[i], heads.sum(-1), rtol=1e-5)
+        neurons = np.abs(layer["mlp/down_proj/weight"]).sum(0) * np.sqrt(sums["down_proj"])
+        np.testing.assert_allclose(scores.mlp[i], neurons, rtol=1e-5)
+
+
+def whole_inputs(one, arrays):
+    """What o_proj and down_proj of every block read, at every token."""
+    _, aux = encode(
+        jax.tree.map(jnp.asarray, one.params), one.cfg, jnp.asarray(arrays["input_ids"]),
+        pixel_values=jnp.asarray(arrays["pixel_values"]), attention_mask=jnp.asarray(arrays["attention_mask"]),
+        tap=lambda block: block.inputs, tap_inputs=("o_proj", "down_proj"),
+    )  # fmt: skip
+    return aux["tap"]

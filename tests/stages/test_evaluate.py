@@ -1,0 +1,204 @@
+"""Named evaluation sets from the command line: each asked apart, and scored from its answers on disk."""
+
+import json
+import os
+
+import pytest
+from hf_cases import copy_llava
+
+from vlmprune_jax.cli.config_files import experiment_config
+from vlmprune_jax.cli.main import main
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.evaluation.metrics import METRICS, Metric
+from vlmprune_jax.experiment.arguments import evaluation_sets
+from vlmprune_jax.experiment.spec import DataSpec, EvaluateSpec, EvaluationSetSpec, Experiment, override
+from vlmprune_jax.experiment.variants import check_settings
+
+CONFIG = """
+from vlmprune_jax.cli.config_files import experiment_config
+
+
+def get_config(sets):
+    config = experiment_config()
+    config.model.hf_dir = "{root}/teacher"
+    config.data.eval = "{root}/records.json"
+    config.data.images = "{images}"
+    config.data.system = ""
+    config.evaluate.batch_size = 4
+    config.evaluate.max_new_tokens = 2
+    known = {{
+        "questions": {{}},
+        "short": {{"questions": 3, "max_new_tokens": 1, "prompt_suffix": " Say it."}},
+        "wiki": {{"text": "{root}/text.txt", "text_window": 8}},
+    }}
+    for name in sets.split("+"):
+        config.evaluate.sets[name] = known[name]
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, goldens):
+    root = tmp_path_factory.mktemp("sets")
+    copy_llava(goldens, root / "teacher")
+    turns = [{"from": "human", "value": "<image>\nIs it red?"}, {"from": "gpt", "value": "yes"}]
+    records = [{"id": f"r{i}", "image": f"img{i % 4}.png", "conversations": turns} for i in range(6)]
+    (root / "records.json").write_text(json.dumps(records))
+    (root / "text.txt").write_text("The car is red and quiet. " * 4)
+    (root / "config.py").write_text(CONFIG.format(root=root, images=goldens / "data/images"))
+    return root
+
+
+@pytest.fixture
+def evaluate(root, tmp_path, capsys):
+    """Callable (sets, *flags) -> (exit code, lines that were printed); `folder` holds what it made."""
+
+    def command(sets, *flags):
+        capsys.readouterr()
+        code = main(["evaluate", f"--config={root / 'config.py'}:{sets}", f"--workdir={tmp_path / 'w'}", *flags])
+        shown = capsys.readouterr()
+        return code, (shown.out + shown.err).splitlines()
+
+    command.folder = tmp_path / "w/eval"
+    return command
+
+
+def values(folder, name):
+    return json.loads((folder / f"{name}.json").read_text())["values"]
+
+
+def test_a_set_more_repeats_no_other(evaluate):
+    code, lines = evaluate("questions")
+    assert code == 0, lines
+    assert "evaluate teacher ..." in lines
+    assert sorted(os.listdir(evaluate.folder)) == ["teacher.answers.jsonl", "teacher.json"]
+    code, lines = evaluate("questions+short+wiki")
+    assert code == 0, lines
+    assert "evaluate teacher: unchanged, skipped (eval/teacher.answers.jsonl is up to date)" in lines
+    assert {"evaluate teacher short ...", "evaluate teacher wiki ..."} <= set(lines)
+    files = {f"teacher.{name}" for name in ("short.json", "short.answers.jsonl", "wiki.json", "wiki.answers.jsonl")}
+    assert set(os.listdir(evaluate.folder)) == files | {"teacher.answers.jsonl", "teacher.json"}
+    short = [json.loads(line) for line in (evaluate.folder / "teacher.short.answers.jsonl").read_text().splitlines()]
+    assert [(answer["id"], answer["references"], answer["tokens"]) for answer in short] == [
+        (f"r{i}", ["yes"], 1) for i in range(3)
+    ]
+    assert list(values(evaluate.folder, "teacher.wiki")) == ["perplexity"]
+    code, lines = evaluate("questions+short", "--config.evaluate.sets.short.prompt_suffix=?")
+    assert code == 2
+    assert "evaluate teacher short: " in lines[-1]
+    assert '(evaluate.sets.short.prompt_suffix was " Say it.", now "?"): use --overwrite' in lines[-1]
+
+
+def test_another_metric_asks_nothing(evaluate, monkeypatch):
+    assert evaluate("short")[0] == 0
+    monkeypatch.setitem(
+        METRICS, "length", Metric("letters", lambda said, *_: {"letters": len(said)}, full=None, unit="")
+    )
+    code, lines = evaluate("short", "--config.evaluate.sets.short.metric=length")
+    assert code == 0, lines
+    assert "evaluate teacher short: unchanged, skipped (eval/teacher.short.answers.jsonl is up to date)" in lines
+    answers = (evaluate.folder / "teacher.short.answers.jsonl").read_text().splitlines()
+    lengths = [len(json.loads(line)["prediction"]) for line in answers]
+    assert values(evaluate.folder, "teacher.short") == {"letters": pytest.approx(sum(lengths) / 3)}
+    assert any(f"  teacher short: letters {sum(lengths) / 3:.2f} on 3 questions" in line for line in lines)
+
+    def broken(scores, records):
+        raise UserError("the aggregate is not finished")
+
+    monkeypatch.setitem(METRICS, "length", Metric("letters", lambda *_: {"letters": 1}, broken, full=None, unit=""))
+    assert evaluate("short", "--config.evaluate.sets.short.metric=length")[0] == 2
+    assert evaluate("short")[0] == 0  # the answers are still there
+
+
+def test_a_text_is_continued_after_its_last_batch(evaluate, root, monkeypatch):
+    """Its numbers are those of the pass that nothing stopped."""
+    from vlmprune_jax.distributed.journal import Journal
+
+    original, added = Journal.add, []
+
+    def add(self, entry):
+        original(self, entry)
+        added.append(entry)
+        if len(added) == 2:
+            raise KeyboardInterrupt
+
+    few = "--config.evaluate.batch_size=1"
+    monkeypatch.setattr(Journal, "add", add)
+    assert evaluate("wiki", few)[0] == 130
+    assert os.listdir(evaluate.folder) == ["teacher.wiki.json.journal"]
+    assert evaluate("wiki", few)[0] == 0
+    lines = (evaluate.folder / "teacher.wiki.answers.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == added  # none twice
+    first = values(evaluate.folder, "teacher.wiki")
+    assert evaluate("wiki", few, "--config.evaluate.sets.wiki.text_window=9", "--overwrite")[0] == 0
+    assert values(evaluate.folder, "teacher.wiki") != first
+    assert evaluate("wiki", few, "--overwrite")[0] == 0
+    assert values(evaluate.folder, "teacher.wiki") == first
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+DATA = DataSpec(eval="e.json", images="i", eval_images="ei")
+
+
+def test_without_sets_there_are_those_of_the_old_settings():
+    plain = evaluation_sets(Experiment(data=DATA, evaluate=EvaluateSpec(max_new_tokens=4, questions=9)))
+    shared = {"prompt_suffix": "", "max_new_tokens": 4, "questions": 9}
+    expected = EvaluationSetSpec(data="e.json", images="ei", metric="exact_match", **shared)
+    assert plain == {"questions": expected}
+    text = EvaluationSetSpec(text="t.txt", metric="perplexity", text_window=512)
+    both = evaluation_sets(Experiment(data=DATA, evaluate=EvaluateSpec(text="t.txt")))
+    assert (list(both), both["text"]) == (["questions", "text"], text)
+    assert evaluation_sets(Experiment(evaluate=EvaluateSpec(text="t.txt"))) == {"text": text}
+
+
+def test_a_set_has_its_own_settings_or_those_of_all():
+    spec = {"metric": "exact_match", "max_new_tokens": 4, "sets": {"a": {"data": "a.json", "questions": 3}, "b": {}}}
+    sets = evaluation_sets(override(Experiment(data=DATA), {"evaluate": spec}))
+    assert (sets["a"].data, sets["a"].images, sets["a"].questions, sets["a"].max_new_tokens) == ("a.json", "ei", 3, 4)
+    assert (sets["b"].data, sets["b"].questions) == ("e.json", None)
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "message"),
+    [
+        ({"sets": {"a": {"metirc": "x"}}}, "config.evaluate.sets.a has no 'metirc'; did you mean 'metric'?"),
+        ({"sets": {"a": 3}}, "config.evaluate.sets.a is a section, it cannot be 3"),
+        ({"sets": {"a": {"max_new_tokens": 0}}}, "evaluate.sets.max_new_tokens=0 must be at least 1"),
+        ({"sets": {"a": {"text": "t", "data": "d"}}}, "a set is a text (t) or questions"),
+        ({"sets": {"a/b": {}}}, "the name 'a/b' becomes a file's: use letters, digits, _ and -"),
+        ({"sets": {"a": {"metric": "exact"}}}, "evaluate.sets.a.metric 'exact' is not one of exact_match, "),
+        ({"sets": {"a": {"metric": "perplexity"}}}, "metric perplexity is of running text, but the set has questions"),
+        (
+            {"sets": {"a": {"text": "t", "metric": "exact_match"}}},
+            "metric exact_match is of answers, but the set has a text",
+        ),
+        (
+            {"text": "t", "sets": {"text": {}}},
+            "evaluate.text is the evaluation set 'text', which evaluate.sets has as well",
+        ),
+    ],
+)
+def test_wrong_sets(evaluate, message):
+    with pytest.raises(UserError) as error:
+        evaluation_sets(override(Experiment(data=DATA), {"evaluate": evaluate}))
+    assert message in str(error.value)
+
+
+def test_variants_are_compared_on_the_same_sets(tmp_path):
+    config = experiment_config()
+    config.data.eval = "e.json"
+    config.prune_variants = {"a": {"evaluate": {"batch_size": 2}}, "b": {"evaluate": {"questions": 3}}}
+    with pytest.raises(UserError, match="variant b-recovered is evaluated on other sets"):
+        check_settings(override(Experiment(), config.to_dict()), tmp_path)
+
+
+def test_a_config_may_name_sets_one_by_one_or_together():
+    config = experiment_config()
+    config.evaluate.sets.a = {"metric": "exact_match"}
+    config.evaluate.sets = {"b": {"questions": 3}, "a": {"max_new_tokens": 5}}
+    sets = override(Experiment(), config.lock().to_dict()).evaluate.sets
+    assert sets == {
+        "a": EvaluationSetSpec(metric="exact_match", max_new_tokens=5),
+        "b": EvaluationSetSpec(questions=3),
+    }

@@ -1,0 +1,68 @@
+"""The blocks that Llama, Mistral, Qwen2, Qwen3 and many others share: config fields and weight names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vlmprune_jax.config import TextConfig
+from vlmprune_jax.families.rope import rope_from_hf
+from vlmprune_jax.families.shapes import layers_from_hf
+from vlmprune_jax.families.table import Weight
+
+
+def llama_like(
+    config: Mapping[str, Any], decoder: str, *, windows: Sequence[int | None] = (), **traits: Any
+) -> TextConfig:
+    """TextConfig of a config dictionary with Llama's fields, the class's own defaults filled in.
+
+    `vocab_size`, `intermediate_size` and `max_position_embeddings` must be there; others that are absent are as in
+    LlamaConfig. `windows`: the sliding window of each layer (none: all see everything). `traits` are fields of
+    TextConfig by which the decoder differs; without them it has no bias and no norm of queries and keys.
+    """
+    hidden = int(config.get("hidden_size", 4096))
+    heads = int(config.get("num_attention_heads", 32))
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    head_dim = int(config.get("head_dim") or hidden // heads)
+    widths = (heads, kv_heads, int(config["intermediate_size"]))
+    return TextConfig(
+        vocab_size=int(config["vocab_size"]),
+        hidden_size=hidden,
+        head_dim=head_dim,
+        layers=layers_from_hf(config, widths, windows or [None] * int(config.get("num_hidden_layers", 32))),
+        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        activation=config.get("hidden_act", "silu"),
+        rope=rope_from_hf(config),
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        max_positions=int(config["max_position_embeddings"]),
+        decoder=decoder,
+        **{"rotary_dim": head_dim, "qkv_bias": False, "out_bias": False, "mlp_bias": False} | traits,
+    )
+
+
+def llama_like_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
+    """Weight lines of the decoder; `prefix` precedes `embed_tokens`, `layers`, `norm`, and `head` is lm_head's key."""
+    layer, key = "text/layers/{i}", prefix + "layers.{i}"
+    table = [Weight("text/embed_tokens/weight", prefix + "embed_tokens.weight", "vocab embed")]
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        table.append(Weight(f"{layer}/{name}/weight", f"{key}.{name}.weight", "embed"))
+    for name in ("q_norm", "k_norm") if text.qk_norm else ():
+        table.append(Weight(f"{layer}/self_attn/{name}/weight", f"{key}.self_attn.{name}.weight", "head"))
+    projections = {
+        "self_attn.q_proj": ("(q_heads head) embed", "(q_heads head)", text.qkv_bias),
+        "self_attn.k_proj": ("(kv_heads head) embed", "(kv_heads head)", text.qkv_bias),
+        "self_attn.v_proj": ("(kv_heads head) embed", "(kv_heads head)", text.qkv_bias),
+        "self_attn.o_proj": ("embed (q_heads head)", "embed", text.out_bias),
+        "mlp.gate_proj": ("mlp embed", "mlp", text.mlp_bias),
+        "mlp.up_proj": ("mlp embed", "mlp", text.mlp_bias),
+        "mlp.down_proj": ("embed mlp", "embed", text.mlp_bias),
+    }
+    for name, (weight, bias, has_bias) in projections.items():
+        path = f"{layer}/{name.replace('.', '/')}"
+        table.append(Weight(f"{path}/weight", f"{key}.{name}.weight", weight))
+        if has_bias:
+            table.append(Weight(f"{path}/bias", f"{key}.{name}.bias", bias))
+    table.append(Weight("text/norm/weight", prefix + "norm.weight", "embed"))
+    if not text.tie_embeddings:
+        table.append(Weight("text/lm_head/weight", head, "vocab embed"))
+    return table

@@ -1,0 +1,30 @@
+"""Qwen2 and Qwen2.5: Llama's blocks with biases of queries, keys and values, and a window of its own in each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlmprune_jax.config import TextConfig
+from vlmprune_jax.families.decoders import decoder_family
+from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
+from vlmprune_jax.families.shapes import layers_to_hf, windows_from_hf
+from vlmprune_jax.families.table import Decoder, JsonDict
+
+# What transformers' config class fills in where a config.json is silent.
+_DEFAULTS: JsonDict = {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "num_hidden_layers": 32,
+}
+
+
+def _from_hf(config: Mapping[str, Any]) -> TextConfig:
+    config = {**_DEFAULTS, **config}
+    windows = windows_from_hf(config, int(config["num_hidden_layers"]))
+    return llama_like(config, "qwen2", windows=windows, qkv_bias=True)
+
+
+QWEN2 = decoder_family(Decoder("qwen2", "Qwen2ForCausalLM", _from_hf, layers_to_hf, llama_like_weights))

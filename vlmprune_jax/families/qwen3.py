@@ -1,0 +1,31 @@
+"""Qwen3: Llama's blocks with a norm of every query and key head, and a window of its own in each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlmprune_jax.config import TextConfig
+from vlmprune_jax.families.decoders import decoder_family
+from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
+from vlmprune_jax.families.shapes import layers_to_hf, windows_from_hf
+from vlmprune_jax.families.table import Decoder, JsonDict
+
+# What transformers' config class fills in where a config.json is silent.
+_DEFAULTS: JsonDict = {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "num_hidden_layers": 32,
+    "head_dim": 128,
+}
+
+
+def _from_hf(config: Mapping[str, Any]) -> TextConfig:
+    config = {**_DEFAULTS, **config}
+    windows, bias = windows_from_hf(config, int(config["num_hidden_layers"])), bool(config.get("attention_bias", False))
+    return llama_like(config, "qwen3", windows=windows, qkv_bias=bias, out_bias=bias, qk_norm=True)
+
+
+QWEN3 = decoder_family(Decoder("qwen3", "Qwen3ForCausalLM", _from_hf, layers_to_hf, llama_like_weights))

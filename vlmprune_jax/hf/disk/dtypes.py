@@ -1,0 +1,33 @@
+"""Dtypes by the names that weight files and configs give them: one table, from which the others are derived."""
+
+from __future__ import annotations
+
+import math
+
+import ml_dtypes
+import numpy as np
+
+# What a safetensors header may name.
+FILE_DTYPES: dict[str, np.dtype] = {
+    name: np.dtype(kind)
+    for name, kind in {
+        "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+        "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+        "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+    }.items()
+}  # fmt: skip
+# Those that are computed with; all others are parts of a storage, or buffers that are carried over as bytes.
+WEIGHT_DTYPES = {name: FILE_DTYPES[name] for name in ("F32", "F16", "BF16")}
+# The same by the names that users, configs, numpy and torch give them.
+DTYPES = {FILE_DTYPES[name].name: FILE_DTYPES[name] for name in ("F32", "BF16", "F16")}
+
+
+def file_name(dtype: str) -> str:
+    """What weight files call a dtype of numpy or torch ("BF16" for "bfloat16"); unknown ones stay as they are."""
+    return next((name for name, known in FILE_DTYPES.items() if known.name == dtype), dtype)
+
+
+def bytes_in_file(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of a dtype in `FILE_DTYPES`."""
+    return math.prod(shape) * FILE_DTYPES[dtype].itemsize

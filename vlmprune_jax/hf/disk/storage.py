@@ -1,0 +1,191 @@
+"""Storage formats: how a weight lies in the tensors of a folder where it is not one plain tensor (quantised, packed).
+
+A format is one object, a `Storage`: `storages` finds it by the `quant_method` of config.json, and `save` takes one. The
+files hold its tensors; everything above `hf/disk` sees one array per weight, decoded row by row as it is read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES
+from vlmprune_jax.hf.disk.weight_files import Entry, Extent
+
+JsonDict = dict[str, Any]
+_WEIGHT = ".weight"  # how the keys end that a storage may hold: biases and buffers are plain
+
+
+class Storage(Protocol):
+    """How a weight lies in tensors: that of `KEY` in `KEY` + each of `suffixes`, of which "" may be one.
+
+    Dtypes are spelled as in weight files ("F32", "I8"), and parts go by their suffix.
+    """
+
+    @property
+    def name(self) -> str:
+        """What people and `inspect` call it."""
+
+    @property
+    def suffixes(self) -> Sequence[str]:
+        """Of its tensors; every weight has each of them."""
+
+    def weight(self, parts: Mapping[str, Entry]) -> tuple[str, tuple[int, ...]]:
+        """Dtype (F32, F16 or BF16) and shape of the weight in these tensors; ValueError: what cannot be one."""
+
+    def tensors(self, dtype: str, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype and shape of the tensors of such a weight: the inverse of `weight`, against which files are checked."""
+
+    def decode(self, parts: Mapping[str, Entry], start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop` of the weight, in its dtype; `Entry.rows` reads what it needs of a part."""
+
+    def encode(self, values: np.ndarray) -> dict[str, np.ndarray]:
+        """The tensors of a weight with these values, as `tensors` says."""
+
+    def holds(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a weight is written like this, by its path in `params` and its shape in files; others are plain."""
+
+    def to_config(self, keys: Sequence[str]) -> JsonDict:
+        """`quantization_config` of a folder with these tensors, `quant_method` among it."""
+
+
+# quant_method -> the storage that a folder's quantization_config describes (UserError: what it cannot read of it).
+storages: dict[str, Callable[[JsonDict], Storage]] = {}
+
+
+@dataclass(frozen=True)
+class EncodedWeight:
+    """A weight in the tensors of a storage: what `Entry` is to a plain one. Only the rows asked for are decoded."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    storage: Storage
+    parts: Mapping[str, Entry]
+
+    @property
+    def file(self) -> Path:
+        """Where its first tensor is."""
+        return next(iter(self.parts.values())).file
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * WEIGHT_DTYPES[self.dtype].itemsize
+
+    def raw(self) -> np.ndarray:
+        """uint8[bytes] of all values."""
+        return self.values(0, math.prod(self.shape)).view(np.uint8)
+
+    def array(self) -> np.ndarray:
+        """All values."""
+        return self.values(0, math.prod(self.shape)).reshape(self.shape)
+
+    def values(self, first: int, count: int) -> np.ndarray:
+        """`count` values from flat position `first` on."""
+        width = max(1, math.prod(self.shape[1:]))
+        start, stop = first // width, -(-(first + count) // width)
+        with np.errstate(all="ignore"):  # what is not finite is reported with the weight's name
+            rows = self.storage.decode(self.parts, start, stop)
+        assert rows.dtype == WEIGHT_DTYPES[self.dtype], f"{self.key}: {rows.dtype} decoded, {self.dtype} announced"
+        return rows.reshape(-1)[first - start * width :][:count]
+
+    def extent(self, first: int, size: int) -> Extent | None:
+        """None: its values are nowhere in a file."""
+
+    def elements(self, positions: np.ndarray) -> np.ndarray:
+        """The values at flat positions."""
+        found = [self.values(int(at), 1) for at in positions.reshape(-1)]
+        return np.concatenate(found).reshape(positions.shape)
+
+    def pieces(self, cuts: Sequence[int]) -> Iterator[np.ndarray]:
+        """The values between consecutive `cuts` (ascending flat positions)."""
+        return (self.values(begin, end - begin) for begin, end in itertools.pairwise(cuts))
+
+
+StoredWeight = Entry | EncodedWeight
+
+
+def find_storage(config: JsonDict, where: str) -> Storage | None:
+    """The storage of a folder with this config.json, or None where every weight is one plain tensor.
+
+    Raises:
+      UserError: its weights are quantised in a way that is not known.
+    """
+    for part in (config, config.get("text_config"), config.get("llm_config")):
+        settings = part.get("quantization_config") if isinstance(part, dict) else None
+        if not settings:
+            continue
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
+        if not isinstance(settings, dict) or not isinstance(method, str) or method not in storages:
+            raise UserError(
+                f"{where}: the weights are quantised (quantization_config, quant_method {method!r}) "
+                "and cannot be pruned like this: use the checkpoint they were made from"
+            )
+        try:
+            return storages[method](settings)
+        except UserError as error:
+            raise UserError(f"{where}: quantization_config: {error}") from None
+    return None
+
+
+def without_storage(config: JsonDict) -> JsonDict:
+    """The config.json of a folder with plain weights."""
+    inner = {name: config[name] for name in ("text_config", "llm_config") if isinstance(config.get(name), dict)}
+    plain = {name: {k: v for k, v in part.items() if k != "quantization_config"} for name, part in inner.items()}
+    return {name: value for name, value in (config | plain).items() if name != "quantization_config"}
+
+
+def join_parts(storage: Storage, tensors: Mapping[str, Entry], where: str) -> dict[str, StoredWeight]:
+    """The weights in the tensors of a folder, in their order; what belongs to no weight is left as it is.
+
+    Raises:
+      UserError: tensors of a weight are missing, or do not fit one another.
+    """
+    marks = [suffix for suffix in storage.suffixes if suffix]
+    groups: dict[str, dict[str, Entry]] = {}
+    for name, entry in tensors.items():
+        suffix = next((mark for mark in marks if name.endswith(_WEIGHT + mark)), "")
+        groups.setdefault(name.removesuffix(suffix), {})[suffix] = entry
+    found: dict[str, StoredWeight] = {}
+    problems = []
+    for key, parts in groups.items():
+        one = parts.get("")
+        if one is not None and len(parts) == 1 and (one.dtype in WEIGHT_DTYPES or not key.endswith(_WEIGHT)):
+            found[key] = one
+            continue
+        try:
+            found[key] = _join(storage, key, parts)
+        except (ValueError, LookupError, TypeError) as error:
+            problems.append(f"{key}: {error}")
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise UserError(
+            f"{where}: its {storage.name} weights are incomplete: {'; '.join(problems[:8])}{more}: download it again"
+        )
+    return found
+
+
+def _join(storage: Storage, key: str, parts: Mapping[str, Entry]) -> EncodedWeight:
+    """One weight; ValueError, or what a storage raises for headers that it did not expect: what is wrong with it."""
+    missing = [key + suffix for suffix in storage.suffixes if suffix not in parts]
+    if missing:
+        raise ValueError(f"{next(iter(parts.values())).key} has no {', '.join(missing)} beside it")
+    if set(parts) != set(storage.suffixes):
+        raise ValueError("it is there twice, plain and in parts")
+    dtype, shape = storage.weight(parts)
+    if dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"is decoded to {dtype}, supported are {', '.join(WEIGHT_DTYPES)}")
+    for suffix, (part_dtype, part_shape) in storage.tensors(dtype, shape).items():
+        part = parts[suffix]
+        if (part.dtype, part.shape) != (part_dtype, part_shape):
+            expected = f"{part_dtype} {list(part_shape)}"
+            raise ValueError(f"{part.key} is {part.dtype} {list(part.shape)}, expected {expected}")
+    return EncodedWeight(key, dtype, shape, storage, parts)

@@ -1,0 +1,67 @@
+"""Arrays in host memory, one at a time, from wherever they are: devices, other processes, files."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES
+from vlmprune_jax.hf.disk.weight_files import Extent
+from vlmprune_jax.hf.lazy import FileArray, FileStack
+
+
+def to_host(array: Any, index: int | None) -> np.ndarray:
+    """An array, or entry `index` of a stack, in host memory; every process must call it for arrays split over them."""
+    stored = _in_file(array, index)
+    if stored is not None:
+        return stored.read()
+    if isinstance(array, np.ndarray):
+        return array if index is None else array[index]
+    if is_split(array):
+        part = array if index is None else _entry(array, index)
+        return np.asarray(multihost_utils.process_allgather(part, tiled=True))
+    if array.is_fully_replicated:
+        # On CPU this is a view of the device buffer.
+        whole = np.asarray(array.addressable_data(0))
+        return whole if index is None else whole[index]
+    # Assembled by hand: np.asarray(array) would keep a host copy of every weight alive inside the model.
+    part = array if index is None else _entry(array, index)
+    host = np.empty(part.shape, part.dtype)
+    for shard in part.addressable_shards:
+        host[shard.index] = np.asarray(shard.data)
+    return host
+
+
+def is_split(array: Any) -> bool:
+    """Whether no process alone can read the whole array."""
+    return isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated)
+
+
+def extent_of(parts: Sequence[tuple[Any, int | None]], dtype: str) -> Extent | None:
+    """Where these arrays (or entries of stacks) lie in a file one after the other, as they are written; or None."""
+    pieces = [_in_file(*part) for part in parts]
+    extents = [one.extent for one in pieces if one is not None and one.dtype == WEIGHT_DTYPES[dtype]]
+    found = [extent for extent in extents if extent is not None]
+    follows = all(a.file == b.file and a.end == b.begin for a, b in itertools.pairwise(found))
+    return Extent(found[0].file, found[0].begin, found[-1].end) if len(found) == len(parts) and follows else None
+
+
+def origin(array: Any, index: int | None) -> str | None:
+    """File and key that an array (or entry of a stack) is read from, or None for one in memory."""
+    one = _in_file(array, index)
+    return None if one is None else f"{one.source.file}: tensor {one.source.key}"
+
+
+def _in_file(array: Any, index: int | None) -> FileArray | None:
+    one = array[index] if isinstance(array, FileStack) and index is not None else array
+    return one if isinstance(one, FileArray) else None
+
+
+@jax.jit
+def _entry(stack: jax.Array, index: Any) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stack, index, axis=0, keepdims=False)

@@ -1,0 +1,100 @@
+"""Sums over the tokens of calibration batches, streamed: per batch only a criterion's sums leave the device."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlmprune_jax.checks import one_of
+from vlmprune_jax.distributed.journal import Journal, continued
+from vlmprune_jax.distributed.rules import constrain
+from vlmprune_jax.models.decoder import TAP_INPUTS, Tap
+from vlmprune_jax.models.vlm import Model, encode, mesh_of, place_batch
+from vlmprune_jax.prune.criteria.calibration import Arrays
+
+
+class Tokens(NamedTuple):
+    """The tokens of a batch, both [batch, seq].
+
+    `weight`: float32, 1 where a token is real, 0 where it is padding. `kind`: int32, one of PADDING, PROMPT, IMAGE and
+    ANSWER (a token with a label; of a batch without labels none is).
+    """
+
+    weight: jax.Array
+    kind: jax.Array
+
+
+class Blocks(Protocol):
+    """The decoder's blocks over one batch: `blocks(tap, inputs=())` -> a list with what `tap` gave for each block.
+
+    `tap(block)` sees a `models.decoder.Block`: `before` and `after` (of the last block after the final norm), `inputs`
+    by the names asked for ("o_proj", "down_proj"; in every family) and `params`. Whatever it gives exists for all
+    blocks at once: reduce it over the tokens.
+    """
+
+    def __call__(self, tap: Tap, inputs: tuple[str, ...] = ()) -> list[Any]: ...
+
+
+def accumulate(
+    model: Model,
+    batches: Iterable[Arrays],
+    function: Callable[..., Any],
+    options: Mapping[str, Any],
+    *,
+    progress: Callable[[int], None] | None,
+    journal: Journal | None,
+) -> Any:
+    """The tree that `function(blocks, tokens, **options)` gives, float64 on the host, added up over all batches.
+
+    `journal`: where each batch's sums are kept, and continued from.
+    """
+    mesh = mesh_of(model.params)
+    params = jax.tree.map(jnp.asarray, model.params) if mesh is None else model.params
+    fixed = tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in options.items())
+    step = functools.partial(_sums, cfg=model.cfg, function=function, options=fixed)
+    batches = iter(batches)
+    first = next(batches)
+
+    def sums(arrays: Arrays) -> list[Any]:
+        placed = place_batch(_inputs(arrays), mesh)
+        leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(step(params, placed))]
+        return leaves if journal is None else [leaf.tolist() for leaf in leaves]
+
+    totals: list[np.ndarray] = []
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        # not from a result: an interrupted pass may find all of them in its journal
+        structure = jax.tree.structure(jax.eval_shape(step, params, _inputs(first)))
+        for done, entry in enumerate(continued(sums, itertools.chain([first], batches), journal), start=1):
+            new = [np.asarray(leaf) for leaf in entry]
+            totals = [total + leaf for total, leaf in zip(totals, new, strict=True)] if totals else new
+            if progress is not None:
+                progress(done)
+    return jax.tree.unflatten(structure, totals)
+
+
+def _inputs(arrays: Arrays) -> dict[str, Any]:
+    return {name: arrays.get(name) for name in ("input_ids", "attention_mask", "kind", "pixel_values")}
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "function", "options"))
+def _sums(params, batch, *, cfg, function, options):
+    mask = batch["attention_mask"]
+
+    def blocks(tap: Tap, inputs: tuple[str, ...] = ()) -> list[Any]:
+        for name in inputs:
+            one_of("input", name, TAP_INPUTS)
+        _, aux = encode(
+            params, cfg, batch["input_ids"], pixel_values=batch["pixel_values"], attention_mask=mask, tap=tap,
+            tap_inputs=tuple(inputs),
+        )  # fmt: skip
+        return aux["tap"]
+
+    sums = function(blocks, Tokens(mask.astype(jnp.float32), batch["kind"]), **dict(options))
+    return jax.tree.map(lambda leaf: constrain(leaf, (None,) * leaf.ndim), sums)

@@ -1,0 +1,68 @@
+"""How far apart the states before and after several consecutive layers are (arXiv 2403.17887)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.decoder import Block
+from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.prune.criteria.activations import Blocks, Tokens
+from vlmprune_jax.prune.criteria.block_influence import cosine_distance
+from vlmprune_jax.prune.criteria.calibration import positive
+from vlmprune_jax.prune.criteria.criterion import Criterion, Parts
+
+
+def angles(blocks: Blocks, tokens: Tokens, *, layers_removed: int | None) -> tuple[jax.Array, jax.Array]:
+    """Sums over rows of arccos(cos)/pi between h_i and h_{i + layers_removed}, one per start i, and how many rows.
+
+    States are those of each row's last real token; a row of padding does not count.
+
+    Raises:
+      UserError: `layers_removed` is not given, or does not leave a layer.
+    """
+    if layers_removed is None:
+        raise UserError("criterion 'angular' needs layers_removed= (the number of consecutive layers to remove)")
+    weight = tokens.weight
+    last = weight.shape[1] - 1 - jnp.argmax(weight[:, ::-1], axis=1)
+    real = weight.max(axis=1) > 0
+
+    def at_last(x: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+
+    def tap(block: Block) -> tuple[jax.Array, jax.Array]:
+        return at_last(block.before), at_last(block.after)
+
+    ends = blocks(tap)
+    if not 0 < layers_removed < len(ends):
+        raise UserError(f"layers_removed={layers_removed} must be between 1 and {len(ends) - 1} for {len(ends)} layers")
+    states = jnp.stack([*(before for before, _ in ends), ends[-1][1]])  # [n_layers + 1, batch, embed]
+    # clipped: rounding can leave a cosine above 1, whose arccos is NaN
+    cosine = jnp.clip(1 - cosine_distance(states[:-layers_removed], states[layers_removed:]), -1, 1)
+    angle = jnp.where(real[None], jnp.arccos(cosine) / jnp.pi, jnp.zeros_like(cosine))
+    return angle.sum(axis=1), real.astype(jnp.float32).sum()
+
+
+def mean_angle(sums: Any, model: Model, *, reference_compat: bool) -> Parts:
+    """float64[n_layers]: the mean over rows (`reference_compat`: the sum) of the layers that start at each.
+
+    Those that would reach past the last layer are +inf (never removed).
+    """
+    total, rows = sums
+    importance = np.full(len(model.cfg.text.layers), np.inf)
+    importance[: len(total)] = total if reference_compat else total / positive(rows)
+    return {"importance": importance}
+
+
+ANGULAR = Criterion(
+    scores=("layers",),
+    needs="activations",
+    function=angles,
+    finish=mean_angle,
+    options={"layers_removed": None, "reference_compat": False},
+    journals=True,
+)

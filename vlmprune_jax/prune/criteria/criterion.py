@@ -1,0 +1,86 @@
+"""What a criterion is: one description, which scoring, the checks of settings and the commands go by."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sized
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vlmprune_jax.checks import one_of
+from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.errors import UserError
+
+PACKAGE = Path(__file__).parents[2]
+NEEDS = ("weights", "activations", "labels")
+# What a criterion scores -> the fields of Scores that it fills.
+FIELDS = {"layers": ("importance",), "widths": ("heads", "mlp")}
+Parts = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One way to tell what of a model matters.
+
+    `scores`: of "layers" and "widths" (heads and neurons), what it tells about. `options`: defaults by name; each
+    function is given those that it has parameters for. An option `variant` shows in the criterion's name, `gqa` and
+    `layers_removed` say what the numbers are of (see `Scores`).
+
+    What `function` is depends on what it `needs`:
+      weights: function(model, **options) -> parts.
+      activations: function(blocks, tokens, **options) -> a tree of sums over the tokens of one batch, computed on the
+        device (`activations.Blocks`, `activations.Tokens`). Sums of all batches are added up in float64, and
+        `finish(sums, model, **options)` -> parts.
+      labels: function(model, batches, progress, **options) -> parts, a pass of its own over checked batches that have
+        labels (weight gradients: `gradients.gradient_channels`).
+    Parts are fields of `Scores`: {"importance": ...}, {"heads": ..., "mlp": ...} or all three.
+
+    `counts`: what `progress` is called with, the number of finished "batches" or "layers". `journals`: whether the sums
+    of every batch are kept on disk, so that an interrupted pass continues after them; for sums of few numbers.
+
+    Raises:
+      UserError: a description that contradicts itself, or an option that no function has a parameter for.
+    """
+
+    scores: tuple[str, ...]
+    needs: str
+    function: Callable[..., Any]
+    finish: Callable[..., Parts] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    counts: str = "batches"
+    journals: bool = False
+
+    def __post_init__(self) -> None:
+        for what in self.scores:
+            one_of("a criterion's scores:", what, tuple(FIELDS))
+        one_of("a criterion's needs:", self.needs, NEEDS)
+        one_of("a criterion's counts:", self.counts, ("batches", "layers"))
+        streams = self.needs == "activations"
+        if streams != (self.finish is not None) or (self.journals and not streams):
+            raise UserError('a criterion has finish= (and may have journals=True) where it needs "activations", only')
+        for name in self.options:
+            if not any(name in taken(function, {name: None}) for function in (self.function, self.finish) if function):
+                raise UserError(f"a criterion's option {name!r} does nothing: its functions have no parameter {name}")
+
+    @property
+    def needs_batches(self) -> bool:
+        """Whether it looks at calibration data at all."""
+        return self.needs != "weights"
+
+    @property
+    def file(self) -> Path | None:
+        """The file of a criterion that is not this package's own: what it gives changes with that file."""
+        code = getattr(self.finish or self.function, "__code__", None)
+        path = Path("" if code is None else code.co_filename)
+        return path if path.is_file() and PACKAGE not in path.parents else None
+
+    def total(self, cfg: ModelConfig, batches: Sized) -> int:
+        """How far `progress` counts."""
+        return len(cfg.text.layers) if self.counts == "layers" else len(batches)
+
+
+def taken(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that a function has parameters for."""
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in options.items() if name in parameters}

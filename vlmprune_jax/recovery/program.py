@@ -1,0 +1,157 @@
+"""What a run compiles and what it holds: everything checked, placed and built before the first batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.distributed.mesh import row_ways
+from vlmprune_jax.distributed.rules import check_divides, sharding
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.params import Flat, flatten, param_axes, param_shapes, unflatten
+from vlmprune_jax.models.vlm import Model, Params, mesh_of
+from vlmprune_jax.recovery.checkpoint import weights_digest
+from vlmprune_jax.recovery.config import RecoverConfig
+from vlmprune_jax.recovery.losses import Teacher, check_losses, check_teacher, layer_pairs, needs_teacher
+from vlmprune_jax.recovery.step import (
+    Step,
+    StepConfig,
+    TrainState,
+    init_state,
+    learning_rates,
+    make_optimizer,
+    make_step,
+    state_shardings,
+    step_context,
+)
+from vlmprune_jax.recovery.trainable import add_lora, assign_groups, with_lora
+
+
+class Program(NamedTuple):
+    """What a run compiles, for which no weights are needed.
+
+    `cfg` has the adapters, `groups` is path -> optimizer group of what trains, `shardings` those of the state.
+    """
+
+    cfg: ModelConfig
+    groups: dict[str, str]
+    teacher: Teacher | None
+    optimizer: optax.GradientTransformation
+    shardings: TrainState | None
+    step: Step
+
+
+def make_program(
+    cfg: ModelConfig,
+    config: RecoverConfig,
+    *,
+    teacher_cfg: ModelConfig | None,
+    kept_layers: Sequence[int] | None,
+    mesh: Mesh | None,
+    num_steps: int,
+) -> Program:
+    """The step of a run, with everything checked that does not depend on weights (`kept_layers`: the prune plan's).
+
+    Raises:
+      UserError: settings that do not fit the model, the teacher or the mesh.
+    """
+    check_losses(config.losses)
+    check_teacher(config.losses, cfg, teacher_cfg)
+    if mesh is not None:
+        check_mesh(mesh, cfg, config)
+    if config.adapters is not None:
+        cfg = with_lora(cfg, config.adapters)
+    shapes = param_shapes(cfg)
+    groups = assign_groups(list(shapes), config.trainable)
+    teacher = None
+    if teacher_cfg is not None and needs_teacher(config.losses):
+        teacher = Teacher(teacher_cfg, *layer_pairs(config.losses, cfg, teacher_cfg, kept_layers))
+    optimizer = make_optimizer(config, groups, num_steps)
+    masters = {path: jax.ShapeDtypeStruct(shapes[path], np.float32) for path in groups}
+    shardings = state_shardings(masters, optimizer, cfg, mesh)
+    step_config = StepConfig(
+        cfg, config.losses, teacher, config.accumulation, config.clip_norm, config.compute_dtype, config.remat
+    )
+    step = make_step(step_config, optimizer, learning_rates(config, groups, num_steps), shardings)
+    return Program(cfg, groups, teacher, optimizer, shardings, step)
+
+
+class Run(NamedTuple):
+    """A prepared run: the model's config (with adapters) and dtypes, its two halves on the devices, the step."""
+
+    cfg: ModelConfig
+    dtypes: dict[str, Any]
+    mesh: Mesh | None
+    frozen: Flat
+    teacher_cfg: ModelConfig | None
+    teacher_params: Params | None
+    state: TrainState
+    step: Step
+    identity: dict[str, Any]
+
+
+def prepare(
+    model: Model, config: RecoverConfig, teacher: Model | None, plan: Any, mesh: Mesh | None, total: int
+) -> Run:
+    """Check everything that can be checked before the first batch, place the arrays and build the step."""
+    mesh = mesh if mesh is not None else mesh_of(model.params)
+    program = make_program(
+        model.cfg,
+        config,
+        teacher_cfg=None if teacher is None else teacher.cfg,
+        kept_layers=getattr(plan, "kept_layers", None),
+        mesh=mesh,
+        num_steps=total,
+    )
+    if config.adapters is not None:
+        model = add_lora(model, config.adapters, jax.random.fold_in(jax.random.key(config.seed), 1))
+    flat = place(model, mesh)
+    trainable = {path: leaf for path, leaf in flat.items() if path in program.groups}
+    frozen = {path: leaf for path, leaf in flat.items() if path not in program.groups}
+    taught, teacher_params = program.teacher, None
+    if teacher is not None and taught is not None:
+        teacher_params = unflatten({p: x.astype(config.compute_dtype) for p, x in place(teacher, mesh).items()})
+    with step_context(mesh, config.compute_dtype):
+        state = init_state(trainable, program.optimizer, config.seed, program.shardings)
+    identity = {
+        "config": config.identity(),
+        "num_steps": total,
+        "model": {"cfg": dataclasses.asdict(model.cfg), "weights": weights_digest(flat)},
+        "teacher": taught and {"cfg": dataclasses.asdict(taught.cfg), "weights": weights_digest(teacher_params)},
+        "layers": taught and [taught.student_layers, taught.teacher_layers],
+    }
+    dtypes = {path: leaf.dtype for path, leaf in trainable.items()}
+    teacher_cfg = None if taught is None else taught.cfg
+    return Run(program.cfg, dtypes, mesh, frozen, teacher_cfg, teacher_params, state, program.step, identity)
+
+
+def check_mesh(mesh: Mesh, cfg: ModelConfig, config: RecoverConfig) -> None:
+    """Refuse a mesh that does not divide the model or a micro-batch.
+
+    Raises:
+      UserError: names the sizes.
+    """
+    check_divides(cfg, mesh)
+    ways = row_ways(mesh)
+    rows = config.batch_size // config.accumulation
+    if rows % ways:
+        raise UserError(
+            f"a micro-batch of {rows} rows (batch_size / accumulation) "
+            f"does not divide over data x fsdp = {ways} devices: make it a multiple of {ways}"
+        )
+
+
+def place(model: Model, mesh: Mesh | None) -> Flat:
+    """Flat params on the mesh (or the default device); arrays that are there already are not copied."""
+    flat = flatten(model.params)
+    if mesh is None:
+        return {path: jax.numpy.asarray(leaf) for path, leaf in flat.items()}
+    axes = param_axes(model.cfg)
+    return {path: jax.device_put(leaf, sharding(mesh, axes[path])) for path, leaf in flat.items()}
