@@ -61,8 +61,8 @@ def get_config():
 
 @pytest.mark.slow
 def test_the_demo_reaches_its_numbers(tmp_path, capsys):
-    """The teacher answers >= 99 % of all 9,673 questions. Without training both pruned models are worse, in width by half
-    of the answers; SFT + L2 with 5 % of the data retains >= 99 % (depth) and >= 95 % (width) of the teacher's.
+    """The teacher answers >= 99 % of all 9,673 questions. Both pruned models are worse, in width by half of the
+    answers; trained on 5 % of the data they retain >= 99 % (depth) and >= 95 % (width) of the teacher's.
     """
     assert main(["demo", f"--workdir={tmp_path / 'w'}"]) == 0, capsys.readouterr().err
     result = json.loads((tmp_path / "w/result.json").read_text())
