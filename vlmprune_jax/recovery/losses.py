@@ -15,15 +15,15 @@ import jax.numpy as jnp
 
 from vlmprune_jax.checks import suggest
 from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.data.prompts import IGNORE
 from vlmprune_jax.distributed.mesh import within
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.cross_entropy import chunks
 from vlmprune_jax.models.decoder import head_logits
 from vlmprune_jax.models.vlm import Model, Params, check_inputs, encode, mesh_of, to_nnx
 from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
 from vlmprune_jax.recovery.terms import BUILT_IN, LossTerm
-
-IGNORED = -100
 
 
 class LossTerms(dict[str, LossTerm]):
@@ -222,7 +222,7 @@ def term_weights(loss: LossConfig, cfg: ModelConfig, labels: jax.Array, mask: ja
 
     Knowing the totals first makes gradients of micro-batches simply additive.
     """
-    n_labels = jnp.sum(labels[..., 1:] != IGNORED, dtype=jnp.float32)
+    n_labels = jnp.sum(labels[..., 1:] != IGNORE, dtype=jnp.float32)
     n_valid = jnp.float32(mask.size) if loss.reference_compat else jnp.sum(mask, dtype=jnp.float32)
     rows = jnp.float32(mask.size // mask.shape[-1])
     places = rows if loss.reference_compat else n_labels if loss.kl_positions == "labels" else n_valid
@@ -339,14 +339,14 @@ def vocabulary_sums(
     int[batch, seq, k] and logprobs [batch, seq, k + 1]. The sequence is cut into chunks whose logits are recomputed in
     the backward pass: the largest array is [batch, chunk, vocab].
     """
-    targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
+    targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
     weigh = jnp.ones_like(mask) if loss.reference_compat else mask
     if loss.kl_positions == "labels":
-        weigh = (targets != IGNORED).astype(mask.dtype)
+        weigh = (targets != IGNORE).astype(mask.dtype)
     xs: dict[str, Any] = {"h": hidden, "w": weigh, **(top or {})}
     if teacher_head is not None and teacher_hidden is not None:
         xs["t"] = teacher_hidden
-    xs = {name: chunks(x, loss.chunk, 0) for name, x in xs.items()} | {"y": chunks(targets, loss.chunk, IGNORED)}
+    xs = {name: chunks(x, loss.chunk, 0) for name, x in xs.items()} | {"y": chunks(targets, loss.chunk, IGNORE)}
 
     terms = {name: term for name, term in measured(loss).items() if not term.on_hidden}
     if teacher_head is None and top is None:
@@ -381,16 +381,8 @@ def _over_chunk(
         values = term.from_top_k(given["logits"], x["ids"], x["logprobs"], loss.temperature)
     else:
         values = term.value(*(given[name] for name in term.needs))
-    total = jnp.sum(jnp.where(x["y"] == IGNORED, 0.0, values) if term.counts == "labels" else values * weight)
+    total = jnp.sum(jnp.where(x["y"] == IGNORE, 0.0, values) if term.counts == "labels" else values * weight)
     return loss.temperature**2 * total if term.tempered else total
-
-
-def chunks(x: jax.Array, size: int, fill: int) -> jax.Array:
-    """[batch, seq, ...] -> [n, batch, chunk, ...]: at least two chunks of at most `size`; `fill` fills up the last."""
-    batch, seq = x.shape[:2]
-    size = min(size, -(-seq // 2))
-    x = jnp.pad(x, ((0, 0), (0, -seq % size)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
-    return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
 
 
 def combine(sums: dict[str, jax.Array], weights: dict[str, jax.Array], loss: LossConfig) -> jax.Array:

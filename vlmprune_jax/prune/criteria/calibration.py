@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.data.prompts import IGNORE
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.vlm import check_inputs
 
 Arrays = dict[str, np.ndarray]
-IGNORED = -100
 # What a token is; an answer is a token with a label.
 PADDING, PROMPT, IMAGE, ANSWER = range(4)
 
@@ -71,11 +71,11 @@ def _checked(arrays: Arrays, cfg: ModelConfig, labels: bool) -> Arrays:
 
 
 def _check_labels(labels: np.ndarray, cfg: ModelConfig) -> None:
-    wrong = (labels != IGNORED) & ((labels < 0) | (labels >= cfg.text.vocab_size))
+    wrong = (labels != IGNORE) & ((labels < 0) | (labels >= cfg.text.vocab_size))
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
         raise UserError(
-            f"labels[{row}, {column}] = {labels[row, column]} is neither {IGNORED} (ignored) nor below "
+            f"labels[{row}, {column}] = {labels[row, column]} is neither {IGNORE} (ignored) nor below "
             f"{cfg.text.vocab_size}"
         )
 
@@ -101,7 +101,7 @@ def _kinds(arrays: Arrays, cfg: ModelConfig) -> np.ndarray:
     """int32[batch, seq], what every token is."""
     kind = np.full(arrays["input_ids"].shape, PROMPT, np.int32)
     if "labels" in arrays:
-        kind[arrays["labels"] != IGNORED] = ANSWER
+        kind[arrays["labels"] != IGNORE] = ANSWER
     if cfg.image_token_id is not None:
         kind[arrays["input_ids"] == cfg.image_token_id] = IMAGE
     kind[arrays["attention_mask"] == 0] = PADDING

@@ -21,12 +21,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vlmprune_jax.config import ModelConfig, runs
+from vlmprune_jax.data.prompts import IGNORE
 from vlmprune_jax.distributed.rules import constrain, sharding
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.decoder import Context
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model, Params, VisionLanguageModel, mesh_of, text_context, to_nnx
-from vlmprune_jax.prune.criteria.calibration import IGNORED, Arrays
+from vlmprune_jax.prune.criteria.calibration import Arrays
 from vlmprune_jax.prune.criteria.groups import coupled
 
 CHUNK = 256  # positions whose float32 logits exist at once: 33 MB a row for 32,000 words
@@ -61,7 +62,7 @@ def gradient_channels(
     counts = _label_counts(data["labels"])
     if counts.sum() == 0:
         raise UserError(
-            f"the calibration batches have no label: every one is {IGNORED}, so there is no loss to differentiate"
+            f"the calibration batches have no label: every one is {IGNORE}, so there is no loss to differentiate"
         )
     # all-(-100) rows, such as the filler of a last batch, are not samples
     total, samples = float(counts.sum()), float((counts > 0).sum())
@@ -95,7 +96,7 @@ def _stack(batches: Iterable[Arrays], rows: int | None) -> Arrays:
     slots = max(arrays["pixel_values"].shape[1] if "pixel_values" in arrays else 0 for arrays in seen)
     total = sum(len(arrays["input_ids"]) for arrays in seen)
     steps = math.ceil(total / rows)
-    fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE}
     result: Arrays = {}
     for name, value in fill.items():
         flat = np.full((steps * rows, length), value, np.int32)
@@ -128,7 +129,7 @@ def _stack_pixels(seen: list[Arrays], rows: int, slots: int) -> np.ndarray:
 
 def _label_counts(labels: np.ndarray) -> np.ndarray:
     """int[steps, rows] labels that are predicted: not the first position, which nothing precedes."""
-    return (labels[..., 1:] != IGNORED).sum(axis=-1)
+    return (labels[..., 1:] != IGNORE).sum(axis=-1)
 
 
 def _place(data: Arrays, mesh: Mesh | None) -> dict[str, jax.Array]:
@@ -165,18 +166,18 @@ def _block_input(apply: Callable[..., Any], ctx: Context, x: jax.Array, layer: n
 def _loss_gradient(module: VisionLanguageModel, x: jax.Array, labels: jax.Array) -> jax.Array:
     """d(sum of cross-entropies) / dx of the last block's output; float32 logits exist for CHUNK positions at a time."""
     batch, seq, embed = x.shape
-    targets = jnp.concatenate([labels[:, 1:], jnp.full((batch, 1), IGNORED, labels.dtype)], axis=1)
+    targets = jnp.concatenate([labels[:, 1:], jnp.full((batch, 1), IGNORE, labels.dtype)], axis=1)
     size = min(CHUNK, seq)
     n = math.ceil(seq / size)
     padding = n * size - seq
     x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=IGNORED)
+    targets = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=IGNORE)
 
     def cross_entropy(h: jax.Array, wanted: jax.Array) -> jax.Array:
         logits = module.text.logits(module.text.final_norm(h)).astype(jnp.float32)
         logs = jax.nn.log_softmax(logits, axis=-1)
         picked = jnp.take_along_axis(logs, jnp.maximum(wanted, 0)[..., None], axis=-1)[..., 0]
-        return -jnp.sum(jnp.where(wanted != IGNORED, picked, jnp.zeros_like(picked)))
+        return -jnp.sum(jnp.where(wanted != IGNORE, picked, jnp.zeros_like(picked)))
 
     chunks = x.reshape(batch, n, size, embed).swapaxes(0, 1), targets.reshape(batch, n, size).swapaxes(0, 1)
     gradient = jax.lax.map(lambda chunk: jax.grad(cross_entropy)(*chunk), chunks)
