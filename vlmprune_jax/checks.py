@@ -85,7 +85,8 @@ class Setting:
         found = self.choices
         if isinstance(found, str):
             module, _, name = found.partition(":")
-            found = getattr(importlib.import_module(f"vlmprune_jax.{module}"), name)
+            there = getattr(importlib.import_module(f"vlmprune_jax.{module}"), name)
+            found = there if isinstance(there, Collection) else there()
         return (self.default, *found) if found and self.default not in (None, *found) else tuple(found)
 
 
@@ -108,8 +109,8 @@ def setting(
     Args:
       sentence: what it does, for people.
       affects: stages whose results it changes (`experiment.spec.STAGES`); none for what may be changed at any time.
-      choices: the texts it may be, or "module:NAME" of a mapping or tuple of them, looked up when a command starts: a
-        user's file may have added to it.
+      choices: the texts it may be, or "module:NAME" of a mapping or tuple of them, or a function that gives one, looked
+        up when a command starts: a user's file may have added to it.
       least, above, below, most: bounds of a number, or of each in a tuple; numbers are finite in any case.
       by_content: it names a file or folder, whose content counts and not its name.
       offered: a config has it; False for arguments of the Python library alone.

@@ -81,7 +81,8 @@ def test_its_value(printed):
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     cfg = cases.config(vision=False)
     student, teacher = cases.model(cfg, 1), cases.model(cfg, 2)
-    batch, loss = next(cases.Stream(cfg, rows=3)), vp.LossConfig(ce=0.25, extra={"jsd": 2.0}, temperature=1.7, chunk=4)
+    batch = next(cases.Stream(cfg, rows=3))
+    loss = vp.LossConfig(ce=0.25, extra={"jsd": 2.0}, temperature=1.7, chunk=4, teacher_inputs="own")
     found = vp.losses(student, batch, loss, teacher=teacher)
     ids, mask = batch.arrays["input_ids"], batch.arrays["attention_mask"]
     p, q = (probabilities(one, ids, mask, 1.7) for one in (teacher, student))

@@ -32,7 +32,7 @@ class ModelSpec:
         None, "Its vision tower's own folder (original LLaVA and Bunny).", affects=_ALL, by_content=True
     )
     dtype: str = setting(
-        "float32", "What weights are held and written in until export.", affects=_ALL, choices="hf.read:DTYPES"
+        "float32", "What weights are held and written in until export.", affects=_ALL, choices="hf.disk.dtypes:DTYPES"
     )
 
     def __post_init__(self) -> None:
@@ -61,7 +61,7 @@ class DataSpec:
         None, "Folder of the evaluation images; None: `images`.", affects=_EVALUATE, by_content=True
     )
     template: str = setting(
-        "auto", 'Prompt template; "auto": the model family\'s.', affects=_ROWS, choices="data.templates:TEMPLATES"
+        "auto", 'Prompt template; "auto": the model family\'s.', affects=_ROWS, choices="families:templates"
     )
     system: str | None = setting(None, 'Other system text than the template\'s; "": none.', affects=_ROWS)
     max_length: int | None = setting(

@@ -72,7 +72,7 @@ class LossTerms(dict[str, LossTerm]):
             params = teacher.params
         with within(mesh_of(model.params)):
             values = _means(model.params, model.cfg, arrays, loss, taught, params, dtype, tuple(self.items()))
-        return {name: float(value) for name, value in values.items()}
+        return {name: float(values[name]) for name in (*measured(loss), "total")}
 
 
 losses = LossTerms(BUILT_IN)
