@@ -18,6 +18,7 @@ from vlmprune_jax.config import IGNORED, ModelConfig
 from vlmprune_jax.distributed.mesh import within
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.cross_entropy import chunks
 from vlmprune_jax.models.decoder import head_logits
 from vlmprune_jax.models.vlm import Model, Params, check_inputs, encode, mesh_of, to_nnx
 from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
@@ -383,14 +384,6 @@ def _over_chunk(
         values = term.value(*(given[name] for name in term.needs))
     total = jnp.sum(jnp.where(x["y"] == IGNORED, 0.0, values) if term.counts == "labels" else values * weight)
     return loss.temperature**2 * total if term.tempered else total
-
-
-def chunks(x: jax.Array, size: int, fill: int) -> jax.Array:
-    """[batch, seq, ...] -> [n, batch, chunk, ...]: at least two chunks of at most `size`; `fill` fills up the last."""
-    batch, seq = x.shape[:2]
-    size = min(size, -(-seq // 2))
-    x = jnp.pad(x, ((0, 0), (0, -seq % size)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
-    return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
 
 
 def combine(sums: dict[str, jax.Array], weights: dict[str, jax.Array], loss: LossConfig) -> jax.Array:

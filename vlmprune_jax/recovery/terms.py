@@ -12,6 +12,7 @@ import optax
 
 from vlmprune_jax.checks import file_of_users, one_of
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.cross_entropy import cross_entropy
 from vlmprune_jax.recovery.top_k import top_k_divergence
 
 # What a term may ask for. Vocabulary terms see a chunk of positions, [batch, chunk, vocab], terms on hidden states all
@@ -76,17 +77,6 @@ class LossTerm:
     def tempered(self) -> bool:
         """Whether it is about distributions at the temperature."""
         return any(name.endswith("log_probs") for name in self.needs)
-
-
-def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """float32[...] negative log-probability of int[...] targets.
-
-    The target is picked with a mask instead of a gather, so that a vocabulary split over devices stays split; times the
-    mask, not by a select, whose zeros XLA would keep in memory as an array of the logits' size.
-    """
-    hit = jnp.arange(logits.shape[-1]).reshape((1,) * targets.ndim + (-1,)) == targets[..., None]
-    picked = jnp.sum(logits * hit.astype(logits.dtype), axis=-1)
-    return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
 def divergence(of: jax.Array, to: jax.Array) -> jax.Array:
