@@ -10,8 +10,8 @@ from vlmprune_jax.cli.config_files import experiment_config
 from vlmprune_jax.errors import UserError
 
 VARIANTS = ("", "quick")
-# Of the whole model: 6 of 10 layers, about 56 % of the decoder. With five removed 98.5 % of the answers are still right,
-# and at half of this ratio the most accurate model was one that nothing was trained for.
+# Of the whole model: 6 of 10 layers, about 56 % of the decoder. With five removed 98.5 % of the answers are still
+# right, and at half of this ratio the most accurate model was one that nothing was trained for.
 RATIO = 0.305
 
 
