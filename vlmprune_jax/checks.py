@@ -86,7 +86,7 @@ class Setting:
         if isinstance(found, str):
             module, _, name = found.partition(":")
             found = getattr(importlib.import_module(f"vlmprune_jax.{module}"), name)
-            found = found() if callable(found) else found
+            found = found if isinstance(found, Collection) else found()
         return (self.default, *found) if found and self.default not in (None, *found) else tuple(found)
 
 
