@@ -23,11 +23,11 @@ from typing import Any
 
 SIDES = ("tower", "cached")
 CONFIG = """
-from vlmprune_jax.demo.experiment import RATIO, get_config as demo
+from vlmprune_jax.demo.experiment import get_config as demo
 
 def get_config(run):
     config = demo()
-    config.prune_variants = {{"depth": {{"prune": {{"method": "depth", "ratio": RATIO}}}}}}
+    config.prune_variants = {{"depth": {{"prune": {{"method": "depth", "ratio": 0.155}}}}}}
     losses = {{"ce": 0.5, "l2": 0.5, "l2_layers": (-1,), "teacher_inputs": "own"}}
     variant = {{"recover": {{"losses": losses, "steps": {steps}}}}}
     if run.startswith("cached"):

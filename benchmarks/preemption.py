@@ -37,6 +37,7 @@ ROOT = Path(__file__).parents[1]
 TEACHER = ROOT / "vlmprune_jax/demo/teacher"
 LAYERS = 4  # of the teacher's ten
 STEPS = 8
+FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 ALONE_SECONDS = 300  # longest time that a process may outlive its peer
 CONFIG = f"""
 from vlmprune_jax.cli.config_files import experiment_config
@@ -119,7 +120,7 @@ class Pair:
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}",
             "JAX_COMPILATION_CACHE_DIR": str(root / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0" if fill_cache else "1e9",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

@@ -49,6 +49,7 @@ from vlmprune_jax.demo.experiment import get_config as demo
 
 def get_config():
     config = demo()
+    config.recover.epochs = 2.0
     losses = {losses}
     config.prune_variants = {{"width": {{"prune": {{"method": "width", "ratio": 0.155}}}}}}
     config.recover_variants = {{"kl": {{"recover": {{"losses": losses}}}}}} | {{

@@ -4,11 +4,14 @@ The environment is set before the first `import jax`, which reads it once; the w
 that tests start inherit it. Warnings are errors: pyproject.toml has the list of exceptions, each with its reason.
 """
 
+import importlib.metadata
 import os
 import tempfile
 
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
+    # Most of a test's time is compiling what then runs for milliseconds: leave out what only makes programs faster.
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "PYTHONWARNINGS": "ignore:Error reading persistent compilation cache entry:UserWarning",  # pyproject.toml says why
     "HF_HUB_OFFLINE": "1",  # a test that needs a hub is a defect: fail at once instead of timing out
@@ -18,12 +21,13 @@ _ENVIRONMENT = {
 }
 _XLA_FLAGS = (
     "--xla_force_host_platform_device_count=8",
-    # Most of a test's time is compiling what runs for milliseconds. XLA's own passes run as always; LLVM's do not.
-    "--xla_backend_optimization_level=0",
     # Eight device threads on two busy cores can wait long for each other; XLA's 40 s limit would end the process.
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
 )
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    # Its emitters through MLIR take half of what is left of compiling; later versions have no others.
+    _XLA_FLAGS += ("--xla_cpu_use_fusion_emitters=false",)
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _SHARED = tempfile.TemporaryDirectory(prefix="vlmprune-tests-")
     os.environ.update(_ENVIRONMENT, VLMPRUNE_TESTS_SHARED=_SHARED.name)
@@ -83,17 +87,25 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
     return _FilesInOrder(config, log)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _few_compiled_functions() -> Iterator[None]:
     """Forget compiled functions before they fill the process's memory maps.
 
     XLA:CPU maps several regions per function and Linux allows 65,530 a process: one suite of 1,300 tests reaches that,
-    and LLVM aborts. Below 25,000 no test loses what the one before it compiled.
+    and LLVM aborts. Modules share few functions, and the session's cache has what is asked for again.
     """
     yield
     maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+    if maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
         jax.clear_caches()
+
+
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """XLA optimises again: for a test that computes longer than it compiles."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

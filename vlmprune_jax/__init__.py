@@ -23,24 +23,40 @@ from vlmprune_jax.families import Family
 
 if TYPE_CHECKING:
     from vlmprune_jax.config import ModelConfig
+    from vlmprune_jax.data.placeholders import expand_images
     from vlmprune_jax.evaluation.metrics import METRICS as metrics
     from vlmprune_jax.evaluation.metrics import Metric
     from vlmprune_jax.evaluation.runner import evaluate, perplexity
     from vlmprune_jax.hf.export.write import save
     from vlmprune_jax.hf.read import load
     from vlmprune_jax.models.generate import generate
+    from vlmprune_jax.models.params import count_params
     from vlmprune_jax.models.vlm import Model, forward, to_nnx
-    from vlmprune_jax.prune import Criterion, PrunePlan, Scores, apply_plan, make_plan, prune_folder, score
+    from vlmprune_jax.prune import (
+        Criterion,
+        KeptLayer,
+        PrunePlan,
+        Scores,
+        apply_plan,
+        compose,
+        fingerprint,
+        make_plan,
+        prune_folder,
+        prune_iteratively,
+        score,
+    )
     from vlmprune_jax.prune.criteria import CRITERIA as criteria
     from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
     from vlmprune_jax.recovery.loop import recover
     from vlmprune_jax.recovery.losses import losses
     from vlmprune_jax.recovery.terms import LossTerm
+    from vlmprune_jax.stages.batches import batches
 
 # Public name -> module, and ":name there" where that differs. They load at first use: `import vlmprune_jax` takes
 # milliseconds, jax comes with a call.
 _HOMES = {
     "Criterion": "prune",
+    "KeptLayer": "prune",
     "LossConfig": "recovery.config",
     "LossTerm": "recovery.terms",
     "Metric": "evaluation.metrics",
@@ -50,8 +66,13 @@ _HOMES = {
     "RecoverConfig": "recovery.config",
     "Scores": "prune",
     "apply_plan": "prune",
+    "batches": "stages.batches",
+    "compose": "prune",
+    "count_params": "models.params",
     "criteria": "prune.criteria:CRITERIA",
     "evaluate": "evaluation.runner",
+    "expand_images": "data.placeholders",
+    "fingerprint": "prune",
     "forward": "models.vlm",
     "generate": "models.generate",
     "load": "hf.read",
@@ -60,6 +81,7 @@ _HOMES = {
     "metrics": "evaluation.metrics:METRICS",
     "perplexity": "evaluation.runner",
     "prune_folder": "prune",
+    "prune_iteratively": "prune",
     "recover": "recovery.loop",
     "save": "hf.export.write",
     "score": "prune",
@@ -69,6 +91,7 @@ _HOMES = {
 __all__ = [
     "Criterion",
     "Family",
+    "KeptLayer",
     "LossConfig",
     "LossTerm",
     "Metric",
@@ -79,9 +102,14 @@ __all__ = [
     "Scores",
     "UserError",
     "apply_plan",
+    "batches",
+    "compose",
+    "count_params",
     "criteria",
     "evaluate",
+    "expand_images",
     "families",
+    "fingerprint",
     "forward",
     "generate",
     "load",
@@ -90,6 +118,7 @@ __all__ = [
     "metrics",
     "perplexity",
     "prune_folder",
+    "prune_iteratively",
     "recover",
     "save",
     "score",

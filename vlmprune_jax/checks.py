@@ -8,6 +8,7 @@ import importlib
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.errors import UserError
@@ -85,8 +86,8 @@ class Setting:
         found = self.choices
         if isinstance(found, str):
             module, _, name = found.partition(":")
-            found = getattr(importlib.import_module(f"vlmprune_jax.{module}"), name)
-            found = found if isinstance(found, Collection) else found()
+            there = getattr(importlib.import_module(f"vlmprune_jax.{module}"), name)
+            found = there if isinstance(there, Collection) else there()
         return (self.default, *found) if found and self.default not in (None, *found) else tuple(found)
 
 
@@ -109,8 +110,8 @@ def setting(
     Args:
       sentence: what it does, for people.
       affects: stages whose results it changes (`experiment.spec.STAGES`); none for what may be changed at any time.
-      choices: the texts it may be, or "module:NAME" of a mapping or tuple of them, or of a function that gives one,
-        looked up when a command starts: a user's file may have added to it.
+      choices: the texts it may be, or "module:NAME" of a mapping or tuple of them, or a function that gives one, looked
+        up when a command starts: a user's file may have added to it.
       least, above, below, most: bounds of a number, or of each in a tuple; numbers are finite in any case.
       by_content: it names a file or folder, whose content counts and not its name.
       offered: a config has it; False for arguments of the Python library alone.
@@ -169,3 +170,10 @@ def _numbers(value: Any) -> list[float]:
 
 def _number(limit: float) -> str:
     return "2**32" if limit == 2**32 else f"{limit:g}" if isinstance(limit, float) else str(limit)
+
+
+def file_of_users(function: Any) -> Path | None:
+    """The file of a function that is not this package's own: what it gives changes with that file."""
+    code = getattr(function, "__code__", None)
+    path = Path("" if code is None else code.co_filename)
+    return path if path.is_file() and Path(__file__).parent not in path.parents else None

@@ -11,6 +11,8 @@ from typing import Any, Self
 from vlmprune_jax.checks import check_settings, setting
 from vlmprune_jax.errors import UserError
 
+IGNORED = -100  # the label of a position where nothing is to be learnt, as torch's cross-entropy has it
+
 
 @dataclass(frozen=True)
 class LayerShape:

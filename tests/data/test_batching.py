@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vlmprune_jax.config import IGNORED
 from vlmprune_jax.data.batching import Batch, generation_batches, train_batches
 from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.images import augment_flip_shift, load_image_processor
 from vlmprune_jax.data.measure import measure
-from vlmprune_jax.data.prompts import IGNORE, load_tokenizer
+from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import templates
@@ -78,7 +79,7 @@ def test_training_rows(goldens: Path, samples: list[Record], encoder: Encoder) -
     lengths = first.arrays["attention_mask"].sum(1)
     assert lengths.tolist() == [142 + 15, 145 + 15, 141, 134]
     assert all(first.arrays["attention_mask"][row, :length].all() for row, length in enumerate(lengths))
-    assert (first.arrays["labels"][first.arrays["attention_mask"] == 0] == IGNORE).all()
+    assert (first.arrays["labels"][first.arrays["attention_mask"] == 0] == IGNORED).all()
     assert (first.arrays["input_ids"] == -200).sum(1).tolist() == [16, 16, 0, 0]
     stored = np.load(goldens / "data/images.npz")["clip_pad"]
     pixels = first.arrays["pixel_values"]
@@ -88,7 +89,7 @@ def test_training_rows(goldens: Path, samples: list[Record], encoder: Encoder) -
     np.testing.assert_allclose(second.arrays["pixel_values"][2], stored[[0, 2]], atol=1e-5, rtol=0)
     assert not second.arrays["attention_mask"][3].any()
     assert not second.arrays["pixel_values"][3].any()
-    assert (second.arrays["labels"][3] == IGNORE).all()
+    assert (second.arrays["labels"][3] == IGNORED).all()
 
 
 def test_generation_rows(samples: list[Record], encoder: Encoder) -> None:
@@ -203,7 +204,7 @@ def test_truncation_cuts_at_the_right(samples: list[Record], encoder: Encoder) -
     row = cut.training_row(samples[0], None)
     for name in ("input_ids", "attention_mask", "labels"):
         assert np.array_equal(row[name], full[name][:152])
-    assert (row["labels"] != IGNORE).any()
+    assert (row["labels"] != IGNORED).any()
     inside_image = dataclasses.replace(encoder, max_length=110, truncate=True)
     with pytest.raises(UserError, match="record 000000: an image lies beyond max_length 110"):
         inside_image.training_row(samples[0], None)

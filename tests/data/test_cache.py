@@ -152,7 +152,7 @@ def test_a_folder_that_others_do_not_see(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "from_all", lambda compute: [compute() or [], ["0123.safetensors"]])
     with pytest.raises(UserError, match=r"0123\.safetensors: process 1 of .* must lie on a disk that all processes sh"):
         cache.publish()
-    monkeypatch.setattr(module, "from_main", lambda begin: [])
+    monkeypatch.setattr(module, "on_process_zero", lambda begin: [])
     with pytest.raises(UserError, match=r"new/cache\.json: process 0 of .* has it, but here it cannot be opened"):
         ArrayCache(tmp_path / "new", MADE_FROM)
 

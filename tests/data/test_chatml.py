@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from vlm_cases import internvl_chat_config, make_vlm_folder
 
+from vlmprune_jax.config import IGNORED
 from vlmprune_jax.data.prompts import (
-    IGNORE,
     choose_template,
     load_tokenizer,
     render,
@@ -77,7 +77,7 @@ def test_ids_equal_the_chat_template(tokenizer: Any, name: str, image: bool) -> 
     ids, labels = tokenize_training(record, **arguments, cut_text_at=None)
     assert ids.tolist() == whole
     assert tokenize_prompt(record, **arguments).tolist() == asked
-    assert labels[labels != IGNORE].tolist() == tokenizer("A dog.<|im_end|>Yes.\n\nVery.<|im_end|>")["input_ids"]
+    assert labels[labels != IGNORED].tolist() == tokenizer("A dog.<|im_end|>Yes.\n\nVery.<|im_end|>")["input_ids"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -104,23 +104,23 @@ def hermes_labels(record: Record, tokenizer: Any) -> list[int]:
         parts = text.split(role)
         if not text or len(parts) != 2:
             break
-        labels[done : done + len(tokenizer(parts[0] + role)["input_ids"])] = IGNORE
+        labels[done : done + len(tokenizer(parts[0] + role)["input_ids"])] = IGNORED
         done += len(tokenizer(text)["input_ids"]) + 1
-    labels[done:] = IGNORE
-    return [IGNORE] * len(labels) if done != real else labels.tolist()
+    labels[done:] = IGNORED
+    return [IGNORED] * len(labels) if done != real else labels.tolist()
 
 
 def internvl2_5_labels(record: Record, tokenizer: Any) -> list[int]:
     """InternVL's `preprocess_internvl2_5`: turn by turn, all of an answer but its role and the last line break."""
     template, image = templates()["internvl2_5"], "<img>" + "<IMG_CONTEXT>" * 3 + "</img>"
-    labels = [IGNORE] * len(tokenizer(f"<|im_start|>system\n{template.system}<|im_end|>\n")["input_ids"])
+    labels = [IGNORED] * len(tokenizer(f"<|im_start|>system\n{template.system}<|im_end|>\n")["input_ids"])
     for number, (speaker, text) in enumerate(record.turns):
         if record.images and number == 0:
             text = text.replace("<image>", image, 1) if "<image>" in text else f"{image}\n{text}"
         role = f"<|im_start|>{'user' if speaker == 'human' else 'assistant'}\n"
         ids = tokenizer(f"{role}{text}<|im_end|>\n")["input_ids"]
         skip = len(ids) if speaker == "human" else len(tokenizer(role)["input_ids"])
-        labels += [IGNORE] * skip + ids[skip:-1] + [IGNORE] * (speaker == "gpt")
+        labels += [IGNORED] * skip + ids[skip:-1] + [IGNORED] * (speaker == "gpt")
     return labels
 
 

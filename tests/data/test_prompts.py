@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vlmprune_jax.config import IGNORED
 from vlmprune_jax.data.prompts import (
-    IGNORE,
     choose_template,
     load_tokenizer,
     move_images_first,
@@ -75,7 +75,7 @@ def test_ids_and_labels_equal_the_reference(
         )
         assert ids.tolist() == expected["input_ids"], record.id
         assert labels.tolist() == expected["labels"], record.id
-        assert bool((labels == IGNORE).all()) == expected["all_ignored"], record.id
+        assert bool((labels == IGNORED).all()) == expected["all_ignored"], record.id
         assert ids.dtype == labels.dtype == np.int32
 
 
@@ -95,7 +95,7 @@ def test_internvl_ids_and_labels_equal_the_reference(goldens: Path, samples: lis
         )
         assert ids.tolist() == expected["input_ids"], record.id
         assert labels.tolist() == expected["labels"], record.id
-        assert bool((labels == IGNORE).all()) == expected["all_ignored"], record.id
+        assert bool((labels == IGNORED).all()) == expected["all_ignored"], record.id
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_internvl_prompt_is_the_training_row_up_to_its_answer(samples: list[Reco
         prompt = tokenize_prompt(record, phi3, **PHI3, tiles=tiles)
         assert prompt.tolist() == ids[: len(prompt)].tolist()
         assert prompt[-1] == phi3.convert_tokens_to_ids("<|assistant|>")
-        assert (labels[len(prompt) :] != IGNORE).all()
+        assert (labels[len(prompt) :] != IGNORED).all()
         assert (prompt == 393).sum() == 2 * sum(tiles)
 
 
@@ -161,7 +161,7 @@ def test_positions_of_an_image_count_towards_the_cut(phi3: Any) -> None:
     record = Record("r", turns, (Path("x"),))
     for limit, kept in ((260, True), (400, False)):
         _, labels = tokenize_training(record, phi3, **PHI3, tiles=[60], cut_text_at=limit)
-        assert (labels != IGNORE).any() == kept
+        assert (labels != IGNORED).any() == kept
         assert labels[:limit].tolist() == reference_phi3_labels(record, phi3, limit, [60]).tolist()
 
 
@@ -176,11 +176,11 @@ def reference_phi3_labels(record: Record, tokenizer: Any, limit: int, tiles: Seq
 
     labels = np.array(tokenizer(prompt)["input_ids"])[:limit]
     total = int((labels != tokenizer.pad_token_id).sum())
-    labels[labels == tokenizer.convert_tokens_to_ids("<|endoftext|>")] = IGNORE
+    labels[labels == tokenizer.convert_tokens_to_ids("<|endoftext|>")] = IGNORED
     turns = prompt.split("<|end|>")
     rounds = ["<|end|>".join(turns[:3])] + ["<|end|>".join(turns[i : i + 2]) for i in range(3, len(turns), 2)]
     done = 1
-    labels[:done] = IGNORE
+    labels[:done] = IGNORED
     role = "<|end|><|assistant|>\n"
     for text in rounds:
         parts = text.split(role)
@@ -189,11 +189,11 @@ def reference_phi3_labels(record: Record, tokenizer: Any, limit: int, tiles: Seq
         # BOS counts in the first round, the end mark that the split took away in all.
         instruction = count_of(parts[0] + role) - 1
         length = count_of(text) - 1 + 1
-        labels[done : done + instruction] = IGNORE
+        labels[done : done + instruction] = IGNORED
         done += length
-    labels[done:] = IGNORE
+    labels[done:] = IGNORED
     if done < limit and done != total:
-        labels[:] = IGNORE
+        labels[:] = IGNORED
     return labels
 
 
@@ -265,7 +265,7 @@ def test_image_expands_to_its_tokens(samples: list[Record], tokenizer: Any) -> N
     ids, labels = tokenize_training(samples[0], **options, image_token_id=77, tokens_per_image=16)
     place = short.tolist().index(-200)
     assert ids.tolist() == [*short[:place], *[77] * 16, *short[place + 1 :]]
-    assert labels.tolist() == [*short_labels[:place], *[IGNORE] * 16, *short_labels[place + 1 :]]
+    assert labels.tolist() == [*short_labels[:place], *[IGNORED] * 16, *short_labels[place + 1 :]]
 
 
 def test_generation_prompt_is_the_training_row_up_to_its_answer(samples: list[Record], tokenizer: Any) -> None:
@@ -274,8 +274,8 @@ def test_generation_prompt_is_the_training_row_up_to_its_answer(samples: list[Re
         ids, labels = tokenize_training(record, tokenizer, LLAVA, **options, cut_text_at=None)
         prompt = tokenize_prompt(record, tokenizer, LLAVA, **options)
         assert prompt.tolist() == ids[: len(prompt)].tolist()
-        assert (labels[: len(prompt)] == IGNORE).all()
-        assert (labels[len(prompt) :] != IGNORE).all()
+        assert (labels[: len(prompt)] == IGNORED).all()
+        assert (labels[len(prompt) :] != IGNORED).all()
     question = dataclasses.replace(samples[0], turns=samples[0].turns[:1])
     assert tokenize_prompt(question, tokenizer, LLAVA, **options).tolist() == prompt_ids(samples[0], tokenizer)
 
@@ -311,7 +311,7 @@ def reference_labels(record: Record, tokenizer: Any, template: Template) -> list
     labels = ids.tolist()
     separator = " ASSISTANT: "
     done = 1
-    labels[:done] = [IGNORE]
+    labels[:done] = [IGNORED]
     for number, text in enumerate(prompt.split("</s>")):
         parts = text.split(separator)
         if len(parts) != 2:
@@ -319,10 +319,10 @@ def reference_labels(record: Record, tokenizer: Any, template: Template) -> list
         length, instruction = count(text), count(parts[0] + separator) - 2
         if number:
             length, instruction = length - 1, instruction - 1
-        labels[done : done + instruction] = [IGNORE] * instruction
+        labels[done : done + instruction] = [IGNORED] * instruction
         done += length
-    labels[done:] = [IGNORE] * len(labels[done:])
-    return labels if done == len(ids) else [IGNORE] * len(ids)
+    labels[done:] = [IGNORED] * len(labels[done:])
+    return labels if done == len(ids) else [IGNORED] * len(ids)
 
 
 texts = st.lists(

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vlmprune_jax.config import IGNORED
 from vlmprune_jax.data.batching import generation_batches, train_batches
 from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.measure import measure
-from vlmprune_jax.data.prompts import IGNORE, load_tokenizer
+from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import templates
@@ -170,7 +171,7 @@ def test_truncation_spares_images_and_their_closing_marks(samples: list[Record],
     cut = dataclasses.replace(encoder, truncate=True)
     row = dataclasses.replace(cut, max_length=close + 30).training_row(record, None)
     assert np.array_equal(row["input_ids"], ids[: close + 30])
-    assert (row["labels"] != IGNORE).any()
+    assert (row["labels"] != IGNORED).any()
     for length in (close - 3, close):  # inside the image, and before the mark that closes it
         with pytest.raises(UserError, match=f"record 000001: an image lies beyond max_length {length}"):
             dataclasses.replace(cut, max_length=length).training_row(record, None)

@@ -60,15 +60,22 @@ def get_config():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_the_demo_reaches_its_numbers(tmp_path, capsys):
-    """The teacher answers >= 95 % of all 9,673 questions; SFT + L2 with 5 % of the data retains >= 95 % of that."""
+    """The teacher answers >= 99 % of all 9,673 questions. Both pruned models are worse, in width by half of the
+    answers; trained on 5 % of the data they retain >= 99 % (depth) and >= 95 % (width) of the teacher's.
+    """
     assert main(["demo", f"--workdir={tmp_path / 'w'}"]) == 0, capsys.readouterr().err
     result = json.loads((tmp_path / "w/result.json").read_text())
     assert result["teacher"]["questions"] == 9_673
-    assert result["teacher"]["accuracy"] >= 0.95
+    assert result["teacher"]["accuracy"] >= 0.99
     runs = {run["name"]: run for run in result["runs"]}
-    for run in (runs["depth-sft_l2"], runs["width-sft_l2"]):
-        assert run["retained"] >= 95
-        assert run["data_fraction"] == 0.05
-        assert 0.27 < run["decoder_ratio"] < 0.33
+    bounds = {"depth": ((95, 98), 99), "width": ((40, 55), 95)}
+    for name, ((low, high), recovered) in bounds.items():
+        assert low < runs[name]["retained"] < high
+        for run in (runs[f"{name}-sft"], runs[f"{name}-sft_l2"]):
+            assert run["retained"] >= recovered
+            assert run["data_fraction"] == 0.05
+            assert 0.54 < run["decoder_ratio"] < 0.58
+    assert result["best"] in ("depth-sft", "depth-sft_l2")
     assert result["export"]["max_abs_logit_difference"] < 1e-4

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmprune_jax.data.prompts import IGNORE, load_tokenizer, tokenize_prompt, tokenize_training
+from vlmprune_jax.config import IGNORED
+from vlmprune_jax.data.prompts import load_tokenizer, tokenize_prompt, tokenize_training
 from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.demo.easyvqa import (
     CAPTION_PROMPT,
@@ -156,7 +157,7 @@ def test_every_question_is_short_and_every_answer_one_word(paths: dict[str, Path
         ids, labels = tokenize_training(
             record, tokenizer, BARE, image_token_id=4, tokens_per_image=64, cut_text_at=None
         )
-        kept = labels[labels != IGNORE]
+        kept = labels[labels != IGNORED]
         assert len(kept) == 2  # the word and </s>
         assert tokenizer.decode(kept) == f" {answer}</s>"
         assert (ids == 4).sum() == 64

@@ -137,6 +137,6 @@ def test_gke_tells_in_the_environment(joined, tpu_vm, monkeypatch, variables, ex
 
 
 def test_what_process_0_finds_is_what_all_find():
-    assert mesh.from_main(lambda: {"a": [1, None]}) == {"a": [1, None]}
+    assert mesh.on_process_zero(lambda: {"a": [1, None]}) == {"a": [1, None]}
     with pytest.raises(UserError, match="wrong"):
-        mesh.from_main(lambda: (_ for _ in ()).throw(UserError("wrong")))
+        mesh.on_process_zero(lambda: (_ for _ in ()).throw(UserError("wrong")))

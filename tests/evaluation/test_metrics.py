@@ -87,6 +87,10 @@ def test_what_a_metric_may_not_be():
         Metric("x", lambda *_: {}, full=None)
     with pytest.raises(UserError, match=r"metric of x: full=1\.0 must be positive, and None where lower is better"):
         Metric("x", lambda *_: {}, higher_is_better=False)
+    with pytest.raises(UserError, match=r"metric of x: score of record q fails with KeyError\('choices'\)"):
+        measured(Metric("x", lambda said, references, record: record.fields["choices"]), ("a", asked("a")))
+    with pytest.raises(UserError, match=r"metric of x: aggregate fails with ZeroDivisionError"):
+        measured(Metric("x", lambda *_: {"x": 1}, lambda *_: {"x": 1 / 0}), ("a", asked("a")))
     with pytest.raises(UserError, match="metric of x: aggregate gives y, not x"):
         measured(Metric("x", lambda *_: {"y": 1.0}), ("a", asked("a")))
     with pytest.raises(UserError, match="metric of x: x is not a number"):

@@ -11,11 +11,12 @@ from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.images import ImageLoader
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.data.tiling import IMAGENET_MEAN, IMAGENET_STD, Tiling
+from vlmprune_jax.data.tiling import Tiling
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.questions import arrange_questions
 from vlmprune_jax.evaluation.runner import evaluate
 from vlmprune_jax.families import templates
+from vlmprune_jax.families.towers import PIXELS
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.vlm import Model, forward
 
@@ -30,7 +31,7 @@ def llava(goldens: Path) -> Model:
 
 @pytest.fixture(scope="module")
 def encoder(goldens: Path, llava: Model) -> Encoder:
-    tiling = Tiling(28, 1, 6, True, False, IMAGENET_MEAN, IMAGENET_STD, 3)
+    tiling = Tiling(28, 1, 6, True, False, *PIXELS["internvit"], 3)
     assert llava.cfg.image_token_id is not None
     return Encoder(
         tokenizer=load_tokenizer(goldens / "tokenizers/llava"),

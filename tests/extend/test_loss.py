@@ -69,6 +69,12 @@ def test_the_printed_term_trains(flags, tmp_path, capsys):
     capsys.readouterr()
     assert main(["recover", *flags, "--config.recover.losses.extra.jsd=0.7"]) == 2
     assert "recover.losses.extra.jsd was 0.5, now 0.7" in capsys.readouterr().err
+    assert main(["recover", *flags]) == 0
+    assert "recover: unchanged, skipped" in capsys.readouterr().out
+    with (tmp_path / "my_loss.py").open("a") as file:
+        file.write("# changed\n")
+    assert main(["recover", *flags]) == 2
+    assert "was made from other inputs (loss jsd changed)" in capsys.readouterr().err
     config = tmp_path / "experiment.py"
     config.write_text(config.read_text().replace('"jsd"', '"jsdd"'))
     assert main(["recover", *flags]) == 2
@@ -81,7 +87,8 @@ def test_its_value(printed):
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     cfg = cases.config(vision=False)
     student, teacher = cases.model(cfg, 1), cases.model(cfg, 2)
-    batch, loss = next(cases.Stream(cfg, rows=3)), vp.LossConfig(ce=0.25, extra={"jsd": 2.0}, temperature=1.7, chunk=4)
+    batch = next(cases.Stream(cfg, rows=3))
+    loss = vp.LossConfig(ce=0.25, extra={"jsd": 2.0}, temperature=1.7, chunk=4, teacher_inputs="own")
     found = vp.losses(student, batch, loss, teacher=teacher)
     ids, mask = batch.arrays["input_ids"], batch.arrays["attention_mask"]
     p, q = (probabilities(one, ids, mask, 1.7) for one in (teacher, student))

@@ -37,7 +37,7 @@ def trained_model(base: Model, rules="lora", lora: LoraConfig = LORA) -> tuple[M
     model = add_lora(base, lora, jax.random.key(1))
     flat, rng = flatten(model.params), np.random.default_rng(2)
     trained = assign_groups(list(flat), rules)
-    moved = {p: flat[p] + 0.1 * rng.standard_normal(flat[p].shape, np.float32) for p in trained}
+    moved = {p: flat[p] + 0.05 * rng.standard_normal(flat[p].shape, np.float32) for p in trained}
     return Model(unflatten({**flat, **moved}), model.cfg), list(trained)
 
 

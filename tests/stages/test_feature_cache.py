@@ -140,7 +140,8 @@ def prepared(experiment: Experiment, root: Path, cache: Path, **sections: Any) -
     changed = override(experiment, {"data": data, **sections})
     context = Context(root, Reporter(Console(file=io.StringIO())), overwrite=False)
     plan = PrunePlan.from_json(root / "plan.json")
-    return cached_features(changed, recover_config(changed.recover), plan, root / "pruned", context)
+    config = recover_config(changed.recover)
+    return cached_features(changed.model, changed.data, changed.mesh, config, plan, root / "pruned", context)
 
 
 def test_what_is_refused(llava, goldens, tmp_path):

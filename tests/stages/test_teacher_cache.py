@@ -133,9 +133,9 @@ def test_with_cached_features_the_teacher_decodes_nothing(experiment, straight, 
         decoded.append(path.name)
         return decode(self, path, *args)
 
-    def load_parts(experiment, folder, parts):
+    def load_parts(spec, mesh, folder, parts):
         loaded.append(parts)
-        return load_model(experiment, folder, parts)
+        return load_model(spec, mesh, folder, parts)
 
     monkeypatch.setattr(ImageLoader, "load", listed)
     monkeypatch.setattr(teacher_cache, "load_model", load_parts)

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from vlmprune_jax.distributed.mesh import from_all, from_main, process_count
+from vlmprune_jax.distributed.mesh import from_all, on_process_zero, process_count
 from vlmprune_jax.errors import UserError, differences
 
 IDENTITY, SUFFIX = "cache.json", ".safetensors"
@@ -48,7 +48,7 @@ class ArrayCache:
         self._pending: dict[str, np.ndarray] = {}
         self._bytes = 0
         self._written: list[str] = []
-        shards = from_main(self._begin)
+        shards = on_process_zero(self._begin)
         from_all(lambda: self._open([IDENTITY, *shards], 0))
 
     def missing(self, keys: Iterable[str]) -> list[str]:

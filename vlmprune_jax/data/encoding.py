@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlmprune_jax.config import IGNORED
 from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.images import ImageLoader, augment_flip_shift
-from vlmprune_jax.data.prompts import IGNORE, tokenize_prompt, tokenize_training
+from vlmprune_jax.data.prompts import tokenize_prompt, tokenize_training
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families.templates import Template
@@ -173,7 +174,7 @@ class Encoder:
         row = {
             "input_ids": np.full(shape.tokens, pad, np.int32),
             "attention_mask": np.zeros(shape.tokens, np.int32),
-            "labels": np.full(shape.tokens, IGNORE, np.int32),
+            "labels": np.full(shape.tokens, IGNORED, np.int32),
         }
         if self.image_loader is not None:
             loader = self.image_loader

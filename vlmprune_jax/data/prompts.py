@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlmprune_jax.config import IGNORED
 from vlmprune_jax.data.records import IMAGE_TOKEN, Record
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, template_of, templates
 from vlmprune_jax.families.templates import Template
 
-IGNORE = -100
 AUTO = "auto"
 
 
@@ -127,7 +127,7 @@ def tokenize_training(
     cut_text_at: int | None,
     tiles: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (input_ids, labels), both int32[tokens]; labels are IGNORE outside answers and their end marks.
+    """Return (input_ids, labels), both int32[tokens]; labels are IGNORED outside answers and their end marks.
 
     Every `<image>` becomes `tokens_per_image` copies of `image_token_id` (1 x -200 is the reference's form) for each
     of its `tiles` (None = one). With `cut_text_at` (the reference's model_max_length) a record without images is cut
@@ -146,9 +146,9 @@ def tokenize_training(
     padding = tokenizer.convert_tokens_to_ids(template.padding_mark) if template.padding_mark else None
     if _is_mismatched(tokens, repeats, covered, prompt, padding, cut_text_at):
         keep[:] = False
-    keep &= tokens.ids != (IGNORE if padding is None else padding)
+    keep &= tokens.ids != (IGNORED if padding is None else padding)
     ids = np.where(tokens.is_image, image_token_id, tokens.ids).astype(np.int32)
-    labels = np.where(keep & ~tokens.is_image, ids, IGNORE).astype(np.int32)
+    labels = np.where(keep & ~tokens.is_image, ids, IGNORED).astype(np.int32)
     ids, labels = np.repeat(ids, repeats), np.repeat(labels, repeats)
     return (ids, labels) if record.images else (ids[:cut_text_at], labels[:cut_text_at])
 

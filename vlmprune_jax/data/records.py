@@ -100,6 +100,15 @@ def read_records(
     return records
 
 
+def make_records(entries: Sequence[Any], image_root: Path | None, *, image_lead: bool = False) -> list[Record]:
+    """Return the records of entries as `read_records` finds them in a file.
+
+    Raises UserError naming the record for anything malformed.
+    """
+    root = _ImageRoot(image_root)
+    return [make_record(entry, i, PurePath("records"), root, image_lead) for i, entry in enumerate(entries)]
+
+
 def data_files(path: Path, image_root: Path | None) -> list[Path]:
     """Return the files that `read_records` reads: `path`, and those that it lists if it is InternVL's object."""
     return [path, *(annotation for annotation, *_ in _sets(path, image_root).values())] if _lists_sets(path) else [path]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vlmprune_jax.config import IGNORED
 from vlmprune_jax.data.cache import ArrayCache
-from vlmprune_jax.data.prompts import IGNORE
 from vlmprune_jax.data.records import Record, image_key
 from vlmprune_jax.errors import UserError
 
@@ -78,7 +78,7 @@ class TeacherRows:
         """bool[tokens]; position t is before label t + 1."""
         if self.positions == "all":
             return row["attention_mask"] == 1
-        return np.append(row["labels"][1:] != IGNORE, False)
+        return np.append(row["labels"][1:] != IGNORED, False)
 
 
 def _narrow(largest: int) -> np.dtype:

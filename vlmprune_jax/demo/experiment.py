@@ -10,7 +10,9 @@ from vlmprune_jax.cli.config_files import experiment_config
 from vlmprune_jax.errors import UserError
 
 VARIANTS = ("", "quick")
-RATIO = 0.155  # of the whole model: 3 of 10 layers, about 28 % of the decoder
+# Of the whole model: 6 of 10 layers, about 56 % of the decoder. With five removed 98.5 % of the answers are still
+# right, and at half of this ratio the most accurate model was one that nothing was trained for.
+RATIO = 0.305
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -32,7 +34,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.export.dtype = "float32"
 
     config.recover.trainable = "decoder"
-    config.recover.epochs = 2.0
+    config.recover.epochs = 4.0
     config.recover.batch_size = 32
     config.recover.learning_rate = 1e-3
     config.recover.projector_learning_rate = 1e-3

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vlmprune_jax.distributed.mesh import from_main, is_main_process
+from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ class Journal:
     def __init__(self, path: Path, made_from: Mapping[str, Any]):
         self.path = path
         self._made_from = json.loads(json.dumps(dict(made_from)))
-        self.entries: list[Any] = from_main(self._open)
+        self.entries: list[Any] = on_process_zero(self._open)
 
     def _open(self) -> list[Any]:
         """The entries of an interrupted pass; the file then holds them and nothing else, and is not there without."""

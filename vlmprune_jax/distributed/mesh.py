@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from vlmprune_jax.distributed import failure
 from vlmprune_jax.distributed.rules import MESH_AXES
@@ -144,7 +144,7 @@ def is_main_process() -> bool:
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def from_main(compute: Callable[[], Any]) -> Any:
+def on_process_zero(compute: Callable[[], Any]) -> Any:
     """What `compute` returns on process 0 (any JSON value), on every process; all of them must call it, in step.
 
     Files of a workdir are looked at and changed by process 0 alone: others could see them before or after a change.
@@ -218,6 +218,6 @@ def within(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def row_ways(mesh: Mesh | None) -> int:
+def row_ways(mesh: Mesh | AbstractMesh | None) -> int:
     """Over how many ways the rows of a batch are split: data x fsdp."""
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]

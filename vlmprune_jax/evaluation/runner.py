@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,22 +12,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.config import IGNORED, ModelConfig
 from vlmprune_jax.data.batching import GenerationBatch
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.distributed.journal import Journal, continued
+from vlmprune_jax.distributed.mesh import within
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.metrics import Metric, metric_named
 from vlmprune_jax.evaluation.metrics.metric import Scores
 from vlmprune_jax.evaluation.metrics.perplexity import PERPLEXITY
 from vlmprune_jax.evaluation.questions import QuestionBatch
+from vlmprune_jax.models.cross_entropy import cross_entropy_sum
 from vlmprune_jax.models.generate import generate
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model, encode, mesh_of, place_batch, unembed
-from vlmprune_jax.recovery.config import LossConfig
-from vlmprune_jax.recovery.losses import vocabulary_sums
 
 Progress = Callable[[int], None]
+CHUNK = 128  # positions whose float32 logits exist at once when a text is read
 
 
 @dataclass(frozen=True)
@@ -287,16 +287,15 @@ def _windows(ids: np.ndarray, window: int, batch_size: int) -> Iterable[tuple[np
 def _negative_log_likelihood(model: Model, ids: np.ndarray, mask: np.ndarray) -> float:
     mesh = mesh_of(model.params)
     arrays = place_batch({"ids": ids, "mask": mask}, mesh)
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+    with within(mesh):
         return float(_nll(model.params, model.cfg, arrays["ids"], arrays["mask"]))
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def _nll(params: Any, cfg: ModelConfig, ids: jax.Array, mask: jax.Array) -> jax.Array:
     final, _ = encode(params, cfg, ids, attention_mask=mask)
-    labels = jnp.where(mask > 0, ids, -100)
 
     def head(hidden: jax.Array) -> jax.Array:
         return unembed(params, cfg, hidden).astype(jnp.float32)
 
-    return vocabulary_sums(final, head, labels, mask, LossConfig(), None, None)["ce"]
+    return cross_entropy_sum(final, head, jnp.where(mask > 0, ids, IGNORED), chunk=CHUNK)

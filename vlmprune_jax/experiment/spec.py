@@ -32,7 +32,7 @@ class ModelSpec:
         None, "Its vision tower's own folder (original LLaVA and Bunny).", affects=_ALL, by_content=True
     )
     dtype: str = setting(
-        "float32", "What weights are held and written in until export.", affects=_ALL, choices="hf.read:DTYPES"
+        "float32", "What weights are held and written in until export.", affects=_ALL, choices="hf.disk.dtypes:DTYPES"
     )
 
     def __post_init__(self) -> None:
@@ -104,14 +104,12 @@ class DataSpec:
         "for twelve tiles and a thumbnail).",
         affects=_RECORDS,
         unit="images",
-        least=1,
     )
     length_buckets: tuple[int, ...] = setting(
         (),
         "Lengths that a training batch may have, the last one `max_length`; (): always `max_length`.",
         affects=_TRAINING,
         unit="tokens",
-        least=1,
     )
     group_by: str = setting(
         "none",

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
+from vlmprune_jax.distributed.mesh import row_ways
 from vlmprune_jax.distributed.rules import spec
-from vlmprune_jax.models.layers import KEPT
+from vlmprune_jax.models.layers import SAVEABLE, saveable
 
 # Tiles are multiples of the 128 lanes of a vector register; 512 is what MaxText and Levanter run with by default.
 _LANES, _LARGEST_BLOCK = 128, 512
@@ -46,7 +46,7 @@ def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | No
     if mask is not None:
         scores = jnp.where(mask[:, :, None], scores, _HIDDEN)
     mixed = jnp.einsum("bkgts,bksh->bkgth", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
-    return checkpoint_name(mixed.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, head), KEPT)
+    return saveable(mixed.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, head))
 
 
 def splash_attention(
@@ -88,7 +88,7 @@ def splash_attention(
 
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
-        rows = "batch" if batch % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
+        rows = "batch" if batch % row_ways(mesh) == 0 else None
         heads = spec((rows, "q_heads", None, None))
         specs = (heads, spec((rows, "kv_heads", None, None)), spec((rows, "kv_heads", None, None)), spec((rows, None)))
         local = jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)
@@ -107,7 +107,7 @@ def _kernel(heads: int, seq: int, block: int, causal: bool, window: int, interpr
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
-        residual_checkpoint_name=KEPT,  # else the backward pass runs the kernel once more (remat "dots")
+        residual_checkpoint_name=SAVEABLE,  # else the backward pass runs the kernel once more (remat "dots")
         interpret=interpret,
     )
 

@@ -17,17 +17,17 @@ from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.attention import attention_mask, for_tpu, splash_attention, windowed, xla_attention
 from vlmprune_jax.models.layers import (
-    KEPT,
+    SAVEABLE,
     Axes,
     LayerNorm,
     Projection,
     RMSNorm,
     activation,
+    compute_once,
     declare,
-    kept,
-    once,
     rope_tables,
     rotate,
+    saveable,
 )
 from vlmprune_jax.models.random import bernoulli
 
@@ -35,7 +35,7 @@ STREAM = ("batch", "sequence", None)
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names(KEPT),
+    "dots": jax.checkpoint_policies.save_only_these_names(SAVEABLE),
 }
 
 # Projections whose inputs a tap can ask for, in every family by these names (Phi's are called dense and fc2).
@@ -95,8 +95,8 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, ctx: Context, cache: tuple[jax.Array, jax.Array] | None):
         out_proj = getattr(self, self.out_name)
-        stay = _draw(ctx.dropout_key, x, (self.q_proj, self.k_proj, self.v_proj, out_proj))
-        q, k, v = self.q_proj(x, stay[0]), self.k_proj(x, stay[1]), self.v_proj(x, stay[2])
+        dropout_masks = _dropout_masks(ctx.dropout_key, x, (self.q_proj, self.k_proj, self.v_proj, out_proj))
+        q, k, v = self.q_proj(x, dropout_masks[0]), self.k_proj(x, dropout_masks[1]), self.v_proj(x, dropout_masks[2])
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, ctx.cos, ctx.sin), rotate(k, ctx.cos, ctx.sin)
@@ -108,7 +108,7 @@ class Attention(nnx.Module):
             mixed = splash_attention(q, k, v, ctx.valid, causal=True, window=self.window)
         else:
             mixed = xla_attention(q, k, v, ctx.masks[self.window])
-        return out_proj(mixed, stay[3]), mixed, cache
+        return out_proj(mixed, dropout_masks[3]), mixed, cache
 
 
 class GatedMlp(nnx.Module):
@@ -124,10 +124,10 @@ class GatedMlp(nnx.Module):
         self.activation = cfg.activation
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        stay = _draw(dropout_key, x, (self.gate_proj, self.up_proj, self.down_proj))
-        gate = activation(self.activation)(self.gate_proj(x, stay[0]))
-        hidden = once(gate * self.up_proj(x, stay[1]))
-        return self.down_proj(hidden, stay[2]), hidden
+        dropout_masks = _dropout_masks(dropout_key, x, (self.gate_proj, self.up_proj, self.down_proj))
+        gate = activation(self.activation)(self.gate_proj(x, dropout_masks[0]))
+        hidden = compute_once(gate * self.up_proj(x, dropout_masks[1]))
+        return self.down_proj(hidden, dropout_masks[2]), hidden
 
 
 class PlainMlp(nnx.Module):
@@ -139,9 +139,9 @@ class PlainMlp(nnx.Module):
         self.activation = cfg.activation
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        stay = _draw(dropout_key, x, (self.fc1, self.fc2))
-        hidden = once(activation(self.activation)(self.fc1(x, stay[0])))
-        return self.fc2(hidden, stay[1]), hidden
+        dropout_masks = _dropout_masks(dropout_key, x, (self.fc1, self.fc2))
+        hidden = compute_once(activation(self.activation)(self.fc1(x, dropout_masks[0])))
+        return self.fc2(hidden, dropout_masks[1]), hidden
 
 
 class DecoderLayer(nnx.Module):
@@ -170,14 +170,14 @@ class DecoderLayer(nnx.Module):
     ):
         """(output, cache, what the projections `tap_inputs` read); nothing is kept of what is not asked for."""
         attention_key, mlp_key = (None, None) if ctx.dropout_key is None else jax.random.split(ctx.dropout_key)
-        normed = once(self.input_layernorm(x))
+        normed = compute_once(self.input_layernorm(x))
         attended, mixed, cache = self.self_attn(normed, ctx._replace(dropout_key=attention_key), cache)
         if self.post_attention_layernorm is None:
             out, hidden = self.mlp(normed, mlp_key)
             y = constrain(x + attended + out, STREAM)
         else:
             x = constrain(x + attended, STREAM)
-            out, hidden = self.mlp(once(self.post_attention_layernorm(x)), mlp_key)
+            out, hidden = self.mlp(compute_once(self.post_attention_layernorm(x)), mlp_key)
             y = constrain(x + out, STREAM)
         read = {"o_proj": mixed, "down_proj": hidden}
         return y, cache, {name: read[name] for name in tap_inputs}
@@ -267,7 +267,7 @@ class Decoder(nnx.Module):
         x: jax.Array,
         ctx: Context,
         *,
-        keep: tuple[int, ...] = (),
+        states: tuple[int, ...] = (),
         tap: Tap | None = None,
         tap_inputs: tuple[str, ...] = (),
         cache: Cache | None = None,
@@ -275,13 +275,13 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Run all blocks on float[batch, seq, embed]; returns the final-norm state and what was asked for.
 
-        `keep`: indices into the Hugging Face hidden-state tuple (0 = embeddings, n_layers = after the final norm) ->
-        aux["kept"]. `tap(Block)` is evaluated per block inside the scan -> aux["tap"], a list with what each gave; the
-        last block's `after` is the final-norm state, as in that tuple. `tap_inputs`: of TAP_INPUTS, what the tap looks
-        at. `cache` -> aux["cache"], updated.
+        `states`: indices into the Hugging Face hidden-state tuple (0 = embeddings, n_layers = after the final norm) ->
+        aux["states"]. `tap(Block)` is evaluated per block inside the scan -> aux["tap"], a list with what each gave;
+        the last block's `after` is the final-norm state, as in that tuple. `tap_inputs`: of TAP_INPUTS, what the tap
+        looks at. `cache` -> aux["cache"], updated.
         """
         n_layers = len(self.cfg.layers)
-        middle = [i for i in keep if 0 < i < n_layers]
+        middle = [i for i in states if 0 < i < n_layers]
         slots = [middle.index(i + 1) if i + 1 in middle else len(middle) for i in range(n_layers)]
         saved = jnp.zeros((len(middle) + 1, *x.shape), x.dtype) if middle else None
         before, last, taps, caches = x, x, list[Any](), {}
@@ -303,11 +303,11 @@ class Decoder(nnx.Module):
             caches[str(run)] = new_cache
         final = self.final_norm(last)
         aux: dict[str, Any] = {"cache": caches} if cache is not None else {}
-        if keep:
-            states = {0: x, n_layers: final}
+        if states:
+            found = {0: x, n_layers: final}
             if saved is not None:
-                states |= {i: saved[slot] for slot, i in enumerate(middle)}
-            aux["kept"] = tuple(states[i] for i in keep)
+                found |= {i: saved[slot] for slot, i in enumerate(middle)}
+            aux["states"] = tuple(found[i] for i in states)
         if tap is not None:
             params = jax.tree.map(operator.itemgetter(-1), nnx.to_pure_dict(state))
             aux["tap"] = [*taps[:-1], tap(Block(before, final, read, params))]
@@ -353,8 +353,8 @@ def _adapter(lora: LoraConfig | None, name: str) -> LoraConfig | None:
     return lora if lora is not None and name in lora.targets else None
 
 
-def _draw(key: jax.Array | None, x: jax.Array, projections: Sequence[Projection]) -> list[jax.Array | None]:
-    """Adapter dropout: bool[batch, seq, *inputs] of every projection, true where an input stays; None where all do.
+def _dropout_masks(key: jax.Array | None, x: jax.Array, projections: Sequence[Projection]) -> list[jax.Array | None]:
+    """Adapter dropout: bool[batch, seq, *inputs] of every projection, false where an input is dropped (None: nowhere).
 
     One draw for all of them, behind a barrier. XLA copies the generator's 20 rounds into every consumer otherwise: 30
     copies in a 7B step, whose compilation for TPUs took 241 CPU seconds instead of the 80 without dropout.
@@ -363,7 +363,7 @@ def _draw(key: jax.Array | None, x: jax.Array, projections: Sequence[Projection]
     if key is None or not any(sizes):
         return [None] * len(projections)
     rate = max(one.dropout for one in projections)
-    drawn = kept(once(bernoulli(key, 1 - rate, (x.shape[0], x.shape[1], sum(sizes)))))
+    drawn = saveable(compute_once(bernoulli(key, 1 - rate, (x.shape[0], x.shape[1], sum(sizes)))))
     parts = jnp.split(constrain(drawn, STREAM), np.cumsum(sizes)[:-1].tolist(), axis=-1)
     return [
         part.reshape(*x.shape[:2], *one.inputs) if size else None

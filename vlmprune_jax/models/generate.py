@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.config import ModelConfig
-from vlmprune_jax.distributed.mesh import whole
+from vlmprune_jax.distributed.mesh import whole, within
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.decoder import Cache
 from vlmprune_jax.models.vlm import Model, Params, VisionLanguageModel, check_inputs, mesh_of, place_batch, to_nnx
@@ -98,7 +97,7 @@ def _run(
     """int32[batch, max_new_tokens] tokens of one prefill and one loop, and bool[batch] which rows have ended."""
     mesh = mesh_of(model.params)
     arrays = place_batch(host, mesh)
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+    with within(mesh):
         tokens, ended = _generate(model.params, model.cfg, arrays, max_new_tokens, eos)
     return whole(tokens), whole(ended)
 

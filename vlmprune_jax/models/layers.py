@@ -16,7 +16,7 @@ from vlmprune_jax.config import LoraConfig, RopeConfig
 from vlmprune_jax.errors import UserError
 
 Axes = tuple[str, ...]
-KEPT = "kept"
+SAVEABLE = "saveable"
 
 
 class Parameter(nnx.Param):
@@ -101,23 +101,23 @@ class Projection(nnx.Module):
         """Share of its inputs that the adapter drops in training."""
         return 0.0 if self.lora is None else self.lora.dropout
 
-    def __call__(self, x: jax.Array, stays: jax.Array | None = None) -> jax.Array:
-        """`stays`: bool mask of the inputs that adapter dropout leaves, or None."""
+    def __call__(self, x: jax.Array, dropout_mask: jax.Array | None = None) -> jax.Array:
+        """`dropout_mask`: bool mask of the inputs that adapter dropout leaves, or None."""
         y = _contract(x, self.weight.get_value(), self.n_in)
         if self.bias is not None:
             y = y + _broadcast(self.bias.get_value(), y.ndim)
         if self.lora is not None:
             # Scaled where it is narrow: scaling `x` or `y` is a pass over the widest arrays, here and in the gradient.
             scale = self.lora.alpha / self.lora.rank
-            if stays is not None:
-                x, scale = jnp.where(stays, x, jnp.zeros_like(x)), scale / (1 - self.lora.dropout)
-            low = kept(_contract(x, self.lora_a.get_value(), self.n_in) * scale)
+            if dropout_mask is not None:
+                x, scale = jnp.where(dropout_mask, x, jnp.zeros_like(x)), scale / (1 - self.lora.dropout)
+            low = saveable(_contract(x, self.lora_a.get_value(), self.n_in) * scale)
             y = y + _expand(low, self.lora_b.get_value())
-        return kept(_gradient_once(y))
+        return saveable(_compute_gradient_once(y))
 
 
-def once(x: jax.Array) -> jax.Array:
-    """`x`, behind a barrier, and so is its gradient: for what several products read.
+def compute_once(x: jax.Array) -> jax.Array:
+    """`x`, behind a barrier, and so is its gradient: what several products read is computed once for all of them.
 
     XLA copies the norm, activation or sum that makes their input into each of them. Compiling a layer of a 7B model
     with adapters took 63 CPU seconds so for a v5e, and 51 without copies (docs/decisions.md 50).
@@ -126,17 +126,19 @@ def once(x: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _gradient_once(x: jax.Array) -> jax.Array:
-    """`x`, its gradient `once`: several products read that. What follows `x` may still join the one that makes it."""
+def _compute_gradient_once(x: jax.Array) -> jax.Array:
+    """`x`, its gradient behind the same barrier: several products read that. What follows `x` may still join the one
+    that makes it.
+    """
     return x
 
 
-_gradient_once.defvjp(lambda x: (x, None), lambda _, grad: (once(grad),))
+_compute_gradient_once.defvjp(lambda x: (x, None), lambda _, grad: (compute_once(grad),))
 
 
-def kept(x: jax.Array) -> jax.Array:
+def saveable(x: jax.Array) -> jax.Array:
     """`x`, marked as what the remat policy "dots" saves: costly to compute, or (dropout) drawn at random."""
-    return checkpoint_name(x, KEPT)
+    return checkpoint_name(x, SAVEABLE)
 
 
 def _contract(x: jax.Array, weight: jax.Array, n: int) -> jax.Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Collection, Mapping
@@ -16,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.distributed.mesh import row_ways, within
 from vlmprune_jax.distributed.rules import constrain, sharding
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.decoder import Context, Decoder, Tap, head_logits
@@ -137,7 +137,7 @@ def encode(
     attention_mask: jax.Array | None = None,
     inputs_embeds: jax.Array | None = None,
     position_ids: jax.Array | None = None,
-    keep: tuple[int, ...] = (),
+    states: tuple[int, ...] = (),
     tap: Tap | None = None,
     tap_inputs: tuple[str, ...] = (),
     remat: str = "none",
@@ -147,7 +147,7 @@ def encode(
 
     `vision_features`: see `VisionLanguageModel.embed`. `inputs_embeds` replaces embedding and splicing (a teacher fed
     with the student's embeddings); `position_ids` int[batch, seq] replaces the positions counted along
-    `attention_mask`. `keep`, `tap`, `tap_inputs`: see `Decoder.__call__`.
+    `attention_mask`. `states`, `tap`, `tap_inputs`: see `Decoder.__call__`.
     aux always has "inputs_embeds" and, with images, "image_features".
     """
     module = to_nnx(Model(params, cfg))
@@ -158,7 +158,7 @@ def encode(
     if attention_mask is None:
         attention_mask = jnp.ones(input_ids.shape, jnp.int32)
     context = text_context(module, attention_mask, dropout_key, position_ids)
-    final, aux = module.text(x, context, keep=keep, tap=tap, tap_inputs=tap_inputs, remat=remat)
+    final, aux = module.text(x, context, states=states, tap=tap, tap_inputs=tap_inputs, remat=remat)
     return final, {**aux, "inputs_embeds": inputs_embeds, "image_features": features}
 
 
@@ -196,9 +196,9 @@ def apply(
     unknown = set(want) - set(WANT)
     if unknown:
         raise UserError(f"want={sorted(unknown)} is not one of {', '.join(WANT)}")
-    keep = tuple(range(len(cfg.text.layers) + 1)) if "hidden" in want else ()
-    final, aux = encode(params, cfg, input_ids, pixel_values=pixel_values, attention_mask=attention_mask, keep=keep)
-    aux["hidden"] = aux.get("kept")
+    states = tuple(range(len(cfg.text.layers) + 1)) if "hidden" in want else ()
+    final, aux = encode(params, cfg, input_ids, pixel_values=pixel_values, attention_mask=attention_mask, states=states)
+    aux["hidden"] = aux.get("states")
     return unembed(params, cfg, final), {name: aux[name] for name in want}
 
 
@@ -230,7 +230,7 @@ def forward(
     check_inputs(model.cfg, input_ids, pixel_values)
     mesh = mesh_of(model.params)
     arrays = place_batch({"ids": input_ids, "pixels": pixel_values, "mask": attention_mask}, mesh)
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+    with within(mesh):
         return _forward(model.params, model.cfg, arrays["ids"], arrays["pixels"], arrays["mask"], tuple(want))
 
 
@@ -288,7 +288,6 @@ def place_batch(arrays: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.A
         if array is None or mesh is None:
             placed[name] = None if array is None else jnp.asarray(array)
             continue
-        ways = mesh.shape["data"] * mesh.shape["fsdp"]
-        axes = ("batch",) if array.shape[0] % ways == 0 else (None,)
+        axes = ("batch",) if array.shape[0] % row_ways(mesh) == 0 else (None,)
         placed[name] = jax.device_put(array, sharding(mesh, axes + (None,) * (array.ndim - 1)))
     return placed

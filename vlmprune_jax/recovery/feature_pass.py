@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.data.feature_loader import FeatureLoader, Picture
-from vlmprune_jax.distributed.mesh import from_all, from_main
+from vlmprune_jax.distributed.mesh import from_all, on_process_zero
 from vlmprune_jax.errors import Stopped, UserError
 from vlmprune_jax.hf.disk.atomic import check_space
 from vlmprune_jax.models.vlm import Params, tower_features
@@ -146,4 +146,4 @@ def _check_space(loader: FeatureLoader, pictures: Sequence[Picture], on_error: s
         return sum(_attempt(functools.partial(loader.count, picture), 0, on_error) for picture in pictures)
 
     needed = sum(from_all(tiles)) * int(np.prod(loader.shape)) * jnp.dtype(loader.dtype).itemsize
-    from_main(lambda: check_space(loader.cache.folder / "*.safetensors", needed))
+    on_process_zero(lambda: check_space(loader.cache.folder / "*.safetensors", needed))

@@ -20,6 +20,7 @@ from vlmprune_jax.models.vlm import Model, check_inputs
 from vlmprune_jax.recovery.checkpoint import Checkpointer
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.flops import batch_flops
+from vlmprune_jax.recovery.losses import measured
 from vlmprune_jax.recovery.metrics import Recorder
 from vlmprune_jax.recovery.program import Run, prepare
 from vlmprune_jax.recovery.step import TrainState, place_rows, step_context
@@ -70,7 +71,8 @@ def recover(
         devices = sorted(jax.tree.leaves(state)[0].sharding.device_set, key=lambda device: device.id)
         with Recorder(folder, first, total, config.log_every, progress, devices) as recorder, context:
             state = _train(run, stream, config, state, (first, total), saver, recorder)
-            summary = _summary(run, recorder, first, total)
+            terms = {name: term.label or name for name, term in measured(config.losses).items()}
+            summary = {**_summary(run, recorder, first, total), "terms": terms}
     return _finish(run, state, model, config.merge_lora), summary
 
 

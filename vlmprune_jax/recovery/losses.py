@@ -14,16 +14,15 @@ import jax
 import jax.numpy as jnp
 
 from vlmprune_jax.checks import suggest
-from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.config import IGNORED, ModelConfig
 from vlmprune_jax.distributed.mesh import within
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.cross_entropy import chunks
 from vlmprune_jax.models.decoder import head_logits
 from vlmprune_jax.models.vlm import Model, Params, check_inputs, encode, mesh_of, to_nnx
 from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
 from vlmprune_jax.recovery.terms import BUILT_IN, LossTerm
-
-IGNORED = -100
 
 
 class LossTerms(dict[str, LossTerm]):
@@ -72,7 +71,7 @@ class LossTerms(dict[str, LossTerm]):
             params = teacher.params
         with within(mesh_of(model.params)):
             values = _means(model.params, model.cfg, arrays, loss, taught, params, dtype, tuple(self.items()))
-        return {name: float(value) for name, value in values.items()}
+        return {name: float(values[name]) for name in (*measured(loss), "total")}
 
 
 losses = LossTerms(BUILT_IN)
@@ -272,21 +271,23 @@ def loss_sums(
             embeds, _ = to_nnx(Model(params, cfg)).embed(ids, **images)
             embeds = embeds * mask[..., None].astype(embeds.dtype)
     hidden = on_hidden(loss)
-    keep: tuple[int, ...] = ()
+    states: tuple[int, ...] = ()
     if hidden:
-        keep = student_layers(loss, cfg) if teacher is None else teacher.student_layers
+        states = student_layers(loss, cfg) if teacher is None else teacher.student_layers
     inputs: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "remat": remat}
-    final, aux = encode(params, cfg, ids, **images, inputs_embeds=embeds, keep=keep, dropout_key=dropout_key, **inputs)
+    final, aux = encode(
+        params, cfg, ids, **images, inputs_embeds=embeds, states=states, dropout_key=dropout_key, **inputs
+    )
     sums: dict[str, Any] = {}
     target, teacher_logits = None, None
-    taught: Sequence[jax.Array | None] = (None,) * len(keep)
+    taught: Sequence[jax.Array | None] = (None,) * len(states)
     if teacher is not None and teacher_params is not None:
         shared = aux["inputs_embeds"] if loss.teacher_inputs == "student" else None
-        keep = teacher.teacher_layers if hidden else ()
-        target, seen = encode(teacher_params, teacher.cfg, ids, **images, inputs_embeds=shared, keep=keep, **inputs)
-        target, taught = jax.lax.stop_gradient((target, seen.get("kept", ())))
+        states = teacher.teacher_layers if hidden else ()
+        target, seen = encode(teacher_params, teacher.cfg, ids, **images, inputs_embeds=shared, states=states, **inputs)
+        target, taught = jax.lax.stop_gradient((target, seen.get("states", ())))
     for name, term in hidden.items():
-        sums[name] = sum(_over_tokens(term, *pair, mask, loss) for pair in zip(aux["kept"], taught, strict=True))
+        sums[name] = sum(_over_tokens(term, *pair, mask, loss) for pair in zip(aux["states"], taught, strict=True))
     if teacher is not None and teacher_params is not None and compares_logits(loss):
         teacher_logits = head_of(jax.lax.stop_gradient(teacher_params), teacher.cfg)
     top = _top_k(batch, loss) if loss.teacher_top_k else None
@@ -383,14 +384,6 @@ def _over_chunk(
         values = term.value(*(given[name] for name in term.needs))
     total = jnp.sum(jnp.where(x["y"] == IGNORED, 0.0, values) if term.counts == "labels" else values * weight)
     return loss.temperature**2 * total if term.tempered else total
-
-
-def chunks(x: jax.Array, size: int, fill: int) -> jax.Array:
-    """[batch, seq, ...] -> [n, batch, chunk, ...]: at least two chunks of at most `size`; `fill` fills up the last."""
-    batch, seq = x.shape[:2]
-    size = min(size, -(-seq // 2))
-    x = jnp.pad(x, ((0, 0), (0, -seq % size)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
-    return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
 
 
 def combine(sums: dict[str, jax.Array], weights: dict[str, jax.Array], loss: LossConfig) -> jax.Array:

@@ -17,6 +17,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.distributed.mesh import within
 from vlmprune_jax.distributed.rules import constrain, sharding
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import Flat, param_axes, unflatten
@@ -253,8 +254,7 @@ def step_context(mesh: Mesh | None, compute_dtype: str) -> Iterator[None]:
     In bfloat16 the backward pass of attention in jax.nn mixes bfloat16 with float32, which strict promotion refuses.
     """
     with contextlib.ExitStack() as stack:
-        if mesh is not None:
-            stack.enter_context(jax.set_mesh(mesh))
+        stack.enter_context(within(mesh))
         if compute_dtype == "bfloat16":
             stack.enter_context(jax.numpy_dtype_promotion("standard"))
         yield

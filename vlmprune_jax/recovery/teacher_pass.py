@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.rules import constrain
+from vlmprune_jax.models.cross_entropy import chunks
 from vlmprune_jax.models.vlm import Model, Params, check_inputs, encode
 from vlmprune_jax.recovery.config import LossConfig
-from vlmprune_jax.recovery.losses import chunks, head_of
+from vlmprune_jax.recovery.losses import head_of
 from vlmprune_jax.recovery.step import local_rows, place_rows, step_context
 from vlmprune_jax.recovery.top_k import top_k_logprobs
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from vlmprune_jax.checks import one_of
+from vlmprune_jax.checks import file_of_users, one_of
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.cross_entropy import cross_entropy
 from vlmprune_jax.recovery.top_k import top_k_divergence
 
 # What a term may ask for. Vocabulary terms see a chunk of positions, [batch, chunk, vocab], terms on hidden states all
@@ -37,7 +39,7 @@ class LossTerm:
     states) of terms on hidden states.
     `from_top_k` is `value` from a teacher's k likeliest tokens instead: (float32[batch, chunk, vocab] logits, int[...,
     k] ids, [..., k + 1] log-probabilities, temperature), see `top_k`; without it a cached teacher cannot serve it.
-    `reported`: it is measured even where its weight is 0.
+    `reported`: it is measured even where its weight is 0. `label` is what plots call it ("": its name).
     """
 
     value: Callable[..., jax.Array]
@@ -45,6 +47,7 @@ class LossTerm:
     counts: str
     from_top_k: Callable[[jax.Array, jax.Array, jax.Array, float], jax.Array] | None = None
     reported: bool = False
+    label: str = ""
 
     def __post_init__(self) -> None:
         for name in self.needs:
@@ -66,20 +69,14 @@ class LossTerm:
         return any(name.startswith("teacher_") for name in self.needs)
 
     @property
+    def file(self) -> Path | None:
+        """The file of a term that is not this package's own: what it gives changes with that file."""
+        return file_of_users(self.value)
+
+    @property
     def tempered(self) -> bool:
         """Whether it is about distributions at the temperature."""
         return any(name.endswith("log_probs") for name in self.needs)
-
-
-def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """float32[...] negative log-probability of int[...] targets.
-
-    The target is picked with a mask instead of a gather, so that a vocabulary split over devices stays split; times the
-    mask, not by a select, whose zeros XLA would keep in memory as an array of the logits' size.
-    """
-    hit = jnp.arange(logits.shape[-1]).reshape((1,) * targets.ndim + (-1,)) == targets[..., None]
-    picked = jnp.sum(logits * hit.astype(logits.dtype), axis=-1)
-    return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
 def divergence(of: jax.Array, to: jax.Array) -> jax.Array:
@@ -101,9 +98,11 @@ def cosine_distance(ours: jax.Array, theirs: jax.Array) -> jax.Array:
 # p = softmax(logits / T), reverse KL with the roles swapped, L2 = squared difference of hidden states. Cosine is not in
 # the reference.
 BUILT_IN = {
-    "ce": LossTerm(cross_entropy, ("logits", "targets"), "labels", reported=True),
-    "l2": LossTerm(squared_difference, HIDDEN, "features"),
-    "cosine": LossTerm(cosine_distance, HIDDEN, "tokens"),
-    "kl": LossTerm(divergence, ("teacher_log_probs", "log_probs"), "positions", from_top_k=top_k_divergence),
-    "rkl": LossTerm(divergence, ("log_probs", "teacher_log_probs"), "positions"),
+    "ce": LossTerm(cross_entropy, ("logits", "targets"), "labels", reported=True, label="cross-entropy"),
+    "l2": LossTerm(squared_difference, HIDDEN, "features", label="hidden-state L2"),
+    "cosine": LossTerm(cosine_distance, HIDDEN, "tokens", label="hidden-state cosine"),
+    "kl": LossTerm(
+        divergence, ("teacher_log_probs", "log_probs"), "positions", from_top_k=top_k_divergence, label="forward KL"
+    ),
+    "rkl": LossTerm(divergence, ("log_probs", "teacher_log_probs"), "positions", label="reverse KL"),
 }

@@ -13,8 +13,9 @@ import jinja2
 from markupsafe import Markup
 
 from vlmprune_jax.prune import PrunePlan, Scores
+from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.report import fit, plots
-from vlmprune_jax.report.result import main_value, read_result, shown
+from vlmprune_jax.report.result import averaged_sets, main_value, read_result, shown
 
 Json = dict[str, Any]
 NOTES = (
@@ -68,7 +69,7 @@ def _columns(sets: Json) -> tuple[str, str]:
 def _columns_title(sets: Json) -> str:
     if len(sets) == 1:
         return f"{_upper(_label(next(iter(sets.values()))))}, retained in %"
-    return "Retained on average over the sets and in the paper's average, in %"
+    return f"Retained {_over(sets)}, and the paper's average, in %"
 
 
 def _summary(model: Json, teacher: Json, sets: Json) -> tuple[str, ...]:
@@ -169,10 +170,16 @@ def _lead(result: Json) -> str:
 def _worth(run: Json, result: Json) -> str:
     sets = result["sets"]
     if len(sets) > 1:
-        kept = run["evaluation"]["mean_of_ratios"]
-        return f"retains {_percent(kept) or 'an unknown share'} % on average over {len(sets)} evaluation sets"
+        kept = _percent(run["evaluation"]["mean_of_ratios"])
+        share = f"{kept} % of the unpruned model's score" if kept else "an unknown share of the score"
+        return f"retains {share} {_over(sets)}"
     name, of = next(iter(sets.items()))
     return f"reaches {_reached(run, name, sets)} {of['main']} on {_count(of)}"
+
+
+def _over(sets: Json) -> str:
+    averaged = averaged_sets(sets)
+    return f"on {averaged[0]}" if len(averaged) == 1 else f"on average over {len(averaged)} evaluation sets"
 
 
 def _unpruned(result: Json) -> str:
@@ -207,12 +214,16 @@ def _measured(result: Json) -> list[plots.Measured]:
     if len(sets) == 1:
         return each
     kept = [100.0, *(run["evaluation"]["mean_of_ratios"] for run in runs)]
-    return [plots.Measured("Retained", f"Retained, mean of {len(sets)} sets", "retained (%)", 100.0, kept), *each]
+    return [plots.Measured("Retained", f"Retained {_over(sets)}", "retained (%)", 100.0, kept), *each]
 
 
 def _set_section(result: Json, measured: Sequence[plots.Measured]) -> Iterator[Json]:
     if measured:
-        figures = [_figure(plots.score_figure(result, one), one.title) for one in measured]
+        better = [
+            "Higher is better." if of["higher_is_better"] else "Lower is better." for of in result["sets"].values()
+        ]
+        drawn = (plots.score_figure(result, one) for one in measured)
+        figures = [_figure(figure, caption) for figure, caption in zip(drawn, better, strict=True)]
         yield {"title": "Every evaluation set", "figures": figures}
 
 
@@ -252,12 +263,13 @@ def _importance_figure(scores: Scores, plan: PrunePlan) -> Any:
 
 
 def _loss_section(workdir: Path, result: Json) -> Iterator[Json]:
-    curves = {}
+    curves, titles = {}, dict[str, str]()
     for run in result["runs"]:
+        titles |= run.get("loss_terms") or {name: name for name in LossConfig().weights()}
         path = workdir / run["metrics"] if run.get("metrics") else None
         if path is not None and path.is_file():
             curves[run["name"]] = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    figure = plots.loss_figure(curves)
+    figure = plots.loss_figure(curves, titles)
     if figure is not None:
         yield {"title": "Recovery training", "figures": [_figure(figure, "Mean over each logged batch; logarithmic.")]}
 

@@ -201,18 +201,12 @@ def _layer_axis(axes: Axes, which: str, n_layers: int) -> None:
     axes.grid(visible=False, axis="x")
 
 
-def loss_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure | None:
+def loss_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mapping[str, str]) -> Figure | None:
     """Loss terms over steps, one panel per term, one line per run; None where no run reported any.
 
-    `curves`: run name -> rows of its metrics file.
+    `curves`: run name -> rows of its metrics file. `titles`: term -> what its panel is called.
     """
-    titles = {
-        "ce": "cross-entropy",
-        "l2": "hidden-state L2",
-        "cosine": "hidden-state cosine",
-        "kl": "forward KL",
-        "rkl": "reverse KL",
-    }
+    named = set()
     terms = [term for term in titles if any(term in row for rows in curves.values() for row in rows)]
     if not terms:
         return None
@@ -224,7 +218,8 @@ def loss_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure | N
                 points = [(row["step"], row[term]) for row in rows if term in row]
                 if points:
                     style = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.4}
-                    axes.plot(*np.transpose(points), label=name if term == "ce" else None, **style)
+                    axes.plot(*np.transpose(points), label=None if name in named else name, **style)
+                    named.add(name)
             axes.set_yscale("log")
             axes.set_title(f"{titles[term]}, training batches")
             axes.set_xlabel("step")

@@ -144,10 +144,14 @@ def _retained(values: Mapping[str, float], original: Mapping[str, float], descri
     return retained(ours, theirs) if theirs else None  # JSON has no NaN
 
 
+def averaged_sets(sets: Json) -> list[str]:
+    """The sets that averages are over: those with a full score, or all if none has one."""
+    return [name for name, of in sets.items() if of["full"] is not None] or list(sets)
+
+
 def _counting(scores: Mapping[str, Mapping[str, float]], sets: Json) -> dict[str, float]:
     """The values that averages are of, all better when higher."""
-    benchmarks = [name for name, of in sets.items() if of["full"] is not None]
-    mains = {name: scores[name][sets[name]["main"]] for name in benchmarks or sets}
+    mains = {name: scores[name][sets[name]["main"]] for name in averaged_sets(sets)}
     turned = (value if sets[name]["higher_is_better"] else _inverse(value) for name, value in mains.items())
     return dict(zip(mains, turned, strict=True))
 

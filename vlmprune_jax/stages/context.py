@@ -14,7 +14,7 @@ from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.preemption import StopSignal, noticed
 from vlmprune_jax.errors import Stopped, UserError
-from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.experiment.spec import MeshSpec, ModelSpec
 from vlmprune_jax.hf.export.card import model_name
 from vlmprune_jax.hf.export.write import save
 from vlmprune_jax.hf.layout import PARTS
@@ -75,49 +75,47 @@ class Context:
         return Stage(name=label, version=VERSIONS[kind], workdir=self.workdir, **parts)
 
 
-def journal_of(experiment: Experiment, path: Path, batches: int) -> Journal:
+def journal_of(mesh: MeshSpec, path: Path, batches: int) -> Journal:
     """What an interrupted pass over so many batches left; another mesh may cut and round them in another way."""
-    return Journal(path, {"batches": batches, "mesh": vars(experiment.mesh)})
+    return Journal(path, {"batches": batches, "mesh": vars(mesh)})
 
 
-def mesh_of(experiment: Experiment) -> Mesh | None:
+def mesh_of(sizes: MeshSpec) -> Mesh | None:
     """The device mesh, or None for one device."""
-    sizes = experiment.mesh
     if (sizes.data, sizes.fsdp, sizes.tensor) == (1, 1, 1):
         return None
     return make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
 
 
-def load_model(experiment: Experiment, folder: Path, parts: Collection[str] = PARTS) -> Model:
+def load_model(spec: ModelSpec, mesh: MeshSpec, folder: Path, parts: Collection[str] = PARTS) -> Model:
     """The model in a folder of this experiment, or parts of it, in its dtype and on its mesh."""
-    spec = experiment.model
-    return load(folder, vision_dir=spec.vision_dir, dtype=spec.dtype, mesh=mesh_of(experiment), parts=parts)
+    return load(folder, vision_dir=spec.vision_dir, dtype=spec.dtype, mesh=mesh_of(mesh), parts=parts)
 
 
-def open_folder(experiment: Experiment, folder: Path) -> Model:
+def open_folder(spec: ModelSpec, folder: Path) -> Model:
     """The model in a folder of this experiment, its weights in their files."""
-    vision_dir = experiment.model.vision_dir
-    return open_model(folder, None if vision_dir is None else Path(vision_dir))
+    return open_model(folder, None if spec.vision_dir is None else Path(spec.vision_dir))
 
 
-def teacher_folder(experiment: Experiment) -> Path:
+def teacher_folder(spec: ModelSpec) -> Path:
     """The unpruned model's folder.
 
     Raises:
       UserError: it is not set or not there.
     """
-    if not experiment.model.hf_dir:
+    if not spec.hf_dir:
         raise UserError("model.hf_dir is not set: give the Hugging Face folder to prune (--config.model.hf_dir=DIR)")
-    folder = Path(experiment.model.hf_dir)
+    folder = Path(spec.hf_dir)
     if not folder.is_dir():
         raise UserError(f"model.hf_dir={folder}: no such folder")
     return folder
 
 
-def model_inputs(experiment: Experiment, **folders: Path | str) -> dict[str, Path | str]:
-    found: dict[str, Path | str] = {"model.hf_dir": teacher_folder(experiment), **folders}
-    if experiment.model.vision_dir is not None:
-        found["model.vision_dir"] = Path(experiment.model.vision_dir)
+def model_inputs(spec: ModelSpec, **folders: Path | str) -> dict[str, Path | str]:
+    """The unpruned model's folders and others, by name."""
+    found: dict[str, Path | str] = {"model.hf_dir": teacher_folder(spec), **folders}
+    if spec.vision_dir is not None:
+        found["model.vision_dir"] = Path(spec.vision_dir)
     return found
 
 
@@ -126,7 +124,7 @@ def journal_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.journal")
 
 
-def save_model(model: Model, out_dir: Path, experiment: Experiment, source_dir: Path, plan: PrunePlan) -> None:
+def save_model(model: Model, out_dir: Path, spec: ModelSpec, source_dir: Path, plan: PrunePlan) -> None:
     """An intermediate folder: source layout, true widths, the experiment's dtype."""
     save(
         model,
@@ -134,8 +132,8 @@ def save_model(model: Model, out_dir: Path, experiment: Experiment, source_dir: 
         source_dir=source_dir,
         layout="source",
         uneven="per_layer",
-        dtype=experiment.model.dtype,
+        dtype=spec.dtype,
         plan=plan,
-        name=model_name(teacher_folder(experiment)),
+        name=model_name(teacher_folder(spec)),
         recovered=out_dir.name == "recovered",
     )

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.checks import settings_of
-from vlmprune_jax.distributed.mesh import from_main
+from vlmprune_jax.distributed.mesh import on_process_zero, row_ways
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.metrics import METRICS
 from vlmprune_jax.evaluation.runner import ask, check_answered, log_likelihoods
@@ -39,7 +40,9 @@ def evaluate_stage(experiment: Experiment, model_folder: Path, out: Path, name: 
     """{set: what is known of it} of one folder -> `eval/<name>.json`, of other sets than "questions"
     `eval/<name>.<set>.json`; the answers beside.
     """
-    model = functools.cache(lambda: load_model(experiment, model_folder))  # for the first set that needs it
+    model = functools.cache(
+        lambda: load_model(experiment.model, experiment.mesh, model_folder)
+    )  # for the first set that needs it
     return {
         key: _evaluate_set(experiment, key, of, model_folder, model, out, name, context)
         for key, of in evaluation_sets(experiment).items()
@@ -63,7 +66,7 @@ def _evaluate_set(
         out,
         f"evaluate {title}",
         settings=_settings(experiment, key, of),
-        inputs=model_inputs(experiment, model=model_folder, **_files(experiment, key, of)),
+        inputs=model_inputs(experiment.model, model=model_folder, **_files(experiment, key, of)),
         outputs=[answers],
         journals=[journal_path(path)],
     )
@@ -75,11 +78,11 @@ def _evaluate_set(
         return {**facts, "parameters": count_params(model().cfg)}
 
     facts = context.run(stage, body)
-    found = from_main(lambda: _measure(of, answers, path, facts))
+    found = on_process_zero(lambda: _measure(of, answers, path, facts))
     metric, counted = found["metric"], "questions" if of.text is None else "tokens"
     context.reporter.say(
         f"  {title}: {metric['main']} {shown(found['values'][metric['main']], metric)} on {facts[counted]:,} {counted} "
-        f"({facts['parameters']:,} parameters, {facts['seconds']:.1f} s)"
+        f"({facts['parameters']:,} parameters, {facts['model_seconds']:.1f} s)"
     )
     return found
 
@@ -110,18 +113,21 @@ def _ask(
     experiment: Experiment, of: EvaluationSetSpec, model: Model, title: str, journal: Path, context: Context
 ) -> tuple[list[Json], Json]:
     """The model's answers to questions, one line each, and facts about them."""
-    mesh = mesh_of(experiment)
-    ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-    questions = inputs.arranged_questions(experiment, of, model.cfg, multiple=ways)
+    ways = row_ways(mesh_of(experiment.mesh))
+    questions = inputs.arranged_questions(
+        experiment.model, experiment.data, experiment.evaluate, of, model.cfg, multiple=ways
+    )
     check_answered(questions.records)  # the last one now, not after hours
+    assert of.max_new_tokens is not None
+    start = time.perf_counter()
     with context.phase(title, len(questions)) as progress:
         replies = ask(
             model,
             questions.batches(threads=experiment.data.threads, prefetch=inputs.PREFETCH),
             tokenizer=questions.encoder.tokenizer,
-            max_new_tokens=of.max_new_tokens or 1,
+            max_new_tokens=of.max_new_tokens,
             progress=progress,
-            journal=journal_of(experiment, journal, len(questions)),
+            journal=journal_of(experiment.mesh, journal, len(questions)),
         )
     lines = [
         {
@@ -132,31 +138,34 @@ def _ask(
         }
         for said in replies
     ]
-    mean = sum(said.tokens for said in replies) / len(replies)
-    return lines, {"questions": len(replies), "mean_generated_tokens": mean}
+    mean, seconds = sum(said.tokens for said in replies) / len(replies), round(time.perf_counter() - start, 3)
+    return lines, {"questions": len(replies), "mean_generated_tokens": mean, "model_seconds": seconds}
 
 
 def _read_text(
     experiment: Experiment, of: EvaluationSetSpec, model: Model, title: str, journal: Path, context: Context
 ) -> tuple[list[Json], Json]:
     """The log-likelihood of a text, one line a batch of windows, and facts about them."""
-    path, size = Path(of.text or ""), experiment.evaluate.batch_size
+    assert of.text is not None
+    assert of.text_window is not None
+    path, size, window = Path(of.text), experiment.evaluate.batch_size, of.text_window
     tokenizer = inputs.load_inputs(experiment.model, experiment.data, model.cfg).tokenizer
     try:
         ids = tokenizer(path.read_text(encoding="utf-8"))["input_ids"]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"evaluate.text={path}: cannot be read as UTF-8 text ({error})") from None
-    window = of.text_window or 0
-    total = -(-len(ids) // (window * size))
+    total, start = -(-len(ids) // (window * size)), time.perf_counter()
     with context.phase(title, total) as progress:
-        kept = journal_of(experiment, journal, total)
+        kept = journal_of(experiment.mesh, journal, total)
         lines = log_likelihoods(model, ids, window=window, batch_size=size, progress=progress, journal=kept)
-    return list(lines), {"tokens": int(sum(line["tokens"] for line in lines))}
+    seconds = round(time.perf_counter() - start, 3)
+    return list(lines), {"tokens": int(sum(line["tokens"] for line in lines)), "model_seconds": seconds}
 
 
 def _measure(of: EvaluationSetSpec, answers: Path, path: Path, facts: Json) -> Json:
     """What the metric makes of the answers in a file -> `path`."""
-    metric = METRICS[of.metric or ""]
+    assert of.metric is not None
+    metric = METRICS[of.metric]
     lines = [json.loads(line) for line in answers.read_text(encoding="utf-8").split("\n") if line]
     # Whether a lone image's mark may be missing was checked when the records were asked.
     records = () if of.text is not None else inputs.evaluation_records(of, image_lead=True)

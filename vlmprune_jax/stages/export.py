@@ -22,12 +22,12 @@ def export_stage(experiment: Experiment, model_folder: Path, context: Context) -
         context.workdir,
         "export",
         settings=affecting("export", experiment),
-        inputs=model_inputs(experiment, model=model_folder),
+        inputs=model_inputs(experiment.model, model=model_folder),
         outputs=[out],
     )
 
     def body() -> Json:
-        model = load_model(experiment, model_folder)
+        model = load_model(experiment.model, experiment.mesh, model_folder)
         plan = PrunePlan.from_json(model_folder / "plan.json")
         save(
             model,
@@ -35,7 +35,7 @@ def export_stage(experiment: Experiment, model_folder: Path, context: Context) -
             source_dir=model_folder,
             **vars(spec),
             plan=plan,
-            name=model_name(teacher_folder(experiment)),
+            name=model_name(teacher_folder(experiment.model)),
             recovered=model_folder.name == "recovered",
         )
         try:

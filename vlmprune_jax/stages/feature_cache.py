@@ -10,9 +10,9 @@ import numpy as np
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.feature_loader import FeatureLoader
-from vlmprune_jax.distributed.mesh import from_main
+from vlmprune_jax.distributed.mesh import on_process_zero
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.experiment.spec import DataSpec, MeshSpec, ModelSpec
 from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.hf.layout import PARTS
 from vlmprune_jax.models.params import param_shapes
@@ -31,7 +31,13 @@ TOWER = "vision"
 
 
 def cached_features(
-    experiment: Experiment, config: RecoverConfig, plan: PrunePlan, pruned: Path, context: Context
+    model: ModelSpec,
+    data: DataSpec,
+    mesh: MeshSpec,
+    config: RecoverConfig,
+    plan: PrunePlan,
+    pruned: Path,
+    context: Context,
 ) -> FeatureLoader | None:
     """What recovery reads images from, complete for its records; None without `data.feature_cache`.
 
@@ -40,36 +46,35 @@ def cached_features(
         another tower or cannot be written, or an image cannot be read.
       Stopped: SIGTERM; what is computed stays.
     """
-    folder, data = experiment.data.feature_cache, experiment.data
-    if folder is None:
+    if data.feature_cache is None:
         return None
-    cfg, mesh = open_folder(experiment, pruned).cfg, mesh_of(experiment)
+    cfg, devices = open_folder(model, pruned).cfg, mesh_of(mesh)
     check_frozen(cfg, config)
-    teacher_cfg = open_folder(experiment, teacher_folder(experiment)).cfg if needs_teacher(config.losses) else None
+    teacher_cfg = open_folder(model, teacher_folder(model)).cfg if needs_teacher(config.losses) else None
     # Settings that training refuses are better refused before a long pass.
-    make_program(cfg, config, teacher_cfg=teacher_cfg, kept_layers=plan.kept_layers, mesh=mesh, num_steps=1)
-    weights = from_main(lambda: _digest(experiment, config, pruned))
-    images = inputs.load_inputs(experiment.model, data, cfg).image_loader
+    make_program(cfg, config, teacher_cfg=teacher_cfg, kept_layers=plan.kept_layers, mesh=devices, num_steps=1)
+    weights = on_process_zero(lambda: _digest(model, config, pruned))
+    images = inputs.load_inputs(model, data, cfg).image_loader
     assert images is not None  # there is a tower
-    made_from = {"digest": weights, "dtype": experiment.model.dtype}
+    made_from = {"digest": weights, "dtype": model.dtype}
     identity = feature_identity(cfg, made_from, images.preparation.settings, config.compute_dtype)
     dtype: np.dtype = DTYPES[config.compute_dtype]
-    loader = FeatureLoader(images, ArrayCache(Path(folder), identity), cfg.feature_shape, dtype)
-    missing = loader.missing(inputs.recovery_records(experiment, cfg))
+    loader = FeatureLoader(images, ArrayCache(Path(data.feature_cache), identity), cfg.feature_shape, dtype)
+    missing = loader.missing(inputs.recovery_records(model, data, cfg))
     if missing:
         with context.phase("features", len(missing)) as progress:
             compute_features(
-                load_model(experiment, pruned, (TOWER,)).params[TOWER],
+                load_model(model, mesh, pruned, (TOWER,)).params[TOWER],
                 cfg,
                 loader,
                 missing,
                 batch_size=config.batch_size // config.accumulation,
                 on_error=data.on_error,
                 threads=data.threads,
-                mesh=mesh,
+                mesh=devices,
                 progress=progress,
             )
-    context.reporter.say(f"  {folder} holds the features of all images ({len(missing):,} computed now)")
+    context.reporter.say(f"  {data.feature_cache} holds the features of all images ({len(missing):,} computed now)")
     return loader
 
 
@@ -89,13 +94,13 @@ def check_frozen(cfg: ModelConfig, config: RecoverConfig) -> None:
         )
 
 
-def _digest(experiment: Experiment, config: RecoverConfig, pruned: Path) -> str:
+def _digest(model: ModelSpec, config: RecoverConfig, pruned: Path) -> str:
     """Of the student's tower, which must be the teacher's where that looks at images itself."""
-    student = content_digest(open_folder(experiment, pruned), f"{TOWER}/")
+    student = content_digest(open_folder(model, pruned), f"{TOWER}/")
     looks = needs_teacher(config.losses) or config.losses.teacher_top_k
     if looks and config.losses.teacher_inputs == "own":
-        teacher = teacher_folder(experiment)
-        if content_digest(open_folder(experiment, teacher), f"{TOWER}/") != student:
+        teacher = teacher_folder(model)
+        if content_digest(open_folder(model, teacher), f"{TOWER}/") != student:
             raise UserError(
                 f"data.feature_cache: {teacher} and {pruned} have different vision towers: leave feature_cache out, or "
                 'use losses.teacher_inputs="student"'
@@ -109,19 +114,19 @@ def parts_beside(features: FeatureLoader | None) -> list[str]:
 
 
 def load_for_training(
-    experiment: Experiment, config: RecoverConfig, pruned: Path, features: FeatureLoader | None
+    model: ModelSpec, mesh: MeshSpec, config: RecoverConfig, pruned: Path, features: FeatureLoader | None
 ) -> tuple[Model, Model | None]:
     """Student, and teacher if a loss needs one, as far as they are needed beside cached features."""
     parts = parts_beside(features)
     teacher = None
     if needs_teacher(config.losses):
-        teacher = load_model(experiment, teacher_folder(experiment), parts)
-    return load_model(experiment, pruned, parts), teacher
+        teacher = load_model(model, mesh, teacher_folder(model), parts)
+    return load_model(model, mesh, pruned, parts), teacher
 
 
-def with_tower(model: Model, experiment: Experiment, folder: Path) -> Model:
+def with_tower(model: Model, spec: ModelSpec, folder: Path) -> Model:
     """The model with the tower that lies in a folder, if it was trained without."""
     if model.cfg.tower:
         return model
-    tower = open_folder(experiment, folder).params[TOWER]
+    tower = open_folder(spec, folder).params[TOWER]
     return Model({**model.params, TOWER: tower}, dataclasses.replace(model.cfg, tower=True))

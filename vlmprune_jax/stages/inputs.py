@@ -29,10 +29,11 @@ from vlmprune_jax.data.tiling import Tiling
 from vlmprune_jax.distributed.mesh import from_all
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.questions import ArrangedQuestions, arrange_questions
-from vlmprune_jax.experiment.spec import DataSpec, EvaluationSetSpec, Experiment, ModelSpec
+from vlmprune_jax.experiment.spec import DataSpec, EvaluateSpec, EvaluationSetSpec, ModelSpec, ScoreSpec
 from vlmprune_jax.families import Family, family_of, templates
 from vlmprune_jax.families.templates import Template
 from vlmprune_jax.readers import read_json
+from vlmprune_jax.recovery.config import RecoverConfig
 
 # (what, total) -> takes the number of items done, while entered (`Reporter.bar`).
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -204,7 +205,9 @@ def record_files(data: DataSpec, which: str) -> dict[str, Path | str]:
     return {f"data.{which}": first, **{f"data.{which} ({file})": file for file in listed}}
 
 
-def calibration_batches(experiment: Experiment, cfg: ModelConfig, *, seed: int) -> list[Batch]:
+def calibration_batches(
+    model: ModelSpec, data: DataSpec, score: ScoreSpec, cfg: ModelConfig, *, seed: int
+) -> list[Batch]:
     """`score.samples` training records drawn with `seed`, in batches of equal shape (the last filled with padding).
 
     The first batch tells which records were drawn in vain, where `data.on_error` skips them: others take their places.
@@ -212,13 +215,13 @@ def calibration_batches(experiment: Experiment, cfg: ModelConfig, *, seed: int) 
     Raises:
       UserError: there are fewer records (short enough) than asked for.
     """
-    inputs = load_inputs(experiment.model, experiment.data, cfg)
+    inputs = load_inputs(model, data, cfg)
     encoder = dataclasses.replace(inputs.training_encoder(cfg), length_buckets=None)
-    records, skipped = _draw(experiment, seed, inputs, cfg, encoder)
+    records, skipped = _draw(score, seed, inputs, cfg, encoder)
     batches = train_batches(
         records,
-        _as_long_as(encoder, measure(records, encoder, on_error="stop", threads=experiment.data.threads)),
-        batch_size=experiment.score.batch_size,
+        _as_long_as(encoder, measure(records, encoder, on_error="stop", threads=data.threads)),
+        batch_size=score.batch_size,
         seed=seed,
         shuffle=False,
         epochs=1,
@@ -226,7 +229,7 @@ def calibration_batches(experiment: Experiment, cfg: ModelConfig, *, seed: int) 
         augment="none",
         process_index=0,  # every process scores the whole batch, which the mesh splits
         process_count=1,
-        threads=experiment.data.threads,
+        threads=data.threads,
         prefetch=PREFETCH,
     )
     first, *rest = batches
@@ -234,16 +237,16 @@ def calibration_batches(experiment: Experiment, cfg: ModelConfig, *, seed: int) 
 
 
 def _draw(
-    experiment: Experiment, seed: int, inputs: Inputs, cfg: ModelConfig, encoder: Encoder
+    score: ScoreSpec, seed: int, inputs: Inputs, cfg: ModelConfig, encoder: Encoder
 ) -> tuple[list[Record], list[tuple[str, str]]]:
     """The records, and (id, reason) of those that are skipped."""
-    score, records = experiment.score, training_records(experiment.data, inputs.template)
+    records = training_records(inputs.data, inputs.template)
     chosen: list[Record] = []
     skipped: list[tuple[str, str]] = []
     for index in np.random.Generator(np.random.PCG64(seed)).permutation(len(records)).tolist():
         if len(chosen) == score.samples:
             break
-        if experiment.data.on_error == "skip":
+        if inputs.data.on_error == "skip":
             problem = encoder.problem(records[index])
             if problem is not None:
                 skipped.append((records[index].id, problem))
@@ -267,10 +270,9 @@ def _text_length(record: Record, inputs: Inputs, cfg: ModelConfig) -> int:
     return len(ids)
 
 
-def recovery_records(experiment: Experiment, cfg: ModelConfig) -> tuple[Record, ...]:
+def recovery_records(model: ModelSpec, data: DataSpec, cfg: ModelConfig) -> tuple[Record, ...]:
     """The training records of a recovery."""
-    data = experiment.data
-    template = load_inputs(experiment.model, data, cfg).template
+    template = load_inputs(model, data, cfg).template
     return tuple(take_fraction(training_records(data, template), data.fraction, data.seed))
 
 
@@ -284,16 +286,15 @@ class TrainingRows:
 
 
 def training_rows(
-    experiment: Experiment, cfg: ModelConfig, bar: Bar, features: FeatureLoader | None = None
+    model: ModelSpec, data: DataSpec, cfg: ModelConfig, bar: Bar, features: FeatureLoader | None = None
 ) -> TrainingRows:
     """The rows of `data.fraction` of the training records for this model.
 
     `bar` shows how far they are measured; `features`: what images are read from in place of pixels.
     """
-    data = experiment.data
-    inputs = load_inputs(experiment.model, data, cfg)
+    inputs = load_inputs(model, data, cfg)
     one_of("data.group_by", data.group_by, GROUPINGS)
-    records = recovery_records(experiment, cfg)
+    records = recovery_records(model, data, cfg)
     encoder, sizes = inputs.training_encoder(cfg), None
     if not encoder.max_length or encoder.length_buckets or data.group_by != "none" or data.on_error == "skip":
         sizes = _measured(records, encoder, data.on_error, data.threads, bar)
@@ -304,7 +305,9 @@ def training_rows(
 
 
 def recovery_batches(
-    experiment: Experiment,
+    model: ModelSpec,
+    data: DataSpec,
+    config: RecoverConfig,
     cfg: ModelConfig,
     bar: Bar,
     *,
@@ -315,12 +318,12 @@ def recovery_batches(
 
     `bar`, `features`: see `training_rows`; `teacher`: what rows have of a cached teacher.
     """
-    data, recover, rows = experiment.data, experiment.recover, training_rows(experiment, cfg, bar, features)
+    rows = training_rows(model, data, cfg, bar, features)
     batches = train_batches(
         rows.records,
         rows.encoder,
-        batch_size=recover.batch_size,
-        seed=recover.seed,
+        batch_size=config.batch_size,
+        seed=config.seed,
         shuffle=True,
         epochs=None,
         drop_remainder=True,
@@ -361,16 +364,22 @@ def _as_long_as(encoder: Encoder, sizes: np.ndarray) -> Encoder:
 
 
 def arranged_questions(
-    experiment: Experiment, of: EvaluationSetSpec, cfg: ModelConfig, *, multiple: int
+    model: ModelSpec,
+    data: DataSpec,
+    evaluate: EvaluateSpec,
+    of: EvaluationSetSpec,
+    cfg: ModelConfig,
+    *,
+    multiple: int,
 ) -> ArrangedQuestions:
     """The questions of an evaluation set as batches; every model of an experiment is asked from the same ones.
 
     `multiple`: devices that share a batch.
     """
-    inputs, spec = load_inputs(experiment.model, experiment.data, cfg), experiment.evaluate
+    inputs = load_inputs(model, data, cfg)
     records = evaluation_records(of, image_lead=inputs.template.image_lead)
-    encoder = inputs.encoder(cfg, spec.max_length or 0)
-    return _arranged(records, encoder, spec.batch_size, multiple, of.prompt_suffix or "")
+    encoder = inputs.encoder(cfg, evaluate.max_length or 0)
+    return _arranged(records, encoder, evaluate.batch_size, multiple, of.prompt_suffix or "")
 
 
 @functools.lru_cache(maxsize=16)

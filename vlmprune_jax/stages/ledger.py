@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from vlmprune_jax.distributed.mesh import from_main, is_main_process
+from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.errors import UserError, differences
 
 Json = dict[str, Any]
@@ -69,7 +69,7 @@ def run_stage(stage: Stage, body: Callable[[], Json], *, overwrite: bool, say: C
             held.enter_context(_alone(stage, say))
             return _begin(stage, overwrite, say)
 
-        finished = from_main(begin)
+        finished = on_process_zero(begin)
         if finished is not None:
             return finished
         start = time.perf_counter()
@@ -79,7 +79,7 @@ def run_stage(stage: Stage, body: Callable[[], Json], *, overwrite: bool, say: C
             if is_main_process() and not any(_holds(path) for path in (*stage.scratch, *stage.journals)):
                 remove(stage.record)
             raise
-        return from_main(lambda: _end(stage, facts, round(time.perf_counter() - start, 2)))
+        return on_process_zero(lambda: _end(stage, facts, round(time.perf_counter() - start, 2)))
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.data.batching import Batch
-from vlmprune_jax.distributed.mesh import from_main
+from vlmprune_jax.distributed.mesh import on_process_zero
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.arguments import plan_options
 from vlmprune_jax.experiment.spec import Experiment, affecting
@@ -44,7 +44,7 @@ def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
         folder,
         "prune",
         settings=settings,
-        inputs=model_inputs(experiment, **scores, **records, **own),
+        inputs=model_inputs(experiment.model, **scores, **records, **own),
         outputs=[folder / "plan.json", folder / "pruned"],
     )
 
@@ -69,7 +69,7 @@ def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
 
 def _prune_files(experiment: Experiment, scores: list[Path], out_dir: Path) -> tuple[PrunePlan, ModelConfig]:
     """Plan from the scores, applied from file to file: the model is not loaded."""
-    spec, source, vision_dir = experiment.prune, teacher_folder(experiment), experiment.model.vision_dir
+    spec, source, vision_dir = experiment.prune, teacher_folder(experiment.model), experiment.model.vision_dir
     first, *second = [Scores.load(path) for path in scores]
     _, cfg = read_config(source, None if vision_dir is None else Path(vision_dir))
     plan = make_plan(
@@ -80,20 +80,21 @@ def _prune_files(experiment: Experiment, scores: list[Path], out_dir: Path) -> t
         layers_removed=spec.layers_removed,
         **plan_options(spec),
     )
-    from_main(lambda: prune_folder(source, plan, out_dir, vision_dir=vision_dir, dtype=experiment.model.dtype))
+    on_process_zero(lambda: prune_folder(source, plan, out_dir, vision_dir=vision_dir, dtype=experiment.model.dtype))
     return plan, cfg
 
 
 def _prune_in_steps(experiment: Experiment, scores: Path, out_dir: Path) -> tuple[PrunePlan, ModelConfig]:
     """Rounds of scoring and pruning, the first from `scores`; the model that the last one leaves is written."""
     spec, criterion = experiment.prune, experiment.score.width
-    source = teacher_folder(experiment)
-    model = load_model(experiment, source)
+    source = teacher_folder(experiment.model)
+    model = load_model(experiment.model, experiment.mesh, source)
 
     def batches(step: int) -> list[Batch]:
         if not CRITERIA[criterion].needs_batches:
             return []
-        return inputs.calibration_batches(experiment, model.cfg, seed=experiment.score.seed + step)
+        score = experiment.score
+        return inputs.calibration_batches(experiment.model, experiment.data, score, model.cfg, seed=score.seed + step)
 
     pruned, plan, _ = prune_iteratively(
         model,
@@ -105,7 +106,7 @@ def _prune_in_steps(experiment: Experiment, scores: Path, out_dir: Path) -> tupl
         ratio=spec.ratio,
         **plan_options(spec),
     )
-    save_model(pruned, out_dir, experiment, source, plan)
+    save_model(pruned, out_dir, experiment.model, source, plan)
     return plan, model.cfg
 
 

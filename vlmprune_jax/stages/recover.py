@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlmprune_jax.distributed.mesh import from_main
+from vlmprune_jax.distributed.mesh import on_process_zero
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.arguments import recover_config
 from vlmprune_jax.experiment.spec import Experiment, affecting
@@ -12,7 +12,7 @@ from vlmprune_jax.models.params import flatten
 from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.prune.surgery import check_plan_is_for
 from vlmprune_jax.recovery.loop import recover
-from vlmprune_jax.recovery.losses import needs_teacher
+from vlmprune_jax.recovery.losses import counted, needs_teacher
 from vlmprune_jax.recovery.peft import write_adapter
 from vlmprune_jax.recovery.trainable import assign_groups, merge_lora
 from vlmprune_jax.stages import inputs
@@ -34,29 +34,32 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
     pruned, training = prune_folder / "pruned", folder / "training"
     if not pruned.is_dir():
         raise UserError(f"{pruned}: no such folder: run `vlmprune prune` (or `vlmprune run`) first")
-    spec, config = experiment.recover, recover_config(experiment.recover)
+    model_spec, data, spec = experiment.model, experiment.data, experiment.recover
+    config = recover_config(spec)
     settings = affecting("recover", experiment)
     settings["recover.teacher_top_k"] = config.losses.teacher_top_k  # 0 where no teacher is cached
+    files = {f"loss {name}": term.file for name, term in counted(config.losses).items()}
+    own = {name: path for name, path in files.items() if path is not None}
     stage = context.stage(
         "recover",
         folder,
         "recover",
         settings=settings,
-        inputs=model_inputs(experiment, pruned=pruned, **inputs.record_files(experiment.data, "train")),
+        inputs=model_inputs(model_spec, pruned=pruned, **inputs.record_files(data, "train"), **own),
         outputs=[folder / "recovered", *([folder / "adapter"] if spec.save_adapter else [])],
         scratch=[training / "checkpoints"],
     )
 
     def body() -> Json:
-        from_main(lambda: None if (training / "checkpoints").exists() else remove(training))
+        on_process_zero(lambda: None if (training / "checkpoints").exists() else remove(training))
         plan = PrunePlan.from_json(prune_folder / "plan.json")
         if needs_teacher(config.losses) or config.losses.teacher_top_k:  # another model would teach without complaint
-            check_plan_is_for(open_folder(experiment, teacher_folder(experiment)), plan)
-        features = cached_features(experiment, config, plan, pruned, context)
+            check_plan_is_for(open_folder(model_spec, teacher_folder(model_spec)), plan)
+        features = cached_features(model_spec, data, experiment.mesh, config, plan, pruned, context)
         taught = cached_teacher(experiment, config, context, features) if config.losses.teacher_top_k else None
-        student, teacher = load_for_training(experiment, config, pruned, features)
+        student, teacher = load_for_training(model_spec, experiment.mesh, config, pruned, features)
         batches, n_records = inputs.recovery_batches(
-            experiment, student.cfg, context.reporter.bar, features=features, teacher=taught
+            model_spec, data, config, student.cfg, context.reporter.bar, features=features, teacher=taught
         )
         model, summary = recover(
             student,
@@ -65,18 +68,18 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
             teacher=teacher,
             plan=plan,
             workdir=training,
-            mesh=mesh_of(experiment),
+            mesh=mesh_of(experiment.mesh),
             progress=context.reporter.enabled,
             num_steps=config.num_steps(n_records),
         )
         if summary["skipped_rows"]:
             context.reporter.say(f"  {summary['skipped_rows']:,} rows skipped, listed in {training}/skipped-*.jsonl")
-        model = with_tower(model, experiment, pruned)
+        model = with_tower(model, model_spec, pruned)
         if spec.save_adapter:
             trained = assign_groups(list(flatten(model.params)), config.trainable)
             write_adapter(model, folder / "adapter", base_dir=pruned, trained=trained)
             model = merge_lora(model)
-        save_model(model, folder / "recovered", experiment, pruned, plan)
-        return {**summary, "records": n_records, "recovery": experiment.recover.name}
+        save_model(model, folder / "recovered", model_spec, pruned, plan)
+        return {**summary, "records": n_records, "recovery": spec.name}
 
     return context.run(stage, body)

@@ -57,7 +57,7 @@ def evaluate_all(experiment: Experiment, context: Context) -> None:
 
 def evaluate_teacher(experiment: Experiment, context: Context) -> Json:
     """What the unpruned model is worth on every set -> `eval/teacher.json`."""
-    folder = teacher_folder(experiment)
+    folder = teacher_folder(experiment.model)
     return evaluate_stage(experiment, folder, context.workdir, "teacher", context)
 
 
@@ -103,6 +103,7 @@ def _run_variant(pruned: PruneRun, teacher: Json, context: Context) -> Iterator[
             "training_records": trained["records"],
             "training_steps": trained["steps"],
             "metrics": _relative(run.folder / "training" / "metrics.jsonl", context),
+            **({"loss_terms": trained["terms"]} if "terms" in trained else {}),  # recovered by an older version
         }
         yield make_run(run.name, {**common, **recovery}, found, teacher, _relative(folder, context))
 

@@ -55,7 +55,7 @@ def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
         "score",
         settings={"criteria": criteria, **settings},
         inputs=model_inputs(
-            experiment,
+            experiment.model,
             **(inputs.record_files(experiment.data, "train") if needs_data else {}),
             **criterion_files(criteria.values()),
         ),
@@ -64,13 +64,15 @@ def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
     )
 
     def body() -> Json:
-        model = load_model(experiment, teacher_folder(experiment))
+        model = load_model(experiment.model, experiment.mesh, teacher_folder(experiment.model))
         batches = None
         if needs_data:
-            batches = inputs.calibration_batches(experiment, model.cfg, seed=experiment.score.seed)
+            batches = inputs.calibration_batches(
+                experiment.model, experiment.data, experiment.score, model.cfg, seed=experiment.score.seed
+            )
         for name, criterion in criteria.items():
             total = CRITERIA[criterion].total(model.cfg, batches or [])
-            journal = journal_of(experiment, journal_path(folder / name), total)
+            journal = journal_of(experiment.mesh, journal_path(folder / name), total)
             with context.phase(f"score ({criterion})", total) as progress:
                 options = score_options(experiment, criterion)
                 scores = score(model, batches, criterion=criterion, progress=progress, journal=journal, **options)

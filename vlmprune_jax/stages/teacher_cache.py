@@ -12,7 +12,7 @@ from vlmprune_jax.data.batching import train_batches
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.teacher_rows import TeacherRows, record_key
-from vlmprune_jax.distributed.mesh import from_main
+from vlmprune_jax.distributed.mesh import on_process_zero
 from vlmprune_jax.errors import Stopped
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.hf.disk.atomic import check_space
@@ -41,21 +41,24 @@ def cached_teacher(
         refused.
       Stopped: SIGTERM; what was computed is kept.
     """
-    folder, loss, mesh = teacher_folder(experiment), config.losses, mesh_of(experiment)
-    cfg = open_folder(experiment, folder).cfg
+    spec, data, loss, mesh = experiment.model, experiment.data, config.losses, mesh_of(experiment.mesh)
+    folder = teacher_folder(spec)
+    cfg = open_folder(spec, folder).cfg
     check_teacher(loss, cfg, None)
     if mesh is not None:
         check_mesh(mesh, cfg, config)
-    training = inputs.training_rows(experiment, cfg, context.reporter.bar, features)
-    cache = ArrayCache(Path(experiment.recover.teacher_cache or ""), from_main(lambda: _made_from(experiment)))
+    training = inputs.training_rows(spec, data, cfg, context.reporter.bar, features)
+    cache = ArrayCache(Path(experiment.recover.teacher_cache or ""), on_process_zero(lambda: _made_from(experiment)))
     rows = TeacherRows(cache, loss.teacher_top_k, loss.kl_positions, np.dtype(config.compute_dtype))
     size = config.batch_size // config.accumulation
     todo = _unfinished(training, rows, size)
     context.reporter.say(f"  teacher's top {rows.top_k}: {len(todo):,} of {len(training.records):,} records to compute")
     if not todo:
         return rows
-    from_main(lambda: check_space(cache.folder / "*.safetensors", _bytes(training, rows, todo, cfg.text.vocab_size)))
-    teacher = load_model(experiment, folder, parts_beside(features))
+    on_process_zero(
+        lambda: check_space(cache.folder / "*.safetensors", _bytes(training, rows, todo, cfg.text.vocab_size))
+    )
+    teacher = load_model(spec, experiment.mesh, folder, parts_beside(features))
     batches = train_batches(
         [training.records[number] for number in todo],
         training.encoder,
@@ -67,10 +70,10 @@ def cached_teacher(
         augment="none",
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        threads=experiment.data.threads,
+        threads=data.threads,
         prefetch=inputs.PREFETCH,
         sizes=None if training.sizes is None else training.sizes[todo],
-        on_error=experiment.data.on_error,
+        on_error=data.on_error,
     )
     local = size // jax.process_count()
     found = teacher_top_k(teacher, batches, loss, compute_dtype=config.compute_dtype, mesh=mesh)
@@ -119,7 +122,7 @@ def _made_from(experiment: Experiment) -> dict[str, Any]:
     longest = data.max_length or (data.length_buckets[-1] if data.length_buckets else None)
     return {
         "holds": "a teacher's top-k logits",
-        "model.hf_dir": digest(teacher_folder(experiment)),
+        "model.hf_dir": digest(teacher_folder(model)),
         "model.vision_dir": None if model.vision_dir is None else digest(Path(model.vision_dir)),
         **settings,
         **{f"recover.losses.{name}": value for name, value in losses.items()},

@@ -128,7 +128,7 @@ def make_case(experiment: Experiment, folder: Path | None, topology: str) -> Cas
     """
     target = make_slice(topology)
     model = experiment.model
-    hf_dir, tower = teacher_folder(experiment), None if model.vision_dir is None else Path(model.vision_dir)
+    hf_dir, tower = teacher_folder(model), None if model.vision_dir is None else Path(model.vision_dir)
     _, cfg = read_config(hf_dir, tower)
     made = None if folder is None else folder / "plan.json"
     plan = predict_plan(experiment, cfg) if made is None or not made.is_file() else PrunePlan.from_json(made)

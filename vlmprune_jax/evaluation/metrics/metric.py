@@ -64,20 +64,29 @@ class Metric:
         """The scores of every answer.
 
         Raises:
-          UserError: this is a metric of text.
+          UserError: this is a metric of text, or `score` fails, with the record.
         """
         if self.score is None:
             raise UserError(f"metric of {self.main}: is of running text, not of answers; name another for questions")
-        pairs = zip(predictions, records, strict=True)
-        return [dict(self.score(prediction, record.references, record)) for prediction, record in pairs]
+        scores: list[Scores] = []
+        for prediction, record in zip(predictions, records, strict=True):
+            try:
+                one = self.score(prediction, record.references, record)
+                scores.append({name: float(value) for name, value in one.items()})
+            except Exception as error:  # whatever a user's function may raise
+                raise UserError(f"metric of {self.main}: score of record {record.id} fails with {error!r}") from error
+        return scores
 
     def values(self, scores: Sequence[Scores], records: Sequence[Record]) -> Values:
         """`aggregate`, checked.
 
         Raises:
-          UserError: `main` is not among the values, or one of them is no number.
+          UserError: it fails, `main` is not among the values, or one of them is no number.
         """
-        found = {name: float(value) for name, value in self.aggregate(scores, records).items()}
+        try:
+            found = {name: float(value) for name, value in self.aggregate(scores, records).items()}
+        except Exception as error:
+            raise UserError(f"metric of {self.main}: aggregate fails with {error!r}") from error
         if self.main not in found:
             raise UserError(f"metric of {self.main}: aggregate gives {', '.join(found) or 'nothing'}, not {self.main}")
         for name, value in found.items():

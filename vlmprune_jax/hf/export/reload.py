@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from vlmprune_jax.config import ModelConfig
-from vlmprune_jax.distributed.mesh import from_main, whole
+from vlmprune_jax.distributed.mesh import on_process_zero, whole
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import detect, family_of
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
@@ -57,8 +57,10 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
         else:  # how much a storage rounds is its own affair
             written, inputs = _reloaded(model, folder, tower), renamed
         expected = whole(forward(written, **inputs)[0])[..., : model.cfg.text.vocab_size]
-        if from_main(lambda: _torch_loads(folder, tower)):
-            return from_main(lambda: _compare(model.cfg, folder, "torch", expected, _torch_logits(folder, renamed)))
+        if on_process_zero(lambda: _torch_loads(folder, tower)):
+            return on_process_zero(
+                lambda: _compare(model.cfg, folder, "torch", expected, _torch_logits(folder, renamed))
+            )
         again = _reloaded(written, folder, tower)
         return _compare(model.cfg, folder, "jax", expected, whole(forward(again, **renamed)[0]))
 

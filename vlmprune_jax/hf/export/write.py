@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vlmprune_jax.config import ModelConfig
-from vlmprune_jax.distributed.mesh import from_main, is_main_process
+from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, family_of
 from vlmprune_jax.families.towers import is_left_out, stock_tower_constants, stock_tower_key, vision_of
@@ -88,7 +88,7 @@ def save(
         check_space(out, sum(tensor.n_bytes for tensor in tensors))
 
     if spread:
-        from_main(check)
+        on_process_zero(check)
     elif is_main_process():
         check()
     if is_main_process():

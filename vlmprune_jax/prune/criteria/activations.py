@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +13,7 @@ import numpy as np
 
 from vlmprune_jax.checks import one_of
 from vlmprune_jax.distributed.journal import Journal, continued
+from vlmprune_jax.distributed.mesh import within
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.decoder import TAP_INPUTS, Tap
 from vlmprune_jax.models.vlm import Model, encode, mesh_of, place_batch
@@ -68,7 +68,7 @@ def accumulate(
         return leaves if journal is None else [leaf.tolist() for leaf in leaves]
 
     totals: list[np.ndarray] = []
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+    with within(mesh):
         # not from a result: an interrupted pass may find all of them in its journal
         structure = jax.tree.structure(jax.eval_shape(step, params, _inputs(first)))
         for done, entry in enumerate(continued(sums, itertools.chain([first], batches), journal), start=1):

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.config import IGNORED, ModelConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.vlm import check_inputs
 
 Arrays = dict[str, np.ndarray]
-IGNORED = -100
 # What a token is; an answer is a token with a label.
 PADDING, PROMPT, IMAGE, ANSWER = range(4)
 

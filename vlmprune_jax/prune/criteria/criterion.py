@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.checks import one_of
+from vlmprune_jax.checks import file_of_users, one_of
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.errors import UserError
 
-PACKAGE = Path(__file__).parents[2]
 NEEDS = ("weights", "activations", "labels")
 # What a criterion scores -> the fields of Scores that it fills.
 FIELDS = {"layers": ("importance",), "widths": ("heads", "mlp")}
@@ -71,9 +70,7 @@ class Criterion:
     @property
     def file(self) -> Path | None:
         """The file of a criterion that is not this package's own: what it gives changes with that file."""
-        code = getattr(self.finish or self.function, "__code__", None)
-        path = Path("" if code is None else code.co_filename)
-        return path if path.is_file() and PACKAGE not in path.parents else None
+        return file_of_users(self.finish or self.function)
 
     def total(self, cfg: ModelConfig, batches: Sized) -> int:
         """How far `progress` counts."""

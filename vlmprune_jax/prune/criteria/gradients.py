@@ -7,7 +7,6 @@ tower are never differentiated.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -20,13 +19,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from vlmprune_jax.config import ModelConfig, runs
+from vlmprune_jax.config import IGNORED, ModelConfig, runs
+from vlmprune_jax.distributed.mesh import row_ways, within
 from vlmprune_jax.distributed.rules import constrain, sharding
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.decoder import Context
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model, Params, VisionLanguageModel, mesh_of, text_context, to_nnx
-from vlmprune_jax.prune.criteria.calibration import IGNORED, Arrays
+from vlmprune_jax.prune.criteria.calibration import Arrays
 from vlmprune_jax.prune.criteria.groups import coupled
 
 CHUNK = 256  # positions whose float32 logits exist at once: 33 MB a row for 32,000 words
@@ -68,7 +68,7 @@ def gradient_channels(
     params = jax.tree.map(jnp.asarray, model.params) if mesh is None else model.params
     placed = _place(data, mesh)
     layers: list[dict[str, Any]] = []  # from the last to the first
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+    with within(mesh):
         inputs, cotangent = _forward(params, cfg, placed)
         weights = jnp.asarray(counts.sum(axis=1), jnp.float32)
         for run, (_, length, _) in reversed(list(enumerate(runs(cfg.text.layers)))):
@@ -134,7 +134,7 @@ def _label_counts(labels: np.ndarray) -> np.ndarray:
 def _place(data: Arrays, mesh: Mesh | None) -> dict[str, jax.Array]:
     if mesh is None:
         return {name: jnp.asarray(array) for name, array in data.items()}
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = row_ways(mesh)
     axes = (None, "batch" if data["input_ids"].shape[1] % ways == 0 else None)
     return {name: jax.device_put(a, sharding(mesh, axes + (None,) * (a.ndim - 2))) for name, a in data.items()}
 

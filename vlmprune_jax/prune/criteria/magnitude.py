@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.config import runs
+from vlmprune_jax.distributed.mesh import within
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model, mesh_of
 from vlmprune_jax.prune.criteria.criterion import Criterion, Parts
@@ -25,7 +25,7 @@ def magnitude(model: Model, *, power: int, reduction: str, gqa: str) -> Parts:
 def channel_sums(model: Model, weights: dict[str, int], *, power: int) -> list[Channels]:
     """Per layer, the sum of |W|^power of these weights (path -> axis of the layer's own array) over that axis."""
     mesh, layers = mesh_of(model.params), list[Channels]()
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+    with within(mesh):
         for run, (_, length, _) in enumerate(runs(model.cfg.text.layers)):
             flat = flatten(model.params["text"]["layers"][str(run)])
             sums = {name: np.asarray(_summed(flat[name], power, axis + 1)) for name, axis in weights.items()}

@@ -1,0 +1,52 @@
+"""`vp.expand_images`: one id per image becomes one per feature."""
+
+import numpy as np
+import pytest
+from prune_cases import EQUAL, config, expanded
+
+import vlmprune_jax as vp
+from vlmprune_jax.config import LayerShape
+
+
+def test_golden_batches_come_out_as_the_reference_has_them(goldens):
+    arrays = np.load(goldens / "block_influence" / "llava.npz")
+    cfg = vp.load(goldens / "ckpt/llava_orig", vision_dir=goldens / "ckpt/clip_tower").cfg
+    for n in range(6):
+        ids, mask, labels, pixels = (
+            arrays[f"s{n}_{name}"] for name in ("input_ids", "attention_mask", "labels", "pixel_values")
+        )
+        found = vp.expand_images(ids, cfg, attention_mask=mask, labels=labels)
+        for name, array in found.items():
+            np.testing.assert_array_equal(array, expanded(ids, mask, labels, pixels)[name], err_msg=name)
+
+
+def test_padding_on_either_side_and_several_tiles():
+    cfg = config(EQUAL, vision=True)
+    image, each = cfg.image_token_id, cfg.tokens_per_image
+    ids = [[0, 0, 5, image, 6], [image, 7, image, 8, 0]]
+    mask = [[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]]
+    found = vp.expand_images(ids, cfg, attention_mask=mask, tiles=[1, 2, 1])
+    rows = [[5, *[image] * each, 6], [*[image] * (2 * each), 7, *[image] * each, 8]]
+    width = len(rows[1])
+    np.testing.assert_array_equal(found["input_ids"], [row + [0] * (width - len(row)) for row in rows])
+    np.testing.assert_array_equal(found["attention_mask"].sum(axis=1), [len(row) for row in rows])
+    assert set(found) == {"input_ids", "attention_mask"}
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "message"),
+    [
+        ([1, 2], {}, "int\\[batch, seq\\]"),
+        ([[1, 61]], {"tiles": [1, 1]}, "1 positive numbers, one per image"),
+        ([[1, 61]], {"tiles": [0]}, "1 positive numbers"),
+        ([[1, 61]], {"attention_mask": [[1]]}, "of one shape"),
+    ],
+)
+def test_what_does_not_fit_is_refused(ids, options, message):
+    with pytest.raises(vp.UserError, match=message):
+        vp.expand_images(ids, config(EQUAL, vision=True), **options)
+
+
+def test_a_model_without_images():
+    with pytest.raises(vp.UserError, match="takes no images"):
+        vp.expand_images([[1]], config((LayerShape(2, 2, 4),)))

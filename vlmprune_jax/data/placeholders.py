@@ -1,0 +1,58 @@
+"""One id per image, as prompts have it, written out as one id per image feature, as the decoder takes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from vlmprune_jax.config import IGNORED, ModelConfig
+from vlmprune_jax.errors import UserError
+
+
+def expand_images(
+    input_ids: Any, cfg: ModelConfig, *, attention_mask: Any = None, labels: Any = None, tiles: Any = None
+) -> dict[str, np.ndarray]:
+    """The arrays that `vp.forward` and `vp.score` take, of rows that hold every image as one `cfg.image_token_id`.
+
+    Processors of transformers do this themselves; it is for ids that a tokenizer made. Rows come out padded on the
+    right to the longest, with id 0.
+
+    Args:
+      input_ids: int[batch, seq], image positions not expanded.
+      cfg: the model's config (`model.cfg`); an image becomes `cfg.tokens_per_image` positions.
+      attention_mask: int[batch, seq], 1 = real token; default all. Padding is dropped on either side.
+      labels: int[batch, seq], -100 where nothing is to be learnt; positions of images never are.
+      tiles: int[images], how many tiles each image was cut into, in order of appearance; default one each.
+
+    Returns:
+      input_ids and attention_mask int32[batch, longest], and labels if given.
+
+    Raises:
+      UserError: a model without images, shapes that differ, or as many `tiles` as there are no images.
+    """
+    ids = np.asarray(input_ids)
+    if cfg.image_token_id is None or not cfg.tokens_per_image:
+        raise UserError("expand_images: this model takes no images")
+    given = {"input_ids": ids, "attention_mask": np.ones_like(ids) if attention_mask is None else attention_mask}
+    given |= {} if labels is None else {"labels": labels}
+    arrays = {name: np.asarray(array) for name, array in given.items()}
+    wrong = {name: array.shape for name, array in arrays.items() if array.shape != ids.shape or ids.ndim != 2}
+    if wrong:
+        raise UserError(f"expand_images: arrays must be int[batch, seq] of one shape, got {wrong or ids.shape}")
+    real = arrays["attention_mask"] == 1
+    is_image = (ids == cfg.image_token_id) & real
+    counts = np.ones(is_image.sum(), np.int64) if tiles is None else np.asarray(tiles, np.int64)
+    if counts.shape != (is_image.sum(),) or (counts < 1).any():
+        raise UserError(f"expand_images: tiles must be {is_image.sum()} positive numbers, one per image, got {tiles}")
+    times = real.astype(np.int64)
+    times[is_image] = counts * cfg.tokens_per_image
+    if labels is not None:
+        arrays["labels"] = np.where(is_image, IGNORED, arrays["labels"])
+    longest = int(times.sum(axis=1).max(initial=0))
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+    result = {name: np.full((len(ids), longest), fill[name], np.int32) for name in arrays}
+    for row, repeats in enumerate(times):
+        for name, array in arrays.items():
+            result[name][row, : repeats.sum()] = np.repeat(array[row], repeats)
+    return result

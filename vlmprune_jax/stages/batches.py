@@ -1,0 +1,78 @@
+"""Records as the batches that scoring, losses and training take, for notebooks and training loops of one's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmprune_jax.data.batching import Batch, train_batches
+from vlmprune_jax.data.measure import measure
+from vlmprune_jax.data.records import make_records
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.experiment.spec import DataSpec, ModelSpec, override
+from vlmprune_jax.hf.read import read_config, resolve
+from vlmprune_jax.stages.inputs import PREFETCH, load_inputs, training_records
+
+
+def batches(
+    hf_dir: str | Path,
+    records: str | Path | Sequence[Mapping[str, Any]],
+    *,
+    images: str | Path | None = None,
+    vision_dir: str | Path | None = None,
+    batch_size: int = 1,
+    **settings: Any,
+) -> list[Batch]:
+    """All records as rows for the model in a folder: its tokenizer, prompt template and image processor.
+
+    Args:
+      hf_dir: the model's folder, or hub id; no weights are read.
+      records: a data file (see docs/guide.md), or entries as such a file holds them, {"image": ..., "conversations":
+        [{"from": "human", "value": ...}, ...]}.
+      images: the folder that image paths are below.
+      vision_dir: the tower's own folder, where the model's does not describe it.
+      batch_size: rows per batch; the last batch is filled up with rows whose mask is 0.
+      settings: of the section `data` in docs/options.md, as max_length=2048 or template="bunny".
+
+    Returns:
+      Batches of one length, in the order of the records; `.arrays` has input_ids, attention_mask and labels
+      int32[batch, tokens] and, with a tower, pixel_values float32[batch, images, 3, height, width].
+
+    Raises:
+      UserError: records that are malformed, unreadable or too long, an unknown setting, batch_size < 1.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be at least 1")
+    data = override(DataSpec(), {**settings, "images": None if images is None else os.fspath(images)}, "data")
+    folder, tower = resolve(hf_dir), None if vision_dir is None else resolve(vision_dir)
+    _, cfg = read_config(folder, tower)
+    inputs = load_inputs(ModelSpec(hf_dir=str(folder), vision_dir=None if tower is None else str(tower)), data, cfg)
+    if isinstance(records, (str, os.PathLike)):
+        read = training_records(dataclasses.replace(data, train=os.fspath(records)), inputs.template)
+    else:
+        root = None if images is None else Path(images)
+        read = make_records(records, root, image_lead=inputs.template.image_lead)
+    if not read:
+        raise UserError("there are no records: pass at least one")
+    encoder = inputs.training_encoder(cfg)
+    if not encoder.max_length:
+        longest = int(measure(read, encoder, on_error="stop", threads=data.threads)[:, 0].max())
+        encoder = dataclasses.replace(encoder, max_length=longest)
+    rows = train_batches(
+        read,
+        dataclasses.replace(encoder, length_buckets=None),
+        batch_size=batch_size,
+        seed=data.seed,
+        shuffle=False,
+        epochs=1,
+        drop_remainder=False,
+        augment="none",
+        process_index=0,
+        process_count=1,
+        threads=data.threads,
+        prefetch=PREFETCH,
+    )
+    return list(rows)
