@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import signal
 import sys
 import threading
@@ -65,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Where several processes run together and one fails, all exit from here with its code, 134 for an unforeseen error.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    # transformers would say twice that PyTorch is missing, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if not argv or argv[0] in ("-h", "--help") or argv == ["help"]:
         print(OVERVIEW.format(commands="\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())))
         return 0
