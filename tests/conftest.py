@@ -4,7 +4,6 @@ The environment is set before the first `import jax`, which reads it once; the w
 that tests start inherit it. Warnings are errors: pyproject.toml has the list of exceptions, each with its reason.
 """
 
-import importlib.metadata
 import os
 import tempfile
 
@@ -25,9 +24,6 @@ _XLA_FLAGS = (
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
 )
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # Its emitters through MLIR take half of what is left of compiling; later versions have no others.
-    _XLA_FLAGS += ("--xla_cpu_use_fusion_emitters=false",)
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _SHARED = tempfile.TemporaryDirectory(prefix="vlmprune-tests-")
     os.environ.update(_ENVIRONMENT, VLMPRUNE_TESTS_SHARED=_SHARED.name)

@@ -12,7 +12,7 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.metrics import METRICS, Metric
 from vlmprune_jax.experiment.arguments import evaluation_sets
 from vlmprune_jax.experiment.spec import DataSpec, EvaluateSpec, EvaluationSetSpec, Experiment, override
-from vlmprune_jax.experiment.variants import check_settings
+from vlmprune_jax.experiment.variants import check_experiment
 
 CONFIG = """
 from vlmprune_jax.cli.config_files import experiment_config
@@ -190,7 +190,7 @@ def test_variants_are_compared_on_the_same_sets(tmp_path):
     config.data.eval = "e.json"
     config.prune_variants = {"a": {"evaluate": {"batch_size": 2}}, "b": {"evaluate": {"questions": 3}}}
     with pytest.raises(UserError, match="variant b-recovered is evaluated on other sets"):
-        check_settings(override(Experiment(), config.to_dict()), tmp_path)
+        check_experiment(override(Experiment(), config.to_dict()), tmp_path)
 
 
 def test_a_config_may_name_sets_one_by_one_or_together():

@@ -149,7 +149,7 @@ def test_what_is_refused(llava, goldens, tmp_path):
     cache = tmp_path / "cache"
     assert prepared(experiment, root, cache) is not None
     identity = json.loads((cache / "cache.json").read_text())
-    assert identity["tower"]["n_layers"] == 3
+    assert len(identity["tower"]["layers"]) == 3
     assert identity["images"]["aspect_ratio"] == "pad"
     for changes, reason in (
         ({"recover": {"trainable": "all"}}, "recover.trainable='all' trains the vision tower"),
