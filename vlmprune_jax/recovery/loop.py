@@ -17,6 +17,7 @@ from vlmprune_jax.distributed.preemption import StopSignal
 from vlmprune_jax.errors import Stopped, UserError
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import Model, check_inputs
+from vlmprune_jax.prune.plan import PrunePlan
 from vlmprune_jax.recovery.checkpoint import Checkpointer
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.flops import batch_flops
@@ -33,7 +34,7 @@ def recover(
     config: RecoverConfig,
     *,
     teacher: Model | None = None,
-    plan: Any = None,
+    plan: PrunePlan | None = None,
     workdir: str | Path | None = None,
     mesh: Mesh | None = None,
     progress: bool = True,

@@ -21,6 +21,7 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.cross_entropy import chunks
 from vlmprune_jax.models.decoder import head_logits
 from vlmprune_jax.models.vlm import Model, Params, check_inputs, encode, mesh_of, to_nnx
+from vlmprune_jax.prune.plan import PrunePlan
 from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
 from vlmprune_jax.recovery.terms import BUILT_IN, LossTerm
 
@@ -40,7 +41,7 @@ class LossTerms(dict[str, LossTerm]):
         config: LossConfig | RecoverConfig,
         *,
         teacher: Model | None = None,
-        plan: Any = None,
+        plan: PrunePlan | None = None,
     ) -> dict[str, float]:
         """The mean of every term over one batch, without dropout, and their weighted sum as "total".
 

@@ -17,6 +17,7 @@ from vlmprune_jax.distributed.rules import check_divides, sharding
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import Flat, flatten, param_axes, param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, Params, mesh_of
+from vlmprune_jax.prune.plan import PrunePlan
 from vlmprune_jax.recovery.checkpoint import weights_digest
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.losses import Teacher, check_losses, check_teacher, layer_pairs, needs_teacher
@@ -98,7 +99,7 @@ class Run(NamedTuple):
 
 
 def prepare(
-    model: Model, config: RecoverConfig, teacher: Model | None, plan: Any, mesh: Mesh | None, total: int
+    model: Model, config: RecoverConfig, teacher: Model | None, plan: PrunePlan | None, mesh: Mesh | None, total: int
 ) -> Run:
     """Check everything that can be checked before the first batch, place the arrays and build the step."""
     mesh = mesh if mesh is not None else mesh_of(model.params)

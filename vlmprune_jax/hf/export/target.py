@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.errors import UserError
@@ -30,6 +30,13 @@ _SAME_LAYOUT = (
     "*token*.json", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "special_tokens_map.json",
     "generation_config.json", "*processor_config.json", "chat_template*", "*.jinja",
 )  # fmt: skip
+
+
+class Plan(Protocol):
+    """What a folder may carry along as plan.json: a `PrunePlan`, whose room stands above this one."""
+
+    def to_json(self, path: Path) -> str:
+        """Write it."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ def _with_dtype(config: JsonDict, dtype: str, family: Family) -> JsonDict:
     return result | dict.fromkeys(names, dtype)
 
 
-def write_files(target: Target, cfg: ModelConfig, source: Path, folder: Path, plan: Any) -> None:
+def write_files(target: Target, cfg: ModelConfig, source: Path, folder: Path, plan: Plan | None) -> None:
     """config.json, tokenizer, processor, chat template, generation config, PyTorch file and plan.
 
     Args:

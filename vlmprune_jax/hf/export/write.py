@@ -25,7 +25,7 @@ from vlmprune_jax.hf.disk.storage import Storage
 from vlmprune_jax.hf.disk.tensors import Tensor, encoded, split_shards, weight, write_weights
 from vlmprune_jax.hf.export.card import model_name, write_card
 from vlmprune_jax.hf.export.convert import more_words
-from vlmprune_jax.hf.export.target import Target, make_target, write_files
+from vlmprune_jax.hf.export.target import Plan, Target, make_target, write_files
 from vlmprune_jax.hf.export.uneven import pad_tensor
 from vlmprune_jax.hf.fetch import extent_of, origin, to_host
 from vlmprune_jax.hf.layout import Slot, block_number, by_key, join_tensor, make_slots, template, tied_head
@@ -46,7 +46,7 @@ def save(
     dtype: str = "bfloat16",
     storage: Storage | None = None,
     overwrite: bool = False,
-    plan: Any = None,
+    plan: Plan | None = None,
     name: str | None = None,
     recovered: bool = False,
 ) -> None:
