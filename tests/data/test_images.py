@@ -201,13 +201,13 @@ def test_bad_processor_folders(goldens: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no preprocessor_config\.json"):
         load_image_processor(tmp_path, aspect_ratio="pad", **options)
     (tmp_path / "preprocessor_config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read as JSON"):
+    with pytest.raises(UserError, match="is not valid JSON"):
         load_image_processor(tmp_path, aspect_ratio="pad", **options)
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "ViltImageProcessor"}')
     with pytest.raises(UserError, match="'ViltImageProcessor' is not supported; known: CLIP"):
         load_image_processor(tmp_path, aspect_ratio="pad", **options)
     (tmp_path / "preprocessor_config.json").write_text("[]")
-    with pytest.raises(UserError, match="holds a JSON list"):
+    with pytest.raises(UserError, match="holds something else than it should"):
         load_image_processor(tmp_path, aspect_ratio="pad", **options)
     with pytest.raises(UserError, match="image_aspect_ratio 'anyres'"):
         load_image_processor(goldens / "ckpt/clip_tower", aspect_ratio="anyres", **options)

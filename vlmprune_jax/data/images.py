@@ -14,11 +14,11 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from vlmprune_jax.checked_files import read_json
 from vlmprune_jax.data.records import StoredImage
 from vlmprune_jax.data.tiling import Tiling, pad_to_square, tiling_from_processor
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.errors import UserError, reason
 from vlmprune_jax.families import FAMILIES, find
-from vlmprune_jax.readers import read_json
 
 ASPECT_RATIOS = ("pad", "square")
 _SUFFIXES = ("ImageProcessor", "ImageProcessorPil", "ImageProcessorFast", "FeatureExtractor")
@@ -175,8 +175,8 @@ def _readable(path: Path | StoredImage, record: str) -> Iterator[None]:
         raise UserError(f"{path} (record {record}): image is far too large ({error}); shrink it") from error
     except Exception as error:  # PIL decoders raise OSError, ValueError, SyntaxError, struct.error, ... by format
         unknown = isinstance(error, UnidentifiedImageError)
-        reason = "unknown format" if unknown else " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{path} (record {record}): not a readable image ({reason}); replace the file") from error
+        said = "unknown format" if unknown else reason(error)
+        raise UserError(f"{path} (record {record}): not a readable image ({said}); replace the file") from error
 
 
 def load_image_processor(
@@ -234,8 +234,7 @@ def _preparation(folder: Path, aspect_ratio: str, image_size: int | None) -> Pre
         except UserError:
             raise
         except Exception as error:  # processors raise ValueError, TypeError, AttributeError, ... for odd settings
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{path}: its image processor does not run ({reason}); restore it") from error
+            raise UserError(f"{path}: its image processor does not run ({reason(error)}); restore it") from error
     if image_size is not None and family is not None and family.pixels is not None:
         return WholeImage(family.pixels(image_size), where=str(model_path), aspect_ratio=aspect_ratio)
     raise UserError(f"{folder}: has no preprocessor_config.json; copy it from the model or its vision tower")

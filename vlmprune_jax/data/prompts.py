@@ -11,7 +11,7 @@ import numpy as np
 
 from vlmprune_jax.config import IGNORED
 from vlmprune_jax.data.records import IMAGE_TOKEN, Record
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.errors import UserError, reason
 from vlmprune_jax.families import Family, template_of, templates
 from vlmprune_jax.families.templates import Template
 
@@ -35,10 +35,9 @@ def load_tokenizer(folder: Path) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
             _mark_every_piece(tokenizer)
     except Exception as error:  # transformers raises OSError, ValueError, TypeError, ... for a broken folder
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{folder}: no loadable tokenizer ({reason}); give a folder with tokenizer.json (pip install sentencepiece "
-            "protobuf if that is what is missing)"
+            f"{folder}: no loadable tokenizer ({reason(error)}); give a folder with tokenizer.json (pip install "
+            "sentencepiece protobuf if that is what is missing)"
         ) from error
     if not tokenizer.is_fast:
         raise UserError(f"{folder}: the tokenizer is a slow one without tokenizer.json; convert it")

@@ -27,7 +27,7 @@ import numpy as np
 from etils import epath
 
 from vlmprune_jax.data.records import Record, StoredImage, make_record
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.errors import UserError, reason
 
 PREFIX = "tfds:"  # of data.train and data.eval: tfds:FOLDER
 BUCKET = "gs://"
@@ -252,7 +252,7 @@ def _readable(place: Path | epath.Path) -> Iterator[None]:
             f"{place}: a bucket is read with gcsfs, which is missing; pip install 'vlmprune-jax[gcs]'"
         ) from error
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{place}: cannot be read ({' '.join(str(error).split())[:200]}); write it again") from error
+        raise UserError(f"{place}: cannot be read ({reason(error)}); write it again") from error
 
 
 def _load_tfds() -> Any:

@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from vlmprune_jax.distributed import failure
 from vlmprune_jax.distributed.rules import MESH_AXES
-from vlmprune_jax.errors import SharedError, UserError
+from vlmprune_jax.errors import SharedError, UserError, reason
 
 # Names for processes that no cluster introduces to each other (flags of the same names win).
 VARIABLES = ("VLMPRUNE_COORDINATOR", "VLMPRUNE_NUM_PROCESSES", "VLMPRUNE_PROCESS_ID")
@@ -49,8 +49,7 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
             jax.distributed.initialize(*place, **_LOSS)
     except (RuntimeError, ValueError) as error:
         where = "the workers of this TPU slice" if place is None else f"process {place[2]} of {place[1]} at {place[0]}"
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{where}: could not join the other processes ({reason}): start all of them") from error
+        raise UserError(f"{where}: could not join the other processes ({reason(error)}): start all of them") from error
     if process_count() > 1:
         failure.watch(jax.process_index(), jax.process_count())
 

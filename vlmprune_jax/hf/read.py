@@ -17,9 +17,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from vlmprune_jax.checked_files import read_json
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.rules import check_divides, sharding
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.errors import UserError, reason
 from vlmprune_jax.families import Family, detect
 from vlmprune_jax.families.fields import check_fields
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint, has_weights
@@ -28,7 +29,6 @@ from vlmprune_jax.hf.disk.storage import StoredWeight, find_storage
 from vlmprune_jax.hf.layout import PARTS, Slot, make_slots, match_keys, refuse
 from vlmprune_jax.models.params import param_axes, param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, Params
-from vlmprune_jax.readers import read_json
 
 # Bit patterns from which on a number (without, with sign) is infinite or NaN.
 _NOT_FINITE = {"float32": (0x7F800000, 0xFF800000), "bfloat16": (0x7F80, 0xFF80), "float16": (0x7C00, 0xFC00)}
@@ -101,8 +101,7 @@ def resolve(name: str | Path) -> Path:
         if not has_weights(snapshot):
             snapshot = Path(snapshot_download(text, allow_patterns=[*_HUB_FILES, "pytorch_model*.bin"]))
     except Exception as error:  # the hub client raises its own, its transport's and OS errors
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{name}: no such folder, and not available from the hub ({reason})") from error
+        raise UserError(f"{name}: no such folder, and not available from the hub ({reason(error)})") from error
     return snapshot
 
 

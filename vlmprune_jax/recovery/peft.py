@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import save_file
 
+from vlmprune_jax.checked_files import read_json
 from vlmprune_jax.config import LoraConfig, ModelConfig
 from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.errors import UserError
@@ -23,7 +24,6 @@ from vlmprune_jax.hf.fetch import to_host
 from vlmprune_jax.hf.layout import Slot, by_key, join_tensor, make_slots
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.readers import read_json
 from vlmprune_jax.recovery.trainable import LORA_SUFFIXES
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"

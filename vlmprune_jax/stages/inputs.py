@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vlmprune_jax.checked_files import read_json
 from vlmprune_jax.checks import one_of
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.data.batching import ON_ERROR, Batch, train_batches
@@ -32,7 +33,6 @@ from vlmprune_jax.evaluation.questions import ArrangedQuestions, arrange_questio
 from vlmprune_jax.experiment.spec import DataSpec, EvaluateSpec, EvaluationSetSpec, ModelSpec, ScoreSpec
 from vlmprune_jax.families import Family, family_of, templates
 from vlmprune_jax.families.templates import Template
-from vlmprune_jax.readers import read_json
 from vlmprune_jax.recovery.config import RecoverConfig
 
 # (what, total) -> takes the number of items done, while entered (`Reporter.bar`).

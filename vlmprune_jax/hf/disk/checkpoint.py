@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from vlmprune_jax.checked_files import read_json
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.hf.disk.storage import StoredWeight, find_storage, join_parts
 from vlmprune_jax.hf.disk.weight_files import Entry, read_header, read_torch
-from vlmprune_jax.readers import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.errors import UserError, reason
 from vlmprune_jax.hf.disk.dtypes import FILE_DTYPES, bytes_in_file, file_name
 
 _LFS = "a Git LFS pointer, not the file itself"
@@ -211,8 +211,7 @@ def _torch_load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises pickle, zip and runtime errors alike for a damaged file
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{path}: not a plain PyTorch state dict ({reason})") from error
+        raise UserError(f"{path}: not a plain PyTorch state dict ({reason(error)})") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: not a plain PyTorch state dict: it must map names to tensors and hold nothing else")
     return state

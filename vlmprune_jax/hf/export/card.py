@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from vlmprune_jax.checked_files import read_json
 from vlmprune_jax.config import LayerShape, ModelConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.export.per_layer import LOADER_FILE, loader_class
 from vlmprune_jax.models.params import count_params
-from vlmprune_jax.readers import read_json
 
 _PARTS = (("language model", "text"), ("projector", "projector"), ("vision tower (computed part)", "vision"))
 

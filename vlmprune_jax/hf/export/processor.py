@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vlmprune_jax.checked_files import read_json
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.families import family_of, target_of, template_of
 from vlmprune_jax.families.table import JsonDict
 from vlmprune_jax.families.templates import Template
 from vlmprune_jax.hf.export.tokenizer import prefixes_only_the_start, token_id, write_tokenizer
-from vlmprune_jax.readers import read_json
 
 
 def write_processor(folder: Path, source: Path, cfg: ModelConfig, config: JsonDict, tokenizer: JsonDict) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from vlmprune_jax.checked_files import read_json
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.mesh import on_process_zero, whole
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.errors import UserError, reason
 from vlmprune_jax.families import detect, family_of
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES
@@ -21,7 +22,6 @@ from vlmprune_jax.hf.layout import PARTS, make_slots
 from vlmprune_jax.hf.read import find_weights, read_config, read_params, resolve
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import Model, forward, mesh_of
-from vlmprune_jax.readers import read_json
 
 # Of float32 logits between two implementations: absolute, and beyond logits of 10 relative to the largest
 # (SmolLM2-135M, three layers removed, on random ids: 1.1e-4 between torch and XLA; its logits reach 33).
@@ -162,8 +162,7 @@ def _torch_logits(folder: Path, inputs: dict[str, Any]) -> np.ndarray:
     try:
         loaded, info = _torch_class(config).from_pretrained(folder, output_loading_info=True, **options)
     except (RuntimeError, TypeError, ValueError) as error:  # as its classes raise where weights and config do not fit
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder}: transformers does not load it ({reason}): do not use this folder") from error
+        raise UserError(f"{folder}: transformers does not load it ({reason(error)}): do not use this folder") from error
     finally:
         if shows_progress:
             transformers.utils.logging.enable_progress_bar()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from vlmprune_jax.checked_files import read_json
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, detect, family_of, target_of
@@ -19,7 +20,6 @@ from vlmprune_jax.hf.export.per_layer import with_loader, without_loader, write_
 from vlmprune_jax.hf.export.processor import write_processor
 from vlmprune_jax.hf.export.tokenizer import add_token, read_tokenizer
 from vlmprune_jax.hf.export.uneven import padded_stacks
-from vlmprune_jax.readers import read_json
 
 LAYOUTS = ("source", "transformers")
 UNEVEN = ("per_layer", "pad", "refuse")

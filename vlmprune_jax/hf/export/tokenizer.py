@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vlmprune_jax.checked_files import read_json
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.families.table import JsonDict
-from vlmprune_jax.readers import read_json
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 # Files that a tokenizer without tokenizer.json is made of.

@@ -1,0 +1,254 @@
+"""The ways in for files that anybody may have written: opened, decoded and copied here, or in `hf/disk` (weights).
+
+Whatever is wrong with a file is one line that names it. Nothing waits for a FIFO, runs a program, follows a link out of
+a folder that is copied, or takes memory that a file only claims to need. tests/test_architecture.py keeps every other
+module from opening files by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import math
+import os
+import shutil
+import stat
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import msgspec
+import numpy as np
+
+from vlmprune_jax.errors import UserError, reason
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Larger than any real one (the tokenizer of a 260,000 word vocabulary: 33 MB); a list of them takes 25 times its text.
+MAX_JSON_BYTES = 100_000_000
+MAX_ARRAYS_BYTES = 2**28
+# What Pillow decodes by itself. Others start programs (EPS: Ghostscript) or read what a file only points to.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device",
+          stat.S_IFBLK: "device"}  # fmt: skip
+
+
+@contextlib.contextmanager
+def reading(what: object, todo: str = "restore it from its source") -> Iterator[None]:
+    """Whatever code makes of a file's content raises, as one line that names the file.
+
+    Also `RecursionError`, `MemoryError` and the panics of libraries in Rust, which are no `Exception`.
+
+    Raises:
+      UserError: in the place of any other error.
+    """
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"{what}: cannot be read ({_told(error)}): {todo}") from error
+
+
+def _told(error: BaseException) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or reason(error)
+    if isinstance(error, KeyError):
+        return f"{reason(error)} is missing"
+    if isinstance(error, MemoryError):
+        return "it takes more memory than there is"
+    return "too deeply nested" if isinstance(error, RecursionError) else reason(error)
+
+
+def open_file(path: Path, missing: str = "no such file") -> BinaryIO:
+    """A regular file, opened for reading in binary.
+
+    Args:
+      path: perhaps a link to one.
+      missing: what to say where nothing is there.
+
+    Raises:
+      UserError: it is missing, a dangling or looping link, a folder, FIFO, device or socket, or may not be read.
+    """
+    try:
+        mode = os.stat(path).st_mode  # before it is opened: opening a device may do something
+        if not stat.S_ISREG(mode):
+            raise UserError(f"{path}: is a {_KINDS.get(stat.S_IFMT(mode), 'special file')}, expected a file")
+        # Not to wait for a writer, should it have become a FIFO meanwhile.
+        return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {_unopened(path, error, missing)}") from None
+
+
+def _unopened(path: Path, error: OSError | ValueError, missing: str) -> str:
+    if isinstance(error, ValueError):
+        return "holds a NUL character, which no path can"
+    if error.errno == errno.ENOENT and os.path.islink(path):
+        return f"is a link to {os.readlink(path)}, where nothing is"
+    if error.errno == errno.ELOOP:
+        return "is a link that leads back to itself"
+    return missing if error.errno == errno.ENOENT else f"cannot be opened ({error.strerror})"
+
+
+def read_bytes(path: Path, most: int | None = None, missing: str = "no such file") -> bytes:
+    """The content of a regular file of at most `most` bytes.
+
+    Raises:
+      UserError: see `open_file`; it is larger; or the disk fails.
+    """
+    with open_file(path, missing) as file, reading(path, "mend the disk"):
+        size = os.fstat(file.fileno()).st_size
+        if most is not None and size > most:
+            raise UserError(f"{path}: has {size:,} bytes, more than the {most:,} that such a file may have")
+        return file.read()
+
+
+def read_text(path: Path, most: int | None = None, missing: str = "no such file") -> str:
+    """The content of a file of UTF-8 text.
+
+    Raises:
+      UserError: see `read_bytes`; or it is not UTF-8.
+    """
+    try:
+        return read_bytes(path, most, missing).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}): is it the file you meant?") from None
+
+
+def read_json(
+    path: Path, kind: Any = dict[str, Any], *, missing: str | None = None, todo: str = "restore it from its source"
+) -> Any:
+    """The JSON value in a file, as it stands there, if it is of a kind.
+
+    Args:
+      path: what to read.
+      kind: a type of msgspec's, as a `TypedDict` beside the code that writes the file. Fields that it does not name
+        may be there.
+      missing: what to say where nothing is there; by default, that a folder of a model has such a file.
+      todo: what to do about a file that is damaged.
+
+    Raises:
+      UserError: see `read_text`; or it is not JSON, or something else than `kind`.
+    """
+    said = f"is missing (is {path.parent} a Hugging Face model folder?)" if missing is None else missing
+    return checked(parse_json(read_text(path, MAX_JSON_BYTES, said), str(path), todo), kind, str(path), todo)
+
+
+def parse_json(text: str | bytes, where: str, todo: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+      UserError: it is none.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        told = "too deeply nested" if isinstance(error, RecursionError) else reason(error)
+        raise UserError(f"{where}: is not valid JSON ({told}): {todo}") from None
+
+
+def checked(value: Any, kind: Any, where: str, todo: str) -> Any:
+    """The value, if it is of a kind (see `read_json`).
+
+    Raises:
+      UserError: it is not; the place in it is named.
+    """
+    try:
+        msgspec.convert(value, kind)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise UserError(f"{where}: holds something else than it should ({reason(error)}): {todo}") from None
+    return value
+
+
+def read_json_lines(path: Path, kind: Any, *, cut: bool = False, missing: str = "no such file") -> list[Any]:
+    """The JSON values in a file of one a line, all of a kind (see `read_json`).
+
+    Args:
+      path: what to read.
+      kind: of each value.
+      cut: the writer may have been killed in the middle of a line: what is no JSON ends the file.
+      missing: what to say where nothing is there.
+
+    Raises:
+      UserError: see `read_text`; or a line is no JSON or something else.
+    """
+    values, todo = [], "remove it, and run the same command"
+    for number, line in enumerate(read_text(path, missing=missing).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            value = parse_json(line, where, todo)
+        except UserError:
+            if cut:
+                break
+            raise
+        values.append(checked(value, kind, where, todo))
+    return values
+
+
+def read_arrays(path: Path, *, missing: str, todo: str) -> dict[str, np.ndarray]:
+    """The arrays in an `.npz`, at most 256 MiB of them; no pickles.
+
+    Raises:
+      UserError: see `open_file`; not such a file, damaged, or an array that is not as large as it claims to be.
+    """
+    arrays = {}
+    with open_file(path, missing) as file, reading(path, todo), zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        claimed = sum(member.file_size for member in members)
+        if claimed > MAX_ARRAYS_BYTES:
+            raise UserError(f"{path}: unpacks to {claimed:,} bytes, more than {MAX_ARRAYS_BYTES:,}: {todo}")
+        for member in members:
+            name = member.filename.removesuffix(".npy")
+            if name in arrays:
+                raise UserError(f"{path}: {name} comes twice: {todo}")
+            arrays[name] = _array(archive.read(member), f"{path}: {name}", todo)
+    return arrays
+
+
+def _array(content: bytes, where: str, todo: str) -> np.ndarray:
+    """An array in the format of numpy, its size checked against the bytes that are there before it is made."""
+    file = io.BytesIO(content)
+    major, _ = np.lib.format.read_magic(file)
+    header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+    shape, order, dtype = header(file)
+    size, there = math.prod(shape) * dtype.itemsize, len(content) - file.tell()
+    if dtype.hasobject or dtype.names is not None or size != there or min(shape, default=0) < 0:
+        raise UserError(f"{where} is {dtype}{list(shape)} in {there:,} bytes, which it cannot be: {todo}")
+    return np.frombuffer(content, dtype, offset=file.tell()).reshape(shape, order="F" if order else "C")
+
+
+@contextlib.contextmanager
+def open_image(source: Path | bytes) -> Iterator[Image]:
+    """An image file, or the bytes of one, its header read: JPEG, PNG, WebP, GIF (first frame), BMP or TIFF.
+
+    Raises:
+      UserError: see `open_file`.
+      Exception: Pillow's own, of many types, for what is no such image.
+    """
+    from PIL import Image
+
+    content = open_file(source) if isinstance(source, Path) else io.BytesIO(source)
+    with content, Image.open(content, formats=IMAGE_FORMATS) as image:
+        yield image
+
+
+def copy_file(source: Path, target: Path, folder: Path) -> None:
+    """Copy a file of `folder`'s: a regular one, or a link to one that lies there or in the hub cache's `blobs`.
+
+    Raises:
+      UserError: see `open_file`; or it is a link out of the folder.
+      OSError: `target` cannot be written.
+    """
+    real, home = Path(os.path.realpath(source)), Path(os.path.realpath(folder))
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    with open_file(source) as file:
+        if not real.is_relative_to(home) and real.parent != blobs:
+            raise UserError(f"{source}: is a link out of the folder, to {real}: put a copy in its place, or remove it")
+        with target.open("wb") as copy:
+            shutil.copyfileobj(file, copy)
