@@ -97,9 +97,9 @@ def test_bin_and_index_and_single_file_are_one_model(goldens, tmp_path):
     assert_equal(load(sharded), load(goldens / "ckpt/llava_hf"))
 
 
-def test_bin_without_torch_says_what_to_install(goldens, monkeypatch):
+def test_bin_is_read_without_torch(goldens, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    refused(goldens / "ckpt/llava_orig_bin", "vlmprune-jax[torch]", vision_dir=goldens / "ckpt/clip_tower")
+    assert load(goldens / "ckpt/llava_orig_bin", vision_dir=goldens / "ckpt/clip_tower").params
 
 
 def test_damaged_or_unsafe_bin(goldens, tmp_path):
@@ -112,7 +112,7 @@ def test_damaged_or_unsafe_bin(goldens, tmp_path):
     torch.save({"model.norm.weight": pytest.approx(1)}, path)  # an object that must not be unpickled
     refused(folder, "pytorch_model.bin", "state dict", vision_dir=tower)
     torch.save({"step": 3}, path)
-    refused(folder, "must map names to tensors", vision_dir=tower)
+    refused(folder, "step is a int", "must map names to plain tensors", vision_dir=tower)
 
 
 # Dtypes and placement -------------------------------------------------------------------------------------------------

@@ -52,13 +52,13 @@ class FileArray:
 
     @property
     def extent(self) -> Extent | None:
-        """Its bytes in the file, or None where they are not in one piece (picked, encoded, inside a `.bin`)."""
+        """Its bytes in the file, or None where they are not in one piece (picked, or encoded)."""
         if self.picks:
             return None
         return self.source.extent(self.first * self.dtype.itemsize, self._size * self.dtype.itemsize)
 
     def read(self) -> np.ndarray:
-        """The values: a memory map, or a copy where indices are picked (or the storage is not plain)."""
+        """The values, read from the file; nothing of it stays in memory."""
         # Bits instead of values: numpy has fast paths for taking integers, and none for bfloat16.
         bits = self.source.values(self.first, self._size).view(f"u{self.dtype.itemsize}")
         array = bits.reshape(self.stored)

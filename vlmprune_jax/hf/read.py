@@ -1,4 +1,4 @@
-"""Hugging Face folder -> Model: every device reads its own slice of the memory-mapped files."""
+"""Hugging Face folder -> Model: every device reads its own slice of the files."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def load(
     """The model in a Hugging Face folder (or hub id).
 
     Args:
-      hf_dir: folder with config.json and safetensors (or `pytorch_model*.bin`, with the [torch] extra), or a hub id.
+      hf_dir: folder with config.json and safetensors (or `pytorch_model*.bin`), or a hub id.
       vision_dir: the vision tower's own folder (CLIP, SigLIP) for an original-layout LLaVA or Bunny; it wins over a
         tower inside `hf_dir`.
       dtype: of all parameters: "float32", "bfloat16" or "float16".

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 
 from vlmprune_jax.checked_files import read_json
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.hf.disk.storage import StoredWeight, find_storage, join_parts
-from vlmprune_jax.hf.disk.weight_files import Entry, read_header, read_torch
+from vlmprune_jax.hf.disk.torch_files import read_torch
+from vlmprune_jax.hf.disk.weight_files import Entry, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -18,8 +21,14 @@ BIN_INDEX = "pytorch_model.bin.index.json"
 BIN_SINGLE = "pytorch_model.bin"
 
 
+class _Index(TypedDict):
+    """What lists the keys of several weight files."""
+
+    weight_map: dict[str, str]
+
+
 class Checkpoint(Mapping[str, np.ndarray]):
-    """All weights of a folder by key; an array is a memory map (or decoded), read when it is looked at.
+    """All weights of a folder by key, each read (or decoded) when it is asked for.
 
     `tensors` are what the files hold, `entries` the weights: the same, but where config.json names a `storage`, whose
     weights are several tensors each.
@@ -50,7 +59,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
                 "that shard does not hold it: a shard of another checkpoint? download the folder again"
             )
         config = folder / "config.json"
-        self.storage = find_storage(read_json(config), str(config)) if config.is_file() else None
+        self.storage = find_storage(read_json(config), str(config)) if os.path.lexists(config) else None
         self.entries: Mapping[str, StoredWeight] = self.tensors
         if self.storage is not None:
             self.entries = join_parts(self.storage, self.tensors, str(folder))
@@ -66,25 +75,26 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder holds weights in one of the known forms."""
-    return any((folder / name).is_file() for name in (SINGLE, INDEX, BIN_SINGLE, BIN_INDEX))
+    """Whether a folder holds weights in one of the known forms, perhaps damaged."""
+    return any(os.path.lexists(folder / name) for name in (SINGLE, INDEX, BIN_SINGLE, BIN_INDEX))
 
 
 def list_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The weight files of a folder in order (transformers' precedence), and the index's key -> file name, if any."""
     for index, single in ((INDEX, SINGLE), (BIN_INDEX, BIN_SINGLE)):
-        if (folder / single).is_file():
+        if os.path.lexists(folder / single):
             return [folder / single], {}
-        if (folder / index).is_file():
-            weight_map = read_json(folder / index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise UserError(f"{folder / index}: has no weight_map: download it again")
-            names = sorted(set(map(str, weight_map.values())))
-            outside = [name for name in names if Path(name).name != name]
+        if os.path.lexists(folder / index):
+            weight_map = read_json(folder / index, _Index)["weight_map"]
+            names = sorted(set(weight_map.values()))
+            if not names:
+                raise UserError(f"{folder / index}: its weight_map is empty: download it again")
+            outside = [name for name in names if Path(name).name != name or name == ".."]
             if outside:
                 raise UserError(f"{folder / index}: shard name {outside[0]!r} leaves the folder: refused")
-            missing = [name for name in names if not (folder / name).is_file()]
+            missing = [name for name in names if not os.path.lexists(folder / name)]
             if missing:
-                raise UserError(f"{folder}: {index} names shards that are missing: {', '.join(missing)}: download them")
+                listed = f"{', '.join(missing[:8])}{f' and {len(missing) - 8} more' if len(missing) > 8 else ''}"
+                raise UserError(f"{folder}: {index} names shards that are missing: {listed}: download them")
             return [folder / name for name in names], weight_map
     raise UserError(f"{folder}: no weights (looked for {SINGLE}, {INDEX}, {BIN_SINGLE}, {BIN_INDEX})")

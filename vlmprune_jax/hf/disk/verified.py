@@ -15,8 +15,9 @@ from types import TracebackType
 
 import numpy as np
 
+from vlmprune_jax.checked_files import open_file
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.hf.disk.weight_files import Extent
+from vlmprune_jax.hf.disk.weight_files import Extent, read_at
 
 BLOCK = 8 * 2**20  # three of them are the memory of a writer, and one that of its reader
 _ALIGNMENT = 4096  # of memory, offsets and lengths where the page cache is passed by
@@ -79,18 +80,16 @@ class CheckedFile:
           extent: what to copy.
           look: called with uint8[bytes] of each part in turn, cut at multiples of 8 bytes of this file.
         """
-        source, begin = os.open(extent.file, os.O_RDONLY), extent.begin
-        try:
+        begin = extent.begin
+        with open_file(extent.file) as source:
             if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(source, begin, extent.end - begin, os.POSIX_FADV_SEQUENTIAL)
+                os.posix_fadvise(source.fileno(), begin, extent.end - begin, os.POSIX_FADV_SEQUENTIAL)
             while begin < extent.end:
                 room = memoryview(self._block)[self._filled :][: extent.end - begin]
-                _read(source, room, begin, extent.file)
+                read_at(source.fileno(), room, begin, extent.file)
                 look(np.frombuffer(room, np.uint8))
                 begin += len(room)
                 self._advance(len(room))
-        finally:
-            os.close(source)
 
     def _advance(self, count: int) -> None:
         self._filled += count
@@ -166,11 +165,3 @@ def _create(path: Path) -> tuple[int, bool]:
             if error.errno != errno.EINVAL:
                 raise
     return os.open(path, flags, 0o644), False
-
-
-def _read(descriptor: int, room: memoryview, offset: int, path: Path) -> None:
-    while room:
-        count = os.preadv(descriptor, [room], offset)
-        if not count:
-            raise UserError(f"{path}: became shorter while it was read: is something else writing to it?")
-        room, offset = room[count:], offset + count

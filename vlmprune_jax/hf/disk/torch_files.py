@@ -1,0 +1,231 @@
+"""The tensors of a `pytorch_model*.bin`: its pickle is read as a list of places in the file, and never run.
+
+Such a file is a zip archive: `data.pkl`, a pickle whose tensors name records of the archive, and those records, stored
+as they are. Nothing here imports what a pickle names: names stay texts, and all but a few are refused.
+"""
+
+from __future__ import annotations
+
+import os
+import pickletools
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from vlmprune_jax.checked_files import open_file, reading
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.hf.disk.dtypes import FILE_DTYPES, bytes_in_file, file_name
+from vlmprune_jax.hf.disk.weight_files import Entry, check_no_pointer, check_shape
+
+_EXPECTED = "expected a plain PyTorch state dict, as torch.save has written it since version 1.6"
+_STORAGES = {
+    "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "DoubleStorage": "F64",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
+}  # fmt: skip
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_MAX_PICKLE_BYTES = 10_000_000  # it has 200 for each tensor
+_LOCAL_HEADER = 30  # bytes of a zip record's own header, before its name and its extra field
+
+
+class _Name(NamedTuple):
+    """A class or function that a pickle names."""
+
+    text: str
+
+
+class _Storage(NamedTuple):
+    """A record with values of a storage class (or of none, where each tensor says its dtype)."""
+
+    kind: str
+    record: str
+
+
+class _Tensor(NamedTuple):
+    """Values of a storage from `first` on."""
+
+    storage: _Storage
+    first: int
+    shape: tuple[Any, ...]
+    strides: tuple[Any, ...]
+    dtype: str
+
+
+class _Other(NamedTuple):
+    """Anything else, by the function that would make it."""
+
+    maker: str
+
+
+def read_torch(path: Path) -> dict[str, Entry]:
+    """The tensors of a `pytorch_model*.bin`.
+
+    Raises:
+      UserError: damaged, or anything but a state dict of plain tensors, each in one piece.
+    """
+    with open_file(path) as file, reading(path, _EXPECTED):
+        check_no_pointer(path, file)
+        with zipfile.ZipFile(file) as archive:
+            members = {member.filename: member for member in archive.infolist()}
+            (listing,) = (name for name in members if name.endswith("data.pkl") and name.count("/") == 1)
+            root, place = listing.removesuffix("data.pkl"), _places(file, members)
+            begin, end = place(listing, _MAX_PICKLE_BYTES)
+            state = _interpret(_bytes(file, begin, end))
+            order = f"{root}byteorder"
+            if order in members and _bytes(file, *place(order, 16)) != b"little":
+                raise ValueError("its numbers are big-endian")
+            if not isinstance(state, dict):
+                made = f"what {state.maker} makes, which is not run" if isinstance(state, _Other) else "something else"
+                raise ValueError(f"it holds {made}")
+            return {key: _entry(path, key, value, f"{root}data/", place) for key, value in state.items()}
+
+
+def _places(file: BinaryIO, members: dict[str, zipfile.ZipInfo]) -> Callable[..., tuple[int, int]]:
+    """A function that gives the first and last + 1 byte of a record in the file."""
+    size, known = os.fstat(file.fileno()).st_size, dict[str, tuple[int, int]]()
+
+    def place(name: str, most: int = 2**63) -> tuple[int, int]:
+        if name not in known:
+            member = members[name]
+            if member.compress_type or member.flag_bits & 1 or member.file_size != member.compress_size:
+                raise ValueError(f"record {name} is compressed or encrypted")
+            header = _bytes(file, member.header_offset, member.header_offset + _LOCAL_HEADER)
+            fields = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+            begin = member.header_offset + _LOCAL_HEADER + fields
+            known[name] = begin, begin + member.file_size
+        begin, end = known[name]
+        if end > size or end - begin > most:
+            raise ValueError(f"record {name} has {end - begin} bytes, which cannot be")
+        return begin, end
+
+    return place
+
+
+def _bytes(file: BinaryIO, begin: int, end: int) -> bytes:
+    file.seek(begin)
+    return file.read(end - begin)
+
+
+def _entry(path: Path, key: str, value: Any, root: str, place: Callable[..., tuple[int, int]]) -> Entry:
+    if not isinstance(value, _Tensor):
+        what = f"what {value.maker} makes" if isinstance(value, _Other) else f"a {type(value).__name__}"
+        raise UserError(
+            f"{path}: {key} is {what} (something sparse, quantised, without values, or no tensor at all): a state dict "
+            "must map names to plain tensors and hold nothing else, save it again so"
+        )
+    check_shape(value.shape)
+    if value.dtype not in FILE_DTYPES:
+        raise ValueError(f"{key} has dtype {value.dtype}")
+    if type(value.first) is not int or value.first < 0 or not _in_one_piece(value):
+        raise UserError(
+            f"{path}: {key} does not lie in one piece in the file: save the state dict again with each tensor's "
+            ".contiguous()"
+        )
+    first, last = place(root + value.storage.record)
+    begin = first + value.first * FILE_DTYPES[value.dtype].itemsize
+    end = begin + bytes_in_file(value.dtype, value.shape)
+    if end > last:
+        raise ValueError(f"{key} of shape {list(value.shape)} and dtype {value.dtype} ends beyond its record")
+    return Entry(key, path, value.dtype, value.shape, begin, end)
+
+
+def _in_one_piece(tensor: _Tensor) -> bool:
+    """Whether the values lie one after the other, the last axis fastest."""
+    step = 1
+    for size, stride in reversed(list(zip(tensor.shape, tensor.strides, strict=True))):
+        if size > 1 and stride != step:
+            return 0 in tensor.shape
+        step *= size
+    return True
+
+
+def _interpret(pickle: bytes) -> Any:
+    """What a pickle builds, of texts, numbers, tuples, lists, dicts with texts as keys, and the classes above.
+
+    Raises:
+      Exception: of many types, for what is damaged or has other parts.
+    """
+    below: list[list[Any]] = []  # what lies under each mark
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+    for opcode, argument, _ in pickletools.genops(pickle):
+        match opcode.name:
+            case "PROTO" | "FRAME":
+                pass
+            case "MARK":
+                below.append(stack)
+                stack = []
+            case "NONE" | "NEWTRUE" | "NEWFALSE" | "EMPTY_TUPLE":
+                stack.append(_CONSTANTS[opcode.name])
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINUNICODE":
+                stack.append(argument)
+            case "EMPTY_LIST" | "EMPTY_DICT":
+                stack.append([] if opcode.name == "EMPTY_LIST" else {})
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(opcode.name[-1])
+                stack[-count:] = [tuple(stack[-count:])]
+            case "TUPLE":
+                items, stack = stack, below.pop()
+                stack.append(tuple(items))
+            case "APPEND":
+                item = stack.pop()
+                stack[-1].append(item)
+            case "APPENDS":
+                items, stack = stack, below.pop()
+                stack[-1].extend(items)
+            case "SETITEM":
+                key, value = stack.pop(-2), stack.pop()
+                stack[-1].update(_pairs([key], [value]))
+            case "SETITEMS":
+                items, stack = stack, below.pop()
+                stack[-1].update(_pairs(items[::2], items[1::2]))
+            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+                memo[len(memo) if argument is None else argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "GLOBAL":
+                stack.append(_Name(argument.replace(" ", ".")))
+            case "STACK_GLOBAL":
+                stack[-2:] = [_Name(".".join(stack[-2:]))]
+            case "BINPERSID":
+                stack[-1] = _storage(*stack[-1])
+            case "REDUCE" | "NEWOBJ":
+                arguments = stack.pop()
+                stack[-1] = _made(stack[-1].text, arguments)
+            case "BUILD":
+                stack.pop()  # attributes, as the `_metadata` of a state dict
+            case "STOP":
+                return stack.pop()
+            case _:
+                raise ValueError(f"its pickle has {opcode.name}")
+    raise ValueError("its pickle has no end")
+
+
+def _storage(kind: str, of: _Name, record: str, *_: Any) -> _Storage:
+    if kind != "storage":
+        raise ValueError("it names something else than storages")
+    return _Storage(of.text.rpartition(".")[2], f"{record:s}")
+
+
+def _pairs(keys: Sequence[Any], values: Sequence[Any]) -> dict[str, Any]:
+    for key in keys:
+        if not isinstance(key, str):
+            raise ValueError(f"the key {key} is no text" if isinstance(key, int) else "a key is no text")
+    return dict(zip(keys, values, strict=True))
+
+
+def _made(function: str, arguments: tuple[Any, ...]) -> Any:
+    match function:
+        case "collections.OrderedDict":
+            pairs = arguments[0] if arguments else []
+            return _pairs([key for key, _ in pairs], [value for _, value in pairs])
+        case "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state":
+            return arguments[0]
+        case "torch._utils._rebuild_tensor_v2" if len(arguments) < 7 or not arguments[6]:
+            storage, first, shape, strides = arguments[:4]
+            return _Tensor(storage, first, shape, strides, _STORAGES.get(storage.kind, storage.kind))
+        case "torch._utils._rebuild_tensor_v3" if len(arguments) < 8 or not arguments[7]:
+            storage, first, shape, strides = arguments[:4]
+            return _Tensor(storage, first, shape, strides, file_name(arguments[6].text.removeprefix("torch.")))
+    return _Other(function)
