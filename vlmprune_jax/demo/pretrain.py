@@ -177,10 +177,8 @@ def _hf_tensors(cfg: ModelConfig, flat: Mapping[str, Any]) -> dict[str, np.ndarr
     """Checkpoint tensors of params, under the names that every transformers release reads."""
     axes, tensors = param_axes(cfg), {}
     for weight in family_of(cfg).weights(cfg):
-        layered = "{i}" in weight.path
-        for i in range(len(cfg.stack(weight.path.split("/")[0]).layers) if layered else 1):
-            line = weight.at(i)
-            path, index = locate(cfg, line.path)
+        for i, path, index in locate(cfg, weight.path):
+            line = weight if i is None else weight.at(i)
             array = np.asarray(flat[path] if index is None else flat[path][index])
             names = axes[path] if index is None else axes[path][1:]
             key = line.key.replace("vision_tower.", "vision_tower.vision_model.")

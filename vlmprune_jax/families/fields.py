@@ -8,7 +8,7 @@ from typing import Any
 from vlmprune_jax.errors import UserError
 
 # More layers than any model has: a number beyond would be a list of as many shapes.
-MAX_LAYERS = 10_000
+MAX_LAYERS = 1000
 _MAX = 2**31 - 1
 
 

@@ -71,18 +71,14 @@ def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
     axes, shapes = param_axes(cfg), param_shapes(cfg)
     slots = []
     for weight in family.weights(cfg):
-        layers: Iterable[int | None] = (None,)
-        if "{i}" in weight.path:
-            layers = range(len(cfg.stack(weight.path.split("/")[0]).layers))
-        for i in layers:
+        tokens = weight.layout.replace("(", " ( ").replace(")", " ) ").split()
+        for i, path, index in locate(cfg, weight.path):
             line = weight if i is None else weight.at(i)
-            path, index = locate(cfg, line.path)
             if path not in axes:
                 raise UserError(f"family {family.name}: a line for {line.path}, a parameter that this model has not")
             names, shape = axes[path], shapes[path]
             if index is not None:
                 names, shape = names[1:], shape[1:]
-            tokens = line.layout.replace("(", " ( ").replace(")", " ) ").split()
             if [t for t in tokens if t not in "()1"] != list(names):
                 raise UserError(f"family {family.name}: layout {line.layout!r} of {line.path}, whose axes are {names}")
             size = {"1": 1, **dict(zip(names, shape, strict=True))}
@@ -143,27 +139,29 @@ def match_keys(
     """
     known = {slot.key: slot for slot in slots}
     wanted = {key: slot for key, slot in known.items() if slot.path.split("/")[0] in parts}
-    match, head = Match(), tied_head(cfg, family)
+    match, head, blocks = Match(), tied_head(cfg, family), block_prefix("vision", cfg, family)
     for key, entry in checkpoint.entries.items():
         name = family.canonical(key)
         slot = wanted.get(name)
         if slot is None and name in known:
             continue
-        if slot is None:
-            if name == head:
-                match.tied = key
-            elif family.is_ignored(name) and not _in_computed_block(name, cfg, family):
+        if slot is None and name == head:
+            match.tied, slot = key, next(one for one in slots if one.path == "text/embed_tokens/weight")
+        elif slot is None:
+            if family.is_ignored(name) and not _in_computed_block(block_number(name, blocks), cfg):
                 match.carried.append(key)
             else:
                 match.problems.append(f"unknown key {key}")
+            continue
         elif name in match.found:
             match.problems.append(f"{key} and {match.found[name]} are the same weight")
+            continue
         else:
             match.found[name] = key
-            if entry.shape != slot.hf_shape:
-                match.problems.append(f"{key} has shape {list(entry.shape)}, config.json says {list(slot.hf_shape)}")
-            if entry.dtype not in WEIGHT_DTYPES:
-                match.problems.append(f"{key} has dtype {entry.dtype}, supported are {', '.join(WEIGHT_DTYPES)}")
+        if entry.shape != slot.hf_shape:
+            match.problems.append(f"{key} has shape {list(entry.shape)}, config.json says {list(slot.hf_shape)}")
+        if entry.dtype not in WEIGHT_DTYPES:
+            match.problems.append(f"{key} has dtype {entry.dtype}, supported are {', '.join(WEIGHT_DTYPES)}")
     match.problems += [f"missing key {key}" for key in wanted if key not in match.found]
     return match
 
@@ -188,21 +186,25 @@ def tied_head(cfg: ModelConfig, family: Family) -> str | None:
     return next(w.key for w in family.weights(untied) if w.path == "text/lm_head/weight")
 
 
-def _in_computed_block(name: str, cfg: ModelConfig, family: Family) -> bool:
-    """Whether a canonical key lies in a computed vision block, where every tensor must be known, or in one too many."""
-    number = block_number(name, "vision", cfg, family)
+def _in_computed_block(number: int | None, cfg: ModelConfig) -> bool:
+    """Whether a vision block is a computed one, where every tensor must be known, or one that the tower has not."""
     if number is None or cfg.vision is None:
         return False
     return number < len(cfg.vision.layers) or number >= cfg.vision.n_layers_total
 
 
-def block_number(name: str, part: str, cfg: ModelConfig, family: Family) -> int | None:
-    """Number of the `part`'s block that a canonical key lies in, or None."""
+def block_prefix(part: str, cfg: ModelConfig, family: Family) -> str | None:
+    """What the canonical keys of the `part`'s blocks begin with, before the block's number."""
     keys = (weight.key for weight in family.weights(cfg) if weight.path.startswith(f"{part}/layers/{{i}}"))
-    prefix = next((key.split("{i}")[0] for key in keys), None)
+    return next((key.split("{i}")[0] for key in keys), None)
+
+
+def block_number(name: str, prefix: str | None) -> int | None:
+    """Number of the block that a canonical key lies in, -1 where it is no number, None outside of blocks."""
     if prefix is None or not name.startswith(prefix):
         return None
-    return int(name[len(prefix) :].split(".")[0])
+    number = name[len(prefix) :].partition(".")[0]
+    return int(number) if re.fullmatch("[0-9]{1,9}", number) else -1
 
 
 def template(key: str) -> str:

@@ -184,12 +184,20 @@ def find_weights(
     checkpoint, match = matches[0]
     if match.tied is not None:
         embedding = match.found[next(slot.key for slot in slots if slot.path == "text/embed_tokens/weight")]
-        if not np.array_equal(checkpoint.entries[match.tied].raw(), checkpoint.entries[embedding].raw()):
+        if not _same_values(checkpoint.entries[match.tied], checkpoint.entries[embedding]):
             raise UserError(
                 f"{folder}: tie_word_embeddings is true but {match.tied} differs from {embedding}: "
                 "set it to false in config.json, or remove the one that does not count"
             )
     return {name: checkpoint.entries[key] for checkpoint, match in matches for name, key in match.found.items()}
+
+
+def _same_values(one: StoredWeight, other: StoredWeight) -> bool:
+    """Whether two weights of equal shape have the same dtype and bits, read piece by piece."""
+    size = math.prod(one.shape)
+    cuts = [*range(0, size, _PIECE), size]
+    pairs = zip(one.pieces(cuts), other.pieces(cuts), strict=True) if one.dtype == other.dtype else ()
+    return one.dtype == other.dtype and all(np.array_equal(a.view(np.uint8), b.view(np.uint8)) for a, b in pairs)
 
 
 def read_params(cfg: ModelConfig, slots: list[Slot], sources: Sources, dtype: np.dtype, mesh: Mesh | None) -> Params:

@@ -58,20 +58,21 @@ def count_params(cfg: ModelConfig, part: str = "") -> int:
     return sum(math.prod(shape) for path, shape in param_shapes(cfg).items() if path.startswith(part))
 
 
-def locate(cfg: ModelConfig, path: str) -> tuple[str, int | None]:
-    """Where a per-layer path lives: `text/layers/7/…` -> (`text/layers/<run>/…`, index in that run's stack).
+def locate(cfg: ModelConfig, path: str) -> list[tuple[int | None, str, int | None]]:
+    """Where the parameters of a line of the table live, in one pass over its layers.
 
-    A path without a layer number is returned as it is, with None.
+    `text/layers/{i}/…` -> (layer, `text/layers/<run>/…`, index in that run's stack) of every layer; a path without
+    `{i}` is the only one, with None for both numbers.
     """
-    stack, _, rest = path.partition("/layers/")
-    if not rest:
-        return path, None
-    number, _, leaf = rest.partition("/")
-    shapes = cfg.stack(stack).layers
-    for run, (start, length, _) in enumerate(runs(shapes)):
-        if start <= int(number) < start + length:
-            return f"{stack}/layers/{run}/{leaf}", int(number) - start
-    raise IndexError(f"layer {number} of {len(shapes)}")
+    stack, _, leaf = path.partition("/layers/{i}/")
+    if not leaf:
+        return [(None, path, None)]
+    found = runs(cfg.stack(stack).layers)
+    return [
+        (start + index, f"{stack}/layers/{run}/{leaf}", index)
+        for run, (start, length, _) in enumerate(found)
+        for index in range(length)
+    ]
 
 
 def unstack_layers(params: Params, cfg: ModelConfig, stack: str = "text") -> tuple[list[Flat], Params]:

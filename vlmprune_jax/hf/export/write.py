@@ -28,7 +28,7 @@ from vlmprune_jax.hf.export.convert import more_words
 from vlmprune_jax.hf.export.target import Plan, Target, make_target, write_files
 from vlmprune_jax.hf.export.uneven import pad_tensor
 from vlmprune_jax.hf.fetch import extent_of, origin, to_host
-from vlmprune_jax.hf.layout import Slot, block_number, by_key, join_tensor, make_slots, template, tied_head
+from vlmprune_jax.hf.layout import Slot, block_number, block_prefix, by_key, join_tensor, make_slots, template, tied_head
 from vlmprune_jax.hf.read import check_finite, resolve
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model
@@ -193,12 +193,13 @@ def _carried(source: Checkpoint, known: set[str], target: Target, family: Family
     """Tensors of the source that are not computed with, byte for byte; not those of layers that are gone."""
     cfg = target.cfg
     ends = {"text": len(cfg.text.layers)} | ({"vision": cfg.vision.n_layers_total} if cfg.vision is not None else {})
+    prefixes = {stack: block_prefix(stack, cfg, family) for stack in ends}
     tensors = []
     for key, entry in source.entries.items():
         name = family.canonical(key)
         if name in known or not family.is_ignored(name) or is_left_out(name, target.config):
             continue
-        numbers = {stack: block_number(name, stack, cfg, family) for stack in ends}
+        numbers = {stack: block_number(name, prefix) for stack, prefix in prefixes.items()}
         if all(number is None or number < ends[stack] for stack, number in numbers.items()):
             extent = entry.extent(0, entry.n_bytes)
             tensors.append(Tensor(key, entry.dtype, entry.shape, entry.n_bytes, entry.raw, extent))
