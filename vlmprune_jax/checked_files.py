@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import stat
 import zipfile
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
 
 # Larger than any real one (the tokenizer of a 260,000 word vocabulary: 33 MB); a list of them takes 25 times its text.
 MAX_JSON_BYTES = 100_000_000
+MAX_JSON_DEPTH = 100
 MAX_ARRAYS_BYTES = 2**28
+MAX_COPY_BYTES = 2**30
 # What Pillow decodes by itself. Others start programs (EPS: Ghostscript) or read what a file only points to.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device",
@@ -138,17 +141,47 @@ def read_json(
     return checked(parse_json(read_text(path, MAX_JSON_BYTES, said), str(path), todo), kind, str(path), todo)
 
 
-def parse_json(text: str | bytes, where: str, todo: str) -> Any:
-    """The value of a JSON text.
+def read_parts(path: Path, kind: Any, todo: str = "restore it from its source") -> Any:
+    """What a kind names of the JSON value in a file; the rest is passed over, ten times as fast as `read_json`.
 
     Raises:
-      UserError: it is none.
+      UserError: see `read_json`.
     """
     try:
-        return json.loads(text)
+        value = msgspec.json.decode(read_bytes(path, MAX_JSON_BYTES), type=kind)
+        if _depth(value) > MAX_JSON_DEPTH:
+            raise RecursionError("too deeply nested")
+        return value
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path}: holds something else than it should ({reason(error)}): {todo}") from None
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not valid JSON ({reason(error)}): {todo}") from None
+
+
+def parse_json(text: str | bytes, where: str, todo: str) -> Any:
+    """The value of a JSON text, one that can be gone through and written again.
+
+    Raises:
+      UserError: it is none, is too deeply nested, or holds half of a character.
+    """
+    try:
+        value = json.loads(text)
+        if _depth(value) > MAX_JSON_DEPTH:
+            raise RecursionError
+        if re.search(r"\\u[dD]", text if isinstance(text, str) else text.decode("latin-1")):
+            json.dumps(value, ensure_ascii=False).encode()  # a surrogate alone is no UTF-8
+        return value
     except (ValueError, RecursionError) as error:
         told = "too deeply nested" if isinstance(error, RecursionError) else reason(error)
         raise UserError(f"{where}: is not valid JSON ({told}): {todo}") from None
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level and depth <= MAX_JSON_DEPTH:
+        inside = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        depth, level = depth + 1, [one for part in inside for one in part]
+    return depth
 
 
 def checked(value: Any, kind: Any, where: str, todo: str) -> Any:
@@ -242,13 +275,39 @@ def copy_file(source: Path, target: Path, folder: Path) -> None:
     """Copy a file of `folder`'s: a regular one, or a link to one that lies there or in the hub cache's `blobs`.
 
     Raises:
-      UserError: see `open_file`; or it is a link out of the folder.
+      UserError: see `open_file`; it is a link out of the folder, or larger than any file beside weights.
       OSError: `target` cannot be written.
     """
+    with open_file(source) as file:
+        _check_inside(source, folder)
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_COPY_BYTES:
+            raise UserError(f"{source}: has {size:,} bytes, more than the {MAX_COPY_BYTES:,} of a file beside weights")
+        with target.open("wb") as copy, reading(source, "mend the disk, or make room"):
+            shutil.copyfileobj(file, copy)
+
+
+def copy_folder(source: Path, target: Path, folder: Path) -> None:
+    """Copy a folder in `folder` with all that is in it, each file as `copy_file` does; a link to a folder is none.
+
+    Raises:
+      UserError: see `copy_file`.
+      OSError: `target` cannot be written.
+    """
+    _check_inside(source, folder)
+    todo = [(source, target)]
+    while todo:
+        here, there = todo.pop()
+        there.mkdir(exist_ok=True)
+        for name in sorted(os.listdir(here)):
+            if os.path.isdir(here / name) and not os.path.islink(here / name):
+                todo.append((here / name, there / name))
+            else:
+                copy_file(here / name, there / name, folder)
+
+
+def _check_inside(source: Path, folder: Path) -> None:
     real, home = Path(os.path.realpath(source)), Path(os.path.realpath(folder))
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    with open_file(source) as file:
-        if not real.is_relative_to(home) and real.parent != blobs:
-            raise UserError(f"{source}: is a link out of the folder, to {real}: put a copy in its place, or remove it")
-        with target.open("wb") as copy:
-            shutil.copyfileobj(file, copy)
+    if not real.is_relative_to(home) and real.parent != blobs:
+        raise UserError(f"{source}: is a link out of the folder, to {real}: put a copy in its place, or remove it")

@@ -62,6 +62,20 @@ class RopeConfig:
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        wrong = (
+            (self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor)
+            or (self.kind == "yarn" and not (self.theta > 1 and 0 < self.beta_slow <= self.beta_fast))
+            or (self.kind in ("llama3", "yarn") and self.original_max_positions < 1)
+        )
+        if wrong:
+            raise UserError(
+                f"{self.kind} rope with theta {self.theta:g}, original_max_position_embeddings "
+                f"{self.original_max_positions}, low and high_freq_factor {self.low_freq_factor:g} and "
+                f"{self.high_freq_factor:g}, beta_slow and beta_fast {self.beta_slow:g} and {self.beta_fast:g}: "
+                "these do not fit together"
+            )
+
 
 # The decoder, and the tower of a model that sees images: names of the fields of a `ModelConfig` and of its params.
 STACKS = ("text", "vision")

@@ -345,10 +345,10 @@ def test_labels_equal_the_counting_rule(tokenizer: Any, rounds: list[tuple[str, 
 
 
 def test_folder_without_a_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no loadable tokenizer"):
+    with pytest.raises(UserError, match="its tokenizer: cannot be read"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    with pytest.raises(UserError, match="no loadable tokenizer") as caught:
+    with pytest.raises(UserError, match="tokenizer.json: is not valid JSON") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlmprune_jax.checked_files import reading
 from vlmprune_jax.config import IGNORED
 from vlmprune_jax.data.records import IMAGE_TOKEN, Record
-from vlmprune_jax.errors import UserError, reason
+from vlmprune_jax.data.tokenizer_files import TOKENIZER, check_tokenizer_files, without_stderr
+from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, template_of, templates
 from vlmprune_jax.families.templates import Template
 
@@ -27,21 +31,19 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
-    try:
-        if (Path(folder) / "tokenizer.json").is_file():
+    check_tokenizer_files(folder)
+    todo = "give a folder with tokenizer.json (pip install sentencepiece protobuf if that is what is missing)"
+    with reading(f"{folder}: its tokenizer", todo), without_stderr():
+        if os.path.lexists(folder / TOKENIZER):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         else:
             options = {"config": PretrainedConfig(), "trust_remote_code": False, "local_files_only": True}
             tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
             _mark_every_piece(tokenizer)
-    except Exception as error:  # transformers raises OSError, ValueError, TypeError, ... for a broken folder
-        raise UserError(
-            f"{folder}: no loadable tokenizer ({reason(error)}); give a folder with tokenizer.json (pip install "
-            "sentencepiece protobuf if that is what is missing)"
-        ) from error
-    if not tokenizer.is_fast:
-        raise UserError(f"{folder}: the tokenizer is a slow one without tokenizer.json; convert it")
-    tokenizer("")  # switches off truncation and padding stored in the file, before several threads use it
+        if not tokenizer.is_fast:
+            raise UserError(f"{folder}: the tokenizer is a slow one without tokenizer.json; convert it")
+        tokenizer.model_max_length = sys.maxsize  # what is too long is refused by its record, no warning
+        tokenizer("")  # switches off truncation and padding stored in the file, before several threads use it
     return tokenizer
 
 

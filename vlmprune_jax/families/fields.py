@@ -9,6 +9,8 @@ from vlmprune_jax.errors import UserError
 
 # More layers than any model has: a number beyond would be a list of as many shapes.
 MAX_LAYERS = 1000
+# More pixels a side than any tower sees: what images are made to before anything is compared with the weights.
+MAX_SIDE = 4096
 _MAX = 2**31 - 1
 
 
@@ -16,12 +18,24 @@ def _whole(value: Any, most: int = _MAX) -> bool:
     return type(value) is int and 1 <= value <= most
 
 
+def _side(value: Any) -> bool:
+    return _whole(value, MAX_SIDE)
+
+
 def _number(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= 1e30  # neither infinite nor NaN
 
 
+def _positive(value: Any) -> bool:
+    return _number(value) and value >= 1e-9
+
+
 def _integer(value: Any) -> bool:
     return type(value) is int and abs(value) <= _MAX
+
+
+def _name(value: Any) -> bool:
+    return isinstance(value, str) and value.isidentifier()
 
 
 def _list_of(kind: Callable[[Any], bool], value: Any) -> bool:
@@ -36,50 +50,60 @@ _KINDS: tuple[_Kind, ...] = (
         _whole,
         ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings",
          "num_channels", "min_dynamic_patch", "max_dynamic_patch"),
-        ("num_key_value_heads", "head_dim", "sliding_window", "original_max_position_embeddings", "force_image_size"),
+        ("num_key_value_heads", "head_dim", "sliding_window", "original_max_position_embeddings"),
     ),
     (f"a whole number from 1 to {MAX_LAYERS}", lambda v: _whole(v, MAX_LAYERS), ("num_hidden_layers",), ()),
     (
-        "a whole number above 0, or a pair of them",
-        lambda v: _whole(v) or (_list_of(_whole, v) and len(v) == 2),
+        f"a whole number from 1 to {MAX_SIDE}, or a pair of them",
+        lambda v: _side(v) or (_list_of(_side, v) and len(v) == 2),
         ("image_size", "patch_size"),
-        (),
+        ("force_image_size",),
     ),
     (
         "a number",
         _number,
-        ("rms_norm_eps", "layer_norm_eps", "rope_theta", "downsample_ratio", "factor", "low_freq_factor",
-         "high_freq_factor"),
+        ("rms_norm_eps", "layer_norm_eps"),
+        (),
+    ),
+    (
+        "a number above 0",
+        _positive,
+        ("rope_theta", "downsample_ratio", "factor", "low_freq_factor", "high_freq_factor"),
         ("partial_rotary_factor", "attention_factor", "beta_fast", "beta_slow"),
     ),
-    ("an integer", _integer, (), ("max_window_layers", "mm_hidden_size")),
+    ("an integer", _integer, ("mm_vision_select_layer", "select_layer"), ("max_window_layers", "mm_hidden_size")),
+    ("an integer", lambda v: _integer(v) or _list_of(_integer, v), ("vision_feature_layer",), ()),
     ("a token id", _integer, ("image_token_id", "image_token_index"), ("bos_token_id", "pad_token_id")),
     ("a token id or a list of them", lambda v: _integer(v) or _list_of(_integer, v), (), ("eos_token_id",)),
-    ("a list of numbers", lambda v: _list_of(_number, v), ("short_factor", "long_factor"), ()),
+    ("a list of numbers above 0", lambda v: _list_of(_positive, v), ("short_factor", "long_factor"), ()),
     (
         "a list of [query heads, key/value heads, neurons]",
         lambda v: _list_of(lambda row: _list_of(_whole, row) and len(row) == 3, v),
         (),
         ("per_layer_shapes",),
     ),
-    ("a list of names", lambda v: _list_of(lambda one: isinstance(one, str), v), (), ("layer_types", "architectures")),
+    ("a list of names", lambda v: _list_of(_name, v), (), ("layer_types", "architectures")),
+    ("an object of names", lambda v: isinstance(v, dict) and _list_of(_name, [*v]), (), ("auto_map",)),
     (
         "true or false",
         lambda v: isinstance(v, bool),
         (),
-        ("tie_word_embeddings", "attention_bias", "mlp_bias", "qkv_bias", "use_sliding_window"),
+        ("tie_word_embeddings", "attention_bias", "mlp_bias", "qkv_bias", "use_sliding_window", "qk_layernorm",
+         "multimodal_projector_bias", "use_s2", "qk_normalization", "use_qk_norm", "use_mean_pooling",
+         "use_absolute_position_embeddings", "vision_use_head", "dynamic_image_size", "use_thumbnail", "pad2square"),
     ),
     (
         "a text",
         lambda v: isinstance(v, str),
         ("model_type", "hidden_act", "projector_hidden_act", "rope_type", "type", "ps_version"),
-        ("template", "mm_projector_type", "mm_vision_tower"),
+        ("template", "mm_projector_type", "mm_vision_tower", "norm_type", "mm_vision_select_feature",
+         "vision_feature_select_strategy", "image_aspect_ratio", "transformers_version"),
     ),
     (
         "an object",
         lambda v: isinstance(v, dict),
         (),
-        ("text_config", "llm_config", "vision_config", "rope_scaling", "rope_parameters", "auto_map"),
+        ("text_config", "llm_config", "vision_config", "rope_scaling", "rope_parameters"),
     ),
 )  # fmt: skip
 _EXPECTED = {

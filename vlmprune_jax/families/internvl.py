@@ -90,7 +90,7 @@ _RECIPE: dict[str, Any] = {
 
 def _projector(config: Mapping[str, Any], version: str) -> ProjectorConfig:
     ratio = float(config.get("downsample_ratio", 0.5))
-    factor = round(1 / ratio) if ratio > 0 else 0
+    factor = round(1 / ratio)
     if factor < 1 or factor * ratio != 1:
         raise UserError(f"downsample_ratio {ratio} is not supported: it must be 1 over a whole number, like 0.5")
     return ProjectorConfig(

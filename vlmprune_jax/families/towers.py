@@ -65,7 +65,7 @@ def vision_from_hf(
       UserError: a type of tower or an option that is not supported, or several feature layers.
     """
     kind = _OUTER.get(config.get("model_type", ""), default_type)
-    config = config.get("vision_config", config)
+    config = config.get("vision_config") or config
     kind = config.get("model_type") or kind
     if kind not in _DEFAULTS:
         raise UserError(f"vision tower of type {kind!r} is not supported (supported: {', '.join(_DEFAULTS)})")

@@ -17,8 +17,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlmprune_jax.checked_files import read_json
+from vlmprune_jax.checked_files import read_json, reading
 from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.data.tokenizer_files import added_tokens
 from vlmprune_jax.distributed.rules import check_divides, sharding
 from vlmprune_jax.errors import UserError, reason
 from vlmprune_jax.families import Family, detect
@@ -27,6 +28,7 @@ from vlmprune_jax.hf.disk.checkpoint import Checkpoint, has_weights
 from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.hf.disk.storage import StoredWeight, find_storage
 from vlmprune_jax.hf.layout import PARTS, Slot, make_slots, match_keys, refuse
+from vlmprune_jax.models.layers import activation
 from vlmprune_jax.models.params import param_axes, param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, Params
 
@@ -88,11 +90,10 @@ def resolve(name: str | Path) -> Path:
     Raises:
       UserError: there is no such folder and the hub has no such model or cannot be reached.
     """
-    folder = Path(name)
-    if folder.is_dir():
+    folder, text = Path(name), str(name)
+    if os.path.isdir(folder):
         return folder
-    text = str(name)
-    if folder.is_absolute() or text.startswith(".") or text.count("/") != 1 or folder.exists():
+    if folder.is_absolute() or text.startswith(".") or text.count("/") != 1 or os.path.lexists(folder):
         raise UserError(f"{name}: no such folder (give a Hugging Face model folder or a hub id like org/name)")
     from huggingface_hub import snapshot_download
 
@@ -114,51 +115,43 @@ def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, M
       UserError: unknown family, unsupported settings, fields that hold something else than they can, weights
         that are quantised in a way that is not known.
     """
-    config = _read_fields(folder / "config.json")
-    family = detect(config, str(folder / "config.json"))
-    find_storage(config, str(folder / "config.json"))  # refuses what cannot be read
-    generation = folder / "generation_config.json"
-    if generation.is_file():
+    path, generation = folder / "config.json", folder / "generation_config.json"
+    config = read_fields(path)
+    family = detect(config, str(path))
+    find_storage(config, str(path))  # refuses what cannot be read
+    if os.path.lexists(generation):
         ids = {
-            k: v for k, v in _read_fields(generation).items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")
+            k: v for k, v in read_fields(generation).items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")
         }
         nested = family.text_config(config)
         known = {name for name in ids if config.get(name) is not None or nested.get(name) is not None}
         config = {**config, **{name: value for name, value in ids.items() if name not in known and value is not None}}
     if family.token_names:
-        tokens = tokenizer_ids(folder)
+        tokens = added_tokens(folder)
         config = {**config, **{name: tokens[token] for name, token in family.token_names if token in tokens}}
     vision = None
     if family.separate_vision:
-        vision = _read_fields(vision_dir / "config.json") if vision_dir is not None else config.get("vision_config")
-    try:
-        return family, family.from_hf(config, vision)
-    except UserError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from None
+        vision = read_fields(vision_dir / "config.json") if vision_dir is not None else config.get("vision_config")
+    with reading(path):
+        try:
+            cfg = family.from_hf(config, vision)
+            for part in (cfg.text, cfg.vision, cfg.projector):
+                if part is not None:
+                    activation(part.activation)  # refuses unknown ones
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+    return family, cfg
 
 
-def _read_fields(path: Path) -> dict[str, Any]:
-    config = read_json(path)
+def read_fields(path: Path) -> dict[str, Any]:
+    """The content of a config.json or generation_config.json, none of whose known fields holds what it cannot.
+
+    Raises:
+      UserError: see `read_json` and `check_fields`.
+    """
+    config: dict[str, Any] = read_json(path)
     check_fields(config, str(path))
     return config
-
-
-def tokenizer_ids(folder: Path) -> dict[str, int]:
-    """Ids of the added tokens of a folder's tokenizer, by any of the files that can list them; {} without one."""
-    ids: dict[str, int] = {}
-    for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
-        content = read_json(folder / name) if (folder / name).is_file() else {}
-        try:
-            if name == "added_tokens.json":
-                ids.update({token: int(number) for token, number in content.items()})
-            elif name == "tokenizer_config.json":
-                listed = content.get("added_tokens_decoder") or {}
-                ids.update({token["content"]: int(number) for number, token in listed.items()})
-            else:
-                ids.update({token["content"]: int(token["id"]) for token in content.get("added_tokens") or ()})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{folder / name}: added tokens are not as expected ({error!r}): restore it") from error
-    return ids
 
 
 def find_weights(

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vlmprune_jax.checked_files import reading
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES
 from vlmprune_jax.hf.disk.weight_files import Entry, Extent
@@ -129,10 +130,11 @@ def find_storage(config: JsonDict, where: str) -> Storage | None:
                 f"{where}: the weights are quantised (quantization_config, quant_method {method!r}) "
                 "and cannot be pruned like this: use the checkpoint they were made from"
             )
-        try:
-            return storages[method](settings)
-        except UserError as error:
-            raise UserError(f"{where}: quantization_config: {error}") from None
+        with reading(f"{where}: quantization_config"):
+            try:
+                return storages[method](settings)
+            except UserError as error:
+                raise UserError(f"{where}: quantization_config: {error}") from None
     return None
 
 

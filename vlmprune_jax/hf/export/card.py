@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
+
+from msgspec import Meta
 
 from vlmprune_jax.checked_files import read_json
 from vlmprune_jax.config import LayerShape, ModelConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import family_of
+from vlmprune_jax.families.fields import MAX_LAYERS
 from vlmprune_jax.hf.export.per_layer import LOADER_FILE, loader_class
 from vlmprune_jax.models.params import count_params
 
 _PARTS = (("language model", "text"), ("projector", "projector"), ("vision tower (computed part)", "vision"))
+
+
+_Shape = tuple[Annotated[int, Meta(ge=1)], Annotated[int, Meta(ge=1)], Annotated[int, Meta(ge=1)]]
+_Shapes = Annotated[list[_Shape], Meta(min_length=1, max_length=MAX_LAYERS)]
+
+
+class _Stack(TypedDict):
+    """What the card says of a stack of layers."""
+
+    layers_before: _Shapes
+    kept_layers: list[int]
+
+
+class _Plan(TypedDict):
+    """What the card says of a plan.json; format 1 was the decoder's alone, its stack beside the rest."""
+
+    method: str
+    criterion: str
+    asked: float | None
+    reached: float
+    parameters_total: int
+    fingerprint: str
+    stacks: NotRequired[dict[str, _Stack]]
+    layers_before: NotRequired[_Shapes]
+    kept_layers: NotRequired[list[int]]
 
 
 def model_name(folder: Path) -> str:
@@ -33,7 +62,7 @@ def write_card(
     after.
     """
     plan_file = folder / "plan.json"
-    plan = read_json(plan_file) if plan_file.is_file() else None
+    plan = read_json(plan_file, _Plan, todo="move it away") if os.path.lexists(plan_file) else None
     processor = any((folder / f"{kind}_config.json").is_file() for kind in ("processor", "preprocessor"))
     done = [what for what, so in (("pruned", plan), ("recovered", recovered)) if so]
     base = f"base_model: {name}\n" if "/" in name else ""

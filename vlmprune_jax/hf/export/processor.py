@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.checked_files import read_json
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.families import family_of, target_of, template_of
 from vlmprune_jax.families.table import JsonDict
 from vlmprune_jax.families.templates import Template
 from vlmprune_jax.hf.export.tokenizer import prefixes_only_the_start, token_id, write_tokenizer
+from vlmprune_jax.hf.read import read_fields
 
 
 def write_processor(folder: Path, source: Path, cfg: ModelConfig, config: JsonDict, tokenizer: JsonDict) -> None:
@@ -48,7 +49,7 @@ def write_processor(folder: Path, source: Path, cfg: ModelConfig, config: JsonDi
 def _generation_config(source: Path, cfg: ModelConfig, template: Template, tokenizer: JsonDict) -> JsonDict:
     """The source's, with the mark that ends the family's answers among the ids that end a text."""
     path = source / "generation_config.json"
-    config: dict[str, Any] = read_json(path) if path.is_file() else {}
+    config: dict[str, Any] = read_fields(path) if os.path.lexists(path) else {}
     end = token_id(tokenizer, template.assistant_end.strip())
     stated = config.get("eos_token_id")
     stated = cfg.eos_token_ids if stated is None else stated if isinstance(stated, list) else (stated,)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
-import shutil
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from vlmprune_jax.checked_files import read_json
+from vlmprune_jax.checked_files import copy_file, copy_folder
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, detect, family_of, target_of
@@ -20,6 +21,7 @@ from vlmprune_jax.hf.export.per_layer import with_loader, without_loader, write_
 from vlmprune_jax.hf.export.processor import write_processor
 from vlmprune_jax.hf.export.tokenizer import add_token, read_tokenizer
 from vlmprune_jax.hf.export.uneven import padded_stacks
+from vlmprune_jax.hf.read import read_fields
 
 LAYOUTS = ("source", "transformers")
 UNEVEN = ("per_layer", "pad", "refuse")
@@ -63,7 +65,7 @@ def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype:
         the layout cannot hold.
     """
     _check_options(cfg, layout, uneven, dtype)
-    family, config = family_of(cfg), without_storage(read_json(source / "config.json"))
+    family, config = family_of(cfg), without_storage(read_fields(source / "config.json"))
     if detect(config, str(source / "config.json")) is not family:
         raise UserError(f"{source}: is not the folder that this {family.name} ({family.layout} layout) model came from")
     wide = padded_stacks(cfg) if uneven == "pad" else cfg
@@ -128,7 +130,7 @@ def write_files(target: Target, cfg: ModelConfig, source: Path, folder: Path, pl
     code = ("*.py",) if "auto_map" in target.config else ()
     _copy_files(source, folder, _ALWAYS if target.converts else (*_ALWAYS, *_SAME_LAYOUT, *code))
     if target.tokenizer is not None:
-        write_processor(folder, source, cfg, read_json(source / "config.json"), target.tokenizer)
+        write_processor(folder, source, cfg, read_fields(source / "config.json"), target.tokenizer)
     if target.ships_loader:
         write_loader(folder)
     if plan is not None:
@@ -136,10 +138,10 @@ def write_files(target: Target, cfg: ModelConfig, source: Path, folder: Path, pl
 
 
 def _copy_files(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
-    for pattern in patterns:
-        for path in source.glob(pattern):
-            if path.is_file() and not path.name.endswith(".index.json"):
-                shutil.copyfile(path, folder / path.name)
+    for name in sorted(os.listdir(source)):  # a glob passes over links that lead nowhere
+        wanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        if wanted and not name.endswith(".index.json") and not os.path.isdir(source / name):
+            copy_file(source / name, folder / name, source)
     templates = source / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, folder / templates.name, dirs_exist_ok=True)
+    if os.path.lexists(templates):
+        copy_folder(templates, folder / templates.name, source)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.checked_files import read_json
 from vlmprune_jax.data.prompts import load_tokenizer
+from vlmprune_jax.data.tokenizer_files import SLOW, TOKENIZER, TOKENIZER_CONFIG, TokenizerFile
 from vlmprune_jax.families.table import JsonDict
 
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-# Files that a tokenizer without tokenizer.json is made of.
-_SLOW = ("tokenizer.model", "vocab.json", "merges.txt", "tokenizer.tiktoken")
 # Settings of classes that build tokenizer.json anew when they load; the file itself says all of it.
 _REBUILD = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "sp_model_kwargs", "auto_map", "from_slow",
             "use_default_system_prompt", "spaces_between_special_tokens", "special_tokens_map_file", "name_or_path",
@@ -26,9 +25,9 @@ def read_tokenizer(folder: Path) -> JsonDict | None:
     Raises:
       UserError: the older files cannot be read.
     """
-    if (folder / TOKENIZER).is_file():
-        return read_json(folder / TOKENIZER)
-    if not any((folder / name).is_file() for name in _SLOW):
+    if os.path.lexists(folder / TOKENIZER):
+        return read_json(folder / TOKENIZER, TokenizerFile)
+    if not any(os.path.lexists(folder / name) for name in SLOW):
         return None
     content: JsonDict = json.loads(load_tokenizer(folder).backend_tokenizer.to_str())
     return content
@@ -59,7 +58,7 @@ def _ids(tokenizer: JsonDict) -> dict[str, int]:
 def prefixes_only_the_start(tokenizer: JsonDict) -> bool:
     """Whether the space mark that a text begins with is missing where a text goes on behind a special token."""
     step = tokenizer.get("pre_tokenizer") or {}
-    steps = step.get("pretokenizers", [step])
+    steps = [one for one in step.get("pretokenizers", [step]) if isinstance(one, dict)]
     return any(one.get("type") == "Metaspace" and one.get("prepend_scheme") == "first" for one in steps)
 
 
@@ -71,7 +70,7 @@ def write_tokenizer(folder: Path, source: Path, tokenizer: JsonDict, named: dict
     """
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", TOKENIZER_CONFIG):
-        if (source / name).is_file():
+        if os.path.lexists(source / name):
             config |= read_json(source / name)
     config = {name: value for name, value in config.items() if name not in _REBUILD}
     known = config.get("extra_special_tokens")

@@ -28,7 +28,16 @@ from vlmprune_jax.hf.export.convert import more_words
 from vlmprune_jax.hf.export.target import Plan, Target, make_target, write_files
 from vlmprune_jax.hf.export.uneven import pad_tensor
 from vlmprune_jax.hf.fetch import extent_of, origin, to_host
-from vlmprune_jax.hf.layout import Slot, block_number, block_prefix, by_key, join_tensor, make_slots, template, tied_head
+from vlmprune_jax.hf.layout import (
+    Slot,
+    block_number,
+    block_prefix,
+    by_key,
+    join_tensor,
+    make_slots,
+    template,
+    tied_head,
+)
 from vlmprune_jax.hf.read import check_finite, resolve
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model
