@@ -349,6 +349,6 @@ def test_folder_without_a_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    with pytest.raises(UserError, match="tokenizer.json: is not valid JSON") as caught:
+    with pytest.raises(UserError, match=r"tokenizer\.json: is not valid JSON") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)

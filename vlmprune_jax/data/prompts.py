@@ -43,7 +43,8 @@ def load_tokenizer(folder: Path) -> Any:
         if not tokenizer.is_fast:
             raise UserError(f"{folder}: the tokenizer is a slow one without tokenizer.json; convert it")
         tokenizer.model_max_length = sys.maxsize  # what is too long is refused by its record, no warning
-        tokenizer("")  # switches off truncation and padding stored in the file, before several threads use it
+        # Switches off truncation and padding stored in the file, before several threads use it; and does it work?
+        tokenizer("A word, 1 é\n")
     return tokenizer
 
 
@@ -254,7 +255,8 @@ def _tokenize(prompt: str, record: Record, tokenizer: Any, template: Template) -
             places.append((offset, offset + len(IMAGE_TOKEN)))
             is_image.append(True)
             offset += len(IMAGE_TOKEN)
-        encoded = tokenizer(piece, return_offsets_mapping=True, return_attention_mask=False)
+        with reading(f"record {record.id}: its text", "drop the record, or use another tokenizer"):
+            encoded = tokenizer(piece, return_offsets_mapping=True, return_attention_mask=False)
         piece_ids, spans = encoded["input_ids"], encoded["offset_mapping"]
         has_bos = bool(piece_ids) and piece_ids[0] == tokenizer.bos_token_id and spans[0][1] == 0
         if has_bos and not number:

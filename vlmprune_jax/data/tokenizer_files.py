@@ -99,15 +99,14 @@ _RULES = ("normalizer", "pre_tokenizer", "decoder")
 _TRIAL_SECONDS, _TRIAL_BYTES = 10, 2**31
 _RUN = 1000
 _TRIAL = """
-import json, sys
+import json, resource, sys
+from tokenizers import Tokenizer
+rules, texts, most = json.load(sys.stdin)
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
 try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT))
-    from tokenizers import Tokenizer
-    rules, texts = json.load(sys.stdin)
     tokenizer = Tokenizer.from_str(json.dumps(rules))
 except Exception:
-    sys.exit(0)  # it is told where the whole tokenizer is loaded
+    sys.exit(0)  # what is wrong is told where the whole tokenizer is loaded
 tokenizer.encode_batch(texts)
 if tokenizer.decoder is not None:
     tokenizer.decoder.decode(texts)
@@ -120,11 +119,15 @@ def _try_rules(path: Path, rules: dict[str, Any]) -> None:
     parts = [part for part in _walk(rules) if "Regex" in part or _lengthens(part)]
     if not parts:
         return
-    letters = "".join(sorted({letter for letter in json.dumps(parts, ensure_ascii=False) if letter.isalnum()}))[:100]
-    runs = [letters, *dict.fromkeys(f"{letters}aA0 \n.-_'é中")]
-    texts = [f"{run * count}{end}" for run in runs for count in (40, _RUN // len(run)) for end in ("", "!", "\0")]
-    command = [sys.executable, "-P", "-c", _TRIAL.replace("LIMIT", str(_TRIAL_BYTES))]  # -P: not from this folder
-    given = json.dumps([{**_FORMAT, **rules, "model": _MODEL}, texts]).encode()
+    patterns = [str(part.get("Regex", part.get("pattern"))) for part in parts]
+    words = ["".join(filter(str.isalnum, pattern))[:100] for pattern in patterns]
+    letters = "".join(sorted(set("".join(words))))[
+        :100
+    ]  # with all of them in a text no expression is ruled out at once
+    runs = dict.fromkeys(filter(None, [*words[:10], *letters, *"aA0 \n.-_'é中"]))
+    texts = [f"{run * count}{end}" for run in runs for count in (40, _RUN // len(run)) for end in ("", f"!{letters}!")]
+    command = [sys.executable, "-P", "-c", _TRIAL]  # -P: not from this folder
+    given = json.dumps([{**_FORMAT, **rules, "model": _MODEL}, texts, _TRIAL_BYTES]).encode()
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     with contextlib.suppress(subprocess.TimeoutExpired):
         done = subprocess.run(command, input=given, capture_output=True, env=environment, timeout=_TRIAL_SECONDS)
@@ -154,24 +157,19 @@ def _lengthens(part: dict[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def without_stderr() -> Iterator[None]:
-    """Nothing that is written to file descriptor 2 meanwhile is seen: panics of Rust and logs of C++ go there directly.
-
-    What they are about is raised as well.
+    """Nothing that is written to stderr meanwhile is seen, not even by native code: panics of Rust and logs of C++ go
+    to the file descriptor. What they are about is raised as well.
     """
-    if sys.stderr is not None:
-        sys.stderr.flush()
-    try:
-        saved = os.dup(2)
-    except OSError:  # there is no such descriptor, and nobody to see it
-        yield
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        if sys.stderr is not None:
-            sys.stderr.flush()
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)
+    with os.fdopen(os.open(os.devnull, os.O_WRONLY), "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        try:
+            seen = os.dup(2)
+        except OSError:  # there is no such descriptor, and nobody to see it
+            yield
+            return
+        try:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            nowhere.flush()
+            os.dup2(seen, 2)
+            os.close(seen)
