@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import save_file
 
-from vlmprune_jax.checked_files import read_json
 from vlmprune_jax.config import LoraConfig, ModelConfig
 from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.errors import UserError
@@ -22,6 +21,7 @@ from vlmprune_jax.hf.disk.atomic import atomic_folder
 from vlmprune_jax.hf.export.card import model_name
 from vlmprune_jax.hf.fetch import to_host
 from vlmprune_jax.hf.layout import Slot, by_key, join_tensor, make_slots
+from vlmprune_jax.hf.read import read_fields
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.recovery.trainable import LORA_SUFFIXES
@@ -68,7 +68,7 @@ def write_adapter(model: Model, out_dir: Path, *, base_dir: Path, trained: Colle
             value = join_tensor([to_host(flat[slot.path], slot.index).astype(np.float32) for slot in parts])
             tensors[f"{_ROOT}{module}.{key.rpartition('.')[2]}"] = value.reshape(parts[0].hf_shape)
     if is_main_process():
-        base, stock = os.path.relpath(base_dir.resolve(), out_dir.resolve()), read_json(base_dir / "config.json")
+        base, stock = os.path.relpath(base_dir.resolve(), out_dir.resolve()), read_fields(base_dir / "config.json")
         config = _config(adapters, list(whole), lora, base, _loader(plain, stock))
         with atomic_folder(Path(out_dir)) as folder:
             contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}

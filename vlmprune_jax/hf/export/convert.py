@@ -26,8 +26,17 @@ _NOT_TEXT = re.compile(
 
 
 def rows_for(cfg: ModelConfig, ids: Mapping[str, int]) -> int:
-    """Vocabulary rows after tokens with these ids were added."""
+    """Vocabulary rows after tokens with these ids were added.
+
+    Raises:
+      UserError: that would more than double them: these ids are not this model's.
+    """
     needed = max((cfg.text.vocab_size, *(token + 1 for token in ids.values())))
+    if needed > 2 * cfg.text.vocab_size + VOCAB_MULTIPLE:
+        raise UserError(
+            f"the tokenizer has the id {needed - 2:,}, and the vocabulary {cfg.text.vocab_size:,} rows: "
+            "is it another model's?"
+        )
     return cfg.text.vocab_size if needed == cfg.text.vocab_size else -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 

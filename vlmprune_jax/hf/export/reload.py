@@ -10,16 +10,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlmprune_jax.checked_files import read_json
+from vlmprune_jax.checked_files import reading
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.mesh import on_process_zero, whole
-from vlmprune_jax.errors import UserError, reason
+from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import detect, family_of
+from vlmprune_jax.families.table import Stock
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES
 from vlmprune_jax.hf.export.per_layer import loader_class
 from vlmprune_jax.hf.layout import PARTS, make_slots
-from vlmprune_jax.hf.read import find_weights, read_config, read_params, resolve
+from vlmprune_jax.hf.read import find_weights, read_config, read_fields, read_params, resolve
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import Model, forward, mesh_of
 
@@ -135,18 +136,18 @@ def _renamed_images(inputs: dict[str, Any], cfg: ModelConfig, folder: Path, towe
 def _torch_loads(folder: Path, tower: Path | None) -> bool:
     """Whether torch is installed and transformers has a class for the folder."""
     family, cfg = read_config(folder, tower)
-    known = cfg.text.even or loader_class(read_json(folder / "config.json")) is not None
+    known = cfg.text.even or loader_class(read_fields(folder / "config.json")) is not None
     known = known and (cfg.vision is None or cfg.vision.whole_heads)
-    return family.layout == "transformers" and known and importlib.util.find_spec("torch") is not None
+    return family.stock is not None and known and importlib.util.find_spec("torch") is not None
 
 
-def _torch_class(config: dict[str, Any]) -> Any:
+def _torch_class(config: dict[str, Any], stock: Stock) -> Any:
     """The class that loads a folder with this config: of stock transformers, or of our own copy of the shipped file."""
     import transformers
 
     name = loader_class(config)
     if name is None:
-        return getattr(transformers, config["architectures"][0])
+        return getattr(transformers, stock.name)
     return getattr(importlib.import_module("vlmprune_jax.hf.remote.modeling_per_layer"), name)
 
 
@@ -154,15 +155,17 @@ def _torch_logits(folder: Path, inputs: dict[str, Any]) -> np.ndarray:
     import torch
     import transformers
 
-    config = read_json(folder / "config.json")
+    config = read_fields(folder / "config.json")
     family = detect(config, str(folder))
+    assert family.stock is not None
     options = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
     shows_progress = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()  # ours is the one on the screen
     try:
-        loaded, info = _torch_class(config).from_pretrained(folder, output_loading_info=True, **options)
-    except (RuntimeError, TypeError, ValueError) as error:  # as its classes raise where weights and config do not fit
-        raise UserError(f"{folder}: transformers does not load it ({reason(error)}): do not use this folder") from error
+        with reading(f"{folder}: transformers does not load it", "do not use this folder"):
+            loaded, info = _torch_class(config, family.stock).from_pretrained(
+                folder, output_loading_info=True, **options
+            )
     finally:
         if shows_progress:
             transformers.utils.logging.enable_progress_bar()
