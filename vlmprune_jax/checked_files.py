@@ -294,6 +294,9 @@ def copy_folder(source: Path, target: Path, folder: Path) -> None:
       UserError: see `copy_file`.
       OSError: `target` cannot be written.
     """
+    if not os.path.isdir(source):
+        open_file(source).close()  # says what else it is
+        raise UserError(f"{source}: is a file, expected a folder")
     _check_inside(source, folder)
     todo = [(source, target)]
     while todo:

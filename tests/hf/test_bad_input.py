@@ -5,8 +5,10 @@ Every case is a function that damages a good sharded folder; loading, inspecting
 
 import itertools
 import json
+import os
 import shutil
 import struct
+import time
 
 import ml_dtypes
 import numpy as np
@@ -245,6 +247,21 @@ def test_unknown_family_lists_what_is_known(capsys, folder, plan):
         ({"text_config.rms_norm_eps": float("nan")}, "text_config.rms_norm_eps is nan, expected a number"),
         ({"text_config.rope_scaling": {"type": "linear"}}, "linear rope without a factor"),
         ({"text_config.per_layer_shapes": 5}, "text_config.per_layer_shapes is 5, expected a list of [query heads"),
+        ({"text_config.num_hidden_layers": 10_000}, "text_config.num_hidden_layers is 10000, expected a whole number"),
+        (
+            {"vision_config.image_size": 2**31 - 1},
+            "vision_config.image_size is 2147483647, expected a whole number from 1",
+        ),
+        ({"text_config.rope_theta": 5e-324}, "text_config.rope_theta is 5e-324, expected a number above 0"),
+        (
+            {"text_config.rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 1, "beta_slow": 2}},
+            "yarn rope with theta 10000, ",
+        ),
+        ({"text_config.hidden_act": "evil"}, "activation 'evil' is not supported"),
+        ({"architectures": ["LlavaForConditionalGeneration`\n"]}, "architectures is ['LlavaFor"),
+        ({"auto_map": {"a b": "c"}}, "auto_map is {'a b': 'c'}, expected an object of names"),
+        ({"deep": json.loads("[" * 200 + "]" * 200)}, "is not valid JSON (too deeply nested)"),
+        ({"name": "\ud800"}, "is not valid JSON ('utf-8' codec"),
         ({"vision_config": ["clip"]}, "vision_config is ['clip'], expected an object"),
         ({"vision_config.num_attention_heads": 5}, "vision tower: hidden_size 32 is not a multiple of its 5"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', expected true or false"),
@@ -261,6 +278,83 @@ def test_fields_that_cannot_be(capsys, folder, plan, changes, said):
     refused_by_all(capsys, folder, plan, f"{folder / 'config.json'}: {said}")
 
 
+def test_ratios_of_the_pixel_shuffle(goldens, tmp_path):
+    folder = copy_golden(goldens, "internvl", tmp_path / "folder")
+    for ratio, said in ((5e-324, "expected a number above 0"), (0.3, "1 over a whole number"), (2.0, "1 over a whole")):
+        edit_config(folder, downsample_ratio=ratio)
+        with pytest.raises(UserError, match=f"config.json: downsample_ratio.*{said}"):
+            read_config(folder)
+
+
+@pytest.mark.parametrize("widths", [1000, 1])
+def test_a_thousand_layers_in_seconds(capsys, folder, plan, widths):
+    """The weights of six are there; layers of many widths are as many runs, which take longer than one."""
+    config = json.loads((folder / "config.json").read_text())
+    layers = 1000 if widths == 1 else 100
+    shapes = [[4, 4, 80 + number % widths] for number in range(layers)]
+    edit_config(folder, text_config={**config["text_config"], "num_hidden_layers": layers, "per_layer_shapes": shapes})
+    before = time.monotonic()
+    refused_by_all(capsys, folder, plan, f"and {(layers - 6) * 9 if widths == 1 else ''}")
+    assert time.monotonic() - before < 20
+
+
+@pytest.mark.parametrize("number", ["x", "1e3", "-1", "9" * 5000, "1 ", "²"])
+def test_keys_whose_layer_number_is_none(capsys, folder, plan, number):
+    key = f"vision_tower.vision_model.encoder.layers.{number}.mlp.fc1.weight"
+    edit_header(folder / SECOND, lambda header: header.update({key: header.pop(KEY)}))
+    edit_index(folder, lambda weight_map: weight_map.update({key: weight_map.pop(KEY)}))
+    refused_by_all(
+        capsys, folder, plan, "unknown key vision_tower.vision_model.encoder.layers.", f"missing key {KEY[:12]}"
+    )
+
+
+def test_control_characters_in_names(capsys, folder, plan):
+    key = "\x1b[2J\x1b]0;title\x07\u202eabc\nnext"
+    edit_header(folder / SECOND, lambda header: header.update({key: header.pop(KEY)}))
+    edit_index(folder, lambda weight_map: weight_map.update({key: weight_map.pop(KEY)}))
+    refused_by_all(capsys, folder, plan, r"unknown key \x1b[2J\x1b]0;title\x07\u202eabc next")
+
+
+def edit_index(folder, edit):
+    """Change the weight_map of a folder's index."""
+    index = json.loads((folder / INDEX).read_text())
+    edit(index["weight_map"])
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+# Links and special files ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", INDEX, FIRST])
+def test_what_is_no_file(capsys, folder, plan, name):
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    refused_by_all(capsys, folder, plan, f"{folder / name}: is a FIFO, expected a file")
+    (folder / name).unlink()
+    (folder / name).symlink_to("/gone/\x1b[31m")
+    refused_by_all(capsys, folder, plan, rf"{folder / name}: is a link to /gone/\x1b[31m, where nothing is")
+    (folder / name).unlink()
+    (folder / name).symlink_to(name)
+    refused_by_all(capsys, folder, plan, f"{folder / name}: is a link that leads back to itself")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a/" + "x" * 300, "a\0b", "\udcff", "no/such", "x/" * 3000])
+def test_names_of_folders(capsys, name):
+    assert main(["inspect", name]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert "Traceback" not in said.err
+
+
+def test_a_folder_whose_name_is_not_in_utf_8(capsys, folder):
+    odd = folder.rename(folder.parent / os.fsdecode(b"\xff\x1b[31m"))
+    assert main(["inspect", str(odd)]) == 0
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out
+    assert said.err == ""
+
+
 ODD = (
     "abc",
     "",
@@ -270,6 +364,9 @@ ODD = (
     7,
     10**30,
     1e300,
+    5e-324,
+    float("inf"),
+    2**31 - 1,
     -0.5,
     float("nan"),
     True,
