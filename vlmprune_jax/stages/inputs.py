@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -120,7 +121,9 @@ def _load_inputs(model: ModelSpec, data: DataSpec, family: Family, image_size: i
     loader = None
     if image_size is not None:
         folder = Path(model.hf_dir)
-        described = any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
+        described = any(
+            os.path.lexists(folder / name) for name in ("preprocessor_config.json", "processor_config.json")
+        )
         own = described or model.vision_dir is None or family.cuts_images
         loader = load_image_processor(
             folder if own else Path(model.vision_dir or ""),
@@ -130,11 +133,6 @@ def _load_inputs(model: ModelSpec, data: DataSpec, family: Family, image_size: i
             image_size=image_size,
             tiling={name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")},
         )
-        if loader.shape[1:] != (image_size, image_size):
-            raise UserError(
-                f"{folder}: its image processor makes {loader.shape[1]} x {loader.shape[2]} pixels, but the vision "
-                f"tower takes {image_size} x {image_size}: is preprocessor_config.json another model's?"
-            )
     return Inputs(data, tokenizer, template, loader)
 
 
