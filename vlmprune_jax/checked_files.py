@@ -86,7 +86,7 @@ def open_file(path: Path, missing: str = "no such file") -> BinaryIO:
 
 def _unopened(path: Path, error: OSError | ValueError, missing: str) -> str:
     if isinstance(error, ValueError):
-        return "holds a NUL character, which no path can"
+        return "holds a character that no path can have"
     if error.errno == errno.ENOENT and os.path.islink(path):
         return f"is a link to {os.readlink(path)}, where nothing is"
     if error.errno == errno.ELOOP:

@@ -45,13 +45,13 @@ _MAX_EXAMPLE = 2**28  # bytes; no image file is larger
 
 class _Split(TypedDict):
     name: str
-    shardLengths: list[Annotated[str, Meta(pattern=r"^[0-9]{1,12}$")]]  # noqa: N815 (tfds writes it so)
+    shardLengths: list[Annotated[str, Meta(pattern=r"^[0-9]{1,12}$")]]
 
 
 class _Info(TypedDict):
     """What tfds writes of a data set, as far as it is read back."""
 
-    fileFormat: str  # noqa: N815
+    fileFormat: str
     splits: list[_Split]
 
 

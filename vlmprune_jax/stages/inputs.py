@@ -178,7 +178,8 @@ def _read(path: str | None, images: str | None, what: str, image_lead: bool, on_
     if path.startswith(PREFIX):
         state = tfds_state(tfds_folder(path))
     else:
-        state = str([file.stat().st_mtime_ns if file.exists() else 0 for file in data_files(Path(path), root)])
+        files = data_files(Path(path), root)
+        state = str([os.stat(file).st_mtime_ns if os.path.exists(file) else 0 for file in files])
     return _records(path, root, image_lead, on_error, state)
 
 
