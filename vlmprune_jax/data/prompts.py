@@ -41,6 +41,7 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
     if not tokenizer.is_fast:
         raise UserError(f"{folder}: the tokenizer is a slow one without tokenizer.json; convert it")
+    tokenizer.model_max_length = 10**30  # a longer text is no reason for a warning: what is too long, rows decide
     tokenizer("")  # switches off truncation and padding stored in the file, before several threads use it
     return tokenizer
 

@@ -64,23 +64,26 @@ class Inputs:
             max_images=self.data.max_images,
             truncate=self.data.truncate,
             tile_buckets=tile_buckets(self.data, self.image_loader and self.image_loader.preparation),
+            longest=cfg.longest_row,
         )
 
     def training_encoder(self, cfg: ModelConfig) -> Encoder:
         """Rows of at most `data.max_length` or the last of `data.length_buckets`; of any length without both."""
-        lengths = length_buckets(self.data)
+        lengths = length_buckets(self.data, cfg)
         encoder = self.encoder(cfg, lengths[-1] if lengths else 0)
         return dataclasses.replace(encoder, length_buckets=self.data.length_buckets or None)
 
 
-def length_buckets(data: DataSpec) -> tuple[int, ...]:
+def length_buckets(data: DataSpec, cfg: ModelConfig) -> tuple[int, ...]:
     """Tokens per row that a training batch can have, ascending; () where the longest record decides.
 
     Raises:
-      UserError: `data.length_buckets` and `data.max_length` contradict each other.
+      UserError: `data.length_buckets` and `data.max_length` contradict each other, or are too much for the model.
     """
     buckets, limit = data.length_buckets, data.max_length
     _check_buckets("data.length_buckets", buckets)
+    cfg.check_row("data.max_length", limit or 0)
+    cfg.check_row("the last of data.length_buckets", max(buckets, default=0))
     if buckets and limit not in (None, buckets[-1]):
         raise UserError(f"data.length_buckets {buckets} must end with data.max_length {limit}, the longest row")
     return buckets or ((limit,) if limit else ())
@@ -377,6 +380,7 @@ def arranged_questions(
     """
     inputs = load_inputs(model, data, cfg)
     records = evaluation_records(of, image_lead=inputs.template.image_lead)
+    cfg.check_row("evaluate.max_length", evaluate.max_length or 0)
     encoder = inputs.encoder(cfg, evaluate.max_length or 0)
     return _arranged(records, encoder, evaluate.batch_size, multiple, of.prompt_suffix or "")
 
