@@ -153,8 +153,11 @@ def test_damaged_and_strange_files(folder: Path, name: str) -> None:
     ("change", "words"),
     [
         ({"id": b"\xff\xfe"}, "example 0: cannot be read ('utf-8' codec"),
-        ({"others": "[" * 100_000}, "example 0: cannot be read (too deeply nested)"),
-        ({"others": "[]"}, "Expected `object`, got `array`"),
+        ({"others": "[" * 100_000}, "example 0: is not valid JSON (too deeply nested)"),
+        (
+            {"others": "[]"},
+            "set/records, example 0: holds something else than it should (Expected `object`, got `array`",
+        ),
         ({"others": '{"image": "b.png"}'}, "has both 'image' and 'images'"),
         ({"images": [{"name": "\33[2Ja.png", "number": 2**62}]}, "4611686018427387904 is not in"),
         ({"images": [{"name": "a.png", "number": -1}]}, "image -1 is not in"),

@@ -200,6 +200,8 @@ class Encoder:
         for path in record.images:
             assert self.image_loader is not None  # the prompt was tokenised, which checks it
             for pixels in self.image_loader.load(path, record.id, len(record.images)):
+                if slot == len(row[self.image_loader.array]):
+                    raise UserError(f"record {record.id}: its images make more tiles than when they were counted")
                 row[self.image_loader.array][slot] = (
                     pixels if augment_seed is None else augment_flip_shift(pixels, (*augment_seed, slot))
                 )

@@ -291,8 +291,9 @@ def read_tfds(folder: Path | epath.Path, *, image_lead: bool = False, on_error: 
     with _on_this_machine(folder) as near:
         source = _Source(near, RECORDS)
         for index in range(len(source)):
-            with reading(f"{folder / RECORDS}, example {index}", _TODO):
-                entry, images = _entry(source[index])
+            where = f"{folder / RECORDS}, example {index}"
+            with reading(where, _TODO):
+                entry, images = _entry(source[index], where)
                 numbers |= images
             records.append(make_record(entry, index, folder, Stored(), image_lead, on_error))
     if not records:
@@ -300,13 +301,13 @@ def read_tfds(folder: Path | epath.Path, *, image_lead: bool = False, on_error: 
     return records
 
 
-def _entry(found: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
+def _entry(found: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, int]]:
     """An example as the entry of a JSON file that it was made of, and the numbers of its images by name."""
     names = [name.decode() for name in found["images"]["name"]]
     turns = zip(found["conversations"]["from"], found["conversations"]["value"], strict=True)
-    others = checked(json.loads(found.get("others", b"{}")), dict[str, Any], "others", _TODO)  # older versions: none
+    others = parse_json(found.get("others", b"{}"), where, _TODO)  # which older versions do not have
     entry = {
-        **others,
+        **checked(others, dict[str, Any], where, _TODO),
         "id": found["id"].decode(),
         "conversations": [{"from": speaker.decode(), "value": text.decode()} for speaker, text in turns],
         "images": names,
