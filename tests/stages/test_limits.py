@@ -88,9 +88,9 @@ def test_settings_that_are_too_large_for_the_model(folder: Path, cfg: ModelConfi
     [
         ("evaluate.max_new_tokens=1000000000", "evaluate's max_new_tokens=1000000000 is more than 4 times the"),
         ("evaluate.text_window=1000000000", "evaluate's text_window=1000000000 is more than 4 times the"),
-        ("evaluate.batch_size=1000000000", "evaluate.batch_size=1000000000 must be at least 1 and at most 65536"),
-        ("recover.batch_size=1000000000", "recover.batch_size=1000000000 must be at least 1 and at most 65536"),
-        ("score.batch_size=1000000000", "score.batch_size=1000000000 must be at least 1 and at most 65536"),
+        ("evaluate.batch_size=1000000000", "evaluate.batch_size=1000000000 must be at least 1 and at most 8192"),
+        ("recover.batch_size=1000000000", "recover.batch_size=1000000000 must be at least 1 and at most 8192"),
+        ("score.batch_size=1000000000", "score.batch_size=1000000000 must be at least 1 and at most 8192"),
         ("data.max_images=1000000000", "data.max_images=1000000000 must be at least 1 and at most 10000"),
         ("data.threads=1000000000", "data.threads=1000000000 must be at least 0 and at most 1024"),
     ],

@@ -28,7 +28,7 @@ PRESETS: dict[str, Rules] = {
 REMAT = ("none", "dots", "full")  # from the least recomputation to the most
 SCHEDULES = ("cosine", "linear", "constant")
 COMPUTE_DTYPES = ("float32", "bfloat16")
-MAX_ROWS = 65_536  # of any batch: far above what trains well, and few enough to list
+MAX_ROWS = 8192  # of any batch: above what trains well, and few enough to list and pad
 STRATEGIES = ("kl", "rkl", "l2", "l2+kl", "l2+rkl")
 WEIGHT = "weight"  # the unit of a loss term's setting
 
