@@ -41,8 +41,8 @@ _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket",
 
 
 @contextlib.contextmanager
-def reading(what: object, todo: str = "restore it from its source") -> Iterator[None]:
-    """Whatever code makes of a file's content raises, as one line that names the file.
+def reading(what: object, todo: str = "restore it from its source", done: str = "read") -> Iterator[None]:
+    """Whatever code makes of a file's content raises, as one line that names the file, which "cannot be `done`".
 
     Also `RecursionError`, `MemoryError` and the panics of libraries in Rust, which are no `Exception`.
 
@@ -54,7 +54,7 @@ def reading(what: object, todo: str = "restore it from its source") -> Iterator[
     except (UserError, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:
-        raise UserError(f"{what}: cannot be read ({_told(error)}): {todo}") from error
+        raise UserError(f"{what}: cannot be {done} ({_told(error)}): {todo}") from error
 
 
 def _told(error: BaseException) -> str:
@@ -89,7 +89,7 @@ def open_file(path: Path, missing: str = "no such file") -> BinaryIO:
 
 def _unopened(path: Path, error: OSError | ValueError, missing: str) -> str:
     if isinstance(error, ValueError):
-        return "holds a NUL character, which no path can"
+        return "holds a character that no path can have"
     if error.errno == errno.ENOENT and os.path.islink(path):
         return f"is a link to {os.readlink(path)}, where nothing is"
     if error.errno == errno.ELOOP:

@@ -77,6 +77,7 @@ class RopeConfig:
             )
 
 
+TIMES_POSITIONS = 4  # that a row may have of a model's
 # The decoder, and the tower of a model that sees images: names of the fields of a `ModelConfig` and of its params.
 STACKS = ("text", "vision")
 
@@ -288,6 +289,27 @@ class ModelConfig:
         if self.vision is None or self.projector is None:
             return 0, 0
         return self.tokens_per_image, self.vision.hidden_size * self.projector.downsample**2
+
+    @property
+    def longest_row(self) -> int:
+        """Most tokens of a row that records and settings may ask for, so that it is known before memory is taken.
+
+        Rotary positions go on beyond `max_positions`, as in transformers, and a model gets worse there; at several
+        times as many it is of no use. Arrays of one's own may be of any length.
+        """
+        return TIMES_POSITIONS * self.text.max_positions
+
+    def check_row(self, setting: str, tokens: int) -> None:
+        """Refuse a setting that asks for longer rows.
+
+        Raises:
+          UserError: names it.
+        """
+        if tokens > self.longest_row:
+            raise UserError(
+                f"{setting}={tokens} is more than {TIMES_POSITIONS} times the {self.text.max_positions} positions of "
+                "the model (max_position_embeddings): lower it"
+            )
 
     @property
     def stacks(self) -> dict[str, Stack]:

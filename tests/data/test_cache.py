@@ -127,8 +127,69 @@ def test_damaged_files(tmp_path):
     shard.unlink()
     assert ArrayCache(tmp_path, MADE_FROM).missing(["k0"]) == ["k0"]
     (tmp_path / "cache.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be used as a cache"):
+    with pytest.raises(UserError, match=r"cache.json: is not valid JSON .*: give another folder, or remove this one"):
         ArrayCache(tmp_path, MADE_FROM)
+
+
+def header(**tensors: object) -> bytes:
+    text = json.dumps(tensors).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 8,
+        b"\xff" * 64,
+        (10**9).to_bytes(8, "little") + b"{}",
+        header()[:-1],
+        header(a=3),
+        header(a={"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}) + bytes(8),
+        header(a={"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}) + bytes(4),
+        header(a={"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}) + bytes(8),
+        header(a={"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}) + bytes(8),
+        header(a={"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}) + bytes(8),
+        header(a={"dtype": "F32", "shape": [1] * 400_000, "data_offsets": [0, 4]}) + bytes(4),
+        header(a={"dtype": "O", "shape": [1], "data_offsets": [0, 4]}) + bytes(4),
+        header(a={"dtype": "F32", "shape": [2**60], "data_offsets": [0, 2**62]}),
+        header(a={"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}) + bytes(5),
+    ],
+)
+def test_shards_that_lie(tmp_path, content):
+    filled(tmp_path, [1])
+    shard = tmp_path / "0.safetensors"
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=f"{shard}: .*: remove it, and what it held is computed again") as caught:
+        ArrayCache(tmp_path, MADE_FROM)
+    assert "\n" not in str(caught.value)
+
+
+def test_strange_files(tmp_path):
+    filled(tmp_path, [1])
+    os.mkfifo(tmp_path / "0.safetensors")
+    with pytest.raises(UserError, match=r"0\.safetensors: is a FIFO, expected a file"):
+        ArrayCache(tmp_path, MADE_FROM)
+    (tmp_path / "cache.json").unlink()
+    os.mkfifo(tmp_path / "cache.json")
+    with pytest.raises(UserError, match=r"cache\.json: is a FIFO, expected a file"):
+        ArrayCache(tmp_path, MADE_FROM)
+    (tmp_path / "cache.json").unlink()
+    (tmp_path / "cache.json").write_text('{"a":' * 900 + "1" + "}" * 900)
+    with pytest.raises(UserError, match=r"cache\.json: .*deep|something else gave"):
+        ArrayCache(tmp_path, MADE_FROM)
+
+
+def test_a_shard_that_is_cut_while_it_is_read(tmp_path):
+    """Of a mapped file the process would end."""
+    cache = filled(tmp_path, [1])
+    (shard,) = (tmp_path / name for name in shards(tmp_path))
+    os.truncate(shard, shard.stat().st_size - 4)
+    with pytest.raises(UserError, match=r"damaged \(it was cut while it was in use\): remove it"):
+        cache["k1"]
+    shard.unlink()
+    with pytest.raises(UserError, match="no such file"):
+        cache["k1"]
 
 
 def test_a_full_disk_leaves_whole_shards(tmp_path, monkeypatch):

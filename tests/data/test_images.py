@@ -131,7 +131,7 @@ def test_bad_files_are_refused_by_name(goldens: Path, tmp_path: Path) -> None:
         "text.png": (b"not an image at all", "not a readable image"),
         "empty.png": (b"", "not a readable image"),
         "large.png": (png_header(2_000, 2_000), "2000x2000 pixels is over the limit of 1000000"),
-        "bomb.png": (png_header(15_000, 10_000), "too large"),  # PIL warns here and raises above twice its own limit
+        "bomb.png": (png_header(15_000, 10_000), "15000x10000 pixels is over the limit of 1000000"),
         "worse_bomb.png": (png_header(100_000, 100_000), "too large"),
     }
     for name, (content, words) in files.items():
@@ -142,15 +142,8 @@ def test_bad_files_are_refused_by_name(goldens: Path, tmp_path: Path) -> None:
         assert words in message
         assert f"{tmp_path / name} (record r17)" in message
         assert "\n" not in message
-    with pytest.raises(UserError, match="not a readable image"):
+    with pytest.raises(UserError, match=r"missing.png \(record r17\): no such file"):
         loader(goldens).load(tmp_path / "missing.png", "r17")
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_size_limit_holds_without_warnings_as_errors(goldens: Path, tmp_path: Path) -> None:
-    (tmp_path / "bomb.png").write_bytes(png_header(15_000, 10_000))
-    with pytest.raises(UserError, match="15000x10000 pixels is over the limit"):
-        loader(goldens).load(tmp_path / "bomb.png", "r")
 
 
 @pytest.mark.parametrize("aspect_ratio", ["pad", "square"])
@@ -211,23 +204,3 @@ def test_bad_processor_folders(goldens: Path, tmp_path: Path) -> None:
         load_image_processor(tmp_path, aspect_ratio="pad", **options)
     with pytest.raises(UserError, match="image_aspect_ratio 'anyres'"):
         load_image_processor(goldens / "ckpt/clip_tower", aspect_ratio="anyres", **options)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"feature_extractor_type": "CLIPFeatureExtractor", "size": "abc", "crop_size": 28},
-        {"feature_extractor_type": "CLIPFeatureExtractor", "size": -1, "crop_size": -1},
-        {"feature_extractor_type": "CLIPFeatureExtractor", "size": 28, "crop_size": 28, "image_mean": "x"},
-        {"image_processor_type": ["CLIPImageProcessor"], "size": 28},
-        {"image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 28, "width": 28}, "rescale_factor": "x"},
-    ],
-)
-@pytest.mark.parametrize("nested", [False, True])
-def test_processors_that_do_not_run(tmp_path: Path, settings: dict, nested: bool) -> None:
-    path = tmp_path / ("processor_config.json" if nested else "preprocessor_config.json")
-    path.write_text(json.dumps({"image_processor": settings} if nested else settings))
-    with pytest.raises(UserError) as error:
-        load_image_processor(tmp_path, aspect_ratio="square", max_pixels=1000, cache_bytes=0)
-    assert str(error.value).startswith(f"{path}: ")
-    assert "\n" not in str(error.value)

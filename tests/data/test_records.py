@@ -1,6 +1,8 @@
 """LLaVA-format files become records, and everything malformed is refused in one line with its file and record."""
 
+import contextlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -111,14 +113,18 @@ def test_text_needs_no_image_root(tmp_path: Path) -> None:
     ("entry", "words"),
     [
         ({"id": "r1", "conversations": TEXT, "answers": []}, "'answers' must be a non-empty list of strings, got []"),
-        ({"id": "r1", "conversations": TEXT, "answers": "5"}, "'answers' must be a non-empty list of strings, got 5"),
+        ({"id": "r1", "conversations": TEXT, "answers": "5"}, "'answers' must be a non-empty list of strings, got '5'"),
         ({"id": "r1", "conversations": TEXT, "answers": ["5", 5]}, "must be a non-empty list of strings, got ['5', 5]"),
         ({"id": "r1", "conversations": TEXT, "answers": ["\ud83d"]}, "'answers' holds half a surrogate pair"),
         ({"id": "r1", "conversations": TALK}, "1 <image> mark(s) but the record lists 0 image(s)"),
         ({"id": "r1", "image": "a.png", "conversations": TEXT}, "0 <image> mark(s) but the record lists 1 image(s)"),
         ({"id": "r1", "images": ["a.png", "a.png"], "conversations": TALK}, "lists 2 image(s)"),
         ({"id": "r1", "image": "none.png", "conversations": TALK}, "does not exist"),
-        ({"id": "r1", "image": "sub", "conversations": TALK}, "does not exist"),
+        ({"id": "r1", "image": "sub", "conversations": TALK}, "is no file"),
+        ({"id": "r1", "image": "\0", "conversations": TALK}, "must be a path below the image root"),
+        ({"id": "r1", "image": "\ud800", "conversations": TALK}, "does not exist"),
+        ({"id": "r1", "image": ["a.png"] * 10**6, "conversations": TALK}, "lists 1000000 image(s)"),
+        ({"id": "r1", "image": {"a": 1}, "conversations": TALK}, "path or a list of paths, got {'a': 1}"),
         ({"id": "r1", "image": "a" * 300, "conversations": TALK}, "does not exist"),
         ({"id": "r1", "image": "../outside.png", "conversations": TALK}, "below the image root"),
         ({"id": "r1", "image": "sub/../a.png", "conversations": TALK}, "below the image root"),
@@ -194,8 +200,12 @@ def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path, root: Path) -> 
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"none.json: no such file"):
         read_records(tmp_path / "none.json", None)
+    for suffix in (".json", ".jsonl"):
+        os.mkfifo(tmp_path / f"fifo{suffix}")
+        with pytest.raises(UserError, match=f"fifo{suffix}: is a FIFO, expected a file"):
+            read_records(tmp_path / f"fifo{suffix}", None)
     (tmp_path / "latin.json").write_bytes(b'["\xff"]')
     with pytest.raises(UserError, match="not UTF-8"):
         read_records(tmp_path / "latin.json", None)
@@ -252,9 +262,17 @@ def test_the_sets_that_internvl_lists(tmp_path: Path, root: Path, monkeypatch: p
     ("changes", "words"),
     [
         ({"annotation": None}, "'seen' is no data set"),
-        ({"annotation": "none.jsonl"}, "none.jsonl: cannot be read"),
+        ({"annotation": "none.jsonl"}, "none.jsonl: no such file"),
         ({"repeat_time": 1.5}, "set seen: repeat_time 1.5"),
         ({"repeat_time": True}, "set seen: repeat_time True"),
+        ({"repeat_time": float("inf")}, "set seen: repeat_time inf must be a whole number up to 1000"),
+        ({"repeat_time": float("nan")}, "set seen: repeat_time nan"),
+        ({"repeat_time": 1e308}, "set seen: repeat_time 1e+308"),
+        ({"repeat_time": 10**9}, "set seen: repeat_time 1000000000"),
+        ({"repeat_time": [1]}, "set seen: repeat_time [1]"),
+        ({"annotation": "meta.json"}, "meta.json: holds a JSON dict, expected a list of conversations"),
+        ({"annotation": "a\0b"}, "holds a character that no path can have"),
+        ({"annotation": "a" * 5000}, "cannot be opened (File name too long)"),
         ({"data_augment": True}, "set seen: data_augment and max_dynamic_patch"),
         ({"max_dynamic_patch": 6}, "set data.max_tiles for all"),
     ],
@@ -264,6 +282,29 @@ def test_sets_that_cannot_be_read(tmp_path: Path, root: Path, changes: dict[str,
         read_records(sets(tmp_path, root, **changes), tmp_path)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_deeply_nested_values(tmp_path: Path, root: Path) -> None:
+    """Deep enough that printing one fails, not so deep that parsing does."""
+    for depth in range(800, 1000, 10):
+        deep = "[" * depth + "]" * depth
+        for field in ("id", "image", "conversations", "answers", "other"):
+            (tmp_path / "d.json").write_text(f'[{{"{field}": {deep}}}]')
+            with pytest.raises(UserError) as caught:
+                read_records(tmp_path / "d.json", root)
+            assert "\n" not in str(caught.value)
+            with contextlib.suppress(UserError):  # where parsing fails
+                assert read_records(tmp_path / "d.json", root, on_error="skip")[0].id == "0"
+
+
+def test_ids_that_are_no_text_or_long(tmp_path: Path, root: Path) -> None:
+    entries = [{"id": name, "conversations": []} for name in ("\ud83d", "x" * 10**6, "\33[2J\r\n", [1], 1.5, None)]
+    (tmp_path / "d.json").write_text(json.dumps(entries))
+    records = read_records(tmp_path / "d.json", root, on_error="skip")
+    assert [len(record.id) for record in records] == [1, 10**6, 6, 1, 1, 1]
+    for record in records:
+        assert len(str(record.problem)) < 1000
+        assert str(record.problem).isprintable()
 
 
 def test_skipped_entries_keep_their_places(tmp_path: Path, root: Path) -> None:

@@ -86,7 +86,7 @@ def test_the_same_limits_and_messages(source, tmp_path, goldens):
     small = load_image_processor(goldens / "ckpt/clip_tower", aspect_ratio="pad", max_pixels=2000, cache_bytes=0)
     with pytest.raises(UserError, match=r"a.png \(record first\): image of 50x30 pixels is over the limit of 2000"):
         small.load(records[0].images[0], "first")
-    with pytest.raises(UserError, match=r"sub/b.jpg \(record second\): not a readable image \(unknown format\)"):
+    with pytest.raises(UserError, match=r"sub/b.jpg \(record second\): not a readable image \(none of JPEG, PNG"):
         small.load(records[1].images[0], "second")
     with pytest.raises(UserError, match=r"set, record led: its text has 0 <image> mark\(s\)"):
         read_tfds(tmp_path / "set")
@@ -112,7 +112,7 @@ def test_a_folder_appears_whole_or_not_at_all(source, tmp_path):
     file, root = source
     records = read_records(file, root, image_lead=True)
     (root / "sub/b.jpg").unlink()
-    with pytest.raises(UserError, match=r"sub/b.jpg: cannot be read \(No such file"):
+    with pytest.raises(UserError, match=r"sub/b.jpg: no such file"):
         write_tfds(records, tmp_path / "set", image_root=root)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.json", "images"]
     (tmp_path / "set").mkdir()
@@ -129,7 +129,7 @@ def test_what_is_not_such_a_folder_is_refused(source, tmp_path):
     write_tfds(read_records(file, root, image_lead=True), tmp_path / "set", image_root=root)
     for shard in (tmp_path / "set/records/1.0.0").glob("*array_record*"):
         shard.unlink()
-    with pytest.raises(UserError, match=r"set/records: cannot be read"):
+    with pytest.raises(UserError, match=r"set/records/.*-00000-of-00001: no such file"):
         read_tfds(tmp_path / "set")
     with pytest.raises(OSError, match="image 99 is not in"):
         StoredImage("x", 99, ImageStore(tmp_path / "set")).read_bytes()

@@ -195,7 +195,10 @@ def test_images_of_a_tfds_data_set(llava, tmp_path):
     ours, theirs = (dataclasses.replace(encoder, image_loader=loader) for loader in (stored, files))
     reasons = [ours.problem(record) for record in again]
     assert [number for number, reason in enumerate(reasons) if reason] == [5, 11]
-    assert reasons[5] == "broken.png (record r5): not a readable image (unknown format); replace the file"
+    assert (
+        reasons[5]
+        == "broken.png (record r5): not a readable image (none of JPEG, PNG, WEBP, GIF, BMP, TIFF); replace the file"
+    )
     for one, other, reason in zip(again, records, reasons, strict=True):
         if not reason:
             row, wanted = ours.training_row(one, None), theirs.training_row(other, None)

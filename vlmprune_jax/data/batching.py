@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -94,6 +96,7 @@ def train_batches(
         grouped = functools.partial(grouped_order, sizes, group_by=group_by, batch_size=batch_size, seed=seed)
         order = functools.lru_cache(maxsize=2)(grouped)  # batches run across the border of two epochs
     shuffle_seed = seed if shuffle and order is None else None
+    check_memory(batch_size // process_count, _least_shape(encoder), encoder, prefetch)
     rows = _batch_rows(len(records), batch_size, process_count, shuffle_seed, epochs, drop_remainder, order)
     load = functools.partial(
         _load_training,
@@ -165,6 +168,7 @@ def generation_batches(
     The last batch is filled with copies of the first record whose `valid` is False, so that all shapes are equal and
     every process sees ceil(len(records) / batch_size) batches.
     """
+    check_memory(batch_size // process_count, _least_shape(encoder), encoder, prefetch)
     rows = _batch_rows(len(records), batch_size, process_count, None, 1, False)
     mine = _slice(batch_size, process_index, process_count)
 
@@ -177,6 +181,28 @@ def generation_batches(
         return GenerationBatch(arrays, names, tuple(chosen), valid)
 
     return rows.map(load).to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
+
+
+def check_memory(rows: int, shape: Shape, encoder: Encoder, prefetch: int) -> None:
+    """Refuse batches of so many rows of a shape where those read ahead alone take more than this machine's memory.
+
+    Raises UserError naming what makes them large.
+    """
+    loader = encoder.image_loader
+    image = 0 if loader is None else math.prod(loader.shape) * loader.dtype.itemsize
+    needed = (prefetch + 1) * rows * (3 * 4 * shape.tokens + shape.slots * image)
+    if needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise UserError(
+            f"batches of {rows} rows of {shape.tokens} tokens and {shape.slots} images: {prefetch + 1} of them take "
+            f"{needed / 2**30:,.0f} GiB, more than this machine has; lower batch_size, data.max_images or "
+            "data.max_length"
+        )
+
+
+def _least_shape(encoder: Encoder) -> Shape:
+    """The smallest shape that a batch can have."""
+    lengths, slots = encoder.length_buckets or (encoder.max_length,), encoder.tile_buckets or (encoder.max_images,)
+    return Shape(lengths[0], slots[0])
 
 
 def _stack(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import socket
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple, TypedDict
 
+import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from msgspec import Meta
 from safetensors.numpy import save
 
+from vlmprune_jax.checked_files import MAX_JSON_BYTES, checked, open_file, parse_json, read_json, reading
 from vlmprune_jax.distributed.mesh import from_all, on_process_zero, process_count
 from vlmprune_jax.errors import UserError, differences
 
@@ -22,6 +25,31 @@ IDENTITY, SUFFIX = "cache.json", ".safetensors"
 VERSION = 1  # of the files' layout
 SHARD_BYTES = 64 << 20  # what a run that is killed computes again, at most
 _ABANDONED_SECONDS = 3600.0  # no shard takes so long to write: a killed process left it
+_DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "BOOL": np.dtype(bool)} | {
+    name: np.dtype(f"{name[0].lower()}{int(name[1:]) // 8}")
+    for name in ("F16", "F32", "F64", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
+}
+_MAX_ARRAY = 2**31  # bytes; those of an image or a record are far less
+_AGAIN = "remove it, and what it held is computed again"
+_Size = Annotated[int, Meta(ge=0)]
+
+
+class _Tensor(TypedDict):
+    """What the header of a safetensors file says of an array."""
+
+    dtype: str
+    shape: Annotated[list[_Size], Meta(max_length=32)]
+    data_offsets: Annotated[list[_Size], Meta(min_length=2, max_length=2)]
+
+
+class _Place(NamedTuple):
+    """Where an array lies."""
+
+    shard: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    size: int
 
 
 class ArrayCache:
@@ -29,7 +57,8 @@ class ArrayCache:
 
     There is no index: the headers of the shards list the keys. A shard appears whole or not at all, under a name that
     its keys decide, so that a run that was killed continues after the shards that are there, and runs may share a
-    folder. Reading is memory-mapped and safe in several threads. All processes of a run open and `publish` together;
+    folder. Reading is safe in several threads, and nothing is mapped: a shard that is cut meanwhile ends in a message,
+    not the process. All processes of a run open and `publish` together;
     each adds what it computed, and the folder must be one that all of them see.
 
     Args:
@@ -44,7 +73,7 @@ class ArrayCache:
     def __init__(self, folder: Path, made_from: Mapping[str, Any]):
         self.folder = folder
         self._made_from = json.loads(json.dumps({"version": VERSION, **made_from}))
-        self._where: dict[str, Any] = {}  # key -> its shard, open
+        self._where: dict[str, _Place] = {}
         self._pending: dict[str, np.ndarray] = {}
         self._bytes = 0
         self._written: list[str] = []
@@ -59,11 +88,17 @@ class ArrayCache:
         """A copy of an array.
 
         Raises:
-          UserError: it is not there.
+          UserError: it is not there, or no longer.
         """
         if key not in self._where:
             raise UserError(f"{self.folder}: holds nothing for {key}: run the same command again, which computes it")
-        return self._where[key].get_tensor(key)
+        shard, dtype, shape, start, size = self._where[key]
+        array = np.empty(size, np.uint8)
+        with open_file(shard) as file, reading(shard, _AGAIN):
+            file.seek(start)
+            if file.readinto(array.data) != size:
+                raise UserError(f"{shard}: damaged (it was cut while it was in use): {_AGAIN}")
+        return array.view(dtype).reshape(shape)
 
     def add(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Take arrays that belong together; they are there for all after `publish`.
@@ -103,7 +138,7 @@ class ArrayCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             names = sorted(path.name for path in self.folder.iterdir())
             if IDENTITY in names:
-                found = json.loads((self.folder / IDENTITY).read_text(encoding="utf-8"))
+                found = read_json(self.folder / IDENTITY, todo="give another folder, or remove this one")
             elif names and not all(name.startswith(".") for name in names):
                 raise UserError(f"{self.folder}: is not empty and no cache (no {IDENTITY}): give another folder")
             else:
@@ -115,7 +150,8 @@ class ArrayCache:
                     path.unlink(missing_ok=True)
         except (OSError, ValueError) as error:
             raise UserError(f"{self.folder}: cannot be used as a cache ({error}): give another folder") from error
-        different = differences(found, self._made_from)
+        with reading(self.folder / IDENTITY, "give another folder, or remove this one"):
+            different = differences(found, self._made_from)
         if different:
             raise UserError(
                 f"{self.folder}: holds what something else gave ({'; '.join(different[:4])}): give another folder, or "
@@ -127,20 +163,14 @@ class ArrayCache:
         """Read the headers of shards that `process` saw or wrote, by name: a listing may be behind on network disks."""
         for name in names:
             path = self.folder / name
-            try:
-                if name == IDENTITY:
-                    path.stat()
-                    continue
-                shard = safe_open(path, "np")
-            except OSError as error:
+            if not path.exists():
                 raise UserError(
-                    f"{path}: process {process} of {process_count()} has it, but here it cannot be opened "
-                    f"({error.strerror or error}): the folder must lie on a disk that all processes share"
-                ) from error
-            except SafetensorError as error:
-                raise UserError(f"{path}: damaged ({error}): remove it, and what it held is computed again") from error
-            for key in shard.keys():  # noqa: SIM118 (no mapping)
-                self._where.setdefault(key, shard)
+                    f"{path}: process {process} of {process_count()} has it, but here it cannot be opened: the folder "
+                    "must lie on a disk that all processes share"
+                )
+            if name != IDENTITY:
+                for key, place in _arrays_of(path).items():
+                    self._where.setdefault(key, place)
 
     def _flush(self) -> None:
         if not self._pending:
@@ -168,3 +198,27 @@ class ArrayCache:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+def _arrays_of(shard: Path) -> dict[str, _Place]:
+    """Where the arrays of a shard lie, by its header: all in bytes that are there, and no byte is left over.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    with open_file(shard) as file, reading(shard, _AGAIN):
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= min(size - 8, MAX_JSON_BYTES):
+            raise UserError(f"{shard}: damaged (no header): {_AGAIN}")
+        header = parse_json(file.read(length), str(shard), _AGAIN)
+    checked(header, dict[str, Any], str(shard), _AGAIN).pop("__metadata__", None)
+    places, end = {}, 0
+    for key, tensor in checked(header, dict[str, _Tensor], str(shard), _AGAIN).items():
+        dtype, shape, (start, stop) = _DTYPES.get(tensor["dtype"]), tuple(tensor["shape"]), tensor["data_offsets"]
+        if dtype is None or stop - start != math.prod(shape) * dtype.itemsize or stop - start > _MAX_ARRAY:
+            raise UserError(f"{shard}: damaged ({key} is not as large as it says): {_AGAIN}")
+        places[key], end = _Place(shard, dtype, shape, 8 + length + start, stop - start), max(end, stop)
+    if 8 + length + end != size:
+        raise UserError(f"{shard}: damaged ({size:,} bytes instead of {8 + length + end:,}): {_AGAIN}")
+    return places

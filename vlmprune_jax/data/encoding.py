@@ -34,7 +34,8 @@ class Encoder:
     `max_images` images. With `tile_buckets` (ascending) a batch has as many slots as the smallest of them that holds
     each of its rows, so that there are as many compiled programs as buckets; None = always `max_images` slots.
     `length_buckets` (ascending, up to `max_length`) are the same for the tokens of measured training batches; None =
-    always `max_length`.
+    always `max_length`. `longest`: rows of more tokens are refused where nothing cuts them
+    (`ModelConfig.longest_row`; 0 = any).
     """
 
     tokenizer: Any
@@ -47,6 +48,7 @@ class Encoder:
     truncate: bool
     tile_buckets: tuple[int, ...] | None = None
     length_buckets: tuple[int, ...] | None = None
+    longest: int = 0
 
     def training_row(
         self, record: Record, augment_seed: tuple[int, ...] | None, shape: Shape | None = None
@@ -77,7 +79,7 @@ class Encoder:
 
     def prompt_ids(self, record: Record) -> np.ndarray:
         """Return int32[tokens] of the prompt, images expanded. Raises UserError naming the record."""
-        return tokenize_prompt(
+        ids = tokenize_prompt(
             record,
             self.tokenizer,
             self.template,
@@ -85,6 +87,8 @@ class Encoder:
             tokens_per_image=self.tokens_per_image,
             tiles=self.tiles(record),
         )
+        self._check_longest(ids, record)
+        return ids
 
     def images(self, record: Record, slots: int) -> np.ndarray:
         """Return float32[slots, 3, height, width]: the record's images or tiles in order, then zeros."""
@@ -146,7 +150,9 @@ class Encoder:
             cut_text_at=limit if self.truncate else None,
             tiles=self.tiles(record),
         )
-        if limit is not None and len(ids) > limit:
+        if limit is None:
+            self._check_longest(ids, record)
+        elif len(ids) > limit:
             if not self.truncate:
                 check_length(len(ids), record, limit)
             if record.images and self._cuts_image(ids):
@@ -157,10 +163,18 @@ class Encoder:
         """Return why a record cannot be a training row, None where it can."""
         try:
             self.training_tokens(record)
-            self._fill_images(self._empty_row(Shape(0, self.slots([record]))), record, None)
+            self.slots([record])  # refuses what no bucket holds
+            self._fill_images(self._empty_row(Shape(0, sum(self.tiles(record)))), record, None)
         except UserError as error:
             return str(error)
         return None
+
+    def _check_longest(self, ids: np.ndarray, record: Record) -> None:
+        if 0 < self.longest < len(ids):
+            raise UserError(
+                f"record {record.id}: {len(ids)} tokens with its images, more than the {self.longest} that a row of "
+                "this model may have; drop the record, or set data.max_length, which cuts it in training"
+            )
 
     def _cuts_image(self, ids: np.ndarray) -> bool:
         """Whether `max_length` falls before the last position of an image, or before the mark that closes it."""
@@ -186,6 +200,8 @@ class Encoder:
         for path in record.images:
             assert self.image_loader is not None  # the prompt was tokenised, which checks it
             for pixels in self.image_loader.load(path, record.id, len(record.images)):
+                if slot == len(row[self.image_loader.array]):
+                    raise UserError(f"record {record.id}: its images make more tiles than when they were counted")
                 row[self.image_loader.array][slot] = (
                     pixels if augment_seed is None else augment_flip_shift(pixels, (*augment_seed, slot))
                 )

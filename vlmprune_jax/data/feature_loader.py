@@ -57,6 +57,11 @@ class FeatureLoader:
     def load(self, path: Path | StoredImage, record: str, sharing: int = 1) -> np.ndarray:
         """Return an image's features. Raises UserError naming the file and the record."""
         features = self.cache[self.key(path, sharing)]
+        if (features.shape[1:], features.dtype) != (self.shape, self.dtype):
+            raise UserError(
+                f"{path} (record {record}): {self.cache.folder} holds {features.dtype}{list(features.shape)} for it, "
+                f"not {self.dtype}[tiles, {', '.join(map(str, self.shape))}]: remove that folder"
+            )
         if len(features):
             return features
         self.images.load(path, record, sharing)  # raises what it raised when the features were computed

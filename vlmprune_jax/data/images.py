@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
-import io
+import logging
+import os
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,14 +17,20 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from vlmprune_jax.checked_files import read_json
+from vlmprune_jax.checked_files import IMAGE_FORMATS, open_image, read_json, reading
+from vlmprune_jax.data.image_processor import checked_processor, cuts_images, make_processor, sides
 from vlmprune_jax.data.records import StoredImage
 from vlmprune_jax.data.tiling import Tiling, pad_to_square, tiling_from_processor
 from vlmprune_jax.errors import UserError, reason
-from vlmprune_jax.families import FAMILIES, find
+from vlmprune_jax.families import find
 
 ASPECT_RATIOS = ("pad", "square")
-_SUFFIXES = ("ImageProcessor", "ImageProcessorPil", "ImageProcessorFast", "FeatureExtractor")
+# Decoders warn of metadata, which nothing here reads, and of sizes, which `max_pixels` bounds; what hinders them they
+# raise as well. Silenced for good, because filters are the process's, not a thread's.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+with contextlib.suppress(AttributeError, OSError):  # libtiff prints by itself; not every build has it
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 
 class Preparation(Protocol):
@@ -58,12 +67,15 @@ class WholeImage:
     def __init__(self, config: Mapping[str, Any], *, where: str, aspect_ratio: str) -> None:
         if aspect_ratio not in ASPECT_RATIOS:
             raise UserError(f"image_aspect_ratio {aspect_ratio!r} is unknown; use one of {', '.join(ASPECT_RATIOS)}")
-        # The reference pads, whatever the processor would do; a LlavaImageProcessor must not pad a second time.
-        self._processor = _make_processor({**config, "do_pad": False} if "do_pad" in config else config, where)
+        self._processor = make_processor(config, where)
         self._pad = aspect_ratio == "pad"
         self.settings: dict[str, Any] = {"aspect_ratio": aspect_ratio, "processor": dict(config)}
+        crops = getattr(self._processor, "do_center_crop", None)
+        if not (crops or self._processor.do_resize):
+            raise UserError(f"{where}: images are neither resized nor cropped: restore do_resize or do_center_crop")
+        self._resized = sides(self._processor.size, where)
         self._short_side = "shortest_edge" in dict(self._processor.size)
-        self.shape: tuple[int, ...] = self.prepare(Image.new("RGB", (8, 8)), 1).shape[1:]
+        self.shape = (3, *(sides(self._processor.crop_size, where) if crops else self._resized))
 
     def count(self, width: int, height: int, sharing: int) -> int:
         """Return 1."""
@@ -77,11 +89,12 @@ class WholeImage:
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
         """Return the pixels after padding, or after the short side is resized: thin images grow enormously there."""
         del sharing
+        height_after, width_after = self._resized
         if self._pad:
-            return max(width, height) ** 2
+            return max(max(width, height) ** 2, height_after * width_after)
         if self._short_side:
-            return min(self.shape[1:]) ** 2 * max(width, height) // min(width, height)
-        return self.shape[1] * self.shape[2]
+            return height_after * width_after * max(width, height) // min(width, height)
+        return height_after * width_after
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
         """Return float32[1, 3, height, width]."""
@@ -120,9 +133,13 @@ class ImageLoader:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
-        with _readable(path, record), self._open(path, record, sharing) as image:
-            rgb = _to_rgb(image)
-        pixels = self.preparation.prepare(rgb, sharing)
+        with self._open(path, record, sharing) as image:
+            pixels = self.preparation.prepare(_to_rgb(image), sharing)
+        if pixels.shape[1:] != self.shape:
+            raise UserError(
+                f"{path} (record {record}): becomes an image of {pixels.shape[3]}x{pixels.shape[2]} pixels, but the "
+                f"vision tower takes {self.shape[2]}x{self.shape[1]}; pad it to a square (data.aspect_ratio)"
+            )
         pixels.flags.writeable = False
         with self._lock:
             if key not in self._cache:
@@ -140,21 +157,22 @@ class ImageLoader:
         sizes = [(1, 1)] * len(paths) if isinstance(self.preparation, WholeImage) else []
         for path in paths[len(sizes) :]:
             if path not in self._sizes:
-                with _readable(path, record), self._open(path, record, len(paths)) as image:
+                with self._open(path, record, len(paths)) as image:
                     self._sizes[path] = image.size
             sizes.append(self._sizes[path])
         return [self.preparation.count(width, height, len(paths)) for width, height in sizes]
 
-    def _open(self, path: Path | StoredImage, record: str, sharing: int) -> Image.Image:
-        image = Image.open(path if isinstance(path, Path) else io.BytesIO(path.read_bytes()))
-        width, height = image.size
-        if max(width * height, self.preparation.prepared_pixels(width, height, sharing)) > self._max_pixels:
-            image.close()
-            raise UserError(
-                f"{path} (record {record}): image of {width}x{height} pixels is over the limit of "
-                f"{self._max_pixels} pixels once prepared; shrink it or raise max_image_pixels"
-            )
-        return image
+    @contextlib.contextmanager
+    def _open(self, path: Path | StoredImage, record: str, sharing: int) -> Iterator[Image.Image]:
+        """An image whose size is checked; what is raised within names it and the record."""
+        with _readable(path, record), open_image(path if isinstance(path, Path) else path.read_bytes()) as image:
+            width, height = image.size
+            if max(width * height, self.preparation.prepared_pixels(width, height, sharing)) > self._max_pixels:
+                raise UserError(
+                    f"{path}: image of {width}x{height} pixels is over the limit of {self._max_pixels} pixels once "
+                    "prepared; shrink it or raise max_image_pixels"
+                )
+            yield image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -169,13 +187,12 @@ def _readable(path: Path | StoredImage, record: str) -> Iterator[None]:
     """Turn whatever a decoder raises into one line that names the file and the record."""
     try:
         yield
-    except UserError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except UserError as error:
+        raise UserError(f"{path} (record {record}): {str(error).removeprefix(f'{path}: ')}") from error
+    except Image.DecompressionBombError as error:
         raise UserError(f"{path} (record {record}): image is far too large ({error}); shrink it") from error
     except Exception as error:  # PIL decoders raise OSError, ValueError, SyntaxError, struct.error, ... by format
-        unknown = isinstance(error, UnidentifiedImageError)
-        said = "unknown format" if unknown else reason(error)
+        said = f"none of {', '.join(IMAGE_FORMATS)}" if isinstance(error, UnidentifiedImageError) else reason(error)
         raise UserError(f"{path} (record {record}): not a readable image ({said}); replace the file") from error
 
 
@@ -197,46 +214,55 @@ def load_image_processor(
       aspect_ratio: "pad" or "square", for models that do not cut images (see `WholeImage`).
       max_pixels: largest image.
       cache_bytes: what prepared images may take in memory.
-      image_size: side of the images, for a family whose processor the hub's code holds instead of a file.
+      image_size: side of the images that the vision tower takes; also for a family whose processor the hub's code
+        holds instead of a file.
       tiling: fields of `Tiling` to use instead of the folder's, for models that cut images.
 
     Raises:
-      UserError: nothing there describes a processor, its type is not known, or `tiling` is given for another model.
+      UserError: nothing there describes a processor, its type is not known, a field holds what it cannot, or images
+        would not be as large as the tower takes; or `tiling` is given for another model.
     """
     folder = Path(folder)
     changes = {name: value for name, value in (tiling or {}).items() if value is not None}
-    preparation = _preparation(folder, aspect_ratio, image_size)
+    preparation, where = _preparation(folder, aspect_ratio, image_size)
     if changes and not isinstance(preparation, Tiling):
         raise UserError(
             f"{folder}: data.{', data.'.join(changes)} given, but this model does not cut images into tiles"
         )
     if isinstance(preparation, Tiling):
         preparation = dataclasses.replace(preparation, **changes)
+    _, height, width = preparation.shape
+    if image_size is not None and (height, width) != (image_size, image_size):
+        raise UserError(
+            f"{where}: the image processor makes {height} x {width} pixels, but the vision tower takes {image_size} x "
+            f"{image_size}: is it another model's?"
+        )
+    if isinstance(preparation, WholeImage):
+        with reading(where):  # that its settings run together, on hardly an image, is not a matter of records
+            preparation.prepare(Image.new("RGB", (8, 8)), 1)
     return ImageLoader(preparation, max_pixels=max_pixels, cache_bytes=cache_bytes)
 
 
-def _preparation(folder: Path, aspect_ratio: str, image_size: int | None) -> Preparation:
+def _preparation(folder: Path, aspect_ratio: str, image_size: int | None) -> tuple[Preparation, str]:
+    """How a folder has images prepared, and the file that says so; nothing has run yet."""
     model_path = folder / "config.json"
-    model = read_json(model_path) if model_path.is_file() else {}
+    model = read_json(model_path) if os.path.lexists(model_path) else {}
     family = find(model)
     if family is not None and family.tiling is not None:
-        return Tiling(**vars(family.tiling(model, str(model_path))))
+        return Tiling(**vars(family.tiling(model, str(model_path)))), str(model_path)
     for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         path = folder / name
-        config = read_json(path) if path.is_file() else None
+        config = read_json(path) if os.path.lexists(path) else None
         config = config if key is None or config is None else config.get(key)
         if config is None:
             continue
-        try:
-            if _type_of(config) in _processors(cut=True):
-                return tiling_from_processor(config, str(path))
-            return WholeImage(config, where=str(path), aspect_ratio=aspect_ratio)
-        except UserError:
-            raise
-        except Exception as error:  # processors raise ValueError, TypeError, AttributeError, ... for odd settings
-            raise UserError(f"{path}: its image processor does not run ({reason(error)}); restore it") from error
+        where, config = str(path), checked_processor(config, str(path))
+        if cuts_images(config):
+            return tiling_from_processor(config, where), where
+        return WholeImage(config, where=where, aspect_ratio=aspect_ratio), where
     if image_size is not None and family is not None and family.pixels is not None:
-        return WholeImage(family.pixels(image_size), where=str(model_path), aspect_ratio=aspect_ratio)
+        config = checked_processor(family.pixels(image_size), str(model_path))
+        return WholeImage(config, where=str(model_path), aspect_ratio=aspect_ratio), str(model_path)
     raise UserError(f"{folder}: has no preprocessor_config.json; copy it from the model or its vision tower")
 
 
@@ -254,34 +280,3 @@ def augment_flip_shift(pixels: np.ndarray, seed: tuple[int, ...], max_shift: int
     pixels = pixels[:, :: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
     padded = np.pad(pixels, ((0, 0), (max_shift, max_shift), (max_shift, max_shift)), mode="edge")
     return padded[:, down : down + height, right : right + width]
-
-
-def _processors(*, cut: bool) -> dict[str, tuple[str, str]]:
-    """image_processor_type (or the older feature_extractor_type) -> classes to try in order, of all families.
-
-    Only NumPy/PIL ones: their values are the reference's, while the torchvision ones of transformers 5 differ in the
-    last bits and need torch.
-    """
-    kinds = [kind for one in FAMILIES.values() if one.cuts_images == cut for kind in one.image_processors]
-    suffixes = _SUFFIXES[:3] if cut else _SUFFIXES
-    return {f"{k}{suffix}": (f"{k}ImageProcessorPil", f"{k}ImageProcessor") for k in kinds for suffix in suffixes}
-
-
-def _make_processor(config: Mapping[str, Any], where: str) -> Any:
-    import transformers
-
-    name, classes = _type_of(config), _processors(cut=False)
-    if name not in classes:
-        known = ", ".join(sorted({*classes, *_processors(cut=True)}))
-        raise UserError(f"{where}: image processor {name!r} is not supported; known: {known}")
-    for class_name in classes[name]:
-        try:
-            processor_class = getattr(transformers, class_name)
-        except (AttributeError, ImportError):  # transformers 4 has no *Pil name: its plain name is the NumPy one
-            continue
-        return processor_class.from_dict(dict(config))
-    raise UserError(f"transformers {transformers.__version__} has no image processor {classes[name]}; use >= 4.57")
-
-
-def _type_of(config: Mapping[str, Any]) -> Any:
-    return config.get("image_processor_type") or config.get("feature_extractor_type")

@@ -53,7 +53,7 @@ def measure(
                 if part is None:
                     continue
                 tokens = next(texts) + encoder.image_positions(part[0])
-                if 0 < encoder.max_length < tokens:
+                if 0 < (encoder.max_length or encoder.longest) < tokens:
                     cut = attempt(encoder.training_tokens, record)
                     tokens = 0 if cut is None else len(cut[0])
                 if tokens:

@@ -11,12 +11,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vlmprune_jax.checked_files import open_file, read_text
 from vlmprune_jax.errors import UserError
 
 IMAGE_TOKEN = "<image>"
 _SPEAKERS = ("human", "gpt")
 _OWN_FIELDS = ("id", "image", "images", "conversations", "answers", "video")  # all others are `Record.fields`
-_SHOWN = 200  # characters of an image's name in a message
+_SHOWN = 200  # characters of an image's name, or of another value, in a message
+MAX_REPEATS = 1000  # of a data set: its records are copied, and a file may name any number
 
 
 class _Store(Protocol):
@@ -90,8 +92,11 @@ def read_records(
     the places of the others do not depend on it.
     """
     path = Path(path)
-    if _lists_sets(path):
-        return _read_sets(path, image_root, image_lead, on_error)
+    read = _read_sets if _lists_sets(path) else _read_list
+    return read(path, image_root, image_lead, on_error)
+
+
+def _read_list(path: Path, image_root: Path | None, image_lead: bool, on_error: str) -> list[Record]:
     root = _ImageRoot(image_root)
     entries = _read_entries(path, on_error)
     records = [make_record(entry, index, path, root, image_lead, on_error) for index, entry in enumerate(entries)]
@@ -116,9 +121,9 @@ def data_files(path: Path, image_root: Path | None) -> list[Path]:
 
 def _lists_sets(path: Path) -> bool:
     try:
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
-            return path.suffix == ".json" and file.read(4096).lstrip()[:1] == "{"
-    except OSError:
+        with open_file(path) as file:
+            return path.suffix == ".json" and file.read(4096).decode("utf-8-sig", "replace").lstrip()[:1] == "{"
+    except (UserError, OSError):
         return False  # which reading it will tell
 
 
@@ -126,13 +131,13 @@ def _read_sets(path: Path, image_root: Path | None, image_lead: bool, on_error: 
     """The records of every set of InternVL's `{name: {root, annotation, repeat_time}}`, their ids as "name/id".
 
     `repeat_time` below 1 keeps the first int(n * repeat_time) records, a whole number repeats them (reference: InternVL
-    `LazySupervisedDataset`).
+    `LazySupervisedDataset`). Of sets in a set there are none.
     """
     records: list[Record] = []
     for name, (annotation, root, repeat) in _sets(path, image_root).items():
-        read = read_records(annotation, root, image_lead=image_lead, on_error=on_error)
-        chosen = read[: int(len(read) * repeat)] if repeat < 1 else read * int(repeat)
-        records += [replace(record, id=f"{name}/{record.id}") for record in chosen]
+        read = _read_list(annotation, root, image_lead, on_error)
+        named = [replace(record, id=f"{name}/{record.id}") for record in read]
+        records += named[: int(len(read) * repeat)] if repeat < 1 else named * int(repeat)
     if not records:
         raise UserError(f"{path}: keeps no record of its data sets; list some, or raise their repeat_time")
     return records
@@ -145,10 +150,15 @@ def _sets(path: Path, image_root: Path | None) -> dict[str, tuple[Path, Path, fl
         if not isinstance(given, dict) or not all(isinstance(given.get(key), str) for key in ("annotation", "root")):
             raise UserError(f"{path}: {name!r} is no data set; expected a list of conversations, or InternVL's object "
                             "of sets, each with 'root' and 'annotation'")  # fmt: skip
+        if _broken(name):
+            raise UserError(f"{path}: the name of set {name!r} holds half a surrogate pair; give it another one")
         repeat = given.get("repeat_time", 1)
-        whole = isinstance(repeat, int | float) and (0 < repeat < 1 or (repeat >= 1 and repeat == int(repeat)))
-        if isinstance(repeat, bool) or not whole:
-            raise UserError(f"{path}, set {name}: repeat_time {repeat!r} must be a whole number, or between 0 and 1")
+        fits = isinstance(repeat, int | float) and (0 < repeat < 1 or repeat in range(1, MAX_REPEATS + 1))
+        if isinstance(repeat, bool) or not fits:
+            raise UserError(
+                f"{path}, set {name}: repeat_time {_shown(repeat)} must be a whole number up to {MAX_REPEATS}, or "
+                "between 0 and 1"
+            )
         if given.get("data_augment") or given.get("max_dynamic_patch") is not None:
             raise UserError(
                 f"{path}, set {name}: data_augment and max_dynamic_patch of a single set are not supported; remove "
@@ -173,12 +183,8 @@ def take_fraction(records: Sequence[Record], fraction: float, seed: int) -> list
 
 def _read_entries(path: Path, on_error: str, kind: type = list) -> Iterator[Any]:
     """Each entry as JSON gives it, or with "skip" the error in place of a line that is no JSON; an object as one."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the data path") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); give a LLaVA JSON or JSONL file") from error
+    text = read_text(path, missing="no such file; check the data path")
+    text = text.removeprefix("\ufeff")  # some editors begin a file with a mark
     if path.suffix == ".jsonl":
         for number, line in enumerate(text.split("\n")):
             if line.strip():
@@ -224,7 +230,7 @@ def make_record(
         if on_error == "stop":
             raise
         name = entry.get("id", index) if isinstance(entry, dict) else index
-        return Record(str(name), (), (), str(error))
+        return Record(str(name) if _is_id(name) else str(index), (), (), str(error))
 
 
 def _valid_record(entry: Any, index: int, path: PurePath, root: Images, image_lead: bool) -> Record:
@@ -233,8 +239,8 @@ def _valid_record(entry: Any, index: int, path: PurePath, root: Images, image_le
     if not isinstance(entry, dict):
         raise UserError(f"{path}, record {index}: is a {type(entry).__name__}, expected an object with 'conversations'")
     name = entry.get("id", index)
-    if not isinstance(name, str | int) or isinstance(name, bool) or name == "" or _broken(str(name)):
-        raise UserError(f"{path}, record {index}: id {name!r} must be a non-empty string or a number")
+    if not _is_id(name):
+        raise UserError(f"{path}, record {index}: id {_shown(name)} must be a non-empty string or a number")
     where = f"{path}, record {name}"
     if entry.get("video") is not None:
         raise UserError(f"{where}: has a video, which no model here takes; drop the record")
@@ -250,6 +256,18 @@ def _valid_record(entry: Any, index: int, path: PurePath, root: Images, image_le
     return Record(str(name), turns, images, None, answers, {k: v for k, v in entry.items() if k not in _OWN_FIELDS})
 
 
+def _is_id(name: Any) -> bool:
+    return isinstance(name, str | int) and not isinstance(name, bool) and name != "" and not _broken(str(name))
+
+
+def _shown(value: Any) -> str:
+    """A value of a JSON file for a message."""
+    try:
+        return repr(value)[:_SHOWN]
+    except RecursionError:
+        return f"a {type(value).__name__}"
+
+
 def _answers(given: Any, where: str) -> tuple[str, ...]:
     if given is None:
         return ()
@@ -258,7 +276,7 @@ def _answers(given: Any, where: str) -> tuple[str, ...]:
         answer["answer"] if isinstance(answer, dict) and "answer" in answer else answer for answer in listed
     )
     if not answers or not all(isinstance(answer, str) for answer in answers):
-        raise UserError(f"{where}: 'answers' must be a non-empty list of strings, got {str(given)[:_SHOWN]}")
+        raise UserError(f"{where}: 'answers' must be a non-empty list of strings, got {_shown(given)}")
     if any(map(_broken, answers)):
         raise UserError(f"{where}: 'answers' holds half a surrogate pair (\\ud800 to \\udfff); remove it")
     return answers
@@ -298,7 +316,7 @@ def _image_names(entry: dict[str, Any], where: str) -> Iterable[str]:
     names = given[0] if given else []
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f"{where}: 'image' must be a path or a list of paths, got {given[0]!r}")
+        raise UserError(f"{where}: 'image' must be a path or a list of paths, got {_shown(given[0])}")
     return names
 
 
@@ -307,7 +325,10 @@ class _ImageRoot:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = None if folder is None else Path(folder)
-        self._real = None if folder is None else os.path.realpath(folder)
+        try:
+            self._real = None if folder is None else os.path.realpath(folder)
+        except ValueError as error:
+            raise UserError(f"the image root {_shown(str(folder))} holds a character that no path can have") from error
         self._found: dict[str, Path] = {}
 
     def find(self, name: str, where: str) -> Path:
@@ -315,7 +336,7 @@ class _ImageRoot:
         if name in self._found:
             return self._found[name]
         if self._folder is None or self._real is None:
-            raise UserError(f"{where}: has image {name!r} but no image folder was given; set the image root")
+            raise UserError(f"{where}: has image {_shown(name)} but no image folder was given; set the image root")
         shown, pure = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}...", PurePosixPath(name)
         if name.startswith("data:") or "://" in name:
             raise UserError(f"{where}: image {shown!r} is no file; save it below the image root {self._folder}")
@@ -323,8 +344,9 @@ class _ImageRoot:
             raise UserError(f"{where}: image {shown!r} must be a path below the image root {self._folder}")
         path = self._folder / name
         if not os.path.isfile(path):  # unlike Path.is_file, false for a name that is too long
+            lacks = "is no file" if os.path.lexists(path) else "does not exist"
             raise UserError(
-                f"{where}: image {self._folder / shown} does not exist; check the image root and the record's path"
+                f"{where}: image {self._folder / shown} {lacks}; check the image root and the record's path"
             )
         if not os.path.realpath(path).startswith(self._real.rstrip(os.sep) + os.sep):
             raise UserError(f"{where}: image {path} is a link out of the image root {self._folder}; copy it inside")

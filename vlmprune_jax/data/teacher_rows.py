@@ -67,6 +67,11 @@ class TeacherRows:
         if record is None:
             return
         counted, (ids, logprobs) = self._counted(row), (self.cache[key] for key in _keys(record))
+        if ids.shape[1:] != (self.top_k,) or logprobs.shape != (len(ids), self.top_k + 1) or ids.dtype.kind not in "iu":
+            raise UserError(
+                f"record {record.id}: {self.cache.folder} holds something else than its top {self.top_k} tokens: "
+                "remove that folder, or give another recover.teacher_cache"
+            )
         if len(ids) != counted.sum():
             raise UserError(
                 f"record {record.id}: {counted.sum()} of its positions count but {self.cache.folder} holds {len(ids)}: "

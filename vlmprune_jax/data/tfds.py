@@ -5,6 +5,9 @@ images, and what else the entry had) and `images` (encoded bytes, each image onc
 Records are read at once, as from JSON; an image's bytes when it is decoded. Few large files instead of many small ones,
 which network disks like.
 
+What a folder says of itself is compared with what we write, and nothing in it decides what is run: tfds imports the
+classes that a features.json names, so examples are read here from the files that only our own specification describes.
+
 The folder may lie in a bucket, gs://BUCKET/DIR: records are copied to this machine for as long as they are read, images
 are read where they are (array_record has a reader for Google Cloud Storage; the small files beside need gcsfs).
 """
@@ -21,18 +24,35 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 from etils import epath
+from msgspec import Meta
 
+from vlmprune_jax.checked_files import MAX_JSON_BYTES, checked, open_file, parse_json, read_bytes, read_text, reading
 from vlmprune_jax.data.records import Record, StoredImage, make_record
 from vlmprune_jax.errors import UserError, reason
 
 PREFIX = "tfds:"  # of data.train and data.eval: tfds:FOLDER
 BUCKET = "gs://"
 RECORDS, IMAGES, SPLIT, VERSION = "records", "images", "train", "1.0.0"
-_INFO = "dataset_info.json"
+FILE_FORMAT = "array_record"
+_INFO, _FEATURES = "dataset_info.json", "features.json"
+_TODO = "write it again with `vlmprune tfds`"
+_MAX_EXAMPLE = 2**28  # bytes; no image file is larger
+
+
+class _Split(TypedDict):
+    name: str
+    shardLengths: list[Annotated[str, Meta(pattern=r"^[0-9]{1,12}$")]]
+
+
+class _Info(TypedDict):
+    """What tfds writes of a data set, as far as it is read back."""
+
+    fileFormat: str
+    splits: list[_Split]
 
 
 def tfds_folder(text: str) -> Path | epath.Path:
@@ -54,7 +74,7 @@ def tfds_state(folder: Path | epath.Path) -> str:
     with _readable(info):
         if not info.is_file():
             return ""
-        return str(info.stat().st_mtime_ns) if isinstance(info, Path) else info.read_text()
+        return str(info.stat().st_mtime_ns) if isinstance(info, Path) else _text(info)
 
 
 def write_tfds(
@@ -72,31 +92,37 @@ def write_tfds(
       UserError: the folder exists, there is no record, or an image cannot be read.
     """
     out_dir = Path(out_dir)
-    if out_dir.exists():
+    if os.path.lexists(out_dir):
         raise UserError(f"{out_dir}: exists already; remove it or choose another folder")
     if not records:
         raise UserError(f"{out_dir}: there is no record to write")
     names = {image: _name(image, image_root) for record in records for image in record.images}
     numbers = {image: number for number, image in enumerate(names)}
     building = out_dir.parent / f".{out_dir.name}.partial-{os.getpid()}"
+    try:
+        with reading(out_dir, "make room or give another folder", "written"):
+            examples = (_example(record, names, numbers) for record in records)
+            _write(RECORDS, building, _counted(examples, 0, progress))
+            if names:
+                pictures = (_picture(image, name) for image, name in names.items())
+                _write(IMAGES, building, _counted(pictures, len(records), progress))
+            os.replace(building, out_dir)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _features(name: str) -> tuple[Any, ...]:
+    """What the examples of a data set hold: as we write it, then as older versions did."""
     tfds = _load_tfds()
-    text, sequence = tfds.features.Text(), tfds.features.Sequence
-    features = {
+    text, sequence, features = tfds.features.Text(), tfds.features.Sequence, tfds.features.FeaturesDict
+    if name == IMAGES:
+        return (features({"name": text, "image": tfds.features.Image()}),)
+    older = {
         "id": text,
         "conversations": sequence({"from": text, "value": text}),
         "images": sequence({"name": text, "number": np.int64}),
-        "others": text,
     }
-    try:
-        examples = (_example(record, names, numbers) for record in records)
-        _write(RECORDS, building, features, _counted(examples, 0, progress))
-        if names:
-            pictures = (_picture(image, name) for image, name in names.items())
-            features = {"name": text, "image": tfds.features.Image()}
-            _write(IMAGES, building, features, _counted(pictures, len(records), progress))
-        os.replace(building, out_dir)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    return features({**older, "others": text}), features(older)
 
 
 def _name(image: Path | StoredImage, root: Path | None) -> str:
@@ -115,10 +141,8 @@ def _example(record: Record, names: Mapping[Any, str], numbers: Mapping[Any, int
 
 
 def _picture(image: Path | StoredImage, name: str) -> dict[str, Any]:
-    try:
-        content = image.read_bytes()
-    except OSError as error:
-        raise UserError(f"{image}: cannot be read ({error.strerror}); check the image root") from error
+    with reading(image, "check the image root"):
+        content = read_bytes(image) if isinstance(image, Path) else image.read_bytes()
     return {"name": name, "image": io.BytesIO(content)}  # encoded bytes: arrays would go through TensorFlow
 
 
@@ -129,8 +153,8 @@ def _counted(examples: Iterable[Any], before: int, progress: Callable[[int], Non
             progress(before + number + 1)
 
 
-def _write(name: str, data_dir: Path, features: Mapping[str, Any], examples: Iterator[tuple[int, Any]]) -> None:
-    tfds = _load_tfds()
+def _write(name: str, data_dir: Path, examples: Iterator[tuple[int, Any]]) -> None:
+    tfds, (features, *_) = _load_tfds(), _features(name)
     base: Any = tfds.core.GeneratorBasedBuilder
 
     class Builder(base, skip_registration=True):  # type: ignore[call-arg]
@@ -141,8 +165,7 @@ def _write(name: str, data_dir: Path, features: Mapping[str, Any], examples: Ite
 
         def _info(self) -> Any:
             described = f"vlmprune {self.name}: conversations in LLaVA's format, images encoded as they came"
-            given = tfds.features.FeaturesDict(features)
-            return tfds.core.DatasetInfo(builder=self, features=given, description=described, disable_shuffling=True)
+            return tfds.core.DatasetInfo(builder=self, features=features, description=described, disable_shuffling=True)
 
         def _split_generators(self, manager: Any) -> dict[str, Iterator[tuple[int, Any]]]:
             del manager
@@ -152,7 +175,7 @@ def _write(name: str, data_dir: Path, features: Mapping[str, Any], examples: Ite
             return examples
 
     Builder.name = name
-    builder = Builder(data_dir=str(data_dir), file_format="array_record")
+    builder = Builder(data_dir=str(data_dir), file_format=FILE_FORMAT)
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     with contextlib.redirect_stdout(io.StringIO()):  # it announces downloads, of which there are none
         builder.download_and_prepare(download_dir=str(data_dir / "downloads"), download_config=config)
@@ -164,28 +187,90 @@ class ImageStore:
 
     def __init__(self, folder: Path | epath.Path) -> None:
         self.folder = folder
-        self._source: Any = None
+        self._source: _Source | None = None
         self._identity: str | None = None
         self._lock = threading.Lock()
 
     def identity(self) -> str:
         """Return a digest of what describes the data set: the number of its images and their bytes."""
         if self._identity is None:
-            info = self.folder / IMAGES / VERSION / _INFO
-            with _readable(info):
-                self._identity = hashlib.sha256(info.read_text().encode()).hexdigest()[:16]
+            text = _text(self.folder / IMAGES / VERSION / _INFO)
+            self._identity = hashlib.sha256(text.encode()).hexdigest()[:16]
         return self._identity
 
     def read(self, number: int) -> bytes:
-        """Return the encoded bytes of an image. Raises OSError where there is no such image."""
+        """Return the encoded bytes of an image. Raises OSError where there is none, UserError for a damaged folder."""
         with self._lock:
             if self._source is None:
-                tfds = _load_tfds()
-                self._source = _open(self.folder, IMAGES, decoders={"image": tfds.decode.SkipDecoding()})
-        try:
+                self._source = _Source(self.folder, IMAGES)
+        if not 0 <= number < len(self._source):
+            raise OSError(f"image {number} is not in {self.folder / IMAGES}")
+        with reading(f"{self.folder / IMAGES}, image {number}", _TODO):
             return self._source[number]["image"]
-        except (IndexError, RuntimeError, ValueError) as error:
-            raise OSError(f"image {number} is not in {self.folder / IMAGES}") from error
+
+
+class _Source:
+    """The examples of one of the two data sets of a folder, by number; images stay encoded.
+
+    Raises:
+      UserError: it is not what `write_tfds` writes.
+    """
+
+    def __init__(self, folder: Path | epath.Path, name: str) -> None:
+        place = folder / name / VERSION
+        with _readable(place):
+            if not (place / _INFO).exists():
+                raise UserError(f"{folder}: is no data set that `vlmprune tfds` wrote (no {name}/{VERSION}/{_INFO})")
+            self._features = self._described(place, name)
+            lengths = _shard_lengths(place, name)
+            shards = [f"{place}/{name}-{SPLIT}.{FILE_FORMAT}-{i:05}-of-{len(lengths):05}" for i in range(len(lengths))]
+            if isinstance(place, Path):
+                for shard in shards:
+                    open_file(Path(shard)).close()
+            from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+            # With the range of its examples a shard is opened when it is read.
+            ranges = [f"{shard}[0:{length}]" for shard, length in zip(shards, lengths, strict=True) if length]
+            self._examples = ArrayRecordDataSource(ranges) if ranges else []
+        self._decoders = {"image": _load_tfds().decode.SkipDecoding()} if name == IMAGES else None
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        content = self._examples[number]
+        if not 0 < len(content) <= _MAX_EXAMPLE:
+            raise ValueError(f"example {number} has {len(content):,} bytes")
+        return self._features.deserialize_example_np(content, decoders=self._decoders)
+
+    @staticmethod
+    def _described(place: Path | epath.Path, name: str) -> Any:
+        """Our features that the folder's are; no class is looked up by a name that a file gives."""
+        from google.protobuf.json_format import MessageToDict
+
+        file = place / _FEATURES
+        found = parse_json(_text(file), str(file), _TODO)
+        for features in _features(name):
+            if found == MessageToDict(features.to_proto()):  # as tfds writes it
+                return features
+        raise UserError(f"{file}: describes other examples than `vlmprune tfds` writes: {_TODO}")
+
+
+def _shard_lengths(place: Path | epath.Path, name: str) -> list[int]:
+    """Return how many examples each file of a data set has, as it says of itself."""
+    file = place / _INFO
+    info = checked(parse_json(_text(file), str(file), _TODO), _Info, str(file), _TODO)
+    lengths = [list(map(int, split["shardLengths"])) for split in info["splits"] if split["name"] == SPLIT]
+    if info["fileFormat"] != FILE_FORMAT or len(lengths) != 1:
+        raise UserError(f"{file}: is not of {name} in {FILE_FORMAT} files: {_TODO}")
+    return lengths[0]
+
+
+def _text(file: Path | epath.Path) -> str:
+    if isinstance(file, Path):
+        return read_text(file, MAX_JSON_BYTES)
+    with _readable(file):
+        return file.read_text()
 
 
 def read_tfds(folder: Path | epath.Path, *, image_lead: bool = False, on_error: str = "stop") -> list[Record]:
@@ -204,18 +289,30 @@ def read_tfds(folder: Path | epath.Path, *, image_lead: bool = False, on_error: 
 
     records = []
     with _on_this_machine(folder) as near:
-        source = _open(near, RECORDS, decoders=None)
+        source = _Source(near, RECORDS)
         for index in range(len(source)):
-            with _readable(folder / RECORDS):
-                found = source[index]
-            names = [name.decode() for name in found["images"]["name"]]
-            numbers |= zip(names, map(int, found["images"]["number"]), strict=True)
-            turns = zip(found["conversations"]["from"], found["conversations"]["value"], strict=True)
-            conversation = [{"from": speaker.decode(), "value": text.decode()} for speaker, text in turns]
-            others = json.loads(found.get("others", b"{}"))  # which folders of older versions do not have
-            entry = {**others, "id": found["id"].decode(), "conversations": conversation, "images": names}
+            where = f"{folder / RECORDS}, example {index}"
+            with reading(where, _TODO):
+                entry, images = _entry(source[index], where)
+                numbers |= images
             records.append(make_record(entry, index, folder, Stored(), image_lead, on_error))
+    if not records:
+        raise UserError(f"{folder / RECORDS}: holds no record: {_TODO}")
     return records
+
+
+def _entry(found: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """An example as the entry of a JSON file that it was made of, and the numbers of its images by name."""
+    names = [name.decode() for name in found["images"]["name"]]
+    turns = zip(found["conversations"]["from"], found["conversations"]["value"], strict=True)
+    others = parse_json(found.get("others", b"{}"), where, _TODO)  # which older versions do not have
+    entry = {
+        **checked(others, dict[str, Any], where, _TODO),
+        "id": found["id"].decode(),
+        "conversations": [{"from": speaker.decode(), "value": text.decode()} for speaker, text in turns],
+        "images": names,
+    }
+    return entry, dict(zip(names, map(int, found["images"]["number"]), strict=True))
 
 
 @contextlib.contextmanager
@@ -224,7 +321,7 @@ def _on_this_machine(folder: Path | epath.Path) -> Iterator[Path]:
     if isinstance(folder, Path):
         yield folder
         return
-    _open(folder, RECORDS, decoders=None)
+    _Source(folder, RECORDS)
     with tempfile.TemporaryDirectory() as copy:
         near = Path(copy) / RECORDS / VERSION
         near.mkdir(parents=True)
@@ -233,14 +330,6 @@ def _on_this_machine(folder: Path | epath.Path) -> Iterator[Path]:
                 with file.open("rb") as theirs, (near / file.name).open("wb") as ours:
                     shutil.copyfileobj(theirs, ours)
         yield Path(copy)
-
-
-def _open(folder: Path | epath.Path, name: str, decoders: Any) -> Any:
-    place = folder / name / VERSION
-    with _readable(place):
-        if not (place / _INFO).is_file():
-            raise UserError(f"{folder}: is no data set that `vlmprune tfds` wrote (no {name}/{VERSION}/{_INFO})")
-        return _load_tfds().builder_from_directory(str(place)).as_data_source(split=SPLIT, decoders=decoders)
 
 
 @contextlib.contextmanager
@@ -252,7 +341,7 @@ def _readable(place: Path | epath.Path) -> Iterator[None]:
             f"{place}: a bucket is read with gcsfs, which is missing; pip install 'vlmprune-jax[gcs]'"
         ) from error
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{place}: cannot be read ({reason(error)}); write it again") from error
+        raise UserError(f"{place}: cannot be read ({reason(error)}); {_TODO}") from error
 
 
 def _load_tfds() -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vlmprune_jax.data.image_processor import sides
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families.tiles import BICUBIC, TilingConfig, whole_number
 
@@ -47,7 +48,7 @@ class Tiling(TilingConfig):
             most = max(1, self.max_tiles // sharing)
             return sharing * (most + (self.thumbnail and most != 1))
 
-        return max(of(sharing) for sharing in range(1, images + 1))
+        return max(map(of, (*range(1, min(images, self.max_tiles) + 1), images)))  # more images have one tile each
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
         """Return the number of pixels that an image is resized to."""
@@ -56,9 +57,11 @@ class Tiling(TilingConfig):
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
         """Return float32[tiles, 3, size, size]: the grid row by row, then the thumbnail."""
-        tiles = np.stack([np.asarray(tile) for tile in self.cut(image, sharing)]).astype(np.float32) / np.float32(255)
-        normalised = (tiles - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
-        return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2))
+        tiles = np.stack([np.asarray(tile) for tile in self.cut(image, sharing)]).astype(np.float32)
+        tiles /= np.float32(255)  # in place: an image of 100 megapixels is 1.2 GB here
+        tiles -= np.array(self.mean, np.float32)
+        tiles /= np.array(self.std, np.float32)
+        return np.ascontiguousarray(tiles.transpose(0, 3, 1, 2))
 
     def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
         """Return the tiles of an RGB image (reference: InternVL dataset.py `dynamic_preprocess`)."""
@@ -115,22 +118,24 @@ def pad_to_square(image: Image.Image, mean: tuple[float, ...]) -> Image.Image:
 def tiling_from_processor(config: Mapping[str, Any], where: str) -> Tiling:
     """Return the tiling of a transformers InternVL folder (`GotOcr2ImageProcessor`; InternVLProcessor turns tiles on).
 
+    `config`: settings as `image_processor.checked_processor` returns them.
+
     Raises:
       UserError: a step is switched off, or the size is not a square.
     """
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if config.get(step) is False:
             raise UserError(f"{where}: {step} false is not supported for InternVL tiles; set it to true")
-    size = config.get("size") or {"height": 384, "width": 384}
-    sides = {size.get("height"), size.get("width")} if isinstance(size, Mapping) else {size}
-    if len(sides) != 1:
+    size = config.get("size") or 384
+    height, width = (size.get("height"), size.get("width")) if isinstance(size, Mapping) else sides(size, where)
+    if height != width or height is None:
         raise UserError(f"{where}: size {size} is not a square, which InternVL tiles are; restore it")
     if abs(float(config.get("rescale_factor") or 1 / 255) - 1 / 255) > 1e-9:
         raise UserError(f"{where}: rescale_factor {config['rescale_factor']} is not supported; InternVL's is 1/255")
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     return Tiling(
-        size=whole_number(sides.pop(), "size", where),
+        size=height,
         min_tiles=whole_number(config.get("min_patches", 1), "min_patches", where),
         max_tiles=whole_number(config.get("max_patches", 12), "max_patches", where),
         thumbnail=True,

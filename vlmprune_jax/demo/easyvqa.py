@@ -10,10 +10,11 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
+from vlmprune_jax.checked_files import copy_file, read_json
 from vlmprune_jax.errors import UserError
 
 SHAPES = ("circle", "rectangle", "triangle")
@@ -23,6 +24,13 @@ QUESTION_COUNTS = {"train": 38_575, "test": 9_673}
 IMAGE_COUNTS = {"train": 4_000, "test": 1_000}
 _MANIFEST = "manifest.json"
 _MULTI_TURN_SEED = 0  # part of the data set's identity: another seed would be another file
+
+
+class _Manifest(TypedDict):
+    """The part of a folder's `manifest.json` that tells whether it is whole; there is more for people."""
+
+    bytes: dict[str, int]
+
 
 Questions = tuple[list[str], list[str], list[int]]
 JsonRecord = dict[str, Any]
@@ -156,7 +164,7 @@ def _build(folder: Path, package: dict[str, tuple[Questions, Mapping[int, str]]]
         target = folder / "images" / split
         target.mkdir(parents=True)
         for image, source in paths.items():
-            shutil.copyfile(source, target / f"{image}.png")
+            copy_file(Path(source), target / f"{image}.png", Path(source).parent)
     sizes = {}
     for name, records in files.items():
         path = folder / f"{name}.json"
@@ -168,11 +176,11 @@ def _build(folder: Path, package: dict[str, tuple[Questions, Mapping[int, str]]]
 
 def _is_complete(folder: Path) -> bool:
     try:
-        sizes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["bytes"]
+        sizes = read_json(folder / _MANIFEST, _Manifest)["bytes"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items()) and all(
             len(os.listdir(folder / "images" / split)) == count for split, count in IMAGE_COUNTS.items()
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (UserError, OSError, ValueError):
         return False
 
 

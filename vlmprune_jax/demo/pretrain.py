@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from vlmprune_jax.checked_files import read_json
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.data.batching import train_batches
 from vlmprune_jax.data.encoding import Encoder
@@ -158,7 +159,7 @@ def _write_random_model(folder: Path, architecture: Mapping[str, Any], records: 
     shutil.rmtree(folder, ignore_errors=True)
     vision = architecture["vision_config"]
     size = make_tokenizer(
-        json.loads(records.read_text()), folder, image_size=vision["image_size"], patch_size=vision["patch_size"]
+        read_json(records, list[Any]), folder, image_size=vision["image_size"], patch_size=vision["patch_size"]
     )
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
     text = {**architecture["text_config"], **ids, "vocab_size": size}

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import grain
 import numpy as np
 
-from vlmprune_jax.data.batching import GenerationBatch
-from vlmprune_jax.data.encoding import Encoder, check_length
+from vlmprune_jax.data.batching import GenerationBatch, check_memory
+from vlmprune_jax.data.encoding import Encoder, Shape, check_length
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.generate import SharedPrefix
@@ -71,7 +71,12 @@ class ArrangedQuestions:
         return len(self.groups)
 
     def batches(self, *, threads: int, prefetch: int) -> grain.IterDataset[QuestionBatch]:
-        """All batches, read ahead in threads; as many different shapes as there are numbers of image slots."""
+        """All batches, read ahead in threads; as many different shapes as there are numbers of image slots.
+
+        Raises UserError where they would not fit in memory.
+        """
+        for group in self.groups:
+            check_memory(group.beginnings, Shape(group.beginning_length, group.slots), self.encoder, prefetch)
         rows = grain.MapDataset.range(len(self.groups)).map(lambda number: self._load(self.groups[number]))
         return rows.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
 

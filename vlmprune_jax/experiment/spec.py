@@ -11,7 +11,7 @@ from typing import Any
 
 from vlmprune_jax.checks import check_settings, setting, settings_of, suggest
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.recovery.config import RecoverConfig
+from vlmprune_jax.recovery.config import MAX_ROWS, RecoverConfig
 
 # What a setting may affect: the stages with results of their own, and the cache of a teacher's logits.
 STAGES = ("score", "prune", "recover", "evaluate", "export", "teacher_cache")
@@ -66,7 +66,8 @@ class DataSpec:
     system: str | None = setting(None, 'Other system text than the template\'s; "": none.', affects=_ROWS)
     max_length: int | None = setting(
         None,
-        "Tokens of a training row with its images; None: those of the longest record.",
+        "Tokens of a training row with its images, at most 4 times the model's positions; None: those of the longest "
+        "record.",
         affects=(*_TRAINING, "teacher_cache"),
         unit="tokens",
         least=1,
@@ -74,7 +75,7 @@ class DataSpec:
     truncate: bool = setting(
         True, "Cut records that are longer, else refuse them.", affects=(*_TRAINING, "teacher_cache")
     )
-    max_images: int = setting(1, "Most images of a record.", affects=_RECORDS, unit="images", least=1)
+    max_images: int = setting(1, "Most images of a record.", affects=_RECORDS, unit="images", least=1, most=10_000)
     aspect_ratio: str = setting(
         "pad",
         "How an image becomes square, for models that do not cut images.",
@@ -131,7 +132,7 @@ class DataSpec:
         "A folder, for any number of runs, where recovery keeps what the frozen vision tower makes of each training "
         "image; it then trains without tower and pixels.",
     )
-    threads: int = setting(2, "Threads that read and prepare records.", unit="threads", least=0)
+    threads: int = setting(2, "Threads that read and prepare records.", unit="threads", least=0, most=1024)
     fraction: float = setting(
         1.0, "Share of the training records that recovery uses.", affects=_RECOVER, above=0, most=1
     )
@@ -180,7 +181,7 @@ class ScoreSpec:
         least=1,
     )
     samples: int = setting(50, "Calibration records.", affects=_SCORE, unit="records", least=1)
-    batch_size: int = setting(1, "Records of a batch.", affects=_SCORE, unit="rows", least=1)
+    batch_size: int = setting(1, "Records of a batch.", affects=_SCORE, unit="rows", least=1, most=MAX_ROWS)
     seed: int = setting(42, "Of which records these are.", affects=_SCORE, least=0, below=2**32)
     options: Mapping[str, Any] = setting(
         {}, "A criterion's options that have no setting here, by name.", affects=_SCORE
@@ -297,7 +298,7 @@ class EvaluateSpec:
     there is one, "questions", of `data.eval`; and if a `text` file is named one more, "text".
     """
 
-    batch_size: int = setting(32, "Questions of a batch.", affects=_EVALUATE, unit="rows", least=1)
+    batch_size: int = setting(32, "Questions of a batch.", affects=_EVALUATE, unit="rows", least=1, most=MAX_ROWS)
     max_length: int | None = setting(
         None, "Longest prompt allowed, with its image; None: any.", affects=_EVALUATE, unit="tokens", least=1
     )

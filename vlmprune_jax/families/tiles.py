@@ -9,6 +9,7 @@ from vlmprune_jax.errors import UserError
 
 # Far above any model's (40), and few enough to list all grids: a config.json may name any number.
 MAX_TILES = 1000
+MAX_SIDE = 4096  # of a tile, or of any image that a tower takes (1,536 in the largest)
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
 
@@ -30,6 +31,8 @@ class TilingConfig:
     resample: int
 
     def __post_init__(self) -> None:
+        if self.size > MAX_SIDE:
+            raise UserError(f"image tiles of {self.size} pixels a side: at most {MAX_SIDE}; is config.json damaged?")
         if not 1 <= self.min_tiles <= self.max_tiles <= MAX_TILES:
             raise UserError(
                 f"image tiles: min_tiles {self.min_tiles} and max_tiles {self.max_tiles} must be 1 <= min <= max <= "

@@ -28,6 +28,7 @@ PRESETS: dict[str, Rules] = {
 REMAT = ("none", "dots", "full")  # from the least recomputation to the most
 SCHEDULES = ("cosine", "linear", "constant")
 COMPUTE_DTYPES = ("float32", "bfloat16")
+MAX_ROWS = 8192  # of any batch: above what trains well, and few enough to list and pad
 STRATEGIES = ("kl", "rkl", "l2", "l2+kl", "l2+rkl")
 WEIGHT = "weight"  # the unit of a loss term's setting
 
@@ -150,7 +151,9 @@ class RecoverConfig:
         choices=tuple(PRESETS),
     )
     learning_rate: float = setting(2e-4, "Peak learning rate.", affects=_RECOVER, above=0)
-    batch_size: int = setting(128, "Rows per optimizer step, over all devices.", affects=_RECOVER, unit="rows", least=1)
+    batch_size: int = setting(
+        128, "Rows per optimizer step, over all devices.", affects=_RECOVER, unit="rows", least=1, most=MAX_ROWS
+    )
     losses: LossConfig = field(default_factory=LossConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     projector_learning_rate: float | None = setting(

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.preemption import StopSignal, noticed
-from vlmprune_jax.errors import Stopped, UserError
+from vlmprune_jax.errors import Stopped, UserError, reason
 from vlmprune_jax.experiment.spec import MeshSpec, ModelSpec
 from vlmprune_jax.hf.export.card import model_name
 from vlmprune_jax.hf.export.write import save
@@ -42,13 +43,15 @@ class Context:
 
         Raises:
           Stopped: another process of the run got SIGTERM.
+          UserError: it needs more memory than there is.
         """
 
         def announced() -> Json:
             if noticed():
                 raise Stopped(f"stopped on SIGTERM before {stage.name}; the same command continues with it")
             self.reporter.say(f"{stage.name} ...")
-            return body()
+            with in_memory(stage.name):
+                return body()
 
         return run_stage(stage, announced, overwrite=self.overwrite, say=self.reporter.say)
 
@@ -73,6 +76,24 @@ class Context:
         below = folder.relative_to(self.workdir).as_posix()
         label = name if below == "." else f"{below}/{name}"
         return Stage(name=label, version=VERSIONS[kind], workdir=self.workdir, **parts)
+
+
+@contextlib.contextmanager
+def in_memory(what: str) -> Iterator[None]:
+    """Tell in one line that work did not fit, which XLA does in fifty.
+
+    Raises:
+      UserError: says which settings make it smaller.
+    """
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"{what}: needs more memory than there is ({reason(error)}): lower its batch_size, or what a row may hold "
+            "(data.max_length, data.max_images, max_new_tokens, text_window), or give it more devices"
+        ) from error
 
 
 def journal_of(mesh: MeshSpec, path: Path, batches: int) -> Journal:

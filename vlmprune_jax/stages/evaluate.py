@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmprune_jax.checked_files import read_text
 from vlmprune_jax.checks import settings_of
 from vlmprune_jax.distributed.mesh import on_process_zero, row_ways
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.metrics import METRICS
 from vlmprune_jax.evaluation.runner import ask, check_answered, log_likelihoods
 from vlmprune_jax.experiment.arguments import QUESTIONS, evaluation_sets
@@ -113,12 +113,13 @@ def _ask(
     experiment: Experiment, of: EvaluationSetSpec, model: Model, title: str, journal: Path, context: Context
 ) -> tuple[list[Json], Json]:
     """The model's answers to questions, one line each, and facts about them."""
+    assert of.max_new_tokens is not None
+    model.cfg.check_row("evaluate's max_new_tokens", of.max_new_tokens)
     ways = row_ways(mesh_of(experiment.mesh))
     questions = inputs.arranged_questions(
         experiment.model, experiment.data, experiment.evaluate, of, model.cfg, multiple=ways
     )
     check_answered(questions.records)  # the last one now, not after hours
-    assert of.max_new_tokens is not None
     start = time.perf_counter()
     with context.phase(title, len(questions)) as progress:
         replies = ask(
@@ -149,11 +150,10 @@ def _read_text(
     assert of.text is not None
     assert of.text_window is not None
     path, size, window = Path(of.text), experiment.evaluate.batch_size, of.text_window
+    model.cfg.check_row("evaluate's text_window", window)
     tokenizer = inputs.load_inputs(experiment.model, experiment.data, model.cfg).tokenizer
-    try:
-        ids = tokenizer(path.read_text(encoding="utf-8"))["input_ids"]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"evaluate.text={path}: cannot be read as UTF-8 text ({error})") from None
+    text = read_text(path, missing="no such file: evaluate.text names it")
+    ids = tokenizer(text.replace("\r\n", "\n").replace("\r", "\n"))["input_ids"]
     total, start = -(-len(ids) // (window * size)), time.perf_counter()
     with context.phase(title, total) as progress:
         kept = journal_of(experiment.mesh, journal, total)

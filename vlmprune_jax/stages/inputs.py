@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -63,23 +64,26 @@ class Inputs:
             max_images=self.data.max_images,
             truncate=self.data.truncate,
             tile_buckets=tile_buckets(self.data, self.image_loader and self.image_loader.preparation),
+            longest=cfg.longest_row,
         )
 
     def training_encoder(self, cfg: ModelConfig) -> Encoder:
         """Rows of at most `data.max_length` or the last of `data.length_buckets`; of any length without both."""
-        lengths = length_buckets(self.data)
+        lengths = length_buckets(self.data, cfg)
         encoder = self.encoder(cfg, lengths[-1] if lengths else 0)
         return dataclasses.replace(encoder, length_buckets=self.data.length_buckets or None)
 
 
-def length_buckets(data: DataSpec) -> tuple[int, ...]:
+def length_buckets(data: DataSpec, cfg: ModelConfig) -> tuple[int, ...]:
     """Tokens per row that a training batch can have, ascending; () where the longest record decides.
 
     Raises:
-      UserError: `data.length_buckets` and `data.max_length` contradict each other.
+      UserError: `data.length_buckets` and `data.max_length` contradict each other, or are too much for the model.
     """
     buckets, limit = data.length_buckets, data.max_length
     _check_buckets("data.length_buckets", buckets)
+    cfg.check_row("data.max_length", limit or 0)
+    cfg.check_row("the last of data.length_buckets", max(buckets, default=0))
     if buckets and limit not in (None, buckets[-1]):
         raise UserError(f"data.length_buckets {buckets} must end with data.max_length {limit}, the longest row")
     return buckets or ((limit,) if limit else ())
@@ -120,7 +124,9 @@ def _load_inputs(model: ModelSpec, data: DataSpec, family: Family, image_size: i
     loader = None
     if image_size is not None:
         folder = Path(model.hf_dir)
-        described = any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
+        described = any(
+            os.path.lexists(folder / name) for name in ("preprocessor_config.json", "processor_config.json")
+        )
         own = described or model.vision_dir is None or family.cuts_images
         loader = load_image_processor(
             folder if own else Path(model.vision_dir or ""),
@@ -130,11 +136,6 @@ def _load_inputs(model: ModelSpec, data: DataSpec, family: Family, image_size: i
             image_size=image_size,
             tiling={name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")},
         )
-        if loader.shape[1:] != (image_size, image_size):
-            raise UserError(
-                f"{folder}: its image processor makes {loader.shape[1]} x {loader.shape[2]} pixels, but the vision "
-                f"tower takes {image_size} x {image_size}: is preprocessor_config.json another model's?"
-            )
     return Inputs(data, tokenizer, template, loader)
 
 
@@ -180,7 +181,8 @@ def _read(path: str | None, images: str | None, what: str, image_lead: bool, on_
     if path.startswith(PREFIX):
         state = tfds_state(tfds_folder(path))
     else:
-        state = str([file.stat().st_mtime_ns if file.exists() else 0 for file in data_files(Path(path), root)])
+        files = data_files(Path(path), root)
+        state = str([os.stat(file).st_mtime_ns if os.path.exists(file) else 0 for file in files])
     return _records(path, root, image_lead, on_error, state)
 
 
@@ -378,6 +380,7 @@ def arranged_questions(
     """
     inputs = load_inputs(model, data, cfg)
     records = evaluation_records(of, image_lead=inputs.template.image_lead)
+    cfg.check_row("evaluate.max_length", evaluate.max_length or 0)
     encoder = inputs.encoder(cfg, evaluate.max_length or 0)
     return _arranged(records, encoder, evaluate.batch_size, multiple, of.prompt_suffix or "")
 

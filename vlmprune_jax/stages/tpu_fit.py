@@ -133,7 +133,7 @@ def make_case(experiment: Experiment, folder: Path | None, topology: str) -> Cas
     made = None if folder is None else folder / "plan.json"
     plan = predict_plan(experiment, cfg) if made is None or not made.is_file() else PrunePlan.from_json(made)
     config = recover_config(experiment.recover)
-    lengths = length_buckets(experiment.data)
+    lengths = length_buckets(experiment.data, cfg)
     if not lengths:
         raise UserError("data.max_length is not set: planning needs the tokens per row (--config.data.max_length=2048)")
     slots = _image_slots(experiment, cfg, hf_dir)
