@@ -64,6 +64,14 @@ def _told(error: BaseException) -> str:
     return "too deeply nested" if isinstance(error, RecursionError) else reason(error)
 
 
+_LAST: list[Path] = []
+
+
+def last_read() -> Path | None:
+    """The file that was opened last: what an unforeseen error is most likely about."""
+    return _LAST[0] if _LAST else None
+
+
 def open_file(path: Path, missing: str = "no such file") -> BinaryIO:
     """A regular file, opened for reading in binary.
 
@@ -78,6 +86,7 @@ def open_file(path: Path, missing: str = "no such file") -> BinaryIO:
         mode = os.stat(path).st_mode  # before it is opened: opening a device may do something
         if not stat.S_ISREG(mode):
             raise UserError(f"{path}: is a {_KINDS.get(stat.S_IFMT(mode), 'special file')}, expected a file")
+        _LAST[:] = [path]
         # Not to wait for a writer, should it have become a FIFO meanwhile.
         return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
     except (OSError, ValueError) as error:
