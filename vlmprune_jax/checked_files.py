@@ -18,7 +18,7 @@ import stat
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import msgspec
 import numpy as np
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 # Larger than any real one (the tokenizer of a 260,000 word vocabulary: 33 MB); a list of them takes 25 times its text.
 MAX_JSON_BYTES = 100_000_000
 MAX_ARRAYS_BYTES = 2**28
+# Numbers in schemas: what a float64 still counts, and neither NaN nor infinite.
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Finite = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
 # What Pillow decodes by itself. Others start programs (EPS: Ghostscript) or read what a file only points to.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device",
@@ -129,7 +132,12 @@ def read_text(path: Path, most: int | None = None, missing: str = "no such file"
 
 
 def read_json(
-    path: Path, kind: Any = dict[str, Any], *, missing: str | None = None, todo: str = "restore it from its source"
+    path: Path,
+    kind: Any = dict[str, Any],
+    *,
+    missing: str | None = None,
+    todo: str = "restore it from its source",
+    most: int = MAX_JSON_BYTES,
 ) -> Any:
     """The JSON value in a file, as it stands there, if it is of a kind.
 
@@ -139,12 +147,13 @@ def read_json(
         may be there.
       missing: what to say where nothing is there; by default, that a folder of a model has such a file.
       todo: what to do about a file that is damaged.
+      most: bytes that it may have.
 
     Raises:
       UserError: see `read_text`; or it is not JSON, or something else than `kind`.
     """
     said = f"is missing (is {path.parent} a Hugging Face model folder?)" if missing is None else missing
-    return checked(parse_json(read_text(path, MAX_JSON_BYTES, said), str(path), todo), kind, str(path), todo)
+    return checked(parse_json(read_text(path, most, said), str(path), todo), kind, str(path), todo)
 
 
 def parse_json(text: str | bytes, where: str, todo: str) -> Any:

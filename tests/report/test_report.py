@@ -301,7 +301,7 @@ def test_loss_figure():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "no such file: run `vlmprune run` first"), ("{", "not a result"), ('{"runs": []}', "KeyError")],
+    [(None, "no such file: run `vlmprune run` first"), ("{", "is not valid JSON"), ('{"runs": []}', "`teacher`")],
 )
 def test_damaged_result(workdir, text, message):
     (workdir / "result.json").unlink()
