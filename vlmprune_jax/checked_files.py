@@ -256,6 +256,30 @@ def open_image(source: Path | bytes) -> Iterator[Image]:
         yield image
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which is at `path` when the block succeeds, whole and also after a power cut, or not at all.
+
+    Nothing is written through a link that lies there.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.unlink(missing_ok=True)
+        with partial.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
 def copy_file(source: Path, target: Path, folder: Path) -> None:
     """Copy a file of `folder`'s: a regular one, or a link to one that lies there or in the hub cache's `blobs`.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.config import LayerShape, ModelConfig, Stack, VisionConfig, runs
+from vlmprune_jax.errors import printable
 from vlmprune_jax.families import Family, target_of
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.layout import make_slots
@@ -118,9 +119,9 @@ def as_lines(found: dict[str, Any]) -> list[str]:
     text, parts, prunable = found["text"], found["parameters"], found["prunable"]
     total = parts["total"]
     lines = [
-        f"{found['folder']}: {found['family']}, {found['layout']} layout",
+        f"{printable(found['folder'])}: {found['family']}, {found['layout']} layout",
         f"  files       {found['bytes'] / 2**20:,.1f} MiB in {found['shards']} shard(s), {found['tensors']} tensors, "
-        f"{', '.join(f'{n} x {kind}' for kind, n in found['dtypes'].items())}"
+        + printable(", ".join(f"{n} x {kind}" for kind, n in found["dtypes"].items()))
         + (f", weights in {found['storage']}" if found["storage"] else ""),
         f"  parameters  {total:,}: "
         + ", ".join(f"{part} {parts[part]:,} ({100 * parts[part] / total:.1f} %)" for part in PARTS if parts[part]),
