@@ -14,7 +14,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 
-from vlmprune_jax.checked_files import Count, Finite, checked, parse_json, read_json
+from vlmprune_jax.checked_files import Count, Finite, checked, parse_json, read_json, replacing
 from vlmprune_jax.config import STACKS, LayerShape, ModelConfig
 from vlmprune_jax.errors import UserError
 
@@ -197,10 +197,8 @@ class PrunePlan:
         stacks = ",\n".join(f"    {json.dumps(name)}: {_as_json(kept)}" for name, kept in self.stacks.items())
         text = "\n".join(["{", *lines, '  "stacks": {', stacks, "  }", "}"]) + "\n"
         if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(f"{path}.partial")
-            partial.write_text(text)
-            os.replace(partial, path)
+            with replacing(Path(path)) as file:
+                file.write(text.encode())
         return text
 
     @classmethod

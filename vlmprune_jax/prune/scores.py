@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypedDict
 import msgspec
 import numpy as np
 
-from vlmprune_jax.checked_files import checked, parse_json, read_arrays, reading
+from vlmprune_jax.checked_files import checked, parse_json, read_arrays, reading, replacing
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.prune.criteria import scoring
 
@@ -100,7 +100,6 @@ class Scores:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one `.npz` (no pickle); the file appears complete or not at all."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         meta = {
             "format": FORMAT,
             "criterion": self.criterion,
@@ -108,14 +107,8 @@ class Scores:
             "options": dict(self.options),
             "layers": 0 if self.heads is None else len(self.heads),
         }
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            with partial.open("wb") as file:
-                np.savez(file, allow_pickle=False, meta=np.array(json.dumps(meta)), **self._arrays())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        with replacing(path) as file:
+            np.savez(file, allow_pickle=False, meta=np.array(json.dumps(meta)), **self._arrays())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:

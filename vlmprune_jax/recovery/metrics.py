@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import jax
 from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from vlmprune_jax.checked_files import Count, checked, read_json_lines
+from vlmprune_jax.checked_files import Count, checked, read_json_lines, replacing
 from vlmprune_jax.distributed.chips import peak_flops
 from vlmprune_jax.distributed.mesh import from_all, is_main_process
 from vlmprune_jax.errors import UserError
@@ -157,8 +156,8 @@ class Recorder:
         if self._folder is not None:
             path = self._folder / f"nonfinite-{jax.process_index()}.json"
             metrics = {name: str(value) for name, value in values.items()}
-            self._folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"step": step, "metrics": metrics, "records": ids}))
+            with replacing(path) as file:
+                file.write(json.dumps({"step": step, "metrics": metrics, "records": ids}).encode())
             where = f" (all in {path}); the last good checkpoint is of step {self.saved}"
         loss, norm = values["loss"], values["grad_norm"]
         raise UserError(
@@ -215,9 +214,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _keep_until(path: Path, step: int, kind: Any) -> list[dict[str, Any]]:
     """Lines of steps up to `step`, which is what the file then holds; a line that a crash cut off is dropped."""
     if not path.exists():
+        path.unlink(missing_ok=True)  # a link to nothing, which would be written through
         return []
     kept = [line for line in read_json_lines(path, kind, cut=True) if line["step"] <= step]
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(partial, path)  # a process killed here, or before the next line is there, keeps the old ones
+    # A process killed here, or before the next line is there, keeps the old ones.
+    with replacing(path) as file:
+        file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
     return kept

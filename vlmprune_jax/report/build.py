@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from vlmprune_jax.checked_files import read_text
+from vlmprune_jax.checked_files import read_text, replacing
 from vlmprune_jax.errors import UserError, printable
 from vlmprune_jax.prune import PrunePlan, Scores
 from vlmprune_jax.recovery.config import LossConfig
@@ -149,9 +148,8 @@ def build_report(workdir: Path) -> Path:
         )
     )
     out = workdir / "report.html"
-    partial = workdir / ".report.html.partial"
-    partial.write_text(page, encoding="utf-8", errors="backslashreplace")
-    os.replace(partial, out)
+    with replacing(out) as file:
+        file.write(page.encode(errors="backslashreplace"))
     return out
 
 

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from vlmprune_jax.checked_files import replacing
 from vlmprune_jax.errors import printable
 
 # Text and axes are drawn in this colour, which an inline SVG then trades for the page's own (light or dark).
@@ -299,6 +300,5 @@ def to_svg(figure: Figure) -> str:
 
 def write_png(figure: Figure, path: Path) -> None:
     """The figure on white, twice the size of the page's."""
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=200, facecolor="white", metadata={"Software": None})
-    partial.replace(path)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=200, facecolor="white", metadata={"Software": None})
