@@ -32,7 +32,14 @@ ORDER = (
 RANK = {unit: rank for rank, line in enumerate(ORDER) for unit in line}
 WITHOUT_JAX = ("errors", "checks", "checked_files", "config", "families")
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
-CLI_PLUMBING = {"__init__", "main", "flags", "config_files", "workdir"}  # every other file of cli/ is one command
+CLI_PLUMBING = {
+    "__init__",
+    "main",
+    "messages",
+    "flags",
+    "config_files",
+    "workdir",
+}  # every other file of cli/ is one command
 SHIPPED_TORCH = PACKAGE / "hf" / "remote"  # PyTorch files that exports carry; only the check of one imports them
 
 

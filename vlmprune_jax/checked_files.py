@@ -19,7 +19,7 @@ import stat
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import msgspec
 import numpy as np
@@ -34,6 +34,9 @@ MAX_JSON_BYTES = 100_000_000
 MAX_JSON_DEPTH = 100
 MAX_ARRAYS_BYTES = 2**28
 MAX_COPY_BYTES = 2**30
+# Numbers in schemas: what a float64 still counts, and neither NaN nor infinite.
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Finite = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
 # What Pillow decodes by itself. Others start programs (EPS: Ghostscript) or read what a file only points to.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device",
@@ -67,6 +70,14 @@ def _told(error: BaseException) -> str:
     return "too deeply nested" if isinstance(error, RecursionError) else reason(error)
 
 
+_LAST: list[Path] = []
+
+
+def last_read() -> Path | None:
+    """The file that was opened last: what an unforeseen error is most likely about."""
+    return _LAST[0] if _LAST else None
+
+
 def open_file(path: Path, missing: str = "no such file") -> BinaryIO:
     """A regular file, opened for reading in binary.
 
@@ -81,6 +92,7 @@ def open_file(path: Path, missing: str = "no such file") -> BinaryIO:
         mode = os.stat(path).st_mode  # before it is opened: opening a device may do something
         if not stat.S_ISREG(mode):
             raise UserError(f"{path}: is a {_KINDS.get(stat.S_IFMT(mode), 'special file')}, expected a file")
+        _LAST[:] = [path]
         # Not to wait for a writer, should it have become a FIFO meanwhile.
         return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
     except (OSError, ValueError) as error:
@@ -123,7 +135,12 @@ def read_text(path: Path, most: int | None = None, missing: str = "no such file"
 
 
 def read_json(
-    path: Path, kind: Any = dict[str, Any], *, missing: str | None = None, todo: str = "restore it from its source"
+    path: Path,
+    kind: Any = dict[str, Any],
+    *,
+    missing: str | None = None,
+    todo: str = "restore it from its source",
+    most: int = MAX_JSON_BYTES,
 ) -> Any:
     """The JSON value in a file, as it stands there, if it is of a kind.
 
@@ -133,12 +150,13 @@ def read_json(
         may be there.
       missing: what to say where nothing is there; by default, that a folder of a model has such a file.
       todo: what to do about a file that is damaged.
+      most: bytes that it may have.
 
     Raises:
       UserError: see `read_text`; or it is not JSON, or something else than `kind`.
     """
     said = f"is missing (is {path.parent} a Hugging Face model folder?)" if missing is None else missing
-    return checked(parse_json(read_text(path, MAX_JSON_BYTES, said), str(path), todo), kind, str(path), todo)
+    return checked(parse_json(read_text(path, most, said), str(path), todo), kind, str(path), todo)
 
 
 def read_parts(path: Path, kind: Any, todo: str = "restore it from its source") -> Any:
@@ -269,6 +287,32 @@ def open_image(source: Path | bytes) -> Iterator[Image]:
     content = open_file(source) if isinstance(source, Path) else io.BytesIO(source)
     with content, Image.open(content, formats=IMAGE_FORMATS) as image:
         yield image
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which is at `path` when the block succeeds, whole and also after a power cut, or not at all.
+
+    Nothing is written through a link that lies there.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.unlink(missing_ok=True)
+        with partial.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # as of writing to a full disk
+            error.filename = str(path)
+        raise
 
 
 def copy_file(source: Path, target: Path, folder: Path) -> None:

@@ -298,8 +298,8 @@ def plan_data(form):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d, _: d.pop("fingerprint"), "key 'fingerprint' is missing: plan again"),
-        (lambda _, t: t.pop("layers"), "key 'layers' is missing: plan again"),
+        (lambda d, _: d.pop("fingerprint"), "missing required field `fingerprint`.*: plan again"),
+        (lambda _, t: t.pop("layers"), "missing required field `layers`.*: plan again"),
         (lambda d, _: d.update(format=7), "plan of format 7, this version reads up to 2"),
         (lambda _, t: t.update(layers=[]), "no layer is kept"),
         (lambda _, t: t["layers"].reverse(), r"kept layers \[4, 3, 2, 1, 0\] are not increasing numbers below 5"),
@@ -314,7 +314,20 @@ def plan_data(form):
             lambda _, t: t["layers"][1].update(q_heads=[0, 1], kv_heads=[1]),
             "do not share its key/value heads .* evenly",
         ),
-        (lambda _, t: t.update(layers="all"), "not a prune plan"),
+        (lambda _, t: t.update(layers="all"), "Expected `array`, got `str`"),
+        (lambda _, t: t["layers"][1].update(neurons=[0.5, 1.5]), r"Expected `int`, got `float` - at `.*neurons\[0\]`"),
+        (lambda _, t: t["layers"][1].update(kv_heads=[False, True]), r"Expected `int`, got `bool`.*kv_heads\[0\]`"),
+        (lambda _, t: t["layers"][1].update(q_heads=["0"]), r"Expected `int`, got `str` - at `.*q_heads\[0\]`"),
+        (lambda _, t: t["layers"][1].update(neurons=[10**30]), r"Expected `int` <= 2147483647 - at `.*neurons\[0\]`"),
+        (lambda _, t: t["layers"][1].update(neurons=[-1, 2]), r"Expected `int` >= 0 - at `.*neurons\[0\]`"),
+        (lambda _, t: t["layers"][1].update(index=True), r"Expected `int`, got `bool` - at `.*index`"),
+        (lambda _, t: t.update(layers_before=[[4, 4, 12]] * 4), r"kept layers .* are not increasing numbers below 4"),
+        (lambda _, t: t.update(layers_before=[[4, 4, 12]] * 10**5), "Expected `array` of length <= 10000"),
+        (lambda _, t: t.update(layers_before=[[4, 4]]), "Expected `array` of length 3, got 2"),
+        (lambda _, t: t.update(kept_layers=[0, 1]), "kept_layers are not those of layers"),
+        (lambda d, _: d.update(asked=float("nan")), "Expected `float` >= .*asked"),
+        (lambda d, _: d.update(parameters_total=0), "Expected `int` >= 1 - at `.*parameters_total`"),
+        (lambda d, _: d.update(format=True), "Expected `int`, got `bool` - at `.*format`"),
         (lambda _, t: t.update(layers_before=[[4, 3, 12]]), "q_heads must be a multiple of kv_heads"),
     ],
 )
@@ -331,7 +344,7 @@ def test_from_json_refuses(tmp_path, change, message, form):
     [
         (lambda t: {"vision": t}, "its stacks are vision, of which text must be one and vision may be"),
         (lambda t: {"text": t, "audio": t}, "its stacks are text, audio, of which text must be"),
-        (lambda t: [t], "not a prune plan"),
+        (lambda t: [t], "Expected `object`, got `array` - at `.*stacks`"),
     ],
 )
 def test_from_json_refuses_stacks(stacks, message):
@@ -431,10 +444,24 @@ def test_from_json_refuses_files_that_are_not_plans(tmp_path):
     with pytest.raises(UserError, match=r"none.json: no such plan"):
         PrunePlan.from_json(tmp_path / "none.json")
     (tmp_path / "half.json").write_text('{"format": 1,')
-    with pytest.raises(UserError, match=r"half.json: not a prune plan"):
+    with pytest.raises(UserError, match=r"half.json: is not valid JSON .*: plan again"):
         PrunePlan.from_json(tmp_path / "half.json")
-    with pytest.raises(UserError, match="plan JSON: key 'format' is missing"):
+    with pytest.raises(UserError, match=r"plan JSON: .*missing required field `format`"):
         PrunePlan.from_json("{}")
+
+
+def test_a_plan_that_lists_many_heads_is_checked_at_once():
+    """Not each with each."""
+    many = 40_000
+    data, text = plan_data(2)
+    text.update(layers_before=[[many, many, 1]], layers=[{key: [*range(many)] for key in ("q_heads", "kv_heads")}])
+    text["layers"][0].update(index=0, neurons=[0])
+    text["kept_layers"] = [0]
+    assert PrunePlan.from_json(json.dumps(data)).layers[0].shape == LayerShape(many, many, 1)
+    text["layers"][0]["q_heads"] = [*range(many - 1)]
+    with pytest.raises(UserError, match="do not share its key/value heads") as error:
+        PrunePlan.from_json(json.dumps(data))
+    assert len(str(error.value)) <= 2000
 
 
 def test_plans_that_do_not_follow_each_other_are_not_composed():

@@ -244,7 +244,7 @@ def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path):
     for part in (tmp_path / "checkpoints/6/state").rglob("*"):
         if part.is_file() and part.parent.name == "d":
             part.write_bytes(part.read_bytes()[:10])
-    with pytest.raises(UserError, match=r"checkpoints/6: cannot read the checkpoint \(.*remove that folder"):
+    with pytest.raises(UserError, match=r"checkpoints/6: cannot be read \(.*\): remove that folder, and run"):
         train(mid_epoch_stream(), tmp_path)
 
 

@@ -147,7 +147,9 @@ def test_what_was_planned_for_a_slice_is_shown(workdir):
     )
     assert "<h3>&lt;width&gt;</h3>" in section
     (workdir / "tpu_plan.json").write_text("[]")
-    with pytest.raises(UserError, match=r"tpu_plan\.json: not a result of `vlmprune plan`"):
+    with pytest.raises(
+        UserError, match=r"tpu_plan\.json: .*Expected `object`, got `array`\): plan again, or remove it"
+    ):
         build_report(workdir)
 
 
@@ -301,7 +303,7 @@ def test_loss_figure():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "no such file: run `vlmprune run` first"), ("{", "not a result"), ('{"runs": []}', "KeyError")],
+    [(None, "no such file: run `vlmprune run` first"), ("{", "is not valid JSON"), ('{"runs": []}', "`teacher`")],
 )
 def test_damaged_result(workdir, text, message):
     (workdir / "result.json").unlink()

@@ -96,11 +96,25 @@ def test_best():
         best_run([], {})
 
 
+FACTS = {
+    "method": "depth",
+    "ratio_asked": 0.3,
+    "ratio_reached": 0.31,
+    "plan": "plan.json",
+    "recovery": "none",
+    "data_fraction": 0.0,
+    "seconds": 1.5,
+    "parameters": 60,
+    "scores": ["scores.npz"],
+}
+EXPORT = {"path": "export", "max_abs_logit_difference": 1e-6}
+
+
 def test_reading_versions(tmp_path):
     file = tmp_path / "result.json"
     teacher = {"accuracy": 0.8, "questions": 40, "parameters": 100, "by_answer": {"yes": {"questions": 40}}}
-    old = {"name": "depth", "accuracy": 0.6, "retained": 75.0, "parameters": 60, "by_answer": {}}
-    file.write_text(json.dumps({"teacher": teacher, "runs": [old], "best": "depth", "export": {}}))
+    old = {"name": "depth", "accuracy": 0.6, "retained": 75.0, "by_answer": {}, "path": "pruned", **FACTS}
+    file.write_text(json.dumps({"teacher": teacher, "runs": [old], "best": "depth", "export": EXPORT}))
     result = read_result(tmp_path)
     assert result["sets"] == {
         "questions": {"name": "exact_match", **METRICS["exact_match"].describe(), "questions": 40}
@@ -110,7 +124,8 @@ def test_reading_versions(tmp_path):
         "groups": {"questions": {"yes": {"questions": 40}}},
     }
     assert result["runs"][0]["evaluation"]["mean_of_ratios"] == 75.0
-    new = make_result(found(pope=0.5), [run("depth", found(pope=0.5), found(pope=0.5))], "depth", {"path": "export"})
+    made = make_run("depth", FACTS, found(pope=0.5), found(pope=0.5), "pruned")
+    new = make_result(found(pope=0.5), [made], "depth", EXPORT)
     file.write_text(json.dumps(new))
     assert read_result(tmp_path) == new
     file.write_text(json.dumps({**new, "version": 3}))
@@ -118,7 +133,7 @@ def test_reading_versions(tmp_path):
         read_result(tmp_path)
     del new["sets"]
     file.write_text(json.dumps(new))
-    with pytest.raises(UserError, match=r"not a result of `vlmprune run` \(KeyError\('sets'\)\)"):
+    with pytest.raises(UserError, match=r"missing required field `sets`.*: run `vlmprune run` again"):
         read_result(tmp_path)
 
 

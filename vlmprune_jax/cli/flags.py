@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import re
 import sys
 import warnings
@@ -15,6 +16,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from vlmprune_jax.checked_files import open_file
 from vlmprune_jax.checks import suggest
 from vlmprune_jax.errors import UserError
 
@@ -87,12 +89,18 @@ def _importing_beside(config: str | None) -> Iterator[None]:
     if config is None:
         yield
         return
-    folder = str(Path(config.split(".py:")[0]).resolve().parent)
+    folder = str(_file_of(config).resolve().parent)
     sys.path.insert(0, folder)
     try:
         yield
     finally:
         sys.path.remove(folder)
+
+
+def _file_of(config: str) -> Path:
+    """The file in FILE.py:VARIANT."""
+    file, mark, _ = config.partition(".py:")
+    return Path(f"{file}.py" if mark else config)
 
 
 def _define(command: ModuleType, argv: list[str] | None = None) -> Flags:
@@ -108,6 +116,9 @@ def _define(command: ModuleType, argv: list[str] | None = None) -> Flags:
 
 def _check_overrides(argv: Sequence[str], config: str) -> None:
     """Refuse a config file that cannot be loaded, and `--config.x.y` that does not exist in it, in one line."""
+    path = _file_of(config)
+    if os.path.lexists(path):  # a FIFO would be waited for
+        open_file(path).close()
     values = Flags()
     alone = ["vlmprune", f"--config={config}"]
     config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True, sys_argv=alone)
@@ -117,11 +128,12 @@ def _check_overrides(argv: Sequence[str], config: str) -> None:
         loaded.keys()  # a file that failed to load says so at its first use
         if not isinstance(loaded, ConfigDict):
             raise TypeError(f"get_config() gives a {type(loaded).__name__}, not what experiment_config() gives")
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except Exception as error:  # whatever a config file may raise
-        reason = str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__
-        raise UserError(f"--config={config}: cannot be loaded ({reason}); --debug shows more") from error
+    except BaseException as error:  # whatever a config file may raise
+        lines = str(error).strip().splitlines()
+        told = lines[-1].strip() if lines and isinstance(error, Exception) else repr(error)
+        raise UserError(f"--config={config}: cannot be loaded ({told}); --debug shows more") from error
     for arg in argv:
         path = arg.lstrip("-").split("=", 1)[0]
         if arg.startswith("--") and path.startswith("config."):

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
+import io
 import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType, ModuleType
 
+from vlmprune_jax.checked_files import last_read
 from vlmprune_jax.checks import suggest
 from vlmprune_jax.cli.flags import help_of, parse, switch, value_of
+from vlmprune_jax.cli.messages import kept, leave_quietly
 from vlmprune_jax.distributed.failure import end, joined
-from vlmprune_jax.errors import SharedError, Stopped, UserError
+from vlmprune_jax.errors import SharedError, Stopped, UserError, printable, reason
 
 # Command -> what it does, in the order of a run. Modules load when they are called: help stays fast.
 COMMANDS = {
@@ -44,12 +49,25 @@ usage: vlmprune COMMAND [flags]        vlmprune COMMAND --help
   vlmprune run --config=configs/llava_width.py:0.3 --workdir=runs/llava --config.model.hf_dir=DIR
                --config.data.train=FILE.json --config.data.images=DIR --config.data.eval=FILE.json
 """
-USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
+OURS, USER_ERROR, INTERRUPTED, BROKEN_PIPE, TERMINATED = 1, 2, 130, 141, 143
 # What a person can do something about: no room (disk, quota, largest file), no right to write.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_TODO = {
+    errno.ENOENT: "check that path, and whether something else removes it meanwhile",
+    errno.ENOTDIR: "it lies below a file: give another place",
+    errno.EEXIST: "remove it, or give another place",
+    errno.EISDIR: "remove that folder, or give another place",
+    errno.ENOTEMPTY: "remove that folder, or give another place",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "remove the link that leads back to itself",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENOMEM: "use a machine with more memory, or a smaller batch",
+}
 # An unforeseen error of one of several processes may be what the loss of another looks like: launch/ starts such a run
 # again, as where jax itself aborts.
 ABORTED = 134
+_NO_MEMORY = "RESOURCE_EXHAUSTED"
+_PACKAGE = Path(__file__).parents[1]
 
 
 class _Terminated(KeyboardInterrupt):
@@ -61,16 +79,18 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 (wrong input), 130 (Ctrl-C) or 143 (stopped by SIGTERM).
+    """Run one command; returns the exit code: 0, 1 (a defect of ours), 2 (wrong input, or what the system refuses), 130
+    (Ctrl-C), 141 (nobody reads on) or 143 (stopped by SIGTERM).
 
     Where several processes run together and one fails, all exit from here with its code, 134 for an unforeseen error.
     """
+    alone = argv is None  # the process is ours
     argv = list(sys.argv[1:] if argv is None else argv)
     # transformers would say twice that PyTorch is missing, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    if not argv or argv[0] in ("-h", "--help") or argv == ["help"]:
-        print(OVERVIEW.format(commands="\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())))
-        return 0
+    for stream in (sys.stdout, sys.stderr):  # names of files may be of characters that the terminal has not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if threading.current_thread() is not threading.main_thread():  # where no signal can be caught
         return _guarded(argv)
     previous = signal.signal(signal.SIGTERM, _terminate)
@@ -78,52 +98,104 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _guarded(argv)
     finally:
         signal.signal(signal.SIGTERM, previous)
+        if alone and not switch(argv, "debug"):
+            leave_quietly()
 
 
 def _guarded(argv: list[str]) -> int:
     """The command's exit code, with whatever stopped it told in one line."""
     try:
-        return _dispatch(argv[0], argv[1:])
-    except UserError as error:
+        if switch(argv, "debug"):
+            _dispatch(argv)
+        else:
+            with kept() as messages:
+                _dispatch(argv)
+            messages.tell()
+        return 0
+    except BaseException as error:
         if switch(argv, "debug"):
             traceback.print_exc()
-        line = " ".join(str(error).split())
-        if isinstance(error, Stopped):
-            print(f"vlmprune: {line}", file=sys.stderr)
-            return TERMINATED
-        if isinstance(error, SharedError):
-            print(f"vlmprune: error: {line}", file=sys.stderr)
-            return USER_ERROR
-        return end(f"vlmprune: error: {line}", line, USER_ERROR)
-    except KeyboardInterrupt as error:
-        if switch(argv, "debug"):
-            traceback.print_exc()
+        return _ended(argv, error)
+
+
+def _ended(argv: list[str], error: BaseException) -> int:
+    """Tell in one line what ended a command, here and to the other processes of the run; returns the exit code."""
+    if isinstance(error, Stopped):
+        print(f"vlmprune: {error}", file=sys.stderr)
+        return TERMINATED
+    if isinstance(error, SharedError):
+        print(f"vlmprune: error: {error}", file=sys.stderr)
+        return USER_ERROR
+    if isinstance(error, KeyboardInterrupt):
         terminated = isinstance(error, _Terminated)
         what = "stopped on SIGTERM" if terminated else "interrupted"
         line = f"\nvlmprune: {what}; the same command continues with what is left"
         return end(line, what, TERMINATED if terminated else INTERRUPTED)
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in _DISK:
-            if switch(argv, "debug"):
-                traceback.print_exc()
-            where = error.filename or value_of(argv, "workdir") or f"vlmprune {argv[0]}"
-            line = f"{where}: {error.strerror}: make room or mend the disk, and run the same command"
-            return end(f"vlmprune: error: {line}", line, USER_ERROR)
-        if not joined():
-            raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        return end(traceback.format_exc(), reason, ABORTED)
+    if isinstance(error, BrokenPipeError) and not joined():
+        with contextlib.suppress(OSError, ValueError):  # what is left in the buffer goes there when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    said = str(error) if isinstance(error, UserError) else _of_the_system(argv, error)
+    if said is not None:
+        return end(f"vlmprune: error: {said}", said, USER_ERROR)
+    if joined():
+        return end(traceback.format_exc(), f"{type(error).__name__}: {printable(str(error))}"[:500], ABORTED)
+    return end(f"vlmprune: error: {_defect(argv, error)}", "", OURS)
 
 
-def _dispatch(name: str, rest: list[str]) -> int:
+def _of_the_system(argv: list[str], error: BaseException) -> str | None:
+    """What to do about an error that is no defect of this program, or None.
+
+    One of several processes is left to start again what the loss of another may have caused.
+    """
+    command = " ".join(("vlmprune", *argv[:1]))
+    if isinstance(error, OSError) and (error.errno in _DISK or not joined()):
+        where = error.filename or value_of(argv, "workdir") or command
+        where = os.fsdecode(where) if isinstance(where, bytes) else where
+        todo = "make room or mend the disk, and run the same command"
+        return printable(f"{where}: {error.strerror or reason(error)}: {_TODO.get(error.errno or 0, todo)}")
+    if isinstance(error, MemoryError) or (type(error).__name__ == "JaxRuntimeError" and _NO_MEMORY in str(error)):
+        return printable(
+            f"{command}{_after()}: it takes more memory than there is ({reason(error)}): use shorter rows, a "
+            "smaller batch or a larger machine"
+        )
+    if isinstance(error, SystemExit):
+        return printable(f"{command}: a file of yours ended it by SystemExit({error.code!r}): remove that")
+    return None
+
+
+def _defect(argv: list[str], error: BaseException) -> str:
+    """What happened where, for a report: this program should have said it better."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _PACKAGE in Path(frame.filename).parents]
+    where = f" at {Path(frames[-1].filename).relative_to(_PACKAGE)}:{frames[-1].lineno}" if frames else ""
+    told = f"failed{where}{_after()} with {type(error).__name__}: {reason(error)}"
+    todo = "this is a defect of vlmprune: please report it with what the same command says with --debug"
+    return printable(f"{' '.join(('vlmprune', *argv[:1]))} {told}; {todo}")
+
+
+def _after() -> str:
+    """The file that was read last, which an unforeseen error most likely is about."""
+    path = last_read()
+    return "" if path is None else f" after reading {path}"
+
+
+def _dispatch(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help") or argv == ["help"]:
+        print(OVERVIEW.format(commands="\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())))
+    else:
+        _run(argv[0], argv[1:])
+    if sys.stdout is not None:
+        sys.stdout.flush()  # what cannot be written is told here, not by Python at the very end
+
+
+def _run(name: str, rest: list[str]) -> None:
     if name not in COMMANDS:
         raise UserError(f"no command {name!r}{suggest(name, COMMANDS)}")
     command: ModuleType = importlib.import_module(f"vlmprune_jax.cli.{name}")
     if any(arg in ("-h", "--help") for arg in rest):
         print(help_of(name, command))
-        return 0
+        return
     command.run(parse(name, command, rest))
-    return 0
 
 
 if __name__ == "__main__":

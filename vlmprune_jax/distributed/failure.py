@@ -79,7 +79,10 @@ def _watch(store: Any, number: int, count: int) -> None:
             said = json.loads(store.key_value_try_get(_FAILED))
     if not _ending.is_set():
         _ending.set()
-        print(f"vlmprune: error: process {said['process']} failed: {said['reason']}", file=sys.stderr, flush=True)
+        line = f"vlmprune: error: process {said['process']} failed: {said['reason']}"
+        print(
+            line, file=sys.__stderr__, flush=True
+        )  # what libraries say is kept from `sys.stderr` while a command runs
     with contextlib.suppress(JaxRuntimeError):  # process 0 has gone, and with it the store
         _part(store, number, count)
     sys.stdout.flush()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vlmprune_jax.checked_files import checked, read_json_lines, replacing
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
+from vlmprune_jax.errors import UserError
 
 T = TypeVar("T")
 
@@ -27,19 +28,25 @@ class Journal:
 
     def _open(self) -> list[Any]:
         """The entries of an interrupted pass; the file then holds them and nothing else, and is not there without."""
-        lines = []
-        for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else ():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
-        if not lines or lines[0] != self._made_from:
+        try:
+            lines = read_json_lines(self.path, Any, cut=True)
+        except UserError:  # not there, or nothing that a pass left
+            lines = []
+        if lines[:1] != [self._made_from]:
             self.path.unlink(missing_ok=True)
             return []
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        os.replace(partial, self.path)
+        self._write(lines)
         return lines[1:]
+
+    def _write(self, lines: Iterable[Any]) -> None:
+        with replacing(self.path) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+
+    def cut(self, number: int) -> None:
+        """Keep the first `number` entries: those that follow are damaged."""
+        del self.entries[number:]
+        if is_main_process():
+            self._write([self._made_from, *self.entries])
 
     def add(self, entry: Any) -> None:
         """Note what the next batch gave (a JSON value)."""
@@ -50,14 +57,34 @@ class Journal:
                 file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def continued(compute: Callable[[T], Any], batches: Iterable[T], journal: Journal | None) -> Iterator[Any]:
-    """`compute(batch)` of every batch (JSON values), taken from the journal where an interrupted pass left it there."""
+def continued(
+    compute: Callable[[T], Any],
+    batches: Iterable[T],
+    journal: Journal | None,
+    fits: Callable[[T, Any], bool] = lambda batch, entry: True,
+) -> Iterator[Any]:
+    """`compute(batch)` of every batch (JSON values), taken from the journal where an interrupted pass left it there.
+
+    From the first entry on that does not fit its batch, which may be damaged, all are computed again.
+    """
     known = [] if journal is None else journal.entries
     for number, batch in enumerate(batches):
         if number < len(known):
-            yield known[number]
-            continue
+            if fits(batch, known[number]):
+                yield known[number]
+                continue
+            assert journal is not None
+            journal.cut(number)
         entry = compute(batch)
         if journal is not None:
             journal.add(entry)
         yield entry
+
+
+def is_of(kind: Any, entry: Any) -> bool:
+    """Whether an entry of a journal is of a kind (see checked_files)."""
+    try:
+        checked(entry, kind, "", "")
+    except UserError:
+        return False
+    return True

@@ -6,16 +6,17 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlmprune_jax.checked_files import Count
 from vlmprune_jax.config import IGNORED, ModelConfig
 from vlmprune_jax.data.batching import GenerationBatch
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.distributed.journal import Journal, continued
+from vlmprune_jax.distributed.journal import Journal, continued, is_of
 from vlmprune_jax.distributed.mesh import within
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.metrics import Metric, metric_named
@@ -28,6 +29,7 @@ from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model, encode, mesh_of, place_batch, unembed
 
 Progress = Callable[[int], None]
+_Answers = list[tuple[str, Count]]  # texts and their tokens, as a journal keeps them
 CHUNK = 128  # positions whose float32 logits exist at once when a text is read
 
 
@@ -176,7 +178,7 @@ def ask(
         )
         return _decoded(batch, tokens, tokenizer, model.cfg)
 
-    for done, answered in enumerate(continued(answer, noted(), journal), start=1):
+    for done, answered in enumerate(continued(answer, noted(), journal, _answers_all), start=1):
         said += answered
         if progress is not None:
             progress(done)
@@ -184,6 +186,20 @@ def ask(
         raise UserError("there is no question to evaluate: check the evaluation records")
     replies = [(place, Reply(record, *reply)) for (place, record), reply in zip(asked, said, strict=True)]
     return [reply for _, reply in sorted(replies, key=lambda pair: pair[0])]
+
+
+def _answers_all(batch: GenerationBatch, entry: Any) -> bool:
+    """Whether an entry of a journal has an answer to every question of a batch."""
+    return is_of(_Answers, entry) and len(entry) == np.count_nonzero(batch.valid)
+
+
+class _LogLikelihood(TypedDict):
+    nll: float
+    tokens: Count
+
+
+def _measures(batch: tuple[np.ndarray, np.ndarray], entry: Any) -> bool:
+    return is_of(_LogLikelihood, entry) and entry["tokens"] == int(batch[1][:, 1:].sum())
 
 
 def _decoded(batch: GenerationBatch, tokens: np.ndarray, tokenizer: Any, cfg: ModelConfig) -> list[tuple[str, int]]:
@@ -269,7 +285,7 @@ def log_likelihoods(
         return {"nll": _negative_log_likelihood(model, rows, mask), "tokens": int(mask[:, 1:].sum())}
 
     found = []
-    for done, one in enumerate(continued(measure, _windows(ids, window, batch_size), journal), start=1):
+    for done, one in enumerate(continued(measure, _windows(ids, window, batch_size), journal, _measures), start=1):
         found.append(one)
         if progress is not None:
             progress(done)

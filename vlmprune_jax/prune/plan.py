@@ -6,15 +6,63 @@ import dataclasses
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
+import msgspec
+
+from vlmprune_jax.checked_files import Count, Finite, checked, parse_json, read_json, replacing
 from vlmprune_jax.config import STACKS, LayerShape, ModelConfig
 from vlmprune_jax.errors import UserError
 
 FORMAT = 2  # 1, which had the decoder's layers only, is read
+MAX_BYTES = 2**26  # the plan of a 70B model that keeps everything has 16 MB
+_TODO = "plan again"
+_Index = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+_Width = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+_FEW = msgspec.Meta(max_length=10_000)
+
+
+class _VersionJson(TypedDict):
+    format: int
+
+
+class _LayerJson(TypedDict):
+    index: _Index
+    q_heads: list[_Index]
+    kv_heads: list[_Index]
+    neurons: list[_Index]
+
+
+class _StackJson(TypedDict):
+    """`kept_layers` repeats the indices of `layers`, for people."""
+
+    kept_layers: NotRequired[list[_Index]]
+    layers_before: Annotated[list[tuple[_Width, _Width, _Width]], _FEW]
+    layers: Annotated[list[_LayerJson], _FEW]
+
+
+class _HeadJson(_VersionJson):
+    fingerprint: str
+    method: str
+    criterion: str
+    asked: Finite | None
+    reached: NotRequired[Finite]
+    parameters_before: Count
+    parameters_after: Count
+    parameters_total: Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+    options: dict[str, Any]
+
+
+class _PlanJson(_HeadJson):
+    stacks: dict[str, _StackJson]
+
+
+class _Plan1Json(_HeadJson, _StackJson):
+    """Of format 1."""
 
 
 @dataclass(frozen=True)
@@ -149,10 +197,8 @@ class PrunePlan:
         stacks = ",\n".join(f"    {json.dumps(name)}: {_as_json(kept)}" for name, kept in self.stacks.items())
         text = "\n".join(["{", *lines, '  "stacks": {', stacks, "  }", "}"]) + "\n"
         if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(f"{path}.partial")
-            partial.write_text(text)
-            os.replace(partial, path)
+            with replacing(Path(path)) as file:
+                file.write(text.encode())
         return text
 
     @classmethod
@@ -162,19 +208,16 @@ class PrunePlan:
         Raises:
           UserError: no such file, not JSON, or a key that is missing or inconsistent.
         """
-        inline = isinstance(source, str) and source.lstrip().startswith("{")
-        where = "plan JSON" if inline else str(source)
+        if isinstance(source, str) and source.lstrip().startswith("{"):
+            where, data = "plan JSON", parse_json(source, "plan JSON", _TODO)
+        else:
+            where = str(source)
+            missing = "no such plan: run `vlmprune prune` first"
+            data = read_json(Path(source), Any, missing=missing, todo=_TODO, most=MAX_BYTES)
         try:
-            data = json.loads(str(source) if inline else Path(source).read_text())
-            return _from_dict(data)
-        except FileNotFoundError:
-            raise UserError(f"{where}: no such plan: run `vlmprune prune` first") from None
-        except KeyError as error:
-            raise UserError(f"{where}: key {error} is missing: plan again") from None
+            return _from_dict(data, where)
         except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{where}: not a prune plan ({error}): plan again") from None
+            raise UserError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
 
 
 def keep_everything(cfg: ModelConfig, fingerprint: str, parameters: int) -> PrunePlan:
@@ -247,20 +290,25 @@ def _as_json(kept: KeptStack) -> str:
     return "{\n" + ",\n".join(f"      {line}" for line in lines) + f"\n{layers}\n      ]\n    }}"
 
 
-def _stack_from_dict(data: Mapping[str, Any]) -> KeptStack:
-    return KeptStack(
+def _stack_from_dict(data: _StackJson) -> KeptStack:
+    stack = KeptStack(
         layers_before=tuple(LayerShape(*shape) for shape in data["layers_before"]),
         layers=tuple(
-            KeptLayer(one["index"], *(tuple(one[name]) for name in ("q_heads", "kv_heads", "neurons")))
+            KeptLayer(one["index"], tuple(one["q_heads"]), tuple(one["kv_heads"]), tuple(one["neurons"]))
             for one in data["layers"]
         ),
     )
+    if data.get("kept_layers", [*stack.kept_layers]) != [*stack.kept_layers]:
+        raise UserError(f"prune plan: kept_layers are not those of layers: {_TODO}")
+    return stack
 
 
-def _from_dict(data: Mapping[str, Any]) -> PrunePlan:
-    if data["format"] not in (1, FORMAT):
-        raise UserError(f"plan of format {data['format']}, this version reads up to {FORMAT}: plan again")
-    stacks = {"text": data} if data["format"] == 1 else data["stacks"]
+def _from_dict(data: Any, where: str) -> PrunePlan:
+    known = checked(data, _VersionJson, where, _TODO)["format"]
+    if known not in (1, FORMAT):
+        raise UserError(f"plan of format {known}, this version reads up to {FORMAT}: {_TODO}")
+    checked(data, _Plan1Json if known == 1 else _PlanJson, where, _TODO)
+    stacks = {"text": data} if known == 1 else data["stacks"]
     return PrunePlan(
         fingerprint=data["fingerprint"],
         method=data["method"],
@@ -278,25 +326,32 @@ def _problem(before: Sequence[LayerShape], layers: Sequence[KeptLayer]) -> str |
     """Why these layers cannot be kept of a stack with these widths, or None."""
     if not layers:
         return "no layer is kept"
-    if not _increasing([layer.index for layer in layers], len(before)):
-        return f"kept layers {[layer.index for layer in layers]} are not increasing numbers below {len(before)}"
+    indices = [layer.index for layer in layers]
+    if not _increasing(indices, len(before)):
+        return f"kept layers {_listed(indices)} are not increasing numbers below {len(before)}"
     for layer in layers:
         shape = before[layer.index]
-        for name, indices, size in (
+        for name, units, size in (
             ("q_heads", layer.q_heads, shape.q_heads),
             ("kv_heads", layer.kv_heads, shape.kv_heads),
             ("neurons", layer.neurons, shape.mlp),
         ):
-            if not indices or not _increasing(indices, size):
+            if not units or not _increasing(units, size):
                 return f"{name} of layer {layer.index} are not increasing numbers below {size}, at least one"
         group = shape.q_heads // shape.kv_heads
-        per_group = [sum(head // group == kv for head in layer.q_heads) for kv in layer.kv_heads]
+        heads = Counter(head // group for head in layer.q_heads)
+        per_group = [heads[kv] for kv in layer.kv_heads]
         if len(set(per_group)) != 1 or sum(per_group) != len(layer.q_heads):
             return (
-                f"layer {layer.index} keeps query heads {list(layer.q_heads)} that do not share its key/value heads "
-                f"{list(layer.kv_heads)} evenly (groups of {group})"
+                f"layer {layer.index} keeps query heads {_listed(layer.q_heads)} that do not share its key/value heads "
+                f"{_listed(layer.kv_heads)} evenly (groups of {group})"
             )
     return None
+
+
+def _listed(indices: Sequence[int]) -> str:
+    """The first of them."""
+    return str([*indices]) if len(indices) <= 64 else f"{str([*indices[:64]])[:-1]}, ... {len(indices):,} in all]"
 
 
 def _increasing(indices: Sequence[int], size: int) -> bool:

@@ -4,18 +4,42 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypedDict
 
+import msgspec
 import numpy as np
 
+from vlmprune_jax.checked_files import checked, parse_json, read_arrays, reading, replacing
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.prune.criteria import scoring
 
 FORMAT = 1
+MOST_UNITS = 10_000  # layers of a model, heads of a layer
+_TODO = "score again"
+
+
+class _Version(TypedDict):
+    format: int
+
+
+class _Options(TypedDict, total=False):
+    """Those options of a criterion that a plan, or a report, asks for."""
+
+    variant: str | None
+    gqa: Literal["groups", "q_heads"]
+    layers_removed: Annotated[int, msgspec.Meta(ge=1, le=MOST_UNITS)] | None
+
+
+class _Meta(_Version):
+    """`layers`: how many have scores of widths."""
+
+    criterion: str
+    fingerprint: str
+    options: _Options
+    layers: Annotated[int, msgspec.Meta(ge=0, le=MOST_UNITS)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +100,6 @@ class Scores:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one `.npz` (no pickle); the file appears complete or not at all."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         meta = {
             "format": FORMAT,
             "criterion": self.criterion,
@@ -84,14 +107,8 @@ class Scores:
             "options": dict(self.options),
             "layers": 0 if self.heads is None else len(self.heads),
         }
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            with partial.open("wb") as file:
-                np.savez(file, allow_pickle=False, meta=np.array(json.dumps(meta)), **self._arrays())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        with replacing(path) as file:
+            np.savez(file, allow_pickle=False, meta=np.array(json.dumps(meta)), **self._arrays())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:
@@ -100,13 +117,21 @@ class Scores:
         Raises:
           UserError: no such file, or not a scores file.
         """
+        where, arrays = Path(path), dict[str, np.ndarray]()
+        missing = "no such scores file: run `vlmprune score` first"
+        for name, array in read_arrays(where, missing=missing, todo=_TODO).items():
+            most = array.size if name.startswith("mlp_") else MOST_UNITS
+            arrays[name] = array if name == "meta" else _numbers(array, most, f"{path}: {name}")
+        with reading(path, _TODO):
+            meta = parse_json(str(arrays.pop("meta")), f"{path}: meta", _TODO)
+        if checked(meta, _Version, f"{path}: meta", _TODO)["format"] != FORMAT:
+            raise UserError(f"{path}: scores of format {meta['format']}, this version reads {FORMAT}: score again")
+        checked(meta, _Meta, f"{path}: meta", _TODO)
+        names = {f"{kind}_{i}" for kind in ("heads", "mlp") for i in range(meta["layers"])}
+        if arrays.keys() - {"importance"} != names:
+            raise UserError(f"{path}: says it has {meta['layers']} layers, which its arrays are not of: {_TODO}")
+        wide = range(meta["layers"])
         try:
-            with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as file:
-                meta = json.loads(str(file["meta"]))
-                arrays = {name: file[name] for name in file.files if name != "meta"}
-            if meta["format"] != FORMAT:
-                raise UserError(f"{path}: scores of format {meta['format']}, this version reads {FORMAT}: score again")
-            wide = range(meta["layers"])
             return cls(
                 criterion=meta["criterion"],
                 fingerprint=meta["fingerprint"],
@@ -115,13 +140,18 @@ class Scores:
                 heads=tuple(arrays[f"heads_{i}"] for i in wide) if wide else None,
                 mlp=tuple(arrays[f"mlp_{i}"] for i in wide) if wide else None,
             )
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such scores file: run `vlmprune score` first") from None
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: not a scores file of `vlmprune score` ({error}): score again") from None
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
 
     def _arrays(self) -> dict[str, np.ndarray]:
         arrays = {} if self.importance is None else {"importance": self.importance}
         for name, parts in (("heads", self.heads), ("mlp", self.mlp)):
             arrays |= {f"{name}_{i}": part for i, part in enumerate(parts or ())}
         return arrays
+
+
+def _numbers(array: np.ndarray, most: int, where: str) -> np.ndarray:
+    """One row of floats, at most so many."""
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8 or array.ndim != 1 or not 0 < array.size <= most:
+        raise UserError(f"{where} is {array.dtype}{list(array.shape)}, not a row of numbers: {_TODO}")
+    return array

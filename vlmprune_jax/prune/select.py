@@ -102,10 +102,13 @@ def _check_scores(used: list[Scores], cfg: ModelConfig, stack: str) -> None:
     if any(not one.fingerprint.startswith(shape_digest(cfg)) for one in used):
         raise UserError("scores of another model: their shapes differ from this config: score this model first")
     shapes = cfg.stack(stack).layers
-    neurons = [shape.mlp for shape in shapes]
     for one in used:
+        by_group = one.options.get("gqa", "groups") == "groups"
+        widths = [(shape.kv_heads if by_group else shape.q_heads, shape.mlp) for shape in shapes]
         layers = len(shapes) if one.importance is None else len(one.importance)
-        if layers != len(shapes) or (one.mlp is not None and [len(scores) for scores in one.mlp] != neurons):
+        heads, neurons = ([*map(len, scored or ())] for scored in (one.heads, one.mlp))
+        scored = list(zip(heads, neurons, strict=False))
+        if layers != len(shapes) or scored not in ([], widths):
             raise UserError(f"{one.criterion} scores are not of the {stack} stack: their layers or widths are others")
 
 

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import orbax.checkpoint as ocp
 
+from vlmprune_jax.checked_files import checked, reading
 from vlmprune_jax.distributed.mesh import from_all
-from vlmprune_jax.errors import UserError, differences
+from vlmprune_jax.errors import UserError, differences, reason
 from vlmprune_jax.recovery.step import TrainState
 
 STATE, META = "state", "meta"
+_TODO = "remove that folder, and run the same command"
+
+
+class _Meta(TypedDict):
+    """`data`: the data state of every process, see `_gather`."""
+
+    identity: dict[str, Any]
+    data: Annotated[list[str], msgspec.Meta(min_length=1)]
 
 
 class Checkpointer:
@@ -37,7 +49,9 @@ class Checkpointer:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        folder.mkdir(parents=True, exist_ok=True)
+        with reading(folder, _TODO):
+            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -74,10 +88,10 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
-            complete = sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdigit())
+            complete = sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdecimal())
             last = f"the last complete one is of step {complete[-1]}" if complete else "there is no complete one"
             raise UserError(
-                f"{self.folder}: cannot save a checkpoint ({_reason(error)}); {last}: "
+                f"{self.folder}: cannot save a checkpoint ({_why(error)}); {last}: "
                 "make room or mend the disk, and run the same command"
             ) from error
 
@@ -92,7 +106,8 @@ class Checkpointer:
         step = self._manager.latest_step()
         if step is None:
             return None
-        meta = self._read(step, META, ocp.args.JsonRestore())
+        where = f"{self.folder}/{step}"
+        meta = checked(self._read(step, META, ocp.args.JsonRestore()), _Meta, where, _TODO)
         differs = differences(meta["identity"], self.identity)
         if differs:
             raise UserError(
@@ -101,8 +116,11 @@ class Checkpointer:
             )
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _tree(like))
         tree = self._read(step, STATE, ocp.args.StandardRestore(abstract))
-        leaves = [tree[name] for name in sorted(tree)]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), self._own(step, meta["data"])
+        with reading(where, _TODO):
+            state = jax.tree.unflatten(jax.tree.structure(like), [tree[name] for name in sorted(tree)])
+            if int(state.step) != step:
+                raise UserError(f"{where}: holds the state of step {int(state.step)}: {_TODO}")
+            return state, self._own(step, meta["data"])
 
     def _own(self, step: int, states: list[str]) -> Any:
         """This process's data state of those that were saved.
@@ -118,16 +136,14 @@ class Checkpointer:
         return _decode(states[jax.process_index() if len(states) == jax.process_count() else 0])
 
     def _read(self, step: int, item: str, args: Any) -> Any:
-        try:
+        with reading(f"{self.folder}/{step}", _TODO):
             return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
-        except (OSError, ValueError, KeyError) as error:
-            where = f"{self.folder}/{step}"
-            raise UserError(f"{where}: cannot read the checkpoint ({_reason(error)}); remove that folder") from error
 
 
-def _reason(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
+def _why(error: Exception) -> str:
+    """Why a save failed; tensorstore tells what it was at first, and that the disk is full at the very end."""
+    full = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+    return next((text for text in full if text in str(error)), reason(error))
 
 
 def _tree(state: TrainState) -> dict[str, jax.Array]:

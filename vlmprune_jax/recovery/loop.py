@@ -89,7 +89,7 @@ def _resume(run: Run, stream: Iterator[Any], saver: Checkpointer | None) -> tupl
     state, data_state = restored
     try:
         stream.set_state(data_state)
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever a stream may raise
         raise UserError(f"{saver.folder}: its place in the data does not fit these batches ({error!r})") from error
     return state, int(state.step)
 

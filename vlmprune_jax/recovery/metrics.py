@@ -5,23 +5,35 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from vlmprune_jax.checked_files import Count, checked, read_json_lines, replacing
 from vlmprune_jax.distributed.chips import peak_flops
 from vlmprune_jax.distributed.mesh import from_all, is_main_process
 from vlmprune_jax.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 LISTED_IDS = 16
+_Row = dict[str, float]  # of metrics.jsonl
 PAUSE_SECONDS = 60.0  # between two lines where no bar can be drawn, as in a pod's log
+
+
+class _Step(TypedDict):
+    step: Count
+
+
+class _Skipped(_Step):
+    """A line of skipped-N.jsonl."""
+
+    record: str
+    reason: str
 
 
 class Recorder:
@@ -52,12 +64,12 @@ class Recorder:
         self._skipped = 0
         self._skipped_file = None if folder is None else folder / f"skipped-{jax.process_index()}.jsonl"
         if self._skipped_file is not None and self._skipped_file.exists():
-            self._skipped = len(_keep_until(self._skipped_file, first))
+            self._skipped = len(_keep_until(self._skipped_file, first, _Skipped))
         if folder is not None and is_main_process():
             from tensorboardX import SummaryWriter  # imports torch where it is installed: 2 s and 0.2 GiB
 
             folder.mkdir(parents=True, exist_ok=True)
-            kept = _keep_until(folder / METRICS_FILE, first)
+            kept = _keep_until(folder / METRICS_FILE, first, _Step)
             self.last = kept[-1] if kept else {}
             self._file = (folder / METRICS_FILE).open("a")
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
@@ -144,8 +156,8 @@ class Recorder:
         if self._folder is not None:
             path = self._folder / f"nonfinite-{jax.process_index()}.json"
             metrics = {name: str(value) for name, value in values.items()}
-            self._folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"step": step, "metrics": metrics, "records": ids}))
+            with replacing(path) as file:
+                file.write(json.dumps({"step": step, "metrics": metrics, "records": ids}).encode())
             where = f" (all in {path}); the last good checkpoint is of step {self.saved}"
         loss, norm = values["loss"], values["grad_norm"]
         raise UserError(
@@ -187,17 +199,25 @@ def _bar() -> Progress:
     )
 
 
-def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file: `step`, and numbers by name; a line that a crash cut off is dropped.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    rows = read_json_lines(path, _Row, cut=True)
+    for number, row in enumerate(rows, start=1):
+        checked(row, _Step, f"{path}, row {number}", "remove it, and run the same command")
+    return rows
+
+
+def _keep_until(path: Path, step: int, kind: Any) -> list[dict[str, Any]]:
     """Lines of steps up to `step`, which is what the file then holds; a line that a crash cut off is dropped."""
-    kept = []
-    for text in path.read_text().splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if line["step"] <= step:
-            kept.append(line)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(partial, path)  # a process killed here, or before the next line is there, keeps the old ones
+    if not path.exists():
+        path.unlink(missing_ok=True)  # a link to nothing, which would be written through
+        return []
+    kept = [line for line in read_json_lines(path, kind, cut=True) if line["step"] <= step]
+    # A process killed here, or before the next line is there, keeps the old ones.
+    with replacing(path) as file:
+        file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
     return kept

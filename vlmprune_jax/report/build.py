@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +10,17 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from vlmprune_jax.checked_files import read_text, replacing
+from vlmprune_jax.errors import UserError, printable
 from vlmprune_jax.prune import PrunePlan, Scores
 from vlmprune_jax.recovery.config import LossConfig
+from vlmprune_jax.recovery.metrics import read_metrics
 from vlmprune_jax.report import fit, plots
 from vlmprune_jax.report.result import averaged_sets, main_value, read_result, shown
 
 Json = dict[str, Any]
+MOST_UNITS = 1_000_000  # cells of a figure
+MOST_DRAWN = 40  # figures of a kind, curves in one; the tables have everything
 NOTES = (
     "Data: share of the training records used for recovery. Asked, reached: share of all parameters to remove. "
     "Retained: share of the unpruned model's score, in percent{averages}. Seconds: scoring, pruning and training, "
@@ -51,9 +54,12 @@ def tables_of(result: Json) -> list[Table]:
         return [summary]
     header = ("model", *sets)
     scores = [
-        (m["name"], *(shown(main_value(m, name, sets), of, unit=False) for name, of in sets.items())) for m in models
+        (printable(m["name"]), *(shown(main_value(m, name, sets), of, unit=False) for name, of in sets.items()))
+        for m in models
     ]
-    kept = [(m["name"], *(_percent(m["evaluation"]["retained"].get(name)) for name in sets)) for m in models[1:]]
+    kept = [
+        (printable(m["name"]), *(_percent(m["evaluation"]["retained"].get(name)) for name in sets)) for m in models[1:]
+    ]
     return [
         summary,
         Table(", ".join(f"{name}: {_label(of)}" for name, of in sets.items()), header, tuple(scores)),
@@ -90,7 +96,7 @@ def _summary(model: Json, teacher: Json, sets: Json) -> tuple[str, ...]:
     if len(sets) == 1:
         name, of = next(iter(sets.items()))
         worth = (shown(main_value(model, name, sets), of, unit=False), worth[0])
-    return model["name"], *what, *worth, seconds
+    return printable(model["name"]), *what, *worth, seconds
 
 
 def _percent(value: float | None) -> str:
@@ -123,7 +129,7 @@ def build_report(workdir: Path) -> Path:
             title="Structural pruning report",
             lead=_lead(result),
             tables=tables_of(result),
-            best=result["best"],
+            best=printable(result["best"]),
             notes=NOTES.format(averages=AVERAGES if len(result["sets"]) > 1 else ""),
             sections=[
                 {
@@ -138,13 +144,12 @@ def build_report(workdir: Path) -> Path:
             planned=fit.read_planned(workdir),
             planned_notes=fit.NOTES,
             export=_export_line(result),
-            result_json=(workdir / "result.json").read_text(encoding="utf-8"),
+            result_json=read_text(workdir / "result.json"),
         )
     )
     out = workdir / "report.html"
-    partial = workdir / ".report.html.partial"
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, out)
+    with replacing(out) as file:
+        file.write(page.encode(errors="backslashreplace"))
     return out
 
 
@@ -222,8 +227,8 @@ def _set_section(result: Json, measured: Sequence[plots.Measured]) -> Iterator[J
         better = [
             "Higher is better." if of["higher_is_better"] else "Lower is better." for of in result["sets"].values()
         ]
-        drawn = (plots.score_figure(result, one) for one in measured)
-        figures = [_figure(figure, caption) for figure, caption in zip(drawn, better, strict=True)]
+        drawn = (plots.score_figure(result, one) for one in measured[:MOST_DRAWN])
+        figures = [_figure(figure, caption) for figure, caption in zip(drawn, better, strict=False)]
         yield {"title": "Every evaluation set", "figures": figures}
 
 
@@ -235,7 +240,7 @@ def _importance_section(workdir: Path, result: Json) -> Iterator[Json]:
     """One figure per scores file; variants that share one are drawn once per plan."""
     figures, seen = [], set()
     for run in result["runs"]:
-        if run["plan"] in seen:
+        if run["plan"] in seen or len(figures) >= MOST_DRAWN:
             continue
         seen.add(run["plan"])
         plan = PrunePlan.from_json(workdir / run["plan"])
@@ -248,8 +253,7 @@ def _importance_section(workdir: Path, result: Json) -> Iterator[Json]:
 
 def _importance_figure(scores: Scores, plan: PrunePlan) -> Any:
     if scores.heads is None or (scores.importance is not None and plan.method == "depth"):
-        assert scores.importance is not None
-        return plots.layer_importance_figure(f"{scores.criterion} per layer", scores.importance, plan.removed_layers)
+        return plots.layer_importance_figure(f"{scores.criterion} per layer", scores.layers, plan.removed_layers)
     by_query = scores.options.get("gqa", "groups") != "groups"
     kept = {
         layer.index: (
@@ -259,6 +263,11 @@ def _importance_figure(scores: Scores, plan: PrunePlan) -> Any:
         )
         for layer in plan.layers
     }
+    if len(scores.heads) * max(map(len, scores.heads)) > MOST_UNITS:
+        raise UserError(
+            f"{scores.criterion} scores are of {len(scores.heads):,} layers with up to "
+            f"{max(map(len, scores.heads)):,} heads, too many for a figure: score again"
+        )
     return plots.width_importance_figure(f"{scores.criterion} per attention head", scores.heads, kept)
 
 
@@ -267,8 +276,8 @@ def _loss_section(workdir: Path, result: Json) -> Iterator[Json]:
     for run in result["runs"]:
         titles |= run.get("loss_terms") or {name: name for name in LossConfig().weights()}
         path = workdir / run["metrics"] if run.get("metrics") else None
-        if path is not None and path.is_file():
-            curves[run["name"]] = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        if path is not None and path.is_file() and len(curves) < MOST_DRAWN:
+            curves[run["name"]] = read_metrics(path)
     figure = plots.loss_figure(curves, titles)
     if figure is not None:
         yield {"title": "Recovery training", "figures": [_figure(figure, "Mean over each logged batch; logarithmic.")]}

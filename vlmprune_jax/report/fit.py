@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.checked_files import Count, Finite, checked, read_json
+from vlmprune_jax.errors import UserError, printable
 
 Json = dict[str, Any]
 PLANNED = "tpu_plan.json"
@@ -16,6 +16,72 @@ NOTES = (
     "memory and links between chips. Executed FLOPs include what the backward pass computes again."
 )
 GIB = 2**30
+_TODO = "plan again, or remove it"
+
+
+class _Size(TypedDict):
+    layers: Count
+    parameters: Count
+
+
+class _Memory(TypedDict):
+    arguments: Finite
+    temporaries: Finite
+    free: Finite
+
+
+class _Flops(TypedDict):
+    executed: Finite
+    model: Finite
+    student: Finite
+    teacher: Finite
+    attention: Finite
+    vision: Finite
+
+
+class _Seconds(TypedDict):
+    step: Finite
+    compute: Finite
+    memory: Finite
+    interconnect: Finite
+
+
+class _Step(TypedDict):
+    """What `stages.tpu_fit.facts` tells of a step that fits."""
+
+    topology: str
+    chips: Count
+    mesh: dict[str, Count]
+    student: _Size
+    teacher: _Size | None
+    batch_size: Count
+    accumulation: Count
+    remat: str
+    tokens_per_row: Count
+    images_per_row: Count
+    tokens_buckets: list[Count]
+    images_buckets: list[Count]
+    feature_cache: bool
+    teacher_top_k: Count
+    hbm: _Memory
+    flops: _Flops
+    received: dict[str, Finite]
+    seconds: _Seconds
+    mfu: Finite
+    tokens_per_second: Finite
+    steps: Count | None
+    hours: Finite | None
+    chip_hours: Finite | None
+    compile_seconds: Finite
+
+
+class _Searched(TypedDict, total=False):
+    problem: str
+    search: dict[str, _Step]
+
+
+class _Fitting(_Step, _Searched):
+    """A step that fits, and what a search found beside it."""
 
 
 def as_rows(told: Json) -> list[tuple[str, str]]:
@@ -89,8 +155,9 @@ def read_planned(workdir: Path) -> list[Json]:
     path = workdir / PLANNED
     if not path.is_file():
         return []
-    try:
-        planned = json.loads(path.read_text(encoding="utf-8"))
-        return [{"name": name, "rows": as_rows(told)} for name, told in planned.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a result of `vlmprune plan` ({error!r}): plan again, or remove it") from None
+    planned = read_json(path, dict[str, Json], todo=_TODO)
+    for name, told in planned.items():
+        checked(told, _Fitting if "hbm" in told else _Searched, f"{path}: {name}", _TODO)
+        if told.get("hours") is not None and None in (told["steps"], told["chip_hours"]):
+            raise UserError(f"{path}: {name}: has hours but not the steps, or chip-hours, that take them: {_TODO}")
+    return [{"name": printable(name), "rows": as_rows(told)} for name, told in planned.items()]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +12,21 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from vlmprune_jax.checked_files import replacing
+from vlmprune_jax.errors import printable
+
 # Text and axes are drawn in this colour, which an inline SVG then trades for the page's own (light or dark).
 INK = "#3a3b3c"
+LARGEST = 1e100  # of the numbers that are drawn: axes need room around them
+MOST_BARS, MOST_NAMED, MOST_PANELS, MOST_POINTS = 60, 24, 6, 20_000
+LONGEST = 48  # letters of a name
+_FONT = "DejaVu Sans"  # which comes with matplotlib
 # Okabe-Ito: told apart with any kind of colour vision, and on light and dark grounds.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 UNRECOVERED, MUTED = "#8c8c8c", "#8c8c8c"
@@ -57,9 +67,10 @@ def score_figure(result: Mapping[str, Any], measured: Measured) -> Figure:
     """A number of every model against its parameters; the shape tells the method, the colour the recovery."""
     runs, teacher = result["runs"], result["teacher"]
     colours = recovery_colours(runs)
-    finite = [np.nan if v is None or not np.isfinite(v) else v for v in measured.values]
+    finite = [np.nan if v is None or not abs(v) < LARGEST else v for v in measured.values]
     unpruned, values = finite[0], finite[1:]
-    with matplotlib.rc_context(STYLE):
+    names = [run[key] for run in runs for key in ("name", "method", "recovery")]
+    with _style(measured.label, measured.title, *names):
         figure = Figure(figsize=(9.2, 3.9), layout="constrained")
         axes, bars = figure.subplots(1, 2, width_ratios=(5, 4))
         axes.axhline(unpruned, color=MUTED, linestyle="--", linewidth=1)
@@ -72,8 +83,8 @@ def score_figure(result: Mapping[str, Any], measured: Measured) -> Figure:
             ]
             axes.plot(*np.transpose(sorted(points)), **_marker(method, colours[recovery]))
         axes.set_xlabel("parameters (millions)")
-        axes.set_ylabel(measured.label)
-        axes.set_title(measured.title)
+        axes.set_ylabel(legible(measured.label))
+        axes.set_title(legible(measured.title))
         top = _top(finite, measured.full)
         axes.set_ylim(-0.04 * top, 1.06 * top)
         axes.margins(x=0.15)
@@ -84,8 +95,8 @@ def score_figure(result: Mapping[str, Any], measured: Measured) -> Figure:
 
 def _top(values: Sequence[float], full: float | None) -> float:
     """Where an axis from 0 ends: at the full score, or the largest value beyond it."""
-    real = [value for value in values if np.isfinite(value)]
-    return max([full or 0.0, *real]) or 1.0
+    real = [value for value in (full or 0.0, *values) if abs(value) < LARGEST]
+    return max([0.0, *real]) or 1.0
 
 
 def _marker(method: str, colour: str) -> dict[str, Any]:
@@ -102,11 +113,11 @@ def _legend(runs: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> li
     """One entry per method (shape) and per recovery (colour)."""
     plain: Any = {"linestyle": "none"}
     entries = [Line2D([], [], marker="*", color=INK, markersize=12, label="unpruned", **plain)]
-    for method in dict.fromkeys(run["method"] for run in runs):
-        entries.append(Line2D([], [], label=method, **{**_marker(method, INK), **plain}))
-    for recovery, colour in colours.items():
+    for method in list(dict.fromkeys(run["method"] for run in runs))[:MOST_NAMED]:
+        entries.append(Line2D([], [], label=legible(method), **{**_marker(method, INK), **plain}))
+    for recovery, colour in itertools.islice(colours.items(), MOST_NAMED):
         if any(run["recovery"] == recovery for run in runs):
-            label = "unrecovered" if recovery == "none" else recovery
+            label = "unrecovered" if recovery == "none" else legible(recovery)
             entries.append(
                 Line2D([], [], marker="_", color=colour, markersize=12, markeredgewidth=4, label=label, **plain)
             )
@@ -121,22 +132,27 @@ def _score_bars(
     measured: Measured,
     colours: Mapping[str, str],
 ) -> None:
-    """One bar per model, with its value written beside it."""
+    """One bar per model (of many the first), with its value written beside it."""
+    runs, values = runs[: MOST_BARS - 1], values[:MOST_BARS]
     places = np.arange(len(values))[::-1]
     shades = [INK, *(colours[run["recovery"]] for run in runs)]
     axes.barh(places, values, color=shades, height=0.66)
-    for place, value, told in zip(places, values, measured.values, strict=True):
+    for place, value, told in zip(places, values, measured.values, strict=False):
         at = value if np.isfinite(value) else 0.0
         axes.annotate(
-            "" if told is None else f"{told:.1f}", (at, place), (4, 0), textcoords="offset points", va="center"
+            "" if told is None else f"{told:.1f}" if abs(told) < 1e9 else f"{told:.3g}",
+            (at, place),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
         )
-    axes.set_yticks(places, ["unpruned", *(run["name"] for run in runs)])
+    axes.set_yticks(places, ["unpruned", *(legible(run["name"]) for run in runs)])
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     axes.set_xlim(0, 1.18 * top)
     if measured.full == top:
         axes.set_xticks(np.linspace(0, top, 5))
-    axes.set_xlabel(measured.label)
+    axes.set_xlabel(legible(measured.label))
 
 
 def recovery_colours(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -147,7 +163,7 @@ def recovery_colours(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 def layer_importance_figure(title: str, importance: np.ndarray, removed: Sequence[int]) -> Figure:
     """Importance of every decoder layer (original numbers), the removed ones in another colour."""
-    with matplotlib.rc_context(STYLE):
+    with _style(title):
         figure = Figure(figsize=(7.6, 2.7), layout="constrained")
         axes = figure.add_subplot()
         numbers = np.arange(len(importance))
@@ -157,7 +173,7 @@ def layer_importance_figure(title: str, importance: np.ndarray, removed: Sequenc
         axes.bar(numbers[gone], values[gone], color=COLOURS[5], label="removed", hatch="//", edgecolor="white")
         _layer_axis(axes, "x", len(importance))
         axes.set_ylabel("importance")
-        axes.set_title(title)
+        axes.set_title(legible(title))
         axes.legend(ncols=2, loc="upper left", bbox_to_anchor=(0.62, 1.16))
         return figure
 
@@ -172,8 +188,9 @@ def width_importance_figure(
     n_layers, widest = len(heads), max(len(h) for h in heads)
     shares = np.full((widest, n_layers), np.nan)
     for layer, values in enumerate(heads):
-        shares[: len(values), layer] = values / max(float(np.max(values)), 1e-30)
-    with matplotlib.rc_context(STYLE):
+        finite = np.where(np.abs(values) < LARGEST, values, np.nan)
+        shares[: len(values), layer] = finite / max([1e-30, *finite[np.isfinite(finite)]])
+    with _style(title):
         figure = Figure(figsize=(7.6, 3.4), layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
         image = top.imshow(shares, aspect="auto", cmap="viridis", vmin=0, vmax=1, origin="lower")
@@ -185,7 +202,7 @@ def width_importance_figure(
             top.plot([layer] * len(gone), gone, "x", color="white", markersize=7, markeredgewidth=2.2)
         top.set_ylabel("attention head")
         top.yaxis.set_major_locator(MaxNLocator(integer=True))
-        top.set_title(f"{title} (crossed: removed)")
+        top.set_title(f"{legible(title)} (crossed: removed)")
         parts = [100 * kept[i][1] / kept[i][2] if i in kept else 0.0 for i in range(n_layers)]
         bottom.bar(range(n_layers), parts, color=COLOURS[0])
         bottom.set_ylim(0, 100)
@@ -207,26 +224,69 @@ def loss_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mappi
     `curves`: run name -> rows of its metrics file. `titles`: term -> what its panel is called.
     """
     named = set()
-    terms = [term for term in titles if any(term in row for rows in curves.values() for row in rows)]
+    shown = {term: {name: _curve(rows, term) for name, rows in curves.items()} for term in titles}
+    terms = [term for term, found in shown.items() if any(found.values())][:MOST_PANELS]
     if not terms:
         return None
-    with matplotlib.rc_context(STYLE):
+    with _style(*titles.values(), *curves):
         figure = Figure(figsize=(7.6, 2.8), layout="constrained")
         panels = np.atleast_1d(figure.subplots(1, len(terms), sharex=True))
         for axes, term in zip(panels, terms, strict=True):
-            for i, (name, rows) in enumerate(curves.items()):
-                points = [(row["step"], row[term]) for row in rows if term in row]
+            for i, (name, points) in enumerate(shown[term].items()):
                 if points:
                     style = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.4}
-                    axes.plot(*np.transpose(points), label=None if name in named else name, **style)
+                    axes.plot(*np.transpose(points), label=None if name in named else legible(name), **style)
                     named.add(name)
             axes.set_yscale("log")
-            axes.set_title(f"{titles[term]}, training batches")
+            axes.set_title(f"{legible(titles[term])}, training batches")
             axes.set_xlabel("step")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         panels[0].set_ylabel("loss per token")
         figure.legend(loc="outside right center")
         return figure
+
+
+def _curve(rows: Sequence[Mapping[str, Any]], term: str) -> list[tuple[float, float]]:
+    """(step, value) of at most `MOST_POINTS` rows that have a value which a logarithmic axis has a place for."""
+    points = [(row["step"], row[term]) for row in rows if 1 / LARGEST < row.get(term, 0.0) < LARGEST]
+    return points[:: -(-len(points) // MOST_POINTS) or 1]
+
+
+def legible(text: str) -> str:
+    """A name of anybody's as a figure can show it: no formula, not wider than the figure.
+
+    Characters that no font has are spelled out.
+    """
+    line = printable(text)
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST - 10]}...{line[-7:]}"
+    shown = "".join(c if c.isascii() or _font_of(c) else c.encode("unicode_escape").decode() for c in line)
+    return shown.replace("$", r"\$")
+
+
+def _style(*names: str) -> Any:
+    """The style of a figure in which these names stand, in fonts that have their characters."""
+    fonts = {_font_of(c): None for c in sorted(set("".join(map(printable, names)))) if not c.isascii()}
+    others = [family for family in fonts if family not in (None, _FONT)]
+    return matplotlib.rc_context({**STYLE, "font.family": ["sans-serif", *others]} if others else STYLE)
+
+
+@functools.cache
+def _font_of(character: str) -> str | None:
+    """The family of a font that has a character: the figures' own if it has, else one that is installed."""
+    own = font_manager.findfont(_FONT)
+    for path, family in [(own, _FONT), *((font.fname, font.name) for font in font_manager.fontManager.ttflist)]:
+        if ord(character) in _characters(path) and "last resort" not in family.lower():
+            return family
+    return None
+
+
+@functools.cache
+def _characters(path: str) -> frozenset[int]:
+    try:
+        return frozenset(font_manager.get_font(path).get_charmap())
+    except (OSError, RuntimeError):  # of bitmaps, or damaged
+        return frozenset()
 
 
 def to_svg(figure: Figure) -> str:
@@ -240,6 +300,5 @@ def to_svg(figure: Figure) -> str:
 
 def write_png(figure: Figure, path: Path) -> None:
     """The figure on white, twice the size of the page's."""
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=200, facecolor="white", metadata={"Software": None})
-    partial.replace(path)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=200, facecolor="white", metadata={"Software": None})

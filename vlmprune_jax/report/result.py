@@ -33,15 +33,112 @@ of every run also retained and perhaps perplexity. These fields are still writte
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
+import msgspec
+
+from vlmprune_jax.checked_files import Count, Finite, checked, read_json
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.averages import mean_of_ratios, paper_average, retained
 from vlmprune_jax.evaluation.metrics.exact_match import EXACT_MATCH
+
+_Values = dict[str, float]
+_Groups = dict[str, dict[str, _Values]]
+_TODO = "run `vlmprune run` again, or restore it"
+
+
+class _Version(TypedDict):
+    version: NotRequired[int]
+
+
+class _Set(TypedDict):
+    """One of `sets`: how a value is shown, and how many questions or tokens there were."""
+
+    name: str
+    main: str
+    unit: str
+    scale: Finite
+    full: Finite | None
+    higher_is_better: bool
+    grouped_by: str | None
+    questions: NotRequired[Count]
+    tokens: NotRequired[Count]
+
+
+class _Evaluation(TypedDict):
+    scores: dict[str, _Values]
+    groups: _Groups
+
+
+class _RunEvaluation(_Evaluation):
+    retained: dict[str, float | None]
+    mean_of_ratios: float | None
+    paper_average: float | None
+
+
+class _Teacher(TypedDict):
+    parameters: Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+    evaluation: _Evaluation
+
+
+class _Facts(TypedDict):
+    """What was done to a model; paths are relative to the workdir."""
+
+    name: str
+    method: str
+    ratio_asked: Finite | None
+    ratio_reached: Finite
+    parameters: Count
+    plan: str
+    scores: list[str]
+    recovery: str
+    data_fraction: Finite
+    seconds: float
+    path: str
+    metrics: NotRequired[str | None]
+    loss_terms: NotRequired[dict[str, str]]
+
+
+class _Run(_Facts):
+    evaluation: _RunEvaluation
+
+
+class _Export(TypedDict):
+    path: str
+    max_abs_logit_difference: float
+
+
+class _Result(TypedDict):
+    sets: Annotated[dict[str, _Set], msgspec.Meta(min_length=1, max_length=1000)]
+    teacher: _Teacher
+    runs: Annotated[list[_Run], msgspec.Meta(min_length=1, max_length=10_000)]
+    best: str
+    export: _Export
+
+
+class _Model1(TypedDict):
+    accuracy: float
+    by_answer: NotRequired[dict[str, _Values] | None]
+
+
+class _Teacher1(_Model1):
+    questions: Count
+
+
+class _Run1(_Model1):
+    retained: float | None
+
+
+class _Result1(TypedDict):
+    """What version 2 says differently."""
+
+    teacher: _Teacher1
+    runs: list[_Run1]
+
 
 Json = dict[str, Any]
 Found = Mapping[str, Mapping[str, Any]]  # set -> what `vlmprune evaluate` found there of one model (its eval/*.json)
@@ -98,23 +195,43 @@ def read_result(workdir: Path) -> Json:
     """`result.json` of a workdir, of any version, as version 2.
 
     Raises:
-      UserError: it is missing, not JSON, lacks its main keys, or is of a later version.
+      UserError: it is missing, damaged, or of a later version; or it names a file outside the workdir.
     """
     path = workdir / "result.json"
-    try:
-        result = dict(json.loads(path.read_text(encoding="utf-8")))
-        version = result.get("version", 1)
-        for key in ("teacher", "runs", "best", "export", *(("sets",) if version == VERSION else ())):
-            result[key]
-        if version == 1:
-            result = _from_version_1(result)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file: run `vlmprune run` first") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a result of `vlmprune run` ({error!r}): run it again") from None
+    result = read_json(path, _Version, missing="no such file: run `vlmprune run` first", todo=_TODO)
+    version = result.get("version", 1)
     if version not in (1, VERSION):
         raise UserError(f"{path}: is of version {version}, this is {VERSION}: update vlmprune-jax")
+    if version == 1:
+        result = _from_version_1(checked(result, _Result1, str(path), _TODO))
+    checked(result, _Result, str(path), _TODO)
+    problem = next(_problems(result, workdir), None)
+    if problem is not None:
+        raise UserError(f"{path}: {problem}: {_TODO}")
     return result
+
+
+def _problems(result: Json, workdir: Path) -> Iterator[str]:
+    """What a schema cannot say: which names must be known, and that no path leads out of the workdir."""
+    sets, runs = result["sets"], result["runs"]
+    if all(run["name"] != result["best"] for run in runs):
+        yield f"its best run {result['best']!r} is none of its runs"
+    for name, of in sets.items():
+        if "questions" not in of and "tokens" not in of:
+            yield f"set {name!r} says neither how many questions nor how many tokens it has"
+    for model in (result["teacher"], *runs):
+        scores, groups = model["evaluation"]["scores"], model["evaluation"]["groups"]
+        missing = [name for name, of in sets.items() if of["main"] not in scores.get(name, {})]
+        unknown = [name for name in groups if name not in sets]
+        if missing or unknown:
+            yield f"{model.get('name', 'teacher')}: set {(missing + unknown)[0]!r} is not in its scores, or not in sets"
+        if any("questions" not in values for of in groups.values() for values in of.values()):
+            yield f"{model.get('name', 'teacher')}: a group does not say how many questions it has"
+    home = os.path.realpath(workdir)
+    named = (path for run in runs for path in (run["plan"], *run["scores"], run.get("metrics"), run["path"]))
+    for path in dict.fromkeys(named):
+        if path is not None and ("\0" in path or not Path(os.path.realpath(workdir / path)).is_relative_to(home)):
+            yield f"{path!r} lies outside the workdir"
 
 
 def shown(value: float | None, described: Mapping[str, Any], *, unit: bool = True) -> str:

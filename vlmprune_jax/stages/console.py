@@ -6,13 +6,18 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+from vlmprune_jax.errors import printable
 
 PAUSE_SECONDS = 60.0
+WIDEST, MOST_COLUMNS = 48, 40  # of a column, in characters; result.json and the report have everything
 PIPE_WIDTH = 120  # columns of tables that go to a file or pipe, where there is no terminal to ask
 
 
@@ -24,9 +29,10 @@ class Reporter:
     enabled: bool = True
 
     def say(self, text: str) -> None:
-        """One line, never wrapped by us, never interpreted as markup."""
+        """One line, perhaps indented, never wrapped by us, never interpreted as markup."""
         if self.enabled:
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            line = text[: len(text) - len(text.lstrip(" "))] + printable(text)
+            self.console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -38,7 +44,7 @@ class Reporter:
             yield self._lines(what, total)
             return
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -46,7 +52,7 @@ class Reporter:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console, transient=True, refresh_per_second=4) as progress:
-            task = progress.add_task(what, total=total)
+            task = progress.add_task(printable(what), total=total)
             yield lambda done: progress.update(task, completed=done)
 
     def _lines(self, what: str, total: int) -> Callable[[int], None]:
@@ -64,12 +70,20 @@ class Reporter:
         """One table; the first column is text, the others are numbers, aligned to the right."""
         if not self.enabled:
             return
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # 78 columns
-        for number, name in enumerate(header):
-            table.add_column(name, justify="right" if number else "left", no_wrap=True)
+        table = Table(
+            title=_cell(title, "table.title"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        )  # 78 columns
+        for number, name in enumerate(header[:MOST_COLUMNS]):
+            justify: Any = "right" if number else "left"
+            table.add_column(_cell(name), justify=justify, no_wrap=True, max_width=WIDEST)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(_cell, row[:MOST_COLUMNS]))
         self.console.print(table)
+
+
+def _cell(text: str, style: str = "") -> Text:
+    """Text of anybody's, in which nothing is markup."""
+    return Text(printable(text), style)
 
 
 def make_reporter(enabled: bool) -> Reporter:

@@ -121,7 +121,7 @@ def as_lines(found: dict[str, Any]) -> list[str]:
     lines = [
         f"{printable(found['folder'])}: {found['family']}, {found['layout']} layout",
         f"  files       {found['bytes'] / 2**20:,.1f} MiB in {found['shards']} shard(s), {found['tensors']} tensors, "
-        f"{', '.join(f'{n} x {kind}' for kind, n in found['dtypes'].items())}"
+        + printable(", ".join(f"{n} x {kind}" for kind, n in found["dtypes"].items()))
         + (f", weights in {found['storage']}" if found["storage"] else ""),
         f"  parameters  {total:,}: "
         + ", ".join(f"{part} {parts[part]:,} ({100 * parts[part] / total:.1f} %)" for part in PARTS if parts[part]),

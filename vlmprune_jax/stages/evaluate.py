@@ -12,9 +12,9 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from vlmprune_jax.checked_files import read_text
+from vlmprune_jax.checked_files import Count, Finite, read_json_lines, read_text, reading
 from vlmprune_jax.checks import settings_of
 from vlmprune_jax.distributed.mesh import on_process_zero, row_ways
 from vlmprune_jax.evaluation.metrics import METRICS
@@ -34,6 +34,36 @@ from vlmprune_jax.stages.context import (
     model_inputs,
 )
 from vlmprune_jax.stages.ledger import Json, write_text
+
+
+class _Facts(TypedDict):
+    parameters: Count
+    model_seconds: Finite
+
+
+class _QuestionFacts(_Facts):
+    questions: Count
+    mean_generated_tokens: Finite
+
+
+class _TextFacts(_Facts):
+    tokens: Count
+
+
+class _Answer(TypedDict):
+    """A line of answers to questions."""
+
+    id: str
+    prediction: str
+    references: list[str]
+    tokens: Count
+
+
+class _Window(TypedDict):
+    """A line of a text."""
+
+    nll: float
+    tokens: Count
 
 
 def evaluate_stage(experiment: Experiment, model_folder: Path, out: Path, name: str, context: Context) -> Json:
@@ -69,6 +99,7 @@ def _evaluate_set(
         inputs=model_inputs(experiment.model, model=model_folder, **_files(experiment, key, of)),
         outputs=[answers],
         journals=[journal_path(path)],
+        facts=_QuestionFacts if of.text is None else _TextFacts,
     )
 
     def body() -> Json:
@@ -153,7 +184,8 @@ def _read_text(
     model.cfg.check_row("evaluate's text_window", window)
     tokenizer = inputs.load_inputs(experiment.model, experiment.data, model.cfg).tokenizer
     text = read_text(path, missing="no such file: evaluate.text names it")
-    ids = tokenizer(text.replace("\r\n", "\n").replace("\r", "\n"))["input_ids"]
+    with reading(path, "give another text"):
+        ids = tokenizer(text.replace("\r\n", "\n").replace("\r", "\n"))["input_ids"]
     total, start = -(-len(ids) // (window * size)), time.perf_counter()
     with context.phase(title, total) as progress:
         kept = journal_of(experiment.mesh, journal, total)
@@ -166,7 +198,7 @@ def _measure(of: EvaluationSetSpec, answers: Path, path: Path, facts: Json) -> J
     """What the metric makes of the answers in a file -> `path`."""
     assert of.metric is not None
     metric = METRICS[of.metric]
-    lines = [json.loads(line) for line in answers.read_text(encoding="utf-8").split("\n") if line]
+    lines = read_json_lines(answers, _Answer if of.text is None else _Window)
     # Whether a lone image's mark may be missing was checked when the records were asked.
     records = () if of.text is not None else inputs.evaluation_records(of, image_lead=True)
     scores: Sequence[Any] = lines

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypedDict
 
+from vlmprune_jax.checked_files import Finite
 from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.hf.export.card import model_name
@@ -12,6 +14,14 @@ from vlmprune_jax.hf.export.write import save
 from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.stages.context import Context, load_model, model_inputs, teacher_folder
 from vlmprune_jax.stages.ledger import Json, remove
+
+
+class _Facts(TypedDict):
+    """What `check_export` found."""
+
+    backend: str
+    max_abs_logit_difference: Finite
+    tolerance: Finite
 
 
 def export_stage(experiment: Experiment, model_folder: Path, context: Context) -> Json:
@@ -24,6 +34,7 @@ def export_stage(experiment: Experiment, model_folder: Path, context: Context) -
         settings=affecting("export", experiment),
         inputs=model_inputs(experiment.model, model=model_folder),
         outputs=[out],
+        facts=_Facts,
     )
 
     def body() -> Json:

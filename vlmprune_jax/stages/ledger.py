@@ -12,12 +12,36 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypedDict
 
+from vlmprune_jax.checked_files import Finite, checked, read_json, replacing
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.errors import UserError, differences
 
 Json = dict[str, Any]
+
+
+class _MadeFrom(TypedDict):
+    settings: Json
+    inputs: dict[str, str]
+    version: int
+
+
+class _Record(TypedDict):
+    """What the ledger keeps of a stage's last run."""
+
+    made_from: _MadeFrom
+    done: bool
+
+
+class _Done(_Record):
+    """`outputs`: digests by name."""
+
+    seconds: Finite
+    facts: Json
+    outputs: dict[str, str]
+
+
 FOLDER = ".stages"
 # A lost machine keeps its locks on a network disk until its lease ends (NFS: 90 s); the run that takes over waits.
 LOCK_SECONDS = 100.0
@@ -32,7 +56,7 @@ class Stage:
     `settings`: every option that the result depends on (JSON values). `inputs`: files and folders by name.
     `outputs`: what the stage makes, each written atomically by the stage. `scratch`: what an interrupted stage leaves
     to resume from; `journals`: the same, but dropped without asking where the inputs changed. `version`: changes
-    whenever the stage's code gives other results.
+    whenever the stage's code gives other results. `facts`: what kind (see checked_files) of facts its body reports.
     """
 
     name: str
@@ -43,6 +67,7 @@ class Stage:
     outputs: Sequence[Path]
     scratch: Sequence[Path] = ()
     journals: Sequence[Path] = ()
+    facts: Any = Json
 
     @property
     def record(self) -> Path:
@@ -91,7 +116,8 @@ def _alone(stage: Stage, say: Callable[[str], None]) -> Iterator[None]:
     """
     path = stage.record.with_suffix(".lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # not through a link, and no FIFO is waited for
+    with os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0) as file:
         until = None
         while not _locked(file):
             if until is None:
@@ -105,7 +131,7 @@ def _alone(stage: Stage, say: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def _locked(file: IO[str]) -> bool:
+def _locked(file: IO[bytes]) -> bool:
     """Whether this process has the file now, or its disk (a mounted bucket) knows no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,7 +149,7 @@ def _begin(stage: Stage, overwrite: bool, say: Callable[[str], None]) -> Json | 
             raise UserError(f"{stage.name}: {name} is {path}: no such file or folder")
     now = {"settings": _plain(stage.settings), "inputs": {n: digest(p) for n, p in stage.inputs.items()}}
     now["version"] = stage.version
-    last = _read(stage.record)
+    last = _read(stage)
     same = last.get("made_from") == now
     present = [path for path in stage.outputs if path.exists()]
     if same and last.get("done") and len(present) == len(stage.outputs) and _unchanged(stage, last):
@@ -142,7 +168,7 @@ def _begin(stage: Stage, overwrite: bool, say: Callable[[str], None]) -> Json | 
 def _end(stage: Stage, facts: Json, seconds: float) -> Json:
     """Note in the ledger that the stage is done."""
     made = {path.name: digest(path) for path in stage.outputs}
-    done = {**_read(stage.record), "done": True, "seconds": seconds, "facts": facts, "outputs": made}
+    done = {**_read(stage), "done": True, "seconds": seconds, "facts": facts, "outputs": made}
     write_json(stage.record, done)
     _clear(stage)
     return {**facts, "seconds": seconds}
@@ -170,6 +196,8 @@ def _refuse(stage: Stage, present: Sequence[Path], last: Json, now: Json, overwr
         reason = "was changed since this stage made it"
     elif last:
         reason = f"was made from other inputs ({'; '.join(_changes(last['made_from'], now)[:4])})"
+    elif stage.record.exists():
+        reason = f"exists, but its record {stage.record} is damaged"
     else:
         reason = "exists and was not made by this stage"
     raise UserError(f"{stage.name}: {left[0]} {reason}: use --overwrite to replace it, or another --workdir")
@@ -193,10 +221,10 @@ def digest(path: Path | str) -> str:
     """
     total = hashlib.sha256()
     if isinstance(path, str):
-        total.update(path.encode())
+        total.update(os.fsencode(path))
     elif path.is_dir():
         for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
-            total.update(f"{file.relative_to(path).as_posix()}\0{_file_digest(file)}\n".encode())
+            total.update(os.fsencode(f"{file.relative_to(path).as_posix()}\0{_file_digest(file)}\n"))
     elif path.is_file():
         total.update(_file_digest(path).encode())
     else:
@@ -220,17 +248,9 @@ def write_text(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all, also after a power cut; process 0 does."""
     if not is_main_process():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        # What no encoding has, in names of files as in answers, stands there as JSON would spell it.
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -246,12 +266,16 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _read(record: Path) -> Json:
-    """The last run of a stage; an unreadable record counts as none (its outputs are then refused, not trusted)."""
+def _read(stage: Stage) -> Json:
+    """The last run of a stage; a damaged record counts as none (its outputs are then refused, not trusted)."""
     try:
-        return dict(json.loads(record.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        last = read_json(stage.record, _Record, missing="")
+        if last["done"]:
+            checked(last, _Done, "", "")
+            checked(last["facts"], stage.facts, "", "")
+    except UserError:
         return {}
+    return dict(last)
 
 
 def _plain(value: Any) -> Any:

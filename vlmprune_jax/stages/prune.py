@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypedDict
 
+from vlmprune_jax.checked_files import Count, Finite
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.data.batching import Batch
 from vlmprune_jax.distributed.mesh import on_process_zero
@@ -23,6 +25,19 @@ from vlmprune_jax.stages.context import (
 )
 from vlmprune_jax.stages.ledger import Json, write_text
 from vlmprune_jax.stages.score import criteria_of, criterion_files, score_options
+
+
+class _Facts(TypedDict):
+    """What `plan_facts` tells."""
+
+    method: str
+    criterion: str
+    ratio_asked: Finite | None
+    ratio_reached: Finite
+    decoder_ratio: Finite
+    parameters: Count
+    parameters_before: Count
+    removed_layers: list[Count]
 
 
 def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
@@ -46,6 +61,7 @@ def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
         settings=settings,
         inputs=model_inputs(experiment.model, **scores, **records, **own),
         outputs=[folder / "plan.json", folder / "pruned"],
+        facts=_Facts,
     )
 
     def body() -> Json:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
+from vlmprune_jax.checked_files import Count
 from vlmprune_jax.distributed.mesh import on_process_zero
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.arguments import recover_config
@@ -29,6 +31,15 @@ from vlmprune_jax.stages.ledger import Json, remove
 from vlmprune_jax.stages.teacher_cache import cached_teacher
 
 
+class _Facts(TypedDict):
+    """Of what `recover` sums up those that a result tells; `terms` are not there in records of older versions."""
+
+    steps: Count
+    records: Count
+    recovery: str
+    terms: NotRequired[dict[str, str]]
+
+
 def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, context: Context) -> Json:
     """Pruned model + training records -> `recovered/`; curves stay in `training/metrics.jsonl`."""
     pruned, training = prune_folder / "pruned", folder / "training"
@@ -48,6 +59,7 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
         inputs=model_inputs(model_spec, pruned=pruned, **inputs.record_files(data, "train"), **own),
         outputs=[folder / "recovered", *([folder / "adapter"] if spec.save_adapter else [])],
         scratch=[training / "checkpoints"],
+        facts=_Facts,
     )
 
     def body() -> Json:

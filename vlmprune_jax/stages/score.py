@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
+from vlmprune_jax.checked_files import Count
 from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.prune import CRITERIA, score
@@ -42,6 +43,12 @@ def criterion_files(criteria: Iterable[str]) -> dict[str, Path]:
     return {name: path for name, path in files.items() if path is not None}
 
 
+class _Facts(TypedDict):
+    criteria: dict[str, str]
+    samples: Count
+    skipped: NotRequired[list[str]]
+
+
 def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
     """Importances of the unpruned model -> `scores.npz` (hybrid: also `scores_width.npz`)."""
     criteria = criteria_of(experiment)
@@ -61,6 +68,7 @@ def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
         ),
         outputs=[folder / name for name in criteria],
         journals=[journal_path(folder / name) for name in criteria],
+        facts=_Facts,
     )
 
     def body() -> Json:

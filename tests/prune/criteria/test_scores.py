@@ -14,7 +14,8 @@ from vlmprune_jax.config import LoraConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.prune import Scores, fingerprint, score
+from vlmprune_jax.prune import Scores, fingerprint, make_plan, score
+from vlmprune_jax.prune.fingerprint import shape_digest
 
 
 def test_scores_survive_the_file_bit_for_bit(tmp_path):
@@ -56,18 +57,56 @@ def test_load_refuses(tmp_path):
     with pytest.raises(UserError, match=r"nowhere.npz: no such scores file"):
         Scores.load(tmp_path / "nowhere.npz")
     (tmp_path / "text.npz").write_text("not numbers")
-    with pytest.raises(UserError, match=r"text.npz: not a scores file"):
+    with pytest.raises(UserError, match=r"text.npz: cannot be read \(File is not a zip file\): score again"):
         Scores.load(tmp_path / "text.npz")
     Scores("l1", "a-b", {}, importance=np.arange(3.0)).save(tmp_path / "cut.npz")
     (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:100])
-    with pytest.raises(UserError, match=r"cut.npz: not a scores file"):
+    with pytest.raises(UserError, match=r"cut.npz: cannot be read .*: score again"):
         Scores.load(tmp_path / "cut.npz")
     np.savez(tmp_path / "other.npz", weights=np.zeros(3))
-    with pytest.raises(UserError, match=r"other.npz: not a scores file"):
+    with pytest.raises(UserError, match=r"other.npz: cannot be read \('meta' is missing\): score again"):
         Scores.load(tmp_path / "other.npz")
     np.savez(tmp_path / "new.npz", meta=np.array(json.dumps({"format": 9})))
     with pytest.raises(UserError, match=r"new.npz: scores of format 9, this version reads 1"):
         Scores.load(tmp_path / "new.npz")
+
+
+META = {"format": 1, "criterion": "l1", "fingerprint": "a-b", "options": {"gqa": "groups"}, "layers": 1}
+ARRAYS = {"heads_0": np.ones(2), "mlp_0": np.ones(3)}
+
+
+@pytest.mark.parametrize(
+    ("meta", "arrays", "message"),
+    [
+        ({"layers": 10**9}, {}, r"meta: .*Expected `int` <= 10000 - at `\$.layers`\): score again"),
+        ({"layers": True}, {}, r"Expected `int`, got `bool` - at `\$.layers`"),
+        ({"layers": 2}, {}, "says it has 2 layers, which its arrays are not of"),
+        ({"layers": 0}, {}, "says it has 0 layers, which its arrays are not of"),
+        ({"criterion": 1}, {}, r"Expected `str`, got `int` - at `\$.criterion`"),
+        ({"options": {"gqa": "all"}}, {}, "Invalid enum value 'all'"),
+        ({"options": {"layers_removed": 1.5}}, {}, "Expected `int .* null`, got `float`"),
+        ({"format": True}, {}, "Expected `int`, got `bool`"),
+        ({}, {"mlp_0": np.ones((3, 1))}, r"mlp_0 is float64\[3, 1\], not a row of numbers: score again"),
+        ({}, {"mlp_0": np.ones(3, complex)}, r"mlp_0 is complex128\[3\], not a row"),
+        ({}, {"mlp_0": np.array(["a"])}, r"mlp_0 is <U1\[1\], not a row"),
+        ({}, {"mlp_0": np.ones(0)}, r"mlp_0 is float64\[0\], not a row"),
+        ({}, {"mlp_0": np.array([np.nan])}, r"hostile.npz: l1 scores mlp_0 hold NaN"),
+        ({}, {"extra": np.ones(1)}, "says it has 1 layers, which its arrays are not of"),
+    ],
+)
+def test_hostile_scores_are_refused(tmp_path, meta, arrays, message):
+    np.savez(tmp_path / "hostile.npz", meta=np.array(json.dumps(META | meta)), **(ARRAYS | arrays))
+    with pytest.raises(UserError, match=message) as error:
+        Scores.load(tmp_path / "hostile.npz")
+    assert str(error.value).startswith(f"{tmp_path}/hostile.npz: ")
+
+
+def test_scores_of_other_widths_plan_nothing():
+    cfg = config(UNEQUAL)
+    mlp = tuple(np.ones(shape.mlp) for shape in cfg.text.layers)
+    scores = Scores("l1", f"{shape_digest(cfg)}-x", {"gqa": "groups"}, heads=(np.ones(1),) * len(mlp), mlp=mlp)
+    with pytest.raises(UserError, match="their layers or widths are others"):
+        make_plan(scores, cfg, method="width", ratio=0.1)
 
 
 def test_nan_scores_are_refused():

@@ -70,13 +70,24 @@ def accumulate(
     totals: list[np.ndarray] = []
     with within(mesh):
         # not from a result: an interrupted pass may find all of them in its journal
-        structure = jax.tree.structure(jax.eval_shape(step, params, _inputs(first)))
-        for done, entry in enumerate(continued(sums, itertools.chain([first], batches), journal), start=1):
+        expected = jax.eval_shape(step, params, _inputs(first))
+        structure, shapes = jax.tree.structure(expected), [leaf.shape for leaf in jax.tree.leaves(expected)]
+        entries = continued(sums, itertools.chain([first], batches), journal, lambda _, entry: _fits(entry, shapes))
+        for done, entry in enumerate(entries, start=1):
             new = [np.asarray(leaf) for leaf in entry]
             totals = [total + leaf for total, leaf in zip(totals, new, strict=True)] if totals else new
             if progress is not None:
                 progress(done)
     return jax.tree.unflatten(structure, totals)
+
+
+def _fits(entry: Any, shapes: list[tuple[int, ...]]) -> bool:
+    """Whether an entry of a journal is numbers of these shapes."""
+    try:
+        found = [np.asarray(leaf) for leaf in entry]
+    except (TypeError, ValueError):
+        return False
+    return [leaf.shape for leaf in found] == shapes and all(leaf.dtype.kind in "if" for leaf in found)
 
 
 def _inputs(arrays: Arrays) -> dict[str, Any]:

@@ -1,0 +1,166 @@
+"""Whatever stops a command is one line and an exit code; what libraries say meanwhile is kept and told at the end."""
+
+import errno
+import io
+import logging
+import os
+import subprocess
+import sys
+import threading
+import warnings
+
+import jax
+import pytest
+from repository import ROOT
+
+from vlmprune_jax.checked_files import read_bytes
+from vlmprune_jax.cli.main import main
+from vlmprune_jax.errors import UserError
+
+
+class Panic(BaseException):
+    """As pyo3's: no Exception."""
+
+
+def raising(error):
+    def run(flags):
+        raise error
+
+    return run
+
+
+def ended(capsys, monkeypatch, run, *argv):
+    """(exit code, standard error) of `vlmprune report`, with this in its place."""
+    monkeypatch.setattr("vlmprune_jax.cli.report.run", run)
+    code = main(["report", *argv])
+    return code, capsys.readouterr().err
+
+
+def deep(flags):
+    return deep(flags)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOTDIR, "Not a directory", "a/b"), "a/b: Not a directory: it lies below a file: give another"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "aaa"), "aaa: File name too long: give a shorter name"),
+        (OSError(errno.EIO, "Input/output error", b"\xff\x1b[2J"), r"\udcff\x1b[2J: Input/output error: make room or"),
+        (OSError("told nothing"), "W: told nothing: make room or mend the disk"),
+        (MemoryError(), ": it takes more memory than there is (MemoryError): use shorter rows"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating"),
+            "(RESOURCE_EXHAUSTED: Out of mem",
+        ),
+        (SystemExit(3), "vlmprune report: a file of yours ended it by SystemExit(3): remove that"),
+        (UserError("record \x1b]0;a\nb"), "vlmprune: error: record \\x1b]0;a b\n"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_a_person_can_change(capsys, monkeypatch, error, line):
+    code, said = ended(capsys, monkeypatch, raising(error), "--workdir=W")
+    assert (code, said.count("\n")) == (2, 1)
+    assert line in said
+    assert said.isascii()
+
+
+@pytest.mark.parametrize(
+    ("run", "line"),
+    [
+        (raising(KeyError("x\ny")), "with KeyError: 'x\\ny'; this is a defect of vlmprune"),
+        (raising(Panic("a\x1b[31mb")), "with Panic: a\\x1b[31mb; this is a defect"),
+        (deep, "with RecursionError: maximum recursion depth exceeded"),
+    ],
+)
+def test_defects_are_told_with_what_was_read(capsys, monkeypatch, tmp_path, run, line):
+    (tmp_path / "f.json").write_text("{}")
+    read_bytes(tmp_path / "f.json")
+    code, said = ended(capsys, monkeypatch, run)
+    assert (code, said.count("\n")) == (1, 1)
+    assert "vlmprune: error: vlmprune report failed at cli/main.py:" in said
+    assert f" after reading {tmp_path}/f.json with " in said
+    assert line in said
+    code, said = ended(capsys, monkeypatch, run, "--debug")
+    assert code == 1
+    assert "Traceback (most recent call last)" in said
+
+
+def test_a_reader_that_goes_ends_silently(capsys, monkeypatch):
+    assert ended(capsys, monkeypatch, raising(BrokenPipeError(errno.EPIPE, "Broken pipe"))) == (141, "")
+    command = [sys.executable, "-m", "vlmprune_jax"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(60)) == (b"", 141)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"vlmprune: error: vlmprune: No space left on device: make room")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_a_terminal_without_the_characters(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr("vlmprune_jax.cli.report.run", lambda flags: print("中 \udcff é"))
+    assert main(["report"]) == 0
+    assert stream.buffer.getvalue() == b"\\u4e2d \\udcff \\xe9\n"
+
+
+def noisy(flags):
+    logger = logging.getLogger("noise")
+    logger.error("first\n\x1b[2Jline", exc_info=ValueError("why\nso"))
+    logger.info("not worth a line")
+    for _ in range(3):
+        logger.warning("again")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("matters", UserWarning, stacklevel=1)
+        warnings.warn("an old name", DeprecationWarning, stacklevel=1)
+    print("Traceback (most recent call last):\n  File x\nOSError: lost", file=sys.stderr)
+    print("\r 10 %", end="", file=sys.stderr)
+    thread = threading.Thread(target=raising(OSError("in a thread")), args=[None])
+    thread.start()
+    thread.join()
+    for number in range(40):
+        logger.warning("number %d", number)
+
+
+def test_what_libraries_say(capsys, monkeypatch):
+    """Once, after the command, one line each; nothing beside an error; all at once with --debug."""
+    hooks = warnings.showwarning, sys.unraisablehook, threading.excepthook, sys.stderr, logging.getLogger().handlers[:]
+    code, said = ended(capsys, monkeypatch, noisy)
+    assert code == 0
+    first = ["first \\x1b[2Jline (why so)", "again", "matters", "OSError: lost", "OSError: in a thread"]
+    numbers = [f"number {number}" for number in range(15)]
+    lines = [*first, *numbers, "and 25 more, which --debug shows"]
+    assert said.splitlines() == [f"vlmprune: warning: {line}" for line in lines]
+
+    def failing(flags):
+        noisy(flags)
+        raise UserError("wrong")
+
+    assert ended(capsys, monkeypatch, failing) == (2, "vlmprune: error: wrong\n")
+    assert hooks == (
+        warnings.showwarning, sys.unraisablehook, threading.excepthook, sys.stderr, logging.getLogger().handlers[:]
+    )  # fmt: skip
+
+
+BAD_CONFIGS = {
+    "exit": ("import sys; sys.exit(3)", "cannot be loaded (SystemExit(3))"),
+    "panic": ("class P(BaseException): pass\ndef get_config(_): raise P", "cannot be loaded (P())"),
+    "deep": ("def f(): f()\ndef get_config(_): f()", "cannot be loaded (maximum recursion depth exceeded)"),
+    "escapes": ("def get_config(_): raise ValueError('\\x1b[31mred \\u202e')", r"(ValueError: \x1b[31mred \u202e)"),
+    "number": ("def get_config(_): return 3", "cannot be loaded ('int' object has no attribute 'keys')"),
+    "fifo": (None, "fifo.py: is a FIFO, expected a file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CONFIGS)
+def test_config_files_that_do_not_load(capsys, tmp_path, name):
+    text, line = BAD_CONFIGS[name]
+    path = tmp_path / f"{name}.py"
+    os.mkfifo(path) if text is None else path.write_text(text)
+    assert main(["run", f"--config={path}:variant"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert line in said

@@ -1,0 +1,118 @@
+"""What libraries warn and log while a command runs: kept, and told once at its end, a line each.
+
+Nobody who uses the functions of the package has this: the command line installs it for itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vlmprune_jax.errors import printable, reason
+
+MOST = 20  # lines that are told; --debug shows all, at once
+# Nothing that whoever runs the command can do something about: what a library should write differently, and images that
+# were decoded all the same.
+_NOISE = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning, ImportWarning, BytesWarning)
+_SILENT = ("PIL",)
+# An over-long text is cut or refused by us, with its record named.
+_KNOWN = ("Token indices sequence length is longer than",)
+
+
+class Messages(logging.Handler):
+    """Receives log records, warnings, what is written to standard error and what nobody caught in a thread."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: dict[str, None] = {}
+        self.dropped = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a log record: its first line, and what was raised."""
+        with contextlib.suppress(Exception):  # a record with arguments that do not fit its format
+            error = record.exc_info[1] if record.exc_info else None
+            self.add(f"{record.getMessage()}{f' ({reason(error)})' if error is not None else ''}")
+
+    def warned(self, message: Warning | str, category: type[Warning], filename: str, *_: Any) -> None:
+        """Keep a warning (in the place of `warnings.showwarning`)."""
+        library = {category.__module__.split(".")[0], *Path(filename).parts}
+        if not issubclass(category, _NOISE) and not library.intersection(_SILENT):
+            self.add(str(message))
+
+    def uncaught(self, raised: Any) -> None:
+        """Keep what a thread, or a destructor, raised (in the place of their hooks)."""
+        error = raised.exc_value
+        self.add(raised.exc_type.__name__ if error is None else f"{raised.exc_type.__name__}: {error}")
+
+    def add(self, text: str) -> None:
+        """Keep a text as one line, once."""
+        line = printable(text)
+        if not line or line.startswith(_KNOWN) or line in self.lines:
+            return
+        if len(self.lines) < MOST:
+            self.lines[line] = None
+        else:
+            self.dropped += 1
+
+    def tell(self) -> None:
+        """Print what was kept."""
+        for line in self.lines:
+            print(f"vlmprune: warning: {line}", file=sys.stderr)
+        if self.dropped:
+            print(f"vlmprune: warning: and {self.dropped:,} more, which --debug shows", file=sys.stderr)
+
+
+class _Written(io.TextIOBase):
+    """A standard error that keeps its lines."""
+
+    def __init__(self, messages: Messages, outside: Any):
+        self._messages, self._outside, self._begun = messages, outside, ""
+
+    def write(self, text: str) -> int:
+        if "\r" in text:  # a bar, as of a download
+            return self._outside.write(text) if self.isatty() else len(text)
+        *lines, self._begun = (self._begun + text).split("\n")
+        for line in lines:
+            if not line.startswith((" ", "Traceback (most recent call last)")):
+                self._messages.add(line)
+        return len(text)
+
+    def isatty(self) -> bool:
+        return self._outside.isatty()
+
+    def fileno(self) -> int:
+        return self._outside.fileno()
+
+    @property
+    def encoding(self) -> Any:  # type: ignore[override]
+        return self._outside.encoding
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[Messages]:
+    """Keep what would appear on standard error."""
+    messages, root = Messages(), logging.getLogger()
+    shown, hooks, handlers = warnings.showwarning, (sys.unraisablehook, threading.excepthook), root.handlers[:]
+    try:
+        warnings.showwarning = messages.warned
+        sys.unraisablehook = threading.excepthook = messages.uncaught
+        root.handlers = [*handlers, messages]
+        with contextlib.redirect_stderr(_Written(messages, sys.stderr)):
+            yield messages
+    finally:
+        warnings.showwarning = shown
+        sys.unraisablehook, threading.excepthook = hooks
+        root.handlers = handlers
+
+
+def leave_quietly() -> None:
+    """From here on, to the end of the process, threads and finalizers say nothing."""
+    sys.unraisablehook = threading.excepthook = lambda raised: None
+    logging.lastResort = None
