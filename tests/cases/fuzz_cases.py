@@ -37,6 +37,10 @@ class Content(bytes):
         return shown if len(self) <= 200 else f"{shown} + {len(self) - 200} more"
 
 
+def _shown(value: Any) -> Any:
+    return Content(value) if isinstance(value, bytes) else value
+
+
 def fuzz(examples: int, **strategies: st.SearchStrategy[Any]) -> Callable[[Any], Any]:
     """A test of so many examples, times `TIMES`; each may take 20 seconds."""
     told = settings(
@@ -47,11 +51,7 @@ def fuzz(examples: int, **strategies: st.SearchStrategy[Any]) -> Callable[[Any],
         phases=(Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )
-    short = {
-        name: one.map(lambda value: Content(value) if isinstance(value, bytes) else value)
-        for name, one in strategies.items()
-    }
-    return lambda test: told(given(**short)(test))
+    return lambda test: told(given(**{name: one.map(_shown) for name, one in strategies.items()})(test))
 
 
 def reads(read: Callable[[], Any], *names: str) -> Any:
