@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import stat
 import zipfile
@@ -30,7 +31,11 @@ if TYPE_CHECKING:
 
 # Larger than any real one (the tokenizer of a 260,000 word vocabulary: 33 MB); a list of them takes 25 times its text.
 MAX_JSON_BYTES = 100_000_000
-MAX_ARRAYS_BYTES = 2**28
+MAX_ARRAYS_BYTES = 2**26  # the scores of a 70B model: 18 MB
+# JSON can spell half of a surrogate pair, and Python's texts hold it; nothing can print or write it.
+_HALF_PAIR = re.compile(
+    r"\\u[dD][89aAbB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89aAbB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
+)
 # What Pillow decodes by itself. Others start programs (EPS: Ghostscript) or read what a file only points to.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device",
@@ -102,9 +107,11 @@ def read_bytes(path: Path, most: int | None = None, missing: str = "no such file
     """
     with open_file(path, missing) as file, reading(path, "mend the disk"):
         size = os.fstat(file.fileno()).st_size
-        if most is not None and size > most:
+        # Files of /proc have more than they say.
+        content = b"" if most is not None and size > most else file.read(-1 if most is None else most + 1)
+        if most is not None and max(size, len(content)) > most:
             raise UserError(f"{path}: has {size:,} bytes, more than the {most:,} that such a file may have")
-        return file.read()
+        return content
 
 
 def read_text(path: Path, most: int | None = None, missing: str = "no such file") -> str:
@@ -135,7 +142,20 @@ def read_json(
       UserError: see `read_text`; or it is not JSON, or something else than `kind`.
     """
     said = f"is missing (is {path.parent} a Hugging Face model folder?)" if missing is None else missing
-    return checked(parse_json(read_text(path, MAX_JSON_BYTES, said), str(path), todo), kind, str(path), todo)
+    text = read_text(path, MAX_JSON_BYTES, said)
+    return _checked_text(text, parse_json(text, str(path), todo), kind, str(path), todo)
+
+
+def _checked_text(text: str, value: Any, kind: Any, where: str, todo: str) -> Any:
+    """The value of a JSON text, if it is of a kind and all texts in it can be written again."""
+    try:
+        if _HALF_PAIR.search(text):  # also where one is only spelled
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{where}: holds half a surrogate pair (\\ud800 to \\udfff), which is no text: {todo}"
+        ) from None
+    return checked(value, kind, where, todo)
 
 
 def parse_json(text: str | bytes, where: str, todo: str) -> Any:
@@ -159,7 +179,7 @@ def checked(value: Any, kind: Any, where: str, todo: str) -> Any:
     """
     try:
         msgspec.convert(value, kind)
-    except (msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.ValidationError, UnicodeEncodeError, RecursionError) as error:  # the second: half pairs in names
         raise UserError(f"{where}: holds something else than it should ({reason(error)}): {todo}") from None
     return value
 
@@ -177,7 +197,7 @@ def read_json_lines(path: Path, kind: Any, *, cut: bool = False, missing: str = 
       UserError: see `read_text`; or a line is no JSON or something else.
     """
     values, todo = [], "remove it, and run the same command"
-    for number, line in enumerate(read_text(path, missing=missing).split("\n"), start=1):
+    for number, line in enumerate(read_text(path, MAX_JSON_BYTES, missing).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -187,18 +207,19 @@ def read_json_lines(path: Path, kind: Any, *, cut: bool = False, missing: str = 
             if cut:
                 break
             raise
-        values.append(checked(value, kind, where, todo))
+        values.append(_checked_text(line, value, kind, where, todo))
     return values
 
 
 def read_arrays(path: Path, *, missing: str, todo: str) -> dict[str, np.ndarray]:
-    """The arrays in an `.npz`, at most 256 MiB of them; no pickles.
+    """The arrays in an `.npz`, at most 64 MiB of them; no pickles.
 
     Raises:
       UserError: see `open_file`; not such a file, damaged, or an array that is not as large as it claims to be.
     """
     arrays = {}
-    with open_file(path, missing) as file, reading(path, todo), zipfile.ZipFile(file) as archive:
+    content = io.BytesIO(read_bytes(path, MAX_ARRAYS_BYTES, missing))
+    with reading(path, todo), zipfile.ZipFile(content) as archive:
         members = archive.infolist()
         claimed = sum(member.file_size for member in members)
         if claimed > MAX_ARRAYS_BYTES:
@@ -248,6 +269,8 @@ def copy_file(source: Path, target: Path, folder: Path) -> None:
     real, home = Path(os.path.realpath(source)), Path(os.path.realpath(folder))
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     with open_file(source) as file:
+        if (size := os.fstat(file.fileno()).st_size) > MAX_JSON_BYTES:
+            raise UserError(f"{source}: has {size:,} bytes, more than a file beside weights has: remove it")
         if not real.is_relative_to(home) and real.parent != blobs:
             raise UserError(f"{source}: is a link out of the folder, to {real}: put a copy in its place, or remove it")
         with target.open("wb") as copy:
