@@ -97,7 +97,7 @@ def test_data_sets(data_set, tmp_path):
     def read():
         return [image.read_bytes()[:4] for record in read_tfds(folder) for image in record.images]
 
-    @fuzz(60, change=st.sampled_from(sorted(files)).flatmap(damage))
+    @fuzz(100, change=st.sampled_from(sorted(files)).flatmap(damage))
     def check(change):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(data_set, folder)

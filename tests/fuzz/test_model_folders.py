@@ -92,7 +92,7 @@ def test_torch_files(goldens, tmp_path):
     folder = copy_golden(goldens, "llava_orig_bin", tmp_path / "model")
     path = folder / "pytorch_model.bin"
 
-    @fuzz(60, content=torch_files(path))
+    @fuzz(120, content=torch_files(path))
     def check(content):
         path.write_bytes(content)
         reads(lambda: every_array(folder), path.name)
@@ -109,7 +109,7 @@ def test_config(goldens, tmp_path, name):
     vision = None if tower is None else goldens / "ckpt" / tower
     path = folder / "config.json"
 
-    @fuzz(30 if name != "llava_orig_bin" else 5, content=json_files(json.loads(path.read_text())))
+    @fuzz(60 if name != "llava_orig_bin" else 5, content=json_files(json.loads(path.read_text())))
     def check(content):
         path.write_bytes(content)
         reads(lambda: describe(folder, vision), path.name, str(folder))
@@ -129,17 +129,24 @@ def test_config_of_a_tower(goldens, tmp_path):
     check()
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"]
+)
 def test_tokenizer(goldens, tmp_path, name):
     folder = tmp_path / "tokenizer"
     shutil.copytree(goldens / "tokenizers/llava", folder)
     path = folder / name
+    if name == "tokenizer.model":  # what is read where there is no other
+        (folder / "tokenizer.json").unlink()
+        files = damaged(path.read_bytes())
+    else:
+        files = json_files(json.loads(path.read_text()))
 
     def read():
         tokenizer = load_tokenizer(folder)
         return tokenizer.decode(tokenizer(TEXT, return_offsets_mapping=True)["input_ids"])
 
-    @fuzz(25, content=json_files(json.loads(path.read_text())))
+    @fuzz(60 if name == "tokenizer.json" else 30, content=files)
     def check(content):
         path.write_bytes(content)
         reads(read, "tokenizer")
@@ -160,7 +167,7 @@ def test_image_processor(goldens, tmp_path, name):
         loader = load_image_processor(folder, aspect_ratio="pad", max_pixels=10**6, cache_bytes=0, image_size=28)
         return loader.load(goldens / "data/images/img1.png", "r1").shape
 
-    @fuzz(30, content=json_files(value))
+    @fuzz(80, content=json_files(value))
     def check(content):
         path.write_bytes(content)
         reads(read, name, folder.name)
