@@ -37,8 +37,15 @@ class Content(bytes):
         return shown if len(self) <= 200 else f"{shown} + {len(self) - 200} more"
 
 
-def _shown(value: Any) -> Any:
+def _short(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_short, value))
     return Content(value) if isinstance(value, bytes) else value
+
+
+@st.composite
+def _shown_short(draw: st.DrawFn, strategy: st.SearchStrategy[Any]) -> Any:
+    return _short(draw(strategy))
 
 
 def fuzz(examples: int, **strategies: st.SearchStrategy[Any]) -> Callable[[Any], Any]:
@@ -51,7 +58,7 @@ def fuzz(examples: int, **strategies: st.SearchStrategy[Any]) -> Callable[[Any],
         phases=(Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )
-    return lambda test: told(given(**{name: one.map(_shown) for name, one in strategies.items()})(test))
+    return lambda test: told(given(**{name: _shown_short(one) for name, one in strategies.items()})(test))
 
 
 def reads(read: Callable[[], Any], *names: str) -> Any:
