@@ -154,13 +154,16 @@ def test_tokenizer(goldens, tmp_path, name):
     check()
 
 
-@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json", "config.json"])
 def test_image_processor(goldens, tmp_path, name):
-    folder = copy_llava(goldens, tmp_path / "model")
-    value = json.loads((folder / "preprocessor_config.json").read_text())
-    if name == "processor_config.json":
+    if name == "config.json":  # which says how images are cut
+        folder = copy_golden(goldens, "internvl", tmp_path / "model")
+        value = json.loads((folder / name).read_text()) | {"min_dynamic_patch": 1, "max_dynamic_patch": 4}
+    else:
+        folder = copy_llava(goldens, tmp_path / "model")
+        value = json.loads((folder / "preprocessor_config.json").read_text())
         (folder / "preprocessor_config.json").unlink()
-        value = {"image_processor": value, "processor_class": "LlavaProcessor"}
+        value = {"image_processor": value, "processor_class": "x"} if name == "processor_config.json" else value
     path = folder / name
 
     def read():
