@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.journal import Journal
+from vlmprune_jax.experiment.spec import EvaluationSetSpec
 from vlmprune_jax.prune import PrunePlan, Scores, make_plan
 from vlmprune_jax.prune.fingerprint import shape_digest
 from vlmprune_jax.recovery.checkpoint import Checkpointer
@@ -19,6 +20,7 @@ from vlmprune_jax.recovery.metrics import METRICS_FILE, Recorder
 from vlmprune_jax.report.build import tables_of
 from vlmprune_jax.report.fit import PLANNED, read_planned
 from vlmprune_jax.report.result import best_run, read_result
+from vlmprune_jax.stages import evaluate
 from vlmprune_jax.stages.ledger import Stage, run_stage, write_text
 
 CFG = cases.config()
@@ -175,6 +177,28 @@ def test_tpu_plans(tmp_path):
     def check(content):
         path.write_bytes(content)
         reads(lambda: read_planned(tmp_path), path.name)
+
+    check()
+
+
+def test_answers(tmp_path):
+    turns = [{"from": "human", "value": "A dog?"}, {"from": "gpt", "value": "yes"}]
+    records, path = tmp_path / "records.json", tmp_path / "pruned.answers.jsonl"
+    records.write_text(json.dumps([{"id": f"r{number}", "conversations": turns} for number in range(3)]))
+    answer = {"id": "r0", "prediction": "yes", "references": ["yes"], "tokens": 1}
+    of, facts = EvaluationSetSpec(data=str(records), metric="exact_match"), {"questions": 3, "parameters": 900}
+
+    def measured():
+        return evaluate._measure(of, path, tmp_path / "pruned.json", facts)["values"]["accuracy"]
+
+    lines = [{**answer, "id": f"r{number}"} for number in range(3)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert measured() == 1.0
+
+    @fuzz(60, content=json_lines(lines))
+    def check(content):
+        path.write_bytes(content)
+        reads(measured, path.name)
 
     check()
 
