@@ -48,7 +48,7 @@ def test_what_is_no_file(tmp_path, make, message):
 
 def test_names_that_no_file_has(tmp_path):
     assert "File name too long" in refused(open_file, tmp_path / ("x" * 300))
-    assert "NUL" in refused(open_file, tmp_path / "a\0b")
+    assert "no path can" in refused(open_file, tmp_path / "a\0b")
     assert "a\\x1b[31m\\udcff: no such file" in refused(open_file, tmp_path / "a\x1b[31m\udcff")
 
 
@@ -61,7 +61,6 @@ def test_sizes(tmp_path):
     assert "bytes, more than" in refused(read_json, tmp_path / "sparse")
     assert "bytes, more than" in refused(read_json_lines, tmp_path / "sparse", dict)
     assert "bytes, more than" in refused(read_arrays, tmp_path / "sparse", missing=MISSING, todo=TODO)
-    assert "bytes, more than" in refused(copy_file, tmp_path / "sparse", tmp_path / "copy", tmp_path)
     assert "bytes, more than" in refused(read_bytes, checked_files.Path("/proc/self/maps"), 100)  # says it has 0
 
 
@@ -71,8 +70,6 @@ def test_sizes(tmp_path):
         ("[" * 100_000, "too deeply nested"),
         ('{"a": ' + "9" * 5000 + "}", "is not valid JSON (Exceeds the limit"),
         ("[1]", "Expected `object`, got `array`"),
-        ('{"a": "\\ud800"}', "half a surrogate pair"),
-        ('{"\\udc00\\ud800": 1}', "half a surrogate pair"),
         ("", "is not valid JSON"),
     ],
 )
@@ -82,12 +79,6 @@ def test_json(tmp_path, text, message):
     assert message in refused(read_json, path, todo=TODO)
     if text:
         assert message in refused(read_json_lines, path, dict)
-
-
-def test_whole_pairs_are_text(tmp_path):
-    value = {"a": "\U0001f999 and \\ud800 spelled", "\u524d": [1]}
-    (tmp_path / "x.json").write_text(json.dumps(value))
-    assert read_json(tmp_path / "x.json") == value
 
 
 def test_lines(tmp_path):

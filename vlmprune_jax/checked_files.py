@@ -13,7 +13,6 @@ import io
 import json
 import math
 import os
-import re
 import shutil
 import stat
 import zipfile
@@ -32,10 +31,6 @@ if TYPE_CHECKING:
 # Larger than any real one (the tokenizer of a 260,000 word vocabulary: 33 MB); a list of them takes 25 times its text.
 MAX_JSON_BYTES = 100_000_000
 MAX_ARRAYS_BYTES = 2**26  # the scores of a 70B model: 18 MB
-# JSON can spell half of a surrogate pair, and Python's texts hold it; nothing can print or write it.
-_HALF_PAIR = re.compile(
-    r"\\u[dD][89aAbB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89aAbB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
-)
 # What Pillow decodes by itself. Others start programs (EPS: Ghostscript) or read what a file only points to.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device",
@@ -142,20 +137,7 @@ def read_json(
       UserError: see `read_text`; or it is not JSON, or something else than `kind`.
     """
     said = f"is missing (is {path.parent} a Hugging Face model folder?)" if missing is None else missing
-    text = read_text(path, MAX_JSON_BYTES, said)
-    return _checked_text(text, parse_json(text, str(path), todo), kind, str(path), todo)
-
-
-def _checked_text(text: str, value: Any, kind: Any, where: str, todo: str) -> Any:
-    """The value of a JSON text, if it is of a kind and all texts in it can be written again."""
-    try:
-        if _HALF_PAIR.search(text):  # also where one is only spelled
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{where}: holds half a surrogate pair (\\ud800 to \\udfff), which is no text: {todo}"
-        ) from None
-    return checked(value, kind, where, todo)
+    return checked(parse_json(read_text(path, MAX_JSON_BYTES, said), str(path), todo), kind, str(path), todo)
 
 
 def parse_json(text: str | bytes, where: str, todo: str) -> Any:
@@ -179,7 +161,7 @@ def checked(value: Any, kind: Any, where: str, todo: str) -> Any:
     """
     try:
         msgspec.convert(value, kind)
-    except (msgspec.ValidationError, UnicodeEncodeError, RecursionError) as error:  # the second: half pairs in names
+    except (msgspec.ValidationError, RecursionError) as error:
         raise UserError(f"{where}: holds something else than it should ({reason(error)}): {todo}") from None
     return value
 
@@ -207,7 +189,7 @@ def read_json_lines(path: Path, kind: Any, *, cut: bool = False, missing: str = 
             if cut:
                 break
             raise
-        values.append(_checked_text(line, value, kind, where, todo))
+        values.append(checked(value, kind, where, todo))
     return values
 
 
@@ -269,8 +251,6 @@ def copy_file(source: Path, target: Path, folder: Path) -> None:
     real, home = Path(os.path.realpath(source)), Path(os.path.realpath(folder))
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     with open_file(source) as file:
-        if (size := os.fstat(file.fileno()).st_size) > MAX_JSON_BYTES:
-            raise UserError(f"{source}: has {size:,} bytes, more than a file beside weights has: remove it")
         if not real.is_relative_to(home) and real.parent != blobs:
             raise UserError(f"{source}: is a link out of the folder, to {real}: put a copy in its place, or remove it")
         with target.open("wb") as copy:
