@@ -1,6 +1,5 @@
 """The ways in for foreign files: what is no regular file, too large, badly linked or something else is one line."""
 
-import json
 import os
 import zipfile
 
