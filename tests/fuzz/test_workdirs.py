@@ -17,6 +17,7 @@ from vlmprune_jax.prune import PrunePlan, Scores, make_plan
 from vlmprune_jax.prune.fingerprint import shape_digest
 from vlmprune_jax.recovery.checkpoint import Checkpointer
 from vlmprune_jax.recovery.metrics import METRICS_FILE, Recorder
+from vlmprune_jax.recovery.step import TrainState
 from vlmprune_jax.report.build import tables_of
 from vlmprune_jax.report.fit import PLANNED, read_planned
 from vlmprune_jax.report.result import best_run, read_result
@@ -294,7 +295,8 @@ def test_array_caches(tmp_path):
 @pytest.fixture
 def checkpoints(tmp_path):
     """A folder with one checkpoint, and the state to restore."""
-    state = {"weights": jax.numpy.arange(6.0).reshape(2, 3), "step": jax.numpy.int32(1)}
+    weights = {"weight": jax.numpy.arange(6.0).reshape(2, 3)}
+    state = TrainState(weights, (), jax.numpy.int32(1), jax.numpy.zeros(2, jax.numpy.uint32))
     with Checkpointer(tmp_path / "checkpoints", MADE_FROM, 2) as saver:
         saver.save(1, state, {"at": 5})
     return tmp_path / "checkpoints", state
