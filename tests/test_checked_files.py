@@ -2,12 +2,14 @@
 
 import os
 import zipfile
+from typing import TypedDict
 
 import numpy as np
 import pytest
 
 from vlmprune_jax import checked_files
 from vlmprune_jax.checked_files import (
+    checked,
     copy_file,
     open_file,
     parse_json,
@@ -78,6 +80,11 @@ def test_json(tmp_path, text, message):
     assert message in refused(read_json, path, todo=TODO)
     if text:
         assert message in refused(read_json_lines, path, dict)
+
+
+def test_half_a_surrogate_pair_as_a_name():
+    kind = TypedDict("kind", {"a": int})
+    assert "holds something else" in refused(checked, {"a": 1, "\ud800": 2}, kind, "x.json", TODO)
 
 
 def test_lines(tmp_path):
