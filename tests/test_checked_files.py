@@ -83,8 +83,10 @@ def test_json(tmp_path, text, message):
 
 
 def test_half_a_surrogate_pair_as_a_name():
-    kind = TypedDict("kind", {"a": int})
-    assert "holds something else" in refused(checked, {"a": 1, "\ud800": 2}, kind, "x.json", TODO)
+    class Kind(TypedDict):
+        a: int
+
+    assert "holds something else" in refused(checked, {"a": 1, "\ud800": 2}, Kind, "x.json", TODO)
 
 
 def test_lines(tmp_path):
