@@ -3,19 +3,21 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 WORKERS ?= 2
+FUZZ ?= 100
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --durations=15
 VENV := .venv
 BIN := $(VENV)/bin
 COMPAT := .compat/transformers-4.57
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-fast check docs setup-demo setup-test setup-dev clean distclean
+.PHONY: help demo test test-fast fuzz check docs setup-demo setup-test setup-dev clean distclean
 
 help:
 	@echo 'make demo       install what the demo needs (no torch) and run it into runs/demo (3 to 5 minutes)'
 	@echo 'make test       install everything, run every test, quick ones first (this is what CI runs)'
 	@echo 'make test-fast  the same without the tests marked slow'
 	@echo '                WORKERS=2 processes run them; PYTEST_ARGS="-k name" goes to pytest'
+	@echo 'make fuzz       damaged input for every reader: FUZZ=100 times what the tests try, other input each time'
 	@echo 'make check      format, lint, types, quick tests'
 	@echo 'make docs       docs/options.md from the declarations of the settings'
 	@echo 'make clean      remove caches; make distclean: .venv and .compat as well'
@@ -28,6 +30,9 @@ test: setup-test
 
 test-fast: setup-test
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+
+fuzz: setup-test
+	VLMPRUNE_FUZZ=$(FUZZ) $(PYTEST) tests/fuzz $(PYTEST_ARGS)
 
 check: setup-dev
 	$(BIN)/ruff format --check .

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # Larger than any real one (the tokenizer of a 260,000 word vocabulary: 33 MB); a list of them takes 25 times its text.
 MAX_JSON_BYTES = 100_000_000
 MAX_JSON_DEPTH = 100
-MAX_ARRAYS_BYTES = 2**28
+MAX_ARRAYS_BYTES = 2**26  # the scores of a 70B model: 18 MB
 MAX_COPY_BYTES = 2**30
 # Numbers in schemas: what a float64 still counts, and neither NaN nor infinite.
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
@@ -117,9 +117,11 @@ def read_bytes(path: Path, most: int | None = None, missing: str = "no such file
     """
     with open_file(path, missing) as file, reading(path, "mend the disk"):
         size = os.fstat(file.fileno()).st_size
-        if most is not None and size > most:
+        # Files of /proc have more than they say.
+        content = b"" if most is not None and size > most else file.read(-1 if most is None else most + 1)
+        if most is not None and max(size, len(content)) > most:
             raise UserError(f"{path}: has {size:,} bytes, more than the {most:,} that such a file may have")
-        return file.read()
+        return content
 
 
 def read_text(path: Path, most: int | None = None, missing: str = "no such file") -> str:
@@ -210,7 +212,7 @@ def checked(value: Any, kind: Any, where: str, todo: str) -> Any:
     """
     try:
         msgspec.convert(value, kind)
-    except (msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.ValidationError, UnicodeEncodeError, RecursionError) as error:  # the second: half pairs in names
         raise UserError(f"{where}: holds something else than it should ({reason(error)}): {todo}") from None
     return value
 
@@ -228,7 +230,7 @@ def read_json_lines(path: Path, kind: Any, *, cut: bool = False, missing: str = 
       UserError: see `read_text`; or a line is no JSON or something else.
     """
     values, todo = [], "remove it, and run the same command"
-    for number, line in enumerate(read_text(path, missing=missing).split("\n"), start=1):
+    for number, line in enumerate(read_text(path, MAX_JSON_BYTES, missing).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -243,13 +245,14 @@ def read_json_lines(path: Path, kind: Any, *, cut: bool = False, missing: str = 
 
 
 def read_arrays(path: Path, *, missing: str, todo: str) -> dict[str, np.ndarray]:
-    """The arrays in an `.npz`, at most 256 MiB of them; no pickles.
+    """The arrays in an `.npz`, at most 64 MiB of them; no pickles.
 
     Raises:
       UserError: see `open_file`; not such a file, damaged, or an array that is not as large as it claims to be.
     """
     arrays = {}
-    with open_file(path, missing) as file, reading(path, todo), zipfile.ZipFile(file) as archive:
+    content = io.BytesIO(read_bytes(path, MAX_ARRAYS_BYTES, missing))
+    with reading(path, todo), zipfile.ZipFile(content) as archive:
         members = archive.infolist()
         claimed = sum(member.file_size for member in members)
         if claimed > MAX_ARRAYS_BYTES:

@@ -1,0 +1,150 @@
+"""Damage for files, and what their readers may do with it: return something, or raise one line for a terminal.
+
+Examples are drawn with a fixed seed, few enough for every run of the tests. VLMPRUNE_FUZZ=N (`make fuzz`) draws N times
+as many, other ones each time.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from vlmprune_jax.errors import UserError
+
+TIMES = int(os.environ.get("VLMPRUNE_FUZZ", "1"))
+ESCAPES = "\x1b[2J\x1b]0;owned\x07\u202eevil\r\n\x00"
+# Values that no field expects, or just not there.
+_ODD = [
+    None, True, False, -1, 0, 1, 2, 0.5, 1.5, -0.0, 5e-324, 1e20, 1e308, float("inf"), float("nan"), 2**31, 2**32 - 1,
+    2**53 + 1, 2**63, 10**30, 10**400, "", "x", "0", "1e9", "../../secret", "/dev/zero", ESCAPES, "\ud800", "é" * 3000,
+    "[" * 3000, [], [[]], {}, [1], [None], [ESCAPES], [0.5, 1.5], [True, False], [10**9] * 20, {"a": {"b": [1]}},
+]  # fmt: skip
+_BYTES = [b"", b"\0" * 400, b"[" * 50_000, b'{"a":' * 10_000, b"\xff\xfe\x00", b"9" * 5000, b"null", b"[]", b"{}"]
+
+
+class Content(bytes):
+    """The bytes of a file; what is shown of them where a test fails is short."""
+
+    def __repr__(self) -> str:
+        shown = bytes.__repr__(self[:200])
+        return shown if len(self) <= 200 else f"{shown} + {len(self) - 200} more"
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_short, value))
+    return Content(value) if isinstance(value, bytes) else value
+
+
+@st.composite
+def _shown_short(draw: st.DrawFn, strategy: st.SearchStrategy[Any]) -> Any:
+    return _short(draw(strategy))
+
+
+def fuzz(examples: int, **strategies: st.SearchStrategy[Any]) -> Callable[[Any], Any]:
+    """A test of so many examples, times `TIMES`; each may take 20 seconds."""
+    told = settings(
+        max_examples=examples * TIMES,
+        derandomize=TIMES == 1,
+        deadline=datetime.timedelta(seconds=20),
+        database=None,
+        phases=(Phase.generate,),  # one or two edits of a whole file: nothing to shrink
+        suppress_health_check=list(HealthCheck),
+    )
+    return lambda test: told(given(**{name: _shown_short(one) for name, one in strategies.items()})(test))
+
+
+def reads(read: Callable[[], Any], *names: str) -> Any:
+    """What a reader returns, or None where it refuses in a line that says one of these names."""
+    try:
+        return read()
+    except UserError as error:
+        line = str(error)
+        assert 0 < len(line) < 2100
+        assert line.isprintable()
+        assert any(name in line for name in names or ("",)), f"names none of {names}: {line}"
+        return None
+
+
+@st.composite
+def damaged(draw: st.DrawFn, content: bytes) -> bytes:
+    """The bytes of a file with a few flipped, cut off, left out, put in or doubled; or something else altogether."""
+    kind = draw(st.sampled_from(("flip", "flip", "cut", "cut", "drop", "put", "double", "other")))
+    if kind == "other":
+        return draw(st.sampled_from(_BYTES) | st.binary(max_size=200))
+    # Headers are where it hurts: half of the places are in the first 400 bytes.
+    place = st.integers(0, len(content)) | st.integers(0, min(400, len(content)))
+    if kind == "flip":
+        changed = bytearray(content)
+        for at in draw(st.lists(place.filter(lambda at: at < len(content)), min_size=1, max_size=6)):
+            changed[at] = draw(st.integers(0, 255))
+        return bytes(changed)
+    first, last = sorted((draw(place), draw(place)))
+    if kind == "cut":
+        return content[:first]
+    if kind == "drop":
+        return content[:first] + content[last:]
+    middle = content[first:last] if kind == "double" else draw(st.binary(min_size=1, max_size=20))
+    return content[:first] + middle + content[first:]
+
+
+def _places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths to everything within a JSON value; of a long list to its ends."""
+    found = [at]
+    if isinstance(value, dict):
+        inner = list(value.items())
+    else:
+        inner = list(enumerate(value)) if isinstance(value, list) else []
+    for key, one in inner if len(inner) <= 40 else [*inner[:3], inner[-1]]:
+        found += _places(one, (*at, key))
+    return found
+
+
+@st.composite
+def edited(draw: st.DrawFn, value: Any, most: int = 2) -> Any:
+    """A JSON value in which up to `most` others are replaced, removed, renamed or repeated."""
+    value = copy.deepcopy(value)
+    for _ in range(draw(st.integers(1, most))):
+        places = [place for place in _places(value) if place]
+        if not places:
+            return draw(st.sampled_from(_ODD))
+        *path, key = draw(st.sampled_from(places))
+        holder = value
+        for step in path:
+            holder = holder[step]
+        kind = draw(st.sampled_from(("replace", "replace", "replace", "remove", "rename", "repeat", "wrap")))
+        if kind == "replace":
+            holder[key] = copy.deepcopy(draw(st.sampled_from(_ODD)))
+        elif kind == "remove":
+            del holder[key]
+        elif kind == "rename" and isinstance(holder, dict):
+            holder[draw(st.sampled_from(("", "x", "0", ESCAPES, "\ud800", "k" * 3000)))] = holder.pop(key)
+        elif kind == "repeat" and isinstance(holder, list):
+            holder += [copy.deepcopy(holder[key])] * draw(st.integers(1, 50))
+        else:
+            holder[key] = draw(st.sampled_from(([holder[key]], {"a": holder[key]}, str(holder[key]))))
+    return value
+
+
+def json_files(value: Any) -> st.SearchStrategy[bytes]:
+    """The bytes of a file of one JSON value that was edited, now and then damaged as bytes."""
+    whole = json.dumps(value).encode()
+    edits = edited(value).map(lambda one: json.dumps(one).encode())
+    return st.one_of(edits, edits, edits, damaged(whole))
+
+
+def json_lines(values: list[Any]) -> st.SearchStrategy[bytes]:
+    """The bytes of a file of one JSON value a line."""
+
+    def written(lines: Any) -> bytes:
+        return "".join(json.dumps(one) + "\n" for one in (lines if isinstance(lines, list) else [lines])).encode()
+
+    edits = edited(values).map(written)
+    return st.one_of(edits, edits, damaged(written(values)))

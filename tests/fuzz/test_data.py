@@ -1,0 +1,107 @@
+"""Damaged data files, images and data sets: reading them returns or raises one line that names file and record."""
+
+import io
+import json
+import shutil
+
+import pytest
+from fuzz_cases import damaged, edited, fuzz, json_files, json_lines, reads
+from hypothesis import strategies as st
+from PIL import Image
+
+from vlmprune_jax.data.images import load_image_processor
+from vlmprune_jax.data.records import data_files, read_records
+from vlmprune_jax.data.tfds import read_tfds, write_tfds
+
+RECORDS = [
+    {
+        "id": f"r{number}",
+        "image": f"img{number}.png",
+        "answers": ["yes", "no"],
+        "category": "dogs",
+        "conversations": [{"from": "human", "value": "<image>\nA dog?"}, {"from": "gpt", "value": "yes"}],
+    }
+    for number in range(3)
+]
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "EPS", "ICO", "PPM")
+
+
+@pytest.mark.parametrize("name", ["records.json", "records.jsonl"])
+def test_records(goldens, tmp_path, name):
+    path = tmp_path / name
+    files = json_files(RECORDS) if name.endswith(".json") else json_lines(RECORDS)
+
+    @fuzz(100, content=files, on_error=st.sampled_from(("stop", "skip")))
+    def check(content, on_error):
+        path.write_bytes(content)
+        reads(lambda: read_records(path, goldens / "data/images", on_error=on_error), name)
+
+    check()
+
+
+def test_sets_of_records(goldens, tmp_path):
+    path, listed = tmp_path / "sets.json", tmp_path / "a.jsonl"
+    listed.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    sets = {"a": {"root": str(goldens / "data/images"), "annotation": str(listed), "repeat_time": 2, "length": 3}}
+    itself = {**sets, "b": {"root": ".", "annotation": str(path)}}
+    files = json_files(sets) | edited(itself, 1).map(lambda value: json.dumps(value).encode())
+
+    @fuzz(60, content=files)
+    def check(content):
+        path.write_bytes(content)
+        reads(lambda: (data_files(path, None), read_records(path, None)))
+
+    check()
+
+
+def test_images(goldens, tmp_path):
+    loader = load_image_processor(goldens / "ckpt/clip_tower", aspect_ratio="pad", max_pixels=10**6, cache_bytes=0)
+    with Image.open(goldens / "data/images/img1.png") as image:
+        picture = image.convert("RGB")
+    path, whole = tmp_path / "img1.jpg", {}
+    for name in FORMATS:
+        buffer = io.BytesIO()
+        picture.save(buffer, name)
+        whole[name] = buffer.getvalue()
+
+    @fuzz(150, content=st.sampled_from(FORMATS).flatmap(lambda name: damaged(whole[name])))
+    def check(content):
+        path.write_bytes(content)
+        shape = reads(lambda: loader.load(path, "r1").shape, path.name)
+        assert shape in (None, (1, *loader.shape))
+
+    check()
+
+
+@pytest.fixture(scope="module")
+def data_set(tmp_path_factory, goldens):
+    folder = tmp_path_factory.mktemp("tfds")
+    (folder / "records.json").write_text(json.dumps(RECORDS))
+    records = read_records(folder / "records.json", goldens / "data/images")
+    write_tfds(records, folder / "ds", image_root=goldens / "data/images")
+    return folder / "ds"
+
+
+def test_data_sets(data_set, tmp_path):
+    files = {
+        path.relative_to(data_set).as_posix(): path.read_bytes() for path in data_set.rglob("*.*") if path.is_file()
+    }
+    assert len(files) == 6
+    folder = tmp_path / "ds"
+
+    def damage(name):
+        content = files[name]
+        changed = json_files(json.loads(content)) if name.endswith(".json") else damaged(content)
+        return changed.map(lambda content: (name, content))
+
+    def read():
+        return [image.read_bytes()[:4] for record in read_tfds(folder) for image in record.images]
+
+    @fuzz(100, change=st.sampled_from(sorted(files)).flatmap(damage))
+    def check(change):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(data_set, folder)
+        (folder / change[0]).write_bytes(change[1])
+        reads(read, folder.name)
+
+    check()

@@ -1,0 +1,178 @@
+"""Damaged model folders: whatever their files hold, reading them returns or raises one line."""
+
+import json
+import shutil
+import struct
+import zipfile
+
+import pytest
+from fuzz_cases import damaged, edited, fuzz, json_files, reads
+from hf_cases import LLAMA, copy_golden, copy_llava, make_folder
+from hypothesis import strategies as st
+
+from vlmprune_jax.data.images import load_image_processor
+from vlmprune_jax.data.prompts import load_tokenizer
+from vlmprune_jax.hf.disk.checkpoint import Checkpoint
+from vlmprune_jax.stages.describe import describe
+
+TOWERS = {"bunny": "siglip_tower", "llava_orig": "clip_tower", "llava_orig_bin": "clip_tower"}
+FOLDERS = ("llava_hf", "llava_orig", "llava_orig_bin", "bunny", "internvl", "llama_gqa")
+TEXT = "Is the river small or large? <image> Small."
+
+
+def every_array(folder):
+    """Read all weights of a folder, as pruning does."""
+    checkpoint = Checkpoint(folder)
+    return {key: checkpoint[key].shape for key in checkpoint}
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("llama"), {**LLAMA, "num_hidden_layers": 1})
+
+
+def safetensors_files(content):
+    """Files whose header was edited, with a length that fits; or damaged as bytes."""
+    (length,) = struct.unpack("<Q", content[:8])
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+
+    def written(changed):
+        text = json.dumps(changed).encode()
+        return struct.pack("<Q", len(text)) + text + data
+
+    return edited(header).map(written) | damaged(content)
+
+
+def test_safetensors(llama, tmp_path):
+    path = tmp_path / "model.safetensors"
+
+    @fuzz(150, content=safetensors_files((llama / "model.safetensors").read_bytes()))
+    def check(content):
+        path.write_bytes(content)
+        reads(lambda: every_array(tmp_path), path.name)
+
+    check()
+
+
+def test_index(goldens, tmp_path):
+    folder = copy_golden(goldens, "llava_hf", tmp_path / "model")
+    path = folder / "model.safetensors.index.json"
+
+    @fuzz(60, content=json_files(json.loads(path.read_text())))
+    def check(content):
+        path.write_bytes(content)
+        reads(lambda: every_array(folder), path.name, folder.name)
+
+    check()
+
+
+def torch_files(path):
+    """Archives one of whose members was damaged, with check sums that fit; or damaged as bytes."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    pickled = next(name for name in members if name.endswith("data.pkl"))
+    copy = path.with_name("edited.bin")
+
+    def written(name, content):
+        with zipfile.ZipFile(copy, "w") as archive:
+            for member in members:
+                archive.writestr(member, content if member == name else members[member])
+        return copy.read_bytes()
+
+    inside = st.sampled_from([pickled, pickled, *members]).flatmap(
+        lambda name: damaged(members[name]).map(lambda content: written(name, content))
+    )
+    return st.one_of(inside, inside, damaged(path.read_bytes()))
+
+
+def test_torch_files(goldens, tmp_path):
+    folder = copy_golden(goldens, "llava_orig_bin", tmp_path / "model")
+    path = folder / "pytorch_model.bin"
+
+    @fuzz(120, content=torch_files(path))
+    def check(content):
+        path.write_bytes(content)
+        reads(lambda: every_array(folder), path.name)
+
+    check()
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_config(goldens, tmp_path, name):
+    folder, tower = copy_golden(goldens, name, tmp_path / "model"), TOWERS.get(name)
+    vision = None if tower is None else goldens / "ckpt" / tower
+    path = folder / "config.json"
+
+    @fuzz(60 if name != "llava_orig_bin" else 5, content=json_files(json.loads(path.read_text())))
+    def check(content):
+        path.write_bytes(content)
+        reads(lambda: describe(folder, vision), path.name, str(folder))
+
+    check()
+
+
+def test_config_of_a_tower(goldens, tmp_path):
+    tower = copy_golden(goldens, "clip_tower", tmp_path / "tower")
+    path = tower / "config.json"
+
+    @fuzz(20, content=json_files(json.loads(path.read_text())))
+    def check(content):
+        path.write_bytes(content)
+        reads(lambda: describe(goldens / "ckpt/llava_orig", tower), path.name, str(tower))
+
+    check()
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"]
+)
+def test_tokenizer(goldens, tmp_path, name):
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(goldens / "tokenizers/llava", folder)
+    path = folder / name
+    if name == "tokenizer.model":  # what is read where there is no other
+        (folder / "tokenizer.json").unlink()
+        files = damaged(path.read_bytes())
+    else:
+        files = json_files(json.loads(path.read_text()))
+
+    def read():
+        tokenizer = load_tokenizer(folder)
+        return tokenizer.decode(tokenizer(TEXT, return_offsets_mapping=True)["input_ids"])
+
+    @fuzz(60 if name == "tokenizer.json" else 30, content=files)
+    def check(content):
+        path.write_bytes(content)
+        reads(read, "tokenizer")
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json", "config.json"])
+def test_image_processor(goldens, tmp_path, name):
+    if name == "config.json":  # which says how images are cut
+        folder = copy_golden(goldens, "internvl", tmp_path / "model")
+        value = json.loads((folder / name).read_text()) | {"min_dynamic_patch": 1, "max_dynamic_patch": 4}
+    else:
+        folder = copy_llava(goldens, tmp_path / "model")
+        value = json.loads((folder / "preprocessor_config.json").read_text())
+        (folder / "preprocessor_config.json").unlink()
+        value = {"image_processor": value, "processor_class": "x"} if name == "processor_config.json" else value
+    path = folder / name
+
+    def read():
+        loader = load_image_processor(folder, aspect_ratio="pad", max_pixels=10**6, cache_bytes=0, image_size=28)
+        return loader.load(goldens / "data/images/img1.png", "r1").shape
+
+    @fuzz(80, content=json_files(value))
+    def check(content):
+        path.write_bytes(content)
+        reads(read, name, folder.name)
+
+    check()

@@ -1,0 +1,50 @@
+"""Settings of any value: an experiment comes out, or one line that names the setting."""
+
+import dataclasses
+import json
+
+from fuzz_cases import ESCAPES, edited, fuzz, reads
+from hypothesis import strategies as st
+from repository import ROOT
+
+from vlmprune_jax.cli import score
+from vlmprune_jax.cli.config_files import read_experiment
+from vlmprune_jax.cli.flags import parse
+from vlmprune_jax.experiment.spec import Experiment, override
+from vlmprune_jax.experiment.variants import check_experiment
+
+WHOLE = json.loads(json.dumps(dataclasses.asdict(Experiment())))
+CONFIG = ROOT / "configs/llava_depth.py"
+VALUES = (
+    "", "x", "None", "True", "-1", "0", "1.5", "nan", "inf", "1e400", "9" * 5000, "()", "(1,", "[1,2]", "{'a': 1}",
+    "__import__('os').abort()", "(" * 3000, "-" * 3000 + "1", ESCAPES.replace("\0", ""), "../x", "a/b", "\udcff",
+)  # fmt: skip
+
+
+def test_overrides(tmp_path):
+    @fuzz(200, values=edited(WHOLE, 3))
+    def check(values):
+        if isinstance(values, dict):
+            reads(lambda: check_experiment(override(Experiment(), values), tmp_path))
+
+    check()
+
+
+def names(section, where=""):
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        yield from names(value, f"{where}{field.name}.") if dataclasses.is_dataclass(value) else [where + field.name]
+
+
+def test_flags(tmp_path):
+    known = [*names(Experiment()), "prune_variants.a", "data", "data.max_lenght", "x", ESCAPES.replace("\0", "")]
+
+    @fuzz(60, name=st.sampled_from(known), value=st.sampled_from(VALUES))
+    def check(name, value):
+        def read():
+            flags = parse("score", score, [f"--config={CONFIG}", f"--workdir={tmp_path}", f"--config.{name}={value}"])
+            return read_experiment(flags.config)
+
+        reads(read)
+
+    check()
