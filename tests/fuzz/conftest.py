@@ -1,17 +1,39 @@
-"""What holds of every reader: nothing of it reaches the terminal, not even from a library in C or Rust."""
+"""What holds of every reader: it starts no program, connects nowhere, opens nothing that only a file's content names,
+and nothing reaches the terminal, not even from a library in C or Rust.
+"""
 
 import logging
+import sys
 
 import pytest
 
+STARTS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "socket.connect", "webbrowser.open"}
+NAMED = ("/secret", "/dev/zero")  # by the values that fuzz_cases puts into files
+_watching: list[str] | None = None
+
+
+def _audit(event: str, arguments: tuple) -> None:
+    """Python calls it with whatever it does; a hook stays until the process ends."""
+    if _watching is None:
+        return
+    if event in STARTS or (event == "open" and str(arguments[0]).endswith(NAMED)):
+        _watching.append(f"{event} {arguments[0]}")
+
+
+sys.addaudithook(_audit)
+
 
 @pytest.fixture(autouse=True)
-def silent(capfd):
-    """Fail a test during which anything was written to standard output or error.
+def harmless(capfd):
+    """Fail a test of which anything else was done than reading the files of the test.
 
-    But for Python's logs, which the command line collects: the handlers of libraries hold streams of other tests.
+    Python's logs may be written, the command line collects them: the handlers of libraries hold other tests' streams.
     """
+    global _watching
+    _watching = done = []
     logging.disable()
     yield
     logging.disable(logging.NOTSET)
+    _watching = None
+    assert not done
     assert capfd.readouterr() == ("", "")
