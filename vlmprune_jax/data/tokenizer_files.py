@@ -112,7 +112,13 @@ if tokenizer.decoder is not None:
     tokenizer.decoder.decode(texts)
 """
 _MODEL = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}  # in the place of the real one, which is large
-_FORMAT = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "post_processor": None}
+_FORMAT: dict[str, Any] = {
+    "version": "1.0",
+    "truncation": None,
+    "padding": None,
+    "added_tokens": [],
+    "post_processor": None,
+}
 
 
 def _try_rules(path: Path, rules: dict[str, Any]) -> None:

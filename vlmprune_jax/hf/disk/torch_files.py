@@ -149,6 +149,7 @@ def _interpret(pickle: bytes) -> Any:
     below: list[list[Any]] = []  # what lies under each mark
     stack: list[Any] = []
     memo: dict[int, Any] = {}
+    argument: Any
     for opcode, argument, _ in pickletools.genops(pickle):
         match opcode.name:
             case "PROTO" | "FRAME":

@@ -75,7 +75,7 @@ class Entry:
     def elements(self, positions: np.ndarray) -> np.ndarray:
         """The values at flat positions, by single reads of them alone."""
         found = np.empty(positions.shape, FILE_DTYPES[self.dtype])
-        flat, size = memoryview(found.reshape(-1).view(np.uint8)), found.itemsize
+        flat, size = found.reshape(-1).view(np.uint8).data, found.itemsize
         with open_file(self.file) as file:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
@@ -105,7 +105,7 @@ class Entry:
     def _read(self, begin: int, size: int) -> np.ndarray:
         found = np.empty(size, np.uint8)
         with open_file(self.file) as file:
-            read_at(file.fileno(), memoryview(found), begin, self.file)
+            read_at(file.fileno(), found.data, begin, self.file)
         return found
 
 
