@@ -18,7 +18,7 @@ import stat
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -64,7 +64,7 @@ def _told(error: BaseException) -> str:
     return "too deeply nested" if isinstance(error, RecursionError) else reason(error)
 
 
-def open_file(path: Path, missing: str = "no such file") -> BinaryIO:
+def open_file(path: Path, missing: str = "no such file") -> io.BufferedReader:
     """A regular file, opened for reading in binary.
 
     Args:
