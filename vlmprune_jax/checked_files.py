@@ -19,7 +19,7 @@ import stat
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import numpy as np
@@ -78,7 +78,7 @@ def last_read() -> Path | None:
     return _LAST[0] if _LAST else None
 
 
-def open_file(path: Path, missing: str = "no such file") -> BinaryIO:
+def open_file(path: Path, missing: str = "no such file") -> io.BufferedReader:
     """A regular file, opened for reading in binary.
 
     Args:
@@ -293,7 +293,7 @@ def open_image(source: Path | bytes) -> Iterator[Image]:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path) -> Iterator[io.BufferedWriter]:
     """A file to write, which is at `path` when the block succeeds, whole and also after a power cut, or not at all.
 
     Nothing is written through a link that lies there.

@@ -72,8 +72,7 @@ def train_batches(
     The order of the records is a function of `seed` and the epoch (and of `sizes` with `group_by`) alone; epochs=None
     never ends, and batches run across epoch borders. Process p takes rows [p, p + 1) * batch_size / process_count:
     joined, they are the batch that one process would read. A last short batch is dropped, or filled up with padding
-    rows. The iterator's `get_state`/`set_state` continue exactly. `augment="flip_shift"` (pretraining only) is seeded
-    by (seed, place in the stream).
+    rows. The iterator's state continues exactly. `augment="flip_shift"` (pretraining) is seeded by (seed, place).
 
     `sizes`: int[records, 2] (`measure.measure`), equal on all processes; the shape of a batch follows from them. They
     are needed to group rows (`grouping.grouped_order`), for length buckets, and to skip what cannot be read: with
