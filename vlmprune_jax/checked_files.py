@@ -177,7 +177,7 @@ def checked(value: Any, kind: Any, where: str, todo: str) -> Any:
     """
     try:
         msgspec.convert(value, kind)
-    except (msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.ValidationError, RecursionError, UnicodeEncodeError) as error:
         raise UserError(f"{where}: holds something else than it should ({reason(error)}): {todo}") from None
     return value
 
