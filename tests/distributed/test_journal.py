@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 
-from vlmprune_jax.distributed.journal import Journal, continued
+from hostile import mutants
+
+from vlmprune_jax.distributed.journal import Journal, continued, is_of
 
 
 def test_a_pass_continues_after_the_last_whole_line(tmp_path):
@@ -37,6 +41,27 @@ def test_a_journal_of_another_pass_starts_again(tmp_path):
     assert not path.exists()  # a pass that is refused leaves nothing
     path.write_bytes(b"\x00\xff no journal")
     assert Journal(path, {"mesh": [8, 1, 1]}).entries == []
+
+
+def test_damaged_entries_are_computed_again(tmp_path):
+    """From the first one on that is not what a batch gives."""
+    path = tmp_path / "a.journal"
+    good = [{"batches": 3}, [1.5, 0.0], [1.5, 1.0], [1.5, 2.0]]
+
+    def fits(batch, entry):
+        return is_of(list[float], entry) and len(entry) == 2
+
+    for _, value in mutants(good, 0.4):
+        lines = value if isinstance(value, list) else [value]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        pass_ = continued(lambda number: [1.5, float(number)], range(3), Journal(path, {"batches": 3}), fits)
+        found = list(pass_)
+        assert all(fits(None, entry) for entry in found)
+        assert len(found) == 3
+        assert Journal(path, {"batches": 3}).entries[:3] == json.loads(json.dumps(found))
+    path.unlink()
+    os.mkfifo(path)
+    assert Journal(path, {"batches": 3}).entries == []
 
 
 def test_without_a_journal_every_batch_is_computed():

@@ -4,8 +4,10 @@ import fcntl
 import json
 import os
 import shutil
+from typing import Any, TypedDict
 
 import pytest
+from hostile import mutants
 
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.stages import ledger
@@ -19,7 +21,9 @@ class Work:
         self.folder, self.runs, self.said, self.fail = folder, 0, [], False
         (folder / "in.txt").write_text("input")
 
-    def __call__(self, overwrite=False, scratch=(), journals=(), version=1, inputs=None, **settings):
+    def __call__(
+        self, overwrite=False, scratch=(), journals=(), version=1, inputs=None, facts=dict[str, Any], **settings
+    ):
         stage = Stage(
             name="depth/prune",
             version=version,
@@ -29,6 +33,7 @@ class Work:
             outputs=[self.folder / "out.txt"],
             scratch=scratch,
             journals=journals,
+            facts=facts,
         )
         return run_stage(stage, self.body, overwrite=overwrite, say=self.said.append)
 
@@ -129,6 +134,64 @@ def test_output_of_unknown_origin_is_refused(work):
     with pytest.raises(UserError, match=r"out.txt exists and was not made by this stage: use --overwrite"):
         work()
     assert (work.folder / "out.txt").read_text() == "mine"
+
+
+def test_a_damaged_record_is_no_reason_to_trust_an_output(work):
+    """Whatever a record says: the facts are those of the run, or the output is refused and stays."""
+    kind = TypedDict("Facts", {"number": int})
+    assert work(facts=kind)["number"] == 1
+    record = work.folder / ".stages/depth.prune.json"
+    good, taken, refused = json.loads(record.read_text()), 0, []
+    for where, value in mutants(good):
+        record.write_text(json.dumps(value))
+        try:
+            assert type(work(facts=kind)["number"]) is int, where
+            taken += 1
+        except UserError as error:
+            refused.append(str(error))
+        assert (work.runs, (work.folder / "out.txt").read_text()) == (1, "run 1"), where
+    assert all("use --overwrite to replace it" in line for line in refused)
+    assert min(taken, len(refused)) > 2
+    record.write_text("{")
+    with pytest.raises(UserError, match=r"out.txt exists, but its record .*depth.prune.json is damaged: use --overw"):
+        work()
+    record.unlink()
+    os.mkfifo(record)
+    with pytest.raises(UserError, match="is damaged"):
+        work()
+    assert work(overwrite=True)["number"] == 2
+
+
+def test_facts_of_another_kind_are_not_reported(work):
+    work()
+    with pytest.raises(UserError, match=r"its record .* is damaged"):
+        work(facts=TypedDict("Facts", {"number": str}))
+
+
+def test_nothing_is_written_through_links(work, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside")
+    for name in ("out.txt", ".out.txt.partial", ".stages/depth.prune.json", ".stages/.depth.prune.json.partial"):
+        (work.folder / name).parent.mkdir(exist_ok=True)
+        (work.folder / name).symlink_to(outside / "there")
+    assert work()["number"] == 1
+    assert list(outside.iterdir()) == []
+    (work.folder / ".stages/depth.prune.lock").unlink()
+    (work.folder / ".stages/depth.prune.lock").symlink_to(outside / "there")
+    with pytest.raises(OSError, match=r"depth.prune.lock"):
+        work()
+    (work.folder / ".stages/depth.prune.lock").unlink()
+    os.mkfifo(work.folder / ".stages/depth.prune.lock")  # is not waited for
+    assert work()["number"] == 1
+
+
+def test_names_that_are_no_text(work):
+    name = os.fsdecode(b"\xff.txt")
+    (work.folder / name).write_text("a")
+    assert work(inputs={"folder": work.folder / name})["number"] == 1
+    ledger.write_json(work.folder / "x.json", {"file": name})
+    assert json.loads((work.folder / "x.json").read_text()) == {"file": name}
+    ledger.write_text(work.folder / "x.json", json.dumps({"file": name}, ensure_ascii=False))
+    assert json.loads((work.folder / "x.json").read_text()) == {"file": name}
 
 
 def test_interrupted_stage_starts_again(work):

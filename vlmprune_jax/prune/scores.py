@@ -154,4 +154,4 @@ def _numbers(array: np.ndarray, most: int, where: str) -> np.ndarray:
     """One row of floats, at most so many."""
     if array.dtype.kind != "f" or array.dtype.itemsize > 8 or array.ndim != 1 or not 0 < array.size <= most:
         raise UserError(f"{where} is {array.dtype}{list(array.shape)}, not a row of numbers: {_TODO}")
-    return array
+    return np.asarray(array, np.float64)

@@ -20,7 +20,7 @@ from vlmprune_jax.report.result import averaged_sets, main_value, read_result, s
 
 Json = dict[str, Any]
 MOST_UNITS = 1_000_000  # cells of a figure
-MOST_DRAWN = 40  # figures of a kind, curves in one; the tables have everything
+MOST_DRAWN = 20  # figures of a kind, curves in one; the tables have everything
 NOTES = (
     "Data: share of the training records used for recovery. Asked, reached: share of all parameters to remove. "
     "Retained: share of the unpruned model's score, in percent{averages}. Seconds: scoring, pruning and training, "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import itertools
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,8 @@ from vlmprune_jax.errors import printable
 # Text and axes are drawn in this colour, which an inline SVG then trades for the page's own (light or dark).
 INK = "#3a3b3c"
 LARGEST = 1e100  # of the numbers that are drawn: axes need room around them
-MOST_BARS, MOST_NAMED, MOST_PANELS, MOST_POINTS = 60, 24, 6, 20_000
-LONGEST = 48  # letters of a name
+MOST_BARS, MOST_LINES, MOST_NAMED, MOST_PANELS, MOST_POINTS = 60, 200, 24, 6, 20_000
+LONGEST, LONGEST_TITLE = 40, 80  # letters of a name
 _FONT = "DejaVu Sans"  # which comes with matplotlib
 # Okabe-Ito: told apart with any kind of colour vision, and on light and dark grounds.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
@@ -67,7 +69,7 @@ def score_figure(result: Mapping[str, Any], measured: Measured) -> Figure:
     """A number of every model against its parameters; the shape tells the method, the colour the recovery."""
     runs, teacher = result["runs"], result["teacher"]
     colours = recovery_colours(runs)
-    finite = [np.nan if v is None or not abs(v) < LARGEST else v for v in measured.values]
+    finite = [np.nan if v is None or not abs(v) < LARGEST else float(v) for v in measured.values]
     unpruned, values = finite[0], finite[1:]
     names = [run[key] for run in runs for key in ("name", "method", "recovery")]
     with _style(measured.label, measured.title, *names):
@@ -75,16 +77,14 @@ def score_figure(result: Mapping[str, Any], measured: Measured) -> Figure:
         axes, bars = figure.subplots(1, 2, width_ratios=(5, 4))
         axes.axhline(unpruned, color=MUTED, linestyle="--", linewidth=1)
         axes.plot(teacher["parameters"] / 1e6, unpruned, "*", color=INK, markersize=14)
-        for method, recovery in dict.fromkeys((run["method"], run["recovery"]) for run in runs):
-            points = [
-                (run["parameters"] / 1e6, value)
-                for run, value in zip(runs, values, strict=True)
-                if (run["method"], run["recovery"]) == (method, recovery)
-            ]
+        lines = dict[tuple[str, str], list[tuple[float, float]]]()
+        for run, value in zip(runs, values, strict=True):
+            lines.setdefault((run["method"], run["recovery"]), []).append((run["parameters"] / 1e6, value))
+        for (method, recovery), points in itertools.islice(lines.items(), MOST_LINES):
             axes.plot(*np.transpose(sorted(points)), **_marker(method, colours[recovery]))
         axes.set_xlabel("parameters (millions)")
-        axes.set_ylabel(legible(measured.label))
-        axes.set_title(legible(measured.title))
+        axes.set_ylabel(legible(measured.label, LONGEST_TITLE))
+        axes.set_title(legible(measured.title, LONGEST_TITLE))
         top = _top(finite, measured.full)
         axes.set_ylim(-0.04 * top, 1.06 * top)
         axes.margins(x=0.15)
@@ -152,7 +152,7 @@ def _score_bars(
     axes.set_xlim(0, 1.18 * top)
     if measured.full == top:
         axes.set_xticks(np.linspace(0, top, 5))
-    axes.set_xlabel(legible(measured.label))
+    axes.set_xlabel(legible(measured.label, LONGEST_TITLE))
 
 
 def recovery_colours(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -167,13 +167,13 @@ def layer_importance_figure(title: str, importance: np.ndarray, removed: Sequenc
         figure = Figure(figsize=(7.6, 2.7), layout="constrained")
         axes = figure.add_subplot()
         numbers = np.arange(len(importance))
-        values = np.where(np.isfinite(importance), importance, np.nan)
+        values = np.where(np.abs(importance) < LARGEST, importance, np.nan)
         gone = np.isin(numbers, removed)
         axes.bar(numbers[~gone], values[~gone], color=COLOURS[0], label="kept")
         axes.bar(numbers[gone], values[gone], color=COLOURS[5], label="removed", hatch="//", edgecolor="white")
         _layer_axis(axes, "x", len(importance))
         axes.set_ylabel("importance")
-        axes.set_title(legible(title))
+        axes.set_title(legible(title, LONGEST_TITLE))
         axes.legend(ncols=2, loc="upper left", bbox_to_anchor=(0.62, 1.16))
         return figure
 
@@ -202,7 +202,7 @@ def width_importance_figure(
             top.plot([layer] * len(gone), gone, "x", color="white", markersize=7, markeredgewidth=2.2)
         top.set_ylabel("attention head")
         top.yaxis.set_major_locator(MaxNLocator(integer=True))
-        top.set_title(f"{legible(title)} (crossed: removed)")
+        top.set_title(f"{legible(title, LONGEST_TITLE)} (crossed: removed)")
         parts = [100 * kept[i][1] / kept[i][2] if i in kept else 0.0 for i in range(n_layers)]
         bottom.bar(range(n_layers), parts, color=COLOURS[0])
         bottom.set_ylim(0, 100)
@@ -238,7 +238,7 @@ def loss_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mappi
                     axes.plot(*np.transpose(points), label=None if name in named else legible(name), **style)
                     named.add(name)
             axes.set_yscale("log")
-            axes.set_title(f"{legible(titles[term])}, training batches")
+            axes.set_title(f"{legible(titles[term], LONGEST_TITLE)}, training batches")
             axes.set_xlabel("step")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         panels[0].set_ylabel("loss per token")
@@ -248,20 +248,19 @@ def loss_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mappi
 
 def _curve(rows: Sequence[Mapping[str, Any]], term: str) -> list[tuple[float, float]]:
     """(step, value) of at most `MOST_POINTS` rows that have a value which a logarithmic axis has a place for."""
-    points = [(row["step"], row[term]) for row in rows if 1 / LARGEST < row.get(term, 0.0) < LARGEST]
+    points = [(row["step"], float(row[term])) for row in rows if 1 / LARGEST < row.get(term, 0.0) < LARGEST]
     return points[:: -(-len(points) // MOST_POINTS) or 1]
 
 
-def legible(text: str) -> str:
+def legible(text: str, longest: int = LONGEST) -> str:
     """A name of anybody's as a figure can show it: no formula, not wider than the figure.
 
     Characters that no font has are spelled out.
     """
-    line = printable(text)
-    if len(line) > LONGEST:
-        line = f"{line[: LONGEST - 10]}...{line[-7:]}"
-    shown = "".join(c if c.isascii() or _font_of(c) else c.encode("unicode_escape").decode() for c in line)
-    return shown.replace("$", r"\$")
+    line = "".join(c if c.isascii() or _font_of(c) else c.encode("unicode_escape").decode() for c in printable(text))
+    if len(line) > longest:
+        line = f"{line[: longest - 10]}...{line[-7:]}"
+    return line.replace("$", r"\$")
 
 
 def _style(*names: str) -> Any:
@@ -289,10 +288,18 @@ def _characters(path: str) -> frozenset[int]:
         return frozenset()
 
 
+@contextlib.contextmanager
+def _drawing() -> Iterator[None]:
+    """Where long names leave no room for the axes, these lie beneath them; nothing is said about it."""
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "constrained_layout not applied", UserWarning)
+        yield
+
+
 def to_svg(figure: Figure) -> str:
     """An `<svg>` element that takes its ink from the page."""
     text = io.StringIO()
-    with matplotlib.rc_context(STYLE):
+    with _drawing():
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
     return svg[svg.index("<svg") :].replace(INK, "currentColor")
@@ -300,5 +307,5 @@ def to_svg(figure: Figure) -> str:
 
 def write_png(figure: Figure, path: Path) -> None:
     """The figure on white, twice the size of the page's."""
-    with replacing(path) as file:
+    with replacing(path) as file, _drawing():
         figure.savefig(file, format="png", dpi=200, facecolor="white", metadata={"Software": None})

@@ -144,6 +144,7 @@ Json = dict[str, Any]
 Found = Mapping[str, Mapping[str, Any]]  # set -> what `vlmprune evaluate` found there of one model (its eval/*.json)
 VERSION = 2
 MOST_GROUPS = 40
+MAX_BYTES = 2**25  # thousands of models
 
 
 def describe_sets(found: Found) -> Json:
@@ -198,7 +199,7 @@ def read_result(workdir: Path) -> Json:
       UserError: it is missing, damaged, or of a later version; or it names a file outside the workdir.
     """
     path = workdir / "result.json"
-    result = read_json(path, _Version, missing="no such file: run `vlmprune run` first", todo=_TODO)
+    result = read_json(path, _Version, missing="no such file: run `vlmprune run` first", todo=_TODO, most=MAX_BYTES)
     version = result.get("version", 1)
     if version not in (1, VERSION):
         raise UserError(f"{path}: is of version {version}, this is {VERSION}: update vlmprune-jax")

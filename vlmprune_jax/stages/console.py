@@ -17,7 +17,8 @@ from rich.text import Text
 from vlmprune_jax.errors import printable
 
 PAUSE_SECONDS = 60.0
-WIDEST, MOST_COLUMNS = 48, 40  # of a column, in characters; result.json and the report have everything
+# Characters of a column, columns and rows of a table: the report has everything.
+WIDEST, MOST_COLUMNS, MOST_ROWS = 48, 16, 400
 PIPE_WIDTH = 120  # columns of tables that go to a file or pipe, where there is no terminal to ask
 
 
@@ -76,9 +77,11 @@ class Reporter:
         for number, name in enumerate(header[:MOST_COLUMNS]):
             justify: Any = "right" if number else "left"
             table.add_column(_cell(name), justify=justify, no_wrap=True, max_width=WIDEST)
-        for row in rows:
+        for row in rows[:MOST_ROWS]:
             table.add_row(*map(_cell, row[:MOST_COLUMNS]))
         self.console.print(table)
+        if len(rows) > MOST_ROWS or len(header) > MOST_COLUMNS:
+            self.say(f"  the first of {len(rows):,} rows and {len(header):,} columns")
 
 
 def _cell(text: str, style: str = "") -> Text:

@@ -92,7 +92,7 @@ Decoder layers: {len(cfg.text.layers)}, {_shapes(cfg.text.layers)}.{_tower(cfg, 
 
 {_loading(cfg, written, config, processor)}
 """
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
 
 def _removed(plan: dict[str, Any] | None) -> str:
