@@ -212,7 +212,7 @@ def checked(value: Any, kind: Any, where: str, todo: str) -> Any:
     """
     try:
         msgspec.convert(value, kind)
-    except (msgspec.ValidationError, UnicodeEncodeError, RecursionError) as error:  # the second: half pairs in names
+    except (msgspec.ValidationError, RecursionError, UnicodeEncodeError) as error:
         raise UserError(f"{where}: holds something else than it should ({reason(error)}): {todo}") from None
     return value
 
