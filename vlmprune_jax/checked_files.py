@@ -117,8 +117,9 @@ def read_bytes(path: Path, most: int | None = None, missing: str = "no such file
     """
     with open_file(path, missing) as file, reading(path, "mend the disk"):
         size = os.fstat(file.fileno()).st_size
-        # Files of /proc have more than they say.
-        content = b"" if most is not None and size > most else file.read(-1 if most is None else most + 1)
+        content = b"" if most is not None and size > most else file.read(size)
+        if file.peek(1):  # files of /proc have more than they say
+            content += file.read() if most is None else file.read(most + 1)
         if most is not None and max(size, len(content)) > most:
             raise UserError(f"{path}: has {size:,} bytes, more than the {most:,} that such a file may have")
         return content

@@ -138,14 +138,17 @@ def test_output_of_unknown_origin_is_refused(work):
 
 def test_a_damaged_record_is_no_reason_to_trust_an_output(work):
     """Whatever a record says: the facts are those of the run, or the output is refused and stays."""
-    kind = TypedDict("Facts", {"number": int})
-    assert work(facts=kind)["number"] == 1
+
+    class Facts(TypedDict):
+        number: int
+
+    assert work(facts=Facts)["number"] == 1
     record = work.folder / ".stages/depth.prune.json"
     good, taken, refused = json.loads(record.read_text()), 0, []
     for where, value in mutants(good):
         record.write_text(json.dumps(value))
         try:
-            assert type(work(facts=kind)["number"]) is int, where
+            assert type(work(facts=Facts)["number"]) is int, where
             taken += 1
         except UserError as error:
             refused.append(str(error))

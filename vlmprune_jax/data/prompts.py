@@ -14,7 +14,7 @@ import numpy as np
 from vlmprune_jax.checked_files import reading
 from vlmprune_jax.config import IGNORED
 from vlmprune_jax.data.records import IMAGE_TOKEN, Record
-from vlmprune_jax.data.tokenizer_files import TOKENIZER, check_tokenizer_files, without_stderr
+from vlmprune_jax.data.tokenizer_files import TOKENIZER, check_tokenizer_files, without_output
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, template_of, templates
 from vlmprune_jax.families.templates import Template
@@ -33,7 +33,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     check_tokenizer_files(folder)
     todo = "give a folder with tokenizer.json (pip install sentencepiece protobuf if that is what is missing)"
-    with reading(f"{folder}: its tokenizer", todo), without_stderr():
+    with reading(f"{folder}: its tokenizer", todo), without_output():
         if os.path.lexists(folder / TOKENIZER):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         else:

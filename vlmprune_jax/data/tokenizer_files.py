@@ -162,20 +162,24 @@ def _lengthens(part: dict[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def without_stderr() -> Iterator[None]:
-    """Nothing that is written to stderr meanwhile is seen, not even by native code: panics of Rust and logs of C++ go
-    to the file descriptor. What they are about is raised as well.
+def without_output() -> Iterator[None]:
+    """Nothing that is written to stdout or stderr meanwhile is seen, not even by native code, which writes to the file
+    descriptors: panics and remarks of Rust, logs of C++. What they are about is raised as well, or of no consequence.
     """
-    with os.fdopen(os.open(os.devnull, os.O_WRONLY), "w") as nowhere, contextlib.redirect_stderr(nowhere):
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    nowhere = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    with nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        seen = {}
+        for descriptor in (1, 2):
+            with contextlib.suppress(OSError):  # there is no such descriptor, and nobody to see it
+                seen[descriptor] = os.dup(descriptor)
         try:
-            seen = os.dup(2)
-        except OSError:  # there is no such descriptor, and nobody to see it
-            yield
-            return
-        try:
-            os.dup2(nowhere.fileno(), 2)
+            for descriptor in seen:
+                os.dup2(nowhere.fileno(), descriptor)
             yield
         finally:
             nowhere.flush()
-            os.dup2(seen, 2)
-            os.close(seen)
+            for descriptor, copy in seen.items():
+                os.dup2(copy, descriptor)
+                os.close(copy)

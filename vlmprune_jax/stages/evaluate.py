@@ -17,6 +17,7 @@ from typing import Any, TypedDict
 from vlmprune_jax.checked_files import Count, Finite, read_json_lines, read_text, reading
 from vlmprune_jax.checks import settings_of
 from vlmprune_jax.distributed.mesh import on_process_zero, row_ways
+from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.metrics import METRICS
 from vlmprune_jax.evaluation.runner import ask, check_answered, log_likelihoods
 from vlmprune_jax.experiment.arguments import QUESTIONS, evaluation_sets
@@ -203,6 +204,10 @@ def _measure(of: EvaluationSetSpec, answers: Path, path: Path, facts: Json) -> J
     records = () if of.text is not None else inputs.evaluation_records(of, image_lead=True)
     scores: Sequence[Any] = lines
     if of.text is None:
+        if len(lines) != len(records):
+            raise UserError(
+                f"{answers}: holds {len(lines)} answers to {len(records)} questions: remove it, and run the same command"
+            )
         scores = metric.score_all([line["prediction"] for line in lines], records)
     values, groups = metric.values(scores, records), metric.values_of_groups(scores, records)
     found = {**facts, "metric": {"name": of.metric, **metric.describe()}, "values": values, "groups": groups}

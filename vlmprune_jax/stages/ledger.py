@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypedDict
 
-from vlmprune_jax.checked_files import Finite, checked, read_json, replacing
+from vlmprune_jax.checked_files import Finite, checked, open_file, read_json, replacing
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.errors import UserError, differences
 
@@ -233,8 +233,9 @@ def digest(path: Path | str) -> str:
 
 
 def _file_digest(path: Path) -> str:
-    size, total = path.stat().st_size, hashlib.sha256()
-    with path.open("rb") as file:
+    total = hashlib.sha256()
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
         if size <= _WHOLE:
             total.update(file.read())
         else:
