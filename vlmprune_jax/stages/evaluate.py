@@ -206,7 +206,7 @@ def _measure(of: EvaluationSetSpec, answers: Path, path: Path, facts: Json) -> J
     if of.text is None:
         if len(lines) != len(records):
             raise UserError(
-                f"{answers}: holds {len(lines)} answers to {len(records)} questions: remove it, and run the same command"
+                f"{answers}: holds {len(lines)} answers to {len(records)} questions: remove it, and run again"
             )
         scores = metric.score_all([line["prediction"] for line in lines], records)
     values, groups = metric.values(scores, records), metric.values_of_groups(scores, records)
