@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 _LONGEST_WORD, _WORD_ENDS = 400, 60  # of a text without a space: names in files may have any length
@@ -40,6 +42,19 @@ class UserError(Exception):
 
     def __init__(self, message: object):
         super().__init__(printable(str(message)))
+
+
+@contextlib.contextmanager
+def about(what: object) -> Iterator[None]:
+    """Name what a UserError is about, where code that raises it does not know the file.
+
+    Raises:
+      UserError: the same, `what` before it.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
 
 
 class Stopped(UserError):

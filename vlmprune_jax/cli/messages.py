@@ -22,6 +22,7 @@ MOST = 20  # lines that are told; --debug shows all, at once
 # were decoded all the same.
 _NOISE = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning, ImportWarning, BytesWarning)
 _SILENT = ("PIL",)
+_TOLD = {"orbax"}  # what they log below errors they raise as well, or mend
 # An over-long text is cut or refused by us, with its record named.
 _KNOWN = ("Token indices sequence length is longer than",)
 
@@ -36,6 +37,8 @@ class Messages(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep a log record: its first line, and what was raised."""
+        if record.levelno < logging.ERROR and _TOLD & set(Path(record.pathname).parts):
+            return
         with contextlib.suppress(Exception):  # a record with arguments that do not fit its format
             error = record.exc_info[1] if record.exc_info else None
             self.add(f"{record.getMessage()}{f' ({reason(error)})' if error is not None else ''}")

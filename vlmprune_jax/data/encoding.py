@@ -35,7 +35,7 @@ class Encoder:
     each of its rows, so that there are as many compiled programs as buckets; None = always `max_images` slots.
     `length_buckets` (ascending, up to `max_length`) are the same for the tokens of measured training batches; None =
     always `max_length`. `longest`: rows of more tokens are refused where nothing cuts them
-    (`ModelConfig.longest_row`; 0 = any).
+    (`ModelConfig.longest_row`; 0 = any). `words`: of the model's vocabulary, beyond which ids are refused (0 = any).
     """
 
     tokenizer: Any
@@ -49,6 +49,7 @@ class Encoder:
     tile_buckets: tuple[int, ...] | None = None
     length_buckets: tuple[int, ...] | None = None
     longest: int = 0
+    words: int = 0
 
     def training_row(
         self, record: Record, augment_seed: tuple[int, ...] | None, shape: Shape | None = None
@@ -87,6 +88,7 @@ class Encoder:
             tokens_per_image=self.tokens_per_image,
             tiles=self.tiles(record),
         )
+        self._check_ids(ids, record)
         self._check_longest(ids, record)
         return ids
 
@@ -150,6 +152,7 @@ class Encoder:
             cut_text_at=limit if self.truncate else None,
             tiles=self.tiles(record),
         )
+        self._check_ids(ids, record)
         if limit is None:
             self._check_longest(ids, record)
         elif len(ids) > limit:
@@ -168,6 +171,13 @@ class Encoder:
         except UserError as error:
             return str(error)
         return None
+
+    def _check_ids(self, ids: np.ndarray, record: Record) -> None:
+        if self.words and (ids[ids != self.image_token_id] >= self.words).any():
+            raise UserError(
+                f"record {record.id}: the tokenizer gives id {ids.max()}, but the vocabulary of the model has "
+                f"{self.words} words: use the model's own tokenizer"
+            )
 
     def _check_longest(self, ids: np.ndarray, record: Record) -> None:
         if 0 < self.longest < len(ids):

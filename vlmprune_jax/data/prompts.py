@@ -270,7 +270,8 @@ def _tokenize(prompt: str, record: Record, tokenizer: Any, template: Template) -
     found = np.array(is_image, bool)
     if record.images and template.image_tokens is not None:
         found = np.array(ids, np.int64) == tokenizer.convert_tokens_to_ids(template.image_tokens[1])
-    return _Tokens(np.array(ids, np.int32), starts, ends, found)
+    # What int32 does not hold no vocabulary has either: it is refused as such.
+    return _Tokens(np.minimum(np.array(ids, np.int64), 2**31 - 1).astype(np.int32), starts, ends, found)
 
 
 def _turn_spans(record: Record, template: Template) -> tuple[list[tuple[int, int]], int]:

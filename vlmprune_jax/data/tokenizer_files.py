@@ -96,12 +96,14 @@ def added_tokens(folder: Path) -> dict[str, int]:
 # brings along are tried on texts that such rules are bad at, in a process of its own, which may take only so much of
 # either. It costs 0.2 s, and nothing where a file has no expression and no replacement that makes texts longer.
 _RULES = ("normalizer", "pre_tokenizer", "decoder")
-_TRIAL_SECONDS, _TRIAL_BYTES = 10, 2**31
+_TRIAL_SECONDS, _TRIAL_BYTES, _WALL_SECONDS = 10, 2**31, 50  # of the processor, and by the clock on a busy machine
+_LONGEST = 10_000  # letters of a rule's text
 _RUN = 1000
 _TRIAL = """
 import json, resource, sys
 from tokenizers import Tokenizer
-rules, texts, most = json.load(sys.stdin)
+rules, texts, most, seconds = json.load(sys.stdin)
+resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
 resource.setrlimit(resource.RLIMIT_AS, (most, most))
 try:
     tokenizer = Tokenizer.from_str(json.dumps(rules))
@@ -123,20 +125,21 @@ _FORMAT: dict[str, Any] = {
 
 def _try_rules(path: Path, rules: dict[str, Any]) -> None:
     parts = [part for part in _walk(rules) if "Regex" in part or _lengthens(part)]
+    texts = [text for part in parts for text in part.values() if isinstance(text, str)]
+    if max(map(len, texts), default=0) > _LONGEST:
+        raise UserError(f"{path}: a rule holds a text of over {_LONGEST:,} letters: use the model's source's tokenizer")
     if not parts:
         return
     patterns = [str(part.get("Regex", part.get("pattern"))) for part in parts]
     words = ["".join(filter(str.isalnum, pattern))[:100] for pattern in patterns]
-    letters = "".join(sorted(set("".join(words))))[
-        :100
-    ]  # with all of them in a text no expression is ruled out at once
+    letters = "".join(sorted(set("".join(words))))[:100]  # with all of them no expression is ruled out at once
     runs = dict.fromkeys(filter(None, [*words[:10], *letters, *"aA0 \n.-_'é中"]))
     texts = [f"{run * count}{end}" for run in runs for count in (40, _RUN // len(run)) for end in ("", f"!{letters}!")]
     command = [sys.executable, "-P", "-c", _TRIAL]  # -P: not from this folder
-    given = json.dumps([{**_FORMAT, **rules, "model": _MODEL}, texts, _TRIAL_BYTES]).encode()
+    given = json.dumps([{**_FORMAT, **rules, "model": _MODEL}, texts, _TRIAL_BYTES, _TRIAL_SECONDS]).encode()
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     with contextlib.suppress(subprocess.TimeoutExpired):
-        done = subprocess.run(command, input=given, capture_output=True, env=environment, timeout=_TRIAL_SECONDS)
+        done = subprocess.run(command, input=given, capture_output=True, env=environment, timeout=_WALL_SECONDS)
         if done.returncode == 0:
             return
     raise UserError(
@@ -155,8 +158,8 @@ def _walk(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _lengthens(part: dict[str, Any]) -> bool:
-    """Whether a rule replaces something by more."""
-    content, pattern = part.get("content"), part.get("pattern")
+    """Whether a rule replaces something by more, or puts something before it."""
+    content, pattern = part.get("content", part.get("prepend")), part.get("pattern")
     replaced = pattern.get("String") if isinstance(pattern, dict) else None
     return isinstance(content, str) and len(content) > max(1, len(replaced) if isinstance(replaced, str) else 1)
 

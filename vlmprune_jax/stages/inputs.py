@@ -65,6 +65,7 @@ class Inputs:
             truncate=self.data.truncate,
             tile_buckets=tile_buckets(self.data, self.image_loader and self.image_loader.preparation),
             longest=cfg.longest_row,
+            words=cfg.text.vocab_size,
         )
 
     def training_encoder(self, cfg: ModelConfig) -> Encoder:

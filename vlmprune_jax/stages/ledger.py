@@ -115,6 +115,8 @@ def _alone(stage: Stage, say: Callable[[str], None]) -> Iterator[None]:
       UserError: another run is at it, and stays.
     """
     path = stage.record.with_suffix(".lock")
+    if path.parent.is_symlink():
+        raise UserError(f"{path.parent}: is a link: remove it, or use another --workdir")
     path.parent.mkdir(parents=True, exist_ok=True)
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # not through a link, and no FIFO is waited for
     with os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0) as file:

@@ -9,7 +9,7 @@ from vlmprune_jax.checked_files import Count, Finite
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.data.batching import Batch
 from vlmprune_jax.distributed.mesh import on_process_zero
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.errors import UserError, about
 from vlmprune_jax.experiment.arguments import plan_options
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.hf.read import read_config
@@ -88,14 +88,15 @@ def _prune_files(experiment: Experiment, scores: list[Path], out_dir: Path) -> t
     spec, source, vision_dir = experiment.prune, teacher_folder(experiment.model), experiment.model.vision_dir
     first, *second = [Scores.load(path) for path in scores]
     _, cfg = read_config(source, None if vision_dir is None else Path(vision_dir))
-    plan = make_plan(
-        (first, second[0]) if second else first,
-        cfg,
-        method=spec.method,
-        ratio=spec.ratio,
-        layers_removed=spec.layers_removed,
-        **plan_options(spec),
-    )
+    with about(" and ".join(map(str, scores))):
+        plan = make_plan(
+            (first, second[0]) if second else first,
+            cfg,
+            method=spec.method,
+            ratio=spec.ratio,
+            layers_removed=spec.layers_removed,
+            **plan_options(spec),
+        )
     on_process_zero(lambda: prune_folder(source, plan, out_dir, vision_dir=vision_dir, dtype=experiment.model.dtype))
     return plan, cfg
 

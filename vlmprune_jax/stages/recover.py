@@ -7,7 +7,7 @@ from typing import NotRequired, TypedDict
 
 from vlmprune_jax.checked_files import Count
 from vlmprune_jax.distributed.mesh import on_process_zero
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.errors import UserError, about
 from vlmprune_jax.experiment.arguments import recover_config
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.models.params import flatten
@@ -66,7 +66,8 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
         on_process_zero(lambda: None if (training / "checkpoints").exists() else remove(training))
         plan = PrunePlan.from_json(prune_folder / "plan.json")
         if needs_teacher(config.losses) or config.losses.teacher_top_k:  # another model would teach without complaint
-            check_plan_is_for(open_folder(model_spec, teacher_folder(model_spec)), plan)
+            with about(prune_folder / "plan.json"):
+                check_plan_is_for(open_folder(model_spec, teacher_folder(model_spec)), plan)
         features = cached_features(model_spec, data, experiment.mesh, config, plan, pruned, context)
         taught = cached_teacher(experiment, config, context, features) if config.losses.teacher_top_k else None
         student, teacher = load_for_training(model_spec, experiment.mesh, config, pruned, features)
