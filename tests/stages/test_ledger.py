@@ -14,6 +14,10 @@ from vlmprune_jax.stages import ledger
 from vlmprune_jax.stages.ledger import Stage, run_stage
 
 
+class Facts(TypedDict):
+    number: int
+
+
 class Work:
     """A stage that writes one file, and what happened."""
 
@@ -138,14 +142,13 @@ def test_output_of_unknown_origin_is_refused(work):
 
 def test_a_damaged_record_is_no_reason_to_trust_an_output(work):
     """Whatever a record says: the facts are those of the run, or the output is refused and stays."""
-    kind = TypedDict("Facts", {"number": int})
-    assert work(facts=kind)["number"] == 1
+    assert work(facts=Facts)["number"] == 1
     record = work.folder / ".stages/depth.prune.json"
     good, taken, refused = json.loads(record.read_text()), 0, []
     for where, value in mutants(good):
         record.write_text(json.dumps(value))
         try:
-            assert type(work(facts=kind)["number"]) is int, where
+            assert type(work(facts=Facts)["number"]) is int, where
             taken += 1
         except UserError as error:
             refused.append(str(error))
@@ -165,7 +168,7 @@ def test_a_damaged_record_is_no_reason_to_trust_an_output(work):
 def test_facts_of_another_kind_are_not_reported(work):
     work()
     with pytest.raises(UserError, match=r"its record .* is damaged"):
-        work(facts=TypedDict("Facts", {"number": str}))
+        work(facts=dict[str, str])
 
 
 def test_nothing_is_written_through_links(work, tmp_path_factory):

@@ -116,9 +116,9 @@ def _define(command: ModuleType, argv: list[str] | None = None) -> Flags:
 
 def _check_overrides(argv: Sequence[str], config: str) -> None:
     """Refuse a config file that cannot be loaded, and `--config.x.y` that does not exist in it, in one line."""
-    path = _file_of(config)
-    if os.path.lexists(path):  # a FIFO would be waited for
-        open_file(path).close()
+    file = _file_of(config)
+    if os.path.lexists(file):  # a FIFO would be waited for
+        open_file(file).close()
     values = Flags()
     alone = ["vlmprune", f"--config={config}"]
     config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True, sys_argv=alone)

@@ -101,8 +101,8 @@ def kept() -> Iterator[Messages]:
     messages, root = Messages(), logging.getLogger()
     shown, hooks, handlers = warnings.showwarning, (sys.unraisablehook, threading.excepthook), root.handlers[:]
     try:
-        warnings.showwarning = messages.warned
-        sys.unraisablehook = threading.excepthook = messages.uncaught
+        warnings.showwarning = messages.warned  # type: ignore[assignment]
+        sys.unraisablehook, threading.excepthook = messages.uncaught, messages.uncaught
         root.handlers = [*handlers, messages]
         with contextlib.redirect_stderr(_Written(messages, sys.stderr)):
             yield messages
@@ -114,5 +114,9 @@ def kept() -> Iterator[Messages]:
 
 def leave_quietly() -> None:
     """From here on, to the end of the process, threads and finalizers say nothing."""
-    sys.unraisablehook = threading.excepthook = lambda raised: None
+    sys.unraisablehook, threading.excepthook = _ignored, _ignored
     logging.lastResort = None
+
+
+def _ignored(raised: Any) -> None:
+    pass

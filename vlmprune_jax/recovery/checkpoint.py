@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ import msgspec
 import numpy as np
 import orbax.checkpoint as ocp
 
-from vlmprune_jax.checked_files import checked, reading
-from vlmprune_jax.distributed.mesh import from_all
+from vlmprune_jax.checked_files import checked, open_file, reading
+from vlmprune_jax.distributed.mesh import from_all, on_process_zero
 from vlmprune_jax.errors import UserError, differences, reason
 from vlmprune_jax.recovery.step import TrainState
 
@@ -27,10 +27,11 @@ _TODO = "remove that folder, and run the same command"
 
 
 class _Meta(TypedDict):
-    """`data`: the data state of every process, see `_gather`."""
+    """`data`: the data state of every process, see `_gather`; `digest`: of the state, which older versions lack."""
 
     identity: dict[str, Any]
     data: Annotated[list[str], msgspec.Meta(min_length=1)]
+    digest: NotRequired[str]
 
 
 class Checkpointer:
@@ -50,6 +51,7 @@ class Checkpointer:
             max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
         folder.mkdir(parents=True, exist_ok=True)
+        on_process_zero(lambda: _check_files(folder))
         with reading(folder, _TODO):
             self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -75,7 +77,7 @@ class Checkpointer:
         Raises:
           UserError: this save or the one before it cannot be written.
         """
-        meta = {"identity": self.identity, "data": _gather(data_state)}
+        meta = {"identity": self.identity, "data": _gather(data_state), "digest": weights_digest(_tree(state))}
         args = ocp.args.Composite(
             **{STATE: ocp.args.StandardSave(_tree(state)), META: ocp.args.JsonSave(meta)},
         )
@@ -120,6 +122,8 @@ class Checkpointer:
             state = jax.tree.unflatten(jax.tree.structure(like), [tree[name] for name in sorted(tree)])
             if int(state.step) != step:
                 raise UserError(f"{where}: holds the state of step {int(state.step)}: {_TODO}")
+            if "digest" in meta and weights_digest(tree) != meta["digest"]:
+                raise UserError(f"{where}: holds other numbers than were saved: {_TODO}")
             return state, self._own(step, meta["data"])
 
     def _own(self, step: int, states: list[str]) -> Any:
@@ -138,6 +142,13 @@ class Checkpointer:
     def _read(self, step: int, item: str, args: Any) -> Any:
         with reading(f"{self.folder}/{step}", _TODO):
             return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse what orbax would wait for: FIFOs, devices."""
+    for path in folder.rglob("*"):
+        if not path.is_dir():
+            open_file(path).close()
 
 
 def _why(error: Exception) -> str:

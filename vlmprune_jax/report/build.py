@@ -238,7 +238,7 @@ def _figure(figure: Any, caption: str) -> Json:
 
 def _importance_section(workdir: Path, result: Json) -> Iterator[Json]:
     """One figure per scores file; variants that share one are drawn once per plan."""
-    figures, seen = [], set()
+    figures, seen = list[Json](), set[str]()
     for run in result["runs"]:
         if run["plan"] in seen or len(figures) >= MOST_DRAWN:
             continue
@@ -272,7 +272,7 @@ def _importance_figure(scores: Scores, plan: PrunePlan) -> Any:
 
 
 def _loss_section(workdir: Path, result: Json) -> Iterator[Json]:
-    curves, titles = {}, dict[str, str]()
+    curves, titles = dict[str, list[Json]](), dict[str, str]()
     for run in result["runs"]:
         titles |= run.get("loss_terms") or {name: name for name in LossConfig().weights()}
         path = workdir / run["metrics"] if run.get("metrics") else None
