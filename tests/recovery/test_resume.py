@@ -28,6 +28,7 @@ from vlmprune_jax.errors import Stopped, UserError
 from vlmprune_jax.recovery.checkpoint import Checkpointer, weights_digest
 from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.loop import recover
+from vlmprune_jax.recovery.program import prepare
 
 CFG = cases.config()
 SETTINGS = cases.settings(
@@ -246,6 +247,55 @@ def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path):
             part.write_bytes(part.read_bytes()[:10])
     with pytest.raises(UserError, match=r"checkpoints/6: cannot be read \(.*\): remove that folder, and run"):
         train(mid_epoch_stream(), tmp_path)
+
+
+def _junk(content: bytes):
+    return lambda path: path.write_bytes(content)
+
+
+def _flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def _fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("meta/metadata", Path.unlink, r"/6: cannot be read \("),
+        ("meta/metadata", _junk(b"[]"), r"/6: (holds something else|cannot be read)"),
+        ("meta/metadata", _junk(b'{"identity": 1, "data": ["j1"]}'), r"/6: holds something else"),
+        ("meta/metadata", _fifo, r"meta/metadata: is a FIFO, expected a file"),
+        ("state/_METADATA", _junk(b"\xff{"), r"/6: cannot be read \("),
+        ("state/_METADATA", _junk(b'{"tree_metadata": {}}'), r"/6: cannot be read \("),
+        ("state/manifest.ocdbt", Path.unlink, r"/6: cannot be read \("),
+        ("state/d/*", _flipped, r"/6: (cannot be read \(|holds other numbers than were saved)"),
+    ],
+)  # fmt: skip
+def test_damage_of_any_file_of_a_checkpoint(uninterrupted, tmp_path, file, damage, message):
+    """In a line that says what to remove."""
+    shutil.copytree(uninterrupted[2] / "checkpoints", tmp_path, dirs_exist_ok=True)
+    run = prepare(cases.model(CFG), SETTINGS, cases.model(CFG, 9), None, None, 6)
+    damaged = [path for path in (tmp_path / "6").glob(file) if path.is_file()]
+    assert damaged
+    for path in damaged:
+        damage(path)
+    with pytest.raises(UserError, match=message) as error, Checkpointer(tmp_path, run.identity, 3) as saver:
+        saver.restore(run.state)
+    assert str(error.value).isprintable()
+
+
+def test_folders_of_absurd_names_are_no_checkpoints(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted[2] / "checkpoints", tmp_path, dirs_exist_ok=True)
+    for name in ("-1", "0x", "1.5", "²", "1" * 250, "a\nb"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="/6 is a checkpoint of another run"), Checkpointer(tmp_path, {}, 3) as saver:
+        saver.restore(None)
 
 
 def test_any_change_of_weights_changes_their_digest():
