@@ -153,7 +153,7 @@ def check_settings(where: str, section: Any, *, elsewhere: bool = False) -> None
             one_of(place, value, about.names())
         for number in _numbers(value):
             outside = (
-                not math.isfinite(number)
+                (not math.isfinite(number) if isinstance(number, float) else abs(number) >= 2**63)
                 or (about.least is not None and number < about.least)
                 or (about.above is not None and number <= about.above)
                 or (about.below is not None and number >= about.below)

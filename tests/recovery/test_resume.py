@@ -292,7 +292,7 @@ def test_damage_of_any_file_of_a_checkpoint(uninterrupted, tmp_path, file, damag
 
 def test_folders_of_absurd_names_are_no_checkpoints(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted[2] / "checkpoints", tmp_path, dirs_exist_ok=True)
-    for name in ("-1", "0x", "1.5", "²", "1" * 250, "a\nb"):
+    for name in ("-1", "0x", "1.5", "²", "a\nb"):
         (tmp_path / name).mkdir()
     with pytest.raises(UserError, match="/6 is a checkpoint of another run"), Checkpointer(tmp_path, {}, 3) as saver:
         saver.restore(None)

@@ -170,8 +170,12 @@ class RecoverConfig:
     clip_norm: float | None = setting(
         1.0, "Gradients are scaled down to this norm; None: never.", affects=_RECOVER, above=0
     )
-    steps: int | None = setting(None, "Optimizer steps, in place of `epochs`.", affects=_RECOVER, unit="steps", least=1)
-    epochs: float = setting(1.0, "Passes over the training records.", affects=_RECOVER, unit="epochs", above=0)
+    steps: int | None = setting(
+        None, "Optimizer steps, in place of `epochs`.", affects=_RECOVER, unit="steps", least=1, most=10**9
+    )
+    epochs: float = setting(
+        1.0, "Passes over the training records.", affects=_RECOVER, unit="epochs", above=0, most=10_000
+    )
     accumulation: int = setting(
         1, "Micro-batches that an optimizer step is computed in.", affects=_RECOVER, unit="micro-batches", least=1
     )
