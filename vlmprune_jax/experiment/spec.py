@@ -462,7 +462,8 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
                 items = enumerate(zip(value, kinds, strict=True))
                 return tuple(_checked(item, inner, f"{where}[{i}]") for i, (item, inner) in items)
         if plain is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value) if abs(value) < 2**1023 else math.copysign(math.inf, value)  # which bounds refuse
+            # what no float holds is infinite, which bounds refuse
+            return float(value) if isinstance(value, float) or abs(value) < 2**1023 else math.inf
         if plain is Mapping and isinstance(value, Mapping):
             inner = typing.get_args(option)[1]
             check = _named if dataclasses.is_dataclass(inner) else _checked
