@@ -77,7 +77,7 @@ class RopeConfig:
             )
 
 
-TIMES_POSITIONS = 4  # that a row may have of a model's
+TIMES_POSITIONS, SHORT_ROW = 4, 4096  # a row may have so many times a model's positions, and always so many tokens
 # The decoder, and the tower of a model that sees images: names of the fields of a `ModelConfig` and of its params.
 STACKS = ("text", "vision")
 
@@ -295,9 +295,10 @@ class ModelConfig:
         """Most tokens of a row that records and settings may ask for, so that it is known before memory is taken.
 
         Rotary positions go on beyond `max_positions`, as in transformers, and a model gets worse there; at several
-        times as many it is of no use. Arrays of one's own may be of any length.
+        times as many it is of no use. Rows that any machine holds are not refused. Arrays of one's own may be of any
+        length.
         """
-        return TIMES_POSITIONS * self.text.max_positions
+        return max(TIMES_POSITIONS * self.text.max_positions, SHORT_ROW)
 
     def check_row(self, setting: str, tokens: int) -> None:
         """Refuse a setting that asks for longer rows.

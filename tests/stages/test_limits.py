@@ -61,7 +61,7 @@ def asked(folder: Path, cfg: ModelConfig, spec: EvaluateSpec, **changes: Any) ->
 
 
 def test_a_record_that_is_too_long_for_the_model_is_named(folder: Path, cfg: ModelConfig) -> None:
-    said = rf"record long: \d+ tokens with its images, more than the {4 * cfg.text.max_positions} that a row"
+    said = rf"record long: \d+ tokens with its images, more than the {cfg.longest_row} that a row"
     with pytest.raises(UserError, match=said):
         calibrated(folder, cfg, 2)
     with pytest.raises(UserError, match=said):
