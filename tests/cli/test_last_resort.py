@@ -164,3 +164,26 @@ def test_config_files_that_do_not_load(capsys, tmp_path, name):
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert line in said
+
+
+@pytest.mark.parametrize(
+    ("workdir", "line"),
+    [
+        ("file", "file: is a file, give a folder"),
+        ("file/below", "Not a directory"),
+        ("x" * 300, "File name too long: give a shorter name"),
+        ("a\0b", "--workdir=a\\x00b: holds a NUL character, which no path can"),
+        ("fifo", "fifo: is a file, give a folder"),
+        ("loop", "loop/result.json: is a link that leads back to itself"),
+        (os.fsdecode(b"\xff\x1b[2J"), "\\udcff\\x1b[2J/result.json: no such file: run `vlmprune run` first"),
+    ],
+)
+def test_workdirs_that_are_none(capsys, monkeypatch, tmp_path, workdir, line):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "fifo")
+    assert main(["report", f"--workdir={workdir}"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert line in said

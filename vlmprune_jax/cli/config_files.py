@@ -97,14 +97,26 @@ def to_experiment(config: ConfigDict | None, workdir: str | None) -> tuple[Exper
     experiment = read_experiment(config)
     if not workdir:
         raise UserError("no workdir given: --workdir=DIR, for everything this experiment makes")
-    folder = Path(workdir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--workdir={workdir}: is a file, give a folder")
+    folder = to_workdir(workdir)
     model = experiment.model
     model = dataclasses.replace(
         model, hf_dir=_local(model.hf_dir), vision_dir=model.vision_dir and _local(model.vision_dir)
     )
     return dataclasses.replace(experiment, model=model, data=_with_files(experiment, folder)), folder
+
+
+def to_workdir(text: str) -> Path:
+    """A workdir, which need not be there yet.
+
+    Raises:
+      UserError: it cannot be.
+    """
+    folder = Path(text)
+    if "\0" in text:
+        raise UserError(f"--workdir={text}: holds a NUL character, which no path can")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--workdir={text}: is a file, give a folder")
+    return folder
 
 
 def _local(name: str) -> str:

@@ -5,7 +5,6 @@ The page is one file without external resources: tables, scores against size, im
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.cli.flags import Flags, common
@@ -18,6 +17,7 @@ def define(values: Flags) -> None:
 
 def run(flags: Any) -> None:
     """Build the report."""
+    from vlmprune_jax.cli.config_files import to_workdir
     from vlmprune_jax.errors import UserError
     from vlmprune_jax.stages.console import make_reporter
     from vlmprune_jax.stages.context import Context
@@ -25,4 +25,4 @@ def run(flags: Any) -> None:
 
     if not flags.workdir:
         raise UserError("no workdir given: --workdir=DIR with the result.json of `vlmprune run`")
-    finish(Context(Path(flags.workdir), make_reporter(True), flags.overwrite))
+    finish(Context(to_workdir(flags.workdir), make_reporter(True), flags.overwrite))
