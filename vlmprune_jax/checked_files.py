@@ -144,6 +144,7 @@ def read_json(
     missing: str | None = None,
     todo: str = "restore it from its source",
     most: int = MAX_JSON_BYTES,
+    unicode: bool = True,
 ) -> Any:
     """The JSON value in a file, as it stands there, if it is of a kind.
 
@@ -154,12 +155,13 @@ def read_json(
       missing: what to say where nothing is there; by default, that a folder of a model has such a file.
       todo: what to do about a file that is damaged.
       most: bytes that it may have.
+      unicode: whether its texts must be Unicode, as what is written on in UTF-8; names of files need not be.
 
     Raises:
       UserError: see `read_text`; or it is not JSON, or something else than `kind`.
     """
     said = f"is missing (is {path.parent} a Hugging Face model folder?)" if missing is None else missing
-    return checked(parse_json(read_text(path, most, said), str(path), todo), kind, str(path), todo)
+    return checked(parse_json(read_text(path, most, said), str(path), todo, unicode=unicode), kind, str(path), todo)
 
 
 def read_parts(path: Path, kind: Any, todo: str = "restore it from its source") -> Any:
@@ -179,8 +181,8 @@ def read_parts(path: Path, kind: Any, todo: str = "restore it from its source") 
         raise UserError(f"{path}: is not valid JSON ({reason(error)}): {todo}") from None
 
 
-def parse_json(text: str | bytes, where: str, todo: str) -> Any:
-    """The value of a JSON text, one that can be gone through and written again.
+def parse_json(text: str | bytes, where: str, todo: str, *, unicode: bool = True) -> Any:
+    """The value of a JSON text, one that can be gone through and written again (`unicode`: see `read_json`).
 
     Raises:
       UserError: it is none, is too deeply nested, or holds half of a character.
@@ -189,7 +191,7 @@ def parse_json(text: str | bytes, where: str, todo: str) -> Any:
         value = json.loads(text)
         if _depth(value) > MAX_JSON_DEPTH:
             raise RecursionError
-        if re.search(r"\\u[dD]", text if isinstance(text, str) else text.decode("latin-1")):
+        if unicode and re.search(r"\\u[dD]", text if isinstance(text, str) else text.decode("latin-1")):
             json.dumps(value, ensure_ascii=False).encode()  # a surrogate alone is no UTF-8
         return value
     except (ValueError, RecursionError) as error:
@@ -236,7 +238,7 @@ def read_json_lines(path: Path, kind: Any, *, cut: bool = False, missing: str = 
             continue
         where = f"{path}, line {number}"
         try:
-            value = parse_json(line, where, todo)
+            value = parse_json(line, where, todo, unicode=False)
         except UserError:
             if cut:
                 break

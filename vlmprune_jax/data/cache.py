@@ -138,7 +138,7 @@ class ArrayCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             names = sorted(path.name for path in self.folder.iterdir())
             if IDENTITY in names:
-                found = read_json(self.folder / IDENTITY, todo="give another folder, or remove this one")
+                found = read_json(self.folder / IDENTITY, todo="give another folder, or remove this one", unicode=False)
             elif names and not all(name.startswith(".") for name in names):
                 raise UserError(f"{self.folder}: is not empty and no cache (no {IDENTITY}): give another folder")
             else:

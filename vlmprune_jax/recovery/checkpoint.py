@@ -50,8 +50,7 @@ class Checkpointer:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
-        folder.mkdir(parents=True, exist_ok=True)
-        on_process_zero(lambda: _check_files(folder))
+        on_process_zero(lambda: _prepare(folder))
         with reading(folder, _TODO):
             self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -144,8 +143,9 @@ class Checkpointer:
             return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
 
 
-def _check_files(folder: Path) -> None:
-    """Refuse what orbax would wait for: FIFOs, devices."""
+def _prepare(folder: Path) -> None:
+    """Make the folder, and refuse what orbax would wait for in it: FIFOs, devices."""
+    folder.mkdir(parents=True, exist_ok=True)
     for path in folder.rglob("*"):
         if not path.is_dir():
             open_file(path).close()

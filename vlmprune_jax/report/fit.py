@@ -155,7 +155,7 @@ def read_planned(workdir: Path) -> list[Json]:
     path = workdir / PLANNED
     if not path.is_file():
         return []
-    planned = read_json(path, dict[str, Json], todo=_TODO)
+    planned = read_json(path, dict[str, Json], todo=_TODO, unicode=False)
     for name, told in planned.items():
         checked(told, _Fitting if "hbm" in told else _Searched, f"{path}: {name}", _TODO)
         if told.get("hours") is not None and None in (told["steps"], told["chip_hours"]):

@@ -199,7 +199,8 @@ def read_result(workdir: Path) -> Json:
       UserError: it is missing, damaged, or of a later version; or it names a file outside the workdir.
     """
     path = workdir / "result.json"
-    result = read_json(path, _Version, missing="no such file: run `vlmprune run` first", todo=_TODO, most=MAX_BYTES)
+    missing = "no such file: run `vlmprune run` first"
+    result = read_json(path, _Version, missing=missing, todo=_TODO, most=MAX_BYTES, unicode=False)
     version = result.get("version", 1)
     if version not in (1, VERSION):
         raise UserError(f"{path}: is of version {version}, this is {VERSION}: update vlmprune-jax")

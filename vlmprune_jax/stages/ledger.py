@@ -272,7 +272,7 @@ def remove(path: Path) -> None:
 def _read(stage: Stage) -> Json:
     """The last run of a stage; a damaged record counts as none (its outputs are then refused, not trusted)."""
     try:
-        last = read_json(stage.record, _Record, missing="")
+        last = read_json(stage.record, _Record, missing="", unicode=False)
         if last["done"]:
             checked(last, _Done, "", "")
             checked(last["facts"], stage.facts, "", "")
