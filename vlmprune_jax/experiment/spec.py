@@ -217,6 +217,13 @@ class PruneSpec:
     )
     heads_multiple: int = setting(1, "Kept heads are a multiple of this.", affects=_PRUNE, unit="heads")
     neurons_multiple: int = setting(1, "Kept neurons are a multiple of this.", affects=_PRUNE, unit="neurons")
+    heads: str = setting(
+        "proportional",
+        'What goes of attention: the same share as of neurons, nothing ("keep"), or what costs least by the scores '
+        '("auto").',
+        affects=_PRUNE,
+        choices="prune.width:HEADS",
+    )
     selection: str = setting(
         "local",
         "Whether units compete within their layer or over all layers.",

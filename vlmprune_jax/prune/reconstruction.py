@@ -41,7 +41,7 @@ from vlmprune_jax.prune.surgery import check_plan_is_for
 
 # Ridges that are tried, in shares of the diagonal of G. At 4,096 tokens for 1,000 unknowns 0.3 to 3 win; with more
 # tokens, or fewer unknowns, smaller ones do. Leaving the weight alone is always among the choices.
-RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
+RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 OPTIONS: dict[str, Any] = {"held_out": 0.125, "prompt_weight": 1.0, "image_weight": 0.1, "answer_weight": 1.0}
 _FLOOR = 1e-6  # of the mean diagonal: what neurons count that are never active
 _STREAM = ("batch", "sequence", None)
