@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         make_plan,
         prune_folder,
         prune_iteratively,
+        reconstruct,
         score,
     )
     from vlmprune_jax.prune.criteria import CRITERIA as criteria
@@ -82,6 +83,7 @@ _HOMES = {
     "perplexity": "evaluation.runner",
     "prune_folder": "prune",
     "prune_iteratively": "prune",
+    "reconstruct": "prune",
     "recover": "recovery.loop",
     "save": "hf.export.write",
     "score": "prune",
@@ -119,6 +121,7 @@ __all__ = [
     "perplexity",
     "prune_folder",
     "prune_iteratively",
+    "reconstruct",
     "recover",
     "save",
     "score",

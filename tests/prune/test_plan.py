@@ -479,3 +479,32 @@ def test_keep_everything(vision):
     assert (plan.reached, plan.removed_layers) == (0, ())
     assert plan.stacks.keys() == ({"text", "vision"} if vision else {"text"})
     assert plan.layers[2] == KeptLayer(2, tuple(range(8)), (0, 1), tuple(range(10)))
+
+
+def test_heads_are_kept_or_traded_for_neurons_by_their_scores():
+    cfg = config((LayerShape(8, 4, 24),) * 3)
+
+    def plan(head_score: float, heads: str, ratio: float = 0.2) -> PrunePlan:
+        scores = Scores(
+            "l2", shape_digest(cfg) + "-x", {"gqa": "groups"},
+            heads=(head_score * np.arange(1.0, 5.0),) * 3, mlp=(np.arange(1.0, 25.0),) * 3,
+        )  # fmt: skip
+        return make_plan(scores, cfg, method="width", ratio=ratio, heads=heads)
+
+    def widths(made: PrunePlan) -> tuple[int, int]:
+        ((kept, neurons),) = {(len(layer.kv_heads), len(layer.neurons)) for layer in made.layers}
+        return kept, neurons
+
+    kept, fewest = widths(plan(1000.0, "keep"))
+    assert kept == 4
+    assert widths(plan(1000.0, "auto")) == (kept, fewest)  # dear heads stay
+    left, more = widths(plan(0.001, "auto"))  # cheap ones go, and neurons stay
+    assert (left, more > fewest) == (3, True)
+    assert widths(plan(0.001, "proportional")) == widths(plan(1000.0, "proportional"))
+    for made in (plan(0.001, "auto"), plan(1000.0, "auto"), plan(1000.0, "keep")):
+        assert abs(made.reached - 0.2) < 0.01
+        assert made.options["heads"] in ("auto", "keep")
+    with pytest.raises(UserError, match="heads kept"):
+        plan(1.0, "keep", ratio=0.6)
+    with pytest.raises(UserError, match="heads 'kep' is not one of proportional, keep, auto; did you mean 'keep'"):
+        plan(1.0, "kep")

@@ -32,7 +32,11 @@ def get_config():
     config.recover.save_every = 1
     config.recover.log_every = 1
     config.recover.losses = {{"ce": 0.5, "l2": 0.5}}
-    config.prune_variants = {{"depth": {{"prune": {{"method": "depth"}}}}, "width": {{"prune": {{"method": "width"}}}}}}
+    config.reconstruct.samples = 4
+    config.prune_variants = {{
+        "depth": {{"prune": {{"method": "depth"}}}},
+        "width": {{"prune": {{"method": "width"}}, "reconstruct": {{"method": "least_squares"}}}},
+    }}
     config.recover_variants = {{"sft_l2": {{}}}}
     return config
 """
@@ -88,19 +92,21 @@ def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
 
     result = json.loads((workdir / "result.json").read_text())
     assert result["teacher"]["questions"] == 10
-    assert [run["name"] for run in result["runs"]] == ["depth", "depth-sft_l2", "width", "width-sft_l2"]
+    assert [run["name"] for run in result["runs"]] == [
+        "depth", "depth-sft_l2", "width", "width-reconstructed", "width-sft_l2"
+    ]  # fmt: skip
     wanted = ("name", "method", "ratio_asked", "ratio_reached", "parameters", "recovery", "data_fraction", "accuracy")
     for run in result["runs"]:
         assert {*wanted, "retained", "seconds", "path"} <= set(run)
         assert sum(x.size for x in tree_leaves(load(workdir / run["path"]).params)) == run["parameters"]
         assert run["ratio_reached"] == pytest.approx(1 - run["parameters"] / result["teacher"]["parameters"])
-    assert [run["recovery"] for run in result["runs"]] == ["none", "sft_l2"] * 2
-    assert [run["data_fraction"] for run in result["runs"]] == [0.0, 0.5] * 2
+    assert [run["recovery"] for run in result["runs"]] == ["none", "sft_l2", "none", "reconstructed", "sft_l2"]
+    assert [run["data_fraction"] for run in result["runs"]] == [0.0, 0.5, 0.0, 0.0, 0.5]
     assert result["export"]["max_abs_logit_difference"] <= 1e-4
     best = next(run for run in result["runs"] if run["name"] == result["best"])
     card = (workdir / "export/README.md").read_text()
     assert "Made from `teacher` by" in card
-    assert ("trained after pruning" in card) == (best["recovery"] != "none")
+    assert ("trained after pruning" in card) == (best["recovery"] == "sft_l2")
     ids = np.array([[1, 5, 9, 12]])
     exported, chosen = (np.asarray(forward(load(f), ids)[0]) for f in (workdir / "export", workdir / best["path"]))
     np.testing.assert_array_equal(exported, chosen)
@@ -112,7 +118,7 @@ def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("model.safetensors")}
     assert main(["run", *experiment]) == 0
     out = capsys.readouterr().out
-    assert out.count("unchanged, skipped") == 12
+    assert out.count("unchanged, skipped") == 14
     assert "..." not in out
     assert main(["run", *experiment, "--config.prune.ratio=0.25"]) == 2
     line = capsys.readouterr().err

@@ -24,9 +24,10 @@ from vlmprune_jax.errors import SharedError, Stopped, UserError, printable, reas
 
 # Command -> what it does, in the order of a run. Modules load when they are called: help stays fast.
 COMMANDS = {
-    "run": "all stages: score, prune, recover, evaluate, export, report",
+    "run": "all stages: score, prune, reconstruct, recover, evaluate, export, report",
     "score": "importances of layers, heads and neurons -> scores.npz",
     "prune": "plan from the scores, and the pruned model -> plan.json, pruned/",
+    "reconstruct": "solve, without training, for what the kept weights can make up for -> reconstructed/",
     "recover": "train the pruned model -> recovered/",
     "evaluate": "answers to questions and what metrics say of them -> eval/*.json",
     "export": "the best model as a Hugging Face folder, reloaded and compared -> export/",
@@ -181,7 +182,7 @@ def _after() -> str:
 
 def _dispatch(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help") or argv == ["help"]:
-        print(OVERVIEW.format(commands="\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())))
+        print(OVERVIEW.format(commands="\n".join(f"  {name:<11} {text}" for name, text in COMMANDS.items())))
     else:
         _run(argv[0], argv[1:])
     if sys.stdout is not None:

@@ -15,13 +15,15 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.recovery.config import MAX_ROWS, RecoverConfig
 
 # What a setting may affect: the stages with results of their own, and the cache of a teacher's logits.
-STAGES = ("score", "prune", "recover", "evaluate", "export", "teacher_cache")
+STAGES = ("score", "prune", "reconstruct", "recover", "evaluate", "export", "teacher_cache")
+
+RECONSTRUCTIONS = ("none", "least_squares")
 
 _ALL = STAGES
-_RECORDS = ("score", "recover", "evaluate")  # what becomes of a record, beside its batch
+_RECORDS = ("score", "reconstruct", "recover", "evaluate")  # what becomes of a record, beside its batch
 _ROWS = (*_RECORDS, "teacher_cache")
-_TRAINING = ("score", "recover")
-_SCORE, _PRUNE, _RECOVER, _EVALUATE, _EXPORT = (("score",), ("prune",), ("recover",), ("evaluate",), ("export",))
+_TRAINING = ("score", "reconstruct", "recover")
+_SCORE, _PRUNE, _RECONSTRUCT, _RECOVER, _EVALUATE, _EXPORT = ((stage,) for stage in STAGES[:-1])
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,13 @@ class PruneSpec:
     )
     heads_multiple: int = setting(1, "Kept heads are a multiple of this.", affects=_PRUNE, unit="heads")
     neurons_multiple: int = setting(1, "Kept neurons are a multiple of this.", affects=_PRUNE, unit="neurons")
+    heads: str = setting(
+        "proportional",
+        'What goes of attention: the same share as of neurons, nothing ("keep"), or what costs least by the scores '
+        '("auto").',
+        affects=_PRUNE,
+        choices="prune.width:HEADS",
+    )
     selection: str = setting(
         "local",
         "Whether units compete within their layer or over all layers.",
@@ -231,6 +240,43 @@ class PruneSpec:
 
     def __post_init__(self) -> None:
         check_settings("prune", self)
+
+
+@dataclass(frozen=True)
+class ReconstructSpec:
+    """What is solved for between pruning and recovery, without training (see `prune.reconstruct`)."""
+
+    method: str = setting(
+        "none",
+        "Solve for what the kept weights can make up for, or leave the pruned model as it is.",
+        affects=_RECONSTRUCT,
+        choices=RECONSTRUCTIONS,
+    )
+    samples: int = setting(512, "Calibration records.", affects=_RECONSTRUCT, unit="records", least=2)
+    batch_size: int = setting(8, "Records of a batch.", affects=_RECONSTRUCT, unit="rows", least=1, most=MAX_ROWS)
+    longest_text: int | None = setting(
+        None,
+        "Only records of at most so many tokens, an image counting 1; None: any.",
+        affects=_RECONSTRUCT,
+        unit="tokens",
+        least=1,
+    )
+    seed: int = setting(42, "Of which records these are.", affects=_RECONSTRUCT, least=0, below=2**32)
+    held_out: float = setting(
+        0.125,
+        "Share of the records that choose how far a weight is changed, if at all, and that none is fitted to.",
+        affects=_RECONSTRUCT,
+        above=0,
+        below=1,
+    )
+    prompt_weight: float = setting(1.0, "What a token of a prompt counts.", affects=_RECONSTRUCT, least=0)
+    image_weight: float = setting(
+        0.1, "What a token of an image counts; there are many of them.", affects=_RECONSTRUCT, least=0
+    )
+    answer_weight: float = setting(1.0, "What a token of an answer counts.", affects=_RECONSTRUCT, least=0)
+
+    def __post_init__(self) -> None:
+        check_settings("reconstruct", self)
 
 
 @dataclass(frozen=True)
@@ -376,6 +422,7 @@ class Experiment:
     data: DataSpec = field(default_factory=DataSpec)
     score: ScoreSpec = field(default_factory=ScoreSpec)
     prune: PruneSpec = field(default_factory=PruneSpec)
+    reconstruct: ReconstructSpec = field(default_factory=ReconstructSpec)
     recover: RecoverSpec = field(default_factory=RecoverSpec)
     evaluate: EvaluateSpec = field(default_factory=EvaluateSpec)
     export: ExportSpec = field(default_factory=ExportSpec)

@@ -13,6 +13,8 @@ from vlmprune_jax.experiment.spec import Experiment, ScoreSpec, override, sectio
 from vlmprune_jax.prune.criteria import CRITERIA, scoring
 
 NO_RECOVERY = "none"
+# What else lies where the folders of variants are.
+_TAKEN = ("", ".", "..", NO_RECOVERY, "adapter", "eval", "export", "pruned", "reconstructed", "recovered", "training")
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,7 @@ def recover_runs(pruned: PruneRun) -> list[RecoverRun]:
 
 def _checked(name: str) -> str:
     """A variant's name, which becomes a folder's."""
-    if name in ("", ".", "..", NO_RECOVERY, "adapter", "eval", "export", "pruned", "recovered", "training") or set(
-        name
-    ) & set("/\\\0"):
+    if name in _TAKEN or set(name) & set("/\\\0"):
         raise UserError(f"variant name {name!r} cannot be a folder of the workdir: use another")
     return name
 

@@ -5,6 +5,7 @@ from vlmprune_jax.prune.fingerprint import fingerprint
 from vlmprune_jax.prune.folder import prune_folder
 from vlmprune_jax.prune.iterative import prune_iteratively
 from vlmprune_jax.prune.plan import KeptLayer, KeptStack, PrunePlan, compose, keep_everything
+from vlmprune_jax.prune.reconstruction import reconstruct
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.scoring import score
 from vlmprune_jax.prune.select import METHODS, make_plan
@@ -25,5 +26,6 @@ __all__ = [
     "make_plan",
     "prune_folder",
     "prune_iteratively",
+    "reconstruct",
     "score",
 ]

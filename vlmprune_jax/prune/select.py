@@ -25,6 +25,7 @@ WIDTH: Mapping[str, Any] = {
     "mlp_layers": "all",
     "heads_multiple": 1,
     "neurons_multiple": 1,
+    "heads": "proportional",
     "selection": "local",
 }
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -59,6 +60,8 @@ def make_plan(
         rounding: "nearest" number of layers, or the smallest that removes "at_least" the ratio.
         attn_layers, mlp_layers: "all" or a half-open (start, stop), original numbers.
         heads_multiple, neurons_multiple: snap kept widths to multiples.
+        heads: what goes of attention: the same share as of neurons ("proportional", as in the paper), nothing ("keep"),
+          or with `ratio` and local selection what costs least by the scores ("auto"); elsewhere auto is proportional.
         selection: "local" (equal widths, lowest of each layer) or "global" (lowest of all layers, unnormalised).
         sparsity: the reference's per-layer sparsity instead of a ratio (width).
         base: config before earlier pruning steps, which ratio and sparsity are relative to (iterative width).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -165,6 +166,28 @@ def solve_widths(units: Sequence[Units], head_dim: int, removal: float) -> Width
     before = [widths_at_grid for widths_at_grid in (_previous(units, head_dim, start),) if widths_at_grid is not None]
     candidates = [_tune_neurons(units, widths, removal) for widths in (start, *before)]
     return min(candidates, key=lambda widths: abs(widths.removed - removal))
+
+
+def apart(units: Sequence[Units], head_dim: int, removal: float) -> list[Widths]:
+    """Widths that remove about `removal` parameters with 0, 1, 2, ... attention units of every layer in range.
+
+    What heads do not give, neurons do, one fraction of them for all layers in range; where these are too few (or too
+    many heads go) there is no such entry.
+    """
+    inside = [u for u in units if u.prune_heads]
+    found = []
+    for gone in range(max((u.heads for u in inside), default=0)):
+        heads = [
+            int(snap(np.asarray(max(u.heads - gone, 1)), u.head_step, u.heads)) if u.prune_heads else u.heads
+            for u in units
+        ]
+        by_heads = sum((u.heads - kept) * u.head_cost for u, kept in zip(units, heads, strict=True))
+        fixed = [dataclasses.replace(u, prune_heads=False) for u in units]
+        rest = removal - by_heads
+        if 0 <= rest <= most_removable(fixed):
+            widths = solve_widths(fixed, head_dim, rest)
+            found.append(Widths(tuple(heads), widths.neurons, widths.sparsity, widths.removed + by_heads))
+    return found
 
 
 def _previous(units: Sequence[Units], head_dim: int, start: Widths) -> Widths | None:

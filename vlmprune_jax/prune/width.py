@@ -13,9 +13,20 @@ from vlmprune_jax.config import LayerShape, ModelConfig, Stack
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.prune.plan import KeptLayer
 from vlmprune_jax.prune.scores import Scores
-from vlmprune_jax.prune.solver import Costs, Units, layer_costs, most_removable, solve_widths, units_of, widths_at
+from vlmprune_jax.prune.solver import (
+    Costs,
+    Units,
+    Widths,
+    apart,
+    layer_costs,
+    most_removable,
+    solve_widths,
+    units_of,
+    widths_at,
+)
 
 SELECTIONS = ("local", "global")
+HEADS = ("proportional", "keep", "auto")
 Kept = tuple[np.ndarray, np.ndarray]  # sorted: key/value heads (gqa "groups") or query heads, and neurons
 
 
@@ -54,6 +65,7 @@ def choose_widths(
     if len(base.layers) != len(shapes):
         raise UserError(f"base has {len(base.layers)} layers but the model has {len(shapes)}: only widths may differ")
     one_of("selection", settings["selection"], SELECTIONS)
+    one_of("heads", settings["heads"], HEADS)
     costs = layer_costs(cfg, stack)
     units = _units(base, costs, gqa, alive, settings)
     by_depth = sum(costs.of(shape) for i, shape in enumerate(base.layers) if i not in alive)
@@ -62,7 +74,8 @@ def choose_widths(
     if removal is not None and removal > most_removable(units):
         raise UserError(
             f"ratio {ratio:g} cannot be reached by width within attn_layers={settings['attn_layers']}, "
-            f"mlp_layers={settings['mlp_layers']}{' after removing layers' if by_depth else ''}: the most is "
+            f"mlp_layers={settings['mlp_layers']}{', heads kept' if settings['heads'] == 'keep' else ''}"
+            f"{' after removing layers' if by_depth else ''}: the most is "
             f"{(by_depth + most_removable(units)) / total:.4f}"
         )
     if settings["selection"] == "global":
@@ -70,7 +83,7 @@ def choose_widths(
             raise UserError('selection="global" gives every layer its own width: it takes gqa="groups", no multiples')
         kept, solved = _global(scores, base, units, alive, target)
     else:
-        kept, solved = _local(scores, base, units, alive, target)
+        kept, solved = _local(scores, base, units, alive, target, trade=settings["heads"] == "auto")
     return [_kept_layer(i, *kept[i], shapes[i], gqa) for i in alive], solved
 
 
@@ -80,11 +93,12 @@ def _units(base: Stack, costs: Costs, gqa: str, alive: Collection[int], settings
         value = settings[name]
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(f"{name}={value!r} must be a whole number, at least 1")
+    lose_heads = () if settings["heads"] == "keep" else alive
     return units_of(
         base.layers,
         costs,
         gqa=gqa,
-        attn_layers=[i for i in layer_range("attn_layers", settings["attn_layers"], n_layers) if i in alive],
+        attn_layers=[i for i in layer_range("attn_layers", settings["attn_layers"], n_layers) if i in lose_heads],
         mlp_layers=[i for i in layer_range("mlp_layers", settings["mlp_layers"], n_layers) if i in alive],
         heads_multiple=settings["heads_multiple"],
         neurons_multiple=settings["neurons_multiple"],
@@ -92,14 +106,42 @@ def _units(base: Stack, costs: Costs, gqa: str, alive: Collection[int], settings
 
 
 def _local(
-    scores: Scores, base: Stack, units: Sequence[Units], alive: Sequence[int], target: Target
+    scores: Scores, base: Stack, units: Sequence[Units], alive: Sequence[int], target: Target, *, trade: bool
 ) -> tuple[dict[int, Kept], dict[str, Any]]:
-    """The highest-scoring units of each layer; widths are the same in all layers in range."""
+    """The highest-scoring units of each layer; widths are the same in all layers in range.
+
+    Heads and neurons lose the same share, or (`trade`) those shares whose scores add up to least: the loss that is left
+    to a parameter, in as far as scores of both are of one kind.
+    """
     if target.removal is None:
         assert target.sparsity is not None
         widths = widths_at(units, base.head_dim, target.sparsity)
+        kept = _kept(scores, base, widths, alive)
     else:
-        widths = solve_widths(units, base.head_dim, target.removal)
+        found = [solve_widths(units, base.head_dim, target.removal)]
+        if trade:
+            found += apart(units, base.head_dim, target.removal)
+        choices = [(widths, _kept(scores, base, widths, alive)) for widths in found]
+        # of those that come about as near to the target as the first: a unit more or less decides nothing
+        gap = max(abs(found[0].removed - target.removal), sum(u.prune_neurons * u.neuron_cost for u in units))
+        near = [one for one in choices if abs(one[0].removed - target.removal) <= gap]
+        widths, kept = min(near, key=lambda one: _lost(scores, one[1]))
+    return kept, {"sparsity": widths.sparsity}
+
+
+def _lost(scores: Scores, kept: Mapping[int, Kept]) -> float:
+    """Sum of the scores of what goes."""
+    return float(
+        sum(
+            values[i].sum() - values[i][chosen].sum()
+            for i, pair in kept.items()
+            for values, chosen in zip(scores.widths, pair, strict=True)
+        )
+    )
+
+
+def _kept(scores: Scores, base: Stack, widths: Widths, alive: Sequence[int]) -> dict[int, Kept]:
+    """The highest-scoring units of each layer, as many as the widths say."""
     head_scores, neuron_scores = scores.widths
     kept: dict[int, Kept] = {}
     for i in alive:
@@ -111,7 +153,7 @@ def _local(
             kept[i] = np.concatenate(chosen), neurons
         else:
             kept[i] = _highest(head_scores[i], widths.heads[i]), neurons
-    return kept, {"sparsity": widths.sparsity}
+    return kept
 
 
 def _highest(values: np.ndarray, count: int) -> np.ndarray:

@@ -85,7 +85,7 @@ def _summary(model: Json, teacher: Json, sets: Json) -> tuple[str, ...]:
     else:
         asked = model["ratio_asked"]
         what = (
-            "" if model["recovery"] == "none" else f"{100 * model['data_fraction']:g} %",
+            f"{100 * model['data_fraction']:g} %" if model["data_fraction"] else "",
             f"{model['parameters']:,}",
             "" if asked is None else f"{asked:.3f}",
             f"{model['ratio_reached']:.3f}",
@@ -162,8 +162,8 @@ def _lead(result: Json) -> str:
     run = next(run for run in result["runs"] if run["name"] == result["best"])
     teacher = result["teacher"]
     smaller = 1 - run["parameters"] / teacher["parameters"]
-    recovery = "without recovery"
-    if run["recovery"] != "none":
+    recovery = "without recovery" if run["recovery"] == "none" else f"{run['recovery']}, without training,"
+    if run["data_fraction"]:
         recovery = f"after recovery ({run['recovery']}) on {100 * run['data_fraction']:g} % of the training data"
     among = f"Best of {len(result['runs'])} models: " if len(result["runs"]) > 1 else ""
     return (

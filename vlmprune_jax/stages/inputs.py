@@ -31,7 +31,14 @@ from vlmprune_jax.data.tiling import Tiling
 from vlmprune_jax.distributed.mesh import from_all
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.questions import ArrangedQuestions, arrange_questions
-from vlmprune_jax.experiment.spec import DataSpec, EvaluateSpec, EvaluationSetSpec, ModelSpec, ScoreSpec
+from vlmprune_jax.experiment.spec import (
+    DataSpec,
+    EvaluateSpec,
+    EvaluationSetSpec,
+    ModelSpec,
+    ReconstructSpec,
+    ScoreSpec,
+)
 from vlmprune_jax.families import Family, family_of, templates
 from vlmprune_jax.families.templates import Template
 from vlmprune_jax.recovery.config import RecoverConfig
@@ -209,9 +216,9 @@ def record_files(data: DataSpec, which: str) -> dict[str, Path | str]:
 
 
 def calibration_batches(
-    model: ModelSpec, data: DataSpec, score: ScoreSpec, cfg: ModelConfig, *, seed: int
+    model: ModelSpec, data: DataSpec, spec: ScoreSpec | ReconstructSpec, cfg: ModelConfig, *, seed: int
 ) -> list[Batch]:
-    """`score.samples` training records drawn with `seed`, in batches of equal shape (the last filled with padding).
+    """`spec.samples` training records drawn with `seed`, in batches of equal shape (the last filled with padding).
 
     The first batch tells which records were drawn in vain, where `data.on_error` skips them: others take their places.
 
@@ -220,11 +227,11 @@ def calibration_batches(
     """
     inputs = load_inputs(model, data, cfg)
     encoder = dataclasses.replace(inputs.training_encoder(cfg), length_buckets=None)
-    records, skipped = _draw(score, seed, inputs, cfg, encoder)
+    records, skipped = _draw(spec, seed, inputs, cfg, encoder)
     batches = train_batches(
         records,
         _as_long_as(encoder, measure(records, encoder, on_error="stop", threads=data.threads)),
-        batch_size=score.batch_size,
+        batch_size=spec.batch_size,
         seed=seed,
         shuffle=False,
         epochs=1,
@@ -240,27 +247,28 @@ def calibration_batches(
 
 
 def _draw(
-    score: ScoreSpec, seed: int, inputs: Inputs, cfg: ModelConfig, encoder: Encoder
+    spec: ScoreSpec | ReconstructSpec, seed: int, inputs: Inputs, cfg: ModelConfig, encoder: Encoder
 ) -> tuple[list[Record], list[tuple[str, str]]]:
     """The records, and (id, reason) of those that are skipped."""
     records = training_records(inputs.data, inputs.template)
     chosen: list[Record] = []
     skipped: list[tuple[str, str]] = []
     for index in np.random.Generator(np.random.PCG64(seed)).permutation(len(records)).tolist():
-        if len(chosen) == score.samples:
+        if len(chosen) == spec.samples:
             break
         if inputs.data.on_error == "skip":
             problem = encoder.problem(records[index])
             if problem is not None:
                 skipped.append((records[index].id, problem))
                 continue
-        if score.longest_text is None or _text_length(records[index], inputs, cfg) <= score.longest_text:
+        if spec.longest_text is None or _text_length(records[index], inputs, cfg) <= spec.longest_text:
             chosen.append(records[index])
-    if len(chosen) < score.samples:
-        limit = "" if score.longest_text is None else f" of at most {score.longest_text} tokens"
+    if len(chosen) < spec.samples:
+        section = "score" if isinstance(spec, ScoreSpec) else "reconstruct"
+        limit = "" if spec.longest_text is None else f" of at most {spec.longest_text} tokens"
         gone = f", {len(skipped)} cannot be used (the first: {skipped[0][1]})" if skipped else ""
         raise UserError(
-            f"score.samples={score.samples} but there are {len(chosen)} training records{limit}{gone}: ask for fewer"
+            f"{section}.samples={spec.samples} but there are {len(chosen)} training records{limit}{gone}: ask for fewer"
         )
     return chosen, skipped
 

@@ -28,6 +28,7 @@ from vlmprune_jax.stages.context import (
 )
 from vlmprune_jax.stages.feature_cache import cached_features, load_for_training, with_tower
 from vlmprune_jax.stages.ledger import Json, remove
+from vlmprune_jax.stages.reconstruct import cut_folder
 from vlmprune_jax.stages.teacher_cache import cached_teacher
 
 
@@ -42,9 +43,10 @@ class _Facts(TypedDict):
 
 def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, context: Context) -> Json:
     """Pruned model + training records -> `recovered/`; curves stay in `training/metrics.jsonl`."""
-    pruned, training = prune_folder / "pruned", folder / "training"
+    pruned, training = cut_folder(experiment, prune_folder), folder / "training"
     if not pruned.is_dir():
-        raise UserError(f"{pruned}: no such folder: run `vlmprune prune` (or `vlmprune run`) first")
+        before = "prune" if pruned.name == "pruned" else "reconstruct"
+        raise UserError(f"{pruned}: no such folder: run `vlmprune {before}` (or `vlmprune run`) first")
     model_spec, data, spec = experiment.model, experiment.data, experiment.recover
     config = recover_config(spec)
     settings = affecting("recover", experiment)

@@ -16,6 +16,7 @@ from vlmprune_jax.stages.evaluate import evaluate_stage
 from vlmprune_jax.stages.export import export_stage
 from vlmprune_jax.stages.ledger import Json, write_json
 from vlmprune_jax.stages.prune import prune_stage
+from vlmprune_jax.stages.reconstruct import RECONSTRUCTED, reconstruct_stage
 from vlmprune_jax.stages.recover import recover_stage
 from vlmprune_jax.stages.score import criteria_of, score_stage
 
@@ -32,6 +33,19 @@ def prune_all(experiment: Experiment, context: Context) -> None:
         prune_stage(run.experiment, run.folder, context)
 
 
+def reconstruct_all(experiment: Experiment, context: Context) -> None:
+    """Reconstruct every pruned variant that is to be.
+
+    Raises:
+      UserError: none is.
+    """
+    wanted = [run for run in prune_runs(experiment, context.workdir) if run.experiment.reconstruct.method != "none"]
+    if not wanted:
+        raise UserError('reconstruct.method is "none": set it to "least_squares" (--config.reconstruct.method=...)')
+    for run in wanted:
+        reconstruct_stage(run.experiment, run.folder, context)
+
+
 def recover_all(experiment: Experiment, context: Context) -> None:
     """Recover every pruned variant in every way."""
     for pruned in prune_runs(experiment, context.workdir):
@@ -44,9 +58,10 @@ def evaluate_all(experiment: Experiment, context: Context) -> None:
     evaluate_teacher(experiment, context)
     found = 0
     for pruned in prune_runs(experiment, context.workdir):
-        if (pruned.folder / "pruned").is_dir() and pruned.experiment.evaluate.unrecovered:
-            evaluate_stage(pruned.experiment, pruned.folder / "pruned", pruned.folder, "pruned", context)
-            found += 1
+        for name in _untrained(pruned):
+            if pruned.experiment.evaluate.unrecovered and (pruned.folder / name).is_dir():
+                evaluate_stage(pruned.experiment, pruned.folder / name, pruned.folder, name, context)
+                found += 1
         for run in recover_runs(pruned):
             if (run.folder / "recovered").is_dir():
                 evaluate_stage(run.experiment, run.folder / "recovered", run.folder, "recovered", context)
@@ -87,11 +102,16 @@ def _run_variant(pruned: PruneRun, teacher: Json, context: Context) -> Iterator[
         "plan": _relative(pruned.folder / "plan.json", context),
         "scores": [_relative(pruned.folder / name, context) for name in criteria_of(pruned.experiment)],
     }
-    if pruned.experiment.evaluate.unrecovered:
-        folder = pruned.folder / "pruned"
-        found = evaluate_stage(pruned.experiment, folder, pruned.folder, "pruned", context)
-        unrecovered = {"recovery": NO_RECOVERY, "data_fraction": 0.0, "seconds": round(seconds, 2)}
-        yield make_run(pruned.name, {**common, **unrecovered}, found, teacher, _relative(folder, context))
+    for name in _untrained(pruned):
+        if name == RECONSTRUCTED:
+            seconds += reconstruct_stage(pruned.experiment, pruned.folder, context)["seconds"]
+        if not pruned.experiment.evaluate.unrecovered:
+            continue
+        folder = pruned.folder / name
+        found = evaluate_stage(pruned.experiment, folder, pruned.folder, name, context)
+        recovery, called = (NO_RECOVERY, pruned.name) if name == "pruned" else (name, f"{pruned.name}-{name}")
+        facts = {**common, "recovery": recovery, "data_fraction": 0.0, "seconds": round(seconds, 2)}
+        yield make_run(called, facts, found, teacher, _relative(folder, context))
     for run in recover_runs(pruned):
         trained = recover_stage(run.experiment, pruned.folder, run.folder, context)
         folder = run.folder / "recovered"
@@ -108,6 +128,11 @@ def _run_variant(pruned: PruneRun, teacher: Json, context: Context) -> Iterator[
         yield make_run(run.name, {**common, **recovery}, found, teacher, _relative(folder, context))
 
 
+def _untrained(pruned: PruneRun) -> list[str]:
+    """Folders of the models that nothing was trained for, in the order in which they are made."""
+    return ["pruned"] if pruned.experiment.reconstruct.method == "none" else ["pruned", RECONSTRUCTED]
+
+
 def _relative(path: Path, context: Context) -> str:
     return path.relative_to(context.workdir).as_posix()
 
@@ -118,7 +143,7 @@ def export_best(experiment: Experiment, context: Context) -> Json:
         result = read_result(context.workdir)
         chosen = best_run(result["runs"], result["sets"])
         return export_stage(experiment, context.workdir / chosen["path"], context)
-    for name in ("recovered", "pruned"):
+    for name in ("recovered", RECONSTRUCTED, "pruned"):
         if (context.workdir / name).is_dir():
             return export_stage(experiment, context.workdir / name, context)
     raise UserError(f"{context.workdir}: nothing to export yet: run `vlmprune run`, or prune and recover, first")

@@ -4,6 +4,7 @@ from vlmprune_jax.prune.criteria.activations import Blocks, Tokens
 from vlmprune_jax.prune.criteria.angular import ANGULAR
 from vlmprune_jax.prune.criteria.block_influence import BLOCK_INFLUENCE
 from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, PADDING, PROMPT
+from vlmprune_jax.prune.criteria.contribution import ACTIVATION, FLUCTUATION
 from vlmprune_jax.prune.criteria.criterion import Criterion
 from vlmprune_jax.prune.criteria.gradients import gradient_channels
 from vlmprune_jax.prune.criteria.groups import coupled, reduce_groups, reduce_inputs
@@ -16,6 +17,8 @@ CRITERIA: dict[str, Criterion] = {
     "block_influence": BLOCK_INFLUENCE,
     "angular": ANGULAR,
     "taylor": TAYLOR,
+    "activation": ACTIVATION,
+    "fluctuation": FLUCTUATION,
     "l1": L1,
     "l2": L2,
     "random": RANDOM,

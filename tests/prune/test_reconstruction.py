@@ -1,0 +1,209 @@
+"""Reconstruction against normal equations solved in float64, and what it must never do."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prune_cases import EQUAL, UNEQUAL, config, model, on_mesh
+
+from vlmprune_jax.data.cache import ArrayCache
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.params import count_params, flatten, unflatten
+from vlmprune_jax.models.vlm import encode, forward
+from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, apply_plan, fingerprint, keep_everything
+from vlmprune_jax.prune.reconstruction import RIDGES, reconstruct
+
+SHAPES = {"sequential": {}, "parallel": {"block": "parallel", "norm": "layer", "mlp_kind": "plain"}}
+
+
+def rows(number=16, length=12, vocabulary=61, seed=0, batch=4):
+    """Calibration batches; every second row is padded."""
+    draw = np.random.default_rng(seed)
+    ids, mask = draw.integers(0, vocabulary, (number, length)), np.ones((number, length), np.int32)
+    mask[1::2, length - 3 :] = 0
+    return [
+        {"input_ids": ids[at : at + batch], "attention_mask": mask[at : at + batch]} for at in range(0, number, batch)
+    ]
+
+
+def plan_for(teacher, keep):
+    """A plan that keeps (layer, query heads, key heads, neurons)."""
+    stack = KeptStack(tuple(teacher.cfg.text.layers), tuple(KeptLayer(*one) for one in keep))
+    plan = PrunePlan(fingerprint(teacher), "hybrid", "none", {"text": stack}, 1, 1, 1)
+    before, after = count_params(teacher.cfg), count_params(plan.apply_to(teacher.cfg))
+    return dataclasses.replace(plan, parameters_before=before, parameters_after=after, parameters_total=before)
+
+
+def hybrid(teacher):
+    """Layer 2 goes whole, the others lose heads, neurons, or nothing."""
+    heads, keys = tuple(range(4)), (0, 1)
+    return plan_for(teacher, [
+        (0, (0, 1), (0,), tuple(range(12))), (1, heads, keys, tuple(range(8))), (3, heads, keys, tuple(range(12))),
+        (4, (2, 3), (1,), tuple(range(3, 12))),
+    ])  # fmt: skip
+
+
+def streams(model, batch):
+    """Hidden states before each layer and behind the last, and what o_proj and down_proj read, of one batch."""
+    inputs = ("o_proj", "down_proj")
+    ids, mask = jnp.asarray(batch["input_ids"]), jnp.asarray(batch["attention_mask"])
+    _, aux = encode(
+        jax.tree.map(jnp.asarray, model.params), model.cfg, ids, attention_mask=mask, tap_inputs=inputs,
+        tap=lambda block: (block.before, block.inputs["o_proj"], block.inputs["down_proj"]),
+    )  # fmt: skip
+    return [[np.asarray(part, np.float64) for part in tapped] for tapped in aux["tap"]]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_layer_before_a_cut_equals_normal_equations_in_float64(shape):
+    teacher = model(config(EQUAL, **SHAPES[shape]))
+    whole = [KeptLayer.whole(i, one) for i, one in enumerate(teacher.cfg.text.layers)]
+    plan = plan_for(teacher, [dataclasses.astuple(whole[i]) for i in (0, 1, 3, 4)])
+    pruned, batches = apply_plan(teacher, plan), rows()
+    solved, (told,) = reconstruct(pruned, plan, teacher, batches)
+    assert (told["layer"], told["module"]) == (1, "down_proj")
+    assert told["ridge"] in RIDGES
+    gram, cross = 0.0, 0.0
+    for batch in batches:
+        dense, ours = streams(teacher, batch), streams(pruned, batch)
+        real = batch["attention_mask"] == 1
+        # of the pruned model, layer 2 is the teacher's layer 3: before it should be what the teacher has there
+        target, residual = dense[3][0][real], (dense[3][0] - ours[2][0])[real]
+        x = np.concatenate([ours[1][2][real], np.ones((real.sum(), 1))], axis=1)
+        weighted = x / np.mean(target**2, axis=1, keepdims=True)
+        gram, cross = gram + weighted.T @ x, cross + weighted.T @ residual
+    change = np.linalg.solve(gram + told["ridge"] * np.diag(np.diag(gram)), cross)
+    name = "mlp/down_proj" if shape == "sequential" else "mlp/fc2"
+    before, after = (flatten(one.params["text"]["layers"]["0"]) for one in (pruned, solved))
+    found = {part: np.asarray(after[f"{name}/{part}"])[1] - np.asarray(before[f"{name}/{part}"])[1] for part in
+             ("weight", "bias")}  # fmt: skip
+    scale = np.abs(change).max()
+    np.testing.assert_allclose(found["weight"].T, change[:-1], atol=1e-4 * scale, rtol=0)
+    np.testing.assert_allclose(found["bias"], change[-1], atol=1e-4 * scale, rtol=0)
+    others = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert others == {f"{name}/weight", f"{name}/bias"}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_weight_that_lost_something_comes_nearer_to_the_teacher(shape):
+    teacher = model(config(EQUAL, **SHAPES[shape]))
+    plan = hybrid(teacher)
+    pruned, batches = apply_plan(teacher, plan), rows(64)
+    solved, report = reconstruct(pruned, plan, teacher, batches)
+    assert [(one["layer"], one["module"]) for one in report] == [
+        (0, "o_proj"), (1, "down_proj"), (4, "o_proj"), (4, "down_proj")
+    ]  # fmt: skip
+    assert all(one["error_after"] <= one["error_before"] for one in report)
+    assert any(one["ridge"] is not None for one in report)
+    new = rows(16, seed=1)
+    errors = [sum(missing(one, teacher, batch) for batch in new) for one in (solved, pruned)]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def missing(ours, teacher, batch):
+    a, b = (np.asarray(forward(one, **batch, want=("hidden",))[1]["hidden"][-1]) for one in (ours, teacher))
+    return float((((a - b) ** 2) * batch["attention_mask"][..., None]).sum())
+
+
+def test_nothing_removed_is_nothing_changed():
+    teacher = model(config(UNEQUAL))
+    plan = keep_everything(teacher.cfg, fingerprint(teacher), count_params(teacher.cfg))
+    solved, report = reconstruct(teacher, plan, teacher, rows(4))
+    assert report == []
+    pairs = zip(*(jax.tree.leaves(one.params) for one in (solved, teacher)), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
+
+
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(order=st.permutations(range(16)), batch=st.sampled_from((2, 5, 16)), garbage=st.integers(0, 60))
+def test_order_batches_and_padding_are_immaterial(order, batch, garbage):
+    teacher = model(config(EQUAL))
+    plan = hybrid(teacher)
+    pruned, (given_,) = apply_plan(teacher, plan), rows(batch=16)
+    shuffled = {name: array[np.array(order)] for name, array in given_.items()}
+    padded = np.where(shuffled["attention_mask"] == 0, garbage, shuffled["input_ids"])
+    cut = [
+        {"input_ids": padded[at : at + batch], "attention_mask": shuffled["attention_mask"][at : at + batch]}
+        for at in range(0, 16, batch)
+    ]
+    # rows are held out by their content, of which padding is none
+    expected, told = reconstruct(pruned, plan, teacher, [given_])
+    found, same = reconstruct(pruned, plan, teacher, cut)
+    assert [one["ridge"] for one in told] == [one["ridge"] for one in same]
+    assert_near(found, expected, 1e-4)
+
+
+def assert_near(found, expected, tolerance):
+    for a, b in zip(*(jax.tree.leaves(one.params) for one in (found, expected)), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max(), rtol=0)
+
+
+def test_a_mesh_gives_the_same():
+    teacher = model(config(EQUAL))
+    plan, batches = hybrid(teacher), rows(16, batch=8)
+    expected, told = reconstruct(apply_plan(teacher, plan), plan, teacher, batches)
+    sharded = on_mesh(teacher, 4, 2, 1)
+    found, same = reconstruct(apply_plan(sharded, plan), plan, sharded, batches)
+    assert [one["ridge"] for one in told] == [one["ridge"] for one in same]
+    assert_near(found, expected, 1e-5)
+
+
+def test_an_interrupted_pass_continues_to_the_byte(tmp_path):
+    teacher = model(config(EQUAL))
+    plan, batches = hybrid(teacher), rows()
+    pruned = apply_plan(teacher, plan)
+    expected, told = reconstruct(pruned, plan, teacher, batches)
+
+    def stop(done):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct(pruned, plan, teacher, batches, progress=stop, cache=ArrayCache(tmp_path / "parts", {"of": 1}))
+    cache = ArrayCache(tmp_path / "parts", {"of": 1})
+    assert cache.missing(["0/o_proj", "1/down_proj", "3/o_proj"]) == ["3/o_proj"]
+    found, again = reconstruct(pruned, plan, teacher, batches, cache=cache)
+    assert again == told
+    pairs = zip(*(jax.tree.leaves(one.params) for one in (found, expected)), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
+
+
+def test_images_count_less(monkeypatch):
+    teacher = model(config(EQUAL, vision=True))
+    plan = hybrid(teacher)
+    pruned, draw = apply_plan(teacher, plan), np.random.default_rng(2)
+    ids = draw.integers(0, 61, (8, 12))
+    ids[:, 2:6] = 61
+    pixels = draw.standard_normal((8, 3, 6, 6)).astype(np.float32)
+    batch = {"input_ids": ids, "attention_mask": np.ones_like(ids), "pixel_values": pixels}
+    first, _ = reconstruct(pruned, plan, teacher, [batch], image_weight=1.0)
+    second, _ = reconstruct(pruned, plan, teacher, [batch], image_weight=0.1)
+    third, _ = reconstruct(pruned, plan, teacher, [batch], image_weight=1.0)
+    leaves = [jax.tree.leaves(one.params) for one in (first, second, third)]
+    assert any(not np.array_equal(a, b) for a, b in zip(leaves[0], leaves[1], strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(leaves[0], leaves[2], strict=True))
+
+
+def test_bad_input():
+    teacher = model(config(EQUAL))
+    plan = hybrid(teacher)
+    pruned = apply_plan(teacher, plan)
+    with pytest.raises(UserError, match="plan of another model: same shapes, other weights"):
+        reconstruct(pruned, plan, model(config(EQUAL), seed=1), rows())
+    with pytest.raises(UserError, match="is not what this plan leaves of this teacher"):
+        reconstruct(teacher, plan, teacher, rows())
+    with pytest.raises(UserError, match="at least 2 calibration rows"):
+        reconstruct(pruned, plan, teacher, rows(1, batch=1))
+    with pytest.raises(UserError, match=r"reconstruct has no option 'image_wait'.*did you mean 'image_weight'"):
+        reconstruct(pruned, plan, teacher, rows(), image_wait=1.0)
+    flat = {path: np.array(leaf) for path, leaf in flatten(teacher.params).items()}
+    flat["text/embed_tokens/weight"][int(rows()[0]["input_ids"][2, 1])] = np.nan
+    broken = teacher.replace(params=unflatten(flat))
+    own = dataclasses.replace(plan, fingerprint=fingerprint(broken))
+    with pytest.raises(UserError, match=r"o_proj of layer 0 are not finite in rows 2"):
+        reconstruct(apply_plan(broken, own), own, broken, rows()[:1])

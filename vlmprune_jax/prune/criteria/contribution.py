@@ -1,0 +1,77 @@
+"""What heads and neurons add to the residual stream, from a forward pass alone.
+
+`activation`: the norm of a channel's values over the tokens times the norm of the weights that they are multiplied with
+(Wanda's product, arXiv 2306.11695, for whole units). `fluctuation`: the variance of the values times the squared norm
+(FLAP, arXiv 2312.11983): a channel that hardly varies is one that a bias could stand for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlmprune_jax.models.decoder import TAP_INPUTS, Block
+from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.prune.criteria.activations import Blocks, Tokens
+from vlmprune_jax.prune.criteria.calibration import IMAGE, positive
+from vlmprune_jax.prune.criteria.criterion import Criterion, Parts
+from vlmprune_jax.prune.criteria.groups import reduce_inputs
+from vlmprune_jax.prune.criteria.magnitude import input_weights
+
+Moments = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of means of x and of x^2
+
+
+def moments(blocks: Blocks, tokens: Tokens, *, image_weight: float) -> tuple[list[Any], jax.Array]:
+    """Sums of w x and w x^2 of every channel that o_proj and down_proj read, per layer, and of w.
+
+    Image tokens count `image_weight`, all others 1.
+    """
+    weight = jnp.where(tokens.kind == IMAGE, jnp.float32(image_weight), 1.0) * tokens.weight
+
+    def tap(block: Block) -> dict[str, tuple[jax.Array, jax.Array]]:
+        found = {}
+        for name, read in block.inputs.items():
+            x = read.astype(jnp.float32)
+            counts = weight.reshape(*weight.shape, *(1,) * (x.ndim - 2))
+            x = jnp.where(counts > 0, x, jnp.zeros_like(x))  # padding may hold anything
+            found[name] = jnp.sum(counts * x, (0, 1)), jnp.sum(counts * x * x, (0, 1))
+        return found
+
+    return blocks(tap, inputs=TAP_INPUTS), jnp.sum(weight)
+
+
+def weighted(sums: Any, model: Model, *, moment: Moments, power: int, gqa: str) -> Parts:
+    """Heads and neurons: `moment` of each channel times its weights' norm to the `power`, summed over a unit."""
+    layers, total = sums
+    count = positive(total)
+    norms = [{name: of ** (power / 2) for name, of in layer.items()} for layer in input_weights(model, power=2)]
+    scores = [
+        {name: norm[name] * moment(first / count, second / count) for name, (first, second) in layer.items()}
+        for norm, layer in zip(norms, layers, strict=True)
+    ]
+    return reduce_inputs(scores, model.cfg, gqa=gqa)
+
+
+def _root_mean_square(mean: np.ndarray, of_squares: np.ndarray) -> np.ndarray:
+    return np.sqrt(of_squares)
+
+
+def _variance(mean: np.ndarray, of_squares: np.ndarray) -> np.ndarray:
+    return np.maximum(of_squares - mean**2, 0)
+
+
+ACTIVATION, FLUCTUATION = (
+    Criterion(
+        scores=("widths",),
+        needs="activations",
+        function=moments,
+        finish=functools.partial(weighted, moment=moment, power=power),
+        options={"gqa": "groups", "image_weight": 1.0},
+    )
+    for moment, power in ((_root_mean_square, 1), (_variance, 2))
+)

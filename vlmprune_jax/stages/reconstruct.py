@@ -1,0 +1,72 @@
+"""Pruned model + calibration records -> `reconstructed/`, solved for without training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmprune_jax.data.cache import ArrayCache
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.experiment.spec import Experiment, affecting
+from vlmprune_jax.prune import PrunePlan
+from vlmprune_jax.prune.reconstruction import OPTIONS, reconstruct
+from vlmprune_jax.stages import inputs
+from vlmprune_jax.stages.context import Context, load_model, model_inputs, save_model, teacher_folder
+from vlmprune_jax.stages.ledger import Json
+
+RECONSTRUCTED = "reconstructed"
+
+
+def cut_folder(experiment: Experiment, folder: Path) -> Path:
+    """The model that recovery starts from: what pruning left in `folder`, or what was made of that."""
+    return folder / ("pruned" if experiment.reconstruct.method == "none" else RECONSTRUCTED)
+
+
+def reconstruct_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
+    """Pruned model + calibration records -> `reconstructed/`; what was done to each weight is in the facts."""
+    pruned, parts, spec = folder / "pruned", folder / ".reconstructed.parts", experiment.reconstruct
+    if not pruned.is_dir():
+        raise UserError(f"{pruned}: no such folder: run `vlmprune prune` (or `vlmprune run`) first")
+    settings = affecting("reconstruct", experiment)
+    stage = context.stage(
+        "reconstruct",
+        folder,
+        "reconstruct",
+        settings=settings,
+        inputs=model_inputs(experiment.model, pruned=pruned, **inputs.record_files(experiment.data, "train")),
+        outputs=[folder / RECONSTRUCTED],
+        journals=[parts],
+    )
+
+    def body() -> Json:
+        plan = PrunePlan.from_json(folder / "plan.json")
+        teacher = load_model(experiment.model, experiment.mesh, teacher_folder(experiment.model))
+        model = load_model(experiment.model, experiment.mesh, pruned)
+        batches = inputs.calibration_batches(experiment.model, experiment.data, spec, teacher.cfg, seed=spec.seed)
+        with context.phase("reconstruct", len(plan.kept_layers)) as progress:
+            model, modules = reconstruct(
+                model,
+                plan,
+                teacher,
+                batches,
+                progress=progress,
+                cache=ArrayCache(parts, {"settings": settings, "mesh": vars(experiment.mesh)}),
+                **{name: getattr(spec, name) for name in OPTIONS},
+            )
+        save_model(model, folder / RECONSTRUCTED, experiment.model, pruned, plan)
+        context.reporter.say(f"  {_summary(modules)}")
+        return {"samples": spec.samples, "modules": modules}
+
+    return context.run(stage, body)
+
+
+def _summary(modules: Sequence[dict[str, Any]]) -> str:
+    solved = [one for one in modules if one["ridge"] is not None]
+    if not solved:
+        return f"none of {len(modules)} weights was changed: no change lessened the error on held-out records"
+    before, after = (sum(one[f"error_{when}"] for one in solved) / len(solved) for when in ("before", "after"))
+    return (
+        f"{len(solved)} of {len(modules)} weights solved for; error of the stream behind them, on held-out records: "
+        f"{before:.3f} before, {after:.3f} after (mean)"
+    )
