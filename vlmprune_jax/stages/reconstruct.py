@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from vlmprune_jax.checked_files import Count, Finite
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.spec import Experiment, affecting
@@ -16,6 +17,21 @@ from vlmprune_jax.stages.context import Context, load_model, model_inputs, save_
 from vlmprune_jax.stages.ledger import Json
 
 RECONSTRUCTED = "reconstructed"
+
+
+class _Module(TypedDict):
+    """What became of one weight; see `prune.reconstruct`."""
+
+    layer: Count
+    module: str
+    ridge: Finite | None
+    error_before: Finite
+    error_after: Finite
+
+
+class _Facts(TypedDict):
+    samples: Count
+    modules: list[_Module]
 
 
 def cut_folder(experiment: Experiment, folder: Path) -> Path:
@@ -37,6 +53,7 @@ def reconstruct_stage(experiment: Experiment, folder: Path, context: Context) ->
         inputs=model_inputs(experiment.model, pruned=pruned, **inputs.record_files(experiment.data, "train")),
         outputs=[folder / RECONSTRUCTED],
         journals=[parts],
+        facts=_Facts,
     )
 
     def body() -> Json:
