@@ -109,8 +109,8 @@ def _run_variant(pruned: PruneRun, teacher: Json, context: Context) -> Iterator[
             continue
         folder = pruned.folder / name
         found = evaluate_stage(pruned.experiment, folder, pruned.folder, name, context)
-        recovery, called = (NO_RECOVERY, pruned.name) if name == "pruned" else (name, f"{pruned.name}-{name}")
-        facts = {**common, "recovery": recovery, "data_fraction": 0.0, "seconds": round(seconds, 2)}
+        how, called = (NO_RECOVERY, pruned.name) if name == "pruned" else (name, f"{pruned.name}-{name}")
+        facts = {**common, "recovery": how, "data_fraction": 0.0, "seconds": round(seconds, 2)}
         yield make_run(called, facts, found, teacher, _relative(folder, context))
     for run in recover_runs(pruned):
         trained = recover_stage(run.experiment, pruned.folder, run.folder, context)
