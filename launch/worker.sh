@@ -17,6 +17,7 @@ case "${1:-}" in
       [[ "$(cat run.command)" == "${*:2}" ]] || fail "'$(cat run.command)' is running here: stop it first"
     else
       rm -f run.exit
+      touch run.log # tail may be there before the inner shell is
       echo "${*:2}" > run.command
       # shellcheck disable=SC2016 # expanded by the inner shell, which outlives this one
       setsid nohup bash -c '.venv/bin/vlmprune "$@"; echo $? > run.exit' _ "${@:2}" >> run.log 2>&1 < /dev/null &

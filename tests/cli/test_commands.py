@@ -120,7 +120,7 @@ def config_file(tmp_path):
         ),
         (
             ["--config={file}", "--workdir={dir}/w", "--config.score.width=block_influence"],
-            "score.width='block_influence' scores layers, not widths: use taylor or l1 or l2 or random",
+            "score.width='block_influence' scores layers, not widths: use taylor or activation or fluctuation or l1",
         ),
         (
             ["--config={file}", "--workdir={dir}/w", "--config.prune.steps=2"],

@@ -22,6 +22,7 @@ from vlmprune_jax.stages.context import Context
 from vlmprune_jax.stages.evaluate import evaluate_stage
 from vlmprune_jax.stages.export import export_stage
 from vlmprune_jax.stages.prune import prune_stage
+from vlmprune_jax.stages.reconstruct import reconstruct_stage
 from vlmprune_jax.stages.recover import recover_stage
 from vlmprune_jax.stages.score import score_stage
 from vlmprune_jax.stages.teacher_cache import _made_from
@@ -118,19 +119,24 @@ TRAINING = PICTURE | named("data", "max_length truncate length_buckets on_error"
 SCORE = named("score", "variant reduction gqa reference_compat layers_removed longest_text samples batch_size seed")
 PRUNE = named(
     "prune",
-    "method ratio layers_removed protect rounding attn_layers mlp_layers heads_multiple neurons_multiple selection "
-    "sparsity depth_share steps",
+    "method ratio layers_removed protect rounding attn_layers mlp_layers heads_multiple neurons_multiple heads "
+    "selection sparsity depth_share steps",
 )
 RECOVER = named(
     "recover",
     "trainable epochs steps batch_size accumulation learning_rate projector_learning_rate weight_decay schedule "
     "warmup_ratio b1 b2 eps clip_norm compute_dtype remat lora save_adapter losses teacher_top_k seed",
 )
+RECONSTRUCT = named(
+    "reconstruct",
+    "method samples batch_size longest_text seed held_out prompt_weight image_weight answer_weight",
+)
 # Stage -> the settings that it keeps: what is not here may be changed without making anything again.
 EXPECTED = {
     "score": PRECISION | TRAINING | SCORE | {"criteria"},
     "prune": PRECISION | PRUNE,
     "prune in steps": PRECISION | PRUNE | TRAINING | SCORE | named("score", "depth width"),
+    "reconstruct": PRECISION | TRAINING | RECONSTRUCT,
     "recover": PRECISION | TRAINING | RECOVER | named("data", "fraction seed group_by"),
     "evaluate": PRECISION | PICTURE | named("evaluate", "batch_size max_length max_new_tokens questions prompt_suffix"),
     "export": PRECISION | named("export", "layout uneven dtype"),
@@ -161,6 +167,7 @@ def kept(tmp_path, monkeypatch):
     calls = {
         "score": lambda e: score_stage(e, tmp_path, context),
         "prune": lambda e: prune_stage(e, tmp_path, context),
+        "reconstruct": lambda e: reconstruct_stage(e, tmp_path, context),
         "recover": lambda e: recover_stage(e, tmp_path, tmp_path, context),
         "evaluate": lambda e: evaluate_stage(e, tmp_path / "pruned", tmp_path, "pruned", context),
         "export": lambda e: export_stage(e, tmp_path / "pruned", context),
@@ -198,7 +205,7 @@ def test_each_stage_keeps_what_changes_it(kept, name):
 def test_only_what_a_setting_affects_is_made_again(kept):
     """For every setting, against its declaration; files and folders are inputs and none of the settings."""
     experiment = Experiment()
-    for stage in ("score", "prune", "recover", "evaluate", "export"):
+    for stage in ("score", "prune", "reconstruct", "recover", "evaluate", "export"):
         found = kept(experiment, stage)
         names = {name for name in found if not isinstance(found[name], dict)}
         names |= {f"{name}.{inner}" for name, value in found.items() if isinstance(value, dict) for inner in value}
