@@ -1,7 +1,7 @@
 """The ways in for files that anybody may have written: opened, decoded and copied here, or in `hf/disk` (weights).
 
 Whatever is wrong with a file is one line that names it. Nothing waits for a FIFO, runs a program, follows a link out of
-a folder that is copied, or takes memory that a file only claims to need. tests/test_architecture.py keeps every other
+a folder that is copied, or takes memory that a file only claims to need. tests/test_readers.py keeps every other
 module from opening files by itself.
 """
 

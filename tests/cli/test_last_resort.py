@@ -15,6 +15,7 @@ from repository import ROOT
 
 from vlmprune_jax.checked_files import read_bytes
 from vlmprune_jax.cli.main import main
+from vlmprune_jax.cli.messages import kept
 from vlmprune_jax.errors import UserError
 
 
@@ -187,3 +188,19 @@ def test_workdirs_that_are_none(capsys, monkeypatch, tmp_path, workdir, line):
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert line in said
+
+
+def test_what_orbax_logs_and_handlers_that_print_are_not_seen(capsys):
+    """Its errors are raised as well; a handler that a library has set up holds the stderr of before."""
+    root, printing = logging.getLogger(), logging.StreamHandler(sys.stderr)
+    before = root.handlers[:]
+    root.addHandler(printing)
+    record = logging.LogRecord("absl", logging.ERROR, "/site-packages/orbax/checkpoint/x.py", 1, "damaged", (), None)
+    try:
+        with kept() as messages:
+            root.handle(record)
+            logging.getLogger("noise").warning("mine")
+        messages.tell()
+    finally:
+        root.handlers = before
+    assert capsys.readouterr().err == "vlmprune: warning: mine\n"

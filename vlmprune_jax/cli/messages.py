@@ -22,7 +22,7 @@ MOST = 20  # lines that are told; --debug shows all, at once
 # were decoded all the same.
 _NOISE = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning, ImportWarning, BytesWarning)
 _SILENT = ("PIL",)
-_TOLD = {"orbax"}  # what they log below errors they raise as well, or mend
+_TOLD = {"orbax"}  # what they log they raise as well, or mend
 # An over-long text is cut or refused by us, with its record named.
 _KNOWN = ("Token indices sequence length is longer than",)
 
@@ -37,7 +37,7 @@ class Messages(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep a log record: its first line, and what was raised."""
-        if record.levelno < logging.ERROR and _TOLD & set(Path(record.pathname).parts):
+        if _TOLD & set(Path(record.pathname).parts):
             return
         with contextlib.suppress(Exception):  # a record with arguments that do not fit its format
             error = record.exc_info[1] if record.exc_info else None
@@ -106,7 +106,8 @@ def kept() -> Iterator[Messages]:
     try:
         warnings.showwarning = messages.warned  # type: ignore[assignment]
         sys.unraisablehook, threading.excepthook = messages.uncaught, messages.uncaught
-        root.handlers = [*handlers, messages]
+        # Whatever library set one up that prints: it holds the stderr of before.
+        root.handlers = [*(handler for handler in handlers if type(handler) is not logging.StreamHandler), messages]
         with contextlib.redirect_stderr(_Written(messages, sys.stderr)):
             yield messages
     finally:
@@ -118,7 +119,7 @@ def kept() -> Iterator[Messages]:
 def leave_quietly() -> None:
     """From here on, to the end of the process, threads and finalizers say nothing."""
     sys.unraisablehook, threading.excepthook = _ignored, _ignored
-    logging.lastResort = None
+    logging.disable()  # also the handlers of libraries, which may hold a stream that is closed by then
 
 
 def _ignored(raised: Any) -> None:

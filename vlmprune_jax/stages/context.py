@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from vlmprune_jax.data.tokenizer_files import without_output
 from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.preemption import StopSignal, noticed
@@ -50,6 +51,8 @@ class Context:
             if noticed():
                 raise Stopped(f"stopped on SIGTERM before {stage.name}; the same command continues with it")
             self.reporter.say(f"{stage.name} ...")
+            with without_output():
+                jax.devices()  # starts them: where it finds no TPU, libtpu says so at length
             with in_memory(stage.name):
                 return body()
 
