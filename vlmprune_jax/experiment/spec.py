@@ -220,9 +220,9 @@ class PruneSpec:
     heads_multiple: int = setting(1, "Kept heads are a multiple of this.", affects=_PRUNE, unit="heads")
     neurons_multiple: int = setting(1, "Kept neurons are a multiple of this.", affects=_PRUNE, unit="neurons")
     heads: str = setting(
-        "proportional",
-        'What goes of attention: the same share as of neurons, nothing ("keep"), or what costs least by the scores '
-        '("auto").',
+        "auto",
+        'What goes of attention: the same share as of neurons ("proportional", as recipes have it), nothing ("keep"), '
+        'or what costs least by the scores ("auto").',
         affects=_PRUNE,
         choices="prune.width:HEADS",
     )

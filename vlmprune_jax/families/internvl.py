@@ -77,6 +77,7 @@ _TEMPLATES = (_PHI3_CHAT, _HERMES_2, _INTERNVL2_5)
 # projection has its own adapter, and biases and norms do not decay.
 _RECIPE: dict[str, Any] = {
     "data": {"max_length": 4096},
+    "prune": RECIPE["prune"],
     "recover": {
         **RECIPE["recover"],
         "lora": {"rank": 16, "alpha": 32.0, "dropout": 0.05},

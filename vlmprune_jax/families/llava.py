@@ -32,6 +32,7 @@ ORIGINAL_IMAGE_TOKEN = -200
 # which it continues.
 RECIPE: dict[str, Any] = {
     "data": {"max_length": 2048},
+    "prune": {"heads": "proportional"},
     "recover": {
         "name": "sft_l2",
         "trainable": "lora",

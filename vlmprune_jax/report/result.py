@@ -101,6 +101,7 @@ class _Facts(TypedDict):
     path: str
     metrics: NotRequired[str | None]
     loss_terms: NotRequired[dict[str, str]]
+    reconstruct: NotRequired[str]
 
 
 class _Run(_Facts):

@@ -148,8 +148,10 @@ def journal_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.journal")
 
 
-def save_model(model: Model, out_dir: Path, spec: ModelSpec, source_dir: Path, plan: PrunePlan) -> None:
-    """An intermediate folder: source layout, true widths, the experiment's dtype."""
+def save_model(
+    model: Model, out_dir: Path, spec: ModelSpec, source_dir: Path, plan: PrunePlan, *, reconstructed: bool = False
+) -> None:
+    """An intermediate folder: source layout, true widths, the experiment's dtype; `reconstructed` is for its card."""
     save(
         model,
         out_dir,
@@ -159,5 +161,6 @@ def save_model(model: Model, out_dir: Path, spec: ModelSpec, source_dir: Path, p
         dtype=spec.dtype,
         plan=plan,
         name=model_name(teacher_folder(spec)),
+        reconstructed=reconstructed,
         recovered=out_dir.name == "recovered",
     )

@@ -24,8 +24,13 @@ class _Facts(TypedDict):
     tolerance: Finite
 
 
-def export_stage(experiment: Experiment, model_folder: Path, context: Context) -> Json:
-    """One folder of the workdir -> `export/`, reloaded and compared before it counts as done."""
+def export_stage(
+    experiment: Experiment, model_folder: Path, context: Context, *, reconstructed: bool = False
+) -> Json:
+    """One folder of the workdir -> `export/`, reloaded and compared before it counts as done.
+
+    `reconstructed`: whether the model card says that weights were solved for.
+    """
     out, spec = context.workdir / "export", experiment.export
     stage = context.stage(
         "export",
@@ -47,6 +52,7 @@ def export_stage(experiment: Experiment, model_folder: Path, context: Context) -
             **vars(spec),
             plan=plan,
             name=model_name(teacher_folder(experiment.model)),
+            reconstructed=reconstructed,
             recovered=model_folder.name == "recovered",
         )
         try:

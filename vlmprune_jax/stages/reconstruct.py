@@ -71,7 +71,7 @@ def reconstruct_stage(experiment: Experiment, folder: Path, context: Context) ->
                 cache=ArrayCache(parts, {"settings": settings, "mesh": vars(experiment.mesh)}),
                 **{name: getattr(spec, name) for name in OPTIONS},
             )
-        save_model(model, folder / RECONSTRUCTED, experiment.model, pruned, plan)
+        save_model(model, folder / RECONSTRUCTED, experiment.model, pruned, plan, reconstructed=True)
         context.reporter.say(f"  {_summary(modules)}")
         return {"samples": spec.samples, "modules": modules}
 

@@ -94,7 +94,8 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
             trained = assign_groups(list(flatten(model.params)), config.trainable)
             write_adapter(model, folder / "adapter", base_dir=pruned, trained=trained)
             model = merge_lora(model)
-        save_model(model, folder / "recovered", model_spec, pruned, plan)
+        solved = experiment.reconstruct.method != "none"
+        save_model(model, folder / "recovered", model_spec, pruned, plan, reconstructed=solved)
         return {**summary, "records": n_records, "recovery": spec.name}
 
     return context.run(stage, body)

@@ -83,7 +83,7 @@ def run_all(experiment: Experiment, context: Context) -> Json:
         entry for pruned in prune_runs(experiment, context.workdir) for entry in _run_variant(pruned, teacher, context)
     ]
     chosen = best_run(runs, describe_sets(teacher))
-    exported = export_stage(experiment, context.workdir / chosen["path"], context)
+    exported = _export(experiment, chosen, context)
     result = make_result(teacher, runs, chosen["name"], {"path": "export", **exported})
     write_json(context.workdir / "result.json", result)
     if is_main_process():
@@ -98,6 +98,7 @@ def _run_variant(pruned: PruneRun, teacher: Json, context: Context) -> Iterator[
     common = {
         **{name: plan[name] for name in ("method", "criterion", "ratio_asked", "ratio_reached", "decoder_ratio")},
         "parameters": plan["parameters"],
+        "reconstruct": pruned.experiment.reconstruct.method,
         "removed_layers": plan["removed_layers"],
         "plan": _relative(pruned.folder / "plan.json", context),
         "scores": [_relative(pruned.folder / name, context) for name in criteria_of(pruned.experiment)],
@@ -142,11 +143,18 @@ def export_best(experiment: Experiment, context: Context) -> Json:
     if (context.workdir / "result.json").is_file():
         result = read_result(context.workdir)
         chosen = best_run(result["runs"], result["sets"])
-        return export_stage(experiment, context.workdir / chosen["path"], context)
+        return _export(experiment, chosen, context)
     for name in ("recovered", RECONSTRUCTED, "pruned"):
         if (context.workdir / name).is_dir():
-            return export_stage(experiment, context.workdir / name, context)
+            solved = name != "pruned" and experiment.reconstruct.method != "none"
+            return export_stage(experiment, context.workdir / name, context, reconstructed=solved)
     raise UserError(f"{context.workdir}: nothing to export yet: run `vlmprune run`, or prune and recover, first")
+
+
+def _export(experiment: Experiment, run: Json, context: Context) -> Json:
+    """The model of a run of `result.json`."""
+    solved = run["recovery"] != NO_RECOVERY and run.get("reconstruct", "none") != "none"
+    return export_stage(experiment, context.workdir / run["path"], context, reconstructed=solved)
 
 
 def finish(context: Context) -> None:

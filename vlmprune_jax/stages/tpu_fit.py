@@ -156,14 +156,16 @@ def make_case(experiment: Experiment, folder: Path | None, topology: str) -> Cas
 def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
     """A plan with the shapes that the config's prune section leads to, from scores that know nothing.
 
-    Equal widths and the number of layers do not depend on scores; which layers go, and widths chosen over all layers
-    at once (`selection="global"`), do.
+    Equal widths and the number of layers do not depend on scores; which layers go, widths chosen over all layers at
+    once (`selection="global"`), and how many heads go under `heads="auto"` (here: their share) do.
     """
     spec = experiment.prune
     gqa = experiment.score.gqa
     scores = Scores("none", f"{shape_digest(cfg)}-", {"gqa": gqa}, **random_scores(cfg, seed=0, gqa=gqa))
     pair = (scores, scores) if spec.method == "hybrid" else scores
     removed, options = spec.layers_removed, plan_options(spec)
+    if options.get("heads") == "auto":
+        options["heads"] = "proportional"
     return make_plan(pair, cfg, method=spec.method, ratio=spec.ratio, layers_removed=removed, **options)
 
 

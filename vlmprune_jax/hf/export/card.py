@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
@@ -16,6 +17,10 @@ from vlmprune_jax.families.fields import MAX_LAYERS
 from vlmprune_jax.hf.export.per_layer import LOADER_FILE, loader_class
 from vlmprune_jax.models.params import count_params
 
+_STEPS = {
+    "reconstructed": "Weights behind what was removed were solved for by least squares, without training.",
+    "recovered": "It was trained after pruning.",
+}
 _PARTS = (("language model", "text"), ("projector", "projector"), ("vision tower (computed part)", "vision"))
 
 
@@ -53,18 +58,18 @@ def model_name(folder: Path) -> str:
 
 
 def write_card(
-    folder: Path, cfg: ModelConfig, written: ModelConfig, config: dict[str, Any], name: str, recovered: bool
+    folder: Path, cfg: ModelConfig, written: ModelConfig, config: dict[str, Any], name: str, steps: Sequence[str]
 ) -> None:
     """The model card of a folder that holds everything else.
 
     `written` is `cfg` with the blocks as they are in the files (wider than the model's where layers were padded),
-    `config` the config.json beside it, `name` that of the model before pruning; `recovered` says that it was trained
-    after.
+    `config` the config.json beside it, `name` that of the model before pruning; `steps` says what was done to it after
+    that: "reconstructed", "recovered".
     """
     plan_file = folder / "plan.json"
     plan = read_json(plan_file, _Plan, todo="move it away") if os.path.lexists(plan_file) else None
     processor = any((folder / f"{kind}_config.json").is_file() for kind in ("processor", "preprocessor"))
-    done = [what for what, so in (("pruned", plan), ("recovered", recovered)) if so]
+    done = [*(["pruned"] if plan else []), *steps]
     base = f"base_model: {name}\n" if "/" in name else ""
     try:
         removed, table = _removed(plan), _table(cfg, plan)
@@ -80,7 +85,7 @@ pipeline_tag: {task}
 # {", ".join([name, *done])}
 
 Made from `{name}` by vlmprune-jax (structural pruning of the language model; arXiv 2604.24380).\
-{" It was trained after pruning." if recovered else ""}
+{"".join(f" {_STEPS[step]}" for step in steps)}
 
 {removed}
 

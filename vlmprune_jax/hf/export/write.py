@@ -57,6 +57,7 @@ def save(
     overwrite: bool = False,
     plan: Plan | None = None,
     name: str | None = None,
+    reconstructed: bool = False,
     recovered: bool = False,
 ) -> None:
     """Write a model as a Hugging Face folder that appears whole or not at all.
@@ -78,7 +79,8 @@ def save(
         source's format is.
       overwrite: replace an existing model folder.
       plan: the prune plan, written beside the weights as plan.json.
-      name, recovered: for the model card: the unpruned model's name (None: `source_dir`'s), and whether it was trained.
+      name, reconstructed, recovered: for the model card: the unpruned model's name (None: `source_dir`'s), and whether
+        weights were solved for (`reconstruct`), and trained, after pruning.
 
     Raises:
       UserError: out_dir exists, source_dir is not this model's, options do not fit, weights are not finite, or the
@@ -104,7 +106,8 @@ def save(
         with atomic_folder(out) as folder:
             write_weights(tensors, folder, MAX_SHARD_BYTES)
             write_files(target, model.cfg, source, folder, plan)
-            write_card(folder, model.cfg, target.cfg, target.config, name or model_name(source), recovered)
+            steps = [step for step, so in (("reconstructed", reconstructed), ("recovered", recovered)) if so]
+            write_card(folder, model.cfg, target.cfg, target.config, name or model_name(source), steps)
     if spread:
         for tensor in () if is_main_process() else itertools.chain(*split_shards(tensors, MAX_SHARD_BYTES)):
             tensor.fetch()  # gathering what is split over processes takes all of them, in the same order

@@ -1,0 +1,109 @@
+"""What reconstruction needs on a TPU slice for the real families, compiled ahead of time: a Markdown table.
+
+    python benchmarks/reconstruction_plan.py [--topology=v5e:8x8] [--families llava bunny internvl]
+
+The programs of one layer at its true widths, 30 % of the parameters gone by width (heads kept): the stream behind a
+layer of either model, the sums of `down_proj`, the held-out errors of all ridges and the change; 64 rows at a time,
+float32. Bytes are of one chip. The least time is of 65,536 tokens to fit to and as many held out (an eighth of them,
+padded), all layers, by the programs' arithmetic; and of both streams between host and chips, which each layer reads and
+writes. 6 passes of the bf16 unit stand for a float32 product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from full_size import MODELS
+
+TOKENS, ROWS, HOST = 2**16, 64, 8e9  # HOST: bytes per second between a host and its chips, 4 or 8 of them
+PASSES = 6  # of the bf16 matrix unit for a float32 product
+LENGTHS = {"llava": 1024, "bunny": 1024, "internvl": 4096}
+
+
+def main() -> None:
+    """Compile every family."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--topology", default="v5e:8x8")
+    parser.add_argument("--families", nargs="+", default=list(LENGTHS))
+    options = parser.parse_args()
+    print("| family | G and C, MiB | layer: temporaries | sums | errors of 9 ridges | change | arithmetic, s | streams, s |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    for family in options.families:
+        print(row(family, options.topology), flush=True)
+
+
+def row(family: str, topology: str) -> str:
+    """One line of the table."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from vlmprune_jax.distributed.ahead_of_time import compile_for_tpu, make_slice
+    from vlmprune_jax.distributed.mesh import make_mesh, within
+    from vlmprune_jax.distributed.rules import sharding
+    from vlmprune_jax.experiment.spec import Experiment, override
+    from vlmprune_jax.hf.read import read_config
+    from vlmprune_jax.models.params import layer_axes, layer_shapes
+    from vlmprune_jax.prune import reconstruction
+    from vlmprune_jax.prune.reconstruction import RIDGES
+    from vlmprune_jax.stages.tpu_fit import predict_plan
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(MODELS[family]))
+        _, dense = read_config(Path(folder), None)
+    changes = {"prune": {"method": "width", "ratio": 0.3, "heads": "keep"}}
+    cfg = predict_plan(override(Experiment(), changes), dense).apply_to(dense)
+    target = make_slice(topology)
+    mesh = make_mesh(1, -1, 1, devices=target.devices)
+    length, width, mlp = LENGTHS[family], cfg.text.hidden_size, cfg.text.layers[0].mlp
+    rows = max(TOKENS // length, len(target.devices)) if length * ROWS > TOKENS else ROWS
+
+    def abstract(shape, axes, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh, axes))
+
+    def layer(of):
+        text, axes = of.text.with_layers(of.text.layers[:1]), layer_axes(of, "text")
+        return {path: abstract(shape, axes[path]) for path, shape in layer_shapes(of, "text").items()}, text
+
+    stream = abstract((rows, length, width), ("batch", None, None))
+    mask = abstract((rows, length), ("batch", None), np.int32)
+    weight = abstract((rows, length), ("batch", None))
+    found = {}
+    with within(mesh):
+        for name, of in (("dense", dense), ("ours", cfg)):
+            params, text = layer(of)
+            found[name] = compile_for_tpu(
+                jax.jit(lambda p, x, m, text=text: reconstruction._run(p, x, m, text=text, what="after")), params, stream, mask
+            )
+        found["sums"] = compile_for_tpu(
+            jax.jit(
+                lambda p, x, t, m, w: reconstruction._sums(p, x, t, m, w, text=text, module="down_proj", bias=False)
+            ),
+            params, stream, stream, mask, weight,
+        )  # fmt: skip
+        sums = reconstruction._Sums(
+            abstract((mlp, mlp), ("mlp", None)), abstract((mlp, width), ("mlp", None)), abstract((), ())
+        )
+        ridges = abstract((len(RIDGES),), (None,))
+        found["errors"] = compile_for_tpu(reconstruction._held_out_errors, sums, sums, ridges)
+        found["change"] = compile_for_tpu(jax.jit(reconstruction._change), sums, abstract((), ()))
+    layers, steps = len(cfg.text.layers), 2 * max(TOKENS // (rows * length), 1)
+    rate = target.chip.flops / PASSES
+    shared = layers * steps * (2 * found["dense"].flops + found["ours"].flops + found["sums"].flops) / len(target.devices)
+    alone = layers * (len(RIDGES) + 1) * (mlp**3 / 3 + 2 * mlp**2 * width)  # every chip solves for itself
+    moved = layers * steps * rows * length * width * 4 * 10 / HOST  # 4 runs in, 3 out, and sums read 3
+    gib = {name: f"{one.temporaries / 2**30:.2f} GiB" for name, one in found.items()}
+    return (
+        f"| {family} ({mlp:,} of {dense.text.layers[0].mlp:,} neurons) | {(mlp + width) * mlp * 4 / 2**20:,.0f} | "
+        f"{gib['dense']} | {gib['sums']} | {gib['errors']} | {gib['change']} | {(shared + alone) / rate:.1f} | {moved:.0f} |"
+    )
+
+
+if __name__ == "__main__":
+    main()
