@@ -32,7 +32,9 @@ def main() -> None:
     parser.add_argument("--topology", default="v5e:8x8")
     parser.add_argument("--families", nargs="+", default=list(LENGTHS))
     options = parser.parse_args()
-    print("| family | G and C, MiB | layer: temporaries | sums | errors of 9 ridges | change | arithmetic, s | streams, s |")
+    print(
+        "| family | G and C, MiB | layer: temporaries | sums | errors of 9 ridges | change | arithmetic, s | streams, s |"
+    )
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for family in options.families:
         print(row(family, options.topology), flush=True)
@@ -79,7 +81,10 @@ def row(family: str, topology: str) -> str:
         for name, of in (("dense", dense), ("ours", cfg)):
             params, text = layer(of)
             found[name] = compile_for_tpu(
-                jax.jit(lambda p, x, m, text=text: reconstruction._run(p, x, m, text=text, what="after")), params, stream, mask
+                jax.jit(lambda p, x, m, text=text: reconstruction._run(p, x, m, text=text, what="after")),
+                params,
+                stream,
+                mask,
             )
         found["sums"] = compile_for_tpu(
             jax.jit(
@@ -95,7 +100,9 @@ def row(family: str, topology: str) -> str:
         found["change"] = compile_for_tpu(jax.jit(reconstruction._change), sums, abstract((), ()))
     layers, steps = len(cfg.text.layers), 2 * max(TOKENS // (rows * length), 1)
     rate = target.chip.flops / PASSES
-    shared = layers * steps * (2 * found["dense"].flops + found["ours"].flops + found["sums"].flops) / len(target.devices)
+    shared = (
+        layers * steps * (2 * found["dense"].flops + found["ours"].flops + found["sums"].flops) / len(target.devices)
+    )
     alone = layers * (len(RIDGES) + 1) * (mlp**3 / 3 + 2 * mlp**2 * width)  # every chip solves for itself
     moved = layers * steps * rows * length * width * 4 * 10 / HOST  # 4 runs in, 3 out, and sums read 3
     gib = {name: f"{one.temporaries / 2**30:.2f} GiB" for name, one in found.items()}

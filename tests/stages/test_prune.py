@@ -43,7 +43,7 @@ def test_the_first_step_uses_the_scores_that_are_there(experiment, tmp_path, mon
     model = vp.load(tmp_path / "teacher")
     options = {"reduction": "sum", "gqa": "groups"}
     _, expected, scores = prune_iteratively(
-        model, lambda _: (), steps=3, criterion="l2", score_options=options, ratio=0.25
+        model, lambda _: (), steps=3, criterion="l2", score_options=options, ratio=0.25, heads="auto"
     )
     assert plan.layers == expected.layers
     assert len(scores) == 3

@@ -9,6 +9,7 @@ from typing import Any
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.metrics import metric_named
 from vlmprune_jax.experiment.spec import EvaluationSetSpec, Experiment, PruneSpec, RecoverSpec
+from vlmprune_jax.prune.select import DEFAULTS
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.losses import check_losses, needs_teacher
 
@@ -16,10 +17,15 @@ QUESTIONS, TEXT = "questions", "text"  # the evaluation sets of an experiment th
 
 
 def plan_options(spec: PruneSpec) -> dict[str, Any]:
-    """`make_plan` keywords: only what differs from the defaults, so that it can refuse what a method does not have."""
+    """`make_plan` keywords: what differs from the defaults, so that it can refuse what a method does not have.
+
+    And `heads`, where the method has it: what configs do by default is not what the reference does.
+    """
     default = PruneSpec()
     skipped = ("method", "ratio", "layers_removed", "steps")
     changed = {k: v for k, v in vars(spec).items() if k not in skipped and v != getattr(default, k)}
+    if "heads" in DEFAULTS[spec.method]:
+        changed["heads"] = spec.heads
     return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
 
 

@@ -24,9 +24,7 @@ class _Facts(TypedDict):
     tolerance: Finite
 
 
-def export_stage(
-    experiment: Experiment, model_folder: Path, context: Context, *, reconstructed: bool = False
-) -> Json:
+def export_stage(experiment: Experiment, model_folder: Path, context: Context, *, reconstructed: bool = False) -> Json:
     """One folder of the workdir -> `export/`, reloaded and compared before it counts as done.
 
     `reconstructed`: whether the model card says that weights were solved for.

@@ -253,7 +253,8 @@ def test_model_card_names_the_hub_model(llama, tmp_path):
     assert "\nbase_model: some-org/some--model\n" in text
     assert "\n# some-org/some--model\n\nMade from `some-org/some--model` by" in text
     assert "trained after pruning" not in text
-    save(load(snapshot), tmp_path / "again", source_dir=tmp_path / "out", name="llama", reconstructed=True, recovered=True)
+    done = {"reconstructed": True, "recovered": True}
+    save(load(snapshot), tmp_path / "again", source_dir=tmp_path / "out", name="llama", **done)
     text = (tmp_path / "again/README.md").read_text()
     assert "\n# llama, reconstructed, recovered\n" in text
     assert "solved for by least squares, without training." in text
