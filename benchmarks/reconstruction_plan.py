@@ -32,9 +32,7 @@ def main() -> None:
     parser.add_argument("--topology", default="v5e:8x8")
     parser.add_argument("--families", nargs="+", default=list(LENGTHS))
     options = parser.parse_args()
-    print(
-        "| family | G and C, MiB | layer: temporaries | sums | errors of 9 ridges | change | arithmetic, s | streams, s |"
-    )
+    print("| family | G and C | layer: temporaries | sums | errors of 9 ridges | change | arithmetic, s | streams, s |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for family in options.families:
         print(row(family, options.topology), flush=True)
@@ -52,8 +50,7 @@ def row(family: str, topology: str) -> str:
     from vlmprune_jax.experiment.spec import Experiment, override
     from vlmprune_jax.hf.read import read_config
     from vlmprune_jax.models.params import layer_axes, layer_shapes
-    from vlmprune_jax.prune import reconstruction
-    from vlmprune_jax.prune.reconstruction import RIDGES
+    from vlmprune_jax.prune import reconstruction, ridge
     from vlmprune_jax.stages.tpu_fit import predict_plan
 
     with tempfile.TemporaryDirectory() as folder:
@@ -92,24 +89,26 @@ def row(family: str, topology: str) -> str:
             ),
             params, stream, stream, mask, weight,
         )  # fmt: skip
-        sums = reconstruction._Sums(
-            abstract((mlp, mlp), ("mlp", None)), abstract((mlp, width), ("mlp", None)), abstract((), ())
-        )
-        ridges = abstract((len(RIDGES),), (None,))
-        found["errors"] = compile_for_tpu(reconstruction._held_out_errors, sums, sums, ridges)
-        found["change"] = compile_for_tpu(jax.jit(reconstruction._change), sums, abstract((), ()))
+        sums = ridge.Sums(abstract((mlp, mlp), ("mlp", None)), abstract((mlp, width), ("mlp", None)), abstract((), ()))
+        ridges = abstract((len(ridge.RIDGES),), (None,))
+        found["errors"] = compile_for_tpu(ridge.held_out_errors, sums, sums, ridges)
+        found["change"] = compile_for_tpu(ridge.change, sums, abstract((), ()))
     layers, steps = len(cfg.text.layers), 2 * max(TOKENS // (rows * length), 1)
     rate = target.chip.flops / PASSES
     shared = (
         layers * steps * (2 * found["dense"].flops + found["ours"].flops + found["sums"].flops) / len(target.devices)
     )
-    alone = layers * (len(RIDGES) + 1) * (mlp**3 / 3 + 2 * mlp**2 * width)  # every chip solves for itself
+    alone = layers * (len(ridge.RIDGES) + 1) * (mlp**3 / 3 + 2 * mlp**2 * width)  # every chip solves for itself
     moved = layers * steps * rows * length * width * 4 * 10 / HOST  # 4 runs in, 3 out, and sums read 3
     gib = {name: f"{one.temporaries / 2**30:.2f} GiB" for name, one in found.items()}
-    return (
-        f"| {family} ({mlp:,} of {dense.text.layers[0].mlp:,} neurons) | {(mlp + width) * mlp * 4 / 2**20:,.0f} | "
-        f"{gib['dense']} | {gib['sums']} | {gib['errors']} | {gib['change']} | {(shared + alone) / rate:.1f} | {moved:.0f} |"
-    )
+    cells = [
+        f"{family}, {mlp:,} of {dense.text.layers[0].mlp:,} neurons",
+        f"{(mlp + width) * mlp * 4 / 2**30:.2f} GiB",
+        *(gib[name] for name in ("dense", "sums", "errors", "change")),
+        f"{(shared + alone) / rate:.1f}",
+        f"{moved:.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import count_params, flatten, unflatten
 from vlmprune_jax.models.vlm import encode, forward
 from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, apply_plan, fingerprint, keep_everything
-from vlmprune_jax.prune.reconstruction import RIDGES, reconstruct
+from vlmprune_jax.prune.reconstruction import reconstruct
+from vlmprune_jax.prune.ridge import RIDGES
 
 SHAPES = {"sequential": {}, "parallel": {"block": "parallel", "norm": "layer", "mlp_kind": "plain"}}
 

@@ -19,7 +19,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,13 +37,11 @@ from vlmprune_jax.models.params import flatten, param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, to_nnx
 from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, PADDING, PROMPT, Arrays, calibration_batches
 from vlmprune_jax.prune.plan import PrunePlan
+from vlmprune_jax.prune.ridge import RIDGES, Sums, held_out_errors
+from vlmprune_jax.prune.ridge import change as solve
 from vlmprune_jax.prune.surgery import check_plan_is_for
 
-# Ridges that are tried, in shares of the diagonal of G. At 4,096 tokens for 1,000 unknowns 0.3 to 3 win; with more
-# tokens, or fewer unknowns, smaller ones do. Leaving the weight alone is always among the choices.
-RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 OPTIONS: dict[str, Any] = {"held_out": 0.125, "prompt_weight": 1.0, "image_weight": 0.1, "answer_weight": 1.0}
-_FLOOR = 1e-6  # of the mean diagonal: what neurons count that are never active
 _STREAM = ("batch", "sequence", None)
 Told = dict[str, Any]
 
@@ -291,14 +289,6 @@ def _run(params, x, mask, *, text, what):
     return middle if what == "middle" else after
 
 
-class _Sums(NamedTuple):
-    """Over weighted tokens, float32: sum w x x^T [in, in], sum w x r^T [in, embed], and sum w |r|^2 of each row."""
-
-    gram: jax.Array
-    cross: jax.Array
-    energy: jax.Array
-
-
 @functools.partial(jax.jit, static_argnames=("text", "module", "bias"))
 def _sums(params, x, target, mask, weight, *, text, module, bias):
     middle, after, inputs = _block(params, x, mask, text, (module,))
@@ -314,7 +304,7 @@ def _sums(params, x, target, mask, weight, *, text, module, bias):
     gram = jnp.einsum("bsi,bsj->ij", weighted, read, precision="highest")
     cross = jnp.einsum("bsi,bse->ie", weighted, residual, precision="highest")
     energy = jnp.sum(scale * jnp.sum(residual * residual, axis=-1), axis=-1)
-    return _Sums(constrain(gram, ("mlp", None)), constrain(cross, ("mlp", None)), constrain(energy, ()))
+    return Sums(constrain(gram, ("mlp", None)), constrain(cross, ("mlp", None)), constrain(energy, ()))
 
 
 def _solve_for(layer: _Layer, module: str, steps: Sequence[_Step]) -> tuple[np.ndarray | None, Told]:
@@ -322,16 +312,16 @@ def _solve_for(layer: _Layer, module: str, steps: Sequence[_Step]) -> tuple[np.n
     bias = f"{layer.projection(module)}/bias" in layer.params
     fit, held = (_total(layer, module, bias, [one for one in steps if one.held_out == out]) for out in (False, True))
     stream = layer.text.hidden_size * float(sum(one.weight.sum() for one in steps if one.held_out))
-    errors = np.asarray(_held_out_errors(fit, held, jnp.asarray(RIDGES, jnp.float32)), np.float64)
+    errors = np.asarray(held_out_errors(fit, held, jnp.asarray(RIDGES, jnp.float32)), np.float64)
     best, before = int(np.nanargmin(np.append(errors, 0.0))), float(held.energy) / stream
     if best == len(RIDGES):
         return None, {"ridge": None, "error_before": before, "error_after": before}
-    change = _change(jax.tree.map(jnp.add, fit, held), RIDGES[best])
+    change = solve(jax.tree.map(jnp.add, fit, held), RIDGES[best])
     told = {"ridge": RIDGES[best], "error_before": before, "error_after": before + float(errors[best]) / stream}
     return np.array(whole(change)), told
 
 
-def _total(layer: _Layer, module: str, bias: bool, steps: Sequence[_Step]) -> _Sums:
+def _total(layer: _Layer, module: str, bias: bool, steps: Sequence[_Step]) -> Sums:
     """Sums over these rows, `energy` over all of them.
 
     Raises:
@@ -358,26 +348,6 @@ def _total(layer: _Layer, module: str, bias: bool, steps: Sequence[_Step]) -> _S
         totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
     assert totals is not None
     return totals
-
-
-def _change(sums: _Sums, ridge: Any) -> jax.Array:
-    """(G + ridge diag G)^-1 C, float32[in, embed]."""
-    diagonal = jnp.diagonal(sums.gram)
-    diagonal = jnp.maximum(diagonal, _FLOOR * jnp.mean(diagonal))
-    factor = jax.scipy.linalg.cho_factor(sums.gram + jnp.diag(ridge * diagonal))
-    return jax.scipy.linalg.cho_solve(factor, sums.cross)
-
-
-@jax.jit
-def _held_out_errors(fit: _Sums, held: _Sums, ridges: jax.Array) -> jax.Array:
-    """By how much the fit with each ridge changes the held-out error, float32[ridges]; NaN where none can be found."""
-
-    def error(ridge: jax.Array) -> jax.Array:
-        change = _change(fit, ridge)
-        bent = jnp.einsum("ij,je->ie", held.gram, change, precision="highest")
-        return jnp.sum(change * (bent - 2 * held.cross))
-
-    return jax.lax.map(error, ridges)
 
 
 def _with_layers(model: Model, solved: Mapping[int, Mapping[str, np.ndarray]]) -> Model:

@@ -1,0 +1,35 @@
+"""Solving in blocks, as devices without LAPACK do, against float64."""
+
+import jax
+import numpy as np
+import pytest
+
+from vlmprune_jax.prune.ridge import RIDGES, Sums, change, held_out_errors, in_blocks
+
+
+def sums(n, tokens, seed=0, width=5):
+    """Of channels whose sizes differ by orders of magnitude."""
+    draw = np.random.default_rng(seed)
+    x = draw.standard_normal((tokens, n)).astype(np.float32) * np.logspace(-1, 1, n, dtype=np.float32)
+    r = draw.standard_normal((tokens, width)).astype(np.float32)
+    return Sums(x.T @ x, x.T @ r, np.sum(r * r))
+
+
+@pytest.mark.parametrize("n", [7, 256, 300, 700])
+@pytest.mark.parametrize("ridge", [RIDGES[1], 1.0])
+def test_blocks_solve_what_float64_solves(n, ridge):
+    gram, cross, _ = sums(n, 2 * n)
+    matrix = gram + np.diag(ridge * np.diag(gram))
+    expected = np.linalg.solve(matrix.astype(np.float64), cross.astype(np.float64))
+    scale = np.sqrt(np.diag(gram))[:, None]  # what a change of each channel weighs
+    found = np.asarray(jax.jit(in_blocks)(matrix, cross))
+    np.testing.assert_allclose(found * scale, expected * scale, atol=1e-4 * np.abs(expected * scale).max())
+    lapack = np.asarray(change(Sums(gram, cross, 0.0), ridge))
+    np.testing.assert_allclose(found * scale, lapack * scale, atol=1e-4 * np.abs(expected * scale).max())
+
+
+def test_what_cannot_be_solved_is_nan_and_not_chosen():
+    broken = sums(7, 14)
+    broken = broken._replace(gram=-broken.gram)
+    assert np.isnan(np.asarray(held_out_errors(broken, broken, np.float32(RIDGES)))).all()
+    assert np.isnan(np.asarray(jax.jit(in_blocks)(broken.gram, broken.cross))).all()
