@@ -98,7 +98,7 @@ def row(family: str, topology: str) -> str:
     shared = (
         layers * steps * (2 * found["dense"].flops + found["ours"].flops + found["sums"].flops) / len(target.devices)
     )
-    alone = layers * (len(ridge.RIDGES) + 1) * (mlp**3 / 3 + 2 * mlp**2 * width)  # every chip solves for itself
+    alone = layers * (found["errors"].flops + found["change"].flops)  # every chip solves for itself
     moved = layers * steps * rows * length * width * 4 * 10 / HOST  # 4 runs in, 3 out, and sums read 3
     gib = {name: f"{one.temporaries / 2**30:.2f} GiB" for name, one in found.items()}
     cells = [
