@@ -18,7 +18,7 @@ QUESTIONS, TEXT = "questions", "text"  # the evaluation sets of an experiment th
 def plan_options(spec: PruneSpec) -> dict[str, Any]:
     """`make_plan` keywords: only what differs from the defaults, so that it can refuse what a method does not have."""
     default = PruneSpec()
-    skipped = ("method", "ratio", "layers_removed", "steps")
+    skipped = ("method", "stack", "ratio", "layers_removed", "steps")
     changed = {k: v for k, v in vars(spec).items() if k not in skipped and v != getattr(default, k)}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
 
