@@ -77,6 +77,16 @@ def test_the_tower_by_commands(experiment, tmp_path, capsys, stack):
     assert (message in capsys.readouterr().err) == (stack == "vision")
 
 
+def test_scores_of_another_stack_are_not_taken(experiment, tmp_path, capsys):
+    tower = [*experiment, "--config.prune.stack=vision", "--config.prune.steps=1"]
+    assert main(["score", *experiment]) == 0
+    (tmp_path / "w/scores.npz").rename(tmp_path / "w/scores_vision.npz")
+    assert main(["prune", *tower]) == 2
+    assert "scores_vision.npz: scores of the text stack, not of the vision stack" in capsys.readouterr().err
+    assert main(["prune", *tower, "--config.prune.stack=audio"]) == 2
+    assert "audio" in capsys.readouterr().err
+
+
 def share_of_layers(pruned, source, stack):
     cost = layer_costs(source, stack).of
     return 1 - sum(map(cost, pruned.stack(stack).layers)) / sum(map(cost, source.stack(stack).layers))

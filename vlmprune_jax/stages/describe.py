@@ -106,6 +106,11 @@ def _export(cfg: ModelConfig, family: Family) -> dict[str, str]:
         found["layout=transformers"] = f"a stock {target.stock.name} with its tower"
     if family.separate_vision:
         found["tower"] = "vision_dir's where that is given; stays in its own folder in this layout"
+    elif cfg.vision is not None:
+        found["tower"] = (
+            "layers and equal neurons as above; fewer heads load in this package, with uneven=pad as above; unequal "
+            "widths with uneven=pad only"
+        )
     if not cfg.text.even:
         found["now"] = "this folder has layers of unequal width already"
     return found

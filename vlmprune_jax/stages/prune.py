@@ -93,7 +93,7 @@ def _prune_files(experiment: Experiment, folder: Path, out_dir: Path) -> tuple[P
     spec, source, vision_dir = experiment.prune, teacher_folder(experiment.model), experiment.model.vision_dir
     scores: list[Scores | tuple[Scores, Scores]] = []
     for stack in stacks_of(experiment):
-        first, *second = [Scores.load(folder / name) for name in criteria_of(experiment, stack)]
+        first, *second = [_load(folder / name, stack) for name in criteria_of(experiment, stack)]
         scores.append((first, second[0]) if second else first)
     _, cfg = read_config(source, None if vision_dir is None else Path(vision_dir))
     with about(" and ".join(str(folder / name) for name in criteria_of(experiment))):
@@ -107,6 +107,13 @@ def _prune_files(experiment: Experiment, folder: Path, out_dir: Path) -> tuple[P
         )
     on_process_zero(lambda: prune_folder(source, plan, out_dir, vision_dir=vision_dir, dtype=experiment.model.dtype))
     return plan, cfg
+
+
+def _load(path: Path, stack: str) -> Scores:
+    scores = Scores.load(path)
+    if scores.stack != stack:
+        raise UserError(f"{path}: scores of the {scores.stack} stack, not of the {stack} stack: score again")
+    return scores
 
 
 def _prune_in_steps(experiment: Experiment, scores: Path, out_dir: Path) -> tuple[PrunePlan, ModelConfig]:
@@ -126,7 +133,7 @@ def _prune_in_steps(experiment: Experiment, scores: Path, out_dir: Path) -> tupl
         batches,
         steps=spec.steps,
         criterion=criterion,
-        scores=Scores.load(scores),
+        scores=_load(scores, spec.stack),
         stack=spec.stack,
         score_options=score_options(experiment, criterion),
         ratio=spec.ratio,
