@@ -119,7 +119,7 @@ TRAINING = PICTURE | named("data", "max_length truncate length_buckets on_error"
 SCORE = named("score", "variant reduction gqa reference_compat layers_removed longest_text samples batch_size seed")
 PRUNE = named(
     "prune",
-    "method ratio layers_removed protect rounding attn_layers mlp_layers heads_multiple neurons_multiple heads "
+    "method stack ratio layers_removed protect rounding attn_layers mlp_layers heads_multiple neurons_multiple heads "
     "selection sparsity depth_share steps",
 )
 RECOVER = named(

@@ -398,7 +398,7 @@ def tower_scores(cfg, seed=0):
     draw = np.random.default_rng(seed)
     shapes = cfg.vision.layers
     heads, neurons = (tuple(draw.random(getattr(s, name)) for s in shapes) for name in ("kv_heads", "mlp"))
-    return Scores("l1", shape_digest(cfg) + "-x", {"gqa": "groups"}, draw.random(len(shapes)), heads, neurons)
+    return Scores("l1", shape_digest(cfg) + "-x", {"gqa": "groups"}, draw.random(len(shapes)), heads, neurons, "vision")
 
 
 def test_costs_of_the_tower():
@@ -416,7 +416,7 @@ def test_plans_of_the_tower(method):
     scores = tower_scores(cfg)
     pair = (scores, scores) if method == "hybrid" else scores
     ratio = 1.5 * layer_costs(cfg, "vision").of(TOWER[2]) / count_params(cfg)
-    plan = make_plan(pair, cfg, method=method, ratio=ratio, stack="vision")
+    plan = make_plan(pair, cfg, method=method, ratio=ratio)
     assert plan.stacks["text"] == KeptStack.whole(UNEQUAL)
     assert plan.parameters_after == count_params(plan.apply_to(cfg)) < plan.parameters_before
     if method == "width":
@@ -433,11 +433,11 @@ def test_plans_of_another_stack_are_refused():
     cfg = config(UNEQUAL, vision=True).with_layers((*TOWER, TOWER[0]), "vision")
     for method, scores in (("depth", depth_scores(cfg, [0, 1, 2, 3])), ("width", width_scores(cfg))):
         with pytest.raises(UserError, match="scores are not of the vision stack: their layers or widths are others"):
-            make_plan(scores, cfg, method=method, ratio=0.01, stack="vision")
+            make_plan(dataclasses.replace(scores, stack="vision"), cfg, method=method, ratio=0.01)
         with pytest.raises(UserError, match=r"this model has no stack of layers 'audio' \(it has text, vision\)"):
-            make_plan(scores, cfg, method=method, ratio=0.01, stack="audio")
+            make_plan(dataclasses.replace(scores, stack="audio"), cfg, method=method, ratio=0.01)
     with pytest.raises(UserError, match="scores are not of the text stack"):
-        make_plan(tower_scores(cfg), cfg, method="width", ratio=0.01)
+        make_plan(dataclasses.replace(tower_scores(cfg), stack="text"), cfg, method="width", ratio=0.01)
 
 
 def test_from_json_refuses_files_that_are_not_plans(tmp_path):

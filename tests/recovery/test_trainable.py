@@ -32,6 +32,7 @@ WITH_LORA = dataclasses.replace(CFG, lora=cases.LORA)
         ("projector", lambda path: False),
         ("lora", lambda path: "lora_" in path),
         ("decoder", lambda path: path.startswith("text/")),
+        ("tower", lambda path: path.startswith("vision/layers") and ("self_attn" in path or "mlp" in path)),
         ("all", lambda path: not path.startswith("projector/")),
     ],
 )
@@ -68,7 +69,7 @@ def test_bad_rules(trainable, message):
         assign_groups(list(param_shapes(CFG)), trainable)
 
 
-@pytest.mark.parametrize("preset", ["projector", "lora"])
+@pytest.mark.parametrize("preset", ["projector", "lora", "tower"])
 def test_presets_that_select_nothing(preset):
     """A plain decoder without adapters has neither a projector nor LoRA leaves."""
     with pytest.raises(UserError, match="selects no parameter of this model"):

@@ -153,6 +153,7 @@ def test_what_is_refused(llava, goldens, tmp_path):
     assert identity["images"]["aspect_ratio"] == "pad"
     for changes, reason in (
         ({"recover": {"trainable": "all"}}, "recover.trainable='all' trains the vision tower"),
+        ({"recover": {"trainable": "tower"}}, "recover.trainable='tower' trains the vision tower"),
         ({"mesh": {"data": 8}}, "a micro-batch of 2 rows .* does not divide over data x fsdp = 8 devices"),
         ({"recover": {"compute_dtype": "bfloat16"}}, 'something else gave .dtype was "float32", now "bfloat16"'),
         ({"model": {"dtype": "bfloat16"}}, 'weights.dtype was "float32", now "bfloat16"'),

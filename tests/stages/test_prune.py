@@ -5,7 +5,9 @@ from hf_cases import copy_llava
 
 import vlmprune_jax as vp
 from vlmprune_jax.cli.main import main
+from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune import iterative, prune_iteratively
+from vlmprune_jax.prune.solver import layer_costs
 
 CONFIG = """
 from vlmprune_jax.cli.config_files import experiment_config
@@ -49,3 +51,62 @@ def test_the_first_step_uses_the_scores_that_are_there(experiment, tmp_path, mon
     assert len(scores) == 3
     assert main(["prune", *experiment]) == 0
     assert "prune: unchanged, skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stack", ["vision", "both"])
+def test_the_tower_by_commands(experiment, tmp_path, capsys, stack):
+    alone = [*experiment, "--config.prune.steps=1", f"--config.prune.stack={stack}", "--config.prune.ratio=0.05"]
+    assert main(["score", *alone]) == 0
+    assert main(["prune", *alone]) == 0
+    said = capsys.readouterr().out
+    plan, source = vp.PrunePlan.from_json(tmp_path / "w/plan.json"), vp.load(tmp_path / "teacher").cfg
+    pruned = vp.load(tmp_path / "w/pruned").cfg
+    assert abs(plan.reached - 0.05) < 0.005
+    assert f"{100 * plan.reached:.2f} % of all parameters reached" in said
+    lost = {name: 1 - count_params(pruned, name) / count_params(source, name) for name in ("text", "vision")}
+    assert f"({100 * lost['text']:.2f} % of the decoder, {100 * lost['vision']:.2f} % of the tower)" in said
+    files = {path.name for path in (tmp_path / "w").glob("*.npz")}
+    assert files == {"scores_vision.npz"} | ({"scores.npz"} if stack == "both" else set())
+    if stack == "vision":
+        assert lost["text"] == 0 < lost["vision"]
+    else:
+        shares = [share_of_layers(plan.apply_to(source), source, name) for name in ("text", "vision")]
+        assert abs(shares[0] - shares[1]) < 0.01  # both lose alike
+    assert main(["prune", *alone, "--config.prune.ratio=0.2", "--overwrite"]) == (2 if stack == "vision" else 0)
+    message = "ratio 0.2 of the whole model is not in its tower by width within"
+    assert (message in capsys.readouterr().err) == (stack == "vision")
+
+
+def test_scores_of_another_stack_are_not_taken(experiment, tmp_path, capsys):
+    tower = [*experiment, "--config.prune.stack=vision", "--config.prune.steps=1"]
+    assert main(["score", *experiment]) == 0
+    (tmp_path / "w/scores.npz").rename(tmp_path / "w/scores_vision.npz")
+    assert main(["prune", *tower]) == 2
+    assert "scores_vision.npz: scores of the text stack, not of the vision stack" in capsys.readouterr().err
+    assert main(["prune", *tower, "--config.prune.stack=audio"]) == 2
+    assert "audio" in capsys.readouterr().err
+
+
+def share_of_layers(pruned, source, stack):
+    cost = layer_costs(source, stack).of
+    return 1 - sum(map(cost, pruned.stack(stack).layers)) / sum(map(cost, source.stack(stack).layers))
+
+
+def test_what_is_not_one_stack_is_refused(experiment, tmp_path, goldens, capsys):
+    both = [*experiment, "--config.prune.stack=both"]
+    assert main(["score", *both]) == 0
+    assert main(["prune", *both]) == 2
+    assert 'rounds are of one stack: set prune.stack to "text" or "vision"' in capsys.readouterr().err
+    assert main(["prune", *both, "--config.prune.steps=1", "--config.prune.mlp_layers=(0,2)"]) == 2
+    assert "mlp_layers: means layers of one stack: prune the stacks one after the other" in capsys.readouterr().err
+    assert main(["score", *both, f"--config.model.hf_dir={goldens}/ckpt/llama_gqa", f"--workdir={tmp_path}/v"]) == 2
+    assert "this model has no stack of layers 'vision' (it has text)" in capsys.readouterr().err
+
+
+def test_rounds_of_the_tower(experiment, tmp_path):
+    rounds = [*experiment, "--config.prune.stack=vision", "--config.prune.ratio=0.06"]
+    assert main(["score", *rounds]) == 0
+    assert main(["prune", *rounds]) == 0
+    plan = vp.PrunePlan.from_json(tmp_path / "w/plan.json")
+    assert abs(plan.reached - 0.06) < 0.005
+    assert vp.load(tmp_path / "w/pruned").cfg == plan.apply_to(vp.load(tmp_path / "teacher").cfg)

@@ -22,7 +22,7 @@ def plan_options(spec: PruneSpec) -> dict[str, Any]:
     And `heads`, where the method has it: what configs do by default is not what the reference does.
     """
     default = PruneSpec()
-    skipped = ("method", "ratio", "layers_removed", "steps")
+    skipped = ("method", "stack", "ratio", "layers_removed", "steps")
     changed = {k: v for k, v in vars(spec).items() if k not in skipped and v != getattr(default, k)}
     if "heads" in DEFAULTS[spec.method]:
         changed["heads"] = spec.heads

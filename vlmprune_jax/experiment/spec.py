@@ -199,6 +199,12 @@ class PruneSpec:
     """How much goes, and from where (see `make_plan`)."""
 
     method: str = setting("depth", "What goes.", affects=_PRUNE, choices="prune.select:METHODS")
+    stack: str = setting(
+        "text",
+        'Whose layers: the decoder\'s, those of the "vision" tower, or "both", which then lose the same share.',
+        affects=_PRUNE,
+        choices=("text", "vision", "both"),
+    )
     ratio: float | None = setting(None, "Reduction of the whole model's parameters.", affects=_PRUNE)
     layers_removed: int | None = setting(None, "Layers to remove, in place of `ratio`.", affects=_PRUNE, unit="layers")
     protect: tuple[int, ...] = setting((), "Layers that stay, in original numbers.", affects=_PRUNE, unit="layers")

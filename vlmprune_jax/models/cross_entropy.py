@@ -35,6 +35,7 @@ def cross_entropy_sum(
     """float32[] sum over int[batch, seq] labels (not shifted, -100 ignored); `head` gives float32 logits of states."""
     targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
 
+    @jax.checkpoint  # else the logits of all chunks wait for a gradient
     def body(total: jax.Array, x: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         states, wanted = x
         return total + jnp.sum(jnp.where(wanted == IGNORED, 0.0, cross_entropy(head(states), wanted))), None

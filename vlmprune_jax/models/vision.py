@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,11 @@ from vlmprune_jax.config import LayerShape, ProjectorConfig, VisionConfig, runs
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.attention import for_tpu, splash_attention, xla_attention
+from vlmprune_jax.models.decoder import Block, Tap
 from vlmprune_jax.models.layers import LayerNorm, Projection, activation, declare
 
+# Weights that write to the residual stream -> the scale of what they write, in towers that have one (InternViT).
+SCALES = {"self_attn/out_proj/weight": "layer_scale1/weight", "mlp/fc2/weight": "layer_scale2/weight"}
 # Keys' cubic kernel as torch has it (jax.image.resize uses -0.5).
 _CUBIC = -0.75
 
@@ -54,9 +59,10 @@ class VisionAttention(nnx.Module):
         self.v_proj = Projection(sizes, ("kv_heads", "head"), into, bias=cfg.qkv_bias)
         self.out_proj = Projection(sizes, into, ("q_heads", "head"), bias=True)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        return self.out_proj(splash_attention(q, k, v, causal=False) if for_tpu() else xla_attention(q, k, v))
+        mixed = splash_attention(q, k, v, causal=False) if for_tpu() else xla_attention(q, k, v)
+        return self.out_proj(mixed), mixed
 
 
 class VisionMlp(nnx.Module):
@@ -67,8 +73,9 @@ class VisionMlp(nnx.Module):
         self.fc2 = Projection(sizes, ("vision",), ("mlp",), bias=True)
         self.activation = cfg.activation
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(activation(self.activation)(self.fc1(x)))
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        hidden = activation(self.activation)(self.fc1(x))
+        return self.fc2(hidden), hidden
 
 
 class VisionLayer(nnx.Module):
@@ -90,9 +97,13 @@ class VisionLayer(nnx.Module):
         self.layer_scale1 = Leaf(sizes, ("vision",)) if cfg.layer_scale else None
         self.layer_scale2 = Leaf(sizes, ("vision",)) if cfg.layer_scale else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + _scaled(self.self_attn(self.layer_norm1(x)), self.layer_scale1)
-        return x + _scaled(self.mlp(self.layer_norm2(x)), self.layer_scale2)
+    def __call__(self, x: jax.Array, tap_inputs: tuple[str, ...] = ()) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """(output, what out_proj and fc2 read, as far as `tap_inputs` ask for it by the decoder's names)."""
+        attended, mixed = self.self_attn(self.layer_norm1(x))
+        x = x + _scaled(attended, self.layer_scale1)
+        out, hidden = self.mlp(self.layer_norm2(x))
+        read = {"o_proj": mixed, "down_proj": hidden}
+        return x + _scaled(out, self.layer_scale2), {name: read[name] for name in tap_inputs}
 
 
 def _scaled(branch: jax.Array, scale: Leaf | None) -> jax.Array:
@@ -140,8 +151,8 @@ class VisionTower(nnx.Module):
         resized = resized.reshape(rows * columns, -1).astype(table.dtype)
         return jnp.concatenate([table[: int(cfg.class_token)], resized])
 
-    def __call__(self, pixels: jax.Array) -> jax.Array:
-        """float[images, positions, vision] states of float[images, channel, height, width] pixels.
+    def embed(self, pixels: jax.Array) -> jax.Array:
+        """float[images, positions, vision] states before the blocks of float[images, channel, height, width] pixels.
 
         The class token, where there is one, comes first; patches follow row by row.
         """
@@ -153,16 +164,36 @@ class VisionTower(nnx.Module):
         x = x + self.positions(pixels.shape[2] // patch, pixels.shape[3] // patch)[None]
         if self.pre_layrnorm is not None:
             x = self.pre_layrnorm(x)
-        x = constrain(x, ("batch", None, None))
-        for run in range(len(self.layers)):
-            x = _scan(self.layers[str(run)], x)
-        return x
+        return constrain(x, ("batch", None, None))
 
+    def run_parts(self, run: str) -> tuple[Callable[..., Any], nnx.State]:
+        """One run as `(apply, state)`, see `Decoder.run_parts`: `apply(slice of state, x, tap_inputs=())`."""
+        graph, state = nnx.split(self.layers[run])
 
-def _scan(run: VisionLayer, x: jax.Array) -> jax.Array:
-    """States after a run of equal blocks."""
-    graph, state = nnx.split(run)
-    return jax.lax.scan(lambda h, layer: (nnx.merge(graph, layer)(h), None), x, state)[0]
+        def apply(layer_state: nnx.State, x: jax.Array, tap_inputs: tuple[str, ...] = ()):
+            return nnx.merge(graph, layer_state)(x, tap_inputs)
+
+        return apply, state
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """States behind the last block, as `embed` has those before the first."""
+        return self.tapped(pixels, None)[0]
+
+    def tapped(
+        self, pixels: jax.Array, tap: Tap | None, tap_inputs: tuple[str, ...] = ()
+    ) -> tuple[jax.Array, list[Any]]:
+        """States behind the last block, and what `tap(Block)` gave for each, see `Decoder.__call__`."""
+        x, taps = self.embed(pixels), list[Any]()
+        for run, (_, length, _) in enumerate(runs(self.cfg.layers)):
+            apply, state = self.run_parts(str(run))
+
+            def body(x: jax.Array, layer: nnx.State, apply=apply) -> tuple[jax.Array, Any]:
+                y, read = apply(layer, x, tap_inputs)
+                return y, None if tap is None else tap(Block(x, y, read, nnx.to_pure_dict(layer)))
+
+            x, tapped = jax.lax.scan(body, x, state)
+            taps += [jax.tree.map(operator.itemgetter(i), tapped) for i in range(length)]
+        return x, taps
 
 
 def bicubic(n_in: int, n_out: int) -> np.ndarray:

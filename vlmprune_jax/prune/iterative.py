@@ -23,6 +23,7 @@ def prune_iteratively(
     steps: int,
     criterion: str,
     scores: Scores | None = None,
+    stack: str = "text",
     score_options: Mapping[str, Any] | None = None,
     ratio: float | None = None,
     sparsity: float | None = None,
@@ -35,6 +36,7 @@ def prune_iteratively(
     Args:
       batches: calibration batches of step k = 0, 1, ...
       scores: those of `model`, for the first step, where they are there already.
+      stack: whose heads and neurons go, as in `score`.
       score_options, plan_options: as for `score` and `make_plan(method="width")`.
 
     Returns:
@@ -48,7 +50,7 @@ def prune_iteratively(
     current, plan, used = model, None, list[Scores]()
     for k in range(1, steps + 1):
         if k > 1 or scores is None:
-            scores = score(current, batches(k - 1), criterion=criterion, **(score_options or {}))
+            scores = score(current, batches(k - 1), criterion=criterion, stack=stack, **(score_options or {}))
         used.append(scores)
         now = make_plan(
             scores,

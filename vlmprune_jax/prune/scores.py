@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import msgspec
 import numpy as np
@@ -34,18 +34,20 @@ class _Options(TypedDict, total=False):
 
 
 class _Meta(_Version):
-    """`layers`: how many have scores of widths."""
+    """`layers`: how many have scores of widths; `stack`: older versions scored the decoder, and did not say so."""
 
     criterion: str
     fingerprint: str
     options: _Options
     layers: Annotated[int, msgspec.Meta(ge=0, le=MOST_UNITS)]
+    stack: NotRequired[Literal["text", "vision"]]
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Importances of one model under one criterion; the smallest are removed first.
+    """Importances of one stack of a model under one criterion; the smallest are removed first.
 
+    `stack`: of the decoder, "text", or of the tower, "vision".
     `importance`: float64[n_layers], or None if the criterion says nothing about whole layers; with an option
     `layers_removed` entry i is of that many consecutive layers from layer i on, together.
     `heads[i]`: float64[kv_heads] (whole groups of grouped-query attention) or float64[q_heads] of layer i, as
@@ -58,6 +60,7 @@ class Scores:
     importance: np.ndarray | None = None
     heads: tuple[np.ndarray, ...] | None = None
     mlp: tuple[np.ndarray, ...] | None = None
+    stack: str = "text"
 
     def __post_init__(self) -> None:
         for name, values in self._arrays().items():
@@ -106,6 +109,7 @@ class Scores:
             "fingerprint": self.fingerprint,
             "options": dict(self.options),
             "layers": 0 if self.heads is None else len(self.heads),
+            "stack": self.stack,
         }
         with replacing(path) as file:
             np.savez(file, allow_pickle=False, meta=np.array(json.dumps(meta)), **self._arrays())
@@ -136,6 +140,7 @@ class Scores:
                 criterion=meta["criterion"],
                 fingerprint=meta["fingerprint"],
                 options=meta["options"],
+                stack=meta.get("stack", "text"),
                 importance=arrays.get("importance"),
                 heads=tuple(arrays[f"heads_{i}"] for i in wide) if wide else None,
                 mlp=tuple(arrays[f"mlp_{i}"] for i in wide) if wide else None,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from vlmprune_jax.checks import one_of, with_defaults
-from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.config import LayerShape
 from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.vlm import Model
@@ -25,11 +25,12 @@ def score(
     batches: Iterable[Any] | None = None,
     *,
     criterion: str,
+    stack: str = "text",
     progress: Callable[[int], None] | None = None,
     journal: Journal | None = None,
     **options: Any,
 ) -> Scores:
-    """What a criterion of `vp.criteria` says about a model: importances of layers, of heads and neurons, or of both.
+    """What a criterion of `vp.criteria` says about a stack: importances of layers, of heads and neurons, or of both.
 
     Args:
       model: on one device or on a mesh; the numbers are the same.
@@ -37,21 +38,29 @@ def score(
         int[batch, seq], with a tower pixel_values float[images, 3, height, width] in order of appearance (or per row,
         float[batch, images, 3, height, width]), and labels int[batch, seq] (not shifted, -100 where nothing is to be
         learnt) for criteria that need them; None for those that look at weights alone.
+      stack: whose layers: the decoder's, "text", or the tower's, "vision", over the images of the batches.
       progress: called with the number of finished batches or layers, as the criterion counts.
       journal: where a criterion that journals keeps what each batch gave, to continue after an interruption.
       options: the criterion's own, see `vp.criteria[name].options`.
 
     Raises:
-      UserError: an unknown criterion or option (with a suggestion), or batches that do not fit the model.
+      UserError: an unknown criterion or option (with a suggestion), a stack that the model does not have or the
+        criterion does not score, or batches that do not fit the model.
     """
     chosen = CRITERIA[one_of("criterion", criterion, tuple(CRITERIA))]
     settings = with_defaults(f"criterion {criterion!r}", options, chosen.options)
+    model.cfg.stack(stack)
+    if stack not in chosen.stacks:
+        others = ", ".join(name for name, one in CRITERIA.items() if stack in one.stacks)
+        raise UserError(f"criterion {criterion!r} does not score the {stack} stack: {others} do")
     if chosen.scores == ("widths",) and model.cfg.lora is not None:
         raise UserError(f"criterion {criterion!r} scores plain weights: merge the LoRA adapters first")
     if chosen.needs_batches and batches is None:
         raise UserError(f"criterion {criterion!r} needs calibration batches")
-    parts = _measure(chosen, model, batches or (), settings, progress, journal if chosen.journals else None)
-    return Scores(criterion, fingerprint(model), settings, **_checked(criterion, chosen, parts, settings, model.cfg))
+    parts = _measure(chosen, model, batches or (), settings, stack, progress, journal if chosen.journals else None)
+    layers = model.cfg.stack(stack).layers
+    checked = _checked(criterion, chosen, parts, settings, layers)
+    return Scores(criterion, fingerprint(model), settings, **checked, stack=stack)
 
 
 def _measure(
@@ -59,22 +68,24 @@ def _measure(
     model: Model,
     batches: Iterable[Any],
     settings: Mapping[str, Any],
+    stack: str,
     progress: Callable[[int], None] | None,
     journal: Journal | None,
 ) -> Parts:
-    options = taken(chosen.function, settings)
+    options = taken(chosen.function, {**settings, "stack": stack})
     if not chosen.needs_batches:
         return chosen.function(model, **options)
     checked = calibration_batches(batches, model.cfg, labels=chosen.needs == "labels")
     if chosen.finish is None:
         return chosen.function(model, checked, progress, **options)
-    sums = accumulate(model, checked, chosen.function, options, progress=progress, journal=journal)
-    return chosen.finish(sums, model, **taken(chosen.finish, settings))
+    sums = accumulate(model, checked, chosen.function, options, stack=stack, progress=progress, journal=journal)
+    return chosen.finish(sums, model, **taken(chosen.finish, {**settings, "stack": stack}))
 
 
-def _checked(name: str, chosen: Criterion, parts: Parts, settings: Mapping[str, Any], cfg: ModelConfig) -> Parts:
-    """The parts, if they are what the criterion says it scores, in the model's shapes."""
-    layers = cfg.text.layers
+def _checked(
+    name: str, chosen: Criterion, parts: Parts, settings: Mapping[str, Any], layers: Sequence[LayerShape]
+) -> Parts:
+    """The parts, if they are what the criterion says it scores, in the shapes of these layers."""
     heads = [one.q_heads if settings.get("gqa") == "q_heads" else one.kv_heads for one in layers]
     shapes = {
         "importance": (len(layers),),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from vlmprune_jax.prune.fingerprint import shape_digest
 from vlmprune_jax.prune.plan import KeptLayer, KeptStack, PrunePlan
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.solver import layer_costs
-from vlmprune_jax.prune.width import choose_widths
+from vlmprune_jax.prune.width import choose_widths, unreachable_by
 
 METHODS = ("depth", "width", "hybrid")
 ROUNDINGS = ("nearest", "at_least")
@@ -28,6 +29,7 @@ WIDTH: Mapping[str, Any] = {
     "heads": "proportional",
     "selection": "local",
 }
+OF_ONE_STACK = ("layers_removed", "protect", "attn_layers", "mlp_layers")  # options that name or count its layers
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "depth": {**DEPTH, "parameters_total": None},
     "width": {**WIDTH, "sparsity": None, "base": None, "parameters_total": None},
@@ -42,17 +44,15 @@ def make_plan(
     method: str,
     ratio: float | None = None,
     layers_removed: int | None = None,
-    stack: str = "text",
     **options: Any,
 ) -> PrunePlan:
     """Plan the removal of `ratio` of the model's parameters; no forward pass, seconds at 7B.
 
     Args:
-      scores: of this model; for "hybrid" the pair (depth scores, width scores).
+      scores: of this model, of the stack that is pruned; for "hybrid" the pair (depth scores, width scores).
       method: "depth" (whole layers), "width" (heads and neurons) or "hybrid" (layers, then widths of the rest).
       ratio: share of `parameters_total` to remove, 0 <= ratio < 1.
       layers_removed: number of layers to remove (depth, hybrid) instead of deriving it.
-      stack: whose layers the scores are of: "text", the decoder, or "vision", the tower.
       options:
         parameters_total: what ratios refer to; default all parameters of the computed model. (The reference also
           counts tower blocks that are never run: 12.6 M more, 7,062,902,784, for LLaVA-1.5-7B.)
@@ -74,6 +74,7 @@ def make_plan(
     settings = with_defaults(f"make_plan(method={method!r})", options, DEFAULTS[method])
     depth, width = _pair(scores, method)
     used = [one for one in (depth, width) if one is not None]
+    stack = used[0].stack
     shapes = cfg.stack(stack).layers
     _check_scores(used, cfg, stack)
     _check_request(method, ratio, layers_removed, settings)
@@ -98,6 +99,46 @@ def make_plan(
         # earlier steps from `base` have removed a part of what was asked for
         asked=None if ratio is None else ratio - (unpruned - before) / total,
         options=_recorded({**settings, **solved}),
+    )
+
+
+def plan_stacks(
+    scores: Sequence[Scores | tuple[Scores, Scores]],
+    cfg: ModelConfig,
+    *,
+    method: str,
+    ratio: float | None = None,
+    **options: Any,
+) -> PrunePlan:
+    """One plan for several stacks, of which each loses the same share of its layers: `make_plan`'s where it is one.
+
+    Args:
+      scores: as `make_plan` takes them, of each stack.
+      method, ratio, options: as for `make_plan`; with several stacks none that is about layers by number.
+
+    Raises:
+      UserError: as `make_plan`; an option that means layers of one stack.
+    """
+    if len(scores) == 1:
+        return make_plan(scores[0], cfg, method=method, ratio=ratio, **options)
+    named = [name for name in OF_ONE_STACK if options.get(name)]
+    if named:
+        raise UserError(f"{', '.join(named)}: means layers of one stack: prune the stacks one after the other")
+    total = options.get("parameters_total") or count_params(cfg)
+    stacks = [one.stack if isinstance(one, Scores) else one[0].stack for one in scores]
+    sizes = {stack: sum(map(layer_costs(cfg, stack).of, cfg.stack(stack).layers)) for stack in stacks}
+    plans = {}
+    for stack, one in zip(stacks, scores, strict=True):
+        share = None if ratio is None else fraction("ratio", ratio) * sizes[stack] / sum(sizes.values())
+        plans[stack] = make_plan(one, cfg, method=method, ratio=share, **{**options, "parameters_total": total})
+    first, *others = plans.values()
+    return dataclasses.replace(
+        first,
+        criterion=" and ".join(dict.fromkeys(plan.criterion for plan in plans.values())),
+        stacks={stack: plan.stacks[stack] for stack, plan in plans.items()},
+        parameters_after=first.parameters_after - sum(p.parameters_before - p.parameters_after for p in others),
+        asked=ratio,
+        options={stack: dict(plan.options) for stack, plan in plans.items()},
     )
 
 
@@ -129,6 +170,8 @@ def _pair(scores: Any, method: str) -> tuple[Scores | None, Scores | None]:
         depth, width = scores
         if depth.fingerprint != width.fingerprint:
             raise UserError("the depth scores and the width scores are of different models: score the same model")
+        if depth.stack != width.stack:
+            raise UserError(f"depth scores of the {depth.stack} stack, width scores of the {width.stack} stack")
     else:
         if not isinstance(scores, Scores):
             raise UserError(f"method {method!r} needs one Scores, got {type(scores).__name__}")
@@ -184,7 +227,7 @@ def _choose_layers(
     count = _nearest_count(sizes, share * ratio * total, settings["rounding"])
     if count is None:
         raise UserError(
-            f"ratio {share * ratio:g} cannot be reached by depth: removing {most} of {n_layers} layers "
+            f"ratio {share * ratio:g} {unreachable_by('depth', stack)}: removing {most} of {n_layers} layers "
             f"({len(protect)} protected) gives at most {sum(sizes) / total:.4f}"
         )
     return tuple(order[:count])

@@ -73,7 +73,7 @@ def choose_widths(
     target = Target(removal, settings.get("sparsity"), ratio, total, by_depth)
     if removal is not None and removal > most_removable(units):
         raise UserError(
-            f"ratio {ratio:g} cannot be reached by width within attn_layers={settings['attn_layers']}, "
+            f"ratio {ratio:g} {unreachable_by('width', stack)} within attn_layers={settings['attn_layers']}, "
             f"mlp_layers={settings['mlp_layers']}{', heads kept' if settings['heads'] == 'keep' else ''}"
             f"{' after removing layers' if by_depth else ''}: the most is "
             f"{(by_depth + most_removable(units)) / total:.4f}"
@@ -85,6 +85,13 @@ def choose_widths(
     else:
         kept, solved = _local(scores, base, units, alive, target, trade=settings["heads"] == "auto")
     return [_kept_layer(i, *kept[i], shapes[i], gqa) for i in alive], solved
+
+
+def unreachable_by(method: str, stack: str) -> str:
+    """That a ratio is too much for a stack."""
+    return (
+        f"cannot be reached by {method}" if stack == "text" else f"of the whole model is not in its tower by {method}"
+    )
 
 
 def _units(base: Stack, costs: Costs, gqa: str, alive: Collection[int], settings: Mapping[str, Any]) -> list[Units]:

@@ -23,6 +23,7 @@ PRESETS: dict[str, Rules] = {
     "projector": ((r"projector/.*", PROJECTOR),),
     "lora": ((r"projector/.*", PROJECTOR), (r".*/lora_[ab]", MAIN)),
     "decoder": ((r"projector/.*", PROJECTOR), (r"text/.*", MAIN)),
+    "tower": ((r"projector/.*", PROJECTOR), (r"vision/layers/\d+/(self_attn|mlp)/.*", MAIN)),
     "all": ((r"projector/.*", PROJECTOR), (r".*", MAIN)),
 }
 REMAT = ("none", "dots", "full")  # from the least recomputation to the most
@@ -145,8 +146,8 @@ class RecoverConfig:
 
     trainable: str | Rules = setting(
         "lora",
-        "What trains: adapters, the decoder or everything, each with the projector; or the projector alone. In Python "
-        "also rules (regex of paths, True | False | optimizer group) in order.",
+        "What trains: adapters, the decoder, the projections of the tower or everything, each with the projector; or "
+        "the projector alone. In Python also rules (regex of paths, True | False | optimizer group) in order.",
         affects=_RECOVER,
         choices=tuple(PRESETS),
     )

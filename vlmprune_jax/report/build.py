@@ -252,23 +252,27 @@ def _importance_section(workdir: Path, result: Json) -> Iterator[Json]:
 
 
 def _importance_figure(scores: Scores, plan: PrunePlan) -> Any:
+    if scores.stack not in plan.stacks:
+        raise UserError(f"{scores.criterion} scores are of the {scores.stack} stack, which the plan says nothing about")
+    kept_of = plan.stacks[scores.stack]
+    what = scores.criterion if scores.stack == "text" else f"{scores.criterion} of the tower"
     if scores.heads is None or (scores.importance is not None and plan.method == "depth"):
-        return plots.layer_importance_figure(f"{scores.criterion} per layer", scores.layers, plan.removed_layers)
+        return plots.layer_importance_figure(f"{what} per layer", scores.layers, kept_of.removed_layers)
     by_query = scores.options.get("gqa", "groups") != "groups"
     kept = {
         layer.index: (
             set(layer.q_heads if by_query else layer.kv_heads),
             len(layer.neurons),
-            plan.layers_before[layer.index].mlp,
+            kept_of.layers_before[layer.index].mlp,
         )
-        for layer in plan.layers
+        for layer in kept_of.layers
     }
     if len(scores.heads) * max(map(len, scores.heads)) > MOST_UNITS:
         raise UserError(
             f"{scores.criterion} scores are of {len(scores.heads):,} layers with up to "
             f"{max(map(len, scores.heads)):,} heads, too many for a figure: score again"
         )
-    return plots.width_importance_figure(f"{scores.criterion} per attention head", scores.heads, kept)
+    return plots.width_importance_figure(f"{what} per attention head", scores.heads, kept)
 
 
 def _loss_section(workdir: Path, result: Json) -> Iterator[Json]:

@@ -43,7 +43,8 @@ def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[s
         "vision": None if cfg.vision is None else _vision(cfg.vision),
         "tokens_per_image": cfg.tokens_per_image,
         "parameters": {"total": count_params(cfg), **{part: count_params(cfg, part) for part in PARTS}},
-        "prunable": _prunable(cfg),
+        "prunable": _prunable(cfg, "text"),
+        "prunable_tower": None if cfg.vision is None else _prunable(cfg, "vision"),
         "export": _export(cfg, family),
     }
 
@@ -71,9 +72,9 @@ def _text(cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _prunable(cfg: ModelConfig) -> dict[str, Any]:
-    """Shares of the whole model: of one unit, and the most that each method can remove."""
-    total, costs, layers = count_params(cfg), layer_costs(cfg), cfg.text.layers
+def _prunable(cfg: ModelConfig, stack: str) -> dict[str, Any]:
+    """Shares of the whole model: of one unit of a stack, and the most that each method can remove of it."""
+    total, costs, layers = count_params(cfg), layer_costs(cfg, stack), cfg.stack(stack).layers
     sizes = [costs.of(shape) for shape in layers]
     everywhere = range(len(layers))
     units = units_of(
@@ -105,6 +106,11 @@ def _export(cfg: ModelConfig, family: Family) -> dict[str, str]:
         found["layout=transformers"] = f"a stock {target.stock.name} with its tower"
     if family.separate_vision:
         found["tower"] = "vision_dir's where that is given; stays in its own folder in this layout"
+    elif cfg.vision is not None:
+        found["tower"] = (
+            "layers and equal neurons as above; fewer heads load in this package, with uneven=pad as above; unequal "
+            "widths with uneven=pad only"
+        )
     if not cfg.text.even:
         found["now"] = "this folder has layers of unequal width already"
     return found
@@ -137,16 +143,22 @@ def as_lines(found: dict[str, Any]) -> list[str]:
             f"{vision['image_size']} in patches of {vision['patch_size']}: "
             f"{found['tokens_per_image']} tokens each",
         ]
+    lines += _can_go(f"  can go      a {'decoder ' if vision else ''}layer", prunable)
+    if vision is not None:
+        lines += _can_go("              a layer of the tower", found["prunable_tower"])
+    exports = enumerate(found["export"].items())
+    return lines + [f"  {'export' if i == 0 else '':<11} {mode}: {what}" for i, (mode, what) in exports]
+
+
+def _can_go(layer: str, prunable: dict[str, Any]) -> list[str]:
     group = prunable["query_heads_per_group"]
     unit = "head" if group == 1 else f"head group ({group} query heads)"
-    lines += [
-        f"  can go      a layer is {_percent(prunable['layer'])} of the model, a {unit} "
+    return [
+        f"{layer} is {_percent(prunable['layer'])} of the model, a {unit} "
         f"{_percent(prunable['head_group'])}, a neuron {_percent(prunable['neuron'])}",
         f"              at most {_percent(prunable['most_by_depth'])} by depth, "
         f"{_percent(prunable['most_by_width'])} by width",
     ]
-    exports = enumerate(found["export"].items())
-    return lines + [f"  {'export' if i == 0 else '':<11} {mode}: {what}" for i, (mode, what) in exports]
 
 
 def _runs(stack: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from vlmprune_jax.checked_files import Count, Finite
 from vlmprune_jax.config import ModelConfig
@@ -14,7 +14,8 @@ from vlmprune_jax.experiment.arguments import plan_options
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import count_params
-from vlmprune_jax.prune import CRITERIA, PrunePlan, Scores, make_plan, prune_folder, prune_iteratively
+from vlmprune_jax.prune import CRITERIA, KeptStack, PrunePlan, Scores, prune_folder, prune_iteratively
+from vlmprune_jax.prune.select import plan_stacks
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import (
     Context,
@@ -24,7 +25,7 @@ from vlmprune_jax.stages.context import (
     teacher_folder,
 )
 from vlmprune_jax.stages.ledger import Json, write_text
-from vlmprune_jax.stages.score import criteria_of, criterion_files, score_options
+from vlmprune_jax.stages.score import criteria_of, criterion_files, score_options, stacks_of
 
 
 class _Facts(TypedDict):
@@ -38,6 +39,7 @@ class _Facts(TypedDict):
     parameters: Count
     parameters_before: Count
     removed_layers: list[Count]
+    tower_ratio: NotRequired[Finite]
 
 
 def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
@@ -48,6 +50,8 @@ def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
         if not path.is_file():
             raise UserError(f"{path}: no such scores file: run `vlmprune score` (or `vlmprune run`) first")
     iterative = experiment.prune.steps > 1
+    if iterative and experiment.prune.stack == "both":
+        raise UserError('prune.steps: rounds are of one stack: set prune.stack to "text" or "vision"')
     settings = affecting("prune", experiment)
     if iterative:  # it scores as well
         settings |= affecting("score", experiment)
@@ -66,31 +70,35 @@ def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
 
     def body() -> Json:
         if iterative:
-            plan, cfg = _prune_in_steps(experiment, scores["scores.npz"], folder / "pruned")
+            plan, cfg = _prune_in_steps(experiment, next(iter(scores.values())), folder / "pruned")
         else:
-            plan, cfg = _prune_files(experiment, list(scores.values()), folder / "pruned")
+            plan, cfg = _prune_files(experiment, folder, folder / "pruned")
         write_text(folder / "plan.json", plan.to_json())
         facts = plan_facts(plan, cfg)
         context.reporter.say(
             f"  {plan.method}: {_percent(plan.asked)} asked, {_percent(plan.reached)} of all parameters reached "
-            f"({_percent(facts['decoder_ratio'])} of the decoder)"
+            f"({_of_parts(facts)})"
         )
         context.reporter.say(
-            f"  {facts['parameters']:,} of {facts['parameters_before']:,} parameters left{_layers_gone(plan)}"
+            f"  {facts['parameters']:,} of {facts['parameters_before']:,} parameters left"
+            + "".join(_layers_gone(name, stack) for name, stack in plan.stacks.items())
         )
         return facts
 
     return context.run(stage, body)
 
 
-def _prune_files(experiment: Experiment, scores: list[Path], out_dir: Path) -> tuple[PrunePlan, ModelConfig]:
+def _prune_files(experiment: Experiment, folder: Path, out_dir: Path) -> tuple[PrunePlan, ModelConfig]:
     """Plan from the scores, applied from file to file: the model is not loaded."""
     spec, source, vision_dir = experiment.prune, teacher_folder(experiment.model), experiment.model.vision_dir
-    first, *second = [Scores.load(path) for path in scores]
+    scores: list[Scores | tuple[Scores, Scores]] = []
+    for stack in stacks_of(experiment):
+        first, *second = [_load(folder / name, stack) for name in criteria_of(experiment, stack)]
+        scores.append((first, second[0]) if second else first)
     _, cfg = read_config(source, None if vision_dir is None else Path(vision_dir))
-    with about(" and ".join(map(str, scores))):
-        plan = make_plan(
-            (first, second[0]) if second else first,
+    with about(" and ".join(str(folder / name) for name in criteria_of(experiment))):
+        plan = plan_stacks(
+            scores,
             cfg,
             method=spec.method,
             ratio=spec.ratio,
@@ -99,6 +107,13 @@ def _prune_files(experiment: Experiment, scores: list[Path], out_dir: Path) -> t
         )
     on_process_zero(lambda: prune_folder(source, plan, out_dir, vision_dir=vision_dir, dtype=experiment.model.dtype))
     return plan, cfg
+
+
+def _load(path: Path, stack: str) -> Scores:
+    scores = Scores.load(path)
+    if scores.stack != stack:
+        raise UserError(f"{path}: scores of the {scores.stack} stack, not of the {stack} stack: score again")
+    return scores
 
 
 def _prune_in_steps(experiment: Experiment, scores: Path, out_dir: Path) -> tuple[PrunePlan, ModelConfig]:
@@ -118,7 +133,8 @@ def _prune_in_steps(experiment: Experiment, scores: Path, out_dir: Path) -> tupl
         batches,
         steps=spec.steps,
         criterion=criterion,
-        scores=Scores.load(scores),
+        scores=_load(scores, spec.stack),
+        stack=spec.stack,
         score_options=score_options(experiment, criterion),
         ratio=spec.ratio,
         **plan_options(spec),
@@ -129,13 +145,18 @@ def _prune_in_steps(experiment: Experiment, scores: Path, out_dir: Path) -> tupl
 
 def plan_facts(plan: PrunePlan, cfg: ModelConfig) -> Json:
     """What tables and reports tell about a plan."""
-    before, after = (count_params(one, "text") for one in (cfg, plan.apply_to(cfg)))
+    lost = {}
+    for name in plan.stacks:
+        before, after = (count_params(one, name) for one in (cfg, plan.apply_to(cfg)))
+        lost[name] = (before - after) / before
+    tower = {"tower_ratio": lost["vision"]} if "vision" in lost else {}
     return {
         "method": plan.method,
         "criterion": plan.criterion,
         "ratio_asked": plan.asked,
         "ratio_reached": plan.reached,
-        "decoder_ratio": (before - after) / before,
+        "decoder_ratio": lost["text"],
+        **tower,
         "parameters": plan.parameters_after,
         "parameters_before": plan.parameters_before,
         "removed_layers": list(plan.removed_layers),
@@ -146,5 +167,12 @@ def _percent(value: float | None) -> str:
     return "no ratio" if value is None else f"{100 * value:.2f} %"
 
 
-def _layers_gone(plan: PrunePlan) -> str:
-    return f"; without layers {', '.join(map(str, plan.removed_layers))}" if plan.removed_layers else ""
+def _of_parts(facts: Json) -> str:
+    """What the decoder lost and, in a plan that is about it, the tower."""
+    decoder = f"{_percent(facts['decoder_ratio'])} of the decoder"
+    return f"{decoder}, {_percent(facts['tower_ratio'])} of the tower" if "tower_ratio" in facts else decoder
+
+
+def _layers_gone(name: str, stack: KeptStack) -> str:
+    of = "" if name == "text" else " of the tower"
+    return f"; without layers {', '.join(map(str, stack.removed_layers))}{of}" if stack.removed_layers else ""

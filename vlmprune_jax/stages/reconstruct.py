@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from vlmprune_jax.checked_files import Count, Finite
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.prune import PrunePlan
-from vlmprune_jax.prune.reconstruction import OPTIONS, reconstruct
+from vlmprune_jax.prune.reconstruction import OPTIONS, layers_to_solve, reconstruct
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import Context, load_model, model_inputs, save_model, teacher_folder
 from vlmprune_jax.stages.ledger import Json
@@ -20,8 +20,9 @@ RECONSTRUCTED = "reconstructed"
 
 
 class _Module(TypedDict):
-    """What became of one weight; see `prune.reconstruct`."""
+    """What became of one weight; see `prune.reconstruct`. Older versions solved for the decoder, and did not say so."""
 
+    stack: NotRequired[str]
     layer: Count
     module: str
     ridge: Finite | None
@@ -61,7 +62,7 @@ def reconstruct_stage(experiment: Experiment, folder: Path, context: Context) ->
         teacher = load_model(experiment.model, experiment.mesh, teacher_folder(experiment.model))
         model = load_model(experiment.model, experiment.mesh, pruned)
         batches = inputs.calibration_batches(experiment.model, experiment.data, spec, teacher.cfg, seed=spec.seed)
-        with context.phase("reconstruct", len(plan.kept_layers)) as progress:
+        with context.phase("reconstruct", layers_to_solve(plan)) as progress:
             model, modules = reconstruct(
                 model,
                 plan,

@@ -11,8 +11,9 @@ from vlmprune_jax.errors import UserError, about
 from vlmprune_jax.experiment.arguments import recover_config
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.models.params import flatten
-from vlmprune_jax.prune import PrunePlan
+from vlmprune_jax.prune import KeptStack, PrunePlan
 from vlmprune_jax.prune.surgery import check_plan_is_for
+from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.loop import recover
 from vlmprune_jax.recovery.losses import counted, needs_teacher
 from vlmprune_jax.recovery.peft import write_adapter
@@ -70,6 +71,7 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
         if needs_teacher(config.losses) or config.losses.teacher_top_k:  # another model would teach without complaint
             with about(prune_folder / "plan.json"):
                 check_plan_is_for(open_folder(model_spec, teacher_folder(model_spec)), plan)
+                _check_teacher_differs(plan, config)
         features = cached_features(model_spec, data, experiment.mesh, config, plan, pruned, context)
         taught = cached_teacher(experiment, config, context, features) if config.losses.teacher_top_k else None
         student, teacher = load_for_training(model_spec, experiment.mesh, config, pruned, features)
@@ -99,3 +101,17 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
         return {**summary, "records": n_records, "recovery": spec.name}
 
     return context.run(stage, body)
+
+
+def _check_teacher_differs(plan: PrunePlan, config: RecoverConfig) -> None:
+    """Refuse a teacher that is the student's own decoder, fed with the student's own images: it has nothing to teach.
+
+    Raises:
+      UserError: it is.
+    """
+    cut = [name for name, kept in plan.stacks.items() if kept != KeptStack.whole(kept.layers_before)]
+    if cut == ["vision"] and config.losses.teacher_inputs == "student":
+        raise UserError(
+            "the plan cuts nothing but the vision tower, so a teacher that sees the student's embeddings is the "
+            'student: set recover.losses.teacher_inputs="own"'
+        )

@@ -1,4 +1,4 @@
-"""Importances of the unpruned model -> `scores.npz`."""
+"""Importances of the unpruned model -> `scores.npz`, of its tower -> `scores_vision.npz`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from vlmprune_jax.checked_files import Count
+from vlmprune_jax.config import STACKS
 from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.prune import CRITERIA, score
@@ -21,13 +22,23 @@ from vlmprune_jax.stages.context import (
 )
 from vlmprune_jax.stages.ledger import Json
 
+_FILES = {"text": "scores", "vision": "scores_vision"}
 
-def criteria_of(experiment: Experiment) -> dict[str, str]:
-    """Scores file -> criterion, as the method needs them."""
+
+def stacks_of(experiment: Experiment) -> tuple[str, ...]:
+    """The stacks that lose something."""
+    stack = experiment.prune.stack
+    return STACKS if stack == "both" else (stack,)
+
+
+def criteria_of(experiment: Experiment, stack: str | None = None) -> dict[str, str]:
+    """Scores file -> criterion, as the method needs them: of all stacks that lose something, or of one."""
     spec, method = experiment.score, experiment.prune.method
-    if method == "hybrid":
-        return {"scores.npz": spec.depth, "scores_width.npz": spec.width}
-    return {"scores.npz": spec.width if method == "width" else spec.depth}
+    files = {"": spec.depth, "_width": spec.width} if method == "hybrid" else {"": spec.depth}
+    if method == "width":
+        files = {"": spec.width}
+    stacks = stacks_of(experiment) if stack is None else (stack,)
+    return {f"{_FILES[of]}{kind}.npz": criterion for of in stacks for kind, criterion in files.items()}
 
 
 def score_options(experiment: Experiment, criterion: str) -> dict[str, Any]:
@@ -50,7 +61,7 @@ class _Facts(TypedDict):
 
 
 def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
-    """Importances of the unpruned model -> `scores.npz` (hybrid: also `scores_width.npz`)."""
+    """Importances of the unpruned model -> `scores.npz` (hybrid: also `scores_width.npz`), or those of its tower."""
     criteria = criteria_of(experiment)
     settings = affecting("score", experiment)
     for name in ("score.depth", "score.width"):  # those of them that the method needs are its criteria
@@ -73,19 +84,23 @@ def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
 
     def body() -> Json:
         model = load_model(experiment.model, experiment.mesh, teacher_folder(experiment.model))
+        for stack in stacks_of(experiment):
+            model.cfg.stack(stack)  # one that the model does not have is told before the first pass
         batches = None
         if needs_data:
             batches = inputs.calibration_batches(
                 experiment.model, experiment.data, experiment.score, model.cfg, seed=experiment.score.seed
             )
-        for name, criterion in criteria.items():
-            total = CRITERIA[criterion].total(model.cfg, batches or [])
-            journal = journal_of(experiment.mesh, journal_path(folder / name), total)
-            with context.phase(f"score ({criterion})", total) as progress:
-                options = score_options(experiment, criterion)
-                scores = score(model, batches, criterion=criterion, progress=progress, journal=journal, **options)
-            if is_main_process():
-                scores.save(folder / name)
+        for stack in stacks_of(experiment):
+            for name, criterion in criteria_of(experiment, stack).items():
+                total = CRITERIA[criterion].total(model.cfg, batches or [], stack)
+                journal = journal_of(experiment.mesh, journal_path(folder / name), total)
+                what = criterion if stack == "text" else f"{criterion} of the tower"
+                options = {"stack": stack, "journal": journal, **score_options(experiment, criterion)}
+                with context.phase(f"score ({what})", total) as progress:
+                    scores = score(model, batches, criterion=criterion, progress=progress, **options)
+                if is_main_process():
+                    scores.save(folder / name)
         skipped = [name for batch in batches or [] for name, _ in batch.skipped]
         if skipped:
             context.reporter.say(f"  {len(skipped)} unreadable records were passed over: {', '.join(skipped[:5])}")

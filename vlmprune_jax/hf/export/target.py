@@ -102,6 +102,13 @@ def _check_options(cfg: ModelConfig, layout: str, uneven: str, dtype: str) -> No
             'attn_layers and mlp_layers), or export with uneven="pad" (same function, no savings) or "per_layer" '
             "(true sizes)"
         )
+    tower = cfg.vision if cfg.tower else None
+    if uneven == "refuse" and tower is not None and tower.even and not tower.whole_heads:
+        raise UserError(
+            "the vision tower has fewer heads than make up its width, which its class in PyTorch cannot hold: prune it "
+            'with heads="keep", or export with uneven="pad" (same function, no savings) or "per_layer" (true sizes, '
+            "for this package)"
+        )
 
 
 def _with_dtype(config: JsonDict, dtype: str, family: Family) -> JsonDict:

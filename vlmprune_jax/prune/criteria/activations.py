@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -12,16 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.checks import one_of
+from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.journal import Journal, continued
 from vlmprune_jax.distributed.mesh import within
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.models.decoder import TAP_INPUTS, Tap
-from vlmprune_jax.models.vlm import Model, encode, mesh_of, place_batch
-from vlmprune_jax.prune.criteria.calibration import Arrays
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.decoder import TAP_INPUTS, Block, Tap
+from vlmprune_jax.models.vlm import Model, Params, encode, mesh_of, place_batch, to_nnx
+from vlmprune_jax.prune.criteria.calibration import IMAGE, PADDING, Arrays
 
 
 class Tokens(NamedTuple):
-    """The tokens of a batch, both [batch, seq].
+    """The tokens of a batch, both [batch, seq]; of a tower every position of every image is a row of one token.
 
     `weight`: float32, 1 where a token is real, 0 where it is padding. `kind`: int32, one of PADDING, PROMPT, IMAGE and
     ANSWER (a token with a label; of a batch without labels none is).
@@ -32,11 +34,11 @@ class Tokens(NamedTuple):
 
 
 class Blocks(Protocol):
-    """The decoder's blocks over one batch: `blocks(tap, inputs=())` -> a list with what `tap` gave for each block.
+    """The blocks of a stack over one batch: `blocks(tap, inputs=())` -> a list with what `tap` gave for each block.
 
-    `tap(block)` sees a `models.decoder.Block`: `before` and `after` (of the last block after the final norm), `inputs`
-    by the names asked for ("o_proj", "down_proj"; in every family) and `params`. Whatever it gives exists for all
-    blocks at once: reduce it over the tokens.
+    `tap(block)` sees a `models.decoder.Block`: `before` and `after` (of the decoder's last block after the final norm),
+    `inputs` by the names asked for ("o_proj", "down_proj"; in every family and tower) and `params`. Whatever it gives
+    exists for all blocks at once: reduce it over the tokens.
     """
 
     def __call__(self, tap: Tap, inputs: tuple[str, ...] = ()) -> list[Any]: ...
@@ -48,18 +50,23 @@ def accumulate(
     function: Callable[..., Any],
     options: Mapping[str, Any],
     *,
+    stack: str,
     progress: Callable[[int], None] | None,
     journal: Journal | None,
 ) -> Any:
     """The tree that `function(blocks, tokens, **options)` gives, float64 on the host, added up over all batches.
 
-    `journal`: where each batch's sums are kept, and continued from.
+    `stack`: whose blocks these are; of the tower's, batches without an image have nothing to say. `journal`: where each
+    batch's sums are kept, and continued from.
+
+    Raises:
+      UserError: the tower is asked about, and no batch has an image.
     """
     mesh = mesh_of(model.params)
     params = jax.tree.map(jnp.asarray, model.params) if mesh is None else model.params
     fixed = tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in options.items())
-    step = functools.partial(_sums, cfg=model.cfg, function=function, options=fixed)
-    batches = iter(batches)
+    step = functools.partial(_sums, cfg=model.cfg, stack=stack, function=function, options=fixed)
+    batches = iter(batches) if stack == "text" else with_images(batches)
     first = next(batches)
 
     def sums(arrays: Arrays) -> list[Any]:
@@ -94,18 +101,70 @@ def _inputs(arrays: Arrays) -> dict[str, Any]:
     return {name: arrays.get(name) for name in ("input_ids", "attention_mask", "kind", "pixel_values")}
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "function", "options"))
-def _sums(params, batch, *, cfg, function, options):
-    mask = batch["attention_mask"]
+def with_images(batches: Iterable[Arrays]) -> Iterator[Arrays]:
+    """Those that have images.
+
+    Raises:
+      UserError: none has.
+    """
+    some = False
+    for arrays in batches:
+        if "pixel_values" in arrays:
+            some = True
+            yield arrays
+    if not some:
+        raise UserError("the calibration batches have no image, without which a tower cannot be looked at")
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "stack", "function", "options"))
+def _sums(params, batch, *, cfg, stack, function, options):
+    run, tokens = (_decoder if stack == "text" else _tower)(params, cfg, batch)
 
     def blocks(tap: Tap, inputs: tuple[str, ...] = ()) -> list[Any]:
         for name in inputs:
             one_of("input", name, TAP_INPUTS)
+        return run(tap, tuple(inputs))
+
+    sums = function(blocks, tokens, **dict(options))
+    return jax.tree.map(lambda leaf: constrain(leaf, (None,) * leaf.ndim), sums)
+
+
+Run = tuple[Callable[[Tap, tuple[str, ...]], list[Any]], Tokens]
+
+
+def _decoder(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
+    mask = batch["attention_mask"]
+
+    def run(tap: Tap, inputs: tuple[str, ...]) -> list[Any]:
         _, aux = encode(
             params, cfg, batch["input_ids"], pixel_values=batch["pixel_values"], attention_mask=mask, tap=tap,
-            tap_inputs=tuple(inputs),
+            tap_inputs=inputs,
         )  # fmt: skip
         return aux["tap"]
 
-    sums = function(blocks, Tokens(mask.astype(jnp.float32), batch["kind"]), **dict(options))
-    return jax.tree.map(lambda leaf: constrain(leaf, (None,) * leaf.ndim), sums)
+    return run, Tokens(mask.astype(jnp.float32), batch["kind"])
+
+
+def _tower(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
+    tower, pixels = to_nnx(Model(params, cfg)).vision, batch["pixel_values"]
+    images = pixels.reshape(-1, *pixels.shape[2:]).astype(jax.tree.leaves(params["vision"])[0].dtype)
+    positions = tower.cfg.n_patches + tower.cfg.class_token
+    real = jnp.repeat(real_images(batch["kind"], pixels.shape[1], cfg.tokens_per_image).reshape(-1, 1), positions, 0)
+
+    def rows(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, 1, *x.shape[2:])
+
+    def run(tap: Tap, inputs: tuple[str, ...]) -> list[Any]:
+        def tapped(block: Block) -> Any:
+            read = {name: rows(x) for name, x in block.inputs.items()}
+            return tap(Block(rows(block.before), rows(block.after), read, block.params))
+
+        return tower.tapped(images, tapped, inputs)[1]
+
+    return run, Tokens(real.astype(jnp.float32), jnp.where(real, IMAGE, PADDING))
+
+
+def real_images(kind: Any, slots: int, tokens_per_image: int) -> Any:
+    """bool[batch, slots], which of a row's images it has positions of; the others are zeros."""
+    count = -(-(kind == IMAGE).sum(axis=1) // tokens_per_image)
+    return np.arange(slots)[None] < count[:, None]

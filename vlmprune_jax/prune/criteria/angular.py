@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlmprune_jax.config import STACKS
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.decoder import Block
 from vlmprune_jax.models.vlm import Model
@@ -47,13 +48,13 @@ def angles(blocks: Blocks, tokens: Tokens, *, layers_removed: int | None) -> tup
     return angle.sum(axis=1), real.astype(jnp.float32).sum()
 
 
-def mean_angle(sums: Any, model: Model, *, reference_compat: bool) -> Parts:
+def mean_angle(sums: Any, model: Model, *, reference_compat: bool, stack: str) -> Parts:
     """float64[n_layers]: the mean over rows (`reference_compat`: the sum) of the layers that start at each.
 
     Those that would reach past the last layer are +inf (never removed).
     """
     total, rows = sums
-    importance = np.full(len(model.cfg.text.layers), np.inf)
+    importance = np.full(len(model.cfg.stack(stack).layers), np.inf)
     importance[: len(total)] = total if reference_compat else total / positive(rows)
     return {"importance": importance}
 
@@ -65,4 +66,5 @@ ANGULAR = Criterion(
     finish=mean_angle,
     options={"layers_removed": None, "reference_compat": False},
     journals=True,
+    stacks=STACKS,
 )

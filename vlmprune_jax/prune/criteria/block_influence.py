@@ -1,4 +1,4 @@
-"""How much each decoder layer changes its input (ShortGPT, arXiv 2403.03853)."""
+"""How much each layer changes its input (ShortGPT, arXiv 2403.03853)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vlmprune_jax.config import STACKS
 from vlmprune_jax.models.decoder import Block
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.criteria.activations import Blocks, Tokens
@@ -56,4 +57,5 @@ BLOCK_INFLUENCE = Criterion(
     finish=mean_distance,
     options={"reference_compat": False},
     journals=True,
+    stacks=STACKS,
 )

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlmprune_jax.config import STACKS
 from vlmprune_jax.models.decoder import TAP_INPUTS, Block
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.criteria.activations import Blocks, Tokens
@@ -45,16 +46,18 @@ def moments(blocks: Blocks, tokens: Tokens, *, image_weight: float) -> tuple[lis
     return blocks(tap, inputs=TAP_INPUTS), jnp.sum(weight)
 
 
-def weighted(sums: Any, model: Model, *, moment: Moments, power: int, gqa: str) -> Parts:
+def weighted(sums: Any, model: Model, *, moment: Moments, power: int, gqa: str, stack: str) -> Parts:
     """Heads and neurons: `moment` of each channel times its weights' norm to the `power`, summed over a unit."""
     layers, total = sums
     count = positive(total)
-    norms = [{name: of ** (power / 2) for name, of in layer.items()} for layer in input_weights(model, power=2)]
+    norms = [
+        {name: of ** (power / 2) for name, of in layer.items()} for layer in input_weights(model, power=2, stack=stack)
+    ]
     scores = [
         {name: norm[name] * moment(first / count, second / count) for name, (first, second) in layer.items()}
         for norm, layer in zip(norms, layers, strict=True)
     ]
-    return reduce_inputs(scores, model.cfg, gqa=gqa)
+    return reduce_inputs(scores, model.cfg, gqa=gqa, stack=stack)
 
 
 def _root_mean_square(mean: np.ndarray, of_squares: np.ndarray) -> np.ndarray:
@@ -72,6 +75,7 @@ ACTIVATION, FLUCTUATION = (
         function=moments,
         finish=functools.partial(weighted, moment=moment, power=power),
         options={"gqa": "groups", "image_weight": 1.0},
+        stacks=STACKS,
     )
     for moment, power in ((_root_mean_square, 1), (_variance, 2))
 )

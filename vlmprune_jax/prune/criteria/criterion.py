@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.checks import file_of_users, one_of
-from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.config import STACKS, ModelConfig
 from vlmprune_jax.errors import UserError
 
 NEEDS = ("weights", "activations", "labels")
@@ -35,6 +35,7 @@ class Criterion:
         labels (weight gradients: `gradients.gradient_channels`).
     Parts are fields of `Scores`: {"importance": ...}, {"heads": ..., "mlp": ...} or all three.
 
+    `stacks`: whose layers it can score, see `config.STACKS`; a function with a parameter `stack` is told which ones.
     `counts`: what `progress` is called with, the number of finished "batches" or "layers". `journals`: whether the sums
     of every batch are kept on disk, so that an interrupted pass continues after them; for sums of few numbers.
 
@@ -49,10 +50,13 @@ class Criterion:
     options: Mapping[str, Any] = field(default_factory=dict)
     counts: str = "batches"
     journals: bool = False
+    stacks: tuple[str, ...] = ("text",)
 
     def __post_init__(self) -> None:
         for what in self.scores:
             one_of("a criterion's scores:", what, tuple(FIELDS))
+        for stack in self.stacks:
+            one_of("a criterion's stacks:", stack, STACKS)
         one_of("a criterion's needs:", self.needs, NEEDS)
         one_of("a criterion's counts:", self.counts, ("batches", "layers"))
         streams = self.needs == "activations"
@@ -72,9 +76,9 @@ class Criterion:
         """The file of a criterion that is not this package's own: what it gives changes with that file."""
         return file_of_users(self.finish or self.function)
 
-    def total(self, cfg: ModelConfig, batches: Sized) -> int:
+    def total(self, cfg: ModelConfig, batches: Sized, stack: str = "text") -> int:
         """How far `progress` counts."""
-        return len(cfg.text.layers) if self.counts == "layers" else len(batches)
+        return len(cfg.stack(stack).layers) if self.counts == "layers" else len(batches)
 
 
 def taken(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:

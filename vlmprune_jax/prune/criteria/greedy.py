@@ -22,7 +22,8 @@ from vlmprune_jax.models.cross_entropy import cross_entropy_sum
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, to_nnx
 from vlmprune_jax.prune.criteria.calibration import Arrays
 from vlmprune_jax.prune.criteria.criterion import Criterion, Parts
-from vlmprune_jax.prune.reconstruction import OPTIONS, _embed, _Layer, _solve_for, _Step, _steps
+from vlmprune_jax.prune.layers import Layer
+from vlmprune_jax.prune.reconstruction import OPTIONS, Step, embed, row_steps, solve_for
 
 _CHUNK = 256  # positions whose float32 logits exist at once
 States = list[np.ndarray]  # of the steps: float32[rows, seq, embed]
@@ -58,7 +59,7 @@ def greedy_loss(
     if mesh_of(model.params) is None:
         model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
     with within(mesh_of(model.params)):
-        cut = _Cut(model, _steps(list(batches), OPTIONS), solved)
+        cut = _Cut(model, row_steps(list(batches), OPTIONS), solved)
         order, costs = list[int](), dict[int, float]()
         for done in range(rounds):
             tried = sorted(cut.kept, key=lambda layer: costs.get(layer, -math.inf))
@@ -77,12 +78,15 @@ def greedy_loss(
 class _Cut:
     """The model without the layers that went, and what enters each layer that is `kept`."""
 
-    def __init__(self, model: Model, steps: Sequence[_Step], solved: bool):
+    def __init__(self, model: Model, steps: Sequence[Step], solved: bool):
         self.kept = list(range(len(model.cfg.text.layers)))
         self._model, self._steps, self._solved = model, steps, solved
-        self._changed = dict[int, _Layer]()
+        self._changed = dict[int, Layer]()
         mesh = mesh_of(model.params)
-        x = [np.array(whole(_embed(model.params, model.cfg, place_batch(step.inputs, mesh)))) for step in steps]
+        x = [
+            np.array(whole(embed(model.params, place_batch(step.inputs, mesh), cfg=model.cfg, stack="text")))
+            for step in steps
+        ]
         self._before = dict[int, States]()
         self._fill(0, x)
         self._dense = dict(self._before) if solved else {}
@@ -117,7 +121,7 @@ class _Cut:
             x = self._run(self._layer(number), x)
         self._before[len(self._model.cfg.text.layers)] = x
 
-    def _closed(self, place: int) -> tuple[_Layer | None, States]:
+    def _closed(self, place: int) -> tuple[Layer | None, States]:
         """(the layer before this place, solved for if the cut can be closed; the stream behind the cut)."""
         x = self._before[self.kept[place]]
         if not self._solved or place == 0:
@@ -125,15 +129,15 @@ class _Cut:
         before, after = self.kept[place - 1], [*self.kept[place + 1 :], len(self._model.cfg.text.layers)][0]
         for step, ours, dense in zip(self._steps, self._before[before], self._dense[after], strict=True):
             step.ours, step.dense = ours, dense
-        layer = _Layer.of(self._model, before)  # not as an earlier cut has changed it: this one is wider
-        change, _ = _solve_for(layer, "down_proj", self._steps)
+        layer = Layer.of(self._model, "text", before)  # not as an earlier cut has changed it: this one is wider
+        change, _ = solve_for(layer, "down_proj", self._steps)
         layer = layer if change is None else layer.changed("down_proj", change)
         return layer, self._run(layer, self._before[before])
 
-    def _layer(self, number: int) -> _Layer:
-        return self._changed.get(number) or _Layer.of(self._model, number)
+    def _layer(self, number: int) -> Layer:
+        return self._changed.get(number) or Layer.of(self._model, "text", number)
 
-    def _run(self, layer: _Layer, x: States) -> States:
+    def _run(self, layer: Layer, x: States) -> States:
         return [layer.run(one, step.mask, "after") for one, step in zip(x, self._steps, strict=True)]
 
     def _loss(self, x: States) -> float:

@@ -16,7 +16,10 @@ from vlmprune_jax.models.params import layer_axes
 from vlmprune_jax.prune.criteria.criterion import Parts
 
 # Reference order of the tensors of a group; it matters for the reduction "first" only.
-ORDER = ("q_proj", "o_proj", "dense", "v_proj", "k_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
+ORDER = (
+    "q_proj", "o_proj", "dense", "out_proj", "v_proj", "k_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2",
+)  # fmt: skip
+PRUNED = {"q_heads", "kv_heads", "head", "mlp"}
 REDUCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "sum": lambda stack: stack.sum(axis=0),
     "mean": lambda stack: stack.mean(axis=0),
@@ -28,17 +31,17 @@ GQA = ("groups", "q_heads")
 Channels = dict[str, np.ndarray]  # of one layer: tensor -> float[heads, head] or float[neurons]
 
 
-def coupled(cfg: ModelConfig) -> tuple[dict[str, int], dict[str, int]]:
-    """Weights of one decoder layer's attention group and of its MLP group, in reference order.
+def coupled(cfg: ModelConfig, stack: str = "text") -> tuple[dict[str, int], dict[str, int]]:
+    """Weights of the attention group and of the MLP group of a layer of a stack, in reference order.
 
     Each with its axis (of the layer's own array) that channel scores sum over: the one that is not pruned.
     """
     attention: dict[str, int] = {}
     mlp: dict[str, int] = {}
-    for name, axes in layer_axes(cfg).items():
+    for name, axes in layer_axes(cfg, stack).items():
         group = attention if {"q_heads", "kv_heads"} & set(axes) else mlp if "mlp" in axes else None
         if group is not None and name.endswith("/weight"):
-            group[name] = axes.index("embed")
+            (group[name],) = (i for i, axis in enumerate(axes) if axis not in PRUNED)
 
     def ordered(group: dict[str, int]) -> dict[str, int]:
         return dict(sorted(group.items(), key=lambda item: ORDER.index(item[0].split("/")[-2])))
@@ -46,7 +49,9 @@ def coupled(cfg: ModelConfig) -> tuple[dict[str, int], dict[str, int]]:
     return ordered(attention), ordered(mlp)
 
 
-def reduce_groups(channels: Sequence[Channels], cfg: ModelConfig, *, reduction: str, gqa: str) -> Parts:
+def reduce_groups(
+    channels: Sequence[Channels], cfg: ModelConfig, *, reduction: str, gqa: str, stack: str = "text"
+) -> Parts:
     """{"heads": ..., "mlp": ...}: per layer, the scores of its units.
 
     Args:
@@ -57,10 +62,10 @@ def reduce_groups(channels: Sequence[Channels], cfg: ModelConfig, *, reduction: 
     """
     reduce = REDUCTIONS[one_of("reduction", reduction, tuple(REDUCTIONS))]
     one_of("gqa", gqa, GQA)
-    attention, mlp = coupled(cfg)
+    attention, mlp = coupled(cfg, stack)
     heads: list[np.ndarray] = []
     neurons: list[np.ndarray] = []
-    for layer, shape in zip(channels, cfg.text.layers, strict=True):
+    for layer, shape in zip(channels, cfg.stack(stack).layers, strict=True):
         scores = {name: np.asarray(values, np.float64) for name, values in layer.items()}
         neurons.append(reduce(np.stack([scores[name] for name in mlp])))
         members = [_unit_channels(scores[name], shape, gqa) for name in attention]
@@ -68,7 +73,9 @@ def reduce_groups(channels: Sequence[Channels], cfg: ModelConfig, *, reduction: 
     return {"heads": tuple(heads), "mlp": tuple(neurons)}
 
 
-def reduce_inputs(channels: Sequence[Mapping[str, np.ndarray]], cfg: ModelConfig, *, gqa: str) -> Parts:
+def reduce_inputs(
+    channels: Sequence[Mapping[str, np.ndarray]], cfg: ModelConfig, *, gqa: str, stack: str = "text"
+) -> Parts:
     """{"heads": ..., "mlp": ...} of scores of what o_proj and down_proj read, by these names, per layer.
 
     "o_proj" is float[q_heads, head], whose sum over a unit's channels (`gqa`, see `reduce_groups`) is its score;
@@ -76,7 +83,7 @@ def reduce_inputs(channels: Sequence[Mapping[str, np.ndarray]], cfg: ModelConfig
     """
     one_of("gqa", gqa, GQA)
     heads, neurons = [], []
-    for layer, shape in zip(channels, cfg.text.layers, strict=True):
+    for layer, shape in zip(channels, cfg.stack(stack).layers, strict=True):
         units = shape.kv_heads if gqa == "groups" else shape.q_heads
         heads.append(np.asarray(layer["o_proj"], np.float64).reshape(units, -1).sum(axis=-1))
         neurons.append(np.asarray(layer["down_proj"], np.float64))

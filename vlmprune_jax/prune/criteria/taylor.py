@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from vlmprune_jax.checks import one_of
+from vlmprune_jax.config import STACKS
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.criteria.calibration import Arrays
 from vlmprune_jax.prune.criteria.criterion import Criterion, Parts
 from vlmprune_jax.prune.criteria.gradients import gradient_channels
 from vlmprune_jax.prune.criteria.groups import reduce_groups
+from vlmprune_jax.prune.criteria.tower_gradients import tower_channels
 
 # variant -> whether it needs per-sample squared gradients
 VARIANTS = {"vectorize": False, "param_first": False, "param_second": True, "param_mix": True}
@@ -28,6 +30,7 @@ def taylor(
     reduction: str,
     gqa: str,
     rows_per_step: int | None,
+    stack: str,
 ) -> Parts:
     """Head and neuron scores of the mean cross-entropy over all labels of all batches.
 
@@ -36,7 +39,7 @@ def taylor(
     sum |W g - W A W / 2|.
 
     Args:
-      batches, progress: see `gradient_channels`.
+      batches, progress: see `gradient_channels`; of a tower `tower_channels`.
       rows_per_step: rows differentiated at once, default the first batch's; second order takes one row at a time.
 
     Raises:
@@ -45,11 +48,10 @@ def taylor(
     squares = VARIANTS[one_of("taylor variant", variant, tuple(VARIANTS))]
     if squares and rows_per_step not in (None, 1):
         raise UserError(f"rows_per_step={rows_per_step}: taylor {variant} squares each sample's gradient, it takes 1")
-    layers = gradient_channels(
-        model, batches, _saliencies, squares=squares, rows_per_step=rows_per_step, progress=progress
-    )
+    of_stack = gradient_channels if stack == "text" else tower_channels
+    layers = of_stack(model, batches, _saliencies, squares=squares, rows_per_step=rows_per_step, progress=progress)
     channels = [{name: found[variant] for name, found in layer.items()} for layer in layers]
-    return reduce_groups(channels, model.cfg, reduction=reduction, gqa=gqa)
+    return reduce_groups(channels, model.cfg, reduction=reduction, gqa=gqa, stack=stack)
 
 
 def _saliencies(w: jax.Array, g: jax.Array, a: jax.Array | None, axis: int) -> dict[str, jax.Array]:
@@ -68,4 +70,5 @@ TAYLOR = Criterion(
     function=taylor,
     options={"variant": "param_first", "reduction": "sum", "gqa": "groups", "rows_per_step": None},
     counts="layers",
+    stacks=STACKS,
 )

@@ -1,0 +1,132 @@
+"""Channel scores from the gradients of the calibration loss by the weights of every layer of the vision tower.
+
+The loss is the decoder's, so the gradient comes back through all of it, block by block computed again, and through the
+projector; neither is differentiated by its weights. Unlike the decoder's (`gradients`), those of a tower fit all at
+once: float32 gradients of its heads and neurons, 1.2 GB for CLIP ViT-L, and for second order once more.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlmprune_jax.config import IGNORED, runs
+from vlmprune_jax.distributed.mesh import within
+from vlmprune_jax.distributed.rules import constrain
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.cross_entropy import cross_entropy_sum
+from vlmprune_jax.models.params import Flat, flatten, unflatten
+from vlmprune_jax.models.vlm import Model, encode, mesh_of, place_batch, unembed
+from vlmprune_jax.prune.criteria.activations import with_images
+from vlmprune_jax.prune.criteria.calibration import Arrays
+from vlmprune_jax.prune.criteria.groups import coupled
+
+CHUNK = 256  # positions whose float32 logits exist at once
+_NAMES = ("input_ids", "attention_mask", "labels", "pixel_values")
+
+
+def tower_channels(
+    model: Model,
+    batches: Iterable[Arrays],
+    channels: Callable[..., Any],
+    *,
+    squares: bool,
+    rows_per_step: int | None,
+    progress: Callable[[int], None] | None,
+) -> list[dict[str, Any]]:
+    """What `gradients.gradient_channels` gives, of the tower's layers.
+
+    Batches without images say nothing, and their labels do not count. Nothing is finished before all is: `progress` is
+    called with 0 after every step.
+
+    Raises:
+      UserError: no image, or no label in a batch that has one.
+    """
+    mesh, cfg = mesh_of(model.params), model.cfg
+    params = jax.tree.map(jnp.asarray, model.params) if mesh is None else model.params
+    attention, mlp = coupled(cfg, "vision")
+    axes = attention | mlp
+    flat = flatten(params["vision"]["layers"])
+    own = {path: leaf for path, leaf in flat.items() if path.partition("/")[2] in axes}
+    sums, total, samples = (_zeros(own), _zeros(own) if squares else None), 0, 0
+    with within(mesh):
+        for arrays in _steps(with_images(batches), 1 if squares else rows_per_step):
+            labels = int((arrays["labels"][:, 1:] != IGNORED).sum())
+            if not labels:
+                continue
+            sums = _add(sums, own, params, place_batch(arrays, mesh), labels, cfg=cfg)
+            total, samples = total + labels, samples + 1
+            if progress is not None:
+                progress(0)
+        if total == 0:
+            raise UserError(
+                f"the calibration batches with images have no label: every one is {IGNORED}, so there is no loss to "
+                "differentiate"
+            )
+        of_axis = tuple((path, axes[path.partition("/")[2]]) for path in own)
+        scores = jax.tree.map(np.asarray, _reduced(own, sums, float(total), float(samples), channels, of_axis))
+    layers = []
+    for run, (_, length, _) in enumerate(runs(cfg.stack("vision").layers)):
+        stacked = {name: scores[f"{run}/{name}"] for name in axes}
+        layers += [jax.tree.map(operator.itemgetter(i), stacked) for i in range(length)]
+    if progress is not None:
+        progress(len(layers))
+    return layers
+
+
+def _zeros(flat: Flat) -> Flat:
+    return {path: jnp.zeros(leaf.shape, jnp.float32, device=leaf.sharding) for path, leaf in flat.items()}
+
+
+def _steps(batches: Iterable[Arrays], rows: int | None) -> Iterator[Arrays]:
+    """Rows that are differentiated together, by default the batches as they are."""
+    if rows is not None and rows < 1:
+        raise UserError(f"rows_per_step={rows} must be at least 1")
+    for arrays in batches:
+        size = rows or len(arrays["input_ids"])
+        for start in range(0, len(arrays["input_ids"]), size):
+            yield {name: arrays[name][start : start + size] for name in _NAMES}
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("sums",))
+def _add(sums, own, params, batch, labels, *, cfg):
+    """float32 sums with a step's gradient, and its square where that is asked for.
+
+    `own`: the weights, by path below the tower's layers. The loss is the summed cross-entropy; what is squared is the
+    gradient of its mean over the `labels` of the step.
+    """
+
+    def loss(own: Flat) -> jax.Array:
+        layers = unflatten({**flatten(params["vision"]["layers"]), **own})
+        filled = {**params, "vision": {**params["vision"], "layers": layers}}
+        final, _ = encode(
+            filled, cfg, batch["input_ids"], pixel_values=batch["pixel_values"],
+            attention_mask=batch["attention_mask"], remat="full",
+        )  # fmt: skip
+        head = lambda hidden: unembed(params, cfg, hidden).astype(jnp.float32)  # noqa: E731
+        return cross_entropy_sum(final, head, batch["labels"], chunk=CHUNK)
+
+    gradient = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), jax.grad(loss)(own))
+    first, squared = sums
+    if squared is not None:
+        squared = jax.tree.map(lambda old, new: old + jnp.square(new / labels), squared, gradient)
+    return jax.tree.map(jnp.add, first, gradient), squared
+
+
+@functools.partial(jax.jit, static_argnames=("channels", "of_axis"))
+def _reduced(own, sums, total, samples, channels, of_axis):
+    """{path: `channels` of every layer of a run, stacked}."""
+    first, squared = sums
+    found = {}
+    for path, axis in of_axis:
+        parts = [own[path].astype(jnp.float32), first[path] / total]
+        a = [] if squared is None else [squared[path] / samples]
+        reduce = lambda w, g, a=None, axis=axis: channels(w, g, a, axis)  # noqa: E731
+        found[path] = jax.tree.map(lambda leaf: constrain(leaf, ()), jax.vmap(reduce)(*parts, *a))
+    return found

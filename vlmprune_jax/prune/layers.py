@@ -1,0 +1,137 @@
+"""One layer of a stack at a time, in float32: what it makes of the residual stream, and the same with other weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vlmprune_jax.config import TextConfig, VisionConfig, runs
+from vlmprune_jax.distributed.mesh import whole
+from vlmprune_jax.distributed.rules import constrain
+from vlmprune_jax.models.decoder import Decoder, output_names
+from vlmprune_jax.models.params import flatten, unflatten
+from vlmprune_jax.models.vision import SCALES, VisionTower
+from vlmprune_jax.models.vlm import Model, mesh_of, place_batch
+
+STREAM = ("batch", "sequence", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A layer of the decoder or the tower, `params` by flat path; its number in the unpruned model, and its dtype."""
+
+    number: int
+    params: dict[str, jax.Array]
+    cfg: TextConfig | VisionConfig
+    dtype: Any
+    mesh: Any
+    changed_paths: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, model: Model, stack: str, number: int) -> Layer:
+        """Layer `number` of a model's stack."""
+        cfg = model.cfg.text if stack == "text" else model.cfg.vision
+        assert cfg is not None
+        run, (start, _, shape) = next(
+            (run, one) for run, one in enumerate(runs(cfg.layers)) if number < one[0] + one[1]
+        )
+        flat = flatten(model.params[stack]["layers"][str(run)])
+        own = {path: leaf[number - start] for path, leaf in flat.items()}
+        dtype = next(iter(own.values())).dtype
+        params = {path: leaf.astype(jnp.float32) for path, leaf in own.items()}
+        return cls(number, params, cfg.with_layers((shape,)), dtype, mesh_of(model.params))
+
+    def run(self, x: np.ndarray, mask: np.ndarray, what: str) -> np.ndarray:
+        """The stream "after" the layer, or in its "middle", between attention and MLP: float32[rows, seq, embed]."""
+        placed = place_batch({"x": x, "mask": mask}, self.mesh)
+        return np.array(whole(_run(self.params, placed["x"], placed["mask"], cfg=self.cfg, what=what)))
+
+    def projection(self, module: str) -> str:
+        """Path of the projection in the layer that a tap calls "o_proj" or "down_proj"."""
+        return projection(self.cfg, module)
+
+    def changed(self, module: str, change: np.ndarray) -> Layer:
+        """The layer with float32[in (+ 1 with a bias), embed] added to what a weight writes, in the model's dtype."""
+        path, params = self.projection(module), dict(self.params)
+        scale = params.get(SCALES.get(f"{path}/weight", ""))
+        if scale is not None:  # the weight writes through it; what it silences nothing can change
+            of_outputs = np.asarray(whole(scale))
+            change = np.divide(change, of_outputs, out=np.zeros_like(change), where=of_outputs != 0)
+        parts = {"weight": change.T}
+        if f"{path}/bias" in params:
+            parts = {"weight": change[:-1].T, "bias": change[-1]}
+        for name, part in parts.items():
+            old = params[f"{path}/{name}"]
+            new = (old + part.reshape(old.shape)).astype(self.dtype).astype(jnp.float32)
+            params[f"{path}/{name}"] = jax.device_put(new, old.sharding)
+        paths = (*self.changed_paths, *(f"{path}/{name}" for name in parts))
+        return dataclasses.replace(self, params=params, changed_paths=paths)
+
+    @property
+    def written(self) -> dict[str, np.ndarray]:
+        """What was changed, by path, in the model's dtype."""
+        return {path: np.asarray(whole(self.params[path])).astype(self.dtype) for path in self.changed_paths}
+
+
+def projection(cfg: TextConfig | VisionConfig, module: str) -> str:
+    """Path in a layer of the projection that a tap calls "o_proj" or "down_proj"."""
+    if isinstance(cfg, VisionConfig):
+        return {"o_proj": "self_attn/out_proj", "down_proj": "mlp/fc2"}[module]
+    if module == "o_proj":
+        return f"self_attn/{output_names(cfg)[0]}"
+    return "mlp/down_proj" if cfg.mlp_kind == "gated" else "mlp/fc2"
+
+
+def block(
+    params: Mapping[str, jax.Array],
+    x: jax.Array,
+    mask: jax.Array,
+    cfg: TextConfig | VisionConfig,
+    read: tuple[str, ...],
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """(stream in the middle, stream after, what the projections `read`) of one layer; a tower has no `mask`."""
+    inputs: dict[str, jax.Array]
+    if isinstance(cfg, VisionConfig):
+        apply, state = nnx.eval_shape(lambda: VisionTower(cfg)).run_parts("0")
+        nnx.replace_by_pure_dict(state, unflatten(params))
+        after, inputs = apply(state, x, ("o_proj", *read))
+    else:
+        decoder = nnx.eval_shape(lambda: Decoder(cfg, None))
+        apply, state = decoder.run_parts("0")
+        nnx.replace_by_pure_dict(state, unflatten(params))
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        after, _, inputs = apply(state, x, decoder.context(positions, mask), None, ("o_proj", *read))
+    out = projection(cfg, "o_proj")
+    attended = jnp.einsum("bsqh,eqh->bse", inputs["o_proj"], params[f"{out}/weight"])
+    if f"{out}/bias" in params:
+        attended = attended + params[f"{out}/bias"][None, None]
+    scale = params.get(SCALES.get(f"{out}/weight", ""))
+    attended = attended if scale is None else attended * scale[None, None]
+    return constrain(x + attended, STREAM), after, inputs
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "what"))
+def _run(params, x, mask, *, cfg, what):
+    middle, after, _ = block(params, x, mask, cfg, ())
+    return middle if what == "middle" else after
+
+
+def with_layers(model: Model, stack: str, changed: Mapping[int, Mapping[str, np.ndarray]]) -> Model:
+    """The model with these parameters of the layers of a stack, by number and path."""
+    layers = dict(model.params[stack]["layers"])
+    for run, (start, length, _) in enumerate(runs(model.cfg.stack(stack).layers)):
+        flat = flatten(layers[str(run)])
+        for path in {path for number in range(start, start + length) for path in changed.get(number, ())}:
+            own = np.array(whole(flat[path]))
+            for number in range(start, start + length):
+                own[number - start] = changed.get(number, {}).get(path, own[number - start])
+            flat[path] = jax.device_put(own, flat[path].sharding)
+        layers[str(run)] = unflatten(flat)
+    return model.replace(params={**model.params, stack: {**model.params[stack], "layers": layers}})
