@@ -7,29 +7,30 @@ tower are never differentiated.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
-from vlmprune_jax.config import IGNORED, ModelConfig, runs
-from vlmprune_jax.distributed.mesh import row_ways, within
-from vlmprune_jax.distributed.rules import constrain, sharding
+from vlmprune_jax.config import IGNORED, ModelConfig, TextConfig, runs
+from vlmprune_jax.distributed.memory import free_memory
+from vlmprune_jax.distributed.mesh import from_all, within
+from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.models.decoder import Context
+from vlmprune_jax.models.cross_entropy import chunks, cross_entropy
+from vlmprune_jax.models.decoder import REMAT_POLICIES, STREAM, Decoder
+from vlmprune_jax.models.layers import Projection, contract
 from vlmprune_jax.models.params import flatten
-from vlmprune_jax.models.vlm import Model, Params, VisionLanguageModel, mesh_of, text_context, to_nnx
+from vlmprune_jax.models.vlm import Model, Params, mesh_of, place_batch, to_nnx
 from vlmprune_jax.prune.criteria.calibration import Arrays
 from vlmprune_jax.prune.criteria.groups import coupled
 
-CHUNK = 256  # positions whose float32 logits exist at once: 33 MB a row for 32,000 words
+CHUNK = 512  # positions whose float32 logits exist at once: 66 MB for 32,000 words
 
 
 def gradient_channels(
@@ -39,6 +40,7 @@ def gradient_channels(
     *,
     squares: bool,
     rows_per_step: int | None,
+    memory_budget: int | None,
     progress: Callable[[int], None] | None,
 ) -> list[dict[str, Any]]:
     """Per layer {path: channels(weight, gradient, squared, axis)} of its coupled weights (see `groups.coupled`).
@@ -65,23 +67,28 @@ def gradient_channels(
         )
     # all-(-100) rows, such as the filler of a last batch, are not samples
     total, samples = float(counts.sum()), float((counts > 0).sum())
-    params = jax.tree.map(jnp.asarray, model.params) if mesh is None else model.params
-    placed = _place(data, mesh)
-    layers: list[dict[str, Any]] = []  # from the last to the first
+    if mesh is None:
+        model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
     with within(mesh):
-        inputs, cotangent = _forward(params, cfg, placed)
-        weights = jnp.asarray(counts.sum(axis=1), jnp.float32)
-        for run, (_, length, _) in reversed(list(enumerate(runs(cfg.text.layers)))):
-            own, alone = _only_run(params, cfg, run)
-            for i in reversed(range(length)):
-                scores, cotangent = _layer(
-                    own, inputs[run], cotangent, placed["attention_mask"], weights, i, total, samples,
-                    cfg=alone, squares=squares, channels=channels,
-                )  # fmt: skip
-                layers.append(jax.tree.map(np.asarray, scores))
-                if progress is not None:
-                    progress(len(layers))
-            inputs[run] = None
+        steps = [place_batch(one, mesh) for one in _micro(data)]
+        stream, cotangents = _forward(model, steps, _Budget(memory_budget))
+        layers: list[dict[str, Any]] = []  # from the last to the first
+        while stream:
+            layer, text = _layer_of(model, len(stream) - 1)
+            states = stream.pop()
+            sums = _no_sums(layer, cfg, squares)
+            for at, micro in enumerate(steps):
+                x, products = states[at]
+                if products is None:
+                    products = _block(layer, x, micro["attention_mask"], text=text)[1]
+                states[at] = None
+                sums, cotangents[at] = _differentiate(
+                    layer, x, micro["attention_mask"], products, cotangents[at], float(counts[at].sum()), sums, text=text
+                )
+            scores = _reduce(layer, sums, total, samples, cfg=cfg, channels=channels)
+            layers.append(jax.tree.map(np.asarray, scores))
+            if progress is not None:
+                progress(len(layers))
     return layers[::-1]
 
 
@@ -131,103 +138,179 @@ def _label_counts(labels: np.ndarray) -> np.ndarray:
     return (labels[..., 1:] != IGNORED).sum(axis=-1)
 
 
-def _place(data: Arrays, mesh: Mesh | None) -> dict[str, jax.Array]:
-    if mesh is None:
-        return {name: jnp.asarray(array) for name, array in data.items()}
-    ways = row_ways(mesh)
-    axes = (None, "batch" if data["input_ids"].shape[1] % ways == 0 else None)
-    return {name: jax.device_put(a, sharding(mesh, axes + (None,) * (a.ndim - 2))) for name, a in data.items()}
+def _micro(data: Arrays) -> Iterator[Arrays]:
+    """What is differentiated at once: arrays with the positions and targets of the loss in place of labels."""
+    labels = data["labels"]
+    targets = np.concatenate([labels[..., 1:], np.full_like(labels[..., :1], IGNORED)], axis=-1)
+    most = int((targets != IGNORED).sum(axis=-1).max())
+    # the head is run at those positions only: first those with a target, in order
+    positions = np.argsort(targets == IGNORED, axis=-1, kind="stable")[..., :most].astype(np.int32)
+    data = {**data, "positions": positions, "targets": np.take_along_axis(targets, positions, axis=-1)}
+    for at in range(len(labels)):
+        yield {name: array[at] for name, array in data.items() if name != "labels"}
+
+
+class _Budget:
+    """Bytes of a device that products may take: those asked for, or half of what is free."""
+
+    def __init__(self, asked: int | None):
+        self.left = min(from_all(lambda: free_memory() // 2 if asked is None else asked))
+
+    def kept(self, products: list[jax.Array]) -> list[jax.Array] | None:
+        """The products, where they fit."""
+        size = sum(leaf.addressable_shards[0].data.nbytes for leaf in products)
+        if size > self.left:
+            return None
+        self.left -= size
+        return products
+
+
+def _forward(model: Model, steps: list[dict[str, Any]], budget: _Budget) -> tuple[list[list[Any]], list[jax.Array]]:
+    """Of every layer and step its input and its products (None: they do not fit), and the gradients at the output."""
+    xs = [_embed(model.params, micro, cfg=model.cfg) for micro in steps]
+    stream = []
+    for number in range(len(model.cfg.text.layers)):
+        layer, text = _layer_of(model, number)
+        states: list[Any] = []
+        for at, micro in enumerate(steps):
+            y, products = _block(layer, xs[at], micro["attention_mask"], text=text)
+            states.append((xs[at], budget.kept(products)))
+            xs[at] = y
+        stream.append(states)
+    return stream, [_loss_gradient(model.params, x, micro, cfg=model.cfg) for x, micro in zip(xs, steps, strict=True)]
+
+
+def _layer_of(model: Model, number: int) -> tuple[Params, TextConfig]:
+    """The parameters of a decoder layer, and a decoder's config that has this layer only."""
+    for run, (start, length, shape) in enumerate(runs(model.cfg.text.layers)):
+        if number < start + length:
+            stacked = model.params["text"]["layers"][str(run)]
+            return _slice(stacked, number - start), model.cfg.text.with_layers((shape,))
+    raise AssertionError(number)
+
+
+@jax.jit
+def _slice(stacked, index):
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stacked)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
-def _forward(params, cfg, data):
-    """Block inputs per run [steps, length, rows, seq, embed], and the summed loss's gradient at the blocks' output."""
-    module = to_nnx(Model(params, cfg))
-
-    def step(micro: dict[str, jax.Array]):
-        x, _ = module.embed(micro["input_ids"], micro.get("pixel_values"))
-        ctx = text_context(module, micro["attention_mask"])
-        x = constrain(x, ("batch", "sequence", None))
-        inputs = []
-        for run in range(len(runs(cfg.text.layers))):
-            apply, state = module.text.run_parts(str(run))
-            x, before = jax.lax.scan(functools.partial(_block_input, apply, ctx), x, state)
-            inputs.append(before)
-        return inputs, _loss_gradient(module, x, micro["labels"])
-
-    return jax.lax.map(step, data)
+def _embed(params, micro, *, cfg):
+    x, _ = to_nnx(Model(params, cfg)).embed(micro["input_ids"], micro.get("pixel_values"))
+    return constrain(x, STREAM)
 
 
-def _block_input(apply: Callable[..., Any], ctx: Context, x: jax.Array, layer: nnx.State):
-    return apply(layer, x, ctx)[0], x
+def _linearized(layer: Params, x: jax.Array, mask: jax.Array, text: TextConfig):
+    """(output of a block, its products, pull): `pull(products)` is the transpose of its derivative.
 
-
-def _loss_gradient(module: VisionLanguageModel, x: jax.Array, labels: jax.Array) -> jax.Array:
-    """d(sum of cross-entropies) / dx of the last block's output; float32 logits exist for CHUNK positions at a time."""
-    batch, seq, embed = x.shape
-    targets = jnp.concatenate([labels[:, 1:], jnp.full((batch, 1), IGNORED, labels.dtype)], axis=1)
-    size = min(CHUNK, seq)
-    n = math.ceil(seq / size)
-    padding = n * size - seq
-    x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=IGNORED)
-
-    def cross_entropy(h: jax.Array, wanted: jax.Array) -> jax.Array:
-        logits = module.text.logits(module.text.final_norm(h)).astype(jnp.float32)
-        logs = jax.nn.log_softmax(logits, axis=-1)
-        picked = jnp.take_along_axis(logs, jnp.maximum(wanted, 0)[..., None], axis=-1)[..., 0]
-        return -jnp.sum(jnp.where(wanted != IGNORED, picked, jnp.zeros_like(picked)))
-
-    chunks = x.reshape(batch, n, size, embed).swapaxes(0, 1), targets.reshape(batch, n, size).swapaxes(0, 1)
-    gradient = jax.lax.map(lambda chunk: jax.grad(cross_entropy)(*chunk), chunks)
-    return gradient.swapaxes(0, 1).reshape(batch, n * size, embed)[:, :seq]
-
-
-def _only_run(params: Params, cfg: ModelConfig, run: int) -> tuple[Params, ModelConfig]:
-    """The decoder with one run of layers, so that equal runs of any model share one compiled step."""
-    _, length, shape = runs(cfg.text.layers)[run]
-    text = {**params["text"], "layers": {"0": params["text"]["layers"][str(run)]}}
-    alone = dataclasses.replace(cfg.with_layers((shape,) * length), vision=None, projector=None)
-    return {"text": text}, alone
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "squares", "channels"), donate_argnames=("cotangent",))
-def _layer(params, inputs, cotangent, masks, weights, index, total, samples, *, cfg, squares, channels):
-    """Channel scores {weight: tree} of layer `index` of the only run, and the gradient at its input.
-
-    inputs: [steps, length, rows, seq, embed]; cotangent: [steps, rows, seq, embed]; weights: float32[steps] labels.
+    The products (of the projections and of attention: what the remat policy "dots" saves) are all that it needs beside
+    layer, input and mask; given others than its own they need not be computed, and XLA drops what made them.
     """
-    module = to_nnx(Model(params, cfg))
-    apply, state = module.text.run_parts("0")
-    layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), state)
+    decoder = nnx.eval_shape(lambda: Decoder(text, None))
+    graph, state = nnx.split(decoder.layers["0"])
+    ctx = decoder.context(jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0), mask)
+
+    def block(own: Params, h: jax.Array) -> jax.Array:
+        filled = jax.tree.map(lambda leaf: leaf, state)
+        nnx.replace_by_pure_dict(filled, own)
+        module = nnx.merge(graph, filled)
+        for _, part in nnx.iter_modules(module):
+            if isinstance(part, Projection):
+                part.product = _product
+        return module(h, ctx)[0]
+
+    saving = jax.checkpoint(block, policy=REMAT_POLICIES["dots"], prevent_cse=False)
+    y, transpose = jax.vjp(saving, layer, x)
+    leaves, structure = jax.tree.flatten(transpose)
+    given = {id(leaf) for leaf in jax.tree.leaves((layer, x, ctx))}
+
+    def pull(products: list[jax.Array]) -> Callable[..., Any]:
+        others = iter(products)
+        return jax.tree.unflatten(structure, [leaf if id(leaf) in given else next(others) for leaf in leaves])
+
+    return y, [leaf for leaf in leaves if id(leaf) not in given], pull
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: jax.Array, weight: jax.Array, n: int) -> jax.Array:
+    """`contract`, whose gradient by the weight has the narrower factor first.
+
+    XLA:CPU transposes the first factor and, to do so, computes again all that made it. jax puts the gradient of the
+    output there, at the end of a long computation; the input is narrower for gate_proj and up_proj, and theirs is one.
+    """
+    return contract(x, weight, n)
+
+
+def _product_forward(x: jax.Array, weight: jax.Array, n: int):
+    return contract(x, weight, n), (x, weight)
+
+
+def _product_backward(n: int, saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, weight = saved
+    tokens, outputs = tuple(range(x.ndim - n)), tuple(range(weight.ndim - n))
+    by_input = jax.lax.dot_general(grad, weight, ((tuple(range(len(tokens), grad.ndim)), outputs), ((), ())))
+    if weight.size > math.prod(weight.shape[: len(outputs)]) ** 2:  # more inputs than outputs
+        return by_input, jax.lax.dot_general(grad, x, ((tokens, tokens), ((), ())))
+    by_weight = jax.lax.dot_general(x, grad, ((tokens, tokens), ((), ())))
+    return by_input, jnp.moveaxis(by_weight, tuple(range(n)), tuple(range(-n, 0)))
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+@functools.partial(jax.jit, static_argnames=("text",))
+def _block(layer, x, mask, *, text):
+    y, products, _ = _linearized(layer, x, mask, text)
+    return y, products
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def _loss_gradient(params, x, micro, *, cfg):
+    """d(sum of cross-entropies) / dx of the last block's output; float32 logits exist for CHUNK positions at a time."""
+    module, positions, targets = to_nnx(Model(params, cfg)), micro["positions"], micro["targets"]
+
+    def loss(h: jax.Array, wanted: jax.Array) -> jax.Array:
+        logits = module.text.logits(module.text.final_norm(h)).astype(jnp.float32)
+        return jnp.sum(jnp.where(wanted == IGNORED, 0.0, cross_entropy(logits, wanted)))
+
+    picked = jnp.take_along_axis(x, positions[..., None], axis=1)
+    size = max(1, CHUNK // len(x))
+    pieces = chunks(picked, size, 0), chunks(targets, size, IGNORED)
+    gradient = jax.lax.map(lambda piece: jax.grad(loss)(*piece), pieces)  # [n, batch, size, embed]
+    gradient = jnp.moveaxis(gradient, 0, 1).reshape(len(x), -1, x.shape[-1])[:, : positions.shape[1]]
+    rows = jnp.arange(len(x))[:, None]
+    return constrain(jnp.zeros_like(x).at[rows, positions].set(gradient, unique_indices=True), STREAM)
+
+
+def _no_sums(layer: Params, cfg: ModelConfig, squares: bool) -> tuple[Any, Any]:
     attention, mlp = coupled(cfg)
-    axes = attention | mlp
-    w = {name: _weights(layer)[name].astype(jnp.float32) for name in axes}
+    flat = flatten(layer)
+    zeros = [{name: jnp.zeros_like(flat[name], jnp.float32) for name in attention | mlp} for _ in range(1 + squares)]
+    return zeros[0], zeros[1] if squares else {}
 
-    def step(carry: Any, micro: Any):
-        first, squared = carry
-        x, outgoing, mask, weight = micro
-        ctx = text_context(module, mask)
-        _, pull = jax.vjp(lambda own, h: apply(own, h, ctx)[0], layer, x)
-        gradients, incoming = pull(outgoing)
-        g = {name: _weights(gradients)[name].astype(jnp.float32) for name in axes}
-        first = jax.tree.map(jnp.add, first, g)
-        if squares:
-            # the sample's own mean loss: its summed gradient over its label count (0 labels: gradient 0)
-            squared = jax.tree.map(lambda old, new: old + jnp.square(new / jnp.maximum(weight, 1)), squared, g)
-        return (first, squared), incoming
 
-    zeros = jax.tree.map(jnp.zeros_like, w)
-    block = jax.lax.dynamic_index_in_dim(inputs, index, axis=1, keepdims=False)
-    (first, squared), incoming = jax.lax.scan(
-        step, (zeros, zeros if squares else {}), (block, cotangent, masks, weights)
-    )
+@functools.partial(jax.jit, static_argnames=("text",), donate_argnames=("cotangent", "sums"))
+def _differentiate(layer, x, mask, products, cotangent, weight, sums, *, text):
+    """Sums of the coupled weights' gradients and of their squares with this step's, and the gradient at the input.
+
+    weight: labels of the step, whose one row's mean loss is squared.
+    """
+    gradients, incoming = _linearized(layer, x, mask, text)[2](products)(cotangent)
+    first, squared = sums
+    found = {name: flatten(gradients)[name].astype(jnp.float32) for name in first}
+    first = jax.tree.map(jnp.add, first, found)
+    # the sample's own mean loss: its summed gradient over its label count (0 labels: gradient 0)
+    squared = {name: old + jnp.square(found[name] / jnp.maximum(weight, 1)) for name, old in squared.items()}
+    return (first, squared), incoming
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "channels"))
+def _reduce(layer, sums, total, samples, *, cfg, channels):
+    attention, mlp = coupled(cfg)
+    flat, (first, squared) = flatten(layer), sums
     scores = {}
-    for name, axis in axes.items():
-        a = squared[name] / samples if squares else None
-        scores[name] = jax.tree.map(lambda x: constrain(x, ()), channels(w[name], first[name] / total, a, axis))
-    return scores, incoming
-
-
-def _weights(state: nnx.State) -> Mapping[str, jax.Array]:
-    return flatten(nnx.to_pure_dict(state))
+    for name, axis in (attention | mlp).items():
+        a = squared[name] / samples if squared else None
+        found = channels(flat[name].astype(jnp.float32), first[name] / total, a, axis)
+        scores[name] = jax.tree.map(lambda leaf: constrain(leaf, ()), found)
+    return scores

@@ -28,6 +28,7 @@ def taylor(
     reduction: str,
     gqa: str,
     rows_per_step: int | None,
+    memory_budget: int | None,
 ) -> Parts:
     """Head and neuron scores of the mean cross-entropy over all labels of all batches.
 
@@ -46,7 +47,13 @@ def taylor(
     if squares and rows_per_step not in (None, 1):
         raise UserError(f"rows_per_step={rows_per_step}: taylor {variant} squares each sample's gradient, it takes 1")
     layers = gradient_channels(
-        model, batches, _saliencies, squares=squares, rows_per_step=rows_per_step, progress=progress
+        model,
+        batches,
+        _saliencies,
+        squares=squares,
+        rows_per_step=rows_per_step,
+        memory_budget=memory_budget,
+        progress=progress,
     )
     channels = [{name: found[variant] for name, found in layer.items()} for layer in layers]
     return reduce_groups(channels, model.cfg, reduction=reduction, gqa=gqa)
@@ -66,6 +73,6 @@ TAYLOR = Criterion(
     scores=("widths",),
     needs="labels",
     function=taylor,
-    options={"variant": "param_first", "reduction": "sum", "gqa": "groups", "rows_per_step": None},
+    options={"variant": "param_first", "reduction": "sum", "gqa": "groups", "rows_per_step": None, "memory_budget": None},
     counts="layers",
 )
