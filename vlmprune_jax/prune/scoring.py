@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -14,10 +15,13 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.criteria import CRITERIA
 from vlmprune_jax.prune.criteria.activations import accumulate
-from vlmprune_jax.prune.criteria.calibration import calibration_batches
+from vlmprune_jax.prune.criteria.calibration import KIND_WEIGHTS, calibration_batches, weight_of_kinds
 from vlmprune_jax.prune.criteria.criterion import FIELDS, Criterion, Parts, taken
 from vlmprune_jax.prune.fingerprint import fingerprint
 from vlmprune_jax.prune.scores import Scores
+
+# Options that change how numbers come about, and none of them.
+OPERATIONAL = ("memory_budget",)
 
 
 def score(
@@ -39,19 +43,23 @@ def score(
         learnt) for criteria that need them; None for those that look at weights alone.
       progress: called with the number of finished batches or layers, as the criterion counts.
       journal: where a criterion that journals keeps what each batch gave, to continue after an interruption.
-      options: the criterion's own, see `vp.criteria[name].options`.
+      options: the criterion's own, see `vp.criteria[name].options`; with those that look at tokens also
+        `image_weight`, `prompt_weight` and `answer_weight`, what tokens of each kind count, 1 by default.
 
     Raises:
       UserError: an unknown criterion or option (with a suggestion), or batches that do not fit the model.
     """
     chosen = CRITERIA[one_of("criterion", criterion, tuple(CRITERIA))]
-    settings = with_defaults(f"criterion {criterion!r}", options, chosen.options)
+    settings = with_defaults(f"criterion {criterion!r}", options, chosen.settings)
     if chosen.scores == ("widths",) and model.cfg.lora is not None:
         raise UserError(f"criterion {criterion!r} scores plain weights: merge the LoRA adapters first")
     if chosen.needs_batches and batches is None:
         raise UserError(f"criterion {criterion!r} needs calibration batches")
-    parts = _measure(chosen, model, batches or (), settings, progress, journal if chosen.journals else None)
-    return Scores(criterion, fingerprint(model), settings, **_checked(criterion, chosen, parts, settings, model.cfg))
+    parts, by_kind = _measure(chosen, model, batches or (), settings, progress, journal if chosen.journals else None)
+    for one in (parts, *by_kind.values()):
+        _check(criterion, chosen, one, settings, model.cfg)
+    told = {name: value for name, value in settings.items() if name not in OPERATIONAL}
+    return Scores(criterion, fingerprint(model), told, **parts, by_kind=by_kind)
 
 
 def _measure(
@@ -61,19 +69,27 @@ def _measure(
     settings: Mapping[str, Any],
     progress: Callable[[int], None] | None,
     journal: Journal | None,
-) -> Parts:
+) -> tuple[Parts, Mapping[str, Parts]]:
+    """The scores, and those over the tokens of each kind."""
     options = taken(chosen.function, settings)
     if not chosen.needs_batches:
-        return chosen.function(model, **options)
+        return chosen.function(model, **options), {}
     checked = calibration_batches(batches, model.cfg, labels=chosen.needs == "labels")
     if chosen.finish is None:
-        return chosen.function(model, checked, progress, **options)
-    sums = accumulate(model, checked, chosen.function, options, progress=progress, journal=journal)
-    return chosen.finish(sums, model, **taken(chosen.finish, settings))
+        found = chosen.function(model, checked, progress, **options)
+        return found if chosen.splits else (found, {})
+    weight_of = weight_of_kinds({**KIND_WEIGHTS, **(settings if chosen.splits else {})})
+    # summed exactly as the paper's code does, padding counts too: there is no such sum over a kind
+    splits = chosen.splits and not settings.get("reference_compat")
+    sums, by_kind = accumulate(
+        model, checked, chosen.function, options, weight_of=weight_of, splits=splits, progress=progress, journal=journal
+    )
+    finish = functools.partial(chosen.finish, model=model, **taken(chosen.finish, settings))
+    return finish(sums), {name: finish(one) for name, one in by_kind.items()}
 
 
-def _checked(name: str, chosen: Criterion, parts: Parts, settings: Mapping[str, Any], cfg: ModelConfig) -> Parts:
-    """The parts, if they are what the criterion says it scores, in the model's shapes."""
+def _check(name: str, chosen: Criterion, parts: Parts, settings: Mapping[str, Any], cfg: ModelConfig) -> None:
+    """Refuse parts that are not what the criterion says it scores, in the model's shapes."""
     layers = cfg.text.layers
     heads = [one.q_heads if settings.get("gqa") == "q_heads" else one.kv_heads for one in layers]
     shapes = {
@@ -88,4 +104,3 @@ def _checked(name: str, chosen: Criterion, parts: Parts, settings: Mapping[str, 
     }
     if found != wanted:
         raise UserError(f"criterion {name!r} gives {found} where the scores of this model have the shapes {wanted}")
-    return parts

@@ -11,6 +11,7 @@ from typing import Any
 from vlmprune_jax.checks import file_of_users, one_of
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.prune.criteria.calibration import KIND_WEIGHTS
 
 NEEDS = ("weights", "activations", "labels")
 # What a criterion scores -> the fields of Scores that it fills.
@@ -37,6 +38,8 @@ class Criterion:
 
     `counts`: what `progress` is called with, the number of finished "batches" or "layers". `journals`: whether the sums
     of every batch are kept on disk, so that an interrupted pass continues after them; for sums of few numbers.
+    `splits`: whether all that it sums is weighed by `tokens.weight`, so that over the tokens of a kind it says what the
+    model does with these; its scores then come by kind of token as well (`Scores.by_kind`).
 
     Raises:
       UserError: a description that contradicts itself, or an option that no function has a parameter for.
@@ -49,6 +52,7 @@ class Criterion:
     options: Mapping[str, Any] = field(default_factory=dict)
     counts: str = "batches"
     journals: bool = False
+    splits: bool = False
 
     def __post_init__(self) -> None:
         for what in self.scores:
@@ -61,6 +65,11 @@ class Criterion:
         for name in self.options:
             if not any(name in taken(function, {name: None}) for function in (self.function, self.finish) if function):
                 raise UserError(f"a criterion's option {name!r} does nothing: its functions have no parameter {name}")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """`options`, and what tokens of each kind count where that is not the criterion's own business."""
+        return {**self.options, **(KIND_WEIGHTS if self.splits else {})}
 
     @property
     def needs_batches(self) -> bool:
