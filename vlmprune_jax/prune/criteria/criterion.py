@@ -33,7 +33,8 @@ class Criterion:
         device (`activations.Blocks`, `activations.Tokens`). Sums of all batches are added up in float64, and
         `finish(sums, model, **options)` -> parts.
       labels: function(model, batches, progress, **options) -> parts, a pass of its own over checked batches that have
-        labels (weight gradients: `gradients.gradient_channels`).
+        labels (weight gradients: `gradients.gradient_channels`); with `splits` -> (parts, {kind: parts}), and with
+        `journals` it takes a `cache` (`data.cache.ArrayCache`, or None) to continue from.
     Parts are fields of `Scores`: {"importance": ...}, {"heads": ..., "mlp": ...} or all three.
 
     `counts`: what `progress` is called with, the number of finished "batches" or "layers". `journals`: whether the sums
@@ -60,8 +61,12 @@ class Criterion:
         one_of("a criterion's needs:", self.needs, NEEDS)
         one_of("a criterion's counts:", self.counts, ("batches", "layers"))
         streams = self.needs == "activations"
-        if streams != (self.finish is not None) or (self.journals and not streams):
-            raise UserError('a criterion has finish= (and may have journals=True) where it needs "activations", only')
+        if streams != (self.finish is not None):
+            raise UserError('a criterion has finish= where it needs "activations", only')
+        if self.needs == "weights" and (self.journals or self.splits):
+            raise UserError(
+                'a criterion that needs "weights" has nothing that it journals=, or splits= by kind of token'
+            )
         for name in self.options:
             if not any(name in taken(function, {name: None}) for function in (self.function, self.finish) if function):
                 raise UserError(f"a criterion's option {name!r} does nothing: its functions have no parameter {name}")

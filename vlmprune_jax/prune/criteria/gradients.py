@@ -9,27 +9,30 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from jax.sharding import Mesh
 
 from vlmprune_jax.config import IGNORED, ModelConfig, TextConfig, runs
+from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.memory import free_memory
-from vlmprune_jax.distributed.mesh import from_all, within
+from vlmprune_jax.distributed.mesh import from_all, whole, within
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.errors import Stopped, UserError
 from vlmprune_jax.models.cross_entropy import chunks, cross_entropy
-from vlmprune_jax.models.decoder import REMAT_POLICIES, STREAM, Decoder
-from vlmprune_jax.models.layers import Projection, contract
+from vlmprune_jax.models.decoder import STREAM
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model, Params, mesh_of, place_batch, to_nnx
-from vlmprune_jax.prune.criteria.calibration import Arrays
+from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, KINDS, PADDING, PROMPT, Arrays, kinds_in
 from vlmprune_jax.prune.criteria.groups import coupled
+from vlmprune_jax.prune.criteria.linearized import linearized
 
+Found = dict[str, Any]  # of one layer: path of a weight -> what was made of its gradient
 CHUNK = 512  # positions whose float32 logits exist at once: 66 MB for 32,000 words
 
 
@@ -41,55 +44,144 @@ def gradient_channels(
     squares: bool,
     rows_per_step: int | None,
     memory_budget: int | None,
+    weight_of: np.ndarray,
+    by_kind: bool,
     progress: Callable[[int], None] | None,
-) -> list[dict[str, Any]]:
+    cache: ArrayCache | None,
+) -> tuple[list[Found], dict[str, list[Found]]]:
     """Per layer {path: channels(weight, gradient, squared, axis)} of its coupled weights (see `groups.coupled`).
 
     `gradient`: of the mean cross-entropy over all labels of all batches, however the rows are cut; `squared`: with
     `squares` the mean over the samples of the squared gradients of their own mean losses, else None; all float32 in the
     weight's shape. `axis` is the one that is not pruned: `channels` reduces over it, on the device, to any tree.
 
+    The gradient by the weight of a projection is a sum over the tokens that go through it, of gradient at its output
+    times input. `weight_of` weighs them by kind. With `by_kind` there is also what `channels` makes of the share of
+    each kind alone, by name; these shares add up to the gradient.
+
     Args:
       batches: with labels (-100 ignored, not shifted). Rows of different length are padded on the right.
       channels: a function of a module; its identity decides what is compiled again.
       rows_per_step: rows differentiated at once, default the first batch's; with `squares` it is 1.
+      memory_budget: bytes on a device for products that are kept for the backward pass, default half of what is free;
+        those that do not fit are computed twice. It does not change the result, to the bit.
+      weight_of: float32[4], what a token of each kind counts.
       progress: called with the number of finished layers.
+      cache: where an interrupted pass continues from: an eighth of the layers at a time, and where `Stopped` ends it.
 
     Raises:
       UserError: no label at all.
     """
-    cfg, mesh = model.cfg, mesh_of(model.params)
     data = _stack(batches, 1 if squares else rows_per_step)
-    counts = _label_counts(data["labels"])
-    if counts.sum() == 0:
+    labels = _label_counts(data["labels"])
+    if labels.sum() == 0:
         raise UserError(
             f"the calibration batches have no label: every one is {IGNORED}, so there is no loss to differentiate"
         )
-    # all-(-100) rows, such as the filler of a last batch, are not samples
-    total, samples = float(counts.sum()), float((counts > 0).sum())
+    kinds = kinds_in(np.bincount(data["kind"].ravel(), minlength=4)) if by_kind else []
+    ways = [weight_of, *(np.eye(4, dtype=np.float32)[KINDS[name]] for name in kinds)]
+    mesh = mesh_of(model.params)
     if mesh is None:
         model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
     with within(mesh):
-        steps = [place_batch(one, mesh) for one in _micro(data)]
-        stream, cotangents = _forward(model, steps, _Budget(memory_budget))
-        layers: list[dict[str, Any]] = []  # from the last to the first
-        while stream:
-            layer, text = _layer_of(model, len(stream) - 1)
-            states = stream.pop()
-            sums = _no_sums(layer, cfg, squares)
-            for at, micro in enumerate(steps):
-                x, products = states[at]
-                if products is None:
-                    products = _block(layer, x, micro["attention_mask"], text=text)[1]
-                states[at] = None
-                sums, cotangents[at] = _differentiate(
-                    layer, x, micro["attention_mask"], products, cotangents[at], float(counts[at].sum()), sums, text=text
-                )
-            scores = _reduce(layer, sums, total, samples, cfg=cfg, channels=channels)
-            layers.append(jax.tree.map(np.asarray, scores))
+        steps = [place_batch(one, mesh) for one in _micro(data, ways)]
+        # all-(-100) rows, such as the filler of a last batch, are not samples
+        weighed = _Weighed(labels.sum(axis=1), float(labels.sum()), float((labels > 0).sum()))
+        layers = _backward(model, steps, weighed, channels, squares, _Budget(memory_budget), progress, cache)
+    found = [[jax.tree.map(operator.itemgetter(way), layer) for layer in layers] for way in range(len(ways))]
+    return found[0], dict(zip(kinds, found[1:], strict=True))
+
+
+class _Weighed(NamedTuple):
+    """Labels of each step (int[steps]) and of all, and the number of samples."""
+
+    steps: np.ndarray
+    total: float
+    samples: float
+
+
+def _backward(
+    model: Model,
+    steps: list[dict[str, Any]],
+    weighed: _Weighed,
+    channels: Callable[..., Any],
+    squares: bool,
+    budget: _Budget,
+    progress: Callable[[int], None] | None,
+    cache: ArrayCache | None,
+) -> list[Found]:
+    """Of every layer what `channels` made, with a first axis of the ways that tokens are counted in."""
+    cfg, n_layers = model.cfg, len(model.cfg.text.layers)
+    ways = 1 if steps[0]["counts"] is None else len(steps[0]["counts"])
+    structure = functools.partial(_structure, model, channels, squares, ways)
+    layers, cotangents = _resume(cache, structure, n_layers, steps, mesh_of(model.params))
+    stream = _forward(model, steps, budget, n_layers - len(layers))
+    if not layers:
+        cotangents = [_loss_gradient(model.params, stream[-1][at], steps[at], cfg=cfg) for at in range(len(steps))]
+    stream.pop()
+    while stream:
+        layer, text = _layer_of(model, len(stream) - 1)
+        states = stream.pop()
+        sums = _no_sums(layer, cfg, squares, ways)
+        for at, micro in enumerate(steps):
+            x, products = states[at]
+            if products is None:
+                products = _block(layer, x, micro["attention_mask"], text=text)[1]
+            states[at] = None
+            sums, cotangents[at] = _differentiate(
+                layer, x, micro, products, cotangents[at], float(weighed.steps[at]), sums, text=text
+            )
+        scores = _reduce(layer, sums, weighed.total, weighed.samples, cfg=cfg, channels=channels)
+        layers.append(jax.tree.map(np.asarray, scores))
+        try:
             if progress is not None:
                 progress(len(layers))
+        except Stopped:
+            _save(cache, layers, cotangents)
+            raise
+        if len(layers) % -(-n_layers // 8) == 0:
+            _save(cache, layers, cotangents)
     return layers[::-1]
+
+
+def _structure(model: Model, channels: Callable[..., Any], squares: bool, ways: int, number: int) -> Any:
+    """The tree that `_reduce` makes of a layer."""
+    layer, _ = _layer_of(model, number)
+    reduce = functools.partial(_reduce, cfg=model.cfg, channels=channels)
+    return jax.tree.structure(jax.eval_shape(reduce, layer, _no_sums(layer, model.cfg, squares, ways), 1.0, 1.0))
+
+
+def _save(cache: ArrayCache | None, layers: list[Found], cotangents: list[jax.Array]) -> None:
+    """Keep the layers that the cache has not, and the gradients at the input of the last."""
+    if cache is None:
+        return
+    last, arrays = len(layers), dict[str, np.ndarray]()
+    for number, layer in enumerate(layers):
+        if cache.missing([f"layer {number}/0"]):
+            arrays |= {f"layer {number}/{i}": leaf for i, leaf in enumerate(jax.tree.leaves(layer))}
+    cache.add({**arrays, **{f"{last} layers/{at}": whole(one) for at, one in enumerate(cotangents)}})
+    cache.publish()
+
+
+def _resume(
+    cache: ArrayCache | None, structure: Callable[[int], Any], n_layers: int, steps: list[Any], mesh: Mesh | None
+) -> tuple[list[Found], list[jax.Array]]:
+    """What `_save` kept last."""
+
+    def there(done: int) -> bool:
+        keys = [*(f"layer {n}/0" for n in range(done)), *(f"{done} layers/{at}" for at in range(len(steps)))]
+        return cache is not None and not cache.missing(keys)
+
+    done = next((done for done in range(n_layers, 0, -1) if there(done)), 0)
+    if cache is None or not done:
+        return [], []
+    layers = []
+    for number in range(done):
+        tree = structure(n_layers - 1 - number)
+        leaves = [cache[f"layer {number}/{i}"] for i in range(tree.num_leaves)]
+        layers.append(jax.tree.unflatten(tree, leaves))
+    placed = [place_batch({"x": cache[f"{done} layers/{at}"]}, mesh)["x"] for at in range(len(steps))]
+    return layers, [one for one in placed if one is not None]
 
 
 def _stack(batches: Iterable[Arrays], rows: int | None) -> Arrays:
@@ -102,7 +194,7 @@ def _stack(batches: Iterable[Arrays], rows: int | None) -> Arrays:
     slots = max(arrays["pixel_values"].shape[1] if "pixel_values" in arrays else 0 for arrays in seen)
     total = sum(len(arrays["input_ids"]) for arrays in seen)
     steps = math.ceil(total / rows)
-    fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED, "kind": PADDING}
     result: Arrays = {}
     for name, value in fill.items():
         flat = np.full((steps * rows, length), value, np.int32)
@@ -138,16 +230,22 @@ def _label_counts(labels: np.ndarray) -> np.ndarray:
     return (labels[..., 1:] != IGNORED).sum(axis=-1)
 
 
-def _micro(data: Arrays) -> Iterator[Arrays]:
-    """What is differentiated at once: arrays with the positions and targets of the loss in place of labels."""
+def _micro(data: Arrays, ways: list[np.ndarray]) -> Iterator[dict[str, Any]]:
+    """What is differentiated at once: arrays with the positions and targets of the loss in place of labels.
+
+    counts: float32[rows, ways, seq], what each token counts; None where all count 1.
+    """
     labels = data["labels"]
     targets = np.concatenate([labels[..., 1:], np.full_like(labels[..., :1], IGNORED)], axis=-1)
     most = int((targets != IGNORED).sum(axis=-1).max())
     # the head is run at those positions only: first those with a target, in order
     positions = np.argsort(targets == IGNORED, axis=-1, kind="stable")[..., :most].astype(np.int32)
     data = {**data, "positions": positions, "targets": np.take_along_axis(targets, positions, axis=-1)}
+    plain = len(ways) == 1 and bool((ways[0][[PROMPT, IMAGE, ANSWER]] == 1).all())
     for at in range(len(labels)):
-        yield {name: array[at] for name, array in data.items() if name != "labels"}
+        counts = None if plain else np.stack([way[data["kind"][at]] for way in ways], axis=1)
+        micro = {name: array[at] for name, array in data.items() if name not in ("labels", "kind")}
+        yield {**micro, "counts": counts}
 
 
 class _Budget:
@@ -165,11 +263,11 @@ class _Budget:
         return products
 
 
-def _forward(model: Model, steps: list[dict[str, Any]], budget: _Budget) -> tuple[list[list[Any]], list[jax.Array]]:
-    """Of every layer and step its input and its products (None: they do not fit), and the gradients at the output."""
+def _forward(model: Model, steps: list[dict[str, Any]], budget: _Budget, layers: int) -> list[list[Any]]:
+    """Of these first layers, at every step, input and products (None: they do not fit); at last the output of them."""
     xs = [_embed(model.params, micro, cfg=model.cfg) for micro in steps]
     stream = []
-    for number in range(len(model.cfg.text.layers)):
+    for number in range(layers):
         layer, text = _layer_of(model, number)
         states: list[Any] = []
         for at, micro in enumerate(steps):
@@ -177,7 +275,7 @@ def _forward(model: Model, steps: list[dict[str, Any]], budget: _Budget) -> tupl
             states.append((xs[at], budget.kept(products)))
             xs[at] = y
         stream.append(states)
-    return stream, [_loss_gradient(model.params, x, micro, cfg=model.cfg) for x, micro in zip(xs, steps, strict=True)]
+    return [*stream, xs]
 
 
 def _layer_of(model: Model, number: int) -> tuple[Params, TextConfig]:
@@ -200,67 +298,9 @@ def _embed(params, micro, *, cfg):
     return constrain(x, STREAM)
 
 
-def _linearized(layer: Params, x: jax.Array, mask: jax.Array, text: TextConfig):
-    """(output of a block, its products, pull): `pull(products)` is the transpose of its derivative.
-
-    The products (of the projections and of attention: what the remat policy "dots" saves) are all that it needs beside
-    layer, input and mask; given others than its own they need not be computed, and XLA drops what made them.
-    """
-    decoder = nnx.eval_shape(lambda: Decoder(text, None))
-    graph, state = nnx.split(decoder.layers["0"])
-    ctx = decoder.context(jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0), mask)
-
-    def block(own: Params, h: jax.Array) -> jax.Array:
-        filled = jax.tree.map(lambda leaf: leaf, state)
-        nnx.replace_by_pure_dict(filled, own)
-        module = nnx.merge(graph, filled)
-        for _, part in nnx.iter_modules(module):
-            if isinstance(part, Projection):
-                part.product = _product
-        return module(h, ctx)[0]
-
-    saving = jax.checkpoint(block, policy=REMAT_POLICIES["dots"], prevent_cse=False)
-    y, transpose = jax.vjp(saving, layer, x)
-    leaves, structure = jax.tree.flatten(transpose)
-    given = {id(leaf) for leaf in jax.tree.leaves((layer, x, ctx))}
-
-    def pull(products: list[jax.Array]) -> Callable[..., Any]:
-        others = iter(products)
-        return jax.tree.unflatten(structure, [leaf if id(leaf) in given else next(others) for leaf in leaves])
-
-    return y, [leaf for leaf in leaves if id(leaf) not in given], pull
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: jax.Array, weight: jax.Array, n: int) -> jax.Array:
-    """`contract`, whose gradient by the weight has the narrower factor first.
-
-    XLA:CPU transposes the first factor and, to do so, computes again all that made it. jax puts the gradient of the
-    output there, at the end of a long computation; the input is narrower for gate_proj and up_proj, and theirs is one.
-    """
-    return contract(x, weight, n)
-
-
-def _product_forward(x: jax.Array, weight: jax.Array, n: int):
-    return contract(x, weight, n), (x, weight)
-
-
-def _product_backward(n: int, saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, weight = saved
-    tokens, outputs = tuple(range(x.ndim - n)), tuple(range(weight.ndim - n))
-    by_input = jax.lax.dot_general(grad, weight, ((tuple(range(len(tokens), grad.ndim)), outputs), ((), ())))
-    if weight.size > math.prod(weight.shape[: len(outputs)]) ** 2:  # more inputs than outputs
-        return by_input, jax.lax.dot_general(grad, x, ((tokens, tokens), ((), ())))
-    by_weight = jax.lax.dot_general(x, grad, ((tokens, tokens), ((), ())))
-    return by_input, jnp.moveaxis(by_weight, tuple(range(n)), tuple(range(-n, 0)))
-
-
-_product.defvjp(_product_forward, _product_backward)
-
-
 @functools.partial(jax.jit, static_argnames=("text",))
 def _block(layer, x, mask, *, text):
-    y, products, _ = _linearized(layer, x, mask, text)
+    y, products, _ = linearized(layer, x, mask, None, text)
     return y, products
 
 
@@ -282,20 +322,22 @@ def _loss_gradient(params, x, micro, *, cfg):
     return constrain(jnp.zeros_like(x).at[rows, positions].set(gradient, unique_indices=True), STREAM)
 
 
-def _no_sums(layer: Params, cfg: ModelConfig, squares: bool) -> tuple[Any, Any]:
+def _no_sums(layer: Params, cfg: ModelConfig, squares: bool, ways: int) -> tuple[Any, Any]:
     attention, mlp = coupled(cfg)
-    flat = flatten(layer)
-    zeros = [{name: jnp.zeros_like(flat[name], jnp.float32) for name in attention | mlp} for _ in range(1 + squares)]
+    shapes = {name: (ways, *flatten(layer)[name].shape) for name in attention | mlp}
+    zeros = [{name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()} for _ in range(1 + squares)]
     return zeros[0], zeros[1] if squares else {}
 
 
 @functools.partial(jax.jit, static_argnames=("text",), donate_argnames=("cotangent", "sums"))
-def _differentiate(layer, x, mask, products, cotangent, weight, sums, *, text):
+def _differentiate(layer, x, micro, products, cotangent, weight, sums, *, text):
     """Sums of the coupled weights' gradients and of their squares with this step's, and the gradient at the input.
 
     weight: labels of the step, whose one row's mean loss is squared.
     """
-    gradients, incoming = _linearized(layer, x, mask, text)[2](products)(cotangent)
+    counts = None if micro["counts"] is None else jnp.swapaxes(micro["counts"], 0, 1)
+    _, _, pull = linearized(layer, x, micro["attention_mask"], counts, text)
+    gradients, incoming = pull(products)(cotangent)
     first, squared = sums
     found = {name: flatten(gradients)[name].astype(jnp.float32) for name in first}
     first = jax.tree.map(jnp.add, first, found)
@@ -310,7 +352,14 @@ def _reduce(layer, sums, total, samples, *, cfg, channels):
     flat, (first, squared) = flatten(layer), sums
     scores = {}
     for name, axis in (attention | mlp).items():
-        a = squared[name] / samples if squared else None
-        found = channels(flat[name].astype(jnp.float32), first[name] / total, a, axis)
-        scores[name] = jax.tree.map(lambda leaf: constrain(leaf, ()), found)
+        found = [
+            channels(
+                flat[name].astype(jnp.float32),
+                first[name][way] / total,
+                squared[name][way] / samples if squared else None,
+                axis,
+            )
+            for way in range(len(first[name]))
+        ]
+        scores[name] = jax.tree.map(lambda *leaves: constrain(jnp.stack(leaves), ()), *found)
     return scores
