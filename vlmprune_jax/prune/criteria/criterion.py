@@ -61,12 +61,14 @@ class Criterion:
         one_of("a criterion's needs:", self.needs, NEEDS)
         one_of("a criterion's counts:", self.counts, ("batches", "layers"))
         streams = self.needs == "activations"
-        if streams != (self.finish is not None):
-            raise UserError('a criterion has finish= where it needs "activations", only')
-        if self.needs == "weights" and (self.journals or self.splits):
+        resumes = streams or taken(self.function, {"cache": None})
+        if streams != (self.finish is not None) or (self.journals and not resumes):
             raise UserError(
-                'a criterion that needs "weights" has nothing that it journals=, or splits= by kind of token'
+                "a criterion has finish= (and may have journals=True without a parameter cache) "
+                'where it needs "activations", only'
             )
+        if self.splits and not self.needs_batches:
+            raise UserError('a criterion that needs "weights" has no tokens that it splits= by kind')
         for name in self.options:
             if not any(name in taken(function, {name: None}) for function in (self.function, self.finish) if function):
                 raise UserError(f"a criterion's option {name!r} does nothing: its functions have no parameter {name}")

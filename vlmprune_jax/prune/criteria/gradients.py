@@ -112,7 +112,7 @@ def _backward(
 ) -> list[Found]:
     """Of every layer what `channels` made, with a first axis of the ways that tokens are counted in."""
     cfg, n_layers = model.cfg, len(model.cfg.text.layers)
-    ways = 1 if steps[0]["counts"] is None else len(steps[0]["counts"])
+    ways = 1 if steps[0]["counts"] is None else steps[0]["counts"].shape[1]
     structure = functools.partial(_structure, model, channels, squares, ways)
     layers, cotangents = _resume(cache, structure, n_layers, steps, mesh_of(model.params))
     stream = _forward(model, steps, budget, n_layers - len(layers))
