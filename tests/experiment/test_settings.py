@@ -116,7 +116,11 @@ def named(section: str, names: str) -> set[str]:
 PRECISION = {"model.dtype"}
 PICTURE = named("data", "template system max_images aspect_ratio min_tiles max_tiles thumbnail tile_buckets")
 TRAINING = PICTURE | named("data", "max_length truncate length_buckets on_error")
-SCORE = named("score", "variant reduction gqa reference_compat layers_removed longest_text samples batch_size seed")
+SCORE = named(
+    "score",
+    "variant reduction gqa reference_compat layers_removed longest_text samples batch_size seed prompt_weight "
+    "image_weight answer_weight by_kind",
+)
 PRUNE = named(
     "prune",
     "method stack ratio layers_removed protect rounding attn_layers mlp_layers heads_multiple neurons_multiple heads "

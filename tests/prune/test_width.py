@@ -212,10 +212,10 @@ def test_long_rows_are_unembedded_in_chunks(monkeypatch):
 
     cfg = config(EQUAL)
     expected = score(model(cfg), [batch(cfg)], criterion="taylor")
-    monkeypatch.setattr(module, "CHUNK", 4)  # 9 positions: two whole chunks and a padded one
-    module._forward.clear_cache()
+    monkeypatch.setattr(module, "CHUNK", 4)  # 8 positions of 4 rows: one of each at a time
+    module._loss_gradient.clear_cache()
     again = score(model(cfg), [batch(cfg)], criterion="taylor")
-    module._forward.clear_cache()
+    module._loss_gradient.clear_cache()
     for mine, whole in zip(again.heads + again.mlp, expected.heads + expected.mlp, strict=True):
         np.testing.assert_allclose(mine, whole, rtol=1e-5)
 
@@ -227,6 +227,49 @@ def test_a_mesh_gives_the_same_widths(criterion, options):
     sharded = score(on_mesh(model(cfg), 2, 2, 2), [batch(cfg, rows=8)], criterion=criterion, **options)
     for mine, one in zip(sharded.heads + sharded.mlp, expected.heads + expected.mlp, strict=True):
         np.testing.assert_allclose(mine, one, rtol=2e-5)
+
+
+@pytest.mark.parametrize("budget", [0, 60_000])
+def test_products_that_do_not_fit_are_computed_again_to_the_bit(budget, monkeypatch):
+    from vlmprune_jax.prune.criteria import gradients as module
+
+    cfg, made = config(EQUAL, vision=True), []
+    block = module._block
+    monkeypatch.setattr(module, "_block", lambda *args, **kwargs: made.append(args) or block(*args, **kwargs))
+    batches = [batch(cfg), batch(cfg, seed=3)]
+    expected = score(model(cfg), batches, criterion="taylor")
+    assert len(made) == 10  # layers x steps
+    again = score(model(cfg), batches, criterion="taylor", memory_budget=budget)
+    assert len(made) - 10 == (20 if budget == 0 else 17)  # three of the ten fit
+    assert "memory_budget" not in again.options
+    for mine, whole in zip(again.heads + again.mlp, expected.heads + expected.mlp, strict=True):
+        np.testing.assert_array_equal(mine, whole)
+
+
+@pytest.mark.parametrize("ends", [1, 4, 5])
+def test_an_interrupted_taylor_pass_continues_to_the_byte(ends, tmp_path):
+    from vlmprune_jax.data.cache import ArrayCache
+    from vlmprune_jax.errors import Stopped
+
+    cfg, seen = config(EQUAL, vision=True), []
+    batches = [batch(cfg), batch(cfg, seed=3)]
+    expected = score(model(cfg), batches, criterion="taylor", by_kind=True)
+
+    def stop(done):
+        if done == ends:
+            raise Stopped("stopped")
+
+    with pytest.raises(Stopped):
+        score(model(cfg), batches, criterion="taylor", by_kind=True, progress=stop, cache=ArrayCache(tmp_path, {}))
+    again = score(
+        model(cfg), batches, criterion="taylor", by_kind=True, progress=seen.append, cache=ArrayCache(tmp_path, {})
+    )
+    assert seen == list(range(ends + 1, 6))
+    for mine, whole in zip(again.heads + again.mlp, expected.heads + expected.mlp, strict=True):
+        np.testing.assert_array_equal(mine, whole)
+    for kind, parts in expected.by_kind.items():
+        for mine, whole in zip(again.by_kind[kind]["mlp"], parts["mlp"], strict=True):
+            np.testing.assert_array_equal(mine, whole)
 
 
 def test_taylor_reports_progress_per_layer():

@@ -186,6 +186,21 @@ class ScoreSpec:
     samples: int = setting(50, "Calibration records.", affects=_SCORE, unit="records", least=1)
     batch_size: int = setting(1, "Records of a batch.", affects=_SCORE, unit="rows", least=1, most=MAX_ROWS)
     seed: int = setting(42, "Of which records these are.", affects=_SCORE, least=0, below=2**32)
+    prompt_weight: float = setting(1.0, "What a token of the prompt counts.", affects=_SCORE, least=0)
+    image_weight: float = setting(1.0, "What a token of an image counts.", affects=_SCORE, least=0)
+    answer_weight: float = setting(1.0, "What a token of the answer counts.", affects=_SCORE, least=0)
+    by_kind: bool = setting(
+        False,
+        "Taylor: also the scores by the share of each kind of token, which the others tell anyway.",
+        affects=_SCORE,
+    )
+    memory_budget: int | None = setting(
+        None,
+        "Taylor: what of a device's memory may hold products that are otherwise computed twice; None: half of what is "
+        "free.",
+        unit="bytes",
+        least=0,
+    )
     options: Mapping[str, Any] = setting(
         {}, "A criterion's options that have no setting here, by name.", affects=_SCORE
     )

@@ -16,6 +16,7 @@ from vlmprune_jax.config import LoraConfig, RopeConfig
 from vlmprune_jax.errors import UserError
 
 Axes = tuple[str, ...]
+Product = Callable[[jax.Array, jax.Array, int], jax.Array]
 SAVEABLE = "saveable"
 
 
@@ -83,7 +84,8 @@ class Projection(nnx.Module):
     """A linear map between named axes, kept in Hugging Face's (out, in) order; optionally with a LoRA adapter.
 
     The adapter is added to the output and never merged into the weight here: a merged weight would make the backward
-    pass build the full weight gradient.
+    pass build the full weight gradient. `product`: what multiplies inputs and weight, `contract` or one like it that
+    has a gradient of its own (scoring's).
     """
 
     def __init__(self, sizes: Mapping[str, int], out: Axes, into: Axes, *, bias: bool, lora: LoraConfig | None = None):
@@ -92,6 +94,7 @@ class Projection(nnx.Module):
         self.inputs = tuple(sizes[axis] for axis in into)
         self.bias = declare(sizes, out) if bias else None
         self.lora = lora
+        self.product: Product = contract
         if lora is not None:
             ranked = {**sizes, "rank": lora.rank}
             self.lora_a, self.lora_b = declare(ranked, ("rank", *into)), declare(ranked, (*out, "rank"))
@@ -103,7 +106,7 @@ class Projection(nnx.Module):
 
     def __call__(self, x: jax.Array, dropout_mask: jax.Array | None = None) -> jax.Array:
         """`dropout_mask`: bool mask of the inputs that adapter dropout leaves, or None."""
-        y = _contract(x, self.weight.get_value(), self.n_in)
+        y = self.product(x, self.weight.get_value(), self.n_in)
         if self.bias is not None:
             y = y + _broadcast(self.bias.get_value(), y.ndim)
         if self.lora is not None:
@@ -111,7 +114,7 @@ class Projection(nnx.Module):
             scale = self.lora.alpha / self.lora.rank
             if dropout_mask is not None:
                 x, scale = jnp.where(dropout_mask, x, jnp.zeros_like(x)), scale / (1 - self.lora.dropout)
-            low = saveable(_contract(x, self.lora_a.get_value(), self.n_in) * scale)
+            low = saveable(contract(x, self.lora_a.get_value(), self.n_in) * scale)
             y = y + _expand(low, self.lora_b.get_value())
         return saveable(_compute_gradient_once(y))
 
@@ -141,7 +144,7 @@ def saveable(x: jax.Array) -> jax.Array:
     return checkpoint_name(x, SAVEABLE)
 
 
-def _contract(x: jax.Array, weight: jax.Array, n: int) -> jax.Array:
+def contract(x: jax.Array, weight: jax.Array, n: int) -> jax.Array:
     """Sum over the last `n` axes of both: `[..., in] x [out, in] -> [..., out]`."""
     left = tuple(range(x.ndim - n, x.ndim))
     right = tuple(range(weight.ndim - n, weight.ndim))
@@ -155,7 +158,7 @@ def _expand(low: jax.Array, b: jax.Array) -> jax.Array:
     Its gradient is jax's own but for the order of operands: there XLA:CPU transposes the wide gradient of the output,
     and once more all that made it; here the narrow `low` (8 % of a step of SmolLM2-135M). A TPU takes either.
     """
-    return _contract(low, b, 1)
+    return contract(low, b, 1)
 
 
 def _expand_forward(low: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:

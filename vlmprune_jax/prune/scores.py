@@ -19,6 +19,7 @@ from vlmprune_jax.prune.criteria import scoring
 FORMAT = 1
 MOST_UNITS = 10_000  # layers of a model, heads of a layer
 _TODO = "score again"
+_PARTS = ("importance", "heads", "mlp")
 
 
 class _Version(TypedDict):
@@ -34,13 +35,17 @@ class _Options(TypedDict, total=False):
 
 
 class _Meta(_Version):
-    """`layers`: how many have scores of widths; `stack`: older versions scored the decoder, and did not say so."""
+    """`layers`: how many have scores of widths; `stack`: older versions scored the decoder, and did not say so.
+
+    `kinds`: of tokens that there are scores of.
+    """
 
     criterion: str
     fingerprint: str
     options: _Options
     layers: Annotated[int, msgspec.Meta(ge=0, le=MOST_UNITS)]
     stack: NotRequired[Literal["text", "vision"]]
+    kinds: NotRequired[list[Literal["image", "prompt", "answer"]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +55,8 @@ class Scores:
     `stack`: of the decoder, "text", or of the tower, "vision".
     `importance`: float64[n_layers], or None if the criterion says nothing about whole layers; with an option
     `layers_removed` entry i is of that many consecutive layers from layer i on, together.
+    `by_kind`: the same over the calibration tokens of one kind alone, "image", "prompt" or "answer" -> some of
+    importance, heads and mlp; empty where the criterion does not tell, or all tokens are of one kind.
     `heads[i]`: float64[kv_heads] (whole groups of grouped-query attention) or float64[q_heads] of layer i, as
     `options["gqa"]` says; `mlp[i]`: float64[neurons]. Both None if the criterion says nothing about widths.
     """
@@ -61,6 +68,7 @@ class Scores:
     heads: tuple[np.ndarray, ...] | None = None
     mlp: tuple[np.ndarray, ...] | None = None
     stack: str = "text"
+    by_kind: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, values in self._arrays().items():
@@ -110,6 +118,7 @@ class Scores:
             "options": dict(self.options),
             "layers": 0 if self.heads is None else len(self.heads),
             "stack": self.stack,
+            "kinds": list(self.by_kind),
         }
         with replacing(path) as file:
             np.savez(file, allow_pickle=False, meta=np.array(json.dumps(meta)), **self._arrays())
@@ -124,7 +133,7 @@ class Scores:
         where, arrays = Path(path), dict[str, np.ndarray]()
         missing = "no such scores file: run `vlmprune score` first"
         for name, array in read_arrays(where, missing=missing, todo=_TODO).items():
-            most = array.size if name.startswith("mlp_") else MOST_UNITS
+            most = array.size if "mlp_" in name else MOST_UNITS
             arrays[name] = array if name == "meta" else _numbers(array, most, f"{path}: {name}")
         with reading(path, _TODO):
             meta = parse_json(str(arrays.pop("meta")), f"{path}: meta", _TODO)
@@ -132,27 +141,49 @@ class Scores:
             raise UserError(f"{path}: scores of format {meta['format']}, this version reads {FORMAT}: score again")
         checked(meta, _Meta, f"{path}: meta", _TODO)
         names = {f"{kind}_{i}" for kind in ("heads", "mlp") for i in range(meta["layers"])}
-        if arrays.keys() - {"importance"} != names:
+        sets = {kind: _below(arrays, f"{kind}/") for kind in ("", *meta.get("kinds", ()))}
+        whole = sets.pop("")
+        if whole.keys() - {"importance"} != names:
             raise UserError(f"{path}: says it has {meta['layers']} layers, which its arrays are not of: {_TODO}")
-        wide = range(meta["layers"])
+        if any({n: a.shape for n, a in one.items()} != {n: a.shape for n, a in whole.items()} for one in sets.values()):
+            raise UserError(f"{path}: its scores by kind are not of the shapes of its scores: {_TODO}")
         try:
             return cls(
                 criterion=meta["criterion"],
                 fingerprint=meta["fingerprint"],
                 options=meta["options"],
                 stack=meta.get("stack", "text"),
-                importance=arrays.get("importance"),
-                heads=tuple(arrays[f"heads_{i}"] for i in wide) if wide else None,
-                mlp=tuple(arrays[f"mlp_{i}"] for i in wide) if wide else None,
+                **_parts(whole, meta["layers"]),
+                by_kind={kind: _parts(one, meta["layers"]) for kind, one in sets.items()},
             )
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        arrays = {} if self.importance is None else {"importance": self.importance}
-        for name, parts in (("heads", self.heads), ("mlp", self.mlp)):
-            arrays |= {f"{name}_{i}": part for i, part in enumerate(parts or ())}
+        """By name in the file: `importance`, `heads_0`, `image/heads_0`."""
+        whole = {name: getattr(self, name) for name in _PARTS}
+        arrays = {}
+        for prefix, parts in (("", whole), *((f"{kind}/", parts) for kind, parts in self.by_kind.items())):
+            if parts.get("importance") is not None:
+                arrays[f"{prefix}importance"] = parts["importance"]
+            for name in ("heads", "mlp"):
+                arrays |= {f"{prefix}{name}_{i}": part for i, part in enumerate(parts.get(name) or ())}
         return arrays
+
+
+def _below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The arrays of one kind, by their names without it; those of all tokens have none."""
+    if prefix == "/":
+        return {name: array for name, array in arrays.items() if "/" not in name}
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def _parts(arrays: Mapping[str, np.ndarray], layers: int) -> dict[str, Any]:
+    """The fields of `Scores` that these arrays are."""
+    found: dict[str, Any] = {"importance": arrays["importance"]} if "importance" in arrays else {}
+    for name in ("heads", "mlp") if layers else ():
+        found[name] = tuple(arrays[f"{name}_{i}"] for i in range(layers))
+    return found
 
 
 def _numbers(array: np.ndarray, most: int, where: str) -> np.ndarray:

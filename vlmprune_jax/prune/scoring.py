@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,15 +10,19 @@ import numpy as np
 
 from vlmprune_jax.checks import one_of, with_defaults
 from vlmprune_jax.config import LayerShape
+from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.criteria import CRITERIA
 from vlmprune_jax.prune.criteria.activations import accumulate
-from vlmprune_jax.prune.criteria.calibration import calibration_batches
+from vlmprune_jax.prune.criteria.calibration import KIND_WEIGHTS, calibration_batches, weight_of_kinds
 from vlmprune_jax.prune.criteria.criterion import FIELDS, Criterion, Parts, taken
 from vlmprune_jax.prune.fingerprint import fingerprint
 from vlmprune_jax.prune.scores import Scores
+
+# Options that change how numbers come about, and none of them.
+OPERATIONAL = ("memory_budget",)
 
 
 def score(
@@ -28,6 +33,7 @@ def score(
     stack: str = "text",
     progress: Callable[[int], None] | None = None,
     journal: Journal | None = None,
+    cache: ArrayCache | None = None,
     **options: Any,
 ) -> Scores:
     """What a criterion of `vp.criteria` says about a stack: importances of layers, of heads and neurons, or of both.
@@ -40,15 +46,17 @@ def score(
         learnt) for criteria that need them; None for those that look at weights alone.
       stack: whose layers: the decoder's, "text", or the tower's, "vision", over the images of the batches.
       progress: called with the number of finished batches or layers, as the criterion counts.
-      journal: where a criterion that journals keeps what each batch gave, to continue after an interruption.
-      options: the criterion's own, see `vp.criteria[name].options`.
+      journal, cache: where a criterion that journals keeps what each batch gave, or each layer (one that needs labels),
+        to continue after an interruption.
+      options: the criterion's own, see `vp.criteria[name].options`; with those that look at tokens also
+        `image_weight`, `prompt_weight` and `answer_weight`, what tokens of each kind count, 1 by default.
 
     Raises:
       UserError: an unknown criterion or option (with a suggestion), a stack that the model does not have or the
         criterion does not score, or batches that do not fit the model.
     """
     chosen = CRITERIA[one_of("criterion", criterion, tuple(CRITERIA))]
-    settings = with_defaults(f"criterion {criterion!r}", options, chosen.options)
+    settings = with_defaults(f"criterion {criterion!r}", options, chosen.settings)
     model.cfg.stack(stack)
     if stack not in chosen.stacks:
         others = ", ".join(name for name, one in CRITERIA.items() if stack in one.stacks)
@@ -57,10 +65,13 @@ def score(
         raise UserError(f"criterion {criterion!r} scores plain weights: merge the LoRA adapters first")
     if chosen.needs_batches and batches is None:
         raise UserError(f"criterion {criterion!r} needs calibration batches")
-    parts = _measure(chosen, model, batches or (), settings, stack, progress, journal if chosen.journals else None)
-    layers = model.cfg.stack(stack).layers
-    checked = _checked(criterion, chosen, parts, settings, layers)
-    return Scores(criterion, fingerprint(model), settings, **checked, stack=stack)
+    if not chosen.journals:
+        journal = cache = None
+    parts, by_kind = _measure(chosen, model, batches or (), settings, stack, progress, journal, cache)
+    for one in (parts, *by_kind.values()):
+        _check(criterion, chosen, one, settings, model.cfg.stack(stack).layers)
+    told = {name: value for name, value in settings.items() if name not in OPERATIONAL}
+    return Scores(criterion, fingerprint(model), told, **parts, stack=stack, by_kind=by_kind)
 
 
 def _measure(
@@ -71,21 +82,39 @@ def _measure(
     stack: str,
     progress: Callable[[int], None] | None,
     journal: Journal | None,
-) -> Parts:
+    cache: ArrayCache | None,
+) -> tuple[Parts, Mapping[str, Parts]]:
+    """The scores, and those over the tokens of each kind; all of a tower's are of images."""
     options = taken(chosen.function, {**settings, "stack": stack})
     if not chosen.needs_batches:
-        return chosen.function(model, **options)
+        return chosen.function(model, **options), {}
     checked = calibration_batches(batches, model.cfg, labels=chosen.needs == "labels")
     if chosen.finish is None:
-        return chosen.function(model, checked, progress, **options)
-    sums = accumulate(model, checked, chosen.function, options, stack=stack, progress=progress, journal=journal)
-    return chosen.finish(sums, model, **taken(chosen.finish, {**settings, "stack": stack}))
+        kept = {"cache": cache} if chosen.journals else {}
+        found = chosen.function(model, checked, progress, **options, **kept)
+        return found if chosen.splits else (found, {})
+    weight_of = weight_of_kinds({**KIND_WEIGHTS, **(settings if chosen.splits and stack == "text" else {})})
+    # summed exactly as the paper's code does, padding counts too: there is no such sum over a kind
+    splits = chosen.splits and stack == "text" and not settings.get("reference_compat")
+    sums, by_kind = accumulate(
+        model,
+        checked,
+        chosen.function,
+        options,
+        stack=stack,
+        weight_of=weight_of,
+        splits=splits,
+        progress=progress,
+        journal=journal,
+    )
+    finish = functools.partial(chosen.finish, model=model, **taken(chosen.finish, {**settings, "stack": stack}))
+    return finish(sums), {name: finish(one) for name, one in by_kind.items()}
 
 
-def _checked(
+def _check(
     name: str, chosen: Criterion, parts: Parts, settings: Mapping[str, Any], layers: Sequence[LayerShape]
-) -> Parts:
-    """The parts, if they are what the criterion says it scores, in the shapes of these layers."""
+) -> None:
+    """Refuse parts that are not what the criterion says it scores, in the shapes of these layers."""
     heads = [one.q_heads if settings.get("gqa") == "q_heads" else one.kv_heads for one in layers]
     shapes = {
         "importance": (len(layers),),
@@ -99,4 +128,3 @@ def _checked(
     }
     if found != wanted:
         raise UserError(f"criterion {name!r} gives {found} where the scores of this model have the shapes {wanted}")
-    return parts

@@ -15,7 +15,7 @@ from vlmprune_jax.errors import UserError, printable
 from vlmprune_jax.prune import PrunePlan, Scores
 from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.metrics import read_metrics
-from vlmprune_jax.report import fit, plots
+from vlmprune_jax.report import fit, kinds, plots
 from vlmprune_jax.report.result import averaged_sets, main_value, read_result, shown
 
 Json = dict[str, Any]
@@ -138,6 +138,7 @@ def build_report(workdir: Path) -> Path:
                 },
                 *_set_section(result, measured[1:]),
                 *_importance_section(workdir, result),
+                *_kinds_section(workdir, result),
                 *_loss_section(workdir, result),
             ],
             groups=list(_groups(result)),
@@ -251,6 +252,20 @@ def _importance_section(workdir: Path, result: Json) -> Iterator[Json]:
         yield {"title": "Importance and what was removed", "figures": figures}
 
 
+def _kinds_section(workdir: Path, result: Json) -> Iterator[Json]:
+    """One figure per scores file that tells kinds of tokens apart."""
+    figures: list[Json] = []
+    for name in dict.fromkeys(name for run in result["runs"] for name in run["scores"]):
+        scores = Scores.load(workdir / name)
+        if scores.by_kind and len(figures) < MOST_DRAWN:
+            _check_drawable(scores)
+            shares = {k: (kinds.head_shares(parts), kinds.layer_shares(parts)) for k, parts in scores.by_kind.items()}
+            figure = plots.kinds_figure(f"{scores.criterion} by kind of token", shares)
+            figures.append(_figure(figure, f"{name}. {kinds.serves_vision(scores)}"))
+    if figures:
+        yield {"title": "Importance by kind of token", "figures": figures}
+
+
 def _importance_figure(scores: Scores, plan: PrunePlan) -> Any:
     if scores.stack not in plan.stacks:
         raise UserError(f"{scores.criterion} scores are of the {scores.stack} stack, which the plan says nothing about")
@@ -267,12 +282,16 @@ def _importance_figure(scores: Scores, plan: PrunePlan) -> Any:
         )
         for layer in kept_of.layers
     }
-    if len(scores.heads) * max(map(len, scores.heads)) > MOST_UNITS:
+    _check_drawable(scores)
+    return plots.width_importance_figure(f"{what} per attention head", scores.heads, kept)
+
+
+def _check_drawable(scores: Scores) -> None:
+    if scores.heads is not None and len(scores.heads) * max(map(len, scores.heads)) > MOST_UNITS:
         raise UserError(
             f"{scores.criterion} scores are of {len(scores.heads):,} layers with up to "
             f"{max(map(len, scores.heads)):,} heads, too many for a figure: score again"
         )
-    return plots.width_importance_figure(f"{what} per attention head", scores.heads, kept)
 
 
 def _loss_section(workdir: Path, result: Json) -> Iterator[Json]:

@@ -185,11 +185,7 @@ def width_importance_figure(
 
     `kept`: original layer number -> (kept units, kept neurons, neurons before); a layer that is missing is gone whole.
     """
-    n_layers, widest = len(heads), max(len(h) for h in heads)
-    shares = np.full((widest, n_layers), np.nan)
-    for layer, values in enumerate(heads):
-        finite = np.where(np.abs(values) < LARGEST, values, np.nan)
-        shares[: len(values), layer] = finite / max([1e-30, *finite[np.isfinite(finite)]])
+    n_layers, shares = len(heads), _by_layer(heads)
     with _style(title):
         figure = Figure(figsize=(7.6, 3.4), layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
@@ -211,9 +207,47 @@ def width_importance_figure(
         return figure
 
 
-def _layer_axis(axes: Axes, which: str, n_layers: int) -> None:
+def kinds_figure(title: str, kinds: Mapping[str, tuple[Sequence[np.ndarray] | None, np.ndarray]]) -> Figure:
+    """Importance by kind of token, a column each: of heads (as a share of the layer's largest), and of layers.
+
+    `kinds`: name -> (per layer what each head has, or None; float[n_layers] what each layer has of the kind's sum).
+    """
+    drawn = {name: heads for name, (heads, _) in kinds.items() if heads is not None}
+    top = max(float(layers.max()) for _, layers in kinds.values()) or 1.0
+    with _style(title, *kinds):
+        figure = Figure(figsize=(9.2, 4.2 if drawn else 2.4), layout="constrained")
+        panels = figure.subplots(1 + bool(drawn), len(kinds), sharex=True, sharey="row", squeeze=False)
+        image = None
+        for column, (name, (heads, layers)) in zip(panels.T, kinds.items(), strict=True):
+            if heads is not None:
+                shares = _by_layer(heads)
+                image = column[0].imshow(shares, aspect="auto", cmap="viridis", vmin=0, vmax=1, origin="lower")
+                column[0].grid(visible=False)
+                column[0].yaxis.set_major_locator(MaxNLocator(integer=True))
+            column[0].set_title(f"{name} tokens")
+            column[-1].bar(range(len(layers)), 100 * layers, color=COLOURS[0])
+            column[-1].set_ylim(0, 108 * top)
+            _layer_axis(column[-1], "x", len(layers), most=8)
+        panels[-1, 0].set_ylabel("layer's share\nof the sum (%)")
+        if image is not None:
+            panels[0, 0].set_ylabel("attention head")
+            figure.colorbar(image, ax=panels[0], label="importance /\nlargest of layer")
+        figure.suptitle(legible(title, LONGEST_TITLE), x=0.01, ha="left", fontsize=10.5)
+        return figure
+
+
+def _by_layer(heads: Sequence[np.ndarray]) -> np.ndarray:
+    """float[widest, n_layers]: what each unit has of the layer's largest; NaN where there is none."""
+    shares = np.full((max(len(h) for h in heads), len(heads)), np.nan)
+    for layer, values in enumerate(heads):
+        finite = np.where(np.abs(values) < LARGEST, values, np.nan)
+        shares[: len(values), layer] = finite / max([1e-30, *finite[np.isfinite(finite)]])
+    return shares
+
+
+def _layer_axis(axes: Axes, which: str, n_layers: int, most: int = 32) -> None:
     axes.set(**{f"{which}label": "decoder layer (original number)"})
-    axes.get_xaxis().set_major_locator(MaxNLocator(integer=True, nbins=min(n_layers, 32) + 1))
+    axes.get_xaxis().set_major_locator(MaxNLocator(integer=True, nbins=min(n_layers, most) + 1))
     axes.set_xlim(-0.6, n_layers - 0.4)
     axes.grid(visible=False, axis="x")
 

@@ -8,9 +8,11 @@ from typing import Any, NotRequired, TypedDict
 
 from vlmprune_jax.checked_files import Count
 from vlmprune_jax.config import STACKS
+from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.prune import CRITERIA, score
+from vlmprune_jax.prune.criteria.calibration import KIND_WEIGHTS
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import (
     Context,
@@ -44,14 +46,22 @@ def criteria_of(experiment: Experiment, stack: str | None = None) -> dict[str, s
 def score_options(experiment: Experiment, criterion: str) -> dict[str, Any]:
     """Those of the score settings that are options of a criterion."""
     spec = experiment.score
-    given = {k: v for k, v in vars(spec).items() if v is not None and k != "options"}
-    return {k: v for k, v in {**given, **spec.options}.items() if k in CRITERIA[criterion].options}
+    chosen = CRITERIA[criterion]
+    given = {k: v for k, v in vars(spec).items() if v is not None and k in chosen.settings}
+    if not chosen.splits:  # an option of such a name is its own
+        given = {k: v for k, v in given.items() if k not in KIND_WEIGHTS}
+    return {**given, **{k: v for k, v in spec.options.items() if k in chosen.settings}}
 
 
 def criterion_files(criteria: Iterable[str]) -> dict[str, Path]:
     """The files of users' own criteria: what these give changes with them."""
     files = {f"criterion {name}": CRITERIA[name].file for name in criteria}
     return {name: path for name, path in files.items() if path is not None}
+
+
+def _parts(output: Path) -> Path:
+    """Where a pass that goes from layer to layer keeps what it has."""
+    return output.with_name(f".{output.name}.parts")
 
 
 class _Facts(TypedDict):
@@ -78,7 +88,7 @@ def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
             **criterion_files(criteria.values()),
         ),
         outputs=[folder / name for name in criteria],
-        journals=[journal_path(folder / name) for name in criteria],
+        journals=[path for name in criteria for path in (journal_path(folder / name), _parts(folder / name))],
         facts=_Facts,
     )
 
@@ -93,10 +103,16 @@ def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
             )
         for stack in stacks_of(experiment):
             for name, criterion in criteria_of(experiment, stack).items():
-                total = CRITERIA[criterion].total(model.cfg, batches or [], stack)
-                journal = journal_of(experiment.mesh, journal_path(folder / name), total)
+                chosen = CRITERIA[criterion]
+                total = chosen.total(model.cfg, batches or [], stack)
+                kept: dict[str, Any] = {}
+                if chosen.needs == "labels" and chosen.journals and stack == "text":
+                    made_from = {"criterion": criterion, "settings": settings, "mesh": vars(experiment.mesh)}
+                    kept["cache"] = ArrayCache(_parts(folder / name), made_from)
+                else:
+                    kept["journal"] = journal_of(experiment.mesh, journal_path(folder / name), total)
                 what = criterion if stack == "text" else f"{criterion} of the tower"
-                options = {"stack": stack, "journal": journal, **score_options(experiment, criterion)}
+                options = {"stack": stack, **kept, **score_options(experiment, criterion)}
                 with context.phase(f"score ({what})", total) as progress:
                     scores = score(model, batches, criterion=criterion, progress=progress, **options)
                 if is_main_process():

@@ -19,13 +19,14 @@ from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.decoder import TAP_INPUTS, Block, Tap
 from vlmprune_jax.models.vlm import Model, Params, encode, mesh_of, place_batch, to_nnx
-from vlmprune_jax.prune.criteria.calibration import IMAGE, PADDING, Arrays
+from vlmprune_jax.prune.criteria.calibration import IMAGE, KINDS, PADDING, Arrays, kinds_in
 
 
 class Tokens(NamedTuple):
     """The tokens of a batch, both [batch, seq]; of a tower every position of every image is a row of one token.
 
-    `weight`: float32, 1 where a token is real, 0 where it is padding. `kind`: int32, one of PADDING, PROMPT, IMAGE and
+    `weight`: float32, what a token counts: 0 where it is padding or of a kind that is left out, else 1 or what the
+    settings say its kind counts. `kind`: int32, one of PADDING, PROMPT, IMAGE and
     ANSWER (a token with a label; of a batch without labels none is).
     """
 
@@ -51,13 +52,19 @@ def accumulate(
     options: Mapping[str, Any],
     *,
     stack: str,
+    weight_of: np.ndarray,
+    splits: bool,
     progress: Callable[[int], None] | None,
     journal: Journal | None,
-) -> Any:
+) -> tuple[Any, dict[str, Any]]:
     """The tree that `function(blocks, tokens, **options)` gives, float64 on the host, added up over all batches.
 
-    `stack`: whose blocks these are; of the tower's, batches without an image have nothing to say. `journal`: where each
-    batch's sums are kept, and continued from.
+    With `splits` also the trees over the tokens of each kind alone, by name, if there are several kinds.
+
+    Args:
+      stack: whose blocks these are; of the tower's, batches without an image have nothing to say.
+      weight_of: float32[4], what a token of each kind counts.
+      journal: where each batch's sums are kept, and continued from.
 
     Raises:
       UserError: the tower is asked about, and no batch has an image.
@@ -65,27 +72,39 @@ def accumulate(
     mesh = mesh_of(model.params)
     params = jax.tree.map(jnp.asarray, model.params) if mesh is None else model.params
     fixed = tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in options.items())
+    # every way that tokens are counted: all of them, and each kind alone
+    counted_as = [weight_of, *(np.eye(4, dtype=np.float32)[kind] for kind in KINDS.values() if splits)]
     step = functools.partial(_sums, cfg=model.cfg, stack=stack, function=function, options=fixed)
+    ways, counts = jnp.asarray(np.stack(counted_as)), np.zeros(4, int)
     batches = iter(batches) if stack == "text" else with_images(batches)
     first = next(batches)
 
+    def counted(batches: Iterable[Arrays]) -> Iterator[Arrays]:
+        for arrays in batches:
+            counts[:] += np.bincount(arrays["kind"].ravel(), minlength=4)
+            yield arrays
+
     def sums(arrays: Arrays) -> list[Any]:
         placed = place_batch(_inputs(arrays), mesh)
-        leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(step(params, placed))]
+        leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(step(params, placed, ways))]
         return leaves if journal is None else [leaf.tolist() for leaf in leaves]
 
     totals: list[np.ndarray] = []
     with within(mesh):
         # not from a result: an interrupted pass may find all of them in its journal
-        expected = jax.eval_shape(step, params, _inputs(first))
+        expected = jax.eval_shape(step, params, _inputs(first), ways)
         structure, shapes = jax.tree.structure(expected), [leaf.shape for leaf in jax.tree.leaves(expected)]
-        entries = continued(sums, itertools.chain([first], batches), journal, lambda _, entry: _fits(entry, shapes))
+        entries = continued(
+            sums, counted(itertools.chain([first], batches)), journal, lambda _, entry: _fits(entry, shapes)
+        )
         for done, entry in enumerate(entries, start=1):
             new = [np.asarray(leaf) for leaf in entry]
             totals = [total + leaf for total, leaf in zip(totals, new, strict=True)] if totals else new
             if progress is not None:
                 progress(done)
-    return jax.tree.unflatten(structure, totals)
+    trees = [jax.tree.unflatten(structure, [total[i] for total in totals]) for i in range(len(counted_as))]
+    alone = dict(zip(KINDS, trees[1:], strict=False))
+    return trees[0], {name: alone[name] for name in kinds_in(counts) if splits}
 
 
 def _fits(entry: Any, shapes: list[tuple[int, ...]]) -> bool:
@@ -117,19 +136,22 @@ def with_images(batches: Iterable[Arrays]) -> Iterator[Arrays]:
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "stack", "function", "options"))
-def _sums(params, batch, *, cfg, stack, function, options):
-    run, tokens = (_decoder if stack == "text" else _tower)(params, cfg, batch)
+def _sums(params, batch, counting, *, cfg, stack, function, options):
+    run, kind = (_decoder if stack == "text" else _tower)(params, cfg, batch)
 
     def blocks(tap: Tap, inputs: tuple[str, ...] = ()) -> list[Any]:
         for name in inputs:
             one_of("input", name, TAP_INPUTS)
         return run(tap, tuple(inputs))
 
-    sums = function(blocks, tokens, **dict(options))
+    def of(weights: jax.Array) -> Any:
+        return function(blocks, Tokens(weights[kind], kind), **dict(options))
+
+    sums = jax.vmap(of)(counting)  # the blocks depend on none of them, and run once
     return jax.tree.map(lambda leaf: constrain(leaf, (None,) * leaf.ndim), sums)
 
 
-Run = tuple[Callable[[Tap, tuple[str, ...]], list[Any]], Tokens]
+Run = tuple[Callable[[Tap, tuple[str, ...]], list[Any]], jax.Array]  # over the blocks, and the kind of every token
 
 
 def _decoder(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
@@ -142,7 +164,7 @@ def _decoder(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
         )  # fmt: skip
         return aux["tap"]
 
-    return run, Tokens(mask.astype(jnp.float32), batch["kind"])
+    return run, batch["kind"]
 
 
 def _tower(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
@@ -161,7 +183,7 @@ def _tower(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
 
         return tower.tapped(images, tapped, inputs)[1]
 
-    return run, Tokens(real.astype(jnp.float32), jnp.where(real, IMAGE, PADDING))
+    return run, jnp.where(real, IMAGE, PADDING)
 
 
 def real_images(kind: Any, slots: int, tokens_per_image: int) -> Any:

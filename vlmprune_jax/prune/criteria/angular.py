@@ -21,7 +21,7 @@ from vlmprune_jax.prune.criteria.criterion import Criterion, Parts
 def angles(blocks: Blocks, tokens: Tokens, *, layers_removed: int | None) -> tuple[jax.Array, jax.Array]:
     """Sums over rows of arccos(cos)/pi between h_i and h_{i + layers_removed}, one per start i, and how many rows.
 
-    States are those of each row's last real token; a row of padding does not count.
+    States are those of each row's last token that counts; a row counts what that token does.
 
     Raises:
       UserError: `layers_removed` is not given, or does not leave a layer.
@@ -29,8 +29,8 @@ def angles(blocks: Blocks, tokens: Tokens, *, layers_removed: int | None) -> tup
     if layers_removed is None:
         raise UserError("criterion 'angular' needs layers_removed= (the number of consecutive layers to remove)")
     weight = tokens.weight
-    last = weight.shape[1] - 1 - jnp.argmax(weight[:, ::-1], axis=1)
-    real = weight.max(axis=1) > 0
+    last = weight.shape[1] - 1 - jnp.argmax(weight[:, ::-1] > 0, axis=1)
+    counts = jnp.take_along_axis(weight, last[:, None], axis=1)[:, 0]
 
     def at_last(x: jax.Array) -> jax.Array:
         return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
@@ -44,8 +44,8 @@ def angles(blocks: Blocks, tokens: Tokens, *, layers_removed: int | None) -> tup
     states = jnp.stack([*(before for before, _ in ends), ends[-1][1]])  # [n_layers + 1, batch, embed]
     # clipped: rounding can leave a cosine above 1, whose arccos is NaN
     cosine = jnp.clip(1 - cosine_distance(states[:-layers_removed], states[layers_removed:]), -1, 1)
-    angle = jnp.where(real[None], jnp.arccos(cosine) / jnp.pi, jnp.zeros_like(cosine))
-    return angle.sum(axis=1), real.astype(jnp.float32).sum()
+    angle = jnp.where(counts[None] > 0, counts[None] * jnp.arccos(cosine) / jnp.pi, jnp.zeros_like(cosine))
+    return angle.sum(axis=1), counts.sum()
 
 
 def mean_angle(sums: Any, model: Model, *, reference_compat: bool, stack: str) -> Parts:
@@ -67,4 +67,5 @@ ANGULAR = Criterion(
     options={"layers_removed": None, "reference_compat": False},
     journals=True,
     stacks=STACKS,
+    splits=True,
 )

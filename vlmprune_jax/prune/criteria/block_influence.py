@@ -16,7 +16,7 @@ from vlmprune_jax.prune.criteria.criterion import Criterion, Parts
 
 
 def distances(blocks: Blocks, tokens: Tokens, *, reference_compat: bool) -> tuple[jax.Array, jax.Array]:
-    """Sums of 1 - cos(input, output) of each layer over the real tokens, float[n_layers], and how many these are.
+    """Weighted sums of 1 - cos(input, output) of each layer over the tokens, float[n_layers], and of the weights.
 
     The last layer's output is taken after the final norm, and a token whose input or output is zero counts 0.5.
     `reference_compat` sums over all positions, padding included.
@@ -26,7 +26,7 @@ def distances(blocks: Blocks, tokens: Tokens, *, reference_compat: bool) -> tupl
     def tap(block: Block) -> jax.Array:
         # where, not a product: padding may hold anything, and NaN * 0 is NaN
         distance = cosine_distance(block.before, block.after)
-        return jnp.sum(jnp.where(weight > 0, distance, jnp.zeros_like(distance)))
+        return jnp.sum(jnp.where(weight > 0, weight * distance, jnp.zeros_like(distance)))
 
     return jnp.stack(blocks(tap)), jnp.sum(weight)
 
@@ -58,4 +58,5 @@ BLOCK_INFLUENCE = Criterion(
     options={"reference_compat": False},
     journals=True,
     stacks=STACKS,
+    splits=True,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from vlmprune_jax.models.vlm import check_inputs
 Arrays = dict[str, np.ndarray]
 # What a token is; an answer is a token with a label.
 PADDING, PROMPT, IMAGE, ANSWER = range(4)
+KINDS = {"image": IMAGE, "prompt": PROMPT, "answer": ANSWER}
+KIND_WEIGHTS = {f"{name}_weight": 1.0 for name in KINDS}
 
 
 def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: bool) -> Iterator[Arrays]:
@@ -35,6 +37,20 @@ def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: boo
             raise UserError(f"calibration batch {number}: {error}") from None
     if number < 0:
         raise UserError("there are no calibration batches: pass at least one")
+
+
+def weight_of_kinds(options: Mapping[str, float]) -> np.ndarray:
+    """float32[4]: what a token of each kind counts by these options (of `KIND_WEIGHTS`); padding counts nothing."""
+    weights = np.zeros(4, np.float32)
+    for name, kind in KINDS.items():
+        weights[kind] = options[f"{name}_weight"]
+    return weights
+
+
+def kinds_in(counts: np.ndarray) -> list[str]:
+    """Names of the kinds that there are tokens of (int[4], how many of each), if they are several."""
+    names = [name for name, kind in KINDS.items() if counts[kind]]
+    return names if len(names) > 1 else []
 
 
 def positive(count: Any) -> Any:

@@ -19,7 +19,7 @@ from vlmprune_jax.config import STACKS
 from vlmprune_jax.models.decoder import TAP_INPUTS, Block
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.criteria.activations import Blocks, Tokens
-from vlmprune_jax.prune.criteria.calibration import IMAGE, positive
+from vlmprune_jax.prune.criteria.calibration import positive
 from vlmprune_jax.prune.criteria.criterion import Criterion, Parts
 from vlmprune_jax.prune.criteria.groups import reduce_inputs
 from vlmprune_jax.prune.criteria.magnitude import input_weights
@@ -27,12 +27,9 @@ from vlmprune_jax.prune.criteria.magnitude import input_weights
 Moments = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of means of x and of x^2
 
 
-def moments(blocks: Blocks, tokens: Tokens, *, image_weight: float) -> tuple[list[Any], jax.Array]:
-    """Sums of w x and w x^2 of every channel that o_proj and down_proj read, per layer, and of w.
-
-    Image tokens count `image_weight`, all others 1.
-    """
-    weight = jnp.where(tokens.kind == IMAGE, jnp.float32(image_weight), 1.0) * tokens.weight
+def moments(blocks: Blocks, tokens: Tokens) -> tuple[list[Any], jax.Array]:
+    """Sums of w x and w x^2 of every channel that o_proj and down_proj read, per layer, and of w."""
+    weight = tokens.weight
 
     def tap(block: Block) -> dict[str, tuple[jax.Array, jax.Array]]:
         found = {}
@@ -74,8 +71,9 @@ ACTIVATION, FLUCTUATION = (
         needs="activations",
         function=moments,
         finish=functools.partial(weighted, moment=moment, power=power),
-        options={"gqa": "groups", "image_weight": 1.0},
+        options={"gqa": "groups"},
         stacks=STACKS,
+        splits=True,
     )
     for moment, power in ((_root_mean_square, 1), (_variance, 2))
 )

@@ -11,6 +11,7 @@ from typing import Any
 from vlmprune_jax.checks import file_of_users, one_of
 from vlmprune_jax.config import STACKS, ModelConfig
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.prune.criteria.calibration import KIND_WEIGHTS
 
 NEEDS = ("weights", "activations", "labels")
 # What a criterion scores -> the fields of Scores that it fills.
@@ -32,12 +33,15 @@ class Criterion:
         device (`activations.Blocks`, `activations.Tokens`). Sums of all batches are added up in float64, and
         `finish(sums, model, **options)` -> parts.
       labels: function(model, batches, progress, **options) -> parts, a pass of its own over checked batches that have
-        labels (weight gradients: `gradients.gradient_channels`).
+        labels (weight gradients: `gradients.gradient_channels`); with `splits` -> (parts, {kind: parts}), and with
+        `journals` it takes a `cache` (`data.cache.ArrayCache`, or None) to continue from.
     Parts are fields of `Scores`: {"importance": ...}, {"heads": ..., "mlp": ...} or all three.
 
     `stacks`: whose layers it can score, see `config.STACKS`; a function with a parameter `stack` is told which ones.
     `counts`: what `progress` is called with, the number of finished "batches" or "layers". `journals`: whether the sums
     of every batch are kept on disk, so that an interrupted pass continues after them; for sums of few numbers.
+    `splits`: whether all that it sums is weighed by `tokens.weight`, so that over the tokens of a kind it says what the
+    model does with these; its scores then come by kind of token as well (`Scores.by_kind`).
 
     Raises:
       UserError: a description that contradicts itself, or an option that no function has a parameter for.
@@ -51,6 +55,7 @@ class Criterion:
     counts: str = "batches"
     journals: bool = False
     stacks: tuple[str, ...] = ("text",)
+    splits: bool = False
 
     def __post_init__(self) -> None:
         for what in self.scores:
@@ -60,11 +65,22 @@ class Criterion:
         one_of("a criterion's needs:", self.needs, NEEDS)
         one_of("a criterion's counts:", self.counts, ("batches", "layers"))
         streams = self.needs == "activations"
-        if streams != (self.finish is not None) or (self.journals and not streams):
-            raise UserError('a criterion has finish= (and may have journals=True) where it needs "activations", only')
+        resumes = streams or taken(self.function, {"cache": None})
+        if streams != (self.finish is not None) or (self.journals and not resumes):
+            raise UserError(
+                "a criterion has finish= (and may have journals=True without a parameter cache) "
+                'where it needs "activations", only'
+            )
+        if self.splits and not self.needs_batches:
+            raise UserError('a criterion that needs "weights" has no tokens that it splits= by kind')
         for name in self.options:
             if not any(name in taken(function, {name: None}) for function in (self.function, self.finish) if function):
                 raise UserError(f"a criterion's option {name!r} does nothing: its functions have no parameter {name}")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """`options`, and what tokens of each kind count where that is not the criterion's own business."""
+        return {**self.options, **(KIND_WEIGHTS if self.splits else {})}
 
     @property
     def needs_batches(self) -> bool:

@@ -7,29 +7,33 @@ tower are never differentiated.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
-from vlmprune_jax.config import IGNORED, ModelConfig, runs
-from vlmprune_jax.distributed.mesh import row_ways, within
-from vlmprune_jax.distributed.rules import constrain, sharding
-from vlmprune_jax.errors import UserError
-from vlmprune_jax.models.decoder import Context
+from vlmprune_jax.config import IGNORED, ModelConfig, TextConfig, runs
+from vlmprune_jax.data.cache import ArrayCache
+from vlmprune_jax.distributed.memory import free_memory
+from vlmprune_jax.distributed.mesh import from_all, whole, within
+from vlmprune_jax.distributed.rules import constrain
+from vlmprune_jax.errors import Stopped, UserError
+from vlmprune_jax.models.cross_entropy import chunks, cross_entropy
+from vlmprune_jax.models.decoder import STREAM
 from vlmprune_jax.models.params import flatten
-from vlmprune_jax.models.vlm import Model, Params, VisionLanguageModel, mesh_of, text_context, to_nnx
-from vlmprune_jax.prune.criteria.calibration import Arrays
+from vlmprune_jax.models.vlm import Model, Params, mesh_of, place_batch, to_nnx
+from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, KINDS, PADDING, PROMPT, Arrays, kinds_in
 from vlmprune_jax.prune.criteria.groups import coupled
+from vlmprune_jax.prune.criteria.linearized import linearized
 
-CHUNK = 256  # positions whose float32 logits exist at once: 33 MB a row for 32,000 words
+Found = dict[str, Any]  # of one layer: path of a weight -> what was made of its gradient
+CHUNK = 512  # positions whose float32 logits exist at once: 66 MB for 32,000 words
 
 
 def gradient_channels(
@@ -39,50 +43,145 @@ def gradient_channels(
     *,
     squares: bool,
     rows_per_step: int | None,
+    memory_budget: int | None,
+    weight_of: np.ndarray,
+    by_kind: bool,
     progress: Callable[[int], None] | None,
-) -> list[dict[str, Any]]:
+    cache: ArrayCache | None,
+) -> tuple[list[Found], dict[str, list[Found]]]:
     """Per layer {path: channels(weight, gradient, squared, axis)} of its coupled weights (see `groups.coupled`).
 
     `gradient`: of the mean cross-entropy over all labels of all batches, however the rows are cut; `squared`: with
     `squares` the mean over the samples of the squared gradients of their own mean losses, else None; all float32 in the
     weight's shape. `axis` is the one that is not pruned: `channels` reduces over it, on the device, to any tree.
 
+    The gradient by the weight of a projection is a sum over the tokens that go through it, of gradient at its output
+    times input. `weight_of` weighs them by kind. With `by_kind` there is also what `channels` makes of the share of
+    each kind alone, by name; these shares add up to the gradient.
+
     Args:
       batches: with labels (-100 ignored, not shifted). Rows of different length are padded on the right.
       channels: a function of a module; its identity decides what is compiled again.
       rows_per_step: rows differentiated at once, default the first batch's; with `squares` it is 1.
+      memory_budget: bytes on a device for products that are kept for the backward pass, default half of what is free;
+        those that do not fit are computed twice. It does not change the result, to the bit.
+      weight_of: float32[4], what a token of each kind counts.
       progress: called with the number of finished layers.
+      cache: where an interrupted pass continues from: an eighth of the layers at a time, and where `Stopped` ends it.
 
     Raises:
       UserError: no label at all.
     """
-    cfg, mesh = model.cfg, mesh_of(model.params)
     data = _stack(batches, 1 if squares else rows_per_step)
-    counts = _label_counts(data["labels"])
-    if counts.sum() == 0:
+    labels = _label_counts(data["labels"])
+    if labels.sum() == 0:
         raise UserError(
             f"the calibration batches have no label: every one is {IGNORED}, so there is no loss to differentiate"
         )
-    # all-(-100) rows, such as the filler of a last batch, are not samples
-    total, samples = float(counts.sum()), float((counts > 0).sum())
-    params = jax.tree.map(jnp.asarray, model.params) if mesh is None else model.params
-    placed = _place(data, mesh)
-    layers: list[dict[str, Any]] = []  # from the last to the first
+    kinds = kinds_in(np.bincount(data["kind"].ravel(), minlength=4)) if by_kind else []
+    ways = [weight_of, *(np.eye(4, dtype=np.float32)[KINDS[name]] for name in kinds)]
+    mesh = mesh_of(model.params)
+    if mesh is None:
+        model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
     with within(mesh):
-        inputs, cotangent = _forward(params, cfg, placed)
-        weights = jnp.asarray(counts.sum(axis=1), jnp.float32)
-        for run, (_, length, _) in reversed(list(enumerate(runs(cfg.text.layers)))):
-            own, alone = _only_run(params, cfg, run)
-            for i in reversed(range(length)):
-                scores, cotangent = _layer(
-                    own, inputs[run], cotangent, placed["attention_mask"], weights, i, total, samples,
-                    cfg=alone, squares=squares, channels=channels,
-                )  # fmt: skip
-                layers.append(jax.tree.map(np.asarray, scores))
-                if progress is not None:
-                    progress(len(layers))
-            inputs[run] = None
+        steps = [place_batch(one, mesh) for one in _micro(data, ways)]
+        # all-(-100) rows, such as the filler of a last batch, are not samples
+        weighed = _Weighed(labels.sum(axis=1), float(labels.sum()), float((labels > 0).sum()))
+        layers = _backward(model, steps, weighed, channels, squares, _Budget(memory_budget), progress, cache)
+    found = [[jax.tree.map(operator.itemgetter(way), layer) for layer in layers] for way in range(len(ways))]
+    return found[0], dict(zip(kinds, found[1:], strict=True))
+
+
+class _Weighed(NamedTuple):
+    """Labels of each step (int[steps]) and of all, and the number of samples."""
+
+    steps: np.ndarray
+    total: float
+    samples: float
+
+
+def _backward(
+    model: Model,
+    steps: list[dict[str, Any]],
+    weighed: _Weighed,
+    channels: Callable[..., Any],
+    squares: bool,
+    budget: _Budget,
+    progress: Callable[[int], None] | None,
+    cache: ArrayCache | None,
+) -> list[Found]:
+    """Of every layer what `channels` made, with a first axis of the ways that tokens are counted in."""
+    cfg, n_layers = model.cfg, len(model.cfg.text.layers)
+    ways = 1 if steps[0]["counts"] is None else steps[0]["counts"].shape[1]
+    structure = functools.partial(_structure, model, channels, squares, ways)
+    layers, cotangents = _resume(cache, structure, n_layers, steps, mesh_of(model.params))
+    stream = _forward(model, steps, budget, n_layers - len(layers))
+    if not layers:
+        cotangents = [_loss_gradient(model.params, stream[-1][at], steps[at], cfg=cfg) for at in range(len(steps))]
+    stream.pop()
+    while stream:
+        layer, text = _layer_of(model, len(stream) - 1)
+        states = stream.pop()
+        sums = _no_sums(layer, cfg, squares, ways)
+        for at, micro in enumerate(steps):
+            x, products = states[at]
+            if products is None:
+                products = _block(layer, x, micro["attention_mask"], text=text)[1]
+            states[at] = None
+            sums, cotangents[at] = _differentiate(
+                layer, x, micro, products, cotangents[at], float(weighed.steps[at]), sums, text=text
+            )
+        scores = _reduce(layer, sums, weighed.total, weighed.samples, cfg=cfg, channels=channels)
+        layers.append(jax.tree.map(np.asarray, scores))
+        try:
+            if progress is not None:
+                progress(len(layers))
+        except Stopped:
+            _save(cache, layers, cotangents)
+            raise
+        if len(layers) % -(-n_layers // 8) == 0:
+            _save(cache, layers, cotangents)
     return layers[::-1]
+
+
+def _structure(model: Model, channels: Callable[..., Any], squares: bool, ways: int, number: int) -> Any:
+    """The tree that `_reduce` makes of a layer."""
+    layer, _ = _layer_of(model, number)
+    reduce = functools.partial(_reduce, cfg=model.cfg, channels=channels)
+    return jax.tree.structure(jax.eval_shape(reduce, layer, _no_sums(layer, model.cfg, squares, ways), 1.0, 1.0))
+
+
+def _save(cache: ArrayCache | None, layers: list[Found], cotangents: list[jax.Array]) -> None:
+    """Keep the layers that the cache has not, and the gradients at the input of the last."""
+    if cache is None:
+        return
+    last, arrays = len(layers), dict[str, np.ndarray]()
+    for number, layer in enumerate(layers):
+        if cache.missing([f"layer {number}/0"]):
+            arrays |= {f"layer {number}/{i}": leaf for i, leaf in enumerate(jax.tree.leaves(layer))}
+    cache.add({**arrays, **{f"{last} layers/{at}": whole(one) for at, one in enumerate(cotangents)}})
+    cache.publish()
+
+
+def _resume(
+    cache: ArrayCache | None, structure: Callable[[int], Any], n_layers: int, steps: list[Any], mesh: Mesh | None
+) -> tuple[list[Found], list[jax.Array]]:
+    """What `_save` kept last."""
+
+    def there(done: int) -> bool:
+        keys = [*(f"layer {n}/0" for n in range(done)), *(f"{done} layers/{at}" for at in range(len(steps)))]
+        return cache is not None and not cache.missing(keys)
+
+    done = next((done for done in range(n_layers, 0, -1) if there(done)), 0)
+    if cache is None or not done:
+        return [], []
+    layers = []
+    for number in range(done):
+        tree = structure(n_layers - 1 - number)
+        leaves = [cache[f"layer {number}/{i}"] for i in range(tree.num_leaves)]
+        layers.append(jax.tree.unflatten(tree, leaves))
+    placed = [place_batch({"x": cache[f"{done} layers/{at}"]}, mesh)["x"] for at in range(len(steps))]
+    return layers, [one for one in placed if one is not None]
 
 
 def _stack(batches: Iterable[Arrays], rows: int | None) -> Arrays:
@@ -95,7 +194,7 @@ def _stack(batches: Iterable[Arrays], rows: int | None) -> Arrays:
     slots = max(arrays["pixel_values"].shape[1] if "pixel_values" in arrays else 0 for arrays in seen)
     total = sum(len(arrays["input_ids"]) for arrays in seen)
     steps = math.ceil(total / rows)
-    fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED, "kind": PADDING}
     result: Arrays = {}
     for name, value in fill.items():
         flat = np.full((steps * rows, length), value, np.int32)
@@ -131,103 +230,136 @@ def _label_counts(labels: np.ndarray) -> np.ndarray:
     return (labels[..., 1:] != IGNORED).sum(axis=-1)
 
 
-def _place(data: Arrays, mesh: Mesh | None) -> dict[str, jax.Array]:
-    if mesh is None:
-        return {name: jnp.asarray(array) for name, array in data.items()}
-    ways = row_ways(mesh)
-    axes = (None, "batch" if data["input_ids"].shape[1] % ways == 0 else None)
-    return {name: jax.device_put(a, sharding(mesh, axes + (None,) * (a.ndim - 2))) for name, a in data.items()}
+def _micro(data: Arrays, ways: list[np.ndarray]) -> Iterator[dict[str, Any]]:
+    """What is differentiated at once: arrays with the positions and targets of the loss in place of labels.
+
+    counts: float32[rows, ways, seq], what each token counts; None where all count 1.
+    """
+    labels = data["labels"]
+    targets = np.concatenate([labels[..., 1:], np.full_like(labels[..., :1], IGNORED)], axis=-1)
+    most = int((targets != IGNORED).sum(axis=-1).max())
+    # the head is run at those positions only: first those with a target, in order
+    positions = np.argsort(targets == IGNORED, axis=-1, kind="stable")[..., :most].astype(np.int32)
+    data = {**data, "positions": positions, "targets": np.take_along_axis(targets, positions, axis=-1)}
+    plain = len(ways) == 1 and bool((ways[0][[PROMPT, IMAGE, ANSWER]] == 1).all())
+    for at in range(len(labels)):
+        counts = None if plain else np.stack([way[data["kind"][at]] for way in ways], axis=1)
+        micro = {name: array[at] for name, array in data.items() if name not in ("labels", "kind")}
+        yield {**micro, "counts": counts}
+
+
+class _Budget:
+    """Bytes of a device that products may take: those asked for, or half of what is free."""
+
+    def __init__(self, asked: int | None):
+        self.left = min(from_all(lambda: free_memory() // 2 if asked is None else asked))
+
+    def kept(self, products: list[jax.Array]) -> list[jax.Array] | None:
+        """The products, where they fit."""
+        size = sum(leaf.addressable_shards[0].data.nbytes for leaf in products)
+        if size > self.left:
+            return None
+        self.left -= size
+        return products
+
+
+def _forward(model: Model, steps: list[dict[str, Any]], budget: _Budget, layers: int) -> list[list[Any]]:
+    """Of these first layers, at every step, input and products (None: they do not fit); at last the output of them."""
+    xs = [_embed(model.params, micro, cfg=model.cfg) for micro in steps]
+    stream = []
+    for number in range(layers):
+        layer, text = _layer_of(model, number)
+        states: list[Any] = []
+        for at, micro in enumerate(steps):
+            y, products = _block(layer, xs[at], micro["attention_mask"], text=text)
+            states.append((xs[at], budget.kept(products)))
+            xs[at] = y
+        stream.append(states)
+    return [*stream, xs]
+
+
+def _layer_of(model: Model, number: int) -> tuple[Params, TextConfig]:
+    """The parameters of a decoder layer, and a decoder's config that has this layer only."""
+    for run, (start, length, shape) in enumerate(runs(model.cfg.text.layers)):
+        if number < start + length:
+            stacked = model.params["text"]["layers"][str(run)]
+            return _slice(stacked, number - start), model.cfg.text.with_layers((shape,))
+    raise AssertionError(number)
+
+
+@jax.jit
+def _slice(stacked, index):
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stacked)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
-def _forward(params, cfg, data):
-    """Block inputs per run [steps, length, rows, seq, embed], and the summed loss's gradient at the blocks' output."""
-    module = to_nnx(Model(params, cfg))
-
-    def step(micro: dict[str, jax.Array]):
-        x, _ = module.embed(micro["input_ids"], micro.get("pixel_values"))
-        ctx = text_context(module, micro["attention_mask"])
-        x = constrain(x, ("batch", "sequence", None))
-        inputs = []
-        for run in range(len(runs(cfg.text.layers))):
-            apply, state = module.text.run_parts(str(run))
-            x, before = jax.lax.scan(functools.partial(_block_input, apply, ctx), x, state)
-            inputs.append(before)
-        return inputs, _loss_gradient(module, x, micro["labels"])
-
-    return jax.lax.map(step, data)
+def _embed(params, micro, *, cfg):
+    x, _ = to_nnx(Model(params, cfg)).embed(micro["input_ids"], micro.get("pixel_values"))
+    return constrain(x, STREAM)
 
 
-def _block_input(apply: Callable[..., Any], ctx: Context, x: jax.Array, layer: nnx.State):
-    return apply(layer, x, ctx)[0], x
+@functools.partial(jax.jit, static_argnames=("text",))
+def _block(layer, x, mask, *, text):
+    y, products, _ = linearized(layer, x, mask, None, text)
+    return y, products
 
 
-def _loss_gradient(module: VisionLanguageModel, x: jax.Array, labels: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def _loss_gradient(params, x, micro, *, cfg):
     """d(sum of cross-entropies) / dx of the last block's output; float32 logits exist for CHUNK positions at a time."""
-    batch, seq, embed = x.shape
-    targets = jnp.concatenate([labels[:, 1:], jnp.full((batch, 1), IGNORED, labels.dtype)], axis=1)
-    size = min(CHUNK, seq)
-    n = math.ceil(seq / size)
-    padding = n * size - seq
-    x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=IGNORED)
+    module, positions, targets = to_nnx(Model(params, cfg)), micro["positions"], micro["targets"]
 
-    def cross_entropy(h: jax.Array, wanted: jax.Array) -> jax.Array:
+    def loss(h: jax.Array, wanted: jax.Array) -> jax.Array:
         logits = module.text.logits(module.text.final_norm(h)).astype(jnp.float32)
-        logs = jax.nn.log_softmax(logits, axis=-1)
-        picked = jnp.take_along_axis(logs, jnp.maximum(wanted, 0)[..., None], axis=-1)[..., 0]
-        return -jnp.sum(jnp.where(wanted != IGNORED, picked, jnp.zeros_like(picked)))
+        return jnp.sum(jnp.where(wanted == IGNORED, 0.0, cross_entropy(logits, wanted)))
 
-    chunks = x.reshape(batch, n, size, embed).swapaxes(0, 1), targets.reshape(batch, n, size).swapaxes(0, 1)
-    gradient = jax.lax.map(lambda chunk: jax.grad(cross_entropy)(*chunk), chunks)
-    return gradient.swapaxes(0, 1).reshape(batch, n * size, embed)[:, :seq]
-
-
-def _only_run(params: Params, cfg: ModelConfig, run: int) -> tuple[Params, ModelConfig]:
-    """The decoder with one run of layers, so that equal runs of any model share one compiled step."""
-    _, length, shape = runs(cfg.text.layers)[run]
-    text = {**params["text"], "layers": {"0": params["text"]["layers"][str(run)]}}
-    alone = dataclasses.replace(cfg.with_layers((shape,) * length), vision=None, projector=None)
-    return {"text": text}, alone
+    picked = jnp.take_along_axis(x, positions[..., None], axis=1)
+    size = max(1, CHUNK // len(x))
+    pieces = chunks(picked, size, 0), chunks(targets, size, IGNORED)
+    gradient = jax.lax.map(lambda piece: jax.grad(loss)(*piece), pieces)  # [n, batch, size, embed]
+    gradient = jnp.moveaxis(gradient, 0, 1).reshape(len(x), -1, x.shape[-1])[:, : positions.shape[1]]
+    rows = jnp.arange(len(x))[:, None]
+    return constrain(jnp.zeros_like(x).at[rows, positions].set(gradient, unique_indices=True), STREAM)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "squares", "channels"), donate_argnames=("cotangent",))
-def _layer(params, inputs, cotangent, masks, weights, index, total, samples, *, cfg, squares, channels):
-    """Channel scores {weight: tree} of layer `index` of the only run, and the gradient at its input.
-
-    inputs: [steps, length, rows, seq, embed]; cotangent: [steps, rows, seq, embed]; weights: float32[steps] labels.
-    """
-    module = to_nnx(Model(params, cfg))
-    apply, state = module.text.run_parts("0")
-    layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), state)
+def _no_sums(layer: Params, cfg: ModelConfig, squares: bool, ways: int) -> tuple[Any, Any]:
     attention, mlp = coupled(cfg)
-    axes = attention | mlp
-    w = {name: _weights(layer)[name].astype(jnp.float32) for name in axes}
+    shapes = {name: (ways, *flatten(layer)[name].shape) for name in attention | mlp}
+    zeros = [{name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()} for _ in range(1 + squares)]
+    return zeros[0], zeros[1] if squares else {}
 
-    def step(carry: Any, micro: Any):
-        first, squared = carry
-        x, outgoing, mask, weight = micro
-        ctx = text_context(module, mask)
-        _, pull = jax.vjp(lambda own, h: apply(own, h, ctx)[0], layer, x)
-        gradients, incoming = pull(outgoing)
-        g = {name: _weights(gradients)[name].astype(jnp.float32) for name in axes}
-        first = jax.tree.map(jnp.add, first, g)
-        if squares:
-            # the sample's own mean loss: its summed gradient over its label count (0 labels: gradient 0)
-            squared = jax.tree.map(lambda old, new: old + jnp.square(new / jnp.maximum(weight, 1)), squared, g)
-        return (first, squared), incoming
 
-    zeros = jax.tree.map(jnp.zeros_like, w)
-    block = jax.lax.dynamic_index_in_dim(inputs, index, axis=1, keepdims=False)
-    (first, squared), incoming = jax.lax.scan(
-        step, (zeros, zeros if squares else {}), (block, cotangent, masks, weights)
-    )
+@functools.partial(jax.jit, static_argnames=("text",), donate_argnames=("cotangent", "sums"))
+def _differentiate(layer, x, micro, products, cotangent, weight, sums, *, text):
+    """Sums of the coupled weights' gradients and of their squares with this step's, and the gradient at the input.
+
+    weight: labels of the step, whose one row's mean loss is squared.
+    """
+    counts = None if micro["counts"] is None else jnp.swapaxes(micro["counts"], 0, 1)
+    _, _, pull = linearized(layer, x, micro["attention_mask"], counts, text)
+    gradients, incoming = pull(products)(cotangent)
+    first, squared = sums
+    found = {name: flatten(gradients)[name].astype(jnp.float32) for name in first}
+    first = jax.tree.map(jnp.add, first, found)
+    # the sample's own mean loss: its summed gradient over its label count (0 labels: gradient 0)
+    squared = {name: old + jnp.square(found[name] / jnp.maximum(weight, 1)) for name, old in squared.items()}
+    return (first, squared), incoming
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "channels"))
+def _reduce(layer, sums, total, samples, *, cfg, channels):
+    attention, mlp = coupled(cfg)
+    flat, (first, squared) = flatten(layer), sums
     scores = {}
-    for name, axis in axes.items():
-        a = squared[name] / samples if squares else None
-        scores[name] = jax.tree.map(lambda x: constrain(x, ()), channels(w[name], first[name] / total, a, axis))
-    return scores, incoming
-
-
-def _weights(state: nnx.State) -> Mapping[str, jax.Array]:
-    return flatten(nnx.to_pure_dict(state))
+    for name, axis in (attention | mlp).items():
+        found = [
+            channels(
+                flat[name].astype(jnp.float32),
+                first[name][way] / total,
+                squared[name][way] / samples if squared else None,
+                axis,
+            )
+            for way in range(len(first[name]))
+        ]
+        scores[name] = jax.tree.map(lambda *leaves: constrain(jnp.stack(leaves), ()), *found)
+    return scores

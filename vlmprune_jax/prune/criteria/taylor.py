@@ -9,11 +9,12 @@ import jax.numpy as jnp
 
 from vlmprune_jax.checks import one_of
 from vlmprune_jax.config import STACKS
+from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.prune.criteria.calibration import Arrays
+from vlmprune_jax.prune.criteria.calibration import Arrays, weight_of_kinds
 from vlmprune_jax.prune.criteria.criterion import Criterion, Parts
-from vlmprune_jax.prune.criteria.gradients import gradient_channels
+from vlmprune_jax.prune.criteria.gradients import Found, gradient_channels
 from vlmprune_jax.prune.criteria.groups import reduce_groups
 from vlmprune_jax.prune.criteria.tower_gradients import tower_channels
 
@@ -31,7 +32,13 @@ def taylor(
     gqa: str,
     rows_per_step: int | None,
     stack: str,
-) -> Parts:
+    memory_budget: int | None,
+    by_kind: bool,
+    image_weight: float,
+    prompt_weight: float,
+    answer_weight: float,
+    cache: ArrayCache | None,
+) -> tuple[Parts, dict[str, Parts]]:
     """Head and neuron scores of the mean cross-entropy over all labels of all batches.
 
     With W a weight, g its gradient and A = sum_j g_j^2 / N over the N samples' own mean losses, the channel score sums
@@ -41,6 +48,10 @@ def taylor(
     Args:
       batches, progress: see `gradient_channels`; of a tower `tower_channels`.
       rows_per_step: rows differentiated at once, default the first batch's; second order takes one row at a time.
+      memory_budget, cache: see `gradient_channels`.
+      by_kind: also the scores by the shares that tokens of each kind have in every gradient; costs a product more for
+        each kind and weight.
+      image_weight, prompt_weight, answer_weight: what these shares count in the gradient.
 
     Raises:
       UserError: no label at all, or rows_per_step with second order.
@@ -48,10 +59,30 @@ def taylor(
     squares = VARIANTS[one_of("taylor variant", variant, tuple(VARIANTS))]
     if squares and rows_per_step not in (None, 1):
         raise UserError(f"rows_per_step={rows_per_step}: taylor {variant} squares each sample's gradient, it takes 1")
-    of_stack = gradient_channels if stack == "text" else tower_channels
-    layers = of_stack(model, batches, _saliencies, squares=squares, rows_per_step=rows_per_step, progress=progress)
-    channels = [{name: found[variant] for name, found in layer.items()} for layer in layers]
-    return reduce_groups(channels, model.cfg, reduction=reduction, gqa=gqa, stack=stack)
+
+    def reduced(layers: list[Found]) -> Parts:
+        channels = [{name: found[variant] for name, found in layer.items()} for layer in layers]
+        return reduce_groups(channels, model.cfg, reduction=reduction, gqa=gqa, stack=stack)
+
+    if stack == "vision":  # all of its positions are of images
+        layers = tower_channels(
+            model, batches, _saliencies, squares=squares, rows_per_step=rows_per_step, progress=progress
+        )
+        return reduced(layers), {}
+    weights = {"image_weight": image_weight, "prompt_weight": prompt_weight, "answer_weight": answer_weight}
+    layers, kinds = gradient_channels(
+        model,
+        batches,
+        _saliencies,
+        squares=squares,
+        rows_per_step=rows_per_step,
+        memory_budget=memory_budget,
+        weight_of=weight_of_kinds(weights),
+        by_kind=by_kind,
+        progress=progress,
+        cache=cache,
+    )
+    return reduced(layers), {name: reduced(of) for name, of in kinds.items()}
 
 
 def _saliencies(w: jax.Array, g: jax.Array, a: jax.Array | None, axis: int) -> dict[str, jax.Array]:
@@ -68,7 +99,16 @@ TAYLOR = Criterion(
     scores=("widths",),
     needs="labels",
     function=taylor,
-    options={"variant": "param_first", "reduction": "sum", "gqa": "groups", "rows_per_step": None},
+    options={
+        "variant": "param_first",
+        "reduction": "sum",
+        "gqa": "groups",
+        "rows_per_step": None,
+        "memory_budget": None,
+        "by_kind": False,
+    },
     counts="layers",
     stacks=STACKS,
+    journals=True,
+    splits=True,
 )

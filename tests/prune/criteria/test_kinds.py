@@ -1,0 +1,116 @@
+"""Scores by kind of token, and what tokens of a kind count."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from prune_cases import EQUAL, batch, config, model
+
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.prune import CRITERIA, Scores, score
+from vlmprune_jax.prune.criteria import gradients
+from vlmprune_jax.prune.criteria.calibration import calibration_batches
+
+CFG = config(EQUAL, vision=True)
+OPTIONS = {"angular": {"layers_removed": 2}, "taylor": {"by_kind": True, "variant": "vectorize"}}
+SPLITTING = ("block_influence", "angular", "activation", "fluctuation", "taylor")
+
+
+@functools.cache
+def found(criterion, **weights):
+    return score(model(CFG), [batch(CFG)], criterion=criterion, **OPTIONS.get(criterion, {}), **weights)
+
+
+def flat(parts):
+    parts = vars(parts) if isinstance(parts, Scores) else parts
+    kept = [parts[name] for name in ("importance", "heads", "mlp") if parts.get(name) is not None]
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(kept)])
+
+
+def test_these_split():
+    assert {name for name, criterion in CRITERIA.items() if criterion.splits} == set(SPLITTING)
+
+
+@pytest.mark.parametrize("criterion", SPLITTING)
+def test_scores_of_a_kind_are_the_scores_if_only_that_kind_counts(criterion):
+    scores = found(criterion)
+    assert list(scores.by_kind) == ["image", "prompt", "answer"]
+    only = {f"{kind}_weight": float(kind == "image") for kind in scores.by_kind}
+    np.testing.assert_allclose(flat(scores.by_kind["image"]), flat(found(criterion, **only)), rtol=1e-6)
+    apart = {flat(parts).tobytes() for parts in (scores, *scores.by_kind.values())}
+    assert len(apart) == (3 if criterion == "angular" else 4)  # a row's last token is of its answer
+
+
+def test_weights_of_kinds_that_are_all_doubled_change_nothing_but_a_gradient():
+    doubled = {f"{kind}_weight": 2.0 for kind in ("image", "prompt", "answer")}
+    for criterion in ("block_influence", "activation"):
+        np.testing.assert_allclose(flat(found(criterion, **doubled)), flat(found(criterion)), rtol=1e-6)
+    np.testing.assert_allclose(flat(found("taylor", **doubled)), 2 * flat(found("taylor")), rtol=1e-6)
+
+
+def whole_gradient(w, g, a, axis):
+    return {"g": g}
+
+
+def test_shares_of_kinds_add_up_to_the_gradient():
+    batches = calibration_batches([batch(CFG)], CFG, labels=True)
+    layers, kinds = gradients.gradient_channels(
+        model(CFG), batches, whole_gradient, squares=False, rows_per_step=2, memory_budget=0,
+        weight_of=np.ones(4, np.float32), by_kind=True, progress=None, cache=None,
+    )  # fmt: skip
+    added = jax.tree.map(lambda *shares: sum(shares), *kinds.values())
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-7, rtol=1e-4), added, layers)
+
+
+def test_text_has_two_kinds_and_one_kind_is_not_told_apart():
+    cfg = config(EQUAL)
+    arrays = batch(cfg)
+    assert list(score(model(cfg), [arrays], criterion="block_influence").by_kind) == ["prompt", "answer"]
+    unlabelled = {name: array for name, array in arrays.items() if name != "labels"}
+    assert score(model(cfg), [unlabelled], criterion="block_influence").by_kind == {}
+    compat = score(model(cfg), [arrays], criterion="block_influence", reference_compat=True)
+    assert compat.by_kind == {}
+
+
+def test_a_kind_that_alone_counts_must_be_there():
+    cfg = config(EQUAL)
+    with pytest.raises(UserError, match="no real token"):
+        score(model(cfg), [batch(cfg)], criterion="block_influence", prompt_weight=0, answer_weight=0)
+    with pytest.raises(UserError, match="has no option 'image_weight'"):
+        score(model(cfg), criterion="l1", image_weight=0.5)
+
+
+def test_files_hold_them_and_files_of_before_are_read(tmp_path):
+    for criterion in ("block_influence", "activation"):
+        scores = found(criterion)
+        scores.save(tmp_path / "scores.npz")
+        again = Scores.load(tmp_path / "scores.npz")
+        for one, other in zip((scores, *scores.by_kind.values()), (again, *again.by_kind.values()), strict=True):
+            np.testing.assert_array_equal(flat(one), flat(other))
+    dataclasses.replace(scores, by_kind={}).save(tmp_path / "old.npz")
+    with np.load(tmp_path / "old.npz") as file:
+        old = dict(file)
+    old["meta"] = np.array(str(old["meta"]).replace(', "kinds": []', ""))
+    assert "kinds" not in str(old["meta"])
+    np.savez(tmp_path / "old.npz", **old)
+    assert Scores.load(tmp_path / "old.npz").by_kind == {}
+    np.savez(tmp_path / "odd.npz", **{**old, "image/mlp_0": np.zeros(3)})
+    Scores.load(tmp_path / "odd.npz")
+    old["meta"] = np.array(str(old["meta"]).replace("{", '{"kinds": ["image"], ', 1))
+    np.savez(tmp_path / "cut.npz", **{**old, "image/mlp_0": np.zeros(3)})
+    with pytest.raises(UserError, match="scores by kind are not of the shapes"):
+        Scores.load(tmp_path / "cut.npz")
+
+
+def test_a_criterion_that_weighs_nothing_is_not_split(monkeypatch):
+    own = dataclasses.replace(
+        CRITERIA["block_influence"], function=lambda blocks, tokens: jnp.stack(blocks(lambda block: jnp.float32(1))),
+        finish=lambda sums, model: {"importance": sums}, options={}, splits=False,
+    )  # fmt: skip
+    monkeypatch.setitem(CRITERIA, "own", own)
+    assert score(model(CFG), [batch(CFG)], criterion="own").by_kind == {}
+    with pytest.raises(UserError, match="has no tokens that it splits"):
+        dataclasses.replace(CRITERIA["l1"], splits=True)

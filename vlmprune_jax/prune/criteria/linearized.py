@@ -1,0 +1,104 @@
+"""One decoder block, its derivative, and all that the derivative needs beside weights, input and mask: its products."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vlmprune_jax.config import TextConfig
+from vlmprune_jax.models.decoder import REMAT_POLICIES, Decoder
+from vlmprune_jax.models.layers import Projection, contract
+from vlmprune_jax.models.params import flatten, unflatten
+from vlmprune_jax.models.vlm import Params
+
+Products = list[jax.Array]
+
+
+def linearized(
+    layer: Params, x: jax.Array, mask: jax.Array, counts: jax.Array | None, text: TextConfig
+) -> tuple[jax.Array, Products, Callable[[Products], Callable[..., Any]]]:
+    """(output of a block, its products, pull): `pull(products)` is the transpose of its derivative.
+
+    The products (of the projections and of attention: what the remat policy "dots" saves) are all that it needs beside
+    the arguments. Given others than its own, these are not computed: XLA drops what made them. So a backward pass is
+    one program, the same to the bit, whether its products were kept or are made again by the one that made them first.
+
+    Args:
+      layer, x, mask: the block's parameters, float[batch, seq, embed] input and int[batch, seq] mask.
+      counts: float32[ways, batch, seq], what each token counts in the gradients of the projections' weights, which come
+        out as [ways, *shape]; None: 1, in one way.
+      text: a decoder's config that has this layer only.
+    """
+    decoder = nnx.eval_shape(lambda: Decoder(text, None))
+    graph, state = nnx.split(decoder.layers["0"])
+    ctx = decoder.context(jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0), mask)
+
+    def block(own: Params, h: jax.Array) -> jax.Array:
+        filled = jax.tree.map(lambda leaf: leaf, state)
+        nnx.replace_by_pure_dict(filled, own)
+        module = nnx.merge(graph, filled)
+        for _, part in nnx.iter_modules(module):
+            if isinstance(part, Projection):
+                part.product = lambda x, weight, n: _product(x, weight, counts, n)
+        return module(h, ctx)[0]
+
+    ways = 1 if counts is None else len(counts)
+    projections = {name for name, leaf in flatten(layer).items() if name.endswith("/weight") and leaf.ndim > 1}
+    own = unflatten(
+        {
+            name: jnp.broadcast_to(leaf[None], (ways, *leaf.shape)) if name in projections else leaf
+            for name, leaf in flatten(layer).items()
+        }
+    )
+    saving = jax.checkpoint(block, policy=REMAT_POLICIES["dots"], prevent_cse=False)
+    y, transpose = jax.vjp(saving, own, x)
+    leaves, structure = jax.tree.flatten(transpose)
+    given = {id(leaf) for leaf in jax.tree.leaves((own, x, ctx, counts))}
+
+    def pull(products: Products) -> Callable[..., Any]:
+        others = iter(products)
+        return jax.tree.unflatten(structure, [leaf if id(leaf) in given else next(others) for leaf in leaves])
+
+    return y, [leaf for leaf in leaves if id(leaf) not in given], pull
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _product(x: jax.Array, weight: jax.Array, counts: jax.Array | None, n: int) -> jax.Array:
+    """`contract` with weight[0], all of which are equal; the gradient by each of them counts tokens in its own way.
+
+    And has the narrower factor first: XLA:CPU transposes the first factor and, to do so, computes again all that made
+    it. jax puts the gradient of the output there, at the end of a long computation; the input is narrower for gate_proj
+    and up_proj, and it is one for both (10 % of the backward pass of SmolLM2-135M).
+    """
+    return contract(x, weight[0], n)
+
+
+def _product_forward(x: jax.Array, weight: jax.Array, counts: jax.Array | None, n: int):
+    return contract(x, weight[0], n), (x, weight, counts)
+
+
+def _product_backward(n: int, saved: tuple[jax.Array, jax.Array, jax.Array | None], grad: jax.Array):
+    x, (first, *_), counts = saved[0], saved[1], saved[2]
+    tokens, outputs = tuple(range(x.ndim - n)), tuple(range(first.ndim - n))
+    by_input = jax.lax.dot_general(grad, first, ((tuple(range(len(tokens), grad.ndim)), outputs), ((), ())))
+    more_inputs = first.size > math.prod(first.shape[: len(outputs)]) ** 2
+
+    def by_weight(grad: jax.Array) -> jax.Array:
+        if more_inputs:
+            return jax.lax.dot_general(grad, x, ((tokens, tokens), ((), ())))
+        turned = jax.lax.dot_general(x, grad, ((tokens, tokens), ((), ())))
+        return jnp.moveaxis(turned, tuple(range(n)), tuple(range(-n, 0)))
+
+    if counts is None:
+        return by_input, by_weight(grad)[None], None
+    counted = counts.astype(grad.dtype).reshape(*counts.shape, *(1,) * len(outputs))
+    return by_input, jnp.stack([by_weight(one * grad) for one in counted]), None
+
+
+_product.defvjp(_product_forward, _product_backward)
