@@ -1,4 +1,4 @@
-"""The training benchmark at a tiny size: it checks by itself that both sides compute the same losses and gradients."""
+"""Benchmarks at a tiny size: they check by themselves that both sides compute the same."""
 
 import json
 import subprocess
@@ -21,3 +21,15 @@ def test_the_training_benchmark_runs(tmp_path):
         assert line["tokens_per_second"] == pytest.approx(2 * 24 / line["step_seconds"], rel=0.2)  # rounded to 1 ms
         assert 0.1 < line["peak_rss_gib"] < 2
     assert ratios["tokens_per_second"] == pytest.approx(ours["tokens_per_second"] / peft["tokens_per_second"], rel=0.01)
+
+
+@pytest.mark.slow
+def test_the_scoring_benchmark_runs():
+    command = [sys.executable, str(ROOT / "benchmarks/scoring.py"), "--tiny", "--batch=4x24", "--rounds=2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["side"] for line in lines] == ["ours", "torch", "ratio"] * 2
+    for line in lines[2::3]:
+        assert line["speed"] > 0
+        assert 0.05 < line["memory"] < 5

@@ -254,7 +254,7 @@ def _importance_section(workdir: Path, result: Json) -> Iterator[Json]:
 
 def _kinds_section(workdir: Path, result: Json) -> Iterator[Json]:
     """One figure per scores file that tells kinds of tokens apart."""
-    figures: list[Json] = []
+    figures = list[Json]()
     for name in dict.fromkeys(name for run in result["runs"] for name in run["scores"]):
         scores = Scores.load(workdir / name)
         if scores.by_kind and len(figures) < MOST_DRAWN:
