@@ -18,9 +18,22 @@ QUESTIONS, TEXT = "questions", "text"  # the evaluation sets of an experiment th
 def plan_options(spec: PruneSpec) -> dict[str, Any]:
     """`make_plan` keywords: only what differs from the defaults, so that it can refuse what a method does not have."""
     default = PruneSpec()
-    skipped = ("method", "ratio", "layers_removed", "steps")
+    skipped = ("method", "ratio", "layers_removed", "budget", "steps")
     changed = {k: v for k, v in vars(spec).items() if k not in skipped and v != getattr(default, k)}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
+
+
+def plan_budget(experiment: Experiment) -> dict[str, Any] | None:
+    """`make_plan(budget=...)` in the dtype and shape of the export, or None where no limit is set."""
+    budget = experiment.prune.budget
+    if not budget.limits:
+        return None
+    return dataclasses.replace(budget, dtype=export_dtype(experiment), uneven=experiment.export.uneven).given
+
+
+def export_dtype(experiment: Experiment) -> str:
+    """What the export's weights are in."""
+    return experiment.model.dtype if experiment.export.dtype == "source" else experiment.export.dtype
 
 
 def recover_config(spec: RecoverSpec) -> RecoverConfig:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vlmprune_jax.budget import Budget
 from vlmprune_jax.checks import check_settings, setting, settings_of, suggest
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.recovery.config import MAX_ROWS, RecoverConfig
@@ -237,6 +238,7 @@ class PruneSpec:
     )
     depth_share: float = setting(0.5, "Share of the reduction that hybrid takes by layers.", affects=_PRUNE)
     steps: int = setting(1, "Rounds of width pruning, each with new scores.", affects=_PRUNE, unit="rounds", least=1)
+    budget: Budget = field(default_factory=Budget)
 
     def __post_init__(self) -> None:
         check_settings("prune", self)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from vlmprune_jax.budget import budget_of
 from vlmprune_jax.checks import fraction, one_of, with_defaults
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import count_params
+from vlmprune_jax.prune.cost import least_ratio, make_measure
 from vlmprune_jax.prune.fingerprint import shape_digest
-from vlmprune_jax.prune.plan import KeptLayer, KeptStack, PrunePlan
+from vlmprune_jax.prune.plan import KeptStack, PrunePlan
 from vlmprune_jax.prune.scores import Scores
-from vlmprune_jax.prune.solver import layer_costs
-from vlmprune_jax.prune.width import choose_widths
+from vlmprune_jax.prune.solver import OutOfReach, layer_costs
+from vlmprune_jax.prune.width import Kept, choose_widths, kept_layer, shape_of
 
 METHODS = ("depth", "width", "hybrid")
 ROUNDINGS = ("nearest", "at_least")
@@ -42,16 +45,19 @@ def make_plan(
     method: str,
     ratio: float | None = None,
     layers_removed: int | None = None,
+    budget: Mapping[str, Any] | None = None,
     stack: str = "text",
     **options: Any,
 ) -> PrunePlan:
-    """Plan the removal of `ratio` of the model's parameters; no forward pass, seconds at 7B.
+    """Plan the removal of `ratio` of the model's parameters, or down to a budget; no forward pass, seconds at 7B.
 
     Args:
       scores: of this model; for "hybrid" the pair (depth scores, width scores).
       method: "depth" (whole layers), "width" (heads and neurons) or "hybrid" (layers, then widths of the rest).
       ratio: share of `parameters_total` to remove, 0 <= ratio < 1.
       layers_removed: number of layers to remove (depth, hybrid) instead of deriving it.
+      budget: the most that the pruned model may cost, in place of a ratio, as {"parameters": 1e8} (see `Budget`); the
+        least goes that keeps to all of it. What it came to is in the plan's options, as `budget_reached`.
       stack: whose layers the scores are of: "text", the decoder, or "vision", the tower.
       options:
         parameters_total: what ratios refer to; default all parameters of the computed model. (The reference also
@@ -76,15 +82,18 @@ def make_plan(
     used = [one for one in (depth, width) if one is not None]
     shapes = cfg.stack(stack).layers
     _check_scores(used, cfg, stack)
-    _check_request(method, ratio, layers_removed, settings)
+    _check_request(method, ratio, layers_removed, budget, settings)
     before = count_params(cfg)
     unpruned = count_params(settings.get("base") or cfg)
     total = settings["parameters_total"] or unpruned
-    removed = () if depth is None else _choose_layers(depth, cfg, ratio, layers_removed, settings, total, stack)
-    layers = [KeptLayer.whole(i, shape) for i, shape in enumerate(shapes) if i not in removed]
-    solved: Mapping[str, Any] = {}
-    if width is not None:
-        layers, solved = choose_widths(width, cfg, [layer.index for layer in layers], ratio, settings, total, stack)
+    request = _Request(cfg, depth, width, layers_removed, settings, total, stack)
+    asked, solved = ratio, dict[str, Any]()
+    if budget is not None:
+        limits = budget_of(budget)
+        ratio, reached = least_ratio(limits, make_measure(cfg, limits), request.config_at, total)
+        solved = {"budget": limits.given, "budget_reached": reached}
+    kept, found = request.decide(ratio)
+    layers = [kept_layer(i, one, shapes[i], request.gqa) for i, one in kept.items()]
     cost = layer_costs(cfg, stack).of
     gone = sum(map(cost, shapes)) - sum(cost(layer.shape) for layer in layers)
     return PrunePlan(
@@ -96,9 +105,45 @@ def make_plan(
         parameters_after=before - gone,
         parameters_total=total,
         # earlier steps from `base` have removed a part of what was asked for
-        asked=None if ratio is None else ratio - (unpruned - before) / total,
-        options=_recorded({**settings, **solved}),
+        asked=None if asked is None else asked - (unpruned - before) / total,
+        options=_recorded({**settings, **found, **solved}),
     )
+
+
+@dataclass(frozen=True)
+class _Request:
+    """Everything that decides what goes, but for the ratio."""
+
+    cfg: ModelConfig
+    depth: Scores | None
+    width: Scores | None
+    layers_removed: int | None
+    settings: Mapping[str, Any]
+    total: int
+    stack: str
+
+    @property
+    def gqa(self) -> str:
+        """What an attention unit is."""
+        return "groups" if self.width is None else self.width.options.get("gqa", "groups")
+
+    def decide(self, ratio: float | None) -> tuple[dict[int, Kept], Mapping[str, Any]]:
+        """What stays of each layer that stays, and what the solver found, for the plan's record."""
+        cfg, settings, stack, total = self.cfg, self.settings, self.stack, self.total
+        removed: tuple[int, ...] = ()
+        if self.depth is not None:
+            removed = _choose_layers(self.depth, cfg, ratio, self.layers_removed, settings, total, stack)
+        shapes = cfg.stack(stack).layers
+        alive = [i for i in range(len(shapes)) if i not in removed]
+        if self.width is None:
+            return {i: (np.arange(shapes[i].kv_heads), np.arange(shapes[i].mlp)) for i in alive}, {}
+        return choose_widths(self.width, cfg, alive, ratio, settings, total, stack)
+
+    def config_at(self, ratio: float) -> ModelConfig:
+        """The pruned model's config."""
+        shapes = self.cfg.stack(self.stack).layers
+        kept, _ = self.decide(ratio)
+        return self.cfg.with_layers([shape_of(one, shapes[i], self.gqa) for i, one in kept.items()], self.stack)
 
 
 def _check_scores(used: list[Scores], cfg: ModelConfig, stack: str) -> None:
@@ -136,18 +181,28 @@ def _pair(scores: Any, method: str) -> tuple[Scores | None, Scores | None]:
     return depth, width
 
 
-def _check_request(method: str, ratio: float | None, layers_removed: int | None, settings: Mapping[str, Any]) -> None:
+def _check_request(
+    method: str,
+    ratio: float | None,
+    layers_removed: int | None,
+    budget: Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+) -> None:
     if ratio is not None:
         fraction("ratio", ratio)
     sparsity = settings.get("sparsity")
+    targets = (ratio, sparsity, budget, layers_removed if method == "depth" else None)
+    given = sum(target is not None for target in targets)
     if method == "width" and layers_removed is not None:
-        raise UserError("layers_removed is for method 'depth' or 'hybrid': give a ratio or a sparsity")
-    if method == "width" and (ratio is None) == (sparsity is None):
-        raise UserError("method 'width' needs either ratio= (of all parameters) or sparsity= (of the layers in range)")
-    if method == "depth" and (ratio is None) == (layers_removed is None):
-        raise UserError("method 'depth' needs either ratio= or layers_removed=, and the other None")
-    if method == "hybrid" and ratio is None:
-        raise UserError("method 'hybrid' needs ratio= (and perhaps layers_removed= or depth_share=)")
+        raise UserError("layers_removed is for method 'depth' or 'hybrid': give a ratio, a sparsity or a budget")
+    if method == "width" and given != 1:
+        raise UserError(
+            "method 'width' needs either ratio= (of all parameters) or sparsity= (of the layers in range) or budget="
+        )
+    if method == "depth" and given != 1:
+        raise UserError("method 'depth' needs either ratio= or layers_removed= or budget=, and the others None")
+    if method == "hybrid" and given != 1:
+        raise UserError("method 'hybrid' needs ratio= or budget= (and perhaps layers_removed= or depth_share=)")
 
 
 def _choose_layers(
@@ -183,7 +238,7 @@ def _choose_layers(
     sizes = [costs.of(shapes[i]) for i in order[:most]]
     count = _nearest_count(sizes, share * ratio * total, settings["rounding"])
     if count is None:
-        raise UserError(
+        raise OutOfReach(
             f"ratio {share * ratio:g} cannot be reached by depth: removing {most} of {n_layers} layers "
             f"({len(protect)} protected) gives at most {sum(sizes) / total:.4f}"
         )

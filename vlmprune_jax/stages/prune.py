@@ -10,16 +10,24 @@ from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.data.batching import Batch
 from vlmprune_jax.distributed.mesh import on_process_zero
 from vlmprune_jax.errors import UserError, about
-from vlmprune_jax.experiment.arguments import plan_options
+from vlmprune_jax.experiment.arguments import export_dtype, plan_budget, plan_options
 from vlmprune_jax.experiment.spec import Experiment, affecting
+from vlmprune_jax.hf.disk.checkpoint import Checkpoint
+from vlmprune_jax.hf.disk.dtypes import DTYPES
+from vlmprune_jax.hf.disk.tensors import bytes_on_disk
+from vlmprune_jax.hf.export.target import make_target
+from vlmprune_jax.hf.export.uneven import padded_stacks
+from vlmprune_jax.hf.export.write import MAX_SHARD_BYTES, make_tensors
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune import CRITERIA, PrunePlan, Scores, make_plan, prune_folder, prune_iteratively
+from vlmprune_jax.prune.cost import amount
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import (
     Context,
     load_model,
     model_inputs,
+    open_folder,
     save_model,
     teacher_folder,
 )
@@ -49,6 +57,8 @@ def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
             raise UserError(f"{path}: no such scores file: run `vlmprune score` (or `vlmprune run`) first")
     iterative = experiment.prune.steps > 1
     settings = affecting("prune", experiment)
+    if experiment.prune.budget.limits:
+        settings |= affecting("export", experiment)
     if iterative:  # it scores as well
         settings |= affecting("score", experiment)
     needs_data = iterative and CRITERIA[experiment.score.width].needs_batches
@@ -75,6 +85,8 @@ def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
             f"  {plan.method}: {_percent(plan.asked)} asked, {_percent(plan.reached)} of all parameters reached "
             f"({_percent(facts['decoder_ratio'])} of the decoder)"
         )
+        for line in _budget_lines(plan):
+            context.reporter.say(line)
         context.reporter.say(
             f"  {facts['parameters']:,} of {facts['parameters_before']:,} parameters left{_layers_gone(plan)}"
         )
@@ -95,6 +107,7 @@ def _prune_files(experiment: Experiment, scores: list[Path], out_dir: Path) -> t
             method=spec.method,
             ratio=spec.ratio,
             layers_removed=spec.layers_removed,
+            budget=_budget(experiment, cfg),
             **plan_options(spec),
         )
     on_process_zero(lambda: prune_folder(source, plan, out_dir, vision_dir=vision_dir, dtype=experiment.model.dtype))
@@ -121,10 +134,30 @@ def _prune_in_steps(experiment: Experiment, scores: Path, out_dir: Path) -> tupl
         scores=Scores.load(scores),
         score_options=score_options(experiment, criterion),
         ratio=spec.ratio,
+        budget=_budget(experiment, model.cfg),
         **plan_options(spec),
     )
     save_model(pruned, out_dir, experiment.model, source, plan)
     return plan, model.cfg
+
+
+def _budget(experiment: Experiment, cfg: ModelConfig) -> Json | None:
+    """`plan_budget`, with what else the export's weights hold where their bytes are limited."""
+    budget = plan_budget(experiment)
+    if budget is not None and "disk_bytes" in budget:
+        spec, source, dtype = experiment.export, teacher_folder(experiment.model), export_dtype(experiment)
+        target = make_target(cfg, source, spec.layout, spec.uneven, dtype)
+        tensors = make_tensors(open_folder(experiment.model, source), target, Checkpoint(source), dtype)
+        computed = padded_stacks(cfg) if spec.uneven == "pad" else cfg
+        other = bytes_on_disk(tensors, MAX_SHARD_BYTES) - count_params(computed) * DTYPES[dtype].itemsize
+        budget["other_bytes"] = other
+    return budget
+
+
+def _budget_lines(plan: PrunePlan) -> list[str]:
+    """What the limits of a budget came to."""
+    limits, reached = (plan.options.get(name, {}) for name in ("budget", "budget_reached"))
+    return [f"  {name}: {amount(cost)} of {amount(limits[name])} allowed" for name, cost in reached.items()]
 
 
 def plan_facts(plan: PrunePlan, cfg: ModelConfig) -> Json:
