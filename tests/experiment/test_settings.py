@@ -120,6 +120,7 @@ SCORE = named("score", "variant reduction gqa reference_compat layers_removed lo
 PRUNE = named(
     "prune",
     "method ratio layers_removed protect rounding attn_layers mlp_layers heads_multiple neurons_multiple heads "
+    "snap_for tensor_parallel "
     "selection sparsity depth_share steps budget",
 )
 RECOVER = named(

@@ -220,6 +220,20 @@ class PruneSpec:
     )
     heads_multiple: int = setting(1, "Kept heads are a multiple of this.", affects=_PRUNE, unit="heads")
     neurons_multiple: int = setting(1, "Kept neurons are a multiple of this.", affects=_PRUNE, unit="neurons")
+    snap_for: str | None = setting(
+        None,
+        'Kept heads and neurons fill whole blocks of a target: 128 for "tpu" (lanes) and "int4" (groups), 32 for '
+        '"gguf" (Q8_0, Q4_0), 256 for "gguf_k" (K-quants).',
+        affects=_PRUNE,
+        choices="prune.snap:BLOCKS",
+    )
+    tensor_parallel: int = setting(
+        1,
+        "Kept heads and neurons divide by so many devices, each with whole blocks of `snap_for`.",
+        affects=_PRUNE,
+        unit="devices",
+        least=1,
+    )
     heads: str = setting(
         "proportional",
         'What goes of attention: the same share as of neurons, nothing ("keep"), or what costs least by the scores '

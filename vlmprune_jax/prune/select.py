@@ -28,6 +28,8 @@ WIDTH: Mapping[str, Any] = {
     "mlp_layers": "all",
     "heads_multiple": 1,
     "neurons_multiple": 1,
+    "snap_for": None,
+    "tensor_parallel": 1,
     "heads": "proportional",
     "selection": "local",
 }
@@ -66,6 +68,8 @@ def make_plan(
         rounding: "nearest" number of layers, or the smallest that removes "at_least" the ratio.
         attn_layers, mlp_layers: "all" or a half-open (start, stop), original numbers.
         heads_multiple, neurons_multiple: snap kept widths to multiples.
+        snap_for: to those that suit "tpu", "gguf", "gguf_k" or "int4" (see `BLOCKS`), in layers that lose any.
+        tensor_parallel: to those that so many devices share evenly, each with whole blocks of `snap_for`.
         heads: what goes of attention: the same share as of neurons ("proportional", as in the paper), nothing ("keep"),
           or with `ratio` and local selection what costs least by the scores ("auto"); elsewhere auto is proportional.
         selection: "local" (equal widths, lowest of each layer) or "global" (lowest of all layers, unnormalised).
@@ -76,13 +80,11 @@ def make_plan(
     Raises:
       UserError: scores of another model or of the wrong kind, an unknown option, or a ratio out of reach.
     """
-    one_of("method", method, METHODS)
-    settings = with_defaults(f"make_plan(method={method!r})", options, DEFAULTS[method])
+    settings = check_request(method, ratio, layers_removed, budget, options)
     depth, width = _pair(scores, method)
     used = [one for one in (depth, width) if one is not None]
     shapes = cfg.stack(stack).layers
     _check_scores(used, cfg, stack)
-    _check_request(method, ratio, layers_removed, budget, settings)
     before = count_params(cfg)
     unpruned = count_params(settings.get("base") or cfg)
     total = settings["parameters_total"] or unpruned
@@ -181,13 +183,20 @@ def _pair(scores: Any, method: str) -> tuple[Scores | None, Scores | None]:
     return depth, width
 
 
-def _check_request(
+def check_request(
     method: str,
     ratio: float | None,
     layers_removed: int | None,
     budget: Mapping[str, Any] | None,
-    settings: Mapping[str, Any],
-) -> None:
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """All options of `make_plan`, those that are not given at their defaults.
+
+    Raises:
+      UserError: options that this method does not have, or not exactly one target.
+    """
+    one_of("method", method, METHODS)
+    settings = with_defaults(f"make_plan(method={method!r})", options, DEFAULTS[method])
     if ratio is not None:
         fraction("ratio", ratio)
     sparsity = settings.get("sparsity")
@@ -203,6 +212,7 @@ def _check_request(
         raise UserError("method 'depth' needs either ratio= or layers_removed= or budget=, and the others None")
     if method == "hybrid" and given != 1:
         raise UserError("method 'hybrid' needs ratio= or budget= (and perhaps layers_removed= or depth_share=)")
+    return settings
 
 
 def _choose_layers(

@@ -92,7 +92,10 @@ def units_of(
             step = heads_multiple // math.gcd(heads_multiple, shape.kv_heads)
         unit = Units(heads, shape.mlp, cost, costs.neuron, i in attn_layers, i in mlp_layers, step, neurons_multiple)
         if unit.prune_heads and step > heads:
-            raise UserError(f"heads_multiple={heads_multiple} is more than the {shape.kv_heads} heads of layer {i}")
+            raise UserError(
+                f"heads_multiple={heads_multiple} is more than the {shape.kv_heads} heads of layer {i}: keep them "
+                "(heads='keep')"
+            )
         if unit.prune_neurons and neurons_multiple > shape.mlp:
             raise UserError(f"neurons_multiple={neurons_multiple} is more than the {shape.mlp} neurons of layer {i}")
         result.append(unit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ import numpy as np
 
 from vlmprune_jax.checks import layer_range, one_of
 from vlmprune_jax.config import LayerShape, ModelConfig, Stack
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.errors import UserError, about
 from vlmprune_jax.prune.plan import KeptLayer
 from vlmprune_jax.prune.scores import Scores
+from vlmprune_jax.prune.snap import check_divides, multiples, reason_of
 from vlmprune_jax.prune.solver import (
     Costs,
     OutOfReach,
@@ -68,8 +70,8 @@ def choose_widths(
         raise UserError(f"base has {len(base.layers)} layers but the model has {n_layers}: only widths may differ")
     one_of("selection", settings["selection"], SELECTIONS)
     one_of("heads", settings["heads"], HEADS)
-    costs = layer_costs(cfg, stack)
-    units = _units(base, costs, gqa, alive, settings)
+    costs, snapped = layer_costs(cfg, stack), multiples(settings, base, gqa)
+    units = _units(base, costs, gqa, alive, {**settings, **snapped})
     by_depth = sum(costs.of(shape) for i, shape in enumerate(base.layers) if i not in alive)
     removal = None if ratio is None else max(ratio * total - by_depth, 0)
     target = Target(removal, settings.get("sparsity"), ratio, total, by_depth)
@@ -81,30 +83,32 @@ def choose_widths(
             f"{(by_depth + most_removable(units)) / total:.4f}"
         )
     if settings["selection"] == "global":
-        if gqa != "groups" or max(settings["heads_multiple"], settings["neurons_multiple"]) > 1:
+        if gqa != "groups" or max(snapped.values()) > 1:
             raise UserError('selection="global" gives every layer its own width: it takes gqa="groups", no multiples')
         kept, solved = _global(scores, base, units, alive, target)
     else:
         kept, solved = _local(scores, base, units, alive, target, trade=settings["heads"] == "auto")
-    return kept, solved
+    shapes = cfg.stack(stack).layers
+    check_divides(((i, shape_of(kept[i], shapes[i], gqa)) for i in alive), settings["tensor_parallel"])
+    return kept, {**solved, **snapped}
 
 
 def _units(base: Stack, costs: Costs, gqa: str, alive: Collection[int], settings: Mapping[str, Any]) -> list[Units]:
     n_layers = len(base.layers)
-    for name in ("heads_multiple", "neurons_multiple"):
-        value = settings[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{name}={value!r} must be a whole number, at least 1")
     lose_heads = () if settings["heads"] == "keep" else alive
-    return units_of(
-        base.layers,
-        costs,
-        gqa=gqa,
-        attn_layers=[i for i in layer_range("attn_layers", settings["attn_layers"], n_layers) if i in lose_heads],
-        mlp_layers=[i for i in layer_range("mlp_layers", settings["mlp_layers"], n_layers) if i in alive],
-        heads_multiple=settings["heads_multiple"],
-        neurons_multiple=settings["neurons_multiple"],
-    )
+    attn_layers = [i for i in layer_range("attn_layers", settings["attn_layers"], n_layers) if i in lose_heads]
+    mlp_layers = [i for i in layer_range("mlp_layers", settings["mlp_layers"], n_layers) if i in alive]
+    reason = reason_of(settings)
+    with about(reason) if reason else contextlib.nullcontext():
+        return units_of(
+            base.layers,
+            costs,
+            gqa=gqa,
+            attn_layers=attn_layers,
+            mlp_layers=mlp_layers,
+            heads_multiple=settings["heads_multiple"],
+            neurons_multiple=settings["neurons_multiple"],
+        )
 
 
 def _local(
