@@ -104,8 +104,9 @@ def least_ratio(
 ) -> tuple[float, dict[str, float]]:
     """The least ratio whose plan keeps to the budget, and what that plan costs.
 
-    A plan that removes more costs less, but for a little where heads are traded for neurons or layers for widths: what
-    is found is then the least ratio of its neighbourhood. Ratios are told apart down to one of `total` parameters.
+    Where more is asked for, plans cost less; but for a little where heads are traded for neurons, layers for widths, or
+    a layer is left whole rather than empty: what is found is then the least ratio of its neighbourhood. Ratios are told
+    apart down to one of `total` parameters.
 
     Raises:
       UserError: no plan does: says the nearest there is.
