@@ -52,17 +52,21 @@ def test_the_first_step_uses_the_scores_that_are_there(experiment, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("export", "layers"),
-    [({}, (0, 2)), ({"uneven": "pad", "dtype": "float32"}, ()), ({"layout": "transformers"}, (0, 2))],
+    ("export", "mlp_layers", "share"),  # padding gives heads back everywhere, and would neurons
+    [
+        ({}, (0, 2), 0.93),
+        ({"uneven": "pad", "dtype": "float32"}, (), 0.8),
+        ({"layout": "transformers"}, (0, 2), 0.93),
+    ],
 )
-def test_bytes_on_disk_are_those_of_the_export(export, layers, experiment, tmp_path, capsys):
+def test_bytes_on_disk_are_those_of_the_export(export, mlp_layers, share, experiment, tmp_path, capsys):
     settings = [f"--config.export.{name}={value}" for name, value in export.items()]
-    settings += ["--config.prune.ratio=None", "--config.prune.steps=1", "--config.score.gqa=q_heads"]
-    settings += [f"--config.prune.{part}_layers={layers}" for part in ("attn", "mlp")]
+    settings += ["--config.prune.ratio=None", "--config.prune.steps=1"]
+    settings += ["--config.prune.attn_layers=(0, 2)", f"--config.prune.mlp_layers={mlp_layers}"]
     assert main(["score", *experiment, *settings]) == 0
     options = {"layout": "source", "uneven": "per_layer", "dtype": "bfloat16", **export}
     vp.save(vp.load(tmp_path / "teacher"), tmp_path / "whole", source_dir=tmp_path / "teacher", **options)
-    limit = int(0.93 * on_disk(tmp_path / "whole"))
+    limit = int(share * on_disk(tmp_path / "whole"))
     assert main(["prune", *experiment, *settings, f"--config.prune.budget.disk_bytes={limit}"]) == 0
     plan = vp.PrunePlan.from_json(tmp_path / "w/plan.json")
     reached = plan.options["budget_reached"]["disk_bytes"]

@@ -89,12 +89,8 @@ def make_plan(
     unpruned = count_params(settings.get("base") or cfg)
     total = settings["parameters_total"] or unpruned
     request = _Request(cfg, depth, width, layers_removed, settings, total, stack)
-    asked, solved = ratio, dict[str, Any]()
-    if budget is not None:
-        limits = budget_of(budget)
-        ratio, reached = least_ratio(limits, make_measure(cfg, limits), request.config_at, total)
-        solved = {"budget": limits.given, "budget_reached": reached}
-    kept, found = request.decide(ratio)
+    share, within = (ratio, {}) if budget is None else request.within(budget)
+    kept, solved = request.decide(share)
     layers = [kept_layer(i, one, shapes[i], request.gqa) for i, one in kept.items()]
     cost = layer_costs(cfg, stack).of
     gone = sum(map(cost, shapes)) - sum(cost(layer.shape) for layer in layers)
@@ -107,8 +103,8 @@ def make_plan(
         parameters_after=before - gone,
         parameters_total=total,
         # earlier steps from `base` have removed a part of what was asked for
-        asked=None if asked is None else asked - (unpruned - before) / total,
-        options=_recorded({**settings, **found, **solved}),
+        asked=None if ratio is None else ratio - (unpruned - before) / total,
+        options=_recorded({**settings, **solved, **within}),
     )
 
 
@@ -140,6 +136,12 @@ class _Request:
         if self.width is None:
             return {i: (np.arange(shapes[i].kv_heads), np.arange(shapes[i].mlp)) for i in alive}, {}
         return choose_widths(self.width, cfg, alive, ratio, settings, total, stack)
+
+    def within(self, given: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
+        """The least ratio that keeps to a budget, and the plan's record of both."""
+        budget = budget_of(given)
+        ratio, reached = least_ratio(budget, make_measure(self.cfg, budget), self.config_at, self.total)
+        return ratio, {"budget": budget.given, "budget_reached": reached}
 
     def config_at(self, ratio: float) -> ModelConfig:
         """The pruned model's config."""
