@@ -17,7 +17,7 @@ PACKAGE = ROOT / "vlmprune_jax"
 # One way: a unit imports from its own line and the lines above it. Modules never form a cycle, and neither do units,
 # but for the top line, where a command runs the demo and the demo's experiment is a config file like any other.
 ORDER = (
-    ("errors", "checks", "checked_files", "config"),
+    ("errors", "checks", "checked_files", "config", "budget"),
     ("families",),
     ("models", "data", "distributed"),
     ("hf",),
@@ -30,7 +30,7 @@ ORDER = (
     ("cli", "demo", "__main__"),
 )
 RANK = {unit: rank for rank, line in enumerate(ORDER) for unit in line}
-WITHOUT_JAX = ("errors", "checks", "checked_files", "config", "families")
+WITHOUT_JAX = ("errors", "checks", "checked_files", "config", "budget", "families")
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 CLI_PLUMBING = {
     "__init__",

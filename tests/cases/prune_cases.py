@@ -132,5 +132,13 @@ def llava_7b() -> ModelConfig:
     return ModelConfig("llava", "original", text, vision, ProjectorConfig("gelu", True), image_token_id=-200)
 
 
+def width_scores(cfg: ModelConfig, seed: int = 0, gqa: str = "groups") -> Scores:
+    """Random ones."""
+    draw = np.random.default_rng(seed)
+    heads = tuple(draw.random(s.kv_heads if gqa == "groups" else s.q_heads) for s in cfg.text.layers)
+    neurons = tuple(draw.random(s.mlp) for s in cfg.text.layers)
+    return Scores("l1", shape_digest(cfg) + "-x", {"gqa": gqa}, heads=heads, mlp=neurons)
+
+
 def depth_scores(cfg: ModelConfig, importance: list[float]) -> Scores:
     return Scores("block_influence", shape_digest(cfg) + "-x", {}, importance=np.asarray(importance, np.float64))

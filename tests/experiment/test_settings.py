@@ -72,7 +72,7 @@ def test_choices_elsewhere_are_looked_up_when_a_command_starts():
 
 
 def test_every_field_of_every_section_is_declared():
-    nested = {"recover": {"lora", "losses"}, "evaluate": {"sets"}}
+    nested = {"prune": {"budget"}, "recover": {"lora", "losses"}, "evaluate": {"sets"}}
     for place, section in sections().items():
         fields = {f.name for f in dataclasses.fields(section)}
         assert fields - set(settings_of(section)) == nested.get(place, set()), place
@@ -124,7 +124,7 @@ SCORE = named(
 PRUNE = named(
     "prune",
     "method stack ratio layers_removed protect rounding attn_layers mlp_layers heads_multiple neurons_multiple heads "
-    "selection sparsity depth_share steps",
+    "snap_for tensor_parallel selection sparsity depth_share steps budget",
 )
 RECOVER = named(
     "recover",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prune_cases import EQUAL, REFERENCE_TOTAL, UNEQUAL, config, depth_scores, llava_7b, model
+from prune_cases import EQUAL, REFERENCE_TOTAL, UNEQUAL, config, depth_scores, llava_7b, model, width_scores
 
 from vlmprune_jax.config import LayerShape
 from vlmprune_jax.errors import UserError
@@ -15,14 +15,6 @@ from vlmprune_jax.models.params import count_params, param_shapes
 from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, Scores, compose, keep_everything, make_plan, score
 from vlmprune_jax.prune.fingerprint import shape_digest
 from vlmprune_jax.prune.solver import Units, layer_costs, smallest_sparsity, widths_at
-
-
-def width_scores(cfg, seed=0, gqa="groups"):
-    draw = np.random.default_rng(seed)
-    heads = tuple(draw.random(s.kv_heads if gqa == "groups" else s.q_heads) for s in cfg.text.layers)
-    neurons = tuple(draw.random(s.mlp) for s in cfg.text.layers)
-    return Scores("l1", shape_digest(cfg) + "-x", {"gqa": gqa}, heads=heads, mlp=neurons)
-
 
 # heads, neurons, parameters per head and per neuron, head_dim, total: algorithms 1.6 (three architectures)
 ARCHITECTURES = {

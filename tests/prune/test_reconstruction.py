@@ -110,8 +110,9 @@ def missing(ours, teacher, batch):
     return float((((a - b) ** 2) * batch["attention_mask"][..., None]).sum())
 
 
-def test_nothing_removed_is_nothing_changed():
-    teacher = model(config(UNEQUAL))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_nothing_removed_is_nothing_changed(shape):
+    teacher = model(config(UNEQUAL, **SHAPES[shape]))
     plan = keep_everything(teacher.cfg, fingerprint(teacher), count_params(teacher.cfg))
     solved, report = reconstruct(teacher, plan, teacher, rows(4))
     assert report == []

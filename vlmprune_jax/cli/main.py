@@ -33,6 +33,7 @@ COMMANDS = {
     "export": "the best model as a Hugging Face folder, reloaded and compared -> export/",
     "report": "one page with table and plots from result.json -> report.html, report.png",
     "plan": "what recovery needs on a TPU slice, compiled ahead of time on this machine",
+    "diff": "how much of what two plans keep is the same, layer by layer",
     "help": "what a setting does, as `vlmprune help kl`, its default and choices",
     "inspect": "what a Hugging Face folder holds and what can be pruned, from its headers",
     "tfds": "LLaVA records and their images as a tensorflow-datasets data set",

@@ -1,6 +1,6 @@
 """vlmprune prune --config=FILE.py --workdir=DIR: plan from scores.npz, and the pruned model.
 
-Makes plan.json and pruned/.
+Makes plan.json and pruned/. --explain prints what each layer lost and why, also of what is there already.
 Settings: prune.method, prune.ratio, prune.attn_layers, prune.mlp_layers (--config.prune.method=...).
 """
 
@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from absl import flags as absl_flags
+
 from vlmprune_jax.cli.flags import Flags, common
 
 
 def define(values: Flags) -> None:
     """Flags of this command."""
     common(values)
+    absl_flags.DEFINE_bool("explain", False, "print what each layer lost and why", flag_values=values)
 
 
 def run(flags: Any) -> None:
@@ -21,4 +24,4 @@ def run(flags: Any) -> None:
     from vlmprune_jax.cli.workdir import prepare
     from vlmprune_jax.stages.run import prune_all
 
-    prune_all(*prepare(flags))
+    prune_all(*prepare(flags), explained=flags.explain)

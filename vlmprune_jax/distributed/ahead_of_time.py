@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from vlmprune_jax.distributed.chips import CHIPS, Chip
+from vlmprune_jax.distributed.chips import Chip, slice_of
 from vlmprune_jax.errors import UserError
 
 # libtpu asks the metadata server of Google Cloud where it runs, unless the first three say it; the last lets it load
@@ -43,12 +43,7 @@ def make_slice(name: str) -> Slice:
     Raises:
       UserError: unknown generation or impossible topology (with known ones), or libtpu is missing.
     """
-    generation, _, grid = name.partition(":")
-    known = ", ".join(f"{key}:{chip.slices[-3]}" for key, chip in CHIPS.items())
-    if generation not in CHIPS:
-        raise UserError(f"topology {name!r}: generations are {', '.join(CHIPS)}, slices of them for example {known}")
-    if not re.fullmatch(r"\d+(x\d+)+", grid):
-        raise UserError(f"topology {name!r} is not GENERATION:SIZES, for example {known}")
+    chip, _ = slice_of(name)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("planning compiles with libtpu, which is not installed: pip install 'vlmprune-jax[tpu]'")
     for variable, value in _ELSEWHERE.items():
@@ -56,12 +51,12 @@ def make_slice(name: str) -> Slice:
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except jax.errors.JaxRuntimeError as error:
-        sizes = ", ".join(CHIPS[generation].slices)
+        sizes = ", ".join(chip.slices)
         reason = str(error).splitlines()[0]
         if "INVALID_ARGUMENT" not in reason:
             raise UserError(f"libtpu, which compiles for {name}, does not start here: {reason}") from error
-        raise UserError(f"topology {name!r} does not exist ({reason}): {generation} has {sizes}") from error
-    return Slice(name, CHIPS[generation], tuple(devices))
+        raise UserError(f"topology {name!r} does not exist ({reason}): {name.partition(':')[0]} has {sizes}") from error
+    return Slice(name, chip, tuple(devices))
 
 
 @dataclass(frozen=True)

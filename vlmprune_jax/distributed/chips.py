@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
+
+from vlmprune_jax.errors import UserError
 
 GIGA, GIB = 10**9, 2**30
 
@@ -21,6 +25,18 @@ class Chip:
     hbm_bandwidth: float
     ici_bandwidth: float
     slices: tuple[str, ...]
+
+    def seconds(self, flops: float, traffic: float, received: float) -> dict[str, float]:
+        """Seconds of a program if only this limited it: arithmetic, memory, links between chips.
+
+        `flops`, `traffic` (bytes of HBM read and written), `received` (bytes from other chips): per chip. The roofline
+        is the slowest of the three, the others hidden behind it.
+        """
+        return {
+            "compute": flops / self.flops,
+            "memory": traffic / self.hbm_bandwidth,
+            "interconnect": received / self.ici_bandwidth,
+        }
 
 
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -49,3 +65,18 @@ def peak_flops(device_kind: str) -> float | None:
     """Peak bfloat16 FLOP/s of a device, by the name that jax gives it; None if it is not a known TPU or GPU."""
     found = next((chip.flops for chip in CHIPS.values() if device_kind in chip.kinds), None)
     return GPU_FLOPS.get(device_kind) if found is None else found
+
+
+def slice_of(name: str) -> tuple[Chip, int]:
+    """The chip of a slice by its name, "v5e:8x8", and how many of them it has.
+
+    Raises:
+      UserError: an unknown generation, or no sizes.
+    """
+    generation, _, grid = name.partition(":")
+    known = ", ".join(f"{key}:{chip.slices[-3]}" for key, chip in CHIPS.items())
+    if generation not in CHIPS:
+        raise UserError(f"topology {name!r}: generations are {', '.join(CHIPS)}, slices of them for example {known}")
+    if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3})+", grid):
+        raise UserError(f"topology {name!r} is not GENERATION:SIZES, for example {known}")
+    return CHIPS[generation], math.prod(map(int, grid.split("x")))

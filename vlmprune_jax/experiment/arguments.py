@@ -22,11 +22,24 @@ def plan_options(spec: PruneSpec) -> dict[str, Any]:
     And `heads`, where the method has it: what configs do by default is not what the reference does.
     """
     default = PruneSpec()
-    skipped = ("method", "stack", "ratio", "layers_removed", "steps")
+    skipped = ("method", "stack", "ratio", "layers_removed", "budget", "steps")
     changed = {k: v for k, v in vars(spec).items() if k not in skipped and v != getattr(default, k)}
     if "heads" in DEFAULTS[spec.method]:
         changed["heads"] = spec.heads
     return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
+
+
+def plan_budget(experiment: Experiment) -> dict[str, Any] | None:
+    """`make_plan(budget=...)` in the dtype and shape of the export, or None where no limit is set."""
+    budget = experiment.prune.budget
+    if not budget.limits:
+        return None
+    return dataclasses.replace(budget, dtype=export_dtype(experiment), uneven=experiment.export.uneven).given
+
+
+def export_dtype(experiment: Experiment) -> str:
+    """What the export's weights are in."""
+    return experiment.model.dtype if experiment.export.dtype == "source" else experiment.export.dtype
 
 
 def recover_config(spec: RecoverSpec) -> RecoverConfig:

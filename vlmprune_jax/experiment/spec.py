@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vlmprune_jax.budget import Budget
 from vlmprune_jax.checks import check_settings, setting, settings_of, suggest
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.recovery.config import MAX_ROWS, RecoverConfig
@@ -240,6 +241,20 @@ class PruneSpec:
     )
     heads_multiple: int = setting(1, "Kept heads are a multiple of this.", affects=_PRUNE, unit="heads")
     neurons_multiple: int = setting(1, "Kept neurons are a multiple of this.", affects=_PRUNE, unit="neurons")
+    snap_for: str | None = setting(
+        None,
+        'Kept heads and neurons fill whole blocks of a target: 128 for "tpu" (lanes) and "int4" (groups), 32 for '
+        '"gguf" (Q8_0, Q4_0), 256 for "gguf_k" (K-quants).',
+        affects=_PRUNE,
+        choices="prune.snap:BLOCKS",
+    )
+    tensor_parallel: int = setting(
+        1,
+        "Kept heads and neurons divide by so many devices, each with whole blocks of `snap_for`.",
+        affects=_PRUNE,
+        unit="devices",
+        least=1,
+    )
     heads: str = setting(
         "auto",
         'What goes of attention: the same share as of neurons ("proportional", as recipes have it), nothing ("keep"), '
@@ -258,6 +273,7 @@ class PruneSpec:
     )
     depth_share: float = setting(0.5, "Share of the reduction that hybrid takes by layers.", affects=_PRUNE)
     steps: int = setting(1, "Rounds of width pruning, each with new scores.", affects=_PRUNE, unit="rounds", least=1)
+    budget: Budget = field(default_factory=Budget)
 
     def __post_init__(self) -> None:
         check_settings("prune", self)

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.checks import check_settings, one_of, with_defaults
-from vlmprune_jax.errors import UserError
-from vlmprune_jax.experiment.arguments import evaluation_sets, recover_config
+from vlmprune_jax.distributed.chips import slice_of
+from vlmprune_jax.errors import UserError, about
+from vlmprune_jax.experiment.arguments import evaluation_sets, plan_budget, plan_options, recover_config
 from vlmprune_jax.experiment.spec import Experiment, ScoreSpec, override, sections
 from vlmprune_jax.prune.criteria import CRITERIA, scoring
+from vlmprune_jax.prune.select import check_request
 
 NO_RECOVERY = "none"
 # What else lies where the folders of variants are.
@@ -79,6 +81,16 @@ def _check_criteria(spec: ScoreSpec) -> None:
     with_defaults(f"score.options of {spec.depth!r} or {spec.width!r}", spec.options, options)
 
 
+def _check_target(experiment: Experiment) -> None:
+    """Refuse several targets of pruning, options that the method does not have, and a slice that does not exist."""
+    spec, budget = experiment.prune, plan_budget(experiment)
+    if any(target is not None for target in (spec.ratio, spec.layers_removed, spec.sparsity, budget)):
+        check_request(spec.method, spec.ratio, spec.layers_removed, budget, plan_options(spec))
+    if budget is not None:
+        with about("prune.budget.slice"):
+            slice_of(spec.budget.slice)
+
+
 def check_experiment(experiment: Experiment, workdir: Path) -> None:
     """Refuse at the start what a stage of any variant would refuse hours later.
 
@@ -93,6 +105,7 @@ def check_experiment(experiment: Experiment, workdir: Path) -> None:
                 f"prune.steps={spec.prune.steps} is for prune.method='width': depth and hybrid prune in one step"
             )
         _check_criteria(spec.score)
+        _check_target(spec)
         for run in recover_runs(pruned):
             for name, section in sections(run.experiment).items():
                 check_settings(name, section, elsewhere=True)

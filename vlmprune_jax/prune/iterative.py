@@ -27,11 +27,13 @@ def prune_iteratively(
     score_options: Mapping[str, Any] | None = None,
     ratio: float | None = None,
     sparsity: float | None = None,
+    budget: Mapping[str, Any] | None = None,
     **plan_options: Any,
 ) -> tuple[Model, PrunePlan, tuple[Scores, ...]]:
-    """Reach a width ratio (or the reference's sparsity) in equal steps: score, plan, apply, and again.
+    """Reach a width ratio (or the reference's sparsity, or a budget) in equal steps: score, plan, apply, and again.
 
-    Step k of K aims at k/K of the target, always relative to the model as it came in.
+    Step k of K aims at k/K of the target, always relative to the model as it came in; of a budget, at k/K of the ratio
+    that the first scores lead to, and the last step at the budget itself.
 
     Args:
       batches: calibration batches of step k = 0, 1, ...
@@ -52,12 +54,16 @@ def prune_iteratively(
         if k > 1 or scores is None:
             scores = score(current, batches(k - 1), criterion=criterion, stack=stack, **(score_options or {}))
         used.append(scores)
+        if budget is not None and k == 1:
+            ratio = make_plan(scores, model.cfg, method="width", budget=budget, **plan_options).reached
+        within = budget if k == steps else None
         now = make_plan(
             scores,
             current.cfg,
             method="width",
             base=model.cfg,
-            ratio=None if ratio is None else ratio * k / steps,
+            ratio=None if ratio is None or within is not None else ratio * k / steps,
+            budget=within,
             sparsity=None if sparsity is None else sparsity * k / steps,
             **plan_options,
         )
@@ -65,5 +71,7 @@ def prune_iteratively(
         plan = now if plan is None else compose(plan, now)
     assert plan is not None
     options = {**plan_options, **(score_options or {}), "steps": steps, "sparsity": sparsity}
+    options |= {name: now.options[name] for name in ("budget", "budget_reached") if name in now.options}
     total = plan_options.get("parameters_total") or count_params(model.cfg)
-    return current, dataclasses.replace(plan, asked=ratio, parameters_total=total, options=options), tuple(used)
+    asked = ratio if budget is None else None
+    return current, dataclasses.replace(plan, asked=asked, parameters_total=total, options=options), tuple(used)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from vlmprune_jax.budget import budget_of
 from vlmprune_jax.checks import fraction, one_of, with_defaults
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import count_params
+from vlmprune_jax.prune.cost import least_ratio, make_measure
 from vlmprune_jax.prune.fingerprint import shape_digest
-from vlmprune_jax.prune.plan import KeptLayer, KeptStack, PrunePlan
+from vlmprune_jax.prune.plan import KeptStack, PrunePlan
 from vlmprune_jax.prune.scores import Scores
-from vlmprune_jax.prune.solver import layer_costs
-from vlmprune_jax.prune.width import choose_widths, unreachable_by
+from vlmprune_jax.prune.solver import OutOfReach, layer_costs
+from vlmprune_jax.prune.width import Kept, choose_widths, kept_layer, shape_of, unreachable_by
 
 METHODS = ("depth", "width", "hybrid")
 ROUNDINGS = ("nearest", "at_least")
@@ -26,6 +29,8 @@ WIDTH: Mapping[str, Any] = {
     "mlp_layers": "all",
     "heads_multiple": 1,
     "neurons_multiple": 1,
+    "snap_for": None,
+    "tensor_parallel": 1,
     "heads": "proportional",
     "selection": "local",
 }
@@ -44,15 +49,18 @@ def make_plan(
     method: str,
     ratio: float | None = None,
     layers_removed: int | None = None,
+    budget: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> PrunePlan:
-    """Plan the removal of `ratio` of the model's parameters; no forward pass, seconds at 7B.
+    """Plan the removal of `ratio` of the model's parameters, or down to a budget; no forward pass, seconds at 7B.
 
     Args:
       scores: of this model, of the stack that is pruned; for "hybrid" the pair (depth scores, width scores).
       method: "depth" (whole layers), "width" (heads and neurons) or "hybrid" (layers, then widths of the rest).
       ratio: share of `parameters_total` to remove, 0 <= ratio < 1.
       layers_removed: number of layers to remove (depth, hybrid) instead of deriving it.
+      budget: the most that the pruned model may cost, in place of a ratio, as {"parameters": 1e8} (see `Budget`); the
+        least goes that keeps to all of it. What it came to is in the plan's options, as `budget_reached`.
       options:
         parameters_total: what ratios refer to; default all parameters of the computed model. (The reference also
           counts tower blocks that are never run: 12.6 M more, 7,062,902,784, for LLaVA-1.5-7B.)
@@ -60,6 +68,8 @@ def make_plan(
         rounding: "nearest" number of layers, or the smallest that removes "at_least" the ratio.
         attn_layers, mlp_layers: "all" or a half-open (start, stop), original numbers.
         heads_multiple, neurons_multiple: snap kept widths to multiples.
+        snap_for: to those that suit "tpu", "gguf", "gguf_k" or "int4" (see `BLOCKS`), in layers that lose any.
+        tensor_parallel: to those that so many devices share evenly, each with whole blocks of `snap_for`.
         heads: what goes of attention: the same share as of neurons ("proportional", as in the paper), nothing ("keep"),
           or with `ratio` and local selection what costs least by the scores ("auto"); elsewhere auto is proportional.
         selection: "local" (equal widths, lowest of each layer) or "global" (lowest of all layers, unnormalised).
@@ -70,22 +80,19 @@ def make_plan(
     Raises:
       UserError: scores of another model or of the wrong kind, an unknown option, or a ratio out of reach.
     """
-    one_of("method", method, METHODS)
-    settings = with_defaults(f"make_plan(method={method!r})", options, DEFAULTS[method])
+    settings = check_request(method, ratio, layers_removed, budget, options)
     depth, width = _pair(scores, method)
     used = [one for one in (depth, width) if one is not None]
     stack = used[0].stack
     shapes = cfg.stack(stack).layers
     _check_scores(used, cfg, stack)
-    _check_request(method, ratio, layers_removed, settings)
     before = count_params(cfg)
     unpruned = count_params(settings.get("base") or cfg)
     total = settings["parameters_total"] or unpruned
-    removed = () if depth is None else _choose_layers(depth, cfg, ratio, layers_removed, settings, total, stack)
-    layers = [KeptLayer.whole(i, shape) for i, shape in enumerate(shapes) if i not in removed]
-    solved: Mapping[str, Any] = {}
-    if width is not None:
-        layers, solved = choose_widths(width, cfg, [layer.index for layer in layers], ratio, settings, total, stack)
+    request = _Request(cfg, depth, width, layers_removed, settings, total, stack)
+    share, within = (ratio, {}) if budget is None else request.within(budget)
+    kept, solved = request.decide(share)
+    layers = [kept_layer(i, one, shapes[i], request.gqa) for i, one in kept.items()]
     cost = layer_costs(cfg, stack).of
     gone = sum(map(cost, shapes)) - sum(cost(layer.shape) for layer in layers)
     return PrunePlan(
@@ -98,7 +105,7 @@ def make_plan(
         parameters_total=total,
         # earlier steps from `base` have removed a part of what was asked for
         asked=None if ratio is None else ratio - (unpruned - before) / total,
-        options=_recorded({**settings, **solved}),
+        options=_recorded({**settings, **solved, **within}),
     )
 
 
@@ -108,23 +115,36 @@ def plan_stacks(
     *,
     method: str,
     ratio: float | None = None,
+    budget: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> PrunePlan:
     """One plan for several stacks, of which each loses the same share of its layers: `make_plan`'s where it is one.
 
     Args:
       scores: as `make_plan` takes them, of each stack.
-      method, ratio, options: as for `make_plan`; with several stacks none that is about layers by number.
+      method, ratio, budget, options: as for `make_plan`; with several stacks none that is about layers by number.
 
     Raises:
       UserError: as `make_plan`; an option that means layers of one stack.
     """
     if len(scores) == 1:
-        return make_plan(scores[0], cfg, method=method, ratio=ratio, **options)
+        return make_plan(scores[0], cfg, method=method, ratio=ratio, budget=budget, **options)
     named = [name for name in OF_ONE_STACK if options.get(name)]
     if named:
         raise UserError(f"{', '.join(named)}: means layers of one stack: prune the stacks one after the other")
     total = options.get("parameters_total") or count_params(cfg)
+    if budget is not None:
+        check_request(method, ratio, None, budget, options)
+
+        def plan_at(share: float) -> PrunePlan:
+            return plan_stacks(scores, cfg, method=method, ratio=share, **options)
+
+        limits = budget_of(budget)
+        measure = make_measure(cfg, limits)
+        ratio, reached = least_ratio(limits, measure, lambda share: plan_at(share).apply_to(cfg), total)
+        plan = plan_at(ratio)
+        recorded = {**plan.options, "budget": limits.given, "budget_reached": reached}
+        return dataclasses.replace(plan, asked=None, options=recorded)
     stacks = [one.stack if isinstance(one, Scores) else one[0].stack for one in scores]
     sizes = {stack: sum(map(layer_costs(cfg, stack).of, cfg.stack(stack).layers)) for stack in stacks}
     plans = {}
@@ -140,6 +160,48 @@ def plan_stacks(
         asked=ratio,
         options={stack: dict(plan.options) for stack, plan in plans.items()},
     )
+
+
+@dataclass(frozen=True)
+class _Request:
+    """Everything that decides what goes, but for the ratio."""
+
+    cfg: ModelConfig
+    depth: Scores | None
+    width: Scores | None
+    layers_removed: int | None
+    settings: Mapping[str, Any]
+    total: int
+    stack: str
+
+    @property
+    def gqa(self) -> str:
+        """What an attention unit is."""
+        return "groups" if self.width is None else self.width.options.get("gqa", "groups")
+
+    def decide(self, ratio: float | None) -> tuple[dict[int, Kept], Mapping[str, Any]]:
+        """What stays of each layer that stays, and what the solver found, for the plan's record."""
+        cfg, settings, stack, total = self.cfg, self.settings, self.stack, self.total
+        removed: tuple[int, ...] = ()
+        if self.depth is not None:
+            removed = _choose_layers(self.depth, cfg, ratio, self.layers_removed, settings, total, stack)
+        shapes = cfg.stack(stack).layers
+        alive = [i for i in range(len(shapes)) if i not in removed]
+        if self.width is None:
+            return {i: (np.arange(shapes[i].kv_heads), np.arange(shapes[i].mlp)) for i in alive}, {}
+        return choose_widths(self.width, cfg, alive, ratio, settings, total, stack)
+
+    def within(self, given: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
+        """The least ratio that keeps to a budget, and the plan's record of both."""
+        budget = budget_of(given)
+        ratio, reached = least_ratio(budget, make_measure(self.cfg, budget), self.config_at, self.total)
+        return ratio, {"budget": budget.given, "budget_reached": reached}
+
+    def config_at(self, ratio: float) -> ModelConfig:
+        """The pruned model's config."""
+        shapes = self.cfg.stack(self.stack).layers
+        kept, _ = self.decide(ratio)
+        return self.cfg.with_layers([shape_of(one, shapes[i], self.gqa) for i, one in kept.items()], self.stack)
 
 
 def _check_scores(used: list[Scores], cfg: ModelConfig, stack: str) -> None:
@@ -179,18 +241,36 @@ def _pair(scores: Any, method: str) -> tuple[Scores | None, Scores | None]:
     return depth, width
 
 
-def _check_request(method: str, ratio: float | None, layers_removed: int | None, settings: Mapping[str, Any]) -> None:
+def check_request(
+    method: str,
+    ratio: float | None,
+    layers_removed: int | None,
+    budget: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """All options of `make_plan`, those that are not given at their defaults.
+
+    Raises:
+      UserError: options that this method does not have, or not exactly one target.
+    """
+    one_of("method", method, METHODS)
+    settings = with_defaults(f"make_plan(method={method!r})", options, DEFAULTS[method])
     if ratio is not None:
         fraction("ratio", ratio)
     sparsity = settings.get("sparsity")
+    targets = (ratio, sparsity, budget, layers_removed if method == "depth" else None)
+    given = sum(target is not None for target in targets)
     if method == "width" and layers_removed is not None:
-        raise UserError("layers_removed is for method 'depth' or 'hybrid': give a ratio or a sparsity")
-    if method == "width" and (ratio is None) == (sparsity is None):
-        raise UserError("method 'width' needs either ratio= (of all parameters) or sparsity= (of the layers in range)")
-    if method == "depth" and (ratio is None) == (layers_removed is None):
-        raise UserError("method 'depth' needs either ratio= or layers_removed=, and the other None")
-    if method == "hybrid" and ratio is None:
-        raise UserError("method 'hybrid' needs ratio= (and perhaps layers_removed= or depth_share=)")
+        raise UserError("layers_removed is for method 'depth' or 'hybrid': give a ratio, a sparsity or a budget")
+    if method == "width" and given != 1:
+        raise UserError(
+            "method 'width' needs either ratio= (of all parameters) or sparsity= (of the layers in range) or budget="
+        )
+    if method == "depth" and given != 1:
+        raise UserError("method 'depth' needs either ratio= or layers_removed= or budget=, and the others None")
+    if method == "hybrid" and given != 1:
+        raise UserError("method 'hybrid' needs ratio= or budget= (and perhaps layers_removed= or depth_share=)")
+    return settings
 
 
 def _choose_layers(
@@ -226,7 +306,7 @@ def _choose_layers(
     sizes = [costs.of(shapes[i]) for i in order[:most]]
     count = _nearest_count(sizes, share * ratio * total, settings["rounding"])
     if count is None:
-        raise UserError(
+        raise OutOfReach(
             f"ratio {share * ratio:g} {unreachable_by('depth', stack)}: removing {most} of {n_layers} layers "
             f"({len(protect)} protected) gives at most {sum(sizes) / total:.4f}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import layer_axes, layer_shapes
 
 GRID = 10_000  # sparsities that are tried: multiples of 1e-4
+
+
+class OutOfReach(UserError):
+    """More is asked for than the method can remove."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +35,13 @@ class Costs:
         return self.layer + shape.q_heads * self.q_head + shape.kv_heads * self.kv_head + shape.mlp * self.neuron
 
 
-def layer_costs(cfg: ModelConfig, stack: str = "text") -> Costs:
-    """Costs of one layer of a stack, from the named axes of its weights."""
+def layer_costs(cfg: ModelConfig, stack: str = "text", *, products: bool = False) -> Costs:
+    """Costs of one layer of a stack, from the named axes of its weights; `products`: of matrices alone."""
     fixed, pruned, axes = 0, {"q_heads": 0, "kv_heads": 0, "mlp": 0}, layer_axes(cfg, stack)
     for name, shape in layer_shapes(cfg, stack).items():
         names = axes[name]
+        if products and (name.endswith("/bias") or len(names) < 2):
+            continue
         size = math.prod(n for axis, n in zip(names, shape, strict=True) if axis not in pruned)
         along = [axis for axis in names if axis in pruned]
         if along:
@@ -85,7 +92,10 @@ def units_of(
             step = heads_multiple // math.gcd(heads_multiple, shape.kv_heads)
         unit = Units(heads, shape.mlp, cost, costs.neuron, i in attn_layers, i in mlp_layers, step, neurons_multiple)
         if unit.prune_heads and step > heads:
-            raise UserError(f"heads_multiple={heads_multiple} is more than the {shape.kv_heads} heads of layer {i}")
+            raise UserError(
+                f"heads_multiple={heads_multiple} is more than the {shape.kv_heads} heads of layer {i}: keep them "
+                "(heads='keep')"
+            )
         if unit.prune_neurons and neurons_multiple > shape.mlp:
             raise UserError(f"neurons_multiple={neurons_multiple} is more than the {shape.mlp} neurons of layer {i}")
         result.append(unit)
@@ -141,7 +151,7 @@ def widths_at(units: Sequence[Units], head_dim: int, sparsity: float) -> Widths:
 
 def smallest_sparsity(units: Sequence[Units], head_dim: int, removal: float) -> Widths:
     """Widths at the smallest multiple of 1e-4 whose common sparsity removes at least `removal` parameters."""
-    heads, neurons, removed = _on_grid(units, head_dim, np.arange(GRID + 1) / GRID, smallest=1)
+    heads, neurons, removed = _whole_grid(tuple(units), head_dim)
     best = int(np.argmax(removed >= removal)) if removed[-1] >= removal else GRID
     return Widths(tuple(map(int, heads[best])), tuple(map(int, neurons[best])), best / GRID, int(removed[best]))
 
@@ -204,20 +214,31 @@ def _tune_neurons(units: Sequence[Units], widths: Widths, removal: float) -> Wid
     if not inside:
         return widths
     by_heads = sum((u.heads - kept) * u.head_cost for u, kept in zip(units, widths.heads, strict=True))
-    widest = max(units[i].neurons for i in inside)
-    fractions = np.arange(1, widest + 1)
-    kept = np.stack(
-        [snap(units[i].neurons * fractions // widest, units[i].neuron_step, units[i].neurons) for i in inside], axis=1
-    )
-    full = np.asarray([units[i].neurons for i in inside])
-    cost = np.asarray([units[i].neuron_cost for i in inside])
-    removed = by_heads + ((full[None] - kept) * cost[None]).sum(axis=1)
+    kept, by_neurons = _neuron_grid(tuple(units[i] for i in inside))
+    removed = by_heads + by_neurons
     gap = np.abs(removed - removal)
     best = int(np.flatnonzero(gap == gap.min())[-1])  # the widest of equally near ones
     neurons = list(widths.neurons)
     for column, i in enumerate(inside):
         neurons[i] = int(kept[best, column])
     return Widths(widths.heads, tuple(neurons), widths.sparsity, int(removed[best]))
+
+
+@functools.lru_cache(maxsize=4)  # a search for a budget asks for the same ones again and again
+def _neuron_grid(units: tuple[Units, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """int[fractions, layers] neurons left at each fraction of the widest layer, int[fractions] parameters that go."""
+    widest = max(u.neurons for u in units)
+    fractions = np.arange(1, widest + 1)
+    kept = np.stack([snap(u.neurons * fractions // widest, u.neuron_step, u.neurons) for u in units], axis=1)
+    full = np.asarray([u.neurons for u in units])
+    cost = np.asarray([u.neuron_cost for u in units])
+    return kept, ((full[None] - kept) * cost[None]).sum(axis=1)
+
+
+@functools.lru_cache(maxsize=4)
+def _whole_grid(units: tuple[Units, ...], head_dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`_on_grid` at every sparsity that is tried; no layer empties."""
+    return _on_grid(units, head_dim, np.arange(GRID + 1) / GRID, smallest=1)
 
 
 def _on_grid(

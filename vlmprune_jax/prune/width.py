@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +12,13 @@ import numpy as np
 
 from vlmprune_jax.checks import layer_range, one_of
 from vlmprune_jax.config import LayerShape, ModelConfig, Stack
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.errors import UserError, about
 from vlmprune_jax.prune.plan import KeptLayer
 from vlmprune_jax.prune.scores import Scores
+from vlmprune_jax.prune.snap import check_divides, multiples, reason_of
 from vlmprune_jax.prune.solver import (
     Costs,
+    OutOfReach,
     Units,
     Widths,
     apart,
@@ -52,8 +56,8 @@ def choose_widths(
     settings: Mapping[str, Any],
     total: int,
     stack: str = "text",
-) -> tuple[list[KeptLayer], dict[str, Any]]:
-    """Kept layers among `alive` (original numbers), and what the solver found, for the plan's record.
+) -> tuple[dict[int, Kept], dict[str, Any]]:
+    """What each layer of `alive` (original numbers) keeps, and what the solver found, for the plan's record.
 
     With a `base`, ratio and sparsity are relative to that wider config, as in the reference's iterative pruning.
 
@@ -61,30 +65,32 @@ def choose_widths(
       UserError: ranges or multiples that do not fit, or a target out of reach.
     """
     base_cfg, gqa = settings.get("base") or cfg, scores.options.get("gqa", "groups")
-    base, shapes = base_cfg.stack(stack), cfg.stack(stack).layers
-    if len(base.layers) != len(shapes):
-        raise UserError(f"base has {len(base.layers)} layers but the model has {len(shapes)}: only widths may differ")
+    base, n_layers = base_cfg.stack(stack), len(cfg.stack(stack).layers)
+    if len(base.layers) != n_layers:
+        raise UserError(f"base has {len(base.layers)} layers but the model has {n_layers}: only widths may differ")
     one_of("selection", settings["selection"], SELECTIONS)
     one_of("heads", settings["heads"], HEADS)
-    costs = layer_costs(cfg, stack)
-    units = _units(base, costs, gqa, alive, settings)
+    costs, snapped = layer_costs(cfg, stack), multiples(settings, base, gqa)
+    units = _units(base, costs, gqa, alive, {**settings, **snapped})
     by_depth = sum(costs.of(shape) for i, shape in enumerate(base.layers) if i not in alive)
     removal = None if ratio is None else max(ratio * total - by_depth, 0)
     target = Target(removal, settings.get("sparsity"), ratio, total, by_depth)
     if removal is not None and removal > most_removable(units):
-        raise UserError(
+        raise OutOfReach(
             f"ratio {ratio:g} {unreachable_by('width', stack)} within attn_layers={settings['attn_layers']}, "
             f"mlp_layers={settings['mlp_layers']}{', heads kept' if settings['heads'] == 'keep' else ''}"
             f"{' after removing layers' if by_depth else ''}: the most is "
             f"{(by_depth + most_removable(units)) / total:.4f}"
         )
     if settings["selection"] == "global":
-        if gqa != "groups" or max(settings["heads_multiple"], settings["neurons_multiple"]) > 1:
+        if gqa != "groups" or max(snapped.values()) > 1:
             raise UserError('selection="global" gives every layer its own width: it takes gqa="groups", no multiples')
         kept, solved = _global(scores, base, units, alive, target)
     else:
         kept, solved = _local(scores, base, units, alive, target, trade=settings["heads"] == "auto")
-    return [_kept_layer(i, *kept[i], shapes[i], gqa) for i in alive], solved
+    shapes = cfg.stack(stack).layers
+    check_divides(((i, shape_of(kept[i], shapes[i], gqa)) for i in alive), settings["tensor_parallel"])
+    return kept, {**solved, **snapped}
 
 
 def unreachable_by(method: str, stack: str) -> str:
@@ -96,20 +102,20 @@ def unreachable_by(method: str, stack: str) -> str:
 
 def _units(base: Stack, costs: Costs, gqa: str, alive: Collection[int], settings: Mapping[str, Any]) -> list[Units]:
     n_layers = len(base.layers)
-    for name in ("heads_multiple", "neurons_multiple"):
-        value = settings[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{name}={value!r} must be a whole number, at least 1")
     lose_heads = () if settings["heads"] == "keep" else alive
-    return units_of(
-        base.layers,
-        costs,
-        gqa=gqa,
-        attn_layers=[i for i in layer_range("attn_layers", settings["attn_layers"], n_layers) if i in lose_heads],
-        mlp_layers=[i for i in layer_range("mlp_layers", settings["mlp_layers"], n_layers) if i in alive],
-        heads_multiple=settings["heads_multiple"],
-        neurons_multiple=settings["neurons_multiple"],
-    )
+    attn_layers = [i for i in layer_range("attn_layers", settings["attn_layers"], n_layers) if i in lose_heads]
+    mlp_layers = [i for i in layer_range("mlp_layers", settings["mlp_layers"], n_layers) if i in alive]
+    reason = reason_of(settings)
+    with about(reason) if reason else contextlib.nullcontext():
+        return units_of(
+            base.layers,
+            costs,
+            gqa=gqa,
+            attn_layers=attn_layers,
+            mlp_layers=mlp_layers,
+            heads_multiple=settings["heads_multiple"],
+            neurons_multiple=settings["neurons_multiple"],
+        )
 
 
 def _local(
@@ -123,52 +129,76 @@ def _local(
     if target.removal is None:
         assert target.sparsity is not None
         widths = widths_at(units, base.head_dim, target.sparsity)
-        kept = _kept(scores, base, widths, alive)
     else:
         found = [solve_widths(units, base.head_dim, target.removal)]
         if trade:
             found += apart(units, base.head_dim, target.removal)
-        choices = [(widths, _kept(scores, base, widths, alive)) for widths in found]
         # of those that come about as near to the target as the first: a unit more or less decides nothing
         gap = max(abs(found[0].removed - target.removal), sum(u.prune_neurons * u.neuron_cost for u in units))
-        near = [one for one in choices if abs(one[0].removed - target.removal) <= gap]
-        widths, kept = min(near, key=lambda one: _lost(scores, one[1]))
-    return kept, {"sparsity": widths.sparsity}
+        near = [one for one in found if abs(one.removed - target.removal) <= gap]
+        widths = min(near, key=lambda one: _lost(scores, base, one, alive)) if len(near) > 1 else near[0]
+    return _kept(scores, base, widths, alive), {"sparsity": widths.sparsity}
 
 
-def _lost(scores: Scores, kept: Mapping[int, Kept]) -> float:
+def _lost(scores: Scores, base: Stack, widths: Widths, alive: Sequence[int]) -> float:
     """Sum of the scores of what goes."""
-    return float(
-        sum(
-            values[i].sum() - values[i][chosen].sum()
-            for i, pair in kept.items()
-            for values, chosen in zip(scores.widths, pair, strict=True)
-        )
-    )
+    heads, neurons = (_ranked(scores, kind, base.layers) for kind in ("heads", "mlp"))
+    lost = 0.0
+    for i in alive:
+        pools = [*((pool, widths.heads[i]) for pool in heads[i]), (neurons[i][0], widths.neurons[i])]
+        lost += sum(float(pool.lost[max(len(pool.order) - count, 0)]) for pool, count in pools)
+    return lost
+
+
+@dataclass(frozen=True, eq=False)
+class _Pool:
+    """Units that compete: their indices from the lowest score up, and the sum of the scores of the n lowest."""
+
+    order: np.ndarray
+    lost: np.ndarray
+
+    @classmethod
+    def of(cls, values: np.ndarray, first: int) -> _Pool:
+        """Of equal scores the later ones rank higher; `first` is the index of the first unit."""
+        order = np.argsort(values, kind="stable")
+        return cls(first + order, np.concatenate([[0.0], np.cumsum(values[order])]))
+
+    def highest(self, count: int) -> np.ndarray:
+        """Sorted indices of the `count` highest (all, if there are fewer)."""
+        return np.sort(self.order[max(len(self.order) - count, 0) :])
+
+
+@functools.lru_cache(maxsize=4)  # by identity; a search for a budget asks for the same ones again and again
+def _ranked(scores: Scores, kind: str, shapes: tuple[LayerShape, ...]) -> tuple[tuple[_Pool, ...], ...]:
+    """The pools of each layer: one, of query heads one per key/value head."""
+    values = dict(zip(("heads", "mlp"), scores.widths, strict=True))[kind]
+    within = kind == "heads" and scores.options.get("gqa") == "q_heads"
+    parts = [one.reshape(shape.kv_heads if within else 1, -1) for one, shape in zip(values, shapes, strict=True)]
+    return tuple(tuple(_Pool.of(row, i * len(row)) for i, row in enumerate(part)) for part in parts)
 
 
 def _kept(scores: Scores, base: Stack, widths: Widths, alive: Sequence[int]) -> dict[int, Kept]:
     """The highest-scoring units of each layer, as many as the widths say."""
-    head_scores, neuron_scores = scores.widths
-    kept: dict[int, Kept] = {}
-    for i in alive:
-        neurons = _highest(neuron_scores[i], widths.neurons[i])
-        if scores.options.get("gqa") == "q_heads":
-            kv_heads = base.layers[i].kv_heads
-            groups = head_scores[i].reshape(kv_heads, -1)
-            chosen = [kv * groups.shape[1] + _highest(group, widths.heads[i]) for kv, group in enumerate(groups)]
-            kept[i] = np.concatenate(chosen), neurons
-        else:
-            kept[i] = _highest(head_scores[i], widths.heads[i]), neurons
-    return kept
+    heads, neurons = (_ranked(scores, kind, base.layers) for kind in ("heads", "mlp"))
+    return {
+        i: (
+            np.concatenate([pool.highest(widths.heads[i]) for pool in heads[i]]),
+            neurons[i][0].highest(widths.neurons[i]),
+        )
+        for i in alive
+    }
 
 
-def _highest(values: np.ndarray, count: int) -> np.ndarray:
-    """Sorted indices of the `count` largest values (all, if there are fewer); of equal ones the later stay."""
-    return np.sort(np.argsort(values, kind="stable")[max(len(values) - count, 0) :])
+def shape_of(kept: Kept, shape: LayerShape, gqa: str) -> LayerShape:
+    """What is left of a layer of this shape."""
+    heads, neurons = map(len, kept)
+    q, kv = (heads * (shape.q_heads // shape.kv_heads), heads) if gqa == "groups" else (heads, shape.kv_heads)
+    return LayerShape(q, kv, neurons, shape.window)
 
 
-def _kept_layer(index: int, heads: np.ndarray, neurons: np.ndarray, shape: LayerShape, gqa: str) -> KeptLayer:
+def kept_layer(index: int, kept: Kept, shape: LayerShape, gqa: str) -> KeptLayer:
+    """The same as a plan has it."""
+    heads, neurons = kept
     group = shape.q_heads // shape.kv_heads
     if gqa == "groups":
         kv, q = heads, (heads[:, None] * group + np.arange(group)[None]).reshape(-1)
@@ -217,7 +247,7 @@ def _global(
         count = _nearest_count(removed, len(pool), target.removal)
         largest = max((u.head_cost if u.prune_heads else u.neuron_cost) for u in units)
         if target.removal - removed(count) > largest:  # further off than the coarsest single unit
-            raise UserError(
+            raise OutOfReach(
                 f"ratio {target.asked:g} cannot be reached by global selection, which leaves a layer whole rather than "
                 f"empty: it comes to {(target.by_depth + removed(count)) / target.total:.4f}: "
                 'use selection="local" or a smaller ratio'

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlmprune_jax.config import ModelConfig, VisionConfig
-from vlmprune_jax.models.params import param_axes, param_shapes
+from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.models.flops import causal_flops, head_of, vision_flops, weight_flops
 from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.losses import compares_logits, needs_logits, needs_teacher
 
@@ -57,17 +56,17 @@ def step_flops(
       rows, length: of the global batch of one optimizer step, all micro-batches; images: its image or tile slots.
     """
     tokens = rows * length
-    student = _weights(cfg, "text/layers/", trained, True) * tokens
+    student = weight_flops(cfg, "text/layers/", trained, True) * tokens
     logits = needs_logits(loss)
-    student += _weights(cfg, _head(cfg), trained if logits else (), logits) * tokens
-    attention = 3 * _causal(cfg, length) * rows
-    vision = _vision(cfg, trained, images)
+    student += weight_flops(cfg, head_of(cfg), trained if logits else (), logits) * tokens
+    attention = 3 * causal_flops(cfg, length) * rows
+    vision = vision_flops(cfg, trained, images)
     teacher = 0
     if teacher_cfg is not None and needs_teacher(loss):
-        teacher = _weights(teacher_cfg, "text/layers/", (), False) * tokens
-        teacher += (_weights(teacher_cfg, _head(teacher_cfg), (), False) if compares_logits(loss) else 0) * tokens
-        attention += _causal(teacher_cfg, length) * rows
-        vision += _vision(teacher_cfg, (), images) if loss.teacher_inputs == "own" else 0
+        teacher = weight_flops(teacher_cfg, "text/layers/", (), False) * tokens
+        teacher += (weight_flops(teacher_cfg, head_of(teacher_cfg), (), False) if compares_logits(loss) else 0) * tokens
+        attention += causal_flops(teacher_cfg, length) * rows
+        vision += vision_flops(teacher_cfg, (), images) if loss.teacher_inputs == "own" else 0
     return StepFlops(student, teacher, attention, vision)
 
 
@@ -85,48 +84,3 @@ def batch_flops(
         return count(arrays["input_ids"].shape[1], 0 if images is None else images.shape[1])
 
     return of
-
-
-def _weights(cfg: ModelConfig, prefix: str, trained: Collection[str], passes: bool) -> int:
-    """FLOPs per position of the matrix products below a path; `passes`: whether gradients pass their activations."""
-    axes, total = param_axes(cfg), 0
-    for path, shape in param_shapes(cfg).items():
-        leaf = path.rpartition("/")[2]
-        is_matrix = leaf != "bias" and len([axis for axis in axes[path] if axis != "layer"]) > 1
-        if path.startswith(prefix) and is_matrix:
-            total += 2 * math.prod(shape) * (1 + passes + (path in trained))
-    return total
-
-
-def _head(cfg: ModelConfig) -> str:
-    return f"text/{'embed_tokens' if cfg.text.tie_embeddings else 'lm_head'}/"
-
-
-def _causal(cfg: ModelConfig, length: int) -> int:
-    """FLOPs of one row's attention, forward: 4 per channel and pair of a query and a key that it may see."""
-    pairs = {
-        window: sum(min(position + 1, window or length) for position in range(length))
-        for window in {shape.window for shape in cfg.text.layers}
-    }
-    return sum(4 * pairs[shape.window] * shape.q_heads * cfg.text.head_dim for shape in cfg.text.layers)
-
-
-def _vision(cfg: ModelConfig, trained: Collection[str], images: int) -> int:
-    """FLOPs of projector and tower, if it runs, over `images` images or tiles."""
-    tower = cfg.vision
-    if tower is None or cfg.projector is None:
-        return 0
-    in_tower = any(path.startswith("vision/") for path in trained)
-    in_projector = in_tower or any(path.startswith("projector/") for path in trained)
-    projector = _weights(cfg, "projector/", trained, in_projector) * cfg.tokens_per_image
-    if not cfg.tower:
-        return images * projector
-    blocks = _weights(cfg, "vision/layers/", trained, in_tower) * _positions(tower)
-    heads = sum(shape.q_heads for shape in tower.layers)
-    blocks += 4 * heads * tower.head_dim * _positions(tower) ** 2 * (3 if in_tower else 1)
-    patches = _weights(cfg, "vision/patch_embedding/", trained, False) * tower.n_patches
-    return images * (blocks + patches + projector)
-
-
-def _positions(tower: VisionConfig) -> int:
-    return tower.n_patches + tower.class_token

@@ -10,17 +10,25 @@ from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.data.batching import Batch
 from vlmprune_jax.distributed.mesh import on_process_zero
 from vlmprune_jax.errors import UserError, about
-from vlmprune_jax.experiment.arguments import plan_options
+from vlmprune_jax.experiment.arguments import export_dtype, plan_budget, plan_options
 from vlmprune_jax.experiment.spec import Experiment, affecting
+from vlmprune_jax.hf.disk.checkpoint import Checkpoint
+from vlmprune_jax.hf.disk.dtypes import DTYPES
+from vlmprune_jax.hf.disk.tensors import bytes_on_disk
+from vlmprune_jax.hf.export.target import make_target
+from vlmprune_jax.hf.export.uneven import padded_stacks
+from vlmprune_jax.hf.export.write import MAX_SHARD_BYTES, make_tensors
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune import CRITERIA, KeptStack, PrunePlan, Scores, prune_folder, prune_iteratively
+from vlmprune_jax.prune.cost import amount
 from vlmprune_jax.prune.select import plan_stacks
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import (
     Context,
     load_model,
     model_inputs,
+    open_folder,
     save_model,
     teacher_folder,
 )
@@ -53,6 +61,8 @@ def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
     if iterative and experiment.prune.stack == "both":
         raise UserError('prune.steps: rounds are of one stack: set prune.stack to "text" or "vision"')
     settings = affecting("prune", experiment)
+    if experiment.prune.budget.limits:
+        settings |= affecting("export", experiment)
     if iterative:  # it scores as well
         settings |= affecting("score", experiment)
     needs_data = iterative and CRITERIA[experiment.score.width].needs_batches
@@ -79,6 +89,8 @@ def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
             f"  {plan.method}: {_percent(plan.asked)} asked, {_percent(plan.reached)} of all parameters reached "
             f"({_of_parts(facts)})"
         )
+        for line in _budget_lines(plan):
+            context.reporter.say(line)
         context.reporter.say(
             f"  {facts['parameters']:,} of {facts['parameters_before']:,} parameters left"
             + "".join(_layers_gone(name, stack) for name, stack in plan.stacks.items())
@@ -103,6 +115,7 @@ def _prune_files(experiment: Experiment, folder: Path, out_dir: Path) -> tuple[P
             method=spec.method,
             ratio=spec.ratio,
             layers_removed=spec.layers_removed,
+            budget=_budget(experiment, cfg),
             **plan_options(spec),
         )
     on_process_zero(lambda: prune_folder(source, plan, out_dir, vision_dir=vision_dir, dtype=experiment.model.dtype))
@@ -137,10 +150,30 @@ def _prune_in_steps(experiment: Experiment, scores: Path, out_dir: Path) -> tupl
         stack=spec.stack,
         score_options=score_options(experiment, criterion),
         ratio=spec.ratio,
+        budget=_budget(experiment, model.cfg),
         **plan_options(spec),
     )
     save_model(pruned, out_dir, experiment.model, source, plan)
     return plan, model.cfg
+
+
+def _budget(experiment: Experiment, cfg: ModelConfig) -> Json | None:
+    """`plan_budget`, with what else the export's weights hold where their bytes are limited."""
+    budget = plan_budget(experiment)
+    if budget is not None and "disk_bytes" in budget:
+        spec, source, dtype = experiment.export, teacher_folder(experiment.model), export_dtype(experiment)
+        target = make_target(cfg, source, spec.layout, spec.uneven, dtype)
+        tensors = make_tensors(open_folder(experiment.model, source), target, Checkpoint(source), dtype)
+        computed = padded_stacks(cfg) if spec.uneven == "pad" else cfg
+        other = bytes_on_disk(tensors, MAX_SHARD_BYTES) - count_params(computed) * DTYPES[dtype].itemsize
+        budget["other_bytes"] = other
+    return budget
+
+
+def _budget_lines(plan: PrunePlan) -> list[str]:
+    """What the limits of a budget came to."""
+    limits, reached = (plan.options.get(name, {}) for name in ("budget", "budget_reached"))
+    return [f"  {name}: {amount(cost)} of {amount(limits[name])} allowed" for name, cost in reached.items()]
 
 
 def plan_facts(plan: PrunePlan, cfg: ModelConfig) -> Json:

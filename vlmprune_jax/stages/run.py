@@ -9,12 +9,15 @@ from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import NO_RECOVERY, PruneRun, prune_runs, recover_runs
+from vlmprune_jax.hf.read import read_config
+from vlmprune_jax.prune import PrunePlan, Scores
 from vlmprune_jax.report.build import build_report, tables_of
 from vlmprune_jax.report.result import best_run, describe_sets, make_result, make_run, read_result
 from vlmprune_jax.stages.context import Context, teacher_folder
 from vlmprune_jax.stages.evaluate import evaluate_stage
 from vlmprune_jax.stages.export import export_stage
 from vlmprune_jax.stages.ledger import Json, write_json
+from vlmprune_jax.stages.plan_tables import Table, explain
 from vlmprune_jax.stages.prune import prune_stage
 from vlmprune_jax.stages.reconstruct import RECONSTRUCTED, reconstruct_stage
 from vlmprune_jax.stages.recover import recover_stage
@@ -27,10 +30,19 @@ def score_all(experiment: Experiment, context: Context) -> None:
         score_stage(run.experiment, run.folder, context)
 
 
-def prune_all(experiment: Experiment, context: Context) -> None:
-    """Prune every variant from its scores."""
+def prune_all(experiment: Experiment, context: Context, *, explained: bool = False) -> None:
+    """Prune every variant from its scores; `explained`: and print what each layer lost and why."""
     for run in prune_runs(experiment, context.workdir):
         prune_stage(run.experiment, run.folder, context)
+        for table in _explanation(run.experiment, run.folder) if explained else ():
+            context.reporter.table(*table)
+
+
+def _explanation(experiment: Experiment, folder: Path) -> list[Table]:
+    tower = experiment.model.vision_dir
+    _, cfg = read_config(teacher_folder(experiment.model), None if tower is None else Path(tower))
+    scores = [Scores.load(folder / name) for name in criteria_of(experiment)]
+    return explain(PrunePlan.from_json(folder / "plan.json"), cfg, experiment.prune, scores)
 
 
 def reconstruct_all(experiment: Experiment, context: Context) -> None:

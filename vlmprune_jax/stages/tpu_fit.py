@@ -19,7 +19,7 @@ from vlmprune_jax.distributed.ahead_of_time import Compiled, DoesNotFit, Slice, 
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.experiment.arguments import plan_options, recover_config
+from vlmprune_jax.experiment.arguments import plan_budget, plan_options, recover_config
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import prune_runs, recover_runs
 from vlmprune_jax.families import family_of
@@ -95,17 +95,9 @@ class Estimate:
 
         Memory: arguments are read and temporaries and what other chips send are written and read, once at least.
         """
-        chip, n_chips, received = (
-            self.case.slice.chip,
-            len(self.case.slice.devices),
-            sum(self.compiled.received.values()),
-        )
+        received = sum(self.compiled.received.values())
         traffic = self.compiled.arguments + 2 * (self.compiled.temporaries + received)
-        return {
-            "compute": self.compiled.flops / n_chips / chip.flops,
-            "memory": traffic / chip.hbm_bandwidth,
-            "interconnect": received / chip.ici_bandwidth,
-        }
+        return self.case.slice.chip.seconds(self.compiled.flops / len(self.case.slice.devices), traffic, received)
 
     @property
     def step_seconds(self) -> float:
@@ -163,10 +155,10 @@ def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
     gqa = experiment.score.gqa
     scores = Scores("none", f"{shape_digest(cfg)}-", {"gqa": gqa}, **random_scores(cfg, seed=0, gqa=gqa))
     pair = (scores, scores) if spec.method == "hybrid" else scores
-    removed, options = spec.layers_removed, plan_options(spec)
+    removed, budget, options = spec.layers_removed, plan_budget(experiment), plan_options(spec)
     if options.get("heads") == "auto":
         options["heads"] = "proportional"
-    return make_plan(pair, cfg, method=spec.method, ratio=spec.ratio, layers_removed=removed, **options)
+    return make_plan(pair, cfg, method=spec.method, ratio=spec.ratio, layers_removed=removed, budget=budget, **options)
 
 
 def _image_slots(experiment: Experiment, cfg: ModelConfig, folder: Path) -> tuple[int, ...]:

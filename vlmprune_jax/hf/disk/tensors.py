@@ -123,8 +123,15 @@ def write_weights(tensors: Sequence[Tensor], folder: Path, max_bytes: int) -> No
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def write_safetensors(tensors: Sequence[Tensor], file: CheckedFile) -> None:
-    """One safetensors file, a tensor in memory at a time (the library's own writer wants all of them at once)."""
+def bytes_on_disk(tensors: Sequence[Tensor], max_bytes: int) -> int:
+    """Bytes of the safetensors files that `write_weights` makes of these tensors."""
+    return sum(
+        len(_header(shard)) + sum(tensor.n_bytes for tensor in shard) for shard in split_shards(tensors, max_bytes)
+    )
+
+
+def _header(tensors: Sequence[Tensor]) -> bytes:
+    """What a safetensors file begins with."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
@@ -136,7 +143,12 @@ def write_safetensors(tensors: Sequence[Tensor], file: CheckedFile) -> None:
         end += tensor.n_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_safetensors(tensors: Sequence[Tensor], file: CheckedFile) -> None:
+    """One safetensors file, a tensor in memory at a time (the library's own writer wants all of them at once)."""
+    file.write(_header(tensors))
     for tensor in tensors:
         if tensor.extent is not None:
             file.copy(tensor.extent, tensor.look)

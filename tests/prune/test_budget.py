@@ -1,0 +1,186 @@
+"""Budgets in place of a ratio: what they count, that they are kept to, and how they are refused."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prune_cases import EQUAL, config, depth_scores, model, width_scores
+
+from vlmprune_jax.budget import LIMITS, Budget
+from vlmprune_jax.config import LayerShape
+from vlmprune_jax.distributed.chips import CHIPS
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.hf.export.uneven import padded_stacks
+from vlmprune_jax.models.flops import forward_flops
+from vlmprune_jax.models.params import count_params, param_shapes
+from vlmprune_jax.prune import PrunePlan, make_plan, prune_iteratively, score
+from vlmprune_jax.prune.cost import make_measure
+
+shapes = st.builds(
+    lambda kv, group, mlp, window: LayerShape(kv * group, kv, mlp, window),
+    *map(st.integers, (1, 1, 2), (4, 3, 30)), st.sampled_from([None, 5]),
+)  # fmt: skip
+ALL = dict.fromkeys(LIMITS, 1.0)
+
+
+@given(
+    before=st.lists(shapes, min_size=1, max_size=3),
+    after=st.lists(shapes, min_size=1, max_size=3),
+    options=st.fixed_dictionaries(
+        {"vision": st.booleans(), "tie_embeddings": st.booleans(), "qkv_bias": st.booleans()}
+    ),
+    work=st.fixed_dictionaries(
+        {"context": st.integers(8, 40), "batch": st.integers(1, 3), "images": st.integers(0, 2)}
+    ),
+)
+@settings(max_examples=15, deadline=None)
+def test_costs_are_those_of_the_config(before, after, options, work):
+    cfg = config(tuple(before), **options)
+    now = cfg.with_layers(after)
+    found = make_measure(cfg, Budget(**ALL, **work, slice="v6e:2x2", dtype="float32"))(now)
+    text, images = now.text, work["images"] if options["vision"] else 0
+    kept = [(s.kv_heads, s.q_heads, min(s.window or work["context"], work["context"])) for s in after]
+    cache = work["batch"] * sum(2 * kv * text.head_dim * tokens for kv, _, tokens in kept)
+    assert found["parameters"] == count_params(now)
+    assert found["disk_bytes"] == 4 * count_params(now)
+    assert found["memory_bytes"] == 4 * (count_params(now) + cache)
+    assert found["flops"] == forward_flops(now, length=work["context"], images=images)
+    # one token of a row: all matrices once, and what it attends to
+    token = forward_flops(now, length=1, images=0) + sum(4 * q * text.head_dim * (tokens - 1) for _, q, tokens in kept)
+    head = text.vocab_size * text.hidden_size
+    layers = sum(int(np.prod(shape)) for path, shape in param_shapes(now).items() if "text/layers" in path)
+    chip = CHIPS["v6e"]
+    seconds = max(work["batch"] * token / 4 / chip.flops, 4 * (layers + head + cache) / 4 / chip.hbm_bandwidth)
+    assert found["step_ms"] == pytest.approx(1000 * seconds, rel=1e-12)
+    wide = make_measure(cfg, Budget(disk_bytes=1, dtype="float32", uneven="pad", other_bytes=-9))(now)
+    assert wide == {"disk_bytes": 4 * count_params(padded_stacks(now)) - 9}
+
+
+def asked(method, cfg, seed=0):
+    """(scores, options) of a way to prune."""
+    depth = depth_scores(cfg, list(np.random.default_rng(seed).permutation(len(cfg.text.layers)).astype(float)))
+    wide = width_scores(cfg, seed)
+    return {
+        "depth": (depth, {"method": "depth"}),
+        "width": (wide, {"method": "width"}),
+        "query heads": (width_scores(cfg, seed, "q_heads"), {"method": "width"}),
+        "heads kept": (wide, {"method": "width", "heads": "keep"}),
+        "heads traded": (wide, {"method": "width", "heads": "auto"}),
+        "multiples": (wide, {"method": "width", "neurons_multiple": 2}),
+        "global": (wide, {"method": "width", "selection": "global"}),
+        "hybrid": ((depth, wide), {"method": "hybrid"}),
+    }[method]
+
+
+METHODS = ("depth", "width", "query heads", "heads kept", "heads traded", "multiples", "global", "hybrid")
+
+
+@given(
+    method=st.sampled_from(METHODS),
+    layers=st.lists(shapes, min_size=2, max_size=4),
+    name=st.sampled_from(LIMITS),
+    share=st.floats(0.2, 1.0),
+    seed=st.integers(0, 3),
+)
+@settings(max_examples=25, deadline=None)
+def test_a_budget_is_kept_to_or_the_nearest_is_told(method, layers, name, share, seed):
+    cfg = config(tuple(layers))
+    scores, options = asked(method, cfg, seed)
+    work = {"context": 30, "dtype": "float32"}
+    whole = make_measure(cfg, Budget(**{name: 1.0}, **work))(cfg)[name]
+    limits = {name: share * whole, **work}
+    measure = make_measure(cfg, Budget(**limits))
+    plan, refused = None, ""
+    try:
+        plan = make_plan(scores, cfg, budget=limits, **options)
+    except UserError as error:
+        refused = str(error)
+    costs = []
+    for ratio in np.arange(0, 1, 0.04):
+        try:
+            other = make_plan(scores, cfg, ratio=float(ratio), **options)
+        except UserError:
+            break
+        costs.append((other.reached, measure(other.apply_to(cfg))[name]))
+    if plan is None:
+        assert refused.startswith(f"prune.budget.{name}=")
+        assert "the nearest is" in refused
+        assert min(cost for _, cost in costs) > limits[name]
+        return
+    cost = measure(plan.apply_to(cfg))
+    assert cost[name] <= limits[name]
+    assert plan.options["budget_reached"] == cost
+    assert plan.options["budget"] == limits
+    assert plan.asked is None
+    if method not in ("heads traded", "global", "hybrid"):  # whose costs do not always fall where more is asked for
+        assert all(spent > limits[name] for reached, spent in costs if reached < plan.reached)
+
+
+def test_several_limits_and_a_budget_that_holds_already():
+    cfg = config(EQUAL)
+    scores = width_scores(cfg)
+    work = {"context": 30, "batch": 40}
+    alone = {}
+    for name in ("parameters", "memory_bytes"):
+        limit = 0.8 * make_measure(cfg, Budget(**{name: 1.0}, **work))(cfg)[name]
+        alone[name] = limit, make_plan(scores, cfg, method="width", budget={name: limit, **work})
+    both = {name: limit for name, (limit, _) in alone.items()}
+    plan = make_plan(scores, cfg, method="width", budget={**both, **work})
+    assert plan.stacks == max((one for _, one in alone.values()), key=lambda one: one.reached).stacks
+    assert all(plan.options["budget_reached"][name] <= limit for name, limit in both.items())
+    assert PrunePlan.from_json(plan.to_json()) == plan
+    enough = make_plan(scores, cfg, method="width", budget={"parameters": count_params(cfg)})
+    assert enough.reached == 0
+    depth = depth_scores(cfg, [3.0, 1, 2, 5, 4])
+    fixed = make_plan((depth, scores), cfg, method="hybrid", budget={**both, **work}, layers_removed=1)
+    assert fixed.removed_layers == (1,)
+
+
+def test_a_budget_in_steps_ends_within_it():
+    teacher = model(config(EQUAL))
+    limit = 0.8 * count_params(teacher.cfg)
+    pruned, plan, _ = prune_iteratively(
+        teacher, lambda step: (), steps=3, criterion="l1", budget={"parameters": limit}
+    )  # fmt: skip
+    once = make_plan(score(teacher, (), criterion="l1"), teacher.cfg, method="width", budget={"parameters": limit})
+    assert plan.parameters_after == count_params(pruned.cfg) == once.parameters_after <= limit
+    assert plan.options["budget_reached"] == {"parameters": plan.parameters_after}
+    assert plan.asked is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"budget": {"parameters": 10}},
+            r"prune.budget.parameters=10: cannot be reached .* the nearest is [\d,]+ param",
+        ),
+        ({"budget": {"parameter": 9e3}}, r"budget has no option 'parameter' .*did you mean 'parameters'"),
+        ({"budget": {}}, r"budget=\{\} has no limit: give parameters, .* or step_ms"),
+        ({"budget": {"context": 9}}, "has no limit"),
+        ({"budget": 9e3}, "budget=9000.0 must name its limits"),
+        ({"budget": {"parameters": -1}}, "prune.budget.parameters=-1 must be above 0"),
+        ({"budget": {"flops": float("nan")}}, "prune.budget.flops=nan must be above 0"),
+        ({"budget": {"parameters": "9000"}}, "prune.budget.parameters='9000' must be a number"),
+        ({"budget": {"parameters": True}}, "prune.budget.parameters=True must be a number"),
+        ({"budget": {"memory_bytes": 9e3, "batch": 1.5}}, "prune.budget.batch=1.5 must be a whole number"),
+        ({"budget": {"flops": 9e3, "context": 0}}, "prune.budget.context=0 must be at least 1"),
+        ({"budget": {"flops": 9e9, "context": 7}}, "prune.budget.context=7 is less than the 8 tokens of .*images=2"),
+        ({"budget": {"step_ms": 1, "slice": "v5e"}}, "prune.budget.slice: topology 'v5e' is not GENERATION:SIZES"),
+        ({"budget": {"step_ms": 1, "slice": "tpu:2x2"}}, "prune.budget.slice: topology 'tpu:2x2': generations are v5e"),
+        ({"budget": {"parameters": 1, "dtype": "int4"}}, "budget dtype 'int4' is not one of float32, bfloat16"),
+        ({"budget": {"parameters": 9e3}, "ratio": 0.1}, "method 'width' needs either ratio= .* or budget="),
+        ({"budget": {"parameters": 9e3}, "sparsity": 0.1}, "method 'width' needs either ratio= .* or budget="),
+        ({"budget": {"parameters": 9e3}, "method": "depth", "layers_removed": 1}, "method 'depth' needs either ratio="),
+        ({"budget": {"parameters": 9e3}, "method": "hybrid", "ratio": 0.1}, "method 'hybrid' needs ratio= or budget="),
+    ],
+)
+def test_budgets_that_cannot_be_are_refused(options, message):
+    cfg = config(EQUAL, vision=True)
+    wide, depth = width_scores(cfg), depth_scores(cfg, [0.0, 1, 2, 3, 4])
+    options = {"method": "width", **options}
+    if "budget" in options and isinstance(options["budget"], dict) and "flops" in options["budget"]:
+        options["budget"]["images"] = 2
+    scores = {"width": wide, "depth": depth, "hybrid": (depth, wide)}[options["method"]]
+    with pytest.raises(UserError, match=message):
+        make_plan(scores, cfg, **options)

@@ -1,0 +1,30 @@
+"""vlmprune diff A B: how much of what two plans keep is the same, layer by layer.
+
+A and B are plans of one model: plan.json files, or workdirs and model folders that hold one. Shares are of what either
+keeps of a layer's heads and neurons (Jaccard); the last row is of all layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlmprune_jax.cli.flags import Flags
+
+TAKES_ARGUMENTS = True
+
+
+def define(values: Flags) -> None:
+    """Flags of this command: none of its own."""
+
+
+def run(flags: Any) -> None:
+    """Print a table per stack."""
+    from vlmprune_jax.errors import UserError
+    from vlmprune_jax.stages.console import make_reporter
+    from vlmprune_jax.stages.plan_tables import compare, read_plan
+
+    if len(flags.args) != 2:
+        raise UserError("diff takes two plans: vlmprune diff A B (plan.json files, or folders that hold one)")
+    reporter = make_reporter(True)
+    for table in compare(*map(read_plan, flags.args)):
+        reporter.table(*table)

@@ -1,0 +1,64 @@
+"""The arithmetic of a forward pass, part by part, and what gradients add to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+from vlmprune_jax.config import ModelConfig, VisionConfig
+from vlmprune_jax.models.params import param_axes, param_shapes
+
+
+def weight_flops(cfg: ModelConfig, prefix: str, trained: Collection[str], passes: bool) -> int:
+    """FLOPs per position of the matrix products below a path; `passes`: whether gradients pass their activations."""
+    axes, total = param_axes(cfg), 0
+    for path, shape in param_shapes(cfg).items():
+        leaf = path.rpartition("/")[2]
+        is_matrix = leaf != "bias" and len([axis for axis in axes[path] if axis != "layer"]) > 1
+        if path.startswith(prefix) and is_matrix:
+            total += 2 * math.prod(shape) * (1 + passes + (path in trained))
+    return total
+
+
+def head_of(cfg: ModelConfig) -> str:
+    """Where the weights of the output head lie."""
+    return f"text/{'embed_tokens' if cfg.text.tie_embeddings else 'lm_head'}/"
+
+
+def forward_flops(cfg: ModelConfig, *, length: int, images: int) -> int:
+    """FLOPs of the forward pass of one row of `length` tokens, `images` images (or tiles) with theirs among them."""
+    products = weight_flops(cfg, "text/layers/", (), False) + weight_flops(cfg, head_of(cfg), (), False)
+    return length * products + causal_flops(cfg, length) + vision_flops(cfg, (), images)
+
+
+def causal_flops(cfg: ModelConfig, length: int) -> int:
+    """FLOPs of one row's attention, forward: 4 per channel and pair of a query and a key that it may see."""
+    return sum(4 * seen(length, shape.window) * shape.q_heads * cfg.text.head_dim for shape in cfg.text.layers)
+
+
+def seen(length: int, window: int | None) -> int:
+    """Pairs of a query and a key that it may see in a row of `length` tokens: causal, within the layer's window."""
+    full = min(window or length, length)  # from this position on a query sees a whole window
+    return full * (full + 1) // 2 + (length - full) * full
+
+
+def vision_flops(cfg: ModelConfig, trained: Collection[str], images: int) -> int:
+    """FLOPs of projector and tower, if it runs, over `images` images or tiles."""
+    tower = cfg.vision
+    if tower is None or cfg.projector is None:
+        return 0
+    in_tower = any(path.startswith("vision/") for path in trained)
+    in_projector = in_tower or any(path.startswith("projector/") for path in trained)
+    projector = weight_flops(cfg, "projector/", trained, in_projector) * cfg.tokens_per_image
+    if not cfg.tower:
+        return images * projector
+    blocks = weight_flops(cfg, "vision/layers/", trained, in_tower) * positions_of(tower)
+    heads = sum(shape.q_heads for shape in tower.layers)
+    blocks += 4 * heads * tower.head_dim * positions_of(tower) ** 2 * (3 if in_tower else 1)
+    patches = weight_flops(cfg, "vision/patch_embedding/", trained, False) * tower.n_patches
+    return images * (blocks + patches + projector)
+
+
+def positions_of(tower: VisionConfig) -> int:
+    """Positions of one image (or tile) in the tower."""
+    return tower.n_patches + tower.class_token

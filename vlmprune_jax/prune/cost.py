@@ -1,0 +1,155 @@
+"""What a config costs by every limit of a budget, and the least removal that keeps to all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from vlmprune_jax.budget import Budget
+from vlmprune_jax.checks import one_of
+from vlmprune_jax.config import ModelConfig, Stack
+from vlmprune_jax.distributed.chips import slice_of
+from vlmprune_jax.errors import UserError, about
+from vlmprune_jax.hf.disk.dtypes import DTYPES
+from vlmprune_jax.hf.export.target import UNEVEN
+from vlmprune_jax.hf.export.uneven import padded_stacks
+from vlmprune_jax.models.flops import forward_flops, head_of, positions_of, seen, weight_flops
+from vlmprune_jax.models.params import count_params
+from vlmprune_jax.prune.solver import Costs, OutOfReach, layer_costs
+
+Measure = Callable[[ModelConfig], dict[str, float]]  # what a config costs, by the names of the limits
+
+
+def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
+    """Costs of the model with other layers; exact, and without its shapes being made, which takes a second at 7B.
+
+    `parameters`, `disk_bytes`, `memory_bytes` and `flops` (a multiply-add is two) add up over layers. `step_ms` is the
+    roofline of `vlmprune plan` for a token of every row: weights of decoder and head and all of the cache are read
+    once, split evenly over the slice's chips; what these send each other is left out.
+
+    Raises:
+      UserError: a workload that this model cannot have, an unknown slice or dtype.
+    """
+    itemsize = DTYPES[one_of("budget dtype", budget.dtype, tuple(DTYPES))].itemsize
+    one_of("budget uneven", budget.uneven, UNEVEN)
+    with about("prune.budget.slice"):
+        chip, n_chips = slice_of(budget.slice)
+    images = budget.images if cfg.vision is not None else 0
+    if "flops" in budget.limits and images * cfg.tokens_per_image > budget.context:
+        raise UserError(
+            f"prune.budget.context={budget.context} is less than the {images * cfg.tokens_per_image} tokens of "
+            f"prune.budget.images={images}"
+        )
+    sizes = {name: layer_costs(cfg, name) for name in cfg.stacks}
+    products = {name: layer_costs(cfg, name, products=True) for name in cfg.stacks}
+    beside = count_params(cfg) - _total(cfg, sizes)
+    head = weight_flops(cfg, head_of(cfg), (), False)
+    forward = forward_flops(cfg, length=budget.context, images=images)
+    forward -= _forward_of_layers(cfg, products, budget.context, images)
+
+    def step_ms(now: ModelConfig) -> float:
+        text = {"text": now.text}
+        weights = _total(now, sizes, text) + head // 2
+        flops = 2 * _total(now, products, text) + head + _attention_of_token(now.text, budget.context)
+        traffic = itemsize * (weights + budget.batch * _cache(now.text, budget.context))
+        seconds = chip.seconds(budget.batch * flops / n_chips, traffic / n_chips, 0)
+        return 1000 * max(seconds.values())
+
+    def on_disk(now: ModelConfig) -> int:
+        return _total(padded_stacks(now) if budget.uneven == "pad" else now, sizes)
+
+    found: dict[str, Callable[[ModelConfig], float]] = {
+        "parameters": lambda now: beside + _total(now, sizes),
+        "disk_bytes": lambda now: itemsize * (beside + on_disk(now)) + budget.other_bytes,
+        "memory_bytes": lambda now: (
+            itemsize * (beside + _total(now, sizes) + budget.batch * _cache(now.text, budget.context))
+        ),
+        "flops": lambda now: forward + _forward_of_layers(now, products, budget.context, images),
+        "step_ms": step_ms,
+    }
+    return lambda now: {name: found[name](now) for name in budget.limits}
+
+
+def _total(cfg: ModelConfig, costs: Mapping[str, Costs], stacks: Mapping[str, Stack] | None = None) -> int:
+    """Of all layers."""
+    found = cfg.stacks if stacks is None else stacks
+    return sum(costs[name].of(shape) for name, stack in found.items() for shape in stack.layers)
+
+
+def _cache(text: Stack, context: int) -> int:
+    """Numbers in the key/value cache of a row."""
+    return sum(2 * one.kv_heads * text.head_dim * min(one.window or context, context) for one in text.layers)
+
+
+def _attention_of_token(text: Stack, context: int) -> int:
+    """FLOPs of the attention of the row's last token."""
+    return sum(4 * one.q_heads * text.head_dim * min(one.window or context, context) for one in text.layers)
+
+
+def _forward_of_layers(cfg: ModelConfig, products: Mapping[str, Costs], length: int, images: int) -> int:
+    """FLOPs of all layers in `forward_flops`."""
+    total, text = 0, cfg.text
+    for one in text.layers:
+        total += 2 * length * products["text"].of(one) + 4 * seen(length, one.window) * one.q_heads * text.head_dim
+    tower = cfg.stacks.get("vision")
+    if tower is not None and cfg.vision is not None and cfg.projector is not None:
+        positions = positions_of(cfg.vision)
+        for one in tower.layers:
+            attention = 4 * positions**2 * one.q_heads * tower.head_dim
+            total += images * (2 * positions * products["vision"].of(one) + attention)
+    return total
+
+
+def least_ratio(
+    budget: Budget, measure: Measure, config_at: Callable[[float], ModelConfig], total: int
+) -> tuple[float, dict[str, float]]:
+    """The least ratio whose plan keeps to the budget, and what that plan costs.
+
+    Where more is asked for, plans cost less; but for a little where heads are traded for neurons, layers for widths, or
+    a layer is left whole rather than empty: what is found is then the least ratio of its neighbourhood. Ratios are told
+    apart down to one of `total` parameters.
+
+    Raises:
+      UserError: no plan does: says the nearest there is.
+    """
+    limits = budget.limits
+
+    def cost_at(ratio: float) -> dict[str, float] | None:
+        try:
+            return measure(config_at(ratio))
+        except OutOfReach:
+            return None
+
+    def fits(cost: dict[str, float]) -> bool:
+        return all(cost[name] <= limit for name, limit in limits.items())
+
+    low, high = 0.0, 1.0
+    least, best = cost_at(low), None
+    if least is not None and fits(least):
+        return low, least
+    while high - low > 0.5 / total:
+        middle = (low + high) / 2
+        cost = cost_at(middle)
+        if cost is not None and fits(cost):
+            high, best = middle, cost
+        elif cost is None and best is None:
+            high = middle  # more than can go
+        else:
+            low, least = middle, cost or least
+    if best is None:
+        raise UserError(_unreachable(limits, least or {}))
+    return high, best
+
+
+def _unreachable(limits: Mapping[str, float], least: Mapping[str, float]) -> str:
+    over = [name for name, cost in least.items() if cost > limits[name]]
+    told = ", ".join(f"prune.budget.{name}={amount(limits[name])}" for name in over)
+    nearest = " and ".join(f"{amount(least[name])} {name}" for name in over)
+    return (
+        f"{told}: cannot be reached within these settings, the nearest is {nearest}: allow that, let more go (protect, "
+        "attn_layers, mlp_layers, heads), or take another method"
+    )
+
+
+def amount(value: float) -> str:
+    """A cost for people."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

@@ -1,0 +1,68 @@
+"""Widths that suit where the pruned model will run: multiples of heads and neurons by the name of a target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from vlmprune_jax.checks import one_of
+from vlmprune_jax.config import LayerShape, Stack
+from vlmprune_jax.errors import UserError
+
+# What `o_proj` and `down_proj` read (heads * head_dim, neurons) should be a multiple of: lanes of a TPU's registers;
+# blocks of llama.cpp's Q8_0 and Q4_0 and of its K-quants, which lie along a row (a row that does not divide is stored
+# in another type); groups of int4 weights that share a scale.
+BLOCKS = {"tpu": 128, "gguf": 32, "gguf_k": 256, "int4": 128}
+
+
+def multiples(settings: Mapping[str, Any], stack: Stack, gqa: str) -> dict[str, int]:
+    """`heads_multiple` and `neurons_multiple` for `snap_for` and `tensor_parallel`, of which every device has whole
+    blocks; those that are given themselves must be multiples of these.
+
+    A multiple of heads is one of key/value heads with their query heads (gqa="groups"), or of query heads ("q_heads").
+
+    Raises:
+      UserError: an unknown target, a number below 1, or a multiple that does not suit.
+    """
+    for name in ("heads_multiple", "neurons_multiple", "tensor_parallel"):
+        value = settings[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(f"{name}={value!r} must be a whole number, at least 1")
+    target, devices = settings["snap_for"], settings["tensor_parallel"]
+    block = 1 if target is None else BLOCKS[one_of("snap_for", target, tuple(BLOCKS))]
+    heads = devices * (block // math.gcd(block, stack.head_dim))  # of query heads
+    if gqa == "groups":
+        groups = {shape.q_heads // shape.kv_heads for shape in stack.layers}
+        heads = math.lcm(devices, *(heads // math.gcd(heads, group) for group in groups))
+    found = {}
+    for name, needed in (("heads_multiple", heads), ("neurons_multiple", devices * block)):
+        own = settings[name]
+        if own != 1 and own % needed:
+            raise UserError(f"{name}={own} is not a multiple of {needed}, as {reason_of(settings)} needs: leave it out")
+        found[name] = max(own, needed)
+    return found
+
+
+def reason_of(settings: Mapping[str, Any]) -> str:
+    """What asks for the multiples."""
+    asked = [
+        f"{name}={settings[name]!r}" for name in ("snap_for", "tensor_parallel") if settings[name] not in (None, 1)
+    ]
+    return " with ".join(asked)
+
+
+def check_divides(shapes: Iterable[tuple[int, LayerShape]], devices: int) -> None:
+    """Refuse layers, (number, shape), that so many devices cannot share: those that are kept whole count as well.
+
+    Raises:
+      UserError: names the layer and what does not divide.
+    """
+    for index, shape in shapes:
+        for what, size in zip(("query heads", "key/value heads", "neurons"), shape.widths, strict=True):
+            if size % devices:
+                raise UserError(
+                    f"layer {index} keeps {size} {what}, which tensor_parallel={devices} does not divide: use a number "
+                    "that divides the widths of the layers that stay whole, or let them lose some (attn_layers, "
+                    "mlp_layers, heads)"
+                )
