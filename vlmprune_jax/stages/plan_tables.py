@@ -21,8 +21,8 @@ def explain(plan: PrunePlan, cfg: ModelConfig, spec: PruneSpec, scores: Sequence
     """What each layer of every stack that lost something has lost, and why: one table per stack.
 
     Args:
-      cfg: the unpruned model. spec: what was asked for. scores: of every stack that was
-        pruned, as `make_plan` takes them, of hybrid both.
+      cfg: the unpruned model. spec: what was asked for. scores: as `make_plan` takes
+        them, of every stack that was pruned, of hybrid both.
 
     Raises:
       UserError: the plan is of another model.
