@@ -104,7 +104,7 @@ def _drawn_values(
 def _values(metric: Metric, scores: Sequence[Scores], records: Sequence[Record], times: np.ndarray) -> np.ndarray:
     """float[draws] of the main value, where answers count int[answers, draws] times."""
     if metric.drawn is not None:
-        return metric.drawn(scores, records, times)[metric.main]
+        return metric.drawn(scores, records, times.astype(float))[metric.main]
     values = []
     for column in times.T:
         places = np.repeat(np.arange(len(scores)), column).tolist()
