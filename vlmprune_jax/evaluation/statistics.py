@@ -59,6 +59,11 @@ def retained_interval(
     return float(low), float(high)
 
 
+def is_quick(metric: Metric, scores: Sequence[Scores]) -> bool:
+    """Whether an interval takes moments for thousands of questions; else the metric aggregates every sample anew."""
+    return metric.drawn is not None or _is_mean(metric, scores)
+
+
 def _is_mean(metric: Metric, scores: Sequence[Scores]) -> bool:
     return metric.aggregate is mean and metric.drawn_by is None and all(metric.main in one for one in scores)
 
