@@ -71,11 +71,31 @@ def scores(row):
     return dict(zip(BENCHMARKS, row, strict=True))
 
 
+# Published AVG-% that are a hundredth off what their own nine printed scores give: (table, AVG-%) -> what these give.
+# Scores are printed with two decimals or fewer: nine such roundings, of some 500 points together, move the average by
+# up to 0.009, and it misses by 0.007 at most.
+OFF_BY_A_HUNDREDTH = {
+    ("internvl, second table", 99.12): 99.11475,
+    ("internvl, second table", 95.96): 95.96587,
+    ("bunny, second table", 94.37): 94.37686,
+    ("bunny, second table", 90.48): 90.48687,
+}
+
+
 @pytest.mark.parametrize("table", TABLES)
 def test_paper_average_gives_the_published_rows(table):
     original, rows = TABLES[table]
     for row, published in rows:
-        assert paper_average(scores(row), scores(original), FULL) == pytest.approx(published, abs=0.015)
+        computed = paper_average(scores(row), scores(original), FULL)
+        if (table, published) in OFF_BY_A_HUNDREDTH:
+            assert computed == pytest.approx(OFF_BY_A_HUNDREDTH[table, published], abs=5e-6)
+            assert 0.005 < abs(computed - published) < 0.007
+        else:
+            assert round(computed, 2) == published
+
+
+def test_there_are_24_published_rows():
+    assert sum(len(rows) for _, rows in TABLES.values()) == 24
 
 
 def test_the_two_averages_differ():

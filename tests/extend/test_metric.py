@@ -21,7 +21,7 @@ def get_config():
     config.data.images = "{images}"
     config.data.system = ""
     config.evaluate.batch_size = 4
-    config.evaluate.sets.docs = {{"data": "{root}/docs.json", "metric": "anls", "max_new_tokens": 3}}
+    config.evaluate.sets.docs = {{"data": "{root}/docs.json", "metric": "anls_by_category", "max_new_tokens": 3}}
     return config
 """
 
@@ -76,6 +76,7 @@ def test_the_printed_metric_scores_a_set(flags, tmp_path, capsys):
 
 
 def test_a_typo_in_its_name_is_refused(flags, capsys):
-    assert main(["evaluate", *flags, "--config.evaluate.sets.docs.metric=anlz"]) == 2
+    assert main(["evaluate", *flags, "--config.evaluate.sets.docs.metric=anls_by_categroy"]) == 2
     line = capsys.readouterr().err
-    assert "evaluate.sets.docs.metric 'anlz' is not one of exact_match, perplexity, anls; did you mean 'anls'?" in line
+    assert "evaluate.sets.docs.metric 'anls_by_categroy' is not one of exact_match, perplexity, " in line
+    assert "did you mean 'anls_by_category'?" in line

@@ -73,6 +73,21 @@ def test_averages_leave_out_what_cannot_be_retained():
     json.dumps([kept, nothing, text], allow_nan=False)
 
 
+def test_intervals_are_written_where_there_are_any_and_read_back(tmp_path):
+    teacher, pruned = found(questions=0.8, pope=0.5, text=9.0), found(questions=0.6, pope=0.25, text=9.0)
+    pruned["questions"]["retained_interval"], pruned["pope"]["retained_interval"] = (70.5, 80.0), None
+    made = make_run("depth", FACTS, pruned, teacher, "pruned")
+    assert made["evaluation"]["retained_interval"] == {"questions": (70.5, 80.0), "pope": None}
+    file, result = tmp_path / "result.json", make_result(teacher, [made], "depth", EXPORT)
+    file.write_text(json.dumps(result))
+    intervals = read_result(tmp_path)["runs"][0]["evaluation"]["retained_interval"]
+    assert intervals == {"questions": [70.5, 80.0], "pope": None}
+    made["evaluation"]["retained_interval"]["pope"] = [1.0]
+    file.write_text(json.dumps(result))
+    with pytest.raises(UserError, match=r"result\.json: .*retained_interval"):
+        read_result(tmp_path)
+
+
 def test_many_groups_stay_in_eval():
     groups = {str(i): {"questions": 1, "f1": 0.5} for i in range(41)}
     assert run("depth", found(groups, pope=0.5), found(groups, pope=0.5))["evaluation"]["groups"] == {}

@@ -1,5 +1,6 @@
 """Named evaluation sets from the command line: each asked apart, and scored from its answers on disk."""
 
+import dataclasses
 import json
 import os
 
@@ -10,6 +11,7 @@ from vlmprune_jax.cli.config_files import experiment_config
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.metrics import METRICS, Metric
+from vlmprune_jax.evaluation.metrics.metric import mean
 from vlmprune_jax.experiment.arguments import evaluation_sets
 from vlmprune_jax.experiment.spec import DataSpec, EvaluateSpec, EvaluationSetSpec, Experiment, override
 from vlmprune_jax.experiment.variants import check_experiment
@@ -108,6 +110,30 @@ def test_another_metric_asks_nothing(evaluate, monkeypatch):
     monkeypatch.setitem(METRICS, "length", Metric("letters", lambda *_: {"letters": 1}, broken, full=None, unit=""))
     assert evaluate("short", "--config.evaluate.sets.short.metric=length")[0] == 2
     assert evaluate("short")[0] == 0  # the answers are still there
+
+
+def test_a_pruned_model_is_compared_with_the_unpruned_one(evaluate, goldens, monkeypatch):
+    """The same model, whose answers are as long as its own."""
+    metric = Metric("letters", lambda said, *_: {"letters": len(said)}, full=None, unit="")
+    monkeypatch.setitem(METRICS, "length", metric)
+    copy_llava(goldens, evaluate.folder.parent / "pruned")
+    code, lines = evaluate("questions", "--config.evaluate.metric=length")
+    assert code == 0, lines
+    found = {name: json.loads((evaluate.folder / f"{name}.json").read_text()) for name in ("teacher", "pruned")}
+    assert found["pruned"]["retained_interval"] == [100.0, 100.0]
+    assert "retained_interval" not in found["teacher"]
+    monkeypatch.setitem(METRICS, "length", dataclasses.replace(metric, aggregate=lambda *given: mean(*given)))
+    assert evaluate("questions", "--config.evaluate.metric=length")[0] == 0
+    assert "retained_interval" not in json.loads((evaluate.folder / "pruned.json").read_text())  # it may take long
+
+
+def test_records_that_a_metric_cannot_use_are_refused_before_the_model_is_asked(evaluate):
+    code, lines = evaluate("questions", "--config.evaluate.metric=pope")
+    assert code == 2
+    assert lines[-1].endswith(
+        "metric of f1: record r0: has no field 'category', which the metric needs; add it, or use another"
+    )
+    assert not evaluate.folder.exists() or os.listdir(evaluate.folder) == []
 
 
 def test_a_text_is_continued_after_its_last_batch(evaluate, root, monkeypatch):

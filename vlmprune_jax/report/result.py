@@ -18,6 +18,8 @@ Version 2 (paths are relative to the workdir):
 
     scores          {set: {name: value}}, unscaled
     retained        {set: 100 * value / the unpruned model's}, upside down where lower is better; null where that is 0
+    retained_interval  {set: [low, high]} of `retained`, between which 95 % of the samples of a paired bootstrap lie;
+                    null where the unpruned model scores 0 in one of them. Sets whose metric needs long for it have none
     mean_of_ratios  the mean of `retained`
     paper_average   AVG-% of arXiv 2604.24380: 100 * sum of value / full over that sum of the unpruned model
     groups          {set: {group: {questions, name: value, ...}}} of sets that have at most 40 groups
@@ -76,6 +78,7 @@ class _Evaluation(TypedDict):
 
 class _RunEvaluation(_Evaluation):
     retained: dict[str, float | None]
+    retained_interval: NotRequired[dict[str, tuple[float, float] | None]]
     mean_of_ratios: float | None
     paper_average: float | None
 
@@ -161,6 +164,9 @@ def make_run(name: str, facts: Json, found: Found, teacher: Found, path: str) ->
     sets, scores, original = describe_sets(teacher), _values(found), _values(teacher)
     kept = {key: _retained(scores[key], original[key], of) for key, of in sets.items()}
     evaluation = {"scores": scores, "retained": kept, **_averages(scores, original, sets), "groups": _groups(found)}
+    intervals = {key: of["retained_interval"] for key, of in found.items() if "retained_interval" in of}
+    if intervals:
+        evaluation["retained_interval"] = intervals
     first = _version_1(found)
     if "accuracy" in first:
         first["retained"] = kept["questions"]

@@ -12,14 +12,17 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from vlmprune_jax.checked_files import Count, Finite, read_json_lines, read_text, reading
 from vlmprune_jax.checks import settings_of
+from vlmprune_jax.data.records import Record
 from vlmprune_jax.distributed.mesh import on_process_zero, row_ways
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.metrics import METRICS
+from vlmprune_jax.evaluation.metrics.metric import Scores
 from vlmprune_jax.evaluation.runner import ask, check_answered, log_likelihoods
+from vlmprune_jax.evaluation.statistics import is_quick, retained_interval
 from vlmprune_jax.experiment.arguments import QUESTIONS, evaluation_sets
 from vlmprune_jax.experiment.spec import EvaluationSetSpec, Experiment, affecting
 from vlmprune_jax.models.params import count_params
@@ -110,7 +113,8 @@ def _evaluate_set(
         return {**facts, "parameters": count_params(model().cfg)}
 
     facts = context.run(stage, body)
-    found = on_process_zero(lambda: _measure(of, answers, path, facts))
+    original = context.workdir / "eval" / f"teacher{'' if key == QUESTIONS else f'.{key}'}.answers.jsonl"
+    found = on_process_zero(lambda: _measure(of, answers, original if original != answers else None, path, facts))
     metric, counted = found["metric"], "questions" if of.text is None else "tokens"
     context.reporter.say(
         f"  {title}: {metric['main']} {shown(found['values'][metric['main']], metric)} on {facts[counted]:,} {counted} "
@@ -151,7 +155,7 @@ def _ask(
     questions = inputs.arranged_questions(
         experiment.model, experiment.data, experiment.evaluate, of, model.cfg, multiple=ways
     )
-    check_answered(questions.records)  # the last one now, not after hours
+    _check_metric(of, questions.records)  # the last one now, not after hours
     start = time.perf_counter()
     with context.phase(title, len(questions)) as progress:
         replies = ask(
@@ -175,6 +179,14 @@ def _ask(
     return lines, {"questions": len(replies), "mean_generated_tokens": mean, "model_seconds": seconds}
 
 
+def _check_metric(of: EvaluationSetSpec, records: Sequence[Record]) -> None:
+    """Refuse records without a right answer, and those that the metric cannot use, by scoring the right answers."""
+    assert of.metric is not None
+    check_answered(records)
+    metric = METRICS[of.metric]
+    metric.values(metric.score_all([record.references[0].strip() for record in records], records), records)
+
+
 def _read_text(
     experiment: Experiment, of: EvaluationSetSpec, model: Model, title: str, journal: Path, context: Context
 ) -> tuple[list[Json], Json]:
@@ -195,25 +207,31 @@ def _read_text(
     return list(lines), {"tokens": int(sum(line["tokens"] for line in lines)), "model_seconds": seconds}
 
 
-def _measure(of: EvaluationSetSpec, answers: Path, path: Path, facts: Json) -> Json:
-    """What the metric makes of the answers in a file -> `path`."""
+def _measure(of: EvaluationSetSpec, answers: Path, original: Path | None, path: Path, facts: Json) -> Json:
+    """What the metric makes of the answers in a file -> `path`; beside those of the unpruned model, where these are."""
     assert of.metric is not None
     metric = METRICS[of.metric]
-    lines = read_json_lines(answers, _Answer if of.text is None else _Window)
     # Whether a lone image's mark may be missing was checked when the records were asked.
     records = () if of.text is not None else inputs.evaluation_records(of, image_lead=True)
-    scores: Sequence[Any] = lines
-    if of.text is None:
-        if len(lines) != len(records):
-            raise UserError(
-                f"{answers}: holds {len(lines)} answers to {len(records)} questions: remove it, and run again"
-            )
-        scores = metric.score_all([line["prediction"] for line in lines], records)
+    scores = _scores(of, answers, records)
     values, groups = metric.values(scores, records), metric.values_of_groups(scores, records)
     found = {**facts, "metric": {"name": of.metric, **metric.describe()}, "values": values, "groups": groups}
+    if original is not None and original.exists() and is_quick(metric, scores):
+        found["retained_interval"] = retained_interval(metric, scores, _scores(of, original, records), records)
     names = dict.fromkeys(name for one in scores for name in one)
     of_each = {name: [one.get(name) for one in scores] for name in names}
     written = {**values, **found, "answers": answers.name, "scores": of_each}
     members = (f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in written.items())
     write_text(path, "{\n" + ",\n".join(members) + "\n}\n")  # a line each: there may be thousands of scores
     return found
+
+
+def _scores(of: EvaluationSetSpec, answers: Path, records: Sequence[Record]) -> Sequence[Scores]:
+    """The metric's scores of the answers in a file, or of the windows of a text there."""
+    assert of.metric is not None
+    if of.text is not None:
+        return read_json_lines(answers, _Window)
+    lines = read_json_lines(answers, _Answer)
+    if len(lines) != len(records):
+        raise UserError(f"{answers}: holds {len(lines)} answers to {len(records)} questions: remove it, and run again")
+    return METRICS[of.metric].score_all([line["prediction"] for line in lines], records)

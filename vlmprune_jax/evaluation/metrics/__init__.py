@@ -1,13 +1,36 @@
-"""Metrics by name. A user's own file adds one by assignment: `vp.metrics["anls"] = vp.Metric(...)`."""
+"""Metrics by name. A user's own file adds one by assignment: `vp.metrics["mine"] = vp.Metric(...)`."""
 
 from __future__ import annotations
 
 from vlmprune_jax.checks import one_of
+from vlmprune_jax.evaluation.metrics.ai2d import AI2D
+from vlmprune_jax.evaluation.metrics.anls import ANLS
 from vlmprune_jax.evaluation.metrics.exact_match import EXACT_MATCH
+from vlmprune_jax.evaluation.metrics.gqa import GQA
+from vlmprune_jax.evaluation.metrics.mathvista import MATHVISTA
 from vlmprune_jax.evaluation.metrics.metric import Metric
+from vlmprune_jax.evaluation.metrics.mme import MME, MME_COGNITION, MME_PERCEPTION
+from vlmprune_jax.evaluation.metrics.mmmu import MMMU
 from vlmprune_jax.evaluation.metrics.perplexity import PERPLEXITY
+from vlmprune_jax.evaluation.metrics.pope import POPE
+from vlmprune_jax.evaluation.metrics.scienceqa import SCIENCEQA
+from vlmprune_jax.evaluation.metrics.vqa_accuracy import VQA_ACCURACY
 
-METRICS: dict[str, Metric] = {"exact_match": EXACT_MATCH, "perplexity": PERPLEXITY}
+METRICS: dict[str, Metric] = {
+    "exact_match": EXACT_MATCH,
+    "perplexity": PERPLEXITY,
+    "vqa_accuracy": VQA_ACCURACY,
+    "scienceqa": SCIENCEQA,
+    "ai2d": AI2D,
+    "mmmu": MMMU,
+    "pope": POPE,
+    "mme": MME,
+    "mme_perception": MME_PERCEPTION,
+    "mme_cognition": MME_COGNITION,
+    "anls": ANLS,
+    "gqa": GQA,
+    "mathvista": MATHVISTA,
+}
 
 __all__ = ["METRICS", "Metric", "metric_named"]
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.errors import UserError
@@ -22,6 +24,19 @@ def mean(scores: Sequence[Scores], records: Sequence[Record]) -> Values:
     return {name: sum(found) / len(found) for name, found in having.items()}
 
 
+Drawn = Callable[[Sequence[Scores], Sequence[Record], np.ndarray], Mapping[str, np.ndarray]]
+
+
+def once(drawn: Drawn) -> Callable[[Sequence[Scores], Sequence[Record]], Values]:
+    """The `aggregate` of a metric that has `drawn`: every answer counts once."""
+
+    def aggregate(scores: Sequence[Scores], records: Sequence[Record]) -> Values:
+        found = drawn(scores, records, np.ones((len(scores), 1)))
+        return {name: float(value[0]) for name, value in found.items()}
+
+    return aggregate
+
+
 @dataclass(frozen=True)
 class Metric:
     """How the answers to an evaluation set become numbers, and how these are shown.
@@ -36,6 +51,12 @@ class Metric:
     `unit`: "%" shows values as a share of `full`, anything else stands behind the value as it is.
     `higher_is_better`: a metric with a full score is better when higher.
     `groups`: (title, record -> name of its group), for values of every group of questions beside those of all.
+    `drawn_by`: record -> what it belongs to, where several questions only count together (MME's pairs) and a bootstrap
+    must draw them together; None: every question by itself.
+    `drawn`: (scores, records, times float[answers, draws]) -> {name: float[draws]}, the values where each answer counts
+    so many times. A bootstrap needs it only to be fast where `aggregate` is no mean; `once` makes `aggregate` of it.
+
+    A UserError that `score` or `aggregate` raises is told as it is; it should name the record.
     """
 
     main: str
@@ -45,6 +66,8 @@ class Metric:
     unit: str = "%"
     higher_is_better: bool = True
     groups: tuple[str, Callable[[Record], str]] | None = None
+    drawn_by: Callable[[Record], Hashable] | None = None
+    drawn: Drawn | None = None
 
     def __post_init__(self) -> None:
         if self.full is None and self.unit == "%":
@@ -73,6 +96,8 @@ class Metric:
             try:
                 one = self.score(prediction, record.references, record)
                 scores.append({name: float(value) for name, value in one.items()})
+            except UserError as error:
+                raise UserError(f"metric of {self.main}: {error}") from error
             except Exception as error:  # whatever a user's function may raise
                 raise UserError(f"metric of {self.main}: score of record {record.id} fails with {error!r}") from error
         return scores
@@ -85,6 +110,8 @@ class Metric:
         """
         try:
             found = {name: float(value) for name, value in self.aggregate(scores, records).items()}
+        except UserError as error:
+            raise UserError(f"metric of {self.main}: {error}") from error
         except Exception as error:
             raise UserError(f"metric of {self.main}: aggregate fails with {error!r}") from error
         if self.main not in found:

@@ -1,0 +1,143 @@
+"""Intervals and McNemar's test: known values, agreement of the ways to draw, and refusals."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlmprune_jax.data.records import Record
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.evaluation.metrics import METRICS
+from vlmprune_jax.evaluation.metrics.metric import Metric, mean
+from vlmprune_jax.evaluation.statistics import mcnemar, retained_interval
+
+ACCURACY = METRICS["exact_match"]
+
+
+def rights(values):
+    return [{"accuracy": float(value)} for value in values]
+
+
+def questions(number, **fields):
+    return [Record(str(i), (), (), None, ("yes",), {k: of(i) for k, of in fields.items()}) for i in range(number)]
+
+
+def test_an_interval_is_that_of_the_delta_method():
+    random = np.random.default_rng(0)
+    theirs = random.random(4000) < 0.8
+    ours = theirs & (random.random(4000) < 0.9)
+    low, high = retained_interval(ACCURACY, rights(ours), rights(theirs), questions(4000), draws=20_000)
+    # All that is left of 0.8 n right answers is a binomial share of them: 1.96 standard errors to either side.
+    share = ours.sum() / theirs.sum()
+    width = 196 * math.sqrt(share * (1 - share) / theirs.sum())
+    assert low == pytest.approx(100 * share - width, abs=0.05)
+    assert high == pytest.approx(100 * share + width, abs=0.05)
+
+
+def test_what_is_equal_for_both_widens_nothing():
+    theirs = rights(i % 3 == 0 for i in range(50))
+    assert retained_interval(ACCURACY, theirs, theirs, questions(50)) == (100.0, 100.0)
+    ours = rights(i % 3 == 0 and i < 25 for i in range(50))
+    first, again, other = (retained_interval(ACCURACY, ours, theirs, questions(50), seed=seed) for seed in (0, 0, 1))
+    assert first == again != other
+    inner = retained_interval(ACCURACY, ours, theirs, questions(50), level=0.5)
+    assert first[0] < inner[0] < inner[1] < first[1]
+
+
+def test_a_metric_that_is_better_when_lower_is_turned_around():
+    perplexity = METRICS["perplexity"]
+    ours, theirs = ([{"nll": nll + i / 10, "tokens": 8.0} for i in range(9)] for nll in (16.0, 8.0))
+    low, high = retained_interval(perplexity, ours, theirs, (), draws=50)
+    assert low == pytest.approx(100 * math.exp(-1))
+    assert high == pytest.approx(100 * math.exp(-1))
+
+
+def repeated(metric):
+    """The same metric, drawn by repeating records one by one, as a user's is."""
+    return dataclasses.replace(metric, drawn=None, aggregate=lambda *given: metric.aggregate(*given))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=6, max_size=20), st.integers(0, 99))
+def test_pope_by_counts_is_pope_by_repetition(rows, seed):
+    records = [
+        Record("q", (), (), None, ("yes" if yes else "no",), {"category": "abc"[i % 3]})
+        for i, (yes, *_) in enumerate(rows)
+    ]
+    metric = METRICS["pope"]
+    ours, theirs = (metric.score_all(["yes" if row[model] else "no" for row in rows], records) for model in (1, 2))
+    fast = retained_interval(metric, ours, theirs, records, draws=20, seed=seed)
+    slow = retained_interval(
+        dataclasses.replace(repeated(metric), aggregate=all_splits(metric)), ours, theirs, records, draws=20, seed=seed
+    )
+    assert fast == (slow if slow is None else pytest.approx(slow))
+
+
+def all_splits(metric):
+    """POPE's mean over three splits, of which a small sample may lack one (worth 0 then)."""
+
+    def aggregate(scores, records):
+        present = {record.fields["category"] for record in records}
+        return {"f1": metric.aggregate(scores, records)["f1"] * len(present) / 3}
+
+    return aggregate
+
+
+def test_pairs_of_mme_are_drawn_together():
+    records = questions(12, category=lambda i: "count", question_id=lambda i: i // 2)
+    metric = METRICS["mme"]
+    theirs = metric.score_all(["yes"] * 12, records)
+    # Of a pair either both are right or none: a pair is worth 200 or 0, never the 50 of a pair that was torn apart.
+    ours = metric.score_all(["yes" if i // 2 < 3 else "no" for i in range(12)], records)
+    low, high = retained_interval(metric, ours, theirs, records, draws=4000)
+    assert {round(6 * low / 100, 9), round(6 * high / 100, 9)} <= set(map(float, range(7)))
+    assert (low, high) == (pytest.approx(100 / 6), pytest.approx(500 / 6))
+
+
+def test_a_users_aggregate_is_worked_out_for_every_sample():
+    best = Metric("best", lambda *_: {}, lambda scores, records: {"best": max(one["x"] for one in scores)})
+    ours, theirs = ([{"x": value} for value in of] for of in ((1.0, 2.0, 3.0), (4.0, 4.0, 4.0)))
+    assert retained_interval(best, ours, theirs, questions(3), level=1.0) == (25.0, 75.0)
+    means = Metric("x", lambda *_: {}, lambda scores, records: mean(scores, records))
+    fast = retained_interval(Metric("x", lambda *_: {}), ours, theirs, questions(3), draws=4000)
+    slow = retained_interval(means, ours, theirs, questions(3), draws=4000)
+    assert fast == pytest.approx(slow, abs=1.0)
+
+
+def test_no_interval_where_the_unpruned_model_may_score_nothing():
+    assert retained_interval(ACCURACY, rights([1, 0]), rights([1, 0]), questions(2)) is None
+    with pytest.raises(UserError, match="answers to 1 and 2 questions: both models must answer the same ones"):
+        retained_interval(ACCURACY, rights([1]), rights([1, 0]), questions(2))
+    with pytest.raises(UserError, match="answers to 0 and 0 questions"):
+        retained_interval(ACCURACY, [], [], [])
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "p_value"),
+    # Two tails of a fair coin: 2 * (1 + 6) / 64, 2 * (1 + 12 + 66) / 4096, 2 * (1 + 11 + 55) / 2048, ...
+    [(5, 1, 14 / 64), (2, 10, 158 / 4096), (2, 9, 134 / 2048), (0, 10, 2 / 1024), (3, 3, 1.0), (0, 0, 1.0)],
+)
+def test_mcnemar(lost, gained, p_value):
+    first = [1.0] * lost + [0.0] * gained + [1.0] * 30 + [0.0] * 7
+    second = [0.0] * lost + [1.0] * gained + [1.0] * 30 + [0.0] * 7
+    found = mcnemar(first, second)
+    assert (found.only_first, found.only_second) == (lost, gained)
+    assert found.p_value == pytest.approx(p_value, rel=1e-9)
+    assert mcnemar(second, first).p_value == found.p_value
+
+
+def test_mcnemar_of_many_questions_is_the_binomial_tail():
+    few, number = 4800, 10_000  # 2 ** 10_000 is no float
+    found = mcnemar([1] * few + [0] * (number - few), [0] * few + [1] * (number - few))
+    logs = (math.lgamma(number + 1) - math.lgamma(i + 1) - math.lgamma(number - i + 1) for i in range(few + 1))
+    assert found.p_value == pytest.approx(2 * sum(math.exp(log - number * math.log(2)) for log in logs), rel=1e-8)
+
+
+def test_mcnemar_is_of_right_and_wrong():
+    with pytest.raises(UserError, match=r"of right and wrong answers, not of a score 0\.5"):
+        mcnemar([1, 0.5], [1, 0])
+    with pytest.raises(UserError, match="answers to 1 and 2 questions"):
+        mcnemar([1], [1, 0])
