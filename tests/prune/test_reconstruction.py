@@ -207,5 +207,5 @@ def test_bad_input():
     flat["text/embed_tokens/weight"][int(rows()[0]["input_ids"][2, 1])] = np.nan
     broken = teacher.replace(params=unflatten(flat))
     own = dataclasses.replace(plan, fingerprint=fingerprint(broken))
-    with pytest.raises(UserError, match=r"o_proj of layer 0 are not finite in rows 2"):
+    with pytest.raises(UserError, match=r"o_proj of layer 0 are not finite in row 2 of"):
         reconstruct(apply_plan(broken, own), own, broken, rows()[:1])

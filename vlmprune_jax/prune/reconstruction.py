@@ -78,8 +78,9 @@ def reconstruct(
         `image_weight`, `answer_weight`: what tokens of each kind count.
 
     Returns:
-      The model, and for each of these weights: stack, layer (original number), module, ridge (None: left alone), and
-      error_before and error_after: of the stream behind it, on the held-out rows, relative to the stream.
+      The model, and for each of these weights: stack, layer (original number), module, ridge (None: left alone),
+      error_before and error_after: of the stream behind it, on the held-out rows, relative to the stream; and how many
+      tokens there were for how many unknowns of each output.
 
     Raises:
       UserError: models and plan that do not belong together, batches that do not fit, activations that are not finite.
@@ -91,11 +92,17 @@ def reconstruct(
     mesh = mesh_of(pruned.params)
     if mesh is None:
         pruned, teacher = (m.replace(params=jax.tree.map(jnp.asarray, m.params)) for m in (pruned, teacher))
+    batches = list(batches)
     checked = list(calibration_batches(batches, pruned.cfg, labels=False))
+    names = _names_of_rows(batches, checked)
     store, report, done = _Store(cache), list[Told](), itertools.count(1)
     with within(mesh):
         for stack in _stacks(plan):
-            steps = row_steps(checked, settings) if stack == "text" else _image_steps(checked, pruned.cfg, settings)
+            steps = (
+                row_steps(checked, settings, names)
+                if stack == "text"
+                else _image_steps(checked, pruned.cfg, settings, names)
+            )
             for step in steps:
                 step.dense, step.ours = (
                     np.array(whole(embed(m.params, place_batch(step.inputs, mesh), cfg=m.cfg, stack=stack)))
@@ -126,7 +133,7 @@ def _solve(
         for module in _modules(kept, number):
             key = f"{number}/{module}" if stack == "text" else f"{stack}/{number}/{module}"
             change, told = store.change(key, functools.partial(solve_for, layer, module, steps))
-            report.append({"layer": first, "module": module, **told})
+            report.append({"layer": first, "module": module, **told, **_counts(layer, module, steps)})
             if change is not None:
                 layer = layer.changed(module, change)
                 solved[number] = layer.written
@@ -134,6 +141,12 @@ def _solve(
             step.ours = layer.run(step.ours, step.mask, "after")
         tick()
     return solved, report
+
+
+def _counts(layer: Layer, module: str, steps: Sequence[Step]) -> Told:
+    path = layer.projection(module)
+    unknowns = layer.params[f"{path}/weight"][0].size + (f"{path}/bias" in layer.params)
+    return {"tokens": sum(int((step.weight > 0).sum()) for step in steps), "unknowns": unknowns}
 
 
 def layers_to_solve(plan: PrunePlan) -> int:
@@ -165,14 +178,14 @@ class Step:
     """Rows that go through the device together, and where both streams are: float32[rows, seq, embed] on the host.
 
     `inputs`: what the models embed. `mask`, and of text `labels` with -100 where there is none: int32[rows, seq].
-    `weight`: float32[rows, seq], what each token counts. `numbers`: of the rows in the calibration batches. `middle`:
+    `weight`: float32[rows, seq], what each token counts. `names`: what messages call the rows. `middle`:
     the dense stream between attention and MLP of the layer at work.
     """
 
     inputs: dict[str, Any]
     mask: np.ndarray
     weight: np.ndarray
-    numbers: list[int]
+    names: list[str]
     held_out: bool
     labels: np.ndarray | None = None
     dense: np.ndarray = dataclasses.field(init=False)
@@ -180,12 +193,22 @@ class Step:
     middle: np.ndarray = dataclasses.field(init=False)
 
 
-def row_steps(batches: Sequence[Arrays], settings: Mapping[str, Any]) -> list[Step]:
+def _names_of_rows(batches: Sequence[Any], checked: Sequence[Arrays]) -> list[str]:
+    """What messages call the rows of the batches: by their records, where the batches tell them."""
+    names = list[str]()
+    for batch, arrays in zip(batches, checked, strict=True):
+        ids = getattr(batch, "record_ids", None) or [""] * len(arrays["kind"])
+        names += [f"record {name}" if name else f"row {len(names) + at}" for at, name in enumerate(ids)]
+    return names
+
+
+def row_steps(batches: Sequence[Arrays], settings: Mapping[str, Any], names: Sequence[str] | None = None) -> list[Step]:
     """All rows, those to fit to and those to hold out apart, as many at a time as the first batch has."""
     rows = [
         {name: array[row] for name, array in arrays.items()} for arrays in batches for row in range(len(arrays["kind"]))
     ]
-    rows = [row | {"number": number} for number, row in enumerate(rows) if row["attention_mask"].any()]
+    names = names or [f"row {number}" for number in range(len(rows))]
+    rows = [row | {"name": name} for name, row in zip(names, rows, strict=True) if row["attention_mask"].any()]
     # By content, so that the order of the rows is immaterial.
     rows.sort(key=lambda row: hashlib.sha256(row["input_ids"][row["attention_mask"] == 1].tobytes()).digest())
     weight_of = np.zeros(4, np.float32)
@@ -213,20 +236,22 @@ def _step(rows: Sequence[Mapping[str, Any]], size: int, weight_of: np.ndarray, h
         pixels = np.zeros((size, max(len(p) for _, p in images), *images[0][1].shape[1:]), np.float32)
         for at, own in images:
             pixels[at, : len(own)] = own
-    mask, numbers = arrays["attention_mask"], [row["number"] for row in rows]
+    mask, names = arrays["attention_mask"], [row["name"] for row in rows]
     inputs = {"input_ids": arrays["input_ids"], "pixel_values": pixels}
-    return Step(inputs, mask, weight_of[arrays["kind"]], numbers, held_out, arrays["labels"])
+    return Step(inputs, mask, weight_of[arrays["kind"]], names, held_out, arrays["labels"])
 
 
-def _image_steps(batches: Sequence[Arrays], cfg: ModelConfig, settings: Mapping[str, Any]) -> list[Step]:
+def _image_steps(
+    batches: Sequence[Arrays], cfg: ModelConfig, settings: Mapping[str, Any], names: Sequence[str]
+) -> list[Step]:
     """The images of all rows, each once, since one that is fitted to must not be held out as well."""
-    images = dict[bytes, tuple[np.ndarray, int]]()
+    images = dict[bytes, tuple[np.ndarray, str]]()
     row = 0
     for arrays in batches:
         pixels = arrays.get("pixel_values")
         if pixels is not None:
             for at, real in enumerate(real_images(arrays["kind"], pixels.shape[1], cfg.tokens_per_image)):
-                images |= {hashlib.sha256(one.tobytes()).digest(): (one, row + at) for one in pixels[at, real]}
+                images |= {hashlib.sha256(one.tobytes()).digest(): (one, names[row + at]) for one in pixels[at, real]}
         row += len(arrays["kind"])
     chosen = [images[key] for key in sorted(images)]
     assert cfg.vision is not None
@@ -238,9 +263,14 @@ def _image_steps(batches: Sequence[Arrays], cfg: ModelConfig, settings: Mapping[
             pixels = np.zeros((size, *own[0][0].shape), np.float32)
             pixels[: len(own)] = [image for image, _ in own]
             real = np.repeat((np.arange(size) < len(own))[:, None], positions, axis=1)
-            numbers = [number for _, number in own]
             steps.append(
-                Step({"pixel_values": pixels}, real.astype(np.int32), real.astype(np.float32), numbers, held_out)
+                Step(
+                    {"pixel_values": pixels},
+                    real.astype(np.int32),
+                    real.astype(np.float32),
+                    [name for _, name in own],
+                    held_out,
+                )
             )
     return steps
 
@@ -346,12 +376,12 @@ def _total(layer: Layer, module: str, bias: bool, steps: Sequence[Step]) -> Sums
         }
         sums = _sums(layer.params, **place_batch(arrays, layer.mesh), cfg=layer.cfg, module=module, bias=bias)
         energy = np.asarray(sums.energy)
-        wrong = [number for number, one in zip(step.numbers, energy, strict=False) if not math.isfinite(one)]
+        wrong = [name for name, one in zip(step.names, energy, strict=False) if not math.isfinite(one)]
         if wrong:
-            rows = ", ".join(map(str, sorted(wrong)[:5]))
             raise UserError(
-                f"reconstruct: activations behind {module} of layer {layer.number} are not finite in rows {rows} of "
-                "the calibration batches: look for what is wrong with these records, or with the weights"
+                f"reconstruct: activations behind {module} of layer {layer.number} are not finite in "
+                f"{', '.join(sorted(wrong)[:5])} of the calibration batches: look for what is wrong there, or with the "
+                "weights"
             )
         sums = sums._replace(energy=jnp.asarray(energy.sum()))
         totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)

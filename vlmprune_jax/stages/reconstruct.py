@@ -28,6 +28,8 @@ class _Module(TypedDict):
     ridge: Finite | None
     error_before: Finite
     error_after: Finite
+    tokens: NotRequired[Count]
+    unknowns: NotRequired[Count]
 
 
 class _Facts(TypedDict):
@@ -74,6 +76,12 @@ def reconstruct_stage(experiment: Experiment, folder: Path, context: Context) ->
             )
         save_model(model, folder / RECONSTRUCTED, experiment.model, pruned, plan, reconstructed=True)
         context.reporter.say(f"  {_summary(modules)}")
+        scarce = [one for one in modules if one["tokens"] < one["unknowns"]]
+        if scarce:
+            context.reporter.say(
+                f"  {scarce[0]['tokens']:,} tokens are few for the {scarce[0]['unknowns']:,} unknowns of an output of "
+                f"{len(scarce)} weights: more records (reconstruct.samples) win back more"
+            )
         return {"samples": spec.samples, "modules": modules}
 
     return context.run(stage, body)
