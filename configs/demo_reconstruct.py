@@ -22,7 +22,6 @@ def get_config(variant: str = "heads") -> ConfigDict:
     config = demo()
     config.prune.method = "width"
     config.reconstruct.method = "least_squares"
-    config.reconstruct.batch_size = 32
     if variant == "tower":
         config.prune.stack = "vision"
         config.prune.ratio = TOWER

@@ -1,4 +1,4 @@
-"""The demo as an experiment: a grid of two ways to prune and two ways to recover, in one workdir."""
+"""The demo as an experiment: a grid of three ways to prune and two ways to recover, in one workdir."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.max_length = 88
     config.data.fraction = 0.05  # 1,928 of 38,575 training questions
     config.score.samples = 64
-    config.score.batch_size = 32
+    config.score.batch_size = config.reconstruct.batch_size = 32
     config.evaluate.batch_size = 256
     config.evaluate.max_new_tokens = 4  # every answer is one word, then the end token
     config.export.dtype = "float32"
 
     config.recover.trainable = "decoder"
-    config.recover.epochs = 4.0
+    config.recover.epochs = 2.0
     config.recover.batch_size = 32
     config.recover.learning_rate = 1e-3
     config.recover.projector_learning_rate = 1e-3
@@ -45,6 +45,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.prune_variants = {
         "depth": {"prune": {"method": "depth", "ratio": RATIO}},
         "width": {"prune": {"method": "width", "ratio": RATIO}},
+        "width_solved": {"prune": {"method": "width", "ratio": RATIO}, "reconstruct": {"method": "least_squares"}},
     }
     config.recover_variants = {
         "sft": {"recover": {"losses": {"ce": 1.0}}},
@@ -54,4 +55,5 @@ def get_config(variant: str = "") -> ConfigDict:
         config.evaluate.questions = 256
         config.recover.steps = 2
         config.score.samples = 32
+        config.reconstruct.samples = 32
     return config
