@@ -19,10 +19,11 @@ QUESTIONS, TEXT = "questions", "text"  # the evaluation sets of an experiment th
 def plan_options(spec: PruneSpec) -> dict[str, Any]:
     """`make_plan` keywords: what differs from the defaults, so that it can refuse what a method does not have.
 
-    And `heads`, where the method has it: what configs do by default is not what the reference does.
+    And `heads` where the method has it, and only there: recipes set it, whatever the method, and what configs do by
+    default is not what the reference does.
     """
     default = PruneSpec()
-    skipped = ("method", "stack", "ratio", "layers_removed", "budget", "steps")
+    skipped = ("method", "stack", "ratio", "layers_removed", "budget", "steps", "heads")
     changed = {k: v for k, v in vars(spec).items() if k not in skipped and v != getattr(default, k)}
     if "heads" in DEFAULTS[spec.method]:
         changed["heads"] = spec.heads
