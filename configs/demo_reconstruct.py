@@ -33,7 +33,7 @@ def get_config(variant: str = "heads") -> ConfigDict:
     elif variant == "heads":
         config.evaluate.questions = 2000
         config.prune_variants = {
-            f"{heads}_{ratio}": {"prune": {"ratio": ratio, "heads": heads}}
+            f"{heads}_{1000 * ratio:.0f}": {"prune": {"ratio": ratio, "heads": heads}}
             for ratio in RATIOS
             for heads in ("keep", "proportional")
         }

@@ -25,7 +25,7 @@ def plan_options(spec: PruneSpec) -> dict[str, Any]:
     default = PruneSpec()
     skipped = ("method", "stack", "ratio", "layers_removed", "budget", "steps", "heads")
     changed = {k: v for k, v in vars(spec).items() if k not in skipped and v != getattr(default, k)}
-    if "heads" in DEFAULTS[spec.method]:
+    if "heads" in DEFAULTS.get(spec.method, {}):
         changed["heads"] = spec.heads
     return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
 
