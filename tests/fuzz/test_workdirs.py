@@ -190,7 +190,7 @@ def test_answers(tmp_path):
     of, facts = EvaluationSetSpec(data=str(records), metric="exact_match"), {"questions": 3, "parameters": 900}
 
     def measured():
-        return evaluate._measure(of, path, tmp_path / "pruned.json", facts)["values"]["accuracy"]
+        return evaluate._measure(of, path, None, tmp_path / "pruned.json", facts)["values"]["accuracy"]
 
     lines = [{**answer, "id": f"r{number}"} for number in range(3)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
