@@ -62,9 +62,9 @@ def get_config():
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
 def test_the_demo_reaches_its_numbers(tmp_path, capsys):
-    """The teacher answers >= 99 % of all 9,673 questions. Pruned in depth it is worse, in width by three quarters of the
-    answers, two thirds of which reconstruction wins back; trained on 5 % of the data the models retain >= 99 % (depth),
-    >= 95 % (width) and, from the reconstructed one, >= 97 % of the teacher's, more than from the pruned one.
+    """The teacher answers >= 99 % of all 9,673 questions. Pruned in depth it is worse, in width by three quarters of
+    the answers, two thirds of which reconstruction wins back; trained on 5 % of the data the models retain >= 99 %
+    (depth), >= 95 % (width) and, from the reconstructed one, >= 97 % of the teacher's, more than from the pruned one.
     """
     assert main(["demo", f"--workdir={tmp_path / 'w'}"]) == 0, capsys.readouterr().err
     result = json.loads((tmp_path / "w/result.json").read_text())
