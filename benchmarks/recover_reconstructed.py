@@ -2,8 +2,8 @@
 
   python benchmarks/recover_reconstructed.py --work=DIR [--steps 24] [--ratio 0.2]
 
-20 % of all parameters go by width with the heads kept. SFT + L2 learns from 5 % of some 1,870 records made of docstrings
-and of every second topic of Python's language reference; the perplexity is of 12 x 512 tokens of the other topics.
+20 % of all parameters go by width with the heads kept. SFT + L2 learns from 5 % of some 1,870 records, docstrings and
+every second topic of Python's language reference; the perplexity is of 12 x 512 tokens of the other topics.
 """
 
 from __future__ import annotations
