@@ -12,7 +12,7 @@ from vlmprune_jax.checked_files import Count, read_json
 from vlmprune_jax.errors import printable
 from vlmprune_jax.evaluation.statistics import holm, mcnemar
 from vlmprune_jax.report.page import Section, Table
-from vlmprune_jax.report.result import Described, Groups, Values
+from vlmprune_jax.report.result import Described, Values
 
 Json = dict[str, Any]
 UNPRUNED = "unpruned"  # what tables call the model that runs are compared with
@@ -27,7 +27,7 @@ class Evaluated(TypedDict):
 
     metric: Described
     values: Values
-    groups: Groups
+    groups: dict[str, Values]
     parameters: Count
     seconds: float
     scores: dict[str, list[float | None]]
