@@ -33,7 +33,9 @@ def opened(page, profile):
     """(the page as the browser has it after scripts ran, what its console said)."""
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
     command += [f"--user-data-dir={profile}", "--disable-extensions", "--no-first-run", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "HOME": str(profile)})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "HOME": str(profile)}
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout, re.findall(r"CONSOLE.*", done.stderr)
 
@@ -57,7 +59,9 @@ def test_page_renders_and_sorts(tmp_path):
     assert 'id="told"' not in shown.split("<script>const table")[0]
     assert any("Content Security Policy" in line for line in console)  # no script but ours
 
-    other.write_text(re.sub(r"script-src '[^']+'", "script-src 'unsafe-inline'", text).replace("</body>", f"{CLICKS}</body>"))
+    other.write_text(
+        re.sub(r"script-src '[^']+'", "script-src 'unsafe-inline'", text).replace("</body>", f"{CLICKS}</body>")
+    )
     shown, console = opened(other, tmp_path / "profile")
     assert console == []
     up, down, by_name = json.loads(re.search(r'<pre id="told">(.*?)</pre>', shown).group(1))

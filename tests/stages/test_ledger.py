@@ -40,6 +40,7 @@ class Work:
             journals=journals,
             facts=facts,
         )
+
     def body(self):
         self.runs += 1
         if self.fail:

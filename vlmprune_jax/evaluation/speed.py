@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.distributed.mesh import on_process_zero
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.generate import CompiledGeneration, compile_generation
 from vlmprune_jax.models.vlm import Model
@@ -56,7 +57,7 @@ def measure_speed(
             f"speed of {rounds} rounds, {batch_size} rows, {prompt} + {new_tokens} tokens: each must be at least 1"
         )
     programs = {name: _compiled(model, prompt, new_tokens, batch_size, image) for name, model in models.items()}
-    often = {name: max(FEWEST, int(SHORTEST / _seconds(one.prefill))) for name, one in programs.items()}
+    often = {name: _often(program) for name, program in programs.items()}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for number in range(rounds):
         for name in list(models)[:: -1 if number % 2 else 1]:
@@ -109,10 +110,17 @@ def _prompts(cfg: ModelConfig, prompt: int, batch_size: int, image: bool) -> tup
     return ids, pixels
 
 
+def _often(program: CompiledGeneration) -> int:
+    """How many runs a reading has; as process 0 finds it, for all processes must run it as often."""
+    seconds = _seconds(program.prefill)
+    return on_process_zero(lambda: max(FEWEST, int(SHORTEST / seconds)))
+
+
 def _reading(name: str, program: CompiledGeneration, times: int) -> tuple[float, float]:
-    """Seconds of the prefill and of all new tokens but the first."""
+    """Seconds of the prefill and of all new tokens but the first, on process 0."""
     for _ in range(TRIES):
-        first, whole = (min(_seconds(run) for _ in range(times)) for run in (program.prefill, program.generate))
+        both = [min(_seconds(run) for _ in range(times)) for run in (program.prefill, program.generate)]
+        first, whole = on_process_zero(lambda both=both: both)
         if whole > first:
             return first, whole - first
     raise UserError(

@@ -78,11 +78,11 @@ def comparison_section(workdir: Path, result: Json) -> Iterator[Section]:
         if len(right) < 2 or UNPRUNED not in right:
             left_out.append(key)
             continue
-        tables.append(_against(f"{told}against the unpruned model", UNPRUNED, right, result["runs"]))
+        tables.append(_against(f"{told}Against the unpruned model", UNPRUNED, right, result["runs"]))
         best = result.get("best")
         if best in right and len(right) > 2:
             others = {name: one for name, one in right.items() if name != UNPRUNED}
-            tables.append(_against(f"{told}against {printable(best)}, the best", best, others, ()))
+            tables.append(_against(f"{told}Against {printable(best)}, the best", best, others, ()))
     notes = [
         "McNemar's exact test on the questions that only one of both got right: were both models equally good, a "
         "split at least as uneven would come about with probability p, here raised for the number of tests in the "

@@ -101,7 +101,7 @@ def _recovery(recovery: str, folder: Path, workdir: Path) -> Json:
     metrics = folder.parent / "training" / "metrics.jsonl"
     trained = recovery not in UNTRAINED
     found = {"metrics": _below(metrics, workdir)} if trained and metrics.is_file() else {}
-    return {"recovery": recovery, "data_fraction": 0.0, "seconds": 0.0, **found}
+    return {"recovery": recovery, "data_fraction": 0.0, "seconds": None, **found}
 
 
 def _found(folder: Path, name: str) -> dict[str, Json]:

@@ -84,8 +84,7 @@ def evaluate_all(experiment: Experiment, context: Context) -> None:
             if (run.folder / "recovered").is_dir():
                 evaluate_stage(run.experiment, run.folder / "recovered", run.folder, "recovered", context)
                 found += 1
-    runs = on_process_zero(lambda: read_unfinished(context.workdir)["runs"])
-    write_samples(experiment, runs, context)
+    on_process_zero(lambda: write_samples(experiment, read_unfinished(context.workdir)["runs"], context))
     if not found:
         context.reporter.say("no pruned or recovered model in this workdir yet: only the unpruned one was evaluated")
 
@@ -104,7 +103,7 @@ def run_all(experiment: Experiment, context: Context) -> Json:
         entry for pruned in prune_runs(experiment, context.workdir) for entry in _run_variant(pruned, teacher, context)
     ]
     chosen = best_run(runs, describe_sets(teacher))
-    write_samples(experiment, runs, context)
+    on_process_zero(lambda: write_samples(experiment, runs, context))
     facts = _costs_and_speed(experiment, runs, context)
     unpruned = unpruned_of(teacher, facts)
     exported = _export(experiment, chosen, unpruned, describe_sets(teacher), context)
