@@ -28,11 +28,12 @@ def test_speed_is_told_with_its_range_and_where_it_was_measured(workdir):
     table = speed_table(read_speed(workdir))
     unpruned, pruned = table.rows
     assert unpruned == ("unpruned", "100 (90 to 110)", "20 (19 to 21)", "200 (100 to 300)", "1.0", "", "")
-    assert pruned[:2] == ("depth, depth-sft", "150 (140 to 165)")
+    assert pruned[:2] == ("depth (and 1 of its shape)", "150 (140 to 165)")
     assert pruned[4] == ""
     # Round by round: prefill 1.5, 1.56, 1.5 times; decoding 0.95, 1.05, 0.98.
     assert pruned[5:] == ("1.50 (1.50 to 1.56)", "0.98 (0.95 to 1.05), no speed-up")
-    assert speed_notes(SPEED)[1:] == ["No speed-up in generating tokens: depth, depth-sft (not faster in every round)."]
+    told = "No speed-up in generating tokens: depth (and 1 of its shape). Not every round was faster."
+    assert speed_notes(SPEED)[1:] == [told]
 
 
 def test_slower_in_every_round():

@@ -94,9 +94,8 @@ def speed_table(measured: _Json) -> Table:
         names = list(map(printable, pair["models"]))
         beside = "unpruned" if len(measured["pairs"]) == 1 else f"unpruned, beside {names[0]}"
         rows.append((beside, *_cells(before), "", ""))
-        rows.append(
-            (together(names), *_cells(after), *(_times(before[name], after[name]) for name in ("prefill", "decode")))
-        )
+        times = (_times(before[name], after[name]) for name in ("prefill", "decode"))
+        rows.append((together(names), *_cells(after), *times))
     header = (
         "model", "prefill, tokens/s", "decoding, tokens/s", "first token, ms", "memory, MiB", "prefill, × unpruned",
         "decoding, × unpruned",
