@@ -194,8 +194,8 @@ def thumbnail(
         width, height = opened.size
         if width * height > max_pixels:
             raise UserError(
-                f"{image}: image of {width}x{height} pixels is over the limit of {max_pixels} pixels; shrink it or raise "
-                "max_image_pixels"
+                f"{image}: image of {width}x{height} pixels is over the limit of {max_pixels} pixels; shrink it or "
+                "raise max_image_pixels"
             )
         opened.draft("RGB", (side, side))  # of a JPEG: decode no more than that takes
         small = _to_rgb(opened)
