@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import io
 import logging
 import os
 import threading
@@ -25,6 +26,7 @@ from vlmprune_jax.errors import UserError, reason
 from vlmprune_jax.families import find
 
 ASPECT_RATIOS = ("pad", "square")
+_CRISP = 96  # pixels of a side up to which a thumbnail keeps every pixel as it is
 # Decoders warn of metadata, which nothing here reads, and of sizes, which `max_pixels` bounds; what hinders them they
 # raise as well. Silenced for good, because filters are the process's, not a thread's.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -165,7 +167,7 @@ class ImageLoader:
     @contextlib.contextmanager
     def _open(self, path: Path | StoredImage, record: str, sharing: int) -> Iterator[Image.Image]:
         """An image whose size is checked; what is raised within names it and the record."""
-        with _readable(path, record), open_image(path if isinstance(path, Path) else path.read_bytes()) as image:
+        with _opened(path, record) as image:
             width, height = image.size
             if max(width * height, self.preparation.prepared_pixels(width, height, sharing)) > self._max_pixels:
                 raise UserError(
@@ -175,11 +177,47 @@ class ImageLoader:
             yield image
 
 
+def thumbnail(
+    image: Path | StoredImage, record: str, *, side: int, max_pixels: int
+) -> tuple[bytes, str, tuple[int, int]]:
+    """Return an image made small for people, as an encoded file: its bytes, "jpeg" or "png", and (width, height).
+
+    Args:
+      image: of a record.
+      record: named in messages.
+      side: pixels of its longer side at most; smaller images are not enlarged.
+      max_pixels: larger images are refused.
+
+    Raises UserError naming the file and the record.
+    """
+    with _opened(image, record) as opened:
+        width, height = opened.size
+        if width * height > max_pixels:
+            raise UserError(
+                f"{image}: image of {width}x{height} pixels is over the limit of {max_pixels} pixels; shrink it or "
+                "raise max_image_pixels"
+            )
+        opened.draft("RGB", (side, side))  # of a JPEG: decode no more than that takes
+        small = _to_rgb(opened)
+        small.thumbnail((side, side))
+    kind = "png" if max(small.size) <= _CRISP else "jpeg"
+    written = io.BytesIO()
+    small.save(written, kind, **({} if kind == "png" else {"quality": 80}))
+    return written.getvalue(), kind, small.size
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         # The same colours as a direct conversion, without PIL's warning about transparent palettes.
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")
+
+
+@contextlib.contextmanager
+def _opened(path: Path | StoredImage, record: str) -> Iterator[Image.Image]:
+    """An image, its header read; what is raised within names it and the record."""
+    with _readable(path, record), open_image(path if isinstance(path, Path) else path.read_bytes()) as image:
+        yield image
 
 
 @contextlib.contextmanager
