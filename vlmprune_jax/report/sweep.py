@@ -1,4 +1,4 @@
-"""`sweep.json`: what the runs of a sweep found, written by `make_sweep` and read by `read_sweep`; this page is its schema.
+"""`sweep.json`: what the runs of a sweep found, of `make_sweep`, read by `read_sweep`; this page is its schema.
 
 Version 1 (paths are relative to the sweep's workdir):
 
@@ -65,6 +65,7 @@ from vlmprune_jax.report.result import Evaluation, RunEvaluation, Set, main_valu
 Json = dict[str, Any]
 VERSION = 1
 FILE = "sweep.json"
+MOST_SETS = 4  # with columns of their own in a terminal
 MAX_BYTES = 2**28  # ten thousand models with groups
 DONE, FAILED, PENDING = "done", "failed", "pending"
 SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second")
@@ -197,17 +198,22 @@ def table_of(sweep: Json) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     groups, sets = groups_of(sweep), sweep["sets"]
     seeds = max((len(group.models) for group in groups), default=1)
     counted = ("seeds",) if seeds > 1 else ()
-    header = ("model", "parameters", "reached", *(sets if len(sets) <= 4 else ()), "retained", *counted)
+    labels = tuple(dict.fromkeys(label for group in groups for label in group.labels)) or ("model",)
+    named = tuple(sets) if len(sets) <= MOST_SETS else ()
+    header = (*labels, "parameters", "reached", *named, "retained", *counted)
     rows = []
     for name, model in sweep["unpruned"].items():
         label = "unpruned" if len(sweep["unpruned"]) == 1 else Path(name).name
-        values = [shown(main_value(model, key, sets), of, unit=False) for key, of in sets.items()]
-        row = (label, f"{model['parameters']:,}", "", *(values if len(sets) <= 4 else ()), "100.00")
-        rows.append((*row, *("" for _ in counted)))
+        values = (shown(main_value(model, key, sets), sets[key], unit=False) for key in named)
+        blank = ("" for _ in labels[1:])
+        rows.append((label, *blank, f"{model['parameters']:,}", "", *values, "100.00", *("" for _ in counted)))
     for group in groups:
-        cells = [_mean_value(group, key, sets) for key in sets] if len(sets) <= 4 else []
-        row = (f"{group.mean('parameters'):,.0f}", f"{group.mean('ratio_reached'):.3f}", *cells, _worth(group))
-        rows.append((printable(group.name), *row, *(str(len(group.models)) for _ in counted)))
+        own = [group.labels.get(label, "") for label in labels] if group.labels else [group.name]
+        if "/" in group.name:  # not the last model of its run
+            own[0] = f"{own[0]} ({group.name.partition('/')[2]})"
+        values = (_mean_value(group, key, sets) for key in named)
+        row = (f"{group.mean('parameters'):,.0f}", f"{group.mean('ratio_reached'):.3f}", *values, _worth(group))
+        rows.append((*map(printable, own), *row, *(str(len(group.models)) for _ in counted)))
     return header, rows
 
 

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -130,7 +130,7 @@ def _below(folder: str, made_from: Any) -> str:
     return str(Path(folder) / hashlib.sha256(json.dumps(made_from, default=str).encode()).hexdigest()[:16])
 
 
-def run_here(runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter, page: Callable[[], None]) -> None:
+def run_here(runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter, page: Callable[[], Any]) -> None:
     """One run after the other, in this process (or, together, in all processes of a pod)."""
     written = time.monotonic()
     for number, run in enumerate(runs, start=1):
@@ -147,7 +147,7 @@ def run_in_processes(
     runs: Sequence[SweepRun],
     sweep: Sweep,
     reporter: Reporter,
-    page: Callable[[], None],
+    page: Callable[[], Any],
     jobs: int,
     start: Callable[[], Work],
 ) -> None:
@@ -385,6 +385,7 @@ def finish(found: Json, mine: Sequence[SweepRun], sweep: Sweep, reporter: Report
 def tell_sharing(runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> None:
     """List the runs, what became of them, and by which of them each stage is done, as far as settings tell."""
     first: dict[str, int] = {}
+    labels = tuple(dict.fromkeys(label for run in runs for label in run.labels))
     made, rows = dict.fromkeys(SHARED_STAGES, 0), []
     for number, run in enumerate(runs, start=1):
         cells = []
@@ -393,10 +394,10 @@ def tell_sharing(runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> 
             made[stage] += by == number
             cells.append("" if by is None else "makes" if by == number else f"of {by}")
         state = "failed" if _error(run, sweep) else "there" if _read(run, sweep) else ""
-        rows.append((f"{number} {run.name}", *cells, state))
-    reporter.table(f"{len(runs)} runs", ("run", *SHARED_STAGES, "state"), rows)
-    counts = ", ".join(f"{count} of {stage}" for stage, count in made.items() if count)
-    reporter.say(f"{len(runs)} runs, made of {counts}; the unpruned model and equal models are evaluated once")
+        rows.append((str(number), *(run.labels.get(label, "") for label in labels), *cells, state))
+    reporter.table(f"{len(runs)} runs", ("run", *labels, *SHARED_STAGES, "state"), rows)
+    counts = ", ".join(f"{stage} {count} times" for stage, count in made.items() if count)
+    reporter.say(f"{len(runs)} runs: {counts}; the unpruned model, and equal models, are evaluated once")
 
 
 SHARED_STAGES = ("score", "prune", "reconstruct", "recover")
