@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -214,27 +215,27 @@ def _table(sweep: Json, groups: Sequence[Group]) -> Table:
     sets = sweep["sets"]
     names = list(sets)[:MOST_SETS]
     costs = ("parameters", "MiB", "GFLOPs")
-    facts = ("decoder removed, %", "data, %", "seeds", "retained", "±", "paper avg")
+    facts = ("retained", "±", "seeds", "paper avg", "decoder removed, %", "data, %")
     scores = (f"{name}: {sets[name]['main']}{f' in {unit}' if (unit := sets[name]['unit']) else ''}" for name in names)
-    header = ("model", *costs, *facts, *scores, "seconds")
+    header = ("model", *facts, *costs, *scores, "seconds")
     rows = []
     for name, model in sweep["unpruned"].items():
         values = (shown(main_value(model, one, sets), sets[one], unit=False) for one in names)
         label = "unpruned" if len(sweep["unpruned"]) == 1 else f"unpruned {printable(name)}"
-        rows.append((label, *_costs([model]), "", "", "", "100.00", "", "100.00", *values, ""))
+        rows.append((label, "100.00", "", "", "100.00", "", "", *_costs([model]), *values, ""))
     for group in groups:
         mean, low, high = group.retained or (None, 0.0, 0.0)
         averages = [one["evaluation"]["paper_average"] for one in group.models]
         facts = (
-            f"{100 * group.mean('decoder_ratio'):.1f}",
-            f"{100 * group.first['data_fraction']:g}" if group.first["data_fraction"] else "",
-            f"{len(group.models)}",
             "" if mean is None else f"{mean:.2f}",
             f"{(high - low) / 2:.2f}" if len(group.models) > 1 else "",
+            f"{len(group.models)}",
             "" if None in averages else f"{sum(averages) / len(averages):.2f}",
+            f"{100 * group.mean('decoder_ratio'):.1f}",
+            f"{100 * group.first['data_fraction']:g}" if group.first["data_fraction"] else "",
         )
         values = (_score(group, one, sets) for one in names)
-        rows.append((printable(group.name), *_costs(group.models), *facts, *values, f"{group.mean('seconds'):.1f}"))
+        rows.append((printable(group.name), *facts, *_costs(group.models), *values, f"{group.mean('seconds'):.1f}"))
     return Table(f"{len(groups)} kinds of models", header, tuple(rows))
 
 
