@@ -26,7 +26,7 @@ MOST_SETS, MOST_FIGURES = 12, 6
 PARAMETERS = Cost("Parameters", "parameters (millions)", lambda model: model["parameters"] / 1e6)
 COSTS = (
     PARAMETERS,
-    Cost("Bytes of the folder", "MiB", lambda model: model["bytes"] / 2**20),
+    Cost("Bytes of the weights", "MiB", lambda model: model["bytes"] / 2**20),
     Cost("FLOPs of a prompt", "GFLOPs", lambda model: model["forward_flops"] / 1e9),
 )
 SPEED_NAMES = ("Prefill", "Decoding")

@@ -5,8 +5,8 @@ Version 1 (paths are relative to the sweep's workdir):
     version    1
     config     the config file as it was given, with its variant
     sets       {set: what was measured there}, as in `result.json` (report/result.py); the same of all runs
-    unpruned   {model: parameters, bytes, forward_flops, evaluation (scores, groups)}: the models that were pruned, by
-               the folder that the config names. Usually one
+    unpruned   {model: parameters, bytes, forward_flops, evaluation (scores, groups), and speeds where measured}: the
+               models that were pruned, by the folder that the config names. Usually one
     models     one object per evaluated model, in the order of the runs; and one for each run that has none yet
 
 Of every object in `models`:
@@ -28,9 +28,8 @@ Of those that are done also:
     ratio_asked      share of all parameters to remove (null: layers or a budget were asked for); ratio_reached
     decoder_ratio    share of the decoder's parameters that went
     parameters       of this model
-    bytes            of its folder's files
-    forward_flops    of a prompt of `prune.budget.context` tokens (at most what the model has positions for) with
-                     `prune.budget.images` images
+    bytes            of its weights, exported
+    forward_flops    of a prompt of `speed.prompt_tokens` tokens, with an image where the model sees any
     reconstruct      "none" or "least_squares": whether weights of this model were solved for, before any training
     recovery         "none" where nothing was trained, or the name of the recovery (`recover.name`)
     data_fraction    share of the training records that were trained on, 0.0 where nothing was trained
@@ -68,14 +67,18 @@ FILE = "sweep.json"
 MOST_SETS = 4  # with columns of their own in a terminal
 MAX_BYTES = 2**28  # ten thousand models with groups
 DONE, FAILED, PENDING = "done", "failed", "pending"
-SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second")
+SPEEDS = {"prefill_tokens_per_second": "prefill", "decode_tokens_per_second": "decode"}  # what a result calls them
 _TODO = "run `vlmprune sweep` again, or restore it"
 
 
-class _Unpruned(TypedDict):
+class Unpruned(TypedDict):
+    """What is known of a model that was pruned."""
+
     parameters: Count
     bytes: Count
     forward_flops: Finite
+    prefill_tokens_per_second: NotRequired[Finite]
+    decode_tokens_per_second: NotRequired[Finite]
     evaluation: Evaluation
 
 
@@ -121,7 +124,7 @@ class _Entry(TypedDict):
 class _Sweep(TypedDict):
     config: str
     sets: dict[str, Set]
-    unpruned: dict[str, _Unpruned]
+    unpruned: dict[str, Unpruned]
     models: Annotated[list[_Entry], msgspec.Meta(min_length=1, max_length=100_000)]
 
 

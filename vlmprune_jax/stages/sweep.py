@@ -21,15 +21,12 @@ from vlmprune_jax.experiment.arguments import evaluation_sets
 from vlmprune_jax.experiment.spec import STAGES, Experiment, affecting
 from vlmprune_jax.experiment.sweep import SweepRun
 from vlmprune_jax.experiment.variants import check_experiment, prune_runs, recover_runs
-from vlmprune_jax.models.flops import forward_flops
-from vlmprune_jax.models.params import count_params
 from vlmprune_jax.recovery.losses import counted
 from vlmprune_jax.report import sweep as report
 from vlmprune_jax.report.comparison import build_comparison
-from vlmprune_jax.report.result import best_run, describe_sets, make_result
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.console import Reporter
-from vlmprune_jax.stages.context import VERSIONS, Context, model_inputs, open_folder, teacher_folder
+from vlmprune_jax.stages.context import VERSIONS, Context, model_inputs
 from vlmprune_jax.stages.evaluate import set_files
 from vlmprune_jax.stages.ledger import Json, digest, remove, write_json, write_text
 from vlmprune_jax.stages.run import make_models
@@ -210,20 +207,15 @@ def _run(run: SweepRun, sweep: Sweep, reporter: Reporter) -> None:
     folder, made_from = sweep.folder(run), on_process_zero(lambda: _made_from(run.experiment))
     on_process_zero(lambda: remove(folder / ERROR))
     context = sweep.context(run, reporter)
-    teacher, models = make_models(run.experiment, context)
-    sets = describe_sets(teacher)
-    best = best_run(models, sets)["name"]
+    result = make_models(run.experiment, context)
     if not is_main_process():
         return
-    result = make_result(teacher, models, best, None)
     write_json(folder / "result.json", result)
-    unpruned = {**_size(run.experiment, teacher_folder(run.experiment.model)), **result["teacher"]}
-    unpruned = {name: unpruned[name] for name in ("parameters", "bytes", "forward_flops", "evaluation")}
     found: _Run = {
         "made_from": made_from,
-        "sets": sets,
-        "unpruned": {run.experiment.model.hf_dir: unpruned},
-        "models": [_found(run, model, sweep) for model in models],
+        "sets": result["sets"],
+        "unpruned": {run.experiment.model.hf_dir: _known(report.Unpruned, result["teacher"])},
+        "models": [_found(run, model, sweep) for model in result["runs"]],
     }
     write_json(folder / RUN, found)
 
@@ -231,10 +223,8 @@ def _run(run: SweepRun, sweep: Sweep, reporter: Reporter) -> None:
 def _found(run: SweepRun, model: Json, sweep: Sweep) -> Json:
     """`report.sweep.Found` of one of `runs` of a result."""
     path, untrained = sweep.folder(run) / model["path"], model["data_fraction"] == 0
-    plain = [name for name in report.Found.__annotations__ if name in model]
     return {
-        **{name: model[name] for name in plain},
-        **_size(run.experiment, path),
+        **_known(report.Found, model),
         "model": run.experiment.model.hf_dir,
         "recovery": "none" if untrained else model["recovery"],
         "reconstruct": "none" if path.name == "pruned" else model["reconstruct"],
@@ -243,16 +233,12 @@ def _found(run: SweepRun, model: Json, sweep: Sweep) -> Json:
     }
 
 
-def _size(experiment: Experiment, folder: Path) -> Json:
-    """Parameters, bytes and FLOPs of a model."""
-    cfg, workload = open_folder(experiment.model, folder).cfg, experiment.prune.budget
-    length = min(workload.context, cfg.text.max_positions)
-    images = min(workload.images, length // cfg.tokens_per_image) if cfg.vision is not None else 0
-    return {
-        "parameters": count_params(cfg),
-        "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
-        "forward_flops": forward_flops(cfg, length=length, images=images),
-    }
+def _known(kind: Any, model: Json) -> Json:
+    """What a kind of object names of a model of a result."""
+    costs, speed = model["costs"], model.get("speed", {})
+    found = {**model, "bytes": costs["file_bytes"], "forward_flops": costs["forward_flops"]}
+    found |= {name: speed[part] for name, part in report.SPEEDS.items() if part in speed}
+    return {name: found[name] for name in kind.__annotations__ if name in found}
 
 
 def _forget_programs() -> None:
