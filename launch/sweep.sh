@@ -29,7 +29,7 @@ code=0 started=()
 for number in $(seq "$count"); do
   command=(sweep "$@" "--shard=$number/$count")
   if [[ -n "${DRY_RUN:-}" ]]; then share "$number" "${command[@]}" && continue; fi
-  share "$number" "${command[@]}" 2>&1 | sed -u "s/^/[$number] /" &
+  (share "$number" "${command[@]}" 2>&1 | sed -u "s/^/[$number] /") &
   started+=($!)
 done
 for process in "${started[@]}"; do wait "$process" || code=$?; done

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
 from pathlib import Path
+from unittest import mock
 
 from report_cases import METRICS, found
 
@@ -13,7 +15,8 @@ from vlmprune_jax.experiment.spec import Experiment, override
 from vlmprune_jax.experiment.sweep import Hyper, SweepRun, sweep_runs
 from vlmprune_jax.report.result import describe_sets, make_result, make_run
 from vlmprune_jax.report.sweep import make_sweep
-from vlmprune_jax.stages.sweep import Sweep, collect
+from vlmprune_jax.stages import sweep_run as stages
+from vlmprune_jax.stages.sweep_run import Sweep, collect
 
 TEACHER = found(0.8, 1500.0, 1.0)
 COSTS = {"forward_flops": 2_000_000_000, "kv_bytes_per_token": 40, "file_bytes": 8_000_000}
@@ -60,19 +63,14 @@ def make_models(experiment: Experiment, context) -> dict:
 
 def write_sweep(workdir: Path, sets=tuple(METRICS), runs=None, **kind) -> dict:
     """`sweep.json` of what `some_runs` would find, on some of the evaluation sets; `kind`: see there."""
-    import json
-    from unittest import mock
-
-    from vlmprune_jax.stages import sweep as stages
-
-    runs, sweep = runs or some_runs(**kind), Sweep(workdir, overwrite=False)
+    runs, sweep = runs or some_runs(**kind), Sweep(workdir, "configs/sweeps/made_up.py", overwrite=False)
     with (
         mock.patch.object(stages, "make_models", make_models),
-        mock.patch.object(stages, "_inputs", lambda experiment: {}),
+        mock.patch.object(stages, "_inputs", return_value={}),
     ):
         for run in runs:
-            stages._run(run, sweep, QUIET)
-        made = collect(runs, sweep, "configs/sweeps/made_up.py")
+            stages.do_run(run, sweep, QUIET)
+        made = collect(runs, sweep)
     unpruned, models = made["unpruned"], made["models"]
     for model in (*unpruned.values(), *models):
         for part in ("scores", "retained", "groups"):

@@ -13,6 +13,7 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.report.sweep import read_sweep
 from vlmprune_jax.stages import sweep as stages
+from vlmprune_jax.stages import sweep_run
 from vlmprune_jax.stages.workers import in_processes
 
 CONFIG = """
@@ -53,7 +54,7 @@ def sweep(tmp_path, monkeypatch):
         return main(["sweep", f"--config={tmp_path}/sweep.py", f"--workdir={workdir}", *flags])
 
     call.ran, call.fail, call.workdir = [], {}, workdir
-    monkeypatch.setattr(stages, "make_models", made)
+    monkeypatch.setattr(sweep_run, "make_models", made)
     return call
 
 
@@ -197,7 +198,7 @@ def test_a_dry_run_tells_what_is_shared(sweep, capsys):
 def test_equal_models_of_several_runs_are_listed_once(tmp_path):
     """What recovery starts from is the same folder in both; the last one is listed in any case."""
     runs = cases.some_runs(seeds=(1, 2))[:2]
-    sweep = stages.Sweep(tmp_path, overwrite=False)
+    sweep = sweep_run.Sweep(tmp_path, "c.py", overwrite=False)
     for run in runs:
         folder = sweep.folder(run)
         folder.mkdir(parents=True)
@@ -208,7 +209,7 @@ def test_equal_models_of_several_runs_are_listed_once(tmp_path):
     names = [
         one["name"]
         for run in runs
-        for one in stages._entries(
+        for one in sweep_run._entries(
             run,
             {"name": run.name, "run": run.name, "group": run.group},
             json.loads((sweep.folder(run) / "run.json").read_text())["models"],
@@ -223,7 +224,7 @@ def test_caches_are_shared_by_those_that_can():
         from vlmprune_jax.experiment.spec import override
 
         base = {"recover": {"teacher_cache": "t"}, "data": {"feature_cache": "f"}}
-        found = stages.with_caches(override(override(Experiment(), base), changes))
+        found = sweep_run.with_caches(override(override(Experiment(), base), changes))
         assert found.recover.teacher_cache.startswith("t/")
         assert found.data.feature_cache.startswith("f/")
         return found.recover.teacher_cache, found.data.feature_cache
@@ -234,7 +235,7 @@ def test_caches_are_shared_by_those_that_can():
     assert caches(model={"hf_dir": "other"})[0] != first[0]
     assert caches(model={"hf_dir": "other"})[1] != first[1]
     assert caches(prune={"stack": "vision", "ratio": 0.1})[1] != caches(prune={"stack": "vision", "ratio": 0.2})[1]
-    plain = stages.with_caches(Experiment())
+    plain = sweep_run.with_caches(Experiment())
     assert plain == Experiment()
 
 
