@@ -1,11 +1,8 @@
-"""Sweeps without models: results of runs that never were, and work for processes."""
+"""Sweeps without models: results of runs that never were."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -92,21 +89,3 @@ class _Quiet:
 
 
 QUIET = _Quiet()
-
-
-# --- for processes ---------------------------------------------------------------------------------------------------
-
-
-def start_counting():
-    """What a process does: an item is a number, "sleep", "fail", or "die"."""
-    done = []
-
-    def work(item):
-        if item == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if item == "sleep":
-            time.sleep(0.2)
-        done.append(item)
-        return "it failed" if item == "fail" else f"{os.getpid()} {len(done)}"
-
-    return work

@@ -193,13 +193,17 @@ def _text(value: Any) -> str:
     elif isinstance(value, float):
         value = f"{value:g}"
     text = re.sub(r"[^A-Za-z0-9_.+-]+", "-", str(value)).strip("-.")
-    return _cut(text or "empty", str(value), LONGEST_VALUE)
+    return _cut(text or _hash(str(value)), str(value), LONGEST_VALUE)
 
 
 def _cut(text: str, whole: str, longest: int) -> str:
     if len(text) <= longest:
         return text
-    return f"{text[: longest - 9]}-{hashlib.sha256(whole.encode(errors='backslashreplace')).hexdigest()[:8]}"
+    return f"{text[: longest - 9]}-{_hash(whole)}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:8]
 
 
 def _name(labels: Mapping[str, str]) -> str:

@@ -21,7 +21,16 @@ from vlmprune_jax.report.comparison import build_comparison
 from vlmprune_jax.stages.console import Reporter
 from vlmprune_jax.stages.ledger import Json, write_json, write_text
 from vlmprune_jax.stages.score import criteria_of
-from vlmprune_jax.stages.sweep_run import Sweep, collect, do_run, is_done, note_error, read_error, read_run
+from vlmprune_jax.stages.sweep_run import (
+    Sweep,
+    collect,
+    digest_once,
+    do_run,
+    is_done,
+    note_error,
+    read_error,
+    read_run,
+)
 from vlmprune_jax.stages.workers import Work, in_processes
 
 PAGE_SECONDS = 300.0  # between two pages of a sweep that goes on
@@ -68,6 +77,7 @@ def run_sweep(
     Raises:
       UserError: some of them failed.
     """
+    digest_once.cache_clear()  # what another command of this process knew
     mine, pages = shard_of(runs, shard), _Pages(runs, sweep)
     left = _left(mine, sweep)
     if len(left) < len(mine):
@@ -175,8 +185,8 @@ def _finish(found: Json, mine: Sequence[SweepRun], sweep: Sweep, reporter: Repor
     Raises:
       UserError: a run of this call failed.
     """
-    header, rows = report.table_of(found)
-    reporter.table("Retained in % of the unpruned model's score", header, rows)
+    if report.done(found):
+        reporter.table("Retained in % of the unpruned model's score", *report.table_of(found))
     names = {run.name for run in mine}
     failed = [one for one in found["models"] if one["status"] == report.FAILED]
     for one in failed:

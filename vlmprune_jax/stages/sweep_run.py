@@ -173,7 +173,7 @@ def _made_from(experiment: Experiment) -> str:
     known = {
         "settings": settings,
         "versions": VERSIONS,
-        "inputs": {n: _digest(p) for n, p in _inputs(experiment).items()},
+        "inputs": {n: digest_once(p) for n, p in _inputs(experiment).items()},
     }
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -194,7 +194,7 @@ def _inputs(experiment: Experiment) -> dict[str, Path | str]:
 
 
 @functools.cache
-def _digest(path: Path | str) -> str:
+def digest_once(path: Path | str) -> str:
     """`ledger.digest`, once for all runs of a command."""
     return digest(path)
 
