@@ -12,7 +12,7 @@ from vlmprune_jax.data.records import Record
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.metrics import METRICS
 from vlmprune_jax.evaluation.metrics.metric import Metric, mean
-from vlmprune_jax.evaluation.statistics import mcnemar, retained_interval
+from vlmprune_jax.evaluation.statistics import holm, mcnemar, retained_interval
 
 ACCURACY = METRICS["exact_match"]
 
@@ -134,6 +134,13 @@ def test_mcnemar_of_many_questions_is_the_binomial_tail():
     found = mcnemar([1] * few + [0] * (number - few), [0] * few + [1] * (number - few))
     logs = (math.lgamma(number + 1) - math.lgamma(i + 1) - math.lgamma(number - i + 1) for i in range(few + 1))
     assert found.p_value == pytest.approx(2 * sum(math.exp(log - number * math.log(2)) for log in logs), rel=1e-8)
+
+
+def test_holm_raises_every_p_and_keeps_their_order():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # the textbook's example
+    assert holm([0.2, 0.9]) == pytest.approx([0.4, 0.9])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
 
 
 def test_mcnemar_is_of_right_and_wrong():

@@ -25,10 +25,11 @@ class Work:
         self.folder, self.runs, self.said, self.fail = folder, 0, [], False
         (folder / "in.txt").write_text("input")
 
-    def __call__(
-        self, overwrite=False, scratch=(), journals=(), version=1, inputs=None, facts=dict[str, Any], **settings
-    ):
-        stage = Stage(
+    def __call__(self, overwrite=False, **parts):
+        return run_stage(self.stage(**parts), self.body, overwrite=overwrite, say=self.said.append)
+
+    def stage(self, scratch=(), journals=(), version=1, inputs=None, facts=dict[str, Any], **settings):
+        return Stage(
             name="depth/prune",
             version=version,
             workdir=self.folder,
@@ -39,7 +40,6 @@ class Work:
             journals=journals,
             facts=facts,
         )
-        return run_stage(stage, self.body, overwrite=overwrite, say=self.said.append)
 
     def body(self):
         self.runs += 1
@@ -81,6 +81,18 @@ def test_other_inputs_are_refused_unless_overwritten(work, change, message):
     assert work.runs == 1
     assert work(overwrite=True, **settings)["number"] == 2
     assert work(**settings)["number"] == 2
+
+
+def test_only_one_setting_differs(work):
+    """So a stage may replace its own output where that setting is no reason to ask; by hand changed ones it may not."""
+    work()
+    changed = work.stage(card=[("a", 1)])
+    assert ledger.differs_only_in(changed, "card")
+    assert not ledger.differs_only_in(changed, "ratio")
+    assert not ledger.differs_only_in(work.stage(card=[("a", 1)], ratio=0.4), "card")
+    assert not ledger.differs_only_in(work.stage(card=[("a", 1)], version=2), "card")
+    (work.folder / "out.txt").write_text("by hand")
+    assert not ledger.differs_only_in(changed, "card")
 
 
 def test_an_input_that_is_not_there_is_named(work):

@@ -33,6 +33,8 @@ def get_config():
     config.recover.log_every = 1
     config.recover.losses = {{"ce": 0.5, "l2": 0.5}}
     config.reconstruct.samples = 4
+    config.speed.rounds = 1
+    config.speed.prompt_tokens, config.speed.new_tokens = 24, 8
     config.prune_variants = {{
         "depth": {{"prune": {{"method": "depth"}}}},
         "width": {{"prune": {{"method": "width"}}, "reconstruct": {{"method": "least_squares"}}}},
@@ -107,18 +109,39 @@ def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
     card = (workdir / "export/README.md").read_text()
     assert "Made from `teacher` by" in card
     assert ("trained after pruning" in card) == (best["recovery"] == "sft_l2")
+    retained = best["evaluation"]["retained"]["questions"]
+    assert f"| questions: accuracy in %, 10 questions | {100 * result['teacher']['accuracy']:.2f} |" in card
+    assert ("" if retained is None else f" {retained:.2f} |") in card
     ids = np.array([[1, 5, 9, 12]])
     exported, chosen = (np.asarray(forward(load(f), ids)[0]) for f in (workdir / "export", workdir / best["path"]))
     np.testing.assert_array_equal(exported, chosen)
     answers = [json.loads(line) for line in (workdir / "eval/teacher.answers.jsonl").read_text().splitlines()]
     assert [answer["id"] for answer in answers] == [f"r{i}" for i in range(10)]
-    assert (workdir / "report.html").is_file()
+
+    # What the report needs beside: costs and speed of every model, sample questions, and who made it.
+    assert result["workload"] == {"length": 24, "images": 1, "dtype": "float32"}
+    for model in (result["teacher"], *result["runs"]):
+        assert min(model["speed"][name] for name in ("prefill", "decode", "first_token")) > 0
+        assert model["costs"]["file_bytes"] == 4 * model["parameters"]
+    assert [pair["models"] for pair in json.loads((workdir / "speed.json").read_text())["pairs"]] == [
+        ["depth", "depth-sft_l2"], ["width", "width-reconstructed", "width-sft_l2"]
+    ]  # fmt: skip
+    chosen = json.loads((workdir / "eval/samples.json").read_text())["sets"]["questions"]
+    assert sum(chosen["counts"].values()) == chosen["questions"] == 10
+    sample = chosen["samples"][0]
+    assert [answer["model"] for answer in sample["answers"]] == ["unpruned", *(run["name"] for run in result["runs"])]
+    assert sample["images"][0]["uri"].startswith("data:image/")
+    made = json.loads((workdir / ".stages/depth.prune.json").read_text())["by"]
+    assert made["versions"]["jax"]
+    page = (workdir / "report.html").read_text()
+    for text in (made["processor"], "data.seed", "depth.sft_l2.recover", "Questions and what every model answers"):
+        assert text in page
 
     # Again: nothing is done. With other settings: refused, and nothing is touched.
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("model.safetensors")}
     assert main(["run", *experiment]) == 0
     out = capsys.readouterr().out
-    assert out.count("unchanged, skipped") == 14
+    assert out.count("unchanged, skipped") == 15
     assert "..." not in out
     assert main(["run", *experiment, "--config.prune.ratio=0.25"]) == 2
     line = capsys.readouterr().err

@@ -31,7 +31,7 @@ COMMANDS = {
     "recover": "train the pruned model -> recovered/",
     "evaluate": "answers to questions and what metrics say of them -> eval/*.json",
     "export": "the best model as a Hugging Face folder, reloaded and compared -> export/",
-    "report": "one page with table and plots from result.json -> report.html, report.png",
+    "report": "one page of what a run found, finished or not -> report.html, report.png",
     "sweep": "many such runs, what they share made once, compared -> sweep.json, sweep.csv, sweep.html",
     "plan": "what recovery needs on a TPU slice, compiled ahead of time on this machine",
     "diff": "how much of what two plans keep is the same, layer by layer",

@@ -1,6 +1,8 @@
-"""vlmprune report --workdir=DIR: the table on the terminal, report.html and report.png from DIR/result.json.
+"""vlmprune report --workdir=DIR: the table on the terminal, report.html and report.png from what is in DIR.
 
-The page is one file without external resources: tables, scores against size, importance per layer, training curves.
+The page is one file without external resources: tables, scores against size, sample questions with every model's
+answer, cost and speed, what was removed and why, training curves, and where it all comes from. Of a run that is not
+finished it shows what is there, and names the command that makes what is missing.
 """
 
 from __future__ import annotations
@@ -24,5 +26,5 @@ def run(flags: Any) -> None:
     from vlmprune_jax.stages.run import finish
 
     if not flags.workdir:
-        raise UserError("no workdir given: --workdir=DIR with the result.json of `vlmprune run`")
+        raise UserError("no workdir given: --workdir=DIR of `vlmprune run`, finished or not")
     finish(Context(to_workdir(flags.workdir), make_reporter(True), flags.overwrite))

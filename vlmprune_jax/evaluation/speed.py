@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,11 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.distributed.mesh import on_process_zero
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.generate import CompiledGeneration, compile_generation
 from vlmprune_jax.models.vlm import Model
 
-SHORTEST = 0.05  # seconds of one reading: a shorter program runs several times in it
+FEWEST, SHORTEST = 3, 0.05  # runs, and seconds, of a reading, which is the fastest of them: others were disturbed
+TRIES = 10
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Speed:
 def measure_speed(
     models: Mapping[str, Model], *, prompt: int, new_tokens: int, batch_size: int, rounds: int, image: bool
 ) -> dict[str, Speed]:
-    """Prefill and decoding speed of models by the clock, each measured once a round, every other round in reverse.
+    """Prefill and decoding speed of models by the clock, each read once a round, every other round in reverse.
 
     What else the machine does then slows all of them alike: compare what the same rounds found. Programs are compiled
     and run once before. Rows never end early; a model is the faster for a shape, not for what it answers.
@@ -56,18 +57,11 @@ def measure_speed(
             f"speed of {rounds} rounds, {batch_size} rows, {prompt} + {new_tokens} tokens: each must be at least 1"
         )
     programs = {name: _compiled(model, prompt, new_tokens, batch_size, image) for name, model in models.items()}
-    often = {name: _repeats(program.prefill) for name, program in programs.items()}
+    often = {name: _often(program) for name, program in programs.items()}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for number in range(rounds):
         for name in list(models)[:: -1 if number % 2 else 1]:
-            first = _seconds(programs[name].prefill, often[name])
-            rest = _seconds(programs[name].generate, often[name]) - first
-            if rest <= 0:
-                raise UserError(
-                    f"{name}: generating {new_tokens} tokens took no longer than the prompt alone: generate more of "
-                    "them (speed.new_tokens)"
-                )
-            found[name].append((first, rest))
+            found[name].append(_reading(name, programs[name], often[name]))
     return {
         name: Speed(
             prefill=tuple(batch_size * prompt / first for first, _ in pairs),
@@ -116,13 +110,26 @@ def _prompts(cfg: ModelConfig, prompt: int, batch_size: int, image: bool) -> tup
     return ids, pixels
 
 
-def _repeats(run: Callable[[], None]) -> int:
-    """How often a program runs in a reading."""
-    return max(1, math.ceil(SHORTEST / _seconds(run, 1)))
+def _often(program: CompiledGeneration) -> int:
+    """How many runs a reading has; as process 0 finds it, for all processes must run it as often."""
+    seconds = _seconds(program.prefill)
+    return on_process_zero(lambda: max(FEWEST, int(SHORTEST / seconds)))
 
 
-def _seconds(run: Callable[[], None], times: int) -> float:
+def _reading(name: str, program: CompiledGeneration, times: int) -> tuple[float, float]:
+    """Seconds of the prefill and of all new tokens but the first, on process 0."""
+    for _ in range(TRIES):
+        both = [min(_seconds(run) for _ in range(times)) for run in (program.prefill, program.generate)]
+        first, whole = on_process_zero(lambda both=both: both)
+        if whole > first:
+            return first, whole - first
+    raise UserError(
+        f"{name}: generating tokens took no longer than the prompt alone, {TRIES} times: generate more of them "
+        "(speed.new_tokens), or leave speed out (speed.rounds=0)"
+    )
+
+
+def _seconds(run: Callable[[], None]) -> float:
     start = time.perf_counter()
-    for _ in range(times):
-        run()
-    return (time.perf_counter() - start) / times
+    run()
+    return time.perf_counter() - start

@@ -12,7 +12,7 @@ from vlmprune_jax.checked_files import Count, read_json
 from vlmprune_jax.errors import printable
 from vlmprune_jax.evaluation.statistics import holm, mcnemar
 from vlmprune_jax.report.page import Section, Table
-from vlmprune_jax.report.result import Described, Groups, Values
+from vlmprune_jax.report.result import Described, Values
 
 Json = dict[str, Any]
 UNPRUNED = "unpruned"  # what tables call the model that runs are compared with
@@ -27,7 +27,7 @@ class Evaluated(TypedDict):
 
     metric: Described
     values: Values
-    groups: Groups
+    groups: dict[str, Values]
     parameters: Count
     seconds: float
     scores: dict[str, list[float | None]]
@@ -78,11 +78,11 @@ def comparison_section(workdir: Path, result: Json) -> Iterator[Section]:
         if len(right) < 2 or UNPRUNED not in right:
             left_out.append(key)
             continue
-        tables.append(_against(f"{told}against the unpruned model", UNPRUNED, right, result["runs"]))
+        tables.append(_against(f"{told}Against the unpruned model", UNPRUNED, right, result["runs"]))
         best = result.get("best")
         if best in right and len(right) > 2:
             others = {name: one for name, one in right.items() if name != UNPRUNED}
-            tables.append(_against(f"{told}against {printable(best)}, the best", best, others, ()))
+            tables.append(_against(f"{told}Against {printable(best)}, the best", best, others, ()))
     notes = [
         "McNemar's exact test on the questions that only one of both got right: were both models equally good, a "
         "split at least as uneven would come about with probability p, here raised for the number of tests in the "

@@ -13,7 +13,7 @@ from vlmprune_jax.report.answers import comparison_section
 from vlmprune_jax.report.page import Section, Table, write_page
 from vlmprune_jax.report.result import read_result
 from vlmprune_jax.report.samples import read_samples, shown_samples
-from vlmprune_jax.report.speed import read_speed, speed_notes, speed_table
+from vlmprune_jax.report.speed import read_speed, speed_notes, speed_table, together
 from vlmprune_jax.report.tables import groups_of, lead, tables_of
 from vlmprune_jax.report.unfinished import read_unfinished
 
@@ -140,18 +140,21 @@ def _costs(workdir: Path, result: Json, finished: bool) -> Iterator[Section]:
 
 
 def _cost_table(teacher: Json, runs: Sequence[Json]) -> Table:
-    def row(name: str, model: Json) -> tuple[str, ...]:
+    def row(model: Json) -> tuple[str, ...]:
         costs, whole = model["costs"], teacher["costs"]
         cells = [f"{model['parameters']:,}", f"{100 * model['parameters'] / teacher['parameters']:.1f}"]
         for key, scale in (("forward_flops", 1e9), ("kv_bytes_per_token", 1), ("file_bytes", 1e6)):
             value = costs[key] / scale
             share = 100 * costs[key] / whole[key] if whole[key] else 100.0
             cells += [f"{value:,.2f}" if scale > 1 else f"{value:,.0f}", f"{share:.1f}"]
-        return (printable(name), *cells)
+        return tuple(cells)
 
+    shapes = dict[tuple[str, ...], list[str]]()
+    for run in runs:
+        shapes.setdefault(row(run), []).append(printable(run["name"]))
     header = ("model", "parameters", "%", "GFLOPs", "%", "cache, bytes a token", "%", "file, MB", "%")
-    rows = (row("unpruned", teacher), *(row(run["name"], run) for run in runs))
-    return Table("Cost by shape, and in % of the unpruned model's", header, rows)
+    rows = [("unpruned", *row(teacher)), *((together(names), *cells) for cells, names in shapes.items())]
+    return Table("Cost by shape, and in % of the unpruned model's", header, tuple(rows))
 
 
 def _planned(workdir: Path) -> Iterator[Section]:

@@ -71,16 +71,23 @@ def _score_alt(result: Json, measured: plots.Measured) -> str:
 
 def removed_section(workdir: Path, variants: Sequence[Json]) -> Iterator[Section]:
     """A map per plan and stack of the layers, heads and neurons that are gone."""
-    figures = list[Figure]()
+    plans = list[tuple[list[str], PrunePlan]]()  # those that keep the same, once
     for name in dict.fromkeys(run["plan"] for run in variants if run["plan"]):
         plan = PrunePlan.from_json(workdir / name)
+        names = next((names for names, known in plans if known.stacks == plan.stacks), None)
+        if names is None:
+            plans.append((names := [], plan))
+        names.append(name)
+    figures = []
+    for names, plan in plans:
         for stack, kept in plan.stacks.items():
             if kept.layers != KeptStack.whole(kept.layers_before).layers and len(figures) < MOST_DRAWN:
                 layers = {layer.index: (layer.q_heads, layer.neurons) for layer in kept.layers}
                 widths = [(shape.q_heads, shape.mlp) for shape in kept.layers_before]
                 where = "decoder" if stack == "text" else "vision tower"
                 drawn = plots.removed_figure(f"{plan.method}: what is left of the {where}", widths, layers)
-                figures.append(figure_of(drawn, _removed_alt(where, kept), f"{name}, by {plan.criterion}"))
+                caption = f"{', '.join(names[:MOST_LISTED])}, by {plan.criterion}"
+                figures.append(figure_of(drawn, _removed_alt(where, kept), caption))
     if figures:
         yield Section("What was removed", figures=tuple(figures))
 

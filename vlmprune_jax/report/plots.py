@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import io
 import itertools
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ import matplotlib
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -220,7 +222,7 @@ def removed_figure(
     with styled(title):
         figure = Figure(figsize=(7.6, 3.9), layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.3))
-        colours = LinearSegmentedColormap.from_list("kept", (COLOURS[5], COLOURS[0]))
+        colours = LinearSegmentedColormap.from_list("kept", [(*to_rgb(COLOURS[0]), opaque) for opaque in (0.08, 1.0)])
         for place, (axes, what) in enumerate(((top, "attention head"), (bottom, "MLP neuron"))):
             before = [width[place] for width in widths]
             rows = min(max(before), MOST_CELLS)
@@ -374,7 +376,9 @@ def to_svg(figure: Figure) -> str:
     with _drawing():
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
-    return svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :].replace(INK, "currentColor"))
+    own = hashlib.sha256(svg.encode()).hexdigest()[:8]  # ids are of the page, not of a figure
+    return re.sub(r'\bid="|href="#|url\(#', lambda found: f"{found[0]}f{own}-", svg)
 
 
 def write_png(figure: Figure, path: Path) -> None:

@@ -91,15 +91,22 @@ def speed_table(measured: _Json) -> Table:
     rows = []
     for pair in measured["pairs"]:
         before, after = pair["unpruned"], pair["pruned"]
-        names = ", ".join(map(printable, pair["models"]))
-        beside = "unpruned" if len(measured["pairs"]) == 1 else f"unpruned, beside {printable(pair['models'][0])}"
+        names = list(map(printable, pair["models"]))
+        beside = "unpruned" if len(measured["pairs"]) == 1 else f"unpruned, beside {names[0]}"
         rows.append((beside, *_cells(before), "", ""))
-        rows.append((names, *_cells(after), *(_times(before[name], after[name]) for name in ("prefill", "decode"))))
+        rows.append(
+            (together(names), *_cells(after), *(_times(before[name], after[name]) for name in ("prefill", "decode")))
+        )
     header = (
-        "model", "prefill, tokens/s", "decoding, tokens/s", "first token, ms", "memory, MiB", "prefill, times unpruned",
-        "decoding, times unpruned",
+        "model", "prefill, tokens/s", "decoding, tokens/s", "first token, ms", "memory, MiB", "prefill, × unpruned",
+        "decoding, × unpruned",
     )  # fmt: skip
     return Table("Measured speed: median (range) of all rounds", header, tuple(rows))
+
+
+def together(names: Sequence[str]) -> str:
+    """Models that have the same shape, in a few words."""
+    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} of its shape)"
 
 
 def _cells(speed: _Json) -> tuple[str, ...]:
@@ -147,7 +154,7 @@ def speed_notes(measured: _Json) -> list[str]:
         slow = [
             pair["models"] for pair in measured["pairs"] if not is_faster(pair["unpruned"][name], pair["pruned"][name])
         ]
-        models = [printable(model) for shape in slow for model in shape]
-        if models:
-            lines.append(f"No speed-up in {what}: {', '.join(models)} (not faster in every round).")
+        if slow:
+            named = "; ".join(together([printable(name) for name in shape]) for shape in slow)
+            lines.append(f"No speed-up in {what}: {named}. Not every round was faster.")
     return lines

@@ -78,7 +78,7 @@ def _summary(model: Json, sets: Json, interval: bool) -> tuple[str, ...]:
             f"{model['ratio_reached']:.3f}",
         )
         averages = (model["evaluation"]["mean_of_ratios"], model["evaluation"]["paper_average"])
-        seconds = f"{model['seconds']:.1f}"
+        seconds = "" if model["seconds"] is None else f"{model['seconds']:.1f}"
     worth = tuple(map(_percent, averages))
     if len(sets) == 1:
         name, of = next(iter(sets.items()))

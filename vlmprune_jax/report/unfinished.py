@@ -28,27 +28,25 @@ def read_unfinished(workdir: Path) -> Json:
     teacher = _found(workdir, TEACHER)
     variants = [_variant(folder, workdir) for folder in _folders(workdir)]
     if not teacher and not variants:
-        raise UserError(
-            f"{workdir}: no such file: {workdir / 'result.json'}, nor anything else of a run: run `vlmprune run` first"
-        )
-    speeds = speeds_of(read_speed(workdir))
-    runs = list[Json]()
-    for variant in variants:
-        for name, recovery, folder in _models(variant):
-            found = _found(folder.parent, folder.name)
-            if teacher and found.keys() >= teacher.keys():
-                found = {key: found[key] for key in teacher}
-                facts = {**_facts(variant, workdir), **_recovery(recovery, folder, workdir)}
-                facts |= {"speed": speeds[name]} if name in speeds else {}
-                runs.append(make_run(name, facts, found, teacher, _below(folder, workdir)))
+        raise UserError(f"{workdir}: nothing of a run is here: run `vlmprune run` first")
+    speeds, runs = speeds_of(read_speed(workdir)), list[Json]()
+    models = [(variant, *model) for variant in variants for model in _models(variant)]
+    answered = {folder: _found(folder.parent, folder.name) for *_, folder in models}
+    for found in filter(None, answered.values()):  # a set that was evaluated of some models only tells nothing yet
+        teacher = {key: of for key, of in teacher.items() if key in found}
+    for variant, name, recovery, folder in models:
+        if teacher and answered[folder]:
+            facts = {**_facts(variant, workdir), **_recovery(recovery, folder, workdir)}
+            facts |= {"speed": speeds[name]} if name in speeds else {}
+            found = {key: answered[folder][key] for key in teacher}
+            runs.append(make_run(name, facts, found, teacher, _below(folder, workdir)))
+    unpruned = unpruned_of(teacher, {"speed": speeds[""]} if "" in speeds else {}) if teacher else None
     return {
         "sets": describe_sets(teacher),
-        "teacher": unpruned_of(teacher, {"speed": speeds[""]} if "" in speeds else {}) if teacher else None,
+        "teacher": unpruned,
         "runs": runs,
         "variants": variants,
-        "missing": [
-            (what, _COMMAND.format(command, workdir)) for what, command in _missing(workdir, teacher, variants, runs)
-        ],
+        "missing": [(what, _COMMAND.format(name, workdir)) for what, name in _missing(teacher, variants, runs)],
     }
 
 
@@ -103,7 +101,7 @@ def _recovery(recovery: str, folder: Path, workdir: Path) -> Json:
     metrics = folder.parent / "training" / "metrics.jsonl"
     trained = recovery not in UNTRAINED
     found = {"metrics": _below(metrics, workdir)} if trained and metrics.is_file() else {}
-    return {"recovery": recovery, "data_fraction": 0.0, "seconds": 0.0, **found}
+    return {"recovery": recovery, "data_fraction": 0.0, "seconds": None, **found}
 
 
 def _found(folder: Path, name: str) -> dict[str, Json]:
@@ -116,7 +114,7 @@ def _found(folder: Path, name: str) -> dict[str, Json]:
     return found
 
 
-def _missing(workdir: Path, teacher: Json, variants: list[Json], runs: list[Json]) -> Iterator[tuple[str, str]]:
+def _missing(teacher: Json, variants: list[Json], runs: list[Json]) -> Iterator[tuple[str, str]]:
     if not teacher:
         yield "what the unpruned model is worth", "evaluate"
     if not variants:

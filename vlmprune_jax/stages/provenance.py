@@ -35,7 +35,7 @@ class MadeBy(TypedDict):
 
 def made_by() -> MadeBy:
     """This process, now."""
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     command = printable(shlex.join(["vlmprune", *sys.argv[1:]]))
     return {
         "finished": now, "command": command, "processor": processor(), "versions": _versions(), "commit": _commit()
@@ -76,7 +76,7 @@ def provenance_section(records: Mapping[str, Mapping[str, Any]]) -> Section:
     made = dict[str, dict[str, list[str]]]()
     for name, record in records.items():
         by = record.get("by")
-        when, where = (by["finished"], by["processor"]) if by else ("", "")
+        when, where = (by["finished"], printable(by["processor"])) if by else ("", "")
         rows.append((printable(name), f"{record['seconds']:.1f}", when, where))
         for setting, value in record["made_from"]["settings"].items():
             settings.setdefault(setting, {}).setdefault(_short(value), []).append(name)
@@ -90,7 +90,7 @@ def provenance_section(records: Mapping[str, Mapping[str, Any]]) -> Section:
     facts = [("Made by", made), ("Settings", settings), ("Data and models, by content", inputs)]
     return Section(
         "Where it comes from",
-        tables=(Table("Stages", ("stage", "seconds", "finished (UTC)", "processor"), tuple(rows)),) if rows else (),
+        tables=(Table("Stages", ("stage", "seconds", "finished", "processor"), tuple(rows)),) if rows else (),
         facts=tuple((title, _as_facts(of)) for title, of in facts if of),
     )
 

@@ -90,8 +90,7 @@ def evaluate_all(experiment: Experiment, context: Context) -> None:
             if (run.folder / "recovered").is_dir():
                 evaluate_stage(run.experiment, run.folder / "recovered", run.folder, "recovered", context)
                 found += 1
-    runs = on_process_zero(lambda: read_unfinished(context.workdir)["runs"])
-    write_samples(experiment, runs, context)
+    on_process_zero(lambda: write_samples(experiment, read_unfinished(context.workdir)["runs"], context))
     if not found:
         context.reporter.say("no pruned or recovered model in this workdir yet: only the unpruned one was evaluated")
 
@@ -122,7 +121,7 @@ def make_models(experiment: Experiment, context: Context) -> Json:
         entry for pruned in prune_runs(experiment, context.workdir) for entry in _run_variant(pruned, teacher, context)
     ]
     best = best_run(runs, describe_sets(teacher))["name"]
-    write_samples(experiment, runs, context)
+    on_process_zero(lambda: write_samples(experiment, runs, context))
     facts = _costs_and_speed(experiment, runs, context)
     return make_result(teacher, runs, best, None, facts=facts, workload=workload_of(experiment))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.experiment.arguments import evaluation_sets
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.report.answers import UNPRUNED, find_evaluated, read_evaluated, scores_of
@@ -18,8 +17,6 @@ from vlmprune_jax.stages.ledger import Json, write_text
 
 def write_samples(experiment: Experiment, runs: Sequence[Json], context: Context) -> None:
     """Choose anew from the answers on disk, of every set of questions; `runs` are those of `result.json`."""
-    if not is_main_process():
-        return
     sets = {}
     for key, of in evaluation_sets(experiment).items():
         if of.text is not None:

@@ -253,12 +253,17 @@ def test_model_card_names_the_hub_model(llama, tmp_path):
     assert "\nbase_model: some-org/some--model\n" in text
     assert "\n# some-org/some--model\n\nMade from `some-org/some--model` by" in text
     assert "trained after pruning" not in text
-    done = {"reconstructed": True, "recovered": True}
+    assert "## Evaluation" not in text
+    row = ("a|b: accuracy in %, 40 questions", "80.00", "76.00", "95.00", "92.1 to 97.0")
+    done = {"reconstructed": True, "recovered": True, "benchmarks": [row, ("text", "10.50", "12.00", "87.50", "")]}
     save(load(snapshot), tmp_path / "again", source_dir=tmp_path / "out", name="llama", **done)
     text = (tmp_path / "again/README.md").read_text()
     assert "\n# llama, reconstructed, recovered\n" in text
     assert "solved for by least squares, without training." in text
     assert "It was trained after pruning." in text
+    assert "\n## Evaluation\n\n| evaluation set | unpruned | this model | retained, % | 95 % interval |\n|---|" in text
+    assert "\n| a\\|b: accuracy in %, 40 questions | 80.00 | 76.00 | 95.00 | 92.1 to 97.0 |\n| text |" in text
+    assert "\n\n## Loading\n" in text
 
 
 def test_embedding_stored_twice_is_written_twice(goldens, tmp_path):

@@ -1,0 +1,107 @@
+"""Workdirs of runs that are not finished: what is there is shown, what is missing is named with its command."""
+
+import json
+import re
+import shutil
+
+import pytest
+from report_cases import SPEED, write_answers, write_workdir
+
+from vlmprune_jax.cli.main import main
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.report.build import build_report
+from vlmprune_jax.report.unfinished import read_unfinished
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """Two ways to prune, one recovered; everything is evaluated, nothing exported."""
+    write_workdir(tmp_path)
+    write_answers(tmp_path)
+    (tmp_path / "result.json").unlink()
+    for model in ("depth/pruned", "depth/sft/recovered", "width/pruned"):
+        (tmp_path / model).mkdir()
+    return tmp_path
+
+
+def missing(page):
+    return dict(re.findall(r'<li class="missing">(.*?): <code>vlmprune (\w+) --config=FILE.py --workdir=', page))
+
+
+def test_everything_but_the_export(workdir):
+    page = build_report(workdir).read_text()
+    assert "This run is not finished" in page
+    found = read_unfinished(workdir)
+    assert [(run["name"], run["recovery"], run["path"]) for run in found["runs"]] == [
+        ("depth", "none", "depth/pruned"),
+        ("depth-sft", "sft", "depth/sft/recovered"),
+        ("width", "none", "width/pruned"),
+    ]
+    assert [run["evaluation"]["retained"]["questions"] for run in found["runs"]] == pytest.approx(
+        [100 * 10 / 32, 100 * 30 / 32, 100 * 31 / 32]
+    )
+    assert "Is one really better?" in page
+    assert (workdir / "report.png").is_file()
+    assert missing(page) == {
+        "width: recovery training": "recover",
+        "the best model, exported and compared, and everything else that is left": "run",
+    }
+
+
+def test_only_scores_and_plan(workdir):
+    for folder in ("eval", "depth/eval", "depth/sft", "depth/pruned", "width"):
+        shutil.rmtree(workdir / folder)
+    page = build_report(workdir).read_text()
+    assert page.count("<svg") == 2  # what goes, and the importances
+    assert missing(page) == {
+        "what the unpruned model is worth": "evaluate",
+        "depth: the plan and the pruned model": "prune",
+        "the best model, exported and compared, and everything else that is left": "run",
+    }
+    (workdir / "depth/plan.json").unlink()
+    page = build_report(workdir).read_text()
+    assert page.count("<svg") == 1
+    assert "What was removed" not in page
+
+
+def test_only_the_unpruned_model(workdir):
+    for folder in ("depth", "width"):
+        shutil.rmtree(workdir / folder)
+    page = build_report(workdir).read_text()
+    assert "<td>80.00</td>" in page
+    assert missing(page)["importances of layers, heads and neurons"] == "score"
+
+
+def test_a_model_that_is_not_evaluated_and_speed(workdir):
+    (workdir / "width/eval/pruned.json").unlink()
+    (workdir / "speed.json").write_text(json.dumps(SPEED))
+    page = build_report(workdir).read_text()
+    assert missing(page)["what width is worth"] == "evaluate"
+    assert "150 (140 to 165)" in page
+    assert [run["name"] for run in read_unfinished(workdir)["runs"]] == ["depth", "depth-sft"]
+
+
+def test_models_in_the_workdir_itself(workdir):
+    for name in ("scores.npz", "plan.json", "pruned"):
+        (workdir / "depth" / name).rename(workdir / name)
+    (workdir / "depth/sft/recovered").rename(workdir / "recovered")
+    shutil.rmtree(workdir / "depth")
+    shutil.rmtree(workdir / "width")
+    (workdir / "pruned/plan.json").write_text("{}")  # a model's own, beside its config
+    (workdir / "pruned/config.json").write_text("{}")
+    for name in ("pruned", "recovered"):
+        shutil.copy(workdir / "eval/teacher.json", workdir / f"eval/{name}.json")
+    assert [run["name"] for run in read_unfinished(workdir)["runs"]] == ["depth", "depth-recovered"]
+
+
+def test_nothing_of_a_run(tmp_path, capsys):
+    with pytest.raises(UserError, match="nothing of a run is here: run `vlmprune run` first"):
+        build_report(tmp_path)
+    assert main(["report", f"--workdir={tmp_path}"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_says_that_it_is_unfinished(workdir, capsys):
+    assert main(["report", f"--workdir={workdir}"]) == 0
+    assert f"report: {workdir}/report.html, of an unfinished run: it says what is missing" in capsys.readouterr().out
