@@ -37,7 +37,7 @@ def get_config(cuts="1"):
 def get_hyper(hyper):
     trained = hyper.product([hyper.named("recovery", {{"sft": {{}}}}), hyper.sweep("recover.seed", [1, 2])])
     first = hyper.chainit([hyper.named("recovery", {{"none": {{"recover.method": "none"}}}}), trained])
-    more = hyper.product([hyper.sweep("prune.ratio", [0.2, 0.3]), hyper.fixed("recover.method", "none")])
+    more = hyper.product([hyper.fixed("prune.ratio", 0.2), hyper.fixed("recover.method", "none")])
     return hyper.chainit([first, more]) if CUTS > 1 else first
 """
 
@@ -90,10 +90,11 @@ def test_a_killed_sweep_goes_on_and_makes_nothing_twice(sweep, tmp_path, monkeyp
     weights = [workdir / "runs" / one["run"] / "pruned/model.safetensors" for one in found["models"]]
     assert os.path.samefile(*weights[:2])
     assert os.path.samefile(*weights[1:])
-    assert "<svg" in (workdir / "sweep.html").read_text()
+    assert "3 of 3 runs are done: 3 models." in (workdir / "sweep.html").read_text()
 
     assert sweep(2, "--jobs=2") == 0
     out = capfd.readouterr().out
-    assert "2 of 2 runs left" not in out
-    assert "0 of 4 runs left" in out or "0 of 2 runs left" in out
-    assert [one["status"] for one in read_sweep(workdir)["models"]] == ["done"] * 5
+    assert "3 of 4 runs are done and unchanged, skipped" in out
+    assert "[1]   prune ..." in out
+    assert "[1] done; 0 of 1 runs left" in out
+    assert [one["status"] for one in read_sweep(workdir)["models"]] == ["done"] * 4
