@@ -32,6 +32,7 @@ COMMANDS = {
     "evaluate": "answers to questions and what metrics say of them -> eval/*.json",
     "export": "the best model as a Hugging Face folder, reloaded and compared -> export/",
     "report": "one page of what a run found, finished or not -> report.html, report.png",
+    "sweep": "many such runs, what they share made once, compared -> sweep.json, sweep.csv, sweep.html",
     "plan": "what recovery needs on a TPU slice, compiled ahead of time on this machine",
     "diff": "how much of what two plans keep is the same, layer by layer",
     "help": "what a setting does, as `vlmprune help kl`, its default and choices",

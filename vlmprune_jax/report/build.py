@@ -84,7 +84,11 @@ def _sections(workdir: Path, result: Json, finished: bool) -> Iterator[Section]:
     if groups:
         yield Section("By group of questions", tables=groups)
     yield from _planned(workdir)
-    if finished:
+    if finished and "export" not in result:  # a run of a sweep
+        yield Section(
+            "Export", missing=f"Nothing is exported, the best model is {result['best']}", command="vlmprune export"
+        )
+    elif finished:
         export = result["export"]
         told = (
             f"Exported: {export['path']} (the model {result['best']}), reloaded and compared: largest difference of "

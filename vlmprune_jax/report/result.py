@@ -12,8 +12,8 @@ Version 2 (paths are relative to the workdir):
               (scoring, pruning, training), training_records, training_steps and metrics (a file) of recovered models,
               evaluation, evaluation_seconds, path
     workload  what `costs` are of: tokens and images of the row of `forward_flops`, dtype of cache and file
-    best      the name of the run that was exported: the highest mean_of_ratios, among equals the smallest model
-    export    path, and what its comparison with the model found
+    best      the name of the run that is exported: the highest mean_of_ratios, among equals the smallest model
+    export    path, and what its comparison with the model found; not there in runs of a sweep, which export nothing
 
 The teacher and runs have `costs` (forward_flops, kv_bytes_per_token, file_bytes) and, where speed was measured,
 `speed`, the medians of its rounds: prefill and decode (tokens/s), first_token (s) and peak_bytes (or null). Older
@@ -74,19 +74,19 @@ class Described(TypedDict):
     grouped_by: str | None
 
 
-class _Set(Described):
+class Set(Described):
     """One of `sets`: how a value is shown, and how many questions or tokens there were."""
 
     questions: NotRequired[Count]
     tokens: NotRequired[Count]
 
 
-class _Evaluation(TypedDict):
+class Evaluation(TypedDict):
     scores: dict[str, Values]
     groups: Groups
 
 
-class _RunEvaluation(_Evaluation):
+class RunEvaluation(Evaluation):
     retained: dict[str, float | None]
     retained_interval: NotRequired[dict[str, tuple[float, float] | None]]
     mean_of_ratios: float | None
@@ -117,7 +117,7 @@ class _Model(TypedDict):
 
 class _Teacher(_Model):
     parameters: Annotated[int, msgspec.Meta(ge=1, le=2**53)]
-    evaluation: _Evaluation
+    evaluation: Evaluation
 
 
 class _Facts(_Model):
@@ -140,7 +140,7 @@ class _Facts(_Model):
 
 
 class _Run(_Facts):
-    evaluation: _RunEvaluation
+    evaluation: RunEvaluation
 
 
 class _Export(TypedDict):
@@ -155,11 +155,11 @@ class _Workload(TypedDict):
 
 
 class _Result(TypedDict):
-    sets: Annotated[dict[str, _Set], msgspec.Meta(min_length=1, max_length=1000)]
+    sets: Annotated[dict[str, Set], msgspec.Meta(min_length=1, max_length=1000)]
     teacher: _Teacher
     runs: Annotated[list[_Run], msgspec.Meta(min_length=1, max_length=10_000)]
     best: str
-    export: _Export
+    export: NotRequired[_Export]
     workload: NotRequired[_Workload]
 
 
@@ -217,16 +217,19 @@ def make_result(
     teacher: Found,
     runs: Sequence[Json],
     best: str,
-    export: Json,
+    export: Json | None,
     *,
     facts: Mapping[str, Any] | None = None,
     workload: Mapping[str, Any] | None = None,
 ) -> Json:
-    """The whole object; `facts` are of the unpruned model, `workload` is what costs are of."""
+    """The whole object, before there is an `export` without it.
+
+    `facts` are of the unpruned model, `workload` is what costs are of.
+    """
     sets, unpruned = describe_sets(teacher), unpruned_of(teacher, facts or {})
     more = {} if workload is None else {"workload": dict(workload)}
     found = {"version": VERSION, "sets": sets, "teacher": unpruned, "runs": list(runs), "best": best}
-    return {**found, "export": export, **more}
+    return {**found, **more} if export is None else {**found, "export": export, **more}
 
 
 def unpruned_of(teacher: Found, facts: Mapping[str, Any]) -> Json:

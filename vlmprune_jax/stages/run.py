@@ -12,7 +12,7 @@ from vlmprune_jax.experiment.variants import NO_RECOVERY, PruneRun, prune_runs, 
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.prune import PrunePlan, Scores
 from vlmprune_jax.report.build import build_report, tables_of
-from vlmprune_jax.report.result import best_run, describe_sets, make_result, make_run, read_result, unpruned_of
+from vlmprune_jax.report.result import best_run, describe_sets, make_result, make_run, read_result
 from vlmprune_jax.report.speed import speeds_of
 from vlmprune_jax.report.tables import benchmark_rows
 from vlmprune_jax.report.unfinished import read_unfinished
@@ -65,10 +65,16 @@ def reconstruct_all(experiment: Experiment, context: Context) -> None:
 
 
 def recover_all(experiment: Experiment, context: Context) -> None:
-    """Recover every pruned variant in every way."""
-    for pruned in prune_runs(experiment, context.workdir):
-        for run in recover_runs(pruned):
-            recover_stage(run.experiment, pruned.folder, run.folder, context)
+    """Recover every pruned variant in every way.
+
+    Raises:
+      UserError: there is none.
+    """
+    wanted = [run for pruned in prune_runs(experiment, context.workdir) for run in recover_runs(pruned)]
+    if not wanted:
+        raise UserError('recover.method is "none": set it to "train" (--config.recover.method=train)')
+    for run in wanted:
+        recover_stage(run.experiment, run.pruned.folder, run.folder, context)
 
 
 def evaluate_all(experiment: Experiment, context: Context) -> None:
@@ -77,7 +83,7 @@ def evaluate_all(experiment: Experiment, context: Context) -> None:
     found = 0
     for pruned in prune_runs(experiment, context.workdir):
         for name in _untrained(pruned):
-            if pruned.experiment.evaluate.unrecovered and (pruned.folder / name).is_dir():
+            if _is_evaluated(pruned, name) and (pruned.folder / name).is_dir():
                 evaluate_stage(pruned.experiment, pruned.folder / name, pruned.folder, name, context)
                 found += 1
         for run in recover_runs(pruned):
@@ -97,23 +103,27 @@ def evaluate_teacher(experiment: Experiment, context: Context) -> Json:
 
 def run_all(experiment: Experiment, context: Context) -> Json:
     """Every stage of every variant; returns and writes `result.json`, prints its table, builds the report."""
+    result = make_models(experiment, context)
+    chosen = next(run for run in result["runs"] if run["name"] == result["best"])
+    exported = _export(experiment, chosen, result["teacher"], result["sets"], context)
+    result["export"] = {"path": "export", **exported}
+    write_json(context.workdir / "result.json", result)
+    if is_main_process():
+        finish(context)
+    return result
+
+
+def make_models(experiment: Experiment, context: Context) -> Json:
+    """Every stage of every variant but export; returns `result.json` without `export`."""
     check_speed(experiment)
     teacher = evaluate_teacher(experiment, context)
     runs = [
         entry for pruned in prune_runs(experiment, context.workdir) for entry in _run_variant(pruned, teacher, context)
     ]
-    chosen = best_run(runs, describe_sets(teacher))
+    best = best_run(runs, describe_sets(teacher))["name"]
     on_process_zero(lambda: write_samples(experiment, runs, context))
     facts = _costs_and_speed(experiment, runs, context)
-    unpruned = unpruned_of(teacher, facts)
-    exported = _export(experiment, chosen, unpruned, describe_sets(teacher), context)
-    workload = workload_of(experiment)
-    export = {"path": "export", **exported}
-    result = make_result(teacher, runs, chosen["name"], export, facts=facts, workload=workload)
-    write_json(context.workdir / "result.json", result)
-    if is_main_process():
-        finish(context)
-    return result
+    return make_result(teacher, runs, best, None, facts=facts, workload=workload_of(experiment))
 
 
 def _costs_and_speed(experiment: Experiment, runs: Sequence[Json], context: Context) -> Json:
@@ -142,7 +152,7 @@ def _run_variant(pruned: PruneRun, teacher: Json, context: Context) -> Iterator[
     for name in _untrained(pruned):
         if name == RECONSTRUCTED:
             seconds += reconstruct_stage(pruned.experiment, pruned.folder, context)["seconds"]
-        if not pruned.experiment.evaluate.unrecovered:
+        if not _is_evaluated(pruned, name):
             continue
         folder = pruned.folder / name
         found = evaluate_stage(pruned.experiment, folder, pruned.folder, name, context)
@@ -168,6 +178,12 @@ def _run_variant(pruned: PruneRun, teacher: Json, context: Context) -> Iterator[
 def _untrained(pruned: PruneRun) -> list[str]:
     """Folders of the models that nothing was trained for, in the order in which they are made."""
     return ["pruned"] if pruned.experiment.reconstruct.method == "none" else ["pruned", RECONSTRUCTED]
+
+
+def _is_evaluated(pruned: PruneRun, untrained: str) -> bool:
+    """Whether such a model is: where nothing is trained, the last one is what this is all for."""
+    last = not recover_runs(pruned) and untrained == _untrained(pruned)[-1]
+    return pruned.experiment.evaluate.unrecovered or last
 
 
 def _relative(path: Path, context: Context) -> str:
@@ -205,10 +221,12 @@ def finish(context: Context) -> None:
         result = read_result(context.workdir)
         for table in tables_of(result):
             context.reporter.table(table.title, table.header, table.rows)
-        export = result["export"]
-        difference = export.get("max_abs_logit_difference")
-        context.reporter.say(f"best: {result['best']}, exported to {context.workdir / export['path']}")
-        context.reporter.say(f"  reloaded and compared: largest difference of any logit {difference:.2g}")
+        export = result.get("export")
+        where = "" if export is None else f", exported to {context.workdir / export['path']}"
+        context.reporter.say(f"best: {result['best']}{where}")
+        if export is not None:
+            difference = export["max_abs_logit_difference"]
+            context.reporter.say(f"  reloaded and compared: largest difference of any logit {difference:.2g}")
         numbers = f", plot: {context.workdir / 'report.png'}, numbers: {context.workdir / 'result.json'}"
     else:
         numbers = ", of an unfinished run: it says what is missing"

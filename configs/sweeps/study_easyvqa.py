@@ -1,0 +1,78 @@
+"""Study 1: what to cut, how much, and how to make it good, on the package's teacher and easy-VQA.
+
+  vlmprune sweep --config=configs/sweeps/study_easyvqa.py --workdir=runs/study_easyvqa --jobs=2
+  vlmprune sweep --config=configs/sweeps/study_easyvqa.py:5 ...       # 5 % of the data only; :20 adds 20 %
+
+{depth, width, hybrid} x {15, 30, 45, 60 % of the decoder} x {none, reconstruct; projector, SFT, SFT + KL, SFT + L2,
+reconstruct + SFT + L2, each on 5, 20 and 100 % of the data}, 3 seeds of calibration, data and training: 612 runs, which
+take 9 scorings, 36 plans and 36 reconstructions. One epoch takes 60 steps of 5 %, 241 of 20 % and
+1,205 of 100 %, so the last is nearly all of the time: what is cheap comes first, and an interrupted sweep goes on.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from vlmprune_jax.demo.experiment import get_config as demo
+from vlmprune_jax.hf.read import read_config
+from vlmprune_jax.models.params import count_params
+
+METHODS = ("depth", "width", "hybrid")
+SHARES = (15, 30, 45, 60)  # percent of the decoder's parameters, its embeddings and head among them
+FRACTIONS = (5, 20, 100)  # percent of the training data
+SEEDS = (1, 2, 3)
+SOLVED = {"reconstruct.method": "least_squares"}
+UNTRAINED = {"none": {"recover.method": "none"}, "reconstruct": {"recover.method": "none", **SOLVED}}
+LOSSES = {"sft": {"ce": 1.0}, "sft_kl": {"ce": 0.5, "kl": 0.5}, "sft_l2": {"ce": 0.5, "l2": 0.5}}
+TRAINED = {
+    "projector": {"recover.trainable": "projector", "recover.losses": LOSSES["sft"]},
+    **{name: {"recover.losses": losses} for name, losses in LOSSES.items()},
+    "reconstruct_sft_l2": {"recover.losses": LOSSES["sft_l2"], **SOLVED},
+}
+TEACHER = demo().model.hf_dir
+_most = FRACTIONS[-1]
+
+
+def get_config(most: str = "100") -> ConfigDict:
+    """The demo's data and training; `most`: the largest share of the data, in percent."""
+    global _most
+    _most = int(most)
+    config = demo()
+    config.prune_variants = config.recover_variants = {}
+    config.recover.epochs = 1.0
+    config.recover.log_every = 20
+    config.evaluate.unrecovered = False  # that is a run of its own
+    return config
+
+
+def get_hyper(hyper):
+    """What costs least first: nothing trained, then by the share of the data."""
+    cuts = [hyper.sweep("prune.method", METHODS), hyper.named("decoder", of_decoder(TEACHER, SHARES))]
+    seeds = seeded(hyper, SEEDS)
+    untrained = hyper.product([*cuts, hyper.named("recovery", UNTRAINED), seeds])
+    trained = [
+        hyper.product(
+            [*cuts, hyper.named("recovery", named(TRAINED)), hyper.fixed("data.fraction", share / 100), seeds]
+        )
+        for share in FRACTIONS
+        if share <= _most
+    ]
+    return hyper.chainit([untrained, *trained])
+
+
+def of_decoder(folder, shares):
+    """Percent of the decoder -> the ratio of the whole model that is."""
+    _, cfg = read_config(Path(folder), None)
+    part = count_params(cfg, "text") / count_params(cfg)
+    return {f"{share}": {"prune.ratio": round(share / 100 * part, 5)} for share in shares}
+
+
+def named(recoveries):
+    """The recoveries, called in tables as they are here."""
+    return {name: {"recover.name": name, **settings} for name, settings in recoveries.items()}
+
+
+def seeded(hyper, seeds):
+    """One seed of everything that is drawn: calibration, records, order and adapters."""
+    parts = ("score", "reconstruct", "data", "recover")
+    return hyper.zipit([hyper.sweep(f"{part}.seed", seeds) for part in parts])

@@ -1,0 +1,99 @@
+"""Study 3: a language model alone, every criterion before and after reconstruction, by perplexity.
+
+  vlmprune sweep --config=configs/sweeps/study_smollm2.py:DIR --workdir=runs/study_smollm2
+
+DIR: SmolLM2-135M, by default where the tests make it (tests/cases/smollm2.py). Every criterion of layers and of widths,
+{10, 20, 30 % of all parameters} x {none, reconstruct}: 60 runs, 30 plans. Calibration: 16 records of 256 tokens, of
+every second topic of the language reference that ships with Python (pydoc_data.topics); evaluation: 12 windows of 512
+tokens of the others. benchmarks/reconstruction.py asks the same with calibration rows that have no chat template; its
+numbers are in docs/results.md.
+"""
+
+import json
+import pydoc_data.topics
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from vlmprune_jax.checked_files import replacing
+from vlmprune_jax.cli.config_files import experiment_config
+from vlmprune_jax.prune.criteria import CRITERIA
+
+RATIOS = (0.1, 0.2, 0.3)
+BLOCKS = {
+    0.1: 4,
+    0.2: 8,
+    0.3: 11,
+}  # layers that go at each ratio, of 30: the angular criterion measures as many at once
+UNTRAINED = {"none": {}, "reconstruct": {"reconstruct.method": "least_squares"}}
+TEXTS = Path("runs/texts")  # of any sweep that reads them
+LETTERS = {"text": 26_000, "record": 1_300}  # some more than 12 x 512, and 256 tokens
+
+
+def get_config(folder: str = ".cache/smollm2-135m") -> ConfigDict:
+    """Perplexity alone; nothing is trained."""
+    config = experiment_config()
+    config.model.hf_dir = folder
+    config.data.train = write_records()
+    config.data.max_length = 256
+    config.score.samples, config.score.batch_size = 16, 8
+    config.reconstruct.samples, config.reconstruct.batch_size = 16, 8
+    config.recover.method = "none"
+    config.evaluate.unrecovered = False
+    config.evaluate.batch_size = 4
+    config.evaluate.text = write_text(1)
+    config.export.dtype = "float32"
+    return config
+
+
+def get_hyper(hyper):
+    """Layers by their criteria, then widths by theirs with all heads kept."""
+    cuts = []
+    for ratio in RATIOS:
+        for name, criterion in CRITERIA.items():
+            if "layers" in criterion.scores:
+                block = {"score.layers_removed": BLOCKS[ratio]} if name == "angular" else {}
+                cuts += cut(hyper, "depth", name, block, ratio)
+            if "widths" in criterion.scores:
+                cuts += cut(hyper, "width", name, {"prune.heads": "keep"}, ratio)
+    return hyper.product([cuts, hyper.named("recovery", UNTRAINED)])
+
+
+def cut(hyper, method, criterion, settings, ratio):
+    """One way to prune at one ratio."""
+    return hyper.product(
+        [
+            hyper.fixed("prune.method", method),
+            hyper.named("criterion", {criterion: {f"score.{method}": criterion, **settings}}),
+            hyper.fixed("prune.ratio", ratio),
+        ]
+    )
+
+
+def topics(part: int) -> str:
+    """Every second topic."""
+    found = pydoc_data.topics.topics
+    return "".join(found[name].replace("\n   ", "\n") + "\n" for name in sorted(found)[part::2])
+
+
+def write_text(part: int) -> str:
+    """The beginning of these topics as a file; returns its path."""
+    return _write(TEXTS / f"topics_{part}.txt", topics(part)[: LETTERS["text"]])
+
+
+def write_records() -> str:
+    """The other topics as records, each of an answer that fills a row; returns their path."""
+    text, size = topics(0), LETTERS["record"]
+    pieces = [text[at : at + size] for at in range(0, len(text) - size, size)]
+    asked = {"from": "human", "value": "Go on with the language reference."}
+    records = [
+        {"id": f"{number}", "conversations": [asked, {"from": "gpt", "value": piece}]}
+        for number, piece in enumerate(pieces)
+    ]
+    return _write(TEXTS / "topics_records.json", json.dumps(records))
+
+
+def _write(path: Path, text: str) -> str:
+    with replacing(path) as file:
+        file.write(text.encode())
+    return str(path)

@@ -1,0 +1,44 @@
+"""vlmprune sweep --config=FILE.py --workdir=W: the runs that a config file lists, what they share made once; one page.
+
+FILE.py has, beside get_config(), `def get_hyper(hyper)` that returns what each run overrides:
+  return hyper.product([hyper.sweep("config.prune.ratio", [0.1, 0.3]), hyper.sweep("config.recover.seed", range(3))])
+There are hyper.zipit, chainit, fixed, and named("recovery", {"sft": {...}, "none": {...}}); or return a list of dicts.
+
+Each run is a workdir, W/runs/NAME; W/sweep.json, sweep.csv and sweep.html compare them. What is done is skipped, what
+was interrupted continues, what failed is listed (exit code 2) and tried again by the next call.
+  vlmprune sweep --config=configs/sweeps/demo_cut.py --workdir=runs/cut --jobs=2
+  vlmprune sweep --config=FILE.py --workdir=W --dry_run            # the runs, and which share what
+  vlmprune sweep --config=FILE.py --workdir=W --shard=2/8          # every eighth run from the second: one of 8 pods
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from absl import flags as absl_flags
+
+from vlmprune_jax.cli.flags import Flags, common
+
+
+def define(values: Flags) -> None:
+    """Flags of this command."""
+    common(values)
+    absl_flags.DEFINE_integer("jobs", 1, "runs at once on this machine, each in a process", flag_values=values)
+    absl_flags.DEFINE_string("shard", "1/1", "i/n: only every n-th run from the i-th", flag_values=values)
+    absl_flags.DEFINE_bool("dry_run", False, "list the runs and what they share, run nothing", flag_values=values)
+
+
+def run(flags: Any) -> None:
+    """Do the runs, and compare them."""
+    from vlmprune_jax.cli.workdir import place_all, prepare_sweep, start_worker
+    from vlmprune_jax.stages.sweep import check_runs, run_sweep, shard_of, tell_sharing
+
+    runs, sweep, reporter = prepare_sweep(flags)
+    check_runs(runs, sweep, flags.jobs)
+    mine = shard_of(runs, flags.shard)
+    if flags.dry_run:
+        tell_sharing(mine, sweep, reporter)
+        return
+    start = functools.partial(start_worker, sweep)
+    run_sweep(place_all(runs, sweep), sweep, reporter, shard=flags.shard, jobs=flags.jobs, start=start)
