@@ -38,8 +38,8 @@ EXCEPTIONS = {
     ("distributed/mesh.py", "_slice_has_workers", ".open"): "the metadata server of a TPU VM: an address, not a file",
     ("hf/export/tokenizer.py", "read_tokenizer", "json.loads"): "the text of a tokenizer that load_tokenizer has read",
     ("hf/export/per_layer.py", "write_loader", "shutil.copyfile"): "the PyTorch file of this package",
-    ("stages/ledger.py", "_alone", "os.open"): "a lock, whose content nobody reads",
-    ("stages/ledger.py", "_alone", "os.fdopen"): "a lock, whose content nobody reads",
+    ("stages/store.py", "exclusive", "os.open"): "a lock, whose content nobody reads",
+    ("stages/store.py", "exclusive", "os.fdopen"): "a lock, whose content nobody reads",
     (
         "recovery/checkpoint.py",
         "_decode",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import types
 import typing
 from collections.abc import Mapping
@@ -11,9 +12,11 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.cli.flags import file_of, importing_beside
+from vlmprune_jax.errors import UserError, reason
 from vlmprune_jax.experiment import recipes
 from vlmprune_jax.experiment.spec import Experiment, hints_of, override
+from vlmprune_jax.experiment.sweep import Hyper
 
 
 def experiment_config(recipe: str | None = None) -> ConfigDict:
@@ -98,11 +101,50 @@ def to_experiment(config: ConfigDict | None, workdir: str | None) -> tuple[Exper
     if not workdir:
         raise UserError("no workdir given: --workdir=DIR, for everything this experiment makes")
     folder = to_workdir(workdir)
+    return placed(experiment, folder), folder
+
+
+def placed(experiment: Experiment, workdir: Path) -> Experiment:
+    """The experiment with the model and the data that it names on this machine."""
     model = experiment.model
     model = dataclasses.replace(
         model, hf_dir=_local(model.hf_dir), vision_dir=model.vision_dir and _local(model.vision_dir)
     )
-    return dataclasses.replace(experiment, model=model, data=_with_files(experiment, folder)), folder
+    return dataclasses.replace(experiment, model=model, data=_with_files(experiment, workdir))
+
+
+def read_hyper(config: str) -> Any:
+    """What `get_hyper(hyper)` of a config file FILE.py:VARIANT lists.
+
+    Raises:
+      UserError: it has none, or whatever that raised.
+    """
+    module = load_file(config)
+    if not hasattr(module, "get_hyper"):
+        raise UserError(
+            f"--config={config}: has no get_hyper(hyper), which lists the runs of a sweep (see configs/sweeps/): add "
+            "it, or use `vlmprune run`"
+        )
+    try:
+        return module.get_hyper(Hyper())
+    except UserError:
+        raise
+    except Exception as error:
+        told = f"{type(error).__name__}: {reason(error)}"
+        raise UserError(f"--config={config}: get_hyper(hyper) failed ({told}); --debug shows more") from error
+
+
+def load_file(config: str) -> types.ModuleType:
+    """The module of a config file FILE.py:VARIANT that loads; what it adds to `vp.criteria` and the like is there."""
+    file, variant = file_of(config), config.partition(".py:")[2]
+    with importing_beside(config):
+        spec = importlib.util.spec_from_file_location(f"{file.stem}_config", file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.get_config(*([variant] if variant else []))
+    return module
 
 
 def to_workdir(text: str) -> Path:

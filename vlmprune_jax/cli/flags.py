@@ -75,7 +75,7 @@ def parse(name: str, command: ModuleType, argv: Sequence[str]) -> Flags:
 
 def _parse(values: Flags, argv: list[str]) -> list[str]:
     """Positional arguments; ml_collections loads config files in a way that Python has deprecated."""
-    with warnings.catch_warnings(), _importing_beside(value_of(argv, "config")):
+    with warnings.catch_warnings(), importing_beside(value_of(argv, "config")):
         warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
         rest = list(values(argv))
         if "config" in values:
@@ -84,12 +84,12 @@ def _parse(values: Flags, argv: list[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _importing_beside(config: str | None) -> Iterator[None]:
+def importing_beside(config: str | None) -> Iterator[None]:
     """A config file may import its neighbours, which add criteria, metrics, ... of the user's own."""
     if config is None:
         yield
         return
-    folder = str(_file_of(config).resolve().parent)
+    folder = str(file_of(config).resolve().parent)
     sys.path.insert(0, folder)
     try:
         yield
@@ -97,7 +97,7 @@ def _importing_beside(config: str | None) -> Iterator[None]:
         sys.path.remove(folder)
 
 
-def _file_of(config: str) -> Path:
+def file_of(config: str) -> Path:
     """The file in FILE.py:VARIANT."""
     file, mark, _ = config.partition(".py:")
     return Path(f"{file}.py" if mark else config)
@@ -116,7 +116,7 @@ def _define(command: ModuleType, argv: list[str] | None = None) -> Flags:
 
 def _check_overrides(argv: Sequence[str], config: str) -> None:
     """Refuse a config file that cannot be loaded, and `--config.x.y` that does not exist in it, in one line."""
-    file = _file_of(config)
+    file = file_of(config)
     if os.path.lexists(file):  # a FIFO would be waited for
         open_file(file).close()
     values = Flags()

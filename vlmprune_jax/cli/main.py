@@ -32,6 +32,7 @@ COMMANDS = {
     "evaluate": "answers to questions and what metrics say of them -> eval/*.json",
     "export": "the best model as a Hugging Face folder, reloaded and compared -> export/",
     "report": "one page with table and plots from result.json -> report.html, report.png",
+    "sweep": "many such runs, what they share made once, compared -> sweep.json, sweep.csv, sweep.html",
     "plan": "what recovery needs on a TPU slice, compiled ahead of time on this machine",
     "recommend": "which cut, recovered how, for a model and a budget, with the evidence and a config",
     "study": "what sweeps say of the paper's insights, with numbers",

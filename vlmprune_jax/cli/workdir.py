@@ -21,9 +21,14 @@ def prepare(flags: Any) -> tuple[Experiment, Context]:
     Raises:
       UserError: see `initialize`, `to_experiment` and `check_experiment`.
     """
-    logging.set_verbosity(logging.ERROR)  # orbax and grain narrate at lower levels
-    disable_progress_bar()  # the bars here are our own
+    quiet()
     initialize(flags.coordinator, flags.num_processes, flags.process_id)
     experiment, workdir = to_experiment(flags.config, flags.workdir)
     check_experiment(experiment, workdir)
     return experiment, Context(workdir, make_reporter(is_main_process()), flags.overwrite)
+
+
+def quiet() -> None:
+    """Leave it to us to say how far the work is."""
+    logging.set_verbosity(logging.ERROR)  # orbax and grain narrate at lower levels
+    disable_progress_bar()  # the bars here are our own

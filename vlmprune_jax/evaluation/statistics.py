@@ -1,4 +1,4 @@
-"""How sure a difference is between two models that answered the same questions: intervals and a test."""
+"""How sure a difference is between models: intervals over questions and over seeds, and a test."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import stdtrit
 
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.errors import UserError
@@ -116,6 +117,18 @@ def _values(metric: Metric, scores: Sequence[Scores], records: Sequence[Record],
         asked = [records[place] for place in places] if records else ()
         values.append(metric.values([scores[place] for place in places], asked)[metric.main])
     return np.array(values)
+
+
+def interval_of_mean(values: Sequence[float], level: float = LEVEL) -> tuple[float, float, float]:
+    """(mean, low, high) of what several seeds gave, by Student's t; of one value alone low and high are the mean.
+
+    It speaks of other seeds on the same questions, which `retained_interval` does not.
+    """
+    mean, count = float(np.mean(values)), len(values)
+    if count == 1:
+        return mean, mean, mean
+    half = stdtrit(count - 1, (1 + level) / 2) * np.std(values, ddof=1) / np.sqrt(count)
+    return mean, mean - float(half), mean + float(half)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from vlmprune_jax.recovery.config import MAX_ROWS, RecoverConfig
 STAGES = ("score", "prune", "reconstruct", "recover", "evaluate", "export", "teacher_cache")
 
 RECONSTRUCTIONS = ("none", "least_squares")
+RECOVERIES = ("train", "none")
 
 _ALL = STAGES
 _RECORDS = ("score", "reconstruct", "recover", "evaluate")  # what becomes of a record, beside its batch
@@ -323,6 +324,11 @@ class RecoverSpec(RecoverConfig):
     The reference's settings per family, distillation included, are recipes to start a config from (`recipes`).
     """
 
+    method: str = setting(
+        "train",
+        'Train, or leave it at what pruning or reconstruction gave ("none").',
+        choices=RECOVERIES,
+    )
     name: str = setting("recovered", "What tables call this recovery.")
     save_adapter: bool = setting(
         False,
@@ -390,7 +396,9 @@ class EvaluateSpec:
     questions: int | None = setting(
         None, "Only the first so many; None: all.", affects=_EVALUATE, unit="questions", least=1
     )
-    unrecovered: bool = setting(True, "Evaluate the pruned model before recovery as well.")
+    unrecovered: bool = setting(
+        True, "Evaluate the pruned model before recovery as well, and before reconstruction where there is one."
+    )
     metric: str = setting(
         "exact_match",
         "What answers are worth, worked out anew from those on disk each time.",

@@ -49,16 +49,16 @@ def prune_runs(experiment: Experiment, workdir: Path) -> list[PruneRun]:
 
 
 def recover_runs(pruned: PruneRun) -> list[RecoverRun]:
-    """The recoveries of one pruned model."""
+    """The recoveries of one pruned model that train it."""
     experiment = pruned.experiment
-    if not experiment.recover_variants:
-        return [RecoverRun(f"{pruned.name}-{experiment.recover.name}", experiment, pruned.folder, pruned)]
-    runs = []
+    runs = [RecoverRun(f"{pruned.name}-{experiment.recover.name}", experiment, pruned.folder, pruned)]
+    if experiment.recover_variants:
+        runs = []
     for name, values in experiment.recover_variants.items():
         changed = override(experiment, values, f"recover_variants.{name}")
         changed = override(changed, {"recover": {"name": name}})
         runs.append(RecoverRun(f"{pruned.name}-{_checked(name)}", changed, pruned.folder / name, pruned))
-    return runs
+    return [run for run in runs if run.experiment.recover.method != NO_RECOVERY]
 
 
 def _checked(name: str) -> str:
@@ -91,6 +91,11 @@ def _check_target(experiment: Experiment) -> None:
             slice_of(spec.budget.slice)
 
 
+def _check_sections(experiment: Experiment) -> None:
+    for name, section in sections(experiment).items():
+        check_settings(name, section, elsewhere=True)
+
+
 def check_experiment(experiment: Experiment, workdir: Path) -> None:
     """Refuse at the start what a stage of any variant would refuse hours later.
 
@@ -106,9 +111,9 @@ def check_experiment(experiment: Experiment, workdir: Path) -> None:
             )
         _check_criteria(spec.score)
         _check_target(spec)
+        _check_sections(spec)
         for run in recover_runs(pruned):
-            for name, section in sections(run.experiment).items():
-                check_settings(name, section, elsewhere=True)
+            _check_sections(run.experiment)
             recover_config(run.experiment.recover)
             if evaluation_sets(run.experiment) != sets:
                 raise UserError(f"variant {run.name} is evaluated on other sets: give all models the same questions")

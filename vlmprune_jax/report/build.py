@@ -326,6 +326,8 @@ def _groups(result: Json) -> Iterator[Json]:
 
 
 def _export_line(result: Json) -> str:
+    if "export" not in result:
+        return f"Nothing is exported yet: `vlmprune export` writes {result['best']}."
     export = result["export"]
     return (
         f"Exported: {export['path']} (the model {result['best']}), reloaded and compared: largest difference of any "

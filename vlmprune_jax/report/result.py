@@ -11,8 +11,8 @@ Version 2 (paths are relative to the workdir):
               removed_layers, plan, scores (files of importances), recovery ("none" without), data_fraction, seconds
               (scoring, pruning, training), training_records, training_steps and metrics (a file) of recovered models,
               evaluation, evaluation_seconds, path
-    best      the name of the run that was exported: the highest mean_of_ratios, among equals the smallest model
-    export    path, and what its comparison with the model found
+    best      the name of the run that is exported: the highest mean_of_ratios, among equals the smallest model
+    export    path, and what its comparison with the model found; not there before the export, as in runs of a sweep
 
 `evaluation` of a model:
 
@@ -57,7 +57,7 @@ class _Version(TypedDict):
     version: NotRequired[int]
 
 
-class _Set(TypedDict):
+class Set(TypedDict):
     """One of `sets`: how a value is shown, and how many questions or tokens there were."""
 
     name: str
@@ -71,12 +71,12 @@ class _Set(TypedDict):
     tokens: NotRequired[Count]
 
 
-class _Evaluation(TypedDict):
+class Evaluation(TypedDict):
     scores: dict[str, _Values]
     groups: _Groups
 
 
-class _RunEvaluation(_Evaluation):
+class RunEvaluation(Evaluation):
     retained: dict[str, float | None]
     retained_interval: NotRequired[dict[str, tuple[float, float] | None]]
     mean_of_ratios: float | None
@@ -85,7 +85,7 @@ class _RunEvaluation(_Evaluation):
 
 class _Teacher(TypedDict):
     parameters: Annotated[int, msgspec.Meta(ge=1, le=2**53)]
-    evaluation: _Evaluation
+    evaluation: Evaluation
 
 
 class _Facts(TypedDict):
@@ -108,7 +108,7 @@ class _Facts(TypedDict):
 
 
 class _Run(_Facts):
-    evaluation: _RunEvaluation
+    evaluation: RunEvaluation
 
 
 class _Export(TypedDict):
@@ -117,11 +117,11 @@ class _Export(TypedDict):
 
 
 class _Result(TypedDict):
-    sets: Annotated[dict[str, _Set], msgspec.Meta(min_length=1, max_length=1000)]
+    sets: Annotated[dict[str, Set], msgspec.Meta(min_length=1, max_length=1000)]
     teacher: _Teacher
     runs: Annotated[list[_Run], msgspec.Meta(min_length=1, max_length=10_000)]
     best: str
-    export: _Export
+    export: NotRequired[_Export]
 
 
 class _Model1(TypedDict):
@@ -174,13 +174,14 @@ def make_run(name: str, facts: Json, found: Found, teacher: Found, path: str) ->
     return {"name": name, **facts, **first, "evaluation": evaluation, "evaluation_seconds": seconds, "path": path}
 
 
-def make_result(teacher: Found, runs: Sequence[Json], best: str, export: Json) -> Json:
-    """The whole object."""
+def make_result(teacher: Found, runs: Sequence[Json], best: str, export: Json | None) -> Json:
+    """The whole object; without `export` where nothing was exported (yet)."""
     parameters = next(iter(teacher.values()))["parameters"]
     evaluation = {"scores": _values(teacher), "groups": _groups(teacher)}
     unpruned = {**_version_1(teacher), "parameters": parameters, "evaluation": evaluation}
     sets = describe_sets(teacher)
-    return {"version": VERSION, "sets": sets, "teacher": unpruned, "runs": list(runs), "best": best, "export": export}
+    result = {"version": VERSION, "sets": sets, "teacher": unpruned, "runs": list(runs), "best": best}
+    return result if export is None else {**result, "export": export}
 
 
 def best_run(runs: Sequence[Json], sets: Json) -> Json:

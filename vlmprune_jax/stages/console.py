@@ -24,15 +24,19 @@ PIPE_WIDTH = 120  # columns of tables that go to a file or pipe, where there is 
 
 @dataclass(frozen=True)
 class Reporter:
-    """Prints to `console` if `enabled`; bars on a terminal, where they vanish once done, elsewhere a line a minute."""
+    """Prints to `console` if `enabled`; bars on a terminal, where they vanish once done, elsewhere a line a minute.
+
+    `prefix`: what every line begins with, where several processes print.
+    """
 
     console: Console
     enabled: bool = True
+    prefix: str = ""
 
     def say(self, text: str) -> None:
         """One line, perhaps indented, never wrapped by us, never interpreted as markup."""
         if self.enabled:
-            line = text[: len(text) - len(text.lstrip(" "))] + printable(text)
+            line = self.prefix + text[: len(text) - len(text.lstrip(" "))] + printable(text)
             self.console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     @contextlib.contextmanager

@@ -26,6 +26,7 @@ from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.stages.console import Reporter
 from vlmprune_jax.stages.ledger import Json, Stage, run_stage
+from vlmprune_jax.stages.store import Store
 
 # Raised whenever a stage's code gives other results for the same inputs: its outputs are then made again.
 VERSIONS = {"score": 1, "prune": 1, "reconstruct": 1, "recover": 1, "evaluate": 2, "export": 1}
@@ -33,11 +34,15 @@ VERSIONS = {"score": 1, "prune": 1, "reconstruct": 1, "recover": 1, "evaluate": 
 
 @dataclass(frozen=True)
 class Context:
-    """What stages share beside the experiment: where they work, how they report, and whether they may replace."""
+    """What stages share beside the experiment: where they work, how they report, and whether they may replace.
+
+    `store`: of a run of a sweep, where runs leave for each other what they made.
+    """
 
     workdir: Path
     reporter: Reporter
     overwrite: bool
+    store: Store | None = None
 
     def run(self, stage: Stage, body: Callable[[], Json]) -> Json:
         """`ledger.run_stage`, with a line when the work starts.
@@ -78,7 +83,7 @@ class Context:
         """A stage named after its folder below the workdir, `depth/prune`; its ledger entry lies in the workdir."""
         below = folder.relative_to(self.workdir).as_posix()
         label = name if below == "." else f"{below}/{name}"
-        return Stage(name=label, version=VERSIONS[kind], workdir=self.workdir, **parts)
+        return Stage(label, VERSIONS[kind], self.workdir, kind=kind, store=self.store, **parts)
 
 
 @contextlib.contextmanager

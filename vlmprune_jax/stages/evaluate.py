@@ -100,7 +100,7 @@ def _evaluate_set(
         out,
         f"evaluate {title}",
         settings=_settings(experiment, key, of),
-        inputs=model_inputs(experiment.model, model=model_folder, **_files(experiment, key, of)),
+        inputs=model_inputs(experiment.model, model=model_folder, **set_files(experiment, key, of)),
         outputs=[answers],
         journals=[journal_path(path)],
         facts=_QuestionFacts if of.text is None else _TextFacts,
@@ -138,7 +138,7 @@ def _settings(experiment: Experiment, key: str, of: EvaluationSetSpec) -> Json:
     }
 
 
-def _files(experiment: Experiment, key: str, of: EvaluationSetSpec) -> dict[str, Path | str]:
+def set_files(experiment: Experiment, key: str, of: EvaluationSetSpec) -> dict[str, Path | str]:
     """What the set is read from, by name."""
     if of.text is not None:
         return {f"text of {key}": Path(of.text)}

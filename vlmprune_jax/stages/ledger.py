@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -12,11 +11,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypedDict
+from typing import Any, TypedDict
 
 from vlmprune_jax.checked_files import Finite, checked, open_file, read_json, replacing
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.errors import UserError, differences
+from vlmprune_jax.stages.store import RECORD, Store, exclusive
 
 Json = dict[str, Any]
 
@@ -57,6 +57,7 @@ class Stage:
     `outputs`: what the stage makes, each written atomically by the stage. `scratch`: what an interrupted stage leaves
     to resume from; `journals`: the same, but dropped without asking where the inputs changed. `version`: changes
     whenever the stage's code gives other results. `facts`: what kind (see checked_files) of facts its body reports.
+    `store`: where runs of a sweep leave for each other what they made; stages of one `kind` can stand in for another.
     """
 
     name: str
@@ -68,6 +69,8 @@ class Stage:
     scratch: Sequence[Path] = ()
     journals: Sequence[Path] = ()
     facts: Any = Json
+    kind: str = ""
+    store: Store | None = None
 
     @property
     def record(self) -> Path:
@@ -89,10 +92,17 @@ def run_stage(stage: Stage, body: Callable[[], Json], *, overwrite: bool, say: C
         inputs, or by hand, and `overwrite` is off.
     """
     with contextlib.ExitStack() as held:
+        key: str | None = None
 
         def begin() -> Json | None:
+            nonlocal key
             held.enter_context(_alone(stage, say))
-            return _begin(stage, overwrite, say)
+            finished = _begin(stage, overwrite, say)
+            if finished is None and stage.store is not None:
+                key = _key(stage)
+                held.enter_context(stage.store.alone(key, lambda: say(f"{stage.name}: another run makes it, waiting")))
+                finished = _take(stage, key, say)
+            return finished
 
         finished = on_process_zero(begin)
         if finished is not None:
@@ -104,44 +114,26 @@ def run_stage(stage: Stage, body: Callable[[], Json], *, overwrite: bool, say: C
             if is_main_process() and not any(_holds(path) for path in (*stage.scratch, *stage.journals)):
                 remove(stage.record)
             raise
-        return on_process_zero(lambda: _end(stage, facts, round(time.perf_counter() - start, 2)))
+        return on_process_zero(lambda: _end(stage, facts, round(time.perf_counter() - start, 2), key))
 
 
 @contextlib.contextmanager
 def _alone(stage: Stage, say: Callable[[str], None]) -> Iterator[None]:
-    """Refuse a second run of a stage in the same workdir; the system lets go of the lock of a process that is killed.
+    """Refuse a second run of a stage in the same workdir.
 
     Raises:
       UserError: another run is at it, and stays.
     """
-    path = stage.record.with_suffix(".lock")
-    if path.parent.is_symlink():
-        raise UserError(f"{path.parent}: is a link: remove it, or use another --workdir")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # not through a link, and no FIFO is waited for
-    with os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0) as file:
-        until = None
-        while not _locked(file):
-            if until is None:
-                until = time.monotonic() + LOCK_SECONDS
-                say(f"{stage.name}: another run is at it, waiting up to {LOCK_SECONDS:.0f} s for its end")
-            if time.monotonic() >= until:
-                raise UserError(
-                    f"{stage.name}: another run is at it in {stage.workdir}: wait for its end, or use another --workdir"
-                )
-            time.sleep(min(1.0, LOCK_SECONDS))
+
+    def waiting() -> None:
+        say(f"{stage.name}: another run is at it, waiting up to {LOCK_SECONDS:.0f} s for its end")
+
+    with exclusive(stage.record.with_suffix(".lock"), LOCK_SECONDS, waiting) as held:
+        if not held:
+            raise UserError(
+                f"{stage.name}: another run is at it in {stage.workdir}: wait for its end, or use another --workdir"
+            )
         yield
-
-
-def _locked(file: IO[bytes]) -> bool:
-    """Whether this process has the file now, or its disk (a mounted bucket) knows no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 def _begin(stage: Stage, overwrite: bool, say: Callable[[str], None]) -> Json | None:
@@ -151,7 +143,7 @@ def _begin(stage: Stage, overwrite: bool, say: Callable[[str], None]) -> Json | 
             raise UserError(f"{stage.name}: {name} is {path}: no such file or folder")
     now = {"settings": _plain(stage.settings), "inputs": {n: digest(p) for n, p in stage.inputs.items()}}
     now["version"] = stage.version
-    last = _read(stage)
+    last = _read(stage.record, stage.facts)
     same = last.get("made_from") == now
     present = [path for path in stage.outputs if path.exists()]
     if same and last.get("done") and len(present) == len(stage.outputs) and _unchanged(stage, last):
@@ -167,11 +159,36 @@ def _begin(stage: Stage, overwrite: bool, say: Callable[[str], None]) -> Json | 
     return None
 
 
-def _end(stage: Stage, facts: Json, seconds: float) -> Json:
-    """Note in the ledger that the stage is done."""
-    made = {path.name: digest(path) for path in stage.outputs}
-    done = {**_read(stage), "done": True, "seconds": seconds, "facts": facts, "outputs": made}
+def _key(stage: Stage) -> str:
+    """What the stage's result is known by among the runs of a sweep."""
+    assert stage.store is not None
+    made_from = {"settings": _plain(stage.settings), "version": stage.version}
+    return stage.store.key(stage.kind, made_from, stage.inputs, [path.name for path in stage.outputs])
+
+
+def _take(stage: Stage, key: str, say: Callable[[str], None]) -> Json | None:
+    """The facts of a stage that another run of the sweep did, with its outputs in place; None where none did."""
+    assert stage.store is not None
+    entry = stage.store.folder / key
+    last = _read(entry / RECORD, stage.facts)
+    made = [entry / path.name for path in stage.outputs]
+    if not last.get("done") or not all(path.exists() for path in made) or last["outputs"] != _digests(made):
+        remove(entry)
+        return None
+    stage.store.take(key, stage.outputs)
+    write_json(stage.record, {**last, "made_from": _read(stage.record, stage.facts)["made_from"]})
+    say(f"{stage.name}: taken from another run")
+    _clear(stage)
+    return {**last["facts"], "seconds": last["seconds"]}
+
+
+def _end(stage: Stage, facts: Json, seconds: float, key: str | None) -> Json:
+    """Note in the ledger that the stage is done, and keep it for other runs of the sweep."""
+    last = _read(stage.record, stage.facts)
+    done = {**last, "done": True, "seconds": seconds, "facts": facts, "outputs": _digests(stage.outputs)}
     write_json(stage.record, done)
+    if stage.store is not None and key is not None:
+        stage.store.put(key, stage.outputs, _plain(done))
     _clear(stage)
     return {**facts, "seconds": seconds}
 
@@ -187,7 +204,11 @@ def _holds(path: Path) -> bool:
 
 
 def _unchanged(stage: Stage, last: Json) -> bool:
-    return last["outputs"] == {path.name: digest(path) for path in stage.outputs}
+    return last["outputs"] == _digests(stage.outputs)
+
+
+def _digests(outputs: Sequence[Path]) -> dict[str, str]:
+    return {path.name: digest(path) for path in outputs}
 
 
 def _refuse(stage: Stage, present: Sequence[Path], last: Json, now: Json, overwrite: bool) -> None:
@@ -269,13 +290,13 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _read(stage: Stage) -> Json:
+def _read(record: Path, facts: Any) -> Json:
     """The last run of a stage; a damaged record counts as none (its outputs are then refused, not trusted)."""
     try:
-        last = read_json(stage.record, _Record, missing="", unicode=False)
+        last = read_json(record, _Record, missing="", unicode=False)
         if last["done"]:
             checked(last, _Done, "", "")
-            checked(last["facts"], stage.facts, "", "")
+            checked(last["facts"], facts, "", "")
     except UserError:
         return {}
     return dict(last)

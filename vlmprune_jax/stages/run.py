@@ -59,10 +59,16 @@ def reconstruct_all(experiment: Experiment, context: Context) -> None:
 
 
 def recover_all(experiment: Experiment, context: Context) -> None:
-    """Recover every pruned variant in every way."""
-    for pruned in prune_runs(experiment, context.workdir):
-        for run in recover_runs(pruned):
-            recover_stage(run.experiment, pruned.folder, run.folder, context)
+    """Recover every pruned variant in every way.
+
+    Raises:
+      UserError: there is none.
+    """
+    wanted = [run for pruned in prune_runs(experiment, context.workdir) for run in recover_runs(pruned)]
+    if not wanted:
+        raise UserError('recover.method is "none": set it to "train" (--config.recover.method=train)')
+    for run in wanted:
+        recover_stage(run.experiment, run.pruned.folder, run.folder, context)
 
 
 def evaluate_all(experiment: Experiment, context: Context) -> None:
@@ -71,7 +77,7 @@ def evaluate_all(experiment: Experiment, context: Context) -> None:
     found = 0
     for pruned in prune_runs(experiment, context.workdir):
         for name in _untrained(pruned):
-            if pruned.experiment.evaluate.unrecovered and (pruned.folder / name).is_dir():
+            if _is_evaluated(pruned, name) and (pruned.folder / name).is_dir():
                 evaluate_stage(pruned.experiment, pruned.folder / name, pruned.folder, name, context)
                 found += 1
         for run in recover_runs(pruned):
@@ -90,10 +96,7 @@ def evaluate_teacher(experiment: Experiment, context: Context) -> Json:
 
 def run_all(experiment: Experiment, context: Context) -> Json:
     """Every stage of every variant; returns and writes `result.json`, prints its table, builds the report."""
-    teacher = evaluate_teacher(experiment, context)
-    runs = [
-        entry for pruned in prune_runs(experiment, context.workdir) for entry in _run_variant(pruned, teacher, context)
-    ]
+    teacher, runs = make_models(experiment, context)
     chosen = best_run(runs, describe_sets(teacher))
     exported = _export(experiment, chosen, context)
     result = make_result(teacher, runs, chosen["name"], {"path": "export", **exported})
@@ -101,6 +104,13 @@ def run_all(experiment: Experiment, context: Context) -> Json:
     if is_main_process():
         finish(context)
     return result
+
+
+def make_models(experiment: Experiment, context: Context) -> tuple[Json, list[Json]]:
+    """Every stage of every variant but export: what was found of the unpruned model, and `runs` of `result.json`."""
+    teacher = evaluate_teacher(experiment, context)
+    pruned = prune_runs(experiment, context.workdir)
+    return teacher, [entry for one in pruned for entry in _run_variant(one, teacher, context)]
 
 
 def _run_variant(pruned: PruneRun, teacher: Json, context: Context) -> Iterator[Json]:
@@ -118,7 +128,7 @@ def _run_variant(pruned: PruneRun, teacher: Json, context: Context) -> Iterator[
     for name in _untrained(pruned):
         if name == RECONSTRUCTED:
             seconds += reconstruct_stage(pruned.experiment, pruned.folder, context)["seconds"]
-        if not pruned.experiment.evaluate.unrecovered:
+        if not _is_evaluated(pruned, name):
             continue
         folder = pruned.folder / name
         found = evaluate_stage(pruned.experiment, folder, pruned.folder, name, context)
@@ -144,6 +154,12 @@ def _run_variant(pruned: PruneRun, teacher: Json, context: Context) -> Iterator[
 def _untrained(pruned: PruneRun) -> list[str]:
     """Folders of the models that nothing was trained for, in the order in which they are made."""
     return ["pruned"] if pruned.experiment.reconstruct.method == "none" else ["pruned", RECONSTRUCTED]
+
+
+def _is_evaluated(pruned: PruneRun, untrained: str) -> bool:
+    """Whether such a model is: where nothing is trained, the last one is what this is all for."""
+    last = not recover_runs(pruned) and untrained == _untrained(pruned)[-1]
+    return pruned.experiment.evaluate.unrecovered or last
 
 
 def _relative(path: Path, context: Context) -> str:
@@ -174,10 +190,11 @@ def finish(context: Context) -> None:
     result = read_result(context.workdir)
     for table in tables_of(result):
         context.reporter.table(table.title, table.header, table.rows)
-    export = result["export"]
-    difference = export.get("max_abs_logit_difference")
-    context.reporter.say(f"best: {result['best']}, exported to {context.workdir / export['path']}")
-    context.reporter.say(f"  reloaded and compared: largest difference of any logit {difference:.2g}")
+    if "export" in result:
+        export = result["export"]
+        difference = export.get("max_abs_logit_difference")
+        context.reporter.say(f"best: {result['best']}, exported to {context.workdir / export['path']}")
+        context.reporter.say(f"  reloaded and compared: largest difference of any logit {difference:.2g}")
     page = build_report(context.workdir)
     context.reporter.say(
         f"report: {page}, plot: {page.with_suffix('.png')}, numbers: {context.workdir / 'result.json'}"

@@ -1,0 +1,45 @@
+"""Self-contained pages: one layout, style and script for every template; nothing on them comes from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from vlmprune_jax.checked_files import replacing
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of text; the first column names the rows. On a page it sorts, so a column keeps to one unit."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def write_page(template: str, path: Path, **values: Any) -> Path:
+    """Fill a template that extends `page.html` and write the page; returns its path.
+
+    `values` are text and never markup, but for what is `Markup`; `title` is among them. The page's own policy forbids
+    browsers to fetch anything and to run any other script than ours.
+    """
+    loader = jinja2.PackageLoader("vlmprune_jax.report", ".")
+    made = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    script = loader.get_source(made, "page.js")[0]
+    hashed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{hashed}'; base-uri 'none'; "
+        "form-action 'none'"
+    )
+    text = made.get_template(template).render(script=Markup(script), policy=policy, **values)
+    with replacing(path) as file:
+        file.write(text.encode(errors="backslashreplace"))
+    return path

@@ -1,0 +1,103 @@
+"""Several runs at once on one machine: processes that take one run after the other, and may die alone."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnContext, SpawnProcess
+from typing import Any
+
+Work = Callable[[Any], str | None]  # an item -> a line about what stopped it
+
+
+def in_processes(
+    items: Sequence[Any], jobs: int, start: Callable[[], Work], done: Callable[[Any, str | None], None]
+) -> None:
+    """Do every item in one of `jobs` new processes; a process that is killed costs the item that it was at.
+
+    Args:
+      items: what can be sent to another process.
+      jobs: number of processes.
+      start: called once in each new process: gives the function that does an item there. It must be importable.
+      done: called with an item and what stopped it, here, one item at a time.
+    """
+    waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    for item in items:
+        waiting.put(item)
+    workers = [_Worker(start) for _ in range(min(jobs, len(items)))]
+    told, stopping = threading.Lock(), threading.Event()
+
+    def drive(worker: _Worker) -> None:
+        with contextlib.suppress(queue.Empty):
+            while not stopping.is_set():
+                item = waiting.get_nowait()
+                line = worker.do(item)
+                if not stopping.is_set():
+                    with told:
+                        done(item, line)
+
+    threads = [threading.Thread(target=drive, args=(worker,), daemon=True) for worker in workers]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    except BaseException:
+        stopping.set()
+        raise
+    finally:
+        for worker in workers:
+            worker.end()  # SIGTERM: training saves its step
+        for thread in threads:
+            thread.join()
+
+
+class _Worker:
+    """A process, started when there is something to do, and again where it was killed."""
+
+    def __init__(self, start: Callable[[], Work]):
+        self._start = start
+        self._context: SpawnContext = multiprocessing.get_context("spawn")  # jax has threads, which a fork would lose
+        self._process: SpawnProcess | None = None
+        self._connection: Connection | None = None
+
+    def do(self, item: Any) -> str | None:
+        """What the process says of an item, or how it ended over it."""
+        if self._process is None or self._connection is None:
+            self._connection, theirs = self._context.Pipe()
+            self._process = self._context.Process(target=_serve, args=(theirs, self._start), daemon=True)
+            self._process.start()
+            theirs.close()
+        try:
+            self._connection.send(item)
+            return self._connection.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            code, self._process = self._process.exitcode or 0, None
+            what = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            return f"its process ended ({what}), perhaps for lack of memory: use fewer --jobs, or smaller batches"
+
+    def end(self) -> None:
+        """Ask the process to end, and wait until it has."""
+        process = self._process
+        if process is not None and process.pid is not None:
+            process.terminate()
+            process.join()
+
+
+def _serve(connection: Connection, start: Callable[[], Work]) -> None:
+    """The life of a process: do what comes, answer, until nobody asks any more."""
+    try:
+        work = start()
+        while True:
+            connection.send(work(connection.recv()))
+    except EOFError:
+        pass
+    except KeyboardInterrupt:
+        sys.exit(130)
