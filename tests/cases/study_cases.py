@@ -55,7 +55,7 @@ def rows():
                 at = {"seed": seed, "data": 0.05}
                 found += [
                     row(method, level, "none", plain + wobble, seed=seed),
-                    row(method, level, "none", (plain + best) / 2, seed=seed, solved=True),
+                    row(method, level, "none", (plain + wobble + best) / 2, seed=seed, solved=True),
                     row(method, level, "sft_l2", best, **at),
                     row(method, level, "sft_l2", best + 1, seed=seed, data=1.0),
                     row(method, level, "sft", best - 2 + (-1) ** seed * 5, **at),

@@ -51,15 +51,14 @@ def run(flags: Any) -> None:
     stages.check_runs(runs, sweep)
     mine = stages.shard_of(runs, flags.shard)
     if flags.jobs < 1 or (flags.jobs > 1 and process_count() > 1):
-        raise UserError(f"--jobs={flags.jobs}: must be at least 1, and 1 on a pod, whose processes do each run together")
+        raise UserError(
+            f"--jobs={flags.jobs}: must be at least 1, and 1 on a pod, whose processes do each run together"
+        )
     if flags.dry_run:
         stages.tell_sharing(mine, sweep, reporter)
         return
     runs, mine = (
-        [
-            dataclasses.replace(run, experiment=stages.with_caches(placed(run.experiment, sweep.workdir)))
-            for run in some
-        ]
+        [dataclasses.replace(run, experiment=stages.with_caches(placed(run.experiment, sweep.workdir))) for run in some]
         for some in (runs, mine)
     )
     config = flags["config"].config_filename

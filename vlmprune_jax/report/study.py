@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from vlmprune_jax.checked_files import read_text, replacing
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.evaluation.statistics import interval_of_mean
 from vlmprune_jax.report.guide import FILE, SOLVED, Evidence, Guide, Source, as_json, read_guide
-from vlmprune_jax.report.sweep import read_sweep
+from vlmprune_jax.report.sweep import done, read_sweep
 
 Json = Mapping[str, Any]
 Values = dict[str, list[float]]  # where it was compared -> a number of each pair
 HOLDS, FAILS, OPEN, MEASURED = "holds", "does not hold", "cannot be said", "measured"
-LEVEL = 0.95
 AS_GOOD = 1.0  # points of retained % by which a cheaper way may be behind and counts as as good
 LEAST_LOSS = 1.0  # points that training must win back for its replacement to be a share of it
 BEGIN, END = "<!-- vlmprune study: begin -->", "<!-- vlmprune study: end -->"
@@ -82,8 +81,8 @@ class Insight:
 def points_of(sweep: Json) -> list[Point]:
     """The evaluated models of a `sweep.json` that were pruned by the paper's criteria and have an average."""
     found = []
-    for row in sweep["models"]:
-        if row["status"] != "done" or not row["criterion"].startswith(_CRITERIA):
+    for row in done(sweep):
+        if not row["criterion"].startswith(_CRITERIA):
             continue
         evaluation = row["evaluation"]
         retained = evaluation["mean_of_ratios"]
@@ -125,8 +124,8 @@ def _concluded(insight: Insight, values: Values) -> Conclusion:
 
 
 def _compared(where: str, numbers: Sequence[float], threshold: float | None) -> Comparison:
-    mean = float(np.mean(numbers))
-    interval = mean_interval(numbers)
+    mean, *ends = interval_of_mean(numbers)
+    interval = (ends[0], ends[1]) if len(numbers) > 1 else None
     if interval is None:
         verdict = OPEN
     elif threshold is None:
@@ -134,15 +133,6 @@ def _compared(where: str, numbers: Sequence[float], threshold: float | None) -> 
     else:
         verdict = HOLDS if interval[0] >= threshold else FAILS if interval[1] < threshold else OPEN
     return Comparison(where, len(numbers), mean, interval, verdict)
-
-
-def mean_interval(numbers: Sequence[float]) -> tuple[float, float] | None:
-    """95 % interval of the mean by Student's t with n - 1 degrees of freedom; None of fewer than two numbers."""
-    if len(numbers) < 2:
-        return None
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(numbers) - 1)) * float(np.std(numbers, ddof=1)) / len(numbers) ** 0.5
-    mean = float(np.mean(numbers))
-    return mean - half, mean + half
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------
@@ -173,17 +163,21 @@ def _of_methods(recovery: str, first: str, second: str, low: float, high: float)
     """Differences of one method from another after one recovery, by level; both shares reached are named."""
 
     def values(points: Sequence[Point]) -> Values:
-        by_level: dict[float, list[tuple[Point, Point]]] = {}
+        by_place: dict[tuple[float, float], list[tuple[Point, Point]]] = {}
         for pair in _pairs(points, (first, recovery), (second, recovery), low, high):
-            by_level.setdefault(pair[0].level, []).append(pair)
+            by_place.setdefault((pair[0].level, pair[0].data), []).append(pair)
         found = {}
-        for level, pairs in sorted(by_level.items()):
+        for (level, data), pairs in sorted(by_place.items()):
             went = [100 * float(np.mean([pair[side].reached for pair in pairs])) for side in (0, 1)]
-            where = f"{100 * level:.0f} % ({first} {went[0]:.1f}, {second} {went[1]:.1f})"
+            where = f"{100 * level:.0f} % ({first} {went[0]:.1f}, {second} {went[1]:.1f}){_of_data(data)}"
             found[where] = [one.retained - other.retained for one, other in pairs]
         return found
 
     return values
+
+
+def _of_data(share: float) -> str:
+    return f", {100 * share:g} % of the data" if share else ""
 
 
 def _of_recoveries(
@@ -196,7 +190,7 @@ def _of_recoveries(
         for method in methods:
             for other in others:
                 for one, partner in _pairs(points, (method, ours), (method, other), 0.0, high):
-                    where = f"{method} {100 * one.level:.0f} %, against {other}"
+                    where = f"{method} {100 * one.level:.0f} %, against {other}{_of_data(one.data)}"
                     found.setdefault(where, []).append(one.retained - partner.retained)
         return found
 
@@ -236,7 +230,7 @@ def _replaced(points: Sequence[Point]) -> Values:
         for trained, plain in _pairs(points, (method, BEST), (method, "none")):
             won = trained.retained - plain.retained
             if id(trained) in solved and won >= LEAST_LOSS:
-                where = f"{method} {100 * trained.level:.0f} %, {100 * trained.data:g} % of the data"
+                where = f"{method} {100 * trained.level:.0f} %{_of_data(trained.data)}"
                 found.setdefault(where, []).append(100 * (solved[id(trained)].retained - plain.retained) / won)
     return found
 
@@ -383,8 +377,8 @@ def evidence_of(name: str, points: Sequence[Point]) -> list[Evidence]:
         cells.setdefault(key, []).append(point)
     rows = []
     for (model, method, recovery, _, data), of in cells.items():
-        kept = [point.retained for point in of]
-        interval = of[0].interval if len(of) == 1 else mean_interval(kept)
+        mean, *ends = interval_of_mean([point.retained for point in of])
+        interval = of[0].interval if len(of) == 1 else (ends[0], ends[1])
         rows.append(
             Evidence(
                 source=name,
@@ -393,7 +387,7 @@ def evidence_of(name: str, points: Sequence[Point]) -> list[Evidence]:
                 recovery=recovery,
                 decoder_ratio=round(float(np.mean([point.reached for point in of])), 4),
                 data_fraction=data,
-                retained=round(float(np.mean(kept)), 2),
+                retained=round(mean, 2),
                 interval=None if interval is None else (round(interval[0], 2), round(interval[1], 2)),
                 seeds=len(of),
                 note="",

@@ -130,7 +130,7 @@ def as_lines(advice: Advice) -> list[str]:
     """The recommendation in words, without its tables."""
     found, cfg, rule = advice.recommendation, advice.cfg, advice.recommendation.rule
     lines = [
-        f"{advice.folder}: {count_params(cfg) / 1e9:.3g} B parameters, the decoder has "
+        f"{advice.folder}: {count_params(cfg):,} parameters, the decoder has "
         f"{_percent(count_params(cfg, 'text') / count_params(cfg))} of them",
         f"asked: {_percent(found.ratio)} of all parameters, {_percent(found.decoder_ratio)} of the decoder",
         "",
@@ -168,11 +168,10 @@ def as_tables(advice: Advice) -> list[tuple[str, tuple[str, ...], list[tuple[str
     tables = [(title, header, [_row(row) for row in of]) for title, of in rows.items() if of]
     if found.speed:
         fast = [
-            (f"{one.model}, {one.format}", one.method, _percent(one.removed), f"{one.decode:.2f}")
+            (f"{one.model}, {one.format}, llama.cpp", one.method, _percent(one.removed), f"{one.decode:.2f}")
             for one in found.speed
         ]
-        named = "Decoding in times of the unpruned model's tokens/s (llama.cpp, 2 threads)"
-        tables.append((named, ("model", "prune", "of all", "times"), fast))
+        tables.append(("Decoding, times the unpruned speed", ("model", "prune", "of all", "times"), fast))
     return tables
 
 

@@ -37,7 +37,9 @@ class Store:
     folder: Path
     also: Mapping[str, Any] = field(default_factory=dict)
 
-    def key(self, kind: str, made_from: Mapping[str, Any], inputs: Mapping[str, Path | str], names: Sequence[str]) -> str:
+    def key(
+        self, kind: str, made_from: Mapping[str, Any], inputs: Mapping[str, Path | str], names: Sequence[str]
+    ) -> str:
         """What a stage's result is known by: everything that it is made from, and what it is called.
 
         The ledger samples large files, which tells a file that was replaced; here two models that differ in their

@@ -70,7 +70,10 @@ class Sweep:
     def context(self, run: SweepRun, reporter: Reporter) -> Context:
         """That of a run, with what runs leave for each other."""
         data, sets = run.experiment.data, evaluation_sets(run.experiment)
-        images = [data.images, *(of.images for of in sets.values())]  # no stage has them as inputs: there are many files
+        images = [
+            data.images,
+            *(of.images for of in sets.values()),
+        ]  # no stage has them as inputs: there are many files
         store = Store(self.workdir / SHARED, {"images": [path and str(Path(path).resolve()) for path in images]})
         return Context(self.folder(run), reporter, self.overwrite, store)
 
@@ -87,7 +90,9 @@ def check_runs(runs: Sequence[SweepRun], sweep: Sweep) -> None:
         except UserError as error:
             raise UserError(f"run {run.name}: {error}") from error
         if evaluation_sets(run.experiment) != evaluation_sets(runs[0].experiment):
-            raise UserError(f"run {run.name} is evaluated on other sets than {runs[0].name}: give all the same questions")
+            raise UserError(
+                f"run {run.name} is evaluated on other sets than {runs[0].name}: give all the same questions"
+            )
 
 
 def shard_of(runs: Sequence[SweepRun], shard: str) -> list[SweepRun]:
@@ -285,7 +290,11 @@ def _made_from(experiment: Experiment) -> str:
     settings["recover"] = {name: getattr(experiment.recover, name) for name in ("method", "name")}
     settings["budget"] = dataclasses.asdict(experiment.prune.budget)
     settings["variants"] = [dict(experiment.prune_variants), dict(experiment.recover_variants)]
-    known = {"settings": settings, "versions": VERSIONS, "inputs": {n: _digest(p) for n, p in _inputs(experiment).items()}}
+    known = {
+        "settings": settings,
+        "versions": VERSIONS,
+        "inputs": {n: _digest(p) for n, p in _inputs(experiment).items()},
+    }
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
 
 
