@@ -23,6 +23,7 @@ from vlmprune_jax.models.params import count_params
 FILE = Path(__file__).with_name("guide.json")
 VERSION, SOLVED = 1, "reconstruct"
 COMPUTE = ("none", "projector", "full")
+METHODS, RECOVERIES = ("depth", "width"), ("none", "projector", "sft_l2")  # what can be advised
 ALWAYS = ("nominal", "average", "five_percent")  # conflicts that are not one rule's
 _TODO = "make it again with `vlmprune study`, or leave --guide out"
 
@@ -177,8 +178,10 @@ def _problems(guide: Guide) -> Iterator[str]:
         for name in (*rule.methods, rule.recovery, *([SOLVED] if rule.reconstruct else [])):
             if name not in guide.settings:
                 yield f"rule {rule.name!r} advises {name!r}, which has no settings"
-        if not rule.methods or any(name not in guide.conflicts for name in rule.conflicts):
-            yield f"rule {rule.name!r} advises nothing, or names a conflict that is not there"
+        if not rule.methods or not {*rule.methods} <= {*METHODS} or rule.recovery not in RECOVERIES:
+            yield f"rule {rule.name!r} must advise of {', '.join(METHODS)} and one of {', '.join(RECOVERIES)}"
+        if any(name not in guide.conflicts for name in rule.conflicts):
+            yield f"rule {rule.name!r} names a conflict that is not there"
     for compute in COMPUTE:
         if not any(rule.compute == compute and rule.up_to >= 1 and rule.speed is None for rule in guide.rules):
             yield f"no rule of {compute!r} fits every ratio"

@@ -295,5 +295,9 @@ def _leaves(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, A
 
 
 def _literal(value: Any) -> str:
-    """A text, number or mapping of them, as JSON and Python both spell it."""
-    return json.dumps(value, ensure_ascii=False)
+    """A value of JSON as Python spells it."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_literal(name)}: {_literal(one)}' for name, one in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_literal, value))}]"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
