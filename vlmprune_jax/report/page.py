@@ -23,6 +23,32 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
+@dataclass(frozen=True)
+class Figure:
+    """An `<svg>` with what it shows in words, for those who do not see it, and its caption."""
+
+    svg: Markup
+    alt: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page under a heading: sentences, figures, tables, (title, (what, value) pairs), samples of a set.
+
+    `missing`: what is not there yet, and `command`, which makes it.
+    """
+
+    title: str
+    notes: tuple[str, ...] = ()
+    figures: tuple[Figure, ...] = ()
+    tables: tuple[Table, ...] = ()
+    facts: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = ()
+    samples: tuple[Any, ...] = ()
+    missing: str = ""
+    command: str = ""
+
+
 def write_page(template: str, path: Path, **values: Any) -> Path:
     """Fill a template that extends `page.html` and write the page; returns its path.
 

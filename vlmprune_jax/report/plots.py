@@ -72,7 +72,7 @@ def score_figure(result: Mapping[str, Any], measured: Measured) -> Figure:
     finite = [np.nan if v is None or not abs(v) < LARGEST else float(v) for v in measured.values]
     unpruned, values = finite[0], finite[1:]
     names = [run[key] for run in runs for key in ("name", "method", "recovery")]
-    with _style(measured.label, measured.title, *names):
+    with styled(measured.label, measured.title, *names):
         figure = Figure(figsize=(9.2, 3.9), layout="constrained")
         axes, bars = figure.subplots(1, 2, width_ratios=(5, 4))
         axes.axhline(unpruned, color=MUTED, linestyle="--", linewidth=1)
@@ -81,7 +81,7 @@ def score_figure(result: Mapping[str, Any], measured: Measured) -> Figure:
         for run, value in zip(runs, values, strict=True):
             lines.setdefault((run["method"], run["recovery"]), []).append((run["parameters"] / 1e6, value))
         for (method, recovery), points in itertools.islice(lines.items(), MOST_LINES):
-            axes.plot(*np.transpose(sorted(points)), **_marker(method, colours[recovery]))
+            axes.plot(*np.transpose(sorted(points)), **marker(method, colours[recovery]))
         axes.set_xlabel("parameters (millions)")
         axes.set_ylabel(legible(measured.label, LONGEST_TITLE))
         axes.set_title(legible(measured.title, LONGEST_TITLE))
@@ -99,7 +99,7 @@ def _top(values: Sequence[float], full: float | None) -> float:
     return max([0.0, *real]) or 1.0
 
 
-def _marker(method: str, colour: str) -> dict[str, Any]:
+def marker(method: str, colour: str) -> dict[str, Any]:
     """Depth filled and width hollow: both stay visible where they coincide."""
     shape, size = MARKERS.get(method, ("^", 8))
     face = colour if method == "depth" else "none"
@@ -114,7 +114,7 @@ def _legend(runs: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> li
     plain: Any = {"linestyle": "none"}
     entries = [Line2D([], [], marker="*", color=INK, markersize=12, label="unpruned", **plain)]
     for method in list(dict.fromkeys(run["method"] for run in runs))[:MOST_NAMED]:
-        entries.append(Line2D([], [], label=legible(method), **{**_marker(method, INK), **plain}))
+        entries.append(Line2D([], [], label=legible(method), **{**marker(method, INK), **plain}))
     for recovery, colour in itertools.islice(colours.items(), MOST_NAMED):
         if any(run["recovery"] == recovery for run in runs):
             label = "unrecovered" if recovery == "none" else legible(recovery)
@@ -163,7 +163,7 @@ def recovery_colours(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 def layer_importance_figure(title: str, importance: np.ndarray, removed: Sequence[int]) -> Figure:
     """Importance of every decoder layer (original numbers), the removed ones in another colour."""
-    with _style(title):
+    with styled(title):
         figure = Figure(figsize=(7.6, 2.7), layout="constrained")
         axes = figure.add_subplot()
         numbers = np.arange(len(importance))
@@ -186,7 +186,7 @@ def width_importance_figure(
     `kept`: original layer number -> (kept units, kept neurons, neurons before); a layer that is missing is gone whole.
     """
     n_layers, shares = len(heads), _by_layer(heads)
-    with _style(title):
+    with styled(title):
         figure = Figure(figsize=(7.6, 3.4), layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
         image = top.imshow(shares, aspect="auto", cmap="viridis", vmin=0, vmax=1, origin="lower")
@@ -214,7 +214,7 @@ def kinds_figure(title: str, kinds: Mapping[str, tuple[Sequence[np.ndarray] | No
     """
     drawn = {name: heads for name, (heads, _) in kinds.items() if heads is not None}
     top = max(float(layers.max()) for _, layers in kinds.values()) or 1.0
-    with _style(title, *kinds):
+    with styled(title, *kinds):
         figure = Figure(figsize=(9.2, 4.2 if drawn else 2.4), layout="constrained")
         panels = figure.subplots(1 + bool(drawn), len(kinds), sharex=True, sharey="row", squeeze=False)
         image = None
@@ -262,7 +262,7 @@ def loss_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mappi
     terms = [term for term, found in shown.items() if any(found.values())][:MOST_PANELS]
     if not terms:
         return None
-    with _style(*titles.values(), *curves):
+    with styled(*titles.values(), *curves):
         figure = Figure(figsize=(7.6, 2.8), layout="constrained")
         panels = np.atleast_1d(figure.subplots(1, len(terms), sharex=True))
         for axes, term in zip(panels, terms, strict=True):
@@ -297,7 +297,7 @@ def legible(text: str, longest: int = LONGEST) -> str:
     return line.replace("$", r"\$")
 
 
-def _style(*names: str) -> Any:
+def styled(*names: str) -> Any:
     """The style of a figure in which these names stand, in fonts that have their characters."""
     fonts = {_font_of(c): None for c in sorted(set("".join(map(printable, names)))) if not c.isascii()}
     others = [family for family in fonts if family not in (None, _FONT)]

@@ -360,6 +360,28 @@ def write_sweep(runs: Sequence[SweepRun], sweep: Sweep, config: str) -> Json:
     return found
 
 
+def finish(found: Json, mine: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> None:
+    """Print the table of what was found, and where it is.
+
+    Raises:
+      UserError: a run of this call failed.
+    """
+    header, rows = report.table_of(found)
+    reporter.table("Retained in % of the unpruned model's score", header, rows)
+    names = {run.name for run in mine}
+    failed = [one for one in found["models"] if one["status"] == report.FAILED]
+    for one in failed:
+        reporter.say(f"failed: {one['name']}: {one['error']}")
+    there = [name for name in (report.FILE, "sweep.csv", "sweep.html") if (sweep.workdir / name).is_file()]
+    reporter.say(f"comparison: {', '.join(str(sweep.workdir / name) for name in reversed(there))}")
+    ours = [one for one in failed if one["run"] in names]
+    if ours:
+        raise UserError(
+            f"{len(ours)} of {len(mine)} runs failed, the first: {ours[0]['name']}: {ours[0]['error']}; the same "
+            "command tries them again"
+        )
+
+
 def tell_sharing(runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> None:
     """List the runs, what became of them, and by which of them each stage is done, as far as settings tell."""
     first: dict[str, int] = {}

@@ -1,0 +1,258 @@
+"""From `sweep.json` to `sweep.html`: the models of a sweep beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from vlmprune_jax.errors import printable
+from vlmprune_jax.report import comparison_plots as plots
+from vlmprune_jax.report.comparison_plots import Cost, drawable, series_of, way_of
+from vlmprune_jax.report.page import Figure, Section, Table, write_page
+from vlmprune_jax.report.plots import to_svg
+from vlmprune_jax.report.result import averaged_sets, main_value, shown
+from vlmprune_jax.report.sweep import DONE, FAILED, SPEEDS, Group, Json, done, groups_of, read_sweep
+
+FILE = "sweep.html"
+ENOUGH = 95.0  # percent retained: the paper's "almost all"
+LEAST_RADAR = 3  # sets
+MOST_SETS, MOST_FIGURES = 12, 6
+PARAMETERS = Cost("Parameters", "parameters (millions)", lambda model: model["parameters"] / 1e6)
+COSTS = (
+    PARAMETERS,
+    Cost("Bytes of the folder", "MiB", lambda model: model["bytes"] / 2**20),
+    Cost("FLOPs of a prompt", "GFLOPs", lambda model: model["forward_flops"] / 1e9),
+)
+SPEED_NAMES = ("Prefill", "Decoding")
+DECODER = Cost("", "decoder's parameters removed (%)", lambda model: 100 * model["decoder_ratio"])
+DATA = Cost("", "data trained on (%)", lambda model: 100 * model["data_fraction"])
+NOTES = (
+    "A row is what differs in more than seeds. Retained: share of the unpruned model's score, in percent{averages}; ± is "
+    "half of a 95 % interval over seeds (Student's t), which says nothing of other questions. Seconds: scoring, "
+    "pruning, reconstruction and training, the mean, without evaluation, by whichever run did it."
+)
+
+
+def build_comparison(workdir: Path) -> Path:
+    """Write `sweep.html` (one file, nothing external) of a sweep with at least one model; returns its path.
+
+    Raises:
+      UserError: `sweep.json` is missing or damaged.
+    """
+    sweep = read_sweep(workdir)
+    groups = groups_of(sweep)
+    best = _best(groups)
+    sections = [
+        *_pareto_section(sweep, groups),
+        *_ratio_section(groups),
+        *_data_section(groups),
+        *_radar_section(sweep, groups),
+        Section("All models", tables=(_table(sweep, groups),), notes=(NOTES.format(averages=_averages(sweep)),)),
+        *_open_section(sweep),
+    ]
+    return write_page(
+        "comparison.html",
+        workdir / FILE,
+        title="Comparison of pruned models",
+        lead=list(_lead(sweep, groups, best)),
+        sections=sections,
+        best="" if best is None else printable(best.name),
+        origin=f"Made by vlmprune sweep --config={printable(sweep['config'])}; numbers: sweep.json, sweep.csv.",
+    )
+
+
+def _best(groups: Sequence[Group]) -> Group | None:
+    """The one that retains most, among equals the smallest."""
+    known = [group for group in groups if group.retained is not None]
+    return min(known, key=lambda group: (-group.retained[0], group.mean("parameters"))) if known else None  # type: ignore[index]
+
+
+def _lead(sweep: Json, groups: Sequence[Group], best: Group | None) -> Iterator[str]:
+    runs = {one["run"]: one["status"] for one in sweep["models"]}
+    count = {status: sum(found == status for found in runs.values()) for status in dict.fromkeys(runs.values())}
+    left = ", ".join(f"{number} {status}" for status, number in count.items() if status != DONE)
+    yield f"{count.get(DONE, 0)} of {len(runs)} runs are done{f' ({left})' if left else ''}: {len(done(sweep))} models."
+    if best is None or best.retained is None:
+        return
+    yield f"Most is retained by {printable(best.name)}: {best.retained[0]:.2f} % {_over(sweep)}, {_smaller(best, sweep)}."
+    enough = [group for group in groups if group.retained is not None and group.retained[0] >= ENOUGH]
+    smallest = min(enough, key=lambda group: group.mean("parameters"), default=None)
+    if smallest is None or smallest.retained is None:
+        yield f"No model retains {ENOUGH:g} %."
+    elif smallest is not best:
+        yield (
+            f"The smallest that retains {ENOUGH:g} % is {printable(smallest.name)}: {smallest.retained[0]:.2f} %, "
+            f"{_smaller(smallest, sweep)}."
+        )
+
+
+def _smaller(group: Group, sweep: Json) -> str:
+    before = sweep["unpruned"][group.first["model"]]["parameters"]
+    return f"with {100 * (1 - group.mean('parameters') / before):.1f} % fewer parameters"
+
+
+def _over(sweep: Json) -> str:
+    names = averaged_sets(sweep["sets"])
+    return f"on {names[0]}" if len(names) == 1 else f"on average over {len(names)} evaluation sets"
+
+
+def _averages(sweep: Json) -> str:
+    names = averaged_sets(sweep["sets"])
+    return "" if len(names) == 1 else f", the mean over {', '.join(names)}"
+
+
+def _figure(figure: Any, alt: str, caption: str) -> Figure:
+    return Figure(Markup(to_svg(figure)), alt, caption)
+
+
+def _pareto_section(sweep: Json, groups: Sequence[Group]) -> Iterator[Section]:
+    drawn = drawable(groups)
+    if not drawn:
+        return
+    models = [*sweep["unpruned"].values()]
+    figures = [
+        _figure(
+            plots.pareto_figure(groups, models, COSTS),
+            f"{len(drawn)} models: retained percent against parameters, bytes and FLOPs; the table has the numbers.",
+            "Shape: what was removed; colour: what was done afterwards. The line joins the models that no other one "
+            "beats in both; the star is the unpruned model.",
+        )
+    ]
+    for name, field in zip(SPEED_NAMES, SPEEDS, strict=True):
+        fast = [group for group in drawn if all(field in model for model in group.models)]
+        if fast:
+            speed = Cost(f"{name} speed", "tokens per second", lambda model, field=field: model[field], rising=True)
+            timed = [model for model in models if field in model]
+            figures.append(
+                _figure(
+                    plots.pareto_figure(fast, timed, [speed]), f"Retained percent against {name} speed.", "Measured."
+                )
+            )
+    yield Section("What is retained at which cost", figures=tuple(figures))
+
+
+def _asked(group: Group) -> Any:
+    """Models of one ratio are compared, whatever each reaches."""
+    return (
+        group.first["ratio_asked"] if group.first["ratio_asked"] is not None else round(group.mean("ratio_reached"), 3)
+    )
+
+
+def _ratio_section(groups: Sequence[Group]) -> Iterator[Section]:
+    if len({_asked(group) for group in drawable(groups)}) < 2:
+        return
+    series, figures = series_of(groups), []
+    fractions = sorted({group.first["data_fraction"] for group in drawable(groups)})
+    for fraction in fractions[:MOST_FIGURES]:
+        some = [group for group in drawable(groups) if group.first["data_fraction"] == fraction]
+        of = f"Trained on {100 * fraction:g} % of the data" if fraction else "Without training"
+        figure = plots.curves_figure(some, way_of, lambda group: series[group.name], DECODER, "linear")
+        figures.append(
+            _figure(
+                figure,
+                f"{of}: retained percent over the share of the decoder that went, {len(some)} points.",
+                f"{of}. Bands: 95 % intervals over seeds.",
+            )
+        )
+    yield Section("Over the ratio", figures=tuple(figures))
+
+
+def _data_section(groups: Sequence[Group]) -> Iterator[Section]:
+    trained = [group for group in drawable(groups) if group.first["data_fraction"]]
+    if len({group.first["data_fraction"] for group in trained}) < 2:
+        return
+    series, figures = series_of(groups), []
+    for name in list(dict.fromkeys(series[group.name] for group in trained))[:MOST_FIGURES]:
+        some = sorted((group for group in trained if series[group.name] == name), key=_asked)
+        shares = {_asked(group): 100 * group.mean("decoder_ratio") for group in some}
+        figure = plots.curves_figure(
+            some, lambda group, of=shares: f"{of[_asked(group)]:.0f} % of the decoder removed", way_of, DATA, "log"
+        )
+        alt = f"{name}: retained percent over the share of the training data, {len(some)} points."
+        figures.append(_figure(figure, alt, f"{name}. Bands: 95 % intervals over seeds."))
+    yield Section("Over the training data", figures=tuple(figures))
+
+
+def _radar_section(sweep: Json, groups: Sequence[Group]) -> Iterator[Section]:
+    """Of every method at every ratio the one that retains most."""
+    names = [name for name in sweep["sets"] if all(_kept(group, name) is not None for group in drawable(groups))]
+    names = names[:MOST_SETS]
+    if len(names) < LEAST_RADAR:
+        return
+    series, chosen = series_of(groups), dict[Any, dict[str, Group]]()
+    for group in sorted(drawable(groups), key=_asked):
+        at = chosen.setdefault(_asked(group), {})
+        known = at.get(series[group.name])
+        if known is None or (group.retained or ())[0] > (known.retained or ())[0]:
+            at[series[group.name]] = group
+    panels: dict[str, Mapping[str, Mapping[str, float]]] = {}
+    for at in chosen.values():
+        share = 100 * sum(group.mean("decoder_ratio") for group in at.values()) / len(at)
+        panels[f"{share:.0f} % of the decoder"] = {
+            name: {one: _kept(group, one) or 0.0 for one in names} for name, group in at.items()
+        }
+    figure = plots.radar_figure(panels, names)
+    alt = f"Radar of what is retained of {', '.join(names)}, for the best model of each method at each ratio."
+    caption = "Of each method at each ratio the model that retains most on average; dashed: the unpruned model."
+    yield Section("Every benchmark", figures=(_figure(figure, alt, caption),))
+
+
+def _kept(group: Group, name: str) -> float | None:
+    values = [one["evaluation"]["retained"].get(name) for one in group.models]
+    return None if None in values else sum(values) / len(values)
+
+
+def _table(sweep: Json, groups: Sequence[Group]) -> Table:
+    """Everything in numbers; a row a group, the unpruned models first."""
+    sets = sweep["sets"]
+    names = list(sets)[:MOST_SETS]
+    costs = ("parameters", "MiB", "GFLOPs")
+    facts = ("decoder removed, %", "data, %", "seeds", "retained", "±", "paper avg")
+    scores = (f"{name}: {sets[name]['main']}{f' in {unit}' if (unit := sets[name]['unit']) else ''}" for name in names)
+    header = ("model", *costs, *facts, *scores, "seconds")
+    rows = []
+    for name, model in sweep["unpruned"].items():
+        values = (shown(main_value(model, one, sets), sets[one], unit=False) for one in names)
+        label = "unpruned" if len(sweep["unpruned"]) == 1 else f"unpruned {printable(name)}"
+        rows.append((label, *_costs([model]), "", "", "", "100.00", "", "100.00", *values, ""))
+    for group in groups:
+        mean, low, high = group.retained or (None, 0.0, 0.0)
+        averages = [one["evaluation"]["paper_average"] for one in group.models]
+        facts = (
+            f"{100 * group.mean('decoder_ratio'):.1f}",
+            f"{100 * group.first['data_fraction']:g}" if group.first["data_fraction"] else "",
+            f"{len(group.models)}",
+            "" if mean is None else f"{mean:.2f}",
+            f"{(high - low) / 2:.2f}" if len(group.models) > 1 else "",
+            "" if None in averages else f"{sum(averages) / len(averages):.2f}",
+        )
+        values = (_score(group, one, sets) for one in names)
+        rows.append((printable(group.name), *_costs(group.models), *facts, *values, f"{group.mean('seconds'):.1f}"))
+    return Table(f"{len(groups)} kinds of models", header, tuple(rows))
+
+
+def _costs(models: Sequence[Json]) -> tuple[str, str, str]:
+    parameters, mib, flops = (sum(map(cost.of, models)) / len(models) for cost in COSTS)
+    return f"{1e6 * parameters:,.0f}", f"{mib:,.2f}", f"{flops:,.3f}"
+
+
+def _score(group: Group, name: str, sets: Json) -> str:
+    values = [value for one in group.models if (value := main_value(one, name, sets)) is not None]
+    return shown(sum(values) / len(values), sets[name], unit=False) if values else ""
+
+
+def _open_section(sweep: Json) -> Iterator[Section]:
+    """What is not there, and why."""
+    rows = [
+        (printable(one["run"]), one["status"], printable(one["error"] or ""))
+        for one in sweep["models"]
+        if one["status"] != DONE
+    ]
+    if rows:
+        failed = sum(row[1] == FAILED for row in rows)
+        table = Table(f"{failed} failed, {len(rows) - failed} pending", ("run", "state", "error"), tuple(rows))
+        note = "The same `vlmprune sweep` goes on with them, and tries those that failed again."
+        yield Section("Runs without a result", tables=(table,), notes=(note,))

@@ -1,0 +1,248 @@
+"""Figures that compare the models of a sweep: what is retained by costs, by ratio, by data and by benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
+
+from vlmprune_jax.report.plots import (
+    COLOURS,
+    INK,
+    LARGEST,
+    LONGEST_TITLE,
+    MOST_NAMED,
+    MUTED,
+    UNRECOVERED,
+    legible,
+    marker,
+    styled,
+)
+from vlmprune_jax.report.sweep import Group
+
+MOST_PANELS = 9
+LABEL = "retained (%)"
+_DASHES = ("-", "--", ":", "-.")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs (or, `rising`, gives), and how an axis of it is named."""
+
+    title: str
+    label: str
+    of: Callable[[Mapping[str, Any]], float]
+    rising: bool = False
+
+
+def way_of(group: Group) -> str:
+    """How a model was made good: "none", "reconstruct", "sft", "reconstruct + sft"."""
+    recovery, solved = group.first["recovery"], group.first["reconstruct"] != "none"
+    if not solved or recovery.startswith("reconstruct"):
+        return recovery
+    return "reconstruct" if recovery == "none" else f"reconstruct + {recovery}"
+
+
+def series_of(groups: Sequence[Group]) -> dict[str, str]:
+    """Group's name -> the line that it is on: its method, and what else tells it from others at the same place."""
+    criteria = {(group.first["method"], group.first["criterion"]) for group in groups}
+    several = {method for method, _ in criteria if sum(method == other for other, _ in criteria) > 1}
+    models = {group.first["model"] for group in groups}
+    series, places = dict[str, str](), dict[tuple[Any, ...], list[Group]]()
+    for group in groups:
+        first = group.first
+        name = f"{first['method']}, {first['criterion']}" if first["method"] in several else first["method"]
+        name = f"{name} of {first['model'].rstrip('/').rpartition('/')[2]}" if len(models) > 1 else name
+        series[group.name] = name
+        places.setdefault((name, way_of(group), first["data_fraction"], first["ratio_asked"]), []).append(group)
+    extra = dict.fromkeys(label for at in places.values() for label in _differing(at))
+    for group in groups:
+        told = (group.labels[label] for label in extra if label in group.labels)
+        series[group.name] = ", ".join((series[group.name], *told))
+    return series
+
+
+def _differing(groups: Sequence[Group]) -> list[str]:
+    labels = dict.fromkeys(label for group in groups for label in group.labels)
+    return [label for label in labels if len({group.labels.get(label) for group in groups}) > 1]
+
+
+def drawable(groups: Sequence[Group]) -> list[Group]:
+    """Those of which is known what they retain, and that an axis has a place for."""
+    return [group for group in groups if group.retained is not None and abs(group.retained[0]) < LARGEST]
+
+
+def _styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """A line of its own for every name, grey for "none"."""
+    others = [name for name in dict.fromkeys(names) if name != "none"]
+    dashes = [_DASHES[i // len(COLOURS) % len(_DASHES)] for i in range(len(others))]
+    found = {name: {"color": COLOURS[i % len(COLOURS)], "linestyle": dashes[i]} for i, name in enumerate(others)}
+    return {"none": {"color": UNRECOVERED, "linestyle": "-"}, **found}
+
+
+def pareto_figure(groups: Sequence[Group], unpruned: Sequence[Mapping[str, Any]], costs: Sequence[Cost]) -> Figure:
+    """What is retained against every cost, a panel each; the line joins what no other model beats in both."""
+    groups = drawable(groups)
+    ways = [way_of(group) for group in groups]
+    styles = _styles(ways)
+    with styled(*(group.first["method"] for group in groups), *ways):
+        figure, panels = _panels(len(costs), 3.3)
+        for axes, cost in zip(panels, costs, strict=True):
+            axes.axhline(100, color=MUTED, linestyle="--", linewidth=1)
+            for model in unpruned:
+                axes.plot(cost.of(model), 100, "*", color=INK, markersize=12, zorder=3)
+            places = [float(np.mean([cost.of(model) for model in group.models])) for group in groups]
+            front = _front(places, groups, rising=cost.rising)
+            if front:
+                axes.plot(*np.transpose(front), color=INK, linewidth=1, alpha=0.5, zorder=1)
+            for x, group, way in zip(places, groups, ways, strict=True):
+                _point(axes, x, group, styles[way]["color"])
+            axes.set_title(cost.title)
+            axes.set_xlabel(cost.label)
+            axes.set_ylim(*_limits(groups))
+            axes.margins(x=0.1)
+        figure.legend(handles=_legend(groups, styles), loc="outside lower center", ncols=5)
+        return figure
+
+
+def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels, at most three beside each other, whose upright axes are named at the left."""
+    columns = 2 if count in (2, 4) else min(count, 3)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(9.2, height * rows + 0.5), layout="constrained")
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(LABEL)
+    for axes in list(grid.flat)[count:]:
+        axes.set_axis_off()
+    return figure, list(grid.flat)[:count]
+
+
+def _point(axes: Axes, x: float, group: Group, colour: str) -> None:
+    assert group.retained is not None
+    mean, low, high = group.retained
+    if len(group.models) > 1:
+        axes.plot([x, x], [low, high], color=colour, linewidth=1, alpha=0.7)
+    look = marker(group.first["method"], colour)
+    axes.plot(x, mean, **{**look, "markersize": 0.6 * look["markersize"] + 1.5, "markeredgewidth": 1.3})
+
+
+def _front(places: Sequence[float], groups: Sequence[Group], *, rising: bool) -> list[tuple[float, float]]:
+    """The points that none beats, from the cheapest (`rising`: the fastest) on."""
+    points = sorted(
+        ((x, group.retained[0]) for x, group in zip(places, groups, strict=True) if group.retained),
+        key=lambda point: (-point[0] if rising else point[0], -point[1]),
+    )
+    front: list[tuple[float, float]] = []
+    for x, value in points:
+        if not front or value > front[-1][1]:
+            front.append((x, value))
+    return front
+
+
+def _limits(groups: Sequence[Group]) -> tuple[float, float]:
+    """Of an axis of what is retained: from 0, and 100 in any case."""
+    top = max([100.0, *(group.retained[0] for group in groups if group.retained)])
+    return -0.03 * top, 1.06 * top
+
+
+def _legend(groups: Sequence[Group], styles: Mapping[str, Mapping[str, Any]]) -> list[Line2D]:
+    """One entry per method (shape) and per way to make good (colour)."""
+    plain: Any = {"linestyle": "none"}
+    entries = [Line2D([], [], marker="*", color=INK, markersize=11, label="unpruned", **plain)]
+    for method in list(dict.fromkeys(group.first["method"] for group in groups))[:MOST_NAMED]:
+        entries.append(Line2D([], [], label=legible(method), **{**marker(method, INK), **plain, "markersize": 7}))
+    present = dict.fromkeys(way_of(group) for group in groups)
+    for way in list(present)[:MOST_NAMED]:
+        colour = styles[way]["color"]
+        entries.append(
+            Line2D([], [], marker="_", color=colour, markersize=12, markeredgewidth=4, label=legible(way), **plain)
+        )
+    return entries
+
+
+def curves_figure(
+    groups: Sequence[Group], panel_of: Callable[[Group], str], line_of: Callable[[Group], str], x: Cost, scale: str
+) -> Figure:
+    """What is retained over `x`, a panel for every `panel_of` and a line for every `line_of`.
+
+    Bands are 95 % intervals over seeds, of the points that have several.
+    """
+    panels: dict[str, dict[str, list[Group]]] = {}
+    for group in drawable(groups):
+        panels.setdefault(panel_of(group), {}).setdefault(line_of(group), []).append(group)
+    panels = dict(list(panels.items())[:MOST_PANELS])
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))[:MOST_NAMED]
+    styles = _styles(names)
+    with styled(*panels, *names):
+        figure, drawn = _panels(len(panels), 2.7)
+        for axes, (title, lines) in zip(drawn, panels.items(), strict=True):
+            axes.axhline(100, color=MUTED, linestyle="--", linewidth=1)
+            for name in names:
+                if name in lines:
+                    _curve(axes, lines[name], x, styles[name])
+            axes.set_xscale(scale)
+            if scale == "log":
+                ticks = sorted({round(x.of(group.first), 6) for group in groups})
+                axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+                axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_title(legible(title, LONGEST_TITLE))
+            axes.set_xlabel(x.label)
+            axes.set_ylim(*_limits(drawable(groups)))
+        handles = [Line2D([], [], marker="o", markersize=4, label=legible(name), **styles[name]) for name in names]
+        figure.legend(handles=handles, loc="outside lower center", ncols=4)
+        return figure
+
+
+def _curve(axes: Axes, groups: Sequence[Group], x: Cost, look: Mapping[str, Any]) -> None:
+    rows = [
+        (float(np.mean([x.of(model) for model in group.models])), *group.retained)
+        for group in groups
+        if group.retained is not None
+    ]
+    places, means, lows, highs = np.transpose(sorted(rows))
+    axes.fill_between(places, lows, highs, color=look["color"], alpha=0.18, linewidth=0)
+    axes.plot(places, means, marker="o", markersize=4, linewidth=1.4, **look)
+
+
+def radar_figure(panels: Mapping[str, Mapping[str, Mapping[str, float]]], sets: Sequence[str]) -> Figure:
+    """What is retained of every evaluation set, a spoke each (as Figure 1 of arXiv 2604.24380).
+
+    `panels`: title -> name of a model -> set -> retained in %.
+    """
+    panels = dict(list(panels.items())[:MOST_PANELS])
+    names = list(dict.fromkeys(name for models in panels.values() for name in models))
+    styles = _styles(names)
+    angles = np.linspace(0, 2 * np.pi, len(sets), endpoint=False)
+    top = max([100.0, *(value for models in panels.values() for of in models.values() for value in of.values())])
+    top = min(top, 150.0)
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    with styled(*panels, *names, *sets):
+        figure = Figure(figsize=(9.2, 3.6 * rows + 0.5), layout="constrained")
+        grid = list(figure.subplots(rows, columns, squeeze=False, subplot_kw={"projection": "polar"}).flat)
+        for axes, (title, models) in zip(grid, panels.items(), strict=False):
+            axes.set_theta_offset(np.pi / 2)
+            axes.set_theta_direction(-1)
+            around = np.append(angles, angles[0])
+            axes.plot(around, np.full(len(around), 100.0), color=MUTED, linestyle="--", linewidth=1)
+            for name, of in models.items():
+                values = np.clip([of[name_of_set] for name_of_set in (*sets, sets[0])], 0, top)
+                axes.plot(around, values, linewidth=1.5, **styles[name])
+                axes.fill(around, values, color=styles[name]["color"], alpha=0.08)
+            axes.set_xticks(angles, [legible(name, 14) for name in sets])
+            axes.set_ylim(0, 1.05 * top)
+            axes.set_yticks([25, 50, 75, 100], ["25", "50", "75", "100"])
+            axes.spines["polar"].set_visible(False)
+            axes.set_title(legible(title, LONGEST_TITLE), loc="center", pad=14)
+        for axes in grid[len(panels) :]:
+            axes.set_axis_off()
+        handles = [Line2D([], [], label=legible(name), **styles[name]) for name in names[:MOST_NAMED]]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3)
+        return figure
