@@ -36,7 +36,7 @@ def advised(cfg, ratio, compute="full", data=0.05, speed=False, guide=GUIDE):
 
 
 def of_paper(found):
-    return next((one for one in found.expected if one.source == "paper"), None)
+    return next((one for one in found.expected if one.name == "paper"), None)
 
 
 def test_rows_of_the_paper_are_the_published_ones():
@@ -143,7 +143,7 @@ def test_conflicts_are_named(shapes):
 
 def test_a_decoder_alone_has_its_own_rows(shapes):
     found = advised(shapes["llama"], 0.2, "none")
-    assert found.expected[0].source == "smollm2"
+    assert found.expected[0].name == "smollm2"
     assert found.expected[0].low == found.expected[0].high == 79.75
     assert not any("AVG-%" in one for one in found.conflicts)
     trained = advised(shapes["llama"], 0.2)

@@ -64,6 +64,13 @@ def test_pairs_differ_in_nothing_else():
     assert concluded(data)["2a"].comparisons == ()
 
 
+def test_what_was_not_trained_is_a_partner_for_any_seed():
+    plain = [row("depth", 0.15, "none", 90.0, seed=None), row("depth", 0.15, "none", 95.0, seed=None, solved=True)]
+    trained = [row("depth", 0.15, "sft_l2", 98.0, data=0.05, seed=seed) for seed in range(3)]
+    (found,) = concluded(plain + trained)["6a"].comparisons
+    assert (found.pairs, found.effect) == (3, 62.5)
+
+
 def test_what_is_left_out():
     """Runs that failed, models without an average, and criteria that the paper does not prune by."""
     whole = [row("depth", 0.15, "none", 50.0)]

@@ -67,12 +67,11 @@ def test_the_config_does_what_is_advised(folder, tmp_path, capsys, asked, method
     variants = experiment.prune_variants
     assert set(variants or {experiment.prune.method}) == methods
     assert f"--config={path}" in out
+    assert f"vlmprune run --config={path}" in out
     if recovery is None:
-        assert "vlmprune reconstruct --config=" in out
-        assert "vlmprune run" not in out
-        assert experiment.reconstruct.method == "least_squares"
+        assert "vlmprune plan" not in out
+        assert (experiment.recover.method, experiment.reconstruct.method) == ("none", "least_squares")
     else:
-        assert "vlmprune run --config=" in out
         assert recovery in {experiment.recover.name, *(one["recover"]["name"] for one in variants.values())}
         assert experiment.data.fraction == (1.0 if "--data=100%" in asked else 0.05)
     if not variants:

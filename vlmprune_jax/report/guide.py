@@ -124,9 +124,14 @@ class Guide:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the rows of one source leave of the unpruned model: from `low` (None: nobody went so far) to `high` %."""
+    """What the rows of one source leave of the unpruned model: from `low` (None: nobody went so far) to `high` %.
 
-    source: str
+    `alike`: they are of models that see, or not, as the one asked about.
+    """
+
+    name: str
+    source: Source
+    alike: bool
     low: float | None
     high: float
     rows: tuple[Evidence, ...]
@@ -244,7 +249,7 @@ def recommend(
     notes = list(_data_notes(data_fraction, needed, compute, rule, guide))
     if cfg.vision is None:
         notes.append("The guide is of models with a vision tower; of a decoder alone only this project's texts tell.")
-    if not any(guide.sources[one.source].vision == (cfg.vision is not None) for one in expected):
+    if not any(one.alike for one in expected):
         notes.append("Nothing measured says what to expect here: evaluate before you rely on it.")
     nominal, average, five_percent = ALWAYS
     named = [*((nominal, average) if cfg.vision is not None else ()), *rule.conflicts]
@@ -291,13 +296,13 @@ def _data_notes(given: float, needed: float, compute: str, rule: Rule, guide: Gu
 def _expected(rule: Rule, cfg: ModelConfig, share: float, used: float, guide: Guide) -> list[Expected]:
     """What each source says of the advice; sources of models like this one (seeing or not) come first."""
     found = []
-    for source in sorted(guide.sources, key=lambda name: guide.sources[name].vision != (cfg.vision is not None)):
-        rows = [row for row in guide.evidence if row.source == source and row.method in rule.methods]
+    for name, source in sorted(guide.sources.items(), key=lambda item: item[1].vision != (cfg.vision is not None)):
+        rows = [row for row in guide.evidence if row.source == name and row.method in rule.methods]
         kind = next((kind for kind in rule.evidence if any(row.recovery == kind for row in rows)), None)
         of_kind = _nearest_data([row for row in rows if row.recovery == kind], used)
         near = _near(of_kind, share, guide.at)
         if near is not None:
-            found.append(Expected(source, *near))
+            found.append(Expected(name, source, source.vision == (cfg.vision is not None), *near))
     return found
 
 

@@ -143,17 +143,18 @@ def _pairs(
 ) -> list[tuple[Point, Point]]:
     """Models of two (method, recovery) that differ in nothing else, at levels in (low, high].
 
-    What nothing was trained for has no share of the data, and is a partner for any.
+    What nothing was trained for has no share of the data, and perhaps no seed, and is a partner for any.
     """
 
-    def key(point: Point, data: float) -> tuple[Any, ...]:
-        return point.model, point.level, point.seed, data
+    def key(point: Point, seed: int | None, data: float) -> tuple[Any, ...]:
+        return point.model, point.level, seed, data
 
-    others = {key(point, point.data): point for point in points if (point.method, point.recovery) == theirs}
+    others = {key(one, one.seed, one.data): one for one in points if (one.method, one.recovery) == theirs}
     found = []
     for point in points:
         if (point.method, point.recovery) == ours and low < point.level <= high:
-            partner = others.get(key(point, point.data)) or others.get(key(point, 0.0))
+            keys = (key(point, point.seed, point.data), key(point, point.seed, 0.0), key(point, None, 0.0))
+            partner = next((others[one] for one in keys if one in others), None)
             if partner is not None:
                 found.append((point, partner))
     return found

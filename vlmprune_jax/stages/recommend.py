@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,7 +22,8 @@ from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.hf.read import read_config, resolve
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune import PrunePlan
-from vlmprune_jax.report.guide import Evidence, Guide, Recommendation, recommend
+from vlmprune_jax.report.advice import advised, footnotes, in_words, percent, tables_of, what_to_know
+from vlmprune_jax.report.guide import Guide, Recommendation, recommend
 from vlmprune_jax.stages.console import Reporter
 from vlmprune_jax.stages.ledger import write_text
 from vlmprune_jax.stages.tpu_fit import predict_plan
@@ -37,7 +39,6 @@ class Advice:
     folder: str
     cfg: ModelConfig
     recommendation: Recommendation
-    guide: Guide
     plans: dict[str, PrunePlan]
     config: str
 
@@ -123,94 +124,27 @@ def advise(
         with about(f"--{'ratio' if most_bytes is None else 'bytes'}"):
             plans[method] = predict_plan(override(experiment, variant), cfg)
     model = {"hf_dir": hf_dir, "vision_dir": vision_dir}
-    return Advice(str(folder), cfg, found, guide, plans, _config_file(found, cfg, model, target))
+    return Advice(str(folder), cfg, found, plans, _config_file(found, cfg, model, target))
 
 
 def as_lines(advice: Advice) -> list[str]:
-    """The recommendation in words, without its tables."""
-    found, cfg, rule = advice.recommendation, advice.cfg, advice.recommendation.rule
+    """The recommendation for this model in words, without its tables."""
+    found, cfg = advice.recommendation, advice.cfg
     lines = [
         f"{advice.folder}: {count_params(cfg):,} parameters, the decoder has "
-        f"{_percent(count_params(cfg, 'text') / count_params(cfg))} of them",
-        f"asked: {_percent(found.ratio)} of all parameters, {_percent(found.decoder_ratio)} of the decoder",
+        f"{percent(count_params(cfg, 'text') / count_params(cfg))} of them",
+        f"asked: {percent(found.ratio)} of all parameters, {percent(found.decoder_ratio)} of the decoder",
         "",
-        f"{'recommended' if rule.supported else 'nothing supports this; the nearest'}: {_in_words(found)}",
-        f"  why: {rule.why}",
-        f"  from: {rule.source} ({rule.label})",
+        *advised(found),
     ]
     for method, plan in advice.plans.items():
         kept = plan.stacks["text"].layers
         size = plan.parameters_after * DTYPES["bfloat16"].itemsize / 1e9
         lines.append(
             f"  {method}: {len(kept)} of {len(cfg.text.layers)} layers, {plan.parameters_after:,} parameters, "
-            f"{size:.3g} GB in bfloat16, {_percent(plan.reached)} removed"
+            f"{size:.3g} GB in bfloat16, {percent(plan.reached)} removed"
         )
-    sources = advice.guide.sources
-    for one in found.expected:
-        source = sources[one.source]
-        beside = "" if source.vision == (cfg.vision is not None) else " (of another kind of model)"
-        kinds = " and ".join(dict.fromkeys(row.recovery for row in one.rows))
-        said = f"{source.measure}{beside}, after {kinds} [{source.title}]"
-        reach = f"{one.low:.1f} to {one.high:.1f} %" if one.low is not None else f"at most {one.high:.1f} %"
-        lines.append(f"  expect {reach} retained: {said}")
-    lines += [f"  note: {note}" for note in found.notes]
-    return lines + [f"  conflict: {text}" for text in found.conflicts]
-
-
-def as_tables(advice: Advice) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
-    """(title, header, rows): what the expectation is from, and what else was measured at a like ratio."""
-    found = advice.recommendation
-    header = ("model", "prune + recover", "from", "of decoder", "data", "retained, %", "95 %", "seeds")
-    rows = {
-        "Expected from": [row for one in found.expected for row in one.rows],
-        "Beside it, at a like ratio": list(found.beside),
-    }
-    tables = [(title, header, [_row(row) for row in of]) for title, of in rows.items() if of]
-    if found.speed:
-        fast = [
-            (f"{one.model}, {one.format}, llama.cpp", one.method, _percent(one.removed), f"{one.decode:.2f}")
-            for one in found.speed
-        ]
-        tables.append(("Decoding, times the unpruned speed", ("model", "prune", "of all", "times"), fast))
-    return tables
-
-
-def _row(row: Evidence) -> tuple[str, ...]:
-    interval = "" if row.interval is None else f"{row.interval[0]:.2f} to {row.interval[1]:.2f}"
-    data = "not told" if row.data_fraction is None else _percent(row.data_fraction)
-    retained = f"{row.retained:.2f}{'' if row.counts else ' *'}"
-    cut = f"{row.method} + {row.recovery}"
-    return (row.model, cut, row.source, _percent(row.decoder_ratio), data, retained, interval, str(row.seeds or ""))
-
-
-def footnotes(advice: Advice) -> list[str]:
-    """What is to be known of rows of the tables; those with a star are left out of ranges."""
-    found = advice.recommendation
-    rows = [*(row for one in found.expected for row in one.rows), *found.beside]
-    noted = (
-        f"{'' if row.counts else '* '}{row.model}, {row.method} + {row.recovery}: {row.note}"
-        for row in rows
-        if row.note
-    )
-    return list(dict.fromkeys(noted))
-
-
-_CUTS = {"depth": "remove whole layers by Block Influence", "width": "remove neurons and heads by Taylor importance"}
-_TRAINED = {"projector": "the projector alone", "sft_l2": "adapters and projector, SFT + L2 distillation,"}
-
-
-def _in_words(found: Recommendation) -> str:
-    words = []
-    for method, settings in found.variants.items():
-        words.append(f"{_CUTS[method]}{', solve for the kept weights' if 'reconstruct' in settings else ''}")
-    cut = "; and beside it ".join(words)
-    if found.rule.recovery == "none":
-        return f"{cut}; no training"
-    return f"{cut}; then train {_TRAINED[found.rule.recovery]} on {_percent(found.data_fraction)} of the data"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.4g} %"
+    return lines + what_to_know(found)
 
 
 def tell(advice: Advice, save: str | None, reporter: Reporter) -> None:
@@ -222,9 +156,9 @@ def tell(advice: Advice, save: str | None, reporter: Reporter) -> None:
     path = saved_as(save)
     for line in as_lines(advice):
         reporter.say(line)
-    for table in as_tables(advice):
-        reporter.table(*table)
-    for line in footnotes(advice):
+    for table in tables_of(advice.recommendation):
+        reporter.table(table.title, table.header, table.rows)
+    for line in footnotes(advice.recommendation):
         reporter.say(line)
     if save is not None:
         write_text(path, advice.config)
@@ -239,13 +173,11 @@ def tell(advice: Advice, save: str | None, reporter: Reporter) -> None:
 
 def commands(advice: Advice, config: str) -> list[str]:
     """What to run, for a config that lies in a file."""
-    place = f"--config={config} --workdir=runs/{Path(config).stem}"
-    if advice.recommendation.rule.recovery != "none":
-        return [f"vlmprune plan --config={config} --topology=v5e:8x8 --records=N", f"vlmprune run {place}"]
-    stages = ["score", "prune"]
-    if any("reconstruct" in one for one in advice.recommendation.variants.values()):
-        stages.append("reconstruct")
-    return [f"vlmprune {stage} {place}" for stage in (*stages, "evaluate", "export")]
+    workdir, config = shlex.quote(f"runs/{Path(config).stem}"), shlex.quote(config)
+    run = f"vlmprune run --config={config} --workdir={workdir}"
+    if advice.recommendation.rule.recovery == "none":
+        return [run]
+    return [f"vlmprune plan --config={config} --topology=v5e:8x8 --records=N", run]
 
 
 def _config_file(found: Recommendation, cfg: ModelConfig, model: dict[str, Any], target: dict[str, Any]) -> str:
@@ -257,9 +189,8 @@ def _config_file(found: Recommendation, cfg: ModelConfig, model: dict[str, Any],
         changes["mesh"] = {"fsdp": -1}
     changes["data"] = {"fraction": found.data_fraction} if found.data_fraction else {}
     one = next(iter(found.variants.values())) if len(found.variants) == 1 else {}
-    changes |= one
-    changes["prune"] = {**one.get("prune", {}), **target}
-    what = f"What `vlmprune recommend` advises for {_percent(found.ratio)} of all parameters: {_in_words(found)}."
+    changes |= {**one, "prune": {**one.get("prune", {}), **target}}
+    what = f"What `vlmprune recommend` advises for {percent(found.ratio)} of all parameters: {in_words(found)}."
     lines = [
         *textwrap.wrap(f'"""{what}', 110),
         "",
