@@ -19,16 +19,15 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from train_step import ENVIRONMENT, TINY, processor, read_ids, smollm2  # beside this file
+from sides import Side, processor, rounded, serve  # beside this file
+from train_step import TINY, read_ids, smollm2
 
 SIDES = ("ours", "torch")
 CRITERIA = ("taylor", "block_influence")
@@ -96,64 +95,41 @@ def _widths(layer: Any, config: Any) -> np.ndarray:
 
 
 def child(args: argparse.Namespace) -> None:
-    """A side: a pass per line of standard input, a JSON line each; the first pass (which compiles) comes unasked."""
-    run = {"ours": ours, "torch": torch}[args.child](args, np.load(args.work / "ids.npy"))
-    report(run, args.work / f"{args.child}.npz")
-    for _ in sys.stdin:
-        report(run)
+    """A side; the numbers of its first pass go to a file."""
+    run, out = {"ours": ours, "torch": torch}[args.child](args, np.load(args.work / "ids.npy")), args.work
+
+    def work() -> dict[str, float]:
+        values, path = run(), out / f"{args.child}.npz"
+        if not path.exists():
+            np.savez(path, *values)
+        return {}
+
+    serve(work)
 
 
-def report(run: Pass, out: Path | None = None) -> None:
-    """One JSON line: seconds by the clock and of all cores, and the peak resident GiB so far; numbers go to `out`."""
-    started, used = time.perf_counter(), time.process_time()
-    values = run()
-    line = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - used}
-    if out is not None:
-        np.savez(out, *values)
-    peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 2**20
-    print(json.dumps({**line, "peak_rss_gib": peak}), flush=True)
-
-
-class Side:
-    """A running child, and what each of its passes reported."""
-
-    def __init__(self, args: argparse.Namespace, name: str, batch: str, criterion: str):
-        command = [sys.executable, __file__, f"--folder={args.folder}", f"--work={args.work}", f"--child={name}"]
-        command += ["--batch", batch, "--criterion", criterion, f"--option={json.dumps(args.option)}"]
-        command += [f"--rows={args.rows}"] if args.rows else []
-        self.process = subprocess.Popen(
-            command, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.lines = [self._read()]
-
-    def run(self) -> None:
-        assert self.process.stdin is not None
-        print(file=self.process.stdin, flush=True)
-        self.lines.append(self._read())
-
-    def _read(self) -> dict[str, float]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            sys.exit(f"{' '.join(map(str, self.process.args))} ended")  # type: ignore[arg-type]
-        return json.loads(line)
+def own(args: argparse.Namespace, name: str, batch: str, criterion: str) -> list[str]:
+    """Command line of a child."""
+    command = [sys.executable, __file__, f"--folder={args.folder}", f"--work={args.work}", f"--child={name}"]
+    command += ["--batch", batch, "--criterion", criterion, f"--option={json.dumps(args.option)}"]
+    return command + ([f"--rows={args.rows}"] if args.rows else [])
 
 
 def compare(args: argparse.Namespace, batch: str, criterion: str) -> Iterator[dict[str, Any]]:
     """A line per side, and the ratios."""
     rows, length = map(int, batch.split("x"))
     np.save(args.work / "ids.npy", read_ids(args, rows * length).reshape(rows, length))
-    sides = {name: Side(args, name, batch, criterion) for name in SIDES}
+    for name in SIDES:
+        (args.work / f"{name}.npz").unlink(missing_ok=True)
+    sides = {name: Side(own(args, name, batch, criterion)) for name in SIDES}
     with np.load(args.work / "ours.npz") as mine, np.load(args.work / "torch.npz") as theirs:
         for name in theirs.files:
             np.testing.assert_allclose(mine[name], theirs[name], rtol=TOLERANCE)
     for _ in range(args.rounds):
         for side in sides.values():
-            side.run()
+            side.turn()
     found = {}
     for name, side in sides.items():
-        side.process.communicate()
-        first, *rest = side.lines
+        first, *rest = side.close()
         found[name] = {key: statistics.median(line[key] for line in rest) for key in ("seconds", "cpu_seconds")}
         found[name]["least_cpu_seconds"] = min(line["cpu_seconds"] for line in rest)
         found[name] |= {"peak_rss_gib": rest[-1]["peak_rss_gib"], "first_pass_seconds": first["seconds"]}
@@ -194,8 +170,7 @@ def main() -> None:
         for criterion in args.criterion:
             for batch in args.batch:
                 for line in compare(args, batch, criterion):
-                    rounded = {k: round(value, 3) if isinstance(value, float) else value for k, value in line.items()}
-                    print(json.dumps({"criterion": criterion, "batch": batch, **rounded}), flush=True)
+                    print(rounded({"criterion": criterion, "batch": batch, **line}), flush=True)
 
 
 def tiny(folder: Path) -> Path:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import statistics
 import subprocess
@@ -27,16 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sides import ENVIRONMENT, Side, processor, rounded, serve  # beside this file
 
 ROOT = Path(__file__).parents[1]
 SIDES = ("ours", "peft")
-ENVIRONMENT = {
-    **os.environ,
-    "JAX_PLATFORMS": "cpu",
-    "HF_HUB_OFFLINE": "1",
-    "TQDM_DISABLE": "1",
-    "PYTHONWARNINGS": "ignore",
-}
 REMOVED = 8  # of 30 layers
 RANK, ALPHA, DROPOUT = 128, 256.0, 0.05
 LEARNING_RATE, CLIP_NORM = 1e-4, 1.0
@@ -195,55 +188,15 @@ def child(args: argparse.Namespace) -> None:
     sides = {"ours": ours, "peft": peft}
     started = time.perf_counter()
     step = sides[args.child](args, np.load(args.work / "ids.npy"))
-    report(step, load_seconds=time.perf_counter() - started)
-    for _ in sys.stdin:
-        report(step)
+    serve(step, load_seconds=time.perf_counter() - started)
 
 
-def report(step: Step, **more: float) -> None:
-    """One JSON line: what the step returned, seconds by the clock and of all cores, and the peak resident GiB."""
-    started, used = time.perf_counter(), time.process_time()
-    values = step()
-    more |= {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - used}
-    status = Path("/proc/self/status").read_text()
-    peak = int(status.partition("VmHWM:")[2].split()[0]) / 2**20
-    print(json.dumps({**values, **more, "peak_rss_gib": peak}), flush=True)
-
-
-class Side:
-    """A running child."""
-
-    def __init__(self, args: argparse.Namespace, name: str, dropout: float):
-        command = [*own(args, name), f"--dropout={dropout}"]
-        self.process = subprocess.Popen(
-            command, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.lines = [self._read()]
-
-    def step(self) -> None:
-        assert self.process.stdin is not None
-        print(file=self.process.stdin, flush=True)
-        self.lines.append(self._read())
-
-    def _read(self) -> dict[str, float]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            sys.exit(f"{' '.join(map(str, self.process.args))} ended")  # type: ignore[arg-type]
-        return json.loads(line)
-
-    def close(self) -> list[dict[str, float]]:
-        """What every step reported."""
-        self.process.communicate()
-        return self.lines
-
-
-def own(args: argparse.Namespace, name: str) -> list[str]:
+def own(args: argparse.Namespace, name: str, dropout: float = DROPOUT) -> list[str]:
     """Command line of a child."""
     rows, length = args.batch
     options = [f"--folder={args.folder}", f"--work={args.work}", f"--batch={rows}x{length}", f"--dtype={args.dtype}"]
     options += [f"--remat={args.remat}", f"--threads={args.threads}", *["--tiny"] * args.tiny]
-    return [sys.executable, __file__, *options, f"--child={name}"]
+    return [sys.executable, __file__, *options, f"--dropout={dropout}", f"--child={name}"]
 
 
 def check_equal(args: argparse.Namespace) -> None:
@@ -255,9 +208,9 @@ def check_equal(args: argparse.Namespace) -> None:
     """
     found = {}
     for name in SIDES:
-        side = Side(args, name, 0.0)
+        side = Side(own(args, name, 0.0))
         for _ in range(CHECKED_STEPS - 1):
-            side.step()
+            side.turn()
         found[name] = side.close()
     for key, tolerance in TOLERANCES[args.dtype].items():
         ours, theirs = ([line[key] for line in found[name]] for name in SIDES)
@@ -284,12 +237,6 @@ def summaries(args: argparse.Namespace, lines: dict[str, list[dict[str, float]]]
     yield {"side": "ours/peft", **ratios, **facts}
 
 
-def processor() -> str:
-    """The processor's model, which these numbers depend on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
 def main() -> None:
     """Make what is missing, check that both sides agree, measure them in turn."""
     args = arguments()
@@ -300,14 +247,13 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     subprocess.run(own(args, "make"), env=ENVIRONMENT, check=True)
     check_equal(args)
-    sides = {name: Side(args, name, DROPOUT) for name in SIDES}
+    sides = {name: Side(own(args, name)) for name in SIDES}
     for _ in range(args.rounds):
         for side in sides.values():
-            side.step()
+            side.turn()
     setting = {"dtype": args.dtype, "batch": "x".join(map(str, args.batch)), "remat": args.remat}
     for line in summaries(args, {name: side.close() for name, side in sides.items()}):
-        rounded = {key: round(value, 3) if isinstance(value, float) else value for key, value in line.items()}
-        print(json.dumps({**setting, **rounded}), flush=True)
+        print(rounded({**setting, **line}), flush=True)
 
 
 def arguments() -> argparse.Namespace:
