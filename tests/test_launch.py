@@ -16,6 +16,7 @@ SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 TPU = {"PROJECT": "p", "ZONE": "z", "TPU_NAME": "slice", "ACCELERATOR": "v5litepod-16", "RUNTIME": "rt"}
 GKE = {"PROJECT": "p", "ZONE": "z", "CLUSTER": "c", "WORKLOAD": "w", "IMAGE": "i", "TPU_TYPE": "v5litepod-16"}
 RUN = ["recover", "--config=c.py", "--config.recover.name=two words"]
+SWEEP = ["2", "--config=c.py", "--workdir=/w"]
 AT = ["slice", "--project=p", "--zone=z"]
 ON_ALL = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", *AT, "--worker=all"]
 QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
@@ -169,6 +170,11 @@ def test_a_bucket_is_at_one_place_for_all_workers(launch, tmp_path):
         ("spot_loop.sh", [], TPU, "say what to run: spot_loop.sh recover"),
         ("worker.sh", ["crate"], {}, "no action 'crate': setup, run or stop"),
         ("mount.sh", [], {}, "say which bucket: mount.sh BUCKET"),
+        *(("sweep.sh", SWEEP, {**TPU, name: ""}, f"set {name}") for name in TPU),
+        *(("sweep.sh", SWEEP, {**GKE, "BY": "gke", name: ""}, f"set {name}") for name in GKE),
+        ("sweep.sh", SWEEP, {**TPU, "BY": "hand"}, "BY=hand: spot or gke"),
+        ("sweep.sh", ["2"], TPU, "say how many slices, and what: sweep.sh 4"),
+        ("sweep.sh", SWEEP[1:], TPU, "say how many slices, and what: sweep.sh 4"),
     ],
 )
 def test_wrong_use_gives_one_line_and_code_2(launch, script, arguments, env, message):
@@ -220,6 +226,32 @@ def test_the_spot_loop_shows_one_round(launch):
     printed = [shlex.split(line) for line in done.stdout.splitlines()]
     assert printed[0] == [*CREATE, "--spot"]
     assert printed[-1][4] == "delete"
+
+
+@pytest.mark.parametrize(("codes", "code"), [([0, 0], 0), ([0, 2], 2), ([2, 0], 2)])
+def test_a_sweep_gives_each_slice_its_share_and_deletes_it(launch, codes, code):
+    states = ["ACTIVE"] * 4
+    done, calls = launch("sweep.sh", *SWEEP, states=states, codes=codes)
+    assert done.returncode == code, done.stdout
+    runs = sorted(call[-1] for call in calls if "worker.sh run" in call[-1])
+    command = "--command=vlmprune-jax/launch/worker.sh run sweep --config=c.py --workdir=/w --shard={}/2"
+    assert runs == [command.format(1), command.format(2)]
+    deleted = sorted(call[5] for call in calls if call[4:5] == ["delete"])
+    assert deleted == ["slice-1", "slice-2"]
+
+
+def test_a_sweep_on_a_cluster_is_a_workload_each(launch):
+    done, calls = launch("sweep.sh", *SWEEP, env={**GKE, "BY": "gke"})
+    assert done.returncode == 0, done.stdout
+    assert sorted(call[6] for call in calls) == ["--workload=w-1", "--workload=w-2"]
+    assert {call[-1][-4:] for call in calls} == {"=1/2", "=2/2"}
+
+
+def test_a_sweep_shows_what_it_would_do(launch):
+    done, calls = launch("sweep.sh", "--dry-run", *SWEEP)
+    assert (done.returncode, calls) == (0, [])
+    names = [line.split()[5] for line in done.stdout.splitlines() if " create " in line]
+    assert names == ["slice-1", "slice-2"]
 
 
 @pytest.fixture
@@ -282,9 +314,8 @@ def test_a_stopped_worker_saves_and_starts_again(worker):
 
 
 def test_scripts_are_short_and_shellcheck_finds_nothing():
-    assert {path.name for path in SCRIPTS} == {
-        *("tpu_vm.sh", "gke.sh", "spot_loop.sh", "worker.sh", "mount.sh", "lib.sh")
-    }
+    names = {"tpu_vm.sh", "gke.sh", "spot_loop.sh", "sweep.sh", "worker.sh", "mount.sh", "lib.sh"}
+    assert {path.name for path in SCRIPTS} == names
     assert all(len(path.read_text().splitlines()) <= 40 for path in SCRIPTS)
     done = subprocess.run([Path(sys.executable).with_name("shellcheck"), *SCRIPTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

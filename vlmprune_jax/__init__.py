@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vlmprune_jax.evaluation.metrics import METRICS as metrics
     from vlmprune_jax.evaluation.metrics import Metric
     from vlmprune_jax.evaluation.runner import evaluate, perplexity
+    from vlmprune_jax.evaluation.speed import measure_speed
     from vlmprune_jax.hf.export.write import save
     from vlmprune_jax.hf.read import load
     from vlmprune_jax.models.generate import generate
@@ -79,6 +80,7 @@ _HOMES = {
     "load": "hf.read",
     "losses": "recovery.losses",
     "make_plan": "prune",
+    "measure_speed": "evaluation.speed",
     "metrics": "evaluation.metrics:METRICS",
     "perplexity": "evaluation.runner",
     "prune_folder": "prune",
@@ -117,6 +119,7 @@ __all__ = [
     "load",
     "losses",
     "make_plan",
+    "measure_speed",
     "metrics",
     "perplexity",
     "prune_folder",

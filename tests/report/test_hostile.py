@@ -16,7 +16,8 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.prune import PrunePlan, Scores, make_plan
 from vlmprune_jax.recovery.metrics import read_metrics
 from vlmprune_jax.report import plots
-from vlmprune_jax.report.build import _importance_figure, build_report, tables_of
+from vlmprune_jax.report.build import build_report, tables_of
+from vlmprune_jax.report.figures import importance_figure
 from vlmprune_jax.report.fit import read_planned
 from vlmprune_jax.report.result import best_run, read_result
 from vlmprune_jax.stages import console
@@ -79,7 +80,7 @@ def test_mutants_of_plans_and_scores(workdir):
         def use_plan(plan=plan, good=good):
             read = PrunePlan.from_json(plan)
             assert PrunePlan.from_json(read.to_json()) == read
-            _importance_figure(good, read)
+            importance_figure(good, read)
 
         def write_meta(value, scores=scores, arrays=arrays):
             np.savez(scores, **{**arrays, "meta": np.array(json.dumps(value))})

@@ -13,18 +13,12 @@ was interrupted continues, what failed is listed (exit code 2) and tried again b
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from absl import flags as absl_flags
 
 from vlmprune_jax.cli.flags import Flags, common
-
-if TYPE_CHECKING:
-    from vlmprune_jax.experiment.sweep import SweepRun
-    from vlmprune_jax.stages.sweep import Sweep
-    from vlmprune_jax.stages.workers import Work
 
 
 def define(values: Flags) -> None:
@@ -37,86 +31,14 @@ def define(values: Flags) -> None:
 
 def run(flags: Any) -> None:
     """Do the runs, and compare them."""
-    from vlmprune_jax.cli.config_files import placed
-    from vlmprune_jax.cli.workdir import quiet
-    from vlmprune_jax.distributed.mesh import initialize, is_main_process, process_count
-    from vlmprune_jax.errors import UserError
-    from vlmprune_jax.stages import sweep as stages
-    from vlmprune_jax.stages.console import make_reporter
+    from vlmprune_jax.cli.workdir import place_all, prepare_sweep, start_worker
+    from vlmprune_jax.stages.sweep import check_runs, run_sweep, shard_of, tell_sharing
 
-    quiet()
-    initialize(flags.coordinator, flags.num_processes, flags.process_id)
-    reporter = make_reporter(is_main_process())
-    runs, sweep = read_sweep_config(flags)
-    stages.check_runs(runs, sweep)
-    mine = stages.shard_of(runs, flags.shard)
-    if flags.jobs < 1 or (flags.jobs > 1 and process_count() > 1):
-        raise UserError(
-            f"--jobs={flags.jobs}: must be at least 1, and 1 on a pod, whose processes do each run together"
-        )
+    runs, sweep, reporter = prepare_sweep(flags)
+    check_runs(runs, sweep, flags.jobs)
+    mine = shard_of(runs, flags.shard)
     if flags.dry_run:
-        stages.tell_sharing(mine, sweep, reporter)
+        tell_sharing(mine, sweep, reporter)
         return
-    runs, mine = (
-        [dataclasses.replace(run, experiment=stages.with_caches(placed(run.experiment, sweep.workdir))) for run in some]
-        for some in (runs, mine)
-    )
-    config = flags["config"].config_filename
-    page = functools.partial(stages.write_sweep, runs, sweep, config)
-    left = stages.todo(mine, sweep)
-    if len(left) < len(mine):
-        reporter.say(f"{len(mine) - len(left)} of {len(mine)} runs are done and unchanged, skipped")
-    if flags.jobs > 1:
-        start = functools.partial(start_worker, config, sweep)
-        stages.run_in_processes(left, sweep, reporter, page, flags.jobs, start)
-    else:
-        stages.run_here(left, sweep, reporter, page)
-    if is_main_process():
-        stages.finish(page(), mine, sweep, reporter)
-
-
-def read_sweep_config(flags: Any) -> tuple[list[SweepRun], Sweep]:
-    """The runs that the config file lists, and where they work.
-
-    Raises:
-      UserError: no config or workdir, a setting that does not exist, or one that the command line sets as well.
-    """
-    from ml_collections import config_flags
-
-    from vlmprune_jax.cli.config_files import read_experiment, read_hyper, to_workdir
-    from vlmprune_jax.errors import UserError
-    from vlmprune_jax.experiment.sweep import sweep_runs
-    from vlmprune_jax.stages.sweep import Sweep
-
-    base = read_experiment(flags.config)
-    if not flags.workdir:
-        raise UserError("no workdir given: --workdir=DIR, for the runs and their comparison")
-    runs = sweep_runs(base, read_hyper(flags["config"].config_filename))
-    for setting in config_flags.get_override_values(flags["config"]):
-        if any(setting in run.overrides for run in runs):
-            raise UserError(f"--config.{setting}: the sweep sets it for every run: leave it out, or change get_hyper")
-    return runs, Sweep(to_workdir(flags.workdir), flags.overwrite)
-
-
-def start_worker(config: str, sweep: Sweep) -> Work:
-    """What a process of --jobs does with each run that it gets."""
-    from vlmprune_jax.cli.config_files import load_file
-    from vlmprune_jax.cli.workdir import quiet
-
-    quiet()
-    load_file(config)
-    return functools.partial(_work, sweep)
-
-
-def _work(sweep: Sweep, item: tuple[int, SweepRun]) -> str | None:
-    from rich.console import Console
-
-    from vlmprune_jax.cli.messages import kept
-    from vlmprune_jax.stages.console import PIPE_WIDTH, Reporter
-    from vlmprune_jax.stages.sweep import attempt
-
-    number, one = item
-    with kept() as messages:
-        line = attempt(one, sweep, Reporter(Console(width=PIPE_WIDTH, force_terminal=False), prefix=f"[{number}]   "))
-    messages.tell()
-    return line
+    start = functools.partial(start_worker, sweep)
+    run_sweep(place_all(runs, sweep), sweep, reporter, shard=flags.shard, jobs=flags.jobs, start=start)

@@ -1,18 +1,29 @@
-"""What the stage commands have in common: from flags to an experiment and a place to work."""
+"""What the stage commands have in common: from flags to an experiment, or those of a sweep, and a place to work."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 from absl import logging
+from ml_collections import config_flags
+from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from vlmprune_jax.cli.config_files import to_experiment
+from vlmprune_jax.cli.config_files import load_file, placed, read_experiment, read_hyper, to_experiment, to_workdir
+from vlmprune_jax.cli.messages import kept
 from vlmprune_jax.distributed.mesh import initialize, is_main_process
+from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.experiment.sweep import SweepRun, sweep_runs
 from vlmprune_jax.experiment.variants import check_experiment
-from vlmprune_jax.stages.console import make_reporter
+from vlmprune_jax.stages.console import PIPE_WIDTH, Reporter, make_reporter
 from vlmprune_jax.stages.context import Context
+from vlmprune_jax.stages.sweep import attempt
+from vlmprune_jax.stages.sweep_run import Sweep, with_caches
+from vlmprune_jax.stages.workers import Work
 
 
 def prepare(flags: Any) -> tuple[Experiment, Context]:
@@ -21,14 +32,58 @@ def prepare(flags: Any) -> tuple[Experiment, Context]:
     Raises:
       UserError: see `initialize`, `to_experiment` and `check_experiment`.
     """
-    quiet()
-    initialize(flags.coordinator, flags.num_processes, flags.process_id)
+    reporter = _join(flags)
     experiment, workdir = to_experiment(flags.config, flags.workdir)
     check_experiment(experiment, workdir)
-    return experiment, Context(workdir, make_reporter(is_main_process()), flags.overwrite)
+    return experiment, Context(workdir, reporter, flags.overwrite)
 
 
-def quiet() -> None:
-    """Leave it to us to say how far the work is."""
+def prepare_sweep(flags: Any) -> tuple[list[SweepRun], Sweep, Reporter]:
+    """The runs that a config file lists, and where they work.
+
+    Raises:
+      UserError: no config or workdir, a setting that does not exist, or one that the command line sets as well.
+    """
+    reporter = _join(flags)
+    base = read_experiment(flags.config)
+    if not flags.workdir:
+        raise UserError("no workdir given: --workdir=DIR, for the runs and their comparison")
+    config = flags["config"].config_filename
+    runs = sweep_runs(base, read_hyper(config))
+    for setting in config_flags.get_override_values(flags["config"]):
+        if any(setting in run.overrides for run in runs):
+            raise UserError(f"--config.{setting}: the sweep sets it for every run: leave it out, or change get_hyper")
+    return runs, Sweep(to_workdir(flags.workdir), config, flags.overwrite), reporter
+
+
+def place_all(runs: Sequence[SweepRun], sweep: Sweep) -> list[SweepRun]:
+    """The runs with what their experiments name on this machine."""
+    experiments = (with_caches(placed(run.experiment, sweep.workdir)) for run in runs)
+    return [dataclasses.replace(run, experiment=one) for run, one in zip(runs, experiments, strict=True)]
+
+
+def start_worker(sweep: Sweep) -> Work:
+    """What a process of `vlmprune sweep --jobs` does with each run that it gets."""
+    _quiet()
+    load_file(sweep.config)  # for what it adds to `vp.criteria` and the like
+    return functools.partial(_work, sweep)
+
+
+def _work(sweep: Sweep, item: tuple[int, SweepRun]) -> str | None:
+    number, run = item
+    console = Console(width=PIPE_WIDTH, force_terminal=False)
+    with kept() as messages:
+        line = attempt(run, sweep, Reporter(console, prefix=f"[{number}]   "))
+    messages.tell()
+    return line
+
+
+def _join(flags: Any) -> Reporter:
+    _quiet()
+    initialize(flags.coordinator, flags.num_processes, flags.process_id)
+    return make_reporter(is_main_process())
+
+
+def _quiet() -> None:
     logging.set_verbosity(logging.ERROR)  # orbax and grain narrate at lower levels
     disable_progress_bar()  # the bars here are our own

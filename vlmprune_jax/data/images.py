@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import io
 import logging
 import os
 import threading
@@ -25,6 +26,7 @@ from vlmprune_jax.errors import UserError, reason
 from vlmprune_jax.families import find
 
 ASPECT_RATIOS = ("pad", "square")
+_CRISP = 96  # pixels of a side up to which a thumbnail keeps every pixel as it is
 # Decoders warn of metadata, which nothing here reads, and of sizes, which `max_pixels` bounds; what hinders them they
 # raise as well. Silenced for good, because filters are the process's, not a thread's.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -173,6 +175,33 @@ class ImageLoader:
                     "prepared; shrink it or raise max_image_pixels"
                 )
             yield image
+
+
+def thumbnail(
+    image: Path | StoredImage, record: str, *, side: int, max_pixels: int
+) -> tuple[bytes, str, tuple[int, int]]:
+    """Return an image made small for people, as an encoded file: its bytes, "jpeg" or "png", and (width, height).
+
+    Args:
+      image: of a record.
+      record: named in messages.
+      side: pixels of its longer side at most; smaller images are not enlarged.
+      max_pixels: larger images are refused.
+
+    Raises UserError naming the file and the record.
+    """
+    with _readable(image, record), open_image(image if isinstance(image, Path) else image.read_bytes()) as opened:
+        if opened.width * opened.height > max_pixels:
+            raise UserError(
+                f"{image}: image of {opened.width}x{opened.height} pixels is over the limit of {max_pixels}"
+            )
+        opened.draft("RGB", (side, side))  # of a JPEG: decode no more than that takes
+        small = _to_rgb(opened)
+        small.thumbnail((side, side))
+    kind = "png" if max(small.size) <= _CRISP else "jpeg"
+    written = io.BytesIO()
+    small.save(written, kind, **({} if kind == "png" else {"quality": 80}))
+    return written.getvalue(), kind, small.size
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

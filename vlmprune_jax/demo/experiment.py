@@ -32,6 +32,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.evaluate.batch_size = 256
     config.evaluate.max_new_tokens = 4  # every answer is one word, then the end token
     config.export.dtype = "float32"
+    config.speed.rounds = 5
+    config.speed.prompt_tokens, config.speed.new_tokens = 80, 32
 
     config.recover.trainable = "decoder"
     config.recover.epochs = 2.0

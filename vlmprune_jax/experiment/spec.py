@@ -16,7 +16,7 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.recovery.config import MAX_ROWS, RecoverConfig
 
 # What a setting may affect: the stages with results of their own, and the cache of a teacher's logits.
-STAGES = ("score", "prune", "reconstruct", "recover", "evaluate", "export", "teacher_cache")
+STAGES = ("score", "prune", "reconstruct", "recover", "evaluate", "export", "speed", "teacher_cache")
 
 RECONSTRUCTIONS = ("none", "least_squares")
 RECOVERIES = ("train", "none")
@@ -25,7 +25,7 @@ _ALL = STAGES
 _RECORDS = ("score", "reconstruct", "recover", "evaluate")  # what becomes of a record, beside its batch
 _ROWS = (*_RECORDS, "teacher_cache")
 _TRAINING = ("score", "reconstruct", "recover")
-_SCORE, _PRUNE, _RECONSTRUCT, _RECOVER, _EVALUATE, _EXPORT = ((stage,) for stage in STAGES[:-1])
+_SCORE, _PRUNE, _RECONSTRUCT, _RECOVER, _EVALUATE, _EXPORT, _SPEED = ((stage,) for stage in STAGES[:-1])
 
 
 @dataclass(frozen=True)
@@ -444,6 +444,29 @@ class ExportSpec:
 
 
 @dataclass(frozen=True)
+class SpeedSpec:
+    """Speed by the clock of the unpruned and the pruned models, in turns, on this machine, in `model.dtype`.
+
+    The report's FLOPs are of the same prompt.
+    """
+
+    rounds: int = setting(
+        0, "How often each model is measured; 0: speed is not measured.", affects=_SPEED, least=0, most=1000
+    )
+    prompt_tokens: int = setting(
+        640, "Tokens of a prompt, those of its image included.", affects=_SPEED, unit="tokens", least=1
+    )
+    new_tokens: int = setting(32, "Tokens that are generated after the first.", affects=_SPEED, unit="tokens", least=1)
+    batch_size: int = setting(
+        1, "Prompts that are answered together.", affects=_SPEED, unit="rows", least=1, most=MAX_ROWS
+    )
+    image: bool = setting(True, "Prompts begin with an image, where the model sees images.", affects=_SPEED)
+
+    def __post_init__(self) -> None:
+        check_settings("speed", self)
+
+
+@dataclass(frozen=True)
 class MeshSpec:
     """Sizes of the device mesh; -1 takes what is left. All 1 runs on one device without a mesh."""
 
@@ -471,6 +494,7 @@ class Experiment:
     recover: RecoverSpec = field(default_factory=RecoverSpec)
     evaluate: EvaluateSpec = field(default_factory=EvaluateSpec)
     export: ExportSpec = field(default_factory=ExportSpec)
+    speed: SpeedSpec = field(default_factory=SpeedSpec)
     mesh: MeshSpec = field(default_factory=MeshSpec)
     prune_variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     recover_variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

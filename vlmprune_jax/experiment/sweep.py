@@ -1,4 +1,4 @@
-"""The runs of a sweep: what each overrides in one experiment, as `get_hyper` of a config file lists it, and its name."""
+"""The runs of a sweep: what each overrides in one experiment, as `get_hyper` of a config file says, and its name."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _flat(point: Mapping[str, Any]) -> Point:
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One run: its name, that of the runs which differ in seeds only, what the names are made of, and its experiment."""
+    """One run: its name, that of those which differ in seeds only, what names are made of, and its experiment."""
 
     name: str
     group: str

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.mesh import whole, within
@@ -74,6 +75,55 @@ def generate(
     host["ids"] = np.concatenate([ids, start], axis=1)
     host["valid"] = np.concatenate([valid, np.ones_like(start)], axis=1)
     return np.concatenate([start, _run(model, host, max_new_tokens - first, eos)[0]], axis=1)
+
+
+@dataclass(frozen=True)
+class CompiledGeneration:
+    """`generate` of prompts of one shape, compiled ahead, in which no row ends early (see `compile_generation`).
+
+    `peak_bytes`: what the program takes of a device's memory, weights included.
+    """
+
+    program: jax.stages.Compiled
+    params: Params
+    arrays: dict[str, Any]
+    mesh: Mesh | None
+    peak_bytes: int | None
+
+    def prefill(self) -> None:
+        """Compute the prompts and their first tokens; the same program, whose loop finds every row ended."""
+        self._wait(jnp.ones_like(self.arrays["ended"]))
+
+    def generate(self) -> None:
+        """Compute the prompts and all new tokens."""
+        self._wait(self.arrays["ended"])
+
+    def _wait(self, ended: jax.Array) -> None:
+        with within(self.mesh):
+            jax.block_until_ready(self.program(self.params, {**self.arrays, "ended": ended}))
+
+
+def compile_generation(
+    model: Model, input_ids: Any, *, pixel_values: Any = None, max_new_tokens: int
+) -> CompiledGeneration:
+    """What `generate` runs for these prompts, all of one length, to be run again and again.
+
+    Args:
+      model, input_ids, pixel_values, max_new_tokens: see `generate`.
+
+    Raises:
+      UserError: see `forward`.
+    """
+    check_inputs(model.cfg, input_ids, pixel_values)
+    ids, valid = _align_right(input_ids, None)
+    mesh = mesh_of(model.params)
+    arrays = place_batch({"ids": ids, "valid": valid, "pixels": pixel_values, "ended": np.zeros(len(ids), bool)}, mesh)
+    with within(mesh):
+        program = _generate.lower(model.params, model.cfg, arrays, max_new_tokens, ()).compile()
+    memory = program.memory_analysis()
+    sizes = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
+    peak = None if memory is None else sum(getattr(memory, name) for name in sizes)
+    return CompiledGeneration(program, model.params, arrays, mesh, peak)
 
 
 def _until_long(cfg: ModelConfig, host: dict[str, Any]) -> int:

@@ -69,6 +69,18 @@ def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
     return lambda now: {name: found[name](now) for name in budget.limits}
 
 
+def costs_of(cfg: ModelConfig, *, dtype: str, uneven: str, length: int, images: int) -> dict[str, int]:
+    """What a model costs by its shapes: `forward_flops` of a row of `length` tokens with `images` images among them,
+    `kv_bytes_per_token` (of a row, beyond any layer's window less) and `file_bytes` of its exported weights.
+    """
+    itemsize, text = DTYPES[dtype].itemsize, cfg.text
+    return {
+        "forward_flops": forward_flops(cfg, length=length, images=images if cfg.vision is not None else 0),
+        "kv_bytes_per_token": itemsize * _cache(text, 1),
+        "file_bytes": itemsize * count_params(padded_stacks(cfg) if uneven == "pad" else cfg),
+    }
+
+
 def _total(cfg: ModelConfig, costs: Mapping[str, Costs], stacks: Mapping[str, Stack] | None = None) -> int:
     """Of all layers."""
     found = cfg.stacks if stacks is None else stacks

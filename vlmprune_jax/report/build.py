@@ -1,26 +1,25 @@
-"""From a workdir's result.json to `report.html` and `report.png`."""
+"""From a workdir to `report.html` and `report.png`: what a run found, or as far as an unfinished one has come."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
+from vlmprune_jax.checked_files import read_text
+from vlmprune_jax.errors import printable
+from vlmprune_jax.report import figures, fit, plots
+from vlmprune_jax.report.answers import comparison_section
+from vlmprune_jax.report.page import Section, Table, write_page
+from vlmprune_jax.report.result import read_result
+from vlmprune_jax.report.samples import read_samples, shown_samples
+from vlmprune_jax.report.speed import read_speed, speed_notes, speed_table
+from vlmprune_jax.report.tables import groups_of, lead, tables_of
+from vlmprune_jax.report.unfinished import read_unfinished
 
-from vlmprune_jax.checked_files import read_text, replacing
-from vlmprune_jax.errors import UserError, printable
-from vlmprune_jax.prune import PrunePlan, Scores
-from vlmprune_jax.recovery.config import LossConfig
-from vlmprune_jax.recovery.metrics import read_metrics
-from vlmprune_jax.report import fit, kinds, plots
-from vlmprune_jax.report.result import averaged_sets, main_value, read_result, shown
+__all__ = ["build_report", "tables_of"]
 
 Json = dict[str, Any]
-MOST_UNITS = 1_000_000  # cells of a figure
-MOST_DRAWN = 20  # figures of a kind, curves in one; the tables have everything
 NOTES = (
     "Data: share of the training records used for recovery. Asked, reached: share of all parameters to remove. "
     "Retained: share of the unpruned model's score, in percent{averages}. Seconds: scoring, pruning and training, "
@@ -30,306 +29,133 @@ AVERAGES = (
     ", of several evaluation sets the mean. Paper avg: the sum of all scores, each divided by a perfect model's, as a "
     "share of the unpruned model's sum"
 )
+INTERVALS = (
+    " Intervals: 95 % of the samples of a paired bootstrap over the questions, which the unpruned model answered too."
+)
+COMMAND = "vlmprune run --config=FILE.py --workdir={}{}"
 
 
-@dataclass(frozen=True)
-class Table:
-    """One table of text; the first column names the models, the unpruned one first."""
+def build_report(workdir: Path, *, more: Sequence[Section] = ()) -> Path:
+    """Write `report.html` (one file, nothing external) and, where models were evaluated, `report.png`.
 
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    Args:
+      workdir: of a run, finished or not.
+      more: sections that end the page, of what is known elsewhere: what to do next, by what everything was made.
 
-
-def tables_of(result: Json) -> list[Table]:
-    """The summary of all models; of several evaluation sets also the scores, and what was retained of each."""
-    sets, models = result["sets"], [{"name": "unpruned", **result["teacher"]}, *result["runs"]]
-    rows = [_summary(model, result["teacher"], sets) for model in models]
-    summary = Table(
-        f"{_columns_title(sets)}; asked, reached: shares of all parameters",
-        ("model", "data", "parameters", "asked", "reached", *_columns(sets), "seconds"),
-        tuple(rows),
-    )
-    if len(sets) == 1:
-        return [summary]
-    header = ("model", *sets)
-    scores = [
-        (printable(m["name"]), *(shown(main_value(m, name, sets), of, unit=False) for name, of in sets.items()))
-        for m in models
-    ]
-    kept = [
-        (printable(m["name"]), *(_percent(m["evaluation"]["retained"].get(name)) for name in sets)) for m in models[1:]
-    ]
-    return [
-        summary,
-        Table(", ".join(f"{name}: {_label(of)}" for name, of in sets.items()), header, tuple(scores)),
-        Table("Retained of each, in %", header, tuple(kept)),
-    ]
-
-
-def _columns(sets: Json) -> tuple[str, str]:
-    """The two columns that say how good a model is."""
-    return (next(iter(sets.values()))["main"], "retained") if len(sets) == 1 else ("retained", "paper avg")
-
-
-def _columns_title(sets: Json) -> str:
-    if len(sets) == 1:
-        return f"{_upper(_label(next(iter(sets.values()))))}, retained in %"
-    return f"Retained {_over(sets)}, and the paper's average, in %"
-
-
-def _summary(model: Json, teacher: Json, sets: Json) -> tuple[str, ...]:
-    if "ratio_reached" not in model:
-        what = ("", f"{model['parameters']:,}", "", "")
-        averages, seconds = (100.0, 100.0), ""
-    else:
-        asked = model["ratio_asked"]
-        what = (
-            f"{100 * model['data_fraction']:g} %" if model["data_fraction"] else "",
-            f"{model['parameters']:,}",
-            "" if asked is None else f"{asked:.3f}",
-            f"{model['ratio_reached']:.3f}",
-        )
-        averages = (model["evaluation"]["mean_of_ratios"], model["evaluation"]["paper_average"])
-        seconds = f"{model['seconds']:.1f}"
-    worth = tuple(map(_percent, averages))
-    if len(sets) == 1:
-        name, of = next(iter(sets.items()))
-        worth = (shown(main_value(model, name, sets), of, unit=False), worth[0])
-    return printable(model["name"]), *what, *worth, seconds
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
-def _label(described: Json) -> str:
-    """ "accuracy in %": the main value of a set and its unit."""
-    return described["main"] + (f" in {described['unit']}" if described["unit"] else "")
-
-
-def _upper(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def build_report(workdir: Path) -> Path:
-    """Write `report.html` (one file, nothing external) and `report.png`; returns the page's path.
+    Returns:
+      The page's path.
 
     Raises:
-      UserError: `result.json` is missing or damaged.
+      UserError: nothing of a run is there, or a file is damaged.
     """
-    result = read_result(workdir)
-    measured = _measured(result)
-    first = plots.score_figure(result, measured[0])
-    plots.write_png(first, workdir / "report.png")
-    page = (
-        _environment()
-        .get_template("template.html")
-        .render(
-            title="Structural pruning report",
-            lead=_lead(result),
-            tables=tables_of(result),
-            best=printable(result["best"]),
-            notes=NOTES.format(averages=AVERAGES if len(result["sets"]) > 1 else ""),
-            sections=[
-                {
-                    "title": f"{measured[0].name} and size",
-                    "figures": [_figure(first, "The dashed line is the unpruned model.")],
-                },
-                *_set_section(result, measured[1:]),
-                *_importance_section(workdir, result),
-                *_kinds_section(workdir, result),
-                *_loss_section(workdir, result),
-            ],
-            groups=list(_groups(result)),
-            planned=fit.read_planned(workdir),
-            planned_notes=fit.NOTES,
-            export=_export_line(result),
-            result_json=read_text(workdir / "result.json"),
-        )
-    )
-    out = workdir / "report.html"
-    with replacing(out) as file:
-        file.write(page.encode(errors="backslashreplace"))
-    return out
-
-
-def _environment() -> jinja2.Environment:
-    loader = jinja2.PackageLoader("vlmprune_jax.report", ".")
-    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-
-
-def _lead(result: Json) -> str:
-    run = next(run for run in result["runs"] if run["name"] == result["best"])
-    teacher = result["teacher"]
-    smaller = 1 - run["parameters"] / teacher["parameters"]
-    recovery = "without recovery" if run["recovery"] == "none" else f"{run['recovery']}, without training,"
-    if run["data_fraction"]:
-        recovery = f"after recovery ({run['recovery']}) on {100 * run['data_fraction']:g} % of the training data"
-    among = f"Best of {len(result['runs'])} models: " if len(result["runs"]) > 1 else ""
-    return (
-        f"{among}{run['name']} has {run['parameters']:,} of {teacher['parameters']:,} parameters "
-        f"({100 * smaller:.1f} % fewer) and {_worth(run, result)} {recovery}{_unpruned(result)}."
+    finished = (workdir / "result.json").exists() or (workdir / "result.json").is_symlink()
+    result = read_result(workdir) if finished else read_unfinished(workdir)
+    best = printable(result["best"]) if finished else ""
+    return write_page(
+        "template.html",
+        workdir / "report.html",
+        title="Structural pruning report",
+        lead=lead(result) if finished else "This run is not finished: what is there so far.",
+        missing=result.get("missing", ()),
+        tables=tables_of(result) if result["teacher"] is not None else (),
+        best=best,
+        notes=_notes(result),
+        sections=[*_sections(workdir, result, finished), *more],
+        result_json=read_text(workdir / "result.json") if finished else "",
     )
 
 
-def _worth(run: Json, result: Json) -> str:
-    sets = result["sets"]
-    if len(sets) > 1:
-        kept = _percent(run["evaluation"]["mean_of_ratios"])
-        share = f"{kept} % of the unpruned model's score" if kept else "an unknown share of the score"
-        return f"retains {share} {_over(sets)}"
-    name, of = next(iter(sets.items()))
-    return f"reaches {_reached(run, name, sets)} {of['main']} on {_count(of)}"
-
-
-def _over(sets: Json) -> str:
-    averaged = averaged_sets(sets)
-    return f"on {averaged[0]}" if len(averaged) == 1 else f"on average over {len(averaged)} evaluation sets"
-
-
-def _unpruned(result: Json) -> str:
-    sets = result["sets"]
-    return (
-        "" if len(sets) > 1 else f"; the unpruned model reaches {_reached(result['teacher'], next(iter(sets)), sets)}"
-    )
-
-
-def _reached(model: Json, name: str, sets: Json) -> str:
-    return shown(main_value(model, name, sets), sets[name])
-
-
-def _count(described: Json) -> str:
-    counted = "questions" if "questions" in described else "tokens"
-    return f"{described[counted]:,} {counted}"
-
-
-def _measured(result: Json) -> list[plots.Measured]:
-    """What figures show: the value of the only evaluation set; of several first what was retained, then each."""
-    sets, teacher, runs = result["sets"], result["teacher"], result["runs"]
-    each = []
-    for name, of in sets.items():
-        values = [main_value(model, name, sets) for model in (teacher, *runs)]
-        scaled = [None if value is None else of["scale"] * value for value in values]
-        label = of["main"] + (f" ({of['unit']})" if of["unit"] else "")
-        title = f"{_upper(of['main'])} on {_count(of)}"
-        full = None if of["full"] is None else of["scale"] * of["full"]
-        each.append(
-            plots.Measured(_upper(of["main"]), title if len(sets) == 1 else f"{name}: {title}", label, full, scaled)
+def _sections(workdir: Path, result: Json, finished: bool) -> Iterator[Section]:
+    runs = result["runs"]
+    variants = runs if finished else result["variants"]
+    if runs:
+        measured = figures.measured_of(result)
+        first = plots.score_figure(result, measured[0])
+        plots.write_png(first, workdir / "report.png")
+        yield from figures.score_sections(result, measured, first)
+        yield from comparison_section(workdir, result)
+    yield from _samples(workdir, finished)
+    yield from _costs(workdir, result, finished)
+    yield from figures.removed_section(workdir, variants)
+    yield from figures.importance_section(workdir, variants)
+    yield from figures.kinds_section(workdir, variants)
+    yield from figures.loss_section(workdir, runs)
+    groups = tuple(groups_of(result)) if result["teacher"] is not None else ()
+    if groups:
+        yield Section("By group of questions", tables=groups)
+    yield from _planned(workdir)
+    if finished and "export" not in result:  # a run of a sweep
+        yield Section(
+            "Export", missing=f"Nothing is exported, the best model is {result['best']}", command="vlmprune export"
         )
-    if len(sets) == 1:
-        return each
-    kept = [100.0, *(run["evaluation"]["mean_of_ratios"] for run in runs)]
-    return [plots.Measured("Retained", f"Retained {_over(sets)}", "retained (%)", 100.0, kept), *each]
-
-
-def _set_section(result: Json, measured: Sequence[plots.Measured]) -> Iterator[Json]:
-    if measured:
-        better = [
-            "Higher is better." if of["higher_is_better"] else "Lower is better." for of in result["sets"].values()
-        ]
-        drawn = (plots.score_figure(result, one) for one in measured[:MOST_DRAWN])
-        figures = [_figure(figure, caption) for figure, caption in zip(drawn, better, strict=False)]
-        yield {"title": "Every evaluation set", "figures": figures}
-
-
-def _figure(figure: Any, caption: str) -> Json:
-    return {"svg": Markup(plots.to_svg(figure)), "caption": caption}
-
-
-def _importance_section(workdir: Path, result: Json) -> Iterator[Json]:
-    """One figure per scores file; variants that share one are drawn once per plan."""
-    figures, seen = list[Json](), set[str]()
-    for run in result["runs"]:
-        if run["plan"] in seen or len(figures) >= MOST_DRAWN:
-            continue
-        seen.add(run["plan"])
-        plan = PrunePlan.from_json(workdir / run["plan"])
-        for name in run["scores"]:
-            scores = Scores.load(workdir / name)
-            figures.append(_figure(_importance_figure(scores, plan), f"{run['method']}: {name}"))
-    if figures:
-        yield {"title": "Importance and what was removed", "figures": figures}
-
-
-def _kinds_section(workdir: Path, result: Json) -> Iterator[Json]:
-    """One figure per scores file that tells kinds of tokens apart."""
-    figures = list[Json]()
-    for name in dict.fromkeys(name for run in result["runs"] for name in run["scores"]):
-        scores = Scores.load(workdir / name)
-        if scores.by_kind and len(figures) < MOST_DRAWN:
-            _check_drawable(scores)
-            shares = {k: (kinds.head_shares(parts), kinds.layer_shares(parts)) for k, parts in scores.by_kind.items()}
-            figure = plots.kinds_figure(f"{scores.criterion} by kind of token", shares)
-            figures.append(_figure(figure, f"{name}. {kinds.serves_vision(scores)}"))
-    if figures:
-        yield {"title": "Importance by kind of token", "figures": figures}
-
-
-def _importance_figure(scores: Scores, plan: PrunePlan) -> Any:
-    if scores.stack not in plan.stacks:
-        raise UserError(f"{scores.criterion} scores are of the {scores.stack} stack, which the plan says nothing about")
-    kept_of = plan.stacks[scores.stack]
-    what = scores.criterion if scores.stack == "text" else f"{scores.criterion} of the tower"
-    if scores.heads is None or (scores.importance is not None and plan.method == "depth"):
-        return plots.layer_importance_figure(f"{what} per layer", scores.layers, kept_of.removed_layers)
-    by_query = scores.options.get("gqa", "groups") != "groups"
-    kept = {
-        layer.index: (
-            set(layer.q_heads if by_query else layer.kv_heads),
-            len(layer.neurons),
-            kept_of.layers_before[layer.index].mlp,
+    elif finished:
+        export = result["export"]
+        told = (
+            f"Exported: {export['path']} (the model {result['best']}), reloaded and compared: largest difference of "
+            f"any logit {export['max_abs_logit_difference']:.2g}."
         )
-        for layer in kept_of.layers
-    }
-    _check_drawable(scores)
-    return plots.width_importance_figure(f"{what} per attention head", scores.heads, kept)
+        yield Section("Export", notes=(told,))
 
 
-def _check_drawable(scores: Scores) -> None:
-    if scores.heads is not None and len(scores.heads) * max(map(len, scores.heads)) > MOST_UNITS:
-        raise UserError(
-            f"{scores.criterion} scores are of {len(scores.heads):,} layers with up to "
-            f"{max(map(len, scores.heads)):,} heads, too many for a figure: score again"
+def _notes(result: Json) -> str:
+    told = NOTES.format(averages=AVERAGES if len(result["sets"]) > 1 else "")
+    return told + (INTERVALS if any("retained_interval" in run["evaluation"] for run in result["runs"]) else "")
+
+
+def _samples(workdir: Path, finished: bool) -> Iterator[Section]:
+    found = read_samples(workdir)
+    title = "Questions and what every model answers"
+    if not found and finished:
+        command = COMMAND.format(workdir, "").replace(" run ", " evaluate ")
+        yield Section(title, missing="No questions were kept for this page", command=command)
+    for name, of in found.items():
+        shown = tuple(shown_samples(of))
+        if shown:
+            notes = () if any(sample["images"] for _, mine in shown for sample in mine) else ("These have no images.",)
+            yield Section(title if len(found) == 1 else f"{title}: {name}", samples=shown, notes=notes)
+
+
+def _costs(workdir: Path, result: Json, finished: bool) -> Iterator[Section]:
+    """What models cost by their shapes, and by the clock."""
+    measured, tables, notes = read_speed(workdir), list[Table](), list[str]()
+    teacher, runs = result["teacher"], result["runs"]
+    if teacher is not None and "costs" in teacher and "workload" in result:
+        of = result["workload"]
+        tables.append(_cost_table(teacher, [run for run in runs if "costs" in run]))
+        notes.append(
+            f"FLOPs: a forward pass of {of['length']:,} tokens, those of {of['images']} image(s) among them; a "
+            f"multiply-add is two. Cache and file as {of['dtype']}."
+        )
+    if measured is not None:
+        tables.append(speed_table(measured))
+        notes += speed_notes(measured)
+    if tables or finished:
+        yield Section(
+            "Cost and speed",
+            notes=tuple(notes),
+            tables=tuple(tables),
+            missing="" if measured is not None else "Speed was not measured",
+            command="" if measured is not None else COMMAND.format(workdir, " --config.speed.rounds=5"),
         )
 
 
-def _loss_section(workdir: Path, result: Json) -> Iterator[Json]:
-    curves, titles = dict[str, list[Json]](), dict[str, str]()
-    for run in result["runs"]:
-        titles |= run.get("loss_terms") or {name: name for name in LossConfig().weights()}
-        path = workdir / run["metrics"] if run.get("metrics") else None
-        if path is not None and path.is_file() and len(curves) < MOST_DRAWN:
-            curves[run["name"]] = read_metrics(path)
-    figure = plots.loss_figure(curves, titles)
-    if figure is not None:
-        yield {"title": "Recovery training", "figures": [_figure(figure, "Mean over each logged batch; logarithmic.")]}
+def _cost_table(teacher: Json, runs: Sequence[Json]) -> Table:
+    def row(name: str, model: Json) -> tuple[str, ...]:
+        costs, whole = model["costs"], teacher["costs"]
+        cells = [f"{model['parameters']:,}", f"{100 * model['parameters'] / teacher['parameters']:.1f}"]
+        for key, scale in (("forward_flops", 1e9), ("kv_bytes_per_token", 1), ("file_bytes", 1e6)):
+            value = costs[key] / scale
+            share = 100 * costs[key] / whole[key] if whole[key] else 100.0
+            cells += [f"{value:,.2f}" if scale > 1 else f"{value:,.0f}", f"{share:.1f}"]
+        return (printable(name), *cells)
+
+    header = ("model", "parameters", "%", "GFLOPs", "%", "cache, bytes a token", "%", "file, MB", "%")
+    rows = (row("unpruned", teacher), *(row(run["name"], run) for run in runs))
+    return Table("Cost by shape, and in % of the unpruned model's", header, rows)
 
 
-def _groups(result: Json) -> Iterator[Json]:
-    """Values by group of questions, of the unpruned model and every run, of every set that has groups."""
-    runs, sets = result["runs"], result["sets"]
-    for name, groups in result["teacher"]["evaluation"]["groups"].items():
-        of, rows = sets[name], []
-        for group, values in groups.items():
-            models = [values, *(run["evaluation"]["groups"].get(name, {}).get(group, {}) for run in runs)]
-            cells = [model.get(of["main"]) for model in models]
-            rows.append(
-                [group, f"{values['questions']:,}", *("" if c is None else f"{of['scale'] * c:.1f}" for c in cells)]
-            )
-        title = f"{_upper(of['main'])} by {of['grouped_by']}"
-        yield {
-            "title": title if len(sets) == 1 else f"{name}: {title}",
-            "header": [of["grouped_by"], "questions", "unpruned", *(run["name"] for run in runs)],
-            "rows": rows,
-        }
-
-
-def _export_line(result: Json) -> str:
-    if "export" not in result:
-        return f"Nothing is exported yet: `vlmprune export` writes {result['best']}."
-    export = result["export"]
-    return (
-        f"Exported: {export['path']} (the model {result['best']}), reloaded and compared: largest difference of any "
-        f"logit {export['max_abs_logit_difference']:.2g}."
-    )
+def _planned(workdir: Path) -> Iterator[Section]:
+    planned = fit.read_planned(workdir)
+    if planned:
+        facts = tuple((run["name"], tuple(run["rows"])) for run in planned)
+        yield Section("Recovery on a TPU slice", facts=facts, notes=(fit.NOTES,))

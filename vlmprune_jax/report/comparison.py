@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,15 +26,15 @@ MOST_SETS, MOST_FIGURES = 12, 6
 PARAMETERS = Cost("Parameters", "parameters (millions)", lambda model: model["parameters"] / 1e6)
 COSTS = (
     PARAMETERS,
-    Cost("Bytes of the folder", "MiB", lambda model: model["bytes"] / 2**20),
+    Cost("Bytes of the weights", "MiB", lambda model: model["bytes"] / 2**20),
     Cost("FLOPs of a prompt", "GFLOPs", lambda model: model["forward_flops"] / 1e9),
 )
 SPEED_NAMES = ("Prefill", "Decoding")
 DECODER = Cost("", "decoder's parameters removed (%)", lambda model: 100 * model["decoder_ratio"])
 DATA = Cost("", "data trained on (%)", lambda model: 100 * model["data_fraction"])
 NOTES = (
-    "A row is what differs in more than seeds. Retained: share of the unpruned model's score, in percent{averages}; ± is "
-    "half of a 95 % interval over seeds (Student's t), which says nothing of other questions. Seconds: scoring, "
+    "A row is what differs in more than seeds. Retained: share of the unpruned model's score, in percent{averages}; ± "
+    "is half of a 95 % interval over seeds (Student's t), which says nothing of other questions. Seconds: scoring, "
     "pruning, reconstruction and training, the mean, without evaluation, by whichever run did it."
 )
 
@@ -67,7 +70,7 @@ def build_comparison(workdir: Path) -> Path:
 def _best(groups: Sequence[Group]) -> Group | None:
     """The one that retains most, among equals the smallest."""
     known = [group for group in groups if group.retained is not None]
-    return min(known, key=lambda group: (-group.retained[0], group.mean("parameters"))) if known else None  # type: ignore[index]
+    return min(known, key=lambda group: (-_worth(group), group.mean("parameters")), default=None)
 
 
 def _lead(sweep: Json, groups: Sequence[Group], best: Group | None) -> Iterator[str]:
@@ -77,8 +80,9 @@ def _lead(sweep: Json, groups: Sequence[Group], best: Group | None) -> Iterator[
     yield f"{count.get(DONE, 0)} of {len(runs)} runs are done{f' ({left})' if left else ''}: {len(done(sweep))} models."
     if best is None or best.retained is None:
         return
-    yield f"Most is retained by {printable(best.name)}: {best.retained[0]:.2f} % {_over(sweep)}, {_smaller(best, sweep)}."
-    enough = [group for group in groups if group.retained is not None and group.retained[0] >= ENOUGH]
+    worth = f"{best.retained[0]:.2f} % {_over(sweep)}"
+    yield f"Most is retained by {printable(best.name)}: {worth}, {_smaller(best, sweep)}."
+    enough = [group for group in groups if _worth(group) >= ENOUGH]
     smallest = min(enough, key=lambda group: group.mean("parameters"), default=None)
     if smallest is None or smallest.retained is None:
         yield f"No model retains {ENOUGH:g} %."
@@ -124,21 +128,16 @@ def _pareto_section(sweep: Json, groups: Sequence[Group]) -> Iterator[Section]:
     for name, field in zip(SPEED_NAMES, SPEEDS, strict=True):
         fast = [group for group in drawn if all(field in model for model in group.models)]
         if fast:
-            speed = Cost(f"{name} speed", "tokens per second", lambda model, field=field: model[field], rising=True)
-            timed = [model for model in models if field in model]
-            figures.append(
-                _figure(
-                    plots.pareto_figure(fast, timed, [speed]), f"Retained percent against {name} speed.", "Measured."
-                )
-            )
+            speed = Cost(f"{name} speed", "tokens per second", operator.itemgetter(field), rising=True)
+            figure = plots.pareto_figure(fast, [model for model in models if field in model], [speed])
+            figures.append(_figure(figure, f"Retained percent against {name.lower()} speed.", "Measured."))
     yield Section("What is retained at which cost", figures=tuple(figures))
 
 
 def _asked(group: Group) -> Any:
     """Models of one ratio are compared, whatever each reaches."""
-    return (
-        group.first["ratio_asked"] if group.first["ratio_asked"] is not None else round(group.mean("ratio_reached"), 3)
-    )
+    asked = group.first["ratio_asked"]
+    return round(group.mean("ratio_reached"), 3) if asked is None else asked
 
 
 def _ratio_section(groups: Sequence[Group]) -> Iterator[Section]:
@@ -168,12 +167,14 @@ def _data_section(groups: Sequence[Group]) -> Iterator[Section]:
     for name in list(dict.fromkeys(series[group.name] for group in trained))[:MOST_FIGURES]:
         some = sorted((group for group in trained if series[group.name] == name), key=_asked)
         shares = {_asked(group): 100 * group.mean("decoder_ratio") for group in some}
-        figure = plots.curves_figure(
-            some, lambda group, of=shares: f"{of[_asked(group)]:.0f} % of the decoder removed", way_of, DATA, "log"
-        )
+        figure = plots.curves_figure(some, functools.partial(_share_told, shares), way_of, DATA, "log")
         alt = f"{name}: retained percent over the share of the training data, {len(some)} points."
         figures.append(_figure(figure, alt, f"{name}. Bands: 95 % intervals over seeds."))
     yield Section("Over the training data", figures=tuple(figures))
+
+
+def _share_told(shares: Mapping[Any, float], group: Group) -> str:
+    return f"{shares[_asked(group)]:.0f} % of the decoder removed"
 
 
 def _radar_section(sweep: Json, groups: Sequence[Group]) -> Iterator[Section]:
@@ -186,7 +187,7 @@ def _radar_section(sweep: Json, groups: Sequence[Group]) -> Iterator[Section]:
     for group in sorted(drawable(groups), key=_asked):
         at = chosen.setdefault(_asked(group), {})
         known = at.get(series[group.name])
-        if known is None or (group.retained or ())[0] > (known.retained or ())[0]:
+        if known is None or _worth(group) > _worth(known):
             at[series[group.name]] = group
     panels: dict[str, Mapping[str, Mapping[str, float]]] = {}
     for at in chosen.values():
@@ -200,6 +201,10 @@ def _radar_section(sweep: Json, groups: Sequence[Group]) -> Iterator[Section]:
     yield Section("Every benchmark", figures=(_figure(figure, alt, caption),))
 
 
+def _worth(group: Group) -> float:
+    return -math.inf if group.retained is None else group.retained[0]
+
+
 def _kept(group: Group, name: str) -> float | None:
     values = [one["evaluation"]["retained"].get(name) for one in group.models]
     return None if None in values else sum(values) / len(values)
@@ -210,27 +215,27 @@ def _table(sweep: Json, groups: Sequence[Group]) -> Table:
     sets = sweep["sets"]
     names = list(sets)[:MOST_SETS]
     costs = ("parameters", "MiB", "GFLOPs")
-    facts = ("decoder removed, %", "data, %", "seeds", "retained", "±", "paper avg")
+    facts = ("retained", "±", "seeds", "paper avg", "decoder removed, %", "data, %")
     scores = (f"{name}: {sets[name]['main']}{f' in {unit}' if (unit := sets[name]['unit']) else ''}" for name in names)
-    header = ("model", *costs, *facts, *scores, "seconds")
+    header = ("model", *facts, *costs, *scores, "seconds")
     rows = []
     for name, model in sweep["unpruned"].items():
         values = (shown(main_value(model, one, sets), sets[one], unit=False) for one in names)
         label = "unpruned" if len(sweep["unpruned"]) == 1 else f"unpruned {printable(name)}"
-        rows.append((label, *_costs([model]), "", "", "", "100.00", "", "100.00", *values, ""))
+        rows.append((label, "100.00", "", "", "100.00", "", "", *_costs([model]), *values, ""))
     for group in groups:
         mean, low, high = group.retained or (None, 0.0, 0.0)
         averages = [one["evaluation"]["paper_average"] for one in group.models]
         facts = (
-            f"{100 * group.mean('decoder_ratio'):.1f}",
-            f"{100 * group.first['data_fraction']:g}" if group.first["data_fraction"] else "",
-            f"{len(group.models)}",
             "" if mean is None else f"{mean:.2f}",
             f"{(high - low) / 2:.2f}" if len(group.models) > 1 else "",
+            f"{len(group.models)}",
             "" if None in averages else f"{sum(averages) / len(averages):.2f}",
+            f"{100 * group.mean('decoder_ratio'):.1f}",
+            f"{100 * group.first['data_fraction']:g}" if group.first["data_fraction"] else "",
         )
         values = (_score(group, one, sets) for one in names)
-        rows.append((printable(group.name), *_costs(group.models), *facts, *values, f"{group.mean('seconds'):.1f}"))
+        rows.append((printable(group.name), *facts, *_costs(group.models), *values, f"{group.mean('seconds'):.1f}"))
     return Table(f"{len(groups)} kinds of models", header, tuple(rows))
 
 

@@ -16,8 +16,10 @@ import matplotlib
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from vlmprune_jax.checked_files import replacing
@@ -26,7 +28,7 @@ from vlmprune_jax.errors import printable
 # Text and axes are drawn in this colour, which an inline SVG then trades for the page's own (light or dark).
 INK = "#3a3b3c"
 LARGEST = 1e100  # of the numbers that are drawn: axes need room around them
-MOST_BARS, MOST_LINES, MOST_NAMED, MOST_PANELS, MOST_POINTS = 60, 200, 24, 6, 20_000
+MOST_BARS, MOST_LINES, MOST_NAMED, MOST_PANELS, MOST_POINTS, MOST_CELLS = 60, 200, 24, 6, 20_000, 64
 LONGEST, LONGEST_TITLE = 40, 80  # letters of a name
 _FONT = "DejaVu Sans"  # which comes with matplotlib
 # Okabe-Ito: told apart with any kind of colour vision, and on light and dark grounds.
@@ -204,6 +206,42 @@ def width_importance_figure(
         bottom.set_ylim(0, 100)
         bottom.set_ylabel("neurons\nkept (%)")
         _layer_axis(bottom, "x", n_layers)
+        return figure
+
+
+def removed_figure(
+    title: str, widths: Sequence[tuple[int, int]], kept: Mapping[int, tuple[Sequence[int], Sequence[int]]]
+) -> Figure:
+    """Which layers, attention heads and MLP neurons are gone; of neurons, what share of each run of neighbours.
+
+    `widths`: heads and neurons of every layer before. `kept`: original layer number -> indices of heads and neurons
+    that stay; a layer that is missing is gone whole.
+    """
+    with styled(title):
+        figure = Figure(figsize=(7.6, 3.9), layout="constrained")
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.3))
+        colours = LinearSegmentedColormap.from_list("kept", (COLOURS[5], COLOURS[0]))
+        for place, (axes, what) in enumerate(((top, "attention head"), (bottom, "MLP neuron"))):
+            before = [width[place] for width in widths]
+            rows = min(max(before), MOST_CELLS)
+            shares = np.full((rows, len(widths)), np.nan)
+            for layer, width in enumerate(before):
+                cells = max(1, rows * width // max(before))
+                edges = np.arange(cells + 1) * width // cells
+                there = np.searchsorted(kept[layer][place] if layer in kept else (), edges)
+                shares[:cells, layer] = np.diff(there) / np.diff(edges)
+            high = max(before) - 0.5
+            axes.imshow(
+                shares, aspect="auto", cmap=colours, vmin=0, vmax=1, origin="lower", interpolation="nearest",
+                extent=(-0.5, len(widths) - 0.5, -0.5, high),
+            )  # fmt: skip
+            axes.grid(visible=False)
+            axes.set_ylabel(what)
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+        top.set_title(legible(title, LONGEST_TITLE))
+        handles = [Patch(color=colours(share), label=label) for share, label in ((1.0, "kept"), (0.0, "removed"))]
+        figure.legend(handles=handles, loc="outside right upper")
+        _layer_axis(bottom, "x", len(widths))
         return figure
 
 

@@ -11,8 +11,13 @@ Version 2 (paths are relative to the workdir):
               removed_layers, plan, scores (files of importances), recovery ("none" without), data_fraction, seconds
               (scoring, pruning, training), training_records, training_steps and metrics (a file) of recovered models,
               evaluation, evaluation_seconds, path
+    workload  what `costs` are of: tokens and images of the row of `forward_flops`, dtype of cache and file
     best      the name of the run that is exported: the highest mean_of_ratios, among equals the smallest model
-    export    path, and what its comparison with the model found; not there before the export, as in runs of a sweep
+    export    path, and what its comparison with the model found; not there in runs of a sweep, which export nothing
+
+The teacher and runs have `costs` (forward_flops, kv_bytes_per_token, file_bytes) and, where speed was measured,
+`speed`, the medians of its rounds: prefill and decode (tokens/s), first_token (s) and peak_bytes (or null). Older
+results have neither. All rounds, and where they were run: `speed.json`.
 
 `evaluation` of a model:
 
@@ -48,8 +53,8 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.averages import mean_of_ratios, paper_average, retained
 from vlmprune_jax.evaluation.metrics.exact_match import EXACT_MATCH
 
-_Values = dict[str, float]
-_Groups = dict[str, dict[str, _Values]]
+Values = dict[str, float]
+Groups = dict[str, dict[str, Values]]
 _TODO = "run `vlmprune run` again, or restore it"
 
 
@@ -57,8 +62,8 @@ class _Version(TypedDict):
     version: NotRequired[int]
 
 
-class Set(TypedDict):
-    """One of `sets`: how a value is shown, and how many questions or tokens there were."""
+class Described(TypedDict):
+    """What tables and plots need to show a metric's values (`Metric.describe`)."""
 
     name: str
     main: str
@@ -67,13 +72,18 @@ class Set(TypedDict):
     full: Finite | None
     higher_is_better: bool
     grouped_by: str | None
+
+
+class Set(Described):
+    """One of `sets`: how a value is shown, and how many questions or tokens there were."""
+
     questions: NotRequired[Count]
     tokens: NotRequired[Count]
 
 
 class Evaluation(TypedDict):
-    scores: dict[str, _Values]
-    groups: _Groups
+    scores: dict[str, Values]
+    groups: Groups
 
 
 class RunEvaluation(Evaluation):
@@ -83,12 +93,34 @@ class RunEvaluation(Evaluation):
     paper_average: float | None
 
 
-class _Teacher(TypedDict):
+class Costs(TypedDict):
+    """Of a model by its shapes; see `prune.cost.costs_of`."""
+
+    forward_flops: Finite
+    kv_bytes_per_token: Count
+    file_bytes: Count
+
+
+class _Speed(TypedDict):
+    prefill: Finite
+    decode: Finite
+    first_token: Finite
+    peak_bytes: Count | None
+
+
+class _Model(TypedDict):
+    """What any model may have."""
+
+    costs: NotRequired[Costs]
+    speed: NotRequired[_Speed]
+
+
+class _Teacher(_Model):
     parameters: Annotated[int, msgspec.Meta(ge=1, le=2**53)]
     evaluation: Evaluation
 
 
-class _Facts(TypedDict):
+class _Facts(_Model):
     """What was done to a model; paths are relative to the workdir."""
 
     name: str
@@ -116,17 +148,24 @@ class _Export(TypedDict):
     max_abs_logit_difference: float
 
 
+class _Workload(TypedDict):
+    length: Count
+    images: Count
+    dtype: str
+
+
 class _Result(TypedDict):
     sets: Annotated[dict[str, Set], msgspec.Meta(min_length=1, max_length=1000)]
     teacher: _Teacher
     runs: Annotated[list[_Run], msgspec.Meta(min_length=1, max_length=10_000)]
     best: str
     export: NotRequired[_Export]
+    workload: NotRequired[_Workload]
 
 
 class _Model1(TypedDict):
     accuracy: float
-    by_answer: NotRequired[dict[str, _Values] | None]
+    by_answer: NotRequired[dict[str, Values] | None]
 
 
 class _Teacher1(_Model1):
@@ -174,14 +213,30 @@ def make_run(name: str, facts: Json, found: Found, teacher: Found, path: str) ->
     return {"name": name, **facts, **first, "evaluation": evaluation, "evaluation_seconds": seconds, "path": path}
 
 
-def make_result(teacher: Found, runs: Sequence[Json], best: str, export: Json | None) -> Json:
-    """The whole object; without `export` where nothing was exported (yet)."""
+def make_result(
+    teacher: Found,
+    runs: Sequence[Json],
+    best: str,
+    export: Json | None,
+    *,
+    facts: Mapping[str, Any] | None = None,
+    workload: Mapping[str, Any] | None = None,
+) -> Json:
+    """The whole object, before there is an `export` without it.
+
+    `facts` are of the unpruned model, `workload` is what costs are of.
+    """
+    sets, unpruned = describe_sets(teacher), unpruned_of(teacher, facts or {})
+    more = {} if workload is None else {"workload": dict(workload)}
+    found = {"version": VERSION, "sets": sets, "teacher": unpruned, "runs": list(runs), "best": best}
+    return {**found, **more} if export is None else {**found, "export": export, **more}
+
+
+def unpruned_of(teacher: Found, facts: Mapping[str, Any]) -> Json:
+    """`teacher` of the object."""
     parameters = next(iter(teacher.values()))["parameters"]
     evaluation = {"scores": _values(teacher), "groups": _groups(teacher)}
-    unpruned = {**_version_1(teacher), "parameters": parameters, "evaluation": evaluation}
-    sets = describe_sets(teacher)
-    result = {"version": VERSION, "sets": sets, "teacher": unpruned, "runs": list(runs), "best": best}
-    return result if export is None else {**result, "export": export}
+    return {**_version_1(teacher), "parameters": parameters, **facts, "evaluation": evaluation}
 
 
 def best_run(runs: Sequence[Json], sets: Json) -> Json:

@@ -1,12 +1,12 @@
-"""`sweep.json`: what the runs of a sweep found, written by `make_sweep` and read by `read_sweep`; this page is its schema.
+"""`sweep.json`: what the runs of a sweep found, of `make_sweep`, read by `read_sweep`; this page is its schema.
 
 Version 1 (paths are relative to the sweep's workdir):
 
     version    1
     config     the config file as it was given, with its variant
     sets       {set: what was measured there}, as in `result.json` (report/result.py); the same of all runs
-    unpruned   {model: parameters, bytes, forward_flops, evaluation (scores, groups)}: the models that were pruned, by
-               the folder that the config names. Usually one
+    unpruned   {model: parameters, bytes, forward_flops, evaluation (scores, groups), and speeds where measured}: the
+               models that were pruned, by the folder that the config names. Usually one
     models     one object per evaluated model, in the order of the runs; and one for each run that has none yet
 
 Of every object in `models`:
@@ -28,9 +28,8 @@ Of those that are done also:
     ratio_asked      share of all parameters to remove (null: layers or a budget were asked for); ratio_reached
     decoder_ratio    share of the decoder's parameters that went
     parameters       of this model
-    bytes            of its folder's files
-    forward_flops    of a prompt of `prune.budget.context` tokens (at most what the model has positions for) with
-                     `prune.budget.images` images
+    bytes            of its weights, exported
+    forward_flops    of a prompt of `speed.prompt_tokens` tokens, with an image where the model sees any
     reconstruct      "none" or "least_squares": whether weights of this model were solved for, before any training
     recovery         "none" where nothing was trained, or the name of the recovery (`recover.name`)
     data_fraction    share of the training records that were trained on, 0.0 where nothing was trained
@@ -65,16 +64,21 @@ from vlmprune_jax.report.result import Evaluation, RunEvaluation, Set, main_valu
 Json = dict[str, Any]
 VERSION = 1
 FILE = "sweep.json"
+MOST_SETS = 4  # with columns of their own in a terminal
 MAX_BYTES = 2**28  # ten thousand models with groups
 DONE, FAILED, PENDING = "done", "failed", "pending"
-SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second")
+SPEEDS = {"prefill_tokens_per_second": "prefill", "decode_tokens_per_second": "decode"}  # what a result calls them
 _TODO = "run `vlmprune sweep` again, or restore it"
 
 
-class _Unpruned(TypedDict):
+class Unpruned(TypedDict):
+    """What is known of a model that was pruned."""
+
     parameters: Count
     bytes: Count
     forward_flops: Finite
+    prefill_tokens_per_second: NotRequired[Finite]
+    decode_tokens_per_second: NotRequired[Finite]
     evaluation: Evaluation
 
 
@@ -120,7 +124,7 @@ class _Entry(TypedDict):
 class _Sweep(TypedDict):
     config: str
     sets: dict[str, Set]
-    unpruned: dict[str, _Unpruned]
+    unpruned: dict[str, Unpruned]
     models: Annotated[list[_Entry], msgspec.Meta(min_length=1, max_length=100_000)]
 
 
@@ -197,17 +201,22 @@ def table_of(sweep: Json) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     groups, sets = groups_of(sweep), sweep["sets"]
     seeds = max((len(group.models) for group in groups), default=1)
     counted = ("seeds",) if seeds > 1 else ()
-    header = ("model", "parameters", "reached", *(sets if len(sets) <= 4 else ()), "retained", *counted)
+    labels = tuple(dict.fromkeys(label for group in groups for label in group.labels)) or ("model",)
+    named = tuple(sets) if len(sets) <= MOST_SETS else ()
+    header = (*labels, "parameters", "reached", *named, "retained", *counted)
     rows = []
     for name, model in sweep["unpruned"].items():
         label = "unpruned" if len(sweep["unpruned"]) == 1 else Path(name).name
-        values = [shown(main_value(model, key, sets), of, unit=False) for key, of in sets.items()]
-        row = (label, f"{model['parameters']:,}", "", *(values if len(sets) <= 4 else ()), "100.00")
-        rows.append((*row, *("" for _ in counted)))
+        values = (shown(main_value(model, key, sets), sets[key], unit=False) for key in named)
+        blank = ("" for _ in labels[1:])
+        rows.append((label, *blank, f"{model['parameters']:,}", "", *values, "100.00", *("" for _ in counted)))
     for group in groups:
-        cells = [_mean_value(group, key, sets) for key in sets] if len(sets) <= 4 else []
-        row = (f"{group.mean('parameters'):,.0f}", f"{group.mean('ratio_reached'):.3f}", *cells, _worth(group))
-        rows.append((printable(group.name), *row, *(str(len(group.models)) for _ in counted)))
+        own = [group.labels.get(label, "") for label in labels] if group.labels else [group.name]
+        if "/" in group.name:  # not the last model of its run
+            own[0] = f"{own[0]} ({group.name.partition('/')[2]})"
+        values = (_mean_value(group, key, sets) for key in named)
+        row = (f"{group.mean('parameters'):,.0f}", f"{group.mean('ratio_reached'):.3f}", *values, _worth(group))
+        rows.append((*map(printable, own), *row, *(str(len(group.models)) for _ in counted)))
     return header, rows
 
 

@@ -29,7 +29,7 @@ from vlmprune_jax.stages.ledger import Json, Stage, run_stage
 from vlmprune_jax.stages.store import Store
 
 # Raised whenever a stage's code gives other results for the same inputs: its outputs are then made again.
-VERSIONS = {"score": 1, "prune": 1, "reconstruct": 1, "recover": 1, "evaluate": 2, "export": 1}
+VERSIONS = {"score": 1, "prune": 1, "reconstruct": 1, "recover": 1, "evaluate": 2, "export": 1, "speed": 1}
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from vlmprune_jax.experiment.arguments import QUESTIONS, evaluation_sets
 from vlmprune_jax.experiment.spec import EvaluationSetSpec, Experiment, affecting
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.report.answers import TEACHER, evaluation_file
 from vlmprune_jax.report.result import shown
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import (
@@ -93,8 +94,9 @@ def _evaluate_set(
     name: str,
     context: Context,
 ) -> Json:
-    file, title = (name, name) if key == QUESTIONS else (f"{name}.{key}", f"{name} {key}")
-    path, answers = out / "eval" / f"{file}.json", out / "eval" / f"{file}.answers.jsonl"
+    title = name if key == QUESTIONS else f"{name} {key}"
+    path = evaluation_file(out, name, key)
+    answers = answers_file(path)
     stage = context.stage(
         "evaluate",
         out,
@@ -113,7 +115,7 @@ def _evaluate_set(
         return {**facts, "parameters": count_params(model().cfg)}
 
     facts = context.run(stage, body)
-    original = context.workdir / "eval" / f"teacher{'' if key == QUESTIONS else f'.{key}'}.answers.jsonl"
+    original = answers_file(evaluation_file(context.workdir, TEACHER, key))
     found = on_process_zero(lambda: _measure(of, answers, original if original != answers else None, path, facts))
     metric, counted = found["metric"], "questions" if of.text is None else "tokens"
     context.reporter.say(
@@ -121,6 +123,20 @@ def _evaluate_set(
         f"({facts['parameters']:,} parameters, {facts['model_seconds']:.1f} s)"
     )
     return found
+
+
+def answers_file(path: Path) -> Path:
+    """Where the answers lie beside an evaluation."""
+    return path.with_name(f"{path.stem}.answers.jsonl")
+
+
+def read_predictions(path: Path) -> list[str]:
+    """What a model said to every question, from the answers beside an evaluation.
+
+    Raises:
+      UserError: they are not there, or damaged.
+    """
+    return [line["prediction"] for line in read_json_lines(answers_file(path), _Answer)]
 
 
 def _settings(experiment: Experiment, key: str, of: EvaluationSetSpec) -> Json:

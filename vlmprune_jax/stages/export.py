@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
 from vlmprune_jax.checked_files import Finite
-from vlmprune_jax.distributed.mesh import is_main_process
+from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.hf.export.card import model_name
 from vlmprune_jax.hf.export.reload import check_export
 from vlmprune_jax.hf.export.write import save
 from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.stages.context import Context, load_model, model_inputs, teacher_folder
-from vlmprune_jax.stages.ledger import Json, remove
+from vlmprune_jax.stages.ledger import Json, differs_only_in, remove
 
 
 class _Facts(TypedDict):
@@ -24,17 +26,25 @@ class _Facts(TypedDict):
     tolerance: Finite
 
 
-def export_stage(experiment: Experiment, model_folder: Path, context: Context, *, reconstructed: bool = False) -> Json:
+def export_stage(
+    experiment: Experiment,
+    model_folder: Path,
+    context: Context,
+    *,
+    reconstructed: bool = False,
+    benchmarks: Sequence[Sequence[str]] = (),
+) -> Json:
     """One folder of the workdir -> `export/`, reloaded and compared before it counts as done.
 
-    `reconstructed`: whether the model card says that weights were solved for.
+    `reconstructed`, `benchmarks`: what the model card says (see `save`).
     """
     out, spec = context.workdir / "export", experiment.export
+    shown = {"benchmarks": benchmarks} if benchmarks else {}
     stage = context.stage(
         "export",
         context.workdir,
         "export",
-        settings=affecting("export", experiment),
+        settings=affecting("export", experiment) | shown,
         inputs=model_inputs(experiment.model, model=model_folder),
         outputs=[out],
         facts=_Facts,
@@ -52,6 +62,7 @@ def export_stage(experiment: Experiment, model_folder: Path, context: Context, *
             name=model_name(teacher_folder(experiment.model)),
             reconstructed=reconstructed,
             recovered=model_folder.name == "recovered",
+            benchmarks=benchmarks,
         )
         try:
             return check_export(model, out, vision_dir=experiment.model.vision_dir)
@@ -60,4 +71,6 @@ def export_stage(experiment: Experiment, model_folder: Path, context: Context, *
                 remove(out)  # a folder that failed its comparison, or was not compared, is not an export
             raise
 
+    if on_process_zero(lambda: differs_only_in(stage, "benchmarks")):
+        context = dataclasses.replace(context, overwrite=True)  # the same weights: only the card is out of date
     return context.run(stage, body)

@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from vlmprune_jax.checked_files import Finite, checked, open_file, read_json, replacing
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.errors import UserError, differences
+from vlmprune_jax.stages.provenance import MadeBy, made_by
 from vlmprune_jax.stages.store import RECORD, Store, exclusive
 
 Json = dict[str, Any]
@@ -35,11 +36,12 @@ class _Record(TypedDict):
 
 
 class _Done(_Record):
-    """`outputs`: digests by name."""
+    """`outputs`: digests by name; `by`: what made them, which older versions did not note."""
 
     seconds: Finite
     facts: Json
     outputs: dict[str, str]
+    by: NotRequired[MadeBy]
 
 
 FOLDER = ".stages"
@@ -184,8 +186,8 @@ def _take(stage: Stage, key: str, say: Callable[[str], None]) -> Json | None:
 
 def _end(stage: Stage, facts: Json, seconds: float, key: str | None) -> Json:
     """Note in the ledger that the stage is done, and keep it for other runs of the sweep."""
-    last = _read(stage.record, stage.facts)
-    done = {**last, "done": True, "seconds": seconds, "facts": facts, "outputs": _digests(stage.outputs)}
+    last, made = _read(stage.record, stage.facts), _digests(stage.outputs)
+    done = {**last, "done": True, "seconds": seconds, "facts": facts, "outputs": made, "by": made_by()}
     write_json(stage.record, done)
     if stage.store is not None and key is not None:
         stage.store.put(key, stage.outputs, _plain(done))
@@ -232,6 +234,29 @@ def _changes(before: Json, now: Json) -> list[str]:
     inputs = [f"{name} changed" for name in sorted({*known, *given}) if known.get(name) != given.get(name)]
     old, new = ({**made["settings"], "version": made["version"]} for made in (before, now))
     return [*inputs, *differences(old, new)]
+
+
+def differs_only_in(stage: Stage, setting: str) -> bool:
+    """Whether the stage's outputs are as its last run left them, and were made from the same but for one setting."""
+    last = _read(stage.record, stage.facts)
+    if not last.get("done") or not all(path.exists() for path in stage.outputs) or not _unchanged(stage, last):
+        return False
+    settings = [{k: v for k, v in of.items() if k != setting} for of in (stage.settings, last["made_from"]["settings"])]
+    same = _plain(settings[0]) == settings[1] and last["made_from"]["version"] == stage.version
+    return same and last["made_from"]["inputs"] == {name: digest(path) for name, path in stage.inputs.items()}
+
+
+def finished_stages(workdir: Path) -> dict[str, Json]:
+    """Name -> record of every stage of a workdir that is done; a damaged record is none."""
+    found = {}
+    for path in sorted((workdir / FOLDER).glob("*.json")):
+        try:
+            record = read_json(path, _Record, missing="", unicode=False)
+            if record["done"]:
+                found[path.stem] = checked(record, _Done, "", "")
+        except UserError:
+            continue
+    return found
 
 
 def digest(path: Path | str) -> str:

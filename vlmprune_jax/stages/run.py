@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from vlmprune_jax.distributed.mesh import is_main_process
+from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import NO_RECOVERY, PruneRun, prune_runs, recover_runs
@@ -13,15 +13,21 @@ from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.prune import PrunePlan, Scores
 from vlmprune_jax.report.build import build_report, tables_of
 from vlmprune_jax.report.result import best_run, describe_sets, make_result, make_run, read_result
+from vlmprune_jax.report.speed import speeds_of
+from vlmprune_jax.report.tables import benchmark_rows
+from vlmprune_jax.report.unfinished import read_unfinished
 from vlmprune_jax.stages.context import Context, teacher_folder
 from vlmprune_jax.stages.evaluate import evaluate_stage
 from vlmprune_jax.stages.export import export_stage
-from vlmprune_jax.stages.ledger import Json, write_json
+from vlmprune_jax.stages.ledger import Json, finished_stages, write_json
 from vlmprune_jax.stages.plan_tables import Table, explain
+from vlmprune_jax.stages.provenance import provenance_section
 from vlmprune_jax.stages.prune import prune_stage
 from vlmprune_jax.stages.reconstruct import RECONSTRUCTED, reconstruct_stage
 from vlmprune_jax.stages.recover import recover_stage
+from vlmprune_jax.stages.samples import write_samples
 from vlmprune_jax.stages.score import criteria_of, score_stage
+from vlmprune_jax.stages.speed import check_speed, costs_of_folder, speed_stage, workload_of
 
 
 def score_all(experiment: Experiment, context: Context) -> None:
@@ -84,6 +90,8 @@ def evaluate_all(experiment: Experiment, context: Context) -> None:
             if (run.folder / "recovered").is_dir():
                 evaluate_stage(run.experiment, run.folder / "recovered", run.folder, "recovered", context)
                 found += 1
+    runs = on_process_zero(lambda: read_unfinished(context.workdir)["runs"])
+    write_samples(experiment, runs, context)
     if not found:
         context.reporter.say("no pruned or recovered model in this workdir yet: only the unpruned one was evaluated")
 
@@ -96,21 +104,38 @@ def evaluate_teacher(experiment: Experiment, context: Context) -> Json:
 
 def run_all(experiment: Experiment, context: Context) -> Json:
     """Every stage of every variant; returns and writes `result.json`, prints its table, builds the report."""
-    teacher, runs = make_models(experiment, context)
-    chosen = best_run(runs, describe_sets(teacher))
-    exported = _export(experiment, chosen, context)
-    result = make_result(teacher, runs, chosen["name"], {"path": "export", **exported})
+    result = make_models(experiment, context)
+    chosen = next(run for run in result["runs"] if run["name"] == result["best"])
+    exported = _export(experiment, chosen, result["teacher"], result["sets"], context)
+    result["export"] = {"path": "export", **exported}
     write_json(context.workdir / "result.json", result)
     if is_main_process():
         finish(context)
     return result
 
 
-def make_models(experiment: Experiment, context: Context) -> tuple[Json, list[Json]]:
-    """Every stage of every variant but export: what was found of the unpruned model, and `runs` of `result.json`."""
+def make_models(experiment: Experiment, context: Context) -> Json:
+    """Every stage of every variant but export; returns `result.json` without `export`."""
+    check_speed(experiment)
     teacher = evaluate_teacher(experiment, context)
-    pruned = prune_runs(experiment, context.workdir)
-    return teacher, [entry for one in pruned for entry in _run_variant(one, teacher, context)]
+    runs = [
+        entry for pruned in prune_runs(experiment, context.workdir) for entry in _run_variant(pruned, teacher, context)
+    ]
+    best = best_run(runs, describe_sets(teacher))["name"]
+    write_samples(experiment, runs, context)
+    facts = _costs_and_speed(experiment, runs, context)
+    return make_result(teacher, runs, best, None, facts=facts, workload=workload_of(experiment))
+
+
+def _costs_and_speed(experiment: Experiment, runs: Sequence[Json], context: Context) -> Json:
+    """Note costs, and speed where it is measured, in every run; returns those of the unpruned model."""
+    folders = {run["name"]: context.workdir / run["path"] for run in runs}
+    speeds = speeds_of(speed_stage(experiment, folders, context))
+    for run in runs:
+        run["costs"] = costs_of_folder(experiment, folders[run["name"]])
+        run |= {"speed": speeds[run["name"]]} if run["name"] in speeds else {}
+    unpruned = costs_of_folder(experiment, teacher_folder(experiment.model))
+    return {"costs": unpruned, **({"speed": speeds[""]} if "" in speeds else {})}
 
 
 def _run_variant(pruned: PruneRun, teacher: Json, context: Context) -> Iterator[Json]:
@@ -171,31 +196,40 @@ def export_best(experiment: Experiment, context: Context) -> Json:
     if (context.workdir / "result.json").is_file():
         result = read_result(context.workdir)
         chosen = best_run(result["runs"], result["sets"])
-        return _export(experiment, chosen, context)
+        return _export(experiment, chosen, result["teacher"], result["sets"], context)
     for name in ("recovered", RECONSTRUCTED, "pruned"):
         if (context.workdir / name).is_dir():
             solved = name != "pruned" and experiment.reconstruct.method != "none"
-            return export_stage(experiment, context.workdir / name, context, reconstructed=solved)
+            known = read_unfinished(context.workdir)
+            rows = [
+                benchmark_rows(run, known["teacher"], known["sets"]) for run in known["runs"] if run["path"] == name
+            ]
+            shown = rows[0] if rows else ()
+            return export_stage(experiment, context.workdir / name, context, reconstructed=solved, benchmarks=shown)
     raise UserError(f"{context.workdir}: nothing to export yet: run `vlmprune run`, or prune and recover, first")
 
 
-def _export(experiment: Experiment, run: Json, context: Context) -> Json:
+def _export(experiment: Experiment, run: Json, teacher: Json, sets: Json, context: Context) -> Json:
     """The model of a run of `result.json`."""
     solved = run["recovery"] != NO_RECOVERY and run.get("reconstruct", "none") != "none"
-    return export_stage(experiment, context.workdir / run["path"], context, reconstructed=solved)
+    rows = benchmark_rows(run, teacher, sets)
+    return export_stage(experiment, context.workdir / run["path"], context, reconstructed=solved, benchmarks=rows)
 
 
 def finish(context: Context) -> None:
-    """Print the table of `result.json`, and write the report and its plot."""
-    result = read_result(context.workdir)
-    for table in tables_of(result):
-        context.reporter.table(table.title, table.header, table.rows)
-    if "export" in result:
-        export = result["export"]
-        difference = export.get("max_abs_logit_difference")
-        context.reporter.say(f"best: {result['best']}, exported to {context.workdir / export['path']}")
-        context.reporter.say(f"  reloaded and compared: largest difference of any logit {difference:.2g}")
-    page = build_report(context.workdir)
-    context.reporter.say(
-        f"report: {page}, plot: {page.with_suffix('.png')}, numbers: {context.workdir / 'result.json'}"
-    )
+    """Print the table of `result.json`, and write the report and its plot; of an unfinished run, what there is."""
+    if (context.workdir / "result.json").exists():
+        result = read_result(context.workdir)
+        for table in tables_of(result):
+            context.reporter.table(table.title, table.header, table.rows)
+        export = result.get("export")
+        where = "" if export is None else f", exported to {context.workdir / export['path']}"
+        context.reporter.say(f"best: {result['best']}{where}")
+        if export is not None:
+            difference = export["max_abs_logit_difference"]
+            context.reporter.say(f"  reloaded and compared: largest difference of any logit {difference:.2g}")
+        numbers = f", plot: {context.workdir / 'report.png'}, numbers: {context.workdir / 'result.json'}"
+    else:
+        numbers = ", of an unfinished run: it says what is missing"
+    page = build_report(context.workdir, more=[provenance_section(finished_stages(context.workdir))])
+    context.reporter.say(f"report: {page}{numbers}")

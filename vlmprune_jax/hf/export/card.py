@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from vlmprune_jax.checked_files import read_json
 from vlmprune_jax.config import LayerShape, ModelConfig
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.errors import UserError, printable
 from vlmprune_jax.families import family_of
 from vlmprune_jax.families.fields import MAX_LAYERS
 from vlmprune_jax.hf.export.per_layer import LOADER_FILE, loader_class
@@ -58,13 +58,19 @@ def model_name(folder: Path) -> str:
 
 
 def write_card(
-    folder: Path, cfg: ModelConfig, written: ModelConfig, config: dict[str, Any], name: str, steps: Sequence[str]
+    folder: Path,
+    cfg: ModelConfig,
+    written: ModelConfig,
+    config: dict[str, Any],
+    name: str,
+    steps: Sequence[str],
+    benchmarks: Sequence[Sequence[str]] = (),
 ) -> None:
     """The model card of a folder that holds everything else.
 
     `written` is `cfg` with the blocks as they are in the files (wider than the model's where layers were padded),
     `config` the config.json beside it, `name` that of the model before pruning; `steps` says what was done to it after
-    that: "reconstructed", "recovered".
+    that: "reconstructed", "recovered"; `benchmarks` what it is worth, a row per evaluation set (see `save`).
     """
     plan_file = folder / "plan.json"
     plan = read_json(plan_file, _Plan, todo="move it away") if os.path.lexists(plan_file) else None
@@ -92,7 +98,7 @@ Made from `{name}` by vlmprune-jax (structural pruning of the language model; ar
 {table}
 
 Decoder layers: {len(cfg.text.layers)}, {_shapes(cfg.text.layers)}.{_tower(cfg, plan)}
-
+{_benchmarks(benchmarks)}
 ## Loading
 
 {_loading(cfg, written, config, processor)}
@@ -130,6 +136,19 @@ def _table(cfg: ModelConfig, plan: dict[str, Any] | None) -> str:
         original = original.with_layers([LayerShape(*shape) for shape in kept["layers_before"]], name)
     rows = [f"| {name} | {count_params(original, part):,} | {count_params(cfg, part):,} |" for name, part in parts]
     return "\n".join(["| parameters | before | after |", "|---|---|---|", *rows])
+
+
+def _benchmarks(rows: Sequence[Sequence[str]]) -> str:
+    """A section of its own, or nothing."""
+    if not rows:
+        return ""
+    lines = ["| " + " | ".join(printable(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
+    header = ["| evaluation set | unpruned | this model | retained, % | 95 % interval |", "|---|---|---|---|---|"]
+    note = (
+        "Retained: share of the unpruned model's score on the same questions. The interval is of a paired bootstrap "
+        "over them; it says nothing about other data or another run of training."
+    )
+    return "\n".join(["", "## Evaluation", "", *header, *lines, "", note, ""])
 
 
 def _tower(cfg: ModelConfig, plan: dict[str, Any] | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ def save(
     name: str | None = None,
     reconstructed: bool = False,
     recovered: bool = False,
+    benchmarks: Sequence[Sequence[str]] = (),
 ) -> None:
     """Write a model as a Hugging Face folder that appears whole or not at all.
 
@@ -81,6 +82,8 @@ def save(
       plan: the prune plan, written beside the weights as plan.json.
       name, reconstructed, recovered: for the model card: the unpruned model's name (None: `source_dir`'s), and whether
         weights were solved for (`reconstruct`), and trained, after pruning.
+      benchmarks: for the model card: name, unpruned score, this model's, retained in % and its interval, of every
+        evaluation set, as text.
 
     Raises:
       UserError: out_dir exists, source_dir is not this model's, options do not fit, weights are not finite, or the
@@ -107,7 +110,7 @@ def save(
             write_weights(tensors, folder, MAX_SHARD_BYTES)
             write_files(target, model.cfg, source, folder, plan)
             steps = [step for step, so in (("reconstructed", reconstructed), ("recovered", recovered)) if so]
-            write_card(folder, model.cfg, target.cfg, target.config, name or model_name(source), steps)
+            write_card(folder, model.cfg, target.cfg, target.config, name or model_name(source), steps, benchmarks)
     if spread:
         for tensor in () if is_main_process() else itertools.chain(*split_shards(tensors, MAX_SHARD_BYTES)):
             tensor.fetch()  # gathering what is split over processes takes all of them, in the same order

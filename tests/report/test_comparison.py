@@ -1,0 +1,170 @@
+"""The comparison of a sweep: intervals, what is drawn together, the page with one set and with several, damage."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from sweep_cases import some_runs, write_sweep
+
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.evaluation.statistics import interval_of_mean
+from vlmprune_jax.report import comparison
+from vlmprune_jax.report import comparison_plots as plots
+from vlmprune_jax.report.comparison import build_comparison
+from vlmprune_jax.report.plots import COLOURS
+from vlmprune_jax.report.sweep import as_csv, groups_of, read_sweep, table_of
+
+
+def test_interval_over_seeds():
+    """Student's t by hand: 2 degrees of freedom, 4.3027 * sqrt(1) / sqrt(3)."""
+    mean, low, high = interval_of_mean([1.0, 2.0, 3.0])
+    assert (mean, low, high) == pytest.approx((2.0, 2 - 2.48414, 2 + 2.48414), abs=1e-4)
+    assert interval_of_mean([5.0]) == (5.0, 5.0, 5.0)
+    draws = np.random.default_rng(0).normal(size=(2000, 4))
+    inside = np.mean([low < 0 < high for _, low, high in map(interval_of_mean, draws)])
+    assert inside == pytest.approx(0.95, abs=0.02)
+
+
+def test_groups_differ_in_more_than_seeds(tmp_path):
+    write_sweep(tmp_path)
+    groups = groups_of(read_sweep(tmp_path))
+    assert len(groups) == 12
+    assert [len(group.models) for group in groups[:3]] == [1, 2, 2]
+    assert groups[1].labels == {"method": "depth", "ratio": "0.1", "recovery": "sft", "fraction": "0.05"}
+    kept = [one["evaluation"]["mean_of_ratios"] for one in groups[2].models]
+    assert groups[2].retained == interval_of_mean(kept)
+    header, rows = table_of(read_sweep(tmp_path))
+    assert header[:5] == ("method", "ratio", "recovery", "fraction", "parameters")
+    assert rows[0][0] == "unpruned"
+    assert rows[1][-1] == "1"
+    assert "±" in rows[2][-2]
+    assert len(rows) == 13
+
+
+@pytest.mark.parametrize(("sets", "figures", "radar"), [(("docs",), 6, False), (("docs", "mme", "wiki"), 7, True)])
+def test_page(tmp_path, sets, figures, radar):
+    write_sweep(tmp_path, sets)
+    page = build_comparison(tmp_path).read_text()
+    # costs, two speeds; over the ratio of 0, 5 and 20 % of the data; over the data of depth and of width; benchmarks
+    assert page.count("<svg") == figures + 2
+    assert ("Every benchmark" in page) is radar
+    assert page.count('role="img" aria-label="') == page.count("<svg")
+    outside = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?(?!#)(\w+:[^"\')]+)', page)
+    assert [link for link in outside if not link.startswith("data:") and "www.w3.org" not in link] == []
+    best = re.search(r'<tr class="best"><th scope="row">(.*?)<', page).group(1)
+    assert best == "method=depth,ratio=0.1,recovery=sft,fraction=0.05"
+    assert "20 of 20 runs are done: 20 models." in page
+    assert "The smallest that retains 95 % is" not in page or "fewer parameters" in page
+    if not radar:
+        assert "of the unpruned model" not in page or "on docs" in page
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_names_of_anybody_are_text(tmp_path):
+    found = json.dumps(write_sweep(tmp_path, runs=some_runs(seeds=(1,))))
+    hostile = found.replace('"sft"', json.dumps("<b>$x^</b>\x1b[2J")).replace(
+        "method=depth", "<script>alert(1)</script>"
+    )
+    (tmp_path / "sweep.json").write_text(hostile.replace("made_up.py", "<img src=http://x>"))
+    page = build_comparison(tmp_path).read_text()
+    assert "<script>alert" not in page
+    assert "<img" not in page
+    assert "<b>" not in page
+    assert "\x1b" not in page
+
+
+def test_lines_are_of_what_differs(tmp_path):
+    """A learning rate that some share a place with makes lines of its own; criteria too."""
+    sweep = write_sweep(tmp_path, ("docs",))
+    groups = groups_of(sweep)
+    assert set(plots.series_of(groups).values()) == {"depth", "width"}
+    for one in sweep["models"]:
+        rate = "1e-3" if one["labels"].get("fraction") == "0.05" else "1e-4"
+        one["labels"] = {**one["labels"], "rate": rate}
+        one["data_fraction"] = 0.05 if one["data_fraction"] else 0.0
+    assert set(plots.series_of(groups_of(sweep)).values()) >= {"depth, 0.05, 1e-3", "width, 0.2, 1e-4"}
+    for one in sweep["models"]:
+        one["criterion"] = "l1" if one["labels"]["ratio"] == "0.1" else "l2"
+    assert any(name.startswith("width, l2") for name in plots.series_of(groups_of(sweep)).values())
+
+
+def test_ways(tmp_path):
+    sweep = write_sweep(tmp_path, ("docs",), runs=some_runs(seeds=(1,))[:2])
+    none, sft = groups_of(sweep)
+    assert (plots.way_of(none), plots.way_of(sft)) == ("none", "sft")
+    for group in (none, sft):
+        group.first["reconstruct"] = "least_squares"
+    assert (plots.way_of(none), plots.way_of(sft)) == ("reconstruct", "reconstruct + sft")
+
+
+def test_the_front_is_what_nothing_beats(tmp_path):
+    groups = groups_of(write_sweep(tmp_path, ("docs",)))
+    places = [group.mean("parameters") for group in groups]
+    front = plots._front(places, groups, rising=False)
+    assert front == sorted(front)
+    worth = {(x, group.retained[0]) for x, group in zip(places, groups, strict=True)}
+    for x, value in worth:
+        beaten = any(one <= x and kept >= value and (one, kept) != (x, value) for one, kept in worth)
+        assert ((x, value) in front) is not beaten
+    assert len(front) == 2
+
+
+def test_colours_repeat_with_other_dashes():
+    styles = plots._styles(["none", *"abcdefgh"])
+    assert styles["a"]["color"] == styles["g"]["color"] == COLOURS[0]
+    assert len({tuple(style.values()) for style in styles.values()}) == 9
+
+
+def test_failed_and_pending_runs_are_told(tmp_path):
+    sweep = write_sweep(tmp_path, ("docs",))
+    for place, status in ((0, "failed"), (1, "pending")):
+        kept = {name: sweep["models"][place][name] for name in ("name", "run", "group", "labels", "overrides", "seed")}
+        sweep["models"][place] = {**kept, "status": status, "error": "no <such> thing" if status == "failed" else None}
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    page = build_comparison(tmp_path).read_text()
+    assert "18 of 20 runs are done (1 failed, 1 pending): 18 models." in page
+    assert "no &lt;such&gt; thing" in page
+    lines = as_csv(sweep).splitlines()
+    assert len(lines) == 21
+    assert ",failed,no <such> thing," in lines[1]
+
+
+def test_models_of_which_nothing_can_be_said(tmp_path):
+    """The unpruned model scores 0 where these have no share of it, or one that no axis has a place for."""
+    sweep = write_sweep(tmp_path, ("docs",), runs=some_runs(seeds=(1,)))
+    sweep["models"][0]["evaluation"]["mean_of_ratios"] = None
+    sweep["models"][1]["evaluation"]["mean_of_ratios"] = 1e200
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    build_comparison(tmp_path)
+    for one in sweep["models"]:
+        one["evaluation"]["mean_of_ratios"] = None
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    page = build_comparison(tmp_path).read_text()
+    assert "<svg" not in page
+    assert "method=width,ratio=0.3" in page
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (lambda sweep: sweep.update(version=7), "is of version 7, this is 1: update vlmprune-jax"),
+        (lambda sweep: sweep["models"][0].pop("parameters"), "parameters"),
+        (lambda sweep: sweep["models"][0].update(status="dead"), "status"),
+        (lambda sweep: sweep["models"][0].update(model="other"), "nothing is known of 'other'"),
+        (lambda sweep: sweep["models"][0]["evaluation"]["scores"].clear(), "nothing is known of 'docs'"),
+        (lambda sweep: sweep["models"].clear(), "models"),
+    ],
+)
+def test_damage_is_one_line(tmp_path, edit, told):
+    sweep = write_sweep(tmp_path, ("docs",), runs=some_runs(seeds=(1,))[:2])
+    edit(sweep)
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    with pytest.raises(UserError, match=f"sweep.json.*{told}"):
+        build_comparison(tmp_path)
+
+
+def test_nothing_there_says_what_to_run(tmp_path):
+    with pytest.raises(UserError, match=r"sweep.json: no such file: run `vlmprune sweep` first"):
+        read_sweep(tmp_path)
+    assert comparison.FILE == "sweep.html"

@@ -1,0 +1,30 @@
+"""What computes, by name: a time or a speed means nothing without it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections import Counter
+from pathlib import Path
+
+import jax
+
+from vlmprune_jax.checked_files import read_text
+from vlmprune_jax.errors import UserError, printable
+
+
+def processor() -> str:
+    """ "8 x TPU v5 lite", "AMD EPYC 9B45, 2 cores": all devices of the run, or the processor that they are."""
+    kinds = Counter(device.device_kind for device in jax.devices())
+    if set(kinds) == {"cpu"}:
+        return f"{_cpu()}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+    return ", ".join(f"{count} x {printable(kind)}" for kind, count in kinds.items())
+
+
+def _cpu() -> str:
+    try:
+        lines = read_text(Path("/proc/cpuinfo")).splitlines()
+    except UserError:  # another system
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return printable(named[0] if named else platform.processor() or platform.machine())

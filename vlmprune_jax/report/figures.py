@@ -1,0 +1,192 @@
+"""The figures of a report, section by section, each with a sentence for those who do not see it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from vlmprune_jax.errors import UserError, printable
+from vlmprune_jax.prune import PrunePlan, Scores
+from vlmprune_jax.prune.plan import KeptStack
+from vlmprune_jax.recovery.config import LossConfig
+from vlmprune_jax.recovery.metrics import read_metrics
+from vlmprune_jax.report import kinds, plots
+from vlmprune_jax.report.page import Figure, Section
+from vlmprune_jax.report.result import main_value
+from vlmprune_jax.report.tables import count, over, upper
+
+Json = dict[str, Any]
+MOST_UNITS = 1_000_000  # cells of a figure
+MOST_DRAWN = 20  # figures of a kind, curves in one; the tables have everything
+MOST_LISTED = 40  # numbers in a sentence
+
+
+def figure_of(drawn: Any, alt: str, caption: str) -> Figure:
+    """A figure of matplotlib's for a page."""
+    return Figure(Markup(plots.to_svg(drawn)), printable(alt), caption)
+
+
+def measured_of(result: Json) -> list[plots.Measured]:
+    """What figures show: the value of the only evaluation set; of several first what was retained, then each."""
+    sets, teacher, runs = result["sets"], result["teacher"], result["runs"]
+    each = []
+    for name, of in sets.items():
+        values = [main_value(model, name, sets) for model in (teacher, *runs)]
+        scaled = [None if value is None else of["scale"] * value for value in values]
+        label = of["main"] + (f" ({of['unit']})" if of["unit"] else "")
+        title = f"{upper(of['main'])} on {count(of)}"
+        full = None if of["full"] is None else of["scale"] * of["full"]
+        each.append(
+            plots.Measured(upper(of["main"]), title if len(sets) == 1 else f"{name}: {title}", label, full, scaled)
+        )
+    if len(sets) == 1:
+        return each
+    kept = [100.0, *(run["evaluation"]["mean_of_ratios"] for run in runs)]
+    return [plots.Measured("Retained", f"Retained {over(sets)}", "retained (%)", 100.0, kept), *each]
+
+
+def score_sections(result: Json, measured: Sequence[plots.Measured], first: Any) -> Iterator[Section]:
+    """What models are worth against their size: the first figure, which is drawn already, and those of single sets."""
+    alt = _score_alt(result, measured[0])
+    yield Section(
+        f"{measured[0].name} and size", figures=(figure_of(first, alt, "The dashed line is the unpruned model."),)
+    )
+    if measured[1:]:
+        figures = []
+        for one, of in zip(measured[1 : MOST_DRAWN + 1], result["sets"].values(), strict=False):
+            better = "Higher is better." if of["higher_is_better"] else "Lower is better."
+            figures.append(figure_of(plots.score_figure(result, one), _score_alt(result, one), better))
+        yield Section("Every evaluation set", figures=tuple(figures))
+
+
+def _score_alt(result: Json, measured: plots.Measured) -> str:
+    names = ["unpruned", *(run["name"] for run in result["runs"])]
+    values = zip(names[:MOST_LISTED], measured.values, strict=False)
+    told = ", ".join(f"{name} {'unknown' if value is None else f'{value:.1f}'}" for name, value in values)
+    return f"{measured.title}, against parameters and as bars, in {measured.label}: {told}"
+
+
+def removed_section(workdir: Path, variants: Sequence[Json]) -> Iterator[Section]:
+    """A map per plan and stack of the layers, heads and neurons that are gone."""
+    figures = list[Figure]()
+    for name in dict.fromkeys(run["plan"] for run in variants if run["plan"]):
+        plan = PrunePlan.from_json(workdir / name)
+        for stack, kept in plan.stacks.items():
+            if kept.layers != KeptStack.whole(kept.layers_before).layers and len(figures) < MOST_DRAWN:
+                layers = {layer.index: (layer.q_heads, layer.neurons) for layer in kept.layers}
+                widths = [(shape.q_heads, shape.mlp) for shape in kept.layers_before]
+                where = "decoder" if stack == "text" else "vision tower"
+                drawn = plots.removed_figure(f"{plan.method}: what is left of the {where}", widths, layers)
+                figures.append(figure_of(drawn, _removed_alt(where, kept), f"{name}, by {plan.criterion}"))
+    if figures:
+        yield Section("What was removed", figures=tuple(figures))
+
+
+def _removed_alt(where: str, kept: KeptStack) -> str:
+    before = kept.layers_before
+    gone = ", ".join(map(str, kept.removed_layers[:MOST_LISTED])) or "none"
+    heads = [sum(len(layer.q_heads) for layer in kept.layers), sum(shape.q_heads for shape in before)]
+    neurons = [sum(len(layer.neurons) for layer in kept.layers), sum(shape.mlp for shape in before)]
+    return (
+        f"Map of the {where}: {len(kept.layers)} of {len(before)} layers stay, removed layers: {gone}; "
+        f"{heads[0]:,} of {heads[1]:,} heads and {neurons[0]:,} of {neurons[1]:,} neurons stay"
+    )
+
+
+def importance_section(workdir: Path, variants: Sequence[Json]) -> Iterator[Section]:
+    """One figure per scores file; variants that share one are drawn once per plan."""
+    figures, seen = list[Figure](), set[tuple[str | None, str]]()
+    for run in variants:
+        for name in run["scores"]:
+            if (run["plan"], name) in seen or len(figures) >= MOST_DRAWN:
+                continue
+            seen.add((run["plan"], name))
+            scores = Scores.load(workdir / name)
+            plan = None if run["plan"] is None else PrunePlan.from_json(workdir / run["plan"])
+            caption = name if run["method"] is None else f"{run['method']}: {name}"
+            figures.append(figure_of(importance_figure(scores, plan), _importance_alt(scores), caption))
+    if figures:
+        yield Section("Importance", figures=tuple(figures))
+
+
+def importance_figure(scores: Scores, plan: PrunePlan | None) -> Any:
+    """The scores, with what a plan removes where there is one.
+
+    Raises:
+      UserError: the scores are too many for a figure, or of a stack that the plan says nothing about.
+    """
+    if plan is not None and scores.stack not in plan.stacks:
+        raise UserError(f"{scores.criterion} scores are of the {scores.stack} stack, which the plan says nothing about")
+    kept_of = None if plan is None else plan.stacks[scores.stack]
+    what = scores.criterion if scores.stack == "text" else f"{scores.criterion} of the tower"
+    by_layer = scores.importance is not None and plan is not None and plan.method == "depth"
+    if scores.heads is None or by_layer:
+        gone = () if kept_of is None else kept_of.removed_layers
+        return plots.layer_importance_figure(f"{what} per layer", scores.layers, gone)
+    _check_drawable(f"{scores.criterion} scores are", list(map(len, scores.heads)))
+    by_query = scores.options.get("gqa", "groups") != "groups"
+    if kept_of is None:
+        kept = {i: (set(range(len(heads))), 1, 1) for i, heads in enumerate(scores.heads)}
+    else:
+        kept = {
+            layer.index: (
+                set(layer.q_heads if by_query else layer.kv_heads),
+                len(layer.neurons),
+                kept_of.layers_before[layer.index].mlp,
+            )
+            for layer in kept_of.layers
+        }
+    return plots.width_importance_figure(f"{what} per attention head", scores.heads, kept)
+
+
+def _importance_alt(scores: Scores) -> str:
+    if scores.heads is not None:
+        return f"Importance by {scores.criterion} of the attention heads of {len(scores.heads)} layers"
+    order = sorted(range(len(scores.layers)), key=lambda layer: scores.layers[layer])
+    return f"Importance by {scores.criterion} of {len(order)} layers, least first: {_listed(order)}"
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:MOST_LISTED])) + (", ..." if len(numbers) > MOST_LISTED else "")
+
+
+def kinds_section(workdir: Path, variants: Sequence[Json]) -> Iterator[Section]:
+    """One figure per scores file that tells kinds of tokens apart."""
+    figures = list[Figure]()
+    for name in dict.fromkeys(name for run in variants for name in run["scores"]):
+        scores = Scores.load(workdir / name)
+        if scores.by_kind and len(figures) < MOST_DRAWN:
+            if scores.heads is not None:
+                _check_drawable(f"{scores.criterion} scores are", list(map(len, scores.heads)))
+            shares = {k: (kinds.head_shares(parts), kinds.layer_shares(parts)) for k, parts in scores.by_kind.items()}
+            drawn = plots.kinds_figure(f"{scores.criterion} by kind of token", shares)
+            alt = f"Importance by {scores.criterion} per layer, apart for {', '.join(shares)} tokens"
+            figures.append(figure_of(drawn, alt, f"{name}. {kinds.serves_vision(scores)}"))
+    if figures:
+        yield Section("Importance by kind of token", figures=tuple(figures))
+
+
+def _check_drawable(what: str, widths: Sequence[int]) -> None:
+    if len(widths) * max(widths) > MOST_UNITS:
+        raise UserError(
+            f"{what} of {len(widths):,} layers with up to {max(widths):,} heads, too many for a figure: score again"
+        )
+
+
+def loss_section(workdir: Path, runs: Sequence[Json]) -> Iterator[Section]:
+    """Losses over steps, of every recovery that reported some."""
+    curves, titles = dict[str, list[Json]](), dict[str, str]()
+    for run in runs:
+        titles |= run.get("loss_terms") or {name: name for name in LossConfig().weights()}
+        path = workdir / run["metrics"] if run.get("metrics") else None
+        if path is not None and path.is_file() and len(curves) < MOST_DRAWN:
+            curves[run["name"]] = read_metrics(path)
+    drawn = plots.loss_figure(curves, titles)
+    if drawn is not None:
+        steps = max(row["step"] for rows in curves.values() for row in rows)
+        alt = f"Training losses over {steps:,} steps of {', '.join(curves)}"
+        caption = "Mean over each logged batch; logarithmic."
+        yield Section("Recovery training", figures=(figure_of(drawn, alt, caption),))

@@ -1,0 +1,153 @@
+"""`speed.json`, what was measured of speed, and what the report says of it.
+
+processor   what computed
+load        processes that waited for a processor, on average over the minute before
+workload    rounds, prompt_tokens, new_tokens, batch_size, image, dtype
+pairs       one object per shape: `models`, the runs that have it; `unpruned` and `pruned`, measured in turns:
+            prefill and decode (tokens/s) and first_token (s), a value a round, and peak_bytes (or null)
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
+
+from msgspec import Meta
+
+from vlmprune_jax.checked_files import Count, read_json
+from vlmprune_jax.errors import printable
+from vlmprune_jax.report.page import Table
+
+SPEED = "speed.json"
+_TODO = "run `vlmprune run` again, or remove it"
+_Json = dict[str, Any]
+_Rounds = Annotated[list[Annotated[float, Meta(gt=0, lt=1e30)]], Meta(min_length=1, max_length=1000)]
+
+
+class _Speed(TypedDict):
+    prefill: _Rounds
+    decode: _Rounds
+    first_token: _Rounds
+    peak_bytes: Count | None
+
+
+class _Pair(TypedDict):
+    models: Annotated[list[str], Meta(min_length=1)]
+    unpruned: _Speed
+    pruned: _Speed
+
+
+class _Workload(TypedDict):
+    rounds: Count
+    prompt_tokens: Count
+    new_tokens: Count
+    batch_size: Count
+    image: bool
+    dtype: str
+
+
+class Measured(TypedDict):
+    """The file; see the docstring of this module."""
+
+    processor: str
+    load: float
+    workload: _Workload
+    pairs: list[_Pair]
+
+
+def read_speed(workdir: Path) -> _Json | None:
+    """What was measured, or None.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    path = workdir / SPEED
+    return read_json(path, Measured, todo=_TODO, unicode=False) if path.is_file() else None
+
+
+def medians(speed: _Json) -> _Json:
+    """prefill and decode (tokens/s), first_token (s) and peak_bytes of one model, as `result.json` has them."""
+    named = {name: statistics.median(speed[name]) for name in ("prefill", "decode", "first_token")}
+    return {**named, "peak_bytes": speed["peak_bytes"]}
+
+
+def speeds_of(measured: _Json | None) -> dict[str, _Json]:
+    """`medians` by the names of runs; the unpruned model's, of all rounds, is named ""."""
+    if measured is None or not measured["pairs"]:
+        return {}
+    pairs = measured["pairs"]
+    found = {name: medians(pair["pruned"]) for pair in pairs for name in pair["models"]}
+    rounds = {name: [value for pair in pairs for value in pair["unpruned"][name]] for name in _NAMES}
+    return {"": medians({**rounds, "peak_bytes": pairs[0]["unpruned"]["peak_bytes"]}), **found}
+
+
+_NAMES = ("prefill", "decode", "first_token")
+
+
+def speed_table(measured: _Json) -> Table:
+    """A row per shape and one of the unpruned model beside each."""
+    rows = []
+    for pair in measured["pairs"]:
+        before, after = pair["unpruned"], pair["pruned"]
+        names = ", ".join(map(printable, pair["models"]))
+        beside = "unpruned" if len(measured["pairs"]) == 1 else f"unpruned, beside {printable(pair['models'][0])}"
+        rows.append((beside, *_cells(before), "", ""))
+        rows.append((names, *_cells(after), *(_times(before[name], after[name]) for name in ("prefill", "decode"))))
+    header = (
+        "model", "prefill, tokens/s", "decoding, tokens/s", "first token, ms", "memory, MiB", "prefill, times unpruned",
+        "decoding, times unpruned",
+    )  # fmt: skip
+    return Table("Measured speed: median (range) of all rounds", header, tuple(rows))
+
+
+def _cells(speed: _Json) -> tuple[str, ...]:
+    peak = speed["peak_bytes"]
+    milliseconds = [1000 * second for second in speed["first_token"]]
+    shown = (_range(speed["prefill"]), _range(speed["decode"]), _range(milliseconds))
+    return (*shown, "" if peak is None else f"{peak / 2**20:,.1f}")
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{_number(statistics.median(values))} ({_number(min(values))} to {_number(max(values))})"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def ratios(before: Sequence[float], after: Sequence[float]) -> list[float]:
+    """How many times as fast, round by round."""
+    return [new / old for old, new in zip(before, after, strict=False)]
+
+
+def is_faster(before: Sequence[float], after: Sequence[float]) -> bool:
+    """Whether every round says so."""
+    return min(ratios(before, after)) > 1
+
+
+def _times(before: Sequence[float], after: Sequence[float]) -> str:
+    found = ratios(before, after)
+    told = f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+    return told if min(found) > 1 else f"{told}, {'slower' if max(found) < 1 else 'no speed-up'}"
+
+
+def speed_notes(measured: _Json) -> list[str]:
+    """In words: what was measured where, and which models are no faster."""
+    told = measured["workload"]
+    images = ", an image first" if told["image"] else ""
+    lines = [
+        f"Measured on {printable(measured['processor'])} (load {measured['load']:.1f} before) in "
+        f"{printable(told['dtype'])}: {told['batch_size']:,} row(s) of {told['prompt_tokens']:,} tokens{images}, then "
+        f"{told['new_tokens']:,} tokens generated, {told['rounds']:,} rounds in turns. Memory is what the compiled "
+        "program takes of a device. Our own forward pass; other machines and engines differ."
+    ]
+    for name, what in (("prefill", "the prompt"), ("decode", "generating tokens")):
+        slow = [
+            pair["models"] for pair in measured["pairs"] if not is_faster(pair["unpruned"][name], pair["pruned"][name])
+        ]
+        models = [printable(model) for shape in slow for model in shape]
+        if models:
+            lines.append(f"No speed-up in {what}: {', '.join(models)} (not faster in every round).")
+    return lines
