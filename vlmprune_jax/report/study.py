@@ -21,7 +21,7 @@ from vlmprune_jax.evaluation.statistics import interval_of_mean
 from vlmprune_jax.report.guide import FILE, SOLVED, Evidence, Guide, Source, as_json, read_guide
 from vlmprune_jax.report.sweep import done, read_sweep
 
-Json = Mapping[str, Any]
+Json = dict[str, Any]
 Values = dict[str, list[float]]  # where it was compared -> a number of each pair
 HOLDS, FAILS, OPEN, MEASURED = "holds", "does not hold", "cannot be said", "measured"
 AS_GOOD = 1.0  # points of retained % by which a cheaper way may be behind and counts as as good
@@ -310,7 +310,7 @@ def read_studies(given: Sequence[str]) -> dict[str, Json]:
 def as_markdown(name: str, sweep: Json) -> str:
     """The conclusions of one sweep as a section of a page."""
     points = points_of(sweep)
-    seeds = len({point.seed for point in points})
+    seeds = len({point.seed for point in points} - {None}) or 1
     lines = [
         f"### {name}",
         "",
