@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # GKE with XPK. gke.sh [--dry-run] create|setup|run|resume|logs|delete|delete-cluster [vlmprune's arguments]
-# Needs PROJECT, ZONE, CLUSTER; run also WORKLOAD, IMAGE, TPU_TYPE (v5litepod-64); SLICES (1), SPOT=1, RESTARTS (100).
+# Needs PROJECT, ZONE, CLUSTER; run: WORKLOAD, IMAGE, TPU_TYPE; or SLICES (1), SPOT=1, RESTARTS (100), BUCKET (in /mnt).
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/launch/lib.sh"
 if [[ "${1:-}" == --dry-run ]]; then export DRY_RUN=1; shift; fi
@@ -17,11 +17,14 @@ workload() { # restarted on 127 to 255 (preempted, 143: saved on SIGTERM); exit 
 case "$action" in
   create)
     need TPU_TYPE
-    run xpk cluster create "${at[@]}" "--tpu-type=$TPU_TYPE" "--num-slices=${SLICES:-1}" ${SPOT:+--spot} ;;
+    run xpk cluster create "${at[@]}" "--tpu-type=$TPU_TYPE" "--num-slices=${SLICES:-1}" ${SPOT:+--spot} \
+      ${BUCKET:+--enable-gcsfuse-csi-driver} ;;
   setup) # the image that run uses
     need IMAGE
     run docker build --file "$root/launch/Dockerfile" --tag "$IMAGE" "$root"
-    run docker push "$IMAGE" ;;
+    run docker push "$IMAGE"
+    [[ -z "${BUCKET:-}" ]] || run xpk storage attach "$BUCKET" "${at[@]}" --type=gcsfuse "--bucket=$BUCKET" \
+      "--mount-point=/mnt/$BUCKET" --readonly=false --auto-mount=true --size=1 ;;
   run | resume) # resume: after delete, or when the restarts are used up; vlmprune continues from its checkpoints
     need WORKLOAD IMAGE TPU_TYPE
     [[ $# -gt 1 ]] || fail "say what to run: gke.sh $action recover --config=FILE.py --workdir=DIR"

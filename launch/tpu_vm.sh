@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One slice of TPU VMs. tpu_vm.sh [--dry-run] create|state|wait|setup|run|resume|logs|stop|delete [vlmprune's arguments]
-# Needs PROJECT, ZONE, TPU_NAME; create also ACCELERATOR (v5litepod-64) and RUNTIME (v2-alpha-tpuv5-lite); SPOT=1: spot.
+# Needs PROJECT, ZONE, TPU_NAME; create: ACCELERATOR, RUNTIME, perhaps SPOT=1; setup: BUCKET, mounted at /mnt/BUCKET.
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/launch/lib.sh"
 if [[ "${1:-}" == --dry-run ]]; then export DRY_RUN=1; shift; fi
@@ -29,7 +29,7 @@ case "$action" in
     run git -C "$root" archive --format=tar.gz --output=/tmp/vlmprune-jax.tar.gz HEAD
     run gcloud compute tpus tpu-vm scp /tmp/vlmprune-jax.tar.gz "$TPU_NAME:" "${at[@]}" --worker=all
     on_workers all "mkdir -p vlmprune-jax && tar xzf vlmprune-jax.tar.gz -C vlmprune-jax"
-    on_workers all "vlmprune-jax/launch/worker.sh setup" ;;
+    on_workers all "vlmprune-jax/launch/worker.sh setup${BUCKET:+ $BUCKET}" ;;
   run | resume) # the same command: vlmprune continues from what it finds; a run that is still going is followed
     [[ $# -gt 1 ]] || fail "say what to run: tpu_vm.sh $action recover --config=FILE.py --workdir=DIR"
     on_workers all "vlmprune-jax/launch/worker.sh run$(printf ' %q' "${@:2}")" ;;

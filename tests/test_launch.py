@@ -135,6 +135,27 @@ def test_spot_slices_are_asked_for(launch):
     assert launch("gke.sh", "create", env={**GKE, "SPOT": "1"})[1][0][-1] == "--spot"
 
 
+def test_a_bucket_is_at_one_place_for_all_workers(launch, tmp_path):
+    """On TPU VMs each worker mounts it, which takes gcsfuse and happens once; XPK attaches it to the cluster."""
+    calls = launch("tpu_vm.sh", "setup", env={**TPU, "BUCKET": "data"})[1]
+    assert calls[-1] == [*ON_ALL, "--command=vlmprune-jax/launch/worker.sh setup data"]
+    assert launch("gke.sh", "create", env={**GKE, "BUCKET": "data"})[1][0][-1] == "--enable-gcsfuse-csi-driver"
+    attached = launch("gke.sh", "setup", env={**GKE, "BUCKET": "data"})[1][-1]
+    assert attached[:4] == ["xpk", "storage", "attach", "data"]
+    assert {"--type=gcsfuse", "--bucket=data", "--mount-point=/mnt/data", "--auto-mount=true"} < set(attached)
+
+    for name in ("gcsfuse", "sudo", "mountpoint", "apt-get", "curl"):
+        (tmp_path / "bin" / name).write_text(STAND_IN)
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "bin" / "mountpoint").write_text(STAND_IN + "\n[[ -f $LOG.mounted ]]\n")
+    done, calls = launch("mount.sh", "data", env={})
+    assert done.returncode == 0, done.stderr
+    assert calls[1][:3] == ["sudo", "install", "--directory"]
+    assert calls[2] == ["gcsfuse", "--implicit-dirs", "data", "/mnt/data"]
+    (tmp_path / "log.mounted").touch()
+    assert launch("mount.sh", "data", env={})[1] == [["mountpoint", "--quiet", "/mnt/data"]]
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "env", "message"),
     [
@@ -148,6 +169,7 @@ def test_spot_slices_are_asked_for(launch):
         ("gke.sh", ["resume"], GKE, "say what to run: gke.sh resume recover"),
         ("spot_loop.sh", [], TPU, "say what to run: spot_loop.sh recover"),
         ("worker.sh", ["crate"], {}, "no action 'crate': setup, run or stop"),
+        ("mount.sh", [], {}, "say which bucket: mount.sh BUCKET"),
         *(("sweep.sh", SWEEP, {**TPU, name: ""}, f"set {name}") for name in TPU),
         *(("sweep.sh", SWEEP, {**GKE, "BY": "gke", name: ""}, f"set {name}") for name in GKE),
         ("sweep.sh", SWEEP, {**TPU, "BY": "hand"}, "BY=hand: spot or gke"),
@@ -292,7 +314,8 @@ def test_a_stopped_worker_saves_and_starts_again(worker):
 
 
 def test_scripts_are_short_and_shellcheck_finds_nothing():
-    assert {path.name for path in SCRIPTS} == {"tpu_vm.sh", "gke.sh", "spot_loop.sh", "sweep.sh", "worker.sh", "lib.sh"}
+    names = {"tpu_vm.sh", "gke.sh", "spot_loop.sh", "sweep.sh", "worker.sh", "mount.sh", "lib.sh"}
+    assert {path.name for path in SCRIPTS} == names
     assert all(len(path.read_text().splitlines()) <= 40 for path in SCRIPTS)
     done = subprocess.run([Path(sys.executable).with_name("shellcheck"), *SCRIPTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

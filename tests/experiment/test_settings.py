@@ -194,7 +194,7 @@ def shipped(name: str) -> Experiment:
     return override(Experiment(), module.get_config().to_dict())
 
 
-@pytest.mark.parametrize("name", ["demo", "llava_width", "internvl_depth"])
+@pytest.mark.parametrize("name", ["demo", "llava15_7b", "mini_internvl_4b"])
 def test_each_stage_keeps_what_changes_it(kept, name):
     experiment = shipped(name)
     for stage, expected in EXPECTED.items():

@@ -14,7 +14,7 @@ from vlmprune_jax.experiment.spec import Experiment, override
 from vlmprune_jax.experiment.variants import check_experiment
 
 WHOLE = json.loads(json.dumps(dataclasses.asdict(Experiment())))
-CONFIG = ROOT / "configs/llava_depth.py"
+CONFIG = ROOT / "configs/llava15_7b.py"
 VALUES = (
     "", "x", "None", "True", "-1", "0", "1.5", "nan", "inf", "1e400", "9" * 5000, "()", "(1,", "[1,2]", "{'a': 1}",
     "__import__('os').abort()", "(" * 3000, "-" * 3000 + "1", ESCAPES.replace("\0", ""), "../x", "a/b", "\udcff",

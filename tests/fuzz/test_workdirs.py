@@ -11,6 +11,7 @@ from fuzz_cases import damaged, edited, fuzz, json_files, json_lines, reads
 from hypothesis import strategies as st
 from report_cases import SPEED
 
+from vlmprune_jax.checked_files import read_json
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.experiment.spec import EvaluationSetSpec
@@ -22,6 +23,7 @@ from vlmprune_jax.recovery.step import TrainState
 from vlmprune_jax.report.answers import comparison_section
 from vlmprune_jax.report.build import tables_of
 from vlmprune_jax.report.fit import PLANNED, read_planned
+from vlmprune_jax.report.guide import FILE, read_guide, recommend
 from vlmprune_jax.report.result import best_run, read_result
 from vlmprune_jax.report.samples import read_samples, shown_samples
 from vlmprune_jax.report.speed import read_speed, speed_notes, speed_table, speeds_of
@@ -184,6 +186,31 @@ def test_tpu_plans(tmp_path):
     def check(content):
         path.write_bytes(content)
         reads(lambda: read_planned(tmp_path), path.name)
+
+    check()
+
+
+def test_guides(tmp_path):
+    """A guide with rows of one's own, or one that somebody hands on."""
+    path = tmp_path / "guide.json"
+    path.write_bytes(FILE.read_bytes())
+    whole = read_json(path)
+    cfg = cases.config()
+
+    def advised():
+        guide = read_guide(path)
+        return [
+            recommend(cfg, ratio=ratio, data_fraction=0.05, compute=compute, speed=True, guide=guide)
+            for ratio in (0.1, 0.3, 0.6)
+            for compute in ("none", "full")
+        ]
+
+    assert len(advised()) == 6
+
+    @fuzz(100, content=json_files(whole))
+    def check(content):
+        path.write_bytes(content)
+        reads(advised, path.name)
 
     check()
 

@@ -34,6 +34,8 @@ COMMANDS = {
     "report": "one page of what a run found, finished or not -> report.html, report.png",
     "sweep": "many such runs, what they share made once, compared -> sweep.json, sweep.csv, sweep.html",
     "plan": "what recovery needs on a TPU slice, compiled ahead of time on this machine",
+    "recommend": "which cut, recovered how, for a model and a budget, with the evidence and a config",
+    "study": "what sweeps say of the paper's insights, with numbers",
     "diff": "how much of what two plans keep is the same, layer by layer",
     "help": "what a setting does, as `vlmprune help kl`, its default and choices",
     "inspect": "what a Hugging Face folder holds and what can be pruned, from its headers",
@@ -49,7 +51,7 @@ usage: vlmprune COMMAND [flags]        vlmprune COMMAND --help
 {commands}
 
   vlmprune demo --workdir=runs/demo
-  vlmprune run --config=configs/llava_width.py:0.3 --workdir=runs/llava --config.model.hf_dir=DIR
+  vlmprune run --config=configs/llava15_7b.py:depth,0.3 --workdir=runs/llava --config.model.hf_dir=DIR
                --config.data.train=FILE.json --config.data.images=DIR --config.data.eval=FILE.json
 """
 OURS, USER_ERROR, INTERRUPTED, BROKEN_PIPE, TERMINATED = 1, 2, 130, 141, 143

@@ -3,7 +3,7 @@
 Whatever is there already and was made from the same inputs is skipped; an interrupted run continues. The workdir ends
 up with scores.npz, plan.json, pruned/, recovered/, eval/*.json, export/, result.json, report.html and report.png.
   vlmprune run --config=configs/demo.py --workdir=runs/demo
-  vlmprune run --config=configs/llava_depth.py --workdir=W --config.model.hf_dir=DIR --config.data.train=FILE.json ...
+  vlmprune run --config=configs/llava15_7b.py --workdir=W --config.model.hf_dir=DIR --config.data.train=FILE.json ...
 """
 
 from __future__ import annotations

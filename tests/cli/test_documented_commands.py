@@ -1,0 +1,74 @@
+"""Commands on pages for people: each exists, with these flags, settings and files; scripts print what they call."""
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+
+import pytest
+from repository import ROOT
+
+from vlmprune_jax.cli.flags import _define, parse
+from vlmprune_jax.cli.main import COMMANDS
+
+PAGES = ("README.md", "launch/README.md", "docs/guide.md", "docs/run-on-a-pod.md", "docs/study.md", "configs/*.py",
+         "configs/sweeps/*.py")  # fmt: skip
+VARIABLES = {
+    "BUCKET": "bucket", "PROJECT": "p", "ZONE": "z", "TPU_NAME": "t", "ACCELERATOR": "v5litepod-64", "RUNTIME": "r",
+    "CLUSTER": "c", "WORKLOAD": "w", "TPU_TYPE": "v5litepod-64", "IMAGE": "i",
+}  # fmt: skip
+
+
+def lines_of(page):
+    """Its lines, those that a backslash joins as one."""
+    return re.sub(r"\\\n\s*", " ", (ROOT / page).read_text(encoding="utf-8")).splitlines()
+
+
+def commands():
+    """(page, words after `vlmprune`) of every whole command."""
+    for pattern in PAGES:
+        for path in sorted(ROOT.glob(pattern)):
+            page = path.relative_to(ROOT).as_posix()
+            for line in lines_of(page):
+                found = re.match(r"\s*vlmprune (\w[\w-]* .*)", line.replace("$BUCKET", "bucket"))
+                if found and not re.search(r" \| |\.\.\.|\[", found[1].partition(" #")[0]):
+                    yield page, shlex.split(found[1], comments=True)
+
+
+FOUND = [pytest.param(page, words, id=f"{page}: {' '.join(words)[:50]}") for page, words in commands()]
+
+
+@pytest.mark.parametrize(("page", "words"), FOUND)
+def test_commands_are_as_documented(page, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    name, *rest = words
+    assert name in COMMANDS
+    module = importlib.import_module(f"vlmprune_jax.cli.{name}")
+    config = next((word.removeprefix("--config=") for word in rest if word.startswith("--config=")), None)
+    if config is not None and (ROOT / f"{config.partition('.py')[0]}.py").is_file():
+        parse(name, module, rest)  # loads it, and refuses settings that do not exist
+    else:
+        known = set(_define(module))
+        flags = [word[2:].partition("=")[0].removeprefix("no") for word in rest if word.startswith("--")]
+        assert [flag for flag in flags if flag not in known and not flag.startswith("config")] == []
+
+
+def test_there_are_commands():
+    assert len(FOUND) > 15
+
+
+@pytest.mark.parametrize("page", ["launch/README.md", "docs/run-on-a-pod.md"])
+def test_scripts_are_as_documented(page):
+    """Every line that calls a script, with its arguments, prints commands and does nothing."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    run = re.search(r"^run=\(.*?\)$", text, re.MULTILINE | re.DOTALL)[0]
+    calls = re.findall(r"^(launch/\w+\.sh)(.*?)(?:\s+#.*)?$", text, re.MULTILINE)
+    assert len(calls) >= 10
+    lines = [f"{script} --dry-run {rest.strip()}" for script, rest in calls]
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", "\n".join([run, *lines])],
+        cwd=ROOT, env={**os.environ, **VARIABLES}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= len(lines)

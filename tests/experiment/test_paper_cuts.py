@@ -1,0 +1,72 @@
+"""The configs of real runs: every cut of the paper's tables, at the true shapes of its models."""
+
+import importlib.util
+import json
+
+import pytest
+from repository import ROOT
+
+from vlmprune_jax.cli.config_files import read_experiment
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.experiment.recipes import paper_cut
+from vlmprune_jax.experiment.variants import check_experiment
+from vlmprune_jax.hf.read import read_config
+from vlmprune_jax.stages.tpu_fit import predict_plan
+
+CONFIGS = {"llava15_7b": "llava", "bunny_3b": "bunny", "mini_internvl_4b": "internvl"}
+# Shares of the whole model of the layers that the reference removes (5, 10, 15 and 20 of 32).
+DEPTH = {
+    "llava15_7b": (0.1433, 0.2865, 0.4298, 0.5731),
+    "bunny_3b": (0.1236, 0.2472, 0.3708, 0.4944),
+    "mini_internvl_4b": (0.1366, 0.2731, 0.4097, 0.5462),
+}
+RATIOS = (0.15, 0.3, 0.45, 0.6)
+
+
+def loaded(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_cut_of_the_paper_is_in_reach(tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps(loaded(ROOT / "benchmarks/full_size.py").MODELS[CONFIGS[name]]))
+    _, cfg = read_config(tmp_path)
+    get_config = loaded(ROOT / f"configs/{name}.py").get_config
+    for method in ("depth", "width"):
+        for ratio, by_layers in zip(RATIOS, DEPTH[name], strict=True):
+            experiment = read_experiment(get_config(f"{method},{ratio}"))
+            check_experiment(experiment, tmp_path)
+            plan = predict_plan(experiment, cfg)
+            assert plan.reached == pytest.approx(by_layers if method == "depth" else ratio, abs=0.002)
+            assert len(plan.kept_layers) == (27, 22, 17, 12)[RATIOS.index(ratio)] if method == "depth" else 32
+    uneven, even = (
+        predict_plan(read_experiment(get_config(variant)), cfg).apply_to(cfg).text.even
+        for variant in ("width,0.3", "width,0.3,uniform")
+    )
+    assert (uneven, even) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        ("deph,0.3", "'deph' is not one of depth, width; did you mean 'depth'?"),
+        ("depth", "variant 'depth' must be METHOD,RATIO"),
+        ("depth,much", "variant 'depth,much' must be METHOD,RATIO"),
+        ("width,1.5", "ratio of the variant=1.5 must be at least 0 and below 1"),
+        ("width,nan", "ratio of the variant=nan must be"),
+        ("width,0.3,even", "'even' is not one of uniform"),
+        ("depth,0.3,uniform", "layers of the variant 'uniform'"),
+    ],
+)
+def test_variants_that_are_none(variant, message):
+    with pytest.raises(UserError) as error:
+        paper_cut(variant)
+    assert message in str(error.value)
+
+
+def test_other_ratios_are_shares_of_the_whole_model():
+    assert paper_cut("depth,0.2")["prune"] == {"method": "depth", "ratio": 0.2}
+    assert paper_cut("depth,0.30")["prune"] == {"method": "depth", "layers_removed": 10}

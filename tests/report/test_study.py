@@ -1,0 +1,162 @@
+"""What a sweep says of the paper's insights: verdicts, pairs and intervals of sweeps made by hand."""
+
+import dataclasses
+
+import pytest
+from study_cases import row, rows, sweep, write_sweep
+
+from vlmprune_jax.cli.main import main
+from vlmprune_jax.report.guide import FILE, read_guide
+from vlmprune_jax.report.study import BEGIN, END, conclude, evidence_of, points_of
+
+
+def concluded(models):
+    """Number of an insight ("2a") -> what is concluded of it."""
+    return {one.claim.split(".")[0]: one for one in conclude(points_of(sweep(models)))}
+
+
+def verdicts(conclusion):
+    return [one.verdict for one in conclusion.comparisons]
+
+
+def test_some_insights_hold_and_some_do_not():
+    found = concluded(rows())
+    assert {name: one.verdict for name, one in found.items()} == {
+        "1": "does not hold",  # widths are behind at 15 %
+        "2a": "holds",
+        "2b": "does not hold",
+        "3": "holds",
+        "4": "cannot be said",  # SFT is ahead of it with two seeds of three
+        "5a": "does not hold",  # at 45 %, not at 15 %
+        "5b": "holds",
+        "6a": "measured",
+        "6b": "measured",
+    }
+    assert verdicts(found["1"]) == ["does not hold", "holds"]
+    assert [round(one.effect, 6) for one in found["1"].comparisons] == [-10.0, 20.0]
+    assert found["1"].comparisons[0].where == "15 % (width 16.0, depth 16.0)"
+    assert {one.pairs for one in found["1"].comparisons} == {3}
+    replaced = {one.where: one.effect for one in found["6a"].comparisons}
+    assert {where: one for where, one in replaced.items() if "5 % of the data" in where} == pytest.approx(
+        dict.fromkeys(
+            (f"{method} {level} %, 5 % of the data" for method in ("depth", "width") for level in (15, 45)), 50.0
+        )
+    )
+    assert replaced["width 45 %, 100 % of the data"] == pytest.approx(100 * 12.5 / 26)
+    assert [round(one.effect, 6) for one in found["6b"].comparisons] == [0.5] * 4
+    assert found["3"].comparisons[0].where == "depth 15 %, against sft_l2, 5 % of the data"
+
+
+def test_without_rows_nothing_can_be_said():
+    for one in concluded([]).values():
+        assert (one.verdict, one.comparisons) == ("cannot be said", ())
+    alone = concluded([model for model in rows() if model["seed"] == 0])  # one pair has no interval
+    assert {one.verdict for one in alone.values()} == {"cannot be said"}
+    assert alone["1"].comparisons[0].effect == pytest.approx(-10.0)
+
+
+def test_pairs_differ_in_nothing_else():
+    other = [row("depth", 0.15, "none", 50.0), row("width", 0.15, "none", 60.0, seed=1)]
+    assert concluded(other)["1"].comparisons == ()
+    model = [row("depth", 0.15, "none", 50.0), row("width", 0.15, "none", 60.0, model="models/other")]
+    assert concluded(model)["1"].comparisons == ()
+    data = [row("width", 0.15, "sft_l2", 60.0, data=0.2), row("depth", 0.15, "sft_l2", 50.0, data=0.05)]
+    assert concluded(data)["2a"].comparisons == ()
+
+
+def test_what_was_not_trained_is_a_partner_for_any_seed():
+    plain = [row("depth", 0.15, "none", 90.0, seed=None), row("depth", 0.15, "none", 95.0, seed=None, solved=True)]
+    trained = [row("depth", 0.15, "sft_l2", 98.0, data=0.05, seed=seed) for seed in range(3)]
+    (found,) = concluded(plain + trained)["6a"].comparisons
+    assert (found.pairs, found.effect) == (3, 62.5)
+
+
+def test_what_is_left_out():
+    """Runs that failed, models without an average, and criteria that the paper does not prune by."""
+    whole = [row("depth", 0.15, "none", 50.0)]
+    failed = {**whole[0], "status": "failed", "error": "stopped"}
+    no_average = row("depth", 0.15, "none", 50.0)
+    no_average["evaluation"]["mean_of_ratios"] = None
+    assert points_of(sweep([failed, no_average, row("width", 0.15, "none", 50.0, criterion="l1")])) == []
+    (point,) = points_of(sweep(whole))
+    assert (point.level, point.reached, point.recovery, point.interval) == (0.15, 0.16, "none", (48.0, 52.0))
+    (of_layers,) = points_of(sweep([{**whole[0], "ratio_asked": None}]))
+    assert of_layers.level == 0.16
+
+
+def test_little_to_win_back_is_no_share():
+    models = [
+        row("width", 0.15, "none", 99.5),
+        row("width", 0.15, "none", 99.9, solved=True),
+        row("width", 0.15, "sft_l2", 100.0, data=0.05),
+    ]
+    assert concluded(models)["6a"].comparisons == ()
+    models[0] = row("width", 0.15, "none", 99.0)
+    assert concluded(models)["6a"].comparisons[0].effect == pytest.approx(90.0)
+
+
+def test_rows_for_the_guide():
+    found = evidence_of("mine", points_of(sweep(rows())))
+    (one,) = [
+        r for r in found if (r.method, r.recovery, r.decoder_ratio, r.data_fraction) == ("width", "none", 0.16, 0)
+    ]
+    assert (one.source, one.model, one.retained, one.seeds) == ("mine", "teacher", 80.1, 3)
+    assert one.interval == pytest.approx((79.85, 80.35), abs=0.005)
+    (alone,) = evidence_of("mine", points_of(sweep([row("depth", 0.15, "none", 50.0)])))
+    assert (alone.interval, alone.seeds) == ((48.0, 52.0), 1)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def study(tmp_path):
+    return write_sweep(tmp_path / "sweep", rows())
+
+
+def failing(capsys, *argv):
+    assert main(argv) == 2
+    return capsys.readouterr().err
+
+
+def test_the_command_prints_conclusions(capsys, study):
+    assert main(["study", f"mine={study}"]) == 0
+    out = capsys.readouterr().out
+    assert "### mine\n\n" in out
+    assert "**2a. With recovery layers are as good up to 30 % (at most 1 point behind)**: holds.\n" in out
+    assert "| 15 % (width 16.0, depth 16.0) | 3 | -10.00 | -10.00 to -10.00 | does not hold |\n" in out
+
+
+def test_a_page_and_a_guide_take_rows(tmp_path, study, capsys):
+    page, guide = tmp_path / "study.md", tmp_path / "guide.json"
+    page.write_text(f"# Study\n\n{BEGIN}\noutdated\n{END}\n\nafter\n")
+    for _ in range(2):  # again: in place of what was there
+        assert main(["study", f"mine={study}", f"--page={page}", f"--guide={guide}"]) == 0
+    text = page.read_text()
+    assert text.startswith(f"# Study\n\n{BEGIN}\n\n### mine\n")
+    assert text.endswith(f"{END}\n\nafter\n")
+    assert "outdated" not in text
+    assert text.count("### mine") == 1
+    ours, theirs = read_guide(guide), read_guide(FILE)
+    added = [one for one in ours.evidence if one.source == "mine"]
+    assert len(added) == len(evidence_of("mine", points_of(sweep(rows()))))
+    assert [one for one in ours.evidence if one.source != "mine"] == list(theirs.evidence)
+    assert ours.sources["mine"].vision
+    assert dataclasses.replace(ours, sources={}, evidence=()) == dataclasses.replace(theirs, sources={}, evidence=())
+
+
+def test_what_a_study_cannot_be(capsys, tmp_path, study):
+    assert "no sweep given" in failing(capsys, "study")
+    assert "must be NAME=SWEEP_DIR" in failing(capsys, "study", str(study))
+    assert "'paper' is taken" in failing(capsys, "study", f"paper={study}")
+    assert "'a' is taken" in failing(capsys, "study", f"a={study}", f"a={study}")
+    assert "sweep.json" in failing(capsys, "study", f"a={tmp_path / 'nowhere'}")
+    (tmp_path / "page.md").write_text("# Study\n")
+    assert "has no lines <!-- vlmprune study: begin -->" in failing(
+        capsys, "study", f"a={study}", f"--page={tmp_path / 'page.md'}"
+    )
+    (tmp_path / "guide.json").write_text("{}")
+    assert "guide.json: holds something else" in failing(
+        capsys, "study", f"a={study}", f"--guide={tmp_path / 'guide.json'}"
+    )
+    assert (tmp_path / "guide.json").read_text() == "{}"

@@ -1,0 +1,53 @@
+"""vlmprune recommend --model=DIR --ratio=0.3 [--data=5%] [--compute=full]: what to cut and how to recover it, and why.
+
+The decision guide of arXiv 2604.24380 as rules, with the numbers behind each, the paper's and this project's, the
+places where it contradicts itself, and a config that does what is advised. Reads the model's config.json, no weights.
+  vlmprune recommend --model=DIR --bytes=2GB --data=5% --compute=none --speed --save=recommended.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from absl import flags as absl_flags
+
+from vlmprune_jax.cli.flags import Flags
+
+
+def define(values: Flags) -> None:
+    """Flags of this command."""
+    text = absl_flags.DEFINE_string
+    text("model", None, "Hugging Face folder or hub id of the model to prune", flag_values=values)
+    text("vision_dir", None, "vision tower folder (original LLaVA, Bunny)", flag_values=values)
+    text("ratio", None, "share of all parameters to remove, as 0.3 or 30%", flag_values=values)
+    text("bytes", None, "or what the bfloat16 weights may have, as 2e9, 2GB, 2GiB", flag_values=values)
+    text("data", "5%", "share of the training data that is there, as 5%, 0.05 or none", flag_values=values)
+    text("compute", "full", "none: no training; projector: it alone; full: adapters, with teacher", flag_values=values)
+    absl_flags.DEFINE_bool("speed", False, "the pruned model's speed matters as well", flag_values=values)
+    text("guide", None, "a guide with your own rows, as `vlmprune study` writes it", flag_values=values)
+    text("save", None, "write the config there, FILE.py, instead of printing it", flag_values=values)
+
+
+def run(flags: Any) -> None:
+    """Print the recommendation, and print or write its config."""
+    from pathlib import Path
+
+    from vlmprune_jax.errors import UserError
+    from vlmprune_jax.report.guide import FILE, read_guide
+    from vlmprune_jax.stages.console import make_reporter
+    from vlmprune_jax.stages.recommend import advise, parse_bytes, parse_share, saved_as, tell
+
+    if not flags.model:
+        raise UserError("no model given: --model=DIR")
+    saved_as(flags.save)
+    found = advise(
+        flags.model,
+        vision_dir=flags.vision_dir,
+        ratio=None if flags.ratio is None else parse_share("ratio", flags.ratio),
+        most_bytes=None if flags.bytes is None else parse_bytes(flags.bytes),
+        data_fraction=parse_share("data", flags.data),
+        compute=flags.compute,
+        speed=flags.speed,
+        guide=read_guide(Path(flags.guide) if flags.guide else FILE),
+    )
+    tell(found, flags.save, make_reporter(True))

@@ -1,0 +1,398 @@
+"""What a study says: rows of a sweep as evidence for the guide, and the paper's insights with numbers.
+
+Insights are those of arXiv 2604.24380, and a sixth about reconstruction. Each is compared where the sweep has both
+sides of it: at one ratio, with one seed, and with the same share of the data, so that what is hard for both cancels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmprune_jax.checked_files import read_text, replacing
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.evaluation.statistics import interval_of_mean
+from vlmprune_jax.report.guide import FILE, SOLVED, Evidence, Guide, Source, as_json, read_guide
+from vlmprune_jax.report.sweep import done, read_sweep
+
+Json = dict[str, Any]
+Values = dict[str, list[float]]  # where it was compared -> a number of each pair
+HOLDS, FAILS, OPEN, MEASURED = "holds", "does not hold", "cannot be said", "measured"
+AS_GOOD = 1.0  # points of retained % by which a cheaper way may be behind and counts as as good
+LEAST_LOSS = 1.0  # points that training must win back for its replacement to be a share of it
+BEGIN, END = "<!-- vlmprune study: begin -->", "<!-- vlmprune study: end -->"
+PAPER, BEST, SMALL = "paper", "sft_l2", 0.05
+# What the paper chooses layers and widths by; other criteria are another question.
+_CRITERIA = ("block_influence", "taylor")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluated model of a sweep. `level`: share of the decoder that was asked for, `reached`: that went."""
+
+    model: str
+    method: str
+    recovery: str
+    level: float
+    reached: float
+    data: float
+    seed: int | None
+    retained: float
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The pairs of one place; `interval`: 95 % of their mean by Student's t, None of a single pair."""
+
+    where: str
+    pairs: int
+    effect: float
+    interval: tuple[float, float] | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """An insight, and what the sweep says of it."""
+
+    claim: str
+    effect: str
+    verdict: str
+    comparisons: tuple[Comparison, ...]
+
+
+@dataclass(frozen=True)
+class Insight:
+    """A claim about numbers that all must be at least `threshold`; None: a question, whose answer is the numbers."""
+
+    claim: str
+    effect: str
+    threshold: float | None
+    values: Callable[[Sequence[Point]], Values]
+
+
+def points_of(sweep: Json) -> list[Point]:
+    """The evaluated models of a `sweep.json` that were pruned by the paper's criteria and have an average."""
+    found = []
+    for row in done(sweep):
+        if not row["criterion"].startswith(_CRITERIA):
+            continue
+        evaluation = row["evaluation"]
+        retained = evaluation["mean_of_ratios"]
+        if retained is None or not row["ratio_reached"]:
+            continue
+        intervals = list((evaluation.get("retained_interval") or {}).values())
+        solved = row["reconstruct"] != "none"
+        how = row["recovery"] if not solved else SOLVED if row["recovery"] == "none" else f"{SOLVED}+{row['recovery']}"
+        reached = row["decoder_ratio"]
+        asked = row["ratio_asked"]
+        level = reached if asked is None else asked * reached / row["ratio_reached"]  # from shares of the whole model
+        interval = tuple(intervals[0]) if len(intervals) == 1 and intervals[0] is not None else None
+        point = Point(
+            Path(row["model"]).name,
+            row["method"],
+            how,
+            round(level, 2),
+            reached,
+            row["data_fraction"],
+            row["seed"],
+            retained,
+            interval,
+        )
+        found.append(point)
+    return found
+
+
+def conclude(points: Sequence[Point]) -> list[Conclusion]:
+    """Every insight, with what is compared where, how large the difference is and how sure."""
+    return [_concluded(insight, insight.values(points)) for insight in INSIGHTS]
+
+
+def _concluded(insight: Insight, values: Values) -> Conclusion:
+    compared = tuple(_compared(where, numbers, insight.threshold) for where, numbers in values.items())
+    verdicts = {one.verdict for one in compared}
+    # One place that speaks against a claim is enough; all must speak for it.
+    verdict = FAILS if FAILS in verdicts else verdicts.pop() if len(verdicts) == 1 else OPEN
+    return Conclusion(insight.claim, insight.effect, verdict, compared)
+
+
+def _compared(where: str, numbers: Sequence[float], threshold: float | None) -> Comparison:
+    mean, *ends = interval_of_mean(numbers)
+    interval = (ends[0], ends[1]) if len(numbers) > 1 else None
+    if interval is None:
+        verdict = OPEN
+    elif threshold is None:
+        verdict = MEASURED
+    else:
+        verdict = HOLDS if interval[0] >= threshold else FAILS if interval[1] < threshold else OPEN
+    return Comparison(where, len(numbers), mean, interval, verdict)
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def _pairs(
+    points: Sequence[Point], ours: tuple[str, str], theirs: tuple[str, str], low: float = 0.0, high: float = 1.0
+) -> list[tuple[Point, Point]]:
+    """Models of two (method, recovery) that differ in nothing else, at levels in (low, high].
+
+    What nothing was trained for has no share of the data, and perhaps no seed, and is a partner for any.
+    """
+
+    def key(point: Point, seed: int | None, data: float) -> tuple[Any, ...]:
+        return point.model, point.level, seed, data
+
+    others = {key(one, one.seed, one.data): one for one in points if (one.method, one.recovery) == theirs}
+    found = []
+    for point in points:
+        if (point.method, point.recovery) == ours and low < point.level <= high:
+            keys = (key(point, point.seed, point.data), key(point, point.seed, 0.0), key(point, None, 0.0))
+            partner = next((others[one] for one in keys if one in others), None)
+            if partner is not None:
+                found.append((point, partner))
+    return found
+
+
+def _of_methods(recovery: str, first: str, second: str, low: float, high: float) -> Callable[[Sequence[Point]], Values]:
+    """Differences of one method from another after one recovery, by level; both shares reached are named."""
+
+    def values(points: Sequence[Point]) -> Values:
+        by_place: dict[tuple[float, float], list[tuple[Point, Point]]] = {}
+        for pair in _pairs(points, (first, recovery), (second, recovery), low, high):
+            by_place.setdefault((pair[0].level, pair[0].data), []).append(pair)
+        found = {}
+        for (level, data), pairs in sorted(by_place.items()):
+            went = [100 * float(np.mean([pair[side].reached for pair in pairs])) for side in (0, 1)]
+            where = f"{100 * level:.0f} % ({first} {went[0]:.1f}, {second} {went[1]:.1f}){_of_data(data)}"
+            found[where] = [one.retained - other.retained for one, other in pairs]
+        return found
+
+    return values
+
+
+def _of_data(share: float) -> str:
+    return f", {100 * share:g} % of the data" if share else ""
+
+
+def _of_recoveries(
+    ours: str, others: Sequence[str], high: float = 1.0, methods: Sequence[str] = ("depth", "width")
+) -> Callable[[Sequence[Point]], Values]:
+    """Differences of one recovery from others, by method, level and what it is compared with."""
+
+    def values(points: Sequence[Point]) -> Values:
+        found: Values = {}
+        for method in methods:
+            for other in others:
+                for one, partner in _pairs(points, (method, ours), (method, other), 0.0, high):
+                    where = f"{method} {100 * one.level:.0f} %, against {other}{_of_data(one.data)}"
+                    found.setdefault(where, []).append(one.retained - partner.retained)
+        return found
+
+    return values
+
+
+def _of_little_data(points: Sequence[Point]) -> Values:
+    """What is retained with the small share of the data below half of the decoder."""
+    found: Values = {}
+    for point in points:
+        if point.recovery == BEST and point.data == SMALL and point.level < 0.5:
+            found.setdefault(f"{point.method} {100 * point.level:.0f} %", []).append(point.retained)
+    return found
+
+
+def _of_all_data(points: Sequence[Point]) -> Values:
+    """What the small share of the data retains, in % of what all of it does, below half of the decoder."""
+    whole = {
+        (p.model, p.method, p.level, p.seed): p.retained
+        for p in points
+        if p.recovery == BEST and p.data == 1 and p.retained
+    }
+    found: Values = {}
+    for point in points:
+        key = (point.model, point.method, point.level, point.seed)
+        if point.recovery == BEST and point.data == SMALL and point.level < 0.5 and key in whole:
+            where = f"{point.method} {100 * point.level:.0f} %"
+            found.setdefault(where, []).append(100 * point.retained / whole[key])
+    return found
+
+
+def _replaced(points: Sequence[Point]) -> Values:
+    """What solving wins back, in % of what training wins back of the same pruned model."""
+    found: Values = {}
+    for method in ("depth", "width"):
+        solved = {id(one): other for one, other in _pairs(points, (method, BEST), (method, SOLVED))}
+        for trained, plain in _pairs(points, (method, BEST), (method, "none")):
+            won = trained.retained - plain.retained
+            if id(trained) in solved and won >= LEAST_LOSS:
+                where = f"{method} {100 * trained.level:.0f} %{_of_data(trained.data)}"
+                found.setdefault(where, []).append(100 * (solved[id(trained)].retained - plain.retained) / won)
+    return found
+
+
+_POINTS, _KEPT = "points of retained %", "retained, %"
+INSIGHTS = (
+    Insight(
+        "1. Without recovery widths keep more than layers",
+        f"width - depth, {_POINTS}",
+        0.0,
+        _of_methods("none", "width", "depth", 0.0, 1.0),
+    ),
+    Insight(
+        f"2a. With recovery layers are as good up to 30 % (at most {AS_GOOD:g} point behind)",
+        f"depth - width after SFT + L2, {_POINTS}",
+        -AS_GOOD,
+        _of_methods(BEST, "depth", "width", 0.0, 0.33),
+    ),
+    Insight(
+        "2b. With recovery widths are better from 45 %",
+        f"width - depth after SFT + L2, {_POINTS}",
+        0.0,
+        _of_methods(BEST, "width", "depth", 0.42, 1.0),
+    ),
+    Insight(
+        f"3. The projector alone is enough up to 15 % (at most {AS_GOOD:g} point behind SFT + L2)",
+        f"projector - SFT + L2, {_POINTS}",
+        -AS_GOOD,
+        _of_recoveries("projector", (BEST,), high=0.18),
+    ),
+    Insight(
+        "4. SFT + L2 is the best recovery",
+        f"SFT + L2 - the other, {_POINTS}",
+        0.0,
+        _of_recoveries(BEST, ("projector", "sft", "sft_kl")),
+    ),
+    Insight("5a. 5 % of the data keeps 95 % below half of the decoder", _KEPT, 95.0, _of_little_data),
+    Insight("5b. 5 % of the data keeps 90 % of what all data do, below half", "% of it", 90.0, _of_all_data),
+    Insight(
+        "6a. How much of the training does reconstruction replace?",
+        "% of what SFT + L2 wins back",
+        None,
+        _replaced,
+    ),
+    Insight(
+        "6b. What does reconstruction add to SFT + L2?",
+        f"with - without, {_POINTS}",
+        None,
+        _of_recoveries(f"{SOLVED}+{BEST}", (BEST,)),
+    ),
+)
+
+
+# --- words and rows ---------------------------------------------------------------------------------------------------
+
+
+def read_studies(given: Sequence[str]) -> dict[str, Json]:
+    """The sweeps of arguments NAME=SWEEP_DIR, by name.
+
+    Raises:
+      UserError: none, another form, a name twice or of the paper, or see `read_sweep`.
+    """
+    studies: dict[str, Json] = {}
+    for argument in given:
+        name, mark, folder = argument.partition("=")
+        if not mark or not folder or not re.fullmatch(r"[\w-]+", name, re.ASCII):
+            raise UserError(f"{argument!r} must be NAME=SWEEP_DIR, as easyvqa=runs/study_easyvqa")
+        if name in studies or name == PAPER:
+            raise UserError(f"{argument!r}: the name {name!r} is taken: give another")
+        studies[name] = read_sweep(Path(folder))
+    if not studies:
+        raise UserError("no sweep given: vlmprune study NAME=SWEEP_DIR ...")
+    return studies
+
+
+def as_markdown(name: str, sweep: Json) -> str:
+    """The conclusions of one sweep as a section of a page."""
+    points = points_of(sweep)
+    seeds = len({point.seed for point in points} - {None}) or 1
+    lines = [
+        f"### {name}",
+        "",
+        f"{len(points)} models of {seeds} seeds, by the paper's criteria: {_measured(sweep)}.",
+        "",
+    ]
+    for one in conclude(points):
+        lines += [f"**{one.claim}**: {one.verdict}{'' if one.comparisons else ', the sweep has no such rows'}.", ""]
+        if one.comparisons:
+            lines += [f"| where | pairs | {one.effect} | 95 % | |", "|---|---|---|---|---|"]
+            for row in one.comparisons:
+                interval = "" if row.interval is None else f"{row.interval[0]:.2f} to {row.interval[1]:.2f}"
+                lines.append(f"| {row.where} | {row.pairs} | {row.effect:.2f} | {interval} | {row.verdict} |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def _measured(sweep: Json) -> str:
+    return ", ".join(f"{of['main']} of {name}" for name, of in sweep["sets"].items())
+
+
+def update_page(path: Path, studies: Mapping[str, Json]) -> None:
+    """Write the conclusions between the marks of a page, in place of what is there.
+
+    Raises:
+      UserError: it has no marks.
+      OSError: it cannot be written.
+    """
+    before, begin, rest = read_text(path).partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"{path}: has no lines {BEGIN} and {END}, between which conclusions go: add them")
+    sections = [as_markdown(name, sweep) for name, sweep in studies.items()]
+    with replacing(path) as file:
+        file.write("\n".join([f"{before}{begin}", "", *sections, f"{end}{after}"]).encode())
+
+
+def update_guide(path: Path, studies: Mapping[str, Json]) -> None:
+    """Write a guide with the rows of sweeps in place of those it had of these names; a new one starts from our own.
+
+    Raises:
+      UserError: what is there is no guide.
+      OSError: it cannot be written.
+    """
+    guide = read_guide(path if path.exists() else FILE)
+    for name, sweep in studies.items():
+        guide = with_study(guide, name, sweep)
+    with replacing(path) as file:
+        file.write(as_json(guide).encode())
+
+
+def with_study(guide: Guide, name: str, sweep: Json) -> Guide:
+    """The guide with the rows of a sweep in place of those it had of that name."""
+    vision = any("questions" in of for of in sweep["sets"].values())
+    source = Source("a sweep, by `vlmprune study`", _measured(sweep), vision)
+    rows = [row for row in guide.evidence if row.source != name] + evidence_of(name, points_of(sweep))
+    return dataclasses.replace(guide, sources={**guide.sources, name: source}, evidence=tuple(rows))
+
+
+def evidence_of(name: str, points: Sequence[Point]) -> list[Evidence]:
+    """The points as rows of the guide, over seeds: the mean with its interval, of one run the run's own."""
+    cells: dict[tuple[Any, ...], list[Point]] = {}
+    for point in points:
+        key = (point.model, point.method, point.recovery, point.level, point.data)
+        cells.setdefault(key, []).append(point)
+    rows = []
+    for (model, method, recovery, _, data), of in cells.items():
+        mean, *ends = interval_of_mean([point.retained for point in of])
+        interval = of[0].interval if len(of) == 1 else (ends[0], ends[1])
+        rows.append(
+            Evidence(
+                source=name,
+                model=model,
+                method=method,
+                recovery=recovery,
+                decoder_ratio=round(float(np.mean([point.reached for point in of])), 4),
+                data_fraction=data,
+                retained=round(mean, 2),
+                interval=None if interval is None else (round(interval[0], 2), round(interval[1], 2)),
+                seeds=len(of),
+                note="",
+                counts=True,
+            )
+        )
+    return rows
