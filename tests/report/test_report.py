@@ -250,3 +250,18 @@ def test_damaged_result(workdir, text, message):
     (workdir / "result.json").write_text(text)
     with pytest.raises(UserError, match=message):
         build_report(workdir)
+
+
+def test_it_says_what_the_guide_recommends_for_the_cut_of_the_best_run(workdir):
+    def edit(result):
+        best = next(run for run in result["runs"] if run["name"] == result["best"])
+        best |= {"ratio_reached": 0.27, "decoder_ratio": 0.3, "data_fraction": 0.05}
+        result["workload"] = {"length": 640, "images": 1, "dtype": "bfloat16"}
+
+    change(workdir, edit)
+    text = re.sub(r"<[^>]+>", " ", build_report(workdir).read_text())
+    told = text.partition("What the guide recommends")[2]
+    assert "27 % of all parameters and 30 % of the decoder, with the data it was trained on" in told
+    assert "Recommended: remove whole layers by Block Influence; then train adapters and projector" in told
+    change(workdir, lambda result: result.pop("workload"))
+    assert "What the guide recommends" not in build_report(workdir).read_text()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from vlmprune_jax.report.guide import Evidence, Recommendation
-from vlmprune_jax.report.page import Table
+from collections.abc import Iterator
+from typing import Any
+
+from vlmprune_jax.report.guide import Evidence, Recommendation, read_guide, recommend_for
+from vlmprune_jax.report.page import Section, Table
 
 _CUTS = {"depth": "remove whole layers by Block Influence", "width": "remove neurons and heads by Taylor importance"}
 _TRAINED = {"projector": "the projector alone", "sft_l2": "adapters and projector, SFT + L2 distillation,"}
@@ -58,6 +61,31 @@ def tables_of(found: Recommendation) -> list[Table]:
         ]
         tables.append(Table("Decoding, times the unpruned speed", ("model", "prune", "of all", "times"), tuple(fast)))
     return tables
+
+
+def advice_section(result: dict[str, Any]) -> Iterator[Section]:
+    """What the guide would have advised for the cut of the best run, with the data and training that the run had."""
+    run = next((run for run in result["runs"] if run["name"] == result.get("best")), None)
+    if run is None or "workload" not in result or not 0 < run.get("decoder_ratio", 0) <= 1:
+        return
+    sees, trained = result["workload"]["images"] > 0, run["data_fraction"] > 0
+    found = recommend_for(
+        run["ratio_reached"],
+        run["decoder_ratio"],
+        sees,
+        data_fraction=min(max(run["data_fraction"], 0), 1),
+        compute="full" if trained else "none",
+        speed=False,
+        guide=read_guide(),
+    )
+    asked = (
+        f"For the cut of the best run, {percent(found.ratio)} of all parameters and {percent(found.decoder_ratio)} of "
+        f"the decoder, {'with the data it was trained on' if trained else 'without training'}; `vlmprune recommend` "
+        "answers for other budgets."
+    )
+    lines = [line.strip() for line in (*advised(found), *what_to_know(found))]
+    notes = tuple(line[:1].upper() + line[1:] for line in (asked, *lines, *footnotes(found)))
+    yield Section("What the guide recommends", notes=notes, tables=tuple(tables_of(found)))
 
 
 def _row(row: Evidence) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 from vlmprune_jax.checked_files import read_text
 from vlmprune_jax.errors import printable
 from vlmprune_jax.report import figures, fit, plots
+from vlmprune_jax.report.advice import advice_section
 from vlmprune_jax.report.answers import comparison_section
 from vlmprune_jax.report.page import Section, Table, write_page
 from vlmprune_jax.report.result import read_result
@@ -84,6 +85,7 @@ def _sections(workdir: Path, result: Json, finished: bool) -> Iterator[Section]:
     if groups:
         yield Section("By group of questions", tables=groups)
     yield from _planned(workdir)
+    yield from advice_section(result)
     if finished and "export" not in result:  # a run of a sweep
         yield Section(
             "Export", missing=f"Nothing is exported, the best model is {result['best']}", command="vlmprune export"

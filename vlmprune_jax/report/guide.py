@@ -227,15 +227,26 @@ def recommend(
     Raises:
       UserError: a ratio or share that cannot be, an unknown word, or a projector to train where there is none.
     """
-    one_of("compute", compute, COMPUTE)
     if not fraction("ratio", ratio):
         raise UserError("ratio=0 must be above 0: nothing would go")
-    if not 0 <= data_fraction <= 1:
-        raise UserError(f"data={data_fraction:g} must be a share of the training data: 0 to 1, or 5%")
     if compute == "projector" and cfg.projector is None:
         raise UserError("compute='projector': this model has no projector: use none or full")
+    share, sees = ratio * count_params(cfg) / count_params(cfg, "text"), cfg.vision is not None
+    return recommend_for(ratio, share, sees, data_fraction=data_fraction, compute=compute, speed=speed, guide=guide)
+
+
+def recommend_for(
+    ratio: float, share: float, sees: bool, *, data_fraction: float, compute: str, speed: bool, guide: Guide
+) -> Recommendation:
+    """`recommend` without the model: `share` is that of the decoder, `sees` whether there is a vision tower.
+
+    Raises:
+      UserError: a share of the data that cannot be, or an unknown word.
+    """
+    one_of("compute", compute, COMPUTE)
+    if not 0 <= data_fraction <= 1:
+        raise UserError(f"data={data_fraction:g} must be a share of the training data: 0 to 1, or 5%")
     trains = compute if data_fraction else "none"
-    share = ratio * count_params(cfg) / count_params(cfg, "text")
     rule = next(
         rule
         for rule in guide.rules
@@ -243,17 +254,17 @@ def recommend(
     )
     needed = guide.data.least if share < guide.data.suffices_below else 1.0
     used = min(data_fraction, needed) if rule.recovery != "none" else 0.0
-    expected = _expected(rule, cfg, share, used, guide)
+    expected = _expected(rule, sees, share, used, guide)
     shown = {id(row) for one in expected for row in one.rows}
     beside = [row for row in guide.evidence if abs(row.decoder_ratio - share) <= guide.at and id(row) not in shown]
     notes = list(_data_notes(data_fraction, needed, compute, rule, guide))
-    if cfg.vision is None:
+    if not sees:
         notes.append("The guide is of models with a vision tower; of a decoder alone only this project's texts tell.")
     if not any(one.alike for one in expected):
         notes.append("Nothing measured says what to expect here: evaluate before you rely on it.")
     nominal, average, five_percent = ALWAYS
-    named = [*((nominal, average) if cfg.vision is not None else ()), *rule.conflicts]
-    named += [five_percent] if used and cfg.vision is not None else []
+    named = [*((nominal, average) if sees else ()), *rule.conflicts]
+    named += [five_percent] if used and sees else []
     variants = {method: _settings(rule, method, guide) for method in rule.methods}
     return Recommendation(
         rule=rule,
@@ -293,16 +304,16 @@ def _data_notes(given: float, needed: float, compute: str, rule: Rule, guide: Gu
         yield f"{100 * needed:g} % of the data should do by the guide; more can be tried with --config.data.fraction."
 
 
-def _expected(rule: Rule, cfg: ModelConfig, share: float, used: float, guide: Guide) -> list[Expected]:
+def _expected(rule: Rule, sees: bool, share: float, used: float, guide: Guide) -> list[Expected]:
     """What each source says of the advice; sources of models like this one (seeing or not) come first."""
     found = []
-    for name, source in sorted(guide.sources.items(), key=lambda item: item[1].vision != (cfg.vision is not None)):
+    for name, source in sorted(guide.sources.items(), key=lambda item: item[1].vision != sees):
         rows = [row for row in guide.evidence if row.source == name and row.method in rule.methods]
         kind = next((kind for kind in rule.evidence if any(row.recovery == kind for row in rows)), None)
         of_kind = _nearest_data([row for row in rows if row.recovery == kind], used)
         near = _near(of_kind, share, guide.at)
         if near is not None:
-            found.append(Expected(name, source, source.vision == (cfg.vision is not None), *near))
+            found.append(Expected(name, source, source.vision == sees, *near))
     return found
 
 

@@ -127,6 +127,7 @@ class _Facts(_Model):
     method: str
     ratio_asked: Finite | None
     ratio_reached: Finite
+    decoder_ratio: NotRequired[Finite]
     parameters: Count
     plan: str
     scores: list[str]
