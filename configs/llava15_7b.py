@@ -15,7 +15,7 @@ data/ holds llava_v1_5_mix665k.json and the folders of its images (coco, gqa, oc
 The paper's AVG-% over nine benchmarks, and the recovery step as compiled: memory a chip, least time of the run.
 
   variant      pruned  SFT + L2   v5e:8x8 (15.75 GiB)              v5p:2x2x2 (95.74 GiB)
-  depth,0.15    72.22     98.10   6.27 GiB, 0.08 h, 5.0 chip-h
+  depth,0.15    72.22     98.10   6.27 GiB, 0.08 h, 5.0 chip-h     19.70 GiB, 0.27 h, 2.2 chip-h
   depth,0.3     69.18     96.38
   width,0.15    90.87
   width,0.3     79.88
