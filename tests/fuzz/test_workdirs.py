@@ -24,7 +24,7 @@ from vlmprune_jax.report.build import tables_of
 from vlmprune_jax.report.fit import PLANNED, read_planned
 from vlmprune_jax.report.result import best_run, read_result
 from vlmprune_jax.report.samples import read_samples, shown_samples
-from vlmprune_jax.report.speed import read_speed, speed_notes, speed_table, speeds_of
+from vlmprune_jax.report.speed import read_speed, speed_notes, speed_tables, speeds_of
 from vlmprune_jax.report.unfinished import read_unfinished
 from vlmprune_jax.stages import evaluate, provenance
 from vlmprune_jax.stages.ledger import Stage, finished_stages, run_stage, write_text
@@ -247,7 +247,7 @@ def test_speed(tmp_path):
 
     def shown():
         measured = read_speed(tmp_path)
-        return speed_table(measured), speed_notes(measured), speeds_of(measured)
+        return speed_tables(measured), speed_notes(measured), speeds_of(measured)
 
     path.write_text(json.dumps(SPEED))
     assert len(shown()) == 3
