@@ -26,11 +26,10 @@ from vlmprune_jax.report.fit import PLANNED, read_planned
 from vlmprune_jax.report.guide import FILE, read_guide, recommend
 from vlmprune_jax.report.result import best_run, read_result
 from vlmprune_jax.report.samples import read_samples, shown_samples
-from vlmprune_jax.report.speed import read_speed, speed_notes, speed_table, speeds_of
+from vlmprune_jax.report.speed import read_speed, speed_notes, speed_tables, speeds_of
 from vlmprune_jax.report.unfinished import read_unfinished
-from vlmprune_jax.stages import evaluate
+from vlmprune_jax.stages import evaluate, provenance
 from vlmprune_jax.stages.ledger import Stage, finished_stages, run_stage, write_text
-from vlmprune_jax.stages.provenance import provenance_section
 
 CFG = cases.config()
 MADE_FROM = {"tower": {"weights": "a1", "layers": 3}, "dtype": "float32"}
@@ -275,7 +274,7 @@ def test_speed(tmp_path):
 
     def shown():
         measured = read_speed(tmp_path)
-        return speed_table(measured), speed_notes(measured), speeds_of(measured)
+        return speed_tables(measured), speed_notes(measured), speeds_of(measured)
 
     path.write_text(json.dumps(SPEED))
     assert len(shown()) == 3
@@ -317,7 +316,8 @@ def test_samples(tmp_path):
 # --- what lets a stage be skipped or continued -----------------------------------------------------------------------
 
 
-def test_ledger(tmp_path):
+def test_ledger(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "_commit", lambda: None)  # which asks git
     out = tmp_path / "out.txt"
     (tmp_path / "in.txt").write_text("input")
     stage = Stage("score", 1, tmp_path, {"ratio": 0.3}, {"data.train": tmp_path / "in.txt"}, [out])
@@ -338,7 +338,7 @@ def test_ledger(tmp_path):
         reads(run, out.name, stage.record.name)
         reads(lambda: run(overwrite=True), out.name, stage.record.name)
         stage.record.write_bytes(content)
-        provenance_section(finished_stages(tmp_path))  # of a damaged record nothing is told
+        provenance.provenance_section(finished_stages(tmp_path))  # of a damaged record nothing is told
 
     check()
 

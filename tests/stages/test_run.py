@@ -149,6 +149,12 @@ def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
     assert "(prune.ratio was 0.2, now 0.25): use --overwrite" in line
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("model.safetensors")} == before
 
+    # Another metric: nothing is asked, and the export is made again unasked, for its card tells the scores.
+    assert main(["run", *experiment, "--config.evaluate.metric=anls"]) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.endswith(" ...")] == ["export ..."]
+    assert "| questions: anls in %, 10 questions |" in (workdir / "export/README.md").read_text()
+
 
 def tree_leaves(params):
     import jax
