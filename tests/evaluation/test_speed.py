@@ -78,12 +78,10 @@ def test_the_program_is_that_of_generate(goldens):
     ids, pixels = speed._prompts(llava.cfg, 24, 2, True)
     assert (ids == llava.cfg.image_token_id).sum() == 2 * llava.cfg.tokens_per_image
     made = compile_generation(llava, ids, pixel_values=pixels, max_new_tokens=5)
-    tokens = [
-        np.asarray(made.program(made.params, {**made.arrays, "ended": e})[0]) for e in np.array([[0, 0], [1, 1]], bool)
-    ]
-    np.testing.assert_array_equal(
-        tokens[0], generate(llava, ids, pixel_values=pixels, max_new_tokens=5, eos_token_ids=())
-    )
+    ended = np.array([[False, False], [True, True]])
+    tokens = [np.asarray(made.program(made.params, {**made.arrays, "ended": rows})[0]) for rows in ended]
+    wanted = generate(llava, ids, pixel_values=pixels, max_new_tokens=5, eos_token_ids=())
+    np.testing.assert_array_equal(tokens[0], wanted)
     assert (tokens[1] == (llava.cfg.pad_token_id or 0)).all()  # the loop did not run
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(llava.params))
     assert weights < made.peak_bytes < 100 * weights

@@ -10,6 +10,7 @@ import recover_cases as cases
 import sweep_cases
 from fuzz_cases import damaged, edited, fuzz, json_files, json_lines, reads
 from hypothesis import strategies as st
+from report_cases import SPEED
 
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.journal import Journal
@@ -19,13 +20,17 @@ from vlmprune_jax.prune.fingerprint import shape_digest
 from vlmprune_jax.recovery.checkpoint import Checkpointer
 from vlmprune_jax.recovery.metrics import METRICS_FILE, Recorder
 from vlmprune_jax.recovery.step import TrainState
+from vlmprune_jax.report.answers import comparison_section
 from vlmprune_jax.report.build import tables_of
 from vlmprune_jax.report.comparison_plots import series_of, way_of
 from vlmprune_jax.report.fit import PLANNED, read_planned
 from vlmprune_jax.report.result import best_run, read_result
+from vlmprune_jax.report.samples import read_samples, shown_samples
+from vlmprune_jax.report.speed import read_speed, speed_notes, speed_tables, speeds_of
 from vlmprune_jax.report.sweep import as_csv, groups_of, read_sweep, table_of
-from vlmprune_jax.stages import evaluate
-from vlmprune_jax.stages.ledger import Stage, run_stage, write_text
+from vlmprune_jax.report.unfinished import read_unfinished
+from vlmprune_jax.stages import evaluate, provenance
+from vlmprune_jax.stages.ledger import Stage, finished_stages, run_stage, write_text
 from vlmprune_jax.stages.sweep_run import Sweep, read_error, read_run
 
 CFG = cases.config()
@@ -247,10 +252,88 @@ def test_answers(tmp_path):
     check()
 
 
+EVALUATED = {
+    "metric": {
+        "name": "exact_match", "main": "accuracy", "unit": "%", "scale": 100.0, "full": 1.0, "higher_is_better": True,
+        "grouped_by": "answer",
+    },
+    "values": {"accuracy": 0.5}, "groups": {"yes": {"questions": 2, "accuracy": 0.5}}, "parameters": 900,
+    "seconds": 1.5, "questions": 2, "retained_interval": [90.0, 99.5], "scores": {"accuracy": [1.0, 0.0]},
+}  # fmt: skip
+
+
+def test_evaluations_of_an_unfinished_run(tmp_path):
+    """What was found of the unpruned model, compared with a good evaluation of a pruned one."""
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "pruned").mkdir()
+    make_plan(scores(), CFG, method="width", ratio=0.1).to_json(tmp_path / "plan.json")
+    path = tmp_path / "eval/teacher.json"
+    (tmp_path / "eval/pruned.json").write_text(json.dumps(EVALUATED))
+
+    def compared():
+        found = read_unfinished(tmp_path)
+        return [tables_of(found) if found["teacher"] else [], *comparison_section(tmp_path, found)]
+
+    path.write_text(json.dumps(EVALUATED))
+    assert len(compared()) == 2
+
+    @fuzz(100, content=json_files(EVALUATED))
+    def check(content):
+        path.write_bytes(content)
+        reads(compared, path.name)
+
+    check()
+
+
+def test_speed(tmp_path):
+    path = tmp_path / "speed.json"
+
+    def shown():
+        measured = read_speed(tmp_path)
+        return speed_tables(measured), speed_notes(measured), speeds_of(measured)
+
+    path.write_text(json.dumps(SPEED))
+    assert len(shown()) == 3
+
+    @fuzz(100, content=json_files(SPEED))
+    def check(content):
+        path.write_bytes(content)
+        reads(shown, path.name)
+
+    check()
+
+
+def test_samples(tmp_path):
+    """What passes shows no picture of another kind or from elsewhere."""
+    path = tmp_path / "eval/samples.json"
+    path.parent.mkdir()
+    image = {"uri": "data:image/png;base64,aGFsbG8=", "width": 64, "height": 64}
+    answers = [{"model": "unpruned", "said": "yes", "score": 1.0}, {"model": "depth", "said": "no", "score": None}]
+    asked = {"id": "r0", "question": "A dog?", "references": ["yes"], "images": [image, {"problem": "damaged"}]}
+    sample = {"kind": "broken", **asked, "answers": answers}
+    whole = {"version": 1, "sets": {"questions": {"questions": 2, "counts": {"broken": 1}, "samples": [sample]}}}
+
+    def pictures():
+        parts = [part for of in read_samples(tmp_path).values() for _, part in shown_samples(of)]
+        return [image["uri"] for part in parts for one in part for image in one["images"] if "uri" in image]
+
+    path.write_text(json.dumps(whole))
+    assert pictures() == [image["uri"]]
+
+    @fuzz(150, content=json_files(whole))
+    def check(content):
+        path.write_bytes(content)
+        found = reads(pictures, path.name)
+        assert all(uri.startswith(("data:image/png;base64,", "data:image/jpeg;base64,")) for uri in found or ())
+
+    check()
+
+
 # --- what lets a stage be skipped or continued -----------------------------------------------------------------------
 
 
-def test_ledger(tmp_path):
+def test_ledger(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "_commit", lambda: None)  # which asks git
     out = tmp_path / "out.txt"
     (tmp_path / "in.txt").write_text("input")
     stage = Stage("score", 1, tmp_path, {"ratio": 0.3}, {"data.train": tmp_path / "in.txt"}, [out])
@@ -270,6 +353,8 @@ def test_ledger(tmp_path):
         stage.record.write_bytes(content)
         reads(run, out.name, stage.record.name)
         reads(lambda: run(overwrite=True), out.name, stage.record.name)
+        stage.record.write_bytes(content)
+        provenance.provenance_section(finished_stages(tmp_path))  # of a damaged record nothing is told
 
     check()
 

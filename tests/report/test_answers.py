@@ -7,7 +7,6 @@ import json
 import re
 
 import pytest
-from hostile import mutants
 from PIL import Image
 from report_cases import write_answers, write_several, write_workdir
 
@@ -17,7 +16,7 @@ from vlmprune_jax.report import samples
 from vlmprune_jax.report.answers import comparison_section
 from vlmprune_jax.report.build import build_report
 from vlmprune_jax.report.result import read_result
-from vlmprune_jax.report.samples import as_json, make_samples, read_samples, shown_samples
+from vlmprune_jax.report.samples import as_json, make_samples, shown_samples
 
 RUNS = [
     {"name": "depth", "plan": "d", "recovery": "none"},
@@ -169,26 +168,13 @@ def test_samples_on_the_page(workdir, records):
     )
 
 
-def test_mutants_of_samples(workdir, records):
-    """A damaged file is refused in one line; what passes shows no image of another kind or from elsewhere."""
-    said, scores = ({name: of[:3] for name, of in one.items()} for one in answered({"unpruned": range(3), "depth": ()}))
-    found = make_samples(records[:3], RUNS[:1], said, scores, max_pixels=10**6)
-    path, refused = workdir / "eval/samples.json", 0
-    good = json.loads(as_json({"questions": found}))
-    for where, value in mutants(good, 0.2):
-        path.write_text(json.dumps(value))
-        try:
-            for of in read_samples(workdir).values():
-                for _, shown in shown_samples(of):
-                    uris = [image.get("uri", "data:image/") for sample in shown for image in sample["images"]]
-                    assert all(uri.startswith("data:image/") for uri in uris), where
-        except UserError as error:
-            refused += str(error).startswith(str(path))
-    assert refused > 20
-    good["sets"]["questions"]["samples"][0]["images"][0]["uri"] = "https://example.org/x.png"
-    path.write_text(json.dumps(good))
-    with pytest.raises(UserError, match=r"samples\.json: .*evaluate again"):
-        build_report(workdir)
+def test_pictures_from_elsewhere_are_refused(workdir, records):
+    found = make_samples(records, RUNS[:1], *answered({"unpruned": range(40), "depth": ()}), max_pixels=10**6)
+    for uri in ("https://example.org/x.png", "data:image/svg+xml;base64,aGFsbG8=", 'data:image/png;base64,a"b'):
+        found["samples"][0]["images"][0]["uri"] = uri
+        (workdir / "eval/samples.json").write_text(as_json({"questions": found}))
+        with pytest.raises(UserError, match=r"samples\.json: .*evaluate again"):
+            build_report(workdir)
 
 
 def test_scores_between_right_and_wrong(records):

@@ -67,6 +67,9 @@ def test_page_tells_the_numbers_and_is_one_file(workdir):
     assert page.count("<svg") == 6  # accuracy, what two plans removed, two importances, losses
     assert outside_of(page) == []
     assert page.count("<script") == 1
+    for svg in re.findall(r"<svg.*?</svg>", page, re.S):
+        used = re.findall(r'href="#([^"]+)|url\(#([^)]+)', svg)
+        assert {one or other for one, other in used} <= set(re.findall(r'\bid="([^"]+)', svg)) != set()
     best = re.search(r'<tr class="best">(.*?)</tr>', page, re.S).group(1)
     assert "depth-sft" in best
     assert "&lt;b&gt;" in page  # an answer is text, not markup

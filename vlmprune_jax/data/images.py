@@ -167,7 +167,7 @@ class ImageLoader:
     @contextlib.contextmanager
     def _open(self, path: Path | StoredImage, record: str, sharing: int) -> Iterator[Image.Image]:
         """An image whose size is checked; what is raised within names it and the record."""
-        with _readable(path, record), open_image(path if isinstance(path, Path) else path.read_bytes()) as image:
+        with _opened(path, record) as image:
             width, height = image.size
             if max(width * height, self.preparation.prepared_pixels(width, height, sharing)) > self._max_pixels:
                 raise UserError(
@@ -190,10 +190,12 @@ def thumbnail(
 
     Raises UserError naming the file and the record.
     """
-    with _readable(image, record), open_image(image if isinstance(image, Path) else image.read_bytes()) as opened:
-        if opened.width * opened.height > max_pixels:
+    with _opened(image, record) as opened:
+        width, height = opened.size
+        if width * height > max_pixels:
             raise UserError(
-                f"{image}: image of {opened.width}x{opened.height} pixels is over the limit of {max_pixels}"
+                f"{image}: image of {width}x{height} pixels is over the limit of {max_pixels} pixels; shrink it or "
+                "raise max_image_pixels"
             )
         opened.draft("RGB", (side, side))  # of a JPEG: decode no more than that takes
         small = _to_rgb(opened)
@@ -209,6 +211,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         # The same colours as a direct conversion, without PIL's warning about transparent palettes.
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")
+
+
+@contextlib.contextmanager
+def _opened(path: Path | StoredImage, record: str) -> Iterator[Image.Image]:
+    """An image, its header read; what is raised within names it and the record."""
+    with _readable(path, record), open_image(path if isinstance(path, Path) else path.read_bytes()) as image:
+        yield image
 
 
 @contextlib.contextmanager

@@ -111,22 +111,26 @@ def _prompts(cfg: ModelConfig, prompt: int, batch_size: int, image: bool) -> tup
 
 
 def _often(program: CompiledGeneration) -> int:
-    """How many runs a reading has; as process 0 finds it, for all processes must run it as often."""
-    seconds = _seconds(program.prefill)
-    return on_process_zero(lambda: max(FEWEST, int(SHORTEST / seconds)))
+    """How many runs a reading has."""
+    return max(FEWEST, int(SHORTEST / _of_process_zero(_seconds(program.prefill))))
 
 
 def _reading(name: str, program: CompiledGeneration, times: int) -> tuple[float, float]:
-    """Seconds of the prefill and of all new tokens but the first, on process 0."""
+    """Seconds of the prefill and of all new tokens but the first."""
+    runs = (program.prefill, program.generate)
     for _ in range(TRIES):
-        both = [min(_seconds(run) for _ in range(times)) for run in (program.prefill, program.generate)]
-        first, whole = on_process_zero(lambda both=both: both)
+        first, whole = (_of_process_zero(min(_seconds(run) for _ in range(times))) for run in runs)
         if whole > first:
             return first, whole - first
     raise UserError(
         f"{name}: generating tokens took no longer than the prompt alone, {TRIES} times: generate more of them "
         "(speed.new_tokens), or leave speed out (speed.rounds=0)"
     )
+
+
+def _of_process_zero(seconds: float) -> float:
+    """What process 0 measured: all processes must run a program equally often."""
+    return float(on_process_zero(lambda: seconds))
 
 
 def _seconds(run: Callable[[], None]) -> float:

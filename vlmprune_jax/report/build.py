@@ -13,7 +13,7 @@ from vlmprune_jax.report.answers import comparison_section
 from vlmprune_jax.report.page import Section, Table, write_page
 from vlmprune_jax.report.result import read_result
 from vlmprune_jax.report.samples import read_samples, shown_samples
-from vlmprune_jax.report.speed import read_speed, speed_notes, speed_table, together
+from vlmprune_jax.report.speed import read_speed, speed_notes, speed_tables, together
 from vlmprune_jax.report.tables import groups_of, lead, tables_of
 from vlmprune_jax.report.unfinished import read_unfinished
 
@@ -127,7 +127,7 @@ def _costs(workdir: Path, result: Json, finished: bool) -> Iterator[Section]:
             f"multiply-add is two. Cache and file as {of['dtype']}."
         )
     if measured is not None:
-        tables.append(speed_table(measured))
+        tables += speed_tables(measured)
         notes += speed_notes(measured)
     if tables or finished:
         yield Section(

@@ -78,7 +78,7 @@ def removed_section(workdir: Path, variants: Sequence[Json]) -> Iterator[Section
         if names is None:
             plans.append((names := [], plan))
         names.append(name)
-    figures = []
+    figures = list[Figure]()
     for names, plan in plans:
         for stack, kept in plan.stacks.items():
             if kept.layers != KeptStack.whole(kept.layers_before).layers and len(figures) < MOST_DRAWN:

@@ -86,22 +86,20 @@ def speeds_of(measured: _Json | None) -> dict[str, _Json]:
 _NAMES = ("prefill", "decode", "first_token")
 
 
-def speed_table(measured: _Json) -> Table:
-    """A row per shape and one of the unpruned model beside each."""
-    rows = []
+def speed_tables(measured: _Json) -> tuple[Table, Table]:
+    """What was measured, a row per shape and one of the unpruned model beside each; and how many times as fast it is."""
+    rows, times = list[tuple[str, ...]](), list[tuple[str, ...]]()
     for pair in measured["pairs"]:
         before, after = pair["unpruned"], pair["pruned"]
         names = list(map(printable, pair["models"]))
         beside = "unpruned" if len(measured["pairs"]) == 1 else f"unpruned, beside {names[0]}"
-        rows.append((beside, *_cells(before), "", ""))
-        rows.append(
-            (together(names), *_cells(after), *(_times(before[name], after[name]) for name in ("prefill", "decode")))
-        )
-    header = (
-        "model", "prefill, tokens/s", "decoding, tokens/s", "first token, ms", "memory, MiB", "prefill, × unpruned",
-        "decoding, × unpruned",
-    )  # fmt: skip
-    return Table("Measured speed: median (range) of all rounds", header, tuple(rows))
+        rows += [(beside, *_cells(before)), (together(names), *_cells(after))]
+        times.append((together(names), *(_times(before[name], after[name]) for name in ("prefill", "decode"))))
+    header = ("model", "prefill, tokens/s", "decoding, tokens/s", "first token, ms", "memory, MiB")
+    return (
+        Table("Measured speed: median (range) of all rounds", header, tuple(rows)),
+        Table("Times the unpruned model, round by round", ("model", "prefill", "decoding"), tuple(times)),
+    )
 
 
 def together(names: Sequence[str]) -> str:

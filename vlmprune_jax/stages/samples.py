@@ -30,7 +30,7 @@ def write_samples(experiment: Experiment, runs: Sequence[Json], context: Context
             answers, worth = read_predictions(path), scores_of(read_evaluated(path))
             if len(answers) == len(worth) == len(records):  # else of an evaluation before, of other questions
                 said[name], scores[name] = answers, worth
-        if UNPRUNED in said:
+        if UNPRUNED in said and len(said) > 1:
             sets[key] = make_samples(records, runs, said, scores, max_pixels=experiment.data.max_image_pixels)
     if sets:
         write_text(context.workdir / SAMPLES, as_json(sets))

@@ -49,8 +49,9 @@ def check_speed(experiment: Experiment) -> None:
     Raises:
       UserError: see `check_workload`.
     """
-    spec, cfg = experiment.speed, config_of(experiment.model, teacher_folder(experiment.model))
+    spec = experiment.speed
     if spec.rounds:
+        cfg = config_of(experiment.model, teacher_folder(experiment.model))
         image = has_image(spec, cfg)
         check_workload(cfg, prompt=spec.prompt_tokens, new_tokens=spec.new_tokens, image=image)
 
