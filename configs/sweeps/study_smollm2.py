@@ -24,7 +24,7 @@ BLOCKS = {
     0.1: 4,
     0.2: 8,
     0.3: 11,
-}  # layers that go at each ratio, of 30: the angular criterion measures as many at once
+}  # layers that go at each ratio, which the angular criterion spans
 UNTRAINED = {"none": {}, "reconstruct": {"reconstruct.method": "least_squares"}}
 TEXTS = Path("runs/texts")  # of any sweep that reads them
 LETTERS = {"text": 26_000, "record": 1_300}  # some more than 12 x 512, and 256 tokens

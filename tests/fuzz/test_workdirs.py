@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import recover_cases as cases
+import sweep_cases
 from fuzz_cases import damaged, edited, fuzz, json_files, json_lines, reads
 from hypothesis import strategies as st
 from report_cases import SPEED
@@ -22,14 +23,17 @@ from vlmprune_jax.recovery.metrics import METRICS_FILE, Recorder
 from vlmprune_jax.recovery.step import TrainState
 from vlmprune_jax.report.answers import comparison_section
 from vlmprune_jax.report.build import tables_of
+from vlmprune_jax.report.comparison_plots import series_of, way_of
 from vlmprune_jax.report.fit import PLANNED, read_planned
 from vlmprune_jax.report.guide import FILE, read_guide, recommend
 from vlmprune_jax.report.result import best_run, read_result
 from vlmprune_jax.report.samples import read_samples, shown_samples
 from vlmprune_jax.report.speed import read_speed, speed_notes, speed_tables, speeds_of
+from vlmprune_jax.report.sweep import as_csv, groups_of, read_sweep, table_of
 from vlmprune_jax.report.unfinished import read_unfinished
 from vlmprune_jax.stages import evaluate, provenance
 from vlmprune_jax.stages.ledger import Stage, finished_stages, run_stage, write_text
+from vlmprune_jax.stages.sweep_run import Sweep, read_error, read_run
 
 CFG = cases.config()
 MADE_FROM = {"tower": {"weights": "a1", "layers": 3}, "dtype": "float32"}
@@ -173,6 +177,45 @@ STEP = {
     "seconds": dict.fromkeys(("step", "compute", "memory", "interconnect"), 0.5), "chip_hours": 96.0,
     "compile_seconds": 40.0,
 }  # fmt: skip
+
+
+def test_sweeps(tmp_path):
+    path = tmp_path / "sweep.json"
+    whole = sweep_cases.write_sweep(tmp_path, ("docs", "wiki"), runs=sweep_cases.some_runs(seeds=(1,))[:3])
+
+    def shown():
+        found = read_sweep(tmp_path)
+        groups = groups_of(found)
+        return table_of(found), as_csv(found), series_of(groups), [way_of(group) for group in groups]
+
+    assert len(shown()[0][1]) == 4
+
+    @fuzz(150, content=json_files(whole))
+    def check(content):
+        path.write_bytes(content)
+        reads(shown, path.name)
+
+    check()
+
+
+def test_runs_of_sweeps(tmp_path):
+    """A damaged file counts as a run that is not done."""
+    runs = sweep_cases.some_runs(seeds=(1,))[:2]
+    sweep_cases.write_sweep(tmp_path, runs=runs)
+    sweep = Sweep(tmp_path, "c.py", overwrite=False)
+    paths = [sweep.folder(runs[0]) / name for name in ("run.json", "error.json")]
+    whole = [json.loads(paths[0].read_text()), {"error": "no"}]
+
+    @fuzz(100, run=json_files(whole[0]), error=json_files(whole[1]))
+    def check(run, error):
+        paths[0].write_bytes(run)
+        paths[1].write_bytes(error)
+        found = read_run(runs[0], sweep)
+        assert found is None or all({"digest", "path", "evaluation"} <= set(one) for one in found["models"])
+        error = read_error(runs[0], sweep)
+        assert error is None or isinstance(error, str)
+
+    check()
 
 
 def test_tpu_plans(tmp_path):

@@ -198,25 +198,12 @@ def test_a_dry_run_tells_what_is_shared(sweep, capsys):
 
 def test_equal_models_of_several_runs_are_listed_once(tmp_path):
     """What recovery starts from is the same folder in both; the last one is listed in any case."""
-    runs = cases.some_runs(seeds=(1, 2))[:2]
-    sweep = sweep_run.Sweep(tmp_path, "c.py", overwrite=False)
+    runs, seen = cases.some_runs(seeds=(1, 2))[:2], set()
+    names = []
     for run in runs:
-        folder = sweep.folder(run)
-        folder.mkdir(parents=True)
         models = [{"digest": "same", "path": f"runs/{run.name}/{name}"} for name in ("pruned", "recovered")]
-        found = {"made_from": "", "sets": {}, "unpruned": {}, "models": models}
-        (folder / "run.json").write_text(json.dumps(found))
-    seen = set()
-    names = [
-        one["name"]
-        for run in runs
-        for one in sweep_run._entries(
-            run,
-            {"name": run.name, "run": run.name, "group": run.group},
-            json.loads((sweep.folder(run) / "run.json").read_text())["models"],
-            seen,
-        )
-    ]
+        entry = {"name": run.name, "run": run.name, "group": run.group}
+        names += [one["name"] for one in sweep_run._entries(run, entry, models, seen)]
     assert names == [f"{runs[0].name}/pruned", runs[0].name, runs[1].name]
 
 

@@ -27,7 +27,8 @@ from vlmprune_jax.report.plots import (
 from vlmprune_jax.report.sweep import Group
 
 MOST_PANELS = 9
-LABEL = "retained (%)"
+LABEL, HALF = "retained (%)", 50.0
+LINE_LETTERS = 110  # beside each other in a legend
 _DASHES = ("-", "--", ":", "-.")
 
 
@@ -107,7 +108,7 @@ def pareto_figure(groups: Sequence[Group], unpruned: Sequence[Mapping[str, Any]]
             axes.set_xlabel(cost.label)
             axes.set_ylim(*_limits(groups))
             axes.margins(x=0.1)
-        figure.legend(handles=_legend(groups, styles), loc="outside lower center", ncols=5)
+        _add_legend(figure, _legend(groups, styles))
         return figure
 
 
@@ -147,9 +148,11 @@ def _front(places: Sequence[float], groups: Sequence[Group], *, rising: bool) ->
 
 
 def _limits(groups: Sequence[Group]) -> tuple[float, float]:
-    """Of an axis of what is retained: from 0, and 100 in any case."""
-    top = max([100.0, *(group.retained[0] for group in groups if group.retained)])
-    return -0.03 * top, 1.06 * top
+    """Of an axis of what is retained: from 0, or where all is above 50 from the tens below, and 100 in any case."""
+    worth = [100.0, *(group.retained[0] for group in groups if group.retained)]
+    low, high = min(worth), max(worth)
+    bottom = 10.0 * ((low - 2) // 10) if low > HALF else 0.0
+    return bottom - 0.03 * (high - bottom), high + 0.08 * (high - bottom)
 
 
 def _legend(groups: Sequence[Group], styles: Mapping[str, Mapping[str, Any]]) -> list[Line2D]:
@@ -165,6 +168,12 @@ def _legend(groups: Sequence[Group], styles: Mapping[str, Mapping[str, Any]]) ->
             Line2D([], [], marker="_", color=colour, markersize=12, markeredgewidth=4, label=legible(way), **plain)
         )
     return entries
+
+
+def _add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """Below the panels, in as few rows as fit, all of like length."""
+    rows = -(-sum(len(str(handle.get_label())) + 8 for handle in handles) // LINE_LETTERS)
+    figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // max(rows, 1)))
 
 
 def curves_figure(
@@ -196,7 +205,7 @@ def curves_figure(
             axes.set_xlabel(x.label)
             axes.set_ylim(*_limits(drawable(groups)))
         handles = [Line2D([], [], marker="o", markersize=4, label=legible(name), **styles[name]) for name in names]
-        figure.legend(handles=handles, loc="outside lower center", ncols=4)
+        _add_legend(figure, handles)
         return figure
 
 
@@ -244,5 +253,5 @@ def radar_figure(panels: Mapping[str, Mapping[str, Mapping[str, float]]], sets: 
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
         handles = [Line2D([], [], label=legible(name), **styles[name]) for name in names[:MOST_NAMED]]
-        figure.legend(handles=handles, loc="outside lower center", ncols=3)
+        _add_legend(figure, handles)
         return figure

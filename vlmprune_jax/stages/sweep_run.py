@@ -20,6 +20,7 @@ from vlmprune_jax.experiment.sweep import SweepRun
 from vlmprune_jax.experiment.variants import prune_runs, recover_runs
 from vlmprune_jax.recovery.losses import counted
 from vlmprune_jax.report import sweep as report
+from vlmprune_jax.report.result import Set
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.console import Reporter
 from vlmprune_jax.stages.context import VERSIONS, Context, model_inputs
@@ -37,9 +38,9 @@ class _Run(TypedDict):
     """`made_from`: see `_made_from`. The rest is what `sweep.json` takes from it."""
 
     made_from: str
-    sets: Json
-    unpruned: Json
-    models: list[Json]
+    sets: dict[str, Set]
+    unpruned: dict[str, report.Unpruned]
+    models: list[report.Found]
 
 
 class _Error(TypedDict):
@@ -105,7 +106,7 @@ def do_run(run: SweepRun, sweep: Sweep, reporter: Reporter) -> None:
     if not is_main_process():
         return
     write_json(folder / "result.json", result)
-    found: _Run = {
+    found = {
         "made_from": made_from,
         "sets": result["sets"],
         "unpruned": {run.experiment.model.hf_dir: _known(report.Unpruned, result["teacher"])},
