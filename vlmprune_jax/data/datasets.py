@@ -1,4 +1,4 @@
-"""Folders of Hugging Face `datasets` (`save_to_disk`) as records: read with pyarrow, image by image, without `datasets`.
+"""Folders that `save_to_disk` of Hugging Face's datasets wrote, as records: read with pyarrow, image by image.
 
 A folder is one split: Arrow streams, `state.json` that lists them, `dataset_info.json`. Texts are read at once, as from
 JSON; an image's bytes when it is decoded, from their place in the file, so that no more than a batch of rows is in

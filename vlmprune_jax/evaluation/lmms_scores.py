@@ -109,9 +109,9 @@ def _set_of(key: str, value: float, samples: Sequence[Sample], higher: bool) -> 
 
 def _mean_of(key: str, value: float, entries: Sequence[Any], higher: bool) -> TaskSet:
     """A value that may be the mean of numbers, or of numbers called `score`; a share where all are within 0 and 1."""
-    numbers = [entry.get("score") if isinstance(entry, Mapping) else entry for entry in entries]
-    numeric = bool(numbers) and all(isinstance(number, int | float) for number in numbers)
-    scores = tuple({key: float(number)} for number in numbers) if numeric else ()
-    share = higher and numeric and all(0 <= number <= 1 for number in (*numbers, value))
+    given = [entry.get("score") if isinstance(entry, Mapping) else entry for entry in entries]
+    numbers = [float(number) for number in given if isinstance(number, int | float)]
+    scores = tuple({key: number} for number in numbers) if len(numbers) == len(given) else ()
+    share = higher and bool(scores) and all(0 <= number <= 1 for number in (*numbers, value))
     metric = Metric(key, None) if share else Metric(key, None, full=None, unit="", higher_is_better=higher)
     return TaskSet(key, metric, scores, ())

@@ -407,11 +407,11 @@ class EvaluateSpec:
     )
     tasks: tuple[str, ...] = setting(
         (),
-        "Tasks of lmms-eval, each a set of its own (docs/benchmarks.md); `vlmprune evaluate --tasks=pope,mme` for short.",
+        "Tasks of lmms-eval, each a set of its own (docs/benchmarks.md); in short `vlmprune evaluate --tasks=pope,mme`.",
     )
     tasks_path: str | None = setting(
         None,
-        "Folder of task files, as configs/lmms: NAME.yaml of lmms-eval, in which ${data} and ${lmms_eval} are replaced; "
+        "Folder of lmms-eval's task files NAME.yaml, as configs/lmms, in which ${data} and ${lmms_eval} are replaced; "
         "what is not there, and None: lmms-eval's own tasks, whose data comes from the hub.",
         affects=_EVALUATE,
         by_content=True,

@@ -174,7 +174,11 @@ class VlmpruneJax(Backend):
             raise UserError("--model_args: vlmprune_jax needs pretrained=DIR, a Hugging Face model folder")
         if device is not None or max_batch_size is not None:
             raise UserError("--device, --max_batch_size: jax chooses its devices; leave both out")
-        given = {} if batch_size == "auto" else {"batch_size": int(batch_size) if str(batch_size).isdecimal() else batch_size}
+        given = (
+            {}
+            if batch_size == "auto"
+            else {"batch_size": int(batch_size) if str(batch_size).isdecimal() else batch_size}
+        )
         rows = override(EvaluateSpec(), given, "lmms-eval: -").batch_size
         initialize(None, None, None)
         mesh = override(MeshSpec(), {"data": data, "fsdp": fsdp, "tensor": tensor}, "--model_args")
@@ -290,4 +294,3 @@ class _Pictures:
             self._numbers[key] = len(self._where)
             self._where.append((request, place))
         return key
-

@@ -97,7 +97,9 @@ def evaluate_tasks(
         sets = on_process_zero(functools.partial(_measure, answers, original, facts, out / "eval", name))
         twice = [key for key in sets if key in found]
         if twice:
-            raise UserError(f"evaluate.tasks: {task} has the set {twice[0]!r}, which another task has as well: drop one")
+            raise UserError(
+                f"evaluate.tasks: {task} has the set {twice[0]!r}, which another task has as well: drop one"
+            )
         found |= sets
     for key, of in found.items():
         metric = of["metric"]
@@ -134,9 +136,9 @@ def _task_files(spec: EvaluateSpec, task: str) -> tuple[Path | None, dict[str, P
     root = None if spec.tasks_data is None else Path(spec.tasks_data)
     parts = [] if root is None else [root / part for part in _DATA.findall(text)]
     for place in parts:
-        if not place.is_dir():
+        if not place.exists():
             raise UserError(
-                f"task {task}: {place}: no such folder: save its data set there (docs/benchmarks.md), or leave it out"
+                f"task {task}: {place}: nothing is there: save its data set (docs/benchmarks.md), or leave it out"
             )
     # A group names no data set itself.
     read = parts or ([] if root is None else [root])
@@ -229,14 +231,14 @@ def _evaluated(spec: EvaluateSpec, task: str, files: Path | None, backend: Any, 
             bootstrap_iters=0,
             log_samples=True,
             process_docs_parallel=1,  # MMMU draws letters: in threads another one each time
-            cli_args=argparse.Namespace(
-                output_path=str(scratch), process_with_media=False, reasoning_tags=_REASONING
-            ),
+            cli_args=argparse.Namespace(output_path=str(scratch), process_with_media=False, reasoning_tags=_REASONING),
         )
     except (UserError, MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:  # whatever a task, its data set or its judge may raise
-        raise UserError(f"task {task}: lmms-eval fails with {type(error).__name__}: {reason(error)}; see --debug") from error
+        raise UserError(
+            f"task {task}: lmms-eval fails with {type(error).__name__}: {reason(error)}; see --debug"
+        ) from error
 
 
 def _nearest(task: str, known: list[str]) -> str:
@@ -258,9 +260,8 @@ def _values(found: Mapping[str, Any]) -> dict[str, float]:
     values: dict[str, float] = {}
     for name, value in found.items():
         metric, _, filtered = name.partition(",")
-        if filtered and not metric.endswith(("_stderr", "_stderr_clt", "_stderr_clustered")):
-            if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
-                values.setdefault(metric, float(value or 0.0))
+        if filtered and "_stderr" not in metric and isinstance(value, int | float | None):
+            values.setdefault(metric, float(value or 0.0))
     return values
 
 
