@@ -1,0 +1,239 @@
+"""Tasks of lmms-eval from the command line: sets like any other, kept, compared, and refused in one line."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hf_cases import copy_llava
+from repository import ROOT
+
+from vlmprune_jax.cli.main import main
+
+pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install -e '.[eval]'")
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+
+CONFIG = """
+from vlmprune_jax.cli.config_files import experiment_config
+
+
+def get_config():
+    config = experiment_config()
+    config.model.hf_dir = "{root}/teacher"
+    config.data.eval = "{root}/data/test.json"
+    config.data.images = "{root}/data/images"
+    config.data.system = ""
+    config.evaluate.batch_size = 4
+    config.evaluate.max_new_tokens = 4
+    config.evaluate.tasks_path = "{tasks}"
+    config.evaluate.tasks_data = "{root}/data"
+    return config
+"""
+# Two values of one task that count, and what MME's own aggregation needs of each question.
+PAIRS = """
+import easyvqa_task
+from easyvqa_task import *
+
+
+def process_results(doc, results):
+    number = int(doc["id"][1:])
+    category = ("existence", "code_reasoning")[number // 4]
+    key = "mme_perception_score" if category == "existence" else "mme_cognition_score"
+    entry = {"question_id": str(number // 2), "category": category, "score": float(results[0] != "")}
+    return {key: entry}
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, goldens):
+    root = tmp_path_factory.mktemp("tasks")
+    copy_llava(goldens, root / "teacher")
+    images = root / "data/images"
+    images.mkdir(parents=True)
+    for number in range(4):
+        shutil.copy(goldens / f"data/images/img{number}.png", images)
+    turns = [{"from": "human", "value": "<image>\nIs it red?"}, {"from": "gpt", "value": "yes"}]
+    records = [{"id": f"r{i}", "image": f"img{i % 4}.png", "conversations": turns} for i in range(8)]
+    (root / "data/test.json").write_text(json.dumps(records))
+    shutil.copytree(ROOT / "configs/lmms", root / "lmms")
+    task = (root / "lmms/easyvqa.yaml").read_text()
+    (root / "lmms/pairs_task.py").write_text(PAIRS)
+    pairs = task.replace("easyvqa_task.", "pairs_task.").replace("task: easyvqa", "task: pairs")
+    listed = "\n".join(
+        f"  - metric: {name}\n    aggregation: !function {{mme}}.mme_aggregate_results\n    higher_is_better: true"
+        for name in ("mme_perception_score", "mme_cognition_score")
+    )
+    (root / "lmms/mme_utils.py").write_text("from lmms_eval.tasks.mme.utils import mme_aggregate_results\n")
+    pairs = pairs[: pairs.index("metric_list:")] + "process_results: !function pairs_task.process_results\nmetric_list:\n"
+    (root / "lmms/pairs.yaml").write_text(pairs + listed.format(mme="mme_utils") + "\n")
+    (root / "lmms/broken.yaml").write_text(task.replace("task: easyvqa", "task: broken").replace("to_target", "to_nothing"))
+    (root / "config.py").write_text(CONFIG.format(root=root, tasks=root / "lmms"))
+    return root
+
+
+@pytest.fixture
+def evaluate(root, tmp_path, capsys, monkeypatch):
+    """Callable (*flags) -> (exit code, lines that were printed)."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+
+    def command(*flags):
+        capsys.readouterr()
+        code = main(["evaluate", f"--config={root / 'config.py'}", f"--workdir={tmp_path / 'w'}", *flags])
+        shown = capsys.readouterr()
+        return code, (shown.out + shown.err).splitlines()
+
+    command.folder = tmp_path / "w/eval"
+    return command
+
+
+def read(folder, name):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def answers(folder, name):
+    return [json.loads(line) for line in (folder / f"{name}.answers.jsonl").read_text().splitlines()]
+
+
+def test_a_task_is_a_set_whose_answers_are_our_own(evaluate, root, goldens):
+    copy_llava(goldens, evaluate.folder.parent / "pruned")
+    code, lines = evaluate("--tasks=easyvqa,pairs")
+    assert code == 0, lines
+    task, own = answers(evaluate.folder, "teacher.easyvqa"), answers(evaluate.folder, "teacher")
+    assert [line["prediction"] for line in task] == [line["prediction"] for line in own]
+    assert any(line["prediction"] for line in own)
+    assert [(line["id"], line["references"]) for line in task] == [(str(i), ["yes"]) for i in range(8)]
+    found = read(evaluate.folder, "pruned.easyvqa")
+    assert found["metric"]["main"] == "exact_match"
+    assert found["values"] == {"exact_match": sum(found["scores"]["exact_match"]) / 8}
+    perception = read(evaluate.folder, "pruned.mme_perception")
+    assert (perception["metric"]["full"], perception["values"]["mme_perception_score"]) == (2000.0, 200.0)
+    assert perception["retained_interval"] == [100.0, 100.0]
+    assert read(evaluate.folder, "teacher.mme_cognition")["metric"]["full"] == 800.0
+
+    code, lines = evaluate("--tasks=easyvqa,pairs")
+    assert code == 0, lines
+    assert "evaluate teacher easyvqa: unchanged, skipped (eval/teacher.easyvqa.answers.jsonl is up to date)" in lines
+
+
+def test_result_json_gains_the_tasks(evaluate, goldens):
+    from vlmprune_jax.report.result import make_result, make_run, read_result
+    from vlmprune_jax.stages.ledger import write_json
+
+    workdir = evaluate.folder.parent
+    copy_llava(goldens, workdir / "pruned")
+    facts = {"method": "depth", "ratio_asked": 0.1, "ratio_reached": 0.1, "parameters": 1, "plan": "plan.json"}
+    facts |= {"scores": [], "recovery": "none", "data_fraction": 0.0, "seconds": 1.0}
+    metric = {"name": "exact_match", "main": "accuracy", "unit": "%", "scale": 100.0, "full": 1.0, "grouped_by": None}
+    old = {"questions": 8, "metric": {**metric, "higher_is_better": True}, "values": {"accuracy": 0.5}, "groups": {}}
+    found = {"questions": {**old, "seconds": 1.0, "parameters": 1}}
+    run = make_run("depth", facts, found, found, "pruned")
+    export = {"path": "export", "max_abs_logit_difference": 0.0}
+    write_json(workdir / "result.json", make_result(found, [run], "depth", export))
+    code, lines = evaluate("--tasks=pairs")
+    assert code == 0, lines
+    result = read_result(workdir)
+    assert list(result["sets"]) == ["questions", "mme_perception", "mme_cognition"]
+    evaluation = result["runs"][0]["evaluation"]
+    assert evaluation["retained"]["mme_cognition"] == 100.0
+    assert evaluation["paper_average"] == pytest.approx(100.0)
+    assert result["runs"][0]["plan"] == "plan.json"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--tasks=easyvq",), "lmms-eval has no task 'easyvq'; did you mean 'easyvqa'?"),
+        (("--tasks=pope",), "data/POPE: nothing is there: save its data set (docs/benchmarks.md), or leave it out"),
+        (("--tasks=pope", "--config.evaluate.tasks_data=None"), "evaluate.tasks_data, which is not set"),
+        (("--tasks=easyvqa,easyvqa",), "evaluate.tasks: 'easyvqa' comes twice"),
+        (("--tasks=a/b",), "the name 'a/b' becomes a file's"),
+        (("--tasks=easyvqa", "--config.evaluate.tasks_path=/no/such"), "evaluate.tasks_path=/no/such: no such folder"),
+        (("--tasks=broken",), "task broken: lmms-eval fails with"),
+        (("--tasks=pairs", "--config.evaluate.questions=3"), "task pairs: lmms-eval fails with AssertionError"),
+    ],
+)
+def test_what_is_refused(evaluate, flags, message):
+    code, lines = evaluate("--config.evaluate.text_window=9", *flags)
+    assert code == 2, lines
+    assert message in lines[-1]
+    assert lines[-1].startswith("vlmprune: error: ")
+    left = os.listdir(evaluate.folder) if evaluate.folder.exists() else []
+    assert not [name for name in left if "easyvq" in name or "broken" in name or "pairs.answers" in name]
+
+
+def test_another_model_at_the_same_path_is_asked_again(evaluate, root, tmp_path, goldens):
+    copy_llava(goldens, evaluate.folder.parent / "pruned")
+    assert evaluate("--tasks=easyvqa")[0] == 0
+    from hf_cases import edit_weights
+
+    def negated(tensors):
+        name = next(name for name in tensors if name.endswith("lm_head.weight"))
+        tensors[name] = -tensors[name]
+
+    before = answers(evaluate.folder, "pruned.easyvqa")
+    edit_weights(evaluate.folder.parent / "pruned", negated)
+    code, lines = evaluate("--tasks=easyvqa")
+    assert code == 2
+    assert "model changed" in lines[-1]
+    assert evaluate("--tasks=easyvqa", "--overwrite")[0] == 0
+    after = answers(evaluate.folder, "pruned.easyvqa")
+    assert [line["prediction"] for line in after] != [line["prediction"] for line in before]
+
+
+# --- the same answers in three ways -----------------------------------------------------------------------------------
+
+QUESTIONS = 160
+
+
+def by_command(folder, name, arguments, tasks, out):
+    """{question: answer} of `python -m lmms_eval`."""
+    command = [sys.executable, "-m", "lmms_eval", "--model", name, "--model_args", f"pretrained={folder},{arguments}"]
+    command += ["--tasks", "easyvqa", "--include_path", str(tasks), "--output_path", str(out), "--log_samples"]
+    command += ["--limit", str(QUESTIONS), "--batch_size", "1" if name == "llava_hf" else "32"]
+    command += ["--device", "cpu"] if name == "llava_hf" else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(out / "hf"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    (file,) = [*out.rglob("*_samples_easyvqa.jsonl")] or [None]
+    assert file is not None, done.stdout[-3000:] + done.stderr[-3000:]
+    samples = [json.loads(line) for line in file.read_text().splitlines()]
+    return {sample["doc_id"]: sample["filtered_resps"][0] if isinstance(sample["filtered_resps"], list) else
+            sample["filtered_resps"] for sample in samples}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
+def test_the_same_answers_in_three_ways(tmp_path, capsys):
+    """easy-VQA, the bundled teacher and an export of it that lost four layers: `python -m lmms_eval` with our model and
+    with lmms-eval's own, and `vlmprune evaluate` with records and as a task.
+    """
+    pytest.importorskip("decord", reason="lmms-eval's llava_hf imports decord: pip install decord")
+    import vlmprune_jax as vp
+    from hf_cases import keep_layers
+    from vlmprune_jax.demo.easyvqa import write_dataset
+    from vlmprune_jax.stages.tasks import write_tasks
+
+    teacher, workdir = Path(vp.__file__).parent / "demo/teacher", tmp_path / "w"
+    pruned, plan = keep_layers(vp.load(teacher), [0, 1, 3, 5, 8, 9])
+    vp.save(pruned, workdir / "pruned", source_dir=teacher, dtype="float32", plan=plan)
+    write_dataset(workdir / "data")
+    (tmp_path / "tasks").mkdir()
+    write_tasks(ROOT / "configs/lmms", workdir / "data", tmp_path / "tasks")
+    flags = [f"--config.evaluate.questions={QUESTIONS}", f"--config.evaluate.tasks_path={ROOT}/configs/lmms"]
+    flags += [f"--config.evaluate.tasks_data={workdir}/data", "--config.prune_variants={}", "--config.recover_variants={}"]
+    code = main(["evaluate", f"--config={ROOT}/configs/demo.py", f"--workdir={workdir}", "--tasks=easyvqa", *flags])
+    assert code == 0, capsys.readouterr()
+    scores = {}
+    for name, folder in (("teacher", teacher), ("pruned", workdir / "pruned")):
+        own = [line["prediction"] for line in answers(workdir / "eval", name)]
+        ways = {"vlmprune evaluate, a task": [line["prediction"] for line in answers(workdir / "eval", f"{name}.easyvqa")]}
+        for model, arguments in (("vlmprune_jax", "system=,aspect_ratio=square"), ("llava_hf", "device_map=cpu")):
+            found = by_command(folder, model, arguments, tmp_path / "tasks", tmp_path / f"{name}-{model}")
+            ways[model] = [found[place] for place in range(QUESTIONS)]
+        differ = {way: sum(a != b for a, b in zip(own, said, strict=True)) for way, said in ways.items()}
+        assert differ == dict.fromkeys(ways, 0)
+        scores[name] = read(workdir / "eval", f"{name}.easyvqa")["values"]["exact_match"]
+        assert scores[name] == read(workdir / "eval", name)["values"]["accuracy"]
+    assert scores["teacher"] > 0.98 > scores["pruned"]  # answers that differ
