@@ -34,9 +34,6 @@ def get_config():
 """
 # Two values of one task that count, and what MME's own aggregation needs of each question.
 PAIRS = """
-import easyvqa_task
-from easyvqa_task import *
-
 
 def process_results(doc, results):
     number = int(doc["id"][1:])
@@ -60,7 +57,7 @@ def root(tmp_path_factory, goldens):
     (root / "data/test.json").write_text(json.dumps(records))
     shutil.copytree(ROOT / "configs/lmms", root / "lmms")
     task = (root / "lmms/easyvqa.yaml").read_text()
-    (root / "lmms/pairs_task.py").write_text(PAIRS)
+    (root / "lmms/pairs_task.py").write_text((root / "lmms/easyvqa_task.py").read_text() + PAIRS)
     pairs = task.replace("easyvqa_task.", "pairs_task.").replace("task: easyvqa", "task: pairs")
     listed = "\n".join(
         f"  - metric: {name}\n    aggregation: !function {{mme}}.mme_aggregate_results\n    higher_is_better: true"
@@ -108,10 +105,10 @@ def test_a_task_is_a_set_whose_answers_are_our_own(evaluate, root, goldens):
     found = read(evaluate.folder, "pruned.easyvqa")
     assert found["metric"]["main"] == "exact_match"
     assert found["values"] == {"exact_match": sum(found["scores"]["exact_match"]) / 8}
-    perception = read(evaluate.folder, "pruned.mme_perception")
+    perception = read(evaluate.folder, "pruned.pairs_mme_perception_score")
     assert (perception["metric"]["full"], perception["values"]["mme_perception_score"]) == (2000.0, 200.0)
     assert perception["retained_interval"] == [100.0, 100.0]
-    assert read(evaluate.folder, "teacher.mme_cognition")["metric"]["full"] == 800.0
+    assert read(evaluate.folder, "teacher.pairs_mme_cognition_score")["metric"]["full"] == 800.0
 
     code, lines = evaluate("--tasks=easyvqa,pairs")
     assert code == 0, lines
@@ -135,9 +132,9 @@ def test_result_json_gains_the_tasks(evaluate, goldens):
     code, lines = evaluate("--tasks=pairs")
     assert code == 0, lines
     result = read_result(workdir)
-    assert list(result["sets"]) == ["questions", "mme_perception", "mme_cognition"]
+    assert list(result["sets"]) == ["questions", "pairs_mme_perception_score", "pairs_mme_cognition_score"]
     evaluation = result["runs"][0]["evaluation"]
-    assert evaluation["retained"]["mme_cognition"] == 100.0
+    assert evaluation["retained"]["pairs_mme_cognition_score"] == 100.0
     assert evaluation["paper_average"] == pytest.approx(100.0)
     assert result["runs"][0]["plan"] == "plan.json"
 
@@ -161,7 +158,7 @@ def test_what_is_refused(evaluate, flags, message):
     assert message in lines[-1]
     assert lines[-1].startswith("vlmprune: error: ")
     left = os.listdir(evaluate.folder) if evaluate.folder.exists() else []
-    assert not [name for name in left if "easyvq" in name or "broken" in name or "pairs.answers" in name]
+    assert not [name for name in left if "easyvq" in name or "broken" in name or name.endswith("pairs.answers.jsonl")]
 
 
 def test_another_model_at_the_same_path_is_asked_again(evaluate, root, tmp_path, goldens):
@@ -174,7 +171,7 @@ def test_another_model_at_the_same_path_is_asked_again(evaluate, root, tmp_path,
         tensors[name] = -tensors[name]
 
     before = answers(evaluate.folder, "pruned.easyvqa")
-    edit_weights(evaluate.folder.parent / "pruned", negated)
+    edit_weights(evaluate.folder.parent / "pruned", negated, "model-00001-of-00002.safetensors")
     code, lines = evaluate("--tasks=easyvqa")
     assert code == 2
     assert "model changed" in lines[-1]

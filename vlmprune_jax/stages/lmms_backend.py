@@ -58,7 +58,7 @@ class Answering:
     """How requests are answered: `batch_size` rows at once, a multiple of `multiple` (devices that share a batch).
 
     `max_length`: of prompts, 0 = any. `phase`: number of batches -> what takes the number done, while entered.
-    `journal`: number of batches -> where their answers are kept, or None.
+    `journal`: what tells this pass from any other -> where the answers of its batches are kept, or None.
     """
 
     model: Model
@@ -67,7 +67,7 @@ class Answering:
     multiple: int
     max_length: int
     phase: Phase
-    journal: Callable[[int], Journal | None]
+    journal: Callable[[Mapping[str, Any]], Journal | None]
 
     def replies(self, records: Sequence[Record], max_new_tokens: int) -> list[Reply]:
         """The answers in the order of the records, of at most so many tokens and at most the model's positions."""
@@ -76,15 +76,18 @@ class Answering:
         arranged = arrange_questions(
             records, encoder, batch_size=self.batch_size, multiple=self.multiple, by_length=True
         )
-        room = max(cfg.text.max_positions - arranged.longest, LEAST_NEW_TOKENS)
+        max_new_tokens = min(max_new_tokens, max(cfg.text.max_positions - arranged.longest, LEAST_NEW_TOKENS))
+        # lmms-eval may ask more than once within a task.
+        asked = hashlib.sha256(repr([(record.turns, *map(str, record.images)) for record in records]).encode())
+        made_from = {"batches": len(arranged), "new_tokens": max_new_tokens, "asked": asked.hexdigest()}
         with self.phase(len(arranged)) as progress:
             return ask(
                 self.model,
                 arranged.batches(threads=self.inputs.data.threads, prefetch=PREFETCH),
                 tokenizer=encoder.tokenizer,
-                max_new_tokens=min(max_new_tokens, room),
+                max_new_tokens=max_new_tokens,
                 progress=progress,
-                journal=self.journal(len(arranged)),
+                journal=self.journal(made_from),
             )
 
 
@@ -189,7 +192,7 @@ class VlmpruneJax(Backend):
         data_spec = override(DataSpec(), settings, "--model_args")
         model = load_model(spec, mesh, Path(spec.hf_dir))
         inputs = load_inputs(spec, data_spec, model.cfg)
-        super().__init__(Answering(model, inputs, rows, row_ways(mesh_of(mesh)), 0, _bar, lambda total: None))
+        super().__init__(Answering(model, inputs, rows, row_ways(mesh_of(mesh)), 0, _bar, lambda made_from: None))
 
 
 @contextlib.contextmanager

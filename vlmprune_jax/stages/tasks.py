@@ -7,7 +7,6 @@ stage of its own, like an evaluation set; its cache, which knows a model by its 
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -23,6 +22,7 @@ import jax
 
 from vlmprune_jax.checked_files import Count, Finite, copy_file, read_json_lines, read_text, reading
 from vlmprune_jax.checks import suggest
+from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.distributed.mesh import on_process_zero, row_ways
 from vlmprune_jax.errors import UserError, reason
 from vlmprune_jax.evaluation.lmms_scores import TaskSet, sets_of
@@ -31,7 +31,7 @@ from vlmprune_jax.experiment.spec import EvaluateSpec, Experiment, affecting
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.report.result import shown
-from vlmprune_jax.stages.context import Context, journal_of, journal_path, mesh_of, model_inputs
+from vlmprune_jax.stages.context import Context, journal_path, mesh_of, model_inputs
 from vlmprune_jax.stages.inputs import load_inputs
 from vlmprune_jax.stages.ledger import Json, write_members, write_text
 
@@ -48,6 +48,7 @@ class _Facts(TypedDict):
     parameters: Count
     model_seconds: Finite
     questions: Count
+    empty_answers: Count
     mean_generated_tokens: Finite
     values: dict[str, dict[str, Finite]]
     higher_is_better: dict[str, dict[str, bool]]
@@ -74,38 +75,51 @@ def evaluate_tasks(
     """
     found: Json = {}
     for task in experiment.evaluate.tasks:
-        files, data = _task_files(experiment.evaluate, task)
-        answers = out / "eval" / f"{name}.{task}.answers.jsonl"
-        stage = context.stage(
-            "evaluate",
-            out,
-            f"evaluate {name} {task}",
-            settings=_settings(experiment, task),
-            inputs=model_inputs(experiment.model, model=model_folder, **data),
-            outputs=[answers],
-            journals=[journal_path(answers)],
-            facts=_Facts,
-        )
-
-        def body(task: str = task, files: Path | None = files, answers: Path = answers) -> Json:
-            lines, facts = _ask(experiment, task, files, model(), f"evaluate {name} {task}", answers, context)
-            write_text(answers, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-            return {**facts, "parameters": count_params(model().cfg)}
-
-        facts = context.run(stage, body)
-        original = context.workdir / "eval" / f"teacher.{task}.answers.jsonl"
-        sets = on_process_zero(functools.partial(_measure, answers, original, facts, out / "eval", name))
+        sets = _evaluate_task(experiment, task, model_folder, model, out, name, context)
         twice = [key for key in sets if key in found]
         if twice:
-            raise UserError(
-                f"evaluate.tasks: {task} has the set {twice[0]!r}, which another task has as well: drop one"
-            )
+            raise UserError(f"evaluate.tasks: {task} has the set {twice[0]!r}, as another task has: drop one of them")
         found |= sets
+    return found
+
+
+def _evaluate_task(
+    experiment: Experiment,
+    task: str,
+    model_folder: Path,
+    model: Callable[[], Model],
+    out: Path,
+    name: str,
+    context: Context,
+) -> Json:
+    title, answers = f"evaluate {name} {task}", out / "eval" / f"{name}.{task}.answers.jsonl"
+    files, data = _task_files(experiment.evaluate, task)
+    stage = context.stage(
+        "evaluate",
+        out,
+        title,
+        settings=_settings(experiment, task),
+        inputs=model_inputs(experiment.model, model=model_folder, **data),
+        outputs=[answers],
+        journals=[journal_path(answers)],
+        facts=_Facts,
+    )
+
+    def body() -> Json:
+        lines, facts = _ask(experiment, task, files, model(), title, answers, context)
+        write_text(answers, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        return {**facts, "parameters": count_params(model().cfg)}
+
+    facts = context.run(stage, body)
+    original = context.workdir / "eval" / f"teacher.{task}.answers.jsonl"
+    found = on_process_zero(lambda: _measure(answers, original, facts, out / "eval", name))
+    if facts["empty_answers"]:
+        context.reporter.say(f"  {name} {task}: {facts['empty_answers']:,} of {facts['questions']:,} answers are empty")
     for key, of in found.items():
         metric = of["metric"]
         context.reporter.say(
             f"  {name} {key}: {metric['main']} {shown(of['values'][metric['main']], metric)} on {of['questions']:,} "
-            f"questions ({of['parameters']:,} parameters, {of['model_seconds']:.1f} s)"
+            f"questions ({of['parameters']:,} parameters, {facts['model_seconds']:.1f} s)"
         )
     return found
 
@@ -183,21 +197,22 @@ def _ask(
             multiple=row_ways(mesh_of(experiment.mesh)),
             max_length=experiment.evaluate.max_length or 0,
             phase=lambda total: context.phase(title, total),
-            journal=lambda total: journal_of(experiment.mesh, journal_path(answers), total),
+            journal=lambda made_from: Journal(journal_path(answers), {**made_from, "mesh": vars(experiment.mesh)}),
         )
     )
     with tempfile.TemporaryDirectory() as scratch:
         results = _evaluated(experiment.evaluate, task, files, backend, Path(scratch))
     values = {name: _values(found) for name, found in results["results"].items() if name in results["samples"]}
-    lines = [
-        _line(name, sample, values[name], backend.said[name, sample["doc_id"]])
-        for name in values
-        for sample in results["samples"][name]
-    ]
-    for name in values:
-        sets_of(name, values[name], [line["entries"] for line in lines if line["task"] == name], {})  # is there any?
+    lines = []
+    for name in values or [task]:
+        # Of several filters the first counts; each logs all questions.
+        samples = {sample["doc_id"]: sample for sample in reversed(results["samples"].get(name, []))}
+        mine = [_line(name, samples[doc], values[name], backend.said[name, doc]) for doc in sorted(samples)]
+        sets_of(name, values.get(name, {}), [line["entries"] for line in mine], {})  # refuses a task that failed
+        lines += mine
     return lines, {
         "questions": len(lines),
+        "empty_answers": sum(not line["prediction"] for line in lines),
         "mean_generated_tokens": sum(line["tokens"] for line in lines) / len(lines),
         "model_seconds": round(time.perf_counter() - start, 3),
         "values": values,
