@@ -64,9 +64,13 @@ def root(tmp_path_factory, goldens):
         for name in ("mme_perception_score", "mme_cognition_score")
     )
     (root / "lmms/mme_utils.py").write_text("from lmms_eval.tasks.mme.utils import mme_aggregate_results\n")
-    pairs = pairs[: pairs.index("metric_list:")] + "process_results: !function pairs_task.process_results\nmetric_list:\n"
+    pairs = (
+        pairs[: pairs.index("metric_list:")] + "process_results: !function pairs_task.process_results\nmetric_list:\n"
+    )
     (root / "lmms/pairs.yaml").write_text(pairs + listed.format(mme="mme_utils") + "\n")
-    (root / "lmms/broken.yaml").write_text(task.replace("task: easyvqa", "task: broken").replace("to_target", "to_nothing"))
+    (root / "lmms/broken.yaml").write_text(
+        task.replace("task: easyvqa", "task: broken").replace("to_target", "to_nothing")
+    )
     (root / "config.py").write_text(CONFIG.format(root=root, tasks=root / "lmms"))
     return root
 
@@ -191,13 +195,22 @@ def by_command(folder, name, arguments, tasks, out):
     command += ["--tasks", "easyvqa", "--include_path", str(tasks), "--output_path", str(out), "--log_samples"]
     command += ["--limit", str(QUESTIONS), "--batch_size", "1" if name == "llava_hf" else "32"]
     command += ["--device", "cpu"] if name == "llava_hf" else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(out / "hf"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HOME": str(out / "hf"),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     (file,) = [*out.rglob("*_samples_easyvqa.jsonl")] or [None]
     assert file is not None, done.stdout[-3000:] + done.stderr[-3000:]
     samples = [json.loads(line) for line in file.read_text().splitlines()]
-    return {sample["doc_id"]: sample["filtered_resps"][0] if isinstance(sample["filtered_resps"], list) else
-            sample["filtered_resps"] for sample in samples}
+    return {
+        sample["doc_id"]: sample["filtered_resps"][0]
+        if isinstance(sample["filtered_resps"], list)
+        else sample["filtered_resps"]
+        for sample in samples
+    }
 
 
 @pytest.mark.slow
@@ -207,8 +220,9 @@ def test_the_same_answers_in_three_ways(tmp_path, capsys):
     with lmms-eval's own, and `vlmprune evaluate` with records and as a task.
     """
     pytest.importorskip("decord", reason="lmms-eval's llava_hf imports decord: pip install decord")
-    import vlmprune_jax as vp
     from hf_cases import keep_layers
+
+    import vlmprune_jax as vp
     from vlmprune_jax.demo.easyvqa import write_dataset
     from vlmprune_jax.stages.tasks import write_tasks
 
@@ -219,13 +233,19 @@ def test_the_same_answers_in_three_ways(tmp_path, capsys):
     (tmp_path / "tasks").mkdir()
     write_tasks(ROOT / "configs/lmms", workdir / "data", tmp_path / "tasks")
     flags = [f"--config.evaluate.questions={QUESTIONS}", f"--config.evaluate.tasks_path={ROOT}/configs/lmms"]
-    flags += [f"--config.evaluate.tasks_data={workdir}/data", "--config.prune_variants={}", "--config.recover_variants={}"]
+    flags += [
+        f"--config.evaluate.tasks_data={workdir}/data",
+        "--config.prune_variants={}",
+        "--config.recover_variants={}",
+    ]
     code = main(["evaluate", f"--config={ROOT}/configs/demo.py", f"--workdir={workdir}", "--tasks=easyvqa", *flags])
     assert code == 0, capsys.readouterr()
     scores = {}
     for name, folder in (("teacher", teacher), ("pruned", workdir / "pruned")):
         own = [line["prediction"] for line in answers(workdir / "eval", name)]
-        ways = {"vlmprune evaluate, a task": [line["prediction"] for line in answers(workdir / "eval", f"{name}.easyvqa")]}
+        ways = {
+            "vlmprune evaluate, a task": [line["prediction"] for line in answers(workdir / "eval", f"{name}.easyvqa")]
+        }
         for model, arguments in (("vlmprune_jax", "system=,aspect_ratio=square"), ("llava_hf", "device_map=cpu")):
             found = by_command(folder, model, arguments, tmp_path / "tasks", tmp_path / f"{name}-{model}")
             ways[model] = [found[place] for place in range(QUESTIONS)]

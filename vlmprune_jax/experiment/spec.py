@@ -407,7 +407,7 @@ class EvaluateSpec:
     )
     tasks: tuple[str, ...] = setting(
         (),
-        "Tasks of lmms-eval, each a set of its own (docs/benchmarks.md); in short `vlmprune evaluate --tasks=pope,mme`.",
+        "Tasks of lmms-eval, each a set of its own (docs/benchmarks.md); or `vlmprune evaluate --tasks=pope,mme`.",
     )
     tasks_path: str | None = setting(
         None,
