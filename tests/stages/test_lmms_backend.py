@@ -1,5 +1,8 @@
 """lmms-eval's model `vlmprune_jax`: its answers are those of single forwards, and what it cannot do it refuses."""
 
+import dataclasses
+import io
+import shutil
 import types
 
 import numpy as np
@@ -66,7 +69,7 @@ def test_answers_are_those_of_single_rows(made, goldens):
     for place, (answer, reply) in enumerate(zip(answers, backend.said.values(), strict=True)):
         record = reply.record
         encoder = answering.inputs.encoder(answering.model.cfg, 0)
-        encoder = encoder if len(record.images) < 2 else type(encoder)(**{**vars(encoder), "max_images": 2})
+        encoder = dataclasses.replace(encoder, max_images=2)
         ids = encoder.prompt_ids(record)
         pixels = encoder.images(record, len(record.images)) if record.images else None
         tokens = generate(answering.model, ids[None], pixel_values=pixels, max_new_tokens=3)
@@ -82,9 +85,35 @@ def test_images_come_first_where_the_family_has_them_there(made, goldens):
     (reply,) = backend.said.values()
     assert reply.record.turns == (("human", "Compare\n<image>\nwith\n<image>"),)
     encoder = backend._answering.inputs.encoder(backend._answering.model.cfg, 0)
-    encoder = type(encoder)(**{**vars(encoder), "max_images": 2})
+    encoder = dataclasses.replace(encoder, max_images=2)
     marks = np.flatnonzero(encoder.prompt_ids(reply.record) == encoder.image_token_id)
     assert marks[-1] - marks[0] < 2 * encoder.tokens_per_image + 3  # nothing but a line break between them
+
+
+def test_images_stay_in_the_text_where_the_family_has_them_there(goldens, tmp_path):
+    """InternVL: an image is cut into tiles, here one each, between the words around it; answers are those of rows."""
+    from hf_cases import copy_golden
+
+    from vlmprune_jax.stages.lmms_backend import VlmpruneJax
+
+    folder = copy_golden(goldens, "internvl", tmp_path / "internvl")
+    shutil.copytree(goldens / "tokenizers/internvl", folder, dirs_exist_ok=True)
+    backend = VlmpruneJax(str(folder), batch_size=2, max_tiles=1)
+    first, second = picture(goldens, 0), picture(goldens, 1)
+    answers = backend.generate_until(asked(backend, [["Compare", first, "with", second, "now"], [first, "?"], ["Hi"]]))
+    answering, records = backend._answering, [reply.record for reply in backend.said.values()]
+    for record, answer in zip(records, answers, strict=True):
+        encoder = answering.inputs.encoder(answering.model.cfg, 0)
+        encoder = dataclasses.replace(encoder, max_images=2, tile_buckets=None)
+        ids = encoder.prompt_ids(record)
+        pixels = encoder.images(record, len(record.images)) if record.images else None
+        tokens = generate(answering.model, ids[None], pixel_values=pixels, max_new_tokens=3)
+        assert answer.text == encoder.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
+        if record is records[0]:
+            marks = np.flatnonzero(ids == encoder.image_token_id)
+            between = encoder.tokenizer.decode(ids[marks[0] : marks[-1]])
+            assert "with" in between
+            assert "now" not in between
 
 
 def test_pictures_are_read_without_loss(made, goldens):
@@ -96,10 +125,8 @@ def test_pictures_are_read_without_loss(made, goldens):
         (request,) = asked(backend, [[image, "?"]])
         pictures = _Pictures(backend.task_dict)
         record = pictures.record(request)
-        (goldens_copy,) = record.images
-        import io
-
-        with Image.open(io.BytesIO(goldens_copy.read_bytes())) as read:
+        (stored,) = record.images
+        with Image.open(io.BytesIO(stored.read_bytes())) as read:
             np.testing.assert_array_equal(np.asarray(read.convert("RGB")), np.asarray(image.convert("RGB")))
 
 

@@ -240,17 +240,10 @@ def test_the_same_answers_in_three_ways(tmp_path, capsys):
     ]
     code = main(["evaluate", f"--config={ROOT}/configs/demo.py", f"--workdir={workdir}", "--tasks=easyvqa", *flags])
     assert code == 0, capsys.readouterr()
-    scores = {}
-    for name, folder in (("teacher", teacher), ("pruned", workdir / "pruned")):
+    for name in ("teacher", "pruned"):
         own = [line["prediction"] for line in answers(workdir / "eval", name)]
-        ways = {
-            "vlmprune evaluate, a task": [line["prediction"] for line in answers(workdir / "eval", f"{name}.easyvqa")]
-        }
-        for model, arguments in (("vlmprune_jax", "system=,aspect_ratio=square"), ("llava_hf", "device_map=cpu")):
-            found = by_command(folder, model, arguments, tmp_path / "tasks", tmp_path / f"{name}-{model}")
-            ways[model] = [found[place] for place in range(QUESTIONS)]
-        differ = {way: sum(a != b for a, b in zip(own, said, strict=True)) for way, said in ways.items()}
-        assert differ == dict.fromkeys(ways, 0)
-        scores[name] = read(workdir / "eval", f"{name}.easyvqa")["values"]["exact_match"]
-        assert scores[name] == read(workdir / "eval", name)["values"]["accuracy"]
-    assert scores["teacher"] > 0.98 > scores["pruned"]  # answers that differ
+        assert [line["prediction"] for line in answers(workdir / "eval", f"{name}.easyvqa")] == own
+    assert 0.5 < read(workdir / "eval", "pruned.easyvqa")["values"]["exact_match"] < 0.98  # wrong answers among them
+    for model, arguments in (("vlmprune_jax", "system=,aspect_ratio=square"), ("llava_hf", "device_map=cpu")):
+        found = by_command(workdir / "pruned", model, arguments, tmp_path / "tasks", tmp_path / model)
+        assert [found[place] for place in range(QUESTIONS)] == own, model

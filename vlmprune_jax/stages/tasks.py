@@ -107,7 +107,7 @@ def _evaluate_task(
 
     def body() -> Json:
         lines, facts = _ask(experiment, task, files, model(), title, answers, context)
-        write_text(answers, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_text(answers, "".join(json.dumps(line, ensure_ascii=False, default=_plain) + "\n" for line in lines))
         return {**facts, "parameters": count_params(model().cfg)}
 
     facts = context.run(stage, body)
@@ -289,9 +289,13 @@ def _line(task: str, sample: Mapping[str, Any], values: Mapping[str, float], sai
         entries["mmmu_acc"] = {**entries["mmmu_acc"], "right": evaluate_mmmu([entries["mmmu_acc"]])[1]["acc"]}
     target = sample["target"]
     references = [str(one) for one in target] if isinstance(target, list | tuple) else [str(target)]
-    kept = json.loads(json.dumps(entries, default=str))
     line = {"id": str(sample["doc_id"]), "task": task, "prediction": said.prediction, "references": references}
-    return {**line, "tokens": said.tokens, "entries": kept}
+    return {**line, "tokens": said.tokens, "entries": entries}
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy as one of Python; anything else that JSON has not as text."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def _measure(answers: Path, original: Path, facts: Json, folder: Path, name: str) -> Json:
