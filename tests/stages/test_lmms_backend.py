@@ -71,7 +71,16 @@ def test_answers_are_those_of_single_rows(made, goldens):
         encoder = answering.inputs.encoder(answering.model.cfg, 0)
         encoder = dataclasses.replace(encoder, max_images=2)
         ids = encoder.prompt_ids(record)
-        pixels = encoder.images(record, len(record.images)) if record.images else None
+        pixels = None
+        if record.images:
+            pixels = encoder.images(record, len(record.images))
+            paths = [
+                goldens / f"data/images/img{int(part is second)}.png"
+                for part in contents[place]
+                if part is first or part is second
+            ]
+            for ours, path in zip(pixels, paths, strict=True):
+                np.testing.assert_array_equal(ours, encoder.image_loader.load(path, "r", len(paths))[0])
         tokens = generate(answering.model, ids[None], pixel_values=pixels, max_new_tokens=3)
         text = encoder.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
         assert answer.text == text, place

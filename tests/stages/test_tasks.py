@@ -184,6 +184,72 @@ def test_another_model_at_the_same_path_is_asked_again(evaluate, root, tmp_path,
     assert [line["prediction"] for line in after] != [line["prediction"] for line in before]
 
 
+# --- the nine benchmarks, on a few rows with their columns ------------------------------------------------------------
+
+LETTERS, YES = ["A", "B", "B", "A"], ["yes", "no", "no", "yes"]
+BENCHMARKS = {
+    "MMMU": ("validation", {
+        "id": [f"validation_Art_{i}" for i in range(4)], "question": ["What is <image 1>?"] * 4, "answer": LETTERS,
+        "options": ["['red', 'blue']"] * 4, "question_type": ["multiple-choice"] * 4,
+        **{f"image_{i}": [None] * 4 for i in range(2, 8)},
+    }),
+    "ScienceQA-IMG": ("test", {"question": ["Which?"] * 4, "hint": ["", "See."] * 2, "choices": [["x", "y"]] * 4,
+                               "answer": [0, 1, 1, 0]}),
+    "AI2D": ("test", {"question": ["Which?"] * 4, "options": [["x", "y"]] * 4, "answer": ["0", "1", "1", "0"]}),
+    "MME": ("test", {"question_id": ["1", "1", "2", "2"], "question": ["A dog? Please answer yes or no."] * 4,
+                     "answer": ["Yes", "No"] * 2, "category": ["count", "count", "code_reasoning", "code_reasoning"]}),
+    "POPE": ("test", {"question_id": ["1", "2", "3", "4"], "question": ["A dog?"] * 4, "answer": YES,
+                      "category": ["random"] * 4}),
+    "DocVQA": ("validation", {"question": ["Who?"] * 4, "answers": [["Ann", "ann b"]] * 4}),
+    "GQA": ("testdev", {"id": list("1234"), "imageId": list("1234"), "question": ["A dog?"] * 4, "answer": YES}),
+    "MathVista": ("testmini", {
+        "pid": list("1234"), "question": ["How many?"] * 4, "query": ["How many?"] * 4, "choices": [None] * 4,
+        "unit": [None] * 4, "precision": [None] * 4, "question_type": ["free_form"] * 4, "answer": list("1234"),
+        "answer_type": ["integer"] * 4, "metadata": [{"split": "testmini"}] * 4,
+    }),
+}  # fmt: skip
+VALUES = {
+    "mmmu_val": "mmmu_acc", "scienceqa_img": "exact_match", "ai2d": "exact_match", "mme_perception":
+    "mme_perception_score", "mme_cognition": "mme_cognition_score", "pope": "pope_f1_score", "pope_adv":
+    "pope_f1_score", "pope_pop": "pope_f1_score", "pope_random": "pope_f1_score", "docvqa_val": "anls", "gqa":
+    "exact_match",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_task_files_of_the_nine_benchmarks(evaluate, goldens, tmp_path, monkeypatch):
+    """Each finds its data, its questions are asked, and what the questions scored makes up the value."""
+    import datasets
+    from PIL import Image
+
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("API_TYPE", raising=False)
+    pictures = [Image.open(goldens / f"data/images/img{i}.png").convert("RGB") for i in range(4)]
+    names = {"MMMU": "image_1", "MathVista": "decoded_image"}
+    for name, (split, columns) in BENCHMARKS.items():
+        rows = datasets.Dataset.from_dict({**columns, names.get(name, "image"): pictures})
+        for empty in [column for column in columns if column.startswith("image_")]:
+            rows = rows.cast_column(empty, datasets.Image())
+        datasets.DatasetDict({split: rows}).save_to_disk(tmp_path / "data" / name)
+        if name == "POPE":
+            kinds = dict.fromkeys(("adversarial", "popular", "random"), rows)
+            datasets.DatasetDict(kinds).save_to_disk(tmp_path / "data/POPE-Full")
+    copy_llava(goldens, evaluate.folder.parent / "pruned")
+    data = f"--config.evaluate.tasks_data={tmp_path}/data"
+    tasks = dict.fromkeys(name.removesuffix("_perception").removesuffix("_cognition") for name in VALUES)
+    code, lines = evaluate(f"--tasks={','.join(tasks)}", data)
+    assert code == 0, lines
+    for name, value in VALUES.items():
+        found = read(evaluate.folder, f"pruned.{name}")
+        assert found["metric"]["main"] == value
+        assert found["values"][value] is not None
+        assert "retained_interval" in found, f"{name}: its questions' scores do not make up its value"
+        assert len(next(iter(found["scores"].values()))) == (2 if name.startswith("mme") else 4)
+    code, lines = evaluate("--tasks=mathvista_testmini_format", data)
+    assert code == 2
+    assert "task mathvista_testmini_format: lmms-eval fails with OpenAIError" in lines[-1]
+
+
 # --- the same answers in three ways -----------------------------------------------------------------------------------
 
 QUESTIONS = 160
