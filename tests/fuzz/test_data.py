@@ -5,10 +5,12 @@ import json
 import shutil
 
 import pytest
+from datasets_cases import write_split
 from fuzz_cases import damaged, edited, fuzz, json_files, json_lines, reads
 from hypothesis import strategies as st
 from PIL import Image
 
+from vlmprune_jax.data.datasets import read_datasets
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.records import data_files, read_records
 from vlmprune_jax.data.tfds import read_tfds, write_tfds
@@ -102,6 +104,29 @@ def test_data_sets(data_set, tmp_path):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(data_set, folder)
         (folder / change[0]).write_bytes(change[1])
+        reads(read, folder.name)
+
+    check()
+
+
+def test_folders_of_datasets(goldens, tmp_path):
+    picture = (goldens / "data/images/img1.png").read_bytes()
+    rows = [{"question": "A dog?", "answer": "yes", "choices": ["a", "b"], "n": i, "image": picture} for i in range(3)]
+    folder = write_split(tmp_path / "set", rows)
+    whole = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "dataset_info.json"}
+
+    def damage(name):
+        content = whole[name]
+        changed = json_files(json.loads(content)) if name.endswith(".json") else damaged(content)
+        return changed.map(lambda content: (name, content))
+
+    def read():
+        return [image.read_bytes()[:4] for record in read_datasets(folder) for image in record.images]
+
+    @fuzz(150, change=st.sampled_from(sorted(whole)).flatmap(damage))
+    def check(change):
+        for name, content in {**whole, change[0]: change[1]}.items():
+            (folder / name).write_bytes(content)
         reads(read, folder.name)
 
     check()

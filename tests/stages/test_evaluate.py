@@ -1,6 +1,7 @@
 """Named evaluation sets from the command line: each asked apart, and scored from its answers on disk."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 
@@ -12,7 +13,7 @@ from vlmprune_jax.cli.main import main
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.metrics import METRICS, Metric
 from vlmprune_jax.evaluation.metrics.metric import mean
-from vlmprune_jax.experiment.arguments import evaluation_sets
+from vlmprune_jax.experiment.arguments import check_tasks, evaluation_sets
 from vlmprune_jax.experiment.spec import DataSpec, EvaluateSpec, EvaluationSetSpec, Experiment, override
 from vlmprune_jax.experiment.variants import check_experiment
 
@@ -209,6 +210,29 @@ def test_wrong_sets(evaluate, message):
     with pytest.raises(UserError) as error:
         evaluation_sets(override(Experiment(data=DATA), {"evaluate": evaluate}))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "installed", "message"),
+    [
+        (("pope",), False, "lmms-eval is not installed: pip install 'vlmprune-jax.eval.'"),
+        (("pope", "mme", "pope"), True, "'pope' comes twice"),
+        (("a",), True, "'a' comes twice, or evaluate.sets has it as well"),
+        (("../x",), True, "the name '../x' becomes a file's"),
+    ],
+)
+def test_wrong_tasks(monkeypatch, tasks, installed, message):
+    found = importlib.util.find_spec
+    known = {"lmms_eval": found("json") if installed else None}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: known[name] if name in known else found(name))
+    experiment = override(Experiment(data=DATA), {"evaluate": {"tasks": tasks, "sets": {"a": {}}}})
+    with pytest.raises(UserError, match=message):
+        check_tasks(experiment)
+
+
+def test_tasks_alone_need_no_questions_of_our_own():
+    assert evaluation_sets(Experiment(evaluate=EvaluateSpec(tasks=("pope",)))) == {}
+    assert list(evaluation_sets(Experiment(data=DATA, evaluate=EvaluateSpec(tasks=("pope",))))) == ["questions"]
 
 
 def test_variants_are_compared_on_the_same_sets(tmp_path):

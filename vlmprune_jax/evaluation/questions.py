@@ -19,6 +19,8 @@ from vlmprune_jax.data.records import Record
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.generate import SharedPrefix
 
+_SHORT = 31  # tokens that are not worth a shape of their own
+
 
 @dataclass(frozen=True)
 class QuestionBatch(GenerationBatch):
@@ -70,6 +72,12 @@ class ArrangedQuestions:
         """Number of batches."""
         return len(self.groups)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt, images included."""
+        questions = (question for group in self.groups for question in group.questions)
+        return max(len(self.beginnings[question.beginning].ids) + len(question.rest) for question in questions)
+
     def batches(self, *, threads: int, prefetch: int) -> grain.IterDataset[QuestionBatch]:
         """All batches, read ahead in threads; as many different shapes as there are numbers of image slots.
 
@@ -106,7 +114,13 @@ class ArrangedQuestions:
 
 
 def arrange_questions(
-    records: Sequence[Record], encoder: Encoder, *, batch_size: int, multiple: int = 1, prompt_suffix: str = ""
+    records: Sequence[Record],
+    encoder: Encoder,
+    *,
+    batch_size: int,
+    multiple: int = 1,
+    prompt_suffix: str = "",
+    by_length: bool = False,
 ) -> ArrangedQuestions:
     """Tokenise all prompts and arrange them so that questions about one image are neighbours.
 
@@ -116,6 +130,7 @@ def arrange_questions(
       batch_size: rows of every batch.
       multiple: number of beginnings per batch is a multiple of this (devices that share a batch).
       prompt_suffix: what follows every last question, such as "\\nAnswer the question using a single word or phrase."
+      by_length: batches are of like lengths, for questions that differ much in them; a shape for every doubling.
 
     Raises:
       UserError: no record; a prompt that is too long, an image that the model cannot see, too many images or tiles.
@@ -141,21 +156,29 @@ def arrange_questions(
         records=records,
         encoder=encoder,
         batch_size=batch_size,
-        groups=_groups(members, beginnings, batch_size, multiple),
+        groups=_groups(members, beginnings, batch_size, multiple, by_length),
         beginnings=tuple(beginnings),
     )
 
 
 def _groups(
-    members: Sequence[Sequence[_Question]], beginnings: Sequence[_Beginning], batch_size: int, multiple: int
+    members: Sequence[Sequence[_Question]],
+    beginnings: Sequence[_Beginning],
+    batch_size: int,
+    multiple: int,
+    by_length: bool,
 ) -> tuple[_Group, ...]:
     """Neighbours together until a batch has all its rows, or as many beginnings as fit; one group of shapes a bucket.
 
     A batch holds only beginnings of one number of image slots, so a thumbnail does not wait for twelve tiles.
     """
     groups: list[_Group] = []
-    for slots in sorted({beginning.slots for beginning in beginnings}):
-        mine = [number for number, beginning in enumerate(beginnings) if beginning.slots == slots]
+    buckets: dict[tuple[int, ...], list[int]] = {}
+    for number, beginning in enumerate(beginnings):
+        longest = (len(beginning.ids), max(len(question.rest) for question in members[number]))
+        doublings = tuple(max(length, _SHORT).bit_length() for length in longest) if by_length else ()
+        buckets.setdefault((beginning.slots, *doublings), []).append(number)
+    for (slots, *_), mine in sorted(buckets.items()):
         ordered = [question for number in mine for question in members[number]]
         per_batch = min(-(-batch_size * len(mine) // len(ordered)) + 1, batch_size)
         shapes = {

@@ -109,8 +109,9 @@ def evaluate(
     """
     start = time.perf_counter()
     metric = metric_named(metric) if isinstance(metric, str) else metric
+    answered = _with_answers(batches)
     replies = ask(
-        model, batches, tokenizer=tokenizer, max_new_tokens=max_new_tokens, progress=progress, journal=journal
+        model, answered, tokenizer=tokenizer, max_new_tokens=max_new_tokens, progress=progress, journal=journal
     )
     records = [reply.record for reply in replies]
     scores = metric.score_all([reply.prediction for reply in replies], records)
@@ -150,7 +151,7 @@ def ask(
         last part).
 
     Raises:
-      UserError: there is no question, or a question has no reference answer.
+      UserError: there is no question.
     """
     asked: list[tuple[int, Record]] = []  # (place, record) of every row that counts, as the batches come
     said: list[tuple[str, int]] = []
@@ -159,7 +160,6 @@ def ask(
         for batch in batches:
             rows = np.flatnonzero(batch.valid).tolist()
             records = [batch.records[row] for row in rows]
-            check_answered(records)
             first = len(asked)
             places = (
                 batch.places[rows].tolist() if isinstance(batch, QuestionBatch) else range(first, first + len(rows))
@@ -209,6 +209,13 @@ def _decoded(batch: GenerationBatch, tokens: np.ndarray, tokenizer: Any, cfg: Mo
     rows = [row for row in range(len(tokens)) if batch.valid[row]]
     texts = tokenizer.batch_decode([tokens[row, : lengths[row]].tolist() for row in rows], skip_special_tokens=True)
     return [(text.strip(), lengths[row]) for row, text in zip(rows, texts, strict=True)]
+
+
+def _with_answers(batches: Iterable[GenerationBatch]) -> Iterator[GenerationBatch]:
+    """The batches, whose questions must have right answers."""
+    for batch in batches:
+        check_answered(record for record, valid in zip(batch.records, batch.valid, strict=True) if valid)
+        yield batch
 
 
 def check_answered(records: Iterable[Record]) -> None:

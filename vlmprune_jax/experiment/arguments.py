@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
 from typing import Any
 
@@ -69,13 +70,31 @@ def evaluation_sets(experiment: Experiment) -> dict[str, EvaluationSetSpec]:
       UserError: a name that no file can have, or a metric that does not exist or does not fit.
     """
     spec, sets = experiment.evaluate, dict(experiment.evaluate.sets)
-    if not sets and (spec.text is None or experiment.data.eval is not None):
+    if not sets and (experiment.data.eval is not None or (spec.text is None and not spec.tasks)):
         sets[QUESTIONS] = EvaluationSetSpec()
     if spec.text is not None:
         if TEXT in sets:
             raise UserError(f"evaluate.text is the evaluation set {TEXT!r}, which evaluate.sets has as well: drop one")
         sets[TEXT] = EvaluationSetSpec(text=spec.text)
     return {name: _resolved(name, given, experiment) for name, given in sets.items()}
+
+
+def check_tasks(experiment: Experiment) -> None:
+    """Refuse tasks of lmms-eval that cannot be told apart from sets, or without lmms-eval.
+
+    Raises:
+      UserError: a name that no file can have, that comes twice or is a set's; or lmms-eval is not installed.
+    """
+    tasks, sets = experiment.evaluate.tasks, evaluation_sets(experiment)
+    for place, name in enumerate(tasks):
+        if not re.fullmatch(r"[\w-]+", name, re.ASCII):
+            raise UserError(f"evaluate.tasks: the name {name!r} becomes a file's: use letters, digits, _ and -")
+        if name in tasks[:place] or name in sets:
+            raise UserError(f"evaluate.tasks: {name!r} comes twice, or evaluate.sets has it as well: drop one")
+    if tasks and importlib.util.find_spec("lmms_eval") is None:
+        raise UserError(
+            "evaluate.tasks: lmms-eval is not installed: pip install 'vlmprune-jax[eval]', or leave the tasks out"
+        )
 
 
 def _resolved(name: str, given: EvaluationSetSpec, experiment: Experiment) -> EvaluationSetSpec:

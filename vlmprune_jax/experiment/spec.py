@@ -413,6 +413,20 @@ class EvaluateSpec:
     text_window: int = setting(
         512, "Tokens of the text that are seen together.", affects=_EVALUATE, unit="tokens", least=2
     )
+    tasks: tuple[str, ...] = setting(
+        (),
+        "Tasks of lmms-eval, each a set of its own (docs/benchmarks.md); or `vlmprune evaluate --tasks=pope,mme`.",
+    )
+    tasks_path: str | None = setting(
+        None,
+        "Folder of lmms-eval's task files NAME.yaml, as configs/lmms, in which ${data} and ${lmms_eval} are replaced; "
+        "what is not there, and None: lmms-eval's own tasks, whose data comes from the hub.",
+        affects=_EVALUATE,
+        by_content=True,
+    )
+    tasks_data: str | None = setting(
+        None, "Folder of the data sets that task files call ${data}.", affects=_EVALUATE, by_content=True
+    )
     sets: Mapping[str, EvaluationSetSpec] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -9,7 +9,13 @@ from typing import Any
 from vlmprune_jax.checks import check_settings, one_of, with_defaults
 from vlmprune_jax.distributed.chips import slice_of
 from vlmprune_jax.errors import UserError, about
-from vlmprune_jax.experiment.arguments import evaluation_sets, plan_budget, plan_options, recover_config
+from vlmprune_jax.experiment.arguments import (
+    check_tasks,
+    evaluation_sets,
+    plan_budget,
+    plan_options,
+    recover_config,
+)
 from vlmprune_jax.experiment.spec import Experiment, ScoreSpec, override, sections
 from vlmprune_jax.prune.criteria import CRITERIA, scoring
 from vlmprune_jax.prune.select import check_request
@@ -102,7 +108,8 @@ def check_experiment(experiment: Experiment, workdir: Path) -> None:
     Raises:
       UserError: a setting that does not exist, has no such value, or goes with another one.
     """
-    sets = evaluation_sets(experiment)
+    sets, tasks = evaluation_sets(experiment), experiment.evaluate.tasks
+    check_tasks(experiment)
     for pruned in prune_runs(experiment, workdir):
         spec = pruned.experiment
         if spec.prune.steps > 1 and spec.prune.method != "width":
@@ -115,5 +122,5 @@ def check_experiment(experiment: Experiment, workdir: Path) -> None:
         for run in recover_runs(pruned):
             _check_sections(run.experiment)
             recover_config(run.experiment.recover)
-            if evaluation_sets(run.experiment) != sets:
+            if evaluation_sets(run.experiment) != sets or run.experiment.evaluate.tasks != tasks:
                 raise UserError(f"variant {run.name} is evaluated on other sets: give all models the same questions")

@@ -187,6 +187,8 @@ class _Result1(TypedDict):
 Json = dict[str, Any]
 Found = Mapping[str, Mapping[str, Any]]  # set -> what `vlmprune evaluate` found there of one model (its eval/*.json)
 VERSION = 2
+# What of a run was found by evaluating it; the rest says what was done to the model.
+FOUND = ("evaluation", "evaluation_seconds", "accuracy", "questions", "by_answer", "perplexity", "retained")
 MOST_GROUPS = 40
 MAX_BYTES = 2**25  # thousands of models
 

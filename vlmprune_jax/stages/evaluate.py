@@ -38,7 +38,8 @@ from vlmprune_jax.stages.context import (
     mesh_of,
     model_inputs,
 )
-from vlmprune_jax.stages.ledger import Json, write_text
+from vlmprune_jax.stages.ledger import Json, write_members, write_text
+from vlmprune_jax.stages.tasks import evaluate_tasks
 
 
 class _Facts(TypedDict):
@@ -73,15 +74,16 @@ class _Window(TypedDict):
 
 def evaluate_stage(experiment: Experiment, model_folder: Path, out: Path, name: str, context: Context) -> Json:
     """{set: what is known of it} of one folder -> `eval/<name>.json`, of other sets than "questions"
-    `eval/<name>.<set>.json`; the answers beside.
+    `eval/<name>.<set>.json`; the answers beside. The tasks of lmms-eval are sets like any other.
     """
     model = functools.cache(
         lambda: load_model(experiment.model, experiment.mesh, model_folder)
     )  # for the first set that needs it
-    return {
+    found = {
         key: _evaluate_set(experiment, key, of, model_folder, model, out, name, context)
         for key, of in evaluation_sets(experiment).items()
     }
+    return found | evaluate_tasks(experiment, model_folder, model, out, name, context)
 
 
 def _evaluate_set(
@@ -237,8 +239,7 @@ def _measure(of: EvaluationSetSpec, answers: Path, original: Path | None, path: 
     names = dict.fromkeys(name for one in scores for name in one)
     of_each = {name: [one.get(name) for one in scores] for name in names}
     written = {**values, **found, "answers": answers.name, "scores": of_each}
-    members = (f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in written.items())
-    write_text(path, "{\n" + ",\n".join(members) + "\n}\n")  # a line each: there may be thousands of scores
+    write_members(path, written)
     return found
 
 

@@ -18,6 +18,8 @@ from vlmprune_jax.checked_files import read_json
 from vlmprune_jax.checks import one_of
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.data.batching import ON_ERROR, Batch, train_batches
+from vlmprune_jax.data.datasets import PREFIX as DATASETS
+from vlmprune_jax.data.datasets import datasets_folder, datasets_state, read_datasets
 from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.grouping import GROUPINGS
@@ -152,6 +154,8 @@ def _records(path: str, root: Path | None, image_lead: bool, on_error: str, stat
     del state  # part of the key: a file that is written again is read again
     if path.startswith(PREFIX):
         return read_tfds(tfds_folder(path), image_lead=image_lead, on_error=on_error)
+    if path.startswith(DATASETS):
+        return read_datasets(datasets_folder(path), image_lead=image_lead, on_error=on_error)
     return read_records(Path(path), root, image_lead=image_lead, on_error=on_error)
 
 
@@ -188,6 +192,8 @@ def _read(path: str | None, images: str | None, what: str, image_lead: bool, on_
     root = None if images is None else Path(images)
     if path.startswith(PREFIX):
         state = tfds_state(tfds_folder(path))
+    elif path.startswith(DATASETS):
+        state = datasets_state(datasets_folder(path))
     else:
         files = data_files(Path(path), root)
         state = str([os.stat(file).st_mtime_ns if os.path.exists(file) else 0 for file in files])
@@ -196,7 +202,10 @@ def _read(path: str | None, images: str | None, what: str, image_lead: bool, on_
 
 def _given(path: str | None, what: str) -> str:
     if path is None:
-        raise UserError(f"{what} is not set: give a LLaVA-format JSON file, or {PREFIX}FOLDER (--config.{what}=FILE)")
+        raise UserError(
+            f"{what} is not set: give a LLaVA-format JSON file, {PREFIX}FOLDER or {DATASETS}FOLDER "
+            f"(--config.{what}=FILE)"
+        )
     return path
 
 
@@ -210,6 +219,8 @@ def record_files(data: DataSpec, which: str) -> dict[str, Path | str]:
     if path.startswith(PREFIX):
         folder = tfds_folder(path)
         return {f"data.{which}": folder if isinstance(folder, Path) else tfds_state(folder)}
+    if path.startswith(DATASETS):
+        return {f"data.{which}": datasets_folder(path)}
     images = data.images if which == "train" else data.eval_images or data.images
     first, *listed = data_files(Path(path), None if images is None else Path(images))
     return {f"data.{which}": first, **{f"data.{which} ({file})": file for file in listed}}

@@ -307,6 +307,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(_plain(value), indent=2) + "\n")
 
 
+def write_members(path: Path, value: Mapping[str, Any]) -> None:
+    """`write_text` of a JSON object, a line for each member: there may be thousands of numbers in one."""
+    members = (f"  {json.dumps(name)}: {json.dumps(member)}" for name, member in value.items())
+    write_text(path, "{\n" + ",\n".join(members) + "\n}\n")
+
+
 def remove(path: Path) -> None:
     """Delete a file or folder of this workdir, if it is there."""
     if path.is_dir() and not path.is_symlink():

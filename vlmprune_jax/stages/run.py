@@ -12,7 +12,7 @@ from vlmprune_jax.experiment.variants import NO_RECOVERY, PruneRun, prune_runs, 
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.prune import PrunePlan, Scores
 from vlmprune_jax.report.build import build_report, tables_of
-from vlmprune_jax.report.result import best_run, describe_sets, make_result, make_run, read_result
+from vlmprune_jax.report.result import FOUND, best_run, describe_sets, make_result, make_run, read_result
 from vlmprune_jax.report.speed import speeds_of
 from vlmprune_jax.report.tables import benchmark_rows
 from vlmprune_jax.report.unfinished import read_unfinished
@@ -78,21 +78,43 @@ def recover_all(experiment: Experiment, context: Context) -> None:
 
 
 def evaluate_all(experiment: Experiment, context: Context) -> None:
-    """Evaluate the teacher and every model that is there."""
-    evaluate_teacher(experiment, context)
-    found = 0
+    """Evaluate the teacher and every model that is there, and bring it into `result.json`, if that is there."""
+    teacher = evaluate_teacher(experiment, context)
+    found: dict[str, Json] = {}  # by the model's path
     for pruned in prune_runs(experiment, context.workdir):
         for name in _untrained(pruned):
-            if _is_evaluated(pruned, name) and (pruned.folder / name).is_dir():
-                evaluate_stage(pruned.experiment, pruned.folder / name, pruned.folder, name, context)
-                found += 1
+            folder = pruned.folder / name
+            if _is_evaluated(pruned, name) and folder.is_dir():
+                one = evaluate_stage(pruned.experiment, folder, pruned.folder, name, context)
+                found[_relative(folder, context)] = one
         for run in recover_runs(pruned):
-            if (run.folder / "recovered").is_dir():
-                evaluate_stage(run.experiment, run.folder / "recovered", run.folder, "recovered", context)
-                found += 1
+            folder = run.folder / "recovered"
+            if folder.is_dir():
+                one = evaluate_stage(run.experiment, folder, run.folder, "recovered", context)
+                found[_relative(folder, context)] = one
     on_process_zero(lambda: write_samples(experiment, read_unfinished(context.workdir)["runs"], context))
     if not found:
         context.reporter.say("no pruned or recovered model in this workdir yet: only the unpruned one was evaluated")
+    elif is_main_process() and (context.workdir / "result.json").is_file():
+        _renew(teacher, found, context)
+
+
+def _renew(teacher: Json, found: dict[str, Json], context: Context) -> None:
+    """`result.json` with what was found now of its models; which of them is best, and its export, stay."""
+    result = read_result(context.workdir)
+    lacking = [run["path"] for run in result["runs"] if run["path"] not in found]
+    if lacking:
+        context.reporter.say(f"result.json is left as it is: {lacking[0]} is not among this experiment's models")
+        return
+    done = [{name: value for name, value in run.items() if name not in FOUND} for run in result["runs"]]
+    runs = [make_run(run["name"], run, found[run["path"]], teacher, run["path"]) for run in done]
+    facts = {name: result["teacher"][name] for name in ("costs", "speed") if name in result["teacher"]}
+    renewed = make_result(
+        teacher, runs, result["best"], result.get("export"), facts=facts, workload=result.get("workload")
+    )
+    if renewed != result:
+        write_json(context.workdir / "result.json", renewed)
+        context.reporter.say("result.json holds what was found; `vlmprune report` makes its page anew")
 
 
 def evaluate_teacher(experiment: Experiment, context: Context) -> Json:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import string
 from collections.abc import Sequence
 from typing import Any
 
+from vlmprune_jax.data.datasets import parse_choices
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.errors import UserError
 
@@ -43,14 +43,8 @@ def choices_field(record: Record, name: str) -> list[str]:
     Raises:
       UserError: there is none, or it is something else.
     """
-    value: Any = field(record, name)
-    if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            value = None
-    good = isinstance(value, list) and 0 < len(value) <= len(_LETTERS) and all(isinstance(one, str) for one in value)
-    if not good:
+    value = parse_choices(field(record, name))
+    if value is None or not 0 < len(value) <= len(_LETTERS):
         raise UserError(
             f"record {record.id}: field {name!r} must list 1 to {len(_LETTERS)} texts, got {record.fields[name]!r}"
         )

@@ -1,0 +1,269 @@
+"""Folders that `save_to_disk` of Hugging Face's datasets wrote, as records: read with pyarrow, image by image.
+
+A folder is one split: Arrow streams, `state.json` that lists them, `dataset_info.json`. Texts are read at once, as from
+JSON; an image's bytes when it is decoded, from their place in the file, so that no more than a batch of rows is in
+memory. Nothing is mapped: a file that is cut while it is read ends in a line.
+
+A row that has `conversations` is a LLaVA record. Any other is a question, `question`, about its images, with `answer`
+or `answers`; how it becomes a record, `_entry` says. All its columns but the images are fields, which metrics read.
+"""
+
+from __future__ import annotations
+
+import ast
+import bisect
+import hashlib
+import itertools
+import json
+import re
+import string
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
+import pyarrow as pa
+
+from vlmprune_jax.checked_files import open_file, read_json, reading
+from vlmprune_jax.data.records import IMAGE_TOKEN, Record, StoredImage, make_record
+from vlmprune_jax.errors import UserError
+
+PREFIX = "datasets:"  # of data.train and data.eval: datasets:FOLDER
+_STATE, _SPLITS = "state.json", "dataset_dict.json"
+_TODO = "save it again with save_to_disk"
+_MOST_IMAGES = 1000  # of a row
+_MARK = re.compile(r"<image (\d+)>")  # MMMU's, in its questions and options
+
+
+class _File(TypedDict):
+    filename: str
+
+
+class _State(TypedDict):
+    """What `save_to_disk` writes of a split, as far as it is read back."""
+
+    _data_files: list[_File]
+
+
+class _Dict(TypedDict):
+    splits: list[str]
+
+
+def datasets_folder(text: str) -> Path:
+    """The folder of the split that a setting `datasets:FOLDER` names; that of a single split may be left out.
+
+    Raises:
+      UserError: it has several splits, or is no such folder.
+    """
+    folder = Path(text.removeprefix(PREFIX))
+    if text == PREFIX or "://" in text:
+        raise UserError(f"{text}: give a folder that save_to_disk wrote, {PREFIX}DIR")
+    if not (folder / _SPLITS).exists():
+        return folder
+    splits = read_json(folder / _SPLITS, _Dict, todo=_TODO)["splits"]
+    if len(splits) != 1 or splits[0] in (".", "..") or set(splits[0]) & set("/\\\0"):
+        raise UserError(f"{text}: has the splits {', '.join(splits) or '(none)'}: name one, {PREFIX}{folder}/SPLIT")
+    return folder / splits[0]
+
+
+def datasets_state(folder: Path) -> str:
+    """A short text that changes when a split is saved again, "" where there is none."""
+    state = folder / _STATE
+    return str(state.stat().st_mtime_ns) if state.is_file() else ""
+
+
+def read_datasets(folder: Path, *, image_lead: bool = False, on_error: str = "stop") -> list[Record]:
+    """The records of a split.
+
+    Images are `StoredImage`s. Raises UserError naming folder and row where something is malformed; with `on_error`
+    "skip" the record tells it, as in `read_records`.
+    """
+    split = _Split(folder)
+    records = [
+        make_record(entry, index, folder, split, image_lead, on_error) for index, entry in enumerate(split.entries())
+    ]
+    if not records:
+        raise UserError(f"{folder}: holds no row: {_TODO}")
+    return records
+
+
+class _Split:
+    """The rows of a split and where each batch of them is; safe to read images of from several threads."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        missing = f"no such file: give a folder that save_to_disk wrote, {PREFIX}DIR or {PREFIX}DIR/SPLIT"
+        state = read_json(folder / _STATE, _State, missing=missing, todo=_TODO)
+        self._files = [folder / file["filename"] for file in state["_data_files"]]
+        outside = [file.name for file in self._files if file.parent != folder]
+        if outside:
+            raise UserError(f"{folder / _STATE}: names {outside[0]!r}, which is not a file of this folder: {_TODO}")
+        self._firsts: list[int] = []  # row of each batch
+        self._places: list[tuple[Path, int]] = []  # file and offset of each batch
+        self._schemas: dict[Path, pa.Schema] = {}
+        self._numbers: dict[str, int] = {}  # of images, by the digest of their bytes
+        self._batch: tuple[int, pa.RecordBatch | None] = (-1, None)  # the last one read
+        self._lock = threading.Lock()
+
+    def identity(self) -> str:
+        """A digest of all images."""
+        return hashlib.sha256("".join(self._numbers).encode()).hexdigest()[:16]
+
+    def find(self, name: str, where: str) -> StoredImage:
+        """The image of a digest: rows that share one share what is made of it."""
+        del where
+        return StoredImage(name, self._numbers[name], self)
+
+    def read(self, number: int) -> bytes:
+        """The encoded bytes of an image. Raises UserError for a damaged folder."""
+        row, place = divmod(number, _MOST_IMAGES)
+        batch = bisect.bisect_right(self._firsts, row) - 1
+        with self._lock, reading(f"{self.folder}, row {row}", _TODO):
+            if self._batch[0] != batch:
+                self._batch = (batch, self._read_batch(batch))
+            _, found = self._batch
+            assert found is not None
+            images = _images(found.slice(row - self._firsts[batch], 1), found.schema)[0]
+            return list(itertools.chain(*images.values()))[place]
+
+    def _read_batch(self, number: int) -> pa.RecordBatch:
+        path, offset = self._places[number]
+        with open_file(path) as file, pa.PythonFile(file, mode="r") as source:
+            source.seek(offset)
+            return _checked(pa.ipc.read_record_batch(pa.ipc.read_message(source), self._schemas[path]))
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """Every row as the entry of a JSON file."""
+        row = 0
+        for path in self._files:
+            with reading(path, _TODO), open_file(path) as file, pa.PythonFile(file, mode="r") as source:
+                reader = pa.ipc.MessageReader.open_stream(source)
+                self._schemas[path] = schema = pa.ipc.read_schema(reader.read_next_message())
+                for offset, message in _messages(reader, source):
+                    batch = _checked(pa.ipc.read_record_batch(message, schema))
+                    self._firsts.append(row)
+                    self._places.append((path, offset))
+                    for entry in self._rows(batch, row):
+                        yield entry
+                        row += 1
+
+    def _rows(self, batch: pa.RecordBatch, first: int) -> Iterator[dict[str, Any]]:
+        images = _images(batch, batch.schema)
+        texts = batch.select([name for name in batch.schema.names if name not in _image_columns(batch.schema)])
+        for row, (values, pictures) in enumerate(zip(texts.to_pylist(), images, strict=True), start=first):
+            named: dict[str, list[str]] = {}
+            number = row * _MOST_IMAGES
+            for column, contents in pictures.items():
+                named[column] = [hashlib.sha256(content).hexdigest()[:20] for content in contents]
+                for name in named[column]:
+                    self._numbers.setdefault(name, number)
+                    number += 1
+            yield _entry(json.loads(json.dumps(values, default=str)), named)
+
+
+def _messages(reader: pa.ipc.MessageReader, source: pa.PythonFile) -> Iterator[tuple[int, pa.ipc.Message]]:
+    """(offset, message) of every batch."""
+    while True:
+        offset = source.tell()
+        try:
+            message = reader.read_next_message()
+        except StopIteration:
+            return
+        if message.type != "record batch":
+            raise ValueError(f"holds a {message.type}, not rows alone")
+        yield offset, message
+
+
+def _checked(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch, its offsets and texts gone through: what pyarrow is given it believes."""
+    batch.validate(full=True)
+    return batch
+
+
+def _image_columns(schema: pa.Schema) -> list[str]:
+    """The columns of images, or of lists of them, as the feature `Image` is stored."""
+    return [field.name for field in schema if _is_image(field.type) or _is_list_of_images(field.type)]
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    return pa.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}
+
+
+def _is_list_of_images(kind: pa.DataType) -> bool:
+    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _is_image(kind.value_type)
+
+
+def _images(batch: pa.RecordBatch, schema: pa.Schema) -> list[dict[str, list[bytes]]]:
+    """{column: bytes of its images} of every row, empty columns left out.
+
+    Raises:
+      ValueError: an image is a path, which may be anybody's file; or there are too many.
+    """
+    rows: list[dict[str, list[bytes]]] = [{} for _ in range(batch.num_rows)]
+    for name in _image_columns(schema):
+        for row, value in zip(rows, batch.column(name).to_pylist(), strict=True):
+            found = value if isinstance(value, list) else [value]
+            images = [one["bytes"] for one in found if one is not None]
+            if any(image is None for image in images):
+                raise ValueError(f"an image of column {name!r} is only the path of one, not its bytes")
+            if images:
+                row[name] = images
+    if any(sum(map(len, row.values())) > _MOST_IMAGES for row in rows):
+        raise ValueError(f"a row has more than {_MOST_IMAGES} images")
+    return rows
+
+
+def _entry(row: dict[str, Any], images: Mapping[str, list[str]]) -> dict[str, Any]:
+    """A row as the entry of a JSON file: LLaVA's as it stands, any other as a question.
+
+    The question is `Context: hint` where there is one, `question`, and a line `A. text` for each of its `choices` or
+    `options`. A mark `<image N>` in it is replaced by the image of column `image_N`; other images come before the text.
+    An answer that is the place of a choice (a whole number; beside `options` also its text, as AI2D has it) becomes the
+    choice's letter.
+    """
+    others = {name: value for name, value in row.items() if value is not None}
+    if "conversations" in others:
+        return {**others, "images": list(itertools.chain(*images.values()))}
+    name = next((name for name in ("choices", "options") if name in others), "")
+    choices = parse_choices(others[name]) if name else []
+    lines = [f"Context: {others['hint']}"] if others.get("hint") else []
+    lines += [str(others.get("question", ""))]
+    lines += [f"{letter}. {text}" for letter, text in zip(string.ascii_uppercase, choices or (), strict=False)]
+    text, placed = _with_marks("\n".join(lines), images)
+    answer = _answer(others.get("answer"), len(choices or ()), by_text=name == "options")
+    turns = [{"from": "human", "value": text}] + ([{"from": "gpt", "value": answer}] if answer is not None else [])
+    return {**others, "conversations": turns, "images": placed} if others.get("question") else others
+
+
+def _with_marks(text: str, images: Mapping[str, list[str]]) -> tuple[str, list[str]]:
+    """The text with `<image>` where an image belongs, and the images in that order."""
+    marked = {f"image_{number}" for number in _MARK.findall(text)}
+    before = [name for column, names in images.items() if column not in marked for name in names]
+    marks = "" if IMAGE_TOKEN in text else f"{IMAGE_TOKEN}\n" * len(before)
+    placed: list[str] = []
+
+    def place(mark: re.Match[str]) -> str:
+        names = images.get(f"image_{mark[1]}", [])
+        placed.extend(names)
+        return IMAGE_TOKEN * len(names) or mark[0]
+
+    return marks + _MARK.sub(place, text), before + placed
+
+
+def _answer(answer: Any, choices: int, *, by_text: bool) -> str | None:
+    whole = isinstance(answer, int) and not isinstance(answer, bool)
+    if by_text and isinstance(answer, str) and answer.isdecimal():
+        answer, whole = int(answer), True
+    if whole and 0 <= answer < min(choices, len(string.ascii_uppercase)):
+        return string.ascii_uppercase[answer]
+    return None if answer is None else str(answer)
+
+
+def parse_choices(value: Any) -> list[str] | None:
+    """Texts to choose from, given as a list or, as MMMU has it, as the text of one; None for anything else."""
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return None
+    return value if isinstance(value, list) and all(isinstance(one, str) for one in value) else None

@@ -1,0 +1,299 @@
+"""The model `vlmprune_jax` of lmms-eval: its requests answered greedily by the JAX forward, in batches, on a mesh.
+
+python -m lmms_eval --model vlmprune_jax --model_args pretrained=DIR,dtype=bfloat16,fsdp=-1 --batch_size 32 --tasks ...
+
+Only this module and those that lmms-eval calls import lmms_eval; nothing else here does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from lmms_eval.api.instance import GenerationResult, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from lmms_eval.protocol import ChatMessages
+from PIL.Image import Image
+
+from vlmprune_jax.checked_files import read_bytes
+from vlmprune_jax.checks import check_settings, suggest
+from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.data.encoding import Encoder
+from vlmprune_jax.data.records import IMAGE_TOKEN, Record, StoredImage, make_record
+from vlmprune_jax.distributed.journal import Journal
+from vlmprune_jax.distributed.mesh import initialize, row_ways
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.evaluation.questions import arrange_questions
+from vlmprune_jax.evaluation.runner import Reply, ask
+from vlmprune_jax.experiment.spec import DataSpec, EvaluateSpec, MeshSpec, ModelSpec, override
+from vlmprune_jax.hf.read import resolve
+from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.stages.context import load_model, mesh_of
+from vlmprune_jax.stages.inputs import PREFETCH, Inputs, load_inputs
+
+# Of a request that says nothing, as lmms-eval's own models have it.
+NEW_TOKENS = 1024
+# What a prompt that fills the model's positions still gets: rotary ones go on.
+LEAST_NEW_TOKENS = 128
+# Settings of the section `data` that say how a request becomes a row.
+SETTINGS = (
+    *("template", "system", "aspect_ratio", "min_tiles", "max_tiles", "thumbnail"),
+    *("max_image_pixels", "cache_megabytes", "threads"),
+)
+Phase = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How requests are answered: `batch_size` rows at once, a multiple of `multiple` (devices that share a batch).
+
+    `max_length`: of prompts, 0 = any. `phase`: number of batches -> what takes the number done, while entered.
+    `journal`: what tells this pass from any other -> where the answers of its batches are kept, or None.
+    """
+
+    model: Model
+    inputs: Inputs
+    batch_size: int
+    multiple: int
+    max_length: int
+    phase: Phase
+    journal: Callable[[Mapping[str, Any]], Journal | None]
+
+    def replies(self, records: Sequence[Record], max_new_tokens: int) -> list[Reply]:
+        """The answers in the order of the records, of at most so many tokens and at most the model's positions."""
+        cfg = self.model.cfg
+        encoder = _encoder(self.inputs, cfg, self.max_length, records)
+        arranged = arrange_questions(
+            records, encoder, batch_size=self.batch_size, multiple=self.multiple, by_length=True
+        )
+        max_new_tokens = min(max_new_tokens, max(cfg.text.max_positions - arranged.longest, LEAST_NEW_TOKENS))
+        # lmms-eval may ask more than once within a task.
+        asked = hashlib.sha256(repr([(record.turns, *map(str, record.images)) for record in records]).encode())
+        made_from = {"batches": len(arranged), "new_tokens": max_new_tokens, "asked": asked.hexdigest()}
+        with self.phase(len(arranged)) as progress:
+            return ask(
+                self.model,
+                arranged.batches(threads=self.inputs.data.threads, prefetch=PREFETCH),
+                tokenizer=encoder.tokenizer,
+                max_new_tokens=max_new_tokens,
+                progress=progress,
+                journal=self.journal(made_from),
+            )
+
+
+def _encoder(inputs: Inputs, cfg: ModelConfig, max_length: int, records: Sequence[Record]) -> Encoder:
+    """An encoder for as many images as a record here has; rows with fewer do not wait for those with most."""
+    counts = {max(1, len(record.images)) for record in records}
+    inputs = dataclasses.replace(inputs, data=dataclasses.replace(inputs.data, max_images=max(counts)))
+    encoder = inputs.encoder(cfg, max_length)
+    return encoder if encoder.tile_buckets else dataclasses.replace(encoder, tile_buckets=tuple(sorted(counts)))
+
+
+class Backend(lmms):
+    """Answers the requests of lmms-eval; `said` are the replies so far by (task, number of the document)."""
+
+    is_simple = False
+
+    def __init__(self, answering: Answering) -> None:
+        super().__init__()
+        self._answering = answering
+        self.said: dict[tuple[str, int], Reply] = {}
+
+    def generate_until(self, requests: Sequence[Any]) -> list[GenerationResult]:
+        """Greedy answers; `until` cuts nothing, as in lmms-eval's models of transformers.
+
+        Raises:
+          UserError: a request asks for sampling or beams, or has what no model here takes.
+        """
+        start = time.perf_counter()
+        groups: dict[int, list[int]] = {}
+        for place, request in enumerate(requests):
+            groups.setdefault(_new_tokens(request), []).append(place)
+        replies: dict[int, Reply] = {}
+        for max_new_tokens, places in groups.items():
+            pictures = _Pictures(self.task_dict)
+            records = [pictures.record(requests[place]) for place in places]
+            replies |= zip(places, self._answering.replies(records, max_new_tokens), strict=True)
+        for place, request in enumerate(requests):
+            self.said[request.args[4], request.args[3]] = replies[place]
+        tokens, seconds = sum(reply.tokens for reply in replies.values()), time.perf_counter() - start
+        log_metrics(total_gen_tokens=tokens, total_elapsed_time=seconds, avg_speed=tokens / max(seconds, 1e-9))
+        ordered = (replies[place] for place in range(len(requests)))
+        return [GenerationResult(reply.prediction, TokenCounts(output_tokens=reply.tokens)) for reply in ordered]
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Refused: none of lmms-eval's tasks for this kind of model asks for it."""
+        raise UserError("vlmprune_jax answers questions (output_type generate_until), it gives no log-likelihoods")
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Refused: a conversation goes on only where the task is asked in one go."""
+        raise UserError("vlmprune_jax answers in one round (output_type generate_until), not in several")
+
+
+class VlmpruneJax(Backend):
+    """A model folder, with lmms-eval's `--model_args`.
+
+    Args:
+      pretrained: the folder, or hub id.
+      batch_size: rows of a batch, also `--batch_size`; "auto" is the default of `evaluate.batch_size`.
+      dtype: what weights are held in.
+      vision_dir: the tower's own folder, where it is not in `pretrained`.
+      data, fsdp, tensor: sizes of the device mesh.
+      device, max_batch_size: what lmms-eval passes on for PyTorch; they must not be set.
+      settings: `SETTINGS` of the section `data`; the prompt is that of the family (`template`, `system`).
+
+    Raises:
+      UserError: an unknown argument or value, or the folder cannot be read.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "",
+        batch_size: int | str = "auto",
+        dtype: str = "float32",
+        vision_dir: str | None = None,
+        data: int = 1,
+        fsdp: int = 1,
+        tensor: int = 1,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+        **settings: Any,
+    ) -> None:
+        unknown = next((name for name in settings if name not in SETTINGS), None)
+        if unknown is not None:
+            known = ("pretrained", "batch_size", "dtype", "vision_dir", "data", "fsdp", "tensor", *SETTINGS)
+            raise UserError(f"--model_args: vlmprune_jax has no argument {unknown!r}{suggest(unknown, known)}")
+        if not pretrained:
+            raise UserError("--model_args: vlmprune_jax needs pretrained=DIR, a Hugging Face model folder")
+        if device is not None or max_batch_size is not None:
+            raise UserError("--device, --max_batch_size: jax chooses its devices; leave both out")
+        given = (
+            {}
+            if batch_size == "auto"
+            else {"batch_size": int(batch_size) if str(batch_size).isdecimal() else batch_size}
+        )
+        rows = override(EvaluateSpec(), given, "lmms-eval: -").batch_size
+        initialize(None, None, None)
+        mesh = override(MeshSpec(), {"data": data, "fsdp": fsdp, "tensor": tensor}, "--model_args")
+        folders = {"hf_dir": pretrained, **({} if vision_dir is None else {"vision_dir": vision_dir})}
+        spec = override(ModelSpec(), {name: str(resolve(str(folder))) for name, folder in folders.items()})
+        spec = override(spec, {"dtype": dtype}, "--model_args")
+        check_settings("--model_args", spec, elsewhere=True)
+        data_spec = override(DataSpec(), settings, "--model_args")
+        model = load_model(spec, mesh, Path(spec.hf_dir))
+        inputs = load_inputs(spec, data_spec, model.cfg)
+        super().__init__(Answering(model, inputs, rows, row_ways(mesh_of(mesh)), 0, _bar, lambda made_from: None))
+
+
+@contextlib.contextmanager
+def _bar(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar as lmms-eval's models have it."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc="Model Responding") as bar:
+        yield lambda done: bar.update(done - bar.n) and None
+
+
+def _new_tokens(request: Any) -> int:
+    """The most tokens that a request allows.
+
+    Raises:
+      UserError: it asks for anything but greedy decoding.
+    """
+    given, task = request.args[2], request.args[4]
+    temperature = given.get("temperature")
+    wrong = {
+        "temperature": temperature not in (None, 0),
+        "do_sample": bool(given.get("do_sample")) and temperature is None,
+        "num_beams": given.get("num_beams") not in (None, 1),
+        "repetition_penalty": given.get("repetition_penalty") not in (None, 1),
+    }
+    for name, is_wrong in wrong.items():
+        if is_wrong:
+            raise UserError(
+                f"task {task}: generation_kwargs {name}={given[name]}, but vlmprune_jax decodes greedily: set "
+                "temperature: 0, num_beams: 1, do_sample: false (--gen_kwargs), or leave the task out"
+            )
+    return int(given.get("max_new_tokens") or NEW_TOKENS)
+
+
+class _Pictures:
+    """The pictures of requests, by the digest of their pixels: read again from the document when they are needed."""
+
+    def __init__(self, task_dict: Mapping[str, Any]) -> None:
+        self._task_dict = task_dict
+        self._where: list[tuple[Any, int]] = []  # number -> (request, which of its pictures)
+        self._numbers: dict[str, int] = {}
+
+    def identity(self) -> str:
+        """A digest of all pictures."""
+        return hashlib.sha256("".join(self._numbers).encode()).hexdigest()[:16]
+
+    def find(self, name: str, where: str) -> StoredImage:
+        """The picture of a digest."""
+        del where
+        return StoredImage(name, self._numbers[name], self)
+
+    def read(self, number: int) -> bytes:
+        """The bytes of a picture, without loss."""
+        request, place = self._where[number]
+        picture = self._messages(request).extract_media()[0][place]
+        if isinstance(picture, str):
+            return read_bytes(Path(picture))
+        picture = picture if picture.mode in ("RGB", "RGBA", "L", "LA", "P", "1") else picture.convert("RGB")
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG", compress_level=0)
+        return buffer.getvalue()
+
+    def _messages(self, request: Any) -> ChatMessages:
+        _, doc_to_messages, _, doc, task, split = request.args
+        return ChatMessages(messages=doc_to_messages(self._task_dict[task][split][doc]))
+
+    def record(self, request: Any) -> Record:
+        """A request as a conversation whose last turn has no answer.
+
+        Raises:
+          UserError: it holds video, audio or a system text, or a text with a mark of an image.
+        """
+        task, doc = request.args[4], request.args[3]
+        name, turns, names = f"{task}/{doc}", list[dict[str, str]](), list[str]()
+        for message in self._messages(request).messages:
+            if message.role == "system":
+                raise UserError(f"{name}: has a system text; set it for all, system=TEXT in --model_args")
+            parts = []
+            for content in message.content:
+                if content.type == "text":
+                    if IMAGE_TOKEN in content.text:
+                        raise UserError(f"{name}: its text holds {IMAGE_TOKEN}, which marks an image: leave it out")
+                    parts.append(content.text)
+                elif content.type == "image":
+                    parts.append(IMAGE_TOKEN)
+                    names.append(self._number(content.url, request, len(names), name))
+                else:
+                    raise UserError(f"{name}: has {content.type}, which no model here takes: leave the task out")
+            turns.append({"from": "human" if message.role == "user" else "gpt", "value": "\n".join(parts)})
+        return make_record({"id": name, "conversations": turns, "images": names}, 0, PurePath("lmms-eval"), self, False)
+
+    def _number(self, picture: Any, request: Any, place: int, name: str) -> str:
+        """The digest of a picture, whose place is noted."""
+        if isinstance(picture, str):
+            digest = hashlib.sha256(picture.encode())
+        elif isinstance(picture, Image):
+            digest = hashlib.sha256(json.dumps([picture.mode, picture.size]).encode() + picture.tobytes())
+        else:
+            raise UserError(f"{name}: its image is a {type(picture).__name__}, expected a picture of Pillow or a path")
+        key = digest.hexdigest()[:20]
+        if key not in self._numbers:
+            self._numbers[key] = len(self._where)
+            self._where.append((request, place))
+        return key

@@ -1,0 +1,345 @@
+"""The tasks of lmms-eval on one model folder -> `eval/<name>.<set>.json`, in this process, on our forward.
+
+lmms-eval asks and scores; its command line is not used, since that ends with exit code 0 whatever happened. A task is a
+stage of its own, like an evaluation set; its cache, which knows a model by its path, is never used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import re
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
+import jax
+
+from vlmprune_jax.checked_files import Count, Finite, copy_file, read_json_lines, read_text, reading
+from vlmprune_jax.checks import suggest
+from vlmprune_jax.distributed.journal import Journal
+from vlmprune_jax.distributed.mesh import on_process_zero, row_ways
+from vlmprune_jax.errors import UserError, reason
+from vlmprune_jax.evaluation.lmms_scores import TaskSet, sets_of
+from vlmprune_jax.evaluation.statistics import is_quick, retained_interval
+from vlmprune_jax.experiment.spec import EvaluateSpec, Experiment, affecting
+from vlmprune_jax.models.params import count_params
+from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.report.result import shown
+from vlmprune_jax.stages.context import Context, journal_path, mesh_of, model_inputs
+from vlmprune_jax.stages.inputs import load_inputs
+from vlmprune_jax.stages.ledger import Json, write_members, write_text
+
+_DATA = re.compile(r"\$\{data\}/([\w.-]+)")
+# Settings of questions of our own; a task says these itself.
+_NOT_OF_TASKS = ("evaluate.max_new_tokens", "evaluate.prompt_suffix", "evaluate.text_window")
+# What is taken out of answers before they are scored: the default of lmms-eval's command line.
+_REASONING = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
+
+
+class _Facts(TypedDict):
+    """`values`: {task: {metric: value}}, of several tasks where a group was asked for."""
+
+    parameters: Count
+    model_seconds: Finite
+    questions: Count
+    empty_answers: Count
+    mean_generated_tokens: Finite
+    values: dict[str, dict[str, Finite]]
+    higher_is_better: dict[str, dict[str, bool]]
+
+
+class _Answer(TypedDict):
+    """A line of answers; `entries`: what lmms-eval makes each metric's value of."""
+
+    id: str
+    task: str
+    prediction: str
+    references: list[str]
+    tokens: Count
+    entries: dict[str, Any]
+
+
+def evaluate_tasks(
+    experiment: Experiment, model_folder: Path, model: Callable[[], Model], out: Path, name: str, context: Context
+) -> Json:
+    """{set: what is known of it}, as of evaluation sets; a task that has several values that count is several sets.
+
+    Raises:
+      UserError: a task is unknown, has no data, or fails.
+    """
+    found: Json = {}
+    for task in experiment.evaluate.tasks:
+        sets = _evaluate_task(experiment, task, model_folder, model, out, name, context)
+        twice = [key for key in sets if key in found]
+        if twice:
+            raise UserError(f"evaluate.tasks: {task} has the set {twice[0]!r}, as another task has: drop one of them")
+        found |= sets
+    return found
+
+
+def _evaluate_task(
+    experiment: Experiment,
+    task: str,
+    model_folder: Path,
+    model: Callable[[], Model],
+    out: Path,
+    name: str,
+    context: Context,
+) -> Json:
+    title, answers = f"evaluate {name} {task}", out / "eval" / f"{name}.{task}.answers.jsonl"
+    files, data = _task_files(experiment.evaluate, task)
+    stage = context.stage(
+        "evaluate",
+        out,
+        title,
+        settings=_settings(experiment, task),
+        inputs=model_inputs(experiment.model, model=model_folder, **data),
+        outputs=[answers],
+        journals=[journal_path(answers)],
+        facts=_Facts,
+    )
+
+    def body() -> Json:
+        lines, facts = _ask(experiment, task, files, model(), title, answers, context)
+        write_text(answers, "".join(json.dumps(line, ensure_ascii=False, default=_plain) + "\n" for line in lines))
+        return {**facts, "parameters": count_params(model().cfg)}
+
+    facts = context.run(stage, body)
+    original = context.workdir / "eval" / f"teacher.{task}.answers.jsonl"
+    found = on_process_zero(lambda: _measure(answers, original, facts, out / "eval", name))
+    if facts["empty_answers"]:
+        context.reporter.say(f"  {name} {task}: {facts['empty_answers']:,} of {facts['questions']:,} answers are empty")
+    for key, of in found.items():
+        metric = of["metric"]
+        context.reporter.say(
+            f"  {name} {key}: {metric['main']} {shown(of['values'][metric['main']], metric)} on {of['questions']:,} "
+            f"questions ({of['parameters']:,} parameters, {facts['model_seconds']:.1f} s)"
+        )
+    return found
+
+
+def _settings(experiment: Experiment, task: str) -> Json:
+    """What the answers depend on."""
+    shared = {key: value for key, value in affecting("evaluate", experiment).items() if key not in _NOT_OF_TASKS}
+    return shared | {"task": task, "lmms_eval": importlib.metadata.version("lmms_eval")}
+
+
+def _task_files(spec: EvaluateSpec, task: str) -> tuple[Path | None, dict[str, Path | str]]:
+    """The folder of task files, None where lmms-eval has the task itself; and what the task is read from, by name.
+
+    Raises:
+      UserError: its data set is not there.
+    """
+    folder = None if spec.tasks_path is None else Path(spec.tasks_path)
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"evaluate.tasks_path={folder}: no such folder")
+    if folder is None or not (folder / f"{task}.yaml").is_file():
+        return None, {}
+    text = read_text(folder / f"{task}.yaml")
+    if "${data}" in text and spec.tasks_data is None:
+        raise UserError(
+            f"{folder / task}.yaml: its data set is below evaluate.tasks_data, which is not set "
+            "(--config.evaluate.tasks_data=DIR)"
+        )
+    root = None if spec.tasks_data is None else Path(spec.tasks_data)
+    parts = [] if root is None else [root / part for part in _DATA.findall(text)]
+    for place in parts:
+        if not place.exists():
+            raise UserError(
+                f"task {task}: {place}: nothing is there: save its data set (docs/benchmarks.md), or leave it out"
+            )
+    # A group names no data set itself.
+    read = parts or ([] if root is None else [root])
+    return folder, {"task files": folder, **{f"data of {task} ({place.name})": place for place in read}}
+
+
+def write_tasks(folder: Path, data: Path | None, into: Path) -> None:
+    """Task files with the places in them filled in, and the Python files that they name.
+
+    Args:
+      folder: of NAME.yaml in which `${data}` and `${lmms_eval}` stand for folders.
+      data: of the data sets.
+      into: a folder that `python -m lmms_eval --include_path` takes.
+    """
+    spec = importlib.util.find_spec("lmms_eval")
+    assert spec is not None
+    assert spec.origin is not None
+    places = {"${lmms_eval}": Path(spec.origin).parent, "${data}": (data or Path()).absolute()}
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".yaml":
+            text = read_text(file)
+            for mark, place in places.items():
+                text = text.replace(mark, str(place).replace("\\", "\\\\").replace('"', '\\"'))
+            (into / file.name).write_text(text, encoding="utf-8")
+        elif file.suffix == ".py":
+            copy_file(file, into / file.name, folder)
+
+
+def _ask(
+    experiment: Experiment, task: str, files: Path | None, model: Model, title: str, answers: Path, context: Context
+) -> tuple[list[Json], Json]:
+    """The answers to a task, one line each, and facts about them."""
+    from vlmprune_jax.stages.lmms_backend import Answering, Backend
+
+    _quiet()
+    start = time.perf_counter()
+    backend = Backend(
+        Answering(
+            model=model,
+            inputs=load_inputs(experiment.model, experiment.data, model.cfg),
+            batch_size=experiment.evaluate.batch_size,
+            multiple=row_ways(mesh_of(experiment.mesh)),
+            max_length=experiment.evaluate.max_length or 0,
+            phase=lambda total: context.phase(title, total),
+            journal=lambda made_from: Journal(journal_path(answers), {**made_from, "mesh": vars(experiment.mesh)}),
+        )
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        results = _evaluated(experiment.evaluate, task, files, backend, Path(scratch))
+    values = {name: _values(found) for name, found in results["results"].items() if name in results["samples"]}
+    lines = []
+    for name in values or [task]:
+        # Of several filters the first counts; each logs all questions.
+        samples = {sample["doc_id"]: sample for sample in reversed(results["samples"].get(name, []))}
+        mine = [_line(name, samples[doc], values[name], backend.said[name, doc]) for doc in sorted(samples)]
+        sets_of(name, values.get(name, {}), [line["entries"] for line in mine], {})  # refuses a task that failed
+        lines += mine
+    return lines, {
+        "questions": len(lines),
+        "empty_answers": sum(not line["prediction"] for line in lines),
+        "mean_generated_tokens": sum(line["tokens"] for line in lines) / len(lines),
+        "model_seconds": round(time.perf_counter() - start, 3),
+        "values": values,
+        "higher_is_better": {name: results["higher_is_better"].get(name, {}) for name in values},
+    }
+
+
+def _evaluated(spec: EvaluateSpec, task: str, files: Path | None, backend: Any, scratch: Path) -> Json:
+    """What lmms-eval finds of a task.
+
+    Raises:
+      UserError: it does not know the task, or fails.
+    """
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    if files is not None:
+        write_tasks(files, None if spec.tasks_data is None else Path(spec.tasks_data), scratch)
+    manager = TaskManager(
+        include_path=None if files is None else str(scratch), include_defaults=files is None, model_name="vlmprune_jax"
+    )
+    if task not in manager.all_tasks:
+        local = [] if spec.tasks_path is None else [file.stem for file in Path(spec.tasks_path).glob("*.yaml")]
+        raise UserError(f"evaluate.tasks: lmms-eval has no task {task!r}{_nearest(task, [*local, *manager.all_tasks])}")
+    try:
+        return simple_evaluate(
+            model=backend,
+            tasks=[task],
+            task_manager=manager,
+            limit=spec.questions,
+            bootstrap_iters=0,
+            log_samples=True,
+            process_docs_parallel=1,  # MMMU draws letters: in threads another one each time
+            cli_args=argparse.Namespace(output_path=str(scratch), process_with_media=False, reasoning_tags=_REASONING),
+        )
+    except (UserError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:  # whatever a task, its data set or its judge may raise
+        raise UserError(
+            f"task {task}: lmms-eval fails with {type(error).__name__}: {reason(error)}; see --debug"
+        ) from error
+
+
+def _nearest(task: str, known: list[str]) -> str:
+    near = suggest(task, known)
+    return near if "mean" in near else " (docs/benchmarks.md; `python -m lmms_eval --tasks list` has all)"
+
+
+def _quiet() -> None:
+    """Warnings of lmms-eval come with those of other libraries, instead of on standard output."""
+    import lmms_eval.models  # noqa: F401 (which sets its own up)
+    from loguru import logger
+
+    logger.remove()
+    logger.add(lambda line: logging.getLogger("lmms_eval").warning("%s", line.record["message"]), level="WARNING")
+
+
+def _values(found: Mapping[str, Any]) -> dict[str, float]:
+    """{metric: value}; a value that is None is 0, which MathVista means by it."""
+    values: dict[str, float] = {}
+    for name, value in found.items():
+        metric, _, filtered = name.partition(",")
+        if filtered and "_stderr" not in metric and isinstance(value, int | float | None):
+            values.setdefault(metric, float(value or 0.0))
+    return values
+
+
+def _line(task: str, sample: Mapping[str, Any], values: Mapping[str, float], said: Any) -> Json:
+    """A question's answer as it is kept."""
+    entries = {metric: sample[metric] for metric in values if metric in sample}
+    if "mmmu_acc" in entries:
+        from lmms_eval.tasks.mmmu.utils import evaluate_mmmu
+
+        entries["mmmu_acc"] = {**entries["mmmu_acc"], "right": evaluate_mmmu([entries["mmmu_acc"]])[1]["acc"]}
+    target = sample["target"]
+    references = [str(one) for one in target] if isinstance(target, list | tuple) else [str(target)]
+    line = {"id": str(sample["doc_id"]), "task": task, "prediction": said.prediction, "references": references}
+    return {**line, "tokens": said.tokens, "entries": entries}
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy as one of Python; anything else that JSON has not as text."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def _measure(answers: Path, original: Path, facts: Json, folder: Path, name: str) -> Json:
+    """What the answers in a file are worth, by set, beside those of the unpruned model -> `eval/<name>.<set>.json`."""
+    compared = original != answers and original.exists()
+    mine, theirs = _sets(answers, facts), _sets(original, facts) if compared else {}
+    common = {key: facts[key] for key in ("parameters", "mean_generated_tokens")}
+    found: Json = {}
+    for key, (task, of, count) in mine.items():
+        metric = {"name": f"lmms-eval {task}", **of.describe()}
+        found[key] = {
+            **common,
+            **{time: facts[time] / len(mine) for time in ("seconds", "model_seconds")},
+            "questions": count,
+            "metric": metric,
+            "values": {**facts["values"][task]},
+            "groups": {},
+        }
+        before = theirs[key][1].scores if key in theirs else ()
+        whole = of.makes(facts["values"][task][of.key]) and len(before) == len(of.scores)
+        if whole and is_quick(of.metric, of.scores):
+            found[key]["retained_interval"] = retained_interval(of.metric, of.scores, before, of.records)
+        names = dict.fromkeys(score for one in of.scores for score in one)
+        of_each = {score: [one.get(score) for one in of.scores] for score in names}
+        written = {**found[key]["values"], **found[key], "answers": answers.name, "scores": of_each}
+        write_members(folder / f"{name}.{key}.json", written)
+    return found
+
+
+def _sets(answers: Path, facts: Json) -> dict[str, tuple[str, TaskSet, int]]:
+    """{set: (task, what counts, questions)} of a file of answers."""
+    lines = read_json_lines(answers, _Answer)
+    found: dict[str, tuple[str, TaskSet, int]] = {}
+    with reading(answers, "remove it, and run the same command"):
+        for task, values in facts["values"].items():
+            entries = [line["entries"] for line in lines if line["task"] == task]
+            sets = sets_of(task, values, entries, facts["higher_is_better"].get(task, {}))
+            for of in sets:
+                found[_set_name(task, of.key, len(sets))] = (task, of, len(entries))
+    return found
+
+
+def _set_name(task: str, key: str, sets: int) -> str:
+    """`mme_perception` of `mme`; the task's own name where one value counts."""
+    if sets == 1:
+        return task
+    return key.removesuffix("_score") if key.startswith(f"{task}_") else f"{task}_{key}"
