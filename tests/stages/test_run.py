@@ -110,7 +110,9 @@ def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
     assert "Made from `teacher` by" in card
     assert ("trained after pruning" in card) == (best["recovery"] == "sft_l2")
     retained = best["evaluation"]["retained"]["questions"]
-    assert f"| questions (exact_match): accuracy in %, 10 questions | {100 * result['teacher']['accuracy']:.2f} |" in card
+    assert (
+        f"| questions (exact_match): accuracy in %, 10 questions | {100 * result['teacher']['accuracy']:.2f} |" in card
+    )
     assert ("" if retained is None else f" {retained:.2f} |") in card
     ids = np.array([[1, 5, 9, 12]])
     exported, chosen = (np.asarray(forward(load(f), ids)[0]) for f in (workdir / "export", workdir / best["path"]))
