@@ -251,8 +251,12 @@ def _evaluated(spec: EvaluateSpec, task: str, files: Path | None, backend: Any, 
     except (UserError, MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:  # whatever a task, its data set or its judge may raise
+        first: BaseException = error
+        while first.__cause__ is not None:  # lmms-eval tries several times, and says that it did
+            first = first.__cause__
         raise UserError(
-            f"task {task}: lmms-eval fails with {type(error).__name__}: {reason(error)}; see --debug"
+            f"task {task}: lmms-eval fails with {type(first).__name__}: {reason(first)}: docs/benchmarks.md says what "
+            "it needs (data, a judge); --debug shows more"
         ) from error
 
 
