@@ -11,6 +11,7 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.cross_entropy import cross_entropy
 from vlmprune_jax.models.vlm import forward
 from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, apply_plan, fingerprint, reconstruct, score
+from vlmprune_jax.prune.criteria import greedy
 
 
 def batches(rows=8, length=10, batch=4):
@@ -53,6 +54,17 @@ def test_each_time_the_layer_goes_without_which_the_loss_is_least(solved):
     for so_far in range(1 if solved else 3):  # solved for, the others are judged behind the first as it was then
         before, rest = gone[:so_far], gone[so_far:]
         assert gone[so_far] == min(rest, key=lambda i: without(teacher, [*before, i], data, solved))
+
+
+def test_later_rounds_choose_among_those_they_tried(monkeypatch):
+    """What a layer that is not tried cost before the last cuts is too little now."""
+
+    def loss_without(cut, layer):
+        return layer + 10.0 * (5 - len(cut.kept))
+
+    monkeypatch.setattr(greedy._Cut, "loss_without", loss_without)
+    found = score(model(config(EQUAL)), batches(), criterion="greedy_loss", candidates=2, search=3)
+    assert list(map(int, np.argsort(found.layers)))[:3] == [0, 1, 2]
 
 
 def test_on_a_mesh_the_order_is_the_same():

@@ -62,10 +62,10 @@ def greedy_loss(
         cut = _Cut(model, row_steps(list(batches), OPTIONS), solved)
         order, costs = list[int](), dict[int, float]()
         for done in range(rounds):
-            tried = sorted(cut.kept, key=lambda layer: costs.get(layer, -math.inf))
-            for layer in tried[: candidates if done else None]:
-                costs[layer] = cut.loss_without(layer)
-            order.append(min(cut.kept, key=lambda layer: costs[layer]))
+            tried = sorted(cut.kept, key=lambda layer: costs.get(layer, -math.inf))[: candidates if done else None]
+            costs |= {layer: cut.loss_without(layer) for layer in tried}
+            # Of those tried alone: what the others cost before the last cuts is too little now.
+            order.append(min(tried, key=lambda layer: costs[layer]))
             cut.remove(order[-1])
             if progress is not None:
                 progress(done + 1)
