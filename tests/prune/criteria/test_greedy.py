@@ -56,15 +56,20 @@ def test_each_time_the_layer_goes_without_which_the_loss_is_least(solved):
         assert gone[so_far] == min(rest, key=lambda i: without(teacher, [*before, i], data, solved))
 
 
-def test_later_rounds_choose_among_those_they_tried(monkeypatch):
-    """What a layer that is not tried cost before the last cuts is too little now."""
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_what_a_layer_cost_before_other_cuts_is_not_taken_for_what_it_costs(monkeypatch, candidates):
+    tried = []
 
     def loss_without(cut, layer):
-        return layer + 10.0 * (5 - len(cut.kept))
+        """Every cut makes all others dearer: layer i costs i + 1 at first, twice that after a cut, then three times."""
+        gone = [i for i in range(5) if i not in cut.kept]
+        tried.append(layer)
+        return cut.loss + sum((i + 1) * (n + 1) for n, i in enumerate(gone)) + (layer + 1) * (len(gone) + 1)
 
     monkeypatch.setattr(greedy._Cut, "loss_without", loss_without)
-    found = score(model(config(EQUAL)), batches(), criterion="greedy_loss", candidates=2, search=3)
+    found = score(model(config(EQUAL)), batches(), criterion="greedy_loss", candidates=candidates, search=3)
     assert list(map(int, np.argsort(found.layers)))[:3] == [0, 1, 2]
+    assert tried == [0, 1, 2, 3, 4, *([1, 2] if candidates == 1 else [1, 2, 3, 4, 2, 3])]
 
 
 def test_on_a_mesh_the_order_is_the_same():
