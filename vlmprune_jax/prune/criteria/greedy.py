@@ -1,9 +1,10 @@
 """Whole layers by search: one after the other goes that without which the answers are predicted best.
 
 Each round runs the calibration rows from the layer that is tried to the end; what comes before is kept on the host,
-float32[rows, seq, embed] for every kept layer. After the first round only those layers are tried again that cost
-least when they were tried last, since a layer seldom becomes cheaper by the removal of another. `solved` closes every cut that is tried as
-`reconstruct` would (least squares in the layer before it), and so searches for what is left after that.
+float32[rows, seq, embed] for every kept layer. After the first round only those layers are tried again that cost least
+when they were tried last, since a layer seldom becomes cheaper by the removal of another. `solved` closes every cut
+that is tried as `reconstruct` would (least squares in the layer before it), and so searches for what is left after
+that.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def greedy_loss(
         model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
     with within(mesh_of(model.params)):
         cut = _Cut(model, row_steps(list(batches), OPTIONS), solved)
-        # What each layer cost when it was last tried: the loss without it, less the loss of then, which has grown since.
+        # What each layer cost when it was last tried: the loss without it less that of then, which has grown since.
         order, costs, loss = list[int](), dict[int, float](), cut.loss
         for done in range(rounds):
             tried = sorted(cut.kept, key=lambda layer: costs.get(layer, -math.inf))[: candidates if done else None]
