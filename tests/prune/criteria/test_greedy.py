@@ -11,6 +11,7 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.cross_entropy import cross_entropy
 from vlmprune_jax.models.vlm import forward
 from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, apply_plan, fingerprint, reconstruct, score
+from vlmprune_jax.prune.criteria import greedy
 
 
 def batches(rows=8, length=10, batch=4):
@@ -53,6 +54,22 @@ def test_each_time_the_layer_goes_without_which_the_loss_is_least(solved):
     for so_far in range(1 if solved else 3):  # solved for, the others are judged behind the first as it was then
         before, rest = gone[:so_far], gone[so_far:]
         assert gone[so_far] == min(rest, key=lambda i: without(teacher, [*before, i], data, solved))
+
+
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_what_a_layer_cost_before_other_cuts_is_not_taken_for_what_it_costs(monkeypatch, candidates):
+    tried = []
+
+    def loss_without(cut, layer):
+        """Every cut makes all others dearer: layer i costs i + 1 at first, twice that after a cut, then three times."""
+        gone = [i for i in range(5) if i not in cut.kept]
+        tried.append(layer)
+        return cut.loss + sum((i + 1) * (n + 1) for n, i in enumerate(gone)) + (layer + 1) * (len(gone) + 1)
+
+    monkeypatch.setattr(greedy._Cut, "loss_without", loss_without)
+    found = score(model(config(EQUAL)), batches(), criterion="greedy_loss", candidates=candidates, search=3)
+    assert list(map(int, np.argsort(found.layers)))[:3] == [0, 1, 2]
+    assert tried == [0, 1, 2, 3, 4, *([1, 2] if candidates == 1 else [1, 2, 3, 4, 2, 3])]
 
 
 def test_on_a_mesh_the_order_is_the_same():

@@ -1,9 +1,10 @@
 """Whole layers by search: one after the other goes that without which the answers are predicted best.
 
 Each round runs the calibration rows from the layer that is tried to the end; what comes before is kept on the host,
-float32[rows, seq, embed] for every kept layer. After the first round only the most promising layers of the last one are
-tried again, since a layer seldom becomes cheaper by the removal of another. `solved` closes every cut that is tried as
-`reconstruct` would (least squares in the layer before it), and so searches for what is left after that.
+float32[rows, seq, embed] for every kept layer. After the first round only those layers are tried again that cost least
+when they were tried last, since a layer seldom becomes cheaper by the removal of another. `solved` closes every cut
+that is tried as `reconstruct` would (least squares in the layer before it), and so searches for what is left after
+that.
 """
 
 from __future__ import annotations
@@ -60,12 +61,13 @@ def greedy_loss(
         model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
     with within(mesh_of(model.params)):
         cut = _Cut(model, row_steps(list(batches), OPTIONS), solved)
-        order, costs = list[int](), dict[int, float]()
+        # What each layer cost when it was last tried: the loss without it less that of then, which has grown since.
+        order, costs, loss = list[int](), dict[int, float](), cut.loss
         for done in range(rounds):
-            tried = sorted(cut.kept, key=lambda layer: costs.get(layer, -math.inf))
-            for layer in tried[: candidates if done else None]:
-                costs[layer] = cut.loss_without(layer)
-            order.append(min(cut.kept, key=lambda layer: costs[layer]))
+            tried = sorted(cut.kept, key=lambda layer: costs.get(layer, -math.inf))[: candidates if done else None]
+            costs |= {layer: cut.loss_without(layer) - loss for layer in tried}
+            order.append(min(tried, key=lambda layer: costs[layer]))
+            loss += costs[order[-1]]
             cut.remove(order[-1])
             if progress is not None:
                 progress(done + 1)
@@ -76,7 +78,7 @@ def greedy_loss(
 
 
 class _Cut:
-    """The model without the layers that went, and what enters each layer that is `kept`."""
+    """The model without the layers that went, and what enters each layer that is `kept`; `loss`: with all of them."""
 
     def __init__(self, model: Model, steps: Sequence[Step], solved: bool):
         self.kept = list(range(len(model.cfg.text.layers)))
@@ -90,7 +92,8 @@ class _Cut:
         self._before = dict[int, States]()
         self._fill(0, x)
         self._dense = dict(self._before) if solved else {}
-        if not math.isfinite(self._loss(self._before[len(self.kept)])):
+        self.loss = self._loss(self._before[len(self.kept)])
+        if not math.isfinite(self.loss):
             raise UserError(
                 "greedy_loss: the loss of the unpruned model is not finite: look for NaN in weights and records"
             )
