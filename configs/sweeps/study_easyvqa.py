@@ -22,7 +22,8 @@ SHARES = (15, 30, 45, 60)  # percent of the decoder's parameters, its embeddings
 FRACTIONS = (5, 20, 100)  # percent of the training data
 SEEDS = (1, 2, 3)
 SOLVED = {"reconstruct.method": "least_squares"}
-UNTRAINED = {"none": {"recover.method": "none"}, "reconstruct": {"recover.method": "none", **SOLVED}}
+# Speed is of shapes: it is measured of the models that nothing was done to, one after the other with --jobs=1.
+UNTRAINED = {"none": {"recover.method": "none", "speed.rounds": 5}, "reconstruct": {"recover.method": "none", **SOLVED}}
 LOSSES = {"sft": {"ce": 1.0}, "sft_kl": {"ce": 0.5, "kl": 0.5}, "sft_l2": {"ce": 0.5, "l2": 0.5}}
 TRAINED = {
     "projector": {"recover.trainable": "projector", "recover.losses": LOSSES["sft"]},
@@ -41,6 +42,7 @@ def get_config(most: str = "100") -> ConfigDict:
     config.prune_variants = config.recover_variants = {}
     config.recover.epochs = 1.0
     config.recover.log_every = 20
+    config.speed.rounds = 0
     config.evaluate.unrecovered = False  # that is a run of its own
     return config
 

@@ -34,6 +34,7 @@ def get_config(folder: str = "") -> ConfigDict:
     config.recover.learning_rate = 1e-4
     config.recover.projector_learning_rate = 1e-3
     config.evaluate.unrecovered = False
+    config.speed.rounds = 0
     config.evaluate.text = write_text(1)
     return config
 

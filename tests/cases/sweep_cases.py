@@ -54,7 +54,7 @@ def make_models(experiment: Experiment, context) -> dict:
     run = make_run(spec.method, facts, found(0.8 * kept, 1500.0 * kept, 1 / kept), TEACHER, path)
     run["costs"] = {name: round(value * size / 1000) for name, value in COSTS.items()}
     run["speed"] = {"prefill": 1000.0 / size, "decode": 10.0, "first_token": 1.0, "peak_bytes": None}
-    speed = {"prefill": 1.0, "decode": 10.0, "first_token": 1.0, "peak_bytes": None}
+    speed = {"prefill": 0.5, "decode": 10.0, "first_token": 1.0, "peak_bytes": None}
     return make_result(TEACHER, [run], run["name"], None, facts={"costs": COSTS, "speed": speed})
 
 

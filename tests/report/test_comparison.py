@@ -42,12 +42,12 @@ def test_groups_differ_in_more_than_seeds(tmp_path):
     assert len(rows) == 13
 
 
-@pytest.mark.parametrize(("sets", "figures", "radar"), [(("docs",), 6, False), (("docs", "mme", "wiki"), 7, True)])
+@pytest.mark.parametrize(("sets", "figures", "radar"), [(("docs",), 7, False), (("docs", "mme", "wiki"), 8, True)])
 def test_page(tmp_path, sets, figures, radar):
     write_sweep(tmp_path, sets)
     page = build_comparison(tmp_path).read_text()
-    # costs, two speeds; over the ratio of 0, 5 and 20 % of the data; over the data of depth and of width; benchmarks
-    assert page.count("<svg") == figures + 2
+    # costs, speeds; over the ratio of 0, 5 and 20 % of the data; over the data of depth and of width; benchmarks
+    assert page.count("<svg") == figures
     assert ("Every benchmark" in page) is radar
     assert page.count('role="img" aria-label="') == page.count("<svg")
     outside = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?(?!#)(\w+:[^"\')]+)', page)

@@ -77,6 +77,7 @@ def test_every_run_once(sweep, capsys):
     assert (one["recovery"], one["reconstruct"], one["parameters"]) == ("none", "none", 800)
     assert (one["bytes"], one["forward_flops"]) == (6_400_000, 1_600_000_000)
     assert (one["prefill_tokens_per_second"], one["decode_tokens_per_second"]) == (1.25, 10.0)
+    assert (one["prefill_speedup"], one["decode_speedup"]) == (2.5, 1.0)
     assert one["evaluation"]["retained"]["docs"] == pytest.approx(80)
     assert (sweep.workdir / one["path"]).is_dir()
     lines = list(csv.DictReader((sweep.workdir / "sweep.csv").read_text().splitlines()))

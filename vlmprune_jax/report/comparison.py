@@ -29,7 +29,11 @@ COSTS = (
     Cost("Bytes of the weights", "MiB", lambda model: model["bytes"] / 2**20),
     Cost("FLOPs of a prompt", "GFLOPs", lambda model: model["forward_flops"] / 1e9),
 )
-SPEED_NAMES = ("Prefill", "Decoding")
+TIMES = "times the unpruned model's tokens/s"
+SPEEDUPS = {
+    f"{part}_speedup": Cost(name, TIMES, operator.itemgetter(f"{part}_speedup"), rising=True)
+    for part, name in zip(SPEEDS, ("Prefill", "Decoding"), strict=True)
+}
 DECODER = Cost("", "decoder's parameters removed (%)", lambda model: 100 * model["decoder_ratio"])
 DATA = Cost("", "data trained on (%)", lambda model: 100 * model["data_fraction"])
 NOTES = (
@@ -125,12 +129,11 @@ def _pareto_section(sweep: Json, groups: Sequence[Group]) -> Iterator[Section]:
             "beats in both; the star is the unpruned model.",
         )
     ]
-    for name, field in zip(SPEED_NAMES, SPEEDS, strict=True):
-        fast = [group for group in drawn if all(field in model for model in group.models)]
-        if fast:
-            speed = Cost(f"{name} speed", "tokens per second", operator.itemgetter(field), rising=True)
-            figure = plots.pareto_figure(fast, [model for model in models if field in model], [speed])
-            figures.append(_figure(figure, f"Retained percent against {name.lower()} speed.", "Measured."))
+    timed = [group for group in drawn if all(set(SPEEDUPS) <= set(model) for model in group.models)]
+    if timed:
+        figure = plots.pareto_figure(timed, [dict.fromkeys(SPEEDUPS, 1.0)], list(SPEEDUPS.values()))
+        alt = f"{len(timed)} models: retained percent against speed, as a multiple of the unpruned model's."
+        figures.append(_figure(figure, alt, "Measured in turns with the unpruned model, on one machine at a time."))
     yield Section("What is retained at which cost", figures=tuple(figures))
 
 

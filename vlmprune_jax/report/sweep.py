@@ -5,8 +5,8 @@ Version 1 (paths are relative to the sweep's workdir):
     version    1
     config     the config file as it was given, with its variant
     sets       {set: what was measured there}, as in `result.json` (report/result.py); the same of all runs
-    unpruned   {model: parameters, bytes, forward_flops, evaluation (scores, groups), and speeds where measured}: the
-               models that were pruned, by the folder that the config names. Usually one
+    unpruned   {model: parameters, bytes, forward_flops, evaluation (scores, groups)}: the models that were pruned, by
+               the folder that the config names. Usually one
     models     one object per evaluated model, in the order of the runs; and one for each run that has none yet
 
 Of every object in `models`:
@@ -37,7 +37,8 @@ Of those that are done also:
     evaluation_seconds
     evaluation       scores, retained, retained_interval, mean_of_ratios, paper_average, groups: as in `result.json`
     training_records, training_steps   where something was trained
-    prefill_tokens_per_second, decode_tokens_per_second   where they were measured
+    prefill_tokens_per_second, decode_tokens_per_second   where they were measured; of runs at other times and loads
+    prefill_speedup, decode_speedup   the same as a multiple of the unpruned model's, measured in turns with it
     digest           of the folder's content: equal of equal models
     path             the folder
 
@@ -67,7 +68,7 @@ FILE = "sweep.json"
 MOST_SETS = 4  # with columns of their own in a terminal
 MAX_BYTES = 2**28  # ten thousand models with groups
 DONE, FAILED, PENDING = "done", "failed", "pending"
-SPEEDS = {"prefill_tokens_per_second": "prefill", "decode_tokens_per_second": "decode"}  # what a result calls them
+SPEEDS = ("prefill", "decode")
 _TODO = "run `vlmprune sweep` again, or restore it"
 
 
@@ -77,8 +78,6 @@ class Unpruned(TypedDict):
     parameters: Count
     bytes: Count
     forward_flops: Finite
-    prefill_tokens_per_second: NotRequired[Finite]
-    decode_tokens_per_second: NotRequired[Finite]
     evaluation: Evaluation
 
 
@@ -104,6 +103,8 @@ class Found(TypedDict):
     training_steps: NotRequired[Count]
     prefill_tokens_per_second: NotRequired[Finite]
     decode_tokens_per_second: NotRequired[Finite]
+    prefill_speedup: NotRequired[Finite]
+    decode_speedup: NotRequired[Finite]
     digest: str
     path: str
 

@@ -110,16 +110,16 @@ def do_run(run: SweepRun, sweep: Sweep, reporter: Reporter) -> None:
         "made_from": made_from,
         "sets": result["sets"],
         "unpruned": {run.experiment.model.hf_dir: _known(report.Unpruned, result["teacher"])},
-        "models": [_found(run, model, sweep) for model in result["runs"]],
+        "models": [_found(run, model, result["teacher"], sweep) for model in result["runs"]],
     }
     write_json(folder / RUN, found)
 
 
-def _found(run: SweepRun, model: Json, sweep: Sweep) -> Json:
+def _found(run: SweepRun, model: Json, unpruned: Json, sweep: Sweep) -> Json:
     """`report.sweep.Found` of one of `runs` of a result."""
     path, untrained = sweep.folder(run) / model["path"], model["data_fraction"] == 0
     return {
-        **_known(report.Found, model),
+        **_known(report.Found, {**model, **_speeds(model, unpruned)}),
         "model": run.experiment.model.hf_dir,
         "recovery": "none" if untrained else model["recovery"],
         "reconstruct": "none" if path.name == "pruned" else model["reconstruct"],
@@ -128,11 +128,19 @@ def _found(run: SweepRun, model: Json, sweep: Sweep) -> Json:
     }
 
 
+def _speeds(model: Json, unpruned: Json) -> Json:
+    """Tokens per second, and beside those of the unpruned model, which were measured in turns with them."""
+    if "speed" not in model:
+        return {}
+    ours, theirs = model["speed"], unpruned["speed"]
+    found = {f"{part}_tokens_per_second": ours[part] for part in report.SPEEDS}
+    return found | {f"{part}_speedup": ours[part] / theirs[part] for part in report.SPEEDS if theirs[part]}
+
+
 def _known(kind: Any, model: Json) -> Json:
     """What a kind of object names of a model of a result."""
-    costs, speed = model["costs"], model.get("speed", {})
-    found = {**model, "bytes": costs["file_bytes"], "forward_flops": costs["forward_flops"]}
-    found |= {name: speed[part] for name, part in report.SPEEDS.items() if part in speed}
+    costs, found = model["costs"], dict(model)
+    found |= {"bytes": costs["file_bytes"], "forward_flops": costs["forward_flops"]}
     return {name: found[name] for name in kind.__annotations__ if name in found}
 
 
