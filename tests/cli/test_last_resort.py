@@ -175,8 +175,8 @@ def test_config_files_that_do_not_load(capsys, tmp_path, name):
         ("x" * 300, "File name too long: give a shorter name"),
         ("a\0b", "--workdir=a\\x00b: holds a NUL character, which no path can"),
         ("fifo", "fifo: is a file, give a folder"),
-        ("loop", "loop/result.json: is a link that leads back to itself"),
-        (os.fsdecode(b"\xff\x1b[2J"), "\\udcff\\x1b[2J/result.json: no such file: run `vlmprune run` first"),
+        ("loop", "remove the link that leads back to itself"),
+        (os.fsdecode(b"\xff\x1b[2J"), "\\udcff\\x1b[2J: no such folder: run `vlmprune run` first"),
     ],
 )
 def test_workdirs_that_are_none(capsys, monkeypatch, tmp_path, workdir, line):

@@ -25,6 +25,10 @@ def read_unfinished(workdir: Path) -> Json:
     Raises:
       UserError: nothing of a run is there, or a file is damaged.
     """
+    try:
+        workdir.stat()
+    except FileNotFoundError:  # whatever else hinders it says so itself, as a link that leads back to itself
+        raise UserError(f"{workdir}: no such folder: run `vlmprune run` first") from None
     teacher = _found(workdir, TEACHER)
     variants = [_variant(folder, workdir) for folder in _folders(workdir)]
     if not teacher and not variants:
