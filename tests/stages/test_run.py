@@ -110,7 +110,9 @@ def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
     assert "Made from `teacher` by" in card
     assert ("trained after pruning" in card) == (best["recovery"] == "sft_l2")
     retained = best["evaluation"]["retained"]["questions"]
-    assert f"| questions: accuracy in %, 10 questions | {100 * result['teacher']['accuracy']:.2f} |" in card
+    assert (
+        f"| questions (exact_match): accuracy in %, 10 questions | {100 * result['teacher']['accuracy']:.2f} |" in card
+    )
     assert ("" if retained is None else f" {retained:.2f} |") in card
     ids = np.array([[1, 5, 9, 12]])
     exported, chosen = (np.asarray(forward(load(f), ids)[0]) for f in (workdir / "export", workdir / best["path"]))
@@ -148,6 +150,12 @@ def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
     assert "depth/prune: " in line
     assert "(prune.ratio was 0.2, now 0.25): use --overwrite" in line
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("model.safetensors")} == before
+
+    # Another metric: nothing is asked, and the export is made again unasked, for its card tells the scores.
+    assert main(["run", *experiment, "--config.evaluate.metric=gqa"]) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.endswith(" ...")] == ["export ..."]
+    assert "| questions (gqa): accuracy in %, 10 questions |" in (workdir / "export/README.md").read_text()
 
 
 def tree_leaves(params):

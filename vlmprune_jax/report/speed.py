@@ -87,7 +87,7 @@ _NAMES = ("prefill", "decode", "first_token")
 
 
 def speed_tables(measured: _Json) -> tuple[Table, Table]:
-    """What was measured, a row per shape and one of the unpruned model beside each; and how many times as fast it is."""
+    """What was measured, a row per shape and one of the unpruned model beside each; and how many times as fast."""
     rows, times = list[tuple[str, ...]](), list[tuple[str, ...]]()
     for pair in measured["pairs"]:
         before, after = pair["unpruned"], pair["pruned"]

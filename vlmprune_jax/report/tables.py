@@ -168,7 +168,7 @@ def benchmark_rows(run: Json, teacher: Json, sets: Json) -> list[tuple[str, str,
     """For a model card, of every evaluation set: what was asked, unpruned score, a run's, retained in %, interval."""
     return [
         (
-            f"{name}: {_label(of)}, {count(of)}",
+            f"{name} ({of['name']}): {_label(of)}, {count(of)}",
             shown(main_value(teacher, name, sets), of, unit=False),
             shown(main_value(run, name, sets), of, unit=False),
             _percent(run["evaluation"]["retained"].get(name)),
