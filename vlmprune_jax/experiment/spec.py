@@ -415,6 +415,12 @@ class EvaluateSpec:
 class ExportSpec:
     """The folder handed out."""
 
+    format: str = setting(
+        "huggingface",
+        "A Hugging Face folder, or the GGUF files that llama.cpp loads.",
+        affects=_EXPORT,
+        choices="hf.export.target:FORMATS",
+    )
     layout: str = setting(
         "source",
         "The layout that was read, or that of the stock class of transformers.",
@@ -429,6 +435,12 @@ class ExportSpec:
     )
     dtype: str = setting(
         "bfloat16", "What weights are written in.", affects=_EXPORT, choices="hf.export.target:WRITTEN"
+    )
+    quantize: str = setting(
+        "none",
+        "Blocks of 32 values that share a scale, in GGUF: of 8, 5 or 4 bits for the decoder's matrices.",
+        affects=_EXPORT,
+        choices="hf.export.target:quantizations",
     )
 
     def __post_init__(self) -> None:
