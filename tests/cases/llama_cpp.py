@@ -89,7 +89,11 @@ def _library() -> Any:
     import xllamacpp
 
     library = ctypes.CDLL(str(next(Path(xllamacpp.__file__).parent.glob("xllamacpp*.so"))))
-    for names, kind in ((_POINTERS, ctypes.c_void_p), (_PARAMETERS, _Opaque), (_FLOATS, ctypes.POINTER(ctypes.c_float))):
+    for names, kind in (
+        (_POINTERS, ctypes.c_void_p),
+        (_PARAMETERS, _Opaque),
+        (_FLOATS, ctypes.POINTER(ctypes.c_float)),
+    ):
         for name in names:
             getattr(library, name).restype = kind
     library.llama_batch_init.restype = _Batch
@@ -147,7 +151,9 @@ class _Llama:
         tower = ctypes.c_void_p(lib.mtmd_init_from_file(mmproj.encode(), self.model, lib.mtmd_context_params_default()))
         assert tower, f"llama.cpp does not load {mmproj}"
         height, width, _ = image.shape
-        bitmap = ctypes.c_void_p(lib.mtmd_bitmap_init(width, height, np.ascontiguousarray(image).ctypes.data_as(ctypes.c_char_p)))
+        bitmap = ctypes.c_void_p(
+            lib.mtmd_bitmap_init(width, height, np.ascontiguousarray(image).ctypes.data_as(ctypes.c_char_p))
+        )
         chunks = ctypes.c_void_p(lib.mtmd_input_chunks_init())
         text = _Text(prompt.encode(), True, True)
         assert lib.mtmd_tokenize(tower, chunks, ctypes.byref(text), ctypes.byref(bitmap), ctypes.c_size_t(1)) == 0

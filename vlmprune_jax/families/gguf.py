@@ -201,7 +201,7 @@ def tower_misfit(vision: VisionConfig) -> str | None:
 
 
 def tower_fields(cfg: ModelConfig, tiles: tuple[int, int] | None) -> dict[str, Any]:
-    """Metadata of a tower and its projector, named as methods `add_NAME` of `gguf.GGUFWriter`.
+    """Metadata of a tower and its projector, named as methods `add_NAME` of `gguf.GGUFWriter`, or by a key's own name.
 
     `tiles`: the fewest and the most that an image is cut into, in a family that cuts.
     """
@@ -224,6 +224,8 @@ def tower_fields(cfg: ModelConfig, tiles: tuple[int, int] | None) -> dict[str, A
     }
     if projector.kind == "pixel_shuffle":
         fields["vision_projector_scale_factor"] = projector.downsample
+    else:  # without it LLaVA's graph leaves the last block out
+        fields["clip.vision.feature_layer"] = [len(vision.layers)]
     if tiles is not None:
         fields |= {"vision_preproc_min_tiles": tiles[0], "vision_preproc_max_tiles": tiles[1]}
     return fields

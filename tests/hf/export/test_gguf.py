@@ -1,8 +1,5 @@
 """GGUF files in llama.cpp: every decoder and tower computes there what it computes here."""
 
-import dataclasses
-
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoder_cases import MISTRAL, PHI, PHI3, QWEN2, QWEN3
@@ -13,7 +10,7 @@ from llama_cpp import llama_cpp
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.hf.export.write import save
 from vlmprune_jax.hf.read import load
-from vlmprune_jax.models.vlm import Model, forward
+from vlmprune_jax.models.vlm import forward
 
 pytest.importorskip("xllamacpp")
 SMALL = {"vocab_size": 260, "hidden_act": "silu", "max_position_embeddings": 96}
@@ -38,18 +35,20 @@ CASES = {
 DEPTH, WIDTH, UNEVEN = "depth", "width", "uneven"
 # What becomes of a pruned decoder: the architecture of the file, None where none has such widths.
 HELD = {
-    "llama": ("llama", "llama", "deci"),
-    "llama-biased": ("llama", "llama", "deci"),
-    "llama3": ("llama", "llama", "deci"),
-    "yarn": ("llama", "llama", "deci"),
-    "linear": ("llama", "llama", "deci"),
-    "tied": ("llama", "llama", "deci"),
-    "mistral": ("llama", "llama", "deci"),
-    "qwen2": ("qwen2", "llama", "deci"),
-    "qwen3": ("qwen3", "qwen3", None),
-    "phi2": ("phi2", None, None),
-    "phi3": ("phi3", "llama", "deci"),
+    "llama": {DEPTH: "llama", WIDTH: "llama", UNEVEN: "deci"},
+    "llama-biased": {UNEVEN: "deci"},
+    "llama3": {UNEVEN: "deci"},
+    "yarn": {UNEVEN: "deci"},
+    "linear": {WIDTH: "llama"},
+    "tied": {DEPTH: "llama"},
+    "mistral": {UNEVEN: "deci"},
+    "qwen2": {DEPTH: "qwen2", WIDTH: "llama", UNEVEN: "deci"},
+    "qwen3": {WIDTH: "qwen3", UNEVEN: None},
+    "phi2": {DEPTH: "phi2", UNEVEN: None},
+    "phi3": {DEPTH: "phi3", WIDTH: "llama", UNEVEN: "deci"},
 }
+CELLS = [(name, how) for name, held in HELD.items() for how in held]
+QUICK = [("llama", UNEVEN), ("phi2", UNEVEN), ("qwen2", DEPTH)]
 
 
 def prune(model, how):
@@ -73,7 +72,9 @@ def models(tmp_path_factory):
         if name not in made:
             folder = make_folder(tmp_path_factory.mktemp("gguf") / name, {**CASES[name], **SMALL,
                                  "hidden_act": CASES[name]["hidden_act"] if name == "phi2" else "silu"})  # fmt: skip
-            edit_weights(folder, lambda tensors: {k: v if "norm" in k else v * np.float32(0.5) for k, v in tensors.items()})
+            edit_weights(
+                folder, lambda tensors: {k: v if "norm" in k else v * np.float32(0.5) for k, v in tensors.items()}
+            )
             made[name] = byte_tokenizer(folder), load(folder)
         return made[name]
 
@@ -97,18 +98,18 @@ def compare(out, model, tolerance=0.1):
     return largest
 
 
-@pytest.mark.parametrize("how", [DEPTH, WIDTH, UNEVEN])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "how"), [pytest.param(*c, marks=() if c in QUICK else pytest.mark.slow, id="-".join(c)) for c in CELLS]
+)
 def test_decoders_compute_the_same(models, tmp_path, name, how):
     source, whole = models(name)
-    model, held = prune(whole, how), HELD[name][(DEPTH, WIDTH, UNEVEN).index(how)]
+    model, held = prune(whole, how), HELD[name][how]
+    options = {"source_dir": source, "format": "gguf", "dtype": "float32"}
     if held is None:
-        with pytest.raises(UserError, match='llama.cpp.s .* has no .*export with uneven="pad"'):
-            save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
-        save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32", uneven="pad")
-        assert "padded with zero heads" in (tmp_path / "out/README.md").read_text()
-        held = HELD[name][0]
-    else:
-        save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
+        with pytest.raises(UserError, match=r'llama\.cpp.s .* has no .*export with uneven="pad"'):
+            save(model, tmp_path / "out", **options)
+        held, options = HELD[name].get(DEPTH, HELD[name].get(WIDTH)), options | {"uneven": "pad"}
+    save(model, tmp_path / "out", **options)
+    assert ("padded with zero heads" in (tmp_path / "out/README.md").read_text()) == ("uneven" in options)
     assert architecture(tmp_path / "out") == held
-    print(name, how, held, compare(tmp_path / "out", model))
+    compare(tmp_path / "out", model)

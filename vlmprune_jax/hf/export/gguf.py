@@ -337,8 +337,10 @@ def _header(one: GgufFile, folder: Path) -> bytes:
 
     writer = GGUFWriter(None, one.architecture)
     for name, value in one.fields.items():
-        value = RopeScalingType(value) if name == "rope_scaling_type" else value
-        getattr(writer, f"add_{name}")(value)
+        if "." in name:
+            writer.add_array(name, value)
+        else:
+            getattr(writer, f"add_{name}")(RopeScalingType(value) if name == "rope_scaling_type" else value)
     for tensor in one.tensors:
         kind = GGMLQuantizationType[tensor.dtype]
         writer.add_tensor_info(tensor.key, tensor.shape, np.dtype(np.float32), tensor.n_bytes, kind)

@@ -18,6 +18,7 @@ from vlmprune_jax.families import Family
 from vlmprune_jax.families.gguf import Architecture
 from vlmprune_jax.families.table import JsonDict
 from vlmprune_jax.families.towers import PIXELS, vision_of
+from vlmprune_jax.hf.export.gguf_tokenizer import drops_white_space
 from vlmprune_jax.hf.read import read_fields
 
 
@@ -101,10 +102,15 @@ def tiles(family: Family, source: Path) -> tuple[int, int] | None:
     return tiling.min_tiles, tiling.max_tiles
 
 
+# By this in a model's name llama.cpp takes its tokenizer for Phi-3's (`drops_white_space`).
+_PHI3_NAME = re.compile("phi-?3", re.IGNORECASE)
+
+
 def title(name: str, tokenizer: Any) -> str:
-    """llama.cpp drops white space behind marks, as Phi-3's tokenizer does, where the name says that it is a Phi-3."""
-    strips = any(one.rstrip for one in tokenizer.added_tokens_decoder.values())
-    return f"{name} (Phi-3)" if strips and not re.search("phi-?3", name.lower()) else name
+    """The model's name, by which llama.cpp takes it for a Phi-3 if and only if its tokenizer is one."""
+    if drops_white_space(tokenizer):
+        return name if _PHI3_NAME.search(name) else f"{name} (Phi-3)"
+    return _PHI3_NAME.sub("Phi 3", name)
 
 
 def licence(source: Path) -> JsonDict:
@@ -143,9 +149,8 @@ def tower_remarks(cfg: ModelConfig) -> tuple[str, ...]:
         "llama.cpp prepares images by itself (padding and resizing may differ in the last bits from the processor's): "
         f"images of {vision_of(cfg).image_size} x {vision_of(cfg).image_size} pixels need neither."
     )
-    if cfg.projector is not None and cfg.projector.kind == "mlp":
-        remarks.append(
-            "The chat interface of llama.cpp joins an image and the text behind it without a newline; this model was "
-            'trained with one: begin the text with "\\n".'
-        )
+    remarks.append(
+        "The chat interface of llama.cpp joins an image and the text behind it without a newline; this model was "
+        'trained with one: begin the text with "\\n".'
+    )
     return tuple(remarks)

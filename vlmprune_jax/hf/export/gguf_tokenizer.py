@@ -7,6 +7,7 @@ others are refused. tests/hf/export/test_gguf_tokenizer.py tokenises with both s
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.data.prompts import load_tokenizer
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.errors import UserError, printable
 from vlmprune_jax.families import Family, template_of
 from vlmprune_jax.families.table import JsonDict
 from vlmprune_jax.hf.export.processor import chat_template
@@ -48,6 +49,8 @@ PRE: dict[tuple[str, ...], str] = {
 # Words that are tokens as a whole are taken as such there, whatever the merges say.
 WHOLE_WORDS = ("llama-bpe", "tekken")
 _SPACE = "▁"
+# Marks of Phi-3 behind which its tokenizer keeps white space.
+_PHI3_KEEPS = {"<unk>", "<s>", "<|endoftext|>"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family) -> Vocabular
         fields["token_merges"] = [" ".join(pair) for pair in merges] or [" ".join(specials[:2] or tokens[:2])]
     fields |= _marks(cfg, content, fast, str(folder))
     fields["chat_template"] = _chat_template(folder, family, fast)
-    return Vocabulary(fields, fast, tuple(_remarks(content)))
+    return Vocabulary(fields, fast, tuple(_remarks(content, fast)))
 
 
 def _tokens(content: JsonDict, rows: int, where: str) -> tuple[list[str], list[int]]:
@@ -232,19 +235,39 @@ def _marks(cfg: ModelConfig, content: JsonDict, fast: Any, where: str) -> JsonDi
     return fields | dict(zip(("add_bos_token", "add_eos_token"), adds[added], strict=True))
 
 
+def drops_white_space(tokenizer: Any) -> bool:
+    """Whether the marks behind which a tokenizer drops white space are all that Phi-3's drops it behind."""
+    marks = {one.content: one.rstrip for one in tokenizer.added_tokens_decoder.values() if one.special}
+    return set(marks) >= _PHI3_KEEPS | {"</s>"} and {name for name, drops in marks.items() if not drops} == _PHI3_KEEPS
+
+
 def _chat_template(folder: Path, family: Family, fast: Any) -> str:
-    """The folder's chat template, else the family's; an image is a mark that llama.cpp puts in its place."""
+    """The chat template of a folder of transformers, else the family's; llama.cpp puts images in their place.
+
+    White space that the tokenizer drops behind marks is left out: llama.cpp keeps it.
+    """
     own = fast.chat_template
-    if isinstance(own, str):
+    own = own.get("default") if isinstance(own, dict) else own
+    if isinstance(own, str) and family.layout == "transformers":
         return own
-    if isinstance(own, dict) and "default" in own:
-        return str(own["default"])
     template = template_of(family, read_fields(folder / "config.json"), fast.eos_token)
-    return chat_template(template, "")
+    drops = [one.content for one in fast.added_tokens_decoder.values() if one.rstrip]
+    marks = {name: getattr(template, name) for name in ("system_start", "system_end", "user", "user_end", "assistant")}
+    bare = {name: text.rstrip() for name, text in marks.items() if text.rstrip().endswith(tuple(drops))}
+    return chat_template(dataclasses.replace(template, **bare), "")
 
 
-def _remarks(content: JsonDict) -> Iterator[str]:
+def _remarks(content: JsonDict, fast: Any) -> Iterator[str]:
     if content.get("normalizer") and content["normalizer"].get("type") == "NFC":
         yield "llama.cpp does not bring texts into Unicode's normal form C, as this tokenizer does: send them so."
-    if any(one.get("rstrip") or one.get("lstrip") for one in content.get("added_tokens") or ()):
-        yield "White space beside marks of a turn is dropped by this tokenizer; llama.cpp does so by the model's name."
+    if (content.get("pre_tokenizer") or {}).get("type") == "Metaspace":
+        yield (
+            "llama.cpp puts a space mark before every text, also one that begins with a space or goes on behind a mark "
+            "or an image; this tokenizer does so only before other texts. The prompts of one turn are the same."
+        )
+    drops = sorted(one.content for one in fast.added_tokens_decoder.values() if one.rstrip)
+    if drops and not drops_white_space(fast):
+        yield (
+            f"This tokenizer drops white space behind {', '.join(map(printable, drops[:8]))}; llama.cpp keeps it: "
+            "write none there (the chat template in the file has none)."
+        )
