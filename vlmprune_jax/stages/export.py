@@ -9,6 +9,7 @@ from vlmprune_jax.checked_files import Finite
 from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.hf.export.card import model_name
+from vlmprune_jax.hf.export.gguf_check import check_gguf
 from vlmprune_jax.hf.export.reload import check_export
 from vlmprune_jax.hf.export.write import save
 from vlmprune_jax.prune import PrunePlan
@@ -17,7 +18,7 @@ from vlmprune_jax.stages.ledger import Json, remove
 
 
 class _Facts(TypedDict):
-    """What `check_export` found."""
+    """What `check_export` or `check_gguf` found."""
 
     backend: str
     max_abs_logit_difference: Finite
@@ -54,6 +55,8 @@ def export_stage(experiment: Experiment, model_folder: Path, context: Context, *
             recovered=model_folder.name == "recovered",
         )
         try:
+            if spec.format == "gguf":
+                return check_gguf(model, out, source_dir=model_folder, uneven=spec.uneven)
             return check_export(model, out, vision_dir=experiment.model.vision_dir)
         except BaseException:
             if is_main_process():

@@ -53,6 +53,8 @@ BLOCK = 32
 _CHUNK = 2**24  # values of a tensor that are quantised at a time: gguf's quantisers hold it several times over
 _ALIGNMENT = 32
 _NO_LEAF = "v.class_embd"
+# Tensors whose rows are in pairs where an architecture interleaves them.
+ROTATED = ("attn_q", "attn_k")
 
 
 @dataclass(frozen=True)
@@ -189,19 +191,19 @@ def _tensors(
     interleaved: bool = False,
 ) -> list[Tensor]:
     """Every tensor of a part of the model, under llama.cpp's names and at the widths of `wide`."""
-    flat, here = flatten(model.params), _with_names(family, part, names)
+    flat, here = flatten(model.params), under_names(family, part, names)
     before = {slot.name: slot for slot in make_slots(model.cfg, here) if slot.part == part}
     tensors = []
     for key, parts in by_key(slot for slot in make_slots(wide, here) if slot.part == part).items():
         pairs = [(before[slot.name], slot) for slot in parts]
-        turned = interleaved and key.split(".")[-2] in ("attn_q", "attn_k")
+        turned = interleaved and key.split(".")[-2] in ROTATED
         tensors.append(
             _tensor(key, _type_of(key, parts[0].hf_shape, plain, quantize), pairs, model.cfg, wide, flat, turned)
         )
     return tensors
 
 
-def _with_names(family: Family, part: str, names: Mapping[str, str]) -> Family:
+def under_names(family: Family, part: str, names: Mapping[str, str]) -> Family:
     """The family with its lines of one part under the names of llama.cpp, which has no batch axes in files."""
 
     def weights(cfg: ModelConfig) -> list[Weight]:
@@ -245,7 +247,7 @@ def _tensor(
             assert before.layer is not None
             shapes = [cfg.stack(before.part).layers[before.layer] for cfg in (old, new)]
             array = pad_tensor(array, before.axes, *shapes)
-        return _neighbours(array) if interleaved else array
+        return neighbours(array) if interleaved else array
 
     shape = pairs[0][1].hf_shape
     array, index = flat[pairs[0][0].path], pairs[0][0].index
@@ -253,10 +255,11 @@ def _tensor(
     return _encoded(key, kind, shape, lambda: join_tensor([fetch_part(*pair) for pair in pairs]), what)
 
 
-def _neighbours(array: np.ndarray) -> np.ndarray:
-    """[heads, head, ...] with rotary pairs beside each other: channel i of a half beside that of the other half."""
+def neighbours(array: np.ndarray, back: bool = False) -> np.ndarray:
+    """[heads, head, ...] with channel i of a head's first half beside that of the other half; `back`: the inverse."""
     heads, head, *rest = array.shape
-    return np.ascontiguousarray(array.reshape(heads, 2, head // 2, *rest).swapaxes(1, 2)).reshape(array.shape)
+    halves = (head // 2, 2) if back else (2, head // 2)
+    return np.ascontiguousarray(array.reshape(heads, *halves, *rest).swapaxes(1, 2)).reshape(array.shape)
 
 
 def _encoded(key: str, kind: str, shape: tuple[int, ...], fetch: Callable[[], np.ndarray], what: str) -> Tensor:
