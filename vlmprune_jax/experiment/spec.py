@@ -442,6 +442,11 @@ class ExportSpec:
         affects=_EXPORT,
         choices="hf.export.target:quantizations",
     )
+    rolled_positions: bool = setting(
+        False,
+        "In GGUF: the tower's positions for builds of llama.cpp that put its class token last (#25814).",
+        affects=_EXPORT,
+    )
 
     def __post_init__(self) -> None:
         check_settings("export", self)

@@ -56,7 +56,8 @@ def export_stage(experiment: Experiment, model_folder: Path, context: Context, *
         )
         try:
             if spec.format == "gguf":
-                return check_gguf(model, out, source_dir=model_folder, uneven=spec.uneven)
+                options = {"uneven": spec.uneven, "rolled_positions": spec.rolled_positions}
+                return check_gguf(model, out, source_dir=model_folder, **options)
             return check_export(model, out, vision_dir=experiment.model.vision_dir)
         except BaseException:
             if is_main_process():

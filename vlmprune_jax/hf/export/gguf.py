@@ -79,7 +79,9 @@ class GgufFile:
         return tuple(t.key for t in self.tensors if own and t.dtype == "F16") if own else ()
 
 
-def make_gguf(model: Model, source: Path, *, name: str, uneven: str, dtype: str, quantize: str) -> list[GgufFile]:
+def make_gguf(
+    model: Model, source: Path, *, name: str, uneven: str, dtype: str, quantize: str, rolled_positions: bool = False
+) -> list[GgufFile]:
     """The files of a model: `NAME-TYPE.gguf`, and `mmproj-NAME-f16.gguf` of one that sees images.
 
     Args:
@@ -88,6 +90,7 @@ def make_gguf(model: Model, source: Path, *, name: str, uneven: str, dtype: str,
       name: of the model.
       uneven: as in `save`: true widths where an architecture has them, zeros up to what one has, or neither.
       dtype, quantize: of the matrices.
+      rolled_positions: see `save`.
 
     Raises:
       UserError: llama.cpp has no architecture, tower or tokenizer like this model's.
@@ -108,12 +111,12 @@ def make_gguf(model: Model, source: Path, *, name: str, uneven: str, dtype: str,
         GgufFile(f"{stem}-{label}.gguf", architecture.name, fields, tensors, wide.text.layers, remarks),
     ]
     if cfg.vision is not None:
-        files.append(_tower(model, wide, family, source, f"mmproj-{stem}", about, plain))
+        files.append(_tower(model, wide, family, source, f"mmproj-{stem}", about, plain, rolled_positions))
     return files
 
 
 def _tower(
-    model: Model, wide: ModelConfig, family: Family, source: Path, stem: str, about: JsonDict, plain: str
+    model: Model, wide: ModelConfig, family: Family, source: Path, stem: str, about: JsonDict, plain: str, rolled: bool
 ) -> GgufFile:
     """The file of tower and projector; its convolution takes F16 and F32 alone, whatever the decoder is in."""
     vision = vision_of(wide)
@@ -122,8 +125,16 @@ def _tower(
     fields |= tower_fields(wide, tiles(family, source))
     assert wide.projector is not None
     tensors = _tensors(model, wide, family, "vision", TOWER_TENSORS, plain)
+    if rolled and vision.class_token:
+        tensors = [_rolled(one) if one.key.startswith("v.position_embd") else one for one in tensors]
     tensors += _tensors(model, wide, family, "projector", projector_tensors(wide.projector), plain)
-    return GgufFile(f"{stem}-{plain.lower()}.gguf", "clip", fields, tensors, vision.layers, tower_remarks(wide))
+    return GgufFile(f"{stem}-{plain.lower()}.gguf", "clip", fields, tensors, vision.layers, tower_remarks(wide, rolled))
+
+
+def _rolled(table: Tensor) -> Tensor:
+    """The position table with the first row, the class token's, behind all others."""
+    fetch = lambda: np.roll(table.fetch(), -(table.n_bytes // table.shape[0]))  # noqa: E731
+    return dataclasses.replace(table, fetch=fetch)
 
 
 def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:

@@ -6,19 +6,22 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.config import ModelConfig, TextConfig
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.distributed.mesh import on_process_zero, whole
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import family_of
 from vlmprune_jax.families.gguf import TOWER_TENSORS, projector_tensors
+from vlmprune_jax.families.towers import vision_of
 from vlmprune_jax.hf.export.gguf import ROTATED, fit, neighbours, under_names
+from vlmprune_jax.hf.export.gguf_metadata import context_length
 from vlmprune_jax.hf.export.reload import TOLERANCE, random_inputs
 from vlmprune_jax.hf.layout import make_slots
 from vlmprune_jax.hf.read import resolve
@@ -37,14 +40,14 @@ _TEXTS = (
     "def f(x):\n    return x ** 2  # 12345.678\n\n\nA naïve café — 你好，世界! Größe: 3½ kg",
     "USER: What is the colour of the shape?\nASSISTANT: It's blue, e.g. #0000FF; 100% sure.",
 )
-_SECONDS = 3600.0
+_SECONDS, _CONTEXT = 3600.0, 1024
 # In a process of its own: where llama.cpp does not like a file it may end the process.
 _LLAMA = """
 import json, sys
 import xllamacpp
 model, prompts = json.load(sys.stdin)
 params = xllamacpp.CommonParams()
-params.model.path, params.n_ctx, params.n_parallel, params.warmup, params.verbosity = model, 1024, 1, False, -1
+params.model.path, params.n_ctx, params.n_parallel, params.warmup, params.verbosity = model, CONTEXT, 1, False, -1
 server = xllamacpp.Server(params)
 found = []
 for prompt in prompts:
@@ -57,12 +60,14 @@ for prompt in prompts:
     likeliest = told["content"][0]["top_logprobs"] if told else []
     found.append([answer["usage"]["prompt_tokens"], [[one["id"], one["logprob"]] for one in likeliest]])
 print("\\n" + json.dumps(found))
-"""
+""".replace("CONTEXT", str(_CONTEXT))
 
 Likeliest = tuple[int, dict[int, float]]  # tokens of a prompt, and the log-probabilities of the likeliest next ones
 
 
-def check_gguf(model: Model, out_dir: str | Path, *, source_dir: str | Path, uneven: str) -> dict[str, Any]:
+def check_gguf(
+    model: Model, out_dir: str | Path, *, source_dir: str | Path, uneven: str, rolled_positions: bool = False
+) -> dict[str, Any]:
     """Read written GGUF files back and compare their logits with the model's, on random text (and images), in float32.
 
     Where xllamacpp is installed llama.cpp loads the decoder's file as well: it must split texts into the tokens of the
@@ -71,7 +76,7 @@ def check_gguf(model: Model, out_dir: str | Path, *, source_dir: str | Path, une
     Args:
       model: what was written.
       out_dir: where.
-      source_dir, uneven: as they were for `save`.
+      source_dir, uneven, rolled_positions: as they were for `save`.
 
     Returns:
       {"backend": "llama.cpp" | "jax", "max_abs_logit_difference", "tolerance"}; of log-probabilities in llama.cpp.
@@ -80,9 +85,13 @@ def check_gguf(model: Model, out_dir: str | Path, *, source_dir: str | Path, une
       UserError: the difference is above the tolerance, llama.cpp does not load the file, or splits texts otherwise.
     """
     folder, inputs = Path(out_dir), random_inputs(model.cfg)
+
+    def read() -> tuple[Model, set[str]]:
+        return read_gguf(folder, model.cfg, uneven, rolled_positions)
+
     with jax.default_matmul_precision("highest"):
         expected = whole(forward(_in_float32(model), **inputs)[0])
-        return on_process_zero(lambda: _compare(model.cfg, folder, resolve(source_dir), uneven, inputs, expected))
+        return on_process_zero(lambda: _compare(folder, resolve(source_dir), inputs, expected, read))
 
 
 def _in_float32(model: Model) -> Model:
@@ -90,9 +99,13 @@ def _in_float32(model: Model) -> Model:
 
 
 def _compare(
-    cfg: ModelConfig, folder: Path, source: Path, uneven: str, inputs: dict[str, Any], expected: np.ndarray
+    folder: Path,
+    source: Path,
+    inputs: dict[str, Any],
+    expected: np.ndarray,
+    read: Callable[[], tuple[Model, set[str]]],
 ) -> dict[str, Any]:
-    written, kinds = read_gguf(folder, cfg, uneven)
+    written, kinds = read()
     found = np.asarray(forward(written, **inputs)[0])
     kind = max(kinds, key=lambda name: _ROUNDING.get(name, 0.0))
     difference, largest = float(np.abs(found - expected).max()), float(np.abs(expected).max())
@@ -108,11 +121,10 @@ def _compare(
 
 
 def _in_llama(written: Model, path: Path, source: Path, tolerance: float) -> dict[str, Any]:
-    tokenizer = load_tokenizer(source)
-    rows = [tokenizer(text)["input_ids"] for text in _TEXTS]
-    answers = _ask(path, [*_TEXTS, *rows])
-    gaps = [0.0]
-    for text, row, of_text, of_ids in zip(_TEXTS, rows, answers[: len(rows)], answers[len(rows) :], strict=True):
+    tokens = _tokens(load_tokenizer(source), written.cfg.text)
+    answers = _ask(path, [*tokens, *tokens.values()])
+    gaps, halves = [0.0], (answers[: len(tokens)], answers[len(tokens) :])
+    for (text, row), of_text, of_ids in zip(tokens.items(), *halves, strict=True):
         if of_text[0] != len(row) or _gap(of_text[1], of_ids[1]) > _SAME:
             raise UserError(
                 f"{path}: llama.cpp splits {text!r} into other tokens than the tokenizer of {source}: do not use this "
@@ -127,6 +139,20 @@ def _in_llama(written: Model, path: Path, source: Path, tolerance: float) -> dic
             f"{tolerance:.2g}): do not use this file, and report it"
         )
     return {"backend": "llama.cpp", "max_abs_logit_difference": difference, "tolerance": tolerance}
+
+
+def _tokens(tokenizer: Any, text: TextConfig) -> dict[str, list[int]]:
+    """Texts and their tokens, as long as the model's context allows."""
+    longest, found = min(_CONTEXT, context_length(text)) - 2, {}
+    for sample in _TEXTS:
+        while len(row := tokenizer(sample)["input_ids"]) > longest and len(sample) > 1:
+            sample = sample[: len(sample) // 2]
+        found[sample] = row
+    if text.rope.kind == "longrope":
+        # llama.cpp takes the long factors for the whole of a long context, here a long text asks for them
+        long = text.rope.original_max_positions < _CONTEXT
+        found = {one: row for one, row in found.items() if (len(row) > text.rope.original_max_positions) == long}
+    return found
 
 
 def _gap(these: dict[int, float], others: dict[int, float]) -> float:
@@ -149,7 +175,7 @@ def _decoder(folder: Path) -> Path:
     return next(path for path in sorted(folder.glob("*.gguf")) if not path.name.startswith("mmproj-"))
 
 
-def read_gguf(folder: Path, cfg: ModelConfig, uneven: str) -> tuple[Model, set[str]]:
+def read_gguf(folder: Path, cfg: ModelConfig, uneven: str, rolled_positions: bool = False) -> tuple[Model, set[str]]:
     """The model in GGUF files that `save` wrote of a model with `cfg`, in float32, and the types of their tensors."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
@@ -165,6 +191,8 @@ def read_gguf(folder: Path, cfg: ModelConfig, uneven: str) -> tuple[Model, set[s
         tensor = tensors[slot.key]
         array = dequantize(tensor.data, tensor.tensor_type).reshape(slot.hf_shape)[slot.start : slot.stop]
         array = array.reshape(slot.shape)
+        if rolled_positions and slot.path == "vision/position_embedding/weight" and vision_of(wide).class_token:
+            array = np.roll(array, 1, axis=0)
         if architecture.interleaved and slot.key.split(".")[-2] in ROTATED:
             array = neighbours(array, back=True)
         if slot.index is None:

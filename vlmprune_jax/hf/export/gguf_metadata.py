@@ -137,13 +137,18 @@ def text_remarks(text: TextConfig, architecture: Architecture) -> tuple[str, ...
     return tuple(remarks)
 
 
-def tower_remarks(cfg: ModelConfig) -> tuple[str, ...]:
+_FAULT = "builds of llama.cpp that put the class token behind the patches (up to October 2026 all: #25814, #25844)"
+
+
+def tower_remarks(cfg: ModelConfig, rolled: bool) -> tuple[str, ...]:
+    """What differs in llama.cpp's tower; `rolled`: its positions are for builds with a fault."""
     remarks = []
-    if vision_of(cfg).class_token:
+    if vision_of(cfg).class_token and rolled:
+        remarks.append(f"The tower's positions are rolled, for {_FAULT}: the file is wrong for all others.")
+    elif vision_of(cfg).class_token:
         remarks.append(
-            "Builds of llama.cpp that append the class token behind the patches (all up to October 2026: "
-            "ggml-org/llama.cpp#25814, mended by #25844) give every patch its neighbour's position. This file is right "
-            "for a right llama.cpp; such a build computes other features from it, and text as it should."
+            f"In {_FAULT}, every patch has its neighbour's position, so answers about images differ. This file is "
+            "right for a right llama.cpp; `rolled_positions=True` makes one for such builds."
         )
     remarks.append(
         "llama.cpp prepares images by itself (padding and resizing may differ in the last bits from the processor's): "

@@ -59,6 +59,7 @@ def save(
     uneven: str = "per_layer",
     dtype: str = "bfloat16",
     quantize: str = "none",
+    rolled_positions: bool = False,
     storage: Storage | None = None,
     overwrite: bool = False,
     plan: Plan | None = None,
@@ -84,6 +85,8 @@ def save(
         "refuse" raises. GGUF: "per_layer" where llama.cpp has an architecture with such widths, else it raises.
       dtype: of the weights: float32, bfloat16, float16, or "source" (each tensor's own; GGUF: the embedding's).
       quantize: GGUF: "q8_0", "q5_1" or "q4_0" for the decoder's matrices, in blocks of 32 values of a row, or "none".
+      rolled_positions: GGUF: the position table of a tower with a class token as builds of llama.cpp that put it last
+        need it (ggml-org/llama.cpp#25814); wrong for all others.
       storage: the format that weights are written in, for those that it holds; None writes plain tensors, whatever the
         source's format is.
       overwrite: replace an existing model folder.
@@ -100,9 +103,10 @@ def save(
     check_options(model.cfg, format=format, layout=layout, uneven=uneven, dtype=dtype, quantize=quantize)
     name = name or model_name(source)
     steps = [step for step, so in (("reconstructed", reconstructed), ("recovered", recovered)) if so]
-    options = {"uneven": uneven, "dtype": dtype}
+    options: dict[str, Any] = {"uneven": uneven, "dtype": dtype}
     if format == "gguf":
-        export = _gguf(model, source, plan, name, steps, quantize=quantize, **options)
+        options |= {"quantize": quantize, "rolled_positions": rolled_positions}
+        export = _gguf(model, source, plan, name, steps, options)
     else:
         export = _folder(model, source, plan, name, steps, layout=layout, storage=storage, **options)
 
@@ -160,19 +164,11 @@ def _folder(
 
 
 def _gguf(
-    model: Model,
-    source: Path,
-    plan: Plan | None,
-    name: str,
-    steps: list[str],
-    *,
-    uneven: str,
-    dtype: str,
-    quantize: str,
+    model: Model, source: Path, plan: Plan | None, name: str, steps: list[str], options: dict[str, Any]
 ) -> _Export:
     """GGUF files with a card."""
     called = f"{name}-pruned" if plan is not None or os.path.lexists(source / "plan.json") else name
-    files = make_gguf(model, source, name=called, uneven=uneven, dtype=dtype, quantize=quantize)
+    files = make_gguf(model, source, name=called, **options)
 
     def write(folder: Path) -> None:
         for one in files:
