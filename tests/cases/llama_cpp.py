@@ -74,7 +74,12 @@ class _Batch(ctypes.Structure):
 
 
 class _Text(ctypes.Structure):
-    _fields_ = [("text", ctypes.c_char_p), ("add_special", ctypes.c_bool), ("parse_special", ctypes.c_bool)]
+    _fields_ = [
+        ("text", ctypes.c_char_p),
+        ("size", ctypes.c_size_t),
+        ("add_special", ctypes.c_bool),
+        ("parse_special", ctypes.c_bool),
+    ]
 
 
 _POINTERS = (
@@ -155,7 +160,7 @@ class _Llama:
             lib.mtmd_bitmap_init(width, height, np.ascontiguousarray(image).ctypes.data_as(ctypes.c_char_p))
         )
         chunks = ctypes.c_void_p(lib.mtmd_input_chunks_init())
-        text = _Text(prompt.encode(), True, True)
+        text = _Text(prompt.encode(), len(prompt.encode()), True, True)
         assert lib.mtmd_tokenize(tower, chunks, ctypes.byref(text), ctypes.byref(bitmap), ctypes.c_size_t(1)) == 0
         past, features = ctypes.c_int32(0), []
         for i in range(lib.mtmd_input_chunks_size(chunks)):
