@@ -6,11 +6,14 @@ Source: llama.cpp of October 2026, src/models/*.cpp (which tensors are created, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vlmprune_jax.config import ModelConfig, ProjectorConfig, Stack, TextConfig, VisionConfig
+
+NAME, WHEEL = "llama.cpp", "xllamacpp"  # the wheel has it ready to be loaded
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ PHI3 = Architecture("phi3", _PHI3_TENSORS, ropes=("linear", "yarn", "longrope"),
 
 # Towers ---------------------------------------------------------------------------------------------------------------
 
+TOWER = "clip"  # general.architecture
 TOWER_TENSORS = {
     "class_embedding": "v.class_embd",
     "patch_embedding": "v.patch_embd",
@@ -229,3 +233,37 @@ def tower_fields(cfg: ModelConfig, tiles: tuple[int, int] | None) -> dict[str, A
     if tiles is not None:
         fields |= {"vision_preproc_min_tiles": tiles[0], "vision_preproc_max_tiles": tiles[1]}
     return fields
+
+
+# Tokenizers -----------------------------------------------------------------------------------------------------------
+
+# What llama.cpp calls tokenizers whose words begin with a space mark, and those of bytes.
+SPACED, BYTE_LEVEL = "llama", "gpt2"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+SUFFIX|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*SUFFIX|"
+)
+_ENDS = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Rules of a byte-level tokenizer, as hf/export/gguf_tokenizer.py spells them -> what llama.cpp calls them.
+WORDS, BYTES = "ByteLevel words", "ByteLevel"
+PRE: dict[tuple[str, ...], str] = {
+    (WORDS,): "gpt-2",
+    ("Digits", WORDS): "smollm",
+    (
+        _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        BYTES,
+    ): "llama-bpe",
+    (
+        _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        BYTES,
+    ): "qwen2",
+    (_CASED.replace("SUFFIX", "") + r"\p{N}" + _ENDS, BYTES): "tekken",
+    (_CASED.replace("SUFFIX", f"{_CONTRACTIONS}?") + r"\p{N}{1,3}" + _ENDS, BYTES): "gpt-4o",
+}
+# Words that are tokens as a whole are taken as such there, whatever the merges say.
+WHOLE_WORDS = ("llama-bpe", "tekken")
+# The split of a tokenizer whose words all are such.
+OF_WORDS = "llama-bpe"
+# In a model with this in its name all marks but these drop the white space behind them, as in Phi-3's tokenizer.
+DROPPING_NAME, KEEPING_MARKS = re.compile("phi-?3", re.IGNORECASE), {"<unk>", "<s>", "<|endoftext|>"}

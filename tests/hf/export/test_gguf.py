@@ -196,7 +196,7 @@ def test_rolled_positions(golden, tmp_path, name):
         out = tmp_path / str(rolled)
         save(model, out, source_dir=source, format="gguf", dtype="float32", rolled_positions=rolled)
         check_gguf(model, out, source_dir=source, uneven="per_layer", rolled_positions=rolled)
-        found[rolled] = llama_cpp(out, image=image, prompt=MARKER)["features"]
+        found[rolled] = llama_cpp(out, image=image, prompt=f"{MARKER}\nWhat?")["features"]
         assert ("positions are rolled" in (out / "README.md").read_text()) == rolled
     right = features_of(model, pixels)
     if np.abs(found[False] - right).max() <= 0.02:
@@ -233,7 +233,7 @@ def test_pruned_towers(golden, tmp_path):
             with pytest.raises(UserError, match=r'vision tower whose heads.*uneven="pad"'):
                 save(pruned, out, source_dir=source, format="gguf", dtype="float32")
         save(pruned, out, source_dir=source, format="gguf", dtype="float32", uneven=uneven)
-        found = llama_cpp(out, image=image, prompt=MARKER)["features"]
+        found = llama_cpp(out, image=image, prompt=f"{MARKER}\nWhat?")["features"]
         assert np.abs(found - features_of(pruned, pixels)).max() <= 0.02
 
 

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, models, trainers
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import detect
-from vlmprune_jax.hf.export.gguf_tokenizer import PRE, WHOLE_WORDS, make_vocabulary
+from vlmprune_jax.families.gguf import PRE, WHOLE_WORDS
+from vlmprune_jax.hf.export.gguf_tokenizer import make_vocabulary
 from vlmprune_jax.hf.export.write import save
 from vlmprune_jax.hf.lazy import open_model
 
@@ -52,6 +53,9 @@ def trained(folder, rules, pre):
                                   initial_alphabet=sorted(byte_alphabet()))  # fmt: skip
     tokenizer.train_from_iterator([english_text(60_000), *TEXTS * 20], letters)
     content = json.loads(tokenizer.to_str())
+    if "12" not in content["model"]["vocab"]:  # which some rules never let come together
+        content["model"]["vocab"]["12"] = len(content["model"]["vocab"])
+        content["model"]["merges"].append(["1", "2"])
     content["model"]["ignore_merges"] = pre in WHOLE_WORDS
     content["decoder"] = step_of("ByteLevel")
     (folder / "tokenizer.json").write_text(json.dumps(content))

@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from vlmprune_jax.checked_files import read_bytes
 from vlmprune_jax.config import LayerShape, ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, family_of
 from vlmprune_jax.families.decoders import decoder_of
 from vlmprune_jax.families.gguf import (
+    TOWER,
     TOWER_TENSORS,
     Architecture,
     projector_tensors,
@@ -128,7 +130,7 @@ def _tower(
     if rolled and vision.class_token:
         tensors = [_rolled(one) if one.key.startswith("v.position_embd") else one for one in tensors]
     tensors += _tensors(model, wide, family, "projector", projector_tensors(wide.projector), plain)
-    return GgufFile(f"{stem}-{plain.lower()}.gguf", "clip", fields, tensors, vision.layers, tower_remarks(wide, rolled))
+    return GgufFile(f"{stem}-{plain.lower()}.gguf", TOWER, fields, tensors, vision.layers, tower_remarks(wide, rolled))
 
 
 def _rolled(table: Tensor) -> Tensor:
@@ -364,6 +366,6 @@ def _header(one: GgufFile, folder: Path) -> bytes:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         writer.close()
-        return path.read_bytes()
+        return read_bytes(path)
     finally:
         path.unlink(missing_ok=True)

@@ -13,12 +13,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from vlmprune_jax.checked_files import parse_json
 from vlmprune_jax.config import ModelConfig, TextConfig
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.distributed.mesh import on_process_zero, whole
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import family_of
-from vlmprune_jax.families.gguf import TOWER_TENSORS, projector_tensors
+from vlmprune_jax.families.gguf import NAME, TOWER_TENSORS, WHEEL, projector_tensors
 from vlmprune_jax.families.towers import vision_of
 from vlmprune_jax.hf.export.gguf import ROTATED, fit, neighbours, under_names
 from vlmprune_jax.hf.export.gguf_metadata import context_length
@@ -115,7 +116,7 @@ def _compare(
             f"{folder}: read back its logits differ from the model's by {difference:.2g} (tolerance {tolerance:.2g}): "
             "do not use these files, and report it with their config.json"
         )
-    if importlib.util.find_spec("xllamacpp") is None:
+    if importlib.util.find_spec(WHEEL) is None:
         return {"backend": "jax", "max_abs_logit_difference": difference, "tolerance": tolerance}
     return _in_llama(written, _decoder(folder), source, _PLAIN_TOLERANCE if kind[0] != "Q" else _QUANTISED_TOLERANCE)
 
@@ -138,7 +139,7 @@ def _in_llama(written: Model, path: Path, source: Path, tolerance: float) -> dic
             f"{path}: in llama.cpp log-probabilities differ from the model's by {difference:.2g} (tolerance "
             f"{tolerance:.2g}): do not use this file, and report it"
         )
-    return {"backend": "llama.cpp", "max_abs_logit_difference": difference, "tolerance": tolerance}
+    return {"backend": NAME, "max_abs_logit_difference": difference, "tolerance": tolerance}
 
 
 def _tokens(tokenizer: Any, text: TextConfig) -> dict[str, list[int]]:
@@ -168,7 +169,8 @@ def _ask(path: Path, prompts: list[Any]) -> list[Likeliest]:
     if done.returncode or not lines:
         said = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         raise UserError(f"{path}: llama.cpp does not load it ({said[0]}): do not use this file, and report it")
-    return [(count, {number: logprob for number, logprob in likeliest}) for count, likeliest in json.loads(lines[-1])]
+    answers = parse_json(lines[-1], f"{path}: what llama.cpp says", "report it")
+    return [(count, {number: logprob for number, logprob in likeliest}) for count, likeliest in answers]
 
 
 def _decoder(folder: Path) -> Path:

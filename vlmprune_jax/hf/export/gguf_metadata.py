@@ -15,7 +15,7 @@ from vlmprune_jax.config import ModelConfig, TextConfig
 from vlmprune_jax.data.image_processor import checked_processor
 from vlmprune_jax.data.tiling import tiling_from_processor
 from vlmprune_jax.families import Family
-from vlmprune_jax.families.gguf import Architecture
+from vlmprune_jax.families.gguf import DROPPING_NAME, Architecture
 from vlmprune_jax.families.table import JsonDict
 from vlmprune_jax.families.towers import PIXELS, vision_of
 from vlmprune_jax.hf.export.gguf_tokenizer import drops_white_space
@@ -102,15 +102,11 @@ def tiles(family: Family, source: Path) -> tuple[int, int] | None:
     return tiling.min_tiles, tiling.max_tiles
 
 
-# By this in a model's name llama.cpp takes its tokenizer for Phi-3's (`drops_white_space`).
-_PHI3_NAME = re.compile("phi-?3", re.IGNORECASE)
-
-
 def title(name: str, tokenizer: Any) -> str:
     """The model's name, by which llama.cpp takes it for a Phi-3 if and only if its tokenizer is one."""
     if drops_white_space(tokenizer):
-        return name if _PHI3_NAME.search(name) else f"{name} (Phi-3)"
-    return _PHI3_NAME.sub("Phi 3", name)
+        return name if DROPPING_NAME.search(name) else f"{name} (Phi-3)"
+    return DROPPING_NAME.sub(lambda found: " ".join((found[0][:-1].rstrip("-"), found[0][-1])), name)
 
 
 def licence(source: Path) -> JsonDict:

@@ -18,39 +18,14 @@ from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.errors import UserError, printable
 from vlmprune_jax.families import Family, template_of
+from vlmprune_jax.families.gguf import BYTE_LEVEL, BYTES, KEEPING_MARKS, OF_WORDS, PRE, SPACED, WHOLE_WORDS, WORDS
 from vlmprune_jax.families.table import JsonDict
 from vlmprune_jax.hf.export.processor import chat_template
 from vlmprune_jax.hf.export.tokenizer import read_tokenizer, token_id
 from vlmprune_jax.hf.read import read_fields
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of tokens, gguf.TokenType
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_CASED = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+SUFFIX|"
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*SUFFIX|"
-)
-_ENDS = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# Rules of a byte-level tokenizer, as `_rules` spells them -> what llama.cpp calls them.
-_WORDS, _BYTES = "ByteLevel words", "ByteLevel"
-PRE: dict[tuple[str, ...], str] = {
-    (_WORDS,): "gpt-2",
-    ("Digits", _WORDS): "smollm",
-    (
-        _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        _BYTES,
-    ): "llama-bpe",
-    (
-        _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        _BYTES,
-    ): "qwen2",
-    (_CASED.replace("SUFFIX", "") + r"\p{N}" + _ENDS, _BYTES): "tekken",
-    (_CASED.replace("SUFFIX", f"{_CONTRACTIONS}?") + r"\p{N}{1,3}" + _ENDS, _BYTES): "gpt-4o",
-}
-# Words that are tokens as a whole are taken as such there, whatever the merges say.
-WHOLE_WORDS = ("llama-bpe", "tekken")
 _SPACE = "▁"
-# Marks of Phi-3 behind which its tokenizer keeps white space.
-_PHI3_KEEPS = {"<unk>", "<s>", "<|endoftext|>"}
 
 
 @dataclass(frozen=True)
@@ -83,11 +58,11 @@ def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family) -> Vocabular
     merges = [one if isinstance(one, list) else one.split(" ", 1) for one in model.get("merges") or ()]
     if spaced:
         prefix = _check_spaced(content, str(folder))
-        fields |= {"tokenizer_model": "llama", "tokenizer_pre": "default", "add_space_prefix": prefix}
+        fields |= {"tokenizer_model": SPACED, "tokenizer_pre": "default", "add_space_prefix": prefix}
         fields["token_scores"] = _scores(tokens, merges)
     else:
         pre = _pre(content, fast, str(folder))
-        fields |= {"tokenizer_model": "gpt2", "tokenizer_pre": pre, "add_space_prefix": False}
+        fields |= {"tokenizer_model": BYTE_LEVEL, "tokenizer_pre": pre, "add_space_prefix": False}
         # Without any the key is left out, and llama.cpp refuses the file: one that can never apply.
         specials = [token for token, kind in zip(tokens, kinds, strict=True) if kind in (CONTROL, UNUSED)] * 2
         fields["token_merges"] = [" ".join(pair) for pair in merges] or [" ".join(specials[:2] or tokens[:2])]
@@ -158,7 +133,7 @@ def _rules(step: JsonDict | None) -> Iterator[str]:
         for one in step.get("pretokenizers") or ():
             yield from _rules(one)
     elif kind == "ByteLevel" and not step.get("add_prefix_space"):
-        yield _WORDS if step.get("use_regex", True) else _BYTES
+        yield WORDS if step.get("use_regex", True) else BYTES
     elif kind == "Digits" and step.get("individual_digits"):
         yield "Digits"
     elif kind == "Split" and (step.get("behavior"), bool(step.get("invert"))) in (
@@ -183,7 +158,7 @@ def _pre(content: JsonDict, fast: Any, where: str) -> str:
     if bool(model.get("ignore_merges")) == (pre in WHOLE_WORDS):
         return pre
     if not model.get("merges") and model.get("ignore_merges") and _same_words(content, fast):
-        return "llama-bpe"  # whose words are tokens as a whole too
+        return OF_WORDS
     raise UserError(
         f"{where}: this tokenizer.json {'takes' if model.get('ignore_merges') else 'does not take'} words that are "
         f"tokens as a whole, and llama.cpp's {pre} does {'not' if model.get('ignore_merges') else ''}: there is no GGUF"
@@ -191,10 +166,10 @@ def _pre(content: JsonDict, fast: Any, where: str) -> str:
 
 
 def _same_words(content: JsonDict, fast: Any) -> bool:
-    """Whether a tokenizer without merges gives the same ids under the rules of llama-bpe, for all that it knows."""
+    """Whether a tokenizer without merges gives the same ids under the rules of `OF_WORDS`, for all that it knows."""
     from tokenizers import Tokenizer
 
-    split = next(rules[0] for rules, name in PRE.items() if name == "llama-bpe")
+    split = next(rules[0] for rules, name in PRE.items() if name == OF_WORDS)
     steps = [
         {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False},
         {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
@@ -238,7 +213,9 @@ def _marks(cfg: ModelConfig, content: JsonDict, fast: Any, where: str) -> JsonDi
 def drops_white_space(tokenizer: Any) -> bool:
     """Whether the marks behind which a tokenizer drops white space are all that Phi-3's drops it behind."""
     marks = {one.content: one.rstrip for one in tokenizer.added_tokens_decoder.values() if one.special}
-    return set(marks) >= _PHI3_KEEPS | {"</s>"} and {name for name, drops in marks.items() if not drops} == _PHI3_KEEPS
+    return (
+        set(marks) >= KEEPING_MARKS | {"</s>"} and {name for name, drops in marks.items() if not drops} == KEEPING_MARKS
+    )
 
 
 def _chat_template(folder: Path, family: Family, fast: Any) -> str:
