@@ -172,6 +172,24 @@ def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
     return found, dataclasses.replace(cfg, text=text, vision=vision)
 
 
+def support(cfg: ModelConfig) -> str:
+    """What becomes of a pruned copy of a model in llama.cpp, before it is made."""
+    try:
+        architecture, _ = fit(cfg, "pad")
+    except UserError as error:
+        return str(error)
+    able = [one for one in decoder_of(cfg.text.decoder).gguf if one.lacks(cfg.text) is None]
+    wide = next((one.name for one in able if one.per_layer), None)
+    heads = next((one.name for one in able if one.free_heads), None)
+    return f"llama.cpp's {architecture.name}; fewer heads {_held(heads)}, unequal widths {_held(wide)}" + (
+        "; the tower with all its heads, or with uneven=pad" if cfg.vision is not None else ""
+    )
+
+
+def _held(name: str | None) -> str:
+    return "with uneven=pad only" if name is None else f"at true size ({name})"
+
+
 def _padded_text(text: TextConfig, architecture: Architecture) -> TextConfig:
     if architecture.misfit(text) is None:
         return text
