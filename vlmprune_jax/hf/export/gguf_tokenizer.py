@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlmprune_jax.checked_files import parse_json
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.data.prompts import load_tokenizer
+from vlmprune_jax.data.tokenizer_files import SLOW, TOKENIZER
 from vlmprune_jax.errors import UserError, printable
 from vlmprune_jax.families import Family, template_of
 from vlmprune_jax.families.gguf import BYTE_LEVEL, BYTES, KEEPING_MARKS, OF_WORDS, PRE, SPACED, WHOLE_WORDS, WORDS
 from vlmprune_jax.families.table import JsonDict
 from vlmprune_jax.hf.export.processor import chat_template
-from vlmprune_jax.hf.export.tokenizer import read_tokenizer, token_id
+from vlmprune_jax.hf.export.tokenizer import token_id
 from vlmprune_jax.hf.read import read_fields
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of tokens, gguf.TokenType
@@ -46,10 +49,12 @@ def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family) -> Vocabular
     Raises:
       UserError: there is none, llama.cpp does not split texts like it, or it has more tokens than the model.
     """
-    content = read_tokenizer(folder)
-    if content is None:
+    if not any(os.path.lexists(folder / name) for name in (TOKENIZER, *SLOW)):
         raise UserError(f"{folder}: has no tokenizer, without which llama.cpp loads no model: put its files there")
-    fast, rows, model = load_tokenizer(folder), cfg.text.vocab_size, content["model"]
+    fast, rows = load_tokenizer(folder), cfg.text.vocab_size
+    # as the library spells it, whatever version wrote the file
+    content = parse_json(fast.backend_tokenizer.to_str(), str(folder / TOKENIZER), "use the model's source's")
+    model = content["model"]
     if model.get("type") != "BPE":
         raise UserError(f"{folder}: tokenizers of type {model.get('type')!r} are not written to GGUF (BPE is)")
     spaced = bool(model.get("byte_fallback"))
