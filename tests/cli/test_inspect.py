@@ -53,7 +53,9 @@ def test_every_family_from_headers_alone(goldens, capsys, monkeypatch, name):
     assert found["text"]["layers"] == len(model.cfg.text.layers)
     assert found["shards"] == len(list(folder.glob("*.safetensors")))
     assert found["bytes"] == sum(entry.end - entry.begin for entry in Checkpoint(folder).entries.values())
-    assert set(found["export"]) >= {"depth", "equal widths", "uneven=per_layer", "uneven=pad"}
+    assert set(found["export"]) >= {"depth", "equal widths", "uneven=per_layer", "uneven=pad", "format=gguf"}
+    wide = "with uneven=pad only" if found["family"] == "bunny" else "at true size (deci)"
+    assert f"unequal widths {wide}" in found["export"]["format=gguf"]
     assert ("layout=transformers" in found["export"]) == (found["layout"] == "original")
     assert ("where no head is missing" in found["export"]["equal widths"]) == (found["layout"] == "original")
 

@@ -1,7 +1,7 @@
-"""vlmprune export --config=FILE.py --workdir=DIR: the best model as a Hugging Face folder.
+"""vlmprune export --config=FILE.py --workdir=DIR: the best model as a Hugging Face folder, or as GGUF files.
 
 Makes export/, reloaded and compared before it counts as done.
-Settings: export.layout, export.uneven, export.dtype (--config.export.layout=...).
+Settings: export.format, export.layout, export.uneven, export.dtype, export.quantize (--config.export.layout=...).
 """
 
 from __future__ import annotations

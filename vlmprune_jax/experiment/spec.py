@@ -437,6 +437,12 @@ class EvaluateSpec:
 class ExportSpec:
     """The folder handed out."""
 
+    format: str = setting(
+        "huggingface",
+        "A Hugging Face folder, or the GGUF files that llama.cpp loads.",
+        affects=_EXPORT,
+        choices="hf.export.target:FORMATS",
+    )
     layout: str = setting(
         "source",
         "The layout that was read, or that of the stock class of transformers.",
@@ -451,6 +457,17 @@ class ExportSpec:
     )
     dtype: str = setting(
         "bfloat16", "What weights are written in.", affects=_EXPORT, choices="hf.export.target:WRITTEN"
+    )
+    quantize: str = setting(
+        "none",
+        "Blocks of 32 values that share a scale, in GGUF: of 8, 5 or 4 bits for the decoder's matrices.",
+        affects=_EXPORT,
+        choices="hf.export.target:quantizations",
+    )
+    rolled_positions: bool = setting(
+        False,
+        "In GGUF: the tower's positions for builds of llama.cpp that put its class token last (#25814).",
+        affects=_EXPORT,
     )
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from vlmprune_jax.config import TextConfig
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.families import gguf
 from vlmprune_jax.families.decoders import decoder_family
 from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.families.mistral import as_mistral
@@ -44,4 +45,14 @@ def _to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     return as_mistral(text, config)
 
 
-LLAMA = decoder_family(Decoder("llama", "LlamaForCausalLM", _from_hf, _to_hf, llama_like_weights, heads_divide=True))
+LLAMA = decoder_family(
+    Decoder(
+        "llama",
+        "LlamaForCausalLM",
+        _from_hf,
+        _to_hf,
+        llama_like_weights,
+        heads_divide=True,
+        gguf=(gguf.LLAMA, gguf.DECI),
+    )
+)

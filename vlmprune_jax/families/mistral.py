@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmprune_jax.config import TextConfig
+from vlmprune_jax.families import gguf
 from vlmprune_jax.families.decoders import decoder_family
 from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.families.shapes import layers_to_hf
@@ -46,5 +47,7 @@ def as_mistral(text: TextConfig, config: JsonDict) -> JsonDict:
     return config
 
 
-_DECODER = Decoder("mistral", "MistralForCausalLM", _from_hf, layers_to_hf, llama_like_weights)
+_DECODER = Decoder(
+    "mistral", "MistralForCausalLM", _from_hf, layers_to_hf, llama_like_weights, gguf=(gguf.LLAMA, gguf.DECI)
+)
 MISTRAL = decoder_family(_DECODER)

@@ -7,6 +7,7 @@ from typing import Any
 
 from vlmprune_jax.config import TextConfig
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.families import gguf
 from vlmprune_jax.families.decoders import decoder_family
 from vlmprune_jax.families.rope import rope_from_hf, rotary_dim
 from vlmprune_jax.families.shapes import layers_from_hf, layers_to_hf
@@ -72,4 +73,6 @@ def _weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
 
 
 # layers_to_hf: its classes take an explicit `head_dim`
-PHI = decoder_family(Decoder("phi", "PhiForCausalLM", _from_hf, layers_to_hf, _weights, head_bias=True))
+PHI = decoder_family(
+    Decoder("phi", "PhiForCausalLM", _from_hf, layers_to_hf, _weights, head_bias=True, gguf=(gguf.PHI2,))
+)

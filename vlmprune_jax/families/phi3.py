@@ -8,6 +8,7 @@ from typing import Any
 
 from vlmprune_jax.config import TextConfig
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.families import gguf
 from vlmprune_jax.families.decoders import decoder_family
 from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.families.mistral import as_mistral
@@ -76,4 +77,14 @@ def _weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
     return table
 
 
-PHI3 = decoder_family(Decoder("phi3", "Phi3ForCausalLM", _from_hf, _to_hf, _weights, heads_divide=True))
+PHI3 = decoder_family(
+    Decoder(
+        "phi3",
+        "Phi3ForCausalLM",
+        _from_hf,
+        _to_hf,
+        _weights,
+        heads_divide=True,
+        gguf=(gguf.PHI3, gguf.LLAMA, gguf.DECI),
+    )
+)

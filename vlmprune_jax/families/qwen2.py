@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmprune_jax.config import TextConfig
+from vlmprune_jax.families import gguf
 from vlmprune_jax.families.decoders import decoder_family
 from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.families.shapes import layers_to_hf, windows_from_hf
@@ -27,4 +28,13 @@ def _from_hf(config: Mapping[str, Any]) -> TextConfig:
     return llama_like(config, "qwen2", windows=windows, qkv_bias=True)
 
 
-QWEN2 = decoder_family(Decoder("qwen2", "Qwen2ForCausalLM", _from_hf, layers_to_hf, llama_like_weights))
+QWEN2 = decoder_family(
+    Decoder(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        _from_hf,
+        layers_to_hf,
+        llama_like_weights,
+        gguf=(gguf.QWEN2, gguf.LLAMA, gguf.DECI),
+    )
+)

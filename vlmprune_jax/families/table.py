@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmprune_jax.config import ModelConfig, TextConfig
+from vlmprune_jax.families.gguf import Architecture
 from vlmprune_jax.families.templates import LLAVA_V1, Template
 from vlmprune_jax.families.tiles import TilingConfig
 
@@ -39,7 +40,8 @@ class Decoder:
     type; `to_hf(text, source)` rewrites what depends on the layers, and may turn to another model type that holds the
     same computation. `weights(text, prefix, head)`: `prefix` precedes `embed_tokens` and `layers`, `head` is the key of
     the output head. `heads_divide`: the config class refuses numbers of heads that do not divide hidden_size.
-    `head_bias`: alone its output head has a bias.
+    `head_bias`: alone its output head has a bias. `gguf`: architectures of llama.cpp that compute it, in the order in
+    which they are tried.
     """
 
     model_type: str
@@ -49,6 +51,7 @@ class Decoder:
     weights: Callable[[TextConfig, str, str], list[Weight]]
     heads_divide: bool = False
     head_bias: bool = False
+    gguf: tuple[Architecture, ...] = ()
 
 
 @dataclass(frozen=True)

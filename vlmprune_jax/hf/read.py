@@ -91,6 +91,9 @@ def resolve(name: str | Path) -> Path:
       UserError: there is no such folder and the hub has no such model or cannot be reached.
     """
     folder, text = Path(name), str(name)
+    inside = folder.glob("*.gguf") if os.path.isdir(folder) and not os.path.lexists(folder / "config.json") else ()
+    if any(inside) or (text.endswith(".gguf") and os.path.isfile(folder)):
+        raise UserError(f"{name}: is for llama.cpp (GGUF): give the Hugging Face folder that it was made from")
     if os.path.isdir(folder):
         return folder
     if folder.is_absolute() or text.startswith(".") or text.count("/") != 1 or os.path.lexists(folder):

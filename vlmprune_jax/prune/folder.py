@@ -17,7 +17,9 @@ def prune_folder(
     out_dir: str | Path,
     *,
     vision_dir: str | Path | None = None,
+    format: str = "huggingface",
     dtype: str = "source",
+    quantize: str = "none",
     layout: str = "source",
     uneven: str = "per_layer",
     overwrite: bool = False,
@@ -35,7 +37,7 @@ def prune_folder(
       plan: what stays; its fingerprint is compared with weights sampled from the files.
       out_dir: the new folder, which appears whole or not at all.
       vision_dir: the tower's own folder, as in `load`.
-      dtype, layout, uneven, overwrite: as in `save`; "source" keeps every tensor's dtype.
+      format, dtype, quantize, layout, uneven, overwrite: as in `save`; "source" keeps every tensor's dtype.
 
     Raises:
       UserError: as `load`, `apply_plan` and `save`; also when a disk gives back other bytes than were written.
@@ -43,4 +45,5 @@ def prune_folder(
     source = resolve(source_dir)
     model = open_model(source, None if vision_dir is None else resolve(vision_dir))
     pruned = apply_plan(model, plan)
-    save(pruned, out_dir, source_dir=source, layout=layout, uneven=uneven, dtype=dtype, overwrite=overwrite, plan=plan)
+    options = {"format": format, "layout": layout, "uneven": uneven, "dtype": dtype, "quantize": quantize}
+    save(pruned, out_dir, source_dir=source, overwrite=overwrite, plan=plan, **options)

@@ -10,6 +10,7 @@ from vlmprune_jax.config import LayerShape, ModelConfig, Stack, VisionConfig, ru
 from vlmprune_jax.errors import printable
 from vlmprune_jax.families import Family, target_of
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
+from vlmprune_jax.hf.export.gguf import support
 from vlmprune_jax.hf.layout import make_slots
 from vlmprune_jax.hf.read import find_weights, read_config, resolve
 from vlmprune_jax.models.params import count_params
@@ -111,6 +112,7 @@ def _export(cfg: ModelConfig, family: Family) -> dict[str, str]:
             "layers and equal neurons as above; fewer heads load in this package, with uneven=pad as above; unequal "
             "widths with uneven=pad only"
         )
+    found["format=gguf"] = support(cfg)
     if not cfg.text.even:
         found["now"] = "this folder has layers of unequal width already"
     return found

@@ -11,6 +11,7 @@ from vlmprune_jax.checked_files import Finite
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.hf.export.card import model_name
+from vlmprune_jax.hf.export.gguf_check import check_gguf
 from vlmprune_jax.hf.export.reload import check_export
 from vlmprune_jax.hf.export.write import save
 from vlmprune_jax.prune import PrunePlan
@@ -19,7 +20,7 @@ from vlmprune_jax.stages.ledger import Json, differs_only_in, remove
 
 
 class _Facts(TypedDict):
-    """What `check_export` found."""
+    """What `check_export` or `check_gguf` found."""
 
     backend: str
     max_abs_logit_difference: Finite
@@ -65,6 +66,9 @@ def export_stage(
             benchmarks=benchmarks,
         )
         try:
+            if spec.format == "gguf":
+                options = {"uneven": spec.uneven, "rolled_positions": spec.rolled_positions}
+                return check_gguf(model, out, source_dir=model_folder, **options)
             return check_export(model, out, vision_dir=experiment.model.vision_dir)
         except BaseException:
             if is_main_process():

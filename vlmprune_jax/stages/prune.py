@@ -162,6 +162,10 @@ def _budget(experiment: Experiment, cfg: ModelConfig) -> Json | None:
     budget = plan_budget(experiment)
     if budget is not None and "disk_bytes" in budget:
         spec, source, dtype = experiment.export, teacher_folder(experiment.model), export_dtype(experiment)
+        if spec.format == "gguf":
+            raise UserError(
+                "prune.budget.disk_bytes counts the bytes of a folder, and export.format is gguf: leave it out"
+            )
         target = make_target(cfg, source, spec.layout, spec.uneven, dtype)
         tensors = make_tensors(open_folder(experiment.model, source), target, Checkpoint(source), dtype)
         computed = padded_stacks(cfg) if spec.uneven == "pad" else cfg

@@ -38,8 +38,10 @@ def check_target(out_dir: Path, source_dir: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"{out_dir}: exists already: choose another folder or pass --overwrite (overwrite=True)")
-    if not (out_dir / "config.json").is_file():
-        raise UserError(f"{out_dir}: not a model folder (no config.json), so it is not overwritten: remove it by hand")
+    if not (out_dir / "config.json").is_file() and not any(out_dir.glob("*.gguf")):
+        raise UserError(
+            f"{out_dir}: not a model folder (no config.json and no GGUF), so it is not overwritten: remove it by hand"
+        )
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -59,22 +59,22 @@ def model_name(folder: Path) -> str:
 
 def write_card(
     folder: Path,
+    *,
     cfg: ModelConfig,
-    written: ModelConfig,
-    config: dict[str, Any],
     name: str,
     steps: Sequence[str],
+    loading: str,
+    library: str = "transformers",
     benchmarks: Sequence[Sequence[str]] = (),
 ) -> None:
     """The model card of a folder that holds everything else.
 
-    `written` is `cfg` with the blocks as they are in the files (wider than the model's where layers were padded),
-    `config` the config.json beside it, `name` that of the model before pruning; `steps` says what was done to it after
-    that: "reconstructed", "recovered"; `benchmarks` what it is worth, a row per evaluation set (see `save`).
+    `name` is that of the model before pruning; `steps` says what was done to it after that: "reconstructed",
+    "recovered". `loading` says how to load it, with the `library` of that name; `benchmarks` what it is worth, a row
+    per evaluation set (see `save`).
     """
     plan_file = folder / "plan.json"
     plan = read_json(plan_file, _Plan, todo="move it away") if os.path.lexists(plan_file) else None
-    processor = any((folder / f"{kind}_config.json").is_file() for kind in ("processor", "preprocessor"))
     done = [*(["pruned"] if plan else []), *steps]
     base = f"base_model: {name}\n" if "/" in name else ""
     try:
@@ -83,7 +83,7 @@ def write_card(
         raise UserError(f"{name}: its plan.json is not a prune plan ({error!r}): move it away") from error
     task = "text-generation" if cfg.vision is None else "image-text-to-text"
     card = f"""---
-library_name: transformers
+library_name: {library}
 pipeline_tag: {task}
 {base}tags: [vlmprune-jax, pruned]
 ---
@@ -101,7 +101,7 @@ Decoder layers: {len(cfg.text.layers)}, {_shapes(cfg.text.layers)}.{_tower(cfg, 
 {_benchmarks(benchmarks)}
 ## Loading
 
-{_loading(cfg, written, config, processor)}
+{loading}
 """
     (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
@@ -166,7 +166,13 @@ def _shapes(layers: tuple[LayerShape, ...]) -> str:
     return "of unequal width: " + "; ".join(f"{s.q_heads}/{s.kv_heads} heads and {s.mlp} neurons" for s in shapes)
 
 
-def _loading(cfg: ModelConfig, written: ModelConfig, config: dict[str, Any], processor: bool) -> str:
+def loading_of(folder: Path, cfg: ModelConfig, written: ModelConfig, config: dict[str, Any]) -> str:
+    """How a Hugging Face folder that holds everything else is loaded.
+
+    `written` is `cfg` with the blocks as they are in the files (wider than the model's where layers were padded),
+    `config` the config.json beside it.
+    """
+    processor = any((folder / f"{kind}_config.json").is_file() for kind in ("processor", "preprocessor"))
     parts = []
     if written.layout == cfg.layout != "transformers":
         parts.append(_hub_loading(written, config))

@@ -49,7 +49,7 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
       UserError: the difference is above the tolerance, or transformers does not load the folder cleanly.
     """
     folder, tower = Path(out_dir), None if vision_dir is None else resolve(vision_dir)
-    inputs = _random_inputs(model.cfg)
+    inputs = random_inputs(model.cfg)
     # Most CPUs and TPUs multiply float32 in fewer bits by default; the comparison is of functions, not of speed.
     with jax.default_matmul_precision("highest"):
         renamed = _renamed_images(inputs, model.cfg, folder, tower)
@@ -112,7 +112,8 @@ def _reloaded(written: Model, folder: Path, tower: Path | None) -> Model:
     return Model(dict(written.params) | params, cfg)
 
 
-def _random_inputs(cfg: ModelConfig) -> dict[str, Any]:
+def random_inputs(cfg: ModelConfig) -> dict[str, Any]:
+    """What exports are compared on: rows of random tokens, each with an image if the model has a tower."""
     rng = np.random.default_rng(0)
     words = np.setdiff1d(np.arange(cfg.text.vocab_size), [cfg.image_token_id])
     ids = rng.choice(words, (_ROWS, _TEXT_TOKENS))

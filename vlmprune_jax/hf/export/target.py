@@ -26,6 +26,9 @@ from vlmprune_jax.hf.read import read_fields
 LAYOUTS = ("source", "transformers")
 UNEVEN = ("per_layer", "pad", "refuse")
 WRITTEN = (*DTYPES, "source")  # dtypes of a folder
+# What an export is -> how its matrices may be quantised there.
+QUANTIZE = {"huggingface": ("none",), "gguf": ("none", "q8_0", "q5_1", "q4_0")}
+FORMATS = tuple(QUANTIZE)
 # What makes a folder usable beside its weights and config.json.
 _ALWAYS = ("LICENSE*", "NOTICE*", "USE_POLICY*", "plan.json")
 _SAME_LAYOUT = (
@@ -57,6 +60,11 @@ class Target:
     tokenizer: JsonDict | None = None
 
 
+def quantizations() -> tuple[str, ...]:
+    """How matrices may be quantised, in any format."""
+    return tuple(dict.fromkeys(name for names in QUANTIZE.values() for name in names))
+
+
 def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype: str) -> Target:
     """The folder for a model that came from `source`.
 
@@ -64,7 +72,7 @@ def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype:
       UserError: unknown options, a source of another family, unequal layers with uneven="refuse", or a model that
         the layout cannot hold.
     """
-    _check_options(cfg, layout, uneven, dtype)
+    check_options(cfg, layout=layout, uneven=uneven, dtype=dtype)
     family, config = family_of(cfg), without_storage(read_fields(source / "config.json"))
     if detect(config, str(source / "config.json")) is not family:
         raise UserError(f"{source}: is not the folder that this {family.name} ({family.layout} layout) model came from")
@@ -90,12 +98,31 @@ def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype:
     return Target(family, wide, written, new_family is not None, ships, tokenizer)
 
 
-def _check_options(cfg: ModelConfig, layout: str, uneven: str, dtype: str) -> None:
-    for name, value, known in (("layout", layout, LAYOUTS), ("uneven", uneven, UNEVEN), ("dtype", dtype, WRITTEN)):
+def check_options(
+    cfg: ModelConfig, *, layout: str, uneven: str, dtype: str, format: str = "huggingface", quantize: str = "none"
+) -> None:
+    """Refuse options that are unknown, do not go together, or do not suit the model.
+
+    Raises:
+      UserError: names the option.
+    """
+    for name, value, known in (
+        ("format", format, FORMATS),
+        ("layout", layout, LAYOUTS),
+        ("uneven", uneven, UNEVEN),
+        ("dtype", dtype, WRITTEN),
+        ("quantize", quantize, quantizations()),
+    ):
         if value not in known:
             raise UserError(f"{name} {value!r} is not one of {', '.join(known)}")
+    if quantize not in QUANTIZE[format]:
+        raise UserError(f"quantize {quantize!r} is not for format {format!r} (there is {', '.join(QUANTIZE[format])})")
+    if format == "gguf" and layout != "source":
+        raise UserError(f'layout {layout!r} is one of Hugging Face folders: leave it out with format="gguf"')
     if cfg.lora is not None:
         raise UserError("the model has unmerged LoRA adapters: merge them first (recovery.merge_lora)")
+    if format == "gguf":
+        return  # llama.cpp holds other widths
     if uneven == "refuse" and not cfg.text.even:
         raise UserError(
             "the layers have unequal widths, which stock transformers cannot load: prune all layers alike (without "
@@ -135,11 +162,18 @@ def write_files(target: Target, cfg: ModelConfig, source: Path, folder: Path, pl
     """
     (folder / "config.json").write_text(json.dumps(target.config, indent=2, ensure_ascii=False) + "\n", "utf-8")
     code = ("*.py",) if "auto_map" in target.config else ()
-    _copy_files(source, folder, _ALWAYS if target.converts else (*_ALWAYS, *_SAME_LAYOUT, *code))
+    copy_always(source, folder, plan)
+    if not target.converts:
+        _copy_files(source, folder, (*_SAME_LAYOUT, *code))
     if target.tokenizer is not None:
         write_processor(folder, source, cfg, read_fields(source / "config.json"), target.tokenizer)
     if target.ships_loader:
         write_loader(folder)
+
+
+def copy_always(source: Path, folder: Path, plan: Plan | None) -> None:
+    """Licence and plan, which go with the weights in every format; `plan` in place of the source's."""
+    _copy_files(source, folder, _ALWAYS)
     if plan is not None:
         plan.to_json(folder / "plan.json")
 

@@ -10,16 +10,22 @@ import numpy as np
 from vlmprune_jax.config import LayerShape, ModelConfig
 
 
-def widest(layers: Sequence[LayerShape]) -> LayerShape:
-    """The smallest shape that every layer fits in with its query heads in their groups."""
+def widest(layers: Sequence[LayerShape], heads: int | None = None) -> LayerShape:
+    """The smallest shape that every layer fits in with its query heads in their groups.
+
+    With `heads` it has that many query heads, if groups of any size at least as large make up that many.
+    """
     kv_heads = max(shape.kv_heads for shape in layers)
     per_group = max(shape.q_heads // shape.kv_heads for shape in layers)
+    if heads is not None:
+        fits = [n for n in range(kv_heads, heads // per_group + 1) if heads % n == 0]
+        kv_heads, per_group = (fits[0], heads // fits[0]) if fits else (kv_heads, per_group)
     return LayerShape(kv_heads * per_group, kv_heads, max(shape.mlp for shape in layers))
 
 
-def padded(layers: Sequence[LayerShape]) -> tuple[LayerShape, ...]:
+def padded(layers: Sequence[LayerShape], heads: int | None = None) -> tuple[LayerShape, ...]:
     """All layers at the widths of `widest`, each with its own sliding window."""
-    widths = widest(layers).widths
+    widths = widest(layers, heads).widths
     return tuple(LayerShape(*widths, shape.window) for shape in layers)
 
 

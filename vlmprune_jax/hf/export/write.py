@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES, file_name
 from vlmprune_jax.hf.disk.storage import Storage
 from vlmprune_jax.hf.disk.tensors import Tensor, encoded, split_shards, weight, write_weights
-from vlmprune_jax.hf.export.card import model_name, write_card
+from vlmprune_jax.hf.export.card import loading_of, model_name, write_card
 from vlmprune_jax.hf.export.convert import more_words
-from vlmprune_jax.hf.export.target import Plan, Target, make_target, write_files
+from vlmprune_jax.hf.export.gguf import make_gguf, write_gguf
+from vlmprune_jax.hf.export.gguf_card import gguf_loading
+from vlmprune_jax.hf.export.target import Plan, Target, check_options, copy_always, make_target, write_files
 from vlmprune_jax.hf.export.uneven import pad_tensor
 from vlmprune_jax.hf.fetch import extent_of, origin, to_host
 from vlmprune_jax.hf.layout import (
@@ -50,9 +54,12 @@ def save(
     out_dir: str | Path,
     *,
     source_dir: str | Path,
+    format: str = "huggingface",
     layout: str = "source",
     uneven: str = "per_layer",
     dtype: str = "bfloat16",
+    quantize: str = "none",
+    rolled_positions: bool = False,
     storage: Storage | None = None,
     overwrite: bool = False,
     plan: Plan | None = None,
@@ -61,7 +68,7 @@ def save(
     recovered: bool = False,
     benchmarks: Sequence[Sequence[str]] = (),
 ) -> None:
-    """Write a model as a Hugging Face folder that appears whole or not at all.
+    """Write a model as a Hugging Face folder, or as GGUF files in one, that appears whole or not at all.
 
     The first process writes; where arrays are split over processes, every process must call it.
 
@@ -70,12 +77,17 @@ def save(
       out_dir: the new folder.
       source_dir: the folder that the model came from: spelling of the keys, config fields that we do not know,
         tokenizer, processor, chat template, generation config, and tensors that are not computed with, come from it.
+      format: "huggingface", or "gguf": the files that llama.cpp loads, of the decoder with its tokenizer and of tower
+        and projector, with a model card.
       layout: "source", or "transformers": original LLaVA, Bunny and InternVL-Chat become stock classes of transformers
         with tower, tokenizer, processor and chat template (the same as "source" for a folder that is in it already).
       uneven: layers of unequal width: "per_layer" writes true sizes and, in a layout of transformers, the file that
         loads them in PyTorch; "pad" adds zero heads and neurons (the same function in stock transformers, no savings);
-        "refuse" raises.
-      dtype: of the weights: float32, bfloat16, float16, or "source" (each tensor's own).
+        "refuse" raises. GGUF: "per_layer" where llama.cpp has an architecture with such widths, else it raises.
+      dtype: of the weights: float32, bfloat16, float16, or "source" (each tensor's own; GGUF: the embedding's).
+      quantize: GGUF: "q8_0", "q5_1" or "q4_0" for the decoder's matrices, in blocks of 32 values of a row, or "none".
+      rolled_positions: GGUF: the position table of a tower with a class token as builds of llama.cpp that put it last
+        need it (ggml-org/llama.cpp#25814); wrong for all others.
       storage: the format that weights are written in, for those that it holds; None writes plain tensors, whatever the
         source's format is.
       overwrite: replace an existing model folder.
@@ -91,15 +103,20 @@ def save(
     """
     out, source = Path(out_dir), resolve(source_dir)
     spread = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in flatten(model.params).values())
-    target = make_target(model.cfg, source, layout, uneven, dtype)
-    tensors = make_tensors(model, target, Checkpoint(source), dtype, storage)
-    if storage is not None:
-        settings = storage.to_config([tensor.key for tensor in tensors])
-        target = dataclasses.replace(target, config=target.config | {"quantization_config": settings})
+    check_options(model.cfg, format=format, layout=layout, uneven=uneven, dtype=dtype, quantize=quantize)
+    name = name or model_name(source)
+    steps = [step for step, so in (("reconstructed", reconstructed), ("recovered", recovered)) if so]
+    card = functools.partial(write_card, cfg=model.cfg, name=name, steps=steps, benchmarks=benchmarks)
+    options: dict[str, Any] = {"uneven": uneven, "dtype": dtype}
+    if format == "gguf":
+        options |= {"quantize": quantize, "rolled_positions": rolled_positions}
+        export = _gguf(model, source, plan, name, card, options)
+    else:
+        export = _folder(model, source, plan, card, layout=layout, storage=storage, **options)
 
     def check() -> None:
         check_target(out, source, overwrite)
-        check_space(out, sum(tensor.n_bytes for tensor in tensors))
+        check_space(out, sum(tensor.n_bytes for tensor in export.tensors))
 
     if spread:
         on_process_zero(check)
@@ -107,14 +124,61 @@ def save(
         check()
     if is_main_process():
         with atomic_folder(out) as folder:
-            write_weights(tensors, folder, MAX_SHARD_BYTES)
-            write_files(target, model.cfg, source, folder, plan)
-            steps = [step for step, so in (("reconstructed", reconstructed), ("recovered", recovered)) if so]
-            write_card(folder, model.cfg, target.cfg, target.config, name or model_name(source), steps, benchmarks)
+            export.write(folder)
     if spread:
-        for tensor in () if is_main_process() else itertools.chain(*split_shards(tensors, MAX_SHARD_BYTES)):
+        for tensor in () if is_main_process() else export.tensors:
             tensor.fetch()  # gathering what is split over processes takes all of them, in the same order
         multihost_utils.sync_global_devices(f"saved {out}")
+
+
+@dataclass(frozen=True)
+class _Export:
+    """What is to be written: every tensor, in the order in which `write` fetches them."""
+
+    tensors: list[Tensor]
+    write: Callable[[Path], None]
+
+
+def _folder(
+    model: Model,
+    source: Path,
+    plan: Plan | None,
+    card: Callable[..., None],
+    *,
+    layout: str,
+    uneven: str,
+    dtype: str,
+    storage: Storage | None,
+) -> _Export:
+    """A Hugging Face folder."""
+    target = make_target(model.cfg, source, layout, uneven, dtype)
+    tensors = make_tensors(model, target, Checkpoint(source), dtype, storage)
+    if storage is not None:
+        settings = storage.to_config([tensor.key for tensor in tensors])
+        target = dataclasses.replace(target, config=target.config | {"quantization_config": settings})
+
+    def write(folder: Path) -> None:
+        write_weights(tensors, folder, MAX_SHARD_BYTES)
+        write_files(target, model.cfg, source, folder, plan)
+        card(folder, loading=loading_of(folder, model.cfg, target.cfg, target.config))
+
+    return _Export([*itertools.chain(*split_shards(tensors, MAX_SHARD_BYTES))], write)
+
+
+def _gguf(
+    model: Model, source: Path, plan: Plan | None, name: str, card: Callable[..., None], options: dict[str, Any]
+) -> _Export:
+    """GGUF files with a card."""
+    called = f"{name}-pruned" if plan is not None or os.path.lexists(source / "plan.json") else name
+    files = make_gguf(model, source, name=called, **options)
+
+    def write(folder: Path) -> None:
+        for one in files:
+            write_gguf(one, folder)
+        copy_always(source, folder, plan)
+        card(folder, loading=gguf_loading(files, model.cfg), library="gguf")
+
+    return _Export([tensor for one in files for tensor in one.tensors], write)
 
 
 def make_tensors(

@@ -1,0 +1,62 @@
+"""`vlmprune export` as GGUF: made from a workdir, compared, skipped, refused."""
+
+import json
+
+import pytest
+from hf_cases import copy_llava, keep_layers
+
+from vlmprune_jax.cli.main import main
+from vlmprune_jax.hf.read import load
+from vlmprune_jax.prune import prune_folder
+
+CONFIG = """
+from vlmprune_jax.cli.config_files import experiment_config
+
+def get_config():
+    config = experiment_config()
+    config.model.hf_dir = "{root}/teacher"
+    config.export.format = "gguf"
+    return config
+"""
+
+
+@pytest.fixture
+def command(goldens, tmp_path):
+    """The command for a workdir with a pruned model in it."""
+    source = copy_llava(goldens, tmp_path / "teacher")
+    prune_folder(source, keep_layers(load(source), [0, 2, 5])[1], tmp_path / "w/pruned")
+    file = tmp_path / "config.py"
+    file.write_text(CONFIG.format(root=tmp_path))
+    return ["export", f"--config={file}", f"--workdir={tmp_path / 'w'}"]
+
+
+def test_gguf_by_command(command, tmp_path, capsys):
+    out = tmp_path / "w/export"
+    assert main([*command, "--config.export.quantize=q8_0"]) == 0
+    names = {"README.md", "plan.json", "teacher-pruned-Q8_0.gguf", "mmproj-teacher-pruned-f16.gguf"}
+    assert {path.name for path in out.iterdir()} == names
+    facts = json.loads((tmp_path / "w/.stages/export.json").read_text())["facts"]
+    assert facts["max_abs_logit_difference"] <= facts["tolerance"]
+    assert "3 of 6 layers" in (out / "README.md").read_text()
+    capsys.readouterr()
+    assert main([*command, "--config.export.quantize=q8_0"]) == 0
+    assert "export: unchanged, skipped" in capsys.readouterr().out
+    assert main(command) == 2
+    assert "(export.quantize was 'q8_0', now 'none')" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 0
+    assert (out / "teacher-pruned-BF16.gguf").is_file()
+    assert not (out / "teacher-pruned-Q8_0.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("quantize=q8", "export.quantize 'q8' is not one of none, q8_0, q5_1, q4_0; did you mean 'q8_0'?"),
+        ("format=ggf", "export.format 'ggf' is not one of huggingface, gguf; did you mean 'gguf'?"),
+        ("layout=transformers", "layout 'transformers' is one of Hugging Face folders"),
+    ],
+)
+def test_wrong_settings(command, tmp_path, capsys, setting, said):
+    assert main([*command, f"--config.export.{setting}"]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "w/export").exists()

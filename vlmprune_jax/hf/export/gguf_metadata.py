@@ -1,0 +1,157 @@
+"""What GGUF files say of a model beside its tensors, and what their users must know."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
+
+import numpy as np
+from msgspec import Meta
+
+from vlmprune_jax.checked_files import Finite, read_json, read_text
+from vlmprune_jax.config import ModelConfig, TextConfig
+from vlmprune_jax.data.image_processor import checked_processor
+from vlmprune_jax.data.tiling import tiling_from_processor
+from vlmprune_jax.families import Family
+from vlmprune_jax.families.gguf import DROPPING_NAME, Architecture
+from vlmprune_jax.families.table import JsonDict
+from vlmprune_jax.families.towers import PIXELS, vision_of
+from vlmprune_jax.hf.export.gguf_tokenizer import drops_white_space
+from vlmprune_jax.hf.read import read_fields
+
+
+def file_type(label: str) -> JsonDict:
+    from gguf import LlamaFileType
+
+    name = "ALL_F32" if label == "F32" else f"MOSTLY_{label}"
+    return {"file_type": int(LlamaFileType[name]), "quantization_version": 2}
+
+
+def text_fields(text: TextConfig) -> JsonDict:
+    """Shapes and hyper-parameters of a decoder."""
+
+    def widths(name: str) -> int | list[int]:
+        column = [getattr(shape, name) for shape in text.layers]
+        return column[0] if text.even else column
+
+    rope = text.rope
+    fields: JsonDict = {
+        "context_length": context_length(text),
+        "embedding_length": text.hidden_size,
+        "block_count": len(text.layers),
+        "vocab_size": text.vocab_size,
+        "head_count": widths("q_heads"),
+        "head_count_kv": widths("kv_heads"),
+        "feed_forward_length": widths("mlp"),
+        "key_length": text.head_dim,
+        "value_length": text.head_dim,
+        "rope_dimension_count": text.rotary_dim,
+        "rope_freq_base": rope.theta,
+        "layer_norm_rms_eps" if text.norm == "rms" else "layer_norm_eps": text.norm_eps,
+    }
+    if rope.kind in ("linear", "yarn", "longrope"):
+        fields["rope_scaling_type"] = rope.kind
+    if rope.kind in ("linear", "yarn"):
+        fields["rope_scaling_factor"] = rope.factor
+    if rope.kind in ("yarn", "longrope"):
+        fields["rope_scaling_orig_ctx_len"] = rope.original_max_positions
+    if rope.kind == "longrope":
+        fields["rope_scaling_attn_factors"] = rope.attention_factor
+    if rope.kind == "yarn":
+        fields |= {"rope_scaling_yarn_beta_fast": rope.beta_fast, "rope_scaling_yarn_beta_slow": rope.beta_slow}
+        # llama.cpp multiplies it by 1 + 0.1 log(factor) itself
+        fields["rope_scaling_attn_factors"] = rope.attention_factor / (1 + 0.1 * float(np.log(rope.factor)))
+    return fields
+
+
+def context_length(text: TextConfig) -> int:
+    """Positions up to which llama.cpp computes the same function: it has no sliding window."""
+    return min([text.max_positions, *(shape.window for shape in text.layers if shape.window is not None)])
+
+
+class _Pixels(TypedDict):
+    """What is used of a preprocessor_config.json."""
+
+    image_mean: Annotated[list[Finite], Meta(min_length=3, max_length=3)]
+    image_std: Annotated[list[Finite], Meta(min_length=3, max_length=3)]
+
+
+def pixels(cfg: ModelConfig, family: Family, source: Path) -> JsonDict:
+    """Mean and deviation of the pixels: those of the folder's processor, where it is what runs."""
+    mean, std = PIXELS[vision_of(cfg).kind]
+    path = source / "preprocessor_config.json"
+    if family.tiling is None and os.path.lexists(path):
+        found = read_json(path, _Pixels)
+        mean, std = found["image_mean"], found["image_std"]
+    return {"vision_image_mean": [float(one) for one in mean], "vision_image_std": [float(one) for one in std]}
+
+
+def tiles(family: Family, source: Path) -> tuple[int, int] | None:
+    """The fewest and the most tiles of an image, in a family that cuts images."""
+    if not family.cuts_images:
+        return None
+    if family.tiling is not None:
+        tiling = family.tiling(read_fields(source / "config.json"), str(source / "config.json"))
+        return tiling.min_tiles, tiling.max_tiles
+    path = source / "preprocessor_config.json"
+    if not os.path.lexists(path):
+        return None
+    tiling = tiling_from_processor(checked_processor(read_json(path), str(path)), str(path))
+    return tiling.min_tiles, tiling.max_tiles
+
+
+def title(name: str, tokenizer: Any) -> str:
+    """The model's name, by which llama.cpp takes it for a Phi-3 if and only if its tokenizer is one."""
+    if drops_white_space(tokenizer):
+        return name if DROPPING_NAME.search(name) else f"{name} (Phi-3)"
+    return DROPPING_NAME.sub(lambda found: " ".join((found[0][:-1].rstrip("-"), found[0][-1])), name)
+
+
+def licence(source: Path) -> JsonDict:
+    """Licence and origin, from the front matter of the source's model card."""
+    path = source / "README.md"
+    text = read_text(path) if os.path.lexists(path) else ""
+    front = text.split("\n---", 1)[0] if text.startswith("---\n") else ""
+    found = dict(re.findall(r"^(license|license_name|license_link): *['\"]?([^'\"\n]+?)['\"]? *$", front, re.M))
+    return {name: value for name, value in found.items() if value.isprintable()}
+
+
+def text_remarks(text: TextConfig, architecture: Architecture) -> tuple[str, ...]:
+    remarks = []
+    if context_length(text) < text.max_positions:
+        remarks.append(
+            f"llama.cpp has no sliding window for `{architecture.name}`: both compute the same up to "
+            f"{context_length(text):,} tokens, which is the context length in the file."
+        )
+    if text.rope.kind == "longrope":
+        remarks.append(
+            "LongRoPE: llama.cpp takes the long factors for the whole of a context (`-c`) above "
+            f"{text.rope.original_max_positions:,} tokens, transformers once a text is that long."
+        )
+    return tuple(remarks)
+
+
+_FAULT = "builds of llama.cpp that put the class token behind the patches (up to October 2026 all: #25814, #25844)"
+
+
+def tower_remarks(cfg: ModelConfig, rolled: bool) -> tuple[str, ...]:
+    """What differs in llama.cpp's tower; `rolled`: its positions are for builds with a fault."""
+    remarks = []
+    if vision_of(cfg).class_token and rolled:
+        remarks.append(f"The tower's positions are rolled, for {_FAULT}: the file is wrong for all others.")
+    elif vision_of(cfg).class_token:
+        remarks.append(
+            f"In {_FAULT}, every patch has its neighbour's position, so answers about images differ. This file is "
+            "right for a right llama.cpp; `rolled_positions=True` makes one for such builds."
+        )
+    remarks.append(
+        "llama.cpp prepares images by itself (padding and resizing may differ in the last bits from the processor's): "
+        f"images of {vision_of(cfg).image_size} x {vision_of(cfg).image_size} pixels need neither."
+    )
+    remarks.append(
+        "The chat interface of llama.cpp joins an image and the text behind it without a newline; this model was "
+        'trained with one: begin the text with "\\n".'
+    )
+    return tuple(remarks)
