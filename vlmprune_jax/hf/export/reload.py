@@ -175,6 +175,8 @@ def _torch_logits(folder: Path, inputs: dict[str, Any]) -> np.ndarray:
     problems = [f"{kind}: {', '.join(sorted(map(str, info[kind]))[:3])}" for kind in kinds if info.get(kind)]
     if problems:
         raise UserError(f"{folder}: transformers does not load it cleanly: {'; '.join(problems)}")
+    if family.stock.by_row and "pixel_values" in inputs:
+        inputs = inputs | {"pixel_values": inputs["pixel_values"][:, None]}
     tensors = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in inputs.items()}
     with torch.inference_mode():
         return loaded.eval()(**tensors).logits.numpy()
