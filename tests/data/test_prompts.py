@@ -233,7 +233,7 @@ def test_internvl_labels_equal_the_counting_rule(
         ("auto", "llava", "llava", "llava_v1"),
         ("auto", "llava", "bunny", "bunny"),  # a Bunny exported as LlavaForConditionalGeneration
         ("auto", "bunny", "bunny", "bunny"),
-        ("auto", "internvl", "internvl", "phi3-chat"),
+        ("auto", "internvl-original", "internvl", "phi3-chat"),
         ("auto", "llama", "bunny", "llava_v1"),
         ("phi3-chat", "phi3", "internvl", "phi3-chat"),
         ("bunny", "internvl", "internvl", "bunny"),
@@ -246,7 +246,7 @@ def test_template_of_a_family(goldens: Path, name: str, family: str, folder: str
 
 def test_template_that_the_tokenizer_cannot_write(tokenizer: Any) -> None:
     with pytest.raises(
-        UserError, match=r"no token <\|system\|>, .*<img>, .*; set data.template to one of llava_v1, bunny"
+        UserError, match=r"no token <\|im_start\|>, .*<img>, .*; set data.template to one of llava_v1, bunny"
     ):
         choose_template("auto", FAMILIES["internvl"], tokenizer, config={}, has_vision=True)
 

@@ -1,4 +1,4 @@
-"""InternVL3-hf and SmolVLM2 against stock transformers' own outputs: weights, forward, answers, prompts, images, scores."""
+"""InternVL3-hf and SmolVLM2 against what stock transformers computes: weights, forward, answers, prompts, images."""
 
 import dataclasses
 import json
