@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from hf_cases import assert_same_tensors, edit_weights, keep_layers, mean_loss
+from torch_compat import VERSIONS
 
 import vlmprune_jax as vp
 from vlmprune_jax.config import IGNORED
@@ -15,6 +16,7 @@ from vlmprune_jax.data.prompts import choose_template, load_tokenizer, tokenize_
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.families import detect
+from vlmprune_jax.hf.export.reload import check_export
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import to_nnx
 
@@ -183,3 +185,43 @@ def test_prompts_labels_and_images(golden, tmp_path, processor):
             assert len(pixels) == shape.slots
             levels = golden.arrays[f"image{k}_levels_pil"].astype(np.float32)
             np.testing.assert_allclose(pixels, (levels / 255 - mean) / std, atol=1e-5, rtol=0, err_msg=str(path))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_exports_of_a_config_that_version_5_wrote(golden, torch_outputs, tmp_path, version):
+    """Version 4 reads none of its rope and the inner flag of tied embeddings alone; SmolVLM's images it gets wrong."""
+    shorter, _ = keep_layers(golden.model, [0, 2, 4])
+    vp.save(shorter, tmp_path / "out", source_dir=golden.ckpt, dtype="float32")
+    options = {"class_name": "AutoModelForImageTextToText", "version": version}
+    wrong = golden.by_row and version == "4.57"
+    for case in ("text",) if wrong else ("text", "single"):
+        inputs = {name: array for name, array in golden.inputs(case).items() if array is not None}
+        found = torch_outputs(tmp_path / "out", inputs, **options)["logits"]
+        np.testing.assert_allclose(found[0], golden.arrays[f"{case}_logits_without_1_3"], **CLOSE, err_msg=case)
+    if version == "5":
+        assert check_export(shorter, tmp_path / "out")["backend"] == "torch"
+
+
+def test_the_pipeline_answers(goldens, torch_outputs, tmp_path):
+    """What transformers' processor makes of a chat about two images, and the model's answer, in text."""
+    golden = Golden(goldens / "families/internvl3")  # SmolVLM's processor wants num2words, which nothing else does
+    vp.save(golden.model, tmp_path / "out", source_dir=golden.ckpt, dtype="float32")
+    files = [str(golden.folder / golden.facts["images"][k]["file"]) for k in golden.images("two")]
+    content = [{"type": "image", "path": file} for file in files] + [
+        {"type": "text", "text": "Compare the two pictures."}
+    ]
+    made, text = torch_outputs.chat(
+        tmp_path / "out", [{"role": "user", "content": content}], version="5", max_new_tokens=8
+    )
+    stored = golden.arrays["two_input_ids"][: golden.facts["cases"]["two"]["prompt_len"]]
+    assert made["input_ids"][0].tolist() == stored.tolist()
+    tokenizer = load_tokenizer(golden.ckpt)
+    answer = vp.generate(golden.model, made["input_ids"], pixel_values=made["pixel_values"], max_new_tokens=8)
+    assert text == tokenizer.decode(answer[0], skip_special_tokens=True)
+
+
+def test_no_check_in_versions_that_compute_something_else(goldens, tmp_path, monkeypatch):
+    golden = Golden(goldens / "families/smolvlm")
+    vp.save(golden.model, tmp_path / "out", source_dir=golden.ckpt, dtype="float32")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "4.57.6")
+    assert check_export(golden.model, tmp_path / "out")["backend"] == "jax"

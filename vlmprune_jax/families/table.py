@@ -69,6 +69,7 @@ class Stock:
     """The class of transformers that loads a layout, and the Auto class that finds it.
 
     `by_row`: it takes pixel_values [rows, images, channels, height, width], not the images of all rows as one list.
+    `miscomputes`: beginnings of the versions of transformers in which it is known to compute something else in float32.
 
     The rest is for layouts that models of other layouts are converted to (`Conversion`). `image_token` is the field of
     config.json with that token's id. `config(cfg, source)`: fields that this class alone has, `source` being the
@@ -79,6 +80,7 @@ class Stock:
     name: str
     auto: str
     by_row: bool = False
+    miscomputes: tuple[str, ...] = ()
     image_token: str = ""
     config: Callable[[ModelConfig, JsonDict], JsonDict] = lambda cfg, source: {}
     lacks: Callable[[ModelConfig], str | None] = lambda cfg: None
