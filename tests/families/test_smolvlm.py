@@ -1,20 +1,27 @@
 """What is SmolVLM's alone: masks of patches, positions spread over the table, sub-images, their prompt, bad input."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hf_cases import prune
 from PIL import Image
 
 import vlmprune_jax as vp
 from vlmprune_jax.config import ImageShape
 from vlmprune_jax.data.images import load_image_processor
+from vlmprune_jax.data.measure import measure
+from vlmprune_jax.data.records import Record
 from vlmprune_jax.data.splitting import Splitting
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.experiment.spec import DataSpec, ModelSpec
 from vlmprune_jax.families import templates
 from vlmprune_jax.models.vlm import to_nnx
+from vlmprune_jax.prune import KeptLayer
+from vlmprune_jax.stages.inputs import load_inputs
 
 HUB = Splitting(384, 1536, True, (0.5,) * 3, (0.5,) * 3, 1)
 
@@ -182,3 +189,50 @@ def test_a_position_table_with_impossible_cells(folder, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=words):
             vp.load(tmp_path)
+
+
+def test_a_pruned_tower_loads_in_transformers(folder, model, row, torch_outputs, tmp_path):
+    """Its last layer is still followed by the norm behind the tower."""
+    tower = model.cfg.vision
+    kept = [KeptLayer(i, (0, 1, 2), (0, 1, 2), tuple(range(40))) for i in (0, 3)]
+    pruned, _ = prune(model, kept, "vision")
+    assert [shape.widths for shape in pruned.cfg.vision.layers] == [(3, 3, 40)] * 2 != tower.layers
+    vp.save(pruned, tmp_path / "out", source_dir=folder, dtype="float32")
+    written = json.loads((tmp_path / "out/config.json").read_text())["vision_config"]
+    assert (written["num_hidden_layers"], written["intermediate_size"]) == (2, 40)
+    found = torch_outputs(tmp_path / "out", row, class_name="SmolVLMForConditionalGeneration", version="5")
+    np.testing.assert_allclose(vp.forward(pruned, **row)[0], found["logits"], atol=1e-4, rtol=0)
+
+
+def test_rows_and_buckets(goldens, folder, model):
+    """What is measured before training is what rows have; a batch has the smallest bucket of sub-images."""
+    images = goldens / "families/smolvlm/images"
+    turns = (("human", "<image>\nIs it red?"), ("gpt", "Yes."))
+    both = (("human", "<image>\n<image>\nWhich?"), ("gpt", "One."), ("human", "Sure?"), ("gpt", "Yes."))
+    records = [
+        Record("text", (("human", "A colour?"), ("gpt", "Red")), ()),
+        Record("wide", turns, (images / "1.png",)),
+        Record("one", turns, (images / "0.png",)),
+        Record("two", both, (images / "1.png", images / "2.png")),
+    ]
+    inputs = load_inputs(ModelSpec(hf_dir=str(folder)), DataSpec(max_images=2), model.cfg)
+    assert inputs.template.name == "smolvlm"
+    encoder = inputs.encoder(model.cfg, 100)
+    assert encoder.tile_buckets == (1, 3, 5, 10)
+    sizes = measure(records, encoder, on_error="stop", threads=1)
+    assert sizes[:, 1].tolist() == [0, 3, 5, 8]
+    for record, (tokens, slots) in zip(records, sizes.tolist(), strict=True):
+        row = encoder.training_row(record, None)
+        assert row["attention_mask"].sum() == tokens
+        assert len(row["pixel_values"]) == encoder.slots([record]) >= slots
+        assert (row["input_ids"] == model.cfg.image_token_id).sum() == slots * model.cfg.tokens_per_image
+        assert np.abs(row["pixel_values"][slots:]).max(initial=0) == 0
+        prompt = encoder.prompt_ids(record)
+        assert row["input_ids"][: len(prompt)].tolist() == prompt.tolist()
+    with pytest.raises(UserError, match=r"record two: \d+ tokens with its images, over max_length 50"):
+        dataclasses.replace(encoder, max_length=50, truncate=False).training_row(records[3], None)
+    with pytest.raises(UserError, match="record two: its images make 8 tiles, over the largest bucket of 5"):
+        dataclasses.replace(encoder, tile_buckets=(1, 5)).slots(records)
+    fewer = dataclasses.replace(records[3], images=records[3].images[:1])
+    with pytest.raises(UserError, match="record two: its text holds <image>, which marks image positions"):
+        encoder.training_row(fewer, None)
