@@ -67,7 +67,7 @@ class Inputs:
             tokens_per_image=cfg.tokens_per_image,
             max_images=self.data.max_images,
             truncate=self.data.truncate,
-            tile_buckets=tile_buckets(self.data, self.image_loader and self.image_loader.preparation),
+            tile_buckets=tile_buckets(self.data, None if self.image_loader is None else self.image_loader.preparation),
             longest=cfg.longest_row,
             words=cfg.text.vocab_size,
         )
