@@ -3,11 +3,12 @@
     python benchmarks/full_size.py --model=llama --work=/big/disk --mergekit=/path/to/venv/bin/mergekit-yaml
     python benchmarks/full_size.py --folder=DIR/llava-1.5-7b-hf --work=/big/disk
 
-Without --folder it makes a checkpoint with the true shapes of --model (llava 14 GB, bunny 6.4, internvl 8.3 or llama
-13.5) and random finite bfloat16 weights, in shards of 5 GB. Every step is a process of its own and starts with the
-source out of the page cache; its wall time includes the start of Python, and `cp` ends when everything is on the disk.
-`cat` reads the weights into nothing, `read` into memory that holds them all, which is the least that a loader does.
-One JSON line per step, and a last one with the ratios. Needs free disk for three times the checkpoint.
+Without --folder it makes a checkpoint with the true shapes of --model (llava 14 GB, bunny 6.4, internvl 8.3,
+internvl3.5 9.5, smolvlm2 4.5 or llama 13.5) and random finite bfloat16 weights, in shards of 5 GB. Every step is a
+process of its own and starts with the source out of the page cache; its wall time includes the start of Python, and
+`cp` ends when everything is on the disk. `cat` reads the weights into nothing, `read` into memory that holds them all,
+which is the least that a loader does. One JSON line per step, and a last one with the ratios. Needs free disk for three
+times the checkpoint.
 """
 
 from __future__ import annotations
@@ -75,13 +76,43 @@ MODELS: dict[str, dict[str, Any]] = {
             "qk_normalization": False, "norm_type": "layer_norm",
         },
     },
+    "internvl3.5": {
+        "architectures": ["InternVLForConditionalGeneration"], "model_type": "internvl", "image_token_id": 151671,
+        "image_seq_length": 256, "downsample_ratio": 0.5, "projector_hidden_act": "gelu", "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "text_config": {
+            "model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+            "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 1000000.0,
+            "attention_bias": False, "tie_word_embeddings": False, "eos_token_id": 151645, "pad_token_id": 151643,
+        },
+        "vision_config": {
+            "model_type": "internvl_vision", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+            "num_attention_heads": 16, "image_size": [448, 448], "patch_size": [14, 14], "attention_bias": True,
+        },
+    },
+    "smolvlm2": {
+        "architectures": ["SmolVLMForConditionalGeneration"], "model_type": "smolvlm", "image_token_id": 49190,
+        "scale_factor": 3, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "text_config": {
+            "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
+            "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 64, "vocab_size": 49280,
+            "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "hidden_act": "silu", "rope_theta": 130000.0,
+            "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 49279, "pad_token_id": 2,
+        },
+        "vision_config": {
+            "model_type": "smolvlm_vision", "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
+            "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
+        },
+    },
 }  # fmt: skip
 MODELS["llava"]["text_config"] = {**MODELS["llama"], "vocab_size": 32064}
 # Sizes of --tiny, which the tests run.
 TINY = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4,
     "num_hidden_layers": 8, "vocab_size": 120, "image_size": 28, "force_image_size": 28, "mm_hidden_size": 64,
-    "image_token_index": 100, "pad_token_id": 101, "short_factor": [1.1] * 8, "long_factor": [32.0] * 8,
+    "image_token_index": 100, "image_token_id": 100, "pad_token_id": 101, "scale_factor": 2,
+    "short_factor": [1.1] * 8, "long_factor": [32.0] * 8,
 }  # fmt: skip
 
 

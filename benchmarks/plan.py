@@ -3,8 +3,9 @@
     python benchmarks/plan.py --topology=v5e:8x8 [--remat=dots] [--cases=llava/depth15,bunny/width30]
 
 LoRA of rank 128 on every projection, 0.5 cross-entropy + 0.5 hidden-state L2 against the unpruned teacher, full
-remat, global batch 64 x 1,024 tokens and one image (InternVL: 4,096 tokens and 13 tiles). depthN removes N % of all
-parameters by layers, widthN by heads of layers 3-30 and neurons of layers 4-29, which leaves five runs of equal layers.
+remat, global batch 64 x 1,024 tokens and one image (InternVL: 4,096 tokens and 13 tiles; InternVL3.5-4B: 2,048 and 7;
+SmolVLM2-2.2B: 2,048 and 17 sub-images). depthN removes N % of all parameters by layers, widthN by heads of layers 3-30
+and neurons of layers 4-29 (SmolVLM2: 3-20, 4-19), which leaves five runs of equal layers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from pathlib import Path
 
 from full_size import MODELS
 
-FAMILIES, KINDS = ("llava", "bunny", "internvl"), ("depth15", "depth30", "width30")
+FAMILIES = ("llava", "bunny", "internvl", "internvl3.5", "smolvlm2")
+KINDS = ("depth15", "depth30", "width30")
 SETTINGS = {
     "recover": {
         "batch_size": 64,
@@ -27,8 +29,21 @@ SETTINGS = {
     },
     "mesh": {"fsdp": -1},
 }
-DATA = {"internvl": {"max_length": 4096, "max_tiles": 12, "thumbnail": True}}
+DATA = {
+    "internvl": {"max_length": 4096, "max_tiles": 12, "thumbnail": True},
+    "internvl3.5": {"max_length": 2048, "max_tiles": 6},
+    "smolvlm2": {"max_length": 2048},
+}
+PROCESSORS = {
+    "internvl3.5": {"image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 448, "width": 448}},
+    "smolvlm2": {
+        "image_processor_type": "SmolVLMImageProcessor",
+        "size": {"longest_edge": 1536},
+        "max_image_size": {"longest_edge": 384},
+    },
+}
 RANGES = {"attn_layers": (3, 31), "mlp_layers": (4, 30)}
+SMALL_RANGES = {"attn_layers": (3, 21), "mlp_layers": (4, 20)}  # of 24 layers
 
 
 def main() -> None:
@@ -49,10 +64,13 @@ def main() -> None:
         method, ratio = kind[:5], int(kind[5:]) / 100
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(MODELS[family]))
+            if family in PROCESSORS:
+                (Path(folder) / "preprocessor_config.json").write_text(json.dumps(PROCESSORS[family]))
+            ranges = SMALL_RANGES if family == "smolvlm2" else RANGES
             changes = {
                 "model": {"hf_dir": folder, "dtype": "bfloat16"},
                 "data": DATA.get(family, {"max_length": 1024}),
-                "prune": {"method": method, "ratio": ratio, **(RANGES if method == "width" else {})},
+                "prune": {"method": method, "ratio": ratio, **(ranges if method == "width" else {})},
             }
             experiment = override(override(Experiment(), SETTINGS), {**changes, "recover": {"remat": args.remat}})
             started = time.process_time()

@@ -42,6 +42,19 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
+class ImageShape:
+    """What an image becomes: `rows` x `columns` pieces (1 x 1: it stays whole), in `slots` of a batch's image array.
+
+    A slot is what a batch counts images in: a whole image or a tile; a grid of several may have its overview as one
+    more, the last.
+    """
+
+    rows: int = 1
+    columns: int = 1
+    slots: int = 1
+
+
+@dataclass(frozen=True)
 class RopeConfig:
     """Rotary position embedding as Hugging Face configs describe it (`rope_theta` and `rope_scaling`).
 
@@ -159,7 +172,7 @@ class VisionConfig(Stack):
     `n_layers_total` counts the blocks of the checkpoint: those above the feature layer are neither loaded nor run.
     `kind` names its weight table in files (families/towers.py); the fields after it say how the towers differ.
     `position_size` is the image size that the position table is for (0: `image_size`); a tower that `resizes` fits its
-    table to other images.
+    table to other images, one that `spreads` has the real patches of a masked image spread over the whole table.
     """
 
     n_layers_total: int
@@ -172,10 +185,12 @@ class VisionConfig(Stack):
     class_token: bool = True
     patch_bias: bool = False
     pre_norm: bool = True
+    post_norm: bool = False
     layer_scale: bool = False
     qkv_bias: bool = True
     position_size: int = 0
     resizes: bool = False
+    spreads: bool = False
 
     def __post_init__(self) -> None:
         if self.image_size < self.patch_size:
@@ -209,10 +224,11 @@ class VisionConfig(Stack):
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    """The two-layer MLP from vision features to decoder embeddings.
+    """From vision features to decoder embeddings.
 
-    `kind` "mlp" is LLaVA's. "pixel_shuffle" is InternVL's: `downsample` x `downsample` neighbours become one longer
-    feature, which is layer-normed (`norm_eps`) first; `shuffle_version` "v1" transposes the cells, "v2" does not.
+    `kind` "mlp" is LLaVA's: two layers. In the others `downsample` x `downsample` neighbours become one longer feature
+    first (`shuffle_version` "v1" transposes the cells, "v2" does not): "pixel_shuffle" is InternVL's, with a layer norm
+    (`norm_eps`) before the same two layers, "linear" SmolVLM's, one layer without activation.
     """
 
     activation: str
@@ -225,6 +241,11 @@ class ProjectorConfig:
     def __post_init__(self) -> None:
         if self.shuffle_version not in ("v1", "v2"):
             raise UserError(f"ps_version {self.shuffle_version!r} is not one of v1, v2")
+
+    @property
+    def shuffles(self) -> bool:
+        """Whether neighbouring patches become one feature."""
+        return self.kind != "mlp"
 
 
 @dataclass(frozen=True)

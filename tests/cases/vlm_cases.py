@@ -77,6 +77,20 @@ def internvl_config(text: str, **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def smolvlm_config(text: str) -> dict[str, Any]:
+    """A SmolVLMForConditionalGeneration."""
+    return {
+        "architectures": ["SmolVLMForConditionalGeneration"],
+        "model_type": "smolvlm",
+        "image_token_id": 90,
+        "scale_factor": 4,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "text_config": TEXTS[text],
+        "vision_config": {**_TOWER, "model_type": "smolvlm_vision", "hidden_act": "gelu"},
+    }
+
+
 def internvl_chat_config(text: str) -> dict[str, Any]:
     """The hub layout of InternVL-Chat, which transformers cannot load by itself."""
     return {

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from vlm_cases import internvl_chat_config, make_vlm_folder
 
-from vlmprune_jax.config import IGNORED
+from vlmprune_jax.config import IGNORED, ImageShape
 from vlmprune_jax.data.prompts import (
     choose_template,
     load_tokenizer,
@@ -73,7 +73,7 @@ def test_ids_equal_the_chat_template(tokenizer: Any, name: str, image: bool) -> 
     given = {"chat_template": template, "tokenize": True, "return_dict": False}
     whole = tokenizer.apply_chat_template(chat, **given)
     asked = tokenizer.apply_chat_template(chat[:-1], **given, add_generation_prompt=True)
-    arguments = {**options(tokenizer, name), "tiles": [2] if image else []}
+    arguments = {**options(tokenizer, name), "images": [ImageShape(1, 2, 2)] if image else []}
     ids, labels = tokenize_training(record, **arguments, cut_text_at=None)
     assert ids.tolist() == whole
     assert tokenize_prompt(record, **arguments).tolist() == asked
@@ -156,7 +156,9 @@ def test_labels_equal_the_references_rules(tokenizer: Any, rounds: list[tuple[st
             lead = Record("r", (("human", f"<image>\n{turns[0][1]}"), *turns[1:]), IMAGE)
         else:
             lead = record
-        _, labels = tokenize_training(record, **options(tokenizer, name), tiles=[1] * image, cut_text_at=None)
+        _, labels = tokenize_training(
+            record, **options(tokenizer, name), images=[ImageShape()] * image, cut_text_at=None
+        )
         assert labels.tolist() == rule(lead, tokenizer), name
 
 
@@ -166,7 +168,7 @@ def test_the_template_that_config_json_names(tokenizer: Any) -> None:
             choose_template("auto", FAMILIES["internvl"], tokenizer, config={"template": name}, has_vision=True).name
             == name
         )
-    with pytest.raises(UserError, match=r"template 'internlm2-chat' is not supported \(supported: llava_v1, .*2_5\)"):
+    with pytest.raises(UserError, match=r"template 'internlm2-chat' is not supported \(supported: llava_v1, .*2_5, "):
         choose_template("auto", FAMILIES["internvl"], tokenizer, config={"template": "internlm2-chat"}, has_vision=True)
 
 

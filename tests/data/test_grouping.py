@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmprune_jax.data.batching import Batch, train_batches
-from vlmprune_jax.data.encoding import Encoder
+from vlmprune_jax.data.encoding import Encoder, slots_of
 from vlmprune_jax.data.grouping import MEGABATCH, grouped_order
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.measure import measure
@@ -156,7 +156,7 @@ def test_sizes_of_tiles_and_a_tokenizer_without_bos(goldens: Path, samples: list
     for other in (tiled, bunny):
         sizes = sizes_of(samples, other)
         assert sizes[:, 0].tolist() == [len(other.training_tokens(record)[0]) for record in samples]
-        assert sizes[:, 1].tolist() == [sum(other.tiles(record)) for record in samples]
+        assert sizes[:, 1].tolist() == [slots_of(other.shapes(record)) for record in samples]
 
 
 def test_batches_have_the_smallest_bucket(samples: list[Record], encoder: Encoder) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vlmprune_jax.config import IGNORED
+from vlmprune_jax.config import IGNORED, ImageShape
 from vlmprune_jax.data.prompts import (
     choose_template,
     load_tokenizer,
@@ -90,7 +90,7 @@ def test_internvl_ids_and_labels_equal_the_reference(goldens: Path, samples: lis
             templates()["phi3-chat"],
             image_token_id=393,
             tokens_per_image=stored["num_image_token_per_tile"],
-            tiles=[expected["num_tiles"]] if record.images else [],
+            images=shapes([expected["num_tiles"]] if record.images else []),
             cut_text_at=stored["model_max_length"],
         )
         assert ids.tolist() == expected["input_ids"], record.id
@@ -103,13 +103,17 @@ def phi3(goldens: Path) -> Any:
     return load_tokenizer(goldens / "tokenizers/internvl")
 
 
+def shapes(tiles: Sequence[int]) -> list[ImageShape]:
+    return [ImageShape(1, count, count) for count in tiles]
+
+
 PHI3 = {"template": templates()["phi3-chat"], "image_token_id": 393, "tokens_per_image": 2}
 
 
 def test_internvl_prompt_is_the_training_row_up_to_its_answer(samples: list[Record], phi3: Any) -> None:
     for record, tiles in ((samples[1], [3]), (samples[4], []), (samples[11], [1])):
-        ids, labels = tokenize_training(record, phi3, **PHI3, tiles=tiles, cut_text_at=None)
-        prompt = tokenize_prompt(record, phi3, **PHI3, tiles=tiles)
+        ids, labels = tokenize_training(record, phi3, **PHI3, images=shapes(tiles), cut_text_at=None)
+        prompt = tokenize_prompt(record, phi3, **PHI3, images=shapes(tiles))
         assert prompt.tolist() == ids[: len(prompt)].tolist()
         assert prompt[-1] == phi3.convert_tokens_to_ids("<|assistant|>")
         assert (labels[len(prompt) :] != IGNORED).all()
@@ -119,7 +123,7 @@ def test_internvl_prompt_is_the_training_row_up_to_its_answer(samples: list[Reco
 def test_several_images_are_expanded_in_order(phi3: Any) -> None:
     turns = (("human", "Is <image> like <image>?"), ("gpt", "No."), ("human", "And <image>?"), ("gpt", "Yes."))
     record = Record("r", turns, (Path("a"), Path("b"), Path("c")))
-    ids, _ = tokenize_training(record, phi3, **PHI3, tiles=[3, 1, 2], cut_text_at=None)
+    ids, _ = tokenize_training(record, phi3, **PHI3, images=shapes([3, 1, 2]), cut_text_at=None)
     runs = "".join("i" if token == 393 else "." for token in ids).split(".")
     assert [len(run) for run in runs if run] == [6, 2, 4]
     assert ids.tolist().count(391) == ids.tolist().count(392) == 3  # <img>, </img>
@@ -147,9 +151,9 @@ def test_text_cannot_pose_as_an_image(phi3: Any) -> None:
 
 def test_internvl_text_is_cut_where_the_reference_cuts(samples: list[Record], phi3: Any) -> None:
     for record, tiles in ((samples[6], []), (samples[12], [4])):  # the second has an empty answer: mismatched
-        whole, labels = tokenize_training(record, phi3, **PHI3, tiles=tiles, cut_text_at=None)
+        whole, labels = tokenize_training(record, phi3, **PHI3, images=shapes(tiles), cut_text_at=None)
         for limit in (100, 150, len(whole) - 3, len(whole)):
-            ids, cut = tokenize_training(record, phi3, **PHI3, tiles=tiles, cut_text_at=limit)
+            ids, cut = tokenize_training(record, phi3, **PHI3, images=shapes(tiles), cut_text_at=limit)
             if not record.images:
                 assert ids.tolist() == whole[:limit].tolist()
                 assert cut.tolist() == labels[:limit].tolist()
@@ -160,7 +164,7 @@ def test_positions_of_an_image_count_towards_the_cut(phi3: Any) -> None:
     turns = (("human", "<image>\nA?"), ("gpt", "Yes."), ("human", "B?"), ("gpt", ""))  # a broken second round
     record = Record("r", turns, (Path("x"),))
     for limit, kept in ((260, True), (400, False)):
-        _, labels = tokenize_training(record, phi3, **PHI3, tiles=[60], cut_text_at=limit)
+        _, labels = tokenize_training(record, phi3, **PHI3, images=shapes([60]), cut_text_at=limit)
         assert (labels != IGNORED).any() == kept
         assert labels[:limit].tolist() == reference_phi3_labels(record, phi3, limit, [60]).tolist()
 
@@ -219,7 +223,7 @@ def test_internvl_labels_equal_the_counting_rule(
     turns = tuple(turn for question, answer in rounds for turn in (("human", question), ("gpt", answer)))
     record = Record("r", turns, (Path("x"),) if image else ())
     tiles = [3] if image else []
-    _, labels = tokenize_training(record, phi3, **PHI3, tiles=tiles, cut_text_at=limit)
+    _, labels = tokenize_training(record, phi3, **PHI3, images=shapes(tiles), cut_text_at=limit)
     assert labels[:limit].tolist() == reference_phi3_labels(record, phi3, limit, tiles).tolist()
 
 
@@ -229,7 +233,7 @@ def test_internvl_labels_equal_the_counting_rule(
         ("auto", "llava", "llava", "llava_v1"),
         ("auto", "llava", "bunny", "bunny"),  # a Bunny exported as LlavaForConditionalGeneration
         ("auto", "bunny", "bunny", "bunny"),
-        ("auto", "internvl", "internvl", "phi3-chat"),
+        ("auto", "internvl-original", "internvl", "phi3-chat"),
         ("auto", "llama", "bunny", "llava_v1"),
         ("phi3-chat", "phi3", "internvl", "phi3-chat"),
         ("bunny", "internvl", "internvl", "bunny"),
@@ -242,7 +246,7 @@ def test_template_of_a_family(goldens: Path, name: str, family: str, folder: str
 
 def test_template_that_the_tokenizer_cannot_write(tokenizer: Any) -> None:
     with pytest.raises(
-        UserError, match=r"no token <\|system\|>, .*<img>, .*; set data.template to one of llava_v1, bunny"
+        UserError, match=r"no token <\|im_start\|>, .*<img>, .*; set data.template to one of llava_v1, bunny"
     ):
         choose_template("auto", FAMILIES["internvl"], tokenizer, config={}, has_vision=True)
 

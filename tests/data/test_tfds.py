@@ -73,7 +73,7 @@ def test_the_same_pixels(source, tmp_path, goldens):
     loader = load_image_processor(goldens / "ckpt/clip_tower", **options)
     stored = load_image_processor(goldens / "ckpt/clip_tower", **options)
     for ours, theirs in zip(read_tfds(tmp_path / "set", image_lead=True), records, strict=True):
-        assert stored.tiles(ours.images, ours.id) == loader.tiles(theirs.images, theirs.id)
+        assert stored.shapes(ours.images, ours.id) == loader.shapes(theirs.images, theirs.id)
         for image, path in zip(ours.images, theirs.images, strict=True):
             np.testing.assert_array_equal(stored.load(image, ours.id), loader.load(path, theirs.id))
 

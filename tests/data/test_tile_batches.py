@@ -9,7 +9,7 @@ import pytest
 
 from vlmprune_jax.config import IGNORED
 from vlmprune_jax.data.batching import generation_batches, train_batches
-from vlmprune_jax.data.encoding import Encoder
+from vlmprune_jax.data.encoding import Encoder, slots_of
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.measure import measure
 from vlmprune_jax.data.prompts import load_tokenizer
@@ -71,7 +71,7 @@ def test_slots_are_the_smallest_bucket(samples: list[Record], encoder: Encoder) 
     for batch, records in zip(batches, (chosen[:3], chosen[3:6], chosen[6:9], chosen[9:]), strict=True):
         for row, record in enumerate(records):
             pixels = batch.arrays["pixel_values"][row]
-            tiles = sum(encoder.tiles(record))
+            tiles = slots_of(encoder.shapes(record))
             assert (batch.arrays["input_ids"][row] == CONTEXT).sum() == 4 * tiles
             assert not pixels[tiles:].any()
             if record.images:
@@ -85,7 +85,7 @@ def test_two_images_share_tiles_and_follow_each_other(samples: list[Record], enc
     two = Record("two", turns, (samples[0].images[0], samples[1].images[0]))
     wide = dataclasses.replace(encoder, tile_buckets=(1, 9))
     batch = next(iter(train_batches([two], wide, **{**TRAIN, "batch_size": 1})))
-    counts = encoder.tiles(two)
+    counts = [image.slots for image in encoder.shapes(two)]
     assert batch.arrays["pixel_values"].shape[1] == 9
     assert np.array_equal(batch.arrays["pixel_values"][0, : sum(counts)], pixels_of(encoder, two))
     runs = "".join("i" if token == CONTEXT else "." for token in batch.arrays["input_ids"][0]).split(".")
@@ -141,7 +141,9 @@ def test_collator_of_internvl(goldens: Path, samples: list[Record], encoder: Enc
     positions = np.maximum(np.cumsum(batch.arrays["attention_mask"], axis=1) - 1, 0)  # as the model counts them
     assert np.array_equal(positions[mask], stored["internvl_collator_position_ids"][mask])
     # The reference adds a white tile with flag 0 for the row of text; ours leaves its slots empty.
-    assert int(stored["internvl_collator_image_flags"].sum()) == sum(sum(encoder.tiles(samples[i])) for i in (0, 1, 4))
+    assert int(stored["internvl_collator_image_flags"].sum()) == sum(
+        slots_of(encoder.shapes(samples[i])) for i in (0, 1, 4)
+    )
 
 
 @pytest.mark.parametrize(("name", "tower"), [("llava", "clip_tower"), ("bunny", "siglip_tower")])
@@ -198,4 +200,4 @@ def test_too_many_tiles_or_images_name_their_record(samples: list[Record], encod
 def test_longest_counts_tiles(samples: list[Record], encoder: Encoder) -> None:
     sizes = measure(samples[:6], encoder, on_error="stop", threads=2)
     assert sizes[:, 0].max() == 292
-    assert sizes[2].tolist() == [207, sum(encoder.tiles(samples[2]))]
+    assert sizes[2].tolist() == [207, slots_of(encoder.shapes(samples[2]))]

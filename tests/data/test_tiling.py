@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlmprune_jax.config import ImageShape
 from vlmprune_jax.data.images import ImageLoader, load_image_processor
 from vlmprune_jax.data.tiling import Tiling, closest_grid
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families.towers import PIXELS
 
-SMALL = Tiling(28, 1, 6, True, False, *PIXELS["internvit"], int(Image.Resampling.BICUBIC))
+SMALL = Tiling(28, 1, 6, True, False, *PIXELS["internvit"], int(Image.Resampling.BICUBIC), True)
 FULL = dataclasses.replace(SMALL, size=448, max_tiles=12)
 
 
@@ -37,7 +38,7 @@ def test_grids_equal_the_reference(goldens: Path) -> None:
             size = opened.size
         tiling = dataclasses.replace(SMALL, max_tiles=int(most))
         assert tiling.grid(*size, 1) == (expected["cols"], expected["rows"]), name
-        assert tiling.count(*size, 1) == expected["tiles"], name
+        assert tiling.image_shape(*size, 1).slots == expected["tiles"], name
     rows = stored["grid_table_448"]["rows"]
     assert len(rows) > 100
     for width, height, most, columns, lines in rows:
@@ -60,7 +61,7 @@ def test_grids_equal_the_reference(goldens: Path) -> None:
 )
 def test_known_cases(width: int, height: int, grid: tuple[int, int], tiles: int) -> None:
     assert FULL.grid(width, height, 1) == grid
-    assert FULL.count(width, height, 1) == tiles
+    assert FULL.image_shape(width, height, 1) == ImageShape(grid[1], grid[0], tiles)
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -119,12 +120,12 @@ def test_images_of_one_record_share_the_tiles(goldens: Path) -> None:
     assert FULL.grid(800, 600, 1) == (4, 3)
     assert FULL.grid(800, 600, 2) == (3, 2)  # at most 6 each
     assert FULL.grid(800, 600, 5) == (1, 1)  # at most 2 each
-    assert FULL.count(3000, 200, 30) == 1
+    assert FULL.image_shape(3000, 200, 30) == ImageShape()
     assert [FULL.most(images) for images in (1, 2, 3, 12, 30)] == [13, 14, 15, 18, 30]
     assert dataclasses.replace(FULL, min_tiles=4).grid(448, 448, 6) == (1, 1)  # the share is below the least
     loader = ImageLoader(SMALL, max_pixels=10**6, cache_bytes=10**6)
     paths = [goldens / f"data/images/img{n}.png" for n in (0, 3)]
-    counts = loader.tiles(paths, "r")
+    counts = [image.slots for image in loader.shapes(paths, "r")]
     assert counts == [len(loader.load(path, "r", 2)) for path in paths]
     assert counts != [len(loader.load(path, "r", 1)) for path in paths]  # and the cache keeps them apart
 
@@ -133,21 +134,22 @@ def test_headers_are_enough_to_count(goldens: Path, tmp_path: Path) -> None:
     whole = (goldens / "data/images/img0.png").read_bytes()
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
     loader = ImageLoader(SMALL, max_pixels=10**6, cache_bytes=0)
-    assert loader.tiles([tmp_path / "half.png"], "r") == [7]
+    assert loader.shapes([tmp_path / "half.png"], "r")[0].slots == 7
     with pytest.raises(UserError, match=r"half\.png \(record r\): not a readable image"):
         loader.load(tmp_path / "half.png", "r")
     (tmp_path / "no.png").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"no\.png \(record r3\): not a readable image \(none of JPEG, PNG"):
-        loader.tiles([tmp_path / "no.png"], "r3")
+        loader.shapes([tmp_path / "no.png"], "r3")
     Image.new("L", (1100, 1000)).save(tmp_path / "large.png")
     with pytest.raises(UserError, match=r"large\.png \(record r3\): image of 1100x1000 pixels is over the limit"):
-        loader.tiles([tmp_path / "large.png"], "r3")
+        loader.shapes([tmp_path / "large.png"], "r3")
     few = ImageLoader(FULL, max_pixels=448 * 448 * 11, cache_bytes=0)
     Image.new("L", (80, 60)).save(tmp_path / "grows.png")
     with pytest.raises(UserError, match="image of 80x60 pixels is over the limit of 2207744 pixels once prepared"):
         few.load(tmp_path / "grows.png", "r")
     Image.new("RGB", (5000, 1)).save(tmp_path / "thin.png")  # a strip becomes twelve tiles, not 5,000 x 5,000 pixels
-    assert ImageLoader(FULL, max_pixels=448 * 448 * 12, cache_bytes=0).tiles([tmp_path / "thin.png"], "r") == [13]
+    thin = ImageLoader(FULL, max_pixels=448 * 448 * 12, cache_bytes=0).shapes([tmp_path / "thin.png"], "r")
+    assert thin == [ImageShape(1, 12, 13)]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlmprune_jax.config import IGNORED
+from vlmprune_jax.config import IGNORED, ImageShape
 from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.images import ImageLoader, augment_flip_shift
 from vlmprune_jax.data.prompts import tokenize_prompt, tokenize_training
@@ -86,7 +86,7 @@ class Encoder:
             self.template,
             image_token_id=self.image_token_id,
             tokens_per_image=self.tokens_per_image,
-            tiles=self.tiles(record),
+            images=self.shapes(record),
         )
         self._check_ids(ids, record)
         self._check_longest(ids, record)
@@ -98,8 +98,8 @@ class Encoder:
         self._fill_images(row, record, None)
         return row["pixel_values"]
 
-    def tiles(self, record: Record) -> list[int]:
-        """Return the slots that each image of a record takes; none for text. Raises UserError naming the record."""
+    def shapes(self, record: Record) -> list[ImageShape]:
+        """Return what each image of a record becomes; none for text. Raises UserError naming the record."""
         if record.problem is not None:
             raise UserError(record.problem)
         if not record.images:
@@ -110,7 +110,7 @@ class Encoder:
             raise UserError(
                 f"record {record.id}: {len(record.images)} images, over max_images {self.max_images}; raise max_images"
             )
-        return self.image_loader.tiles(record.images, record.id)
+        return self.image_loader.shapes(record.images, record.id)
 
     def slots(self, records: Sequence[Record]) -> int:
         """Return the image slots of a batch of these records. Raises UserError naming a record with too many tiles."""
@@ -118,7 +118,7 @@ class Encoder:
             return self.max_images
         most = self.tile_buckets[0]
         for record in records:
-            needed = sum(self.tiles(record))
+            needed = slots_of(self.shapes(record))
             if needed > self.tile_buckets[-1]:
                 raise UserError(
                     f"record {record.id}: its images make {needed} tiles, over the largest bucket of "
@@ -135,10 +135,10 @@ class Encoder:
             self.max_images if self.tile_buckets is None else _smallest(self.tile_buckets, slots),
         )
 
-    def image_positions(self, tiles: Sequence[int]) -> int:
-        """Return the tokens that images of these numbers of tiles add to those of the text with its marks."""
-        marks = 0 if self.template.image_tokens is None else len(tiles)
-        return self.tokens_per_image * sum(tiles) - marks
+    def image_positions(self, images: Sequence[ImageShape]) -> int:
+        """Return the tokens that images of these shapes add to those of the text with its marks."""
+        marks = 0 if self.template.image_tokens is None else sum(map(self.template.marks, images))
+        return self.tokens_per_image * slots_of(images) - marks
 
     def training_tokens(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
         """Return (input_ids, labels) of at most `max_length` (0 = any). Raises UserError naming the record."""
@@ -150,7 +150,7 @@ class Encoder:
             image_token_id=self.image_token_id,
             tokens_per_image=self.tokens_per_image,
             cut_text_at=limit if self.truncate else None,
-            tiles=self.tiles(record),
+            images=self.shapes(record),
         )
         self._check_ids(ids, record)
         if limit is None:
@@ -167,7 +167,7 @@ class Encoder:
         try:
             self.training_tokens(record)
             self.slots([record])  # refuses what no bucket holds
-            self._fill_images(self._empty_row(Shape(0, sum(self.tiles(record)))), record, None)
+            self._fill_images(self._empty_row(Shape(0, slots_of(self.shapes(record)))), record, None)
         except UserError as error:
             return str(error)
         return None
@@ -216,6 +216,11 @@ class Encoder:
                     pixels if augment_seed is None else augment_flip_shift(pixels, (*augment_seed, slot))
                 )
                 slot += 1
+
+
+def slots_of(images: Sequence[ImageShape]) -> int:
+    """Return the slots of a row with these images."""
+    return sum(image.slots for image in images)
 
 
 def _smallest(buckets: Sequence[int], needed: int) -> int:

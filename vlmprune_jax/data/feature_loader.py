@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vlmprune_jax.config import ImageShape
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.images import ImageLoader, Preparation
 from vlmprune_jax.data.records import Record, StoredImage, image_key
-from vlmprune_jax.data.tiling import Tiling
 from vlmprune_jax.errors import UserError
 
 
@@ -50,9 +50,9 @@ class FeatureLoader:
         """How images became arrays."""
         return self.images.preparation
 
-    def tiles(self, paths: Sequence[Path | StoredImage], record: str) -> list[int]:
-        """See `ImageLoader.tiles`."""
-        return self.images.tiles(paths, record)
+    def shapes(self, paths: Sequence[Path | StoredImage], record: str) -> list[ImageShape]:
+        """See `ImageLoader.shapes`."""
+        return self.images.shapes(paths, record)
 
     def load(self, path: Path | StoredImage, record: str, sharing: int = 1) -> np.ndarray:
         """Return an image's features. Raises UserError naming the file and the record."""
@@ -73,7 +73,7 @@ class FeatureLoader:
     def key(self, path: Path | StoredImage, sharing: int) -> str:
         """Return the name of an image's features."""
         name = image_key(path)
-        return f"{name}:1/{sharing}" if isinstance(self.preparation, Tiling) else name
+        return f"{name}:1/{sharing}" if self.preparation.shares else name
 
     def missing(self, records: Iterable[Record]) -> dict[str, Picture]:
         """Return the pictures of these records whose features are not there, each once, in order."""
@@ -89,4 +89,4 @@ class FeatureLoader:
 
     def count(self, picture: Picture) -> int:
         """Return a picture's number of tiles. Raises UserError naming file and record."""
-        return self.images.tiles(picture.record.images, picture.record.id)[picture.place]
+        return self.images.shapes(picture.record.images, picture.record.id)[picture.place].slots

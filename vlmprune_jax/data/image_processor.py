@@ -12,6 +12,7 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import FAMILIES
 from vlmprune_jax.families.tiles import MAX_SIDE
 
+_CUT = ("tiles", "splits")  # ways of families that cut images, for which the classes here are not used
 _SUFFIXES = ("ImageProcessor", "ImageProcessorPil", "ImageProcessorFast", "FeatureExtractor")
 _TODO = "restore it from the model's source"
 
@@ -50,6 +51,8 @@ class ProcessorFile(TypedDict, total=False):
     image_std: _Deviations | None
     default_to_square: bool | None
     crop_to_patches: bool | None
+    do_image_splitting: bool | None
+    max_image_size: _AnySize
     min_patches: _Count
     max_patches: _Count
 
@@ -70,9 +73,9 @@ def checked_processor(config: Any, where: str) -> dict[str, Any]:
     return checked(config, ProcessorFile, where, _TODO)
 
 
-def cuts_images(config: Mapping[str, Any]) -> bool:
-    """Whether the settings are of a processor that cuts images into tiles."""
-    return _type_of(config) in _processors(cut=True)
+def way_of(config: Mapping[str, Any]) -> str:
+    """How the processor of these settings prepares images (`Family.images`); "whole" where its type is not known."""
+    return next((way for way in _CUT if _type_of(config) in _processors(way)), "whole")
 
 
 def make_processor(config: Mapping[str, Any], where: str) -> Any:
@@ -86,9 +89,9 @@ def make_processor(config: Mapping[str, Any], where: str) -> Any:
     """
     import transformers
 
-    name, classes = _type_of(config), _processors(cut=False)
+    name, classes = _type_of(config), _processors("whole")
     if name not in classes:
-        known = ", ".join(sorted({*classes, *_processors(cut=True)}))
+        known = ", ".join(sorted({*classes, *(name for way in _CUT for name in _processors(way))}))
         raise UserError(f"{where}: image processor {name!r} is not supported; known: {known}")
     for class_name in classes[name]:
         try:
@@ -118,10 +121,10 @@ def sides(size: Any, where: str) -> tuple[int, int]:
     return size["height"], size["width"]
 
 
-def _processors(*, cut: bool) -> dict[str, tuple[str, str]]:
-    """image_processor_type (or the older feature_extractor_type) -> classes to try in order, of all families."""
-    kinds = [kind for one in FAMILIES.values() if one.cuts_images == cut for kind in one.image_processors]
-    suffixes = _SUFFIXES[:3] if cut else _SUFFIXES
+def _processors(way: str) -> dict[str, tuple[str, str]]:
+    """image_processor_type (or the older feature_extractor_type) -> classes to try, of families that prepare so."""
+    kinds = [kind for one in FAMILIES.values() if one.images == way for kind in one.image_processors]
+    suffixes = _SUFFIXES if way == "whole" else _SUFFIXES[:3]
     return {f"{k}{suffix}": (f"{k}ImageProcessorPil", f"{k}ImageProcessor") for k in kinds for suffix in suffixes}
 
 

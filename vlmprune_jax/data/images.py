@@ -11,7 +11,7 @@ import os
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,8 +19,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vlmprune_jax.checked_files import IMAGE_FORMATS, open_image, read_json, reading
-from vlmprune_jax.data.image_processor import checked_processor, cuts_images, make_processor, sides
+from vlmprune_jax.config import ImageShape
+from vlmprune_jax.data.image_processor import checked_processor, make_processor, sides, way_of
 from vlmprune_jax.data.records import StoredImage
+from vlmprune_jax.data.splitting import splitting_from_processor
 from vlmprune_jax.data.tiling import Tiling, pad_to_square, tiling_from_processor
 from vlmprune_jax.errors import UserError, reason
 from vlmprune_jax.families import find
@@ -46,17 +48,25 @@ class Preparation(Protocol):
     def settings(self) -> dict[str, Any]:
         """What the arrays depend on beside the image, as JSON values."""
 
-    def count(self, width: int, height: int, sharing: int) -> int:
-        """Return the number of tiles of an image (1 where images are not cut)."""
+    @property
+    def shares(self) -> bool:
+        """Whether what an image becomes depends on how many share its record."""
+
+    @property
+    def usual(self) -> tuple[int, ...]:
+        """Slots that one image often takes, ascending."""
+
+    def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
+        """Return what an image becomes."""
 
     def most(self, images: int) -> int:
-        """Return the largest number of tiles of a record with up to `images` images."""
+        """Return the most slots of a record with up to `images` images."""
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
         """Return the pixels in the largest picture on the way."""
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
-        """Return float32[tiles, channels, height, width] of an RGB image."""
+        """Return float32[slots, channels, height, width] of an RGB image."""
 
 
 class WholeImage:
@@ -65,6 +75,8 @@ class WholeImage:
     `aspect_ratio` "pad" centres the image on a square of the colour int(255 * mean), "square" gives it to the processor
     as it is.
     """
+
+    shares, usual = False, (1,)
 
     def __init__(self, config: Mapping[str, Any], *, where: str, aspect_ratio: str) -> None:
         if aspect_ratio not in ASPECT_RATIOS:
@@ -79,10 +91,10 @@ class WholeImage:
         self._short_side = "shortest_edge" in dict(self._processor.size)
         self.shape = (3, *(sides(self._processor.crop_size, where) if crops else self._resized))
 
-    def count(self, width: int, height: int, sharing: int) -> int:
-        """Return 1."""
+    def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
+        """Return that of a whole image."""
         del width, height, sharing
-        return 1
+        return ImageShape()
 
     def most(self, images: int) -> int:
         """Return `images`."""
@@ -126,7 +138,7 @@ class ImageLoader:
         self._lock = threading.Lock()
 
     def load(self, path: Path | StoredImage, record: str, sharing: int = 1) -> np.ndarray:
-        """Return read-only float32[tiles, 3, height, width] of an image in a record of `sharing` images.
+        """Return read-only float32[slots, 3, height, width] of an image in a record of `sharing` images.
 
         Raises UserError naming the file and the record.
         """
@@ -151,8 +163,8 @@ class ImageLoader:
                 self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
         return pixels
 
-    def tiles(self, paths: Sequence[Path | StoredImage], record: str) -> list[int]:
-        """Return how many tiles each image of a record gives; reads their headers only where images are cut.
+    def shapes(self, paths: Sequence[Path | StoredImage], record: str) -> list[ImageShape]:
+        """Return what each image of a record becomes; reads their headers only where images are cut.
 
         Raises UserError naming the file and the record.
         """
@@ -162,7 +174,7 @@ class ImageLoader:
                 with self._open(path, record, len(paths)) as image:
                     self._sizes[path] = image.size
             sizes.append(self._sizes[path])
-        return [self.preparation.count(width, height, len(paths)) for width, height in sizes]
+        return [self.preparation.image_shape(width, height, len(paths)) for width, height in sizes]
 
     @contextlib.contextmanager
     def _open(self, path: Path | StoredImage, record: str, sharing: int) -> Iterator[Image.Image]:
@@ -265,7 +277,8 @@ def load_image_processor(
     preparation, where = _preparation(folder, aspect_ratio, image_size)
     if changes and not isinstance(preparation, Tiling):
         raise UserError(
-            f"{folder}: data.{', data.'.join(changes)} given, but this model does not cut images into tiles"
+            f"{folder}: data.{', data.'.join(changes)} given, but this model does not cut images into tiles that fit "
+            "them best"
         )
     if isinstance(preparation, Tiling):
         preparation = dataclasses.replace(preparation, **changes)
@@ -295,13 +308,21 @@ def _preparation(folder: Path, aspect_ratio: str, image_size: int | None) -> tup
         if config is None:
             continue
         where, config = str(path), checked_processor(config, str(path))
-        if cuts_images(config):
-            return tiling_from_processor(config, where), where
+        way = way_of(config)
+        if way != "whole":
+            return _CUTTING[way](config, where), where
         return WholeImage(config, where=where, aspect_ratio=aspect_ratio), where
     if image_size is not None and family is not None and family.pixels is not None:
         config = checked_processor(family.pixels(image_size), str(model_path))
         return WholeImage(config, where=str(model_path), aspect_ratio=aspect_ratio), str(model_path)
     raise UserError(f"{folder}: has no preprocessor_config.json; copy it from the model or its vision tower")
+
+
+# How images that a family cuts are prepared (`Family.images`).
+_CUTTING: dict[str, Callable[[Mapping[str, Any], str], Preparation]] = {
+    "tiles": tiling_from_processor,
+    "splits": splitting_from_processor,
+}
 
 
 def augment_flip_shift(pixels: np.ndarray, seed: tuple[int, ...], max_shift: int = 4) -> np.ndarray:

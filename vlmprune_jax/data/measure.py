@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.data.encoding import Encoder
+from vlmprune_jax.config import ImageShape
+from vlmprune_jax.data.encoding import Encoder, slots_of
 from vlmprune_jax.data.prompts import count_tokens, prompt_pieces
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.errors import UserError
@@ -39,9 +40,10 @@ def measure(
                 raise
             return None
 
-    def parts(record: Record) -> tuple[list[int], list[str]]:
+    def parts(record: Record) -> tuple[list[ImageShape], list[str]]:
         encoder.slots([record])  # refuses what no bucket holds
-        return encoder.tiles(record), prompt_pieces(record, encoder.template)
+        images = encoder.shapes(record)
+        return images, prompt_pieces(record, encoder.template, images)
 
     sizes = np.zeros((len(records), 2), np.int32)
     with ThreadPoolExecutor(max(threads, 1)) as pool:
@@ -57,7 +59,7 @@ def measure(
                     cut = attempt(encoder.training_tokens, record)
                     tokens = 0 if cut is None else len(cut[0])
                 if tokens:
-                    sizes[place] = tokens, sum(part[0])
+                    sizes[place] = tokens, slots_of(part[0])
             if progress is not None:
                 progress(start + len(chunk))
     return sizes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlmprune_jax.checked_files import reading
-from vlmprune_jax.config import IGNORED
+from vlmprune_jax.config import IGNORED, ImageShape
 from vlmprune_jax.data.records import IMAGE_TOKEN, Record
 from vlmprune_jax.data.tokenizer_files import TOKENIZER, check_tokenizer_files, without_output
 from vlmprune_jax.errors import UserError
@@ -70,7 +71,8 @@ def choose_template(
     Raises UserError where the tokenizer lacks a token of the template.
     """
     template = template_of(family, config, tokenizer.eos_token) if name == AUTO else templates()[name]
-    needed = (*template.special, *((template.image_tokens or ()) if has_vision else ()))
+    image = re.findall(r"<[^<>]+>", "".join(template.image_tokens or ()) if has_vision else "")
+    needed = (*template.special, *image)
     known = tokenizer.get_vocab()
     missing = [token for token in needed if token not in known]
     if missing:
@@ -87,16 +89,17 @@ def render(turns: Sequence[tuple[str, str]], template: Template, *, has_image: b
     A turn without text is its bare role, as in the reference (LLaVA conversation.py `get_prompt`). An empty system text
     leaves out its marks as well, which is how `llava-hf` chat templates look.
     """
-    text = template.system_start + template.system + template.system_end if template.system else ""
+    text = template.start + (template.system_start + template.system + template.system_end if template.system else "")
     if has_image and template.image_lead:
         turns = _lead_with_image(turns)
     for speaker, content in turns:
         if has_image and template.image_first:
-            content = move_images_first(content)
+            content = move_images_first(content, template.behind_image)
         role, end = (
             (template.user, template.user_end) if speaker == "human" else (template.assistant, template.assistant_end)
         )
-        text += role + template.gap + content + end if content or template.by_turn else role
+        gap = "" if template.tight_image and has_image and content.startswith(IMAGE_TOKEN) else template.gap
+        text += role + gap + content + end if content or template.by_turn else role
     return text + template.assistant if generation else text
 
 
@@ -111,12 +114,12 @@ def _lead_with_image(turns: Sequence[tuple[str, str]]) -> Sequence[tuple[str, st
     return [(speaker, f"{IMAGE_TOKEN}\n{first}"), *rest]
 
 
-def move_images_first(content: str) -> str:
-    """Return the turn with its `<image>` marks in front, one a line (reference: `preprocess_multimodal`)."""
+def move_images_first(content: str, behind: str = "\n") -> str:
+    """Return the turn with its `<image>` marks in front, `behind` each (reference: `preprocess_multimodal`)."""
     images = content.count(IMAGE_TOKEN)
     if not images:
         return content
-    return (f"{IMAGE_TOKEN}\n" * images + content.replace(IMAGE_TOKEN, "").strip()).strip()
+    return (f"{IMAGE_TOKEN}{behind}" * images + content.replace(IMAGE_TOKEN, "").strip()).strip()
 
 
 def tokenize_training(
@@ -127,24 +130,25 @@ def tokenize_training(
     image_token_id: int,
     tokens_per_image: int,
     cut_text_at: int | None,
-    tiles: Sequence[int] | None = None,
+    images: Sequence[ImageShape] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (input_ids, labels), both int32[tokens]; labels are IGNORED outside answers and their end marks.
 
     Every `<image>` becomes `tokens_per_image` copies of `image_token_id` (1 x -200 is the reference's form) for each
-    of its `tiles` (None = one). With `cut_text_at` (the reference's model_max_length) a record without images is cut
-    there, and a malformed round beyond that many tokens does not cost the record its labels; None never cuts.
-    A record whose rounds cannot be told apart (an empty turn, a separator inside a text) has all labels ignored: the
-    reference's "tokenization mismatch" rule.
+    slot of its shape in `images` (None = all stay whole). With `cut_text_at` (the reference's model_max_length) a
+    record without images is cut there, and a malformed round beyond that many tokens does not cost the record its
+    labels; None never cuts. A record whose rounds cannot be told apart (an empty turn, a separator inside a text) has
+    all labels ignored: the reference's "tokenization mismatch" rule.
     """
-    prompt = _training_prompt(record, template)
+    images = _shapes(record, images)
+    prompt = _training_prompt(record, template, images)
     tokens = _tokenize(prompt, record, tokenizer, template)
-    spans, covered = _turn_spans(record, template) if template.by_turn else _answer_spans(prompt, template)
+    spans, covered = _turn_spans(record, template, images) if template.by_turn else _answer_spans(prompt, template)
     keep = np.zeros(len(tokens.ids), bool)
     for start, stop in spans:
         # A token of the role may have swallowed the white space that begins the answer: it starts before the answer.
         keep |= (tokens.ends > start) & (tokens.starts >= start) & (tokens.starts < stop)
-    repeats = _repeats(tokens.is_image, tokens_per_image, tiles)
+    repeats = _repeats(tokens.is_image, tokens_per_image, template, images)
     padding = tokenizer.convert_tokens_to_ids(template.padding_mark) if template.padding_mark else None
     if _is_mismatched(tokens, repeats, covered, prompt, padding, cut_text_at):
         keep[:] = False
@@ -155,9 +159,9 @@ def tokenize_training(
     return (ids, labels) if record.images else (ids[:cut_text_at], labels[:cut_text_at])
 
 
-def prompt_pieces(record: Record, template: Template) -> list[str]:
+def prompt_pieces(record: Record, template: Template, images: Sequence[ImageShape]) -> list[str]:
     """Return the texts that `tokenize_training` tokenises, one behind each image written as `<image>`."""
-    return _pieces(_training_prompt(record, template), record, template)
+    return _pieces(_training_prompt(record, template, images), record, template)
 
 
 def count_tokens(prompts: Sequence[Sequence[str]], tokenizer: Any) -> np.ndarray:
@@ -178,14 +182,15 @@ def tokenize_prompt(
     *,
     image_token_id: int,
     tokens_per_image: int,
-    tiles: Sequence[int] | None = None,
+    images: Sequence[ImageShape] | None = None,
 ) -> np.ndarray:
     """Return int32[tokens]: the conversation up to its last answer, ending with the assistant's role."""
     turns = record.turns[:-1] if record.turns[-1][0] == "gpt" else record.turns
+    images = _shapes(record, images)
     prompt = render(turns, template, has_image=bool(record.images), generation=True)
-    tokens = _tokenize(_write_images(prompt, record, template), record, tokenizer, template)
+    tokens = _tokenize(_write_images(prompt, record, template, images), record, tokenizer, template)
     ids = np.where(tokens.is_image, image_token_id, tokens.ids).astype(np.int32)
-    return np.repeat(ids, _repeats(tokens.is_image, tokens_per_image, tiles))
+    return np.repeat(ids, _repeats(tokens.is_image, tokens_per_image, template, images))
 
 
 def _is_mismatched(
@@ -204,26 +209,33 @@ def _is_mismatched(
     return counted != int(np.count_nonzero(real)) and (cut_text_at is None or counted < cut_text_at)
 
 
-def _training_prompt(record: Record, template: Template) -> str:
-    return _write_images(render(record.turns, template, has_image=bool(record.images)), record, template)
+def _shapes(record: Record, images: Sequence[ImageShape] | None) -> Sequence[ImageShape]:
+    return [ImageShape()] * len(record.images) if images is None else images
 
 
-def _write_images(prompt: str, record: Record, template: Template) -> str:
-    """Return the prompt with its first placeholders, one per image, as image tokens with a single position each."""
+def _training_prompt(record: Record, template: Template, images: Sequence[ImageShape]) -> str:
+    return _write_images(render(record.turns, template, has_image=bool(record.images)), record, template, images)
+
+
+def _write_images(prompt: str, record: Record, template: Template, images: Sequence[ImageShape]) -> str:
+    """Return the prompt with its first placeholders, one per image, as image tokens, each context token once."""
     if template.image_tokens is None:
         return prompt
-    if template.image_tokens[1] in prompt:
-        raise UserError(
-            f"record {record.id}: its text holds {template.image_tokens[1]}, which marks image positions; remove it"
-        )
-    return prompt.replace(IMAGE_TOKEN, "".join(template.image_tokens), len(record.images))
+    first, *rest = prompt.split(IMAGE_TOKEN, len(record.images))
+    context = template.image_tokens[1]
+    if any(context in text for text in (first, *rest)):
+        raise UserError(f"record {record.id}: its text holds {context}, which marks image positions; remove it")
+    return first + "".join(template.image_text(image) + text for image, text in zip(images, rest, strict=False))
 
 
-def _repeats(is_image: np.ndarray, tokens_per_image: int, tiles: Sequence[int] | None) -> np.ndarray:
+def _repeats(
+    is_image: np.ndarray, tokens_per_image: int, template: Template, images: Sequence[ImageShape]
+) -> np.ndarray:
     """Return how many positions each token takes."""
     repeats = np.ones(len(is_image), np.int64)
-    count = int(np.count_nonzero(is_image))
-    repeats[is_image] = tokens_per_image * np.array([1] * count if tiles is None else tiles[:count], np.int64)
+    each = [(template.marks(image), tokens_per_image * image.slots) for image in images]
+    of_marks = [positions // marks for marks, positions in each for _ in range(marks)]
+    repeats[is_image] = of_marks[: int(np.count_nonzero(is_image))]
     return repeats
 
 
@@ -274,20 +286,17 @@ def _tokenize(prompt: str, record: Record, tokenizer: Any, template: Template) -
     return _Tokens(np.minimum(np.array(ids, np.int64), 2**31 - 1).astype(np.int32), starts, ends, found)
 
 
-def _turn_spans(record: Record, template: Template) -> tuple[list[tuple[int, int]], int]:
+def _turn_spans(record: Record, template: Template, images: Sequence[ImageShape]) -> tuple[list[tuple[int, int]], int]:
     """Return the character spans of the answers with their end marks, and the length of the prompt."""
     has_image = bool(record.images)
     turns: Sequence[tuple[str, str]] = record.turns
     if has_image and template.image_lead:
         turns, template = _lead_with_image(turns), replace(template, image_lead=False)
     until = [
-        len(_write_images(render(turns[:n], template, has_image=has_image), record, template))
+        len(_write_images(render(turns[:n], template, has_image=has_image), record, template, images))
         for n in range(len(turns) + 1)
     ]
-    role, space = (
-        len(template.assistant + template.gap),
-        len(template.assistant_end) - len(template.assistant_end.rstrip()),
-    )
+    role, space = len(template.assistant), len(template.assistant_end) - len(template.assistant_end.rstrip())
     answers = [n for n, (speaker, _) in enumerate(turns) if speaker != "human"]
     return [(until[n] + role, until[n + 1] - space) for n in answers], until[-1]
 

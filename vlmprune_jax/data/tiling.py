@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vlmprune_jax.config import ImageShape
 from vlmprune_jax.data.image_processor import sides
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families.tiles import BICUBIC, TilingConfig, whole_number
@@ -30,22 +31,30 @@ class Tiling(TilingConfig):
         """What the tiles depend on beside the image, as JSON values."""
         return {"tiling": dataclasses.asdict(self)}
 
+    @property
+    def usual(self) -> tuple[int, ...]:
+        """Slots of a lone tile, and of a thumbnail with 1, 3, 6 and 12 tiles (the common grids)."""
+        return (1, 2, 4, 7, 13)
+
     def grid(self, width: int, height: int, sharing: int) -> tuple[int, int]:
         """Return (columns, rows) for an image of a record with `sharing` images."""
         if self.pad:
             width = height = max(width, height)
-        return closest_grid(width, height, self.size, self.min_tiles, max(1, self.max_tiles // sharing))
+        return closest_grid(width, height, self.size, self.min_tiles, self._most_tiles(sharing))
 
-    def count(self, width: int, height: int, sharing: int) -> int:
-        """Return the number of tiles of an image, its thumbnail included."""
+    def _most_tiles(self, sharing: int) -> int:
+        return max(1, self.max_tiles // sharing) if self.shares else self.max_tiles
+
+    def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
+        """Return the grid of an image, and how many tiles it has with its thumbnail."""
         columns, rows = self.grid(width, height, sharing)
-        return columns * rows + (self.thumbnail and columns * rows != 1)
+        return ImageShape(rows, columns, columns * rows + (self.thumbnail and columns * rows != 1))
 
     def most(self, images: int) -> int:
         """Return the largest number of tiles that a record with up to `images` images can have."""
 
         def of(sharing: int) -> int:
-            most = max(1, self.max_tiles // sharing)
+            most = self._most_tiles(sharing)
             return sharing * (most + (self.thumbnail and most != 1))
 
         return max(map(of, (*range(1, min(images, self.max_tiles) + 1), images)))  # more images have one tile each
@@ -143,4 +152,5 @@ def tiling_from_processor(config: Mapping[str, Any], where: str) -> Tiling:
         mean=tuple(config.get("image_mean") or OPENAI_CLIP_MEAN),
         std=tuple(config.get("image_std") or OPENAI_CLIP_STD),
         resample=whole_number(config.get("resample", BICUBIC), "resample", where, least=0),
+        shares=False,
     )

@@ -107,7 +107,7 @@ class DataSpec:
     tile_buckets: tuple[int, ...] = setting(
         (),
         "Numbers of image slots that a batch may have, each one compiled program; (): the model's own (1, 2, 4, 7, 13 "
-        "for twelve tiles and a thumbnail).",
+        "for twelve tiles and a thumbnail; 1, 5, 9, 13, 17 for four sub-images a side).",
         affects=_RECORDS,
         unit="images",
     )

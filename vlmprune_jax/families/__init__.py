@@ -16,6 +16,7 @@ from vlmprune_jax.families.phi import PHI
 from vlmprune_jax.families.phi3 import PHI3
 from vlmprune_jax.families.qwen2 import QWEN2
 from vlmprune_jax.families.qwen3 import QWEN3
+from vlmprune_jax.families.smolvlm import SMOLVLM
 from vlmprune_jax.families.table import FAMILIES, Family, Weight
 from vlmprune_jax.families.templates import Template
 
@@ -26,6 +27,7 @@ FAMILIES.update(
         "bunny": BUNNY,
         "internvl": INTERNVL_HF,
         "internvl-original": INTERNVL_ORIGINAL,
+        "smolvlm": SMOLVLM,
         **{one.name: one for one in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI, PHI3)},
     }
 )
@@ -111,7 +113,7 @@ def template_of(family: Family, config: Mapping[str, Any], text_end: str | None)
     if named is None:
         converted = [other for other in FAMILIES.values() if target_of(other) is family]
         own = [one.templates[0] for one in (family, *converted)]
-        return next((template for template in own if template.assistant_end == text_end), own[0])
+        return next((template for template in own if template.assistant_end.rstrip() == text_end), own[0])
     known = templates()
     if named not in known:
         raise UserError(f"config.json: prompt template {named!r} is not supported (supported: {', '.join(known)})")

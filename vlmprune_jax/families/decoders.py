@@ -8,6 +8,7 @@ from typing import Any
 
 from vlmprune_jax.config import ModelConfig, TextConfig
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.families.rope import for_both_versions
 from vlmprune_jax.families.shapes import token_ids
 from vlmprune_jax.families.table import FAMILIES, Decoder, Family, JsonDict, Stock, Weight
 
@@ -31,7 +32,16 @@ def text_from_hf(config: Mapping[str, Any]) -> TextConfig:
 
 def text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     """`source` with every field that depends on the layers rewritten; the model type may change (see each decoder)."""
-    return decoder_of(text.decoder).to_hf(text, source)
+    return for_both_versions(decoder_of(text.decoder).to_hf(text, source))
+
+
+def vlm_text_to_hf(text: TextConfig, config: JsonDict, source: JsonDict) -> JsonDict:
+    """`config` of a vision-language model with its decoder's section, which was `source`.
+
+    Whether embeddings are tied stands in both, since versions 4 and 5 of transformers look in one place each.
+    """
+    tied = {"tie_word_embeddings": text.tie_embeddings}
+    return {**config, **tied, "text_config": {**text_to_hf(text, source), **tied}}
 
 
 def text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
@@ -52,7 +62,7 @@ def decoder_family(decoder: Decoder) -> Family:
         layout="transformers",
         model_types=(decoder.model_type,),
         from_hf=from_hf,
-        to_hf=lambda cfg, source: decoder.to_hf(cfg.text, source),
+        to_hf=lambda cfg, source: for_both_versions(decoder.to_hf(cfg.text, source)),
         weights=lambda cfg: decoder.weights(cfg.text, "model.", "lm_head.weight"),
         # a tied head that was written out all the same is not read
         ignored=(r".*\.rotary_emb\.inv_freq", r"lm_head\.weight"),

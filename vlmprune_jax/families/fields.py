@@ -49,7 +49,7 @@ _KINDS: tuple[_Kind, ...] = (
         "a whole number above 0",
         _whole,
         ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings",
-         "num_channels", "min_dynamic_patch", "max_dynamic_patch"),
+         "num_channels", "scale_factor", "min_dynamic_patch", "max_dynamic_patch"),
         ("num_key_value_heads", "head_dim", "sliding_window", "original_max_position_embeddings"),
     ),
     (f"a whole number from 1 to {MAX_LAYERS}", lambda v: _whole(v, MAX_LAYERS), ("num_hidden_layers",), ()),

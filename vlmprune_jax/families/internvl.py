@@ -9,9 +9,9 @@ from typing import Any
 
 from vlmprune_jax.config import ModelConfig, ProjectorConfig
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.families.decoders import text_from_hf, text_to_hf, text_weights
+from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
 from vlmprune_jax.families.llava import HF_MODULES, NATIVE_RENAMES, RECIPE
-from vlmprune_jax.families.shapes import layers_to_hf, token_ids
+from vlmprune_jax.families.shapes import layers_to_hf, tied_embeddings, token_ids
 from vlmprune_jax.families.table import Conversion, Family, JsonDict, ProcessorFiles, Stock
 from vlmprune_jax.families.templates import Template
 from vlmprune_jax.families.tiles import BICUBIC, TilingConfig, whole_number
@@ -71,7 +71,9 @@ _INTERNVL2_5 = replace(
     padding_mark=None,
     by_turn=True,
 )
-_TEMPLATES = (_PHI3_CHAT, _HERMES_2, _INTERNVL2_5)
+# Of InternVL3 and later in the layout of transformers, as their chat templates have it: no system text.
+_INTERNVL3 = replace(_INTERNVL2_5, name="internvl3", system="", image_lead=False)
+_CHAT_TEMPLATES = (_PHI3_CHAT, _HERMES_2, _INTERNVL2_5)
 
 # Source: InternVL's slurm scripts. They adapt the fused qkv_proj and gate_up_proj and decay every tensor; here each
 # projection has its own adapter, and biases and norms do not decay.
@@ -129,11 +131,7 @@ def _original_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | Non
 def _native_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
     del vision
     text = {"model_type": "qwen2", **(config.get("text_config") or {})}
-    if str(config.get("transformers_version", "5")).startswith("4."):
-        tied = text.get("tie_word_embeddings", False)  # version 4 looks at the decoder's flag alone
-    else:
-        tied = config.get("tie_word_embeddings", True)  # version 5 at the outer one, true where absent
-    text["tie_word_embeddings"] = bool(tied)
+    text["tie_word_embeddings"] = tied_embeddings(config, text, default=True)
     select = config.get("vision_feature_select_strategy", "default")
     if select != "default":
         raise UserError(f"InternVL: vision_feature_select_strategy {select!r} is not supported (supported: default)")
@@ -152,9 +150,8 @@ def _native_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None)
 
 
 def _native_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
-    old = {"model_type": "qwen2", **(source.get("text_config") or {})}
     config = vision_to_hf(vision_of(cfg), source, "internvl_vision", ("vision_feature_layer", -1))
-    return {**config, "text_config": text_to_hf(cfg.text, old)}
+    return vlm_text_to_hf(cfg.text, config, {"model_type": "qwen2", **(source.get("text_config") or {})})
 
 
 def _original_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
@@ -183,6 +180,7 @@ def _tiling(config: Mapping[str, Any], where: str) -> TilingConfig:
         mean=mean,
         std=std,
         resample=BICUBIC,
+        shares=True,
     )
 
 
@@ -235,10 +233,9 @@ def _processor(cfg: ModelConfig, source: JsonDict, template: Template, new_token
 
 
 def _stock_config(cfg: ModelConfig, source: JsonDict) -> JsonDict:
-    config: JsonDict = {"downsample_ratio": 1 / projector_of(cfg).downsample}
-    if source.get("template") is not None:
-        config["template"] = source["template"]  # transformers has no such field; ours tells prompts apart by it
-    return config
+    # transformers has no such field; ours tells prompts apart by it
+    named = source.get("template") or _CHAT_TEMPLATES[0].name
+    return {"downsample_ratio": 1 / projector_of(cfg).downsample, "template": named}
 
 
 def _lacks(cfg: ModelConfig) -> str | None:
@@ -272,9 +269,9 @@ INTERNVL_ORIGINAL = Family(
         ("chat_end_token_id", "<|end|>"),
         ("chat_end_token_id", "<|im_end|>"),
     ),
-    templates=_TEMPLATES,
+    templates=_CHAT_TEMPLATES,
     template_field="template",
-    cuts_images=True,
+    images="tiles",
     tiling=_tiling,
     recipe=_RECIPE,
     conversion=Conversion(to="internvl", new_token="<video>", marks_images=False),
@@ -299,10 +296,10 @@ INTERNVL_HF = Family(
         r"language_model\.lm_head\.weight",
         r"vision_tower\.(embeddings\.mask_token|encoder\.layer\..*)",
     ),
-    templates=_TEMPLATES,
+    templates=(_INTERNVL3, *_CHAT_TEMPLATES),
     template_field="template",
     image_processors=("GotOcr2",),
-    cuts_images=True,
+    images="tiles",
     recipe=_RECIPE,
     stock=Stock(
         "InternVLForConditionalGeneration",

@@ -7,7 +7,7 @@ from typing import Any
 
 from vlmprune_jax.config import ModelConfig, ProjectorConfig
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.families.decoders import text_from_hf, text_to_hf, text_weights
+from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
 from vlmprune_jax.families.shapes import layers_to_hf, token_ids
 from vlmprune_jax.families.table import Conversion, Family, JsonDict, ProcessorFiles, Stock
 from vlmprune_jax.families.templates import Template
@@ -78,9 +78,10 @@ def _hf_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> 
         raise UserError(f"vision_feature_select_strategy {select!r} is not one of default, full")
     layer = config.get("vision_feature_layer", -2)
     tower = vision_from_hf(config.get("vision_config") or {}, layer, "clip_vision_model")
-    if tower.kind == "internvit":
+    if tower.kind not in ("clip", "siglip"):
         raise UserError(
-            "LLaVA with an InternViT tower is not supported (supported: clip_vision_model, siglip_vision_model)"
+            f"LLaVA with a tower of kind {tower.kind} is not supported (supported: clip_vision_model, "
+            "siglip_vision_model)"
         )
     ids = token_ids({**text, **{k: v for k, v in config.items() if k.endswith("token_id") and v is not None}})
     return ModelConfig(
@@ -101,8 +102,7 @@ def _hf_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> 
 def _hf_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
     config = dict(vision_to_hf(vision_of(cfg), source, "clip_vision_model", ("vision_feature_layer", -2)))
     # transformers fills what text_config leaves out with its class's defaults, so absent fields must stay meaningful.
-    config["text_config"] = text_to_hf(cfg.text, dict(source.get("text_config") or {}))
-    return config
+    return vlm_text_to_hf(cfg.text, config, dict(source.get("text_config") or {}))
 
 
 def _original_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
@@ -203,7 +203,7 @@ LLAVA_HF = Family(
         "AutoModelForImageTextToText",
         image_token="image_token_index",
         config=lambda cfg, source: {"multimodal_projector_bias": projector_of(cfg).bias},
-        lacks=lambda cfg: "pixel shuffle" if projector_of(cfg).kind == "pixel_shuffle" else None,
+        lacks=lambda cfg: "pixel shuffle" if projector_of(cfg).shuffles else None,
         processor=_processor,
     ),
 )

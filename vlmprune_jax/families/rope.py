@@ -81,6 +81,20 @@ def rotary_dim(config: Mapping[str, Any], head_dim: int, default: float) -> int:
     return int(head_dim * float(default if factor is None else factor))
 
 
+def for_both_versions(config: JsonDict) -> JsonDict:
+    """A decoder's config whose `rope_parameters` are also told as version 4, which reads no others, has them."""
+    nested = config.get("rope_parameters")
+    if not nested or "rope_theta" in config:
+        return config
+    outside = {name: nested[name] for name in ("rope_theta", "partial_rotary_factor") if name in nested}
+    scaling: JsonDict | None = {name: value for name, value in nested.items() if name not in outside}
+    if nested.get("rope_type", "default") == "default":
+        scaling = None
+    elif config.get("model_type") == "phi3":  # whose class wants these three and no more
+        scaling = {"type": "longrope", **{name: nested[name] for name in ("short_factor", "long_factor")}}
+    return {**config, **outside, "rope_scaling": scaling}
+
+
 def longrope_to_hf(rope: RopeConfig, source: Mapping[str, Any]) -> JsonDict:
     """Fields that describe LongRoPE to a class that, unlike Phi-3's, has no default for them."""
     fields = {

@@ -69,6 +69,16 @@ def layers_to_hf(text: TextConfig, source: Mapping[str, Any]) -> JsonDict:
     return config
 
 
+def tied_embeddings(config: Mapping[str, Any], text: Mapping[str, Any], *, default: bool) -> bool:
+    """Whether the output head of a vision-language model is its embedding; `text` is its decoder's config.
+
+    Version 4 of transformers looks at the decoder's flag alone, version 5 at the outer one (`default` where absent).
+    """
+    if str(config.get("transformers_version", "5")).startswith("4."):
+        return bool(text.get("tie_word_embeddings", False))
+    return bool(config.get("tie_word_embeddings", default))
+
+
 def token_ids(config: Mapping[str, Any]) -> dict[str, Any]:
     """bos/eos/pad ids as ModelConfig keywords; eos may be one id or a list."""
     eos = config.get("eos_token_id")

@@ -71,6 +71,9 @@ class ProcessorFiles:
 class Stock:
     """The class of transformers that loads a layout, and the Auto class that finds it.
 
+    `by_row`: it takes pixel_values [rows, images, channels, height, width], not the images of all rows as one list.
+    `miscomputes`: beginnings of the versions of transformers in which it is known to compute something else in float32.
+
     The rest is for layouts that models of other layouts are converted to (`Conversion`). `image_token` is the field of
     config.json with that token's id. `config(cfg, source)`: fields that this class alone has, `source` being the
     config.json of the other layout. `lacks(cfg)`: what of a model the class has no place for, or None.
@@ -79,6 +82,8 @@ class Stock:
 
     name: str
     auto: str
+    by_row: bool = False
+    miscomputes: tuple[str, ...] = ()
     image_token: str = ""
     config: Callable[[ModelConfig, JsonDict], JsonDict] = lambda cfg, source: {}
     lacks: Callable[[ModelConfig], str | None] = lambda cfg: None
@@ -116,7 +121,8 @@ class Family:
     `templates` is what a model was trained with, unless `template_field` of its config.json names another.
 
     Images: `image_processors` are the classes of transformers (without their suffix) that a folder may name and that
-    `data/images.py` can run; `cuts_images` says that they make tiles. `tiling(config, where)` is for a config.json that
+    `data/images.py` can run; `images` says that they keep an image "whole", cut it into "tiles" of the grid that fits
+    best, or "splits" it at its own size. `tiling(config, where)` is for a config.json that
     says how, `pixels(size)` the processor's settings where no file has them.
 
     `recipe`: the reference's recovery, a partial experiment. `decoder` makes a family without a tower usable inside
@@ -140,7 +146,7 @@ class Family:
     templates: tuple[Template, ...] = (LLAVA_V1,)
     template_field: str | None = None
     image_processors: tuple[str, ...] = ()
-    cuts_images: bool = False
+    images: str = "whole"
     tiling: Callable[[Mapping[str, Any], str], TilingConfig] | None = None
     pixels: Callable[[int], JsonDict] | None = None
     recipe: Mapping[str, Any] | None = None

@@ -18,7 +18,7 @@ class TilingConfig:
     """How images become tiles of `size` x `size` pixels: `min_tiles` to `max_tiles` in a grid, and perhaps a thumbnail.
 
     `pad` centres an image on a square first; it is for images that stay one tile (tiles are square already). `mean` and
-    `std` normalise the tiles, `resample` is PIL's number of the filter.
+    `std` normalise the tiles, `resample` is PIL's number of the filter. The images of a record may share `max_tiles`.
     """
 
     size: int
@@ -29,6 +29,7 @@ class TilingConfig:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resample: int
+    shares: bool
 
     def __post_init__(self) -> None:
         if self.size > MAX_SIDE:

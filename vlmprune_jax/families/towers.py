@@ -20,6 +20,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12,
         "image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh",
     },
+    "smolvlm_vision": {
+        "hidden_size": 1152, "intermediate_size": 3072, "num_attention_heads": 16, "num_hidden_layers": 12,
+        "image_size": 224, "patch_size": 32, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh",
+    },
     "internvl_vision": {
         "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24,
         "image_size": 448, "patch_size": 14, "layer_norm_eps": 1e-6, "hidden_act": "gelu",
@@ -34,9 +38,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # How the kinds of tower differ.
 _INTERNVIT = {"patch_bias": True, "pre_norm": False, "layer_scale": True, "resizes": True}
+_SIGLIP = {"class_token": False, "patch_bias": True, "pre_norm": False}
 _TRAITS: dict[str, dict[str, Any]] = {
     "clip_vision_model": {"kind": "clip"},
-    "siglip_vision_model": {"kind": "siglip", "class_token": False, "patch_bias": True, "pre_norm": False},
+    "siglip_vision_model": {"kind": "siglip", **_SIGLIP},
+    "smolvlm_vision": {"kind": "smolvlm", **_SIGLIP, "post_norm": True, "spreads": True},
     "internvl_vision": {"kind": "internvit", **_INTERNVIT},
     "intern_vit_6b": {"kind": "internvit", **_INTERNVIT},
 }
@@ -47,7 +53,12 @@ PIXELS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "internvit": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 # The type of each kind in transformers.
-KINDS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model", "internvit": "internvl_vision"}
+KINDS = {
+    "clip": "clip_vision_model",
+    "siglip": "siglip_vision_model",
+    "internvit": "internvl_vision",
+    "smolvlm": "smolvlm_vision",
+}
 TYPES = tuple(_DEFAULTS)
 # A whole CLIP or SigLIP config, whose vision part may leave its type out.
 _OUTER = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
@@ -97,18 +108,19 @@ def vision_from_hf(
     )
 
 
-def vision_to_hf(vision: VisionConfig, source: JsonDict, default_type: str, feature_layer: tuple[str, int]) -> JsonDict:
+def vision_to_hf(
+    vision: VisionConfig, source: JsonDict, default_type: str, feature_layer: tuple[str, int] | None
+) -> JsonDict:
     """`source`, a whole config.json, with every field that depends on the tower's layers rewritten.
 
     A tower that is not the source's ends with its feature layer, whose states are then its last. `feature_layer` is the
-    name of that field and its default.
+    name of that field and its default, None for a class that always takes the last.
 
     Raises:
       UserError: layers of unequal width, which no class loads.
     """
-    name, default = feature_layer
     old = source.get("vision_config") or {}
-    before = vision_from_hf(old, source.get(name, default), default_type)
+    before = vision_from_hf(old, source.get(*feature_layer) if feature_layer else -1, default_type)
     if (before.layers, before.n_layers_total) == (vision.layers, vision.n_layers_total):
         return source
     if not vision.even:
@@ -127,7 +139,7 @@ def vision_to_hf(vision: VisionConfig, source: JsonDict, default_type: str, feat
         new["head_dim"] = vision.head_dim
     if vision.kind == "siglip":
         new["vision_use_head"] = False
-    return {**source, "vision_config": new, name: -1}
+    return {**source, "vision_config": new, **({feature_layer[0]: -1} if feature_layer else {})}
 
 
 def is_left_out(key: str, config: JsonDict) -> bool:
@@ -187,6 +199,7 @@ _LAYOUTS = {
     "layers/{i}/mlp/fc1": "mlp vision",
     "layers/{i}/mlp/fc2": "vision mlp",
     "layers/{i}/layer_scale2": "vision",
+    "post_layernorm": "vision",
 }
 # SigLIP's pooling head, which no feature passes through; its MLP has the widths of the layers.
 _POOLING_HEAD = "vision_tower.head."
@@ -227,7 +240,7 @@ _INTERNVL_KEYS = {
 
 
 def vision_weights(vision: VisionConfig, prefix: str) -> list[Weight]:
-    """Weight lines of a CLIP or SigLIP tower's computed part under key `prefix`."""
+    """Weight lines of a CLIP, SigLIP or SmolVLM tower's computed part under key `prefix`."""
     return _tower_weights(vision, prefix, _CLIP_KEYS)
 
 
@@ -240,6 +253,7 @@ def _tower_weights(vision: VisionConfig, prefix: str, keys: Mapping[str, str]) -
     absent = {
         "class_embedding": not vision.class_token,
         "pre_layrnorm": not vision.pre_norm,
+        "post_layernorm": not vision.post_norm,
         "layers/{i}/layer_scale1": not vision.layer_scale,
         "layers/{i}/layer_scale2": not vision.layer_scale,
     }
@@ -269,10 +283,12 @@ def first_axes(layout: str) -> str:
 
 def projector_weights(projector: ProjectorConfig, prefix: str, names: tuple[str, ...]) -> list[Weight]:
     """Weight lines of the projector; `names` of its layers in the files, first to last."""
-    shuffled = projector.kind == "pixel_shuffle"
-    layouts = {"linear_1": "projector shuffled" if shuffled else "projector vision", "linear_2": "embed projector"}
-    if shuffled:
-        layouts = {"layer_norm": "shuffled", **layouts}
+    into = "shuffled" if projector.shuffles else "vision"
+    layouts = {"linear_1": f"projector {into}", "linear_2": "embed projector"}
+    if projector.kind == "pixel_shuffle":
+        layouts = {"layer_norm": into, **layouts}
+    if projector.kind == "linear":
+        layouts = {"linear": f"embed {into}"}
     table = []
     for (path, layout), name in zip(layouts.items(), names, strict=True):
         table.append(Weight(f"projector/{path}/weight", f"{prefix}{name}.weight", layout))

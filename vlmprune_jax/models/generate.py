@@ -15,7 +15,16 @@ from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.mesh import whole, within
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.decoder import Cache
-from vlmprune_jax.models.vlm import Model, Params, VisionLanguageModel, check_inputs, mesh_of, place_batch, to_nnx
+from vlmprune_jax.models.vlm import (
+    Model,
+    Params,
+    VisionLanguageModel,
+    check_inputs,
+    mesh_of,
+    needed_mask,
+    place_batch,
+    to_nnx,
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,7 @@ def generate(
     input_ids: Any,
     *,
     pixel_values: Any = None,
+    pixel_attention_mask: Any = None,
     attention_mask: Any = None,
     max_new_tokens: int,
     eos_token_ids: tuple[int, ...] | None = None,
@@ -45,7 +55,7 @@ def generate(
     Args:
       model: the model; sharded parameters give a sharded computation.
       input_ids: int[batch, seq] with image positions already expanded (see `forward`).
-      pixel_values: [images, 3, H, W] in order of appearance, or [batch, slots, 3, H, W] per row.
+      pixel_values, pixel_attention_mask: see `forward`.
       attention_mask: int[batch, seq], 1 = real token; padding may be on either side.
       max_new_tokens: length of the result; generation ends early once every row has ended.
       eos_token_ids: ids that end a row (default: the model's; `()` never ends). The id itself is kept, then come
@@ -60,6 +70,7 @@ def generate(
     check_inputs(model.cfg, input_ids if prefix is None else prefix.input_ids, pixel_values)
     ids, valid = _align_right(input_ids, attention_mask)
     host: dict[str, Any] = {"ids": ids, "valid": valid, "pixels": pixel_values, "ended": np.zeros(len(ids), bool)}
+    host["pixel_mask"] = needed_mask(model.cfg, pixel_values, pixel_attention_mask)
     if prefix is not None:
         check_inputs(model.cfg, input_ids, None)
         host["prefix_ids"], host["prefix_valid"] = _align_right(prefix.input_ids, prefix.attention_mask)
@@ -179,7 +190,9 @@ def _generate(
     slots = jnp.concatenate([past, jnp.ones((batch, max_new_tokens), past.dtype)], axis=1).astype(bool)
     positions = jnp.maximum(jnp.cumsum(past, axis=1) - 1, 0)
     n_real = positions[:, -1:] + 1
-    x, _ = module.embed(arrays["ids"], arrays["pixels"] if start == 0 else None)
+    x, _ = module.embed(
+        arrays["ids"], arrays["pixels"] if start == 0 else None, pixel_attention_mask=arrays["pixel_mask"]
+    )
     empty = module.text.empty_cache(batch, length + max_new_tokens, x.dtype)
     cache = empty if cache is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), cache, empty)
     context = module.text.context(positions[:, start:], slots, slot=start)
@@ -215,7 +228,7 @@ def _prefill_prefix(module: VisionLanguageModel, arrays: dict[str, Any]) -> tupl
     if "rows" not in arrays:
         return None, jnp.zeros((arrays["valid"].shape[0], 0), arrays["valid"].dtype)
     valid, rows = arrays["prefix_valid"], arrays["rows"]
-    x, _ = module.embed(arrays["prefix_ids"], arrays["pixels"])
+    x, _ = module.embed(arrays["prefix_ids"], arrays["pixels"], pixel_attention_mask=arrays["pixel_mask"])
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
     cache = module.text.empty_cache(valid.shape[0], valid.shape[1], x.dtype)
     _, aux = module.text(x, module.text.context(positions, valid), cache=cache)

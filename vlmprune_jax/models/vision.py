@@ -1,4 +1,4 @@
-"""Vision towers (CLIP, SigLIP, InternViT; their computed part) and the projectors behind them."""
+"""Vision towers (CLIP, SigLIP, InternViT, SmolVLM's; their computed part) and the projectors behind them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class PatchEmbedding(nnx.Module):
 
 
 class VisionAttention(nnx.Module):
-    """Bidirectional attention."""
+    """Bidirectional attention, over the positions that bool[images, positions] `real` names (None: all)."""
 
     def __init__(self, cfg: VisionConfig, sizes: Mapping[str, int]):
         into = ("vision",)
@@ -59,9 +59,12 @@ class VisionAttention(nnx.Module):
         self.v_proj = Projection(sizes, ("kv_heads", "head"), into, bias=cfg.qkv_bias)
         self.out_proj = Projection(sizes, into, ("q_heads", "head"), bias=True)
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, real: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        mixed = splash_attention(q, k, v, causal=False) if for_tpu() else xla_attention(q, k, v)
+        if for_tpu():
+            mixed = splash_attention(q, k, v, real, causal=False)
+        else:
+            mixed = xla_attention(q, k, v, None if real is None else real[:, None, None])
         return self.out_proj(mixed), mixed
 
 
@@ -97,9 +100,11 @@ class VisionLayer(nnx.Module):
         self.layer_scale1 = Leaf(sizes, ("vision",)) if cfg.layer_scale else None
         self.layer_scale2 = Leaf(sizes, ("vision",)) if cfg.layer_scale else None
 
-    def __call__(self, x: jax.Array, tap_inputs: tuple[str, ...] = ()) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(
+        self, x: jax.Array, tap_inputs: tuple[str, ...] = (), real: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(output, what out_proj and fc2 read, as far as `tap_inputs` ask for it by the decoder's names)."""
-        attended, mixed = self.self_attn(self.layer_norm1(x))
+        attended, mixed = self.self_attn(self.layer_norm1(x), real)
         x = x + _scaled(attended, self.layer_scale1)
         out, hidden = self.mlp(self.layer_norm2(x))
         read = {"o_proj": mixed, "down_proj": hidden}
@@ -129,6 +134,7 @@ class VisionTower(nnx.Module):
         self.layers = nnx.Dict(
             {str(r): VisionLayer(cfg, shape, length) for r, (_, length, shape) in enumerate(runs(cfg.layers))}
         )
+        self.post_layernorm = LayerNorm(sizes, "vision", eps=cfg.norm_eps) if cfg.post_norm else None
 
     def positions(self, rows: int, columns: int) -> jax.Array:
         """float[positions, vision] embeddings of an image of rows x columns patches, the class token's first.
@@ -151,49 +157,80 @@ class VisionTower(nnx.Module):
         resized = resized.reshape(rows * columns, -1).astype(table.dtype)
         return jnp.concatenate([table[: int(cfg.class_token)], resized])
 
-    def embed(self, pixels: jax.Array) -> jax.Array:
+    def spread(self, patches: jax.Array) -> jax.Array:
+        """float[images, positions, vision] embeddings of masked images, bool[images, rows, columns] `patches`.
+
+        Patch i of n in a row or column has the position of the table's that it would fall on, were the real patches
+        stretched over the whole image (Dehghani et al. 2023; reference: transformers' `SmolVLMVisionEmbeddings`, whose
+        float32 boundaries are those of whole numbers here).
+        """
+        table, grid = self.position_embedding.weight.get_value(), self.cfg.position_grid
+
+        def places(real: jax.Array) -> jax.Array:
+            count = jnp.maximum(real.sum(axis=1, dtype=jnp.int32), 1)[:, None]
+            return jnp.minimum(jnp.arange(real.shape[1], dtype=jnp.int32)[None] * grid // count, grid - 1)
+
+        down, across = places(patches[:, :, 0]), places(patches[:, 0])
+        index = down[:, :, None] * grid + across[:, None]
+        return table[jnp.where(patches, index, 0).reshape(len(patches), -1)]
+
+    def embed(self, pixels: jax.Array, patches: jax.Array | None = None) -> jax.Array:
         """float[images, positions, vision] states before the blocks of float[images, channel, height, width] pixels.
 
-        The class token, where there is one, comes first; patches follow row by row.
+        The class token, where there is one, comes first; patches follow row by row. `patches`: see `tapped`.
         """
         n, patch = pixels.shape[0], self.cfg.patch_size
         x = self.patch_embedding(pixels)
         if self.class_embedding is not None:
             cls = self.class_embedding.weight.get_value()[None, None]
             x = jnp.concatenate([jnp.broadcast_to(cls, (n, 1, x.shape[-1])), x], axis=1)
-        x = x + self.positions(pixels.shape[2] // patch, pixels.shape[3] // patch)[None]
+        if patches is None:
+            x = x + self.positions(pixels.shape[2] // patch, pixels.shape[3] // patch)[None]
+        else:
+            x = x + self.spread(patches)
         if self.pre_layrnorm is not None:
             x = self.pre_layrnorm(x)
         return constrain(x, ("batch", None, None))
 
     def run_parts(self, run: str) -> tuple[Callable[..., Any], nnx.State]:
-        """One run as `(apply, state)`, see `Decoder.run_parts`: `apply(slice of state, x, tap_inputs=())`."""
+        """One run as `(apply, state)`, see `Decoder.run_parts`: `apply(slice of state, x, tap_inputs, real)`."""
         graph, state = nnx.split(self.layers[run])
 
-        def apply(layer_state: nnx.State, x: jax.Array, tap_inputs: tuple[str, ...] = ()):
-            return nnx.merge(graph, layer_state)(x, tap_inputs)
+        def apply(
+            layer_state: nnx.State, x: jax.Array, tap_inputs: tuple[str, ...] = (), real: jax.Array | None = None
+        ):
+            return nnx.merge(graph, layer_state)(x, tap_inputs, real)
 
         return apply, state
 
-    def __call__(self, pixels: jax.Array) -> jax.Array:
-        """States behind the last block, as `embed` has those before the first."""
-        return self.tapped(pixels, None)[0]
+    def __call__(self, pixels: jax.Array, patches: jax.Array | None = None) -> jax.Array:
+        """States behind the last block (and its norm), as `embed` has those before the first; see `tapped`."""
+        return self.tapped(pixels, None, patches=patches)[0]
 
     def tapped(
-        self, pixels: jax.Array, tap: Tap | None, tap_inputs: tuple[str, ...] = ()
+        self,
+        pixels: jax.Array,
+        tap: Tap | None,
+        tap_inputs: tuple[str, ...] = (),
+        patches: jax.Array | None = None,
     ) -> tuple[jax.Array, list[Any]]:
-        """States behind the last block, and what `tap(Block)` gave for each, see `Decoder.__call__`."""
-        x, taps = self.embed(pixels), list[Any]()
+        """States behind the last block, and what `tap(Block)` gave for each, see `Decoder.__call__`.
+
+        `patches`: bool[images, rows, columns], which patches show the image and not padding (None: all); for towers
+        that `spread` positions alone.
+        """
+        x, taps = self.embed(pixels, patches), list[Any]()
+        real = None if patches is None else patches.reshape(len(patches), -1)
         for run, (_, length, _) in enumerate(runs(self.cfg.layers)):
             apply, state = self.run_parts(str(run))
 
             def body(x: jax.Array, layer: nnx.State, apply=apply) -> tuple[jax.Array, Any]:
-                y, read = apply(layer, x, tap_inputs)
+                y, read = apply(layer, x, tap_inputs, real)
                 return y, None if tap is None else tap(Block(x, y, read, nnx.to_pure_dict(layer)))
 
             x, tapped = jax.lax.scan(body, x, state)
             taps += [jax.tree.map(operator.itemgetter(i), tapped) for i in range(length)]
-        return x, taps
+        return x if self.post_layernorm is None else self.post_layernorm(x), taps
 
 
 def bicubic(n_in: int, n_out: int) -> np.ndarray:
@@ -225,18 +262,22 @@ def pixel_shuffle(x: jax.Array, factor: int, version: str) -> jax.Array:
 
 
 class Projector(nnx.Module):
-    """linear_2(act(linear_1(features))), behind a layer norm if the config has pixel-shuffled features."""
+    """linear_2(act(linear_1(features))), InternVL's behind a layer norm; SmolVLM's one `linear` alone."""
 
     def __init__(self, cfg: ProjectorConfig, vision_size: int, hidden_size: int):
-        shuffled = cfg.kind == "pixel_shuffle"
-        into = "shuffled" if shuffled else "vision"
+        into = "shuffled" if cfg.shuffles else "vision"
         sizes = {into: vision_size * cfg.downsample**2, "projector": hidden_size, "embed": hidden_size}
-        self.layer_norm = LayerNorm(sizes, into, eps=cfg.norm_eps) if shuffled else None
+        self.linear = Projection(sizes, ("embed",), (into,), bias=cfg.bias) if cfg.kind == "linear" else None
+        if self.linear is not None:
+            return
+        self.layer_norm = LayerNorm(sizes, into, eps=cfg.norm_eps) if cfg.kind == "pixel_shuffle" else None
         self.linear_1 = Projection(sizes, ("projector",), (into,), bias=cfg.bias)
         self.linear_2 = Projection(sizes, ("embed",), ("projector",), bias=cfg.bias)
         self.activation = cfg.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        if self.linear is not None:
+            return self.linear(x)
         if self.layer_norm is not None:
             x = self.layer_norm(x)
         return self.linear_2(activation(self.activation)(self.linear_1(x)))

@@ -48,25 +48,33 @@ class VisionLanguageModel(nnx.Module):
                 self.vision = VisionTower(cfg.vision)
             self.projector = Projector(cfg.projector, cfg.vision.hidden_size, cfg.text.hidden_size)
 
-    def vision_features(self, pixels: jax.Array) -> jax.Array:
-        """float[images, tokens, features]: selected (InternVL: and shuffled) tower states.
+    def vision_features(self, pixels: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """float[images, tokens, features]: selected (InternVL, SmolVLM: and shuffled) tower states.
 
-        `pixels`: float[images, channel, height, width].
+        `pixels`: float[images, channel, height, width]; `mask`: int[images, height, width], 1 = no padding.
         """
-        return _selected(self.vision(pixels), self.cfg)
+        patches = None
+        if mask is not None:
+            assert self.cfg.vision is not None
+            patches = patches_of(mask, self.cfg.vision.patch_size)
+        return _selected(self.vision(pixels, patches), self.cfg)
 
-    def image_features(self, pixels: jax.Array) -> jax.Array:
+    def image_features(self, pixels: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """float[images, tokens, embed]: what replaces an image's positions in the decoder input."""
-        return self.projector(self.vision_features(pixels))
+        return self.projector(self.vision_features(pixels, mask))
 
     def embed(
-        self, input_ids: jax.Array, pixel_values: jax.Array | None, vision_features: jax.Array | None = None
+        self,
+        input_ids: jax.Array,
+        pixel_values: jax.Array | None,
+        vision_features: jax.Array | None = None,
+        pixel_attention_mask: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Decoder input float[batch, seq, embed] with image features spliced in, and those features.
 
         `pixel_values`: [images, 3, H, W] in order of appearance over the batch, or [batch, slots, 3, H, W] per row
-        (then every device splices its own rows without communication). `vision_features`: instead of pixels, what the
-        tower made of them, [batch, slots, tokens, features].
+        (then every device splices its own rows without communication), `pixel_attention_mask` without the channels.
+        `vision_features`: instead of pixels, what the tower made of them, [batch, slots, tokens, features].
         """
         x = self.text.embed_tokens.lookup(input_ids)
         if vision_features is not None:
@@ -74,7 +82,10 @@ class VisionLanguageModel(nnx.Module):
             features = self.projector(states.astype(x.dtype))
         elif pixel_values is not None:
             per_row, pixels = pixel_values.ndim == 5, pixel_values.reshape(-1, *pixel_values.shape[-3:])
-            features = self.image_features(pixels.astype(x.dtype))
+            mask = pixel_attention_mask
+            features = self.image_features(
+                pixels.astype(x.dtype), None if mask is None else mask.reshape(-1, *mask.shape[-2:])
+            )
         else:
             return x, None
         is_image = jnp.equal(input_ids, jnp.asarray(self.cfg.image_token_id, input_ids.dtype))
@@ -86,9 +97,16 @@ def _selected(states: jax.Array, cfg: ModelConfig) -> jax.Array:
     projector = cfg.projector
     if cfg.feature_select == "patch":
         states = states[:, 1:]
-    if projector is not None and projector.kind == "pixel_shuffle":
+    if projector is not None and projector.shuffles:
         states = pixel_shuffle(states, projector.downsample, projector.shuffle_version)
     return states
+
+
+def patches_of(mask: jax.Array, patch: int) -> jax.Array:
+    """bool[images, rows, columns], the patches with a pixel where int[images, height, width] `mask` is not 0."""
+    n, rows, columns = len(mask), mask.shape[1] // patch, mask.shape[2] // patch
+    whole = mask[:, : rows * patch, : columns * patch]
+    return (whole.reshape(n, rows, patch, columns, patch) != 0).any(axis=(2, 4))
 
 
 def tower_features(tower: Params, cfg: ModelConfig, pixels: jax.Array) -> jax.Array:
@@ -133,6 +151,7 @@ def encode(
     input_ids: jax.Array,
     *,
     pixel_values: jax.Array | None = None,
+    pixel_attention_mask: jax.Array | None = None,
     vision_features: jax.Array | None = None,
     attention_mask: jax.Array | None = None,
     inputs_embeds: jax.Array | None = None,
@@ -145,15 +164,15 @@ def encode(
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Everything before the head: final-norm states float[batch, seq, embed] and aux.
 
-    `vision_features`: see `VisionLanguageModel.embed`. `inputs_embeds` replaces embedding and splicing (a teacher fed
-    with the student's embeddings); `position_ids` int[batch, seq] replaces the positions counted along
-    `attention_mask`. `states`, `tap`, `tap_inputs`: see `Decoder.__call__`.
+    `vision_features` and the arrays before it: see `VisionLanguageModel.embed`. `inputs_embeds` replaces embedding and
+    splicing (a teacher fed with the student's embeddings); `position_ids` int[batch, seq] replaces the positions
+    counted along `attention_mask`. `states`, `tap`, `tap_inputs`: see `Decoder.__call__`.
     aux always has "inputs_embeds" and, with images, "image_features".
     """
     module = to_nnx(Model(params, cfg))
     features = None
     if inputs_embeds is None:
-        inputs_embeds, features = module.embed(input_ids, pixel_values, vision_features)
+        inputs_embeds, features = module.embed(input_ids, pixel_values, vision_features, pixel_attention_mask)
     x = constrain(inputs_embeds, ("batch", "sequence", None))
     if attention_mask is None:
         attention_mask = jnp.ones(input_ids.shape, jnp.int32)
@@ -186,6 +205,7 @@ def apply(
     input_ids: jax.Array,
     *,
     pixel_values: jax.Array | None = None,
+    pixel_attention_mask: jax.Array | None = None,
     attention_mask: jax.Array | None = None,
     want: Collection[str] = (),
 ) -> tuple[jax.Array, dict[str, Any]]:
@@ -197,14 +217,23 @@ def apply(
     if unknown:
         raise UserError(f"want={sorted(unknown)} is not one of {', '.join(WANT)}")
     states = tuple(range(len(cfg.text.layers) + 1)) if "hidden" in want else ()
-    final, aux = encode(params, cfg, input_ids, pixel_values=pixel_values, attention_mask=attention_mask, states=states)
+    final, aux = encode(
+        params,
+        cfg,
+        input_ids,
+        pixel_values=pixel_values,
+        pixel_attention_mask=pixel_attention_mask,
+        attention_mask=attention_mask,
+        states=states,
+    )
     aux["hidden"] = aux.get("states")
     return unembed(params, cfg, final), {name: aux[name] for name in want}
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "want"))
-def _forward(params, cfg, input_ids, pixel_values, attention_mask, want):
-    return apply(params, cfg, input_ids, pixel_values=pixel_values, attention_mask=attention_mask, want=want)
+def _forward(params, cfg, arrays, want):
+    arrays = dict(arrays)
+    return apply(params, cfg, arrays.pop("input_ids"), **arrays, want=want)
 
 
 def forward(
@@ -212,6 +241,7 @@ def forward(
     input_ids: Any,
     *,
     pixel_values: Any = None,
+    pixel_attention_mask: Any = None,
     attention_mask: Any = None,
     want: Collection[str] = (),
 ) -> tuple[jax.Array, dict[str, Any]]:
@@ -220,7 +250,9 @@ def forward(
     Args:
       model: the model; sharded parameters give a sharded computation.
       input_ids: image positions hold `model.cfg.image_token_id`, once per image feature.
-      pixel_values: float[images or tiles, 3, H, W] in order of appearance.
+      pixel_values: float[images or tiles, 3, H, W] in order of appearance, or [batch, slots, 3, H, W] by row, what
+        rows do not need at their ends.
+      pixel_attention_mask: int of the same shape without the channels, 1 = image, 0 = padding (SmolVLM).
       attention_mask: int[batch, seq], 1 = real token.
       want: any of "hidden", "image_features", "inputs_embeds" -> returned in aux.
 
@@ -228,10 +260,37 @@ def forward(
       UserError: ids outside the vocabulary, or image positions that do not match the images.
     """
     check_inputs(model.cfg, input_ids, pixel_values)
+    arrays = {
+        "input_ids": input_ids,
+        "pixel_values": pixel_values,
+        "pixel_attention_mask": needed_mask(model.cfg, pixel_values, pixel_attention_mask),
+        "attention_mask": attention_mask,
+    }
     mesh = mesh_of(model.params)
-    arrays = place_batch({"ids": input_ids, "pixels": pixel_values, "mask": attention_mask}, mesh)
     with within(mesh):
-        return _forward(model.params, model.cfg, arrays["ids"], arrays["pixels"], arrays["mask"], tuple(want))
+        return _forward(model.params, model.cfg, place_batch(arrays, mesh), tuple(want))
+
+
+def needed_mask(cfg: ModelConfig, pixel_values: Any, pixel_attention_mask: Any) -> np.ndarray | None:
+    """The mask where it hides a part of an image: none is needed for images that are whole, and for empty slots.
+
+    Raises:
+      UserError: its shape is not that of the pixels, or the tower looks at whole images.
+    """
+    if pixel_attention_mask is None:
+        return None
+    mask, pixels = np.asarray(pixel_attention_mask), np.shape(pixel_values)
+    if mask.shape != (*pixels[:-3], *pixels[-2:]):
+        raise UserError(
+            f"pixel_attention_mask has shape {list(mask.shape)}, but pixel_values {list(pixels)}: it is the same "
+            "without the channels"
+        )
+    hides = mask.reshape(-1, mask.shape[-2] * mask.shape[-1]) == 0
+    if not (hides.any(axis=1) & ~hides.all(axis=1)).any():
+        return None
+    if cfg.vision is None or not cfg.vision.spreads:
+        raise UserError("pixel_attention_mask hides parts of images, and this model's tower looks at whole ones")
+    return mask
 
 
 def check_inputs(cfg: ModelConfig, input_ids: Any, pixel_values: Any, vision_features: Any = None) -> None:
@@ -267,6 +326,14 @@ def check_inputs(cfg: ModelConfig, input_ids: Any, pixel_values: Any, vision_fea
         )
     per_row = np.ndim(pixel_values) == 5
     expected = np.prod(np.shape(pixel_values)[: 2 if per_row else 1]) * cfg.tokens_per_image
+    if per_row:
+        room = int(np.shape(pixel_values)[1]) * cfg.tokens_per_image
+        most = int(is_image.sum(axis=1).max(initial=0))
+        if len(pixel_values) != len(ids) or most > room:
+            raise UserError(
+                f"pixel_values has shape {list(np.shape(pixel_values))} for {len(ids)} rows with up to {most} image "
+                f"positions: a row has room for {room} ({cfg.tokens_per_image} per image)"
+            )
     if not per_row and is_image.any() and is_image.sum() != expected:
         raise UserError(
             f"input_ids hold {int(is_image.sum())} image positions but the images give {int(expected)} features "

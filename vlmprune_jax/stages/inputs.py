@@ -23,13 +23,12 @@ from vlmprune_jax.data.datasets import datasets_folder, datasets_state, read_dat
 from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.grouping import GROUPINGS
-from vlmprune_jax.data.images import ImageLoader, load_image_processor
+from vlmprune_jax.data.images import ImageLoader, Preparation, load_image_processor
 from vlmprune_jax.data.measure import measure
 from vlmprune_jax.data.prompts import AUTO, choose_template, load_tokenizer, tokenize_training
 from vlmprune_jax.data.records import Record, data_files, read_records, take_fraction
 from vlmprune_jax.data.teacher_rows import TeacherRows
 from vlmprune_jax.data.tfds import PREFIX, read_tfds, tfds_folder, tfds_state
-from vlmprune_jax.data.tiling import Tiling
 from vlmprune_jax.distributed.mesh import from_all
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.questions import ArrangedQuestions, arrange_questions
@@ -48,8 +47,6 @@ from vlmprune_jax.recovery.config import RecoverConfig
 # (what, total) -> takes the number of items done, while entered (`Reporter.bar`).
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 PREFETCH = 4  # batches read ahead, so that reading images overlaps with computing
-# Image slots of a batch: a lone tile, and a thumbnail with 1, 3, 6 and 12 tiles (the common grids of InternVL).
-TILE_BUCKETS = (1, 2, 4, 7, 13)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +69,7 @@ class Inputs:
             tokens_per_image=cfg.tokens_per_image,
             max_images=self.data.max_images,
             truncate=self.data.truncate,
-            tile_buckets=tile_buckets(self.data, self.image_loader and self.image_loader.preparation),
+            tile_buckets=tile_buckets(self.data, None if self.image_loader is None else self.image_loader.preparation),
             longest=cfg.longest_row,
             words=cfg.text.vocab_size,
         )
@@ -99,14 +96,14 @@ def length_buckets(data: DataSpec, cfg: ModelConfig) -> tuple[int, ...]:
     return buckets or ((limit,) if limit else ())
 
 
-def tile_buckets(data: DataSpec, preparation: Any) -> tuple[int, ...] | None:
+def tile_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int, ...] | None:
     """`data.tile_buckets`, or those that hold every record of a model whose `preparation` cuts images (else None)."""
     given = data.tile_buckets
     _check_buckets("data.tile_buckets", given)
-    if given or not isinstance(preparation, Tiling):
+    if given or preparation is None or preparation.usual == (1,):
         return given or None
     most = preparation.most(data.max_images)
-    return (*(bucket for bucket in TILE_BUCKETS if bucket < most), most)
+    return (*(bucket for bucket in preparation.usual if bucket < most), most)
 
 
 def _check_buckets(name: str, given: Sequence[int]) -> None:
@@ -137,7 +134,7 @@ def _load_inputs(model: ModelSpec, data: DataSpec, family: Family, image_size: i
         described = any(
             os.path.lexists(folder / name) for name in ("preprocessor_config.json", "processor_config.json")
         )
-        own = described or model.vision_dir is None or family.cuts_images
+        own = described or model.vision_dir is None or family.images != "whole"
         loader = load_image_processor(
             folder if own else Path(model.vision_dir or ""),
             aspect_ratio=data.aspect_ratio,

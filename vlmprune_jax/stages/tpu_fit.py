@@ -166,7 +166,7 @@ def _image_slots(experiment: Experiment, cfg: ModelConfig, folder: Path) -> tupl
     data, preparation = experiment.data, None
     if cfg.vision is None:
         return (0,)
-    if family_of(cfg).cuts_images:
+    if family_of(cfg).images != "whole":
         tiling = {name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")}
         preparation = load_image_processor(
             folder, aspect_ratio=data.aspect_ratio, max_pixels=data.max_image_pixels, cache_bytes=0, tiling=tiling

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -135,11 +136,13 @@ def _renamed_images(inputs: dict[str, Any], cfg: ModelConfig, folder: Path, towe
 
 
 def _torch_loads(folder: Path, tower: Path | None) -> bool:
-    """Whether torch is installed and transformers has a class for the folder."""
+    """Whether torch is installed and transformers has a class for the folder that computes the same."""
     family, cfg = read_config(folder, tower)
     known = cfg.text.even or loader_class(read_fields(folder / "config.json")) is not None
     known = known and (cfg.vision is None or cfg.vision.whole_heads)
-    return family.stock is not None and known and importlib.util.find_spec("torch") is not None
+    if family.stock is None or not known or importlib.util.find_spec("torch") is None:
+        return False
+    return not importlib.metadata.version("transformers").startswith(family.stock.miscomputes)
 
 
 def _torch_class(config: dict[str, Any], stock: Stock) -> Any:
@@ -176,6 +179,8 @@ def _torch_logits(folder: Path, inputs: dict[str, Any]) -> np.ndarray:
     problems = [f"{kind}: {', '.join(sorted(map(str, info[kind]))[:3])}" for kind in kinds if info.get(kind)]
     if problems:
         raise UserError(f"{folder}: transformers does not load it cleanly: {'; '.join(problems)}")
+    if family.stock.by_row and "pixel_values" in inputs:
+        inputs = inputs | {"pixel_values": inputs["pixel_values"][:, None]}
     tensors = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in inputs.items()}
     with torch.inference_mode():
         return loaded.eval()(**tensors).logits.numpy()

@@ -85,7 +85,8 @@ class PerLayerWidths(nn.Module):
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
         shapes = getattr(config.get_text_config(), "per_layer_shapes", None)
-        layers = getattr(self.model, "language_model", self.model).layers
+        names = ("language_model", "text_model")
+        layers = next((getattr(self.model, name) for name in names if hasattr(self.model, name)), self.model).layers
         if shapes is None or len(shapes) != len(layers):
             found = "no per_layer_shapes" if shapes is None else f"{len(shapes)} per_layer_shapes"
             raise ValueError(f"config.json has {found} for {len(layers)} layers")

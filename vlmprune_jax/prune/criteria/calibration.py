@@ -9,7 +9,7 @@ import numpy as np
 
 from vlmprune_jax.config import IGNORED, ModelConfig
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.models.vlm import check_inputs
+from vlmprune_jax.models.vlm import check_inputs, needed_mask
 
 Arrays = dict[str, np.ndarray]
 # What a token is; an answer is a token with a label.
@@ -77,6 +77,8 @@ def _checked(arrays: Arrays, cfg: ModelConfig, labels: bool) -> Arrays:
             raise UserError(f"{name} has shape {array.shape} but input_ids {shape}")
     pixels = arrays.get("pixel_values")
     check_inputs(cfg, result["input_ids"], pixels)
+    if needed_mask(cfg, pixels, arrays.get("pixel_attention_mask")) is not None:
+        raise UserError("pixel_attention_mask hides parts of images: scores are of whole images, resize them first")
     if "labels" in result:
         _check_labels(result["labels"], cfg)
     if pixels is not None:

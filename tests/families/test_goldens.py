@@ -1,0 +1,227 @@
+"""InternVL3-hf and SmolVLM2 against what stock transformers computes: weights, forward, answers, prompts, images."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+from hf_cases import assert_same_tensors, edit_weights, keep_layers, mean_loss
+from torch_compat import VERSIONS
+
+import vlmprune_jax as vp
+from vlmprune_jax.config import IGNORED
+from vlmprune_jax.data.images import load_image_processor
+from vlmprune_jax.data.prompts import choose_template, load_tokenizer, tokenize_prompt, tokenize_training
+from vlmprune_jax.data.records import Record
+from vlmprune_jax.distributed.mesh import make_mesh
+from vlmprune_jax.families import detect
+from vlmprune_jax.hf.export.reload import check_export
+from vlmprune_jax.models.params import flatten
+from vlmprune_jax.models.vlm import to_nnx
+
+FAMILIES = ("internvl3", "smolvlm")
+CASES = ("single", "two", "text", "tiny")
+CLOSE = dict(atol=1e-4, rtol=0)
+
+
+class Golden:
+    """The folder of one family, its numbers and its model."""
+
+    def __init__(self, folder):
+        self.folder, self.ckpt = folder, folder / "ckpt"
+        self.arrays = np.load(folder / "golden.npz")
+        self.facts = json.loads((folder / "golden.json").read_text())
+        self.model = vp.load(self.ckpt)
+        self.by_row = folder.name == "smolvlm"
+
+    def images(self, case):
+        return self.facts["cases"][case]["images"]
+
+    def pixels(self, cases):
+        """Pixel values of rows as the processor gives them: a list (InternVL), or rows with zeros at their ends."""
+        rows = [[self.arrays[f"image{k}_pixel_values"] for k in self.images(case)] for case in cases]
+        joined = [np.concatenate(row) for row in rows if row]
+        if not self.by_row or not joined:
+            return np.concatenate(joined) if joined else None
+        found = np.zeros((len(rows), max(map(len, joined)), *joined[0].shape[1:]), np.float32)
+        for row, images in zip(found, rows, strict=True):
+            pixels = np.concatenate(images) if images else row[:0]
+            row[: len(pixels)] = pixels
+        return found
+
+    def inputs(self, case):
+        return {"input_ids": self.arrays[f"{case}_input_ids"][None], "pixel_values": self.pixels([case])}
+
+    def batch(self, side):
+        names = ("input_ids", "attention_mask", "labels")
+        arrays = {name: self.arrays[f"batch_{side}_{name}"] for name in names}
+        return arrays | {"pixel_values": self.pixels(["tiny", "text", "two"])}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def golden(goldens, request):
+    return Golden(goldens / "families" / request.param)
+
+
+def test_forward(golden):
+    stored = golden.arrays
+    for case in CASES:
+        inputs, want = golden.inputs(case), ("hidden", "image_features") if case in ("single", "text") else ()
+        logits, aux = vp.forward(golden.model, **inputs, want=want)
+        logits = np.asarray(logits)
+        expected = stored[f"{case}_logits"]
+        np.testing.assert_allclose(logits[0, -len(expected) :], expected, **CLOSE, err_msg=case)
+        loss = mean_loss(logits, stored[f"{case}_labels"][None])
+        np.testing.assert_allclose(loss, stored[f"{case}_loss"], rtol=1e-5, err_msg=case)
+        if want:
+            np.testing.assert_allclose(np.concatenate(aux["hidden"]), stored[f"{case}_hidden"], **CLOSE)
+        if case == "single":
+            features = np.asarray(aux["image_features"]).reshape(-1, golden.model.cfg.text.hidden_size)
+            np.testing.assert_allclose(features, stored["single_features"], **CLOSE)
+
+
+def test_tower(golden):
+    states = golden.arrays["single_vision_states"]
+    tower, tapped = to_nnx(golden.model).vision, golden.arrays["image0_pixel_values"][:1]
+    _, found = tower.tapped(tapped, lambda block: (block.before, block.after))
+    np.testing.assert_allclose(np.concatenate([found[0][0], *(after for _, after in found)]), states, **CLOSE)
+
+
+def test_answers_of_a_padded_batch(golden):
+    prompts = [golden.arrays[f"{c}_input_ids"][: golden.facts["cases"][c]["prompt_len"]] for c in CASES]
+    ids, mask = (np.zeros((len(prompts), max(map(len, prompts))), np.int32) for _ in range(2))
+    for row, prompt in enumerate(prompts):
+        ids[row, -len(prompt) :], mask[row, -len(prompt) :] = prompt, 1
+    found = vp.generate(
+        golden.model,
+        ids,
+        pixel_values=golden.pixels(CASES),
+        attention_mask=mask,
+        max_new_tokens=8,
+        eos_token_ids=(),
+    )
+    np.testing.assert_array_equal(found, [golden.arrays[f"{case}_generated"] for case in CASES])
+
+
+def test_a_mesh_computes_the_same(golden):
+    batch = golden.batch("left")
+    batch.pop("labels")
+    expected, _ = vp.forward(golden.model, **batch)
+    spread = vp.load(golden.ckpt, mesh=make_mesh(2, 4, 1))
+    found, _ = vp.forward(spread, **batch)
+    np.testing.assert_allclose(np.asarray(found)[:, -8:], np.asarray(expected)[:, -8:], atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(found)[:, -8:], golden.arrays["batch_left_last_logits"], **CLOSE)
+
+
+def test_layers_by_block_influence(golden):
+    scores = vp.score(golden.model, [golden.batch("right")], criterion="block_influence")
+    np.testing.assert_allclose(scores.importance, golden.arrays["batch_right_block_influence"], rtol=1e-4)
+    shorter, _ = keep_layers(golden.model, [0, 2, 4])
+    for case in ("single", "text"):
+        logits, _ = vp.forward(shorter, **golden.inputs(case))
+        np.testing.assert_allclose(logits[0], golden.arrays[f"{case}_logits_without_1_3"], **CLOSE)
+
+
+def test_there_and_back(golden, tmp_path):
+    vp.save(golden.model, tmp_path / "out", source_dir=golden.ckpt, dtype="source")
+    assert_same_tensors(golden.ckpt, tmp_path / "out")
+    assert vp.load(tmp_path / "out").cfg == golden.model.cfg
+
+
+@pytest.mark.parametrize("spelling", ["memory", "hub_4.x"])
+def test_every_spelling(golden, tmp_path, spelling):
+    shutil.copytree(golden.ckpt, tmp_path / "model")
+    keys = json.loads((golden.folder / "keys.json").read_text())
+    saved = {names["saved_by_5.24"]: name if spelling == "memory" else names[spelling] for name, names in keys.items()}
+    edit_weights(tmp_path / "model", lambda tensors: {saved[key]: value for key, value in tensors.items()})
+    if spelling != "memory":
+        shutil.copy(golden.folder / "config_hub_style.json", tmp_path / "model/config.json")
+    model = vp.load(tmp_path / "model")
+    ends = {"eos_token_ids": golden.model.cfg.eos_token_ids}
+    assert dataclasses.replace(model.cfg, **ends) == golden.model.cfg
+    for path, leaf in flatten(model.params).items():
+        assert np.array_equal(leaf, flatten(golden.model.params)[path]), path
+
+
+def as_record(golden, case):
+    """The golden chat with LLaVA's placeholders, which lead their turn, a line each."""
+    facts, turns = golden.facts["cases"][case], []
+    for message in facts["messages"]:
+        images = [part for part in message["content"] if part["type"] == "image"]
+        text = "".join(part.get("text", "") for part in message["content"])
+        turns.append(("human" if message["role"] == "user" else "gpt", "<image>\n" * len(images) + text))
+    paths = tuple(golden.folder / golden.facts["images"][k]["file"] for k in facts["images"])
+    return Record(case, (*turns, ("gpt", facts["answer"])), paths)
+
+
+@pytest.mark.parametrize("processor", ["", "_hub_style"])
+def test_prompts_labels_and_images(golden, tmp_path, processor):
+    for path in golden.ckpt.iterdir():
+        shutil.copy(path, tmp_path)
+    if processor:
+        (tmp_path / "processor_config.json").unlink()
+        shutil.copy(golden.folder / "preprocessor_config_hub_style.json", tmp_path / "preprocessor_config.json")
+    config, tokenizer = json.loads((tmp_path / "config.json").read_text()), load_tokenizer(tmp_path)
+    family, cfg = detect(config, "config.json"), golden.model.cfg
+    template = choose_template("auto", family, tokenizer, config=config, has_vision=True)
+    images = load_image_processor(
+        tmp_path, aspect_ratio="pad", max_pixels=10**6, cache_bytes=0, image_size=cfg.vision.image_size
+    )
+    mean, std = (np.float32(config).reshape(3, 1, 1) for config in (images.preparation.mean, images.preparation.std))
+    for case in CASES:
+        record = as_record(golden, case)
+        shapes = images.shapes(record.images, case)
+        options = {"image_token_id": cfg.image_token_id, "tokens_per_image": cfg.tokens_per_image, "images": shapes}
+        ids, labels = tokenize_training(record, tokenizer, template, **options, cut_text_at=None)
+        stored, answer = golden.arrays[f"{case}_input_ids"], golden.arrays[f"{case}_labels"]
+        assert ids.tolist() == stored.tolist(), case
+        prompt = tokenize_prompt(record, tokenizer, template, **options)
+        assert prompt.tolist() == stored[: golden.facts["cases"][case]["prompt_len"]].tolist()
+        last = np.arange(len(ids)) >= np.flatnonzero(answer != IGNORED)[0]  # stored is the last answer's alone
+        assert labels[last].tolist() == answer[last].tolist()
+        for path, k, shape in zip(record.images, golden.images(case), shapes, strict=True):
+            pixels = images.load(path, case, len(record.images))
+            assert len(pixels) == shape.slots
+            levels = golden.arrays[f"image{k}_levels_pil"].astype(np.float32)
+            np.testing.assert_allclose(pixels, (levels / 255 - mean) / std, atol=1e-5, rtol=0, err_msg=str(path))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_exports_of_a_config_that_version_5_wrote(golden, torch_outputs, tmp_path, version):
+    """Version 4 reads none of its rope and the inner flag of tied embeddings alone; SmolVLM's images it gets wrong."""
+    shorter, _ = keep_layers(golden.model, [0, 2, 4])
+    vp.save(shorter, tmp_path / "out", source_dir=golden.ckpt, dtype="float32")
+    options = {"class_name": "AutoModelForImageTextToText", "version": version}
+    wrong = golden.by_row and version == "4.57"
+    for case in ("text",) if wrong else ("text", "single"):
+        inputs = {name: array for name, array in golden.inputs(case).items() if array is not None}
+        found = torch_outputs(tmp_path / "out", inputs, **options)["logits"]
+        np.testing.assert_allclose(found[0], golden.arrays[f"{case}_logits_without_1_3"], **CLOSE, err_msg=case)
+    if version == "5":
+        assert check_export(shorter, tmp_path / "out")["backend"] == "torch"
+
+
+def test_the_pipeline_answers(goldens, torch_outputs, tmp_path):
+    """What transformers' processor makes of a chat about two images, and the model's answer, in text."""
+    golden = Golden(goldens / "families/internvl3")  # SmolVLM's processor wants num2words, which nothing else does
+    vp.save(golden.model, tmp_path / "out", source_dir=golden.ckpt, dtype="float32")
+    files = [str(golden.folder / golden.facts["images"][k]["file"]) for k in golden.images("two")]
+    content = [{"type": "image", "path": file} for file in files] + [
+        {"type": "text", "text": "Compare the two pictures."}
+    ]
+    made, text = torch_outputs.chat(
+        tmp_path / "out", [{"role": "user", "content": content}], version="5", max_new_tokens=8
+    )
+    stored = golden.arrays["two_input_ids"][: golden.facts["cases"]["two"]["prompt_len"]]
+    assert made["input_ids"][0].tolist() == stored.tolist()
+    tokenizer = load_tokenizer(golden.ckpt)
+    answer = vp.generate(golden.model, made["input_ids"], pixel_values=made["pixel_values"], max_new_tokens=8)
+    assert text == tokenizer.decode(answer[0], skip_special_tokens=True)
+
+
+def test_no_check_in_versions_that_compute_something_else(goldens, tmp_path, monkeypatch):
+    golden = Golden(goldens / "families/smolvlm")
+    vp.save(golden.model, tmp_path / "out", source_dir=golden.ckpt, dtype="float32")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "4.57.6")
+    assert check_export(golden.model, tmp_path / "out")["backend"] == "jax"
