@@ -45,5 +45,15 @@ def prune_folder(
     source = resolve(source_dir)
     model = open_model(source, None if vision_dir is None else resolve(vision_dir))
     pruned = apply_plan(model, plan)
-    options = {"format": format, "layout": layout, "uneven": uneven, "dtype": dtype, "quantize": quantize}
-    save(pruned, out_dir, source_dir=source, overwrite=overwrite, plan=plan, **options)
+    save(
+        pruned,
+        out_dir,
+        source_dir=source,
+        format=format,
+        layout=layout,
+        uneven=uneven,
+        dtype=dtype,
+        quantize=quantize,
+        overwrite=overwrite,
+        plan=plan,
+    )

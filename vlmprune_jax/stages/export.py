@@ -67,8 +67,9 @@ def export_stage(
         )
         try:
             if spec.format == "gguf":
-                options = {"uneven": spec.uneven, "rolled_positions": spec.rolled_positions}
-                return check_gguf(model, out, source_dir=model_folder, **options)
+                return check_gguf(
+                    model, out, source_dir=model_folder, uneven=spec.uneven, rolled_positions=spec.rolled_positions
+                )
             return check_export(model, out, vision_dir=experiment.model.vision_dir)
         except BaseException:
             if is_main_process():

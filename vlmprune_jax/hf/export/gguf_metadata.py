@@ -90,7 +90,7 @@ def pixels(cfg: ModelConfig, family: Family, source: Path) -> JsonDict:
 
 def tiles(family: Family, source: Path) -> tuple[int, int] | None:
     """The fewest and the most tiles of an image, in a family that cuts images."""
-    if not family.cuts_images:
+    if family.images != "tiles":
         return None
     if family.tiling is not None:
         tiling = family.tiling(read_fields(source / "config.json"), str(source / "config.json"))
