@@ -124,7 +124,7 @@ def test_nothing_trained_is_no_recovery(tmp_path):
     assert [run.name for run in recover_runs(pruned)] == ["depth-sft"]
     (pruned,) = prune_runs(override(Experiment(), {"recover": {"method": "none"}}), tmp_path)
     assert recover_runs(pruned) == []
-    with pytest.raises(UserError, match="recover.method 'nothing' is not one of train, none"):
+    with pytest.raises(UserError, match=r"recover.method 'nothing' is not one of train, none"):
         override(Experiment(), {"recover": {"method": "nothing"}})
-    with pytest.raises(UserError, match="score.depth 'l7' is not one of"):  # settings are checked all the same
+    with pytest.raises(UserError, match=r"score.depth 'l7' is not one of"):  # settings are checked all the same
         check_experiment(override(Experiment(), {"recover": {"method": "none"}, "score": {"depth": "l7"}}), tmp_path)
