@@ -378,7 +378,7 @@ def fit_all(
     """What every recovery needs on a TPU slice, by its name (see `facts`); `search`: and what else would fit.
 
     Raises:
-      UserError: an unknown slice, or a step that does not fit it, with what to change.
+      UserError: an unknown slice, a step that does not fit it, with what to change, or nothing is trained.
     """
     result: Json = {}
     for pruned in prune_runs(experiment, workdir or Path()):
@@ -387,4 +387,6 @@ def fit_all(
             records = count_records(run.experiment.data) if n_records is None else n_records
             reporter.say(f"{run.name}: compiling for {topology} ...")
             result[run.name] = plan_recovery(case, records, search, reporter.say)
+    if not result:
+        raise UserError('recover.method is "none", so there is no training to plan: set it to "train"')
     return result
