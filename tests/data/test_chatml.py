@@ -80,7 +80,7 @@ def test_ids_equal_the_chat_template(tokenizer: Any, name: str, image: bool) -> 
     assert labels[labels != IGNORED].tolist() == tokenizer("A dog.<|im_end|>Yes.\n\nVery.<|im_end|>")["input_ids"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "internvl3"])
 def test_the_template_that_an_export_ships(tokenizer: Any, name: str) -> None:
     turns = (("human", "<image>\nWhat?"), ("gpt", "A dog."), ("human", "Sure?"))
     content = [{"type": "image"}, {"type": "text", "text": "What?"}]

@@ -80,9 +80,10 @@ def chat_template(template: Template, image: str) -> str:
     trimmed = trimmed if template.image_first else "{{ text }}"
     system = literal(template.system_start), literal(template.system_end)
     gap = template.gap
+    start = literal(template.start) if template.start else ""
+    default = system[0] + literal(template.system) + system[1] if template.system else ""
     return "".join([
-        "{%- if not messages or messages[0]['role'] != 'system' -%}",
-        system[0], literal(template.system), system[1], "{%- endif -%}",
+        start, "{%- if not messages or messages[0]['role'] != 'system' -%}", default, "{%- endif -%}",
         "{%- for message in messages -%}", "{%- set parts = ", parts, " -%}", stripped,
         "{%- if message['role'] == 'system' -%}", system[0], "{{ text }}", system[1],
         "{%- elif message['role'] == 'user' -%}", literal(template.user + gap), images, trimmed,
