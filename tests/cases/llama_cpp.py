@@ -24,6 +24,7 @@ def llama_cpp(
     *,
     rows: Any = (),
     texts: Any = (),
+    prompts: Any = (),
     greedy: int = 0,
     image: np.ndarray | None = None,
     prompt: str = "",
@@ -32,13 +33,14 @@ def llama_cpp(
     """What llama.cpp makes of the GGUF files in a folder.
 
     Returns: `logits` of each row of token ids float[tokens, words], `ids` of each text with the marks that it gets,
-    `tokens`, the next `greedy` of each row; and of an image uint8[height, width, 3] its `features` float[tokens, embed]
-    and the `answer` float[words], the logits behind a prompt with `MARKER`.
+    `tokens`, the next `greedy` of each of the prompts (rows of ids); and of an image uint8[height, width, 3] its
+    `features` float[tokens, embed] and the `answer` float[words], the logits behind a prompt with `MARKER`.
     """
     job = {
         "model": str(next(path for path in folder.glob("*.gguf") if not path.name.startswith("mmproj"))),
         "mmproj": next(map(str, folder.glob("mmproj-*.gguf")), None) if image is not None else None,
         "rows": [[int(token) for token in row] for row in rows],
+        "prompts": [[int(token) for token in row] for row in prompts],
         "texts": list(texts),
         "greedy": greedy,
         "prompt": prompt,
@@ -119,7 +121,7 @@ class _Llama:
         assert self.context
         self.vocab = ctypes.c_void_p(lib.llama_model_get_vocab(self.model))
         self.words = lib.llama_vocab_n_tokens(self.vocab)
-        lib.llama_set_n_threads(self.context, 2, 2)
+        lib.llama_set_n_threads(self.context, 1, 1)  # several wait for each other by spinning
 
     def ids(self, text: str) -> np.ndarray:
         content, room = text.encode(), (ctypes.c_int32 * (len(text.encode()) + 8))()
@@ -182,8 +184,8 @@ def _run(job: dict[str, Any]) -> dict[str, np.ndarray]:
     for i, row in enumerate(job["rows"]):
         llama.forget()
         found[f"logits_{i}"] = llama.logits(row)
-        if job["greedy"]:
-            found[f"tokens_{i}"] = llama.greedy(row, job["greedy"])
+    for i, row in enumerate(job["prompts"]):
+        found[f"tokens_{i}"] = llama.greedy(row, job["greedy"])
     for i, text in enumerate(job["texts"]):
         found[f"ids_{i}"] = llama.ids(text)
     if job["image"] is not None:

@@ -7,6 +7,7 @@ from gguf_cases import differences
 from hf_cases import keep_width
 from llama_cpp import llama_cpp
 from repository import ROOT
+from scipy.special import log_softmax
 from smollm2 import english_text, smollm2_folder
 from transformers import AutoTokenizer
 
@@ -50,7 +51,8 @@ def logits_of(model, rows):
 
 
 def losses(logits, row):
-    return [-float(jax.nn.log_softmax(at)[token]) for at, token in zip(logits[:-1], row[1:], strict=True)]
+    found = log_softmax(np.asarray(logits, np.float64)[:-1], axis=-1)
+    return -np.take_along_axis(found, np.asarray(row)[1:, None], axis=-1)[:, 0]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -63,12 +65,14 @@ def test_the_same_model(folder, text, tmp_path, optimized, name):
             model, _ = keep_width(model, [0, 2], range(992 + 32 * (i % 2)), only=[i])
     save(model, tmp_path / "out", source_dir=folder, format="gguf", dtype=dtype, quantize=quantize)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = [text[:128], *(text[i : i + WINDOW] for i in (0, WINDOW)), *(tokenizer(one)["input_ids"] for one in PROMPTS)]
-    found = llama_cpp(tmp_path / "out", rows=rows, greedy=ANSWER, texts=["The capital of France is 42."])
-    ours = logits_of(model, rows[:3])
-    seen = differences(ours[0, :128], found["logits"][0])
-    sums = [sum(map(sum, ([losses(one[: len(row)], row)] for one, row in zip(logits, rows[1:3], strict=True))))
-            for logits in (ours[1:3], found["logits"][1:3])]  # fmt: skip
+    rows, prompts = [text[:WINDOW], text[WINDOW : 2 * WINDOW]], [tokenizer(one)["input_ids"] for one in PROMPTS]
+    asked = {"prompts": prompts, "greedy": ANSWER if largest is not None else 1}
+    found = llama_cpp(tmp_path / "out", rows=rows, texts=["The capital of France is 42."], **asked)
+    ours = logits_of(model, rows)
+    seen = differences(ours[0, :128], found["logits"][0][:128])
+    sums = [
+        sum(sum(losses(one, row)) for one, row in zip(logits, rows, strict=True)) for logits in (ours, found["logits"])
+    ]
     ratio = np.exp((sums[1] - sums[0]) / (2 * (WINDOW - 1)))
     print(f"{name}: largest, mean, divergence {seen}, perplexity x {ratio:.5f}")
     assert found["ids"][0].tolist() == tokenizer("The capital of France is 42.")["input_ids"]
@@ -77,6 +81,6 @@ def test_the_same_model(folder, text, tmp_path, optimized, name):
     if largest is not None:
         assert seen[0] <= largest
         assert seen[1] <= mean
-        answers = [[*row, *tokens] for row, tokens in zip(rows[3:], found["tokens"][3:], strict=True)]
-        for row, one, logits in zip(rows[3:], answers, logits_of(model, answers), strict=True):
+        answers = [[*row, *tokens] for row, tokens in zip(prompts, found["tokens"], strict=True)]
+        for row, one, logits in zip(prompts, answers, logits_of(model, answers), strict=True):
             assert logits[len(row) - 1 : len(one) - 1].argmax(-1).tolist() == one[len(row) :]
