@@ -68,9 +68,8 @@ def generate(
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     check_inputs(model.cfg, input_ids if prefix is None else prefix.input_ids, pixel_values)
-    ids, valid = _align_right(input_ids, attention_mask)
-    host: dict[str, Any] = {"ids": ids, "valid": valid, "pixels": pixel_values, "ended": np.zeros(len(ids), bool)}
-    host["pixel_mask"] = needed_mask(model.cfg, pixel_values, pixel_attention_mask)
+    host = _prompts(model.cfg, input_ids, attention_mask, pixel_values, pixel_attention_mask)
+    ids, valid = host["ids"], host["valid"]
     if prefix is not None:
         check_inputs(model.cfg, input_ids, None)
         host["prefix_ids"], host["prefix_valid"] = _align_right(prefix.input_ids, prefix.attention_mask)
@@ -126,15 +125,23 @@ def compile_generation(
       UserError: see `forward`.
     """
     check_inputs(model.cfg, input_ids, pixel_values)
-    ids, valid = _align_right(input_ids, None)
     mesh = mesh_of(model.params)
-    arrays = place_batch({"ids": ids, "valid": valid, "pixels": pixel_values, "ended": np.zeros(len(ids), bool)}, mesh)
+    arrays = place_batch(_prompts(model.cfg, input_ids, None, pixel_values, None), mesh)
     with within(mesh):
         program = _generate.lower(model.params, model.cfg, arrays, max_new_tokens, ()).compile()
     memory = program.memory_analysis()
     sizes = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
     peak = None if memory is None else sum(getattr(memory, name) for name in sizes)
     return CompiledGeneration(program, model.params, arrays, mesh, peak)
+
+
+def _prompts(
+    cfg: ModelConfig, input_ids: Any, attention_mask: Any, pixel_values: Any, pixel_attention_mask: Any
+) -> dict[str, Any]:
+    """What the program takes of prompts, on the host."""
+    ids, valid = _align_right(input_ids, attention_mask)
+    mask = needed_mask(cfg, pixel_values, pixel_attention_mask)
+    return {"ids": ids, "valid": valid, "pixels": pixel_values, "pixel_mask": mask, "ended": np.zeros(len(ids), bool)}
 
 
 def _until_long(cfg: ModelConfig, host: dict[str, Any]) -> int:
