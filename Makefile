@@ -10,17 +10,18 @@ BIN := $(VENV)/bin
 COMPAT := .compat/transformers-4.57
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-fast fuzz check docs setup-demo setup-test setup-dev clean distclean
+.PHONY: help demo test test-fast test-eval fuzz check docs setup-demo setup-test setup-dev clean distclean
 
 help:
 	@echo 'make demo       install what the demo needs (no torch) and run it into runs/demo (3 to 5 minutes)'
 	@echo 'make test       install everything, run every test, quick ones first (this is what CI runs)'
 	@echo 'make test-fast  the same without the tests marked slow'
 	@echo '                WORKERS=2 processes run them; PYTEST_ARGS="-k name" goes to pytest'
+	@echo 'make test-eval  the comparisons with lmms-eval, in .venv-eval: its protobuf is older than what sentencepiece needs'
 	@echo 'make fuzz       damaged input for every reader: FUZZ=100 times what the tests try, other input each time'
 	@echo 'make check      format, lint, types, quick tests'
 	@echo 'make docs       docs/options.md from the declarations of the settings'
-	@echo 'make clean      remove caches; make distclean: .venv and .compat as well'
+	@echo 'make clean      remove caches; make distclean: .venv, .venv-eval and .compat as well'
 
 demo: setup-demo
 	$(BIN)/vlmprune demo --workdir=runs/demo
@@ -30,6 +31,16 @@ test: setup-test
 
 test-fast: setup-test
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+
+test-eval: .venv-eval/eval.stamp
+	OMP_NUM_THREADS=1 .venv-eval/bin/python -m pytest tests/evaluation/test_lmms_eval.py tests/evaluation/test_lmms_scores.py \
+		tests/stages/test_lmms_backend.py tests/stages/test_tasks.py tests/data/test_datasets.py $(PYTEST_ARGS)
+
+# decord: lmms-eval's model of PyTorch, whose answers ours are compared with, imports it without requiring it.
+.venv-eval/eval.stamp: pyproject.toml
+	$(PYTHON) -m venv .venv-eval
+	.venv-eval/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[eval,test]' decord
+	touch $@
 
 fuzz: setup-test
 	VLMPRUNE_FUZZ=$(FUZZ) $(PYTEST) tests/fuzz $(PYTEST_ARGS)
@@ -69,4 +80,4 @@ clean:
 	find vlmprune_jax tests configs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) .compat
+	rm -rf $(VENV) .venv-eval .compat

@@ -31,7 +31,7 @@ def llava(goldens: Path) -> Model:
 
 @pytest.fixture(scope="module")
 def encoder(goldens: Path, llava: Model) -> Encoder:
-    tiling = Tiling(28, 1, 6, True, False, *PIXELS["internvit"], 3)
+    tiling = Tiling(28, 1, 6, True, False, *PIXELS["internvit"], 3, shares=True)
     assert llava.cfg.image_token_id is not None
     return Encoder(
         tokenizer=load_tokenizer(goldens / "tokenizers/llava"),
