@@ -33,7 +33,7 @@ NATIVE = {
     **{"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3, "phi": PHI, "phi3": PHI3},
     **{f"llava-{tower}-{text}": llava_config(text, tower) for tower in TOWERS for text in TEXTS},
     **{f"internvl-{text}": internvl_config(text) for text in ("llama", "qwen2", "qwen3", "phi3")},
-    **{f"smolvlm-{text}": smolvlm_config(text) for text in ("llama", "qwen2")},
+    "smolvlm-llama": smolvlm_config("llama"),
 }
 # The chat layout with pixel shuffle v2, the only one that transformers has, and a decoder that is not Phi-3.
 CHAT = {f"internvl_chat-{t}": internvl_chat_config(t) | {"ps_version": "v2"} for t in ("llama", "qwen2")}
