@@ -64,12 +64,11 @@ def paper_cut(
     if method == "depth":
         target = {"layers_removed": PAPER_LAYERS[ratio]} if ratio in PAPER_LAYERS else {"ratio": ratio}
         return {
-            "score": {"depth": "block_influence", "samples": 50, "batch_size": 1},
+            "score": {"samples": 50, "batch_size": 1},
             "prune": {"method": "depth", **target},
         }
     ranges = {} if layers else {"attn_layers": attn_layers, "mlp_layers": mlp_layers}
-    taylor = {"width": "taylor", "variant": "param_first", "reduction": "sum", "longest_text": longest_text}
     return {
-        "score": {**taylor, "samples": 10, "batch_size": 10},
+        "score": {"reduction": "sum", "longest_text": longest_text, "samples": 10, "batch_size": 10},
         "prune": {"method": "width", "ratio": ratio, **ranges},
     }

@@ -18,7 +18,7 @@ import numpy as np
 from vlmprune_jax.checked_files import read_text, replacing
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.statistics import interval_of_mean
-from vlmprune_jax.report.guide import FILE, SOLVED, Evidence, Guide, Source, as_json, read_guide
+from vlmprune_jax.report.guide import FILE, METHODS, SOLVED, Evidence, Guide, Source, as_json, read_guide
 from vlmprune_jax.report.sweep import done, read_sweep
 
 Json = dict[str, Any]
@@ -28,8 +28,6 @@ AS_GOOD = 1.0  # points of retained % by which a cheaper way may be behind and c
 LEAST_LOSS = 1.0  # points that training must win back for its replacement to be a share of it
 BEGIN, END = "<!-- vlmprune study: begin -->", "<!-- vlmprune study: end -->"
 PAPER, BEST, SMALL = "paper", "sft_l2", 0.05
-# What the paper chooses layers and widths by; other criteria are another question.
-_CRITERIA = ("block_influence", "taylor")
 
 
 @dataclass(frozen=True)
@@ -80,9 +78,10 @@ class Insight:
 
 def points_of(sweep: Json) -> list[Point]:
     """The evaluated models of a `sweep.json` that were pruned by the paper's criteria and have an average."""
-    found = []
+    settings, found = read_guide().settings, []
+    criteria = tuple(settings[method]["score"][method] for method in METHODS)  # others are another question
     for row in done(sweep):
-        if not row["criterion"].startswith(_CRITERIA):
+        if not row["criterion"].startswith(criteria):
             continue
         evaluation = row["evaluation"]
         retained = evaluation["mean_of_ratios"]
