@@ -1,6 +1,5 @@
 """A real model in llama.cpp: SmolLM2-135M whole, with layers of unequal width, and in 8 bits."""
 
-import jax
 import numpy as np
 import pytest
 from gguf_cases import differences
@@ -47,7 +46,7 @@ def logits_of(model, rows):
     """float[rows, longest, words] of rows that are padded on the right, where nothing before sees it."""
     longest = max(map(len, rows))
     ids = np.asarray([[*row, *[0] * (longest - len(row))] for row in rows], np.int32)
-    return np.asarray(jax.jit(lambda given: forward(model, given)[0])(ids))
+    return np.asarray(forward(model, ids)[0])
 
 
 def losses(logits, row):
