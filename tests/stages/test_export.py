@@ -42,7 +42,7 @@ def test_gguf_by_command(command, tmp_path, capsys):
     assert main([*command, "--config.export.quantize=q8_0"]) == 0
     assert "export: unchanged, skipped" in capsys.readouterr().out
     assert main(command) == 2
-    assert "(export.quantize was 'q8_0', now 'none')" in capsys.readouterr().err
+    assert '(export.quantize was "q8_0", now "none")' in capsys.readouterr().err
     assert main([*command, "--overwrite"]) == 0
     assert (out / "teacher-pruned-BF16.gguf").is_file()
     assert not (out / "teacher-pruned-Q8_0.gguf").exists()

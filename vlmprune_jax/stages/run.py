@@ -221,7 +221,9 @@ def export_best(experiment: Experiment, context: Context) -> Json:
     for name in ("recovered", RECONSTRUCTED, "pruned"):
         if (context.workdir / name).is_dir():
             solved = name != "pruned" and experiment.reconstruct.method != "none"
-            known = read_unfinished(context.workdir)
+            known: Json = {"runs": ()}
+            if (context.workdir / "eval").is_dir():  # else nothing was evaluated, and there may be a model alone
+                known = read_unfinished(context.workdir)
             rows = [
                 benchmark_rows(run, known["teacher"], known["sets"]) for run in known["runs"] if run["path"] == name
             ]

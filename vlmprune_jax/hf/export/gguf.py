@@ -182,7 +182,7 @@ def support(cfg: ModelConfig) -> str:
     wide = next((one.name for one in able if one.per_layer), None)
     heads = next((one.name for one in able if one.free_heads), None)
     return f"llama.cpp's {architecture.name}; fewer heads {_held(heads)}, unequal widths {_held(wide)}" + (
-        "; the tower with all its heads, or with uneven=pad" if cfg.vision is not None else ""
+        "; tower: all heads, or uneven=pad" if cfg.vision is not None else ""
     )
 
 
