@@ -23,6 +23,7 @@ def llama_cpp(
     folder: Path,
     *,
     rows: Any = (),
+    scored: Any = (),
     texts: Any = (),
     prompts: Any = (),
     greedy: int = 0,
@@ -32,14 +33,16 @@ def llama_cpp(
 ) -> dict[str, Any]:
     """What llama.cpp makes of the GGUF files in a folder.
 
-    Returns: `logits` of each row of token ids float[tokens, words], `ids` of each text with the marks that it gets,
-    `tokens`, the next `greedy` of each of the prompts (rows of ids); and of an image uint8[height, width, 3] its
-    `features` float[tokens, embed] and the `answer` float[words], the logits behind a prompt with `MARKER`.
+    Returns: `logits` of each row of token ids float[tokens, words], `losses` float[tokens - 1] of each row that is
+    `scored` (nats), `ids` of each text with the marks that it gets, `tokens`, the next `greedy` of each of the prompts
+    (rows of ids); and of an image uint8[height, width, 3] its `features` float[tokens, embed] and the `answer`
+    float[words], the logits behind a prompt with `MARKER`.
     """
     job = {
         "model": str(next(path for path in folder.glob("*.gguf") if not path.name.startswith("mmproj"))),
         "mmproj": next(map(str, folder.glob("mmproj-*.gguf")), None) if image is not None else None,
         "rows": [[int(token) for token in row] for row in rows],
+        "scored": [[int(token) for token in row] for row in scored],
         "prompts": [[int(token) for token in row] for row in prompts],
         "texts": list(texts),
         "greedy": greedy,
@@ -52,7 +55,7 @@ def llama_cpp(
     done = subprocess.run([sys.executable, __file__, json.dumps(job), str(folder / "done.npz")], capture_output=True)
     assert done.returncode == 0, done.stderr.decode(errors="replace")[-3000:]
     with np.load(folder / "done.npz") as found:
-        named: dict[str, Any] = {"logits": [], "ids": [], "tokens": []}
+        named: dict[str, Any] = {"logits": [], "losses": [], "ids": [], "tokens": []}
         for name in found.files:
             kind, _, number = name.partition("_")
             named[kind] = [*named[kind], found[name]] if number else found[name]
@@ -179,11 +182,20 @@ class _Llama:
         return np.concatenate(features), answer
 
 
+def _losses(logits: np.ndarray, row: Any) -> np.ndarray:
+    top = logits.max(axis=-1, keepdims=True)
+    norm = np.log(np.exp(logits - top).sum(axis=-1)) + top[:, 0]
+    return norm - np.take_along_axis(logits, np.asarray(row)[1:, None], axis=-1)[:, 0]
+
+
 def _run(job: dict[str, Any]) -> dict[str, np.ndarray]:
     llama, found = _Llama(job["model"], job["context"]), {}
     for i, row in enumerate(job["rows"]):
         llama.forget()
         found[f"logits_{i}"] = llama.logits(row)
+    for i, row in enumerate(job["scored"]):
+        llama.forget()
+        found[f"losses_{i}"] = _losses(llama.logits(row)[:-1].astype(np.float64), row)
     for i, row in enumerate(job["prompts"]):
         found[f"tokens_{i}"] = llama.greedy(row, job["greedy"])
     for i, text in enumerate(job["texts"]):
