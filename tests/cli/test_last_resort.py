@@ -92,6 +92,10 @@ def test_a_reader_that_goes_ends_silently(capsys, monkeypatch):
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert (process.stderr.read(), process.wait(60)) == (b"", 141)
+    tables = [*command, "recommend", "--model=vlmprune_jax/demo/teacher", "--ratio=0.3"]
+    with subprocess.Popen(tables, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(60)) == (b"", 141)
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 2

@@ -9,7 +9,6 @@ from typing import Any
 
 from absl import logging
 from ml_collections import config_flags
-from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from vlmprune_jax.cli.config_files import load_file, placed, read_experiment, read_hyper, to_experiment, to_workdir
@@ -19,7 +18,7 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.sweep import SweepRun, sweep_runs
 from vlmprune_jax.experiment.variants import check_experiment
-from vlmprune_jax.stages.console import PIPE_WIDTH, Reporter, make_reporter
+from vlmprune_jax.stages.console import PIPE_WIDTH, Reporter, Terminal, make_reporter
 from vlmprune_jax.stages.context import Context
 from vlmprune_jax.stages.sweep import attempt
 from vlmprune_jax.stages.sweep_run import Sweep, with_caches
@@ -71,7 +70,7 @@ def start_worker(sweep: Sweep) -> Work:
 
 def _work(sweep: Sweep, item: tuple[int, SweepRun]) -> str | None:
     number, run = item
-    console = Console(width=PIPE_WIDTH, force_terminal=False)
+    console = Terminal(width=PIPE_WIDTH, force_terminal=False)
     with kept() as messages:
         line = attempt(run, sweep, Reporter(console, prefix=f"[{number}]   "))
     messages.tell()

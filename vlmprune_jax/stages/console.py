@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,14 @@ PAUSE_SECONDS = 60.0
 # Characters of a column, columns and rows of a table: the report has everything.
 WIDEST, MOST_COLUMNS, MOST_ROWS = 48, 16, 400
 PIPE_WIDTH = 120  # columns of tables that go to a file or pipe, where there is no terminal to ask
+
+
+class Terminal(Console):
+    """A console whose reader may go: `vlmprune ... | head` ends as where plain `print` meets it."""
+
+    def on_broken_pipe(self) -> None:
+        """rich would end the process here by SystemExit(1)."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 @dataclass(frozen=True)
@@ -95,5 +105,5 @@ def _cell(text: str, style: str = "") -> Text:
 
 def make_reporter(enabled: bool) -> Reporter:
     """A reporter on standard output."""
-    console = Console()
-    return Reporter(console if console.is_terminal else Console(width=PIPE_WIDTH), enabled)
+    console = Terminal()
+    return Reporter(console if console.is_terminal else Terminal(width=PIPE_WIDTH), enabled)

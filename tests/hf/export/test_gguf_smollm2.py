@@ -70,7 +70,6 @@ def test_the_same_model(folder, text, tmp_path, optimized, name):
     seen = differences(logits_of(model, [row])[0], found["logits"][0])
     ours = perplexity(model, windows.reshape(-1), window=WINDOW, batch_size=2).perplexity
     ratio = np.exp(np.mean(found["losses"])) / ours
-    print(f"{name}: largest, mean, divergence {seen}, perplexity {ours:.4f} x {ratio:.5f}")
     assert found["ids"][0].tolist() == tokenizer(sample)["input_ids"]
     assert seen[2] <= divergence
     assert abs(ratio - 1) <= share
