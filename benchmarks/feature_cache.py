@@ -72,7 +72,8 @@ def _flops_ratio(family: str) -> float:
     from plan import DATA, SETTINGS
 
     from vlmprune_jax.experiment.arguments import recover_config
-    from vlmprune_jax.experiment.spec import Experiment, override
+    from vlmprune_jax.experiment.overrides import override
+    from vlmprune_jax.experiment.spec import Experiment
     from vlmprune_jax.hf.read import read_config
     from vlmprune_jax.models.params import param_shapes
     from vlmprune_jax.recovery.flops import step_flops

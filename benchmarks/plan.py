@@ -51,7 +51,8 @@ def main() -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from vlmprune_jax.experiment.spec import Experiment, override
+    from vlmprune_jax.experiment.overrides import override
+    from vlmprune_jax.experiment.spec import Experiment
     from vlmprune_jax.stages.tpu_fit import estimate, facts, make_case
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

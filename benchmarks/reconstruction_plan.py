@@ -47,7 +47,8 @@ def row(family: str, topology: str) -> str:
     from vlmprune_jax.distributed.ahead_of_time import compile_for_tpu, make_slice
     from vlmprune_jax.distributed.mesh import make_mesh, within
     from vlmprune_jax.distributed.rules import sharding
-    from vlmprune_jax.experiment.spec import Experiment, override
+    from vlmprune_jax.experiment.overrides import override
+    from vlmprune_jax.experiment.spec import Experiment
     from vlmprune_jax.hf.read import read_config
     from vlmprune_jax.models.params import layer_axes, layer_shapes
     from vlmprune_jax.prune import reconstruction, ridge

@@ -13,8 +13,9 @@ from vlmprune_jax.cli.config_files import experiment_config, read_experiment, to
 from vlmprune_jax.cli.main import COMMANDS, main
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.arguments import plan_options, recover_config
+from vlmprune_jax.experiment.overrides import override
 from vlmprune_jax.experiment.recipes import recipe, recipes
-from vlmprune_jax.experiment.spec import Experiment, PruneSpec, RecoverSpec, override
+from vlmprune_jax.experiment.spec import Experiment, PruneSpec, RecoverSpec
 
 
 def failing(capsys, *argv):

@@ -12,7 +12,8 @@ from vlmprune_jax.cli.main import main
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.arguments import recover_config
 from vlmprune_jax.experiment.options import as_markdown, options, sections
-from vlmprune_jax.experiment.spec import STAGES, Experiment, override
+from vlmprune_jax.experiment.overrides import override
+from vlmprune_jax.experiment.spec import STAGES, Experiment
 from vlmprune_jax.experiment.variants import check_experiment
 from vlmprune_jax.models.decoder import REMAT_POLICIES
 from vlmprune_jax.recovery.config import REMAT, LossConfig, RecoverConfig

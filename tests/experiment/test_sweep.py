@@ -5,7 +5,8 @@ import re
 import pytest
 
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.experiment.spec import Experiment, override
+from vlmprune_jax.experiment.overrides import override
+from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.sweep import LONGEST_NAME, Hyper, sweep_runs
 
 HYPER = Hyper()

@@ -14,7 +14,8 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.metrics import METRICS, Metric
 from vlmprune_jax.evaluation.metrics.metric import mean
 from vlmprune_jax.experiment.arguments import check_tasks, evaluation_sets
-from vlmprune_jax.experiment.spec import DataSpec, EvaluateSpec, EvaluationSetSpec, Experiment, override
+from vlmprune_jax.experiment.overrides import override
+from vlmprune_jax.experiment.spec import DataSpec, EvaluateSpec, EvaluationSetSpec, Experiment
 from vlmprune_jax.experiment.variants import check_experiment
 
 CONFIG = """

@@ -25,7 +25,8 @@ from vlmprune_jax.data.records import read_records
 from vlmprune_jax.data.tfds import read_tfds, write_tfds
 from vlmprune_jax.errors import Stopped, UserError
 from vlmprune_jax.experiment.arguments import recover_config
-from vlmprune_jax.experiment.spec import Experiment, override
+from vlmprune_jax.experiment.overrides import override
+from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten

@@ -25,7 +25,8 @@ from vlmprune_jax.distributed.ahead_of_time import (
 )
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.experiment.spec import Experiment, override
+from vlmprune_jax.experiment.overrides import override
+from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.models.attention import splash_attention
 from vlmprune_jax.models.params import flatten, param_shapes, unflatten
 from vlmprune_jax.prune import Scores, make_plan

@@ -15,7 +15,8 @@ from typing import Any
 
 from vlmprune_jax.checks import Setting, settings_of
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.experiment.spec import Experiment, hints_of
+from vlmprune_jax.experiment.overrides import hints_of
+from vlmprune_jax.experiment.spec import Experiment
 
 HEAD = """\
 # Settings

@@ -10,7 +10,8 @@ from typing import Any
 
 from vlmprune_jax.checks import suggest
 from vlmprune_jax.errors import UserError, about, differences
-from vlmprune_jax.experiment.spec import Experiment, hints_of, override
+from vlmprune_jax.experiment.overrides import hints_of, override
+from vlmprune_jax.experiment.spec import Experiment
 
 SEED = "seed"  # the last part of the settings that are seeds
 MOST_RUNS = 10_000

@@ -16,7 +16,8 @@ from vlmprune_jax.experiment.arguments import (
     plan_options,
     recover_config,
 )
-from vlmprune_jax.experiment.spec import Experiment, ScoreSpec, override, sections
+from vlmprune_jax.experiment.overrides import override
+from vlmprune_jax.experiment.spec import Experiment, ScoreSpec, sections
 from vlmprune_jax.prune.criteria import CRITERIA, scoring
 from vlmprune_jax.prune.select import check_request
 

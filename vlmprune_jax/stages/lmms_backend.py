@@ -35,7 +35,8 @@ from vlmprune_jax.distributed.mesh import initialize, row_ways
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.questions import arrange_questions
 from vlmprune_jax.evaluation.runner import Reply, ask
-from vlmprune_jax.experiment.spec import DataSpec, EvaluateSpec, MeshSpec, ModelSpec, override
+from vlmprune_jax.experiment.overrides import override
+from vlmprune_jax.experiment.spec import DataSpec, EvaluateSpec, MeshSpec, ModelSpec
 from vlmprune_jax.hf.read import resolve
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.stages.context import load_model, mesh_of

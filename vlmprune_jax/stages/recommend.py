@@ -15,8 +15,9 @@ from typing import Any
 from vlmprune_jax.checks import one_of
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.errors import UserError, about
+from vlmprune_jax.experiment.overrides import override
 from vlmprune_jax.experiment.recipes import recipes
-from vlmprune_jax.experiment.spec import Experiment, override
+from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.hf.read import read_config, resolve
