@@ -13,10 +13,13 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.prune import Scores
+from vlmprune_jax.prune.fingerprint import shape_digest
 
 TIMES = int(os.environ.get("VLMPRUNE_FUZZ", "1"))
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\u202eevil\r\n\x00"
@@ -148,3 +151,16 @@ def json_lines(values: list[Any]) -> st.SearchStrategy[bytes]:
 
     edits = edited(values).map(written)
     return st.one_of(edits, edits, damaged(written(values)))
+
+
+def scores_of(cfg):
+    """Random importances of layers and widths."""
+    draw, layers = np.random.default_rng(0), cfg.text.layers
+    return Scores(
+        "l1",
+        f"{shape_digest(cfg)}-",
+        {"gqa": "groups", "variant": None},
+        importance=draw.random(len(layers)),
+        heads=tuple(draw.random(layer.kv_heads) for layer in layers),
+        mlp=tuple(draw.random(layer.mlp) for layer in layers),
+    )
