@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from vlmprune_jax.checked_files import Count, read_json
-from vlmprune_jax.errors import printable
+from vlmprune_jax.errors import UserError, printable
 from vlmprune_jax.evaluation.statistics import holm, mcnemar
 from vlmprune_jax.report.page import Section, Table
 from vlmprune_jax.report.result import Described, Values
@@ -47,7 +47,15 @@ def read_evaluated(path: Path) -> Json:
     Raises:
       UserError: the file is damaged.
     """
-    return read_json(path, Evaluated, missing="no such file: run `vlmprune evaluate`", todo=_TODO, unicode=False)
+    found: Json = read_json(path, Evaluated, missing="no such file: run `vlmprune evaluate`", todo=_TODO, unicode=False)
+    main = found["metric"]["main"]
+    if main not in found["values"]:
+        raise UserError(f"{path}: its metric counts {main!r}, which is not in its values: {_TODO}")
+    if "questions" not in found and "tokens" not in found:
+        raise UserError(f"{path}: says neither how many questions nor how many tokens it is of: {_TODO}")
+    if any("questions" not in group for group in found["groups"].values()):
+        raise UserError(f"{path}: a group does not say how many questions it has: {_TODO}")
+    return found
 
 
 def find_evaluated(workdir: Path, run: Mapping[str, Any] | None, key: str) -> Path | None:
