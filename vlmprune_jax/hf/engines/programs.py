@@ -1,0 +1,139 @@
+"""The engines: each loads a model's files and computes one prompt, and tokens after it, as often as it is asked."""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from vlmprune_jax.checked_files import parse_json
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.hf.engines.clock import Program
+
+Job = dict[str, Any]
+_MARKER = "<__media__>"  # where llama.cpp puts an image
+
+
+def in_jax(job: Job) -> Program:
+    """Our forward pass, compiled. `job`: model, vision_dir, dtype, ids, pixels (a shape, or None), new_tokens."""
+    from vlmprune_jax.hf.read import load
+    from vlmprune_jax.models.generate import compile_generation
+
+    model = load(job["model"], vision_dir=job["vision_dir"], dtype=job["dtype"])
+    ids = np.asarray(job["ids"], np.int32)
+    return compile_generation(model, ids, pixel_values=_pixels(job), max_new_tokens=job["new_tokens"] + 1)
+
+
+class InTransformers:
+    """transformers' `generate` on torch. `job`: see `in_jax`, and loader (module and class), by_row, threads."""
+
+    def __init__(self, job: Job):
+        import torch
+        import transformers
+
+        torch.set_num_threads(job["threads"])
+        module, name = job["loader"]
+        loader = getattr(importlib.import_module(module), name)
+        options = {"dtype": getattr(torch, job["dtype"]), "local_files_only": True}
+        self.model = loader.from_pretrained(job["model"], **options).eval()
+        ids, pixels = torch.tensor(job["ids"]), _pixels(job)
+        self.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if pixels is not None:
+            shown = torch.from_numpy(pixels if job["by_row"] else pixels[:, 0])
+            self.inputs["pixel_values"] = shown.to(self.model.dtype)
+        self.new_tokens = job["new_tokens"]
+        self.mode, self.settings = torch.inference_mode, transformers.GenerationConfig
+
+    def prefill(self) -> None:
+        """Compute the prompt and its first token."""
+        self._generate(1)
+
+    def generate(self) -> None:
+        """Compute the prompt and all new tokens."""
+        self._generate(self.new_tokens + 1)
+
+    def _generate(self, tokens: int) -> None:
+        settings = self.settings(do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens, pad_token_id=0)
+        with self.mode():
+            found = self.model.generate(**self.inputs, generation_config=settings)
+        made = found.shape[1] - self.inputs["input_ids"].shape[1]
+        if made != tokens:
+            raise UserError(f"generated {made} of {tokens} tokens")
+
+
+class InLlamaCpp:
+    """llama.cpp's server without the network.
+
+    `job`: model, mmproj (or None), image_size, ids, prompt_tokens, context, new_tokens, threads.
+    `prompt_tokens`: of the prompt as llama.cpp counts them.
+
+    Raises:
+      UserError: it does not answer, or an image fills the whole prompt.
+    """
+
+    def __init__(self, job: Job):
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_parallel, params.warmup, params.verbosity = job["model"], 1, False, -1
+        params.n_ctx, params.cache_ram_mib, params.cache_prompt = job["context"], 0, False
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job["threads"]
+        if job["mmproj"] is not None:
+            params.mmproj.path = job["mmproj"]
+        self.server = xllamacpp.Server(params)
+        self.new_tokens, self.prompt, self.prompt_tokens = job["new_tokens"], job["ids"][0], job["prompt_tokens"]
+        if job["mmproj"] is not None:
+            self._show(job["image_size"])
+
+    def prefill(self) -> None:
+        """Compute the prompt and its first token."""
+        self._ask(1)
+
+    def generate(self) -> None:
+        """Compute the prompt and all new tokens."""
+        self._ask(self.new_tokens + 1)
+
+    def _show(self, side: int) -> None:
+        """Make a prompt of an image and as many words as are left."""
+        from PIL import Image
+
+        noise, file = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8), io.BytesIO()
+        Image.fromarray(noise).save(file, "PNG")
+        image, wanted = base64.b64encode(file.getvalue()).decode(), self.prompt_tokens
+        for words in (1, 2):  # what one word more takes, and what is there without words
+            self.prompt = {"prompt_string": _MARKER + " a" * words, "multimodal_data": [image]}
+            counted = self._ask(1)
+            if words == 1:
+                least = counted
+        if counted > wanted:
+            raise UserError(f"--prompt_tokens={wanted} must be at least the {counted} of an image and words: raise it")
+        more = (wanted - least) // max(1, counted - least)
+        self.prompt["prompt_string"] = _MARKER + " a" * (1 + more)
+        self.prompt_tokens = self._ask(1)
+
+    def _ask(self, tokens: int) -> int:
+        """Generate; returns the tokens of the prompt."""
+        asked = {"prompt": self.prompt, "n_predict": tokens, "temperature": 0.0, "cache_prompt": False}
+        answer = self.server.handle_completions({**asked, "ignore_eos": True})
+        answer = answer if isinstance(answer, dict) else parse_json(answer, "what llama.cpp says", "report it")
+        if "error" in answer:
+            raise UserError(answer["error"].get("message", answer["error"]))
+        made = answer["usage"]["completion_tokens"]
+        if made != tokens:
+            raise UserError(f"generated {made} of {tokens} tokens")
+        return int(answer["usage"]["prompt_tokens"])
+
+
+ENGINES: dict[str, Callable[[Job], Program]] = {
+    "jax": in_jax, "transformers": InTransformers, "llama_cpp": InLlamaCpp
+}  # fmt: skip
+
+
+def _pixels(job: Job) -> np.ndarray | None:
+    """float32[1, 1, channels, height, width] of noise, or None."""
+    shape: list[int] | None = job["pixels"]
+    return None if shape is None else np.random.default_rng(0).standard_normal(tuple(shape), np.float32)
