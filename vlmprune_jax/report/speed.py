@@ -203,7 +203,7 @@ def bench_notes(found: _Json) -> list[str]:
     ]
 
 
-def _end(name: str, longest: int = 30) -> str:
+def _end(name: str, longest: int = 26) -> str:
     """A path whose end tells models apart."""
     name = printable(name)
     return name if len(name) <= longest else f"...{name[3 - longest :]}"

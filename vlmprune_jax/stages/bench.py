@@ -190,9 +190,12 @@ class _Process:
         quiet = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
         # One engine is alive beside another: none may take an accelerator, of which the wheels of others know nothing.
         environment = {**os.environ, **quiet, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        with tempfile.TemporaryFile() as said, subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, env=environment
-        ) as process:
+        with (
+            tempfile.TemporaryFile() as said,
+            subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, env=environment
+            ) as process,
+        ):
             try:
                 one = cls(side, process, said)
                 one.prompt_tokens = one._answer(json.dumps(side.job))["prompt_tokens"]
@@ -237,29 +240,29 @@ class _Known:
 
 def _folder(model: str, vision_dir: str | None, workload: Workload) -> _Known:
     folder, tower = resolve(model), None if vision_dir is None else resolve(vision_dir)
+    family, cfg = read_config(folder, tower)
+    image = workload.image and cfg.vision is not None
+    tokens = {"prompt": workload.prompt_tokens, "new_tokens": workload.new_tokens}
     with about(model):
-        family, cfg = read_config(folder, tower)
-        image = workload.image and cfg.vision is not None
-        tokens = {"prompt": workload.prompt_tokens, "new_tokens": workload.new_tokens}
         check_workload(cfg, **tokens, image=image, named="--")
-        held = [folder, *([tower] if tower is not None and family.separate_vision and has_weights(tower) else [])]
-        files = {entry.file for one in held for entry in Checkpoint(one).tensors.values()}
-        ids, pixels = prompts(cfg, workload.prompt_tokens, 1, image)
-        class_ = loader_class(read_fields(folder / "config.json"))
-        stock = family.stock.name if family.stock is not None else None
-        job = {
-            "model": str(folder),
-            "vision_dir": None if tower is None else str(tower),
-            "dtype": workload.dtype,
-            "ids": ids.tolist(),
-            "pixels": None if pixels is None else list(pixels.shape),
-            "loader": [_LOADERS, class_] if class_ is not None else ["transformers", stock],
-            "loads": _torch_loads(folder, tower),
-            "by_row": family.stock is not None and family.stock.by_row,
-            "new_tokens": workload.new_tokens,
-            "threads": workload.threads,
-        }
-        return _Known(workload.dtype, sum(file.stat().st_size for file in files), image, job)
+    held = [folder, *([tower] if tower is not None and family.separate_vision and has_weights(tower) else [])]
+    files = {entry.file for one in held for entry in Checkpoint(one).tensors.values()}
+    ids, pixels = prompts(cfg, workload.prompt_tokens, 1, image)
+    class_ = loader_class(read_fields(folder / "config.json"))
+    stock = family.stock.name if family.stock is not None else None
+    job = {
+        "model": str(folder),
+        "vision_dir": None if tower is None else str(tower),
+        "dtype": workload.dtype,
+        "ids": ids.tolist(),
+        "pixels": None if pixels is None else list(pixels.shape),
+        "loader": [_LOADERS, class_] if class_ is not None else ["transformers", stock],
+        "loads": _torch_loads(folder, tower),
+        "by_row": family.stock is not None and family.stock.by_row,
+        "new_tokens": workload.new_tokens,
+        "threads": workload.threads,
+    }
+    return _Known(workload.dtype, sum(file.stat().st_size for file in files), image, job)
 
 
 def _gguf(model: str, file: Path, workload: Workload) -> _Known:

@@ -15,7 +15,6 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.hf.engines.clock import Program
 
 Job = dict[str, Any]
-_MARKER = "<__media__>"  # where llama.cpp puts an image
 
 
 def in_jax(job: Job) -> Program:
@@ -85,7 +84,8 @@ class InLlamaCpp:
         if job["mmproj"] is not None:
             params.mmproj.path = job["mmproj"]
         self.server = xllamacpp.Server(params)
-        self.new_tokens, self.prompt, self.prompt_tokens = job["new_tokens"], job["ids"][0], job["prompt_tokens"]
+        self.new_tokens, self.prompt_tokens = job["new_tokens"], job["prompt_tokens"]
+        self.asked: Job = {"prompt": job["ids"][0]}
         if job["mmproj"] is not None:
             self._show(job["image_size"])
 
@@ -103,29 +103,34 @@ class InLlamaCpp:
 
         noise, file = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8), io.BytesIO()
         Image.fromarray(noise).save(file, "PNG")
-        image, wanted = base64.b64encode(file.getvalue()).decode(), self.prompt_tokens
-        for words in (1, 2):  # what one word more takes, and what is there without words
-            self.prompt = {"prompt_string": _MARKER + " a" * words, "multimodal_data": [image]}
-            counted = self._ask(1)
-            if words == 1:
-                least = counted
-        if counted > wanted:
-            raise UserError(f"--prompt_tokens={wanted} must be at least the {counted} of an image and words: raise it")
-        more = (wanted - least) // max(1, counted - least)
-        self.prompt["prompt_string"] = _MARKER + " a" * (1 + more)
-        self.prompt_tokens = self._ask(1)
+        url, wanted = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}", self.prompt_tokens
+
+        def count(words: int) -> int:
+            shown = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "a" + " a" * words}]
+            self.asked = {"messages": [{"role": "user", "content": shown}]}
+            return self._ask(1)
+
+        least, more = count(0), count(1)
+        if least > wanted:
+            raise UserError(
+                f"--prompt_tokens={wanted} must be at least the {least} of an image and its chat template: raise it"
+            )
+        self.prompt_tokens = count((wanted - least) // max(1, more - least))
 
     def _ask(self, tokens: int) -> int:
         """Generate; returns the tokens of the prompt."""
-        asked = {"prompt": self.prompt, "n_predict": tokens, "temperature": 0.0, "cache_prompt": False}
-        answer = self.server.handle_completions({**asked, "ignore_eos": True})
+        call = self.server.handle_chat_completions if "messages" in self.asked else self.server.handle_completions
+        settings = {"max_tokens": tokens, "temperature": 0.0, "cache_prompt": False, "ignore_eos": True}
+        answer = call({**self.asked, **settings})
         answer = answer if isinstance(answer, dict) else parse_json(answer, "what llama.cpp says", "report it")
         if "error" in answer:
             raise UserError(answer["error"].get("message", answer["error"]))
-        made = answer["usage"]["completion_tokens"]
-        if made != tokens:
-            raise UserError(f"generated {made} of {tokens} tokens")
-        return int(answer["usage"]["prompt_tokens"])
+        used = answer["usage"]
+        if used["completion_tokens"] != tokens:
+            raise UserError(f"generated {used['completion_tokens']} of {tokens} tokens")
+        if (used.get("prompt_tokens_details") or {}).get("cached_tokens"):
+            raise UserError("llama.cpp took a part of the prompt from its cache: report it")
+        return int(used["prompt_tokens"])
 
 
 ENGINES: dict[str, Callable[[Job], Program]] = {
