@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import sys
 import types
 
 import numpy as np
@@ -121,7 +122,14 @@ def test_engines_that_are_missing_or_cannot(goldens, gguf, capsys, monkeypatch):
 def test_an_engine_that_ends_is_told_in_a_line(gguf, capsys):
     pytest.importorskip("xllamacpp")
     told = refusal(capsys, f"--model={gguf(architecture='no_such')}", "--prompt_tokens=8", "--threads=1")
-    assert "model.gguf in llama_cpp: " in told
+    assert "model.gguf in llama_cpp: llama.cpp does not load it" in told
+
+
+def test_a_process_that_ends_is_told_in_a_line(goldens, capsys, monkeypatch):
+    """As where an engine is killed for its memory."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    told = refusal(capsys, f"--model={goldens / 'ckpt/llava_hf'}", "--backends=jax", "--prompt_tokens=24")
+    assert "llava_hf in jax: its process ended (exit code 1): the model is damaged, or too large" in told
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ class InLlamaCpp:
     `prompt_tokens`: of the prompt as llama.cpp counts them.
 
     Raises:
-      UserError: it does not answer, or an image fills the whole prompt.
+      UserError: it does not load the file, does not answer, or an image fills the whole prompt.
     """
 
     def __init__(self, job: Job):
@@ -83,7 +83,12 @@ class InLlamaCpp:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job["threads"]
         if job["mmproj"] is not None:
             params.mmproj.path = job["mmproj"]
-        self.server = xllamacpp.Server(params)
+        try:
+            self.server = xllamacpp.Server(params)
+        except RuntimeError as error:  # it says no more than that
+            raise UserError(
+                "llama.cpp does not load it: it is damaged, too large, or needs another build of llama.cpp"
+            ) from error
         self.new_tokens, self.prompt_tokens = job["new_tokens"], job["prompt_tokens"]
         self.asked: Job = {"prompt": job["ids"][0]}
         if job["mmproj"] is not None:
