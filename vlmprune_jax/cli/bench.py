@@ -18,12 +18,7 @@ from vlmprune_jax.cli.flags import Flags
 def define(values: Flags) -> None:
     """Flags of this command."""
     text, whole = absl_flags.DEFINE_string, absl_flags.DEFINE_integer
-    text(
-        "model",
-        None,
-        "Hugging Face folder, hub id or GGUF file (a tower, mmproj-*.gguf, beside it)",
-        flag_values=values,
-    )
+    text("model", None, "Hugging Face folder, hub id or GGUF file (mmproj-*.gguf beside it)", flag_values=values)
     absl_flags.DEFINE_list("against", [], "more of them, measured in the same rounds", flag_values=values)
     text("vision_dir", None, "vision tower folder (original LLaVA, Bunny)", flag_values=values)
     about = "of jax, transformers, llama_cpp; without it all that are installed and can read a model"

@@ -20,7 +20,7 @@ from vlmprune_jax.checks import suggest
 from vlmprune_jax.distributed.processor import cores, cpu
 from vlmprune_jax.errors import UserError, about, printable
 from vlmprune_jax.evaluation.speed import check_workload, prompts
-from vlmprune_jax.families.gguf import WHEEL
+from vlmprune_jax.families.gguf import ENGINE, TOWER, WHEEL
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint, has_weights
 from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.hf.export.per_layer import loader_class
@@ -34,7 +34,7 @@ FOLDER, GGUF = "folder", "GGUF"
 BACKENDS = {
     "jax": (FOLDER, ("jax",), ""),
     "transformers": (FOLDER, ("torch", "transformers"), "pip install 'vlmprune-jax[torch]'"),
-    "llama_cpp": (GGUF, (WHEEL,), f"pip install {WHEEL}"),
+    ENGINE: (GGUF, (WHEEL,), f"pip install {WHEEL}"),
 }
 _LOADERS = "vlmprune_jax.hf.remote.modeling_per_layer"
 
@@ -202,6 +202,9 @@ class _Process:
                 yield one
             finally:
                 process.kill()
+                assert process.stdin is not None
+                with contextlib.suppress(BrokenPipeError):  # what it no longer took
+                    process.stdin.close()
 
     def reading(self) -> Json:
         """`first` and `rest` (seconds), and `peak_bytes`."""
@@ -267,7 +270,7 @@ def _folder(model: str, vision_dir: str | None, workload: Workload) -> _Known:
 
 def _gguf(model: str, file: Path, workload: Workload) -> _Known:
     fields, weights = _header(file)
-    if fields.get("general.type") == "mmproj" or fields.get("general.architecture") == "clip":
+    if fields.get("general.type") == "mmproj" or fields.get("general.architecture") == TOWER:
         raise UserError(f"{file}: is the tower of a model (mmproj): give the decoder's file beside it")
     towers = sorted(file.parent.glob("mmproj-*.gguf")) if workload.image else []
     if len(towers) > 1:
@@ -322,7 +325,7 @@ def _gguf_file(model: str) -> Path | None:
 def _of_the_other_kind(model: str, kind: str, backends: Sequence[str]) -> str:
     named = ", ".join(backends)
     if kind == GGUF:
-        todo = "give the Hugging Face folder that it was made from, or --backends=llama_cpp"
+        todo = f"give the Hugging Face folder that it was made from, or --backends={ENGINE}"
         return f"{model}: is a GGUF file, and --backends={named} reads Hugging Face folders: {todo}"
     todo = 'export it as one (--config.export.format=gguf, vp.save(format="gguf")), or --backends=jax,transformers'
     return f"{model}: is a Hugging Face folder, and --backends={named} reads GGUF files: {todo}"

@@ -12,6 +12,7 @@ import numpy as np
 
 from vlmprune_jax.checked_files import parse_json
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.families.gguf import ENGINE
 from vlmprune_jax.hf.engines.clock import Program
 
 Job = dict[str, Any]
@@ -139,7 +140,7 @@ class InLlamaCpp:
 
 
 ENGINES: dict[str, Callable[[Job], Program]] = {
-    "jax": in_jax, "transformers": InTransformers, "llama_cpp": InLlamaCpp
+    "jax": in_jax, "transformers": InTransformers, ENGINE: InLlamaCpp
 }  # fmt: skip
 
 
