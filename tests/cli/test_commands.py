@@ -56,7 +56,7 @@ def test_every_command_has_help(capsys, name):
     assert out.startswith(f"vlmprune {name}")
     assert "--debug" in out
     of_their_own = {"inspect": "HF_DIR", "diff": "diff A B", "tfds": "--out", "help": "SETTING", "recommend": "--ratio",
-                    "study": "NAME=SWEEP_DIR"}  # fmt: skip
+                    "study": "NAME=SWEEP_DIR", "bench": "--against"}  # fmt: skip
     assert of_their_own.get(name, "--workdir") in out
 
 

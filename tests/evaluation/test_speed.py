@@ -11,6 +11,7 @@ from vlmprune_jax.config import LayerShape
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation import speed
 from vlmprune_jax.evaluation.speed import check_workload, measure_speed
+from vlmprune_jax.hf.engines import clock as hf_clock
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.generate import compile_generation, generate
 
@@ -37,7 +38,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(speed, "time", clock)
+    monkeypatch.setattr(hf_clock, "time", clock)
     return clock
 
 
@@ -51,7 +52,7 @@ def test_tokens_per_second_and_turns(clock, monkeypatch):
     found = measured(monkeypatch, programs, prompt=100, new_tokens=10, batch_size=4, rounds=3)
     assert found["slow"] == speed.Speed((800.0,) * 3, (20.0,) * 3, (0.5,) * 3, 7)
     assert found["fast"].decode == (40.0,) * 3
-    turns = [name for name, what in clock.ran[2:] if what == "generate"][:: speed.FEWEST]
+    turns = [name for name, what in clock.ran[2:] if what == "generate"][:: hf_clock.FEWEST]
     assert turns == ["slow", "fast", "fast", "slow", "slow", "fast"]
 
 
@@ -75,7 +76,7 @@ def test_what_no_clock_can_tell_is_refused(clock, monkeypatch):
 
 def test_the_program_is_that_of_generate(goldens):
     llava = load(goldens / "ckpt/llava_hf")
-    ids, pixels = speed._prompts(llava.cfg, 24, 2, True)
+    ids, pixels = speed.prompts(llava.cfg, 24, 2, True)
     assert (ids == llava.cfg.image_token_id).sum() == 2 * llava.cfg.tokens_per_image
     made = compile_generation(llava, ids, pixel_values=pixels, max_new_tokens=5)
     ended = np.array([[False, False], [True, True]])

@@ -35,6 +35,7 @@ COMMANDS = {
     "sweep": "many such runs, what they share made once, compared -> sweep.json, sweep.csv, sweep.html",
     "plan": "what recovery needs on a TPU slice, compiled ahead of time on this machine",
     "recommend": "which cut, recovered how, for a model and a budget, with the evidence and a config",
+    "bench": "speed, memory and size of models here, by jax, transformers and llama.cpp, in turns",
     "study": "what sweeps say of the paper's insights, with numbers",
     "diff": "how much of what two plans keep is the same, layer by layer",
     "help": "what a setting does, as `vlmprune help kl`, its default and choices",

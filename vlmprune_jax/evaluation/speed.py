@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +10,9 @@ import numpy as np
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.mesh import on_process_zero
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.hf.engines.clock import TRIES, Program, often, reading
 from vlmprune_jax.models.generate import CompiledGeneration, compile_generation
 from vlmprune_jax.models.vlm import Model
-
-FEWEST, SHORTEST = 3, 0.05  # runs, and seconds, of a reading, which is the fastest of them: others were disturbed
-TRIES = 10
 
 
 @dataclass(frozen=True)
@@ -57,11 +54,11 @@ def measure_speed(
             f"speed of {rounds} rounds, {batch_size} rows, {prompt} + {new_tokens} tokens: each must be at least 1"
         )
     programs = {name: _compiled(model, prompt, new_tokens, batch_size, image) for name, model in models.items()}
-    often = {name: _often(program) for name, program in programs.items()}
+    times = {name: often(program, agreed=_of_process_zero) for name, program in programs.items()}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for number in range(rounds):
         for name in list(models)[:: -1 if number % 2 else 1]:
-            found[name].append(_reading(name, programs[name], often[name]))
+            found[name].append(_reading(name, programs[name], times[name]))
     return {
         name: Speed(
             prefill=tuple(batch_size * prompt / first for first, _ in pairs),
@@ -73,33 +70,36 @@ def measure_speed(
     }
 
 
-def check_workload(cfg: ModelConfig, *, prompt: int, new_tokens: int, image: bool) -> None:
-    """Refuse a workload that `measure_speed` cannot give to a model.
+def check_workload(cfg: ModelConfig, *, prompt: int, new_tokens: int, image: bool, named: str = "speed.") -> None:
+    """Refuse a workload that `measure_speed` cannot give to a model; `named` is what precedes names of settings.
 
     Raises:
       UserError: a row is too long for the model, or too short for an image, or the model sees none.
     """
-    cfg.check_row("speed.prompt_tokens + new_tokens + 1", prompt + new_tokens + 1)
+    cfg.check_row(f"{named}prompt_tokens + new_tokens + 1", prompt + new_tokens + 1)
     if image and (cfg.vision is None or cfg.image_token_id is None):
-        raise UserError("speed with an image: this model sees none (speed.image=False)")
+        raise UserError(f"speed with an image: this model sees none ({named}image=False)")
     if image and cfg.tokens_per_image >= prompt:
         raise UserError(
-            f"speed.prompt_tokens={prompt} must be more than the {cfg.tokens_per_image} tokens of an image: raise it, "
-            "or set speed.image=False"
+            f"{named}prompt_tokens={prompt} must be more than the {cfg.tokens_per_image} tokens of an image: raise it, "
+            f"or set {named}image=False"
         )
 
 
 def _compiled(model: Model, prompt: int, new_tokens: int, batch_size: int, image: bool) -> CompiledGeneration:
     """The program, run once."""
     check_workload(model.cfg, prompt=prompt, new_tokens=new_tokens, image=image)
-    ids, pixels = _prompts(model.cfg, prompt, batch_size, image)
+    ids, pixels = prompts(model.cfg, prompt, batch_size, image)
     program = compile_generation(model, ids, pixel_values=pixels, max_new_tokens=new_tokens + 1)
     program.generate()
     return program
 
 
-def _prompts(cfg: ModelConfig, prompt: int, batch_size: int, image: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    """int32[batch, prompt] ids, perhaps of an image first, and float32[batch, 1, channels, height, width] or None."""
+def prompts(cfg: ModelConfig, prompt: int, batch_size: int, image: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """What is measured: int32[batch, prompt] ids, perhaps of an image first, and its pixels or None.
+
+    float32[batch, 1, channels, height, width].
+    """
     word = next(token for token in range(1, cfg.text.vocab_size) if token != cfg.image_token_id)
     ids = np.full((batch_size, prompt), word, np.int32)
     if not image or cfg.vision is None or cfg.image_token_id is None:
@@ -110,30 +110,17 @@ def _prompts(cfg: ModelConfig, prompt: int, batch_size: int, image: bool) -> tup
     return ids, pixels
 
 
-def _often(program: CompiledGeneration) -> int:
-    """How many runs a reading has."""
-    return max(FEWEST, int(SHORTEST / _of_process_zero(_seconds(program.prefill))))
-
-
-def _reading(name: str, program: CompiledGeneration, times: int) -> tuple[float, float]:
+def _reading(name: str, program: Program, times: int) -> tuple[float, float]:
     """Seconds of the prefill and of all new tokens but the first."""
-    runs = (program.prefill, program.generate)
-    for _ in range(TRIES):
-        first, whole = (_of_process_zero(min(_seconds(run) for _ in range(times))) for run in runs)
-        if whole > first:
-            return first, whole - first
-    raise UserError(
-        f"{name}: generating tokens took no longer than the prompt alone, {TRIES} times: generate more of them "
-        "(speed.new_tokens), or leave speed out (speed.rounds=0)"
-    )
+    found = reading(program, times, _of_process_zero)
+    if found is None:
+        raise UserError(
+            f"{name}: generating tokens took no longer than the prompt alone, {TRIES} times: generate more of them "
+            "(speed.new_tokens), or leave speed out (speed.rounds=0)"
+        )
+    return found
 
 
 def _of_process_zero(seconds: float) -> float:
     """What process 0 measured: all processes must run a program equally often."""
     return float(on_process_zero(lambda: seconds))
-
-
-def _seconds(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start

@@ -14,6 +14,7 @@ from typing import Any
 from vlmprune_jax.config import ModelConfig, ProjectorConfig, Stack, TextConfig, VisionConfig
 
 NAME, WHEEL = "llama.cpp", "xllamacpp"  # the wheel has it ready to be loaded
+ENGINE = "llama_cpp"  # among `--backends`
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from vlmprune_jax.report.page import Table
 SPEED = "speed.json"
 _TODO = "run `vlmprune run` again, or remove it"
 _Json = dict[str, Any]
+_Row = tuple[str, ...]
 _Rounds = Annotated[list[Annotated[float, Meta(gt=0, lt=1e30)]], Meta(min_length=1, max_length=1000)]
 
 
@@ -156,3 +157,53 @@ def speed_notes(measured: _Json) -> list[str]:
             named = "; ".join(together([printable(name) for name in shape]) for shape in slow)
             lines.append(f"No speed-up in {what}: {named}. Not every round was faster.")
     return lines
+
+
+def bench_tables(found: _Json) -> list[Table]:
+    """What `vlmprune bench` measured: speed, size, and how many times as fast as the first model in the same engine.
+
+    `found`: processor, threads, load and workload; `sides`, an object per model and engine: model, backend, versions,
+    weights (their type), bytes (on disk), image, prompt_tokens; prefill and decode (tokens/s) and first_token (s), a
+    value a round; peak_bytes.
+    """
+    speeds, sizes, times, first = list[_Row](), list[_Row](), list[_Row](), dict[str, _Json]()
+    for side in found["sides"]:
+        name = _end(side["model"])
+        shown = f"{side['prompt_tokens']:,}{', image' if side['image'] else ''}"
+        *speed, memory = _cells(side)
+        speeds.append((name, side["backend"], *speed))
+        sizes.append((name, side["backend"], side["weights"], shown, f"{side['bytes'] / 2**20:,.1f}", memory))
+        before = first.setdefault(side["backend"], side)
+        if before is not side:
+            cells = (_times(before[key], side[key]) for key in ("prefill", "decode"))
+            times.append((name, side["backend"], _end(before["model"], 24), *cells))
+    tables = [
+        Table("Speed: median (range) of all rounds",
+              ("model", "engine", "prefill, tokens/s", "decoding, tokens/s", "first token, ms"), tuple(speeds)),
+        Table("Size",
+              ("model", "engine", "weights", "prompt, tokens", "on disk, MiB", "peak memory, MiB"), tuple(sizes)),
+    ]  # fmt: skip
+    if times:
+        header = ("model", "engine", "than", "prefill", "decoding")
+        tables.append(Table("Times as fast, round by round", header, tuple(times)))
+    return tables
+
+
+def bench_notes(found: _Json) -> list[str]:
+    """In words: what was measured where."""
+    told, versions = found["workload"], dict[str, str]()
+    for side in found["sides"]:
+        versions |= side["versions"]
+    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return [
+        f"Measured on {printable(found['processor'])}, {found['threads']} thread(s), load {found['load']:.1f} before: "
+        f"one prompt, then {told['new_tokens']:,} tokens generated, {told['rounds']:,} rounds in turns.",
+        f"Each engine had a process of its own, whose peak memory is all that it held, libraries and loading "
+        f"included: {named}.",
+    ]
+
+
+def _end(name: str, longest: int = 26) -> str:
+    """A path whose end tells models apart."""
+    name = printable(name)
+    return name if len(name) <= longest else f"...{name[3 - longest :]}"
