@@ -457,10 +457,20 @@ class ExportSpec:
     )
     quantize: str = setting(
         "none",
-        "Blocks of 32 values that share a scale, in GGUF: of 8, 5 or 4 bits for the decoder's matrices.",
+        "How the decoder's matrices are rounded: q8_0, q5_1 and q4_0 in GGUF, w8a16, w4a16 and w8a8 in folders of the "
+        "compressed-tensors format.",
         affects=_EXPORT,
         choices="hf.export.target:quantizations",
     )
+    group_size: int | None = setting(
+        None,
+        "In folders: values of a row that share a scale (128, 64, 32); None: with 8 bits a row, with 4 the largest "
+        "that divides every row.",
+        affects=_EXPORT,
+        unit="values",
+        least=1,
+    )
+    symmetric: bool = setting(True, "In folders: without zero points; not in w8a8, which has none.", affects=_EXPORT)
     rolled_positions: bool = setting(
         False,
         "In GGUF: the tower's positions for builds of llama.cpp that put its class token last (#25814).",
