@@ -17,6 +17,7 @@ STAGES = ("score", "prune", "reconstruct", "recover", "evaluate", "export", "spe
 
 RECONSTRUCTIONS = ("none", "least_squares")
 RECOVERIES = ("train", "none")
+ROUNDINGS = ("nearest", "gptq")
 
 _ALL = STAGES
 _RECORDS = ("score", "reconstruct", "recover", "evaluate")  # what becomes of a record, beside its batch
@@ -471,6 +472,12 @@ class ExportSpec:
         least=1,
     )
     symmetric: bool = setting(True, "In folders: without zero points; not in w8a8, which has none.", affects=_EXPORT)
+    rounding: str = setting(
+        "nearest",
+        'In folders: "gptq" chooses integers by what they make of calibration records, those of `reconstruct`.',
+        affects=_EXPORT,
+        choices=ROUNDINGS,
+    )
     rolled_positions: bool = setting(
         False,
         "In GGUF: the tower's positions for builds of llama.cpp that put its class token last (#25814).",
@@ -479,6 +486,8 @@ class ExportSpec:
 
     def __post_init__(self) -> None:
         check_settings("export", self)
+        if self.rounding == "gptq" and not self.quantize.startswith("w"):
+            raise UserError(f'export.rounding="gptq" goes with w8a16, w4a16 and w8a8, not quantize={self.quantize!r}')
 
 
 @dataclass(frozen=True)

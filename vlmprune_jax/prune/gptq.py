@@ -33,7 +33,7 @@ from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.hf.export.quantized import SCHEMES, make_storage
 from vlmprune_jax.hf.layout import Slot, by_key, make_slots
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch
-from vlmprune_jax.prune.criteria.calibration import calibration_batches
+from vlmprune_jax.prune.criteria.calibration import calibration_batches, positive
 from vlmprune_jax.prune.layers import Layer, block, projection
 from vlmprune_jax.prune.reconstruction import OPTIONS as RECONSTRUCT
 from vlmprune_jax.prune.reconstruction import Step, embed, names_of_rows, row_steps
@@ -104,6 +104,7 @@ def gptq(
     codes: dict[str, dict[str, np.ndarray]] = {}
     with within(mesh):
         steps = row_steps(checked, settings, names_of_rows(batches, checked))
+        positive(len(steps))
         for step in steps:
             step.ours = np.array(
                 whole(embed(model.params, place_batch(step.inputs, mesh), cfg=model.cfg, stack="text"))
@@ -155,7 +156,7 @@ def compensated(
 ) -> np.ndarray:
     """int8[rows, in] codes of float32[rows, in] for sums float64[in, in], on scales and zero points [rows, groups]."""
     diagonal = np.diagonal(gram)
-    diagonal = np.maximum(diagonal, _FLOOR * diagonal.mean())
+    diagonal = np.maximum(diagonal, max(_FLOOR * diagonal.mean(), float(np.finfo(np.float32).tiny)))
     order = np.argsort(diagonal, kind="stable")  # rounded from the last on
     damped = (gram + np.diag(diagonal - np.diagonal(gram) + _DAMPING * diagonal))[np.ix_(order, order)]
     upper = scipy.linalg.cholesky(damped, lower=False)
