@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         score,
     )
     from vlmprune_jax.prune.criteria import CRITERIA as criteria
+    from vlmprune_jax.prune.gptq import gptq
     from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
     from vlmprune_jax.recovery.loop import recover
     from vlmprune_jax.recovery.losses import losses
@@ -77,6 +78,7 @@ _HOMES = {
     "fingerprint": "prune",
     "forward": "models.vlm",
     "generate": "models.generate",
+    "gptq": "prune.gptq",
     "load": "hf.read",
     "losses": "recovery.losses",
     "make_plan": "prune",
@@ -116,6 +118,7 @@ __all__ = [
     "fingerprint",
     "forward",
     "generate",
+    "gptq",
     "load",
     "losses",
     "make_plan",

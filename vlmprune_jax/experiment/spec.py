@@ -17,6 +17,7 @@ STAGES = ("score", "prune", "reconstruct", "recover", "evaluate", "export", "spe
 
 RECONSTRUCTIONS = ("none", "least_squares")
 RECOVERIES = ("train", "none")
+ROUNDINGS = ("nearest", "gptq")
 
 _ALL = STAGES
 _RECORDS = ("score", "reconstruct", "recover", "evaluate")  # what becomes of a record, beside its batch
@@ -457,9 +458,25 @@ class ExportSpec:
     )
     quantize: str = setting(
         "none",
-        "Blocks of 32 values that share a scale, in GGUF: of 8, 5 or 4 bits for the decoder's matrices.",
+        "How the decoder's matrices are rounded: q8_0, q5_1 and q4_0 in GGUF, w8a16, w4a16 and w8a8 in folders of the "
+        "compressed-tensors format.",
         affects=_EXPORT,
         choices="hf.export.target:quantizations",
+    )
+    group_size: int | None = setting(
+        None,
+        "In folders: values of a row that share a scale (128, 64, 32); None: with 8 bits a row, with 4 the largest "
+        "that divides every row.",
+        affects=_EXPORT,
+        unit="values",
+        least=1,
+    )
+    symmetric: bool = setting(True, "In folders: without zero points; not in w8a8, which has none.", affects=_EXPORT)
+    rounding: str = setting(
+        "nearest",
+        'In folders: "gptq" chooses integers by what they make of calibration records, those of `reconstruct`.',
+        affects=_EXPORT,
+        choices=ROUNDINGS,
     )
     rolled_positions: bool = setting(
         False,
@@ -469,6 +486,8 @@ class ExportSpec:
 
     def __post_init__(self) -> None:
         check_settings("export", self)
+        if self.rounding == "gptq" and not self.quantize.startswith("w"):
+            raise UserError(f'export.rounding="gptq" goes with w8a16, w4a16 and w8a8, not quantize={self.quantize!r}')
 
 
 @dataclass(frozen=True)

@@ -168,18 +168,20 @@ class DecoderLayer(nnx.Module):
         cache: tuple[jax.Array, jax.Array] | None = None,
         tap_inputs: tuple[str, ...] = (),
     ):
-        """(output, cache, what the projections `tap_inputs` read); nothing is kept of what is not asked for."""
+        """(output, cache, what `tap_inputs` read, of TAP_INPUTS, "self_attn" and "mlp"); no more than asked is kept."""
         attention_key, mlp_key = (None, None) if ctx.dropout_key is None else jax.random.split(ctx.dropout_key)
         normed = compute_once(self.input_layernorm(x))
         attended, mixed, cache = self.self_attn(normed, ctx._replace(dropout_key=attention_key), cache)
         if self.post_attention_layernorm is None:
-            out, hidden = self.mlp(normed, mlp_key)
+            between = normed
+            out, hidden = self.mlp(between, mlp_key)
             y = constrain(x + attended + out, STREAM)
         else:
             x = constrain(x + attended, STREAM)
-            out, hidden = self.mlp(compute_once(self.post_attention_layernorm(x)), mlp_key)
+            between = compute_once(self.post_attention_layernorm(x))
+            out, hidden = self.mlp(between, mlp_key)
             y = constrain(x + out, STREAM)
-        read = {"o_proj": mixed, "down_proj": hidden}
+        read = {"o_proj": mixed, "down_proj": hidden, "self_attn": normed, "mlp": between}
         return y, cache, {name: read[name] for name in tap_inputs}
 
 

@@ -20,6 +20,8 @@ def prune_folder(
     format: str = "huggingface",
     dtype: str = "source",
     quantize: str = "none",
+    group_size: int | None = None,
+    symmetric: bool = True,
     layout: str = "source",
     uneven: str = "per_layer",
     overwrite: bool = False,
@@ -37,7 +39,8 @@ def prune_folder(
       plan: what stays; its fingerprint is compared with weights sampled from the files.
       out_dir: the new folder, which appears whole or not at all.
       vision_dir: the tower's own folder, as in `load`.
-      format, dtype, quantize, layout, uneven, overwrite: as in `save`; "source" keeps every tensor's dtype.
+      format, dtype, quantize, group_size, symmetric, layout, uneven, overwrite: as in `save`; "source" keeps every
+        tensor's dtype.
 
     Raises:
       UserError: as `load`, `apply_plan` and `save`; also when a disk gives back other bytes than were written.
@@ -54,6 +57,8 @@ def prune_folder(
         uneven=uneven,
         dtype=dtype,
         quantize=quantize,
+        group_size=group_size,
+        symmetric=symmetric,
         overwrite=overwrite,
         plan=plan,
     )

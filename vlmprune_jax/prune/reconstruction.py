@@ -94,7 +94,7 @@ def reconstruct(
         pruned, teacher = (m.replace(params=jax.tree.map(jnp.asarray, m.params)) for m in (pruned, teacher))
     batches = list(batches)
     checked = list(calibration_batches(batches, pruned.cfg, labels=False))
-    names = _names_of_rows(batches, checked)
+    names = names_of_rows(batches, checked)
     store, report, done = _Store(cache), list[Told](), itertools.count(1)
     with within(mesh):
         for stack in _stacks(plan):
@@ -193,7 +193,7 @@ class Step:
     middle: np.ndarray = dataclasses.field(init=False)
 
 
-def _names_of_rows(batches: Sequence[Any], checked: Sequence[Arrays]) -> list[str]:
+def names_of_rows(batches: Sequence[Any], checked: Sequence[Arrays]) -> list[str]:
     """What messages call the rows of the batches: by their records, where the batches tell them."""
     names = list[str]()
     for batch, arrays in zip(batches, checked, strict=True):
@@ -203,7 +203,10 @@ def _names_of_rows(batches: Sequence[Any], checked: Sequence[Arrays]) -> list[st
 
 
 def row_steps(batches: Sequence[Arrays], settings: Mapping[str, Any], names: Sequence[str] | None = None) -> list[Step]:
-    """All rows, those to fit to and those to hold out apart, as many at a time as the first batch has."""
+    """All rows, those to fit to and those to hold out apart, as many at a time as the first batch has.
+
+    Without a `held_out` in the settings none is held out.
+    """
     rows = [
         {name: array[row] for name, array in arrays.items()} for arrays in batches for row in range(len(arrays["kind"]))
     ]
@@ -281,6 +284,8 @@ def _parted(chosen: Sequence[Any], settings: Mapping[str, Any], what: str) -> tu
     Raises:
       UserError: there are fewer than two.
     """
+    if "held_out" not in settings:
+        return ((chosen, False),)
     n_held = min(max(1, round(settings["held_out"] * len(chosen))), len(chosen) - 1)
     if n_held < 1:
         raise UserError(f"reconstruct needs at least 2 calibration {what}: one to fit to and one to hold out")

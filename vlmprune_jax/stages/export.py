@@ -14,7 +14,10 @@ from vlmprune_jax.hf.export.card import model_name
 from vlmprune_jax.hf.export.gguf_check import check_gguf
 from vlmprune_jax.hf.export.reload import check_export
 from vlmprune_jax.hf.export.write import save
+from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import PrunePlan
+from vlmprune_jax.prune.gptq import OPTIONS, Rounded, gptq
+from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import Context, load_model, model_inputs, teacher_folder
 from vlmprune_jax.stages.ledger import Json, differs_only_in, remove
 
@@ -41,12 +44,15 @@ def export_stage(
     """
     out, spec = context.workdir / "export", experiment.export
     shown = {"benchmarks": benchmarks} if benchmarks else {}
+    compensates = spec.rounding == "gptq"
+    calibration = affecting("reconstruct", experiment) if compensates else {}
+    records = inputs.record_files(experiment.data, "train") if compensates else {}
     stage = context.stage(
         "export",
         context.workdir,
         "export",
-        settings=affecting("export", experiment) | shown,
-        inputs=model_inputs(experiment.model, model=model_folder),
+        settings=calibration | affecting("export", experiment) | shown,
+        inputs=model_inputs(experiment.model, model=model_folder, **records),
         outputs=[out],
         facts=_Facts,
     )
@@ -54,11 +60,13 @@ def export_stage(
     def body() -> Json:
         model = load_model(experiment.model, experiment.mesh, model_folder)
         plan = PrunePlan.from_json(model_folder / "plan.json")
+        options = {name: value for name, value in vars(spec).items() if name != "rounding"}
         save(
             model,
             out,
             source_dir=model_folder,
-            **vars(spec),
+            **options,
+            storage=_compensated(experiment, model, context) if compensates else None,
             plan=plan,
             name=model_name(teacher_folder(experiment.model)),
             reconstructed=reconstructed,
@@ -79,3 +87,15 @@ def export_stage(
     if on_process_zero(lambda: differs_only_in(stage, "benchmarks")):
         context = dataclasses.replace(context, overwrite=True)  # the same weights: only the card is out of date
     return context.run(stage, body)
+
+
+def _compensated(experiment: Experiment, model: Model, context: Context) -> Rounded:
+    """The codes of the model's matrices by the calibration records of `reconstruct`."""
+    spec, repair = experiment.export, experiment.reconstruct
+    names = ("quantize", "group_size", "symmetric", "dtype")
+    options = {name: getattr(spec, name) for name in names} | {name: getattr(repair, name) for name in OPTIONS}
+    if spec.dtype == "source":
+        options["dtype"] = experiment.model.dtype
+    batches = inputs.calibration_batches(experiment.model, experiment.data, repair, model.cfg, seed=repair.seed)
+    with context.phase("gptq", len(model.cfg.text.layers)) as progress:
+        return gptq(model, batches, progress=progress, **options)

@@ -162,9 +162,10 @@ def _budget(experiment: Experiment, cfg: ModelConfig) -> Json | None:
     budget = plan_budget(experiment)
     if budget is not None and "disk_bytes" in budget:
         spec, source, dtype = experiment.export, teacher_folder(experiment.model), export_dtype(experiment)
-        if spec.format == "gguf":
+        if spec.format == "gguf" or spec.quantize != "none":
             raise UserError(
-                "prune.budget.disk_bytes counts the bytes of a folder, and export.format is gguf: leave it out"
+                "prune.budget.disk_bytes counts the bytes of a folder of plain weights, and export.format and "
+                "export.quantize ask for others: leave it out"
             )
         target = make_target(cfg, source, spec.layout, spec.uneven, dtype)
         tensors = make_tensors(open_folder(experiment.model, source), target, Checkpoint(source), dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tracemalloc
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,9 +58,9 @@ class Int8Rows:
             raise UserError(f"levels is {settings.get('levels')!r}, expected 1 to 127")
         return cls(settings["levels"])
 
-    def to_config(self, keys: Sequence[str]) -> JsonDict:
-        scaled = {key.removesuffix("_scale") for key in keys if key.endswith(".weight_scale")}
-        plain = sorted(key for key in keys if key.endswith(".weight") and key not in scaled)
+    def to_config(self, shapes: Mapping[str, tuple[int, ...]]) -> JsonDict:
+        scaled = {key.removesuffix("_scale") for key in shapes if key.endswith(".weight_scale")}
+        plain = sorted(key for key in shapes if key.endswith(".weight") and key not in scaled)
         return {"quant_method": "int8_rows", "levels": self.levels, "ignore": plain}
 
     def holds(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -77,7 +77,7 @@ class Int8Rows:
         scale = parts["_scale"].rows(start, stop)
         return parts[""].rows(start, stop).astype(scale.dtype) * scale
 
-    def encode(self, values: np.ndarray) -> dict[str, np.ndarray]:
+    def encode(self, name: str, values: np.ndarray) -> dict[str, np.ndarray]:
         scale = np.abs(values).max(axis=1, keepdims=True) / np.asarray(self.levels, values.dtype)
         return {"": np.round(values / np.where(scale == 0, 1, scale)).astype(np.int8), "_scale": scale}
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from vlmprune_jax.checked_files import reading
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.hf.disk.compressed_tensors import CompressedTensors
 from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES
 from vlmprune_jax.hf.disk.weight_files import Entry, Extent
 
@@ -47,18 +48,18 @@ class Storage(Protocol):
     def decode(self, parts: Mapping[str, Entry], start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop` of the weight, in its dtype; `Entry.rows` reads what it needs of a part."""
 
-    def encode(self, values: np.ndarray) -> dict[str, np.ndarray]:
-        """The tensors of a weight with these values, as `tensors` says."""
+    def encode(self, name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+        """The tensors of a weight with these values, as `tensors` says; `name` as in `holds`."""
 
     def holds(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether a weight is written like this, by its path in `params` and its shape in files; others are plain."""
 
-    def to_config(self, keys: Sequence[str]) -> JsonDict:
-        """`quantization_config` of a folder with these tensors, `quant_method` among it."""
+    def to_config(self, shapes: Mapping[str, tuple[int, ...]]) -> JsonDict:
+        """`quantization_config` of a folder with tensors of these keys and shapes, `quant_method` among it."""
 
 
 # quant_method -> the storage that a folder's quantization_config describes (UserError: what it cannot read of it).
-storages: dict[str, Callable[[JsonDict], Storage]] = {}
+storages: dict[str, Callable[[JsonDict], Storage]] = {"compressed-tensors": CompressedTensors.from_config}
 
 
 @dataclass(frozen=True)

@@ -66,11 +66,11 @@ def encoded(weights: Sequence[tuple[str, Tensor]], storage: Storage) -> list[Ten
     """
 
     @functools.lru_cache(maxsize=1)
-    def encode(one: Tensor) -> dict[str, np.ndarray]:
-        return storage.encode(one.fetch().view(WEIGHT_DTYPES[one.dtype]).reshape(one.shape))
+    def encode(name: str, one: Tensor) -> dict[str, np.ndarray]:
+        return storage.encode(name, one.fetch().view(WEIGHT_DTYPES[one.dtype]).reshape(one.shape))
 
-    def fetch(one: Tensor, suffix: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-        array = encode(one)[suffix]
+    def fetch(name: str, one: Tensor, suffix: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        array = encode(name, one)[suffix]
         found = (array.dtype, array.shape)
         assert found == (FILE_DTYPES[dtype], shape), f"{one.key}{suffix}: {found}, {dtype} {shape} announced"
         return _bytes_of(array)
@@ -81,7 +81,7 @@ def encoded(weights: Sequence[tuple[str, Tensor]], storage: Storage) -> list[Ten
             tensors.append(one)
             continue
         for suffix, (dtype, shape) in storage.tensors(one.dtype, one.shape).items():
-            part = functools.partial(fetch, one, suffix, dtype, shape)
+            part = functools.partial(fetch, name, one, suffix, dtype, shape)
             tensors.append(Tensor(one.key + suffix, dtype, shape, bytes_in_file(dtype, shape), part))
     return tensors
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,17 @@ def _torch_loads(folder: Path, tower: Path | None) -> bool:
     known = known and (cfg.vision is None or cfg.vision.whole_heads)
     if family.stock is None or not known or importlib.util.find_spec("torch") is None:
         return False
+    if Checkpoint(folder).storage is not None and not _decodes():
+        return False
     return not importlib.metadata.version("transformers").startswith(family.stock.miscomputes)
+
+
+def _decodes() -> bool:
+    """Whether transformers can decode compressed-tensors as it loads, bit for bit and without rounding activations."""
+    from transformers import CompressedTensorsConfig
+
+    known = "dequantize" in inspect.signature(CompressedTensorsConfig).parameters
+    return known and importlib.util.find_spec("compressed_tensors") is not None
 
 
 def _torch_class(config: dict[str, Any], stock: Stock) -> Any:
@@ -195,14 +206,16 @@ def _torch_logits(folder: Path, inputs: dict[str, Any]) -> np.ndarray:
     config = read_fields(folder / "config.json")
     family = detect(config, str(folder))
     assert family.stock is not None
-    options = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
+    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
     shows_progress = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()  # ours is the one on the screen
     try:
         with reading(f"{folder}: transformers does not load it", "do not use this folder"):
-            loaded, info = _torch_class(config, family.stock).from_pretrained(
-                folder, output_loading_info=True, **options
-            )
+            made = _torch_class(config, family.stock)
+            if "quantization_config" in config:
+                options["config"] = made.config_class.from_pretrained(folder)
+                options["config"].quantization_config["dequantize"] = True
+            loaded, info = made.from_pretrained(folder, output_loading_info=True, **options)
     finally:
         if shows_progress:
             transformers.utils.logging.enable_progress_bar()

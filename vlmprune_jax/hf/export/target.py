@@ -19,6 +19,7 @@ from vlmprune_jax.hf.disk.storage import without_storage
 from vlmprune_jax.hf.export.convert import rows_for, to_transformers
 from vlmprune_jax.hf.export.per_layer import with_loader, without_loader, write_loader
 from vlmprune_jax.hf.export.processor import write_processor
+from vlmprune_jax.hf.export.quantized import SCHEMES, check_groups
 from vlmprune_jax.hf.export.tokenizer import add_token, read_tokenizer
 from vlmprune_jax.hf.export.uneven import padded_stacks
 from vlmprune_jax.hf.read import read_fields
@@ -27,7 +28,7 @@ LAYOUTS = ("source", "transformers")
 UNEVEN = ("per_layer", "pad", "refuse")
 WRITTEN = (*DTYPES, "source")  # dtypes of a folder
 # What an export is -> how its matrices may be quantised there.
-QUANTIZE = {"huggingface": ("none",), "gguf": ("none", "q8_0", "q5_1", "q4_0")}
+QUANTIZE = {"huggingface": ("none", *SCHEMES), "gguf": ("none", "q8_0", "q5_1", "q4_0")}
 FORMATS = tuple(QUANTIZE)
 # What makes a folder usable beside its weights and config.json.
 _ALWAYS = ("LICENSE*", "NOTICE*", "USE_POLICY*", "plan.json")
@@ -99,7 +100,15 @@ def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype:
 
 
 def check_options(
-    cfg: ModelConfig, *, layout: str, uneven: str, dtype: str, format: str = "huggingface", quantize: str = "none"
+    cfg: ModelConfig,
+    *,
+    layout: str,
+    uneven: str,
+    dtype: str,
+    format: str = "huggingface",
+    quantize: str = "none",
+    group_size: int | None = None,
+    symmetric: bool = True,
 ) -> None:
     """Refuse options that are unknown, do not go together, or do not suit the model.
 
@@ -117,6 +126,7 @@ def check_options(
             raise UserError(f"{name} {value!r} is not one of {', '.join(known)}")
     if quantize not in QUANTIZE[format]:
         raise UserError(f"quantize {quantize!r} is not for format {format!r} (there is {', '.join(QUANTIZE[format])})")
+    check_groups(quantize, group_size, symmetric)
     if format == "gguf" and layout != "source":
         raise UserError(f'layout {layout!r} is one of Hugging Face folders: leave it out with format="gguf"')
     if cfg.lora is not None:

@@ -22,6 +22,7 @@ from vlmprune_jax.families import Family, family_of
 from vlmprune_jax.families.towers import is_left_out, stock_tower_constants, stock_tower_key, vision_of
 from vlmprune_jax.hf.disk.atomic import atomic_folder, check_space, check_target
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
+from vlmprune_jax.hf.disk.compressed_tensors import CompressedTensors
 from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES, file_name
 from vlmprune_jax.hf.disk.storage import Storage
 from vlmprune_jax.hf.disk.tensors import Tensor, encoded, split_shards, weight, write_weights
@@ -29,6 +30,7 @@ from vlmprune_jax.hf.export.card import loading_of, model_name, write_card
 from vlmprune_jax.hf.export.convert import more_words
 from vlmprune_jax.hf.export.gguf import make_gguf, write_gguf
 from vlmprune_jax.hf.export.gguf_card import gguf_loading
+from vlmprune_jax.hf.export.quantized import make_storage, quantized_loading
 from vlmprune_jax.hf.export.target import Plan, Target, check_options, copy_always, make_target, write_files
 from vlmprune_jax.hf.export.uneven import pad_tensor
 from vlmprune_jax.hf.fetch import extent_of, origin, to_host
@@ -59,6 +61,8 @@ def save(
     uneven: str = "per_layer",
     dtype: str = "bfloat16",
     quantize: str = "none",
+    group_size: int | None = None,
+    symmetric: bool = True,
     rolled_positions: bool = False,
     storage: Storage | None = None,
     overwrite: bool = False,
@@ -85,11 +89,16 @@ def save(
         loads them in PyTorch; "pad" adds zero heads and neurons (the same function in stock transformers, no savings);
         "refuse" raises. GGUF: "per_layer" where llama.cpp has an architecture with such widths, else it raises.
       dtype: of the weights: float32, bfloat16, float16, or "source" (each tensor's own; GGUF: the embedding's).
-      quantize: GGUF: "q8_0", "q5_1" or "q4_0" for the decoder's matrices, in blocks of 32 values of a row, or "none".
+      quantize: how the decoder's matrices are rounded, or "none". GGUF: "q8_0", "q5_1" or "q4_0", in blocks of 32
+        values of a row. Folders, in the compressed-tensors format: "w8a16", "w4a16", or "w8a8", whose activations
+        engines round as well.
+      group_size: folders: how many values of a row share a scale, 128, 64 or 32; None: a row with 8 bits, and with 4
+        the largest that divides every row (else 32, and what that does not divide is not rounded, as the card says).
+      symmetric: folders: False gives each group a zero point.
       rolled_positions: GGUF: the position table of a tower with a class token as builds of llama.cpp that put it last
         need it (ggml-org/llama.cpp#25814); wrong for all others.
-      storage: the format that weights are written in, for those that it holds; None writes plain tensors, whatever the
-        source's format is.
+      storage: the format that weights are written in, for those that it holds, in place of one by `quantize`; without
+        both they are plain tensors, whatever the source's format is.
       overwrite: replace an existing model folder.
       plan: the prune plan, written beside the weights as plan.json.
       name, reconstructed, recovered: for the model card: the unpruned model's name (None: `source_dir`'s), and whether
@@ -103,7 +112,8 @@ def save(
     """
     out, source = Path(out_dir), resolve(source_dir)
     spread = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in flatten(model.params).values())
-    check_options(model.cfg, format=format, layout=layout, uneven=uneven, dtype=dtype, quantize=quantize)
+    rounding: dict[str, Any] = {"quantize": quantize, "group_size": group_size, "symmetric": symmetric}
+    check_options(model.cfg, format=format, layout=layout, uneven=uneven, dtype=dtype, **rounding)
     name = name or model_name(source)
     steps = [step for step, so in (("reconstructed", reconstructed), ("recovered", recovered)) if so]
     card = functools.partial(write_card, cfg=model.cfg, name=name, steps=steps, benchmarks=benchmarks)
@@ -112,7 +122,8 @@ def save(
         options |= {"quantize": quantize, "rolled_positions": rolled_positions}
         export = _gguf(model, source, plan, name, card, options)
     else:
-        export = _folder(model, source, plan, card, layout=layout, storage=storage, **options)
+        rounded = storage or (None if quantize == "none" else rounding)
+        export = _folder(model, source, plan, card, layout=layout, storage=rounded, **options)
 
     def check() -> None:
         check_target(out, source, overwrite)
@@ -148,19 +159,24 @@ def _folder(
     layout: str,
     uneven: str,
     dtype: str,
-    storage: Storage | None,
+    storage: Storage | Mapping[str, Any] | None,
 ) -> _Export:
-    """A Hugging Face folder."""
+    """A Hugging Face folder; `storage`: or how to make one that suits what is written (`make_storage`)."""
     target = make_target(model.cfg, source, layout, uneven, dtype)
+    if isinstance(storage, Mapping):
+        storage = make_storage(target.cfg, target.family, **storage)
     tensors = make_tensors(model, target, Checkpoint(source), dtype, storage)
     if storage is not None:
-        settings = storage.to_config([tensor.key for tensor in tensors])
+        settings = storage.to_config({tensor.key: tensor.shape for tensor in tensors})
         target = dataclasses.replace(target, config=target.config | {"quantization_config": settings})
 
     def write(folder: Path) -> None:
         write_weights(tensors, folder, MAX_SHARD_BYTES)
         write_files(target, model.cfg, source, folder, plan)
-        card(folder, loading=loading_of(folder, model.cfg, target.cfg, target.config))
+        loading = loading_of(folder, model.cfg, target.cfg, target.config)
+        if isinstance(storage, CompressedTensors):
+            loading = f"{loading}\n\n{quantized_loading(storage, target.cfg, target.family, dtype)}"
+        card(folder, loading=loading)
 
     return _Export([*itertools.chain(*split_shards(tensors, MAX_SHARD_BYTES))], write)
 

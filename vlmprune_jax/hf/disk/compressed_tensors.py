@@ -1,0 +1,240 @@
+"""The integers of the compressed-tensors format, as vLLM and transformers read it: 4 or 8 bits with scales.
+
+`pack-quantized`: KEY_packed int32 holds a row's codes one after the other, low bits first, each plus 2^(bits-1);
+KEY_scale [rows, groups]; KEY_shape; and KEY_zero_point, packed along the rows, where groups are not symmetric.
+`int-quantized`: KEY int8 and KEY_scale. A weight is scale * (code - zero point), in the scale's dtype.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
+
+import numpy as np
+from msgspec import Meta
+
+from vlmprune_jax.checked_files import checked
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.hf.disk.weight_files import Entry
+
+JsonDict = dict[str, Any]
+_METHOD = "compressed-tensors"
+
+
+class _Arguments(TypedDict):
+    """How weights or activations are rounded."""
+
+    num_bits: Literal[4, 8]
+    type: NotRequired[Literal["int"]]
+    symmetric: NotRequired[bool]
+    strategy: NotRequired[Literal["channel", "group", "token"] | None]
+    group_size: NotRequired[Annotated[int, Meta(ge=-1)] | None]
+    dynamic: NotRequired[bool]
+    actorder: NotRequired[Literal["weight", "static", False] | None]
+
+
+class _Group(TypedDict):
+    """Modules that are rounded alike."""
+
+    weights: _Arguments
+    input_activations: NotRequired[_Arguments | None]
+    output_activations: NotRequired[None]
+    format: NotRequired[str | None]
+
+
+class _Settings(TypedDict):
+    """A quantization_config that can be read."""
+
+    format: Literal["pack-quantized", "int-quantized"]
+    config_groups: Annotated[dict[str, _Group], Meta(min_length=1, max_length=1)]
+    quantization_status: NotRequired[Literal["compressed", "frozen"]]
+    kv_cache_scheme: NotRequired[None]
+
+
+@dataclass(frozen=True)
+class CompressedTensors:
+    """Matrices of the decoder's layers in integers of `bits`, a scale for every `group` values of a row (0: the row).
+
+    `symmetric`: without zero points. `activations`: engines round what a matrix reads to 8 bits, token by token; the
+    weights are then int8 as they are, else packed.
+    """
+
+    bits: int
+    group: int = 0
+    symmetric: bool = True
+    activations: bool = False
+
+    @classmethod
+    def from_config(cls, settings: JsonDict) -> CompressedTensors:
+        """What a folder's quantization_config says.
+
+        Raises:
+          UserError: it is not of integers of 4 or 8 bits, alike in all modules.
+        """
+        todo = "only integers of 4 or 8 bits, with scales of rows or groups, can be read: use the checkpoint before"
+        checked(settings, _Settings, _METHOD, todo)
+        (group,) = settings["config_groups"].values()
+        weights, inputs = group["weights"], group.get("input_activations")
+        size = max(0, weights.get("group_size") or 0)
+        strategy = weights.get("strategy") or ("group" if size else "channel")
+        found = cls(weights["num_bits"], size, weights.get("symmetric", True), inputs is not None)
+        packed = settings["format"] == "pack-quantized"
+        fits = packed != found.activations and (packed or (found.bits == 8 and found.symmetric))
+        fits = fits and strategy == ("group" if size else "channel") and not weights.get("dynamic")
+        fits = fits and (inputs is None or (inputs["num_bits"] == 8 and bool(inputs.get("dynamic"))))
+        if not fits or group.get("format") not in (None, settings["format"]):
+            raise UserError(f"{_METHOD}: its fields do not go together: {todo}")
+        return found
+
+    def to_config(self, shapes: Mapping[str, tuple[int, ...]]) -> JsonDict:
+        """As transformers and vLLM want it; `ignore` has the matrices that stay, the outermost module of each."""
+        held = {key.removesuffix("_scale") for key in shapes if key.endswith(".weight_scale")}
+        matrices = [key for key, shape in shapes.items() if len(shape) == 2 and key.endswith(".weight")]
+        inside = {name for key in held for name in _modules(key)}
+        free = [next(name for name in _modules(key) if name not in inside) for key in matrices if key not in held]
+        weights = {"num_bits": self.bits, "type": "int", "symmetric": self.symmetric, "dynamic": False}
+        weights |= {"strategy": "group", "group_size": self.group} if self.group else {"strategy": "channel"}
+        inputs = None
+        if self.activations:
+            inputs = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
+        return {
+            "quant_method": _METHOD,
+            "format": self._format,
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": list(dict.fromkeys(map(_pattern, ["lm_head", *free]))),
+            "kv_cache_scheme": None,
+        }
+
+    @property
+    def _format(self) -> str:
+        return "int-quantized" if self.activations else "pack-quantized"
+
+    @property
+    def name(self) -> str:
+        """What `inspect` and cards call it."""
+        scales = f"a scale for every {self.group} values" if self.group else "a scale for every row"
+        zeros = "" if self.symmetric else " and zero points"
+        return f"{_METHOD} (int{self.bits}, {scales}{zeros}{', activations int8' if self.activations else ''})"
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of a weight's tensors."""
+        if self.activations:
+            return ("", "_scale")
+        return ("_packed", "_scale", "_shape", *(() if self.symmetric else ("_zero_point",)))
+
+    def holds(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a weight is written like this: matrices of the decoder's layers whose rows the group divides."""
+        return name.startswith("text/layers/") and len(shape) == 2 and (not self.group or shape[1] % self.group == 0)
+
+    def weight(self, parts: Mapping[str, Entry]) -> tuple[str, tuple[int, ...]]:
+        """Dtype and shape of the weight in these tensors; ValueError: they are none."""
+        shape = parts[""].shape if self.activations else _read_shape(parts["_shape"])
+        if len(shape) != 2 or min(shape) < 1 or (self.group and shape[1] % self.group):
+            raise ValueError(f"shape {list(shape)}, expected rows of {f'groups of {self.group}' if self.group else 1}")
+        return parts["_scale"].dtype, shape
+
+    def tensors(self, dtype: str, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype and shape of the tensors of such a weight."""
+        rows, columns = shape
+        scales = (rows, columns // self.group if self.group else 1)
+        if self.activations:
+            return {"": ("I8", shape), "_scale": (dtype, scales)}
+        found = {"_packed": ("I32", (rows, self._words(columns))), "_scale": (dtype, scales), "_shape": ("I64", (2,))}
+        return found if self.symmetric else found | {"_zero_point": ("I32", (self._words(rows), scales[1]))}
+
+    def decode(self, parts: Mapping[str, Entry], start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop` of the weight."""
+        scale = parts["_scale"].rows(start, stop)
+        if self.activations:
+            codes = parts[""].rows(start, stop)
+        else:
+            codes = self._unpack(parts["_packed"].rows(start, stop), int(self.weight(parts)[1][1]))
+        values = codes.astype(np.float32).reshape(*scale.shape, -1)
+        if not self.symmetric:
+            per_word = 32 // self.bits
+            first = start // per_word
+            words = parts["_zero_point"].rows(first, -(-stop // per_word))
+            zeros = self._unpack(words.T, words.shape[0] * per_word).T
+            values -= zeros[start - first * per_word :][: stop - start, :, None]
+        # exact in float32 for scales of 16 bits, so that it is rounded once, as torch rounds it
+        return (values * scale.astype(np.float32)[..., None]).astype(scale.dtype).reshape(codes.shape)
+
+    def encode(self, name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+        """The tensors of a weight, every value rounded to the nearest."""
+        scale, zeros = self.grid(values.astype(np.float32), values.dtype)
+        groups = values.astype(np.float32).reshape(*scale.shape, -1)
+        codes = self.round(groups, scale[..., None], zeros[..., None]).reshape(values.shape)
+        return self.parts(codes, scale.astype(values.dtype), zeros)
+
+    def grid(self, values: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+        """Scales, float32 of values that `dtype` has, and zero points, both [rows, groups], over a weight's extremes.
+
+        As compressed-tensors computes them: symmetric, the largest value lies half a step beyond the last code.
+        """
+        groups = values.reshape(len(values), values.shape[1] // self.group if self.group else 1, -1)
+        steps = 2**self.bits - 1
+        if self.symmetric:
+            scale = np.abs(groups).max(axis=2) / np.float32(steps / 2)
+        else:
+            low, high = np.minimum(groups.min(axis=2), 0), np.maximum(groups.max(axis=2), 0)
+            scale = (high - low) / steps
+        scale = scale.astype(dtype).astype(np.float32)
+        scale = np.where(scale == 0, np.float32(1), scale)
+        zeros = np.zeros_like(scale) if self.symmetric else np.rint(-low / scale) - (steps + 1) // 2
+        return scale, np.clip(zeros, *self._ends).astype(np.int8)
+
+    def round(self, values: np.ndarray, scale: np.ndarray, zeros: np.ndarray) -> np.ndarray:
+        """The nearest codes, int8."""
+        return np.clip(np.rint(values / scale) + zeros, *self._ends).astype(np.int8)
+
+    def parts(self, codes: np.ndarray, scale: np.ndarray, zeros: np.ndarray) -> dict[str, np.ndarray]:
+        """The tensors of int8[rows, columns] codes with scales and zero points [rows, groups]."""
+        if self.activations:
+            return {"": codes, "_scale": scale}
+        found = {"_packed": self._pack(codes), "_scale": scale, "_shape": np.asarray(codes.shape, np.int64)}
+        return found if self.symmetric else found | {"_zero_point": self._pack(zeros.T).T}
+
+    @property
+    def _ends(self) -> tuple[int, int]:
+        """First and last code."""
+        return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+
+    def _words(self, count: int) -> int:
+        return -(-count * self.bits // 32)
+
+    def _pack(self, codes: np.ndarray) -> np.ndarray:
+        """int32[rows, words] of int8[rows, count]."""
+        rows, count = codes.shape
+        unsigned = np.zeros((rows, self._words(count) * 32 // self.bits), np.uint8)
+        unsigned[:, :count] = codes.astype(np.int16) + 2 ** (self.bits - 1)
+        return (unsigned if self.bits == 8 else unsigned[:, ::2] | unsigned[:, 1::2] << 4).view("<i4")
+
+    def _unpack(self, words: np.ndarray, count: int) -> np.ndarray:
+        """int8[rows, count] of int32[rows, words]."""
+        unsigned = np.ascontiguousarray(words).view(np.uint8)
+        if self.bits == 4:
+            unsigned = np.stack([unsigned & 15, unsigned >> 4], axis=-1).reshape(len(words), -1)
+        return (unsigned[:, :count].astype(np.int16) - 2 ** (self.bits - 1)).astype(np.int8)
+
+
+def _read_shape(part: Entry) -> tuple[int, ...]:
+    if (part.dtype, part.shape) != ("I64", (2,)):
+        raise ValueError(f"{part.key} is {part.dtype} {list(part.shape)}, expected I64 [2]")
+    return tuple(part.array().tolist())
+
+
+def _modules(key: str) -> list[str]:
+    """The module of a weight and those around it, the outermost first."""
+    names = key.removesuffix(".weight").split(".")
+    return [".".join(names[: end + 1]) for end in range(len(names))]
+
+
+def _pattern(module: str) -> str:
+    """An expression for a module and all in it, whatever modules classes and engines put around it."""
+    layer = re.search(r"layers\.\d+\..*", module)
+    return rf"re:.*\b{re.escape(layer[0] if layer else module.rpartition('.')[2])}\b.*"

@@ -1,0 +1,219 @@
+"""GPTQ (Frantar et al. 2022): codes of a decoder's matrices chosen for what they make of calibration tokens.
+
+With x what a matrix reads, the sum G = sum_t w_t x x^T is all that its error |(W - Q) x|^2 asks of the tokens. With
+G = R^T R, R upper triangular, and the columns rounded from the last to the first, each makes up for the errors of those
+before it: column j is rounded at w_j + sum_k>j R_jk (w_k - q_k) / R_jj. (Babai's nearest plane, which GPTQ is, without
+an inverse.) Columns that weigh most come first.
+
+Layer by layer the stream of the model rounded so far lies on the host, and on the device one layer and a batch, as in
+`reconstruct`; sums, factor and codes are the host's, float64[in, in]. What writes to the stream weighs a token by
+1 / mean(h^2), as there; what reads it reads it behind a norm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+
+from vlmprune_jax.checks import one_of, with_defaults
+from vlmprune_jax.config import TextConfig
+from vlmprune_jax.distributed.mesh import whole, within
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.families import family_of
+from vlmprune_jax.hf.disk.compressed_tensors import CompressedTensors
+from vlmprune_jax.hf.disk.dtypes import DTYPES
+from vlmprune_jax.hf.export.quantized import SCHEMES, make_storage
+from vlmprune_jax.hf.layout import Slot, by_key, make_slots
+from vlmprune_jax.models.vlm import Model, mesh_of, place_batch
+from vlmprune_jax.prune.criteria.calibration import calibration_batches, positive
+from vlmprune_jax.prune.layers import Layer, block, projection
+from vlmprune_jax.prune.reconstruction import OPTIONS as RECONSTRUCT
+from vlmprune_jax.prune.reconstruction import Step, embed, names_of_rows, row_steps
+
+OPTIONS = {name: value for name, value in RECONSTRUCT.items() if name.endswith("_weight")}
+_READ = ("self_attn", "mlp", "o_proj", "down_proj")
+_DAMPING = 0.01  # of each column's own weight, as GPTQ has it of their mean
+_FLOOR = 1e-6  # of the mean: what columns weigh that are never active
+_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Rounded(CompressedTensors):
+    """The format with codes of its own, by the weights' paths: those of one model, in the shapes that it has."""
+
+    codes: Mapping[str, dict[str, np.ndarray]] = field(default_factory=dict)
+
+    def encode(self, name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+        """The tensors that were found for this weight, whatever its values are.
+
+        Raises:
+          UserError: it is none of the model's.
+        """
+        parts = self.codes.get(name, {})
+        if {suffix: part.shape for suffix, part in parts.items()} != {
+            suffix: shape for suffix, (_, shape) in self.tensors("F32", values.shape).items()
+        }:
+            raise UserError(
+                f"{name} {list(values.shape)} was not rounded by gptq, or in another shape: save the very model, "
+                'without uneven="pad" where its layers are unequal'
+            )
+        return parts | {"_scale": parts["_scale"].astype(values.dtype)}
+
+
+def gptq(
+    model: Model,
+    batches: Iterable[Any],
+    *,
+    quantize: str,
+    group_size: int | None = None,
+    symmetric: bool = True,
+    dtype: str = "bfloat16",
+    progress: Callable[[int], None] | None = None,
+    **options: Any,
+) -> Rounded:
+    """Error-compensated codes of the matrices of a model's decoder, for `save(..., storage=...)`.
+
+    Args:
+      model: the model to be saved, on one device or a mesh.
+      batches: calibration batches as `score` takes them; labels, where they have them, tell answers from prompts.
+      quantize, group_size, symmetric, dtype: as they would be in `save`.
+      progress: called with the number of finished layers.
+      options: `prompt_weight`, `image_weight`, `answer_weight`: what tokens of each kind count.
+
+    Raises:
+      UserError: groups that do not fit, batches that do not, activations that are not finite.
+    """
+    one_of("quantize", quantize, tuple(SCHEMES))
+    one_of("dtype", dtype, tuple(DTYPES))
+    settings = with_defaults("gptq", options, OPTIONS)
+    family, mesh = family_of(model.cfg), mesh_of(model.params)
+    storage = make_storage(model.cfg, family, quantize, group_size, symmetric)
+    if mesh is None:
+        model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
+    batches = list(batches)
+    checked = list(calibration_batches(batches, model.cfg, labels=False))
+    slots = [one for one in make_slots(model.cfg, family) if one.path.startswith("text/layers/")]
+    codes: dict[str, dict[str, np.ndarray]] = {}
+    with within(mesh):
+        steps = row_steps(checked, settings, names_of_rows(batches, checked))
+        positive(len(steps))
+        for step in steps:
+            step.ours = np.array(
+                whole(embed(model.params, place_batch(step.inputs, mesh), cfg=model.cfg, stack="text"))
+            )
+        for number in range(len(model.cfg.text.layers)):
+            layer = Layer.of(model, "text", number)
+            own = by_key(one for one in slots if one.layer == number and len(one.hf_shape) == 2)
+            held = [parts for parts in own.values() if storage.holds(parts[0].name, parts[0].hf_shape)]
+            found, params = _round_layer(layer, held, steps, storage, DTYPES[dtype])
+            codes |= found
+            layer = dataclasses.replace(layer, params=layer.params | params)
+            for step in steps:
+                step.ours = layer.run(step.ours, step.mask, "after")
+            if progress is not None:
+                progress(number + 1)
+    return Rounded(**vars(storage), codes=codes)
+
+
+def _round_layer(
+    layer: Layer, held: Sequence[Sequence[Slot]], steps: Sequence[Step], storage: CompressedTensors, dtype: np.dtype
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, jax.Array]]:
+    """(tensors by path, what the layer's parameters then are) of matrices, each the slots of a tensor of files."""
+    sums = _total(layer, steps)
+    codes, params = dict[str, dict[str, np.ndarray]](), dict[str, jax.Array]()
+    for tap in _READ:
+        matrices = [parts for parts in held if _reads(_inside(parts[0]), layer.cfg) == tap]
+        if not matrices:
+            continue
+        # what reads the same has the same sums: one factor, one pass over the columns
+        slots = [slot for parts in matrices for slot in parts]
+        values = np.concatenate([np.asarray(whole(layer.params[_inside(s)])).reshape(-1, s.hf_shape[1]) for s in slots])
+        scale, zeros = storage.grid(values, dtype)
+        found = compensated(values, sums[tap], storage, scale, zeros)
+        size = values.shape[1] // scale.shape[1]
+        values = (found - np.repeat(zeros, size, axis=1)) * np.repeat(scale, size, axis=1)
+        end = 0
+        for parts in matrices:
+            start, end = end, end + parts[0].hf_shape[0]
+            codes[parts[0].name] = storage.parts(found[start:end], scale[start:end], zeros[start:end])
+            for slot in parts:
+                old = layer.params[_inside(slot)]
+                new = values[start + slot.start : start + slot.stop].astype(dtype).astype(np.float32)
+                params[_inside(slot)] = jax.device_put(new.reshape(old.shape), old.sharding)
+    return codes, params
+
+
+def compensated(
+    values: np.ndarray, gram: np.ndarray, storage: CompressedTensors, scale: np.ndarray, zeros: np.ndarray
+) -> np.ndarray:
+    """int8[rows, in] codes of float32[rows, in] for sums float64[in, in], on scales and zero points [rows, groups]."""
+    diagonal = np.diagonal(gram)
+    diagonal = np.maximum(diagonal, max(_FLOOR * diagonal.mean(), float(np.finfo(np.float32).tiny)))
+    order = np.argsort(diagonal, kind="stable")  # rounded from the last on
+    damped = (gram + np.diag(diagonal - np.diagonal(gram) + _DAMPING * diagonal))[np.ix_(order, order)]
+    upper = scipy.linalg.cholesky(damped, lower=False)
+    upper = (upper / np.diagonal(upper)[:, None]).astype(np.float32)
+    groups = order // (values.shape[1] // scale.shape[1])
+    values, scale, zeros = values[:, order], scale[:, groups], zeros[:, groups]
+    codes, error = np.empty(values.shape, np.int8), np.zeros(values.shape, np.float32)
+    for end in range(values.shape[1], 0, -_BLOCK):
+        start = max(0, end - _BLOCK)
+        aims = values[:, start:end] + error[:, end:] @ upper[start:end, end:].T
+        for j in range(end - 1, start - 1, -1):
+            aim = aims[:, j - start] + error[:, j + 1 : end] @ upper[j, j + 1 : end]
+            codes[:, j] = storage.round(aim, scale[:, j], zeros[:, j])
+            error[:, j] = values[:, j] - (codes[:, j].astype(np.float32) - zeros[:, j]) * scale[:, j]
+    return codes[:, np.argsort(order)]
+
+
+def _inside(slot: Slot) -> str:
+    """Path of a parameter in its layer."""
+    return slot.name.split("/", 3)[3]
+
+
+def _reads(path: str, cfg: Any) -> str:
+    """Which of `_READ` a matrix of a layer reads."""
+    module = path.removesuffix("/weight")
+    outputs = {projection(cfg, name): name for name in ("o_proj", "down_proj")}
+    return outputs.get(module, module.split("/")[0])
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def _sums(params: Mapping[str, jax.Array], x: jax.Array, mask: jax.Array, weight: jax.Array, *, cfg: TextConfig):
+    _, after, inputs = block(params, x, mask, cfg, _READ)
+    counts = weight[..., None] > 0
+
+    def gram(name: str) -> jax.Array:
+        read = jnp.where(counts, inputs[name].reshape(*x.shape[:2], -1), 0.0)  # padding may hold anything
+        scale = weight if name in ("self_attn", "mlp") else weight / jnp.mean(after * after, axis=-1)
+        return jnp.einsum("bsi,bsj->ij", read * jnp.where(weight > 0, scale, 0.0)[..., None], read, precision="highest")
+
+    return {name: gram(name) for name in _READ}
+
+
+def _total(layer: Layer, steps: Sequence[Step]) -> dict[str, np.ndarray]:
+    """Sums over all rows, float64[in, in] of each of `_READ`.
+
+    Raises:
+      UserError: what a row gives is not finite.
+    """
+    totals: dict[str, np.ndarray] = {}
+    for step in steps:
+        arrays = {"x": step.ours, "mask": step.mask, "weight": step.weight}
+        for name, gram in _sums(layer.params, **place_batch(arrays, layer.mesh), cfg=layer.cfg).items():
+            own = np.asarray(whole(gram), np.float64)
+            if not np.isfinite(own).all():
+                raise UserError(
+                    f"gptq: activations in layer {layer.number} are not finite in {', '.join(step.names[:5])} of the "
+                    "calibration batches: look for what is wrong there, or with the weights"
+                )
+            totals[name] = totals.get(name, 0.0) + own
+    return totals
