@@ -24,7 +24,7 @@ from vlmprune_jax.families.gguf import ENGINE, TOWER, WHEEL
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint, has_weights
 from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.hf.export.per_layer import loader_class
-from vlmprune_jax.hf.export.reload import _torch_loads
+from vlmprune_jax.hf.export.reload import torch_loads
 from vlmprune_jax.hf.read import read_config, read_fields, resolve
 from vlmprune_jax.stages.console import Reporter
 from vlmprune_jax.stages.ledger import Json
@@ -260,7 +260,7 @@ def _folder(model: str, vision_dir: str | None, workload: Workload) -> _Known:
         "ids": ids.tolist(),
         "pixels": None if pixels is None else list(pixels.shape),
         "loader": [_LOADERS, class_] if class_ is not None else ["transformers", stock],
-        "loads": _torch_loads(folder, tower),
+        "loads": torch_loads(folder, tower),
         "by_row": family.stock is not None and family.stock.by_row,
         "new_tokens": workload.new_tokens,
         "threads": workload.threads,

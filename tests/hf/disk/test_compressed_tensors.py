@@ -156,7 +156,7 @@ def test_inspect_names_it(int4, capsys):
 
 
 def test_the_check_of_an_export_without_the_library(int4, monkeypatch):
-    monkeypatch.setattr("vlmprune_jax.hf.export.reload._torch_loads", lambda *_: False)
+    monkeypatch.setattr("vlmprune_jax.hf.export.reload.torch_loads", lambda *_: False)
     found = check_export(vp.load(int4), int4)
     assert (found["backend"], found["max_abs_logit_difference"]) == ("jax", 0)
 

@@ -223,7 +223,7 @@ def test_the_check_of_an_export(int8):
     """In JAX: PyTorch does not know the format."""
     edit_config(int8, architectures=["LlamaForCausalLM"])
     model = vp.load(int8)
-    layout = "vlmprune_jax.hf.export.reload._torch_loads"
+    layout = "vlmprune_jax.hf.export.reload.torch_loads"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout, lambda *args: False)
         assert check_export(model, int8)["max_abs_logit_difference"] == 0

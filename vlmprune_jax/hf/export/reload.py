@@ -64,7 +64,7 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
         else:  # how much a storage rounds is its own affair
             written, inputs = _reloaded(model, folder, tower), renamed
         expected = whole(forward(written, **inputs)[0])[..., : model.cfg.text.vocab_size]
-        backend = "torch" if on_process_zero(lambda: _torch_loads(folder, tower)) else "jax"
+        backend = "torch" if on_process_zero(lambda: torch_loads(folder, tower)) else "jax"
         if backend == "torch":
             found = on_process_zero(lambda: _differences(folder, backend, expected, _torch_logits(folder, renamed)))
         else:
@@ -103,12 +103,12 @@ def _moved_by_rounding(model: Model, inputs: dict[str, Any], expected: np.ndarra
 
     Takes the memory of a second copy of the float32 weights.
     """
-    moved = np.zeros(expected.shape[:-1], np.float32)
+    flat, moved = flatten(model.params), np.zeros(expected.shape[:-1], np.float32)
     for seed in range(_ROUNDINGS):
-        flat = flatten(model.params)
         keys = jax.random.split(jax.random.key(seed), len(flat))
         changed = {path: _last_bit(leaf, key) for (path, leaf), key in zip(flat.items(), keys, strict=True)}
         logits = whole(forward(Model(unflatten(changed), model.cfg), **inputs)[0])[..., : expected.shape[-1]]
+        del changed  # before the next copy
         moved = np.maximum(moved, np.abs(logits - expected).max(-1))
     return moved
 
@@ -169,7 +169,7 @@ def _renamed_images(inputs: dict[str, Any], cfg: ModelConfig, folder: Path, towe
     return inputs | {"input_ids": np.where(ids == cfg.image_token_id, written.image_token_id, ids)}
 
 
-def _torch_loads(folder: Path, tower: Path | None) -> bool:
+def torch_loads(folder: Path, tower: Path | None) -> bool:
     """Whether torch is installed and transformers has a class for the folder that computes the same."""
     family, cfg = read_config(folder, tower)
     known = cfg.text.even or loader_class(read_fields(folder / "config.json")) is not None
