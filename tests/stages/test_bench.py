@@ -153,6 +153,8 @@ def test_every_engine(tmp_path, capsys):
         assert min(*one["prefill"], *one["decode"]) > 0
         assert one["prefill"][0] == pytest.approx(one["prompt_tokens"] / one["first_token"][0])
         assert 2**24 < one["peak_bytes"] < 2**30  # less than this process, which has all of them, and more than none
+    short = refusal(capsys, f"--model={tmp_path / 'gguf'}", "--prompt_tokens=40", "--threads=1")
+    assert "--prompt_tokens=40: an image and its chat template do not fit" in short
     files = [*(tmp_path / "gguf").glob("*.gguf")]
     assert found["sides"][2]["bytes"] == sum(file.stat().st_size for file in files)
     assert found["sides"][0]["bytes"] == (folder / "model.safetensors").stat().st_size

@@ -116,11 +116,15 @@ class InLlamaCpp:
             self.asked = {"messages": [{"role": "user", "content": shown}]}
             return self._ask(1)
 
-        least, more = count(0), count(1)
-        if least > wanted:
+        try:
+            least, more = count(0), count(1)
+            if least > wanted:
+                raise UserError(f"they have {least} tokens")
+        except UserError as error:
             raise UserError(
-                f"--prompt_tokens={wanted} must be at least the {least} of an image and its chat template: raise it"
-            )
+                f"--prompt_tokens={wanted}: an image and its chat template do not fit ({error}): raise it, or set "
+                "--image=False"
+            ) from error
         self.prompt_tokens = count((wanted - least) // max(1, more - least))
 
     def _ask(self, tokens: int) -> int:
