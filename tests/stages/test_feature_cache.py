@@ -249,7 +249,7 @@ FAMILIES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["internvl", "llava"])
 def test_interrupted_twice_and_the_same_numbers(name, goldens, tmp_path, monkeypatch):
     """Stopped in the pass, killed while it trains: another tower, tiles and uneven slots, length buckets, adapters.
 

@@ -3,17 +3,18 @@
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 from hf_cases import LLAMA, LLAVA, edit_weights, keep_layers, keep_width, make_folder, random_ids
 from torch_compat import VERSIONS
 
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.hf.export import write
+from vlmprune_jax.hf.export import reload, write
 from vlmprune_jax.hf.export.reload import check_export
 from vlmprune_jax.hf.export.write import save
 from vlmprune_jax.hf.read import load
-from vlmprune_jax.models.vlm import forward
+from vlmprune_jax.models.vlm import Model, forward
 
 CLASSES = {"llama": "AutoModelForCausalLM", "llava": "LlavaForConditionalGeneration"}
 CONFIGS = {"llama": LLAMA, "llava": LLAVA}
@@ -93,6 +94,20 @@ def test_check_export_notices_a_wrong_weight(saved, monkeypatch, torch_is_there)
     model, out = saved("llava", "depth", dtype="float32")
     key = "multi_modal_projector.linear_2.bias"
     edit_weights(out, lambda tensors: tensors[key].__setitem__(3, tensors[key][3] + 0.01))
+    with pytest.raises(UserError, match="logits differ from the model's by"):
+        check_export(model, out)
+
+
+@pytest.mark.parametrize("torch_is_there", [True, False])
+def test_check_export_knows_what_rounding_alone_does(saved, monkeypatch, torch_is_there):
+    """Where the tolerance is too narrow for a model, its own response to changed last bits decides."""
+    model, out = saved("llama", "whole", dtype="float32")
+    monkeypatch.setattr(reload, "_torch_loads", lambda *_: torch_is_there)
+    model = Model(jax.tree.map(lambda leaf: leaf * (1 + 2**-23), model.params), model.cfg)
+    for name in ("TOLERANCE", "RELATIVE_TOLERANCE"):
+        monkeypatch.setattr(reload, name, 1e-12)
+    assert 0 < check_export(model, out)["max_abs_logit_difference"] < 1e-5
+    monkeypatch.setattr(reload, "_ROUNDINGS", 0)
     with pytest.raises(UserError, match="logits differ from the model's by"):
         check_export(model, out)
 

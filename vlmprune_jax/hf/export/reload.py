@@ -29,6 +29,10 @@ from vlmprune_jax.models.vlm import Model, forward, mesh_of
 # Of float32 logits between two implementations: absolute, and beyond logits of 10 relative to the largest
 # (SmolLM2-135M, three layers removed, on random ids: 1.1e-4 between torch and XLA; its logits reach 33).
 TOLERANCE, RELATIVE_TOLERANCE = 1e-4, 1e-5
+# One position may be ill-conditioned: SmolLM2, its width reconstructed and recovered, is 8.0e-4 off float64 here and
+# 2.6e-4 in torch at one of 48, where others are off by 1e-4. It may differ by this many times the most that it moves in
+# as many runs with the last bit of every weight changed (docs/decisions.md, 85).
+_ROUNDINGS = 4
 _ROWS, _TEXT_TOKENS = 2, 24
 
 
@@ -60,30 +64,59 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
         else:  # how much a storage rounds is its own affair
             written, inputs = _reloaded(model, folder, tower), renamed
         expected = whole(forward(written, **inputs)[0])[..., : model.cfg.text.vocab_size]
-        if on_process_zero(lambda: _torch_loads(folder, tower)):
-            return on_process_zero(
-                lambda: _compare(model.cfg, folder, "torch", expected, _torch_logits(folder, renamed))
-            )
-        again = _reloaded(written, folder, tower)
-        return _compare(model.cfg, folder, "jax", expected, whole(forward(again, **renamed)[0]))
+        backend = "torch" if on_process_zero(lambda: _torch_loads(folder, tower)) else "jax"
+        if backend == "torch":
+            found = on_process_zero(lambda: _differences(folder, backend, expected, _torch_logits(folder, renamed)))
+        else:
+            again = _reloaded(written, folder, tower)
+            found = _differences(folder, backend, expected, whole(forward(again, **renamed)[0]))
+            del again
+        differences, tolerance = np.asarray(found), np.full(expected.shape[:-1], TOLERANCE)
+        tolerance = np.maximum(tolerance, RELATIVE_TOLERANCE * np.abs(expected).max())
+        if not (differences <= tolerance).all():
+            tolerance = np.maximum(tolerance, _ROUNDINGS * _moved_by_rounding(written, inputs, expected))
+    worst = np.unravel_index((differences / tolerance).argmax(), differences.shape)
+    difference, allowed = float(differences[worst]), float(tolerance[worst])
+    if not difference <= allowed:
+        raise UserError(
+            f"{folder}: reloaded in {backend} its logits differ from the model's by {difference:.2g} (tolerance "
+            f"{allowed:.2g}): do not use this folder, and report it with its config.json"
+        )
+    return {"backend": backend, "max_abs_logit_difference": difference, "tolerance": allowed}
 
 
-def _compare(cfg: ModelConfig, folder: Path, backend: str, expected: np.ndarray, actual: np.ndarray) -> dict[str, Any]:
-    words = cfg.text.vocab_size
+def _differences(folder: Path, backend: str, expected: np.ndarray, actual: np.ndarray) -> list[list[float]]:
+    """float[rows, tokens]: the largest of every position."""
+    words = expected.shape[-1]
     if actual.shape[-1] > words and float(actual[..., words:].max() - actual[..., :words].max()) > 0:
         raise UserError(f"{folder}: a word that was only added to fill the vocabulary is the likeliest: do not use it")
     actual = actual[..., :words]
     if actual.shape != expected.shape:
         shapes = f"{list(actual.shape)} instead of {list(expected.shape)}"
         raise UserError(f"{folder}: reloaded in {backend} its logits have shape {shapes}: do not use this folder")
-    difference = float(np.abs(expected - actual).max())
-    tolerance = max(TOLERANCE, RELATIVE_TOLERANCE * float(np.abs(expected).max()))
-    if not difference <= tolerance:
-        raise UserError(
-            f"{folder}: reloaded in {backend} its logits differ from the model's by {difference:.2g} (tolerance "
-            f"{tolerance:.2g}): do not use this folder, and report it with its config.json"
-        )
-    return {"backend": backend, "max_abs_logit_difference": difference, "tolerance": tolerance}
+    differences: list[list[float]] = np.abs(expected - actual).max(-1).tolist()
+    return differences
+
+
+def _moved_by_rounding(model: Model, inputs: dict[str, Any], expected: np.ndarray) -> np.ndarray:
+    """float[rows, tokens]: how far logits move at most when every weight changes by its last bit, at random.
+
+    Takes the memory of a second copy of the float32 weights.
+    """
+    moved = np.zeros(expected.shape[:-1], np.float32)
+    for seed in range(_ROUNDINGS):
+        flat = flatten(model.params)
+        keys = jax.random.split(jax.random.key(seed), len(flat))
+        changed = {path: _last_bit(leaf, key) for (path, leaf), key in zip(flat.items(), keys, strict=True)}
+        logits = whole(forward(Model(unflatten(changed), model.cfg), **inputs)[0])[..., : expected.shape[-1]]
+        moved = np.maximum(moved, np.abs(logits - expected).max(-1))
+    return moved
+
+
+@jax.jit
+def _last_bit(leaf: jax.Array, key: jax.Array) -> jax.Array:
+    sign = jax.random.rademacher(key, leaf.shape, leaf.dtype)
+    return leaf * (1 + sign * np.float32(2**-23))
 
 
 def _as_written(model: Model, folder: Path, tower: Path | None) -> Model:
