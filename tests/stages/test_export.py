@@ -1,9 +1,13 @@
-"""`vlmprune export` as GGUF: made from a workdir, compared, skipped, refused."""
+"""`vlmprune export` as GGUF and as integers: made from a workdir, compared, skipped, refused."""
 
 import json
+import shutil
+from importlib import resources
 
+import numpy as np
 import pytest
 from hf_cases import copy_llava, keep_layers
+from PIL import Image
 
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.hf.read import load
@@ -51,7 +55,10 @@ def test_gguf_by_command(command, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("quantize=q8", "export.quantize 'q8' is not one of none, q8_0, q5_1, q4_0; did you mean 'q8_0'?"),
+        (
+            "quantize=q8",
+            "export.quantize 'q8' is not one of none, w8a16, w4a16, w8a8, q8_0, q5_1, q4_0; did you mean 'q8_0'?",
+        ),
         ("format=ggf", "export.format 'ggf' is not one of huggingface, gguf; did you mean 'gguf'?"),
         ("layout=transformers", "layout 'transformers' is one of Hugging Face folders"),
     ],
@@ -60,3 +67,48 @@ def test_wrong_settings(command, tmp_path, capsys, setting, said):
     assert main([*command, f"--config.export.{setting}"]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "w/export").exists()
+
+
+QUANTISED = """
+from vlmprune_jax.cli.config_files import experiment_config
+
+def get_config():
+    config = experiment_config()
+    config.model.hf_dir = "{root}/teacher"
+    config.data.train = "{root}/records.json"
+    config.data.images = "{root}"
+    config.export.quantize = "w4a16"
+    config.reconstruct.samples = 4
+    config.reconstruct.batch_size = 2
+    return config
+"""
+
+
+@pytest.mark.slow
+def test_integers_by_command(tmp_path, capsys):
+    """Rounded by gptq on records with images, those of `reconstruct`; nearest rounding asks for no records."""
+    source = shutil.copytree(str(resources.files("vlmprune_jax") / "demo" / "teacher"), tmp_path / "teacher")
+    prune_folder(source, keep_layers(load(source), [0, 4, 9])[1], tmp_path / "w/pruned")
+    draw = np.random.default_rng(0)
+    records = []
+    for number in range(4):
+        Image.fromarray(draw.integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / f"{number}.png")
+        turns = [{"from": "human", "value": "<image>\nwhat shape is in the image?"}, {"from": "gpt", "value": "circle"}]
+        records.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    (tmp_path / "config.py").write_text(QUANTISED.format(root=tmp_path))
+    command = ["export", f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'w'}"]
+    assert main([*command, "--config.export.rounding=gptq"]) == 0
+    compensated = (tmp_path / "w/export/model.safetensors").read_bytes()
+    assert load(tmp_path / "w/export").cfg.text.layers == load(tmp_path / "w/pruned").cfg.text.layers
+    made = json.loads((tmp_path / "w/.stages/export.json").read_text())["made_from"]
+    assert made["settings"]["reconstruct.samples"] == 4
+    assert main([*command, "--config.export.rounding=gptq"]) == 0
+    assert "export: unchanged, skipped" in capsys.readouterr().out
+    assert main([*command, "--config.data.train=None", "--overwrite"]) == 0
+    nearest = (tmp_path / "w/export/model.safetensors").read_bytes()
+    assert len(nearest) == len(compensated)
+    assert nearest != compensated
+    assert main([*command, "--config.export.rounding=gptq", "--config.export.quantize=none"]) == 2
+    said = "export.rounding=\"gptq\" goes with w8a16, w4a16 and w8a8, not quantize='none'"
+    assert said in capsys.readouterr().err
