@@ -20,11 +20,7 @@ from vlmprune_jax.cli.config_files import experiment_config
 from vlmprune_jax.prune.criteria import CRITERIA
 
 RATIOS = (0.1, 0.2, 0.3)
-BLOCKS = {
-    0.1: 4,
-    0.2: 8,
-    0.3: 11,
-}  # layers that go at each ratio, which the angular criterion spans
+BLOCKS = {0.1: 4, 0.2: 8, 0.3: 11}  # layers that go at each ratio
 UNTRAINED = {"none": {}, "reconstruct": {"reconstruct.method": "least_squares"}}
 TEXTS = Path("runs/texts")  # of any sweep that reads them
 LETTERS = {"text": 26_000, "record": 1_300}  # some more than 12 x 512, and 256 tokens
@@ -52,8 +48,7 @@ def get_hyper(hyper):
     for ratio in RATIOS:
         for name, criterion in CRITERIA.items():
             if "layers" in criterion.scores:
-                block = {"score.layers_removed": BLOCKS[ratio]} if name == "angular" else {}
-                cuts += cut(hyper, "depth", name, block, ratio)
+                cuts += block(hyper, ratio) if name == "angular" else cut(hyper, "depth", name, {}, ratio)
             if "widths" in criterion.scores:
                 cuts += cut(hyper, "width", name, {"prune.heads": "keep"}, ratio)
     return hyper.product([cuts, hyper.named("recovery", UNTRAINED)])
@@ -66,6 +61,18 @@ def cut(hyper, method, criterion, settings, ratio):
             hyper.fixed("prune.method", method),
             hyper.named("criterion", {criterion: {f"score.{method}": criterion, **settings}}),
             hyper.fixed("prune.ratio", ratio),
+        ]
+    )
+
+
+def block(hyper, ratio):
+    """Consecutive layers: as many as the ratio comes to, since a plan of the angular criterion goes by their number."""
+    layers = BLOCKS[ratio]
+    return hyper.product(
+        [
+            hyper.fixed("prune.method", "depth"),
+            hyper.named("criterion", {"angular": {"score.depth": "angular", "score.layers_removed": layers}}),
+            hyper.named("ratio", {f"{ratio}": {"prune.layers_removed": layers}}),
         ]
     )
 

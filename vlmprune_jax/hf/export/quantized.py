@@ -75,7 +75,7 @@ def quantized_loading(storage: CompressedTensors, cfg: ModelConfig, family: Fami
     parts = [
         f"The matrices of the decoder's layers are {storage.name}; {', '.join(others)} are {dtype}. Transformers needs "
         "`pip install compressed-tensors` and makes plain weights of them again on a CPU: smaller on disk, not in "
-        "memory. vLLM reads the folder as it is."
+        "memory. It has the keys that vLLM documents (not tried there)."
     ]
     left = [slot.key for slot in _matrices(cfg, family) if not storage.holds(slot.name, slot.hf_shape)]
     if left:
