@@ -25,7 +25,9 @@ CREATE = [*QUEUED, "create", "slice", "--node-id=slice", *AT[1:], "--accelerator
 QUOTED_RUN = r"recover --config=c.py --config.recover.name=two\ words"
 
 # Logs its arguments; `describe` prints, and the run command exits with, the next line of a script that the test wrote.
+# One at a time: slices of a sweep call it side by side.
 STAND_IN = r"""#!/usr/bin/env bash
+exec 9> "$LOG.lock"; flock 9
 printf '%q ' "${0##*/}" "$@" >> "$LOG"; echo >> "$LOG"
 next() {
   local line; line="$(head -n 1 "$1")"; sed -i 1d "$1"
