@@ -5,12 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hf_cases import LLAMA, make_folder
 from repository import ROOT
 
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.demo.pretrain import describe, split_conversations
+from vlmprune_jax.demo.initial import write_joined
+from vlmprune_jax.demo.pretrain import describe, make_encoder, split_conversations
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.hf.read import load
+from vlmprune_jax.models.params import flatten
+from vlmprune_jax.models.vlm import forward
 
+TEACHER = ROOT / "vlmprune_jax/demo/teacher"
 CONFIG = ROOT / "configs/easyvqa_pretrain.py"
 TURNS = (("human", "<image>\nis it red?"), ("gpt", "yes"), ("human", "is it blue?"), ("gpt", "no"))
 RECORD = Record(id="r", images=(Path("0.png"),), turns=TURNS)
@@ -27,9 +34,6 @@ def test_conversations_are_split_and_described():
 
 @pytest.mark.slow
 def test_pretraining_changes_what_a_stage_keeps_and_resumes(tmp_path, capsys):
-    from vlmprune_jax.hf.read import load
-    from vlmprune_jax.models.params import flatten
-
     config = tmp_path / "short.py"
     config.write_text(f'''
 import importlib.util
@@ -57,6 +61,30 @@ def get_config():
     again = flatten(load(tmp_path / "w/teacher").params)
     for path, leaf in after.items():
         np.testing.assert_array_equal(again[path], leaf, err_msg=path)
+
+
+def test_a_language_model_is_joined_with_a_tower(tmp_path):
+    """What the language model computes of text stays, the tower is the teacher's, and the prompt ends as it does."""
+    decoder = make_folder(
+        tmp_path / "decoder", {**LLAMA, "vocab_size": 310, "tie_word_embeddings": True, "max_position_embeddings": 128}
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (TEACHER / name).read_text(encoding="utf-8").replace("<image>", "<picture>")
+        (decoder / name).write_text(text.replace("</s>", "<|endoftext|>"), encoding="utf-8")
+    write_joined(tmp_path / "joined", decoder, TEACHER, seed=1)
+    joined, language, teacher = load(tmp_path / "joined"), load(decoder), load(TEACHER)
+    assert joined.cfg.text.vocab_size == 320
+    assert joined.cfg.image_token_id == 313  # the tokenizer has more words than the embeddings
+    assert joined.cfg.eos_token_ids == (2,)
+    ids = np.array([[7, 11, 300, 9]], np.int32)
+    np.testing.assert_array_equal(forward(joined, ids)[0][..., :310], forward(language, ids)[0])
+    for path, leaf in flatten(teacher.params["vision"]).items():
+        np.testing.assert_array_equal(flatten(joined.params["vision"])[path], leaf, err_msg=path)
+    encoder = make_encoder(joined.cfg, tmp_path / "joined")
+    assert encoder.template.assistant_end == "<|endoftext|>"
+    assert (encoder.training_tokens(RECORD)[0] == 313).sum() == 64
+    with pytest.raises(UserError, match="has a vision tower of its own"):
+        write_joined(tmp_path / "again", TEACHER, TEACHER, seed=1)
 
 
 @pytest.mark.slow

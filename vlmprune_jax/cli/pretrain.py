@@ -1,6 +1,7 @@
 """vlmprune pretrain --config=configs/easyvqa_pretrain.py --workdir=DIR: train the demo's teacher from scratch.
 
-Makes DIR/teacher, a LLaVA folder in the llava-hf layout, with its tokenizer and processor. Every stage resumes.
+Or with configs/smollm2_vlm.py a pretrained language model learns to see. Makes DIR/teacher, a LLaVA folder in the
+llava-hf layout, with its tokenizer and processor. Every stage resumes.
 """
 
 from __future__ import annotations
@@ -33,7 +34,13 @@ def run(flags: Any) -> None:
     for stage in (dict(s) for s in config["stages"]):
         training = RecoverConfig(**{name: value for name, value in stage.items() if name not in own})
         stages.append(Stage(**{name: stage[name] for name in own}, training=training))
+    joined = config.get("joined")
     folder = pretrain(
-        Path(flags.workdir), config["architecture"], stages, seed=config["seed"], overwrite=flags.overwrite
+        Path(flags.workdir),
+        stages,
+        seed=config["seed"],
+        architecture=config.get("architecture"),
+        joined=None if joined is None else (Path(joined["language"]), Path(joined["tower"])),
+        overwrite=flags.overwrite,
     )
     print(f"teacher: {folder}")

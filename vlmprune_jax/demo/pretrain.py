@@ -10,36 +10,28 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import einops
 import jax
-import jax.numpy as jnp
-import numpy as np
-from safetensors.numpy import save_file
 
-from vlmprune_jax.checked_files import read_json
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.data.batching import train_batches
 from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.measure import measure
-from vlmprune_jax.data.prompts import load_tokenizer
+from vlmprune_jax.data.prompts import AUTO, choose_template, load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.demo.easyvqa import write_dataset
-from vlmprune_jax.demo.vocabulary import make_tokenizer
-from vlmprune_jax.families import family_of
+from vlmprune_jax.demo.initial import write_joined, write_random
+from vlmprune_jax.errors import UserError
 from vlmprune_jax.families.llava import LLAVA_HF
-from vlmprune_jax.families.templates import LLAVA_V1
 from vlmprune_jax.hf.export.write import save
 from vlmprune_jax.hf.read import load
-from vlmprune_jax.models.params import flatten, init_params, locate, param_axes, stack_layers, unflatten, unstack_layers
+from vlmprune_jax.models.params import flatten, stack_layers, unflatten, unstack_layers
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.loop import recover
@@ -66,15 +58,31 @@ class Stage:
 
 
 def pretrain(
-    workdir: Path, architecture: Mapping[str, Any], stages: Sequence[Stage], *, seed: int, overwrite: bool = False
+    workdir: Path,
+    stages: Sequence[Stage],
+    *,
+    seed: int,
+    architecture: Mapping[str, Any] | None = None,
+    joined: tuple[Path, Path] | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Train a LLaVA model on easy-VQA and return its `llava-hf` folder, `workdir/teacher`.
 
-    `architecture` is a LlavaConfig dictionary without the fields that the tokenizer decides. Every stage resumes from
-    its own checkpoints in `workdir/<stage>`.
+    It starts at random from `architecture`, a LlavaConfig dictionary without the fields that the tokenizer decides, or
+    from what is `joined`: the folders of a language model and of a LLaVA whose tower it takes (`write_joined`). Every
+    stage resumes from its own checkpoints in `workdir/<stage>`.
+
+    Raises:
+      UserError: not just one of the two is given; see `write_joined`.
     """
+    if (architecture is None) == (joined is None):
+        raise UserError("pretraining starts from an architecture or from two joined folders: give one of them")
     files = write_dataset(workdir / "easyvqa")
-    folder = _write_random_model(workdir / "initial", architecture, files["train"], seed)
+    folder = workdir / "initial"
+    if joined is not None:
+        write_joined(folder, *joined, seed=seed)
+    else:
+        write_random(folder, architecture or {}, files["train"], seed=seed)
     model = load(folder)
     for stage in stages:
         model = _train_stage(model, stage, files, folder, workdir / stage.name)
@@ -129,9 +137,11 @@ def describe(record: Record, caption: str, length: int) -> Record:
 def make_encoder(cfg: ModelConfig, folder: Path) -> Encoder:
     """The row encoder of a LLaVA folder with the prompt of its chat template (LLaVA v1 without a system text)."""
     assert cfg.image_token_id is not None
+    tokenizer = load_tokenizer(folder)
+    template = choose_template(AUTO, LLAVA_HF, tokenizer, config={}, has_vision=True)
     return Encoder(
-        tokenizer=load_tokenizer(folder),
-        template=dataclasses.replace(LLAVA_V1, system=""),
+        tokenizer=tokenizer,
+        template=dataclasses.replace(template, system=""),
         max_length=cfg.text.max_positions,
         image_loader=load_image_processor(folder, aspect_ratio="square", max_pixels=10**6, cache_bytes=CACHE_BYTES),
         image_token_id=cfg.image_token_id,
@@ -152,36 +162,3 @@ def split_conversations(records: Sequence[Record], turns_per_row: int) -> list[R
                 turns[0] = (turns[0][0], marks + turns[0][1])
             parts.append(dataclasses.replace(record, id=f"{record.id}-{start // 2}", turns=tuple(turns)))
     return parts
-
-
-def _write_random_model(folder: Path, architecture: Mapping[str, Any], records: Path, seed: int) -> Path:
-    """A whole `llava-hf` folder with random weights (blocks above the feature layer too, as stock models have them)."""
-    shutil.rmtree(folder, ignore_errors=True)
-    vision = architecture["vision_config"]
-    size = make_tokenizer(
-        read_json(records, list[Any]), folder, image_size=vision["image_size"], patch_size=vision["patch_size"]
-    )
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
-    text = {**architecture["text_config"], **ids, "vocab_size": size}
-    config = {**architecture, **ids, "image_token_index": 4, "text_config": text}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "generation_config.json").write_text(json.dumps({**ids, "do_sample": False}, indent=2) + "\n")
-    whole = LLAVA_HF.from_hf({**config, "vision_feature_layer": vision["num_hidden_layers"]}, None)
-    tensors = _hf_tensors(whole, flatten(init_params(whole, jax.random.key(seed), jnp.float32)))
-    for part, value in (("weight", 1.0), ("bias", 0.0)):
-        tensors[f"vision_tower.vision_model.post_layernorm.{part}"] = np.full(vision["hidden_size"], value, np.float32)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def _hf_tensors(cfg: ModelConfig, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Checkpoint tensors of params, under the names that every transformers release reads."""
-    axes, tensors = param_axes(cfg), {}
-    for weight in family_of(cfg).weights(cfg):
-        for i, path, index in locate(cfg, weight.path):
-            line = weight if i is None else weight.at(i)
-            array = np.asarray(flat[path] if index is None else flat[path][index])
-            names = axes[path] if index is None else axes[path][1:]
-            key = line.key.replace("vision_tower.", "vision_tower.vision_model.")
-            tensors[key] = np.ascontiguousarray(einops.rearrange(array, f"{' '.join(names)} -> {line.layout}"))
-    return tensors
