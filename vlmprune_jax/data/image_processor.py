@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 from msgspec import Meta
 
-from vlmprune_jax.checked_files import checked, reading
+from vlmprune_jax.checked_files import checked, read_json, reading
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import FAMILIES
 from vlmprune_jax.families.tiles import MAX_SIDE
@@ -71,6 +73,20 @@ def checked_processor(config: Any, where: str) -> dict[str, Any]:
       UserError: they cannot; the field is named.
     """
     return checked(config, ProcessorFile, where, _TODO)
+
+
+def processor_settings(folder: Path) -> tuple[Any, str] | None:
+    """What a folder's file says of its image processor, as it stands there, and that file; None where there is none.
+
+    `preprocessor_config.json`, or the part of `processor_config.json`: transformers 5 writes only that one.
+    """
+    for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        path = folder / name
+        config = read_json(path) if os.path.lexists(path) else None
+        config = config if key is None or config is None else config.get(key)
+        if config is not None:
+            return config, str(path)
+    return None
 
 
 def way_of(config: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from vlmprune_jax.checked_files import IMAGE_FORMATS, open_image, read_json, reading
 from vlmprune_jax.config import ImageShape
-from vlmprune_jax.data.image_processor import checked_processor, make_processor, sides, way_of
+from vlmprune_jax.data.image_processor import checked_processor, make_processor, processor_settings, sides, way_of
 from vlmprune_jax.data.records import StoredImage
 from vlmprune_jax.data.splitting import splitting_from_processor
 from vlmprune_jax.data.tiling import Tiling, pad_to_square, tiling_from_processor
@@ -301,13 +301,9 @@ def _preparation(folder: Path, aspect_ratio: str, image_size: int | None) -> tup
     family = find(model)
     if family is not None and family.tiling is not None:
         return Tiling(**vars(family.tiling(model, str(model_path)))), str(model_path)
-    for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
-        path = folder / name
-        config = read_json(path) if os.path.lexists(path) else None
-        config = config if key is None or config is None else config.get(key)
-        if config is None:
-            continue
-        where, config = str(path), checked_processor(config, str(path))
+    found = processor_settings(folder)
+    if found is not None:
+        config, where = checked_processor(*found), found[1]
         way = way_of(config)
         if way != "whole":
             return _CUTTING[way](config, where), where

@@ -1,7 +1,8 @@
 """What llama.cpp computes: its architectures for decoders, its graphs for towers, and what each has no place for.
 
 Source: llama.cpp of October 2026, src/models/*.cpp (which tensors are created, of which shapes), src/llama-model.cpp
-(which way each architecture rotates) and tools/mtmd (clip.cpp, models/llava.cpp, models/internvl.cpp).
+(which way each architecture rotates) and tools/mtmd (clip.cpp, models/llava.cpp, models/internvl.cpp,
+models/siglip.cpp).
 """
 
 from __future__ import annotations
@@ -145,6 +146,7 @@ TOWER_TENSORS = {
     "patch_embedding": "v.patch_embd",
     "position_embedding": "v.position_embd",
     "pre_layrnorm": "v.pre_ln",
+    "post_layernorm": "v.post_ln",
     **{
         f"{_BLOCK}{ours}": f"v.blk.{{i}}.{theirs}"
         for ours, theirs in {
@@ -164,7 +166,10 @@ TOWER_TENSORS = {
 _PROJECTORS = {
     "mlp": {"linear_1": "mm.0", "linear_2": "mm.2"},
     "pixel_shuffle": {"layer_norm": "mm.model.mlp.0", "linear_1": "mm.model.mlp.1", "linear_2": "mm.model.mlp.3"},
+    "linear": {"linear": "mm.model.fc"},
 }
+# What it calls the graph of each kind.
+_GRAPHS = {"mlp": "mlp", "pixel_shuffle": "internvl", "linear": "idefics3"}
 # It has the tanh approximation only, which is within 5e-4 of the error function's.
 _GELU = ("gelu", *_TANH_GELU)
 _NORM_EPS = 1e-5  # of the projector's norm
@@ -181,10 +186,13 @@ def tower_lacks(cfg: ModelConfig) -> str | None:
     assert vision is not None
     assert projector is not None
     kept = "patch" if vision.class_token else "full"
-    wrong = {
-        f"tower with activation {vision.activation}": vision.activation not in (*_GELU, "quick_gelu", "silu"),
-        f"projector with activation {projector.activation}": projector.activation not in _GELU,
-        "projector without biases": not projector.bias,
+    wrong = {f"tower with activation {vision.activation}": vision.activation not in (*_GELU, "quick_gelu", "silu")}
+    if projector.kind == "linear":
+        wrong["projector with a bias"] = projector.bias
+    else:
+        wrong[f"projector with activation {projector.activation}"] = projector.activation not in _GELU
+        wrong["projector without biases"] = not projector.bias
+    wrong |= {
         f"features of kind {cfg.feature_select!r} of such a tower ({kept!r})": cfg.feature_select != kept,
         f"images of {vision.channels} channels (3)": vision.channels != 3,
         f"images of another size ({vision.image_size}) than its tower's positions ({vision.position_size})": (
@@ -193,10 +201,13 @@ def tower_lacks(cfg: ModelConfig) -> str | None:
     }
     if projector.kind == "mlp":
         wrong["layer scales under LLaVA's projector"] = vision.layer_scale
+    elif projector.kind == "linear":
+        wrong["one linear map behind a tower with a class token"] = vision.class_token
     else:
         wrong["pixel shuffle over a tower without class token"] = not vision.class_token
-        wrong[f"pixel shuffle {projector.shuffle_version} (v2)"] = projector.shuffle_version != "v2"
         wrong[f"projector with layer norm eps {projector.norm_eps:g} ({_NORM_EPS:g})"] = projector.norm_eps != _NORM_EPS
+    if projector.shuffles:
+        wrong[f"pixel shuffle {projector.shuffle_version} (v2)"] = projector.shuffle_version != "v2"
     return next((what for what, so in wrong.items() if so), None)
 
 
@@ -205,17 +216,17 @@ def tower_misfit(vision: VisionConfig) -> str | None:
     return None if _whole(vision) else "a vision tower whose heads do not make up its width"
 
 
-def tower_fields(cfg: ModelConfig, tiles: tuple[int, int] | None) -> dict[str, Any]:
+def tower_fields(cfg: ModelConfig, cut: Mapping[str, int]) -> dict[str, Any]:
     """Metadata of a tower and its projector, named as methods `add_NAME` of `gguf.GGUFWriter`, or by a key's own name.
 
-    `tiles`: the fewest and the most that an image is cut into, in a family that cuts.
+    `cut`: how an image becomes pieces, in a family that cuts, in the same names.
     """
     vision, projector = cfg.vision, cfg.projector
     assert vision is not None
     assert projector is not None
     fields: dict[str, Any] = {
         "clip_has_vision_encoder": True,
-        "clip_projector_type": "internvl" if projector.kind == "pixel_shuffle" else "mlp",
+        "clip_projector_type": _GRAPHS[projector.kind],
         "vision_image_size": vision.image_size,
         "vision_patch_size": vision.patch_size,
         "vision_embedding_length": vision.hidden_size,
@@ -227,13 +238,11 @@ def tower_fields(cfg: ModelConfig, tiles: tuple[int, int] | None) -> dict[str, A
         "vision_use_gelu": vision.activation in _GELU,
         "vision_use_silu": vision.activation == "silu",
     }
-    if projector.kind == "pixel_shuffle":
+    if projector.shuffles:
         fields["vision_projector_scale_factor"] = projector.downsample
     else:  # without it LLaVA's graph leaves the last block out
         fields["clip.vision.feature_layer"] = [len(vision.layers)]
-    if tiles is not None:
-        fields |= {"vision_preproc_min_tiles": tiles[0], "vision_preproc_max_tiles": tiles[1]}
-    return fields
+    return {**fields, **cut}
 
 
 # Tokenizers -----------------------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ _TRAITS: dict[str, dict[str, Any]] = {
 PIXELS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "smolvlm": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "internvit": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 # The type of each kind in transformers.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -11,11 +12,16 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from gguf.quants import quantize as quantize_rows
 from gguf_cases import byte_tokenizer, differences
-from hf_cases import LLAMA, LLAVA, copy_golden, edit_weights, keep_layers, keep_width, make_folder
+from hf_cases import LLAMA, LLAVA, copy_golden, edit_config, edit_weights, keep_layers, keep_width, make_folder
 from hf_cases import prune as prune_by_hand
 from llama_cpp import MARKER, llama_cpp
+from PIL import Image
 
+from vlmprune_jax.config import ImageShape
+from vlmprune_jax.data.images import load_image_processor
+from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.families import family_of
 from vlmprune_jax.families.towers import PIXELS
 from vlmprune_jax.hf.export.gguf_check import check_gguf
 from vlmprune_jax.hf.export.write import save
@@ -130,7 +136,9 @@ def test_decoders_compute_the_same(models, tmp_path, name, how):
 
 # Towers ---------------------------------------------------------------------------------------------------------------
 
-TOWERS = {"bunny": "bunny", "llava_orig": "llava", "llava_hf": "llava", "internvl": "internvl"}
+TOWERS = {"bunny": "bunny", "llava_orig": "llava", "llava_hf": "llava", "internvl": "internvl", "smolvlm": None,
+          "internvl3": None}  # fmt: skip
+FAMILIES = Path(__file__).parents[2] / "goldens/families"
 SEPARATE = {"bunny": "siglip_tower", "llava_orig": "clip_tower"}
 
 
@@ -139,6 +147,16 @@ def golden(goldens, tmp_path):
     """Callable name -> (folder with its tokenizer, model)."""
 
     def make(name):
+        if TOWERS[name] is None:
+            folder = shutil.copytree(FAMILIES / name / "ckpt", tmp_path / name)
+            if name == "internvl3":
+                edit_config(folder, projector_hidden_act="gelu")  # as all have but this one
+                return folder, load(folder)
+            with pytest.raises(UserError, match="has no token for two newlines"):
+                save(load(folder), tmp_path / "none", source_dir=folder, format="gguf")
+            tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
+            (folder / "tokenizer.json").write_text(tokenizer.replace("<row_4_col_4>", r"\n\n"), encoding="utf-8")
+            return folder, load(folder)
         folder = copy_golden(goldens, name, tmp_path / name)
         shutil.copytree(goldens / "tokenizers" / TOWERS[name], folder, dirs_exist_ok=True)
         tower = goldens / "ckpt" / SEPARATE[name] if name in SEPARATE else None
@@ -148,14 +166,23 @@ def golden(goldens, tmp_path):
 
 
 def image_of(model):
-    """A picture of just the tower's size, and the pixels that it is here."""
-    size, (mean, std) = model.cfg.vision.image_size, PIXELS[model.cfg.vision.kind]
+    """A picture of just the tower's size, or of 2 x 2 such where pictures are split, and the pixels that it is here."""
+    family, size, (mean, std) = model.cfg.family, model.cfg.vision.image_size, PIXELS[model.cfg.vision.kind]
+    size *= 2 if family == "smolvlm" else 1
     image = np.random.default_rng(0).integers(0, 256, (size, size, 3)).astype(np.uint8)
+    if model.cfg.layout == "transformers" and family != "llava":
+        loader = load_image_processor(
+            FAMILIES / {"internvl": "internvl3"}.get(family, family) / "ckpt",
+            aspect_ratio="square",
+            max_pixels=10**6,
+            cache_bytes=0,
+        )
+        return image, loader.preparation.prepare(Image.fromarray(image), 1)
     return image, ((image / 255 - np.array(mean)) / np.array(std)).transpose(2, 0, 1)[None].astype(np.float32)
 
 
 def features_of(model, pixels):
-    ids = np.full((1, model.cfg.tokens_per_image), model.cfg.image_token_id)
+    ids = np.full((1, len(pixels) * model.cfg.tokens_per_image), model.cfg.image_token_id)
     found = forward(model, ids, pixel_values=pixels, want=("image_features",))[1]["image_features"]
     return np.asarray(found).reshape(-1, model.cfg.text.hidden_size)
 
@@ -208,14 +235,21 @@ def test_rolled_positions(golden, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_an_answer_about_an_image(golden, tmp_path):
-    """SigLIP: tower, projector and decoder together."""
-    source, model = golden("bunny")
+@pytest.mark.parametrize("name", ["bunny", "smolvlm"])
+def test_an_answer_about_an_image(golden, tmp_path, name):
+    """Tower, projector and decoder together, without a class token; SmolVLM's image is split into 2 x 2 and itself."""
+    source, model = golden(name)
     save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
     image, pixels = image_of(model)
-    found = llama_cpp(tmp_path / "out", image=image, prompt=f"{MARKER}\nWhat is it?", texts=["\nWhat is it?"])
-    ids = [*[model.cfg.image_token_id] * model.cfg.tokens_per_image, *found["ids"][0]]
-    logits = forward(model, np.asarray([ids]), pixel_values=pixels)[0][0, -1]
+    between = "" if name == "smolvlm" else "\n"
+    found = llama_cpp(
+        tmp_path / "out", image=image, prompt=f"{MARKER}{between}What is it?", texts=[f"{between}What is it?"]
+    )
+    ids = np.full(model.cfg.tokens_per_image, model.cfg.image_token_id)
+    if name == "smolvlm":
+        text = family_of(model.cfg).templates[0].image_text(ImageShape(2, 2, 5))
+        ids = load_tokenizer(source)(text.replace("<image>", "<image>" * len(ids)))["input_ids"]
+    logits = forward(model, np.asarray([[*ids, *found["ids"][0]]]), pixel_values=pixels)[0][0, -1]
     assert differences(logits, found["answer"])[0] <= 0.1
 
 

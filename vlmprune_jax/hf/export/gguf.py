@@ -32,12 +32,12 @@ from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES, file_name
 from vlmprune_jax.hf.disk.tensors import Tensor
 from vlmprune_jax.hf.disk.verified import CheckedFile
 from vlmprune_jax.hf.export.gguf_metadata import (
+    cut,
     file_type,
     licence,
     pixels,
     text_fields,
     text_remarks,
-    tiles,
     title,
     tower_remarks,
 )
@@ -112,6 +112,11 @@ def make_gguf(
     files = [
         GgufFile(f"{stem}-{label}.gguf", architecture.name, fields, tensors, wide.text.layers, remarks),
     ]
+    if family.images == "splits" and len(vocabulary.fast("\n\n", add_special_tokens=False)["input_ids"]) != 1:
+        raise UserError(
+            f"{source}: its tokenizer has no token for two newlines, which llama.cpp puts before the overview of an "
+            "image that it splits: no GGUF of this model"
+        )
     if cfg.vision is not None:
         files.append(_tower(model, wide, family, source, f"mmproj-{stem}", about, plain, rolled_positions))
     return files
@@ -124,7 +129,7 @@ def _tower(
     vision = vision_of(wide)
     plain = plain if plain == "F32" else "F16"
     fields = {"type": "mmproj", **about, **file_type(plain), **pixels(wide, family, source)}
-    fields |= tower_fields(wide, tiles(family, source))
+    fields |= tower_fields(wide, cut(family, source))
     assert wide.projector is not None
     tensors = _tensors(model, wide, family, "vision", TOWER_TENSORS, plain)
     if rolled and vision.class_token:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Any
 
 import numpy as np
-from msgspec import Meta
 
-from vlmprune_jax.checked_files import Finite, read_json, read_text
+from vlmprune_jax.checked_files import read_text
 from vlmprune_jax.config import ModelConfig, TextConfig
-from vlmprune_jax.data.image_processor import checked_processor
+from vlmprune_jax.data.image_processor import checked_processor, processor_settings
+from vlmprune_jax.data.splitting import splitting_from_processor
 from vlmprune_jax.data.tiling import tiling_from_processor
-from vlmprune_jax.families import Family
+from vlmprune_jax.families import Family, family_of
 from vlmprune_jax.families.gguf import DROPPING_NAME, Architecture
 from vlmprune_jax.families.table import JsonDict
 from vlmprune_jax.families.towers import PIXELS, vision_of
@@ -71,35 +72,34 @@ def context_length(text: TextConfig) -> int:
     return min([text.max_positions, *(shape.window for shape in text.layers if shape.window is not None)])
 
 
-class _Pixels(TypedDict):
-    """What is used of a preprocessor_config.json."""
-
-    image_mean: Annotated[list[Finite], Meta(min_length=3, max_length=3)]
-    image_std: Annotated[list[Finite], Meta(min_length=3, max_length=3)]
-
-
 def pixels(cfg: ModelConfig, family: Family, source: Path) -> JsonDict:
     """Mean and deviation of the pixels: those of the folder's processor, where it is what runs."""
     mean, std = PIXELS[vision_of(cfg).kind]
-    path = source / "preprocessor_config.json"
-    if family.tiling is None and os.path.lexists(path):
-        found = read_json(path, _Pixels)
-        mean, std = found["image_mean"], found["image_std"]
+    found = None if family.tiling is not None else _processor(source)
+    if found is not None:
+        mean, std = (found[0].get(name) or default for name, default in (("image_mean", mean), ("image_std", std)))
     return {"vision_image_mean": [float(one) for one in mean], "vision_image_std": [float(one) for one in std]}
 
 
-def tiles(family: Family, source: Path) -> tuple[int, int] | None:
-    """The fewest and the most tiles of an image, in a family that cuts images."""
-    if family.images != "tiles":
-        return None
+def cut(family: Family, source: Path) -> JsonDict:
+    """How an image becomes pieces, in a family that cuts images; see `tower_fields`."""
     if family.tiling is not None:
-        tiling = family.tiling(read_fields(source / "config.json"), str(source / "config.json"))
-        return tiling.min_tiles, tiling.max_tiles
-    path = source / "preprocessor_config.json"
-    if not os.path.lexists(path):
-        return None
-    tiling = tiling_from_processor(checked_processor(read_json(path), str(path)), str(path))
-    return tiling.min_tiles, tiling.max_tiles
+        where = str(source / "config.json")
+        tiling = family.tiling(read_fields(source / "config.json"), where)
+        return {"vision_preproc_min_tiles": tiling.min_tiles, "vision_preproc_max_tiles": tiling.max_tiles}
+    found = None if family.images == "whole" else _processor(source)
+    if found is None:
+        return {}
+    if family.images == "splits":
+        return {"vision_preproc_image_size": splitting_from_processor(*found).longest}
+    tiling = tiling_from_processor(*found)
+    return {"vision_preproc_min_tiles": tiling.min_tiles, "vision_preproc_max_tiles": tiling.max_tiles}
+
+
+def _processor(source: Path) -> tuple[Mapping[str, Any], str] | None:
+    """Settings of a folder's image processor and the file they are from; None without one."""
+    found = processor_settings(source)
+    return None if found is None else (checked_processor(*found), found[1])
 
 
 def title(name: str, tokenizer: Any) -> str:
@@ -150,8 +150,9 @@ def tower_remarks(cfg: ModelConfig, rolled: bool) -> tuple[str, ...]:
         "llama.cpp prepares images by itself (padding and resizing may differ in the last bits from the processor's): "
         f"images of {vision_of(cfg).image_size} x {vision_of(cfg).image_size} pixels need neither."
     )
-    remarks.append(
-        "The chat interface of llama.cpp joins an image and the text behind it without a newline; this model was "
-        'trained with one: begin the text with "\\n".'
-    )
+    if family_of(cfg).templates[0].behind_image:
+        remarks.append(
+            "The chat interface of llama.cpp joins an image and the text behind it without a newline; this model was "
+            'trained with one: begin the text with "\\n".'
+        )
     return tuple(remarks)
