@@ -2,6 +2,7 @@
 
   vlmprune sweep --config=configs/sweeps/study_easyvqa.py --workdir=runs/study_easyvqa --jobs=2
   vlmprune sweep --config=configs/sweeps/study_easyvqa.py:5 ...       # 5 % of the data only; :20 adds 20 %
+  vlmprune sweep --config=configs/sweeps/study_easyvqa.py:small ...   # and no hybrid, no 60 %: 126 runs
 
 {depth, width, hybrid} x {15, 30, 45, 60 % of the decoder} x {none, reconstruct; projector, SFT, SFT + KL, SFT + L2,
 reconstruct + SFT + L2, each on 5, 20 and 100 % of the data}, 3 seeds of calibration, data and training: 612 runs, which
@@ -32,13 +33,15 @@ TRAINED = {
     "reconstruct_sft_l2": {"recover.losses": LOSSES["sft_l2"], **SOLVED},
 }
 TEACHER = demo().model.hf_dir
-_most = FRACTIONS[-1]
+SMALL = "small"
+_most, _small = FRACTIONS[-1], False
 
 
 def get_config(most: str = "100") -> ConfigDict:
-    """The demo's data and training; `most`: the largest share of the data, in percent."""
-    global _most
-    _most = int(most)
+    """The demo's data and training; `most`: the largest share of the data in percent, or "small"."""
+    global _most, _small
+    _small = most == SMALL
+    _most = FRACTIONS[0] if _small else int(most)
     config = demo()
     config.prune_variants = config.recover_variants = {}
     config.recover.epochs = 1.0
@@ -50,7 +53,8 @@ def get_config(most: str = "100") -> ConfigDict:
 
 def get_hyper(hyper):
     """What costs least first: nothing trained, then by the share of the data."""
-    cuts = [hyper.sweep("prune.method", METHODS), hyper.named("decoder", of_decoder(TEACHER, SHARES))]
+    methods, shares = (METHODS[:2], SHARES[:3]) if _small else (METHODS, SHARES)
+    cuts = [hyper.sweep("prune.method", methods), hyper.named("decoder", of_decoder(TEACHER, shares))]
     seeds = seeded(hyper, SEEDS)
     untrained = hyper.product([*cuts, hyper.named("recovery", UNTRAINED), seeds])
     trained = [
