@@ -43,7 +43,7 @@ def greedy_loss(
 
     Args:
       batches: with labels (-100 ignored, not shifted).
-      progress: called with the number of layers that were searched for.
+      progress: called with the number of layers that were searched for, behind each that was tried.
       solved: whether every cut is closed by least squares before it is judged.
       candidates: how many layers each round but the first tries: those that cost least the last time.
       search: how many layers are searched for, default half; the others follow by what they cost the last time.
@@ -65,7 +65,10 @@ def greedy_loss(
         order, costs, loss = list[int](), dict[int, float](), cut.loss
         for done in range(rounds):
             tried = sorted(cut.kept, key=lambda layer: costs.get(layer, -math.inf))[: candidates if done else None]
-            costs |= {layer: cut.loss_without(layer) - loss for layer in tried}
+            for layer in tried:
+                costs[layer] = cut.loss_without(layer) - loss
+                if progress is not None:
+                    progress(done)  # a round is long, the first above all: it ends between two layers on SIGTERM
             order.append(min(tried, key=lambda layer: costs[layer]))
             loss += costs[order[-1]]
             cut.remove(order[-1])
