@@ -22,6 +22,8 @@ from vlmprune_jax.families.towers import PIXELS, vision_of
 from vlmprune_jax.hf.export.gguf_tokenizer import drops_white_space
 from vlmprune_jax.hf.read import read_fields
 
+_BLOCK = 32  # values of a row that its kernels take at once
+
 
 def file_type(label: str) -> JsonDict:
     from gguf import LlamaFileType
@@ -124,6 +126,13 @@ def text_remarks(text: TextConfig, architecture: Architecture) -> tuple[str, ...
         remarks.append(
             f"llama.cpp has no sliding window for `{architecture.name}`: both compute the same up to "
             f"{context_length(text):,} tokens, which is the context length in the file."
+        )
+    broken = sorted({shape.mlp for shape in text.layers if shape.mlp % _BLOCK})
+    if broken:
+        named = ", ".join(map(str, broken[:3])) + (" ..." if len(broken) > 3 else "")
+        remarks.append(
+            f"Rows of {named} neurons are no whole blocks of {_BLOCK}, with which llama.cpp is slower than they are "
+            'long. `prune.snap_for="gguf"` plans widths that are.'
         )
     if text.rope.kind == "longrope":
         remarks.append(
