@@ -159,8 +159,14 @@ def _next(stream: Iterator[Any], run: Run, config: RecoverConfig, step: int) -> 
     ids = batch.arrays["input_ids"]
     if len(ids) != rows:
         raise UserError(f"batch of step {step + 1} has {len(ids)} rows, config says {rows} per process")
-    images = (batch.arrays.get(name) for name in ("pixel_values", "vision_features", "image_grid_thw"))
-    check_inputs(run.cfg, ids, *images, batch.arrays.get("attention_mask"))
+    check_inputs(
+        run.cfg,
+        ids,
+        batch.arrays.get("pixel_values"),
+        batch.arrays.get("vision_features"),
+        batch.arrays.get("image_grid_thw"),
+        batch.arrays.get("attention_mask"),
+    )
     return batch
 
 
