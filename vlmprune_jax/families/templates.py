@@ -12,8 +12,8 @@ class Template:
     """How turns become one string: `start`, the system text in its marks, then per turn `role + gap + text + end`.
 
     `image_first` moves the placeholders of a turn in front of its stripped text, `behind_image` after each;
-    `image_lead` puts one in front of the first turn where a record's only image has none there; a turn that begins with
-    an image has no gap if `tight_image`. With `image_tokens` (start, context, end) an image is written out as these
+    `image_lead` puts one in front of the first turn where a record's only image has none there; if `tight_image`
+    there is no white space around images, and no gap before one that begins a turn. With `image_tokens` (start, context, end) an image is written out as these
     tokens, the context one once per position; without, a text is tokenised piece by piece between its images. With a
     `tile_start`, in which {row} and {column} count from 1, the tiles of an image are written one by one, `row_end`
     behind each row of them and before the overview. A record that holds `padding_mark` is one whose length the
