@@ -50,6 +50,11 @@ class FeatureLoader:
         """How images became arrays."""
         return self.images.preparation
 
+    def arrays(self, slots: int, image_tokens: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """See `ImageLoader.arrays`."""
+        del image_tokens
+        return {self.array: ((slots, *self.shape), self.dtype)}
+
     def shapes(self, paths: Sequence[Path | StoredImage], record: str) -> list[ImageShape]:
         """See `ImageLoader.shapes`."""
         return self.images.shapes(paths, record)

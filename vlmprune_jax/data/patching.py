@@ -144,7 +144,7 @@ def patching_from_processor(config: Mapping[str, Any], where: str) -> Patching:
     if abs(float(config.get("rescale_factor") or 1 / 255) - 1 / 255) > 1e-9:
         raise UserError(f"{where}: rescale_factor {config['rescale_factor']} is not supported; Qwen-VL's is 1/255")
     size = config.get("size") or {}
-    found = {
+    found: dict[str, Any] = {
         "min_pixels": config.get("min_pixels") or size.get("shortest_edge"),
         "max_pixels": config.get("max_pixels") or size.get("longest_edge"),
         **{name: config.get(name) for name in ("patch_size", "temporal_patch_size", "merge_size")},

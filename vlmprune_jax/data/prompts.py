@@ -137,10 +137,10 @@ def tokenize_training(
     """Return (input_ids, labels), both int32[tokens]; labels are IGNORED outside answers and their end marks.
 
     Every `<image>` becomes `tokens_per_image` copies of `image_token_id` (1 x -200 is the reference's form) for each
-    slot of its shape in `images` (None = all stay whole), or the `tokens` that the shape says. With `cut_text_at` (the reference's model_max_length) a
-    record without images is cut there, and a malformed round beyond that many tokens does not cost the record its
-    labels; None never cuts. A record whose rounds cannot be told apart (an empty turn, a separator inside a text) has
-    all labels ignored: the reference's "tokenization mismatch" rule.
+    slot of its shape in `images` (None = all stay whole), or the `tokens` that the shape says. With `cut_text_at` (the
+    reference's model_max_length) a record without images is cut there, and a malformed round beyond that many tokens
+    does not cost the record its labels; None never cuts. A record whose rounds cannot be told apart (an empty turn, a
+    separator inside a text) has all labels ignored: the reference's "tokenization mismatch" rule.
     """
     images = _shapes(record, images)
     prompt = _training_prompt(record, template, images)

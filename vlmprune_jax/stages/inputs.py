@@ -69,10 +69,15 @@ class Inputs:
             tokens_per_image=cfg.tokens_per_image,
             max_images=self.data.max_images,
             truncate=self.data.truncate,
-            tile_buckets=tile_buckets(self.data, None if self.image_loader is None else self.image_loader.preparation),
+            tile_buckets=tile_buckets(self.data, self._preparation),
+            image_buckets=image_buckets(self.data, self._preparation),
             longest=cfg.longest_row,
             words=cfg.text.vocab_size,
         )
+
+    @property
+    def _preparation(self) -> Preparation | None:
+        return None if self.image_loader is None else self.image_loader.preparation
 
     def training_encoder(self, cfg: ModelConfig) -> Encoder:
         """Rows of at most `data.max_length` or the last of `data.length_buckets`; of any length without both."""
@@ -106,6 +111,19 @@ def tile_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int, 
     return (*(bucket for bucket in preparation.usual if bucket < most), most)
 
 
+def image_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int, ...] | None:
+    """`data.image_buckets`, or those that hold every image of a model that takes any size (else None).
+
+    Raises:
+      UserError: they are given for another model.
+    """
+    given, own = data.image_buckets, () if preparation is None else preparation.image_buckets
+    _check_buckets("data.image_buckets", given)
+    if given and not own:
+        raise UserError(f"data.image_buckets {given} given, but this model does not take images of any size")
+    return given or own or None
+
+
 def _check_buckets(name: str, given: Sequence[int]) -> None:
     if given and (given[0] < 1 or list(given) != sorted(set(given))):
         raise UserError(f"{name} {given} must be positive and ascending")
@@ -117,7 +135,9 @@ def load_inputs(model: ModelSpec, data: DataSpec, cfg: ModelConfig) -> Inputs:
     Raises:
       UserError: the template is unknown or does not fit the tokenizer, or a file is missing or malformed.
     """
-    return _load_inputs(model, data, family_of(cfg), None if cfg.vision is None else cfg.vision.image_size)
+    family, tower = family_of(cfg), cfg.vision
+    side = None if tower is None else tower.patch_size if family.images == "patches" else tower.image_size
+    return _load_inputs(model, data, family, side)
 
 
 @functools.lru_cache(maxsize=4)
@@ -142,6 +162,7 @@ def _load_inputs(model: ModelSpec, data: DataSpec, family: Family, image_size: i
             cache_bytes=data.cache_megabytes << 20,
             image_size=image_size,
             tiling={name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")},
+            max_image_tokens=data.max_image_tokens,
         )
     return Inputs(data, tokenizer, template, loader)
 
@@ -367,9 +388,9 @@ def _measured(records: tuple[Record, ...], encoder: Encoder, on_error: str, thre
         shares = from_all(
             lambda: measure(mine, encoder, on_error=on_error, threads=threads, progress=progress).tolist()
         )
-    sizes = np.zeros((len(records), 2), np.int32)
+    sizes = np.zeros((len(records), 3), np.int32)
     for process, share in enumerate(shares):
-        sizes[process :: len(shares)] = np.array(share, np.int32).reshape(-1, 2)
+        sizes[process :: len(shares)] = np.array(share, np.int32).reshape(-1, 3)
     if not sizes.any():
         raise UserError(
             f"none of the {len(records)} training records can be used; the first: {encoder.problem(records[0])}"
