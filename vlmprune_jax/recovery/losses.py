@@ -63,7 +63,14 @@ class LossTerms(dict[str, LossTerm]):
         missing = [name for name in ("input_ids", "attention_mask", "labels") if name not in arrays]
         if missing:
             raise UserError(f"losses: the batch has no {', '.join(missing)}")
-        check_inputs(model.cfg, arrays["input_ids"], arrays.get("pixel_values"), arrays.get("vision_features"))
+        check_inputs(
+            model.cfg,
+            arrays["input_ids"],
+            arrays.get("pixel_values"),
+            arrays.get("vision_features"),
+            arrays.get("image_grid_thw"),
+            arrays["attention_mask"],
+        )
         taught, params = None, None
         if teacher is not None and needs_teacher(loss):
             taught = Teacher(
