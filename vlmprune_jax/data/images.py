@@ -275,6 +275,7 @@ def load_image_processor(
     cache_bytes: int,
     image_size: int | None = None,
     tiling: Mapping[str, Any] | None = None,
+    patches: tuple[int, int] | None = None,
     max_image_tokens: int | None = None,
 ) -> ImageLoader:
     """Return the ImageLoader that an HF folder describes.
@@ -286,9 +287,10 @@ def load_image_processor(
       aspect_ratio: "pad" or "square", for models that do not cut images (see `WholeImage`).
       max_pixels: largest image.
       cache_bytes: what prepared images may take in memory.
-      image_size: side of the images that the vision tower takes, or of the patches of one that takes images of any
-        size; also for a family whose processor the hub's code holds instead of a file.
+      image_size: side of the images that the vision tower takes; also for a family whose processor the hub's code
+        holds instead of a file.
       tiling: fields of `Tiling` to use instead of the folder's, for models that cut images.
+      patches: of a tower that takes images of any size, the numbers in a patch, and patches along a side of a token.
       max_image_tokens: images that make more are shrunk, for models that take images of any size.
 
     Raises:
@@ -299,20 +301,30 @@ def load_image_processor(
     preparation, where = _preparation(folder, aspect_ratio, image_size)
     changes = {name: value for name, value in (tiling or {}).items() if value is not None}
     preparation = _changed(preparation, changes, max_image_tokens, folder)
-    if isinstance(preparation, Patching):
-        height = width = preparation.patch
-    else:
-        _, height, width = preparation.shape
-    if image_size is not None and (height, width) != (image_size, image_size):
-        what = "patches of " if isinstance(preparation, Patching) else ""
-        raise UserError(
-            f"{where}: the image processor makes {what}{height} x {width} pixels, but the vision tower takes "
-            f"{image_size} x {image_size}: is it another model's?"
-        )
+    _check_fits(preparation, where, image_size, patches)
     if isinstance(preparation, WholeImage):
         with reading(where):  # that its settings run together, on hardly an image, is not a matter of records
             preparation.prepare(Image.new("RGB", (8, 8)), 1)
     return ImageLoader(preparation, max_pixels=max_pixels, cache_bytes=cache_bytes)
+
+
+def _check_fits(preparation: Preparation, where: str, image_size: int | None, patches: tuple[int, int] | None) -> None:
+    """Refuse what the vision tower does not take, where that is known (see `load_image_processor`)."""
+    if patches is None and image_size is None:
+        return
+    makes_patches = isinstance(preparation, Patching)
+    made = (*preparation.shape, preparation.merge) if makes_patches else preparation.shape[1:]
+    taken = (image_size, image_size) if patches is None else patches
+    if (made, makes_patches) != (taken, patches is not None):
+        raise UserError(
+            f"{where}: the image processor makes {_sides_of(made, makes_patches)}, but the vision tower takes "
+            f"{_sides_of(taken, patches is not None)}: is it another model's?"
+        )
+
+
+def _sides_of(sizes: Sequence[int | None], in_patches: bool) -> str:
+    first, second = sizes
+    return f"patches of {first} numbers, {second} a side for a token" if in_patches else f"{first} x {second} pixels"
 
 
 def _changed(preparation: Preparation, changes: dict[str, Any], most: int | None, folder: Path) -> Preparation:

@@ -16,7 +16,7 @@ import numpy as np
 
 from vlmprune_jax.checked_files import read_json
 from vlmprune_jax.checks import one_of
-from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.config import ModelConfig, VisionConfig
 from vlmprune_jax.data.batching import ON_ERROR, Batch, train_batches
 from vlmprune_jax.data.datasets import PREFIX as DATASETS
 from vlmprune_jax.data.datasets import datasets_folder, datasets_state, read_datasets
@@ -135,21 +135,19 @@ def load_inputs(model: ModelSpec, data: DataSpec, cfg: ModelConfig) -> Inputs:
     Raises:
       UserError: the template is unknown or does not fit the tokenizer, or a file is missing or malformed.
     """
-    family, tower = family_of(cfg), cfg.vision
-    side = None if tower is None else tower.patch_size if family.images == "patches" else tower.image_size
-    return _load_inputs(model, data, family, side)
+    return _load_inputs(model, data, family_of(cfg), cfg.vision)
 
 
 @functools.lru_cache(maxsize=4)
-def _load_inputs(model: ModelSpec, data: DataSpec, family: Family, image_size: int | None) -> Inputs:
+def _load_inputs(model: ModelSpec, data: DataSpec, family: Family, tower: VisionConfig | None) -> Inputs:
     one_of("data.template", data.template, (AUTO, *templates()))
     tokenizer = load_tokenizer(Path(model.hf_dir))
     config = read_json(Path(model.hf_dir) / "config.json")
-    template = choose_template(data.template, family, tokenizer, config=config, has_vision=image_size is not None)
+    template = choose_template(data.template, family, tokenizer, config=config, has_vision=tower is not None)
     if data.system is not None:
         template = dataclasses.replace(template, system=data.system)
     loader = None
-    if image_size is not None:
+    if tower is not None:
         folder = Path(model.hf_dir)
         described = any(
             os.path.lexists(folder / name) for name in ("preprocessor_config.json", "processor_config.json")
@@ -160,7 +158,8 @@ def _load_inputs(model: ModelSpec, data: DataSpec, family: Family, image_size: i
             aspect_ratio=data.aspect_ratio,
             max_pixels=data.max_image_pixels,
             cache_bytes=data.cache_megabytes << 20,
-            image_size=image_size,
+            image_size=None if tower.any_size else tower.image_size,
+            patches=(tower.patch_values, tower.merge) if tower.any_size else None,
             tiling={name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")},
             max_image_tokens=data.max_image_tokens,
         )
