@@ -47,12 +47,23 @@ class ImageShape:
     """What an image becomes: `rows` x `columns` pieces (1 x 1: it stays whole), in `slots` of a batch's image array.
 
     A slot is what a batch counts images in: a whole image or a tile; a grid of several may have its overview as one
-    more, the last.
+    more, the last. An image of a size of its own is one slot whose pieces are patches, and says how many `tokens` they
+    make; the slots of others all have a model's `tokens_per_image` (0).
     """
 
     rows: int = 1
     columns: int = 1
     slots: int = 1
+    tokens: int = 0
+
+    def positions(self, per_slot: int) -> int:
+        """Decoder positions that it takes; `per_slot`: of images that all have one size."""
+        return self.tokens or per_slot * self.slots
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(frames, rows, columns) of patches, of an image of a size of its own."""
+        return (1, self.rows, self.columns)
 
 
 @dataclass(frozen=True)

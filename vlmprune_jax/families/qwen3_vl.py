@@ -22,6 +22,7 @@ from vlmprune_jax.families.patch_towers import (
 )
 from vlmprune_jax.families.shapes import layers_to_hf, tied_embeddings, token_ids
 from vlmprune_jax.families.table import Decoder, Family, JsonDict, Stock
+from vlmprune_jax.families.templates import QWEN3_VL as TEMPLATE
 from vlmprune_jax.families.towers import vision_of
 
 # What the config classes of transformers fill in where a config.json is silent.
@@ -115,7 +116,10 @@ QWEN3_VL = Family(
         + tower_weights(cfg, "model.visual.", ("norm", "linear_fc1", "linear_fc2"))
     ),
     ignored=(r".*\.rotary_(pos_)?emb\.inv_freq", r"lm_head\.weight"),
-    recipe=RECIPE,
+    templates=(TEMPLATE,),
+    image_processors=("Qwen2VL",),
+    images="patches",
+    recipe={**RECIPE, "data": {"max_length": 4096, "max_image_tokens": 1280}},
     decoder=Decoder(_DECODER, "Qwen3VLForConditionalGeneration", _text_from_hf, layers_to_hf, llama_like_weights),
     stock=Stock(
         "Qwen3VLForConditionalGeneration",

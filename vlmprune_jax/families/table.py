@@ -124,8 +124,8 @@ class Family:
 
     Images: `image_processors` are the classes of transformers (without their suffix) that a folder may name and that
     `data/images.py` can run; `images` says that they keep an image "whole", cut it into "tiles" of the grid that fits
-    best, or "splits" it at its own size. `tiling(config, where)` is for a config.json that
-    says how, `pixels(size)` the processor's settings where no file has them.
+    best, "splits" it at its own size, or leave it that size, in "patches". `tiling(config, where)` is for a config.json
+    that says how, `pixels(size)` the processor's settings where no file has them.
 
     `recipe`: the reference's recovery, a partial experiment. `decoder` makes a family without a tower usable inside
     others; `stock` is the class that loads the layout, `conversion` what becomes of one that has none.

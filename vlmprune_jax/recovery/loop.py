@@ -165,7 +165,7 @@ def _next(stream: Iterator[Any], run: Run, config: RecoverConfig, step: int) -> 
         batch.arrays.get("pixel_values"),
         batch.arrays.get("vision_features"),
         batch.arrays.get("image_grid_thw"),
-        batch.arrays.get("attention_mask"),
+        batch.arrays["attention_mask"],
     )
     return batch
 

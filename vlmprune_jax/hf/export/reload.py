@@ -178,7 +178,8 @@ def _random_patches(
 ) -> dict[str, Any]:
     """Rows of these tokens with an image each, of other sizes and wider and higher than a window of the tower."""
     vision = cfg.vision
-    assert vision is not None and cfg.image_token_id is not None
+    assert vision is not None
+    assert cfg.image_token_id is not None
     side = max((shape.window or 0 for shape in vision.layers), default=0) + 1
     cells = np.array([[1, side + 1, 2], [1, 1, side + 2]])
     grids = cells * [1, vision.merge, vision.merge]
