@@ -146,7 +146,8 @@ class TextConfig(Stack):
 
     `rotary_dim` channels of every head are rotated (its first ones). `block` is "sequential", or "parallel" for Phi's
     x + attention(norm x) + mlp(norm x) with one norm; `norm` is "rms" or "layer"; `mlp_kind` is "gated" or "plain" (two
-    projections); `qk_norm` is Qwen3's norm of every query and key head. `decoder` is the `model_type` in files.
+    projections); `qk_norm` is Qwen3's norm of every query and key head. `decoder` is the `model_type` in files, and
+    `whole_heads` says that its class in PyTorch takes hidden_size / heads for the size of a head.
     """
 
     vocab_size: int
@@ -164,6 +165,7 @@ class TextConfig(Stack):
     block: str = "sequential"
     norm: str = "rms"
     mlp_kind: str = "gated"
+    whole_heads: bool = False
     decoder: str = dataclasses.field(kw_only=True)
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import to_nnx
 
 FAMILIES = ("internvl3", "smolvlm")
-PATCHED = ("qwen3_vl",)  # images of any size, as patches with a grid
+PATCHED = ("qwen3_vl", "qwen2_5_vl")  # images of any size, as patches with a grid
 CASES = ("single", "two", "text", "tiny")
 CLOSE = dict(atol=1e-4, rtol=0)
 
