@@ -242,8 +242,8 @@ class VisionConfig(Stack):
         last, ascending = self.n_layers_total - 1, sorted(set(self.deepstack))
         if ascending != list(self.deepstack) or not set(ascending) <= set(range(len(self.layers))):
             raise UserError(
-                f"vision tower: deepstack_visual_indexes {list(self.deepstack)} must be ascending numbers of its blocks, "
-                f"0 to {last}"
+                f"vision tower: deepstack_visual_indexes {list(self.deepstack)} must be ascending numbers of its "
+                f"blocks, 0 to {last}"
             )
 
     @property
@@ -345,8 +345,8 @@ class ModelConfig:
 
     `feature_select` is "patch" (the tower's first position, the class token if it has one, is dropped) or "full".
     `image_token_id` marks the positions that image features replace; the original LLaVA and Bunny layouts use the
-    sentinel -200, which is never embedded; `video_token_id` marks what is refused. With `tower` False there are no weights of the tower, and the model takes
-    its features instead of pixels.
+    sentinel -200, which is never embedded; `video_token_id` marks what is refused. With `tower` False there are no
+    weights of the tower, and the model takes its features instead of pixels.
     """
 
     family: str

@@ -74,7 +74,12 @@ _KINDS: tuple[_Kind, ...] = (
     ),
     ("an integer", _integer, ("mm_vision_select_layer", "select_layer"), ("max_window_layers", "mm_hidden_size")),
     ("an integer", lambda v: _integer(v) or _list_of(_integer, v), ("vision_feature_layer",), ()),
-    ("a token id", _integer, ("image_token_id", "image_token_index", "video_token_id"), ("bos_token_id", "pad_token_id")),
+    (
+        "a token id",
+        _integer,
+        ("image_token_id", "image_token_index", "video_token_id"),
+        ("bos_token_id", "pad_token_id"),
+    ),
     ("a token id or a list of them", lambda v: _integer(v) or _list_of(_integer, v), (), ("eos_token_id",)),
     (
         "a list of whole numbers from 0",

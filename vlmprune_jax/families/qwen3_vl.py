@@ -26,8 +26,9 @@ from vlmprune_jax.families.templates import QWEN3_VL as TEMPLATE
 from vlmprune_jax.families.towers import vision_of
 
 # What the config classes of transformers fill in where a config.json is silent.
+_DECODER = "qwen3_vl_text"
 _TEXT: JsonDict = {
-    "model_type": "qwen3_vl_text",
+    "model_type": _DECODER,
     "vocab_size": 151936,
     "hidden_size": 4096,
     "intermediate_size": 22016,
@@ -58,7 +59,7 @@ _VISION: JsonDict = {
 def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     config = {**_TEXT, **config}
     bias = bool(config.get("attention_bias", False))
-    text = llama_like(config, "qwen3_vl_text", qkv_bias=bias, out_bias=bias, qk_norm=True)
+    text = llama_like(config, _DECODER, qkv_bias=bias, out_bias=bias, qk_norm=True)
     # the class interleaves whatever mrope_interleaved says
     return with_sections(text, _SECTIONS, interleaved=True)
 
@@ -100,7 +101,7 @@ def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> Mod
 
 def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
     config = tower_to_hf(vision_of(cfg), source, _vision_from_hf)
-    return vlm_text_to_hf(cfg.text, config, {**_TEXT, **(source.get("text_config") or {})})
+    return vlm_text_to_hf(cfg.text, config, {"model_type": _DECODER, **(source.get("text_config") or {})})
 
 
 QWEN3_VL = Family(
@@ -119,8 +120,10 @@ QWEN3_VL = Family(
     image_processors=("Qwen2VL",),
     images="patches",
     recipe={**RECIPE, "data": {"max_length": 4096, "max_image_tokens": 1280}},
-    decoder=Decoder(
-        "qwen3_vl_text", "Qwen3VLForConditionalGeneration", _text_from_hf, layers_to_hf, llama_like_weights
+    decoder=Decoder(_DECODER, "Qwen3VLForConditionalGeneration", _text_from_hf, layers_to_hf, llama_like_weights),
+    stock=Stock(
+        "Qwen3VLForConditionalGeneration",
+        "AutoModelForImageTextToText",
+        image_start=("vision_start_token_id", 151652),
     ),
-    stock=Stock("Qwen3VLForConditionalGeneration", "AutoModelForImageTextToText"),
 )

@@ -156,8 +156,8 @@ def _prompts(
 
 def _patches(cfg: ModelConfig, host: dict[str, Any], pixel_values: Any, image_grid_thw: Any) -> dict[str, Any]:
     """Images of any size in prompts (or their prefixes): pixels, grids, positions and what comes after."""
-    names = ("ids", "valid") if "rows" not in host else ("prefix_ids", "prefix_valid")
-    made = patch_rows(cfg, *(host[name] for name in names), pixel_values, image_grid_thw)
+    before = "prefix_" * ("rows" in host)
+    made = patch_rows(cfg, host[f"{before}ids"], host[f"{before}valid"], pixel_values, image_grid_thw)
     deltas = made["deltas"] if "rows" not in host else made["deltas"][host["rows"]]
     return {
         "pixels": made["pixel_values"],

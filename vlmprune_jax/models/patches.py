@@ -54,11 +54,12 @@ def resampled(table: jax.Array, places: Places, grid: jax.Array) -> jax.Array:
         _between(at, grid[:, axis, None], side) for at, axis in ((places.row, 1), (places.column, 2))
     )
     (row, below), (column, beside) = top, left
-    return sum(
+    taps = [
         table[r * side + c] * (share_r * share_c)[..., None].astype(table.dtype)
         for r, share_r in ((row, 1 - down), (below, down))
         for c, share_c in ((column, 1 - right), (beside, right))
-    )
+    ]
+    return taps[0] + taps[1] + taps[2] + taps[3]
 
 
 def _between(at: jax.Array, count: jax.Array, side: int) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:

@@ -57,8 +57,9 @@ class PatchEmbedding(nnx.Module):
         self.bias = declare(sizes, ("vision",)) if cfg.patch_bias else None
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """float[images, rows * columns, vision] of float[images, channel, height, width], or of patches [images, patches,
-        channel * temporal * row * column].
+        """float[images, rows * columns, vision] of float[images, channel, height, width].
+
+        Patches, [images, patches, channel * temporal * row * column], are taken as they come.
         """
         weight = self.weight.get_value()
         if pixels.ndim == 3:
@@ -266,7 +267,10 @@ class VisionTower(nnx.Module):
         return constrain(x, ("batch", None, None))
 
     def run_parts(self, run: str) -> tuple[Callable[..., Any], nnx.State]:
-        """One run as `(apply, state)`, see `Decoder.run_parts`: `apply(slice of state, x, tap_inputs, real, context)`."""
+        """One run as `(apply, state)`, see `Decoder.run_parts`.
+
+        `apply(slice of state, x, tap_inputs, real, context)` is one block.
+        """
         graph, state = nnx.split(self.layers[run])
 
         def apply(

@@ -388,6 +388,8 @@ def check_inputs(
         raise UserError("image_grid_thw given to a model whose images are of one size")
     if vision_features is not None or not cfg.tower:
         shape, per_image = np.shape(vision_features), cfg.feature_shape
+        if cfg.any_size and len(shape) == 4:
+            per_image = (shape[2], per_image[1])
         if cfg.tower or len(shape) != 4 or (shape[0], *shape[2:]) != (len(ids), *per_image):
             raise UserError(
                 f"vision_features has shape {list(shape)}: a model without its tower takes "
