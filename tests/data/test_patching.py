@@ -225,20 +225,3 @@ def test_no_image_has_more_tokens_than_the_last_bucket() -> None:
         height, width = np.exp(draw.uniform(0, 8, 2)).astype(int).tolist()
         width = min(max(width, math.ceil(height / 200)), 200 * height)
         assert 1 <= one.image_shape(width, height, 1).tokens <= one.image_buckets[-1]
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"patch_size": None}, "says nothing of patch_size"),
-        ({"image_mean": None, "merge_size": None}, "says nothing of merge_size, image_mean"),
-        ({"size": {"shortest_edge": 300}, "max_pixels": None}, "says nothing of max_pixels"),
-        ({"min_pixels": 2000}, "min_pixels 2000 is above max_pixels"),
-        ({"do_resize": False}, "do_resize false"),
-        ({"rescale_factor": 0.5}, "rescale_factor 0.5"),
-    ],
-)
-def test_files_that_leave_something_open(golden: Golden, change: dict, words: str) -> None:
-    saved = json.loads((golden.folder / "ckpt/processor_config.json").read_text())["image_processor"]
-    with pytest.raises(UserError, match=words):
-        patching_from_processor(saved | change, "p.json")

@@ -264,8 +264,9 @@ class Encoder:
         assert loader is not None  # the prompt was tokenised, which checks it
         slot, array, shapes = 0, row[loader.array], self.shapes(record)
         for path, shape in zip(record.images, shapes, strict=True):
+            counted = loader.arrays(1, shape.tokens)[loader.array][0][1]  # patches or tokens of one of any size
             for pixels in loader.load(path, record.id, len(record.images)):
-                if slot == len(array) or (shape.tokens and len(pixels) > len(array[slot])):
+                if slot == len(array) or (shape.tokens and not len(pixels) == counted <= len(array[slot])):
                     raise UserError(f"record {record.id}: its images make more tiles than when they were counted")
                 if shape.tokens:
                     array[slot, : len(pixels)], row[GRIDS][slot] = pixels, shape.grid

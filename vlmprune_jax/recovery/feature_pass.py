@@ -70,11 +70,7 @@ def compute_features(
     Raises:
       UserError: an image cannot be read, the disk is full, or the processes do not see the same folder.
     """
-    counts = _counts(loader, pictures, on_error)
-    values = sum(counts.values()) * int(np.prod(loader.shape)) * jnp.dtype(loader.dtype).itemsize
-    on_process_zero(lambda: check_space(loader.cache.folder / "*.safetensors", values))
-    keys = sorted(pictures, key=lambda key: -counts[key]) if loader.preparation.merge else list(pictures)
-    mine = {key: pictures[key] for key in keys[jax.process_index() :: jax.process_count()]}
+    mine = _share(loader, pictures, on_error)
     decoded = _decoded(loader, mine, on_error, threads)
     rows, waiting = deque[_Tile](), deque[tuple[str, int]]()  # tiles, and how many each picture has
     finished, local = deque[np.ndarray](), batch_size // jax.process_count()
@@ -175,13 +171,21 @@ def _attempt(compute: Callable[[], Any], otherwise: Any, on_error: str) -> Any:
         return otherwise
 
 
-def _counts(loader: FeatureLoader, pictures: Mapping[str, Picture], on_error: str) -> dict[str, int]:
-    """`FeatureLoader.count` of every picture, of which each process counts a share."""
-    keys = list(pictures)
+def _share(loader: FeatureLoader, pictures: Mapping[str, Picture], on_error: str) -> dict[str, Picture]:
+    """The pictures that this process computes, those of any size by size, so that batches hold like ones.
 
-    def mine() -> list[int]:
-        chosen = keys[jax.process_index() :: jax.process_count()]
-        return [_attempt(functools.partial(loader.count, pictures[key]), 0, on_error) for key in chosen]
+    Raises:
+      UserError: there is no room for all features on the disk, or an image cannot be read.
+    """
+    keys, turns = list(pictures), slice(jax.process_index(), None, jax.process_count())
 
-    shares = [iter(share) for share in from_all(mine)]
-    return {key: next(shares[place % len(shares)]) for place, key in enumerate(keys)}
+    def count() -> list[int]:
+        return [_attempt(functools.partial(loader.count, pictures[key]), 0, on_error) for key in keys[turns]]
+
+    shares = from_all(count)
+    needed = sum(map(sum, shares)) * int(np.prod(loader.shape)) * jnp.dtype(loader.dtype).itemsize
+    on_process_zero(lambda: check_space(loader.cache.folder / "*.safetensors", needed))
+    if loader.preparation.merge:
+        counts = {key: shares[place % len(shares)][place // len(shares)] for place, key in enumerate(keys)}
+        keys.sort(key=lambda key: -counts[key])
+    return {key: pictures[key] for key in keys[turns]}
