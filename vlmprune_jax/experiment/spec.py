@@ -244,6 +244,13 @@ class PruneSpec:
         affects=_PRUNE,
         choices="prune.select:ROUNDINGS",
     )
+    deepstack: str = setting(
+        "keep",
+        "Layers at whose outputs features of the tower are added (the first of Qwen3-VL's): they stay, or the features "
+        "move to those that are then first.",
+        affects=_PRUNE,
+        choices="prune.select:DEEPSTACK",
+    )
     attn_layers: tuple[int, ...] = setting(
         (),
         "Layers that lose heads, a half-open (start, stop) in original numbers; (): all.",
