@@ -18,8 +18,9 @@ IGNORED = -100  # the label of a position where nothing is to be learnt, as torc
 class LayerShape:
     """Widths of one layer of a stack: query heads, key/value heads and MLP neurons.
 
-    `window` is the layer's own sliding attention window in tokens, None if it sees everything before it. It is no
-    width: pruning never changes it, and plans do not record it.
+    `window` is the layer's own attention window, None if it sees everything (before it, in a decoder): as many tokens,
+    sliding, or in a tower squares of as many merged cells a side. It is no width: pruning never changes it, and plans
+    do not record it.
     """
 
     q_heads: int
@@ -46,12 +47,23 @@ class ImageShape:
     """What an image becomes: `rows` x `columns` pieces (1 x 1: it stays whole), in `slots` of a batch's image array.
 
     A slot is what a batch counts images in: a whole image or a tile; a grid of several may have its overview as one
-    more, the last.
+    more, the last. An image of a size of its own is one slot whose pieces are patches, and says how many `tokens` they
+    make; the slots of others all have a model's `tokens_per_image` (0).
     """
 
     rows: int = 1
     columns: int = 1
     slots: int = 1
+    tokens: int = 0
+
+    def positions(self, per_slot: int) -> int:
+        """Decoder positions that it takes; `per_slot`: of images that all have one size."""
+        return self.tokens or per_slot * self.slots
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(frames, rows, columns) of patches, of an image of a size of its own."""
+        return (1, self.rows, self.columns)
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,9 @@ class RopeConfig:
     `kind` is "default", "linear", "llama3", "yarn" or "longrope"; the other fields are that kind's parameters, 0 or
     empty where unused. LongRoPE divides each frequency by its short factor, or by its long factor for the whole batch
     as soon as one position reaches `original_max_positions`.
+
+    With `sections` images have positions in three rows (M-RoPE): so many frequencies turn with the frame, the row and
+    the column, one block after the other, or `interleaved` in turns.
     """
 
     theta: float
@@ -74,6 +89,8 @@ class RopeConfig:
     attention_factor: float = 1.0
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    sections: tuple[int, ...] = ()
+    interleaved: bool = False
 
     def __post_init__(self) -> None:
         wrong = (
@@ -115,6 +132,10 @@ class Stack:
         """The same stack with other layers."""
         return dataclasses.replace(self, layers=tuple(layers))
 
+    def alone(self, shape: LayerShape) -> Self:
+        """One layer of the stack by itself."""
+        return self.with_layers((shape,))
+
 
 _CHOICES = {"block": ("sequential", "parallel"), "norm": ("rms", "layer"), "mlp_kind": ("gated", "plain")}
 
@@ -125,7 +146,8 @@ class TextConfig(Stack):
 
     `rotary_dim` channels of every head are rotated (its first ones). `block` is "sequential", or "parallel" for Phi's
     x + attention(norm x) + mlp(norm x) with one norm; `norm` is "rms" or "layer"; `mlp_kind` is "gated" or "plain" (two
-    projections); `qk_norm` is Qwen3's norm of every query and key head. `decoder` is the `model_type` in files.
+    projections); `qk_norm` is Qwen3's norm of every query and key head. `decoder` is the `model_type` in files, and
+    `whole_heads` says that its class in PyTorch takes hidden_size / heads for the size of a head.
     """
 
     vocab_size: int
@@ -143,6 +165,7 @@ class TextConfig(Stack):
     block: str = "sequential"
     norm: str = "rms"
     mlp_kind: str = "gated"
+    whole_heads: bool = False
     decoder: str = dataclasses.field(kw_only=True)
 
     def __post_init__(self) -> None:
@@ -155,6 +178,12 @@ class TextConfig(Stack):
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise UserError(f"{name} {getattr(self, name)!r} of a decoder is not one of {', '.join(known)}")
+        sections = self.rope.sections
+        if sections and (len(sections) != 3 or min(sections) < 0 or sum(sections) != self.rotary_dim // 2):
+            raise UserError(
+                f"mrope_section {list(sections)}: needs three numbers that add up to {self.rotary_dim // 2}, half of "
+                f"the {self.rotary_dim} rotated channels of a head"
+            )
         if self.head_bias and self.tie_embeddings:
             raise UserError("an output head with a bias cannot be tied to the embeddings (tie_word_embeddings)")
         for factors in (self.rope.short_factors, self.rope.long_factors):
@@ -173,6 +202,11 @@ class VisionConfig(Stack):
     `kind` names its weight table in files (families/towers.py); the fields after it say how the towers differ.
     `position_size` is the image size that the position table is for (0: `image_size`); a tower that `resizes` fits its
     table to other images, one that `spreads` has the real patches of a masked image spread over the whole table.
+
+    With `temporal` (copies of the image in a patch) images are of any size and come as patches, `merge` x `merge`
+    neighbours one after the other; `image_size` is then a typical one, for estimates. Such a tower fits its table to
+    every image, if it has one (`table`), and turns queries and keys by row and column (`rope_theta`). What the blocks
+    `deepstack` make is handed to the decoder's first layers.
     """
 
     n_layers_total: int
@@ -191,10 +225,38 @@ class VisionConfig(Stack):
     position_size: int = 0
     resizes: bool = False
     spreads: bool = False
+    temporal: int = 0
+    merge: int = 1
+    table: bool = True
+    rope_theta: float = 0.0
+    norm: str = "layer"
+    mlp_kind: str = "plain"
+    deepstack: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.image_size < self.patch_size:
             raise UserError(f"vision tower: image_size {self.image_size} is below patch_size {self.patch_size}")
+        if self.rope_theta and self.head_dim % 4:
+            raise UserError(
+                f"vision tower: heads of {self.head_dim} channels, of which rows and columns turn half each: needs a "
+                "multiple of 4"
+            )
+        last, ascending = self.n_layers_total - 1, sorted(set(self.deepstack))
+        if ascending != list(self.deepstack) or not set(ascending) <= set(range(len(self.layers))):
+            raise UserError(
+                f"vision tower: deepstack_visual_indexes {list(self.deepstack)} must be ascending numbers of its "
+                f"blocks, 0 to {last}"
+            )
+
+    @property
+    def any_size(self) -> bool:
+        """Whether images are of any size and come as patches."""
+        return self.temporal > 0
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers of a patch."""
+        return self.channels * max(self.temporal, 1) * self.patch_size**2
 
     @property
     def grid(self) -> int:
@@ -219,7 +281,16 @@ class VisionConfig(Stack):
     def with_layers(self, layers: Sequence[LayerShape]) -> Self:
         """The same tower with other layers; it then ends with the feature layer, since no block above it fits them."""
         layers = tuple(layers)
+        if self.deepstack and len(layers) != len(self.layers):
+            raise UserError(
+                "blocks of a vision tower whose features enter several decoder layers (deepstack) cannot be removed: "
+                "prune its widths, or the decoder"
+            )
         return self if layers == self.layers else dataclasses.replace(self, layers=layers, n_layers_total=len(layers))
+
+    def alone(self, shape: LayerShape) -> Self:
+        """One block of the tower by itself."""
+        return dataclasses.replace(self, layers=(shape,), n_layers_total=1, deepstack=())
 
 
 @dataclass(frozen=True)
@@ -228,7 +299,9 @@ class ProjectorConfig:
 
     `kind` "mlp" is LLaVA's: two layers. In the others `downsample` x `downsample` neighbours become one longer feature
     first (`shuffle_version` "v1" transposes the cells, "v2" does not): "pixel_shuffle" is InternVL's, with a layer norm
-    (`norm_eps`) before the same two layers, "linear" SmolVLM's, one layer without activation.
+    (`norm_eps`) before the same two layers, "linear" SmolVLM's, one layer without activation. "merger" has the norm
+    before the patches are joined, and two layers as wide as they are then; the first of `deepstack` more of them, whose
+    norm (a layer norm) comes after, is for the first of the tower's deepstack blocks.
     """
 
     activation: str
@@ -237,6 +310,8 @@ class ProjectorConfig:
     norm_eps: float = 0.0
     downsample: int = 1
     shuffle_version: str = "v2"
+    norm: str = "layer"
+    deepstack: int = 0
 
     def __post_init__(self) -> None:
         if self.shuffle_version not in ("v1", "v2"):
@@ -272,8 +347,8 @@ class ModelConfig:
 
     `feature_select` is "patch" (the tower's first position, the class token if it has one, is dropped) or "full".
     `image_token_id` marks the positions that image features replace; the original LLaVA and Bunny layouts use the
-    sentinel -200, which is never embedded. With `tower` False there are no weights of the tower, and the model takes
-    its features instead of pixels.
+    sentinel -200, which is never embedded; `video_token_id` marks what is refused. With `tower` False there are no
+    weights of the tower, and the model takes its features instead of pixels.
     """
 
     family: str
@@ -288,6 +363,7 @@ class ModelConfig:
     pad_token_id: int | None = None
     lora: LoraConfig | None = None
     tower: bool = True
+    video_token_id: int | None = None
 
     def __post_init__(self) -> None:
         if self.vision is None or self.projector is None:
@@ -295,10 +371,28 @@ class ModelConfig:
         grid, factor = self.vision.grid, self.projector.downsample
         if grid % factor:
             raise UserError(f"images of {grid} patches a side cannot be downsampled {factor} times")
+        if len(self.text.layers) < self.deepstack:
+            raise UserError(
+                f"a decoder of {len(self.text.layers)} layers, and features of the vision tower for the first "
+                f"{self.deepstack} (deepstack_visual_indexes): at least as many layers must stay"
+            )
+
+    @property
+    def deepstack(self) -> int:
+        """How many of the first decoder layers have features of the tower added to their output at image tokens."""
+        return 0 if self.vision is None else len(self.vision.deepstack)
+
+    @property
+    def any_size(self) -> bool:
+        """Whether images are of any size and come as patches."""
+        return self.vision is not None and self.vision.any_size
 
     @property
     def tokens_per_image(self) -> int:
-        """Decoder positions that one image, or one tile of it, occupies (0 without a vision tower)."""
+        """Decoder positions that one image, or one tile of it, occupies (0 without a vision tower).
+
+        Of a tower for images of any size: that a typical one does.
+        """
         if self.vision is None:
             return 0
         positions = self.vision.n_patches + self.vision.class_token - (self.feature_select == "patch")
@@ -309,7 +403,8 @@ class ModelConfig:
         """(tokens, features) of one image, or one tile of it, before the projector ((0, 0) without a vision tower)."""
         if self.vision is None or self.projector is None:
             return 0, 0
-        return self.tokens_per_image, self.vision.hidden_size * self.projector.downsample**2
+        width = self.vision.hidden_size * self.projector.downsample**2
+        return self.tokens_per_image, width * (1 + self.projector.deepstack)
 
     @property
     def longest_row(self) -> int:

@@ -170,11 +170,25 @@ def keep_width(
 
 
 def random_ids(model: Model, seed: int = 0) -> dict[str, np.ndarray]:
-    """Two rows of 20 random ids, with an image each if the model has a tower."""
+    """Two rows of 20 random ids, with an image each if the model has a tower.
+
+    Where images are of any size, one is of 2 x 5 merged cells and one of 3 x 2, each behind token 91.
+    """
     draw, cfg = np.random.default_rng(seed), model.cfg
     ids = draw.integers(6, 90, (2, 20))
     if cfg.vision is None:
         return {"input_ids": ids}
+    if cfg.any_size:
+        cells = np.array([[1, 2, 5], [1, 3, 2]])
+        ids = draw.integers(6, 90, (2, 30))
+        for row, tokens in zip(ids, cells.prod(axis=1), strict=True):
+            row[3], row[4 : 4 + tokens] = 91, cfg.image_token_id
+        grids = cells * [1, cfg.vision.merge, cfg.vision.merge]
+        pixels = draw.standard_normal((grids.prod(axis=1).sum(), cfg.vision.patch_values), np.float32)
+        types = (ids == cfg.image_token_id).astype(np.int64)
+        # without a mask and a cache, version 4.57 takes the repeated positions of an image for many short rows
+        rows = {"input_ids": ids, "attention_mask": np.ones_like(ids), "mm_token_type_ids": types}
+        return {**rows, "pixel_values": pixels, "image_grid_thw": grids}
     image = np.full((2, cfg.tokens_per_image), cfg.image_token_id)
     size = cfg.vision.image_size
     pixels = draw.standard_normal((2, 3, size, size), np.float32)

@@ -91,6 +91,32 @@ def smolvlm_config(text: str) -> dict[str, Any]:
     }
 
 
+def qwen_vl_config(name: str) -> dict[str, Any]:
+    """A Qwen3-VL or Qwen2.5-VL (`name`: its model_type), as the hub's folders of version 4 nest or do not nest it."""
+    text = {
+        **_RMS, "num_hidden_layers": 4, "rope_theta": 700.0, "max_position_embeddings": 96,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [1, 3, 2] if name == "qwen3_vl" else [2, 3, 1]},
+    }  # fmt: skip
+    vision = {
+        "depth": 3, "hidden_size": 24, "intermediate_size": 36, "num_heads": 3, "in_channels": 3, "patch_size": 3,
+        "spatial_merge_size": 2, "temporal_patch_size": 1, "out_hidden_size": 48, "model_type": name,
+    }  # fmt: skip
+    outer = {
+        "model_type": name, "image_token_id": 90, "video_token_id": 92, "vision_start_token_id": 91,
+        "vision_end_token_id": 93, "tie_word_embeddings": False, "torch_dtype": "float32",
+        "transformers_version": "4.57.0",
+    }  # fmt: skip
+    if name == "qwen3_vl":
+        vision |= {"hidden_act": "gelu", "num_position_embeddings": 36, "deepstack_visual_indexes": [1]}
+        text |= {"model_type": "qwen3_vl_text", "head_dim": 12, "attention_bias": True}
+        return {
+            "architectures": ["Qwen3VLForConditionalGeneration"], **outer, "text_config": text, "vision_config": vision
+        }  # fmt: skip
+    vision |= {"hidden_act": "relu", "window_size": 13, "fullatt_block_indexes": [1]}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return {"architectures": ["Qwen2_5_VLForConditionalGeneration"], **outer, **text, "vision_config": vision}
+
+
 def internvl_chat_config(text: str) -> dict[str, Any]:
     """The hub layout of InternVL-Chat, which transformers cannot load by itself."""
     return {

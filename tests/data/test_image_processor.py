@@ -14,6 +14,15 @@ from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.errors import UserError
 
 CLIP = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 28, "crop_size": 28}
+PATCHES = {
+    "image_processor_type": "Qwen2VLImageProcessorFast",
+    "size": {"shortest_edge": 784, "longest_edge": 7840},
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
 TILES = {"image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 28, "width": 28}}
 
 
@@ -51,6 +60,17 @@ TILES = {"image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 28,
         (TILES | {"rescale_factor": "x"}, "$.rescale_factor"),
         (TILES | {"max_patches": 10**30}, "max_tiles"),
         (TILES | {"min_patches": -1}, "$.min_patches"),
+        (PATCHES | {"size": {"shortest_edge": 0, "longest_edge": 9}}, "$.size.shortest_edge"),
+        (PATCHES | {"size": 28}, "$.size"),
+        (PATCHES | {"max_pixels": 10**30}, "$.max_pixels"),
+        (PATCHES | {"min_pixels": 7841}, "min_pixels 7841 is above max_pixels 7840"),
+        (PATCHES | {"patch_size": 10**6}, "$.patch_size"),
+        (PATCHES | {"temporal_patch_size": 0}, "$.temporal_patch_size"),
+        (PATCHES | {"merge_size": "2"}, "$.merge_size"),
+        (PATCHES | {"merge_size": None, "image_mean": None}, "says nothing of merge_size, image_mean"),
+        ({name: value for name, value in PATCHES.items() if name != "size"}, "says nothing of min_pixels, max_pixels"),
+        (PATCHES | {"do_resize": False}, "do_resize false"),
+        (PATCHES | {"rescale_factor": 0.5}, "rescale_factor 0.5"),
     ],
 )
 @pytest.mark.parametrize("nested", [False, True])
@@ -78,6 +98,23 @@ def test_another_size_than_the_towers_is_refused_before_it_runs(
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=r"preprocessor_config.json: the image processor makes .* tower takes 56 x 56"):
         load_image_processor(tmp_path, aspect_ratio="pad", max_pixels=10**6, cache_bytes=0, image_size=56)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes", "words"),
+    [
+        (PATCHES, {"patches": (1536, 2)}, "makes patches of 1176 numbers, 2 a side for a token, but the .* of 1536"),
+        (PATCHES, {"patches": (1176, 3)}, "but the vision tower takes patches of 1176 numbers, 3 a side for a token"),
+        (PATCHES, {"image_size": 56}, "makes patches of .* tower takes 56 x 56 pixels"),
+        (TILES, {"patches": (1176, 2)}, "makes 28 x 28 pixels, but the vision tower takes patches of 1176"),
+        (PATCHES, {"tiling": {"max_tiles": 3}}, "data.max_tiles given, but this model does not cut"),
+        (TILES, {"max_image_tokens": 9}, "data.max_image_tokens given, but this model does not take images of any"),
+    ],
+)
+def test_a_tower_of_another_kind(tmp_path: Path, settings: dict, sizes: dict, words: str) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=words):
+        load_image_processor(tmp_path, aspect_ratio="pad", max_pixels=10**6, cache_bytes=0, **sizes)
 
 
 def test_images_that_stay_oblong_name_file_and_record(tmp_path: Path) -> None:

@@ -200,4 +200,4 @@ def test_too_many_tiles_or_images_name_their_record(samples: list[Record], encod
 def test_longest_counts_tiles(samples: list[Record], encoder: Encoder) -> None:
     sizes = measure(samples[:6], encoder, on_error="stop", threads=2)
     assert sizes[:, 0].max() == 292
-    assert sizes[2].tolist() == [207, slots_of(encoder.shapes(samples[2]))]
+    assert sizes[2].tolist() == [207, slots_of(encoder.shapes(samples[2])), 0]

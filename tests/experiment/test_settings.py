@@ -115,7 +115,10 @@ def named(section: str, names: str) -> set[str]:
 
 
 PRECISION = {"model.dtype"}
-PICTURE = named("data", "template system max_images aspect_ratio min_tiles max_tiles thumbnail tile_buckets")
+PICTURE = named(
+    "data",
+    "template system max_images aspect_ratio min_tiles max_tiles thumbnail max_image_tokens image_buckets tile_buckets",
+)
 TRAINING = PICTURE | named("data", "max_length truncate length_buckets on_error")
 SCORE = named(
     "score",
@@ -239,7 +242,7 @@ def test_a_teacher_cache_is_of_what_its_logits_depend_on(tmp_path):
     )
     assert _made_from(experiment).keys() == {
         *("holds", "model.hf_dir", "model.vision_dir", "model.dtype", "data.max_length", "recover.teacher_top_k"),
-        *named("data", "template system truncate aspect_ratio min_tiles max_tiles thumbnail"),
+        *named("data", "template system truncate aspect_ratio min_tiles max_tiles thumbnail max_image_tokens"),
         *named("recover", "compute_dtype losses.temperature losses.kl_positions"),
     }
 

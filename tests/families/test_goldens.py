@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hf_cases import assert_same_tensors, edit_weights, keep_layers, mean_loss
@@ -21,6 +22,7 @@ from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import to_nnx
 
 FAMILIES = ("internvl3", "smolvlm")
+PATCHED = ("qwen3_vl", "qwen2_5_vl")  # images of any size, as patches with a grid
 CASES = ("single", "two", "text", "tiny")
 CLOSE = dict(atol=1e-4, rtol=0)
 
@@ -34,6 +36,7 @@ class Golden:
         self.facts = json.loads((folder / "golden.json").read_text())
         self.model = vp.load(self.ckpt)
         self.by_row = folder.name == "smolvlm"
+        self.patched = folder.name in PATCHED
 
     def images(self, case):
         return self.facts["cases"][case]["images"]
@@ -50,16 +53,27 @@ class Golden:
             row[: len(pixels)] = pixels
         return found
 
+    def shown(self, cases):
+        """The images of these cases, with their grids where they have some."""
+        pixels = {"pixel_values": self.pixels(cases)}
+        grids = [self.arrays[f"image{k}_grid_thw"] for case in cases for k in self.images(case) if self.patched]
+        return pixels | ({"image_grid_thw": np.stack(grids)} if grids else {})
+
     def inputs(self, case):
-        return {"input_ids": self.arrays[f"{case}_input_ids"][None], "pixel_values": self.pixels([case])}
+        inputs = {"input_ids": self.arrays[f"{case}_input_ids"][None], **self.shown([case])}
+        if "image_grid_thw" in inputs:
+            inputs["mm_token_type_ids"] = self.arrays[f"{case}_mm_token_type_ids"][None]
+            # version 4.57 takes the repeated positions of an image for many short rows if there is no mask
+            inputs["attention_mask"] = np.ones_like(inputs["input_ids"])
+        return inputs
 
     def batch(self, side):
         names = ("input_ids", "attention_mask", "labels")
         arrays = {name: self.arrays[f"batch_{side}_{name}"] for name in names}
-        return arrays | {"pixel_values": self.pixels(["tiny", "text", "two"])}
+        return arrays | self.shown(["tiny", "text", "two"])
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES + PATCHED)
 def golden(goldens, request):
     return Golden(goldens / "families" / request.param)
 
@@ -83,9 +97,25 @@ def test_forward(golden):
 
 def test_tower(golden):
     states = golden.arrays["single_vision_states"]
-    tower, tapped = to_nnx(golden.model).vision, golden.arrays["image0_pixel_values"][:1]
-    _, found = tower.tapped(tapped, lambda block: (block.before, block.after))
+    tower, pixels = to_nnx(golden.model).vision, golden.arrays["image0_pixel_values"]
+    if golden.patched:  # with padding behind the image
+        grid, order = jnp.asarray(golden.arrays["image0_grid_thw"])[None], slice(len(pixels))
+        pixels = np.concatenate([pixels, np.ones((4, pixels.shape[1]), np.float32)])
+        _, found = tower.tapped(pixels[None], lambda block: (block.before, block.after), grid=grid)
+        if any(shape.window for shape in tower.cfg.layers):  # stored window by window
+            windows = tower.context(pixels[None], grid).segments[tower.cfg.layers[0].window]
+            order = np.argsort(windows[0, :-4], kind="stable")
+        found = [(before[:, order], after[:, order]) for before, after in found]
+    else:
+        _, found = tower.tapped(pixels[:1], lambda block: (block.before, block.after))
     np.testing.assert_allclose(np.concatenate([found[0][0], *(after for _, after in found)]), states, **CLOSE)
+
+
+def test_deepstack(goldens):
+    golden = Golden(goldens / "families/qwen3_vl")
+    module, grid = to_nnx(golden.model), jnp.asarray(golden.arrays["image0_grid_thw"])[None]
+    added = module.projector.added(module.vision_features(golden.arrays["image0_pixel_values"][None], grid=grid))
+    np.testing.assert_allclose(added[:, 0], golden.arrays["single_deepstack"], **CLOSE)
 
 
 def test_answers_of_a_padded_batch(golden):
@@ -96,7 +126,7 @@ def test_answers_of_a_padded_batch(golden):
     found = vp.generate(
         golden.model,
         ids,
-        pixel_values=golden.pixels(CASES),
+        **golden.shown(CASES),
         attention_mask=mask,
         max_new_tokens=8,
         eos_token_ids=(),
@@ -155,6 +185,7 @@ def as_record(golden, case):
     return Record(case, (*turns, ("gpt", facts["answer"])), paths)
 
 
+@pytest.mark.parametrize("golden", FAMILIES, indirect=True)
 @pytest.mark.parametrize("processor", ["", "_hub_style"])
 def test_prompts_labels_and_images(golden, tmp_path, processor):
     for path in golden.ckpt.iterdir():

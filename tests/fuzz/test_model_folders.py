@@ -154,9 +154,15 @@ def test_tokenizer(goldens, tmp_path, name):
     check()
 
 
-@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json", "config.json"])
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json", "config.json", "patches"])
 def test_image_processor(goldens, tmp_path, name):
-    if name == "config.json":  # which says how images are cut
+    sizes = {"image_size": 28}
+    if name == "patches":  # of images of any size
+        shutil.copytree(goldens / "families/qwen3_vl/ckpt", folder := tmp_path / "model")
+        (folder / "processor_config.json").unlink()
+        value = json.loads((goldens / "families/qwen3_vl/preprocessor_config_hub_style.json").read_text())
+        name, sizes = "preprocessor_config.json", {"patches": (144, 2)}
+    elif name == "config.json":  # which says how images are cut
         folder = copy_golden(goldens, "internvl", tmp_path / "model")
         value = json.loads((folder / name).read_text()) | {"min_dynamic_patch": 1, "max_dynamic_patch": 4}
     else:
@@ -167,7 +173,7 @@ def test_image_processor(goldens, tmp_path, name):
     path = folder / name
 
     def read():
-        loader = load_image_processor(folder, aspect_ratio="pad", max_pixels=10**6, cache_bytes=0, image_size=28)
+        loader = load_image_processor(folder, aspect_ratio="pad", max_pixels=10**6, cache_bytes=0, **sizes)
         return loader.load(goldens / "data/images/img1.png", "r1").shape
 
     @fuzz(80, content=json_files(value))

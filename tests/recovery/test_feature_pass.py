@@ -24,7 +24,7 @@ from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.errors import Stopped, UserError
 from vlmprune_jax.hf.disk.atomic import SPARE_BYTES
 from vlmprune_jax.hf.read import load
-from vlmprune_jax.models.vlm import Model, to_nnx
+from vlmprune_jax.models.vlm import Model, to_nnx, tower_features
 from vlmprune_jax.recovery.feature_pass import compute_features, feature_identity
 
 
@@ -78,6 +78,30 @@ def test_tiles_become_what_the_model_computes_of_them(goldens, tiled, tmp_path):
                 np.testing.assert_allclose(features, direct(pixels), atol=1e-5, rtol=0)
     assert len(numbers) > 3
     assert fill(make_loader(goldens, tmp_path / "one", model), tiled) == 0
+
+
+def test_images_of_any_size(goldens, tmp_path):
+    """Each alone in the tower gives what batches of several gave; rows of a batch have room for the largest."""
+    folder = goldens / "families/qwen3_vl"
+    turns = (("human", "<image><image>"), ("gpt", "a"))
+    paths = [folder / f"images/{number}.png" for number in range(4)]
+    records = [Record("a", turns, (paths[0], paths[3])), Record("b", turns, (paths[1], paths[2]))]
+    images = load_image_processor(folder / "ckpt", aspect_ratio="pad", max_pixels=10**6, cache_bytes=10**7)
+    model, mesh = load(folder / "ckpt"), make_mesh(2, 1, 1, devices=jax.devices()[:2])
+    for name, devices in (("one", None), ("two", mesh)):
+        there = load(folder / "ckpt", mesh=devices)
+        cache = ArrayCache(tmp_path / name, {"weights": "x"})
+        loader = FeatureLoader(images, cache, model.cfg.feature_shape[1:], np.dtype(np.float32))
+        assert fill(loader, (there, records), mesh=devices, batch_size=2) == 4
+        for record in records:
+            for path, shape in zip(record.images, loader.shapes(record.images, "r"), strict=True):
+                pixels, grid = images.load(path, "r"), np.array([shape.grid], np.int32)
+                alone = tower_features(model.params["vision"], model.cfg, jnp.asarray(pixels), jnp.asarray(grid))
+                np.testing.assert_allclose(loader.load(path, "r", 2), alone, atol=1e-5, rtol=0)
+                assert loader.load(path, "r", 2).shape[1] == shape.tokens
+    rows = loader.arrays(2, 20)
+    assert rows["vision_features"] == ((2, 20, *loader.shape), np.dtype(np.float32))
+    assert rows["image_grid_thw"][0] == (2, 3)
 
 
 def test_a_stopped_pass_continues(goldens, tiled, tmp_path):

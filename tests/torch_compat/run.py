@@ -11,6 +11,7 @@ By hand: echo '{"folder": ...}' | PYTHONPATH=.compat/transformers-4.57 python te
 """
 
 import contextlib
+import inspect
 import json
 import sys
 import traceback
@@ -77,7 +78,9 @@ def run_job(job: dict) -> None:
         model.save_pretrained(job["save_to"])
     if job["adapter"]:
         model = with_adapter(model, job["adapter"])
-    inputs = read_inputs(job["inputs"], dtype)
+    inputs, takes = read_inputs(job["inputs"], dtype), inspect.signature(model.forward).parameters
+    if "mm_token_type_ids" not in takes:  # version 4 finds images by their ids
+        inputs.pop("mm_token_type_ids", None)
     outputs = {}
     if job["want"]:
         logits = model(**inputs, use_cache=False).logits

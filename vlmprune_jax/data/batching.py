@@ -29,8 +29,11 @@ class Batch:
 
     `arrays`: input_ids, attention_mask, labels int32[batch, tokens] (labels are not shifted) and, with a vision tower,
     pixel_values float32[batch, slots, 3, height, width], or with a feature cache vision_features [batch, slots, tokens,
-    features]; rows with fewer images (or tiles of images) carry zeros in the other slots, which come last. With a
-    cached teacher also what `TeacherRows` adds.
+    features]; rows with fewer images (or tiles of images) carry zeros in the other slots, which come last. A model that
+    takes images of any size has pixel_values float32[batch, slots, patches, values], the patches of a token one after
+    the other and zeros behind an image's last, image_grid_thw int32[batch, slots, 3] (frames, rows and columns of
+    patches, 0 of an empty slot) and position_ids int32[batch, 3, tokens]. With a cached teacher also what `TeacherRows`
+    adds.
     A padding row has mask 0 everywhere and the id "". `skipped`: (record id, reason) of the records that could not be
     read and whose rows are padding instead.
     """
@@ -74,7 +77,7 @@ def train_batches(
     joined, they are the batch that one process would read. A last short batch is dropped, or filled up with padding
     rows. The iterator's state continues exactly. `augment="flip_shift"` (pretraining) is seeded by (seed, place).
 
-    `sizes`: int[records, 2] (`measure.measure`), equal on all processes; the shape of a batch follows from them. They
+    `sizes`: int[records, 3] (`measure.measure`), equal on all processes; the shape of a batch follows from them. They
     are needed to group rows (`grouping.grouped_order`), for length buckets, and to skip what cannot be read: with
     `on_error="skip"` such a record keeps its place, and its row is padding. `teacher` adds its arrays to every row.
     """
@@ -84,6 +87,8 @@ def train_batches(
             raise UserError(f"{name} {value!r} is not supported; use one of {', '.join(values)}")
     if augment != "none" and (teacher is not None or isinstance(encoder.image_loader, FeatureLoader)):
         raise UserError(f"augment {augment!r} changes images, and what is cached is of images as they are: drop one")
+    if augment != "none" and encoder.image_buckets is not None:
+        raise UserError(f"augment {augment!r} is for images of one size, and this model takes any: drop it")
     if sizes is None and (group_by, on_error, encoder.length_buckets) != ("none", "stop", None):
         raise UserError("group_by, length buckets and on_error='skip' need sizes=measure(records, encoder, ...)")
     if drop_remainder and epochs is not None and len(records) * epochs < batch_size:
@@ -95,7 +100,7 @@ def train_batches(
         grouped = functools.partial(grouped_order, sizes, group_by=group_by, batch_size=batch_size, seed=seed)
         order = functools.lru_cache(maxsize=2)(grouped)  # batches run across the border of two epochs
     shuffle_seed = seed if shuffle and order is None else None
-    check_memory(batch_size // process_count, _least_shape(encoder), encoder, prefetch)
+    check_memory(batch_size // process_count, encoder.least_shape, encoder, prefetch)
     rows = _batch_rows(len(records), batch_size, process_count, shuffle_seed, epochs, drop_remainder, order)
     load = functools.partial(
         _load_training,
@@ -124,7 +129,7 @@ def _load_training(
     """The rows `mine` of a global batch of (place, record index), in the shape that all of its rows need."""
     real = [index for index in batch[:, 1].tolist() if index != _PADDING_ROW]
     if sizes is None:
-        shape = Shape(encoder.max_length, encoder.slots([records[index] for index in real]))
+        shape = Shape(encoder.max_length, *encoder.room([records[index] for index in real]))
     else:
         shape = encoder.shape(sizes[real])
     rows, names, skipped = [], [], []
@@ -167,15 +172,15 @@ def generation_batches(
     The last batch is filled with copies of the first record whose `valid` is False, so that all shapes are equal and
     every process sees ceil(len(records) / batch_size) batches.
     """
-    check_memory(batch_size // process_count, _least_shape(encoder), encoder, prefetch)
+    check_memory(batch_size // process_count, encoder.least_shape, encoder, prefetch)
     rows = _batch_rows(len(records), batch_size, process_count, None, 1, False)
     mine = _slice(batch_size, process_index, process_count)
 
     def load(batch: np.ndarray) -> GenerationBatch:
         valid = batch[mine, 1] != _PADDING_ROW
         everyone = [records[max(index, 0)] for index in batch[:, 1].tolist()]
-        slots, chosen = encoder.slots(everyone), everyone[mine]
-        arrays = _stack([encoder.generation_row(record, slots) for record in chosen])
+        room, chosen = encoder.room(everyone), everyone[mine]
+        arrays = _stack([encoder.generation_row(record, room) for record in chosen])
         names = tuple(record.id if real else "" for record, real in zip(chosen, valid, strict=True))
         return GenerationBatch(arrays, names, tuple(chosen), valid)
 
@@ -188,20 +193,15 @@ def check_memory(rows: int, shape: Shape, encoder: Encoder, prefetch: int) -> No
     Raises UserError naming what makes them large.
     """
     loader = encoder.image_loader
-    image = 0 if loader is None else math.prod(loader.shape) * loader.dtype.itemsize
-    needed = (prefetch + 1) * rows * (3 * 4 * shape.tokens + shape.slots * image)
+    arrays = {} if loader is None else loader.arrays(shape.slots, shape.image_tokens)
+    images = sum(math.prod(size) * dtype.itemsize for size, dtype in arrays.values())
+    needed = (prefetch + 1) * rows * (3 * 4 * shape.tokens + images)
     if needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         raise UserError(
             f"batches of {rows} rows of {shape.tokens} tokens and {shape.slots} images: {prefetch + 1} of them take "
             f"{needed / 2**30:,.0f} GiB, more than this machine has; lower batch_size, data.max_images or "
             "data.max_length"
         )
-
-
-def _least_shape(encoder: Encoder) -> Shape:
-    """The smallest shape that a batch can have."""
-    lengths, slots = encoder.length_buckets or (encoder.max_length,), encoder.tile_buckets or (encoder.max_images,)
-    return Shape(lengths[0], slots[0])
 
 
 def _stack(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

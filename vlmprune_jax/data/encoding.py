@@ -10,18 +10,27 @@ import numpy as np
 
 from vlmprune_jax.config import IGNORED, ImageShape
 from vlmprune_jax.data.feature_loader import FeatureLoader
-from vlmprune_jax.data.images import ImageLoader, augment_flip_shift
+from vlmprune_jax.data.images import GRIDS, ImageLoader, augment_flip_shift
 from vlmprune_jax.data.prompts import tokenize_prompt, tokenize_training
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families.templates import Template
+from vlmprune_jax.models.positions import AXES, mrope_positions
+
+
+class Room(NamedTuple):
+    """What a batch has of images: slots in a row, and of images of any size the tokens that each is padded to (0)."""
+
+    slots: int
+    image_tokens: int = 0
 
 
 class Shape(NamedTuple):
-    """What the rows of a batch are padded to."""
+    """What the rows of a batch are padded to; see `Room`."""
 
     tokens: int
     slots: int
+    image_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,7 @@ class Encoder:
     cuts longer training rows at the right, as the reference does; without it they are refused. A record has at most
     `max_images` images. With `tile_buckets` (ascending) a batch has as many slots as the smallest of them that holds
     each of its rows, so that there are as many compiled programs as buckets; None = always `max_images` slots.
+    `image_buckets` (ascending) are the same for the tokens of one image, where images are of any size (else None).
     `length_buckets` (ascending, up to `max_length`) are the same for the tokens of measured training batches; None =
     always `max_length`. `longest`: rows of more tokens are refused where nothing cuts them
     (`ModelConfig.longest_row`; 0 = any). `words`: of the model's vocabulary, beyond which ids are refused (0 = any).
@@ -48,6 +58,7 @@ class Encoder:
     truncate: bool
     tile_buckets: tuple[int, ...] | None = None
     length_buckets: tuple[int, ...] | None = None
+    image_buckets: tuple[int, ...] | None = None
     longest: int = 0
     words: int = 0
 
@@ -56,22 +67,24 @@ class Encoder:
     ) -> dict[str, np.ndarray]:
         """Return the unbatched arrays of a Batch, padded at the right. Raises UserError naming the record."""
         ids, labels = self.training_tokens(record)
-        row = self._empty_row(Shape(self.max_length, self.slots([record])) if shape is None else shape)
+        row = self._empty_row(Shape(self.max_length, *self.room([record])) if shape is None else shape)
         row["input_ids"][: len(ids)] = ids
         row["attention_mask"][: len(ids)] = 1
         row["labels"][: len(ids)] = labels
         self._fill_images(row, record, augment_seed)
+        self._fill_positions(row)
         return row
 
-    def generation_row(self, record: Record, slots: int | None = None) -> dict[str, np.ndarray]:
+    def generation_row(self, record: Record, room: Room | None = None) -> dict[str, np.ndarray]:
         """Return the unbatched arrays of a GenerationBatch, padded at the left. Raises UserError naming the record."""
         ids = self.prompt_ids(record)
         check_length(len(ids), record, self.max_length)
-        row = self._empty_row(Shape(self.max_length, self.slots([record]) if slots is None else slots))
+        row = self._empty_row(Shape(self.max_length, *(self.room([record]) if room is None else room)))
         del row["labels"]
         row["input_ids"][self.max_length - len(ids) :] = ids
         row["attention_mask"][self.max_length - len(ids) :] = 1
         self._fill_images(row, record, None)
+        self._fill_positions(row)
         return row
 
     def padding_row(self, shape: Shape) -> dict[str, np.ndarray]:
@@ -92,11 +105,13 @@ class Encoder:
         self._check_longest(ids, record)
         return ids
 
-    def images(self, record: Record, slots: int) -> np.ndarray:
-        """Return float32[slots, 3, height, width]: the record's images or tiles in order, then zeros."""
-        row = self._empty_row(Shape(0, slots))
+    def images(self, record: Record, room: Room) -> dict[str, np.ndarray]:
+        """Return the arrays of a row that hold the record's images or tiles in order, then zeros; {} of text models."""
+        if self.image_loader is None:
+            return {}
+        row = self._empty_row(Shape(0, *room))
         self._fill_images(row, record, None)
-        return row["pixel_values"]
+        return {name: row[name] for name in self.image_loader.arrays(*room)}
 
     def shapes(self, record: Record) -> list[ImageShape]:
         """Return what each image of a record becomes; none for text. Raises UserError naming the record."""
@@ -112,33 +127,52 @@ class Encoder:
             )
         return self.image_loader.shapes(record.images, record.id)
 
-    def slots(self, records: Sequence[Record]) -> int:
-        """Return the image slots of a batch of these records. Raises UserError naming a record with too many tiles."""
-        if self.tile_buckets is None or self.image_loader is None:
-            return self.max_images
-        most = self.tile_buckets[0]
+    def room(self, records: Sequence[Record]) -> Room:
+        """Return what a batch of these records has of images. Raises UserError naming a record that no bucket holds."""
+        if self.image_loader is None or (self.tile_buckets is None and self.image_buckets is None):
+            return Room(self.max_images)
+        slots, tokens = 0, 0
         for record in records:
-            needed = slots_of(self.shapes(record))
-            if needed > self.tile_buckets[-1]:
-                raise UserError(
-                    f"record {record.id}: its images make {needed} tiles, over the largest bucket of "
-                    f"{self.tile_buckets[-1]}; raise data.tile_buckets or lower data.max_tiles"
-                )
-            most = max(most, _smallest(self.tile_buckets, needed))
-        return most
+            images = self.shapes(record)
+            self._check_buckets(record, images)
+            slots, tokens = max(slots, slots_of(images)), max(tokens, largest(images))
+        return self._room(slots, tokens)
 
     def shape(self, sizes: np.ndarray) -> Shape:
-        """Return the shape of a training batch of records with these sizes, int[rows, 2] (see `measure.measure`)."""
-        tokens, slots = sizes.max(0, initial=0).tolist()
-        return Shape(
-            self.max_length if self.length_buckets is None else _smallest(self.length_buckets, tokens),
+        """Return the shape of a training batch of records with these sizes, int[rows, 3] (see `measure.measure`)."""
+        tokens, slots, image = sizes.max(0, initial=0).tolist()
+        length = self.max_length if self.length_buckets is None else _smallest(self.length_buckets, tokens)
+        return Shape(length, *self._room(slots, image))
+
+    @property
+    def least_shape(self) -> Shape:
+        """The smallest shape that a batch can have."""
+        return Shape((self.length_buckets or (self.max_length,))[0], *self._room(0, 0))
+
+    def _room(self, slots: int, image_tokens: int) -> Room:
+        return Room(
             self.max_images if self.tile_buckets is None else _smallest(self.tile_buckets, slots),
+            0 if self.image_buckets is None else _smallest(self.image_buckets, image_tokens),
         )
+
+    def _check_buckets(self, record: Record, images: Sequence[ImageShape]) -> None:
+        needed, most = slots_of(images), self.tile_buckets
+        if most is not None and needed > most[-1]:
+            raise UserError(
+                f"record {record.id}: its images make {needed} tiles, over the largest bucket of {most[-1]}; raise "
+                "data.tile_buckets or lower data.max_tiles"
+            )
+        needed, most = largest(images), self.image_buckets
+        if most is not None and needed > most[-1]:
+            raise UserError(
+                f"record {record.id}: an image makes {needed} tokens, over the largest bucket of {most[-1]}; raise "
+                "data.image_buckets or lower data.max_image_tokens"
+            )
 
     def image_positions(self, images: Sequence[ImageShape]) -> int:
         """Return the tokens that images of these shapes add to those of the text with its marks."""
         marks = 0 if self.template.image_tokens is None else sum(map(self.template.marks, images))
-        return self.tokens_per_image * slots_of(images) - marks
+        return sum(image.positions(self.tokens_per_image) for image in images) - marks
 
     def training_tokens(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
         """Return (input_ids, labels) of at most `max_length` (0 = any). Raises UserError naming the record."""
@@ -159,15 +193,20 @@ class Encoder:
             if not self.truncate:
                 check_length(len(ids), record, limit)
             if record.images and self._cuts_image(ids):
-                raise UserError(f"record {record.id}: an image lies beyond max_length {limit}; raise it")
+                last = int(np.flatnonzero(ids == self.image_token_id)[-1])
+                raise UserError(
+                    f"record {record.id}: an image lies beyond max_length {limit}; raise it, or shrink the images, "
+                    f"which end with token {last + 1}"
+                )
         return ids[:limit], labels[:limit]
 
     def problem(self, record: Record) -> str | None:
         """Return why a record cannot be a training row, None where it can."""
         try:
             self.training_tokens(record)
-            self.slots([record])  # refuses what no bucket holds
-            self._fill_images(self._empty_row(Shape(0, slots_of(self.shapes(record)))), record, None)
+            images = self.shapes(record)
+            self._check_buckets(record, images)
+            self._fill_images(self._empty_row(Shape(0, slots_of(images), largest(images))), record, None)
         except UserError as error:
             return str(error)
         return None
@@ -201,26 +240,49 @@ class Encoder:
             "labels": np.full(shape.tokens, IGNORED, np.int32),
         }
         if self.image_loader is not None:
-            loader = self.image_loader
-            row[loader.array] = np.zeros((shape.slots, *loader.shape), loader.dtype)
+            arrays = self.image_loader.arrays(shape.slots, shape.image_tokens)
+            row |= {name: np.zeros(size, dtype) for name, (size, dtype) in arrays.items()}
+        if self._merge:
+            row["position_ids"] = np.zeros((AXES, shape.tokens), np.int32)
         return row
 
+    @property
+    def _merge(self) -> int:
+        """See `Preparation.merge`."""
+        return 0 if self.image_loader is None else self.image_loader.preparation.merge
+
+    def _fill_positions(self, row: dict[str, np.ndarray]) -> None:
+        """Give a row of a model that places images in a plane the positions of its tokens."""
+        if self._merge:
+            ids, mask, grids = (row[name][None] for name in ("input_ids", "attention_mask", GRIDS))
+            row["position_ids"] = mrope_positions(ids, mask, grids, self.image_token_id, self._merge)[0][0]
+
     def _fill_images(self, row: dict[str, np.ndarray], record: Record, augment_seed: tuple[int, ...] | None) -> None:
-        slot = 0
-        for path in record.images:
-            assert self.image_loader is not None  # the prompt was tokenised, which checks it
-            for pixels in self.image_loader.load(path, record.id, len(record.images)):
-                if slot == len(row[self.image_loader.array]):
+        if not record.images:
+            return
+        loader = self.image_loader
+        assert loader is not None  # the prompt was tokenised, which checks it
+        slot, array, shapes = 0, row[loader.array], self.shapes(record)
+        for path, shape in zip(record.images, shapes, strict=True):
+            counted = loader.arrays(1, shape.tokens)[loader.array][0][1]  # patches or tokens of one of any size
+            for pixels in loader.load(path, record.id, len(record.images)):
+                if slot == len(array) or (shape.tokens and not len(pixels) == counted <= len(array[slot])):
                     raise UserError(f"record {record.id}: its images make more tiles than when they were counted")
-                row[self.image_loader.array][slot] = (
-                    pixels if augment_seed is None else augment_flip_shift(pixels, (*augment_seed, slot))
-                )
+                if shape.tokens:
+                    array[slot, : len(pixels)], row[GRIDS][slot] = pixels, shape.grid
+                else:
+                    array[slot] = pixels if augment_seed is None else augment_flip_shift(pixels, (*augment_seed, slot))
                 slot += 1
 
 
 def slots_of(images: Sequence[ImageShape]) -> int:
     """Return the slots of a row with these images."""
     return sum(image.slots for image in images)
+
+
+def largest(images: Sequence[ImageShape]) -> int:
+    """Return the tokens of the largest of images of any size (0: there is none)."""
+    return max((image.tokens for image in images), default=0)
 
 
 def _smallest(buckets: Sequence[int], needed: int) -> int:

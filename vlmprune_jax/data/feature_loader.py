@@ -10,7 +10,7 @@ import numpy as np
 
 from vlmprune_jax.config import ImageShape
 from vlmprune_jax.data.cache import ArrayCache
-from vlmprune_jax.data.images import ImageLoader, Preparation
+from vlmprune_jax.data.images import GRIDS, ImageLoader, Preparation
 from vlmprune_jax.data.records import Record, StoredImage, image_key
 from vlmprune_jax.errors import UserError
 
@@ -30,25 +30,35 @@ class Picture(NamedTuple):
 class FeatureLoader:
     """What an `ImageLoader` is to pixels: features [tiles, tokens, features] of images, which are not decoded.
 
-    An image is known by its `image_key`, where tiles depend on them also by how many images its record has. One that
-    could not be read when features were computed has no tiles in the cache.
+    One of any size has one tile, of as many tokens as it makes. An image is known by its `image_key`, where tiles
+    depend on them also by how many images its record has. One that could not be read when features were computed has no
+    tiles in the cache.
 
     Args:
       images: loads the pixels of the same images.
       cache: holds the features.
-      shape: (tokens, features) of one tile.
+      shape: (tokens, features) of one tile, or (features,) where images are of any size.
       dtype: of the features.
     """
 
     array = "vision_features"
 
-    def __init__(self, images: ImageLoader, cache: ArrayCache, shape: tuple[int, int], dtype: np.dtype):
+    def __init__(self, images: ImageLoader, cache: ArrayCache, shape: tuple[int, ...], dtype: np.dtype):
         self.images, self.cache, self.shape, self.dtype = images, cache, shape, dtype
 
     @property
     def preparation(self) -> Preparation:
         """How images became arrays."""
         return self.images.preparation
+
+    def arrays(self, slots: int, image_tokens: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """See `ImageLoader.arrays`."""
+        if not self.preparation.merge:
+            return {self.array: ((slots, *self.shape), self.dtype)}
+        return {
+            self.array: ((slots, image_tokens, *self.shape), self.dtype),
+            GRIDS: ((slots, 3), np.dtype(np.int32)),
+        }
 
     def shapes(self, paths: Sequence[Path | StoredImage], record: str) -> list[ImageShape]:
         """See `ImageLoader.shapes`."""
@@ -57,10 +67,12 @@ class FeatureLoader:
     def load(self, path: Path | StoredImage, record: str, sharing: int = 1) -> np.ndarray:
         """Return an image's features. Raises UserError naming the file and the record."""
         features = self.cache[self.key(path, sharing)]
-        if (features.shape[1:], features.dtype) != (self.shape, self.dtype):
+        open_axes = ("tiles", "tokens") if self.preparation.merge else ("tiles",)
+        sizes = features.shape[len(open_axes) :]
+        if (sizes, features.dtype) != (self.shape, self.dtype):
             raise UserError(
                 f"{path} (record {record}): {self.cache.folder} holds {features.dtype}{list(features.shape)} for it, "
-                f"not {self.dtype}[tiles, {', '.join(map(str, self.shape))}]: remove that folder"
+                f"not {self.dtype}[{', '.join(map(str, (*open_axes, *self.shape)))}]: remove that folder"
             )
         if len(features):
             return features
@@ -84,9 +96,13 @@ class FeatureLoader:
         return {key: pictures[key] for key in self.cache.missing(pictures)}
 
     def pixels(self, picture: Picture) -> np.ndarray:
-        """Return a picture's pixels, float32[tiles, 3, height, width]. Raises UserError naming file and record."""
+        """Return a picture's pixels as `ImageLoader.load` does. Raises UserError naming file and record."""
         return self.images.load(picture.image, picture.record.id, len(picture.record.images))
 
+    def shape_of(self, picture: Picture) -> ImageShape:
+        """Return what a picture becomes. Raises UserError naming file and record."""
+        return self.images.shapes(picture.record.images, picture.record.id)[picture.place]
+
     def count(self, picture: Picture) -> int:
-        """Return a picture's number of tiles. Raises UserError naming file and record."""
-        return self.images.shapes(picture.record.images, picture.record.id)[picture.place].slots
+        """Return how many of `shape` a picture takes: tiles or tokens. Raises UserError naming file and record."""
+        return self.shape_of(picture).positions(1)

@@ -19,8 +19,8 @@ def grouped_order(sizes: np.ndarray, *, group_by: str, batch_size: int, seed: in
     Batches run on across epochs: an epoch begins with the records that fill up the last one's open batch.
 
     Args:
-      sizes: int[records, 2], tokens and image slots (`measure.measure`). Those of 0 tokens, which cannot be read, are
-        spread like the others, so that no batch is empty.
+      sizes: int[records, ...], tokens and image slots first (`measure.measure`). Those of 0 tokens, which cannot be
+        read, are spread like the others, so that no batch is empty.
       group_by: "length" or "modality_length".
       batch_size: global.
     """

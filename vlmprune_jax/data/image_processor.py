@@ -14,7 +14,8 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import FAMILIES
 from vlmprune_jax.families.tiles import MAX_SIDE
 
-_CUT = ("tiles", "splits")  # ways of families that cut images, for which the classes here are not used
+# Ways of families that cut images, or leave them their size: the classes here are not used for them.
+_CUT = ("tiles", "splits", "patches")
 _SUFFIXES = ("ImageProcessor", "ImageProcessorPil", "ImageProcessorFast", "FeatureExtractor")
 _TODO = "restore it from the model's source"
 
@@ -24,6 +25,7 @@ _Sides = Annotated[list[_Side], Meta(min_length=2, max_length=2)]
 _Means = Annotated[list[Annotated[float, Meta(ge=-255, le=255)]], Meta(min_length=3, max_length=3)]
 _Deviations = Annotated[list[Annotated[float, Meta(ge=1e-6, le=255)]], Meta(min_length=3, max_length=3)]
 _Count = Annotated[int, Meta(ge=1)] | None
+_Area = Annotated[int, Meta(ge=1, le=MAX_SIDE**2 * 64)] | None  # in pixels, far above any model's (4096 x 4096)
 
 
 class _Size(TypedDict, total=False):
@@ -59,6 +61,36 @@ class ProcessorFile(TypedDict, total=False):
     max_patches: _Count
 
 
+class _Areas(TypedDict, total=False):
+    shortest_edge: _Area
+    longest_edge: _Area
+
+
+class PatchFile(TypedDict, total=False):
+    """The same of a model that takes images of any size: `size` is two areas, which older files name by themselves."""
+
+    image_processor_type: str | None
+    feature_extractor_type: str | None
+    do_resize: bool | None
+    size: _Areas | None
+    min_pixels: _Area
+    max_pixels: _Area
+    resample: Annotated[int, Meta(ge=0, le=5)] | None
+    do_rescale: bool | None
+    rescale_factor: Annotated[float, Meta(gt=0, le=1)] | None
+    do_normalize: bool | None
+    image_mean: _Means | None
+    image_std: _Deviations | None
+    patch_size: Annotated[int, Meta(ge=1, le=256)] | None
+    temporal_patch_size: Annotated[int, Meta(ge=1, le=16)] | None
+    merge_size: Annotated[int, Meta(ge=1, le=16)] | None
+
+
+class _Named(TypedDict, total=False):
+    image_processor_type: str | None
+    feature_extractor_type: str | None
+
+
 # What our classes take of it. They pad no image: the reference does that before, whatever the processor would do.
 _TAKEN = (
     "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize",
@@ -72,7 +104,8 @@ def checked_processor(config: Any, where: str) -> dict[str, Any]:
     Raises:
       UserError: they cannot; the field is named.
     """
-    return checked(config, ProcessorFile, where, _TODO)
+    way = way_of(checked(config, _Named, where, _TODO))
+    return checked(config, PatchFile if way == "patches" else ProcessorFile, where, _TODO)
 
 
 def processor_settings(folder: Path) -> tuple[Any, str] | None:

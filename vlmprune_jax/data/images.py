@@ -1,4 +1,4 @@
-"""Image files to pixel arrays: guarded decoding, LLaVA's square padding, the folder's processor or its tiles."""
+"""Image files to pixel arrays: guarded decoding, LLaVA's square padding, the folder's processor, tiles or patches."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from vlmprune_jax.checked_files import IMAGE_FORMATS, open_image, read_json, reading
 from vlmprune_jax.config import ImageShape
 from vlmprune_jax.data.image_processor import checked_processor, make_processor, processor_settings, sides, way_of
+from vlmprune_jax.data.patching import Patching, patching_from_processor
 from vlmprune_jax.data.records import StoredImage
 from vlmprune_jax.data.splitting import splitting_from_processor
 from vlmprune_jax.data.tiling import Tiling, pad_to_square, tiling_from_processor
@@ -28,6 +29,7 @@ from vlmprune_jax.errors import UserError, reason
 from vlmprune_jax.families import find
 
 ASPECT_RATIOS = ("pad", "square")
+GRIDS = "image_grid_thw"  # of a batch: frames, rows and columns of patches of every slot, 0 of an empty one
 _CRISP = 96  # pixels of a side up to which a thumbnail keeps every pixel as it is
 # Decoders warn of metadata, which nothing here reads, and of sizes, which `max_pixels` bounds; what hinders them they
 # raise as well. Silenced for good, because filters are the process's, not a thread's.
@@ -42,7 +44,15 @@ class Preparation(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(channels, height, width) of what the vision tower takes."""
+        """(channels, height, width) of what the vision tower takes, or (values,) of a patch of an image of any size."""
+
+    @property
+    def merge(self) -> int:
+        """Patches along a side of what becomes one token of an image of any size; 0 where all have one size."""
+
+    @property
+    def image_buckets(self) -> tuple[int, ...]:
+        """Tokens that a slot of images of any size may be padded to, ascending, the last enough for all; else ()."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -66,7 +76,7 @@ class Preparation(Protocol):
         """Return the pixels in the largest picture on the way."""
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
-        """Return float32[slots, channels, height, width] of an RGB image."""
+        """Return float32[slots, channels, height, width] of an RGB image, or float32[1, patches, values]."""
 
 
 class WholeImage:
@@ -76,7 +86,7 @@ class WholeImage:
     as it is.
     """
 
-    shares, usual = False, (1,)
+    shares, usual, merge, image_buckets = False, (1,), 0, ()
 
     def __init__(self, config: Mapping[str, Any], *, where: str, aspect_ratio: str) -> None:
         if aspect_ratio not in ASPECT_RATIOS:
@@ -138,7 +148,8 @@ class ImageLoader:
         self._lock = threading.Lock()
 
     def load(self, path: Path | StoredImage, record: str, sharing: int = 1) -> np.ndarray:
-        """Return read-only float32[slots, 3, height, width] of an image in a record of `sharing` images.
+        """Return read-only float32[slots, 3, height, width] of an image in a record of `sharing` images, or
+        float32[1, patches, values].
 
         Raises UserError naming the file and the record.
         """
@@ -149,7 +160,7 @@ class ImageLoader:
                 return self._cache[key]
         with self._open(path, record, sharing) as image:
             pixels = self.preparation.prepare(_to_rgb(image), sharing)
-        if pixels.shape[1:] != self.shape:
+        if pixels.shape[-len(self.shape) :] != self.shape:
             raise UserError(
                 f"{path} (record {record}): becomes an image of {pixels.shape[3]}x{pixels.shape[2]} pixels, but the "
                 f"vision tower takes {self.shape[2]}x{self.shape[1]}; pad it to a square (data.aspect_ratio)"
@@ -163,8 +174,18 @@ class ImageLoader:
                 self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
         return pixels
 
+    def arrays(self, slots: int, image_tokens: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Return shape and dtype of what a row of so many slots holds, each with room for `image_tokens` tokens."""
+        merge = self.preparation.merge
+        if not merge:
+            return {self.array: ((slots, *self.shape), self.dtype)}
+        return {
+            self.array: ((slots, image_tokens * merge**2, *self.shape), self.dtype),
+            GRIDS: ((slots, 3), np.dtype(np.int32)),
+        }
+
     def shapes(self, paths: Sequence[Path | StoredImage], record: str) -> list[ImageShape]:
-        """Return what each image of a record becomes; reads their headers only where images are cut.
+        """Return what each image of a record becomes; reads their headers only where that depends on their sizes.
 
         Raises UserError naming the file and the record.
         """
@@ -254,6 +275,8 @@ def load_image_processor(
     cache_bytes: int,
     image_size: int | None = None,
     tiling: Mapping[str, Any] | None = None,
+    patches: tuple[int, int] | None = None,
+    max_image_tokens: int | None = None,
 ) -> ImageLoader:
     """Return the ImageLoader that an HF folder describes.
 
@@ -267,14 +290,45 @@ def load_image_processor(
       image_size: side of the images that the vision tower takes; also for a family whose processor the hub's code
         holds instead of a file.
       tiling: fields of `Tiling` to use instead of the folder's, for models that cut images.
+      patches: of a tower that takes images of any size, the numbers in a patch, and patches along a side of a token.
+      max_image_tokens: images that make more are shrunk, for models that take images of any size.
 
     Raises:
       UserError: nothing there describes a processor, its type is not known, a field holds what it cannot, or images
-        would not be as large as the tower takes; or `tiling` is given for another model.
+        would not be as large as the tower takes; or `tiling` or `max_image_tokens` are given for another model.
     """
     folder = Path(folder)
-    changes = {name: value for name, value in (tiling or {}).items() if value is not None}
     preparation, where = _preparation(folder, aspect_ratio, image_size)
+    changes = {name: value for name, value in (tiling or {}).items() if value is not None}
+    preparation = _changed(preparation, changes, max_image_tokens, folder)
+    _check_fits(preparation, where, image_size, patches)
+    if isinstance(preparation, WholeImage):
+        with reading(where):  # that its settings run together, on hardly an image, is not a matter of records
+            preparation.prepare(Image.new("RGB", (8, 8)), 1)
+    return ImageLoader(preparation, max_pixels=max_pixels, cache_bytes=cache_bytes)
+
+
+def _check_fits(preparation: Preparation, where: str, image_size: int | None, patches: tuple[int, int] | None) -> None:
+    """Refuse what the vision tower does not take, where that is known (see `load_image_processor`)."""
+    if patches is None and image_size is None:
+        return
+    makes_patches = isinstance(preparation, Patching)
+    made = (*preparation.shape, preparation.merge) if makes_patches else preparation.shape[1:]
+    taken = (image_size, image_size) if patches is None else patches
+    if (made, makes_patches) != (taken, patches is not None):
+        raise UserError(
+            f"{where}: the image processor makes {_sides_of(made, makes_patches)}, but the vision tower takes "
+            f"{_sides_of(taken, patches is not None)}: is it another model's?"
+        )
+
+
+def _sides_of(sizes: Sequence[int | None], in_patches: bool) -> str:
+    first, second = sizes
+    return f"patches of {first} numbers, {second} a side for a token" if in_patches else f"{first} x {second} pixels"
+
+
+def _changed(preparation: Preparation, changes: dict[str, Any], most: int | None, folder: Path) -> Preparation:
+    """The preparation with settings of the user. Raises UserError where they are of other models."""
     if changes and not isinstance(preparation, Tiling):
         raise UserError(
             f"{folder}: data.{', data.'.join(changes)} given, but this model does not cut images into tiles that fit "
@@ -282,16 +336,11 @@ def load_image_processor(
         )
     if isinstance(preparation, Tiling):
         preparation = dataclasses.replace(preparation, **changes)
-    _, height, width = preparation.shape
-    if image_size is not None and (height, width) != (image_size, image_size):
-        raise UserError(
-            f"{where}: the image processor makes {height} x {width} pixels, but the vision tower takes {image_size} x "
-            f"{image_size}: is it another model's?"
-        )
-    if isinstance(preparation, WholeImage):
-        with reading(where):  # that its settings run together, on hardly an image, is not a matter of records
-            preparation.prepare(Image.new("RGB", (8, 8)), 1)
-    return ImageLoader(preparation, max_pixels=max_pixels, cache_bytes=cache_bytes)
+    if most is None:
+        return preparation
+    if not isinstance(preparation, Patching):
+        raise UserError(f"{folder}: data.max_image_tokens given, but this model does not take images of any size")
+    return preparation.with_most_tokens(most)
 
 
 def _preparation(folder: Path, aspect_ratio: str, image_size: int | None) -> tuple[Preparation, str]:
@@ -314,10 +363,11 @@ def _preparation(folder: Path, aspect_ratio: str, image_size: int | None) -> tup
     raise UserError(f"{folder}: has no preprocessor_config.json; copy it from the model or its vision tower")
 
 
-# How images that a family cuts are prepared (`Family.images`).
+# How images that a family cuts, or leaves their size, are prepared (`Family.images`).
 _CUTTING: dict[str, Callable[[Mapping[str, Any], str], Preparation]] = {
     "tiles": tiling_from_processor,
     "splits": splitting_from_processor,
+    "patches": patching_from_processor,
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vlmprune_jax.config import ImageShape
-from vlmprune_jax.data.encoding import Encoder, slots_of
+from vlmprune_jax.data.encoding import Encoder, largest, slots_of
 from vlmprune_jax.data.prompts import count_tokens, prompt_pieces
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.errors import UserError
@@ -25,9 +25,10 @@ def measure(
     threads: int,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Return int32[records, 2]: tokens (at most `encoder.max_length`, 0 = any) and image slots of each training row.
+    """Return int32[records, 3]: of each training row the tokens (at most `encoder.max_length`, 0 = any), the image
+    slots, and the tokens of the largest image where images are of any size (else 0).
 
-    With `on_error` "skip" a record that cannot be used has (0, 0). Images are not decoded; `threads` read the headers
+    With `on_error` "skip" a record that cannot be used has zeros. Images are not decoded; `threads` read the headers
     of those that are cut into tiles. `progress` takes the number of records done. Raises UserError naming the record
     ("stop").
     """
@@ -41,11 +42,11 @@ def measure(
             return None
 
     def parts(record: Record) -> tuple[list[ImageShape], list[str]]:
-        encoder.slots([record])  # refuses what no bucket holds
+        encoder.room([record])  # refuses what no bucket holds
         images = encoder.shapes(record)
         return images, prompt_pieces(record, encoder.template, images)
 
-    sizes = np.zeros((len(records), 2), np.int32)
+    sizes = np.zeros((len(records), 3), np.int32)
     with ThreadPoolExecutor(max(threads, 1)) as pool:
         for start in range(0, len(records), _CHUNK):
             chunk = records[start : start + _CHUNK]
@@ -59,7 +60,7 @@ def measure(
                     cut = attempt(encoder.training_tokens, record)
                     tokens = 0 if cut is None else len(cut[0])
                 if tokens:
-                    sizes[place] = tokens, slots_of(part[0])
+                    sizes[place] = tokens, slots_of(part[0]), largest(part[0])
             if progress is not None:
                 progress(start + len(chunk))
     return sizes

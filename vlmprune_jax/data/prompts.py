@@ -95,6 +95,8 @@ def render(turns: Sequence[tuple[str, str]], template: Template, *, has_image: b
     for speaker, content in turns:
         if has_image and template.image_first:
             content = move_images_first(content, template.behind_image)
+        if has_image and template.tight_image:
+            content = re.sub(rf"\s*{IMAGE_TOKEN}\s*", IMAGE_TOKEN, content)
         role, end = (
             (template.user, template.user_end) if speaker == "human" else (template.assistant, template.assistant_end)
         )
@@ -135,10 +137,10 @@ def tokenize_training(
     """Return (input_ids, labels), both int32[tokens]; labels are IGNORED outside answers and their end marks.
 
     Every `<image>` becomes `tokens_per_image` copies of `image_token_id` (1 x -200 is the reference's form) for each
-    slot of its shape in `images` (None = all stay whole). With `cut_text_at` (the reference's model_max_length) a
-    record without images is cut there, and a malformed round beyond that many tokens does not cost the record its
-    labels; None never cuts. A record whose rounds cannot be told apart (an empty turn, a separator inside a text) has
-    all labels ignored: the reference's "tokenization mismatch" rule.
+    slot of its shape in `images` (None = all stay whole), or the `tokens` that the shape says. With `cut_text_at` (the
+    reference's model_max_length) a record without images is cut there, and a malformed round beyond that many tokens
+    does not cost the record its labels; None never cuts. A record whose rounds cannot be told apart (an empty turn, a
+    separator inside a text) has all labels ignored: the reference's "tokenization mismatch" rule.
     """
     images = _shapes(record, images)
     prompt = _training_prompt(record, template, images)
@@ -233,7 +235,7 @@ def _repeats(
 ) -> np.ndarray:
     """Return how many positions each token takes."""
     repeats = np.ones(len(is_image), np.int64)
-    each = [(template.marks(image), tokens_per_image * image.slots) for image in images]
+    each = [(template.marks(image), image.positions(tokens_per_image)) for image in images]
     of_marks = [positions // marks for marks, positions in each for _ in range(marks)]
     repeats[is_image] = of_marks[: int(np.count_nonzero(is_image))]
     return repeats

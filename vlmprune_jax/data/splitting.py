@@ -36,7 +36,7 @@ class Splitting:
     std: tuple[float, ...]
     resample: int
 
-    shares = False
+    shares, merge, image_buckets = False, 0, ()
 
     @property
     def shape(self) -> tuple[int, ...]:

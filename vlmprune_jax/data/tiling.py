@@ -21,6 +21,8 @@ from vlmprune_jax.families.tiles import BICUBIC, TilingConfig, whole_number
 class Tiling(TilingConfig):
     """What a model's folder says about tiles, at work."""
 
+    merge, image_buckets = 0, ()
+
     @property
     def shape(self) -> tuple[int, ...]:
         """(channels, height, width) of a tile."""

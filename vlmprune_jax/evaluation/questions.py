@@ -7,6 +7,7 @@ about 80 positions there, 576 in LLaVA-1.5), so computing what precedes the ques
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import grain
 import numpy as np
 
 from vlmprune_jax.data.batching import GenerationBatch, check_memory
-from vlmprune_jax.data.encoding import Encoder, Shape, check_length
+from vlmprune_jax.data.encoding import Encoder, Room, Shape, check_length
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.generate import SharedPrefix
@@ -44,15 +45,15 @@ class _Question:
 class _Beginning:
     ids: np.ndarray
     record: Record
-    slots: int
+    room: Room
 
 
 @dataclass(frozen=True)
 class _Group:
-    """The questions of one batch, and its shapes: image slots, number of beginnings, lengths of these and of rests."""
+    """The questions of one batch, and its shapes: room for images, beginnings, lengths of these and of rests."""
 
     questions: tuple[_Question, ...]
-    slots: int
+    room: Room
     beginnings: int
     beginning_length: int
     rest_length: int
@@ -79,12 +80,12 @@ class ArrangedQuestions:
         return max(len(self.beginnings[question.beginning].ids) + len(question.rest) for question in questions)
 
     def batches(self, *, threads: int, prefetch: int) -> grain.IterDataset[QuestionBatch]:
-        """All batches, read ahead in threads; as many different shapes as there are numbers of image slots.
+        """All batches, read ahead in threads; as many different shapes as there are rooms for images.
 
         Raises UserError where they would not fit in memory.
         """
         for group in self.groups:
-            check_memory(group.beginnings, Shape(group.beginning_length, group.slots), self.encoder, prefetch)
+            check_memory(group.beginnings, Shape(group.beginning_length, *group.room), self.encoder, prefetch)
         rows = grain.MapDataset.range(len(self.groups)).map(lambda number: self._load(self.groups[number]))
         return rows.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
 
@@ -99,9 +100,8 @@ class ArrangedQuestions:
         shared = [self.beginnings[number] for number in numbers]
         shared += [shared[0]] * (group.beginnings - len(shared))
         prefix_ids, prefix_mask = _left_padded([beginning.ids for beginning in shared], group.beginning_length)
-        if self.encoder.image_loader is not None:
-            images = [self.encoder.images(beginning.record, group.slots) for beginning in shared]
-            arrays["pixel_values"] = np.stack(images)
+        images = [self.encoder.images(beginning.record, group.room) for beginning in shared]
+        arrays |= {name: np.stack([row[name] for row in images]) for name in images[0]}
         names = [self.records[question.place].id for question in questions]
         return QuestionBatch(
             arrays=arrays,
@@ -149,7 +149,7 @@ def arrange_questions(
         key = (ids[:cut].tobytes(), tuple(map(str, record.images)))
         if key not in known:
             known[key] = len(beginnings)
-            beginnings.append(_Beginning(ids[:cut], record, encoder.slots([record])))
+            beginnings.append(_Beginning(ids[:cut], record, encoder.room([record])))
             members.append([])
         members[known[key]].append(_Question(place, known[key], ids[cut:]))
     return ArrangedQuestions(
@@ -170,32 +170,33 @@ def _groups(
 ) -> tuple[_Group, ...]:
     """Neighbours together until a batch has all its rows, or as many beginnings as fit; one group of shapes a bucket.
 
-    A batch holds only beginnings of one number of image slots, so a thumbnail does not wait for twelve tiles.
+    A batch holds only beginnings of one room for images, so a thumbnail does not wait for twelve tiles.
     """
     groups: list[_Group] = []
-    buckets: dict[tuple[int, ...], list[int]] = {}
+    buckets: dict[tuple[Room, *tuple[int, ...]], list[int]] = {}
     for number, beginning in enumerate(beginnings):
         longest = (len(beginning.ids), max(len(question.rest) for question in members[number]))
         doublings = tuple(max(length, _SHORT).bit_length() for length in longest) if by_length else ()
-        buckets.setdefault((beginning.slots, *doublings), []).append(number)
-    for (slots, *_), mine in sorted(buckets.items()):
+        buckets.setdefault((beginning.room, *doublings), []).append(number)
+    for (room, *_), mine in sorted(buckets.items()):
         ordered = [question for number in mine for question in members[number]]
         per_batch = min(-(-batch_size * len(mine) // len(ordered)) + 1, batch_size)
-        shapes = {
-            "slots": slots,
-            "beginnings": -(-per_batch // multiple) * multiple,
-            "beginning_length": max(len(beginnings[number].ids) for number in mine),
-            "rest_length": max(len(question.rest) for question in ordered),
-        }
+        group = functools.partial(
+            _Group,
+            room=room,
+            beginnings=(most := -(-per_batch // multiple) * multiple),
+            beginning_length=max(len(beginnings[number].ids) for number in mine),
+            rest_length=max(len(question.rest) for question in ordered),
+        )
         current: list[_Question] = []
         seen: set[int] = set()
         for question in ordered:
-            if len(current) == batch_size or len(seen | {question.beginning}) > shapes["beginnings"]:
-                groups.append(_Group(tuple(current), **shapes))
+            if len(current) == batch_size or len(seen | {question.beginning}) > most:
+                groups.append(group(tuple(current)))
                 current, seen = [], set()
             current.append(question)
             seen.add(question.beginning)
-        groups.append(_Group(tuple(current), **shapes))
+        groups.append(group(tuple(current)))
     return tuple(groups)
 
 

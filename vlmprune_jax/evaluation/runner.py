@@ -172,6 +172,7 @@ def ask(
             model,
             batch.arrays["input_ids"],
             pixel_values=batch.arrays.get("pixel_values"),
+            image_grid_thw=batch.arrays.get("image_grid_thw"),
             attention_mask=batch.arrays["attention_mask"],
             max_new_tokens=max_new_tokens,
             prefix=batch.prefix if isinstance(batch, QuestionBatch) else None,

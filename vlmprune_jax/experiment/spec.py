@@ -102,6 +102,21 @@ class DataSpec:
     thumbnail: bool | None = setting(
         None, "Whether a cut image comes as a whole as well; None: as the model's folder says.", affects=_ROWS
     )
+    max_image_tokens: int | None = setting(
+        None,
+        "Most tokens of an image, for models that take images of any size (Qwen-VL): larger ones are shrunk "
+        "(`max_pixels` of their processors, in tokens); None: as the model's folder says.",
+        affects=_ROWS,
+        unit="tokens",
+        least=1,
+    )
+    image_buckets: tuple[int, ...] = setting(
+        (),
+        "Numbers of tokens that each image of a batch may be padded to, for models that take images of any size, each "
+        "one compiled program; (): doublings from 64 to the most that an image may have.",
+        affects=_RECORDS,
+        unit="tokens",
+    )
     tile_buckets: tuple[int, ...] = setting(
         (),
         "Numbers of image slots that a batch may have, each one compiled program; (): the model's own (1, 2, 4, 7, 13 "
@@ -228,6 +243,13 @@ class PruneSpec:
         "Whether the layers removed come nearest to `ratio` or reach it.",
         affects=_PRUNE,
         choices="prune.select:ROUNDINGS",
+    )
+    deepstack: str = setting(
+        "keep",
+        "Layers at whose outputs features of the tower are added (the first of Qwen3-VL's): they stay, or the features "
+        "move to those that are then first.",
+        affects=_PRUNE,
+        choices="prune.select:DEEPSTACK",
     )
     attn_layers: tuple[int, ...] = setting(
         (),

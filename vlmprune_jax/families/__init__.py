@@ -15,7 +15,9 @@ from vlmprune_jax.families.mistral import MISTRAL
 from vlmprune_jax.families.phi import PHI
 from vlmprune_jax.families.phi3 import PHI3
 from vlmprune_jax.families.qwen2 import QWEN2
+from vlmprune_jax.families.qwen2_5_vl import QWEN2_5_VL
 from vlmprune_jax.families.qwen3 import QWEN3
+from vlmprune_jax.families.qwen3_vl import QWEN3_VL
 from vlmprune_jax.families.smolvlm import SMOLVLM
 from vlmprune_jax.families.table import FAMILIES, Family, Weight
 from vlmprune_jax.families.templates import Template
@@ -28,6 +30,8 @@ FAMILIES.update(
         "internvl": INTERNVL_HF,
         "internvl-original": INTERNVL_ORIGINAL,
         "smolvlm": SMOLVLM,
+        "qwen3_vl": QWEN3_VL,
+        "qwen2_5_vl": QWEN2_5_VL,
         **{one.name: one for one in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI, PHI3)},
     }
 )

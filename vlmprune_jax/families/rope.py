@@ -21,10 +21,15 @@ def rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "su" or (kind == "yarn" and "long_factor" in scaling):
         kind = "longrope"  # its names in the first releases of Phi-3
+    sections = tuple(map(int, scaling.get("mrope_section") or ()))
+    if kind == "mrope":
+        kind = "default"  # its name in releases of Qwen2-VL: the sections say it
     if kind not in KINDS:
         raise UserError(f"rope type {kind!r} is not supported (supported: {', '.join(KINDS)})")
     if kind == "default":
-        return RopeConfig(theta=theta, kind=kind)
+        return RopeConfig(theta=theta, kind=kind, sections=sections)
+    if sections:
+        raise UserError(f"{kind} rope with mrope_section is not supported (supported: default)")
     if kind == "longrope":
         return _longrope(config, scaling, theta)
     if kind == "yarn":
@@ -89,7 +94,7 @@ def for_both_versions(config: JsonDict) -> JsonDict:
     outside = {name: nested[name] for name in ("rope_theta", "partial_rotary_factor") if name in nested}
     scaling: JsonDict | None = {name: value for name, value in nested.items() if name not in outside}
     if nested.get("rope_type", "default") == "default":
-        scaling = None
+        scaling = scaling if "mrope_section" in nested else None
     elif config.get("model_type") == "phi3":  # whose class wants these three and no more
         scaling = {"type": "longrope", **{name: nested[name] for name in ("short_factor", "long_factor")}}
     return {**config, **outside, "rope_scaling": scaling}

@@ -73,6 +73,7 @@ class Stock:
 
     `by_row`: it takes pixel_values [rows, images, channels, height, width], not the images of all rows as one list.
     `miscomputes`: beginnings of the versions of transformers in which it is known to compute something else in float32.
+    `image_start`: field of config.json, and its default, with the id of the token by which some versions find images.
 
     The rest is for layouts that models of other layouts are converted to (`Conversion`). `image_token` is the field of
     config.json with that token's id. `config(cfg, source)`: fields that this class alone has, `source` being the
@@ -84,6 +85,7 @@ class Stock:
     auto: str
     by_row: bool = False
     miscomputes: tuple[str, ...] = ()
+    image_start: tuple[str, int] | None = None
     image_token: str = ""
     config: Callable[[ModelConfig, JsonDict], JsonDict] = lambda cfg, source: {}
     lacks: Callable[[ModelConfig], str | None] = lambda cfg: None
@@ -122,8 +124,8 @@ class Family:
 
     Images: `image_processors` are the classes of transformers (without their suffix) that a folder may name and that
     `data/images.py` can run; `images` says that they keep an image "whole", cut it into "tiles" of the grid that fits
-    best, or "splits" it at its own size. `tiling(config, where)` is for a config.json that
-    says how, `pixels(size)` the processor's settings where no file has them.
+    best, "splits" it at its own size, or leave it that size, in "patches". `tiling(config, where)` is for a config.json
+    that says how, `pixels(size)` the processor's settings where no file has them.
 
     `recipe`: the reference's recovery, a partial experiment. `decoder` makes a family without a tower usable inside
     others; `stock` is the class that loads the layout, `conversion` what becomes of one that has none.

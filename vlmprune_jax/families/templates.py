@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vlmprune_jax.config import ImageShape
 
@@ -12,14 +12,14 @@ class Template:
     """How turns become one string: `start`, the system text in its marks, then per turn `role + gap + text + end`.
 
     `image_first` moves the placeholders of a turn in front of its stripped text, `behind_image` after each;
-    `image_lead` puts one in front of the first turn where a record's only image has none there; a turn that begins with
-    an image has no gap if `tight_image`. With `image_tokens` (start, context, end) an image is written out as these
-    tokens, the context one once per position; without, a text is tokenised piece by piece between its images. With a
-    `tile_start`, in which {row} and {column} count from 1, the tiles of an image are written one by one, `row_end`
-    behind each row of them and before the overview. A record that holds `padding_mark` is one whose length the
-    reference miscounts. With `by_turn` an empty turn keeps its end, and every answer is learnt, with the gap before it,
-    up to its end mark, without the white space behind it; else labels follow the end marks in the whole text.
-    `special`: what must be single tokens.
+    `image_lead` puts one in front of the first turn where a record's only image has none there; with `tight_image`
+    there is no white space around images, and no gap before one that begins a turn. With `image_tokens` (start,
+    context, end) an image is written out as these tokens, the context one once per position; without, a text is
+    tokenised piece by piece between its images. With a `tile_start`, in which {row} and {column} count from 1, the
+    tiles of an image are written one by one, `row_end` behind each row of them and before the overview. A record that
+    holds `padding_mark` is one whose length the reference miscounts. With `by_turn` an empty turn keeps its end, and
+    every answer is learnt, with the gap before it, up to its end mark, without the white space behind it; else labels
+    follow the end marks in the whole text. `special`: what must be single tokens.
     """
 
     name: str
@@ -73,3 +73,22 @@ LLAVA_V1 = Template(
     gap=" ",
     image_first=True,
 )
+
+# Images stay where they are in a turn, as the pieces of a chat are joined without white space.
+QWEN3_VL = Template(
+    name="qwen3_vl",
+    system_start="<|im_start|>system\n",
+    system="",
+    system_end="<|im_end|>\n",
+    user="<|im_start|>user\n",
+    user_end="<|im_end|>\n",
+    assistant="<|im_start|>assistant\n",
+    assistant_end="<|im_end|>\n",
+    gap="",
+    image_first=False,
+    tight_image=True,
+    image_tokens=("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),
+    by_turn=True,
+    special=("<|im_start|>", "<|im_end|>"),
+)
+QWEN2_5_VL = replace(QWEN3_VL, name="qwen2_5_vl", system="You are a helpful assistant.")

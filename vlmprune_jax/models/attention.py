@@ -57,11 +57,13 @@ def splash_attention(
     *,
     causal: bool,
     window: int = 0,
+    segments: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Softmax attention of a sequence with itself, scores in float32 tiles; compiles for TPUs only.
 
     `valid`: bool[batch, seq], keys that may be looked at; a query that may look at none has an arbitrary finite output.
+    `segments`: instead of it int[batch, seq], and a query looks at keys of its own number.
     `causal`: a query does not look ahead, and with a `window` sees that many slots, its own included (xla_attention
     under `windowed` counts real keys: the same where padding lies at the ends of a row). Heads are split over `tensor`
     and rows over (data, fsdp) of the mesh in use, rows only if they divide. `interpret` runs the kernel on a CPU.
@@ -73,6 +75,8 @@ def splash_attention(
     if valid is None and pad:
         valid = jnp.ones((batch, seq), bool)
     keys = None if valid is None else jnp.pad(valid.astype(jnp.int32), ((0, 0), (0, pad)))
+    if segments is not None:
+        keys = jnp.pad(segments.astype(jnp.int32), ((0, 0), (0, pad)), constant_values=-1)
 
     def per_head(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2)
@@ -81,6 +85,8 @@ def splash_attention(
         kernel = _kernel(q.shape[1], q.shape[2], block, causal, window, interpret)
 
         def row(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array | None) -> jax.Array:
+            if segments is not None and keys is not None:
+                return kernel(q, k, v, splash.SegmentIds(keys, keys))
             # Queries are all of one segment, padding among them: they then see what they see in xla_attention.
             return kernel(q, k, v, None if keys is None else splash.SegmentIds(jnp.ones_like(keys), keys))
 

@@ -240,11 +240,11 @@ class Decoder(nnx.Module):
     ) -> Context:
         """Context of a forward at int[batch, seq] positions, which are slots `slot ...` of [batch, slots] `valid` keys.
 
-        Without a cache the slots are the sequence.
+        Without a cache the slots are the sequence. Positions may be int[batch, 3, seq], see `rope_tables`.
         """
         cos, sin = rope_tables(self.cfg.rope, self.cfg.rotary_dim, positions)
         valid = valid.astype(bool)
-        mask = attention_mask(valid, positions.shape[1], slot)
+        mask = attention_mask(valid, positions.shape[-1], slot)
         masks = {
             size: windowed(mask, size)[:, None] for size in sorted({shape.window or 0 for shape in self.cfg.layers})
         }
@@ -274,13 +274,15 @@ class Decoder(nnx.Module):
         tap_inputs: tuple[str, ...] = (),
         cache: Cache | None = None,
         remat: str = "none",
+        added: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Run all blocks on float[batch, seq, embed]; returns the final-norm state and what was asked for.
 
         `states`: indices into the Hugging Face hidden-state tuple (0 = embeddings, n_layers = after the final norm) ->
         aux["states"]. `tap(Block)` is evaluated per block inside the scan -> aux["tap"], a list with what each gave;
         the last block's `after` is the final-norm state, as in that tuple. `tap_inputs`: of TAP_INPUTS, what the tap
-        looks at. `cache` -> aux["cache"], updated.
+        looks at. `cache` -> aux["cache"], updated. `added`: float[n, batch, seq, embed], what is added to the outputs
+        of the first n blocks (DeepStack, Meng et al. 2024), whatever their number in an unpruned model.
         """
         n_layers = len(self.cfg.layers)
         middle = [i for i in states if 0 < i < n_layers]
@@ -292,7 +294,7 @@ class Decoder(nnx.Module):
             sizes = {"o_proj": (shape.q_heads, self.cfg.head_dim), "down_proj": (shape.mlp,)}
             read = {name: jnp.zeros((*x.shape[:2], *sizes[name]), x.dtype) for name in tap_inputs}
             (before, last, saved, read), (tapped, new_cache) = jax.lax.scan(
-                _body(apply, ctx, tap, tap_inputs, remat),
+                _body(apply, ctx, tap, tap_inputs, remat, added),
                 (before, last, saved, read),
                 (
                     state,
@@ -329,7 +331,12 @@ class Decoder(nnx.Module):
 
 
 def _body(
-    apply: Callable[..., Any], ctx: Context, tap: Tap | None, tap_inputs: tuple[str, ...], remat: str
+    apply: Callable[..., Any],
+    ctx: Context,
+    tap: Tap | None,
+    tap_inputs: tuple[str, ...],
+    remat: str,
+    added: jax.Array | None,
 ) -> Callable[..., Any]:
     def block(state: nnx.State, x: jax.Array, index: jax.Array, cache: Any):
         key = None if ctx.dropout_key is None else jax.random.fold_in(ctx.dropout_key, index)
@@ -343,12 +350,19 @@ def _body(
     def body(carry: Any, layer: Any):
         (_, x, saved, _), (state, index, slot, cache) = carry, layer
         y, cache, read = block(state, x, index, cache)
+        if added is not None:
+            y = jax.lax.cond(index < len(added), lambda y: y + at_layer(added, index), lambda y: y, y)
         if saved is not None:
             saved = jax.lax.dynamic_update_index_in_dim(saved, y, slot, axis=0)
         tapped = tap(Block(x, y, read, nnx.to_pure_dict(state))) if tap else None
         return (x, y, saved, read), (tapped, cache)
 
     return body
+
+
+def at_layer(added: jax.Array, index: Any) -> jax.Array:
+    """float[batch, seq, embed]: what is added behind a block, of float[n, batch, seq, embed]."""
+    return jax.lax.dynamic_index_in_dim(added, index, keepdims=False)
 
 
 def _adapter(lora: LoraConfig | None, name: str) -> LoraConfig | None:

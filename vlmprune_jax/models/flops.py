@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
-from vlmprune_jax.config import ModelConfig, VisionConfig
+from vlmprune_jax.config import LayerShape, ModelConfig
 from vlmprune_jax.models.params import param_axes, param_shapes
 
 
@@ -42,23 +42,33 @@ def seen(length: int, window: int | None) -> int:
     return full * (full + 1) // 2 + (length - full) * full
 
 
-def vision_flops(cfg: ModelConfig, trained: Collection[str], images: int) -> int:
-    """FLOPs of projector and tower, if it runs, over `images` images or tiles."""
+def vision_flops(cfg: ModelConfig, trained: Collection[str], images: int, image_tokens: int = 0) -> int:
+    """FLOPs of projector and tower, if it runs, over `images` images or tiles; `image_tokens`: see `positions_of`."""
     tower = cfg.vision
     if tower is None or cfg.projector is None:
         return 0
     in_tower = any(path.startswith("vision/") for path in trained)
     in_projector = in_tower or any(path.startswith("projector/") for path in trained)
-    projector = weight_flops(cfg, "projector/", trained, in_projector) * cfg.tokens_per_image
+    projector = weight_flops(cfg, "projector/", trained, in_projector) * (image_tokens or cfg.tokens_per_image)
     if not cfg.tower:
         return images * projector
-    blocks = weight_flops(cfg, "vision/layers/", trained, in_tower) * positions_of(tower)
-    heads = sum(shape.q_heads for shape in tower.layers)
-    blocks += 4 * heads * tower.head_dim * positions_of(tower) ** 2 * (3 if in_tower else 1)
-    patches = weight_flops(cfg, "vision/patch_embedding/", trained, False) * tower.n_patches
+    positions = positions_of(cfg, image_tokens)
+    blocks = weight_flops(cfg, "vision/layers/", trained, in_tower) * positions
+    pairs = sum(shape.q_heads * tower_pairs(cfg, shape, positions) for shape in tower.layers)
+    blocks += 4 * tower.head_dim * pairs * (3 if in_tower else 1)
+    patches = weight_flops(cfg, "vision/patch_embedding/", trained, False) * (positions - tower.class_token)
     return images * (blocks + patches + projector)
 
 
-def positions_of(tower: VisionConfig) -> int:
-    """Positions of one image (or tile) in the tower."""
-    return tower.n_patches + tower.class_token
+def positions_of(cfg: ModelConfig, image_tokens: int = 0) -> int:
+    """Positions in the tower of one image (or tile), of one with so many tokens where images are of any size."""
+    assert cfg.vision is not None
+    assert cfg.projector is not None
+    return (image_tokens * cfg.projector.downsample**2 or cfg.vision.n_patches) + cfg.vision.class_token
+
+
+def tower_pairs(cfg: ModelConfig, shape: LayerShape, positions: int) -> int:
+    """Pairs of a query and a key in one layer of the tower: of all positions, or within its windows."""
+    assert cfg.projector is not None
+    side = (shape.window or positions) * cfg.projector.downsample
+    return positions * min(positions, side**2)

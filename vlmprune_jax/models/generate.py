@@ -15,7 +15,9 @@ from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.mesh import whole, within
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.decoder import Cache
+from vlmprune_jax.models.patch_rows import check_types, patch_rows
 from vlmprune_jax.models.vlm import (
+    Embedded,
     Model,
     Params,
     VisionLanguageModel,
@@ -45,6 +47,8 @@ def generate(
     *,
     pixel_values: Any = None,
     pixel_attention_mask: Any = None,
+    image_grid_thw: Any = None,
+    mm_token_type_ids: Any = None,
     attention_mask: Any = None,
     max_new_tokens: int,
     eos_token_ids: tuple[int, ...] | None = None,
@@ -55,7 +59,7 @@ def generate(
     Args:
       model: the model; sharded parameters give a sharded computation.
       input_ids: int[batch, seq] with image positions already expanded (see `forward`).
-      pixel_values, pixel_attention_mask: see `forward`.
+      pixel_values, pixel_attention_mask, image_grid_thw, mm_token_type_ids: see `forward`.
       attention_mask: int[batch, seq], 1 = real token; padding may be on either side.
       max_new_tokens: length of the result; generation ends early once every row has ended.
       eos_token_ids: ids that end a row (default: the model's; `()` never ends). The id itself is kept, then come
@@ -67,13 +71,17 @@ def generate(
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    check_inputs(model.cfg, input_ids if prefix is None else prefix.input_ids, pixel_values)
+    shown_ids, shown_mask = (input_ids, attention_mask) if prefix is None else (prefix.input_ids, prefix.attention_mask)
+    check_inputs(model.cfg, shown_ids, pixel_values, image_grid_thw=image_grid_thw, attention_mask=shown_mask)
     host = _prompts(model.cfg, input_ids, attention_mask, pixel_values, pixel_attention_mask)
     ids, valid = host["ids"], host["valid"]
     if prefix is not None:
         check_inputs(model.cfg, input_ids, None)
         host["prefix_ids"], host["prefix_valid"] = _align_right(prefix.input_ids, prefix.attention_mask)
         host["rows"] = np.asarray(prefix.rows, np.int32)
+    if model.cfg.any_size:
+        check_types(model.cfg, shown_ids, mm_token_type_ids)
+        host |= _patches(model.cfg, host, pixel_values, image_grid_thw)
     eos = model.cfg.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
     first = _until_long(model.cfg, host)
     if not 0 < first < max_new_tokens:
@@ -114,19 +122,21 @@ class CompiledGeneration:
 
 
 def compile_generation(
-    model: Model, input_ids: Any, *, pixel_values: Any = None, max_new_tokens: int
+    model: Model, input_ids: Any, *, pixel_values: Any = None, image_grid_thw: Any = None, max_new_tokens: int
 ) -> CompiledGeneration:
     """What `generate` runs for these prompts, all of one length, to be run again and again.
 
     Args:
-      model, input_ids, pixel_values, max_new_tokens: see `generate`.
+      model, input_ids, pixel_values, image_grid_thw, max_new_tokens: see `generate`.
 
     Raises:
       UserError: see `forward`.
     """
-    check_inputs(model.cfg, input_ids, pixel_values)
-    mesh = mesh_of(model.params)
-    arrays = place_batch(_prompts(model.cfg, input_ids, None, pixel_values, None), mesh)
+    check_inputs(model.cfg, input_ids, pixel_values, image_grid_thw=image_grid_thw)
+    mesh, host = mesh_of(model.params), _prompts(model.cfg, input_ids, None, pixel_values, None)
+    if model.cfg.any_size:
+        host |= _patches(model.cfg, host, pixel_values, image_grid_thw)
+    arrays = place_batch(host, mesh)
     with within(mesh):
         program = _generate.lower(model.params, model.cfg, arrays, max_new_tokens, ()).compile()
     memory = program.memory_analysis()
@@ -142,6 +152,19 @@ def _prompts(
     ids, valid = _align_right(input_ids, attention_mask)
     mask = needed_mask(cfg, pixel_values, pixel_attention_mask)
     return {"ids": ids, "valid": valid, "pixels": pixel_values, "pixel_mask": mask, "ended": np.zeros(len(ids), bool)}
+
+
+def _patches(cfg: ModelConfig, host: dict[str, Any], pixel_values: Any, image_grid_thw: Any) -> dict[str, Any]:
+    """Images of any size in prompts (or their prefixes): pixels, grids, positions and what comes after."""
+    before = "prefix_" * ("rows" in host)
+    made = patch_rows(cfg, host[f"{before}ids"], host[f"{before}valid"], pixel_values, image_grid_thw)
+    deltas = made["deltas"] if "rows" not in host else made["deltas"][host["rows"]]
+    return {
+        "pixels": made["pixel_values"],
+        "grid": made["image_grid_thw"],
+        "positions": made["position_ids"],
+        "delta": deltas[:, None],
+    }
 
 
 def _until_long(cfg: ModelConfig, host: dict[str, Any]) -> int:
@@ -197,13 +220,15 @@ def _generate(
     slots = jnp.concatenate([past, jnp.ones((batch, max_new_tokens), past.dtype)], axis=1).astype(bool)
     positions = jnp.maximum(jnp.cumsum(past, axis=1) - 1, 0)
     n_real = positions[:, -1:] + 1
-    x, _ = module.embed(
-        arrays["ids"], arrays["pixels"] if start == 0 else None, pixel_attention_mask=arrays["pixel_mask"]
-    )
+    own = positions[:, start:]
+    if "delta" in arrays:  # images take fewer positions than tokens
+        n_real = n_real + arrays["delta"]
+        own = arrays["positions"] if start == 0 else own + arrays["delta"]
+    x, _, added = module.embed(arrays["ids"], None) if start else _embed(module, arrays, arrays["ids"])
     empty = module.text.empty_cache(batch, length + max_new_tokens, x.dtype)
     cache = empty if cache is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), cache, empty)
-    context = module.text.context(positions[:, start:], slots, slot=start)
-    hidden, aux = module.text(x, context, cache=cache)
+    context = module.text.context(own, slots, slot=start)
+    hidden, aux = module.text(x, context, cache=cache, added=added)
     padding = _padding(cfg, eos)
 
     def choose(hidden: jax.Array, ended: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -235,8 +260,17 @@ def _prefill_prefix(module: VisionLanguageModel, arrays: dict[str, Any]) -> tupl
     if "rows" not in arrays:
         return None, jnp.zeros((arrays["valid"].shape[0], 0), arrays["valid"].dtype)
     valid, rows = arrays["prefix_valid"], arrays["rows"]
-    x, _ = module.embed(arrays["prefix_ids"], arrays["pixels"], pixel_attention_mask=arrays["pixel_mask"])
-    positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+    x, _, added = _embed(module, arrays, arrays["prefix_ids"])
+    positions = arrays.get("positions")
+    if positions is None:
+        positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
     cache = module.text.empty_cache(valid.shape[0], valid.shape[1], x.dtype)
-    _, aux = module.text(x, module.text.context(positions, valid), cache=cache)
+    _, aux = module.text(x, module.text.context(positions, valid), cache=cache, added=added)
     return jax.tree.map(lambda leaf: leaf[:, rows], aux["cache"]), valid[rows]
+
+
+def _embed(module: VisionLanguageModel, arrays: dict[str, Any], ids: jax.Array) -> Embedded:
+    """What the decoder reads of the tokens that images are among."""
+    return module.embed(
+        ids, arrays["pixels"], pixel_attention_mask=arrays["pixel_mask"], image_grid_thw=arrays.get("grid")
+    )

@@ -213,13 +213,31 @@ def inverse_frequencies(rope: RopeConfig, rotary_dim: int, long: bool = False) -
 
 
 def rope_tables(rope: RopeConfig, rotary_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """float32[batch, seq, rotary_dim/2] cosines and sines at int[batch, seq] positions."""
+    """float32[batch, seq, rotary_dim/2] cosines and sines at int[batch, seq] positions.
+
+    int[batch, 3, seq] are those of frame, row and column, which `rope.sections` of the frequencies turn with.
+    """
     frequencies = jnp.asarray(inverse_frequencies(rope, rotary_dim))
     if rope.kind == "longrope":
         is_long = jnp.max(positions) >= rope.original_max_positions
         frequencies = jnp.where(is_long, jnp.asarray(inverse_frequencies(rope, rotary_dim, long=True)), frequencies)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None, :]
+    turned = positions.astype(jnp.float32)
+    if positions.ndim == 2:
+        angles = turned[..., None] * frequencies[None, None, :]
+    else:
+        angles = jnp.swapaxes(turned, 1, 2)[..., section_axes(rope)] * frequencies[None, None, :]
     return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
+
+
+def section_axes(rope: RopeConfig) -> np.ndarray:
+    """int[rotary_dim/2], which of frame (0), row (1) and column (2) each frequency turns with (M-RoPE)."""
+    blocks = np.repeat(np.arange(3), rope.sections)
+    if not rope.interleaved:
+        return blocks
+    axes = np.zeros_like(blocks)
+    for axis in (1, 2):
+        axes[axis : 3 * rope.sections[axis] : 3] = axis
+    return axes
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

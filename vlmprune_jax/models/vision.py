@@ -1,27 +1,44 @@
-"""Vision towers (CLIP, SigLIP, InternViT, SmolVLM's; their computed part) and the projectors behind them."""
+"""Vision towers (CLIP, SigLIP, InternViT, SmolVLM's, Qwen's; their computed part)."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vlmprune_jax.config import LayerShape, ProjectorConfig, VisionConfig, runs
+from vlmprune_jax.config import LayerShape, VisionConfig, runs
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.attention import for_tpu, splash_attention, xla_attention
 from vlmprune_jax.models.decoder import Block, Tap
-from vlmprune_jax.models.layers import LayerNorm, Projection, activation, declare
+from vlmprune_jax.models.layers import LayerNorm, Projection, RMSNorm, activation, declare, rotate
+from vlmprune_jax.models.patches import Places, axial_angles, places_of, resampled, windows_of
 
 # Weights that write to the residual stream -> the scale of what they write, in towers that have one (InternViT).
 SCALES = {"self_attn/out_proj/weight": "layer_scale1/weight", "mlp/fc2/weight": "layer_scale2/weight"}
 # Keys' cubic kernel as torch has it (jax.image.resize uses -0.5).
 _CUBIC = -0.75
+
+
+class VisionContext(NamedTuple):
+    """What every block of a tower shares in one forward pass.
+
+    `segments`: per window (0 = none) int32[images, positions], a position looks at those of its own number; of padding
+    -1. None: at all. `cos`, `sin`: float32[images, positions, head / 2], where rows and columns turn queries and keys.
+    """
+
+    segments: dict[int, jax.Array] | None = None
+    cos: jax.Array | None = None
+    sin: jax.Array | None = None
+
+
+NORMS = {"layer": LayerNorm, "rms": RMSNorm}
+NOWHERE = VisionContext()  # of whole images of one size
 
 
 class Leaf(nnx.Module):
@@ -35,12 +52,19 @@ class PatchEmbedding(nnx.Module):
     """A convolution whose stride is its kernel: one linear map per patch; a rest beyond the last patch is not read."""
 
     def __init__(self, cfg: VisionConfig, sizes: Mapping[str, int]):
-        self.weight = declare(sizes, ("vision", "channel", "patch_row", "patch_column"))
+        frames = ("temporal",) if cfg.any_size else ()
+        self.weight = declare(sizes, ("vision", "channel", *frames, "patch_row", "patch_column"))
         self.bias = declare(sizes, ("vision",)) if cfg.patch_bias else None
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """float[images, rows * columns, vision] of float[images, channel, height, width]."""
+        """float[images, rows * columns, vision] of float[images, channel, height, width].
+
+        Patches, [images, patches, channel * temporal * row * column], are taken as they come.
+        """
         weight = self.weight.get_value()
+        if pixels.ndim == 3:
+            x = pixels @ weight.reshape(len(weight), -1).T
+            return x if self.bias is None else x + self.bias.get_value()[None, None]
         width, channels, patch = weight.shape[:3]
         n, rows, columns = pixels.shape[0], pixels.shape[2] // patch, pixels.shape[3] // patch
         pixels = pixels[:, :, : rows * patch, : columns * patch]
@@ -50,19 +74,29 @@ class PatchEmbedding(nnx.Module):
 
 
 class VisionAttention(nnx.Module):
-    """Bidirectional attention, over the positions that bool[images, positions] `real` names (None: all)."""
+    """Bidirectional attention, over the positions that bool[images, positions] `real` names (None: all), or over those
+    of the same segment.
+    """
 
-    def __init__(self, cfg: VisionConfig, sizes: Mapping[str, int]):
+    def __init__(self, cfg: VisionConfig, sizes: Mapping[str, int], window: int):
         into = ("vision",)
+        self.window = window
         self.q_proj = Projection(sizes, ("q_heads", "head"), into, bias=cfg.qkv_bias)
         self.k_proj = Projection(sizes, ("kv_heads", "head"), into, bias=cfg.qkv_bias)
         self.v_proj = Projection(sizes, ("kv_heads", "head"), into, bias=cfg.qkv_bias)
         self.out_proj = Projection(sizes, into, ("q_heads", "head"), bias=True)
 
-    def __call__(self, x: jax.Array, real: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, x: jax.Array, real: jax.Array | None, context: VisionContext = NOWHERE
+    ) -> tuple[jax.Array, jax.Array]:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if context.cos is not None and context.sin is not None:
+            q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
+        segments = None if context.segments is None else context.segments[self.window]
         if for_tpu():
-            mixed = splash_attention(q, k, v, real, causal=False)
+            mixed = splash_attention(q, k, v, real, causal=False, segments=segments)
+        elif segments is not None:
+            mixed = xla_attention(q, k, v, (segments[:, :, None] == segments[:, None])[:, None])
         else:
             mixed = xla_attention(q, k, v, None if real is None else real[:, None, None])
         return self.out_proj(mixed), mixed
@@ -81,6 +115,20 @@ class VisionMlp(nnx.Module):
         return self.fc2(hidden), hidden
 
 
+class VisionGatedMlp(nnx.Module):
+    """down(act(gate(x)) * up(x))."""
+
+    def __init__(self, cfg: VisionConfig, sizes: Mapping[str, int]):
+        self.gate_proj = Projection(sizes, ("mlp",), ("vision",), bias=True)
+        self.up_proj = Projection(sizes, ("mlp",), ("vision",), bias=True)
+        self.down_proj = Projection(sizes, ("vision",), ("mlp",), bias=True)
+        self.activation = cfg.activation
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        hidden = activation(self.activation)(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(hidden), hidden
+
+
 class VisionLayer(nnx.Module):
     """One pre-norm block, stacked for a scan over equal ones; InternViT scales each branch channel by channel."""
 
@@ -93,18 +141,22 @@ class VisionLayer(nnx.Module):
             "kv_heads": shape.kv_heads,
             "mlp": shape.mlp,
         }
-        self.layer_norm1 = LayerNorm(sizes, "vision", eps=cfg.norm_eps)
-        self.self_attn = VisionAttention(cfg, sizes)
-        self.layer_norm2 = LayerNorm(sizes, "vision", eps=cfg.norm_eps)
-        self.mlp = VisionMlp(cfg, sizes)
+        self.layer_norm1 = NORMS[cfg.norm](sizes, "vision", eps=cfg.norm_eps)
+        self.self_attn = VisionAttention(cfg, sizes, shape.window or 0)
+        self.layer_norm2 = NORMS[cfg.norm](sizes, "vision", eps=cfg.norm_eps)
+        self.mlp = (VisionGatedMlp if cfg.mlp_kind == "gated" else VisionMlp)(cfg, sizes)
         self.layer_scale1 = Leaf(sizes, ("vision",)) if cfg.layer_scale else None
         self.layer_scale2 = Leaf(sizes, ("vision",)) if cfg.layer_scale else None
 
     def __call__(
-        self, x: jax.Array, tap_inputs: tuple[str, ...] = (), real: jax.Array | None = None
+        self,
+        x: jax.Array,
+        tap_inputs: tuple[str, ...] = (),
+        real: jax.Array | None = None,
+        context: VisionContext = NOWHERE,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(output, what out_proj and fc2 read, as far as `tap_inputs` ask for it by the decoder's names)."""
-        attended, mixed = self.self_attn(self.layer_norm1(x), real)
+        attended, mixed = self.self_attn(self.layer_norm1(x), real, context)
         x = x + _scaled(attended, self.layer_scale1)
         out, hidden = self.mlp(self.layer_norm2(x))
         read = {"o_proj": mixed, "down_proj": hidden}
@@ -123,18 +175,23 @@ class VisionTower(nnx.Module):
         sizes = {
             "vision": cfg.hidden_size,
             "channel": cfg.channels,
+            "temporal": cfg.temporal,
             "patch_row": cfg.patch_size,
             "patch_column": cfg.patch_size,
             "position": cfg.position_grid**2 + cfg.class_token,
         }
         self.class_embedding = Leaf(sizes, ("vision",)) if cfg.class_token else None
         self.patch_embedding = PatchEmbedding(cfg, sizes)
-        self.position_embedding = Leaf(sizes, ("position", "vision"))
+        self.position_embedding = Leaf(sizes, ("position", "vision")) if cfg.table else None
         self.pre_layrnorm = LayerNorm(sizes, "vision", eps=cfg.norm_eps) if cfg.pre_norm else None
         self.layers = nnx.Dict(
             {str(r): VisionLayer(cfg, shape, length) for r, (_, length, shape) in enumerate(runs(cfg.layers))}
         )
         self.post_layernorm = LayerNorm(sizes, "vision", eps=cfg.norm_eps) if cfg.post_norm else None
+
+    def _table(self) -> jax.Array:
+        assert self.position_embedding is not None
+        return self.position_embedding.weight.get_value()
 
     def positions(self, rows: int, columns: int) -> jax.Array:
         """float[positions, vision] embeddings of an image of rows x columns patches, the class token's first.
@@ -142,7 +199,7 @@ class VisionTower(nnx.Module):
         Raises:
           UserError: another grid than the tower was trained on, and the tower does not resize (only InternViT does).
         """
-        table, cfg = self.position_embedding.weight.get_value(), self.cfg
+        table, cfg = self._table(), self.cfg
         if (rows, columns) == (cfg.position_grid, cfg.position_grid):
             return table
         if not cfg.resizes:
@@ -164,7 +221,7 @@ class VisionTower(nnx.Module):
         stretched over the whole image (Dehghani et al. 2023; reference: transformers' `SmolVLMVisionEmbeddings`, whose
         float32 boundaries are those of whole numbers here).
         """
-        table, grid = self.position_embedding.weight.get_value(), self.cfg.position_grid
+        table, grid = self._table(), self.cfg.position_grid
 
         def places(real: jax.Array) -> jax.Array:
             count = jnp.maximum(real.sum(axis=1, dtype=jnp.int32), 1)[:, None]
@@ -174,13 +231,30 @@ class VisionTower(nnx.Module):
         index = down[:, :, None] * grid + across[:, None]
         return table[jnp.where(patches, index, 0).reshape(len(patches), -1)]
 
-    def embed(self, pixels: jax.Array, patches: jax.Array | None = None) -> jax.Array:
+    def places(self, pixels: jax.Array, grid: jax.Array) -> Places:
+        """Where the patches [images, patches, values] of images of int[images, 3] `grid` lie."""
+        return places_of(grid, pixels.shape[1], self.cfg.merge)
+
+    def context(self, pixels: jax.Array, grid: jax.Array | None) -> VisionContext:
+        """What the blocks share over these pixels; nothing for whole images of one size (no `grid`)."""
+        if grid is None:
+            return NOWHERE
+        cfg, places = self.cfg, self.places(pixels, grid)
+        sides = sorted({shape.window or 0 for shape in cfg.layers})
+        segments = {side: windows_of(places, grid, cfg.merge, side) if side else places.image for side in sides}
+        return VisionContext(segments, *axial_angles(places, cfg.head_dim, cfg.rope_theta))
+
+    def embed(self, pixels: jax.Array, patches: jax.Array | None = None, grid: jax.Array | None = None) -> jax.Array:
         """float[images, positions, vision] states before the blocks of float[images, channel, height, width] pixels.
 
-        The class token, where there is one, comes first; patches follow row by row. `patches`: see `tapped`.
+        The class token, where there is one, comes first; patches follow row by row. `patches`, `grid`: see `tapped`.
         """
         n, patch = pixels.shape[0], self.cfg.patch_size
         x = self.patch_embedding(pixels)
+        if grid is not None:
+            if self.position_embedding is not None:
+                x = x + resampled(self._table(), self.places(pixels, grid), grid)
+            return constrain(x, ("batch", None, None))
         if self.class_embedding is not None:
             cls = self.class_embedding.weight.get_value()[None, None]
             x = jnp.concatenate([jnp.broadcast_to(cls, (n, 1, x.shape[-1])), x], axis=1)
@@ -193,19 +267,31 @@ class VisionTower(nnx.Module):
         return constrain(x, ("batch", None, None))
 
     def run_parts(self, run: str) -> tuple[Callable[..., Any], nnx.State]:
-        """One run as `(apply, state)`, see `Decoder.run_parts`: `apply(slice of state, x, tap_inputs, real)`."""
+        """One run as `(apply, state)`, see `Decoder.run_parts`.
+
+        `apply(slice of state, x, tap_inputs, real, context)` is one block.
+        """
         graph, state = nnx.split(self.layers[run])
 
         def apply(
-            layer_state: nnx.State, x: jax.Array, tap_inputs: tuple[str, ...] = (), real: jax.Array | None = None
+            layer_state: nnx.State,
+            x: jax.Array,
+            tap_inputs: tuple[str, ...] = (),
+            real: jax.Array | None = None,
+            context: VisionContext = NOWHERE,
         ):
-            return nnx.merge(graph, layer_state)(x, tap_inputs, real)
+            return nnx.merge(graph, layer_state)(x, tap_inputs, real, context)
 
         return apply, state
 
-    def __call__(self, pixels: jax.Array, patches: jax.Array | None = None) -> jax.Array:
+    def __call__(self, pixels: jax.Array, patches: jax.Array | None = None, grid: jax.Array | None = None) -> jax.Array:
         """States behind the last block (and its norm), as `embed` has those before the first; see `tapped`."""
-        return self.tapped(pixels, None, patches=patches)[0]
+        return self.tapped(pixels, None, patches=patches, grid=grid)[0]
+
+    def levels(self, pixels: jax.Array, grid: jax.Array) -> list[jax.Array]:
+        """float[images, patches, vision] states behind the last block, and behind every one of `deepstack`."""
+        last, _, kept = self._run(pixels, None, (), None, grid, self.cfg.deepstack)
+        return [last, *(kept[i] for i in range(len(self.cfg.deepstack)))]
 
     def tapped(
         self,
@@ -213,24 +299,44 @@ class VisionTower(nnx.Module):
         tap: Tap | None,
         tap_inputs: tuple[str, ...] = (),
         patches: jax.Array | None = None,
+        grid: jax.Array | None = None,
     ) -> tuple[jax.Array, list[Any]]:
         """States behind the last block, and what `tap(Block)` gave for each, see `Decoder.__call__`.
 
         `patches`: bool[images, rows, columns], which patches show the image and not padding (None: all); for towers
-        that `spread` positions alone.
+        that `spread` positions alone. `grid`: int[images, 3] frames, rows and columns of patches, where images are of
+        any size and pixels are their patches, padding behind them.
         """
-        x, taps = self.embed(pixels, patches), list[Any]()
+        return self._run(pixels, tap, tap_inputs, patches, grid, ())[:2]
+
+    def _run(
+        self,
+        pixels: jax.Array,
+        tap: Tap | None,
+        tap_inputs: tuple[str, ...],
+        patches: jax.Array | None,
+        grid: jax.Array | None,
+        wanted: tuple[int, ...],
+    ) -> tuple[jax.Array, list[Any], Any]:
+        """What `tapped` says, and [n + 1, ...] states behind the n blocks `wanted` (the last entry is arbitrary)."""
+        x, taps = self.embed(pixels, patches, grid), list[Any]()
         real = None if patches is None else patches.reshape(len(patches), -1)
-        for run, (_, length, _) in enumerate(runs(self.cfg.layers)):
+        context = self.context(pixels, grid)
+        kept = jnp.zeros((len(wanted) + 1, *x.shape), x.dtype) if wanted else None
+        for run, (start, length, _) in enumerate(runs(self.cfg.layers)):
             apply, state = self.run_parts(str(run))
+            places = [wanted.index(i) if i in wanted else len(wanted) for i in range(start, start + length)]
 
-            def body(x: jax.Array, layer: nnx.State, apply=apply) -> tuple[jax.Array, Any]:
-                y, read = apply(layer, x, tap_inputs, real)
-                return y, None if tap is None else tap(Block(x, y, read, nnx.to_pure_dict(layer)))
+            def body(carry: Any, layer: Any, apply=apply) -> tuple[Any, Any]:
+                (x, kept), (state, place) = carry, layer
+                y, read = apply(state, x, tap_inputs, real, context)
+                if kept is not None:
+                    kept = jax.lax.dynamic_update_index_in_dim(kept, y, place, axis=0)
+                return (y, kept), None if tap is None else tap(Block(x, y, read, nnx.to_pure_dict(state)))
 
-            x, tapped = jax.lax.scan(body, x, state)
+            (x, kept), tapped = jax.lax.scan(body, (x, kept), (state, jnp.asarray(places) if wanted else None))
             taps += [jax.tree.map(operator.itemgetter(i), tapped) for i in range(length)]
-        return x if self.post_layernorm is None else self.post_layernorm(x), taps
+        return x if self.post_layernorm is None else self.post_layernorm(x), taps, kept
 
 
 def bicubic(n_in: int, n_out: int) -> np.ndarray:
@@ -245,39 +351,3 @@ def bicubic(n_in: int, n_out: int) -> np.ndarray:
             far = a * (t**3 - 5 * t**2 + 8 * t - 4)
             weights[i, min(max(j, 0), n_in - 1)] += near if t <= 1 else far if t < 2 else 0.0
     return weights.astype(np.float32)
-
-
-def pixel_shuffle(x: jax.Array, factor: int, version: str) -> jax.Array:
-    """`factor` x `factor` neighbouring patches as one longer feature (InternVL 1.5, Chen et al. 2024).
-
-    float[images, grid * grid, vision] -> float[images, (grid / factor)^2, vision * factor^2]. Output cell (r, c) of
-    "v2" is the concatenation of the input cells of that square, row by row; "v1" has its cells transposed.
-    """
-    n, positions, width = x.shape
-    grid = round(positions**0.5)
-    small = grid // factor
-    x = x.reshape(n, small, factor, small, factor, width)
-    x = x.transpose(0, 1, 3, 2, 4, 5) if version == "v2" else x.transpose(0, 3, 1, 2, 4, 5)
-    return x.reshape(n, small * small, factor * factor * width)
-
-
-class Projector(nnx.Module):
-    """linear_2(act(linear_1(features))), InternVL's behind a layer norm; SmolVLM's one `linear` alone."""
-
-    def __init__(self, cfg: ProjectorConfig, vision_size: int, hidden_size: int):
-        into = "shuffled" if cfg.shuffles else "vision"
-        sizes = {into: vision_size * cfg.downsample**2, "projector": hidden_size, "embed": hidden_size}
-        self.linear = Projection(sizes, ("embed",), (into,), bias=cfg.bias) if cfg.kind == "linear" else None
-        if self.linear is not None:
-            return
-        self.layer_norm = LayerNorm(sizes, into, eps=cfg.norm_eps) if cfg.kind == "pixel_shuffle" else None
-        self.linear_1 = Projection(sizes, ("projector",), (into,), bias=cfg.bias)
-        self.linear_2 = Projection(sizes, ("embed",), ("projector",), bias=cfg.bias)
-        self.activation = cfg.activation
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        if self.linear is not None:
-            return self.linear(x)
-        if self.layer_norm is not None:
-            x = self.layer_norm(x)
-        return self.linear_2(activation(self.activation)(self.linear_1(x)))

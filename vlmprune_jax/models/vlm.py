@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,15 @@ from vlmprune_jax.distributed.mesh import row_ways, within
 from vlmprune_jax.distributed.rules import constrain, sharding
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.decoder import Context, Decoder, Tap, head_logits
-from vlmprune_jax.models.vision import Projector, VisionTower, pixel_shuffle
+from vlmprune_jax.models.patch_rows import check_patches, patch_rows, real_features
+from vlmprune_jax.models.patches import slot_index
+from vlmprune_jax.models.projector import Projector, merged, pixel_shuffle
+from vlmprune_jax.models.vision import VisionTower
 
 Params = dict[str, Any]
 WANT = ("hidden", "image_features", "inputs_embeds")
+# What a batch may hold of its images beside ids and mask, by the names of `encode`.
+IMAGE_INPUTS = ("pixel_values", "vision_features", "image_grid_thw", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -48,20 +53,22 @@ class VisionLanguageModel(nnx.Module):
                 self.vision = VisionTower(cfg.vision)
             self.projector = Projector(cfg.projector, cfg.vision.hidden_size, cfg.text.hidden_size)
 
-    def vision_features(self, pixels: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """float[images, tokens, features]: selected (InternVL, SmolVLM: and shuffled) tower states.
+    def vision_features(
+        self, pixels: jax.Array, mask: jax.Array | None = None, grid: jax.Array | None = None
+    ) -> jax.Array:
+        """float[images, tokens, features]: selected (and shuffled, or merged) tower states.
 
-        `pixels`: float[images, channel, height, width]; `mask`: int[images, height, width], 1 = no padding.
+        `pixels`: float[images, channel, height, width]; `mask`: int[images, height, width], 1 = no padding. With
+        `grid`, int[images, 3], pixels are [images, patches, values], and features those of all levels of the tower.
         """
-        patches = None
-        if mask is not None:
-            assert self.cfg.vision is not None
-            patches = patches_of(mask, self.cfg.vision.patch_size)
-        return _selected(self.vision(pixels, patches), self.cfg)
+        assert self.cfg.vision is not None
+        return _features(self.vision, self.cfg, pixels, mask, grid)
 
-    def image_features(self, pixels: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    def image_features(
+        self, pixels: jax.Array, mask: jax.Array | None = None, grid: jax.Array | None = None
+    ) -> jax.Array:
         """float[images, tokens, embed]: what replaces an image's positions in the decoder input."""
-        return self.projector(self.vision_features(pixels, mask))
+        return self.projector(self.vision_features(pixels, mask, grid))
 
     def embed(
         self,
@@ -69,32 +76,63 @@ class VisionLanguageModel(nnx.Module):
         pixel_values: jax.Array | None,
         vision_features: jax.Array | None = None,
         pixel_attention_mask: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Decoder input float[batch, seq, embed] with image features spliced in, and those features.
+        image_grid_thw: jax.Array | None = None,
+    ) -> Embedded:
+        """Decoder input with image features spliced in, those features, and what the first layers add.
 
         `pixel_values`: [images, 3, H, W] in order of appearance over the batch, or [batch, slots, 3, H, W] per row
         (then every device splices its own rows without communication), `pixel_attention_mask` without the channels.
+        Images of any size: [batch, slots, patches, values], with `image_grid_thw` int[batch, slots, 3].
         `vision_features`: instead of pixels, what the tower made of them, [batch, slots, tokens, features].
         """
         x = self.text.embed_tokens.lookup(input_ids)
+        grid = image_grid_thw
+        images = None if grid is None else grid.reshape(-1, grid.shape[-1])
         if vision_features is not None:
-            per_row, states = True, vision_features.reshape(-1, *vision_features.shape[-2:])
-            features = self.projector(states.astype(x.dtype))
+            per_row, states = True, vision_features.reshape(-1, *vision_features.shape[-2:]).astype(x.dtype)
         elif pixel_values is not None:
-            per_row, pixels = pixel_values.ndim == 5, pixel_values.reshape(-1, *pixel_values.shape[-3:])
+            per_row, each = pixel_values.ndim == 5 or grid is not None, 3 if grid is None else 2
             mask = pixel_attention_mask
-            features = self.image_features(
-                pixels.astype(x.dtype), None if mask is None else mask.reshape(-1, *mask.shape[-2:])
+            states = self.vision_features(
+                pixel_values.reshape(-1, *pixel_values.shape[-each:]).astype(x.dtype),
+                None if mask is None else mask.reshape(-1, *mask.shape[-2:]),
+                images,
             )
         else:
-            return x, None
+            return Embedded(x, None, None)
+        features = self.projector(states)
         is_image = jnp.equal(input_ids, jnp.asarray(self.cfg.image_token_id, input_ids.dtype))
-        return splice(x, is_image, features, per_row), features
+        if grid is None:
+            return Embedded(splice(x, is_image, features, per_row), features, None)
+        assert self.cfg.projector is not None
+        counts = grid.prod(axis=-1) // self.cfg.projector.downsample**2
+        index = slot_index(is_image, counts, features.shape[1])
+        added = self.projector.added(states)
+        if added is not None:
+            added = jnp.stack([_placed(jnp.zeros_like(x), is_image, one, index) for one in added])
+            added = constrain(added, (None, "batch", "sequence", None))
+        return Embedded(_placed(x, is_image, features, index), features, added)
 
 
-def _selected(states: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """The projector's input of a tower's states."""
+class Embedded(NamedTuple):
+    """Decoder input `x` float[batch, seq, embed], the image features in it [images, tokens, embed], and what the first
+    n layers add to their outputs, float[n, batch, seq, embed] (None: nothing).
+    """
+
+    x: jax.Array
+    features: jax.Array | None
+    added: jax.Array | None
+
+
+def _features(
+    tower: VisionTower, cfg: ModelConfig, pixels: jax.Array, mask: jax.Array | None, grid: jax.Array | None
+) -> jax.Array:
+    """The projector's input of images."""
     projector = cfg.projector
+    if grid is not None:
+        factor = 1 if projector is None else projector.downsample
+        return jnp.concatenate([merged(level, factor) for level in tower.levels(pixels, grid)], axis=-1)
+    states = tower(pixels, None if mask is None else patches_of(mask, tower.cfg.patch_size))
     if cfg.feature_select == "patch":
         states = states[:, 1:]
     if projector is not None and projector.shuffles:
@@ -109,14 +147,14 @@ def patches_of(mask: jax.Array, patch: int) -> jax.Array:
     return (whole.reshape(n, rows, patch, columns, patch) != 0).any(axis=(2, 4))
 
 
-def tower_features(tower: Params, cfg: ModelConfig, pixels: jax.Array) -> jax.Array:
+def tower_features(tower: Params, cfg: ModelConfig, pixels: jax.Array, grid: jax.Array | None = None) -> jax.Array:
     """`VisionLanguageModel.vision_features` by the params of the tower alone, in their dtype."""
     assert cfg.vision is not None
     vision = cfg.vision
     graph, state = nnx.split(nnx.eval_shape(lambda: VisionTower(vision)))
     nnx.replace_by_pure_dict(state, tower)
     dtype = jax.tree.leaves(tower)[0].dtype
-    return _selected(nnx.merge(graph, state)(pixels.astype(dtype)), cfg)
+    return _features(nnx.merge(graph, state), cfg, pixels.astype(dtype), None, grid)
 
 
 def splice(x: jax.Array, is_image: jax.Array, features: jax.Array, per_row: bool) -> jax.Array:
@@ -127,6 +165,12 @@ def splice(x: jax.Array, is_image: jax.Array, features: jax.Array, per_row: bool
     index = jnp.clip(jnp.cumsum(marks, axis=1) - 1, 0, flat.shape[1] - 1)
     placed = jnp.take_along_axis(flat, index[..., None], axis=1).reshape(x.shape)
     return jnp.where(is_image[..., None], placed, x)
+
+
+def _placed(x: jax.Array, is_image: jax.Array, features: jax.Array, index: jax.Array) -> jax.Array:
+    """`x` with image tokens replaced by those at int[batch, seq] `index` of a row's features [batch * slots, ...]."""
+    flat = features.reshape(len(x), -1, x.shape[-1])
+    return jnp.where(is_image[..., None], jnp.take_along_axis(flat, index[..., None], axis=1), x)
 
 
 @functools.lru_cache(maxsize=64)
@@ -153,8 +197,10 @@ def encode(
     pixel_values: jax.Array | None = None,
     pixel_attention_mask: jax.Array | None = None,
     vision_features: jax.Array | None = None,
+    image_grid_thw: jax.Array | None = None,
     attention_mask: jax.Array | None = None,
     inputs_embeds: jax.Array | None = None,
+    added: jax.Array | None = None,
     position_ids: jax.Array | None = None,
     states: tuple[int, ...] = (),
     tap: Tap | None = None,
@@ -165,20 +211,30 @@ def encode(
     """Everything before the head: final-norm states float[batch, seq, embed] and aux.
 
     `vision_features` and the arrays before it: see `VisionLanguageModel.embed`. `inputs_embeds` replaces embedding and
-    splicing (a teacher fed with the student's embeddings); `position_ids` int[batch, seq] replaces the positions
-    counted along `attention_mask`. `states`, `tap`, `tap_inputs`: see `Decoder.__call__`.
-    aux always has "inputs_embeds" and, with images, "image_features".
+    splicing (a teacher fed with the student's embeddings), and `added` goes with it; `position_ids` int[batch, seq]
+    replaces the positions counted along `attention_mask`, and is int[batch, 3, seq] where images have rows and columns
+    (`positions.mrope_positions`). `states`, `tap`, `tap_inputs`: see `Decoder.__call__`.
+    aux always has "inputs_embeds" and "added" and, with images, "image_features".
+
+    Raises:
+      UserError: images of any size without their positions.
     """
     module = to_nnx(Model(params, cfg))
     features = None
     if inputs_embeds is None:
-        inputs_embeds, features = module.embed(input_ids, pixel_values, vision_features, pixel_attention_mask)
+        inputs_embeds, features, added = module.embed(
+            input_ids, pixel_values, vision_features, pixel_attention_mask, image_grid_thw
+        )
     x = constrain(inputs_embeds, ("batch", "sequence", None))
     if attention_mask is None:
         attention_mask = jnp.ones(input_ids.shape, jnp.int32)
+    if image_grid_thw is not None and position_ids is None:
+        raise UserError(
+            "image_grid_thw without position_ids: images have rows and columns (models.positions makes them)"
+        )
     context = text_context(module, attention_mask, dropout_key, position_ids)
-    final, aux = module.text(x, context, states=states, tap=tap, tap_inputs=tap_inputs, remat=remat)
-    return final, {**aux, "inputs_embeds": inputs_embeds, "image_features": features}
+    final, aux = module.text(x, context, states=states, tap=tap, tap_inputs=tap_inputs, remat=remat, added=added)
+    return final, {**aux, "inputs_embeds": inputs_embeds, "image_features": features, "added": added}
 
 
 def text_context(
@@ -206,7 +262,9 @@ def apply(
     *,
     pixel_values: jax.Array | None = None,
     pixel_attention_mask: jax.Array | None = None,
+    image_grid_thw: jax.Array | None = None,
     attention_mask: jax.Array | None = None,
+    position_ids: jax.Array | None = None,
     want: Collection[str] = (),
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Logits float[batch, seq, vocab] and the `want`ed intermediates; pure, to be called inside jit.
@@ -223,7 +281,9 @@ def apply(
         input_ids,
         pixel_values=pixel_values,
         pixel_attention_mask=pixel_attention_mask,
+        image_grid_thw=image_grid_thw,
         attention_mask=attention_mask,
+        position_ids=position_ids,
         states=states,
     )
     aux["hidden"] = aux.get("states")
@@ -242,6 +302,8 @@ def forward(
     *,
     pixel_values: Any = None,
     pixel_attention_mask: Any = None,
+    image_grid_thw: Any = None,
+    mm_token_type_ids: Any = None,
     attention_mask: Any = None,
     want: Collection[str] = (),
 ) -> tuple[jax.Array, dict[str, Any]]:
@@ -253,22 +315,32 @@ def forward(
       pixel_values: float[images or tiles, 3, H, W] in order of appearance, or [batch, slots, 3, H, W] by row, what
         rows do not need at their ends.
       pixel_attention_mask: int of the same shape without the channels, 1 = image, 0 = padding (SmolVLM).
+      image_grid_thw: int[images, 3], frames, rows and columns of patches, where images are of any size; pixel_values
+        are then [patches of all images, values], as processors emit them (or both by row, see `patch_rows`).
+      mm_token_type_ids: int[batch, seq] of the same processors; only checked, since ids say it.
       attention_mask: int[batch, seq], 1 = real token.
       want: any of "hidden", "image_features", "inputs_embeds" -> returned in aux.
 
     Raises:
       UserError: ids outside the vocabulary, or image positions that do not match the images.
     """
-    check_inputs(model.cfg, input_ids, pixel_values)
+    check_inputs(model.cfg, input_ids, pixel_values, image_grid_thw=image_grid_thw, attention_mask=attention_mask)
     arrays = {
         "input_ids": input_ids,
         "pixel_values": pixel_values,
         "pixel_attention_mask": needed_mask(model.cfg, pixel_values, pixel_attention_mask),
         "attention_mask": attention_mask,
     }
+    if model.cfg.any_size:
+        images = (pixel_values, image_grid_thw, mm_token_type_ids)
+        arrays |= patch_rows(model.cfg, input_ids, attention_mask, *images)
+        del arrays["deltas"]
     mesh = mesh_of(model.params)
     with within(mesh):
-        return _forward(model.params, model.cfg, place_batch(arrays, mesh), tuple(want))
+        logits, aux = _forward(model.params, model.cfg, place_batch(arrays, mesh), tuple(want))
+    if model.cfg.any_size and aux.get("image_features") is not None:
+        aux["image_features"] = real_features(model.cfg, aux["image_features"], arrays["image_grid_thw"])
+    return logits, aux
 
 
 def needed_mask(cfg: ModelConfig, pixel_values: Any, pixel_attention_mask: Any) -> np.ndarray | None:
@@ -293,7 +365,14 @@ def needed_mask(cfg: ModelConfig, pixel_values: Any, pixel_attention_mask: Any) 
     return mask
 
 
-def check_inputs(cfg: ModelConfig, input_ids: Any, pixel_values: Any, vision_features: Any = None) -> None:
+def check_inputs(
+    cfg: ModelConfig,
+    input_ids: Any,
+    pixel_values: Any,
+    vision_features: Any = None,
+    image_grid_thw: Any = None,
+    attention_mask: Any = None,
+) -> None:
     """Refuse ids outside the vocabulary and image positions without an image each (a silent wrong splice)."""
     ids = np.asarray(input_ids)
     if ids.ndim != 2:
@@ -305,8 +384,12 @@ def check_inputs(cfg: ModelConfig, input_ids: Any, pixel_values: Any, vision_fea
         raise UserError(
             f"input_ids[{row}, {column}] = {ids[row, column]} is outside the vocabulary of {cfg.text.vocab_size}"
         )
+    if image_grid_thw is not None and not cfg.any_size:
+        raise UserError("image_grid_thw given to a model whose images are of one size")
     if vision_features is not None or not cfg.tower:
         shape, per_image = np.shape(vision_features), cfg.feature_shape
+        if cfg.any_size and len(shape) == 4:
+            per_image = (shape[2], per_image[1])
         if cfg.tower or len(shape) != 4 or (shape[0], *shape[2:]) != (len(ids), *per_image):
             raise UserError(
                 f"vision_features has shape {list(shape)}: a model without its tower takes "
@@ -319,6 +402,9 @@ def check_inputs(cfg: ModelConfig, input_ids: Any, pixel_values: Any, vision_fea
         return
     if cfg.vision is None:
         raise UserError("pixel_values given to a model without a vision tower")
+    if cfg.any_size:
+        check_patches(cfg, ids, attention_mask, pixel_values, image_grid_thw)
+        return
     wanted = (cfg.vision.channels, cfg.vision.image_size, cfg.vision.image_size)
     if np.ndim(pixel_values) not in (4, 5) or np.shape(pixel_values)[-3:] != wanted:
         raise UserError(

@@ -12,7 +12,7 @@ from vlmprune_jax.errors import UserError, about
 from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.hf.export.target import UNEVEN
 from vlmprune_jax.hf.export.uneven import padded_stacks
-from vlmprune_jax.models.flops import forward_flops, head_of, positions_of, seen, weight_flops
+from vlmprune_jax.models.flops import forward_flops, head_of, positions_of, seen, tower_pairs, weight_flops
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune.solver import Costs, OutOfReach, layer_costs
 
@@ -104,9 +104,9 @@ def _forward_of_layers(cfg: ModelConfig, products: Mapping[str, Costs], length: 
         total += 2 * length * products["text"].of(one) + 4 * seen(length, one.window) * one.q_heads * text.head_dim
     tower = cfg.stacks.get("vision")
     if tower is not None and cfg.vision is not None and cfg.projector is not None:
-        positions = positions_of(cfg.vision)
+        positions = positions_of(cfg)
         for one in tower.layers:
-            attention = 4 * positions**2 * one.q_heads * tower.head_dim
+            attention = 4 * tower_pairs(cfg, one, positions) * one.q_heads * tower.head_dim
             total += images * (2 * positions * products["vision"].of(one) + attention)
     return total
 

@@ -98,6 +98,8 @@ def gptq(
     storage = make_storage(model.cfg, family, quantize, group_size, symmetric)
     if mesh is None:
         model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
+    if model.cfg.any_size:
+        raise UserError("gptq: models whose images are of any size are not supported: leave it out")
     batches = list(batches)
     checked = list(calibration_batches(batches, model.cfg, labels=False))
     slots = [one for one in make_slots(model.cfg, family) if one.path.startswith("text/layers/")]

@@ -46,7 +46,7 @@ class Layer:
         own = {path: leaf[number - start] for path, leaf in flat.items()}
         dtype = next(iter(own.values())).dtype
         params = {path: leaf.astype(jnp.float32) for path, leaf in own.items()}
-        return cls(number, params, cfg.with_layers((shape,)), dtype, mesh_of(model.params))
+        return cls(number, params, cfg.alone(shape), dtype, mesh_of(model.params))
 
     def run(self, x: np.ndarray, mask: np.ndarray, what: str) -> np.ndarray:
         """The stream "after" the layer, or in its "middle", between attention and MLP: float32[rows, seq, embed]."""

@@ -92,6 +92,8 @@ def reconstruct(
     mesh = mesh_of(pruned.params)
     if mesh is None:
         pruned, teacher = (m.replace(params=jax.tree.map(jnp.asarray, m.params)) for m in (pruned, teacher))
+    if pruned.cfg.any_size:
+        raise UserError("reconstruct: models whose images are of any size are not supported: leave it out")
     batches = list(batches)
     checked = list(calibration_batches(batches, pruned.cfg, labels=False))
     names = names_of_rows(batches, checked)
@@ -299,7 +301,7 @@ def embed(params, inputs, *, cfg, stack):
         dtype = jax.tree.leaves(params["vision"])[0].dtype
         x = module.vision.embed(inputs["pixel_values"].astype(dtype))
     else:
-        x, _ = module.embed(inputs["input_ids"], inputs["pixel_values"])
+        x, *_ = module.embed(inputs["input_ids"], inputs["pixel_values"])
     return constrain(x.astype(jnp.float32), STREAM)
 
 

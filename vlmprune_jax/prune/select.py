@@ -23,7 +23,8 @@ from vlmprune_jax.prune.width import Kept, choose_widths, kept_layer, shape_of, 
 
 METHODS = ("depth", "width", "hybrid")
 ROUNDINGS = ("nearest", "at_least")
-DEPTH: Mapping[str, Any] = {"protect": (), "rounding": "nearest"}
+DEEPSTACK = ("keep", "move")
+DEPTH: Mapping[str, Any] = {"protect": (), "rounding": "nearest", "deepstack": "keep"}
 WIDTH: Mapping[str, Any] = {
     "attn_layers": "all",
     "mlp_layers": "all",
@@ -65,6 +66,8 @@ def make_plan(
         parameters_total: what ratios refer to; default all parameters of the computed model. (The reference also
           counts tower blocks that are never run: 12.6 M more, 7,062,902,784, for LLaVA-1.5-7B.)
         protect: layers that depth pruning keeps, original numbers.
+        deepstack: whether it keeps the first layers of a decoder to whose outputs features of the tower are added
+          ("keep"), or those features may go to the layers that are then first ("move").
         rounding: "nearest" number of layers, or the smallest that removes "at_least" the ratio.
         attn_layers, mlp_layers: "all" or a half-open (start, stop), original numbers.
         heads_multiple, neurons_multiple: snap kept widths to multiples.
@@ -105,7 +108,7 @@ def make_plan(
         parameters_total=total,
         # earlier steps from `base` have removed a part of what was asked for
         asked=None if ratio is None else ratio - (unpruned - before) / total,
-        options=_recorded({**settings, **solved, **within}),
+        options=_recorded({**settings, **solved, **within}, cfg),
     )
 
 
@@ -218,9 +221,22 @@ def _check_scores(used: list[Scores], cfg: ModelConfig, stack: str) -> None:
             raise UserError(f"{one.criterion} scores are not of the {stack} stack: their layers or widths are others")
 
 
-def _recorded(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What of the settings goes into the plan, as JSON has it."""
-    kept = {name: value for name, value in settings.items() if name not in ("base", "parameters_total")}
+def moved_features(plan: PrunePlan, cfg: ModelConfig) -> str | None:
+    """What a plan does to features of the tower that enter several decoder layers, if it removes one of those."""
+    gone = [layer for layer in plan.removed_layers if layer < cfg.deepstack]
+    if not gone:
+        return None
+    places = list(plan.kept_layers[: cfg.deepstack])
+    return (
+        f"without layers {', '.join(map(str, gone))} the {cfg.deepstack} deepstack features are added behind layers "
+        f"{', '.join(map(str, places))}, as stock transformers adds them to the first that are left"
+    )
+
+
+def _recorded(settings: Mapping[str, Any], cfg: ModelConfig) -> dict[str, Any]:
+    """What of the settings goes into the plan of a model, as JSON has it."""
+    left_out = ("base", "parameters_total", *(() if cfg.deepstack else ("deepstack",)))
+    kept = {name: value for name, value in settings.items() if name not in left_out}
     return {name: list(value) if isinstance(value, (tuple, range)) else value for name, value in kept.items()}
 
 
@@ -284,15 +300,23 @@ def _choose_layers(
 ) -> tuple[int, ...]:
     """Original numbers of the layers to remove."""
     one_of("rounding", settings["rounding"], ROUNDINGS)
+    one_of("deepstack", settings["deepstack"], DEEPSTACK)
+    if stack == "vision" and cfg.deepstack:
+        raise UserError(
+            f"blocks of this vision tower cannot be removed: features of {cfg.deepstack} of them enter decoder layers "
+            '(deepstack): prune its widths (method "width"), or the decoder'
+        )
     shapes = cfg.stack(stack).layers
     n_layers = len(shapes)
     protect = set(settings["protect"])
     if not protect <= set(range(n_layers)):
         raise UserError(f"protect={sorted(protect)} names layers that do not exist: there are {n_layers}")
+    if stack == "text":
+        protect |= {i for i in range(cfg.deepstack) if settings["deepstack"] == "keep"}
     if scores.span is not None:
         return _block(scores, scores.span, protect, ratio, layers_removed)
     order = [int(i) for i in np.argsort(scores.layers, kind="stable") if int(i) not in protect]
-    most = min(len(order), n_layers - 1)
+    most = min(len(order), n_layers - max(1, cfg.deepstack if stack == "text" else 0))
     if layers_removed is not None:
         if not 0 <= layers_removed <= most:
             raise UserError(

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.config import ImageShape, ModelConfig
 from vlmprune_jax.data.feature_loader import FeatureLoader, Picture
+from vlmprune_jax.data.images import GRIDS
 from vlmprune_jax.distributed.mesh import from_all, on_process_zero
 from vlmprune_jax.errors import Stopped, UserError
 from vlmprune_jax.hf.disk.atomic import check_space
@@ -56,8 +57,9 @@ def compute_features(
 ) -> None:
     """Add the features of these pictures, by their keys, to the loader's cache.
 
-    Every process calls it with the same pictures and computes those of its share; all of them run one program together.
-    What is finished is published also when `progress` stops the pass.
+    Every process calls it with the same pictures and computes those of its share; all of them run one program together,
+    or one for each of the sizes that images of any size are padded to, the largest of them first. What is finished is
+    published also when `progress` stops the pass.
 
     Args:
       tower: the parameters below "vision", on the mesh.
@@ -68,35 +70,40 @@ def compute_features(
     Raises:
       UserError: an image cannot be read, the disk is full, or the processes do not see the same folder.
     """
-    mine = dict(list(pictures.items())[jax.process_index() :: jax.process_count()])
-    _check_space(loader, list(mine.values()), on_error)
+    mine = _share(loader, pictures, on_error)
     decoded = _decoded(loader, mine, on_error, threads)
-    rows, waiting = deque[np.ndarray](), deque[tuple[str, int]]()  # tiles, and how many each picture has
+    rows, waiting = deque[_Tile](), deque[tuple[str, int]]()  # tiles, and how many each picture has
     finished, local = deque[np.ndarray](), batch_size // jax.process_count()
     compute = _make_compute(cfg, mesh)
     cast = jax.tree.map(lambda x: x.astype(loader.dtype), tower)
     left = len(mine)
 
-    def advance() -> int:
-        """Put away whole pictures and read others; returns how many this process has in hand."""
+    def advance() -> tuple[int, int]:
+        """Put away whole pictures and read others; returns how many this process has in hand, and the tokens that the
+        next ones of any size need.
+        """
         nonlocal left
         while waiting and waiting[0][1] <= len(finished):
             key, count = waiting.popleft()
             states = [finished.popleft() for _ in range(count)]
-            loader.cache.add({key: np.stack(states) if states else np.empty((0, *loader.shape), loader.dtype)})
+            nothing = np.empty((0, *[0] * (2 - len(loader.shape)), *loader.shape), loader.dtype)
+            loader.cache.add({key: np.stack(states) if states else nothing})
             left -= 1
         while len(rows) < local and (found := next(decoded, None)) is not None:
             waiting.append((found[0], len(found[1])))
             rows.extend(found[1])
-        return len(waiting)
+        return len(waiting), max((tile.shape.tokens for tile in list(rows)[:local]), default=0)
 
     try:
-        while any(from_all(advance)):
+        while True:
+            hands = from_all(advance)
+            if not any(in_hand for in_hand, _ in hands):
+                break
             progress(len(pictures) - min(left * jax.process_count(), len(pictures)))
             taken = [rows.popleft() for _ in range(min(local, len(rows)))]
-            empty = np.zeros((local - len(taken), *loader.images.shape), np.float32)
-            batch = np.concatenate([np.stack(taken), empty]) if taken else empty
-            finished.extend(local_rows(compute(cast, batch))[: len(taken)])
+            batch = _batch(loader, taken, local, max(tokens for _, tokens in hands))
+            states = local_rows(compute(cast, batch))
+            finished.extend(one[: tile.shape.tokens or None] for one, tile in zip(states, taken, strict=False))
         progress(len(pictures))
     except Stopped:
         loader.cache.publish()
@@ -104,29 +111,52 @@ def compute_features(
     loader.cache.publish()
 
 
-def _make_compute(cfg: ModelConfig, mesh: Mesh | None) -> Callable[[Params, np.ndarray], jax.Array]:
-    """`tower_features` of this process's rows, as one program over the mesh."""
-    where = None if mesh is None else batch_sharding(mesh, 3)
-    program = jax.jit(lambda tower, pixels: tower_features(tower, cfg, pixels), out_shardings=where)
+class _Tile(NamedTuple):
+    """Pixels of a tile, or patches of an image of any size, and what its picture becomes."""
 
-    def compute(tower: Params, rows: np.ndarray) -> jax.Array:
+    pixels: np.ndarray
+    shape: ImageShape
+
+
+def _batch(loader: FeatureLoader, tiles: Sequence[_Tile], rows: int, tokens: int) -> dict[str, np.ndarray]:
+    """Tiles as the first of so many rows; images of any size are padded to a bucket that holds so many tokens."""
+    room = next((bucket for bucket in loader.preparation.image_buckets if bucket >= tokens), 0)
+    arrays = {name: np.zeros(size, dtype) for name, (size, dtype) in loader.images.arrays(rows, room).items()}
+    for row, tile in enumerate(tiles):
+        arrays[loader.images.array][row, : len(tile.pixels)] = tile.pixels
+        if GRIDS in arrays:
+            arrays[GRIDS][row] = tile.shape.grid
+    return arrays
+
+
+def _make_compute(cfg: ModelConfig, mesh: Mesh | None) -> Callable[[Params, dict[str, np.ndarray]], jax.Array]:
+    """`tower_features` of this process's rows, as one program over the mesh for each of their shapes."""
+    where = None if mesh is None else batch_sharding(mesh, 3)
+    program = jax.jit(
+        lambda tower, rows: tower_features(tower, cfg, rows["pixel_values"], rows.get(GRIDS)), out_shardings=where
+    )
+
+    def compute(tower: Params, rows: dict[str, np.ndarray]) -> jax.Array:
         dtype = jax.tree.leaves(tower)[0].dtype.name
         with step_context(mesh, dtype):
-            return program(tower, place_rows({"pixels": rows}, mesh)["pixels"])
+            return program(tower, place_rows(rows, mesh))
 
     return compute
 
 
 def _decoded(
     loader: FeatureLoader, pictures: Mapping[str, Picture], on_error: str, threads: int
-) -> Iterator[tuple[str, np.ndarray]]:
-    """(key, pixels) of the pictures in order, read ahead in threads."""
+) -> Iterator[tuple[str, list[_Tile]]]:
+    """(key, tiles) of the pictures in order, read ahead in threads."""
     if not pictures:
         return iter(())
-    nothing = np.empty((0, *loader.images.shape), np.float32)
 
-    def decode(item: tuple[str, Picture]) -> tuple[str, np.ndarray]:
-        return item[0], _attempt(functools.partial(loader.pixels, item[1]), nothing, on_error)
+    def tiles(picture: Picture) -> list[_Tile]:
+        pixels = loader.pixels(picture)
+        return [_Tile(one, loader.shape_of(picture)) for one in pixels]
+
+    def decode(item: tuple[str, Picture]) -> tuple[str, list[_Tile]]:
+        return item[0], _attempt(functools.partial(tiles, item[1]), [], on_error)
 
     source = grain.MapDataset.source(list(pictures.items())).map(decode)
     return iter(source.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)))
@@ -141,9 +171,21 @@ def _attempt(compute: Callable[[], Any], otherwise: Any, on_error: str) -> Any:
         return otherwise
 
 
-def _check_space(loader: FeatureLoader, pictures: Sequence[Picture], on_error: str) -> None:
-    def tiles() -> int:
-        return sum(_attempt(functools.partial(loader.count, picture), 0, on_error) for picture in pictures)
+def _share(loader: FeatureLoader, pictures: Mapping[str, Picture], on_error: str) -> dict[str, Picture]:
+    """The pictures that this process computes, those of any size by size, so that batches hold like ones.
 
-    needed = sum(from_all(tiles)) * int(np.prod(loader.shape)) * jnp.dtype(loader.dtype).itemsize
+    Raises:
+      UserError: there is no room for all features on the disk, or an image cannot be read.
+    """
+    keys, turns = list(pictures), slice(jax.process_index(), None, jax.process_count())
+
+    def count() -> list[int]:
+        return [_attempt(functools.partial(loader.count, pictures[key]), 0, on_error) for key in keys[turns]]
+
+    shares = from_all(count)
+    needed = sum(map(sum, shares)) * int(np.prod(loader.shape)) * jnp.dtype(loader.dtype).itemsize
     on_process_zero(lambda: check_space(loader.cache.folder / "*.safetensors", needed))
+    if loader.preparation.merge:
+        counts = {key: shares[place % len(shares)][place // len(shares)] for place, key in enumerate(keys)}
+        keys.sort(key=lambda key: -counts[key])
+    return {key: pictures[key] for key in keys[turns]}

@@ -41,6 +41,7 @@ def step_flops(
     rows: int,
     length: int,
     images: int,
+    image_tokens: int = 0,
 ) -> StepFlops:
     """6 N_student + 2 N_teacher per token, plus attention and vision: model FLOPs as in PaLM (arXiv 2204.02311, B).
 
@@ -53,20 +54,21 @@ def step_flops(
     Args:
       cfg: the student, with its adapters. teacher_cfg: None if no loss needs a teacher.
       trained: paths of the parameters that train.
-      rows, length: of the global batch of one optimizer step, all micro-batches; images: its image or tile slots.
+      rows, length: of the global batch of one optimizer step, all micro-batches; images: its image or tile slots;
+        image_tokens: that each has room for, where images are of any size.
     """
     tokens = rows * length
     student = weight_flops(cfg, "text/layers/", trained, True) * tokens
     logits = needs_logits(loss)
     student += weight_flops(cfg, head_of(cfg), trained if logits else (), logits) * tokens
     attention = 3 * causal_flops(cfg, length) * rows
-    vision = vision_flops(cfg, trained, images)
+    vision = vision_flops(cfg, trained, images, image_tokens)
     teacher = 0
     if teacher_cfg is not None and needs_teacher(loss):
         teacher = weight_flops(teacher_cfg, "text/layers/", (), False) * tokens
         teacher += (weight_flops(teacher_cfg, head_of(teacher_cfg), (), False) if compares_logits(loss) else 0) * tokens
         attention += causal_flops(teacher_cfg, length) * rows
-        vision += vision_flops(teacher_cfg, (), images) if loss.teacher_inputs == "own" else 0
+        vision += vision_flops(teacher_cfg, (), images, image_tokens) if loss.teacher_inputs == "own" else 0
     return StepFlops(student, teacher, attention, vision)
 
 
@@ -76,11 +78,21 @@ def batch_flops(
     """`step_flops` in all, as a function of one process's arrays of a batch; the global batch has `rows`."""
 
     @functools.cache
-    def count(length: int, slots: int) -> int:
-        return step_flops(cfg, teacher_cfg, loss, trained, rows=rows, length=length, images=rows * slots).total
+    def count(length: int, slots: int, tokens: int) -> int:
+        sizes = {"rows": rows, "length": length, "images": rows * slots, "image_tokens": tokens}
+        return step_flops(cfg, teacher_cfg, loss, trained, **sizes).total
 
     def of(arrays: Mapping[str, Any]) -> int:
         images = arrays.get("pixel_values", arrays.get("vision_features"))
-        return count(arrays["input_ids"].shape[1], 0 if images is None else images.shape[1])
+        tokens = room_of(cfg, arrays) if "image_grid_thw" in arrays else 0
+        return count(arrays["input_ids"].shape[1], 0 if images is None else images.shape[1], tokens)
 
     return of
+
+
+def room_of(cfg: ModelConfig, arrays: Mapping[str, Any]) -> int:
+    """Tokens that each slot of a batch with images of any size has room for, as pixels or features."""
+    assert cfg.projector is not None
+    if "vision_features" in arrays:
+        return int(arrays["vision_features"].shape[2])
+    return int(arrays["pixel_values"].shape[2]) // cfg.projector.downsample**2

@@ -159,7 +159,14 @@ def _next(stream: Iterator[Any], run: Run, config: RecoverConfig, step: int) -> 
     ids = batch.arrays["input_ids"]
     if len(ids) != rows:
         raise UserError(f"batch of step {step + 1} has {len(ids)} rows, config says {rows} per process")
-    check_inputs(run.cfg, ids, batch.arrays.get("pixel_values"), batch.arrays.get("vision_features"))
+    check_inputs(
+        run.cfg,
+        ids,
+        batch.arrays.get("pixel_values"),
+        batch.arrays.get("vision_features"),
+        batch.arrays.get("image_grid_thw"),
+        batch.arrays["attention_mask"],
+    )
     return batch
 
 

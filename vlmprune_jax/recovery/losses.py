@@ -20,7 +20,7 @@ from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.cross_entropy import chunks
 from vlmprune_jax.models.decoder import head_logits
-from vlmprune_jax.models.vlm import Model, Params, check_inputs, encode, mesh_of, to_nnx
+from vlmprune_jax.models.vlm import IMAGE_INPUTS, Model, Params, check_inputs, encode, mesh_of, to_nnx
 from vlmprune_jax.prune.plan import PrunePlan
 from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
 from vlmprune_jax.recovery.terms import BUILT_IN, LossTerm
@@ -63,7 +63,14 @@ class LossTerms(dict[str, LossTerm]):
         missing = [name for name in ("input_ids", "attention_mask", "labels") if name not in arrays]
         if missing:
             raise UserError(f"losses: the batch has no {', '.join(missing)}")
-        check_inputs(model.cfg, arrays["input_ids"], arrays.get("pixel_values"), arrays.get("vision_features"))
+        check_inputs(
+            model.cfg,
+            arrays["input_ids"],
+            arrays.get("pixel_values"),
+            arrays.get("vision_features"),
+            arrays.get("image_grid_thw"),
+            arrays["attention_mask"],
+        )
         taught, params = None, None
         if teacher is not None and needs_teacher(loss):
             taught = Teacher(
@@ -262,14 +269,14 @@ def loss_sums(
     With `loss.teacher_top_k` it has `teacher_ids` and `teacher_logprobs` as well (see `data.teacher_rows`).
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    images: dict[str, Any] = {name: batch.get(name) for name in ("pixel_values", "vision_features")}
-    embeds, positions = None, None
-    if loss.reference_compat:
+    images: dict[str, Any] = {name: batch.get(name) for name in IMAGE_INPUTS}
+    embeds, added, positions = None, None, images.pop("position_ids")
+    if loss.reference_compat and positions is None:
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
         if loss.teacher_inputs == "own":
             positions = positions * mask
         else:
-            embeds, _ = to_nnx(Model(params, cfg)).embed(ids, **images)
+            embeds, _, added = to_nnx(Model(params, cfg)).embed(ids, **images)
             embeds = embeds * mask[..., None].astype(embeds.dtype)
     hidden = on_hidden(loss)
     states: tuple[int, ...] = ()
@@ -277,15 +284,16 @@ def loss_sums(
         states = student_layers(loss, cfg) if teacher is None else teacher.student_layers
     inputs: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "remat": remat}
     final, aux = encode(
-        params, cfg, ids, **images, inputs_embeds=embeds, states=states, dropout_key=dropout_key, **inputs
+        params, cfg, ids, **images, inputs_embeds=embeds, added=added, states=states, dropout_key=dropout_key, **inputs
     )
     sums: dict[str, Any] = {}
     target, teacher_logits = None, None
     taught: Sequence[jax.Array | None] = (None,) * len(states)
     if teacher is not None and teacher_params is not None:
-        shared = aux["inputs_embeds"] if loss.teacher_inputs == "student" else None
+        given = ("inputs_embeds", "added") if loss.teacher_inputs == "student" else ()
+        inputs |= {name: aux[name] for name in given}
         states = teacher.teacher_layers if hidden else ()
-        target, seen = encode(teacher_params, teacher.cfg, ids, **images, inputs_embeds=shared, states=states, **inputs)
+        target, seen = encode(teacher_params, teacher.cfg, ids, **images, states=states, **inputs)
         target, taught = jax.lax.stop_gradient((target, seen.get("states", ())))
     for name, term in hidden.items():
         sums[name] = sum(_over_tokens(term, *pair, mask, loss) for pair in zip(aux["states"], taught, strict=True))

@@ -23,6 +23,7 @@ from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import Flat, param_axes, unflatten
 from vlmprune_jax.models.vlm import Params
 from vlmprune_jax.recovery.config import PROJECTOR, LossConfig, RecoverConfig
+from vlmprune_jax.recovery.flops import room_of
 from vlmprune_jax.recovery.losses import Teacher, combine, loss_sums, term_weights
 from vlmprune_jax.recovery.trainable import decays
 
@@ -171,11 +172,21 @@ def make_step(
             "padding": (slots - valid) / slots,
             "empty_rows": jnp.sum(~jnp.any(batch["attention_mask"] != 0, axis=1), dtype=jnp.float32),
         }
+        if "image_grid_thw" in batch:
+            metrics["image_padding"] = _image_padding(config.cfg, batch)
         if taken := metrics.keys() & terms.keys():
             raise UserError(f"losses: a term cannot be called {', '.join(taken)}, a metric is: give it another name")
         return TrainState(params, opt_state, state.step + 1, state.key), {**terms, **metrics}
 
     return jax.jit(step, donate_argnums=(0,), out_shardings=None if shardings is None else (shardings, replicated))
+
+
+def _image_padding(cfg: ModelConfig, batch: dict[str, jax.Array]) -> jax.Array:
+    """float32[], the share of a batch's room for images of any size that holds none."""
+    assert cfg.projector is not None
+    grids = batch["image_grid_thw"]
+    room = grids.shape[0] * grids.shape[1] * room_of(cfg, batch) * cfg.projector.downsample**2
+    return 1 - jnp.sum(jnp.prod(grids, axis=-1), dtype=jnp.float32) / room
 
 
 def _gradients(

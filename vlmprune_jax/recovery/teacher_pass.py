@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.cross_entropy import chunks
-from vlmprune_jax.models.vlm import Model, Params, check_inputs, encode
+from vlmprune_jax.models.vlm import IMAGE_INPUTS, Model, Params, check_inputs, encode
 from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.losses import head_of
 from vlmprune_jax.recovery.step import local_rows, place_rows, step_context
@@ -47,7 +47,7 @@ def _top_k(
     params: Params, cfg: ModelConfig, batch: dict[str, jax.Array], loss: LossConfig
 ) -> tuple[jax.Array, jax.Array]:
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    images: dict[str, Any] = {name: batch.get(name) for name in ("pixel_values", "vision_features")}
+    images: dict[str, Any] = {name: batch.get(name) for name in IMAGE_INPUTS}
     final, _ = encode(params, cfg, ids, **images, attention_mask=mask)
     head = head_of(params, cfg)
 

@@ -59,7 +59,8 @@ def cached_features(
     made_from = {"digest": weights, "dtype": model.dtype}
     identity = feature_identity(cfg, made_from, images.preparation.settings, config.compute_dtype)
     dtype: np.dtype = DTYPES[config.compute_dtype]
-    loader = FeatureLoader(images, ArrayCache(Path(data.feature_cache), identity), cfg.feature_shape, dtype)
+    shape = cfg.feature_shape[1:] if cfg.any_size else cfg.feature_shape
+    loader = FeatureLoader(images, ArrayCache(Path(data.feature_cache), identity), shape, dtype)
     missing = loader.missing(inputs.recovery_records(model, data, cfg))
     if missing:
         with context.phase("features", len(missing)) as progress:

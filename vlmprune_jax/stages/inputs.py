@@ -16,7 +16,7 @@ import numpy as np
 
 from vlmprune_jax.checked_files import read_json
 from vlmprune_jax.checks import one_of
-from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.config import ModelConfig, VisionConfig
 from vlmprune_jax.data.batching import ON_ERROR, Batch, train_batches
 from vlmprune_jax.data.datasets import PREFIX as DATASETS
 from vlmprune_jax.data.datasets import datasets_folder, datasets_state, read_datasets
@@ -69,10 +69,15 @@ class Inputs:
             tokens_per_image=cfg.tokens_per_image,
             max_images=self.data.max_images,
             truncate=self.data.truncate,
-            tile_buckets=tile_buckets(self.data, None if self.image_loader is None else self.image_loader.preparation),
+            tile_buckets=tile_buckets(self.data, self._preparation),
+            image_buckets=image_buckets(self.data, self._preparation),
             longest=cfg.longest_row,
             words=cfg.text.vocab_size,
         )
+
+    @property
+    def _preparation(self) -> Preparation | None:
+        return None if self.image_loader is None else self.image_loader.preparation
 
     def training_encoder(self, cfg: ModelConfig) -> Encoder:
         """Rows of at most `data.max_length` or the last of `data.length_buckets`; of any length without both."""
@@ -106,6 +111,19 @@ def tile_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int, 
     return (*(bucket for bucket in preparation.usual if bucket < most), most)
 
 
+def image_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int, ...] | None:
+    """`data.image_buckets`, or those that hold every image of a model that takes any size (else None).
+
+    Raises:
+      UserError: they are given for another model.
+    """
+    given, own = data.image_buckets, () if preparation is None else preparation.image_buckets
+    _check_buckets("data.image_buckets", given)
+    if given and not own:
+        raise UserError(f"data.image_buckets {given} given, but this model does not take images of any size")
+    return given or own or None
+
+
 def _check_buckets(name: str, given: Sequence[int]) -> None:
     if given and (given[0] < 1 or list(given) != sorted(set(given))):
         raise UserError(f"{name} {given} must be positive and ascending")
@@ -117,19 +135,19 @@ def load_inputs(model: ModelSpec, data: DataSpec, cfg: ModelConfig) -> Inputs:
     Raises:
       UserError: the template is unknown or does not fit the tokenizer, or a file is missing or malformed.
     """
-    return _load_inputs(model, data, family_of(cfg), None if cfg.vision is None else cfg.vision.image_size)
+    return _load_inputs(model, data, family_of(cfg), cfg.vision)
 
 
 @functools.lru_cache(maxsize=4)
-def _load_inputs(model: ModelSpec, data: DataSpec, family: Family, image_size: int | None) -> Inputs:
+def _load_inputs(model: ModelSpec, data: DataSpec, family: Family, tower: VisionConfig | None) -> Inputs:
     one_of("data.template", data.template, (AUTO, *templates()))
     tokenizer = load_tokenizer(Path(model.hf_dir))
     config = read_json(Path(model.hf_dir) / "config.json")
-    template = choose_template(data.template, family, tokenizer, config=config, has_vision=image_size is not None)
+    template = choose_template(data.template, family, tokenizer, config=config, has_vision=tower is not None)
     if data.system is not None:
         template = dataclasses.replace(template, system=data.system)
     loader = None
-    if image_size is not None:
+    if tower is not None:
         folder = Path(model.hf_dir)
         described = any(
             os.path.lexists(folder / name) for name in ("preprocessor_config.json", "processor_config.json")
@@ -140,8 +158,10 @@ def _load_inputs(model: ModelSpec, data: DataSpec, family: Family, image_size: i
             aspect_ratio=data.aspect_ratio,
             max_pixels=data.max_image_pixels,
             cache_bytes=data.cache_megabytes << 20,
-            image_size=image_size,
+            image_size=None if tower.any_size else tower.image_size,
+            patches=(tower.patch_values, tower.merge) if tower.any_size else None,
             tiling={name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")},
+            max_image_tokens=data.max_image_tokens,
         )
     return Inputs(data, tokenizer, template, loader)
 
@@ -367,9 +387,9 @@ def _measured(records: tuple[Record, ...], encoder: Encoder, on_error: str, thre
         shares = from_all(
             lambda: measure(mine, encoder, on_error=on_error, threads=threads, progress=progress).tolist()
         )
-    sizes = np.zeros((len(records), 2), np.int32)
+    sizes = np.zeros((len(records), 3), np.int32)
     for process, share in enumerate(shares):
-        sizes[process :: len(shares)] = np.array(share, np.int32).reshape(-1, 2)
+        sizes[process :: len(shares)] = np.array(share, np.int32).reshape(-1, 3)
     if not sizes.any():
         raise UserError(
             f"none of the {len(records)} training records can be used; the first: {encoder.problem(records[0])}"

@@ -49,7 +49,7 @@ LEAST_NEW_TOKENS = 128
 # Settings of the section `data` that say how a request becomes a row.
 SETTINGS = (
     *("template", "system", "aspect_ratio", "min_tiles", "max_tiles", "thumbnail"),
-    *("max_image_pixels", "cache_megabytes", "threads"),
+    *("max_image_tokens", "max_image_pixels", "cache_megabytes", "threads"),
 )
 Phase = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 

@@ -22,7 +22,7 @@ from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune import CRITERIA, KeptStack, PrunePlan, Scores, prune_folder, prune_iteratively
 from vlmprune_jax.prune.cost import amount
-from vlmprune_jax.prune.select import plan_stacks
+from vlmprune_jax.prune.select import moved_features, plan_stacks
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import (
     Context,
@@ -91,6 +91,9 @@ def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
         )
         for line in _budget_lines(plan):
             context.reporter.say(line)
+        moved = moved_features(plan, cfg)
+        if moved is not None:
+            context.reporter.say(f"  {moved}")
         context.reporter.say(
             f"  {facts['parameters']:,} of {facts['parameters_before']:,} parameters left"
             + "".join(_layers_gone(name, stack) for name, stack in plan.stacks.items())

@@ -19,6 +19,7 @@ from vlm_cases import (
     internvl_config,
     llava_config,
     make_vlm_folder,
+    qwen_vl_config,
     smolvlm_config,
 )
 
@@ -34,6 +35,7 @@ NATIVE = {
     **{f"llava-{tower}-{text}": llava_config(text, tower) for tower in TOWERS for text in TEXTS},
     **{f"internvl-{text}": internvl_config(text) for text in ("llama", "qwen2", "qwen3", "phi3")},
     "smolvlm-llama": smolvlm_config("llama"),
+    **{name: qwen_vl_config(name) for name in ("qwen3_vl", "qwen2_5_vl")},
 }
 # The chat layout with pixel shuffle v2, the only one that transformers has, and a decoder that is not Phi-3.
 CHAT = {f"internvl_chat-{t}": internvl_chat_config(t) | {"ps_version": "v2"} for t in ("llama", "qwen2")}
@@ -58,9 +60,9 @@ def uneven(model):
 
 
 def fewer_heads(model):
-    """All layers lose the same heads and neurons."""
+    """All layers lose the same heads and neurons; neurons alone where the class has no other size of a head."""
     heads = model.cfg.text.layers[0].kv_heads
-    return keep_width(model, range(1, heads), range(3, 51))[0]
+    return keep_width(model, range(0 if model.cfg.text.whole_heads else 1, heads), range(3, 51))[0]
 
 
 MODES = {
@@ -121,6 +123,7 @@ def compare(out, pruned, inputs, expected, target, tower, torch_outputs):
         inputs = inputs | {"input_ids": np.where(ids == pruned.cfg.image_token_id, image, ids)}
     auto = CAUSAL if image is None else IMAGES
     by_row = detect(config, "matrix").stock.by_row
+    inputs = {name: array for name, array in inputs.items() if array is not None}
     if by_row:
         inputs = inputs | {"pixel_values": inputs["pixel_values"][:, None]}
     for version in VERSIONS:

@@ -55,7 +55,7 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
       UserError: the difference is above the tolerance, or transformers does not load the folder cleanly.
     """
     folder, tower = Path(out_dir), None if vision_dir is None else resolve(vision_dir)
-    inputs = random_inputs(model.cfg)
+    inputs = random_inputs(model.cfg, _image_start(folder))
     # Most CPUs and TPUs multiply float32 in fewer bits by default; the comparison is of functions, not of speed.
     with jax.default_matmul_precision("highest"):
         renamed = _renamed_images(inputs, model.cfg, folder, tower)
@@ -147,17 +147,51 @@ def _reloaded(written: Model, folder: Path, tower: Path | None) -> Model:
     return Model(dict(written.params) | params, cfg)
 
 
-def random_inputs(cfg: ModelConfig) -> dict[str, Any]:
-    """What exports are compared on: rows of random tokens, each with an image if the model has a tower."""
+def random_inputs(cfg: ModelConfig, image_start: int | None = None) -> dict[str, Any]:
+    """What exports are compared on: rows of random tokens, each with an image if the model has a tower.
+
+    `image_start`: the token that its class wants in front of an image of any size.
+    """
     rng = np.random.default_rng(0)
-    words = np.setdiff1d(np.arange(cfg.text.vocab_size), [cfg.image_token_id])
+    special = [token for token in (cfg.image_token_id, cfg.video_token_id) if token is not None]
+    words = np.setdiff1d(np.arange(cfg.text.vocab_size), special)
     ids = rng.choice(words, (_ROWS, _TEXT_TOKENS))
     if cfg.vision is None:
         return {"input_ids": ids}
+    if cfg.any_size:
+        return {"input_ids": ids, **_random_patches(cfg, ids, rng, image_start)}
     image = np.full((_ROWS, cfg.tokens_per_image), cfg.image_token_id)
     shape = (_ROWS, cfg.vision.channels, cfg.vision.image_size, cfg.vision.image_size)
     pixels = rng.standard_normal(shape, np.float32)
     return {"input_ids": np.concatenate([ids[:, :4], image, ids[:, 4:]], axis=1), "pixel_values": pixels}
+
+
+def _image_start(folder: Path) -> int | None:
+    """The token that precedes an image, where the class that loads the folder finds images by it."""
+    config = read_fields(folder / "config.json")
+    stock = detect(config, str(folder)).stock
+    return None if stock is None or stock.image_start is None else config.get(*stock.image_start)
+
+
+def _random_patches(
+    cfg: ModelConfig, ids: np.ndarray, rng: np.random.Generator, image_start: int | None
+) -> dict[str, Any]:
+    """Rows of these tokens with an image each, of other sizes and wider and higher than a window of the tower."""
+    vision = cfg.vision
+    assert vision is not None
+    assert cfg.image_token_id is not None
+    side = max((shape.window or 0 for shape in vision.layers), default=0) + 1
+    cells = np.array([[1, side + 1, 2], [1, 1, side + 2]])
+    grids = cells * [1, vision.merge, vision.merge]
+    longest = ids.shape[1] + int(cells.prod(axis=1).max())
+    text = np.resize(ids, (len(ids), longest))
+    for row, tokens in zip(text, cells.prod(axis=1), strict=True):
+        row[4 : 4 + tokens] = cfg.image_token_id
+        row[3] = row[3] if image_start is None else image_start
+    pixels = rng.standard_normal((int(grids.prod(axis=1).sum()), vision.patch_values), np.float32)
+    types = (text == cfg.image_token_id).astype(np.int64)
+    rows = {"input_ids": text, "attention_mask": np.ones_like(text), "mm_token_type_ids": types}
+    return {**rows, "pixel_values": pixels, "image_grid_thw": grids}
 
 
 def _renamed_images(inputs: dict[str, Any], cfg: ModelConfig, folder: Path, tower: Path | None) -> dict[str, Any]:
@@ -227,6 +261,8 @@ def _torch_logits(folder: Path, inputs: dict[str, Any]) -> np.ndarray:
         raise UserError(f"{folder}: transformers does not load it cleanly: {'; '.join(problems)}")
     if family.stock.by_row and "pixel_values" in inputs:
         inputs = inputs | {"pixel_values": inputs["pixel_values"][:, None]}
+    takes = inspect.signature(made.forward).parameters  # version 4 finds images by their ids
+    inputs = {name: array for name, array in inputs.items() if name != "mm_token_type_ids" or name in takes}
     tensors = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in inputs.items()}
     with torch.inference_mode():
         return loaded.eval()(**tensors).logits.numpy()

@@ -32,9 +32,9 @@ def padded(layers: Sequence[LayerShape], heads: int | None = None) -> tuple[Laye
 def padded_stacks(cfg: ModelConfig) -> ModelConfig:
     """The model with the layers of each of its stacks `padded`, a tower's to all the heads of its width."""
     for name, stack in cfg.stacks.items():
-        layers = padded(stack.layers)
+        heads = stack.hidden_size // stack.head_dim
+        layers = padded(stack.layers, heads if name == "text" and cfg.text.whole_heads else None)
         if name == "vision":  # whose classes in PyTorch take hidden_size / heads for the size of a head
-            heads = stack.hidden_size // stack.head_dim
             layers = tuple(dataclasses.replace(shape, q_heads=heads, kv_heads=heads) for shape in layers)
         cfg = cfg.with_layers(layers, name)
     return cfg

@@ -106,5 +106,20 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     auto = "AutoModelForCausalLM" if name.endswith("ForCausalLM") else "AutoModelForImageTextToText"
     made = type(name, (PerLayerWidths, stock), {"__module__": __name__, "_auto_class": auto})
+    _rename_as(stock.__name__, name)
     globals()[name] = made  # one class, whoever asks
     return made
+
+
+def _rename_as(stock: str, name: str) -> None:
+    """In transformers 5, rename keys of files for class `name` as for its parent, where that is looked up by class."""
+    try:
+        from transformers.conversion_mapping import (
+            get_checkpoint_conversion_mapping,
+            register_checkpoint_conversion_mapping,
+        )
+    except ImportError:  # version 4, whose classes hold their renamings
+        return
+    renamings = get_checkpoint_conversion_mapping(stock)
+    if renamings is not None:
+        register_checkpoint_conversion_mapping(name, renamings, overwrite=True)

@@ -117,7 +117,8 @@ def _fits(entry: Any, shapes: list[tuple[int, ...]]) -> bool:
 
 
 def _inputs(arrays: Arrays) -> dict[str, Any]:
-    return {name: arrays.get(name) for name in ("input_ids", "attention_mask", "kind", "pixel_values")}
+    names = ("input_ids", "attention_mask", "kind", "pixel_values", "image_grid_thw", "position_ids")
+    return {name: arrays.get(name) for name in names}
 
 
 def with_images(batches: Iterable[Arrays]) -> Iterator[Arrays]:
@@ -159,7 +160,8 @@ def _decoder(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
 
     def run(tap: Tap, inputs: tuple[str, ...]) -> list[Any]:
         _, aux = encode(
-            params, cfg, batch["input_ids"], pixel_values=batch["pixel_values"], attention_mask=mask, tap=tap,
+            params, cfg, batch["input_ids"], pixel_values=batch["pixel_values"],
+            image_grid_thw=batch["image_grid_thw"], position_ids=batch["position_ids"], attention_mask=mask, tap=tap,
             tap_inputs=inputs,
         )  # fmt: skip
         return aux["tap"]
@@ -170,8 +172,14 @@ def _decoder(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
 def _tower(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
     tower, pixels = to_nnx(Model(params, cfg)).vision, batch["pixel_values"]
     images = pixels.reshape(-1, *pixels.shape[2:]).astype(jax.tree.leaves(params["vision"])[0].dtype)
-    positions = tower.cfg.n_patches + tower.cfg.class_token
-    real = jnp.repeat(real_images(batch["kind"], pixels.shape[1], cfg.tokens_per_image).reshape(-1, 1), positions, 0)
+    grid = batch["image_grid_thw"]
+    if grid is None:
+        positions = tower.cfg.n_patches + tower.cfg.class_token
+        real = real_images(batch["kind"], pixels.shape[1], cfg.tokens_per_image).reshape(-1, 1)
+        real = jnp.repeat(real, positions, 0)
+    else:
+        grid = grid.reshape(-1, grid.shape[-1])
+        real = tower.places(images, grid).image.reshape(-1, 1) >= 0
 
     def rows(x: jax.Array) -> jax.Array:
         return x.reshape(-1, 1, *x.shape[2:])
@@ -181,7 +189,7 @@ def _tower(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
             read = {name: rows(x) for name, x in block.inputs.items()}
             return tap(Block(rows(block.before), rows(block.after), read, block.params))
 
-        return tower.tapped(images, tapped, inputs)[1]
+        return tower.tapped(images, tapped, inputs, grid=grid)[1]
 
     return run, jnp.where(real, IMAGE, PADDING)
 

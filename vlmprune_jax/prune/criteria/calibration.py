@@ -9,6 +9,7 @@ import numpy as np
 
 from vlmprune_jax.config import IGNORED, ModelConfig
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.patch_rows import patch_rows
 from vlmprune_jax.models.vlm import check_inputs, needed_mask
 
 Arrays = dict[str, np.ndarray]
@@ -23,7 +24,8 @@ def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: boo
 
     `batches`: mappings, or objects with such a mapping as `.arrays`. `labels`: whether every batch must have them.
     pixel_values come out per row, float32[batch, images, 3, H, W]; as [images, 3, H, W] in order of appearance, as
-    processors emit them, they are given to the rows that have their positions.
+    processors emit them, they are given to the rows that have their positions. Where images are of any size they come
+    out as `patch_rows` has them, with image_grid_thw and position_ids.
 
     Raises:
       UserError: there is no batch, an array is missing, or shapes, ids, images or labels do not fit the model.
@@ -76,12 +78,16 @@ def _checked(arrays: Arrays, cfg: ModelConfig, labels: bool) -> Arrays:
         if array.shape != shape:
             raise UserError(f"{name} has shape {array.shape} but input_ids {shape}")
     pixels = arrays.get("pixel_values")
-    check_inputs(cfg, result["input_ids"], pixels)
+    grid = arrays.get("image_grid_thw")
+    check_inputs(cfg, result["input_ids"], pixels, image_grid_thw=grid, attention_mask=result["attention_mask"])
     if needed_mask(cfg, pixels, arrays.get("pixel_attention_mask")) is not None:
         raise UserError("pixel_attention_mask hides parts of images: scores are of whole images, resize them first")
     if "labels" in result:
         _check_labels(result["labels"], cfg)
-    if pixels is not None:
+    if cfg.any_size:
+        made = patch_rows(cfg, result["input_ids"], result["attention_mask"], pixels, grid)
+        result |= {name: array for name, array in made.items() if array is not None and name != "deltas"}
+    elif pixels is not None:
         pixels = np.asarray(pixels, np.float32)
         result["pixel_values"] = pixels if pixels.ndim == 5 else _per_row(pixels, result["input_ids"], cfg)
     return {**result, "kind": _kinds(result, cfg)}

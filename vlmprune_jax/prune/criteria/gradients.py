@@ -25,7 +25,7 @@ from vlmprune_jax.distributed.mesh import from_all, whole, within
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.errors import Stopped, UserError
 from vlmprune_jax.models.cross_entropy import chunks, cross_entropy
-from vlmprune_jax.models.decoder import STREAM
+from vlmprune_jax.models.decoder import STREAM, at_layer
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model, Params, mesh_of, place_batch, to_nnx
 from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, KINDS, PADDING, PROMPT, Arrays, kinds_in
@@ -126,7 +126,7 @@ def _backward(
         for at, micro in enumerate(steps):
             x, products = states[at]
             if products is None:
-                products = _block(layer, x, micro["attention_mask"], text=text)[1]
+                products = _block(layer, x, micro, text=text)[1]
             states[at] = None
             sums, cotangents[at] = _differentiate(
                 layer, x, micro, products, cotangents[at], float(weighed.steps[at]), sums, text=text
@@ -191,7 +191,6 @@ def _stack(batches: Iterable[Arrays], rows: int | None) -> Arrays:
     if rows < 1:
         raise UserError(f"rows_per_step={rows} must be at least 1")
     length = max(arrays["input_ids"].shape[1] for arrays in seen)
-    slots = max(arrays["pixel_values"].shape[1] if "pixel_values" in arrays else 0 for arrays in seen)
     total = sum(len(arrays["input_ids"]) for arrays in seen)
     steps = math.ceil(total / rows)
     fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED, "kind": PADDING}
@@ -204,25 +203,26 @@ def _stack(batches: Iterable[Arrays], rows: int | None) -> Arrays:
             flat[start : start + len(part), : part.shape[1]] = part
             start += len(part)
         result[name] = flat.reshape(steps, rows, length)
-    if slots:
-        result["pixel_values"] = _stack_pixels(seen, steps * rows, slots).reshape(
-            steps, rows, slots, *_image_shape(seen)
-        )
+    for name in ("pixel_values", "image_grid_thw", "position_ids"):
+        if any(name in arrays for arrays in seen):
+            stacked = _stack_rows(seen, name, steps * rows, length)
+            result[name] = stacked.reshape(steps, rows, *stacked.shape[1:])
     return result
 
 
-def _image_shape(seen: list[Arrays]) -> tuple[int, ...]:
-    return next(arrays["pixel_values"].shape[2:] for arrays in seen if "pixel_values" in arrays)
-
-
-def _stack_pixels(seen: list[Arrays], rows: int, slots: int) -> np.ndarray:
-    pixels, start = np.zeros((rows, slots, *_image_shape(seen)), np.float32), 0
+def _stack_rows(seen: list[Arrays], name: str, rows: int, length: int) -> np.ndarray:
+    """An array of all batches, of images or positions, each padded with zeros to the largest; batches may have none."""
+    parts = [arrays[name] for arrays in seen if name in arrays]
+    sizes = np.max([part.shape[1:] for part in parts], axis=0).tolist()
+    if name == "position_ids":
+        sizes[-1] = length
+    result, start = np.zeros((rows, *sizes), parts[0].dtype), 0
     for arrays in seen:
-        part = arrays.get("pixel_values")
+        part = arrays.get(name)
         if part is not None:
-            pixels[start : start + len(part), : part.shape[1]] = part
+            result[(slice(start, start + len(part)), *map(slice, part.shape[1:]))] = part
         start += len(arrays["input_ids"])
-    return pixels
+    return result
 
 
 def _label_counts(labels: np.ndarray) -> np.ndarray:
@@ -265,15 +265,17 @@ class _Budget:
 
 def _forward(model: Model, steps: list[dict[str, Any]], budget: _Budget, layers: int) -> list[list[Any]]:
     """Of these first layers, at every step, input and products (None: they do not fit); at last the output of them."""
-    xs = [_embed(model.params, micro, cfg=model.cfg) for micro in steps]
+    embedded = [_embed(model.params, micro, cfg=model.cfg) for micro in steps]
+    xs, added = [x for x, _ in embedded], [one for _, one in embedded]
     stream = []
     for number in range(layers):
         layer, text = _layer_of(model, number)
         states: list[Any] = []
         for at, micro in enumerate(steps):
-            y, products = _block(layer, xs[at], micro["attention_mask"], text=text)
+            y, products = _block(layer, xs[at], micro, text=text)
             states.append((xs[at], budget.kept(products)))
-            xs[at] = y
+            features = added[at]
+            xs[at] = y if features is None or number >= len(features) else _add(y, features, number)
         stream.append(states)
     return [*stream, xs]
 
@@ -294,13 +296,19 @@ def _slice(stacked, index):
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def _embed(params, micro, *, cfg):
-    x, _ = to_nnx(Model(params, cfg)).embed(micro["input_ids"], micro.get("pixel_values"))
-    return constrain(x, STREAM)
+    images = {name: micro.get(name) for name in ("pixel_values", "image_grid_thw")}
+    x, _, added = to_nnx(Model(params, cfg)).embed(micro["input_ids"], **images)
+    return constrain(x, STREAM), added
+
+
+@jax.jit
+def _add(y, added, number):
+    return constrain(y + at_layer(added, number), STREAM)
 
 
 @functools.partial(jax.jit, static_argnames=("text",))
-def _block(layer, x, mask, *, text):
-    y, products, _ = linearized(layer, x, mask, None, text)
+def _block(layer, x, micro, *, text):
+    y, products, _ = linearized(layer, x, micro["attention_mask"], None, text, micro.get("position_ids"))
     return y, products
 
 
@@ -336,7 +344,7 @@ def _differentiate(layer, x, micro, products, cotangent, weight, sums, *, text):
     weight: labels of the step, whose one row's mean loss is squared.
     """
     counts = None if micro["counts"] is None else jnp.swapaxes(micro["counts"], 0, 1)
-    _, _, pull = linearized(layer, x, micro["attention_mask"], counts, text)
+    _, _, pull = linearized(layer, x, micro["attention_mask"], counts, text, micro.get("position_ids"))
     gradients, incoming = pull(products)(cotangent)
     first, squared = sums
     found = {name: flatten(gradients)[name].astype(jnp.float32) for name in first}

@@ -21,7 +21,12 @@ Products = list[jax.Array]
 
 
 def linearized(
-    layer: Params, x: jax.Array, mask: jax.Array, counts: jax.Array | None, text: TextConfig
+    layer: Params,
+    x: jax.Array,
+    mask: jax.Array,
+    counts: jax.Array | None,
+    text: TextConfig,
+    positions: jax.Array | None = None,
 ) -> tuple[jax.Array, Products, Callable[[Products], Callable[..., Any]]]:
     """(output of a block, its products, pull): `pull(products)` is the transpose of its derivative.
 
@@ -34,10 +39,11 @@ def linearized(
       counts: float32[ways, batch, seq], what each token counts in the gradients of the projections' weights, which come
         out as [ways, *shape]; None: 1, in one way.
       text: a decoder's config that has this layer only.
+      positions: int[batch, seq] or int[batch, 3, seq], by default counted along the mask.
     """
     decoder = nnx.eval_shape(lambda: Decoder(text, None))
     graph, state = nnx.split(decoder.layers["0"])
-    ctx = decoder.context(jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0), mask)
+    ctx = decoder.context(jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0) if positions is None else positions, mask)
 
     def block(own: Params, h: jax.Array) -> jax.Array:
         filled = jax.tree.map(lambda leaf: leaf, state)

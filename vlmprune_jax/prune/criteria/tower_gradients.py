@@ -28,7 +28,7 @@ from vlmprune_jax.prune.criteria.calibration import Arrays
 from vlmprune_jax.prune.criteria.groups import coupled
 
 CHUNK = 256  # positions whose float32 logits exist at once
-_NAMES = ("input_ids", "attention_mask", "labels", "pixel_values")
+_NAMES = ("input_ids", "attention_mask", "labels", "pixel_values", "image_grid_thw", "position_ids")
 
 
 def tower_channels(
@@ -91,7 +91,7 @@ def _steps(batches: Iterable[Arrays], rows: int | None) -> Iterator[Arrays]:
     for arrays in batches:
         size = rows or len(arrays["input_ids"])
         for start in range(0, len(arrays["input_ids"]), size):
-            yield {name: arrays[name][start : start + size] for name in _NAMES}
+            yield {name: arrays[name][start : start + size] for name in _NAMES if name in arrays}
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("sums",))
@@ -107,6 +107,7 @@ def _add(sums, own, params, batch, labels, *, cfg):
         filled = {**params, "vision": {**params["vision"], "layers": layers}}
         final, _ = encode(
             filled, cfg, batch["input_ids"], pixel_values=batch["pixel_values"],
+            image_grid_thw=batch.get("image_grid_thw"), position_ids=batch.get("position_ids"),
             attention_mask=batch["attention_mask"], remat="full",
         )  # fmt: skip
         head = lambda hidden: unembed(params, cfg, hidden).astype(jnp.float32)  # noqa: E731

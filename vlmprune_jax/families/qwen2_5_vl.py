@@ -1,0 +1,169 @@
+"""Qwen2.5-VL: a tower for images of any size, most of whose blocks look at windows of them, and a Qwen2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlmprune_jax.config import ModelConfig, TextConfig, VisionConfig
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
+from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
+from vlmprune_jax.families.llava import RECIPE
+from vlmprune_jax.families.patch_towers import (
+    check_out_size,
+    merger_of,
+    outer_tokens,
+    tower_from_hf,
+    tower_to_hf,
+    tower_weights,
+    typical_windows,
+    window_side,
+    windowed_layers,
+    with_sections,
+)
+from vlmprune_jax.families.shapes import PER_LAYER, layers_to_hf, token_ids, windows_from_hf
+from vlmprune_jax.families.table import Decoder, Family, JsonDict, Stock
+from vlmprune_jax.families.templates import QWEN2_5_VL as TEMPLATE
+from vlmprune_jax.families.towers import vision_of
+
+# What the config classes of transformers fill in where a config.json is silent.
+_DECODER = "qwen2_5_vl_text"
+_TEXT: JsonDict = {
+    "model_type": _DECODER,
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "max_window_layers": 80,
+    "rope_theta": 1000000.0,
+}
+_SECTIONS = (16, 24, 24)
+_VISION: JsonDict = {
+    "depth": 32,
+    "hidden_size": 3584,
+    "hidden_act": "silu",
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "in_channels": 3,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "window_size": 112,
+    "out_hidden_size": 3584,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+# What is the whole model's in a hub's config.json, whose other fields are the decoder's.
+_OUTER = (
+    "architectures", "auto_map", "model_type", "vision_config", "transformers_version", "torch_dtype", "dtype",
+    "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id",
+    "tie_word_embeddings",
+)  # fmt: skip
+
+
+def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
+    """The class takes hidden_size / heads for the size of a head, whatever head_dim says."""
+    config = {**_TEXT, **config}
+    hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+    if hidden % heads:
+        raise UserError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    config["head_dim"] = hidden // heads
+    windows = windows_from_hf(config, int(config["num_hidden_layers"]))
+    text = llama_like(config, _DECODER, windows=windows, qkv_bias=True, whole_heads=True)
+    return with_sections(text, _SECTIONS, interleaved=False)
+
+
+def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
+    config, heads = layers_to_hf(text, source), text.hidden_size // text.head_dim
+    del config["head_dim"]  # which the class does not read
+    if PER_LAYER not in config and config["num_attention_heads"] != heads:
+        raise UserError(
+            f"Qwen2.5-VL with {config['num_attention_heads']} of its {heads} heads: its class has no head_dim, and "
+            'would make them larger: prune neurons or layers (heads="keep"), or export with uneven="pad" (same '
+            "function, no savings in heads)"
+        )
+    return {**config, "num_attention_heads": heads}
+
+
+def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
+    full = {**_VISION, **{name: value for name, value in config.items() if value is not None}}
+    side = window_side(full)
+    return tower_from_hf(
+        full,
+        kind="qwen2_5_vl",
+        layers=windowed_layers(full, side),
+        image_size=typical_windows(int(full["patch_size"]), int(full["spatial_merge_size"]), side),
+        table=False,
+        norm="rms",
+        mlp_kind="gated",
+    )
+
+
+def _nested(config: Mapping[str, Any]) -> JsonDict:
+    """A config.json with a text_config, as version 5 writes it; a hub's has the decoder's fields beside the others."""
+    if config.get("text_config") is not None:
+        return dict(config)
+    outer = {name: value for name, value in config.items() if name in _OUTER}
+    inner = {name: value for name, value in config.items() if name not in _OUTER}
+    tied = {name: value for name, value in config.items() if name == "tie_word_embeddings"}
+    return {**outer, "text_config": {"model_type": _DECODER, **inner, **tied}}
+
+
+def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
+    del vision
+    config = _nested(config)
+    section = config["text_config"]
+    # the outer flag, or else the decoder's, in version 5; in version 4 both are one or the decoder's counts
+    flags = (section, config) if str(config.get("transformers_version", "5")).startswith("4.") else (config, section)
+    tied = next((flag["tie_word_embeddings"] for flag in flags if "tie_word_embeddings" in flag), False)
+    text = text_from_hf({**_TEXT, **section, "tie_word_embeddings": bool(tied)})
+    tower = config.get("vision_config") or {}
+    check_out_size({**_VISION, **tower}, text)
+    made = _vision_from_hf(tower)
+    return ModelConfig(
+        family="qwen2_5_vl",
+        layout="transformers",
+        text=text,
+        vision=made,
+        projector=merger_of(made),
+        image_token_id=int(config.get("image_token_id", 151655)),
+        video_token_id=int(config.get("video_token_id", 151656)),
+        feature_select="full",
+        **token_ids(outer_tokens(config, section)),
+    )
+
+
+def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
+    config = tower_to_hf(vision_of(cfg), _nested(source), _vision_from_hf)
+    return vlm_text_to_hf(cfg.text, config, {"model_type": _DECODER, **config["text_config"]})
+
+
+QWEN2_5_VL = Family(
+    name="qwen2_5_vl",
+    layout="transformers",
+    model_types=("qwen2_5_vl",),
+    from_hf=_from_hf,
+    to_hf=_to_hf,
+    text_section="text_config",
+    weights=lambda cfg: (
+        text_weights(cfg.text, "model.", "lm_head.weight") + tower_weights(cfg, "visual.", ("ln_q", "mlp.0", "mlp.2"))
+    ),
+    # the names of files of versions 4 and 5, and those in memory of version 5
+    renames=((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")),
+    modules=((r"^visual\.", "model.visual."), (r"^model\.(?!visual\.)", "model.language_model.")),
+    ignored=(r".*\.rotary_(pos_)?emb\.inv_freq", r"lm_head\.weight"),
+    templates=(TEMPLATE,),
+    image_processors=("Qwen2VL",),
+    images="patches",
+    recipe={**RECIPE, "data": {"max_length": 4096, "max_image_tokens": 1280}},
+    decoder=Decoder(_DECODER, "Qwen2_5_VLForConditionalGeneration", _text_from_hf, _text_to_hf, llama_like_weights),
+    stock=Stock(
+        "Qwen2_5_VLForConditionalGeneration",
+        "AutoModelForImageTextToText",
+        image_start=("vision_start_token_id", 151652),
+    ),
+)

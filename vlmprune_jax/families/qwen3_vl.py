@@ -1,0 +1,129 @@
+"""Qwen3-VL, dense: a tower for images of any size whose features enter several decoder layers, and a Qwen3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlmprune_jax.config import ModelConfig, TextConfig, VisionConfig
+from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
+from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
+from vlmprune_jax.families.llava import RECIPE
+from vlmprune_jax.families.patch_towers import (
+    check_out_size,
+    merger_of,
+    outer_tokens,
+    square_side,
+    tower_from_hf,
+    tower_to_hf,
+    tower_weights,
+    typical_size,
+    with_sections,
+)
+from vlmprune_jax.families.shapes import layers_to_hf, tied_embeddings, token_ids
+from vlmprune_jax.families.table import Decoder, Family, JsonDict, Stock
+from vlmprune_jax.families.templates import QWEN3_VL as TEMPLATE
+from vlmprune_jax.families.towers import vision_of
+
+# What the config classes of transformers fill in where a config.json is silent.
+_DECODER = "qwen3_vl_text"
+_TEXT: JsonDict = {
+    "model_type": _DECODER,
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+    "max_position_embeddings": 128000,
+    "rope_theta": 500000.0,
+}
+_SECTIONS = (24, 20, 20)
+_VISION: JsonDict = {
+    "depth": 27,
+    "hidden_size": 1152,
+    "hidden_act": "gelu_pytorch_tanh",
+    "intermediate_size": 4304,
+    "num_heads": 16,
+    "in_channels": 3,
+    "patch_size": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": 3584,
+    "num_position_embeddings": 2304,
+    "deepstack_visual_indexes": [8, 16, 24],
+}
+
+
+def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
+    config = {**_TEXT, **config}
+    bias = bool(config.get("attention_bias", False))
+    text = llama_like(config, _DECODER, qkv_bias=bias, out_bias=bias, qk_norm=True)
+    # the class interleaves whatever mrope_interleaved says
+    return with_sections(text, _SECTIONS, interleaved=True)
+
+
+def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
+    full = {**_VISION, **{name: value for name, value in config.items() if value is not None}}
+    side, patch, merge = (int(full[name]) for name in ("num_position_embeddings", "patch_size", "spatial_merge_size"))
+    side = square_side(side)
+    return tower_from_hf(
+        full,
+        kind="qwen3_vl",
+        image_size=typical_size(patch, merge, side // merge),
+        position_size=side * patch,
+        patch_bias=True,
+        deepstack=tuple(full["deepstack_visual_indexes"]),
+    )
+
+
+def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
+    del vision
+    section = config.get("text_config") or {}
+    tied = tied_embeddings(config, section, default=False)
+    text = text_from_hf({**_TEXT, **section, "tie_word_embeddings": tied})
+    tower = config.get("vision_config") or {}
+    check_out_size({**_VISION, **tower}, text)
+    made = _vision_from_hf(tower)
+    return ModelConfig(
+        family="qwen3_vl",
+        layout="transformers",
+        text=text,
+        vision=made,
+        projector=merger_of(made),
+        image_token_id=int(config.get("image_token_id", 151655)),
+        video_token_id=int(config.get("video_token_id", 151656)),
+        feature_select="full",
+        **token_ids(outer_tokens(config, section)),
+    )
+
+
+def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
+    config = tower_to_hf(vision_of(cfg), source, _vision_from_hf)
+    return vlm_text_to_hf(cfg.text, config, {"model_type": _DECODER, **(source.get("text_config") or {})})
+
+
+QWEN3_VL = Family(
+    name="qwen3_vl",
+    layout="transformers",
+    model_types=("qwen3_vl",),
+    from_hf=_from_hf,
+    to_hf=_to_hf,
+    text_section="text_config",
+    weights=lambda cfg: (
+        text_weights(cfg.text, "model.language_model.", "lm_head.weight")
+        + tower_weights(cfg, "model.visual.", ("norm", "linear_fc1", "linear_fc2"))
+    ),
+    ignored=(r".*\.rotary_(pos_)?emb\.inv_freq", r"lm_head\.weight"),
+    templates=(TEMPLATE,),
+    image_processors=("Qwen2VL",),
+    images="patches",
+    recipe={**RECIPE, "data": {"max_length": 4096, "max_image_tokens": 1280}},
+    decoder=Decoder(_DECODER, "Qwen3VLForConditionalGeneration", _text_from_hf, layers_to_hf, llama_like_weights),
+    stock=Stock(
+        "Qwen3VLForConditionalGeneration",
+        "AutoModelForImageTextToText",
+        image_start=("vision_start_token_id", 151652),
+    ),
+)

@@ -1,0 +1,97 @@
+"""Images of any size as patches: where each of them lies, as a tower needs it, from the grid of the image."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Places(NamedTuple):
+    """Where patches lie in their images; all int32[images, patches].
+
+    Patches come in merged cells, row by row of cells and row by row inside a cell. `cell_row`, `cell_column`: of the
+    cell; `row`, `column`: of the patch; `image`: 0, or -1 of padding behind an image's own patches.
+    """
+
+    row: jax.Array
+    column: jax.Array
+    cell_row: jax.Array
+    cell_column: jax.Array
+    image: jax.Array
+
+
+def places_of(grid: jax.Array, patches: int, merge: int) -> Places:
+    """Where the first `patches` of images of int[images, 3] `grid` lie (0, 0, 0: no image, all of it is padding)."""
+    index = jnp.arange(patches, dtype=jnp.int32)[None]
+    rows, columns = (grid[:, axis, None].astype(jnp.int32) for axis in (1, 2))
+    cell, inside = index // merge**2, index % merge**2
+    across = jnp.maximum(columns // merge, 1)
+    cell_row, cell_column = cell // across, cell % across
+    image = jnp.where(index < rows * columns, jnp.int32(0), jnp.int32(-1))
+    row, column = cell_row * merge + inside // merge, cell_column * merge + inside % merge
+    return Places(row, column, cell_row, cell_column, image)
+
+
+def windows_of(places: Places, grid: jax.Array, merge: int, side: int) -> jax.Array:
+    """int32[images, patches], the window of every patch (-1: padding): squares of `side` x `side` merged cells.
+
+    They are counted row by row from the upper left, and cut short at the right and at the bottom.
+    """
+    across = -(-grid[:, 2, None].astype(jnp.int32) // (merge * side))
+    window = places.cell_row // side * across + places.cell_column // side
+    return jnp.where(places.image < 0, places.image, window)
+
+
+def resampled(table: jax.Array, places: Places, grid: jax.Array) -> jax.Array:
+    """float[images, patches, vision]: a square table [side * side, vision] of positions, stretched over every image.
+
+    Bilinear, the corners of both on one another.
+    """
+    side = round(table.shape[0] ** 0.5)
+    (top, down), (left, right) = (
+        _between(at, grid[:, axis, None], side) for at, axis in ((places.row, 1), (places.column, 2))
+    )
+    (row, below), (column, beside) = top, left
+    taps = [
+        table[r * side + c] * (share_r * share_c)[..., None].astype(table.dtype)
+        for r, share_r in ((row, 1 - down), (below, down))
+        for c, share_c in ((column, 1 - right), (beside, right))
+    ]
+    return taps[0] + taps[1] + taps[2] + taps[3]
+
+
+def _between(at: jax.Array, count: jax.Array, side: int) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """Two neighbours in a table of `side` entries between which place `at` of `count` lies, and the second's share."""
+    last = jnp.maximum(count.astype(jnp.int32) - 1, 1)
+    where = jnp.clip(at * (side - 1), 0, last * (side - 1))
+    # whole numbers until the end, so that no rounding puts a place beyond an entry that it lies on
+    first = where // last
+    share = (where - first * last).astype(jnp.float32) / last.astype(jnp.float32)
+    return (first, jnp.minimum(first + 1, side - 1)), share
+
+
+def axial_angles(places: Places, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """float32[images, patches, head_dim / 2] cosines and sines: half of the frequencies turn with the row, half with
+    the column.
+    """
+    quarter = head_dim // 4
+    inverse = 1.0 / theta ** (jnp.arange(quarter, dtype=jnp.float32) / quarter)
+    at = jnp.stack([places.row, places.column], axis=-1).astype(jnp.float32)
+    angles = (at[..., None] * inverse[None, None, None]).reshape(*places.row.shape, 2 * quarter)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def slot_index(marks: jax.Array, counts: jax.Array, room: int) -> jax.Array:
+    """int32[batch, seq]: where the feature of each image token is among a row's [slots * room] features.
+
+    marks: bool[batch, seq], image tokens; counts: int[batch, slots], features of each image, which come first in its
+    `room`. Places that are no image tokens have an arbitrary index.
+    """
+    nth = jnp.cumsum(marks, axis=1, dtype=jnp.int32) - 1
+    ends = jnp.cumsum(counts.astype(jnp.int32), axis=1, dtype=jnp.int32)
+    slot = (nth[..., None] >= ends[:, None]).sum(axis=-1, dtype=jnp.int32)
+    slot = jnp.minimum(slot, counts.shape[1] - 1)
+    start = jnp.take_along_axis(ends - counts.astype(jnp.int32), slot, axis=1)
+    return jnp.clip(slot * room + nth - start, 0, counts.shape[1] * room - 1)

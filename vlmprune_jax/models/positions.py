@@ -1,0 +1,108 @@
+"""Positions of text and image tokens in three rows (M-RoPE, Wang et al. 2024), on the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from vlmprune_jax.errors import UserError
+
+AXES = 3  # frame, row and column
+
+
+def mrope_positions(
+    input_ids: Any, attention_mask: Any, image_grid_thw: Any, image_token_id: int, merge: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions int32[batch, 3, seq] of real tokens (0 elsewhere), and int32[batch] what a row's next one differs by.
+
+    Text counts all three on by 1. An image stands at (pos, pos + row, pos + column) of its merged cells, and takes the
+    longer of its sides. A row of n real tokens goes on at n + its difference.
+
+    Args:
+      input_ids: int[batch, seq], an image's tokens expanded.
+      attention_mask: int[batch, seq], 1 = real token, or None.
+      image_grid_thw: frames, rows and columns of patches, int[images, 3] in order of appearance over the batch, or
+        int[batch, slots, 3] by row (0, 0, 0 = empty slot), or None.
+      image_token_id, merge: of the model; `merge` x `merge` patches make one token.
+
+    Raises:
+      UserError: grids that are no multiples of `merge`, or that do not match a row's image tokens.
+    """
+    ids = np.asarray(input_ids)
+    valid = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
+    is_image = (ids == image_token_id) & valid
+    grids = grids_by_row(is_image, image_grid_thw, merge)
+    positions = np.zeros((len(ids), AXES, ids.shape[1]), np.int32)
+    deltas = np.zeros(len(ids), np.int32)
+    for row, real in enumerate(valid):
+        found = _row_positions(is_image[row][real], [one // (1, merge, merge) for one in grids[row]])
+        positions[row][:, real] = found
+        deltas[row] = (found.max(initial=-1) + 1) - found.shape[1]
+    return positions, deltas
+
+
+def grids_by_row(is_image: np.ndarray, image_grid_thw: Any, merge: int) -> list[list[np.ndarray]]:
+    """The grids int[3] of each row's images, in order; `is_image`: bool[batch, seq]. Raises: see `mrope_positions`."""
+    counts = [int(row.sum()) for row in is_image]
+    grids = np.zeros((0, AXES), np.int64) if image_grid_thw is None else np.asarray(image_grid_thw)
+    if grids.ndim not in (2, 3) or grids.shape[-1] != AXES or (grids.ndim == 3 and len(grids) != len(counts)):
+        raise UserError(
+            f"image_grid_thw has shape {list(grids.shape)}, expected [images, 3] or [{len(counts)}, slots, 3]"
+        )
+    for one in grids.reshape(-1, AXES):
+        if one.any() and (one.min() < 1 or one[1] % merge or one[2] % merge):
+            raise UserError(
+                f"image_grid_thw {one.tolist()}: needs at least 1 frame, and rows and columns of patches that are "
+                f"multiples of {merge}, the model's spatial_merge_size"
+            )
+        if one[0] > 1:
+            raise UserError(f"image_grid_thw {one.tolist()} is of a video: only images, of 1 frame, are supported")
+    if grids.ndim == 3:
+        by_row = [[one for one in row if one.any()] for row in grids]
+    else:
+        by_row = _in_order(counts, [one for one in grids if one.any()], merge)
+    for row, (count, images) in enumerate(zip(counts, by_row, strict=True)):
+        made = sum(tokens_of(one, merge) for one in images)
+        if made != count:
+            raise UserError(
+                f"row {row} holds {count} image tokens, but its image_grid_thw {[one.tolist() for one in images]} "
+                f"make {made} ({merge} x {merge} patches each): expand every image to as many ids as its grid makes"
+            )
+    return by_row
+
+
+def tokens_of(grid: Any, merge: int) -> int:
+    """Tokens of an image of int[3] `grid` patches."""
+    return int(np.prod(np.asarray(grid, np.int64))) // merge**2
+
+
+def _in_order(counts: list[int], grids: list[np.ndarray], merge: int) -> list[list[np.ndarray]]:
+    """Grids dealt out to rows of so many image tokens; what no row has room for is the last row's that sees images."""
+    by_row: list[list[np.ndarray]] = [[] for _ in counts]
+    left = iter(grids)
+    for images, count in zip(by_row, counts, strict=True):
+        while count > 0 and (one := next(left, None)) is not None:
+            images.append(one)
+            count -= tokens_of(one, merge)
+    last = max((row for row, count in enumerate(counts) if count), default=0)
+    if by_row:
+        by_row[last] += left
+    return by_row
+
+
+def _row_positions(is_image: np.ndarray, grids: list[np.ndarray]) -> np.ndarray:
+    """int32[3, tokens] of one row's real tokens; `grids`: of its images, in merged cells."""
+    positions = np.zeros((AXES, len(is_image)), np.int32)
+    at = first = 0  # tokens placed, and the position of the next one
+    for grid in grids:
+        text = int(np.argmax(is_image[at:]))
+        positions[:, at : at + text] = first + np.arange(text)
+        at, first = at + text, first + text
+        tokens = int(np.prod(grid))
+        if not is_image[at : at + tokens].all():
+            raise UserError(f"the image_grid_thw of an image makes {tokens} tokens, but text stands among them")
+        positions[:, at : at + tokens] = first + np.indices(tuple(map(int, grid))).reshape(AXES, tokens)
+        at, first = at + tokens, first + int(max(grid[1:]))
+    positions[:, at:] = first + np.arange(len(is_image) - at)
+    return positions

@@ -1,0 +1,91 @@
+"""The projectors between a vision tower and the decoder, and how neighbouring patches become one feature."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vlmprune_jax.config import ProjectorConfig
+from vlmprune_jax.models.layers import LayerNorm, Projection, activation
+from vlmprune_jax.models.vision import NORMS
+
+
+def pixel_shuffle(x: jax.Array, factor: int, version: str) -> jax.Array:
+    """`factor` x `factor` neighbouring patches as one longer feature (InternVL 1.5, Chen et al. 2024).
+
+    float[images, grid * grid, vision] -> float[images, (grid / factor)^2, vision * factor^2]. Output cell (r, c) of
+    "v2" is the concatenation of the input cells of that square, row by row; "v1" has its cells transposed.
+    """
+    n, positions, width = x.shape
+    grid = round(positions**0.5)
+    small = grid // factor
+    x = x.reshape(n, small, factor, small, factor, width)
+    x = x.transpose(0, 1, 3, 2, 4, 5) if version == "v2" else x.transpose(0, 3, 1, 2, 4, 5)
+    return x.reshape(n, small * small, factor * factor * width)
+
+
+def merged(x: jax.Array, factor: int) -> jax.Array:
+    """`factor`^2 consecutive patches as one longer feature: [images, patches, vision] -> [images, cells, longer]."""
+    return x.reshape(*x.shape[:-2], x.shape[-2] // factor**2, -1)
+
+
+class Projector(nnx.Module):
+    """linear_2(act(linear_1(features))), InternVL's behind a layer norm; SmolVLM's one `linear` alone.
+
+    A merger's norm is that of every patch; its features end with those that more mergers (`deepstack`) read.
+    """
+
+    def __init__(self, cfg: ProjectorConfig, vision_size: int, hidden_size: int):
+        into = "shuffled" if cfg.shuffles else "vision"
+        wide = vision_size * cfg.downsample**2
+        sizes = {into: wide, "projector": hidden_size, "embed": hidden_size}
+        self.linear = Projection(sizes, ("embed",), (into,), bias=cfg.bias) if cfg.kind == "linear" else None
+        self.n_deepstack = cfg.deepstack
+        if self.linear is not None:
+            return
+        merges = cfg.kind == "merger"
+        if merges:
+            sizes |= {"projector": wide, "vision": vision_size}
+        self.patch_size = vision_size
+        self.patch_norm = NORMS[cfg.norm](sizes, "vision", eps=cfg.norm_eps) if merges else None
+        self.layer_norm = LayerNorm(sizes, into, eps=cfg.norm_eps) if cfg.kind == "pixel_shuffle" else None
+        self.linear_1 = Projection(sizes, ("projector",), (into,), bias=cfg.bias)
+        self.linear_2 = Projection(sizes, ("embed",), ("projector",), bias=cfg.bias)
+        if cfg.deepstack:
+            self.deepstack = nnx.Dict({str(i): DeepMerger(cfg, sizes) for i in range(cfg.deepstack)})
+        self.activation = cfg.activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """float[..., embed] of float[..., features]."""
+        if self.linear is not None:
+            return self.linear(x)
+        if self.patch_norm is not None:
+            x = x[..., : self.linear_1.inputs[0]]
+            patches = x.reshape(*x.shape[:-1], -1, self.patch_size)
+            x = self.patch_norm(patches).reshape(x.shape)
+        if self.layer_norm is not None:
+            x = self.layer_norm(x)
+        return self.linear_2(activation(self.activation)(self.linear_1(x)))
+
+    def added(self, x: jax.Array) -> jax.Array | None:
+        """float[n, ..., embed] of float[..., features]: what the first n decoder layers add; None where n is 0."""
+        if not self.n_deepstack:
+            return None
+        _, *levels = jnp.split(x, 1 + self.n_deepstack, axis=-1)
+        return jnp.stack([self.deepstack[str(i)](level) for i, level in enumerate(levels)])
+
+
+class DeepMerger(nnx.Module):
+    """linear_2(act(linear_1(norm(features)))) of one of a tower's middle blocks."""
+
+    def __init__(self, cfg: ProjectorConfig, sizes: Mapping[str, int]):
+        self.layer_norm = LayerNorm(sizes, "shuffled", eps=cfg.norm_eps)
+        self.linear_1 = Projection(sizes, ("projector",), ("shuffled",), bias=cfg.bias)
+        self.linear_2 = Projection(sizes, ("embed",), ("projector",), bias=cfg.bias)
+        self.activation = cfg.activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear_2(activation(self.activation)(self.linear_1(self.layer_norm(x))))
