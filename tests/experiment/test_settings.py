@@ -145,7 +145,7 @@ EXPECTED = {
     "recover": PRECISION | TRAINING | RECOVER | named("data", "fraction seed group_by"),
     "evaluate": PRECISION | PICTURE | named("evaluate", "batch_size max_length max_new_tokens questions prompt_suffix"),
     "export": PRECISION
-    | named("export", "format layout uneven dtype quantize group_size symmetric rounding rolled_positions"),
+    | named("export", "format layout uneven dtype quantize group_size symmetric rounding rolled_positions imatrix"),
 }
 LOSSES = {
     *("ce", "l2", "cosine", "kl", "rkl", "l2_layers", "temperature", "teacher_inputs", "reference_compat", "chunk"),

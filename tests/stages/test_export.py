@@ -109,6 +109,11 @@ def test_integers_by_command(tmp_path, capsys):
     nearest = (tmp_path / "w/export/model.safetensors").read_bytes()
     assert len(nearest) == len(compensated)
     assert nearest != compensated
+    plain = [*command, "--config.export.format=gguf", "--config.export.quantize=none", "--config.export.imatrix=True"]
+    assert main([*plain, "--overwrite"]) == 0
+    assert (tmp_path / "w/export/imatrix-teacher-pruned.gguf_file").is_file()
+    assert main([*plain, "--config.export.quantize=q8_0"]) == 2
+    assert "export.imatrix=True is for llama-quantize" in capsys.readouterr().err
     assert main([*command, "--config.export.rounding=gptq", "--config.export.quantize=none"]) == 2
     said = "export.rounding=\"gptq\" goes with w8a16, w4a16 and w8a8, not quantize='none'"
     assert said in capsys.readouterr().err

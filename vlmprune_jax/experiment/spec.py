@@ -483,9 +483,20 @@ class ExportSpec:
         "In GGUF: the tower's positions for builds of llama.cpp that put its class token last (#25814).",
         affects=_EXPORT,
     )
+    imatrix: bool = setting(
+        False,
+        "In GGUF that is not quantised: beside it, for `llama-quantize --imatrix`, what its matrices read in the "
+        "calibration records of `reconstruct`.",
+        affects=_EXPORT,
+    )
 
     def __post_init__(self) -> None:
         check_settings("export", self)
+        if self.imatrix and (self.format != "gguf" or self.quantize != "none"):
+            raise UserError(
+                "export.imatrix=True is for llama-quantize, which starts from plain GGUF: it goes with "
+                f"export.format=gguf and export.quantize=none, not {self.format} and {self.quantize}"
+            )
         if self.rounding == "gptq" and not self.quantize.startswith("w"):
             raise UserError(f'export.rounding="gptq" goes with w8a16, w4a16 and w8a8, not quantize={self.quantize!r}')
 
