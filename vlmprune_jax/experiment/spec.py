@@ -267,6 +267,13 @@ class PruneSpec:
         affects=_PRUNE,
         choices="prune.width:SELECTIONS",
     )
+    loads_in: tuple[str, ...] = setting(
+        (),
+        'Where the pruned model has to load at its true size: "transformers" (stock), "vllm" (by its code) and "gguf" '
+        '(llama.cpp). `heads="auto"` keeps them where one of these needs them all; a plan that does not load is '
+        "refused.",
+        affects=_PRUNE,
+    )
     sparsity: float | None = setting(
         None, "Share of units that go from each layer, in place of `ratio` (the reference's).", affects=_PRUNE
     )
