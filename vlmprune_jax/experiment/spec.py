@@ -506,6 +506,11 @@ class ExportSpec:
             )
         if self.rounding == "gptq" and not self.quantize.startswith("w"):
             raise UserError(f'export.rounding="gptq" goes with w8a16, w4a16 and w8a8, not quantize={self.quantize!r}')
+        if self.rounding == "gptq" and self.uneven == "pad":
+            raise UserError(
+                'export.rounding="gptq" rounds the widths that the model has, and export.uneven="pad" writes wider '
+                'layers: use uneven="per_layer" (the same where all are equal), or rounding="nearest"'
+            )
 
 
 @dataclass(frozen=True)
