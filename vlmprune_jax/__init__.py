@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     )
     from vlmprune_jax.prune.criteria import CRITERIA as criteria
     from vlmprune_jax.prune.gptq import gptq
+    from vlmprune_jax.prune.importance import importance
     from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
     from vlmprune_jax.recovery.loop import recover
     from vlmprune_jax.recovery.losses import losses
@@ -79,6 +80,7 @@ _HOMES = {
     "forward": "models.vlm",
     "generate": "models.generate",
     "gptq": "prune.gptq",
+    "importance": "prune.importance",
     "load": "hf.read",
     "losses": "recovery.losses",
     "make_plan": "prune",
@@ -119,6 +121,7 @@ __all__ = [
     "forward",
     "generate",
     "gptq",
+    "importance",
     "load",
     "losses",
     "make_plan",

@@ -99,6 +99,17 @@ SPEED = {
 }  # fmt: skip
 
 
+_SIDE = {
+    **{"model": "teacher", "backend": "llama_cpp", "versions": {"xllamacpp": "1"}, "weights": "Q8_0", "bytes": 1 << 21},
+    **{"parameters": 1000, "image": True, "prompt_tokens": 640, **UNPRUNED, "peak_bytes": 1 << 20},
+}
+BENCH = {
+    **{"processor": "Some <b>CPU", "threads": 2, "load": 0.5},
+    "workload": {"rounds": 3, "prompt_tokens": 640, "new_tokens": 32, "image": True, "dtype": "float32"},
+    "sides": [_SIDE, {**_SIDE, **FASTER, "model": "pruned", "parameters": 800}],
+}  # fmt: skip
+
+
 PLANNED = {
     "topology": "v5e:8x8",
     "chips": 64,

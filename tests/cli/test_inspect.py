@@ -56,6 +56,11 @@ def test_every_family_from_headers_alone(goldens, capsys, monkeypatch, name):
     assert set(found["export"]) >= {"depth", "equal widths", "uneven=per_layer", "uneven=pad", "format=gguf"}
     wide = "with uneven=pad only" if found["family"] == "bunny" else "at true size (deci)"
     assert f"unequal widths {wide}" in found["export"]["format=gguf"]
+    assert set(found["loads"]) == {"transformers", "vllm", "gguf"}
+    if found["family"] == "bunny":
+        assert "  loads in    transformers: fewer layers, neurons, heads; tower: fewer layers, neurons\n" in out
+        assert "              vllm: fewer layers, neurons; tower: fewer layers, neurons\n" in out
+        assert 'of a phi for the size of a head: heads="keep"' in found["loads"]["vllm"]["text"]["heads"]
     assert ("layout=transformers" in found["export"]) == (found["layout"] == "original")
     assert ("where no head is missing" in found["export"]["equal widths"]) == (found["layout"] == "original")
 

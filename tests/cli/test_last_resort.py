@@ -86,6 +86,13 @@ def test_defects_are_told_with_what_was_read(capsys, monkeypatch, tmp_path, run,
     assert "Traceback (most recent call last)" in said
 
 
+@pytest.mark.parametrize(("command", "then"), [("bench", "begins anew"), ("report", "continues with what is left")])
+def test_what_an_interruption_costs(capsys, monkeypatch, command, then):
+    monkeypatch.setattr(f"vlmprune_jax.cli.{command}.run", raising(KeyboardInterrupt()))
+    assert main([command]) == 130
+    assert capsys.readouterr().err == f"\nvlmprune: interrupted; the same command {then}\n"
+
+
 def test_a_reader_that_goes_ends_silently(capsys, monkeypatch):
     assert ended(capsys, monkeypatch, raising(BrokenPipeError(errno.EPIPE, "Broken pipe"))) == (141, "")
     command = [sys.executable, "-m", "vlmprune_jax"]

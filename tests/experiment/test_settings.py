@@ -128,7 +128,7 @@ SCORE = named(
 PRUNE = named(
     "prune",
     "method stack ratio layers_removed protect rounding attn_layers mlp_layers heads_multiple neurons_multiple heads "
-    "snap_for tensor_parallel selection sparsity depth_share steps budget",
+    "snap_for tensor_parallel selection loads_in sparsity depth_share steps budget",
 )
 RECOVER = named(
     "recover",
@@ -148,7 +148,7 @@ EXPECTED = {
     "recover": PRECISION | TRAINING | RECOVER | named("data", "fraction seed group_by"),
     "evaluate": PRECISION | PICTURE | named("evaluate", "batch_size max_length max_new_tokens questions prompt_suffix"),
     "export": PRECISION
-    | named("export", "format layout uneven dtype quantize group_size symmetric rounding rolled_positions"),
+    | named("export", "format layout uneven dtype quantize group_size symmetric rounding rolled_positions imatrix"),
 }
 LOSSES = {
     *("ce", "l2", "cosine", "kl", "rkl", "l2_layers", "temperature", "teacher_inputs", "reference_compat", "chunk"),

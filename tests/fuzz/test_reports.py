@@ -5,7 +5,7 @@ import json
 import recover_cases as cases
 import sweep_cases
 from fuzz_cases import fuzz, json_files, json_lines, reads, scores_of
-from report_cases import SPEED
+from report_cases import BENCH, SPEED
 
 from vlmprune_jax.checked_files import read_json
 from vlmprune_jax.experiment.spec import EvaluationSetSpec
@@ -17,7 +17,15 @@ from vlmprune_jax.report.fit import PLANNED, read_planned
 from vlmprune_jax.report.guide import FILE, read_guide, recommend
 from vlmprune_jax.report.result import best_run, read_result
 from vlmprune_jax.report.samples import read_samples, shown_samples
-from vlmprune_jax.report.speed import read_speed, speed_notes, speed_tables, speeds_of
+from vlmprune_jax.report.speed import (
+    bench_notes,
+    bench_tables,
+    read_bench,
+    read_speed,
+    speed_notes,
+    speed_tables,
+    speeds_of,
+)
 from vlmprune_jax.report.sweep import as_csv, groups_of, read_sweep, table_of
 from vlmprune_jax.report.unfinished import read_unfinished
 from vlmprune_jax.stages import evaluate
@@ -215,6 +223,24 @@ def test_evaluations_of_an_unfinished_run(tmp_path):
     def check(content):
         path.write_bytes(content)
         reads(compared, path.name)
+
+    check()
+
+
+def test_bench(tmp_path):
+    path = tmp_path / "bench.json"
+
+    def shown():
+        measured = read_bench(path)
+        return bench_tables(measured), bench_notes(measured)
+
+    path.write_text(json.dumps(BENCH))
+    assert len(shown()) == 2
+
+    @fuzz(100, content=json_files(BENCH))
+    def check(content):
+        path.write_bytes(content)
+        reads(shown, path.name)
 
     check()
 

@@ -147,7 +147,9 @@ def test_a_decoder_alone_has_its_own_rows(shapes):
     assert found.expected[0].name == "smollm2"
     assert found.expected[0].low == found.expected[0].high == 79.75
     assert not any("AVG-%" in one for one in found.conflicts)
+    assert any("nothing is trained, round first" in one for one in found.conflicts)
     trained = advised(shapes["llama"], 0.2)
+    assert not any("round first" in one for one in trained.conflicts)
     assert any("Nothing measured says what to expect" in one for one in trained.notes)
     with pytest.raises(UserError, match="this model has no projector: use none or full"):
         advised(shapes["llama"], 0.1, "projector")

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from report_cases import SPEED, write_several, write_workdir
+from report_cases import BENCH, SPEED, write_several, write_workdir
 
 from vlmprune_jax.report.build import build_report
-from vlmprune_jax.report.speed import read_speed, speed_notes, speed_tables, speeds_of
+from vlmprune_jax.report.speed import bench_tables, read_bench, read_speed, speed_notes, speed_tables, speeds_of
 
 
 @pytest.fixture
@@ -32,6 +32,15 @@ def test_speed_is_told_with_its_range_and_where_it_was_measured(workdir):
     assert times.rows == (("depth (and 1 of its shape)", "1.50 (1.50 to 1.56)", "0.98 (0.95 to 1.05), no speed-up"),)
     told = "No speed-up in generating tokens: depth (and 1 of its shape). Not every round was faster."
     assert speed_notes(SPEED)[1:] == [told]
+
+
+def test_a_bench_in_the_workdir_is_told(workdir):
+    (workdir / "bench.json").write_text(json.dumps(BENCH))
+    page = build_report(workdir).read_text()
+    assert "Times as fast, round by round" in page
+    assert "Measured on Some &lt;b&gt;CPU, 2 thread(s), load 0.5 before: one prompt" in page
+    times = bench_tables(read_bench(workdir / "bench.json"))[2]
+    assert times.rows[0][:4] == ("pruned", "llama_cpp", "teacher", "1.50 (1.50 to 1.56)")
 
 
 def test_slower_in_every_round():

@@ -22,7 +22,7 @@ from vlmprune_jax.stages.console import make_reporter
 
 
 def side(model, backend):
-    return Side(model, backend, "float32", 2**21, True, {})
+    return Side(model, backend, "float32", 2**21, 1000, True, {})
 
 
 def test_turns_and_tokens_per_second(monkeypatch):

@@ -55,6 +55,8 @@ usage: vlmprune COMMAND [flags]        vlmprune COMMAND --help
   vlmprune run --config=configs/llava15_7b.py:depth,0.3 --workdir=runs/llava --config.model.hf_dir=DIR
                --config.data.train=FILE.json --config.data.images=DIR --config.data.eval=FILE.json
 """
+# Commands that keep nothing of what they have done.
+_ANEW = ("bench", "diff", "help", "inspect", "recommend")
 OURS, USER_ERROR, INTERRUPTED, BROKEN_PIPE, TERMINATED = 1, 2, 130, 141, 143
 # What a person can do something about: no room (disk, quota, largest file), no right to write.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -135,7 +137,8 @@ def _ended(argv: list[str], error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         terminated = isinstance(error, _Terminated)
         what = "stopped on SIGTERM" if terminated else "interrupted"
-        line = f"\nvlmprune: {what}; the same command continues with what is left"
+        anew = argv[:1] and argv[0] in _ANEW
+        line = f"\nvlmprune: {what}; the same command {'begins anew' if anew else 'continues with what is left'}"
         return end(line, what, TERMINATED if terminated else INTERRUPTED)
     if isinstance(error, BrokenPipeError) and not joined():
         with contextlib.suppress(OSError, ValueError):  # what is left in the buffer goes there when Python ends

@@ -289,6 +289,13 @@ class PruneSpec:
         affects=_PRUNE,
         choices="prune.width:SELECTIONS",
     )
+    loads_in: tuple[str, ...] = setting(
+        (),
+        'Where the pruned model has to load at its true size: "transformers" (stock), "vllm" (by its code) and "gguf" '
+        '(llama.cpp). `heads="auto"` keeps them where one of these needs them all; a plan that does not load is '
+        "refused.",
+        affects=_PRUNE,
+    )
     sparsity: float | None = setting(
         None, "Share of units that go from each layer, in place of `ratio` (the reference's).", affects=_PRUNE
     )
@@ -505,11 +512,27 @@ class ExportSpec:
         "In GGUF: the tower's positions for builds of llama.cpp that put its class token last (#25814).",
         affects=_EXPORT,
     )
+    imatrix: bool = setting(
+        False,
+        "In GGUF that is not quantised: beside it, for `llama-quantize --imatrix`, what its matrices read in the "
+        "calibration records of `reconstruct`.",
+        affects=_EXPORT,
+    )
 
     def __post_init__(self) -> None:
         check_settings("export", self)
+        if self.imatrix and (self.format != "gguf" or self.quantize != "none"):
+            raise UserError(
+                "export.imatrix=True is for llama-quantize, which starts from plain GGUF: it goes with "
+                f"export.format=gguf and export.quantize=none, not {self.format} and {self.quantize}"
+            )
         if self.rounding == "gptq" and not self.quantize.startswith("w"):
             raise UserError(f'export.rounding="gptq" goes with w8a16, w4a16 and w8a8, not quantize={self.quantize!r}')
+        if self.rounding == "gptq" and self.uneven == "pad":
+            raise UserError(
+                'export.rounding="gptq" rounds the widths that the model has, and export.uneven="pad" writes wider '
+                'layers: use uneven="per_layer" (the same where all are equal), or rounding="nearest"'
+            )
 
 
 @dataclass(frozen=True)

@@ -74,5 +74,14 @@ def _weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
 
 # layers_to_hf: its classes take an explicit `head_dim`
 PHI = decoder_family(
-    Decoder("phi", "PhiForCausalLM", _from_hf, layers_to_hf, _weights, head_bias=True, gguf=(gguf.PHI2,))
+    Decoder(
+        "phi",
+        "PhiForCausalLM",
+        _from_hf,
+        layers_to_hf,
+        _weights,
+        head_bias=True,
+        gguf=(gguf.PHI2,),
+        derives_head_dim=("vllm",),
+    )
 )

@@ -36,5 +36,6 @@ QWEN2 = decoder_family(
         layers_to_hf,
         llama_like_weights,
         gguf=(gguf.QWEN2, gguf.LLAMA, gguf.DECI),
+        derives_head_dim=("vllm",),
     )
 )

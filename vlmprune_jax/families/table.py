@@ -41,7 +41,8 @@ class Decoder:
     same computation. `weights(text, prefix, head)`: `prefix` precedes `embed_tokens` and `layers`, `head` is the key of
     the output head. `heads_divide`: the config class refuses numbers of heads that do not divide hidden_size.
     `head_bias`: alone its output head has a bias. `gguf`: architectures of llama.cpp that compute it, in the order in
-    which they are tried.
+    which they are tried. `derives_head_dim`: engines whose class takes hidden_size / heads for the size of a head,
+    whatever config.json says (of `hf.export.loads.TARGETS`).
     """
 
     model_type: str
@@ -52,6 +53,7 @@ class Decoder:
     heads_divide: bool = False
     head_bias: bool = False
     gguf: tuple[Architecture, ...] = ()
+    derives_head_dim: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

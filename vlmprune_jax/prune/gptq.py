@@ -39,7 +39,7 @@ from vlmprune_jax.prune.reconstruction import OPTIONS as RECONSTRUCT
 from vlmprune_jax.prune.reconstruction import Step, embed, names_of_rows, row_steps
 
 OPTIONS = {name: value for name, value in RECONSTRUCT.items() if name.endswith("_weight")}
-_READ = ("self_attn", "mlp", "o_proj", "down_proj")
+READ = ("self_attn", "mlp", "o_proj", "down_proj")
 _DAMPING = 0.01  # of each column's own weight, as GPTQ has it of their mean
 _FLOOR = 1e-6  # of the mean: what columns weigh that are never active
 _BLOCK = 128
@@ -98,19 +98,10 @@ def gptq(
     storage = make_storage(model.cfg, family, quantize, group_size, symmetric)
     if mesh is None:
         model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
-    if model.cfg.any_size:
-        raise UserError("gptq: models whose images are of any size are not supported: leave it out")
-    batches = list(batches)
-    checked = list(calibration_batches(batches, model.cfg, labels=False))
     slots = [one for one in make_slots(model.cfg, family) if one.path.startswith("text/layers/")]
     codes: dict[str, dict[str, np.ndarray]] = {}
     with within(mesh):
-        steps = row_steps(checked, settings, names_of_rows(batches, checked))
-        positive(len(steps))
-        for step in steps:
-            step.ours = np.array(
-                whole(embed(model.params, place_batch(step.inputs, mesh), cfg=model.cfg, stack="text"))
-            )
+        steps = embedded_steps(model, batches, settings)
         for number in range(len(model.cfg.text.layers)):
             layer = Layer.of(model, "text", number)
             own = by_key(one for one in slots if one.layer == number and len(one.hf_shape) == 2)
@@ -125,19 +116,36 @@ def gptq(
     return Rounded(**vars(storage), codes=codes)
 
 
+def embedded_steps(model: Model, batches: Iterable[Any], settings: Mapping[str, Any]) -> list[Step]:
+    """All rows of calibration batches, as they enter a model's decoder: `ours`. Weights of kinds are in `settings`.
+
+    Raises:
+      UserError: the model's images are of any size.
+    """
+    if model.cfg.any_size:
+        raise UserError("sums of calibration records of models whose images are of any size are not supported yet")
+    batches = list(batches)
+    checked = list(calibration_batches(batches, model.cfg, labels=False))
+    steps, mesh = row_steps(checked, settings, names_of_rows(batches, checked)), mesh_of(model.params)
+    positive(len(steps))
+    for step in steps:
+        step.ours = np.array(whole(embed(model.params, place_batch(step.inputs, mesh), cfg=model.cfg, stack="text")))
+    return steps
+
+
 def _round_layer(
     layer: Layer, held: Sequence[Sequence[Slot]], steps: Sequence[Step], storage: CompressedTensors, dtype: np.dtype
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, jax.Array]]:
     """(tensors by path, what the layer's parameters then are) of matrices, each the slots of a tensor of files."""
-    sums = _total(layer, steps)
+    sums = finite_sums(_sums, layer, steps, "gptq")
     codes, params = dict[str, dict[str, np.ndarray]](), dict[str, jax.Array]()
-    for tap in _READ:
-        matrices = [parts for parts in held if _reads(_inside(parts[0]), layer.cfg) == tap]
+    for tap in READ:
+        matrices = [parts for parts in held if reads(inside(parts[0]), layer.cfg) == tap]
         if not matrices:
             continue
         # what reads the same has the same sums: one factor, one pass over the columns
         slots = [slot for parts in matrices for slot in parts]
-        values = np.concatenate([np.asarray(whole(layer.params[_inside(s)])).reshape(-1, s.hf_shape[1]) for s in slots])
+        values = np.concatenate([np.asarray(whole(layer.params[inside(s)])).reshape(-1, s.hf_shape[1]) for s in slots])
         scale, zeros = storage.grid(values, dtype)
         found = compensated(values, sums[tap], storage, scale, zeros)
         size = values.shape[1] // scale.shape[1]
@@ -147,9 +155,9 @@ def _round_layer(
             start, end = end, end + parts[0].hf_shape[0]
             codes[parts[0].name] = storage.parts(found[start:end], scale[start:end], zeros[start:end])
             for slot in parts:
-                old = layer.params[_inside(slot)]
+                old = layer.params[inside(slot)]
                 new = values[start + slot.start : start + slot.stop].astype(dtype).astype(np.float32)
-                params[_inside(slot)] = jax.device_put(new.reshape(old.shape), old.sharding)
+                params[inside(slot)] = jax.device_put(new.reshape(old.shape), old.sharding)
     return codes, params
 
 
@@ -176,13 +184,13 @@ def compensated(
     return codes[:, np.argsort(order)]
 
 
-def _inside(slot: Slot) -> str:
+def inside(slot: Slot) -> str:
     """Path of a parameter in its layer."""
     return slot.name.split("/", 3)[3]
 
 
-def _reads(path: str, cfg: Any) -> str:
-    """Which of `_READ` a matrix of a layer reads."""
+def reads(path: str, cfg: Any) -> str:
+    """Which of `READ` a matrix of a layer reads."""
     module = path.removesuffix("/weight")
     outputs = {projection(cfg, name): name for name in ("o_proj", "down_proj")}
     return outputs.get(module, module.split("/")[0])
@@ -190,7 +198,7 @@ def _reads(path: str, cfg: Any) -> str:
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def _sums(params: Mapping[str, jax.Array], x: jax.Array, mask: jax.Array, weight: jax.Array, *, cfg: TextConfig):
-    _, after, inputs = block(params, x, mask, cfg, _READ)
+    _, after, inputs = block(params, x, mask, cfg, READ)
     counts = weight[..., None] > 0
 
     def gram(name: str) -> jax.Array:
@@ -198,11 +206,13 @@ def _sums(params: Mapping[str, jax.Array], x: jax.Array, mask: jax.Array, weight
         scale = weight if name in ("self_attn", "mlp") else weight / jnp.mean(after * after, axis=-1)
         return jnp.einsum("bsi,bsj->ij", read * jnp.where(weight > 0, scale, 0.0)[..., None], read, precision="highest")
 
-    return {name: gram(name) for name in _READ}
+    return {name: gram(name) for name in READ}
 
 
-def _total(layer: Layer, steps: Sequence[Step]) -> dict[str, np.ndarray]:
-    """Sums over all rows, float64[in, in] of each of `_READ`.
+def finite_sums(
+    sums: Callable[..., dict[str, jax.Array]], layer: Layer, steps: Sequence[Step], what: str
+) -> dict[str, np.ndarray]:
+    """`sums(params, x, mask, weight, cfg=)` of a layer over all rows, in float64; `what` is at work.
 
     Raises:
       UserError: what a row gives is not finite.
@@ -210,11 +220,11 @@ def _total(layer: Layer, steps: Sequence[Step]) -> dict[str, np.ndarray]:
     totals: dict[str, np.ndarray] = {}
     for step in steps:
         arrays = {"x": step.ours, "mask": step.mask, "weight": step.weight}
-        for name, gram in _sums(layer.params, **place_batch(arrays, layer.mesh), cfg=layer.cfg).items():
-            own = np.asarray(whole(gram), np.float64)
+        for name, one in sums(layer.params, **place_batch(arrays, layer.mesh), cfg=layer.cfg).items():
+            own = np.asarray(whole(one), np.float64)
             if not np.isfinite(own).all():
                 raise UserError(
-                    f"gptq: activations in layer {layer.number} are not finite in {', '.join(step.names[:5])} of the "
+                    f"{what}: activations in layer {layer.number} are not finite in {', '.join(step.names[:5])} of the "
                     "calibration batches: look for what is wrong there, or with the weights"
                 )
             totals[name] = totals.get(name, 0.0) + own

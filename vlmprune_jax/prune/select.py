@@ -13,6 +13,7 @@ from vlmprune_jax.budget import budget_of
 from vlmprune_jax.checks import fraction, one_of, with_defaults
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.hf.export.loads import TARGETS, check_loads, keeps_heads
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune.cost import least_ratio, make_measure
 from vlmprune_jax.prune.fingerprint import shape_digest
@@ -23,6 +24,7 @@ from vlmprune_jax.prune.width import Kept, choose_widths, kept_layer, shape_of, 
 
 METHODS = ("depth", "width", "hybrid")
 ROUNDINGS = ("nearest", "at_least")
+_SHARED = {"parameters_total": None, "loads_in": ()}
 DEEPSTACK = ("keep", "move")
 DEPTH: Mapping[str, Any] = {"protect": (), "rounding": "nearest", "deepstack": "keep"}
 WIDTH: Mapping[str, Any] = {
@@ -37,9 +39,9 @@ WIDTH: Mapping[str, Any] = {
 }
 OF_ONE_STACK = ("layers_removed", "protect", "attn_layers", "mlp_layers")  # options that name or count its layers
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "depth": {**DEPTH, "parameters_total": None},
-    "width": {**WIDTH, "sparsity": None, "base": None, "parameters_total": None},
-    "hybrid": {**DEPTH, **WIDTH, "depth_share": 0.5, "parameters_total": None},
+    "depth": {**DEPTH, **_SHARED},
+    "width": {**WIDTH, "sparsity": None, "base": None, **_SHARED},
+    "hybrid": {**DEPTH, **WIDTH, "depth_share": 0.5, **_SHARED},
 }
 
 
@@ -78,6 +80,8 @@ def make_plan(
         selection: "local" (equal widths, lowest of each layer) or "global" (lowest of all layers, unnormalised).
         sparsity: the reference's per-layer sparsity instead of a ratio (width).
         base: config before earlier pruning steps, which ratio and sparsity are relative to (iterative width).
+        loads_in: where the pruned model has to load at its true size, of "transformers" (stock), "vllm" and "gguf";
+          heads="auto" keeps them where one of these needs them all, and what does not load is refused.
         depth_share: share of the asked removal that layers take in a hybrid plan.
 
     Raises:
@@ -92,13 +96,16 @@ def make_plan(
     before = count_params(cfg)
     unpruned = count_params(settings.get("base") or cfg)
     total = settings["parameters_total"] or unpruned
+    targets = settings["loads_in"]
+    if settings.get("heads") == "auto" and keeps_heads(cfg, stack, targets):
+        settings["heads"] = "keep"
     request = _Request(cfg, depth, width, layers_removed, settings, total, stack)
     share, within = (ratio, {}) if budget is None else request.within(budget)
     kept, solved = request.decide(share)
     layers = [kept_layer(i, one, shapes[i], request.gqa) for i, one in kept.items()]
     cost = layer_costs(cfg, stack).of
     gone = sum(map(cost, shapes)) - sum(cost(layer.shape) for layer in layers)
-    return PrunePlan(
+    plan = PrunePlan(
         fingerprint=used[0].fingerprint,
         method=method,
         criterion=" + ".join(one.name for one in used),
@@ -110,6 +117,8 @@ def make_plan(
         asked=None if ratio is None else ratio - (unpruned - before) / total,
         options=_recorded({**settings, **solved, **within}, cfg),
     )
+    check_loads(plan.apply_to(cfg), targets)
+    return plan
 
 
 def plan_stacks(
@@ -235,7 +244,8 @@ def moved_features(plan: PrunePlan, cfg: ModelConfig) -> str | None:
 
 def _recorded(settings: Mapping[str, Any], cfg: ModelConfig) -> dict[str, Any]:
     """What of the settings goes into the plan of a model, as JSON has it."""
-    left_out = ("base", "parameters_total", *(() if cfg.deepstack else ("deepstack",)))
+    unused = (*(() if cfg.deepstack else ("deepstack",)), *(() if settings["loads_in"] else ("loads_in",)))
+    left_out = ("base", "parameters_total", *unused)
     kept = {name: value for name, value in settings.items() if name not in left_out}
     return {name: list(value) if isinstance(value, (tuple, range)) else value for name, value in kept.items()}
 
@@ -273,6 +283,8 @@ def check_request(
     settings = with_defaults(f"make_plan(method={method!r})", options, DEFAULTS[method])
     if ratio is not None:
         fraction("ratio", ratio)
+    for target in settings["loads_in"]:
+        one_of("loads_in", target, TARGETS)
     sparsity = settings.get("sparsity")
     targets = (ratio, sparsity, budget, layers_removed if method == "depth" else None)
     given = sum(target is not None for target in targets)

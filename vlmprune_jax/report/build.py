@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,16 @@ from vlmprune_jax.report.answers import comparison_section
 from vlmprune_jax.report.page import Section, Table, write_page
 from vlmprune_jax.report.result import read_result
 from vlmprune_jax.report.samples import read_samples, shown_samples
-from vlmprune_jax.report.speed import read_speed, speed_notes, speed_tables, together
+from vlmprune_jax.report.speed import (
+    BENCH,
+    bench_notes,
+    bench_tables,
+    read_bench,
+    read_speed,
+    speed_notes,
+    speed_tables,
+    together,
+)
 from vlmprune_jax.report.tables import groups_of, lead, tables_of
 from vlmprune_jax.report.unfinished import read_unfinished
 
@@ -131,6 +141,10 @@ def _costs(workdir: Path, result: Json, finished: bool) -> Iterator[Section]:
     if measured is not None:
         tables += speed_tables(measured)
         notes += speed_notes(measured)
+    if os.path.lexists(workdir / BENCH):
+        found = read_bench(workdir / BENCH)
+        tables += bench_tables(found)
+        notes += bench_notes(found)
     if tables or finished:
         yield Section(
             "Cost and speed",

@@ -5,6 +5,8 @@ load        processes that waited for a processor, on average over the minute be
 workload    rounds, prompt_tokens, new_tokens, batch_size, image, dtype
 pairs       one object per shape: `models`, the runs that have it; `unpruned` and `pruned`, measured in turns:
             prefill and decode (tokens/s) and first_token (s), a value a round, and peak_bytes (or null)
+
+And `bench.json`, which `vlmprune bench --json` writes: the same of models and engines, see `bench_tables`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 from msgspec import Meta
 
@@ -20,8 +22,9 @@ from vlmprune_jax.checked_files import Count, read_json
 from vlmprune_jax.errors import printable
 from vlmprune_jax.report.page import Table
 
-SPEED = "speed.json"
+SPEED, BENCH = "speed.json", "bench.json"
 _TODO = "run `vlmprune run` again, or remove it"
+_BENCH_TODO = "measure again with `vlmprune bench --json`, or remove it"
 _Json = dict[str, Any]
 _Row = tuple[str, ...]
 _Rounds = Annotated[list[Annotated[float, Meta(gt=0, lt=1e30)]], Meta(min_length=1, max_length=1000)]
@@ -56,6 +59,48 @@ class Measured(TypedDict):
     load: float
     workload: _Workload
     pairs: list[_Pair]
+
+
+class _BenchSide(TypedDict):
+    model: str
+    backend: str
+    versions: dict[str, str]
+    weights: str
+    bytes: Count
+    parameters: NotRequired[Count]
+    image: bool
+    prompt_tokens: Count
+    prefill: _Rounds
+    decode: _Rounds
+    first_token: _Rounds
+    peak_bytes: Count
+
+
+class _BenchWorkload(TypedDict):
+    rounds: Count
+    prompt_tokens: Count
+    new_tokens: Count
+    image: bool
+    dtype: str
+
+
+class Benched(TypedDict):
+    """What `vlmprune bench --json` writes; see `bench_tables`."""
+
+    processor: str
+    threads: Count
+    load: float
+    workload: _BenchWorkload
+    sides: Annotated[list[_BenchSide], Meta(min_length=1, max_length=1000)]
+
+
+def read_bench(path: Path) -> _Json:
+    """What `vlmprune bench --json` wrote to a file.
+
+    Raises:
+      UserError: it is not there, or damaged.
+    """
+    return read_json(path, Benched, todo=_BENCH_TODO, unicode=False)
 
 
 def read_speed(workdir: Path) -> _Json | None:
@@ -163,8 +208,8 @@ def bench_tables(found: _Json) -> list[Table]:
     """What `vlmprune bench` measured: speed, size, and how many times as fast as the first model in the same engine.
 
     `found`: processor, threads, load and workload; `sides`, an object per model and engine: model, backend, versions,
-    weights (their type), bytes (on disk), image, prompt_tokens; prefill and decode (tokens/s) and first_token (s), a
-    value a round; peak_bytes.
+    weights (their type), bytes (on disk), parameters (older files have none), image, prompt_tokens; prefill and decode
+    (tokens/s) and first_token (s), a value a round; peak_bytes.
     """
     speeds, sizes, times, first = list[_Row](), list[_Row](), list[_Row](), dict[str, _Json]()
     for side in found["sides"]:

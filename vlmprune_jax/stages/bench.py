@@ -26,6 +26,7 @@ from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.hf.export.per_layer import loader_class
 from vlmprune_jax.hf.export.reload import torch_loads
 from vlmprune_jax.hf.read import read_config, read_fields, resolve
+from vlmprune_jax.models.params import count_params
 from vlmprune_jax.stages.console import Reporter
 from vlmprune_jax.stages.ledger import Json
 
@@ -62,6 +63,7 @@ class Side:
     backend: str
     weights: str
     n_bytes: int
+    parameters: int
     image: bool
     job: Json
 
@@ -118,7 +120,7 @@ def find_sides(
             raise UserError(refused[0])
         left_out += refused
         sides += [
-            Side(model, name, known.weights, known.n_bytes, known.image, {**known.job, "backend": name})
+            Side(model, name, **{**vars(known), "job": {**known.job, "backend": name}})
             for name, why in reasons.items()
             if not why
         ]
@@ -164,6 +166,7 @@ def _side(side: Side, prompt_tokens: int, readings: Sequence[Mapping[str, Any]],
         "versions": versions,
         "weights": side.weights,
         "bytes": side.n_bytes,
+        "parameters": side.parameters,
         "image": side.image,
         "prompt_tokens": prompt_tokens,
         "prefill": [prompt_tokens / one["first"] for one in readings],
@@ -237,6 +240,7 @@ class _Known:
 
     weights: str
     n_bytes: int
+    parameters: int
     image: bool
     job: Json
 
@@ -265,11 +269,12 @@ def _folder(model: str, vision_dir: str | None, workload: Workload) -> _Known:
         "new_tokens": workload.new_tokens,
         "threads": workload.threads,
     }
-    return _Known(workload.dtype, sum(file.stat().st_size for file in files), image, job)
+    n_bytes = sum(file.stat().st_size for file in files)
+    return _Known(workload.dtype, n_bytes, count_params(cfg), image, job)
 
 
 def _gguf(model: str, file: Path, workload: Workload) -> _Known:
-    fields, weights = _header(file)
+    fields, weights, count = _header(file)
     if fields.get("general.type") == "mmproj" or fields.get("general.architecture") == TOWER:
         raise UserError(f"{file}: is the tower of a model (mmproj): give the decoder's file beside it")
     towers = sorted(file.parent.glob("mmproj-*.gguf")) if workload.image else []
@@ -281,21 +286,23 @@ def _gguf(model: str, file: Path, workload: Workload) -> _Known:
         raise UserError(
             f"{file}: --prompt_tokens + new_tokens + 1={context} is more than its context of {longest} tokens: lower it"
         )
+    tower, _, of_tower = _header(towers[0]) if towers else ({}, "", 0)
     job = {
         "model": str(file),
         "mmproj": str(towers[0]) if towers else None,
-        "image_size": _header(towers[0])[0].get("clip.vision.image_size", 224) if towers else None,
+        "image_size": tower.get("clip.vision.image_size", 224) if towers else None,
         "ids": [[1] * workload.prompt_tokens],
         "prompt_tokens": workload.prompt_tokens,
         "context": context,
         "new_tokens": workload.new_tokens,
         "threads": workload.threads,
     }
-    return _Known(weights, sum(one.stat().st_size for one in (file, *towers)), bool(towers), job)
+    n_bytes = sum(one.stat().st_size for one in (file, *towers))
+    return _Known(weights, n_bytes, count + of_tower, bool(towers), job)
 
 
-def _header(file: Path) -> tuple[Json, str]:
-    """Fields of a GGUF file, and the type that most of its weights have."""
+def _header(file: Path) -> tuple[Json, str, int]:
+    """Fields of a GGUF file, the type that most of its weights have, and how many these are."""
     from gguf import GGUFReader
 
     open_file(file).close()  # a FIFO would be waited for
@@ -306,7 +313,8 @@ def _header(file: Path) -> tuple[Json, str]:
         types: dict[str, int] = {}
         for tensor in reader.tensors:
             types[tensor.tensor_type.name] = types.get(tensor.tensor_type.name, 0) + int(tensor.n_bytes)
-        return fields, max(types, key=lambda name: types[name])
+        count = sum(int(tensor.n_elements) for tensor in reader.tensors)
+        return fields, max(types, key=lambda name: types[name]), count
 
 
 def _gguf_file(model: str) -> Path | None:

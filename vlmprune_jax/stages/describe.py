@@ -11,6 +11,7 @@ from vlmprune_jax.errors import printable
 from vlmprune_jax.families import Family, target_of
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.export.gguf import support
+from vlmprune_jax.hf.export.loads import what_loads
 from vlmprune_jax.hf.layout import make_slots
 from vlmprune_jax.hf.read import find_weights, read_config, resolve
 from vlmprune_jax.models.params import count_params
@@ -47,6 +48,7 @@ def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[s
         "prunable": _prunable(cfg, "text"),
         "prunable_tower": None if cfg.vision is None else _prunable(cfg, "vision"),
         "export": _export(cfg, family),
+        "loads": what_loads(cfg),
     }
 
 
@@ -149,7 +151,20 @@ def as_lines(found: dict[str, Any]) -> list[str]:
     if vision is not None:
         lines += _can_go("              a layer of the tower", found["prunable_tower"])
     exports = enumerate(found["export"].items())
-    return lines + [f"  {'export' if i == 0 else '':<11} {mode}: {what}" for i, (mode, what) in exports]
+    lines += [f"  {'export' if i == 0 else '':<11} {mode}: {what}" for i, (mode, what) in exports]
+    targets = enumerate(found["loads"].items())
+    return lines + [
+        f"  {'loads in' if i == 0 else '':<11} {name}: {_what_loads(stacks)}" for i, (name, stacks) in targets
+    ]
+
+
+def _what_loads(stacks: dict[str, dict[str, str | None]]) -> str:
+    """At true size, of each stack."""
+    said = []
+    for stack, kinds in stacks.items():
+        loads = ", ".join(kind for kind, why in kinds.items() if why is None) or "nothing pruned"
+        said.append(loads if stack == "text" else f"tower: {loads}")
+    return "; ".join(said)
 
 
 def _can_go(layer: str, prunable: dict[str, Any]) -> list[str]:

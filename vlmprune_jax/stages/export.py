@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import TypedDict
 
 from vlmprune_jax.checked_files import Finite
+from vlmprune_jax.data.batching import Batch
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.hf.export.card import model_name
 from vlmprune_jax.hf.export.gguf_check import check_gguf
+from vlmprune_jax.hf.export.imatrix import Importance
 from vlmprune_jax.hf.export.reload import check_export
 from vlmprune_jax.hf.export.write import save
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.prune.gptq import OPTIONS, Rounded, gptq
+from vlmprune_jax.prune.importance import importance
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import Context, load_model, model_inputs, teacher_folder
 from vlmprune_jax.stages.ledger import Json, differs_only_in, remove
@@ -44,9 +47,9 @@ def export_stage(
     """
     out, spec = context.workdir / "export", experiment.export
     shown = {"benchmarks": benchmarks} if benchmarks else {}
-    compensates = spec.rounding == "gptq"
-    calibration = affecting("reconstruct", experiment) if compensates else {}
-    records = inputs.record_files(experiment.data, "train") if compensates else {}
+    calibrates = spec.rounding == "gptq" or spec.imatrix
+    calibration = affecting("reconstruct", experiment) if calibrates else {}
+    records = inputs.record_files(experiment.data, "train") if calibrates else {}
     stage = context.stage(
         "export",
         context.workdir,
@@ -60,13 +63,14 @@ def export_stage(
     def body() -> Json:
         model = load_model(experiment.model, experiment.mesh, model_folder)
         plan = PrunePlan.from_json(model_folder / "plan.json")
-        options = {name: value for name, value in vars(spec).items() if name != "rounding"}
+        options = {name: value for name, value in vars(spec).items() if name not in ("rounding", "imatrix")}
         save(
             model,
             out,
             source_dir=model_folder,
             **options,
-            storage=_compensated(experiment, model, context) if compensates else None,
+            storage=_compensated(experiment, model, context) if spec.rounding == "gptq" else None,
+            imatrix=_importance(experiment, model, context) if spec.imatrix else None,
             plan=plan,
             name=model_name(teacher_folder(experiment.model)),
             reconstructed=reconstructed,
@@ -91,11 +95,25 @@ def export_stage(
 
 def _compensated(experiment: Experiment, model: Model, context: Context) -> Rounded:
     """The codes of the model's matrices by the calibration records of `reconstruct`."""
-    spec, repair = experiment.export, experiment.reconstruct
-    names = ("quantize", "group_size", "symmetric", "dtype")
-    options = {name: getattr(spec, name) for name in names} | {name: getattr(repair, name) for name in OPTIONS}
+    spec = experiment.export
+    options = {name: getattr(spec, name) for name in ("quantize", "group_size", "symmetric", "dtype")}
     if spec.dtype == "source":
         options["dtype"] = experiment.model.dtype
-    batches = inputs.calibration_batches(experiment.model, experiment.data, repair, model.cfg, seed=repair.seed)
     with context.phase("gptq", len(model.cfg.text.layers)) as progress:
-        return gptq(model, batches, progress=progress, **options)
+        return gptq(model, _batches(experiment, model), progress=progress, **options, **_kinds(experiment))
+
+
+def _importance(experiment: Experiment, model: Model, context: Context) -> Importance:
+    """What the model's matrices read, of the same records."""
+    with context.phase("imatrix", len(model.cfg.text.layers)) as progress:
+        return importance(model, _batches(experiment, model), progress=progress, **_kinds(experiment))
+
+
+def _kinds(experiment: Experiment) -> Json:
+    """What a token of each kind counts."""
+    return {name: getattr(experiment.reconstruct, name) for name in OPTIONS}
+
+
+def _batches(experiment: Experiment, model: Model) -> list[Batch]:
+    repair = experiment.reconstruct
+    return inputs.calibration_batches(experiment.model, experiment.data, repair, model.cfg, seed=repair.seed)

@@ -124,6 +124,12 @@ def test_what_config_and_card_say(int4):
     card = (int4 / "README.md").read_text()
     assert "compressed-tensors (int4, a scale for every 64 values)" in card
     assert "as well, since" not in card
+    assert 'from_pretrained("FOLDER")\n' in card
+    zeros = int4.with_name("zeros")
+    vp.save(vp.load(int4), zeros, source_dir=int4, quantize="w4a16", symmetric=False)
+    card = (zeros / "README.md").read_text()
+    assert "import LlamaForCausalLM, CompressedTensorsConfig\n" in card
+    assert 'from_pretrained("FOLDER", quantization_config=CompressedTensorsConfig(dequantize=True))\n' in card
 
 
 def test_what_no_group_divides_is_named(tmp_path):

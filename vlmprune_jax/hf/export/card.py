@@ -21,6 +21,7 @@ _STEPS = {
     "reconstructed": "Weights behind what was removed were solved for by least squares, without training.",
     "recovered": "It was trained after pruning.",
 }
+_DECODED = "CompressedTensorsConfig"
 _PARTS = (("language model", "text"), ("projector", "projector"), ("vision tower (computed part)", "vision"))
 
 
@@ -181,7 +182,9 @@ def loading_of(folder: Path, cfg: ModelConfig, written: ModelConfig, config: dic
         loader = loader_class(config)
         if loader is not None:
             name, trust = next(iter(config["auto_map"])), ", trust_remote_code=True"
-        names = f"AutoProcessor, {name}" if processor else name
+        decoded = _has_zero_points(config)
+        names = ", ".join([*(["AutoProcessor"] if processor else []), name, *([_DECODED] if decoded else [])])
+        trust += f", quantization_config={_DECODED}(dequantize=True)" if decoded else ""
         code = [f"from transformers import {names}", "", f'model = {name}.from_pretrained("FOLDER"{trust})']
         code += ['processor = AutoProcessor.from_pretrained("FOLDER")'] if processor else []
         parts.append("\n".join(["```python", *code, "```"]))
@@ -212,6 +215,12 @@ def loading_of(folder: Path, cfg: ModelConfig, written: ModelConfig, config: dic
     tower = "" if family_of(written).holds_tower else ", `vision_dir=...` for the tower"
     parts.append(f"In JAX: `vlmprune_jax.load(folder)`{tower}.")
     return "\n\n".join(parts)
+
+
+def _has_zero_points(config: dict[str, Any]) -> bool:
+    """Whether a folder's integers do, which transformers loads as plain weights alone."""
+    groups = config.get("quantization_config", {}).get("config_groups", {})
+    return any(not group["weights"]["symmetric"] for group in groups.values())
 
 
 def _hub_loading(written: ModelConfig, config: dict[str, Any]) -> str:

@@ -377,7 +377,7 @@ def _header(one: GgufFile, folder: Path) -> bytes:
     writer = GGUFWriter(None, one.architecture)
     for name, value in one.fields.items():
         if "." in name:
-            writer.add_array(name, value)
+            (writer.add_array if isinstance(value, list) else writer.add_uint32)(name, value)
         else:
             getattr(writer, f"add_{name}")(RopeScalingType(value) if name == "rope_scaling_type" else value)
     for tensor in one.tensors:

@@ -30,6 +30,7 @@ from vlmprune_jax.hf.export.card import loading_of, model_name, write_card
 from vlmprune_jax.hf.export.convert import more_words
 from vlmprune_jax.hf.export.gguf import make_gguf, write_gguf
 from vlmprune_jax.hf.export.gguf_card import gguf_loading
+from vlmprune_jax.hf.export.imatrix import Importance, check_imatrix, imatrix_file
 from vlmprune_jax.hf.export.quantized import make_storage, quantized_loading
 from vlmprune_jax.hf.export.target import Plan, Target, check_options, copy_always, make_target, write_files
 from vlmprune_jax.hf.export.uneven import pad_tensor
@@ -64,6 +65,7 @@ def save(
     group_size: int | None = None,
     symmetric: bool = True,
     rolled_positions: bool = False,
+    imatrix: Importance | None = None,
     storage: Storage | None = None,
     overwrite: bool = False,
     plan: Plan | None = None,
@@ -97,6 +99,8 @@ def save(
       symmetric: folders: False gives each group a zero point.
       rolled_positions: GGUF: the position table of a tower with a class token as builds of llama.cpp that put it last
         need it (ggml-org/llama.cpp#25814); wrong for all others.
+      imatrix: GGUF that is not quantised: what llama.cpp's quantiser is to weigh channels by (`importance`), written
+        beside as imatrix-NAME.gguf_file.
       storage: the format that weights are written in, for those that it holds, in place of one by `quantize`; without
         both they are plain tensors, whatever the source's format is.
       overwrite: replace an existing model folder.
@@ -114,13 +118,14 @@ def save(
     spread = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in flatten(model.params).values())
     rounding: dict[str, Any] = {"quantize": quantize, "group_size": group_size, "symmetric": symmetric}
     check_options(model.cfg, format=format, layout=layout, uneven=uneven, dtype=dtype, **rounding)
+    check_imatrix(imatrix is not None, format, quantize)
     name = name or model_name(source)
     steps = [step for step, so in (("reconstructed", reconstructed), ("recovered", recovered)) if so]
     card = functools.partial(write_card, cfg=model.cfg, name=name, steps=steps, benchmarks=benchmarks)
     options: dict[str, Any] = {"uneven": uneven, "dtype": dtype}
     if format == "gguf":
         options |= {"quantize": quantize, "rolled_positions": rolled_positions}
-        export = _gguf(model, source, plan, name, card, options)
+        export = _gguf(model, source, plan, name, card, imatrix, options)
     else:
         rounded = storage or (None if quantize == "none" else rounding)
         export = _folder(model, source, plan, card, layout=layout, storage=rounded, **options)
@@ -182,17 +187,25 @@ def _folder(
 
 
 def _gguf(
-    model: Model, source: Path, plan: Plan | None, name: str, card: Callable[..., None], options: dict[str, Any]
+    model: Model,
+    source: Path,
+    plan: Plan | None,
+    name: str,
+    card: Callable[..., None],
+    imatrix: Importance | None,
+    options: dict[str, Any],
 ) -> _Export:
     """GGUF files with a card."""
     called = f"{name}-pruned" if plan is not None or os.path.lexists(source / "plan.json") else name
-    files = make_gguf(model, source, name=called, **options)
+    models = make_gguf(model, source, name=called, **options)
+    beside = [] if imatrix is None else [imatrix_file(imatrix, models[0], model.cfg, options["uneven"])]
+    files = [*models, *beside]
 
     def write(folder: Path) -> None:
         for one in files:
             write_gguf(one, folder)
         copy_always(source, folder, plan)
-        card(folder, loading=gguf_loading(files, model.cfg), library="gguf")
+        card(folder, loading=gguf_loading(models, model.cfg, *beside), library="gguf")
 
     return _Export([tensor for one in files for tensor in one.tensors], write)
 

@@ -1,0 +1,167 @@
+"""Questions of easy-VQA answered by llama.cpp and by `vlmprune evaluate`, of the same pruned models of the demo.
+
+  python benchmarks/llama_cpp_answers.py --work=DIR [--questions 200]
+
+The demo's teacher, cut so far that it errs, as GGUF files in F32 through the chat calls of xllamacpp (prompts by the
+file's own chat template, images as they are), beside `vp.evaluate` of the model: how many answers are equal. Builds of
+llama.cpp up to October 2026 put the class token behind the patches (#25814): so with the position table as it is, and
+with the one for such builds (`rolled_positions`), and both beside what our own tower answers in their order (the first
+word of the answer). Needs the [demo] and [test] extras.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+import vlmprune_jax as vp
+from vlmprune_jax.data.prompts import load_tokenizer
+from vlmprune_jax.demo.easyvqa import write_dataset
+from vlmprune_jax.demo.experiment import get_config
+from vlmprune_jax.experiment.spec import DataSpec, EvaluateSpec, EvaluationSetSpec, ModelSpec
+from vlmprune_jax.models.params import flatten, unflatten
+from vlmprune_jax.models.vlm import encode, tower_features, unembed
+from vlmprune_jax.stages.inputs import arranged_questions
+
+TEACHER = Path(get_config().model.hf_dir)
+LONGEST = 4  # tokens of an answer
+DATA: dict[str, Any] = {"system": "", "aspect_ratio": "square", "max_length": 88}
+CUTS: dict[str, dict[str, Any]] = {
+    "width 20 %": {"method": "width", "ratio": 0.2, "heads": "keep", "neurons_multiple": 32},
+    "width 28 %": {"method": "width", "ratio": 0.28, "heads": "keep", "neurons_multiple": 32},
+    "depth, 6 of 10 layers": {"method": "depth", "layers_removed": 6},
+}
+
+
+def questions(work: Path, count: int) -> list[dict[str, Any]]:
+    """A fixed sample of the test records, which lie in `work` afterwards as sample.json."""
+    paths = write_dataset(work / "easyvqa")
+    records = json.loads(paths["test"].read_text())
+    chosen = np.sort(np.random.default_rng(0).permutation(len(records))[:count])
+    sample = [records[place] for place in chosen]
+    (work / f"sample-{count}.json").write_text(json.dumps(sample))
+    return sample
+
+
+def calibration(work: Path, count: int) -> list[Any]:
+    """The first rows of a fixed order of the training records."""
+    paths = write_dataset(work / "easyvqa")
+    records = json.loads(paths["train"].read_text())
+    chosen = np.random.default_rng(0).permutation(len(records))[:count]
+    rows = [records[place] for place in chosen]
+    return vp.batches(TEACHER, rows, images=paths["images"], batch_size=32, **DATA)
+
+
+def evaluate(model: vp.Model, work: Path, count: int) -> Any:
+    """`vp.evaluate` of `questions`, as the command does it."""
+    questions(work, count)
+    images = str(work / "easyvqa" / "images")
+    data = DataSpec(**DATA, eval=str(work / f"sample-{count}.json"), eval_images=images)
+    asked = EvaluationSetSpec(
+        data=data.eval, images=images, max_new_tokens=LONGEST, metric="exact_match", prompt_suffix=""
+    )
+    arranged = arranged_questions(
+        ModelSpec(hf_dir=str(TEACHER)), data, EvaluateSpec(batch_size=200), asked, model.cfg, multiple=1
+    )
+    found = arranged.batches(threads=1, prefetch=1)
+    return vp.evaluate(model, found, tokenizer=load_tokenizer(TEACHER), max_new_tokens=LONGEST)
+
+
+def by_llama_cpp(folder: Path, records: Sequence[dict[str, Any]], images: Path) -> list[str]:
+    """The answers of GGUF files in a folder, in a process of its own."""
+    files = sorted(folder.glob("*.gguf"), key=lambda path: path.name.startswith("mmproj"))
+    asked = [[str(images / one["image"]), one["conversations"][0]["value"].removeprefix("<image>")] for one in records]
+    job = json.dumps({"files": list(map(str, files)), "asked": asked})
+    done = subprocess.run([sys.executable, __file__, "--answer"], input=job, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr[-2000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def in_that_order(model: vp.Model, records: Sequence[dict[str, Any]], images: Path, rolled: bool) -> list[str]:
+    """The first token of each answer where the class token is the last of the tower and the first patch is lost."""
+    flat = flatten(model.params)
+    if not rolled:
+        flat["vision/position_embedding/weight"] = jnp.roll(flat["vision/position_embedding/weight"], 1, axis=0)
+    params, cfg = unflatten(flat), dataclasses.replace(model.cfg, feature_select="full")
+    tokenizer, said = load_tokenizer(TEACHER), list[str]()
+    for batch in vp.batches(TEACHER, records, images=images, batch_size=50, **DATA):
+        arrays = batch.arrays
+        pixels = arrays["pixel_values"].reshape(-1, *arrays["pixel_values"].shape[-3:])
+        states = tower_features(params["vision"], cfg, jnp.asarray(pixels))
+        states = jnp.concatenate([states[:, 2:], states[:, :1]], axis=1)
+        last, _ = encode(
+            params, model.cfg, jnp.asarray(arrays["input_ids"]), attention_mask=jnp.asarray(arrays["attention_mask"]),
+            vision_features=states[:, None],
+        )  # fmt: skip
+        places = (arrays["labels"] != -100).argmax(axis=1) - 1
+        tokens = unembed(params, model.cfg, last[np.arange(len(places)), places][:, None])[:, 0].argmax(-1)
+        said += [tokenizer.decode([int(token)]).strip() for token in tokens[: len(records) - len(said)]]
+    return said
+
+
+def _answer() -> None:
+    """The child: a job comes in, answers go out."""
+    import xllamacpp
+
+    job, params = json.load(sys.stdin), xllamacpp.CommonParams()
+    params.model.path, params.mmproj.path = job["files"]
+    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 256, 1, False, -1
+    params.cache_ram_mib, params.cpuparams.n_threads, params.cpuparams_batch.n_threads = 0, 1, 1
+    server, said = xllamacpp.Server(params), []
+    for image, question in job["asked"]:
+        url = f"data:image/png;base64,{base64.b64encode(Path(image).read_bytes()).decode()}"
+        # the server joins the parts without the line break that the template has behind an image
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+        messages = [{"role": "user", "content": content}]
+        found = server.handle_chat_completions({"messages": messages, "max_tokens": LONGEST, "temperature": 0.0})
+        found = found if isinstance(found, dict) else json.loads(found)
+        if "error" in found:
+            sys.exit(str(found["error"]))
+        said.append((found["choices"][0]["message"]["content"] or "").strip())
+    print(json.dumps(said))
+
+
+def main() -> None:
+    """Print a table in Markdown, a row a model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--questions", type=int, default=200)
+    options = parser.parse_args()
+    work, count = options.work.resolve(), options.questions
+    model, records = vp.load(TEACHER), questions(work, count)
+    rows = calibration(work, 64)
+    header = ("model", "right here", *("equal", "to that order") * 2)
+    print(f"| {' | '.join(header)} |\n{'|---' * len(header)}|", flush=True)
+    for name, cut in {"unpruned": None, **CUTS}.items():
+        criterion = {"criterion": "taylor" if name.startswith("width") else "block_influence"}
+        pruned = model
+        if cut is not None:
+            pruned = vp.apply_plan(model, vp.make_plan(vp.score(model, rows, **criterion), model.cfg, **cut))
+        ours = evaluate(pruned, work, count)
+        cells = [name, f"{sum(one.scores['accuracy'] for one in ours.answers):.0f} of {count}"]
+        for rolled in (False, True):
+            out = work / f"gguf-{name.replace(' ', '-').replace(',', '')}-{rolled}"
+            save = {"format": "gguf", "dtype": "float32", "rolled_positions": rolled, "overwrite": True}
+            vp.save(pruned, out, source_dir=TEACHER, **save)
+            theirs = by_llama_cpp(out, records, work / "easyvqa" / "images")
+            turned = in_that_order(pruned, records, work / "easyvqa" / "images", rolled)
+            first = [said.partition(" ")[0] for said in theirs]
+            for said, others in ((theirs, [one.prediction for one in ours.answers]), (first, turned)):
+                same = sum(map(str.__eq__, said, others))
+                cells.append(f"{same} of {count} ({same / count:.1%})")
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    _answer() if "--answer" in sys.argv else main()

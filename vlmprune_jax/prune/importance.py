@@ -1,0 +1,72 @@
+"""What the matrices of a decoder read, as mean squares of its channels: what llama.cpp's quantiser weighs them by.
+
+The stream of the model lies on the host and goes through it layer by layer, as in `gptq`; sums are float64.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlmprune_jax.checks import with_defaults
+from vlmprune_jax.config import TextConfig
+from vlmprune_jax.distributed.mesh import within
+from vlmprune_jax.families import family_of
+from vlmprune_jax.hf.export.imatrix import Importance
+from vlmprune_jax.hf.layout import make_slots
+from vlmprune_jax.models.vlm import Model, mesh_of
+from vlmprune_jax.prune.gptq import OPTIONS, READ, embedded_steps, finite_sums, inside, reads
+from vlmprune_jax.prune.layers import Layer, block
+
+
+def importance(
+    model: Model, batches: Iterable[Any], *, progress: Callable[[int], None] | None = None, **options: Any
+) -> Importance:
+    """What the matrices of a model's decoder read, for `save(..., format="gguf", imatrix=...)`.
+
+    Args:
+      model: the model to be saved, on one device or a mesh.
+      batches: calibration batches as `score` takes them; labels, where they have them, tell answers from prompts.
+      progress: called with the number of finished layers.
+      options: `prompt_weight`, `image_weight`, `answer_weight`: what tokens of each kind count.
+
+    Raises:
+      UserError: batches that do not fit, activations that are not finite.
+    """
+    settings = with_defaults("importance", options, OPTIONS)
+    mesh, cfg = mesh_of(model.params), model.cfg
+    if mesh is None:
+        model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
+    slots = [one for one in make_slots(cfg, family_of(cfg)) if one.path.startswith("text/layers/")]
+    means: dict[str, np.ndarray] = {}
+    with within(mesh):
+        steps = embedded_steps(model, batches, settings)
+        weight = sum(float(step.weight.sum(dtype=np.float64)) for step in steps)
+        for number in range(len(cfg.text.layers)):
+            layer = Layer.of(model, "text", number)
+            sums = finite_sums(_squares, layer, steps, "importance")
+            for slot in slots:
+                if slot.layer == number and len(slot.hf_shape) == 2:
+                    means[slot.name] = sums[reads(inside(slot), layer.cfg)] / weight
+            for step in steps:
+                step.ours = layer.run(step.ours, step.mask, "after")
+            if progress is not None:
+                progress(number + 1)
+    rows = sum(int((step.weight > 0).any(axis=1).sum()) for step in steps)
+    return Importance(means, rows, sum(int((step.weight > 0).sum()) for step in steps))
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def _squares(params: Mapping[str, jax.Array], x: jax.Array, mask: jax.Array, weight: jax.Array, *, cfg: TextConfig):
+    _, _, inputs = block(params, x, mask, cfg, READ)
+
+    def of(name: str) -> jax.Array:
+        read = inputs[name].reshape(*x.shape[:2], -1)
+        return jnp.einsum("bsi,bs->i", jnp.where(weight[..., None] > 0, read, 0.0) ** 2, weight, precision="highest")
+
+    return {name: of(name) for name in READ}
