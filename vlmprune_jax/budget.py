@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vlmprune_jax.checks import check_settings, setting, with_defaults
 from vlmprune_jax.errors import UserError
 
-LIMITS = ("parameters", "disk_bytes", "memory_bytes", "flops", "step_ms")
+LIMITS = ("parameters", "disk_bytes", "memory_bytes", "flops", "step_ms", "decode_ms")
 _PRUNE = ("prune",)
 
 
@@ -43,6 +43,19 @@ class Budget:
         affects=_PRUNE,
         above=0,
     )
+    decode_ms: float | None = setting(
+        None,
+        "Most milliseconds of a generated token on the machine and by the engine of `bench`.",
+        affects=_PRUNE,
+        above=0,
+    )
+    bench: str | None = setting(
+        None,
+        "What `decode_ms` goes by: models of several sizes, the unpruned one first, as "
+        "`vlmprune bench --model=DIR --against=PRUNED --json=FILE.json` measured them; between them it is a line.",
+        affects=_PRUNE,
+        by_content=True,
+    )
     context: int = setting(
         4096, "Tokens of a row, those of its images included.", affects=_PRUNE, unit="tokens", least=1, most=2**31
     )
@@ -52,9 +65,19 @@ class Budget:
     dtype: str = setting("bfloat16", "Of weights and cache.", choices="hf.disk.dtypes:DTYPES", offered=False)
     uneven: str = setting("per_layer", "Unequal widths on disk.", choices="hf.export.target:UNEVEN", offered=False)
     other_bytes: int = setting(0, "Bytes on disk beside the computed model's.", offered=False)
+    curve: Sequence[Sequence[float]] = setting(
+        (), "(parameters, milliseconds of a token) that were measured, in place of `bench`.", offered=False
+    )
 
     def __post_init__(self) -> None:
         check_settings("prune.budget", self)
+        if not all(_is_point(point) for point in self.curve):
+            raise UserError(f"prune.budget.curve={self.curve!r} must be pairs of parameters and milliseconds, above 0")
+        if self.decode_ms is not None and self.bench is None and not self.curve:
+            raise UserError(
+                "prune.budget.decode_ms: nothing was measured: set prune.budget.bench to the file of "
+                "`vlmprune bench --model=DIR --against=PRUNED --json=FILE.json`, where PRUNED is a smaller copy"
+            )
 
     @property
     def limits(self) -> dict[str, float]:
@@ -65,6 +88,11 @@ class Budget:
     def given(self) -> dict[str, Any]:
         """What differs from the defaults, as `make_plan(budget=...)` takes it."""
         return {f.name: value for f in dataclasses.fields(self) if (value := getattr(self, f.name)) != f.default}
+
+
+def _is_point(point: Any) -> bool:
+    numbers = isinstance(point, list | tuple) and all(isinstance(one, int | float) for one in point)
+    return numbers and len(point) == 2 and all(0 < one < float("inf") for one in point)
 
 
 def budget_of(given: Mapping[str, Any]) -> Budget:
@@ -78,10 +106,10 @@ def budget_of(given: Mapping[str, Any]) -> Budget:
     defaults = {f.name: f.default for f in dataclasses.fields(Budget)}
     values = with_defaults("budget", given, defaults)
     for name, value in values.items():
-        texts, whole = isinstance(defaults[name], str), isinstance(defaults[name], int)
-        kind: Any = str if texts else int if whole else int | float
+        texts, whole = isinstance(defaults[name], str) or name == "bench", isinstance(defaults[name], int)
+        kind: Any = str if texts else int if whole else list | tuple if name == "curve" else int | float
         if value is not defaults[name] and (isinstance(value, bool) or not isinstance(value, kind)):
-            what = "a text" if texts else "a whole number" if whole else "a number"
+            what = "a text" if texts else "a whole number" if whole else "pairs" if name == "curve" else "a number"
             raise UserError(f"prune.budget.{name}={value!r} must be {what}")
     budget = Budget(**values)
     if not budget.limits:

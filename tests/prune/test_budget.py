@@ -1,15 +1,21 @@
 """Budgets in place of a ratio: what they count, that they are kept to, and how they are refused."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prune_cases import EQUAL, config, depth_scores, model, width_scores
+from report_cases import BENCH
 
 from vlmprune_jax.budget import LIMITS, Budget
 from vlmprune_jax.config import LayerShape
 from vlmprune_jax.distributed.chips import CHIPS
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.experiment.arguments import plan_budget
+from vlmprune_jax.experiment.overrides import override
+from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.hf.export.uneven import padded_stacks
 from vlmprune_jax.models.flops import forward_flops
 from vlmprune_jax.models.params import count_params, param_shapes
@@ -20,7 +26,7 @@ shapes = st.builds(
     lambda kv, group, mlp, window: LayerShape(kv * group, kv, mlp, window),
     *map(st.integers, (1, 1, 2), (4, 3, 30)), st.sampled_from([None, 5]),
 )  # fmt: skip
-ALL = dict.fromkeys(LIMITS, 1.0)
+ALL = dict.fromkeys(LIMITS, 1.0) | {"curve": ((0.5, 2.0), (10**12, 4.0))}
 
 
 @given(
@@ -86,7 +92,7 @@ METHODS = ("depth", "width", "query heads", "heads kept", "heads traded", "multi
 def test_a_budget_is_kept_to_or_the_nearest_is_told(method, layers, name, share, seed):
     cfg = config(tuple(layers))
     scores, options = asked(method, cfg, seed)
-    work = {"context": 30, "dtype": "float32"}
+    work = {"context": 30, "dtype": "float32", "curve": [[1, 0.1], [count_params(cfg), 1.0]]}
     whole = make_measure(cfg, Budget(**{name: 1.0}, **work))(cfg)[name]
     limits = {name: share * whole, **work}
     measure = make_measure(cfg, Budget(**limits))
@@ -148,6 +154,27 @@ def test_a_budget_in_steps_ends_within_it():
     assert plan.asked is None
 
 
+def test_speed_by_what_a_bench_measured(tmp_path):
+    """Between the sizes that were measured, on a line; below them nothing is known."""
+    cfg = config(EQUAL)
+    whole, scores = count_params(cfg), width_scores(cfg)
+    side = {**BENCH["sides"][0], "decode": [60.0, 50.0, 50.0], "parameters": whole}
+    sides = [
+        side,
+        {**side, "decode": [100.0], "parameters": whole // 2},
+        {**side, "weights": "Q4_0", "decode": [900.0]},
+    ]
+    (tmp_path / "bench.json").write_text(json.dumps({**BENCH, "sides": sides}))
+    budget = {"decode_ms": 17.0, "bench": str(tmp_path / "bench.json")}
+    limits = plan_budget(override(Experiment(), {"prune": {"budget": budget}}))
+    assert limits["curve"] == [[whole // 2, 10.0], [whole, 20.0]]
+    plan = make_plan(scores, cfg, method="width", budget=limits)
+    assert plan.parameters_after / whole == pytest.approx(0.85, abs=0.02)
+    assert plan.options["budget_reached"]["decode_ms"] <= 17.0
+    with pytest.raises(UserError, match=r"prune.budget.decode_ms=9.9: cannot be reached .* the nearest is 1"):
+        make_plan(scores, cfg, method="width", budget={**limits, "decode_ms": 9.9})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -156,7 +183,7 @@ def test_a_budget_in_steps_ends_within_it():
             r"prune.budget.parameters=10: cannot be reached .* the nearest is [\d,]+ param",
         ),
         ({"budget": {"parameter": 9e3}}, r"budget has no option 'parameter' .*did you mean 'parameters'"),
-        ({"budget": {}}, r"budget=\{\} has no limit: give parameters, .* or step_ms"),
+        ({"budget": {}}, r"budget=\{\} has no limit: give parameters, .* or decode_ms"),
         ({"budget": {"context": 9}}, "has no limit"),
         ({"budget": 9e3}, "budget=9000.0 must name its limits"),
         ({"budget": {"parameters": -1}}, "prune.budget.parameters=-1 must be above 0"),
@@ -168,6 +195,12 @@ def test_a_budget_in_steps_ends_within_it():
         ({"budget": {"flops": 9e9, "context": 7}}, "prune.budget.context=7 is less than the 8 tokens of .*images=2"),
         ({"budget": {"step_ms": 1, "slice": "v5e"}}, "prune.budget.slice: topology 'v5e' is not GENERATION:SIZES"),
         ({"budget": {"step_ms": 1, "slice": "tpu:2x2"}}, "prune.budget.slice: topology 'tpu:2x2': generations are v5e"),
+        (
+            {"budget": {"decode_ms": 1}},
+            r"decode_ms: nothing was measured: set prune.budget.bench to .*vlmprune bench --",
+        ),
+        ({"budget": {"decode_ms": 1, "curve": [[1]]}}, r"prune.budget.curve=\[\[1\]\] must be pairs"),
+        ({"budget": {"decode_ms": 1, "curve": [[9, 1], [5, 2]]}}, r"models of 5, 9 parameters were .* this one has"),
         ({"budget": {"parameters": 1, "dtype": "int4"}}, "budget dtype 'int4' is not one of float32, bfloat16"),
         ({"budget": {"parameters": 9e3}, "ratio": 0.1}, "method 'width' needs either ratio= .* or budget="),
         ({"budget": {"parameters": 9e3}, "sparsity": 0.1}, "method 'width' needs either ratio= .* or budget="),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import re
+from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.errors import UserError
@@ -13,6 +14,7 @@ from vlmprune_jax.experiment.spec import EvaluationSetSpec, Experiment, PruneSpe
 from vlmprune_jax.prune.select import DEFAULTS
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.losses import check_losses, needs_teacher
+from vlmprune_jax.report.speed import decode_rates, read_bench
 
 QUESTIONS, TEXT = "questions", "text"  # the evaluation sets of an experiment that names none
 
@@ -36,7 +38,11 @@ def plan_budget(experiment: Experiment) -> dict[str, Any] | None:
     budget = experiment.prune.budget
     if not budget.limits:
         return None
-    return dataclasses.replace(budget, dtype=export_dtype(experiment), uneven=experiment.export.uneven).given
+    curve: list[list[float]] = []
+    if budget.bench is not None:
+        curve = [[size, 1000 / rate] for size, rate in decode_rates(read_bench(Path(budget.bench))).items()]
+    dtype, uneven = export_dtype(experiment), experiment.export.uneven
+    return dataclasses.replace(budget, dtype=dtype, uneven=uneven, bench=None, curve=curve or ()).given
 
 
 def export_dtype(experiment: Experiment) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
 
 from vlmprune_jax.budget import Budget
 from vlmprune_jax.checks import one_of
@@ -24,7 +26,8 @@ def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
 
     `parameters`, `disk_bytes`, `memory_bytes` and `flops` (a multiply-add is two) add up over layers. `step_ms` is the
     roofline of `vlmprune plan` for a token of every row: weights of decoder and head and all of the cache are read
-    once, split evenly over the slice's chips; what these send each other is left out.
+    once, split evenly over the slice's chips; what these send each other is left out. `decode_ms` is interpolated over
+    parameters between the sizes that were measured.
 
     Raises:
       UserError: a workload that this model cannot have, an unknown slice or dtype.
@@ -65,8 +68,38 @@ def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
         ),
         "flops": lambda now: forward + _forward_of_layers(now, products, budget.context, images),
         "step_ms": step_ms,
+        "decode_ms": lambda now: _between(budget.curve, beside + _total(now, sizes)),
     }
+    if "decode_ms" in budget.limits:
+        _check_curve(budget.curve, count_params(cfg))
     return lambda now: {name: found[name](now) for name in budget.limits}
+
+
+def _check_curve(curve: Sequence[Sequence[float]], whole: int) -> None:
+    """Refuse measurements that say nothing of a model of `whole` parameters and smaller ones.
+
+    Raises:
+      UserError: says what to measure.
+    """
+    sizes = sorted({size for size, _ in curve})
+    if len(sizes) < 2 or not sizes[0] < whole <= 1.01 * sizes[-1]:
+        told = ", ".join(f"{size:,.0f}" for size in sizes)
+        raise UserError(
+            f"prune.budget.decode_ms: models of {told or 'no'} parameters were measured, this one has {whole:,}: "
+            "measure it and a smaller copy (vlmprune bench --model=DIR --against=PRUNED --json=FILE.json)"
+        )
+
+
+def _between(curve: Sequence[Sequence[float]], size: int) -> float:
+    """Milliseconds of a token at a size, on straight lines between those measured; the largest one's a little beyond.
+
+    Raises:
+      OutOfReach: smaller than all that were measured.
+    """
+    sizes, times = zip(*sorted(map(tuple, curve)), strict=True)
+    if size < sizes[0]:
+        raise OutOfReach(f"nothing was measured below {sizes[0]:,.0f} parameters")
+    return float(np.interp(size, sizes, times))
 
 
 def costs_of(cfg: ModelConfig, *, dtype: str, uneven: str, length: int, images: int) -> dict[str, int]:

@@ -234,6 +234,15 @@ def bench_tables(found: _Json) -> list[Table]:
     return tables
 
 
+def decode_rates(found: _Json) -> dict[int, float]:
+    """Tokens per second by parameters, of the models that `vlmprune bench` measured in its first engine and type."""
+    first, rates = found["sides"][0], dict[int, list[float]]()
+    for side in found["sides"]:
+        if "parameters" in side and all(side[name] == first[name] for name in ("backend", "weights")):
+            rates.setdefault(side["parameters"], []).extend(side["decode"])
+    return {size: statistics.median(rates[size]) for size in sorted(rates)}
+
+
 def bench_notes(found: _Json) -> list[str]:
     """In words: what was measured where."""
     told, versions = found["workload"], dict[str, str]()

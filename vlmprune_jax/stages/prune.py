@@ -68,12 +68,14 @@ def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
     needs_data = iterative and CRITERIA[experiment.score.width].needs_batches
     records = inputs.record_files(experiment.data, "train") if needs_data else {}
     own = criterion_files(criteria.values()) if iterative else {}
+    bench = experiment.prune.budget.bench
+    measured = {} if bench is None else {"prune.budget.bench": Path(bench)}
     stage = context.stage(
         "prune",
         folder,
         "prune",
         settings=settings,
-        inputs=model_inputs(experiment.model, **scores, **records, **own),
+        inputs=model_inputs(experiment.model, **scores, **records, **own, **measured),
         outputs=[folder / "plan.json", folder / "pruned"],
         facts=_Facts,
     )
