@@ -43,7 +43,7 @@ def single(arrays):
         (lambda x: {"mm_token_type_ids": 1 - x["mm_token_type_ids"]}, "does not mark the image tokens"),
         (lambda x: {"input_ids": x["input_ids"] * 0 + 355}, "holds video tokens"),
         (lambda x: {"pixel_values": x["pixel_values"][None, None], "image_grid_thw": [[[1, 8, 8]]]}, "15 .* make 16"),
-        (lambda x: {"pixel_values": x["pixel_values"][None, None, 4:], "image_grid_thw": [[[1, 6, 10]]]}, "room for 56"),
+        (lambda x: {"pixel_values": x["pixel_values"][None, None, 4:], "image_grid_thw": [[[1, 6, 10]]]}, "for 56"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_together(qwen, change, said):

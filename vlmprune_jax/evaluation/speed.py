@@ -116,7 +116,7 @@ def grids_of(cfg: ModelConfig, batch_size: int) -> np.ndarray | None:
     """int32[batch, 1, 3] grids of the images of `prompts`, None where images are of one size."""
     if cfg.vision is None or not cfg.any_size:
         return None
-    return np.tile(np.int32([1, cfg.vision.grid, cfg.vision.grid]), (batch_size, 1, 1))
+    return np.tile(np.array([1, cfg.vision.grid, cfg.vision.grid], np.int32), (batch_size, 1, 1))
 
 
 def _reading(name: str, program: Program, times: int) -> tuple[float, float]:
