@@ -43,7 +43,8 @@ class Golden:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.name = folder, folder.name
-        self.arrays = np.load(folder / "golden.npz")
+        with np.load(folder / "golden.npz") as stored:
+            self.arrays = dict(stored)
         self.facts = json.loads((folder / "golden.json").read_text())
         self.config = json.loads((folder / "ckpt/config.json").read_text())
         saved = json.loads((folder / "ckpt/processor_config.json").read_text())
