@@ -36,9 +36,9 @@ def test_padding_on_either_side_and_several_tiles():
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
 def test_images_of_any_size_are_counted_by_their_grids(goldens, family):
-    stored = np.load(goldens / f"families/{family}/golden.npz")
+    with np.load(goldens / f"families/{family}/golden.npz") as stored:
+        two, grids = stored["two_input_ids"], stored["two_image_grid_thw"]
     _, cfg = read_config(goldens / f"families/{family}/ckpt", None)
-    two, grids = stored["two_input_ids"], stored["two_image_grid_thw"]
     again = np.concatenate([[True], (two[1:] != cfg.image_token_id) | (two[:-1] != cfg.image_token_id)])
     found = vp.expand_images(two[again][None], cfg, image_grid_thw=grids)
     np.testing.assert_array_equal(found["input_ids"][0], two)

@@ -34,10 +34,11 @@ from vlmprune_jax.recovery.losses import needs_teacher
 from vlmprune_jax.recovery.program import Program, make_program
 from vlmprune_jax.recovery.step import abstract_state, batch_sharding, step_context
 from vlmprune_jax.report.fit import as_rows
+from vlmprune_jax.stages.buckets import image_buckets, length_buckets, tile_buckets, within_row
 from vlmprune_jax.stages.console import Reporter
 from vlmprune_jax.stages.context import teacher_folder
 from vlmprune_jax.stages.feature_cache import check_frozen
-from vlmprune_jax.stages.inputs import count_records, image_buckets, length_buckets, tile_buckets
+from vlmprune_jax.stages.inputs import count_records
 from vlmprune_jax.stages.ledger import Json
 
 GIB = 2**30
@@ -148,7 +149,7 @@ def make_case(experiment: Experiment, folder: Path | None, topology: str) -> Cas
         lengths=lengths,
         slots=slots,
         slice=target,
-        image_tokens=image_tokens,
+        image_tokens=within_row(image_tokens, lengths[-1]),
     )
 
 
