@@ -270,10 +270,10 @@ def test_skipped_records_are_padding_in_their_places(broken: Path, encoder: Enco
 
 
 def test_what_one_process_cannot_measure_no_process_reads(broken: Path, encoder: Encoder) -> None:
-    """Shapes must be equal everywhere: a record that measured (0, 0) is skipped even where it could be read."""
+    """Shapes must be equal everywhere: a record that measured zeros is skipped even where it could be read."""
     records = [record for record in read_records(broken, broken.parent, on_error="skip") if record.id == "good1"]
     options = {**TRAIN, "batch_size": 1, "epochs": 1, "on_error": "skip"}
-    (batch,) = train_batches(records, encoder, **options, sizes=np.zeros((1, 2), np.int32))
+    (batch,) = train_batches(records, encoder, **options, sizes=np.zeros((1, 3), np.int32))
     assert batch.skipped == (("good1", "record good1: could not be read when measured"),)
     assert not batch.arrays["attention_mask"].any()
 

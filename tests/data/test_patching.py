@@ -43,7 +43,8 @@ class Golden:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.name = folder, folder.name
-        self.arrays = np.load(folder / "golden.npz")
+        with np.load(folder / "golden.npz") as stored:
+            self.arrays = dict(stored)
         self.facts = json.loads((folder / "golden.json").read_text())
         self.config = json.loads((folder / "ckpt/config.json").read_text())
         saved = json.loads((folder / "ckpt/processor_config.json").read_text())
@@ -204,6 +205,13 @@ def test_what_no_row_takes_names_its_record(golden: Golden, tmp_path: Path) -> N
         next(iter(train_batches([record], short, **TRAIN)))
     with pytest.raises(UserError, match=r"record two: an image lies beyond max_length 30; .* end with token \d+"):
         dataclasses.replace(short, truncate=True).training_row(record, None)
+    large = dataclasses.replace(short, max_length=80, image_buckets=(10**10,))
+    with pytest.raises(
+        UserError, match=r"batches of 2 rows of 80 tokens and 2 images of up to 10000000000 tokens: 2 of"
+    ):
+        train_batches([record], large, **TRAIN)
+    with pytest.raises(UserError, match=r"batches of 2 rows .* lower batch_size, data.max_image_tokens"):
+        next(iter(train_batches([record], dataclasses.replace(large, image_buckets=(1, 10**9)), **TRAIN)))
     with pytest.raises(UserError, match="is for images of one size"):
         train_batches([record], short, **{**TRAIN, "augment": "flip_shift"})
 

@@ -6,6 +6,7 @@ from prune_cases import EQUAL, config, expanded
 
 import vlmprune_jax as vp
 from vlmprune_jax.config import LayerShape
+from vlmprune_jax.hf.read import read_config
 
 
 def test_golden_batches_come_out_as_the_reference_has_them(goldens):
@@ -33,12 +34,26 @@ def test_padding_on_either_side_and_several_tiles():
     assert set(found) == {"input_ids", "attention_mask"}
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_images_of_any_size_are_counted_by_their_grids(goldens, family):
+    with np.load(goldens / f"families/{family}/golden.npz") as stored:
+        two, grids = stored["two_input_ids"], stored["two_image_grid_thw"]
+    _, cfg = read_config(goldens / f"families/{family}/ckpt", None)
+    again = np.concatenate([[True], (two[1:] != cfg.image_token_id) | (two[:-1] != cfg.image_token_id)])
+    found = vp.expand_images(two[again][None], cfg, image_grid_thw=grids)
+    np.testing.assert_array_equal(found["input_ids"][0], two)
+    for options in ({}, {"image_grid_thw": grids[:1]}, {"image_grid_thw": grids, "tiles": [1, 1]}):
+        with pytest.raises(vp.UserError, match="image_grid_thw"):
+            vp.expand_images(two[again][None], cfg, **options)
+
+
 @pytest.mark.parametrize(
     ("ids", "options", "message"),
     [
         ([1, 2], {}, "int\\[batch, seq\\]"),
         ([[1, 61]], {"tiles": [1, 1]}, "1 positive numbers, one per image"),
         ([[1, 61]], {"tiles": [0]}, "1 positive numbers"),
+        ([[1, 61]], {"image_grid_thw": [[1, 2, 2]]}, "counted by tiles alone"),
         ([[1, 61]], {"attention_mask": [[1]]}, "of one shape"),
     ],
 )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vlmprune_jax.data.batching import generation_batches, train_batches
-from vlmprune_jax.data.encoding import Encoder
+from vlmprune_jax.data.encoding import Encoder, Room
 from vlmprune_jax.data.images import ImageLoader
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record
@@ -89,7 +89,7 @@ def expected(llava: Model, encoder: Encoder, asked: list[Record]) -> list[str]:
     texts = []
     for record in (asked[0], asked[1], asked[2]):
         ids = encoder.prompt_ids(record)
-        start, pixels = len(ids), encoder.images(record, 7)[None]
+        start, pixels = len(ids), encoder.images(record, Room(7))["pixel_values"][None]
         for _ in range(STEPS):
             padded, mask = np.zeros((2, 1, encoder.max_length), np.int32)
             padded[0, : len(ids)], mask[0, : len(ids)] = ids, 1

@@ -16,12 +16,16 @@ import recover_cases as cases
 from hf_cases import copy_llava
 from PIL import Image
 
+import vlmprune_jax as vp
 from vlmprune_jax.data.cache import ArrayCache
+from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.feature_loader import FeatureLoader, Picture
 from vlmprune_jax.data.images import load_image_processor
+from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.errors import Stopped, UserError
+from vlmprune_jax.families.templates import QWEN3_VL
 from vlmprune_jax.hf.disk.atomic import SPARE_BYTES
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.vlm import Model, to_nnx, tower_features
@@ -81,27 +85,52 @@ def test_tiles_become_what_the_model_computes_of_them(goldens, tiled, tmp_path):
 
 
 def test_images_of_any_size(goldens, tmp_path):
-    """Each alone in the tower gives what batches of several gave; rows of a batch have room for the largest."""
+    """What batches of several sizes gave is what each alone gives, and rows of it train like rows of pixels."""
     folder = goldens / "families/qwen3_vl"
-    turns = (("human", "<image><image>"), ("gpt", "a"))
     paths = [folder / f"images/{number}.png" for number in range(4)]
+    turns = (("human", "<image><image>Which?"), ("gpt", "That."))
     records = [Record("a", turns, (paths[0], paths[3])), Record("b", turns, (paths[1], paths[2]))]
     images = load_image_processor(folder / "ckpt", aspect_ratio="pad", max_pixels=10**6, cache_bytes=10**7)
     model, mesh = load(folder / "ckpt"), make_mesh(2, 1, 1, devices=jax.devices()[:2])
+    direct = jax.jit(lambda pixels, grid: tower_features(model.params["vision"], model.cfg, pixels, grid))
+    loaders = []
     for name, devices in (("one", None), ("two", mesh)):
-        there = load(folder / "ckpt", mesh=devices)
         cache = ArrayCache(tmp_path / name, {"weights": "x"})
         loader = FeatureLoader(images, cache, model.cfg.feature_shape[1:], np.dtype(np.float32))
-        assert fill(loader, (there, records), mesh=devices, batch_size=2) == 4
-        for record in records:
-            for path, shape in zip(record.images, loader.shapes(record.images, "r"), strict=True):
-                pixels, grid = images.load(path, "r"), np.array([shape.grid], np.int32)
-                alone = tower_features(model.params["vision"], model.cfg, jnp.asarray(pixels), jnp.asarray(grid))
+        options = {"mesh": devices, "batch_size": 2}
+        assert fill(loader, (load(folder / "ckpt", mesh=devices), records), **options) == 4
+        loaders.append(loader)
+    for record in records:
+        for path, shape in zip(record.images, images.shapes(record.images, "r"), strict=True):
+            pixels = np.zeros((1, 80, *images.shape), np.float32)
+            pixels[0, : shape.tokens * 4] = images.load(path, "r")[0]
+            alone = direct(pixels, np.array([shape.grid], np.int32))[:, : shape.tokens]
+            for loader in loaders:
                 np.testing.assert_allclose(loader.load(path, "r", 2), alone, atol=1e-5, rtol=0)
-                assert loader.load(path, "r", 2).shape[1] == shape.tokens
-    rows = loader.arrays(2, 20)
-    assert rows["vision_features"] == ((2, 20, *loader.shape), np.dtype(np.float32))
-    assert rows["image_grid_thw"][0] == (2, 3)
+    encoder = Encoder(
+        tokenizer=load_tokenizer(folder / "ckpt"),
+        template=QWEN3_VL,
+        max_length=80,
+        image_loader=images,
+        image_token_id=model.cfg.image_token_id,
+        tokens_per_image=0,
+        max_images=2,
+        truncate=False,
+        image_buckets=(20,),
+    )
+    losses = []
+    for loader, cfg, params in (
+        (images, model.cfg, model.params),
+        (
+            loaders[0],
+            dataclasses.replace(model.cfg, tower=False),
+            {k: v for k, v in model.params.items() if k != "vision"},
+        ),
+    ):
+        rows = [dataclasses.replace(encoder, image_loader=loader).training_row(record, None) for record in records]
+        arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        losses.append(vp.losses(Model(params, cfg), arrays, vp.LossConfig(ce=1.0))["total"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_a_stopped_pass_continues(goldens, tiled, tmp_path):

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 
 from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.data.encoding import Room
 from vlmprune_jax.data.tiling import Tiling
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.arguments import evaluation_sets
 from vlmprune_jax.experiment.spec import DataSpec, EvaluateSpec, Experiment, ModelSpec, ScoreSpec
 from vlmprune_jax.families import detect
+from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.stages import inputs
+from vlmprune_jax.stages.buckets import within_row
 from vlmprune_jax.stages.inputs import load_inputs
 
 
@@ -117,6 +120,24 @@ def test_internvl_records_may_leave_the_mark_out(
         inputs.training_records(spec, load_inputs(llava, spec, cfg).template)
 
 
+def test_images_of_any_size(goldens: Path) -> None:
+    """Buckets that hold every image, as the folder or the user caps them; nothing like it for other models."""
+    model = ModelSpec(hf_dir=str(goldens / "families/qwen3_vl/ckpt"))
+    _, qwen = read_config(Path(model.hf_dir), None)
+    encoder = load_inputs(model, data(goldens), qwen).encoder(qwen, 10)
+    assert encoder.image_loader.preparation.max_pixels == 1300
+    assert (encoder.tile_buckets, encoder.image_buckets) == (None, (64,))  # 1300 / 8**2 are 21, thin images make more
+    capped = load_inputs(model, data(goldens, max_image_tokens=6, image_buckets=(4, 6)), qwen)
+    assert capped.image_loader.preparation.max_pixels == 6 * 8**2
+    assert capped.encoder(qwen, 10).room([]) == Room(1, 4)
+    with pytest.raises(UserError, match=r"data\.image_buckets \(6, 4\) must be positive and ascending"):
+        load_inputs(model, data(goldens, image_buckets=(6, 4)), qwen).encoder(qwen, 10)
+    assert [within_row((64, 128, 256), length) for length in (10, 64, 65, 999)] == [(64,)] * 2 + [
+        (64, 128),
+        (64, 128, 256),
+    ]
+
+
 def test_bunny_folders(goldens: Path, tmp_path: Path, cfg: ModelConfig) -> None:
     assert cfg.vision is not None
     vision = dataclasses.replace(cfg.vision, image_size=45)
@@ -144,6 +165,14 @@ def test_tile_settings_of_a_model_without_tiles(goldens: Path, tmp_path: Path, c
     model = ModelSpec(hf_dir=folder, vision_dir=str(goldens / "ckpt/clip_tower"))
     with pytest.raises(UserError, match=r"data\.thumbnail given, but this model does not cut images"):
         load_inputs(model, data(goldens, thumbnail=True), cfg)
-    assert load_inputs(model, data(goldens, max_images=3), cfg).encoder(cfg, 10).slots([]) == 3
+    with pytest.raises(
+        UserError, match=r"data\.max_image_tokens given, but this model does not take images of any size"
+    ):
+        load_inputs(model, data(goldens, max_image_tokens=9), cfg)
+    with pytest.raises(
+        UserError, match=r"data\.image_buckets \(9,\) given, but this model does not take images of any"
+    ):
+        load_inputs(model, data(goldens, image_buckets=(9,)), cfg).encoder(cfg, 10)
+    assert load_inputs(model, data(goldens, max_images=3), cfg).encoder(cfg, 10).room([]) == Room(3)
     by_images = load_inputs(model, data(goldens, max_images=3, tile_buckets=(1, 3)), cfg).encoder(cfg, 10)
-    assert by_images.slots([]) == 1  # other models' images are one tile each
+    assert by_images.room([]) == Room(1)  # other models' images are one tile each

@@ -132,6 +132,7 @@ def _load_training(
         shape = Shape(encoder.max_length, *encoder.room([records[index] for index in real]))
     else:
         shape = encoder.shape(sizes[real])
+    check_memory(mine.stop - mine.start, shape, encoder, 0)
     rows, names, skipped = [], [], []
     for place, index in batch[mine].tolist():
         row, name = None, ""
@@ -180,6 +181,7 @@ def generation_batches(
         valid = batch[mine, 1] != _PADDING_ROW
         everyone = [records[max(index, 0)] for index in batch[:, 1].tolist()]
         room, chosen = encoder.room(everyone), everyone[mine]
+        check_memory(len(chosen), Shape(encoder.max_length, *room), encoder, 0)
         arrays = _stack([encoder.generation_row(record, room) for record in chosen])
         names = tuple(record.id if real else "" for record, real in zip(chosen, valid, strict=True))
         return GenerationBatch(arrays, names, tuple(chosen), valid)
@@ -188,19 +190,21 @@ def generation_batches(
 
 
 def check_memory(rows: int, shape: Shape, encoder: Encoder, prefetch: int) -> None:
-    """Refuse batches of so many rows of a shape where those read ahead alone take more than this machine's memory.
+    """Refuse batches of so many rows of a shape where they and those read ahead take more than this machine's memory.
 
     Raises UserError naming what makes them large.
     """
     loader = encoder.image_loader
     arrays = {} if loader is None else loader.arrays(shape.slots, shape.image_tokens)
-    images = sum(math.prod(size) * dtype.itemsize for size, dtype in arrays.values())
-    needed = (prefetch + 1) * rows * (3 * 4 * shape.tokens + images)
+    of_images = sum(math.prod(size) * dtype.itemsize for size, dtype in arrays.values())
+    needed = (prefetch + 1) * rows * (3 * 4 * shape.tokens + of_images)
     if needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        images, ways = "images", "data.max_images"
+        if shape.image_tokens:
+            images, ways = f"images of up to {shape.image_tokens} tokens", "data.max_image_tokens"
         raise UserError(
-            f"batches of {rows} rows of {shape.tokens} tokens and {shape.slots} images: {prefetch + 1} of them take "
-            f"{needed / 2**30:,.0f} GiB, more than this machine has; lower batch_size, data.max_images or "
-            "data.max_length"
+            f"batches of {rows} rows of {shape.tokens} tokens and {shape.slots} {images}: {prefetch + 1} of them take "
+            f"{needed / 2**30:,.0f} GiB, more than this machine has; lower batch_size, {ways} or data.max_length"
         )
 
 

@@ -11,7 +11,13 @@ from vlmprune_jax.errors import UserError
 
 
 def expand_images(
-    input_ids: Any, cfg: ModelConfig, *, attention_mask: Any = None, labels: Any = None, tiles: Any = None
+    input_ids: Any,
+    cfg: ModelConfig,
+    *,
+    attention_mask: Any = None,
+    labels: Any = None,
+    tiles: Any = None,
+    image_grid_thw: Any = None,
 ) -> dict[str, np.ndarray]:
     """The arrays that `vp.forward` and `vp.score` take, of rows that hold every image as one `cfg.image_token_id`.
 
@@ -20,16 +26,18 @@ def expand_images(
 
     Args:
       input_ids: int[batch, seq], image positions not expanded.
-      cfg: the model's config (`model.cfg`); an image becomes `cfg.tokens_per_image` positions.
+      cfg: the model's config (`model.cfg`); an image becomes `cfg.tokens_per_image` positions, or one of any size as
+        many as its grid says.
       attention_mask: int[batch, seq], 1 = real token; default all. Padding is dropped on either side.
       labels: int[batch, seq], -100 where nothing is to be learnt; positions of images never are.
       tiles: int[images], how many tiles each image was cut into, in order of appearance; default one each.
+      image_grid_thw: int[images, 3], frames, rows and columns of patches, where images are of any size.
 
     Returns:
       input_ids and attention_mask int32[batch, longest], and labels if given.
 
     Raises:
-      UserError: a model without images, shapes that differ, or as many `tiles` as there are no images.
+      UserError: a model without images, shapes that differ, or as many `tiles` or grids as there are no images.
     """
     ids = np.asarray(input_ids)
     if cfg.image_token_id is None or not cfg.tokens_per_image:
@@ -42,11 +50,8 @@ def expand_images(
         raise UserError(f"expand_images: arrays must be int[batch, seq] of one shape, got {wrong or ids.shape}")
     real = arrays["attention_mask"] == 1
     is_image = (ids == cfg.image_token_id) & real
-    counts = np.ones(is_image.sum(), np.int64) if tiles is None else np.asarray(tiles, np.int64)
-    if counts.shape != (is_image.sum(),) or (counts < 1).any():
-        raise UserError(f"expand_images: tiles must be {is_image.sum()} positive numbers, one per image, got {tiles}")
     times = real.astype(np.int64)
-    times[is_image] = counts * cfg.tokens_per_image
+    times[is_image] = _tokens(cfg, int(is_image.sum()), tiles, image_grid_thw)
     if labels is not None:
         arrays["labels"] = np.where(is_image, IGNORED, arrays["labels"])
     longest = int(times.sum(axis=1).max(initial=0))
@@ -56,3 +61,22 @@ def expand_images(
         for name, array in arrays.items():
             result[name][row, : repeats.sum()] = np.repeat(array[row], repeats)
     return result
+
+
+def _tokens(cfg: ModelConfig, images: int, tiles: Any, image_grid_thw: Any) -> np.ndarray:
+    """int64[images], positions that each image takes."""
+    if (tiles if cfg.any_size else image_grid_thw) is not None:
+        name = "image_grid_thw" if cfg.any_size else "tiles"
+        raise UserError(f"expand_images: the images of this model are counted by {name} alone: leave the other out")
+    if cfg.any_size:
+        assert cfg.projector is not None
+        grids = np.asarray(np.zeros((0, 3)) if image_grid_thw is None else image_grid_thw, np.int64)
+        if grids.shape != (images, 3) or (grids < 1).any():
+            raise UserError(
+                f"expand_images: image_grid_thw must be {images} x 3 positive numbers, got {image_grid_thw}"
+            )
+        return grids.prod(axis=1) // cfg.projector.downsample**2
+    counts = np.ones(images, np.int64) if tiles is None else np.asarray(tiles, np.int64)
+    if counts.shape != (images,) or (counts < 1).any():
+        raise UserError(f"expand_images: tiles must be {images} positive numbers, one per image, got {tiles}")
+    return counts * cfg.tokens_per_image

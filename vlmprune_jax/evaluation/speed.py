@@ -90,7 +90,8 @@ def _compiled(model: Model, prompt: int, new_tokens: int, batch_size: int, image
     """The program, run once."""
     check_workload(model.cfg, prompt=prompt, new_tokens=new_tokens, image=image)
     ids, pixels = prompts(model.cfg, prompt, batch_size, image)
-    program = compile_generation(model, ids, pixel_values=pixels, max_new_tokens=new_tokens + 1)
+    grids = None if pixels is None else grids_of(model.cfg, batch_size)
+    program = compile_generation(model, ids, pixel_values=pixels, image_grid_thw=grids, max_new_tokens=new_tokens + 1)
     program.generate()
     return program
 
@@ -98,7 +99,8 @@ def _compiled(model: Model, prompt: int, new_tokens: int, batch_size: int, image
 def prompts(cfg: ModelConfig, prompt: int, batch_size: int, image: bool) -> tuple[np.ndarray, np.ndarray | None]:
     """What is measured: int32[batch, prompt] ids, perhaps of an image first, and its pixels or None.
 
-    float32[batch, 1, channels, height, width].
+    float32[batch, 1, channels, height, width], or of a typical image where they are of any size, with `grids_of`,
+    [batch, 1, patches, values].
     """
     word = next(token for token in range(1, cfg.text.vocab_size) if token != cfg.image_token_id)
     ids = np.full((batch_size, prompt), word, np.int32)
@@ -106,8 +108,15 @@ def prompts(cfg: ModelConfig, prompt: int, batch_size: int, image: bool) -> tupl
         return ids, None
     ids[:, : cfg.tokens_per_image] = cfg.image_token_id
     side = cfg.vision.image_size
-    pixels = np.random.default_rng(0).standard_normal((batch_size, 1, cfg.vision.channels, side, side), np.float32)
-    return ids, pixels
+    size = (cfg.vision.n_patches, cfg.vision.patch_values) if cfg.any_size else (cfg.vision.channels, side, side)
+    return ids, np.random.default_rng(0).standard_normal((batch_size, 1, *size), np.float32)
+
+
+def grids_of(cfg: ModelConfig, batch_size: int) -> np.ndarray | None:
+    """int32[batch, 1, 3] grids of the images of `prompts`, None where images are of one size."""
+    if cfg.vision is None or not cfg.any_size:
+        return None
+    return np.tile(np.array([1, cfg.vision.grid, cfg.vision.grid], np.int32), (batch_size, 1, 1))
 
 
 def _reading(name: str, program: Program, times: int) -> tuple[float, float]:

@@ -41,11 +41,11 @@ def patch_rows(
     ids, merge = np.asarray(input_ids), _merge(cfg)
     is_image = ids == cfg.image_token_id
     check_types(cfg, ids, mm_token_type_ids)
-    positions, deltas = mrope_positions(ids, attention_mask, image_grid_thw, cfg.image_token_id or 0, merge)
-    placed = {"position_ids": positions, "deltas": deltas}
     if (pixel_values is None) != (image_grid_thw is None):
         given, absent = ("pixel_values", "image_grid_thw")[:: -1 if pixel_values is None else 1]
         raise UserError(f"{given} without {absent}: pass what the processor emits, both")
+    positions, deltas = mrope_positions(ids, attention_mask, image_grid_thw, cfg.image_token_id or 0, merge)
+    placed = {"position_ids": positions, "deltas": deltas}
     if pixel_values is None:
         return {**placed, "pixel_values": None, "image_grid_thw": None}
     pixels, grids = np.asarray(pixel_values, np.float32), np.asarray(image_grid_thw)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from vlmprune_jax.checked_files import Count, Finite, checked, read_json
 from vlmprune_jax.errors import UserError, printable
@@ -61,6 +61,7 @@ class _Step(TypedDict):
     images_per_row: Count
     tokens_buckets: list[Count]
     images_buckets: list[Count]
+    image_tokens_buckets: NotRequired[list[Count]]  # of images of any size
     feature_cache: bool
     teacher_top_k: Count
     hbm: _Memory
@@ -135,6 +136,7 @@ def _step_rows(told: Json) -> Iterator[tuple[str, str]]:
 def _buckets(told: Json) -> str:
     """ "768, 1024, 2048 tokens and 1, 13 images": the shapes that a batch can have, where there are several."""
     named = {what: told[f"{what}_buckets"] for what in ("tokens", "images")}
+    named["tokens an image"] = told.get("image_tokens_buckets", [])
     return " and ".join(f"{', '.join(map(str, sizes))} {what}" for what, sizes in named.items() if len(sizes) > 1)
 
 

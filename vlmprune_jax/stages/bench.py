@@ -252,6 +252,8 @@ def _folder(model: str, vision_dir: str | None, workload: Workload) -> _Known:
     tokens = {"prompt": workload.prompt_tokens, "new_tokens": workload.new_tokens}
     with about(model):
         check_workload(cfg, **tokens, image=image, named="--")
+        if image and cfg.any_size:
+            raise UserError("engines are not shown images of any size here: time its text with --image=False")
     held = [folder, *([tower] if tower is not None and family.separate_vision and has_weights(tower) else [])]
     files = {entry.file for one in held for entry in Checkpoint(one).tensors.values()}
     ids, pixels = prompts(cfg, workload.prompt_tokens, 1, image)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,7 @@ from vlmprune_jax.experiment.spec import (
 from vlmprune_jax.families import Family, family_of, templates
 from vlmprune_jax.families.templates import Template
 from vlmprune_jax.recovery.config import RecoverConfig
+from vlmprune_jax.stages.buckets import image_buckets, length_buckets, tile_buckets
 
 # (what, total) -> takes the number of items done, while entered (`Reporter.bar`).
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -84,49 +85,6 @@ class Inputs:
         lengths = length_buckets(self.data, cfg)
         encoder = self.encoder(cfg, lengths[-1] if lengths else 0)
         return dataclasses.replace(encoder, length_buckets=self.data.length_buckets or None)
-
-
-def length_buckets(data: DataSpec, cfg: ModelConfig) -> tuple[int, ...]:
-    """Tokens per row that a training batch can have, ascending; () where the longest record decides.
-
-    Raises:
-      UserError: `data.length_buckets` and `data.max_length` contradict each other, or are too much for the model.
-    """
-    buckets, limit = data.length_buckets, data.max_length
-    _check_buckets("data.length_buckets", buckets)
-    cfg.check_row("data.max_length", limit or 0)
-    cfg.check_row("the last of data.length_buckets", max(buckets, default=0))
-    if buckets and limit not in (None, buckets[-1]):
-        raise UserError(f"data.length_buckets {buckets} must end with data.max_length {limit}, the longest row")
-    return buckets or ((limit,) if limit else ())
-
-
-def tile_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int, ...] | None:
-    """`data.tile_buckets`, or those that hold every record of a model whose `preparation` cuts images (else None)."""
-    given = data.tile_buckets
-    _check_buckets("data.tile_buckets", given)
-    if given or preparation is None or preparation.usual == (1,):
-        return given or None
-    most = preparation.most(data.max_images)
-    return (*(bucket for bucket in preparation.usual if bucket < most), most)
-
-
-def image_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int, ...] | None:
-    """`data.image_buckets`, or those that hold every image of a model that takes any size (else None).
-
-    Raises:
-      UserError: they are given for another model.
-    """
-    given, own = data.image_buckets, () if preparation is None else preparation.image_buckets
-    _check_buckets("data.image_buckets", given)
-    if given and not own:
-        raise UserError(f"data.image_buckets {given} given, but this model does not take images of any size")
-    return given or own or None
-
-
-def _check_buckets(name: str, given: Sequence[int]) -> None:
-    if given and (given[0] < 1 or list(given) != sorted(set(given))):
-        raise UserError(f"{name} {given} must be positive and ascending")
 
 
 def load_inputs(model: ModelSpec, data: DataSpec, cfg: ModelConfig) -> Inputs:

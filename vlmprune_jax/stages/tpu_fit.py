@@ -34,10 +34,11 @@ from vlmprune_jax.recovery.losses import needs_teacher
 from vlmprune_jax.recovery.program import Program, make_program
 from vlmprune_jax.recovery.step import abstract_state, batch_sharding, step_context
 from vlmprune_jax.report.fit import as_rows
+from vlmprune_jax.stages.buckets import image_buckets, length_buckets, tile_buckets, within_row
 from vlmprune_jax.stages.console import Reporter
 from vlmprune_jax.stages.context import teacher_folder
 from vlmprune_jax.stages.feature_cache import check_frozen
-from vlmprune_jax.stages.inputs import count_records, length_buckets, tile_buckets
+from vlmprune_jax.stages.inputs import count_records
 from vlmprune_jax.stages.ledger import Json
 
 GIB = 2**30
@@ -47,8 +48,8 @@ GIB = 2**30
 class Case:
     """One recovery on one slice: student, teacher and training settings, and the shape of a row.
 
-    `lengths`: tokens per row of every bucket, ascending; `slots`: the same for images (or tiles). The step is that of
-    the largest of both.
+    `lengths`: tokens per row of every bucket, ascending; `slots`: the same for images (or tiles), and `image_tokens`
+    for the tokens of one where images are of any size (else empty). The step is that of the largest of all.
     """
 
     cfg: ModelConfig
@@ -60,6 +61,7 @@ class Case:
     lengths: tuple[int, ...]
     slots: tuple[int, ...]
     slice: Slice
+    image_tokens: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
@@ -70,6 +72,11 @@ class Case:
     def images(self) -> int:
         """Images (or tiles) per row."""
         return self.slots[-1]
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Tokens that an image has room for where images are of any size, or 0."""
+        return self.image_tokens[-1] if self.image_tokens else 0
 
     def make_mesh(self) -> Mesh:
         """The mesh over the slice's devices."""
@@ -128,7 +135,7 @@ def make_case(experiment: Experiment, folder: Path | None, topology: str) -> Cas
     lengths = length_buckets(experiment.data, cfg)
     if not lengths:
         raise UserError("data.max_length is not set: planning needs the tokens per row (--config.data.max_length=2048)")
-    slots = _image_slots(experiment, cfg, hf_dir)
+    slots, image_tokens = _image_slots(experiment, cfg, hf_dir)
     if experiment.data.feature_cache is not None:
         check_frozen(cfg, config)
         cfg = dataclasses.replace(cfg, tower=False)
@@ -142,6 +149,7 @@ def make_case(experiment: Experiment, folder: Path | None, topology: str) -> Cas
         lengths=lengths,
         slots=slots,
         slice=target,
+        image_tokens=within_row(image_tokens, lengths[-1]),
     )
 
 
@@ -161,17 +169,22 @@ def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
     return make_plan(pair, cfg, method=spec.method, ratio=spec.ratio, layers_removed=removed, budget=budget, **options)
 
 
-def _image_slots(experiment: Experiment, cfg: ModelConfig, folder: Path) -> tuple[int, ...]:
-    """Images or tiles per row that a batch can have."""
+def _image_slots(experiment: Experiment, cfg: ModelConfig, folder: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Images or tiles per row that a batch can have, and tokens of an image where these are of any size."""
     data, preparation = experiment.data, None
     if cfg.vision is None:
-        return (0,)
+        return (0,), ()
     if family_of(cfg).images != "whole":
         tiling = {name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")}
         preparation = load_image_processor(
-            folder, aspect_ratio=data.aspect_ratio, max_pixels=data.max_image_pixels, cache_bytes=0, tiling=tiling
+            folder,
+            aspect_ratio=data.aspect_ratio,
+            max_pixels=data.max_image_pixels,
+            cache_bytes=0,
+            tiling=tiling,
+            max_image_tokens=data.max_image_tokens,
         ).preparation
-    return tile_buckets(data, preparation) or (data.max_images,)
+    return tile_buckets(data, preparation) or (data.max_images,), image_buckets(data, preparation) or ()
 
 
 def estimate(case: Case) -> Estimate:
@@ -198,6 +211,7 @@ def estimate(case: Case) -> Estimate:
         rows=config.batch_size,
         length=case.length,
         images=config.batch_size * case.images,
+        image_tokens=case.tokens_per_image,
     )
     return Estimate(case, compiled, model)
 
@@ -225,12 +239,21 @@ def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
         teacher = unflatten(leaves(program.teacher.cfg, case.config.compute_dtype))
     n_rows = case.config.batch_size
     batch = {name: rows((n_rows, case.length), np.int32) for name in ("input_ids", "attention_mask", "labels")}
-    if case.cfg.vision is not None and case.images and not case.cfg.tower:
-        features, dtype = (n_rows, case.images, *case.cfg.feature_shape), case.config.compute_dtype
-        batch["vision_features"] = rows(features, jnp.dtype(dtype))
-    elif case.cfg.vision is not None and case.images:
-        side = case.cfg.vision.image_size
-        batch["pixel_values"] = rows((n_rows, case.images, case.cfg.vision.channels, side, side), np.float32)
+    vision, projector = case.cfg.vision, case.cfg.projector
+    each = (n_rows, case.images)
+    if vision is not None and vision.any_size:
+        batch["position_ids"] = rows((n_rows, 3, case.length), np.int32)
+        if case.images:
+            batch["image_grid_thw"] = rows((*each, 3), np.int32)
+    if vision is not None and projector is not None and case.images and not case.cfg.tower:
+        tokens, features = case.cfg.feature_shape
+        shape, dtype = (*each, case.tokens_per_image or tokens, features), case.config.compute_dtype
+        batch["vision_features"] = rows(shape, jnp.dtype(dtype))
+    elif vision is not None and projector is not None and case.images:
+        image: tuple[int, ...] = (vision.channels, vision.image_size, vision.image_size)
+        if vision.any_size:
+            image = (case.tokens_per_image * projector.downsample**2, vision.patch_values)
+        batch["pixel_values"] = rows((*each, *image), np.float32)
     if top_k := case.config.losses.teacher_top_k:
         batch["teacher_ids"] = rows((n_rows, case.length, top_k), np.int32)
         batch["teacher_logprobs"] = rows((n_rows, case.length, top_k + 1), jnp.dtype(case.config.compute_dtype))
@@ -328,6 +351,7 @@ def facts(found: Estimate, n_records: int | None) -> Json:
         "images_per_row": case.images,
         "tokens_buckets": list(case.lengths),
         "images_buckets": list(case.slots),
+        "image_tokens_buckets": list(case.image_tokens),
         "feature_cache": not case.cfg.tower,
         "teacher_top_k": config.losses.teacher_top_k,
         "hbm": {

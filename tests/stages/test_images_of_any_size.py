@@ -1,0 +1,66 @@
+"""Qwen-VL from folder to folder: scored, pruned both ways, recovered, evaluated, exported, read by transformers."""
+
+import json
+
+import numpy as np
+import pytest
+from hf_cases import random_ids
+
+import vlmprune_jax as vp
+from vlmprune_jax.cli.main import main
+
+CONFIG = """
+from vlmprune_jax.cli.config_files import experiment_config
+
+def get_config():
+    config = experiment_config()
+    config.model.hf_dir = "{golden}/ckpt"
+    config.data.train = config.data.eval = "{root}/records.json"
+    config.data.images = "{golden}/images"
+    config.data.max_length = 128
+    config.score.samples = 4
+    config.score.batch_size = 2
+    config.prune.method = "hybrid"
+    config.prune.ratio = 0.15
+    config.prune.heads = "keep"
+    config.evaluate.batch_size = 4
+    config.evaluate.max_new_tokens = 2
+    config.export.dtype = "float32"
+    config.recover.batch_size = 2
+    config.recover.steps = 3
+    config.recover.log_every = 1
+    config.recover.lora.rank = 2
+    config.recover.losses = {{"kl": 0.5, "l2": 0.5}}
+    config.speed.rounds = 1
+    config.speed.prompt_tokens, config.speed.new_tokens = 700, 2
+    return config
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_whole_run(goldens, tmp_path, torch_outputs, family):
+    golden = goldens / "families" / family
+    records = [
+        {
+            "id": f"r{i}",
+            **({} if i == 3 else {"image": f"{i % 4}.png"}),
+            "conversations": [
+                {"from": "human", "value": ("" if i == 3 else "<image>\n") + f"What is in picture {i}?"},
+                {"from": "gpt", "value": "a red box" if i % 3 else "a dog"},
+            ],
+        }
+        for i in range(8)
+    ]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    (tmp_path / "run.py").write_text(CONFIG.format(golden=golden, root=tmp_path))
+    assert main(["run", f"--config={tmp_path / 'run.py'}", f"--workdir={tmp_path / 'w'}"]) == 0
+    result = json.loads((tmp_path / "w/result.json").read_text())
+    assert result["teacher"]["questions"] == 8
+    assert len(result["runs"]) == 2
+    assert result["export"]["max_abs_logit_difference"] <= 1e-4
+    model = vp.load(tmp_path / "w/export")
+    assert len(model.cfg.text.layers) < 5
+    inputs = random_ids(model)
+    found = torch_outputs(tmp_path / "w/export", inputs, class_name="AutoModelForImageTextToText", version="5")
+    np.testing.assert_allclose(found["logits"], vp.forward(model, **inputs)[0], atol=1e-4, rtol=0)
