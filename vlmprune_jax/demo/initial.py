@@ -12,7 +12,7 @@ import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer
 
 from vlmprune_jax.checked_files import copy_file, read_json
@@ -24,6 +24,7 @@ from vlmprune_jax.demo.vocabulary import CHAT_TEMPLATE, make_tokenizer
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import family_of, templates
 from vlmprune_jax.families.llava import LLAVA_HF
+from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten, init_params, locate, param_axes
 
@@ -57,7 +58,7 @@ def write_joined(folder: Path, language: Path, tower: Path, *, seed: int) -> Non
     Args:
       folder: replaced.
       language: a decoder's folder. Its vocabulary gains the image's token; new rows of the embeddings are their mean.
-      tower: a LLaVA folder of one file of weights, for its tower (all blocks) and its image processor.
+      tower: a LLaVA folder, for its tower (all blocks) and its image processor.
       seed: of the projector.
 
     Raises:
@@ -101,8 +102,8 @@ def _text_and_projector(params: Mapping[str, Any], config: Mapping[str, Any], se
 
 
 def _tower(folder: Path) -> dict[str, np.ndarray]:
-    tensors = load_file(folder / "model.safetensors")
-    return {key: array for key, array in tensors.items() if key.startswith("vision_tower.")}
+    source = Checkpoint(folder)
+    return {key: np.ascontiguousarray(source[key]) for key in source if key.startswith("vision_tower.")}
 
 
 def _write_tokenizer(language: Path, folder: Path, *, words: int) -> dict[str, int]:

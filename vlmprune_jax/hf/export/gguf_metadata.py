@@ -153,8 +153,8 @@ def tower_remarks(cfg: ModelConfig, rolled: bool) -> tuple[str, ...]:
     elif vision_of(cfg).class_token:
         remarks.append(
             f"In {_FAULT}, every patch has its neighbour's position, so answers about images differ. This file is "
-            "right for a right llama.cpp; `rolled_positions=True` makes one for such builds, in which each patch has its own "
-            "position and the class token is the last patch still: try which of both answers better."
+            "right for a right llama.cpp; `rolled_positions=True` makes one for such builds, in which each "
+            "patch has its own position and the class token is the last patch still: try which of both answers better."
         )
     remarks.append(
         "llama.cpp prepares images by itself (padding and resizing may differ in the last bits from the processor's): "
