@@ -127,8 +127,8 @@ SCORE = named(
 )
 PRUNE = named(
     "prune",
-    "method stack ratio layers_removed protect deepstack rounding attn_layers mlp_layers heads_multiple neurons_multiple heads "
-    "snap_for tensor_parallel selection sparsity depth_share steps budget",
+    "method stack ratio layers_removed protect deepstack rounding attn_layers mlp_layers heads_multiple "
+    "neurons_multiple heads snap_for tensor_parallel selection sparsity depth_share steps budget",
 )
 RECOVER = named(
     "recover",

@@ -29,8 +29,8 @@ from vlmprune_jax.experiment.overrides import override
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.read import load
+from vlmprune_jax.models.inputs import check_inputs
 from vlmprune_jax.models.params import flatten
-from vlmprune_jax.models.vlm import check_inputs
 from vlmprune_jax.prune import PrunePlan, make_plan, prune_folder, score
 from vlmprune_jax.recovery import loop
 from vlmprune_jax.recovery.metrics import Recorder

@@ -419,3 +419,17 @@ def test_unknown_topologies_suggest_known_ones(topology, message):
 def test_a_mesh_that_leaves_chips_idle_is_refused(experiment_file, capsys):
     assert main(["plan", f"--config={experiment_file}", "--topology=v5e:2x2", "--config.mesh.fsdp=2"]) == 2
     assert "needs 2 devices but there are 4" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_images_of_any_size_are_planned_by_their_largest_bucket(goldens, tmp_path, family):
+    """The whole step compiles: windows, deepstack and positions in three rows, at the tokens of the largest image."""
+    path = tmp_path / "experiment.py"
+    path.write_text(CONFIG.format(folder=str(goldens / "families" / family / "ckpt")))
+    flags = [f"--config={path}", "--topology=v5e:2x2", "--records=80", f"--workdir={tmp_path}"]
+    with jax.default_matmul_precision("default"):
+        assert main(["plan", *flags, "--config.data.max_image_tokens=64"]) == 0
+    [told] = json.loads((tmp_path / "tpu_plan.json").read_text()).values()
+    assert told["image_tokens_buckets"][-1] >= 64
+    assert told["flops"]["vision"] > 0

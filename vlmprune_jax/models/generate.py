@@ -15,18 +15,9 @@ from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.mesh import whole, within
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.decoder import Cache
+from vlmprune_jax.models.inputs import check_inputs, needed_mask
 from vlmprune_jax.models.patch_rows import check_types, patch_rows
-from vlmprune_jax.models.vlm import (
-    Embedded,
-    Model,
-    Params,
-    VisionLanguageModel,
-    check_inputs,
-    mesh_of,
-    needed_mask,
-    place_batch,
-    to_nnx,
-)
+from vlmprune_jax.models.vlm import Embedded, Model, Params, VisionLanguageModel, mesh_of, place_batch, to_nnx
 
 
 @dataclass(frozen=True)

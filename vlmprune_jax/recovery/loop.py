@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 
 from vlmprune_jax.distributed.preemption import StopSignal
 from vlmprune_jax.errors import Stopped, UserError
+from vlmprune_jax.models.inputs import check_inputs
 from vlmprune_jax.models.params import flatten, unflatten
-from vlmprune_jax.models.vlm import Model, check_inputs
+from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.plan import PrunePlan
 from vlmprune_jax.recovery.checkpoint import Checkpointer
 from vlmprune_jax.recovery.config import RecoverConfig

@@ -20,7 +20,8 @@ from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.cross_entropy import chunks
 from vlmprune_jax.models.decoder import head_logits
-from vlmprune_jax.models.vlm import IMAGE_INPUTS, Model, Params, check_inputs, encode, mesh_of, to_nnx
+from vlmprune_jax.models.inputs import check_inputs
+from vlmprune_jax.models.vlm import IMAGE_INPUTS, Model, Params, encode, mesh_of, to_nnx
 from vlmprune_jax.prune.plan import PrunePlan
 from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
 from vlmprune_jax.recovery.terms import BUILT_IN, LossTerm

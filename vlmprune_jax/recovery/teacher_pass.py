@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.cross_entropy import chunks
-from vlmprune_jax.models.vlm import IMAGE_INPUTS, Model, Params, check_inputs, encode
+from vlmprune_jax.models.inputs import check_inputs
+from vlmprune_jax.models.vlm import IMAGE_INPUTS, Model, Params, encode
 from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.losses import head_of
 from vlmprune_jax.recovery.step import local_rows, place_rows, step_context

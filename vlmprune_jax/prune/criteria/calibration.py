@@ -9,8 +9,8 @@ import numpy as np
 
 from vlmprune_jax.config import IGNORED, ModelConfig
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.inputs import check_inputs, needed_mask
 from vlmprune_jax.models.patch_rows import patch_rows
-from vlmprune_jax.models.vlm import check_inputs, needed_mask
 
 Arrays = dict[str, np.ndarray]
 # What a token is; an answer is a token with a label.

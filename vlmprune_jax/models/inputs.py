@@ -1,0 +1,95 @@
+"""What a call may be given: ids and images that fit the model and one another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.patch_rows import check_patches
+
+
+def needed_mask(cfg: ModelConfig, pixel_values: Any, pixel_attention_mask: Any) -> np.ndarray | None:
+    """The mask where it hides a part of an image: none is needed for images that are whole, and for empty slots.
+
+    Raises:
+      UserError: its shape is not that of the pixels, or the tower looks at whole images.
+    """
+    if pixel_attention_mask is None:
+        return None
+    mask, pixels = np.asarray(pixel_attention_mask), np.shape(pixel_values)
+    if mask.shape != (*pixels[:-3], *pixels[-2:]):
+        raise UserError(
+            f"pixel_attention_mask has shape {list(mask.shape)}, but pixel_values {list(pixels)}: it is the same "
+            "without the channels"
+        )
+    hides = mask.reshape(-1, mask.shape[-2] * mask.shape[-1]) == 0
+    if not (hides.any(axis=1) & ~hides.all(axis=1)).any():
+        return None
+    if cfg.vision is None or not cfg.vision.spreads:
+        raise UserError("pixel_attention_mask hides parts of images, and this model's tower looks at whole ones")
+    return mask
+
+
+def check_inputs(
+    cfg: ModelConfig,
+    input_ids: Any,
+    pixel_values: Any,
+    vision_features: Any = None,
+    image_grid_thw: Any = None,
+    attention_mask: Any = None,
+) -> None:
+    """Refuse ids outside the vocabulary and image positions without an image each (a silent wrong splice)."""
+    ids = np.asarray(input_ids)
+    if ids.ndim != 2:
+        raise UserError(f"input_ids must be int[batch, seq], got shape {ids.shape}")
+    is_image = ids == cfg.image_token_id if cfg.image_token_id is not None else np.zeros(ids.shape, bool)
+    wrong = ~is_image & ((ids < 0) | (ids >= cfg.text.vocab_size))
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise UserError(
+            f"input_ids[{row}, {column}] = {ids[row, column]} is outside the vocabulary of {cfg.text.vocab_size}"
+        )
+    if image_grid_thw is not None and not cfg.any_size:
+        raise UserError("image_grid_thw given to a model whose images are of one size")
+    if vision_features is not None or not cfg.tower:
+        shape, per_image = np.shape(vision_features), cfg.feature_shape
+        if cfg.any_size and len(shape) == 4:
+            per_image = (shape[2], per_image[1])
+        if cfg.tower or len(shape) != 4 or (shape[0], *shape[2:]) != (len(ids), *per_image):
+            raise UserError(
+                f"vision_features has shape {list(shape)}: a model without its tower takes "
+                f"[{len(ids)}, images, {per_image[0]}, {per_image[1]}], another one pixel_values"
+            )
+        return
+    if pixel_values is None:
+        if is_image.any():
+            raise UserError(f"input_ids hold {int(is_image.sum())} image positions but pixel_values is missing")
+        return
+    if cfg.vision is None:
+        raise UserError("pixel_values given to a model without a vision tower")
+    if cfg.any_size:
+        check_patches(cfg, ids, attention_mask, pixel_values, image_grid_thw)
+        return
+    wanted = (cfg.vision.channels, cfg.vision.image_size, cfg.vision.image_size)
+    if np.ndim(pixel_values) not in (4, 5) or np.shape(pixel_values)[-3:] != wanted:
+        raise UserError(
+            f"pixel_values has shape {list(np.shape(pixel_values))}, expected [images, {', '.join(map(str, wanted))}]"
+        )
+    per_row = np.ndim(pixel_values) == 5
+    expected = np.prod(np.shape(pixel_values)[: 2 if per_row else 1]) * cfg.tokens_per_image
+    if per_row:
+        room = int(np.shape(pixel_values)[1]) * cfg.tokens_per_image
+        most = int(is_image.sum(axis=1).max(initial=0))
+        if len(pixel_values) != len(ids) or most > room:
+            raise UserError(
+                f"pixel_values has shape {list(np.shape(pixel_values))} for {len(ids)} rows with up to {most} image "
+                f"positions: a row has room for {room} ({cfg.tokens_per_image} per image)"
+            )
+    if not per_row and is_image.any() and is_image.sum() != expected:
+        raise UserError(
+            f"input_ids hold {int(is_image.sum())} image positions but the images give {int(expected)} features "
+            f"({cfg.tokens_per_image} per image): expand each image to that many ids {cfg.image_token_id}"
+        )
