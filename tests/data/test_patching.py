@@ -205,6 +205,9 @@ def test_what_no_row_takes_names_its_record(golden: Golden, tmp_path: Path) -> N
         next(iter(train_batches([record], short, **TRAIN)))
     with pytest.raises(UserError, match=r"record two: an image lies beyond max_length 30; .* end with token \d+"):
         dataclasses.replace(short, truncate=True).training_row(record, None)
+    moving = dataclasses.replace(record, turns=(("human", "<image><image><|video_pad|>"), ("gpt", "It.")))
+    with pytest.raises(UserError, match=r"record two: its text holds <\|video_pad\|>, and no model here takes videos"):
+        measure([moving], golden.encoder, on_error="stop", threads=1)
     large = dataclasses.replace(short, max_length=80, image_buckets=(10**10,))
     with pytest.raises(
         UserError, match=r"batches of 2 rows of 80 tokens and 2 images of up to 10000000000 tokens: 2 of"

@@ -29,6 +29,7 @@ from vlmprune_jax.families.templates import QWEN3_VL
 from vlmprune_jax.hf.disk.atomic import SPARE_BYTES
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.vlm import Model, to_nnx, tower_features
+from vlmprune_jax.recovery import feature_pass
 from vlmprune_jax.recovery.feature_pass import compute_features, feature_identity
 
 
@@ -131,6 +132,27 @@ def test_images_of_any_size(goldens, tmp_path):
         arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         losses.append(vp.losses(Model(params, cfg), arrays, vp.LossConfig(ce=1.0))["total"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_processes_share_pictures_by_size(goldens, tmp_path, monkeypatch):
+    """Those of any size are dealt out from the largest on, whoever counted them: batches of a step hold like ones."""
+    folder = goldens / "families/qwen3_vl"
+    images = load_image_processor(folder / "ckpt", aspect_ratio="pad", max_pixels=10**6, cache_bytes=0)
+    loader = FeatureLoader(images, ArrayCache(tmp_path, {"weights": "x"}), (4,), np.dtype(np.float32))
+    turns = (("human", "<image>"), ("gpt", "a"))
+    records = [Record(f"{n}", turns, (folder / f"images/{n}.png",)) for n in range(4)]
+    pictures = {record.id: Picture(record, 0) for record in records}
+    counts = {key: loader.count(picture) for key, picture in pictures.items()}
+    names = list(pictures)
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(feature_pass, "from_all", lambda _: [[counts[k] for k in names[i::3]] for i in range(3)])
+    shares = []
+    for process in range(3):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        shares.append(list(feature_pass._share(loader, pictures, "stop")))
+    dealt = [shares[turn % 3][turn // 3] for turn in range(4)]
+    assert dealt == sorted(names, key=lambda key: -counts[key])
+    assert len(set(counts.values())) == 4
 
 
 def test_a_stopped_pass_continues(goldens, tiled, tmp_path):

@@ -227,6 +227,10 @@ def _write_images(prompt: str, record: Record, template: Template, images: Seque
     context = template.image_tokens[1]
     if any(context in text for text in (first, *rest)):
         raise UserError(f"record {record.id}: its text holds {context}, which marks image positions; remove it")
+    if template.videos is not None and template.videos in prompt:
+        raise UserError(
+            f"record {record.id}: its text holds {template.videos}, and no model here takes videos; drop it"
+        )
     return first + "".join(template.image_text(image) + text for image, text in zip(images, rest, strict=False))
 
 

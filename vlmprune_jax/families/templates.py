@@ -19,7 +19,8 @@ class Template:
     tiles of an image are written one by one, `row_end` behind each row of them and before the overview. A record that
     holds `padding_mark` is one whose length the reference miscounts. With `by_turn` an empty turn keeps its end, and
     every answer is learnt, with the gap before it, up to its end mark, without the white space behind it; else labels
-    follow the end marks in the whole text. `special`: what must be single tokens.
+    follow the end marks in the whole text. `special`: what must be single tokens; `videos`: the token of a video's
+    positions, which no text may hold.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Template:
     padding_mark: str | None = None
     by_turn: bool = False
     special: tuple[str, ...] = ()
+    videos: str | None = None
 
     def image_text(self, image: ImageShape) -> str:
         """An image of a template with `image_tokens`, with one context token for all its tiles or for each."""
@@ -90,5 +92,6 @@ QWEN3_VL = Template(
     image_tokens=("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),
     by_turn=True,
     special=("<|im_start|>", "<|im_end|>"),
+    videos="<|video_pad|>",
 )
 QWEN2_5_VL = replace(QWEN3_VL, name="qwen2_5_vl", system="You are a helpful assistant.")

@@ -40,7 +40,8 @@ def batches(
 
     Returns:
       Batches of one length, in the order of the records; `.arrays` has input_ids, attention_mask and labels
-      int32[batch, tokens] and, with a tower, pixel_values float32[batch, images, 3, height, width].
+      int32[batch, tokens] and, with a tower, pixel_values float32[batch, images, 3, height, width] (images of any size:
+      see `Batch`).
 
     Raises:
       UserError: records that are malformed, unreadable or too long, an unknown setting, batch_size < 1.
