@@ -4,11 +4,11 @@
     python benchmarks/full_size.py --folder=DIR/llava-1.5-7b-hf --work=/big/disk
 
 Without --folder it makes a checkpoint with the true shapes of --model (llava 14 GB, bunny 6.4, internvl 8.3,
-internvl3.5 9.5, smolvlm2 4.5 or llama 13.5) and random finite bfloat16 weights, in shards of 5 GB. Every step is a
-process of its own and starts with the source out of the page cache; its wall time includes the start of Python, and
-`cp` ends when everything is on the disk. `cat` reads the weights into nothing, `read` into memory that holds them all,
-which is the least that a loader does. One JSON line per step, and a last one with the ratios. Needs free disk for three
-times the checkpoint.
+internvl3.5 9.5, smolvlm2 4.5, qwen3vl 8.9, qwen2.5vl 7.5 or llama 13.5) and random finite bfloat16 weights, in shards
+of 5 GB. Every step is a process of its own and starts with the source out of the page cache; its wall time includes
+the start of Python, and `cp` ends when everything is on the disk. `cat` reads the weights into nothing, `read` into
+memory that holds them all, which is the least that a loader does. One JSON line per step, and a last one with the
+ratios. Needs free disk for three times the checkpoint.
 """
 
 from __future__ import annotations
@@ -103,6 +103,39 @@ MODELS: dict[str, dict[str, Any]] = {
         "vision_config": {
             "model_type": "smolvlm_vision", "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
             "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
+        },
+    },
+    "qwen3vl": {
+        "architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", "image_token_id": 151655,
+        "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653,
+        "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "text_config": {
+            "model_type": "qwen3_vl_text", "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+            "max_position_embeddings": 262144, "rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 5000000.0,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True},
+            "attention_bias": False, "tie_word_embeddings": True, "eos_token_id": 151645, "pad_token_id": 151643,
+        },
+        "vision_config": {
+            "model_type": "qwen3_vl", "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16,
+            "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3,
+            "out_hidden_size": 2560, "num_position_embeddings": 2304, "deepstack_visual_indexes": [5, 11, 17],
+            "hidden_act": "gelu_pytorch_tanh",
+        },
+    },
+    "qwen2.5vl": {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "image_token_id": 151655,
+        "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653,
+        "tie_word_embeddings": True, "torch_dtype": "bfloat16", "hidden_size": 2048, "intermediate_size": 11008,
+        "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936,
+        "max_position_embeddings": 128000, "rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 1000000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "use_sliding_window": False,
+        "sliding_window": 32768, "max_window_layers": 36, "eos_token_id": 151645, "pad_token_id": 151643,
+        "vision_config": {
+            "model_type": "qwen2_5_vl", "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+            "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_chans": 3, "window_size": 112,
+            "out_hidden_size": 2048, "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2,
+            "hidden_act": "silu",
         },
     },
 }  # fmt: skip

@@ -2,10 +2,11 @@
 
     python benchmarks/plan.py --topology=v5e:8x8 [--remat=dots] [--cases=llava/depth15,bunny/width30]
 
-LoRA of rank 128 on every projection, 0.5 cross-entropy + 0.5 hidden-state L2 against the unpruned teacher, full
-remat, global batch 64 x 1,024 tokens and one image (InternVL: 4,096 tokens and 13 tiles; InternVL3.5-4B: 2,048 and 7;
-SmolVLM2-2.2B: 2,048 and 17 sub-images). depthN removes N % of all parameters by layers, widthN by heads of layers 3-30
-and neurons of layers 4-29 (SmolVLM2: 3-20, 4-19), which leaves five runs of equal layers.
+LoRA of rank 128 on every projection, 0.5 cross-entropy + 0.5 hidden-state L2 against the unpruned teacher, full remat,
+global batch 64 x 1,024 tokens and one image (InternVL: 4,096 tokens and 13 tiles; InternVL3.5-4B: 2,048 and 7;
+SmolVLM2-2.2B: 2,048 and 17 sub-images; Qwen3-VL-4B and Qwen2.5-VL-3B: 2,048, images of up to 1,280). depthN removes N
+% of all parameters by layers, widthN by heads of layers 3-30 and neurons of layers 4-29 (SmolVLM2: 3-20, 4-19), which
+leaves five runs of equal layers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from full_size import MODELS
 
-FAMILIES = ("llava", "bunny", "internvl", "internvl3.5", "smolvlm2")
+FAMILIES = ("llava", "bunny", "internvl", "internvl3.5", "smolvlm2", "qwen3vl", "qwen2.5vl")
 KINDS = ("depth15", "depth30", "width30")
 SETTINGS = {
     "recover": {
@@ -33,6 +34,8 @@ DATA = {
     "internvl": {"max_length": 4096, "max_tiles": 12, "thumbnail": True},
     "internvl3.5": {"max_length": 2048, "max_tiles": 6},
     "smolvlm2": {"max_length": 2048},
+    "qwen3vl": {"max_length": 2048, "max_image_tokens": 1280},
+    "qwen2.5vl": {"max_length": 2048, "max_image_tokens": 1280},
 }
 PROCESSORS = {
     "internvl3.5": {"image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 448, "width": 448}},
@@ -40,6 +43,25 @@ PROCESSORS = {
         "image_processor_type": "SmolVLMImageProcessor",
         "size": {"longest_edge": 1536},
         "max_image_size": {"longest_edge": 384},
+    },
+    "qwen3vl": {
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+        "size": {"shortest_edge": 65536, "longest_edge": 16777216},
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    },
+    "qwen2.5vl": {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "min_pixels": 3136,
+        "max_pixels": 12845056,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
     },
 }
 RANGES = {"attn_layers": (3, 31), "mlp_layers": (4, 30)}
