@@ -253,7 +253,8 @@ class VisionTower(nnx.Module):
         x = self.patch_embedding(pixels)
         if grid is not None:
             if self.position_embedding is not None:
-                x = x + resampled(self._table(), self.places(pixels, grid), grid)
+                table = constrain(self._table(), (None, None))  # small; a gather along a split width moves it anyway
+                x = x + resampled(table, self.places(pixels, grid), grid)
             return constrain(x, ("batch", None, None))
         if self.class_embedding is not None:
             cls = self.class_embedding.weight.get_value()[None, None]
