@@ -167,13 +167,14 @@ def test_a_full_disk_anywhere(capsys, monkeypatch, file, where):
     assert f"error: {where}: No space left on device: make room or mend the disk, and run the same command" in line
 
 
-def test_interrupt(capsys, monkeypatch):
+@pytest.mark.parametrize(("command", "then"), [("inspect", "begins anew"), ("score", "continues")])
+def test_interrupt(capsys, monkeypatch, command, then):
     def stop(flags):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vlmprune_jax.cli.inspect.run", stop)
-    assert main(["inspect", "x"]) == 130
-    assert "the same command continues" in capsys.readouterr().err
+    monkeypatch.setattr(f"vlmprune_jax.cli.{command}.run", stop)
+    assert main([command] + ["x"] * (command == "inspect")) == 130
+    assert f"the same command {then}" in capsys.readouterr().err
 
 
 def test_inspect(capsys, goldens):
