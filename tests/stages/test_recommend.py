@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from report_cases import BENCH
 from study_cases import rows, write_sweep
 from vlm_cases import llava_config
 
@@ -107,6 +108,15 @@ def test_words(folder, capsys):
     unsupported = told(capsys, f"--model={folder}", "--ratio=0.3", "--compute=none", "--speed")
     assert "nothing supports this; the nearest: remove whole layers" in unsupported
     assert "Decoding, times the unpruned speed" in unsupported
+
+
+def test_what_was_measured_here_is_told_in_place_of_the_guides_speeds(folder, tmp_path, capsys):
+    asked = (f"--model={folder}", "--ratio=0.1", "--speed", f"--bench={tmp_path / 'bench.json'}")
+    assert "bench.json" in failing(capsys, *asked)
+    (tmp_path / "bench.json").write_text(json.dumps(BENCH))
+    out = told(capsys, *asked)
+    assert "Times as fast, round by round" in out
+    assert "Decoding, times the unpruned speed" not in out
 
 
 def test_rows_of_ones_own(folder, tmp_path, capsys):

@@ -3,6 +3,7 @@
 The decision guide of arXiv 2604.24380 as rules, with the numbers behind each, the paper's and this project's, the
 places where it contradicts itself, and a config that does what is advised. Reads the model's config.json, no weights.
   vlmprune recommend --model=DIR --bytes=2GB --data=5% --compute=none --speed --save=recommended.py
+  vlmprune recommend --model=DIR --ratio=0.2 --speed --bench=bench.json    # with what this machine was measured at
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ def define(values: Flags) -> None:
     text("data", "5%", "share of the training data that is there, as 5%, 0.05 or none", flag_values=values)
     text("compute", "full", "none: no training; projector: it alone; full: adapters, with teacher", flag_values=values)
     absl_flags.DEFINE_bool("speed", False, "the pruned model's speed matters as well", flag_values=values)
+    text("bench", None, "what `vlmprune bench --json=FILE` measured here, to be told as well", flag_values=values)
     text("guide", None, "a guide with your own rows, as `vlmprune study` writes it", flag_values=values)
     text("save", None, "write the config there, FILE.py, instead of printing it", flag_values=values)
 
@@ -48,6 +50,7 @@ def run(flags: Any) -> None:
         data_fraction=parse_share("data", flags.data),
         compute=flags.compute,
         speed=flags.speed,
+        bench=Path(flags.bench) if flags.bench else None,
         guide=read_guide(Path(flags.guide) if flags.guide else FILE),
     )
     tell(found, flags.save, make_reporter(True))

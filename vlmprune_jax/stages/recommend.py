@@ -25,6 +25,7 @@ from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.report.advice import advised, footnotes, in_words, percent, tables_of, what_to_know
 from vlmprune_jax.report.guide import Guide, Recommendation, recommend
+from vlmprune_jax.report.speed import bench_notes, bench_tables, read_bench
 from vlmprune_jax.stages.console import Reporter
 from vlmprune_jax.stages.ledger import write_text
 from vlmprune_jax.stages.tpu_fit import predict_plan
@@ -35,13 +36,17 @@ _LARGE = 10**9  # parameters, from which weights are held in bfloat16
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """A recommendation for a folder: the plans it leads to, by method, and the text of a config file."""
+    """A recommendation for a folder: the plans it leads to, by method, and the text of a config file.
+
+    `bench`: what `read_bench` says of this machine, in place of the guide's speeds.
+    """
 
     folder: str
     cfg: ModelConfig
     recommendation: Recommendation
     plans: dict[str, PrunePlan]
     config: str
+    bench: dict[str, Any] | None = None
 
 
 def parse_bytes(text: str) -> float:
@@ -97,18 +102,22 @@ def advise(
     compute: str,
     speed: bool,
     guide: Guide,
+    bench: Path | None = None,
 ) -> Advice:
     """What the guide advises for the model in a folder (or hub id); of the folder only JSON files are read.
 
     Args:
       ratio, most_bytes: share of all parameters to remove, or bytes of bfloat16 weights to keep to; one of them.
       data_fraction, compute, speed, guide: as `recommend` takes them.
+      bench: what `vlmprune bench --json` wrote, told in place of the guide's speeds.
 
     Raises:
-      UserError: no such model; not one of both targets, or one that no plan reaches, with the nearest; see `recommend`.
+      UserError: no such model or file; not one of both targets, or one that no plan reaches, with the nearest; see
+        `recommend`.
     """
     if (ratio is None) == (most_bytes is None):
         raise UserError("give --ratio=0.3 (of all parameters to remove) or --bytes=2GB (to fit in), and not both")
+    measured = None if bench is None else read_bench(bench)
     folder = resolve(hf_dir)
     _, cfg = read_config(folder, None if vision_dir is None else resolve(vision_dir))
     whole = count_params(cfg) * DTYPES["bfloat16"].itemsize
@@ -125,7 +134,8 @@ def advise(
         with about(f"--{'ratio' if most_bytes is None else 'bytes'}"):
             plans[method] = predict_plan(override(experiment, variant), cfg)
     model = {"hf_dir": hf_dir, "vision_dir": vision_dir}
-    return Advice(str(folder), cfg, found, plans, _config_file(found, cfg, model, target))
+    told = found if measured is None else dataclasses.replace(found, speed=())
+    return Advice(str(folder), cfg, told, plans, _config_file(found, cfg, model, target), measured)
 
 
 def as_lines(advice: Advice) -> list[str]:
@@ -161,6 +171,11 @@ def tell(advice: Advice, save: str | None, reporter: Reporter) -> None:
         reporter.table(table.title, table.header, table.rows)
     for line in footnotes(advice.recommendation):
         reporter.say(line)
+    if advice.bench is not None:
+        for table in bench_tables(advice.bench):
+            reporter.table(table.title, table.header, table.rows)
+        for line in bench_notes(advice.bench):
+            reporter.say(line)
     if save is not None:
         write_text(path, advice.config)
         reporter.say(f"config: {path}")
