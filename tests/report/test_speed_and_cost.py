@@ -6,7 +6,9 @@ import pytest
 from report_cases import BENCH, SPEED, write_several, write_workdir
 
 from vlmprune_jax.report.build import build_report
+from vlmprune_jax.report.result import read_result
 from vlmprune_jax.report.speed import bench_tables, read_bench, read_speed, speed_notes, speed_tables, speeds_of
+from vlmprune_jax.report.tables import benchmark_rows
 
 
 @pytest.fixture
@@ -32,6 +34,16 @@ def test_speed_is_told_with_its_range_and_where_it_was_measured(workdir):
     assert times.rows == (("depth (and 1 of its shape)", "1.50 (1.50 to 1.56)", "0.98 (0.95 to 1.05), no speed-up"),)
     told = "No speed-up in generating tokens: depth (and 1 of its shape). Not every round was faster."
     assert speed_notes(SPEED)[1:] == [told]
+
+
+def test_a_card_tells_speeds_behind_the_scores(workdir):
+    result = read_result(workdir)
+    run, teacher, sets = result["runs"][0], result["teacher"], result["sets"]
+    assert len(benchmark_rows(run, teacher, sets)) == len(sets)
+    speeds = speeds_of(SPEED)
+    rows = benchmark_rows({**run, "speed": speeds["depth"]}, {**teacher, "speed": speeds[""]}, sets)[len(sets) :]
+    assert [row[1:] for row in rows] == [("100", "150", "150.00", ""), ("20", "20", "100.00", "")]
+    assert rows[1][0] == "generated tokens per second, our forward on the machine of the run"
 
 
 def test_a_bench_in_the_workdir_is_told(workdir):

@@ -165,8 +165,11 @@ def groups_of(result: Json) -> Iterator[Table]:
 
 
 def benchmark_rows(run: Json, teacher: Json, sets: Json) -> list[tuple[str, str, str, str, str]]:
-    """For a model card, of every evaluation set: what was asked, unpruned score, a run's, retained in %, interval."""
-    return [
+    """For a model card, of every evaluation set: what was asked, unpruned score, a run's, retained in %, interval.
+
+    Behind them the speeds, where the run measured any.
+    """
+    rows = [
         (
             f"{name} ({of['name']}): {_label(of)}, {count(of)}",
             shown(main_value(teacher, name, sets), of, unit=False),
@@ -176,3 +179,9 @@ def benchmark_rows(run: Json, teacher: Json, sets: Json) -> list[tuple[str, str,
         )
         for name, of in sets.items()
     ]
+    if "speed" in run and "speed" in teacher:
+        for name, what in (("prefill", "prompt"), ("decode", "generated")):
+            before, after = teacher["speed"][name], run["speed"][name]
+            label = f"{what} tokens per second, our forward on the machine of the run"
+            rows.append((label, f"{before:,.0f}", f"{after:,.0f}", _percent(100 * after / before), ""))
+    return rows
