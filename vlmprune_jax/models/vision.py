@@ -253,7 +253,7 @@ class VisionTower(nnx.Module):
         x = self.patch_embedding(pixels)
         if grid is not None:
             if self.position_embedding is not None:
-                table = constrain(self._table(), (None, None))  # small; a gather along a split width moves it anyway
+                table = constrain(self._table(), (None, None))  # small, and gathered from whole
                 x = x + resampled(table, self.places(pixels, grid), grid)
             return constrain(x, ("batch", None, None))
         if self.class_embedding is not None:
