@@ -104,9 +104,10 @@ def test_check_export_knows_what_rounding_alone_does(saved, monkeypatch, torch_i
     model, out = saved("llama", "whole", dtype="float32")
     monkeypatch.setattr(reload, "torch_loads", lambda *_: torch_is_there)
     model = Model(jax.tree.map(lambda leaf: leaf * (1 + 2**-23), model.params), model.cfg)
+    usual = reload.TOLERANCE
     for name in ("TOLERANCE", "RELATIVE_TOLERANCE"):
         monkeypatch.setattr(reload, name, 1e-12)
-    assert 0 < check_export(model, out)["max_abs_logit_difference"] < 1e-5
+    assert 0 < check_export(model, out)["max_abs_logit_difference"] < usual  # processors differ: 1e-6 to 1.3e-5
     monkeypatch.setattr(reload, "_ROUNDINGS", 0)
     with pytest.raises(UserError, match="logits differ from the model's by"):
         check_export(model, out)
