@@ -107,17 +107,21 @@ def reconstruct(
                 if stack == "text"
                 else image_steps(checked, pruned.cfg, settings, names)
             )
-            for step in steps:
-                step.dense, step.added_dense = embedded(step, teacher, stack)
-                step.ours, step.added_ours = embedded(step, pruned, stack)
-                dense, ours = step.added_dense, step.added_ours
-                if dense is not None and ours is not None and np.array_equal(dense, ours):
-                    step.added_ours = dense  # of the same tower: in memory once
+            _enter(steps, teacher, pruned, stack)
             tick = lambda: None if progress is None else progress(next(done))  # noqa: E731
             solved, told = _solve(stack, plan.stacks[stack], teacher, pruned, steps, store, tick)
             pruned = with_layers(pruned, stack, solved)
             report += [{"stack": stack, **one} for one in told]
     return pruned, report
+
+
+def _enter(steps: Sequence[Step], teacher: Model, pruned: Model, stack: str) -> None:
+    """Both streams before the first layer of a stack, and what is added to them on their way."""
+    for step in steps:
+        step.dense, step.added_dense = embedded(step, teacher, stack)
+        step.ours, ours = embedded(step, pruned, stack)
+        same = step.added_dense is not None and ours is not None and np.array_equal(step.added_dense, ours)
+        step.added_ours = step.added_dense if same else ours  # of one tower: in memory once
 
 
 def _solve(
