@@ -1,4 +1,4 @@
-"""Pruning models whose images are of any size: gradients through grids, positions and deepstack; which layers stay."""
+"""Pruning models whose images are of any size: grids, positions and deepstack in gradients and layer by layer."""
 
 import dataclasses
 import functools
@@ -7,15 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hf_cases import keep_layers, mean_loss
+from hf_cases import keep_layers, mean_loss, prune, random_ids
 
 import vlmprune_jax as vp
 from vlmprune_jax.config import LayerShape
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import unstack_layers
 from vlmprune_jax.models.patch_rows import patch_rows
-from vlmprune_jax.models.vlm import apply
+from vlmprune_jax.models.vlm import apply, encode, to_nnx
+from vlmprune_jax.prune import KeptLayer, gptq, reconstruction
+from vlmprune_jax.prune.criteria.calibration import calibration_batches
+from vlmprune_jax.prune.criteria.greedy import _Cut
+from vlmprune_jax.prune.layers import Layer
 from vlmprune_jax.prune.select import moved_features
+from vlmprune_jax.prune.steps import row_steps
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")
 
@@ -112,3 +117,150 @@ def test_losses_of_a_batch(goldens, family):
     logits, _ = vp.forward(model, **{name: array for name, array in batch.items() if name != "labels"})
     np.testing.assert_allclose(found["ce"], mean_loss(np.asarray(logits), batch["labels"]), rtol=1e-5)
     assert max(found["kl"], found["l2"]) < 1e-6
+
+
+def rows_apart(batch):
+    """Rows without an image and with two in a batch, the one with an image in another: with other room for patches."""
+    ids = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    grids, pixels = batch["image_grid_thw"], batch["pixel_values"]
+    end = int(grids[0].prod())  # of the first row's image
+    parts = (slice(1, 3), grids[1:], pixels[end:]), (slice(0, 1), grids[:1], pixels[:end])
+    return [
+        {name: array[rows] for name, array in ids.items()} | {"image_grid_thw": own, "pixel_values": values}
+        for rows, own, values in parts
+    ]
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _forward_of(params, cfg, arrays):
+    names = ("o_proj", "down_proj")
+    _, aux = encode(
+        params, cfg, **arrays, tap_inputs=names, tap=lambda block: [block.inputs[name] for name in names],
+        states=tuple(range(len(cfg.text.layers) + 1)),
+    )  # fmt: skip
+    return aux["states"], aux["tap"]
+
+
+def forward_of(model, step):
+    """(streams between the layers, the last one normed, and what o_proj and down_proj of each layer read) of a step."""
+    arrays = step.inputs | {"attention_mask": step.mask, "position_ids": step.positions}
+    return jax.tree.map(np.asarray, _forward_of(model.params, model.cfg, arrays))
+
+
+def normed(model, x):
+    return np.asarray(to_nnx(model).text.final_norm(jnp.asarray(x)))
+
+
+def of_rows(hidden, batch, step):
+    """What a forward of the batch has at the real tokens of a step's rows, float[rows] of [tokens, embed]."""
+    ids, real = batch["input_ids"], batch["attention_mask"] == 1
+    where = {tuple(row[own]): (number, own) for number, (row, own) in enumerate(zip(ids, real, strict=True))}
+    rows = (
+        where[tuple(row[own == 1])] for row, own in zip(step.inputs["input_ids"], step.mask, strict=True) if own.any()
+    )
+    return np.concatenate([np.asarray(hidden)[number][own] for number, own in rows])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layer_by_layer_is_the_forward(goldens, family):
+    model, batch = golden(goldens, family)
+    images = {name: batch[name] for name in ("attention_mask", "pixel_values", "image_grid_thw")}
+    hidden = vp.forward(model, batch["input_ids"], **images, want=("hidden",))[1]["hidden"]
+    weights = {"prompt_weight": 1.0, "image_weight": 0.5, "answer_weight": 0.25}
+    means = vp.importance(model, rows_apart(batch), **weights).means
+    steps = gptq.embedded_steps(model, rows_apart(batch), weights)
+    taps = [forward_of(model, step)[1] for step in steps]
+    counts = [np.asarray(step.weight, np.float64) for step in steps]
+    for number in range(len(model.cfg.text.layers)):
+        layer, last = Layer.of(model, "text", number), number + 1 == len(model.cfg.text.layers)
+        sums, gram, squares = gptq.finite_sums(gptq._sums, layer, steps, "test"), 0.0, 0.0
+        for step, tapped, count in zip(steps, taps, counts, strict=True):
+            step.ours = layer.run(step.ours, step.given(number), "after")
+            found = normed(model, step.ours) if last else step.ours
+            np.testing.assert_allclose(found[step.mask == 1], of_rows(hidden[number + 1], batch, step), atol=1e-5)
+            attended, neurons = (read.reshape(*count.shape, -1).astype(np.float64) for read in tapped[number])
+            scaled = neurons * (count / np.mean(step.ours**2, axis=2))[..., None]
+            gram += np.einsum("bsi,bsj->ij", scaled, neurons)
+            squares += np.einsum("bsi,bs->i", attended**2, count) / sum(one.sum() for one in counts)
+        np.testing.assert_allclose(sums["down_proj"], gram, atol=1e-5 * gram.max())
+        mean = means[f"text/layers/{number}/self_attn/o_proj/weight"]
+        np.testing.assert_allclose(mean, squares, atol=1e-5 * squares.max())
+
+
+def many(model, seeds):
+    """Batches of two rows with an image each, padded."""
+    batches = [random_ids(model, seed) for seed in seeds]
+    return [one | {"attention_mask": np.pad(np.ones((2, 28), np.int32), ((0, 0), (0, 2)))} for one in batches]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reconstruction(goldens, family, monkeypatch):
+    """Features of the tower move with the cut: the dense stream has them behind layers 0 and 1, ours behind 0 and 2."""
+    teacher, _ = golden(goldens, family)
+    whole = [KeptLayer.whole(i, shape) for i, shape in enumerate(teacher.cfg.text.layers)]
+    pruned, plan = prune(teacher, [whole[0], whole[2], KeptLayer(3, (2, 3), (1,), tuple(range(40))), whole[4]])
+    steps = []
+
+    def seen(*arguments):
+        steps.extend(row_steps(*arguments))
+        return steps
+
+    monkeypatch.setattr(reconstruction, "row_steps", seen)
+    solved, report = vp.reconstruct(pruned, plan, teacher, many(teacher, range(16)), image_weight=1.0)
+    assert [(one["layer"], one["module"]) for one in report] == [(0, "down_proj"), (3, "o_proj"), (3, "down_proj")]
+    assert all(one["ridge"] is not None and one["error_after"] < one["error_before"] for one in report)
+    for step in (steps[0], steps[-1]):
+        real = step.mask == 1
+        for model, stream in ((teacher, step.dense), (solved, step.ours)):
+            expected = forward_of(model, step)[0][-1]
+            np.testing.assert_allclose(normed(model, stream)[real], expected[real], atol=2e-5)
+
+    def missing(model):
+        total = 0.0
+        for batch in many(teacher, range(30, 32)):
+            a, b = (vp.forward(one, **batch, want=("hidden",))[1]["hidden"][-1] for one in (model, teacher))
+            total += float((np.asarray(a - b) ** 2 * batch["attention_mask"][..., None]).sum())
+        return total
+
+    assert missing(solved) < 0.9 * missing(pruned)
+
+
+def test_towers_are_not_reconstructed(goldens):
+    model, batch = golden(goldens, "qwen3_vl")
+    scores = vp.score(model, criterion="l1", stack="vision")
+    plan = vp.make_plan(scores, model.cfg, method="width", ratio=0.02)
+    with pytest.raises(UserError, match="towers that take images of any size are not supported"):
+        vp.reconstruct(vp.apply_plan(model, plan), plan, model, [batch])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_search_counts_places_anew(goldens, family):
+    """What each cut costs is the loss of the model without these layers, whose first layers have the features."""
+    model, batch = golden(goldens, family)
+    arrays = {name: array for name, array in batch.items() if name != "labels"}
+    tokens = int((batch["labels"][:, 1:] != -100).sum())
+    options = {"prompt_weight": 1.0, "image_weight": 1.0, "answer_weight": 1.0}
+    cut = _Cut(model, row_steps(list(calibration_batches([batch], model.cfg, labels=True)), options), solved=False)
+    for gone in ([], [0]):
+        for layer in gone:
+            cut.remove(layer)
+        for layer in cut.kept:
+            left, _ = keep_layers(model, [i for i in cut.kept if i != layer])
+            expected = tokens * mean_loss(vp.forward(left, **arrays)[0], batch["labels"])
+            np.testing.assert_allclose(cut.loss_without(layer), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rounding_by_calibration(goldens, family, tmp_path):
+    source = goldens / "families" / family / "ckpt"
+    model, batches = vp.load(source), many(vp.load(source), range(12))
+    storage = vp.gptq(model, batches, quantize="w8a16", dtype="float32", image_weight=1.0)
+    vp.save(model, tmp_path / "gptq", source_dir=source, dtype="float32", storage=storage)
+    vp.save(model, tmp_path / "nearest", source_dir=source, dtype="float32", quantize="w8a16")
+
+    def error(name):
+        loaded = vp.load(tmp_path / name)
+        gaps = (np.asarray(vp.forward(one, **batch)[0]) for batch in batches[:4] for one in (loaded, model))
+        return sum(float(np.mean((a[:, :28] - b[:, :28]) ** 2)) for a, b in zip(gaps, gaps, strict=True))
+
+    assert error("gptq") < 0.9 * error("nearest")

@@ -34,9 +34,9 @@ from vlmprune_jax.hf.export.quantized import SCHEMES, make_storage
 from vlmprune_jax.hf.layout import Slot, by_key, make_slots
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch
 from vlmprune_jax.prune.criteria.calibration import calibration_batches, positive
-from vlmprune_jax.prune.layers import Layer, block, projection
+from vlmprune_jax.prune.layers import Given, Layer, block, projection
 from vlmprune_jax.prune.reconstruction import OPTIONS as RECONSTRUCT
-from vlmprune_jax.prune.reconstruction import Step, embed, names_of_rows, row_steps
+from vlmprune_jax.prune.steps import Step, embedded, names_of_rows, row_steps
 
 OPTIONS = {name: value for name, value in RECONSTRUCT.items() if name.endswith("_weight")}
 READ = ("self_attn", "mlp", "o_proj", "down_proj")
@@ -110,26 +110,20 @@ def gptq(
             codes |= found
             layer = dataclasses.replace(layer, params=layer.params | params)
             for step in steps:
-                step.ours = layer.run(step.ours, step.mask, "after")
+                step.ours = layer.run(step.ours, step.given(number), "after")
             if progress is not None:
                 progress(number + 1)
     return Rounded(**vars(storage), codes=codes)
 
 
 def embedded_steps(model: Model, batches: Iterable[Any], settings: Mapping[str, Any]) -> list[Step]:
-    """All rows of calibration batches, as they enter a model's decoder: `ours`. Weights of kinds are in `settings`.
-
-    Raises:
-      UserError: the model's images are of any size.
-    """
-    if model.cfg.any_size:
-        raise UserError("sums of calibration records of models whose images are of any size are not supported yet")
+    """All rows of calibration batches, as they enter a model's decoder: `ours`. Weights of kinds are in `settings`."""
     batches = list(batches)
     checked = list(calibration_batches(batches, model.cfg, labels=False))
-    steps, mesh = row_steps(checked, settings, names_of_rows(batches, checked)), mesh_of(model.params)
+    steps = row_steps(checked, settings, names_of_rows(batches, checked))
     positive(len(steps))
     for step in steps:
-        step.ours = np.array(whole(embed(model.params, place_batch(step.inputs, mesh), cfg=model.cfg, stack="text")))
+        step.ours, step.added_ours = embedded(step, model, "text")
     return steps
 
 
@@ -197,8 +191,8 @@ def reads(path: str, cfg: Any) -> str:
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
-def _sums(params: Mapping[str, jax.Array], x: jax.Array, mask: jax.Array, weight: jax.Array, *, cfg: TextConfig):
-    _, after, inputs = block(params, x, mask, cfg, READ)
+def _sums(params: Mapping[str, jax.Array], x: jax.Array, weight: jax.Array, given: Given, *, cfg: TextConfig):
+    _, after, inputs = block(params, x, given, cfg, READ)
     counts = weight[..., None] > 0
 
     def gram(name: str) -> jax.Array:
@@ -212,15 +206,15 @@ def _sums(params: Mapping[str, jax.Array], x: jax.Array, mask: jax.Array, weight
 def finite_sums(
     sums: Callable[..., dict[str, jax.Array]], layer: Layer, steps: Sequence[Step], what: str
 ) -> dict[str, np.ndarray]:
-    """`sums(params, x, mask, weight, cfg=)` of a layer over all rows, in float64; `what` is at work.
+    """`sums(params, x, weight, given, cfg=)` of a layer over all rows, in float64; `what` is at work.
 
     Raises:
       UserError: what a row gives is not finite.
     """
     totals: dict[str, np.ndarray] = {}
     for step in steps:
-        arrays = {"x": step.ours, "mask": step.mask, "weight": step.weight}
-        for name, one in sums(layer.params, **place_batch(arrays, layer.mesh), cfg=layer.cfg).items():
+        placed, given = place_batch({"x": step.ours, "weight": step.weight}, layer.mesh), step.given(layer.number)
+        for name, one in sums(layer.params, **placed, given=given.placed(layer.mesh), cfg=layer.cfg).items():
             own = np.asarray(whole(one), np.float64)
             if not np.isfinite(own).all():
                 raise UserError(

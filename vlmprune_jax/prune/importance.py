@@ -21,7 +21,7 @@ from vlmprune_jax.hf.export.imatrix import Importance
 from vlmprune_jax.hf.layout import make_slots
 from vlmprune_jax.models.vlm import Model, mesh_of
 from vlmprune_jax.prune.gptq import OPTIONS, READ, embedded_steps, finite_sums, inside, reads
-from vlmprune_jax.prune.layers import Layer, block
+from vlmprune_jax.prune.layers import Given, Layer, block
 
 
 def importance(
@@ -54,7 +54,7 @@ def importance(
                 if slot.layer == number and len(slot.hf_shape) == 2:
                     means[slot.name] = sums[reads(inside(slot), layer.cfg)] / weight
             for step in steps:
-                step.ours = layer.run(step.ours, step.mask, "after")
+                step.ours = layer.run(step.ours, step.given(number), "after")
             if progress is not None:
                 progress(number + 1)
     rows = sum(int((step.weight > 0).any(axis=1).sum()) for step in steps)
@@ -62,8 +62,8 @@ def importance(
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
-def _squares(params: Mapping[str, jax.Array], x: jax.Array, mask: jax.Array, weight: jax.Array, *, cfg: TextConfig):
-    _, _, inputs = block(params, x, mask, cfg, READ)
+def _squares(params: Mapping[str, jax.Array], x: jax.Array, weight: jax.Array, given: Given, *, cfg: TextConfig):
+    _, _, inputs = block(params, x, given, cfg, READ)
 
     def of(name: str) -> jax.Array:
         read = inputs[name].reshape(*x.shape[:2], -1)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from vlmprune_jax.config import TextConfig, VisionConfig, runs
 from vlmprune_jax.distributed.mesh import whole
@@ -21,6 +22,22 @@ from vlmprune_jax.models.vision import SCALES, VisionTower
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch
 
 STREAM = ("batch", "sequence", None)
+
+
+class Given(NamedTuple):
+    """What a layer is given beside the stream.
+
+    `mask`: int[rows, seq], 1 = real token; `positions`: int[rows, 3, seq], None where they count along the mask;
+    `added`: float[rows, seq, embed], what is added to its output (None: nothing). Towers look at none of them.
+    """
+
+    mask: Any
+    positions: Any = None
+    added: Any = None
+
+    def placed(self, mesh: Mesh | None) -> Given:
+        """The same on the device, or split over a mesh."""
+        return Given(**place_batch(self._asdict(), mesh))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +65,10 @@ class Layer:
         params = {path: leaf.astype(jnp.float32) for path, leaf in own.items()}
         return cls(number, params, cfg.alone(shape), dtype, mesh_of(model.params))
 
-    def run(self, x: np.ndarray, mask: np.ndarray, what: str) -> np.ndarray:
+    def run(self, x: np.ndarray, given: Given, what: str) -> np.ndarray:
         """The stream "after" the layer, or in its "middle", between attention and MLP: float32[rows, seq, embed]."""
-        placed = place_batch({"x": x, "mask": mask}, self.mesh)
-        return np.array(whole(_run(self.params, placed["x"], placed["mask"], cfg=self.cfg, what=what)))
+        placed = place_batch({"x": x}, self.mesh)["x"]
+        return np.array(whole(_run(self.params, placed, given.placed(self.mesh), cfg=self.cfg, what=what)))
 
     def projection(self, module: str) -> str:
         """Path of the projection in the layer that a tap calls "o_proj" or "down_proj"."""
@@ -92,11 +109,11 @@ def projection(cfg: TextConfig | VisionConfig, module: str) -> str:
 def block(
     params: Mapping[str, jax.Array],
     x: jax.Array,
-    mask: jax.Array,
+    given: Given,
     cfg: TextConfig | VisionConfig,
     read: tuple[str, ...],
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """(stream in the middle, stream after, what the projections `read`) of one layer; a tower has no `mask`."""
+    """(stream in the middle, stream after, what the projections `read`) of one layer."""
     inputs: dict[str, jax.Array]
     if isinstance(cfg, VisionConfig):
         apply, state = nnx.eval_shape(lambda: VisionTower(cfg)).run_parts("0")
@@ -106,8 +123,11 @@ def block(
         decoder = nnx.eval_shape(lambda: Decoder(cfg, None))
         apply, state = decoder.run_parts("0")
         nnx.replace_by_pure_dict(state, unflatten(params))
-        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-        after, _, inputs = apply(state, x, decoder.context(positions, mask), None, ("o_proj", *read))
+        positions = given.positions
+        if positions is None:
+            positions = jnp.maximum(jnp.cumsum(given.mask, axis=1) - 1, 0)
+        after, _, inputs = apply(state, x, decoder.context(positions, given.mask), None, ("o_proj", *read))
+        after = after if given.added is None else after + given.added
     out = projection(cfg, "o_proj")
     attended = jnp.einsum("bsqh,eqh->bse", inputs["o_proj"], params[f"{out}/weight"])
     if f"{out}/bias" in params:
@@ -118,8 +138,8 @@ def block(
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "what"))
-def _run(params, x, mask, *, cfg, what):
-    middle, after, _ = block(params, x, mask, cfg, ())
+def _run(params, x, given, *, cfg, what):
+    middle, after, _ = block(params, x, given, cfg, ())
     return middle if what == "middle" else after
 
 

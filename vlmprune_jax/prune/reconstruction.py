@@ -9,8 +9,9 @@ A tower is solved for before the decoder, over the positions of all images, whic
 what the solved tower sees, and its dense stream what the dense tower sees.
 
 Layer by layer two residual streams, the dense model's and the pruned one's, lie on the host, float32[rows, seq, embed]
-each, of a tower float32[images, positions, width] (2.4 MB an image of CLIP ViT-L at 336 pixels). On the device are one
-layer of either, the activations of a batch, and for one module at a time the sums G = sum w x x^T [in, in] and
+each, of a tower float32[images, positions, width] (2.4 MB an image of CLIP ViT-L at 336 pixels), and as much as one of
+them for each of the first layers to whose outputs features of the tower are added (Qwen3-VL: three). On the device are
+one layer of either, the activations of a batch, and for one module at a time the sums G = sum w x x^T [in, in] and
 C = sum w x r^T [in, embed], of the fitted and of the held-out rows: 8 * in * (in + embed) bytes in all. Tokens are
 weighted by 1 / mean(h^2), by which the next norm divides anyway: otherwise the few tokens with a massive residual would
 decide everything.
@@ -20,10 +21,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -31,20 +31,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.checks import with_defaults
-from vlmprune_jax.config import IGNORED, ModelConfig
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.mesh import whole, within
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.decoder import TAP_INPUTS
 from vlmprune_jax.models.params import param_shapes
-from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, to_nnx
-from vlmprune_jax.prune.criteria.activations import real_images
-from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, PADDING, PROMPT, Arrays, calibration_batches
-from vlmprune_jax.prune.layers import STREAM, Layer, block, with_layers
+from vlmprune_jax.models.vlm import Model, mesh_of, place_batch
+from vlmprune_jax.prune.criteria.calibration import calibration_batches
+from vlmprune_jax.prune.layers import Layer, block, with_layers
 from vlmprune_jax.prune.plan import KeptStack, PrunePlan
 from vlmprune_jax.prune.ridge import RIDGES, Sums, held_out_errors
 from vlmprune_jax.prune.ridge import change as solve
+from vlmprune_jax.prune.steps import Step, embedded, image_steps, names_of_rows, row_steps
 from vlmprune_jax.prune.surgery import check_plan_is_for
 
 OPTIONS: dict[str, Any] = {"held_out": 0.125, "prompt_weight": 1.0, "image_weight": 0.1, "answer_weight": 1.0}
@@ -92,8 +91,11 @@ def reconstruct(
     mesh = mesh_of(pruned.params)
     if mesh is None:
         pruned, teacher = (m.replace(params=jax.tree.map(jnp.asarray, m.params)) for m in (pruned, teacher))
-    if pruned.cfg.any_size:
-        raise UserError("reconstruct: models whose images are of any size are not supported: leave it out")
+    if pruned.cfg.any_size and "vision" in _stacks(plan):
+        raise UserError(
+            "reconstruct: towers that take images of any size are not supported: prune the decoder alone, or leave it "
+            "out"
+        )
     batches = list(batches)
     checked = list(calibration_batches(batches, pruned.cfg, labels=False))
     names = names_of_rows(batches, checked)
@@ -103,18 +105,23 @@ def reconstruct(
             steps = (
                 row_steps(checked, settings, names)
                 if stack == "text"
-                else _image_steps(checked, pruned.cfg, settings, names)
+                else image_steps(checked, pruned.cfg, settings, names)
             )
-            for step in steps:
-                step.dense, step.ours = (
-                    np.array(whole(embed(m.params, place_batch(step.inputs, mesh), cfg=m.cfg, stack=stack)))
-                    for m in (teacher, pruned)
-                )
+            _enter(steps, teacher, pruned, stack)
             tick = lambda: None if progress is None else progress(next(done))  # noqa: E731
             solved, told = _solve(stack, plan.stacks[stack], teacher, pruned, steps, store, tick)
             pruned = with_layers(pruned, stack, solved)
             report += [{"stack": stack, **one} for one in told]
     return pruned, report
+
+
+def _enter(steps: Sequence[Step], teacher: Model, pruned: Model, stack: str) -> None:
+    """Both streams before the first layer of a stack, and what is added to them on their way."""
+    for step in steps:
+        step.dense, step.added_dense = embedded(step, teacher, stack)
+        step.ours, ours = embedded(step, pruned, stack)
+        same = step.added_dense is not None and ours is not None and np.array_equal(step.added_dense, ours)
+        step.added_ours = step.added_dense if same else ours  # of one tower: in memory once
 
 
 def _solve(
@@ -134,13 +141,13 @@ def _solve(
         layer = dataclasses.replace(Layer.of(pruned, stack, number), number=first)
         for module in _modules(kept, number):
             key = f"{number}/{module}" if stack == "text" else f"{stack}/{number}/{module}"
-            change, told = store.change(key, functools.partial(solve_for, layer, module, steps))
+            change, told = store.change(key, functools.partial(solve_for, layer, module, steps, number))
             report.append({"layer": first, "module": module, **told, **_counts(layer, module, steps)})
             if change is not None:
                 layer = layer.changed(module, change)
                 solved[number] = layer.written
         for step in steps:
-            step.ours = layer.run(step.ours, step.mask, "after")
+            step.ours = layer.run(step.ours, step.given(number), "after")
         tick()
     return solved, report
 
@@ -175,144 +182,14 @@ def _modules(kept: KeptStack, number: int) -> list[str]:
     return [module for module in TAP_INPUTS if lost[module]]
 
 
-@dataclasses.dataclass
-class Step:
-    """Rows that go through the device together, and where both streams are: float32[rows, seq, embed] on the host.
-
-    `inputs`: what the models embed. `mask`, and of text `labels` with -100 where there is none: int32[rows, seq].
-    `weight`: float32[rows, seq], what each token counts. `names`: what messages call the rows. `middle`:
-    the dense stream between attention and MLP of the layer at work.
-    """
-
-    inputs: dict[str, Any]
-    mask: np.ndarray
-    weight: np.ndarray
-    names: list[str]
-    held_out: bool
-    labels: np.ndarray | None = None
-    dense: np.ndarray = dataclasses.field(init=False)
-    ours: np.ndarray = dataclasses.field(init=False)
-    middle: np.ndarray = dataclasses.field(init=False)
-
-
-def names_of_rows(batches: Sequence[Any], checked: Sequence[Arrays]) -> list[str]:
-    """What messages call the rows of the batches: by their records, where the batches tell them."""
-    names = list[str]()
-    for batch, arrays in zip(batches, checked, strict=True):
-        ids = getattr(batch, "record_ids", None) or [""] * len(arrays["kind"])
-        names += [f"record {name}" if name else f"row {len(names) + at}" for at, name in enumerate(ids)]
-    return names
-
-
-def row_steps(batches: Sequence[Arrays], settings: Mapping[str, Any], names: Sequence[str] | None = None) -> list[Step]:
-    """All rows, those to fit to and those to hold out apart, as many at a time as the first batch has.
-
-    Without a `held_out` in the settings none is held out.
-    """
-    rows = [
-        {name: array[row] for name, array in arrays.items()} for arrays in batches for row in range(len(arrays["kind"]))
-    ]
-    names = names or [f"row {number}" for number in range(len(rows))]
-    rows = [row | {"name": name} for name, row in zip(names, rows, strict=True) if row["attention_mask"].any()]
-    # By content, so that the order of the rows is immaterial.
-    rows.sort(key=lambda row: hashlib.sha256(row["input_ids"][row["attention_mask"] == 1].tobytes()).digest())
-    weight_of = np.zeros(4, np.float32)
-    for kind, name in ((PROMPT, "prompt"), (IMAGE, "image"), (ANSWER, "answer")):
-        weight_of[kind] = settings[f"{name}_weight"]
-    size = len(batches[0]["kind"])
-    return [
-        _step(chosen[at : at + size], size, weight_of, held_out)
-        for chosen, held_out in _parted(rows, settings, "rows")
-        for at in range(0, len(chosen), size)
-    ]
-
-
-def _step(rows: Sequence[Mapping[str, Any]], size: int, weight_of: np.ndarray, held_out: bool) -> Step:
-    """Rows padded to the longest of them and to `size` rows."""
-    arrays = {}
-    for name, fill in (("input_ids", 0), ("attention_mask", 0), ("kind", PADDING), ("labels", IGNORED)):
-        arrays[name] = np.full((size, max(len(row["kind"]) for row in rows)), fill, np.int32)
-        for at, row in enumerate(rows):
-            if name in row:
-                arrays[name][at, : len(row[name])] = row[name]
-    images = [(at, row["pixel_values"]) for at, row in enumerate(rows) if "pixel_values" in row]
-    pixels = None
-    if images:
-        pixels = np.zeros((size, max(len(p) for _, p in images), *images[0][1].shape[1:]), np.float32)
-        for at, own in images:
-            pixels[at, : len(own)] = own
-    mask, names = arrays["attention_mask"], [row["name"] for row in rows]
-    inputs = {"input_ids": arrays["input_ids"], "pixel_values": pixels}
-    return Step(inputs, mask, weight_of[arrays["kind"]], names, held_out, arrays["labels"])
-
-
-def _image_steps(
-    batches: Sequence[Arrays], cfg: ModelConfig, settings: Mapping[str, Any], names: Sequence[str]
-) -> list[Step]:
-    """The images of all rows, each once, since one that is fitted to must not be held out as well."""
-    images = dict[bytes, tuple[np.ndarray, str]]()
-    row = 0
-    for arrays in batches:
-        pixels = arrays.get("pixel_values")
-        if pixels is not None:
-            for at, real in enumerate(real_images(arrays["kind"], pixels.shape[1], cfg.tokens_per_image)):
-                images |= {hashlib.sha256(one.tobytes()).digest(): (one, names[row + at]) for one in pixels[at, real]}
-        row += len(arrays["kind"])
-    chosen = [images[key] for key in sorted(images)]
-    assert cfg.vision is not None
-    size, positions = len(batches[0]["kind"]), cfg.vision.n_patches + cfg.vision.class_token
-    steps = []
-    for part, held_out in _parted(chosen, settings, "images"):
-        for at in range(0, len(part), size):
-            own = part[at : at + size]
-            pixels = np.zeros((size, *own[0][0].shape), np.float32)
-            pixels[: len(own)] = [image for image, _ in own]
-            real = np.repeat((np.arange(size) < len(own))[:, None], positions, axis=1)
-            steps.append(
-                Step(
-                    {"pixel_values": pixels},
-                    real.astype(np.int32),
-                    real.astype(np.float32),
-                    [name for _, name in own],
-                    held_out,
-                )
-            )
-    return steps
-
-
-def _parted(chosen: Sequence[Any], settings: Mapping[str, Any], what: str) -> tuple[tuple[Sequence[Any], bool], ...]:
-    """(those to fit to, False) and (those to hold out, True).
-
-    Raises:
-      UserError: there are fewer than two.
-    """
-    if "held_out" not in settings:
-        return ((chosen, False),)
-    n_held = min(max(1, round(settings["held_out"] * len(chosen))), len(chosen) - 1)
-    if n_held < 1:
-        raise UserError(f"reconstruct needs at least 2 calibration {what}: one to fit to and one to hold out")
-    return (chosen[n_held:], False), (chosen[:n_held], True)
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "stack"))
-def embed(params, inputs, *, cfg, stack):
-    module = to_nnx(Model(params, cfg))
-    if stack == "vision":
-        dtype = jax.tree.leaves(params["vision"])[0].dtype
-        x = module.vision.embed(inputs["pixel_values"].astype(dtype))
-    else:
-        x, *_ = module.embed(inputs["input_ids"], inputs["pixel_values"])
-    return constrain(x.astype(jnp.float32), STREAM)
-
-
 def _advance(steps: Sequence[Step], teacher: Model, stack: str, layers: range) -> None:
     """The dense streams behind these layers, and between attention and MLP of the first."""
     for number in layers:
         layer = Layer.of(teacher, stack, number)
         for step in steps:
             if number == layers.start:
-                step.middle = layer.run(step.dense, step.mask, "middle")
-            step.dense = layer.run(step.dense, step.mask, "after")
+                step.middle = layer.run(step.dense, step.given(number, dense=True), "middle")
+            step.dense = layer.run(step.dense, step.given(number, dense=True), "after")
 
 
 class _Store:
@@ -336,8 +213,8 @@ class _Store:
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "module", "bias"))
-def _sums(params, x, target, mask, weight, *, cfg, module, bias):
-    middle, after, inputs = block(params, x, mask, cfg, (module,))
+def _sums(params, x, target, weight, given, *, cfg, module, bias):
+    middle, after, inputs = block(params, x, given, cfg, (module,))
     residual = target - (middle if module == "o_proj" else after)
     read = inputs[module].reshape(*x.shape[:2], -1)
     if bias:
@@ -353,10 +230,12 @@ def _sums(params, x, target, mask, weight, *, cfg, module, bias):
     return Sums(constrain(gram, ("mlp", None)), constrain(cross, ("mlp", None)), constrain(energy, ()))
 
 
-def solve_for(layer: Layer, module: str, steps: Sequence[Step]) -> tuple[np.ndarray | None, Told]:
-    """float32[in (+ 1), embed] to add to a weight (and its bias), or None where nothing lessens the held-out error."""
-    bias = f"{layer.projection(module)}/bias" in layer.params
-    fit, held = (_total(layer, module, bias, [one for one in steps if one.held_out == out]) for out in (False, True))
+def solve_for(layer: Layer, module: str, steps: Sequence[Step], place: int) -> tuple[np.ndarray | None, Told]:
+    """float32[in (+ 1), embed] to add to a weight (and its bias), or None where nothing lessens the held-out error.
+
+    `place`: the layer's among those that are left.
+    """
+    fit, held = (_total(layer, module, [one for one in steps if one.held_out == out], place) for out in (False, True))
     stream = layer.cfg.hidden_size * float(sum(one.weight.sum() for one in steps if one.held_out))
     errors = np.asarray(held_out_errors(fit, held, jnp.asarray(RIDGES, jnp.float32)), np.float64)
     best, before = int(np.nanargmin(np.append(errors, 0.0))), float(held.energy) / stream
@@ -367,21 +246,18 @@ def solve_for(layer: Layer, module: str, steps: Sequence[Step]) -> tuple[np.ndar
     return np.array(whole(change)), told
 
 
-def _total(layer: Layer, module: str, bias: bool, steps: Sequence[Step]) -> Sums:
+def _total(layer: Layer, module: str, steps: Sequence[Step], place: int) -> Sums:
     """Sums over these rows, `energy` over all of them.
 
     Raises:
       UserError: what a row gives is not finite.
     """
-    totals = None
+    totals, bias = None, f"{layer.projection(module)}/bias" in layer.params
     for step in steps:
-        arrays = {
-            "x": step.ours,
-            "target": step.middle if module == "o_proj" else step.dense,
-            "mask": step.mask,
-            "weight": step.weight,
-        }
-        sums = _sums(layer.params, **place_batch(arrays, layer.mesh), cfg=layer.cfg, module=module, bias=bias)
+        target = step.middle if module == "o_proj" else step.dense
+        placed = place_batch({"x": step.ours, "target": target, "weight": step.weight}, layer.mesh)
+        given = step.given(place).placed(layer.mesh)
+        sums = _sums(layer.params, **placed, given=given, cfg=layer.cfg, module=module, bias=bias)
         energy = np.asarray(sums.energy)
         wrong = [name for name, one in zip(step.names, energy, strict=False) if not math.isfinite(one)]
         if wrong:

@@ -82,7 +82,7 @@ def test_on_a_mesh_the_order_is_the_same():
 
 
 @pytest.mark.parametrize(("options", "line"), [
-    ({"search": 5}, "search=5 must be below the 5 layers"), ({"candidates": 0}, "candidates=0 at least 1"),
+    ({"search": 5}, "search=5 must be at most 4 of the 5 layers"), ({"candidates": 0}, "candidates=0 at least 1"),
 ])  # fmt: skip
 def test_options_out_of_range(options, line):
     with pytest.raises(UserError, match=line):

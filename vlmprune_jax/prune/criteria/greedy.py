@@ -17,14 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmprune_jax.distributed.mesh import whole, within
+from vlmprune_jax.distributed.mesh import within
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.cross_entropy import cross_entropy_sum
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, to_nnx
 from vlmprune_jax.prune.criteria.calibration import Arrays
 from vlmprune_jax.prune.criteria.criterion import Criterion, Parts
 from vlmprune_jax.prune.layers import Layer
-from vlmprune_jax.prune.reconstruction import OPTIONS, Step, embed, row_steps, solve_for
+from vlmprune_jax.prune.reconstruction import OPTIONS, solve_for
+from vlmprune_jax.prune.steps import Step, embedded, row_steps
 
 _CHUNK = 256  # positions whose float32 logits exist at once
 States = list[np.ndarray]  # of the steps: float32[rows, seq, embed]
@@ -52,10 +53,12 @@ def greedy_loss(
       UserError: options out of range, too few rows to solve for, or a loss that is not finite.
     """
     n_layers = len(model.cfg.text.layers)
-    rounds = n_layers // 2 if search is None else search
-    if not 0 <= rounds < n_layers or candidates < 1:
+    most = n_layers - max(1, model.cfg.deepstack)  # features of the tower go to so many layers
+    rounds = min(n_layers // 2, most) if search is None else search
+    if not 0 <= rounds <= most or candidates < 1:
         raise UserError(
-            f"greedy_loss: search={search} must be below the {n_layers} layers and candidates={candidates} at least 1"
+            f"greedy_loss: search={search} must be at most {most} of the {n_layers} layers and candidates={candidates} "
+            "at least 1"
         )
     if mesh_of(model.params) is None:
         model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
@@ -87,13 +90,10 @@ class _Cut:
         self.kept = list(range(len(model.cfg.text.layers)))
         self._model, self._steps, self._solved = model, steps, solved
         self._changed = dict[int, Layer]()
-        mesh = mesh_of(model.params)
-        x = [
-            np.array(whole(embed(model.params, place_batch(step.inputs, mesh), cfg=model.cfg, stack="text")))
-            for step in steps
-        ]
+        for step in steps:
+            step.ours, step.added_ours = embedded(step, model, "text")
         self._before = dict[int, States]()
-        self._fill(0, x)
+        self._fill(0, [step.ours for step in steps])
         self._dense = dict(self._before) if solved else {}
         self.loss = self._loss(self._before[len(self.kept)])
         if not math.isfinite(self.loss):
@@ -105,8 +105,8 @@ class _Cut:
         """Summed cross-entropy without it; infinite if it is no number."""
         place = self.kept.index(layer)
         _, x = self._closed(place)
-        for number in self.kept[place + 1 :]:
-            x = self._run(self._layer(number), x)
+        for now, number in enumerate(self.kept[place + 1 :], start=place):
+            x = self._run(self._layer(number), now, x)
         loss = self._loss(x)
         return loss if math.isfinite(loss) else math.inf
 
@@ -122,9 +122,9 @@ class _Cut:
 
     def _fill(self, place: int, x: States) -> None:
         """What enters the layers from this place on, and what leaves the last one."""
-        for number in self.kept[place:]:
+        for now, number in enumerate(self.kept[place:], start=place):
             self._before[number] = x
-            x = self._run(self._layer(number), x)
+            x = self._run(self._layer(number), now, x)
         self._before[len(self._model.cfg.text.layers)] = x
 
     def _closed(self, place: int) -> tuple[Layer | None, States]:
@@ -136,15 +136,16 @@ class _Cut:
         for step, ours, dense in zip(self._steps, self._before[before], self._dense[after], strict=True):
             step.ours, step.dense = ours, dense
         layer = Layer.of(self._model, "text", before)  # not as an earlier cut has changed it: this one is wider
-        change, _ = solve_for(layer, "down_proj", self._steps)
+        change, _ = solve_for(layer, "down_proj", self._steps, place - 1)
         layer = layer if change is None else layer.changed("down_proj", change)
-        return layer, self._run(layer, self._before[before])
+        return layer, self._run(layer, place - 1, self._before[before])
 
     def _layer(self, number: int) -> Layer:
         return self._changed.get(number) or Layer.of(self._model, "text", number)
 
-    def _run(self, layer: Layer, x: States) -> States:
-        return [layer.run(one, step.mask, "after") for one, step in zip(x, self._steps, strict=True)]
+    def _run(self, layer: Layer, place: int, x: States) -> States:
+        """What it makes of the streams at a place among the layers that are left."""
+        return [layer.run(one, step.given(place), "after") for one, step in zip(x, self._steps, strict=True)]
 
     def _loss(self, x: States) -> float:
         mesh, total = mesh_of(self._model.params), 0.0

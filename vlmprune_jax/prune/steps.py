@@ -1,0 +1,179 @@
+"""Calibration rows as they go through a stack layer by layer: some at a time, between layers on the host."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlmprune_jax.config import IGNORED, ModelConfig
+from vlmprune_jax.distributed.mesh import whole
+from vlmprune_jax.distributed.rules import constrain
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, to_nnx
+from vlmprune_jax.prune.criteria.activations import real_images
+from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, PADDING, PROMPT, Arrays
+from vlmprune_jax.prune.layers import STREAM, Given
+
+
+@dataclasses.dataclass
+class Step:
+    """Rows that go through the device together, and where both streams are: float32[rows, seq, embed] on the host.
+
+    `inputs`: what the models embed. `mask`, and of text `labels` with -100 where there is none: int32[rows, seq].
+    `weight`: float32[rows, seq], what each token counts. `names`: what messages call the rows. `positions`:
+    int32[rows, 3, seq] where images have rows and columns. `middle`: the dense stream between attention and MLP of the
+    layer at work. `added_dense`, `added_ours`: float32[n, rows, seq, embed], what is added to the outputs of the first
+    n layers of either model, whatever their number in the other.
+    """
+
+    inputs: dict[str, Any]
+    mask: np.ndarray
+    weight: np.ndarray
+    names: list[str]
+    held_out: bool
+    labels: np.ndarray | None = None
+    positions: np.ndarray | None = None
+    dense: np.ndarray = dataclasses.field(init=False)
+    ours: np.ndarray = dataclasses.field(init=False)
+    middle: np.ndarray = dataclasses.field(init=False)
+    added_dense: np.ndarray | None = dataclasses.field(init=False, default=None)
+    added_ours: np.ndarray | None = dataclasses.field(init=False, default=None)
+
+    def given(self, place: int, *, dense: bool = False) -> Given:
+        """What the layer at a place of the pruned (or the `dense`) model is given beside the stream."""
+        added = self.added_dense if dense else self.added_ours
+        return Given(self.mask, self.positions, None if added is None or place >= len(added) else added[place])
+
+
+def names_of_rows(batches: Sequence[Any], checked: Sequence[Arrays]) -> list[str]:
+    """What messages call the rows of the batches: by their records, where the batches tell them."""
+    names = list[str]()
+    for batch, arrays in zip(batches, checked, strict=True):
+        ids = getattr(batch, "record_ids", None) or [""] * len(arrays["kind"])
+        names += [f"record {name}" if name else f"row {len(names) + at}" for at, name in enumerate(ids)]
+    return names
+
+
+def row_steps(batches: Sequence[Arrays], settings: Mapping[str, Any], names: Sequence[str] | None = None) -> list[Step]:
+    """All rows, those to fit to and those to hold out apart, as many at a time as the first batch has.
+
+    Without a `held_out` in the settings none is held out.
+    """
+    rows = [
+        {name: array[row] for name, array in arrays.items()} for arrays in batches for row in range(len(arrays["kind"]))
+    ]
+    names = names or [f"row {number}" for number in range(len(rows))]
+    rows = [row | {"name": name} for name, row in zip(names, rows, strict=True) if row["attention_mask"].any()]
+    # By content, so that the order of the rows is immaterial.
+    rows.sort(key=lambda row: hashlib.sha256(row["input_ids"][row["attention_mask"] == 1].tobytes()).digest())
+    weight_of = np.zeros(4, np.float32)
+    for kind, name in ((PROMPT, "prompt"), (IMAGE, "image"), (ANSWER, "answer")):
+        weight_of[kind] = settings[f"{name}_weight"]
+    size = len(batches[0]["kind"])
+    return [
+        _step(chosen[at : at + size], size, weight_of, held_out)
+        for chosen, held_out in _parted(rows, settings, "rows")
+        for at in range(0, len(chosen), size)
+    ]
+
+
+def _step(rows: Sequence[Mapping[str, Any]], size: int, weight_of: np.ndarray, held_out: bool) -> Step:
+    """Rows padded to the longest of them and to `size` rows."""
+    arrays = {}
+    for name, fill in (("input_ids", 0), ("attention_mask", 0), ("kind", PADDING), ("labels", IGNORED)):
+        arrays[name] = np.full((size, max(len(row["kind"]) for row in rows)), fill, np.int32)
+        for at, row in enumerate(rows):
+            if name in row:
+                arrays[name][at, : len(row[name])] = row[name]
+    mask, names = arrays["attention_mask"], [row["name"] for row in rows]
+    inputs = {name: _padded(rows, name, size) for name in ("pixel_values", "image_grid_thw")}
+    inputs["input_ids"] = arrays["input_ids"]
+    positions = _padded(rows, "position_ids", size)
+    return Step(inputs, mask, weight_of[arrays["kind"]], names, held_out, arrays["labels"], positions)
+
+
+def _padded(rows: Sequence[Mapping[str, Any]], name: str, size: int) -> np.ndarray | None:
+    """An array of rows, [size, ...], with zeros where one has less of it than another, or none; None: no row has it."""
+    parts = [(at, row[name]) for at, row in enumerate(rows) if name in row]
+    if not parts:
+        return None
+    array = np.zeros((size, *np.max([part.shape for _, part in parts], axis=0)), parts[0][1].dtype)
+    for at, part in parts:
+        array[at][tuple(map(slice, part.shape))] = part
+    return array
+
+
+def image_steps(
+    batches: Sequence[Arrays], cfg: ModelConfig, settings: Mapping[str, Any], names: Sequence[str]
+) -> list[Step]:
+    """The images of all rows, each once, since one that is fitted to must not be held out as well."""
+    images = dict[bytes, tuple[np.ndarray, str]]()
+    row = 0
+    for arrays in batches:
+        pixels = arrays.get("pixel_values")
+        if pixels is not None:
+            for at, real in enumerate(real_images(arrays["kind"], pixels.shape[1], cfg.tokens_per_image)):
+                images |= {hashlib.sha256(one.tobytes()).digest(): (one, names[row + at]) for one in pixels[at, real]}
+        row += len(arrays["kind"])
+    chosen = [images[key] for key in sorted(images)]
+    assert cfg.vision is not None
+    size, positions = len(batches[0]["kind"]), cfg.vision.n_patches + cfg.vision.class_token
+    steps = []
+    for part, held_out in _parted(chosen, settings, "images"):
+        for at in range(0, len(part), size):
+            own = part[at : at + size]
+            pixels = np.zeros((size, *own[0][0].shape), np.float32)
+            pixels[: len(own)] = [image for image, _ in own]
+            real = np.repeat((np.arange(size) < len(own))[:, None], positions, axis=1)
+            steps.append(
+                Step(
+                    {"pixel_values": pixels},
+                    real.astype(np.int32),
+                    real.astype(np.float32),
+                    [name for _, name in own],
+                    held_out,
+                )
+            )
+    return steps
+
+
+def _parted(chosen: Sequence[Any], settings: Mapping[str, Any], what: str) -> tuple[tuple[Sequence[Any], bool], ...]:
+    """(those to fit to, False) and (those to hold out, True).
+
+    Raises:
+      UserError: there are fewer than two.
+    """
+    if "held_out" not in settings:
+        return ((chosen, False),)
+    n_held = min(max(1, round(settings["held_out"] * len(chosen))), len(chosen) - 1)
+    if n_held < 1:
+        raise UserError(f"reconstruct needs at least 2 calibration {what}: one to fit to and one to hold out")
+    return (chosen[n_held:], False), (chosen[:n_held], True)
+
+
+def embedded(step: Step, model: Model, stack: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """(stream before the first layer of a model's stack, what its first layers add) of a step's rows."""
+    placed = place_batch(step.inputs, mesh_of(model.params))
+    x, added = _embed(model.params, placed, cfg=model.cfg, stack=stack)
+    return np.array(whole(x)), None if added is None else np.array(whole(added))
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "stack"))
+def _embed(params, inputs, *, cfg, stack):
+    module, added = to_nnx(Model(params, cfg)), None
+    if stack == "vision":
+        dtype = jax.tree.leaves(params["vision"])[0].dtype
+        x = module.vision.embed(inputs["pixel_values"].astype(dtype))
+    else:
+        grid = inputs["image_grid_thw"]
+        x, _, added = module.embed(inputs["input_ids"], inputs["pixel_values"], image_grid_thw=grid)
+    if added is not None:
+        added = constrain(added.astype(jnp.float32), (None, *STREAM))
+    return constrain(x.astype(jnp.float32), STREAM), added
