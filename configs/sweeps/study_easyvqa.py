@@ -75,8 +75,10 @@ def of_decoder(folder, shares):
 
 
 def named(recoveries):
-    """The recoveries, called in tables as they are here."""
-    return {name: {"recover.name": name, **settings} for name, settings in recoveries.items()}
+    """The recoveries, called in tables as they are here, without what reconstruction alone says of itself there."""
+    return {
+        name: {"recover.name": name.removeprefix("reconstruct_"), **settings} for name, settings in recoveries.items()
+    }
 
 
 def seeded(hyper, seeds):
