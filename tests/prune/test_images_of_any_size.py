@@ -209,6 +209,11 @@ def test_reconstruction(goldens, family, monkeypatch):
     solved, report = vp.reconstruct(pruned, plan, teacher, many(teacher, range(16)), image_weight=1.0)
     assert [(one["layer"], one["module"]) for one in report] == [(0, "down_proj"), (3, "o_proj"), (3, "down_proj")]
     assert all(one["ridge"] is not None and one["error_after"] < one["error_before"] for one in report)
+    errors, weights = [], [step.weight for step in steps if step.held_out]
+    for step in (step for step in steps if step.held_out):
+        dense, ours = (forward_of(model, step)[0][at] for model, at in ((teacher, 2), (pruned, 1)))
+        errors.append(np.mean((dense - ours) ** 2, axis=2) / np.mean(dense**2, axis=2))
+    np.testing.assert_allclose(report[0]["error_before"], np.average(errors, weights=weights), rtol=1e-4)
     for step in (steps[0], steps[-1]):
         real = step.mask == 1
         for model, stream in ((teacher, step.dense), (solved, step.ours)):
