@@ -22,7 +22,7 @@ def get_config(folder: str = ".cache/smollm2-135m") -> ConfigDict:
     common = {
         "augment": "flip_shift",
         "words": 0,
-        "decoder_layers": 30,
+        "decoder_layers": 1000,  # all that there are
         "keeps": ".*",
         "weight_decay": 0.0,
         "warmup_ratio": 0.03,

@@ -115,9 +115,8 @@ def _write_tokenizer(language: Path, folder: Path, *, words: int) -> dict[str, i
     end = next((end for end in ends if end in known), None)
     if end is None:
         raise UserError(f"{language}: its tokenizer has none of {', '.join(ends)}, which end an answer")
-    while (
-        IMAGE_TOKEN not in known and tokenizer.get_vocab_size() < words
-    ):  # ids that the embeddings have and the tokenizer does not
+    # ids that the embeddings have and the tokenizer does not
+    while IMAGE_TOKEN not in known and tokenizer.get_vocab_size() < words:
         tokenizer.add_tokens([f"<unused{tokenizer.get_vocab_size()}>"])
     tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
     tokenizer.save(str(folder / TOKENIZER))

@@ -336,6 +336,7 @@ def test_what_the_file_says(tmp_path):
     assert fields["general.license.link"] == "https://x.org/L"
     assert fields["general.name"] == "org/My-Phi 3 7B"  # by the other spelling llama.cpp takes it for a Phi-3
     assert fields["llama.context_length"] == 11
+    assert "Rows of 56 neurons are no whole blocks of 32" in (tmp_path / "out/README.md").read_text()
     assert fields["general.file_type"] == 32
     assert (fields["tokenizer.ggml.eos_token_id"], fields["tokenizer.ggml.eot_token_id"]) == (2, 5)
     assert "USER:" in fields["tokenizer.chat_template"]

@@ -131,8 +131,8 @@ def text_remarks(text: TextConfig, architecture: Architecture) -> tuple[str, ...
     if broken:
         named = ", ".join(map(str, broken[:3])) + (" ..." if len(broken) > 3 else "")
         remarks.append(
-            f"Rows of {named} neurons are no whole blocks of {_BLOCK}, with which llama.cpp is slower than they are "
-            'long. `prune.snap_for="gguf"` plans widths that are.'
+            f"Rows of {named} neurons are no whole blocks of {_BLOCK}, and llama.cpp takes longer with them than "
+            'their length says. `prune.snap_for="gguf"` plans widths that are.'
         )
     if text.rope.kind == "longrope":
         remarks.append(
