@@ -160,7 +160,14 @@ QWEN2_5_VL = Family(
     image_processors=("Qwen2VL",),
     images="patches",
     recipe={**RECIPE, "data": {"max_length": 4096, "max_image_tokens": 1280}},
-    decoder=Decoder(_DECODER, "Qwen2_5_VLForConditionalGeneration", _text_from_hf, _text_to_hf, llama_like_weights),
+    decoder=Decoder(
+        _DECODER,
+        "Qwen2_5_VLForConditionalGeneration",
+        _text_from_hf,
+        _text_to_hf,
+        llama_like_weights,
+        derives_head_dim=("transformers", "vllm"),
+    ),
     stock=Stock(
         "Qwen2_5_VLForConditionalGeneration",
         "AutoModelForImageTextToText",

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 import vlmprune_jax as vp
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.hf.export.loads import TARGETS, what_loads
+from vlmprune_jax.hf.read import read_config
 
 # Heads that make up the hidden size, as engines that derive the size of one need it to begin with.
 WHOLE = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 48}
@@ -87,3 +88,11 @@ def test_plans_are_held_to_targets(models):
     ):
         with pytest.raises(UserError, match=said):
             plan(**options)
+
+
+@pytest.mark.parametrize(("family", "heads", "blocks"), [("qwen3_vl", True, False), ("qwen2_5_vl", False, True)])
+def test_what_loads_of_models_whose_images_are_of_any_size(goldens, family, heads, blocks):
+    """Fewer heads where the class takes their size from a field, and no block of a tower that feeds the decoder."""
+    found = what_loads(read_config(goldens / "families" / family / "ckpt")[1])["transformers"]
+    assert (found["text"]["heads"] is None) == heads
+    assert (found["vision"]["fewer layers"] is None) == blocks

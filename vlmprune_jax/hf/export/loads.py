@@ -72,11 +72,20 @@ def what_loads(cfg: ModelConfig) -> dict[str, dict[str, dict[str, str | None]]]:
     }
     return {
         target: {
-            stack: {kind: why_not(cfg.with_layers(make(layers), stack), target) for kind, make in copies.items()}
+            stack: {kind: _why_not_copy(cfg, stack, make(layers), target) for kind, make in copies.items()}
             for stack, layers in cfg.stacks.items()
         }
         for target in TARGETS
     }
+
+
+def _why_not_copy(cfg: ModelConfig, stack: str, layers: Sequence[LayerShape], target: str) -> str | None:
+    """`why_not` of a model with other layers, or why there is no such model."""
+    try:
+        changed = cfg.with_layers(layers, stack)
+    except UserError as error:
+        return str(error)
+    return why_not(changed, target)
 
 
 # Copies that lost the least that they can -----------------------------------------------------------------------------
