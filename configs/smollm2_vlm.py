@@ -1,11 +1,11 @@
-"""A vision-language model with a pretrained language model, for study 2: SmolLM2-135M behind the demo teacher's tower.
+"""A vision-language model with a pretrained language model, for study 2: a SmolVLM of SmolLM2-135M.
 
   vlmprune pretrain --config=configs/smollm2_vlm.py:DIR --workdir=runs/smollm2_vlm
 
-DIR: SmolLM2-135M (by default where the tests make it, tests/cases/smollm2.py), or another decoder that this package
-reads. As LLaVA is made: the projector alone learns captions, then the decoder with it the questions, ten of an image a
-row; the tower stays as it is. runs/smollm2_vlm/teacher is a LLaVA folder; its prompt is LLaVA's, with the language
-model's end of text in place of `</s>`.
+DIR: SmolLM2-135M (by default where the tests make it, tests/cases/smollm2.py), or another Llama. As LLaVA is made in
+two stages: first what sees, the tower of the demo's teacher and the projector, learns captions before a decoder that
+stays as it is; then all learns the questions, ten of an image a row. runs/smollm2_vlm/teacher is a folder of SmolVLM's
+class, with its prompt and its processor.
 """
 
 from importlib import resources
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 
 def get_config(folder: str = ".cache/smollm2-135m") -> ConfigDict:
-    """The two folders, and LLaVA's two stages."""
+    """The two folders, and the two stages."""
     config = ConfigDict()
     config.seed = 0
     teacher = resources.files("vlmprune_jax") / "demo" / "teacher"
@@ -24,32 +24,30 @@ def get_config(folder: str = ".cache/smollm2-135m") -> ConfigDict:
         "words": 0,
         "decoder_layers": 1000,  # all that there are
         "keeps": ".*",
+        "learning_rate": 3e-4,
+        "projector_learning_rate": 1e-3,
         "weight_decay": 0.0,
         "warmup_ratio": 0.03,
         "compute_dtype": "float32",
-        "save_every": 50,
+        "save_every": 40,
     }
     align = {
         **common,
         "name": "align",
         "records": "train_captions",
         "turns_per_row": 1,
-        "trainable": "projector",
-        "learning_rate": 1e-3,
-        "projector_learning_rate": 1e-3,
+        "trainable": (("(vision|projector)/.*", True),),
         "batch_size": 32,
-        "steps": 120,
+        "steps": 100,
     }
     questions = {
         **common,
         "name": "questions",
         "records": "train_multi_turn",
         "turns_per_row": 10,
-        "trainable": "decoder",
-        "learning_rate": 2e-4,
-        "projector_learning_rate": 1e-3,
+        "trainable": "all",
         "batch_size": 16,
-        "steps": 250,
+        "steps": 160,
     }
     config.stages = tuple(ConfigDict(stage) for stage in (align, questions))
     return config

@@ -2,7 +2,7 @@
 
   vlmprune sweep --config=configs/sweeps/study_vlm.py:DIR --workdir=runs/study_vlm --jobs=2
 
-DIR: a LLaVA folder that answers easy-VQA, as configs/smollm2_vlm.py makes it: SmolLM2-135M behind the package's tower.
+DIR: a folder that answers easy-VQA, as configs/smollm2_vlm.py makes it: a SmolVLM of SmolLM2-135M and the demo's tower.
 {depth, width} x {15, 30, 45 % of the decoder} x {none, reconstruct, projector, SFT, SFT + L2, reconstruct + SFT + L2}
 on 5 % of the data, 3 seeds: 108 runs. Beside the answers each model's perplexity on English text, the part of Python's
 language reference that study_smollm2.py writes; it has no full score, so averages leave it out.

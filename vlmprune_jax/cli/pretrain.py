@@ -1,7 +1,7 @@
 """vlmprune pretrain --config=configs/easyvqa_pretrain.py --workdir=DIR: train the demo's teacher from scratch.
 
-Or with configs/smollm2_vlm.py a pretrained language model learns to see. Makes DIR/teacher, a LLaVA folder in the
-llava-hf layout, with its tokenizer and processor. Every stage resumes.
+Or with configs/smollm2_vlm.py a pretrained language model learns to see. Makes DIR/teacher, a LLaVA or a SmolVLM folder
+as transformers has them, with its tokenizer and processor. Every stage resumes.
 """
 
 from __future__ import annotations

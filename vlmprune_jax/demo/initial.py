@@ -13,24 +13,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, processors
 
-from vlmprune_jax.checked_files import copy_file, read_json
+from vlmprune_jax.checked_files import read_json
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import IMAGE_TOKEN
 from vlmprune_jax.data.tokenizer_files import TOKENIZER
-from vlmprune_jax.demo.vocabulary import CHAT_TEMPLATE, make_tokenizer
+from vlmprune_jax.demo.vocabulary import SMOLVLM_CHAT, make_tokenizer
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import family_of, templates
 from vlmprune_jax.families.llava import LLAVA_HF
-from vlmprune_jax.hf.disk.checkpoint import Checkpoint
+from vlmprune_jax.families.smolvlm import SMOLVLM
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten, init_params, locate, param_axes
 
 _ROWS = 64  # the vocabulary grows to a multiple of so many, as `resize_token_embeddings` of LLaVA's conversion has it
-_ENDS = ("llava_v1", "bunny")  # templates without marks but the one that ends an answer: `</s>`, `<|endoftext|>`
-_PROCESSOR = ("preprocessor_config.json", "processor_config.json")
+_JOINED = 2  # patches along a side of a token
+_TOKENS = ("<fake_token_around_image>", "<global-img>", IMAGE_TOKEN)
 
 
 def write_random(folder: Path, architecture: Mapping[str, Any], records: Path, *, seed: int) -> None:
@@ -53,86 +53,144 @@ def write_random(folder: Path, architecture: Mapping[str, Any], records: Path, *
 
 
 def write_joined(folder: Path, language: Path, tower: Path, *, seed: int) -> None:
-    """Write a `llava-hf` folder of a pretrained language model behind a LLaVA's tower; the projector is at random.
+    """Write a SmolVLM folder of a pretrained language model behind the tower of a LLaVA; the projector is at random.
+
+    SmolVLM's tower has neither the class token of LLaVA's CLIP nor its first norm: see `_without_first_norm`. Images
+    are not split, and 2 x 2 of their patches are one token.
 
     Args:
       folder: replaced.
-      language: a decoder's folder. Its vocabulary gains the image's token; new rows of the embeddings are their mean.
-      tower: a LLaVA folder, for its tower (all blocks) and its image processor.
+      language: a Llama's folder. Its vocabulary gains SmolVLM's tokens. New rows of the embeddings are their mean, but
+        that of what ends an utterance: there the language model ended its own.
+      tower: a LLaVA folder with a CLIP tower.
       seed: of the projector.
 
     Raises:
-      UserError: see `load`; `language` is no decoder, or its tokenizer has no token that a template ends answers with.
+      UserError: see `load`; `language` is no language model, or `tower` has none of CLIP's.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    decoder = load(language)
+    decoder, seeing = load(language), load(tower)
     if decoder.cfg.vision is not None:
         raise UserError(f"{language}: has a vision tower of its own; give a language model")
+    vision = seeing.cfg.vision
+    if vision is None or vision.kind != "clip":
+        raise UserError(f"{tower}: has no CLIP tower; give a LLaVA folder such as the demo's teacher")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     ids = _write_tokenizer(language, folder, words=decoder.cfg.text.vocab_size)
-    source, own = read_json(tower / "config.json"), read_json(language / "config.json")
-    image = ids.pop("image_token_id")
-    rows = -(-(max(image, decoder.cfg.text.vocab_size - 1) + 1) // _ROWS) * _ROWS
-    text = {**own, **ids, "vocab_size": rows}
+    rows = -(-(max(ids.values()) + 1) // _ROWS) * _ROWS
+    normalize = _write_processor(tower, folder, side=vision.image_size, patches=vision.image_size // vision.patch_size)
+    image, ends = ids.pop("image_token_id"), {key: ids[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    tied = decoder.cfg.text.tie_embeddings
     config = {
-        **source,
-        **ids,
-        "image_token_index": image,
-        "text_config": text,
-        "tie_word_embeddings": decoder.cfg.text.tie_embeddings,
+        "model_type": "smolvlm",
+        "architectures": ["SmolVLMForConditionalGeneration"],
+        **ends,
+        "image_token_id": image,
+        "scale_factor": _JOINED,
+        "tie_word_embeddings": tied,
+        "text_config": {**read_json(language / "config.json"), **ends, "vocab_size": rows},
+        "vision_config": {
+            "model_type": "smolvlm_vision",
+            "hidden_size": vision.hidden_size,
+            "intermediate_size": vision.layers[0].mlp,
+            "num_hidden_layers": len(vision.layers),
+            "num_attention_heads": vision.layers[0].q_heads,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "hidden_act": vision.activation,
+            "layer_norm_eps": vision.norm_eps,
+        },
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "generation_config.json").write_text(json.dumps({**ids, "do_sample": False}, indent=2) + "\n")
-    for name in _PROCESSOR:
-        copy_file(tower / name, folder / name, tower)
-    tensors = {**_text_and_projector(decoder.params, config, seed), **_tower(tower)}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def _text_and_projector(params: Mapping[str, Any], config: Mapping[str, Any], seed: int) -> dict[str, np.ndarray]:
-    cfg = LLAVA_HF.from_hf(config, None)
+    (folder / "generation_config.json").write_text(json.dumps({**ends, "do_sample": False}, indent=2) + "\n")
+    cfg = SMOLVLM.from_hf(config, None)
     small = init_params(cfg.with_layers(cfg.text.layers[:1]), jax.random.key(seed), jnp.float32)
-    flat = flatten({"text": params["text"], "projector": small["projector"]})
+    flat = {
+        **flatten({"text": decoder.params["text"], "projector": small["projector"]}),
+        **_without_first_norm(flatten({"vision": seeing.params["vision"]}), normalize),
+    }
     for path in ("text/embed_tokens/weight", "text/lm_head/weight"):
         if path in flat:
-            rows = flat[path]
-            new = jnp.broadcast_to(rows.mean(0, keepdims=True), (cfg.text.vocab_size - len(rows), rows.shape[1]))
-            flat[path] = jnp.concatenate([rows, new])
-    return _hf_tensors(cfg, flat)
+            new = jnp.broadcast_to(flat[path].mean(0, keepdims=True), (rows - len(flat[path]), flat[path].shape[1]))
+            flat[path] = jnp.concatenate([flat[path], new])
+            if decoder.cfg.eos_token_ids:
+                flat[path] = flat[path].at[ends["eos_token_id"]].set(flat[path][decoder.cfg.eos_token_ids[0]])
+    save_file(_hf_tensors(cfg, flat), folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _tower(folder: Path) -> dict[str, np.ndarray]:
-    source = Checkpoint(folder)
-    return {key: np.ascontiguousarray(source[key]) for key in source if key.startswith("vision_tower.")}
+def _without_first_norm(clip: Mapping[str, Any], normalize: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat tower of CLIP as one of SigLIP: its first norm is folded into the patch embedding.
+
+    LN(u) = g (u - mean u) / std u + b is linear but for std u, in whose place stands that of a white patch. Of the demo
+    teacher 96 % of the variance of the features are left (docs/decisions.md, 89); training wins back the rest.
+    """
+    gain, shift = clip["vision/pre_layrnorm/weight"], clip["vision/pre_layrnorm/bias"]
+    kernel, places = clip["vision/patch_embedding/weight"], clip["vision/position_embedding/weight"][1:]
+    white = (1 - jnp.asarray(normalize["image_mean"])) / jnp.asarray(normalize["image_std"])
+    scale = jnp.std(jnp.einsum("dchw,c->d", kernel, white))
+    gone = ("class_embedding", "pre_layrnorm", "patch_embedding", "position_embedding")
+    return {
+        **{path: leaf for path, leaf in clip.items() if path.split("/")[1] not in gone},
+        "vision/patch_embedding/weight": gain[:, None, None, None] * (kernel - kernel.mean(0, keepdims=True)) / scale,
+        "vision/patch_embedding/bias": shift,
+        "vision/position_embedding/weight": gain[None] * (places - places.mean(1, keepdims=True)) / scale,
+        "vision/post_layernorm/weight": jnp.ones_like(gain),
+        "vision/post_layernorm/bias": jnp.zeros_like(gain),
+    }
+
+
+def _write_processor(tower: Path, folder: Path, *, side: int, patches: int) -> dict[str, Any]:
+    """Write SmolVLM's processor for whole images of one size, and return what it normalises by: LLaVA's."""
+    normalize = {key: read_json(tower / "preprocessor_config.json")[key] for key in ("image_mean", "image_std")}
+    image = {
+        "image_processor_type": "SmolVLMImageProcessor",
+        "do_convert_rgb": True,
+        "do_image_splitting": False,
+        "do_normalize": True,
+        "do_pad": True,
+        "do_rescale": True,
+        "do_resize": True,
+        **normalize,
+        "max_image_size": {"longest_edge": side},
+        "resample": 1,
+        "rescale_factor": 1 / 255,
+        "size": {"longest_edge": side},
+        "processor_class": "SmolVLMProcessor",
+    }
+    whole = {"processor_class": "SmolVLMProcessor", "image_seq_len": (patches // _JOINED) ** 2}
+    (folder / "preprocessor_config.json").write_text(json.dumps(image, indent=2) + "\n")
+    (folder / "processor_config.json").write_text(json.dumps(whole, indent=2) + "\n")
+    return normalize
 
 
 def _write_tokenizer(language: Path, folder: Path, *, words: int) -> dict[str, int]:
-    """Write a language model's tokenizer with the image's token, behind `words` others; returns ids as in configs."""
+    """Write a language model's tokenizer with SmolVLM's tokens, behind `words` others; returns ids as in configs."""
     source = load_tokenizer(language)
     tokenizer: Tokenizer = source.backend_tokenizer
-    known = source.get_vocab()
-    ends = [templates()[name].assistant_end for name in _ENDS]
-    end = next((end for end in ends if end in known), None)
-    if end is None:
-        raise UserError(f"{language}: its tokenizer has none of {', '.join(ends)}, which end an answer")
+    template = templates()["smolvlm"]
+    start, end = template.special
     # ids that the embeddings have and the tokenizer does not
-    while IMAGE_TOKEN not in known and tokenizer.get_vocab_size() < words:
+    while tokenizer.get_vocab_size() < words:
         tokenizer.add_tokens([f"<unused{tokenizer.get_vocab_size()}>"])
-    tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
+    new = [start, *_TOKENS, end]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in new])
+    # A prompt starts with what the template says, not with what the language model's own texts do.
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
     tokenizer.save(str(folder / TOKENIZER))
-    names = {"bos_token": source.bos_token or end, "eos_token": end, "pad_token": source.pad_token or end}
+    names = {"bos_token": start, "eos_token": end, "pad_token": source.pad_token or source.eos_token}
+    marks = ("fake_image_token", "global_image_token", "image_token")
+    tokens = {"end_of_utterance_token": end, **dict(zip(marks, _TOKENS, strict=True))}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "extra_special_tokens": {"image_token": IMAGE_TOKEN},
-        "image_token": IMAGE_TOKEN,
         **names,
-        "padding_side": "left",
+        "unk_token": source.unk_token,
+        **tokens,
+        "extra_special_tokens": tokens,
         "clean_up_tokenization_spaces": False,
-        "processor_class": "LlavaProcessor",
+        "processor_class": "SmolVLMProcessor",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    (folder / "special_tokens_map.json").write_text(json.dumps(names, indent=2) + "\n")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("</s>", end), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(SMOLVLM_CHAT, encoding="utf-8")
     everything = tokenizer.get_vocab()
     return {f"{name}_id": everything[token] for name, token in {**names, "image_token": IMAGE_TOKEN}.items()}
 
@@ -147,6 +205,6 @@ def _hf_tensors(cfg: ModelConfig, flat: Mapping[str, Any]) -> dict[str, np.ndarr
             line = weight if i is None else weight.at(i)
             array = np.asarray(flat[path] if index is None else flat[path][index])
             names = axes[path] if index is None else axes[path][1:]
-            key = line.key.replace("vision_tower.", "vision_tower.vision_model.")
+            key = line.key.replace("vision_tower.", "vision_tower.vision_model.")  # LLaVA's
             tensors[key] = np.ascontiguousarray(einops.rearrange(array, f"{' '.join(names)} -> {line.layout}"))
     return tensors

@@ -28,7 +28,7 @@ from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.demo.easyvqa import write_dataset
 from vlmprune_jax.demo.initial import write_joined, write_random
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.families.llava import LLAVA_HF
+from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.export.write import save
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten, stack_layers, unflatten, unstack_layers
@@ -66,11 +66,11 @@ def pretrain(
     joined: tuple[Path, Path] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Train a LLaVA model on easy-VQA and return its `llava-hf` folder, `workdir/teacher`.
+    """Train a model on easy-VQA and return its folder, `workdir/teacher`.
 
-    It starts at random from `architecture`, a LlavaConfig dictionary without the fields that the tokenizer decides, or
-    from what is `joined`: the folders of a language model and of a LLaVA whose tower it takes (`write_joined`). Every
-    stage resumes from its own checkpoints in `workdir/<stage>`.
+    A LLaVA starts at random from `architecture`, a LlavaConfig dictionary without the fields that the tokenizer
+    decides; a SmolVLM from what is `joined`: the folders of a language model and of a LLaVA whose tower it takes
+    (`write_joined`). Every stage resumes from its own checkpoints in `workdir/<stage>`.
 
     Raises:
       UserError: not just one of the two is given; see `write_joined`.
@@ -135,10 +135,10 @@ def describe(record: Record, caption: str, length: int) -> Record:
 
 
 def make_encoder(cfg: ModelConfig, folder: Path) -> Encoder:
-    """The row encoder of a LLaVA folder with the prompt of its chat template (LLaVA v1 without a system text)."""
+    """The row encoder of a folder with the prompt of its chat template (LLaVA's without a system text)."""
     assert cfg.image_token_id is not None
     tokenizer = load_tokenizer(folder)
-    template = choose_template(AUTO, LLAVA_HF, tokenizer, config={}, has_vision=True)
+    template = choose_template(AUTO, family_of(cfg), tokenizer, config={}, has_vision=True)
     return Encoder(
         tokenizer=tokenizer,
         template=dataclasses.replace(template, system=""),

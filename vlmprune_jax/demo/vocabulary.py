@@ -32,6 +32,21 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
+# SmolVLM's: one mark where a chat starts, a role's name, images before a turn's text without white space.
+SMOLVLM_CHAT = (
+    "<|im_start|>"
+    "{% for message in messages %}"
+    "{% set parts = message['content'] %}"
+    "{{ message['role'] | capitalize }}"
+    "{{ ':' if parts is not string and parts[0]['type'] == 'image' else ': ' }}"
+    "{% if parts is string %}{{ parts }}{% else %}"
+    "{% for part in parts %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "{% endif %}"
+    "{{ '<end_of_utterance>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
 
 def make_tokenizer(records: Iterable[Mapping[str, Any]], out_dir: Path, *, image_size: int, patch_size: int) -> int:
     """Write tokenizer and LLaVA processor files for `records` (LLaVA JSON records) and return the vocabulary size.
