@@ -129,11 +129,11 @@ def test_the_command_prints_conclusions(capsys, study):
 
 def test_a_page_and_a_guide_take_rows(tmp_path, study, capsys):
     page, guide = tmp_path / "study.md", tmp_path / "guide.json"
-    page.write_text(f"# Study\n\n{BEGIN}\noutdated\n{END}\n\nafter\n")
+    page.write_text(f"# Study\n\n{BEGIN}\noutdated\n\n### other\n\nstays\n\n{END}\n\nafter\n")
     for _ in range(2):  # again: in place of what was there
         assert main(["study", f"mine={study}", f"--page={page}", f"--guide={guide}"]) == 0
     text = page.read_text()
-    assert text.startswith(f"# Study\n\n{BEGIN}\n\n### mine\n")
+    assert text.startswith(f"# Study\n\n{BEGIN}\n\n### other\n\nstays\n\n### mine\n")
     assert text.endswith(f"{END}\n\nafter\n")
     assert "outdated" not in text
     assert text.count("### mine") == 1

@@ -27,6 +27,7 @@ HOLDS, FAILS, OPEN, MEASURED = "holds", "does not hold", "cannot be said", "meas
 AS_GOOD = 1.0  # points of retained % by which a cheaper way may be behind and counts as as good
 LEAST_LOSS = 1.0  # points that training must win back for its replacement to be a share of it
 BEGIN, END = "<!-- vlmprune study: begin -->", "<!-- vlmprune study: end -->"
+_HEADING, _SECTION = "### ", re.compile(r"(?m)^### ")
 PAPER, BEST, SMALL = "paper", "sft_l2", 0.05
 
 
@@ -311,7 +312,7 @@ def as_markdown(name: str, sweep: Json) -> str:
     points = points_of(sweep)
     seeds = len({point.seed for point in points} - {None}) or 1
     lines = [
-        f"### {name}",
+        f"{_HEADING}{name}",
         "",
         f"{len(points)} models of {seeds} seeds, by the paper's criteria: {_measured(sweep)}.",
         "",
@@ -332,19 +333,22 @@ def _measured(sweep: Json) -> str:
 
 
 def update_page(path: Path, studies: Mapping[str, Json]) -> None:
-    """Write the conclusions between the marks of a page, in place of what is there.
+    """Write the conclusions between the marks of a page, in place of those it had of sweeps of these names.
 
     Raises:
       UserError: it has no marks.
       OSError: it cannot be written.
     """
     before, begin, rest = read_text(path).partition(BEGIN)
-    _, end, after = rest.partition(END)
+    old, end, after = rest.partition(END)
     if not begin or not end:
         raise UserError(f"{path}: has no lines {BEGIN} and {END}, between which conclusions go: add them")
-    sections = [as_markdown(name, sweep) for name, sweep in studies.items()]
+    sections = {part.partition("\n")[0]: part for part in _SECTION.split(old)[1:]}
+    for name, sweep in studies.items():
+        sections[name] = as_markdown(name, sweep).removeprefix(_HEADING).strip()
+    written = [f"{_HEADING}{part.strip()}\n" for part in sections.values()]
     with replacing(path) as file:
-        file.write("\n".join([f"{before}{begin}", "", *sections, f"{end}{after}"]).encode())
+        file.write("\n".join([f"{before}{begin}\n", *written, f"{end}{after}"]).encode())
 
 
 def update_guide(path: Path, studies: Mapping[str, Json]) -> None:
