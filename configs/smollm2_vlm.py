@@ -2,10 +2,10 @@
 
   vlmprune pretrain --config=configs/smollm2_vlm.py:DIR --workdir=runs/smollm2_vlm
 
-DIR: SmolLM2-135M (by default where the tests make it, tests/cases/smollm2.py), or another Llama. As LLaVA is made in
-two stages: first what sees, the tower of the demo's teacher and the projector, learns captions before a decoder that
-stays as it is; then all learns the questions, ten of an image a row. runs/smollm2_vlm/teacher is a folder of SmolVLM's
-class, with its prompt and its processor.
+DIR: SmolLM2-135M (by default where the tests make it, tests/cases/smollm2.py), or another Llama. First what sees, the
+tower of the demo's teacher and the projector, learns captions before a decoder that stays as it is; then all learns
+captions, and then the questions, ten of an image a row. runs/smollm2_vlm/teacher is a folder of SmolVLM's class, with
+its prompt and its processor.
 """
 
 from importlib import resources
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 
 def get_config(folder: str = ".cache/smollm2-135m") -> ConfigDict:
-    """The two folders, and the two stages."""
+    """The two folders, and the stages."""
     config = ConfigDict()
     config.seed = 0
     teacher = resources.files("vlmprune_jax") / "demo" / "teacher"
@@ -40,6 +40,7 @@ def get_config(folder: str = ".cache/smollm2-135m") -> ConfigDict:
         "batch_size": 32,
         "steps": 100,
     }
+    captions = {**align, "name": "captions", "trainable": "all", "steps": 60}
     questions = {
         **common,
         "name": "questions",
@@ -47,7 +48,7 @@ def get_config(folder: str = ".cache/smollm2-135m") -> ConfigDict:
         "turns_per_row": 10,
         "trainable": "all",
         "batch_size": 16,
-        "steps": 160,
+        "steps": 120,
     }
-    config.stages = tuple(ConfigDict(stage) for stage in (align, questions))
+    config.stages = tuple(ConfigDict(stage) for stage in (align, captions, questions))
     return config
