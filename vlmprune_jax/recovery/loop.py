@@ -186,7 +186,7 @@ def _compile_ahead(
         batch = stand_in(kind, run.mesh)
         programs.compile(state, run.frozen, run.teacher_params, batch)
         if stop.requested():
-            raise Stopped("training stopped on SIGTERM while it compiled; the same command continues it")
+            raise Stopped("training stopped on SIGTERM while it compiled the programs of its steps; nothing is lost")
 
 
 def _next(stream: Iterator[Any], run: Run, config: RecoverConfig, step: int) -> Any:
