@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -27,7 +27,7 @@ from vlmprune_jax.recovery.flops import batch_flops
 from vlmprune_jax.recovery.losses import measured
 from vlmprune_jax.recovery.metrics import Recorder
 from vlmprune_jax.recovery.program import Run, prepare
-from vlmprune_jax.recovery.step import TrainState, place_rows, step_context
+from vlmprune_jax.recovery.step import Metrics, TrainState, place_rows, step_context
 from vlmprune_jax.recovery.trainable import merge_lora
 
 
@@ -147,13 +147,8 @@ def _train(
             begin = time.perf_counter()
             batch = _next(stream, run, config, step)
             waited = time.perf_counter() - begin
-            arguments = (state, run.frozen, run.teacher_params, place_rows(batch.arrays, run.mesh))
-            if not programs.has(arguments[-1]):
-                unforeseen = "warning: not foreseen, " if kinds else ""
-                recorder.say(f"{unforeseen}compiling for {describe(run.cfg, [batch.arrays])} in step {step + 1}")
-                with recorder.compiling():
-                    programs.compile(*arguments)
-            state, metrics = programs(*arguments)
+            unforeseen = f"{'warning: not foreseen, ' if kinds else ''}compiling in step {step + 1}"
+            state, metrics = _run_step(programs, run, state, batch.arrays, unforeseen, recorder)
             pending.append(_Pending(step + 1, metrics, batch.record_ids, waited, batch.skipped, flops(batch.arrays)))
             settle(1)
             if saver is not None:
@@ -187,6 +182,23 @@ def _compile_ahead(
         programs.compile(state, run.frozen, run.teacher_params, batch)
         if stop.requested():
             raise Stopped("training stopped on SIGTERM while it compiled the programs of its steps; nothing is lost")
+
+
+def _run_step(
+    programs: Programs,
+    run: Run,
+    state: TrainState,
+    arrays: Mapping[str, Any],
+    unforeseen: str,
+    recorder: Recorder,
+) -> tuple[TrainState, Metrics]:
+    """One step; where its program is not there, it is compiled and `unforeseen` is said."""
+    arguments = (state, run.frozen, run.teacher_params, place_rows(arrays, run.mesh))
+    if not programs.has(arguments[-1]):
+        recorder.say(f"{unforeseen}: {describe(run.cfg, [arrays])}")
+        with recorder.compiling():
+            programs.compile(*arguments)
+    return programs(*arguments)
 
 
 def _next(stream: Iterator[Any], run: Run, config: RecoverConfig, step: int) -> Any:
