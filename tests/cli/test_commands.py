@@ -188,6 +188,16 @@ def test_inspect(capsys, goldens):
     out = capsys.readouterr().out
     assert "3 x (6/2 heads, 64 neurons)" in out
     assert max(map(len, out.splitlines())) <= 120
+    for family, said in {
+        "qwen2_5_vl": [
+            "are computed: 4 x (5 heads, 52 neurons), 2 of them without windows\n",
+            "at most 19.3 % by depth",
+        ],
+        "qwen3_vl": ["at most 25.2 % by depth", "of the tower is 3.5 %", "              all of them stay, at most "],
+    }.items():
+        assert main(["inspect", str(goldens / "families" / family / "ckpt")]) == 0
+        out = capsys.readouterr().out
+        assert [line for line in said if line not in out] == []
     assert "takes one folder" in failing(capsys, "inspect")
     assert "pass the tower's own folder as vision_dir" in failing(capsys, "inspect", str(goldens / "ckpt/bunny"))
 

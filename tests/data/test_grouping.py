@@ -197,6 +197,12 @@ def test_processes_join_to_the_global_batch_and_resume(samples: list[Record], en
     fresh = stream()
     fresh.set_state(state)
     assert all(equal(next(fresh), batch) for batch in whole[7:])
+    for first, last in ((0, 20), (7, 20), (7, 9), (9, 9)):  # what is compiled before such a training, or its rest
+        kinds = train_batches(samples, encoder, **options).kinds(first, last)
+        arrays = [batch.arrays for batch in whole[first:last]]
+        met = {tuple((name, array.shape, array.dtype) for name, array in of.items()) for of in arrays}
+        assert len(kinds) == len(met)
+        assert {tuple((name, *what) for name, what in kind.items()) for kind in kinds} == met
 
 
 # --- records that cannot be read --------------------------------------------------------------------------------------

@@ -1,16 +1,33 @@
-"""Training batches of several lengths and with empty rows: the same training as without them; skipped rows are told."""
+"""Training batches of several lengths and with empty rows: the same training as without them; skipped rows are told;
+and what all of them need is compiled before the first.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
+import os
+import signal
 
 import jax
 import numpy as np
+import pytest
 import recover_cases as cases
 
-from vlmprune_jax.data.batching import Batch
+from vlmprune_jax.data.batching import Batch, train_batches
+from vlmprune_jax.data.encoding import Encoder
+from vlmprune_jax.data.measure import measure
+from vlmprune_jax.data.prompts import load_tokenizer
+from vlmprune_jax.data.records import Record
+from vlmprune_jax.distributed.mesh import make_mesh
+from vlmprune_jax.errors import Stopped
+from vlmprune_jax.families import templates
+from vlmprune_jax.models.params import flatten
 from vlmprune_jax.recovery.loop import recover
 from vlmprune_jax.recovery.metrics import Recorder
+from vlmprune_jax.recovery.program import prepare
+from vlmprune_jax.recovery.step import place_rows, step_context
 
 CFG = cases.config(vision=False)
 
@@ -65,3 +82,80 @@ def test_the_list_of_skipped_records_goes_on(tmp_path):
     assert run(2, 9) == 5  # steps 3 to 5 are repeated
     lines = [json.loads(line) for line in (tmp_path / "skipped-0.jsonl").read_text().splitlines()]
     assert lines == [{"step": step, "record": f"lost {step}", "reason": "why"} for step in (1, 3, 5, 7, 9)]
+
+
+# --- compiled ahead ---------------------------------------------------------------------------------------------------
+
+
+class Watched:
+    """Batches that note in `log` each one that is handed out; SIGTERM comes with number `stop` (from 0)."""
+
+    def __init__(self, batches, log, stop=None):
+        self.kinds, self.stream, self.log, self.left = batches.kinds, iter(batches), log, stop
+        self.get_state, self.set_state = self.stream.get_state, self.stream.set_state
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.log.append("batch")
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.left = None if self.left is None else self.left - 1
+        return next(self.stream)
+
+
+@pytest.fixture(scope="module")
+def batches(goldens):
+    """Texts of 134, 188 and 251 tokens in three buckets."""
+    answers = ["It is 10:45. " * (1, 1, 7, 14)[n % 4] for n in range(64)]
+    records = [Record(f"r{n}", (("human", "Say it."), ("gpt", text)), ()) for n, text in enumerate(answers)]
+    tokenizer, lengths = load_tokenizer(goldens / "tokenizers/llava"), (140, 200, 260)
+    encoder = Encoder(tokenizer, templates()["llava_v1"], lengths[-1], None, -1, 0, 1, False, length_buckets=lengths)
+    sizes = measure(records, encoder, on_error="stop", threads=1)
+    places = {"process_index": 0, "process_count": 1, "threads": 1, "prefetch": 2, "augment": "none"}
+    order = {"seed": 3, "shuffle": True, "group_by": "length", "epochs": None, "drop_remainder": True}
+    return train_batches(records, encoder, batch_size=8, sizes=sizes, **order, **places)
+
+
+def test_nothing_is_compiled_in_mid_run(batches, tmp_path, capsys):
+    """Of three buckets, with checkpoints, stopped and resumed; and the numbers are those of the jitted step."""
+    cfg = cases.config(vision=False, layers=1)
+    cfg = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, vocab_size=512))
+    config, mesh = cases.settings(steps=7, save_every=2), make_mesh(2, 1, 1, jax.devices()[:2])
+    log, told = [], {}
+
+    def note(event, seconds, *, fun_name="", **_):
+        # orbax cuts what is replicated before it saves it for the first time: some copies, of milliseconds
+        if event == "/jax/core/compile/backend_compile_duration" and fun_name != "jit(slice)":
+            log.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        for name, stop in (("stopped", 2), ("resumed", None)):
+            log.clear()
+            try:
+                watched = Watched(batches, log, stop)
+                trained, summary = recover(cases.model(cfg), watched, config, workdir=tmp_path, mesh=mesh)
+            except Stopped:
+                assert stop is not None
+            told[name] = [line for line in capsys.readouterr().out.splitlines() if "compiling" in line]
+            first = log.index("batch")
+            assert log[:first].count("jit(step)") == (3 if stop else 2)
+            assert log[first:] == ["batch"] * (3 if stop else 4), name
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert told == {
+        "stopped": ["  train: compiling 3 programs: 260, 200, 140 tokens"],
+        "resumed": ["  train: compiling 2 programs: 260, 140 tokens"],
+    }
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert summary["compile_seconds"] > lines[4]["seconds"]
+    run = prepare(cases.model(cfg), config, None, None, mesh, 7)
+    state = run.state
+    with step_context(mesh, "float32"):
+        for line, batch in zip(lines, itertools.islice(batches, 7), strict=True):
+            state, metrics = run.step(state, run.frozen, run.teacher_params, place_rows(batch.arrays, mesh))
+            assert line["loss"] == float(metrics["loss"])
+    whole = flatten(jax.device_get(trained.params))
+    assert all(np.array_equal(whole[path], master) for path, master in jax.device_get(state.params).items())

@@ -178,6 +178,22 @@ def test_collectives_count_as_often_as_their_loop_runs():
     }
 
 
+def test_what_starts_a_collective_names_its_operands_as_well():
+    lines = """\
+ENTRY %main.2 (p.7: bf16[4,8]) -> bf16[4,8] {
+  %one = (bf16[4,8]{1,0:T(8,128)(2,1)S(1)}, bf16[4,8]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%p.7), channel_id=1, source_target_pairs={{0,1},{1,0}}
+  %gone = bf16[4,8]{1,0} collective-permute-done(%one)
+  %two = ((bf16[2,8]{1,0}, f32[3]{0}), (bf16[4,8]{1,0}, f32[6]{0})) all-gather-start(%a, %b), channel_id=2, replica_groups={{0,1}}, dimensions={0}
+  %three = (f32[16]{0}, f32[4]{0}) all-reduce-start(%c, %d), channel_id=3, replica_groups={{0,1}}, to_apply=%add.1
+}
+"""  # noqa: E501 (as XLA writes it)
+    assert collective_bytes(lines) == {
+        "all-gather": (4 * 8 * 2 + 6 * 4) // 2,
+        "all-reduce": (16 + 4) * 4,
+        "collective-permute": 4 * 8 * 2,
+    }
+
+
 @pytest.mark.parametrize(
     ("method", "changes"),
     [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import grain
@@ -21,6 +21,7 @@ from vlmprune_jax.errors import UserError
 AUGMENTATIONS = ("none", "flip_shift")
 ON_ERROR = ("stop", "skip")
 _PADDING_ROW = -1
+Kind = dict[str, tuple[tuple[int, ...], np.dtype]]  # of the arrays of a batch, by name: their sizes and dtypes
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,55 @@ class GenerationBatch(Batch):
     valid: np.ndarray  # bool[batch]
 
 
+@dataclass(frozen=True, eq=False)
+class TrainBatches:
+    """This process's rows of every global batch of a training, in order, and what their arrays will be.
+
+    Iterators have `get_state` and `set_state` (grain's). `batches` are made of `rows`, see `_batch_rows`.
+    """
+
+    batches: grain.IterDataset[Batch]
+    rows: grain.MapDataset[np.ndarray]
+    encoder: Encoder
+    sizes: np.ndarray | None
+    teacher: TeacherRows | None
+    local: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+    def kinds(self, first: int, last: int) -> list[Kind]:
+        """What the arrays of the batches `first` ... `last` - 1 are, each kind once, the longest rows first.
+
+        The same on all processes; nothing where only images that were not measured tell.
+
+        Raises:
+          UserError: a batch does not fit this machine's memory.
+        """
+        found = []
+        for shape in sorted(self._shapes(first, min(last, len(self.rows))), reverse=True):
+            check_memory(self.local, shape, self.encoder, 0)
+            row = self.encoder.padding_row(shape)
+            if self.teacher is not None:
+                self.teacher.fill(row, None)
+            found.append({name: ((self.local, *array.shape), array.dtype) for name, array in row.items()})
+        return found
+
+    def _shapes(self, first: int, last: int) -> set[Shape]:
+        if first >= last or (self.sizes is None and self.encoder.images_decide):
+            return set()
+        if self.sizes is None:
+            return {self.encoder.least_shape}
+        found: set[Shape] = set()
+        most = self.encoder.count_shapes(self.sizes)
+        # 50 microseconds a record: all of LLaVA's 665k take half a minute, unless every shape turns up earlier.
+        for place in range(first, last):
+            found.add(self.encoder.shape(self.sizes[_real(self.rows[place])]))
+            if len(found) == most:
+                break
+        return found
+
+
 def train_batches(
     records: Sequence[Record],
     encoder: Encoder,
@@ -69,8 +119,8 @@ def train_batches(
     group_by: str = "none",
     on_error: str = "stop",
     teacher: TeacherRows | None = None,
-) -> grain.IterDataset[Batch]:
-    """Return this process's rows of every global batch of `batch_size`, as a grain dataset of Batch.
+) -> TrainBatches:
+    """Return this process's rows of every global batch of `batch_size`.
 
     The order of the records is a function of `seed` and the epoch (and of `sizes` with `group_by`) alone; epochs=None
     never ends, and batches run across epoch borders. Process p takes rows [p, p + 1) * batch_size / process_count:
@@ -112,7 +162,13 @@ def train_batches(
         skip=on_error == "skip",
         teacher=teacher,
     )
-    return rows.map(load).to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
+    batches = rows.map(load).to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
+    return TrainBatches(batches, rows, encoder, sizes, teacher, batch_size // process_count)
+
+
+def _real(batch: np.ndarray) -> list[int]:
+    """The records of a global batch of (place, record index), without padding."""
+    return [index for index in batch[:, 1].tolist() if index != _PADDING_ROW]
 
 
 def _load_training(
@@ -127,7 +183,7 @@ def _load_training(
     teacher: TeacherRows | None,
 ) -> Batch:
     """The rows `mine` of a global batch of (place, record index), in the shape that all of its rows need."""
-    real = [index for index in batch[:, 1].tolist() if index != _PADDING_ROW]
+    real = _real(batch)
     if sizes is None:
         shape = Shape(encoder.max_length, *encoder.room([records[index] for index in real]))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -143,6 +144,21 @@ class Encoder:
         tokens, slots, image = sizes.max(0, initial=0).tolist()
         length = self.max_length if self.length_buckets is None else _smallest(self.length_buckets, tokens)
         return Shape(length, *self._room(slots, image))
+
+    def count_shapes(self, sizes: np.ndarray) -> int:
+        """Return how many shapes training batches of records with these sizes may have at most."""
+        least, most = self.shape(sizes.min(0)[None]), self.shape(sizes)
+        buckets = (self.length_buckets, self.tile_buckets, self.image_buckets)
+        return math.prod(
+            sum(low <= bucket <= high for bucket in some or (high,))
+            for some, low, high in zip(buckets, least, most, strict=True)
+        )
+
+    @property
+    def images_decide(self) -> bool:
+        """Whether batches of one length may differ in shape, by what their images need."""
+        several = any(len(some or ()) > 1 for some in (self.tile_buckets, self.image_buckets))
+        return several and self.image_loader is not None
 
     @property
     def least_shape(self) -> Shape:

@@ -155,7 +155,7 @@ def _times(equation: Any) -> int:
 
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_INSTRUCTION = re.compile(rf"= (.+?) ({'|'.join(_COLLECTIVES)})(?:-start)?\(")
+_INSTRUCTION = re.compile(rf"= (.+?) ({'|'.join(_COLLECTIVES)})(-start)?\(")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:body|calls|to_apply|called_computations|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
 _CONDITION = re.compile(r"condition=%([\w.\-]+)")
@@ -181,7 +181,9 @@ def collective_bytes(hlo: str) -> dict[str, int]:
                 continue
             channel = _CHANNEL.search(line)
             key = (found[2], channel[1] if channel else f"{name}/{number}")
-            largest[key] = max(largest[key], runs[name] * _received(found[2], found[1], line))
+            # What starts an all-reduce names its result alone, the others (operands, results, ...).
+            result = _second(found[1]) if found[3] and found[2] != "all-reduce" else found[1]
+            largest[key] = max(largest[key], runs[name] * _received(found[2], result, line))
     total: dict[str, int] = defaultdict(int)
     for (kind, _), count in largest.items():
         total[kind] += count
@@ -221,6 +223,18 @@ def _executions(hlo: str, computations: dict[str, list[str]]) -> dict[str, int]:
 
 def _trip_count(condition: Sequence[str]) -> int:
     return max((int(number) for line in condition for number in re.findall(r" constant\((\d+)\)", line)), default=1)
+
+
+def _second(result: str) -> str:
+    """The second part of "(first, second, ...)", any of which may be a tuple itself."""
+    depth, parts = 0, [""]
+    for character in result[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts[1]
 
 
 def _received(kind: str, result: str, line: str) -> int:

@@ -170,7 +170,8 @@ def _groups(
 ) -> tuple[_Group, ...]:
     """Neighbours together until a batch has all its rows, or as many beginnings as fit; one group of shapes a bucket.
 
-    A batch holds only beginnings of one room for images, so a thumbnail does not wait for twelve tiles.
+    A batch holds only beginnings of one room for images, so a thumbnail does not wait for twelve tiles. A group's
+    batches follow each other: its program is compiled once, when the group's turn comes, and nothing runs beside it.
     """
     groups: list[_Group] = []
     buckets: dict[tuple[Room, *tuple[int, ...]], list[int]] = {}

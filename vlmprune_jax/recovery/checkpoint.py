@@ -70,6 +70,10 @@ class Checkpointer:
         with self._failing():
             self._manager.check_for_errors()
 
+    def prepare(self, state: TrainState) -> None:
+        """Compile what `save` computes, so that no step waits for it."""
+        weights_digest(_tree(state))
+
     def save(self, step: int, state: TrainState, data_state: Any) -> None:
         """Start saving; returns when the arrays are on the host. Data states of all processes go into one file.
 

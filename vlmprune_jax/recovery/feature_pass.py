@@ -58,7 +58,8 @@ def compute_features(
     """Add the features of these pictures, by their keys, to the loader's cache.
 
     Every process calls it with the same pictures and computes those of its share; all of them run one program together,
-    or one for each of the sizes that images of any size are padded to, the largest of them first. What is finished is
+    or one for each of the sizes that images of any size are padded to, the largest of them first: each is compiled
+    once, in turn, and nothing waits for it but this pass. What is finished is
     published also when `progress` stops the pass.
 
     Args:

@@ -5,27 +5,29 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from vlmprune_jax.data.batching import Kind
 from vlmprune_jax.distributed.preemption import StopSignal
 from vlmprune_jax.errors import Stopped, UserError
 from vlmprune_jax.models.inputs import check_inputs
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.plan import PrunePlan
+from vlmprune_jax.recovery.ahead import Programs, describe, stand_in
 from vlmprune_jax.recovery.checkpoint import Checkpointer
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.flops import batch_flops
 from vlmprune_jax.recovery.losses import measured
 from vlmprune_jax.recovery.metrics import Recorder
 from vlmprune_jax.recovery.program import Run, prepare
-from vlmprune_jax.recovery.step import TrainState, place_rows, step_context
+from vlmprune_jax.recovery.step import Metrics, TrainState, place_rows, step_context
 from vlmprune_jax.recovery.trainable import merge_lora
 
 
@@ -46,7 +48,8 @@ def recover(
     Args:
       model: the pruned model, or a fresh one (`init_params`) to pretrain; its arrays are left alone.
       batches: this process's rows as `Batch`es, for ever or at least `num_steps` of them. With `workdir` its iterator
-        needs `get_state()` and `set_state()` (grain has them).
+        needs `get_state()` and `set_state()` (grain has them). If they say of what kinds they will be
+        (`TrainBatches.kinds`), the programs of all of them are compiled before the first step.
       config: what trains, on which losses, and how.
       teacher: the unpruned model, for distillation.
       plan: the prune plan that made `model` from `teacher` (its `kept_layers` align hidden states).
@@ -69,10 +72,11 @@ def recover(
     saver = None if folder is None else Checkpointer(folder / "checkpoints", run.identity, config.keep_checkpoints)
     with saver if saver is not None else contextlib.nullcontext():
         state, first = _resume(run, stream, saver)
+        kinds = batches.kinds(first, total) if isinstance(batches, Foreseen) else []
         context = step_context(run.mesh, config.compute_dtype)
         devices = sorted(jax.tree.leaves(state)[0].sharding.device_set, key=lambda device: device.id)
         with Recorder(folder, first, total, config.log_every, progress, devices) as recorder, context:
-            state = _train(run, stream, config, state, (first, total), saver, recorder)
+            state = _train(run, stream, config, state, (first, total), kinds, saver, recorder)
             terms = {name: term.label or name for name, term in measured(config.losses).items()}
             summary = {**_summary(run, recorder, first, total), "terms": terms}
     return _finish(run, state, model, config.merge_lora), summary
@@ -95,6 +99,14 @@ def _resume(run: Run, stream: Iterator[Any], saver: Checkpointer | None) -> tupl
     return state, int(state.step)
 
 
+@runtime_checkable
+class Foreseen(Protocol):
+    """Batches that know beforehand what their arrays will be."""
+
+    def kinds(self, first: int, last: int) -> Sequence[Kind]:
+        """What the arrays of the batches `first` ... `last` - 1 are, each kind once, the same on all processes."""
+
+
 class _Pending(NamedTuple):
     step: int
     metrics: dict[str, jax.Array]
@@ -110,12 +122,14 @@ def _train(
     config: RecoverConfig,
     state: TrainState,
     span: tuple[int, int],
+    kinds: Sequence[Kind],
     saver: Checkpointer | None,
     recorder: Recorder,
 ) -> TrainState:
     """Steps `first ... total - 1`. Metrics are read one step late, so that the device never waits for the host."""
     pending: deque[_Pending] = deque()
     trained = run.state.params.keys()
+    programs = Programs(run.step)
     flops = batch_flops(run.cfg, run.teacher_cfg, config.losses, trained, rows=config.batch_size)
 
     def settle(upto: int) -> None:
@@ -125,11 +139,16 @@ def _train(
             recorder.step(done.step, metrics, done.record_ids, done.data_seconds, done.skipped, done.flops)
 
     with StopSignal() as stop:
+        with recorder.compiling():
+            _compile_ahead(programs, run, state, kinds, stop, recorder)
+            if saver is not None:
+                saver.prepare(state)
         for step in range(*span):
             begin = time.perf_counter()
             batch = _next(stream, run, config, step)
             waited = time.perf_counter() - begin
-            state, metrics = run.step(state, run.frozen, run.teacher_params, place_rows(batch.arrays, run.mesh))
+            unforeseen = f"{'warning: not foreseen, ' if kinds else ''}compiling in step {step + 1}"
+            state, metrics = _run_step(programs, run, state, batch.arrays, unforeseen, recorder)
             pending.append(_Pending(step + 1, metrics, batch.record_ids, waited, batch.skipped, flops(batch.arrays)))
             settle(1)
             if saver is not None:
@@ -145,6 +164,41 @@ def _train(
                 raise Stopped(f"training stopped on SIGTERM after step {step + 1} of {span[1]}; {kept}")
         settle(0)
     return state
+
+
+def _compile_ahead(
+    programs: Programs, run: Run, state: TrainState, kinds: Sequence[Kind], stop: StopSignal, recorder: Recorder
+) -> None:
+    """Compile the step for every kind of batch.
+
+    Raises:
+      Stopped: SIGTERM; nothing is lost.
+    """
+    if kinds:
+        batches = [{name: np.broadcast_to(0, size) for name, (size, _) in kind.items()} for kind in kinds]
+        recorder.say(f"compiling {len(kinds)} program{'s' if len(kinds) > 1 else ''}: {describe(run.cfg, batches)}")
+    for kind in kinds:
+        batch = stand_in(kind, run.mesh)
+        programs.compile(state, run.frozen, run.teacher_params, batch)
+        if stop.requested():
+            raise Stopped("training stopped on SIGTERM while it compiled the programs of its steps; nothing is lost")
+
+
+def _run_step(
+    programs: Programs,
+    run: Run,
+    state: TrainState,
+    arrays: Mapping[str, Any],
+    unforeseen: str,
+    recorder: Recorder,
+) -> tuple[TrainState, Metrics]:
+    """One step; where its program is not there, it is compiled and `unforeseen` is said."""
+    arguments = (state, run.frozen, run.teacher_params, place_rows(arrays, run.mesh))
+    if not programs.has(arguments[-1]):
+        recorder.say(f"{unforeseen}: {describe(run.cfg, [arrays])}")
+        with recorder.compiling():
+            programs.compile(*arguments)
+    return programs(*arguments)
 
 
 def _next(stream: Iterator[Any], run: Run, config: RecoverConfig, step: int) -> Any:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -57,7 +57,7 @@ class Recorder:
         self._folder, self._first, self._total, self._log_every = folder, first, total, log_every
         peak = peak_flops(devices[0].device_kind)
         self._peak = None if peak is None else peak * len(devices)
-        self._tokens = self._counted = self._flops = 0.0
+        self._tokens = self._counted = self._flops = self._compiling = 0.0
         self._begin = self._mark = time.perf_counter()
         self._steady: float | None = None
         self._file = self._board = None
@@ -89,6 +89,22 @@ class Recorder:
                 if resource is not None:
                     getattr(resource, close)()
 
+    def say(self, text: str) -> None:
+        """One line of progress."""
+        if self._bar is not None:
+            print(f"  train: {text}", flush=True)
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """While entered time counts to no step and no speed, but to `compile_seconds`."""
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        self._mark += seconds
+        self._compiling += seconds
+        if self._steady is not None:
+            self._steady += seconds
+
     def step(
         self,
         step: int,
@@ -112,7 +128,7 @@ class Recorder:
         seconds, self._mark = now - self._mark, now
         tokens = values.pop("tokens")
         if self._steady is None:
-            self._steady = now  # the first step compiles
+            self._steady = now  # the first step waits for the first batch to be read
         else:
             self._counted += tokens
             self._flops += flops
@@ -123,7 +139,7 @@ class Recorder:
             self._bar.update(self._task, completed=step, **_shown(self.last))
             if self._bar.disable and now - self._said >= PAUSE_SECONDS:
                 self._said = now
-                print(f"  train: step {step:,} of {self._total:,}  {'  '.join(_shown(self.last).values())}", flush=True)
+                self.say(f"step {step:,} of {self._total:,}  {'  '.join(_shown(self.last).values())}")
         if step % self._log_every == 0 or step == self._total:
             self._log()
 
@@ -171,6 +187,7 @@ class Recorder:
         steady = now - self._steady if self._steady is not None else 0.0
         return {
             "seconds": now - self._begin,
+            "compile_seconds": self._compiling,
             "tokens": self._tokens,
             "skipped_rows": sum(from_all(lambda: self._skipped)),
             **self._speeds(self._counted, self._flops, steady or 1.0),

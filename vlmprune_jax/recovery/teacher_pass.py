@@ -28,7 +28,8 @@ def teacher_top_k(
     """Every batch, with ids int32[rows, seq, k] and log-probabilities float32[rows, seq, k + 1] of its rows.
 
     k = `loss.teacher_top_k`, at `loss.temperature`. `teacher` lives on `mesh`; `batches` are this process's rows
-    (`Batch`), and all processes go through theirs in step. A teacher without its tower takes `vision_features`.
+    (`Batch`), and all processes go through theirs in step. A program is compiled when the first batch of its shape
+    comes, since nothing but this pass waits for it. A teacher without its tower takes `vision_features`.
 
     Raises:
       UserError: ids or images that do not fit the teacher.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.config import LayerShape, ModelConfig, Stack, VisionConfig, runs
+from vlmprune_jax.config import ModelConfig, Stack, VisionConfig, runs
 from vlmprune_jax.errors import printable
 from vlmprune_jax.families import Family, target_of
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
@@ -76,10 +77,13 @@ def _text(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _prunable(cfg: ModelConfig, stack: str) -> dict[str, Any]:
-    """Shares of the whole model: of one unit of a stack, and the most that each method can remove of it."""
+    """Shares of the whole model: of one unit of a stack, and the most that each method can remove of it (None: nothing,
+    since features of a tower's blocks enter the decoder).
+    """
     total, costs, layers = count_params(cfg), layer_costs(cfg, stack), cfg.stack(stack).layers
     sizes = [costs.of(shape) for shape in layers]
     everywhere = range(len(layers))
+    most_by_depth = sum(sorted(sizes)[max(1, cfg.deepstack) :]) / total  # features enter as many decoder layers
     units = units_of(
         layers, costs, gqa="groups", attn_layers=everywhere, mlp_layers=everywhere, heads_multiple=1, neurons_multiple=1
     )
@@ -88,7 +92,7 @@ def _prunable(cfg: ModelConfig, stack: str) -> dict[str, Any]:
         "head_group": units[0].head_cost / total,
         "query_heads_per_group": layers[0].q_heads // layers[0].kv_heads,
         "neuron": costs.neuron / total,
-        "most_by_depth": (sum(sizes) - min(sizes)) / total,
+        "most_by_depth": None if stack == "vision" and cfg.deepstack else most_by_depth,
         "most_by_width": most_removable(units) / total,
     }
 
@@ -170,22 +174,26 @@ def _what_loads(stacks: dict[str, dict[str, str | None]]) -> str:
 def _can_go(layer: str, prunable: dict[str, Any]) -> list[str]:
     group = prunable["query_heads_per_group"]
     unit = "head" if group == 1 else f"head group ({group} query heads)"
+    depth = prunable["most_by_depth"]
+    by_depth = "all of them stay, at most" if depth is None else f"at most {_percent(depth)} by depth,"
     return [
         f"{layer} is {_percent(prunable['layer'])} of the model, a {unit} "
         f"{_percent(prunable['head_group'])}, a neuron {_percent(prunable['neuron'])}",
-        f"              at most {_percent(prunable['most_by_depth'])} by depth, "
-        f"{_percent(prunable['most_by_width'])} by width",
+        f"              {by_depth} {_percent(prunable['most_by_width'])} by width",
     ]
 
 
 def _runs(stack: dict[str, Any]) -> str:
-    return ", ".join(map(_run, stack["runs"]))
+    alike = itertools.groupby(stack["runs"], lambda run: (run["q_heads"], run["kv_heads"], run["mlp"]))
+    return ", ".join(_run(*widths, list(mine)) for widths, mine in alike)
 
 
-def _run(run: dict[str, Any]) -> str:
-    shape = LayerShape(run["q_heads"], run["kv_heads"], run["mlp"])
-    heads = f"{shape.q_heads} heads" if shape.q_heads == shape.kv_heads else f"{shape.q_heads}/{shape.kv_heads} heads"
-    return f"{run['layers']} x ({heads}, {shape.mlp:,} neurons)"
+def _run(q_heads: int, kv_heads: int, mlp: int, mine: list[dict[str, Any]]) -> str:
+    """Neighbours of these widths; how many of them see everything, where others look through windows."""
+    heads = f"{q_heads} heads" if q_heads == kv_heads else f"{q_heads}/{kv_heads} heads"
+    count, whole = (sum(run["layers"] for run in some) for some in (mine, [r for r in mine if r["window"] is None]))
+    windows = f", {whole} of them without windows" if 0 < whole < count else ""
+    return f"{count} x ({heads}, {mlp:,} neurons){windows}"
 
 
 def _percent(share: float) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from vlmprune_jax.checked_files import read_json
 from vlmprune_jax.checks import one_of
 from vlmprune_jax.config import ModelConfig, VisionConfig
-from vlmprune_jax.data.batching import ON_ERROR, Batch, train_batches
+from vlmprune_jax.data.batching import ON_ERROR, Batch, TrainBatches, train_batches
 from vlmprune_jax.data.datasets import PREFIX as DATASETS
 from vlmprune_jax.data.datasets import datasets_folder, datasets_state, read_datasets
 from vlmprune_jax.data.encoding import Encoder
@@ -293,7 +293,8 @@ def training_rows(
     one_of("data.group_by", data.group_by, GROUPINGS)
     records = recovery_records(model, data, cfg)
     encoder, sizes = inputs.training_encoder(cfg), None
-    if not encoder.max_length or encoder.length_buckets or data.group_by != "none" or data.on_error == "skip":
+    varied = encoder.length_buckets is not None or encoder.images_decide  # what is compiled must be known beforehand
+    if not encoder.max_length or varied or data.group_by != "none" or data.on_error == "skip":
         sizes = _measured(records, encoder, data.on_error, data.threads, bar)
         encoder = _as_long_as(encoder, sizes)
     return TrainingRows(
@@ -310,8 +311,8 @@ def recovery_batches(
     *,
     features: FeatureLoader | None = None,
     teacher: TeacherRows | None = None,
-) -> tuple[Any, int]:
-    """This process's endless stream of training batches (a grain dataset), and the number of records behind it.
+) -> tuple[TrainBatches, int]:
+    """This process's endless training batches, and the number of records behind them.
 
     `bar`, `features`: see `training_rows`; `teacher`: what rows have of a cached teacher.
     """
