@@ -338,10 +338,13 @@ def test_no_usable_record_stops_every_process(experiment, pruned):
 
 
 @pytest.mark.slow
-def test_kill_9_at_three_random_moments(tmp_path):
-    """The benchmark's runs of two processes, which compares every byte with an undisturbed one."""
+def test_kill_9_at_a_random_moment(tmp_path):
+    """The benchmark's run of two processes, whose every byte is compared with an undisturbed one's.
+
+    By the seed it is the second checkpoint being written; results.md has 20 moments of all kinds.
+    """
     script = ROOT / "benchmarks/preemption.py"
-    command = [sys.executable, str(script), f"--work={tmp_path / 'work'}", "--kills=3", "--no-alone"]
+    command = [sys.executable, str(script), f"--work={tmp_path / 'work'}", "--kills=1", "--seed=9", "--no-alone"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert json.loads(done.stdout.splitlines()[-1])["kills"] == 3
+    assert json.loads(done.stdout.splitlines()[-1])["phases"] == {"save": 1}
