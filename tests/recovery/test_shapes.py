@@ -6,6 +6,7 @@ import json
 
 import jax
 import numpy as np
+import pytest
 import recover_cases as cases
 
 from vlmprune_jax.data.batching import Batch
@@ -38,6 +39,7 @@ def train(stream, **changes):
     return recover(cases.model(CFG), stream, cases.settings(**changes), progress=False)
 
 
+@pytest.mark.slow
 def test_lengths_in_turn_train_the_same():
     plain, _ = train(Padded((11,)), accumulation=2, steps=4)
     varied, _ = train(Padded((11, 20)), accumulation=2, steps=4)
