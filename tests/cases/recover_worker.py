@@ -17,7 +17,7 @@ import recover_cases as cases
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.recovery.loop import recover
 
-STEPS = 40
+STEPS = 24
 CFG = cases.config(vision=False)
 
 

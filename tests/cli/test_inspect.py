@@ -131,9 +131,14 @@ def test_full_size_in_an_instant(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "internvl"])
-def test_the_benchmark_runs(tmp_path, name):
-    command = [sys.executable, str(ROOT / "benchmarks/full_size.py"), "--tiny", f"--model={name}", f"--work={tmp_path}"]
+def test_the_benchmark_runs(tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks/full_size.py"),
+        "--tiny",
+        "--model=internvl",
+        f"--work={tmp_path}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = {line["step"]: line for line in map(json.loads, done.stdout.splitlines())}

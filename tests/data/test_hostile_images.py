@@ -150,6 +150,7 @@ def test_unusual_images_are_read(goldens: Path, tmp_path: Path) -> None:
             np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_large_images_and_damage_leave_no_line(goldens: Path, tmp_path: Path) -> None:
     """Pillow warns of 90 to 179 megapixels and of broken metadata, logs errors, and libtiff prints them."""
     (tmp_path / "large.png").write_bytes(png(12_000, 8_000))

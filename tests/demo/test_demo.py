@@ -106,8 +106,8 @@ def test_a_language_model_is_joined_with_a_tower(tmp_path):
 def test_the_demo_reaches_its_numbers(tmp_path, capsys):
     """The teacher answers >= 99 % of all 9,673 questions. Pruned in depth it is worse, in width by three quarters of
     the answers, two thirds of which reconstruction wins back; trained with SFT + L2 on 5 % of the data the models
-    retain >= 99 % (depth), >= 95 % (width) and, from the reconstructed one, >= 97 % of the teacher's, more than from
-    the pruned one. SFT alone, the demo's other arm, would take a third of this test's minutes.
+    retain >= 99 % (depth) and, reconstructed, >= 97 % (width) of the teacher's. The demo's other arms, SFT alone and
+    width without reconstruction, would take twice this test's minutes.
     """
     config = tmp_path / "demo.py"
     config.write_text("""
@@ -116,7 +116,8 @@ from vlmprune_jax.demo.experiment import get_config as demo
 
 def get_config():
     config = demo()
-    del config.recover_variants.sft
+    del config.recover_variants.sft, config.prune_variants.width
+    config.speed.rounds = 1
     return config
 """)
     assert main(["run", f"--config={config}", f"--workdir={tmp_path / 'w'}"]) == 0, capsys.readouterr().err
@@ -124,7 +125,7 @@ def get_config():
     assert result["teacher"]["questions"] == 9_673
     assert result["teacher"]["accuracy"] >= 0.99
     runs = {run["name"]: run for run in result["runs"]}
-    bounds = {"depth": ((95, 98), 99), "width": ((20, 32), 95), "width_solved": ((20, 32), 97)}
+    bounds = {"depth": ((95, 98), 99), "width_solved": ((20, 32), 97)}
     for name, ((low, high), recovered) in bounds.items():
         assert low < runs[name]["retained"] < high
         run = runs[f"{name}-sft_l2"]
@@ -132,6 +133,5 @@ def get_config():
         assert run["data_fraction"] == 0.05
         assert 0.54 < run["decoder_ratio"] < 0.58
     assert 72 < runs["width_solved-reconstructed"]["retained"] < 85
-    assert runs["width_solved-sft_l2"]["accuracy"] > runs["width-sft_l2"]["accuracy"]
     assert result["best"] == "depth-sft_l2"
     assert result["export"]["max_abs_logit_difference"] < 1e-4

@@ -135,6 +135,7 @@ def test_a_suffix_continues_the_last_question(goldens, encoder):
         assert set(ours.records) <= set(asked)  # metrics see the question as the file has it
 
 
+@pytest.mark.slow
 def test_sharded_evaluation_gives_the_same(goldens, llava, encoder, expected):
     asking = arrange_questions(records(goldens, ["yes"] * 8), encoder, batch_size=8, multiple=4)
     assert asking.groups[0].beginnings % 4 == 0

@@ -82,6 +82,7 @@ def test_the_printed_criterion_scores_and_prunes(experiment, tmp_path, capsys):
     assert "score.depth='wanda' scores widths, not layers: use block_influence or" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_its_numbers(printed):
     """Over two batches, against whole activations."""
     spec = importlib.util.spec_from_file_location("my_criterion", printed)

@@ -118,6 +118,7 @@ def test_deepstack(goldens):
     np.testing.assert_allclose(added[:, 0], golden.arrays["single_deepstack"], **CLOSE)
 
 
+@pytest.mark.slow
 def test_answers_of_a_padded_batch(golden):
     prompts = [golden.arrays[f"{c}_input_ids"][: golden.facts["cases"][c]["prompt_len"]] for c in CASES]
     ids, mask = (np.zeros((len(prompts), max(map(len, prompts))), np.int32) for _ in range(2))
@@ -134,6 +135,7 @@ def test_answers_of_a_padded_batch(golden):
     np.testing.assert_array_equal(found, [golden.arrays[f"{case}_generated"] for case in CASES])
 
 
+@pytest.mark.slow
 def test_a_mesh_computes_the_same(golden):
     batch = golden.batch("left")
     batch.pop("labels")
@@ -144,6 +146,7 @@ def test_a_mesh_computes_the_same(golden):
     np.testing.assert_allclose(np.asarray(found)[:, -8:], golden.arrays["batch_left_last_logits"], **CLOSE)
 
 
+@pytest.mark.slow
 def test_layers_by_block_influence(golden):
     scores = vp.score(golden.model, [golden.batch("right")], criterion="block_influence")
     np.testing.assert_allclose(scores.importance, golden.arrays["batch_right_block_influence"], rtol=1e-4)
@@ -218,6 +221,7 @@ def test_prompts_labels_and_images(golden, tmp_path, processor):
             np.testing.assert_allclose(pixels, (levels / 255 - mean) / std, atol=1e-5, rtol=0, err_msg=str(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 def test_exports_of_a_config_that_version_5_wrote(golden, torch_outputs, tmp_path, version):
     """Version 4 reads none of its rope and the inner flag of tied embeddings alone; SmolVLM's images it gets wrong."""

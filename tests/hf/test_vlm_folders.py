@@ -84,7 +84,9 @@ def test_pruned_golden_there_and_back(goldens, tmp_path, name, how):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize(
+    "name", ["llava-siglip-phi", *(pytest.param(n, marks=pytest.mark.slow) for n in list(STOCK)[1:])]
+)
 def test_logits_of_stock_transformers(tmp_path, torch_outputs, name, version):
     folder = make_vlm_folder(tmp_path / "source", CONFIGS[name])
     model = load(folder)

@@ -39,11 +39,11 @@ def _valid(*lengths: int, left: bool = False) -> np.ndarray:
 @pytest.mark.parametrize(
     ("head", "heads", "valid", "causal", "window"),
     [
-        (64, (4, 2), _valid(SEQ, 70), True, 0),
-        (80, (2, 2), _valid(150, 131, left=True), True, 0),
+        pytest.param(64, (4, 2), _valid(SEQ, 70), True, 0, marks=pytest.mark.slow),
+        pytest.param(80, (2, 2), _valid(150, 131, left=True), True, 0, marks=pytest.mark.slow),
         (96, (3, 1), _valid(190, 1), True, 37),
         (128, (2, 1), _valid(SEQ, 140, left=True), True, 150),
-        (80, (2, 2), None, False, 0),
+        pytest.param(80, (2, 2), None, False, 0, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_splash_equals_xla(head, heads, valid, causal, window):
@@ -101,6 +101,7 @@ def test_a_model_with_splash_equals_one_with_xla(monkeypatch):
     np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_splash_on_a_mesh():
     """Rows and heads are split over the mesh; 3 rows, which do not divide, are whole on every device."""
     rng = np.random.default_rng(3)

@@ -79,6 +79,7 @@ def test_greedy_generation(tmp_path, torch_outputs, name, length, version):
     np.testing.assert_array_equal(tokens, found["tokens"])
 
 
+@pytest.mark.slow
 def test_generation_through_longrope_equals_full_forwards(tmp_path):
     model = load(make_folder(tmp_path / "phi3", OPTIONS["phi3"]))
     ids = np.random.default_rng(5).integers(6, 97, (2, 30))
@@ -89,6 +90,7 @@ def test_generation_through_longrope_equals_full_forwards(tmp_path):
     np.testing.assert_array_equal(tokens, ids[:, 30:])
 
 
+@pytest.mark.slow
 def test_rows_that_end_before_longrope_changes_stay_ended(tmp_path):
     model = load(make_folder(tmp_path / "phi3", OPTIONS["phi3"]))
     ids = np.random.default_rng(3).integers(6, 97, (2, 28))
@@ -130,13 +132,15 @@ PRUNED = {
 MODELS = ("qwen2", "qwen2_layer_types", "qwen3", "phi", "phi3", "phi3_plain", "mistral")
 
 
-QUICK = {("qwen2", "depth"), ("qwen3", "odd"), ("phi", "width"), ("phi", "odd"), ("phi", "uneven"),
-         ("phi3", "depth"), ("phi3", "odd"), ("phi3", "uneven"), ("phi3_plain", "odd")}  # fmt: skip
+# Every decoder by its own class, pruned in every way, is in the support matrix (tests/hf/export); not these.
+IN_THE_MATRIX = ("qwen2", "qwen3", "phi", "phi3", "mistral")
+QUICK = {("qwen3", "odd"), ("phi", "odd"), ("phi3_plain", "uneven")}
 EXPORTS = [
     pytest.param(name, pruning, version, marks=() if (name, pruning) in QUICK else pytest.mark.slow)
     for name in MODELS
     for pruning in PRUNED
     for version in VERSIONS
+    if pruning == "odd" or name not in IN_THE_MATRIX
 ]
 
 

@@ -89,6 +89,7 @@ def test_end_token_is_kept_then_padding(llava, goldens):
     assert set(tokens[3:]) == {llava.cfg.pad_token_id}
 
 
+@pytest.mark.slow
 def test_sliding_window_equals_full_forwards():
     text = TextConfig(
         vocab_size=50, hidden_size=24, head_dim=6, norm_eps=1e-5, activation="silu", decoder="llama",

@@ -83,6 +83,7 @@ def test_configs_that_are_impossible(goldens, tmp_path, family, section, change,
         read_config(tmp_path)
 
 
+@pytest.mark.slow
 def test_fewer_heads_where_the_class_takes_their_size_from_their_number(goldens, tmp_path):
     from hf_cases import keep_width
 
@@ -98,6 +99,7 @@ def test_fewer_heads_where_the_class_takes_their_size_from_their_number(goldens,
     np.testing.assert_allclose(vp.forward(again, **inputs)[0], vp.forward(pruned, **inputs)[0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_rows_that_share_an_image(qwen):
     """One prefix with the image, two questions of other length; and whole prompts, padded on the right."""
     model, arrays = qwen
@@ -115,6 +117,7 @@ def test_rows_that_share_an_image(qwen):
     np.testing.assert_array_equal(shared, whole)
 
 
+@pytest.mark.slow
 def test_windows_in_the_kernel():
     """Segments in splash attention (interpreted), and as a mask in XLA's."""
     grid = jnp.asarray([[1, 14, 10], [1, 6, 4]])

@@ -37,6 +37,7 @@ def up_to(model: Model, n: int) -> Model:
     return Model(stack_layers(layers[:n], rest, cfg, "vision") if n else rest, cfg)
 
 
+@pytest.mark.slow
 def test_every_vision_hidden_state(goldens, bunny, internvl):
     for model, name, computed in ((bunny, "bunny", 3), (internvl, "internvl", 3)):
         golden = np.load(goldens / f"forward/{name}.npz")
@@ -144,6 +145,7 @@ def test_images_of_another_size_than_the_tower_was_trained_on(goldens, tmp_path)
     np.testing.assert_allclose(aux["image_features"], to_nnx(model).projector(shuffled), **close)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bunny", "internvl"])
 def test_greedy_tokens(goldens, bunny, internvl, name):
     model, golden = {"bunny": bunny, "internvl": internvl}[name], np.load(goldens / f"forward/{name}.npz")
@@ -174,6 +176,7 @@ def influence_samples(goldens, name, model):
         yield {**sample, "pixel_values": pixels[None]} if (ids == token).any() else sample
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bunny", "internvl"])
 def test_block_influence_equals_the_reference(goldens, bunny, internvl, name):
     model = {"bunny": bunny, "internvl": internvl}[name]

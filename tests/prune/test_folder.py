@@ -169,6 +169,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", ["depth", "uneven"])
 def test_no_device_and_no_whole_model_in_memory(tmp_path, cut):
     """180 MB of weights, the largest tensor 12 MB, in a process where starting any accelerator is an error."""

@@ -162,6 +162,7 @@ def of_rows(hidden, batch, step):
     return np.concatenate([np.asarray(hidden)[number][own] for number, own in rows])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layer_by_layer_is_the_forward(goldens, family):
     model, batch = golden(goldens, family)
@@ -240,6 +241,7 @@ def test_towers_are_not_reconstructed(goldens):
         vp.reconstruct(vp.apply_plan(model, plan), plan, model, [batch])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_search_counts_places_anew(goldens, family):
     """What each cut costs is the loss of the model without these layers, whose first layers have the features."""
@@ -257,6 +259,7 @@ def test_search_counts_places_anew(goldens, family):
             np.testing.assert_allclose(cut.loss_without(layer), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rounding_by_calibration(goldens, family, tmp_path):
     source = goldens / "families" / family / "ckpt"

@@ -19,6 +19,7 @@ from vlmprune_jax.prune.reconstruction import reconstruct
 from vlmprune_jax.prune.ridge import RIDGES
 
 SHAPES = {"sequential": {}, "parallel": {"block": "parallel", "norm": "layer", "mlp_kind": "plain"}}
+NAMES = ["sequential", pytest.param("parallel", marks=pytest.mark.slow)]
 
 
 def rows(number=16, length=12, vocabulary=61, seed=0, batch=4):
@@ -59,7 +60,7 @@ def streams(model, batch):
     return [[np.asarray(part, np.float64) for part in tapped] for tapped in aux["tap"]]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", NAMES)
 def test_the_layer_before_a_cut_equals_normal_equations_in_float64(shape):
     teacher = model(config(EQUAL, **SHAPES[shape]))
     whole = [KeptLayer.whole(i, one) for i, one in enumerate(teacher.cfg.text.layers)]
@@ -89,7 +90,7 @@ def test_the_layer_before_a_cut_equals_normal_equations_in_float64(shape):
     assert others == {f"{name}/weight", f"{name}/bias"}
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", NAMES)
 def test_every_weight_that_lost_something_comes_nearer_to_the_teacher(shape):
     teacher = model(config(EQUAL, **SHAPES[shape]))
     plan = hybrid(teacher)
@@ -120,6 +121,7 @@ def test_nothing_removed_is_nothing_changed(shape):
     assert all(np.array_equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(order=st.permutations(range(16)), batch=st.sampled_from((2, 5, 16)), garbage=st.integers(0, 60))
 def test_order_batches_and_padding_are_immaterial(order, batch, garbage):
@@ -145,6 +147,7 @@ def assert_near(found, expected, tolerance):
         np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max(), rtol=0)
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_same():
     teacher = model(config(EQUAL))
     plan, batches = hybrid(teacher), rows(16, batch=8)

@@ -204,6 +204,7 @@ def test_a_mesh_keeps_its_shardings_and_numbers():
     np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_tower_on_a_mesh_keeps_its_shardings_and_numbers():
     cfg = config(vision=True).with_layers((LayerShape(2, 2, 10),) * 4, "vision")
     one, sharded = model(cfg), on_mesh(model(cfg), 2, 2, 2)

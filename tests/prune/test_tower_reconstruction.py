@@ -95,6 +95,7 @@ def test_the_layer_before_a_cut_equals_normal_equations_in_float64():
     assert all(np.array_equal(*pair) for pair in texts)
 
 
+@pytest.mark.slow
 def test_the_tower_comes_before_the_decoder_that_reads_it(tmp_path):
     teacher, batches = seeing(), rows(32)
     text = [KeptLayer(i, tuple(range(4)), HEADS, tuple(range(9))) for i in (1, 2, 3, 4)]
@@ -137,6 +138,7 @@ def test_the_tower_comes_before_the_decoder_that_reads_it(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_first_layer_that_goes_is_part_of_the_target():
     """Nothing before it can make up for it, but what follows is measured against a stream that went through it."""
     teacher, batches = seeing(), rows()

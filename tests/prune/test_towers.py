@@ -33,7 +33,8 @@ CUTS = {
 }
 
 
-@pytest.fixture(params=CONFIGS)
+# The other towers come with the slow tests.
+@pytest.fixture(params=[name if name == "clip" else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS])
 def source(request, tmp_path):
     config = CONFIGS[request.param]
     depth = 3 if config.get("vision_feature_layer") == -1 else 4  # as many as are computed and those above
@@ -97,6 +98,7 @@ def test_file_surgery_computes_what_masking_does(source, tmp_path, cut):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cut", "uneven"), [("depth", "refuse"), ("neurons", "refuse"), ("heads", "pad")])
 def test_stock_classes_load_it(source, tmp_path, cut, uneven):
     """In torch where it is installed, but for the hub's own layout."""
@@ -140,6 +142,7 @@ def test_unequal_layers_are_refused(source, tmp_path, uneven):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "tower"), [("llava_orig", "clip_tower"), ("bunny", "siglip_tower")])
 @pytest.mark.parametrize("cut", ["depth", "neurons"])
 def test_a_tower_in_its_own_folder(goldens, tmp_path, name, tower, cut):

@@ -53,7 +53,9 @@ def compiled_step(cfg: ModelConfig, loss: LossConfig, trainable: str, seq: int, 
 CACHED = {"kl": 1.0, "teacher_top_k": 8, "teacher_inputs": "own"}
 
 
-@pytest.mark.parametrize("terms", [{"ce": 1.0}, {"kl": 1.0, "rkl": 1.0}, CACHED], ids=str)
+@pytest.mark.parametrize(
+    "terms", [pytest.param({"ce": 1.0}, marks=pytest.mark.slow), {"kl": 1.0, "rkl": 1.0}, CACHED], ids=str
+)
 def test_no_logits_of_the_whole_sequence(terms):
     """Of all arrays with a vocabulary axis, none has more positions than a chunk has, in any dtype."""
     cfg = cases.config(vision=False)
@@ -76,6 +78,7 @@ def test_frozen_weights_have_no_gradients():
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * frozen
 
 
+@pytest.mark.slow
 def test_what_the_backward_pass_keeps():
     """Of every layer "full" keeps its input; "dots" what has a name as well (decision 47); "none" much more."""
     inputs = {"q_proj": 16, "k_proj": 16, "v_proj": 16, "o_proj": 24, "fc1": 16, "fc2": 96}

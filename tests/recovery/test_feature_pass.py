@@ -85,6 +85,7 @@ def test_tiles_become_what_the_model_computes_of_them(goldens, tiled, tmp_path):
     assert fill(make_loader(goldens, tmp_path / "one", model), tiled) == 0
 
 
+@pytest.mark.slow
 def test_images_of_any_size(goldens, tmp_path):
     """What batches of several sizes gave is what each alone gives, and rows of it train like rows of pixels."""
     folder = goldens / "families/qwen3_vl"

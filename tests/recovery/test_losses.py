@@ -122,7 +122,7 @@ def _sums(student, teacher, batch, loss: LossConfig, flat, kept=None):
 
 
 @pytest.mark.parametrize("kind", ["layer", "width"])
-@pytest.mark.parametrize("layers", [(-1,), (-1, 2)])
+@pytest.mark.parametrize("layers", [pytest.param((-1,), marks=pytest.mark.slow), (-1, 2)])
 def test_distillation_losses_equal_the_reference(distill, kind: str, layers: tuple[int, ...]):
     teacher, students, facts, _, batch, measure = distill
     student, every = students[kind], dataclasses.replace(measure, l2_layers=layers)
@@ -146,6 +146,7 @@ def test_distillation_losses_equal_the_reference(distill, kind: str, layers: tup
     assert checked == (20 if "kl" in components else 2 if layers == (-1,) else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["layer", "width"])
 def test_distillation_gradients_equal_the_reference(distill, kind: str):
     teacher, students, facts, arrays, batch, measure = distill

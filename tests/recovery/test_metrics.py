@@ -25,6 +25,7 @@ CFG = cases.config(layers=1)
 LOSSES = LossConfig(0.5, 0.5, 0.1, 0.1, cosine=0.2)
 
 
+@pytest.mark.slow
 def test_without_a_terminal_a_line_a_minute(monkeypatch, capsys):
     """What `launch/tpu_vm.sh logs` shows of training and of other passes."""
     config = cases.settings(trainable="projector", steps=3)

@@ -66,6 +66,7 @@ def test_optimizer_equals_torch_adamw():
         np.testing.assert_allclose(params[path], parameter.detach().numpy(), rtol=1e-5, atol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
 def test_gradients_are_clipped_by_their_global_norm():
     """With a huge eps and no decay a first step moves along the clipped gradient: clipping scales all moves equally.
 

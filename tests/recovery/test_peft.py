@@ -113,6 +113,7 @@ def test_what_the_folder_says(pruned, tmp_path):
     assert {array.dtype for array in tensors.values()} == {np.dtype(np.float32)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "pruning"), [("llama", "depth"), ("llava", "depth"), ("llava", "uneven")])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_card_loads_it_as_printed(pruned, torch_outputs, tmp_path, family, pruning, version):

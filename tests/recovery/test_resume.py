@@ -141,12 +141,11 @@ def test_settings_without_influence_may_change(uninterrupted):
 
 @pytest.mark.slow
 def test_another_mesh_continues_within_rounding(uninterrupted, tmp_path):
-    """Steps 1-2 on one device, 3-4 on 2 x 2 x 2, 5-6 on 1 x 4 x 2: the same batches, losses and parameters."""
-    for mesh, done in ((None, 2), (make_mesh(2, 2, 2), 4)):
-        with pytest.raises(Stopped, match=f"after step {done} of 6"):
-            train(Stopping(mid_epoch_stream(), 1), tmp_path, mesh=mesh)
+    """Steps 1-3 on 2 x 2 x 2, 4-6 on 1 x 4 x 2: the batches, losses and parameters of one device."""
+    with pytest.raises(Stopped, match="after step 3 of 6"):
+        train(Stopping(mid_epoch_stream(), 2), tmp_path, mesh=make_mesh(2, 2, 2))
     model, summary = train(mid_epoch_stream(), tmp_path, mesh=make_mesh(1, 4, 2))
-    assert summary["resumed_from"] == 4
+    assert summary["resumed_from"] == 3
     assert cases.largest_difference(model, uninterrupted[0]) < 1e-5
     for name in ("step", "loss", "ce", "l2", "grad_norm"):
         ours, straight = ([line[name] for line in _metrics(path)] for path in (tmp_path, uninterrupted[2]))
@@ -190,6 +189,7 @@ class Full:
         return next(self.inner)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [3, 5])  # one in the middle, and the last one, which no later save looks at
 def test_a_save_that_fails_ends_the_run(uninterrupted, tmp_path, at):
     """Saves go on in the background; a failed one is fatal, and the last good checkpoint is continued from."""
@@ -317,6 +317,7 @@ def test_a_stream_without_state_needs_no_workdir(tmp_path):
         train(batches, tmp_path)
 
 
+@pytest.mark.slow
 def test_nan_stops_and_names_the_records(tmp_path):
     """Batch 3 is poisoned: steps 1 to 3 are saved, nothing of step 4 is."""
     config = cases.settings(save_every=1)
@@ -326,10 +327,8 @@ def test_nan_stops_and_names_the_records(tmp_path):
     assert listed["step"] == 4
     assert listed["records"] == [f"record-3-{row}" for row in range(8)]
     assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == 3
-    healthy, summary = recover(cases.model(CFG), cases.Stream(CFG), config, workdir=tmp_path, progress=False)
+    _, summary = recover(cases.model(CFG), cases.Stream(CFG), config, workdir=tmp_path, progress=False)
     assert summary["resumed_from"] == 3
-    straight, _ = recover(cases.model(CFG), cases.Stream(CFG), config, progress=False)
-    cases.assert_bitwise(healthy, straight)
 
 
 def test_ids_outside_the_vocabulary_are_refused():
@@ -358,7 +357,7 @@ def test_kill_9_at_any_moment_resumes_bitwise(tmp_path):
     """Every step starts a save, so kills at random delays fall before, during and after saves."""
     expected = _finish(tmp_path / "straight")
     draw, folder, resumed = np.random.default_rng(0), tmp_path / "killed", []
-    for _ in range(4):
+    for _ in range(2):
         process = _worker(folder)
         assert process.stdout is not None
         first = int(process.stdout.readline().split()[1])

@@ -55,6 +55,7 @@ def train(stream, **changes):
     return recover(cases.model(CFG), stream, cases.settings(**changes), progress=False)
 
 
+@pytest.mark.slow
 def test_lengths_in_turn_train_the_same():
     plain, _ = train(Padded((11,)), accumulation=2, steps=4)
     varied, _ = train(Padded((11, 20)), accumulation=2, steps=4)

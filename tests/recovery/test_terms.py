@@ -29,6 +29,7 @@ def terms():
     vp.losses.update(before)
 
 
+@pytest.mark.slow
 def test_values_of_a_batch_are_those_of_a_step():
     """All five terms, with the plan's layers; with adapters, in the config's precision, on a mesh."""
     student, teacher, batch = cases.model(CFG, 1), cases.model(CFG, 9), next(cases.Stream(CFG))
@@ -61,6 +62,7 @@ def test_values_without_a_teacher_or_of_what_does_not_fit():
         vp.losses(student, {n: x for n, x in batch.arrays.items() if n != "labels"}, vp.LossConfig())
 
 
+@pytest.mark.slow
 def test_a_term_on_the_students_states_alone(terms):
     """No teacher runs; the mean is over real tokens and layers; another function of the same name is compiled anew."""
     terms["small"] = vp.LossTerm(lambda h: jnp.sum(h * h, axis=-1), needs=("hidden",), counts="features")

@@ -198,7 +198,8 @@ def class_token_last(model, pixels):
     return np.concatenate([found[2:], found[:1]])
 
 
-@pytest.mark.parametrize("name", ["bunny", *(pytest.param(n, marks=pytest.mark.slow) for n in TOWERS if n != "bunny")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOWERS)
 def test_towers_compute_the_same(golden, tmp_path, name):
     source, model = golden(name)
     save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")

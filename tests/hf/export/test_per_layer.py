@@ -7,7 +7,7 @@ import pytest
 from decoder_cases import PHI, PHI3
 from hf_cases import LLAMA, LLAVA, keep_layers, keep_width, make_folder, random_ids
 from torch_compat import VERSIONS, TorchJobError
-from vlm_cases import internvl_config, llava_config, make_vlm_folder
+from vlm_cases import internvl_config, make_vlm_folder
 
 from vlmprune_jax.hf.export.reload import check_export
 from vlmprune_jax.hf.export.write import save
@@ -24,7 +24,6 @@ CONFIGS = {
     "phi": (PHI, CAUSAL),
     "phi3": (PHI3, CAUSAL),  # without its whole heads its config class refuses the nominal ones
     "llava": (LLAVA, IMAGES),
-    "llava-siglip-phi": (llava_config("phi", "siglip"), IMAGES),
     "internvl-qwen3": (internvl_config("qwen3"), IMAGES),
 }
 QUICK = {"llama", "phi3"}

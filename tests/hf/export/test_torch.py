@@ -46,7 +46,7 @@ def saved(tmp_path, request):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("pruning", PRUNED)
+@pytest.mark.parametrize("pruning", ["whole", "mistral", "uneven"])  # the others are in test_support_matrix.py
 @pytest.mark.parametrize("family", CLASSES)
 def test_pruned_folder(saved, torch_outputs, family, pruning, version):
     uneven = "pad" if pruning == "uneven" else "refuse"
@@ -121,6 +121,7 @@ def test_check_export_notices_what_transformers_would_initialise(saved):
         check_export(model, out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("name", "tower", "wrong"),

@@ -332,7 +332,9 @@ def test_pad_keeps_query_heads_with_their_group(llama, tmp_path):
     np.testing.assert_allclose(forward(padded, **inputs)[0], forward(model, **inputs)[0], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize(
+    "name", [name if name == "phi3" else pytest.param(name, marks=pytest.mark.slow) for name in DECODERS]
+)
 def test_every_padded_decoder_is_the_same_function(tmp_path, name):
     """Biases, parallel blocks and fused tensors; every layer has widths of its own."""
     source = make_folder(tmp_path / "source", DECODERS[name])

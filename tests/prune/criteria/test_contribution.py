@@ -50,6 +50,7 @@ def test_scores_equal_sums_in_float64(criterion, shape):
     make_plan(found, one.cfg, method="width", ratio=0.1, heads="auto")
 
 
+@pytest.mark.slow
 def test_batches_add_up_on_a_mesh():
     one = model(config())
     whole = batch(one.cfg, rows=8)

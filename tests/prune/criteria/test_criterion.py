@@ -20,6 +20,7 @@ from vlmprune_jax.prune.criteria.calibration import calibration_batches
 PHI = {"block": "parallel", "norm": "layer", "mlp_kind": "plain"}
 
 
+@pytest.mark.slow
 def test_a_tap_sees_what_the_output_projections_read():
     """A block's output is its input and the two products; the same in a parallel block with other names."""
     for cfg in (config(UNEQUAL, vision=True), config(UNEQUAL, **PHI)):
@@ -101,6 +102,7 @@ def assert_equal(mine, others, **tolerance):
         np.testing.assert_allclose(one, other, **{"rtol": 0, **tolerance})
 
 
+@pytest.mark.slow
 def test_padding_batching_and_a_mesh_do_not_change_it(own):
     cfg = config(EQUAL, vision=True)
     arrays = batch(cfg, rows=8)

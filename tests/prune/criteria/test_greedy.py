@@ -74,6 +74,7 @@ def test_what_a_layer_cost_before_other_cuts_is_not_taken_for_what_it_costs(monk
     assert tried == [0, 1, 2, 3, 4, *([1, 2] if candidates == 1 else [1, 2, 3, 4, 2, 3])]
 
 
+@pytest.mark.slow
 def test_on_a_mesh_the_order_is_the_same():
     teacher, data = model(config(EQUAL)), batches()
     one = score(teacher, data, criterion="greedy_loss", candidates=2, search=3)

@@ -34,6 +34,7 @@ def test_these_split():
     assert {name for name, criterion in CRITERIA.items() if criterion.splits} == set(SPLITTING)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", SPLITTING)
 def test_scores_of_a_kind_are_the_scores_if_only_that_kind_counts(criterion):
     scores = found(criterion)

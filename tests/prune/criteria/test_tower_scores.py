@@ -86,6 +86,7 @@ def test_layers_equal_cosines_in_float64():
     np.testing.assert_allclose(found, [*angles, np.inf], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_taylor_equals_plain_differentiation():
     one = seeing()
     arrays = batch(one.cfg)
@@ -126,6 +127,7 @@ def channel_scores(weights, gradients, path, index, labels, variant):
     return channels.sum(1) if channels.ndim == 2 else channels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["activation", "taylor"])
 def test_batches_text_alone_and_a_mesh_do_not_change_it(criterion):
     one = seeing()
