@@ -41,6 +41,18 @@ def get_config(folder: str = ".cache/smollm2-135m") -> ConfigDict:
         "steps": 100,
     }
     captions = {**align, "name": "captions", "trainable": "all", "steps": 60}
+    # Comparing a question's words with what is there is learnt from text in a third of the steps.
+    words = {
+        **common,
+        "name": "words",
+        "records": "train_multi_turn",
+        "turns_per_row": 10,
+        "words": 16,  # as many as an image has tokens
+        "augment": "none",
+        "trainable": (("text/.*", True),),
+        "batch_size": 16,
+        "steps": 40,
+    }
     questions = {
         **common,
         "name": "questions",
@@ -50,5 +62,5 @@ def get_config(folder: str = ".cache/smollm2-135m") -> ConfigDict:
         "batch_size": 16,
         "steps": 120,
     }
-    config.stages = tuple(ConfigDict(stage) for stage in (align, captions, questions))
+    config.stages = tuple(ConfigDict(stage) for stage in (align, captions, words, questions))
     return config
