@@ -191,6 +191,7 @@ def test_inspect(capsys, goldens):
     for family, said in {
         "qwen2_5_vl": [
             "are computed: 4 x (5 heads, 52 neurons), 2 of them without windows\n",
+            "images of any size, a token for 2 x 2 patches of 5\n",
             "at most 19.3 % by depth",
         ],
         "qwen3_vl": ["at most 25.2 % by depth", "of the tower is 3.5 %", "              all of them stay, at most "],

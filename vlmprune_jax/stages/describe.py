@@ -128,6 +128,14 @@ def _per_layer(stock: bool) -> str:
     return "this package, and in transformers by the PyTorch file it ships" if stock else "this package"
 
 
+def _images(found: dict[str, Any]) -> str:
+    vision, tokens = found["vision"], found["tokens_per_image"]
+    patch, side = vision["patch_size"], vision["merge"]
+    if vision["temporal"]:
+        return f"images of any size, a token for {side} x {side} patches of {patch}"
+    return f"images of {vision['image_size']} in patches of {patch}: {tokens} tokens each"
+
+
 def as_lines(found: dict[str, Any]) -> list[str]:
     """The same for people."""
     text, parts, prunable = found["text"], found["parameters"], found["prunable"]
@@ -147,9 +155,7 @@ def as_lines(found: dict[str, Any]) -> list[str]:
     if vision is not None:
         lines += [
             f"  vision      {vision['layers']} of {vision['n_layers_total']} layers are computed: {_runs(vision)}",
-            f"              hidden size {vision['hidden_size']}, heads of {vision['head_dim']}, images of "
-            f"{vision['image_size']} in patches of {vision['patch_size']}: "
-            f"{found['tokens_per_image']} tokens each",
+            f"              hidden size {vision['hidden_size']}, heads of {vision['head_dim']}, {_images(found)}",
         ]
     lines += _can_go(f"  can go      a {'decoder ' if vision else ''}layer", prunable)
     if vision is not None:
