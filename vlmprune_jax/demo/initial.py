@@ -22,7 +22,7 @@ from vlmprune_jax.data.records import IMAGE_TOKEN
 from vlmprune_jax.data.tokenizer_files import TOKENIZER
 from vlmprune_jax.demo.vocabulary import SMOLVLM_CHAT, make_tokenizer
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.families import family_of, templates
+from vlmprune_jax.families import family_of
 from vlmprune_jax.families.llava import LLAVA_HF
 from vlmprune_jax.families.smolvlm import SMOLVLM
 from vlmprune_jax.hf.read import load
@@ -77,7 +77,7 @@ def write_joined(folder: Path, language: Path, tower: Path, *, seed: int) -> Non
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     ids = _write_tokenizer(language, folder, words=decoder.cfg.text.vocab_size)
-    rows = -(-(max(ids.values()) + 1) // _ROWS) * _ROWS
+    rows = -(-max(*(index + 1 for index in ids.values()), decoder.cfg.text.vocab_size) // _ROWS) * _ROWS
     normalize = _write_processor(tower, folder, side=vision.image_size, patches=vision.image_size // vision.patch_size)
     image, ends = ids.pop("image_token_id"), {key: ids[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     tied = decoder.cfg.text.tie_embeddings
@@ -167,8 +167,7 @@ def _write_tokenizer(language: Path, folder: Path, *, words: int) -> dict[str, i
     """Write a language model's tokenizer with SmolVLM's tokens, behind `words` others; returns ids as in configs."""
     source = load_tokenizer(language)
     tokenizer: Tokenizer = source.backend_tokenizer
-    template = templates()["smolvlm"]
-    start, end = template.special
+    start, end = SMOLVLM.templates[0].special
     # ids that the embeddings have and the tokenizer does not
     while tokenizer.get_vocab_size() < words:
         tokenizer.add_tokens([f"<unused{tokenizer.get_vocab_size()}>"])

@@ -23,7 +23,7 @@ from vlmprune_jax.errors import UserError, differences, reason
 from vlmprune_jax.recovery.step import TrainState
 
 STATE, META = "state", "meta"
-_TODO = "remove that folder, and run the same command"
+_REMEDY = "remove that folder, and run the same command"
 
 
 class _Meta(TypedDict):
@@ -51,7 +51,7 @@ class Checkpointer:
             max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
         on_process_zero(lambda: _prepare(folder))
-        with reading(folder, _TODO):
+        with reading(folder, _REMEDY):
             self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def __enter__(self) -> Checkpointer:
@@ -112,7 +112,7 @@ class Checkpointer:
         if step is None:
             return None
         where = f"{self.folder}/{step}"
-        meta = checked(self._read(step, META, ocp.args.JsonRestore()), _Meta, where, _TODO)
+        meta = checked(self._read(step, META, ocp.args.JsonRestore()), _Meta, where, _REMEDY)
         differs = differences(meta["identity"], self.identity)
         if differs:
             raise UserError(
@@ -121,12 +121,12 @@ class Checkpointer:
             )
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _tree(like))
         tree = self._read(step, STATE, ocp.args.StandardRestore(abstract))
-        with reading(where, _TODO):
+        with reading(where, _REMEDY):
             state = jax.tree.unflatten(jax.tree.structure(like), [tree[name] for name in sorted(tree)])
             if int(state.step) != step:
-                raise UserError(f"{where}: holds the state of step {int(state.step)}: {_TODO}")
+                raise UserError(f"{where}: holds the state of step {int(state.step)}: {_REMEDY}")
             if "digest" in meta and weights_digest(tree) != meta["digest"]:
-                raise UserError(f"{where}: holds other numbers than were saved: {_TODO}")
+                raise UserError(f"{where}: holds other numbers than were saved: {_REMEDY}")
             return state, self._own(step, meta["data"])
 
     def _own(self, step: int, states: list[str]) -> Any:
@@ -143,7 +143,7 @@ class Checkpointer:
         return _decode(states[jax.process_index() if len(states) == jax.process_count() else 0])
 
     def _read(self, step: int, item: str, args: Any) -> Any:
-        with reading(f"{self.folder}/{step}", _TODO):
+        with reading(f"{self.folder}/{step}", _REMEDY):
             return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
 
 

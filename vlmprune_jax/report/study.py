@@ -27,7 +27,7 @@ HOLDS, FAILS, OPEN, MEASURED = "holds", "does not hold", "cannot be said", "meas
 AS_GOOD = 1.0  # points of retained % by which a cheaper way may be behind and counts as as good
 LEAST_LOSS = 1.0  # points that training must win back for its replacement to be a share of it
 BEGIN, END = "<!-- vlmprune study: begin -->", "<!-- vlmprune study: end -->"
-_HEADING, _SECTION = "### ", re.compile(r"(?m)^### ")
+_HEADING = "### "
 PAPER, BEST, SMALL = "paper", "sft_l2", 0.05
 
 
@@ -343,12 +343,12 @@ def update_page(path: Path, studies: Mapping[str, Json]) -> None:
     old, end, after = rest.partition(END)
     if not begin or not end:
         raise UserError(f"{path}: has no lines {BEGIN} and {END}, between which conclusions go: add them")
-    sections = {part.partition("\n")[0]: part for part in _SECTION.split(old)[1:]}
+    sections = {part.partition("\n")[0]: part for part in re.split(f"(?m)^{_HEADING}", old)[1:]}
     for name, sweep in studies.items():
         sections[name] = as_markdown(name, sweep).removeprefix(_HEADING).strip()
-    written = [f"{_HEADING}{part.strip()}\n" for part in sections.values()]
     with replacing(path) as file:
-        file.write("\n".join([f"{before}{begin}\n", *written, f"{end}{after}"]).encode())
+        whole = [f"{before}{begin}\n", *(f"{_HEADING}{part.strip()}\n" for part in sections.values()), f"{end}{after}"]
+        file.write("\n".join(whole).encode())
 
 
 def update_guide(path: Path, studies: Mapping[str, Json]) -> None:
