@@ -95,6 +95,12 @@ def test_a_language_model_is_joined_with_a_tower(tmp_path):
         features.append(np.asarray(tower_features(tower, bare, pixels)))
     theirs, ours = features
     assert 0.9 < 1 - np.square(ours - theirs).sum() / np.square(theirs - theirs.mean((0, 1))).sum() < 1
+    # A language model that knows the tokens already, and has more words than they need, keeps its rows.
+    knowing = make_folder(tmp_path / "knowing", {**LLAMA, "vocab_size": 400, "tie_word_embeddings": True})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (knowing / name).write_bytes((tmp_path / "joined" / name).read_bytes())
+    write_joined(tmp_path / "known", knowing, TEACHER, seed=1)
+    assert (load(tmp_path / "known").cfg.text.vocab_size, load(tmp_path / "known").cfg.image_token_id) == (448, 316)
     with pytest.raises(UserError, match="has a vision tower of its own"):
         write_joined(tmp_path / "again", TEACHER, TEACHER, seed=1)
     with pytest.raises(UserError, match="has no CLIP tower"):

@@ -311,12 +311,8 @@ def as_markdown(name: str, sweep: Json) -> str:
     """The conclusions of one sweep as a section of a page."""
     points = points_of(sweep)
     seeds = len({point.seed for point in points} - {None}) or 1
-    lines = [
-        f"{_HEADING}{name}",
-        "",
-        f"{len(points)} models of {seeds} seeds, by the paper's criteria: {_measured(sweep)}.",
-        "",
-    ]
+    about = f"{len(points)} models of {seeds} seeds, by the paper's criteria: {_measured(sweep)}."
+    lines = [f"{_HEADING}{name}", "", about, ""]
     for one in conclude(points):
         lines += [f"**{one.claim}**: {one.verdict}{'' if one.comparisons else ', the sweep has no such rows'}.", ""]
         if one.comparisons:
@@ -347,8 +343,8 @@ def update_page(path: Path, studies: Mapping[str, Json]) -> None:
     for name, sweep in studies.items():
         sections[name] = as_markdown(name, sweep).removeprefix(_HEADING).strip()
     with replacing(path) as file:
-        whole = [f"{before}{begin}\n", *(f"{_HEADING}{part.strip()}\n" for part in sections.values()), f"{end}{after}"]
-        file.write("\n".join(whole).encode())
+        parts = (f"{_HEADING}{part.strip()}\n" for part in sections.values())
+        file.write("\n".join([f"{before}{begin}\n", *parts, f"{end}{after}"]).encode())
 
 
 def update_guide(path: Path, studies: Mapping[str, Json]) -> None:
