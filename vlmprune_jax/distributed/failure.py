@@ -30,10 +30,18 @@ def watch(number: int, count: int) -> None:
     thread.start()
 
     def leave() -> None:
-        _done.set()
-        thread.join()
+        from jax.errors import JaxRuntimeError
 
-    atexit.register(leave)  # which runs before jax disconnects: nobody may be in the store then
+        _done.set()
+        thread.join()  # nobody may be in the store when jax disconnects
+        # jax would end process 0's service in the moment in which all have disconnected, while it still answers the
+        # others: gRPC aborted such a process once ("Check failed: queue.Pop() == nullptr"), after all was done.
+        with contextlib.suppress(JaxRuntimeError):  # jax disconnects again, and tells
+            _store().shutdown()
+        if number == 0:
+            time.sleep(POLL_SECONDS)
+
+    atexit.register(leave)
 
 
 def joined() -> bool:

@@ -116,10 +116,9 @@ def test_every_tensor_is_aligned_to_its_dtype(tmp_path):
 
 ONE_OF_TWO = """
 import sys
-import jax
 port, number, source, out = sys.argv[1:]
-jax.distributed.initialize(f"localhost:{port}", 2, int(number))
-from vlmprune_jax.distributed.mesh import make_mesh
+from vlmprune_jax.distributed.mesh import initialize, make_mesh
+initialize(f"localhost:{port}", 2, int(number))
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.hf.export.write import save
 model = load(source, mesh=make_mesh(1, 2, 2))
