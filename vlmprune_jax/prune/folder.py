@@ -29,7 +29,7 @@ def prune_folder(
     """Write the pruned copy of a folder, byte for byte what `save(apply_plan(load(source_dir), plan), ...)` writes.
 
     The plan is applied to arrays that stay in their files. Tensors that it leaves whole are copied in blocks, the
-    others are read, indexed and written one at a time; every block is read back and compared by its checksum. No array
+    others are read, indexed and written one at a time; every block is read back and compared. No array
     is put on a device, and no accelerator is started.
 
     In a multi-process run every process must call it; the first one writes.
