@@ -4,7 +4,7 @@
 
 DIR: SmolLM2-135M (by default where the tests make it, tests/cases/smollm2.py), or another Llama. First what sees, the
 tower of the demo's teacher and the projector, learns captions before a decoder that stays as it is; then all learns
-captions, and then the questions, ten of an image a row. runs/smollm2_vlm/teacher is a folder of SmolVLM's class, with
+captions, and then the questions, all of an image a row. runs/smollm2_vlm/teacher is a folder of SmolVLM's class, with
 its prompt and its processor.
 """
 
@@ -41,25 +41,26 @@ def get_config(folder: str = ".cache/smollm2-135m") -> ConfigDict:
         "steps": 100,
     }
     captions = {**align, "name": "captions", "trainable": "all", "steps": 60}
-    # Comparing a question's words with what is there is learnt from text in a third of the steps.
+    # Comparing a question's words with what is there is learnt from text first, and from questions of which none is
+    # answered by its wording alone.
     words = {
         **common,
         "name": "words",
-        "records": "train_multi_turn",
+        "records": "train_balanced",
         "turns_per_row": 10,
         "words": 16,  # as many as an image has tokens
         "augment": "none",
         "trainable": (("text/.*", True),),
-        "batch_size": 16,
+        "batch_size": 32,
         "steps": 40,
     }
     questions = {
         **common,
         "name": "questions",
-        "records": "train_multi_turn",
+        "records": "train_balanced",
         "turns_per_row": 10,
         "trainable": "all",
-        "batch_size": 16,
+        "batch_size": 32,
         "steps": 120,
     }
     config.stages = tuple(ConfigDict(stage) for stage in (align, captions, words, questions))

@@ -17,6 +17,7 @@ from vlmprune_jax.data.prompts import load_tokenizer, tokenize_prompt, tokenize_
 from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.demo.easyvqa import (
     CAPTION_PROMPT,
+    balanced,
     caption_records,
     image_facts,
     multi_turn_records,
@@ -131,6 +132,19 @@ def test_multi_turn_records_hold_every_question_once(paths: dict[str, Path]) -> 
     few = tuple(column[:40] for column in questions)
     assert multi_turn_records(few, "train", 1) == multi_turn_records(few, "train", 1)
     assert multi_turn_records(few, "train", 1) != multi_turn_records(few, "train", 2)
+
+
+def test_wording_does_not_answer_balanced_questions(paths: dict[str, Path]) -> None:
+    every, kept = Counter(), Counter()
+    for name, found in (("train_multi_turn", every), ("train_balanced", kept)):
+        for record in read_records(paths[name], paths["images"]):
+            for (_, text), (_, answer) in zip(record.turns[::2], record.turns[1::2], strict=True):
+                found["not" in text.split() or "no" in text.split(), answer] += 1
+    assert all(kept[key] == every[key] for key in every if key[1] not in ("yes", "no"))
+    for negated, rare, often in ((False, "yes", "no"), (True, "no", "yes")):
+        assert kept[negated, rare] == kept[negated, often] == every[negated, rare] < every[negated, often] / 4
+    questions = easy_vqa.get_train_questions()
+    assert balanced(questions, 0) == balanced(questions, 0) != balanced(questions, 1)
 
 
 def test_folder_is_kept_whole_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.models.vocabulary import Head
 from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.flops import step_flops
 from vlmprune_jax.recovery.loop import recover
@@ -155,12 +156,12 @@ def test_the_whole_vocabulary_gives_the_loss_of_a_teacher_that_runs(positions: s
         return jnp.einsum("...d,vd->...v", states, weight)
 
     ids, logprobs = top_k_logprobs(head(taught, 2 * table), TEMPERATURE, VOCAB)
-    beside = {"teacher_hidden": taught, "teacher_head": lambda states: head(states, 2 * table)}
+    beside = {"teacher_hidden": taught, "teacher_head": Head(2 * table, None)}
     cached = {"teacher_hidden": None, "teacher_head": None, "top": {"ids": ids, "logprobs": logprobs}}
 
     def kl(hidden, table, given):
         weights = term_weights(loss, cases.config(), labels, jnp.asarray(mask))
-        sums = vocabulary_sums(hidden, lambda h: head(h, table), labels, jnp.asarray(mask), loss, **given)
+        sums = vocabulary_sums(hidden, Head(table, None), labels, jnp.asarray(mask), loss, **given)
         return sums["kl"] / weights["kl"]
 
     (expected, gradients), (found, ours) = (

@@ -23,7 +23,7 @@ CAPTION_PROMPT = "<image>\nDescribe the image."
 QUESTION_COUNTS = {"train": 38_575, "test": 9_673}
 IMAGE_COUNTS = {"train": 4_000, "test": 1_000}
 _MANIFEST = "manifest.json"
-_MULTI_TURN_SEED = 0  # part of the data set's identity: another seed would be another file
+_SEED = 0  # part of the data set's identity: another seed would be other files
 
 
 class _Manifest(TypedDict):
@@ -39,8 +39,9 @@ JsonRecord = dict[str, Any]
 def write_dataset(out_dir: Path) -> dict[str, Path]:
     """Write easy-VQA as LLaVA JSON files and images below `out_dir` and return the files by name.
 
-    Names: `train`, `test` (one question per record), `train_multi_turn` (one record per image), `train_captions`
-    (pretraining) and `images`, the image root of all of them. The folder is built beside its place and renamed, so it
+    Names: `train`, `test` (one question per record), `train_multi_turn` (one record per image), `train_balanced` (of
+    questions that their wording does not answer) and `train_captions`, both for pretraining, and `images`, the image
+    root of all of them. The folder is built beside its place and renamed, so it
     is whole or absent; a whole one is left as it is. Raises UserError where `out_dir` holds something else.
     """
     out_dir = Path(out_dir)
@@ -85,6 +86,29 @@ def multi_turn_records(questions: Questions, split: str, seed: int) -> list[Json
     return records
 
 
+def balanced(questions: Questions, seed: int) -> Questions:
+    """Leave out questions until yes and no are as often the answer, of those with a negation and of those without.
+
+    Five in six of easy-VQA's "is there a red shape?" are answered with no, of "is there not a red shape?" with yes: a
+    model may learn that and never look (as in VQA: Goyal et al. 2017, arXiv 1612.00837). What is left out is drawn from
+    `seed`; the order stays.
+    """
+    places: dict[tuple[bool, str], list[int]] = defaultdict(list)
+    for place, (question, answer, _) in enumerate(zip(*questions, strict=True)):
+        if answer in ("yes", "no"):
+            places[_is_negated(question), answer].append(place)
+    rng, dropped = np.random.default_rng(seed), set()
+    for negated in (False, True):
+        few, many = sorted((places[negated, "yes"], places[negated, "no"]), key=len)
+        dropped.update(rng.permutation(many)[len(few) :].tolist())
+    kept = [row for place, row in enumerate(zip(*questions, strict=True)) if place not in dropped]
+    return [row[0] for row in kept], [row[1] for row in kept], [row[2] for row in kept]
+
+
+def _is_negated(question: str) -> bool:
+    return not {"not", "no"}.isdisjoint(re.findall(r"[a-z]+", question))
+
+
 def caption_records(questions: Questions, split: str) -> list[JsonRecord]:
     """Return one record per image whose colour and shape follow from its questions: CAPTION_PROMPT -> "red circle"."""
     return [
@@ -102,8 +126,7 @@ def image_facts(questions: Questions) -> dict[int, tuple[str | None, str | None]
     """
     candidates: dict[int, tuple[set[str], set[str]]] = defaultdict(lambda: (set(COLORS), set(SHAPES)))
     for question, answer, image in zip(*questions, strict=True):
-        words = re.findall(r"[a-z]+", question)
-        negated = "not" in words or "no" in words
+        words, negated = re.findall(r"[a-z]+", question), _is_negated(question)
         for group in candidates[image]:
             if answer in ("yes", "no"):
                 named = group.intersection(words)
@@ -157,7 +180,8 @@ def _build(folder: Path, package: dict[str, tuple[Questions, Mapping[int, str]]]
     files = {
         "train": single_turn_records(train, "train"),
         "test": single_turn_records(package["test"][0], "test"),
-        "train_multi_turn": multi_turn_records(train, "train", _MULTI_TURN_SEED),
+        "train_multi_turn": multi_turn_records(train, "train", _SEED),
+        "train_balanced": multi_turn_records(balanced(train, _SEED), "train", _SEED),
         "train_captions": caption_records(train, "train"),
     }
     for split, (_, paths) in package.items():
@@ -185,5 +209,5 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _paths(folder: Path) -> dict[str, Path]:
-    names = ("train", "test", "train_multi_turn", "train_captions")
+    names = ("train", "test", "train_multi_turn", "train_balanced", "train_captions")
     return {**{name: folder / f"{name}.json" for name in names}, "images": folder / "images"}

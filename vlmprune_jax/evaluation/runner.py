@@ -23,10 +23,10 @@ from vlmprune_jax.evaluation.metrics import Metric, metric_named
 from vlmprune_jax.evaluation.metrics.metric import Scores
 from vlmprune_jax.evaluation.metrics.perplexity import PERPLEXITY
 from vlmprune_jax.evaluation.questions import QuestionBatch
-from vlmprune_jax.models.cross_entropy import cross_entropy_sum
 from vlmprune_jax.models.generate import generate
 from vlmprune_jax.models.params import count_params
-from vlmprune_jax.models.vlm import Model, encode, mesh_of, place_batch, unembed
+from vlmprune_jax.models.vlm import Model, encode, head_of, mesh_of, place_batch
+from vlmprune_jax.models.vocabulary import cross_entropy_sum
 
 Progress = Callable[[int], None]
 _Answers = list[tuple[str, Count]]  # texts and their tokens, as a journal keeps them
@@ -318,8 +318,4 @@ def _negative_log_likelihood(model: Model, ids: np.ndarray, mask: np.ndarray) ->
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def _nll(params: Any, cfg: ModelConfig, ids: jax.Array, mask: jax.Array) -> jax.Array:
     final, _ = encode(params, cfg, ids, attention_mask=mask)
-
-    def head(hidden: jax.Array) -> jax.Array:
-        return unembed(params, cfg, hidden).astype(jnp.float32)
-
-    return cross_entropy_sum(final, head, jnp.where(mask > 0, ids, IGNORED), chunk=CHUNK)
+    return cross_entropy_sum(final, head_of(params, cfg), jnp.where(mask > 0, ids, IGNORED), chunk=CHUNK)

@@ -30,6 +30,7 @@ from vlmprune_jax.models.layers import (
     saveable,
 )
 from vlmprune_jax.models.random import bernoulli
+from vlmprune_jax.models.vocabulary import Head
 
 STREAM = ("batch", "sequence", None)
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
@@ -208,14 +209,7 @@ class Table(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., vocab] of [..., embed]."""
-        bias = None if self.bias is None else self.bias.get_value()
-        return head_logits(hidden, self.weight.get_value(), bias)
-
-
-def head_logits(hidden: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """[..., vocab] of [..., embed] states, a head's [vocab, embed] weight and its [vocab] bias, if it has one."""
-    logits = jnp.einsum("...d,vd->...v", hidden, weight)
-    return logits if bias is None else logits + bias.reshape((1,) * (logits.ndim - 1) + bias.shape)
+        return Head(self.weight.get_value(), None if self.bias is None else self.bias.get_value()).logits(hidden)
 
 
 class Decoder(nnx.Module):

@@ -17,12 +17,13 @@ from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.mesh import row_ways, within
 from vlmprune_jax.distributed.rules import constrain, sharding
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.models.decoder import Context, Decoder, Tap, head_logits
+from vlmprune_jax.models.decoder import Context, Decoder, Tap
 from vlmprune_jax.models.inputs import check_inputs, needed_mask
 from vlmprune_jax.models.patch_rows import patch_rows, real_features
 from vlmprune_jax.models.patches import slot_index
 from vlmprune_jax.models.projector import Projector, merged, pixel_shuffle
 from vlmprune_jax.models.vision import VisionTower
+from vlmprune_jax.models.vocabulary import Head
 
 Params = dict[str, Any]
 WANT = ("hidden", "image_features", "inputs_embeds")
@@ -249,10 +250,10 @@ def text_context(
     return module.text.context(position_ids, attention_mask, dropout_key=dropout_key)
 
 
-def unembed(params: Params, cfg: ModelConfig, hidden: jax.Array) -> jax.Array:
-    """Logits [..., vocab] of final-norm states [..., embed]."""
+def head_of(params: Params, cfg: ModelConfig) -> Head:
+    """What gives logits of final-norm states."""
     head = params["text"]["embed_tokens" if cfg.text.tie_embeddings else "lm_head"]
-    return head_logits(hidden, head["weight"], head.get("bias"))
+    return Head(head["weight"], head.get("bias"))
 
 
 def apply(
@@ -287,7 +288,7 @@ def apply(
         states=states,
     )
     aux["hidden"] = aux.get("states")
-    return unembed(params, cfg, final), {name: aux[name] for name in want}
+    return head_of(params, cfg).logits(final), {name: aux[name] for name in want}
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "want"))

@@ -1,12 +1,12 @@
 """Training losses as (sum, weight) pairs over the terms of `losses`, which a user's file may extend.
 
-Vocabulary terms are computed in chunks of the sequence, so that no [batch, seq, vocab] array exists.
+Vocabulary terms are computed in chunks of positions, so that no [batch, seq, vocab] array exists.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,9 @@ from vlmprune_jax.config import IGNORED, ModelConfig
 from vlmprune_jax.distributed.mesh import within
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.models.cross_entropy import chunks
-from vlmprune_jax.models.decoder import head_logits
 from vlmprune_jax.models.inputs import check_inputs
-from vlmprune_jax.models.vlm import IMAGE_INPUTS, Model, Params, encode, mesh_of, to_nnx
+from vlmprune_jax.models.vlm import IMAGE_INPUTS, Model, Params, encode, head_of, mesh_of, to_nnx
+from vlmprune_jax.models.vocabulary import Head, chunk_sums
 from vlmprune_jax.prune.plan import PrunePlan
 from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
 from vlmprune_jax.recovery.terms import BUILT_IN, LossTerm
@@ -288,7 +287,7 @@ def loss_sums(
         params, cfg, ids, **images, inputs_embeds=embeds, added=added, states=states, dropout_key=dropout_key, **inputs
     )
     sums: dict[str, Any] = {}
-    target, teacher_logits = None, None
+    target, teacher_head = None, None
     taught: Sequence[jax.Array | None] = (None,) * len(states)
     if teacher is not None and teacher_params is not None:
         given = ("inputs_embeds", "added") if loss.teacher_inputs == "student" else ()
@@ -299,9 +298,9 @@ def loss_sums(
     for name, term in hidden.items():
         sums[name] = sum(_over_tokens(term, *pair, mask, loss) for pair in zip(aux["states"], taught, strict=True))
     if teacher is not None and teacher_params is not None and compares_logits(loss):
-        teacher_logits = head_of(jax.lax.stop_gradient(teacher_params), teacher.cfg)
+        teacher_head = gathered_head(jax.lax.stop_gradient(teacher_params), teacher.cfg)
     top = _top_k(batch, loss) if loss.teacher_top_k else None
-    sums |= vocabulary_sums(final, head_of(params, cfg), batch["labels"], mask, loss, target, teacher_logits, top)
+    sums |= vocabulary_sums(final, gathered_head(params, cfg), batch["labels"], mask, loss, target, teacher_head, top)
     return {name: sums[name] for name in measured(loss)}
 
 
@@ -314,13 +313,12 @@ def _top_k(batch: dict[str, jax.Array], loss: LossConfig) -> dict[str, jax.Array
     return top  # type: ignore[return-value]
 
 
-def head_of(params: Params, cfg: ModelConfig) -> Callable[[jax.Array], jax.Array]:
-    """Float32 logits of final-norm states. The matrix is gathered here, once, and not again in every chunk: over 64
-    chips a 7B step in 8 chunks, forward and backward, received 3.9 GiB for it instead of 0.5.
+def gathered_head(params: Params, cfg: ModelConfig) -> Head:
+    """A model's head. The matrix is gathered here, once, and not again in every chunk: over 64 chips a 7B step in 8
+    chunks, forward and backward, received 3.9 GiB for it instead of 0.5.
     """
-    table = params["text"]["embed_tokens" if cfg.text.tie_embeddings else "lm_head"]
-    weight = constrain(table["weight"], ("vocab", None))
-    return lambda hidden: head_logits(hidden, weight, table.get("bias")).astype(jnp.float32)
+    head = head_of(params, cfg)
+    return head._replace(weight=constrain(head.weight, ("vocab", None)))
 
 
 def _over_tokens(
@@ -336,48 +334,56 @@ def _over_tokens(
 
 def vocabulary_sums(
     hidden: jax.Array,
-    head: Callable[[jax.Array], jax.Array],
+    head: Head,
     labels: jax.Array,
     mask: jax.Array,
     loss: LossConfig,
     teacher_hidden: jax.Array | None,
-    teacher_head: Callable[[jax.Array], jax.Array] | None,
+    teacher_head: Head | None,
     top: dict[str, jax.Array] | None = None,
 ) -> dict[str, jax.Array]:
     """float32[] sums of the vocabulary terms: position t against label t + 1 and, with a teacher head, its logits at t.
 
-    `head` maps final-norm states [..., embed] to float32 logits. `top`: instead of a teacher its likeliest tokens, ids
-    int[batch, seq, k] and logprobs [batch, seq, k + 1]. The sequence is cut into chunks whose logits are recomputed in
-    the backward pass: the largest array is [batch, chunk, vocab].
+    `hidden`: final-norm states [batch, seq, embed]. `top`: instead of a teacher its likeliest tokens, ids int[batch,
+    seq, k] and logprobs [batch, seq, k + 1]. Logits exist for a chunk of the positions that a term looks at, and are
+    computed again for the gradient: the largest array is [batch, chunk, vocab].
     """
     targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
     weigh = jnp.ones_like(mask) if loss.reference_compat else mask
     if loss.kl_positions == "labels":
         weigh = (targets != IGNORED).astype(mask.dtype)
-    xs: dict[str, Any] = {"h": hidden, "w": weigh, **(top or {})}
-    if teacher_head is not None and teacher_hidden is not None:
-        xs["t"] = teacher_hidden
-    xs = {name: chunks(x, loss.chunk, 0) for name, x in xs.items()} | {"y": chunks(targets, loss.chunk, IGNORED)}
-
     terms = {name: term for name, term in measured(loss).items() if not term.on_hidden}
     if teacher_head is None and top is None:
         terms = {name: term for name, term in terms.items() if not term.taught}
-    tempered = any(term.tempered and not (term.taught and top) for term in terms.values())
+    counted = targets != IGNORED
+    if any(term.counts == "positions" for term in terms.values()):
+        counted |= weigh > 0
+    xs: dict[str, Any] = {"y": targets, "w": weigh, **(top or {})}
+    if teacher_head is not None and teacher_hidden is not None:
+        xs["t"] = teacher_hidden
+    body = functools.partial(_chunk_sums, tuple(terms.items()), loss)
+    return chunk_sums(body, loss.chunk, head, hidden, counted, xs, teacher_head)
 
-    @jax.checkpoint
-    def body(totals: dict[str, jax.Array], x: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], None]:
-        given = {"logits": head(x["h"]), "targets": x["y"]}
-        if teacher_head is not None:
-            given["teacher_logits"] = teacher_head(x["t"])
-        if tempered:
-            for name in [name for name in given if name.endswith("logits")]:
-                logprobs = jax.nn.log_softmax(given[name] / loss.temperature, axis=-1)
-                given[name.replace("logits", "log_probs")] = logprobs
-        weight = x["w"].astype(jnp.float32)
-        new = {name: _over_chunk(term, given, x, weight, loss) for name, term in terms.items()}
-        return {name: totals[name] + new[name] for name in totals}, None
 
-    return jax.lax.scan(body, {name: jnp.float32(0) for name in terms}, xs)[0]
+def _chunk_sums(
+    terms: tuple[tuple[str, LossTerm], ...],
+    loss: LossConfig,
+    head: Head,
+    states: jax.Array,
+    counted: jax.Array,
+    x: dict[str, jax.Array],
+    teacher_head: Head | None,
+) -> dict[str, jax.Array]:
+    x = {**x, "y": jnp.where(counted, x["y"], IGNORED)}  # what fills up the last chunk is no label
+    given = {"logits": head(states), "targets": x["y"]}
+    if teacher_head is not None:
+        given["teacher_logits"] = teacher_head(x["t"])
+    if any(term.tempered and not (term.taught and "ids" in x) for _, term in terms):
+        for name in [name for name in given if name.endswith("logits")]:
+            logprobs = jax.nn.log_softmax(given[name] / loss.temperature, axis=-1)
+            given[name.replace("logits", "log_probs")] = logprobs
+    weight = x["w"].astype(jnp.float32)
+    return {name: _over_chunk(term, given, x, weight, loss) for name, term in terms}
 
 
 def _over_chunk(

@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.models.cross_entropy import chunks
 from vlmprune_jax.models.inputs import check_inputs
 from vlmprune_jax.models.vlm import IMAGE_INPUTS, Model, Params, encode
+from vlmprune_jax.models.vocabulary import chunks
 from vlmprune_jax.recovery.config import LossConfig
-from vlmprune_jax.recovery.losses import head_of
+from vlmprune_jax.recovery.losses import gathered_head
 from vlmprune_jax.recovery.step import local_rows, place_rows, step_context
 from vlmprune_jax.recovery.top_k import top_k_logprobs
 
@@ -51,7 +51,7 @@ def _top_k(
     ids, mask = batch["input_ids"], batch["attention_mask"]
     images: dict[str, Any] = {name: batch.get(name) for name in IMAGE_INPUTS}
     final, _ = encode(params, cfg, ids, **images, attention_mask=mask)
-    head = head_of(params, cfg)
+    head = gathered_head(params, cfg)
 
     def body(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         return top_k_logprobs(head(hidden), loss.temperature, loss.teacher_top_k)

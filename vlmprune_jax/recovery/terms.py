@@ -12,7 +12,7 @@ import optax
 
 from vlmprune_jax.checks import file_of_users, one_of
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.models.cross_entropy import cross_entropy
+from vlmprune_jax.models.vocabulary import cross_entropy
 from vlmprune_jax.recovery.top_k import top_k_divergence
 
 # What a term may ask for. Vocabulary terms see a chunk of positions, [batch, chunk, vocab], terms on hidden states all

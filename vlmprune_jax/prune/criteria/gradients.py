@@ -24,10 +24,10 @@ from vlmprune_jax.distributed.memory import free_memory
 from vlmprune_jax.distributed.mesh import from_all, whole, within
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.errors import Stopped, UserError
-from vlmprune_jax.models.cross_entropy import chunks, cross_entropy
 from vlmprune_jax.models.decoder import STREAM, at_layer
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model, Params, mesh_of, place_batch, to_nnx
+from vlmprune_jax.models.vocabulary import chunks, cross_entropy
 from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, KINDS, PADDING, PROMPT, Arrays, kinds_in
 from vlmprune_jax.prune.criteria.groups import coupled
 from vlmprune_jax.prune.criteria.linearized import linearized

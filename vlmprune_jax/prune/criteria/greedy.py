@@ -19,8 +19,8 @@ import numpy as np
 
 from vlmprune_jax.distributed.mesh import within
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.models.cross_entropy import cross_entropy_sum
-from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, to_nnx
+from vlmprune_jax.models.vlm import Model, head_of, mesh_of, place_batch, to_nnx
+from vlmprune_jax.models.vocabulary import cross_entropy_sum
 from vlmprune_jax.prune.criteria.calibration import Arrays
 from vlmprune_jax.prune.criteria.criterion import Criterion, Parts
 from vlmprune_jax.prune.layers import Layer
@@ -157,10 +157,8 @@ class _Cut:
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def _loss(params, x, labels, *, cfg):
-    text = to_nnx(Model(params, cfg)).text
-    return cross_entropy_sum(
-        text.final_norm(x), lambda states: text.logits(states).astype(jnp.float32), labels, chunk=_CHUNK
-    )
+    final = to_nnx(Model(params, cfg)).text.final_norm(x)
+    return cross_entropy_sum(final, head_of(params, cfg), labels, chunk=_CHUNK)
 
 
 GREEDY_LOSS = Criterion(

@@ -20,9 +20,9 @@ from vlmprune_jax.config import IGNORED, runs
 from vlmprune_jax.distributed.mesh import within
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.errors import UserError
-from vlmprune_jax.models.cross_entropy import cross_entropy_sum
 from vlmprune_jax.models.params import Flat, flatten, unflatten
-from vlmprune_jax.models.vlm import Model, encode, mesh_of, place_batch, unembed
+from vlmprune_jax.models.vlm import Model, encode, head_of, mesh_of, place_batch
+from vlmprune_jax.models.vocabulary import cross_entropy_sum
 from vlmprune_jax.prune.criteria.activations import with_images
 from vlmprune_jax.prune.criteria.calibration import Arrays
 from vlmprune_jax.prune.criteria.groups import coupled
@@ -110,8 +110,7 @@ def _add(sums, own, params, batch, labels, *, cfg):
             image_grid_thw=batch.get("image_grid_thw"), position_ids=batch.get("position_ids"),
             attention_mask=batch["attention_mask"], remat="full",
         )  # fmt: skip
-        head = lambda hidden: unembed(params, cfg, hidden).astype(jnp.float32)  # noqa: E731
-        return cross_entropy_sum(final, head, batch["labels"], chunk=CHUNK)
+        return cross_entropy_sum(final, head_of(params, cfg), batch["labels"], chunk=CHUNK)
 
     gradient = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), jax.grad(loss)(own))
     first, squared = sums

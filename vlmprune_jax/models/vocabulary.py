@@ -1,0 +1,154 @@
+"""The head, and sums over its logits in chunks of positions, so that no [batch, seq, vocab] array exists."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vlmprune_jax.config import IGNORED
+from vlmprune_jax.distributed.rules import constrain
+
+_LEAST = 8  # chunks of a row, at least: fewer would leave little to skip
+
+
+class Head(NamedTuple):
+    """What gives logits: a [vocab, embed] weight, and its [vocab] bias or None."""
+
+    weight: jax.Array
+    bias: jax.Array | None
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., vocab] of final-norm states [..., embed]."""
+        logits = jnp.einsum("...d,vd->...v", hidden, self.weight)
+        return logits if self.bias is None else logits + self.bias.reshape((1,) * (logits.ndim - 1) + self.bias.shape)
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """The logits in float32."""
+        return self.logits(hidden).astype(jnp.float32)
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """float32[...] negative log-probability of int[...] targets.
+
+    The target is picked with a mask instead of a gather, so that a vocabulary split over devices stays split; times the
+    mask, not by a select, whose zeros XLA would keep in memory as an array of the logits' size.
+    """
+    hit = jnp.arange(logits.shape[-1]).reshape((1,) * targets.ndim + (-1,)) == targets[..., None]
+    picked = jnp.sum(logits * hit.astype(logits.dtype), axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def chunks(x: jax.Array, size: int, fill: int) -> jax.Array:
+    """[batch, seq, ...] -> [n, batch, chunk, ...]: at least two chunks of at most `size`; `fill` fills up the last."""
+    batch, seq = x.shape[:2]
+    size = min(size, -(-seq // 2))
+    x = jnp.pad(x, ((0, 0), (0, -seq % size)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
+    return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
+
+
+def cross_entropy_sum(hidden: jax.Array, head: Head, labels: jax.Array, *, chunk: int) -> jax.Array:
+    """float32[] sum over int[batch, seq] labels (not shifted, -100 ignored) of final-norm states."""
+    targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
+    return chunk_sums(_summed, chunk, head, hidden, targets != IGNORED, targets, None)
+
+
+def _summed(head: Head, states: jax.Array, counted: jax.Array, targets: jax.Array, fixed: None) -> jax.Array:
+    del fixed
+    return jnp.sum(jnp.where(counted, cross_entropy(head(states), targets), 0.0))
+
+
+Tree = Any  # a nested container of arrays
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def chunk_sums(
+    body: Callable[..., Tree],
+    chunk: int,
+    head: Head,
+    states: jax.Array,
+    counted: jax.Array,
+    pieces: Tree,
+    fixed: Tree,
+) -> Tree:
+    """Sums of `body` over the positions that count, and their gradients, in chunks whose logits exist one at a time.
+
+    In every row those that count come first, and chunks without any are left out: most tokens of a question are no
+    answer, and the logits of a large vocabulary that nobody looks at would be a third of a small model's step.
+
+    Args:
+      body: (head, states, counted, pieces, fixed), all but the first and the last of a chunk's positions, to the
+        chunk's sums, float32[] each. It is computed again for the gradient, and no tracer may hide in it.
+      chunk: positions of a row at a time, at most.
+      head, states: of the model, [batch, seq, embed] after the final norm; what is differentiated.
+      counted: bool[batch, seq].
+      pieces: what `body` needs besides of each position, [batch, seq, ...]. fixed: and whole.
+    """
+    cut = _cut(chunk, states, counted, pieces)
+
+    def add(i: jax.Array, totals: Tree) -> Tree:
+        return jax.tree.map(jnp.add, totals, body(head, *cut.at(i), fixed))
+
+    sums = jax.eval_shape(lambda: body(head, *cut.at(0), fixed))
+    return cut.loop(add, jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), sums))
+
+
+class _Cut(NamedTuple):
+    """Arrays in chunks of positions, in every row those that count first."""
+
+    order: jax.Array  # int[batch, seq]: the positions in their new order
+    used: jax.Array  # int[]: how many chunks hold one that counts
+    arrays: tuple[jax.Array, jax.Array, Tree]  # states, counted and pieces, [n, batch, chunk, ...]
+
+    def at(self, i: jax.Array | int) -> tuple[jax.Array, jax.Array, Tree]:
+        """The arrays of one chunk."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), self.arrays)
+
+    def loop(self, step: Callable[[jax.Array, Tree], Tree], start: Tree) -> Tree:
+        """What `step(number, carry)` makes of `start` over all chunks that are used."""
+        n = len(self.arrays[1])  # a constant, for who reads the program and asks how often it runs at most
+
+        def go_on(state: tuple[jax.Array, Tree]) -> jax.Array:
+            return (state[0] < n) & (state[0] < self.used)
+
+        return jax.lax.while_loop(go_on, lambda state: (state[0] + 1, step(*state)), (jnp.int32(0), start))[1]
+
+
+def _cut(chunk: int, *arrays: Tree) -> _Cut:
+    counted = arrays[1]
+    size = min(chunk, -(-counted.shape[1] // _LEAST))
+    order = jnp.argsort(~counted, axis=1, stable=True)
+    used = -(-jnp.max(jnp.sum(counted, axis=1, dtype=jnp.int32)) // size)
+    return _Cut(order, used, jax.tree.map(lambda x: chunks(_ordered(x, order), size, 0), arrays))
+
+
+def _ordered(x: jax.Array, order: jax.Array) -> jax.Array:
+    """The positions of [batch, seq, ...] in another order."""
+    rows = jax.vmap(lambda row, at: row.at[at].get(unique_indices=True, mode="promise_in_bounds"))(x, order)
+    return constrain(rows, ("batch",) + (None,) * (x.ndim - 1))
+
+
+def _forward(body, chunk, *arrays):
+    return chunk_sums(body, chunk, *arrays), arrays
+
+
+def _backward(body, chunk, arrays, cotangent):
+    head, states, counted, pieces, fixed = arrays
+    cut = _cut(chunk, states, counted, pieces)
+
+    def add(i: jax.Array, gradients: tuple[Head, jax.Array]) -> tuple[Head, jax.Array]:
+        of_head, of_states = gradients
+        here, *rest = cut.at(i)
+        _, pull = jax.vjp(lambda head, here: body(head, here, *rest, fixed), head, here)
+        more, found = pull(cotangent)
+        return jax.tree.map(jnp.add, of_head, more), jax.lax.dynamic_update_index_in_dim(of_states, found, i, 0)
+
+    of_head, of_states = cut.loop(add, jax.tree.map(jnp.zeros_like, (head, cut.arrays[0])))
+    of_states = jnp.moveaxis(of_states, 0, 1).reshape(len(states), -1, states.shape[-1])[:, : states.shape[1]]
+    return of_head, _ordered(of_states, jnp.argsort(cut.order, axis=1)), None, None, None
+
+
+chunk_sums.defvjp(_forward, _backward)
