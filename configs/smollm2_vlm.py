@@ -4,7 +4,7 @@
 
 DIR: SmolLM2-135M (by default where the tests make it, tests/cases/smollm2.py), or another Llama. First what sees, the
 tower of the demo's teacher and the projector, learns captions before a decoder that stays as it is; then all learns
-captions, and then the questions, all of an image a row. runs/smollm2_vlm/teacher is a folder of SmolVLM's class, with
+captions, and then the questions, five of an image a row. runs/smollm2_vlm/teacher is a folder of SmolVLM's class, with
 its prompt and its processor.
 """
 
@@ -47,7 +47,7 @@ def get_config(folder: str = ".cache/smollm2-135m") -> ConfigDict:
         **common,
         "name": "words",
         "records": "train_balanced",
-        "turns_per_row": 10,
+        "turns_per_row": 5,
         "words": 16,  # as many as an image has tokens
         "augment": "none",
         "trainable": (("text/.*", True),),
@@ -58,7 +58,7 @@ def get_config(folder: str = ".cache/smollm2-135m") -> ConfigDict:
         **common,
         "name": "questions",
         "records": "train_balanced",
-        "turns_per_row": 10,
+        "turns_per_row": 5,
         "trainable": "all",
         "batch_size": 32,
         "steps": 120,
