@@ -16,6 +16,18 @@ def test_kernels_count_their_grid():
     assert executed_flops(traced.jaxpr) == 4 * 2 * 4 * 1024**2 * 64
 
 
+def test_loops_count_as_often_as_they_run_at_most():
+    """One that ends when the data says so: see models/vocabulary.py."""
+    x = jax.ShapeDtypeStruct((3, 8), jnp.float32)
+
+    def loop(x, used):
+        return jax.lax.while_loop(
+            lambda state: (state[0] < 5) & (state[0] < used), lambda state: (state[0] + 1, state[1] @ x.T @ x), (0, x)
+        )[1]
+
+    assert executed_flops(jax.make_jaxpr(loop)(x, 2).jaxpr) == 5 * 2 * (2 * 3 * 3 * 8)
+
+
 HLO = """\
 HloModule jit_step, is_scheduled=true
 

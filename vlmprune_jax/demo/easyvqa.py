@@ -22,6 +22,7 @@ COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 CAPTION_PROMPT = "<image>\nDescribe the image."
 QUESTION_COUNTS = {"train": 38_575, "test": 9_673}
 IMAGE_COUNTS = {"train": 4_000, "test": 1_000}
+_FILES = ("train", "test", "train_multi_turn", "train_balanced", "train_captions")
 _MANIFEST = "manifest.json"
 _SEED = 0  # part of the data set's identity: another seed would be other files
 
@@ -201,13 +202,14 @@ def _build(folder: Path, package: dict[str, tuple[Questions, Mapping[int, str]]]
 def _is_complete(folder: Path) -> bool:
     try:
         sizes = read_json(folder / _MANIFEST, _Manifest)["bytes"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items()) and all(
-            len(os.listdir(folder / "images" / split)) == count for split, count in IMAGE_COUNTS.items()
+        return (
+            {f"{name}.json" for name in _FILES} == set(sizes)  # else of another version
+            and all((folder / name).stat().st_size == size for name, size in sizes.items())
+            and all(len(os.listdir(folder / "images" / split)) == count for split, count in IMAGE_COUNTS.items())
         )
     except (UserError, OSError, ValueError):
         return False
 
 
 def _paths(folder: Path) -> dict[str, Path]:
-    names = ("train", "test", "train_multi_turn", "train_balanced", "train_captions")
-    return {**{name: folder / f"{name}.json" for name in names}, "images": folder / "images"}
+    return {**{name: folder / f"{name}.json" for name in _FILES}, "images": folder / "images"}

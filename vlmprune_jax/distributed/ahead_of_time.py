@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
+from jax.extend.core import Literal
 
 from vlmprune_jax.distributed.chips import Chip, slice_of
 from vlmprune_jax.errors import UserError
@@ -151,6 +153,9 @@ def _times(equation: Any) -> int:
         return params["mesh"].size  # attention is mapped over the whole mesh
     if name == "pallas_call":
         return math.prod(params["grid_mapping"].grid)
+    if name == "while":  # at most: the largest number that the condition compares with, as in `_trip_count`
+        values = [x.val for one in params["cond_jaxpr"].jaxpr.eqns for x in one.invars if isinstance(x, Literal)]
+        return max((int(value) for value in values if np.ndim(value) == 0), default=1)
     return 1
 
 

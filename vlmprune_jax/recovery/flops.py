@@ -7,10 +7,12 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlmprune_jax.config import ModelConfig
+import numpy as np
+
+from vlmprune_jax.config import IGNORED, ModelConfig
 from vlmprune_jax.models.flops import causal_flops, head_of, vision_flops, weight_flops
 from vlmprune_jax.recovery.config import LossConfig
-from vlmprune_jax.recovery.losses import compares_logits, needs_logits, needs_teacher
+from vlmprune_jax.recovery.losses import compares_logits, needs_logits, needs_teacher, only_at_labels
 
 
 @dataclass(frozen=True)
@@ -42,31 +44,36 @@ def step_flops(
     length: int,
     images: int,
     image_tokens: int = 0,
+    looked_at: int | None = None,
 ) -> StepFlops:
     """6 N_student + 2 N_teacher per token, plus attention and vision: model FLOPs as in PaLM (arXiv 2204.02311, B).
 
     What is computed again in the backward pass does not count, and padding does, so that MFU is about the program and
-    `padding` about the data. N are the weights of matrix products, the head included and looked-up tables not. Of the
-    6 N, 2 N are the forward pass; 2 N gradients of activations, in the decoder always, for whatever trains is in it or
-    below; 2 N gradients of the weight, where it trains: a frozen weight above an adapter counts 4 N. Attention counts
-    the keys that a query may see (causal, within its window), twice again where gradients pass.
+    `padding` about the data. Logits count where a loss looks at them: nobody computes the others. N are the weights of
+    matrix products, the head included and looked-up tables not. Of the 6 N, 2 N are the forward pass; 2 N gradients of
+    activations, in the decoder always, for whatever trains is in it or below; 2 N gradients of the weight, where it
+    trains: a frozen weight above an adapter counts 4 N. Attention counts the keys that a query may see (causal, within
+    its window), twice again where gradients pass.
 
     Args:
       cfg: the student, with its adapters. teacher_cfg: None if no loss needs a teacher.
       trained: paths of the parameters that train.
       rows, length: of the global batch of one optimizer step, all micro-batches; images: its image or tile slots;
         image_tokens: that each has room for, where images are of any size.
+      looked_at: the positions whose logits are needed; None: all.
     """
     tokens = rows * length
+    looked_at = tokens if looked_at is None else looked_at
     student = weight_flops(cfg, "text/layers/", trained, True) * tokens
     logits = needs_logits(loss)
-    student += weight_flops(cfg, head_of(cfg), trained if logits else (), logits) * tokens
+    student += weight_flops(cfg, head_of(cfg), trained if logits else (), logits) * looked_at
     attention = 3 * causal_flops(cfg, length) * rows
     vision = vision_flops(cfg, trained, images, image_tokens)
     teacher = 0
     if teacher_cfg is not None and needs_teacher(loss):
         teacher = weight_flops(teacher_cfg, "text/layers/", (), False) * tokens
-        teacher += (weight_flops(teacher_cfg, head_of(teacher_cfg), (), False) if compares_logits(loss) else 0) * tokens
+        if compares_logits(loss):
+            teacher += weight_flops(teacher_cfg, head_of(teacher_cfg), (), False) * looked_at
         attention += causal_flops(teacher_cfg, length) * rows
         vision += vision_flops(teacher_cfg, (), images, image_tokens) if loss.teacher_inputs == "own" else 0
     return StepFlops(student, teacher, attention, vision)
@@ -75,17 +82,25 @@ def step_flops(
 def batch_flops(
     cfg: ModelConfig, teacher_cfg: ModelConfig | None, loss: LossConfig, trained: Collection[str], *, rows: int
 ) -> Callable[[Mapping[str, Any]], int]:
-    """`step_flops` in all, as a function of one process's arrays of a batch; the global batch has `rows`."""
+    """`step_flops` in all, as a function of one process's arrays of a batch; the global batch has `rows`.
+
+    Where only labels are looked at, the others' rows are taken to have as many as this process's.
+    """
 
     @functools.cache
-    def count(length: int, slots: int, tokens: int) -> int:
+    def count(length: int, slots: int, tokens: int, looked_at: int | None) -> int:
         sizes = {"rows": rows, "length": length, "images": rows * slots, "image_tokens": tokens}
-        return step_flops(cfg, teacher_cfg, loss, trained, **sizes).total
+        return step_flops(cfg, teacher_cfg, loss, trained, **sizes, looked_at=looked_at).total
 
     def of(arrays: Mapping[str, Any]) -> int:
         images = arrays.get("pixel_values", arrays.get("vision_features"))
         tokens = room_of(cfg, arrays) if "image_grid_thw" in arrays else 0
-        return count(arrays["input_ids"].shape[1], 0 if images is None else images.shape[1], tokens)
+        mine, length = arrays["input_ids"].shape
+        shape = length, 0 if images is None else images.shape[1], tokens
+        if not only_at_labels(loss):
+            return count(*shape, None)
+        labels = int(np.count_nonzero(arrays["labels"][:, 1:] != IGNORED)) * rows // mine
+        return count(*shape, 0) + labels * (count(*shape, 1) - count(*shape, 0))
 
     return of
 

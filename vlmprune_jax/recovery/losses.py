@@ -112,6 +112,11 @@ def needs_logits(loss: LossConfig) -> bool:
     return not all(term.on_hidden for term in counted(loss).values())
 
 
+def only_at_labels(loss: LossConfig) -> bool:
+    """Whether no term looks at the logits of positions that no label follows."""
+    return loss.kl_positions == "labels" or all(term.counts != "positions" for term in measured(loss).values())
+
+
 def on_hidden(loss: LossConfig) -> dict[str, LossTerm]:
     """The terms on hidden states that are computed."""
     return {name: term for name, term in measured(loss).items() if term.on_hidden}
@@ -356,7 +361,7 @@ def vocabulary_sums(
     if teacher_head is None and top is None:
         terms = {name: term for name, term in terms.items() if not term.taught}
     counted = targets != IGNORED
-    if any(term.counts == "positions" for term in terms.values()):
+    if not only_at_labels(loss):
         counted |= weigh > 0
     xs: dict[str, Any] = {"y": targets, "w": weigh, **(top or {})}
     if teacher_head is not None and teacher_hidden is not None:
