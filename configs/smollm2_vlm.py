@@ -61,7 +61,7 @@ def get_config(folder: str = ".cache/smollm2-135m") -> ConfigDict:
         "turns_per_row": 5,
         "trainable": "all",
         "batch_size": 32,
-        "steps": 120,
+        "steps": 80,
     }
     config.stages = tuple(ConfigDict(stage) for stage in (align, captions, words, questions))
     return config
