@@ -40,10 +40,10 @@ JsonRecord = dict[str, Any]
 def write_dataset(out_dir: Path) -> dict[str, Path]:
     """Write easy-VQA as LLaVA JSON files and images below `out_dir` and return the files by name.
 
-    Names: `train`, `test` (one question per record), `train_multi_turn` (one record per image), `train_balanced` (of
-    questions that their wording does not answer) and `train_captions`, both for pretraining, and `images`, the image
-    root of all of them. The folder is built beside its place and renamed, so it
-    is whole or absent; a whole one is left as it is. Raises UserError where `out_dir` holds something else.
+    Names: `train`, `test` (one question per record), `train_multi_turn` (one record per image), `train_balanced` (a
+    question per record, none answered by its wording) and `train_captions`, both for pretraining, and `images`, the
+    image root of all of them. The folder is built beside its place and renamed, so it is whole or absent; a whole one
+    is left as it is. Raises UserError where `out_dir` holds something else.
     """
     out_dir = Path(out_dir)
     if out_dir.exists():
@@ -88,21 +88,21 @@ def multi_turn_records(questions: Questions, split: str, seed: int) -> list[Json
 
 
 def balanced(questions: Questions, seed: int) -> Questions:
-    """Leave out questions until yes and no are as often the answer, of those with a negation and of those without.
+    """Leave out questions with a negation, and of the others with yes or no so many that both are as often the answer.
 
     Five in six of easy-VQA's "is there a red shape?" are answered with no, of "is there not a red shape?" with yes: a
-    model may learn that and never look (as in VQA: Goyal et al. 2017, arXiv 1612.00837). What is left out is drawn from
-    `seed`; the order stays.
+    model may learn that and never look (as in VQA: Goyal et al. 2017, arXiv 1612.00837). With both kinds the answer is
+    one thing or the other, of which neither alone tells anything, and learning does not begin. What is left out is
+    drawn from `seed`; the order stays.
     """
-    places: dict[tuple[bool, str], list[int]] = defaultdict(list)
-    for place, (question, answer, _) in enumerate(zip(*questions, strict=True)):
-        if answer in ("yes", "no"):
-            places[_is_negated(question), answer].append(place)
-    rng, dropped = np.random.default_rng(seed), set()
-    for negated in (False, True):
-        few, many = sorted((places[negated, "yes"], places[negated, "no"]), key=len)
-        dropped.update(rng.permutation(many)[len(few) :].tolist())
-    kept = [row for place, row in enumerate(zip(*questions, strict=True)) if place not in dropped]
+    places: dict[str, list[int]] = {"yes": [], "no": []}
+    negated = [place for place, question in enumerate(questions[0]) if _is_negated(question)]
+    for place in sorted({*range(len(questions[0]))} - {*negated}):
+        if questions[1][place] in places:
+            places[questions[1][place]].append(place)
+    few, many = sorted(places.values(), key=len)
+    left_out = {*negated, *np.random.default_rng(seed).permutation(many)[len(few) :].tolist()}
+    kept = [row for place, row in enumerate(zip(*questions, strict=True)) if place not in left_out]
     return [row[0] for row in kept], [row[1] for row in kept], [row[2] for row in kept]
 
 
@@ -182,7 +182,7 @@ def _build(folder: Path, package: dict[str, tuple[Questions, Mapping[int, str]]]
         "train": single_turn_records(train, "train"),
         "test": single_turn_records(package["test"][0], "test"),
         "train_multi_turn": multi_turn_records(train, "train", _SEED),
-        "train_balanced": multi_turn_records(balanced(train, _SEED), "train", _SEED),
+        "train_balanced": single_turn_records(balanced(train, _SEED), "train"),
         "train_captions": caption_records(train, "train"),
     }
     for split, (_, paths) in package.items():
