@@ -57,17 +57,9 @@ def get_config(folder: str = ".cache/smollm2-135m") -> ConfigDict:
     }
     # Then all questions, and as many words as an image has tokens.
     words = {**compare, "name": "words", "records": "train", "words": 16, "steps": 80}
-    # The image learns to be what the decoder reads as words.
-    see = {
-        **compare,
-        "name": "see",
-        "records": "train",
-        "words": 0,
-        "augment": "flip_shift",
-        "trainable": (("(vision|projector)/.*", True),),
-        "steps": 150,
-    }
-    together = {**see, "name": "together", "trainable": "all", "learning_rate": 1e-4, "steps": 60}
-    together["projector_learning_rate"] = 3e-4
-    config.stages = tuple(ConfigDict(stage) for stage in (align, captions, compare, words, see, together))
+    # The image learns to be what the decoder reads as words. Words in every other row keep the decoder from forgetting
+    # how to compare before there is anything to compare.
+    see = {**words, "name": "see", "also_images": True, "augment": "flip_shift", "trainable": "all", "steps": 150}
+    see |= {"learning_rate": 2e-4}
+    config.stages = tuple(ConfigDict(stage) for stage in (align, captions, compare, words, see))
     return config

@@ -33,7 +33,7 @@ def run(flags: Any) -> None:
     stages = []
     for stage in (dict(s) for s in config["stages"]):
         training = RecoverConfig(**{name: value for name, value in stage.items() if name not in own})
-        stages.append(Stage(**{name: stage[name] for name in own}, training=training))
+        stages.append(Stage(**{name: stage[name] for name in own if name in stage}, training=training))
     joined = config.get("joined")
     folder = pretrain(
         Path(flags.workdir),

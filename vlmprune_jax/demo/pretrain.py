@@ -43,7 +43,8 @@ CACHE_BYTES = 512 * 2**20  # all 5,000 processed images of easy-VQA
 class Stage:
     """One training run: which records, how many questions of one image per row, how deep the decoder, and how to train.
 
-    `words`: how many words of description take the place of the image (0: the image itself).
+    `words`: how many words of description take the place of the image (0: the image itself); `also_images`: every
+    record comes once with them and once with its image.
     `keeps`: regex of the parameters that the next stage starts from; the others go back to what they were.
     """
 
@@ -55,6 +56,7 @@ class Stage:
     augment: str
     keeps: str
     training: RecoverConfig
+    also_images: bool = False
 
 
 def pretrain(
@@ -95,7 +97,8 @@ def _train_stage(model: Model, stage: Stage, files: Mapping[str, Path], folder: 
     records = split_conversations(read_records(files[stage.records], files["images"]), stage.turns_per_row)
     if stage.words:
         captions = {r.images: r.turns[-1][1] for r in read_records(files["train_captions"], files["images"])}
-        records = [describe(r, captions[r.images], stage.words) for r in records if r.images in captions]
+        described = [describe(r, captions[r.images], stage.words) for r in records if r.images in captions]
+        records = described + (records if stage.also_images else [])
     encoder = make_encoder(model.cfg, folder)
     if not any(record.images for record in records):
         encoder = dataclasses.replace(encoder, image_loader=None)
