@@ -3,8 +3,8 @@
   vlmprune pretrain --config=configs/smollm2_vlm.py:DIR --workdir=runs/smollm2_vlm
 
 DIR: SmolLM2-135M (by default where the tests make it, tests/cases/smollm2.py), or another Llama. First what sees, the
-tower of the demo's teacher and the projector, learns captions before a decoder that stays as it is; then all learns
-captions, and then the questions, five of an image a row. runs/smollm2_vlm/teacher is a folder of SmolVLM's class, with
+tower of the demo's teacher and the projector, learns captions before a decoder that stays as it is, then all does; the
+decoder learns to compare from questions about words; then all of it answers questions about images. runs/smollm2_vlm/teacher is a folder of SmolVLM's class, with
 its prompt and its processor.
 """
 
@@ -61,5 +61,6 @@ def get_config(folder: str = ".cache/smollm2-135m") -> ConfigDict:
     # how to compare before there is anything to compare.
     see = {**words, "name": "see", "also_images": True, "augment": "flip_shift", "trainable": "all", "steps": 150}
     see |= {"learning_rate": 2e-4}
-    config.stages = tuple(ConfigDict(stage) for stage in (align, captions, compare, words, see))
+    questions = {**see, "name": "questions", "words": 0, "also_images": False, "steps": 120}
+    config.stages = tuple(ConfigDict(stage) for stage in (align, captions, compare, words, see, questions))
     return config
