@@ -4,8 +4,8 @@
 
 DIR: SmolLM2-135M (by default where the tests make it, tests/cases/smollm2.py), or another Llama. First what sees, the
 tower of the demo's teacher and the projector, learns captions before a decoder that stays as it is, then all does; the
-decoder learns to compare from questions about words; then all of it answers questions about images. runs/smollm2_vlm/teacher is a folder of SmolVLM's class, with
-its prompt and its processor.
+decoder learns to compare from questions about words; then all of it answers questions about images.
+runs/smollm2_vlm/teacher is a folder of SmolVLM's class, with its prompt and its processor.
 """
 
 from importlib import resources

@@ -77,7 +77,7 @@ def chunk_sums(
     """Sums of `body` over the positions that count, and their gradients, in chunks whose logits exist one at a time.
 
     In every row those that count come first, and chunks without any are left out: most tokens of a question are no
-    answer, and logits that nobody looks at would be a quarter of the arithmetic of SmolLM2-135M, with its large vocabulary.
+    answer, and logits that nobody looks at would be a quarter of the arithmetic of SmolLM2-135M.
 
     Args:
       body: (head, states, counted, pieces, fixed), all but the first and the last of a chunk's positions, to the
