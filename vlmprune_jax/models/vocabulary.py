@@ -131,24 +131,38 @@ def _ordered(x: jax.Array, order: jax.Array) -> jax.Array:
     return constrain(rows, ("batch",) + (None,) * (x.ndim - 1))
 
 
-def _forward(body, chunk, *arrays):
-    return chunk_sums(body, chunk, *arrays), arrays
+def _forward(body, chunk, *primals):
+    arrays = jax.tree.map(lambda primal: primal.value, primals, is_leaf=lambda x: hasattr(x, "perturbed"))
+    trains = any(primal.perturbed for primal in jax.tree.leaves(primals[0], is_leaf=lambda x: hasattr(x, "perturbed")))
+    return chunk_sums(body, chunk, *arrays), (arrays, () if trains else None)  # a structure, since values are traced
 
 
-def _backward(body, chunk, arrays, cotangent):
-    head, states, counted, pieces, fixed = arrays
+def _backward(body, chunk, kept, cotangent):
+    (head, states, counted, pieces, fixed), trains = kept
     cut = _cut(chunk, states, counted, pieces)
+    zero = jax.custom_derivatives.SymbolicZero
+    cotangent = jax.tree.map(
+        lambda one: jnp.zeros(one.shape, one.dtype) if isinstance(one, zero) else one,
+        cotangent,
+        is_leaf=lambda one: isinstance(one, zero),
+    )
 
-    def add(i: jax.Array, gradients: tuple[Head, jax.Array]) -> tuple[Head, jax.Array]:
+    def add(i: jax.Array, gradients: tuple[Head | None, jax.Array]) -> tuple[Head | None, jax.Array]:
         of_head, of_states = gradients
         here, *rest = cut.at(i)
-        _, pull = jax.vjp(lambda head, here: body(head, here, *rest, fixed), head, here)
-        more, found = pull(cotangent)
-        return jax.tree.map(jnp.add, of_head, more), jax.lax.dynamic_update_index_in_dim(of_states, found, i, 0)
+        if of_head is None:
+            _, pull = jax.vjp(lambda here: body(head, here, *rest, fixed), here)
+            (found,) = pull(cotangent)
+        else:
+            _, pull = jax.vjp(lambda head, here: body(head, here, *rest, fixed), head, here)
+            more, found = pull(cotangent)
+            of_head = jax.tree.map(jnp.add, of_head, more)
+        return of_head, jax.lax.dynamic_update_index_in_dim(of_states, found, i, 0)
 
-    of_head, of_states = cut.loop(add, jax.tree.map(jnp.zeros_like, (head, cut.arrays[0])))
+    start = None if trains is None else jax.tree.map(jnp.zeros_like, head)
+    of_head, of_states = cut.loop(add, (start, jnp.zeros_like(cut.arrays[0])))
     of_states = jnp.moveaxis(of_states, 0, 1).reshape(len(states), -1, states.shape[-1])[:, : states.shape[1]]
     return of_head, _ordered(of_states, jnp.argsort(cut.order, axis=1)), None, None, None
 
 
-chunk_sums.defvjp(_forward, _backward)
+chunk_sums.defvjp(_forward, _backward, symbolic_zeros=True)
