@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import recover_cases as cases
 
+from vlmprune_jax.config import IGNORED
 from vlmprune_jax.data.batching import train_batches
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.records import Record, StoredImage
@@ -215,7 +216,10 @@ def test_training_is_what_it_is_beside_a_teacher(tmp_path):
         np.testing.assert_allclose(*([line[name] for line in run] for run in lines), rtol=1e-5, err_msg=name)
     assert lines[0][0]["kl"] > lines[0][-1]["kl"]
     assert cases.largest_difference(*models) < 1e-5
-    flops = step_flops(student.cfg, None, cached, list(flatten(student.params)), rows=8, length=11, images=0)
+    labels = int(np.sum(next(cases.Stream(teacher.cfg)).arrays["labels"][:, 1:] != IGNORED))
+    sizes = {"rows": 8, "length": 11, "images": 0, "looked_at": labels}  # no logits of other positions
+    flops = step_flops(student.cfg, None, cached, list(flatten(student.params)), **sizes)
+    assert 0 < labels < 88
     assert flops.teacher == 0
     assert lines[1][0]["model_flops_per_second"] * lines[1][0]["seconds"] == pytest.approx(flops.total)
     assert lines[0][0]["model_flops_per_second"] * lines[0][0]["seconds"] > 1.2 * flops.total
