@@ -42,8 +42,8 @@ def get_config(folder: str = ".cache/smollm2-135m") -> ConfigDict:
     }
     captions = {**align, "name": "captions", "trainable": "all", "steps": 60}
     # Comparing a question's word with what is there is learnt in minutes from "red circle" in words and questions of
-    # which none is answered by its wording, and in hours neither from images, nor from several questions in a row
-    # (whose words are there as well), nor with negations from the start.
+    # which none is answered by its wording. Not begun to be learnt, in as long or longer: from images, from several
+    # questions in a row (whose words are there as well), with negations from the start (docs/decisions.md, 89).
     compare = {
         **common,
         "name": "compare",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import easy_vqa
 import numpy as np
+import PIL.Image
 import pytest
 from hf_cases import LLAMA, make_folder
 from repository import ROOT
@@ -13,11 +14,12 @@ from repository import ROOT
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.demo.initial import write_joined
-from vlmprune_jax.demo.pretrain import describe, make_encoder, split_conversations
+from vlmprune_jax.demo.pretrain import Stage, describe, make_encoder, split_conversations, stage_records
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import forward, tower_features
+from vlmprune_jax.recovery.config import RecoverConfig
 
 TEACHER = ROOT / "vlmprune_jax/demo/teacher"
 CONFIG = ROOT / "configs/easyvqa_pretrain.py"
@@ -32,6 +34,23 @@ def test_conversations_are_split_and_described():
     assert describe(second, "red circle", 5) == Record(
         id="r-1", images=(), turns=(("human", "red circle red circle red\nis it blue?"), ("gpt", "no"))
     )
+
+
+@pytest.mark.parametrize(("words", "also_images", "expected"), [(0, False, "i"), (2, False, "w"), (2, True, "wi")])
+def test_a_stage_sees_images_words_or_both(tmp_path, words, also_images, expected):
+    entry = {"id": "r", "image": "0.png", "conversations": [{"from": s, "value": text} for s, text in TURNS]}
+    caption = {
+        **entry,
+        "conversations": [{"from": "human", "value": "<image>\n?"}, {"from": "gpt", "value": "red box"}],
+    }
+    files = {"images": tmp_path, "train": tmp_path / "train.json", "train_captions": tmp_path / "captions.json"}
+    files["train"].write_text(json.dumps([entry]), encoding="utf-8")
+    files["train_captions"].write_text(json.dumps([caption]), encoding="utf-8")
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    stage = Stage("s", "train", 1, words, 1, "none", ".*", RecoverConfig(steps=1), also_images)
+    found = stage_records(stage, files)
+    assert "".join("i" if record.images else "w" for record in found) == "".join(2 * kind for kind in expected)
+    assert all(record.images or record.turns[0][1].startswith("red box\n") for record in found)
 
 
 @pytest.mark.slow

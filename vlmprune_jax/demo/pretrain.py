@@ -94,11 +94,7 @@ def pretrain(
 
 def _train_stage(model: Model, stage: Stage, files: Mapping[str, Path], folder: Path, workdir: Path) -> Model:
     """The model after a stage; decoder layers beyond the stage's depth are left as they were, too."""
-    records = split_conversations(read_records(files[stage.records], files["images"]), stage.turns_per_row)
-    if stage.words:
-        captions = {r.images: r.turns[-1][1] for r in read_records(files["train_captions"], files["images"])}
-        described = [describe(r, captions[r.images], stage.words) for r in records if r.images in captions]
-        records = described + (records if stage.also_images else [])
+    records = stage_records(stage, files)
     encoder = make_encoder(model.cfg, folder)
     if not any(record.images for record in records):
         encoder = dataclasses.replace(encoder, image_loader=None)
@@ -127,6 +123,16 @@ def _train_stage(model: Model, stage: Stage, files: Mapping[str, Path], folder: 
     whole = flatten(stack_layers(first + layers[stage.decoder_layers :], rest, model.cfg))
     kept = {path: leaf for path, leaf in whole.items() if re.fullmatch(stage.keeps, path)}
     return Model(unflatten({**flatten(model.params), **kept}), model.cfg)
+
+
+def stage_records(stage: Stage, files: Mapping[str, Path]) -> list[Record]:
+    """What a stage trains on, before it is shuffled."""
+    records = split_conversations(read_records(files[stage.records], files["images"]), stage.turns_per_row)
+    if not stage.words:
+        return records
+    captions = {r.images: r.turns[-1][1] for r in read_records(files["train_captions"], files["images"])}
+    described = [describe(r, captions[r.images], stage.words) for r in records if r.images in captions]
+    return described + (records if stage.also_images else [])
 
 
 def describe(record: Record, caption: str, length: int) -> Record:
