@@ -40,11 +40,12 @@ def get_config(folder: str = "") -> ConfigDict:
 
 
 def get_hyper(hyper):
-    """What costs least first."""
+    """Seed after seed, each with what costs least first: an interrupted sweep has whole tables."""
+    return hyper.chainit([part for seed in SEEDS for part in _runs(hyper, seed)])
+
+
+def _runs(hyper, seed):
     cuts = [hyper.sweep("prune.method", ["depth", "width"]), hyper.named("decoder", of_decoder(_folder, SHARES))]
-    seeds = seeded(hyper, SEEDS)
-    untrained = hyper.product([*cuts, hyper.named("recovery", UNTRAINED), seeds])
-    trained = hyper.product(
-        [*cuts, hyper.named("recovery", named(RECOVERIES)), hyper.fixed("data.fraction", 0.05), seeds]
-    )
-    return hyper.chainit([untrained, trained])
+    untrained = hyper.product([*cuts, hyper.named("recovery", UNTRAINED), seeded(hyper, [seed])])
+    trained = [*cuts, hyper.named("recovery", named(RECOVERIES)), hyper.fixed("data.fraction", 0.05)]
+    return untrained, hyper.product([*trained, seeded(hyper, [seed])])
