@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import resource
@@ -218,6 +219,23 @@ def test_a_save_that_failed_in_the_background_ends_the_next_step(tmp_path, monke
     with pytest.raises(UserError, match=r"cannot save a checkpoint \(No space .*there is no complete one: make room"):
         recover(cases.model(cfg), cases.Stream(cfg), cases.settings(), workdir=tmp_path, progress=False)
     assert [line["step"] for line in _metrics(tmp_path)] == [1]
+
+
+def test_a_half_written_checkpoint_that_is_still_written_to_is_removed(tmp_path, monkeypatch):
+    """Storage goes on with the other files of a save when one has failed."""
+    half, remove, tries = tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp", shutil.rmtree, []
+    (half / "state").mkdir(parents=True)
+
+    def rmtree(path, *args, **kwargs):
+        tries.append(path)
+        if len(tries) == 1:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        remove(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    with Checkpointer(tmp_path / "checkpoints", {}, 1):
+        assert tries == [half, half]
+        assert not half.exists()
 
 
 def test_what_went_wrong_first_is_told(tmp_path, monkeypatch):

@@ -7,6 +7,8 @@ import contextlib
 import errno
 import json
 import os
+import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
@@ -23,6 +25,7 @@ from vlmprune_jax.errors import UserError, differences, reason
 from vlmprune_jax.recovery.step import TrainState
 
 STATE, META = "state", "meta"
+_HALF_WRITTEN = ".orbax-checkpoint-tmp"  # what orbax ends the name of a checkpoint with until it is complete
 _REMEDY = "remove that folder, and run the same command"
 
 
@@ -47,9 +50,7 @@ class Checkpointer:
     def __init__(self, folder: Path, identity: Mapping[str, Any], keep: int):
         self.folder = folder
         self.identity = json.loads(json.dumps(identity))
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         on_process_zero(lambda: _prepare(folder))
         with reading(folder, _REMEDY):
             self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
@@ -148,11 +149,29 @@ class Checkpointer:
 
 
 def _prepare(folder: Path) -> None:
-    """Make the folder, and refuse what orbax would wait for in it: FIFOs, devices."""
+    """Make the folder, remove half-written checkpoints, and refuse what orbax would wait for: FIFOs, devices."""
     folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*" + _HALF_WRITTEN):
+        _discard(path)
     for path in folder.rglob("*"):
         if not path.is_dir():
             open_file(path).close()
+
+
+def _discard(path: Path, patience_s: float = 10.0) -> None:
+    """Remove a half-written checkpoint. A save that failed may still be writing files into it for a moment.
+
+    Raises:
+      UserError: it cannot be removed.
+    """
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            return shutil.rmtree(path)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY or time.monotonic() > until:
+                raise UserError(f"{path}: cannot be removed ({error.strerror}): {_REMEDY}") from error
+        time.sleep(0.1)
 
 
 def _why(error: Exception) -> str:
