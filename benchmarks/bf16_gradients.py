@@ -47,7 +47,8 @@ def ours(args: argparse.Namespace, dtype: str, jitter: bool) -> tuple[Flat, Grad
     import vlmprune_jax as vp
     from vlmprune_jax.models.params import flatten, unflatten
     from vlmprune_jax.recovery.config import LossConfig
-    from vlmprune_jax.recovery.losses import Teacher, combine, layer_pairs, loss_sums, term_weights
+    from vlmprune_jax.recovery.losses import Teacher, combine, loss_sums, term_weights
+    from vlmprune_jax.recovery.objective import layer_pairs
     from vlmprune_jax.recovery.step import step_context
     from vlmprune_jax.recovery.trainable import partition
 

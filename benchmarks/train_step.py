@@ -104,7 +104,8 @@ def ours(args: argparse.Namespace, ids: np.ndarray) -> Step:
     import vlmprune_jax as vp
     from vlmprune_jax.models.params import flatten
     from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
-    from vlmprune_jax.recovery.losses import Teacher, layer_pairs
+    from vlmprune_jax.recovery.losses import Teacher
+    from vlmprune_jax.recovery.objective import layer_pairs
     from vlmprune_jax.recovery.step import (
         StepConfig,
         init_state,

@@ -14,7 +14,8 @@ import recover_cases as cases
 from vlmprune_jax.config import LayerShape, LoraConfig, ModelConfig
 from vlmprune_jax.models.params import param_shapes, unflatten
 from vlmprune_jax.recovery.config import LossConfig
-from vlmprune_jax.recovery.losses import Teacher, needs_teacher
+from vlmprune_jax.recovery.losses import Teacher
+from vlmprune_jax.recovery.objective import needs_teacher
 from vlmprune_jax.recovery.step import StepConfig, init_state, learning_rates, make_optimizer, make_step
 from vlmprune_jax.recovery.trainable import assign_groups
 

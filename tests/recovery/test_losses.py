@@ -21,17 +21,8 @@ from vlmprune_jax.prune.fingerprint import fingerprint
 from vlmprune_jax.prune.plan import KeptLayer, KeptStack, PrunePlan
 from vlmprune_jax.prune.surgery import apply_plan
 from vlmprune_jax.recovery.config import LossConfig, from_alpha
-from vlmprune_jax.recovery.losses import (
-    Teacher,
-    check_losses,
-    combine,
-    layer_pairs,
-    loss_sums,
-    losses,
-    measured,
-    term_weights,
-    vocabulary_sums,
-)
+from vlmprune_jax.recovery.losses import Teacher, combine, loss_sums, losses, term_weights, vocabulary_sums
+from vlmprune_jax.recovery.objective import check_losses, layer_pairs, measured
 
 # Reference family -> its checkpoint, tower folder, and whose inputs its trainer gives to the teacher.
 FAMILIES = {

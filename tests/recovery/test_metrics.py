@@ -15,8 +15,8 @@ from vlmprune_jax.recovery import metrics
 from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.flops import step_flops
 from vlmprune_jax.recovery.loop import recover
-from vlmprune_jax.recovery.losses import measured
 from vlmprune_jax.recovery.metrics import Recorder, _shown
+from vlmprune_jax.recovery.objective import measured
 from vlmprune_jax.recovery.trainable import add_lora
 from vlmprune_jax.stages import console
 from vlmprune_jax.stages.console import make_reporter

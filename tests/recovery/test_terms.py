@@ -13,7 +13,7 @@ from vlmprune_jax.models.params import unflatten
 from vlmprune_jax.models.vlm import Model, apply
 from vlmprune_jax.recovery.flops import step_flops
 from vlmprune_jax.recovery.loop import recover
-from vlmprune_jax.recovery.losses import check_losses, needs_teacher
+from vlmprune_jax.recovery.objective import check_losses, needs_teacher
 from vlmprune_jax.recovery.program import place
 from vlmprune_jax.recovery.trainable import add_lora
 

@@ -28,7 +28,8 @@ from vlmprune_jax.models.vocabulary import Head
 from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.flops import step_flops
 from vlmprune_jax.recovery.loop import recover
-from vlmprune_jax.recovery.losses import _top_k, check_losses, check_teacher, term_weights, vocabulary_sums
+from vlmprune_jax.recovery.losses import _top_k, term_weights, vocabulary_sums
+from vlmprune_jax.recovery.objective import check_losses, check_teacher
 from vlmprune_jax.recovery.program import place
 from vlmprune_jax.recovery.teacher_pass import teacher_top_k
 from vlmprune_jax.recovery.top_k import top_k_divergence, top_k_logprobs

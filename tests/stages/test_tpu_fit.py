@@ -32,7 +32,7 @@ from vlmprune_jax.prune.criteria.random import random_scores
 from vlmprune_jax.prune.fingerprint import shape_digest
 from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.flops import step_flops
-from vlmprune_jax.recovery.losses import needs_teacher
+from vlmprune_jax.recovery.objective import needs_teacher
 from vlmprune_jax.recovery.program import make_program
 from vlmprune_jax.recovery.step import TrainState, step_context
 from vlmprune_jax.stages import tpu_fit

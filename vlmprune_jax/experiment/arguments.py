@@ -13,7 +13,7 @@ from vlmprune_jax.evaluation.metrics import metric_named
 from vlmprune_jax.experiment.spec import EvaluationSetSpec, Experiment, PruneSpec, RecoverSpec
 from vlmprune_jax.prune.select import DEFAULTS
 from vlmprune_jax.recovery.config import RecoverConfig
-from vlmprune_jax.recovery.losses import check_losses, needs_teacher
+from vlmprune_jax.recovery.objective import check_losses, needs_teacher
 from vlmprune_jax.report.speed import decode_rates, read_bench
 
 QUESTIONS, TEXT = "questions", "text"  # the evaluation sets of an experiment that names none

@@ -24,8 +24,8 @@ from vlmprune_jax.recovery.ahead import Programs, describe, stand_in
 from vlmprune_jax.recovery.checkpoint import Checkpointer
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.flops import batch_flops
-from vlmprune_jax.recovery.losses import measured
 from vlmprune_jax.recovery.metrics import Recorder
+from vlmprune_jax.recovery.objective import measured
 from vlmprune_jax.recovery.program import Run, prepare
 from vlmprune_jax.recovery.step import Metrics, TrainState, place_rows, step_context
 from vlmprune_jax.recovery.trainable import merge_lora

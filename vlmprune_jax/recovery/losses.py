@@ -6,14 +6,14 @@ Vocabulary terms are computed in chunks of positions, so that no [batch, seq, vo
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections import UserDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from vlmprune_jax.checks import suggest
 from vlmprune_jax.config import IGNORED, ModelConfig
 from vlmprune_jax.distributed.mesh import within
 from vlmprune_jax.distributed.rules import constrain
@@ -23,10 +23,22 @@ from vlmprune_jax.models.vlm import IMAGE_INPUTS, Model, Params, encode, head_of
 from vlmprune_jax.models.vocabulary import Head, chunk_sums
 from vlmprune_jax.prune.plan import PrunePlan
 from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
-from vlmprune_jax.recovery.terms import BUILT_IN, LossTerm
+from vlmprune_jax.recovery.objective import (
+    TERMS,
+    check_losses,
+    check_teacher,
+    compares_logits,
+    layer_pairs,
+    measured,
+    needs_teacher,
+    on_hidden,
+    only_at_labels,
+    student_layers,
+)
+from vlmprune_jax.recovery.terms import LossTerm
 
 
-class LossTerms(dict[str, LossTerm]):
+class LossTerms(UserDict[str, LossTerm]):
     """The loss terms by name: `vp.losses["mine"] = vp.LossTerm(...)` adds one, and a call measures them on a batch."""
 
     def __setitem__(self, name: str, term: LossTerm) -> None:
@@ -82,151 +94,8 @@ class LossTerms(dict[str, LossTerm]):
         return {name: float(values[name]) for name in (*measured(loss), "total")}
 
 
-losses = LossTerms(BUILT_IN)
-
-
-def measured(loss: LossConfig) -> dict[str, LossTerm]:
-    """The terms that are computed: those that count, and those that are reported in any case."""
-    weights = loss.weights()
-    return {name: term for name, term in losses.items() if weights.get(name) or term.reported}
-
-
-def counted(loss: LossConfig) -> dict[str, LossTerm]:
-    """The terms with a weight."""
-    weights = loss.weights()
-    return {name: term for name, term in losses.items() if weights.get(name)}
-
-
-def needs_teacher(loss: LossConfig) -> bool:
-    """Whether a teacher runs beside the student: any term that needs one counts, and it is not cached."""
-    return any(term.taught for term in counted(loss).values()) and not loss.teacher_top_k
-
-
-def compares_logits(loss: LossConfig) -> bool:
-    """Whether a term counts that needs the teacher's logits."""
-    return any(term.taught and not term.on_hidden for term in counted(loss).values())
-
-
-def needs_logits(loss: LossConfig) -> bool:
-    """Whether a term counts that needs the student's logits."""
-    return not all(term.on_hidden for term in counted(loss).values())
-
-
-def only_at_labels(loss: LossConfig) -> bool:
-    """Whether no term looks at the logits of positions that no label follows."""
-    return loss.kl_positions == "labels" or all(term.counts != "positions" for term in measured(loss).values())
-
-
-def on_hidden(loss: LossConfig) -> dict[str, LossTerm]:
-    """The terms on hidden states that are computed."""
-    return {name: term for name, term in measured(loss).items() if term.on_hidden}
-
-
-def check_losses(loss: LossConfig) -> None:
-    """Refuse terms that do not exist, or cannot be measured with these settings.
-
-    Raises:
-      UserError: names them.
-    """
-    for name in loss.weights():
-        if name not in losses:
-            raise UserError(f"recover.losses.extra has no term {name!r}{suggest(name, losses)}")
-    hidden = on_hidden(loss)
-    if hidden and not loss.l2_layers:
-        raise UserError(
-            f"recover.losses: {_listed(hidden)} needs l2_layers, for example [-1] (the state after the final norm)"
-        )
-    if not loss.teacher_top_k:
-        return
-    terms = counted(loss)
-    able = [name for name, term in losses.items() if term.from_top_k is not None]
-    whole = [name for name, term in terms.items() if term.taught and name not in able]
-    if whole:
-        raise UserError(
-            f"recover.losses: {_listed(whole)} cannot be had from a teacher's cached top-k logits, only "
-            f"{_listed(able)} can: set {' and '.join(f'{name}=0' for name in whole)}, or train without teacher_cache"
-        )
-    if not set(able) & set(terms):
-        raise UserError(f"recover.losses: teacher_top_k {loss.teacher_top_k} is for {_listed(able)} > 0")
-
-
-def _listed(names: Iterable[str]) -> str:
-    return " and ".join(names)
-
-
-def student_layers(loss: LossConfig, cfg: ModelConfig) -> tuple[int, ...]:
-    """`loss.l2_layers` counted from 0.
-
-    Raises:
-      UserError: an index outside the model.
-    """
-    n_layers = len(cfg.text.layers)
-    for index in loss.l2_layers:
-        if not -n_layers - 1 <= index <= n_layers:
-            raise UserError(f"losses: l2 layer {index} is outside the student's {n_layers + 1} hidden states")
-    return tuple(index % (n_layers + 1) for index in loss.l2_layers)
-
-
-def layer_pairs(
-    loss: LossConfig, student: ModelConfig, teacher: ModelConfig, kept: Sequence[int] | None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Hidden-state indices (student's, teacher's) of `loss.l2_layers`, all counted from 0.
-
-    A depth-pruned student's state after its i-th layer is compared with the teacher's state after the original layer
-    `kept[i - 1]`; embeddings with embeddings, the final-norm state with the final-norm state.
-
-    Raises:
-      UserError: an index outside the student, or layer counts that differ without a plan to align them.
-    """
-    n_student, n_teacher = len(student.text.layers), len(teacher.text.layers)
-    if kept is not None and (len(kept) != n_student or max(kept) >= n_teacher):
-        raise UserError(
-            f"the plan keeps {len(kept)} layers (up to {max(kept)}) but the student has {n_student} and the teacher "
-            f"{n_teacher}: pass the plan that made this student from this teacher"
-        )
-    ours, theirs = student_layers(loss, student), []
-    for index, i in zip(loss.l2_layers, ours, strict=True):
-        if loss.reference_compat:
-            theirs.append(index % (n_teacher + 1) if index < 0 else index)
-        elif i in (0, n_student):
-            theirs.append(0 if i == 0 else n_teacher)
-        elif kept is None and n_student != n_teacher:
-            raise UserError(f"losses: l2 layer {index} cannot be aligned without a plan: pass plan, or use layer -1")
-        else:
-            theirs.append(i if kept is None else kept[i - 1] + 1)
-    return ours, tuple(theirs)
-
-
-def check_teacher(loss: LossConfig, student: ModelConfig, teacher: ModelConfig | None) -> None:
-    """Refuse a teacher that is missing or does not fit.
-
-    Raises:
-      UserError: names both sizes.
-    """
-    if loss.teacher_top_k > student.text.vocab_size:
-        raise UserError(
-            f"losses: teacher_top_k {loss.teacher_top_k} is more than the vocabulary's {student.text.vocab_size} tokens"
-        )
-    if not needs_teacher(loss):
-        return
-    if teacher is None:
-        taught = _listed(name for name, term in counted(loss).items() if term.taught)
-        raise UserError(f"losses: a teacher is needed for {taught}: pass the unpruned model, or set their weights to 0")
-    ours, theirs = student.text, teacher.text
-    if ours.hidden_size != theirs.hidden_size:
-        raise UserError(f"teacher hidden_size {theirs.hidden_size} is not the student's {ours.hidden_size}")
-    own = loss.teacher_inputs == "own"
-    if (compares_logits(loss) or own) and ours.vocab_size != theirs.vocab_size:
-        raise UserError(
-            f"teacher vocab_size {theirs.vocab_size} is not the student's {ours.vocab_size}: pass the model that was "
-            'pruned, or distil by terms on hidden states with teacher_inputs "student"'
-        )
-    if own and (student.image_token_id, student.tokens_per_image) != (teacher.image_token_id, teacher.tokens_per_image):
-        raise UserError(
-            f"teacher images are {teacher.tokens_per_image} tokens of id {teacher.image_token_id}, the student's "
-            f"{student.tokens_per_image} of {student.image_token_id}: pass the model that was pruned, or use "
-            'teacher_inputs "student"'
-        )
+losses = LossTerms()
+losses.data = TERMS
 
 
 def term_weights(loss: LossConfig, cfg: ModelConfig, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:

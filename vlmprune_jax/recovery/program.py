@@ -20,7 +20,8 @@ from vlmprune_jax.models.vlm import Model, Params, mesh_of
 from vlmprune_jax.prune.plan import PrunePlan
 from vlmprune_jax.recovery.checkpoint import weights_digest
 from vlmprune_jax.recovery.config import RecoverConfig
-from vlmprune_jax.recovery.losses import Teacher, check_losses, check_teacher, layer_pairs, needs_teacher
+from vlmprune_jax.recovery.losses import Teacher
+from vlmprune_jax.recovery.objective import check_losses, check_teacher, layer_pairs, needs_teacher
 from vlmprune_jax.recovery.step import (
     Step,
     StepConfig,

@@ -21,7 +21,7 @@ from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.prune.fingerprint import content_digest
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.feature_pass import compute_features, feature_identity
-from vlmprune_jax.recovery.losses import needs_teacher
+from vlmprune_jax.recovery.objective import needs_teacher
 from vlmprune_jax.recovery.program import make_program
 from vlmprune_jax.recovery.trainable import assign_groups
 from vlmprune_jax.stages import inputs

@@ -15,7 +15,7 @@ from vlmprune_jax.prune import KeptStack, PrunePlan
 from vlmprune_jax.prune.surgery import check_plan_is_for
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.loop import recover
-from vlmprune_jax.recovery.losses import counted, needs_teacher
+from vlmprune_jax.recovery.objective import counted, needs_teacher
 from vlmprune_jax.recovery.peft import write_adapter
 from vlmprune_jax.recovery.trainable import assign_groups, merge_lora
 from vlmprune_jax.stages import inputs

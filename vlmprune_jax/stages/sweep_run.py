@@ -18,7 +18,7 @@ from vlmprune_jax.experiment.arguments import evaluation_sets
 from vlmprune_jax.experiment.spec import STAGES, Experiment, affecting
 from vlmprune_jax.experiment.sweep import SweepRun
 from vlmprune_jax.experiment.variants import prune_runs, recover_runs
-from vlmprune_jax.recovery.losses import counted
+from vlmprune_jax.recovery.objective import counted
 from vlmprune_jax.report import sweep as report
 from vlmprune_jax.report.result import Set
 from vlmprune_jax.stages import inputs

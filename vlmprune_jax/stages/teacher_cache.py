@@ -17,7 +17,7 @@ from vlmprune_jax.errors import Stopped
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.hf.disk.atomic import check_space
 from vlmprune_jax.recovery.config import RecoverConfig
-from vlmprune_jax.recovery.losses import check_teacher
+from vlmprune_jax.recovery.objective import check_teacher
 from vlmprune_jax.recovery.program import check_mesh
 from vlmprune_jax.recovery.teacher_pass import teacher_top_k
 from vlmprune_jax.stages import inputs
