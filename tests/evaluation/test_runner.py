@@ -16,7 +16,7 @@ from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.questions import arrange_questions
-from vlmprune_jax.evaluation.runner import evaluate, perplexity
+from vlmprune_jax.evaluation.runner import _windows, evaluate, perplexity
 from vlmprune_jax.families import templates
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.vlm import forward
@@ -180,6 +180,13 @@ def test_perplexity_equals_its_formula():
     assert found.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
     split = perplexity(on_mesh(one, 2, 2, 2), ids, window=7, batch_size=4)
     assert split.perplexity == pytest.approx(found.perplexity, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "ways", "batches"), [(256, 1, [(4, 7)]), (3, 1, 2 * [(2, 7)]), (6, 3, [(6, 7)])]
+)
+def test_batches_of_windows_are_no_larger_than_the_text(batch_size, ways, batches):
+    assert [ids.shape for ids, _ in _windows(np.arange(23), 7, batch_size, ways)] == batches
 
 
 def test_perplexity_of_too_little():

@@ -17,7 +17,7 @@ from vlmprune_jax.config import IGNORED, ModelConfig
 from vlmprune_jax.data.batching import GenerationBatch
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.distributed.journal import Journal, continued, is_of
-from vlmprune_jax.distributed.mesh import within
+from vlmprune_jax.distributed.mesh import row_ways, within
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.metrics import Metric, metric_named
 from vlmprune_jax.evaluation.metrics.metric import Scores
@@ -271,7 +271,7 @@ def log_likelihoods(
     Args:
       token_ids: int[tokens] of the whole text.
       window: tokens per forward pass; the last window may be shorter.
-      batch_size: windows per forward pass.
+      batch_size: most windows per forward pass.
       progress: called with the number of batches done.
       journal: where the numbers of each batch are kept, to continue after an interruption.
 
@@ -293,16 +293,22 @@ def log_likelihoods(
         return {"nll": _negative_log_likelihood(model, rows, mask), "tokens": int(mask[:, 1:].sum())}
 
     found = []
-    for done, one in enumerate(continued(measure, _windows(ids, window, batch_size), journal, _measures), start=1):
+    windows = _windows(ids, window, batch_size, row_ways(mesh_of(model.params)))
+    for done, one in enumerate(continued(measure, windows, journal, _measures), start=1):
         found.append(one)
         if progress is not None:
             progress(done)
     return found
 
 
-def _windows(ids: np.ndarray, window: int, batch_size: int) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """(ids, mask) int32[batch_size, window] pairs, padded at the right and with empty rows at the end."""
+def _windows(ids: np.ndarray, window: int, batch_size: int, ways: int) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """(ids, mask) int32[batch, window] pairs, padded at the right and with empty rows at the end.
+
+    As few batches as `batch_size` allows, and no larger than the text and a split in `ways` need.
+    """
     rows = -(-len(ids) // window)
+    even = -(-rows // -(-rows // batch_size))
+    batch_size = min(batch_size, -(-even // ways) * ways)
     padded = -(-rows // batch_size) * batch_size * window
     mask = (np.arange(padded) < len(ids)).astype(np.int32).reshape(-1, batch_size, window)
     return zip(np.pad(ids, (0, padded - len(ids))).reshape(-1, batch_size, window), mask, strict=True)
