@@ -10,13 +10,13 @@ numbers are in docs/results.md.
 """
 
 import json
-import pydoc_data.topics
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from vlmprune_jax.checked_files import replacing
 from vlmprune_jax.cli.config_files import experiment_config
+from vlmprune_jax.demo.topics import topic_records, write_topics
 from vlmprune_jax.prune.criteria import CRITERIA
 
 RATIOS = (0.1, 0.2, 0.3)
@@ -37,7 +37,7 @@ def get_config(folder: str = ".cache/smollm2-135m") -> ConfigDict:
     config.recover.method = "none"
     config.evaluate.unrecovered = False
     config.evaluate.batch_size = 4
-    config.evaluate.text = write_text(1)
+    config.evaluate.text = write_topics(TEXTS / "topics_1.txt", 1, LETTERS["text"])
     config.export.dtype = "float32"
     return config
 
@@ -77,30 +77,13 @@ def block(hyper, ratio):
     )
 
 
-def topics(part: int) -> str:
-    """Every second topic."""
-    found = pydoc_data.topics.topics
-    return "".join(found[name].replace("\n   ", "\n") + "\n" for name in sorted(found)[part::2])
-
-
-def write_text(part: int) -> str:
-    """The beginning of these topics as a file; returns its path."""
-    return _write(TEXTS / f"topics_{part}.txt", topics(part)[: LETTERS["text"]])
-
-
 def write_records() -> str:
-    """The other topics as records, each of an answer that fills a row; returns their path."""
-    text, size = topics(0), LETTERS["record"]
-    pieces = [text[at : at + size] for at in range(0, len(text) - size, size)]
-    asked = {"from": "human", "value": "Go on with the language reference."}
+    """The other half as records, each of an answer that fills a row; returns their path."""
+    path = TEXTS / "topics_records.json"
     records = [
-        {"id": f"{number}", "conversations": [asked, {"from": "gpt", "value": piece}]}
-        for number, piece in enumerate(pieces)
+        {"id": r.id, "conversations": [{"from": who, "value": text} for who, text in r.turns]}
+        for r in topic_records(0, LETTERS["record"])
     ]
-    return _write(TEXTS / "topics_records.json", json.dumps(records))
-
-
-def _write(path: Path, text: str) -> str:
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(json.dumps(records).encode())
     return str(path)

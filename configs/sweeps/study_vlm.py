@@ -5,14 +5,15 @@
 DIR: a folder that answers easy-VQA, as configs/smollm2_vlm.py makes it: a SmolVLM of SmolLM2-135M and the demo's tower.
 {depth, width} x {15, 30, 45 % of the decoder} x {none, reconstruct, projector, SFT, SFT + L2, reconstruct + SFT + L2}
 on 5 % of the data, 3 seeds: 108 runs. Beside the answers each model's perplexity on English text, the part of Python's
-language reference that study_smollm2.py writes; it has no full score, so averages leave it out.
+language reference that study_smollm2.py reads; it has no full score, so averages leave it out.
 """
 
 from ml_collections import ConfigDict
 from study_easyvqa import TRAINED, UNTRAINED, named, of_decoder, seeded
-from study_smollm2 import write_text
+from study_smollm2 import LETTERS, TEXTS
 
 from vlmprune_jax.demo.experiment import get_config as demo
+from vlmprune_jax.demo.topics import write_topics
 from vlmprune_jax.errors import UserError
 
 SHARES, SEEDS = (15, 30, 45), (1, 2, 3)
@@ -35,7 +36,7 @@ def get_config(folder: str = "") -> ConfigDict:
     config.recover.projector_learning_rate = 1e-3
     config.evaluate.unrecovered = False
     config.speed.rounds = 0
-    config.evaluate.text = write_text(1)
+    config.evaluate.text = write_topics(TEXTS / "topics_1.txt", 1, LETTERS["text"])
     return config
 
 

@@ -14,7 +14,16 @@ from repository import ROOT
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.demo.initial import write_joined
-from vlmprune_jax.demo.pretrain import Stage, describe, make_encoder, split_conversations, stage_records
+from vlmprune_jax.demo.pretrain import (
+    TEXT_LETTERS,
+    Stage,
+    describe,
+    make_encoder,
+    mixed_in,
+    split_conversations,
+    stage_records,
+)
+from vlmprune_jax.demo.topics import topic_records, topics
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten
@@ -53,6 +62,18 @@ def test_a_stage_sees_images_words_or_both(tmp_path, words, also_images, expecte
     assert all(record.images or record.turns[0][1].startswith("red box\n") for record in found)
 
 
+def test_text_is_mixed_in():
+    """As large a share as asked for, every piece of its half before any comes again."""
+    rows = mixed_in(0.75, 700)
+    pieces = len(topic_records(0, TEXT_LETTERS))
+    assert len({row.id for row in rows}) == len(rows) == 2100
+    assert rows[0].turns == rows[pieces].turns != rows[1].turns
+    assert len({row.turns for row in rows}) == pieces
+    assert not any(row.images for row in rows)
+    assert rows[0].turns[1][1] in topics(0)
+    assert rows[0].turns[1][1] not in topics(1)
+
+
 @pytest.mark.slow
 def test_pretraining_changes_what_a_stage_keeps_and_resumes(tmp_path, capsys):
     config = tmp_path / "short.py"
@@ -70,6 +91,7 @@ def get_config():
     config.stages = config.stages[:2]
     for stage in config.stages:
         stage.update(steps=2, warmup_ratio=0.0, batch_size=4, decoder_layers=min(stage.decoder_layers, 2))
+    config.stages[1].text_share = 0.5
     return config
 ''')
     command = ["pretrain", f"--config={config}", f"--workdir={tmp_path / 'w'}"]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from vlmprune_jax.config import ModelConfig
 from vlmprune_jax.data.batching import train_batches
@@ -27,6 +28,7 @@ from vlmprune_jax.data.prompts import AUTO, choose_template, load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.demo.easyvqa import write_dataset
 from vlmprune_jax.demo.initial import write_joined, write_random
+from vlmprune_jax.demo.topics import topic_records
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.export.write import save
@@ -37,6 +39,7 @@ from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.loop import recover
 
 CACHE_BYTES = 512 * 2**20  # all 5,000 processed images of easy-VQA
+TEXT_TOKENS, TEXT_LETTERS = 96, 500  # of a row of text; what is longer is cut
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class Stage:
     """One training run: which records, how many questions of one image per row, how deep the decoder, and how to train.
 
     `words`: how many words of description take the place of the image (0: the image itself); `also_images`: every
-    record comes once with them and once with its image.
+    record comes once with them and once with its image. `text_share`: of the rows, those of English text (`topics`)
+    without any image, in batches of their own, as LLaVA's second stage has conversations.
     `keeps`: regex of the parameters that the next stage starts from; the others go back to what they were.
     """
 
@@ -57,6 +61,7 @@ class Stage:
     keeps: str
     training: RecoverConfig
     also_images: bool = False
+    text_share: float = 0.0
 
 
 def pretrain(
@@ -98,8 +103,15 @@ def _train_stage(model: Model, stage: Stage, files: Mapping[str, Path], folder: 
     encoder = make_encoder(model.cfg, folder)
     if not any(record.images for record in records):
         encoder = dataclasses.replace(encoder, image_loader=None)
-    longest = int(measure(records, encoder, on_error="stop", threads=2)[:, 0].max())
+    sizes = measure(records, encoder, on_error="stop", threads=2)
+    longest = int(sizes[:, 0].max())
     encoder = dataclasses.replace(encoder, max_length=longest)
+    if stage.text_share:
+        texts = mixed_in(stage.text_share, len(records))
+        buckets = tuple(sorted({longest, max(longest, TEXT_TOKENS)}))
+        encoder = dataclasses.replace(encoder, max_length=buckets[-1], truncate=True, length_buckets=buckets)
+        sizes = np.concatenate([sizes, measure(texts, encoder, on_error="stop", threads=2)])
+        records = records + texts
     batches = train_batches(
         records,
         encoder,
@@ -113,6 +125,8 @@ def _train_stage(model: Model, stage: Stage, files: Mapping[str, Path], folder: 
         process_count=jax.process_count(),
         threads=2,
         prefetch=4,
+        sizes=sizes if stage.text_share else None,
+        group_by="modality_length" if stage.text_share else "none",
     )
     layers, rest = unstack_layers(model.params, model.cfg)
     cfg = model.cfg.with_layers(model.cfg.text.layers[: stage.decoder_layers])
@@ -133,6 +147,13 @@ def stage_records(stage: Stage, files: Mapping[str, Path]) -> list[Record]:
     captions = {r.images: r.turns[-1][1] for r in read_records(files["train_captions"], files["images"])}
     described = [describe(r, captions[r.images], stage.words) for r in records if r.images in captions]
     return described + (records if stage.also_images else [])
+
+
+def mixed_in(share: float, others: int) -> list[Record]:
+    """Rows of text, again and again, to be `share` of all rows beside so many others."""
+    rows = itertools.cycle(topic_records(0, TEXT_LETTERS))
+    count = round(others * share / (1 - share))
+    return [dataclasses.replace(row, id=f"{row.id}-{n}") for n, row in enumerate(itertools.islice(rows, count))]
 
 
 def describe(record: Record, caption: str, length: int) -> Record:

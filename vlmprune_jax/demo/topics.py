@@ -1,0 +1,31 @@
+"""English text that is there wherever Python is: its language reference (`pydoc_data.topics`), in two halves."""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+from pathlib import Path
+
+from vlmprune_jax.checked_files import replacing
+from vlmprune_jax.data.records import Record
+
+ASKED = "Go on with the language reference."
+
+
+def topics(half: int) -> str:
+    """Every second topic, from the first (0) or the second (1)."""
+    found = pydoc_data.topics.topics
+    return "".join(found[name].replace("\n   ", "\n") + "\n" for name in sorted(found)[half::2])
+
+
+def write_topics(path: Path, half: int, letters: int) -> str:
+    """The beginning of a half as a file, for perplexity; returns its path."""
+    with replacing(path) as file:
+        file.write(topics(half)[:letters].encode())
+    return str(path)
+
+
+def topic_records(half: int, letters: int) -> list[Record]:
+    """A half in pieces, each the answer to the same question."""
+    text = topics(half)
+    pieces = [text[at : at + letters] for at in range(0, len(text) - letters, letters)]
+    return [Record(f"topics-{n}", (("human", ASKED), ("gpt", piece)), ()) for n, piece in enumerate(pieces)]
