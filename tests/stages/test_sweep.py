@@ -150,6 +150,14 @@ def test_shards_are_a_partition(sweep, capsys):
             stages.shard_of(runs, shard)
 
 
+def test_runs_are_chosen_by_their_names(sweep, capsys):
+    assert sweep("--only=ratio=0.[23]") == 0
+    assert sweep.ran == [0.2, 0.3]
+    assert list(states(sweep.workdir).values()) == ["pending", "done", "done", "pending"]
+    assert sweep("--only=*0.[34]", "--shard=2/2") == 0
+    assert sweep.ran == [0.4]
+
+
 @pytest.mark.parametrize(
     ("flags", "body", "told"),
     [
@@ -161,6 +169,7 @@ def test_shards_are_a_partition(sweep, capsys):
         (("--config.prune.ratio=0.2",), BODY, "--config.prune.ratio: the sweep sets it for every run"),
         (("--jobs=0",), BODY, "--jobs=0: must be at least 1"),
         (("--shard=5",), BODY, "--shard=5: must be i/n"),
+        (("--only=decoder=*",), BODY, "--only=decoder=*: no run has such a name; the first is ratio=0.1"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_runs(sweep, capsys, flags, body, told):

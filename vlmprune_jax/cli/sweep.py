@@ -8,6 +8,7 @@ Each run is a workdir, W/runs/NAME; W/sweep.json, sweep.csv and sweep.html compa
 was interrupted continues, what failed is listed (exit code 2) and tried again by the next call.
   vlmprune sweep --config=configs/sweeps/demo_cut.py --workdir=runs/cut --jobs=2
   vlmprune sweep --config=FILE.py --workdir=W --dry_run            # the runs, and which share what
+  vlmprune sweep --config=FILE.py --workdir=W --only='*seed=1*'    # these first
   vlmprune sweep --config=FILE.py --workdir=W --shard=2/8          # every eighth run from the second: one of 8 pods
 """
 
@@ -26,19 +27,21 @@ def define(values: Flags) -> None:
     common(values)
     absl_flags.DEFINE_integer("jobs", 1, "runs at once on this machine, each in a process", flag_values=values)
     absl_flags.DEFINE_string("shard", "1/1", "i/n: only every n-th run from the i-th", flag_values=values)
+    absl_flags.DEFINE_string("only", "", "only runs whose names fit a pattern with * and ?", flag_values=values)
     absl_flags.DEFINE_bool("dry_run", False, "list the runs and what they share, run nothing", flag_values=values)
 
 
 def run(flags: Any) -> None:
     """Do the runs, and compare them."""
     from vlmprune_jax.cli.workdir import place_all, prepare_sweep, start_worker
-    from vlmprune_jax.stages.sweep import check_runs, run_sweep, shard_of, tell_sharing
+    from vlmprune_jax.stages.sweep import check_runs, run_sweep, runs_named, shard_of, tell_sharing
 
     runs, sweep, reporter = prepare_sweep(flags)
     check_runs(runs, sweep, flags.jobs)
-    mine = shard_of(runs, flags.shard)
+    mine = shard_of(runs_named(runs, flags.only), flags.shard)
     if flags.dry_run:
         tell_sharing(mine, sweep, reporter)
         return
     start = functools.partial(start_worker, sweep)
-    run_sweep(place_all(runs, sweep), sweep, reporter, shard=flags.shard, jobs=flags.jobs, start=start)
+    placed = place_all(runs, sweep)
+    run_sweep(placed, sweep, reporter, only=flags.only, shard=flags.shard, jobs=flags.jobs, start=start)

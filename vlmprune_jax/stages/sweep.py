@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -66,10 +67,29 @@ def shard_of(runs: Sequence[SweepRun], shard: str) -> list[SweepRun]:
     return list(runs)[int(number) - 1 :: int(count)]
 
 
+def runs_named(runs: Sequence[SweepRun], pattern: str) -> list[SweepRun]:
+    """Those whose names fit a pattern with * and ?; all for "".
+
+    Raises:
+      UserError: there is none.
+    """
+    found = [run for run in runs if not pattern or fnmatch.fnmatchcase(run.name, pattern)]
+    if not found:
+        raise UserError(f"--only={pattern}: no run has such a name; the first is {runs[0].name}, --dry_run lists them")
+    return found
+
+
 def run_sweep(
-    runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter, *, shard: str, jobs: int, start: Callable[[], Work]
+    runs: Sequence[SweepRun],
+    sweep: Sweep,
+    reporter: Reporter,
+    *,
+    shard: str,
+    jobs: int,
+    start: Callable[[], Work],
+    only: str = "",
 ) -> None:
-    """Do what is left of a shard's runs, and write and tell what all runs have found by then.
+    """Do what is left of a shard of the runs named, and write and tell what all runs have found by then.
 
     `jobs` at a time, each in one of as many processes, which `start` makes ready; one after the other in this process,
     or together in all processes of a pod.
@@ -78,7 +98,7 @@ def run_sweep(
       UserError: some of them failed.
     """
     digest_once.cache_clear()  # what another command of this process knew
-    mine, pages = shard_of(runs, shard), _Pages(runs, sweep)
+    mine, pages = shard_of(runs_named(runs, only), shard), _Pages(runs, sweep)
     left = _left(mine, sweep)
     if len(left) < len(mine):
         reporter.say(f"{len(mine) - len(left)} of {len(mine)} runs are done and unchanged, skipped")
