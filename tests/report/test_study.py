@@ -7,7 +7,7 @@ from study_cases import row, rows, sweep, write_sweep
 
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.report.guide import FILE, read_guide
-from vlmprune_jax.report.study import BEGIN, END, conclude, evidence_of, points_of
+from vlmprune_jax.report.study import BEGIN, END, as_markdown, conclude, evidence_of, points_of
 
 
 def concluded(models):
@@ -160,3 +160,22 @@ def test_what_a_study_cannot_be(capsys, tmp_path, study):
         capsys, "study", f"a={study}", f"--guide={tmp_path / 'guide.json'}"
     )
     assert (tmp_path / "guide.json").read_text() == "{}"
+
+
+def test_perplexities_stand_in_a_table_over_seeds():
+    def text(model, value):
+        scores = {**model["evaluation"]["scores"], "text": {"perplexity": value}}
+        return {**model, "evaluation": {**model["evaluation"], "scores": scores}}
+
+    plain = [text(row("depth", 0.15, "none", 90.0, seed=seed), value) for seed, value in enumerate((20.0, 80.0))]
+    trained = [text(row("depth", 0.15, "sft_l2", 95.0, data=0.05, seed=0, solved=True), 60.0)]
+    found = sweep([*plain, *trained, row("width", 0.45, "none", 60.0)])
+    assert "Perplexity" not in as_markdown("study", found)
+    found["sets"] = found["sets"] | {"text": {**found["sets"]["questions"], "name": "perplexity", "main": "perplexity"}}
+    found["unpruned"]["models/teacher"]["evaluation"]["scores"]["text"] = {"perplexity": 10.0}
+    table = as_markdown("study", found).split("**Perplexity of text**, 10.00 unpruned.")[1].split("\n")
+    assert table[4:] == [
+        "| depth, block_influence | 16.0 % | nothing | 2 | 40.00 | 4.00 |  |",
+        "| depth, block_influence | 16.0 % | reconstruct + sft_l2, 5 % of the data | 1 | 60.00 | 6.00 | 1.50 |",
+        "",
+    ]

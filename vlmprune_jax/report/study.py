@@ -19,6 +19,7 @@ from vlmprune_jax.checked_files import read_text, replacing
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.statistics import interval_of_mean
 from vlmprune_jax.report.guide import FILE, METHODS, SOLVED, Evidence, Guide, Source, as_json, read_guide
+from vlmprune_jax.report.study_text import perplexity_lines
 from vlmprune_jax.report.sweep import done, read_sweep
 
 Json = dict[str, Any]
@@ -321,7 +322,7 @@ def as_markdown(name: str, sweep: Json) -> str:
                 interval = "" if row.interval is None else f"{row.interval[0]:.2f} to {row.interval[1]:.2f}"
                 lines.append(f"| {row.where} | {row.pairs} | {row.effect:.2f} | {interval} | {row.verdict} |")
             lines.append("")
-    return "\n".join(lines)
+    return "\n".join(lines + perplexity_lines(sweep))
 
 
 def _measured(sweep: Json) -> str:
