@@ -32,11 +32,12 @@ sys.path[:0] = [str(ROOT / "tests" / "cases"), str(ROOT / "benchmarks")]
 
 import llama_cpp_answers as demo  # noqa: E402
 from llama_cpp import llama_cpp  # noqa: E402
-from reconstruction import WINDOW, batches, topics  # noqa: E402
+from reconstruction import WINDOW, batches  # noqa: E402
 from smollm2 import smollm2_folder  # noqa: E402
 
 import vlmprune_jax as vp  # noqa: E402
 from vlmprune_jax.data.prompts import load_tokenizer  # noqa: E402
+from vlmprune_jax.demo.topics import topics  # noqa: E402
 
 # Widths are whole blocks of every format here, so that all of a matrix is rounded.
 WIDTH = {"method": "width", "ratio": 0.2, "heads": "keep"}

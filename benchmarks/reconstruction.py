@@ -11,7 +11,6 @@ decisions), which tells how much of the gain is that calibration and evaluation 
 from __future__ import annotations
 
 import argparse
-import pydoc_data.topics
 import sys
 import time
 from pathlib import Path
@@ -26,15 +25,10 @@ from smollm2 import smollm2_folder  # noqa: E402
 
 import vlmprune_jax as vp  # noqa: E402
 from vlmprune_jax.data.prompts import load_tokenizer  # noqa: E402
+from vlmprune_jax.demo.topics import topics  # noqa: E402
 
 ROW, WINDOW, BATCH = 256, 512, 8
 DEPTHS, RATIOS = (4, 8, 11), (0.1, 0.2, 0.3)
-
-
-def topics(part: int) -> str:
-    """Every second topic."""
-    found = pydoc_data.topics.topics
-    return "".join(found[name].replace("\n   ", "\n") + "\n" for name in sorted(found)[part::2])
 
 
 def batches(ids: list[int], tokens: int) -> list[dict[str, np.ndarray]]:

@@ -16,7 +16,9 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from reconstruction import ROOT, smollm2_folder, topics
+from reconstruction import ROOT, smollm2_folder
+
+from vlmprune_jax.demo.topics import topics
 
 CONFIG = """
 from vlmprune_jax.cli.config_files import experiment_config
