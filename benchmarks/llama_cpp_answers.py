@@ -30,7 +30,7 @@ from vlmprune_jax.demo.easyvqa import write_dataset
 from vlmprune_jax.demo.experiment import get_config
 from vlmprune_jax.experiment.spec import DataSpec, EvaluateSpec, EvaluationSetSpec, ModelSpec
 from vlmprune_jax.models.params import flatten, unflatten
-from vlmprune_jax.models.vlm import encode, tower_features, unembed
+from vlmprune_jax.models.vlm import encode, head_of, tower_features
 from vlmprune_jax.stages.inputs import arranged_questions
 
 TEACHER = Path(get_config().model.hf_dir)
@@ -105,7 +105,7 @@ def in_that_order(model: vp.Model, records: Sequence[dict[str, Any]], images: Pa
             vision_features=states[:, None],
         )  # fmt: skip
         places = (arrays["labels"] != -100).argmax(axis=1) - 1
-        tokens = unembed(params, model.cfg, last[np.arange(len(places)), places][:, None])[:, 0].argmax(-1)
+        tokens = head_of(params, model.cfg)(last[np.arange(len(places)), places]).argmax(-1)
         said += [tokenizer.decode([int(token)]).strip() for token in tokens[: len(records) - len(said)]]
     return said
 

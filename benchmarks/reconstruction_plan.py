@@ -51,7 +51,7 @@ def row(family: str, topology: str) -> str:
     from vlmprune_jax.experiment.spec import Experiment
     from vlmprune_jax.hf.read import read_config
     from vlmprune_jax.models.params import layer_axes, layer_shapes
-    from vlmprune_jax.prune import reconstruction, ridge
+    from vlmprune_jax.prune import layers, reconstruction, ridge
     from vlmprune_jax.stages.tpu_fit import predict_plan
 
     with tempfile.TemporaryDirectory() as folder:
@@ -79,14 +79,16 @@ def row(family: str, topology: str) -> str:
         for name, of in (("dense", dense), ("ours", cfg)):
             params, text = layer(of)
             found[name] = compile_for_tpu(
-                jax.jit(lambda p, x, m, text=text: reconstruction._run(p, x, m, text=text, what="after")),
+                jax.jit(lambda p, x, m, text=text: layers._run(p, x, layers.Given(m), cfg=text, what="after")),
                 params,
                 stream,
                 mask,
             )
         found["sums"] = compile_for_tpu(
             jax.jit(
-                lambda p, x, t, m, w: reconstruction._sums(p, x, t, m, w, text=text, module="down_proj", bias=False)
+                lambda p, x, t, m, w: reconstruction._sums(
+                    p, x, t, w, layers.Given(m), cfg=text, module="down_proj", bias=False
+                )
             ),
             params, stream, stream, mask, weight,
         )  # fmt: skip
@@ -94,13 +96,13 @@ def row(family: str, topology: str) -> str:
         ridges = abstract((len(ridge.RIDGES),), (None,))
         found["errors"] = compile_for_tpu(ridge.held_out_errors, sums, sums, ridges)
         found["change"] = compile_for_tpu(ridge.change, sums, abstract((), ()))
-    layers, steps = len(cfg.text.layers), 2 * max(TOKENS // (rows * length), 1)
+    n_layers, steps = len(cfg.text.layers), 2 * max(TOKENS // (rows * length), 1)
     rate = target.chip.flops / PASSES
     shared = (
-        layers * steps * (2 * found["dense"].flops + found["ours"].flops + found["sums"].flops) / len(target.devices)
+        n_layers * steps * (2 * found["dense"].flops + found["ours"].flops + found["sums"].flops) / len(target.devices)
     )
-    alone = layers * (found["errors"].flops + found["change"].flops)  # every chip solves for itself
-    moved = layers * steps * rows * length * width * 4 * 10 / HOST  # 4 runs in, 3 out, and sums read 3
+    alone = n_layers * (found["errors"].flops + found["change"].flops)  # every chip solves for itself
+    moved = n_layers * steps * rows * length * width * 4 * 10 / HOST  # 4 runs in, 3 out, and sums read 3
     gib = {name: f"{one.temporaries / 2**30:.2f} GiB" for name, one in found.items()}
     cells = [
         f"{family}, {mlp:,} of {dense.text.layers[0].mlp:,} neurons",

@@ -2,6 +2,9 @@
 
 import ast
 import graphlib
+import importlib
+import importlib.util
+import inspect
 import re
 import subprocess
 import sys
@@ -199,6 +202,35 @@ def test_importing_the_package_leaves_torch_alone():
     code = "import sys, vlmprune_jax, vlmprune_jax.cli.main; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:] or "torch was imported"
+
+
+def test_benchmarks_use_what_is_there():
+    """Most of them take too long to be run here; names that are gone would be met by whoever repeats a number."""
+    gone = []
+    for path in python_files("benchmarks", "configs", "launch"):
+        modules = {}
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vlmprune_jax"):
+                found = {name.name: _found(node.module, name.name) for name in node.names}
+                gone += [f"{where(path, node)} {name}" for name, thing in found.items() if thing is None]
+                modules |= {name.asname or name.name: found[name.name] for name in node.names}
+        gone += [
+            f"{where(path, node)} {node.value.id}.{node.attr}"
+            for node in ast.walk(parsed(path))
+            if isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and inspect.ismodule(module := modules.get(node.value.id))
+            and not hasattr(module, node.attr)
+        ]
+    assert gone == []
+
+
+def _found(module: str, name: str) -> object:
+    """What `from module import name` gives, a module perhaps; None if there is no such thing."""
+    try:
+        return getattr(importlib.import_module(module), name, None) or importlib.import_module(f"{module}.{name}")
+    except ImportError:
+        return None
 
 
 def test_no_private_jax():
