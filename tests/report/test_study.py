@@ -2,12 +2,15 @@
 
 import dataclasses
 
+import PIL.Image
 import pytest
 from study_cases import row, rows, sweep, write_sweep
 
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.report.guide import FILE, read_guide
-from vlmprune_jax.report.study import BEGIN, END, as_markdown, conclude, evidence_of, points_of
+from vlmprune_jax.report.study import conclude, points_of
+from vlmprune_jax.report.study_guide import evidence_of
+from vlmprune_jax.report.study_page import BEGIN, END, as_markdown, study_figure
 
 
 def concluded(models):
@@ -133,6 +136,9 @@ def test_a_page_and_a_guide_take_rows(tmp_path, study, capsys):
     for _ in range(2):  # again: in place of what was there
         assert main(["study", f"mine={study}", f"--page={page}", f"--guide={guide}"]) == 0
     text = page.read_text()
+    assert "![mine: what is retained over what was removed](mine.png)" in text
+    with PIL.Image.open(tmp_path / "mine.png") as image:
+        assert image.size[0] > 1000
     assert text.startswith(f"# Study\n\n{BEGIN}\n\n### other\n\nstays\n\n### mine\n")
     assert text.endswith(f"{END}\n\nafter\n")
     assert "outdated" not in text
@@ -179,3 +185,21 @@ def test_perplexities_stand_in_a_table_over_seeds():
         "| depth, block_influence | 16.0 % | reconstruct + sft_l2, 5 % of the data | 1 | 60.00 | 6.00 | 1.50 |",
         "",
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "titles", "lines"),
+    [
+        ({}, ["depth", "width"], {"none", "reconstruct", "sft_l2, 5 %", "sft_l2, 100 %"}),
+        ({"criterion": "random"}, ["depth, none", "depth, reconstruct"], {"block_influence", "random"}),
+    ],
+)
+def test_a_figure_has_a_line_for_what_is_compared(changes, titles, lines):
+    models = rows()
+    if changes:
+        models = [one for one in models if one["recovery"] == "none" and one["method"] == "depth"]
+        models += [{**one, **changes, "name": f"{one['name']}x", "group": f"{one['group']}x"} for one in models]
+    figure = study_figure(sweep(models))
+    assert [axes.get_title("left") for axes in figure.axes] == titles
+    assert lines <= {text.get_text() for text in figure.legends[0].get_texts()}
+    assert study_figure(sweep(one for one in models if one["decoder_ratio"] < 0.2)) is None

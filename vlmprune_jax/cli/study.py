@@ -18,7 +18,7 @@ TAKES_ARGUMENTS = True
 
 def define(values: Flags) -> None:
     """Flags of this command."""
-    about = "write the conclusions into this page, between its marks, instead of printing them"
+    about = "write the conclusions into this page, between its marks, and figures beside it, instead of printing them"
     absl_flags.DEFINE_string("page", None, about, flag_values=values)
     absl_flags.DEFINE_string("guide", None, "add the rows to this guide, or make it, FILE.json", flag_values=values)
 
@@ -27,7 +27,8 @@ def run(flags: Any) -> None:
     """Print or write what the sweeps say."""
     from pathlib import Path
 
-    from vlmprune_jax.report.study import as_markdown, read_studies, update_guide, update_page
+    from vlmprune_jax.report.study_guide import update_guide
+    from vlmprune_jax.report.study_page import as_markdown, read_studies, update_page
     from vlmprune_jax.stages.console import make_reporter
 
     studies = read_studies(flags.args)

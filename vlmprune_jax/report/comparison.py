@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from vlmprune_jax.errors import printable
 from vlmprune_jax.report import comparison_plots as plots
-from vlmprune_jax.report.comparison_plots import Cost, drawable, series_of, way_of
+from vlmprune_jax.report.comparison_plots import DATA, DECODER, Cost, drawable, series_of, way_of
 from vlmprune_jax.report.page import Figure, Section, Table, write_page
 from vlmprune_jax.report.plots import to_svg
 from vlmprune_jax.report.result import averaged_sets, main_value, shown
@@ -34,8 +34,6 @@ SPEEDUPS = {
     f"{part}_speedup": Cost(name, TIMES, operator.itemgetter(f"{part}_speedup"), rising=True)
     for part, name in zip(SPEEDS, ("Prefill", "Decoding"), strict=True)
 }
-DECODER = Cost("", "decoder's parameters removed (%)", lambda model: 100 * model["decoder_ratio"])
-DATA = Cost("", "data trained on (%)", lambda model: 100 * model["data_fraction"])
 NOTES = (
     "A row is what differs in more than seeds. Retained: share of the unpruned model's score, in percent{averages}; ± "
     "is half of a 95 % interval over seeds (Student's t), which says nothing of other questions. Seconds: scoring, "

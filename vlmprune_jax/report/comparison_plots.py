@@ -42,6 +42,10 @@ class Cost:
     rising: bool = False
 
 
+DECODER = Cost("", "decoder's parameters removed (%)", lambda model: 100 * model["decoder_ratio"])
+DATA = Cost("", "data trained on (%)", lambda model: 100 * model["data_fraction"])
+
+
 def way_of(group: Group) -> str:
     """How a model was made good: "none", "reconstruct", "sft", "reconstruct + sft"."""
     recovery, solved = group.first["recovery"], group.first["reconstruct"] != "none"

@@ -1,4 +1,4 @@
-"""What a study says: rows of a sweep as evidence for the guide, and the paper's insights with numbers.
+"""What a study says of the paper's insights, with numbers.
 
 Insights are those of arXiv 2604.24380, and a sixth about reconstruction. Each is compared where the sweep has both
 sides of it: at one ratio, with one seed, and with the same share of the data, so that what is hard for both cancels.
@@ -6,30 +6,23 @@ sides of it: at one ratio, with one seed, and with the same share of the data, s
 
 from __future__ import annotations
 
-import dataclasses
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.checked_files import read_text, replacing
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.statistics import interval_of_mean
-from vlmprune_jax.report.guide import FILE, METHODS, SOLVED, Evidence, Guide, Source, as_json, read_guide
-from vlmprune_jax.report.study_text import perplexity_lines
-from vlmprune_jax.report.sweep import done, read_sweep
+from vlmprune_jax.report.guide import METHODS, SOLVED, read_guide
+from vlmprune_jax.report.sweep import done
 
 Json = dict[str, Any]
 Values = dict[str, list[float]]  # where it was compared -> a number of each pair
 HOLDS, FAILS, OPEN, MEASURED = "holds", "does not hold", "cannot be said", "measured"
 AS_GOOD = 1.0  # points of retained % by which a cheaper way may be behind and counts as as good
 LEAST_LOSS = 1.0  # points that training must win back for its replacement to be a share of it
-BEGIN, END = "<!-- vlmprune study: begin -->", "<!-- vlmprune study: end -->"
-_HEADING = "### "
-PAPER, BEST, SMALL = "paper", "sft_l2", 0.05
+BEST, SMALL = "sft_l2", 0.05
 
 
 @dataclass(frozen=True)
@@ -284,115 +277,3 @@ INSIGHTS = (
         _of_recoveries(f"{SOLVED}+{BEST}", (BEST,)),
     ),
 )
-
-
-# --- words and rows ---------------------------------------------------------------------------------------------------
-
-
-def read_studies(given: Sequence[str]) -> dict[str, Json]:
-    """The sweeps of arguments NAME=SWEEP_DIR, by name.
-
-    Raises:
-      UserError: none, another form, a name twice or of the paper, or see `read_sweep`.
-    """
-    studies: dict[str, Json] = {}
-    for argument in given:
-        name, mark, folder = argument.partition("=")
-        if not mark or not folder or not re.fullmatch(r"[\w-]+", name, re.ASCII):
-            raise UserError(f"{argument!r} must be NAME=SWEEP_DIR, as easyvqa=runs/study_easyvqa")
-        if name in studies or name == PAPER:
-            raise UserError(f"{argument!r}: the name {name!r} is taken: give another")
-        studies[name] = read_sweep(Path(folder))
-    if not studies:
-        raise UserError("no sweep given: vlmprune study NAME=SWEEP_DIR ...")
-    return studies
-
-
-def as_markdown(name: str, sweep: Json) -> str:
-    """The conclusions of one sweep as a section of a page."""
-    points = points_of(sweep)
-    seeds = len({point.seed for point in points} - {None}) or 1
-    about = f"{len(points)} models of {seeds} seeds, by the paper's criteria: {_measured(sweep)}."
-    lines = [f"{_HEADING}{name}", "", about, ""]
-    for one in conclude(points):
-        lines += [f"**{one.claim}**: {one.verdict}{'' if one.comparisons else ', the sweep has no such rows'}.", ""]
-        if one.comparisons:
-            lines += [f"| where | pairs | {one.effect} | 95 % | |", "|---|---|---|---|---|"]
-            for row in one.comparisons:
-                interval = "" if row.interval is None else f"{row.interval[0]:.2f} to {row.interval[1]:.2f}"
-                lines.append(f"| {row.where} | {row.pairs} | {row.effect:.2f} | {interval} | {row.verdict} |")
-            lines.append("")
-    return "\n".join(lines + perplexity_lines(sweep))
-
-
-def _measured(sweep: Json) -> str:
-    return ", ".join(f"{of['main']} of {name}" for name, of in sweep["sets"].items())
-
-
-def update_page(path: Path, studies: Mapping[str, Json]) -> None:
-    """Write the conclusions between the marks of a page, in place of those it had of sweeps of these names.
-
-    Raises:
-      UserError: it has no marks.
-      OSError: it cannot be written.
-    """
-    before, begin, rest = read_text(path).partition(BEGIN)
-    old, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"{path}: has no lines {BEGIN} and {END}, between which conclusions go: add them")
-    sections = {part.partition("\n")[0]: part for part in re.split(f"(?m)^{_HEADING}", old)[1:]}
-    for name, sweep in studies.items():
-        sections[name] = as_markdown(name, sweep).removeprefix(_HEADING).strip()
-    with replacing(path) as file:
-        parts = (f"{_HEADING}{part.strip()}\n" for part in sections.values())
-        file.write("\n".join([f"{before}{begin}\n", *parts, f"{end}{after}"]).encode())
-
-
-def update_guide(path: Path, studies: Mapping[str, Json]) -> None:
-    """Write a guide with the rows of sweeps in place of those it had of these names; a new one starts from our own.
-
-    Raises:
-      UserError: what is there is no guide.
-      OSError: it cannot be written.
-    """
-    guide = read_guide(path if path.exists() else FILE)
-    for name, sweep in studies.items():
-        guide = with_study(guide, name, sweep)
-    with replacing(path) as file:
-        file.write(as_json(guide).encode())
-
-
-def with_study(guide: Guide, name: str, sweep: Json) -> Guide:
-    """The guide with the rows of a sweep in place of those it had of that name."""
-    vision = any("questions" in of for of in sweep["sets"].values())
-    source = Source("a sweep, by `vlmprune study`", _measured(sweep), vision)
-    rows = [row for row in guide.evidence if row.source != name] + evidence_of(name, points_of(sweep))
-    return dataclasses.replace(guide, sources={**guide.sources, name: source}, evidence=tuple(rows))
-
-
-def evidence_of(name: str, points: Sequence[Point]) -> list[Evidence]:
-    """The points as rows of the guide, over seeds: the mean with its interval, of one run the run's own."""
-    cells: dict[tuple[Any, ...], list[Point]] = {}
-    for point in points:
-        key = (point.model, point.method, point.recovery, point.level, point.data)
-        cells.setdefault(key, []).append(point)
-    rows = []
-    for (model, method, recovery, _, data), of in cells.items():
-        mean, *ends = interval_of_mean([point.retained for point in of])
-        interval = of[0].interval if len(of) == 1 else (ends[0], ends[1])
-        rows.append(
-            Evidence(
-                source=name,
-                model=model,
-                method=method,
-                recovery=recovery,
-                decoder_ratio=round(float(np.mean([point.reached for point in of])), 4),
-                data_fraction=data,
-                retained=round(mean, 2),
-                interval=None if interval is None else (round(interval[0], 2), round(interval[1], 2)),
-                seeds=len(of),
-                note="",
-                counts=True,
-            )
-        )
-    return rows

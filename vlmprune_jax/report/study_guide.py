@@ -1,0 +1,68 @@
+"""What a sweep found as rows of the guide that `vlmprune recommend` goes by."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmprune_jax.checked_files import replacing
+from vlmprune_jax.evaluation.statistics import interval_of_mean
+from vlmprune_jax.report.guide import FILE, Evidence, Guide, Source, as_json, read_guide
+from vlmprune_jax.report.study import Point, points_of
+from vlmprune_jax.report.study_page import measured
+
+Json = dict[str, Any]
+
+
+def update_guide(path: Path, studies: Mapping[str, Json]) -> None:
+    """Write a guide with the rows of sweeps in place of those it had of these names; a new one starts from our own.
+
+    Raises:
+      UserError: what is there is no guide.
+      OSError: it cannot be written.
+    """
+    guide = read_guide(path if path.exists() else FILE)
+    for name, sweep in studies.items():
+        guide = with_study(guide, name, sweep)
+    with replacing(path) as file:
+        file.write(as_json(guide).encode())
+
+
+def with_study(guide: Guide, name: str, sweep: Json) -> Guide:
+    """The guide with the rows of a sweep in place of those it had of that name."""
+    vision = any("questions" in of for of in sweep["sets"].values())
+    source = Source("a sweep, by `vlmprune study`", measured(sweep), vision)
+    rows = [row for row in guide.evidence if row.source != name] + evidence_of(name, points_of(sweep))
+    return dataclasses.replace(guide, sources={**guide.sources, name: source}, evidence=tuple(rows))
+
+
+def evidence_of(name: str, points: Sequence[Point]) -> list[Evidence]:
+    """The points as rows of the guide, over seeds: the mean with its interval, of one run the run's own."""
+    cells: dict[tuple[Any, ...], list[Point]] = {}
+    for point in points:
+        key = (point.model, point.method, point.recovery, point.level, point.data)
+        cells.setdefault(key, []).append(point)
+    rows = []
+    for (model, method, recovery, _, data), of in cells.items():
+        mean, *ends = interval_of_mean([point.retained for point in of])
+        interval = of[0].interval if len(of) == 1 else (ends[0], ends[1])
+        rows.append(
+            Evidence(
+                source=name,
+                model=model,
+                method=method,
+                recovery=recovery,
+                decoder_ratio=round(float(np.mean([point.reached for point in of])), 4),
+                data_fraction=data,
+                retained=round(mean, 2),
+                interval=None if interval is None else (round(interval[0], 2), round(interval[1], 2)),
+                seeds=len(of),
+                note="",
+                counts=True,
+            )
+        )
+    return rows

@@ -1,0 +1,169 @@
+"""The page of a study: conclusions, perplexities of texts and a figure of each sweep, in Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from vlmprune_jax.checked_files import read_text, replacing
+from vlmprune_jax.errors import UserError
+from vlmprune_jax.report.comparison_plots import DECODER, curves_figure, drawable, series_of, way_of
+from vlmprune_jax.report.plots import write_png
+from vlmprune_jax.report.result import main_value
+from vlmprune_jax.report.study import conclude, points_of
+from vlmprune_jax.report.sweep import Group, done, groups_of, read_sweep
+
+Json = dict[str, Any]
+BEGIN, END = "<!-- vlmprune study: begin -->", "<!-- vlmprune study: end -->"
+PAPER = "paper"  # a source that no sweep may be called
+PERPLEXITY = "perplexity"
+_HEADING = "### "
+
+
+def read_studies(given: Sequence[str]) -> dict[str, Json]:
+    """The sweeps of arguments NAME=SWEEP_DIR, by name.
+
+    Raises:
+      UserError: none, another form, a name twice or of the paper, or see `read_sweep`.
+    """
+    studies: dict[str, Json] = {}
+    for argument in given:
+        name, mark, folder = argument.partition("=")
+        if not mark or not folder or not re.fullmatch(r"[\w-]+", name, re.ASCII):
+            raise UserError(f"{argument!r} must be NAME=SWEEP_DIR, as easyvqa=runs/study_easyvqa")
+        if name in studies or name == PAPER:
+            raise UserError(f"{argument!r}: the name {name!r} is taken: give another")
+        studies[name] = read_sweep(Path(folder))
+    if not studies:
+        raise UserError("no sweep given: vlmprune study NAME=SWEEP_DIR ...")
+    return studies
+
+
+def as_markdown(name: str, sweep: Json) -> str:
+    """The conclusions of one sweep as a section of a page."""
+    points = points_of(sweep)
+    seeds = len({point.seed for point in points} - {None}) or 1
+    about = f"{len(points)} models of {seeds} seeds, by the paper's criteria: {measured(sweep)}."
+    lines = [f"{_HEADING}{name}", "", about, ""]
+    for one in conclude(points):
+        lines += [f"**{one.claim}**: {one.verdict}{'' if one.comparisons else ', the sweep has no such rows'}.", ""]
+        if one.comparisons:
+            lines += [f"| where | pairs | {one.effect} | 95 % | |", "|---|---|---|---|---|"]
+            for row in one.comparisons:
+                interval = "" if row.interval is None else f"{row.interval[0]:.2f} to {row.interval[1]:.2f}"
+                lines.append(f"| {row.where} | {row.pairs} | {row.effect:.2f} | {interval} | {row.verdict} |")
+            lines.append("")
+    return "\n".join(lines + perplexity_lines(sweep))
+
+
+def measured(sweep: Json) -> str:
+    """What its models are measured by."""
+    return ", ".join(f"{of['main']} of {name}" for name, of in sweep["sets"].items())
+
+
+def update_page(path: Path, studies: Mapping[str, Json]) -> None:
+    """Write the conclusions between the marks of a page, in place of those it had of sweeps of these names.
+
+    What can be drawn of a sweep is NAME.png beside the page.
+
+    Raises:
+      UserError: it has no marks.
+      OSError: it cannot be written.
+    """
+    before, begin, rest = read_text(path).partition(BEGIN)
+    old, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"{path}: has no lines {BEGIN} and {END}, between which conclusions go: add them")
+    sections = {part.partition("\n")[0]: part for part in re.split(f"(?m)^{_HEADING}", old)[1:]}
+    for name, sweep in studies.items():
+        title, _, text = as_markdown(name, sweep).removeprefix(_HEADING).partition("\n")
+        figure = study_figure(sweep)
+        if figure is not None:
+            write_png(figure, path.with_name(f"{name}.png"))
+            text = f"\n![{name}: what is retained over what was removed]({name}.png)\n{text}"
+        sections[name] = f"{title}\n{text}".strip()
+    with replacing(path) as file:
+        parts = (f"{_HEADING}{part.strip()}\n" for part in sections.values())
+        file.write("\n".join([f"{before}{begin}\n", *parts, f"{end}{after}"]).encode())
+
+
+def study_figure(sweep: Json) -> Figure | None:
+    """What is retained over the share of the decoder that went, a panel for every method; None without two shares.
+
+    Lines are what was done afterwards; where several criteria are compared each is a line, and a panel what was done.
+    """
+    groups = drawable(groups_of(sweep))
+    if len({round(group.mean("decoder_ratio"), 2) for group in groups}) < 2:
+        return None
+    series = series_of(groups)
+    several = len(set(series.values())) > len({group.first["method"] for group in groups})
+    shares = {group.first["data_fraction"] for group in groups} - {0.0}
+
+    def way(group: Group) -> str:
+        share = group.first["data_fraction"]
+        return f"{way_of(group)}, {100 * share:g} %" if share and len(shares) > 1 else way_of(group)
+
+    if several:
+        return curves_figure(
+            groups,
+            lambda group: f"{group.first['method']}, {way(group)}",
+            lambda group: series[group.name].removeprefix(f"{group.first['method']}, "),
+            DECODER,
+            "linear",
+        )
+    return curves_figure(groups, lambda group: series[group.name], way, DECODER, "linear")
+
+
+def perplexity_lines(sweep: Json) -> list[str]:
+    """A table for each set that is text, in Markdown: a line for all seeds of what is otherwise equal.
+
+    Means are of logarithms, over seeds. "x cut alone": as a multiple of the same cut to which nothing was done.
+    """
+    lines: list[str] = []
+    for name in (name for name, of in sweep["sets"].items() if of["main"] == PERPLEXITY):
+        values = {model: main_value(of, name, sweep["sets"]) for model, of in sweep["unpruned"].items()}
+        before = {model: value for model, value in values.items() if value}
+        cells: dict[tuple[Any, ...], list[Json]] = {}
+        for row in done(sweep):
+            if main_value(row, name, sweep["sets"]) is not None and row["model"] in before:
+                cells.setdefault((*_cut(row), *_done_to(row)), []).append(row)
+        if not cells:
+            continue
+        told = ", ".join(f"{value:.2f}" for value in before.values())
+        lines += [f"**Perplexity of {name}**, {told} unpruned.", ""]
+        lines += ["| cut | of the decoder | after | models | perplexity | x unpruned | x cut alone |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        means = {key: [main_value(row, name, sweep["sets"]) for row in rows] for key, rows in cells.items()}
+        for key in sorted(cells, key=lambda key: (key[1], key[2], key[3])):
+            rows, plain = cells[key], means.get((*key[:4], "none", "none", 0.0))
+            value = _mean(means[key])
+            share = 100 * float(np.mean([row["decoder_ratio"] for row in rows]))
+            alone = "" if plain is None or plain is means[key] else f"{value / _mean(plain):.2f}"
+            line = (f"{key[1]}, {key[2]}", f"{share:.1f} %", _words(*key[4:]), f"{len(rows)}", f"{value:.2f}")
+            lines.append(f"| {' | '.join((*line, f'{value / before[key[0]]:.2f}', alone))} |")
+        lines.append("")
+    return lines
+
+
+def _cut(row: Json) -> tuple[Any, ...]:
+    asked = row["ratio_asked"]
+    return row["model"], row["method"], row["criterion"], row["decoder_ratio"] if asked is None else asked
+
+
+def _done_to(row: Json) -> tuple[str, str, float]:
+    return row["reconstruct"], row["recovery"], row["data_fraction"]
+
+
+def _words(reconstruct: str, recovery: str, data: float) -> str:
+    """What was done to a cut, as the columns of tables have it."""
+    parts = [part for part in ("reconstruct" if reconstruct != "none" else "", recovery) if part and part != "none"]
+    return " + ".join(parts or ["nothing"]) + (f", {100 * data:g} % of the data" if data else "")
+
+
+def _mean(values: list[Any]) -> float:
+    return float(np.exp(np.mean(np.log(values))))
