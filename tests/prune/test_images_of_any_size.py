@@ -14,13 +14,13 @@ from vlmprune_jax.config import LayerShape
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import unstack_layers
 from vlmprune_jax.models.patch_rows import patch_rows
-from vlmprune_jax.models.vlm import apply, encode, to_nnx
+from vlmprune_jax.models.vlm import Model, apply, encode, to_nnx
 from vlmprune_jax.prune import KeptLayer, gptq, reconstruction
 from vlmprune_jax.prune.criteria.calibration import calibration_batches
 from vlmprune_jax.prune.criteria.greedy import _Cut
 from vlmprune_jax.prune.layers import Layer
 from vlmprune_jax.prune.select import moved_features
-from vlmprune_jax.prune.steps import row_steps
+from vlmprune_jax.prune.steps import image_steps, row_steps
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")
 
@@ -233,12 +233,54 @@ def test_reconstruction(goldens, family, monkeypatch):
     assert missing(solved) < 0.9 * missing(pruned)
 
 
-def test_towers_are_not_reconstructed(goldens):
-    model, batch = golden(goldens, "qwen3_vl")
-    scores = vp.score(model, criterion="l1", stack="vision")
-    plan = vp.make_plan(scores, model.cfg, method="width", ratio=0.02)
-    with pytest.raises(UserError, match="towers that take images of any size are not supported"):
-        vp.reconstruct(vp.apply_plan(model, plan), plan, model, [batch])
+@functools.partial(jax.jit, static_argnames="cfg")
+def _tower(params, cfg, pixels, grid):
+    return to_nnx(Model(params, cfg)).vision(pixels, grid=grid)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)  # windows and gated neurons, and a table of positions
+def test_towers_are_reconstructed(goldens, family, monkeypatch):
+    """Images of several sizes beside each other, each with its own rows, columns and windows."""
+    teacher, _ = golden(goldens, family)
+    layers = [
+        KeptLayer(i, tuple(range(shape.q_heads)), tuple(range(shape.kv_heads)), tuple(range(0, shape.mlp, 2)))
+        for i, shape in enumerate(teacher.cfg.vision.layers)
+    ]
+    pruned, plan = prune(teacher, layers, "vision")
+    steps = []
+
+    def seen(*arguments):
+        steps.extend(image_steps(*arguments))
+        return steps
+
+    monkeypatch.setattr(reconstruction, "image_steps", seen)
+    batches = many(teacher, range(16))
+    solved, report = vp.reconstruct(pruned, plan, teacher, batches)
+    assert [(one["stack"], one["module"]) for one in report] == [("vision", "down_proj")] * len(layers)
+    assert all(one["ridge"] is not None and one["error_after"] < one["error_before"] for one in report)
+    images = np.concatenate([batch["image_grid_thw"].reshape(-1, 3) for batch in batches])
+    assert sum(int((step.mask[:, 0] > 0).sum()) for step in steps) == len(images)
+    assert sum(int(step.mask.sum()) for step in steps) == images.prod(axis=1).sum()
+    for step in (steps[0], steps[-1]):
+        real = step.mask == 1
+        for model, stream in ((teacher, step.dense), (solved, step.ours)):
+            norm = to_nnx(model).vision.post_layernorm
+            found = stream if norm is None else np.asarray(norm(jnp.asarray(stream)))
+            expected = _tower(model.params, model.cfg, step.inputs["pixel_values"], step.inputs["image_grid_thw"])
+            np.testing.assert_allclose(found[real], np.asarray(expected)[real], atol=2e-5)
+
+    def missing(model):
+        total = 0.0
+        for batch in many(teacher, range(30, 32)):
+            names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
+            made = patch_rows(teacher.cfg, *(batch[name] for name in names))
+            pixels, grid = made["pixel_values"][:, 0], made["image_grid_thw"][:, 0]
+            a, b = (np.asarray(_tower(one.params, one.cfg, pixels, grid)) for one in (model, teacher))
+            total += float(((a - b) ** 2)[np.arange(pixels.shape[1]) < grid.prod(axis=1)[:, None]].sum())
+        return total
+
+    assert missing(solved) < 0.9 * missing(pruned)
 
 
 @pytest.mark.slow

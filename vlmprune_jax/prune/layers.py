@@ -28,12 +28,14 @@ class Given(NamedTuple):
     """What a layer is given beside the stream.
 
     `mask`: int[rows, seq], 1 = real token; `positions`: int[rows, 3, seq], None where they count along the mask;
-    `added`: float[rows, seq, embed], what is added to its output (None: nothing). Towers look at none of them.
+    `added`: float[rows, seq, embed], what is added to its output (None: nothing). Towers look at none of them, but at
+    `grid`, int[rows, 3], where images are of any size (`VisionTower.tapped`).
     """
 
     mask: Any
     positions: Any = None
     added: Any = None
+    grid: Any = None
 
     def placed(self, mesh: Mesh | None) -> Given:
         """The same on the device, or split over a mesh."""
@@ -99,10 +101,8 @@ class Layer:
 
 def projection(cfg: TextConfig | VisionConfig, module: str) -> str:
     """Path in a layer of the projection that a tap calls "o_proj" or "down_proj"."""
-    if isinstance(cfg, VisionConfig):
-        return {"o_proj": "self_attn/out_proj", "down_proj": "mlp/fc2"}[module]
     if module == "o_proj":
-        return f"self_attn/{output_names(cfg)[0]}"
+        return "self_attn/out_proj" if isinstance(cfg, VisionConfig) else f"self_attn/{output_names(cfg)[0]}"
     return "mlp/down_proj" if cfg.mlp_kind == "gated" else "mlp/fc2"
 
 
@@ -116,9 +116,10 @@ def block(
     """(stream in the middle, stream after, what the projections `read`) of one layer."""
     inputs: dict[str, jax.Array]
     if isinstance(cfg, VisionConfig):
-        apply, state = nnx.eval_shape(lambda: VisionTower(cfg)).run_parts("0")
+        tower = nnx.eval_shape(lambda: VisionTower(cfg))
+        apply, state = tower.run_parts("0")
         nnx.replace_by_pure_dict(state, unflatten(params))
-        after, inputs = apply(state, x, ("o_proj", *read))
+        after, inputs = apply(state, x, ("o_proj", *read), None, tower.context(x, given.grid))
     else:
         decoder = nnx.eval_shape(lambda: Decoder(cfg, None))
         apply, state = decoder.run_parts("0")

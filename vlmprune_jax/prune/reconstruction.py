@@ -91,11 +91,6 @@ def reconstruct(
     mesh = mesh_of(pruned.params)
     if mesh is None:
         pruned, teacher = (m.replace(params=jax.tree.map(jnp.asarray, m.params)) for m in (pruned, teacher))
-    if pruned.cfg.any_size and "vision" in _stacks(plan):
-        raise UserError(
-            "reconstruct: towers that take images of any size are not supported: prune the decoder alone, or leave it "
-            "out"
-        )
     batches = list(batches)
     checked = list(calibration_batches(batches, pruned.cfg, labels=False))
     names = names_of_rows(batches, checked)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -49,7 +49,8 @@ class Step:
     def given(self, place: int, *, dense: bool = False) -> Given:
         """What the layer at a place of the pruned (or the `dense`) model is given beside the stream."""
         added = self.added_dense if dense else self.added_ours
-        return Given(self.mask, self.positions, None if added is None or place >= len(added) else added[place])
+        grid = None if "input_ids" in self.inputs else self.inputs.get("image_grid_thw")
+        return Given(self.mask, self.positions, None if added is None or place >= len(added) else added[place], grid)
 
 
 def names_of_rows(batches: Sequence[Any], checked: Sequence[Arrays]) -> list[str]:
@@ -114,34 +115,59 @@ def image_steps(
     batches: Sequence[Arrays], cfg: ModelConfig, settings: Mapping[str, Any], names: Sequence[str]
 ) -> list[Step]:
     """The images of all rows, each once, since one that is fitted to must not be held out as well."""
-    images = dict[bytes, tuple[np.ndarray, str]]()
+    images = dict[bytes, tuple[np.ndarray, np.ndarray | None, str]]()
     row = 0
     for arrays in batches:
-        pixels = arrays.get("pixel_values")
-        if pixels is not None:
-            for at, real in enumerate(real_images(arrays["kind"], pixels.shape[1], cfg.tokens_per_image)):
-                images |= {hashlib.sha256(one.tobytes()).digest(): (one, names[row + at]) for one in pixels[at, real]}
+        for at in range(len(arrays["kind"])):
+            for pixels, grid in _images(arrays, at, cfg):
+                key = hashlib.sha256(pixels.tobytes() + (b"" if grid is None else grid.tobytes())).digest()
+                images |= {key: (pixels, grid, names[row + at])}
         row += len(arrays["kind"])
     chosen = [images[key] for key in sorted(images)]
     assert cfg.vision is not None
-    size, positions = len(batches[0]["kind"]), cfg.vision.n_patches + cfg.vision.class_token
-    steps = []
-    for part, held_out in _parted(chosen, settings, "images"):
-        for at in range(0, len(part), size):
-            own = part[at : at + size]
-            pixels = np.zeros((size, *own[0][0].shape), np.float32)
-            pixels[: len(own)] = [image for image, _ in own]
-            real = np.repeat((np.arange(size) < len(own))[:, None], positions, axis=1)
-            steps.append(
-                Step(
-                    {"pixel_values": pixels},
-                    real.astype(np.int32),
-                    real.astype(np.float32),
-                    [name for _, name in own],
-                    held_out,
-                )
-            )
-    return steps
+    positions = cfg.vision.n_patches + cfg.vision.class_token
+    if cfg.any_size:
+        positions = max((len(pixels) for pixels, _, _ in chosen), default=0)
+    return [
+        _image_step(part[at : at + size], size, positions, held_out)
+        for size in (len(batches[0]["kind"]),)
+        for part, held_out in _parted(chosen, settings, "images")
+        for at in range(0, len(part), size)
+    ]
+
+
+def _images(arrays: Arrays, row: int, cfg: ModelConfig) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """The pixels of a row's images, and where they are of any size their grids."""
+    pixels = arrays.get("pixel_values")
+    if pixels is None:
+        return
+    if cfg.any_size:
+        for patches, grid in zip(pixels[row], arrays["image_grid_thw"][row], strict=True):
+            if grid.any():
+                yield patches[: int(np.prod(grid))], grid
+        return
+    real = real_images(arrays["kind"][row : row + 1], pixels.shape[1], cfg.tokens_per_image)[0]
+    for image in pixels[row, real]:
+        yield image, None
+
+
+def _image_step(
+    images: Sequence[tuple[np.ndarray, np.ndarray | None, str]], size: int, positions: int, held_out: bool
+) -> Step:
+    """Images filled up to `size` of them, each with so many positions in the tower."""
+    inputs: dict[str, Any] = {}
+    first, grid, _ = images[0]
+    shape = first.shape if grid is None else (positions, first.shape[-1])
+    inputs["pixel_values"] = np.zeros((size, *shape), np.float32)
+    real = np.zeros((size, positions), np.int32)
+    if grid is not None:
+        inputs["image_grid_thw"] = np.zeros((size, 3), np.int32)
+    for at, (pixels, grid, _) in enumerate(images):
+        inputs["pixel_values"][at, : len(pixels)] = pixels
+        real[at, : positions if grid is None else len(pixels)] = 1
+        if grid is not None:
+            inputs["image_grid_thw"][at] = grid
+    return Step(inputs, real, real.astype(np.float32), [name for _, _, name in images], held_out)
 
 
 def _parted(chosen: Sequence[Any], settings: Mapping[str, Any], what: str) -> tuple[tuple[Sequence[Any], bool], ...]:
@@ -170,7 +196,7 @@ def _embed(params, inputs, *, cfg, stack):
     module, added = to_nnx(Model(params, cfg)), None
     if stack == "vision":
         dtype = jax.tree.leaves(params["vision"])[0].dtype
-        x = module.vision.embed(inputs["pixel_values"].astype(dtype))
+        x = module.vision.embed(inputs["pixel_values"].astype(dtype), grid=inputs.get("image_grid_thw"))
     else:
         grid = inputs["image_grid_thw"]
         x, _, added = module.embed(inputs["input_ids"], inputs["pixel_values"], image_grid_thw=grid)
