@@ -119,6 +119,8 @@ def test_a_language_model_is_joined_with_a_tower(tmp_path):
     assert joined.cfg.text.vocab_size == 320  # the tokenizer has more words than the embeddings
     assert joined.cfg.image_token_id == 316
     assert joined.cfg.eos_token_ids == (317,)
+    settings = json.loads((tmp_path / "joined/tokenizer_config.json").read_text(encoding="utf-8"))
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
     ids = np.array([[7, 11, 300, 9]], np.int32)
     np.testing.assert_array_equal(forward(joined, ids)[0][..., :310], forward(language, ids)[0])
     image = Path(easy_vqa.__file__).parent / "data/test/images/0.png"

@@ -186,6 +186,7 @@ def _write_tokenizer(language: Path, folder: Path, *, words: int) -> dict[str, i
         **tokens,
         "extra_special_tokens": tokens,
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # version 4 adds token_type_ids, which no decoder takes
         "processor_class": "SmolVLMProcessor",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
