@@ -15,7 +15,6 @@ from vlmprune_jax.cli.main import main
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.demo.initial import write_joined
 from vlmprune_jax.demo.pretrain import (
-    TEXT_LETTERS,
     Stage,
     describe,
     make_encoder,
@@ -64,8 +63,8 @@ def test_a_stage_sees_images_words_or_both(tmp_path, words, also_images, expecte
 
 def test_text_is_mixed_in():
     """As large a share as asked for, every piece of its half before any comes again."""
-    rows = mixed_in(0.75, 700)
-    pieces = len(topic_records(0, TEXT_LETTERS))
+    records = topic_records(0, 500)
+    rows, pieces = mixed_in(records, 0.75, 700), len(records)
     assert len({row.id for row in rows}) == len(rows) == 2100
     assert rows[0].turns == rows[pieces].turns != rows[1].turns
     assert len({row.turns for row in rows}) == pieces

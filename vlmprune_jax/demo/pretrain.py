@@ -107,10 +107,12 @@ def _train_stage(model: Model, stage: Stage, files: Mapping[str, Path], folder: 
     longest = int(sizes[:, 0].max())
     encoder = dataclasses.replace(encoder, max_length=longest)
     if stage.text_share:
-        texts = mixed_in(stage.text_share, len(records))
+        pieces = topic_records(0, TEXT_LETTERS)
+        texts = mixed_in(pieces, stage.text_share, len(records))
         buckets = tuple(sorted({longest, max(longest, TEXT_TOKENS)}))
         encoder = dataclasses.replace(encoder, max_length=buckets[-1], truncate=True, length_buckets=buckets)
-        sizes = np.concatenate([sizes, measure(texts, encoder, on_error="stop", threads=2)])
+        each = measure(pieces, encoder, on_error="stop", threads=2)
+        sizes = np.concatenate([sizes, np.resize(each, (len(texts), each.shape[1]))])  # again and again, as they come
         records = records + texts
     batches = train_batches(
         records,
@@ -149,11 +151,11 @@ def stage_records(stage: Stage, files: Mapping[str, Path]) -> list[Record]:
     return described + (records if stage.also_images else [])
 
 
-def mixed_in(share: float, others: int) -> list[Record]:
-    """Rows of text, again and again, to be `share` of all rows beside so many others."""
-    rows = itertools.cycle(topic_records(0, TEXT_LETTERS))
+def mixed_in(pieces: Sequence[Record], share: float, others: int) -> list[Record]:
+    """Pieces of text, again and again, to be `share` of all rows beside so many others."""
     count = round(others * share / (1 - share))
-    return [dataclasses.replace(row, id=f"{row.id}-{n}") for n, row in enumerate(itertools.islice(rows, count))]
+    rows = itertools.islice(itertools.cycle(pieces), count)
+    return [dataclasses.replace(row, id=f"{row.id}-{n}") for n, row in enumerate(rows)]
 
 
 def describe(record: Record, caption: str, length: int) -> Record:
