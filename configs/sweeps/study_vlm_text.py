@@ -1,0 +1,62 @@
+"""Study 2, scored and reconstructed by text as well: what of the language stays when nothing is trained.
+
+  vlmprune sweep --config=configs/sweeps/study_vlm_text.py:DIR --workdir=runs/study_vlm_text
+
+As study_vlm.py, but half of the calibration records are pieces of Python's language reference, of that half which the
+perplexity is not of. {depth, width} x {15, 30, 45 % of the decoder} x {none, reconstruct}: 12 runs.
+"""
+
+import json
+import random
+from pathlib import Path
+
+import study_vlm
+from ml_collections import ConfigDict
+from study_easyvqa import SOLVED, of_decoder
+
+from vlmprune_jax.checked_files import replacing
+from vlmprune_jax.demo.easyvqa import write_dataset
+from vlmprune_jax.demo.topics import topic_records
+
+DATA = Path("runs/easyvqa")
+LETTERS = 500  # of a piece, about 130 tokens
+_folder = ""
+
+
+def get_config(folder: str = "") -> ConfigDict:
+    """The study's model, and records of both kinds."""
+    global _folder
+    config, _folder = study_vlm.get_config(folder), folder
+    files = write_dataset(DATA)
+    config.data.source = "files"
+    config.data.train = write_records(files["train"])
+    config.data.eval, config.data.images = str(files["test"]), str(files["images"])
+    config.recover.method = "none"
+    return config
+
+
+def get_hyper(hyper):
+    """What is cut most first."""
+    return hyper.product(
+        [
+            hyper.named("decoder", of_decoder(_folder, study_vlm.SHARES[::-1])),
+            hyper.sweep("prune.method", ["depth", "width"]),
+            hyper.named("recovery", {"none": {}, "reconstruct": SOLVED}),
+        ]
+    )
+
+
+def write_records(questions: Path) -> str:
+    """As many questions as there are pieces of text, one between the others; returns the file's path."""
+    texts = [
+        {"id": record.id, "conversations": [{"from": who, "value": text} for who, text in record.turns]}
+        for record in topic_records(0, LETTERS)
+    ]
+    asked = json.loads(questions.read_text(encoding="utf-8"))
+    random.Random(0).shuffle(asked)
+    records = asked[: len(texts)] + texts
+    random.Random(1).shuffle(records)
+    path = DATA / "questions_and_text.json"
+    with replacing(path) as file:
+        file.write(json.dumps(records).encode())
+    return str(path)
