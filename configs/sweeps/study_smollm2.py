@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from vlmprune_jax.checked_files import replacing
 from vlmprune_jax.cli.config_files import experiment_config
-from vlmprune_jax.demo.topics import topic_records, write_topics
+from vlmprune_jax.demo.topics import topic_entries, write_topics
 from vlmprune_jax.prune.criteria import CRITERIA
 
 RATIOS = (0.1, 0.2, 0.3)
@@ -80,10 +80,6 @@ def block(hyper, ratio):
 def write_records() -> str:
     """The other half as records, each of an answer that fills a row; returns their path."""
     path = TEXTS / "topics_records.json"
-    records = [
-        {"id": r.id, "conversations": [{"from": who, "value": text} for who, text in r.turns]}
-        for r in topic_records(0, LETTERS["record"])
-    ]
     with replacing(path) as file:
-        file.write(json.dumps(records).encode())
+        file.write(json.dumps(topic_entries(0, LETTERS["record"])).encode())
     return str(path)

@@ -16,7 +16,7 @@ from study_easyvqa import SOLVED, of_decoder
 
 from vlmprune_jax.checked_files import replacing
 from vlmprune_jax.demo.easyvqa import write_dataset
-from vlmprune_jax.demo.topics import topic_records
+from vlmprune_jax.demo.topics import topic_entries
 
 DATA = Path("runs/easyvqa")
 LETTERS = 500  # of a piece, about 130 tokens
@@ -48,10 +48,7 @@ def get_hyper(hyper):
 
 def write_records(questions: Path) -> str:
     """As many questions as there are pieces of text, one between the others; returns the file's path."""
-    texts = [
-        {"id": record.id, "conversations": [{"from": who, "value": text} for who, text in record.turns]}
-        for record in topic_records(0, LETTERS)
-    ]
+    texts = topic_entries(0, LETTERS)
     asked = json.loads(questions.read_text(encoding="utf-8"))
     random.Random(0).shuffle(asked)
     records = asked[: len(texts)] + texts

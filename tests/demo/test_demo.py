@@ -73,6 +73,11 @@ def test_text_is_mixed_in():
     assert rows[0].turns[1][1] not in topics(1)
 
 
+def test_a_stage_of_text_alone_is_refused():
+    with pytest.raises(UserError, match=r"stage s: text_share=1.0 must be at least 0 and below 1"):
+        Stage("s", "train", 1, 0, 1, "none", ".*", RecoverConfig(steps=1), text_share=1.0)
+
+
 @pytest.mark.slow
 def test_pretraining_changes_what_a_stage_keeps_and_resumes(tmp_path, capsys):
     config = tmp_path / "short.py"

@@ -179,6 +179,8 @@ def test_perplexities_stand_in_a_table_over_seeds():
     assert "Perplexity" not in as_markdown("study", found)
     found["sets"] = found["sets"] | {"text": {**found["sets"]["questions"], "name": "perplexity", "main": "perplexity"}}
     found["unpruned"]["models/teacher"]["evaluation"]["scores"]["text"] = {"perplexity": 10.0}
+    found["sets"]["text"]["full"] = None  # as perplexity has none: averages leave it out
+    assert "by the paper's criteria: accuracy of questions.\n" in as_markdown("study", found)
     table = as_markdown("study", found).split("**Perplexity of text**, 10.00 unpruned.")[1].split("\n")
     assert table[4:] == [
         "| depth, block_influence | 16.0 % | nothing | 2 | 40.00 | 4.00 |  |",

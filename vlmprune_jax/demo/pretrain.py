@@ -63,6 +63,10 @@ class Stage:
     also_images: bool = False
     text_share: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.text_share < 1:
+            raise UserError(f"stage {self.name}: text_share={self.text_share} must be at least 0 and below 1")
+
 
 def pretrain(
     workdir: Path,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pydoc_data.topics
 from pathlib import Path
+from typing import Any
 
 from vlmprune_jax.checked_files import replacing
 from vlmprune_jax.data.records import Record
@@ -29,3 +30,11 @@ def topic_records(half: int, letters: int) -> list[Record]:
     text = topics(half)
     pieces = [text[at : at + letters] for at in range(0, len(text) - letters, letters)]
     return [Record(f"topics-{n}", (("human", ASKED), ("gpt", piece)), ()) for n, piece in enumerate(pieces)]
+
+
+def topic_entries(half: int, letters: int) -> list[dict[str, Any]]:
+    """The same as LLaVA's files have them."""
+    return [
+        {"id": record.id, "conversations": [{"from": who, "value": text} for who, text in record.turns]}
+        for record in topic_records(half, letters)
+    ]

@@ -14,7 +14,7 @@ from vlmprune_jax.checked_files import read_text, replacing
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.report.comparison_plots import DECODER, curves_figure, drawable, series_of, way_of
 from vlmprune_jax.report.plots import write_png
-from vlmprune_jax.report.result import main_value
+from vlmprune_jax.report.result import averaged_sets, main_value
 from vlmprune_jax.report.study import conclude, points_of
 from vlmprune_jax.report.sweep import Group, done, groups_of, read_sweep
 
@@ -62,8 +62,9 @@ def as_markdown(name: str, sweep: Json) -> str:
 
 
 def measured(sweep: Json) -> str:
-    """What its models are measured by."""
-    return ", ".join(f"{of['main']} of {name}" for name, of in sweep["sets"].items())
+    """What the retained percentages of its models are of: not perplexity, where there are questions beside it."""
+    sets = sweep["sets"]
+    return ", ".join(f"{sets[name]['main']} of {name}" for name in averaged_sets(sets))
 
 
 def update_page(path: Path, studies: Mapping[str, Json]) -> None:
