@@ -77,8 +77,7 @@ class Entry:
         found = np.empty(positions.shape, FILE_DTYPES[self.dtype])
         flat, size = found.reshape(-1).view(np.uint8).data, found.itemsize
         with open_file(self.file) as file:
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            advise(file.fileno(), 0, 0, "POSIX_FADV_RANDOM")
             for number, at in enumerate(positions.reshape(-1).tolist()):
                 read_at(file.fileno(), flat[number * size :][:size], self.begin + at * size, self.file)
         return found
@@ -120,6 +119,12 @@ def read_at(descriptor: int, room: memoryview, offset: int, path: Path) -> None:
         if not count:
             raise UserError(f"{path}: became shorter while it was read: is something else writing to it?")
         room, offset = room[count:], offset + count
+
+
+def advise(descriptor: int, begin: int, size: int, name: str) -> None:
+    """Tell the page cache how bytes of a file are used (`posix_fadvise`), where the system can be told (not macOS)."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, begin, size, getattr(os, name))
 
 
 def read_header(path: Path) -> dict[str, Entry]:
