@@ -38,8 +38,11 @@ def row(method, level, recovery, retained, *, data=0.0, seed=0, solved=False, **
 def sweep(rows):
     """The object of a `sweep.json`."""
     evaluation = {"scores": {"questions": {"accuracy": 1.0}}, "groups": {}}
-    unpruned = {"models/teacher": {"parameters": 1000, "bytes": 2000, "forward_flops": 1100, "evaluation": evaluation}}
-    return {"version": 1, "config": "sweep.py", "sets": SETS, "unpruned": unpruned, "models": list(rows)}
+    models, rows = {"models/teacher": 1_060_000}, list(rows)
+    models |= {row["model"]: 135_200_000 for row in rows if row["model"] not in models}
+    costs = {"bytes": 2000, "forward_flops": 1100, "evaluation": evaluation}
+    unpruned = {model: {"parameters": parameters, **costs} for model, parameters in models.items()}
+    return {"version": 1, "config": "sweep.py", "sets": SETS, "unpruned": unpruned, "models": rows}
 
 
 def rows():

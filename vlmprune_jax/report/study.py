@@ -90,7 +90,7 @@ def points_of(sweep: Json) -> list[Point]:
         level = reached if asked is None else asked * reached / row["ratio_reached"]  # from shares of the whole model
         interval = tuple(intervals[0]) if len(intervals) == 1 and intervals[0] is not None else None
         point = Point(
-            Path(row["model"]).name,
+            _name(row["model"], sweep["unpruned"][row["model"]]["parameters"]),
             row["method"],
             how,
             round(level, 2),
@@ -102,6 +102,12 @@ def points_of(sweep: Json) -> list[Point]:
         )
         found.append(point)
     return found
+
+
+def _name(folder: str, parameters: int) -> str:
+    """A model by its folder and size: many a folder is called `teacher`."""
+    millions = parameters / 1e6
+    return f"{Path(folder).name}, {millions:,.{2 if millions < 10 else 0}f} M"
 
 
 def conclude(points: Sequence[Point]) -> list[Conclusion]:
