@@ -172,7 +172,7 @@ class _Llama:
             chunk = ctypes.c_void_p(lib.mtmd_input_chunks_get(chunks, ctypes.c_size_t(i)))
             if lib.mtmd_input_chunk_get_type(chunk) == 1:  # an image
                 assert lib.mtmd_encode_chunk(tower, chunk) == 0
-                shape = lib.mtmd_input_chunk_get_n_tokens(chunk), lib.llama_model_n_embd(self.model)
+                shape = lib.mtmd_input_chunk_get_n_tokens(chunk), lib.llama_model_n_embd_inp(self.model)
                 features.append(np.ctypeslib.as_array(lib.mtmd_get_output_embd(tower), shape).copy())
         done = lib.mtmd_helper_eval_chunks(
             tower, self.context, chunks, 0, 0, 512, ctypes.c_bool(True), ctypes.byref(past)

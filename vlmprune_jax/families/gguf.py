@@ -2,7 +2,7 @@
 
 Source: llama.cpp of October 2026, src/models/*.cpp (which tensors are created, of which shapes), src/llama-model.cpp
 (which way each architecture rotates) and tools/mtmd (clip.cpp, models/llava.cpp, models/internvl.cpp,
-models/siglip.cpp).
+models/siglip.cpp, models/qwen2vl.cpp, models/qwen3vl.cpp).
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ class Architecture:
     `tensors`: module in `params["text"]` -> the tensor it lies in, both with the layer as `{i}`; several modules of one
     tensor are its rows, one after the other. `interleaved`: a rotary pair are neighbours there, halves of a head in
     Hugging Face's files. `per_layer`: every layer may have widths of its own. `free_heads`: the heads need not make up
-    the hidden size. `partial`: a part of each head may be rotated. `own_head`: the head and its bias are tensors of
-    their own, also where embeddings are tied or there is no bias. `activations`, `ropes` (beside "default") and
-    `biases` (fields of `TextConfig`) are those that it computes. No architecture has a sliding window that works.
+    the hidden size. `partial`: a part of each head may be rotated. `sections`: by time, row and column. `own_head`: the
+    head and its bias are tensors of their own, also where embeddings are tied or there is no bias. `activations`,
+    `ropes` (beside "default") and `biases` (fields of `TextConfig`) are those that it computes. No architecture has a
+    sliding window that works.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Architecture:
     per_layer: bool = False
     free_heads: bool = False
     partial: bool = False
+    sections: bool = False
     own_head: bool = False
 
     def lacks(self, text: TextConfig) -> str | None:
@@ -51,6 +53,8 @@ class Architecture:
             return f"biases ({', '.join(absent)})"
         if text.rope.kind not in ("default", *self.ropes):
             return f"{text.rope.kind} rope"
+        if bool(text.rope.sections) != self.sections:
+            return f"rotary embedding {'by rows and columns' if text.rope.sections else 'by one position'}"
         if text.rotary_dim != text.head_dim and not self.partial:
             return f"rotary embedding of {text.rotary_dim} of {text.head_dim} channels"
         return None
@@ -134,6 +138,8 @@ DECI = Architecture(
 )
 QWEN2 = Architecture("qwen2", _LLAMA_TENSORS, biases=("qkv_bias",))
 QWEN3 = Architecture("qwen3", _LLAMA_TENSORS, free_heads=True)
+QWEN2VL = Architecture("qwen2vl", _LLAMA_TENSORS, biases=("qkv_bias",), ropes=(), sections=True)
+QWEN3VL = Architecture("qwen3vl", _LLAMA_TENSORS, ropes=(), free_heads=True, sections=True)
 PHI2 = Architecture("phi2", _PHI2_TENSORS, activations=_TANH_GELU, biases=_BIASES, partial=True, own_head=True)
 PHI3 = Architecture("phi3", _PHI3_TENSORS, ropes=("linear", "yarn", "longrope"), partial=True)
 
@@ -141,7 +147,7 @@ PHI3 = Architecture("phi3", _PHI3_TENSORS, ropes=("linear", "yarn", "longrope"),
 # Towers ---------------------------------------------------------------------------------------------------------------
 
 TOWER = "clip"  # general.architecture
-TOWER_TENSORS = {
+_TOWER_TENSORS = {
     "class_embedding": "v.class_embd",
     "patch_embedding": "v.patch_embd",
     "position_embedding": "v.position_embd",
@@ -159,42 +165,80 @@ TOWER_TENSORS = {
             "layer_norm2": "ln2",
             "mlp/fc1": "ffn_up",
             "mlp/fc2": "ffn_down",
+            "mlp/gate_proj": "ffn_gate",
+            "mlp/up_proj": "ffn_up",
+            "mlp/down_proj": "ffn_down",
             "layer_scale2": "ls2",
         }.items()
     },
 }
+_JOINED_QKV = {f"{_BLOCK}self_attn/{name}_proj": "v.blk.{i}.attn_qkv" for name in "qkv"}
 _PROJECTORS = {
     "mlp": {"linear_1": "mm.0", "linear_2": "mm.2"},
     "pixel_shuffle": {"layer_norm": "mm.model.mlp.0", "linear_1": "mm.model.mlp.1", "linear_2": "mm.model.mlp.3"},
     "linear": {"linear": "mm.model.fc"},
+    "merger": {"patch_norm": "v.post_ln", "linear_1": "mm.0", "linear_2": "mm.2"},
 }
 # What it calls the graph of each kind.
 _GRAPHS = {"mlp": "mlp", "pixel_shuffle": "internvl", "linear": "idefics3"}
+_WINDOWS, _DEEPSTACK = "qwen2.5vl_merger", "qwen3vl_merger"
 # It has the tanh approximation only, which is within 5e-4 of the error function's.
 _GELU = ("gelu", *_TANH_GELU)
 _NORM_EPS = 1e-5  # of the projector's norm
+# Qwen's graphs: copies of an image and patches a side of a token, the rotary base, and pixels a side of a window.
+_PATCHES, _TURNS, _WINDOW = 2, 10000.0, 112
 
 
-def projector_tensors(projector: ProjectorConfig) -> Mapping[str, str]:
+def _graph(cfg: ModelConfig) -> str:
+    vision, projector = _seeing(cfg)
+    if projector.kind != "merger":
+        return _GRAPHS[projector.kind]
+    return _WINDOWS if vision.norm == "rms" else _DEEPSTACK
+
+
+def _seeing(cfg: ModelConfig) -> tuple[VisionConfig, ProjectorConfig]:
+    assert cfg.vision is not None
+    assert cfg.projector is not None
+    return cfg.vision, cfg.projector
+
+
+def tower_tensors(cfg: ModelConfig) -> Mapping[str, str]:
+    """Module in `params["vision"]` -> the tensor it lies in, with the layer as `{i}`."""
+    return _TOWER_TENSORS | _JOINED_QKV if _graph(cfg) == _DEEPSTACK else _TOWER_TENSORS
+
+
+def projector_tensors(cfg: ModelConfig) -> Mapping[str, str]:
     """Module in `params["projector"]` -> the tensor it lies in."""
-    return _PROJECTORS[projector.kind]
+    vision, projector = _seeing(cfg)
+    return _PROJECTORS[projector.kind] | {
+        f"deepstack/{number}/{ours}": f"v.deepstack.{block}.{theirs}"
+        for number, block in enumerate(vision.deepstack)
+        for ours, theirs in {"layer_norm": "norm", "linear_1": "fc1", "linear_2": "fc2"}.items()
+    }
 
 
 def tower_lacks(cfg: ModelConfig) -> str | None:
     """What of a model's tower or projector llama.cpp does not compute, whatever the widths; None where it does."""
-    vision, projector = cfg.vision, cfg.projector
-    assert vision is not None
-    assert projector is not None
-    kept = "patch" if vision.class_token else "full"
-    wrong = {f"tower with activation {vision.activation}": vision.activation not in (*_GELU, "quick_gelu", "silu")}
+    vision, projector = _seeing(cfg)
+    wrong = {
+        f"tower with activation {vision.activation}": vision.activation not in (*_GELU, "quick_gelu", "silu"),
+        f"images of {vision.channels} channels (3)": vision.channels != 3,
+        **(_patches_lack(vision) if vision.any_size else _square_lacks(cfg)),
+    }
     if projector.kind == "linear":
         wrong["projector with a bias"] = projector.bias
     else:
         wrong[f"projector with activation {projector.activation}"] = projector.activation not in _GELU
         wrong["projector without biases"] = not projector.bias
-    wrong |= {
+    return next((what for what, so in wrong.items() if so), None)
+
+
+def _square_lacks(cfg: ModelConfig) -> dict[str, bool]:
+    """What a tower for images of one size may have that is not computed -> whether it has."""
+    vision, projector = _seeing(cfg)
+    kept = "patch" if vision.class_token else "full"
+    wrong = {
         f"features of kind {cfg.feature_select!r} of such a tower ({kept!r})": cfg.feature_select != kept,
-        f"images of {vision.channels} channels (3)": vision.channels != 3,
         f"images of another size ({vision.image_size}) than its tower's positions ({vision.position_size})": (
             vision.position_size not in (0, vision.image_size)
         ),
@@ -208,7 +252,27 @@ def tower_lacks(cfg: ModelConfig) -> str | None:
         wrong[f"projector with layer norm eps {projector.norm_eps:g} ({_NORM_EPS:g})"] = projector.norm_eps != _NORM_EPS
     if projector.shuffles:
         wrong[f"pixel shuffle {projector.shuffle_version} (v2)"] = projector.shuffle_version != "v2"
-    return next((what for what, so in wrong.items() if so), None)
+    return wrong
+
+
+def _patches_lack(vision: VisionConfig) -> dict[str, bool]:
+    """The same of a tower for images of any size."""
+    whole = [i for i, shape in enumerate(vision.layers) if shape.window is None]
+    sides = {shape.window for shape in vision.layers} - {None}
+    window = _WINDOW // vision.patch_size // vision.merge
+    return {
+        f"patches of {vision.temporal} copies of an image ({_PATCHES})": vision.temporal != _PATCHES,
+        f"tokens of {vision.merge} x {vision.merge} patches ({_PATCHES} x {_PATCHES})": vision.merge != _PATCHES,
+        f"rotary base {vision.rope_theta:g} in a tower ({_TURNS:g})": vision.rope_theta != _TURNS,
+        f"blocks {whole} of {len(vision.layers)} that see whole images (every n-th)": _every(vision) is None,
+        f"windows of {sides} tokens a side ({window})": bool(sides - {window}),
+    }
+
+
+def _every(vision: VisionConfig) -> int | None:
+    """n where every n-th block sees a whole image and the others windows of it; None where it is otherwise."""
+    whole, count = [shape.window is None for shape in vision.layers], len(vision.layers)
+    return next((n for n in range(1, count + 2) if whole == [(i + 1) % n == 0 for i in range(count)]), None)
 
 
 def tower_misfit(vision: VisionConfig) -> str | None:
@@ -221,13 +285,12 @@ def tower_fields(cfg: ModelConfig, cut: Mapping[str, int]) -> dict[str, Any]:
 
     `cut`: how an image becomes pieces, in a family that cuts, in the same names.
     """
-    vision, projector = cfg.vision, cfg.projector
-    assert vision is not None
-    assert projector is not None
+    vision, projector = _seeing(cfg)
+    size = vision.position_size if vision.any_size and vision.table else vision.image_size
     fields: dict[str, Any] = {
         "clip_has_vision_encoder": True,
-        "clip_projector_type": _GRAPHS[projector.kind],
-        "vision_image_size": vision.image_size,
+        "clip_projector_type": _graph(cfg),
+        "vision_image_size": size,
         "vision_patch_size": vision.patch_size,
         "vision_embedding_length": vision.hidden_size,
         "vision_feed_forward_length": max(shape.mlp for shape in vision.layers),
@@ -238,7 +301,13 @@ def tower_fields(cfg: ModelConfig, cut: Mapping[str, int]) -> dict[str, Any]:
         "vision_use_gelu": vision.activation in _GELU,
         "vision_use_silu": vision.activation == "silu",
     }
-    if projector.shuffles:
+    if vision.any_size:
+        fields["vision_spatial_merge_size"] = vision.merge
+        if _graph(cfg) == _WINDOWS:
+            fields["vision_n_wa_pattern"] = _every(vision)
+        else:
+            fields["vision_is_deepstack_layers"] = [i in vision.deepstack for i in range(len(vision.layers))]
+    elif projector.shuffles:
         fields["vision_projector_scale_factor"] = projector.downsample
     else:  # without it LLaVA's graph leaves the last block out
         fields["clip.vision.feature_layer"] = [len(vision.layers)]

@@ -7,6 +7,7 @@ from typing import Any
 
 from vlmprune_jax.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.errors import UserError
+from vlmprune_jax.families import gguf
 from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
 from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.families.llava import RECIPE
@@ -167,6 +168,7 @@ QWEN2_5_VL = Family(
         _text_to_hf,
         llama_like_weights,
         derives_head_dim=("transformers", "vllm"),
+        gguf=(gguf.QWEN2VL,),
     ),
     stock=Stock(
         "Qwen2_5_VLForConditionalGeneration",

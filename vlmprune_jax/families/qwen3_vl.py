@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmprune_jax.config import ModelConfig, TextConfig, VisionConfig
+from vlmprune_jax.families import gguf
 from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
 from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.families.llava import RECIPE
@@ -120,7 +121,14 @@ QWEN3_VL = Family(
     image_processors=("Qwen2VL",),
     images="patches",
     recipe={**RECIPE, "data": {"max_length": 4096, "max_image_tokens": 1280}},
-    decoder=Decoder(_DECODER, "Qwen3VLForConditionalGeneration", _text_from_hf, layers_to_hf, llama_like_weights),
+    decoder=Decoder(
+        _DECODER,
+        "Qwen3VLForConditionalGeneration",
+        _text_from_hf,
+        layers_to_hf,
+        llama_like_weights,
+        gguf=(gguf.QWEN3VL,),
+    ),
     stock=Stock(
         "Qwen3VLForConditionalGeneration",
         "AutoModelForImageTextToText",

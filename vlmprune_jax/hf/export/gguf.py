@@ -19,12 +19,12 @@ from vlmprune_jax.families import Family, family_of
 from vlmprune_jax.families.decoders import decoder_of
 from vlmprune_jax.families.gguf import (
     TOWER,
-    TOWER_TENSORS,
     Architecture,
     projector_tensors,
     tower_fields,
     tower_lacks,
     tower_misfit,
+    tower_tensors,
 )
 from vlmprune_jax.families.table import JsonDict, Weight
 from vlmprune_jax.families.towers import vision_of
@@ -55,6 +55,7 @@ BLOCK = 32
 _CHUNK = 2**24  # values of a tensor that are quantised at a time: gguf's quantisers hold it several times over
 _ALIGNMENT = 32
 _NO_LEAF = "v.class_embd"
+_FILTERS = "v.patch_embd.weight"
 # Tensors whose rows are in pairs where an architecture interleaves them.
 ROTATED = ("attn_q", "attn_k")
 
@@ -104,7 +105,7 @@ def make_gguf(
     label = plain if quantize == "none" else quantize.upper()
     vocabulary = make_vocabulary(source, cfg, family)
     about = {"name": title(name, vocabulary.fast), **licence(source)}
-    fields = {"type": "model", **about, **file_type(label), **text_fields(wide.text), **vocabulary.fields}
+    fields = {"type": "model", **about, **file_type(label), **text_fields(wide), **vocabulary.fields}
     tensors = _tensors(model, wide, family, "text", architecture.tensors, plain, quantize, architecture.interleaved)
     tensors += _constants(wide.text, architecture, tensors)
     stem = re.sub(r"[^\w.+-]+", "-", name.rpartition("/")[2])
@@ -130,11 +131,12 @@ def _tower(
     plain = plain if plain == "F32" else "F16"
     fields = {"type": "mmproj", **about, **file_type(plain), **pixels(wide, family, source)}
     fields |= tower_fields(wide, cut(family, source))
-    assert wide.projector is not None
-    tensors = _tensors(model, wide, family, "vision", TOWER_TENSORS, plain)
+    tensors = _tensors(model, wide, family, "vision", tower_tensors(wide), plain)
     if rolled and vision.class_token:
         tensors = [_rolled(one) if one.key.startswith("v.position_embd") else one for one in tensors]
-    tensors += _tensors(model, wide, family, "projector", projector_tensors(wide.projector), plain)
+    if vision.any_size:
+        tensors = [part for one in tensors for part in (_copies(one) if one.key == _FILTERS else (one,))]
+    tensors += _tensors(model, wide, family, "projector", projector_tensors(wide), plain)
     return GgufFile(f"{stem}-{plain.lower()}.gguf", TOWER, fields, tensors, vision.layers, tower_remarks(wide, rolled))
 
 
@@ -142,6 +144,22 @@ def _rolled(table: Tensor) -> Tensor:
     """The position table with the first row, the class token's, behind all others."""
     fetch = lambda: np.roll(table.fetch(), -(table.n_bytes // table.shape[0]))  # noqa: E731
     return dataclasses.replace(table, fetch=fetch)
+
+
+def _copies(filters: Tensor) -> list[Tensor]:
+    """Filters of patches [vision, channel, copy, row, column], of which a file holds a tensor for each copy."""
+    vision, channels, copies, *sides = filters.shape
+
+    def one(number: int) -> Tensor:
+        fetch = lambda: np.ascontiguousarray(filters.fetch().reshape(vision * channels, copies, -1)[:, number])  # noqa: E731
+        return Tensor(copy_of(number), filters.dtype, (vision, channels, *sides), filters.n_bytes // copies, fetch)
+
+    return [one(number) for number in range(copies)]
+
+
+def copy_of(number: int) -> str:
+    """Name of the filters of patches for one copy of the image."""
+    return f"{_FILTERS}.{number}" if number else _FILTERS
 
 
 def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
@@ -210,7 +228,7 @@ def _padded_text(text: TextConfig, architecture: Architecture) -> TextConfig:
 
 def _padded_tower(vision: VisionConfig) -> VisionConfig:
     whole = vision.hidden_size // vision.head_dim
-    return vision.with_layers([LayerShape(whole, whole, shape.mlp) for shape in vision.layers])
+    return vision.with_layers([LayerShape(whole, whole, shape.mlp, shape.window) for shape in vision.layers])
 
 
 # Tensors --------------------------------------------------------------------------------------------------------------

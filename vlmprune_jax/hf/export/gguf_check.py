@@ -19,9 +19,9 @@ from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.distributed.mesh import on_process_zero, whole
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import family_of
-from vlmprune_jax.families.gguf import NAME, TOWER_TENSORS, WHEEL, projector_tensors
+from vlmprune_jax.families.gguf import NAME, WHEEL, projector_tensors, tower_tensors
 from vlmprune_jax.families.towers import vision_of
-from vlmprune_jax.hf.export.gguf import ROTATED, fit, neighbours, under_names
+from vlmprune_jax.hf.export.gguf import ROTATED, copy_of, fit, neighbours, under_names
 from vlmprune_jax.hf.export.gguf_metadata import context_length
 from vlmprune_jax.hf.export.reload import TOLERANCE, random_inputs
 from vlmprune_jax.hf.layout import make_slots
@@ -185,14 +185,19 @@ def read_gguf(folder: Path, cfg: ModelConfig, uneven: str, rolled_positions: boo
     architecture, wide = fit(cfg, uneven)
     family = under_names(family_of(cfg), "text", architecture.tensors)
     if wide.vision is not None and wide.projector is not None:
-        family = under_names(family, "vision", TOWER_TENSORS)
-        family = under_names(family, "projector", projector_tensors(wide.projector))
+        family = under_names(family, "vision", tower_tensors(wide))
+        family = under_names(family, "projector", projector_tensors(wide))
     tensors = {one.name: one for path in folder.glob("*.gguf") for one in GGUFReader(path).tensors}
+
+    def stored(key: str, shape: tuple[int, ...]) -> np.ndarray:
+        if len(shape) == 5:  # filters with a matrix for each copy of the image, each a tensor
+            rows, channels, copies, *sides = shape
+            return np.stack([stored(copy_of(n), (rows, channels, *sides)) for n in range(copies)], axis=2)
+        return dequantize(tensors[key].data, tensors[key].tensor_type).reshape(shape)
+
     flat: dict[str, Any] = {}
     for slot in make_slots(wide, family):
-        tensor = tensors[slot.key]
-        array = dequantize(tensor.data, tensor.tensor_type).reshape(slot.hf_shape)[slot.start : slot.stop]
-        array = array.reshape(slot.shape)
+        array = stored(slot.key, slot.hf_shape)[slot.start : slot.stop].reshape(slot.shape)
         if rolled_positions and slot.path == "vision/position_embedding/weight" and vision_of(wide).class_token:
             array = np.roll(array, 1, axis=0)
         if architecture.interleaved and slot.key.split(".")[-2] in ROTATED:

@@ -13,8 +13,10 @@ import numpy as np
 from vlmprune_jax.checked_files import read_text
 from vlmprune_jax.config import ModelConfig, TextConfig
 from vlmprune_jax.data.image_processor import checked_processor, processor_settings
+from vlmprune_jax.data.patching import Patching, patching_from_processor
 from vlmprune_jax.data.splitting import splitting_from_processor
 from vlmprune_jax.data.tiling import tiling_from_processor
+from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, family_of
 from vlmprune_jax.families.gguf import DROPPING_NAME, Architecture
 from vlmprune_jax.families.table import JsonDict
@@ -32,8 +34,9 @@ def file_type(label: str) -> JsonDict:
     return {"file_type": int(LlamaFileType[name]), "quantization_version": 2}
 
 
-def text_fields(text: TextConfig) -> JsonDict:
-    """Shapes and hyper-parameters of a decoder."""
+def text_fields(cfg: ModelConfig) -> JsonDict:
+    """Shapes and hyper-parameters of a model's decoder."""
+    text = cfg.text
 
     def widths(name: str) -> int | list[int]:
         column = [getattr(shape, name) for shape in text.layers]
@@ -54,6 +57,10 @@ def text_fields(text: TextConfig) -> JsonDict:
         "rope_freq_base": rope.theta,
         "layer_norm_rms_eps" if text.norm == "rms" else "layer_norm_eps": text.norm_eps,
     }
+    if rope.sections:
+        fields["rope_dimension_sections"] = [*rope.sections, 0]  # time, rows, columns, and what it has no use for
+    if cfg.deepstack:
+        fields["num_deepstack_layers"] = cfg.deepstack
     if rope.kind in ("linear", "yarn", "longrope"):
         fields["rope_scaling_type"] = rope.kind
     if rope.kind in ("linear", "yarn"):
@@ -76,6 +83,9 @@ def context_length(text: TextConfig) -> int:
 
 def pixels(cfg: ModelConfig, family: Family, source: Path) -> JsonDict:
     """Mean and deviation of the pixels: those of the folder's processor, where it is what runs."""
+    if family.images == "patches":
+        patching = _patching(source)
+        return {"vision_image_mean": list(patching.mean), "vision_image_std": list(patching.std)}
     mean, std = PIXELS[vision_of(cfg).kind]
     found = None if family.tiling is not None else _processor(source)
     if found is not None:
@@ -84,7 +94,10 @@ def pixels(cfg: ModelConfig, family: Family, source: Path) -> JsonDict:
 
 
 def cut(family: Family, source: Path) -> JsonDict:
-    """How an image becomes pieces, in a family that cuts images; see `tower_fields`."""
+    """How an image becomes pieces, in a family that cuts images, or how large one may be; see `tower_fields`."""
+    if family.images == "patches":
+        patching = _patching(source)
+        return {"vision_min_pixels": patching.min_pixels, "vision_max_pixels": patching.max_pixels}
     if family.tiling is not None:
         where = str(source / "config.json")
         tiling = family.tiling(read_fields(source / "config.json"), where)
@@ -96,6 +109,18 @@ def cut(family: Family, source: Path) -> JsonDict:
         return {"vision_preproc_image_size": splitting_from_processor(*found).longest}
     tiling = tiling_from_processor(*found)
     return {"vision_preproc_min_tiles": tiling.min_tiles, "vision_preproc_max_tiles": tiling.max_tiles}
+
+
+def _patching(source: Path) -> Patching:
+    """How images of any size become patches.
+
+    Raises:
+      UserError: the folder does not say.
+    """
+    found = _processor(source)
+    if found is None:
+        raise UserError(f"{source}: has no preprocessor_config.json, which says how large images may be: put it there")
+    return patching_from_processor(*found)
 
 
 def _processor(source: Path) -> tuple[Mapping[str, Any], str] | None:
@@ -156,9 +181,15 @@ def tower_remarks(cfg: ModelConfig, rolled: bool) -> tuple[str, ...]:
             "right for a right llama.cpp; `rolled_positions=True` makes one for such builds, in which each "
             "patch has its own position and the class token is the last patch still: try which of both answers better."
         )
+    vision = vision_of(cfg)
+    if vision.any_size:
+        side = vision.merge * vision.patch_size
+        need = f"sides that are multiples of {side} pixels, within the processor's limits, need no resizing."
+    else:
+        need = f"images of {vision.image_size} x {vision.image_size} pixels need neither."
     remarks.append(
         "llama.cpp prepares images by itself (padding and resizing may differ in the last bits from the processor's): "
-        f"images of {vision_of(cfg).image_size} x {vision_of(cfg).image_size} pixels need neither."
+        + need
     )
     if family_of(cfg).templates[0].behind_image:
         remarks.append(
