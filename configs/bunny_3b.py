@@ -15,7 +15,7 @@ The paper's AVG-% over nine benchmarks, and the recovery step as compiled: memor
 
   variant      pruned  SFT + L2   v5e:8x8 (15.75 GiB)              v5p:2x2x2 (95.74 GiB)
   depth,0.15    88.84     98.98   4.14 GiB, 0.03 h, 2.2 chip-h
-  depth,0.3     69.03     94.37
+  depth,0.3     69.03     94.37   3.55 GiB, 0.03 h, 1.9 chip-h
   width,0.15    90.87
   width,0.3     75.58
   width,0.45              90.48
