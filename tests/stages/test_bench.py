@@ -11,6 +11,7 @@ import pytest
 from gguf import GGUFWriter
 from gguf_cases import byte_tokenizer
 from hf_cases import LLAVA, make_folder
+from qwen_cases import make_qwen
 
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.hf.export.write import save
@@ -132,13 +133,21 @@ def test_a_process_that_ends_is_told_in_a_line(goldens, capsys, monkeypatch):
     assert "llava_hf in jax: its process ended (exit code 1): the model is damaged, or too large" in told
 
 
-@pytest.mark.slow
-def test_every_engine(tmp_path, capsys):
-    """One LLaVA, as a folder and as GGUF files, with an image; each engine in a process of its own."""
-    pytest.importorskip("xllamacpp")
+def make_llava(tmp_path):
     text = {**LLAVA["text_config"], "hidden_act": "silu", "vocab_size": 300, "max_position_embeddings": 512}
     folder = make_folder(tmp_path / "llava", {**LLAVA, "text_config": text, "projector_hidden_act": "gelu"})
     byte_tokenizer(folder, tuple(f"<{i}>" for i in range(44)))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make", [make_llava, lambda tmp_path: make_qwen(tmp_path, "qwen3_vl")[0]], ids=["llava", "qwen3_vl"]
+)
+def test_every_engine(tmp_path, capsys, make):
+    """One model, as a folder and as GGUF files, with an image; each engine in a process of its own."""
+    pytest.importorskip("xllamacpp")
+    folder = make(tmp_path)
     save(load(folder), tmp_path / "gguf", source_dir=folder, format="gguf", dtype="float32")
     flags = ["--prompt_tokens=250", "--new_tokens=8", "--rounds=2", "--threads=1"]
     out = tmp_path / "bench.json"
@@ -153,8 +162,8 @@ def test_every_engine(tmp_path, capsys):
         assert min(*one["prefill"], *one["decode"]) > 0
         assert one["prefill"][0] == pytest.approx(one["prompt_tokens"] / one["first_token"][0])
         assert 2**24 < one["peak_bytes"] < 2**30  # less than this process, which has all of them, and more than none
-    short = refusal(capsys, f"--model={tmp_path / 'gguf'}", "--prompt_tokens=40", "--threads=1")
-    assert "--prompt_tokens=40: an image and its chat template do not fit" in short
+    short = refusal(capsys, f"--model={tmp_path / 'gguf'}", "--prompt_tokens=12", "--threads=1")
+    assert "--prompt_tokens=12: an image and its chat template do not fit" in short
     files = [*(tmp_path / "gguf").glob("*.gguf")]
     assert found["sides"][2]["bytes"] == sum(file.stat().st_size for file in files)
     assert found["sides"][0]["bytes"] == (folder / "model.safetensors").stat().st_size

@@ -19,7 +19,7 @@ from vlmprune_jax.checked_files import open_file, parse_json, reading
 from vlmprune_jax.checks import suggest
 from vlmprune_jax.distributed.processor import cores, cpu
 from vlmprune_jax.errors import UserError, about, printable
-from vlmprune_jax.evaluation.speed import check_workload, prompts
+from vlmprune_jax.evaluation.speed import check_workload, grids_of, prompts
 from vlmprune_jax.families.gguf import ENGINE, TOWER, WHEEL
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint, has_weights
 from vlmprune_jax.hf.disk.dtypes import DTYPES
@@ -252,11 +252,10 @@ def _folder(model: str, vision_dir: str | None, workload: Workload) -> _Known:
     tokens = {"prompt": workload.prompt_tokens, "new_tokens": workload.new_tokens}
     with about(model):
         check_workload(cfg, **tokens, image=image, named="--")
-        if image and cfg.any_size:
-            raise UserError("engines are not shown images of any size here: time its text with --image=False")
     held = [folder, *([tower] if tower is not None and family.separate_vision and has_weights(tower) else [])]
     files = {entry.file for one in held for entry in Checkpoint(one).tensors.values()}
     ids, pixels = prompts(cfg, workload.prompt_tokens, 1, image)
+    grids = grids_of(cfg, 1) if image else None
     class_ = loader_class(read_fields(folder / "config.json"))
     stock = family.stock.name if family.stock is not None else None
     job = {
@@ -265,6 +264,8 @@ def _folder(model: str, vision_dir: str | None, workload: Workload) -> _Known:
         "dtype": workload.dtype,
         "ids": ids.tolist(),
         "pixels": None if pixels is None else list(pixels.shape),
+        "grids": None if grids is None else grids.tolist(),
+        "image_token": cfg.image_token_id,
         "loader": [_LOADERS, class_] if class_ is not None else ["transformers", stock],
         "loads": torch_loads(folder, tower),
         "by_row": family.stock is not None and family.stock.by_row,

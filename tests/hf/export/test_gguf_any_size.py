@@ -2,16 +2,16 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 from gguf import GGUFReader
 from gguf_cases import differences
-from hf_cases import edit_weights, keep_layers, keep_width, make_folder
+from hf_cases import keep_layers, keep_width
 from hf_cases import prune as prune_by_hand
 from llama_cpp import MARKER, llama_cpp
 from PIL import Image
+from qwen_cases import FAMILIES, LIMITS, make_qwen
 
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.errors import UserError
@@ -22,45 +22,6 @@ from vlmprune_jax.models.vlm import forward
 from vlmprune_jax.prune import KeptLayer
 
 pytest.importorskip("xllamacpp")
-FAMILIES = Path(__file__).parents[2] / "goldens/families"
-LIMITS = {"longest_edge": 40_000, "shortest_edge": 100}  # pixels of an image
-# What of the golden checkpoints llama.cpp has no place for, as the models that people use have it.
-USUAL = {
-    "qwen3_vl": {
-        "vision_config": {
-            "temporal_patch_size": 2, "hidden_act": "gelu_pytorch_tanh", "num_position_embeddings": 36,
-        },
-        "text_config": {"attention_bias": False},
-    },
-    "qwen2_5_vl": {
-        "vision_config": {"temporal_patch_size": 2, "hidden_act": "silu", "patch_size": 14, "window_size": 112},
-        "text_config": {},
-    },
-}  # fmt: skip
-
-
-def make(tmp_path, name, **changes):
-    """A folder of the family with random weights, and its model; `changes` of its vision_config."""
-    golden = FAMILIES / name / "ckpt"
-    config = json.loads((golden / "config.json").read_text())
-    for section, usual in USUAL[name].items():
-        config[section] |= usual
-    config["vision_config"] |= changes
-    folder = make_folder(tmp_path / name, config)
-    edit_weights(folder, lambda held: {key: value * _louder(key) for key, value in held.items()})
-    for path in golden.iterdir():
-        if path.name not in ("config.json", "model.safetensors"):
-            shutil.copy(path, folder)
-    processor = json.loads((folder / "processor_config.json").read_text())
-    names = ("patch_size", "temporal_patch_size")
-    processor["image_processor"] |= {"size": LIMITS, **{key: config["vision_config"][key] for key in names}}
-    (folder / "processor_config.json").write_text(json.dumps(processor))
-    return folder, load(folder)
-
-
-def _louder(key):
-    """llama.cpp's cache is in F16, of which large weights make more than the tolerance; places must still count."""
-    return np.float32(2 if "q_norm" in key else 1 if "norm" in key else 0.6)
 
 
 def compare(source, model, out, cells):
@@ -95,7 +56,7 @@ def compare(source, model, out, cells):
 @pytest.mark.parametrize(("name", "cells"), [("qwen3_vl", (7, 3)), ("qwen3_vl", (2, 2)), ("qwen2_5_vl", (5, 6))])
 def test_the_same_is_computed(tmp_path, name, cells):
     """More and fewer patches than the table has positions; whole windows and parts of some."""
-    source, model = make(tmp_path, name)
+    source, model = make_qwen(tmp_path, name)
     save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
     compare(source, model, tmp_path / "out", cells)
     assert check_gguf(model, tmp_path / "out", source_dir=source, uneven="per_layer")["backend"] == "llama.cpp"
@@ -120,7 +81,7 @@ def pruned(model, how):
     [("qwen3_vl", "layers"), ("qwen3_vl", "heads"), ("qwen3_vl", "tower"), ("qwen2_5_vl", "neurons")],
 )
 def test_pruned_models(tmp_path, name, how):
-    source, whole = make(tmp_path, name)
+    source, whole = make_qwen(tmp_path, name)
     model = pruned(whole, how)
     save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
     compare(source, model, tmp_path / "out", (4, 3))
@@ -128,7 +89,7 @@ def test_pruned_models(tmp_path, name, how):
 
 def test_limits_of_the_processor(tmp_path):
     """Larger images become as many tokens as here, by the limits in the file."""
-    source, model = make(tmp_path, "qwen3_vl")
+    source, model = make_qwen(tmp_path, "qwen3_vl")
     save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
     tower = GGUFReader(next((tmp_path / "out").glob("mmproj-*")))
     limits = [tower.fields[f"clip.vision.image_{name}_pixels"].contents() for name in ("min", "max")]
@@ -151,7 +112,7 @@ def test_limits_of_the_processor(tmp_path):
     ],
 )
 def test_what_is_not_computed(tmp_path, name, changes, said):
-    source, model = make(tmp_path, name, **changes)
+    source, model = make_qwen(tmp_path, name, **changes)
     with pytest.raises(UserError, match=f"llama.cpp has no {said}") as error:
         save(model, tmp_path / "out", source_dir=source, format="gguf")
     assert "\n" not in str(error.value)
@@ -159,7 +120,7 @@ def test_what_is_not_computed(tmp_path, name, changes, said):
 
 
 def test_biases_of_the_decoder(tmp_path):
-    source, model = make(tmp_path, "qwen3_vl")
+    source, model = make_qwen(tmp_path, "qwen3_vl")
     biased = shutil.copytree(FAMILIES / "qwen3_vl/ckpt", tmp_path / "biased")
     with pytest.raises(UserError, match=r"qwen3vl has no biases .qkv_bias, out_bias."):
         save(load(biased), tmp_path / "out", source_dir=biased, format="gguf")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib
+import inspect
 import io
 from collections.abc import Callable
 from typing import Any
@@ -19,13 +20,18 @@ Job = dict[str, Any]
 
 
 def in_jax(job: Job) -> Program:
-    """Our forward pass, compiled. `job`: model, vision_dir, dtype, ids, pixels (a shape, or None), new_tokens."""
+    """Our forward pass, compiled.
+
+    `job`: model, vision_dir, dtype, ids, pixels (a shape, or None), grids (of images of any size, or None),
+    image_token, new_tokens.
+    """
     from vlmprune_jax.hf.read import load
     from vlmprune_jax.models.generate import compile_generation
 
     model = load(job["model"], vision_dir=job["vision_dir"], dtype=job["dtype"])
     ids = np.asarray(job["ids"], np.int32)
-    return compile_generation(model, ids, pixel_values=_pixels(job), max_new_tokens=job["new_tokens"] + 1)
+    images = {"pixel_values": _pixels(job), "image_grid_thw": job["grids"] and np.asarray(job["grids"])}
+    return compile_generation(model, ids, **images, max_new_tokens=job["new_tokens"] + 1)
 
 
 class InTransformers:
@@ -44,6 +50,10 @@ class InTransformers:
         self.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if pixels is not None:
             shown = torch.from_numpy(pixels if job["by_row"] else pixels[:, 0])
+            if job["grids"]:
+                shown, self.inputs["image_grid_thw"] = shown[0], torch.tensor(job["grids"][0])
+                if "mm_token_type_ids" in inspect.signature(self.model.forward).parameters:  # from version 5 on
+                    self.inputs["mm_token_type_ids"] = (ids == job["image_token"]).int()
             self.inputs["pixel_values"] = shown.to(self.model.dtype)
         self.new_tokens = job["new_tokens"]
         self.mode, self.settings = torch.inference_mode, transformers.GenerationConfig
@@ -149,6 +159,6 @@ ENGINES: dict[str, Callable[[Job], Program]] = {
 
 
 def _pixels(job: Job) -> np.ndarray | None:
-    """float32[1, 1, channels, height, width] of noise, or None."""
+    """float32[1, 1, channels, height, width] (or [1, 1, patches, values]) of noise, or None."""
     shape: list[int] | None = job["pixels"]
     return None if shape is None else np.random.default_rng(0).standard_normal(tuple(shape), np.float32)
