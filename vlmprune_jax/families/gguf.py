@@ -258,14 +258,14 @@ def _square_lacks(cfg: ModelConfig) -> dict[str, bool]:
 def _patches_lack(vision: VisionConfig) -> dict[str, bool]:
     """The same of a tower for images of any size."""
     whole = [i for i, shape in enumerate(vision.layers) if shape.window is None]
-    sides = {shape.window for shape in vision.layers} - {None}
+    sides = sorted({shape.window for shape in vision.layers if shape.window is not None})
     window = _WINDOW // vision.patch_size // vision.merge
     return {
         f"patches of {vision.temporal} copies of an image ({_PATCHES})": vision.temporal != _PATCHES,
         f"tokens of {vision.merge} x {vision.merge} patches ({_PATCHES} x {_PATCHES})": vision.merge != _PATCHES,
         f"rotary base {vision.rope_theta:g} in a tower ({_TURNS:g})": vision.rope_theta != _TURNS,
         f"blocks {whole} of {len(vision.layers)} that see whole images (every n-th)": _every(vision) is None,
-        f"windows of {sides} tokens a side ({window})": bool(sides - {window}),
+        f"windows of {', '.join(map(str, sides))} tokens a side ({window})": sides not in ([], [window]),
     }
 
 
