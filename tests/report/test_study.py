@@ -55,6 +55,9 @@ def test_without_rows_nothing_can_be_said():
         assert (one.verdict, one.comparisons) == ("cannot be said", ())
     alone = concluded([model for model in rows() if model["seed"] == 0])  # one pair has no interval
     assert {one.verdict for one in alone.values()} == {"cannot be said"}
+    (silent,) = [line for line in as_markdown("mine", sweep([])).splitlines() if "no rows" in line]
+    assert silent.startswith("The sweep has no rows that speak of: 1. Without")
+    assert silent.count(";") == len(alone) - 1
     assert alone["1"].comparisons[0].effect == pytest.approx(-10.0)
 
 

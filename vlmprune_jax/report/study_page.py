@@ -50,14 +50,17 @@ def as_markdown(name: str, sweep: Json) -> str:
     seeds = len({point.seed for point in points} - {None}) or 1
     about = f"{len(points)} models of {seeds} seeds, by the paper's criteria: {measured(sweep)}."
     lines = [f"{_HEADING}{name}", "", about, ""]
-    for one in conclude(points):
-        lines += [f"**{one.claim}**: {one.verdict}{'' if one.comparisons else ', the sweep has no such rows'}.", ""]
-        if one.comparisons:
-            lines += [f"| where | pairs | {one.effect} | 95 % | |", "|---|---|---|---|---|"]
-            for row in one.comparisons:
-                interval = "" if row.interval is None else f"{row.interval[0]:.2f} to {row.interval[1]:.2f}"
-                lines.append(f"| {row.where} | {row.pairs} | {row.effect:.2f} | {interval} | {row.verdict} |")
-            lines.append("")
+    found = conclude(points)
+    for one in (one for one in found if one.comparisons):
+        lines += [f"**{one.claim}**: {one.verdict}.", ""]
+        lines += [f"| where | pairs | {one.effect} | 95 % | |", "|---|---|---|---|---|"]
+        for row in one.comparisons:
+            interval = "" if row.interval is None else f"{row.interval[0]:.2f} to {row.interval[1]:.2f}"
+            lines.append(f"| {row.where} | {row.pairs} | {row.effect:.2f} | {interval} | {row.verdict} |")
+        lines.append("")
+    silent = "; ".join(one.claim for one in found if not one.comparisons)
+    if silent:
+        lines += [f"The sweep has no rows that speak of: {silent}.", ""]
     return "\n".join(lines + perplexity_lines(sweep))
 
 
