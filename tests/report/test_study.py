@@ -210,3 +210,14 @@ def test_a_figure_has_a_line_for_what_is_compared(changes, titles, lines):
     assert [axes.get_title("left") for axes in figure.axes] == titles
     assert lines <= {text.get_text() for text in figure.legends[0].get_texts()}
     assert study_figure(sweep(one for one in models if one["decoder_ratio"] < 0.2)) is None
+
+
+def test_a_figure_where_layers_were_counted():
+    """Ratios are the axis, not lines, also where none was asked for."""
+    models = []
+    for level, retained in ((0.15, 90.0), (0.45, 40.0)):
+        one = row("depth", level, "none", retained)
+        models.append({**one, "ratio_asked": None, "labels": {**one["labels"], "ratio": f"{level}"}})
+    figure = study_figure(sweep(models))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["none"]
+    assert [axes.get_title("left") for axes in figure.axes] == ["depth"]

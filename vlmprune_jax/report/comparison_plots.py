@@ -65,7 +65,9 @@ def series_of(groups: Sequence[Group]) -> dict[str, str]:
         name = f"{first['method']}, {first['criterion']}" if first["method"] in several else first["method"]
         name = f"{name} of {first['model'].rstrip('/').rpartition('/')[2]}" if len(models) > 1 else name
         series[group.name] = name
-        places.setdefault((name, way_of(group), first["data_fraction"], first["ratio_asked"]), []).append(group)
+        asked = first["ratio_asked"]  # not where layers were counted
+        share = round(group.mean("decoder_ratio"), 3) if asked is None else asked
+        places.setdefault((name, way_of(group), first["data_fraction"], share), []).append(group)
     extra = dict.fromkeys(label for at in places.values() for label in _differing(at))
     for group in groups:
         told = (group.labels[label] for label in extra if label in group.labels)
