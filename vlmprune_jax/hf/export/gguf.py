@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.checked_files import read_bytes
 from vlmprune_jax.config import LayerShape, ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import Family, family_of
@@ -30,7 +29,6 @@ from vlmprune_jax.families.table import JsonDict, Weight
 from vlmprune_jax.families.towers import vision_of
 from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES, file_name
 from vlmprune_jax.hf.disk.tensors import Tensor
-from vlmprune_jax.hf.disk.verified import CheckedFile
 from vlmprune_jax.hf.export.gguf_metadata import (
     cut,
     file_type,
@@ -53,7 +51,6 @@ from vlmprune_jax.models.vlm import Model
 # Values of a row that share a scale, in every type of `quantize`.
 BLOCK = 32
 _CHUNK = 2**24  # values of a tensor that are quantised at a time: gguf's quantisers hold it several times over
-_ALIGNMENT = 32
 _NO_LEAF = "v.class_embd"
 _FILTERS = "v.patch_embd.weight"
 # Tensors whose rows are in pairs where an architecture interleaves them.
@@ -371,42 +368,3 @@ def _constants(text: TextConfig, architecture: Architecture, tensors: Sequence[T
         embedding = next(tensor for tensor in tensors if tensor.key == "token_embd.weight")
         made.append(dataclasses.replace(embedding, key="output.weight"))
     return made
-
-
-# Files ----------------------------------------------------------------------------------------------------------------
-
-
-def write_gguf(one: GgufFile, folder: Path) -> None:
-    """Write a file, a tensor in memory at a time, every block read back and compared."""
-    with CheckedFile(folder / one.name) as file:
-        header = _header(one, folder)
-        file.write(header + bytes(-len(header) % _ALIGNMENT))
-        for tensor in one.tensors:
-            data = tensor.fetch()
-            assert data.nbytes == tensor.n_bytes, f"{tensor.key}: {data.nbytes} bytes, {tensor.n_bytes} announced"
-            file.write(data)
-            file.write(bytes(-data.nbytes % _ALIGNMENT))
-
-
-def _header(one: GgufFile, folder: Path) -> bytes:
-    """Everything before the tensors; gguf writes it to a file only, which nothing would read back."""
-    from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
-
-    writer = GGUFWriter(None, one.architecture)
-    for name, value in one.fields.items():
-        if "." in name:
-            (writer.add_array if isinstance(value, list) else writer.add_uint32)(name, value)
-        else:
-            getattr(writer, f"add_{name}")(RopeScalingType(value) if name == "rope_scaling_type" else value)
-    for tensor in one.tensors:
-        kind = GGMLQuantizationType[tensor.dtype]
-        writer.add_tensor_info(tensor.key, tensor.shape, np.dtype(np.float32), tensor.n_bytes, kind)
-    path = folder / f"{one.name}.header"
-    try:
-        writer.write_header_to_file(path)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
-        return read_bytes(path)
-    finally:
-        path.unlink(missing_ok=True)

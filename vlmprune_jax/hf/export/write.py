@@ -28,8 +28,9 @@ from vlmprune_jax.hf.disk.storage import Storage
 from vlmprune_jax.hf.disk.tensors import Tensor, encoded, split_shards, weight, write_weights
 from vlmprune_jax.hf.export.card import loading_of, model_name, write_card
 from vlmprune_jax.hf.export.convert import more_words
-from vlmprune_jax.hf.export.gguf import make_gguf, write_gguf
+from vlmprune_jax.hf.export.gguf import make_gguf
 from vlmprune_jax.hf.export.gguf_card import gguf_loading
+from vlmprune_jax.hf.export.gguf_file import write_gguf
 from vlmprune_jax.hf.export.imatrix import Importance, check_imatrix, imatrix_file
 from vlmprune_jax.hf.export.quantized import make_storage, quantized_loading
 from vlmprune_jax.hf.export.target import Plan, Target, check_options, copy_always, make_target, write_files
