@@ -158,9 +158,8 @@ def test_a_language_model_is_joined_with_a_tower(tmp_path):
 @pytest.mark.usefixtures("optimized")
 def test_the_demo_reaches_its_numbers(tmp_path, capsys):
     """The teacher answers >= 99 % of all 9,673 questions. Pruned in depth it is worse, in width by three quarters of
-    the answers, two thirds of which reconstruction wins back; trained with SFT + L2 on 5 % of the data the models
-    retain >= 99 % (depth) and, reconstructed, >= 97 % (width) of the teacher's. The demo's other arms, SFT alone and
-    width without reconstruction, would take twice this test's minutes.
+    the answers, two thirds of which reconstruction wins back; trained with SFT + L2 on 5 % of the data the model with
+    fewer layers retains >= 99 % of the teacher's. The demo's other arms would take three times this test's minutes.
     """
     config = tmp_path / "demo.py"
     config.write_text("""
@@ -170,6 +169,7 @@ from vlmprune_jax.demo.experiment import get_config as demo
 def get_config():
     config = demo()
     del config.recover_variants.sft, config.prune_variants.width
+    config.prune_variants.width_solved.recover = {"method": "none"}
     config.speed.rounds = 1
     return config
 """)
@@ -178,13 +178,11 @@ def get_config():
     assert result["teacher"]["questions"] == 9_673
     assert result["teacher"]["accuracy"] >= 0.99
     runs = {run["name"]: run for run in result["runs"]}
-    bounds = {"depth": ((95, 98), 99), "width_solved": ((20, 32), 97)}
-    for name, ((low, high), recovered) in bounds.items():
+    for name, (low, high) in {"depth": (95, 98), "width_solved": (20, 32)}.items():
         assert low < runs[name]["retained"] < high
-        run = runs[f"{name}-sft_l2"]
-        assert run["retained"] >= recovered
-        assert run["data_fraction"] == 0.05
-        assert 0.54 < run["decoder_ratio"] < 0.58
+        assert 0.54 < runs[name]["decoder_ratio"] < 0.58
+    assert runs["depth-sft_l2"]["retained"] >= 99
+    assert runs["depth-sft_l2"]["data_fraction"] == 0.05
     assert 72 < runs["width_solved-reconstructed"]["retained"] < 85
     assert result["best"] == "depth-sft_l2"
     assert result["export"]["max_abs_logit_difference"] < 1e-4
