@@ -186,10 +186,14 @@ def test_perplexities_stand_in_a_table_over_seeds():
     found["unpruned"]["models/teacher"]["evaluation"]["scores"]["text"] = {"perplexity": 10.0}
     found["sets"]["text"]["full"] = None  # as perplexity has none: averages leave it out
     assert "by the paper's criteria: accuracy of questions.\n" in as_markdown("study", found)
+    found["models"].append(text(row("width", 0.45, "none", 60.0), 1e6))
+    found["models"].append(text(row("width", 0.45, "none", 60.0, solved=True), 600.0))
     table = as_markdown("study", found).split("**Perplexity of text**, 10.00 unpruned.")[1].split("\n")
     assert table[4:] == [
         "| depth, block_influence | 16.0 % | nothing | 2 | 40.00 | 4.00 |  |",
         "| depth, block_influence | 16.0 % | reconstruct + sft_l2, 5 % of the data | 1 | 60.00 | 6.00 | 1.50 |",
+        "| width, taylor | 46.0 % | nothing | 1 | 1,000,000 | 100,000 |  |",
+        "| width, taylor | 46.0 % | reconstruct | 1 | 600.00 | 60.00 | 0.0006 |",
         "",
     ]
 

@@ -138,7 +138,7 @@ def perplexity_lines(sweep: Json) -> list[str]:
                 cells.setdefault((*_cut(row), *_done_to(row)), []).append(row)
         if not cells:
             continue
-        told = ", ".join(f"{value:.2f}" for value in before.values())
+        told = ", ".join(_short(value) for value in before.values())
         lines += [f"**Perplexity of {name}**, {told} unpruned.", ""]
         lines += ["| cut | of the decoder | after | models | perplexity | x unpruned | x cut alone |"]
         lines += ["|---|---|---|---|---|---|---|"]
@@ -147,11 +147,18 @@ def perplexity_lines(sweep: Json) -> list[str]:
             rows, plain = cells[key], means.get((*key[:4], "none", "none", 0.0))
             value = _mean(means[key])
             share = 100 * float(np.mean([row["decoder_ratio"] for row in rows]))
-            alone = "" if plain is None or plain is means[key] else f"{value / _mean(plain):.2f}"
-            line = (f"{key[1]}, {key[2]}", f"{share:.1f} %", _words(*key[4:]), f"{len(rows)}", f"{value:.2f}")
-            lines.append(f"| {' | '.join((*line, f'{value / before[key[0]]:.2f}', alone))} |")
+            alone = "" if plain is None or plain is means[key] else _short(value / _mean(plain))
+            line = (f"{key[1]}, {key[2]}", f"{share:.1f} %", _words(*key[4:]), f"{len(rows)}", _short(value))
+            lines.append(f"| {' | '.join((*line, _short(value / before[key[0]]), alone))} |")
         lines.append("")
     return lines
+
+
+def _short(value: float) -> str:
+    """With two decimals, from 1,000 without, and with one digit where two decimals would be zero."""
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if value >= 0.01 else f"{value:.1g}"
 
 
 def _cut(row: Json) -> tuple[Any, ...]:
