@@ -78,7 +78,7 @@ def _flops_ratio(family: str) -> float:
     from vlmprune_jax.models.params import param_shapes
     from vlmprune_jax.recovery.flops import step_flops
     from vlmprune_jax.recovery.trainable import assign_groups, with_lora
-    from vlmprune_jax.stages.tpu_fit import predict_plan
+    from vlmprune_jax.stages.tpu_case import predict_plan
 
     experiment = override(override(Experiment(), SETTINGS), {"prune": {"method": "depth", "ratio": 0.15}})
     if family == "internvl":  # as its recipe: the teacher looks at the images as well

@@ -52,7 +52,7 @@ def row(family: str, topology: str) -> str:
     from vlmprune_jax.hf.read import read_config
     from vlmprune_jax.models.params import layer_axes, layer_shapes
     from vlmprune_jax.prune import layers, reconstruction, ridge
-    from vlmprune_jax.stages.tpu_fit import predict_plan
+    from vlmprune_jax.stages.tpu_case import predict_plan
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODELS[family]))

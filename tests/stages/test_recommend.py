@@ -17,7 +17,7 @@ from vlmprune_jax.experiment.variants import check_experiment
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.stages.recommend import parse_bytes, parse_share
-from vlmprune_jax.stages.tpu_fit import predict_plan
+from vlmprune_jax.stages.tpu_case import predict_plan
 
 DEEP = {"num_hidden_layers": 16, "intermediate_size": 200, "hidden_size": 96, "head_dim": 16}
 

@@ -35,7 +35,7 @@ from vlmprune_jax.recovery.flops import step_flops
 from vlmprune_jax.recovery.objective import needs_teacher
 from vlmprune_jax.recovery.program import make_program
 from vlmprune_jax.recovery.step import TrainState, step_context
-from vlmprune_jax.stages import tpu_fit
+from vlmprune_jax.stages import tpu_case, tpu_fit
 
 ROWS, LENGTH = 8, 12
 
@@ -141,7 +141,7 @@ def test_predicted_shapes_are_those_of_any_scores(method, changes):
     cfg = cases.config(layers=8)
     cfg = cfg.with_layers([cfg.text.layers[0]] * 8)
     experiment = override(Experiment(), {"prune": {"method": method, **changes}})
-    predicted = tpu_fit.predict_plan(experiment, cfg)
+    predicted = tpu_case.predict_plan(experiment, cfg)
     scores = Scores("random", shape_digest(cfg), {"gqa": "groups"}, **random_scores(cfg, seed=5, gqa="groups"))
     plan = make_plan((scores, scores) if method == "hybrid" else scores, cfg, method=method, **changes)
     assert plan.layers != predicted.layers
@@ -219,9 +219,9 @@ def test_a_cached_teacher_takes_no_memory_and_no_arithmetic(experiment_file, mon
 
     def seen(step, *arguments):
         compiled_for.append(arguments)
-        return tpu_fit.Compiled(0, 0, {}, executed_flops(step.trace(*arguments).jaxpr.jaxpr), 0.0)
+        return tpu_case.Compiled(0, 0, {}, executed_flops(step.trace(*arguments).jaxpr.jaxpr), 0.0)
 
-    monkeypatch.setattr(tpu_fit, "compile_for_tpu", seen)
+    monkeypatch.setattr(tpu_case, "compile_for_tpu", seen)
     losses = {"ce": 0.5, "l2": 0.0, "kl": 0.5, "teacher_inputs": "own"}
     path = tmp_path / "cached.py"
     path.write_text(experiment_file.read_text().replace('{"ce": 0.5, "l2": 0.5}', repr(losses)))
@@ -257,7 +257,7 @@ def test_what_to_do_about_a_step_that_does_not_fit(experiment_file, monkeypatch,
     def refuse(*_):
         raise DoesNotFit(20 * 2**30, 16 * 2**30)
 
-    monkeypatch.setattr(tpu_fit, "compile_for_tpu", refuse)
+    monkeypatch.setattr(tpu_case, "compile_for_tpu", refuse)
     flags = [f"--config={experiment_file}", "--topology=v5e:2x2"]
     assert main(["plan", *flags]) == 2
     error = capsys.readouterr().err
@@ -274,7 +274,7 @@ def test_cached_features_take_the_tower_out_of_the_plan(experiment_file, monkeyp
         seen.append(([*state.params, *frozen, *flatten(teacher)], batch))
         raise DoesNotFit(20 * 2**30, 16 * 2**30)
 
-    monkeypatch.setattr(tpu_fit, "compile_for_tpu", refuse)
+    monkeypatch.setattr(tpu_case, "compile_for_tpu", refuse)
     flags = [f"--config={experiment_file}", "--topology=v5e:2x2"]
     assert main(["plan", *flags]) == main(["plan", *flags, "--config.data.feature_cache=features"]) == 2
     assert [any(path.startswith("vision/") for path in paths) for paths, _ in seen] == [True, False]
@@ -300,8 +300,8 @@ def test_a_search_doubles_rows_and_shrinks_the_slice(experiment_file, monkeypatc
 
     config = cases.settings(batch_size=64, remat="full")
     target = make_slice("v5e:4x4")
-    case = tpu_fit.Case(cases.config(), None, (0, 1), config, "float32", (1, -1, 1), (LENGTH,), (1,), target)
-    real = tpu_fit.Estimate(case, tpu_fit.Compiled(0, 0, {}, 1, 0.0), tpu_fit.StepFlops(1, 0, 0, 0))
+    case = tpu_case.Case(cases.config(), None, (0, 1), config, "float32", (1, -1, 1), (LENGTH,), (1,), target)
+    real = tpu_case.Estimate(case, tpu_case.Compiled(0, 0, {}, 1, 0.0), tpu_case.StepFlops(1, 0, 0, 0))
     monkeypatch.setattr(tpu_fit, "estimate", fake)
     said, compiled = [], []
     found = tpu_fit.search(case, said.append, {case: fake(case)})
@@ -317,12 +317,12 @@ def test_a_search_doubles_rows_and_shrinks_the_slice(experiment_file, monkeypatc
 
 def test_a_search_asks_the_compiler(experiment_file, monkeypatch, tmp_path, capsys):
     """Whether twice the rows fit; the step that does, of the smallest slice and without remat, is not compiled here."""
-    real, fitting = tpu_fit.compile_for_tpu, tpu_fit.Compiled(2**30, 8 * 2**30, {}, 10**12, 1.0)
+    real, fitting = tpu_case.compile_for_tpu, tpu_case.Compiled(2**30, 8 * 2**30, {}, 10**12, 1.0)
 
     def half(step, state, frozen, teacher, batch):
         return fitting if len(batch["input_ids"]) == 2048 else real(step, state, frozen, teacher, batch)
 
-    monkeypatch.setattr(tpu_fit, "compile_for_tpu", half)
+    monkeypatch.setattr(tpu_case, "compile_for_tpu", half)
     flags = [f"--config={experiment_file}", "--topology=v5e:2x2", "--search", f"--save={tmp_path / 'plan.json'}"]
     changes = {"data.max_length": 512, "recover.batch_size": 2048, "recover.accumulation": 1, "recover.remat": "none"}
     changes |= {"recover.losses.l2": 0.0, "recover.lora.dropout": 0.0}  # quicker to compile
@@ -340,9 +340,9 @@ def test_buckets_are_planned_by_the_largest(experiment_file, monkeypatch, capsys
 
     def fake(_, state, frozen, teacher, batch):
         seen.append(batch["input_ids"].shape)
-        return tpu_fit.Compiled(1, 1, {}, 10**12, 1.0)
+        return tpu_case.Compiled(1, 1, {}, 10**12, 1.0)
 
-    monkeypatch.setattr(tpu_fit, "compile_for_tpu", fake)
+    monkeypatch.setattr(tpu_case, "compile_for_tpu", fake)
     flags = [f"--config={experiment_file}", "--topology=v5e:2x2", "--records=80"]
     assert main(["plan", *flags]) == 0
     said = capsys.readouterr().out

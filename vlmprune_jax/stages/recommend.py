@@ -28,7 +28,7 @@ from vlmprune_jax.report.guide import Guide, Recommendation, recommend
 from vlmprune_jax.report.speed import bench_notes, bench_tables, read_bench
 from vlmprune_jax.stages.console import Reporter
 from vlmprune_jax.stages.ledger import write_text
-from vlmprune_jax.stages.tpu_fit import predict_plan
+from vlmprune_jax.stages.tpu_case import predict_plan
 
 UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _LARGE = 10**9  # parameters, from which weights are held in bfloat16
