@@ -39,6 +39,7 @@ def test_pope_counts_by_f1():
     samples = [dict.fromkeys(("pope_accuracy", "pope_f1_score"), entry) for entry in entries]
     samples *= 20  # in fewer some samples hold no yes, and nothing is retained of 0
     (of,) = sets_of("pope", {"pope_accuracy": 1 / 3, "pope_f1_score": 0.5}, samples, {})
+    assert {type(value) for one in of.scores for value in one.values()} == {float}  # as eval/*.json is read again
     assert of.key == "pope_f1_score"
     assert of.makes(0.5)
     low, high = retained_interval(of.metric, of.scores, of.scores, of.records)

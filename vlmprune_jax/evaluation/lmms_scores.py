@@ -60,9 +60,8 @@ def _pair(entry: Any) -> dict[str, Any]:
 
 
 def _pope(entry: Any) -> Scores:
-    assert POPE.score is not None
     record = Record("", (), (), None, (entry["ground_truth"],), {"category": "all"})
-    return POPE.score(entry["prediction"], record.references, record)
+    return POPE.score_all([entry["prediction"]], [record])[0]
 
 
 # Metrics that count where a task has several, in this order; of other tasks the first counts.

@@ -302,11 +302,6 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else str(value)
 
 
-def _number(score: Any) -> Any:
-    """A question's score as the file holds it: some metrics of lmms-eval say true for 1."""
-    return float(score) if isinstance(score, bool) else score
-
-
 def _measure(answers: Path, original: Path, facts: Json, folder: Path, name: str) -> Json:
     """What the answers in a file are worth, by set, beside those of the unpruned model -> `eval/<name>.<set>.json`."""
     compared = original != answers and original.exists()
@@ -328,7 +323,7 @@ def _measure(answers: Path, original: Path, facts: Json, folder: Path, name: str
         if whole and is_quick(of.metric, of.scores):
             found[key]["retained_interval"] = retained_interval(of.metric, of.scores, before, of.records)
         names = dict.fromkeys(score for one in of.scores for score in one)
-        of_each = {score: [_number(one.get(score)) for one in of.scores] for score in names}
+        of_each = {score: [one.get(score) for one in of.scores] for score in names}
         written = {**found[key]["values"], **found[key], "answers": answers.name, "scores": of_each}
         write_members(folder / f"{name}.{key}.json", written)
     return found
