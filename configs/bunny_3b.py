@@ -14,8 +14,8 @@ data/ holds bunny_695k.json and images/, or give --config.data.train=tfds:DIR; 5
 The paper's AVG-% over nine benchmarks, and the recovery step as compiled: memory a chip, least time of the run.
 
   variant      pruned  SFT + L2   v5e:8x8 (15.75 GiB)              v5p:2x2x2 (95.74 GiB)
-  depth,0.15    88.84     98.98   4.14 GiB, 0.03 h, 2.2 chip-h
-  depth,0.3     69.03     94.37   3.55 GiB, 0.03 h, 1.9 chip-h
+  depth,0.15    88.84     98.98   4.14 GiB, 0.03 h, 2.2 chip-h     12.57 GiB, 0.12 h, 1.0 chip-h
+  depth,0.3     69.03     94.37   3.55 GiB, 0.03 h, 1.9 chip-h     11.16 GiB, 0.10 h, 0.8 chip-h
   width,0.15    90.87
   width,0.3     75.58
   width,0.45              90.48

@@ -16,7 +16,7 @@ The paper's AVG-% over nine benchmarks, and the recovery step as compiled: memor
 
   variant      pruned  SFT + L2   v5e:8x8 (15.75 GiB)              v5p:2x2x2 (95.74 GiB)
   depth,0.15    72.22     98.10   6.27 GiB, 0.08 h, 5.0 chip-h     19.70 GiB, 0.27 h, 2.2 chip-h
-  depth,0.3     69.18     96.38   5.39 GiB, 0.07 h, 4.4 chip-h
+  depth,0.3     69.18     96.38   5.40 GiB, 0.07 h, 4.4 chip-h     16.41 GiB, 0.23 h, 1.9 chip-h
   width,0.15    90.87
   width,0.3     79.88
   width,0.45              83.99

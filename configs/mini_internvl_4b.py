@@ -15,8 +15,8 @@ file or tfds:DIR; 5 % of it are 55,505 records. The reference ships no recovery 
 The paper's AVG-% over nine benchmarks, and the recovery step as compiled: memory a chip, least time of the run.
 
   variant      pruned  SFT + L2   v5e:8x8 (15.75 GiB)              v5p:2x2x2 (95.74 GiB)
-  depth,0.15    90.48   (99.12)   3.34 GiB, 0.17 h, 11.0 chip-h
-  depth,0.3     57.42   (95.96)   2.83 GiB, 0.15 h, 9.6 chip-h
+  depth,0.15    90.48   (99.12)   3.34 GiB, 0.17 h, 11.0 chip-h    19.38 GiB, 0.59 h, 4.7 chip-h
+  depth,0.3     57.42   (95.96)   2.82 GiB, 0.15 h, 9.6 chip-h     17.41 GiB, 0.51 h, 4.1 chip-h
   width,0.15    94.74
   width,0.3     73.72
   width,0.45            (86.22)
