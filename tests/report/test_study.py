@@ -225,3 +225,12 @@ def test_a_figure_where_layers_were_counted():
     figure = study_figure(sweep(models))
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["none"]
     assert [axes.get_title("left") for axes in figure.axes] == ["depth"]
+
+
+def test_a_band_ends_before_a_place_of_one_seed():
+    models = [row("depth", level, "none", 90.0 + seed, seed=seed) for level in (0.15, 0.3) for seed in range(2)]
+    figure = study_figure(sweep([*models, row("depth", 0.45, "none", 40.0)]))
+    (axes,) = figure.axes
+    (band,) = axes.collections
+    assert axes.lines[-1].get_xdata().max() == pytest.approx(46.0)
+    assert max(path.vertices[:, 0].max() for path in band.get_paths()) == pytest.approx(31.0)

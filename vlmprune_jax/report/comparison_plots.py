@@ -216,12 +216,13 @@ def curves_figure(
 
 
 def _curve(axes: Axes, groups: Sequence[Group], x: Cost, look: Mapping[str, Any]) -> None:
-    rows = [
-        (float(np.mean([x.of(model) for model in group.models])), *group.retained)
-        for group in groups
-        if group.retained is not None
-    ]
+    rows = []
+    for group in groups:
+        if group.retained is not None:
+            mean, *interval = group.retained if len(group.models) > 1 else (group.retained[0], np.nan, np.nan)
+            rows.append((float(np.mean([x.of(model) for model in group.models])), mean, *interval))
     places, means, lows, highs = np.transpose(sorted(rows))
+    # The band ends before a place of one seed, which says nothing of others.
     axes.fill_between(places, lows, highs, color=look["color"], alpha=0.18, linewidth=0)
     axes.plot(places, means, marker="o", markersize=4, linewidth=1.4, **look)
 
