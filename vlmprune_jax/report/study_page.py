@@ -48,7 +48,8 @@ def as_markdown(name: str, sweep: Json) -> str:
     """The conclusions of one sweep as a section of a page."""
     points = points_of(sweep)
     seeds = len({point.seed for point in points} - {None}) or 1
-    about = f"{len(points)} models of {seeds} {'seed' if seeds == 1 else 'seeds'}, by the paper's criteria: {measured(sweep)}."
+    of = "1 seed" if seeds == 1 else f"{seeds} seeds"
+    about = f"{len(points)} models of {of}, by the paper's criteria: {measured(sweep)}."
     lines = [f"{_HEADING}{name}", "", about, ""]
     found = conclude(points)
     for one in (one for one in found if one.comparisons):
