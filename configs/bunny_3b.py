@@ -16,13 +16,13 @@ The paper's AVG-% over nine benchmarks, and the recovery step as compiled: memor
   variant      pruned  SFT + L2   v5e:8x8 (15.75 GiB)              v5p:2x2x2 (95.74 GiB)
   depth,0.15    88.84     98.98   4.14 GiB, 0.03 h, 2.2 chip-h     12.57 GiB, 0.12 h, 1.0 chip-h
   depth,0.3     69.03     94.37   3.55 GiB, 0.03 h, 1.9 chip-h     11.16 GiB, 0.10 h, 0.8 chip-h
-  width,0.15    90.87
-  width,0.3     75.58
-  width,0.45              90.48
-  width,0.6               83.86
+  width,0.15    90.87             4.10 GiB, 0.03 h, 2.2 chip-h     14.32 GiB, 0.12 h, 0.9 chip-h
+  width,0.3     75.58             3.46 GiB, 0.03 h, 1.8 chip-h     13.41 GiB, 0.10 h, 0.8 chip-h
+  width,0.45              90.48   2.97 GiB, 0.02 h, 1.5 chip-h     11.95 GiB, 0.08 h, 0.6 chip-h
+  width,0.6               83.86   2.51 GiB, 0.02 h, 1.1 chip-h     11.06 GiB, 0.06 h, 0.5 chip-h
 
 A step: 128 rows of 2,048 tokens with an image in two micro-batches; one epoch of 5 % of the data, rows all that long.
-Cells that are empty were not compiled; by depth larger cuts need less. With a folder DIR that has a config.json:
+Larger cuts by depth need less. With a folder DIR that has a config.json:
 
   vlmprune plan --config=configs/bunny_3b.py:depth,0.15 --topology=v5e:8x8 \
       --config.model.hf_dir=DIR --records=34749

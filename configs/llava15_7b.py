@@ -17,13 +17,13 @@ The paper's AVG-% over nine benchmarks, and the recovery step as compiled: memor
   variant      pruned  SFT + L2   v5e:8x8 (15.75 GiB)              v5p:2x2x2 (95.74 GiB)
   depth,0.15    72.22     98.10   6.27 GiB, 0.08 h, 5.0 chip-h     19.70 GiB, 0.27 h, 2.2 chip-h
   depth,0.3     69.18     96.38   5.40 GiB, 0.07 h, 4.4 chip-h     16.41 GiB, 0.23 h, 1.9 chip-h
-  width,0.15    90.87
-  width,0.3     79.88
-  width,0.45              83.99
-  width,0.6               78.13
+  width,0.15    90.87             6.47 GiB, 0.08 h, 5.0 chip-h     22.75 GiB, 0.27 h, 2.2 chip-h
+  width,0.3     79.88             5.28 GiB, 0.07 h, 4.3 chip-h     21.63 GiB, 0.23 h, 1.9 chip-h
+  width,0.45              83.99   4.42 GiB, 0.06 h, 3.6 chip-h     19.30 GiB, 0.19 h, 1.6 chip-h
+  width,0.6               78.13   3.72 GiB, 0.05 h, 2.9 chip-h     17.64 GiB, 0.16 h, 1.3 chip-h
 
 A step: 128 rows of 2,048 tokens with an image in two micro-batches; one epoch of 5 % of the data, rows all that long.
-Cells that are empty were not compiled; by depth larger cuts need less. With a folder DIR that has a config.json:
+Larger cuts by depth need less. With a folder DIR that has a config.json:
 
   vlmprune plan --config=configs/llava15_7b.py:depth,0.15 --topology=v5e:8x8 \
       --config.model.hf_dir=DIR --records=33264

@@ -17,16 +17,16 @@ The paper's AVG-% over nine benchmarks, and the recovery step as compiled: memor
   variant      pruned  SFT + L2   v5e:8x8 (15.75 GiB)              v5p:2x2x2 (95.74 GiB)
   depth,0.15    90.48   (99.12)   3.34 GiB, 0.17 h, 11.0 chip-h    19.38 GiB, 0.59 h, 4.7 chip-h
   depth,0.3     57.42   (95.96)   2.82 GiB, 0.15 h, 9.6 chip-h     17.41 GiB, 0.51 h, 4.1 chip-h
-  width,0.15    94.74
-  width,0.3     73.72
-  width,0.45            (86.22)
-  width,0.6             (79.39)
+  width,0.15    94.74             3.56 GiB, 0.17 h, 10.9 chip-h    20.84 GiB, 0.58 h, 4.7 chip-h
+  width,0.3     73.72             3.46 GiB, 0.15 h, 9.3 chip-h     20.62 GiB, 0.50 h, 4.0 chip-h
+  width,0.45            (86.22)   3.36 GiB, 0.12 h, 7.7 chip-h     20.41 GiB, 0.41 h, 3.3 chip-h
+  width,0.6             (79.39)   3.25 GiB, 0.10 h, 6.1 chip-h     20.19 GiB, 0.33 h, 2.6 chip-h
 
 In brackets: the unpruned model's nine scores times one constant, no target. Widths were chosen on text alone there,
 here on records with images.
 
 A step: 128 rows of 4,096 tokens with 13 tiles in two micro-batches; one epoch of 5 % of the data, rows all that long.
-Cells that are empty were not compiled; by depth larger cuts need less. With a folder DIR that has a config.json:
+Larger cuts by depth need less. With a folder DIR that has a config.json:
 
   vlmprune plan --config=configs/mini_internvl_4b.py:depth,0.15 --topology=v5e:8x8 \
       --config.model.hf_dir=DIR --records=55505
