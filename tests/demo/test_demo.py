@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import easy_vqa
@@ -28,6 +29,7 @@ from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import forward, tower_features
 from vlmprune_jax.recovery.config import RecoverConfig
+from vlmprune_jax.recovery.metrics import read_metrics
 
 TEACHER = ROOT / "vlmprune_jax/demo/teacher"
 CONFIG = ROOT / "configs/easyvqa_pretrain.py"
@@ -73,13 +75,15 @@ def test_text_is_mixed_in():
     assert rows[0].turns[1][1] not in topics(1)
 
 
-def test_a_stage_of_text_alone_is_refused():
+def test_a_stage_of_text_alone_or_of_no_run_is_refused():
     with pytest.raises(UserError, match=r"stage s: text_share=1.0 must be at least 0 and below 1"):
         Stage("s", "train", 1, 0, 1, "none", ".*", RecoverConfig(steps=1), text_share=1.0)
+    with pytest.raises(UserError, match=r"stage s: runs=0 must be at least 1"):
+        Stage("s", "train", 1, 0, 1, "none", ".*", RecoverConfig(steps=1), runs=0)
 
 
 @pytest.mark.slow
-def test_pretraining_changes_what_a_stage_keeps_and_resumes(tmp_path, capsys):
+def test_pretraining_changes_what_a_stage_keeps_resumes_and_goes_on_until_it_is_learnt(tmp_path, capsys):
     config = tmp_path / "short.py"
     config.write_text(f'''
 import importlib.util
@@ -108,6 +112,16 @@ def get_config():
     again = flatten(load(tmp_path / "w/teacher").params)
     for path, leaf in after.items():
         np.testing.assert_array_equal(again[path], leaf, err_msg=path)
+    weights = (tmp_path / "w/teacher/model.safetensors").read_bytes()
+    stubborn = "text_share = 0.5\n    config.stages[1].update(until_loss=0, runs=2)"
+    config.write_text(config.read_text(encoding="utf-8").replace("text_share = 0.5", stubborn), encoding="utf-8")
+    capsys.readouterr()
+    assert main([*command, "--overwrite"]) == 2
+    message = r"stage words: its loss is \d\.\d+ after 2 runs, and the next stage needs 0: give it more `steps`"
+    assert re.search(message, capsys.readouterr().err)
+    first, second = (read_metrics(tmp_path / "w" / name / "metrics.jsonl")[-1] for name in ("words", "words-2"))
+    assert second["loss"] < first["loss"]
+    assert (tmp_path / "w/teacher/model.safetensors").read_bytes() == weights
 
 
 def test_a_language_model_is_joined_with_a_tower(tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ class Stage:
     record comes once with them and once with its image. `text_share`: of the rows, those of English text (`topics`)
     without any image, in batches of their own, as LLaVA's second stage has conversations.
     `keeps`: regex of the parameters that the next stage starts from; the others go back to what they were.
+    `until_loss`: a stage that ends with a larger loss is run again from where it came to, with its rows in another
+    order, at most `runs` times in all.
     """
 
     name: str
@@ -62,10 +65,21 @@ class Stage:
     training: RecoverConfig
     also_images: bool = False
     text_share: float = 0.0
+    until_loss: float = math.inf
+    runs: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.text_share < 1:
             raise UserError(f"stage {self.name}: text_share={self.text_share} must be at least 0 and below 1")
+        if self.runs < 1:
+            raise UserError(f"stage {self.name}: runs={self.runs} must be at least 1")
+
+    def again(self, number: int) -> Stage:
+        """Its run of a number, from 1: each has a name and an order of rows of its own."""
+        if number == 1:
+            return self
+        training = dataclasses.replace(self.training, seed=self.training.seed + number - 1)
+        return dataclasses.replace(self, name=f"{self.name}-{number}", training=training)
 
 
 def pretrain(
@@ -84,7 +98,7 @@ def pretrain(
     (`write_joined`). Every stage resumes from its own checkpoints in `workdir/<stage>`.
 
     Raises:
-      UserError: not just one of the two is given; see `write_joined`.
+      UserError: not just one of the two is given, or a stage does not come to its `until_loss`; see `write_joined`.
     """
     if (architecture is None) == (joined is None):
         raise UserError("pretraining starts from an architecture or from two joined folders: give one of them")
@@ -96,13 +110,30 @@ def pretrain(
         write_random(folder, architecture or {}, files["train"], seed=seed)
     model = load(folder)
     for stage in stages:
-        model = _train_stage(model, stage, files, folder, workdir / stage.name)
+        model = _learn(model, stage, files, folder, workdir)
     save(model, workdir / "teacher", source_dir=folder, dtype="float32", overwrite=overwrite)
     return workdir / "teacher"
 
 
-def _train_stage(model: Model, stage: Stage, files: Mapping[str, Path], folder: Path, workdir: Path) -> Model:
-    """The model after a stage; decoder layers beyond the stage's depth are left as they were, too."""
+def _learn(model: Model, stage: Stage, files: Mapping[str, Path], folder: Path, workdir: Path) -> Model:
+    """The model after as many runs of a stage as it takes."""
+    for number in range(1, stage.runs + 1):
+        run = stage.again(number)
+        model, loss = _train_stage(model, run, files, folder, workdir / run.name)
+        if loss <= stage.until_loss:
+            return model
+    raise UserError(
+        f"stage {stage.name}: its loss is {loss:.4g} after {stage.runs} runs, and the next stage needs "
+        f"{stage.until_loss:g}: give it more `steps` or `runs`, or another `seed`, in the config"
+    )
+
+
+def _train_stage(
+    model: Model, stage: Stage, files: Mapping[str, Path], folder: Path, workdir: Path
+) -> tuple[Model, float]:
+    """The model after a run of a stage, and the loss of its last step; decoder layers beyond the stage's depth are left
+    as they were, too.
+    """
     records = stage_records(stage, files)
     encoder = make_encoder(model.cfg, folder)
     if not any(record.images for record in records):
@@ -138,11 +169,11 @@ def _train_stage(model: Model, stage: Stage, files: Mapping[str, Path], folder: 
     cfg = model.cfg.with_layers(model.cfg.text.layers[: stage.decoder_layers])
     shallow = Model(stack_layers(layers[: stage.decoder_layers], rest, cfg), cfg)
     steps = stage.training.num_steps(len(records))
-    trained, _ = recover(shallow, batches, stage.training, workdir=workdir, num_steps=steps)
+    trained, summary = recover(shallow, batches, stage.training, workdir=workdir, num_steps=steps)
     first, rest = unstack_layers(trained.params, cfg)
     whole = flatten(stack_layers(first + layers[stage.decoder_layers :], rest, model.cfg))
     kept = {path: leaf for path, leaf in whole.items() if re.fullmatch(stage.keeps, path)}
-    return Model(unflatten({**flatten(model.params), **kept}), model.cfg)
+    return Model(unflatten({**flatten(model.params), **kept}), model.cfg), summary["last"]["loss"]
 
 
 def stage_records(stage: Stage, files: Mapping[str, Path]) -> list[Record]:
