@@ -35,7 +35,7 @@ def update_guide(path: Path, studies: Mapping[str, Json]) -> None:
 def with_study(guide: Guide, name: str, sweep: Json) -> Guide:
     """The guide with the rows of a sweep in place of those it had of that name."""
     vision = any("questions" in of for of in sweep["sets"].values())
-    source = Source("a sweep, by `vlmprune study`", measured(sweep), vision)
+    source = Source(f"{name}, a sweep, by `vlmprune study`", measured(sweep), vision)
     rows = [row for row in guide.evidence if row.source != name] + evidence_of(name, points_of(sweep))
     return dataclasses.replace(guide, sources={**guide.sources, name: source}, evidence=tuple(rows))
 
