@@ -33,7 +33,7 @@ test-fast: setup-test
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
 test-eval: .venv-eval/eval.stamp
-	OMP_NUM_THREADS=1 .venv-eval/bin/python -m pytest tests/evaluation/test_lmms_eval.py tests/evaluation/test_lmms_scores.py \
+	OMP_NUM_THREADS=1 .venv-eval/bin/python -m pytest tests/evaluation/lmms/test_eval.py tests/evaluation/lmms/test_scores.py \
 		tests/stages/test_lmms_backend.py tests/stages/test_tasks.py tests/data/test_datasets.py $(PYTEST_ARGS)
 
 # decord: lmms-eval's model of PyTorch, whose answers ours are compared with, imports it without requiring it.

@@ -46,7 +46,7 @@ def main() -> None:
     options = parser.parse_args()
     work = options.work.absolute()
     work.mkdir(parents=True)
-    (work / "config.py").write_text(CONFIG.format(steps=options.steps, cache=work / "cache"))
+    (work / "core/config.py").write_text(CONFIG.format(steps=options.steps, cache=work / "cache"))
     for command in ("score", "prune"):
         _run(work, command, "tower0")
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
@@ -76,9 +76,9 @@ def _flops_ratio(family: str) -> float:
     from vlmprune_jax.experiment.spec import Experiment
     from vlmprune_jax.hf.read import read_config
     from vlmprune_jax.models.params import param_shapes
+    from vlmprune_jax.planning.case import predict_plan
     from vlmprune_jax.recovery.flops import step_flops
     from vlmprune_jax.recovery.trainable import assign_groups, with_lora
-    from vlmprune_jax.stages.tpu_case import predict_plan
 
     experiment = override(override(Experiment(), SETTINGS), {"prune": {"method": "depth", "ratio": 0.15}})
     if family == "internvl":  # as its recipe: the teacher looks at the images as well
@@ -116,7 +116,7 @@ def _recovery(work: Path, run: str) -> dict[str, Any]:
 
 def _run(work: Path, command: str, run: str) -> tuple[float, float]:
     """Wall seconds and peak GiB of one command."""
-    flags = [f"--config={work / 'config.py'}:{run}", f"--workdir={work / 'w'}"]
+    flags = [f"--config={work / 'core/config.py'}:{run}", f"--workdir={work / 'w'}"]
     begin = time.perf_counter()
     with (work / f"{command}-{run}.log").open("w") as log:
         process = subprocess.Popen(

@@ -75,8 +75,8 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     from vlmprune_jax.experiment.overrides import override
     from vlmprune_jax.experiment.spec import Experiment
-    from vlmprune_jax.stages.tpu_case import estimate, make_case
-    from vlmprune_jax.stages.tpu_fit import facts
+    from vlmprune_jax.planning.case import estimate, make_case
+    from vlmprune_jax.planning.fit import facts
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="v5e:8x8")

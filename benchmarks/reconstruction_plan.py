@@ -44,15 +44,15 @@ def row(family: str, topology: str) -> str:
     import jax.numpy as jnp
     import numpy as np
 
-    from vlmprune_jax.distributed.ahead_of_time import compile_for_tpu, make_slice
     from vlmprune_jax.distributed.mesh import make_mesh, within
     from vlmprune_jax.distributed.rules import sharding
     from vlmprune_jax.experiment.overrides import override
     from vlmprune_jax.experiment.spec import Experiment
     from vlmprune_jax.hf.read import read_config
     from vlmprune_jax.models.params import layer_axes, layer_shapes
+    from vlmprune_jax.planning.ahead_of_time import compile_for_tpu, make_slice
+    from vlmprune_jax.planning.case import predict_plan
     from vlmprune_jax.prune import layers, reconstruction, ridge
-    from vlmprune_jax.stages.tpu_case import predict_plan
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODELS[family]))

@@ -10,8 +10,8 @@ vision tower, by three choices. docs/results.md has the tables.
 
 from ml_collections import ConfigDict
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.demo.experiment import get_config as demo
-from vlmprune_jax.errors import UserError
 
 RATIOS = (0.155, 0.2, 0.25, 0.305)
 TOWER = 0.1341  # 30 % of the tower, as a share of the whole model, of which it is 44.7 %

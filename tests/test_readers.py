@@ -1,4 +1,4 @@
-"""Files that anybody may have written come in at one place: checked_files.py, and hf/disk/ for weights."""
+"""Files that anybody may have written come in at one place: core/files.py, and hf/disk/ for weights."""
 
 import ast
 import functools
@@ -9,7 +9,7 @@ import pytest
 from repository import ROOT
 
 PACKAGE = ROOT / "vlmprune_jax"
-CHECKED = ("checked_files.py", "hf/disk/")
+CHECKED = ("core/files.py", "hf/disk/")
 # Functions that open, read, copy or decode what a path, a file or a text holds. `copymode` reads no content.
 READERS = {
     "json.load", "json.loads", "msgspec.json.decode", "mmap.mmap", "zipfile.ZipFile", "zipfile.Path", "tarfile.open",
@@ -32,15 +32,15 @@ EXCEPTIONS = {
     ("data/datasets.py", "_rows", "json.loads"): _OWN,
     ("distributed/journal.py", "__init__", "json.loads"): _OWN,
     ("recovery/checkpoint.py", "__init__", "json.loads"): _OWN,
-    ("stages/ledger.py", "_plain", "json.loads"): _OWN,
+    ("workdir/ledger.py", "_plain", "json.loads"): _OWN,
     ("distributed/mesh.py", "_tell", "json.loads"): _RUN,
     ("distributed/mesh.py", "from_all", "json.loads"): _RUN,
     ("distributed/failure.py", "_watch", "json.loads"): _RUN,
     ("distributed/mesh.py", "_slice_has_workers", ".open"): "the metadata server of a TPU VM: an address, not a file",
-    ("hf/export/tokenizer.py", "read_tokenizer", "json.loads"): "the text of a tokenizer that load_tokenizer has read",
-    ("hf/export/per_layer.py", "write_loader", "shutil.copyfile"): "the PyTorch file of this package",
-    ("stages/store.py", "exclusive", "os.open"): "a lock, whose content nobody reads",
-    ("stages/store.py", "exclusive", "os.fdopen"): "a lock, whose content nobody reads",
+    ("export/tokenizer.py", "read_tokenizer", "json.loads"): "the text of a tokenizer that load_tokenizer has read",
+    ("export/per_layer.py", "write_loader", "shutil.copyfile"): "the PyTorch file of this package",
+    ("workdir/store.py", "exclusive", "os.open"): "a lock, whose content nobody reads",
+    ("workdir/store.py", "exclusive", "os.fdopen"): "a lock, whose content nobody reads",
     (
         "recovery/checkpoint.py",
         "_decode",
@@ -146,7 +146,7 @@ def uses() -> dict[tuple[str, str, str], list[str]]:
 
 def test_files_are_read_by_the_checked_readers():
     unchecked = [place for use, places in uses().items() if use not in EXCEPTIONS for place in places]
-    assert not unchecked, "read these through checked_files.py or hf/disk/:\n" + "\n".join(unchecked)
+    assert not unchecked, "read these through core/files.py or hf/disk/:\n" + "\n".join(unchecked)
 
 
 def test_no_exception_is_left_over():

@@ -15,20 +15,20 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 
 # At once, since the folder of that name would otherwise stand in its place as soon as something imports it; no jax.
 from vlmprune_jax.families import FAMILIES as families
 from vlmprune_jax.families import Family
 
 if TYPE_CHECKING:
-    from vlmprune_jax.config import ModelConfig
+    from vlmprune_jax.core.config import ModelConfig
     from vlmprune_jax.data.placeholders import expand_images
     from vlmprune_jax.evaluation.metrics import METRICS as metrics
     from vlmprune_jax.evaluation.metrics import Metric
     from vlmprune_jax.evaluation.runner import evaluate, perplexity
-    from vlmprune_jax.evaluation.speed import measure_speed
-    from vlmprune_jax.hf.export.write import save
+    from vlmprune_jax.evaluation.speed.measure import measure_speed
+    from vlmprune_jax.export.write import save
     from vlmprune_jax.hf.read import load
     from vlmprune_jax.models.generate import generate
     from vlmprune_jax.models.params import count_params
@@ -84,14 +84,14 @@ _HOMES = {
     "load": "hf.read",
     "losses": "recovery.losses",
     "make_plan": "prune",
-    "measure_speed": "evaluation.speed",
+    "measure_speed": "evaluation.speed.measure",
     "metrics": "evaluation.metrics:METRICS",
     "perplexity": "evaluation.runner",
     "prune_folder": "prune",
     "prune_iteratively": "prune",
     "reconstruct": "prune",
     "recover": "recovery.loop",
-    "save": "hf.export.write",
+    "save": "export.write",
     "score": "prune",
     "to_nnx": "models.vlm",
 }

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from vlmprune_jax.checked_files import replacing
 from vlmprune_jax.cli.config_files import experiment_config
+from vlmprune_jax.core.files import replacing
 from vlmprune_jax.demo.topics import topic_entries, write_topics
 from vlmprune_jax.prune.criteria import CRITERIA
 

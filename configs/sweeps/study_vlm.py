@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 from study_easyvqa import TRAINED, UNTRAINED, named, of_decoder, seeded
 from study_smollm2 import LETTERS, TEXTS
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.demo.experiment import get_config as demo
 from vlmprune_jax.demo.topics import write_topics
-from vlmprune_jax.errors import UserError
 
 SHARES, SEEDS = (15, 30, 45), (1, 2, 3)
 RECOVERIES = {name: settings for name, settings in TRAINED.items() if name != "sft_kl"}

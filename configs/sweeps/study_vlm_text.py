@@ -14,7 +14,7 @@ import study_vlm
 from ml_collections import ConfigDict
 from study_easyvqa import SOLVED, of_decoder
 
-from vlmprune_jax.checked_files import replacing
+from vlmprune_jax.core.files import replacing
 from vlmprune_jax.demo.easyvqa import write_dataset
 from vlmprune_jax.demo.topics import topic_entries
 

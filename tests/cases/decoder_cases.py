@@ -11,7 +11,7 @@ import numpy as np
 from hf_cases import LLAMA
 from safetensors.numpy import save_file
 
-from vlmprune_jax.checked_files import read_json
+from vlmprune_jax.core.files import read_json
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.models.vlm import Model
 

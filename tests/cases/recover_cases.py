@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmprune_jax.config import (
+from vlmprune_jax.core.config import (
     LayerShape,
     LoraConfig,
     ModelConfig,

@@ -7,7 +7,7 @@ import json
 import numpy as np
 from prune_cases import EQUAL, config, model
 
-from vlmprune_jax.config import LayerShape
+from vlmprune_jax.core.config import LayerShape
 from vlmprune_jax.evaluation.metrics import Metric
 from vlmprune_jax.evaluation.metrics.exact_match import EXACT_MATCH
 from vlmprune_jax.models.params import count_params

@@ -10,11 +10,11 @@ from report_cases import METRICS, found
 
 from vlmprune_jax.experiment.overrides import override
 from vlmprune_jax.experiment.spec import Experiment
-from vlmprune_jax.experiment.sweep import Hyper, SweepRun, sweep_runs
 from vlmprune_jax.report.result import describe_sets, make_result, make_run
 from vlmprune_jax.report.sweep import make_sweep
-from vlmprune_jax.stages import sweep_run as stages
-from vlmprune_jax.stages.sweep_run import Sweep, collect
+from vlmprune_jax.sweep import run as stages
+from vlmprune_jax.sweep.hyper import Hyper, SweepRun, sweep_runs
+from vlmprune_jax.sweep.run import Sweep, collect
 
 TEACHER = found(0.8, 1500.0, 1.0)
 COSTS = {"forward_flops": 2_000_000_000, "kv_bytes_per_token": 40, "file_bytes": 8_000_000}

@@ -11,7 +11,7 @@ from repository import ROOT
 
 from vlmprune_jax.cli.config_files import experiment_config, read_experiment, to_experiment
 from vlmprune_jax.cli.main import COMMANDS, main
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.experiment.arguments import plan_options, recover_config
 from vlmprune_jax.experiment.overrides import override
 from vlmprune_jax.experiment.recipes import recipe, recipes

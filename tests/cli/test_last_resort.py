@@ -13,10 +13,10 @@ import jax
 import pytest
 from repository import ROOT
 
-from vlmprune_jax.checked_files import read_bytes
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.cli.messages import kept
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import read_bytes
 
 
 class Panic(BaseException):

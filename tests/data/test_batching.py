@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlmprune_jax.config import IGNORED
+from vlmprune_jax.core.config import IGNORED
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.batching import Batch, generation_batches, train_batches
 from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.images import augment_flip_shift, load_image_processor
 from vlmprune_jax.data.measure import measure
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import templates
 
 TRAIN: dict[str, Any] = {

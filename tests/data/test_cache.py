@@ -15,9 +15,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data import cache as module
 from vlmprune_jax.data.cache import ArrayCache
-from vlmprune_jax.errors import UserError
 
 MADE_FROM = {"tower": {"weights": "a1", "layers": 3}, "dtype": "float32"}
 

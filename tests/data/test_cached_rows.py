@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.records import Record, image_key
 from vlmprune_jax.data.teacher_rows import TeacherRows, record_key
-from vlmprune_jax.errors import UserError
 
 RECORD = Record("r1", (("human", "a"), ("gpt", "b")), ())
 ROW = {"labels": np.zeros(4, np.int32), "attention_mask": np.ones(4, np.int32)}

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from vlm_cases import internvl_chat_config, make_vlm_folder
 
-from vlmprune_jax.config import IGNORED, ImageShape
+from vlmprune_jax.core.config import IGNORED, ImageShape
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.prompts import (
     choose_template,
     load_tokenizer,
@@ -20,10 +21,9 @@ from vlmprune_jax.data.prompts import (
     tokenize_training,
 )
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.export.processor import chat_template
+from vlmprune_jax.export.write import save
 from vlmprune_jax.families import FAMILIES, templates
-from vlmprune_jax.hf.export.processor import chat_template
-from vlmprune_jax.hf.export.write import save
 from vlmprune_jax.hf.read import load
 
 NAMES = ("Hermes-2", "internvl2_5")

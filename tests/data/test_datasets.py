@@ -8,9 +8,9 @@ import pytest
 from datasets_cases import write_split
 from PIL import Image
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.datasets import datasets_folder, datasets_state, read_datasets
 from vlmprune_jax.data.images import load_image_processor
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.metrics import METRICS
 
 

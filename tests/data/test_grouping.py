@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.batching import Batch, train_batches
 from vlmprune_jax.data.encoding import Encoder, slots_of
 from vlmprune_jax.data.grouping import MEGABATCH, grouped_order
@@ -17,7 +18,6 @@ from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.measure import measure
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import templates
 
 TRAIN: dict[str, Any] = {

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.images import load_image_processor
-from vlmprune_jax.errors import UserError
 
 EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
 %%BoundingBox: 0 0 8 8
@@ -167,9 +167,9 @@ def test_large_images_and_damage_leave_no_line(goldens: Path, tmp_path: Path) ->
     (tmp_path / "samples.tiff").write_bytes(many)
     code = f"""
 from pathlib import Path
-from vlmprune_jax.checked_files import open_image
+from vlmprune_jax.core.files import open_image
 from vlmprune_jax.data.images import load_image_processor
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 load = load_image_processor(Path({str(goldens / "ckpt/clip_tower")!r}), aspect_ratio="square", max_pixels=10**8,
                             cache_bytes=0).load
 with open_image(Path({str(tmp_path)!r}) / "large.png") as image:  # decoding takes seconds and says nothing

@@ -14,10 +14,10 @@ import tensorflow_datasets
 from google.protobuf.json_format import MessageToDict
 from PIL import Image
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data import tfds
 from vlmprune_jax.data.records import read_records
 from vlmprune_jax.data.tfds import read_tfds, write_tfds
-from vlmprune_jax.errors import UserError
 
 SHARD = "{0}/1.0.0/{0}-train.array_record-00000-of-00001"
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data import images
 from vlmprune_jax.data.images import load_image_processor
-from vlmprune_jax.errors import UserError
 
 CLIP = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 28, "crop_size": 28}
 PATCHES = {

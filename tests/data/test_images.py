@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 import vlmprune_jax
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.images import ImageLoader, augment_flip_shift, load_image_processor
-from vlmprune_jax.errors import UserError
 
 
 def loader(goldens: Path, aspect_ratio: str = "pad", max_pixels: int = 10**6, cache_bytes: int = 10**6) -> ImageLoader:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmprune_jax.config import IGNORED
+from vlmprune_jax.core.config import IGNORED
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.batching import generation_batches, train_batches
 from vlmprune_jax.data.encoding import Encoder, Room
 from vlmprune_jax.data.images import ImageLoader
@@ -18,7 +19,6 @@ from vlmprune_jax.data.measure import measure
 from vlmprune_jax.data.patching import Patching, patching_from_processor
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.families.templates import QWEN2_5_VL, QWEN3_VL
 
 TEMPLATES = {"qwen3_vl": QWEN3_VL, "qwen2_5_vl": QWEN2_5_VL}

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vlmprune_jax.config import IGNORED, ImageShape
+from vlmprune_jax.core.config import IGNORED, ImageShape
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.prompts import (
     choose_template,
     load_tokenizer,
@@ -21,7 +22,6 @@ from vlmprune_jax.data.prompts import (
     tokenize_training,
 )
 from vlmprune_jax.data.records import Record, read_records
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import FAMILIES, templates
 from vlmprune_jax.families.templates import Template
 

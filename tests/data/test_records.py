@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.records import Record, data_files, read_records, take_fraction
-from vlmprune_jax.errors import UserError
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
 TEXT = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Nothing."}]

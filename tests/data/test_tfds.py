@@ -18,10 +18,10 @@ from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from vlmprune_jax.cli.main import main
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.records import StoredImage, read_records
 from vlmprune_jax.data.tfds import ImageStore, read_tfds, tfds_folder, tfds_state, write_tfds
-from vlmprune_jax.errors import UserError
 
 
 def entry(name, images, *turns):

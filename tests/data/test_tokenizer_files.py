@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.tokenizer_files import added_tokens
-from vlmprune_jax.errors import UserError
 
 
 @pytest.fixture

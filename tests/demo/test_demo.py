@@ -13,6 +13,7 @@ from hf_cases import LLAMA, make_folder
 from repository import ROOT
 
 from vlmprune_jax.cli.main import main
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.demo.initial import write_joined
 from vlmprune_jax.demo.pretrain import (
@@ -24,7 +25,6 @@ from vlmprune_jax.demo.pretrain import (
     stage_records,
 )
 from vlmprune_jax.demo.topics import topic_records, topics
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import forward, tower_features

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmprune_jax.config import IGNORED
+from vlmprune_jax.core.config import IGNORED
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.prompts import load_tokenizer, tokenize_prompt, tokenize_training
 from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.demo.easyvqa import (
@@ -25,7 +26,6 @@ from vlmprune_jax.demo.easyvqa import (
     write_dataset,
 )
 from vlmprune_jax.demo.vocabulary import make_tokenizer
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.families import templates
 
 BARE = dataclasses.replace(templates()["llava_v1"], system="")

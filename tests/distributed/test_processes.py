@@ -8,8 +8,8 @@ import threading
 import jax
 import pytest
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed import mesh
-from vlmprune_jax.errors import UserError
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from hf_cases import LLAMA, LLAVA, assert_equal, expanded_batch, make_folder, random_ids
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.rules import sharding
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.generate import generate
 from vlmprune_jax.models.params import flatten, param_axes

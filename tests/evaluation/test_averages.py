@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from paper_tables import BENCHMARKS, TABLES
 
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.evaluation.averages import mean_of_ratios, paper_average, retained
 
 # A perfect model's score: MME cognition counts to 800 and perception to 2000, all others are in percent.

@@ -2,8 +2,8 @@
 
 import pytest
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.metrics import METRICS
 from vlmprune_jax.evaluation.metrics.mmmu import parse_letter, parse_open
 from vlmprune_jax.evaluation.metrics.vqa_accuracy import processed

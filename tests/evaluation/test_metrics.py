@@ -6,8 +6,8 @@ import math
 import pytest
 
 import vlmprune_jax as vp
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.metrics import METRICS, Metric, metric_named
 from vlmprune_jax.evaluation.metrics.exact_match import EXACT_MATCH, is_exact_match, normalise
 from vlmprune_jax.evaluation.metrics.perplexity import PERPLEXITY

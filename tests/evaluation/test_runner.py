@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from prune_cases import config, model, on_mesh
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.batching import generation_batches
 from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.questions import arrange_questions
 from vlmprune_jax.evaluation.runner import _windows, evaluate, perplexity
 from vlmprune_jax.families import templates

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.metrics import METRICS
 from vlmprune_jax.evaluation.metrics.metric import Metric, mean
 from vlmprune_jax.evaluation.statistics import holm, mcnemar, retained_interval

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.batching import generation_batches, train_batches
 from vlmprune_jax.data.encoding import Encoder, Room
 from vlmprune_jax.data.images import ImageLoader
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.data.tiling import Tiling
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.questions import arrange_questions
 from vlmprune_jax.evaluation.runner import evaluate
 from vlmprune_jax.families import templates

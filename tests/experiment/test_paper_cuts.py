@@ -7,11 +7,11 @@ import pytest
 from repository import ROOT
 
 from vlmprune_jax.cli.config_files import read_experiment
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.experiment.recipes import paper_cut
 from vlmprune_jax.experiment.variants import check_experiment
 from vlmprune_jax.hf.read import read_config
-from vlmprune_jax.stages.tpu_case import predict_plan
+from vlmprune_jax.planning.case import predict_plan
 
 CONFIGS = {"llava15_7b": "llava", "bunny_3b": "bunny", "mini_internvl_4b": "internvl"}
 # Shares of the whole model of the layers that the reference removes (5, 10, 15 and 20 of 32).

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import pytest
 from repository import ROOT
 
-from vlmprune_jax.checks import check_settings, setting, settings_of
 from vlmprune_jax.cli.main import main
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.checks import check_settings, setting, settings_of
+from vlmprune_jax.core.console import make_reporter
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.experiment.arguments import recover_config
 from vlmprune_jax.experiment.options import as_markdown, options, sections
 from vlmprune_jax.experiment.overrides import override
@@ -18,7 +19,6 @@ from vlmprune_jax.experiment.variants import check_experiment
 from vlmprune_jax.models.decoder import REMAT_POLICIES
 from vlmprune_jax.recovery.config import REMAT, LossConfig, RecoverConfig
 from vlmprune_jax.recovery.losses import losses
-from vlmprune_jax.stages.console import make_reporter
 from vlmprune_jax.stages.context import Context
 from vlmprune_jax.stages.evaluate import evaluate_stage
 from vlmprune_jax.stages.export import export_stage

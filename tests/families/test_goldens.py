@@ -11,13 +11,13 @@ from hf_cases import assert_same_tensors, edit_weights, keep_layers, mean_loss
 from torch_compat import VERSIONS
 
 import vlmprune_jax as vp
-from vlmprune_jax.config import IGNORED
+from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.prompts import choose_template, load_tokenizer, tokenize_prompt, tokenize_training
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.distributed.mesh import make_mesh
+from vlmprune_jax.export.reload import check_export
 from vlmprune_jax.families import detect
-from vlmprune_jax.hf.export.reload import check_export
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import to_nnx
 

@@ -8,7 +8,7 @@ from hf_cases import LLAMA, make_folder
 from vlm_cases import internvl_chat_config, make_vlm_folder
 
 import vlmprune_jax as vp
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.families import detect, family_of, target_of, template_of
 from vlmprune_jax.families.table import FAMILIES, Conversion
 

@@ -11,12 +11,12 @@ from hf_cases import prune
 from PIL import Image
 
 import vlmprune_jax as vp
-from vlmprune_jax.config import ImageShape
+from vlmprune_jax.core.config import ImageShape
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.measure import measure
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.data.splitting import Splitting
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.spec import DataSpec, ModelSpec
 from vlmprune_jax.families import templates
 from vlmprune_jax.models.vlm import to_nnx

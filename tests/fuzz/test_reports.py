@@ -7,7 +7,7 @@ import sweep_cases
 from fuzz_cases import fuzz, json_files, json_lines, reads, scores_of
 from report_cases import BENCH, SPEED
 
-from vlmprune_jax.checked_files import read_json
+from vlmprune_jax.core.files import read_json
 from vlmprune_jax.experiment.spec import EvaluationSetSpec
 from vlmprune_jax.prune import make_plan
 from vlmprune_jax.report.answers import comparison_section
@@ -29,7 +29,7 @@ from vlmprune_jax.report.speed import (
 from vlmprune_jax.report.sweep import as_csv, groups_of, read_sweep, table_of
 from vlmprune_jax.report.unfinished import read_unfinished
 from vlmprune_jax.stages import evaluate
-from vlmprune_jax.stages.sweep_run import Sweep, read_error, read_run
+from vlmprune_jax.sweep.run import Sweep, read_error, read_run
 
 CFG = cases.config()
 

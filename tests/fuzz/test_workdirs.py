@@ -16,8 +16,8 @@ from vlmprune_jax.prune import PrunePlan, Scores, make_plan
 from vlmprune_jax.recovery.checkpoint import Checkpointer
 from vlmprune_jax.recovery.metrics import METRICS_FILE, Recorder
 from vlmprune_jax.recovery.step import TrainState
-from vlmprune_jax.stages import provenance
-from vlmprune_jax.stages.ledger import Stage, finished_stages, run_stage, write_text
+from vlmprune_jax.workdir import provenance
+from vlmprune_jax.workdir.ledger import Stage, finished_stages, run_stage, write_text
 
 CFG = cases.config()
 MADE_FROM = {"tower": {"weights": "a1", "layers": 3}, "dtype": "float32"}

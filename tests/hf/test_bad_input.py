@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 import vlmprune_jax as vp
 from vlmprune_jax.cli.main import main
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.hf.read import read_config
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

@@ -22,8 +22,8 @@ from hf_cases import (
 )
 from safetensors.numpy import load_file, save_file
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import make_mesh
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.hf.read import load
 
 

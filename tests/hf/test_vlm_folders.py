@@ -9,9 +9,9 @@ from hf_cases import assert_same_tensors, edit_config, edit_weights, keep_layers
 from torch_compat import VERSIONS
 from vlm_cases import TEXTS, TOWERS, internvl_chat_config, internvl_config, llava_config, make_vlm_folder
 
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
-from vlmprune_jax.hf.export.write import save
 from vlmprune_jax.hf.read import load, read_config
 from vlmprune_jax.models.params import count_params, flatten
 from vlmprune_jax.models.vlm import forward

@@ -7,7 +7,7 @@ import pytest
 from hf_cases import LLAMA, make_folder
 from torch_compat import VERSIONS
 
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.vlm import forward
 

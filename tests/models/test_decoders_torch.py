@@ -8,9 +8,9 @@ from decoder_cases import LONGROPE, MISTRAL, PHI, PHI3, QWEN2, QWEN3, V5_PHI, V5
 from hf_cases import assert_same_tensors, edit_weights, keep_layers, keep_width, make_folder, random_ids
 from torch_compat import VERSIONS
 
-from vlmprune_jax.errors import UserError
-from vlmprune_jax.hf.export.reload import check_export
-from vlmprune_jax.hf.export.write import save
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.export.reload import check_export
+from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.generate import generate
 from vlmprune_jax.models.vlm import forward
@@ -132,7 +132,7 @@ PRUNED = {
 MODELS = ("qwen2", "qwen2_layer_types", "qwen3", "phi", "phi3", "phi3_plain", "mistral")
 
 
-# Every decoder by its own class, pruned in every way, is in the support matrix (tests/hf/export); not these.
+# Every decoder by its own class, pruned in every way, is in the support matrix (tests/export); not these.
 IN_THE_MATRIX = ("qwen2", "qwen3", "phi", "phi3", "mistral")
 QUICK = {("qwen3", "odd"), ("phi", "odd"), ("phi3_plain", "uneven")}
 EXPORTS = [

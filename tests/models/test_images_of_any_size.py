@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import vlmprune_jax as vp
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.attention import splash_attention, xla_attention
 from vlmprune_jax.models.generate import SharedPrefix

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.positions import mrope_positions
 
 IMAGE = 354

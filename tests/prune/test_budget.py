@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from prune_cases import EQUAL, config, depth_scores, model, width_scores
 from report_cases import BENCH
 
-from vlmprune_jax.budget import LIMITS, Budget
-from vlmprune_jax.config import LayerShape
-from vlmprune_jax.distributed.chips import CHIPS
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.budget import LIMITS, Budget
+from vlmprune_jax.core.chips import CHIPS
+from vlmprune_jax.core.config import LayerShape
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.experiment.arguments import plan_budget
 from vlmprune_jax.experiment.overrides import override
 from vlmprune_jax.experiment.spec import Experiment
-from vlmprune_jax.hf.export.uneven import padded_stacks
+from vlmprune_jax.export.uneven import padded_stacks
 from vlmprune_jax.models.flops import forward_flops
 from vlmprune_jax.models.params import count_params, param_shapes
 from vlmprune_jax.prune import PrunePlan, make_plan, prune_iteratively, score

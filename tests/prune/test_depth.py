@@ -19,7 +19,7 @@ from prune_cases import (
     on_mesh,
 )
 
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import forward
 from vlmprune_jax.prune import Scores, make_plan, score

@@ -16,7 +16,8 @@ from prune_cases import on_mesh
 from rich.console import Console
 
 import vlmprune_jax as vp
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.console import Reporter
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.experiment.spec import Experiment, ModelSpec, PruneSpec, ScoreSpec
 from vlmprune_jax.hf.disk import verified
 from vlmprune_jax.hf.disk.tensors import write_weights
@@ -24,7 +25,6 @@ from vlmprune_jax.hf.disk.verified import CheckedFile
 from vlmprune_jax.hf.disk.weight_files import Extent
 from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.prune import KeptLayer, fingerprint, prune_folder
-from vlmprune_jax.stages.console import Reporter
 from vlmprune_jax.stages.context import Context
 from vlmprune_jax.stages.prune import prune_stage
 
@@ -116,7 +116,7 @@ def test_mixed_dtypes_and_blocks_smaller_than_a_tensor(tmp_path, monkeypatch):
     """Norms in float32 among float16 weights, carried tensors, several shards, and block ends inside tensors."""
     source = make_folder(tmp_path / "llava", LLAVA)
     edit_weights(source, lambda all_: {k: v if "norm" in k else v.astype(np.float16) for k, v in all_.items()})
-    monkeypatch.setattr("vlmprune_jax.hf.export.write.MAX_SHARD_BYTES", 30_000)
+    monkeypatch.setattr("vlmprune_jax.export.write.MAX_SHARD_BYTES", 30_000)
     monkeypatch.setattr(verified, "BLOCK", 4096)
     for number, cut in enumerate(CUTS.values()):
         (tmp_path / str(number)).mkdir()
@@ -252,7 +252,7 @@ def test_a_source_that_shrinks_while_it_is_read(llama, tmp_path, monkeypatch):
         os.truncate(llama / "model.safetensors", 20_000)
         write_weights(*args)
 
-    monkeypatch.setattr("vlmprune_jax.hf.export.write.write_weights", shrink_and_write)
+    monkeypatch.setattr("vlmprune_jax.export.write.write_weights", shrink_and_write)
     with pytest.raises(UserError, match=r"model.safetensors: became shorter"):
         prune_folder(llama, plan, tmp_path / "out")
     assert names(tmp_path) == ["llama"]
@@ -270,7 +270,7 @@ def test_a_full_disk_is_noticed_first(llama, tmp_path, monkeypatch):
 LIMITED = """
 import resource, sys
 import vlmprune_jax as vp
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 plan = vp.PrunePlan.from_json(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 try:

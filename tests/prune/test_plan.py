@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prune_cases import EQUAL, REFERENCE_TOTAL, UNEQUAL, config, depth_scores, llava_7b, model, width_scores
 
-from vlmprune_jax.config import LayerShape
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.config import LayerShape
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.params import count_params, param_shapes
 from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, Scores, compose, keep_everything, make_plan, score
 from vlmprune_jax.prune.fingerprint import shape_digest

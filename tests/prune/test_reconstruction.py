@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prune_cases import EQUAL, UNEQUAL, config, model, on_mesh
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import count_params, flatten, unflatten
 from vlmprune_jax.models.vlm import encode, forward
 from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, apply_plan, fingerprint, keep_everything

@@ -5,8 +5,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from prune_cases import config, depth_scores, llava_7b, width_scores
 
-from vlmprune_jax.config import LayerShape
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.config import LayerShape
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.prune import make_plan
 from vlmprune_jax.prune.snap import BLOCKS
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from prune_cases import EQUAL, config, model
 
-from vlmprune_jax.config import LayerShape
+from vlmprune_jax.core.config import LayerShape
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import count_params, flatten
 from vlmprune_jax.models.vlm import Model, forward, to_nnx
 from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, apply_plan, fingerprint

@@ -8,10 +8,10 @@ from hf_cases import edit_config, prune
 from vlm_cases import TOWERS, internvl_chat_config, internvl_config, llava_config, make_vlm_folder
 
 import vlmprune_jax as vp
-from vlmprune_jax.config import LayerShape
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.config import LayerShape
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.export.reload import check_export
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
-from vlmprune_jax.hf.export.reload import check_export
 from vlmprune_jax.models.params import flatten, stack_layers, unstack_layers
 from vlmprune_jax.models.vlm import to_nnx
 from vlmprune_jax.prune import KeptLayer, compose

@@ -17,6 +17,7 @@ from hf_cases import copy_llava
 from PIL import Image
 
 import vlmprune_jax as vp
+from vlmprune_jax.core.errors import Stopped, UserError
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.feature_loader import FeatureLoader, Picture
@@ -24,7 +25,6 @@ from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.distributed.mesh import make_mesh
-from vlmprune_jax.errors import Stopped, UserError
 from vlmprune_jax.families.templates import QWEN3_VL
 from vlmprune_jax.hf.disk.atomic import SPARE_BYTES
 from vlmprune_jax.hf.read import load

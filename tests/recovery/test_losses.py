@@ -12,7 +12,7 @@ import pytest
 import recover_cases as cases
 import torch
 
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import apply

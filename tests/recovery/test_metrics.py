@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import recover_cases as cases
 
-from vlmprune_jax.distributed import chips
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core import chips, console
+from vlmprune_jax.core.console import make_reporter
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.params import param_axes
 from vlmprune_jax.recovery import metrics
 from vlmprune_jax.recovery.config import LossConfig
@@ -18,8 +19,6 @@ from vlmprune_jax.recovery.loop import recover
 from vlmprune_jax.recovery.metrics import Recorder, _shown
 from vlmprune_jax.recovery.objective import measured
 from vlmprune_jax.recovery.trainable import add_lora
-from vlmprune_jax.stages import console
-from vlmprune_jax.stages.console import make_reporter
 
 CFG = cases.config(layers=1)
 LOSSES = LossConfig(0.5, 0.5, 0.1, 0.1, cosine=0.2)

@@ -16,11 +16,11 @@ from hf_cases import LLAMA, LLAVA, keep_layers, keep_width, make_folder, random_
 from safetensors.numpy import load_file
 from torch_compat import VERSIONS
 
-from vlmprune_jax.config import LoraConfig
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.config import LoraConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.experiment.arguments import recover_config
 from vlmprune_jax.experiment.spec import RecoverSpec
-from vlmprune_jax.hf.export.write import save
+from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import Model, forward

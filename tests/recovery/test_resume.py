@@ -24,8 +24,8 @@ import recover_cases as cases
 from jax.sharding import NamedSharding, PartitionSpec
 from repository import WORKERS
 
+from vlmprune_jax.core.errors import Stopped, UserError
 from vlmprune_jax.distributed.mesh import make_mesh
-from vlmprune_jax.errors import Stopped, UserError
 from vlmprune_jax.recovery.checkpoint import Checkpointer, weights_digest
 from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.loop import recover

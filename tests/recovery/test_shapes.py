@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import recover_cases as cases
 
+from vlmprune_jax.core.errors import Stopped
 from vlmprune_jax.data.batching import Batch, train_batches
 from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.measure import measure
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.distributed.mesh import make_mesh
-from vlmprune_jax.errors import Stopped
 from vlmprune_jax.families import templates
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.recovery.loop import recover

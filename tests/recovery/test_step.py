@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import recover_cases as cases
 
-from vlmprune_jax.distributed.ahead_of_time import collective_bytes
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import make_mesh
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import encode, forward
+from vlmprune_jax.planning.ahead_of_time import collective_bytes
 from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.loop import recover
 from vlmprune_jax.recovery.losses import term_weights

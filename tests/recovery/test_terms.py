@@ -7,8 +7,8 @@ import pytest
 import recover_cases as cases
 
 import vlmprune_jax as vp
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import make_mesh
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import unflatten
 from vlmprune_jax.models.vlm import Model, apply
 from vlmprune_jax.recovery.flops import step_flops

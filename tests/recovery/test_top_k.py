@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import recover_cases as cases
 
-from vlmprune_jax.config import IGNORED
+from vlmprune_jax.core.config import IGNORED
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.batching import train_batches
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.records import Record, StoredImage
 from vlmprune_jax.data.teacher_rows import TeacherRows, record_key
 from vlmprune_jax.distributed.mesh import make_mesh
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.models.vocabulary import Head

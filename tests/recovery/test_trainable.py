@@ -12,10 +12,10 @@ import pytest
 import recover_cases as cases
 from flax import nnx
 
-from vlmprune_jax.config import LoraConfig
+from vlmprune_jax.core.config import LoraConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.rules import sharding
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.decoder import _dropout_masks
 from vlmprune_jax.models.layers import Projection
 from vlmprune_jax.models.params import flatten, param_axes, param_shapes, unflatten

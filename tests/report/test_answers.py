@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from report_cases import write_answers, write_several, write_workdir
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.report import samples
 from vlmprune_jax.report.answers import comparison_section
 from vlmprune_jax.report.build import build_report

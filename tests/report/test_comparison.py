@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sweep_cases import some_runs, write_sweep
 
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.evaluation.statistics import interval_of_mean
 from vlmprune_jax.report import comparison
 from vlmprune_jax.report import comparison_plots as plots

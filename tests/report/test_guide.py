@@ -9,7 +9,7 @@ import pytest
 from paper_tables import TABLES
 from repository import ROOT
 
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.experiment.overrides import override
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.hf.read import read_config

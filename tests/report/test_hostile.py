@@ -12,7 +12,9 @@ from matplotlib import font_manager
 from report_cases import CFG, PLANNED, write_several, write_workdir
 from rich.console import Console
 
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core import console
+from vlmprune_jax.core.console import Reporter
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.prune import PrunePlan, Scores, make_plan
 from vlmprune_jax.recovery.metrics import read_metrics
 from vlmprune_jax.report import plots
@@ -20,8 +22,6 @@ from vlmprune_jax.report.build import build_report, tables_of
 from vlmprune_jax.report.figures import importance_figure
 from vlmprune_jax.report.fit import read_planned
 from vlmprune_jax.report.result import best_run, read_result
-from vlmprune_jax.stages import console
-from vlmprune_jax.stages.console import Reporter
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from report_cases import PLANNED, write_several, write_workdir
 
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.prune import Scores
 from vlmprune_jax.report import plots
 from vlmprune_jax.report.build import build_report, tables_of

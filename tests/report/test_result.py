@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.evaluation.metrics import METRICS, Metric
 from vlmprune_jax.report.result import best_run, describe_sets, make_result, make_run, read_result, shown
 

@@ -8,7 +8,7 @@ import pytest
 from report_cases import SPEED, write_answers, write_workdir
 
 from vlmprune_jax.cli.main import main
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.report.build import build_report
 from vlmprune_jax.report.unfinished import read_unfinished
 

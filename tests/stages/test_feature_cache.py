@@ -17,13 +17,14 @@ import recover_cases as cases
 from hf_cases import copy_golden, copy_llava, edit_weights
 from rich.console import Console
 
+from vlmprune_jax.core.console import Reporter
+from vlmprune_jax.core.errors import Stopped, UserError
 from vlmprune_jax.data import cache as cache_module
 from vlmprune_jax.data.batching import train_batches
 from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.images import ImageLoader
 from vlmprune_jax.data.records import read_records
 from vlmprune_jax.data.tfds import read_tfds, write_tfds
-from vlmprune_jax.errors import Stopped, UserError
 from vlmprune_jax.experiment.arguments import recover_config
 from vlmprune_jax.experiment.overrides import override
 from vlmprune_jax.experiment.spec import Experiment
@@ -34,7 +35,6 @@ from vlmprune_jax.models.params import flatten
 from vlmprune_jax.prune import PrunePlan, make_plan, prune_folder, score
 from vlmprune_jax.recovery import loop
 from vlmprune_jax.recovery.metrics import Recorder
-from vlmprune_jax.stages.console import Reporter
 from vlmprune_jax.stages.context import Context
 from vlmprune_jax.stages.feature_cache import cached_features, check_frozen
 from vlmprune_jax.stages.inputs import load_inputs

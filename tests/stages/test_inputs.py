@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.encoding import Room
 from vlmprune_jax.data.tiling import Tiling
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.arguments import evaluation_sets
 from vlmprune_jax.experiment.spec import DataSpec, EvaluateSpec, Experiment, ModelSpec, ScoreSpec
 from vlmprune_jax.families import detect

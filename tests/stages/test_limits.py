@@ -13,10 +13,10 @@ import pytest
 from hf_cases import copy_llava
 
 from vlmprune_jax.cli.main import main
-from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data import batching
 from vlmprune_jax.data.prompts import load_tokenizer
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.arguments import evaluation_sets
 from vlmprune_jax.experiment.spec import DataSpec, EvaluateSpec, Experiment, ModelSpec, ScoreSpec
 from vlmprune_jax.hf.read import read_config
@@ -102,8 +102,8 @@ def test_settings_of_commands(
     (tmp_path / "few.json").write_text(json.dumps([{"id": "short", "conversations": TURNS}]))
     asked = {"text": f"evaluate.text={folder / 'text.txt'}", "questions": f"data.eval={tmp_path / 'few.json'}"}[of]
     config = "from vlmprune_jax.cli.config_files import experiment_config as get_config\n"
-    (tmp_path / "config.py").write_text(config)
-    flags = [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'w'}"]
+    (tmp_path / "core/config.py").write_text(config)
+    flags = [f"--config={tmp_path / 'core/config.py'}", f"--workdir={tmp_path / 'w'}"]
     flags += [f"--config.{one}" for one in (f"model.hf_dir={folder / 'teacher'}", asked, setting)]
     assert main(["evaluate", *flags]) == 2
     lines = capfd.readouterr().err.splitlines()

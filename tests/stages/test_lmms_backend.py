@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.encoding import Room
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.generate import generate
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install -e '.[eval]'")

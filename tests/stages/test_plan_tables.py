@@ -8,7 +8,7 @@ from prune_cases import EQUAL, config, depth_scores, width_scores
 
 import vlmprune_jax as vp
 from vlmprune_jax.cli.main import main
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.experiment.spec import PruneSpec
 from vlmprune_jax.prune import keep_everything, make_plan
 from vlmprune_jax.prune.solver import layer_costs

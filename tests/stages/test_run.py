@@ -170,7 +170,7 @@ def tree_leaves(params):
 def reporter(width, terminal):
     from rich.console import Console
 
-    from vlmprune_jax.stages.console import Reporter
+    from vlmprune_jax.core.console import Reporter
 
     return Reporter(Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None))
 

@@ -71,7 +71,7 @@ def root(tmp_path_factory, goldens):
     (root / "lmms/broken.yaml").write_text(
         task.replace("task: easyvqa", "task: broken").replace("to_target", "to_nothing")
     )
-    (root / "config.py").write_text(CONFIG.format(root=root, tasks=root / "lmms"))
+    (root / "core/config.py").write_text(CONFIG.format(root=root, tasks=root / "lmms"))
     return root
 
 
@@ -82,7 +82,7 @@ def evaluate(root, tmp_path, capsys, monkeypatch):
 
     def command(*flags):
         capsys.readouterr()
-        code = main(["evaluate", f"--config={root / 'config.py'}", f"--workdir={tmp_path / 'w'}", *flags])
+        code = main(["evaluate", f"--config={root / 'core/config.py'}", f"--workdir={tmp_path / 'w'}", *flags])
         shown = capsys.readouterr()
         return code, (shown.out + shown.err).splitlines()
 
@@ -121,7 +121,7 @@ def test_a_task_is_a_set_whose_answers_are_our_own(evaluate, root, goldens):
 
 def test_result_json_gains_the_tasks(evaluate, goldens):
     from vlmprune_jax.report.result import make_result, make_run, read_result
-    from vlmprune_jax.stages.ledger import write_json
+    from vlmprune_jax.workdir.ledger import write_json
 
     workdir = evaluate.folder.parent
     copy_llava(goldens, workdir / "pruned")

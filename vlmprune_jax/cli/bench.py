@@ -36,12 +36,12 @@ def run(flags: Any) -> None:
     """Measure, print the tables, and perhaps write the numbers."""
     from pathlib import Path
 
+    from vlmprune_jax.core.console import make_reporter
+    from vlmprune_jax.core.errors import UserError
     from vlmprune_jax.distributed.processor import cores
-    from vlmprune_jax.errors import UserError
+    from vlmprune_jax.evaluation.speed.bench import Workload, bench, check_bench, find_sides
     from vlmprune_jax.report.speed import bench_notes, bench_tables
-    from vlmprune_jax.stages.bench import Workload, bench, check_bench, find_sides
-    from vlmprune_jax.stages.console import make_reporter
-    from vlmprune_jax.stages.ledger import write_json
+    from vlmprune_jax.workdir.ledger import write_json
 
     if not flags.model:
         raise UserError("no model given: --model=DIR_OR_GGUF")

@@ -13,11 +13,11 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from vlmprune_jax.cli.flags import file_of, importing_beside
-from vlmprune_jax.errors import UserError, reason
+from vlmprune_jax.core.errors import UserError, reason
 from vlmprune_jax.experiment import recipes
 from vlmprune_jax.experiment.overrides import hints_of, override
 from vlmprune_jax.experiment.spec import Experiment
-from vlmprune_jax.experiment.sweep import Hyper
+from vlmprune_jax.sweep.hyper import Hyper
 
 
 def experiment_config(recipe: str | None = None) -> ConfigDict:

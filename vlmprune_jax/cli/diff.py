@@ -19,8 +19,8 @@ def define(values: Flags) -> None:
 
 def run(flags: Any) -> None:
     """Print a table per stack."""
-    from vlmprune_jax.errors import UserError
-    from vlmprune_jax.stages.console import make_reporter
+    from vlmprune_jax.core.console import make_reporter
+    from vlmprune_jax.core.errors import UserError
     from vlmprune_jax.stages.plan_tables import compare, read_plan
 
     if len(flags.args) != 2:

@@ -16,9 +16,9 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from vlmprune_jax.checked_files import open_file
-from vlmprune_jax.checks import suggest
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.checks import suggest
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import open_file
 
 Flags = flags.FlagValues
 _UNSET = re.compile(r"--config\.\S+=None")

@@ -26,7 +26,7 @@ def run(flags: Any) -> None:
     """Print what the folder holds."""
     import json
 
-    from vlmprune_jax.errors import UserError
+    from vlmprune_jax.core.errors import UserError
     from vlmprune_jax.stages.describe import as_lines, describe
 
     if len(flags.args) != 1:

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, ModuleType
 
-from vlmprune_jax.checked_files import last_read
-from vlmprune_jax.checks import suggest
 from vlmprune_jax.cli.flags import help_of, parse, switch, value_of
 from vlmprune_jax.cli.messages import kept, leave_quietly
+from vlmprune_jax.core.checks import suggest
+from vlmprune_jax.core.errors import SharedError, Stopped, UserError, printable, reason
+from vlmprune_jax.core.files import last_read
 from vlmprune_jax.distributed.failure import end, joined
-from vlmprune_jax.errors import SharedError, Stopped, UserError, printable, reason
 
 # Command -> what it does, in the order of a run. Modules load when they are called: help stays fast.
 COMMANDS = {

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.errors import printable, reason
+from vlmprune_jax.core.errors import printable, reason
 
 MOST = 20  # lines that are told; --debug shows all, at once
 # Nothing that whoever runs the command can do something about: what a library should write differently, and images that

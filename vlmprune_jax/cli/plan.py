@@ -34,11 +34,11 @@ def run(flags: Any) -> None:
     import jax
 
     from vlmprune_jax.cli.config_files import read_experiment
-    from vlmprune_jax.errors import UserError
+    from vlmprune_jax.core.console import make_reporter
+    from vlmprune_jax.core.errors import UserError
+    from vlmprune_jax.planning.fit import fit_all
     from vlmprune_jax.report.fit import PLANNED
-    from vlmprune_jax.stages.console import make_reporter
-    from vlmprune_jax.stages.ledger import write_json
-    from vlmprune_jax.stages.tpu_fit import fit_all
+    from vlmprune_jax.workdir.ledger import write_json
 
     jax.config.update("jax_platforms", "cpu")  # libtpu is here to compile, there may be no TPU and it stays free
     experiment = read_experiment(flags.config)

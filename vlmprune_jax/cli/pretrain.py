@@ -20,9 +20,9 @@ def define(values: Flags) -> None:
 
 def run(flags: Any) -> None:
     """Run the stages that the config lists."""
+    from vlmprune_jax.core.errors import UserError
     from vlmprune_jax.demo.pretrain import Stage, pretrain
     from vlmprune_jax.distributed.mesh import initialize
-    from vlmprune_jax.errors import UserError
     from vlmprune_jax.recovery.config import RecoverConfig
 
     if flags.config is None or not flags.workdir:

@@ -34,10 +34,10 @@ def run(flags: Any) -> None:
     """Print the recommendation, and print or write its config."""
     from pathlib import Path
 
-    from vlmprune_jax.errors import UserError
+    from vlmprune_jax.core.console import make_reporter
+    from vlmprune_jax.core.errors import UserError
+    from vlmprune_jax.planning.recommend import advise, parse_bytes, parse_share, saved_as, tell
     from vlmprune_jax.report.guide import FILE, read_guide
-    from vlmprune_jax.stages.console import make_reporter
-    from vlmprune_jax.stages.recommend import advise, parse_bytes, parse_share, saved_as, tell
 
     if not flags.model:
         raise UserError("no model given: --model=DIR")

@@ -20,8 +20,8 @@ def define(values: Flags) -> None:
 def run(flags: Any) -> None:
     """Build the report."""
     from vlmprune_jax.cli.config_files import to_workdir
-    from vlmprune_jax.errors import UserError
-    from vlmprune_jax.stages.console import make_reporter
+    from vlmprune_jax.core.console import make_reporter
+    from vlmprune_jax.core.errors import UserError
     from vlmprune_jax.stages.context import Context
     from vlmprune_jax.stages.run import finish
 

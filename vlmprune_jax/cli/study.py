@@ -27,9 +27,9 @@ def run(flags: Any) -> None:
     """Print or write what the sweeps say."""
     from pathlib import Path
 
+    from vlmprune_jax.core.console import make_reporter
     from vlmprune_jax.report.study_guide import update_guide
     from vlmprune_jax.report.study_page import as_markdown, read_studies, update_page
-    from vlmprune_jax.stages.console import make_reporter
 
     studies = read_studies(flags.args)
     reporter = make_reporter(True)

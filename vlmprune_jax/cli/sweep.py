@@ -34,7 +34,7 @@ def define(values: Flags) -> None:
 def run(flags: Any) -> None:
     """Do the runs, and compare them."""
     from vlmprune_jax.cli.workdir import place_all, prepare_sweep, start_worker
-    from vlmprune_jax.stages.sweep import check_runs, run_sweep, runs_named, shard_of, tell_sharing
+    from vlmprune_jax.sweep.sweep import check_runs, run_sweep, runs_named, shard_of, tell_sharing
 
     runs, sweep, reporter = prepare_sweep(flags)
     check_runs(runs, sweep, flags.jobs)

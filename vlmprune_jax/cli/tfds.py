@@ -23,10 +23,10 @@ def run(flags: Any) -> None:
     """Write the data set."""
     from pathlib import Path
 
+    from vlmprune_jax.core.console import make_reporter
+    from vlmprune_jax.core.errors import UserError
     from vlmprune_jax.data.records import read_records
     from vlmprune_jax.data.tfds import write_tfds
-    from vlmprune_jax.errors import UserError
-    from vlmprune_jax.stages.console import make_reporter
 
     if not flags.data or not flags.out:
         raise UserError("tfds needs --data=FILE.json and --out=DIR (and --images=DIR where records have images)")

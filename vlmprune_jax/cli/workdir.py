@@ -13,16 +13,16 @@ from transformers.utils.logging import disable_progress_bar
 
 from vlmprune_jax.cli.config_files import load_file, placed, read_experiment, read_hyper, to_experiment, to_workdir
 from vlmprune_jax.cli.messages import kept
+from vlmprune_jax.core.console import PIPE_WIDTH, Reporter, Terminal, make_reporter
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import initialize, is_main_process
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.spec import Experiment
-from vlmprune_jax.experiment.sweep import SweepRun, sweep_runs
 from vlmprune_jax.experiment.variants import check_experiment
-from vlmprune_jax.stages.console import PIPE_WIDTH, Reporter, Terminal, make_reporter
 from vlmprune_jax.stages.context import Context
-from vlmprune_jax.stages.sweep import attempt
-from vlmprune_jax.stages.sweep_run import Sweep, with_caches
-from vlmprune_jax.stages.workers import Work
+from vlmprune_jax.sweep.hyper import SweepRun, sweep_runs
+from vlmprune_jax.sweep.run import Sweep, with_caches
+from vlmprune_jax.sweep.sweep import attempt
+from vlmprune_jax.sweep.workers import Work
 
 
 def prepare(flags: Any) -> tuple[Experiment, Context]:

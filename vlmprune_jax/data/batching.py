@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import grain
 import numpy as np
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.encoding import Encoder, Shape
 from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.grouping import GROUPINGS, grouped_order
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.data.teacher_rows import TeacherRows
-from vlmprune_jax.errors import UserError
 
 AUGMENTATIONS = ("none", "flip_shift")
 ON_ERROR = ("stop", "skip")

@@ -17,9 +17,9 @@ import numpy as np
 from msgspec import Meta
 from safetensors.numpy import save
 
-from vlmprune_jax.checked_files import MAX_JSON_BYTES, checked, open_file, parse_json, read_json, reading
+from vlmprune_jax.core.errors import UserError, differences
+from vlmprune_jax.core.files import MAX_JSON_BYTES, checked, open_file, parse_json, read_json, reading
 from vlmprune_jax.distributed.mesh import from_all, on_process_zero, process_count
-from vlmprune_jax.errors import UserError, differences
 
 IDENTITY, SUFFIX = "cache.json", ".safetensors"
 VERSION = 1  # of the files' layout

@@ -24,9 +24,9 @@ from typing import Any, TypedDict
 
 import pyarrow as pa
 
-from vlmprune_jax.checked_files import open_file, read_json, reading
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import open_file, read_json, reading
 from vlmprune_jax.data.records import IMAGE_TOKEN, Record, StoredImage, make_record
-from vlmprune_jax.errors import UserError
 
 PREFIX = "datasets:"  # of data.train and data.eval: datasets:FOLDER
 _STATE, _SPLITS = "state.json", "dataset_dict.json"

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlmprune_jax.config import IGNORED, ImageShape
+from vlmprune_jax.core.config import IGNORED, ImageShape
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.images import GRIDS, ImageLoader, augment_flip_shift
 from vlmprune_jax.data.prompts import tokenize_prompt, tokenize_training
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.families.templates import Template
 from vlmprune_jax.models.positions import AXES, mrope_positions
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any, TypedDict
 
 from msgspec import Meta
 
-from vlmprune_jax.checked_files import checked, read_json, reading
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import checked, read_json, reading
 from vlmprune_jax.families import FAMILIES
 from vlmprune_jax.families.tiles import MAX_SIDE
 

@@ -18,14 +18,14 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from vlmprune_jax.checked_files import IMAGE_FORMATS, open_image, read_json, reading
-from vlmprune_jax.config import ImageShape
+from vlmprune_jax.core.config import ImageShape
+from vlmprune_jax.core.errors import UserError, reason
+from vlmprune_jax.core.files import IMAGE_FORMATS, open_image, read_json, reading
 from vlmprune_jax.data.image_processor import checked_processor, make_processor, processor_settings, sides, way_of
 from vlmprune_jax.data.patching import Patching, patching_from_processor
 from vlmprune_jax.data.records import StoredImage
 from vlmprune_jax.data.splitting import splitting_from_processor
 from vlmprune_jax.data.tiling import Tiling, pad_to_square, tiling_from_processor
-from vlmprune_jax.errors import UserError, reason
 from vlmprune_jax.families import find
 
 ASPECT_RATIOS = ("pad", "square")

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.config import ImageShape
+from vlmprune_jax.core.config import ImageShape
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.encoding import Encoder, largest, slots_of
 from vlmprune_jax.data.prompts import count_tokens, prompt_pieces
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.errors import UserError
 
 _CHUNK = 4096  # records whose texts are tokenised in one call, which spreads them over all cores
 

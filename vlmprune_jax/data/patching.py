@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlmprune_jax.config import ImageShape
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.config import ImageShape
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.families.tiles import BICUBIC
 
 _THINNEST = 200  # long over short side, as the reference refuses more

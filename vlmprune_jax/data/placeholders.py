@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.config import IGNORED, ModelConfig
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.config import IGNORED, ModelConfig
+from vlmprune_jax.core.errors import UserError
 
 
 def expand_images(

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vlmprune_jax.checked_files import open_file, read_text
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import open_file, read_text
 
 IMAGE_TOKEN = "<image>"
 _SPEAKERS = ("human", "gpt")

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlmprune_jax.config import IGNORED
+from vlmprune_jax.core.config import IGNORED
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.records import Record, image_key
-from vlmprune_jax.errors import UserError
 
 Row = dict[str, np.ndarray]
 

@@ -30,9 +30,9 @@ import numpy as np
 from etils import epath
 from msgspec import Meta
 
-from vlmprune_jax.checked_files import MAX_JSON_BYTES, checked, open_file, parse_json, read_bytes, read_text, reading
+from vlmprune_jax.core.errors import UserError, reason
+from vlmprune_jax.core.files import MAX_JSON_BYTES, checked, open_file, parse_json, read_bytes, read_text, reading
 from vlmprune_jax.data.records import Record, StoredImage, make_record
-from vlmprune_jax.errors import UserError, reason
 
 PREFIX = "tfds:"  # of data.train and data.eval: tfds:FOLDER
 BUCKET = "gs://"

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlmprune_jax.config import ImageShape
+from vlmprune_jax.core.config import ImageShape
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.image_processor import sides
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.families.tiles import BICUBIC, TilingConfig, whole_number
 
 

@@ -13,8 +13,8 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 from msgspec import Meta
 
-from vlmprune_jax.checked_files import MAX_JSON_BYTES, read_bytes, read_parts
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import MAX_JSON_BYTES, read_bytes, read_parts
 
 TOKENIZER, TOKENIZER_CONFIG, ADDED_TOKENS = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
 # Files that a tokenizer without tokenizer.json is made of.

@@ -14,8 +14,8 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from vlmprune_jax.checked_files import copy_file, read_json
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import copy_file, read_json
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")

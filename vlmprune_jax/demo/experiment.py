@@ -7,7 +7,7 @@ from importlib import resources
 from ml_collections import ConfigDict
 
 from vlmprune_jax.cli.config_files import experiment_config
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 
 VARIANTS = ("", "quick")
 # Of the whole model: 6 of 10 layers, about 56 % of the decoder. With five removed 98.5 % of the answers are still

@@ -20,7 +20,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.batching import train_batches
 from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.images import load_image_processor
@@ -30,9 +31,8 @@ from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.demo.easyvqa import write_dataset
 from vlmprune_jax.demo.initial import write_joined, write_random
 from vlmprune_jax.demo.topics import topic_records
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.export.write import save
 from vlmprune_jax.families import family_of
-from vlmprune_jax.hf.export.write import save
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten, stack_layers, unflatten, unstack_layers
 from vlmprune_jax.models.vlm import Model

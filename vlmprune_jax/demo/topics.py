@@ -6,7 +6,7 @@ import pydoc_data.topics
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.checked_files import replacing
+from vlmprune_jax.core.files import replacing
 from vlmprune_jax.data.records import Record
 
 ASKED = "Go on with the language reference."

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vlmprune_jax.checked_files import checked, read_json_lines, replacing
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import checked, read_json_lines, replacing
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
-from vlmprune_jax.errors import UserError
 
 T = TypeVar("T")
 
@@ -82,7 +82,7 @@ def continued(
 
 
 def is_of(kind: Any, entry: Any) -> bool:
-    """Whether an entry of a journal is of a kind (see checked_files)."""
+    """Whether an entry of a journal is of a kind (see core.files)."""
     try:
         checked(entry, kind, "", "")
     except UserError:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import jax
 
-from vlmprune_jax.checked_files import read_text
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import read_text
 
 _GROUP = Path("/sys/fs/cgroup")
 

@@ -16,9 +16,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from vlmprune_jax.core.errors import SharedError, UserError, reason
 from vlmprune_jax.distributed import failure
 from vlmprune_jax.distributed.rules import MESH_AXES
-from vlmprune_jax.errors import SharedError, UserError, reason
 
 # Names for processes that no cluster introduces to each other (flags of the same names win).
 VARIABLES = ("VLMPRUNE_COORDINATOR", "VLMPRUNE_NUM_PROCESSES", "VLMPRUNE_PROCESS_ID")

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vlmprune_jax.config import ModelConfig
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 
 
 def retained(score: float, original: float) -> float:

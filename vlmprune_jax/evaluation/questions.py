@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import grain
 import numpy as np
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.batching import GenerationBatch, check_memory
 from vlmprune_jax.data.encoding import Encoder, Room, Shape, check_length
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.generate import SharedPrefix
 
 _SHORT = 31  # tokens that are not worth a shape of their own

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmprune_jax.checked_files import Count
-from vlmprune_jax.config import IGNORED, ModelConfig
+from vlmprune_jax.core.config import IGNORED, ModelConfig
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import Count
 from vlmprune_jax.data.batching import GenerationBatch
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.distributed.journal import Journal, continued, is_of
 from vlmprune_jax.distributed.mesh import row_ways, within
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.metrics import Metric, metric_named
 from vlmprune_jax.evaluation.metrics.metric import Scores
 from vlmprune_jax.evaluation.metrics.perplexity import PERPLEXITY

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.evaluation.metrics import metric_named
 from vlmprune_jax.experiment.spec import EvaluationSetSpec, Experiment, PruneSpec, RecoverSpec
 from vlmprune_jax.prune.select import DEFAULTS

@@ -13,15 +13,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlmprune_jax.checks import Setting, settings_of
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.checks import Setting, settings_of
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.experiment.overrides import hints_of
 from vlmprune_jax.experiment.spec import Experiment
 
 HEAD = """\
 # Settings
 
-Generated from the declarations in `vlmprune_jax/experiment/spec.py`, `recovery/config.py` and `config.py` by
+Generated from the declarations in `vlmprune_jax/experiment/spec.py`, `recovery/config.py` and `core/config.py` by
 `make docs`; a test fails where the two differ.
 
 A config file sets them (`config.recover.losses.kl = 0.5`), the command line overrides them

@@ -9,8 +9,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from vlmprune_jax.checks import settings_of, suggest
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.checks import settings_of, suggest
+from vlmprune_jax.core.errors import UserError
 
 
 def hints_of(spec: Any) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlmprune_jax.checks import fraction, one_of, suggest
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.checks import fraction, one_of, suggest
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.families import FAMILIES
 
 # Layers that the paper's code removes of 32 for the ratios of its tables, which are nominal: 12 to 14 % of the whole

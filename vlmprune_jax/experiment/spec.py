@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlmprune_jax.budget import Budget
-from vlmprune_jax.checks import check_settings, setting, settings_of
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.budget import Budget
+from vlmprune_jax.core.checks import check_settings, setting, settings_of
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.recovery.config import MAX_ROWS, RecoverConfig
 
 # What a setting may affect: the stages with results of their own, and the cache of a teacher's logits.
@@ -468,29 +468,27 @@ class ExportSpec:
         "huggingface",
         "A Hugging Face folder, or the GGUF files that llama.cpp loads.",
         affects=_EXPORT,
-        choices="hf.export.target:FORMATS",
+        choices="export.target:FORMATS",
     )
     layout: str = setting(
         "source",
         "The layout that was read, or that of the stock class of transformers.",
         affects=_EXPORT,
-        choices="hf.export.target:LAYOUTS",
+        choices="export.target:LAYOUTS",
     )
     uneven: str = setting(
         "per_layer",
         "Unequal layer widths: true size with a PyTorch file of their own, zeros up to the widest, or refused.",
         affects=_EXPORT,
-        choices="hf.export.target:UNEVEN",
+        choices="export.target:UNEVEN",
     )
-    dtype: str = setting(
-        "bfloat16", "What weights are written in.", affects=_EXPORT, choices="hf.export.target:WRITTEN"
-    )
+    dtype: str = setting("bfloat16", "What weights are written in.", affects=_EXPORT, choices="export.target:WRITTEN")
     quantize: str = setting(
         "none",
         "How the decoder's matrices are rounded: q8_0, q5_1 and q4_0 in GGUF, w8a16, w4a16 and w8a8 in folders of the "
         "compressed-tensors format.",
         affects=_EXPORT,
-        choices="hf.export.target:quantizations",
+        choices="export.target:quantizations",
     )
     group_size: int | None = setting(
         None,

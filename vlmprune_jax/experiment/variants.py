@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.checks import check_settings, one_of, with_defaults
-from vlmprune_jax.distributed.chips import slice_of
-from vlmprune_jax.errors import UserError, about
+from vlmprune_jax.core.checks import check_settings, one_of, with_defaults
+from vlmprune_jax.core.chips import slice_of
+from vlmprune_jax.core.errors import UserError, about
 from vlmprune_jax.experiment.arguments import (
     check_tasks,
     evaluation_sets,

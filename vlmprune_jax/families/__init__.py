@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlmprune_jax.config import ModelConfig
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.families.bunny import BUNNY
 from vlmprune_jax.families.internvl import INTERNVL_HF, INTERNVL_ORIGINAL
 from vlmprune_jax.families.llama import LLAMA

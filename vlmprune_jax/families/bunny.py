@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from vlmprune_jax.config import ModelConfig, ProjectorConfig
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.config import ModelConfig, ProjectorConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.families.decoders import text_from_hf, text_weights
 from vlmprune_jax.families.llava import ORIGINAL_IMAGE_TOKEN, OTHER_TOWERS, RECIPE, TOWER_RENAMES, UNUSED_VISION
 from vlmprune_jax.families.shapes import layers_to_hf, token_ids

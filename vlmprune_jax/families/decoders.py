@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from vlmprune_jax.config import ModelConfig, TextConfig
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.config import ModelConfig, TextConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.families.rope import for_both_versions
 from vlmprune_jax.families.shapes import token_ids
 from vlmprune_jax.families.table import FAMILIES, Decoder, Family, JsonDict, Stock, Weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 
 # More layers than any model has: a number beyond would be a list of as many shapes.
 MAX_LAYERS = 1000

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlmprune_jax.config import ModelConfig, ProjectorConfig, Stack, TextConfig, VisionConfig
+from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, Stack, TextConfig, VisionConfig
 
 NAME, WHEEL = "llama.cpp", "xllamacpp"  # the wheel has it ready to be loaded
 ENGINE = "llama_cpp"  # among `--backends`
@@ -324,7 +324,7 @@ _CASED = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*SUFFIX|"
 )
 _ENDS = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# Rules of a byte-level tokenizer, as hf/export/gguf_tokenizer.py spells them -> what llama.cpp calls them.
+# Rules of a byte-level tokenizer, as export/gguf_tokenizer.py spells them -> what llama.cpp calls them.
 WORDS, BYTES = "ByteLevel words", "ByteLevel"
 PRE: dict[tuple[str, ...], str] = {
     (WORDS,): "gpt-2",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlmprune_jax.config import TextConfig
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.config import TextConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.families import gguf
 from vlmprune_jax.families.decoders import decoder_family
 from vlmprune_jax.families.llama_like import llama_like, llama_like_weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlmprune_jax.config import TextConfig
+from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.families.rope import rope_from_hf
 from vlmprune_jax.families.shapes import layers_from_hf
 from vlmprune_jax.families.table import Weight

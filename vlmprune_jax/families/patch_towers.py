@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vlmprune_jax.config import LayerShape, ModelConfig, ProjectorConfig, TextConfig, VisionConfig
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.config import LayerShape, ModelConfig, ProjectorConfig, TextConfig, VisionConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.families.table import JsonDict, Weight
 from vlmprune_jax.families.towers import first_axes, projector_of, vision_of
 

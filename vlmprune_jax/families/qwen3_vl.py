@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlmprune_jax.config import ModelConfig, TextConfig, VisionConfig
+from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.families import gguf
 from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
 from vlmprune_jax.families.llama_like import llama_like, llama_like_weights

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlmprune_jax.config import LayerShape, TextConfig
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.config import LayerShape, TextConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.families.table import JsonDict
 
 # The field in which a folder with unequal layers records each layer's true widths.

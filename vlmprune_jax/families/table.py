@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlmprune_jax.config import ModelConfig, TextConfig
+from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.families.gguf import Architecture
 from vlmprune_jax.families.templates import LLAVA_V1, Template
 from vlmprune_jax.families.tiles import TilingConfig
@@ -42,7 +42,7 @@ class Decoder:
     the output head. `heads_divide`: the config class refuses numbers of heads that do not divide hidden_size.
     `head_bias`: alone its output head has a bias. `gguf`: architectures of llama.cpp that compute it, in the order in
     which they are tried. `derives_head_dim`: engines whose class takes hidden_size / heads for the size of a head,
-    whatever config.json says (of `hf.export.loads.TARGETS`).
+    whatever config.json says (of `export.loads.TARGETS`).
     """
 
     model_type: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 
 # Far above any model's (40), and few enough to list all grids: a config.json may name any number.
 MAX_TILES = 1000

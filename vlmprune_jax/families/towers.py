@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vlmprune_jax.config import LayerShape, ModelConfig, ProjectorConfig, VisionConfig
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.config import LayerShape, ModelConfig, ProjectorConfig, VisionConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.families.table import JsonDict, Weight
 
 # Class defaults of each tower's config in transformers (InternViT: of the hub's remote code), which files leave out.

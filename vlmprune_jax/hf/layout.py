@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vlmprune_jax.config import ModelConfig
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.families import Family
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES
 from vlmprune_jax.hf.disk.storage import StoredWeight
 from vlmprune_jax.hf.disk.weight_files import Extent

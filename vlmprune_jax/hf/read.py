@@ -17,11 +17,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlmprune_jax.checked_files import read_json, reading
-from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError, reason
+from vlmprune_jax.core.files import read_json, reading
 from vlmprune_jax.data.tokenizer_files import added_tokens
 from vlmprune_jax.distributed.rules import check_divides, sharding
-from vlmprune_jax.errors import UserError, reason
 from vlmprune_jax.families import Family, detect
 from vlmprune_jax.families.fields import check_fields
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint, has_weights

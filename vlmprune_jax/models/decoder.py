@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vlmprune_jax.config import LayerShape, LoraConfig, TextConfig, runs
+from vlmprune_jax.core.config import LayerShape, LoraConfig, TextConfig, runs
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.attention import attention_mask, for_tpu, splash_attention, windowed, xla_attention
 from vlmprune_jax.models.layers import (
     SAVEABLE,

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import whole, within
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.decoder import Cache
 from vlmprune_jax.models.inputs import check_inputs, needed_mask
 from vlmprune_jax.models.patch_rows import check_types, patch_rows

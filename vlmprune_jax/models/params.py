@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vlmprune_jax.config import ModelConfig, runs
+from vlmprune_jax.core.config import ModelConfig, runs
 from vlmprune_jax.models.vlm import Params, abstract
 
 Flat = dict[str, Any]

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.config import ModelConfig
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.positions import AXES, grids_by_row, mrope_positions
 
 # Rows of patches are padded to multiples of so many merged cells: programs are compiled for less shapes.

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 
 AXES = 3  # frame, row and column
 

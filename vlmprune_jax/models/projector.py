@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vlmprune_jax.config import ProjectorConfig
+from vlmprune_jax.core.config import ProjectorConfig
 from vlmprune_jax.models.layers import LayerNorm, Projection, activation
 from vlmprune_jax.models.vision import NORMS
 

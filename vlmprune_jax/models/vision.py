@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vlmprune_jax.config import LayerShape, VisionConfig, runs
+from vlmprune_jax.core.config import LayerShape, VisionConfig, runs
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.attention import for_tpu, splash_attention, xla_attention
 from vlmprune_jax.models.decoder import Block, Tap
 from vlmprune_jax.models.layers import LayerNorm, Projection, RMSNorm, activation, declare, rotate

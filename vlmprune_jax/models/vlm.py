@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import row_ways, within
 from vlmprune_jax.distributed.rules import constrain, sharding
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.decoder import Context, Decoder, Tap
 from vlmprune_jax.models.inputs import check_inputs, needed_mask
 from vlmprune_jax.models.patch_rows import patch_rows, real_features

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vlmprune_jax.config import IGNORED
+from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.distributed.rules import constrain
 
 _LEAST = 8  # chunks of a row, at least: fewer would leave little to skip

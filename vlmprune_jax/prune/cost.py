@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from vlmprune_jax.budget import Budget
-from vlmprune_jax.checks import one_of
-from vlmprune_jax.config import ModelConfig, Stack
-from vlmprune_jax.distributed.chips import slice_of
-from vlmprune_jax.errors import UserError, about
+from vlmprune_jax.core.budget import Budget
+from vlmprune_jax.core.checks import one_of
+from vlmprune_jax.core.chips import slice_of
+from vlmprune_jax.core.config import ModelConfig, Stack
+from vlmprune_jax.core.errors import UserError, about
+from vlmprune_jax.export.target import UNEVEN
+from vlmprune_jax.export.uneven import padded_stacks
 from vlmprune_jax.hf.disk.dtypes import DTYPES
-from vlmprune_jax.hf.export.target import UNEVEN
-from vlmprune_jax.hf.export.uneven import padded_stacks
 from vlmprune_jax.models.flops import forward_flops, head_of, positions_of, seen, tower_pairs, weight_flops
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune.solver import Costs, OutOfReach, layer_costs

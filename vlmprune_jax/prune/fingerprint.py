@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.hf.lazy import FileArray, FileStack
 from vlmprune_jax.models.params import Flat, flatten, param_axes, param_shapes
 from vlmprune_jax.models.vlm import Model, mesh_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlmprune_jax.hf.export.write import save
+from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.hf.read import resolve
 from vlmprune_jax.prune.plan import PrunePlan

@@ -23,14 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from vlmprune_jax.checks import one_of, with_defaults
-from vlmprune_jax.config import TextConfig
+from vlmprune_jax.core.checks import one_of, with_defaults
+from vlmprune_jax.core.config import TextConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import whole, within
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.export.quantized import SCHEMES, make_storage
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.disk.compressed_tensors import CompressedTensors
 from vlmprune_jax.hf.disk.dtypes import DTYPES
-from vlmprune_jax.hf.export.quantized import SCHEMES, make_storage
 from vlmprune_jax.hf.layout import Slot, by_key, make_slots
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch
 from vlmprune_jax.prune.criteria.calibration import calibration_batches, positive

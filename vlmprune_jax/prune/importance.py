@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmprune_jax.checks import with_defaults
-from vlmprune_jax.config import TextConfig
+from vlmprune_jax.core.checks import with_defaults
+from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.distributed.mesh import within
+from vlmprune_jax.export.imatrix import Importance
 from vlmprune_jax.families import family_of
-from vlmprune_jax.hf.export.imatrix import Importance
 from vlmprune_jax.hf.layout import make_slots
 from vlmprune_jax.models.vlm import Model, mesh_of
 from vlmprune_jax.prune.gptq import OPTIONS, READ, embedded_steps, finite_sums, inside, reads

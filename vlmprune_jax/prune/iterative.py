@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.plan import PrunePlan, compose

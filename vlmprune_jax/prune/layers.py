@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from vlmprune_jax.config import TextConfig, VisionConfig, runs
+from vlmprune_jax.core.config import TextConfig, VisionConfig, runs
 from vlmprune_jax.distributed.mesh import whole
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.decoder import Decoder, output_names

@@ -14,9 +14,9 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 
-from vlmprune_jax.checked_files import Count, Finite, checked, parse_json, read_json, replacing
-from vlmprune_jax.config import STACKS, LayerShape, ModelConfig
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.config import STACKS, LayerShape, ModelConfig
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import Count, Finite, checked, parse_json, read_json, replacing
 
 FORMAT = 2  # 1, which had the decoder's layers only, is read
 MAX_BYTES = 2**26  # the plan of a 70B model that keeps everything has 16 MB

@@ -30,11 +30,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmprune_jax.checks import with_defaults
+from vlmprune_jax.core.checks import with_defaults
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.mesh import whole, within
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.decoder import TAP_INPUTS
 from vlmprune_jax.models.params import param_shapes
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 import msgspec
 import numpy as np
 
-from vlmprune_jax.checked_files import checked, parse_json, read_arrays, reading, replacing
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import checked, parse_json, read_arrays, reading, replacing
 from vlmprune_jax.prune.criteria import scoring
 
 FORMAT = 1

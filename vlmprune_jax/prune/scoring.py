@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.checks import one_of, with_defaults
-from vlmprune_jax.config import LayerShape
+from vlmprune_jax.core.checks import one_of, with_defaults
+from vlmprune_jax.core.config import LayerShape
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.journal import Journal
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.criteria import CRITERIA
 from vlmprune_jax.prune.criteria.activations import accumulate

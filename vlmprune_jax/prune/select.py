@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.budget import budget_of
-from vlmprune_jax.checks import fraction, one_of, with_defaults
-from vlmprune_jax.config import ModelConfig
-from vlmprune_jax.errors import UserError
-from vlmprune_jax.hf.export.loads import TARGETS, check_loads, keeps_heads
+from vlmprune_jax.core.budget import budget_of
+from vlmprune_jax.core.checks import fraction, one_of, with_defaults
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.export.loads import TARGETS, check_loads, keeps_heads
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune.cost import least_ratio, make_measure
 from vlmprune_jax.prune.fingerprint import shape_digest

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vlmprune_jax.checks import one_of
-from vlmprune_jax.config import LayerShape, Stack
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.checks import one_of
+from vlmprune_jax.core.config import LayerShape, Stack
+from vlmprune_jax.core.errors import UserError
 
 # What `o_proj` and `down_proj` read (heads * head_dim, neurons) should be a multiple of: lanes of a TPU's registers;
 # blocks of llama.cpp's Q8_0 and Q4_0 and of its K-quants, which lie along a row (a row that does not divide is stored

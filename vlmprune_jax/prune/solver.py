@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlmprune_jax.config import LayerShape, ModelConfig
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.config import LayerShape, ModelConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.params import layer_axes, layer_shapes
 
 GRID = 10_000  # sparsities that are tried: multiples of 1e-4

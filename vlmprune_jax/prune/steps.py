@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmprune_jax.config import IGNORED, ModelConfig
+from vlmprune_jax.core.config import IGNORED, ModelConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import whole
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, to_nnx
 from vlmprune_jax.prune.criteria.activations import real_images
 from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, PADDING, PROMPT, Arrays

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlmprune_jax.config import LayerShape, runs
+from vlmprune_jax.core.config import LayerShape, runs
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.rules import check_divides, sharding
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import flatten, layer_axes, param_axes, stack_layers, unflatten, unstack_layers
 from vlmprune_jax.models.vlm import Model, mesh_of
 from vlmprune_jax.prune.fingerprint import fingerprint, shape_digest

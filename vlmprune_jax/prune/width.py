@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.checks import layer_range, one_of
-from vlmprune_jax.config import LayerShape, ModelConfig, Stack
-from vlmprune_jax.errors import UserError, about
+from vlmprune_jax.core.checks import layer_range, one_of
+from vlmprune_jax.core.config import LayerShape, ModelConfig, Stack
+from vlmprune_jax.core.errors import UserError, about
 from vlmprune_jax.prune.plan import KeptLayer
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.snap import check_divides, multiples, reason_of

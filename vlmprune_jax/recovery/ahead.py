@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.recovery.flops import room_of
 from vlmprune_jax.recovery.step import place_rows
 

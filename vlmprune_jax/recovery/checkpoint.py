@@ -19,9 +19,9 @@ import msgspec
 import numpy as np
 import orbax.checkpoint as ocp
 
-from vlmprune_jax.checked_files import checked, open_file, reading
+from vlmprune_jax.core.errors import UserError, differences, reason
+from vlmprune_jax.core.files import checked, open_file, reading
 from vlmprune_jax.distributed.mesh import from_all, on_process_zero
-from vlmprune_jax.errors import UserError, differences, reason
 from vlmprune_jax.recovery.step import TrainState
 
 STATE, META = "state", "meta"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.config import IGNORED, ModelConfig
+from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.models.flops import causal_flops, head_of, vision_flops, weight_flops
 from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.objective import compares_logits, needs_logits, needs_teacher, only_at_labels

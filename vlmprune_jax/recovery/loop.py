@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from vlmprune_jax.core.errors import Stopped, UserError
 from vlmprune_jax.data.batching import Kind
 from vlmprune_jax.distributed.preemption import StopSignal
-from vlmprune_jax.errors import Stopped, UserError
 from vlmprune_jax.models.inputs import check_inputs
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import Model

@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlmprune_jax.config import IGNORED, ModelConfig
+from vlmprune_jax.core.config import IGNORED, ModelConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import within
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.inputs import check_inputs
 from vlmprune_jax.models.vlm import IMAGE_INPUTS, Model, Params, encode, head_of, mesh_of, to_nnx
 from vlmprune_jax.models.vocabulary import Head, chunk_sums

@@ -14,10 +14,10 @@ import jax
 from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from vlmprune_jax.checked_files import Count, checked, read_json_lines, replacing
-from vlmprune_jax.distributed.chips import peak_flops
+from vlmprune_jax.core.chips import peak_flops
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import Count, checked, read_json_lines, replacing
 from vlmprune_jax.distributed.mesh import from_all, is_main_process
-from vlmprune_jax.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 LISTED_IDS = 16

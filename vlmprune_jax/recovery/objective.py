@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from vlmprune_jax.checks import suggest
-from vlmprune_jax.config import ModelConfig
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.checks import suggest
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.terms import BUILT_IN, LossTerm
 

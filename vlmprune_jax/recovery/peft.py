@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import save_file
 
-from vlmprune_jax.config import LoraConfig, ModelConfig
+from vlmprune_jax.core.config import LoraConfig, ModelConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import is_main_process
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.export.card import model_name
 from vlmprune_jax.families import Family, family_of
 from vlmprune_jax.hf.disk.atomic import atomic_folder
-from vlmprune_jax.hf.export.card import model_name
 from vlmprune_jax.hf.fetch import to_host
 from vlmprune_jax.hf.layout import Slot, by_key, join_tensor, make_slots
 from vlmprune_jax.hf.read import read_fields

@@ -11,10 +11,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import row_ways
 from vlmprune_jax.distributed.rules import check_divides, sharding
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import Flat, flatten, param_axes, param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, Params, mesh_of
 from vlmprune_jax.prune.plan import PrunePlan

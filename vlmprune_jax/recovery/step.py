@@ -16,10 +16,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import within
 from vlmprune_jax.distributed.rules import constrain, sharding
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import Flat, param_axes, unflatten
 from vlmprune_jax.models.vlm import Params
 from vlmprune_jax.recovery.config import PROJECTOR, LossConfig, RecoverConfig

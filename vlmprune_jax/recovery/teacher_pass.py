@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.inputs import check_inputs
 from vlmprune_jax.models.vlm import IMAGE_INPUTS, Model, Params, encode

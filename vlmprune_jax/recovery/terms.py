@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vlmprune_jax.checks import file_of_users, one_of
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.checks import file_of_users, one_of
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.vocabulary import cross_entropy
 from vlmprune_jax.recovery.top_k import top_k_divergence
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from vlmprune_jax.checked_files import Count, read_json
-from vlmprune_jax.errors import UserError, printable
+from vlmprune_jax.core.errors import UserError, printable
+from vlmprune_jax.core.files import Count, read_json
 from vlmprune_jax.evaluation.statistics import holm, mcnemar
 from vlmprune_jax.report.page import Section, Table
 from vlmprune_jax.report.result import Described, Values

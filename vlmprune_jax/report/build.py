@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.checked_files import read_text
-from vlmprune_jax.errors import printable
+from vlmprune_jax.core.errors import printable
+from vlmprune_jax.core.files import read_text
 from vlmprune_jax.report import figures, fit, plots
 from vlmprune_jax.report.advice import advice_section
 from vlmprune_jax.report.answers import comparison_section

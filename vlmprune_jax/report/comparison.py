@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from vlmprune_jax.errors import printable
+from vlmprune_jax.core.errors import printable
 from vlmprune_jax.report import comparison_plots as plots
 from vlmprune_jax.report.comparison_plots import DATA, DECODER, Cost, drawable, series_of, way_of
 from vlmprune_jax.report.page import Figure, Section, Table, write_page

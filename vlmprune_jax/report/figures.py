@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from vlmprune_jax.errors import UserError, printable
+from vlmprune_jax.core.errors import UserError, printable
 from vlmprune_jax.prune import PrunePlan, Scores
 from vlmprune_jax.prune.plan import KeptStack
 from vlmprune_jax.recovery.config import LossConfig

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from vlmprune_jax.checked_files import Count, Finite, checked, read_json
-from vlmprune_jax.errors import UserError, printable
+from vlmprune_jax.core.errors import UserError, printable
+from vlmprune_jax.core.files import Count, Finite, checked, read_json
 
 Json = dict[str, Any]
 PLANNED = "tpu_plan.json"
@@ -47,7 +47,7 @@ class _Seconds(TypedDict):
 
 
 class _Step(TypedDict):
-    """What `stages.tpu_fit.facts` tells of a step that fits."""
+    """What `planning.fit.facts` tells of a step that fits."""
 
     topology: str
     chips: Count

@@ -14,10 +14,10 @@ from typing import Any
 
 import msgspec
 
-from vlmprune_jax.checked_files import Finite, read_json
-from vlmprune_jax.checks import fraction, one_of
-from vlmprune_jax.config import ModelConfig
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.checks import fraction, one_of
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import Finite, read_json
 from vlmprune_jax.models.params import count_params
 
 FILE = Path(__file__).with_name("guide.json")

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from vlmprune_jax.checked_files import replacing
+from vlmprune_jax.core.files import replacing
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from vlmprune_jax.checked_files import replacing
-from vlmprune_jax.errors import printable
+from vlmprune_jax.core.errors import printable
+from vlmprune_jax.core.files import replacing
 
 # Text and axes are drawn in this colour, which an inline SVG then trades for the page's own (light or dark).
 INK = "#3a3b3c"

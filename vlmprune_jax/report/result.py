@@ -48,8 +48,8 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 
-from vlmprune_jax.checked_files import Count, Finite, checked, read_json
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import Count, Finite, checked, read_json
 from vlmprune_jax.evaluation.averages import mean_of_ratios, paper_average, retained
 from vlmprune_jax.evaluation.metrics.exact_match import EXACT_MATCH
 

@@ -22,10 +22,10 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 import numpy as np
 from msgspec import Meta
 
-from vlmprune_jax.checked_files import Count, read_json
+from vlmprune_jax.core.errors import UserError, printable
+from vlmprune_jax.core.files import Count, read_json
 from vlmprune_jax.data.images import thumbnail
 from vlmprune_jax.data.records import IMAGE_TOKEN, Record
-from vlmprune_jax.errors import UserError, printable
 from vlmprune_jax.report.answers import UNPRUNED
 
 Json = dict[str, Any]

@@ -18,8 +18,8 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 from msgspec import Meta
 
-from vlmprune_jax.checked_files import Count, read_json
-from vlmprune_jax.errors import printable
+from vlmprune_jax.core.errors import printable
+from vlmprune_jax.core.files import Count, read_json
 from vlmprune_jax.report.page import Table
 
 SPEED, BENCH = "speed.json", "bench.json"

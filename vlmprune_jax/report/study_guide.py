@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.checked_files import replacing
+from vlmprune_jax.core.files import replacing
 from vlmprune_jax.evaluation.statistics import interval_of_mean
 from vlmprune_jax.report.guide import FILE, Evidence, Guide, Source, as_json, read_guide
 from vlmprune_jax.report.study import Point, points_of

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from vlmprune_jax.checked_files import read_text, replacing
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import read_text, replacing
 from vlmprune_jax.report.comparison_plots import DECODER, curves_figure, drawable, series_of, way_of
 from vlmprune_jax.report.plots import write_png
 from vlmprune_jax.report.result import averaged_sets, main_value

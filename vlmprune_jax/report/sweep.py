@@ -57,8 +57,8 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import msgspec
 
-from vlmprune_jax.checked_files import Count, Finite, checked, read_json
-from vlmprune_jax.errors import UserError, printable
+from vlmprune_jax.core.errors import UserError, printable
+from vlmprune_jax.core.files import Count, Finite, checked, read_json
 from vlmprune_jax.evaluation.statistics import interval_of_mean
 from vlmprune_jax.report.result import Evaluation, RunEvaluation, Set, main_value, shown
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vlmprune_jax.errors import printable
+from vlmprune_jax.core.errors import printable
 from vlmprune_jax.report.page import Table
 from vlmprune_jax.report.result import averaged_sets, main_value, shown
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.report.answers import DEFAULT_SET, TEACHER, evaluation_file, read_evaluated
 from vlmprune_jax.report.result import describe_sets, make_run, unpruned_of

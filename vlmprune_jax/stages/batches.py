@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.batching import Batch, train_batches
 from vlmprune_jax.data.measure import measure
 from vlmprune_jax.data.records import make_records
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.overrides import override
 from vlmprune_jax.experiment.spec import DataSpec, ModelSpec
 from vlmprune_jax.hf.read import read_config, resolve

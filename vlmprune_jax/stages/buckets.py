@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.images import Preparation
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.spec import DataSpec
 
 

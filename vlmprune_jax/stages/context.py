@@ -11,22 +11,22 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from vlmprune_jax.core.console import Reporter
+from vlmprune_jax.core.errors import Stopped, UserError, reason
 from vlmprune_jax.data.tokenizer_files import without_output
 from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.preemption import StopSignal, noticed
-from vlmprune_jax.errors import Stopped, UserError, reason
 from vlmprune_jax.experiment.spec import MeshSpec, ModelSpec
-from vlmprune_jax.hf.export.card import model_name
-from vlmprune_jax.hf.export.write import save
+from vlmprune_jax.export.card import model_name
+from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.layout import PARTS
 from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import PrunePlan
-from vlmprune_jax.stages.console import Reporter
-from vlmprune_jax.stages.ledger import Json, Stage, run_stage
-from vlmprune_jax.stages.store import Store
+from vlmprune_jax.workdir.ledger import Json, Stage, run_stage
+from vlmprune_jax.workdir.store import Store
 
 # Raised whenever a stage's code gives other results for the same inputs: its outputs are then made again.
 VERSIONS = {"score": 1, "prune": 1, "reconstruct": 1, "recover": 1, "evaluate": 2, "export": 1, "speed": 1}

@@ -7,12 +7,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.config import ModelConfig, Stack, VisionConfig, runs
-from vlmprune_jax.errors import printable
+from vlmprune_jax.core.config import ModelConfig, Stack, VisionConfig, runs
+from vlmprune_jax.core.errors import printable
+from vlmprune_jax.export.gguf import support
+from vlmprune_jax.export.loads import what_loads
 from vlmprune_jax.families import Family, target_of
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
-from vlmprune_jax.hf.export.gguf import support
-from vlmprune_jax.hf.export.loads import what_loads
 from vlmprune_jax.hf.layout import make_slots
 from vlmprune_jax.hf.read import find_weights, read_config, resolve
 from vlmprune_jax.models.params import count_params

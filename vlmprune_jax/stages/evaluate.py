@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from vlmprune_jax.checked_files import Count, Finite, read_json_lines, read_text, reading
-from vlmprune_jax.checks import settings_of
+from vlmprune_jax.core.checks import settings_of
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import Count, Finite, read_json_lines, read_text, reading
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.distributed.mesh import on_process_zero, row_ways
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.metrics import METRICS
 from vlmprune_jax.evaluation.metrics.metric import Scores
 from vlmprune_jax.evaluation.runner import ask, check_answered, log_likelihoods
@@ -38,8 +38,8 @@ from vlmprune_jax.stages.context import (
     mesh_of,
     model_inputs,
 )
-from vlmprune_jax.stages.ledger import Json, write_members, write_text
 from vlmprune_jax.stages.tasks import evaluate_tasks
+from vlmprune_jax.workdir.ledger import Json, write_members, write_text
 
 
 class _Facts(TypedDict):

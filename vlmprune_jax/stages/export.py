@@ -7,22 +7,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from vlmprune_jax.checked_files import Finite
+from vlmprune_jax.core.files import Finite
 from vlmprune_jax.data.batching import Batch
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.experiment.spec import Experiment, affecting
-from vlmprune_jax.hf.export.card import model_name
-from vlmprune_jax.hf.export.gguf_check import check_gguf
-from vlmprune_jax.hf.export.imatrix import Importance
-from vlmprune_jax.hf.export.reload import check_export
-from vlmprune_jax.hf.export.write import save
+from vlmprune_jax.export.card import model_name
+from vlmprune_jax.export.gguf_check import check_gguf
+from vlmprune_jax.export.imatrix import Importance
+from vlmprune_jax.export.reload import check_export
+from vlmprune_jax.export.write import save
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.prune.gptq import OPTIONS, Rounded, gptq
 from vlmprune_jax.prune.importance import importance
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import Context, load_model, model_inputs, teacher_folder
-from vlmprune_jax.stages.ledger import Json, differs_only_in, remove
+from vlmprune_jax.workdir.ledger import Json, differs_only_in, remove
 
 
 class _Facts(TypedDict):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.distributed.mesh import on_process_zero
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.spec import DataSpec, MeshSpec, ModelSpec
 from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.hf.layout import PARTS

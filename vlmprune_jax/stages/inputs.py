@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlmprune_jax.checked_files import read_json
-from vlmprune_jax.checks import one_of
-from vlmprune_jax.config import ModelConfig, VisionConfig
+from vlmprune_jax.core.checks import one_of
+from vlmprune_jax.core.config import ModelConfig, VisionConfig
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import read_json
 from vlmprune_jax.data.batching import ON_ERROR, Batch, TrainBatches, train_batches
 from vlmprune_jax.data.datasets import PREFIX as DATASETS
 from vlmprune_jax.data.datasets import datasets_folder, datasets_state, read_datasets
@@ -30,7 +31,6 @@ from vlmprune_jax.data.records import Record, data_files, read_records, take_fra
 from vlmprune_jax.data.teacher_rows import TeacherRows
 from vlmprune_jax.data.tfds import PREFIX, read_tfds, tfds_folder, tfds_state
 from vlmprune_jax.distributed.mesh import from_all
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.questions import ArrangedQuestions, arrange_questions
 from vlmprune_jax.experiment.spec import (
     DataSpec,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmprune_jax.config import LayerShape, ModelConfig
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.config import LayerShape, ModelConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.experiment.spec import PruneSpec
 from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, Scores
 from vlmprune_jax.prune.solver import layer_costs

@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
-from vlmprune_jax.checked_files import Count, Finite
-from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError, about
+from vlmprune_jax.core.files import Count, Finite
 from vlmprune_jax.data.batching import Batch
 from vlmprune_jax.distributed.mesh import on_process_zero
-from vlmprune_jax.errors import UserError, about
 from vlmprune_jax.experiment.arguments import export_dtype, plan_budget, plan_options
 from vlmprune_jax.experiment.spec import Experiment, affecting
+from vlmprune_jax.export.target import make_target
+from vlmprune_jax.export.uneven import padded_stacks
+from vlmprune_jax.export.write import MAX_SHARD_BYTES, make_tensors
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.hf.disk.tensors import bytes_on_disk
-from vlmprune_jax.hf.export.target import make_target
-from vlmprune_jax.hf.export.uneven import padded_stacks
-from vlmprune_jax.hf.export.write import MAX_SHARD_BYTES, make_tensors
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune import CRITERIA, KeptStack, PrunePlan, Scores, prune_folder, prune_iteratively
@@ -32,8 +32,8 @@ from vlmprune_jax.stages.context import (
     save_model,
     teacher_folder,
 )
-from vlmprune_jax.stages.ledger import Json, write_text
 from vlmprune_jax.stages.score import criteria_of, criterion_files, score_options, stacks_of
+from vlmprune_jax.workdir.ledger import Json, write_text
 
 
 class _Facts(TypedDict):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
-from vlmprune_jax.checked_files import Count
+from vlmprune_jax.core.errors import UserError, about
+from vlmprune_jax.core.files import Count
 from vlmprune_jax.distributed.mesh import on_process_zero
-from vlmprune_jax.errors import UserError, about
 from vlmprune_jax.experiment.arguments import recover_config
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.models.params import flatten
@@ -28,9 +28,9 @@ from vlmprune_jax.stages.context import (
     teacher_folder,
 )
 from vlmprune_jax.stages.feature_cache import cached_features, load_for_training, with_tower
-from vlmprune_jax.stages.ledger import Json, remove
 from vlmprune_jax.stages.reconstruct import cut_folder
 from vlmprune_jax.stages.teacher_cache import cached_teacher
+from vlmprune_jax.workdir.ledger import Json, remove
 
 
 class _Facts(TypedDict):

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import NO_RECOVERY, PruneRun, prune_runs, recover_runs
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.prune import PrunePlan, Scores
 from vlmprune_jax.report.build import build_report, tables_of
+from vlmprune_jax.report.provenance import provenance_section
 from vlmprune_jax.report.result import FOUND, best_run, describe_sets, make_result, make_run, read_result
 from vlmprune_jax.report.speed import speeds_of
 from vlmprune_jax.report.tables import benchmark_rows
@@ -19,15 +20,14 @@ from vlmprune_jax.report.unfinished import read_unfinished
 from vlmprune_jax.stages.context import Context, teacher_folder
 from vlmprune_jax.stages.evaluate import evaluate_stage
 from vlmprune_jax.stages.export import export_stage
-from vlmprune_jax.stages.ledger import Json, finished_stages, write_json
 from vlmprune_jax.stages.plan_tables import Table, explain
-from vlmprune_jax.stages.provenance import provenance_section
 from vlmprune_jax.stages.prune import prune_stage
 from vlmprune_jax.stages.reconstruct import RECONSTRUCTED, reconstruct_stage
 from vlmprune_jax.stages.recover import recover_stage
 from vlmprune_jax.stages.samples import write_samples
 from vlmprune_jax.stages.score import criteria_of, score_stage
 from vlmprune_jax.stages.speed import check_speed, costs_of_folder, speed_stage, workload_of
+from vlmprune_jax.workdir.ledger import Json, finished_stages, write_json
 
 
 def score_all(experiment: Experiment, context: Context) -> None:

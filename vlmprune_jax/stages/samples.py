@@ -12,7 +12,7 @@ from vlmprune_jax.report.samples import SAMPLES, as_json, make_samples
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import Context
 from vlmprune_jax.stages.evaluate import read_predictions
-from vlmprune_jax.stages.ledger import Json, write_text
+from vlmprune_jax.workdir.ledger import Json, write_text
 
 
 def write_samples(experiment: Experiment, runs: Sequence[Json], context: Context) -> None:

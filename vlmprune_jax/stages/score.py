@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from vlmprune_jax.checked_files import Count
-from vlmprune_jax.config import STACKS
+from vlmprune_jax.core.config import STACKS
+from vlmprune_jax.core.files import Count
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.experiment.spec import Experiment, affecting
@@ -22,7 +22,7 @@ from vlmprune_jax.stages.context import (
     model_inputs,
     teacher_folder,
 )
-from vlmprune_jax.stages.ledger import Json
+from vlmprune_jax.workdir.ledger import Json
 
 _FILES = {"text": "scores", "vision": "scores_vision"}
 

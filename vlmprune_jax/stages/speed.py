@@ -7,16 +7,16 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.distributed.processor import processor
-from vlmprune_jax.evaluation.speed import check_workload, measure_speed
+from vlmprune_jax.evaluation.speed.measure import check_workload, measure_speed
 from vlmprune_jax.experiment.arguments import export_dtype
 from vlmprune_jax.experiment.spec import Experiment, ModelSpec, SpeedSpec, affecting
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.prune.cost import costs_of
 from vlmprune_jax.report.speed import SPEED, Measured
 from vlmprune_jax.stages.context import Context, load_model, model_inputs, teacher_folder
-from vlmprune_jax.stages.ledger import Json, write_json
+from vlmprune_jax.workdir.ledger import Json, write_json
 
 
 def config_of(spec: ModelSpec, folder: Path) -> ModelConfig:

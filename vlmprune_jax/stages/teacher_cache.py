@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from vlmprune_jax.core.errors import Stopped
 from vlmprune_jax.data.batching import train_batches
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.teacher_rows import TeacherRows, record_key
 from vlmprune_jax.distributed.mesh import on_process_zero
-from vlmprune_jax.errors import Stopped
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.hf.disk.atomic import check_space
 from vlmprune_jax.recovery.config import RecoverConfig
@@ -23,7 +23,7 @@ from vlmprune_jax.recovery.teacher_pass import teacher_top_k
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import Context, load_model, mesh_of, open_folder, teacher_folder
 from vlmprune_jax.stages.feature_cache import parts_beside
-from vlmprune_jax.stages.ledger import digest
+from vlmprune_jax.workdir.ledger import digest
 
 _SPREAD = 256  # records whose sizes tell that of a pass
 

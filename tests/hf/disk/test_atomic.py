@@ -18,10 +18,10 @@ from hf_cases import (
     make_folder,
 )
 
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.export import write
+from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.disk import atomic
-from vlmprune_jax.hf.export import write
-from vlmprune_jax.hf.export.write import save
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import prune_folder
@@ -125,7 +125,7 @@ WRITER = """
 import sys, time
 from vlmprune_jax.hf import fetch
 from vlmprune_jax.hf.disk import verified
-from vlmprune_jax.hf.export import write
+from vlmprune_jax.export import write
 from vlmprune_jax.hf.read import load
 source, out = sys.argv[1:]
 verified.BLOCK = 4096  # or nothing of so small a model is on the disk before its end
@@ -210,7 +210,7 @@ def test_wrong_options(goldens, llama, tmp_path):
 
 
 def test_lora_must_be_merged(llama, tmp_path):
-    from vlmprune_jax.config import LoraConfig
+    from vlmprune_jax.core.config import LoraConfig
 
     model = load(llama)
     cfg = model.cfg.__class__(**{**vars(model.cfg), "lora": LoraConfig(2, 4.0, 0.0, ("q_proj",))})

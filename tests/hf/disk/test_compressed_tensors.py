@@ -15,10 +15,10 @@ from safetensors.numpy import load_file
 
 import vlmprune_jax as vp
 from vlmprune_jax.cli.main import main
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.export.reload import check_export
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.disk.compressed_tensors import CompressedTensors
-from vlmprune_jax.hf.export.reload import check_export
 from vlmprune_jax.hf.lazy import open_model
 
 WIDE = {**LLAMA, "hidden_size": 64, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -162,7 +162,7 @@ def test_inspect_names_it(int4, capsys):
 
 
 def test_the_check_of_an_export_without_the_library(int4, monkeypatch):
-    monkeypatch.setattr("vlmprune_jax.hf.export.reload.torch_loads", lambda *_: False)
+    monkeypatch.setattr("vlmprune_jax.export.reload.torch_loads", lambda *_: False)
     found = check_export(vp.load(int4), int4)
     assert (found["backend"], found["max_abs_logit_difference"]) == ("jax", 0)
 
@@ -222,7 +222,7 @@ def torch_logits(folder: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
     import torch
     import transformers
 
-    from vlmprune_jax.hf.export.reload import _torch_class
+    from vlmprune_jax.export.reload import _torch_class
     from vlmprune_jax.hf.read import read_config, read_fields
 
     family, _ = read_config(folder)

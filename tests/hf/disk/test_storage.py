@@ -28,13 +28,13 @@ from safetensors.numpy import load_file
 
 import vlmprune_jax as vp
 from vlmprune_jax.cli.main import main
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import make_mesh
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.export import write
+from vlmprune_jax.export.reload import check_export
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.disk.storage import storages
 from vlmprune_jax.hf.disk.weight_files import Entry
-from vlmprune_jax.hf.export import write
-from vlmprune_jax.hf.export.reload import check_export
 from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.prune import fingerprint
 
@@ -223,7 +223,7 @@ def test_the_check_of_an_export(int8):
     """In JAX: PyTorch does not know the format."""
     edit_config(int8, architectures=["LlamaForCausalLM"])
     model = vp.load(int8)
-    layout = "vlmprune_jax.hf.export.reload.torch_loads"
+    layout = "vlmprune_jax.export.reload.torch_loads"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout, lambda *args: False)
         assert check_export(model, int8)["max_abs_logit_difference"] == 0

@@ -7,7 +7,7 @@ import zipfile
 import pytest
 import torch
 
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.hf.disk.torch_files import read_torch
 
 MATRIX = torch.arange(12.0).reshape(3, 4)

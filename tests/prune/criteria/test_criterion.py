@@ -9,8 +9,8 @@ import pytest
 from prune_cases import EQUAL, UNEQUAL, batch, config, model, on_mesh
 from repository import ROOT
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.journal import Journal
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import unstack_layers
 from vlmprune_jax.models.vlm import encode, forward, to_nnx
 from vlmprune_jax.prune import CRITERIA, Criterion, score

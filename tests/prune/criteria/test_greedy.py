@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from prune_cases import EQUAL, config, model, on_mesh
 
-from vlmprune_jax.config import IGNORED
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.config import IGNORED
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.vlm import forward
 from vlmprune_jax.models.vocabulary import cross_entropy
 from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, apply_plan, fingerprint, reconstruct, score

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from prune_cases import EQUAL, batch, config, model
 
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.prune import CRITERIA, Scores, score
 from vlmprune_jax.prune.criteria import gradients
 from vlmprune_jax.prune.criteria.calibration import calibration_batches

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlmprune_jax.checks import one_of
+from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.evaluation.metrics.ai2d import AI2D
 from vlmprune_jax.evaluation.metrics.anls import ANLS
 from vlmprune_jax.evaluation.metrics.exact_match import EXACT_MATCH

@@ -6,9 +6,9 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.datasets import parse_choices
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.errors import UserError
 
 _LETTERS = string.ascii_uppercase
 

@@ -11,8 +11,8 @@ import re
 
 from rapidfuzz.distance import Levenshtein
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.metrics.fields import choices_field, field, letters, name_field
 from vlmprune_jax.evaluation.metrics.metric import Metric
 

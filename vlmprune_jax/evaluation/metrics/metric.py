@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.errors import UserError
 
 Scores = Mapping[str, float]  # of one answer, by name
 Values = dict[str, float]  # of all answers, by name

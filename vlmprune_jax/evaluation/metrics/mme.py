@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.metrics.fields import name_field, right_yes_or_no
 from vlmprune_jax.evaluation.metrics.metric import Metric, Scores, once
 

@@ -6,8 +6,8 @@ import random
 import re
 from collections.abc import Sequence
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.metrics.fields import choices_field, letters, name_field, right_letters
 from vlmprune_jax.evaluation.metrics.metric import Metric
 

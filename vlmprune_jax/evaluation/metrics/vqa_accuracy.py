@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.evaluation.metrics.metric import Metric
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
 
 # Room beside the weights for file system overhead and small files.
 SPARE_BYTES = 16 * 2**20

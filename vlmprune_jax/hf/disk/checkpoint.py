@@ -9,8 +9,8 @@ from typing import TypedDict
 
 import numpy as np
 
-from vlmprune_jax.checked_files import read_json
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import read_json
 from vlmprune_jax.hf.disk.storage import StoredWeight, find_storage, join_parts
 from vlmprune_jax.hf.disk.torch_files import read_torch
 from vlmprune_jax.hf.disk.weight_files import Entry, read_header

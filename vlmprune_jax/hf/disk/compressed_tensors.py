@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 import numpy as np
 from msgspec import Meta
 
-from vlmprune_jax.checked_files import checked
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import checked
 from vlmprune_jax.hf.disk.weight_files import Entry
 
 JsonDict = dict[str, Any]

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vlmprune_jax.checked_files import reading
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import reading
 from vlmprune_jax.hf.disk.compressed_tensors import CompressedTensors
 from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES
 from vlmprune_jax.hf.disk.weight_files import Entry, Extent

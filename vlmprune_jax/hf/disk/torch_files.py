@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from vlmprune_jax.checked_files import open_file, reading
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import open_file, reading
 from vlmprune_jax.hf.disk.dtypes import FILE_DTYPES, bytes_in_file, file_name
 from vlmprune_jax.hf.disk.weight_files import Entry, check_no_pointer, check_shape
 

@@ -14,8 +14,8 @@ from types import TracebackType
 
 import numpy as np
 
-from vlmprune_jax.checked_files import open_file
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import open_file
 from vlmprune_jax.hf.disk.weight_files import Extent, advise, read_at
 
 BLOCK = 16 * 2**20

@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from vlmprune_jax.checked_files import open_file, reading
-from vlmprune_jax.errors import UserError, reason
+from vlmprune_jax.core.errors import UserError, reason
+from vlmprune_jax.core.files import open_file, reading
 from vlmprune_jax.hf.disk.dtypes import FILE_DTYPES, bytes_in_file
 
 # A header lists names and offsets; the limit of the safetensors library itself.

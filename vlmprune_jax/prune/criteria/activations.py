@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmprune_jax.checks import one_of
-from vlmprune_jax.config import ModelConfig
+from vlmprune_jax.core.checks import one_of
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.journal import Journal, continued
 from vlmprune_jax.distributed.mesh import within
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.decoder import TAP_INPUTS, Block, Tap
 from vlmprune_jax.models.vlm import Model, Params, encode, mesh_of, place_batch, to_nnx
 from vlmprune_jax.prune.criteria.calibration import IMAGE, KINDS, PADDING, Arrays, kinds_in

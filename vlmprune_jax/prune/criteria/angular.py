@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmprune_jax.config import STACKS
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.config import STACKS
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.decoder import Block
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.criteria.activations import Blocks, Tokens

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlmprune_jax.config import STACKS
+from vlmprune_jax.core.config import STACKS
 from vlmprune_jax.models.decoder import Block
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.criteria.activations import Blocks, Tokens

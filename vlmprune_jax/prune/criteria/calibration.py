@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.config import IGNORED, ModelConfig
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.config import IGNORED, ModelConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.inputs import check_inputs, needed_mask
 from vlmprune_jax.models.patch_rows import patch_rows
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmprune_jax.config import STACKS
+from vlmprune_jax.core.config import STACKS
 from vlmprune_jax.models.decoder import TAP_INPUTS, Block
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.criteria.activations import Blocks, Tokens

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.checks import file_of_users, one_of
-from vlmprune_jax.config import STACKS, ModelConfig
-from vlmprune_jax.errors import UserError
+from vlmprune_jax.core.checks import file_of_users, one_of
+from vlmprune_jax.core.config import STACKS, ModelConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.prune.criteria.calibration import KIND_WEIGHTS
 
 NEEDS = ("weights", "activations", "labels")

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vlmprune_jax.config import IGNORED, ModelConfig, TextConfig, runs
+from vlmprune_jax.core.config import IGNORED, ModelConfig, TextConfig, runs
+from vlmprune_jax.core.errors import Stopped, UserError
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.memory import free_memory
 from vlmprune_jax.distributed.mesh import from_all, whole, within
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.errors import Stopped, UserError
 from vlmprune_jax.models.decoder import STREAM, at_layer
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model, Params, mesh_of, place_batch, to_nnx

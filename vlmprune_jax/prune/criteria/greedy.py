@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import within
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.vlm import Model, head_of, mesh_of, place_batch, to_nnx
 from vlmprune_jax.models.vocabulary import cross_entropy_sum
 from vlmprune_jax.prune.criteria.calibration import Arrays

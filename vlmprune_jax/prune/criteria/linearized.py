@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vlmprune_jax.config import TextConfig
+from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.models.decoder import REMAT_POLICIES, Decoder
 from vlmprune_jax.models.layers import Projection, contract
 from vlmprune_jax.models.params import flatten, unflatten

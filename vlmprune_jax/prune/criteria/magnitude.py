@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmprune_jax.config import STACKS, runs
+from vlmprune_jax.core.config import STACKS, runs
 from vlmprune_jax.distributed.mesh import within
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vision import SCALES

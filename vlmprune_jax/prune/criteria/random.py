@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from vlmprune_jax.checks import one_of
-from vlmprune_jax.config import STACKS, ModelConfig
+from vlmprune_jax.core.checks import one_of
+from vlmprune_jax.core.config import STACKS, ModelConfig
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.criteria.criterion import Criterion, Parts
 from vlmprune_jax.prune.criteria.groups import GQA

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 import jax
 import jax.numpy as jnp
 
-from vlmprune_jax.checks import one_of
-from vlmprune_jax.config import STACKS
+from vlmprune_jax.core.checks import one_of
+from vlmprune_jax.core.config import STACKS
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.criteria.calibration import Arrays, weight_of_kinds
 from vlmprune_jax.prune.criteria.criterion import Criterion, Parts

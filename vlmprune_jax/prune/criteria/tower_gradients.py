@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmprune_jax.config import IGNORED, runs
+from vlmprune_jax.core.config import IGNORED, runs
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import within
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.errors import UserError
 from vlmprune_jax.models.params import Flat, flatten, unflatten
 from vlmprune_jax.models.vlm import Model, encode, head_of, mesh_of, place_batch
 from vlmprune_jax.models.vocabulary import cross_entropy_sum

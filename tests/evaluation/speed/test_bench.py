@@ -1,0 +1,169 @@
+"""`vlmprune bench`: whose turn it is, what is computed of readings, what is refused, and every engine once."""
+
+import contextlib
+import importlib.util
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+from gguf import GGUFWriter
+from gguf_cases import byte_tokenizer
+from hf_cases import LLAVA, make_folder
+from qwen_cases import make_qwen
+
+from vlmprune_jax.cli.main import main
+from vlmprune_jax.core.console import make_reporter
+from vlmprune_jax.evaluation.speed import bench as bench_file
+from vlmprune_jax.evaluation.speed.bench import Side, Workload, bench
+from vlmprune_jax.export.write import save
+from vlmprune_jax.hf.read import load
+from vlmprune_jax.report.speed import bench_notes, bench_tables
+
+
+def side(model, backend):
+    return Side(model, backend, "float32", 2**21, 1000, True, {})
+
+
+def test_turns_and_tokens_per_second(monkeypatch):
+    """Each side once a round, every other round in reverse; a model is compared with the first in the same engine."""
+    sides = [side("a", "jax"), side("a", "transformers"), side("b", "jax")]
+    seconds = {("a", "jax"): 2.0, ("a", "transformers"): 4.0, ("b", "jax"): 1.0}
+    turns = []
+
+    @contextlib.contextmanager
+    def process(of):
+        def reading():
+            turns.append((of.model, of.backend))
+            took = seconds[of.model, of.backend]
+            return {"first": took, "rest": 2 * took, "peak_bytes": 2**20 * len(turns)}
+
+        yield types.SimpleNamespace(reading=reading, prompt_tokens=90 if of.backend == "jax" else 88)
+
+    monkeypatch.setattr(bench_file._Process, "of", process)
+    found = bench(sides, Workload(90, 16, 2, True, "float32", 1), make_reporter(False))
+    order = [(one.model, one.backend) for one in sides]
+    assert turns == [*order, *order[::-1]]
+    a, other, b = found["sides"]
+    assert (a["prefill"], a["decode"], a["first_token"]) == ([45.0] * 2, [4.0] * 2, [2.0] * 2)
+    assert (other["prefill"], b["decode"]) == ([22.0] * 2, [8.0] * 2)
+    assert (a["peak_bytes"], b["peak_bytes"]) == (6 * 2**20, 4 * 2**20)  # of the last turn
+    speeds, sizes, times = bench_tables(json.loads(json.dumps(found)))
+    assert speeds.rows[1] == ("a", "transformers", "22 (22 to 22)", "2 (2 to 2)", "4,000 (4,000 to 4,000)")
+    assert sizes.rows[2] == ("b", "jax", "float32", "90, image", "2.0", "4.0")
+    assert times.rows == (("b", "jax", "a", "2.00 (2.00 to 2.00)", "2.00 (2.00 to 2.00)"),)
+    assert "1 thread(s)" in bench_notes(found)[0]
+    assert "jax 0" in bench_notes(found)[1]
+
+
+@pytest.fixture
+def gguf(tmp_path):
+    """A GGUF file of no model."""
+
+    def make(name="model.gguf", architecture="llama"):
+        writer = GGUFWriter(tmp_path / name, architecture)
+        writer.add_context_length(64)
+        writer.add_tensor("x", np.zeros((4, 32), np.float32))
+        for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+            step()
+        writer.close()
+        return str(tmp_path / name)
+
+    return make
+
+
+def refusal(capsys, *flags):
+    assert main(["bench", *flags]) == 2
+    out, error = capsys.readouterr()
+    assert (out, error.count("\n")) == ("", 1)
+    return error.removeprefix("vlmprune: error: ")
+
+
+def test_models_that_cannot_be_measured(goldens, gguf, tmp_path, capsys):
+    folder, file = str(goldens / "ckpt/llava_hf"), gguf()
+    assert "no model given" in refusal(capsys)
+    assert "no such folder" in refusal(capsys, f"--model={tmp_path}/none")
+    assert "none.gguf: no such file" in refusal(capsys, f"--model={tmp_path}/none.gguf")
+    assert "is given twice" in refusal(capsys, f"--model={folder}", f"--against={folder}")
+    assert "is a GGUF file, and --backends=jax reads Hugging" in refusal(capsys, f"--model={file}", "--backends=jax")
+    assert "reads GGUF files: export it" in refusal(capsys, f"--model={folder}", "--backends=llama_cpp")
+    assert "did you mean 'llama_cpp'?" in refusal(capsys, f"--model={file}", "--backends=llama_cp")
+    gguf("other.gguf")
+    assert f"{tmp_path}: holds 2 GGUF models: give one file" in refusal(capsys, f"--model={tmp_path}")
+    tower = gguf("mmproj-a.gguf", "clip")
+    assert "is the tower of a model" in refusal(capsys, f"--model={tower}")
+    gguf("mmproj-b.gguf", "clip")
+    assert "2 towers (mmproj-*.gguf) are beside it" in refusal(capsys, f"--model={file}")
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF" + bytes(8))
+    assert "cut.gguf: cannot be read" in refusal(capsys, f"--model={tmp_path}/cut.gguf")
+
+
+def test_workloads_that_cannot_be_measured(goldens, gguf, tmp_path, capsys):
+    folder, file = f"--model={goldens / 'ckpt/llava_hf'}", f"--model={gguf()}"
+    assert "=73 is more than its context of 64 tokens" in refusal(capsys, file, "--prompt_tokens=40")
+    assert "--prompt_tokens + new_tokens + 1=100033 is more" in refusal(capsys, folder, "--prompt_tokens=100000")
+    assert "the 16 tokens of an image: raise it, or set --image=False" in refusal(capsys, folder, "--prompt_tokens=16")
+    for name in ("prompt_tokens", "new_tokens", "rounds", "threads"):
+        assert f"--{name}=0: must be at least 1" in refusal(capsys, folder, f"--{name}=0")
+    assert "--threads=100000: this process may use" in refusal(capsys, folder, "--threads=100000")
+    assert "--dtype=int8: is not one of" in refusal(capsys, folder, "--dtype=int8")
+    assert "must be the name of a file in a folder that exists" in refusal(capsys, folder, f"--json={tmp_path}")
+
+
+def test_engines_that_are_missing_or_cannot(goldens, gguf, capsys, monkeypatch):
+    folder = f"--model={goldens / 'ckpt/internvl'}"
+    cannot = refusal(capsys, folder, "--backends=transformers", "--prompt_tokens=64")
+    assert "in transformers: no class of transformers computes this folder" in cannot
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    told = refusal(capsys, f"--model={gguf()}", "--prompt_tokens=8")
+    assert "in llama_cpp: xllamacpp is not installed: pip install xllamacpp" in told
+
+
+def test_an_engine_that_ends_is_told_in_a_line(gguf, capsys):
+    pytest.importorskip("xllamacpp")
+    told = refusal(capsys, f"--model={gguf(architecture='no_such')}", "--prompt_tokens=8", "--threads=1")
+    assert "model.gguf in llama_cpp: llama.cpp does not load it" in told
+
+
+def test_a_process_that_ends_is_told_in_a_line(goldens, capsys, monkeypatch):
+    """As where an engine is killed for its memory."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    told = refusal(capsys, f"--model={goldens / 'ckpt/llava_hf'}", "--backends=jax", "--prompt_tokens=24")
+    assert "llava_hf in jax: its process ended (exit code 1): the model is damaged, or too large" in told
+
+
+def make_llava(tmp_path):
+    text = {**LLAVA["text_config"], "hidden_act": "silu", "vocab_size": 300, "max_position_embeddings": 512}
+    folder = make_folder(tmp_path / "llava", {**LLAVA, "text_config": text, "projector_hidden_act": "gelu"})
+    byte_tokenizer(folder, tuple(f"<{i}>" for i in range(44)))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make", [make_llava, lambda tmp_path: make_qwen(tmp_path, "qwen3_vl")[0]], ids=["llava", "qwen3_vl"]
+)
+def test_every_engine(tmp_path, capsys, make):
+    """One model, as a folder and as GGUF files, with an image; each engine in a process of its own."""
+    pytest.importorskip("xllamacpp")
+    folder = make(tmp_path)
+    save(load(folder), tmp_path / "gguf", source_dir=folder, format="gguf", dtype="float32")
+    flags = ["--prompt_tokens=250", "--new_tokens=8", "--rounds=2", "--threads=1"]
+    out = tmp_path / "bench.json"
+    assert main(["bench", f"--model={folder}", f"--against={tmp_path / 'gguf'}", f"--json={out}", *flags]) == 0
+    assert "llama_cpp" in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert [one["backend"] for one in found["sides"]] == ["jax", "transformers", "llama_cpp"]
+    for one in found["sides"]:
+        assert one["image"]
+        assert 248 <= one["prompt_tokens"] <= 250
+        assert len(one["prefill"]) == len(one["decode"]) == 2
+        assert min(*one["prefill"], *one["decode"]) > 0
+        assert one["prefill"][0] == pytest.approx(one["prompt_tokens"] / one["first_token"][0])
+        assert 2**24 < one["peak_bytes"] < 2**30  # less than this process, which has all of them, and more than none
+    short = refusal(capsys, f"--model={tmp_path / 'gguf'}", "--prompt_tokens=12", "--threads=1")
+    assert "--prompt_tokens=12: an image and its chat template do not fit" in short
+    files = [*(tmp_path / "gguf").glob("*.gguf")]
+    assert found["sides"][2]["bytes"] == sum(file.stat().st_size for file in files)
+    assert found["sides"][0]["bytes"] == (folder / "model.safetensors").stat().st_size

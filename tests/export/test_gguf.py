@@ -1,0 +1,405 @@
+"""GGUF files in llama.cpp: every decoder and tower computes there what it computes here."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from decoder_cases import MISTRAL, PHI, PHI3, QWEN2, QWEN3
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from gguf.quants import quantize as quantize_rows
+from gguf_cases import byte_tokenizer, differences
+from hf_cases import LLAMA, LLAVA, copy_golden, edit_config, edit_weights, keep_layers, keep_width, make_folder
+from hf_cases import prune as prune_by_hand
+from llama_cpp import MARKER, llama_cpp
+from PIL import Image
+
+from vlmprune_jax.core.config import ImageShape
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.data.images import load_image_processor
+from vlmprune_jax.data.prompts import load_tokenizer
+from vlmprune_jax.export.gguf_check import check_gguf
+from vlmprune_jax.export.write import save
+from vlmprune_jax.families import family_of
+from vlmprune_jax.families.towers import PIXELS
+from vlmprune_jax.hf.read import load
+from vlmprune_jax.models.params import flatten, unflatten
+from vlmprune_jax.models.vlm import forward
+from vlmprune_jax.prune import KeptLayer, apply_plan, prune_folder
+
+pytest.importorskip("xllamacpp")
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+CASES = {
+    "llama": LLAMA,
+    "llama-biased": {**LLAMA, "attention_bias": True, "mlp_bias": True},
+    "llama3": {**LLAMA, "rope_scaling": LLAMA3},
+    "yarn": {**LLAMA, "rope_scaling": YARN},
+    "linear": {**LLAMA, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "tied": {**LLAMA, "tie_word_embeddings": True},
+    "mistral": MISTRAL,
+    "qwen2": {**{k: v for k, v in QWEN2.items() if k != "head_dim"}, "num_attention_heads": 4,
+              "num_key_value_heads": 2},
+    "qwen3": {**QWEN3, "attention_bias": False},
+    "phi2": {**{k: v for k, v in PHI.items() if k != "head_dim"}, "num_attention_heads": 4,
+             "num_key_value_heads": 4, "hidden_act": "gelu_new"},
+    "phi3": {**PHI3, "original_max_position_embeddings": 256, "max_position_embeddings": 512},
+    "phi3-long": {**PHI3, "sliding_window": None},
+}  # fmt: skip
+DEPTH, WIDTH, UNEVEN = "depth", "width", "uneven"
+# What becomes of a pruned decoder: the architecture of the file, None where none has such widths.
+HELD = {
+    "llama": {DEPTH: "llama", WIDTH: "llama", UNEVEN: "deci"},
+    "llama-biased": {UNEVEN: "deci"},
+    "llama3": {UNEVEN: "deci"},
+    "yarn": {UNEVEN: "deci"},
+    "linear": {WIDTH: "llama"},
+    "tied": {DEPTH: "llama"},
+    "mistral": {UNEVEN: "deci"},
+    "qwen2": {DEPTH: "qwen2", WIDTH: "llama", UNEVEN: "deci"},
+    "qwen3": {WIDTH: "qwen3", UNEVEN: None},
+    "phi2": {DEPTH: "phi2", UNEVEN: None},
+    "phi3": {DEPTH: "phi3", WIDTH: "llama", UNEVEN: "deci"},
+    "phi3-long": {UNEVEN: "deci"},
+}
+CELLS = [(name, how) for name, held in HELD.items() for how in held]
+QUICK = [("llama", UNEVEN), ("phi2", UNEVEN), ("qwen2", DEPTH)]
+
+
+def prune(model, how):
+    """Two layers, or the same heads and neurons of all, or other ones in each."""
+    kv_heads = model.cfg.text.layers[0].kv_heads
+    if how == DEPTH:
+        return keep_layers(model, [0, 2])[0]
+    if how == WIDTH:
+        return keep_width(model, range(1, kv_heads), range(3, 51))[0]
+    for i in range(len(model.cfg.text.layers)):
+        model, _ = keep_width(model, range(max(1, kv_heads - 1 - i % 2)), range(i, 38 + 6 * (i % 2)), only=[i])
+    return model
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Callable name -> (folder, model), made once."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            config = {"max_position_embeddings": 96, **CASES[name], "vocab_size": 260}
+            config |= {"hidden_act": "gelu_new" if name == "phi2" else "silu"}
+            folder = make_folder(tmp_path_factory.mktemp("gguf") / name, config)
+            edit_weights(folder, lambda held: {k: v if "norm" in k else v * np.float32(0.5) for k, v in held.items()})
+            made[name] = byte_tokenizer(folder), load(folder)
+        return made[name]
+
+    return make
+
+
+def opened(folder, tower=False):
+    return GGUFReader(next(path for path in folder.glob("*.gguf") if path.name.startswith("mmproj") == tower))
+
+
+def architecture(folder):
+    return opened(folder).fields["general.architecture"].contents()
+
+
+def compare(out, model, tolerance=0.1):
+    """Log-probabilities in llama.cpp, in rows that fit every window; LongRoPE's factors go by the context there."""
+    tokens = min([50, *(one.window for one in model.cfg.text.layers if one.window is not None)])
+    ids = np.random.default_rng(0).integers(4, 260, (1, tokens))
+    found = llama_cpp(out, rows=ids, context=256)["logits"][0]
+    largest, mean, _ = differences(forward(model, ids)[0][0], found)
+    assert largest <= tolerance, (largest, mean)
+    return largest
+
+
+@pytest.mark.parametrize(
+    ("name", "how"), [pytest.param(*c, marks=() if c in QUICK else pytest.mark.slow, id="-".join(c)) for c in CELLS]
+)
+def test_decoders_compute_the_same(models, tmp_path, name, how):
+    source, whole = models(name)
+    model, held = prune(whole, how), HELD[name][how]
+    options = {"source_dir": source, "format": "gguf", "dtype": "float32"}
+    if held is None:
+        with pytest.raises(UserError, match=r'llama\.cpp.s .* has no .*export with uneven="pad"'):
+            save(model, tmp_path / "out", **options)
+        held, options = HELD[name].get(DEPTH, HELD[name].get(WIDTH)), options | {"uneven": "pad"}
+    save(model, tmp_path / "out", **options)
+    assert ("padded with zero heads" in (tmp_path / "out/README.md").read_text()) == ("uneven" in options)
+    assert architecture(tmp_path / "out") == held
+    compare(tmp_path / "out", model)
+
+
+# Towers ---------------------------------------------------------------------------------------------------------------
+
+TOWERS = {"bunny": "bunny", "llava_orig": "llava", "llava_hf": "llava", "internvl": "internvl", "smolvlm": None,
+          "internvl3": None}  # fmt: skip
+FAMILIES = Path(__file__).parents[1] / "goldens/families"
+SEPARATE = {"bunny": "siglip_tower", "llava_orig": "clip_tower"}
+
+
+@pytest.fixture
+def golden(goldens, tmp_path):
+    """Callable name -> (folder with its tokenizer, model)."""
+
+    def make(name):
+        if TOWERS[name] is None:
+            folder = shutil.copytree(FAMILIES / name / "ckpt", tmp_path / name)
+            if name == "internvl3":
+                edit_config(folder, projector_hidden_act="gelu")  # as all have but this one
+                return folder, load(folder)
+            with pytest.raises(UserError, match="has no token for two newlines"):
+                save(load(folder), tmp_path / "none", source_dir=folder, format="gguf")
+            tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
+            (folder / "tokenizer.json").write_text(tokenizer.replace("<row_4_col_4>", r"\n\n"), encoding="utf-8")
+            return folder, load(folder)
+        folder = copy_golden(goldens, name, tmp_path / name)
+        shutil.copytree(goldens / "tokenizers" / TOWERS[name], folder, dirs_exist_ok=True)
+        tower = goldens / "ckpt" / SEPARATE[name] if name in SEPARATE else None
+        return folder, load(folder, vision_dir=tower)
+
+    return make
+
+
+def image_of(model):
+    """A picture of just the tower's size, or of 2 x 2 such where pictures are split, and the pixels that it is here."""
+    family, size, (mean, std) = model.cfg.family, model.cfg.vision.image_size, PIXELS[model.cfg.vision.kind]
+    size *= 2 if family == "smolvlm" else 1
+    image = np.random.default_rng(0).integers(0, 256, (size, size, 3)).astype(np.uint8)
+    if model.cfg.layout == "transformers" and family != "llava":
+        loader = load_image_processor(
+            FAMILIES / {"internvl": "internvl3"}.get(family, family) / "ckpt",
+            aspect_ratio="square",
+            max_pixels=10**6,
+            cache_bytes=0,
+        )
+        return image, loader.preparation.prepare(Image.fromarray(image), 1)
+    return image, ((image / 255 - np.array(mean)) / np.array(std)).transpose(2, 0, 1)[None].astype(np.float32)
+
+
+def features_of(model, pixels):
+    ids = np.full((1, len(pixels) * model.cfg.tokens_per_image), model.cfg.image_token_id)
+    found = forward(model, ids, pixel_values=pixels, want=("image_features",))[1]["image_features"]
+    return np.asarray(found).reshape(-1, model.cfg.text.hidden_size)
+
+
+def class_token_last(model, pixels):
+    """What builds of llama.cpp with the fault #25814 compute: tokens keep their places, the class token is last."""
+    flat = flatten(model.params)
+    flat["vision/position_embedding/weight"] = np.roll(flat["vision/position_embedding/weight"], 1, axis=0)
+    turned = model.replace(params=unflatten(flat))
+    if model.cfg.projector.kind == "pixel_shuffle":  # that graph leaves it out again
+        return features_of(turned, pixels)
+    found = features_of(turned.replace(cfg=dataclasses.replace(model.cfg, feature_select="full")), pixels)
+    return np.concatenate([found[2:], found[:1]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers_compute_the_same(golden, tmp_path, name):
+    source, model = golden(name)
+    save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
+    image, pixels = image_of(model)
+    found = llama_cpp(tmp_path / "out", image=image, prompt=f"{MARKER}\nWhat?")["features"]
+    wrong = np.abs(found - features_of(model, pixels)).max()
+    if model.cfg.vision.class_token and wrong > 0.02:
+        wrong = np.abs(found - class_token_last(model, pixels)).max()
+        assert "#25814" in (tmp_path / "out/README.md").read_text()
+    assert wrong <= 0.02
+    assert check_gguf(model, tmp_path / "out", source_dir=source, uneven="per_layer")["backend"] == "llama.cpp"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llava_orig", "internvl"])
+def test_rolled_positions(golden, tmp_path, name):
+    """Where the class token comes last, a rolled table gives every patch its own position."""
+    source, model = golden(name)
+    image, pixels = image_of(model)
+    found = {}
+    for rolled in (False, True):
+        out = tmp_path / str(rolled)
+        save(model, out, source_dir=source, format="gguf", dtype="float32", rolled_positions=rolled)
+        check_gguf(model, out, source_dir=source, uneven="per_layer", rolled_positions=rolled)
+        found[rolled] = llama_cpp(out, image=image, prompt=f"{MARKER}\nWhat?")["features"]
+        assert ("positions are rolled" in (out / "README.md").read_text()) == rolled
+    right = features_of(model, pixels)
+    # The build that the tests pin puts the class token last. Once one is pinned that does not, the option can go.
+    assert np.abs(found[False] - right).max() > 0.02
+    if name == "internvl":
+        assert np.abs(found[True] - right).max() <= 0.02
+    else:  # the first patch stays lost
+        assert np.abs(found[True][:-1] - right[1:]).mean() < 0.5 * np.abs(found[False][:-1] - right[1:]).mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bunny", "smolvlm"])
+def test_an_answer_about_an_image(golden, tmp_path, name):
+    """Tower, projector and decoder together, without a class token; SmolVLM's image is split into 2 x 2 and itself."""
+    source, model = golden(name)
+    save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
+    image, pixels = image_of(model)
+    between = "" if name == "smolvlm" else "\n"
+    found = llama_cpp(
+        tmp_path / "out", image=image, prompt=f"{MARKER}{between}What is it?", texts=[f"{between}What is it?"]
+    )
+    ids = np.full(model.cfg.tokens_per_image, model.cfg.image_token_id)
+    if name == "smolvlm":
+        text = family_of(model.cfg).templates[0].image_text(ImageShape(2, 2, 5))
+        ids = load_tokenizer(source)(text.replace("<image>", "<image>" * len(ids)))["input_ids"]
+    logits = forward(model, np.asarray([[*ids, *found["ids"][0]]]), pixel_values=pixels)[0][0, -1]
+    assert differences(logits, found["answer"])[0] <= 0.1
+
+
+@pytest.mark.slow
+def test_pruned_towers(golden, tmp_path):
+    """Neurons of each layer's own; heads are padded where that is asked for."""
+    source, model = golden("bunny")
+    shapes = model.cfg.vision.layers
+    neurons = [KeptLayer(i, range(s.q_heads), range(s.kv_heads), range(i, 30 + i)) for i, s in enumerate(shapes)]
+    heads = [KeptLayer(i, range(1, s.q_heads), range(1, s.kv_heads), range(s.mlp)) for i, s in enumerate(shapes)]
+    image, pixels = image_of(model)
+    for kept, uneven in ((neurons, "per_layer"), (heads, "pad")):
+        pruned, out = prune_by_hand(model, kept, "vision")[0], tmp_path / uneven
+        if uneven == "pad":
+            with pytest.raises(UserError, match=r'vision tower whose heads.*uneven="pad"'):
+                save(pruned, out, source_dir=source, format="gguf", dtype="float32")
+        save(pruned, out, source_dir=source, format="gguf", dtype="float32", uneven=uneven)
+        found = llama_cpp(out, image=image, prompt=f"{MARKER}\nWhat?")["features"]
+        assert np.abs(found - features_of(pruned, pixels)).max() <= 0.02
+
+
+# Types and files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantize", "name", "kinds"),
+    [
+        ("float32", "none", "llama-F32", {"F32"}),
+        ("float16", "none", "llama-F16", {"F32", "F16"}),
+        ("source", "none", "llama-F32", {"F32"}),
+        ("bfloat16", "none", "llama-BF16", {"F32", "BF16"}),
+        ("bfloat16", "q8_0", "llama-Q8_0", {"F32", "F16", "Q8_0"}),
+        ("bfloat16", "q5_1", "llama-Q5_1", {"F32", "F16", "Q8_0", "Q5_1"}),
+        ("float32", "q4_0", "llama-Q4_0", {"F32", "F16", "Q8_0", "Q4_0"}),
+    ],
+)
+def test_types(tmp_path, dtype, quantize, name, kinds):
+    """Rows that are not whole blocks stay in F16 and are named; what is read back is what gguf's quantiser made."""
+    config = {**LLAMA, "vocab_size": 260, "hidden_act": "silu", "hidden_size": 64, "intermediate_size": 96}
+    source = byte_tokenizer(make_folder(tmp_path / "llama", config))  # o_proj has rows of 6 heads of 12
+    model = load(source)
+    save(model, tmp_path / "out", source_dir=source, format="gguf", dtype=dtype, quantize=quantize)
+    assert [path.name for path in sorted(tmp_path.glob("out/*"))] == ["README.md", f"{name}.gguf"]
+    tensors = {one.name: one for one in opened(tmp_path / "out").tensors}
+    assert {one.tensor_type.name for one in tensors.values()} == kinds
+    card = (tmp_path / "out/README.md").read_text()
+    assert ("Kept in F16" in card and "`blk.0.attn_output.weight`" in card) == (quantize != "none")
+    for key, path in {"token_embd": "embed_tokens", "blk.1.ffn_down": "layers/0/mlp/down_proj"}.items():
+        tensor, weight = tensors[f"{key}.weight"], np.asarray(flatten(model.params)[f"text/{path}/weight"])
+        weight = weight[1] if "layers" in path else weight
+        if tensor.tensor_type.name == "BF16":
+            expected = weight.astype(ml_dtypes.bfloat16).astype(np.float32)
+        else:
+            expected = dequantize(quantize_rows(weight, tensor.tensor_type), tensor.tensor_type)
+        np.testing.assert_array_equal(dequantize(tensor.data, tensor.tensor_type), expected)
+    if quantize != "none":
+        facts = check_gguf(model, tmp_path / "out", source_dir=source, uneven="per_layer")
+        assert facts["backend"] == "llama.cpp"
+
+
+def test_from_files_one_tensor_at_a_time(tmp_path, monkeypatch):
+    """The same bytes as from memory, whatever the pieces in which rows are quantised."""
+    source = byte_tokenizer(make_folder(tmp_path / "llama", {**LLAMA, "vocab_size": 260, "hidden_act": "silu"}))
+    plan = keep_width(load(source), [0, 2], range(32))[1]
+    options = {"source_dir": source, "format": "gguf", "quantize": "q8_0"}
+    save(apply_plan(load(source), plan), tmp_path / "memory", **options)
+    monkeypatch.setattr("vlmprune_jax.export.gguf._CHUNK", 100)
+    prune_folder(source, plan, tmp_path / "files", format="gguf", dtype="bfloat16", quantize="q8_0")
+    assert (tmp_path / "files/llama-pruned-Q8_0.gguf").is_file()
+    memory, files = ({t.name: t.data.tobytes() for t in opened(tmp_path / n).tensors} for n in ("memory", "files"))
+    assert memory == files
+
+
+def test_what_the_file_says(tmp_path):
+    """Name, licence, marks, context up to the window, and the chat template."""
+    config = {**MISTRAL, "vocab_size": 260, "hidden_act": "silu", "eos_token_id": [2, 5]}
+    source = byte_tokenizer(make_folder(tmp_path / "mistral", config))
+    (source / "README.md").write_text("---\nlicense: apache-2.0\nlicense_link: 'https://x.org/L'\n---\n# license: no\n")
+    (source / "LICENSE").write_text("text")
+    save(load(source), tmp_path / "out", source_dir=source, format="gguf", name="org/My-Phi-3 7B")
+    assert {path.name for path in tmp_path.glob("out/*")} == {"README.md", "LICENSE", "My-Phi-3-7B-BF16.gguf"}
+    fields = {name: field.contents() for name, field in opened(tmp_path / "out").fields.items()}
+    assert fields["general.license"] == "apache-2.0"
+    assert fields["general.license.link"] == "https://x.org/L"
+    assert fields["general.name"] == "org/My-Phi 3 7B"  # by the other spelling llama.cpp takes it for a Phi-3
+    assert fields["llama.context_length"] == 11
+    assert "Rows of 56 neurons are no whole blocks of 32" in (tmp_path / "out/README.md").read_text()
+    assert fields["general.file_type"] == 32
+    assert (fields["tokenizer.ggml.eos_token_id"], fields["tokenizer.ggml.eot_token_id"]) == (2, 5)
+    assert "USER:" in fields["tokenizer.chat_template"]
+    assert "no sliding window" in (tmp_path / "out/README.md").read_text()
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+def refused(part, *args, **options):
+    with pytest.raises(UserError, match=part) as error:
+        save(*args, format="gguf", **options)
+    assert "\n" not in str(error.value)
+
+
+def test_what_llama_cpp_does_not_compute(tmp_path):
+    source = byte_tokenizer(make_folder(tmp_path / "a", {**LLAMA, "vocab_size": 260}))
+    refused("llama has no activation gelu_pytorch_tanh", load(source), tmp_path / "out", source_dir=source)
+    source = byte_tokenizer(make_folder(tmp_path / "b", {**QWEN3, "vocab_size": 260, "hidden_act": "silu"}))
+    refused("qwen3 has no biases .qkv_bias, out_bias.", load(source), tmp_path / "out", source_dir=source)
+    source = byte_tokenizer(make_folder(tmp_path / "c", {**PHI, "vocab_size": 260, "hidden_act": "gelu_new"}))
+    # 6 heads of 12 channels in 48
+    refused("no number of zero heads makes 4", load(source), tmp_path / "out", source_dir=source, uneven="pad")
+    silu = {**LLAVA["text_config"], "hidden_act": "silu"}
+    source = make_folder(tmp_path / "d", {**LLAVA, "text_config": silu})
+    refused("projector with activation relu", load(source), tmp_path / "out", source_dir=source)
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_that_do_not_fit(tmp_path, models):
+    source, model = models("llama")
+    out = tmp_path / "out"
+    refused("quantize 'q4_k' is not one of none, .*q8_0", model, out, source_dir=source, quantize="q4_k")
+    refused("layout 'transformers' is one of Hugging Face", model, out, source_dir=source, layout="transformers")
+    refused('no layers of unequal width.*uneven="pad"', prune(model, UNEVEN), out, source_dir=source, uneven="refuse")
+    with pytest.raises(UserError, match="quantize 'q8_0' is not for format 'huggingface'"):
+        save(model, out, source_dir=source, quantize="q8_0")
+    with pytest.raises(UserError, match="format 'onnx' is not one of huggingface, gguf"):
+        save(model, out, source_dir=source, format="onnx")
+    save(model, out, source_dir=source, format="gguf")
+    refused("exists already", model, out, source_dir=source)
+    save(model, out, source_dir=source, format="gguf", overwrite=True)
+    for place in (out, next(out.glob("*.gguf"))):
+        with pytest.raises(UserError, match=r"is for llama\.cpp .GGUF.: give the Hugging Face folder"):
+            load(place)
+
+
+def test_a_full_disk_and_weights_too_large_for_f16(tmp_path, models, monkeypatch):
+    source, model = models("llama")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
+    refused("MiB are free", model, tmp_path / "out", source_dir=source)
+    monkeypatch.undo()
+    flat = flatten(model.params)
+    flat["text/lm_head/weight"] = flat["text/lm_head/weight"].at[3, 3].set(1e6)
+    large = model.replace(params=unflatten(flat))
+    refused("output.weight, to be written as F16", large, tmp_path / "out", source_dir=source, dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_file_is_no_export(tmp_path, models):
+    source, model = models("llama")
+    save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
+    other = model.replace(params=unflatten({k: v[..., ::-1] for k, v in flatten(model.params).items()}))
+    with pytest.raises(UserError, match="read back its logits differ"):
+        check_gguf(other, tmp_path / "out", source_dir=source, uneven="per_layer")

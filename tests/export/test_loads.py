@@ -1,0 +1,98 @@
+"""What loads where: the descriptions' word, and plans that are held to it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from decoder_cases import PHI, QWEN2, QWEN3
+from hf_cases import LLAMA, keep_width, make_folder
+from transformers import AutoModelForCausalLM
+
+import vlmprune_jax as vp
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.export.loads import TARGETS, what_loads
+from vlmprune_jax.hf.read import read_config
+
+# Heads that make up the hidden size, as engines that derive the size of one need it to begin with.
+WHOLE = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 48}
+MODELS = {
+    "llama": {**LLAMA, "hidden_act": "silu", "num_attention_heads": 4, "num_key_value_heads": 2},
+    "qwen2": {**{k: v for k, v in QWEN2.items() if k != "head_dim"}, **WHOLE, "hidden_act": "silu"},
+    "qwen3": {**QWEN3, "attention_bias": False, "hidden_act": "silu"},
+    "phi": {**{k: v for k, v in PHI.items() if k != "head_dim"}, **WHOLE, "hidden_act": "gelu_new"},
+}
+HEADS = {
+    "llama": TARGETS, "qwen2": ("transformers", "gguf"), "qwen3": TARGETS, "phi": ("transformers",)
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    found = {name: make_folder(tmp_path_factory.mktemp("loads") / name, config) for name, config in MODELS.items()}
+    return {name: (folder, vp.load(folder)) for name, folder in found.items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_the_descriptions_say(models, name):
+    _, model = models[name]
+    found = {target: stacks["text"] for target, stacks in what_loads(model.cfg).items()}
+    assert {target for target, kinds in found.items() if kinds["heads"] is None} == set(HEADS[name])
+    for target, kinds in found.items():
+        assert kinds["fewer layers"] is None
+        assert kinds["neurons"] is None
+        wide = target == "gguf" and name in ("llama", "qwen2")
+        assert (kinds["unequal widths"] is None) == wide, target
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_loads_fewer_heads(models, tmp_path, name):
+    """In the stock class, without code of the folder's."""
+    folder, model = models[name]
+    pruned, _ = keep_width(model, range(1, model.cfg.text.layers[0].kv_heads), range(20))
+    vp.save(pruned, tmp_path / "out", source_dir=folder, dtype="float32")
+    assert not list((tmp_path / "out").glob("*.py"))
+    stock, told = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not told["mismatched_keys"]
+    assert not told["missing_keys"]
+    assert sum(one.numel() for one in stock.parameters()) == vp.count_params(pruned.cfg)
+
+
+def test_plans_are_held_to_targets(models):
+    _, model = models["qwen2"]
+    scores = vp.score(model, [], criterion="l2")
+    # attention that weighs nothing is what "auto" removes first
+    scores = dataclasses.replace(scores, heads=tuple(np.zeros_like(one) for one in scores.heads))
+
+    total, (shape, *_) = vp.count_params(model.cfg), model.cfg.text.layers
+    fewer = dataclasses.replace(shape, q_heads=shape.q_heads // 2, kv_heads=shape.kv_heads // 2)
+    ratio = (
+        1.01 - vp.count_params(model.cfg.with_layers([fewer] * len(model.cfg.text.layers))) / total
+    )  # a group of heads of every layer, and a few neurons
+
+    def plan(**options):
+        made = vp.make_plan(scores, model.cfg, method="width", **{"ratio": ratio, **options})
+        return made.stacks["text"]
+
+    full = shape.q_heads
+    assert plan(heads="auto").shapes[0].q_heads < full
+    assert plan(heads="auto", loads_in=("transformers", "gguf")).shapes[0].q_heads < full
+    assert plan(heads="auto", loads_in=("vllm",)).shapes[0].q_heads == full
+    for options, said in (
+        ({"ratio": None, "sparsity": 0.5, "loads_in": ("vllm",)}, r"loads_in='vllm'.*size of a head: heads=\"keep\""),
+        (
+            {"heads": "keep", "mlp_layers": (0, 2), "loads_in": ("transformers",)},
+            r"one width for all layers: .*uneven=\"pad\"",
+        ),
+        ({"loads_in": ("tgi",)}, "loads_in 'tgi' is not one of transformers, vllm, gguf"),
+    ):
+        with pytest.raises(UserError, match=said):
+            plan(**options)
+
+
+@pytest.mark.parametrize(("family", "heads", "blocks"), [("qwen3_vl", True, False), ("qwen2_5_vl", False, True)])
+def test_what_loads_of_models_whose_images_are_of_any_size(goldens, family, heads, blocks):
+    """Fewer heads where the class takes their size from a field, and no block of a tower that feeds the decoder."""
+    found = what_loads(read_config(goldens / "families" / family / "ckpt")[1])["transformers"]
+    assert (found["text"]["heads"] is None) == heads
+    assert (found["vision"]["fewer layers"] is None) == blocks

@@ -1,0 +1,116 @@
+"""Layers of unequal width at their true size in PyTorch: the file that exports ship, in transformers 5 and 4.57."""
+
+import json
+
+import numpy as np
+import pytest
+from decoder_cases import PHI, PHI3
+from hf_cases import LLAMA, LLAVA, keep_layers, keep_width, make_folder, random_ids
+from torch_compat import VERSIONS, TorchJobError
+from vlm_cases import internvl_config, make_vlm_folder
+
+from vlmprune_jax.export.reload import check_export
+from vlmprune_jax.export.write import save
+from vlmprune_jax.hf.read import load
+from vlmprune_jax.models.generate import generate
+from vlmprune_jax.models.vlm import forward
+
+CAUSAL, IMAGES = "AutoModelForCausalLM", "AutoModelForImageTextToText"
+# Five heads of six do not divide hidden_size, and biases leave no way into Mistral's class.
+BIASED = {**LLAMA, "num_key_value_heads": 6, "attention_bias": True, "mlp_bias": True}
+CONFIGS = {
+    "llama": (LLAMA, CAUSAL),
+    "llama-biased": (BIASED, CAUSAL),
+    "phi": (PHI, CAUSAL),
+    "phi3": (PHI3, CAUSAL),  # without its whole heads its config class refuses the nominal ones
+    "llava": (LLAVA, IMAGES),
+    "internvl-qwen3": (internvl_config("qwen3"), IMAGES),
+}
+QUICK = {"llama", "phi3"}
+NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CONFIGS]
+
+
+def narrow(model):
+    """No layer is whole, no two neighbours are alike, and groups of several query heads become smaller in layer 1."""
+    first = model.cfg.text.layers[0]
+    heads, per_group = first.kv_heads, first.q_heads // first.kv_heads
+    for i in range(len(model.cfg.text.layers)):
+        kv_heads, neurons = range(max(1, heads - 1 - i % 2)), range(i, i + 38 + 6 * (i % 2))
+        of_each_group = max(1, per_group - 1) if i == 1 else None
+        model, _ = keep_width(model, kv_heads, neurons, only=[i], of_each_group=of_each_group)
+    return model
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Writes one model once; gives it, its folder, inputs, logits and greedy tokens."""
+    done = {}
+
+    def export(name):
+        if name not in done:
+            folder, config = tmp_path_factory.mktemp(name), CONFIGS[name][0]
+            source = (make_vlm_folder if "vision_config" in config else make_folder)(folder / "source", config)
+            model = narrow(load(source))
+            save(model, folder / "out", source_dir=source, uneven="per_layer", dtype="float32")
+            inputs = random_ids(model)
+            tokens = generate(model, max_new_tokens=6, eos_token_ids=(), **inputs)
+            done[name] = model, folder / "out", inputs, np.asarray(forward(model, **inputs)[0]), tokens
+        return done[name]
+
+    return export
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", NAMES)
+def test_torch_computes_the_same(exported, torch_outputs, tmp_path, name, version):
+    """Logits, greedy tokens with a cache, and the folder that save_pretrained writes."""
+    model, out, inputs, expected, tokens = exported(name)
+    options = {"class_name": CONFIGS[name][1], "version": version, "trust_remote_code": True}
+    found = torch_outputs(out, inputs, max_new_tokens=6, save_to=tmp_path / "saved", **options)
+    np.testing.assert_allclose(found["logits"], expected, atol=1e-4, rtol=0)
+    np.testing.assert_array_equal(found["tokens"], tokens)
+    again = torch_outputs(tmp_path / "saved", inputs, **options)
+    np.testing.assert_array_equal(again["logits"], found["logits"])
+    written, saved = (json.loads((folder / "config.json").read_text()) for folder in (out, tmp_path / "saved"))
+    for field in ("architectures", "auto_map", "model_type"):
+        assert saved[field] == written[field]
+    reloaded = load(tmp_path / "saved")
+    assert reloaded.cfg.text.layers == model.cfg.text.layers
+    np.testing.assert_allclose(forward(reloaded, **inputs)[0], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_stock_class_does_not_take_it(exported, torch_outputs, version):
+    _, out, inputs, *_ = exported("llama")
+    with pytest.raises(TorchJobError, match="mismatched_keys"):
+        torch_outputs(out, inputs, class_name="LlamaForCausalLM", version=version)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_check_export_loads_it_in_torch(exported, name):
+    model, out, *_ = exported(name)
+    assert check_export(model, out)["backend"] == "torch"
+
+
+def test_config_of_the_folder(exported):
+    model, out, *_ = exported("llama")
+    config = json.loads((out / "config.json").read_text())
+    assert config["per_layer_shapes"] == [list(shape.widths) for shape in model.cfg.text.layers]
+    assert config["a_field_of_the_future"] == {"kept": True}
+    assert config["auto_map"] == {CAUSAL: "modeling_per_layer.PerLayerLlamaForCausalLM"}
+    assert "trust_remote_code=True" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("uneven", ["per_layer", "pad"])
+def test_an_even_folder_made_of_one_has_no_loader(exported, tmp_path, uneven):
+    """Pruned on, or padded, it is a stock folder again."""
+    _, out, *_ = exported("llama")
+    model = load(out)
+    if uneven == "per_layer":
+        model, _ = keep_layers(model, [0, 2])  # these two are alike in heads and neurons
+    save(model, tmp_path / "even", source_dir=out, uneven=uneven, dtype="float32")
+    config = json.loads((tmp_path / "even/config.json").read_text())
+    assert not {"auto_map", "per_layer_shapes"} & set(config)
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert not (tmp_path / "even/modeling_per_layer.py").exists()
+    assert check_export(model, tmp_path / "even")["backend"] == "torch"

@@ -1,0 +1,389 @@
+"""The planner: model FLOPs against the traced step, costs read from programs, and one small compilation for TPUs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import recover_cases as cases
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vlmprune_jax.cli.main import main
+from vlmprune_jax.core.config import LayerShape
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.distributed.mesh import make_mesh
+from vlmprune_jax.experiment.overrides import override
+from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.models.params import flatten, param_shapes, unflatten
+from vlmprune_jax.planning import case as tpu_case
+from vlmprune_jax.planning import fit as tpu_fit
+from vlmprune_jax.planning.ahead_of_time import (
+    DoesNotFit,
+    compile_for_tpu,
+    executed_flops,
+    make_slice,
+)
+from vlmprune_jax.prune import Scores, make_plan
+from vlmprune_jax.prune.criteria.random import random_scores
+from vlmprune_jax.prune.fingerprint import shape_digest
+from vlmprune_jax.recovery.config import LossConfig
+from vlmprune_jax.recovery.flops import step_flops
+from vlmprune_jax.recovery.objective import needs_teacher
+from vlmprune_jax.recovery.program import make_program
+from vlmprune_jax.recovery.step import TrainState, step_context
+
+ROWS, LENGTH = 8, 12
+
+
+def traced_step(cfg, teacher_cfg, config):
+    """The program of a run and the FLOPs of its traced step over ROWS rows of LENGTH tokens with an image each."""
+    program = make_program(cfg, config, teacher_cfg=teacher_cfg, kept_layers=None, mesh=None, num_steps=6)
+    shapes = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in param_shapes(program.cfg).items()}
+    masters = {path: leaf for path, leaf in shapes.items() if path in program.groups}
+    frozen = {path: leaf for path, leaf in shapes.items() if path not in program.groups}
+    key = jax.ShapeDtypeStruct((2,), np.uint32)
+    state = TrainState(
+        masters, jax.eval_shape(program.optimizer.init, masters), jax.ShapeDtypeStruct((), np.int32), key
+    )
+    teacher = None
+    if program.teacher is not None:
+        teacher = unflatten({p: jax.ShapeDtypeStruct(s, np.float32) for p, s in param_shapes(teacher_cfg).items()})
+    names = ("input_ids", "attention_mask", "labels")
+    batch = {name: jax.ShapeDtypeStruct((ROWS, LENGTH), np.int32) for name in names}
+    if not cfg.tower:
+        batch["vision_features"] = jax.ShapeDtypeStruct((ROWS, 1, *cfg.feature_shape), np.float32)
+    elif cfg.vision is not None:
+        batch["pixel_values"] = jax.ShapeDtypeStruct((ROWS, 1, 3, 6, 6), np.float32)
+    if top_k := config.losses.teacher_top_k:
+        batch["teacher_ids"] = jax.ShapeDtypeStruct((ROWS, LENGTH, top_k), np.int32)
+        batch["teacher_logprobs"] = jax.ShapeDtypeStruct((ROWS, LENGTH, top_k + 1), np.float32)
+    with step_context(None, "float32"):
+        return program, executed_flops(program.step.trace(state, frozen, teacher, batch).jaxpr.jaxpr)
+
+
+@pytest.mark.parametrize(
+    ("model", "trainable"),
+    [
+        *itertools.product(["vision", "tied", "cached"], ["all", "lora"]),
+        ("vision", "projector"),
+        ("cached", "projector"),  # a decoder alone has none
+    ],
+)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        LossConfig(chunk=4),
+        LossConfig(ce=0.5, l2=0.5, kl=0.1, teacher_inputs="own", chunk=4),
+        LossConfig(ce=0.0, l2=1.0, chunk=4),
+        LossConfig(ce=0.5, kl=0.1, teacher_inputs="own", chunk=4, teacher_top_k=5),
+    ],
+    ids=["ce", "ce+l2+kl", "l2", "ce+cached kl"],
+)
+def test_the_formula_counts_what_the_step_computes(model, trainable, loss):
+    """A decoder alone is "tied"; features come from a cache where the model is "cached"."""
+    changes = {"vision": model != "tied", "tie_embeddings": model == "tied"}
+    cfg, teacher_cfg = cases.config(**changes), cases.config(layers=3, **changes) if needs_teacher(loss) else None
+    if model == "cached":
+        cfg = dataclasses.replace(cfg, tower=False)
+        teacher_cfg = teacher_cfg and dataclasses.replace(teacher_cfg, tower=False)
+    check_formula(cfg, teacher_cfg, trainable, loss)
+
+
+@pytest.mark.parametrize("trainable", ["all", "lora"])
+def test_the_formula_counts_a_tower_of_unequal_layers(trainable):
+    layers = (LayerShape(2, 2, 16), LayerShape(1, 1, 5), LayerShape(1, 1, 5), LayerShape(2, 2, 3))
+    teacher, loss = cases.config(), LossConfig(kl=0.1, teacher_inputs="own", chunk=4)
+    check_formula(cases.config().with_layers(layers, "vision"), teacher, trainable, loss)
+
+
+def check_formula(cfg, teacher_cfg, trainable, loss):
+    config = cases.settings(trainable=trainable, lora=cases.LORA, losses=loss, remat="none")
+    program, executed = traced_step(cfg, teacher_cfg, config)
+    images = 0 if cfg.vision is None else ROWS
+    found = step_flops(program.cfg, teacher_cfg, loss, program.groups, rows=ROWS, length=LENGTH, images=images)
+    # The formula counts visible pairs of positions, XLA's attention computes all.
+    expected = found.total + found.attention * (2 * LENGTH / (LENGTH + 1) - 1)
+    # Logits are computed again in the backward pass, the student's and the teacher's.
+    text = cfg.text
+    head = 2 * text.vocab_size * text.hidden_size * ROWS * LENGTH
+    expected += head * bool(loss.ce or loss.kl) + head * bool(loss.kl and needs_teacher(loss))
+    # The input of the projector's first layer needs a gradient only if the tower trains.
+    if cfg.vision is not None and (trainable != "all" or not cfg.tower):
+        expected -= 2 * cfg.vision.hidden_size * text.hidden_size * ROWS * cfg.tokens_per_image
+    assert executed == round(expected)
+
+
+def test_full_recomputation_is_executed_and_not_counted():
+    """Everything frozen below the adapters runs once more, and the model FLOPs stay."""
+    cfg, loss = cases.config(vision=False), LossConfig(chunk=4)
+    executed = {}
+    for remat in ("none", "full"):
+        config = cases.settings(trainable="lora", lora=cases.LORA, losses=loss, remat=remat)
+        executed[remat] = traced_step(cfg, None, config)[1]
+    assert 1.15 < executed["full"] / executed["none"] < 1.35
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("depth", {"ratio": 0.3}),
+        ("depth", {"layers_removed": 3}),
+        ("width", {"ratio": 0.25, "attn_layers": [1, 5], "mlp_layers": [2, 6]}),
+        ("hybrid", {"ratio": 0.4, "neurons_multiple": 4}),
+    ],
+)
+def test_predicted_shapes_are_those_of_any_scores(method, changes):
+    cfg = cases.config(layers=8)
+    cfg = cfg.with_layers([cfg.text.layers[0]] * 8)
+    experiment = override(Experiment(), {"prune": {"method": method, **changes}})
+    predicted = tpu_case.predict_plan(experiment, cfg)
+    scores = Scores("random", shape_digest(cfg), {"gqa": "groups"}, **random_scores(cfg, seed=5, gqa="groups"))
+    plan = make_plan((scores, scores) if method == "hybrid" else scores, cfg, method=method, **changes)
+    assert plan.layers != predicted.layers
+    assert predicted.parameters_after == plan.parameters_after
+    assert len(predicted.layers) == len(plan.layers)
+    if method == "width":
+        assert predicted.apply_to(cfg) == plan.apply_to(cfg)
+
+
+CONFIG = """
+from vlmprune_jax.cli.config_files import experiment_config
+
+def get_config():
+    config = experiment_config()
+    config.model.hf_dir = {folder!r}
+    config.model.dtype = "bfloat16"
+    config.data.max_length = 128
+    config.prune.layers_removed = 1
+    config.recover.batch_size = 8
+    config.recover.accumulation = 2
+    config.recover.compute_dtype = "bfloat16"
+    config.recover.remat = "full"
+    config.recover.lora.rank = 8
+    config.recover.losses = {{"ce": 0.5, "l2": 0.5}}
+    config.mesh.fsdp = -1
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def experiment_file(tmp_path_factory):
+    """A config for a LLaVA folder that holds config.json and nothing else."""
+    folder = tmp_path_factory.mktemp("plan")
+    tower = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
+    text = {
+        "model_type": "llama", "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+        "hidden_act": "silu", "rope_theta": 1e4, "tie_word_embeddings": False,
+    }  # fmt: skip
+    vision = {"model_type": "clip_vision_model", **tower, "image_size": 28, "patch_size": 14, "projection_dim": 64}
+    config = {
+        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "image_token_index": 500,
+        "vision_feature_layer": -2, "vision_feature_select_strategy": "default", "projector_hidden_act": "gelu",
+        "text_config": text, "vision_config": vision,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    path = folder / "experiment.py"
+    path.write_text(CONFIG.format(folder=str(folder)))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
+def test_a_small_step_compiles_for_tpus(topology, experiment_file, tmp_path, capsys):
+    flags = [f"--config={experiment_file}", f"--topology={topology}", "--records=80", f"--workdir={tmp_path}"]
+    with jax.default_matmul_precision("default"):  # the kernels do not compile for float32 products of bfloat16
+        assert main(["plan", *flags]) == 0
+    said = capsys.readouterr().out
+    assert "GiB free" in said
+    assert "10 steps" in said
+    [told] = json.loads((tmp_path / "tpu_plan.json").read_text()).values()
+    assert (told["chips"], told["student"]["layers"], told["teacher"]["layers"]) == (4, 2, 3)
+    teacher = 2 * told["teacher"]["parameters"] / 4  # bytes per chip, less what is not split
+    assert teacher < told["hbm"]["arguments"] < 4 * teacher
+    assert told["received"]["all-gather"] > 0
+    assert 1 < told["flops"]["executed"] / told["flops"]["model"] < 2.5
+    assert 0 < told["mfu"] < 1
+    assert told["topology"] == topology
+    assert told["hours"] == pytest.approx(10 * told["seconds"]["step"] / 3600)
+
+
+def test_a_cached_teacher_takes_no_memory_and_no_arithmetic(experiment_file, monkeypatch, tmp_path):
+    """Its top-k logits come with the rows; what is compiled for has no weights of a teacher."""
+    compiled_for, saved = [], tmp_path / "plan.json"
+
+    def seen(step, *arguments):
+        compiled_for.append(arguments)
+        return tpu_case.Compiled(0, 0, {}, executed_flops(step.trace(*arguments).jaxpr.jaxpr), 0.0)
+
+    monkeypatch.setattr(tpu_case, "compile_for_tpu", seen)
+    losses = {"ce": 0.5, "l2": 0.0, "kl": 0.5, "teacher_inputs": "own"}
+    path = tmp_path / "cached.py"
+    path.write_text(experiment_file.read_text().replace('{"ce": 0.5, "l2": 0.5}', repr(losses)))
+    flags = [f"--config={path}", "--topology=v5e:2x2", f"--save={saved}"]
+    told = []
+    for more in ([], ["--config.recover.teacher_cache=somewhere", "--config.recover.teacher_top_k=16"]):
+        assert main(["plan", *flags, *more]) == 0
+        told += json.loads(saved.read_text()).values()
+    beside, cached = told
+    assert beside["flops"]["teacher"] > cached["flops"]["teacher"] == 0
+    assert beside["flops"]["executed"] > 1.3 * cached["flops"]["executed"]
+    assert cached["teacher"] is None
+    _, _, teacher, batch = compiled_for[1]
+    assert teacher is None
+    assert compiled_for[0][2] is not None
+    assert (batch["teacher_ids"].shape, batch["teacher_ids"].dtype) == ((8, 128, 16), np.int32)
+    assert (batch["teacher_logprobs"].shape, batch["teacher_logprobs"].dtype) == ((8, 128, 17), jnp.bfloat16)
+
+
+@pytest.mark.parametrize(("topology", "size"), [("v5e:2x2", 9), ("v5p:2x2x1", 50), ("v6e:2x2", 17)])
+def test_a_program_that_does_not_fit_says_by_how_much(topology, size):
+    """Argument and result of `size` GiB each; the compiler knows what a program may take of the chip's memory."""
+    target = make_slice(topology)
+    mesh = make_mesh(1, 4, 1, devices=target.devices)
+    array = jax.ShapeDtypeStruct((size * 2**18, 2**10), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    with pytest.raises(DoesNotFit, match=r"needs \d+\.\d\d GiB of HBM per chip, \d\.\d\d too many") as caught:
+        compile_for_tpu(jax.jit(lambda x: x + 1), array)
+    assert caught.value.needed == pytest.approx(2 * size * 2**30, rel=0.05)
+    assert caught.value.capacity == pytest.approx(target.chip.hbm, rel=1e-3)
+
+
+def test_what_to_do_about_a_step_that_does_not_fit(experiment_file, monkeypatch, capsys):
+    def refuse(*_):
+        raise DoesNotFit(20 * 2**30, 16 * 2**30)
+
+    monkeypatch.setattr(tpu_case, "compile_for_tpu", refuse)
+    flags = [f"--config={experiment_file}", "--topology=v5e:2x2"]
+    assert main(["plan", *flags]) == 2
+    error = capsys.readouterr().err
+    assert "on v5e:2x2 needs 20.00 GiB of HBM per chip, 4.00 too many" in error
+    assert "try --topology=v5e:2x4" in error
+    assert main(["plan", *flags, "--config.recover.remat=none", "--config.recover.accumulation=1"]) == 2
+    assert "try recover.remat=full or recover.accumulation=2 or --topology=v5e:2x4" in capsys.readouterr().err
+
+
+def test_cached_features_take_the_tower_out_of_the_plan(experiment_file, monkeypatch, capsys):
+    seen = []
+
+    def refuse(step, state, frozen, teacher, batch):
+        seen.append(([*state.params, *frozen, *flatten(teacher)], batch))
+        raise DoesNotFit(20 * 2**30, 16 * 2**30)
+
+    monkeypatch.setattr(tpu_case, "compile_for_tpu", refuse)
+    flags = [f"--config={experiment_file}", "--topology=v5e:2x2"]
+    assert main(["plan", *flags]) == main(["plan", *flags, "--config.data.feature_cache=features"]) == 2
+    assert [any(path.startswith("vision/") for path in paths) for paths, _ in seen] == [True, False]
+    assert "pixel_values" in seen[0][1]
+    assert seen[1][1].keys() == seen[0][1].keys() - {"pixel_values"} | {"vision_features"}
+    features = seen[1][1]["vision_features"]
+    assert (features.shape, features.dtype) == ((8, 1, 4, 64), jnp.bfloat16)
+    flags += ["--config.data.feature_cache=features", "--config.recover.trainable=all"]
+    assert main(["plan", *flags]) == 2
+    assert "trains the vision tower, whose features then change" in capsys.readouterr().err
+
+
+def test_a_search_doubles_rows_and_shrinks_the_slice(experiment_file, monkeypatch):
+    """With 8 GiB of arguments over the chips, and 1 GiB a row, 2 without remat."""
+
+    def fake(case):
+        compiled.append(case)
+        rows = case.config.batch_size // case.config.accumulation / len(case.slice.devices)
+        needed = int((8 / len(case.slice.devices) + rows * (2 if case.config.remat == "none" else 1)) * 2**30)
+        if needed > case.slice.chip.hbm:
+            raise DoesNotFit(needed, int(case.slice.chip.hbm))
+        return dataclasses.replace(real, case=case)
+
+    config = cases.settings(batch_size=64, remat="full")
+    target = make_slice("v5e:4x4")
+    case = tpu_case.Case(cases.config(), None, (0, 1), config, "float32", (1, -1, 1), (LENGTH,), (1,), target)
+    real = tpu_case.Estimate(case, tpu_case.Compiled(0, 0, {}, 1, 0.0), tpu_case.StepFlops(1, 0, 0, 0))
+    monkeypatch.setattr(tpu_fit, "estimate", fake)
+    said, compiled = [], []
+    found = tpu_fit.search(case, said.append, {case: fake(case)})
+    assert found["remat"].case.config.remat == "none"
+    assert found["batch"].case.config.batch_size == 64  # 8 rows a chip would need 16.5 GiB
+    assert found["slice"].case.slice.name == "v5e:2x4"  # on four chips 16 rows do not fit
+    assert any("too many" in line for line in said)
+    compiled.clear()
+    unsaved = dataclasses.replace(case, config=dataclasses.replace(config, remat="none"))
+    tpu_fit.search(unsaved, said.append, {unsaved: fake(unsaved)})
+    assert len(set(compiled)) == len(compiled)  # nothing is compiled twice
+
+
+def test_a_search_asks_the_compiler(experiment_file, monkeypatch, tmp_path, capsys):
+    """Whether twice the rows fit; the step that does, of the smallest slice and without remat, is not compiled here."""
+    real, fitting = tpu_case.compile_for_tpu, tpu_case.Compiled(2**30, 8 * 2**30, {}, 10**12, 1.0)
+
+    def half(step, state, frozen, teacher, batch):
+        return fitting if len(batch["input_ids"]) == 2048 else real(step, state, frozen, teacher, batch)
+
+    monkeypatch.setattr(tpu_case, "compile_for_tpu", half)
+    flags = [f"--config={experiment_file}", "--topology=v5e:2x2", "--search", f"--save={tmp_path / 'plan.json'}"]
+    changes = {"data.max_length": 512, "recover.batch_size": 2048, "recover.accumulation": 1, "recover.remat": "none"}
+    changes |= {"recover.losses.l2": 0.0, "recover.lora.dropout": 0.0}  # quicker to compile
+    with jax.default_matmul_precision("default"):
+        assert main(["plan", *flags, *(f"--config.{name}={value}" for name, value in changes.items())]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"micro-batch of 4096 rows: needs \d+\.\d\d GiB of HBM per chip, \d+\.\d\d too many", said)
+    [told] = json.loads((tmp_path / "plan.json").read_text()).values()
+    first = {name: value for name, value in told.items() if name != "search"}
+    assert told["search"] == {"remat": first, "batch": first, "slice": first}
+
+
+def test_buckets_are_planned_by_the_largest(experiment_file, monkeypatch, capsys):
+    seen = []
+
+    def fake(_, state, frozen, teacher, batch):
+        seen.append(batch["input_ids"].shape)
+        return tpu_case.Compiled(1, 1, {}, 10**12, 1.0)
+
+    monkeypatch.setattr(tpu_case, "compile_for_tpu", fake)
+    flags = [f"--config={experiment_file}", "--topology=v5e:2x2", "--records=80"]
+    assert main(["plan", *flags]) == 0
+    said = capsys.readouterr().out
+    assert "bucket" not in said
+    assert main(["plan", *flags, "--config.data.length_buckets=(32,64,128)"]) == 0
+    said = capsys.readouterr().out
+    assert seen == [(8, 128)] * 2
+    assert "the largest of 32, 64, 128 tokens" in said
+    assert "if every batch is of the largest bucket (how many are of each depends on the data)" in said
+    assert main(["plan", *flags, "--config.data.length_buckets=(32,64)"]) == 2
+    assert "must end with data.max_length 128" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v5x:8x8", "'v5x:8x8': generations are v5e, v5p, v6e, slices of them for example v5e:"),
+        ("v5e", "'v5e' is not GENERATION:SIZES, for example v5e:"),
+        ("v5e:3x5", "does not exist .* v5e has 2x2, 2x4"),
+    ],
+)
+def test_unknown_topologies_suggest_known_ones(topology, message):
+    with pytest.raises(UserError, match=message):
+        make_slice(topology)
+
+
+def test_a_mesh_that_leaves_chips_idle_is_refused(experiment_file, capsys):
+    assert main(["plan", f"--config={experiment_file}", "--topology=v5e:2x2", "--config.mesh.fsdp=2"]) == 2
+    assert "needs 2 devices but there are 4" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_images_of_any_size_are_planned_by_their_largest_bucket(goldens, tmp_path, family):
+    """The whole step compiles: windows, deepstack and positions in three rows, at the tokens of the largest image."""
+    path = tmp_path / "experiment.py"
+    path.write_text(CONFIG.format(folder=str(goldens / "families" / family / "ckpt")))
+    flags = [f"--config={path}", "--topology=v5e:2x2", "--records=80", f"--workdir={tmp_path}"]
+    with jax.default_matmul_precision("default"):
+        assert main(["plan", *flags, "--config.data.max_image_tokens=64"]) == 0
+    [told] = json.loads((tmp_path / "tpu_plan.json").read_text()).values()
+    assert told["image_tokens_buckets"][-1] > 60
+    assert told["flops"]["vision"] > 0

@@ -1,0 +1,172 @@
+"""`vlmprune recommend` as a person meets it: words, a config that runs, and what is refused."""
+
+import json
+import shutil
+
+import pytest
+from report_cases import BENCH
+from study_cases import rows, write_sweep
+from vlm_cases import llava_config
+
+from vlmprune_jax.cli import score
+from vlmprune_jax.cli.config_files import read_experiment
+from vlmprune_jax.cli.flags import parse
+from vlmprune_jax.cli.main import main
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.experiment.variants import check_experiment
+from vlmprune_jax.hf.read import read_config
+from vlmprune_jax.models.params import count_params
+from vlmprune_jax.planning.case import predict_plan
+from vlmprune_jax.planning.recommend import parse_bytes, parse_share
+
+DEEP = {"num_hidden_layers": 16, "intermediate_size": 200, "hidden_size": 96, "head_dim": 16}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A LLaVA of 16 layers, of which only config.json is there."""
+    config = llava_config("llama", "clip")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps({**config, "text_config": {**config["text_config"], **DEEP}})
+    )
+    return tmp_path / "model"
+
+
+def told(capsys, *argv):
+    assert main(["recommend", *argv]) == 0
+    return capsys.readouterr().out
+
+
+def failing(capsys, *argv):
+    assert main(["recommend", *argv]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    return err
+
+
+def experiment_of(path):
+    return read_experiment(parse("score", score, [f"--config={path}", "--workdir=w"]).config)
+
+
+@pytest.mark.parametrize(
+    ("asked", "methods", "recovery"),
+    [
+        (["--ratio=0.2"], {"depth"}, "sft_l2"),
+        (["--ratio=35%"], {"depth", "width"}, "sft_l2"),
+        (["--ratio=0.1", "--compute=projector"], {"depth"}, "projector"),
+        (["--ratio=0.5", "--data=100%"], {"width"}, "sft_l2"),
+        (["--ratio=0.1", "--compute=none", "--speed"], {"depth"}, None),
+    ],
+)
+def test_the_config_does_what_is_advised(folder, tmp_path, capsys, asked, methods, recovery):
+    path = tmp_path / "mine.py"
+    out = told(capsys, f"--model={folder}", f"--save={path}", *asked)
+    experiment = experiment_of(path)
+    check_experiment(experiment, tmp_path)
+    assert experiment.model.hf_dir == str(folder)
+    variants = experiment.prune_variants
+    assert set(variants or {experiment.prune.method}) == methods
+    assert f"--config={path}" in out
+    assert f"vlmprune run --config={path}" in out
+    if recovery is None:
+        assert "vlmprune plan" not in out
+        assert (experiment.recover.method, experiment.reconstruct.method) == ("none", "least_squares")
+    else:
+        assert recovery in {experiment.recover.name, *(one["recover"]["name"] for one in variants.values())}
+        assert experiment.data.fraction == (1.0 if "--data=100%" in asked else 0.05)
+    if not variants:
+        _, cfg = read_config(folder)
+        reached = predict_plan(experiment, cfg).reached
+        asked_for = parse_share("ratio", asked[0].removeprefix("--ratio="))
+        assert reached == pytest.approx(asked_for, abs=0.035)
+        assert f"{100 * reached:.4g} % removed" in out
+
+
+def test_bytes_are_kept_to(folder, tmp_path, capsys):
+    _, cfg = read_config(folder)
+    whole = 2 * count_params(cfg)
+    for compute in ("none", "full"):
+        path = tmp_path / f"{compute}.py"
+        out = told(capsys, f"--model={folder}", f"--bytes={0.8 * whole:.0f}", f"--compute={compute}", f"--save={path}")
+        plan = predict_plan(experiment_of(path), cfg)
+        assert 0.7 * whole < 2 * plan.parameters_after <= 0.8 * whole
+        assert "asked: 20 % of all parameters" in out
+    assert f"the weights have {whole:,} in bfloat16: nothing has to go" in failing(
+        capsys, f"--model={folder}", "--bytes=2GB"
+    )
+    err = failing(capsys, f"--model={folder}", "--bytes=1000")
+    assert "--bytes: prune.budget.disk_bytes=1,000: cannot be reached within these settings, the nearest is" in err
+
+
+def test_words(folder, capsys):
+    out = told(capsys, f"--model={folder}", "--ratio=0.36", "--data=5%")
+    assert "recommended: remove whole layers by Block Influence; and beside it remove neurons and heads" in out
+    assert "conflict: Between 30 and 45 %" in out
+    assert "config = experiment_config(" in out
+    assert "LLaVA-1.5-7B" in out
+    unsupported = told(capsys, f"--model={folder}", "--ratio=0.3", "--compute=none", "--speed")
+    assert "nothing supports this; the nearest: remove whole layers" in unsupported
+    assert "Decoding, times the unpruned speed" in unsupported
+
+
+def test_what_was_measured_here_is_told_in_place_of_the_guides_speeds(folder, tmp_path, capsys):
+    asked = (f"--model={folder}", "--ratio=0.1", "--speed", f"--bench={tmp_path / 'bench.json'}")
+    assert "bench.json" in failing(capsys, *asked)
+    (tmp_path / "bench.json").write_text(json.dumps(BENCH))
+    out = told(capsys, *asked)
+    assert "Times as fast, round by round" in out
+    assert "Decoding, times the unpruned speed" not in out
+
+
+def test_rows_of_ones_own(folder, tmp_path, capsys):
+    study, guide = write_sweep(tmp_path / "sweep", rows()), tmp_path / "guide.json"
+    assert main(["study", f"mine={study}", f"--guide={guide}"]) == 0
+    out = told(capsys, f"--model={folder}", "--ratio=0.1", f"--guide={guide}")
+    assert "expect 97.8 to 100.0 % retained: accuracy of questions, after sft_l2" in out
+
+
+def test_a_name_in_quotes_stays_a_name(folder, tmp_path, capsys):
+    odd = tmp_path / '"; import os #\n"""'
+    shutil.copytree(folder, odd)
+    told(capsys, f"--model={odd}", "--ratio=0.2", f"--save={tmp_path / 'odd.py'}")
+    assert experiment_of(tmp_path / "odd.py").model.hf_dir == str(odd)
+
+
+def test_what_is_refused(folder, tmp_path, capsys):
+    model, ratio = f"--model={folder}", "--ratio=0.2"
+    assert "no model given: --model=DIR" in failing(capsys, ratio)
+    assert "nowhere" in failing(capsys, f"--model={tmp_path / 'nowhere'}", ratio)
+    both = "give --ratio=0.3 (of all parameters to remove) or --bytes=2GB (to fit in), and not both"
+    assert both in failing(capsys, model)
+    assert both in failing(capsys, model, ratio, "--bytes=2GB")
+    assert "ratio=1.2 must be at least 0 and below 1" in failing(capsys, model, "--ratio=1.2")
+    assert "--ratio: ratio 0.97" in failing(capsys, model, "--ratio=0.97")
+    assert "--ratio=much: must be a share, as 5% or 0.05" in failing(capsys, model, "--ratio=much")
+    assert "did you mean 'full'?" in failing(capsys, model, ratio, "--compute=ful")
+    assert "has no flag --rati; did you mean 'ratio'?" in failing(capsys, model, "--rati=0.2")
+    assert "takes no argument" in failing(capsys, model, ratio, "0.3")
+    (tmp_path / "there.py").write_text("mine")
+    assert "is there already" in failing(capsys, model, ratio, f"--save={tmp_path / 'there.py'}")
+    assert "must be the name of a config file" in failing(capsys, model, ratio, f"--save={tmp_path / 'there.json'}")
+    assert "no such file" in failing(capsys, model, ratio, f"--guide={tmp_path / 'none.json'}")
+    assert (tmp_path / "there.py").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("2e9", 2e9), ("2GB", 2e9), ("2 gb", 2e9), ("2GiB", 2**31), ("1.5MB", 1.5e6), ("700", 700.0), ("2E+9", 2e9)],
+)
+def test_sizes(text, expected):
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-2GB", "0", "1e999", "2GBit", "1.2.3", "nan", "inf"])
+def test_no_sizes(text):
+    with pytest.raises(UserError, match="--bytes"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("5%", 0.05), ("0.05", 0.05), ("none", 0.0), (" 30 %", 0.3)])
+def test_shares(text, expected):
+    assert parse_share("data", text) == pytest.approx(expected)

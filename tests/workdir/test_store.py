@@ -1,0 +1,153 @@
+"""Stages that runs of a sweep take from each other: by whole content, whole or not at all, one at a time."""
+
+import json
+import os
+import shutil
+import threading
+import time
+
+import pytest
+
+from vlmprune_jax.workdir import store as stores
+from vlmprune_jax.workdir.ledger import Stage, run_stage, write_text
+from vlmprune_jax.workdir.store import RECORD, Store, whole_digest
+
+
+class Sweep:
+    """Runs of one stage with a file and a folder as outputs, in workdirs of their own; what was made."""
+
+    def __init__(self, folder):
+        self.folder, self.made, self.said = folder, [], []
+        (folder / "in.bin").write_bytes(b"input" * 1000)
+
+    def __call__(self, name, *, also=(), body=None, outputs=("out.txt", "model"), **settings):
+        work = self.folder / name
+        stage = Stage(
+            name="recover",
+            version=1,
+            workdir=work,
+            settings={"ratio": 0.3, **settings},
+            inputs={"data.train": self.folder / "in.bin"},
+            outputs=[work / path for path in outputs],
+            kind="recover",
+            store=Store(self.folder / "shared", dict(also)),
+        )
+
+        def make():
+            self.made.append(name)
+            (body or (lambda: None))()
+            write_text(work / outputs[0], "text")
+            (work / "model/inner").mkdir(parents=True)
+            (work / "model/inner/weights").write_bytes(b"weights")
+            return {"number": len(self.made)}
+
+        return run_stage(stage, make, overwrite=False, say=self.said.append)
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    return Sweep(tmp_path)
+
+
+def test_a_second_run_takes_what_the_first_one_made(sweep):
+    first = sweep("a")
+    assert sweep("b") == first
+    assert sweep.made == ["a"]
+    assert sweep.said == ["recover: taken from another run"]
+    for path in ("out.txt", "model/inner/weights"):
+        assert os.path.samefile(sweep.folder / "a" / path, sweep.folder / "b" / path)
+    assert sweep("b") == first  # from its own ledger
+    assert "unchanged, skipped" in sweep.said[-1]
+    records = [json.loads((sweep.folder / name / ".stages/recover.json").read_text()) for name in "ab"]
+    assert records[0] == records[1]
+
+
+@pytest.mark.parametrize("change", [{"ratio": 0.4}, {"also": {"images": "elsewhere"}}, {"outputs": ("o.txt", "model")}])
+def test_what_differs_is_made_again(sweep, change):
+    sweep("a")
+    sweep("b", **change)
+    assert sweep.made == ["a", "b"]
+
+
+def test_content_counts_to_the_last_byte(sweep):
+    """The ledger samples large files; two models that differ in between are not one here."""
+    path = sweep.folder / "in.bin"
+    with path.open("wb") as file:
+        file.truncate(32 << 20)
+    sweep("a")
+    with path.open("r+b") as file:
+        file.seek((32 << 20) // 3)
+        file.write(b"x")
+    sweep("b")
+    assert sweep.made == ["a", "b"]
+
+
+def test_no_run_sees_what_another_one_does_later(sweep):
+    sweep("a")
+    sweep("b")
+    write_text(sweep.folder / "a/out.txt", "mine")
+    shutil.rmtree(sweep.folder / "a/model")
+    assert (sweep.folder / "b/out.txt").read_text() == "text"
+    assert (sweep.folder / "b/model/inner/weights").read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize("damage", ["record", "output", "half"])
+def test_a_damaged_entry_counts_as_none(sweep, damage):
+    sweep("a")
+    (entry,) = [path for path in (sweep.folder / "shared").iterdir() if path.is_dir()]
+    if damage == "record":
+        (entry / RECORD).write_text('{"done": true}')
+    elif damage == "output":
+        (entry / "out.txt").unlink()
+        (entry / "out.txt").write_text("other")
+    else:
+        shutil.rmtree(entry / "model")
+    sweep("b")
+    assert sweep.made == ["a", "b"]
+    sweep("c")
+    assert sweep.made == ["a", "b"]
+
+
+def test_a_failed_stage_leaves_nothing(sweep):
+    def fail():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep("a", body=fail)
+    sweep("b")
+    assert sweep.made == ["a", "b"]
+
+
+def test_where_the_disk_has_no_links_files_are_copied(sweep, monkeypatch):
+    def refuse(source, target):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(stores.os, "link", refuse)
+    sweep("a")
+    sweep("b")
+    assert sweep.made == ["a"]
+    weights = [sweep.folder / name / "model/inner/weights" for name in "ab"]
+    assert not os.path.samefile(*weights)
+    assert weights[1].read_bytes() == b"weights"
+
+
+def test_one_makes_it_while_another_one_waits(sweep):
+    """Two at once, each with its lock (of one process, but of two openings of the file): one of them makes it."""
+    threads = [threading.Thread(target=sweep, args=(name,), kwargs={"body": lambda: time.sleep(0.3)}) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(sweep.made) == 1
+    assert "recover: another run makes it, waiting" in sweep.said
+    assert (sweep.folder / "a/out.txt").read_text() == (sweep.folder / "b/out.txt").read_text() == "text"
+
+
+def test_digests_are_of_names_and_content(tmp_path):
+    for name in "ab":
+        (tmp_path / name / "x").mkdir(parents=True)
+        (tmp_path / name / "x/one").write_text("1")
+    assert whole_digest(tmp_path / "a") == whole_digest(tmp_path / "b")
+    (tmp_path / "b/x/one").rename(tmp_path / "b/x/two")
+    assert whole_digest(tmp_path / "a") != whole_digest(tmp_path / "b")
+    assert whole_digest("text") != whole_digest("texts")

@@ -1,0 +1,82 @@
+"""What a TPU chip can do, per generation: the peaks behind rooflines and MFU (and those of some GPUs, for MFU)."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from vlmprune_jax.core.errors import UserError
+
+GIGA, GIB = 10**9, 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Peaks of one chip: bfloat16 FLOP/s, bytes of HBM that a program may take, HBM bytes/s, and bytes/s that its links
+    to other chips can receive together.
+
+    `kinds`: what jax calls its devices. `slices`: common topologies, smallest first.
+    """
+
+    kinds: tuple[str, ...]
+    flops: float
+    hbm: float
+    hbm_bandwidth: float
+    ici_bandwidth: float
+    slices: tuple[str, ...]
+
+    def seconds(self, flops: float, traffic: float, received: float) -> dict[str, float]:
+        """Seconds of a program if only this limited it: arithmetic, memory, links between chips.
+
+        `flops`, `traffic` (bytes of HBM read and written), `received` (bytes from other chips): per chip. The roofline
+        is the slowest of the three, the others hidden behind it.
+        """
+        return {
+            "compute": flops / self.flops,
+            "memory": traffic / self.hbm_bandwidth,
+            "interconnect": received / self.ici_bandwidth,
+        }
+
+
+_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+
+# Google's "TPU v5e", "TPU v5p" and "TPU v6e" pages (docs.cloud.google.com/tpu/docs): peak compute per chip (bf16), HBM
+# bandwidth, and inter-chip interconnect bandwidth in Gbps (1600, 4800, 3200), which is one direction of all links.
+CHIPS = {
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 819 * GIGA, 1600 * GIGA / 8, _FLAT),
+    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95.74 * GIB, 2765 * GIGA, 4800 * GIGA / 8, _CUBES),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 31.25 * GIB, 1640 * GIGA, 3200 * GIGA / 8, _FLAT),
+}
+
+
+# Dense bfloat16 FLOP/s by the name that jax gives the device; NVIDIA's data sheets of A100 (SXM), H100 (SXM) and H200
+# print twice these for H100 and H200, with sparsity.
+GPU_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.5e12,
+    "NVIDIA H200": 989.5e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak bfloat16 FLOP/s of a device, by the name that jax gives it; None if it is not a known TPU or GPU."""
+    found = next((chip.flops for chip in CHIPS.values() if device_kind in chip.kinds), None)
+    return GPU_FLOPS.get(device_kind) if found is None else found
+
+
+def slice_of(name: str) -> tuple[Chip, int]:
+    """The chip of a slice by its name, "v5e:8x8", and how many of them it has.
+
+    Raises:
+      UserError: an unknown generation, or no sizes.
+    """
+    generation, _, grid = name.partition(":")
+    known = ", ".join(f"{key}:{chip.slices[-3]}" for key, chip in CHIPS.items())
+    if generation not in CHIPS:
+        raise UserError(f"topology {name!r}: generations are {', '.join(CHIPS)}, slices of them for example {known}")
+    if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3})+", grid):
+        raise UserError(f"topology {name!r} is not GENERATION:SIZES, for example {known}")
+    return CHIPS[generation], math.prod(map(int, grid.split("x")))

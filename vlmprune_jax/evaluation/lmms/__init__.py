@@ -1,0 +1,1 @@
+"""Benchmarks by lmms-eval: its tasks, our model in it, its scores."""

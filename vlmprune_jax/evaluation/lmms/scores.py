@@ -1,0 +1,116 @@
+"""What counts of an lmms-eval task, and how each question scored there; plain numbers, without lmms-eval.
+
+Values are lmms-eval's own. A metric of this package stands beside each: it says how the value is shown, what a perfect
+model reaches, and how questions that were drawn again (`retained_interval`) make up the value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.data.records import Record
+from vlmprune_jax.evaluation.metrics import Metric
+from vlmprune_jax.evaluation.metrics.metric import Scores
+from vlmprune_jax.evaluation.metrics.mme import MME_COGNITION, MME_PERCEPTION
+from vlmprune_jax.evaluation.metrics.pope import POPE
+
+Sample = Mapping[str, Any]  # what lmms-eval logs of one question
+_ROUNDED = 1e-4  # of the full score: lmms-eval rounds MMMU to 5 decimals and MathVista to 2 of 100
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """One value of a task that counts by itself.
+
+    `key`: lmms-eval's name of it. `metric`: how it is shown and drawn. `scores`, `records`: of the questions that it is
+    about, in their order, both empty where the samples do not say.
+    """
+
+    key: str
+    metric: Metric
+    scores: tuple[Scores, ...]
+    records: tuple[Record, ...]
+
+    def makes(self, value: float) -> bool:
+        """Whether the questions' scores make up the value, so that drawing them again says how sure it is."""
+        made = self.metric.values(self.scores, self.records)[self.metric.main] if self.scores else math.nan
+        return abs(made - value) <= _ROUNDED * (self.metric.full or max(abs(value), 1.0))
+
+    def describe(self) -> dict[str, Any]:
+        """`Metric.describe`, the value called as lmms-eval calls it."""
+        return {**self.metric.describe(), "main": self.key}
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A metric of lmms-eval: ours beside it, and what of a sample's entry is its score, and its record's fields."""
+
+    metric: Metric
+    score: Callable[[Any], Scores]
+    fields: Callable[[Any], Mapping[str, Any]] = lambda entry: {}
+
+
+def _pair(entry: Any) -> dict[str, Any]:
+    return {"category": str(entry["category"]), "question_id": str(entry["question_id"])}
+
+
+def _pope(entry: Any) -> Scores:
+    record = Record("", (), (), None, (entry["ground_truth"],), {"category": "all"})
+    return POPE.score_all([entry["prediction"]], [record])[0]
+
+
+# Metrics that count where a task has several, in this order; of other tasks the first counts.
+_KNOWN: dict[str, _Known] = {
+    "mme_perception_score": _Known(MME_PERCEPTION, lambda entry: {"right": float(entry["score"])}, _pair),
+    "mme_cognition_score": _Known(MME_COGNITION, lambda entry: {"right": float(entry["score"])}, _pair),
+    "pope_f1_score": _Known(dataclasses.replace(POPE, main="f1_pooled"), _pope, lambda entry: {"category": "all"}),
+    "llm_as_judge_eval": _Known(
+        Metric("right", None, full=100.0), lambda entry: {"right": 100.0 * bool(entry["true_false"])}
+    ),
+    "mmmu_acc": _Known(Metric("right", None), lambda entry: {"right": float(entry["right"])}),
+}
+
+
+def sets_of(
+    task: str, values: Mapping[str, float], samples: Sequence[Sample], higher_is_better: Mapping[str, bool]
+) -> list[TaskSet]:
+    """The values of a task that count, with the scores of every question.
+
+    Args:
+      task: its name, for messages.
+      values: {metric: value}, in the task's order.
+      samples: {metric: what the value is made of} of every question.
+      higher_is_better: of each metric; what is missing is.
+
+    Raises:
+      UserError: the task has no value, which is what lmms-eval leaves of one that failed.
+    """
+    if not samples or not values or not all(math.isfinite(value) for value in values.values()):
+        raise UserError(f"task {task}: lmms-eval gave no {'value' if samples else 'answers'}: see it with --debug")
+    keys = [key for key in _KNOWN if key in values] or [next(iter(values))]
+    return [_set_of(key, values[key], samples, higher_is_better.get(key, True)) for key in keys]
+
+
+def _set_of(key: str, value: float, samples: Sequence[Sample], higher: bool) -> TaskSet:
+    entries = [sample[key] for sample in samples if key in sample]
+    known = _KNOWN.get(key)
+    if known is None or not all(isinstance(entry, Mapping) for entry in entries):
+        return _mean_of(key, value, entries, higher)
+    records = tuple(Record(str(i), (), (), None, (), known.fields(entry)) for i, entry in enumerate(entries))
+    scores = tuple(known.score(entry) for entry in entries)
+    return TaskSet(key, known.metric, scores, records)
+
+
+def _mean_of(key: str, value: float, entries: Sequence[Any], higher: bool) -> TaskSet:
+    """A value that may be the mean of numbers, or of numbers called `score`; a share where all are within 0 and 1."""
+    given = [entry.get("score") if isinstance(entry, Mapping) else entry for entry in entries]
+    numbers = [float(number) for number in given if isinstance(number, int | float)]
+    scores = tuple({key: number} for number in numbers) if len(numbers) == len(given) else ()
+    share = higher and bool(scores) and all(0 <= number <= 1 for number in (*numbers, value))
+    metric = Metric(key, None) if share else Metric(key, None, full=None, unit="", higher_is_better=higher)
+    return TaskSet(key, metric, scores, ())

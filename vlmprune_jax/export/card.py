@@ -1,0 +1,250 @@
+"""The README.md of an exported folder: what was removed, what is left, how to load it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NotRequired, TypedDict
+
+from msgspec import Meta
+
+from vlmprune_jax.core.config import LayerShape, ModelConfig
+from vlmprune_jax.core.errors import UserError, printable
+from vlmprune_jax.core.files import read_json
+from vlmprune_jax.export.per_layer import LOADER_FILE, loader_class
+from vlmprune_jax.families import family_of
+from vlmprune_jax.families.fields import MAX_LAYERS
+from vlmprune_jax.models.params import count_params
+
+_STEPS = {
+    "reconstructed": "Weights behind what was removed were solved for by least squares, without training.",
+    "recovered": "It was trained after pruning.",
+}
+_DECODED = "CompressedTensorsConfig"
+_PARTS = (("language model", "text"), ("projector", "projector"), ("vision tower (computed part)", "vision"))
+
+
+_Shape = tuple[Annotated[int, Meta(ge=1)], Annotated[int, Meta(ge=1)], Annotated[int, Meta(ge=1)]]
+_Shapes = Annotated[list[_Shape], Meta(min_length=1, max_length=MAX_LAYERS)]
+
+
+class _Stack(TypedDict):
+    """What the card says of a stack of layers."""
+
+    layers_before: _Shapes
+    kept_layers: list[int]
+
+
+class _Plan(TypedDict):
+    """What the card says of a plan.json; format 1 was the decoder's alone, its stack beside the rest."""
+
+    method: str
+    criterion: str
+    asked: float | None
+    reached: float
+    parameters_total: int
+    fingerprint: str
+    stacks: NotRequired[dict[str, _Stack]]
+    layers_before: NotRequired[_Shapes]
+    kept_layers: NotRequired[list[int]]
+
+
+def model_name(folder: Path) -> str:
+    """What a folder's model is called: the hub id of a snapshot in the hub's cache, else the folder's name."""
+    cached = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and cached.startswith("models--"):
+        return cached.removeprefix("models--").replace("--", "/", 1)
+    return folder.resolve().name
+
+
+def write_card(
+    folder: Path,
+    *,
+    cfg: ModelConfig,
+    name: str,
+    steps: Sequence[str],
+    loading: str,
+    library: str = "transformers",
+    benchmarks: Sequence[Sequence[str]] = (),
+) -> None:
+    """The model card of a folder that holds everything else.
+
+    `name` is that of the model before pruning; `steps` says what was done to it after that: "reconstructed",
+    "recovered". `loading` says how to load it, with the `library` of that name; `benchmarks` what it is worth, a row
+    per evaluation set (see `save`).
+    """
+    plan_file = folder / "plan.json"
+    plan = read_json(plan_file, _Plan, todo="move it away") if os.path.lexists(plan_file) else None
+    done = [*(["pruned"] if plan else []), *steps]
+    base = f"base_model: {name}\n" if "/" in name else ""
+    try:
+        removed, table = _removed(plan), _table(cfg, plan)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{name}: its plan.json is not a prune plan ({error!r}): move it away") from error
+    task = "text-generation" if cfg.vision is None else "image-text-to-text"
+    card = f"""---
+library_name: {library}
+pipeline_tag: {task}
+{base}tags: [vlmprune-jax, pruned]
+---
+
+# {", ".join([name, *done])}
+
+Made from `{name}` by vlmprune-jax (structural pruning of the language model; arXiv 2604.24380).\
+{"".join(f" {_STEPS[step]}" for step in steps)}
+
+{removed}
+
+{table}
+
+Decoder layers: {len(cfg.text.layers)}, {_shapes(cfg.text.layers)}.{_tower(cfg, plan)}
+{_benchmarks(benchmarks)}
+## Loading
+
+{loading}
+"""
+    (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+
+
+def _removed(plan: dict[str, Any] | None) -> str:
+    if plan is None:
+        return "No prune plan came with this model."
+    stacks = _stacks(plan)
+    before = stacks["text"]["layers_before"]
+    gone = sorted(set(range(len(before))) - set(stacks["text"]["kept_layers"]))
+    asked = "" if plan["asked"] is None else f" ({plan['asked']:.1%} asked)"
+    return (
+        f"Method: {plan['method']}, criterion: {plan['criterion']}. Removed: {plan['reached']:.1%} of "
+        f"{plan['parameters_total']:,} parameters{asked}; {len(gone)} of {len(before)} layers"
+        f"{' (numbers ' + ', '.join(map(str, gone)) + ')' if gone else ''}. The kept heads and neurons are listed in "
+        f"`plan.json`. Plan fingerprint: `{plan['fingerprint']}`."
+    )
+
+
+def _stacks(plan: dict[str, Any]) -> dict[str, Any]:
+    """What a plan says of each stack of layers; format 1 was the decoder's alone."""
+    return plan.get("stacks", {"text": plan})
+
+
+def _table(cfg: ModelConfig, plan: dict[str, Any] | None) -> str:
+    parts = [(name, part) for name, part in _PARTS if count_params(cfg, part)] + [("total", "")]
+    if plan is None:
+        rows = [f"| {name} | {count_params(cfg, part):,} |" for name, part in parts]
+        return "\n".join(["| part | parameters |", "|---|---|", *rows])
+    original = cfg
+    for name, kept in _stacks(plan).items():
+        original = original.with_layers([LayerShape(*shape) for shape in kept["layers_before"]], name)
+    rows = [f"| {name} | {count_params(original, part):,} | {count_params(cfg, part):,} |" for name, part in parts]
+    return "\n".join(["| parameters | before | after |", "|---|---|---|", *rows])
+
+
+def _benchmarks(rows: Sequence[Sequence[str]]) -> str:
+    """A section of its own, or nothing."""
+    if not rows:
+        return ""
+    lines = ["| " + " | ".join(printable(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
+    header = ["| evaluation set | unpruned | this model | retained, % | 95 % interval |", "|---|---|---|---|---|"]
+    note = (
+        "Retained: share of the unpruned model's score on the same questions. The interval is of a paired bootstrap "
+        "over them; it says nothing about other data or another run of training."
+    )
+    return "\n".join(["", "## Evaluation", "", *header, *lines, "", note, ""])
+
+
+def _tower(cfg: ModelConfig, plan: dict[str, Any] | None) -> str:
+    """The vision tower's layers, where the plan names them."""
+    if plan is None or cfg.vision is None or "vision" not in _stacks(plan):
+        return ""
+    return f"\nVision layers: {len(cfg.vision.layers)}, {_shapes(cfg.vision.layers)}."
+
+
+def _shapes(layers: tuple[LayerShape, ...]) -> str:
+    shapes = [LayerShape(*widths) for widths in sorted({shape.widths for shape in layers})]
+    if len(shapes) == 1:
+        shape = shapes[0]
+        return f"each with {shape.q_heads} query heads, {shape.kv_heads} key/value heads and {shape.mlp} MLP neurons"
+    return "of unequal width: " + "; ".join(f"{s.q_heads}/{s.kv_heads} heads and {s.mlp} neurons" for s in shapes)
+
+
+def loading_of(folder: Path, cfg: ModelConfig, written: ModelConfig, config: dict[str, Any]) -> str:
+    """How a Hugging Face folder that holds everything else is loaded.
+
+    `written` is `cfg` with the blocks as they are in the files (wider than the model's where layers were padded),
+    `config` the config.json beside it.
+    """
+    processor = any((folder / f"{kind}_config.json").is_file() for kind in ("processor", "preprocessor"))
+    parts = []
+    if written.layout == cfg.layout != "transformers":
+        parts.append(_hub_loading(written, config))
+    else:
+        name, trust = (config.get("architectures") or ["AutoModelForCausalLM"])[0], ""
+        loader = loader_class(config)
+        if loader is not None:
+            name, trust = next(iter(config["auto_map"])), ", trust_remote_code=True"
+        decoded = _has_zero_points(config)
+        names = ", ".join([*(["AutoProcessor"] if processor else []), name, *([_DECODED] if decoded else [])])
+        trust += f", quantization_config={_DECODED}(dequantize=True)" if decoded else ""
+        code = [f"from transformers import {names}", "", f'model = {name}.from_pretrained("FOLDER"{trust})']
+        code += ['processor = AutoProcessor.from_pretrained("FOLDER")'] if processor else []
+        parts.append("\n".join(["```python", *code, "```"]))
+        if loader is not None:
+            parts.append(
+                f"The layers have unequal widths and are stored at their true size (`per_layer_shapes` in "
+                f"config.json). What it costs: `{LOADER_FILE}` in this folder has to run, which takes "
+                "`trust_remote_code=True`; it cuts the layers of the stock class to their widths and changes nothing "
+                'else. Stock transformers and serving engines without it need an export with `uneven="pad"`.'
+            )
+    if written.layout != cfg.layout:
+        parts.append(_converted(cfg, written))
+    if written.vision is not None and not written.vision.whole_heads:
+        parts.append(
+            "The vision tower has fewer heads than its width, which its class in PyTorch cannot hold: it takes "
+            'hidden_size / heads for the size of a head. For PyTorch export with `uneven="pad"`.'
+        )
+    padded = cfg
+    for name in cfg.stacks:
+        padded = padded.with_layers(written.stack(name).layers, name)
+    before, after = count_params(cfg), count_params(padded)
+    if after != before:
+        parts.append(
+            f"Unequal layers were padded with zero heads and neurons to {_shapes(written.text.layers)}: the same "
+            f"function as the pruned model in a stock class. What it costs: {after:,} parameters in the files and in "
+            f"memory instead of {before:,}, and the time of all of them."
+        )
+    tower = "" if family_of(written).holds_tower else ", `vision_dir=...` for the tower"
+    parts.append(f"In JAX: `vlmprune_jax.load(folder)`{tower}.")
+    return "\n\n".join(parts)
+
+
+def _has_zero_points(config: dict[str, Any]) -> bool:
+    """Whether a folder's integers do, which transformers loads as plain weights alone."""
+    groups = config.get("quantization_config", {}).get("config_groups", {})
+    return any(not group["weights"]["symmetric"] for group in groups.values())
+
+
+def _hub_loading(written: ModelConfig, config: dict[str, Any]) -> str:
+    name = (config.get("architectures") or ["the hub's class"])[0]
+    if not written.text.even:
+        return (
+            "The layers have unequal widths and are stored at their true size in the hub's layout "
+            f"(`per_layer_shapes` in config.json), which `{name}` cannot load. For PyTorch export with "
+            '`layout="transformers"` (with a file that loads them) or `uneven="pad"`.'
+        )
+    text = written.text
+    if any(shape.q_heads * text.head_dim != text.hidden_size for shape in text.layers):
+        return (
+            f"In the hub's layout with fewer heads, which `{name}` cannot load: it takes hidden_size / heads for the "
+            'size of a head. For PyTorch export with `layout="transformers"`.'
+        )
+    where = "the code in this folder (`trust_remote_code=True`)" if config.get("auto_map") else "the model's own code"
+    return (
+        f"In the hub's layout: `{name}` of {where} loads it. For stock transformers export with "
+        '`layout="transformers"`.'
+    )
+
+
+def _converted(cfg: ModelConfig, written: ModelConfig) -> str:
+    words = written.text.vocab_size - cfg.text.vocab_size
+    more = f" The vocabulary has {words} more rows, for a token of the processor and padding." if words else ""
+    return f"Converted from the {cfg.family} hub layout to a class of transformers: no code of the hub is needed.{more}"

@@ -1,0 +1,107 @@
+"""Hub layouts -> the layouts of transformers, as each family's `conversion` says."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.families import family_of, target_of
+from vlmprune_jax.families.table import JsonDict
+from vlmprune_jax.families.towers import projector_of, stock_tower, vision_of
+
+# New vocabularies are padded to a multiple of this many rows, as llava-hf does (32,002 words in 32,064 rows).
+VOCAB_MULTIPLE = 64
+# What the hub's configs say beside the decoder, which a text_config has no use for.
+_NOT_TEXT = re.compile(
+    r"(mm|tune|freeze|unfreeze|image|tokenizer|use_mm|use_im|use_s2)_.*|.*_projector.*|_.*|architectures|auto_map|"
+    r"model_type|attn_implementation|transformers_version|(torch_)?dtype|max_length|pretraining_tp|s2_.*|continuous_.*|"
+    r"vision_config|per_layer_shapes|vocab_size|tie_word_embeddings"
+)
+
+
+def rows_for(cfg: ModelConfig, ids: Mapping[str, int]) -> int:
+    """Vocabulary rows after tokens with these ids were added.
+
+    Raises:
+      UserError: that would more than double them: these ids are not this model's.
+    """
+    needed = max((cfg.text.vocab_size, *(token + 1 for token in ids.values())))
+    if needed > 2 * cfg.text.vocab_size + VOCAB_MULTIPLE:
+        raise UserError(
+            f"the tokenizer has the id {needed - 2:,}, and the vocabulary {cfg.text.vocab_size:,} rows: "
+            "is it another model's?"
+        )
+    return cfg.text.vocab_size if needed == cfg.text.vocab_size else -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def to_transformers(cfg: ModelConfig, source: JsonDict, image_token_id: int, vocab_size: int) -> JsonDict:
+    """config.json of the transformers layout for a model from a hub folder with config `source`.
+
+    The vision tower is described as far as it is computed: its last block's output is then the feature.
+
+    Raises:
+      UserError: the model has something that the transformers class lacks.
+    """
+    family = target_of(family_of(cfg))
+    assert family is not None
+    stock, section = family.stock, family.text_section
+    assert stock is not None
+    assert section is not None
+    _check(cfg, stock.lacks(cfg))
+    text = family_of(cfg).text_config(source)
+    text = {name: value for name, value in text.items() if not _NOT_TEXT.fullmatch(name)}
+    text |= {
+        "model_type": cfg.text.decoder,
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": cfg.text.tie_embeddings,
+    }
+    if cfg.text.rope.kind == "longrope":
+        # "su" is the hub's older name; transformers 4 wants these three fields and no more
+        scaling = text["rope_scaling"]
+        text["rope_scaling"] = {name: scaling[name] for name in ("short_factor", "long_factor")} | {"type": "longrope"}
+    projector = projector_of(cfg)
+    config: JsonDict = {
+        "architectures": [stock.name],
+        "model_type": family.model_types[0],
+        stock.image_token: image_token_id,
+        "image_seq_length": cfg.tokens_per_image,
+        "projector_hidden_act": projector.activation,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default" if cfg.feature_select == "patch" else "full",
+        "tie_word_embeddings": cfg.text.tie_embeddings,
+        "torch_dtype": source.get("torch_dtype", source.get("dtype", "float32")),
+        section: text,
+        "vision_config": stock_tower(vision_of(cfg)),
+    }
+    eos: Any = list(cfg.eos_token_ids) if len(cfg.eos_token_ids) > 1 else next(iter(cfg.eos_token_ids), None)
+    ids = {"bos_token_id": cfg.bos_token_id, "eos_token_id": eos, "pad_token_id": cfg.pad_token_id}
+    config |= {name: value for name, value in ids.items() if value is not None}
+    config |= stock.config(cfg, source)
+    wide = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, vocab_size=vocab_size))
+    return family.to_hf(wide, config)
+
+
+def _check(cfg: ModelConfig, what: str | None) -> None:
+    vision = vision_of(cfg)
+    if what is None and vision.position_size not in (0, vision.image_size):
+        what = f"images of another size ({vision.image_size}) than its tower's positions ({vision.position_size})"
+    elif what is None and cfg.text.head_bias:
+        what = "a bias in its output head (none)"
+    if what is not None:
+        raise UserError(f'layout "transformers": its {cfg.family} class has no {what}: use layout "source"')
+
+
+def more_words(array: np.ndarray, axes: tuple[str, ...], size: int) -> np.ndarray:
+    """A vocabulary of `size`: new embeddings, and new rows of the output head, are the mean of all others.
+
+    The logit of a new word is then the mean of all logits, so it is never the largest.
+    """
+    axis = axes.index("vocab")
+    mean = array.mean(axis=axis, keepdims=True, dtype=np.float32).astype(array.dtype)
+    return np.concatenate([array, np.repeat(mean, size - array.shape[axis], axis=axis)], axis=axis)

@@ -1,0 +1,210 @@
+"""GGUF files are not done before they were read back, and loaded in llama.cpp where it is installed (xllamacpp)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vlmprune_jax.core.config import ModelConfig, TextConfig
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import parse_json
+from vlmprune_jax.data.prompts import load_tokenizer
+from vlmprune_jax.distributed.mesh import on_process_zero, whole
+from vlmprune_jax.export.gguf import ROTATED, copy_of, fit, neighbours, under_names
+from vlmprune_jax.export.gguf_metadata import context_length
+from vlmprune_jax.export.reload import TOLERANCE, random_inputs
+from vlmprune_jax.families import family_of
+from vlmprune_jax.families.gguf import NAME, WHEEL, projector_tensors, tower_tensors
+from vlmprune_jax.families.towers import vision_of
+from vlmprune_jax.hf.layout import make_slots
+from vlmprune_jax.hf.read import resolve
+from vlmprune_jax.models.params import unflatten
+from vlmprune_jax.models.vlm import Model, forward
+
+# What the types may change of logits, as a share of the largest: below what a misplaced tensor does (1.4, as two
+# unrelated rows of logits), and above what they do to tiny random models, which amplify it (Q5_1: 0.57).
+_ROUNDING = {"F32": 1e-4, "F16": 0.02, "BF16": 0.1, "Q8_0": 0.2, "Q5_1": 0.8, "Q4_0": 1.1}
+# Between llama.cpp and JAX on the same weights, of log-probabilities: its cache is in F16, and beside quantised weights
+# it quantises activations to 8 bits.
+_LIKELIEST, _PLAIN_TOLERANCE, _QUANTISED_TOLERANCE = 5, 0.1, 1.0
+_SAME = 0.02  # of the same tokens twice: batches are cut in other places
+_TEXTS = (
+    "The capital of France is Paris, isn't it? They've said so since 1789.",
+    "def f(x):\n    return x ** 2  # 12345.678\n\n\nA naïve café — 你好，世界! Größe: 3½ kg",
+    "USER: What is the colour of the shape?\nASSISTANT: It's blue, e.g. #0000FF; 100% sure.",
+)
+_SECONDS, _CONTEXT = 3600.0, 1024
+# In a process of its own: where llama.cpp does not like a file it may end the process.
+_LLAMA = """
+import json, sys
+import xllamacpp
+model, prompts = json.load(sys.stdin)
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel, params.warmup, params.verbosity = model, CONTEXT, 1, False, -1
+server = xllamacpp.Server(params)
+found = []
+for prompt in prompts:
+    asked = {"prompt": prompt, "n_predict": 1, "n_probs": 20, "temperature": 0.0, "cache_prompt": False}
+    answer = server.handle_completions(asked)
+    answer = answer if isinstance(answer, dict) else json.loads(answer)
+    if "error" in answer:
+        sys.exit(str(answer["error"]))
+    told = answer["choices"][0]["logprobs"]  # not of a token that is a part of a character
+    likeliest = told["content"][0]["top_logprobs"] if told else []
+    found.append([answer["usage"]["prompt_tokens"], [[one["id"], one["logprob"]] for one in likeliest]])
+print("\\n" + json.dumps(found))
+""".replace("CONTEXT", str(_CONTEXT))
+
+Likeliest = tuple[int, dict[int, float]]  # tokens of a prompt, and the log-probabilities of the likeliest next ones
+
+
+def check_gguf(
+    model: Model, out_dir: str | Path, *, source_dir: str | Path, uneven: str, rolled_positions: bool = False
+) -> dict[str, Any]:
+    """Read written GGUF files back and compare their logits with the model's, on random text (and images), in float32.
+
+    Where xllamacpp is installed llama.cpp loads the decoder's file as well: it must split texts into the tokens of the
+    folder's tokenizer, and give the likeliest next tokens the log-probabilities that the weights in the file have here.
+
+    Args:
+      model: what was written.
+      out_dir: where.
+      source_dir, uneven, rolled_positions: as they were for `save`.
+
+    Returns:
+      {"backend": "llama.cpp" | "jax", "max_abs_logit_difference", "tolerance"}; of log-probabilities in llama.cpp.
+
+    Raises:
+      UserError: the difference is above the tolerance, llama.cpp does not load the file, or splits texts otherwise.
+    """
+    folder, inputs = Path(out_dir), random_inputs(model.cfg)
+
+    def read() -> tuple[Model, set[str]]:
+        return read_gguf(folder, model.cfg, uneven, rolled_positions)
+
+    with jax.default_matmul_precision("highest"):
+        expected = whole(forward(_in_float32(model), **inputs)[0])
+        return on_process_zero(lambda: _compare(folder, resolve(source_dir), inputs, expected, read))
+
+
+def _in_float32(model: Model) -> Model:
+    return model.replace(params=jax.tree.map(lambda leaf: leaf.astype(np.float32), model.params))
+
+
+def _compare(
+    folder: Path,
+    source: Path,
+    inputs: dict[str, Any],
+    expected: np.ndarray,
+    read: Callable[[], tuple[Model, set[str]]],
+) -> dict[str, Any]:
+    written, kinds = read()
+    found = np.asarray(forward(written, **inputs)[0])
+    kind = max(kinds, key=lambda name: _ROUNDING.get(name, 0.0))
+    difference, largest = float(np.abs(found - expected).max()), float(np.abs(expected).max())
+    tolerance = max(TOLERANCE, _ROUNDING[kind] * largest)
+    if not difference <= tolerance:
+        raise UserError(
+            f"{folder}: read back its logits differ from the model's by {difference:.2g} (tolerance {tolerance:.2g}): "
+            "do not use these files, and report it with their config.json"
+        )
+    if importlib.util.find_spec(WHEEL) is None:
+        return {"backend": "jax", "max_abs_logit_difference": difference, "tolerance": tolerance}
+    return _in_llama(written, _decoder(folder), source, _PLAIN_TOLERANCE if kind[0] != "Q" else _QUANTISED_TOLERANCE)
+
+
+def _in_llama(written: Model, path: Path, source: Path, tolerance: float) -> dict[str, Any]:
+    tokens = _tokens(load_tokenizer(source), written.cfg.text)
+    answers = _ask(path, [*tokens, *tokens.values()])
+    gaps, halves = [0.0], (answers[: len(tokens)], answers[len(tokens) :])
+    for (text, row), of_text, of_ids in zip(tokens.items(), *halves, strict=True):
+        if of_text[0] != len(row) or _gap(of_text[1], of_ids[1]) > _SAME:
+            raise UserError(
+                f"{path}: llama.cpp splits {text!r} into other tokens than the tokenizer of {source}: do not use this "
+                "file, and report it with that tokenizer.json"
+            )
+        here = np.asarray(jax.nn.log_softmax(forward(written, np.asarray([row]))[0][0, -1]))
+        gaps.append(_gap(dict(enumerate(here.tolist())), of_ids[1]))
+    difference = max(gaps)
+    if not difference <= tolerance:
+        raise UserError(
+            f"{path}: in llama.cpp log-probabilities differ from the model's by {difference:.2g} (tolerance "
+            f"{tolerance:.2g}): do not use this file, and report it"
+        )
+    return {"backend": NAME, "max_abs_logit_difference": difference, "tolerance": tolerance}
+
+
+def _tokens(tokenizer: Any, text: TextConfig) -> dict[str, list[int]]:
+    """Texts and their tokens, as long as the model's context allows."""
+    longest, found = min(_CONTEXT, context_length(text)) - 2, {}
+    for sample in _TEXTS:
+        while len(row := tokenizer(sample)["input_ids"]) > longest and len(sample) > 1:
+            sample = sample[: len(sample) // 2]
+        found[sample] = row
+    if text.rope.kind == "longrope":
+        # llama.cpp takes the long factors for the whole of a long context, here a long text asks for them
+        long = text.rope.original_max_positions < _CONTEXT
+        found = {one: row for one, row in found.items() if (len(row) > text.rope.original_max_positions) == long}
+    return found
+
+
+def _gap(these: dict[int, float], others: dict[int, float]) -> float:
+    """Largest difference of the log-probabilities of the likeliest of the others (0.0 where nothing is known)."""
+    return max((abs(these.get(one, -np.inf) - value) for one, value in [*others.items()][:_LIKELIEST]), default=0.0)
+
+
+def _ask(path: Path, prompts: list[Any]) -> list[Likeliest]:
+    """The likeliest tokens behind prompts, each a text or ids, by llama.cpp."""
+    command, given = [sys.executable, "-P", "-c", _LLAMA], json.dumps([str(path), prompts])
+    done = subprocess.run(command, input=given.encode(), capture_output=True, timeout=_SECONDS)
+    lines = done.stdout.decode(errors="replace").strip().splitlines()
+    if done.returncode or not lines:
+        said = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise UserError(f"{path}: llama.cpp does not load it ({said[0]}): do not use this file, and report it")
+    answers = parse_json(lines[-1], f"{path}: what llama.cpp says", "report it")
+    return [(count, {number: logprob for number, logprob in likeliest}) for count, likeliest in answers]
+
+
+def _decoder(folder: Path) -> Path:
+    return next(path for path in sorted(folder.glob("*.gguf")) if not path.name.startswith("mmproj-"))
+
+
+def read_gguf(folder: Path, cfg: ModelConfig, uneven: str, rolled_positions: bool = False) -> tuple[Model, set[str]]:
+    """The model in GGUF files that `save` wrote of a model with `cfg`, in float32, and the types of their tensors."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    architecture, wide = fit(cfg, uneven)
+    family = under_names(family_of(cfg), "text", architecture.tensors)
+    if wide.vision is not None and wide.projector is not None:
+        family = under_names(family, "vision", tower_tensors(wide))
+        family = under_names(family, "projector", projector_tensors(wide))
+    tensors = {one.name: one for path in folder.glob("*.gguf") for one in GGUFReader(path).tensors}
+
+    def stored(key: str, shape: tuple[int, ...]) -> np.ndarray:
+        if len(shape) == 5:  # filters with a matrix for each copy of the image, each a tensor
+            rows, channels, copies, *sides = shape
+            return np.stack([stored(copy_of(n), (rows, channels, *sides)) for n in range(copies)], axis=2)
+        return dequantize(tensors[key].data, tensors[key].tensor_type).reshape(shape)
+
+    flat: dict[str, Any] = {}
+    for slot in make_slots(wide, family):
+        array = stored(slot.key, slot.hf_shape)[slot.start : slot.stop].reshape(slot.shape)
+        if rolled_positions and slot.path == "vision/position_embedding/weight" and vision_of(wide).class_token:
+            array = np.roll(array, 1, axis=0)
+        if architecture.interleaved and slot.key.split(".")[-2] in ROTATED:
+            array = neighbours(array, back=True)
+        if slot.index is None:
+            flat[slot.path] = array
+        else:
+            flat.setdefault(slot.path, []).append(array)
+    stacked = {path: np.stack(one) if isinstance(one, list) else one for path, one in flat.items()}
+    return Model(unflatten(stacked), wide), {one.tensor_type.name for one in tensors.values()}

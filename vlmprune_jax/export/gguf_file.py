@@ -1,0 +1,49 @@
+"""GGUF files on the disk: header and tensors, a tensor in memory at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from vlmprune_jax.core.files import read_bytes
+from vlmprune_jax.export.gguf import GgufFile
+from vlmprune_jax.hf.disk.verified import CheckedFile
+
+_ALIGNMENT = 32
+
+
+def write_gguf(one: GgufFile, folder: Path) -> None:
+    """Write a file, a tensor in memory at a time, every block read back and compared."""
+    with CheckedFile(folder / one.name) as file:
+        header = _header(one, folder)
+        file.write(header + bytes(-len(header) % _ALIGNMENT))
+        for tensor in one.tensors:
+            data = tensor.fetch()
+            assert data.nbytes == tensor.n_bytes, f"{tensor.key}: {data.nbytes} bytes, {tensor.n_bytes} announced"
+            file.write(data)
+            file.write(bytes(-data.nbytes % _ALIGNMENT))
+
+
+def _header(one: GgufFile, folder: Path) -> bytes:
+    """Everything before the tensors; gguf writes it to a file only, which nothing would read back."""
+    from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
+
+    writer = GGUFWriter(None, one.architecture)
+    for name, value in one.fields.items():
+        if "." in name:
+            (writer.add_array if isinstance(value, list) else writer.add_uint32)(name, value)
+        else:
+            getattr(writer, f"add_{name}")(RopeScalingType(value) if name == "rope_scaling_type" else value)
+    for tensor in one.tensors:
+        kind = GGMLQuantizationType[tensor.dtype]
+        writer.add_tensor_info(tensor.key, tensor.shape, np.dtype(np.float32), tensor.n_bytes, kind)
+    path = folder / f"{one.name}.header"
+    try:
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        return read_bytes(path)
+    finally:
+        path.unlink(missing_ok=True)

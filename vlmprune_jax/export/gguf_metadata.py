@@ -1,0 +1,199 @@
+"""What GGUF files say of a model beside its tensors, and what their users must know."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmprune_jax.core.config import ModelConfig, TextConfig
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import read_text
+from vlmprune_jax.data.image_processor import checked_processor, processor_settings
+from vlmprune_jax.data.patching import Patching, patching_from_processor
+from vlmprune_jax.data.splitting import splitting_from_processor
+from vlmprune_jax.data.tiling import tiling_from_processor
+from vlmprune_jax.export.gguf_tokenizer import drops_white_space
+from vlmprune_jax.families import Family, family_of
+from vlmprune_jax.families.gguf import DROPPING_NAME, Architecture
+from vlmprune_jax.families.table import JsonDict
+from vlmprune_jax.families.towers import PIXELS, vision_of
+from vlmprune_jax.hf.read import read_fields
+
+_BLOCK = 32  # values of a row that its kernels take at once
+
+
+def file_type(label: str) -> JsonDict:
+    from gguf import LlamaFileType
+
+    name = "ALL_F32" if label == "F32" else f"MOSTLY_{label}"
+    return {"file_type": int(LlamaFileType[name]), "quantization_version": 2}
+
+
+def text_fields(cfg: ModelConfig) -> JsonDict:
+    """Shapes and hyper-parameters of a model's decoder."""
+    text = cfg.text
+
+    def widths(name: str) -> int | list[int]:
+        column = [getattr(shape, name) for shape in text.layers]
+        return column[0] if text.even else column
+
+    rope = text.rope
+    fields: JsonDict = {
+        "context_length": context_length(text),
+        "embedding_length": text.hidden_size,
+        "block_count": len(text.layers),
+        "vocab_size": text.vocab_size,
+        "head_count": widths("q_heads"),
+        "head_count_kv": widths("kv_heads"),
+        "feed_forward_length": widths("mlp"),
+        "key_length": text.head_dim,
+        "value_length": text.head_dim,
+        "rope_dimension_count": text.rotary_dim,
+        "rope_freq_base": rope.theta,
+        "layer_norm_rms_eps" if text.norm == "rms" else "layer_norm_eps": text.norm_eps,
+    }
+    if rope.sections:
+        fields["rope_dimension_sections"] = [*rope.sections, 0]  # time, rows, columns, and what it has no use for
+    if cfg.deepstack:
+        fields["num_deepstack_layers"] = cfg.deepstack
+    if rope.kind in ("linear", "yarn", "longrope"):
+        fields["rope_scaling_type"] = rope.kind
+    if rope.kind in ("linear", "yarn"):
+        fields["rope_scaling_factor"] = rope.factor
+    if rope.kind in ("yarn", "longrope"):
+        fields["rope_scaling_orig_ctx_len"] = rope.original_max_positions
+    if rope.kind == "longrope":
+        fields["rope_scaling_attn_factors"] = rope.attention_factor
+    if rope.kind == "yarn":
+        fields |= {"rope_scaling_yarn_beta_fast": rope.beta_fast, "rope_scaling_yarn_beta_slow": rope.beta_slow}
+        # llama.cpp multiplies it by 1 + 0.1 log(factor) itself
+        fields["rope_scaling_attn_factors"] = rope.attention_factor / (1 + 0.1 * float(np.log(rope.factor)))
+    return fields
+
+
+def context_length(text: TextConfig) -> int:
+    """Positions up to which llama.cpp computes the same function: it has no sliding window."""
+    return min([text.max_positions, *(shape.window for shape in text.layers if shape.window is not None)])
+
+
+def pixels(cfg: ModelConfig, family: Family, source: Path) -> JsonDict:
+    """Mean and deviation of the pixels: those of the folder's processor, where it is what runs."""
+    if family.images == "patches":
+        patching = _patching(source)
+        return {"vision_image_mean": list(patching.mean), "vision_image_std": list(patching.std)}
+    mean, std = PIXELS[vision_of(cfg).kind]
+    found = None if family.tiling is not None else _processor(source)
+    if found is not None:
+        mean, std = (found[0].get(name) or default for name, default in (("image_mean", mean), ("image_std", std)))
+    return {"vision_image_mean": [float(one) for one in mean], "vision_image_std": [float(one) for one in std]}
+
+
+def cut(family: Family, source: Path) -> JsonDict:
+    """How an image becomes pieces, in a family that cuts images, or how large one may be; see `tower_fields`."""
+    if family.images == "patches":
+        patching = _patching(source)
+        return {"vision_min_pixels": patching.min_pixels, "vision_max_pixels": patching.max_pixels}
+    if family.tiling is not None:
+        where = str(source / "config.json")
+        tiling = family.tiling(read_fields(source / "config.json"), where)
+        return {"vision_preproc_min_tiles": tiling.min_tiles, "vision_preproc_max_tiles": tiling.max_tiles}
+    found = None if family.images == "whole" else _processor(source)
+    if found is None:
+        return {}
+    if family.images == "splits":
+        return {"vision_preproc_image_size": splitting_from_processor(*found).longest}
+    tiling = tiling_from_processor(*found)
+    return {"vision_preproc_min_tiles": tiling.min_tiles, "vision_preproc_max_tiles": tiling.max_tiles}
+
+
+def _patching(source: Path) -> Patching:
+    """How images of any size become patches.
+
+    Raises:
+      UserError: the folder does not say.
+    """
+    found = _processor(source)
+    if found is None:
+        raise UserError(f"{source}: has no preprocessor_config.json, which says how large images may be: put it there")
+    return patching_from_processor(*found)
+
+
+def _processor(source: Path) -> tuple[Mapping[str, Any], str] | None:
+    """Settings of a folder's image processor and the file they are from; None without one."""
+    found = processor_settings(source)
+    return None if found is None else (checked_processor(*found), found[1])
+
+
+def title(name: str, tokenizer: Any) -> str:
+    """The model's name, by which llama.cpp takes it for a Phi-3 if and only if its tokenizer is one."""
+    if drops_white_space(tokenizer):
+        return name if DROPPING_NAME.search(name) else f"{name} (Phi-3)"
+    return DROPPING_NAME.sub(lambda found: " ".join((found[0][:-1].rstrip("-"), found[0][-1])), name)
+
+
+def licence(source: Path) -> JsonDict:
+    """Licence and origin, from the front matter of the source's model card."""
+    path = source / "README.md"
+    text = read_text(path) if os.path.lexists(path) else ""
+    front = text.split("\n---", 1)[0] if text.startswith("---\n") else ""
+    found = dict(re.findall(r"^(license|license_name|license_link): *['\"]?([^'\"\n]+?)['\"]? *$", front, re.M))
+    return {name: value for name, value in found.items() if value.isprintable()}
+
+
+def text_remarks(text: TextConfig, architecture: Architecture) -> tuple[str, ...]:
+    remarks = []
+    if context_length(text) < text.max_positions:
+        remarks.append(
+            f"llama.cpp has no sliding window for `{architecture.name}`: both compute the same up to "
+            f"{context_length(text):,} tokens, which is the context length in the file."
+        )
+    broken = sorted({shape.mlp for shape in text.layers if shape.mlp % _BLOCK})
+    if broken:
+        named = ", ".join(map(str, broken[:3])) + (" ..." if len(broken) > 3 else "")
+        remarks.append(
+            f"Rows of {named} neurons are no whole blocks of {_BLOCK}, and llama.cpp takes longer with them than "
+            'their length says. `prune.snap_for="gguf"` plans widths that are.'
+        )
+    if text.rope.kind == "longrope":
+        remarks.append(
+            "LongRoPE: llama.cpp takes the long factors for the whole of a context (`-c`) above "
+            f"{text.rope.original_max_positions:,} tokens, transformers once a text is that long."
+        )
+    return tuple(remarks)
+
+
+_FAULT = "builds of llama.cpp that put the class token behind the patches (up to October 2026 all: #25814, #25844)"
+
+
+def tower_remarks(cfg: ModelConfig, rolled: bool) -> tuple[str, ...]:
+    """What differs in llama.cpp's tower; `rolled`: its positions are for builds with a fault."""
+    remarks = []
+    if vision_of(cfg).class_token and rolled:
+        remarks.append(f"The tower's positions are rolled, for {_FAULT}: the file is wrong for all others.")
+    elif vision_of(cfg).class_token:
+        remarks.append(
+            f"In {_FAULT}, every patch has its neighbour's position, so answers about images differ. This file is "
+            "right for a right llama.cpp; `rolled_positions=True` makes one for such builds, in which each "
+            "patch has its own position and the class token is the last patch still: try which of both answers better."
+        )
+    vision = vision_of(cfg)
+    if vision.any_size:
+        side = vision.merge * vision.patch_size
+        need = f"sides that are multiples of {side} pixels, within the processor's limits, need no resizing."
+    else:
+        need = f"images of {vision.image_size} x {vision.image_size} pixels need neither."
+    remarks.append(
+        "llama.cpp prepares images by itself (padding and resizing may differ in the last bits from the processor's): "
+        + need
+    )
+    if family_of(cfg).templates[0].behind_image:
+        remarks.append(
+            "The chat interface of llama.cpp joins an image and the text behind it without a newline; this model was "
+            'trained with one: begin the text with "\\n".'
+        )
+    return tuple(remarks)

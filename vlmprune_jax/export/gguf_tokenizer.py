@@ -1,0 +1,255 @@
+"""tokenizer.json -> what llama.cpp needs to split texts in the same way: tokens, merges or scores, and a split by name.
+
+llama.cpp has a tokenizer's split of texts into words built in, by a name (`tokenizer.ggml.pre`), and a wrong name is
+silent: the ids are others. So a name is given only where tokenizer.json has the very rules that it stands for; all
+others are refused. tests/export/test_gguf_tokenizer.py tokenises with both sides under every name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError, printable
+from vlmprune_jax.core.files import parse_json
+from vlmprune_jax.data.prompts import load_tokenizer
+from vlmprune_jax.data.tokenizer_files import SLOW, TOKENIZER
+from vlmprune_jax.export.processor import chat_template
+from vlmprune_jax.export.tokenizer import token_id
+from vlmprune_jax.families import Family, template_of
+from vlmprune_jax.families.gguf import BYTE_LEVEL, BYTES, KEEPING_MARKS, OF_WORDS, PRE, SPACED, WHOLE_WORDS, WORDS
+from vlmprune_jax.families.table import JsonDict
+from vlmprune_jax.hf.read import read_fields
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of tokens, gguf.TokenType
+_SPACE = "▁"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer for llama.cpp: `fields` are named as methods `add_NAME` of `gguf.GGUFWriter`.
+
+    `fast` is the same tokenizer of transformers, `remarks` say what is not the same in llama.cpp.
+    """
+
+    fields: JsonDict
+    fast: Any
+    remarks: tuple[str, ...]
+
+
+def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family) -> Vocabulary:
+    """The tokenizer of a folder, as long as the model's vocabulary.
+
+    Raises:
+      UserError: there is none, llama.cpp does not split texts like it, or it has more tokens than the model.
+    """
+    if not any(os.path.lexists(folder / name) for name in (TOKENIZER, *SLOW)):
+        raise UserError(f"{folder}: has no tokenizer, without which llama.cpp loads no model: put its files there")
+    fast, rows = load_tokenizer(folder), cfg.text.vocab_size
+    # as the library spells it, whatever version wrote the file
+    content = parse_json(fast.backend_tokenizer.to_str(), str(folder / TOKENIZER), "use the model's source's")
+    model = content["model"]
+    if model.get("type") != "BPE":
+        raise UserError(f"{folder}: tokenizers of type {model.get('type')!r} are not written to GGUF (BPE is)")
+    spaced = bool(model.get("byte_fallback"))
+    tokens, kinds = _tokens(content, rows, str(folder))
+    fields: JsonDict = {"token_list": tokens, "token_types": kinds}
+    merges = [one if isinstance(one, list) else one.split(" ", 1) for one in model.get("merges") or ()]
+    if spaced:
+        prefix = _check_spaced(content, str(folder))
+        fields |= {"tokenizer_model": SPACED, "tokenizer_pre": "default", "add_space_prefix": prefix}
+        fields["token_scores"] = _scores(tokens, merges)
+    else:
+        pre = _pre(content, fast, str(folder))
+        fields |= {"tokenizer_model": BYTE_LEVEL, "tokenizer_pre": pre, "add_space_prefix": False}
+        # Without any the key is left out, and llama.cpp refuses the file: one that can never apply.
+        specials = [token for token, kind in zip(tokens, kinds, strict=True) if kind in (CONTROL, UNUSED)] * 2
+        fields["token_merges"] = [" ".join(pair) for pair in merges] or [" ".join(specials[:2] or tokens[:2])]
+    fields |= _marks(cfg, content, fast, str(folder))
+    fields["chat_template"] = _chat_template(folder, family, fast)
+    return Vocabulary(fields, fast, tuple(_remarks(content, fast)))
+
+
+def _tokens(content: JsonDict, rows: int, where: str) -> tuple[list[str], list[int]]:
+    """Text and kind of every id; ids that no token has are unused rows of the embedding."""
+    vocab, spaced = content["model"]["vocab"], bool(content["model"].get("byte_fallback"))
+    added = {one["id"]: one for one in content.get("added_tokens") or ()}
+    texts = {number: text for text, number in vocab.items()} | {i: one["content"] for i, one in added.items()}
+    if max(texts) >= rows:
+        raise UserError(
+            f"{where}: its tokenizer has the id {max(texts):,}, and the model {rows:,} words: is it another model's?"
+        )
+    unknown, tokens, kinds = content["model"].get("unk_token"), [], []
+    for number in range(rows):
+        text = texts.get(number)
+        if text is None:
+            text, kind = f"[PAD{number}]", UNUSED
+        elif number in added:
+            kind = CONTROL if added[number].get("special") else USER_DEFINED
+        else:
+            kind = BYTE if spaced and len(text) == 6 and text.startswith("<0x") else NORMAL
+        tokens.append(text)
+        kinds.append(UNKNOWN if spaced and text == unknown else kind)
+    return tokens, kinds
+
+
+def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
+    """SentencePiece joins the pair with the best score first: the rank of the first merge that makes a token."""
+    ranks: dict[str, int] = {}
+    for rank, (left, right) in enumerate(merges):
+        ranks.setdefault(left + right, rank)
+    return [-float(ranks.get(token, len(merges))) for token in tokens]
+
+
+def _check_spaced(content: JsonDict, where: str) -> bool:
+    """Whether a text begins with a space mark, of a tokenizer whose words begin with one (SentencePiece's)."""
+    rules = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")], sort_keys=True)
+    for normalizer, before, prefix in _spaced_rules():
+        if rules == json.dumps([normalizer, before], sort_keys=True):
+            return prefix
+    raise UserError(
+        f"{where}: llama.cpp has no tokenizer with the rules of this tokenizer.json (normalizer and pre_tokenizer "
+        f"{rules[:200]}), so there is no GGUF of this model"
+    )
+
+
+def _spaced_rules() -> Iterator[tuple[Any, Any, bool]]:
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    prepend = {"type": "Prepend", "prepend": _SPACE}
+    yield {"type": "Sequence", "normalizers": [prepend, replace]}, None, True
+    yield replace, None, False
+    for scheme in ("first", "always", "never"):
+        mark = {"type": "Metaspace", "replacement": _SPACE, "prepend_scheme": scheme, "split": False}
+        yield None, mark, scheme != "never"
+
+
+def _rules(step: JsonDict | None) -> Iterator[str]:
+    """The steps of a pre_tokenizer, each as one text; what cannot be one of llama.cpp's spells itself out."""
+    kind = None if step is None else step.get("type")
+    if step is None:
+        yield "none"
+    elif kind == "Sequence":
+        for one in step.get("pretokenizers") or ():
+            yield from _rules(one)
+    elif kind == "ByteLevel" and not step.get("add_prefix_space"):
+        yield WORDS if step.get("use_regex", True) else BYTES
+    elif kind == "Digits" and step.get("individual_digits"):
+        yield "Digits"
+    elif kind == "Split" and (step.get("behavior"), bool(step.get("invert"))) in (
+        ("Isolated", False),
+        ("Removed", True),
+    ):
+        yield str((step.get("pattern") or {}).get("Regex"))
+    else:
+        yield json.dumps(step, sort_keys=True)
+
+
+def _pre(content: JsonDict, fast: Any, where: str) -> str:
+    """The name that llama.cpp has for the rules of a byte-level tokenizer."""
+    rules, model = tuple(_rules(content.get("pre_tokenizer"))), content["model"]
+    normalizer = content.get("normalizer")
+    pre = PRE.get(rules) if normalizer is None or normalizer.get("type") == "NFC" else None
+    if pre is None:
+        raise UserError(
+            f"{where}: llama.cpp has no tokenizer that splits texts by the rules of this tokenizer.json (known are "
+            f"those of {', '.join(PRE.values())}; this has {' + '.join(rules)[:200]}): there is no GGUF of this model"
+        )
+    if bool(model.get("ignore_merges")) == (pre in WHOLE_WORDS):
+        return pre
+    if not model.get("merges") and model.get("ignore_merges") and _same_words(content, fast):
+        return OF_WORDS
+    raise UserError(
+        f"{where}: this tokenizer.json {'takes' if model.get('ignore_merges') else 'does not take'} words that are "
+        f"tokens as a whole, and llama.cpp's {pre} does {'not' if model.get('ignore_merges') else ''}: there is no GGUF"
+    )
+
+
+def _same_words(content: JsonDict, fast: Any) -> bool:
+    """Whether a tokenizer without merges gives the same ids under the rules of `OF_WORDS`, for all that it knows."""
+    from tokenizers import Tokenizer
+
+    split = next(rules[0] for rules, name in PRE.items() if name == OF_WORDS)
+    steps = [
+        {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ]
+    other = Tokenizer.from_str(json.dumps(content | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}))
+    words = [fast.decode([number]) for number in content["model"]["vocab"].values()]
+    texts = [*words, " ".join(words), "".join(words), *(f"{word}'s 12 {word}." for word in words)]
+    return all(fast(text)["input_ids"] == other.encode(text).ids for text in texts)
+
+
+def _marks(cfg: ModelConfig, content: JsonDict, fast: Any, where: str) -> JsonDict:
+    """Ids of marks, and which of them a text gets by itself."""
+    ends = cfg.eos_token_ids or ((fast.eos_token_id,) if fast.eos_token_id is not None else ())
+    bos = fast.bos_token_id if cfg.bos_token_id is None else cfg.bos_token_id
+    unknown = content["model"].get("unk_token")
+    ids = {
+        "bos_token_id": bos,
+        "eos_token_id": ends[0] if ends else None,
+        "eot_token_id": ends[1] if len(ends) > 1 else None,
+        "pad_token_id": cfg.pad_token_id,
+        "unk_token_id": None if unknown is None else token_id(content, unknown),
+    }
+    outside = [name for name, number in ids.items() if number is not None and not 0 <= number < cfg.text.vocab_size]
+    if outside:
+        raise UserError(f"{where}: {outside[0]} {ids[outside[0]]} is not one of the {cfg.text.vocab_size:,} words")
+    bare, marked = (fast("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    adds = {
+        (): (False, False),
+        (bos,): (True, False),
+        (bos, ids["eos_token_id"]): (True, True),
+    }
+    added = tuple(marked[: len(marked) - len(bare)]) if marked[len(marked) - len(bare) :] == bare else None
+    if added is None and marked[1:-1] == bare:
+        added = (marked[0], marked[-1])
+    if added not in adds:
+        raise UserError(f"{where}: its tokenizer adds other marks to a text than a beginning and an end: no GGUF")
+    fields: JsonDict = {name: number for name, number in ids.items() if number is not None}
+    return fields | dict(zip(("add_bos_token", "add_eos_token"), adds[added], strict=True))
+
+
+def drops_white_space(tokenizer: Any) -> bool:
+    """Whether the marks behind which a tokenizer drops white space are all that Phi-3's drops it behind."""
+    marks = {one.content: one.rstrip for one in tokenizer.added_tokens_decoder.values() if one.special}
+    return (
+        set(marks) >= KEEPING_MARKS | {"</s>"} and {name for name, drops in marks.items() if not drops} == KEEPING_MARKS
+    )
+
+
+def _chat_template(folder: Path, family: Family, fast: Any) -> str:
+    """The chat template of a folder of transformers, else the family's; llama.cpp puts images in their place.
+
+    White space that the tokenizer drops behind marks is left out: llama.cpp keeps it.
+    """
+    own = fast.chat_template
+    own = own.get("default") if isinstance(own, dict) else own
+    if isinstance(own, str) and family.layout == "transformers":
+        return own
+    template = template_of(family, read_fields(folder / "config.json"), fast.eos_token)
+    drops = [one.content for one in fast.added_tokens_decoder.values() if one.rstrip]
+    marks = {name: getattr(template, name) for name in ("system_start", "system_end", "user", "user_end", "assistant")}
+    bare = {name: text.rstrip() for name, text in marks.items() if text.rstrip().endswith(tuple(drops))}
+    return chat_template(dataclasses.replace(template, **bare), "")
+
+
+def _remarks(content: JsonDict, fast: Any) -> Iterator[str]:
+    if content.get("normalizer") and content["normalizer"].get("type") == "NFC":
+        yield "llama.cpp does not bring texts into Unicode's normal form C, as this tokenizer does: send them so."
+    if (content.get("pre_tokenizer") or {}).get("type") == "Metaspace":
+        yield (
+            "llama.cpp puts a space mark before every text, also one that begins with a space or goes on behind a mark "
+            "or an image; this tokenizer does so only before other texts. The prompts of one turn are the same."
+        )
+    drops = sorted(one.content for one in fast.added_tokens_decoder.values() if one.rstrip)
+    if drops and not drops_white_space(fast):
+        yield (
+            f"This tokenizer drops white space behind {', '.join(map(printable, drops[:8]))}; llama.cpp keeps it: "
+            "write none there (the chat template in the file has none)."
+        )

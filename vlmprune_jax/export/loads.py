@@ -1,0 +1,114 @@
+"""Which pruned copies of a model load where at their true size: stock transformers, vLLM and llama.cpp.
+
+What the classes of an engine take for granted is in the descriptions of families, decoders and architectures. vLLM's is
+by its code (vllm/model_executor/models); it was not tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vlmprune_jax.core.checks import one_of
+from vlmprune_jax.core.config import LayerShape, ModelConfig, Stack
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.export.gguf import fit
+from vlmprune_jax.families import family_of, target_of
+from vlmprune_jax.families.decoders import decoder_of
+
+TARGETS = ("transformers", "vllm", "gguf")
+_PAD = 'export with uneven="pad" (zeros: the same function, no savings)'
+_ALIKE = f"prune all layers alike (no attn_layers and mlp_layers, selection local), or {_PAD}"
+
+
+def why_not(cfg: ModelConfig, target: str) -> str | None:
+    """Why a model does not load at its true size in one of `TARGETS`, and what to do; None where it does."""
+    one_of("loads_in", target, TARGETS)
+    if target == "gguf":
+        try:
+            fit(cfg, "per_layer")
+        except UserError as error:
+            return str(error)
+        return None
+    family, text, vision = family_of(cfg), cfg.text, cfg.vision if cfg.tower else None
+    if family.layout != "transformers" and target_of(family) is None:
+        return f"no class of transformers holds a {family.name}: leave {target!r} out"
+    if not text.even:
+        return f"its class has one width for all layers: {_ALIKE}"
+    own = any(shape.q_heads * text.head_dim != text.hidden_size for shape in text.layers)
+    if own and target in decoder_of(text.decoder).derives_head_dim:
+        return f'its class takes hidden_size / heads of a {text.decoder} for the size of a head: heads="keep"'
+    if vision is not None and not vision.even:
+        return f"its class has one width for all layers of the tower: {_ALIKE}"
+    if vision is not None and not vision.whole_heads:
+        return f'its class takes hidden_size / heads of the tower for the size of a head: heads="keep", or {_PAD}'
+    return None
+
+
+def keeps_heads(cfg: ModelConfig, stack: str, targets: Sequence[str]) -> bool:
+    """Whether one of the targets loads the model, and not with fewer heads in every layer of a stack."""
+    fewer = cfg.with_layers(_fewer_heads(cfg.stack(stack)), stack)
+    return any(why_not(cfg, target) is None and why_not(fewer, target) is not None for target in targets)
+
+
+def check_loads(cfg: ModelConfig, targets: Sequence[str]) -> None:
+    """Refuse a pruned model that one of the targets does not load.
+
+    Raises:
+      UserError: names it, the reason, and what to do instead.
+    """
+    for target in targets:
+        reason = why_not(cfg, target)
+        if reason is not None:
+            raise UserError(f"loads_in={target!r}: the pruned model would not load there: {reason}")
+
+
+def what_loads(cfg: ModelConfig) -> dict[str, dict[str, dict[str, str | None]]]:
+    """{target: {stack: {what a copy has: why it does not load there, or None}}}."""
+    copies = {
+        "fewer layers": _fewer_layers,
+        "neurons": _fewer_neurons,
+        "heads": _fewer_heads,
+        "unequal widths": _unequal,
+    }
+    return {
+        target: {
+            stack: {kind: _why_not_copy(cfg, stack, make(layers), target) for kind, make in copies.items()}
+            for stack, layers in cfg.stacks.items()
+        }
+        for target in TARGETS
+    }
+
+
+def _why_not_copy(cfg: ModelConfig, stack: str, layers: Sequence[LayerShape], target: str) -> str | None:
+    """`why_not` of a model with other layers, or why there is no such model."""
+    try:
+        changed = cfg.with_layers(layers, stack)
+    except UserError as error:
+        return str(error)
+    return why_not(changed, target)
+
+
+# Copies that lost the least that they can -----------------------------------------------------------------------------
+
+
+def _fewer_layers(stack: Stack) -> list[LayerShape]:
+    return list(stack.layers[: max(1, len(stack.layers) - 1)])
+
+
+def _fewer_neurons(stack: Stack) -> list[LayerShape]:
+    return [_cut(shape, neurons=1) for shape in stack.layers]
+
+
+def _fewer_heads(stack: Stack) -> list[LayerShape]:
+    return [_cut(shape, heads=1) for shape in stack.layers]
+
+
+def _unequal(stack: Stack) -> list[LayerShape]:
+    return [_cut(stack.layers[0], neurons=1), *stack.layers[1:]]
+
+
+def _cut(shape: LayerShape, heads: int = 0, neurons: int = 0) -> LayerShape:
+    """The layer without so many groups of heads, and neurons."""
+    groups = max(1, shape.kv_heads - heads)
+    widths = shape.q_heads // shape.kv_heads * groups, groups, max(1, shape.mlp - neurons)
+    return LayerShape(*widths, shape.window)

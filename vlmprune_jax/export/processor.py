@@ -1,0 +1,94 @@
+"""Processor, chat template and generation config of an export in a transformers layout."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.export.tokenizer import prefixes_only_the_start, token_id, write_tokenizer
+from vlmprune_jax.families import family_of, target_of, template_of
+from vlmprune_jax.families.table import JsonDict
+from vlmprune_jax.families.templates import Template
+from vlmprune_jax.hf.read import read_fields
+
+
+def write_processor(folder: Path, source: Path, cfg: ModelConfig, config: JsonDict, tokenizer: JsonDict) -> None:
+    """Everything between a chat and the model's inputs, for the processor class of a transformers layout.
+
+    Args:
+      folder: where the files go.
+      source: the hub folder, for what its tokenizer's config says.
+      cfg: the model in its hub layout.
+      config: the hub's config.json.
+      tokenizer: the content of tokenizer.json, with the new token.
+
+    Raises:
+      UserError: the processor does not do what the config asks for.
+    """
+    family = family_of(cfg)
+    target, conversion, template = target_of(family), family.conversion, template_of(family, config, None)
+    make = None if target is None or target.stock is None else target.stock.processor
+    assert make is not None
+    assert conversion is not None
+    processor = make(cfg, config, template, conversion.new_token)
+    # Where the reference tokenises the text behind an image on its own, that begins with a space mark.
+    alone = template.image_tokens is None and prefixes_only_the_start(tokenizer)
+    image = f"{processor.image}{' ' if alone else ''}\n"
+    name = processor.files["processor_config.json"]["processor_class"]
+    write_tokenizer(folder, source, tokenizer, processor.tokens, name)
+    for file, value in processor.files.items():
+        (folder / file).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(chat_template(template, image), encoding="utf-8")
+    generation = _generation_config(source, cfg, template, tokenizer)
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+
+
+def _generation_config(source: Path, cfg: ModelConfig, template: Template, tokenizer: JsonDict) -> JsonDict:
+    """The source's, with the mark that ends the family's answers among the ids that end a text."""
+    path = source / "generation_config.json"
+    config: dict[str, Any] = read_fields(path) if os.path.lexists(path) else {}
+    end = token_id(tokenizer, template.assistant_end.strip())
+    stated = config.get("eos_token_id")
+    stated = cfg.eos_token_ids if stated is None else stated if isinstance(stated, list) else (stated,)
+    ids = list(dict.fromkeys([*([] if end is None else [end]), *stated]))
+    config |= {"eos_token_id": ids[0] if len(ids) == 1 else ids} if ids else {}
+    for name, value in (("bos_token_id", cfg.bos_token_id), ("pad_token_id", cfg.pad_token_id)):
+        if value is not None:
+            config.setdefault(name, value)
+    return config
+
+
+def chat_template(template: Template, image: str) -> str:
+    """The family's prompt (data/prompts.py `render`) as a Jinja template; `image` is what stands for one image.
+
+    A message's content is a string or a list of image and text parts. The family's system text is used unless the
+    first message is a system message.
+    """
+
+    def literal(text: str) -> str:
+        return "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
+
+    parts = "message['content'] if message['content'] is not string else [{'type': 'text', 'text': message['content']}]"
+    images = "{%- for part in parts if part['type'] == 'image' -%}" + literal(image) + "{%- endfor -%}"
+    texts = "{%- for part in parts if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}"
+    stripped = "{%- set text -%}" + texts + "{%- endset -%}"
+    # as the reference does: only beside an image
+    trimmed = "{{ text | trim if parts | selectattr('type', 'equalto', 'image') | list else text }}"
+    trimmed = trimmed if template.image_first else "{{ text }}"
+    system = literal(template.system_start), literal(template.system_end)
+    gap = template.gap
+    start = literal(template.start) if template.start else ""
+    default = system[0] + literal(template.system) + system[1] if template.system else ""
+    return "".join([
+        start, "{%- if not messages or messages[0]['role'] != 'system' -%}", default, "{%- endif -%}",
+        "{%- for message in messages -%}", "{%- set parts = ", parts, " -%}", stripped,
+        "{%- if message['role'] == 'system' -%}", system[0], "{{ text }}", system[1],
+        "{%- elif message['role'] == 'user' -%}", literal(template.user + gap), images, trimmed,
+        literal(template.user_end),
+        "{%- else -%}", literal(template.assistant + gap), "{{ text }}", literal(template.assistant_end),
+        "{%- endif -%}", "{%- endfor -%}",
+        "{%- if add_generation_prompt -%}", literal(template.assistant), "{%- endif -%}",
+    ])  # fmt: skip

@@ -1,0 +1,97 @@
+"""Hugging Face folders of integers (compressed-tensors): which groups fit a model, and what its card says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.families import Family
+from vlmprune_jax.hf.disk.compressed_tensors import CompressedTensors
+from vlmprune_jax.hf.layout import Slot, make_slots
+
+# Bits of weights and, with 8, of what they read: names as vLLM and llm-compressor have them -> (bits, activations).
+SCHEMES = {"w8a16": (8, False), "w4a16": (4, False), "w8a8": (8, True)}
+# Values that may share a scale: what kernels of serving engines have, the largest first.
+GROUPS = (128, 64, 32)
+
+
+def check_groups(quantize: str, group_size: int | None, symmetric: bool) -> None:
+    """Refuse groups and zero points where there are none.
+
+    Raises:
+      UserError: names the option.
+    """
+    if quantize not in SCHEMES and (group_size is not None or not symmetric):
+        option = f"symmetric={symmetric}" if group_size is None else f"group_size={group_size}"
+        raise UserError(f"{option} goes with quantize={', '.join(map(repr, SCHEMES))}, not {quantize!r}")
+    if quantize == "w8a8" and (group_size is not None or not symmetric):
+        raise UserError("w8a8 has a scale for every row and no zero points: leave out group_size and symmetric")
+    if group_size is not None and group_size not in GROUPS:
+        raise UserError(f"group_size={group_size} is not one of {', '.join(map(str, GROUPS))}")
+
+
+def make_storage(
+    cfg: ModelConfig, family: Family, quantize: str, group_size: int | None, symmetric: bool
+) -> CompressedTensors:
+    """The format of a folder, whose blocks are those of `cfg`; without `group_size` the largest that fits them all.
+
+    8 bits have a scale for every row then. Where no size divides every width, 4 bits take the smallest, and what it
+    does not divide stays as it is.
+
+    Raises:
+      UserError: a group that divides not every width, or none.
+    """
+    check_groups(quantize, group_size, symmetric)
+    bits, activations = SCHEMES[quantize]
+    widths = {slot.name: slot.hf_shape[1] for slot in _matrices(cfg, family)}
+    if group_size is not None:
+        wrong = [name for name, width in widths.items() if width % group_size]
+        if wrong:
+            raise UserError(
+                f"group_size={group_size} does not divide the {widths[wrong[0]]} values of a row of {wrong[0]} "
+                f"({len(wrong)} matrices in all): {_advice(widths)}"
+            )
+    elif bits == 4:
+        group_size = _largest(widths) or GROUPS[-1]
+        if all(width % group_size for width in widths.values()):
+            raise UserError(f"w4a16: no row of this model divides by {group_size}: use w8a16, a scale for every row")
+    return CompressedTensors(bits, group_size or 0, symmetric, activations)
+
+
+def _largest(widths: Mapping[str, int]) -> int | None:
+    return next((size for size in GROUPS if not any(width % size for width in widths.values())), None)
+
+
+def _advice(widths: Mapping[str, int]) -> str:
+    largest = _largest(widths)
+    instead = f"use {largest}" if largest else "leave it out (what does not divide stays as it is)"
+    return f'{instead}, or prune with snap_for="int4"'
+
+
+def quantized_loading(storage: CompressedTensors, cfg: ModelConfig, family: Family, dtype: str) -> str:
+    """What the card of a folder says of its integers; `cfg` and `family` are the folder's."""
+    others = ["embeddings", "head", "norms", *(["tower and projector"] if cfg.vision is not None else [])]
+    parts = [
+        f"The matrices of the decoder's layers are {storage.name}; {', '.join(others)} are {dtype}. Transformers needs "
+        "`pip install compressed-tensors` and makes plain weights of them again on a CPU: smaller on disk, not in "
+        "memory. It has the keys that vLLM documents (not tried there)."
+    ]
+    left = [slot.key for slot in _matrices(cfg, family) if not storage.holds(slot.name, slot.hf_shape)]
+    if left:
+        names = ", ".join(f"`{key}`" for key in dict.fromkeys(left))
+        parts.append(f"In {dtype} as well, since groups of {storage.group} do not divide their rows: {names}.")
+    if not storage.symmetric:
+        parts.append(
+            "Zero points take `quantization_config=CompressedTensorsConfig(dequantize=True)` in transformers: "
+            "compressed-tensors 0.20 has no room for packed ones otherwise."
+        )
+    if storage.activations:
+        parts.append("What these matrices read is rounded to 8 bits by the engine, token by token.")
+    return " ".join(parts)
+
+
+def _matrices(cfg: ModelConfig, family: Family) -> list[Slot]:
+    """Those of the decoder's layers."""
+    slots = make_slots(cfg, family)
+    return [slot for slot in slots if slot.path.startswith("text/layers/") and len(slot.hf_shape) == 2]

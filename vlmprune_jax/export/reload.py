@@ -1,0 +1,268 @@
+"""An export is not done before it was reloaded and computes the same logits."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import reading
+from vlmprune_jax.distributed.mesh import on_process_zero, whole
+from vlmprune_jax.export.per_layer import loader_class
+from vlmprune_jax.families import detect, family_of
+from vlmprune_jax.families.table import Stock
+from vlmprune_jax.hf.disk.checkpoint import Checkpoint
+from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES
+from vlmprune_jax.hf.layout import PARTS, make_slots
+from vlmprune_jax.hf.read import find_weights, read_config, read_fields, read_params, resolve
+from vlmprune_jax.models.params import flatten, unflatten
+from vlmprune_jax.models.vlm import Model, forward, mesh_of
+
+# Of float32 logits between two implementations: absolute, and beyond logits of 10 relative to the largest
+# (SmolLM2-135M, three layers removed, on random ids: 1.1e-4 between torch and XLA; its logits reach 33).
+TOLERANCE, RELATIVE_TOLERANCE = 1e-4, 1e-5
+# One position may be ill-conditioned: SmolLM2, its width reconstructed and recovered, is 8.0e-4 off float64 here and
+# 2.6e-4 in torch at one of 48, where others are off by 1e-4. It may differ by this many times the most that it moves in
+# as many runs with the last bit of every weight changed (docs/decisions.md, 85).
+_ROUNDINGS = 4
+_ROWS, _TEXT_TOKENS = 2, 24
+
+
+def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | None = None) -> dict[str, Any]:
+    """Reload a written folder and compare its logits with the model's, on random text (and images), in float32.
+
+    The reload is in PyTorch where torch is installed and stock transformers has the class, else in JAX. Weights that
+    were written in a narrower dtype are compared with the model's own rounded to it, a folder in another storage with
+    what it decodes to. Every process of a run must call it; process 0 alone reloads in PyTorch.
+
+    Args:
+      model: what was written.
+      out_dir: where.
+      vision_dir: the vision tower's folder, for an original-layout LLaVA that does not hold it.
+
+    Returns:
+      {"backend": "torch" | "jax", "max_abs_logit_difference", "tolerance"}.
+
+    Raises:
+      UserError: the difference is above the tolerance, or transformers does not load the folder cleanly.
+    """
+    folder, tower = Path(out_dir), None if vision_dir is None else resolve(vision_dir)
+    inputs = random_inputs(model.cfg, _image_start(folder))
+    # Most CPUs and TPUs multiply float32 in fewer bits by default; the comparison is of functions, not of speed.
+    with jax.default_matmul_precision("highest"):
+        renamed = _renamed_images(inputs, model.cfg, folder, tower)
+        if Checkpoint(folder).storage is None:
+            written = _as_written(model, folder, tower)
+        else:  # how much a storage rounds is its own affair
+            written, inputs = _reloaded(model, folder, tower), renamed
+        expected = whole(forward(written, **inputs)[0])[..., : model.cfg.text.vocab_size]
+        backend = "torch" if on_process_zero(lambda: torch_loads(folder, tower)) else "jax"
+        if backend == "torch":
+            found = on_process_zero(lambda: _differences(folder, backend, expected, _torch_logits(folder, renamed)))
+        else:
+            again = _reloaded(written, folder, tower)
+            found = _differences(folder, backend, expected, whole(forward(again, **renamed)[0]))
+            del again
+        differences, tolerance = np.asarray(found), np.full(expected.shape[:-1], TOLERANCE)
+        tolerance = np.maximum(tolerance, RELATIVE_TOLERANCE * np.abs(expected).max())
+        if not (differences <= tolerance).all():
+            tolerance = np.maximum(tolerance, _ROUNDINGS * _moved_by_rounding(written, inputs, expected))
+    worst = np.unravel_index((differences / tolerance).argmax(), differences.shape)
+    difference, allowed = float(differences[worst]), float(tolerance[worst])
+    if not difference <= allowed:
+        raise UserError(
+            f"{folder}: reloaded in {backend} its logits differ from the model's by {difference:.2g} (tolerance "
+            f"{allowed:.2g}): do not use this folder, and report it with its config.json"
+        )
+    return {"backend": backend, "max_abs_logit_difference": difference, "tolerance": allowed}
+
+
+def _differences(folder: Path, backend: str, expected: np.ndarray, actual: np.ndarray) -> list[list[float]]:
+    """float[rows, tokens]: the largest of every position."""
+    words = expected.shape[-1]
+    if actual.shape[-1] > words and float(actual[..., words:].max() - actual[..., :words].max()) > 0:
+        raise UserError(f"{folder}: a word that was only added to fill the vocabulary is the likeliest: do not use it")
+    actual = actual[..., :words]
+    if actual.shape != expected.shape:
+        shapes = f"{list(actual.shape)} instead of {list(expected.shape)}"
+        raise UserError(f"{folder}: reloaded in {backend} its logits have shape {shapes}: do not use this folder")
+    differences: list[list[float]] = np.abs(expected - actual).max(-1).tolist()
+    return differences
+
+
+def _moved_by_rounding(model: Model, inputs: dict[str, Any], expected: np.ndarray) -> np.ndarray:
+    """float[rows, tokens]: how far logits move at most when every weight changes by its last bit, at random.
+
+    Takes the memory of a second copy of the float32 weights.
+    """
+    flat, moved = flatten(model.params), np.zeros(expected.shape[:-1], np.float32)
+    for seed in range(_ROUNDINGS):
+        keys = jax.random.split(jax.random.key(seed), len(flat))
+        changed = {path: _last_bit(leaf, key) for (path, leaf), key in zip(flat.items(), keys, strict=True)}
+        logits = whole(forward(Model(unflatten(changed), model.cfg), **inputs)[0])[..., : expected.shape[-1]]
+        del changed  # before the next copy
+        moved = np.maximum(moved, np.abs(logits - expected).max(-1))
+    return moved
+
+
+@jax.jit
+def _last_bit(leaf: jax.Array, key: jax.Array) -> jax.Array:
+    sign = jax.random.rademacher(key, leaf.shape, leaf.dtype)
+    return leaf * (1 + sign * np.float32(2**-23))
+
+
+def _as_written(model: Model, folder: Path, tower: Path | None) -> Model:
+    """The model in float32 with every weight rounded to the dtype it has in the folder."""
+    family, cfg = read_config(folder, tower)
+    keys = {family.canonical(key): entry.dtype for key, entry in Checkpoint(folder).entries.items()}
+    dtypes = {slot.name: keys.get(slot.key, "F32") for slot in make_slots(cfg, family)}
+    flat = flatten(model.params)
+    for slot in make_slots(model.cfg, family_of(model.cfg)):
+        dtype = WEIGHT_DTYPES[dtypes[slot.name]]
+        if flat[slot.path].dtype != dtype:
+            flat[slot.path] = flat[slot.path].astype(dtype)
+    return Model(unflatten({path: leaf.astype(np.float32) for path, leaf in flat.items()}), model.cfg)
+
+
+def _reloaded(written: Model, folder: Path, tower: Path | None) -> Model:
+    """The folder in float32 on the model's mesh; a tower that it does not hold is the model's.
+
+    Its own folder, `tower`, only describes it here: weights there are no part of the export and may have another dtype.
+    """
+    family, cfg = read_config(folder, tower)
+    keys, slots = {family.canonical(key) for key in Checkpoint(folder)}, make_slots(cfg, family)
+    holds_tower = not family.separate_vision or any(s.key in keys for s in slots if s.path.startswith("vision/"))
+    parts = PARTS if holds_tower else ("text", "projector")
+    sources = find_weights(slots, cfg, family, folder, None, parts)
+    here = [slot for slot in slots if slot.path.split("/")[0] in parts]
+    params = read_params(cfg, here, sources, np.dtype(np.float32), mesh_of(written.params))
+    return Model(dict(written.params) | params, cfg)
+
+
+def random_inputs(cfg: ModelConfig, image_start: int | None = None) -> dict[str, Any]:
+    """What exports are compared on: rows of random tokens, each with an image if the model has a tower.
+
+    `image_start`: the token that its class wants in front of an image of any size.
+    """
+    rng = np.random.default_rng(0)
+    special = [token for token in (cfg.image_token_id, cfg.video_token_id) if token is not None]
+    words = np.setdiff1d(np.arange(cfg.text.vocab_size), special)
+    ids = rng.choice(words, (_ROWS, _TEXT_TOKENS))
+    if cfg.vision is None:
+        return {"input_ids": ids}
+    if cfg.any_size:
+        return {"input_ids": ids, **_random_patches(cfg, ids, rng, image_start)}
+    image = np.full((_ROWS, cfg.tokens_per_image), cfg.image_token_id)
+    shape = (_ROWS, cfg.vision.channels, cfg.vision.image_size, cfg.vision.image_size)
+    pixels = rng.standard_normal(shape, np.float32)
+    return {"input_ids": np.concatenate([ids[:, :4], image, ids[:, 4:]], axis=1), "pixel_values": pixels}
+
+
+def _image_start(folder: Path) -> int | None:
+    """The token that precedes an image, where the class that loads the folder finds images by it."""
+    config = read_fields(folder / "config.json")
+    stock = detect(config, str(folder)).stock
+    return None if stock is None or stock.image_start is None else config.get(*stock.image_start)
+
+
+def _random_patches(
+    cfg: ModelConfig, ids: np.ndarray, rng: np.random.Generator, image_start: int | None
+) -> dict[str, Any]:
+    """Rows of these tokens with an image each, of other sizes and wider and higher than a window of the tower."""
+    vision = cfg.vision
+    assert vision is not None
+    assert cfg.image_token_id is not None
+    side = max((shape.window or 0 for shape in vision.layers), default=0) + 1
+    cells = np.array([[1, side + 1, 2], [1, 1, side + 2]])
+    grids = cells * [1, vision.merge, vision.merge]
+    longest = ids.shape[1] + int(cells.prod(axis=1).max())
+    text = np.resize(ids, (len(ids), longest))
+    for row, tokens in zip(text, cells.prod(axis=1), strict=True):
+        row[4 : 4 + tokens] = cfg.image_token_id
+        row[3] = row[3] if image_start is None else image_start
+    pixels = rng.standard_normal((int(grids.prod(axis=1).sum()), vision.patch_values), np.float32)
+    types = (text == cfg.image_token_id).astype(np.int64)
+    rows = {"input_ids": text, "attention_mask": np.ones_like(text), "mm_token_type_ids": types}
+    return {**rows, "pixel_values": pixels, "image_grid_thw": grids}
+
+
+def _renamed_images(inputs: dict[str, Any], cfg: ModelConfig, folder: Path, tower: Path | None) -> dict[str, Any]:
+    """The inputs with the folder's id at image positions, which another layout may have changed."""
+    _, written = read_config(folder, tower)
+    if written.image_token_id == cfg.image_token_id:
+        return inputs
+    ids = inputs["input_ids"]
+    return inputs | {"input_ids": np.where(ids == cfg.image_token_id, written.image_token_id, ids)}
+
+
+def torch_loads(folder: Path, tower: Path | None) -> bool:
+    """Whether torch is installed and transformers has a class for the folder that computes the same."""
+    family, cfg = read_config(folder, tower)
+    known = cfg.text.even or loader_class(read_fields(folder / "config.json")) is not None
+    known = known and (cfg.vision is None or cfg.vision.whole_heads)
+    if family.stock is None or not known or importlib.util.find_spec("torch") is None:
+        return False
+    if Checkpoint(folder).storage is not None and not _decodes():
+        return False
+    return not importlib.metadata.version("transformers").startswith(family.stock.miscomputes)
+
+
+def _decodes() -> bool:
+    """Whether transformers can decode compressed-tensors as it loads, bit for bit and without rounding activations."""
+    from transformers import CompressedTensorsConfig
+
+    known = "dequantize" in inspect.signature(CompressedTensorsConfig).parameters
+    return known and importlib.util.find_spec("compressed_tensors") is not None
+
+
+def _torch_class(config: dict[str, Any], stock: Stock) -> Any:
+    """The class that loads a folder with this config: of stock transformers, or of our own copy of the shipped file."""
+    import transformers
+
+    name = loader_class(config)
+    if name is None:
+        return getattr(transformers, stock.name)
+    return getattr(importlib.import_module("vlmprune_jax.export.remote.modeling_per_layer"), name)
+
+
+def _torch_logits(folder: Path, inputs: dict[str, Any]) -> np.ndarray:
+    import torch
+    import transformers
+
+    config = read_fields(folder / "config.json")
+    family = detect(config, str(folder))
+    assert family.stock is not None
+    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
+    shows_progress = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()  # ours is the one on the screen
+    try:
+        with reading(f"{folder}: transformers does not load it", "do not use this folder"):
+            made = _torch_class(config, family.stock)
+            if "quantization_config" in config:
+                options["config"] = made.config_class.from_pretrained(folder)
+                options["config"].quantization_config["dequantize"] = True
+            loaded, info = made.from_pretrained(folder, output_loading_info=True, **options)
+    finally:
+        if shows_progress:
+            transformers.utils.logging.enable_progress_bar()
+    # Buffers that old checkpoints hold and new classes do not know are carried over and do no harm.
+    info["unexpected_keys"] = [key for key in info["unexpected_keys"] if not family.is_ignored(family.canonical(key))]
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    problems = [f"{kind}: {', '.join(sorted(map(str, info[kind]))[:3])}" for kind in kinds if info.get(kind)]
+    if problems:
+        raise UserError(f"{folder}: transformers does not load it cleanly: {'; '.join(problems)}")
+    if family.stock.by_row and "pixel_values" in inputs:
+        inputs = inputs | {"pixel_values": inputs["pixel_values"][:, None]}
+    takes = inspect.signature(made.forward).parameters  # version 4 finds images by their ids
+    inputs = {name: array for name, array in inputs.items() if name != "mm_token_type_ids" or name in takes}
+    tensors = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in inputs.items()}
+    with torch.inference_mode():
+        return loaded.eval()(**tensors).logits.numpy()

@@ -1,0 +1,198 @@
+"""What an exported folder is to hold beside its weights: layout, config.json, and the files that make it usable."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import copy_file, copy_folder
+from vlmprune_jax.export.convert import rows_for, to_transformers
+from vlmprune_jax.export.per_layer import with_loader, without_loader, write_loader
+from vlmprune_jax.export.processor import write_processor
+from vlmprune_jax.export.quantized import SCHEMES, check_groups
+from vlmprune_jax.export.tokenizer import add_token, read_tokenizer
+from vlmprune_jax.export.uneven import padded_stacks
+from vlmprune_jax.families import Family, detect, family_of, target_of
+from vlmprune_jax.families.table import JsonDict
+from vlmprune_jax.hf.disk.dtypes import DTYPES
+from vlmprune_jax.hf.disk.storage import without_storage
+from vlmprune_jax.hf.read import read_fields
+
+LAYOUTS = ("source", "transformers")
+UNEVEN = ("per_layer", "pad", "refuse")
+WRITTEN = (*DTYPES, "source")  # dtypes of a folder
+# What an export is -> how its matrices may be quantised there.
+QUANTIZE = {"huggingface": ("none", *SCHEMES), "gguf": ("none", "q8_0", "q5_1", "q4_0")}
+FORMATS = tuple(QUANTIZE)
+# What makes a folder usable beside its weights and config.json.
+_ALWAYS = ("LICENSE*", "NOTICE*", "USE_POLICY*", "plan.json")
+_SAME_LAYOUT = (
+    "*token*.json", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "special_tokens_map.json",
+    "generation_config.json", "*processor_config.json", "chat_template*", "*.jinja",
+)  # fmt: skip
+
+
+class Plan(Protocol):
+    """What a folder may carry along as plan.json: a `PrunePlan`, whose room stands above this one."""
+
+    def to_json(self, path: Path) -> str:
+        """Write it."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A folder to be written: its family, its model (`cfg`, with padded layers and new words) and its config.json.
+
+    `converts` says that its layout is not the source's; `tokenizer` is then the tokenizer.json to be written, if the
+    source has a tokenizer. `ships_loader` says that PyTorch needs the per-layer file.
+    """
+
+    family: Family
+    cfg: ModelConfig
+    config: JsonDict
+    converts: bool
+    ships_loader: bool
+    tokenizer: JsonDict | None = None
+
+
+def quantizations() -> tuple[str, ...]:
+    """How matrices may be quantised, in any format."""
+    return tuple(dict.fromkeys(name for names in QUANTIZE.values() for name in names))
+
+
+def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype: str) -> Target:
+    """The folder for a model that came from `source`.
+
+    Raises:
+      UserError: unknown options, a source of another family, unequal layers with uneven="refuse", or a model that
+        the layout cannot hold.
+    """
+    check_options(cfg, layout=layout, uneven=uneven, dtype=dtype)
+    family, config = family_of(cfg), without_storage(read_fields(source / "config.json"))
+    if detect(config, str(source / "config.json")) is not family:
+        raise UserError(f"{source}: is not the folder that this {family.name} ({family.layout} layout) model came from")
+    wide = padded_stacks(cfg) if uneven == "pad" else cfg
+    new_family, conversion = target_of(family) if layout == "transformers" else None, family.conversion
+    tokenizer = None
+    if new_family is not None and conversion is not None:
+        family, tokenizer = new_family, read_tokenizer(source)
+        ids = {"image": cfg.text.vocab_size} if tokenizer is None and conversion.marks_images else {}
+        if tokenizer is not None:
+            tokenizer, ids["new"] = add_token(tokenizer, conversion.new_token)
+        image = next(iter(ids.values())) if conversion.marks_images else cfg.image_token_id
+        assert image is not None
+        written = to_transformers(wide, config, image, rows_for(cfg, ids))
+        wide = family.from_hf(written, None)
+    else:
+        written = family.to_hf(wide, without_loader(config))
+        if not family.separate_vision:  # whose config.json does not describe the tower, and never changes the table
+            family = detect(written, "the new config.json")
+            wide = family.from_hf(written, None)
+    ships = family.layout == "transformers" and not wide.text.even
+    written = _with_dtype(with_loader(written, cfg.text, family) if ships else written, dtype, family)
+    return Target(family, wide, written, new_family is not None, ships, tokenizer)
+
+
+def check_options(
+    cfg: ModelConfig,
+    *,
+    layout: str,
+    uneven: str,
+    dtype: str,
+    format: str = "huggingface",
+    quantize: str = "none",
+    group_size: int | None = None,
+    symmetric: bool = True,
+) -> None:
+    """Refuse options that are unknown, do not go together, or do not suit the model.
+
+    Raises:
+      UserError: names the option.
+    """
+    for name, value, known in (
+        ("format", format, FORMATS),
+        ("layout", layout, LAYOUTS),
+        ("uneven", uneven, UNEVEN),
+        ("dtype", dtype, WRITTEN),
+        ("quantize", quantize, quantizations()),
+    ):
+        if value not in known:
+            raise UserError(f"{name} {value!r} is not one of {', '.join(known)}")
+    if quantize not in QUANTIZE[format]:
+        raise UserError(f"quantize {quantize!r} is not for format {format!r} (there is {', '.join(QUANTIZE[format])})")
+    check_groups(quantize, group_size, symmetric)
+    if format == "gguf" and layout != "source":
+        raise UserError(f'layout {layout!r} is one of Hugging Face folders: leave it out with format="gguf"')
+    if cfg.lora is not None:
+        raise UserError("the model has unmerged LoRA adapters: merge them first (recovery.merge_lora)")
+    if format == "gguf":
+        return  # llama.cpp holds other widths
+    if uneven == "refuse" and not cfg.text.even:
+        raise UserError(
+            "the layers have unequal widths, which stock transformers cannot load: prune all layers alike (without "
+            'attn_layers and mlp_layers), or export with uneven="pad" (same function, no savings) or "per_layer" '
+            "(true sizes)"
+        )
+    tower = cfg.vision if cfg.tower else None
+    if uneven == "refuse" and tower is not None and tower.even and not tower.whole_heads:
+        raise UserError(
+            "the vision tower has fewer heads than make up its width, which its class in PyTorch cannot hold: prune it "
+            'with heads="keep", or export with uneven="pad" (same function, no savings) or "per_layer" (true sizes, '
+            "for this package)"
+        )
+
+
+def _with_dtype(config: JsonDict, dtype: str, family: Family) -> JsonDict:
+    """The config naming the weights' dtype under whichever of both names (`torch_dtype`, `dtype`) the source has."""
+    if dtype == "source":
+        return config
+    result = dict(config)
+    for name in (family.text_section, "vision_config"):
+        if name is not None and isinstance(result.get(name), dict):
+            result[name] = {k: dtype if k in ("dtype", "torch_dtype") else v for k, v in result[name].items()}
+    names = [name for name in ("dtype", "torch_dtype") if name in result] or ["torch_dtype"]
+    return result | dict.fromkeys(names, dtype)
+
+
+def write_files(target: Target, cfg: ModelConfig, source: Path, folder: Path, plan: Plan | None) -> None:
+    """config.json, tokenizer, processor, chat template, generation config, PyTorch file and plan.
+
+    Args:
+      target: what to write.
+      cfg: the model, with the source's layout and true widths.
+      source: the folder it came from.
+      folder: where to write.
+      plan: the prune plan, if any.
+    """
+    (folder / "config.json").write_text(json.dumps(target.config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    code = ("*.py",) if "auto_map" in target.config else ()
+    copy_always(source, folder, plan)
+    if not target.converts:
+        _copy_files(source, folder, (*_SAME_LAYOUT, *code))
+    if target.tokenizer is not None:
+        write_processor(folder, source, cfg, read_fields(source / "config.json"), target.tokenizer)
+    if target.ships_loader:
+        write_loader(folder)
+
+
+def copy_always(source: Path, folder: Path, plan: Plan | None) -> None:
+    """Licence and plan, which go with the weights in every format; `plan` in place of the source's."""
+    _copy_files(source, folder, _ALWAYS)
+    if plan is not None:
+        plan.to_json(folder / "plan.json")
+
+
+def _copy_files(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
+    for name in sorted(os.listdir(source)):  # a glob passes over links that lead nowhere
+        wanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        if wanted and not name.endswith(".index.json") and not os.path.isdir(source / name):
+            copy_file(source / name, folder / name, source)
+    templates = source / "additional_chat_templates"
+    if os.path.lexists(templates):
+        copy_folder(templates, folder / templates.name, source)

@@ -1,0 +1,86 @@
+"""The tokenizer of an export in a transformers layout: the source's, with the tokens that the layout needs."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from vlmprune_jax.core.files import read_json
+from vlmprune_jax.data.prompts import load_tokenizer
+from vlmprune_jax.data.tokenizer_files import SLOW, TOKENIZER, TOKENIZER_CONFIG, TokenizerFile
+from vlmprune_jax.families.table import JsonDict
+
+# Settings of classes that build tokenizer.json anew when they load; the file itself says all of it.
+_REBUILD = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "sp_model_kwargs", "auto_map", "from_slow",
+            "use_default_system_prompt", "spaces_between_special_tokens", "special_tokens_map_file", "name_or_path",
+            "chat_template", "tokenizer_file", "added_tokens_decoder")  # fmt: skip
+_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+
+
+def read_tokenizer(folder: Path) -> JsonDict | None:
+    """The content of tokenizer.json, made from the older files where there is none; None without a tokenizer.
+
+    Raises:
+      UserError: the older files cannot be read.
+    """
+    if os.path.lexists(folder / TOKENIZER):
+        return read_json(folder / TOKENIZER, TokenizerFile)
+    if not any(os.path.lexists(folder / name) for name in SLOW):
+        return None
+    content: JsonDict = json.loads(load_tokenizer(folder).backend_tokenizer.to_str())
+    return content
+
+
+def token_id(tokenizer: JsonDict, token: str) -> int | None:
+    """The id of a token, or None."""
+    return _ids(tokenizer).get(token)
+
+
+def add_token(tokenizer: JsonDict, token: str) -> tuple[JsonDict, int]:
+    """The tokenizer with a special token, and the token's id: the next free one, unless it is there already."""
+    ids = _ids(tokenizer)
+    if token in ids:
+        return tokenizer, ids[token]
+    number = max(ids.values()) + 1
+    added = [*(tokenizer.get("added_tokens") or ()), {"id": number, "content": token, **_FLAGS, "special": True}]
+    return {**tokenizer, "added_tokens": added}, number
+
+
+def _ids(tokenizer: JsonDict) -> dict[str, int]:
+    vocab = tokenizer["model"]["vocab"]
+    # Unigram lists [piece, score] pairs, in the order of their ids
+    ids = dict(vocab) if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
+    return ids | {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens") or ()}
+
+
+def prefixes_only_the_start(tokenizer: JsonDict) -> bool:
+    """Whether the space mark that a text begins with is missing where a text goes on behind a special token."""
+    step = tokenizer.get("pre_tokenizer") or {}
+    steps = [one for one in step.get("pretokenizers", [step]) if isinstance(one, dict)]
+    return any(one.get("type") == "Metaspace" and one.get("prepend_scheme") == "first" for one in steps)
+
+
+def write_tokenizer(folder: Path, source: Path, tokenizer: JsonDict, named: dict[str, str], processor: str) -> None:
+    """tokenizer.json and its config; `named` are special tokens that a processor asks the tokenizer for.
+
+    The class is the plain one that takes tokenizer.json as it is: LlamaTokenizer of transformers 5 puts its own text
+    rules in place of the file's, and Phi-3's are others.
+    """
+    config: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", TOKENIZER_CONFIG):
+        if os.path.lexists(source / name):
+            config |= read_json(source / name)
+    config = {name: value for name, value in config.items() if name not in _REBUILD}
+    known = config.get("extra_special_tokens")
+    config |= {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "processor_class": processor,
+        "extra_special_tokens": (known if isinstance(known, dict) else {}) | named,
+        "model_input_names": ["input_ids", "attention_mask"],  # no token types, which the plain class would add
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+    }
+    for name, value in ((TOKENIZER, tokenizer), (TOKENIZER_CONFIG, config)):
+        (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,64 @@
+"""Layers of unequal width as layers of equal width: zero heads and neurons change nothing but the size."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from vlmprune_jax.core.config import LayerShape, ModelConfig
+
+
+def widest(layers: Sequence[LayerShape], heads: int | None = None) -> LayerShape:
+    """The smallest shape that every layer fits in with its query heads in their groups.
+
+    With `heads` it has that many query heads, if groups of any size at least as large make up that many.
+    """
+    kv_heads = max(shape.kv_heads for shape in layers)
+    per_group = max(shape.q_heads // shape.kv_heads for shape in layers)
+    if heads is not None:
+        fits = [n for n in range(kv_heads, heads // per_group + 1) if heads % n == 0]
+        kv_heads, per_group = (fits[0], heads // fits[0]) if fits else (kv_heads, per_group)
+    return LayerShape(kv_heads * per_group, kv_heads, max(shape.mlp for shape in layers))
+
+
+def padded(layers: Sequence[LayerShape], heads: int | None = None) -> tuple[LayerShape, ...]:
+    """All layers at the widths of `widest`, each with its own sliding window."""
+    widths = widest(layers, heads).widths
+    return tuple(LayerShape(*widths, shape.window) for shape in layers)
+
+
+def padded_stacks(cfg: ModelConfig) -> ModelConfig:
+    """The model with the layers of each of its stacks `padded`, a tower's to all the heads of its width."""
+    for name, stack in cfg.stacks.items():
+        heads = stack.hidden_size // stack.head_dim
+        layers = padded(stack.layers, heads if name == "text" and cfg.text.whole_heads else None)
+        if name == "vision":  # whose classes in PyTorch take hidden_size / heads for the size of a head
+            layers = tuple(dataclasses.replace(shape, q_heads=heads, kv_heads=heads) for shape in layers)
+        cfg = cfg.with_layers(layers, name)
+    return cfg
+
+
+def pad_tensor(array: np.ndarray, axes: tuple[str, ...], shape: LayerShape, target: LayerShape) -> np.ndarray:
+    """A tensor of a layer of `shape`, with these named axes, widened to `target` with zeros.
+
+    A zero value head or neuron adds zero to the residual stream; a query head whose output weights are zero may look
+    anywhere. Query head g * per_group + r belongs to key/value head g, so both numbers are padded on their own.
+    """
+    if "q_heads" in axes:
+        at = axes.index("q_heads")
+        per_group = shape.q_heads // shape.kv_heads
+        array = array.reshape(*array.shape[:at], shape.kv_heads, per_group, *array.shape[at + 1 :])
+        array = _extend(_extend(array, at, target.kv_heads), at + 1, target.q_heads // target.kv_heads)
+        return array.reshape(*array.shape[:at], target.q_heads, *array.shape[at + 2 :])
+    for axis, size in (("kv_heads", target.kv_heads), ("mlp", target.mlp)):
+        if axis in axes:
+            array = _extend(array, axes.index(axis), size)
+    return array
+
+
+def _extend(array: np.ndarray, axis: int, size: int) -> np.ndarray:
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, size - array.shape[axis])
+    return np.pad(array, widths)

@@ -1,0 +1,176 @@
+"""What recoveries will need on a TPU slice, what else fits, and what to change where a step does not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmprune_jax.core.console import Reporter
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.experiment.variants import prune_runs, recover_runs
+from vlmprune_jax.models.params import count_params
+from vlmprune_jax.planning.ahead_of_time import DoesNotFit, make_slice
+from vlmprune_jax.planning.case import Case, Estimate, estimate, make_case
+from vlmprune_jax.recovery.config import REMAT
+from vlmprune_jax.report.fit import as_rows
+from vlmprune_jax.stages.inputs import count_records
+from vlmprune_jax.workdir.ledger import Json
+
+GIB = 2**30
+Attempts = dict[Case, Estimate | UserError]
+
+
+def search(case: Case, say: Callable[[str], None], tried: Attempts) -> dict[str, Estimate]:
+    """What else fits, each found by compiling: the cheapest "remat", then with it the largest micro-"batch"; and the
+    smallest "slice" with the settings as they are. Where nothing fits, the entry is missing.
+
+    `tried`: cases that need not be compiled again; it grows.
+    """
+    found: dict[str, Estimate] = {}
+    cheapest = _first_fit([(f"remat {name}", _with(case, remat=name)) for name in REMAT], say, tried)
+    if cheapest is not None:
+        found["remat"] = found["batch"] = cheapest
+        while (larger := _doubled(found["batch"].case)) is not None:
+            best = _first_fit([(f"micro-batch of {larger.config.batch_size} rows", larger)], say, tried)
+            if best is None:
+                break
+            found["batch"] = best
+    generation, most = case.slice.name.partition(":")[0], len(case.slice.devices)
+    names = [f"{generation}:{grid}" for grid in case.slice.chip.slices]
+    slices = [case.slice if name == case.slice.name else make_slice(name) for name in names]
+    smaller = [(one.name, dataclasses.replace(case, slice=one)) for one in slices if len(one.devices) <= most]
+    smallest = _first_fit(smaller, say, tried)
+    if smallest is not None:
+        found["slice"] = smallest
+    return found
+
+
+def _first_fit(cases: Sequence[tuple[str, Case]], say: Callable[[str], None], tried: Attempts) -> Estimate | None:
+    for what, case in cases:
+        found = tried[case] = tried.get(case) or _attempt(case)
+        if isinstance(found, Estimate):
+            say(f"  {what}: fits, {found.free / GIB:.2f} GiB free")
+            return found
+        say(f"  {what}: {found}")
+    return None
+
+
+def _attempt(case: Case) -> Estimate | UserError:
+    """The estimate, or why there is none: too large, or rows or sizes that do not divide over so many chips."""
+    try:
+        return estimate(case)
+    except UserError as error:
+        return error
+
+
+def _with(case: Case, **changes: Any) -> Case:
+    return dataclasses.replace(case, config=dataclasses.replace(case.config, **changes))
+
+
+def _doubled(case: Case) -> Case | None:
+    """The case with twice the rows per micro-batch, in one micro-batch; None beyond 1,024 rows a chip."""
+    rows = 2 * case.config.batch_size // case.config.accumulation
+    return _with(case, batch_size=rows, accumulation=1) if rows <= 1024 * len(case.slice.devices) else None
+
+
+def too_large(case: Case, error: DoesNotFit) -> UserError:
+    """`error` with what to change."""
+    config, chip = case.config, case.slice.chip
+    ways = [] if config.remat == "full" else ["recover.remat=full"]
+    if config.batch_size // config.accumulation > len(case.slice.devices):
+        ways.append(f"recover.accumulation={2 * config.accumulation}")
+    place = chip.slices.index(grid) if (grid := case.slice.name.partition(":")[2]) in chip.slices else -1
+    if place + 1 < len(chip.slices):
+        ways.append(f"--topology={case.slice.name.partition(':')[0]}:{chip.slices[place + 1]}")
+    return UserError(f"the recovery step on {case.slice.name} {error}: try {' or '.join(ways) or 'shorter rows'}")
+
+
+def facts(found: Estimate, n_records: int | None) -> Json:
+    """Everything about an estimate, as JSON values; sizes and bytes are per chip, FLOPs and throughput of all chips."""
+    case, config = found.case, found.case.config
+    n_steps = config.steps if config.steps is not None or n_records is None else config.num_steps(n_records)
+    hours = None if n_steps is None else n_steps * found.step_seconds / 3600
+    n_chips, tokens = len(case.slice.devices), config.batch_size * case.length
+    return {
+        "topology": case.slice.name,
+        "chips": n_chips,
+        "mesh": dict(case.make_mesh().shape),
+        "student": {"layers": len(case.cfg.text.layers), "parameters": count_params(case.cfg)},
+        "teacher": case.teacher_cfg
+        and {
+            "layers": len(case.teacher_cfg.text.layers),
+            "parameters": count_params(case.teacher_cfg),
+        },
+        "batch_size": config.batch_size,
+        "accumulation": config.accumulation,
+        "remat": config.remat,
+        "tokens_per_row": case.length,
+        "images_per_row": case.images,
+        "tokens_buckets": list(case.lengths),
+        "images_buckets": list(case.slots),
+        "image_tokens_buckets": list(case.image_tokens),
+        "feature_cache": not case.cfg.tower,
+        "teacher_top_k": config.losses.teacher_top_k,
+        "hbm": {
+            "arguments": found.compiled.arguments,
+            "temporaries": found.compiled.temporaries,
+            "free": int(found.free),
+        },
+        "flops": {"executed": found.compiled.flops, "model": found.model.total, **dataclasses.asdict(found.model)},
+        "received": found.compiled.received,
+        "seconds": {"step": found.step_seconds, **found.seconds},
+        "mfu": found.mfu,
+        "tokens_per_second": tokens / found.step_seconds,
+        "steps": n_steps,
+        "hours": hours,
+        "chip_hours": None if hours is None else hours * n_chips,
+        "compile_seconds": found.compiled.seconds,
+    }
+
+
+def plan_recovery(case: Case, n_records: int | None, searching: bool, say: Callable[[str], None]) -> Json:
+    """`facts` of a case, or its "problem"; all said as lines, and under "search" what else fits.
+
+    Raises:
+      UserError: the case does not fit, with what to change, unless a search is to find that out.
+    """
+    first = _attempt(case)
+    if isinstance(first, Estimate):
+        told = facts(first, n_records)
+    elif isinstance(first, DoesNotFit):
+        problem = too_large(case, first)
+        if not searching:
+            raise problem from first
+        told = {"problem": str(problem)}
+    else:
+        raise first
+    for what, value in as_rows(told):
+        say(f"  {what:<13} {value}")
+    if searching:
+        told["search"] = {what: facts(found, n_records) for what, found in search(case, say, {case: first}).items()}
+        for what, value in as_rows({"search": told["search"]}):
+            say(f"  {what:<13} {value}")
+    return told
+
+
+def fit_all(
+    experiment: Experiment, workdir: Path | None, reporter: Reporter, topology: str, n_records: int | None, search: bool
+) -> Json:
+    """What every recovery needs on a TPU slice, by its name (see `facts`); `search`: and what else would fit.
+
+    Raises:
+      UserError: an unknown slice, a step that does not fit it, with what to change, or nothing is trained.
+    """
+    result: Json = {}
+    for pruned in prune_runs(experiment, workdir or Path()):
+        for run in recover_runs(pruned):
+            case = make_case(run.experiment, None if workdir is None else pruned.folder, topology)
+            records = count_records(run.experiment.data) if n_records is None else n_records
+            reporter.say(f"{run.name}: compiling for {topology} ...")
+            result[run.name] = plan_recovery(case, records, search, reporter.say)
+    if not result:
+        raise UserError('recover.method is "none", so there is no training to plan: set it to "train"')
+    return result

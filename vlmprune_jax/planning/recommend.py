@@ -1,0 +1,250 @@
+"""A model's folder and a wish -> what the guide advises, in words, and a config file that does it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import shlex
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vlmprune_jax.core.checks import one_of
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.console import Reporter
+from vlmprune_jax.core.errors import UserError, about
+from vlmprune_jax.experiment.overrides import override
+from vlmprune_jax.experiment.recipes import recipes
+from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.families import family_of
+from vlmprune_jax.hf.disk.dtypes import DTYPES
+from vlmprune_jax.hf.read import read_config, resolve
+from vlmprune_jax.models.params import count_params
+from vlmprune_jax.planning.case import predict_plan
+from vlmprune_jax.prune import PrunePlan
+from vlmprune_jax.report.advice import advised, footnotes, in_words, percent, tables_of, what_to_know
+from vlmprune_jax.report.guide import Guide, Recommendation, recommend
+from vlmprune_jax.report.speed import bench_notes, bench_tables, read_bench
+from vlmprune_jax.workdir.ledger import write_text
+
+UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_LARGE = 10**9  # parameters, from which weights are held in bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """A recommendation for a folder: the plans it leads to, by method, and the text of a config file.
+
+    `bench`: what `read_bench` says of this machine, in place of the guide's speeds.
+    """
+
+    folder: str
+    cfg: ModelConfig
+    recommendation: Recommendation
+    plans: dict[str, PrunePlan]
+    config: str
+    bench: dict[str, Any] | None = None
+
+
+def parse_bytes(text: str) -> float:
+    """2e9, "2GB" (10**9) or "2GiB" (2**30) as a number of bytes.
+
+    Raises:
+      UserError: something else, or nothing that a model could fit in.
+    """
+    found = re.fullmatch(r"\s*([\d.]+(?:[eE]\+?\d+)?)\s*([a-zA-Z]*)\s*", text)
+    try:
+        number = float(found[1]) if found else math.nan
+    except ValueError:
+        number = math.nan
+    if found is None or not 0 < number < math.inf:
+        raise UserError(f"--bytes={text}: must be a size above 0, as 2e9, 2GB or 2GiB")
+    return number * UNITS[one_of("--bytes: unit", found[2].upper(), tuple(UNITS))]
+
+
+def parse_share(name: str, text: str) -> float:
+    """5%, 0.05 or "none" (0) as a share.
+
+    Raises:
+      UserError: something else.
+    """
+    number = text.strip().removesuffix("%")
+    try:
+        return 0.0 if number == "none" else float(number) / (100 if "%" in text else 1)
+    except ValueError:
+        raise UserError(f"--{name}={text}: must be a share, as 5% or 0.05") from None
+
+
+def saved_as(text: str | None) -> Path:
+    """Where the config file goes, or would.
+
+    Raises:
+      UserError: not the name of a Python file, or one that is there.
+    """
+    path = Path(text or "recommended.py")
+    if path.suffix != ".py" or "\0" in path.name:
+        raise UserError(f"--save={text}: must be the name of a config file, as recommended.py")
+    if text and path.exists():
+        raise UserError(f"--save={text}: is there already: give another name, or remove it")
+    return path
+
+
+def advise(
+    hf_dir: str,
+    *,
+    vision_dir: str | None = None,
+    ratio: float | None = None,
+    most_bytes: float | None = None,
+    data_fraction: float,
+    compute: str,
+    speed: bool,
+    guide: Guide,
+    bench: Path | None = None,
+) -> Advice:
+    """What the guide advises for the model in a folder (or hub id); of the folder only JSON files are read.
+
+    Args:
+      ratio, most_bytes: share of all parameters to remove, or bytes of bfloat16 weights to keep to; one of them.
+      data_fraction, compute, speed, guide: as `recommend` takes them.
+      bench: what `vlmprune bench --json` wrote, told in place of the guide's speeds.
+
+    Raises:
+      UserError: no such model or file; not one of both targets, or one that no plan reaches, with the nearest; see
+        `recommend`.
+    """
+    if (ratio is None) == (most_bytes is None):
+        raise UserError("give --ratio=0.3 (of all parameters to remove) or --bytes=2GB (to fit in), and not both")
+    measured = None if bench is None else read_bench(bench)
+    folder = resolve(hf_dir)
+    _, cfg = read_config(folder, None if vision_dir is None else resolve(vision_dir))
+    whole = count_params(cfg) * DTYPES["bfloat16"].itemsize
+    target: dict[str, Any] = {"ratio": ratio}
+    if most_bytes is not None:
+        if most_bytes >= whole:
+            raise UserError(f"--bytes={most_bytes:,.0f}: the weights have {whole:,} in bfloat16: nothing has to go")
+        ratio, target = 1 - most_bytes / whole, {"budget": {"disk_bytes": most_bytes}}
+    assert ratio is not None
+    found = recommend(cfg, ratio=ratio, data_fraction=data_fraction, compute=compute, speed=speed, guide=guide)
+    plans = {}
+    for method, variant in found.variants.items():
+        experiment = override(Experiment(), {"prune": target})
+        with about(f"--{'ratio' if most_bytes is None else 'bytes'}"):
+            plans[method] = predict_plan(override(experiment, variant), cfg)
+    model = {"hf_dir": hf_dir, "vision_dir": vision_dir}
+    told = found if measured is None else dataclasses.replace(found, speed=())
+    return Advice(str(folder), cfg, told, plans, _config_file(found, cfg, model, target), measured)
+
+
+def as_lines(advice: Advice) -> list[str]:
+    """The recommendation for this model in words, without its tables."""
+    found, cfg = advice.recommendation, advice.cfg
+    lines = [
+        f"{advice.folder}: {count_params(cfg):,} parameters, the decoder has "
+        f"{percent(count_params(cfg, 'text') / count_params(cfg))} of them",
+        f"asked: {percent(found.ratio)} of all parameters, {percent(found.decoder_ratio)} of the decoder",
+        "",
+        *advised(found),
+    ]
+    for method, plan in advice.plans.items():
+        kept = plan.stacks["text"].layers
+        size = plan.parameters_after * DTYPES["bfloat16"].itemsize / 1e9
+        lines.append(
+            f"  {method}: {len(kept)} of {len(cfg.text.layers)} layers, {plan.parameters_after:,} parameters, "
+            f"{size:.3g} GB in bfloat16, {percent(plan.reached)} removed"
+        )
+    return lines + what_to_know(found)
+
+
+def tell(advice: Advice, save: str | None, reporter: Reporter) -> None:
+    """Print a recommendation, and its config, or write that to `save`.
+
+    Raises:
+      UserError: see `saved_as`.
+    """
+    path = saved_as(save)
+    for line in as_lines(advice):
+        reporter.say(line)
+    for table in tables_of(advice.recommendation):
+        reporter.table(table.title, table.header, table.rows)
+    for line in footnotes(advice.recommendation):
+        reporter.say(line)
+    if advice.bench is not None:
+        for table in bench_tables(advice.bench):
+            reporter.table(table.title, table.header, table.rows)
+        for line in bench_notes(advice.bench):
+            reporter.say(line)
+    if save is not None:
+        write_text(path, advice.config)
+        reporter.say(f"config: {path}")
+    else:
+        for line in ["", "config, which --save=FILE.py writes:", *advice.config.splitlines()]:
+            reporter.say(f"  {line}" if line else "")
+    reporter.say("commands:")
+    for line in commands(advice, str(path)):
+        reporter.say(f"  {line}")
+
+
+def commands(advice: Advice, config: str) -> list[str]:
+    """What to run, for a config that lies in a file."""
+    workdir, config = shlex.quote(f"runs/{Path(config).stem}"), shlex.quote(config)
+    run = f"vlmprune run --config={config} --workdir={workdir}"
+    if advice.recommendation.rule.recovery == "none":
+        return [run]
+    return [f"vlmprune plan --config={config} --topology=v5e:8x8 --records=N", run]
+
+
+def _config_file(found: Recommendation, cfg: ModelConfig, model: dict[str, Any], target: dict[str, Any]) -> str:
+    """The text of a config file: the family's recipe, the model, the data and what is advised."""
+    named = family_of(cfg).name
+    changes: dict[str, Any] = {"model": {name: value for name, value in model.items() if value is not None}}
+    if count_params(cfg) >= _LARGE:
+        changes["model"]["dtype"] = "bfloat16"
+        changes["mesh"] = {"fsdp": -1}
+    changes["data"] = {"fraction": found.data_fraction} if found.data_fraction else {}
+    one = next(iter(found.variants.values())) if len(found.variants) == 1 else {}
+    changes |= {**one, "prune": {**one.get("prune", {}), **target}}
+    what = f"What `vlmprune recommend` advises for {percent(found.ratio)} of all parameters: {in_words(found)}."
+    lines = [
+        *textwrap.wrap(f'"""{what}', 110),
+        "",
+        "Give data.train, data.images and data.eval here, or as --config.data.train=FILE.json ...",
+        '"""',
+        "",
+        "from ml_collections import ConfigDict",
+        "",
+        "from vlmprune_jax.cli.config_files import experiment_config",
+        "",
+        "",
+        "def get_config() -> ConfigDict:",
+        '    """What is advised, on top of the defaults or of the family\'s recipe."""',
+        f"    config = experiment_config({f'recipe={_literal(named)}' if named in recipes() else ''})",
+        *(f"    config.{name} = {_literal(value)}" for name, value in _leaves(changes)),
+    ]
+    if not one:
+        lines.append("    config.prune_variants = {")
+        for method, settings in found.variants.items():
+            inner = [f"            {_literal(section)}: {_literal(value)}," for section, value in settings.items()]
+            lines += [f"        {_literal(method)}: {{", *inner, "        },"]
+        lines.append("    }")
+    return "\n".join([*lines, "    return config", ""])
+
+
+def _leaves(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+    """`recover.losses.ce` -> 0.5 of nested settings."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{where}{name}.")
+        else:
+            yield where + name, value
+
+
+def _literal(value: Any) -> str:
+    """A value of JSON as Python spells it."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_literal(name)}: {_literal(one)}' for name, one in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_literal, value))}]"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

@@ -1,0 +1,58 @@
+"""The report's section on what made a workdir's stages, and from what."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from vlmprune_jax.core.errors import printable
+from vlmprune_jax.report.page import Section, Table
+
+_MOST_NAMED, _LONGEST = 8, 300  # stages of a value, letters of one
+
+
+def provenance_section(records: Mapping[str, Mapping[str, Any]]) -> Section:
+    """What made a workdir's stages and from what, by their records in the ledger."""
+    rows, settings, inputs = (
+        list[tuple[str, ...]](),
+        dict[str, dict[str, list[str]]](),
+        dict[str, dict[str, list[str]]](),
+    )
+    made = dict[str, dict[str, list[str]]]()
+    for name, record in records.items():
+        by = record.get("by")
+        when, where = (by["finished"], printable(by["processor"])) if by else ("", "")
+        rows.append((printable(name), f"{record['seconds']:.1f}", when, where))
+        for setting, value in record["made_from"]["settings"].items():
+            settings.setdefault(setting, {}).setdefault(_short(value), []).append(name)
+        for path, digest in record["made_from"]["inputs"].items():
+            inputs.setdefault(path, {}).setdefault(digest, []).append(name)
+        if by:
+            told = {"command": by["command"], "versions": ", ".join(f"{k} {v}" for k, v in by["versions"].items())}
+            told["commit"] = by["commit"] or "not known: the package is not run from its repository"
+            for what, value in told.items():
+                made.setdefault(what, {}).setdefault(value, []).append(name)
+    facts = [("Made by", made), ("Settings", settings), ("Data and models, by content", inputs)]
+    return Section(
+        "Where it comes from",
+        tables=(Table("Stages", ("stage", "seconds", "finished", "processor"), tuple(rows)),) if rows else (),
+        facts=tuple((title, _as_facts(of)) for title, of in facts if of),
+    )
+
+
+def _as_facts(of: Mapping[str, Mapping[str, list[str]]]) -> tuple[tuple[str, str], ...]:
+    """What all stages share as it is, else each value with the stages that it is of."""
+    return tuple(
+        (printable(name), " | ".join(v if len(values) == 1 else f"{v} ({_named(mine)})" for v, mine in values.items()))
+        for name, values in sorted(of.items())
+    )
+
+
+def _named(stages: list[str]) -> str:
+    return printable(", ".join(stages[:_MOST_NAMED])) + (", ..." if len(stages) > _MOST_NAMED else "")
+
+
+def _short(value: Any) -> str:
+    text = printable(json.dumps(value, ensure_ascii=False))
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."

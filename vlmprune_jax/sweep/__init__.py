@@ -1,0 +1,1 @@
+"""Many runs of an experiment: their list, workers, and comparison data."""

@@ -1,0 +1,239 @@
+"""One run of a sweep: its workdir in `runs/`, what it shares with others in `shared/`, and what it found."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+from vlmprune_jax.core.console import Reporter
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import read_json
+from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
+from vlmprune_jax.experiment.arguments import evaluation_sets
+from vlmprune_jax.experiment.spec import STAGES, Experiment, affecting
+from vlmprune_jax.experiment.variants import prune_runs, recover_runs
+from vlmprune_jax.recovery.objective import counted
+from vlmprune_jax.report import sweep as report
+from vlmprune_jax.report.result import Set
+from vlmprune_jax.stages import inputs
+from vlmprune_jax.stages.context import VERSIONS, Context, model_inputs
+from vlmprune_jax.stages.evaluate import set_files
+from vlmprune_jax.stages.run import make_models
+from vlmprune_jax.stages.score import criteria_of, criterion_files
+from vlmprune_jax.sweep.hyper import SweepRun
+from vlmprune_jax.workdir.ledger import Json, digest, remove, write_json
+from vlmprune_jax.workdir.store import Store, whole_digest
+
+RUNS, SHARED = "runs", "shared"
+RUN, ERROR = "run.json", "error.json"  # in a run's folder: what it found, or why it stopped
+
+
+class _Run(TypedDict):
+    """`made_from`: see `_made_from`. The rest is what `sweep.json` takes from it."""
+
+    made_from: str
+    sets: dict[str, Set]
+    unpruned: dict[str, report.Unpruned]
+    models: list[report.Found]
+
+
+class _Error(TypedDict):
+    error: str
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Where a sweep works, the config file FILE.py:VARIANT that lists its runs, and whether these may replace."""
+
+    workdir: Path
+    config: str
+    overwrite: bool
+
+    def folder(self, run: SweepRun) -> Path:
+        """The run's own workdir."""
+        return self.workdir / RUNS / run.name
+
+    def context(self, run: SweepRun, reporter: Reporter) -> Context:
+        """That of a run, with what runs leave for each other."""
+        data, sets = run.experiment.data, evaluation_sets(run.experiment)
+        images = [
+            data.images,
+            *(of.images for of in sets.values()),
+        ]  # no stage has them as inputs: there are many files
+        store = Store(self.workdir / SHARED, {"images": [path and str(Path(path).resolve()) for path in images]})
+        return Context(self.folder(run), reporter, self.overwrite, store)
+
+
+def with_caches(experiment: Experiment) -> Experiment:
+    """The experiment with its caches in folders below those it names, one for runs that can share it.
+
+    A cache of logits or features refuses what another teacher, tower or way to prepare records gave.
+    """
+    teacher, features = experiment.recover.teacher_cache, experiment.data.feature_cache
+    model, shared = experiment.model, affecting("teacher_cache", experiment)
+    if teacher is not None:
+        recover = dataclasses.replace(experiment.recover, teacher_cache=_below(teacher, [vars(model), shared]))
+        experiment = dataclasses.replace(experiment, recover=recover)
+    if features is not None:
+        stages = () if experiment.prune.stack == "text" else ("score", "prune", "reconstruct")
+        tower = [affecting(stage, experiment) for stage in stages]
+        data = [shared, experiment.data.max_images, experiment.data.images, experiment.recover.compute_dtype]
+        own = _below(features, [vars(model), data, tower])
+        experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, feature_cache=own))
+    return experiment
+
+
+def _below(folder: str, made_from: Any) -> str:
+    return str(Path(folder) / hashlib.sha256(json.dumps(made_from, default=str).encode()).hexdigest()[:16])
+
+
+def do_run(run: SweepRun, sweep: Sweep, reporter: Reporter) -> None:
+    """Every stage of a run, and what it found in `run.json`; goes on where it was interrupted.
+
+    Raises:
+      UserError: whatever a stage refuses.
+    """
+    folder, made_from = sweep.folder(run), on_process_zero(lambda: _made_from(run.experiment))
+    on_process_zero(lambda: remove(folder / ERROR))
+    context = sweep.context(run, reporter)
+    result = make_models(run.experiment, context)
+    if not is_main_process():
+        return
+    write_json(folder / "result.json", result)
+    found = {
+        "made_from": made_from,
+        "sets": result["sets"],
+        "unpruned": {run.experiment.model.hf_dir: _known(report.Unpruned, result["teacher"])},
+        "models": [_found(run, model, result["teacher"], sweep) for model in result["runs"]],
+    }
+    write_json(folder / RUN, found)
+
+
+def _found(run: SweepRun, model: Json, unpruned: Json, sweep: Sweep) -> Json:
+    """`report.sweep.Found` of one of `runs` of a result."""
+    path, untrained = sweep.folder(run) / model["path"], model["data_fraction"] == 0
+    return {
+        **_known(report.Found, {**model, **_speeds(model, unpruned)}),
+        "model": run.experiment.model.hf_dir,
+        "recovery": "none" if untrained else model["recovery"],
+        "reconstruct": "none" if path.name == "pruned" else model["reconstruct"],
+        "digest": whole_digest(path),
+        "path": path.relative_to(sweep.workdir).as_posix(),
+    }
+
+
+def _speeds(model: Json, unpruned: Json) -> Json:
+    """Tokens per second, and beside those of the unpruned model, which were measured in turns with them."""
+    if "speed" not in model:
+        return {}
+    ours, theirs = model["speed"], unpruned["speed"]
+    found = {f"{part}_tokens_per_second": ours[part] for part in report.SPEEDS}
+    return found | {f"{part}_speedup": ours[part] / theirs[part] for part in report.SPEEDS if theirs[part]}
+
+
+def _known(kind: Any, model: Json) -> Json:
+    """What a kind of object names of a model of a result."""
+    costs, found = model["costs"], dict(model)
+    found |= {"bytes": costs["file_bytes"], "forward_flops": costs["forward_flops"]}
+    return {name: found[name] for name in kind.__annotations__ if name in found}
+
+
+def note_error(run: SweepRun, sweep: Sweep, line: str) -> None:
+    """Keep what stopped a run."""
+    write_json(sweep.folder(run) / ERROR, {"error": line})
+
+
+def is_done(run: SweepRun, sweep: Sweep) -> bool:
+    """Whether it found what it would find now."""
+    found = read_run(run, sweep)
+    return found is not None and found["made_from"] == _made_from(run.experiment)
+
+
+def read_run(run: SweepRun, sweep: Sweep) -> Json | None:
+    """What a run found; a damaged file counts as none."""
+    try:
+        return read_json(sweep.folder(run) / RUN, _Run, missing="", unicode=False)
+    except UserError:
+        return None
+
+
+def read_error(run: SweepRun, sweep: Sweep) -> str | None:
+    """What stopped it the last time."""
+    try:
+        return read_json(sweep.folder(run) / ERROR, _Error, missing="", unicode=False)["error"]
+    except UserError:
+        return None
+
+
+def _made_from(experiment: Experiment) -> str:
+    """Hash of all that decides what a run finds: every setting that changes it, and what its files hold."""
+    settings: Json = {stage: affecting(stage, experiment) for stage in STAGES}
+    settings["evaluate.metrics"] = {name: of.metric for name, of in evaluation_sets(experiment).items()}
+    settings["evaluate.unrecovered"] = experiment.evaluate.unrecovered
+    settings["recover"] = {name: getattr(experiment.recover, name) for name in ("method", "name")}
+    settings["budget"] = dataclasses.asdict(experiment.prune.budget)
+    settings["variants"] = [dict(experiment.prune_variants), dict(experiment.recover_variants)]
+    known = {
+        "settings": settings,
+        "versions": VERSIONS,
+        "inputs": {n: digest_once(p) for n, p in _inputs(experiment).items()},
+    }
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _inputs(experiment: Experiment) -> dict[str, Path | str]:
+    """Every file that a run reads from elsewhere, by name."""
+    found = model_inputs(experiment.model)
+    if experiment.data.train is not None:
+        found |= inputs.record_files(experiment.data, "train")
+    for name, of in evaluation_sets(experiment).items():
+        found |= {f"{name}: {what}": path for what, path in set_files(experiment, name, of).items()}
+    for pruned in prune_runs(experiment, Path()):
+        found |= criterion_files(criteria_of(pruned.experiment).values())
+        for run in recover_runs(pruned):
+            terms = counted(run.experiment.recover.losses).items()
+            found |= {f"loss {name}": term.file for name, term in terms if term.file is not None}
+    return found
+
+
+@functools.cache
+def digest_once(path: Path | str) -> str:
+    """`ledger.digest`, once for all runs of a command."""
+    return digest(path)
+
+
+def collect(runs: Sequence[SweepRun], sweep: Sweep) -> Json:
+    """`sweep.json` of what the runs have found by now."""
+    sets, unpruned, models, seen = dict[str, Any](), dict[str, Any](), list[Json](), set[str]()
+    for run in runs:
+        entry = {
+            **{name: getattr(run, name) for name in ("group", "labels", "overrides", "seed")},
+            **{"name": run.name, "run": run.name, "status": report.PENDING, "error": None},
+        }
+        found = read_run(run, sweep)
+        if found is None or found["made_from"] != _made_from(run.experiment):
+            line = read_error(run, sweep)
+            models.append(entry if line is None else {**entry, "status": report.FAILED, "error": line})
+            continue
+        sets, unpruned = sets or found["sets"], {**found["unpruned"], **unpruned}
+        models += _entries(run, entry, found["models"], seen)
+    return report.make_sweep(sweep.config, sets, unpruned, models)
+
+
+def _entries(run: SweepRun, entry: Json, models: Sequence[Json], seen: set[str]) -> Iterator[Json]:
+    """The models of a run: its last one has the run's name, others only where no run before had the same."""
+    several = bool(run.experiment.prune_variants or run.experiment.recover_variants)
+    for number, model in enumerate(models, start=1):
+        last, known = number == len(models), model["digest"] in seen
+        seen.add(model["digest"])
+        if known and not last:
+            continue
+        own = Path(model["path"]).relative_to(Path(RUNS) / run.name).as_posix()
+        names = {} if last and not several else {name: f"{entry[name]}/{own}" for name in ("name", "group")}
+        yield {**entry, **names, "status": report.DONE, **model}

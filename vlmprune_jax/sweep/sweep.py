@@ -1,0 +1,257 @@
+"""The runs of a sweep: in order, in this process or several, and what is told of them all."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+
+from vlmprune_jax.core.console import Reporter
+from vlmprune_jax.core.errors import SharedError, Stopped, UserError, about, reason
+from vlmprune_jax.core.files import read_bytes
+from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero, process_count
+from vlmprune_jax.experiment.arguments import evaluation_sets
+from vlmprune_jax.experiment.spec import Experiment, affecting
+from vlmprune_jax.experiment.variants import check_experiment
+from vlmprune_jax.report import sweep as report
+from vlmprune_jax.report.comparison import build_comparison
+from vlmprune_jax.stages.score import criteria_of
+from vlmprune_jax.sweep.hyper import SweepRun
+from vlmprune_jax.sweep.run import (
+    Sweep,
+    collect,
+    digest_once,
+    do_run,
+    is_done,
+    note_error,
+    read_error,
+    read_run,
+)
+from vlmprune_jax.sweep.workers import Work, in_processes
+from vlmprune_jax.workdir.ledger import Json, write_json, write_text
+
+PAGE_SECONDS = 300.0  # between two pages of a sweep that goes on
+MOST_MAPS = 15_000  # of a process's memory, of which Linux allows 65,530: XLA:CPU has several for every program
+
+
+def check_runs(runs: Sequence[SweepRun], sweep: Sweep, jobs: int) -> None:
+    """Refuse before anything runs what a stage of any run would refuse hours later.
+
+    Raises:
+      UserError: see `check_experiment`; runs that cannot be compared, or so many at once.
+    """
+    if jobs < 1 or (jobs > 1 and process_count() > 1):
+        raise UserError(f"--jobs={jobs}: must be at least 1, and 1 on a pod, whose processes share each run")
+    for run in runs:
+        with about(f"run {run.name}"):
+            check_experiment(run.experiment, sweep.folder(run))
+        if evaluation_sets(run.experiment) != evaluation_sets(runs[0].experiment):
+            raise UserError(
+                f"run {run.name} is evaluated on other sets than {runs[0].name}: give all the same questions"
+            )
+
+
+def shard_of(runs: Sequence[SweepRun], shard: str) -> list[SweepRun]:
+    """Of `i/n` every n-th run from the i-th.
+
+    Raises:
+      UserError: it is something else, or there are not so many.
+    """
+    number, mark, count = shard.partition("/")
+    if not (mark and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise UserError(f"--shard={shard}: must be i/n with i from 1 to n, as 2/8")
+    return list(runs)[int(number) - 1 :: int(count)]
+
+
+def runs_named(runs: Sequence[SweepRun], pattern: str) -> list[SweepRun]:
+    """Those whose names fit a pattern with * and ?; all for "".
+
+    Raises:
+      UserError: there is none.
+    """
+    found = [run for run in runs if not pattern or fnmatch.fnmatchcase(run.name, pattern)]
+    if not found:
+        raise UserError(f"--only={pattern}: no run has such a name; the first is {runs[0].name}, --dry_run lists them")
+    return found
+
+
+def run_sweep(
+    runs: Sequence[SweepRun],
+    sweep: Sweep,
+    reporter: Reporter,
+    *,
+    shard: str,
+    jobs: int,
+    start: Callable[[], Work],
+    only: str = "",
+) -> None:
+    """Do what is left of a shard of the runs named, and write and tell what all runs have found by then.
+
+    `jobs` at a time, each in one of as many processes, which `start` makes ready; one after the other in this process,
+    or together in all processes of a pod.
+
+    Raises:
+      UserError: some of them failed.
+    """
+    digest_once.cache_clear()  # what another command of this process knew
+    mine, pages = shard_of(runs_named(runs, only), shard), _Pages(runs, sweep)
+    left = _left(mine, sweep)
+    if len(left) < len(mine):
+        reporter.say(f"{len(mine) - len(left)} of {len(mine)} runs are done and unchanged, skipped")
+    if jobs > 1:
+        _run_in_processes(left, sweep, reporter, pages, jobs, start)
+    else:
+        _run_here(left, sweep, reporter, pages)
+    if is_main_process():
+        _finish(write_sweep(runs, sweep), mine, sweep, reporter)
+
+
+class _Pages:
+    """Writes what a sweep has found while it goes on, now and then."""
+
+    def __init__(self, runs: Sequence[SweepRun], sweep: Sweep):
+        self._runs, self._sweep, self._written = runs, sweep, time.monotonic()
+
+    def maybe(self) -> None:
+        """Write it if it is time."""
+        if time.monotonic() - self._written > PAGE_SECONDS and is_main_process():
+            write_sweep(self._runs, self._sweep)
+            self._written = time.monotonic()
+
+
+def _run_here(runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter, pages: _Pages) -> None:
+    for number, run in enumerate(runs, start=1):
+        reporter.say(f"run {number} of {len(runs)}: {run.name}")
+        line = attempt(run, sweep, reporter)
+        if line is not None:
+            reporter.say(f"  failed: {line}")
+        pages.maybe()
+
+
+def _run_in_processes(
+    runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter, pages: _Pages, jobs: int, start: Callable[[], Work]
+) -> None:
+    left = len(runs)
+
+    def done(item: tuple[int, SweepRun], line: str | None) -> None:
+        nonlocal left
+        left -= 1
+        if line is not None:  # also that of a process which could not tell
+            note_error(item[1], sweep, line)
+        reporter.say(f"[{item[0]}] {'done' if line is None else f'failed: {line}'}; {left} of {len(runs)} runs left")
+        pages.maybe()
+
+    for number, run in enumerate(runs, start=1):
+        reporter.say(f"[{number}] {run.name}")
+    in_processes(list(enumerate(runs, start=1)), jobs, start, done)
+
+
+def _left(runs: Sequence[SweepRun], sweep: Sweep) -> list[SweepRun]:
+    """The runs that are not done, those that stopped with an error last."""
+
+    def ranked() -> list[int]:
+        left = [number for number, run in enumerate(runs) if not is_done(run, sweep)]
+        return sorted(left, key=lambda number: read_error(runs[number], sweep) is not None)
+
+    return [runs[number] for number in on_process_zero(ranked)]
+
+
+def attempt(run: SweepRun, sweep: Sweep, reporter: Reporter) -> str | None:
+    """Run it, or go on with it; returns one line about what stopped it, if anything did.
+
+    Raises:
+      Stopped: SIGTERM.
+      Exception: with several processes, an error that the others do not have as well.
+    """
+    try:
+        do_run(run, sweep, reporter)
+        return None
+    except Stopped:
+        raise
+    except Exception as error:
+        if process_count() > 1 and not isinstance(error, SharedError):
+            raise
+        line = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {reason(error)}"
+        note_error(run, sweep, line)
+        return line
+    finally:
+        _forget_programs()
+
+
+def _forget_programs() -> None:
+    """Drop compiled programs before they are too many for one process: every shape of a model has its own."""
+    maps = Path("/proc/self/maps")
+    if maps.exists() and read_bytes(maps).count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+
+
+def write_sweep(runs: Sequence[SweepRun], sweep: Sweep) -> Json:
+    """`sweep.json`, `sweep.csv` and `sweep.html` of what the runs have found by now."""
+    found = collect(runs, sweep)
+    write_json(sweep.workdir / report.FILE, found)
+    write_text(sweep.workdir / "sweep.csv", report.as_csv(found))
+    if report.done(found):
+        build_comparison(sweep.workdir)
+    return found
+
+
+def _finish(found: Json, mine: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> None:
+    """Print the table of what was found, and where it is.
+
+    Raises:
+      UserError: a run of this call failed.
+    """
+    if report.done(found):
+        reporter.table("Retained in % of the unpruned model's score", *report.table_of(found))
+    names = {run.name for run in mine}
+    failed = [one for one in found["models"] if one["status"] == report.FAILED]
+    for one in failed:
+        reporter.say(f"failed: {one['name']}: {one['error']}")
+    there = [name for name in (report.FILE, "sweep.csv", "sweep.html") if (sweep.workdir / name).is_file()]
+    reporter.say(f"comparison: {', '.join(str(sweep.workdir / name) for name in reversed(there))}")
+    ours = [one for one in failed if one["run"] in names]
+    if ours:
+        raise UserError(
+            f"{len(ours)} of {len(mine)} runs failed, the first: {ours[0]['name']}: {ours[0]['error']}; the same "
+            "command tries them again"
+        )
+
+
+def tell_sharing(runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> None:
+    """List the runs, what became of them, and by which of them each stage is done, as far as settings tell."""
+    first: dict[str, int] = {}
+    labels = tuple(dict.fromkeys(label for run in runs for label in run.labels))
+    made, rows = dict.fromkeys(SHARED_STAGES, 0), []
+    for number, run in enumerate(runs, start=1):
+        cells = []
+        for stage, key in zip(SHARED_STAGES, _stage_keys(run.experiment), strict=True):
+            by = None if key is None else first.setdefault(key, number)
+            made[stage] += by == number
+            cells.append("" if by is None else "makes" if by == number else f"of {by}")
+        state = "failed" if read_error(run, sweep) else "there" if read_run(run, sweep) else ""
+        rows.append((str(number), *(run.labels.get(label, "") for label in labels), *cells, state))
+    reporter.table(f"{len(runs)} runs", ("run", *labels, *SHARED_STAGES, "state"), rows)
+    counts = ", ".join(f"{stage} {count} times" for stage, count in made.items() if count)
+    reporter.say(f"{len(runs)} runs: {counts}; the unpruned model, and equal models, are evaluated once")
+
+
+SHARED_STAGES = ("score", "prune", "reconstruct", "recover")
+
+
+def _stage_keys(experiment: Experiment) -> Iterator[str | None]:
+    """What stages of one run without variants have in common with others': a text each, None where there is none."""
+    wanted = {"reconstruct": experiment.reconstruct.method != "none", "recover": experiment.recover.method != "none"}
+    before = json.dumps([experiment.model.hf_dir, experiment.data.train, criteria_of(experiment)])
+    for stage in SHARED_STAGES:
+        settings = affecting(stage, experiment)
+        if stage == "score":
+            settings = {name: value for name, value in settings.items() if name not in ("score.depth", "score.width")}
+        if not wanted.get(stage, True):
+            yield None
+            continue
+        before = f"{before} {stage} {json.dumps(settings, default=str)}"
+        yield before

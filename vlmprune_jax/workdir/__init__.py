@@ -1,0 +1,1 @@
+"""What a workdir holds and who made it: the contract between stages, sweeps and reports."""
