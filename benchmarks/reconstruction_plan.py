@@ -44,7 +44,7 @@ def row(family: str, topology: str) -> str:
     import jax.numpy as jnp
     import numpy as np
 
-    from vlmprune_jax.distributed.mesh import make_mesh, within
+    from vlmprune_jax.distributed.mesh import make_mesh, use_mesh
     from vlmprune_jax.distributed.rules import sharding
     from vlmprune_jax.experiment.overrides import override
     from vlmprune_jax.experiment.spec import Experiment
@@ -75,7 +75,7 @@ def row(family: str, topology: str) -> str:
     mask = abstract((rows, length), ("batch", None), np.int32)
     weight = abstract((rows, length), ("batch", None))
     found = {}
-    with within(mesh):
+    with use_mesh(mesh):
         for name, of in (("dense", dense), ("ours", cfg)):
             params, text = layer(of)
             found[name] = compile_for_tpu(

@@ -22,7 +22,7 @@ from vlmprune_jax.prune.plan import KeptLayer, KeptStack, PrunePlan
 from vlmprune_jax.prune.surgery import apply_plan
 from vlmprune_jax.recovery.config import LossConfig, from_alpha
 from vlmprune_jax.recovery.losses import Teacher, combine, loss_sums, losses, term_weights, vocabulary_sums
-from vlmprune_jax.recovery.objective import check_losses, layer_pairs, measured
+from vlmprune_jax.recovery.objective import check_losses, layer_pairs, reported_terms
 
 # Reference family -> its checkpoint, tower folder, and whose inputs its trainer gives to the teacher.
 FAMILIES = {
@@ -132,7 +132,7 @@ def test_distillation_losses_equal_the_reference(distill, kind: str, layers: tup
             continue
         norm = float(options.get("norm", 1))
         loss = from_alpha(strategy, float(options["alpha"]), kl_norm=norm, l2_layers=layers)
-        value = combine({term: sums[term] for term in measured(loss)}, weights, loss)
+        value = combine({term: sums[term] for term in reported_terms(loss)}, weights, loss)
         np.testing.assert_allclose(value, expected, rtol=1e-5, err_msg=name)
         checked += 1
     assert checked == (20 if "kl" in components else 2 if layers == (-1,) else 0)

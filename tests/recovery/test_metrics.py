@@ -17,7 +17,7 @@ from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.flops import step_flops
 from vlmprune_jax.recovery.loop import recover
 from vlmprune_jax.recovery.metrics import Recorder, _shown
-from vlmprune_jax.recovery.objective import measured
+from vlmprune_jax.recovery.objective import reported_terms
 from vlmprune_jax.recovery.trainable import add_lora
 
 CFG = cases.config(layers=1)
@@ -53,7 +53,7 @@ def test_metrics_of_a_run(tmp_path, monkeypatch):
     _, summary = recover(cases.model(CFG), data, config, teacher=teacher, workdir=tmp_path, progress=False)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
-    names = {"loss", *measured(LOSSES), "grad_norm", "learning_rate", "projector_learning_rate", "padding"}
+    names = {"loss", *reported_terms(LOSSES), "grad_norm", "learning_rate", "projector_learning_rate", "padding"}
     names |= {"empty_rows", "tokens_per_second", "model_flops_per_second", "mfu", "seconds", "data_seconds"}
     (events,) = (tmp_path / "tensorboard").iterdir()
     written = events.read_bytes()

@@ -45,7 +45,7 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def about(what: object) -> Iterator[None]:
+def error_context(what: object) -> Iterator[None]:
     """Name what a UserError is about, where code that raises it does not know the file.
 
     Raises:

@@ -205,14 +205,14 @@ def from_all(compute: Callable[[], Any]) -> list[Any]:
     return [answer["value"] for answer in answers]
 
 
-def whole(array: jax.Array) -> np.ndarray:
+def gather_to_host(array: jax.Array) -> np.ndarray:
     """An array's values in host memory, on every process; all of them must call it where it is split over them."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-def within(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
     """The context in which computations are laid out on `mesh` (`rules.constrain`); nothing without one."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 

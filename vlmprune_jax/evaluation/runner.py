@@ -18,7 +18,7 @@ from vlmprune_jax.core.files import Count
 from vlmprune_jax.data.batching import GenerationBatch
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.distributed.journal import Journal, continued, is_of
-from vlmprune_jax.distributed.mesh import row_ways, within
+from vlmprune_jax.distributed.mesh import row_ways, use_mesh
 from vlmprune_jax.evaluation.metrics import Metric, metric_named
 from vlmprune_jax.evaluation.metrics.metric import Scores
 from vlmprune_jax.evaluation.metrics.perplexity import PERPLEXITY
@@ -317,7 +317,7 @@ def _windows(ids: np.ndarray, window: int, batch_size: int, ways: int) -> Iterab
 def _negative_log_likelihood(model: Model, ids: np.ndarray, mask: np.ndarray) -> float:
     mesh = mesh_of(model.params)
     arrays = place_batch({"ids": ids, "mask": mask}, mesh)
-    with within(mesh):
+    with use_mesh(mesh):
         return float(_nll(model.params, model.cfg, arrays["ids"], arrays["mask"]))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from vlmprune_jax.core.checks import check_settings, one_of, with_defaults
 from vlmprune_jax.core.chips import slice_of
-from vlmprune_jax.core.errors import UserError, about
+from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.experiment.arguments import (
     check_tasks,
     evaluation_sets,
@@ -94,7 +94,7 @@ def _check_target(experiment: Experiment) -> None:
     if any(target is not None for target in (spec.ratio, spec.layers_removed, spec.sparsity, budget)):
         check_request(spec.method, spec.ratio, spec.layers_removed, budget, plan_options(spec))
     if budget is not None:
-        with about("prune.budget.slice"):
+        with error_context("prune.budget.slice"):
             slice_of(spec.budget.slice)
 
 

@@ -17,7 +17,7 @@ from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import parse_json
 from vlmprune_jax.data.prompts import load_tokenizer
-from vlmprune_jax.distributed.mesh import on_process_zero, whole
+from vlmprune_jax.distributed.mesh import gather_to_host, on_process_zero
 from vlmprune_jax.export.gguf import ROTATED, copy_of, fit, neighbours, under_names
 from vlmprune_jax.export.gguf_metadata import context_length
 from vlmprune_jax.export.reload import TOLERANCE, random_inputs
@@ -91,7 +91,7 @@ def check_gguf(
         return read_gguf(folder, model.cfg, uneven, rolled_positions)
 
     with jax.default_matmul_precision("highest"):
-        expected = whole(forward(_in_float32(model), **inputs)[0])
+        expected = gather_to_host(forward(_in_float32(model), **inputs)[0])
         return on_process_zero(lambda: _compare(folder, resolve(source_dir), inputs, expected, read))
 
 

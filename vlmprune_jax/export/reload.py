@@ -15,7 +15,7 @@ import numpy as np
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import reading
-from vlmprune_jax.distributed.mesh import on_process_zero, whole
+from vlmprune_jax.distributed.mesh import gather_to_host, on_process_zero
 from vlmprune_jax.export.per_layer import loader_class
 from vlmprune_jax.families import detect, family_of
 from vlmprune_jax.families.table import Stock
@@ -63,13 +63,13 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
             written = _as_written(model, folder, tower)
         else:  # how much a storage rounds is its own affair
             written, inputs = _reloaded(model, folder, tower), renamed
-        expected = whole(forward(written, **inputs)[0])[..., : model.cfg.text.vocab_size]
+        expected = gather_to_host(forward(written, **inputs)[0])[..., : model.cfg.text.vocab_size]
         backend = "torch" if on_process_zero(lambda: torch_loads(folder, tower)) else "jax"
         if backend == "torch":
             found = on_process_zero(lambda: _differences(folder, backend, expected, _torch_logits(folder, renamed)))
         else:
             again = _reloaded(written, folder, tower)
-            found = _differences(folder, backend, expected, whole(forward(again, **renamed)[0]))
+            found = _differences(folder, backend, expected, gather_to_host(forward(again, **renamed)[0]))
             del again
         differences, tolerance = np.asarray(found), np.full(expected.shape[:-1], TOLERANCE)
         tolerance = np.maximum(tolerance, RELATIVE_TOLERANCE * np.abs(expected).max())
@@ -107,7 +107,7 @@ def _moved_by_rounding(model: Model, inputs: dict[str, Any], expected: np.ndarra
     for seed in range(_ROUNDINGS):
         keys = jax.random.split(jax.random.key(seed), len(flat))
         changed = {path: _last_bit(leaf, key) for (path, leaf), key in zip(flat.items(), keys, strict=True)}
-        logits = whole(forward(Model(unflatten(changed), model.cfg), **inputs)[0])[..., : expected.shape[-1]]
+        logits = gather_to_host(forward(Model(unflatten(changed), model.cfg), **inputs)[0])[..., : expected.shape[-1]]
         del changed  # before the next copy
         moved = np.maximum(moved, np.abs(logits - expected).max(-1))
     return moved

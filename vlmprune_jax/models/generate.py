@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.distributed.mesh import whole, within
+from vlmprune_jax.distributed.mesh import gather_to_host, use_mesh
 from vlmprune_jax.models.decoder import Cache
 from vlmprune_jax.models.inputs import check_inputs, needed_mask
 from vlmprune_jax.models.patch_rows import check_types, patch_rows
@@ -108,7 +108,7 @@ class CompiledGeneration:
         self._wait(self.arrays["ended"])
 
     def _wait(self, ended: jax.Array) -> None:
-        with within(self.mesh):
+        with use_mesh(self.mesh):
             jax.block_until_ready(self.program(self.params, {**self.arrays, "ended": ended}))
 
 
@@ -128,7 +128,7 @@ def compile_generation(
     if model.cfg.any_size:
         host |= _patches(model.cfg, host, pixel_values, image_grid_thw)
     arrays = place_batch(host, mesh)
-    with within(mesh):
+    with use_mesh(mesh):
         program = _generate.lower(model.params, model.cfg, arrays, max_new_tokens, ()).compile()
     memory = program.memory_analysis()
     sizes = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
@@ -179,9 +179,9 @@ def _run(
     """int32[batch, max_new_tokens] tokens of one prefill and one loop, and bool[batch] which rows have ended."""
     mesh = mesh_of(model.params)
     arrays = place_batch(host, mesh)
-    with within(mesh):
+    with use_mesh(mesh):
         tokens, ended = _generate(model.params, model.cfg, arrays, max_new_tokens, eos)
-    return whole(tokens), whole(ended)
+    return gather_to_host(tokens), gather_to_host(ended)
 
 
 def _padding(cfg: ModelConfig, eos: tuple[int, ...]) -> int:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.distributed.mesh import row_ways, within
+from vlmprune_jax.distributed.mesh import row_ways, use_mesh
 from vlmprune_jax.distributed.rules import constrain, sharding
 from vlmprune_jax.models.decoder import Context, Decoder, Tap
 from vlmprune_jax.models.inputs import check_inputs, needed_mask
@@ -337,7 +337,7 @@ def forward(
         arrays |= patch_rows(model.cfg, input_ids, attention_mask, *images)
         del arrays["deltas"]
     mesh = mesh_of(model.params)
-    with within(mesh):
+    with use_mesh(mesh):
         logits, aux = _forward(model.params, model.cfg, place_batch(arrays, mesh), tuple(want))
     if model.cfg.any_size and aux.get("image_features") is not None:
         aux["image_features"] = real_features(model.cfg, aux["image_features"], arrays["image_grid_thw"])

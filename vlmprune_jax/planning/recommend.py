@@ -15,7 +15,7 @@ from typing import Any
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.console import Reporter
-from vlmprune_jax.core.errors import UserError, about
+from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.experiment.overrides import override
 from vlmprune_jax.experiment.recipes import recipes
 from vlmprune_jax.experiment.spec import Experiment
@@ -131,7 +131,7 @@ def advise(
     plans = {}
     for method, variant in found.variants.items():
         experiment = override(Experiment(), {"prune": target})
-        with about(f"--{'ratio' if most_bytes is None else 'bytes'}"):
+        with error_context(f"--{'ratio' if most_bytes is None else 'bytes'}"):
             plans[method] = predict_plan(override(experiment, variant), cfg)
     model = {"hf_dir": hf_dir, "vision_dir": vision_dir}
     told = found if measured is None else dataclasses.replace(found, speed=())

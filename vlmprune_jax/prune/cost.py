@@ -10,7 +10,7 @@ from vlmprune_jax.core.budget import Budget
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.chips import slice_of
 from vlmprune_jax.core.config import ModelConfig, Stack
-from vlmprune_jax.core.errors import UserError, about
+from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.export.target import UNEVEN
 from vlmprune_jax.export.uneven import padded_stacks
 from vlmprune_jax.hf.disk.dtypes import DTYPES
@@ -34,7 +34,7 @@ def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
     """
     itemsize = DTYPES[one_of("budget dtype", budget.dtype, tuple(DTYPES))].itemsize
     one_of("budget uneven", budget.uneven, UNEVEN)
-    with about("prune.budget.slice"):
+    with error_context("prune.budget.slice"):
         chip, n_chips = slice_of(budget.slice)
     images = budget.images if cfg.vision is not None else 0
     if "flops" in budget.limits and images * cfg.tokens_per_image > budget.context:

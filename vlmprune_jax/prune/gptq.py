@@ -26,7 +26,7 @@ import scipy.linalg
 from vlmprune_jax.core.checks import one_of, with_defaults
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.distributed.mesh import whole, within
+from vlmprune_jax.distributed.mesh import gather_to_host, use_mesh
 from vlmprune_jax.export.quantized import SCHEMES, make_storage
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.disk.compressed_tensors import CompressedTensors
@@ -100,7 +100,7 @@ def gptq(
         model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
     slots = [one for one in make_slots(model.cfg, family) if one.path.startswith("text/layers/")]
     codes: dict[str, dict[str, np.ndarray]] = {}
-    with within(mesh):
+    with use_mesh(mesh):
         steps = embedded_steps(model, batches, settings)
         for number in range(len(model.cfg.text.layers)):
             layer = Layer.of(model, "text", number)
@@ -139,7 +139,9 @@ def _round_layer(
             continue
         # what reads the same has the same sums: one factor, one pass over the columns
         slots = [slot for parts in matrices for slot in parts]
-        values = np.concatenate([np.asarray(whole(layer.params[inside(s)])).reshape(-1, s.hf_shape[1]) for s in slots])
+        values = np.concatenate(
+            [np.asarray(gather_to_host(layer.params[inside(s)])).reshape(-1, s.hf_shape[1]) for s in slots]
+        )
         scale, zeros = storage.grid(values, dtype)
         found = compensated(values, sums[tap], storage, scale, zeros)
         size = values.shape[1] // scale.shape[1]
@@ -215,7 +217,7 @@ def finite_sums(
     for step in steps:
         placed, given = place_batch({"x": step.ours, "weight": step.weight}, layer.mesh), step.given(layer.number)
         for name, one in sums(layer.params, **placed, given=given.placed(layer.mesh), cfg=layer.cfg).items():
-            own = np.asarray(whole(one), np.float64)
+            own = np.asarray(gather_to_host(one), np.float64)
             if not np.isfinite(own).all():
                 raise UserError(
                     f"{what}: activations in layer {layer.number} are not finite in {', '.join(step.names[:5])} of the "

@@ -15,7 +15,7 @@ import numpy as np
 
 from vlmprune_jax.core.checks import with_defaults
 from vlmprune_jax.core.config import TextConfig
-from vlmprune_jax.distributed.mesh import within
+from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.export.imatrix import Importance
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.layout import make_slots
@@ -44,7 +44,7 @@ def importance(
         model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
     slots = [one for one in make_slots(cfg, family_of(cfg)) if one.path.startswith("text/layers/")]
     means: dict[str, np.ndarray] = {}
-    with within(mesh):
+    with use_mesh(mesh):
         steps = embedded_steps(model, batches, settings)
         weight = sum(float(step.weight.sum(dtype=np.float64)) for step in steps)
         for number in range(len(cfg.text.layers)):

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vlmprune_jax.core.config import TextConfig, VisionConfig, runs
-from vlmprune_jax.distributed.mesh import whole
+from vlmprune_jax.distributed.mesh import gather_to_host
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.decoder import Decoder, output_names
 from vlmprune_jax.models.params import flatten, unflatten
@@ -70,7 +70,7 @@ class Layer:
     def run(self, x: np.ndarray, given: Given, what: str) -> np.ndarray:
         """The stream "after" the layer, or in its "middle", between attention and MLP: float32[rows, seq, embed]."""
         placed = place_batch({"x": x}, self.mesh)["x"]
-        return np.array(whole(_run(self.params, placed, given.placed(self.mesh), cfg=self.cfg, what=what)))
+        return np.array(gather_to_host(_run(self.params, placed, given.placed(self.mesh), cfg=self.cfg, what=what)))
 
     def projection(self, module: str) -> str:
         """Path of the projection in the layer that a tap calls "o_proj" or "down_proj"."""
@@ -81,7 +81,7 @@ class Layer:
         path, params = self.projection(module), dict(self.params)
         scale = params.get(SCALES.get(f"{path}/weight", ""))
         if scale is not None:  # the weight writes through it; what it silences nothing can change
-            of_outputs = np.asarray(whole(scale))
+            of_outputs = np.asarray(gather_to_host(scale))
             change = np.divide(change, of_outputs, out=np.zeros_like(change), where=of_outputs != 0)
         parts = {"weight": change.T}
         if f"{path}/bias" in params:
@@ -96,7 +96,7 @@ class Layer:
     @property
     def written(self) -> dict[str, np.ndarray]:
         """What was changed, by path, in the model's dtype."""
-        return {path: np.asarray(whole(self.params[path])).astype(self.dtype) for path in self.changed_paths}
+        return {path: np.asarray(gather_to_host(self.params[path])).astype(self.dtype) for path in self.changed_paths}
 
 
 def projection(cfg: TextConfig | VisionConfig, module: str) -> str:
@@ -150,7 +150,7 @@ def with_layers(model: Model, stack: str, changed: Mapping[int, Mapping[str, np.
     for run, (start, length, _) in enumerate(runs(model.cfg.stack(stack).layers)):
         flat = flatten(layers[str(run)])
         for path in {path for number in range(start, start + length) for path in changed.get(number, ())}:
-            own = np.array(whole(flat[path]))
+            own = np.array(gather_to_host(flat[path]))
             for number in range(start, start + length):
                 own[number - start] = changed.get(number, {}).get(path, own[number - start])
             flat[path] = jax.device_put(own, flat[path].sharding)

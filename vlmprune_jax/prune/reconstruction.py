@@ -33,7 +33,7 @@ import numpy as np
 from vlmprune_jax.core.checks import with_defaults
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
-from vlmprune_jax.distributed.mesh import whole, within
+from vlmprune_jax.distributed.mesh import gather_to_host, use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.decoder import TAP_INPUTS
 from vlmprune_jax.models.params import param_shapes
@@ -47,7 +47,7 @@ from vlmprune_jax.prune.steps import Step, embedded, image_steps, names_of_rows,
 from vlmprune_jax.prune.surgery import check_plan_is_for
 
 OPTIONS: dict[str, Any] = {"held_out": 0.125, "prompt_weight": 1.0, "image_weight": 0.1, "answer_weight": 1.0}
-Told = dict[str, Any]
+SolveReport = dict[str, Any]
 
 
 def reconstruct(
@@ -59,7 +59,7 @@ def reconstruct(
     progress: Callable[[int], None] | None = None,
     cache: ArrayCache | None = None,
     **options: Any,
-) -> tuple[Model, list[Told]]:
+) -> tuple[Model, list[SolveReport]]:
     """The pruned model, with the weights solved for that write to the stream where something was removed.
 
     These are `down_proj` (fc2) of layers that lost neurons or stand before a depth cut, and `o_proj` (dense, out_proj)
@@ -94,8 +94,8 @@ def reconstruct(
     batches = list(batches)
     checked = list(calibration_batches(batches, pruned.cfg, labels=False))
     names = names_of_rows(batches, checked)
-    store, report, done = _Store(cache), list[Told](), itertools.count(1)
-    with within(mesh):
+    store, report, done = _Store(cache), list[SolveReport](), itertools.count(1)
+    with use_mesh(mesh):
         for stack in _stacks(plan):
             steps = (
                 row_steps(checked, settings, names)
@@ -127,9 +127,9 @@ def _solve(
     steps: Sequence[Step],
     store: _Store,
     tick: Callable[[], None],
-) -> tuple[dict[int, dict[str, np.ndarray]], list[Told]]:
+) -> tuple[dict[int, dict[str, np.ndarray]], list[SolveReport]]:
     """What is new of the layers of one stack, by number and path, and what was done to each weight."""
-    solved, report = dict[int, dict[str, np.ndarray]](), list[Told]()
+    solved, report = dict[int, dict[str, np.ndarray]](), list[SolveReport]()
     _advance(steps, teacher, stack, range(kept.kept_layers[0]))
     for number, (first, end) in enumerate(_spans(kept)):
         _advance(steps, teacher, stack, range(first, end))
@@ -147,7 +147,7 @@ def _solve(
     return solved, report
 
 
-def _counts(layer: Layer, module: str, steps: Sequence[Step]) -> Told:
+def _counts(layer: Layer, module: str, steps: Sequence[Step]) -> SolveReport:
     path = layer.projection(module)
     unknowns = layer.params[f"{path}/weight"][0].size + (f"{path}/bias" in layer.params)
     return {"tokens": sum(int((step.weight > 0).sum()) for step in steps), "unknowns": unknowns}
@@ -193,7 +193,9 @@ class _Store:
     def __init__(self, cache: ArrayCache | None):
         self._cache = cache
 
-    def change(self, key: str, solve: Callable[[], tuple[np.ndarray | None, Told]]) -> tuple[np.ndarray | None, Told]:
+    def change(
+        self, key: str, solve: Callable[[], tuple[np.ndarray | None, SolveReport]]
+    ) -> tuple[np.ndarray | None, SolveReport]:
         """(change of the weight or None, what the report says); every process must call it, in step."""
         if self._cache is None:
             return solve()
@@ -225,7 +227,7 @@ def _sums(params, x, target, weight, given, *, cfg, module, bias):
     return Sums(constrain(gram, ("mlp", None)), constrain(cross, ("mlp", None)), constrain(energy, ()))
 
 
-def solve_for(layer: Layer, module: str, steps: Sequence[Step], place: int) -> tuple[np.ndarray | None, Told]:
+def solve_for(layer: Layer, module: str, steps: Sequence[Step], place: int) -> tuple[np.ndarray | None, SolveReport]:
     """float32[in (+ 1), embed] to add to a weight (and its bias), or None where nothing lessens the held-out error.
 
     `place`: the layer's among those that are left.
@@ -238,7 +240,7 @@ def solve_for(layer: Layer, module: str, steps: Sequence[Step], place: int) -> t
         return None, {"ridge": None, "error_before": before, "error_after": before}
     change = solve(jax.tree.map(jnp.add, fit, held), RIDGES[best])
     told = {"ridge": RIDGES[best], "error_before": before, "error_after": before + float(errors[best]) / stream}
-    return np.array(whole(change)), told
+    return np.array(gather_to_host(change)), told
 
 
 def _total(layer: Layer, module: str, steps: Sequence[Step], place: int) -> Sums:

@@ -100,7 +100,7 @@ def make_plan(
     if settings.get("heads") == "auto" and keeps_heads(cfg, stack, targets):
         settings["heads"] = "keep"
     request = _Request(cfg, depth, width, layers_removed, settings, total, stack)
-    share, within = (ratio, {}) if budget is None else request.within(budget)
+    share, within = (ratio, {}) if budget is None else request.fit_budget(budget)
     kept, solved = request.decide(share)
     layers = [kept_layer(i, one, shapes[i], request.gqa) for i, one in kept.items()]
     cost = layer_costs(cfg, stack).of
@@ -203,7 +203,7 @@ class _Request:
             return {i: (np.arange(shapes[i].kv_heads), np.arange(shapes[i].mlp)) for i in alive}, {}
         return choose_widths(self.width, cfg, alive, ratio, settings, total, stack)
 
-    def within(self, given: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
+    def fit_budget(self, given: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
         """The least ratio that keeps to a budget, and the plan's record of both."""
         budget = budget_of(given)
         ratio, reached = least_ratio(budget, make_measure(self.cfg, budget), self.config_at, self.total)

@@ -14,7 +14,7 @@ import numpy as np
 
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.distributed.mesh import whole
+from vlmprune_jax.distributed.mesh import gather_to_host
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, to_nnx
 from vlmprune_jax.prune.criteria.activations import real_images
@@ -188,7 +188,7 @@ def embedded(step: Step, model: Model, stack: str) -> tuple[np.ndarray, np.ndarr
     """(stream before the first layer of a model's stack, what its first layers add) of a step's rows."""
     placed = place_batch(step.inputs, mesh_of(model.params))
     x, added = _embed(model.params, placed, cfg=model.cfg, stack=stack)
-    return np.array(whole(x)), None if added is None else np.array(whole(added))
+    return np.array(gather_to_host(x)), None if added is None else np.array(gather_to_host(added))
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "stack"))

@@ -12,7 +12,7 @@ import numpy as np
 
 from vlmprune_jax.core.checks import layer_range, one_of
 from vlmprune_jax.core.config import LayerShape, ModelConfig, Stack
-from vlmprune_jax.core.errors import UserError, about
+from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.prune.plan import KeptLayer
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.snap import check_divides, multiples, reason_of
@@ -106,7 +106,7 @@ def _units(base: Stack, costs: Costs, gqa: str, alive: Collection[int], settings
     attn_layers = [i for i in layer_range("attn_layers", settings["attn_layers"], n_layers) if i in lose_heads]
     mlp_layers = [i for i in layer_range("mlp_layers", settings["mlp_layers"], n_layers) if i in alive]
     reason = reason_of(settings)
-    with about(reason) if reason else contextlib.nullcontext():
+    with error_context(reason) if reason else contextlib.nullcontext():
         return units_of(
             base.layers,
             costs,

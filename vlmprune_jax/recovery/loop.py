@@ -25,7 +25,7 @@ from vlmprune_jax.recovery.checkpoint import Checkpointer
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.flops import batch_flops
 from vlmprune_jax.recovery.metrics import Recorder
-from vlmprune_jax.recovery.objective import measured
+from vlmprune_jax.recovery.objective import reported_terms
 from vlmprune_jax.recovery.program import Run, prepare
 from vlmprune_jax.recovery.step import Metrics, TrainState, place_rows, step_context
 from vlmprune_jax.recovery.trainable import merge_lora
@@ -77,7 +77,7 @@ def recover(
         devices = sorted(jax.tree.leaves(state)[0].sharding.device_set, key=lambda device: device.id)
         with Recorder(folder, first, total, config.log_every, progress, devices) as recorder, context:
             state = _train(run, stream, config, state, (first, total), kinds, saver, recorder)
-            terms = {name: term.label or name for name, term in measured(config.losses).items()}
+            terms = {name: term.label or name for name, term in reported_terms(config.losses).items()}
             summary = {**_summary(run, recorder, first, total), "terms": terms}
     return _finish(run, state, model, config.merge_lora), summary
 

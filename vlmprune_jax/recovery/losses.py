@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.distributed.mesh import within
+from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.inputs import check_inputs
 from vlmprune_jax.models.vlm import IMAGE_INPUTS, Model, Params, encode, head_of, mesh_of, to_nnx
@@ -29,10 +29,10 @@ from vlmprune_jax.recovery.objective import (
     check_teacher,
     compares_logits,
     layer_pairs,
-    measured,
     needs_teacher,
     on_hidden,
     only_at_labels,
+    reported_terms,
     student_layers,
 )
 from vlmprune_jax.recovery.terms import LossTerm
@@ -89,9 +89,9 @@ class LossTerms(UserDict[str, LossTerm]):
                 teacher.cfg, *layer_pairs(loss, model.cfg, teacher.cfg, getattr(plan, "kept_layers", None))
             )
             params = teacher.params
-        with within(mesh_of(model.params)):
+        with use_mesh(mesh_of(model.params)):
             values = _means(model.params, model.cfg, arrays, loss, taught, params, dtype, tuple(self.items()))
-        return {name: float(values[name]) for name in (*measured(loss), "total")}
+        return {name: float(values[name]) for name in (*reported_terms(loss), "total")}
 
 
 losses = LossTerms()
@@ -114,7 +114,7 @@ def term_weights(loss: LossConfig, cfg: ModelConfig, labels: jax.Array, mask: ja
         "tokens": tokens,
         "features": tokens * float(cfg.text.hidden_size),
     }
-    return {name: every[term.counts] for name, term in measured(loss).items()}
+    return {name: every[term.counts] for name, term in reported_terms(loss).items()}
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def loss_sums(
         teacher_head = gathered_head(jax.lax.stop_gradient(teacher_params), teacher.cfg)
     top = _top_k(batch, loss) if loss.teacher_top_k else None
     sums |= vocabulary_sums(final, gathered_head(params, cfg), batch["labels"], mask, loss, target, teacher_head, top)
-    return {name: sums[name] for name in measured(loss)}
+    return {name: sums[name] for name in reported_terms(loss)}
 
 
 def _top_k(batch: dict[str, jax.Array], loss: LossConfig) -> dict[str, jax.Array]:
@@ -226,9 +226,9 @@ def vocabulary_sums(
     weigh = jnp.ones_like(mask) if loss.reference_compat else mask
     if loss.kl_positions == "labels":
         weigh = (targets != IGNORED).astype(mask.dtype)
-    terms = {name: term for name, term in measured(loss).items() if not term.on_hidden}
+    terms = {name: term for name, term in reported_terms(loss).items() if not term.on_hidden}
     if teacher_head is None and top is None:
-        terms = {name: term for name, term in terms.items() if not term.taught}
+        terms = {name: term for name, term in terms.items() if not term.needs_teacher}
     counted = targets != IGNORED
     if not only_at_labels(loss):
         counted |= weigh > 0
@@ -252,7 +252,7 @@ def _chunk_sums(
     given = {"logits": head(states), "targets": x["y"]}
     if teacher_head is not None:
         given["teacher_logits"] = teacher_head(x["t"])
-    if any(term.tempered and not (term.taught and "ids" in x) for _, term in terms):
+    if any(term.tempered and not (term.needs_teacher and "ids" in x) for _, term in terms):
         for name in [name for name in given if name.endswith("logits")]:
             logprobs = jax.nn.log_softmax(given[name] / loss.temperature, axis=-1)
             given[name.replace("logits", "log_probs")] = logprobs
@@ -268,7 +268,7 @@ def _over_chunk(
     loss: LossConfig,
 ) -> jax.Array:
     """float32[] sum of a vocabulary term over the positions of a chunk that it counts."""
-    if term.taught and "ids" in x and term.from_top_k is not None:
+    if term.needs_teacher and "ids" in x and term.from_top_k is not None:
         values = term.from_top_k(given["logits"], x["ids"], x["logprobs"], loss.temperature)
     else:
         values = term.value(*(given[name] for name in term.needs))

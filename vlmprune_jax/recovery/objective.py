@@ -13,13 +13,13 @@ from vlmprune_jax.recovery.terms import BUILT_IN, LossTerm
 TERMS: dict[str, LossTerm] = dict(BUILT_IN)  # and those of users, see `losses`
 
 
-def measured(loss: LossConfig) -> dict[str, LossTerm]:
+def reported_terms(loss: LossConfig) -> dict[str, LossTerm]:
     """The terms that are computed: those that count, and those that are reported in any case."""
     weights = loss.weights()
     return {name: term for name, term in TERMS.items() if weights.get(name) or term.reported}
 
 
-def counted(loss: LossConfig) -> dict[str, LossTerm]:
+def weighted_terms(loss: LossConfig) -> dict[str, LossTerm]:
     """The terms with a weight."""
     weights = loss.weights()
     return {name: term for name, term in TERMS.items() if weights.get(name)}
@@ -27,27 +27,27 @@ def counted(loss: LossConfig) -> dict[str, LossTerm]:
 
 def needs_teacher(loss: LossConfig) -> bool:
     """Whether a teacher runs beside the student: any term that needs one counts, and it is not cached."""
-    return any(term.taught for term in counted(loss).values()) and not loss.teacher_top_k
+    return any(term.needs_teacher for term in weighted_terms(loss).values()) and not loss.teacher_top_k
 
 
 def compares_logits(loss: LossConfig) -> bool:
     """Whether a term counts that needs the teacher's logits."""
-    return any(term.taught and not term.on_hidden for term in counted(loss).values())
+    return any(term.needs_teacher and not term.on_hidden for term in weighted_terms(loss).values())
 
 
 def needs_logits(loss: LossConfig) -> bool:
     """Whether a term counts that needs the student's logits."""
-    return not all(term.on_hidden for term in counted(loss).values())
+    return not all(term.on_hidden for term in weighted_terms(loss).values())
 
 
 def only_at_labels(loss: LossConfig) -> bool:
     """Whether no term looks at the logits of positions that no label follows."""
-    return loss.kl_positions == "labels" or all(term.counts != "positions" for term in measured(loss).values())
+    return loss.kl_positions == "labels" or all(term.counts != "positions" for term in reported_terms(loss).values())
 
 
 def on_hidden(loss: LossConfig) -> dict[str, LossTerm]:
     """The terms on hidden states that are computed."""
-    return {name: term for name, term in measured(loss).items() if term.on_hidden}
+    return {name: term for name, term in reported_terms(loss).items() if term.on_hidden}
 
 
 def check_losses(loss: LossConfig) -> None:
@@ -66,9 +66,9 @@ def check_losses(loss: LossConfig) -> None:
         )
     if not loss.teacher_top_k:
         return
-    terms = counted(loss)
+    terms = weighted_terms(loss)
     able = [name for name, term in TERMS.items() if term.from_top_k is not None]
-    whole = [name for name, term in terms.items() if term.taught and name not in able]
+    whole = [name for name, term in terms.items() if term.needs_teacher and name not in able]
     if whole:
         raise UserError(
             f"recover.losses: {_listed(whole)} cannot be had from a teacher's cached top-k logits, only "
@@ -138,7 +138,7 @@ def check_teacher(loss: LossConfig, student: ModelConfig, teacher: ModelConfig |
     if not needs_teacher(loss):
         return
     if teacher is None:
-        taught = _listed(name for name, term in counted(loss).items() if term.taught)
+        taught = _listed(name for name, term in weighted_terms(loss).items() if term.needs_teacher)
         raise UserError(f"losses: a teacher is needed for {taught}: pass the unpruned model, or set their weights to 0")
     ours, theirs = student.text, teacher.text
     if ours.hidden_size != theirs.hidden_size:

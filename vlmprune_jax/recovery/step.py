@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.distributed.mesh import within
+from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.distributed.rules import constrain, sharding
 from vlmprune_jax.models.params import Flat, param_axes, unflatten
 from vlmprune_jax.models.vlm import Params
@@ -265,7 +265,7 @@ def step_context(mesh: Mesh | None, compute_dtype: str) -> Iterator[None]:
     In bfloat16 the backward pass of attention in jax.nn mixes bfloat16 with float32, which strict promotion refuses.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(within(mesh))
+        stack.enter_context(use_mesh(mesh))
         if compute_dtype == "bfloat16":
             stack.enter_context(jax.numpy_dtype_promotion("standard"))
         yield

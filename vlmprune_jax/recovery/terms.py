@@ -55,7 +55,7 @@ class LossTerm:
         if not self.needs or len({name in HIDDEN for name in self.needs}) > 1:
             raise UserError(f"loss term: needs={self.needs} must be of {VOCABULARY}, or of {HIDDEN}")
         one_of("loss term: counts", self.counts, COUNTS["hidden" if self.on_hidden else "vocabulary"])
-        if self.reported and self.taught:
+        if self.reported and self.needs_teacher:
             raise UserError("loss term: one that needs a teacher cannot be reported where none is asked for")
 
     @property
@@ -64,7 +64,7 @@ class LossTerm:
         return self.needs[0] in HIDDEN
 
     @property
-    def taught(self) -> bool:
+    def needs_teacher(self) -> bool:
         """Whether it needs a teacher."""
         return any(name.startswith("teacher_") for name in self.needs)
 

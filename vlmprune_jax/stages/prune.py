@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.errors import UserError, about
+from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.core.files import Count, Finite
 from vlmprune_jax.data.batching import Batch
 from vlmprune_jax.distributed.mesh import on_process_zero
@@ -113,7 +113,7 @@ def _prune_files(experiment: Experiment, folder: Path, out_dir: Path) -> tuple[P
         first, *second = [_load(folder / name, stack) for name in criteria_of(experiment, stack)]
         scores.append((first, second[0]) if second else first)
     _, cfg = read_config(source, None if vision_dir is None else Path(vision_dir))
-    with about(" and ".join(str(folder / name) for name in criteria_of(experiment))):
+    with error_context(" and ".join(str(folder / name) for name in criteria_of(experiment))):
         plan = plan_stacks(
             scores,
             cfg,

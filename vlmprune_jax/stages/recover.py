@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
-from vlmprune_jax.core.errors import UserError, about
+from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.core.files import Count
 from vlmprune_jax.distributed.mesh import on_process_zero
 from vlmprune_jax.experiment.arguments import recover_config
@@ -15,7 +15,7 @@ from vlmprune_jax.prune import KeptStack, PrunePlan
 from vlmprune_jax.prune.surgery import check_plan_is_for
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.loop import recover
-from vlmprune_jax.recovery.objective import counted, needs_teacher
+from vlmprune_jax.recovery.objective import needs_teacher, weighted_terms
 from vlmprune_jax.recovery.peft import write_adapter
 from vlmprune_jax.recovery.trainable import assign_groups, merge_lora
 from vlmprune_jax.stages import inputs
@@ -52,7 +52,7 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
     config = recover_config(spec)
     settings = affecting("recover", experiment)
     settings["recover.teacher_top_k"] = config.losses.teacher_top_k  # 0 where no teacher is cached
-    files = {f"loss {name}": term.file for name, term in counted(config.losses).items()}
+    files = {f"loss {name}": term.file for name, term in weighted_terms(config.losses).items()}
     own = {name: path for name, path in files.items() if path is not None}
     stage = context.stage(
         "recover",
@@ -69,7 +69,7 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
         on_process_zero(lambda: None if (training / "checkpoints").exists() else remove(training))
         plan = PrunePlan.from_json(prune_folder / "plan.json")
         if needs_teacher(config.losses) or config.losses.teacher_top_k:  # another model would teach without complaint
-            with about(prune_folder / "plan.json"):
+            with error_context(prune_folder / "plan.json"):
                 check_plan_is_for(open_folder(model_spec, teacher_folder(model_spec)), plan)
                 _check_teacher_differs(plan, config)
         features = cached_features(model_spec, data, experiment.mesh, config, plan, pruned, context)

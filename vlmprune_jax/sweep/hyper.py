@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmprune_jax.core.checks import suggest
-from vlmprune_jax.core.errors import UserError, about, differences
+from vlmprune_jax.core.errors import UserError, differences, error_context
 from vlmprune_jax.experiment.overrides import hints_of, override
 from vlmprune_jax.experiment.spec import Experiment
 
@@ -123,7 +123,7 @@ def sweep_runs(base: Experiment, points: Any) -> list[SweepRun]:
     for point, found in zip(points, labels, strict=True):
         overrides = _flat(point)
         name, group = (_name(part) for part in (found, {k: v for k, v in found.items() if not _is_seed(k)}))
-        with about(f"run {name}"):
+        with error_context(f"run {name}"):
             experiment = override(base, _nested(base, overrides))
         runs.append(SweepRun(name, group, found, overrides, experiment))
     _check_names(runs)

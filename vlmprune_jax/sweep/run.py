@@ -18,7 +18,7 @@ from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.experiment.arguments import evaluation_sets
 from vlmprune_jax.experiment.spec import STAGES, Experiment, affecting
 from vlmprune_jax.experiment.variants import prune_runs, recover_runs
-from vlmprune_jax.recovery.objective import counted
+from vlmprune_jax.recovery.objective import weighted_terms
 from vlmprune_jax.report import sweep as report
 from vlmprune_jax.report.result import Set
 from vlmprune_jax.stages import inputs
@@ -197,7 +197,7 @@ def _inputs(experiment: Experiment) -> dict[str, Path | str]:
     for pruned in prune_runs(experiment, Path()):
         found |= criterion_files(criteria_of(pruned.experiment).values())
         for run in recover_runs(pruned):
-            terms = counted(run.experiment.recover.losses).items()
+            terms = weighted_terms(run.experiment.recover.losses).items()
             found |= {f"loss {name}": term.file for name, term in terms if term.file is not None}
     return found
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 
 from vlmprune_jax.core.console import Reporter
-from vlmprune_jax.core.errors import SharedError, Stopped, UserError, about, reason
+from vlmprune_jax.core.errors import SharedError, Stopped, UserError, error_context, reason
 from vlmprune_jax.core.files import read_bytes
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero, process_count
 from vlmprune_jax.experiment.arguments import evaluation_sets
@@ -47,7 +47,7 @@ def check_runs(runs: Sequence[SweepRun], sweep: Sweep, jobs: int) -> None:
     if jobs < 1 or (jobs > 1 and process_count() > 1):
         raise UserError(f"--jobs={jobs}: must be at least 1, and 1 on a pod, whose processes share each run")
     for run in runs:
-        with about(f"run {run.name}"):
+        with error_context(f"run {run.name}"):
             check_experiment(run.experiment, sweep.folder(run))
         if evaluation_sets(run.experiment) != evaluation_sets(runs[0].experiment):
             raise UserError(

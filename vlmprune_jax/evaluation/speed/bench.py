@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from vlmprune_jax.core.checks import suggest
 from vlmprune_jax.core.console import Reporter
-from vlmprune_jax.core.errors import UserError, about, printable
+from vlmprune_jax.core.errors import UserError, error_context, printable
 from vlmprune_jax.core.files import open_file, parse_json, reading
 from vlmprune_jax.distributed.processor import cores, cpu
 from vlmprune_jax.evaluation.speed.measure import check_workload, grids_of, prompts
@@ -250,7 +250,7 @@ def _folder(model: str, vision_dir: str | None, workload: Workload) -> _Known:
     family, cfg = read_config(folder, tower)
     image = workload.image and cfg.vision is not None
     tokens = {"prompt": workload.prompt_tokens, "new_tokens": workload.new_tokens}
-    with about(model):
+    with error_context(model):
         check_workload(cfg, **tokens, image=image, named="--")
     held = [folder, *([tower] if tower is not None and family.separate_vision and has_weights(tower) else [])]
     files = {entry.file for one in held for entry in Checkpoint(one).tensors.values()}

@@ -15,7 +15,7 @@ from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.journal import Journal, continued
-from vlmprune_jax.distributed.mesh import within
+from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.decoder import TAP_INPUTS, Block, Tap
 from vlmprune_jax.models.vlm import Model, Params, encode, mesh_of, place_batch, to_nnx
@@ -90,7 +90,7 @@ def accumulate(
         return leaves if journal is None else [leaf.tolist() for leaf in leaves]
 
     totals: list[np.ndarray] = []
-    with within(mesh):
+    with use_mesh(mesh):
         # not from a result: an interrupted pass may find all of them in its journal
         expected = jax.eval_shape(step, params, _inputs(first), ways)
         structure, shapes = jax.tree.structure(expected), [leaf.shape for leaf in jax.tree.leaves(expected)]

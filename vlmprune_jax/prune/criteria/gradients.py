@@ -22,7 +22,7 @@ from vlmprune_jax.core.config import IGNORED, ModelConfig, TextConfig, runs
 from vlmprune_jax.core.errors import Stopped, UserError
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.memory import free_memory
-from vlmprune_jax.distributed.mesh import from_all, whole, within
+from vlmprune_jax.distributed.mesh import from_all, gather_to_host, use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.decoder import STREAM, at_layer
 from vlmprune_jax.models.params import flatten
@@ -83,7 +83,7 @@ def gradient_channels(
     mesh = mesh_of(model.params)
     if mesh is None:
         model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
-    with within(mesh):
+    with use_mesh(mesh):
         steps = [place_batch(one, mesh) for one in _micro(data, ways)]
         # all-(-100) rows, such as the filler of a last batch, are not samples
         weighed = _Weighed(labels.sum(axis=1), float(labels.sum()), float((labels > 0).sum()))
@@ -159,7 +159,7 @@ def _save(cache: ArrayCache | None, layers: list[Found], cotangents: list[jax.Ar
     for number, layer in enumerate(layers):
         if cache.missing([f"layer {number}/0"]):
             arrays |= {f"layer {number}/{i}": leaf for i, leaf in enumerate(jax.tree.leaves(layer))}
-    cache.add({**arrays, **{f"{last} layers/{at}": whole(one) for at, one in enumerate(cotangents)}})
+    cache.add({**arrays, **{f"{last} layers/{at}": gather_to_host(one) for at, one in enumerate(cotangents)}})
     cache.publish()
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.distributed.mesh import within
+from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.models.vlm import Model, head_of, mesh_of, place_batch, to_nnx
 from vlmprune_jax.models.vocabulary import cross_entropy_sum
 from vlmprune_jax.prune.criteria.calibration import Arrays
@@ -62,7 +62,7 @@ def greedy_loss(
         )
     if mesh_of(model.params) is None:
         model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
-    with within(mesh_of(model.params)):
+    with use_mesh(mesh_of(model.params)):
         cut = _Cut(model, row_steps(list(batches), OPTIONS), solved)
         # What each layer cost when it was last tried: the loss without it less that of then, which has grown since.
         order, costs, loss = list[int](), dict[int, float](), cut.loss

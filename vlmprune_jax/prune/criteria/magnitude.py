@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.core.config import STACKS, runs
-from vlmprune_jax.distributed.mesh import within
+from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vision import SCALES
 from vlmprune_jax.models.vlm import Model, mesh_of
@@ -32,7 +32,7 @@ def channel_sums(
     `scaled`: of weights as they write to the residual stream, that is times the layer scale of towers that have one.
     """
     mesh, layers = mesh_of(model.params), list[Channels]()
-    with within(mesh):
+    with use_mesh(mesh):
         for run, (_, length, _) in enumerate(runs(model.cfg.stack(stack).layers)):
             flat = flatten(model.params[stack]["layers"][str(run)])
             scales = {name: flat.get(SCALES.get(name, "")) if scaled else None for name in weights}

@@ -18,7 +18,7 @@ import numpy as np
 
 from vlmprune_jax.core.config import IGNORED, runs
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.distributed.mesh import within
+from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.params import Flat, flatten, unflatten
 from vlmprune_jax.models.vlm import Model, encode, head_of, mesh_of, place_batch
@@ -55,7 +55,7 @@ def tower_channels(
     flat = flatten(params["vision"]["layers"])
     own = {path: leaf for path, leaf in flat.items() if path.partition("/")[2] in axes}
     sums, total, samples = (_zeros(own), _zeros(own) if squares else None), 0, 0
-    with within(mesh):
+    with use_mesh(mesh):
         for arrays in _steps(with_images(batches), 1 if squares else rows_per_step):
             labels = int((arrays["labels"][:, 1:] != IGNORED).sum())
             if not labels:
