@@ -20,7 +20,7 @@ help:
 	@echo 'make test-eval  the comparisons with lmms-eval, in .venv-eval: its protobuf is older than what sentencepiece needs'
 	@echo 'make fuzz       damaged input for every reader: FUZZ=100 times what the tests try, other input each time'
 	@echo 'make check      format, lint, types, quick tests'
-	@echo 'make docs       docs/options.md from the declarations of the settings'
+	@echo 'make docs       docs/reference/settings.md from the declarations of the settings'
 	@echo 'make clean      remove caches; make distclean: .venv, .venv-eval and .compat as well'
 
 demo: setup-demo
@@ -52,7 +52,7 @@ check: setup-dev
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
 docs: setup-demo
-	$(BIN)/python -m vlmprune_jax.experiment.options > docs/options.md
+	$(BIN)/python -m vlmprune_jax.experiment.options > docs/reference/settings.md
 
 setup-demo: $(VENV)/demo.stamp
 setup-test: $(VENV)/test.stamp $(COMPAT)/installed.stamp

@@ -42,7 +42,9 @@ def main() -> None:
     """Print a table in Markdown, a row a plan."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 4096, 16384], help="of calibration")
-    parser.add_argument("--other", type=Path, default=ROOT / "docs" / "decisions.md", help="the other text")
+    parser.add_argument(
+        "--other", type=Path, default=ROOT / "docs" / "explanation" / "decisions.md", help="the other text"
+    )
     parser.add_argument(
         "--criteria",
         nargs="+",

@@ -5,7 +5,7 @@
   done
 
 `heads`: four ratios, with the heads kept and with as large a share of them gone as of neurons. `tower`: 30 % of the
-vision tower, by three choices. docs/results.md has the tables.
+vision tower, by three choices. docs/explanation/results.md has the tables.
 """
 
 from ml_collections import ConfigDict

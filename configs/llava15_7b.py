@@ -10,7 +10,7 @@ width: heads and neurons by first-order Taylor importance, by the share of the w
 whole; with `:width,0.3,uniform` all are cut alike, which stock transformers loads at its true size.
 
 data/ holds llava_v1_5_mix665k.json and the folders of its images (coco, gqa, ocr_vqa, textvqa, vg), or give
---config.data.train=tfds:DIR; 5 % of it are 33,264 records. docs/run-on-a-pod.md has it step by step.
+--config.data.train=tfds:DIR; 5 % of it are 33,264 records. docs/how-to/run-on-a-pod.md has it step by step.
 
 The paper's AVG-% over nine benchmarks, and the recovery step as compiled: memory a chip, least time of the run.
 

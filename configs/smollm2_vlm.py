@@ -44,7 +44,7 @@ def get_config(folder: str = ".cache/smollm2-135m") -> ConfigDict:
     captions = {**align, "name": "captions", "trainable": "all", "steps": 60}
     # Comparing a question's word with what is there is learnt in minutes from "red circle" in words and questions of
     # which none is answered by its wording. Not begun to be learnt, in as long or longer: from images, from several
-    # questions in a row (whose words are there as well), with negations from the start (docs/decisions.md, 89).
+    # questions in a row (whose words are there as well), with negations from the start (decision 89).
     compare = {
         **common,
         "name": "compare",
@@ -65,7 +65,7 @@ def get_config(folder: str = ".cache/smollm2-135m") -> ConfigDict:
     questions = {**see, "name": "questions", "words": 0, "also_images": False, "steps": 120}
     # Answers of one word have made it forget English (perplexity of 4,116 on text, 15 before): half of what follows is.
     english = {**questions, "name": "english", "text_share": 0.5, "steps": 80, "projector_learning_rate": 2e-4}
-    # When comparing is learnt is chance, and another processor's rounding draws anew (docs/decisions.md, 89).
+    # When comparing is learnt is chance, and another processor's rounding draws anew (decision 89).
     learnt = {"until_loss": 0.05, "runs": 5}
     stages = (align, captions, {**compare, **learnt}, {**words, **learnt}, see, questions, english)
     config.stages = tuple(ConfigDict(stage) for stage in stages)

@@ -6,7 +6,7 @@ DIR: SmolLM2-135M, by default where the tests make it (tests/cases/smollm2.py). 
 {10, 20, 30 % of all parameters} x {none, reconstruct}: 60 runs, 30 plans. Calibration: 16 records of 256 tokens, of
 every second topic of the language reference that ships with Python (pydoc_data.topics); evaluation: 12 windows of 512
 tokens of the others. benchmarks/reconstruction.py asks the same with calibration rows that have no chat template; its
-numbers are in docs/results.md.
+numbers are in docs/explanation/results.md.
 """
 
 import json

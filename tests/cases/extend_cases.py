@@ -1,4 +1,4 @@
-"""The complete files that docs/extend.md prints, as the tests run them."""
+"""The complete files that docs/how-to/extend.md prints, as the tests run them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 from repository import ROOT
 
-PAGE = ROOT / "docs" / "extend.md"
+PAGE = ROOT / "docs" / "how-to" / "extend.md"
 
 
 def printed_file(heading: str, folder: Path) -> Path:
-    """The first Python block below a heading of docs/extend.md, written into `folder` under the name in its first line.
+    """Write the first Python block below a heading of docs/how-to/extend.md into `folder` and return its path.
 
-    That line is a comment with the file's name, `# my_criterion.py`.
+    Its first line is a comment with the file name, `# my_criterion.py`.
     """
     section = PAGE.read_text(encoding="utf-8").split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
     found = re.search(r"```python\n# (\w+\.py)\n(.*?)```", section, re.DOTALL)

@@ -261,7 +261,7 @@ def test_a_checkpoint_is_of_what_changes_the_numbers():
 
 
 def test_the_page_is_up_to_date():
-    assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == as_markdown(), "run: make docs"
+    assert (ROOT / "docs" / "reference" / "settings.md").read_text(encoding="utf-8") == as_markdown(), "run: make docs"
 
 
 def test_help_of_settings(capsys):

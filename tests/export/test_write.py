@@ -337,7 +337,7 @@ def test_pad_keeps_query_heads_with_their_group(llama, tmp_path):
 def test_every_padded_decoder_is_the_same_function(tmp_path, name):
     """Biases, parallel blocks and fused tensors; every layer has widths of its own."""
     source = make_folder(tmp_path / "source", DECODERS[name])
-    if name == "phi3":  # at full size it amplifies rounding (docs/decisions.md, 31)
+    if name == "phi3":  # at full size it amplifies rounding (decision 31)
         edit_weights(source, lambda tensors: {k: v if "norm" in k else v * np.float32(0.5) for k, v in tensors.items()})
     model = load(source)
     kv_heads = model.cfg.text.layers[0].kv_heads

@@ -1,4 +1,4 @@
-"""The criterion that docs/extend.md prints, from a config on the command line."""
+"""The criterion that how-to/extend.md prints, from a config on the command line."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""The loss term that docs/extend.md prints, from a config that imports it, through two steps of `vlmprune recover`."""
+"""The loss term of how-to/extend.md, from a config that imports it, through two steps of `vlmprune recover`."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""The metric that docs/extend.md prints, from a config that imports it, through `vlmprune evaluate`."""
+"""The metric that how-to/extend.md prints, from a config that imports it, through `vlmprune evaluate`."""
 
 import json
 import sys
@@ -43,8 +43,8 @@ def flags(tmp_path, goldens, monkeypatch):
         for i in range(5)
     ]
     (tmp_path / "docs.json").write_text(json.dumps(entries))
-    (tmp_path / "core/config.py").write_text(CONFIG.format(root=tmp_path, images=goldens / "data/images"))
-    yield [f"--config={tmp_path / 'core/config.py'}", f"--workdir={tmp_path / 'w'}"]
+    (tmp_path / "config.py").write_text(CONFIG.format(root=tmp_path, images=goldens / "data/images"))
+    yield [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'w'}"]
     METRICS.clear()
     METRICS.update(before)
     del sys.modules["my_metric"]

@@ -147,7 +147,7 @@ def test_result_json_gains_the_tasks(evaluate, goldens):
     ("flags", "message"),
     [
         (("--tasks=easyvq",), "lmms-eval has no task 'easyvq'; did you mean 'easyvqa'?"),
-        (("--tasks=pope",), "data/POPE: nothing is there: save its data set (docs/benchmarks.md), or leave it out"),
+        (("--tasks=pope",), "data/POPE does not exist: save the data set there (docs/how-to/benchmarks.md)"),
         (("--tasks=pope", "--config.evaluate.tasks_data=None"), "evaluate.tasks_data, which is not set"),
         (("--tasks=easyvqa,easyvqa",), "evaluate.tasks: 'easyvqa' comes twice"),
         (("--tasks=a/b",), "the name 'a/b' becomes a file's"),

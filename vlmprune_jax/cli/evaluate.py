@@ -3,7 +3,7 @@
 Makes eval/*.json with every single answer beside; another metric is worked out from these answers, without the model.
 Settings: evaluate.batch_size, evaluate.metric, evaluate.max_new_tokens, evaluate.text, and evaluate.sets.NAME.metric,
 .data, .images, .prompt_suffix, ... for several sets (--config.evaluate.metric=...). Benchmarks scored by lmms-eval:
---tasks=pope,mme (docs/benchmarks.md). Where there is a result.json, it gains what is new.
+--tasks=pope,mme (docs/how-to/benchmarks.md). Where there is a result.json, it gains what is new.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """vlmprune help SETTING: what a setting or a section does, its default and choices, and the stages that it changes.
 
-As `vlmprune help recover.losses.kl`, or just `kl`; without a name the commands. docs/options.md has all of them.
+As `vlmprune help recover.losses.kl`, or just `kl`; without a name the commands. docs/reference/settings.md lists all.
 """
 
 from __future__ import annotations

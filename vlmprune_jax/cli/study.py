@@ -2,7 +2,7 @@
 
 Each insight holds, does not hold or cannot be said, with the pairs compared, the difference and its interval. NAME is
 what the rows are called; --guide adds them to a guide, in place of those it had of that name, for `vlmprune recommend`.
-  vlmprune study easyvqa=runs/study_easyvqa --page=docs/study.md --guide=vlmprune_jax/report/guide.json
+  vlmprune study easyvqa=runs/study_easyvqa --page=docs/explanation/study.md --guide=vlmprune_jax/report/guide.json
 """
 
 from __future__ import annotations

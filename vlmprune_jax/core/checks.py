@@ -105,7 +105,7 @@ def setting(
     by_content: bool = False,
     offered: bool = True,
 ) -> Any:
-    """A dataclass field that is a setting, with all that checks, ledger, help and docs/options.md derive from.
+    """Declare a dataclass field as a setting; checks, ledger, help and the settings page derive from the declaration.
 
     Args:
       sentence: what it does, for people.

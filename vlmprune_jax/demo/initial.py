@@ -122,7 +122,7 @@ def _without_first_norm(clip: Mapping[str, Any], normalize: Mapping[str, Any]) -
     """The flat tower of CLIP as one of SigLIP: its first norm is folded into the patch embedding.
 
     LN(u) = g (u - mean u) / std u + b is linear but for std u, in whose place stands that of a white patch. Of the demo
-    teacher 95 % of the variance of the features are left (docs/decisions.md, 89); training wins back the rest.
+    teacher 95 % of the variance of the features are left (decision 89); training wins back the rest.
     """
     gain, shift = clip["vision/pre_layrnorm/weight"], clip["vision/pre_layrnorm/bias"]
     kernel, places = clip["vision/patch_embedding/weight"], clip["vision/position_embedding/weight"][1:]

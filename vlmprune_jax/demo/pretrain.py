@@ -3,7 +3,7 @@
 Each stage is a run of the product's own training loop; a stage differs from another by its records, by how many
 decoder layers it uses and by what trains. The tower learns from captions with a one-layer decoder (as in Tschannen et
 al. 2023, "Image Captioners Are Scalable Vision Learners Too"), the decoder learns the questions from text alone, and
-only then they meet. All at once, the decoder learns the answers' prior and stays there (docs/decisions.md, 10).
+only then they meet. All at once, the decoder learns the answers' prior and stays there (decision 10).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What is declared of every setting, for people: `vlmprune help NAME`, and docs/options.md.
+"""What is declared of every setting, for people: `vlmprune help NAME`, and docs/reference/settings.md.
 
-python -m vlmprune_jax.experiment.options > docs/options.md
+python -m vlmprune_jax.experiment.options > docs/reference/settings.md
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def as_lines(option: Option) -> list[str]:
 
 
 def as_markdown() -> str:
-    """docs/options.md."""
+    """docs/reference/settings.md."""
     known, lines = options(), [HEAD]
     for place, section in sections().items():
         rows = [_row(one) for one in known if one.section == place]

@@ -442,7 +442,7 @@ class EvaluateSpec:
     )
     tasks: tuple[str, ...] = setting(
         (),
-        "Tasks of lmms-eval, each a set of its own (docs/benchmarks.md); or `vlmprune evaluate --tasks=pope,mme`.",
+        "lmms-eval tasks, each an evaluation set (docs/how-to/benchmarks.md); or `vlmprune evaluate --tasks=pope,mme`.",
     )
     tasks_path: str | None = setting(
         None,

@@ -31,7 +31,7 @@ from vlmprune_jax.models.vlm import Model, forward, mesh_of
 TOLERANCE, RELATIVE_TOLERANCE = 1e-4, 1e-5
 # One position may be ill-conditioned: SmolLM2, its width reconstructed and recovered, is 8.0e-4 off float64 here and
 # 2.6e-4 in torch at one of 48, where others are off by 1e-4. It may differ by this many times the most that it moves in
-# as many runs with the last bit of every weight changed (docs/decisions.md, 85).
+# as many runs with the last bit of every weight changed (decision 85).
 _ROUNDINGS = 4
 _ROWS, _TEXT_TOKENS = 2, 24
 

@@ -123,7 +123,7 @@ def compute_once(x: jax.Array) -> jax.Array:
     """`x`, behind a barrier, and so is its gradient: what several products read is computed once for all of them.
 
     XLA copies the norm, activation or sum that makes their input into each of them. Compiling a layer of a 7B model
-    with adapters took 63 CPU seconds so for a v5e, and 51 without copies (docs/decisions.md 50).
+    with adapters took 63 CPU seconds so for a v5e, and 51 without copies (decision 50).
     """
     return jax.lax.optimization_barrier(x)
 

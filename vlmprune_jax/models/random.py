@@ -17,7 +17,7 @@ def bernoulli(key: jax.Array, probability: float, shape: tuple[int, int, int]) -
     """bool[rows, seq, width], true with a probability in [0, 1): bit for bit what jax.random.bernoulli draws.
 
     On CPUs jax.random goes through memory after every fourth round: with it dropout took 15 % of a step of
-    SmolLM2-135M (docs/results.md). A row may have 2^32 decisions.
+    SmolLM2-135M (docs/explanation/results.md). A row may have 2^32 decisions.
     """
     first, second = jax.random.key_data(key)[:2]
     schedule = (first, second, first ^ second ^ _PARITY)

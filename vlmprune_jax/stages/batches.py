@@ -36,7 +36,7 @@ def batches(
       images: the folder that image paths are below.
       vision_dir: the tower's own folder, where the model's does not describe it.
       batch_size: rows per batch; the last batch is filled up with rows whose mask is 0.
-      settings: of the section `data` in docs/options.md, as max_length=2048 or template="bunny".
+      settings: of the section `data` in docs/reference/settings.md, as max_length=2048 or template="bunny".
 
     Returns:
       Batches of one length, in the order of the records; `.arrays` has input_ids, attention_mask and labels

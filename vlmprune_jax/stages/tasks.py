@@ -152,7 +152,8 @@ def _task_files(spec: EvaluateSpec, task: str) -> tuple[Path | None, dict[str, P
     for place in parts:
         if not place.exists():
             raise UserError(
-                f"task {task}: {place}: nothing is there: save its data set (docs/benchmarks.md), or leave it out"
+                f"task {task}: {place} does not exist: save the data set there (docs/how-to/benchmarks.md) "
+                "or remove the task"
             )
     # A group names no data set itself.
     read = parts or ([] if root is None else [root])
@@ -255,14 +256,14 @@ def _evaluated(spec: EvaluateSpec, task: str, files: Path | None, backend: Any, 
         while first.__cause__ is not None:  # lmms-eval tries several times, and says that it did
             first = first.__cause__
         raise UserError(
-            f"task {task}: lmms-eval fails with {type(first).__name__}: {reason(first)}: docs/benchmarks.md says what "
-            "it needs (data, a judge); --debug shows more"
+            f"task {task}: lmms-eval fails with {type(first).__name__}: {reason(first)}: --debug shows "
+            "more, docs/how-to/benchmarks.md says what the task needs (data, a judge)"
         ) from error
 
 
 def _nearest(task: str, known: list[str]) -> str:
     near = suggest(task, known)
-    return near if "mean" in near else " (docs/benchmarks.md; `python -m lmms_eval --tasks list` has all)"
+    return near if "mean" in near else " (docs/how-to/benchmarks.md; `python -m lmms_eval --tasks list` has all)"
 
 
 def _quiet() -> None:
