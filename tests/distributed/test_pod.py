@@ -71,7 +71,7 @@ def experiment(tmp_path_factory, goldens):
         for i in range(30)
     ]
     (root / "records.json").write_text(json.dumps(records))
-    (root / "core/config.py").write_text(CONFIG.format(root=root, images=goldens / "data/images"))
+    (root / "config.py").write_text(CONFIG.format(root=root, images=goldens / "data/images"))
     return root
 
 
@@ -86,7 +86,7 @@ def start(root: Path, workdir: str, commands: str, count: int, *flags: str) -> l
     script, processes = str(WORKERS / "pod_worker.py"), []
     for number in range(count):
         ids, log = root / f"{workdir}-{number}.ids", root / f"{workdir}-{number}.log"
-        command = [sys.executable, script, str(ids), commands, f"--config={root / 'core/config.py'}", "--debug"]
+        command = [sys.executable, script, str(ids), commands, f"--config={root / 'config.py'}", "--debug"]
         command += [f"--workdir={root / workdir}", *place, *([f"--process_id={number}"] if place else []), *flags]
         with log.open("a") as file:
             processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))

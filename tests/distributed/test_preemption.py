@@ -44,8 +44,8 @@ def experiment(tmp_path_factory, goldens):
     turns = [{"from": "human", "value": "<image>\nIs it red?"}, {"from": "gpt", "value": "yes"}]
     records = [{"id": f"r{i}", "image": f"img{i % 4}.png", "conversations": turns} for i in range(6)]
     (root / "records.json").write_text(json.dumps(records))
-    (root / "core/config.py").write_text(CONFIG.format(root=root, images=goldens / "data/images"))
-    return lambda workdir: [f"--config={root / 'core/config.py'}", f"--workdir={root / workdir}"]
+    (root / "config.py").write_text(CONFIG.format(root=root, images=goldens / "data/images"))
+    return lambda workdir: [f"--config={root / 'config.py'}", f"--workdir={root / workdir}"]
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ def root(tmp_path_factory, goldens):
     records = [{"id": f"r{i}", "image": f"img{i % 4}.png", "conversations": turns} for i in range(6)]
     (root / "records.json").write_text(json.dumps(records))
     (root / "text.txt").write_text("The car is red and quiet. " * 4)
-    (root / "core/config.py").write_text(CONFIG.format(root=root, images=goldens / "data/images"))
+    (root / "config.py").write_text(CONFIG.format(root=root, images=goldens / "data/images"))
     return root
 
 
@@ -59,7 +59,7 @@ def evaluate(root, tmp_path, capsys):
 
     def command(sets, *flags):
         capsys.readouterr()
-        code = main(["evaluate", f"--config={root / 'core/config.py'}:{sets}", f"--workdir={tmp_path / 'w'}", *flags])
+        code = main(["evaluate", f"--config={root / 'config.py'}:{sets}", f"--workdir={tmp_path / 'w'}", *flags])
         shown = capsys.readouterr()
         return code, (shown.out + shown.err).splitlines()
 

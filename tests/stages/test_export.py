@@ -29,7 +29,7 @@ def command(goldens, tmp_path):
     """The command for a workdir with a pruned model in it."""
     source = copy_llava(goldens, tmp_path / "teacher")
     prune_folder(source, keep_layers(load(source), [0, 2, 5])[1], tmp_path / "w/pruned")
-    file = tmp_path / "core/config.py"
+    file = tmp_path / "config.py"
     file.write_text(CONFIG.format(root=tmp_path))
     return ["export", f"--config={file}", f"--workdir={tmp_path / 'w'}"]
 
@@ -100,8 +100,8 @@ def test_integers_by_command(tmp_path, capsys):
         turns = [{"from": "human", "value": "<image>\nwhat shape is in the image?"}, {"from": "gpt", "value": "circle"}]
         records.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
     (tmp_path / "records.json").write_text(json.dumps(records))
-    (tmp_path / "core/config.py").write_text(QUANTISED.format(root=tmp_path))
-    command = ["export", f"--config={tmp_path / 'core/config.py'}", f"--workdir={tmp_path / 'w'}"]
+    (tmp_path / "config.py").write_text(QUANTISED.format(root=tmp_path))
+    command = ["export", f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'w'}"]
     assert main([*command, "--config.export.rounding=gptq"]) == 0
     compensated = (tmp_path / "w/export/model.safetensors").read_bytes()
     assert load(tmp_path / "w/export").cfg.text.layers == load(tmp_path / "w/pruned").cfg.text.layers

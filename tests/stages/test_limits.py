@@ -102,8 +102,8 @@ def test_settings_of_commands(
     (tmp_path / "few.json").write_text(json.dumps([{"id": "short", "conversations": TURNS}]))
     asked = {"text": f"evaluate.text={folder / 'text.txt'}", "questions": f"data.eval={tmp_path / 'few.json'}"}[of]
     config = "from vlmprune_jax.cli.config_files import experiment_config as get_config\n"
-    (tmp_path / "core/config.py").write_text(config)
-    flags = [f"--config={tmp_path / 'core/config.py'}", f"--workdir={tmp_path / 'w'}"]
+    (tmp_path / "config.py").write_text(config)
+    flags = [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'w'}"]
     flags += [f"--config.{one}" for one in (f"model.hf_dir={folder / 'teacher'}", asked, setting)]
     assert main(["evaluate", *flags]) == 2
     lines = capfd.readouterr().err.splitlines()

@@ -71,7 +71,7 @@ def root(tmp_path_factory, goldens):
     (root / "lmms/broken.yaml").write_text(
         task.replace("task: easyvqa", "task: broken").replace("to_target", "to_nothing")
     )
-    (root / "core/config.py").write_text(CONFIG.format(root=root, tasks=root / "lmms"))
+    (root / "config.py").write_text(CONFIG.format(root=root, tasks=root / "lmms"))
     return root
 
 
@@ -82,7 +82,7 @@ def evaluate(root, tmp_path, capsys, monkeypatch):
 
     def command(*flags):
         capsys.readouterr()
-        code = main(["evaluate", f"--config={root / 'core/config.py'}", f"--workdir={tmp_path / 'w'}", *flags])
+        code = main(["evaluate", f"--config={root / 'config.py'}", f"--workdir={tmp_path / 'w'}", *flags])
         shown = capsys.readouterr()
         return code, (shown.out + shown.err).splitlines()
 

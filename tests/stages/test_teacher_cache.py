@@ -66,7 +66,7 @@ def experiment(tmp_path_factory, goldens):
     records = [record(n, "It is a red car." if n % 2 else "yes", image=n % 3 > 0, turns=1 + n % 3) for n in range(12)]
     records += [record(12, "It is 10:45. " * 40), record(13, "no", name="none.png")]
     (root / "records.json").write_text(json.dumps(records))
-    (root / "core/config.py").write_text(CONFIG.format(root=root, images=goldens / "data/images"))
+    (root / "config.py").write_text(CONFIG.format(root=root, images=goldens / "data/images"))
     model = load(root / "teacher")
     assert model.cfg.text.vocab_size == VOCAB
     plan = make_plan(score(model, None, criterion="l2"), model.cfg, method="width", ratio=0.1)
@@ -77,7 +77,7 @@ def experiment(tmp_path_factory, goldens):
             shutil.copytree(root / "pruned", root / workdir / "pruned")
             (root / workdir / "plan.json").write_text(plan.to_json())
         cached = [] if folder is None else [f"--config.recover.teacher_cache={root / folder}"]
-        return [f"--config={root / 'core/config.py'}", f"--workdir={root / workdir}", *cached, *more]
+        return [f"--config={root / 'config.py'}", f"--workdir={root / workdir}", *cached, *more]
 
     flags.root = root
     return flags
