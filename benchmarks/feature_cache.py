@@ -46,7 +46,7 @@ def main() -> None:
     options = parser.parse_args()
     work = options.work.absolute()
     work.mkdir(parents=True)
-    (work / "core/config.py").write_text(CONFIG.format(steps=options.steps, cache=work / "cache"))
+    (work / "config.py").write_text(CONFIG.format(steps=options.steps, cache=work / "cache"))
     for command in ("score", "prune"):
         _run(work, command, "tower0")
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
@@ -116,7 +116,7 @@ def _recovery(work: Path, run: str) -> dict[str, Any]:
 
 def _run(work: Path, command: str, run: str) -> tuple[float, float]:
     """Wall seconds and peak GiB of one command."""
-    flags = [f"--config={work / 'core/config.py'}:{run}", f"--workdir={work / 'w'}"]
+    flags = [f"--config={work / 'config.py'}:{run}", f"--workdir={work / 'w'}"]
     begin = time.perf_counter()
     with (work / f"{command}-{run}.log").open("w") as log:
         process = subprocess.Popen(

@@ -104,7 +104,7 @@ def make_experiment(root: Path) -> None:
         for i in range(32)
     ]
     (root / "records.json").write_text(json.dumps(records))
-    (root / "core/config.py").write_text(CONFIG.format(root=root))
+    (root / "config.py").write_text(CONFIG.format(root=root))
 
 
 class Pair:
@@ -125,7 +125,7 @@ class Pair:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0" if fill_cache else "1e9",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
-        command = [sys.executable, "-m", "vlmprune_jax", "run", f"--config={root / 'core/config.py'}"]
+        command = [sys.executable, "-m", "vlmprune_jax", "run", f"--config={root / 'config.py'}"]
         command += [f"--workdir={workdir}", f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
         self.logs = [workdir.with_name(f"{workdir.name}-{number}.log") for number in (0, 1)]
         self.processes = []

@@ -73,7 +73,7 @@ def main() -> None:
     options = parser.parse_args()
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    files = {name: str(work / name) for name in ("records.json", "text.txt", "core/config.py")}
+    files = {name: str(work / name) for name in ("records.json", "text.txt", "config.py")}
     Path(files["records.json"]).write_text(json.dumps(records()))
     Path(files["text.txt"]).write_text(topics(1)[:26_000])  # about 12 x 512 tokens
     config = CONFIG.format(
@@ -83,8 +83,8 @@ def main() -> None:
         steps=options.steps,
         ratio=options.ratio,
     )
-    Path(files["core/config.py"]).write_text(config)
-    command = ["-m", "vlmprune_jax", "run", f"--config={files['core/config.py']}", f"--workdir={work / 'run'}"]
+    Path(files["config.py"]).write_text(config)
+    command = ["-m", "vlmprune_jax", "run", f"--config={files['config.py']}", f"--workdir={work / 'run'}"]
     sys.exit(subprocess.call([sys.executable, *command]))
 
 

@@ -16,6 +16,7 @@ from vlmprune_jax.prune import PrunePlan, Scores, make_plan
 from vlmprune_jax.recovery.checkpoint import Checkpointer
 from vlmprune_jax.recovery.metrics import METRICS_FILE, Recorder
 from vlmprune_jax.recovery.step import TrainState
+from vlmprune_jax.report.provenance import provenance_section
 from vlmprune_jax.workdir import provenance
 from vlmprune_jax.workdir.ledger import Stage, finished_stages, run_stage, write_text
 
@@ -113,7 +114,7 @@ def test_ledger(tmp_path, monkeypatch):
         reads(run, out.name, stage.record.name)
         reads(lambda: run(overwrite=True), out.name, stage.record.name)
         stage.record.write_bytes(content)
-        provenance.provenance_section(finished_stages(tmp_path))  # of a damaged record nothing is told
+        provenance_section(finished_stages(tmp_path))  # of a damaged record nothing is told
 
     check()
 

@@ -9,9 +9,9 @@ from prune_cases import config, model
 
 from vlmprune_jax.core.config import LayerShape
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.evaluation.speed import clock as hf_clock
+from vlmprune_jax.evaluation.speed import measure as speed
 from vlmprune_jax.evaluation.speed.measure import check_workload, measure_speed
-from vlmprune_jax.evaluation.speed.measure import clock as hf_clock
-from vlmprune_jax.evaluation.speed.measure import measure as speed
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.generate import compile_generation, generate
 
