@@ -10,16 +10,17 @@ BIN := $(VENV)/bin
 COMPAT := .compat/transformers-4.57
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-fast test-eval fuzz check docs setup-demo setup-test setup-dev clean distclean
+.PHONY: help demo test test-all test-slow test-eval fuzz lint check docs setup-demo setup-test setup-dev clean distclean
 
 help:
 	@echo 'make demo       install what the demo needs (no torch) and run it into runs/demo (3 to 5 minutes)'
-	@echo 'make test       install everything, run every test, quick ones first (this is what CI runs)'
-	@echo 'make test-fast  the same without the tests marked slow'
+	@echo 'make test       install everything, run the tests that protect a user (about 6 minutes on two cores)'
 	@echo '                WORKERS=2 processes run them; PYTEST_ARGS="-k name" goes to pytest'
+	@echo 'make test-all   the same, then the tests marked slow (25 minutes; CI runs this and make lint)'
+	@echo 'make lint       format, lint, types'
 	@echo 'make test-eval  the comparisons with lmms-eval, in .venv-eval: its protobuf is older than what sentencepiece needs'
 	@echo 'make fuzz       damaged input for every reader: FUZZ=100 times what the tests try, other input each time'
-	@echo 'make check      format, lint, types, quick tests'
+	@echo 'make check      make lint, then make test'
 	@echo 'make docs       docs/reference/settings.md from the declarations of the settings'
 	@echo 'make clean      remove caches; make distclean: .venv, .venv-eval and .compat as well'
 
@@ -27,10 +28,13 @@ demo: setup-demo
 	$(BIN)/vlmprune demo --workdir=runs/demo
 
 test: setup-test
-	$(PYTEST) $(PYTEST_ARGS)
-
-test-fast: setup-test
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+
+test-slow: setup-test
+	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+test-all: test
+	$(MAKE) test-slow
 
 test-eval: .venv-eval/eval.stamp
 	OMP_NUM_THREADS=1 .venv-eval/bin/python -m pytest tests/evaluation/lmms/test_eval.py tests/evaluation/lmms/test_scores.py \
@@ -45,11 +49,12 @@ test-eval: .venv-eval/eval.stamp
 fuzz: setup-test
 	VLMPRUNE_FUZZ=$(FUZZ) $(PYTEST) tests/fuzz $(PYTEST_ARGS)
 
-check: setup-dev
+lint: setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy vlmprune_jax
-	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+
+check: lint test
 
 docs: setup-demo
 	$(BIN)/python -m vlmprune_jax.experiment.options > docs/reference/settings.md
