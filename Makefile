@@ -52,7 +52,7 @@ fuzz: setup-test
 lint: setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy vlmprune_jax
+	$(BIN)/mypy vlmprune_jax tools
 
 check: lint test
 

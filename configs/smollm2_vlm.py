@@ -1,6 +1,6 @@
 """A vision-language model with a pretrained language model, for study 2: a SmolVLM of SmolLM2-135M.
 
-  vlmprune pretrain --config=configs/smollm2_vlm.py:DIR --workdir=runs/smollm2_vlm
+  python tools/pretrain.py --config=configs/smollm2_vlm.py:DIR --workdir=runs/smollm2_vlm
 
 DIR: SmolLM2-135M (by default where the tests make it, tests/cases/smollm2.py), or another Llama. First what sees, the
 tower of the demo's teacher and the projector, learns captions before a decoder that stays as it is, then all does; the

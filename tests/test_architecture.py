@@ -208,10 +208,10 @@ def test_importing_the_package_leaves_torch_alone():
     assert done.returncode == 0, done.stderr[-2000:] or "torch was imported"
 
 
-def test_benchmarks_use_what_is_there():
-    """Most of them take too long to be run here; names that are gone would be met by whoever repeats a number."""
+def test_scripts_use_names_that_exist():
+    """Most of them take too long to run here, so a name that is gone would only show when somebody repeats a number."""
     gone = []
-    for path in python_files("benchmarks", "configs", "launch"):
+    for path in python_files("benchmarks", "configs", "launch", "tools"):
         modules = {}
         for node in ast.walk(parsed(path)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vlmprune_jax"):
@@ -239,7 +239,7 @@ def _found(module: str, name: str) -> object:
 
 def test_no_private_jax():
     wrong = []
-    for path in python_files("vlmprune_jax", "tests", "configs"):
+    for path in python_files("vlmprune_jax", "tests", "configs", "tools"):
         wrong += [where(path, node) for name, node in imports(path) if f"{name}.".startswith("jax._src.")]
         for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Attribute) and node.attr == "_src":
@@ -250,7 +250,7 @@ def test_no_private_jax():
 def test_no_pickle():
     """A checkpoint must not be able to run code: no pickle, no numpy object arrays, torch files by weights only."""
     wrong = []
-    for path in python_files("vlmprune_jax", "tests", "configs"):
+    for path in python_files("vlmprune_jax", "tests", "configs", "tools"):
         wrong += [where(path, node) for name, node in imports(path) if name.split(".")[0] in PICKLES]
         for call in (node for node in ast.walk(parsed(path)) if isinstance(node, ast.Call)):
             keywords = {keyword.arg: getattr(keyword.value, "value", None) for keyword in call.keywords}
@@ -264,7 +264,7 @@ def test_no_pickle():
 def test_sizes_are_listed_for_review():
     """Files over 400 lines and functions over 60 appear in the warnings summary: no cut for the count's sake."""
     long = []
-    for path in python_files("vlmprune_jax", "tests"):
+    for path in python_files("vlmprune_jax", "tests", "tools"):
         lines = path.read_text(encoding="utf-8").count("\n")
         long += [f"{path.relative_to(ROOT)}: {lines} lines"] * (lines > 400)
         functions = ((f, f.end_lineno - f.lineno + 1) for f in local_functions(parsed(path)))
@@ -275,7 +275,7 @@ def test_sizes_are_listed_for_review():
 
 def test_names_say_what_a_file_is_for():
     vague = {"utils", "util", "helpers", "misc", "common"}
-    assert not [path for path in python_files("vlmprune_jax", "tests", "configs") if path.stem in vague]
+    assert not [path for path in python_files("vlmprune_jax", "tests", "configs", "tools") if path.stem in vague]
 
 
 def test_a_command_is_flags_and_wiring():

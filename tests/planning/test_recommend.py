@@ -6,6 +6,7 @@ import shutil
 import pytest
 from report_cases import BENCH
 from study_cases import rows, write_sweep
+from study_guide import update_guide
 from vlm_cases import llava_config
 
 from vlmprune_jax.cli import score
@@ -18,6 +19,7 @@ from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.planning.case import predict_plan
 from vlmprune_jax.planning.recommend import parse_bytes, parse_share
+from vlmprune_jax.report.sweep import read_sweep
 
 DEEP = {"num_hidden_layers": 16, "intermediate_size": 200, "hidden_size": 96, "head_dim": 16}
 
@@ -121,7 +123,7 @@ def test_what_was_measured_here_is_told_in_place_of_the_guides_speeds(folder, tm
 
 def test_rows_of_ones_own(folder, tmp_path, capsys):
     study, guide = write_sweep(tmp_path / "sweep", rows()), tmp_path / "guide.json"
-    assert main(["study", f"mine={study}", f"--guide={guide}"]) == 0
+    update_guide(guide, {"mine": read_sweep(study)})
     out = told(capsys, f"--model={folder}", "--ratio=0.1", f"--guide={guide}")
     assert "expect 97.8 to 100.0 % retained: accuracy of questions, after sft_l2" in out
 

@@ -36,13 +36,11 @@ COMMANDS = {
     "plan": "what recovery needs on a TPU slice, compiled ahead of time on this machine",
     "recommend": "which cut, recovered how, for a model and a budget, with the evidence and a config",
     "bench": "speed, memory and size of models here, by jax, transformers and llama.cpp, in turns",
-    "study": "what sweeps say of the paper's insights, with numbers",
     "diff": "how much of what two plans keep is the same, layer by layer",
     "help": "what a setting does, as `vlmprune help kl`, its default and choices",
     "inspect": "what a Hugging Face folder holds and what can be pruned, from its headers",
     "tfds": "LLaVA records and their images as a tensorflow-datasets data set",
     "demo": "the whole run on bundled real data, on a CPU",
-    "pretrain": "train the demo's teacher from scratch",
 }
 OVERVIEW = """\
 vlmprune: structured pruning and recovery of vision-language models, from Hugging Face folder to Hugging Face folder.
@@ -86,9 +84,12 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
     raise _Terminated
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, script: ModuleType | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (a defect of ours), 2 (wrong input, or what the system refuses), 130
     (Ctrl-C), 141 (nobody reads on) or 143 (stopped by SIGTERM).
+
+    A `script` with the functions `define` and `run` of a command module runs instead of a command of the table; then
+    `argv` holds its flags only.
 
     Where several processes run together and one fails, all exit from here with its code, 134 for an unforeseen error.
     """
@@ -99,25 +100,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # names of files may be of characters that the terminal has not
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if script is not None:
+        argv = [Path(script.__file__ or "").stem, *argv]
     if threading.current_thread() is not threading.main_thread():  # where no signal can be caught
-        return _guarded(argv)
+        return _guarded(argv, script)
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        return _guarded(argv)
+        return _guarded(argv, script)
     finally:
         signal.signal(signal.SIGTERM, previous)
         if alone and not switch(argv, "debug"):
             leave_quietly()
 
 
-def _guarded(argv: list[str]) -> int:
+def _guarded(argv: list[str], script: ModuleType | None) -> int:
     """The command's exit code, with whatever stopped it told in one line."""
     try:
         if switch(argv, "debug"):
-            _dispatch(argv)
+            _dispatch(argv, script)
         else:
             with kept() as messages:
-                _dispatch(argv)
+                _dispatch(argv, script)
             messages.tell()
         return 0
     except BaseException as error:
@@ -188,19 +191,24 @@ def _after() -> str:
     return "" if path is None else f" after reading {path}"
 
 
-def _dispatch(argv: list[str]) -> None:
-    if not argv or argv[0] in ("-h", "--help") or argv == ["help"]:
+def _dispatch(argv: list[str], script: ModuleType | None) -> None:
+    if script is not None:
+        _run(script, *argv)
+    elif not argv or argv[0] in ("-h", "--help") or argv == ["help"]:
         print(OVERVIEW.format(commands="\n".join(f"  {name:<11} {text}" for name, text in COMMANDS.items())))
     else:
-        _run(argv[0], argv[1:])
+        _run(_command(argv[0]), *argv)
     if sys.stdout is not None:
         sys.stdout.flush()  # what cannot be written is told here, not by Python at the very end
 
 
-def _run(name: str, rest: list[str]) -> None:
+def _command(name: str) -> ModuleType:
     if name not in COMMANDS:
         raise UserError(f"no command {name!r}{suggest(name, COMMANDS)}")
-    command: ModuleType = importlib.import_module(f"vlmprune_jax.cli.{name}")
+    return importlib.import_module(f"vlmprune_jax.cli.{name}")
+
+
+def _run(command: ModuleType, name: str, *rest: str) -> None:
     if any(arg in ("-h", "--help") for arg in rest):
         print(help_of(name, command))
         return

@@ -26,7 +26,7 @@ def define(values: Flags) -> None:
     text("compute", "full", "none: no training; projector: it alone; full: adapters, with teacher", flag_values=values)
     absl_flags.DEFINE_bool("speed", False, "the pruned model's speed matters as well", flag_values=values)
     text("bench", None, "what `vlmprune bench --json=FILE` measured here, to be told as well", flag_values=values)
-    text("guide", None, "a guide with your own rows, as `vlmprune study` writes it", flag_values=values)
+    text("guide", None, "a guide with rows of your own", flag_values=values)
     text("save", None, "write the config there, FILE.py, instead of printing it", flag_values=values)
 
 

@@ -1,7 +1,7 @@
 """Which cut, recovered how: the paper's decision guide and what this project measured, as rules over `guide.json`.
 
 That file holds rules (the first that fits decides), rows of evidence, the settings that each word of advice stands for,
-and where the guide contradicts itself. `report/study_guide.py` adds the rows of a sweep to it.
+and where the guide contradicts itself. `tools/study_guide.py` adds the rows of a sweep to it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VERSION, SOLVED = 1, "reconstruct"
 COMPUTE = ("none", "projector", "full")
 METHODS, RECOVERIES = ("depth", "width"), ("none", "projector", "sft_l2")  # what can be advised
 ALWAYS = ("nominal", "average", "five_percent")  # conflicts that are not one rule's
-_TODO = "make it again with `vlmprune study`, or leave --guide out"
+_TODO = "write it again with tools/study.py, or leave --guide out"
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Recommendation:
 
 
 def read_guide(path: Path = FILE) -> Guide:
-    """The guide, of the package or one that `report/study_guide.py` wrote.
+    """The guide, of the package or one that `tools/study_guide.py` wrote.
 
     Raises:
       UserError: it is missing or damaged.

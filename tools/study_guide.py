@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from insights import Point, points_of
+from study_page import measured
 
 from vlmprune_jax.core.files import replacing
 from vlmprune_jax.evaluation.statistics import interval_of_mean
 from vlmprune_jax.report.guide import FILE, Evidence, Guide, Source, as_json, read_guide
-from vlmprune_jax.report.study import Point, points_of
-from vlmprune_jax.report.study_page import measured
 
 Json = dict[str, Any]
 
@@ -35,7 +35,7 @@ def update_guide(path: Path, studies: Mapping[str, Json]) -> None:
 def with_study(guide: Guide, name: str, sweep: Json) -> Guide:
     """The guide with the rows of a sweep in place of those it had of that name."""
     vision = any("questions" in of for of in sweep["sets"].values())
-    source = Source(f"{name}, a sweep, by `vlmprune study`", measured(sweep), vision)
+    source = Source(f"{name}, a sweep, by tools/study.py", measured(sweep), vision)
     rows = [row for row in guide.evidence if row.source != name] + evidence_of(name, points_of(sweep))
     return dataclasses.replace(guide, sources={**guide.sources, name: source}, evidence=tuple(rows))
 

@@ -4,13 +4,14 @@ import dataclasses
 
 import PIL.Image
 import pytest
+import study as study_script
+from insights import conclude, points_of
 from study_cases import row, rows, sweep, write_sweep
+from study_guide import evidence_of
+from study_page import BEGIN, END, as_markdown, study_figure
 
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.report.guide import FILE, read_guide
-from vlmprune_jax.report.study import conclude, points_of
-from vlmprune_jax.report.study_guide import evidence_of
-from vlmprune_jax.report.study_page import BEGIN, END, as_markdown, study_figure
 
 
 def concluded(models):
@@ -123,12 +124,12 @@ def study(tmp_path):
 
 
 def failing(capsys, *argv):
-    assert main(argv) == 2
+    assert main(argv, study_script) == 2
     return capsys.readouterr().err
 
 
 def test_the_command_prints_conclusions(capsys, study):
-    assert main(["study", f"mine={study}"]) == 0
+    assert main([f"mine={study}"], study_script) == 0
     out = capsys.readouterr().out
     assert "### mine\n\n" in out
     assert "**2a. With recovery layers are as good up to 30 % (at most 1 point behind)**: holds.\n" in out
@@ -139,7 +140,7 @@ def test_a_page_and_a_guide_take_rows(tmp_path, study, capsys):
     page, guide = tmp_path / "study.md", tmp_path / "guide.json"
     page.write_text(f"# Study\n\n{BEGIN}\noutdated\n\n### other\n\nstays\n\n{END}\n\nafter\n")
     for _ in range(2):  # again: in place of what was there
-        assert main(["study", f"mine={study}", f"--page={page}", f"--guide={guide}"]) == 0
+        assert main([f"mine={study}", f"--page={page}", f"--guide={guide}"], study_script) == 0
     text = page.read_text()
     assert "![mine: what is retained over what was removed](mine.png)" in text
     with PIL.Image.open(tmp_path / "mine.png") as image:
@@ -157,19 +158,17 @@ def test_a_page_and_a_guide_take_rows(tmp_path, study, capsys):
 
 
 def test_what_a_study_cannot_be(capsys, tmp_path, study):
-    assert "no sweep given" in failing(capsys, "study")
-    assert "must be NAME=SWEEP_DIR" in failing(capsys, "study", str(study))
-    assert "'paper' is taken" in failing(capsys, "study", f"paper={study}")
-    assert "'a' is taken" in failing(capsys, "study", f"a={study}", f"a={study}")
-    assert "sweep.json" in failing(capsys, "study", f"a={tmp_path / 'nowhere'}")
+    assert "no sweep given" in failing(capsys)
+    assert "must be NAME=SWEEP_DIR" in failing(capsys, str(study))
+    assert "'paper' is taken" in failing(capsys, f"paper={study}")
+    assert "'a' is taken" in failing(capsys, f"a={study}", f"a={study}")
+    assert "sweep.json" in failing(capsys, f"a={tmp_path / 'nowhere'}")
     (tmp_path / "page.md").write_text("# Study\n")
     assert "has no lines <!-- vlmprune study: begin -->" in failing(
-        capsys, "study", f"a={study}", f"--page={tmp_path / 'page.md'}"
+        capsys, f"a={study}", f"--page={tmp_path / 'page.md'}"
     )
     (tmp_path / "guide.json").write_text("{}")
-    assert "guide.json: holds something else" in failing(
-        capsys, "study", f"a={study}", f"--guide={tmp_path / 'guide.json'}"
-    )
+    assert "guide.json: holds something else" in failing(capsys, f"a={study}", f"--guide={tmp_path / 'guide.json'}")
     assert (tmp_path / "guide.json").read_text() == "{}"
 
 

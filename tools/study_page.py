@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from insights import conclude, points_of
 from matplotlib.figure import Figure
 
 from vlmprune_jax.core.errors import UserError
@@ -15,7 +16,6 @@ from vlmprune_jax.core.files import read_text, replacing
 from vlmprune_jax.report.comparison_plots import DECODER, curves_figure, drawable, series_of, way_of
 from vlmprune_jax.report.plots import write_png
 from vlmprune_jax.report.result import averaged_sets, main_value
-from vlmprune_jax.report.study import conclude, points_of
 from vlmprune_jax.report.sweep import Group, done, groups_of, read_sweep
 
 Json = dict[str, Any]
@@ -40,7 +40,7 @@ def read_studies(given: Sequence[str]) -> dict[str, Json]:
             raise UserError(f"{argument!r}: the name {name!r} is taken: give another")
         studies[name] = read_sweep(Path(folder))
     if not studies:
-        raise UserError("no sweep given: vlmprune study NAME=SWEEP_DIR ...")
+        raise UserError("no sweep given: python tools/study.py NAME=SWEEP_DIR ...")
     return studies
 
 

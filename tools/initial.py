@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, processors
+from vocabulary import SMOLVLM_CHAT, make_tokenizer
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
@@ -21,7 +22,6 @@ from vlmprune_jax.core.files import read_json
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import IMAGE_TOKEN
 from vlmprune_jax.data.tokenizer_files import TOKENIZER
-from vlmprune_jax.demo.vocabulary import SMOLVLM_CHAT, make_tokenizer
 from vlmprune_jax.families import family_of
 from vlmprune_jax.families.llava import LLAVA_HF
 from vlmprune_jax.families.smolvlm import SMOLVLM

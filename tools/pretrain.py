@@ -1,9 +1,13 @@
-"""Training the demo's teacher from scratch as LLaVA is made: a tower and a language model first, then both together.
+"""python tools/pretrain.py --config=configs/easyvqa_pretrain.py --workdir=DIR: train the demo's teacher from scratch.
 
-Each stage is a run of the product's own training loop; a stage differs from another by its records, by how many
-decoder layers it uses and by what trains. The tower learns from captions with a one-layer decoder (as in Tschannen et
-al. 2023, "Image Captioners Are Scalable Vision Learners Too"), the decoder learns the questions from text alone, and
-only then they meet. All at once, the decoder learns the answers' prior and stays there (decision 10).
+With configs/smollm2_vlm.py a pretrained language model learns to see. Writes DIR/teacher, a LLaVA or a SmolVLM folder
+in the layout of transformers, with its tokenizer and processor. Every stage resumes.
+
+Training goes as LLaVA's: a tower and a language model first, then both together. Each stage is a run of the package's
+own training loop and differs from another by its records, its number of decoder layers and its trained parameters. The
+tower learns from captions with a one-layer decoder (as in Tschannen et al. 2023, "Image Captioners Are Scalable Vision
+Learners Too"), the decoder learns the questions from text alone, and only then they meet. Trained all at once, the
+decoder learns the prior of the answers and stays there (decision 10).
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import dataclasses
 import itertools
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +24,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from initial import write_joined, write_random
 
+from vlmprune_jax.cli.flags import Flags, common
+from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.batching import train_batches
@@ -29,8 +37,8 @@ from vlmprune_jax.data.measure import measure
 from vlmprune_jax.data.prompts import AUTO, choose_template, load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.demo.easyvqa import write_dataset
-from vlmprune_jax.demo.initial import write_joined, write_random
 from vlmprune_jax.demo.topics import topic_records
+from vlmprune_jax.distributed.mesh import initialize
 from vlmprune_jax.export.write import save
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.read import load
@@ -229,3 +237,37 @@ def split_conversations(records: Sequence[Record], turns_per_row: int) -> list[R
                 turns[0] = (turns[0][0], marks + turns[0][1])
             parts.append(dataclasses.replace(record, id=f"{record.id}-{start // 2}", turns=tuple(turns)))
     return parts
+
+
+def define(values: Flags) -> None:
+    """Define the flags of this script."""
+    common(values)
+
+
+def run(flags: Any) -> None:
+    """Run the stages of the config."""
+    if flags.config is None or not flags.workdir:
+        raise UserError("pretraining needs --config=configs/easyvqa_pretrain.py and --workdir=DIR")
+    initialize(flags.coordinator, flags.num_processes, flags.process_id)
+    config = flags.config.to_dict()
+    if "stages" not in config:
+        raise UserError("--config: has no `stages`: pretraining needs a config like configs/easyvqa_pretrain.py")
+    own = tuple(field.name for field in dataclasses.fields(Stage) if field.name != "training")
+    stages = []
+    for stage in (dict(s) for s in config["stages"]):
+        training = RecoverConfig(**{name: value for name, value in stage.items() if name not in own})
+        stages.append(Stage(**{name: stage[name] for name in own if name in stage}, training=training))
+    joined = config.get("joined")
+    folder = pretrain(
+        Path(flags.workdir),
+        stages,
+        seed=config["seed"],
+        architecture=config.get("architecture"),
+        joined=None if joined is None else (Path(joined["language"]), Path(joined["tower"])),
+        overwrite=flags.overwrite,
+    )
+    print(f"teacher: {folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(script=sys.modules[__name__]))

@@ -1,0 +1,50 @@
+"""python tools/study.py NAME=SWEEP_DIR ...: test the paper's insights on sweeps and write the results as Markdown.
+
+Each insight holds, does not hold or is open, with the compared pairs, their mean difference and its interval. NAME is
+the heading of the sweep's section. --guide replaces the rows of that name in a guide, for `vlmprune recommend`.
+  python tools/study.py easyvqa=runs/study_easyvqa --page=docs/study.md --guide=vlmprune_jax/report/guide.json
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags as absl_flags
+from study_guide import update_guide
+from study_page import as_markdown, read_studies, update_page
+
+from vlmprune_jax.cli.flags import Flags
+from vlmprune_jax.cli.main import main
+from vlmprune_jax.core.console import make_reporter
+
+TAKES_ARGUMENTS = True
+
+
+def define(values: Flags) -> None:
+    """Define the flags of this script."""
+    about = "write the results between the marks of this page, with figures beside it, instead of printing them"
+    absl_flags.DEFINE_string("page", None, about, flag_values=values)
+    absl_flags.DEFINE_string(
+        "guide", None, "add the rows to this guide, FILE.json (created if absent)", flag_values=values
+    )
+
+
+def run(flags: Any) -> None:
+    """Print or write the results."""
+    studies = read_studies(flags.args)
+    reporter = make_reporter(True)
+    if flags.page:
+        update_page(Path(flags.page), studies)
+        reporter.say(f"{flags.page}: conclusions written")
+    if flags.guide:
+        update_guide(Path(flags.guide), studies)
+        reporter.say(f"{flags.guide}: rows written")
+    for name, sweep in {} if flags.page or flags.guide else studies.items():
+        for line in as_markdown(name, sweep).splitlines():
+            reporter.say(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main(script=sys.modules[__name__]))
