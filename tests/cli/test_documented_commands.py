@@ -25,12 +25,13 @@ def lines_of(page):
 
 
 def commands():
-    """(page, words after `vlmprune`) of every whole command."""
+    """(page, words from the command's name on) of every whole line of `vlmprune` or of a script in tools/."""
     for pattern in PAGES:
         for path in sorted(ROOT.glob(pattern)):
             page = path.relative_to(ROOT).as_posix()
             for line in lines_of(page):
-                found = re.match(r"\s*vlmprune (\w[\w-]* .*)", line.replace("$BUCKET", "bucket"))
+                line = re.sub(r"^(\s*)python tools/(\w+)\.py ", r"\1vlmprune \2 ", line.replace("$BUCKET", "bucket"))
+                found = re.match(r"\s*vlmprune (\w[\w-]* .*)", line)
                 if found and not re.search(r" \| |\.\.\.|\[", found[1].partition(" #")[0]):
                     yield page, shlex.split(found[1], comments=True)
 
@@ -42,8 +43,8 @@ FOUND = [pytest.param(page, words, id=f"{page}: {' '.join(words)[:50]}") for pag
 def test_commands_are_as_documented(page, words, monkeypatch):
     monkeypatch.chdir(ROOT)
     name, *rest = words
-    assert name in COMMANDS
-    module = importlib.import_module(f"vlmprune_jax.cli.{name}")
+    assert name in COMMANDS or (ROOT / f"tools/{name}.py").is_file()
+    module = importlib.import_module(f"vlmprune_jax.cli.{name}" if name in COMMANDS else name)
     config = next((word.removeprefix("--config=") for word in rest if word.startswith("--config=")), None)
     if config is not None and (ROOT / f"{config.partition('.py')[0]}.py").is_file():
         parse(name, module, rest)  # loads it, and refuses settings that do not exist
