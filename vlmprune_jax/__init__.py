@@ -7,7 +7,7 @@ scores = vp.score(model, batches, criterion="block_influence")
 plan = vp.make_plan(scores, model.cfg, method="depth", ratio=0.3)
 vp.save(vp.apply_plan(model, plan), "DIR/pruned", source_dir="DIR/llava-1.5-7b-hf")
 
-vp.prune_folder("DIR/llava-1.5-7b-hf", plan, "DIR/pruned")  # the same from file to file, without the model in memory
+vp.prune_folder("DIR/llava-1.5-7b-hf", plan, "DIR/pruned")  # the same without the model in memory
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmprune_jax.core.errors import UserError
 
-# At once, since the folder of that name would otherwise stand in its place as soon as something imports it; no jax.
+# Imported eagerly: the subpackage of the same name would otherwise shadow it. Imports no jax.
 from vlmprune_jax.families import FAMILIES as families
 from vlmprune_jax.families import Family
 
@@ -56,8 +56,8 @@ if TYPE_CHECKING:
     from vlmprune_jax.recovery.terms import LossTerm
     from vlmprune_jax.stages.batches import batches
 
-# Public name -> module, and ":name there" where that differs. They load at first use: `import vlmprune_jax` takes
-# milliseconds, jax comes with a call.
+# Public name -> module, with ":NAME" if the module has another name for it. Loaded at first use, so that
+# `import vlmprune_jax` takes milliseconds and imports no jax.
 _HOMES = {
     "Criterion": "prune",
     "KeptLayer": "prune",
@@ -65,7 +65,7 @@ _HOMES = {
     "LossTerm": "recovery.terms",
     "Metric": "evaluation.metrics",
     "Model": "models.vlm",
-    "ModelConfig": "config",
+    "ModelConfig": "core.config",
     "PrunePlan": "prune",
     "RecoverConfig": "recovery.config",
     "Scores": "prune",
@@ -141,8 +141,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'vlmprune_jax' has no attribute {name!r}")
-    module, _, there = _HOMES[name].partition(":")
-    value = getattr(importlib.import_module(f"vlmprune_jax.{module}"), there or name)
+    module, _, attribute = _HOMES[name].partition(":")
+    value = getattr(importlib.import_module(f"vlmprune_jax.{module}"), attribute or name)
     globals()[name] = value
     return value
 

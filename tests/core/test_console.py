@@ -50,4 +50,4 @@ def test_large_tables_are_cut(monkeypatch):
     monkeypatch.setattr(console, "MOST_ROWS", 2)
     out = said(lambda reporter: reporter.table("t", ["a"] * 30, [["b"] * 30] * 3))
     assert out.count("b") == 2 * console.MOST_COLUMNS
-    assert out.endswith("  the first of 3 rows and 30 columns\n")
+    assert out.endswith("  (shortened from 3 rows and 30 columns)\n")

@@ -130,7 +130,7 @@ def test_the_only_split_need_not_be_named(tmp_path):
     [
         (POPE, {"_data_files": [{"filename": "../data-00000-of-00001.arrow"}]}, "is not a file of this folder"),
         (POPE, {"_data_files": [{"filename": "gone.arrow"}]}, "gone.arrow: no such file"),
-        (POPE, {"files": []}, "state.json: holds something else"),
+        (POPE, {"files": []}, "state.json: does not have the expected content"),
         (POPE, {"_data_files": []}, "holds no row"),
         ([{"text": "no question"}], None, "record 0: 'conversations' must be a non-empty list"),
         (

@@ -113,8 +113,8 @@ def test_no_program_is_started(goldens: Path, tmp_path: Path, monkeypatch: pytes
         (os.mkfifo, "is a FIFO, expected a file"),
         (os.mkdir, "is a folder, expected a file"),
         (lambda path: os.symlink("/dev/zero", path), "is a device, expected a file"),
-        (lambda path: os.symlink("nowhere", path), "is a link to nowhere, where nothing is"),
-        (lambda path: os.symlink(path.name, path), "is a link that leads back to itself"),
+        (lambda path: os.symlink("nowhere", path), "is a link to nowhere, which does not exist"),
+        (lambda path: os.symlink(path.name, path), "is a link to itself"),
     ],
 )
 def test_what_is_no_file(goldens: Path, tmp_path: Path, make: Callable[[Path], None], words: str) -> None:

@@ -156,7 +156,7 @@ def test_damaged_and_strange_files(folder: Path, name: str) -> None:
         ({"others": "[" * 100_000}, "example 0: is not valid JSON (too deeply nested)"),
         (
             {"others": "[]"},
-            "set/records, example 0: holds something else than it should (Expected `object`, got `array`",
+            "set/records, example 0: does not have the expected content (Expected `object`, got `array`",
         ),
         ({"others": '{"image": "b.png"}'}, "has both 'image' and 'images'"),
         ({"images": [{"name": "\33[2Ja.png", "number": 2**62}]}, "4611686018427387904 is not in"),

@@ -271,7 +271,7 @@ def test_the_sets_that_internvl_lists(tmp_path: Path, root: Path, monkeypatch: p
         ({"repeat_time": 10**9}, "set seen: repeat_time 1000000000"),
         ({"repeat_time": [1]}, "set seen: repeat_time [1]"),
         ({"annotation": "meta.json"}, "meta.json: holds a JSON dict, expected a list of conversations"),
-        ({"annotation": "a\0b"}, "holds a character that no path can have"),
+        ({"annotation": "a\0b"}, "path contains an invalid character"),
         ({"annotation": "a" * 5000}, "cannot be opened (File name too long)"),
         ({"data_augment": True}, "set seen: data_augment and max_dynamic_patch"),
         ({"max_dynamic_patch": 6}, "set data.max_tiles for all"),

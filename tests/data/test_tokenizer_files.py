@@ -109,7 +109,7 @@ def test_no_files(capfd, folder, name):
     refused(capfd, folder, f"{name}: is a FIFO")
     (folder / name).unlink()
     (folder / name).symlink_to("gone")
-    refused(capfd, folder, f"{name}: is a link to gone, where nothing is")
+    refused(capfd, folder, f"{name}: is a link to gone, which does not exist")
 
 
 def test_too_large(capfd, folder):

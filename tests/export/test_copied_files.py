@@ -38,7 +38,7 @@ def refused(source, name, said):
 def test_links_out_of_the_folder(source, name, target):
     (source / name).parent.mkdir(parents=True, exist_ok=True)
     (source / name).symlink_to(target.format(tmp=source.parent))
-    said = "is a link out of the folder" if os.path.exists(source / name) else "where nothing is"
+    said = "is a link out of the folder" if os.path.exists(source / name) else "which does not exist"
     refused(source, name, said)
 
 
@@ -57,10 +57,10 @@ def test_a_linked_folder_of_templates(source):
 def test_links_that_lead_nowhere(source, name):
     (source / name).parent.mkdir(exist_ok=True)
     (source / name).symlink_to("gone")
-    refused(source, name, "is a link to gone, where nothing is")
+    refused(source, name, "is a link to gone, which does not exist")
     (source / name).unlink()
     (source / name).symlink_to((source / name).name)
-    refused(source, name, "leads back to itself")
+    refused(source, name, "is a link to itself")
 
 
 def test_a_fifo_and_a_huge_file(source):

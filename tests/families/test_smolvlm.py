@@ -183,7 +183,7 @@ def test_a_position_table_with_impossible_cells(folder, tmp_path):
         shutil.copy(path, tmp_path)
     config = json.loads((folder / "config.json").read_text())
     for change, words in (
-        ({"scale_factor": 3}, "cannot be downsampled 3 times"),
+        ({"scale_factor": 3}, "cannot be downsampled by 3"),
         ({"scale_factor": 0}, "scale_factor"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))

@@ -332,10 +332,10 @@ def test_what_is_no_file(capsys, folder, plan, name):
     refused_by_all(capsys, folder, plan, f"{folder / name}: is a FIFO, expected a file")
     (folder / name).unlink()
     (folder / name).symlink_to("/gone/\x1b[31m")
-    refused_by_all(capsys, folder, plan, rf"{folder / name}: is a link to /gone/\x1b[31m, where nothing is")
+    refused_by_all(capsys, folder, plan, rf"{folder / name}: is a link to /gone/\x1b[31m, which does not exist")
     (folder / name).unlink()
     (folder / name).symlink_to(name)
-    refused_by_all(capsys, folder, plan, f"{folder / name}: is a link that leads back to itself")
+    refused_by_all(capsys, folder, plan, f"{folder / name}: is a link to itself")
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a/" + "x" * 300, "a\0b", "\udcff", "no/such", "x/" * 3000])

@@ -208,7 +208,7 @@ def test_what_an_internvl_chat_config_leaves_out(goldens, tmp_path):
 def test_added_tokens_of_an_unknown_form(goldens, tmp_path, name, content):
     shutil.copy(goldens / "ckpt/internvl/config.json", tmp_path)
     (tmp_path / name).write_text(json.dumps(content))
-    with pytest.raises(UserError, match=f"{name}: holds something else than it should"):
+    with pytest.raises(UserError, match=f"{name}: does not have the expected content"):
         read_config(tmp_path)
 
 

@@ -209,9 +209,9 @@ def test_phi4_with_fewer_heads_is_refused(tmp_path):
     [
         ({**PHI, "qk_layernorm": True}, "qk_layernorm"),
         ({**PHI, "tie_word_embeddings": True}, "cannot be tied"),
-        ({**PHI, "partial_rotary_factor": 0.3}, "3 rotated channels of each head is odd"),
+        ({**PHI, "partial_rotary_factor": 0.3}, "rotary_dim 3 must be even"),
         ({**PHI3, "rope_scaling": {"type": "su", "short_factor": [1.0] * 6}}, "longrope without long_factor"),
-        ({**PHI3, "num_attention_heads": 8}, "6 factors for 3 frequencies"),
+        ({**PHI3, "num_attention_heads": 8}, r"one number per frequency, 3 \(found 6\)"),
         ({**QWEN2, "layer_types": ["full_attention"]}, "layer_types lists 1 layers"),
         ({**QWEN2, "layer_types": ["linear_attention"] * 4}, "linear_attention"),
         ({**QWEN2, "model_type": "gemma"}, "known: .*qwen3, phi, phi3"),

@@ -360,8 +360,8 @@ def test_buckets_are_planned_by_the_largest(experiment_file, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("topology", "message"),
     [
-        ("v5x:8x8", "'v5x:8x8': generations are v5e, v5p, v6e, slices of them for example v5e:"),
-        ("v5e", "'v5e' is not GENERATION:SIZES, for example v5e:"),
+        ("v5x:8x8", "'v5x:8x8': unknown TPU generation .known: v5e, v5p, v6e.: use for example v5e:"),
+        ("v5e", "'v5e' is not GENERATION:SIZES: use for example v5e:"),
         ("v5e:3x5", "does not exist .* v5e has 2x2, 2x4"),
     ],
 )

@@ -286,8 +286,8 @@ def _fifo(path: Path) -> None:
     ("file", "damage", "message"),
     [
         ("meta/metadata", Path.unlink, r"/6: cannot be read \("),
-        ("meta/metadata", _junk(b"[]"), r"/6: (holds something else|cannot be read)"),
-        ("meta/metadata", _junk(b'{"identity": 1, "data": ["j1"]}'), r"/6: holds something else"),
+        ("meta/metadata", _junk(b"[]"), r"/6: (does not have the expected content|cannot be read)"),
+        ("meta/metadata", _junk(b'{"identity": 1, "data": ["j1"]}'), r"/6: does not have the expected content"),
         ("meta/metadata", _fifo, r"meta/metadata: is a FIFO, expected a file"),
         ("state/_METADATA", _junk(b"\xff{"), r"/6: cannot be read \("),
         ("state/_METADATA", _junk(b'{"tree_metadata": {}}'), r"/6: cannot be read \("),

@@ -73,7 +73,7 @@ def test_a_record_that_is_too_long_for_the_model_is_named(folder: Path, cfg: Mod
 
 
 def test_settings_that_are_too_large_for_the_model(folder: Path, cfg: ModelConfig) -> None:
-    most = f" is more than 4 times the {cfg.text.max_positions} positions of the model .*: lower it"
+    most = rf" is more than 4 times the model.s max_position_embeddings \({cfg.text.max_positions}\): lower it"
     for change in ({"max_length": 10**8}, {"max_length": 10**8, "truncate": False}):
         with pytest.raises(UserError, match=f"data.max_length=100000000{most}"):
             calibrated(folder, cfg, 2, **change)

@@ -1,1 +1,1 @@
-"""What everything else stands on: errors, checked options and files, configurations, budgets; no jax."""
+"""Foundations without jax: errors, checked options and files, model configurations, budgets, chips."""

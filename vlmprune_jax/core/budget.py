@@ -1,4 +1,4 @@
-"""What a pruned model may cost, in place of a ratio: every limit and the workload behind it, declared once; no jax."""
+"""Cost limits of a pruned model, given in place of a ratio, and the workload that they refer to; no jax."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _PRUNE = ("prune",)
 
 @dataclass(frozen=True)
 class Budget:
-    """The most that the pruned model may cost, in place of a ratio: every limit given is kept to, and the workload.
+    """Cost limits of a pruned model, used in place of a ratio; a plan satisfies every limit that is set.
 
-    `dtype` and `uneven` are, of an experiment, those of its export. `other_bytes` lie in the export's weights beside
-    those of the computed model (or, below 0, are not there).
+    In an experiment, `dtype` and `uneven` come from its export. `other_bytes` are bytes of the exported weights outside
+    the computed model (negative if the export leaves some of its weights out).
     """
 
     parameters: float | None = setting(None, "Most parameters of the whole model.", affects=_PRUNE, above=0)
@@ -72,37 +72,37 @@ class Budget:
     def __post_init__(self) -> None:
         check_settings("prune.budget", self)
         if not all(_is_point(point) for point in self.curve):
-            raise UserError(f"prune.budget.curve={self.curve!r} must be pairs of parameters and milliseconds, above 0")
+            raise UserError(f"prune.budget.curve={self.curve!r} must be pairs (parameters, milliseconds) above 0")
         if self.decode_ms is not None and self.bench is None and not self.curve:
             raise UserError(
-                "prune.budget.decode_ms: nothing was measured: set prune.budget.bench to the file of "
-                "`vlmprune bench --model=DIR --against=PRUNED --json=FILE.json`, where PRUNED is a smaller copy"
+                "prune.budget.decode_ms: needs measured speeds: run `vlmprune bench --model=DIR --against=PRUNED "
+                "--json=FILE.json`, where PRUNED is a smaller copy, and set prune.budget.bench to that file"
             )
 
     @property
     def limits(self) -> dict[str, float]:
-        """The limits that are given, by name."""
+        """The limits that are set, by name."""
         return {name: limit for name in LIMITS if (limit := getattr(self, name)) is not None}
 
     @property
     def given(self) -> dict[str, Any]:
-        """What differs from the defaults, as `make_plan(budget=...)` takes it."""
+        """Settings that differ from their defaults, in the form that `make_plan(budget=...)` takes."""
         return {f.name: value for f in dataclasses.fields(self) if (value := getattr(self, f.name)) != f.default}
 
 
 def _is_point(point: Any) -> bool:
-    numbers = isinstance(point, list | tuple) and all(isinstance(one, int | float) for one in point)
-    return numbers and len(point) == 2 and all(0 < one < float("inf") for one in point)
+    numbers = isinstance(point, list | tuple) and all(isinstance(number, int | float) for number in point)
+    return numbers and len(point) == 2 and all(0 < number < float("inf") for number in point)
 
 
 def budget_of(given: Mapping[str, Any]) -> Budget:
-    """The budget of `make_plan(budget=...)`.
+    """Return the `Budget` for the dictionary passed to `make_plan(budget=...)`.
 
     Raises:
       UserError: a name that does not exist, with the nearest that does, a value that cannot be, or no limit.
     """
     if not isinstance(given, Mapping):
-        raise UserError(f"budget={given!r} must name its limits, as {{'parameters': 1e8}}")
+        raise UserError(f"budget={given!r} must be a dictionary of limits, for example {{'parameters': 1e8}}")
     defaults = {f.name: f.default for f in dataclasses.fields(Budget)}
     values = with_defaults("budget", given, defaults)
     for name, value in values.items():

@@ -1,4 +1,4 @@
-"""Options and names that a user gives: declared as settings, and checked, with a suggestion for a typo."""
+"""Settings and names given by a user: declared once, checked, with a suggestion for a misspelled name."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ from vlmprune_jax.core.errors import UserError
 
 
 def one_of(kind: str, value: Any, known: Collection[str]) -> str:
-    """`value`, or a UserError that lists what is known and suggests the nearest."""
+    """Return `value` if it is a known name; otherwise raise a UserError that suggests the nearest name."""
     if value in known:
         return value
-    near = difflib.get_close_matches(str(value), known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise UserError(f"{kind} {value!r} is not one of {', '.join(known)}{hint}")
+    raise UserError(f"{kind} {value!r} is not one of {', '.join(known)}{_near(str(value), known)}")
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def with_defaults(what: str, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """`defaults` overridden by `options`; an unknown name is refused."""
+    """Return `defaults` overridden by `options`; raise a UserError for an unknown name."""
     for name in options:
         if name not in defaults:
-            near = difflib.get_close_matches(name, defaults, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"{what} has no option {name!r} (options: {', '.join(defaults) or 'none'}){hint}")
+            options_text = ", ".join(defaults) or "none"
+            raise UserError(f"{what} has no option {name!r} (options: {options_text}){_near(name, defaults)}")
     return {**defaults, **options}
 
 
 def layer_range(name: str, value: Any, n_layers: int) -> range:
-    """Layers of "all" or of a half-open (start, stop) in original numbering."""
+    """Return the layers selected by "all" or by a half-open pair (start, stop) in original numbering."""
     if value == "all":
         return range(n_layers)
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
@@ -46,22 +48,21 @@ def layer_range(name: str, value: Any, n_layers: int) -> range:
 
 
 def fraction(name: str, value: Any) -> float:
-    """A number in [0, 1)."""
+    """Return `value` as a float in [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise UserError(f"{name}={value!r} must be at least 0 and below 1 (0.3 is 30 %)")
     return float(value)
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest known name, or the list of what there is."""
+    """Return `; did you mean 'x'?` for the nearest known name, or else a list of the known names."""
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f" (there is {', '.join(names)})"
+    return _near(name, names) or f" (known: {', '.join(names)})"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of a setting beside its type and default; see `setting`."""
+    """Declaration of one setting, beside its name and type; see `setting`."""
 
     default: Any
     sentence: str
@@ -77,18 +78,18 @@ class Setting:
 
     @property
     def bounds(self) -> str:
-        """`at least 0 and below 1`; "" where any number is."""
+        """The allowed range in words, such as `at least 0 and below 1`; empty without bounds."""
         limits = (("at least", self.least), ("above", self.above), ("below", self.below), ("at most", self.most))
-        return " and ".join(f"{what} {_number(limit)}" for what, limit in limits if limit is not None)
+        return " and ".join(f"{what} {_limit_text(limit)}" for what, limit in limits if limit is not None)
 
     def names(self) -> tuple[str, ...]:
-        """The choices: those declared, or the names in what is elsewhere now (see `setting`); and the default."""
-        found = self.choices
-        if isinstance(found, str):
-            module, _, name = found.partition(":")
-            there = getattr(importlib.import_module(f"vlmprune_jax.{module}"), name)
-            found = there if isinstance(there, Collection) else there()
-        return (self.default, *found) if found and self.default not in (None, *found) else tuple(found)
+        """Return the allowed texts: the declared choices, or the names in their mapping now, and the default."""
+        choices = self.choices
+        if isinstance(choices, str):
+            module, _, name = choices.partition(":")
+            source = getattr(importlib.import_module(f"vlmprune_jax.{module}"), name)
+            choices = source if isinstance(source, Collection) else source()
+        return (self.default, *choices) if choices and self.default not in (None, *choices) else tuple(choices)
 
 
 def setting(
@@ -108,15 +109,15 @@ def setting(
     """Declare a dataclass field as a setting; checks, ledger, help and the settings page derive from the declaration.
 
     Args:
-      sentence: what it does, for people.
-      affects: stages whose results it changes (`experiment.spec.STAGES`); none for what may be changed at any time.
-      choices: the texts it may be, or "module:NAME" of a mapping or tuple of them, or a function that gives one, looked
-        up when a command starts: a user's file may have added to it.
-      least, above, below, most: bounds of a number, or of each in a tuple; numbers are finite in any case.
-      by_content: it names a file or folder, whose content counts and not its name.
-      offered: a config has it; False for arguments of the Python library alone.
+      sentence: what the setting does, shown in help and docs.
+      affects: stages whose results the setting changes (`experiment.spec.STAGES`); empty if it may change at any time.
+      choices: the allowed texts, or "module:NAME" of a mapping, a tuple or a function that returns one; looked up when
+        a command starts, since a user's file may add names.
+      least, above, below, most: bounds of a number, or of each number in a tuple; all numbers must be finite.
+      by_content: the setting names a file or folder; results depend on its content, not on its name.
+      offered: available in configs; False for arguments of the Python library alone.
     """
-    about = Setting(
+    declared = Setting(
         default,
         sentence,
         tuple(affects),
@@ -129,22 +130,27 @@ def setting(
         by_content=by_content,
         offered=offered,
     )
-    metadata = {"setting": about}
+    metadata = {"setting": declared}
     if isinstance(default, dict):
         return field(default_factory=lambda: default, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
 def settings_of(section: Any) -> dict[str, Setting]:
-    """Name -> what is declared of it, for a dataclass or an instance of one; sections within it are not among them."""
+    """Return name -> declaration for the settings of a dataclass or an instance, without nested sections."""
     return {f.name: f.metadata["setting"] for f in dataclasses.fields(section) if "setting" in f.metadata}
 
 
 def check_settings(where: str, section: Any, *, elsewhere: bool = False) -> None:
-    """Refuse values out of bounds or not among the choices; `elsewhere`: also choices that are names in a mapping.
+    """Refuse values out of bounds or not among the choices.
+
+    Args:
+      where: name of the section, for messages.
+      section: an instance of the dataclass.
+      elsewhere: also check choices that are names in a mapping of another module.
 
     Raises:
-      UserError: `where.name=value` and what it must be.
+      UserError: a value is not allowed; the message names `where.name`.
     """
     for name, about in settings_of(section).items():
         value = getattr(section, name)
@@ -168,12 +174,12 @@ def _numbers(value: Any) -> list[float]:
     return [item for item in items if isinstance(item, int | float) and not isinstance(item, bool)]
 
 
-def _number(limit: float) -> str:
+def _limit_text(limit: float) -> str:
     return "2**32" if limit == 2**32 else f"{limit:g}" if isinstance(limit, float) else str(limit)
 
 
 def file_of_users(function: Any) -> Path | None:
-    """The file of a function that is not this package's own: what it gives changes with that file."""
+    """Return the source file of a user's function, or None for functions of this package."""
     code = getattr(function, "__code__", None)
     path = Path("" if code is None else code.co_filename)
     return path if path.is_file() and Path(__file__).parents[1] not in path.parents else None

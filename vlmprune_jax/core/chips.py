@@ -1,4 +1,4 @@
-"""What a TPU chip can do, per generation: the peaks behind rooflines and MFU (and those of some GPUs, for MFU)."""
+"""Peak performance of TPU chips, for rooflines and MFU, and of some GPUs, for MFU."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ GIGA, GIB = 10**9, 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """Peaks of one chip: bfloat16 FLOP/s, bytes of HBM that a program may take, HBM bytes/s, and bytes/s that its links
-    to other chips can receive together.
+    """Peak rates and memory of one TPU chip.
 
-    `kinds`: what jax calls its devices. `slices`: common topologies, smallest first.
+    Attributes:
+      kinds: names that jax gives its devices.
+      flops: bfloat16 FLOP/s.
+      hbm: bytes of HBM that a program may use.
+      hbm_bandwidth: bytes/s.
+      ici_bandwidth: bytes/s received from other chips, all links together.
+      slices: common topologies, smallest first.
     """
 
     kinds: tuple[str, ...]
@@ -27,10 +32,10 @@ class Chip:
     slices: tuple[str, ...]
 
     def seconds(self, flops: float, traffic: float, received: float) -> dict[str, float]:
-        """Seconds of a program if only this limited it: arithmetic, memory, links between chips.
+        """Return the time (s) that each resource alone would take: compute, memory, interconnect.
 
-        `flops`, `traffic` (bytes of HBM read and written), `received` (bytes from other chips): per chip. The roofline
-        is the slowest of the three, the others hidden behind it.
+        `flops`, `traffic` (bytes of HBM read and written) and `received` (bytes from other chips) are per chip. The
+        roofline is the maximum of the three, since they overlap.
         """
         return {
             "compute": flops / self.flops,
@@ -51,8 +56,8 @@ CHIPS = {
 }
 
 
-# Dense bfloat16 FLOP/s by the name that jax gives the device; NVIDIA's data sheets of A100 (SXM), H100 (SXM) and H200
-# print twice these for H100 and H200, with sparsity.
+# Dense bfloat16 FLOP/s by jax device name, from NVIDIA's data sheets (SXM); for H100 and H200 the sheets print the rate
+# with sparsity, which is twice as high.
 GPU_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
@@ -62,21 +67,23 @@ GPU_FLOPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak bfloat16 FLOP/s of a device, by the name that jax gives it; None if it is not a known TPU or GPU."""
-    found = next((chip.flops for chip in CHIPS.values() if device_kind in chip.kinds), None)
-    return GPU_FLOPS.get(device_kind) if found is None else found
+    """Return the peak bfloat16 FLOP/s of a device by its jax name; None for an unknown device."""
+    chip = next((chip for chip in CHIPS.values() if device_kind in chip.kinds), None)
+    return GPU_FLOPS.get(device_kind) if chip is None else chip.flops
 
 
 def slice_of(name: str) -> tuple[Chip, int]:
-    """The chip of a slice by its name, "v5e:8x8", and how many of them it has.
+    """Return the chip type and the number of chips of a slice, such as "v5e:8x8".
 
     Raises:
-      UserError: an unknown generation, or no sizes.
+      UserError: the generation is unknown, or the sizes are not numbers.
     """
     generation, _, grid = name.partition(":")
-    known = ", ".join(f"{key}:{chip.slices[-3]}" for key, chip in CHIPS.items())
+    examples = ", ".join(f"{key}:{chip.slices[-3]}" for key, chip in CHIPS.items())
     if generation not in CHIPS:
-        raise UserError(f"topology {name!r}: generations are {', '.join(CHIPS)}, slices of them for example {known}")
+        raise UserError(
+            f"topology {name!r}: unknown TPU generation (known: {', '.join(CHIPS)}): use for example {examples}"
+        )
     if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3})+", grid):
-        raise UserError(f"topology {name!r} is not GENERATION:SIZES, for example {known}")
+        raise UserError(f"topology {name!r} is not GENERATION:SIZES: use for example {examples}")
     return CHIPS[generation], math.prod(map(int, grid.split("x")))

@@ -1,4 +1,4 @@
-"""Every shape and hyper-parameter of a model, as frozen dataclasses; no arrays and no jax here."""
+"""Shapes and hyper-parameters of a model as frozen dataclasses, without arrays and without jax."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any, Self
 from vlmprune_jax.core.checks import check_settings, setting
 from vlmprune_jax.core.errors import UserError
 
-IGNORED = -100  # the label of a position where nothing is to be learnt, as torch's cross-entropy has it
+IGNORED = -100  # label of a position without loss, as in torch's cross-entropy
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Widths of one layer of a stack: query heads, key/value heads and MLP neurons.
+    """Widths of one layer: query heads, key/value heads and MLP neurons.
 
-    `window` is the layer's own attention window, None if it sees everything (before it, in a decoder): as many tokens,
-    sliding, or in a tower squares of as many merged cells a side. It is no width: pruning never changes it, and plans
-    do not record it.
+    `window` is the layer's attention window, None for full attention (causal in a decoder): the number of tokens of a
+    sliding window, or in a tower the side, in merged cells, of square windows. Pruning never changes it, and plans do
+    not record it.
     """
 
     q_heads: int
@@ -34,21 +34,21 @@ class LayerShape:
         if self.q_heads % self.kv_heads:
             raise UserError(f"{self}: q_heads must be a multiple of kv_heads (grouped-query attention)")
         if self.window is not None and self.window < 1:
-            raise UserError(f"{self}: a sliding window must hold at least 1 token")
+            raise UserError(f"{self}: window must be at least 1")
 
     @property
     def widths(self) -> tuple[int, int, int]:
-        """(q_heads, kv_heads, mlp): what plans and `per_layer_shapes` record."""
+        """(q_heads, kv_heads, mlp), as recorded by plans and `per_layer_shapes`."""
         return self.q_heads, self.kv_heads, self.mlp
 
 
 @dataclass(frozen=True)
 class ImageShape:
-    """What an image becomes: `rows` x `columns` pieces (1 x 1: it stays whole), in `slots` of a batch's image array.
+    """Layout of one processed image: `rows` x `columns` pieces (1 x 1: the whole image), in `slots` of the batch.
 
-    A slot is what a batch counts images in: a whole image or a tile; a grid of several may have its overview as one
-    more, the last. An image of a size of its own is one slot whose pieces are patches, and says how many `tokens` they
-    make; the slots of others all have a model's `tokens_per_image` (0).
+    A slot is one entry of a batch's image array: a whole image or a tile. A tile grid may have one more slot, the last,
+    for its overview. For models that take images of any size, an image is one slot, its pieces are patches, and
+    `tokens` is the number of its tokens; otherwise `tokens` is 0 and every slot takes the model's `tokens_per_image`.
     """
 
     rows: int = 1
@@ -57,12 +57,12 @@ class ImageShape:
     tokens: int = 0
 
     def positions(self, per_slot: int) -> int:
-        """Decoder positions that it takes; `per_slot`: of images that all have one size."""
+        """Return the number of decoder positions; `per_slot` applies to images that all have one size."""
         return self.tokens or per_slot * self.slots
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """(frames, rows, columns) of patches, of an image of a size of its own."""
+        """(frames, rows, columns) of patches, for images of any size."""
         return (1, self.rows, self.columns)
 
 
@@ -70,12 +70,12 @@ class ImageShape:
 class RopeConfig:
     """Rotary position embedding as Hugging Face configs describe it (`rope_theta` and `rope_scaling`).
 
-    `kind` is "default", "linear", "llama3", "yarn" or "longrope"; the other fields are that kind's parameters, 0 or
-    empty where unused. LongRoPE divides each frequency by its short factor, or by its long factor for the whole batch
+    `kind` is "default", "linear", "llama3", "yarn" or "longrope"; the other fields are its parameters, 0 or empty if
+    unused. LongRoPE divides each frequency by its short factor, or by its long factor for the whole batch
     as soon as one position reaches `original_max_positions`.
 
-    With `sections` images have positions in three rows (M-RoPE): so many frequencies turn with the frame, the row and
-    the column, one block after the other, or `interleaved` in turns.
+    `sections` (M-RoPE) are the numbers of frequencies that rotate with an image's frame, row and column: in consecutive
+    blocks, or `interleaved`.
     """
 
     theta: float
@@ -103,20 +103,20 @@ class RopeConfig:
                 f"{self.kind} rope with theta {self.theta:g}, original_max_position_embeddings "
                 f"{self.original_max_positions}, low and high_freq_factor {self.low_freq_factor:g} and "
                 f"{self.high_freq_factor:g}, beta_slow and beta_fast {self.beta_slow:g} and {self.beta_fast:g}: "
-                "these do not fit together"
+                "inconsistent values: check rope_parameters in config.json"
             )
 
 
-TIMES_POSITIONS, SHORT_ROW = 4, 4096  # a row may have so many times a model's positions, and always so many tokens
-# The decoder, and the tower of a model that sees images: names of the fields of a `ModelConfig` and of its params.
+TIMES_POSITIONS, SHORT_ROW = 4, 4096  # maximum tokens of a row: 4 times the model's positions, or 4096 if that is more
+# Decoder and vision tower: names of the fields of a `ModelConfig` and of its params.
 STACKS = ("text", "vision")
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers that share one residual stream of `hidden_size`, one shape each, in order; heads are of `head_dim`.
+    """Layers that share one residual stream of `hidden_size`, one shape each, in order; heads are `head_dim` wide.
 
-    Models and plans have them by name, see `STACKS`.
+    Models and plans refer to stacks by name, see `STACKS`.
     """
 
     hidden_size: int
@@ -125,15 +125,15 @@ class Stack:
 
     @property
     def even(self) -> bool:
-        """Whether all layers have the same widths, as stock transformers wants them."""
+        """True if all layers have the same widths, as stock transformers requires."""
         return len({shape.widths for shape in self.layers}) <= 1
 
     def with_layers(self, layers: Sequence[LayerShape]) -> Self:
-        """The same stack with other layers."""
+        """Return the same stack with other layers."""
         return dataclasses.replace(self, layers=tuple(layers))
 
     def alone(self, shape: LayerShape) -> Self:
-        """One layer of the stack by itself."""
+        """Return a stack with only this layer."""
         return self.with_layers((shape,))
 
 
@@ -144,10 +144,10 @@ _CHOICES = {"block": ("sequential", "parallel"), "norm": ("rms", "layer"), "mlp_
 class TextConfig(Stack):
     """A pre-norm decoder.
 
-    `rotary_dim` channels of every head are rotated (its first ones). `block` is "sequential", or "parallel" for Phi's
-    x + attention(norm x) + mlp(norm x) with one norm; `norm` is "rms" or "layer"; `mlp_kind` is "gated" or "plain" (two
-    projections); `qk_norm` is Qwen3's norm of every query and key head. `decoder` is the `model_type` in files, and
-    `whole_heads` says that its class in PyTorch takes hidden_size / heads for the size of a head.
+    The first `rotary_dim` channels of every head are rotated. `block` is "sequential", or "parallel" for Phi's x +
+    attention(norm x) + mlp(norm x) with one norm; `norm` is "rms" or "layer"; `mlp_kind` is "gated" or "plain" (two
+    projections); `qk_norm` is Qwen3's norm of every query and key head. `decoder` is the `model_type` in files.
+    `whole_heads` is True if the PyTorch class computes head_dim as hidden_size / heads.
     """
 
     vocab_size: int
@@ -172,41 +172,44 @@ class TextConfig(Stack):
         if not self.layers:
             raise UserError("a decoder needs at least one layer")
         if not 0 < self.rotary_dim <= self.head_dim:
-            raise UserError(f"{self.rotary_dim} rotated channels of heads of {self.head_dim}: need 1 to head_dim")
+            raise UserError(f"rotary_dim {self.rotary_dim} must be between 1 and head_dim {self.head_dim}")
         if self.rotary_dim % 2:
-            raise UserError(f"{self.rotary_dim} rotated channels of each head is odd: rotary embedding rotates pairs")
+            raise UserError(f"rotary_dim {self.rotary_dim} must be even (rotary embedding rotates pairs of channels)")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
-                raise UserError(f"{name} {getattr(self, name)!r} of a decoder is not one of {', '.join(known)}")
+                raise UserError(f"decoder: {name} {getattr(self, name)!r} is not one of {', '.join(known)}")
         sections = self.rope.sections
         if sections and (len(sections) != 3 or min(sections) < 0 or sum(sections) != self.rotary_dim // 2):
             raise UserError(
-                f"mrope_section {list(sections)}: needs three numbers that add up to {self.rotary_dim // 2}, half of "
-                f"the {self.rotary_dim} rotated channels of a head"
+                f"mrope_section {list(sections)} must be three numbers that sum to {self.rotary_dim // 2} "
+                f"(half of rotary_dim {self.rotary_dim})"
             )
         if self.head_bias and self.tie_embeddings:
-            raise UserError("an output head with a bias cannot be tied to the embeddings (tie_word_embeddings)")
+            raise UserError(
+                "tie_word_embeddings: an output head with a bias cannot be tied to the embeddings: set it to false"
+            )
         for factors in (self.rope.short_factors, self.rope.long_factors):
             if self.rope.kind == "longrope" and len(factors) != self.rotary_dim // 2:
                 raise UserError(
-                    f"longrope has {len(factors)} factors for {self.rotary_dim // 2} frequencies: config.json's "
-                    "short_factor and long_factor need one per pair of rotated channels"
+                    f"longrope: short_factor and long_factor in config.json need one number per frequency, "
+                    f"{self.rotary_dim // 2} (found {len(factors)})"
                 )
 
 
 @dataclass(frozen=True)
 class VisionConfig(Stack):
-    """A vision transformer; its `layers` are the blocks that are computed, up to the feature layer.
+    """A vision transformer; its `layers` are the computed blocks, up to the feature layer.
 
-    `n_layers_total` counts the blocks of the checkpoint: those above the feature layer are neither loaded nor run.
-    `kind` names its weight table in files (families/towers.py); the fields after it say how the towers differ.
-    `position_size` is the image size that the position table is for (0: `image_size`); a tower that `resizes` fits its
-    table to other images, one that `spreads` has the real patches of a masked image spread over the whole table.
+    `n_layers_total` is the number of blocks in the checkpoint; those above the feature layer are neither loaded nor
+    run. `kind` names the weight table (families/towers.py); the fields after it describe the differences between
+    towers. `position_size` is the image size of the position table (0: `image_size`). A tower that `resizes`
+    interpolates its table for other image sizes; a tower that `spreads` distributes the real patches of a masked image
+    over the table.
 
-    With `temporal` (copies of the image in a patch) images are of any size and come as patches, `merge` x `merge`
-    neighbours one after the other; `image_size` is then a typical one, for estimates. Such a tower fits its table to
-    every image, if it has one (`table`), and turns queries and keys by row and column (`rope_theta`). What the blocks
-    `deepstack` make is handed to the decoder's first layers.
+    With `temporal` (copies of the image in a patch) images have any size and arrive as patches, `merge` x `merge`
+    neighbours consecutively; `image_size` is then a typical size, for estimates. Such a tower interpolates its position
+    table, if it has one (`table`), for every image, and rotates queries and keys by row and column (`rope_theta`). The
+    outputs of the blocks in `deepstack` are added to the first decoder layers.
     """
 
     n_layers_total: int
@@ -237,35 +240,32 @@ class VisionConfig(Stack):
         if self.image_size < self.patch_size:
             raise UserError(f"vision tower: image_size {self.image_size} is below patch_size {self.patch_size}")
         if self.rope_theta and self.head_dim % 4:
-            raise UserError(
-                f"vision tower: heads of {self.head_dim} channels, of which rows and columns turn half each: needs a "
-                "multiple of 4"
-            )
+            raise UserError(f"vision tower: head_dim {self.head_dim} must be a multiple of 4 (2-D rotary embedding)")
         last, ascending = self.n_layers_total - 1, sorted(set(self.deepstack))
         if ascending != list(self.deepstack) or not set(ascending) <= set(range(len(self.layers))):
             raise UserError(
-                f"vision tower: deepstack_visual_indexes {list(self.deepstack)} must be ascending numbers of its "
-                f"blocks, 0 to {last}"
+                f"vision tower: deepstack_visual_indexes {list(self.deepstack)} must be ascending block numbers "
+                f"from 0 to {last}"
             )
 
     @property
     def any_size(self) -> bool:
-        """Whether images are of any size and come as patches."""
+        """True if images have any size and arrive as patches."""
         return self.temporal > 0
 
     @property
     def patch_values(self) -> int:
-        """Numbers of a patch."""
+        """Values per patch."""
         return self.channels * max(self.temporal, 1) * self.patch_size**2
 
     @property
     def grid(self) -> int:
-        """Patches a side; pixels beyond the last whole patch are not looked at."""
+        """Patches per side; pixels beyond the last whole patch are ignored."""
         return self.image_size // self.patch_size
 
     @property
     def position_grid(self) -> int:
-        """Patches a side of the position table."""
+        """Patches per side of the position table."""
         return (self.position_size or self.image_size) // self.patch_size
 
     @property
@@ -275,33 +275,37 @@ class VisionConfig(Stack):
 
     @property
     def whole_heads(self) -> bool:
-        """Whether the heads of every layer make up the width, from which classes in PyTorch take the size of one."""
+        """True if heads x head_dim is hidden_size in every layer, as PyTorch classes assume."""
         return all(shape.q_heads * self.head_dim == self.hidden_size for shape in self.layers)
 
     def with_layers(self, layers: Sequence[LayerShape]) -> Self:
-        """The same tower with other layers; it then ends with the feature layer, since no block above it fits them."""
+        """Return the same tower with other layers; it then ends with the feature layer."""
         layers = tuple(layers)
         if self.deepstack and len(layers) != len(self.layers):
             raise UserError(
-                "blocks of a vision tower whose features enter several decoder layers (deepstack) cannot be removed: "
-                "prune its widths, or the decoder"
+                "vision tower: its blocks cannot be removed, since their features enter several decoder layers "
+                "(deepstack): prune its widths, or the decoder"
             )
         return self if layers == self.layers else dataclasses.replace(self, layers=layers, n_layers_total=len(layers))
 
     def alone(self, shape: LayerShape) -> Self:
-        """One block of the tower by itself."""
+        """Return a tower with only this block."""
         return dataclasses.replace(self, layers=(shape,), n_layers_total=1, deepstack=())
 
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    """From vision features to decoder embeddings.
+    """Projector from vision features to decoder embeddings.
 
-    `kind` "mlp" is LLaVA's: two layers. In the others `downsample` x `downsample` neighbours become one longer feature
-    first (`shuffle_version` "v1" transposes the cells, "v2" does not): "pixel_shuffle" is InternVL's, with a layer norm
-    (`norm_eps`) before the same two layers, "linear" SmolVLM's, one layer without activation. "merger" has the norm
-    before the patches are joined, and two layers as wide as they are then; the first of `deepstack` more of them, whose
-    norm (a layer norm) comes after, is for the first of the tower's deepstack blocks.
+    Kinds:
+      mlp: LLaVA's two layers.
+      pixel_shuffle: InternVL's; a layer norm (`norm_eps`), then two layers.
+      linear: SmolVLM's single layer without activation.
+      merger: Qwen-VL's; a norm before patches are joined, then two layers of the joined width.
+
+    All but "mlp" first join `downsample` x `downsample` neighbours into one longer feature (`shuffle_version` "v1"
+    transposes the cells, "v2" does not). `deepstack` is the number of further mergers, with a layer norm after joining,
+    in the order of the tower's deepstack blocks.
     """
 
     activation: str
@@ -319,7 +323,7 @@ class ProjectorConfig:
 
     @property
     def shuffles(self) -> bool:
-        """Whether neighbouring patches become one feature."""
+        """True if neighbouring patches are joined into one feature."""
         return self.kind != "mlp"
 
 
@@ -327,7 +331,7 @@ class ProjectorConfig:
 class LoraConfig:
     """Low-rank adapters on decoder projections (Hu et al. 2021): y += alpha/rank * B A dropout(x).
 
-    Used where `recover.trainable` trains adapters.
+    Used if `recover.trainable` trains adapters.
     """
 
     rank: int = setting(128, "Rank of the two factors.", affects=("recover",), least=1)
@@ -343,12 +347,12 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One model: decoder, optional vision tower and projector, and how its folder is laid out.
+    """One model: decoder, optional vision tower and projector, and the layout of its folder.
 
-    `feature_select` is "patch" (the tower's first position, the class token if it has one, is dropped) or "full".
+    `feature_select` is "patch" (drop the tower's first position, the class token if it has one) or "full".
     `image_token_id` marks the positions that image features replace; the original LLaVA and Bunny layouts use the
-    sentinel -200, which is never embedded; `video_token_id` marks what is refused. With `tower` False there are no
-    weights of the tower, and the model takes its features instead of pixels.
+    sentinel -200, which is never embedded. Tokens `video_token_id` are refused. With `tower` False the tower's weights
+    are not loaded, and the model takes vision features instead of pixels.
     """
 
     family: str
@@ -370,29 +374,28 @@ class ModelConfig:
             return
         grid, factor = self.vision.grid, self.projector.downsample
         if grid % factor:
-            raise UserError(f"images of {grid} patches a side cannot be downsampled {factor} times")
+            raise UserError(
+                f"vision tower: {grid} patches per side cannot be downsampled by {factor}: must be divisible"
+            )
         if len(self.text.layers) < self.deepstack:
             raise UserError(
-                f"a decoder of {len(self.text.layers)} layers, and features of the vision tower for the first "
-                f"{self.deepstack} (deepstack_visual_indexes): at least as many layers must stay"
+                f"decoder has {len(self.text.layers)} layers, but the vision tower has features for the first "
+                f"{self.deepstack} (deepstack_visual_indexes): keep at least {self.deepstack} layers"
             )
 
     @property
     def deepstack(self) -> int:
-        """How many of the first decoder layers have features of the tower added to their output at image tokens."""
+        """Number of first decoder layers whose output receives tower features at image tokens."""
         return 0 if self.vision is None else len(self.vision.deepstack)
 
     @property
     def any_size(self) -> bool:
-        """Whether images are of any size and come as patches."""
+        """True if images have any size and arrive as patches."""
         return self.vision is not None and self.vision.any_size
 
     @property
     def tokens_per_image(self) -> int:
-        """Decoder positions that one image, or one tile of it, occupies (0 without a vision tower).
-
-        Of a tower for images of any size: that a typical one does.
-        """
+        """Decoder positions of one image or tile (0 without a vision tower; a typical image if sizes vary)."""
         if self.vision is None:
             return 0
         positions = self.vision.n_patches + self.vision.class_token - (self.feature_select == "patch")
@@ -400,7 +403,7 @@ class ModelConfig:
 
     @property
     def feature_shape(self) -> tuple[int, int]:
-        """(tokens, features) of one image, or one tile of it, before the projector ((0, 0) without a vision tower)."""
+        """(tokens, features) of one image or tile before the projector; (0, 0) without a vision tower."""
         if self.vision is None or self.projector is None:
             return 0, 0
         width = self.vision.hidden_size * self.projector.downsample**2
@@ -408,51 +411,50 @@ class ModelConfig:
 
     @property
     def longest_row(self) -> int:
-        """Most tokens of a row that records and settings may ask for, so that it is known before memory is taken.
+        """Maximum number of tokens per row, checked before memory is allocated.
 
-        Rotary positions go on beyond `max_positions`, as in transformers, and a model gets worse there; at several
-        times as many it is of no use. Rows that any machine holds are not refused. Arrays of one's own may be of any
-        length.
+        Rotary positions continue beyond `max_positions`, as in transformers, with growing error; rows of several times
+        as many tokens are useless. Short rows are always accepted. Arrays passed by library users may have any length.
         """
         return max(TIMES_POSITIONS * self.text.max_positions, SHORT_ROW)
 
     def check_row(self, setting: str, tokens: int) -> None:
-        """Refuse a setting that asks for longer rows.
+        """Refuse a setting that asks for rows longer than `longest_row`.
 
         Raises:
-          UserError: names it.
+          UserError: with the name of the setting.
         """
         if tokens > self.longest_row:
             raise UserError(
-                f"{setting}={tokens} is more than {TIMES_POSITIONS} times the {self.text.max_positions} positions of "
-                "the model (max_position_embeddings): lower it"
+                f"{setting}={tokens} is more than {TIMES_POSITIONS} times the model's max_position_embeddings "
+                f"({self.text.max_positions}): lower it"
             )
 
     @property
     def stacks(self) -> dict[str, Stack]:
-        """The stacks of layers that the model has weights of, by name."""
+        """The stacks whose weights the model has, by name."""
         tower: dict[str, Stack] = {} if self.vision is None or not self.tower else {"vision": self.vision}
         return {"text": self.text, **tower}
 
     def stack(self, name: str) -> Stack:
-        """The stack of this name.
+        """Return the stack of this name.
 
         Raises:
-          UserError: the model has none.
+          UserError: the model has no such stack.
         """
-        found: Stack | None = getattr(self, name) if name in STACKS else None
-        if found is None:
+        stack: Stack | None = getattr(self, name) if name in STACKS else None
+        if stack is None:
             raise UserError(f"this model has no stack of layers {name!r} (it has {', '.join(self.stacks)})")
-        return found
+        return stack
 
     def with_layers(self, layers: Sequence[LayerShape], stack: str = "text") -> ModelConfig:
-        """The same model with other layers of a stack."""
+        """Return the same model with other layers of a stack."""
         changes: dict[str, Any] = {stack: self.stack(stack).with_layers(layers)}
         return dataclasses.replace(self, **changes)
 
 
 def runs(layers: Sequence[LayerShape]) -> tuple[tuple[int, int, LayerShape], ...]:
-    """Maximal runs of equal consecutive layers as (first layer, length, shape); each run is one scan."""
+    """Return maximal runs of equal consecutive layers as (first layer, length, shape); each run is one scan."""
     result, start = [], 0
     for shape, group in itertools.groupby(layers):
         length = len(list(group))

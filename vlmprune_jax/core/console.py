@@ -1,4 +1,4 @@
-"""What a person sees while stages run: lines, progress bars and tables, from process 0 only."""
+"""Console output while stages run: lines, progress bars and tables, from process 0 only."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from rich.text import Text
 from vlmprune_jax.core.errors import printable
 
 PAUSE_SECONDS = 60.0
-# Characters of a column, columns and rows of a table: the report has everything.
+# Limits of a table: characters per column, columns, rows. The report shows all.
 WIDEST, MOST_COLUMNS, MOST_ROWS = 48, 16, 400
-PIPE_WIDTH = 120  # columns of tables that go to a file or pipe, where there is no terminal to ask
+PIPE_WIDTH = 120  # characters per line in a file or pipe
 
 
 class Terminal(Console):
-    """A console whose reader may go: `vlmprune ... | head` ends as where plain `print` meets it."""
+    """Console that raises BrokenPipeError, as plain `print` does, if its reader ends (`vlmprune ... | head`)."""
 
     def on_broken_pipe(self) -> None:
-        """rich would end the process here by SystemExit(1)."""
+        """Raise BrokenPipeError (rich would exit the process with status 1)."""
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 @dataclass(frozen=True)
 class Reporter:
-    """Prints to `console` if `enabled`; bars on a terminal, where they vanish once done, elsewhere a line a minute.
+    """Printer of lines, bars and tables to `console`, if `enabled`.
 
-    `prefix`: what every line begins with, where several processes print.
+    Bars vanish once done; without a terminal a line is printed every minute instead. `prefix` begins every line, to
+    tell several processes apart.
     """
 
     console: Console
@@ -44,19 +45,19 @@ class Reporter:
     prefix: str = ""
 
     def say(self, text: str) -> None:
-        """One line, perhaps indented, never wrapped by us, never interpreted as markup."""
+        """Print one line as plain text: no markup, no wrapping."""
         if self.enabled:
             line = self.prefix + text[: len(text) - len(text.lstrip(" "))] + printable(text)
             self.console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Yields a function that takes the number of items done; where no bar can be drawn it says so once a minute."""
+        """Show a progress bar; yield a function that takes the number of items done."""
         if not self.enabled:
             yield lambda done: None
             return
         if not self.console.is_terminal:
-            yield self._lines(what, total)
+            yield self._minute_lines(what, total)
             return
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -70,24 +71,22 @@ class Reporter:
             task = progress.add_task(printable(what), total=total)
             yield lambda done: progress.update(task, completed=done)
 
-    def _lines(self, what: str, total: int) -> Callable[[int], None]:
-        said = time.monotonic()
+    def _minute_lines(self, what: str, total: int) -> Callable[[int], None]:
+        last_time = time.monotonic()
 
         def update(done: int) -> None:
-            nonlocal said
-            if time.monotonic() - said >= PAUSE_SECONDS:
-                said = time.monotonic()
+            nonlocal last_time
+            if time.monotonic() - last_time >= PAUSE_SECONDS:
+                last_time = time.monotonic()
                 self.say(f"  {what}: {done:,} of {total:,}")
 
         return update
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """One table; the first column is text, the others are numbers, aligned to the right."""
+        """Print a table; the first column is text, the others are right-aligned numbers."""
         if not self.enabled:
             return
-        table = Table(
-            title=_cell(title, "table.title"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-        )  # 78 columns
+        table = Table(title=_cell(title, "table.title"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for number, name in enumerate(header[:MOST_COLUMNS]):
             justify: Any = "right" if number else "left"
             table.add_column(_cell(name), justify=justify, no_wrap=True, max_width=WIDEST)
@@ -95,15 +94,15 @@ class Reporter:
             table.add_row(*map(_cell, row[:MOST_COLUMNS]))
         self.console.print(table)
         if len(rows) > MOST_ROWS or len(header) > MOST_COLUMNS:
-            self.say(f"  the first of {len(rows):,} rows and {len(header):,} columns")
+            self.say(f"  (shortened from {len(rows):,} rows and {len(header):,} columns)")
 
 
 def _cell(text: str, style: str = "") -> Text:
-    """Text of anybody's, in which nothing is markup."""
+    """Return text from any source as a table cell without markup."""
     return Text(printable(text), style)
 
 
 def make_reporter(enabled: bool) -> Reporter:
-    """A reporter on standard output."""
+    """Return a reporter on standard output."""
     console = Terminal()
     return Reporter(console if console.is_terminal else Terminal(width=PIPE_WIDTH), enabled)

@@ -1,4 +1,4 @@
-"""Exceptions whose message is one line for the user: what happened, where, and what to do."""
+"""Exceptions whose message is one line for the user: where, what is wrong, what to do."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-_LONGEST_WORD, _WORD_ENDS = 400, 60  # of a text without a space: names in files may have any length
-_LONGEST = 2000
+_MAX_WORD, _WORD_ENDS = 400, 60  # characters; names in files may have any length
+_MAX_LINE = 2000
 
 
 def printable(text: str) -> str:
-    """A text of anybody's as one line for a terminal: nothing in it moves the cursor, changes colours or fills screens.
+    """Return text from any source as one safe line for a terminal.
 
-    Control characters, and those that turn the direction of writing, are spelled out; very long names and lines are cut
-    in the middle. Doing it twice is doing it once.
+    Control and text-direction characters are escaped, so that the text cannot move the cursor or change colours. Very
+    long words and lines are cut in the middle. The function is idempotent.
     """
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
-    return _middle_out(re.sub(rf"\S{{{_LONGEST_WORD + 1},}}", lambda word: _middle_out(word[0], _LONGEST_WORD), line))
+    return _cut_middle(re.sub(rf"\S{{{_MAX_WORD + 1},}}", lambda word: _cut_middle(word[0], _MAX_WORD), line))
 
 
-def _middle_out(text: str, longest: int = _LONGEST) -> str:
-    if len(text) <= longest:
+def _cut_middle(text: str, limit: int = _MAX_LINE) -> str:
+    if len(text) <= limit:
         return text
-    return f"{text[: longest - 2 * _WORD_ENDS]}[... {len(text):,} characters ...]{text[-_WORD_ENDS:]}"
+    return f"{text[: limit - 2 * _WORD_ENDS]}[... {len(text):,} characters ...]{text[-_WORD_ENDS:]}"
 
 
 def reason(error: BaseException) -> str:
-    """What an exception of a library says, short enough to be quoted in a line; its type where it says nothing."""
+    """Return the message of a library's exception, at most 200 characters, or its type if it has no message."""
     text = printable(str(error))
     return (text if len(text) <= 200 else f"{text[:197]}...") or type(error).__name__
 
 
 class UserError(Exception):
-    """Wrong input, configuration or files; the command line prints the message alone and exits with code 2.
+    """Wrong input, configuration or files; the command line prints only the message and exits with code 2.
 
-    The message is `printable` whatever names of files and tensors are quoted in it.
+    The message is made `printable`, since it may quote names of files and tensors from any source.
     """
 
     def __init__(self, message: object):
@@ -46,10 +46,10 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def error_context(what: object) -> Iterator[None]:
-    """Name what a UserError is about, where code that raises it does not know the file.
+    """Prefix the message of a UserError with the file or record that it is about.
 
     Raises:
-      UserError: the same, `what` before it.
+      UserError: with the message `what: message`.
     """
     try:
         yield
@@ -58,23 +58,23 @@ def error_context(what: object) -> Iterator[None]:
 
 
 class Stopped(UserError):
-    """Work ended on SIGTERM where it could; the same call continues it."""
+    """Stop requested by SIGTERM at a point where work can resume; the same command continues it."""
 
 
 class SharedError(UserError):
-    """Raised on every process of a run at once: none has to tell the others."""
+    """Error raised on every process of a run at once, so that no process has to notify the others."""
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """`field was a, now b` for every leaf in which two JSON values differ."""
+    """Return `field was a, now b` for every leaf in which two JSON values differ."""
     if isinstance(before, dict) and isinstance(now, dict):
-        found = []
+        lines = []
         for key in sorted({*before, *now}):
-            found += differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-        return found
-    return [] if before == now else [f"{name} was {_short(before)}, now {_short(now)}"]
+            lines += differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+        return lines
+    return [] if before == now else [f"{name} was {_short_json(before)}, now {_short_json(now)}"]
 
 
-def _short(value: Any) -> str:
+def _short_json(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -103,7 +103,7 @@ def test_many_names_one_of_them_twice(path):
 def test_what_is_no_file(tmp_path, name):
     path = tmp_path / name
     os.mkfifo(path)
-    for said in ("is a FIFO, expected a file", "is a link to gone, where nothing is", "leads back to itself"):
+    for said in ("is a FIFO, expected a file", "is a link to gone, which does not exist", "is a link to itself"):
         with pytest.raises(UserError, match=f"{name}: .*{said}"):
             Checkpoint(tmp_path)
         path.unlink()
