@@ -194,7 +194,10 @@ def test_speed_by_what_a_bench_measured(tmp_path):
         ({"budget": {"flops": 9e3, "context": 0}}, "prune.budget.context=0 must be at least 1"),
         ({"budget": {"flops": 9e9, "context": 7}}, "prune.budget.context=7 is less than the 8 tokens of .*images=2"),
         ({"budget": {"step_ms": 1, "slice": "v5e"}}, "prune.budget.slice: topology 'v5e' is not GENERATION:SIZES"),
-        ({"budget": {"step_ms": 1, "slice": "tpu:2x2"}}, "prune.budget.slice: topology 'tpu:2x2': unknown TPU generation"),
+        (
+            {"budget": {"step_ms": 1, "slice": "tpu:2x2"}},
+            "prune.budget.slice: topology 'tpu:2x2': unknown TPU generation",
+        ),
         (
             {"budget": {"decode_ms": 1}},
             r"decode_ms: needs measured speeds: run .vlmprune bench --",
