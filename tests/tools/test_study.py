@@ -168,7 +168,9 @@ def test_what_a_study_cannot_be(capsys, tmp_path, study):
         capsys, f"a={study}", f"--page={tmp_path / 'page.md'}"
     )
     (tmp_path / "guide.json").write_text("{}")
-    assert "guide.json: does not have the expected content" in failing(capsys, f"a={study}", f"--guide={tmp_path / 'guide.json'}")
+    assert "guide.json: does not have the expected content" in failing(
+        capsys, f"a={study}", f"--guide={tmp_path / 'guide.json'}"
+    )
     assert (tmp_path / "guide.json").read_text() == "{}"
 
 
