@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vlmprune_jax.evaluation.metrics import METRICS as metrics
     from vlmprune_jax.evaluation.metrics import Metric
     from vlmprune_jax.evaluation.runner import evaluate, perplexity
+    from vlmprune_jax.evaluation.speed.clock import SpeedConfig
     from vlmprune_jax.evaluation.speed.measure import measure_speed
     from vlmprune_jax.export.write import save
     from vlmprune_jax.hf.read import load
@@ -69,6 +70,7 @@ _HOMES = {
     "PrunePlan": "prune",
     "RecoverConfig": "recovery.config",
     "Scores": "prune",
+    "SpeedConfig": "evaluation.speed.clock",
     "apply_plan": "prune",
     "batches": "stages.batches",
     "compose": "prune",
@@ -108,6 +110,7 @@ __all__ = [
     "PrunePlan",
     "RecoverConfig",
     "Scores",
+    "SpeedConfig",
     "UserError",
     "apply_plan",
     "batches",

@@ -10,6 +10,7 @@ from typing import Any
 from vlmprune_jax.core.budget import Budget
 from vlmprune_jax.core.checks import check_settings, setting, settings_of
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.evaluation.speed.clock import SpeedConfig
 from vlmprune_jax.recovery.config import MAX_ROWS, RecoverConfig
 
 # What a setting may affect: the stages with results of their own, and the cache of a teacher's logits.
@@ -534,26 +535,15 @@ class ExportSpec:
 
 
 @dataclass(frozen=True)
-class SpeedSpec:
-    """Speed by the clock of the unpruned and the pruned models, in turns, on this machine, in `model.dtype`.
+class SpeedSpec(SpeedConfig):
+    """Speed measurement of the unpruned and the pruned models in turns, on this machine and in `model.dtype`.
 
-    The report's FLOPs are of the same prompt.
+    The report's FLOPs are for the same prompt.
     """
 
     rounds: int = setting(
-        0, "How often each model is measured; 0: speed is not measured.", affects=_SPEED, least=0, most=1000
+        0, "Number of measurements of each model; 0: do not measure speed.", affects=_SPEED, least=0, most=1000
     )
-    prompt_tokens: int = setting(
-        640, "Tokens of a prompt, those of its image included.", affects=_SPEED, unit="tokens", least=1
-    )
-    new_tokens: int = setting(32, "Tokens that are generated after the first.", affects=_SPEED, unit="tokens", least=1)
-    batch_size: int = setting(
-        1, "Prompts that are answered together.", affects=_SPEED, unit="rows", least=1, most=MAX_ROWS
-    )
-    image: bool = setting(True, "Prompts begin with an image, where the model sees images.", affects=_SPEED)
-
-    def __post_init__(self) -> None:
-        check_settings("speed", self)
 
 
 @dataclass(frozen=True)

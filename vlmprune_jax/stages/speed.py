@@ -7,11 +7,13 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import msgspec
+
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.distributed.processor import processor
-from vlmprune_jax.evaluation.speed.measure import check_workload, measure_speed
+from vlmprune_jax.evaluation.speed.measure import measure_speed
 from vlmprune_jax.experiment.arguments import export_dtype
-from vlmprune_jax.experiment.spec import Experiment, ModelSpec, SpeedSpec, affecting
+from vlmprune_jax.experiment.spec import Experiment, ModelSpec, affecting
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.prune.cost import costs_of
 from vlmprune_jax.report.speed import SPEED, Measured
@@ -24,16 +26,11 @@ def config_of(spec: ModelSpec, folder: Path) -> ModelConfig:
     return read_config(folder, None if spec.vision_dir is None else Path(spec.vision_dir))[1]
 
 
-def has_image(spec: SpeedSpec, cfg: ModelConfig) -> bool:
-    """Whether the prompts of this model begin with an image."""
-    return spec.image and cfg.vision is not None
-
-
 def workload_of(experiment: Experiment) -> Json:
     """What the costs of models are of: the prompt that speed is measured on, and the export's dtype."""
     spec, cfg = experiment.speed, config_of(experiment.model, teacher_folder(experiment.model))
     return {
-        "length": spec.prompt_tokens, "images": int(has_image(spec, cfg)), "dtype": export_dtype(experiment)
+        "length": spec.prompt_tokens, "images": int(spec.with_image(cfg)), "dtype": export_dtype(experiment)
     }  # fmt: skip
 
 
@@ -47,13 +44,10 @@ def check_speed(experiment: Experiment) -> None:
     """Refuse at the start prompts that the model cannot have, which would be seen when everything else is done.
 
     Raises:
-      UserError: see `check_workload`.
+      UserError: see `SpeedConfig.check`.
     """
-    spec = experiment.speed
-    if spec.rounds:
-        cfg = config_of(experiment.model, teacher_folder(experiment.model))
-        image = has_image(spec, cfg)
-        check_workload(cfg, prompt=spec.prompt_tokens, new_tokens=spec.new_tokens, image=image)
+    if experiment.speed.rounds:
+        experiment.speed.check(config_of(experiment.model, teacher_folder(experiment.model)))
 
 
 def speed_stage(experiment: Experiment, models: Mapping[str, Path], context: Context) -> Json | None:
@@ -91,20 +85,13 @@ def _measure(
 ) -> Json:
     spec, load = experiment.speed, os.getloadavg()[0]
     unpruned = load_model(experiment.model, experiment.mesh, teacher_folder(experiment.model))
-    image, pairs = has_image(spec, unpruned.cfg), []
+    pairs = []
     with context.phase("speed", len(groups)) as progress:
         for done, names in enumerate(groups, start=1):
             pruned = load_model(experiment.model, experiment.mesh, models[names[0]])
-            found = measure_speed(
-                {"unpruned": unpruned, names[0]: pruned},
-                prompt=spec.prompt_tokens,
-                new_tokens=spec.new_tokens,
-                batch_size=spec.batch_size,
-                rounds=spec.rounds,
-                image=image,
-            )
-            before, after = (dataclasses.asdict(one) for one in found.values())
+            speeds = measure_speed({"unpruned": unpruned, names[0]: pruned}, spec)
+            before, after = (msgspec.to_builtins(speed) for speed in speeds.values())
             pairs.append({"models": list(names), "unpruned": before, "pruned": after})
             progress(done)
-    workload = {**vars(spec), "image": image, "dtype": experiment.model.dtype}
+    workload = {**vars(spec), "image": spec.with_image(unpruned.cfg), "dtype": experiment.model.dtype}
     return {"processor": processor(), "load": round(load, 1), "workload": workload, "pairs": pairs}

@@ -16,14 +16,16 @@ from qwen_cases import make_qwen
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.console import make_reporter
 from vlmprune_jax.evaluation.speed import bench as bench_file
-from vlmprune_jax.evaluation.speed.bench import Side, Workload, bench
+from vlmprune_jax.evaluation.speed.bench import Side, bench
+from vlmprune_jax.evaluation.speed.clock import SpeedConfig
+from vlmprune_jax.evaluation.speed.engines import Answer, Job
 from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.report.speed import bench_notes, bench_tables
 
 
 def side(model, backend):
-    return Side(model, backend, "float32", 2**21, 1000, True, {})
+    return Side(model, "float32", 2**21, 1000, True, Job(model=model, backend=backend, prompt_tokens=90, new_tokens=16))
 
 
 def test_turns_and_tokens_per_second(monkeypatch):
@@ -34,20 +36,22 @@ def test_turns_and_tokens_per_second(monkeypatch):
 
     @contextlib.contextmanager
     def process(of):
-        def reading():
-            turns.append((of.model, of.backend))
-            took = seconds[of.model, of.backend]
-            return {"first": took, "rest": 2 * took, "peak_bytes": 2**20 * len(turns)}
+        def read():
+            turns.append((of.model, of.job.backend))
+            took = seconds[of.model, of.job.backend]
+            tokens = 90 if of.job.backend == "jax" else 88
+            return Answer(seconds=(took, 2 * took), prompt_tokens=tokens, peak_bytes=2**20 * len(turns))
 
-        yield types.SimpleNamespace(reading=reading, prompt_tokens=90 if of.backend == "jax" else 88)
+        yield types.SimpleNamespace(read=read)
 
-    monkeypatch.setattr(bench_file._Process, "of", process)
-    found = bench(sides, Workload(90, 16, 2, True, "float32", 1), make_reporter(False))
-    order = [(one.model, one.backend) for one in sides]
+    monkeypatch.setattr(bench_file._Engine, "start", process)
+    config = SpeedConfig(rounds=2, prompt_tokens=90, new_tokens=16)
+    found = bench(sides, config, make_reporter(False), dtype="float32", threads=1)
+    order = [(one.model, one.job.backend) for one in sides]
     assert turns == [*order, *order[::-1]]
     a, other, b = found["sides"]
-    assert (a["prefill"], a["decode"], a["first_token"]) == ([45.0] * 2, [4.0] * 2, [2.0] * 2)
-    assert (other["prefill"], b["decode"]) == ([22.0] * 2, [8.0] * 2)
+    assert (a["prefill"], a["decode"], a["first_token"]) == ((45.0,) * 2, (4.0,) * 2, (2.0,) * 2)
+    assert (other["prefill"], b["decode"]) == ((22.0,) * 2, (8.0,) * 2)
     assert (a["peak_bytes"], b["peak_bytes"]) == (6 * 2**20, 4 * 2**20)  # of the last turn
     speeds, sizes, times = bench_tables(json.loads(json.dumps(found)))
     assert speeds.rows[1] == ("a", "transformers", "22 (22 to 22)", "2 (2 to 2)", "4,000 (4,000 to 4,000)")
@@ -105,9 +109,9 @@ def test_workloads_that_cannot_be_measured(goldens, gguf, tmp_path, capsys):
     assert "--prompt_tokens + new_tokens + 1=100033 is more" in refusal(capsys, folder, "--prompt_tokens=100000")
     assert "the 16 tokens of an image: raise it, or set --image=False" in refusal(capsys, folder, "--prompt_tokens=16")
     for name in ("prompt_tokens", "new_tokens", "rounds", "threads"):
-        assert f"--{name}=0: must be at least 1" in refusal(capsys, folder, f"--{name}=0")
+        assert f"flag --{name}=0: 0 is not a positive integer" in refusal(capsys, folder, f"--{name}=0")
     assert "--threads=100000: this process may use" in refusal(capsys, folder, "--threads=100000")
-    assert "--dtype=int8: is not one of" in refusal(capsys, folder, "--dtype=int8")
+    assert "flag --dtype=int8: value should be one of" in refusal(capsys, folder, "--dtype=int8")
     assert "must be the name of a file in a folder that exists" in refusal(capsys, folder, f"--json={tmp_path}")
 
 
@@ -131,6 +135,16 @@ def test_a_process_that_ends_is_told_in_a_line(goldens, capsys, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     told = refusal(capsys, f"--model={goldens / 'ckpt/llava_hf'}", "--backends=jax", "--prompt_tokens=24")
     assert "llava_hf in jax: its process ended (exit code 1): the model is damaged, or too large" in told
+
+
+def test_an_engine_imports_nothing_from_the_current_folder(goldens, tmp_path, capsys, monkeypatch):
+    """A folder of models may hold a `resource.py`, which is nobody's module."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("resource", "json", "vlmprune_jax", "numpy"):
+        (tmp_path / f"{name}.py").write_text("import pathlib; pathlib.Path('ran').touch()\n")
+    flags = ["--backends=jax", "--prompt_tokens=24", "--new_tokens=2", "--rounds=1", "--threads=1"]
+    assert main(["bench", f"--model={goldens / 'ckpt/llava_hf'}", *flags]) == 0, capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
 
 
 def make_llava(tmp_path):

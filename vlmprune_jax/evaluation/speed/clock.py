@@ -1,17 +1,93 @@
-"""Readings of a program by the clock. Without jax, so that a process which needs none does not hold it."""
+"""Speed of text generation from wall-clock times: the workload, the turns that models take, tokens per second.
+
+Does not import jax, so that the process of another engine does not hold it.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Protocol, TypeVar
 
-FEWEST, SHORTEST = 3, 0.05  # runs, and seconds, of a reading, which is the fastest of them: others were disturbed
+import msgspec
+from msgspec import Meta
+
+from vlmprune_jax.core.checks import check_settings, setting
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
+
+# A reading is the fastest of several runs, because other work on the machine only slows runs down.
+MIN_RUNS, MIN_SECONDS = 3, 0.05
 TRIES = 10
+_SPEED = ("speed",)
+_T = TypeVar("_T")
+Seconds = tuple[float, float]  # of the prompt with its first token, and of the new tokens after it
+_Rounds = Annotated[tuple[Annotated[float, Meta(gt=0, lt=1e30)], ...], Meta(min_length=1, max_length=1000)]
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """Workload of a speed measurement."""
+
+    rounds: int = setting(5, "Number of measurements of each model.", affects=_SPEED, least=0, most=1000)
+    prompt_tokens: int = setting(
+        640, "Length of a prompt, including the tokens of its image.", affects=_SPEED, unit="tokens", least=1
+    )
+    new_tokens: int = setting(
+        32, "Number of tokens to generate after the first.", affects=_SPEED, unit="tokens", least=1
+    )
+    batch_size: int = setting(
+        1, "Number of prompts that are answered together.", affects=_SPEED, unit="rows", least=1, most=8192
+    )
+    image: bool = setting(True, "Begin every prompt with an image, if the model takes images.", affects=_SPEED)
+
+    def __post_init__(self) -> None:
+        check_settings("speed", self)
+
+    def with_image(self, cfg: ModelConfig) -> bool:
+        """Return True if the prompts of this model begin with an image."""
+        return self.image and cfg.vision is not None and cfg.image_token_id is not None
+
+    def check(self, cfg: ModelConfig, named: str = "speed.") -> None:
+        """Refuse a prompt that does not fit the model; `named` precedes the names of settings in messages.
+
+        Raises:
+          UserError: a row is too long for the model, or too short for an image.
+        """
+        cfg.check_row(f"{named}prompt_tokens + new_tokens + 1", self.prompt_tokens + self.new_tokens + 1)
+        if self.with_image(cfg) and cfg.tokens_per_image >= self.prompt_tokens:
+            raise UserError(
+                f"{named}prompt_tokens={self.prompt_tokens} must be more than the {cfg.tokens_per_image} tokens of an "
+                f"image: raise it, or set {named}image=False"
+            )
+
+
+class Measurement(msgspec.Struct, frozen=True, kw_only=True):
+    """Speed of one model, one value per round.
+
+    `prefill`: prompt tokens per second, image tokens included. `decode`: new tokens per second of all rows together,
+    without the prefill. `first_token`: seconds from the prompts to the first token of every row. `peak_bytes`: memory
+    of the compiled program on one device (weights and cache included), or of the process of an engine; None if unknown.
+    """
+
+    prefill: _Rounds
+    decode: _Rounds
+    first_token: _Rounds
+    peak_bytes: Annotated[int, Meta(ge=0)] | None
+
+
+def to_speed(rounds: Sequence[Seconds], prompt_tokens: int, new_tokens: int) -> dict[str, tuple[float, ...]]:
+    """Convert the seconds of every round to the speeds of a `Measurement`; tokens are those of all rows together."""
+    return {
+        "prefill": tuple(prompt_tokens / first for first, _ in rounds),
+        "decode": tuple(new_tokens / rest for _, rest in rounds),
+        "first_token": tuple(first for first, _ in rounds),
+    }
 
 
 class Program(Protocol):
-    """Something that computes a prompt, and new tokens after it."""
+    """Text generation for one model and one batch of prompts."""
 
     def prefill(self) -> None:
         """Compute the prompts and their first tokens."""
@@ -20,18 +96,47 @@ class Program(Protocol):
         """Compute the prompts and all new tokens."""
 
 
-def often(program: Program, *, fewest: int = FEWEST, agreed: Callable[[float], float] = float) -> int:
-    """How many runs a reading has; `agreed` makes seconds the same in all processes that run the program."""
-    return max(fewest, int(SHORTEST / agreed(_seconds(program.prefill))))
+class Stopwatch:
+    """Times a program that has run once; `agree` makes seconds equal in all processes that run the program."""
+
+    def __init__(
+        self, program: Program, name: str, *, min_runs: int = MIN_RUNS, agree: Callable[[float], float] = float
+    ):
+        self._program, self._name, self._agree = program, name, agree
+        self._runs = max(min_runs, int(MIN_SECONDS / agree(_seconds(program.prefill))))
+
+    def read(self) -> Seconds:
+        """Time the prefill, and the new tokens after the first.
+
+        Raises:
+          UserError: the new tokens take no time that can be measured.
+        """
+        for _ in range(TRIES):
+            first, total = (
+                self._agree(min(_seconds(run) for _ in range(self._runs)))
+                for run in (self._program.prefill, self._program.generate)
+            )
+            if total > first:
+                return first, total - first
+        raise UserError(
+            f"{self._name}: generating {TRIES} times took no longer than the prompt alone: raise new_tokens, or set "
+            "rounds=0 to leave speed out"
+        )
 
 
-def reading(program: Program, times: int, agreed: Callable[[float], float] = float) -> tuple[float, float] | None:
-    """Seconds of the prefill and of all new tokens but the first; None where no clock can tell."""
-    for _ in range(TRIES):
-        first, whole = (agreed(min(_seconds(run) for _ in range(times))) for run in (program.prefill, program.generate))
-        if whole > first:
-            return first, whole - first
-    return None
+def take_turns(
+    reads: Sequence[Callable[[], _T]], rounds: int, progress: Callable[[int], None] = lambda done: None
+) -> list[list[_T]]:
+    """Call every function once per round, every other round in reverse order, and return the results of each.
+
+    Other work on the machine then slows all of them alike, so compare the results of the same round.
+    """
+    results: list[list[_T]] = [[] for _ in reads]
+    for number in range(rounds):
+        for turn, place in enumerate(range(len(reads))[:: -1 if number % 2 else 1], start=1):
+            results[place].append(reads[place]())
+            progress(number * len(reads) + turn)
+    return results
 
 
 def _seconds(run: Callable[[], None]) -> float:

@@ -1,0 +1,232 @@
+"""One engine with one model in a process of its own, so that its memory is its own: a job comes in, readings go out.
+
+The first line of standard input is a `Job`; every line after it asks for a reading. One line goes out when the model
+is ready and one for every reading: an `Answer`, the last one with `error` if the engine failed.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import inspect
+import io
+import os
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from vlmprune_jax.core.errors import UserError, reason
+from vlmprune_jax.core.files import parse_json, read_text
+from vlmprune_jax.evaluation.speed.clock import Program, Seconds, Stopwatch
+from vlmprune_jax.families.gguf import ENGINE
+
+
+class Job(msgspec.Struct, kw_only=True):
+    """A model, the engine that runs it (`backend`), and one prompt with the number of tokens to generate."""
+
+    model: str
+    backend: str = ""
+    threads: int = 1
+    prompt_tokens: int
+    new_tokens: int
+    # Hugging Face folders.
+    vision_dir: str | None = None
+    dtype: str = "float32"
+    ids: list[list[int]] = []
+    pixels: list[int] | None = None  # shape, for noise
+    grids: list[list[list[int]]] | None = None  # of images of any size
+    image_token: int | None = None
+    loader: tuple[str, str] = ("transformers", "")  # module and class
+    by_row: bool = False  # the class takes the images of each row, not one list of images
+    # GGUF files.
+    mmproj: str | None = None
+    image_size: int = 224
+    context: int = 0
+
+
+class Answer(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A reading (`seconds`), and peak memory so far; `prompt_tokens` as the engine counts them."""
+
+    seconds: Seconds | None = None
+    prompt_tokens: int = 0
+    peak_bytes: int = 0
+    error: str = ""
+
+
+def in_jax(job: Job) -> Program:
+    """Compile our forward pass."""
+    from vlmprune_jax.hf.read import load
+    from vlmprune_jax.models.generate import compile_generation
+
+    model = load(job.model, vision_dir=job.vision_dir, dtype=job.dtype)
+    images = {"pixel_values": _pixels(job), "image_grid_thw": job.grids and np.asarray(job.grids)}
+    return compile_generation(model, np.asarray(job.ids, np.int32), **images, max_new_tokens=job.new_tokens + 1)
+
+
+class InTransformers:
+    """`generate` of transformers on torch."""
+
+    def __init__(self, job: Job):
+        import torch
+        import transformers
+
+        torch.set_num_threads(job.threads)
+        module, name = job.loader
+        loader = getattr(importlib.import_module(module), name)
+        options = {"dtype": getattr(torch, job.dtype), "local_files_only": True}
+        self.model = loader.from_pretrained(job.model, **options).eval()
+        ids, pixels = torch.tensor(job.ids), _pixels(job)
+        self.inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if pixels is not None:
+            shown = torch.from_numpy(pixels if job.by_row else pixels[:, 0])
+            if job.grids:
+                shown, self.inputs["image_grid_thw"] = shown[0], torch.tensor(job.grids[0])
+                if "mm_token_type_ids" in inspect.signature(self.model.forward).parameters:  # from version 5 on
+                    self.inputs["mm_token_type_ids"] = torch.eq(ids, job.image_token or 0).int()
+            self.inputs["pixel_values"] = shown.to(self.model.dtype)
+        self.new_tokens = job.new_tokens
+        self.mode, self.settings = torch.inference_mode, transformers.GenerationConfig
+
+    def prefill(self) -> None:
+        """Compute the prompt and its first token."""
+        self._generate(1)
+
+    def generate(self) -> None:
+        """Compute the prompt and all new tokens."""
+        self._generate(self.new_tokens + 1)
+
+    def _generate(self, tokens: int) -> None:
+        settings = self.settings(do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens, pad_token_id=0)
+        with self.mode():
+            output = self.model.generate(**self.inputs, generation_config=settings)
+        generated = output.shape[1] - self.inputs["input_ids"].shape[1]
+        if generated != tokens:
+            raise UserError(f"generated {generated} of {tokens} tokens")
+
+
+class InLlamaCpp:
+    """The server of llama.cpp without the network; `prompt_tokens` as llama.cpp counts them.
+
+    Raises:
+      UserError: it does not load the file, does not answer, or an image fills the whole prompt.
+    """
+
+    def __init__(self, job: Job):
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_parallel, params.warmup, params.verbosity = job.model, 1, False, -1
+        params.n_ctx, params.cache_ram_mib, params.cache_prompt = job.context, 0, False
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job.threads
+        if job.mmproj is not None:
+            params.mmproj.path = job.mmproj
+        try:
+            self.server = xllamacpp.Server(params)
+        except RuntimeError as error:  # it says no more than that
+            raise UserError(
+                "llama.cpp does not load it: it is damaged, too large, or needs another build of llama.cpp"
+            ) from error
+        self.new_tokens, self.prompt_tokens = job.new_tokens, job.prompt_tokens
+        self.request: dict[str, Any] = {"prompt": [1] * job.prompt_tokens}
+        if job.mmproj is not None:
+            self._show_image(job.image_size)
+
+    def prefill(self) -> None:
+        """Compute the prompt and its first token."""
+        self._ask(1)
+
+    def generate(self) -> None:
+        """Compute the prompt and all new tokens."""
+        self._ask(self.new_tokens + 1)
+
+    def _show_image(self, side: int) -> None:
+        """Make the prompt from an image and as many words as fit."""
+        from PIL import Image
+
+        noise, file = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8), io.BytesIO()
+        Image.fromarray(noise).save(file, "PNG")
+        url, wanted = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}", self.prompt_tokens
+
+        def count(words: int) -> int:
+            content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "a" + " a" * words}]
+            self.request = {"messages": [{"role": "user", "content": content}]}
+            return self._ask(1)
+
+        try:
+            least, more = count(0), count(1)
+            if least > wanted:
+                raise UserError(f"they have {least} tokens")
+        except UserError as error:
+            raise UserError(
+                f"--prompt_tokens={wanted}: an image and its chat template do not fit ({error}): raise it, or set "
+                "--image=False"
+            ) from error
+        self.prompt_tokens = count((wanted - least) // max(1, more - least))
+
+    def _ask(self, tokens: int) -> int:
+        """Generate `tokens` tokens and return the length of the prompt."""
+        chat = "messages" in self.request
+        call = self.server.handle_chat_completions if chat else self.server.handle_completions
+        settings = {"max_tokens": tokens, "temperature": 0.0, "cache_prompt": False, "ignore_eos": True}
+        answer = call({**self.request, **settings})
+        answer = answer if isinstance(answer, dict) else parse_json(answer, "answer of llama.cpp", "report it")
+        if "error" in answer:
+            raise UserError(answer["error"].get("message", answer["error"]))
+        used = answer["usage"]
+        if used["completion_tokens"] != tokens:
+            raise UserError(f"generated {used['completion_tokens']} of {tokens} tokens")
+        if (used.get("prompt_tokens_details") or {}).get("cached_tokens"):
+            raise UserError("llama.cpp took a part of the prompt from its cache: report it")
+        return int(used["prompt_tokens"])
+
+
+ENGINES: dict[str, Callable[[Job], Program]] = {
+    "jax": in_jax, "transformers": InTransformers, ENGINE: InLlamaCpp
+}  # fmt: skip
+
+
+def _pixels(job: Job) -> np.ndarray | None:
+    """Return noise of the shape `job.pixels`, or None if there is no image."""
+    return None if job.pixels is None else np.random.default_rng(0).standard_normal(tuple(job.pixels), np.float32)
+
+
+def serve() -> None:
+    """Answer until standard input ends."""
+    lines, out = sys.stdin, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # libraries print to standard output as well
+
+    def send(answer: Answer) -> None:
+        out.write(msgspec.json.encode(answer) + b"\n")
+        out.flush()
+
+    try:
+        job = msgspec.convert(parse_json(lines.readline(), "the job", "report it"), Job)
+        if hasattr(os, "sched_setaffinity"):  # before jax counts the cores
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job.threads])
+        program = ENGINES[job.backend](job)
+        program.generate()
+        watch = Stopwatch(program, "speed", min_runs=1)
+        prompt_tokens = getattr(program, "prompt_tokens", job.prompt_tokens)
+        send(Answer(prompt_tokens=prompt_tokens))
+        for _ in lines:
+            send(Answer(prompt_tokens=prompt_tokens, seconds=watch.read(), peak_bytes=_peak_bytes()))
+    except Exception as error:
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        send(Answer(error=f"{kind}{reason(error)}"))
+
+
+def _peak_bytes() -> int:
+    """Return the peak memory of this process: weights, caches, libraries and loading."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage counts the memory of the parent at the fork as well
+        return int(read_text(status).partition("VmHWM:")[2].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    serve()
