@@ -21,7 +21,7 @@ help:
 	@echo 'make test-eval  the comparisons with lmms-eval, in .venv-eval: its protobuf is older than what sentencepiece needs'
 	@echo 'make fuzz       damaged input for every reader: FUZZ=100 times what the tests try, other input each time'
 	@echo 'make check      make lint, then make test'
-	@echo 'make docs       docs/reference/settings.md from the declarations of the settings'
+	@echo 'make docs       write docs/reference from the package and build the site into build/site'
 	@echo 'make clean      remove caches; make distclean: .venv, .venv-eval and .compat as well'
 
 demo: setup-demo
@@ -56,8 +56,9 @@ lint: setup-dev
 
 check: lint test
 
-docs: setup-demo
-	$(BIN)/python -m vlmprune_jax.experiment.options > docs/reference/settings.md
+docs: setup-demo $(VENV)/docs.stamp
+	$(BIN)/python tools/make_reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 setup-demo: $(VENV)/demo.stamp
 setup-test: $(VENV)/test.stamp $(COMPAT)/installed.stamp

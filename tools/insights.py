@@ -19,7 +19,7 @@ from vlmprune_jax.report.sweep import done
 
 Json = dict[str, Any]
 Values = dict[str, list[float]]  # where it was compared -> a number of each pair
-HOLDS, FAILS, OPEN, MEASURED = "holds", "does not hold", "cannot be said", "measured"
+HOLDS, FAILS, OPEN, MEASURED = "holds", "does not hold", "undecided", "measured"
 AS_GOOD = 1.0  # points of retained % by which a cheaper way may be behind and counts as as good
 LEAST_LOSS = 1.0  # points that training must win back for its replacement to be a share of it
 BEST, SMALL = "sft_l2", 0.05
@@ -239,25 +239,25 @@ def _replaced(points: Sequence[Point]) -> Values:
 _POINTS, _KEPT = "points of retained %", "retained, %"
 INSIGHTS = (
     Insight(
-        "1. Without recovery widths keep more than layers",
+        "1. Without recovery, width pruning keeps more than depth pruning",
         f"width - depth, {_POINTS}",
         0.0,
         _of_methods("none", "width", "depth", 0.0, 1.0),
     ),
     Insight(
-        f"2a. With recovery layers are as good up to 30 % (at most {AS_GOOD:g} point behind)",
+        f"2a. With recovery, depth pruning is as good up to 30 % (at most {AS_GOOD:g} point behind)",
         f"depth - width after SFT + L2, {_POINTS}",
         -AS_GOOD,
         _of_methods(BEST, "depth", "width", 0.0, 0.33),
     ),
     Insight(
-        "2b. With recovery widths are better from 45 %",
+        "2b. With recovery, width pruning is better from 45 %",
         f"width - depth after SFT + L2, {_POINTS}",
         0.0,
         _of_methods(BEST, "width", "depth", 0.42, 1.0),
     ),
     Insight(
-        f"3. The projector alone is enough up to 15 % (at most {AS_GOOD:g} point behind SFT + L2)",
+        f"3. Training the projector alone suffices up to 15 % (at most {AS_GOOD:g} point behind SFT + L2)",
         f"projector - SFT + L2, {_POINTS}",
         -AS_GOOD,
         _of_recoveries("projector", (BEST,), high=0.18),
@@ -269,7 +269,7 @@ INSIGHTS = (
         _of_recoveries(BEST, ("projector", "sft", "sft_kl")),
     ),
     Insight("5a. 5 % of the data keeps 95 % below half of the decoder", _KEPT, 95.0, _of_little_data),
-    Insight("5b. 5 % of the data keeps 90 % of what all data do, below half", "% of it", 90.0, _of_all_data),
+    Insight("5b. 5 % of the data keeps 90 % of the accuracy with all data, below half", "% of it", 90.0, _of_all_data),
     Insight(
         "6a. How much of the training does reconstruction replace?",
         "% of what SFT + L2 wins back",

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from insights import conclude, points_of
+from insights import Point, conclude, points_of
 from matplotlib.figure import Figure
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_text, replacing
+from vlmprune_jax.evaluation.statistics import interval_of_mean
 from vlmprune_jax.report.comparison_plots import DECODER, curves_figure, drawable, series_of, way_of
 from vlmprune_jax.report.plots import write_png
 from vlmprune_jax.report.result import averaged_sets, main_value
@@ -50,19 +51,54 @@ def as_markdown(name: str, sweep: Json) -> str:
     seeds = len({point.seed for point in points} - {None}) or 1
     of = "1 seed" if seeds == 1 else f"{seeds} seeds"
     about = f"{len(points)} models of {of}, by the paper's criteria: {measured(sweep)}."
-    lines = [f"{_HEADING}{name}", "", about, ""]
+    lines = [f"{_HEADING}{name}", "", about, "", *retention_lines(points)]
     found = conclude(points)
     for one in (one for one in found if one.comparisons):
         lines += [f"**{one.claim}**: {one.verdict}.", ""]
-        lines += [f"| where | pairs | {one.effect} | 95 % | |", "|---|---|---|---|---|"]
-        for row in one.comparisons:
-            interval = "" if row.interval is None else f"{row.interval[0]:.2f} to {row.interval[1]:.2f}"
-            lines.append(f"| {row.where} | {row.pairs} | {row.effect:.2f} | {interval} | {row.verdict} |")
-        lines.append("")
-    silent = "; ".join(one.claim for one in found if not one.comparisons)
+        sure = [row for row in one.comparisons if row.interval is not None]
+        if sure:
+            lines += [f"| setting (pairs) | {one.effect} (95 %) | verdict |", "|---|---|---|"]
+            for row in sure:
+                low, high = row.interval or (row.effect, row.effect)
+                effect = f"{row.effect:.2f} ({low:.2f} to {high:.2f})"
+                lines.append(f"| {row.where} ({row.pairs}) | {effect} | {row.verdict} |")
+            lines.append("")
+        if len(sure) < len(one.comparisons):
+            lines += [f"Settings with one seed, not listed: {len(one.comparisons) - len(sure)}.", ""]
+    silent = "; ".join(one.claim.partition(".")[0] for one in found if not one.comparisons)
     if silent:
-        lines += [f"The sweep has no rows that speak of: {silent}.", ""]
+        lines += [f"Claims without rows in this sweep: {silent}.", ""]
     return "\n".join(lines + perplexity_lines(sweep))
+
+
+def retention_lines(points: Sequence[Point]) -> list[str]:
+    """Return a table of retained percentages: a row for each method and level, a column for each recovery.
+
+    A cell is the mean over seeds and half of its 95 % interval, or the number of a single seed.
+    """
+    columns = sorted({(point.data, point.recovery) for point in points}, key=lambda one: (one[0], len(one[1]), one[1]))
+    cells: dict[tuple[float, str, str], dict[tuple[float, str], list[Point]]] = {}
+    for point in points:
+        row = cells.setdefault((point.level, point.method, point.model), {})
+        row.setdefault((point.data, point.recovery), []).append(point)
+    if not cells:
+        return []
+    heads = [recovery + (f", {100 * data:g} %" if data else "") for data, recovery in columns]
+    lines = ["Retained (%), mean over seeds ± half of the 95 % interval; without ± one seed.", ""]
+    lines += [f"| decoder removed | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    several = len({model for *_, model in cells}) > 1
+    for (_, method, model), row in sorted(cells.items()):
+        reached = 100 * float(np.mean([point.reached for of in row.values() for point in of]))
+        label = f"{method} {reached:.1f} %" + (f", {model}" if several else "")
+        lines.append(f"| {label} | {' | '.join(_retained(row.get(column, ())) for column in columns)} |")
+    return [*lines, ""]
+
+
+def _retained(points: Sequence[Point]) -> str:
+    if not points:
+        return ""
+    mean, low, high = interval_of_mean([point.retained for point in points])
+    return f"{mean:.1f} ± {(high - low) / 2:.1f}" if len(points) > 1 else f"{mean:.1f}"
 
 
 def measured(sweep: Json) -> str:
@@ -125,32 +161,31 @@ def study_figure(sweep: Json) -> Figure | None:
 
 
 def perplexity_lines(sweep: Json) -> list[str]:
-    """A table for each set that is text, in Markdown: a line for all seeds of what is otherwise equal.
+    """Return a table for each set that is text: a row for each plan, a column for each recovery, means over seeds.
 
-    Means are of logarithms, over seeds. "x cut alone": as a multiple of the same cut to which nothing was done.
+    Means are of logarithms.
     """
     lines: list[str] = []
     for name in (name for name, of in sweep["sets"].items() if of["main"] == PERPLEXITY):
         values = {model: main_value(of, name, sweep["sets"]) for model, of in sweep["unpruned"].items()}
         before = {model: value for model, value in values.items() if value}
-        cells: dict[tuple[Any, ...], list[Json]] = {}
+        cells: dict[tuple[Any, ...], dict[tuple[float, str], list[Json]]] = {}
         for row in done(sweep):
             if main_value(row, name, sweep["sets"]) is not None and row["model"] in before:
-                cells.setdefault((*_cut(row), *_done_to(row)), []).append(row)
+                cells.setdefault(_cut(row), {}).setdefault(_done_to(row), []).append(row)
         if not cells:
             continue
+        columns = sorted({column for row in cells.values() for column in row})
         told = ", ".join(_short(value) for value in before.values())
         lines += [f"**Perplexity of {name}**, {told} unpruned.", ""]
-        lines += ["| cut | of the decoder | after | models | perplexity | x unpruned | x cut alone |"]
-        lines += ["|---|---|---|---|---|---|---|"]
-        means = {key: [main_value(row, name, sweep["sets"]) for row in rows] for key, rows in cells.items()}
-        for key in sorted(cells, key=lambda key: (key[1], key[2], key[3])):
-            rows, plain = cells[key], means.get((*key[:4], "none", "none", 0.0))
-            value = _mean(means[key])
-            share = 100 * float(np.mean([row["decoder_ratio"] for row in rows]))
-            alone = "" if plain is None or plain is means[key] else _short(value / _mean(plain))
-            line = (f"{key[1]}, {key[2]}", f"{share:.1f} %", _words(*key[4:]), f"{len(rows)}", _short(value))
-            lines.append(f"| {' | '.join((*line, _short(value / before[key[0]]), alone))} |")
+        lines += [f"| decoder removed | {' | '.join(words for _, words in columns)} |"]
+        lines += ["|---" * (len(columns) + 1) + "|"]
+        for cut in sorted(cells, key=lambda cut: cut[1:]):
+            found = cells[cut]
+            share = 100 * float(np.mean([row["decoder_ratio"] for rows in found.values() for row in rows]))
+            means = [[main_value(row, name, sweep["sets"]) for row in found.get(column, ())] for column in columns]
+            shown = " | ".join(_short(_mean(one)) if one else "" for one in means)
+            lines.append(f"| {cut[1]}, {cut[2]}, {share:.1f} % | {shown} |")
         lines.append("")
     return lines
 
@@ -167,14 +202,11 @@ def _cut(row: Json) -> tuple[Any, ...]:
     return row["model"], row["method"], row["criterion"], row["decoder_ratio"] if asked is None else asked
 
 
-def _done_to(row: Json) -> tuple[str, str, float]:
-    return row["reconstruct"], row["recovery"], row["data_fraction"]
-
-
-def _words(reconstruct: str, recovery: str, data: float) -> str:
-    """What was done to a cut, as the columns of tables have it."""
-    parts = [part for part in ("reconstruct" if reconstruct != "none" else "", recovery) if part and part != "none"]
-    return " + ".join(parts or ["nothing"]) + (f", {100 * data:g} % of the data" if data else "")
+def _done_to(row: Json) -> tuple[float, str]:
+    """The share of the data, and what was done to a cut in words."""
+    parts = [row["reconstruct"] != "none" and "reconstruct", row["recovery"] != "none" and row["recovery"]]
+    data = row["data_fraction"]
+    return data, " + ".join(filter(None, parts)) + (f", {100 * data:g} %" if data else "") or "none"
 
 
 def _mean(values: list[Any]) -> float:

@@ -20,8 +20,11 @@ VARIABLES = {
 
 
 def lines_of(page):
-    """Its lines, those that a backslash joins as one."""
-    return re.sub(r"\\\n\s*", " ", (ROOT / page).read_text(encoding="utf-8")).splitlines()
+    """Return the lines of a Python file, or of the code blocks of a page; a backslash joins lines."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    if page.endswith(".md"):
+        text = "\n".join(re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    return re.sub(r"\\\n\s*", " ", text).splitlines()
 
 
 def commands():

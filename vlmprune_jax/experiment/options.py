@@ -1,7 +1,4 @@
-"""What is declared of every setting, for people: `vlmprune help NAME`, and docs/reference/settings.md.
-
-python -m vlmprune_jax.experiment.options > docs/reference/settings.md
-"""
+"""The declarations of all settings, for `vlmprune help NAME` and the settings page of the docs."""
 
 from __future__ import annotations
 
@@ -17,19 +14,6 @@ from vlmprune_jax.core.checks import Setting, settings_of
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.experiment.overrides import hints_of
 from vlmprune_jax.experiment.spec import Experiment
-
-HEAD = """\
-# Settings
-
-Generated from the declarations in `vlmprune_jax/experiment/spec.py`, `recovery/config.py` and `core/config.py` by
-`make docs`; a test fails where the two differ.
-
-A config file sets them (`config.recover.losses.kl = 0.5`), the command line overrides them
-(`--config.recover.losses.kl=0.5`, `None` to unset one), and `vlmprune help kl` prints one. What a setting *changes* is
-made again when it is changed, and so is what follows from that; one that changes nothing may be changed at any time.
-`config.prune_variants` and `config.recover_variants` hold partial experiments by name: every way to prune with every
-way to recover, in one workdir.
-"""
 
 
 @dataclass(frozen=True)
@@ -121,23 +105,3 @@ def as_lines(option: Option) -> list[str]:
         f"  {about.sentence}",
         f"  changes: {option.changes or 'nothing'}",
     ]
-
-
-def as_markdown() -> str:
-    """docs/reference/settings.md."""
-    known, lines = options(), [HEAD]
-    for place, section in sections().items():
-        rows = [_row(one) for one in known if one.section == place]
-        header = ["| setting | type | default | unit | choices | changes | |", "|---|---|---|---|---|---|---|"]
-        lines += [f"## {place}", "", " ".join((section.__doc__ or "").split()), "", *header, *rows, ""]
-    return "\n".join(lines)
-
-
-def _row(one: Option) -> str:
-    default = f"`{one.about.default!r}`"
-    cells = [f"`{one.name.rpartition('.')[2]}`", one.kind, default, one.about.unit, one.values, one.changes]
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in (*cells, one.about.sentence)) + " |"
-
-
-if __name__ == "__main__":
-    print(as_markdown(), end="")

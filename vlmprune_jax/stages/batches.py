@@ -31,8 +31,8 @@ def batches(
 
     Args:
       hf_dir: the model's folder, or hub id; no weights are read.
-      records: a data file (see docs/guide.md), or entries as such a file holds them, {"image": ..., "conversations":
-        [{"from": "human", "value": ...}, ...]}.
+      records: a data file (see docs/how-to/own-data.md), or entries as such a file holds them, {"image": ...,
+        "conversations": [{"from": "human", "value": ...}, ...]}.
       images: the folder that image paths are below.
       vision_dir: the tower's own folder, where the model's does not describe it.
       batch_size: rows per batch; the last batch is filled up with rows whose mask is 0.

@@ -1,0 +1,128 @@
+"""The docs without a site builder: links, anchors, named files, decision numbers, line lengths and the word budget."""
+
+import re
+from functools import cache
+
+import pytest
+from make_reference import PAGE_OF
+from repository import ROOT
+
+from vlmprune_jax.cli import run
+from vlmprune_jax.cli.flags import parse
+from vlmprune_jax.experiment.options import sections
+
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+OTHERS = [ROOT / name for name in ("CHANGELOG.md", "SECURITY.md", "launch/README.md")]
+BUDGET = 25_000  # words of README and docs, generated pages included
+DECISIONS = 5_000
+LONGEST = 120
+FOLDERS = ("benchmarks", "configs", "docs", "launch", "tests", "tools", "vlmprune_jax")
+PACKAGES = tuple(sorted(path.name for path in (ROOT / "vlmprune_jax").iterdir() if (path / "__init__.py").is_file()))
+
+
+def page_id(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def prose(path):
+    """Lines of a page without code blocks."""
+    text = path.read_text(encoding="utf-8")
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL).splitlines()
+
+
+@cache
+def anchors(path):
+    """The anchors of a page: those given by hand, and those that its headings get on GitHub and in mkdocs."""
+    lines = prose(path)
+    given = {name for line in lines for name in re.findall(r'<a id="([^"]+)">', line)}
+    headings = [re.sub(r"[`*]", "", line.lstrip("#").strip()) for line in lines if re.match(r"#+ ", line)]
+    return given | {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", [*PAGES, *OTHERS], ids=page_id)
+def test_links_lead_somewhere(path):
+    broken = []
+    for line in prose(path):
+        for target in re.findall(r"\]\(([^)\s]+)\)", line):
+            if target.startswith(("https://", "mailto:")):
+                continue
+            file, _, anchor = target.partition("#")
+            there = (path.parent / file).resolve() if file else path
+            outside = ROOT / "docs" in path.parents and ROOT / "docs" not in there.parents  # the site lacks it
+            if outside or not there.exists() or (anchor and anchor not in anchors(there)):
+                broken.append(target)
+    assert not broken
+
+
+@pytest.mark.parametrize("path", [*PAGES, *OTHERS], ids=page_id)
+def test_named_files_exist(path):
+    """`tests/prune/test_width.py`, `benchmarks/plan.py --flags`, and `prune/select.py` of the package."""
+    names = {
+        name
+        for line in prose(path)
+        for code in re.findall(r"`([^`]+)`", line)
+        for name in re.findall(r"(?<![\w/.=-])[\w-]+(?:/[\w.-]+)+", code)
+        if name.partition("/")[0] in FOLDERS or (name.endswith(".py") and name.partition("/")[0] in PACKAGES)
+    }
+    assert not [one for one in names if not (ROOT / one).exists() and not (ROOT / "vlmprune_jax" / one).exists()]
+
+
+def test_settings_that_pages_name_exist():
+    known = {f"{place}.{name}" for place, section in sections().items() for name in section.__dataclass_fields__}
+    roots = {place.partition(".")[0] for place in sections()}
+    found = [
+        (page_id(path), name)
+        for path in PAGES
+        if path.parent.name != "reference"  # made from the settings
+        for line in prose(path)
+        for name in re.findall(r"`(?:--config\.|config\.)?((?:\w+\.)+\w+)(?:=[^`]*)?`", line)
+        if name.partition(".")[0] in roots and not re.search(r"\.(py|json|npz|html|md|png|csv|yaml|safetensors)$", name)
+    ]
+    wrong = [one for one in found if one[1] not in known and one[1] not in sections() and ".sets." not in one[1]]
+    assert found
+    assert not wrong
+
+
+def test_decisions_that_are_cited_exist():
+    numbers = re.findall(r'<a id="d(\d+)">', (ROOT / "docs/explanation/decisions.md").read_text(encoding="utf-8"))
+    assert len(numbers) == len(set(numbers))
+    files = [*PAGES, *OTHERS]
+    for folder in ("benchmarks", "configs", "tests", "tools", "vlmprune_jax"):
+        files += (ROOT / folder).rglob("*.py")
+    cited = {
+        (page_id(file), number)
+        for file in files
+        for number in re.findall(r"\bdecision (\d+)\b", file.read_text(encoding="utf-8"))
+    }
+    assert cited
+    assert not sorted(one for one in cited if one[1] not in numbers)
+
+
+@pytest.mark.parametrize("path", [*PAGES, *OTHERS], ids=page_id)
+def test_prose_lines_are_short(path):
+    longest = [line for line in prose(path) if len(line) > LONGEST and not line.startswith(("|", "!["))]
+    assert not longest
+
+
+def test_word_budget():
+    words = {page_id(path): len(path.read_text(encoding="utf-8").split()) for path in PAGES}
+    assert sum(words.values()) <= BUDGET, words
+    assert words["docs/explanation/decisions.md"] <= DECISIONS
+
+
+def test_every_page_is_in_the_navigation():
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(re.findall(r"[\w/-]+\.md", nav)) == sorted(pages)
+
+
+@pytest.mark.parametrize("name", PAGE_OF)
+def test_generated_pages_are_up_to_date(name):
+    assert (ROOT / "docs/reference" / name).read_text(encoding="utf-8") == PAGE_OF[name](), "run: python tools/make_reference.py"
+
+
+def test_the_config_of_the_tutorial_is_valid(tmp_path):
+    text = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
+    (tmp_path / "my_run.py").write_text(re.search(r"```python\n(# my_run\.py\n.*?)```", text, re.DOTALL)[1])
+    config = parse("run", run, [f"--config={tmp_path / 'my_run.py'}"]).config
+    assert (config.prune.method, config.reconstruct.method) == ("width", "least_squares")
