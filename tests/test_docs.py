@@ -118,7 +118,9 @@ def test_every_page_is_in_the_navigation():
 
 @pytest.mark.parametrize("name", PAGE_OF)
 def test_generated_pages_are_up_to_date(name):
-    assert (ROOT / "docs/reference" / name).read_text(encoding="utf-8") == PAGE_OF[name](), "run: python tools/make_reference.py"
+    assert (ROOT / "docs/reference" / name).read_text(encoding="utf-8") == PAGE_OF[name](), (
+        "run: python tools/make_reference.py"
+    )
 
 
 def test_the_config_of_the_tutorial_is_valid(tmp_path):
