@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import re
 import sys
 import textwrap
 from collections.abc import Callable
@@ -92,19 +93,21 @@ def _help(name: str) -> list[str]:
 
 
 def api_page() -> str:
-    """Return one line per public name: its parameters and the first sentence of its docstring."""
+    """Return one row per public name: its parameters and the first sentence of its docstring."""
     classes, functions, other = [], [], []
     for name in sorted(vp.__all__):
         value = getattr(vp, name)
-        about = _words((inspect.getdoc(value) or "").split("\n\n")[0])
+        about = _words((inspect.getdoc(value) or "").split("\n\n")[0]).replace("|", "\\|")
         if inspect.isclass(value):
-            classes.append(_item(f"`{name}`: {about}"))
+            classes.append(f"|`{name}`|{about}|")
         elif inspect.isfunction(value):
-            functions.append(_item(f"`{name}({_parameters(value)})`: {about}"))
+            functions.append(f"|`{name}({_parameters(value)})`|{about}|")
         else:
-            other.append(_item(f"`{name}`: {', '.join(f'`{key}`' for key in sorted(value))}"))
+            other.append(f"|`{name}`|{', '.join(f'`{key}`' for key in sorted(value))}|")
     parts = (("Functions", functions), ("Classes", classes), ("Mappings that your files can extend", other))
-    text = "\n".join([API, *("\n".join([f"## {title}", "", *lines, ""]) for title, lines in parts)])
+    text = "\n".join(
+        [API, *("\n".join([f"## {title}", "", "|name||", "|---|---|", *lines, ""]) for title, lines in parts)]
+    )
     return text.rstrip() + "\n"
 
 
@@ -121,12 +124,12 @@ def _parameters(function: Callable[..., object]) -> str:
     return ", ".join(words)
 
 
-def _item(text: str) -> str:
-    return textwrap.fill(text, 118, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
-
-
 def _paragraph(text: str | None) -> str:
-    return textwrap.fill(_words(text), 118, break_on_hyphens=False)
+    """Return a docstring with one sentence per line."""
+    return "\n".join(
+        textwrap.fill(sentence, 118, break_on_hyphens=False)
+        for sentence in re.split(r"(?<=[.!?]) (?=[A-Z`])", _words(text))
+    )
 
 
 def _words(text: str | None) -> str:
