@@ -200,7 +200,9 @@ def test_inspect(capsys, goldens):
         out = capsys.readouterr().out
         assert [line for line in said if line not in out] == []
     assert "takes one folder" in failing(capsys, "inspect")
-    assert "pass the tower's own folder as vision_dir" in failing(capsys, "inspect", str(goldens / "ckpt/bunny"))
+    assert "set vision_dir (--config.model.vision_dir) to the tower's folder" in failing(
+        capsys, "inspect", str(goldens / "ckpt/bunny")
+    )
 
 
 # --- experiments -----------------------------------------------------------------------------------------------------

@@ -203,7 +203,7 @@ def test_files_of_a_converted_folder(converted, name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_thumbnail": False}, r"use_thumbnail false is nothing that .* layout=\"source\""),
+        ({"use_thumbnail": False}, r"use_thumbnail false is not supported .* layout=\"source\""),
         ({"use_thumbnail": None}, "use_thumbnail null"),
         ({"dynamic_image_size": False, "pad2square": True}, "pad2square true"),
         ({"dynamic_image_size": False}, None),

@@ -107,8 +107,8 @@ def test_limits_of_the_processor(tmp_path):
         ("qwen3_vl", {"temporal_patch_size": 3}, r"patches of 3 copies of an image \(2\)"),
         ("qwen3_vl", {"spatial_merge_size": 3}, r"tokens of 3 x 3 patches \(2 x 2\)"),
         ("qwen3_vl", {"rope_parameters": {"rope_theta": 500.0}}, "rotary base 500 in a tower"),
-        ("qwen2_5_vl", {"window_size": 56}, r"windows of 2 tokens a side \(4\)"),
-        ("qwen2_5_vl", {"fullatt_block_indexes": [0, 3]}, r"blocks \[0, 3\] of 4 that see whole images"),
+        ("qwen2_5_vl", {"window_size": 56}, r"windows of 2 tokens per side \(4\)"),
+        ("qwen2_5_vl", {"fullatt_block_indexes": [0, 3]}, r"full attention in blocks \[0, 3\] of 4"),
     ],
 )
 def test_what_is_not_computed(tmp_path, name, changes, said):

@@ -245,7 +245,7 @@ def test_unknown_family_lists_what_is_known(capsys, folder, plan):
         ({"text_config.num_hidden_layers": 10**9}, "text_config.num_hidden_layers is 1000000000, expected a whole"),
         ({"text_config.vocab_size": -1}, "text_config.vocab_size is -1, expected a whole number above 0"),
         ({"text_config.rms_norm_eps": float("nan")}, "text_config.rms_norm_eps is nan, expected a number"),
-        ({"text_config.rope_scaling": {"type": "linear"}}, "linear rope without a factor"),
+        ({"text_config.rope_scaling": {"type": "linear"}}, 'linear rope: "factor" is missing'),
         ({"text_config.per_layer_shapes": 5}, "text_config.per_layer_shapes is 5, expected a list of [query heads"),
         ({"text_config.num_hidden_layers": 10_000}, "text_config.num_hidden_layers is 10000, expected a whole number"),
         (
@@ -280,7 +280,7 @@ def test_fields_that_cannot_be(capsys, folder, plan, changes, said):
 
 def test_ratios_of_the_pixel_shuffle(goldens, tmp_path):
     folder = copy_golden(goldens, "internvl", tmp_path / "folder")
-    for ratio, said in ((5e-324, "expected a number above 0"), (0.3, "1 over a whole number"), (2.0, "1 over a whole")):
+    for ratio, said in ((5e-324, "expected a number above 0"), (0.3, "1 / a whole number"), (2.0, "1 / a whole")):
         edit_config(folder, downsample_ratio=ratio)
         with pytest.raises(UserError, match=f"config.json: downsample_ratio.*{said}"):
             read_config(folder)

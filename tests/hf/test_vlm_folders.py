@@ -166,7 +166,10 @@ def test_bunny_with_the_tower_in_its_checkpoint(goldens, tmp_path):
 
 
 def test_bunny_without_a_description_of_its_tower(goldens):
-    with pytest.raises(UserError, match=r"google/siglip-so400m-patch14-384.*pass the tower's own folder as vision_dir"):
+    with pytest.raises(
+        UserError,
+        match=r"google/siglip-so400m-patch14-384.*set vision_dir .--config.model.vision_dir. to the tower's folder",
+    ):
         load(goldens / "ckpt/bunny")
 
 

@@ -187,7 +187,7 @@ class Encoder:
 
     def image_positions(self, images: Sequence[ImageShape]) -> int:
         """Return the tokens that images of these shapes add to those of the text with its marks."""
-        marks = 0 if self.template.image_tokens is None else sum(map(self.template.marks, images))
+        marks = 0 if self.template.image_tokens is None else sum(map(self.template.context_tokens, images))
         return sum(image.positions(self.tokens_per_image) for image in images) - marks
 
     def training_tokens(self, record: Record) -> tuple[np.ndarray, np.ndarray]:

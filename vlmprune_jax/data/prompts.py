@@ -239,7 +239,7 @@ def _repeats(
 ) -> np.ndarray:
     """Return how many positions each token takes."""
     repeats = np.ones(len(is_image), np.int64)
-    each = [(template.marks(image), image.positions(tokens_per_image)) for image in images]
+    each = [(template.context_tokens(image), image.positions(tokens_per_image)) for image in images]
     of_marks = [positions // marks for marks, positions in each for _ in range(marks)]
     repeats[is_image] = of_marks[: int(np.count_nonzero(is_image))]
     return repeats

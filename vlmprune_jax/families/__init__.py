@@ -1,4 +1,4 @@
-"""The families that can be read, pruned and written, each with every fact of its own."""
+"""Model families that can be read, pruned and written, with all facts about each."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FAMILIES.update(
         "smolvlm": SMOLVLM,
         "qwen3_vl": QWEN3_VL,
         "qwen2_5_vl": QWEN2_5_VL,
-        **{one.name: one for one in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI, PHI3)},
+        **{family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI, PHI3)},
     }
 )
 
@@ -40,26 +40,26 @@ __all__ = ["FAMILIES", "Family", "Weight", "detect", "family_of", "find", "targe
 
 
 def find(config: Mapping[str, Any]) -> Family | None:
-    """The family whose layout a config.json describes, the one that was added last, or None."""
+    """Return the family whose layout a config.json describes (the last one added, if several match), or None."""
     fits = (f for f in FAMILIES.values() if config.get("model_type") in f.model_types and f.matches(config))
     return next(reversed([*fits]), None)
 
 
 def detect(config: Mapping[str, Any], where: str) -> Family:
-    """The family whose layout a config.json describes.
+    """Return the family whose layout a config.json describes.
 
     Raises:
-      UserError: no family matches; the message lists what is known.
+      UserError: no family matches; the message lists the known model types.
     """
     family = find(config)
     if family is not None:
         return family
-    own = " and is loaded by the repository's own code (auto_map), which is never run here" * ("auto_map" in config)
+    own = " and needs the repository's own code (auto_map), which is never run here" * ("auto_map" in config)
     layouts: dict[str, list[str]] = {}
-    for one in FAMILIES.values():
-        for model_type in one.model_types:
-            layouts.setdefault(model_type, []).append(one.layout)
-    known = [f"{name} ({' and '.join(found)} layouts)" if len(found) > 1 else name for name, found in layouts.items()]
+    for family in FAMILIES.values():
+        for model_type in family.model_types:
+            layouts.setdefault(model_type, []).append(family.layout)
+    known = [f"{name} ({' and '.join(names)} layouts)" if len(names) > 1 else name for name, names in layouts.items()]
     raise UserError(
         f"{where}: model_type {config.get('model_type')!r} (architectures {config.get('architectures')}) is not "
         f"supported{own}; known: {', '.join(known)}"
@@ -67,57 +67,59 @@ def detect(config: Mapping[str, Any], where: str) -> Family:
 
 
 def family_of(cfg: ModelConfig) -> Family:
-    """The family that a ModelConfig came from.
+    """Return the family that a ModelConfig was read with.
 
     Raises:
-      UserError: it is not there: the file that adds it was not imported.
+      UserError: the family is unknown, since the file that adds it was not imported.
     """
     for family in reversed(FAMILIES.values()):
         if (family.name, family.layout) == (cfg.family, cfg.layout):
             return family
     raise UserError(
-        f"there is no family {cfg.family!r} in {cfg.layout} layout (there is {', '.join(FAMILIES)}): import the file "
-        "that adds it"
+        f"unknown family {cfg.family!r} in {cfg.layout} layout (known: {', '.join(FAMILIES)}): import the file that "
+        "adds it"
     )
 
 
 def target_of(family: Family) -> Family | None:
-    """The family of transformers that a hub layout is converted to, or None where it has none.
+    """Return the transformers family that a hub layout is converted to, or None if it has no conversion.
 
     Raises:
-      UserError: it is not there, or takes no models of other layouts.
+      UserError: that family is unknown, or accepts no models of other layouts.
     """
     if family.conversion is None:
         return None
-    found = FAMILIES.get(family.conversion.to)
-    if found is None or found.stock is None or found.stock.processor is None:
-        takers = [key for key, one in FAMILIES.items() if one.stock is not None and one.stock.processor is not None]
+    targets = {name: f for name, f in FAMILIES.items() if f.stock is not None and f.stock.processor is not None}
+    if family.conversion.to not in targets:
         raise UserError(
-            f"family {family.name} is converted to {family.conversion.to!r}, which takes no models of other layouts "
-            f"(these do: {', '.join(takers)})"
+            f"family {family.name}: conversion.to={family.conversion.to!r} accepts no models of other layouts: "
+            f"use one of {', '.join(targets)}"
         )
-    return found
+    return targets[family.conversion.to]
 
 
 def templates() -> dict[str, Template]:
-    """The prompt formats of all families by name."""
+    """Return the prompt templates of all families by name."""
     return {template.name: template for family in FAMILIES.values() for template in family.templates}
 
 
 def template_of(family: Family, config: Mapping[str, Any], text_end: str | None) -> Template:
-    """The prompt format that a model was trained with.
+    """Return the prompt template that a model was trained with.
 
-    `config`: its config.json, which names one in some families. `text_end`: the token that ends its texts, which tells
-    whose a model is that was converted from a hub's layout (an exported Bunny is a LLaVA).
+    Args:
+      family: family of the checkpoint.
+      config: its config.json, which names the template in some families.
+      text_end: the tokenizer's end token, which identifies the original family of a converted checkpoint (an exported
+        Bunny is a LLaVA).
 
     Raises:
-      UserError: the config names one that is not known.
+      UserError: the config names an unknown template.
     """
     named = None if family.template_field is None else config.get(family.template_field)
     if named is None:
         converted = [other for other in FAMILIES.values() if target_of(other) is family]
-        own = [one.templates[0] for one in (family, *converted)]
-        return next((template for template in own if template.assistant_end.rstrip() == text_end), own[0])
+        candidates = [candidate.templates[0] for candidate in (family, *converted)]
+        return next((template for template in candidates if template.assistant_end.rstrip() == text_end), candidates[0])
     known = templates()
     if named not in known:
         raise UserError(f"config.json: prompt template {named!r} is not supported (supported: {', '.join(known)})")

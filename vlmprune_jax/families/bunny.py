@@ -1,4 +1,4 @@
-"""Bunny-v1.0-3B in its hub's layout: SigLIP, a two-layer projector and Phi-2 (BunnyPhiForCausalLM)."""
+"""Bunny-v1.0-3B in its hub layout: SigLIP, a two-layer projector and Phi-2 (BunnyPhiForCausalLM)."""
 
 from __future__ import annotations
 
@@ -8,25 +8,17 @@ from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.families.decoders import text_from_hf, text_weights
-from vlmprune_jax.families.llava import ORIGINAL_IMAGE_TOKEN, OTHER_TOWERS, RECIPE, TOWER_RENAMES, UNUSED_VISION
+from vlmprune_jax.families.decoders import text_from_hf
+from vlmprune_jax.families.llava import LLAVA_ORIGINAL, ORIGINAL_IMAGE_TOKEN
 from vlmprune_jax.families.shapes import layers_to_hf, token_ids
-from vlmprune_jax.families.table import Conversion, Family, JsonDict
+from vlmprune_jax.families.table import JsonDict
 from vlmprune_jax.families.templates import LLAVA_V1
-from vlmprune_jax.families.towers import (
-    PIXELS,
-    check_whole,
-    projector_of,
-    projector_weights,
-    vision_from_hf,
-    vision_of,
-    vision_weights,
-)
+from vlmprune_jax.families.towers import PIXELS, check_unpruned, vision_from_hf, vision_of
 
 TEMPLATE = dataclasses.replace(LLAVA_V1, name="bunny", assistant_end="<|endoftext|>")
 # Bunny's code computes all blocks but the last, whatever the config says (siglip_encoder.py).
 _FEATURE_LAYER = -2
-# Bunny's config.json names its tower and its width only; these are the sizes of the one that the hub's Bunny-v1.0 has.
+# Bunny's config.json has only the tower's name and width; these are the sizes of the tower of Bunny-v1.0 on the hub.
 _HUB_TOWER = "siglip-so400m-patch14-384"
 _HUB_TOWER_CONFIG = {
     "model_type": "siglip_vision_model",
@@ -45,8 +37,8 @@ def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> Mod
         vision = _HUB_TOWER_CONFIG
     if vision is None:
         raise UserError(
-            f"this Bunny folder names its vision tower {name!r} (width {width}) but does not describe it: "
-            "pass the tower's own folder as vision_dir (--config.model.vision_dir)"
+            f"Bunny: config.json names the vision tower {name!r} (width {width}) without its sizes: "
+            "set vision_dir (--config.model.vision_dir) to the tower's folder"
         )
     kind = config.get("mm_projector_type", "mlp2x_gelu")
     if kind != "mlp2x_gelu":
@@ -71,33 +63,25 @@ def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> Mod
 
 
 def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
-    check_whole(vision_of(cfg), _FEATURE_LAYER)
-    return layers_to_hf(cfg.text, source)  # the hub's classes have no other name for other widths
+    check_unpruned(vision_of(cfg), _FEATURE_LAYER)
+    return layers_to_hf(cfg.text, source)  # the hub has no class for unequal widths
 
 
 def _pixels(size: int) -> JsonDict:
-    """Settings of the image processor, which the hub's code holds instead of a file."""
+    """Return settings of the image processor, which the hub's code holds instead of a file."""
     mean, std = PIXELS["siglip"]
     side = {"height": size, "width": size}
     return {"image_processor_type": "SiglipImageProcessor", "size": side, "image_mean": mean, "image_std": std}
 
 
-BUNNY = Family(
+BUNNY = dataclasses.replace(
+    LLAVA_ORIGINAL,
     name="bunny",
-    layout="original",
     model_types=("bunny-phi",),
+    matches=lambda config: True,
     from_hf=_from_hf,
     to_hf=_to_hf,
-    weights=lambda cfg: (
-        text_weights(cfg.text, "model.", "lm_head.weight")
-        + projector_weights(projector_of(cfg), "model.mm_projector.", ("0", "2"))
-        + vision_weights(vision_of(cfg), "vision_tower.")
-    ),
-    renames=TOWER_RENAMES,
-    ignored=(r".*\.rotary_emb\.inv_freq", r"lm_head\.weight", UNUSED_VISION, OTHER_TOWERS),
-    separate_vision=True,
+    holds_tower=True,
     templates=(TEMPLATE,),
     pixels=_pixels,
-    recipe=RECIPE,
-    conversion=Conversion(to="llava", new_token="<image>", marks_images=True),
 )

@@ -1,4 +1,4 @@
-"""What the fields of a config.json may hold: a damaged one is refused by the field's name, before anything is built."""
+"""Types and bounds of config.json fields, checked before anything is built from them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from vlmprune_jax.core.errors import UserError
 
-# More layers than any model has: a number beyond would be a list of as many shapes.
+# Above any real model; larger numbers would allocate as many layer shapes.
 MAX_LAYERS = 1000
-# More pixels a side than any tower sees: what images are made to before anything is compared with the weights.
+# Pixels per side, above any real tower; images get this size before the config is compared with the weights.
 MAX_SIDE = 4096
 _MAX = 2**31 - 1
 
@@ -42,7 +42,7 @@ def _list_of(kind: Callable[[Any], bool], value: Any) -> bool:
     return isinstance(value, list) and all(map(kind, value))
 
 
-# What is expected -> how to tell, the fields, and those that may be null as well.
+# (expected value in words, its test, fields, fields that may also be null)
 _Kind = tuple[str, Callable[[Any], bool], tuple[str, ...], tuple[str, ...]]
 _KINDS: tuple[_Kind, ...] = (
     (
@@ -60,12 +60,7 @@ _KINDS: tuple[_Kind, ...] = (
         ("image_size", "patch_size"),
         ("force_image_size",),
     ),
-    (
-        "a number",
-        _number,
-        ("rms_norm_eps", "layer_norm_eps"),
-        (),
-    ),
+    ("a number", _number, ("rms_norm_eps", "layer_norm_eps"), ()),
     (
         "a number above 0",
         _positive,
@@ -83,7 +78,7 @@ _KINDS: tuple[_Kind, ...] = (
     ("a token id or a list of them", lambda v: _integer(v) or _list_of(_integer, v), (), ("eos_token_id",)),
     (
         "a list of whole numbers from 0",
-        lambda v: _list_of(lambda one: type(one) is int and 0 <= one <= _MAX, v),
+        lambda v: _list_of(lambda number: type(number) is int and 0 <= number <= _MAX, v),
         ("deepstack_visual_indexes", "fullatt_block_indexes", "mrope_section"),
         (),
     ),
@@ -125,20 +120,20 @@ _SECTIONS = ("text_config", "llm_config", "vision_config", "rope_scaling", "rope
 
 
 def check_fields(config: Mapping[str, Any], where: str, prefix: str = "") -> None:
-    """Refuse a config whose known fields hold something else than they can.
+    """Refuse a config in which a known field has an unexpected value.
 
     Args:
-      config: the content of a config.json or generation_config.json, or (`prefix`) one of its sections.
+      config: content of a config.json or generation_config.json, or of its section `prefix`.
       where: the file, for messages.
 
     Raises:
-      UserError: names the file, the field and what it may hold.
+      UserError: with the file, the field, its value and the expected value.
     """
     for name, value in config.items():
         text, test, nullable = _EXPECTED.get(name, ("", lambda value: True, True))
         if not (test(value) or (nullable and value is None)):
             shown = repr(value)
             shown = shown if len(shown) <= 40 else f"{shown[:37]}..."
-            raise UserError(f"{where}: {prefix}{name} is {shown}, expected {text}: is the file damaged?")
+            raise UserError(f"{where}: {prefix}{name} is {shown}, expected {text}: correct or restore the file")
         if name in _SECTIONS and value is not None:
             check_fields(value, where, f"{prefix}{name}.")

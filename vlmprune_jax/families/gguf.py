@@ -1,4 +1,4 @@
-"""What llama.cpp computes: its architectures for decoders, its graphs for towers, and what each has no place for.
+"""llama.cpp's architectures for decoders and graphs for towers, and the models that each cannot represent.
 
 Source: llama.cpp of October 2026, src/models/*.cpp (which tensors are created, of which shapes), src/llama-model.cpp
 (which way each architecture rotates) and tools/mtmd (clip.cpp, models/llava.cpp, models/internvl.cpp,
@@ -9,26 +9,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, Stack, TextConfig, VisionConfig
+from vlmprune_jax.core.config import ModelConfig, ProjectorConfig, TextConfig, VisionConfig
 
-NAME, WHEEL = "llama.cpp", "xllamacpp"  # the wheel has it ready to be loaded
-ENGINE = "llama_cpp"  # among `--backends`
+NAME, WHEEL = "llama.cpp", "xllamacpp"  # the wheel contains the compiled library
+ENGINE = "llama_cpp"  # its name in `--backends`
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder of llama.cpp by its name in files (`general.architecture`).
+    """A decoder architecture of llama.cpp, by its name in files (`general.architecture`).
 
-    `tensors`: module in `params["text"]` -> the tensor it lies in, both with the layer as `{i}`; several modules of one
-    tensor are its rows, one after the other. `interleaved`: a rotary pair are neighbours there, halves of a head in
-    Hugging Face's files. `per_layer`: every layer may have widths of its own. `free_heads`: the heads need not make up
-    the hidden size. `partial`: a part of each head may be rotated. `sections`: by time, row and column. `own_head`: the
-    head and its bias are tensors of their own, also where embeddings are tied or there is no bias. `activations`,
-    `ropes` (beside "default") and `biases` (fields of `TextConfig`) are those that it computes. No architecture has a
-    sliding window that works.
+    `tensors` maps a module in `params["text"]` to the tensor that holds it, both with the layer as `{i}`; modules that
+    share a tensor are its rows, in order. Features of the architecture: `activations`, `ropes` (beside "default") and
+    `biases` (fields of `TextConfig`) that it computes; `interleaved`: a rotary pair are neighbouring channels (in
+    Hugging Face files they are halves of a head); `per_layer`: layers may have different widths; `free_heads`: heads x
+    head_dim may differ from the hidden size; `partial`: only part of each head may be rotated; `sections`: rotary
+    positions by time, row and column; `own_head`: output head and bias are always stored, even if tied or absent in the
+    model. Sliding windows work in none of them.
     """
 
     name: str
@@ -44,11 +44,10 @@ class Architecture:
     own_head: bool = False
 
     def lacks(self, text: TextConfig) -> str | None:
-        """What of a decoder it does not compute, whatever the widths; None where it does."""
-        absent = [name for name in ("qkv_bias", "out_bias", "mlp_bias") if getattr(text, name)]
-        absent = [name for name in absent if name not in self.biases]
+        """Return the feature of a decoder that this architecture cannot compute at any width, or None."""
+        absent = [name for name in _BIASES if getattr(text, name) and name not in self.biases]
         if text.activation not in self.activations:
-            return f"activation {text.activation} (its own is {' or '.join(self.activations)})"
+            return f"activation {text.activation} (it has {' or '.join(self.activations)})"
         if absent:
             return f"biases ({', '.join(absent)})"
         if text.rope.kind not in ("default", *self.ropes):
@@ -60,26 +59,26 @@ class Architecture:
         return None
 
     def misfit(self, text: TextConfig) -> str | None:
-        """What widths of a decoder it does not hold, and zero heads and neurons would mend; None where it does."""
+        """Return the decoder widths that this architecture cannot hold but zero-padding would fix; None if it fits."""
         if not (text.even or self.per_layer):
             return "layers of unequal width"
-        if not (self.free_heads or _whole(text)):
-            return f"other numbers of heads than make up the hidden size ({text.hidden_size // text.head_dim})"
+        heads = text.hidden_size // text.head_dim
+        if not self.free_heads and any(shape.q_heads * text.head_dim != text.hidden_size for shape in text.layers):
+            return f"other numbers of heads than hidden_size / head_dim ({heads})"
         return None
 
 
-def _whole(stack: Stack) -> bool:
-    return all(shape.q_heads * stack.head_dim == stack.hidden_size for shape in stack.layers)
+def _block_tensors(prefix: str, names: Mapping[str, str]) -> dict[str, str]:
+    return {f"layers/{{i}}/{module}": f"{prefix}.{{i}}.{tensor}" for module, tensor in names.items()}
 
 
-_BLOCK = "layers/{i}/"
 _LLAMA_TENSORS = {
     "embed_tokens": "token_embd",
     "norm": "output_norm",
     "lm_head": "output",
-    **{
-        f"{_BLOCK}{ours}": f"blk.{{i}}.{theirs}"
-        for ours, theirs in {
+    **_block_tensors(
+        "blk",
+        {
             "input_layernorm": "attn_norm",
             "post_attention_layernorm": "ffn_norm",
             "self_attn/q_proj": "attn_q",
@@ -91,16 +90,16 @@ _LLAMA_TENSORS = {
             "mlp/gate_proj": "ffn_gate",
             "mlp/up_proj": "ffn_up",
             "mlp/down_proj": "ffn_down",
-        }.items()
-    },
+        },
+    ),
 }
 _PHI2_TENSORS = {
     "embed_tokens": "token_embd",
     "final_layernorm": "output_norm",
     "lm_head": "output",
-    **{
-        f"{_BLOCK}{ours}": f"blk.{{i}}.{theirs}"
-        for ours, theirs in {
+    **_block_tensors(
+        "blk",
+        {
             "input_layernorm": "attn_norm",
             "self_attn/q_proj": "attn_q",
             "self_attn/k_proj": "attn_k",
@@ -108,13 +107,13 @@ _PHI2_TENSORS = {
             "self_attn/dense": "attn_output",
             "mlp/fc1": "ffn_up",
             "mlp/fc2": "ffn_down",
-        }.items()
-    },
+        },
+    ),
 }
 _PHI3_TENSORS = {
     **_LLAMA_TENSORS,
-    **{f"{_BLOCK}self_attn/{name}_proj": "blk.{i}.attn_qkv" for name in "qkv"},
-    **{f"{_BLOCK}mlp/{name}_proj": "blk.{i}.ffn_up" for name in ("gate", "up")},
+    **_block_tensors("blk", {f"self_attn/{name}_proj": "attn_qkv" for name in "qkv"}),
+    **_block_tensors("blk", {"mlp/gate_proj": "ffn_up", "mlp/up_proj": "ffn_up"}),
 }
 _BIASES = ("qkv_bias", "out_bias", "mlp_bias")
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
@@ -127,15 +126,7 @@ LLAMA = Architecture(
     interleaved=True,
     free_heads=True,
 )
-DECI = Architecture(
-    "deci",
-    _LLAMA_TENSORS,
-    ropes=("linear", "yarn", "llama3", "longrope"),
-    biases=_BIASES,
-    interleaved=True,
-    free_heads=True,
-    per_layer=True,
-)
+DECI = replace(LLAMA, name="deci", per_layer=True)
 QWEN2 = Architecture("qwen2", _LLAMA_TENSORS, biases=("qkv_bias",))
 QWEN3 = Architecture("qwen3", _LLAMA_TENSORS, free_heads=True)
 QWEN2VL = Architecture("qwen2vl", _LLAMA_TENSORS, biases=("qkv_bias",), ropes=(), sections=True)
@@ -153,9 +144,9 @@ _TOWER_TENSORS = {
     "position_embedding": "v.position_embd",
     "pre_layrnorm": "v.pre_ln",
     "post_layernorm": "v.post_ln",
-    **{
-        f"{_BLOCK}{ours}": f"v.blk.{{i}}.{theirs}"
-        for ours, theirs in {
+    **_block_tensors(
+        "v.blk",
+        {
             "layer_norm1": "ln1",
             "self_attn/q_proj": "attn_q",
             "self_attn/k_proj": "attn_k",
@@ -169,47 +160,47 @@ _TOWER_TENSORS = {
             "mlp/up_proj": "ffn_up",
             "mlp/down_proj": "ffn_down",
             "layer_scale2": "ls2",
-        }.items()
-    },
+        },
+    ),
 }
-_JOINED_QKV = {f"{_BLOCK}self_attn/{name}_proj": "v.blk.{i}.attn_qkv" for name in "qkv"}
+_JOINED_QKV = _block_tensors("v.blk", {f"self_attn/{name}_proj": "attn_qkv" for name in "qkv"})
 _PROJECTORS = {
     "mlp": {"linear_1": "mm.0", "linear_2": "mm.2"},
     "pixel_shuffle": {"layer_norm": "mm.model.mlp.0", "linear_1": "mm.model.mlp.1", "linear_2": "mm.model.mlp.3"},
     "linear": {"linear": "mm.model.fc"},
     "merger": {"patch_norm": "v.post_ln", "linear_1": "mm.0", "linear_2": "mm.2"},
 }
-# What it calls the graph of each kind.
+# llama.cpp's name of the graph for each projector kind.
 _GRAPHS = {"mlp": "mlp", "pixel_shuffle": "internvl", "linear": "idefics3"}
 _WINDOWS, _DEEPSTACK = "qwen2.5vl_merger", "qwen3vl_merger"
-# It has the tanh approximation only, which is within 5e-4 of the error function's.
+# llama.cpp has only the tanh approximation, which is within 5e-4 of the exact GELU.
 _GELU = ("gelu", *_TANH_GELU)
 _NORM_EPS = 1e-5  # of the projector's norm
-# Qwen's graphs: copies of an image and patches a side of a token, the rotary base, and pixels a side of a window.
-_PATCHES, _TURNS, _WINDOW = 2, 10000.0, 112
+# Constants of Qwen's graphs: image copies per patch (also patches per side of a token), rotary base, window side (px).
+_PATCHES, _ROPE_BASE, _WINDOW = 2, 10000.0, 112
 
 
 def _graph(cfg: ModelConfig) -> str:
-    vision, projector = _seeing(cfg)
+    vision, projector = _vision_and_projector(cfg)
     if projector.kind != "merger":
         return _GRAPHS[projector.kind]
     return _WINDOWS if vision.norm == "rms" else _DEEPSTACK
 
 
-def _seeing(cfg: ModelConfig) -> tuple[VisionConfig, ProjectorConfig]:
+def _vision_and_projector(cfg: ModelConfig) -> tuple[VisionConfig, ProjectorConfig]:
     assert cfg.vision is not None
     assert cfg.projector is not None
     return cfg.vision, cfg.projector
 
 
 def tower_tensors(cfg: ModelConfig) -> Mapping[str, str]:
-    """Module in `params["vision"]` -> the tensor it lies in, with the layer as `{i}`."""
+    """Return module in `params["vision"]` -> GGUF tensor that holds it, with the layer as `{i}`."""
     return _TOWER_TENSORS | _JOINED_QKV if _graph(cfg) == _DEEPSTACK else _TOWER_TENSORS
 
 
 def projector_tensors(cfg: ModelConfig) -> Mapping[str, str]:
-    """Module in `params["projector"]` -> the tensor it lies in."""
-    vision, projector = _seeing(cfg)
+    """Return module in `params["projector"]` -> GGUF tensor that holds it."""
+    vision, projector = _vision_and_projector(cfg)
     return _PROJECTORS[projector.kind] | {
         f"deepstack/{number}/{ours}": f"v.deepstack.{block}.{theirs}"
         for number, block in enumerate(vision.deepstack)
@@ -218,8 +209,8 @@ def projector_tensors(cfg: ModelConfig) -> Mapping[str, str]:
 
 
 def tower_lacks(cfg: ModelConfig) -> str | None:
-    """What of a model's tower or projector llama.cpp does not compute, whatever the widths; None where it does."""
-    vision, projector = _seeing(cfg)
+    """Return the feature of a tower or projector that llama.cpp cannot compute at any width; None if none."""
+    vision, projector = _vision_and_projector(cfg)
     wrong = {
         f"tower with activation {vision.activation}": vision.activation not in (*_GELU, "quick_gelu", "silu"),
         f"images of {vision.channels} channels (3)": vision.channels != 3,
@@ -230,15 +221,15 @@ def tower_lacks(cfg: ModelConfig) -> str | None:
     else:
         wrong[f"projector with activation {projector.activation}"] = projector.activation not in _GELU
         wrong["projector without biases"] = not projector.bias
-    return next((what for what, so in wrong.items() if so), None)
+    return next((feature for feature, present in wrong.items() if present), None)
 
 
 def _square_lacks(cfg: ModelConfig) -> dict[str, bool]:
-    """What a tower for images of one size may have that is not computed -> whether it has."""
-    vision, projector = _seeing(cfg)
-    kept = "patch" if vision.class_token else "full"
+    """Return unsupported features of a tower for images of one size -> True if the model has it."""
+    vision, projector = _vision_and_projector(cfg)
+    select = "patch" if vision.class_token else "full"
     wrong = {
-        f"features of kind {cfg.feature_select!r} of such a tower ({kept!r})": cfg.feature_select != kept,
+        f"feature selection {cfg.feature_select!r} with such a tower ({select!r})": cfg.feature_select != select,
         f"images of another size ({vision.image_size}) than its tower's positions ({vision.position_size})": (
             vision.position_size not in (0, vision.image_size)
         ),
@@ -256,36 +247,37 @@ def _square_lacks(cfg: ModelConfig) -> dict[str, bool]:
 
 
 def _patches_lack(vision: VisionConfig) -> dict[str, bool]:
-    """The same of a tower for images of any size."""
+    """Return unsupported features of a tower for images of any size -> True if the model has it."""
     whole = [i for i, shape in enumerate(vision.layers) if shape.window is None]
     sides = sorted({shape.window for shape in vision.layers if shape.window is not None})
     window = _WINDOW // vision.patch_size // vision.merge
     return {
         f"patches of {vision.temporal} copies of an image ({_PATCHES})": vision.temporal != _PATCHES,
         f"tokens of {vision.merge} x {vision.merge} patches ({_PATCHES} x {_PATCHES})": vision.merge != _PATCHES,
-        f"rotary base {vision.rope_theta:g} in a tower ({_TURNS:g})": vision.rope_theta != _TURNS,
-        f"blocks {whole} of {len(vision.layers)} that see whole images (every n-th)": _every(vision) is None,
-        f"windows of {', '.join(map(str, sides))} tokens a side ({window})": sides not in ([], [window]),
+        f"rotary base {vision.rope_theta:g} in a tower ({_ROPE_BASE:g})": vision.rope_theta != _ROPE_BASE,
+        f"full attention in blocks {whole} of {len(vision.layers)} (every n-th)": _full_attention_period(vision)
+        is None,
+        f"windows of {', '.join(map(str, sides))} tokens per side ({window})": sides not in ([], [window]),
     }
 
 
-def _every(vision: VisionConfig) -> int | None:
-    """n where every n-th block sees a whole image and the others windows of it; None where it is otherwise."""
+def _full_attention_period(vision: VisionConfig) -> int | None:
+    """Return n if exactly every n-th block has full attention and the others are windowed; else None."""
     whole, count = [shape.window is None for shape in vision.layers], len(vision.layers)
     return next((n for n in range(1, count + 2) if whole == [(i + 1) % n == 0 for i in range(count)]), None)
 
 
 def tower_misfit(vision: VisionConfig) -> str | None:
-    """What widths of a tower it does not hold, and zero heads would mend: each layer may have neurons of its own."""
-    return None if _whole(vision) else "a vision tower whose heads do not make up its width"
+    """Return the tower widths that llama.cpp cannot hold but zero heads would fix; None if the tower fits."""
+    return None if vision.whole_heads else "a vision tower whose heads x head_dim differ from its width"
 
 
 def tower_fields(cfg: ModelConfig, cut: Mapping[str, int]) -> dict[str, Any]:
-    """Metadata of a tower and its projector, named as methods `add_NAME` of `gguf.GGUFWriter`, or by a key's own name.
+    """Return GGUF metadata of a tower and its projector, by methods `add_NAME` of `gguf.GGUFWriter` or by key.
 
-    `cut`: how an image becomes pieces, in a family that cuts, in the same names.
+    `cut`: further metadata about the tiles or pieces that images are cut into.
     """
-    vision, projector = _seeing(cfg)
+    vision, projector = _vision_and_projector(cfg)
     size = vision.position_size if vision.any_size and vision.table else vision.image_size
     fields: dict[str, Any] = {
         "clip_has_vision_encoder": True,
@@ -304,19 +296,19 @@ def tower_fields(cfg: ModelConfig, cut: Mapping[str, int]) -> dict[str, Any]:
     if vision.any_size:
         fields["vision_spatial_merge_size"] = vision.merge
         if _graph(cfg) == _WINDOWS:
-            fields["vision_n_wa_pattern"] = _every(vision)
+            fields["vision_n_wa_pattern"] = _full_attention_period(vision)
         else:
             fields["vision_is_deepstack_layers"] = [i in vision.deepstack for i in range(len(vision.layers))]
     elif projector.shuffles:
         fields["vision_projector_scale_factor"] = projector.downsample
-    else:  # without it LLaVA's graph leaves the last block out
+    else:  # otherwise LLaVA's graph skips the last block
         fields["clip.vision.feature_layer"] = [len(vision.layers)]
     return {**fields, **cut}
 
 
 # Tokenizers -----------------------------------------------------------------------------------------------------------
 
-# What llama.cpp calls tokenizers whose words begin with a space mark, and those of bytes.
+# llama.cpp's names of SentencePiece and of byte-level BPE tokenizers.
 SPACED, BYTE_LEVEL = "llama", "gpt2"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _CASED = (
@@ -324,7 +316,7 @@ _CASED = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*SUFFIX|"
 )
 _ENDS = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# Rules of a byte-level tokenizer, as export/gguf_tokenizer.py spells them -> what llama.cpp calls them.
+# Pre-tokenizer rules of a byte-level tokenizer, as export/gguf_tokenizer.py spells them -> llama.cpp's name for them.
 WORDS, BYTES = "ByteLevel words", "ByteLevel"
 PRE: dict[tuple[str, ...], str] = {
     (WORDS,): "gpt-2",
@@ -340,9 +332,9 @@ PRE: dict[tuple[str, ...], str] = {
     (_CASED.replace("SUFFIX", "") + r"\p{N}" + _ENDS, BYTES): "tekken",
     (_CASED.replace("SUFFIX", f"{_CONTRACTIONS}?") + r"\p{N}{1,3}" + _ENDS, BYTES): "gpt-4o",
 }
-# Words that are tokens as a whole are taken as such there, whatever the merges say.
+# Pre-tokenizers with which llama.cpp takes a word that is a token as that token, without applying merges.
 WHOLE_WORDS = ("llama-bpe", "tekken")
-# The split of a tokenizer whose words all are such.
+# Pre-tokenizer for a vocabulary in which every word is a token.
 OF_WORDS = "llama-bpe"
-# In a model with this in its name all marks but these drop the white space behind them, as in Phi-3's tokenizer.
+# In models with this name all special tokens but these strip the white space after them, as in Phi-3's tokenizer.
 DROPPING_NAME, KEEPING_MARKS = re.compile("phi-?3", re.IGNORECASE), {"<unk>", "<s>", "<|endoftext|>"}

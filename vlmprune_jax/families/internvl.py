@@ -1,4 +1,4 @@
-"""InternVL in both layouts: the hub's InternVLChatModel (Mini-InternVL-Chat-4B-V1-5), and that of transformers."""
+"""InternVL in both layouts: the hub's InternVLChatModel (Mini-InternVL-Chat-4B-V1-5) and transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vlmprune_jax.core.config import ModelConfig, ProjectorConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
 from vlmprune_jax.families.llava import HF_MODULES, NATIVE_RENAMES, RECIPE
-from vlmprune_jax.families.shapes import layers_to_hf, tied_embeddings, token_ids
+from vlmprune_jax.families.shapes import layers_to_hf, tied_embeddings, token_ids, vlm_token_ids
 from vlmprune_jax.families.table import Conversion, Family, JsonDict, ProcessorFiles, Stock
 from vlmprune_jax.families.templates import Template
 from vlmprune_jax.families.tiles import BICUBIC, TilingConfig, whole_number
@@ -25,11 +25,11 @@ from vlmprune_jax.families.towers import (
     vision_to_hf,
 )
 
-# torch's default, which the projector's layer norm has in both layouts.
+# Epsilon of the projector's layer norm in both layouts (torch's default).
 _PROJECTOR_EPS = 1e-5
-# The vocabulary ends in <img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> </box>, in this order.
+# The vocabulary ends with <img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> </box>, in this order.
 _IMAGE_TOKEN_FROM_END = 7
-# What InternVLChatConfig of the hub's remote code supplies where config.json says nothing.
+# Defaults of InternVLChatConfig in the hub's remote code.
 _TILE_DEFAULTS = {"min_dynamic_patch": 1, "max_dynamic_patch": 6, "use_thumbnail": False, "dynamic_image_size": False}
 
 _PHI3_CHAT = Template(
@@ -49,7 +49,7 @@ _PHI3_CHAT = Template(
     padding_mark="<|endoftext|>",
     special=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
 )
-# With Qwen2 or Llama, 1.5 and 2 | 2.5 and later (reference: InternVL conversation.py, dataset.py).
+# Models with Qwen2 or Llama: versions 1.5 and 2; then 2.5 and later (reference: InternVL conversation.py, dataset.py).
 _HERMES_2 = replace(
     _PHI3_CHAT,
     name="Hermes-2",
@@ -71,7 +71,7 @@ _INTERNVL2_5 = replace(
     padding_mark=None,
     by_turn=True,
 )
-# Of InternVL3 and later in the layout of transformers, as their chat templates have it: no system text.
+# InternVL3 and later in the transformers layout; their chat templates have no system text.
 _INTERNVL3 = replace(_INTERNVL2_5, name="internvl3", system="", image_lead=False)
 _CHAT_TEMPLATES = (_PHI3_CHAT, _HERMES_2, _INTERNVL2_5)
 
@@ -95,7 +95,7 @@ def _projector(config: Mapping[str, Any], version: str) -> ProjectorConfig:
     ratio = float(config.get("downsample_ratio", 0.5))
     factor = round(1 / ratio)
     if factor < 1 or factor * ratio != 1:
-        raise UserError(f"downsample_ratio {ratio} is not supported: it must be 1 over a whole number, like 0.5")
+        raise UserError(f"downsample_ratio {ratio} is not supported: it must be 1 / a whole number, for example 0.5")
     return ProjectorConfig(
         activation=config.get("projector_hidden_act", "gelu"),
         bias=True,
@@ -145,7 +145,7 @@ def _native_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None)
         vision=tower,
         projector=_projector(config, "v2"),
         image_token_id=int(config.get("image_token_id", 151667)),
-        **token_ids({**text, **{k: v for k, v in config.items() if k.endswith("token_id") and v is not None}}),
+        **vlm_token_ids(config, text),
     )
 
 
@@ -156,26 +156,26 @@ def _native_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
 
 def _original_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
     config = vision_to_hf(vision_of(cfg), source, "intern_vit_6b", ("select_layer", -1))
-    # the hub's classes have no other name for other widths
+    # the hub has no class for unequal widths
     return {**config, "llm_config": layers_to_hf(cfg.text, source.get("llm_config") or {})}
 
 
 def _tiling(config: Mapping[str, Any], where: str) -> TilingConfig:
-    """How a chat folder's config.json has images cut (the preprocessor_config of the hub is not what runs).
+    """Return the tiling of a chat folder's config.json (the hub's code ignores preprocessor_config.json).
 
     Raises:
       UserError: a field is missing or not a number.
     """
-    given = {**_TILE_DEFAULTS, **{name: config[name] for name in _TILE_DEFAULTS if config.get(name) is not None}}
+    fields = {**_TILE_DEFAULTS, **{name: config[name] for name in _TILE_DEFAULTS if config.get(name) is not None}}
     size = config.get("force_image_size") or (config.get("vision_config") or {}).get("image_size")
-    dynamic = bool(given["dynamic_image_size"])
+    dynamic = bool(fields["dynamic_image_size"])
     mean, std = PIXELS["internvit"]
     return TilingConfig(
         size=whole_number(size, "force_image_size", where),
-        min_tiles=whole_number(given["min_dynamic_patch"], "min_dynamic_patch", where) if dynamic else 1,
-        max_tiles=whole_number(given["max_dynamic_patch"], "max_dynamic_patch", where) if dynamic else 1,
-        thumbnail=dynamic and bool(given["use_thumbnail"]),
-        # Tiles are padded one by one, and they are square.
+        min_tiles=whole_number(fields["min_dynamic_patch"], "min_dynamic_patch", where) if dynamic else 1,
+        max_tiles=whole_number(fields["max_dynamic_patch"], "max_dynamic_patch", where) if dynamic else 1,
+        thumbnail=dynamic and bool(fields["use_thumbnail"]),
+        # the reference pads after tiling, and tiles are square already
         pad=bool(config.get("pad2square")) and not dynamic,
         mean=mean,
         std=std,
@@ -185,17 +185,20 @@ def _tiling(config: Mapping[str, Any], where: str) -> TilingConfig:
 
 
 def _processor(cfg: ModelConfig, source: JsonDict, template: Template, new_token: str) -> ProcessorFiles:
-    """InternVLProcessor; images are cut into tiles of the grid that fits best, and the whole image is one more.
+    """Return files of InternVLProcessor: images become tiles of the best-fitting grid, and a thumbnail.
 
     Raises:
-      UserError: what the config asks for is nothing that the image processor of transformers does.
+      UserError: the config needs image processing that transformers does not have.
     """
     tiling = _tiling(source, "config.json")
-    for field, lost in (("use_thumbnail", tiling.max_tiles > 1 and not tiling.thumbnail), ("pad2square", tiling.pad)):
-        if lost:
+    for field, unsupported in (
+        ("use_thumbnail", tiling.max_tiles > 1 and not tiling.thumbnail),
+        ("pad2square", tiling.pad),
+    ):
+        if unsupported:
             raise UserError(
-                f"config.json: {field} {json.dumps(source.get(field))} is nothing that transformers' InternVLProcessor "
-                'can do: export with layout="source"'
+                f"config.json: {field} {json.dumps(source.get(field))} is not supported by transformers' "
+                'InternVLProcessor: export with layout="source"'
             )
     vision = vision_of(cfg)
     mean, std = PIXELS[vision.kind]
@@ -233,9 +236,9 @@ def _processor(cfg: ModelConfig, source: JsonDict, template: Template, new_token
 
 
 def _stock_config(cfg: ModelConfig, source: JsonDict) -> JsonDict:
-    # transformers has no such field; ours tells prompts apart by it
-    named = source.get("template") or _CHAT_TEMPLATES[0].name
-    return {"downsample_ratio": 1 / projector_of(cfg).downsample, "template": named}
+    # "template" is our own field: it selects the prompt template when the export is read
+    template = source.get("template") or _CHAT_TEMPLATES[0].name
+    return {"downsample_ratio": 1 / projector_of(cfg).downsample, "template": template}
 
 
 def _lacks(cfg: ModelConfig) -> str | None:

@@ -1,4 +1,4 @@
-"""Llama."""
+"""Llama decoders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlmprune_jax.families.mistral import as_mistral
 from vlmprune_jax.families.shapes import PER_LAYER, layers_to_hf
 from vlmprune_jax.families.table import Decoder, JsonDict
 
-# What transformers' config class fills in where a config.json is silent.
+# Defaults of the config class in transformers.
 _DEFAULTS: JsonDict = {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048}
 
 
@@ -25,10 +25,10 @@ def _from_hf(config: Mapping[str, Any]) -> TextConfig:
 
 
 def _to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
-    """`source` with every field that depends on the layers rewritten; unknown fields survive.
+    """Return `source` with every field that depends on the layers rewritten; unknown fields are kept.
 
-    Heads that no longer divide `hidden_size` are written as Mistral, whose config class accepts an explicit
-    `head_dim` where Llama's of transformers 5 refuses it; the computation and the weight names are the same.
+    If the number of heads no longer divides `hidden_size`, the model is written as Mistral: transformers 5's config
+    class of Llama refuses it, Mistral's accepts an explicit `head_dim`. Computation and weight names are the same.
     """
     config = layers_to_hf(text, source)
     heads = config["num_attention_heads"]
@@ -36,11 +36,11 @@ def _to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
         return config
     biases = text.qkv_bias or text.mlp_bias
     if biases and PER_LAYER in config:
-        return config  # no stock class loads it in any case
+        return config  # no stock class loads unequal widths anyway
     if biases:
         raise UserError(
-            f"{heads} attention heads do not divide hidden_size {text.hidden_size}, and this model has "
-            "biases that the Mistral layout cannot hold: plan with a number of heads that divides it"
+            f"{heads} attention heads do not divide hidden_size {text.hidden_size}, and the Mistral layout cannot "
+            "hold this model's biases: plan with a number of heads that divides hidden_size"
         )
     return as_mistral(text, config)
 

@@ -1,4 +1,4 @@
-"""The blocks that Llama, Mistral, Qwen2, Qwen3 and many others share: config fields and weight names."""
+"""Config fields and weight names shared by Llama, Mistral, Qwen2, Qwen3 and similar decoders."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from vlmprune_jax.families.table import Weight
 def llama_like(
     config: Mapping[str, Any], decoder: str, *, windows: Sequence[int | None] = (), **traits: Any
 ) -> TextConfig:
-    """TextConfig of a config dictionary with Llama's fields, the class's own defaults filled in.
+    """Return the TextConfig of a config dictionary with Llama's fields.
 
-    `vocab_size`, `intermediate_size` and `max_position_embeddings` must be there; others that are absent are as in
-    LlamaConfig. `windows`: the sliding window of each layer (none: all see everything). `traits` are fields of
-    TextConfig by which the decoder differs; without them it has no bias and no norm of queries and keys.
+    `vocab_size`, `intermediate_size` and `max_position_embeddings` are required; other absent fields take LlamaConfig's
+    defaults. `windows` has the sliding window of each layer (empty: full attention). `traits` override fields of
+    TextConfig; by default the decoder has no biases and no norm of queries and keys.
     """
     hidden = int(config.get("hidden_size", 4096))
     heads = int(config.get("num_attention_heads", 32))
@@ -41,7 +41,7 @@ def llama_like(
 
 
 def llama_like_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    """Weight lines of the decoder; `prefix` precedes `embed_tokens`, `layers`, `norm`, and `head` is lm_head's key."""
+    """Return the decoder's weight lines; `prefix` precedes `embed_tokens` and `layers`, `head` is lm_head's key."""
     layer, key = "text/layers/{i}", prefix + "layers.{i}"
     table = [Weight("text/embed_tokens/weight", prefix + "embed_tokens.weight", "vocab embed")]
     for name in ("input_layernorm", "post_attention_layernorm"):

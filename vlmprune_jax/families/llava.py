@@ -1,4 +1,4 @@
-"""LLaVA in both layouts: `LlavaForConditionalGeneration` of transformers, and the original LlavaLlamaForCausalLM."""
+"""LLaVA in both layouts: transformers' LlavaForConditionalGeneration and the original LlavaLlamaForCausalLM."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
-from vlmprune_jax.families.shapes import layers_to_hf, token_ids
+from vlmprune_jax.families.shapes import layers_to_hf, token_ids, vlm_token_ids
 from vlmprune_jax.families.table import Conversion, Family, JsonDict, ProcessorFiles, Stock
 from vlmprune_jax.families.templates import Template
 from vlmprune_jax.families.tiles import BICUBIC
 from vlmprune_jax.families.towers import (
     PIXELS,
-    check_whole,
+    check_unpruned,
     projector_of,
     projector_weights,
     vision_from_hf,
@@ -26,10 +26,9 @@ from vlmprune_jax.families.towers import (
 # The original code's sentinel for an image in input_ids (LLaVA constants.py); it is never embedded.
 ORIGINAL_IMAGE_TOKEN = -200
 
-# The reference's recovery: fine-tuning of adapters and projector with hidden-state distillation, a partial experiment.
-# Source: VLM/llava/train/train_pruned.py (Bunny's is VLM/bunny/train/train_pruned.py), which leaves rates, batch,
-# schedule and adapters to a command line that the repository does not have: these are those of LLaVA's own LoRA script,
-# which it continues.
+# The reference's recovery as a partial experiment: fine-tunes adapters and projector with hidden-state distillation.
+# Source: VLM/llava/train/train_pruned.py (for Bunny: VLM/bunny/train/train_pruned.py). Its command line is not
+# published, so learning rates, batch size, schedule and adapters are those of LLaVA's own LoRA script.
 RECIPE: dict[str, Any] = {
     "data": {"max_length": 2048},
     "prune": {"heads": "proportional"},
@@ -50,20 +49,20 @@ RECIPE: dict[str, Any] = {
     },
 }
 
-# Spellings of a model of transformers: the names in memory since 4.52, and the segment that version 5 dropped.
+# Key spellings in transformers: in-memory names since 4.52, and the segment that version 5 dropped.
 NATIVE_RENAMES = (
     (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
     (r"^model\.language_model\.", "language_model.model."),
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^vision_tower\.vision_model\.", "vision_tower."),
 )
-# The tower inside an original checkpoint, or (names of transformers 4 | 5) in its own folder.
+# Keys of the tower inside an original checkpoint, or in its own folder (spellings of transformers 4 and 5).
 TOWER_RENAMES = (
     (r"^model\.vision_tower\.vision_tower\.(vision_model\.)?", "vision_tower."),
     (r"^vision_model\.", "vision_tower."),
     (r"^(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.", r"vision_tower.\1."),
 )
-# What stands above the feature layer, and the rest of a CLIP or SigLIP model.
+# Tensors above the feature layer, and the other parts of a CLIP or SigLIP model.
 UNUSED_VISION = r"vision_tower\.((post_layernorm|head)\..*|embeddings\.position_ids|encoder\.layers\..*)"
 OTHER_TOWERS = r"(text_model|text_projection|visual_projection)\..*|logit_scale|logit_bias"
 
@@ -71,7 +70,7 @@ OTHER_TOWERS = r"(text_model|text_projection|visual_projection)\..*|logit_scale|
 def _hf_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
     del vision
     text = dict(config.get("text_config") or {})
-    # Version 5 of transformers ties if either says so, 4 if the decoder's says so (and never writes the outer default).
+    # transformers 5 ties if either flag is set, 4 if the decoder's flag is set (and 4 never writes the outer default)
     text["tie_word_embeddings"] = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
     select = config.get("vision_feature_select_strategy", "default")
     if select not in ("default", "full"):
@@ -80,10 +79,8 @@ def _hf_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> 
     tower = vision_from_hf(config.get("vision_config") or {}, layer, "clip_vision_model")
     if tower.kind not in ("clip", "siglip"):
         raise UserError(
-            f"LLaVA with a tower of kind {tower.kind} is not supported (supported: clip_vision_model, "
-            "siglip_vision_model)"
+            f"LLaVA with a {tower.kind} tower is not supported (supported: clip_vision_model, siglip_vision_model)"
         )
-    ids = token_ids({**text, **{k: v for k, v in config.items() if k.endswith("token_id") and v is not None}})
     return ModelConfig(
         family="llava",
         layout="transformers",
@@ -95,21 +92,20 @@ def _hf_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> 
         ),
         image_token_id=int(config.get("image_token_id", config.get("image_token_index", 32000))),
         feature_select="patch" if select == "default" else "full",
-        **ids,
+        **vlm_token_ids(config, text),
     )
 
 
 def _hf_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
     config = dict(vision_to_hf(vision_of(cfg), source, "clip_vision_model", ("vision_feature_layer", -2)))
-    # transformers fills what text_config leaves out with its class's defaults, so absent fields must stay meaningful.
     return vlm_text_to_hf(cfg.text, config, dict(source.get("text_config") or {}))
 
 
 def _original_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
     if vision is None:
         raise UserError(
-            f"this LLaVA folder names its vision tower {config.get('mm_vision_tower')!r} but does not hold it: "
-            "pass the tower's own folder as vision_dir (--config.model.vision_dir)"
+            f"LLaVA: the vision tower {config.get('mm_vision_tower')!r} is not in this folder: set vision_dir "
+            "(--config.model.vision_dir) to the tower's folder"
         )
     kind = config.get("mm_projector_type", "linear")
     if kind != "mlp2x_gelu":
@@ -119,7 +115,7 @@ def _original_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | Non
         raise UserError(f"mm_vision_select_feature {select!r} is not one of patch, cls_patch")
     tower = vision_from_hf(vision, config.get("mm_vision_select_layer", -2), "clip_vision_model")
     if tower.kind != "clip":
-        raise UserError(f"an original LLaVA folder with a {tower.kind} tower is not supported (supported: CLIP)")
+        raise UserError(f"LLaVA in original layout with a {tower.kind} tower is not supported (supported: CLIP)")
     return ModelConfig(
         family="llava",
         layout="original",
@@ -128,13 +124,13 @@ def _original_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | Non
         projector=ProjectorConfig(activation="gelu", bias=True),
         image_token_id=ORIGINAL_IMAGE_TOKEN,
         feature_select="patch" if select == "patch" else "full",
-        # Vicuna's ids, which LlamaConfig supplies when the file leaves them out.
+        # Vicuna's ids, the defaults of LlamaConfig
         **token_ids({"bos_token_id": 1, "eos_token_id": 2, **config}),
     )
 
 
 def _processor(cfg: ModelConfig, source: JsonDict, template: Template, new_token: str) -> ProcessorFiles:
-    """LlavaProcessor; images are padded to a square of the mean colour where the config says so, then resized."""
+    """Return files of LlavaProcessor: images are padded to a square if the config says so, then resized."""
     del template
     vision = vision_of(cfg)
     mean, std = PIXELS[vision.kind]
@@ -167,7 +163,7 @@ def _processor(cfg: ModelConfig, source: JsonDict, template: Template, new_token
     return ProcessorFiles({"image_token": new_token}, new_token, files)
 
 
-# Tensor names -> names of modules in memory, of transformers' vision-language classes since 4.52.
+# Tensor names -> names of modules in memory, in transformers' vision-language classes since 4.52.
 HF_MODULES = (
     (r"^language_model\.model\.", "model.language_model."),
     (r"^language_model\.lm_head", "lm_head"),
@@ -176,8 +172,8 @@ HF_MODULES = (
 
 
 def _original_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
-    check_whole(vision_of(cfg), source.get("mm_vision_select_layer", -2))
-    return layers_to_hf(cfg.text, source)  # the original classes have no other name for other widths
+    check_unpruned(vision_of(cfg), source.get("mm_vision_select_layer", -2))
+    return layers_to_hf(cfg.text, source)  # the original layout has no class for unequal widths
 
 
 LLAVA_HF = Family(

@@ -1,4 +1,4 @@
-"""Mistral: Llama's blocks with a sliding window and without biases; what other decoders turn to on export."""
+"""Mistral: Llama's blocks with a sliding window and without biases; export layout of some other decoders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.families.shapes import layers_to_hf
 from vlmprune_jax.families.table import Decoder, JsonDict
 
-# What transformers' config class fills in where a config.json is silent.
+# Defaults of the config class in transformers.
 _DEFAULTS: JsonDict = {
     "vocab_size": 32000,
     "intermediate_size": 14336,
@@ -21,7 +21,7 @@ _DEFAULTS: JsonDict = {
     "num_hidden_layers": 32,
     "sliding_window": 4096,
 }
-# Classes whose exports may become Mistral's.
+# Classes that may be exported as Mistral.
 _OTHERS = (["LlamaForCausalLM"], ["Phi3ForCausalLM"])
 
 
@@ -33,7 +33,7 @@ def _from_hf(config: Mapping[str, Any]) -> TextConfig:
 
 
 def as_mistral(text: TextConfig, config: JsonDict) -> JsonDict:
-    """A Llama-like config as Mistral's: what it leaves to its own class's defaults means something else there."""
+    """Return a Llama-like config as Mistral's, with values written out where the two classes' defaults differ."""
     defaults = {
         "vocab_size": text.vocab_size,
         "hidden_size": text.hidden_size,

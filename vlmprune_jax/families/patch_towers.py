@@ -1,4 +1,4 @@
-"""Qwen's vision towers, which take images of any size as patches: configs, and the names of their weights."""
+"""Qwen-VL's vision towers, which take images of any size as patches: configs and names of their weights."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from typing import Any
 
 from vlmprune_jax.core.config import LayerShape, ModelConfig, ProjectorConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.families.table import JsonDict, Weight
-from vlmprune_jax.families.towers import first_axes, projector_of, vision_of
+from vlmprune_jax.families.shapes import vlm_token_ids
+from vlmprune_jax.families.table import JsonDict, Stock, Weight
+from vlmprune_jax.families.towers import equal_shape, first_axes, projector_of, vision_of
 
 EPS = 1e-6  # of all norms in both towers, fixed in their code
-# A typical image where none is at hand: so many windows a side.
-_TYPICAL_WINDOWS = 4
 
 
 def square_side(positions: int) -> int:
-    """Side of a square table of so many positions.
+    """Return the side of a square position table.
 
     Raises:
-      UserError: it is none.
+      UserError: the number of positions is not a square.
     """
     side = math.isqrt(positions)
     if side**2 != positions:
@@ -30,10 +29,10 @@ def square_side(positions: int) -> int:
 
 
 def tower_from_hf(config: Mapping[str, Any], **traits: Any) -> VisionConfig:
-    """VisionConfig of a vision config dictionary that has every field; `traits` are what it does not say.
+    """Return the VisionConfig of a complete vision config; `traits` are further fields of VisionConfig.
 
     Raises:
-      UserError: heads that do not divide the width, or a rotary embedding of another kind.
+      UserError: the heads do not divide the width, or the type of rotary embedding is not supported.
     """
     hidden, heads = int(config["hidden_size"]), int(config["num_heads"])
     if "head_dim" not in config and hidden % heads:
@@ -59,58 +58,51 @@ def tower_from_hf(config: Mapping[str, Any], **traits: Any) -> VisionConfig:
 
 
 def window_side(config: Mapping[str, Any]) -> int:
-    """Merged cells a side of an attention window.
+    """Return the side of an attention window in merged cells.
 
     Raises:
-      UserError: not one.
+      UserError: a window is smaller than one cell.
     """
-    names = ("window_size", "spatial_merge_size", "patch_size")
-    window, merge, patch = (int(config[name]) for name in names)
+    window, merge, patch = (int(config[name]) for name in ("window_size", "spatial_merge_size", "patch_size"))
     side = window // merge // patch
     if side < 1:
         raise UserError(
-            f"vision tower: window_size {window} holds no cell of {merge} x {merge} patches of {patch} pixels "
-            f"({', '.join(names)})"
+            f"vision tower: window_size {window} must be at least spatial_merge_size x patch_size ({merge} x {patch})"
         )
     return side
 
 
 def windowed_layers(config: Mapping[str, Any], side: int) -> tuple[LayerShape, ...]:
-    """One shape per block: those of `fullatt_block_indexes` see a whole image, all others a window of it.
+    """Return one shape per block: full attention in `fullatt_block_indexes`, windows in all others.
 
     Raises:
-      UserError: an index that is no block.
+      UserError: an index is not a block number.
     """
     depth, whole = int(config["depth"]), set(config["fullatt_block_indexes"])
     if not whole <= set(range(depth)):
         raise UserError(
-            f"vision tower: fullatt_block_indexes {sorted(whole)} must be numbers of its blocks, 0 to {depth - 1}"
+            f"vision tower: fullatt_block_indexes {sorted(whole)} must be block numbers from 0 to {depth - 1}"
         )
     heads, mlp = int(config["num_heads"]), int(config["intermediate_size"])
     return tuple(LayerShape(heads, heads, mlp, None if i in whole else side) for i in range(depth))
 
 
-def typical_size(patch: int, merge: int, cells: int) -> int:
-    """Side in pixels of an image of so many merged cells a side."""
-    return patch * merge * max(cells, 1)
-
-
-def typical_windows(patch: int, merge: int, side: int) -> int:
-    """Side in pixels of an image of a few windows of `side` cells a side."""
-    return typical_size(patch, merge, _TYPICAL_WINDOWS * side)
+def typical_size(config: Mapping[str, Any], cells: int) -> int:
+    """Return the side in pixels of an image of `cells` merged cells per side."""
+    return int(config["patch_size"]) * int(config["spatial_merge_size"]) * max(cells, 1)
 
 
 def check_out_size(config: Mapping[str, Any], text: TextConfig) -> None:
-    """Raise UserError where what a tower makes is not as wide as the decoder."""
+    """Refuse a tower whose output width differs from the decoder's hidden size."""
     if int(config["out_hidden_size"]) != text.hidden_size:
         raise UserError(
-            f"vision_config: out_hidden_size {config['out_hidden_size']} is not the decoder's hidden_size "
-            f"{text.hidden_size}"
+            f"vision_config: out_hidden_size {config['out_hidden_size']} must be the decoder's hidden_size "
+            f"({text.hidden_size})"
         )
 
 
 def merger_of(vision: VisionConfig) -> ProjectorConfig:
-    """The merger behind a tower; its activation is the exact GELU, whatever the tower's."""
+    """Return the merger of a tower; its activation is always the exact GELU."""
     return ProjectorConfig(
         activation="gelu",
         bias=True,
@@ -123,25 +115,20 @@ def merger_of(vision: VisionConfig) -> ProjectorConfig:
 
 
 def tower_to_hf(vision: VisionConfig, source: JsonDict, read: Callable[[Mapping[str, Any]], VisionConfig]) -> JsonDict:
-    """`source`, a whole config.json, with every field that depends on the tower's layers rewritten.
+    """Return `source`, a whole config.json, with every field that depends on the tower's layers rewritten.
 
-    `read` makes a VisionConfig of its vision_config.
+    `read` returns the VisionConfig of a vision_config.
 
     Raises:
-      UserError: layers of unequal width, which no class loads.
+      UserError: the layers have unequal widths, which no class loads.
     """
     old = source.get("vision_config") or {}
     if read(old).layers == vision.layers:
         return source
-    if not vision.even:
-        raise UserError(
-            "the layers of the vision tower have unequal widths, which no class loads: prune all of them alike, or "
-            'export with uneven="pad" (same function, no savings)'
-        )
-    shape = vision.layers[0]
+    shape = equal_shape(vision)
     new = {**old, "depth": len(vision.layers), "num_heads": shape.q_heads, "intermediate_size": shape.mlp}
-    if any(one.window for one in vision.layers):
-        new["fullatt_block_indexes"] = [i for i, one in enumerate(vision.layers) if one.window is None]
+    if any(layer.window for layer in vision.layers):
+        new["fullatt_block_indexes"] = [i for i, layer in enumerate(vision.layers) if layer.window is None]
     if "head_dim" in old or not vision.whole_heads:
         new["head_dim"] = vision.head_dim
     return {**source, "vision_config": new}
@@ -166,7 +153,7 @@ _MLP = {
 
 
 def tower_weights(cfg: ModelConfig, prefix: str, merger: tuple[str, str, str]) -> list[Weight]:
-    """Weight lines of tower and mergers under key `prefix`; `merger`: names of the norm and layers of the last."""
+    """Return weight lines of tower and mergers; `merger` names norm and layers of the last merger."""
     vision, projector = vision_of(cfg), projector_of(cfg)
     without_bias = {f"vision/layers/{{i}}/layer_norm{n}" for n in (1, 2)} | {"projector/patch_norm"}
     without_bias = without_bias if vision.norm == "rms" else set()
@@ -192,12 +179,26 @@ def tower_weights(cfg: ModelConfig, prefix: str, merger: tuple[str, str, str]) -
 
 
 def with_sections(text: TextConfig, default: tuple[int, ...], interleaved: bool) -> TextConfig:
-    """A decoder whose images have rows and columns; `default`: the class's own `mrope_section`."""
+    """Return a decoder with M-RoPE; `default` is the class's own `mrope_section`."""
     sections = text.rope.sections or default
     return dataclasses.replace(text, rope=dataclasses.replace(text.rope, sections=sections, interleaved=interleaved))
 
 
-def outer_tokens(config: Mapping[str, Any], text: Mapping[str, Any]) -> JsonDict:
-    """A decoder's config with the ids of tokens that stand beside it, where it does not say them."""
-    ids = {name: value for name, value in config.items() if name.endswith("token_id") and value is not None}
-    return {**text, **ids}
+def model_from_hf(family: str, config: Mapping[str, Any], text: TextConfig, vision: VisionConfig) -> ModelConfig:
+    """Return the ModelConfig of a Qwen-VL model from its config.json, decoder and tower."""
+    return ModelConfig(
+        family=family,
+        layout="transformers",
+        text=text,
+        vision=vision,
+        projector=merger_of(vision),
+        image_token_id=int(config.get("image_token_id", 151655)),
+        video_token_id=int(config.get("video_token_id", 151656)),
+        feature_select="full",
+        **vlm_token_ids(config, config.get("text_config") or {}),
+    )
+
+
+def stock_class(name: str) -> Stock:
+    """Return the `Stock` of a Qwen-VL class of transformers."""
+    return Stock(name, "AutoModelForImageTextToText", image_start=("vision_start_token_id", 151652))

@@ -15,9 +15,9 @@ from vlmprune_jax.families.table import Decoder, Weight
 
 
 def _from_hf(config: Mapping[str, Any]) -> TextConfig:
-    """TextConfig of a PhiConfig dictionary; absent fields take transformers' defaults.
+    """Return the TextConfig of a PhiConfig dictionary; absent fields take transformers' defaults.
 
-    The output head has no bias: in vision-language models it has none, `PhiForCausalLM` alone gives it one.
+    The output head has no bias here; only `PhiForCausalLM` alone has one (`Decoder.head_bias`).
     """
     if config.get("qk_layernorm", False):
         raise UserError("Phi with qk_layernorm=true is not supported (no released Phi uses it)")
@@ -48,7 +48,7 @@ def _from_hf(config: Mapping[str, Any]) -> TextConfig:
 
 
 def _weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    """Weight lines of the decoder; `prefix` precedes `embed_tokens` and `layers`, and `head` is lm_head's key."""
+    """Return the decoder's weight lines; `prefix` precedes `embed_tokens` and `layers`, `head` is lm_head's key."""
     layer, key = "text/layers/{i}", prefix + "layers.{i}"
     table = [Weight("text/embed_tokens/weight", prefix + "embed_tokens.weight", "vocab embed")]
     lines = {
@@ -72,7 +72,6 @@ def _weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
     return table
 
 
-# layers_to_hf: its classes take an explicit `head_dim`
 PHI = decoder_family(
     Decoder(
         "phi",

@@ -16,7 +16,7 @@ from vlmprune_jax.families.rope import longrope_to_hf, rotary_dim
 from vlmprune_jax.families.shapes import PER_LAYER, layers_to_hf
 from vlmprune_jax.families.table import Decoder, JsonDict, Weight
 
-# What transformers' config class fills in where a config.json is silent.
+# Defaults of the config class in transformers.
 _DEFAULTS: JsonDict = {
     "vocab_size": 32064,
     "hidden_size": 3072,
@@ -42,14 +42,14 @@ def _from_hf(config: Mapping[str, Any]) -> TextConfig:
 
 
 def _to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
-    """`source` with every field that depends on the layers rewritten; unknown fields survive.
+    """Return `source` with every field that depends on the layers rewritten; unknown fields are kept.
 
-    LongRoPE under its first name "su" gets its later one, which transformers 5 wants and transformers 4 knows.
-    Phi3Config wants as many LongRoPE factors as hidden_size // heads / 2, whatever `head_dim` says, so a model that
-    lost heads does not load as Phi-3. It is written as Mistral: the same computation, with the fused weights split.
+    The rope type "su" is renamed to "longrope", which both transformers 4 and 5 read. Phi3Config requires
+    hidden_size // heads / 2 LongRoPE factors, whatever `head_dim` is, so a model with pruned heads does not load as
+    Phi-3. It is written as Mistral: the same computation, with the fused weights split.
 
     Raises:
-      UserError: it lost heads and rotates a part of each only (Phi-4-mini), which no class of transformers computes.
+      UserError: heads were pruned and only part of each is rotated (Phi-4-mini), which no transformers class computes.
     """
     config = layers_to_hf(text, source)
     scaling = config.get("rope_scaling") or {}
@@ -60,15 +60,15 @@ def _to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
         return config
     if text.rotary_dim != text.head_dim:
         raise UserError(
-            f"no class of transformers holds {heads} heads of {text.head_dim} in hidden size {text.hidden_size} with "
-            "LongRoPE and partial rotary embedding: prune layers and neurons, and keep all heads"
+            f"no transformers class supports {heads} heads of {text.head_dim} with hidden_size {text.hidden_size}, "
+            "LongRoPE and partial rotary embedding: keep all heads and prune layers or neurons"
         )
     config = {name: value for name, value in config.items() if name not in ("auto_map", "partial_rotary_factor")}
     return as_mistral(text, {**config, **longrope_to_hf(text.rope, source)})
 
 
 def _weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    """Weight lines of the decoder: Llama's, several of which lie in one tensor of the files."""
+    """Return the decoder's weight lines: Llama's, with fused query-key-value and gate-up tensors."""
     fused = {part: whole for whole, parts in _FUSED.items() for part in parts}
     table = []
     for line in llama_like_weights(text, prefix, head):

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: Llama's blocks with biases of queries, keys and values, and a window of its own in each layer."""
+"""Qwen2 and Qwen2.5: Llama's blocks with query, key and value biases and a sliding window per layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.families.shapes import layers_to_hf, windows_from_hf
 from vlmprune_jax.families.table import Decoder, JsonDict
 
-# What transformers' config class fills in where a config.json is silent.
+# Defaults of the config class in transformers.
 _DEFAULTS: JsonDict = {
     "vocab_size": 151936,
     "intermediate_size": 22016,

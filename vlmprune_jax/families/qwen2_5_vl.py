@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: a tower for images of any size, most of whose blocks look at windows of them, and a Qwen2."""
+"""Qwen2.5-VL: a tower for images of any size, with windowed attention in most blocks, and a Qwen2 decoder."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.families.llava import RECIPE
 from vlmprune_jax.families.patch_towers import (
     check_out_size,
-    merger_of,
-    outer_tokens,
+    model_from_hf,
+    stock_class,
     tower_from_hf,
     tower_to_hf,
     tower_weights,
-    typical_windows,
+    typical_size,
     window_side,
     windowed_layers,
     with_sections,
 )
-from vlmprune_jax.families.shapes import PER_LAYER, layers_to_hf, token_ids, windows_from_hf
-from vlmprune_jax.families.table import Decoder, Family, JsonDict, Stock
+from vlmprune_jax.families.shapes import PER_LAYER, layers_to_hf, windows_from_hf
+from vlmprune_jax.families.table import Decoder, Family, JsonDict
 from vlmprune_jax.families.templates import QWEN2_5_VL as TEMPLATE
 from vlmprune_jax.families.towers import vision_of
 
-# What the config classes of transformers fill in where a config.json is silent.
+# Defaults of the config classes in transformers.
 _DECODER = "qwen2_5_vl_text"
 _TEXT: JsonDict = {
     "model_type": _DECODER,
@@ -58,7 +58,8 @@ _VISION: JsonDict = {
     "out_hidden_size": 3584,
     "fullatt_block_indexes": [7, 15, 23, 31],
 }
-# What is the whole model's in a hub's config.json, whose other fields are the decoder's.
+_TYPICAL_WINDOWS = 4  # windows per side of a typical image, for estimates
+# Fields of a hub's config.json that describe the whole model; the others describe the decoder.
 _OUTER = (
     "architectures", "auto_map", "model_type", "vision_config", "transformers_version", "torch_dtype", "dtype",
     "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id",
@@ -67,11 +68,11 @@ _OUTER = (
 
 
 def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
-    """The class takes hidden_size / heads for the size of a head, whatever head_dim says."""
+    """Return the decoder's TextConfig; the class computes head_dim as hidden_size / heads and ignores the field."""
     config = {**_TEXT, **config}
     hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     if hidden % heads:
-        raise UserError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+        raise UserError(f"hidden_size {hidden} must be a multiple of num_attention_heads {heads}")
     config["head_dim"] = hidden // heads
     windows = windows_from_hf(config, int(config["num_hidden_layers"]))
     text = llama_like(config, _DECODER, windows=windows, qkv_bias=True, whole_heads=True)
@@ -80,11 +81,11 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
 
 def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     config, heads = layers_to_hf(text, source), text.hidden_size // text.head_dim
-    del config["head_dim"]  # which the class does not read
+    del config["head_dim"]  # the class does not read it
     if PER_LAYER not in config and config["num_attention_heads"] != heads:
         raise UserError(
-            f"Qwen2.5-VL with {config['num_attention_heads']} of its {heads} heads: its class has no head_dim, and "
-            'would make them larger: prune neurons or layers (heads="keep"), or export with uneven="pad" (same '
+            f"Qwen2.5-VL: its class cannot load {config['num_attention_heads']} of {heads} heads, since it computes "
+            'head_dim from their number: prune neurons or layers (heads="keep"), or export with uneven="pad" (same '
             "function, no savings in heads)"
         )
     return {**config, "num_attention_heads": heads}
@@ -97,7 +98,7 @@ def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
         full,
         kind="qwen2_5_vl",
         layers=windowed_layers(full, side),
-        image_size=typical_windows(int(full["patch_size"]), int(full["spatial_merge_size"]), side),
+        image_size=typical_size(full, _TYPICAL_WINDOWS * side),
         table=False,
         norm="rms",
         mlp_kind="gated",
@@ -105,7 +106,7 @@ def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
 
 
 def _nested(config: Mapping[str, Any]) -> JsonDict:
-    """A config.json with a text_config, as version 5 writes it; a hub's has the decoder's fields beside the others."""
+    """Return a config.json with a text_config, as transformers 5 writes it; hub files have one flat section."""
     if config.get("text_config") is not None:
         return dict(config)
     outer = {name: value for name, value in config.items() if name in _OUTER}
@@ -118,24 +119,13 @@ def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> Mod
     del vision
     config = _nested(config)
     section = config["text_config"]
-    # the outer flag, or else the decoder's, in version 5; in version 4 both are one or the decoder's counts
+    # transformers 5 reads the outer flag first, transformers 4 the decoder's
     flags = (section, config) if str(config.get("transformers_version", "5")).startswith("4.") else (config, section)
     tied = next((flag["tie_word_embeddings"] for flag in flags if "tie_word_embeddings" in flag), False)
     text = text_from_hf({**_TEXT, **section, "tie_word_embeddings": bool(tied)})
     tower = config.get("vision_config") or {}
     check_out_size({**_VISION, **tower}, text)
-    made = _vision_from_hf(tower)
-    return ModelConfig(
-        family="qwen2_5_vl",
-        layout="transformers",
-        text=text,
-        vision=made,
-        projector=merger_of(made),
-        image_token_id=int(config.get("image_token_id", 151655)),
-        video_token_id=int(config.get("video_token_id", 151656)),
-        feature_select="full",
-        **token_ids(outer_tokens(config, section)),
-    )
+    return model_from_hf("qwen2_5_vl", config, text, _vision_from_hf(tower))
 
 
 def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
@@ -153,7 +143,7 @@ QWEN2_5_VL = Family(
     weights=lambda cfg: (
         text_weights(cfg.text, "model.", "lm_head.weight") + tower_weights(cfg, "visual.", ("ln_q", "mlp.0", "mlp.2"))
     ),
-    # the names of files of versions 4 and 5, and those in memory of version 5
+    # in files of transformers 4 and 5, and in memory in transformers 5
     renames=((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")),
     modules=((r"^visual\.", "model.visual."), (r"^model\.(?!visual\.)", "model.language_model.")),
     ignored=(r".*\.rotary_(pos_)?emb\.inv_freq", r"lm_head\.weight"),
@@ -170,9 +160,5 @@ QWEN2_5_VL = Family(
         derives_head_dim=("transformers", "vllm"),
         gguf=(gguf.QWEN2VL,),
     ),
-    stock=Stock(
-        "Qwen2_5_VLForConditionalGeneration",
-        "AutoModelForImageTextToText",
-        image_start=("vision_start_token_id", 151652),
-    ),
+    stock=stock_class("Qwen2_5_VLForConditionalGeneration"),
 )

@@ -1,4 +1,4 @@
-"""Qwen3-VL, dense: a tower for images of any size whose features enter several decoder layers, and a Qwen3."""
+"""Qwen3-VL, dense: a tower for images of any size with features for several decoder layers, and a Qwen3 decoder."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.families.llava import RECIPE
 from vlmprune_jax.families.patch_towers import (
     check_out_size,
-    merger_of,
-    outer_tokens,
+    model_from_hf,
     square_side,
+    stock_class,
     tower_from_hf,
     tower_to_hf,
     tower_weights,
     typical_size,
     with_sections,
 )
-from vlmprune_jax.families.shapes import layers_to_hf, tied_embeddings, token_ids
-from vlmprune_jax.families.table import Decoder, Family, JsonDict, Stock
+from vlmprune_jax.families.shapes import layers_to_hf, tied_embeddings
+from vlmprune_jax.families.table import Decoder, Family, JsonDict
 from vlmprune_jax.families.templates import QWEN3_VL as TEMPLATE
 from vlmprune_jax.families.towers import vision_of
 
-# What the config classes of transformers fill in where a config.json is silent.
+# Defaults of the config classes in transformers.
 _DECODER = "qwen3_vl_text"
 _TEXT: JsonDict = {
     "model_type": _DECODER,
@@ -61,19 +61,18 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     config = {**_TEXT, **config}
     bias = bool(config.get("attention_bias", False))
     text = llama_like(config, _DECODER, qkv_bias=bias, out_bias=bias, qk_norm=True)
-    # the class interleaves whatever mrope_interleaved says
+    # the class interleaves regardless of mrope_interleaved
     return with_sections(text, _SECTIONS, interleaved=True)
 
 
 def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
     full = {**_VISION, **{name: value for name, value in config.items() if value is not None}}
-    side, patch, merge = (int(full[name]) for name in ("num_position_embeddings", "patch_size", "spatial_merge_size"))
-    side = square_side(side)
+    side = square_side(int(full["num_position_embeddings"]))
     return tower_from_hf(
         full,
         kind="qwen3_vl",
-        image_size=typical_size(patch, merge, side // merge),
-        position_size=side * patch,
+        image_size=typical_size(full, side // int(full["spatial_merge_size"])),
+        position_size=side * int(full["patch_size"]),
         patch_bias=True,
         deepstack=tuple(full["deepstack_visual_indexes"]),
     )
@@ -86,18 +85,7 @@ def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> Mod
     text = text_from_hf({**_TEXT, **section, "tie_word_embeddings": tied})
     tower = config.get("vision_config") or {}
     check_out_size({**_VISION, **tower}, text)
-    made = _vision_from_hf(tower)
-    return ModelConfig(
-        family="qwen3_vl",
-        layout="transformers",
-        text=text,
-        vision=made,
-        projector=merger_of(made),
-        image_token_id=int(config.get("image_token_id", 151655)),
-        video_token_id=int(config.get("video_token_id", 151656)),
-        feature_select="full",
-        **token_ids(outer_tokens(config, section)),
-    )
+    return model_from_hf("qwen3_vl", config, text, _vision_from_hf(tower))
 
 
 def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
@@ -129,9 +117,5 @@ QWEN3_VL = Family(
         llama_like_weights,
         gguf=(gguf.QWEN3VL,),
     ),
-    stock=Stock(
-        "Qwen3VLForConditionalGeneration",
-        "AutoModelForImageTextToText",
-        image_start=("vision_start_token_id", 151652),
-    ),
+    stock=stock_class("Qwen3VLForConditionalGeneration"),
 )

@@ -1,4 +1,4 @@
-"""Rotary embedding in Hugging Face configs, in the spelling of transformers 4 and of transformers 5."""
+"""Rotary embedding in Hugging Face configs, in the spellings of transformers 4 and 5."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 def rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
-    """RoPE of a text config: `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (transformers 4)."""
+    """Return a config's RoPE, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
     nested = config.get("rope_parameters") or {}
     scaling = nested or config.get("rope_scaling") or {}
     theta = float(nested.get("rope_theta", config.get("rope_theta", 10000.0)))
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "su" or (kind == "yarn" and "long_factor" in scaling):
-        kind = "longrope"  # its names in the first releases of Phi-3
+        kind = "longrope"  # names in the first releases of Phi-3
     sections = tuple(map(int, scaling.get("mrope_section") or ()))
     if kind == "mrope":
-        kind = "default"  # its name in releases of Qwen2-VL: the sections say it
+        kind = "default"  # Qwen2-VL's name; the sections are what differs
     if kind not in KINDS:
         raise UserError(f"rope type {kind!r} is not supported (supported: {', '.join(KINDS)})")
     if kind == "default":
@@ -37,7 +37,7 @@ def rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
         if unsupported:
             raise UserError(f"yarn rope with {', '.join(unsupported)} is not supported")
     if "factor" not in scaling:
-        raise UserError(f"{kind} rope without a factor")
+        raise UserError(f'{kind} rope: "factor" is missing: add it to rope_scaling in config.json')
     original = scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings", 0)
     factor = float(scaling["factor"])
     return RopeConfig(
@@ -54,17 +54,17 @@ def rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
 
 
 def _longrope(config: Mapping[str, Any], scaling: Mapping[str, Any], theta: float) -> RopeConfig:
-    """LongRoPE (Ding et al. 2024); a field outside the rope dictionary has priority, as in transformers."""
+    """Return the RopeConfig of LongRoPE (Ding et al. 2024); fields outside the rope dictionary have priority."""
     missing = [name for name in ("short_factor", "long_factor") if name not in scaling]
     if missing:
-        raise UserError(f"longrope without {', '.join(missing)}")
-    most = int(config.get("max_position_embeddings", 4096))
+        raise UserError(f"longrope: {', '.join(missing)} missing: add to rope_scaling in config.json")
+    max_positions = int(config.get("max_position_embeddings", 4096))
     inside = scaling.get("original_max_position_embeddings")
-    default = 4096 if config.get("model_type") == "phi3" else most
+    default = 4096 if config.get("model_type") == "phi3" else max_positions
     original = int(config.get("original_max_position_embeddings") or inside or default)
     if original < 2:
-        raise UserError(f"longrope with original_max_position_embeddings {original}: need at least 2")
-    factor = float(scaling.get("factor") or most / original)
+        raise UserError(f"longrope: original_max_position_embeddings {original} must be at least 2")
+    factor = float(scaling.get("factor") or max_positions / original)
     attention = scaling.get("attention_factor")
     if attention is None:
         attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
@@ -80,14 +80,14 @@ def _longrope(config: Mapping[str, Any], scaling: Mapping[str, Any], theta: floa
 
 
 def rotary_dim(config: Mapping[str, Any], head_dim: int, default: float) -> int:
-    """Rotated channels of a head: `partial_rotary_factor` of them, rounded down, as transformers has it."""
+    """Return the rotated channels per head: `partial_rotary_factor` of them, rounded down as in transformers."""
     nested = config.get("rope_parameters") or {}
     factor = nested.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     return int(head_dim * float(default if factor is None else factor))
 
 
 def for_both_versions(config: JsonDict) -> JsonDict:
-    """A decoder's config whose `rope_parameters` are also told as version 4, which reads no others, has them."""
+    """Return a decoder's config with `rope_parameters` also in transformers 4's spelling."""
     nested = config.get("rope_parameters")
     if not nested or "rope_theta" in config:
         return config
@@ -95,13 +95,13 @@ def for_both_versions(config: JsonDict) -> JsonDict:
     scaling: JsonDict | None = {name: value for name, value in nested.items() if name not in outside}
     if nested.get("rope_type", "default") == "default":
         scaling = scaling if "mrope_section" in nested else None
-    elif config.get("model_type") == "phi3":  # whose class wants these three and no more
+    elif config.get("model_type") == "phi3":  # its config class accepts only these three
         scaling = {"type": "longrope", **{name: nested[name] for name in ("short_factor", "long_factor")}}
     return {**config, **outside, "rope_scaling": scaling}
 
 
 def longrope_to_hf(rope: RopeConfig, source: Mapping[str, Any]) -> JsonDict:
-    """Fields that describe LongRoPE to a class that, unlike Phi-3's, has no default for them."""
+    """Return the fields that describe LongRoPE to a class that has no defaults for them."""
     fields = {
         "rope_type": "longrope",
         "factor": rope.factor,
@@ -117,5 +117,5 @@ def longrope_to_hf(rope: RopeConfig, source: Mapping[str, Any]) -> JsonDict:
 
 
 def _yarn_scale(factor: float) -> float:
-    """Attention temperature of YaRN (Peng et al. 2023, eq. 22), the default when the config names none."""
+    """Return YaRN's attention temperature (Peng et al. 2023, eq. 22), the default if the config has none."""
     return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -1,4 +1,4 @@
-"""Config fields that depend on a decoder's layers, whatever its family: widths, sliding windows, token ids."""
+"""Config fields that depend on a decoder's layers in every family: widths, sliding windows, token ids."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vlmprune_jax.core.config import LayerShape, TextConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.families.table import JsonDict
 
-# The field in which a folder with unequal layers records each layer's true widths.
+# config.json field with the true widths of each layer, in folders with unequal layers.
 PER_LAYER = "per_layer_shapes"
 LAYER_TYPES = {"full_attention": False, "sliding_attention": True}
 
@@ -17,10 +17,10 @@ LAYER_TYPES = {"full_attention": False, "sliding_attention": True}
 def layers_from_hf(
     config: Mapping[str, Any], widths: tuple[int, int, int], windows: Sequence[int | None]
 ) -> tuple[LayerShape, ...]:
-    """One shape per layer: these equal widths, or those that the folder records layer by layer.
+    """Return one shape per layer: the given equal widths, or the widths recorded per layer in the folder.
 
     Raises:
-      UserError: the record does not have as many layers as the config.
+      UserError: the recorded widths and the config have different numbers of layers.
     """
     recorded = config.get(PER_LAYER) or [widths] * len(windows)
     if len(recorded) != len(windows):
@@ -29,10 +29,10 @@ def layers_from_hf(
 
 
 def windows_from_hf(config: Mapping[str, Any], n_layers: int) -> list[int | None]:
-    """Sliding window of each layer of a Qwen config: by `layer_types`, else from layer `max_window_layers` on.
+    """Return each layer's sliding window in a Qwen config: by `layer_types`, or from `max_window_layers` on.
 
     Raises:
-      UserError: `layer_types` has another number of layers, or a kind of attention that we do not know.
+      UserError: `layer_types` has a wrong number of layers or an unknown type of attention.
     """
     window = int(config.get("sliding_window") or 4096) if config.get("use_sliding_window", False) else None
     types = config.get("layer_types")
@@ -48,7 +48,7 @@ def windows_from_hf(config: Mapping[str, Any], n_layers: int) -> list[int | None
 
 
 def layers_to_hf(text: TextConfig, source: Mapping[str, Any]) -> JsonDict:
-    """`source` with every field that depends on the layers rewritten; unknown fields survive."""
+    """Return `source` with every field that depends on the layers rewritten; unknown fields are kept."""
     config = dict(source)
     q_heads, kv_heads, mlp = (max(column) for column in zip(*(shape.widths for shape in text.layers), strict=True))
     config.update(
@@ -65,14 +65,14 @@ def layers_to_hf(text: TextConfig, source: Mapping[str, Any]) -> JsonDict:
     if "max_window_layers" in source:
         config["max_window_layers"] = sliding.index(True) if any(sliding) else len(sliding)
     if "layer_types" in source or len(set(sliding)) > 1:
-        config["layer_types"] = ["sliding_attention" if one else "full_attention" for one in sliding]
+        config["layer_types"] = ["sliding_attention" if windowed else "full_attention" for windowed in sliding]
     return config
 
 
 def tied_embeddings(config: Mapping[str, Any], text: Mapping[str, Any], *, default: bool) -> bool:
-    """Whether the output head of a vision-language model is its embedding; `text` is its decoder's config.
+    """Return True if a vision-language model's output head is tied to the embeddings of decoder `text`.
 
-    Version 4 of transformers looks at the decoder's flag alone, version 5 at the outer one (`default` where absent).
+    Transformers 4 reads the decoder's flag, transformers 5 the outer one (`default` if absent).
     """
     if str(config.get("transformers_version", "5")).startswith("4."):
         return bool(text.get("tie_word_embeddings", False))
@@ -80,7 +80,7 @@ def tied_embeddings(config: Mapping[str, Any], text: Mapping[str, Any], *, defau
 
 
 def token_ids(config: Mapping[str, Any]) -> dict[str, Any]:
-    """bos/eos/pad ids as ModelConfig keywords; eos may be one id or a list."""
+    """Return the bos, eos and pad ids as ModelConfig keywords; eos may be one id or a list."""
     eos = config.get("eos_token_id")
     eos_ids = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
     return {
@@ -88,3 +88,9 @@ def token_ids(config: Mapping[str, Any]) -> dict[str, Any]:
         "eos_token_ids": eos_ids,
         "pad_token_id": config.get("pad_token_id"),
     }
+
+
+def vlm_token_ids(config: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `token_ids` of a vision-language model: ids in `config` override those of its decoder's config `text`."""
+    outer = {name: value for name, value in config.items() if name.endswith("token_id") and value is not None}
+    return token_ids({**text, **outer})

@@ -1,4 +1,4 @@
-"""SmolVLM and SmolVLM2: a SigLIP tower, shuffled pixels behind one linear map, and a Llama (SmolLM2)."""
+"""SmolVLM and SmolVLM2: a SigLIP tower, pixel shuffle and a linear projector, and a Llama decoder (SmolLM2)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vlmprune_jax.core.config import ModelConfig, ProjectorConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
 from vlmprune_jax.families.llava import RECIPE
-from vlmprune_jax.families.shapes import tied_embeddings, token_ids
+from vlmprune_jax.families.shapes import tied_embeddings, vlm_token_ids
 from vlmprune_jax.families.table import Family, JsonDict, Stock
 from vlmprune_jax.families.templates import Template
 from vlmprune_jax.families.towers import (
@@ -21,7 +21,7 @@ from vlmprune_jax.families.towers import (
     vision_weights,
 )
 
-# What SmolVLMConfig fills in where a decoder's config is silent.
+# Defaults of SmolVLMConfig for the decoder.
 _TEXT: JsonDict = {"model_type": "llama", "rms_norm_eps": 1e-5}
 _TOWER = "smolvlm_vision"
 
@@ -65,7 +65,7 @@ def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> Mod
         projector=projector,
         image_token_id=int(config.get("image_token_id", 128257)),
         feature_select="full",
-        **token_ids({**text, **{k: v for k, v in config.items() if k.endswith("token_id") and v is not None}}),
+        **vlm_token_ids(config, text),
     )
 
 
@@ -95,6 +95,6 @@ SMOLVLM = Family(
         "SmolVLMForConditionalGeneration",
         "AutoModelForImageTextToText",
         by_row=True,
-        miscomputes=("4.55.", "4.56.", "4.57."),  # an image's patches take their upper left neighbours' positions
+        miscomputes=("4.55.", "4.56.", "4.57."),  # patches get the positions of their upper left neighbours
     ),
 )

@@ -1,4 +1,4 @@
-"""What a model family says about itself: one description, from which everything else is derived."""
+"""Description of a model family, from which everything else about it is derived."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ JsonDict = dict[str, Any]
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor: its path in `params`, its Hugging Face key and its Hugging Face layout as an einops side.
+    """One tensor: its path in `params`, its Hugging Face key and its Hugging Face layout in einops notation.
 
-    `{i}` in path and key is the layer number. The layout uses the named axes that the module declares, e.g.
-    `"(q_heads head) embed"`.
+    `{i}` in path and key is the layer number. Layouts use the named axes that modules declare, for example `"(q_heads
+    head) embed"`.
     """
 
     path: str
@@ -28,21 +28,21 @@ class Weight:
     layout: str
 
     def at(self, i: int) -> Weight:
-        """The line of layer `i`."""
+        """Return the line of layer `i`."""
         return Weight(self.path.replace("{i}", str(i)), self.key.replace("{i}", str(i)), self.layout)
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A decoder by its `model_type`, which stands alone or inside a vision-language model.
+    """A decoder by its `model_type`, alone or inside a vision-language model.
 
-    `stock_class` of transformers loads it alone. `from_hf(config)` makes a TextConfig whose `decoder` is the model
-    type; `to_hf(text, source)` rewrites what depends on the layers, and may turn to another model type that holds the
-    same computation. `weights(text, prefix, head)`: `prefix` precedes `embed_tokens` and `layers`, `head` is the key of
-    the output head. `heads_divide`: the config class refuses numbers of heads that do not divide hidden_size.
-    `head_bias`: alone its output head has a bias. `gguf`: architectures of llama.cpp that compute it, in the order in
-    which they are tried. `derives_head_dim`: engines whose class takes hidden_size / heads for the size of a head,
-    whatever config.json says (of `export.loads.TARGETS`).
+    `stock_class` is the transformers class that loads it alone. `from_hf(config)` returns a TextConfig whose `decoder`
+    is the model type. `to_hf(text, source)` rewrites the fields that depend on the layers, and may change to another
+    model type with the same computation. In `weights(text, prefix, head)`, `prefix` precedes `embed_tokens` and
+    `layers`, and `head` is the key of the output head. `heads_divide`: the config class requires hidden_size to be a
+    multiple of the heads. `head_bias`: alone, its output head has a bias. `gguf`: llama.cpp architectures that compute
+    it, tried in order. `derives_head_dim`: engines (of `export.loads.TARGETS`) that compute head_dim as hidden_size /
+    heads and ignore config.json's.
     """
 
     model_type: str
@@ -58,10 +58,10 @@ class Decoder:
 
 @dataclass(frozen=True)
 class ProcessorFiles:
-    """What a processor of transformers reads.
+    """Files of a transformers processor.
 
-    `tokens`: special tokens that it asks the tokenizer for, by name. `image`: the token that stands for one image in a
-    chat. `files`: JSON files by name; processor_config.json names the class.
+    `tokens`: special tokens that the processor reads from the tokenizer, by name. `image`: the token that stands for an
+    image in a chat. `files`: JSON files by name; processor_config.json names the class.
     """
 
     tokens: dict[str, str]
@@ -71,16 +71,16 @@ class ProcessorFiles:
 
 @dataclass(frozen=True)
 class Stock:
-    """The class of transformers that loads a layout, and the Auto class that finds it.
+    """The transformers class that loads a layout, and its Auto class.
 
-    `by_row`: it takes pixel_values [rows, images, channels, height, width], not the images of all rows as one list.
-    `miscomputes`: beginnings of the versions of transformers in which it is known to compute something else in float32.
-    `image_start`: field of config.json, and its default, with the id of the token by which some versions find images.
+    `by_row`: pixel_values are [rows, images, channels, height, width], not a flat list of the images of all rows.
+    `miscomputes`: prefixes of transformers versions that compute different float32 outputs. `image_start`: field of
+    config.json, and its default, with the id of the token by which some versions find images.
 
-    The rest is for layouts that models of other layouts are converted to (`Conversion`). `image_token` is the field of
-    config.json with that token's id. `config(cfg, source)`: fields that this class alone has, `source` being the
-    config.json of the other layout. `lacks(cfg)`: what of a model the class has no place for, or None.
-    `processor(cfg, source, template, new_token)`: of a model with this prompt format.
+    The other fields are for layouts that models of other layouts are converted to (`Conversion`). `image_token`: field
+    of config.json with that token's id. `config(cfg, source)`: additional fields of this class, where `source` is the
+    config.json of the other layout. `lacks(cfg)`: feature of a model that the class does not support, or None.
+    `processor(cfg, source, template, new_token)`: processor files for a model with this prompt template.
     """
 
     name: str
@@ -96,10 +96,10 @@ class Stock:
 
 @dataclass(frozen=True)
 class Conversion:
-    """How a hub's layout becomes one of transformers: `to` is the key of that family.
+    """Conversion of a hub layout to a transformers layout; `to` is the key of the target family.
 
-    Its processor needs `new_token` beside the source's own; with `marks_images` that is the token that stands for
-    images, for which the source has none.
+    The target's processor needs the additional token `new_token`; with `marks_images` that token stands for images,
+    since the source has none.
     """
 
     to: str
@@ -111,26 +111,27 @@ class Conversion:
 class Family:
     """A model family in one checkpoint layout: "transformers", or a hub's own ("original").
 
-    Its folders have one of the `model_types` in config.json, and `matches` where layouts share one. `from_hf(config,
-    vision)` reads a config.json (and that of a tower in its own folder), `to_hf(cfg, source)` is its inverse: `source`
-    with what depends on the layers rewritten. `text_section` of config.json describes the decoder (None: all of it).
+    Config: a folder belongs to the family if its config.json has one of the `model_types` and `matches`.
+    `from_hf(config, vision)` reads a config.json (and that of a tower in its own folder). `to_hf(cfg, source)` is the
+    inverse: `source` with the fields that depend on the layers rewritten. `text_section` of config.json describes the
+    decoder (None: all of it).
 
-    Weights: one line per tensor. `renames` are ordered (regex, replacement) pairs that turn every accepted spelling of
-    a key into the table's spelling. Keys that match `ignored` are neither loaded nor refused; they are carried over on
-    export. `modules` are pairs that turn the table's spelling into the names that modules have in memory in stock
+    Weights: `weights(cfg)` has one line per tensor. `renames` are ordered (regex, replacement) pairs that turn every
+    accepted spelling of a key into the table's. Keys that match `ignored` are neither loaded nor refused, and are
+    copied on export. `modules` are pairs that turn the table's spelling into names of modules in memory in
     transformers. With `separate_vision` the tower may be a folder of its own; without `holds_tower` it always is.
 
-    Tokens and prompt: `token_names` are (field, token) pairs: fields that `from_hf` looks for beside those of
-    config.json, each with the id of a token of the folder's tokenizer (absent where there is none). The first of
-    `templates` is what a model was trained with, unless `template_field` of its config.json names another.
+    Tokens and prompt: `token_names` are pairs (field, token): config fields of `from_hf` that get the id of a token of
+    the folder's tokenizer, if it has that token. Models were trained with the first of `templates`, unless
+    `template_field` of config.json names another.
 
-    Images: `image_processors` are the classes of transformers (without their suffix) that a folder may name and that
-    `data/images.py` can run; `images` says that they keep an image "whole", cut it into "tiles" of the grid that fits
-    best, "splits" it at its own size, or leave it that size, in "patches". `tiling(config, where)` is for a config.json
-    that says how, `pixels(size)` the processor's settings where no file has them.
+    Images: `image_processors` are transformers classes (without suffix) that `data/images.py` can run. `images` is
+    "whole", "tiles" (best-fitting grid), "splits" (pieces at the image's own size) or "patches" (any size).
+    `tiling(config, where)` reads the tiling from config.json. `pixels(size)` returns processor settings if the folder
+    has no file.
 
-    `recipe`: the reference's recovery, a partial experiment. `decoder` makes a family without a tower usable inside
-    others; `stock` is the class that loads the layout, `conversion` what becomes of one that has none.
+    `recipe` is the reference's recovery, a partial experiment. `decoder` makes a family without a tower usable inside
+    others. `stock` is the transformers class that loads the layout, `conversion` the way to a layout that has one.
     """
 
     name: str
@@ -159,21 +160,21 @@ class Family:
     conversion: Conversion | None = None
 
     def canonical(self, key: str) -> str:
-        """The table's spelling of a checkpoint key."""
+        """Return the table's spelling of a checkpoint key."""
         for pattern, replacement in self.renames:
             key = re.sub(pattern, replacement, key)
         return key
 
     def is_ignored(self, key: str) -> bool:
-        """Whether a (canonical) key is known and not part of the computed model."""
+        """Return True if a (canonical) key is known but not part of the computed model."""
         return any(re.fullmatch(pattern, key) for pattern in self.ignored)
 
     def text_config(self, config: Mapping[str, Any]) -> JsonDict:
-        """The part of a config.json that describes the decoder; {} where it is not there."""
+        """Return the part of a config.json that describes the decoder, or {} without one."""
         part = config if self.text_section is None else config.get(self.text_section)
         return dict(part) if isinstance(part, Mapping) else {}
 
 
-# Every family that can be read, pruned and written: "llava", and "llava-original" for its hub's layout. A user's file
-# adds one by assignment (`vlmprune_jax.families["mine"] = Family(...)`); of two that take one folder, the later does.
+# All families by name, for example "llava", and "llava-original" for its hub layout. Users add families by assignment
+# (`vlmprune_jax.families["mine"] = Family(...)`); if several match a folder, the last one added is used.
 FAMILIES: dict[str, Family] = {}

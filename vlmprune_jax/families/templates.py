@@ -1,4 +1,4 @@
-"""What a prompt format says; each is a fact of the family that was trained with it."""
+"""Prompt templates; each family refers to the one that it was trained with."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from vlmprune_jax.core.config import ImageShape
 
 @dataclass(frozen=True)
 class Template:
-    """How turns become one string: `start`, the system text in its marks, then per turn `role + gap + text + end`.
+    """Text format of a conversation: `start`, the system text, then `role + gap + text + end` for each turn.
 
-    `image_first` moves the placeholders of a turn in front of its stripped text, `behind_image` after each;
-    `image_lead` puts one in front of the first turn where a record's only image has none there; with `tight_image`
-    there is no white space around images, and no gap before one that begins a turn. With `image_tokens` (start,
-    context, end) an image is written out as these tokens, the context one once per position; without, a text is
-    tokenised piece by piece between its images. With a `tile_start`, in which {row} and {column} count from 1, the
-    tiles of an image are written one by one, `row_end` behind each row of them and before the overview. A record that
-    holds `padding_mark` is one whose length the reference miscounts. With `by_turn` an empty turn keeps its end, and
-    every answer is learnt, with the gap before it, up to its end mark, without the white space behind it; else labels
-    follow the end marks in the whole text. `special`: what must be single tokens; `videos`: the token of a video's
-    positions, which no text may hold.
+    Placement of images: `image_first` moves a turn's placeholders in front of its stripped text, each followed by
+    `behind_image`. `image_lead` puts a placeholder in front of the first turn if a record's only image has none there.
+    `tight_image` removes white space around images, and the gap before an image that begins a turn.
+
+    Text of images: with `image_tokens` (start, context, end), an image is written as these tokens, the context token
+    once per position; otherwise the text is tokenised piece by piece between images. With `tile_start` ({row} and
+    {column} count from 1), tiles are written separately, with `row_end` after each row and before the overview.
+
+    Labels: with `by_turn` an empty turn keeps its end, and every answer is trained from its gap to its end token,
+    without the white space after it; otherwise labels are found by the end tokens in the whole text.
+
+    Tokens: `special` must be single tokens; `videos` is the token of video positions, which texts must not contain;
+    records that contain `padding_mark` have a length that the reference miscounts.
     """
 
     name: str
@@ -46,7 +49,7 @@ class Template:
     videos: str | None = None
 
     def image_text(self, image: ImageShape) -> str:
-        """An image of a template with `image_tokens`, with one context token for all its tiles or for each."""
+        """Return the text of an image: one context token for all tiles, or one per tile with `tile_start`."""
         assert self.image_tokens is not None
         whole, context = "".join(self.image_tokens), self.image_tokens[1]
         if not self.tile_start or image.slots == 1:
@@ -57,12 +60,12 @@ class Template:
             text += "".join(start + context for start in starts) + self.row_end
         return text + self.row_end + whole
 
-    def marks(self, image: ImageShape) -> int:
-        """Context tokens in `image_text` (1 where an image is not written out)."""
+    def context_tokens(self, image: ImageShape) -> int:
+        """Return the number of context tokens in `image_text` (1 without `image_tokens`)."""
         return 1 if self.image_tokens is None or not self.tile_start else image.slots
 
 
-# LLaVA's, which is Vicuna's; families that say nothing take it as well.
+# LLaVA's template, which is Vicuna's and the default of families.
 LLAVA_V1 = Template(
     name="llava_v1",
     system="A chat between a curious user and an artificial intelligence assistant. "
@@ -76,7 +79,7 @@ LLAVA_V1 = Template(
     image_first=True,
 )
 
-# Images stay where they are in a turn, as the pieces of a chat are joined without white space.
+# Images stay in place in a turn, since the parts of a chat are joined without white space.
 QWEN3_VL = Template(
     name="qwen3_vl",
     system_start="<|im_start|>system\n",

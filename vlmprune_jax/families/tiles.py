@@ -1,4 +1,4 @@
-"""What a family says about images that are cut into tiles."""
+"""Tiling of images, as families describe it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from typing import Any
 
 from vlmprune_jax.core.errors import UserError
 
-# Far above any model's (40), and few enough to list all grids: a config.json may name any number.
+# Far above any model's maximum (40), and small enough to list all grids.
 MAX_TILES = 1000
-MAX_SIDE = 4096  # of a tile, or of any image that a tower takes (1,536 in the largest)
+MAX_SIDE = 4096  # pixels per side of a tile or image (the largest real tower takes 1,536)
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
 
 @dataclass(frozen=True)
 class TilingConfig:
-    """How images become tiles of `size` x `size` pixels: `min_tiles` to `max_tiles` in a grid, and perhaps a thumbnail.
+    """Tiling of images into a grid of `min_tiles` to `max_tiles` tiles of `size` x `size` pixels.
 
-    `pad` centres an image on a square first; it is for images that stay one tile (tiles are square already). `mean` and
-    `std` normalise the tiles, `resample` is PIL's number of the filter. The images of a record may share `max_tiles`.
+    `thumbnail` adds the whole image as one more tile. `pad` centres an image on a square first; it applies to images
+    that stay one tile. `mean` and `std` normalise the tiles, `resample` is PIL's number of the filter. With `shares`
+    the images of a record share `max_tiles`.
     """
 
     size: int
@@ -33,18 +34,21 @@ class TilingConfig:
 
     def __post_init__(self) -> None:
         if self.size > MAX_SIDE:
-            raise UserError(f"image tiles of {self.size} pixels a side: at most {MAX_SIDE}; is config.json damaged?")
+            raise UserError(
+                f"image tiles of {self.size} pixels per side, the maximum is {MAX_SIDE}: correct or restore config.json"
+            )
         if not 1 <= self.min_tiles <= self.max_tiles <= MAX_TILES:
             raise UserError(
                 f"image tiles: min_tiles {self.min_tiles} and max_tiles {self.max_tiles} must be 1 <= min <= max <= "
-                f"{MAX_TILES}; change data.min_tiles or data.max_tiles"
+                f"{MAX_TILES}: change data.min_tiles or data.max_tiles"
             )
 
 
 def whole_number(value: Any, name: str, where: str, least: int = 1) -> int:
-    """A whole number of at least `least` in the field `name` of a file, or a UserError that names both."""
+    """Return `value` if it is a whole number of at least `least`; otherwise raise a UserError."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UserError(
-            f"{where}: {name} is {value!r}, expected a whole number from {least}; restore it from the model's source"
+            f"{where}: {name} is {value!r}, expected a whole number of at least {least}: restore it from the model's "
+            "source"
         )
     return int(value)

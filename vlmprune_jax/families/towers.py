@@ -1,4 +1,4 @@
-"""Vision towers and projectors: Hugging Face configs, and the names of their weights in every layout."""
+"""Vision towers and projectors: Hugging Face configs, and names of their weights in every layout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vlmprune_jax.core.config import LayerShape, ModelConfig, ProjectorConfig, V
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.families.table import JsonDict, Weight
 
-# Class defaults of each tower's config in transformers (InternViT: of the hub's remote code), which files leave out.
+# Defaults of each tower's config class in transformers (InternViT: in the hub's remote code).
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "clip_vision_model": {
         "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12,
@@ -36,7 +36,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "qkv_bias": False, "qk_normalization": True, "norm_type": "rms_norm",
     },
 }  # fmt: skip
-# How the kinds of tower differ.
+# Fields of VisionConfig in which the towers differ.
 _INTERNVIT = {"patch_bias": True, "pre_norm": False, "layer_scale": True, "resizes": True}
 _SIGLIP = {"class_token": False, "patch_bias": True, "pre_norm": False}
 _TRAITS: dict[str, dict[str, Any]] = {
@@ -46,14 +46,14 @@ _TRAITS: dict[str, dict[str, Any]] = {
     "internvl_vision": {"kind": "internvit", **_INTERNVIT},
     "intern_vit_6b": {"kind": "internvit", **_INTERNVIT},
 }
-# Mean and deviation of each kind's training images (openai/clip, google/siglip, ImageNet).
+# Mean and standard deviation of each tower's training images (openai/clip, google/siglip, ImageNet).
 PIXELS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "smolvlm": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "internvit": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-# The type of each kind in transformers.
+# `VisionConfig.kind` -> model_type in transformers.
 KINDS = {
     "clip": "clip_vision_model",
     "siglip": "siglip_vision_model",
@@ -61,35 +61,38 @@ KINDS = {
     "smolvlm": "smolvlm_vision",
 }
 TYPES = tuple(_DEFAULTS)
-# A whole CLIP or SigLIP config, whose vision part may leave its type out.
+# Whole CLIP or SigLIP configs -> type of their vision part, which may not state it.
 _OUTER = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 
 
 def vision_from_hf(
     config: Mapping[str, Any], feature_layer: Any, default_type: str, image_size: int | None = None
 ) -> VisionConfig:
-    """VisionConfig of a vision config dictionary (or a whole CLIP or SigLIP one).
+    """Return the VisionConfig of a vision config, or of a whole CLIP or SigLIP config.
 
-    Only blocks up to `feature_layer` (an index into the hidden states, 0 = embeddings) are computed. `image_size` is
-    that of the images where it is not the one the tower's position table is for.
+    Args:
+      config: the config.
+      feature_layer: index into the hidden states (0 = embeddings); blocks above are not computed.
+      default_type: type of tower if the config has none.
+      image_size: side of the images (pixels), if it differs from that of the tower's position table.
 
     Raises:
-      UserError: a type of tower or an option that is not supported, or several feature layers.
+      UserError: the type of tower or an option is not supported, or there are several feature layers.
     """
     kind = _OUTER.get(config.get("model_type", ""), default_type)
     config = config.get("vision_config") or config
     kind = config.get("model_type") or kind
     if kind not in _DEFAULTS:
-        raise UserError(f"vision tower of type {kind!r} is not supported (supported: {', '.join(_DEFAULTS)})")
+        raise UserError(f"vision tower {kind!r} is not supported (supported: {', '.join(_DEFAULTS)})")
     full = {**_DEFAULTS[kind], **{name: value for name, value in config.items() if value is not None}}
     _check_internvit(full)
     total = int(full["num_hidden_layers"])
     if not isinstance(feature_layer, int):
-        raise UserError(f"vision feature layer {feature_layer!r}: several are not supported, use one integer")
+        raise UserError(f"vision feature layer {feature_layer!r} is not supported: it must be one integer")
     used = feature_layer if feature_layer >= 0 else total + 1 + feature_layer
     if not 0 < used <= total:
         raise UserError(f"vision feature layer {feature_layer} does not exist in a tower of {total} layers")
-    trained = _side(full["image_size"], "image_size")
+    table_size = _side(full["image_size"], "image_size")
     hidden, heads = int(full["hidden_size"]), int(full["num_attention_heads"])
     if "head_dim" not in full and hidden % heads:
         raise UserError(f"vision tower: hidden_size {hidden} is not a multiple of its {heads} heads")
@@ -98,13 +101,13 @@ def vision_from_hf(
         head_dim=int(full.get("head_dim", hidden // heads)),
         layers=(LayerShape(heads, heads, int(full["intermediate_size"])),) * used,
         n_layers_total=total,
-        image_size=image_size or trained,
+        image_size=image_size or table_size,
         patch_size=_side(full["patch_size"], "patch_size"),
         channels=int(full.get("num_channels", 3)),
         norm_eps=float(full["layer_norm_eps"]),
         activation=full["hidden_act"],
         qkv_bias=bool(full.get("qkv_bias", full.get("attention_bias", True))),
-        position_size=trained if image_size not in (None, trained) else 0,
+        position_size=table_size if image_size not in (None, table_size) else 0,
         **_TRAITS[kind],
     )
 
@@ -112,24 +115,19 @@ def vision_from_hf(
 def vision_to_hf(
     vision: VisionConfig, source: JsonDict, default_type: str, feature_layer: tuple[str, int] | None
 ) -> JsonDict:
-    """`source`, a whole config.json, with every field that depends on the tower's layers rewritten.
+    """Return `source`, a whole config.json, with every field that depends on the tower's layers rewritten.
 
-    A tower that is not the source's ends with its feature layer, whose states are then its last. `feature_layer` is the
-    name of that field and its default, None for a class that always takes the last.
+    A pruned tower ends with its feature layer, which then is the last hidden state. `feature_layer` is the name and the
+    default of the field with the feature layer; None for classes that always use the last.
 
     Raises:
-      UserError: layers of unequal width, which no class loads.
+      UserError: the layers have unequal widths, which no class loads.
     """
     old = source.get("vision_config") or {}
     before = vision_from_hf(old, source.get(*feature_layer) if feature_layer else -1, default_type)
     if (before.layers, before.n_layers_total) == (vision.layers, vision.n_layers_total):
         return source
-    if not vision.even:
-        raise UserError(
-            "the layers of the vision tower have unequal widths, which no class loads: prune all of them alike, or "
-            'export with uneven="pad" (same function, no savings)'
-        )
-    shape = vision.layers[0]
+    shape = equal_shape(vision)
     new = {
         **old,
         "num_hidden_layers": len(vision.layers),
@@ -143,20 +141,33 @@ def vision_to_hf(
     return {**source, "vision_config": new, **({feature_layer[0]: -1} if feature_layer else {})}
 
 
+def equal_shape(vision: VisionConfig) -> LayerShape:
+    """Return the shape of all layers of a tower.
+
+    Raises:
+      UserError: the layers have unequal widths, which no class loads.
+    """
+    if not vision.even:
+        raise UserError(
+            "the layers of the vision tower have unequal widths, which no class loads: prune all layers equally, or "
+            'export with uneven="pad" (same function, no savings)'
+        )
+    return vision.layers[0]
+
+
 def is_left_out(key: str, config: JsonDict) -> bool:
-    """Whether a model with this config.json has no tensor of this (canonical) key, which its source may have."""
+    """Return True if a model with this config.json lacks the tensor of a (canonical) key of its source."""
     vision = config.get("vision_config") or {}
     return key.startswith(_POOLING_HEAD) and vision.get("vision_use_head") is False
 
 
-def check_whole(vision: VisionConfig, feature_layer: int) -> None:
-    """Raise UserError if pruning changed a tower that its layout leaves in a folder of its own."""
+def check_unpruned(vision: VisionConfig, feature_layer: int) -> None:
+    """Refuse a pruned tower in a layout that leaves the tower in its own folder."""
     total = vision.n_layers_total
     used = feature_layer if feature_layer >= 0 else total + 1 + feature_layer
     if len(vision.layers) != used or not vision.whole_heads:
         raise UserError(
-            "the vision tower was pruned, but this layout leaves it in its own folder, unpruned: use "
-            'layout="transformers", which writes it'
+            'the vision tower was pruned, but this layout does not contain the tower: export with layout="transformers"'
         )
 
 
@@ -171,20 +182,20 @@ def _check_internvit(config: Mapping[str, Any]) -> None:
     for name, refused in unsupported.items():
         if refused:
             raise UserError(
-                f"vision tower with {name} = {config[name]!r} is not supported (InternViT-300M is: layer_norm, no norm "
-                "of queries and keys, mean pooling, absolute positions)"
+                f"vision tower: {name} = {config[name]!r} is not supported (supported: InternViT-300M with layer_norm, "
+                "no norm of queries and keys, mean pooling, absolute positions)"
             )
 
 
 def _side(size: Any, name: str) -> int:
-    """Side of a square that a config gives as a number or as a pair."""
+    """Return the side of a square that a config gives as a number or as a pair."""
     sides = {int(side) for side in (size if isinstance(size, (list, tuple)) else (size,))}
     if len(sides) != 1:
         raise UserError(f"vision tower: {name} {size} is not square")
     return sides.pop()
 
 
-# File layout of each parameter: of its weight; a bias has the first axes of it.
+# File layout of each weight; a bias has the first axes of its weight.
 _LAYOUTS = {
     "class_embedding": "vision",
     "patch_embedding": "vision channel patch_row patch_column",
@@ -202,9 +213,9 @@ _LAYOUTS = {
     "layers/{i}/layer_scale2": "vision",
     "post_layernorm": "vision",
 }
-# SigLIP's pooling head, which no feature passes through; its MLP has the widths of the layers.
+# SigLIP's pooling head, which features do not pass through; its MLP has the widths of the layers.
 _POOLING_HEAD = "vision_tower.head."
-# Keys that are not the path with dots; several paths of one key are a fused tensor, its rows in the order of the lines.
+# Keys that differ from the path with dots; paths that share a key are rows of a fused tensor, in this order.
 _CLIP_KEYS = {
     "class_embedding": "embeddings.class_embedding",
     "patch_embedding": "embeddings.patch_embedding.weight",
@@ -241,12 +252,12 @@ _INTERNVL_KEYS = {
 
 
 def vision_weights(vision: VisionConfig, prefix: str) -> list[Weight]:
-    """Weight lines of a CLIP, SigLIP or SmolVLM tower's computed part under key `prefix`."""
+    """Return weight lines of the computed part of a CLIP, SigLIP or SmolVLM tower under key `prefix`."""
     return _tower_weights(vision, prefix, _CLIP_KEYS)
 
 
 def internvit_weights(vision: VisionConfig, prefix: str, native: bool) -> list[Weight]:
-    """Weight lines of an InternViT's computed part, in the hub's names or (`native`) in those of transformers."""
+    """Return weight lines of an InternViT's computed part, with hub names or (`native`) transformers' names."""
     return _tower_weights(vision, prefix, _INTERNVL_KEYS if native else _INTERNVIT_KEYS)
 
 
@@ -263,7 +274,7 @@ def _tower_weights(vision: VisionConfig, prefix: str, keys: Mapping[str, str]) -
         without_bias.add("patch_embedding")
     if not vision.qkv_bias:
         without_bias.update(f"layers/{{i}}/self_attn/{name}" for name in ("q_proj", "k_proj", "v_proj"))
-    # InternViT writes its class token and its positions as a batch of one
+    # InternViT stores class token and positions with a batch axis of size 1
     batched = {"class_embedding": "1 1 ", "position_embedding": "1 "} if vision.kind == "internvit" else {}
     table = []
     for path, layout in _LAYOUTS.items():
@@ -278,12 +289,12 @@ def _tower_weights(vision: VisionConfig, prefix: str, keys: Mapping[str, str]) -
 
 
 def first_axes(layout: str) -> str:
-    """Layout of a bias: the first group of its weight's."""
+    """Return the layout of a bias: the first axis group of its weight's layout."""
     return layout.partition(")")[0] + ")" if layout.startswith("(") else layout.split()[0]
 
 
 def projector_weights(projector: ProjectorConfig, prefix: str, names: tuple[str, ...]) -> list[Weight]:
-    """Weight lines of the projector; `names` of its layers in the files, first to last."""
+    """Return weight lines of the projector; `names` are its layers in the files, first to last."""
     into = "shuffled" if projector.shuffles else "vision"
     layouts = {"linear_1": f"projector {into}", "linear_2": "embed projector"}
     if projector.kind == "pixel_shuffle":
@@ -299,19 +310,19 @@ def projector_weights(projector: ProjectorConfig, prefix: str, names: tuple[str,
 
 
 def projector_of(cfg: ModelConfig) -> ProjectorConfig:
-    """The projector of a config that has one."""
+    """Return the projector of a config that has one."""
     assert cfg.projector is not None
     return cfg.projector
 
 
 def vision_of(cfg: ModelConfig) -> VisionConfig:
-    """The tower of a config that has one."""
+    """Return the vision tower of a config that has one."""
     assert cfg.vision is not None
     return cfg.vision
 
 
 def stock_tower(vision: VisionConfig) -> JsonDict:
-    """vision_config of a class of transformers for the computed part of a tower: its last block makes the feature."""
+    """Return transformers' vision_config for the computed part of a tower; its last block makes the feature."""
     shape = vision.layers[0]
     config = {
         "model_type": KINDS[vision.kind],
@@ -334,14 +345,14 @@ def stock_tower(vision: VisionConfig) -> JsonDict:
 
 
 def stock_tower_constants(vision: VisionConfig) -> dict[str, tuple[tuple[int, ...], float]]:
-    """Weights that the class of `stock_tower` holds and never uses, as key -> (shape, value)."""
+    """Return weights that the class of `stock_tower` has but never uses, as key -> (shape, value)."""
     if vision.kind == "internvit":
         return {}
-    # a norm behind the last block; the feature is taken before it
+    # a norm after the last block; features are taken before it
     norm = "vision_tower.vision_model.post_layernorm."
     return {f"{norm}weight": ((vision.hidden_size,), 1.0), f"{norm}bias": ((vision.hidden_size,), 0.0)}
 
 
 def stock_tower_key(key: str, vision: VisionConfig) -> str:
-    """The spelling of a model's key that versions 4 and 5 of transformers both load."""
+    """Return the spelling of a key that both transformers 4 and 5 load."""
     return key if vision.kind == "internvit" else re.sub(r"^vision_tower\.", "vision_tower.vision_model.", key)
