@@ -68,7 +68,7 @@ def test_grids_for_images_of_one_size(goldens):
         ("qwen3_vl", "vision_config", {"num_position_embeddings": 24}, "24 is not the square"),
         ("qwen3_vl", "vision_config", {"out_hidden_size": 40}, r"40 must be the decoder's hidden_size \(44\)"),
         ("qwen3_vl", "vision_config", {"num_heads": 16}, "head_dim 2 must be a multiple of 4"),
-        ("qwen3_vl", "text_config", {"rope_parameters": {"mrope_section": [5, 3, 3]}}, r"\[5, 3, 3\] must .* sum to 10"),
+        ("qwen3_vl", "text_config", {"rope_parameters": {"mrope_section": [5, 3, 3]}}, "must .* sum to 10"),
         ("qwen2_5_vl", "vision_config", {"window_size": 9}, "window_size 9 must be at least"),
         ("qwen2_5_vl", "vision_config", {"fullatt_block_indexes": [1, 7]}, r"\[1, 7\] must be block numbers .* 0 to 3"),
         ("qwen2_5_vl", "vision_config", {"fullatt_block_indexes": [-1]}, "list of whole numbers from 0"),
