@@ -58,7 +58,7 @@ def test_perplexity_is_of_running_text():
     lines = [{"nll": 3.0, "tokens": 2}, {"nll": 1.0, "tokens": 2}]
     assert PERPLEXITY.values(lines, ()) == {"perplexity": pytest.approx(math.e)}
     assert PERPLEXITY.values([{"nll": 1e9, "tokens": 1}], ()) == {"perplexity": math.inf}
-    with pytest.raises(UserError, match="is of running text, not of answers"):
+    with pytest.raises(UserError, match="scores running text, not answers"):
         PERPLEXITY.score_all(["a"], [asked("a")])
 
 
@@ -83,17 +83,17 @@ def test_names_and_descriptions():
 
 
 def test_what_a_metric_may_not_be():
-    with pytest.raises(UserError, match="a share in % needs the full score"):
+    with pytest.raises(UserError, match='unit "%" needs a full score'):
         Metric("x", lambda *_: {}, full=None)
-    with pytest.raises(UserError, match=r"metric of x: full=1\.0 must be positive, and None where lower is better"):
+    with pytest.raises(UserError, match=r'metric "x": full=1\.0 must be positive, or None if lower is better'):
         Metric("x", lambda *_: {}, higher_is_better=False)
-    with pytest.raises(UserError, match=r"metric of x: score of record q fails with KeyError\('choices'\)"):
+    with pytest.raises(UserError, match=r"metric \"x\": score\(\) of record q failed with KeyError\('choices'\)"):
         measured(Metric("x", lambda said, references, record: record.fields["choices"]), ("a", asked("a")))
-    with pytest.raises(UserError, match=r"metric of x: aggregate fails with ZeroDivisionError"):
+    with pytest.raises(UserError, match=r'metric "x": aggregate\(\) failed with ZeroDivisionError'):
         measured(Metric("x", lambda *_: {"x": 1}, lambda *_: {"x": 1 / 0}), ("a", asked("a")))
-    with pytest.raises(UserError, match="metric of x: aggregate gives y, not x"):
+    with pytest.raises(UserError, match=r'metric "x": aggregate\(\) returned no value named "x" \(found: y\)'):
         measured(Metric("x", lambda *_: {"y": 1.0}), ("a", asked("a")))
-    with pytest.raises(UserError, match="metric of x: x is not a number"):
+    with pytest.raises(UserError, match='metric "x": x is NaN'):
         measured(Metric("x", lambda *_: {"x": math.nan}), ("a", asked("a")))
 
 

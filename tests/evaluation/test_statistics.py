@@ -109,9 +109,9 @@ def test_a_users_aggregate_is_worked_out_for_every_sample():
 
 def test_no_interval_where_the_unpruned_model_may_score_nothing():
     assert retained_interval(ACCURACY, rights([1, 0]), rights([1, 0]), questions(2)) is None
-    with pytest.raises(UserError, match="answers to 1 and 2 questions: both models must answer the same ones"):
+    with pytest.raises(UserError, match="1 and 2 answers: both models must answer the same questions"):
         retained_interval(ACCURACY, rights([1]), rights([1, 0]), questions(2))
-    with pytest.raises(UserError, match="answers to 0 and 0 questions"):
+    with pytest.raises(UserError, match="0 and 0 answers"):
         retained_interval(ACCURACY, [], [], [])
 
 
@@ -144,7 +144,7 @@ def test_holm_raises_every_p_and_keeps_their_order():
 
 
 def test_mcnemar_is_of_right_and_wrong():
-    with pytest.raises(UserError, match=r"of right and wrong answers, not of a score 0\.5"):
+    with pytest.raises(UserError, match=r"McNemar's test: scores must be 0 or 1, got 0\.5"):
         mcnemar([1, 0.5], [1, 0])
-    with pytest.raises(UserError, match="answers to 1 and 2 questions"):
+    with pytest.raises(UserError, match="1 and 2 answers"):
         mcnemar([1], [1, 0])

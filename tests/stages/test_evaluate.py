@@ -133,7 +133,7 @@ def test_records_that_a_metric_cannot_use_are_refused_before_the_model_is_asked(
     code, lines = evaluate("questions", "--config.evaluate.metric=pope")
     assert code == 2
     assert lines[-1].endswith(
-        "metric of f1: record r0: has no field 'category', which the metric needs; add it, or use another"
+        "metric \"f1\": record r0: no field 'category', which the metric needs: add it, or choose another metric"
     )
     assert not evaluate.folder.exists() or os.listdir(evaluate.folder) == []
 

@@ -1,4 +1,4 @@
-"""What pruning left of a model's scores, per benchmark and on average; plain numbers."""
+"""Retained percentage of a pruned model's scores, per benchmark and on average; plain numbers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from vlmprune_jax.core.errors import UserError
 
 
 def retained(score: float, original: float) -> float:
-    """100 * score / original: the percentage of the unpruned model's score that is left (NaN where that was 0)."""
+    """Return `score` as a percentage of the unpruned model's `original` score; NaN if that is 0."""
     return 100.0 * score / original if original else math.nan
 
 
 def retained_per_benchmark(scores: Mapping[str, float], original: Mapping[str, float]) -> dict[str, float]:
-    """`retained` of every benchmark, in the order of `original`.
+    """Return the retained percentage of every benchmark, in the order of `original`.
 
     Raises:
       UserError: a benchmark is missing on either side, or the original score is 0.
@@ -22,25 +22,28 @@ def retained_per_benchmark(scores: Mapping[str, float], original: Mapping[str, f
     odd = sorted(set(scores) ^ set(original))
     if odd or not original:
         raise UserError(
-            f"benchmarks of the two models differ in {', '.join(odd) or 'nothing, both are empty'}: score both on all"
+            f"retained percentages: {', '.join(odd) or 'no benchmark'} scored for one model only: score both models on "
+            "the same benchmarks"
         )
     for name, value in original.items():
         if value == 0:
-            raise UserError(f"benchmark {name}: the unpruned model scores 0, so nothing can be retained; leave it out")
+            raise UserError(
+                f"benchmark {name}: the unpruned model scores 0, so no percentage exists: leave this benchmark out"
+            )
     return {name: retained(scores[name], value) for name, value in original.items()}
 
 
 def mean_of_ratios(scores: Mapping[str, float], original: Mapping[str, float]) -> float:
-    """Mean over benchmarks of the retained percentage: every benchmark counts the same."""
+    """Return the mean retained percentage over benchmarks, all with equal weight."""
     ratios = retained_per_benchmark(scores, original)
     return sum(ratios.values()) / len(ratios)
 
 
 def paper_average(scores: Mapping[str, float], original: Mapping[str, float], full: Mapping[str, float]) -> float:
-    """The paper's AVG-%: 100 * sum of normalised scores / sum of normalised original scores (arXiv 2604.24380, tables).
+    """Return the paper's AVG-%, 100 * sum of normalised scores / sum of normalised original scores (arXiv 2604.24380).
 
-    Normalised means divided by the full score (MME cognition counts to 800, perception to 2000), so benchmarks with
-    high scores weigh more than in `mean_of_ratios`.
+    A score is normalised by the full score (800 for MME cognition, 2000 for MME perception), so benchmarks with high
+    scores have more weight than in `mean_of_ratios`.
     """
     retained_per_benchmark(scores, original)
     ours, theirs = (sum(value / full[name] for name, value in side.items()) for side in (scores, original))

@@ -1,7 +1,8 @@
-"""Questions as batches of equal shapes in which an image that several questions share is encoded once.
+"""Batches of questions in which an image that several questions share is encoded once.
 
-Benchmarks ask many questions about few images (easy-VQA: 9,673 about 1,000), and the image is most of a prompt (64 of
-about 80 positions there, 576 in LLaVA-1.5), so computing what precedes the question once saves most of the work.
+Benchmarks ask many questions about few images (easy-VQA: 9,673 about 1,000), and most tokens of a prompt are image
+tokens (64 of about 80 in easy-VQA, 576 in LLaVA-1.5), so computing the text and image before the question once saves
+most of the work.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from vlmprune_jax.data.encoding import Encoder, Room, Shape, check_length
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.models.generate import SharedPrefix
 
-_SHORT = 31  # tokens that are not worth a shape of their own
+_SHORT = 31  # tokens: shorter lengths share a compiled shape
 
 
 @dataclass(frozen=True)
 class QuestionBatch(GenerationBatch):
-    """Left-padded question ends in `arrays`, and the beginnings they continue, with all images, in `prefix`.
+    """Left-padded ends of questions in `arrays`; the beginnings that they continue, with all images, in `prefix`.
 
-    `places`: int[batch], each row's place among the records.
+    `places`: int[batch], index of each row among the records.
     """
 
     prefix: SharedPrefix
@@ -50,7 +51,7 @@ class _Beginning:
 
 @dataclass(frozen=True)
 class _Group:
-    """The questions of one batch, and its shapes: room for images, beginnings, lengths of these and of rests."""
+    """Questions of one batch and its shape: image slots, number and length of beginnings, length of the rests."""
 
     questions: tuple[_Question, ...]
     room: Room
@@ -61,7 +62,7 @@ class _Group:
 
 @dataclass(frozen=True, eq=False)
 class ArrangedQuestions:
-    """Which questions share a batch and a beginning; made once, then read as often as models are evaluated."""
+    """Questions grouped into batches with shared beginnings; arranged once and read for every evaluated model."""
 
     records: Sequence[Record]
     encoder: Encoder
@@ -75,14 +76,15 @@ class ArrangedQuestions:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt, images included."""
+        """Length of the longest prompt in tokens, image tokens included."""
         questions = (question for group in self.groups for question in group.questions)
         return max(len(self.beginnings[question.beginning].ids) + len(question.rest) for question in questions)
 
     def batches(self, *, threads: int, prefetch: int) -> grain.IterDataset[QuestionBatch]:
-        """All batches, read ahead in threads; as many different shapes as there are rooms for images.
+        """Return an iterator over all batches, read ahead in threads, with one shape per number of image slots.
 
-        Raises UserError where they would not fit in memory.
+        Raises:
+          UserError: the batches do not fit in memory.
         """
         for group in self.groups:
             check_memory(group.beginnings, Shape(group.beginning_length, *group.room), self.encoder, prefetch)
@@ -122,21 +124,21 @@ def arrange_questions(
     prompt_suffix: str = "",
     by_length: bool = False,
 ) -> ArrangedQuestions:
-    """Tokenise all prompts and arrange them so that questions about one image are neighbours.
+    """Tokenise all prompts and place questions about the same image next to each other.
 
     Args:
-      records: conversations; each is asked up to its last turn of gpt.
-      encoder: tokenizer, template and images; its `max_length` is the longest prompt allowed (0 = any).
+      records: conversations; the prompt ends before the last turn of gpt.
+      encoder: tokenizer, template and images; its `max_length` is the longest allowed prompt (0: any length).
       batch_size: rows of every batch.
       multiple: number of beginnings per batch is a multiple of this (devices that share a batch).
-      prompt_suffix: what follows every last question, such as "\\nAnswer the question using a single word or phrase."
-      by_length: batches are of like lengths, for questions that differ much in them; a shape for every doubling.
+      prompt_suffix: text after every last question, such as "\\nAnswer the question using a single word or phrase."
+      by_length: group questions of similar length, one shape for every doubling; for sets with very unequal lengths.
 
     Raises:
-      UserError: no record; a prompt that is too long, an image that the model cannot see, too many images or tiles.
+      UserError: there is no record, a prompt is too long, the model takes no images, or a record has too many.
     """
     if not records or batch_size < 1:
-        raise UserError(f"{len(records)} questions in batches of {batch_size}: both must be at least 1")
+        raise UserError(f"evaluation of {len(records)} questions in batches of {batch_size}: both must be at least 1")
     known: dict[tuple[bytes, tuple[str, ...]], int] = {}
     beginnings: list[_Beginning] = []
     members: list[list[_Question]] = []
@@ -168,10 +170,10 @@ def _groups(
     multiple: int,
     by_length: bool,
 ) -> tuple[_Group, ...]:
-    """Neighbours together until a batch has all its rows, or as many beginnings as fit; one group of shapes a bucket.
+    """Fill batches with neighbouring questions, up to the rows and the beginnings of a batch; one shape per bucket.
 
-    A batch holds only beginnings of one room for images, so a thumbnail does not wait for twelve tiles. A group's
-    batches follow each other: its program is compiled once, when the group's turn comes, and nothing runs beside it.
+    A batch holds only beginnings with the same number of image slots, so a small image is not padded to twelve tiles.
+    Batches of equal shape follow each other, so each program is compiled once.
     """
     groups: list[_Group] = []
     buckets: dict[tuple[Room, *tuple[int, ...]], list[int]] = {}
@@ -202,7 +204,7 @@ def _groups(
 
 
 def _left_padded(rows: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, mask) int32[rows, length]; padding holds id 0, which the mask hides."""
+    """Return (ids, mask), int32[rows, length] each; padding has id 0 and mask 0."""
     ids, mask = (np.zeros((len(rows), length), np.int32) for _ in range(2))
     for row, values in enumerate(rows):
         ids[row, length - len(values) :] = values
@@ -211,7 +213,7 @@ def _left_padded(rows: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, n
 
 
 def _with_suffix(record: Record, suffix: str) -> Record:
-    """The record with its last question continued."""
+    """Return the record with `suffix` appended to its last question."""
     if not suffix or not record.turns:
         return record
     last = max(place for place, (speaker, _) in enumerate(record.turns) if speaker == "human")

@@ -1,4 +1,4 @@
-"""Running a model over questions (greedy generation) or over text (log-likelihood), and what a metric makes of it."""
+"""Evaluation of a model: greedy answers to questions or log-likelihoods of text, and the metric's values."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from vlmprune_jax.models.vlm import Model, encode, head_of, mesh_of, place_batch
 from vlmprune_jax.models.vocabulary import cross_entropy_sum
 
 Progress = Callable[[int], None]
-_Answers = list[tuple[str, Count]]  # texts and their tokens, as a journal keeps them
-CHUNK = 128  # positions whose float32 logits exist at once when a text is read
+_Answers = list[tuple[str, Count]]  # texts and token counts in a journal
+CHUNK = 128  # positions whose float32 logits are in memory together when a text is scored
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model said to the question of a record: the text as decoded, and its tokens (the end token included)."""
+    """A model's answer to the question of a record: decoded text and number of tokens (end token included)."""
 
     record: Record
     prediction: str
@@ -44,7 +44,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Answer:
-    """One question's outcome; `scores` are the metric's, `tokens` were generated (the end token included)."""
+    """A scored answer to one question; `tokens` is the number of generated tokens (end token included)."""
 
     id: str
     prediction: str
@@ -55,9 +55,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a metric says of one model over all questions; `seconds` includes compilation.
+    """Metric values of one model over all questions; `seconds` includes compilation.
 
-    `values`: the metric's. `groups`: {group: {questions, **values}} where the metric tells groups apart.
+    `values`: values of the metric. `groups`: {group: {questions, **values}} if the metric defines groups.
     """
 
     values: Mapping[str, float]
@@ -70,17 +70,17 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """The value of that name; exact match has it, others may."""
+        """The value named "accuracy" (KeyError if the metric has none)."""
         return self.values["accuracy"]
 
     def summary(self) -> dict[str, Any]:
-        """Everything but the single answers, as JSON values."""
+        """Return all fields except the single answers, as JSON values."""
         return {name: value for name, value in vars(self).items() if name != "answers"}
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean negative log-likelihood per predicted token."""
+    """Perplexity of a text: exp of the mean negative log-likelihood per predicted token."""
 
     perplexity: float
     tokens: int
@@ -98,14 +98,14 @@ def evaluate(
     progress: Progress | None = None,
     journal: Journal | None = None,
 ) -> Evaluation:
-    """What a metric says of a model's greedy answers; by default how many are exactly the reference.
+    """Score a model's greedy answers with a metric; by default the share that exactly matches a reference.
 
     Args:
       model, batches, tokenizer, max_new_tokens, progress, journal: see `ask`.
       metric: a metric, or the name of one in `vp.metrics`.
 
     Raises:
-      UserError: there is no question, a question has no reference answer, or the metric does not exist or fit.
+      UserError: there is no question, a question has no reference answer, or the metric is unknown or fails.
     """
     start = time.perf_counter()
     metric = metric_named(metric) if isinstance(metric, str) else metric
@@ -123,8 +123,8 @@ def evaluate(
         seconds=round(time.perf_counter() - start, 3),
         mean_generated_tokens=sum(reply.tokens for reply in replies) / len(replies),
         answers=tuple(
-            Answer(reply.record.id, reply.prediction, reply.record.references, one, reply.tokens)
-            for reply, one in zip(replies, scores, strict=True)
+            Answer(reply.record.id, reply.prediction, reply.record.references, score, reply.tokens)
+            for reply, score in zip(replies, scores, strict=True)
         ),
     )
 
@@ -138,22 +138,22 @@ def ask(
     progress: Progress | None = None,
     journal: Journal | None = None,
 ) -> list[Reply]:
-    """Greedy answers to all questions, in the order of the records.
+    """Return greedy answers to all questions, in the order of the records.
 
     Args:
       model: the model; sharded parameters split every batch over the mesh.
-      batches: prompts of equal shapes with their records (`arrange_questions(...).batches(...)`, which computes a
-        shared image once, or `data.batching.generation_batches`); rows with `valid` False are not counted.
+      batches: padded prompts with their records, from `arrange_questions(...).batches(...)`, which encodes a shared
+        image once, or from `data.batching.generation_batches`; rows with `valid` False are ignored.
       tokenizer: decodes the answers.
-      max_new_tokens: longest answer; a longer one is cut and, as a rule, wrong.
+      max_new_tokens: maximum length of an answer; longer answers are cut and usually wrong.
       progress: called with the number of batches done.
-      journal: where the answers of each batch are kept, to continue after an interruption (`seconds` are then of the
-        last part).
+      journal: stores the answers of each batch, to continue after an interruption (`seconds` then counts the time
+        since the restart).
 
     Raises:
       UserError: there is no question.
     """
-    asked: list[tuple[int, Record]] = []  # (place, record) of every row that counts, as the batches come
+    asked: list[tuple[int, Record]] = []  # (place, record) of every valid row, in the order of the batches
     said: list[tuple[str, int]] = []
 
     def noted() -> Iterator[GenerationBatch]:
@@ -184,13 +184,13 @@ def ask(
         if progress is not None:
             progress(done)
     if not said:
-        raise UserError("there is no question to evaluate: check the evaluation records")
+        raise UserError("evaluation: no questions found: check the evaluation records")
     replies = [(place, Reply(record, *reply)) for (place, record), reply in zip(asked, said, strict=True)]
     return [reply for _, reply in sorted(replies, key=lambda pair: pair[0])]
 
 
 def _answers_all(batch: GenerationBatch, entry: Any) -> bool:
-    """Whether an entry of a journal has an answer to every question of a batch."""
+    """Return True if a journal entry has an answer to every question of a batch."""
     return is_of(_Answers, entry) and len(entry) == np.count_nonzero(batch.valid)
 
 
@@ -204,7 +204,7 @@ def _measures(batch: tuple[np.ndarray, np.ndarray], entry: Any) -> bool:
 
 
 def _decoded(batch: GenerationBatch, tokens: np.ndarray, tokenizer: Any, cfg: ModelConfig) -> list[tuple[str, int]]:
-    """(text, tokens) of every row that counts."""
+    """Return (text, tokens) of every valid row."""
     is_end = np.isin(tokens, cfg.eos_token_ids)
     lengths = np.where(is_end.any(axis=1), is_end.argmax(axis=1) + 1, tokens.shape[1]).tolist()
     rows = [row for row in range(len(tokens)) if batch.valid[row]]
@@ -213,14 +213,14 @@ def _decoded(batch: GenerationBatch, tokens: np.ndarray, tokenizer: Any, cfg: Mo
 
 
 def _with_answers(batches: Iterable[GenerationBatch]) -> Iterator[GenerationBatch]:
-    """The batches, whose questions must have right answers."""
+    """Yield the batches after checking that all their questions have reference answers."""
     for batch in batches:
         check_answered(record for record, valid in zip(batch.records, batch.valid, strict=True) if valid)
         yield batch
 
 
 def check_answered(records: Iterable[Record]) -> None:
-    """Refuse questions without a right answer.
+    """Refuse questions without a reference answer.
 
     Raises:
       UserError: names the record.
@@ -228,7 +228,7 @@ def check_answered(records: Iterable[Record]) -> None:
     for record in records:
         if not any(text.strip() for text in record.references):
             raise UserError(
-                f"record {record.id}: its last turn is no answer, so there is nothing to compare with; drop it"
+                f"record {record.id}: no reference answer (the last turn is not from gpt): add one or drop it"
             )
 
 
@@ -240,19 +240,19 @@ def perplexity(
     batch_size: int,
     progress: Progress | None = None,
 ) -> Perplexity:
-    """Perplexity of text.
+    """Compute the perplexity of a text.
 
     Args:
       token_ids, window, batch_size, progress: see `log_likelihoods`.
 
     Raises:
-      UserError: see there.
+      UserError: see `log_likelihoods`.
     """
     start = time.perf_counter()
-    found = log_likelihoods(model, token_ids, window=window, batch_size=batch_size, progress=progress)
-    value = PERPLEXITY.values(found, ())["perplexity"]
-    count = int(sum(one["tokens"] for one in found))
-    return Perplexity(value, count, count_params(model.cfg), round(time.perf_counter() - start, 3))
+    scores = log_likelihoods(model, token_ids, window=window, batch_size=batch_size, progress=progress)
+    value = PERPLEXITY.values(scores, ())["perplexity"]
+    tokens = int(sum(score["tokens"] for score in scores))
+    return Perplexity(value, tokens, count_params(model.cfg), round(time.perf_counter() - start, 3))
 
 
 def log_likelihoods(
@@ -264,47 +264,48 @@ def log_likelihoods(
     progress: Progress | None = None,
     journal: Journal | None = None,
 ) -> list[dict[str, float]]:
-    """{"nll": nats, "tokens": predicted} of every batch of windows that cut a text and do not overlap.
+    """Return {"nll": nats, "tokens": predicted tokens} of every batch of non-overlapping windows of a text.
 
-    The first token of a window is not predicted.
+    The first token of each window is not predicted.
 
     Args:
-      token_ids: int[tokens] of the whole text.
-      window: tokens per forward pass; the last window may be shorter.
-      batch_size: most windows per forward pass.
+      token_ids: int[tokens], the whole text.
+      window: length of a window in tokens; the last window may be shorter.
+      batch_size: maximum number of windows per forward pass.
       progress: called with the number of batches done.
-      journal: where the numbers of each batch are kept, to continue after an interruption.
+      journal: stores the values of each batch, to continue after an interruption.
 
     Raises:
-      UserError: fewer than two tokens, or a window or batch size that is too small.
+      UserError: there are fewer than two tokens, or the window or batch size is too small.
     """
     ids = np.asarray(token_ids, np.int32).reshape(-1)
     if len(ids) < 2 or window < 2 or batch_size < 1:
         raise UserError(
-            f"perplexity of {len(ids)} tokens with window {window}, batch size {batch_size}: needs 2, 2 and 1"
+            f"perplexity: {len(ids)} tokens, window {window}, batch size {batch_size}: must be at least 2, 2 and 1"
         )
     if ids.min() < 0 or ids.max() >= model.cfg.text.vocab_size:
         raise UserError(
-            f"text has token id {ids.max()} but the vocabulary has {model.cfg.text.vocab_size}: other tokenizer?"
+            f"perplexity: token ids from {ids.min()} to {ids.max()} for a vocabulary of {model.cfg.text.vocab_size}: "
+            "use the tokenizer of this model"
         )
 
     def measure(batch: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
         rows, mask = batch
         return {"nll": _negative_log_likelihood(model, rows, mask), "tokens": int(mask[:, 1:].sum())}
 
-    found = []
+    scores = []
     windows = _windows(ids, window, batch_size, row_ways(mesh_of(model.params)))
-    for done, one in enumerate(continued(measure, windows, journal, _measures), start=1):
-        found.append(one)
+    for done, score in enumerate(continued(measure, windows, journal, _measures), start=1):
+        scores.append(score)
         if progress is not None:
             progress(done)
-    return found
+    return scores
 
 
 def _windows(ids: np.ndarray, window: int, batch_size: int, ways: int) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """(ids, mask) int32[batch, window] pairs, padded at the right and with empty rows at the end.
+    """Return pairs (ids, mask), int32[batch, window] each, padded on the right and with empty rows at the end.
 
-    As few batches as `batch_size` allows, and no larger than the text and a split in `ways` need.
+    Uses as few batches as `batch_size` allows, of rows that split evenly into `ways`.
     """
     rows = -(-len(ids) // window)
     even = -(-rows // -(-rows // batch_size))

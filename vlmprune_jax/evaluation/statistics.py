@@ -1,4 +1,4 @@
-"""How sure a difference is between models: intervals over questions and over seeds, and a test."""
+"""Confidence intervals over questions and over seeds, and tests of differences between models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlmprune_jax.data.records import Record
 from vlmprune_jax.evaluation.metrics.metric import Metric, Scores, mean
 
 DRAWS, LEVEL = 1000, 0.95
-_AT_ONCE = 100  # samples, whose counts are in memory together
+_AT_ONCE = 100  # bootstrap samples whose counts are in memory together
 
 
 def retained_interval(
@@ -26,28 +26,28 @@ def retained_interval(
     level: float = LEVEL,
     seed: int = 0,
 ) -> tuple[float, float] | None:
-    """A percentile interval of what is retained in %, by the paired bootstrap (Efron and Tibshirani 1993, chapter 13).
+    """Return a percentile interval of the retained percentage, by the paired bootstrap.
 
-    Questions are drawn with replacement, those that `metric.drawn_by` keeps together as one, and both models are
-    measured on what was drawn: what is hard for both does not widen the interval. It speaks of other questions of the
-    kind, not of another pruning, calibration or training.
+    Questions are drawn with replacement, in units of `metric.drawn_by`, and both models are scored on the same sample,
+    so questions that are hard for both do not widen the interval. The interval covers other questions of the same type,
+    not another pruning, calibration or training run. Source: Efron and Tibshirani 1993, chapter 13.
 
     Args:
-      scores, original: of the pruned and of the unpruned model, question by question (window by window of a text).
-      records: the questions; none for a text.
+      scores, original: scores of the pruned and of the unpruned model, per question (per window for a text).
+      records: the questions; empty for a text.
       draws: number of bootstrap samples.
-      level: share of the samples within the interval.
-      seed: of numpy's PCG64; equal arguments give an equal interval.
+      level: share of the samples inside the interval.
+      seed: seed of numpy's PCG64; equal arguments give an equal interval.
 
     Returns:
-      (low, high); None where some sample has no percentage, as the unpruned model scores 0 in it.
+      (low, high); None if the unpruned model scores 0 in some sample.
 
     Raises:
-      UserError: the two did not answer the same number of questions.
+      UserError: the models answered different numbers of questions.
     """
     if len(scores) != len(original) or not scores:
         raise UserError(
-            f"answers to {len(scores)} and {len(original)} questions: both models must answer the same ones"
+            f"retained interval: {len(scores)} and {len(original)} answers: both models must answer the same questions"
         )
     random = np.random.Generator(np.random.PCG64(seed))
     ours, theirs = (_drawn_means if _is_mean(metric, (*scores, *original)) else _drawn_values)(
@@ -61,12 +61,12 @@ def retained_interval(
 
 
 def is_quick(metric: Metric, scores: Sequence[Scores]) -> bool:
-    """Whether an interval takes moments for thousands of questions; else the metric aggregates every sample anew."""
+    """Return True if an interval is cheap for thousands of questions; else the metric aggregates every sample again."""
     return metric.drawn is not None or _is_mean(metric, scores)
 
 
 def _is_mean(metric: Metric, scores: Sequence[Scores]) -> bool:
-    return metric.aggregate is mean and metric.drawn_by is None and all(metric.main in one for one in scores)
+    return metric.aggregate is mean and metric.drawn_by is None and all(metric.main in score for score in scores)
 
 
 def _drawn_means(
@@ -77,9 +77,9 @@ def _drawn_means(
     draws: int,
     random: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """float[draws] sums of both, by drawing how often each pair of scores comes: four pairs of right and wrong."""
+    """Return float[draws] sums for both models, by drawing the count of each distinct pair of scores."""
     del records
-    pairs = np.array([[one[metric.main] for one in both] for both in zip(scores, original, strict=True)])
+    pairs = np.array([[score[metric.main] for score in pair] for pair in zip(scores, original, strict=True)])
     different, counts = np.unique(pairs, axis=0, return_counts=True)
     times = random.multinomial(len(pairs), counts / len(pairs), size=draws)
     sums = times @ different
@@ -94,21 +94,21 @@ def _drawn_values(
     draws: int,
     random: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """float[draws] values of both, by aggregating every sample."""
+    """Return float[draws] values for both models, by aggregating every sample."""
     keys = [metric.drawn_by(record) for record in records] if metric.drawn_by else list(range(len(scores)))
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     units = np.array([numbers[key] for key in keys])
-    found: list[list[np.ndarray]] = []
+    values: list[list[np.ndarray]] = []
     for start in range(0, draws, _AT_ONCE):
-        drawn = (random.integers(len(numbers), size=len(numbers)) for _ in range(min(_AT_ONCE, draws - start)))
-        times = np.stack([np.bincount(one, minlength=len(numbers)) for one in drawn], axis=1)[units]
-        found.append([_values(metric, of, records, times) for of in (scores, original)])
-    ours, theirs = np.concatenate(found, axis=1)
+        samples = (random.integers(len(numbers), size=len(numbers)) for _ in range(min(_AT_ONCE, draws - start)))
+        times = np.stack([np.bincount(sample, minlength=len(numbers)) for sample in samples], axis=1)[units]
+        values.append([_values(metric, model, records, times) for model in (scores, original)])
+    ours, theirs = np.concatenate(values, axis=1)
     return ours, theirs
 
 
 def _values(metric: Metric, scores: Sequence[Scores], records: Sequence[Record], times: np.ndarray) -> np.ndarray:
-    """float[draws] of the main value, where answers count int[answers, draws] times."""
+    """Return float[draws] of the main value; `times`, int[answers, draws], is how often each answer was drawn."""
     if metric.drawn is not None:
         return metric.drawn(scores, records, times.astype(float))[metric.main]
     values = []
@@ -120,9 +120,9 @@ def _values(metric: Metric, scores: Sequence[Scores], records: Sequence[Record],
 
 
 def interval_of_mean(values: Sequence[float], level: float = LEVEL) -> tuple[float, float, float]:
-    """(mean, low, high) of what several seeds gave, by Student's t; of one value alone low and high are the mean.
+    """Return (mean, low, high) over seeds, by Student's t; for a single value low and high equal the mean.
 
-    It speaks of other seeds on the same questions, which `retained_interval` does not.
+    The interval covers other seeds on the same questions, which `retained_interval` does not.
     """
     mean, count = float(np.mean(values)), len(values)
     if count == 1:
@@ -133,7 +133,7 @@ def interval_of_mean(values: Sequence[float], level: float = LEVEL) -> tuple[flo
 
 @dataclass(frozen=True)
 class McNemar:
-    """Questions that only the first of two models got right, and only the second; `p_value` as `mcnemar` has it."""
+    """Number of questions that only the first, or only the second of two models got right, and the p-value."""
 
     only_first: int
     only_second: int
@@ -141,22 +141,25 @@ class McNemar:
 
 
 def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar:
-    """McNemar's exact test (1947) of whether two models are right equally often on the same questions.
+    """Test if two models are right equally often on the same questions: McNemar's exact test (1947).
 
-    Only questions count that one of them got right and the other wrong; were the models equally good, each would go
-    either way like a coin. The two-sided binomial probability of a split at least as uneven.
+    Only questions that exactly one model got right have weight. If the models are equally good, each such question
+    favours either with probability 1/2; the p-value is the two-sided binomial probability of a split at least as
+    uneven.
 
     Args:
-      first, second: 1 (right) or 0 (wrong) of every question.
+      first, second: 1 (right) or 0 (wrong) per question.
 
     Raises:
-      UserError: the two did not answer the same number of questions, or a score is neither 0 nor 1.
+      UserError: the models answered different numbers of questions, or a score is neither 0 nor 1.
     """
     if len(first) != len(second):
-        raise UserError(f"answers to {len(first)} and {len(second)} questions: both models must answer the same ones")
+        raise UserError(
+            f"McNemar's test: {len(first)} and {len(second)} answers: both models must answer the same questions"
+        )
     odd = next((score for score in (*first, *second) if score not in (0, 1)), None)
     if odd is not None:
-        raise UserError(f"McNemar's test is of right and wrong answers, not of a score {odd}; use the interval instead")
+        raise UserError(f"McNemar's test: scores must be 0 or 1, got {odd}: use the interval instead")
     pairs = list(zip(first, second, strict=True))
     lost, gained = pairs.count((1, 0)), pairs.count((0, 1))
     number, term, tail = lost + gained, 1, 0
@@ -167,9 +170,7 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values of several tests, each raised so that among all of them one in twenty such tables has any below 0.05 by
-    chance (Holm 1979).
-    """
+    """Adjust the p-values of several tests to keep the chance of any false positive below the level (Holm 1979)."""
     adjusted, largest = [1.0] * len(p_values), 0.0
     for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))

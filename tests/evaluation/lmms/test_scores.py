@@ -68,9 +68,9 @@ def test_values_of_which_nothing_is_known():
 @pytest.mark.parametrize(
     ("values", "samples", "message"),
     [
-        ({"a": 1.0}, [], "task t: lmms-eval gave no answers"),
-        ({}, [{"a": 1.0}], "task t: lmms-eval gave no value"),
-        ({"a": float("nan")}, [{"a": 1.0}], "task t: lmms-eval gave no value"),
+        ({"a": 1.0}, [], "task t: lmms-eval returned no answers"),
+        ({}, [{"a": 1.0}], "task t: lmms-eval returned no value"),
+        ({"a": float("nan")}, [{"a": 1.0}], "task t: lmms-eval returned no value"),
     ],
 )
 def test_a_task_that_failed_is_refused(values, samples, message):

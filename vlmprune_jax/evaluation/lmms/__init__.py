@@ -1,1 +1,1 @@
-"""Benchmarks by lmms-eval: its tasks, our model in it, its scores."""
+"""Benchmarks of lmms-eval: tasks, our model as a backend, and scores."""

@@ -1,4 +1,4 @@
-"""What lmms-eval finds of this package: the entry point of group `lmms_eval.models`."""
+"""Entry point of the group `lmms_eval.models`, through which lmms-eval finds this package."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 
 def manifest() -> Any:
-    """The model `vlmprune_jax` (lmms-eval's ModelManifest).
+    """Return the manifest of the model `vlmprune_jax` (a ModelManifest of lmms-eval).
 
-    Imports within: lmms-eval loads entry points while it is being imported itself, and one that fails takes those after
-    it along.
+    The import is inside the function because lmms-eval loads entry points while it is being imported itself, and an
+    entry point that fails disables those after it.
     """
     from lmms_eval.models.registry_v2 import ModelManifest
 

@@ -1,7 +1,7 @@
-"""What counts of an lmms-eval task, and how each question scored there; plain numbers, without lmms-eval.
+"""Main values of lmms-eval tasks and the score of each question; plain numbers, without lmms-eval.
 
-Values are lmms-eval's own. A metric of this package stands beside each: it says how the value is shown, what a perfect
-model reaches, and how questions that were drawn again (`retained_interval`) make up the value.
+Values are computed by lmms-eval. A metric of this package accompanies each value: it defines the unit, the full score,
+and how the scores of resampled questions (`retained_interval`) aggregate to the value.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from vlmprune_jax.evaluation.metrics.metric import Scores
 from vlmprune_jax.evaluation.metrics.mme import MME_COGNITION, MME_PERCEPTION
 from vlmprune_jax.evaluation.metrics.pope import POPE
 
-Sample = Mapping[str, Any]  # what lmms-eval logs of one question
+Sample = Mapping[str, Any]  # log entry of lmms-eval for one question
 _ROUNDED = 1e-4  # of the full score: lmms-eval rounds MMMU to 5 decimals and MathVista to 2 of 100
 
 
 @dataclass(frozen=True)
 class TaskSet:
-    """One value of a task that counts by itself.
+    """One main value of a task.
 
-    `key`: lmms-eval's name of it. `metric`: how it is shown and drawn. `scores`, `records`: of the questions that it is
-    about, in their order, both empty where the samples do not say.
+    `key`: name of the value in lmms-eval. `metric`: how it is displayed and resampled. `scores`, `records`: one per
+    question, in order; both empty if the samples do not hold them.
     """
 
     key: str
@@ -37,18 +37,18 @@ class TaskSet:
     records: tuple[Record, ...]
 
     def makes(self, value: float) -> bool:
-        """Whether the questions' scores make up the value, so that drawing them again says how sure it is."""
-        made = self.metric.values(self.scores, self.records)[self.metric.main] if self.scores else math.nan
-        return abs(made - value) <= _ROUNDED * (self.metric.full or max(abs(value), 1.0))
+        """Return True if the scores of the questions aggregate to the value, so that a bootstrap is meaningful."""
+        ours = self.metric.values(self.scores, self.records)[self.metric.main] if self.scores else math.nan
+        return abs(ours - value) <= _ROUNDED * (self.metric.full or max(abs(value), 1.0))
 
     def describe(self) -> dict[str, Any]:
-        """`Metric.describe`, the value called as lmms-eval calls it."""
+        """Return `Metric.describe()` with the name that lmms-eval gives the value."""
         return {**self.metric.describe(), "main": self.key}
 
 
 @dataclass(frozen=True)
 class _Known:
-    """A metric of lmms-eval: ours beside it, and what of a sample's entry is its score, and its record's fields."""
+    """A metric of lmms-eval: our metric for it, and functions from a sample's entry to scores and record fields."""
 
     metric: Metric
     score: Callable[[Any], Scores]
@@ -64,7 +64,7 @@ def _pope(entry: Any) -> Scores:
     return POPE.score_all([entry["prediction"]], [record])[0]
 
 
-# Metrics that count where a task has several, in this order; of other tasks the first counts.
+# Main metrics of tasks that report several, in this order; for other tasks the first metric is the main one.
 _KNOWN: dict[str, _Known] = {
     "mme_perception_score": _Known(MME_PERCEPTION, lambda entry: {"right": float(entry["score"])}, _pair),
     "mme_cognition_score": _Known(MME_COGNITION, lambda entry: {"right": float(entry["score"])}, _pair),
@@ -79,19 +79,21 @@ _KNOWN: dict[str, _Known] = {
 def sets_of(
     task: str, values: Mapping[str, float], samples: Sequence[Sample], higher_is_better: Mapping[str, bool]
 ) -> list[TaskSet]:
-    """The values of a task that count, with the scores of every question.
+    """Return the main values of a task, with the scores of every question.
 
     Args:
-      task: its name, for messages.
+      task: name of the task, for messages.
       values: {metric: value}, in the task's order.
-      samples: {metric: what the value is made of} of every question.
-      higher_is_better: of each metric; what is missing is.
+      samples: {metric: entry}, one per question.
+      higher_is_better: by metric; True for metrics that are missing.
 
     Raises:
-      UserError: the task has no value, which is what lmms-eval leaves of one that failed.
+      UserError: the task has no value (lmms-eval leaves none when a task fails).
     """
     if not samples or not values or not all(math.isfinite(value) for value in values.values()):
-        raise UserError(f"task {task}: lmms-eval gave no {'value' if samples else 'answers'}: see it with --debug")
+        raise UserError(
+            f"task {task}: lmms-eval returned no {'value' if samples else 'answers'}: run again with --debug"
+        )
     keys = [key for key in _KNOWN if key in values] or [next(iter(values))]
     return [_set_of(key, values[key], samples, higher_is_better.get(key, True)) for key in keys]
 
@@ -107,10 +109,10 @@ def _set_of(key: str, value: float, samples: Sequence[Sample], higher: bool) -> 
 
 
 def _mean_of(key: str, value: float, entries: Sequence[Any], higher: bool) -> TaskSet:
-    """A value that may be the mean of numbers, or of numbers called `score`; a share where all are within 0 and 1."""
-    given = [entry.get("score") if isinstance(entry, Mapping) else entry for entry in entries]
-    numbers = [float(number) for number in given if isinstance(number, int | float)]
-    scores = tuple({key: number} for number in numbers) if len(numbers) == len(given) else ()
+    """Return a value that may be the mean of numbers (or of fields `score`); a share if all are between 0 and 1."""
+    values = [entry.get("score") if isinstance(entry, Mapping) else entry for entry in entries]
+    numbers = [float(number) for number in values if isinstance(number, int | float)]
+    scores = tuple({key: number} for number in numbers) if len(numbers) == len(values) else ()
     share = higher and bool(scores) and all(0 <= number <= 1 for number in (*numbers, value))
     metric = Metric(key, None) if share else Metric(key, None, full=None, unit="", higher_is_better=higher)
     return TaskSet(key, metric, scores, ())

@@ -1,4 +1,4 @@
-"""Metrics by name. A user's own file adds one by assignment: `vp.metrics["mine"] = vp.Metric(...)`."""
+"""Metrics by name. A file of the user adds a metric by assignment: `vp.metrics["mine"] = vp.Metric(...)`."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ __all__ = ["METRICS", "Metric", "metric_named"]
 
 
 def metric_named(name: str, what: str = "metric") -> Metric:
-    """The metric of a name; `what` names the setting in the message.
+    """Return the metric with this name; `what` is the setting in the message.
 
     Raises:
-      UserError: there is none, with the nearest that exists.
+      UserError: there is no such metric; suggests the nearest name.
     """
     return METRICS[one_of(what, name, METRICS)]

@@ -13,7 +13,7 @@ _LETTER_FIRST = re.compile(r"\s*([A-Z])\.")
 
 
 def _score(prediction: str, references: tuple[str, ...], record: Record) -> dict[str, float]:
-    """`B`, `b`, `(B)` and `B. any text` are B; `B) text` and `The answer is B.` are nothing."""
+    """Accept `B`, `b`, `(B)` and `B. any text` as B; `B) text` and `The answer is B.` are wrong."""
     del references
     first = _LETTER_FIRST.match(prediction)
     said = first[1] if first else prediction

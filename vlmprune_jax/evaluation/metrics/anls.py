@@ -1,4 +1,4 @@
-"""ANLS, DocVQA's: one minus the normalised edit distance to the nearest reference, 0 below 0.5 (arXiv 1907.00490)."""
+"""ANLS of DocVQA: one minus the normalised edit distance to the nearest reference, 0 below 0.5 (arXiv 1907.00490)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from vlmprune_jax.evaluation.metrics.metric import Metric
 
 
 def _similarity(prediction: str, reference: str) -> float:
-    """0 to 1. As in lmms-eval 0.7.3 the distance is of lower-case texts with single blanks, but it is divided by the
-    length of the longer text as it stands, in upper case (where ß has two letters).
+    """Return the similarity, from 0 to 1.
+
+    As in lmms-eval 0.7.3, the distance compares lower-case texts with single spaces, but is divided by the length of
+    the longer unprocessed text in upper case (in which ß has two letters).
     """
     ours, theirs = (" ".join(text.lower().split()) for text in (prediction, reference))
     longest = max(len(prediction.upper()), len(reference.upper()))

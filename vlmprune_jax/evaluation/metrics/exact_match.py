@@ -1,4 +1,4 @@
-"""Exact match: an answer is right if it is one of the references, apart from case and a final full stop."""
+"""Exact match: an answer is right if it equals a reference, ignoring case and a final full stop."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from vlmprune_jax.evaluation.metrics.metric import Metric
 
 
 def normalise(answer: str) -> str:
-    """The answer without white space around it, in lower case, without one final full stop.
+    """Return the answer stripped, in lower case and without one final full stop.
 
-    Nothing else is forgiven: "a circle" is not "circle".
+    Other differences remain: "a circle" is not "circle".
     """
     return answer.strip().lower().removesuffix(".").rstrip()
 
 
 def is_exact_match(prediction: str, reference: str) -> bool:
-    """Whether two answers are the same once normalised."""
+    """Return True if two answers are equal after normalisation."""
     return normalise(prediction) == normalise(reference)
 
 

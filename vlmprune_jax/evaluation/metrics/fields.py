@@ -1,4 +1,4 @@
-"""What metrics read of a record beside its references; what is missing is one line that names record and field."""
+"""Fields of records that metrics read; errors name the record and the field."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ _LETTERS = string.ascii_uppercase
 
 
 def field(record: Record, name: str) -> Any:
-    """The field of a record.
+    """Return a field of a record.
 
     Raises:
-      UserError: there is none.
+      UserError: the field is missing.
     """
     value = record.fields.get(name)
     if value is None:
-        raise UserError(f"record {record.id}: has no field {name!r}, which the metric needs; add it, or use another")
+        raise UserError(
+            f"record {record.id}: no field {name!r}, which the metric needs: add it, or choose another metric"
+        )
     return value
 
 
 def name_field(record: Record, name: str) -> str:
-    """A field that is a name or a number, as text.
+    """Return a field that holds a name or a whole number, as text.
 
     Raises:
-      UserError: there is none, or it is something else.
+      UserError: the field is missing or holds something else.
     """
     value = field(record, name)
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
@@ -38,10 +40,10 @@ def name_field(record: Record, name: str) -> str:
 
 
 def choices_field(record: Record, name: str) -> list[str]:
-    """A field that lists up to 26 choices, as a list or, as MMMU has it, as the text of one.
+    """Return a field with up to 26 choices, given as a list or as the text of a list (MMMU).
 
     Raises:
-      UserError: there is none, or it is something else.
+      UserError: the field is missing or holds something else.
     """
     value = parse_choices(field(record, name))
     if value is None or not 0 < len(value) <= len(_LETTERS):
@@ -52,34 +54,33 @@ def choices_field(record: Record, name: str) -> list[str]:
 
 
 def letters(choices: Sequence[str]) -> str:
-    """`ABC...`, one for each choice."""
+    """Return one capital letter per choice, "ABC..."."""
     return _LETTERS[: len(choices)]
 
 
 def right_letters(record: Record, name: str) -> set[str]:
-    """The references as letters of the choices in the field `name`.
+    """Return the references as letters of the choices in the field `name`.
 
     Raises:
-      UserError: one is none of them.
+      UserError: a reference is not one of the letters.
     """
     known = letters(choices_field(record, name))
     right = {reference.strip().upper() for reference in record.references}
-    odd = sorted(one for one in right if len(one) != 1 or one not in known)
+    odd = sorted(letter for letter in right if len(letter) != 1 or letter not in known)
     if odd:
         raise UserError(
-            f"record {record.id}: its answer {odd[0]!r} is no letter of its {len(known)} {name} (A to {known[-1]}); "
-            "write the letter"
+            f"record {record.id}: answer {odd[0]!r} must be a letter of its {len(known)} {name} (A to {known[-1]})"
         )
     return right
 
 
 def right_yes_or_no(record: Record) -> bool:
-    """Whether the reference is yes; case and full stops do not count.
+    """Return True if the reference is yes; case and full stops are ignored.
 
     Raises:
-      UserError: it is neither yes nor no.
+      UserError: the reference is neither yes nor no.
     """
     right = record.references[0].lower().strip().replace(".", "")
     if right not in ("yes", "no"):
-        raise UserError(f"record {record.id}: its answer {record.references[0]!r} must be yes or no for this metric")
+        raise UserError(f"record {record.id}: answer {record.references[0]!r} must be yes or no for this metric")
     return right == "yes"

@@ -1,4 +1,4 @@
-"""GQA: exact match apart from case and punctuation (lmms-eval 0.7.3: `exact_match` that ignores both)."""
+"""GQA: exact match, ignoring case and punctuation (`exact_match` of lmms-eval 0.7.3 with both options)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def is_same_text(prediction: str, reference: str) -> bool:
-    """Whether two texts are the same in lower case without ASCII punctuation.
+    """Return True if two texts are equal in lower case without ASCII punctuation.
 
-    Inner white space and articles count, and what stood beside punctuation stays: "T-shirt" is "tshirt", "a cat" is not
-    "cat". Nothing is the same as no answer.
+    Inner white space and articles are compared: "T-shirt" equals "tshirt", "a cat" does not equal "cat". An empty
+    prediction equals no reference.
     """
     ours, theirs = (text.lower().translate(_WITHOUT_PUNCTUATION) for text in (prediction, reference))
     return bool(prediction) and ours == theirs

@@ -1,8 +1,8 @@
-"""MathVista without judge: its own normalisation of the answer as it stands (arXiv 2310.02255).
+"""MathVista without a judge: the normalisation of the benchmark, applied to the answer itself (arXiv 2310.02255).
 
-The benchmark has a language model read the answer out of long replies; here there is none, so a sentence around the
-answer is read by rule or not at all, and the value is called `accuracy_without_judge`: it is not the published number,
-and only models that answer shortly are compared fairly by it.
+The benchmark uses a language model to extract answers from long replies. This metric extracts them by rule or not at
+all, so its value is called `accuracy_without_judge`: it is not the published number, and it is fair only to models that
+give short answers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _IN_BRACKETS = re.compile(r"\(([a-zA-Z])\)")
 
 
 def _chosen(said: str, choices: list[str]) -> str:
-    """The choice of that text, of the first `(x)`, of a letter, else the first of those nearest in edit distance."""
+    """Return the choice with this text, with the letter in the first `(x)` or alone, else the nearest one."""
     if said in choices:
         return said
     bracketed = _IN_BRACKETS.search(said)
@@ -32,7 +32,7 @@ def _chosen(said: str, choices: list[str]) -> str:
 
 
 def _decimals(record: Record) -> int:
-    """How many the right answer has; 1.0 is 1 (for lmms-eval 0.7.3 every answer is then wrong: `round` refuses it)."""
+    """Return the decimals of the right answer; 1.0 means 1 (lmms-eval 0.7.3 then scores every answer as wrong)."""
     places = field(record, "precision")
     if isinstance(places, bool) or not isinstance(places, int | float) or places not in range(20):
         raise UserError(f"record {record.id}: field 'precision' must be a whole number of decimals, got {places!r}")
@@ -40,7 +40,7 @@ def _decimals(record: Record) -> int:
 
 
 def _number(said: str, decimals: int | None) -> str | None:
-    """The number in the form of the right answers (without decimals cut to a whole one); None of other text."""
+    """Return the number in the format of the right answers (integer if `decimals` is None); None for other text."""
     try:
         return str(int(float(said)) if decimals is None else round(float(said), decimals))
     except (ValueError, OverflowError):
@@ -53,7 +53,7 @@ def _read(prediction: str, record: Record) -> str | None:
         choices = choices_field(record, "choices")
         if not {*record.references} <= {*choices}:
             raise UserError(
-                f"record {record.id}: its answer {record.references[0]!r} is none of its choices; write one"
+                f"record {record.id}: answer {record.references[0]!r} is none of its choices: write the text of one"
             )
         return _chosen(said, choices)
     if kind in ("integer", "float"):

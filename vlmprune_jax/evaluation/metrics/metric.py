@@ -1,4 +1,4 @@
-"""What a metric is: from answers to numbers, and how these are shown; strings, numbers and records, no model."""
+"""The class of metrics: from answers to values, and how values are displayed; no model involved."""
 
 from __future__ import annotations
 
@@ -12,51 +12,51 @@ import numpy as np
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.records import Record
 
-Scores = Mapping[str, float]  # of one answer, by name
-Values = dict[str, float]  # of all answers, by name
+Scores = Mapping[str, float]  # scores of one answer, by name
+Values = dict[str, float]  # values over all answers, by name
 
 
 def mean(scores: Sequence[Scores], records: Sequence[Record]) -> Values:
-    """The mean of every score, over the answers that have it."""
+    """Return the mean of every score, over the answers that have it."""
     del records
-    names = dict.fromkeys(name for one in scores for name in one)
-    having = {name: [one[name] for one in scores if name in one] for name in names}
-    return {name: sum(found) / len(found) for name, found in having.items()}
+    names = dict.fromkeys(name for answer in scores for name in answer)
+    columns = {name: [answer[name] for answer in scores if name in answer] for name in names}
+    return {name: sum(column) / len(column) for name, column in columns.items()}
 
 
 Drawn = Callable[[Sequence[Scores], Sequence[Record], np.ndarray], Mapping[str, np.ndarray]]
 
 
 def once(drawn: Drawn) -> Callable[[Sequence[Scores], Sequence[Record]], Values]:
-    """The `aggregate` of a metric that has `drawn`: every answer counts once."""
+    """Return the `aggregate` of a metric that defines `drawn`: every answer counts once."""
 
     def aggregate(scores: Sequence[Scores], records: Sequence[Record]) -> Values:
-        found = drawn(scores, records, np.ones((len(scores), 1)))
-        return {name: float(value[0]) for name, value in found.items()}
+        values = drawn(scores, records, np.ones((len(scores), 1)))
+        return {name: float(value[0]) for name, value in values.items()}
 
     return aggregate
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How the answers to an evaluation set become numbers, and how these are shown.
+    """Conversion of the answers to an evaluation set into values, and their display.
 
-    `main`: name of the value that tables and plots show and that counts for what was retained.
-    `score`: (prediction, references, record) -> {name: value} of one answer; the prediction has no white space around
-    it, there is at least one reference, and `record.fields` has what else the data file says (choices, category, ...).
-    None for a metric of running text: each batch of the windows that it is cut into scores {"nll", "tokens"}, the sum
-    of negative log-likelihoods in nats and the number of tokens predicted.
-    `aggregate`: (scores of all answers, their records) -> {name: value}, `main` among them; the default takes means.
-    `full`: what a perfect model reaches, None where there is no such number (perplexity); paper_average divides by it.
-    `unit`: "%" shows values as a share of `full`, anything else stands behind the value as it is.
-    `higher_is_better`: a metric with a full score is better when higher.
-    `groups`: (title, record -> name of its group), for values of every group of questions beside those of all.
-    `drawn_by`: record -> what it belongs to, where several questions only count together (MME's pairs) and a bootstrap
-    must draw them together; None: every question by itself.
-    `drawn`: (scores, records, times float[answers, draws]) -> {name: float[draws]}, the values where each answer counts
-    so many times. A bootstrap needs it only to be fast where `aggregate` is no mean; `once` makes `aggregate` of it.
+    `main`: name of the value in tables and plots; retention is computed from it.
+    `score`: (prediction, references, record) -> {name: value} for one answer. The prediction is stripped of white
+    space, there is at least one reference, and `record.fields` has the other fields of the data file (choices,
+    category, ...). None for a metric of running text, which is scored per batch of windows as {"nll", "tokens"}: the
+    sum of negative log-likelihoods in nats and the number of predicted tokens.
+    `aggregate`: (scores of all answers, their records) -> {name: value}, including `main`; the default takes means.
+    `full`: score of a perfect model, None if there is none (perplexity); `paper_average` divides by it.
+    `unit`: "%" displays values as a share of `full`; any other text is appended to the value.
+    `higher_is_better`: must be True for a metric with a full score.
+    `groups`: (title, record -> group name), to report values for each group of questions as well.
+    `drawn_by`: record -> unit of the bootstrap, if several questions are only scored together (pairs of MME); None:
+    each question is a unit.
+    `drawn`: (scores, records, times float[answers, draws]) -> {name: float[draws]}, the values if each answer occurs
+    that many times. It makes the bootstrap fast if `aggregate` is not a mean; `once` derives `aggregate` from it.
 
-    A UserError that `score` or `aggregate` raises is told as it is; it should name the record.
+    A UserError raised by `score` or `aggregate` is shown as it is; its message should name the record.
     """
 
     main: str
@@ -72,57 +72,62 @@ class Metric:
     def __post_init__(self) -> None:
         if self.full is None and self.unit == "%":
             raise UserError(
-                f"metric of {self.main}: a share in % needs the full score; give another unit (it may be '')"
+                f'metric "{self.main}": unit "%" needs a full score: set full, or use another unit (may be "")'
             )
         if self.full is not None and (self.full <= 0 or not self.higher_is_better):
-            raise UserError(f"metric of {self.main}: full={self.full} must be positive, and None where lower is better")
+            raise UserError(f'metric "{self.main}": full={self.full} must be positive, or None if lower is better')
 
     def describe(self) -> dict[str, Any]:
-        """What tables and plots need to show a value, as JSON values: `scale` times it, then the unit."""
+        """Return the display settings as JSON values: tables and plots show `scale` times a value, then the unit."""
         scale = 100.0 / self.full if self.unit == "%" and self.full else 1.0
         named = {name: getattr(self, name) for name in ("main", "unit", "full", "higher_is_better")}
         return {**named, "scale": scale, "grouped_by": self.groups and self.groups[0]}
 
     def score_all(self, predictions: Sequence[str], records: Sequence[Record]) -> list[Scores]:
-        """The scores of every answer.
+        """Score every answer.
 
         Raises:
-          UserError: this is a metric of text, or `score` fails, with the record.
+          UserError: this is a metric of text, or `score` fails; names the record.
         """
         if self.score is None:
-            raise UserError(f"metric of {self.main}: is of running text, not of answers; name another for questions")
+            raise UserError(
+                f'metric "{self.main}": scores running text, not answers: choose another metric for questions'
+            )
         scores: list[Scores] = []
         for prediction, record in zip(predictions, records, strict=True):
             try:
-                one = self.score(prediction, record.references, record)
-                scores.append({name: float(value) for name, value in one.items()})
+                answer = self.score(prediction, record.references, record)
+                scores.append({name: float(value) for name, value in answer.items()})
             except UserError as error:
-                raise UserError(f"metric of {self.main}: {error}") from error
+                raise UserError(f'metric "{self.main}": {error}') from error
             except Exception as error:  # whatever a user's function may raise
-                raise UserError(f"metric of {self.main}: score of record {record.id} fails with {error!r}") from error
+                raise UserError(f'metric "{self.main}": score() of record {record.id} failed with {error!r}') from error
         return scores
 
     def values(self, scores: Sequence[Scores], records: Sequence[Record]) -> Values:
-        """`aggregate`, checked.
+        """Return the checked result of `aggregate`.
 
         Raises:
-          UserError: it fails, `main` is not among the values, or one of them is no number.
+          UserError: `aggregate` fails, does not return `main`, or returns NaN.
         """
         try:
-            found = {name: float(value) for name, value in self.aggregate(scores, records).items()}
+            values = {name: float(value) for name, value in self.aggregate(scores, records).items()}
         except UserError as error:
-            raise UserError(f"metric of {self.main}: {error}") from error
+            raise UserError(f'metric "{self.main}": {error}') from error
         except Exception as error:
-            raise UserError(f"metric of {self.main}: aggregate fails with {error!r}") from error
-        if self.main not in found:
-            raise UserError(f"metric of {self.main}: aggregate gives {', '.join(found) or 'nothing'}, not {self.main}")
-        for name, value in found.items():
+            raise UserError(f'metric "{self.main}": aggregate() failed with {error!r}') from error
+        if self.main not in values:
+            names = ", ".join(values) or "none"
+            raise UserError(f'metric "{self.main}": aggregate() returned no value named "{self.main}" (found: {names})')
+        for name, value in values.items():
             if math.isnan(value):
-                raise UserError(f"metric of {self.main}: {name} is not a number; say what it is where nothing counts")
-        return found
+                raise UserError(
+                    f'metric "{self.main}": {name} is NaN: define the value to return when no answer is scored'
+                )
+        return values
 
     def values_of_groups(self, scores: Sequence[Scores], records: Sequence[Record]) -> dict[str, dict[str, float]]:
-        """{group: {questions, **values}}, the largest group first."""
+        """Return {group: {questions, **values}}, the largest group first."""
         if self.groups is None:
             return {}
         places: dict[str, list[int]] = {}

@@ -26,7 +26,7 @@ def _pair(record: Record) -> tuple[str, str]:
 
 
 def _said(prediction: str) -> str | None:
-    """yes, no or None, looked for in the first four characters: `Nope` and `Not` are no, `well yes` is nothing."""
+    """Return "yes", "no" or None from the first four characters: `Nope` and `Not` are "no", `well yes` is None."""
     text = prediction.lower().strip().replace(".", "")
     if len(text) == 1:
         return {"y": "yes", "n": "no"}.get(text)
@@ -40,8 +40,10 @@ def _score(prediction: str, references: tuple[str, ...], record: Record) -> dict
 
 
 def _drawn(scores: Sequence[Scores], records: Sequence[Record], times: np.ndarray) -> dict[str, np.ndarray]:
-    """A pair is worth 100 times its mean (accuracy), and 100 more if both are right (accuracy+); a category the mean of
-    its pairs, 0 to 200. `perception` sums ten categories, to 2000, `cognition` all others (four, to 800), `score` both.
+    """Return the values of bootstrap samples.
+
+    A pair scores 100 times its mean (accuracy), plus 100 if both answers are right (accuracy+). A category scores the
+    mean of its pairs, 0 to 200. `perception` sums ten categories (to 2000), `cognition` the others (four, to 800).
     """
     pairs: dict[tuple[str, str], list[int]] = {}
     for place, record in enumerate(records):
@@ -49,8 +51,8 @@ def _drawn(scores: Sequence[Scores], records: Sequence[Record], times: np.ndarra
     for (category, number), both in pairs.items():
         if len(both) != 2:
             raise UserError(
-                f"category {category}, question_id {number}: has {len(both)} record(s), MME asks two questions about "
-                "an image; add what is missing, or drop them all"
+                f"category {category}, question_id {number}: {len(both)} record(s), but MME has two questions per "
+                "image: add the missing records, or drop this question_id"
             )
     right = np.array([sum(scores[place]["right"] for place in both) for both in pairs.values()])
     points = 50.0 * right + 100.0 * (right == 2)

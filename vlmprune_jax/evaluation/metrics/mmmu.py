@@ -1,4 +1,4 @@
-"""MMMU: multiple-choice and open questions of 30 subjects, answers parsed as its authors do (arXiv 2311.16502)."""
+"""MMMU: multiple-choice and open questions of 30 subjects, parsed with its authors' rules (arXiv 2311.16502)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vlmprune_jax.data.records import Record
 from vlmprune_jax.evaluation.metrics.fields import choices_field, letters, name_field, right_letters
 from vlmprune_jax.evaluation.metrics.metric import Metric
 
-SEED = 0  # of the letters that are drawn where an answer names none
+SEED = 0  # for the random letters of answers that name none
 _STRIPPED = ",.!?;:'"
 _KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 _TRIVIAL = frozenset(":,.!?;'")
@@ -23,11 +23,11 @@ _NUMBERS = (
 
 
 def parse_letter(prediction: str, choices: Sequence[str], record_id: str) -> str:
-    """The letter that an answer names.
+    """Return the letter that an answer names.
 
-    `(X)` before `X ` before `X.` before the text of an option in an answer of more than five words; of several the one
-    named last. An answer that names none gets a letter by lot, as MMMU has it; here drawn from `SEED` and the record's
-    id, so that it is the same in every run and for every model.
+    Patterns in order of preference: `(X)`, `X `, `X.`, and in answers of more than five words the text of an option; of
+    several matches the last. An answer without a match gets a random letter, as in MMMU; here it depends on `SEED` and
+    the record's id, so that it is equal in every run and for every model.
     """
     for character in _STRIPPED:
         prediction = prediction.strip(character)
@@ -44,7 +44,7 @@ def parse_letter(prediction: str, choices: Sequence[str], record_id: str) -> str
 
 
 def parse_open(prediction: str) -> set[str | float]:
-    """What an answer may mean: the ends of its lines after words that announce a result, and all numbers in these."""
+    """Return the possible meanings of an answer: line ends after words that announce a result, and their numbers."""
     text = prediction.strip().strip(".").lower()
     lines = text.split("\n")
     ends = [_end(line, (*_KEYS, "=") if number == len(lines) else _KEYS) for number, line in enumerate(lines, 1)]
@@ -54,7 +54,7 @@ def parse_open(prediction: str) -> set[str | float]:
 
 
 def _end(line: str, keys: Sequence[str]) -> str | None:
-    """The shortest text after the last occurrence of a key, None without one; an empty one gives way to any later."""
+    """Return the shortest text after the last occurrence of a key, None if no key occurs; empty texts are replaced."""
     shortest = None
     for key in keys:
         if key in line:
@@ -64,7 +64,7 @@ def _end(line: str, keys: Sequence[str]) -> str | None:
 
 
 def _normalised(text: str) -> list[str | float]:
-    """A number with two decimals, or the text in lower case; a single character with a blank on either side of it."""
+    """Return a number with two decimals, or text in lower case (a single character with a space on either side)."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]
@@ -75,12 +75,12 @@ def _normalised(text: str) -> list[str | float]:
 
 def _is_right(meaning: str | float, right: Sequence[str | float]) -> bool:
     if isinstance(meaning, str):
-        return any(isinstance(one, str) and one in meaning for one in right)
+        return any(isinstance(text, str) and text in meaning for text in right)
     return meaning in right
 
 
 def _score(prediction: str, references: tuple[str, ...], record: Record) -> dict[str, float]:
-    """An empty answer is wrong, without a draw."""
+    """Score one answer; an empty answer is wrong and gets no random letter."""
     kind = name_field(record, "question_type")
     if kind not in ("multiple-choice", "open"):
         raise UserError(f"record {record.id}: field 'question_type' {kind!r} must be multiple-choice or open")
@@ -95,7 +95,7 @@ def _score(prediction: str, references: tuple[str, ...], record: Record) -> dict
 
 
 def _subject(record: Record) -> str:
-    """`Art_Theory` of `validation_Art_Theory_12`, as MMMU names its questions."""
+    """Return the subject in the id of an MMMU question: `Art_Theory` in `validation_Art_Theory_12`."""
     named = re.fullmatch(r"[^_]+_(.+)_\d+", record.id)
     return named[1] if named else "other"
 

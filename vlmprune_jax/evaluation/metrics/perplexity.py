@@ -12,8 +12,8 @@ from vlmprune_jax.evaluation.metrics.metric import Metric, Scores
 def _aggregate(scores: Sequence[Scores], records: Sequence[Record]) -> dict[str, float]:
     del records
     nats, tokens = 0.0, 0.0
-    for one in scores:
-        nats, tokens = nats + one["nll"], tokens + one["tokens"]
+    for score in scores:
+        nats, tokens = nats + score["nll"], tokens + score["tokens"]
     return {"perplexity": math.exp(nats / tokens) if nats / tokens < 700 else math.inf}
 
 

@@ -1,4 +1,4 @@
-"""POPE: does the model see objects that are not there? Yes-or-no questions in three splits (arXiv 2305.10355)."""
+"""POPE: object hallucination, by yes-or-no questions in three splits (arXiv 2305.10355)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def _split(record: Record) -> str:
 
 
 def _score(prediction: str, references: tuple[str, ...], record: Record) -> dict[str, float]:
-    """Only `yes` and `no` count, in any case: `Yes.` is neither, as in lmms-eval 0.7.3.
+    """Score one answer: only `yes` and `no`, in any case, are answers; `Yes.` is neither, as in lmms-eval 0.7.3.
 
-    A text that is neither leaves recall alone: a false negative is a right yes to which the model said `no`.
+    Other texts do not change recall: a false negative is a question with the right answer yes and the prediction `no`.
     """
     del references
     _split(record)
@@ -30,8 +30,8 @@ def _score(prediction: str, references: tuple[str, ...], record: Record) -> dict
     return dict(zip(_SCORES, (right, said == "yes", found, invented, missed), strict=True))
 
 
-def _counted(scores: np.ndarray, times: np.ndarray) -> dict[str, np.ndarray]:
-    """Each float[draws], of float[answers, scores] where each answer counts so many times; 0 where nothing counts."""
+def _rates(scores: np.ndarray, times: np.ndarray) -> dict[str, np.ndarray]:
+    """Return float[draws] values from scores, float[answers, scores], of answers drawn `times`; 0 if none were."""
     accuracy, said_yes, found, invented, missed = scores.T @ times
     precision, recall = found / np.maximum(found + invented, 1), found / np.maximum(found + missed, 1)
     f1 = 2 * precision * recall / np.where(found > 0, precision + recall, 1)
@@ -46,11 +46,11 @@ def _counted(scores: np.ndarray, times: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _drawn(scores: Sequence[Scores], records: Sequence[Record], times: np.ndarray) -> dict[str, np.ndarray]:
-    """`f1`: mean over the splits, the paper's; `f1_pooled` and all others: over all questions, lmms-eval's `pope`."""
-    values = np.array([[one[name] for name in _SCORES] for one in scores])
+    """Return `f1`, the mean over splits (paper), and all other values over all questions (`pope` of lmms-eval)."""
+    values = np.array([[score[name] for name in _SCORES] for score in scores])
     splits = np.array([_split(record) for record in records])
-    pooled = _counted(values, times)
-    each = [_counted(values[splits == name], times[splits == name])["f1"] for name in np.unique(splits)]
+    pooled = _rates(values, times)
+    each = [_rates(values[splits == name], times[splits == name])["f1"] for name in np.unique(splits)]
     return {**pooled, "f1": np.mean(each, axis=0), "f1_pooled": pooled["f1"]}
 
 

@@ -8,7 +8,7 @@ from vlmprune_jax.evaluation.metrics.metric import Metric
 
 
 def _score(prediction: str, references: tuple[str, ...], record: Record) -> dict[str, float]:
-    """`B`, `b` and `B. any text` are B; `(B)`, `b.` and `The answer is B` are nothing."""
+    """Accept `B`, `b` and `B. any text` as B; `(B)`, `b.` and `The answer is B` are wrong."""
     del references
     said = prediction.strip()
     letter = said[0] if said[1:2] == "." and said[0].isupper() else said

@@ -1,4 +1,4 @@
-"""VQA's soft accuracy: an answer is worth how many people gave it, in full from three on (arXiv 1505.00468, VQAv2)."""
+"""Soft accuracy of VQA: min(1, people who gave the answer / 3) (arXiv 1505.00468, VQAv2)."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _WHOLE = (
     "why'll why're why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're "
     "you've"
 )
-# Each as it is written with one apostrophe left out. `im`, `ive` and `lets` are not in VQA's table either; `somebody'd`
-# is there the wrong way round.
+# Each contraction with one apostrophe left out. As in the table of VQA, `im`, `ive` and `lets` are missing and the
+# entry of `somebody'd` is reversed.
 _CONTRACTIONS = {
     word[:place] + word[place + 1 :]: word
     for word in _WHOLE.split()
@@ -36,7 +36,7 @@ _CONTRACTIONS = {
 
 
 def processed(answer: str) -> str:
-    """The answer as VQA compares it: lower case, digits, no articles, apostrophes put back, no punctuation."""
+    """Return the answer as VQA compares it: lower case, digits, no articles or punctuation, apostrophes restored."""
     text = answer.replace("\n", " ").replace("\t", " ").strip()
     in_number, found = _COMMA_IN_NUMBER.search(text), text
     for mark in _PUNCTUATION:
@@ -47,11 +47,11 @@ def processed(answer: str) -> str:
 
 
 def _score(prediction: str, references: tuple[str, ...], record: Record) -> dict[str, float]:
-    """The mean, over each person left out, of min(1, others who say the same / 3)."""
+    """Score one answer: the mean of min(1, others who say the same / 3), leaving out each person in turn."""
     if len(references) < 4:
         raise UserError(
-            f"record {record.id}: has {len(references)} answer(s); the soft accuracy needs those of four people or "
-            "more: list them in 'answers', or use exact_match"
+            f"record {record.id}: {len(references)} answer(s), the soft accuracy needs at least 4: list them in "
+            "the field 'answers', or use exact_match"
         )
     said, people = processed(prediction), [processed(reference) for reference in references]
     same = [person == said for person in people]
