@@ -71,8 +71,8 @@ def _flops_ratio(family: str) -> float:
     from full_size import MODELS
     from plan import DATA, SETTINGS
 
+    from vlmprune_jax.core.settings import override
     from vlmprune_jax.experiment.arguments import recover_config
-    from vlmprune_jax.experiment.overrides import override
     from vlmprune_jax.experiment.spec import Experiment
     from vlmprune_jax.hf.read import read_config
     from vlmprune_jax.models.params import param_shapes

@@ -73,7 +73,7 @@ def main() -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from vlmprune_jax.experiment.overrides import override
+    from vlmprune_jax.core.settings import override
     from vlmprune_jax.experiment.spec import Experiment
     from vlmprune_jax.planning.case import estimate, make_case
     from vlmprune_jax.planning.fit import facts

@@ -44,9 +44,9 @@ def row(family: str, topology: str) -> str:
     import jax.numpy as jnp
     import numpy as np
 
+    from vlmprune_jax.core.settings import override
     from vlmprune_jax.distributed.mesh import make_mesh, use_mesh
     from vlmprune_jax.distributed.rules import sharding
-    from vlmprune_jax.experiment.overrides import override
     from vlmprune_jax.experiment.spec import Experiment
     from vlmprune_jax.hf.read import read_config
     from vlmprune_jax.models.params import layer_axes, layer_shapes

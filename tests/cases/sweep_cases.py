@@ -8,7 +8,7 @@ from unittest import mock
 
 from report_cases import METRICS, found
 
-from vlmprune_jax.experiment.overrides import override
+from vlmprune_jax.core.settings import override
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.report.result import describe_sets, make_result, make_run
 from vlmprune_jax.report.sweep import make_sweep

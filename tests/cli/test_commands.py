@@ -12,10 +12,10 @@ from repository import ROOT
 from vlmprune_jax.cli.config_files import experiment_config, read_experiment, to_experiment
 from vlmprune_jax.cli.main import COMMANDS, main
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.experiment.arguments import plan_options, recover_config
-from vlmprune_jax.experiment.overrides import override
+from vlmprune_jax.core.settings import override
+from vlmprune_jax.experiment.arguments import plan_config, recover_config
 from vlmprune_jax.experiment.recipes import recipe, recipes
-from vlmprune_jax.experiment.spec import Experiment, PruneSpec, RecoverSpec
+from vlmprune_jax.experiment.spec import Experiment, RecoverSpec
 
 
 def failing(capsys, *argv):
@@ -258,7 +258,7 @@ def test_shipped_configs_are_experiments(file):
     space: dict = {}
     exec(compile(text, str(file), "exec"), space)
     experiment = override(Experiment(), space["get_config"]().to_dict())
-    plan_options(experiment.prune)
+    plan_config(experiment).check()
     for values in list(experiment.recover_variants.values()) or [{}]:
         recover_config(override(experiment, values).recover)
 
@@ -267,11 +267,11 @@ def test_shipped_configs_are_experiments(file):
     ("values", "message"),
     [
         ({"prune": {"ratoi": 1}}, "config.prune has no 'ratoi'; did you mean 'ratio'?"),
-        ({"prune": 3}, "config.prune is a section"),
-        ({"prune": {"ratio": "a"}}, "config.prune.ratio is 'a', expected float or nothing"),
-        ({"recover": {"lora": {"rank": 2.5}}}, "config.recover.lora.rank is 2.5, expected int"),
-        ({"recover": {"lora": {"targets": "q_proj"}}}, "config.recover.lora.targets is 'q_proj'"),
-        ({"score": {"reference_compat": 1}}, "expected bool"),
+        ({"prune": 3}, "config.prune=3: is a section: set its settings by name"),
+        ({"prune": {"ratio": "a"}}, "config.prune.ratio='a' must be a number or None"),
+        ({"recover": {"lora": {"rank": 2.5}}}, "config.recover.lora.rank=2.5 must be a whole number"),
+        ({"recover": {"lora": {"targets": "q_proj"}}}, "config.recover.lora.targets='q_proj' must be a tuple"),
+        ({"score": {"reference_compat": 1}}, "must be True or False"),
         ({"score": {"samples": -1}}, "score.samples=-1 must be at least 1"),
         ({"data": {"threads": -1}}, "data.threads=-1 must be at least 0"),
         ({"data": {"max_length": 0}}, "data.max_length=0 must be at least 1"),
@@ -293,8 +293,3 @@ def test_settings_reach_the_library():
     assert recover_config(dataclasses.replace(spec, trainable="projector")).adapters is None
     cached = override(RecoverSpec(), {"steps": 7, "losses": {"ce": 1.0, "l2": 0.0}, "teacher_cache": "somewhere"})
     assert recover_config(cached).losses.teacher_top_k == 0  # of use to other variants of the experiment
-    assert plan_options(PruneSpec(ratio=0.3)) == {}
-    assert plan_options(PruneSpec(attn_layers=(1, 4), rounding="at_least")) == {
-        "attn_layers": [1, 4],
-        "rounding": "at_least",
-    }

@@ -10,7 +10,7 @@ from repository import ROOT
 from vlmprune_jax.cli import score
 from vlmprune_jax.cli.config_files import read_experiment
 from vlmprune_jax.cli.flags import parse
-from vlmprune_jax.experiment.overrides import override
+from vlmprune_jax.core.settings import override
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import check_experiment
 

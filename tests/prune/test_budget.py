@@ -13,8 +13,8 @@ from vlmprune_jax.core.budget import LIMITS, Budget
 from vlmprune_jax.core.chips import CHIPS
 from vlmprune_jax.core.config import LayerShape
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.experiment.arguments import plan_budget
-from vlmprune_jax.experiment.overrides import override
+from vlmprune_jax.core.settings import override
+from vlmprune_jax.experiment.arguments import plan_config
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.export.uneven import padded_stacks
 from vlmprune_jax.models.flops import forward_flops
@@ -166,7 +166,7 @@ def test_speed_by_what_a_bench_measured(tmp_path):
     ]
     (tmp_path / "bench.json").write_text(json.dumps({**BENCH, "sides": sides}))
     budget = {"decode_ms": 17.0, "bench": str(tmp_path / "bench.json")}
-    limits = plan_budget(override(Experiment(), {"prune": {"budget": budget}}))
+    limits = plan_config(override(Experiment(), {"prune": {"budget": budget}})).budget.given
     assert limits["curve"] == [[whole // 2, 10.0], [whole, 20.0]]
     plan = make_plan(scores, cfg, method="width", budget=limits)
     assert plan.parameters_after / whole == pytest.approx(0.85, abs=0.02)
@@ -182,15 +182,15 @@ def test_speed_by_what_a_bench_measured(tmp_path):
             {"budget": {"parameters": 10}},
             r"prune.budget.parameters=10: cannot be reached .* the nearest is [\d,]+ param",
         ),
-        ({"budget": {"parameter": 9e3}}, r"budget has no option 'parameter' .*did you mean 'parameters'"),
-        ({"budget": {}}, r"budget=\{\} has no limit: give parameters, .* or decode_ms"),
-        ({"budget": {"context": 9}}, "has no limit"),
-        ({"budget": 9e3}, "budget=9000.0 must be a dictionary of limits"),
-        ({"budget": {"parameters": -1}}, "prune.budget.parameters=-1 must be above 0"),
+        ({"budget": {"parameter": 9e3}}, r"budget has no 'parameter'; did you mean 'parameters'"),
+        ({"budget": {}}, "'width' needs exactly one of ratio, sparsity and budget, got none"),
+        ({"budget": {"context": 9}}, "exactly one of ratio, sparsity and budget, got none"),
+        ({"budget": 9e3}, "budget=9000.0: is a section: set its settings by name"),
+        ({"budget": {"parameters": -1}}, "prune.budget.parameters=-1.0 must be above 0"),
         ({"budget": {"flops": float("nan")}}, "prune.budget.flops=nan must be above 0"),
-        ({"budget": {"parameters": "9000"}}, "prune.budget.parameters='9000' must be a number"),
-        ({"budget": {"parameters": True}}, "prune.budget.parameters=True must be a number"),
-        ({"budget": {"memory_bytes": 9e3, "batch": 1.5}}, "prune.budget.batch=1.5 must be a whole number"),
+        ({"budget": {"parameters": "9000"}}, "budget.parameters='9000' must be a number or None"),
+        ({"budget": {"parameters": True}}, "budget.parameters=True must be a number or None"),
+        ({"budget": {"memory_bytes": 9e3, "batch": 1.5}}, "budget.batch=1.5 must be a whole number"),
         ({"budget": {"flops": 9e3, "context": 0}}, "prune.budget.context=0 must be at least 1"),
         ({"budget": {"flops": 9e9, "context": 7}}, "prune.budget.context=7 is less than the 8 tokens of .*images=2"),
         ({"budget": {"step_ms": 1, "slice": "v5e"}}, "prune.budget.slice: topology 'v5e' is not GENERATION:SIZES"),
@@ -202,13 +202,19 @@ def test_speed_by_what_a_bench_measured(tmp_path):
             {"budget": {"decode_ms": 1}},
             r"decode_ms: needs measured speeds: run .vlmprune bench --",
         ),
-        ({"budget": {"decode_ms": 1, "curve": [[1]]}}, r"prune.budget.curve=\[\[1\]\] must be pairs"),
+        ({"budget": {"decode_ms": 1, "curve": [[1]]}}, r"budget.curve\[0\]=\[1\] must be a tuple"),
         ({"budget": {"decode_ms": 1, "curve": [[9, 1], [5, 2]]}}, r"models of 5, 9 parameters were .* this one has"),
-        ({"budget": {"parameters": 1, "dtype": "int4"}}, "budget dtype 'int4' is not one of float32, bfloat16"),
-        ({"budget": {"parameters": 9e3}, "ratio": 0.1}, "method 'width' needs either ratio= .* or budget="),
-        ({"budget": {"parameters": 9e3}, "sparsity": 0.1}, "method 'width' needs either ratio= .* or budget="),
-        ({"budget": {"parameters": 9e3}, "method": "depth", "layers_removed": 1}, "method 'depth' needs either ratio="),
-        ({"budget": {"parameters": 9e3}, "method": "hybrid", "ratio": 0.1}, "method 'hybrid' needs ratio= or budget="),
+        ({"budget": {"parameters": 1, "dtype": "int4"}}, "budget.dtype 'int4' is not one of float32, bfloat16"),
+        ({"budget": {"parameters": 9e3}, "ratio": 0.1}, "'width' needs exactly one of .*, got ratio and budget"),
+        ({"budget": {"parameters": 9e3}, "sparsity": 0.1}, "'width' needs exactly one of .*, got sparsity and budget"),
+        (
+            {"budget": {"parameters": 9e3}, "method": "depth", "layers_removed": 1},
+            "'depth' needs .*, got layers_removed and budget",
+        ),
+        (
+            {"budget": {"parameters": 9e3}, "method": "hybrid", "ratio": 0.1},
+            "'hybrid' needs .*, got ratio and budget",
+        ),
     ],
 )
 def test_budgets_that_cannot_be_are_refused(options, message):

@@ -219,10 +219,13 @@ def test_hybrid_takes_its_share_in_layers_and_the_rest_in_widths():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "method 'width' needs either ratio= .* or sparsity="),
-        ({"ratio": 0.2, "sparsity": 0.2}, "method 'width' needs either ratio= .* or sparsity="),
-        ({"ratio": 0.2, "layers_removed": 1}, "layers_removed is for method 'depth' or 'hybrid'"),
-        ({"sparsity": 1.0}, "sparsity 1 must be at least 0 and below 1"),
+        ({}, "'width' needs exactly one of ratio, sparsity and budget, got none"),
+        ({"ratio": 0.2, "sparsity": 0.2}, "needs exactly one of .*, got ratio and sparsity"),
+        (
+            {"ratio": 0.2, "layers_removed": 1},
+            "layers_removed: method 'width' has no such setting, only depth and hybrid",
+        ),
+        ({"sparsity": 1.0}, r"sparsity=1.0 must be at least 0 and below 1 \(0.3 is 30 %\)"),
         ({"sparsity": 0.99}, "sparsity 0.99 would remove all heads or neurons of layer 0"),
         (
             {"ratio": 0.9},
@@ -230,8 +233,9 @@ def test_hybrid_takes_its_share_in_layers_and_the_rest_in_widths():
         ),
         ({"ratio": 0.1, "attn_layers": (2, 9)}, r"attn_layers=\(2, 9\) must lie within the 5 layers"),
         ({"ratio": 0.1, "mlp_layers": (3, 2)}, r"mlp_layers=\(3, 2\) must lie within the 5 layers"),
-        ({"ratio": 0.1, "mlp_layers": "some"}, "mlp_layers='some' must be \"all\" or a half-open pair"),
-        ({"ratio": 0.1, "heads_multiple": 0}, "heads_multiple=0 must be a whole number, at least 1"),
+        ({"ratio": 0.1, "mlp_layers": "some"}, "mlp_layers='some' must be a tuple"),
+        ({"ratio": 0.1, "mlp_layers": (1, 2, 3)}, r"mlp_layers=\(1, 2, 3\) must be a half-open pair"),
+        ({"ratio": 0.1, "heads_multiple": 0}, "heads_multiple=0 must be at least 1"),
         ({"ratio": 0.1, "heads_multiple": 3}, "heads_multiple=3 is more than the 2 heads of layer 0"),
         ({"ratio": 0.1, "neurons_multiple": 16}, "neurons_multiple=16 is more than the 12 neurons of layer 0"),
         (
@@ -239,7 +243,7 @@ def test_hybrid_takes_its_share_in_layers_and_the_rest_in_widths():
             "selection 'locally' is not one of local, global; did you mean 'local'",
         ),
         ({"ratio": 0.1, "base": config(UNEQUAL)}, "base has 4 layers but the model has 5"),
-        ({"ratio": 0.1, "atn_layers": "all"}, "has no option 'atn_layers' .*did you mean 'attn_layers'"),
+        ({"ratio": 0.1, "atn_layers": (1, 2)}, "has no 'atn_layers'; did you mean 'attn_layers'"),
     ],
 )
 def test_width_plans_refuse(options, message):
@@ -253,7 +257,7 @@ def test_hybrid_plans_refuse():
     pair = (depth_scores(cfg, [0, 1, 2, 3, 4]), width_scores(cfg))
     for scores, options, message in (
         (pair[0], {"ratio": 0.3}, r"method 'hybrid' needs a pair \(depth scores, width scores\)"),
-        (pair, {}, "method 'hybrid' needs ratio="),
+        (pair, {}, "'hybrid' needs exactly one of ratio and budget, got none"),
         (pair, {"ratio": 0.3, "depth_share": 1.5}, "depth_share=1.5 must be at least 0 and below 1"),
         (pair, {"ratio": 0.9, "layers_removed": 1}, "cannot be reached by width .* after removing layers: the most is"),
         ((pair[0], dataclasses.replace(pair[1], fingerprint="a-b")), {"ratio": 0.3}, "are of different models"),

@@ -204,7 +204,7 @@ def test_bad_input():
         reconstruct(teacher, plan, teacher, rows())
     with pytest.raises(UserError, match="at least 2 calibration rows"):
         reconstruct(pruned, plan, teacher, rows(1, batch=1))
-    with pytest.raises(UserError, match=r"reconstruct has no option 'image_wait'.*did you mean 'image_weight'"):
+    with pytest.raises(UserError, match=r"reconstruct has no 'image_wait'; did you mean 'image_weight'"):
         reconstruct(pruned, plan, teacher, rows(), image_wait=1.0)
     flat = {path: np.array(leaf) for path, leaf in flatten(teacher.params).items()}
     flat["text/embed_tokens/weight"][int(rows()[0]["input_ids"][2, 1])] = np.nan

@@ -84,6 +84,7 @@ def test_width_equals_the_reference(goldens, case):
             attn_layers=want["attn_range"],
             mlp_layers=want["mlp_range"],
             selection="global" if want.get("global") else "local",
+            heads="proportional",
             base=original.cfg,
         )
         current, plan = apply_plan(current, now), now if plan is None else compose(plan, now)

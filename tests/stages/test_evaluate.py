@@ -11,10 +11,10 @@ from hf_cases import copy_llava
 from vlmprune_jax.cli.config_files import experiment_config
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.settings import override
 from vlmprune_jax.evaluation.metrics import METRICS, Metric
 from vlmprune_jax.evaluation.metrics.metric import mean
 from vlmprune_jax.experiment.arguments import check_tasks, evaluation_sets
-from vlmprune_jax.experiment.overrides import override
 from vlmprune_jax.experiment.spec import DataSpec, EvaluateSpec, EvaluationSetSpec, Experiment
 from vlmprune_jax.experiment.variants import check_experiment
 

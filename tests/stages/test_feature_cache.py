@@ -19,6 +19,7 @@ from rich.console import Console
 
 from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import Stopped, UserError
+from vlmprune_jax.core.settings import override
 from vlmprune_jax.data import cache as cache_module
 from vlmprune_jax.data.batching import train_batches
 from vlmprune_jax.data.feature_loader import FeatureLoader
@@ -26,7 +27,6 @@ from vlmprune_jax.data.images import ImageLoader
 from vlmprune_jax.data.records import read_records
 from vlmprune_jax.data.tfds import read_tfds, write_tfds
 from vlmprune_jax.experiment.arguments import recover_config
-from vlmprune_jax.experiment.overrides import override
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.read import load

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.experiment.overrides import override
+from vlmprune_jax.core.settings import override
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.sweep.hyper import LONGEST_NAME, Hyper, sweep_runs
 

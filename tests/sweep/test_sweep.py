@@ -219,7 +219,7 @@ def test_equal_models_of_several_runs_are_listed_once(tmp_path):
 
 def test_caches_are_shared_by_those_that_can():
     def caches(**changes):
-        from vlmprune_jax.experiment.overrides import override
+        from vlmprune_jax.core.settings import override
 
         base = {"recover": {"teacher_cache": "t"}, "data": {"feature_cache": "f"}}
         found = sweep_run.with_caches(override(override(Experiment(), base), changes))

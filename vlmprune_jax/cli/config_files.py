@@ -14,8 +14,8 @@ from ml_collections import ConfigDict, config_dict
 
 from vlmprune_jax.cli.flags import file_of, importing_beside
 from vlmprune_jax.core.errors import UserError, reason
+from vlmprune_jax.core.settings import hints_of, override
 from vlmprune_jax.experiment import recipes
-from vlmprune_jax.experiment.overrides import hints_of, override
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.sweep.hyper import Hyper
 

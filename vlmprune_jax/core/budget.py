@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlmprune_jax.core.checks import check_settings, setting, with_defaults
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.settings import check_settings, setting
 
 LIMITS = ("parameters", "disk_bytes", "memory_bytes", "flops", "step_ms", "decode_ms")
 _PRUNE = ("prune",)
@@ -16,62 +15,97 @@ _PRUNE = ("prune",)
 
 @dataclass(frozen=True)
 class Budget:
-    """Cost limits of a pruned model, used in place of a ratio; a plan satisfies every limit that is set.
+    """Upper limits on the cost of the pruned model, instead of a ratio; the plan satisfies all limits that are set.
 
-    In an experiment, `dtype` and `uneven` come from its export. `other_bytes` are bytes of the exported weights outside
-    the computed model (negative if the export leaves some of its weights out).
+    `dtype` and `uneven` are those of the export. `other_bytes`: size of the exported weights that the computed model
+    does not contain (negative if the export leaves some out).
     """
 
-    parameters: float | None = setting(None, "Most parameters of the whole model.", affects=_PRUNE, above=0)
+    parameters: float | None = setting(
+        None, "Maximum number of parameters of the whole model.", affects=_PRUNE, unit="parameters", above=0
+    )
     disk_bytes: float | None = setting(
-        None, "Most bytes of the exported weights, in the export's dtype and layout.", affects=_PRUNE, above=0
+        None,
+        "Maximum size of the exported weights, in the dtype and layout of the export.",
+        affects=_PRUNE,
+        unit="bytes",
+        above=0,
     )
     memory_bytes: float | None = setting(
         None,
-        "Most bytes of the weights and of the key/value cache of `batch` rows of `context` tokens, in the export's "
-        "dtype.",
+        "Maximum size of the weights and of the key/value cache for `batch` rows of `context` tokens, in the dtype of "
+        "the export.",
         affects=_PRUNE,
+        unit="bytes",
         above=0,
     )
     flops: float | None = setting(
-        None, "Most FLOPs of the forward pass of a prompt of `context` tokens.", affects=_PRUNE, above=0
+        None,
+        "Maximum cost of the forward pass over a prompt of `context` tokens.",
+        affects=_PRUNE,
+        unit="FLOPs",
+        above=0,
     )
     step_ms: float | None = setting(
         None,
-        "Most milliseconds of a generation step on `slice`, a token for each of `batch` rows of `context` tokens, by "
-        "the roofline of `vlmprune plan`: what arithmetic or reading weights and cache takes at least.",
+        "Maximum time of a decode step on the TPU `slice`, with `batch` rows of `context` tokens (roofline estimate of "
+        "`vlmprune plan`).",
         affects=_PRUNE,
+        unit="ms",
         above=0,
     )
     decode_ms: float | None = setting(
         None,
-        "Most milliseconds of a generated token on the machine and by the engine of `bench`.",
+        "Maximum decode time per token, on the machine and engine that the file `bench` was measured with.",
         affects=_PRUNE,
+        unit="ms",
         above=0,
     )
     bench: str | None = setting(
         None,
-        "What `decode_ms` goes by: models of several sizes, the unpruned one first, as "
-        "`vlmprune bench --model=DIR --against=PRUNED --json=FILE.json` measured them; between them it is a line.",
+        "File with decode times of models of several sizes, the unpruned model first, for `decode_ms`: written by "
+        "`vlmprune bench --model=DIR --against=PRUNED --json=FILE.json`. Times between the sizes are interpolated.",
         affects=_PRUNE,
         by_content=True,
     )
     context: int = setting(
-        4096, "Tokens of a row, those of its images included.", affects=_PRUNE, unit="tokens", least=1, most=2**31
+        4096,
+        "Length of a row, including image tokens, for the limits on memory, FLOPs and time.",
+        affects=_PRUNE,
+        unit="tokens",
+        least=1,
+        most=2**31,
     )
-    batch: int = setting(1, "Rows that are answered together.", affects=_PRUNE, unit="rows", least=1, most=2**31)
-    images: int = setting(1, "Images (or tiles) of a prompt.", affects=_PRUNE, unit="images", least=0, most=10_000)
-    slice: str = setting("v5e:1x1", "The TPU slice of `step_ms`, as v5e:2x4.", affects=_PRUNE)
-    dtype: str = setting("bfloat16", "Of weights and cache.", choices="hf.disk.dtypes:DTYPES", offered=False)
-    uneven: str = setting("per_layer", "Unequal widths on disk.", choices="export.target:UNEVEN", offered=False)
-    other_bytes: int = setting(0, "Bytes on disk beside the computed model's.", offered=False)
-    curve: Sequence[Sequence[float]] = setting(
-        (), "(parameters, milliseconds of a token) that were measured, in place of `bench`.", offered=False
+    batch: int = setting(
+        1,
+        "Number of rows decoded together, for the limits on memory and time.",
+        affects=_PRUNE,
+        unit="rows",
+        least=1,
+        most=2**31,
+    )
+    images: int = setting(
+        1, "Number of images (or tiles) in a prompt.", affects=_PRUNE, unit="images", least=0, most=10_000
+    )
+    slice: str = setting("v5e:1x1", "TPU slice for `step_ms`, such as v5e:2x4.", affects=_PRUNE)
+    dtype: str = setting(
+        "bfloat16", "Data type of weights and key/value cache.", choices="hf.disk.dtypes:DTYPES", offered=False
+    )
+    uneven: str = setting(
+        "per_layer", "Storage of layers of unequal width.", choices="export.target:UNEVEN", offered=False
+    )
+    other_bytes: int = setting(
+        0, "Size of exported weights that the computed model does not contain.", unit="bytes", offered=False
+    )
+    curve: tuple[tuple[float, float], ...] = setting(
+        (),
+        "Measured pairs of parameters and milliseconds per token, instead of `bench`.",
+        offered=False,
     )
 
     def __post_init__(self) -> None:
         check_settings("prune.budget", self)
-        if not all(_is_point(point) for point in self.curve):
+        if not all(0 < value < float("inf") for point in self.curve for value in point):
             raise UserError(f"prune.budget.curve={self.curve!r} must be pairs (parameters, milliseconds) above 0")
         if self.decode_ms is not None and self.bench is None and not self.curve:
             raise UserError(
@@ -86,32 +120,7 @@ class Budget:
 
     @property
     def given(self) -> dict[str, Any]:
-        """Settings that differ from their defaults, in the form that `make_plan(budget=...)` takes."""
-        return {f.name: value for f in dataclasses.fields(self) if (value := getattr(self, f.name)) != f.default}
-
-
-def _is_point(point: Any) -> bool:
-    numbers = isinstance(point, list | tuple) and all(isinstance(number, int | float) for number in point)
-    return numbers and len(point) == 2 and all(0 < number < float("inf") for number in point)
-
-
-def budget_of(given: Mapping[str, Any]) -> Budget:
-    """Return the `Budget` for the dictionary passed to `make_plan(budget=...)`.
-
-    Raises:
-      UserError: a name that does not exist, with the nearest that does, a value that cannot be, or no limit.
-    """
-    if not isinstance(given, Mapping):
-        raise UserError(f"budget={given!r} must be a dictionary of limits, for example {{'parameters': 1e8}}")
-    defaults = {f.name: f.default for f in dataclasses.fields(Budget)}
-    values = with_defaults("budget", given, defaults)
-    for name, value in values.items():
-        texts, whole = isinstance(defaults[name], str) or name == "bench", isinstance(defaults[name], int)
-        kind: Any = str if texts else int if whole else list | tuple if name == "curve" else int | float
-        if value is not defaults[name] and (isinstance(value, bool) or not isinstance(value, kind)):
-            what = "a text" if texts else "a whole number" if whole else "pairs" if name == "curve" else "a number"
-            raise UserError(f"prune.budget.{name}={value!r} must be {what}")
-    budget = Budget(**values)
-    if not budget.limits:
-        raise UserError(f"budget={dict(given)!r} has no limit: give {', '.join(LIMITS[:-1])} or {LIMITS[-1]}")
-    return budget
+        """The values that differ from the defaults, as JSON holds them."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["curve"] = [list(point) for point in self.curve] or ()
+        return {f.name: values[f.name] for f in dataclasses.fields(self) if values[f.name] != f.default}

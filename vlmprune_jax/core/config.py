@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from vlmprune_jax.core.checks import check_settings, setting
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.settings import check_settings, setting
 
 IGNORED = -100  # label of a position without loss, as in torch's cross-entropy
 

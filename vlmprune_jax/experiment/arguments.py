@@ -1,4 +1,4 @@
-"""From an experiment's sections to the typed arguments of library functions."""
+"""Arguments of library functions that take more than one section of an experiment."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.evaluation.metrics import metric_named
 from vlmprune_jax.experiment.spec import EvaluationSetSpec, Experiment, PruneSpec, RecoverSpec
-from vlmprune_jax.prune.select import DEFAULTS
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.objective import check_losses, needs_teacher
 from vlmprune_jax.report.speed import decode_rates, read_bench
@@ -19,34 +18,20 @@ from vlmprune_jax.report.speed import decode_rates, read_bench
 QUESTIONS, TEXT = "questions", "text"  # the evaluation sets of an experiment that names none
 
 
-def plan_options(spec: PruneSpec) -> dict[str, Any]:
-    """`make_plan` keywords: what differs from the defaults, so that it can refuse what a method does not have.
-
-    And `heads` where the method has it, and only there: recipes set it, whatever the method, and what configs do by
-    default is not what the reference does.
-    """
-    default = PruneSpec()
-    skipped = ("method", "stack", "ratio", "layers_removed", "budget", "steps", "heads")
-    changed = {k: v for k, v in vars(spec).items() if k not in skipped and v != getattr(default, k)}
-    if "heads" in DEFAULTS.get(spec.method, {}):
-        changed["heads"] = spec.heads
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
-
-
-def plan_budget(experiment: Experiment) -> dict[str, Any] | None:
-    """`make_plan(budget=...)` in the dtype and shape of the export, or None where no limit is set."""
-    budget = experiment.prune.budget
+def plan_config(experiment: Experiment) -> PruneSpec:
+    """Return the settings of `make_plan`, with a budget in the dtype and shape of the export."""
+    spec, budget = experiment.prune, experiment.prune.budget
     if not budget.limits:
-        return None
-    curve: list[list[float]] = []
+        return spec
+    dtype, uneven, curve = export_dtype(experiment), experiment.export.uneven, budget.curve
     if budget.bench is not None:
-        curve = [[size, 1000 / rate] for size, rate in decode_rates(read_bench(Path(budget.bench))).items()]
-    dtype, uneven = export_dtype(experiment), experiment.export.uneven
-    return dataclasses.replace(budget, dtype=dtype, uneven=uneven, bench=None, curve=curve or ()).given
+        curve = tuple((size, 1000 / rate) for size, rate in decode_rates(read_bench(Path(budget.bench))).items())
+    budget = dataclasses.replace(budget, dtype=dtype, uneven=uneven, bench=None, curve=curve)
+    return dataclasses.replace(spec, budget=budget)
 
 
 def export_dtype(experiment: Experiment) -> str:
-    """What the export's weights are in."""
+    """Return the data type of the exported weights."""
     return experiment.model.dtype if experiment.export.dtype == "source" else experiment.export.dtype
 
 

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlmprune_jax.core.checks import Setting, settings_of
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.experiment.overrides import hints_of
+from vlmprune_jax.core.settings import Setting, hints_of, settings_of
 from vlmprune_jax.experiment.spec import Experiment
 
 

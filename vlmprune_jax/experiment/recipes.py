@@ -70,5 +70,5 @@ def paper_cut(
     ranges = {} if layers else {"attn_layers": attn_layers, "mlp_layers": mlp_layers}
     return {
         "score": {"reduction": "sum", "longest_text": longest_text, "samples": 10, "batch_size": 10},
-        "prune": {"method": "width", "ratio": ratio, **ranges},
+        "prune": {"method": "width", "ratio": ratio, "heads": "proportional", **ranges},
     }

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlmprune_jax.core.budget import Budget
-from vlmprune_jax.core.checks import check_settings, setting, settings_of
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.evaluation.speed.clock import SpeedConfig
+from vlmprune_jax.core.settings import check_settings, setting, settings_of
+from vlmprune_jax.prune.config import PlanConfig, ReconstructConfig, ScoreConfig
 from vlmprune_jax.recovery.config import MAX_ROWS, RecoverConfig
 
 # What a setting may affect: the stages with results of their own, and the cache of a teacher's logits.
@@ -162,187 +162,71 @@ class DataSpec:
 
 
 @dataclass(frozen=True)
-class ScoreSpec:
-    """What to measure, on how many training records (see `prune.score`)."""
+class ScoreSpec(ScoreConfig):
+    """Importance scores of layers, heads and neurons, measured on training records."""
 
     depth: str = setting(
-        "block_influence", "Criterion of methods depth and hybrid.", affects=_SCORE, choices="prune.criteria:CRITERIA"
+        "block_influence",
+        "Criterion that scores layers (methods depth and hybrid).",
+        affects=_SCORE,
+        choices="prune.criteria:CRITERIA",
     )
     width: str = setting(
-        "taylor", "Criterion of methods width and hybrid.", affects=_SCORE, choices="prune.criteria:CRITERIA"
-    )
-    variant: str = setting(
-        "param_first", "Which Taylor expansion.", affects=_SCORE, choices="prune.criteria.taylor:VARIANTS"
-    )
-    reduction: str | None = setting(
-        None,
-        "Over the tensors of a group; None: the criterion's own.",
+        "taylor",
+        "Criterion that scores heads and neurons (methods width and hybrid).",
         affects=_SCORE,
-        choices="prune.criteria.groups:REDUCTIONS",
+        choices="prune.criteria:CRITERIA",
     )
-    gqa: str = setting(
-        "groups",
-        "What of attention goes together: a key head with its query heads, or query heads evenly within them.",
-        affects=_SCORE,
-        choices="prune.criteria.groups:GQA",
-    )
-    reference_compat: bool = setting(
-        False, "Block Influence and angular distance exactly as the paper's code sums them.", affects=_SCORE
-    )
-    layers_removed: int | None = setting(
-        None, "Block length of the angular criterion.", affects=_SCORE, unit="layers", least=1
+    samples: int = setting(50, "Number of calibration records.", affects=_SCORE, unit="records", least=1)
+    batch_size: int = setting(
+        1, "Number of calibration records per batch.", affects=_SCORE, unit="rows", least=1, most=MAX_ROWS
     )
     longest_text: int | None = setting(
         None,
-        "Only records of at most so many tokens, an image counting 1; None: any.",
+        "Maximum length of a calibration record, counting an image as 1 token (None = no limit).",
         affects=_SCORE,
         unit="tokens",
         least=1,
     )
-    samples: int = setting(50, "Calibration records.", affects=_SCORE, unit="records", least=1)
-    batch_size: int = setting(1, "Records of a batch.", affects=_SCORE, unit="rows", least=1, most=MAX_ROWS)
-    seed: int = setting(42, "Of which records these are.", affects=_SCORE, least=0, below=2**32)
-    prompt_weight: float = setting(1.0, "What a token of the prompt counts.", affects=_SCORE, least=0)
-    image_weight: float = setting(1.0, "What a token of an image counts.", affects=_SCORE, least=0)
-    answer_weight: float = setting(1.0, "What a token of the answer counts.", affects=_SCORE, least=0)
-    by_kind: bool = setting(
-        False,
-        "Taylor: also the scores by the share of each kind of token, which the others tell anyway.",
-        affects=_SCORE,
-    )
-    memory_budget: int | None = setting(
-        None,
-        "Taylor: what of a device's memory may hold products that are otherwise computed twice; None: half of what is "
-        "free.",
-        unit="bytes",
-        least=0,
-    )
-    options: Mapping[str, Any] = setting(
-        {}, "A criterion's options that have no setting here, by name.", affects=_SCORE
-    )
-
-    def __post_init__(self) -> None:
-        check_settings("score", self)
 
 
 @dataclass(frozen=True)
-class PruneSpec:
-    """How much goes, and from where (see `make_plan`)."""
+class PruneSpec(PlanConfig):
+    """How much to remove, and from where."""
 
-    method: str = setting("depth", "What goes.", affects=_PRUNE, choices="prune.select:METHODS")
     stack: str = setting(
         "text",
-        'Whose layers: the decoder\'s, those of the "vision" tower, or "both", which then lose the same share.',
+        'Stack to prune: the decoder ("text"), the vision tower ("vision"), or both, which then lose the same share.',
         affects=_PRUNE,
         choices=("text", "vision", "both"),
     )
-    ratio: float | None = setting(None, "Reduction of the whole model's parameters.", affects=_PRUNE)
-    layers_removed: int | None = setting(None, "Layers to remove, in place of `ratio`.", affects=_PRUNE, unit="layers")
-    protect: tuple[int, ...] = setting((), "Layers that stay, in original numbers.", affects=_PRUNE, unit="layers")
-    rounding: str = setting(
-        "nearest",
-        "Whether the layers removed come nearest to `ratio` or reach it.",
-        affects=_PRUNE,
-        choices="prune.select:ROUNDINGS",
+    steps: int = setting(
+        1, "Number of rounds of width pruning, with new scores for each.", affects=_PRUNE, unit="rounds", least=1
     )
-    deepstack: str = setting(
-        "keep",
-        "Layers at whose outputs features of the tower are added (the first of Qwen3-VL's): they stay, or the features "
-        "move to those that are then first.",
-        affects=_PRUNE,
-        choices="prune.select:DEEPSTACK",
-    )
-    attn_layers: tuple[int, ...] = setting(
-        (),
-        "Layers that lose heads, a half-open (start, stop) in original numbers; (): all.",
-        affects=_PRUNE,
-        unit="layers",
-    )
-    mlp_layers: tuple[int, ...] = setting(
-        (), "Layers that lose neurons, as `attn_layers`.", affects=_PRUNE, unit="layers"
-    )
-    heads_multiple: int = setting(1, "Kept heads are a multiple of this.", affects=_PRUNE, unit="heads")
-    neurons_multiple: int = setting(1, "Kept neurons are a multiple of this.", affects=_PRUNE, unit="neurons")
-    snap_for: str | None = setting(
-        None,
-        'Kept heads and neurons fill whole blocks of a target: 128 for "tpu" (lanes) and "int4" (groups), 32 for '
-        '"gguf" (Q8_0, Q4_0), 256 for "gguf_k" (K-quants).',
-        affects=_PRUNE,
-        choices="prune.snap:BLOCKS",
-    )
-    tensor_parallel: int = setting(
-        1,
-        "Kept heads and neurons divide by so many devices, each with whole blocks of `snap_for`.",
-        affects=_PRUNE,
-        unit="devices",
-        least=1,
-    )
-    heads: str = setting(
-        "auto",
-        'What goes of attention: the same share as of neurons ("proportional", as recipes have it), nothing ("keep"), '
-        'or what costs least by the scores ("auto").',
-        affects=_PRUNE,
-        choices="prune.width:HEADS",
-    )
-    selection: str = setting(
-        "local",
-        "Whether units compete within their layer or over all layers.",
-        affects=_PRUNE,
-        choices="prune.width:SELECTIONS",
-    )
-    loads_in: tuple[str, ...] = setting(
-        (),
-        'Where the pruned model has to load at its true size: "transformers" (stock), "vllm" (by its code) and "gguf" '
-        '(llama.cpp). `heads="auto"` keeps them where one of these needs them all; a plan that does not load is '
-        "refused.",
-        affects=_PRUNE,
-    )
-    sparsity: float | None = setting(
-        None, "Share of units that go from each layer, in place of `ratio` (the reference's).", affects=_PRUNE
-    )
-    depth_share: float = setting(0.5, "Share of the reduction that hybrid takes by layers.", affects=_PRUNE)
-    steps: int = setting(1, "Rounds of width pruning, each with new scores.", affects=_PRUNE, unit="rounds", least=1)
-    budget: Budget = field(default_factory=Budget)
-
-    def __post_init__(self) -> None:
-        check_settings("prune", self)
 
 
 @dataclass(frozen=True)
-class ReconstructSpec:
-    """What is solved for between pruning and recovery, without training (see `prune.reconstruct`)."""
+class ReconstructSpec(ReconstructConfig):
+    """Repair of the pruned weights by least squares, before recovery and without training."""
 
     method: str = setting(
         "none",
-        "Solve for what the kept weights can make up for, or leave the pruned model as it is.",
+        "Repair the pruned weights by least squares, or leave them unchanged.",
         affects=_RECONSTRUCT,
         choices=RECONSTRUCTIONS,
     )
-    samples: int = setting(512, "Calibration records.", affects=_RECONSTRUCT, unit="records", least=2)
-    batch_size: int = setting(8, "Records of a batch.", affects=_RECONSTRUCT, unit="rows", least=1, most=MAX_ROWS)
+    samples: int = setting(512, "Number of calibration records.", affects=_RECONSTRUCT, unit="records", least=2)
+    batch_size: int = setting(
+        8, "Number of calibration records per batch.", affects=_RECONSTRUCT, unit="rows", least=1, most=MAX_ROWS
+    )
     longest_text: int | None = setting(
         None,
-        "Only records of at most so many tokens, an image counting 1; None: any.",
+        "Maximum length of a calibration record, counting an image as 1 token (None = no limit).",
         affects=_RECONSTRUCT,
         unit="tokens",
         least=1,
     )
-    seed: int = setting(42, "Of which records these are.", affects=_RECONSTRUCT, least=0, below=2**32)
-    held_out: float = setting(
-        0.125,
-        "Share of the records that choose how far a weight is changed, if at all, and that none is fitted to.",
-        affects=_RECONSTRUCT,
-        above=0,
-        below=1,
-    )
-    prompt_weight: float = setting(1.0, "What a token of a prompt counts.", affects=_RECONSTRUCT, least=0)
-    image_weight: float = setting(
-        0.1, "What a token of an image counts; there are many of them.", affects=_RECONSTRUCT, least=0
-    )
-    answer_weight: float = setting(1.0, "What a token of an answer counts.", affects=_RECONSTRUCT, least=0)
-
-    def __post_init__(self) -> None:
-        check_settings("reconstruct", self)
+    seed: int = setting(42, "Random seed for choosing calibration records.", affects=_RECONSTRUCT, least=0, below=2**32)
 
 
 @dataclass(frozen=True)

@@ -6,20 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.core.checks import check_settings, one_of, with_defaults
+from vlmprune_jax.core.checks import one_of, with_defaults
 from vlmprune_jax.core.chips import slice_of
 from vlmprune_jax.core.errors import UserError, error_context
+from vlmprune_jax.core.settings import check_settings, override
 from vlmprune_jax.experiment.arguments import (
     check_tasks,
     evaluation_sets,
-    plan_budget,
-    plan_options,
+    plan_config,
     recover_config,
 )
-from vlmprune_jax.experiment.overrides import override
 from vlmprune_jax.experiment.spec import Experiment, ScoreSpec, sections
 from vlmprune_jax.prune.criteria import CRITERIA, scoring
-from vlmprune_jax.prune.select import check_request
 
 NO_RECOVERY = "none"
 # What else lies where the folders of variants are.
@@ -89,13 +87,13 @@ def _check_criteria(spec: ScoreSpec) -> None:
 
 
 def _check_target(experiment: Experiment) -> None:
-    """Refuse several targets of pruning, options that the method does not have, and a slice that does not exist."""
-    spec, budget = experiment.prune, plan_budget(experiment)
-    if any(target is not None for target in (spec.ratio, spec.layers_removed, spec.sparsity, budget)):
-        check_request(spec.method, spec.ratio, spec.layers_removed, budget, plan_options(spec))
-    if budget is not None:
+    """Refuse several targets of pruning, settings that the method does not have, and a slice that does not exist."""
+    config = plan_config(experiment)
+    if config.budget.limits or any(t is not None for t in (config.ratio, config.layers_removed, config.sparsity)):
+        config.check()
+    if config.budget.limits:
         with error_context("prune.budget.slice"):
-            slice_of(spec.budget.slice)
+            slice_of(config.budget.slice)
 
 
 def _check_sections(experiment: Experiment) -> None:

@@ -17,7 +17,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.rules import sharding
-from vlmprune_jax.experiment.arguments import plan_budget, plan_options, recover_config
+from vlmprune_jax.experiment.arguments import plan_config, recover_config
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.read import read_config
@@ -151,14 +151,13 @@ def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
     Equal widths and the number of layers do not depend on scores; which layers go, widths chosen over all layers at
     once (`selection="global"`), and how many heads go under `heads="auto"` (here: their share) do.
     """
-    spec = experiment.prune
+    config = plan_config(experiment)
     gqa = experiment.score.gqa
     scores = Scores("none", f"{shape_digest(cfg)}-", {"gqa": gqa}, **random_scores(cfg, seed=0, gqa=gqa))
-    pair = (scores, scores) if spec.method == "hybrid" else scores
-    removed, budget, options = spec.layers_removed, plan_budget(experiment), plan_options(spec)
-    if options.get("heads") == "auto":
-        options["heads"] = "proportional"
-    return make_plan(pair, cfg, method=spec.method, ratio=spec.ratio, layers_removed=removed, budget=budget, **options)
+    pair = (scores, scores) if config.method == "hybrid" else scores
+    if config.heads == "auto":
+        config = dataclasses.replace(config, heads="proportional")
+    return make_plan(pair, cfg, config)
 
 
 def _image_slots(experiment: Experiment, cfg: ModelConfig, folder: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -16,7 +16,7 @@ from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import UserError, error_context
-from vlmprune_jax.experiment.overrides import override
+from vlmprune_jax.core.settings import override
 from vlmprune_jax.experiment.recipes import recipes
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.families import family_of

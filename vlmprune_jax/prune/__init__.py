@@ -1,5 +1,6 @@
 """Score, plan, apply: which layers, heads and neurons go, as numbers, a small JSON, and pure indexing."""
 
+from vlmprune_jax.prune.config import METHODS, PlanConfig, ReconstructConfig, ScoreConfig
 from vlmprune_jax.prune.criteria import CRITERIA, Criterion
 from vlmprune_jax.prune.fingerprint import fingerprint
 from vlmprune_jax.prune.folder import prune_folder
@@ -8,7 +9,7 @@ from vlmprune_jax.prune.plan import KeptLayer, KeptStack, PrunePlan, compose, ke
 from vlmprune_jax.prune.reconstruction import reconstruct
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.scoring import score
-from vlmprune_jax.prune.select import METHODS, make_plan
+from vlmprune_jax.prune.select import make_plan
 from vlmprune_jax.prune.surgery import apply_plan
 
 __all__ = [
@@ -17,7 +18,10 @@ __all__ = [
     "Criterion",
     "KeptLayer",
     "KeptStack",
+    "PlanConfig",
     "PrunePlan",
+    "ReconstructConfig",
+    "ScoreConfig",
     "Scores",
     "apply_plan",
     "compose",

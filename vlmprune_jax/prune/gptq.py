@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from vlmprune_jax.core.checks import one_of, with_defaults
+from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.settings import override
 from vlmprune_jax.distributed.mesh import gather_to_host, use_mesh
 from vlmprune_jax.export.quantized import SCHEMES, make_storage
 from vlmprune_jax.families import family_of
@@ -33,12 +34,11 @@ from vlmprune_jax.hf.disk.compressed_tensors import CompressedTensors
 from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.hf.layout import Slot, by_key, make_slots
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch
+from vlmprune_jax.prune.config import TokenWeights
 from vlmprune_jax.prune.criteria.calibration import calibration_batches, positive
 from vlmprune_jax.prune.layers import Given, Layer, block, projection
-from vlmprune_jax.prune.reconstruction import OPTIONS as RECONSTRUCT
 from vlmprune_jax.prune.steps import Step, embedded, names_of_rows, row_steps
 
-OPTIONS = {name: value for name, value in RECONSTRUCT.items() if name.endswith("_weight")}
 READ = ("self_attn", "mlp", "o_proj", "down_proj")
 _DAMPING = 0.01  # of each column's own weight, as GPTQ has it of their mean
 _FLOOR = 1e-6  # of the mean: what columns weigh that are never active
@@ -71,6 +71,7 @@ class Rounded(CompressedTensors):
 def gptq(
     model: Model,
     batches: Iterable[Any],
+    weights: TokenWeights | None = None,
     *,
     quantize: str,
     group_size: int | None = None,
@@ -86,14 +87,15 @@ def gptq(
       batches: calibration batches as `score` takes them; labels, where they have them, tell answers from prompts.
       quantize, group_size, symmetric, dtype: as they would be in `save`.
       progress: called with the number of finished layers.
-      options: `prompt_weight`, `image_weight`, `answer_weight`: what tokens of each kind count.
+      weights: weights of the calibration tokens; `options` override single ones.
+      options: `prompt_weight`, `image_weight`, `answer_weight`, see `TokenWeights`.
 
     Raises:
       UserError: groups that do not fit, batches that do not, activations that are not finite.
     """
     one_of("quantize", quantize, tuple(SCHEMES))
     one_of("dtype", dtype, tuple(DTYPES))
-    settings = with_defaults("gptq", options, OPTIONS)
+    weights = override(TokenWeights() if weights is None else weights, options, "gptq")
     family, mesh = family_of(model.cfg), mesh_of(model.params)
     storage = make_storage(model.cfg, family, quantize, group_size, symmetric)
     if mesh is None:
@@ -101,7 +103,7 @@ def gptq(
     slots = [one for one in make_slots(model.cfg, family) if one.path.startswith("text/layers/")]
     codes: dict[str, dict[str, np.ndarray]] = {}
     with use_mesh(mesh):
-        steps = embedded_steps(model, batches, settings)
+        steps = embedded_steps(model, batches, weights)
         for number in range(len(model.cfg.text.layers)):
             layer = Layer.of(model, "text", number)
             own = by_key(one for one in slots if one.layer == number and len(one.hf_shape) == 2)
@@ -116,11 +118,11 @@ def gptq(
     return Rounded(**vars(storage), codes=codes)
 
 
-def embedded_steps(model: Model, batches: Iterable[Any], settings: Mapping[str, Any]) -> list[Step]:
-    """All rows of calibration batches, as they enter a model's decoder: `ours`. Weights of kinds are in `settings`."""
+def embedded_steps(model: Model, batches: Iterable[Any], weights: TokenWeights) -> list[Step]:
+    """Return all rows of the calibration batches, with the inputs of the decoder as `ours`."""
     batches = list(batches)
     checked = list(calibration_batches(batches, model.cfg, labels=False))
-    steps = row_steps(checked, settings, names_of_rows(batches, checked))
+    steps = row_steps(checked, weights.by_name, names_of_rows(batches, checked))
     positive(len(steps))
     for step in steps:
         step.ours, step.added_ours = embedded(step, model, "text")

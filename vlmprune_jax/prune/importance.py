@@ -13,19 +13,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmprune_jax.core.checks import with_defaults
 from vlmprune_jax.core.config import TextConfig
+from vlmprune_jax.core.settings import override
 from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.export.imatrix import Importance
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.layout import make_slots
 from vlmprune_jax.models.vlm import Model, mesh_of
-from vlmprune_jax.prune.gptq import OPTIONS, READ, embedded_steps, finite_sums, inside, reads
+from vlmprune_jax.prune.config import TokenWeights
+from vlmprune_jax.prune.gptq import READ, embedded_steps, finite_sums, inside, reads
 from vlmprune_jax.prune.layers import Given, Layer, block
 
 
 def importance(
-    model: Model, batches: Iterable[Any], *, progress: Callable[[int], None] | None = None, **options: Any
+    model: Model,
+    batches: Iterable[Any],
+    weights: TokenWeights | None = None,
+    *,
+    progress: Callable[[int], None] | None = None,
+    **options: Any,
 ) -> Importance:
     """What the matrices of a model's decoder read, for `save(..., format="gguf", imatrix=...)`.
 
@@ -33,19 +39,20 @@ def importance(
       model: the model to be saved, on one device or a mesh.
       batches: calibration batches as `score` takes them; labels, where they have them, tell answers from prompts.
       progress: called with the number of finished layers.
-      options: `prompt_weight`, `image_weight`, `answer_weight`: what tokens of each kind count.
+      weights: weights of the calibration tokens; `options` override single ones.
+      options: `prompt_weight`, `image_weight`, `answer_weight`, see `TokenWeights`.
 
     Raises:
       UserError: batches that do not fit, activations that are not finite.
     """
-    settings = with_defaults("importance", options, OPTIONS)
+    weights = override(TokenWeights() if weights is None else weights, options, "importance")
     mesh, cfg = mesh_of(model.params), model.cfg
     if mesh is None:
         model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
     slots = [one for one in make_slots(cfg, family_of(cfg)) if one.path.startswith("text/layers/")]
     means: dict[str, np.ndarray] = {}
     with use_mesh(mesh):
-        steps = embedded_steps(model, batches, settings)
+        steps = embedded_steps(model, batches, weights)
         weight = sum(float(step.weight.sum(dtype=np.float64)) for step in steps)
         for number in range(len(cfg.text.layers)):
             layer = Layer.of(model, "text", number)

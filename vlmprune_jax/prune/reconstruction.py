@@ -30,14 +30,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmprune_jax.core.checks import with_defaults
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.settings import override
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.mesh import gather_to_host, use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.decoder import TAP_INPUTS
 from vlmprune_jax.models.params import param_shapes
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch
+from vlmprune_jax.prune.config import ReconstructConfig
 from vlmprune_jax.prune.criteria.calibration import calibration_batches
 from vlmprune_jax.prune.layers import Layer, block, with_layers
 from vlmprune_jax.prune.plan import KeptStack, PrunePlan
@@ -46,7 +47,6 @@ from vlmprune_jax.prune.ridge import change as solve
 from vlmprune_jax.prune.steps import Step, embedded, image_steps, names_of_rows, row_steps
 from vlmprune_jax.prune.surgery import check_plan_is_for
 
-OPTIONS: dict[str, Any] = {"held_out": 0.125, "prompt_weight": 1.0, "image_weight": 0.1, "answer_weight": 1.0}
 SolveReport = dict[str, Any]
 
 
@@ -55,6 +55,7 @@ def reconstruct(
     plan: PrunePlan,
     teacher: Model,
     batches: Iterable[Any],
+    config: ReconstructConfig | None = None,
     *,
     progress: Callable[[int], None] | None = None,
     cache: ArrayCache | None = None,
@@ -73,8 +74,8 @@ def reconstruct(
       batches: calibration batches as `score` takes them; labels, where they have them, tell answers from prompts.
       progress: called with the number of finished layers, of those that `layers_to_solve` counts.
       cache: where what was solved for is kept, to continue after an interruption.
-      options: `held_out`: share of the rows that choose the ridge (which ones, their content decides); `prompt_weight`,
-        `image_weight`, `answer_weight`: what tokens of each kind count.
+      config: settings; `options` override single ones.
+      options: settings by name, see `ReconstructConfig`. Which rows are held out depends on their content.
 
     Returns:
       The model, and for each of these weights: stack, layer (original number), module, ridge (None: left alone),
@@ -84,7 +85,8 @@ def reconstruct(
     Raises:
       UserError: models and plan that do not belong together, batches that do not fit, activations that are not finite.
     """
-    settings = with_defaults("reconstruct", options, OPTIONS)
+    config = override(ReconstructConfig() if config is None else config, options, "reconstruct")
+    settings = {**config.by_name, "held_out": config.held_out}
     check_plan_is_for(teacher, plan)
     if param_shapes(plan.apply_to(teacher.cfg)) != param_shapes(pruned.cfg):
         raise UserError("reconstruct: the pruned model is not what this plan leaves of this teacher: apply the plan")

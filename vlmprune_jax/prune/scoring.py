@@ -14,6 +14,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.prune.config import ScoreConfig
 from vlmprune_jax.prune.criteria import CRITERIA
 from vlmprune_jax.prune.criteria.activations import accumulate
 from vlmprune_jax.prune.criteria.calibration import KIND_WEIGHTS, calibration_batches, weight_of_kinds
@@ -28,6 +29,7 @@ OPERATIONAL = ("memory_budget",)
 def score(
     model: Model,
     batches: Iterable[Any] | None = None,
+    config: ScoreConfig | None = None,
     *,
     criterion: str,
     stack: str = "text",
@@ -48,15 +50,16 @@ def score(
       progress: called with the number of finished batches or layers, as the criterion counts.
       journal, cache: where a criterion that journals keeps what each batch gave, or each layer (one that needs labels),
         to continue after an interruption.
-      options: the criterion's own, see `vp.criteria[name].options`; with those that look at tokens also
-        `image_weight`, `prompt_weight` and `answer_weight`, what tokens of each kind count, 1 by default.
+      config: settings, of which each criterion uses those that it has; `options` override single ones.
+      options: settings by name, see `ScoreConfig`, that the criterion has (`vp.criteria[name].settings`).
 
     Raises:
       UserError: an unknown criterion or option (with a suggestion), a stack that the model does not have or the
         criterion does not score, or batches that do not fit the model.
     """
     chosen = CRITERIA[one_of("criterion", criterion, tuple(CRITERIA))]
-    settings = with_defaults(f"criterion {criterion!r}", options, chosen.settings)
+    given = {} if config is None else chosen.options_in(config)
+    settings = with_defaults(f"criterion {criterion!r}", {**given, **options}, chosen.settings)
     model.cfg.stack(stack)
     if stack not in chosen.stacks:
         others = ", ".join(name for name, one in CRITERIA.items() if stack in one.stacks)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import LayerShape, Stack
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.prune.config import PlanConfig
 
 # What `o_proj` and `down_proj` read (heads * head_dim, neurons) should be a multiple of: lanes of a TPU's registers;
 # blocks of llama.cpp's Q8_0 and Q4_0 and of its K-quants, which lie along a row (a row that does not divide is stored
@@ -16,40 +16,34 @@ from vlmprune_jax.core.errors import UserError
 BLOCKS = {"tpu": 128, "gguf": 32, "gguf_k": 256, "int4": 128}
 
 
-def multiples(settings: Mapping[str, Any], stack: Stack, gqa: str) -> dict[str, int]:
-    """`heads_multiple` and `neurons_multiple` for `snap_for` and `tensor_parallel`, of which every device has whole
-    blocks; those that are given themselves must be multiples of these.
+def multiples(config: PlanConfig, stack: Stack, gqa: str) -> dict[str, Any]:
+    """Return `heads_multiple` and `neurons_multiple` that give every device whole blocks (`snap_for`,
+    `tensor_parallel`); multiples set by the user must themselves be multiples of these.
 
     A multiple of heads is one of key/value heads with their query heads (gqa="groups"), or of query heads ("q_heads").
 
     Raises:
-      UserError: an unknown target, a number below 1, or a multiple that does not suit.
+      UserError: a multiple that does not suit.
     """
-    for name in ("heads_multiple", "neurons_multiple", "tensor_parallel"):
-        value = settings[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{name}={value!r} must be a whole number, at least 1")
-    target, devices = settings["snap_for"], settings["tensor_parallel"]
-    block = 1 if target is None else BLOCKS[one_of("snap_for", target, tuple(BLOCKS))]
+    devices = config.tensor_parallel
+    block = 1 if config.snap_for is None else BLOCKS[config.snap_for]
     heads = devices * (block // math.gcd(block, stack.head_dim))  # of query heads
     if gqa == "groups":
         groups = {shape.q_heads // shape.kv_heads for shape in stack.layers}
         heads = math.lcm(devices, *(heads // math.gcd(heads, group) for group in groups))
     found = {}
     for name, needed in (("heads_multiple", heads), ("neurons_multiple", devices * block)):
-        own = settings[name]
+        own = getattr(config, name)
         if own != 1 and own % needed:
-            raise UserError(f"{name}={own} is not a multiple of {needed}, as {reason_of(settings)} needs: leave it out")
+            raise UserError(f"{name}={own} is not a multiple of {needed}, as {reason_of(config)} needs: leave it out")
         found[name] = max(own, needed)
     return found
 
 
-def reason_of(settings: Mapping[str, Any]) -> str:
-    """What asks for the multiples."""
-    asked = [
-        f"{name}={settings[name]!r}" for name in ("snap_for", "tensor_parallel") if settings[name] not in (None, 1)
-    ]
-    return " with ".join(asked)
+def reason_of(config: PlanConfig) -> str:
+    """Return the settings that require the multiples, for messages."""
+    values = {name: getattr(config, name) for name in ("snap_for", "tensor_parallel")}
+    return " with ".join(f"{name}={value!r}" for name, value in values.items() if value not in (None, 1))
 
 
 def check_divides(shapes: Iterable[tuple[int, LayerShape]], devices: int) -> None:

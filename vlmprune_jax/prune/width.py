@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.core.checks import layer_range, one_of
+from vlmprune_jax.core.checks import layer_range
 from vlmprune_jax.core.config import LayerShape, ModelConfig, Stack
 from vlmprune_jax.core.errors import UserError, error_context
+from vlmprune_jax.prune.config import PlanConfig
 from vlmprune_jax.prune.plan import KeptLayer
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.snap import check_divides, multiples, reason_of
@@ -29,8 +31,6 @@ from vlmprune_jax.prune.solver import (
     widths_at,
 )
 
-SELECTIONS = ("local", "global")
-HEADS = ("proportional", "keep", "auto")
 Kept = tuple[np.ndarray, np.ndarray]  # sorted: key/value heads (gqa "groups") or query heads, and neurons
 
 
@@ -53,7 +53,7 @@ def choose_widths(
     cfg: ModelConfig,
     alive: Sequence[int],
     ratio: float | None,
-    settings: Mapping[str, Any],
+    config: PlanConfig,
     total: int,
     stack: str = "text",
 ) -> tuple[dict[int, Kept], dict[str, Any]]:
@@ -64,32 +64,30 @@ def choose_widths(
     Raises:
       UserError: ranges or multiples that do not fit, or a target out of reach.
     """
-    base_cfg, gqa = settings.get("base") or cfg, scores.options.get("gqa", "groups")
+    base_cfg, gqa = config.base or cfg, scores.options.get("gqa", "groups")
     base, n_layers = base_cfg.stack(stack), len(cfg.stack(stack).layers)
     if len(base.layers) != n_layers:
         raise UserError(f"base has {len(base.layers)} layers but the model has {n_layers}: only widths may differ")
-    one_of("selection", settings["selection"], SELECTIONS)
-    one_of("heads", settings["heads"], HEADS)
-    costs, snapped = layer_costs(cfg, stack), multiples(settings, base, gqa)
-    units = _units(base, costs, gqa, alive, {**settings, **snapped})
+    costs, snapped = layer_costs(cfg, stack), multiples(config, base, gqa)
+    units = _units(base, costs, gqa, alive, dataclasses.replace(config, **snapped))
     by_depth = sum(costs.of(shape) for i, shape in enumerate(base.layers) if i not in alive)
     removal = None if ratio is None else max(ratio * total - by_depth, 0)
-    target = Target(removal, settings.get("sparsity"), ratio, total, by_depth)
+    target = Target(removal, config.sparsity, ratio, total, by_depth)
     if removal is not None and removal > most_removable(units):
         raise OutOfReach(
-            f"ratio {ratio:g} {unreachable_by('width', stack)} within attn_layers={settings['attn_layers']}, "
-            f"mlp_layers={settings['mlp_layers']}{', heads kept' if settings['heads'] == 'keep' else ''}"
+            f"ratio {ratio:g} {unreachable_by('width', stack)} within attn_layers={config.attn_layers or 'all'}, "
+            f"mlp_layers={config.mlp_layers or 'all'}{', heads kept' if config.heads == 'keep' else ''}"
             f"{' after removing layers' if by_depth else ''}: the most is "
             f"{(by_depth + most_removable(units)) / total:.4f}"
         )
-    if settings["selection"] == "global":
+    if config.selection == "global":
         if gqa != "groups" or max(snapped.values()) > 1:
             raise UserError('selection="global" gives every layer its own width: it takes gqa="groups", no multiples')
         kept, solved = _global(scores, base, units, alive, target)
     else:
-        kept, solved = _local(scores, base, units, alive, target, trade=settings["heads"] == "auto")
+        kept, solved = _local(scores, base, units, alive, target, trade=config.heads == "auto")
     shapes = cfg.stack(stack).layers
-    check_divides(((i, shape_of(kept[i], shapes[i], gqa)) for i in alive), settings["tensor_parallel"])
+    check_divides(((i, shape_of(kept[i], shapes[i], gqa)) for i in alive), config.tensor_parallel)
     return kept, {**solved, **snapped}
 
 
@@ -100,12 +98,12 @@ def unreachable_by(method: str, stack: str) -> str:
     )
 
 
-def _units(base: Stack, costs: Costs, gqa: str, alive: Collection[int], settings: Mapping[str, Any]) -> list[Units]:
+def _units(base: Stack, costs: Costs, gqa: str, alive: Collection[int], config: PlanConfig) -> list[Units]:
     n_layers = len(base.layers)
-    lose_heads = () if settings["heads"] == "keep" else alive
-    attn_layers = [i for i in layer_range("attn_layers", settings["attn_layers"], n_layers) if i in lose_heads]
-    mlp_layers = [i for i in layer_range("mlp_layers", settings["mlp_layers"], n_layers) if i in alive]
-    reason = reason_of(settings)
+    lose_heads = () if config.heads == "keep" else alive
+    attn_layers = [i for i in layer_range("attn_layers", config.attn_layers, n_layers) if i in lose_heads]
+    mlp_layers = [i for i in layer_range("mlp_layers", config.mlp_layers, n_layers) if i in alive]
+    reason = reason_of(config)
     with error_context(reason) if reason else contextlib.nullcontext():
         return units_of(
             base.layers,
@@ -113,8 +111,8 @@ def _units(base: Stack, costs: Costs, gqa: str, alive: Collection[int], settings
             gqa=gqa,
             attn_layers=attn_layers,
             mlp_layers=mlp_layers,
-            heads_multiple=settings["heads_multiple"],
-            neurons_multiple=settings["neurons_multiple"],
+            heads_multiple=config.heads_multiple,
+            neurons_multiple=config.neurons_multiple,
         )
 
 

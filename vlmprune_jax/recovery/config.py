@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlmprune_jax.core.checks import check_settings, one_of, setting, settings_of
+from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import LoraConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.settings import check_settings, setting, settings_of
 
 # (regex over the whole path, True | False | group name); the first rule that matches a path decides.
 Rule = tuple[str, bool | str]

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from vlmprune_jax.core.checks import settings_of
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Count, Finite, read_json_lines, read_text, reading
+from vlmprune_jax.core.settings import settings_of
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.distributed.mesh import on_process_zero, row_ways
 from vlmprune_jax.evaluation.metrics import METRICS

@@ -18,7 +18,7 @@ from vlmprune_jax.export.reload import check_export
 from vlmprune_jax.export.write import save
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import PrunePlan
-from vlmprune_jax.prune.gptq import OPTIONS, Rounded, gptq
+from vlmprune_jax.prune.gptq import Rounded, gptq
 from vlmprune_jax.prune.importance import importance
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import Context, load_model, model_inputs, teacher_folder
@@ -100,18 +100,13 @@ def _compensated(experiment: Experiment, model: Model, context: Context) -> Roun
     if spec.dtype == "source":
         options["dtype"] = experiment.model.dtype
     with context.phase("gptq", len(model.cfg.text.layers)) as progress:
-        return gptq(model, _batches(experiment, model), progress=progress, **options, **_kinds(experiment))
+        return gptq(model, _batches(experiment, model), experiment.reconstruct, progress=progress, **options)
 
 
 def _importance(experiment: Experiment, model: Model, context: Context) -> Importance:
     """What the model's matrices read, of the same records."""
     with context.phase("imatrix", len(model.cfg.text.layers)) as progress:
-        return importance(model, _batches(experiment, model), progress=progress, **_kinds(experiment))
-
-
-def _kinds(experiment: Experiment) -> Json:
-    """What a token of each kind counts."""
-    return {name: getattr(experiment.reconstruct, name) for name in OPTIONS}
+        return importance(model, _batches(experiment, model), experiment.reconstruct, progress=progress)
 
 
 def _batches(experiment: Experiment, model: Model) -> list[Batch]:

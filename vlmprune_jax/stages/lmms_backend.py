@@ -25,17 +25,17 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.protocol import ChatMessages
 from PIL.Image import Image
 
-from vlmprune_jax.core.checks import check_settings, suggest
+from vlmprune_jax.core.checks import suggest
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_bytes
+from vlmprune_jax.core.settings import check_settings, override
 from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.records import IMAGE_TOKEN, Record, StoredImage, make_record
 from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.distributed.mesh import initialize, row_ways
 from vlmprune_jax.evaluation.questions import arrange_questions
 from vlmprune_jax.evaluation.runner import Reply, ask
-from vlmprune_jax.experiment.overrides import override
 from vlmprune_jax.experiment.spec import DataSpec, EvaluateSpec, MeshSpec, ModelSpec
 from vlmprune_jax.hf.read import resolve
 from vlmprune_jax.models.vlm import Model

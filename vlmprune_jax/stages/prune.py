@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -10,8 +11,8 @@ from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.core.files import Count, Finite
 from vlmprune_jax.data.batching import Batch
 from vlmprune_jax.distributed.mesh import on_process_zero
-from vlmprune_jax.experiment.arguments import export_dtype, plan_budget, plan_options
-from vlmprune_jax.experiment.spec import Experiment, affecting
+from vlmprune_jax.experiment.arguments import export_dtype, plan_config
+from vlmprune_jax.experiment.spec import Experiment, PruneSpec, affecting
 from vlmprune_jax.export.target import make_target
 from vlmprune_jax.export.uneven import padded_stacks
 from vlmprune_jax.export.write import MAX_SHARD_BYTES, make_tensors
@@ -32,7 +33,7 @@ from vlmprune_jax.stages.context import (
     save_model,
     teacher_folder,
 )
-from vlmprune_jax.stages.score import criteria_of, criterion_files, score_options, stacks_of
+from vlmprune_jax.stages.score import criteria_of, criterion_files, stacks_of
 from vlmprune_jax.workdir.ledger import Json, write_text
 
 
@@ -107,22 +108,14 @@ def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
 
 def _prune_files(experiment: Experiment, folder: Path, out_dir: Path) -> tuple[PrunePlan, ModelConfig]:
     """Plan from the scores, applied from file to file: the model is not loaded."""
-    spec, source, vision_dir = experiment.prune, teacher_folder(experiment.model), experiment.model.vision_dir
+    source, vision_dir = teacher_folder(experiment.model), experiment.model.vision_dir
     scores: list[Scores | tuple[Scores, Scores]] = []
     for stack in stacks_of(experiment):
         first, *second = [_load(folder / name, stack) for name in criteria_of(experiment, stack)]
         scores.append((first, second[0]) if second else first)
     _, cfg = read_config(source, None if vision_dir is None else Path(vision_dir))
     with error_context(" and ".join(str(folder / name) for name in criteria_of(experiment))):
-        plan = plan_stacks(
-            scores,
-            cfg,
-            method=spec.method,
-            ratio=spec.ratio,
-            layers_removed=spec.layers_removed,
-            budget=_budget(experiment, cfg),
-            **plan_options(spec),
-        )
+        plan = plan_stacks(scores, cfg, _plan_config(experiment, cfg))
     on_process_zero(lambda: prune_folder(source, plan, out_dir, vision_dir=vision_dir, dtype=experiment.model.dtype))
     return plan, cfg
 
@@ -149,23 +142,21 @@ def _prune_in_steps(experiment: Experiment, scores: Path, out_dir: Path) -> tupl
     pruned, plan, _ = prune_iteratively(
         model,
         batches,
+        _plan_config(experiment, model.cfg),
         steps=spec.steps,
         criterion=criterion,
         scores=_load(scores, spec.stack),
         stack=spec.stack,
-        score_options=score_options(experiment, criterion),
-        ratio=spec.ratio,
-        budget=_budget(experiment, model.cfg),
-        **plan_options(spec),
+        score_config=experiment.score,
     )
     save_model(pruned, out_dir, experiment.model, source, plan)
     return plan, model.cfg
 
 
-def _budget(experiment: Experiment, cfg: ModelConfig) -> Json | None:
-    """`plan_budget`, with what else the export's weights hold where their bytes are limited."""
-    budget = plan_budget(experiment)
-    if budget is not None and "disk_bytes" in budget:
+def _plan_config(experiment: Experiment, cfg: ModelConfig) -> PruneSpec:
+    """Return `plan_config`; a limit on exported bytes also gets the size of weights that are exported unchanged."""
+    config = plan_config(experiment)
+    if config.budget.disk_bytes is not None:
         spec, source, dtype = experiment.export, teacher_folder(experiment.model), export_dtype(experiment)
         if spec.format == "gguf" or spec.quantize != "none":
             raise UserError(
@@ -176,8 +167,8 @@ def _budget(experiment: Experiment, cfg: ModelConfig) -> Json | None:
         tensors = make_tensors(open_folder(experiment.model, source), target, Checkpoint(source), dtype)
         computed = padded_stacks(cfg) if spec.uneven == "pad" else cfg
         other = bytes_on_disk(tensors, MAX_SHARD_BYTES) - count_params(computed) * DTYPES[dtype].itemsize
-        budget["other_bytes"] = other
-    return budget
+        config = dataclasses.replace(config, budget=dataclasses.replace(config.budget, other_bytes=other))
+    return config
 
 
 def _budget_lines(plan: PrunePlan) -> list[str]:

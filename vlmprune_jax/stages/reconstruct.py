@@ -11,7 +11,7 @@ from vlmprune_jax.core.files import Count, Finite
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.prune import PrunePlan
-from vlmprune_jax.prune.reconstruction import OPTIONS, layers_to_solve, reconstruct
+from vlmprune_jax.prune.reconstruction import layers_to_solve, reconstruct
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import Context, load_model, model_inputs, save_model, teacher_folder
 from vlmprune_jax.workdir.ledger import Json
@@ -70,9 +70,9 @@ def reconstruct_stage(experiment: Experiment, folder: Path, context: Context) ->
                 plan,
                 teacher,
                 batches,
+                spec,
                 progress=progress,
                 cache=ArrayCache(parts, {"settings": settings, "mesh": vars(experiment.mesh)}),
-                **{name: getattr(spec, name) for name in OPTIONS},
             )
         save_model(model, folder / RECONSTRUCTED, experiment.model, pruned, plan, reconstructed=True)
         context.reporter.say(f"  {_summary(modules)}")

@@ -12,7 +12,6 @@ from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.prune import CRITERIA, score
-from vlmprune_jax.prune.criteria.calibration import KIND_WEIGHTS
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import (
     Context,
@@ -41,16 +40,6 @@ def criteria_of(experiment: Experiment, stack: str | None = None) -> dict[str, s
         files = {"": spec.width}
     stacks = stacks_of(experiment) if stack is None else (stack,)
     return {f"{_FILES[of]}{kind}.npz": criterion for of in stacks for kind, criterion in files.items()}
-
-
-def score_options(experiment: Experiment, criterion: str) -> dict[str, Any]:
-    """Those of the score settings that are options of a criterion."""
-    spec = experiment.score
-    chosen = CRITERIA[criterion]
-    given = {k: v for k, v in vars(spec).items() if v is not None and k in chosen.settings}
-    if not chosen.splits:  # an option of such a name is its own
-        given = {k: v for k, v in given.items() if k not in KIND_WEIGHTS}
-    return {**given, **{k: v for k, v in spec.options.items() if k in chosen.settings}}
 
 
 def criterion_files(criteria: Iterable[str]) -> dict[str, Path]:
@@ -112,9 +101,9 @@ def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
                 else:
                     kept["journal"] = journal_of(experiment.mesh, journal_path(folder / name), total)
                 what = criterion if stack == "text" else f"{criterion} of the tower"
-                options = {"stack": stack, **kept, **score_options(experiment, criterion)}
+                options = {"stack": stack, **kept}
                 with context.phase(f"score ({what})", total) as progress:
-                    scores = score(model, batches, criterion=criterion, progress=progress, **options)
+                    scores = score(model, batches, experiment.score, criterion=criterion, progress=progress, **options)
                 if is_main_process():
                     scores.save(folder / name)
         skipped = [name for batch in batches or [] for name, _ in batch.skipped]

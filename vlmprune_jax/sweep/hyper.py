@@ -10,7 +10,7 @@ from typing import Any
 
 from vlmprune_jax.core.checks import suggest
 from vlmprune_jax.core.errors import UserError, differences, error_context
-from vlmprune_jax.experiment.overrides import hints_of, override
+from vlmprune_jax.core.settings import hints_of, override
 from vlmprune_jax.experiment.spec import Experiment
 
 SEED = "seed"  # the last part of the settings that are seeds

@@ -13,7 +13,7 @@ from typing import Annotated, Protocol, TypeVar
 import msgspec
 from msgspec import Meta
 
-from vlmprune_jax.core.checks import check_settings, setting
+from vlmprune_jax.core.settings import check_settings, setting
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 

@@ -15,7 +15,7 @@ from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.criteria.activations import Blocks, Tokens
 from vlmprune_jax.prune.criteria.block_influence import cosine_distance
 from vlmprune_jax.prune.criteria.calibration import positive
-from vlmprune_jax.prune.criteria.criterion import Criterion, Parts
+from vlmprune_jax.prune.criteria.criterion import Criterion, Parts, declared
 
 
 def angles(blocks: Blocks, tokens: Tokens, *, layers_removed: int | None) -> tuple[jax.Array, jax.Array]:
@@ -64,7 +64,7 @@ ANGULAR = Criterion(
     needs="activations",
     function=angles,
     finish=mean_angle,
-    options={"layers_removed": None, "reference_compat": False},
+    options=declared("layers_removed", "reference_compat"),
     journals=True,
     stacks=STACKS,
     splits=True,

@@ -12,7 +12,7 @@ from vlmprune_jax.models.decoder import Block
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.criteria.activations import Blocks, Tokens
 from vlmprune_jax.prune.criteria.calibration import positive
-from vlmprune_jax.prune.criteria.criterion import Criterion, Parts
+from vlmprune_jax.prune.criteria.criterion import Criterion, Parts, declared
 
 
 def distances(blocks: Blocks, tokens: Tokens, *, reference_compat: bool) -> tuple[jax.Array, jax.Array]:
@@ -55,7 +55,7 @@ BLOCK_INFLUENCE = Criterion(
     needs="activations",
     function=distances,
     finish=mean_distance,
-    options={"reference_compat": False},
+    options=declared("reference_compat"),
     journals=True,
     stacks=STACKS,
     splits=True,

@@ -11,12 +11,13 @@ from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.inputs import check_inputs, needed_mask
 from vlmprune_jax.models.patch_rows import patch_rows
+from vlmprune_jax.prune.config import ScoreConfig
 
 Arrays = dict[str, np.ndarray]
 # What a token is; an answer is a token with a label.
 PADDING, PROMPT, IMAGE, ANSWER = range(4)
 KINDS = {"image": IMAGE, "prompt": PROMPT, "answer": ANSWER}
-KIND_WEIGHTS = {f"{name}_weight": 1.0 for name in KINDS}
+KIND_WEIGHTS = {f"{name}_weight": getattr(ScoreConfig(), f"{name}_weight") for name in KINDS}
 
 
 def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: bool) -> Iterator[Arrays]:

@@ -20,7 +20,7 @@ from vlmprune_jax.models.decoder import TAP_INPUTS, Block
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.criteria.activations import Blocks, Tokens
 from vlmprune_jax.prune.criteria.calibration import positive
-from vlmprune_jax.prune.criteria.criterion import Criterion, Parts
+from vlmprune_jax.prune.criteria.criterion import Criterion, Parts, declared
 from vlmprune_jax.prune.criteria.groups import reduce_inputs
 from vlmprune_jax.prune.criteria.magnitude import input_weights
 
@@ -71,7 +71,7 @@ ACTIVATION, FLUCTUATION = (
         needs="activations",
         function=moments,
         finish=functools.partial(weighted, moment=moment, power=power),
-        options={"gqa": "groups"},
+        options=declared("gqa"),
         stacks=STACKS,
         splits=True,
     )

@@ -11,6 +11,7 @@ from typing import Any
 from vlmprune_jax.core.checks import file_of_users, one_of
 from vlmprune_jax.core.config import STACKS, ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.prune.config import ScoreConfig
 from vlmprune_jax.prune.criteria.calibration import KIND_WEIGHTS
 
 NEEDS = ("weights", "activations", "labels")
@@ -82,6 +83,14 @@ class Criterion:
         """`options`, and what tokens of each kind count where that is not the criterion's own business."""
         return {**self.options, **(KIND_WEIGHTS if self.splits else {})}
 
+    def options_in(self, config: ScoreConfig) -> dict[str, Any]:
+        """Return the settings of a config that are options of this criterion, the config's `options` included."""
+        own = self.settings
+        if not self.splits:  # an option with the name of a token weight is the criterion's own
+            own = {name: value for name, value in own.items() if name not in KIND_WEIGHTS}
+        given = {name: value for name, value in vars(config).items() if name in own and value is not None}
+        return {**given, **{name: value for name, value in config.options.items() if name in self.settings}}
+
     @property
     def needs_batches(self) -> bool:
         """Whether it looks at calibration data at all."""
@@ -95,6 +104,11 @@ class Criterion:
     def total(self, cfg: ModelConfig, batches: Sized, stack: str = "text") -> int:
         """How far `progress` counts."""
         return len(cfg.stack(stack).layers) if self.counts == "layers" else len(batches)
+
+
+def declared(*names: str) -> dict[str, Any]:
+    """Return the defaults of these settings in `ScoreConfig`, as options of a criterion."""
+    return {name: getattr(ScoreConfig(), name) for name in names}
 
 
 def taken(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ that.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -21,10 +22,11 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.models.vlm import Model, head_of, mesh_of, place_batch, to_nnx
 from vlmprune_jax.models.vocabulary import cross_entropy_sum
+from vlmprune_jax.prune.config import ReconstructConfig
 from vlmprune_jax.prune.criteria.calibration import Arrays
 from vlmprune_jax.prune.criteria.criterion import Criterion, Parts
 from vlmprune_jax.prune.layers import Layer
-from vlmprune_jax.prune.reconstruction import OPTIONS, solve_for
+from vlmprune_jax.prune.reconstruction import solve_for
 from vlmprune_jax.prune.steps import Step, embedded, row_steps
 
 _CHUNK = 256  # positions whose float32 logits exist at once
@@ -63,7 +65,7 @@ def greedy_loss(
     if mesh_of(model.params) is None:
         model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
     with use_mesh(mesh_of(model.params)):
-        cut = _Cut(model, row_steps(list(batches), OPTIONS), solved)
+        cut = _Cut(model, row_steps(list(batches), dataclasses.asdict(ReconstructConfig())), solved)
         # What each layer cost when it was last tried: the loss without it less that of then, which has grown since.
         order, costs, loss = list[int](), dict[int, float](), cut.loss
         for done in range(rounds):

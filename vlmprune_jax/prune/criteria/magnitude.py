@@ -13,7 +13,7 @@ from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vision import SCALES
 from vlmprune_jax.models.vlm import Model, mesh_of
-from vlmprune_jax.prune.criteria.criterion import Criterion, Parts
+from vlmprune_jax.prune.criteria.criterion import Criterion, Parts, declared
 from vlmprune_jax.prune.criteria.groups import Channels, coupled, reduce_groups
 
 
@@ -67,7 +67,7 @@ L1, L2 = (
         scores=("widths",),
         needs="weights",
         function=functools.partial(magnitude, power=power),
-        options={"reduction": "mean", "gqa": "groups"},
+        options={**declared("gqa"), "reduction": "mean"},
         stacks=STACKS,
     )
     for power in (1, 2)

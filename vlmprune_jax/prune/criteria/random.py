@@ -7,7 +7,7 @@ import numpy as np
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import STACKS, ModelConfig
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.prune.criteria.criterion import Criterion, Parts
+from vlmprune_jax.prune.criteria.criterion import Criterion, Parts, declared
 from vlmprune_jax.prune.criteria.groups import GQA
 
 
@@ -34,6 +34,6 @@ RANDOM = Criterion(
     scores=("layers", "widths"),
     needs="weights",
     function=random,
-    options={"seed": 0, "gqa": "groups"},
+    options=declared("seed", "gqa"),
     stacks=STACKS,
 )

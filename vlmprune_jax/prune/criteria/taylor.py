@@ -13,7 +13,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.criteria.calibration import Arrays, weight_of_kinds
-from vlmprune_jax.prune.criteria.criterion import Criterion, Parts
+from vlmprune_jax.prune.criteria.criterion import Criterion, Parts, declared
 from vlmprune_jax.prune.criteria.gradients import Found, gradient_channels
 from vlmprune_jax.prune.criteria.groups import reduce_groups
 from vlmprune_jax.prune.criteria.tower_gradients import tower_channels
@@ -100,12 +100,9 @@ TAYLOR = Criterion(
     needs="labels",
     function=taylor,
     options={
-        "variant": "param_first",
+        **declared("variant", "gqa", "memory_budget", "by_kind"),
         "reduction": "sum",
-        "gqa": "groups",
         "rows_per_step": None,
-        "memory_budget": None,
-        "by_kind": False,
     },
     counts="layers",
     stacks=STACKS,

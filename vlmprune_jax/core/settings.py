@@ -1,0 +1,217 @@
+"""Settings: dataclass fields with a default, a sentence, bounds and choices, checked and overridden by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import numbers
+import types
+import typing
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vlmprune_jax.core.checks import one_of, suggest
+from vlmprune_jax.core.errors import UserError
+
+FRACTION = "fraction"  # the unit of a share of something, 0 to 1
+_TYPES = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    tuple: "a tuple",
+    Mapping: "a mapping",
+    type(None): "None",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Declaration of one setting, beside its name and type; see `setting`."""
+
+    default: Any
+    sentence: str
+    affects: tuple[str, ...]
+    unit: str
+    choices: Collection[str] | str
+    least: float | None
+    above: float | None
+    below: float | None
+    most: float | None
+    by_content: bool
+    offered: bool
+
+    @property
+    def bounds(self) -> str:
+        """The allowed range in words, such as `at least 0 and below 1`; empty without bounds."""
+        limits = (("at least", self.least), ("above", self.above), ("below", self.below), ("at most", self.most))
+        return " and ".join(f"{what} {_limit_text(limit)}" for what, limit in limits if limit is not None)
+
+    def names(self) -> tuple[str, ...]:
+        """Return the allowed texts: the declared choices, or the names in their mapping now, and the default."""
+        choices = self.choices
+        if isinstance(choices, str):
+            module, _, name = choices.partition(":")
+            source = getattr(importlib.import_module(f"vlmprune_jax.{module}"), name)
+            choices = source if isinstance(source, Collection) else source()
+        alone = choices and isinstance(self.default, str) and self.default not in choices
+        return (self.default, *choices) if alone else tuple(choices)
+
+
+def setting(
+    default: Any,
+    sentence: str,
+    *,
+    affects: Sequence[str] = (),
+    unit: str = "",
+    choices: Collection[str] | str = (),
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+    by_content: bool = False,
+    offered: bool = True,
+) -> Any:
+    """Declare a dataclass field as a setting; checks, ledger, help and the settings page derive from the declaration.
+
+    Args:
+      sentence: what the setting does, shown in help and docs.
+      affects: stages whose results the setting changes (`experiment.spec.STAGES`); empty if it may change at any time.
+      choices: the allowed texts, or "module:NAME" of a mapping, a tuple or a function that returns one; looked up when
+        a command starts, since a user's file may add names.
+      least, above, below, most: bounds of a number, or of each number in a tuple; all numbers must be finite.
+      by_content: the setting names a file or folder; results depend on its content, not on its name.
+      offered: available in configs; False for arguments of the Python library alone.
+    """
+    declared = Setting(
+        default,
+        sentence,
+        tuple(affects),
+        unit,
+        choices,
+        least,
+        above,
+        below,
+        most,
+        by_content=by_content,
+        offered=offered,
+    )
+    metadata = {"setting": declared}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def settings_of(section: Any) -> dict[str, Setting]:
+    """Return name -> declaration for the settings of a dataclass or an instance, without nested sections."""
+    return {f.name: f.metadata["setting"] for f in dataclasses.fields(section) if "setting" in f.metadata}
+
+
+def check_settings(where: str, section: Any, *, elsewhere: bool = False) -> None:
+    """Refuse values out of bounds or not among the choices.
+
+    Args:
+      where: name of the section, for messages.
+      section: an instance of the dataclass.
+      elsewhere: also check choices that are names in a mapping of another module.
+
+    Raises:
+      UserError: a value is not allowed; the message names `where.name`.
+    """
+    for name, about in settings_of(section).items():
+        value = getattr(section, name)
+        place = f"{where}.{name}"
+        if about.choices and (elsewhere or not isinstance(about.choices, str)):
+            for item in value if isinstance(value, tuple) else (value,):
+                if isinstance(item, str):
+                    one_of(place, item, about.names())
+        for number in _numbers(value):
+            outside = (
+                (not math.isfinite(number) if isinstance(number, float) else abs(number) >= 2**63)
+                or (about.least is not None and number < about.least)
+                or (about.above is not None and number <= about.above)
+                or (about.below is not None and number >= about.below)
+                or (about.most is not None and number > about.most)
+            )
+            if outside:
+                hint = " (0.3 is 30 %)" if about.unit == FRACTION else ""
+                raise UserError(f"{place}={value} must be {about.bounds or 'a finite number'}{hint}")
+
+
+def _numbers(value: Any) -> list[float]:
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else [value]
+    return [item for item in items if isinstance(item, int | float) and not isinstance(item, bool)]
+
+
+def _limit_text(limit: float) -> str:
+    return "2**32" if limit == 2**32 else f"{limit:g}" if isinstance(limit, float) else str(limit)
+
+
+def hints_of(spec: Any, *, offered: bool = True) -> dict[str, Any]:
+    """Name -> type of the settings of a dataclass; `offered`: only those that a config has."""
+    hints = typing.get_type_hints(spec if isinstance(spec, type) else type(spec))
+    kept_back = {name for name, about in settings_of(spec).items() if not about.offered} if offered else ()
+    return {name: hint for name, hint in hints.items() if name not in kept_back}
+
+
+def override(spec: Any, values: Mapping[str, Any], where: str = "config", *, offered: bool = True) -> Any:
+    """Return `spec` (a dataclass of settings) with a nested mapping of values in place of its own.
+
+    `offered`: only settings that a config has; False for the keyword arguments of a Python function.
+
+    Raises:
+      UserError: an unknown name, with the nearest that exists, or a value of the wrong type.
+    """
+    hints = hints_of(spec, offered=offered)
+    changes = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise UserError(f"{where} has no {name!r}{suggest(name, hints)}")
+        current = getattr(spec, name)
+        if dataclasses.is_dataclass(current) and not isinstance(value, type(current)):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{where}.{name}={value!r}: is a section: set its settings by name")
+            changes[name] = override(current, value, f"{where}.{name}", offered=offered)
+        else:
+            changes[name] = _checked(value, hints[name], f"{where}.{name}")
+    return dataclasses.replace(spec, **changes)
+
+
+def _named(value: Any, section: Any, where: str) -> Any:
+    """Return one section of a mapping whose names the user chooses."""
+    if isinstance(value, section):
+        return value
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}={value!r}: is a section: set its settings by name")
+    return override(section(), value, where)
+
+
+def _checked(value: Any, kind: Any, where: str) -> Any:
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        plain = typing.get_origin(option) or option
+        if option is Any:
+            return value
+        if plain is tuple and isinstance(value, Sequence) and not isinstance(value, str):
+            first, *rest = typing.get_args(option)
+            kinds = [first] * len(value) if rest[-1:] == [...] else [first, *rest]
+            if len(kinds) == len(value):
+                items = enumerate(zip(value, kinds, strict=True))
+                return tuple(_checked(item, inner, f"{where}[{i}]") for i, (item, inner) in items)
+        if plain is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
+            # an int that no float can hold is infinite, which bounds refuse
+            return float(value) if not isinstance(value, int) or abs(value) < 2**1023 else math.inf
+        if plain is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+            return int(value)
+        if plain is Mapping and isinstance(value, Mapping):
+            inner = typing.get_args(option)[1]
+            check = _named if dataclasses.is_dataclass(inner) else _checked
+            return {key: check(item, inner, f"{where}.{key}") for key, item in value.items()}
+        if isinstance(plain, type) and isinstance(value, plain) and (plain is bool or not isinstance(value, bool)):
+            return value
+    names = [_TYPES.get(typing.get_origin(option) or option) or option.__name__ for option in options]
+    raise UserError(f"{where}={value!r} must be {' or '.join(names)}")

@@ -1,0 +1,290 @@
+"""Settings of scoring, planning and reconstruction, declared once for Python, configs and the command line; no jax."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vlmprune_jax.core.budget import Budget
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.settings import FRACTION, check_settings, setting, settings_of
+
+METHODS = ("depth", "width", "hybrid")
+ROUNDINGS = ("nearest", "at_least")
+DEEPSTACK = ("keep", "move")
+HEADS = ("proportional", "keep", "auto")
+SELECTIONS = ("local", "global")
+_DEPTH = ("protect", "rounding", "deepstack")
+_WIDTH = (
+    "attn_layers", "mlp_layers", "heads_multiple", "neurons_multiple", "snap_for", "tensor_parallel", "heads",
+    "selection",
+)  # fmt: skip
+# Method -> settings that it does not have.
+_LACKS = {
+    "depth": (*_WIDTH, "sparsity", "base", "depth_share"),
+    "width": (*_DEPTH, "layers_removed", "depth_share"),
+    "hybrid": ("sparsity", "base"),
+}
+_SCORE, _PRUNE, _RECONSTRUCT = ("score",), ("prune",), ("reconstruct",)
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Options of the criteria that score layers, heads and neurons; each criterion uses those that it has."""
+
+    variant: str = setting(
+        "param_first",
+        "Taylor expansion that the Taylor criterion uses.",
+        affects=_SCORE,
+        choices="prune.criteria.taylor:VARIANTS",
+    )
+    reduction: str | None = setting(
+        None,
+        "Reduction over the weight matrices of a head or neuron (None = the criterion's default).",
+        affects=_SCORE,
+        choices="prune.criteria.groups:REDUCTIONS",
+    )
+    gqa: str = setting(
+        "groups",
+        'Unit of attention pruning: a key/value head with all its query heads ("groups"), or single query heads, the '
+        'same number from every group ("q_heads").',
+        affects=_SCORE,
+        choices="prune.criteria.groups:GQA",
+    )
+    reference_compat: bool = setting(
+        False,
+        "Sum Block Influence and angular distance exactly as the paper's code does, padding included.",
+        affects=_SCORE,
+    )
+    layers_removed: int | None = setting(
+        None,
+        "Number of consecutive layers in the block that the angular criterion scores.",
+        affects=_SCORE,
+        unit="layers",
+        least=1,
+    )
+    seed: int = setting(
+        42,
+        "Random seed for choosing calibration records, and for the random criterion.",
+        affects=_SCORE,
+        least=0,
+        below=2**32,
+    )
+    prompt_weight: float = setting(1.0, "Weight of prompt tokens in the score.", affects=_SCORE, least=0)
+    image_weight: float = setting(1.0, "Weight of image tokens in the score.", affects=_SCORE, least=0)
+    answer_weight: float = setting(1.0, "Weight of answer tokens in the score.", affects=_SCORE, least=0)
+    by_kind: bool = setting(
+        False,
+        "Report Taylor scores also for prompt, image and answer tokens separately (the other criteria always do).",
+        affects=_SCORE,
+    )
+    memory_budget: int | None = setting(
+        None,
+        "Device memory for matrix products that the Taylor criterion would otherwise compute twice (None = half of "
+        "the free memory).",
+        unit="bytes",
+        least=0,
+    )
+    options: Mapping[str, Any] = setting(
+        {}, "Further options of the criterion, by name, such as those of a criterion of yours.", affects=_SCORE
+    )
+
+    def __post_init__(self) -> None:
+        check_settings("score", self)
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """How much of a model to remove, and from where: the settings of `make_plan`."""
+
+    method: str = setting(
+        "depth",
+        'What to remove: whole layers ("depth"), attention heads and MLP neurons ("width"), or layers first and then '
+        'heads and neurons ("hybrid").',
+        affects=_PRUNE,
+        choices=METHODS,
+    )
+    ratio: float | None = setting(
+        None,
+        "Share of the whole model's parameters to remove.",
+        affects=_PRUNE,
+        unit=FRACTION,
+        least=0,
+        below=1,
+    )
+    layers_removed: int | None = setting(
+        None, "Number of layers to remove, instead of `ratio` (depth, hybrid).", affects=_PRUNE, unit="layers", least=0
+    )
+    protect: tuple[int, ...] = setting(
+        (),
+        "Layers that depth pruning never removes, by original layer number.",
+        affects=_PRUNE,
+        unit="layers",
+        least=0,
+    )
+    rounding: str = setting(
+        "nearest",
+        'Number of layers to remove: the one nearest to `ratio` ("nearest"), or the smallest that reaches it '
+        '("at_least").',
+        affects=_PRUNE,
+        choices=ROUNDINGS,
+    )
+    deepstack: str = setting(
+        "keep",
+        "Decoder layers that add vision features to their output (the first layers of Qwen3-VL): keep these layers, or "
+        "move the features to the first layers that remain.",
+        affects=_PRUNE,
+        choices=DEEPSTACK,
+    )
+    attn_layers: tuple[int, ...] = setting(
+        (),
+        "Layers that lose attention heads, as a half-open range (start, stop) of original layer numbers (() = all).",
+        affects=_PRUNE,
+        unit="layers",
+        least=0,
+    )
+    mlp_layers: tuple[int, ...] = setting(
+        (),
+        "Layers that lose MLP neurons, as a half-open range (start, stop) of original layer numbers (() = all).",
+        affects=_PRUNE,
+        unit="layers",
+        least=0,
+    )
+    heads_multiple: int = setting(
+        1, "Keep a multiple of this number of heads in every layer.", affects=_PRUNE, unit="heads", least=1
+    )
+    neurons_multiple: int = setting(
+        1, "Keep a multiple of this number of neurons in every layer.", affects=_PRUNE, unit="neurons", least=1
+    )
+    snap_for: str | None = setting(
+        None,
+        'Keep widths that fill whole blocks of a target: 128 for "tpu" (lanes) and "int4" (groups), 32 for "gguf" '
+        '(Q8_0, Q4_0), 256 for "gguf_k" (K-quants).',
+        affects=_PRUNE,
+        choices="prune.snap:BLOCKS",
+    )
+    tensor_parallel: int = setting(
+        1,
+        "Number of devices that must share the kept heads and neurons equally, each with whole blocks of `snap_for`.",
+        affects=_PRUNE,
+        unit="devices",
+        least=1,
+    )
+    heads: str = setting(
+        "auto",
+        'How many attention heads to remove: the same share as of neurons ("proportional", as in the paper), none '
+        '("keep"), or whichever of several splits loses the least score ("auto"; with a sparsity or global selection '
+        "it is proportional).",
+        affects=_PRUNE,
+        choices=HEADS,
+    )
+    selection: str = setting(
+        "local",
+        "Rank heads and neurons within their layer, which gives equal widths, or over all layers.",
+        affects=_PRUNE,
+        choices=SELECTIONS,
+    )
+    loads_in: tuple[str, ...] = setting(
+        (),
+        "Engines that must load the pruned model at its true size; a plan that one of them cannot load is refused. "
+        '`heads="auto"` keeps all heads if an engine needs them.',
+        affects=_PRUNE,
+        choices="export.loads:TARGETS",
+    )
+    sparsity: float | None = setting(
+        None,
+        "Share of the heads and neurons to remove from every layer in range, instead of `ratio` (the paper's code).",
+        affects=_PRUNE,
+        unit=FRACTION,
+        least=0,
+        below=1,
+    )
+    depth_share: float = setting(
+        0.5,
+        "Share of the reduction that hybrid pruning takes by removing layers.",
+        affects=_PRUNE,
+        unit=FRACTION,
+        least=0,
+        below=1,
+    )
+    parameters_total: int | None = setting(
+        None,
+        "Number of parameters that ratios refer to (None = all of the computed model).",
+        unit="parameters",
+        least=1,
+        offered=False,
+    )
+    base: ModelConfig | None = setting(
+        None, "Config before earlier rounds of width pruning, which ratio and sparsity refer to.", offered=False
+    )
+    budget: Budget = field(default_factory=Budget)
+
+    def __post_init__(self) -> None:
+        check_settings("prune", self)
+
+    def recorded(self) -> list[str]:
+        """Return the names of the settings that shape a plan of this method, apart from its targets."""
+        targets = ("method", "ratio", "layers_removed")
+        known = (f for f, about in settings_of(PlanConfig).items() if about.offered)
+        return [name for name in known if name not in (*targets, *_LACKS[self.method])]
+
+    def check(self, named: Collection[str] = ()) -> None:
+        """Refuse settings that the method does not have, and anything but exactly one target.
+
+        `named`: settings given by name in a call. `heads` may be set for all methods, as the paper's recipes do.
+
+        Raises:
+          UserError: names the setting, or the targets.
+        """
+        check_settings("prune", self, elsewhere=True)
+        for name in _LACKS[self.method]:
+            changed = getattr(self, name) != settings_of(PlanConfig)[name].default
+            if name in named or (changed and name != "heads"):
+                others = [method for method, lacks in _LACKS.items() if name not in lacks]
+                raise UserError(
+                    f"prune.{name}: method {self.method!r} has no such setting, only {' and '.join(others)}: leave it "
+                    "out, or change prune.method"
+                )
+        names = ("ratio", *{"depth": ("layers_removed",), "width": ("sparsity",), "hybrid": ()}[self.method])
+        targets = [name for name in names if getattr(self, name) is not None]
+        targets += ["budget"] * bool(self.budget.limits)
+        if len(targets) != 1:
+            raise UserError(
+                f"prune: method {self.method!r} needs exactly one of {', '.join(names)} and budget, got "
+                f"{' and '.join(targets) or 'none'}"
+            )
+
+
+@dataclass(frozen=True)
+class TokenWeights:
+    """Weights of the calibration tokens in reconstruction, GPTQ and importance matrices."""
+
+    prompt_weight: float = setting(1.0, "Weight of prompt tokens in the error.", affects=_RECONSTRUCT, least=0)
+    image_weight: float = setting(
+        0.1, "Weight of image tokens in the error (low, because there are many).", affects=_RECONSTRUCT, least=0
+    )
+    answer_weight: float = setting(1.0, "Weight of answer tokens in the error.", affects=_RECONSTRUCT, least=0)
+
+    def __post_init__(self) -> None:
+        check_settings("reconstruct", self)
+
+    @property
+    def by_name(self) -> dict[str, float]:
+        """The three weights by setting name."""
+        return {name: getattr(self, name) for name in settings_of(TokenWeights)}
+
+
+@dataclass(frozen=True)
+class ReconstructConfig(TokenWeights):
+    """Settings of `reconstruct`."""
+
+    held_out: float = setting(
+        0.125,
+        "Share of the calibration records held out to choose the regularisation of each weight, or to leave it alone.",
+        affects=_RECONSTRUCT,
+        unit=FRACTION,
+        above=0,
+        below=1,
+    )
