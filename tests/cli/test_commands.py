@@ -5,6 +5,7 @@ import errno
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from repository import ROOT
@@ -16,6 +17,7 @@ from vlmprune_jax.core.settings import override
 from vlmprune_jax.experiment.arguments import plan_config, recover_config
 from vlmprune_jax.experiment.recipes import recipe, recipes
 from vlmprune_jax.experiment.spec import Experiment, RecoverSpec
+from vlmprune_jax.experiment.variants import prune_runs
 
 
 def failing(capsys, *argv):
@@ -105,7 +107,7 @@ def config_file(tmp_path):
             ["--config={dir}/dict.py"],
             "dict.py: cannot be loaded (get_config() gives a dict, not what experiment_config()",
         ),
-        (["--config={file}", "--config.data.threads=None"], "config.data.threads is None, expected int"),
+        (["--config={file}", "--config.data.threads=None"], "config.data.threads=None must be a whole number"),
         ([], "no experiment given: --config=FILE.py"),
         (["--config={file}"], "no workdir given: --workdir=DIR"),
         (["--config={file}", "--workdir={file}"], "is a file, give a folder"),
@@ -258,7 +260,8 @@ def test_shipped_configs_are_experiments(file):
     space: dict = {}
     exec(compile(text, str(file), "exec"), space)
     experiment = override(Experiment(), space["get_config"]().to_dict())
-    plan_config(experiment).check()
+    for run in prune_runs(experiment, Path("W")):
+        plan_config(run.experiment).check()
     for values in list(experiment.recover_variants.values()) or [{}]:
         recover_config(override(experiment, values).recover)
 

@@ -79,7 +79,10 @@ def test_plans_are_held_to_targets(models):
     assert plan(heads="auto", loads_in=("transformers", "gguf")).shapes[0].q_heads < full
     assert plan(heads="auto", loads_in=("vllm",)).shapes[0].q_heads == full
     for options, said in (
-        ({"ratio": None, "sparsity": 0.5, "loads_in": ("vllm",)}, r"loads_in='vllm'.*size of a head: heads=\"keep\""),
+        (
+            {"ratio": None, "sparsity": 0.5, "heads": "proportional", "loads_in": ("vllm",)},
+            r"loads_in='vllm'.*size of a head: heads=\"keep\"",
+        ),
         (
             {"heads": "keep", "mlp_layers": (0, 2), "loads_in": ("transformers",)},
             r"one width for all layers: .*uneven=\"pad\"",

@@ -191,7 +191,7 @@ def test_a_set_has_its_own_settings_or_those_of_all():
     ("evaluate", "message"),
     [
         ({"sets": {"a": {"metirc": "x"}}}, "config.evaluate.sets.a has no 'metirc'; did you mean 'metric'?"),
-        ({"sets": {"a": 3}}, "config.evaluate.sets.a is a section, it cannot be 3"),
+        ({"sets": {"a": 3}}, "config.evaluate.sets.a=3: is a section"),
         ({"sets": {"a": {"max_new_tokens": 0}}}, "evaluate.sets.max_new_tokens=0 must be at least 1"),
         ({"sets": {"a": {"text": "t", "data": "d"}}}, "a set is a text (t) or questions"),
         ({"sets": {"a/b": {}}}, "the name 'a/b' becomes a file's: use letters, digits, _ and -"),

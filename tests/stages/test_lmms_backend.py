@@ -172,7 +172,7 @@ def test_what_is_refused(made, contents, kwargs, message):
         ("template=lava", "data.template 'lava' is not one of"),
         ("dtype=float8", "dtype"),
         ("data=3", "needs 3 devices"),
-        ("data=x", "--model_args.data is 'x', expected int"),
+        ("data=x", "--model_args.data='x' must be a whole number"),
         ("max_image_pixels=0", "max_image_pixels=0 must be at least 1"),
     ],
 )

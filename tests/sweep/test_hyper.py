@@ -86,7 +86,7 @@ def test_names_are_names_of_folders():
         ([{"prune.rato": 0.1}], r"run only: config.prune has no 'rato'; did you mean 'ratio'\?"),
         ([{"prunes.ratio": 0.1}], r"config has no 'prunes'; did you mean 'prune'\?"),
         ([{"prune.ratio.x": 0.1}], r"config.prune.ratio is a value, not a section"),
-        ([{"prune.ratio": "much"}], r"config.prune.ratio is 'much', expected float"),
+        ([{"prune.ratio": "much"}], r"config.prune.ratio='much' must be a number"),
         ([{"prune.ratio": 0.1}, {"prune.ratio": 0.1}], r"lists only twice: leave one of them out"),
         (
             [{"prune.ratio": 0.1}, {"prune.ratio": 0.1 + 1e-12}, {"prune.ratio": 0.2}],

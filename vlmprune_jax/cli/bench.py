@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags as absl_flags
 
 from vlmprune_jax.cli.flags import Flags
-from vlmprune_jax.core.checks import settings_of
+from vlmprune_jax.core.settings import settings_of
 from vlmprune_jax.evaluation.speed.clock import SpeedConfig
 
 

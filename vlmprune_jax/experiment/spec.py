@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.evaluation.speed.clock import SpeedConfig
 from vlmprune_jax.core.settings import check_settings, setting, settings_of
+from vlmprune_jax.evaluation.speed.clock import SpeedConfig
 from vlmprune_jax.prune.config import PlanConfig, ReconstructConfig, ScoreConfig
 from vlmprune_jax.recovery.config import MAX_ROWS, RecoverConfig
 

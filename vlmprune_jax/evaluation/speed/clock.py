@@ -13,9 +13,9 @@ from typing import Annotated, Protocol, TypeVar
 import msgspec
 from msgspec import Meta
 
-from vlmprune_jax.core.settings import check_settings, setting
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.settings import check_settings, setting
 
 # A reading is the fastest of several runs, because other work on the machine only slows runs down.
 MIN_RUNS, MIN_SECONDS = 3, 0.05

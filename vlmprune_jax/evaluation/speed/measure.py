@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.settings import override
 from vlmprune_jax.distributed.mesh import on_process_zero
 from vlmprune_jax.evaluation.speed.clock import Measurement, SpeedConfig, Stopwatch, take_turns, to_speed
 from vlmprune_jax.models.generate import CompiledGeneration, compile_generation
@@ -31,7 +31,7 @@ def measure_speed(
     Raises:
       UserError: see `SpeedConfig.check` and `Stopwatch.read`.
     """
-    config = dataclasses.replace(config or SpeedConfig(), **options)
+    config = override(config or SpeedConfig(), options, "measure_speed")
     if not config.rounds:
         raise UserError("speed.rounds=0: must be at least 1 to measure speed")
     programs = {name: _compile(model, config) for name, model in models.items()}
