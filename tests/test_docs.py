@@ -12,7 +12,7 @@ from vlmprune_jax.cli.flags import parse
 from vlmprune_jax.experiment.options import sections
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-OTHERS = [ROOT / name for name in ("CHANGELOG.md", "SECURITY.md", "launch/README.md")]
+OTHERS = [ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "launch/README.md")]
 BUDGET = 25_000  # words of README and docs, generated pages included
 DECISIONS = 5_000
 LONGEST = 120
