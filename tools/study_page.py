@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,22 +53,30 @@ def as_markdown(name: str, sweep: Json) -> str:
     about = f"{len(points)} models of {of}, by the paper's criteria: {measured(sweep)}."
     lines = [f"{_HEADING}{name}", "", about, "", *retention_lines(points)]
     found = conclude(points)
-    for one in (one for one in found if one.comparisons):
-        lines += [f"**{one.claim}**: {one.verdict}.", ""]
-        sure = [row for row in one.comparisons if row.interval is not None]
-        if sure:
-            lines += [f"| setting (pairs) | {one.effect} (95 %) | verdict |", "|---|---|---|"]
-            for row in sure:
-                low, high = row.interval or (row.effect, row.effect)
-                effect = f"{row.effect:.2f} ({low:.2f} to {high:.2f})"
-                lines.append(f"| {row.where} ({row.pairs}) | {effect} | {row.verdict} |")
-            lines.append("")
-        if len(sure) < len(one.comparisons):
-            lines += [f"Settings with one seed, not listed: {len(one.comparisons) - len(sure)}.", ""]
-    silent = "; ".join(one.claim.partition(".")[0] for one in found if not one.comparisons)
-    if silent:
-        lines += [f"Claims without rows in this sweep: {silent}.", ""]
+    for one in found:
+        rows = [
+            f"| {row.where} ({row.pairs}) | {_interval(row.effect, *row.interval)} | {row.verdict} |"
+            for row in one.comparisons
+            if row.interval
+        ]
+        if rows:
+            lines += [f"**{one.claim}**: {one.verdict}.", ""]
+            lines += [f"| setting (pairs) | {one.effect} (95 %) | verdict |", "|---|---|---|", *rows, ""]
+    single = _numbers(
+        one.claim for one in found if one.comparisons and not any(row.interval for row in one.comparisons)
+    )
+    silent = _numbers(one.claim for one in found if not one.comparisons)
+    lines += [f"Claims with one seed, hence undecided: {single}.", ""] if single else []
+    lines += [f"Claims without rows in this sweep: {silent}.", ""] if silent else []
     return "\n".join(lines + perplexity_lines(sweep))
+
+
+def _interval(mean: float, low: float, high: float) -> str:
+    return f"{mean:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _numbers(claims: Iterable[str]) -> str:
+    return "; ".join(claim.partition(".")[0] for claim in claims)
 
 
 def retention_lines(points: Sequence[Point]) -> list[str]:
