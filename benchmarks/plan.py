@@ -76,7 +76,8 @@ def main() -> None:
     from vlmprune_jax.core.settings import override
     from vlmprune_jax.experiment.spec import Experiment
     from vlmprune_jax.planning.case import estimate, make_case
-    from vlmprune_jax.planning.fit import facts
+    from vlmprune_jax.planning.fit import planned_step
+    from vlmprune_jax.workdir.artefact import to_json
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="v5e:8x8")
@@ -98,8 +99,8 @@ def main() -> None:
             }
             experiment = override(override(Experiment(), SETTINGS), {**changes, "recover": {"remat": args.remat}})
             started = time.process_time()
-            told = facts(estimate(make_case(experiment, None, args.topology)), None)
-        print(json.dumps({"case": case, "cpu_seconds": time.process_time() - started, **told}), flush=True)
+            step = planned_step(estimate(make_case(experiment, None, args.topology)), None)
+        print(json.dumps({"case": case, "cpu_seconds": time.process_time() - started, **to_json(step)}), flush=True)
 
 
 if __name__ == "__main__":

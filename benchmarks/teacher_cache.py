@@ -92,13 +92,15 @@ def steps(args: argparse.Namespace) -> None:
 
 def accuracy(args: argparse.Namespace) -> None:
     """A line per way for the demo."""
+    from vlmprune_jax.workdir.result import read_result
+
     config, workdir = args.work / "accuracy.py", args.work / "demo"
     config.write_text(ACCURACY.format(losses=LOSSES, work=args.work))
     child("run", config, workdir)
-    for run in json.loads((workdir / "result.json").read_text())["runs"]:
-        folder = args.work / f"demo-top{run['recovery'][1:]}"
-        facts = {name: run[name] for name in ("name", "accuracy", "seconds")}
-        metrics = workdir / "width" / run["recovery"] / "training/metrics.jsonl"
+    for run in read_result(workdir).runs:
+        folder = args.work / f"demo-top{run.recovery[1:]}"
+        facts = {"name": run.name, "seconds": run.seconds, **run.evaluation.scores["questions"]}
+        metrics = workdir / "width" / run.recovery / "training/metrics.jsonl"
         if metrics.exists():
             seconds = [json.loads(line)["seconds"] for line in metrics.read_text().splitlines()]
             facts["step_seconds"] = statistics.median(seconds[2:])

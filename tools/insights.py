@@ -15,9 +15,8 @@ import numpy as np
 
 from vlmprune_jax.evaluation.statistics import interval_of_mean
 from vlmprune_jax.report.guide import METHODS, SOLVED, read_guide
-from vlmprune_jax.report.sweep import done
+from vlmprune_jax.workdir.sweep import SweepResult
 
-Json = dict[str, Any]
 Values = dict[str, list[float]]  # where it was compared -> a number of each pair
 HOLDS, FAILS, OPEN, MEASURED = "holds", "does not hold", "undecided", "measured"
 AS_GOOD = 1.0  # points of retained % by which a cheaper way may be behind and counts as as good
@@ -71,32 +70,31 @@ class Insight:
     values: Callable[[Sequence[Point]], Values]
 
 
-def points_of(sweep: Json) -> list[Point]:
+def points_of(sweep: SweepResult) -> list[Point]:
     """The evaluated models of a `sweep.json` that were pruned by the paper's criteria and have an average."""
     settings, found = read_guide().settings, []
     criteria = tuple(settings[method]["score"][method] for method in METHODS)  # others are another question
-    for row in done(sweep):
-        if not row["criterion"].startswith(criteria):
+    for entry in sweep.models:
+        row = entry.found
+        if row is None or not row.criterion.startswith(criteria):
             continue
-        evaluation = row["evaluation"]
-        retained = evaluation["mean_of_ratios"]
-        if retained is None or not row["ratio_reached"]:
+        retained = row.evaluation.mean_of_ratios
+        if retained is None or not row.ratio_reached:
             continue
-        intervals = list((evaluation.get("retained_interval") or {}).values())
-        solved = row["reconstruct"] != "none"
-        how = row["recovery"] if not solved else SOLVED if row["recovery"] == "none" else f"{SOLVED}+{row['recovery']}"
-        reached = row["decoder_ratio"]
-        asked = row["ratio_asked"]
-        level = reached if asked is None else asked * reached / row["ratio_reached"]  # from shares of the whole model
-        interval = tuple(intervals[0]) if len(intervals) == 1 and intervals[0] is not None else None
+        intervals = list(row.evaluation.retained_interval.values())
+        solved = row.reconstruct != "none"
+        how = row.recovery if not solved else SOLVED if row.recovery == "none" else f"{SOLVED}+{row.recovery}"
+        reached, asked = row.decoder_ratio, row.ratio_asked
+        level = reached if asked is None else asked * reached / row.ratio_reached  # from shares of the whole model
+        interval = intervals[0] if len(intervals) == 1 else None
         point = Point(
-            _name(row["model"], sweep["unpruned"][row["model"]]["parameters"]),
-            row["method"],
+            _name(row.model, sweep.unpruned[row.model].parameters),
+            row.method,
             how,
             round(level, 2),
             reached,
-            row["data_fraction"],
-            row["seed"],
+            row.data_fraction,
+            entry.seed,
             retained,
             interval,
         )

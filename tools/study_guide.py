@@ -14,11 +14,10 @@ from study_page import measured
 from vlmprune_jax.core.files import replacing
 from vlmprune_jax.evaluation.statistics import interval_of_mean
 from vlmprune_jax.report.guide import FILE, Evidence, Guide, Source, as_json, read_guide
+from vlmprune_jax.workdir.sweep import SweepResult
 
-Json = dict[str, Any]
 
-
-def update_guide(path: Path, studies: Mapping[str, Json]) -> None:
+def update_guide(path: Path, studies: Mapping[str, SweepResult]) -> None:
     """Write a guide with the rows of sweeps in place of those it had of these names; a new one starts from our own.
 
     Raises:
@@ -32,9 +31,9 @@ def update_guide(path: Path, studies: Mapping[str, Json]) -> None:
         file.write(as_json(guide).encode())
 
 
-def with_study(guide: Guide, name: str, sweep: Json) -> Guide:
+def with_study(guide: Guide, name: str, sweep: SweepResult) -> Guide:
     """The guide with the rows of a sweep in place of those it had of that name."""
-    vision = any("questions" in of for of in sweep["sets"].values())
+    vision = any(of.counted == "questions" for of in sweep.sets.values())
     source = Source(f"{name}, a sweep, by tools/study.py", measured(sweep), vision)
     rows = [row for row in guide.evidence if row.source != name] + evidence_of(name, points_of(sweep))
     return dataclasses.replace(guide, sources={**guide.sources, name: source}, evidence=tuple(rows))

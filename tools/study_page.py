@@ -16,23 +16,22 @@ from vlmprune_jax.core.files import read_text, replacing
 from vlmprune_jax.evaluation.statistics import interval_of_mean
 from vlmprune_jax.report.comparison_plots import DECODER, curves_figure, drawable, series_of, way_of
 from vlmprune_jax.report.plots import write_png
-from vlmprune_jax.report.result import averaged_sets, main_value
-from vlmprune_jax.report.sweep import Group, done, groups_of, read_sweep
+from vlmprune_jax.workdir.result import averaged_sets
+from vlmprune_jax.workdir.sweep import Group, SweepResult, SweptModel, groups_of, read_sweep
 
-Json = dict[str, Any]
 BEGIN, END = "<!-- vlmprune study: begin -->", "<!-- vlmprune study: end -->"
 PAPER = "paper"  # a source that no sweep may be called
 PERPLEXITY = "perplexity"
 _HEADING = "### "
 
 
-def read_studies(given: Sequence[str]) -> dict[str, Json]:
+def read_studies(given: Sequence[str]) -> dict[str, SweepResult]:
     """The sweeps of arguments NAME=SWEEP_DIR, by name.
 
     Raises:
       UserError: none, another form, a name twice or of the paper, or see `read_sweep`.
     """
-    studies: dict[str, Json] = {}
+    studies: dict[str, SweepResult] = {}
     for argument in given:
         name, mark, folder = argument.partition("=")
         if not mark or not folder or not re.fullmatch(r"[\w-]+", name, re.ASCII):
@@ -45,7 +44,7 @@ def read_studies(given: Sequence[str]) -> dict[str, Json]:
     return studies
 
 
-def as_markdown(name: str, sweep: Json) -> str:
+def as_markdown(name: str, sweep: SweepResult) -> str:
     """The conclusions of one sweep as a section of a page."""
     points = points_of(sweep)
     seeds = len({point.seed for point in points} - {None}) or 1
@@ -109,13 +108,12 @@ def _retained(points: Sequence[Point]) -> str:
     return f"{mean:.1f} ± {(high - low) / 2:.1f}" if len(points) > 1 else f"{mean:.1f}"
 
 
-def measured(sweep: Json) -> str:
+def measured(sweep: SweepResult) -> str:
     """What the retained percentages of its models are of: not perplexity, where there are questions beside it."""
-    sets = sweep["sets"]
-    return ", ".join(f"{sets[name]['main']} of {name}" for name in averaged_sets(sets))
+    return ", ".join(f"{sweep.sets[name].main} of {name}" for name in averaged_sets(sweep.sets))
 
 
-def update_page(path: Path, studies: Mapping[str, Json]) -> None:
+def update_page(path: Path, studies: Mapping[str, SweepResult]) -> None:
     """Write the conclusions between the marks of a page, in place of those it had of sweeps of these names.
 
     What can be drawn of a sweep is NAME.png beside the page.
@@ -141,7 +139,7 @@ def update_page(path: Path, studies: Mapping[str, Json]) -> None:
         file.write("\n".join([f"{before}{begin}\n", *parts, f"{end}{after}"]).encode())
 
 
-def study_figure(sweep: Json) -> Figure | None:
+def study_figure(sweep: SweepResult) -> Figure | None:
     """What is retained over the share of the decoder that went, a panel for every method; None without two shares.
 
     Lines are what was done afterwards; where several criteria are compared each is a line, and a panel what was done.
@@ -150,36 +148,36 @@ def study_figure(sweep: Json) -> Figure | None:
     if len({round(group.mean("decoder_ratio"), 2) for group in groups}) < 2:
         return None
     series = series_of(groups)
-    several = len(set(series.values())) > len({group.first["method"] for group in groups})
-    shares = {group.first["data_fraction"] for group in groups} - {0.0}
+    several = len(set(series.values())) > len({group.first.method for group in groups})
+    shares = {group.first.data_fraction for group in groups} - {0.0}
 
     def way(group: Group) -> str:
-        share = group.first["data_fraction"]
+        share = group.first.data_fraction
         return f"{way_of(group)}, {100 * share:g} %" if share and len(shares) > 1 else way_of(group)
 
     if several:
         return curves_figure(
             groups,
-            lambda group: f"{group.first['method']}, {way(group)}",
-            lambda group: series[group.name].removeprefix(f"{group.first['method']}, "),
+            lambda group: f"{group.first.method}, {way(group)}",
+            lambda group: series[group.name].removeprefix(f"{group.first.method}, "),
             DECODER,
             "linear",
         )
     return curves_figure(groups, lambda group: series[group.name], way, DECODER, "linear")
 
 
-def perplexity_lines(sweep: Json) -> list[str]:
+def perplexity_lines(sweep: SweepResult) -> list[str]:
     """Return a table for each set that is text: a row for each plan, a column for each recovery, means over seeds.
 
     Means are of logarithms.
     """
     lines: list[str] = []
-    for name in (name for name, of in sweep["sets"].items() if of["main"] == PERPLEXITY):
-        values = {model: main_value(of, name, sweep["sets"]) for model, of in sweep["unpruned"].items()}
+    for name in (name for name, of in sweep.sets.items() if of.main == PERPLEXITY):
+        values = {model: of.evaluation.main(name, sweep.sets) for model, of in sweep.unpruned.items()}
         before = {model: value for model, value in values.items() if value}
-        cells: dict[tuple[Any, ...], dict[tuple[float, str], list[Json]]] = {}
-        for row in done(sweep):
-            if main_value(row, name, sweep["sets"]) is not None and row["model"] in before:
+        cells: dict[tuple[Any, ...], dict[tuple[float, str], list[SweptModel]]] = {}
+        for row in sweep.done:
+            if row.evaluation.main(name, sweep.sets) is not None and row.model in before:
                 cells.setdefault(_cut(row), {}).setdefault(_done_to(row), []).append(row)
         if not cells:
             continue
@@ -190,8 +188,8 @@ def perplexity_lines(sweep: Json) -> list[str]:
         lines += ["|---" * (len(columns) + 1) + "|"]
         for cut in sorted(cells, key=lambda cut: cut[1:]):
             found = cells[cut]
-            share = 100 * float(np.mean([row["decoder_ratio"] for rows in found.values() for row in rows]))
-            means = [[main_value(row, name, sweep["sets"]) for row in found.get(column, ())] for column in columns]
+            share = 100 * float(np.mean([row.decoder_ratio for rows in found.values() for row in rows]))
+            means = [[row.evaluation.main(name, sweep.sets) for row in found.get(column, ())] for column in columns]
             shown = " | ".join(_short(_mean(one)) if one else "" for one in means)
             lines.append(f"| {cut[1]}, {cut[2]}, {share:.1f} % | {shown} |")
         lines.append("")
@@ -205,15 +203,14 @@ def _short(value: float) -> str:
     return f"{value:.2f}" if value >= 0.01 else f"{value:.1g}"
 
 
-def _cut(row: Json) -> tuple[Any, ...]:
-    asked = row["ratio_asked"]
-    return row["model"], row["method"], row["criterion"], row["decoder_ratio"] if asked is None else asked
+def _cut(row: SweptModel) -> tuple[Any, ...]:
+    return row.model, row.method, row.criterion, row.decoder_ratio if row.ratio_asked is None else row.ratio_asked
 
 
-def _done_to(row: Json) -> tuple[float, str]:
+def _done_to(row: SweptModel) -> tuple[float, str]:
     """The share of the data, and what was done to a cut in words."""
-    parts = [row["reconstruct"] != "none" and "reconstruct", row["recovery"] != "none" and row["recovery"]]
-    data = row["data_fraction"]
+    parts = [row.reconstruct != "none" and "reconstruct", row.recovery != "none" and row.recovery]
+    data = row.data_fraction
     return data, " + ".join(filter(None, parts)) + (f", {100 * data:g} %" if data else "") or "none"
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import json
+from msgspec.structs import replace
+
+from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.result import ModelEvaluation, RunEvaluation, Set
+from vlmprune_jax.workdir.sweep import Entry, SweepResult, SweptModel, UnprunedModel
 
 SETS = {
-    "questions": {
-        "name": "exact_match", "main": "accuracy", "unit": "%", "scale": 100.0, "full": 1.0, "higher_is_better": True,
-        "grouped_by": None, "questions": 100,
-    }
+    "questions": Set(
+        name="exact_match", main="accuracy", unit="%", scale=100.0, full=1.0, higher_is_better=True,
+        grouped_by=None, counted="questions", count=100,
+    )
 }  # fmt: skip
 DECODER = 0.5  # of all parameters
 
@@ -16,33 +20,42 @@ DECODER = 0.5  # of all parameters
 def row(method, level, recovery, retained, *, data=0.0, seed=0, solved=False, **changes):
     """One evaluated model, by what matters of it."""
     name = f"{method},{level},{recovery},{solved},{data},{seed}"
-    evaluation = {
-        "scores": {"questions": {"accuracy": retained / 100}},
-        "retained": {"questions": retained},
-        "retained_interval": {"questions": [retained - 2, retained + 2]},
-        "mean_of_ratios": retained,
-        "paper_average": retained,
-        "groups": {},
-    }
-    return {
-        "name": name, "run": name, "group": name.rpartition(",")[0], "labels": {"method": method}, "overrides": {},
-        "seed": seed, "status": "done", "error": None, "model": "models/teacher", "method": method,
-        "criterion": {"depth": "block_influence", "width": "taylor"}[method], "ratio_asked": DECODER * level,
-        "ratio_reached": DECODER * (level + 0.01), "decoder_ratio": level + 0.01, "parameters": 900, "bytes": 1800,
-        "forward_flops": 1000, "reconstruct": "least_squares" if solved else "none", "recovery": recovery,
-        "data_fraction": data, "seconds": 1.5, "evaluation_seconds": 0.5, "evaluation": evaluation, "digest": name,
-        "path": f"runs/{name}/recovered", **changes,
-    }  # fmt: skip
+    evaluation = RunEvaluation(
+        scores={"questions": {"accuracy": retained / 100}},
+        retained={"questions": retained},
+        retained_interval={"questions": (retained - 2, retained + 2)},
+        mean_of_ratios=retained,
+        paper_average=retained,
+        seconds=0.5,
+    )
+    found = SweptModel(
+        model="models/teacher", method=method, criterion={"depth": "block_influence", "width": "taylor"}[method],
+        ratio_asked=DECODER * level, ratio_reached=DECODER * (level + 0.01), decoder_ratio=level + 0.01,
+        parameters=900, bytes=1800, forward_flops=1000, reconstruct="least_squares" if solved else "none",
+        recovery=recovery, data_fraction=data, seconds=1.5, evaluation=evaluation, digest=name,
+        path=f"runs/{name}/recovered",
+    )  # fmt: skip
+    return Entry(
+        name=name, run=name, group=name.rpartition(",")[0], labels={"method": method}, overrides={}, seed=seed,
+        found=replace(found, **changes),
+    )  # fmt: skip
+
+
+def changed(entry, **changes):
+    """The entry with fields of its model replaced."""
+    return replace(entry, found=replace(entry.found, **changes))
 
 
 def sweep(rows):
-    """The object of a `sweep.json`."""
-    evaluation = {"scores": {"questions": {"accuracy": 1.0}}, "groups": {}}
+    """A sweep of such models."""
+    evaluation = ModelEvaluation(scores={"questions": {"accuracy": 1.0}})
     models, rows = {"models/teacher": 1_060_000}, list(rows)
-    models |= {row["model"]: 135_200_000 for row in rows if row["model"] not in models}
-    costs = {"bytes": 2000, "forward_flops": 1100, "evaluation": evaluation}
-    unpruned = {model: {"parameters": parameters, **costs} for model, parameters in models.items()}
-    return {"version": 1, "config": "sweep.py", "sets": SETS, "unpruned": unpruned, "models": rows}
+    models |= {row.found.model: 135_200_000 for row in rows if row.found.model not in models}
+    unpruned = {
+        model: UnprunedModel(parameters=parameters, bytes=2000, forward_flops=1100, evaluation=evaluation)
+        for model, parameters in models.items()
+    }
+    return SweepResult(config="sweep.py", sets=SETS, unpruned=unpruned, models=rows)
 
 
 def rows():
@@ -71,5 +84,5 @@ def rows():
 def write_sweep(folder, models):
     """A workdir of a sweep."""
     folder.mkdir(parents=True)
-    (folder / "sweep.json").write_text(json.dumps(sweep(models)))
+    write_artefact(folder / "sweep.json", sweep(models))
     return folder

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from unittest import mock
 
+from msgspec.structs import replace
 from report_cases import METRICS, found
 
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.experiment.spec import Experiment
-from vlmprune_jax.report.result import describe_sets, make_result, make_run
-from vlmprune_jax.report.sweep import make_sweep
 from vlmprune_jax.sweep import run as stages
 from vlmprune_jax.sweep.hyper import Hyper, SweepRun, sweep_runs
 from vlmprune_jax.sweep.run import Sweep, collect
+from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.result import Costs, Result, Run, compare, describe_sets, unpruned_of
+from vlmprune_jax.workdir.speed import MedianSpeed
+from vlmprune_jax.workdir.sweep import SweepResult
 
 TEACHER = found(0.8, 1500.0, 1.0)
 COSTS = {"forward_flops": 2_000_000_000, "kv_bytes_per_token": 40, "file_bytes": 8_000_000}
@@ -36,7 +38,7 @@ def some_runs(seeds=(1, 2), **base) -> list[SweepRun]:
     return sweep_runs(override(Experiment(), {"evaluate": {"unrecovered": False}, **base}), points)
 
 
-def make_models(experiment: Experiment, context) -> dict:
+def make_models(experiment: Experiment, context) -> Result:
     """In the place of `stages.run.make_models`: numbers that follow from settings, and a folder."""
     spec, trained = experiment.prune, experiment.recover.method != "none"
     path = "recovered" if trained else "pruned"
@@ -46,20 +48,21 @@ def make_models(experiment: Experiment, context) -> dict:
     kept = 1 - spec.ratio * (2 if spec.method == "width" else 1) * (0.2 if trained else 1)
     kept -= 0.002 * experiment.data.seed * experiment.data.fraction if trained else 0
     size = round(1000 * (1 - spec.ratio))
-    facts = {
-        "method": spec.method, "criterion": "l1", "ratio_asked": spec.ratio, "ratio_reached": spec.ratio + 0.01,
-        "decoder_ratio": 1.5 * spec.ratio, "parameters": size, "removed_layers": [], "plan": "plan.json",
-        "scores": ["scores.npz"], "recovery": experiment.recover.name if trained else "none", "seconds": 2.5,
-        "data_fraction": experiment.data.fraction if trained else 0.0, "reconstruct": "none",
-    }  # fmt: skip
-    run = make_run(spec.method, facts, found(0.8 * kept, 1500.0 * kept, 1 / kept), TEACHER, path)
-    run["costs"] = {name: round(value * size / 1000) for name, value in COSTS.items()}
-    run["speed"] = {"prefill": 1000.0 / size, "decode": 10.0, "first_token": 1.0, "peak_bytes": None}
-    speed = {"prefill": 0.5, "decode": 10.0, "first_token": 1.0, "peak_bytes": None}
-    return make_result(TEACHER, [run], run["name"], None, facts={"costs": COSTS, "speed": speed})
+    costs = Costs(**{name: round(value * size / 1000) for name, value in COSTS.items()})
+    run = Run(
+        name=spec.method, method=spec.method, criterion="l1", ratio_asked=spec.ratio, ratio_reached=spec.ratio + 0.01,
+        decoder_ratio=1.5 * spec.ratio, parameters=size, plan="plan.json", scores=["scores.npz"],
+        recovery=experiment.recover.name if trained else "none", seconds=2.5,
+        data_fraction=experiment.data.fraction if trained else 0.0, path=path,
+        evaluation=compare(found(0.8 * kept, 1500.0 * kept, 1 / kept), TEACHER), costs=costs,
+        speed=MedianSpeed(prefill=1000.0 / size, decode=10.0, first_token=1.0, peak_bytes=None),
+    )  # fmt: skip
+    speed = MedianSpeed(prefill=0.5, decode=10.0, first_token=1.0, peak_bytes=None)
+    teacher = unpruned_of(TEACHER, Costs(**COSTS), speed)
+    return Result(sets=describe_sets(TEACHER), teacher=teacher, runs=[run], best=run.name)
 
 
-def write_sweep(workdir: Path, sets=tuple(METRICS), runs=None, **kind) -> dict:
+def write_sweep(workdir: Path, sets=tuple(METRICS), runs=None, **kind) -> SweepResult:
     """`sweep.json` of what `some_runs` would find, on some of the evaluation sets; `kind`: see there."""
     runs, sweep = runs or some_runs(**kind), Sweep(workdir, "configs/sweeps/made_up.py", overwrite=False)
     with (
@@ -69,15 +72,29 @@ def write_sweep(workdir: Path, sets=tuple(METRICS), runs=None, **kind) -> dict:
         for run in runs:
             stages.do_run(run, sweep, QUIET)
         made = collect(runs, sweep)
-    unpruned, models = made["unpruned"], made["models"]
-    for model in (*unpruned.values(), *models):
-        for part in ("scores", "retained", "groups"):
-            of = model["evaluation"].get(part, {})
-            model["evaluation"][part] = {name: value for name, value in of.items() if name in sets}
-    described = {name: of for name, of in describe_sets(TEACHER).items() if name in sets}
-    found = make_sweep(made["config"], described, unpruned, models)
-    (workdir / "sweep.json").write_text(json.dumps(found))
-    return found
+
+    def some_sets(model):
+        parts = {part: getattr(model.evaluation, part, None) for part in ("scores", "retained", "groups")}
+        chosen = {part: {k: v for k, v in of.items() if k in sets} for part, of in parts.items() if of is not None}
+        return replace(model, evaluation=replace(model.evaluation, **chosen))
+
+    unpruned = {name: some_sets(model) for name, model in made.unpruned.items()}
+    models = [replace(entry, found=some_sets(entry.found)) for entry in made.models]
+    described = {name: of for name, of in made.sets.items() if name in sets}
+    written = replace(made, sets=described, unpruned=unpruned, models=models)
+    write_artefact(workdir / "sweep.json", written)
+    return written
+
+
+def with_models(sweep: SweepResult, **changes) -> SweepResult:
+    """The sweep with fields of its models replaced; a function takes the entry."""
+    return replace(
+        sweep,
+        models=[
+            replace(one, found=replace(one.found, **{k: v(one) if callable(v) else v for k, v in changes.items()}))
+            for one in sweep.models
+        ],
+    )
 
 
 class _Quiet:

@@ -1,10 +1,9 @@
 """The bundled teacher and one recovered model of the demo reach the numbers of the README."""
 
-import json
-
 import pytest
 
 from vlmprune_jax.cli.main import main
+from vlmprune_jax.workdir.result import read_result
 
 
 @pytest.mark.slow
@@ -27,15 +26,16 @@ def get_config():
     return config
 """)
     assert main(["run", f"--config={config}", f"--workdir={tmp_path / 'w'}"]) == 0, capsys.readouterr().err
-    result = json.loads((tmp_path / "w/result.json").read_text())
-    assert result["teacher"]["questions"] == 9_673
-    assert result["teacher"]["accuracy"] >= 0.99
-    runs = {run["name"]: run for run in result["runs"]}
+    result = read_result(tmp_path / "w")
+    assert result.sets["questions"].size == "9,673 questions"
+    assert result.teacher.evaluation.scores["questions"]["accuracy"] >= 0.99
+    runs = {run.name: run for run in result.runs}
+    retained = {name: run.evaluation.retained["questions"] for name, run in runs.items()}
     for name, (low, high) in {"depth": (95, 98), "width_solved": (20, 32)}.items():
-        assert low < runs[name]["retained"] < high
-        assert 0.54 < runs[name]["decoder_ratio"] < 0.58
-    assert runs["depth-sft_l2"]["retained"] >= 99
-    assert runs["depth-sft_l2"]["data_fraction"] == 0.05
-    assert 72 < runs["width_solved-reconstructed"]["retained"] < 85
-    assert result["best"] == "depth-sft_l2"
-    assert result["export"]["max_abs_logit_difference"] < 1e-4
+        assert low < retained[name] < high
+        assert 0.54 < runs[name].decoder_ratio < 0.58
+    assert retained["depth-sft_l2"] >= 99
+    assert runs["depth-sft_l2"].data_fraction == 0.05
+    assert 72 < retained["width_solved-reconstructed"] < 85
+    assert result.best == "depth-sft_l2"
+    assert result.export.max_abs_logit_difference < 1e-4

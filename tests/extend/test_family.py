@@ -15,6 +15,7 @@ from vlm_cases import llava_config, make_vlm_folder
 import vlmprune_jax as vp
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.families.decoders import decoder_family
+from vlmprune_jax.workdir.result import read_result
 
 CONFIG = """
 import seed_oss  # registers "seed_oss"
@@ -154,7 +155,7 @@ def test_wrong_lines_are_told_by_name(config, tmp_path, monkeypatch, change, mes
 def test_a_whole_run(config, tmp_path):
     """Evaluation, scores, plan, recovery with adapters and a teacher, and an export that torch computes the same."""
     assert main(["run", config, f"--workdir={tmp_path / 'w'}", "--config.prune.attn_layers=(1,3)"]) == 0
-    result = json.loads((tmp_path / "w/result.json").read_text())
-    assert [run["recovery"] for run in result["runs"]] == ["none", "sft"]
-    assert result["export"]["backend"] == "torch"
-    assert result["export"]["max_abs_logit_difference"] <= 1e-4
+    result = read_result(tmp_path / "w")
+    assert [run.recovery for run in result.runs] == ["none", "sft"]
+    assert result.export.backend == "torch"
+    assert result.export.max_abs_logit_difference <= 1e-4

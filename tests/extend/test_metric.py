@@ -9,6 +9,7 @@ from hf_cases import copy_llava
 
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.evaluation.metrics import METRICS
+from vlmprune_jax.workdir.evaluation import read_evaluated
 
 CONFIG = """
 import my_metric
@@ -65,13 +66,13 @@ def test_the_printed_metric_scores_a_set(flags, tmp_path, capsys):
     entries[1]["answers"][1] = f"  {said[1].upper()} "
     (tmp_path / "docs.json").write_text(json.dumps(entries))
     assert main(["evaluate", *flags, "--overwrite"]) == 0, capsys.readouterr().err
-    found = json.loads((tmp_path / "w/eval/teacher.docs.json").read_text())
+    found = read_evaluated(tmp_path / "w/eval/teacher.docs.json")
     first = 1 - 1 / (len(said[0]) + 1)
     assert len(said[0]) > 1
-    assert found["scores"] == {"anls": pytest.approx([first, 1, 1, 1, 1])}
-    assert found["anls"] == found["values"]["anls"] == pytest.approx((first + 4) / 5)
-    assert {name: of["questions"] for name, of in found["groups"].items()} == {"even": 3, "odd": 2}
-    assert found["groups"]["odd"]["anls"] == pytest.approx(1.0)
+    assert found.scores == {"anls": pytest.approx([first, 1, 1, 1, 1])}
+    assert found.values["anls"] == pytest.approx((first + 4) / 5)
+    assert {name: of.questions for name, of in found.groups.items()} == {"even": 3, "odd": 2}
+    assert found.groups["odd"].values["anls"] == pytest.approx(1.0)
     assert sys.path.count(str(tmp_path)) == 0
 
 

@@ -37,6 +37,7 @@ from vlmprune_jax.recovery.flops import step_flops
 from vlmprune_jax.recovery.objective import needs_teacher
 from vlmprune_jax.recovery.program import make_program
 from vlmprune_jax.recovery.step import TrainState, step_context
+from vlmprune_jax.workdir.tpu_plan import read_tpu_plan
 
 ROWS, LENGTH = 8, 12
 
@@ -203,20 +204,21 @@ def test_a_small_step_compiles_for_tpus(topology, experiment_file, tmp_path, cap
     said = capsys.readouterr().out
     assert "GiB free" in said
     assert "10 steps" in said
-    [told] = json.loads((tmp_path / "tpu_plan.json").read_text()).values()
-    assert (told["chips"], told["student"]["layers"], told["teacher"]["layers"]) == (4, 2, 3)
-    teacher = 2 * told["teacher"]["parameters"] / 4  # bytes per chip, less what is not split
-    assert teacher < told["hbm"]["arguments"] < 4 * teacher
-    assert told["received"]["all-gather"] > 0
-    assert 1 < told["flops"]["executed"] / told["flops"]["model"] < 2.5
-    assert 0 < told["mfu"] < 1
-    assert told["topology"] == topology
-    assert told["hours"] == pytest.approx(10 * told["seconds"]["step"] / 3600)
+    [planned] = read_tpu_plan(tmp_path).values()
+    told = planned.step
+    assert (told.chips, told.student.layers, told.teacher.layers) == (4, 2, 3)
+    teacher = 2 * told.teacher.parameters / 4  # bytes per chip, less what is not split
+    assert teacher < told.hbm.arguments < 4 * teacher
+    assert told.received["all-gather"] > 0
+    assert 1 < told.flops.executed / told.flops.model < 2.5
+    assert 0 < told.mfu < 1
+    assert told.topology == topology
+    assert told.hours == pytest.approx(10 * told.seconds.step / 3600)
 
 
 def test_a_cached_teacher_takes_no_memory_and_no_arithmetic(experiment_file, monkeypatch, tmp_path):
     """Its top-k logits come with the rows; what is compiled for has no weights of a teacher."""
-    compiled_for, saved = [], tmp_path / "plan.json"
+    compiled_for, saved = [], tmp_path / "tpu_plan.json"
 
     def seen(step, *arguments):
         compiled_for.append(arguments)
@@ -230,11 +232,11 @@ def test_a_cached_teacher_takes_no_memory_and_no_arithmetic(experiment_file, mon
     told = []
     for more in ([], ["--config.recover.teacher_cache=somewhere", "--config.recover.teacher_top_k=16"]):
         assert main(["plan", *flags, *more]) == 0
-        told += json.loads(saved.read_text()).values()
+        told += [planned.step for planned in read_tpu_plan(tmp_path).values()]
     beside, cached = told
-    assert beside["flops"]["teacher"] > cached["flops"]["teacher"] == 0
-    assert beside["flops"]["executed"] > 1.3 * cached["flops"]["executed"]
-    assert cached["teacher"] is None
+    assert beside.flops.teacher > cached.flops.teacher == 0
+    assert beside.flops.executed > 1.3 * cached.flops.executed
+    assert cached.teacher is None
     _, _, teacher, batch = compiled_for[1]
     assert teacher is None
     assert compiled_for[0][2] is not None
@@ -324,16 +326,15 @@ def test_a_search_asks_the_compiler(experiment_file, monkeypatch, tmp_path, caps
         return fitting if len(batch["input_ids"]) == 2048 else real(step, state, frozen, teacher, batch)
 
     monkeypatch.setattr(tpu_case, "compile_for_tpu", half)
-    flags = [f"--config={experiment_file}", "--topology=v5e:2x2", "--search", f"--save={tmp_path / 'plan.json'}"]
+    flags = [f"--config={experiment_file}", "--topology=v5e:2x2", "--search", f"--save={tmp_path / 'tpu_plan.json'}"]
     changes = {"data.max_length": 512, "recover.batch_size": 2048, "recover.accumulation": 1, "recover.remat": "none"}
     changes |= {"recover.losses.l2": 0.0, "recover.lora.dropout": 0.0}  # quicker to compile
     with jax.default_matmul_precision("default"):
         assert main(["plan", *flags, *(f"--config.{name}={value}" for name, value in changes.items())]) == 0
     said = capsys.readouterr().out
     assert re.search(r"micro-batch of 4096 rows: needs \d+\.\d\d GiB of HBM per chip, \d+\.\d\d too many", said)
-    [told] = json.loads((tmp_path / "plan.json").read_text()).values()
-    first = {name: value for name, value in told.items() if name != "search"}
-    assert told["search"] == {"remat": first, "batch": first, "slice": first}
+    [told] = read_tpu_plan(tmp_path).values()
+    assert told.search == dict.fromkeys(("remat", "batch", "slice"), told.step)
 
 
 def test_buckets_are_planned_by_the_largest(experiment_file, monkeypatch, capsys):
@@ -384,6 +385,6 @@ def test_images_of_any_size_are_planned_by_their_largest_bucket(goldens, tmp_pat
     flags = [f"--config={path}", "--topology=v5e:2x2", "--records=80", f"--workdir={tmp_path}"]
     with jax.default_matmul_precision("default"):
         assert main(["plan", *flags, "--config.data.max_image_tokens=64"]) == 0
-    [told] = json.loads((tmp_path / "tpu_plan.json").read_text()).values()
-    assert told["image_tokens_buckets"][-1] > 60
-    assert told["flops"]["vision"] > 0
+    [told] = read_tpu_plan(tmp_path).values()
+    assert told.step.image_tokens_buckets[-1] > 60
+    assert told.step.flops.vision > 0

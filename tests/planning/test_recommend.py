@@ -19,7 +19,8 @@ from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.planning.case import predict_plan
 from vlmprune_jax.planning.recommend import parse_bytes, parse_share
-from vlmprune_jax.report.sweep import read_sweep
+from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.sweep import read_sweep
 
 DEEP = {"num_hidden_layers": 16, "intermediate_size": 200, "hidden_size": 96, "head_dim": 16}
 
@@ -115,7 +116,7 @@ def test_words(folder, capsys):
 def test_what_was_measured_here_is_told_in_place_of_the_guides_speeds(folder, tmp_path, capsys):
     asked = (f"--model={folder}", "--ratio=0.1", "--speed", f"--bench={tmp_path / 'bench.json'}")
     assert "bench.json" in failing(capsys, *asked)
-    (tmp_path / "bench.json").write_text(json.dumps(BENCH))
+    write_artefact(tmp_path / "bench.json", BENCH)
     out = told(capsys, *asked)
     assert "Times as fast, round by round" in out
     assert "Decoding, times the unpruned speed" not in out

@@ -1,11 +1,10 @@
 """Budgets in place of a ratio: what they count, that they are kept to, and how they are refused."""
 
-import json
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from prune_cases import EQUAL, config, depth_scores, model, width_scores
 from report_cases import BENCH
 
@@ -21,6 +20,7 @@ from vlmprune_jax.models.flops import forward_flops
 from vlmprune_jax.models.params import count_params, param_shapes
 from vlmprune_jax.prune import PrunePlan, make_plan, prune_iteratively, score
 from vlmprune_jax.prune.cost import make_measure
+from vlmprune_jax.workdir.artefact import write_artefact
 
 shapes = st.builds(
     lambda kv, group, mlp, window: LayerShape(kv * group, kv, mlp, window),
@@ -158,13 +158,13 @@ def test_speed_by_what_a_bench_measured(tmp_path):
     """Between the sizes that were measured, on a line; below them nothing is known."""
     cfg = config(EQUAL)
     whole, scores = count_params(cfg), width_scores(cfg)
-    side = {**BENCH["sides"][0], "decode": [60.0, 50.0, 50.0], "parameters": whole}
+    side = replace(BENCH.sides[0], decode=[60.0, 50.0, 50.0], parameters=whole)
     sides = [
         side,
-        {**side, "decode": [100.0], "parameters": whole // 2},
-        {**side, "weights": "Q4_0", "decode": [900.0]},
+        replace(side, decode=[100.0], parameters=whole // 2),
+        replace(side, weights="Q4_0", decode=[900.0]),
     ]
-    (tmp_path / "bench.json").write_text(json.dumps({**BENCH, "sides": sides}))
+    write_artefact(tmp_path / "bench.json", replace(BENCH, sides=sides))
     budget = {"decode_ms": 17.0, "bench": str(tmp_path / "bench.json")}
     limits = plan_config(override(Experiment(), {"prune": {"budget": budget}})).budget.given
     assert limits["curve"] == [[whole // 2, 10.0], [whole, 20.0]]

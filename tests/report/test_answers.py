@@ -7,22 +7,29 @@ import json
 import re
 
 import pytest
+from msgspec.structs import replace
 from PIL import Image
-from report_cases import write_answers, write_several, write_workdir
+from report_cases import FACTS, evaluated, write_answers, write_several, write_workdir
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.report import samples
 from vlmprune_jax.report.answers import comparison_section
 from vlmprune_jax.report.build import build_report
-from vlmprune_jax.report.result import read_result
-from vlmprune_jax.report.samples import as_json, make_samples, shown_samples
+from vlmprune_jax.report.samples import shown_samples
+from vlmprune_jax.workdir import samples
+from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.result import Run, compare, read_result
+from vlmprune_jax.workdir.samples import Samples, make_samples
 
+SCORES = {"questions": evaluated(0.8)}
 RUNS = [
-    {"name": "depth", "plan": "d", "recovery": "none"},
-    {"name": "depth-sft", "plan": "d", "recovery": "sft"},
-    {"name": "width", "plan": "w", "recovery": "none"},
-    {"name": "width-reconstructed", "plan": "w", "recovery": "reconstructed"},
+    Run(**{**FACTS, "name": name, "plan": plan, "recovery": recovery}, evaluation=compare(SCORES, SCORES))
+    for name, plan, recovery in (
+        ("depth", "d", "none"),
+        ("depth-sft", "d", "sft"),
+        ("width", "w", "none"),
+        ("width-reconstructed", "w", "reconstructed"),
+    )
 ]
 
 
@@ -71,7 +78,7 @@ def test_evaluations_outside_the_workdir_are_not_read(workdir, tmp_path_factory)
     (workdir / "eval/teacher.json").symlink_to(outside / "teacher.json")
     assert list(comparison_section(workdir, read_result(workdir))) == []
     result = read_result(workdir)
-    result["sets"] = {"../../outside/x": result["sets"]["questions"]}
+    result = replace(result, sets={"../../outside/x": result.sets["questions"]})
     assert list(comparison_section(workdir, result)) == []
 
 
@@ -109,19 +116,19 @@ def test_samples_are_the_telling_questions_in_order(records):
         "width-reconstructed": (*range(10), 26, 27),
     }
     found = make_samples(records, RUNS, *answered(right), max_pixels=10**6)
-    assert found["counts"] == {"repaired": 4, "broken": 16, "other": 20}
-    ids = {kind: [s["id"] for s in found["samples"] if s["kind"] == kind] for kind in samples.KINDS}
+    assert found.counts == {"repaired": 4, "broken": 16, "other": 20}
+    ids = {kind: [s.id for s in found.samples if s.kind == kind] for kind in samples.KINDS}
     # repaired in both ways of pruning first, then one of each answer and image, then what is left
     assert ids["repaired"] == ["r26", "r24", "r28", "r27"]
     assert len(ids["broken"]) == 3
     assert ids["broken"][0] == "r20"  # broken in both
     assert len(ids["other"]) == 3
-    assert [kind for kind, _ in ((s["kind"], 0) for s in found["samples"])] == [
+    assert [s.kind for s in found.samples] == [
         *["repaired"] * 4, *["broken"] * 3, *["other"] * 3
     ]  # fmt: skip
-    first = found["samples"][0]
-    assert first["references"] == ["yes"]
-    assert [(a["model"], a["said"], a["score"]) for a in first["answers"][:3]] == [
+    first = found.samples[0]
+    assert first.references == ["yes"]
+    assert [(a.model, a.said, a.score) for a in first.answers[:3]] == [
         ("unpruned", "yes", 1.0), ("depth", "", 0.0), ("depth-sft", "yes", 1.0)
     ]  # fmt: skip
 
@@ -129,28 +136,28 @@ def test_samples_are_the_telling_questions_in_order(records):
 def test_images_of_samples_are_small_and_damaged_ones_told(records):
     said, scores = answered({"unpruned": range(40), "depth": range(38)})
     found = make_samples(records, RUNS[:1], said, scores, max_pixels=10**6)
-    broken = [sample for sample in found["samples"] if sample["kind"] == "broken"]
-    assert [sample["id"] for sample in broken] == ["r38", "r39"]
-    assert "not a readable image" in broken[0]["images"][0]["problem"]
-    (shown,) = next(s for s in found["samples"] if s["kind"] == "other")["images"]
-    assert (shown["width"], shown["height"]) == (224, 56)
-    content = base64.b64decode(shown["uri"].removeprefix("data:image/jpeg;base64,"))
+    broken = [sample for sample in found.samples if sample.kind == "broken"]
+    assert [sample.id for sample in broken] == ["r38", "r39"]
+    assert "not a readable image" in broken[0].images[0].problem
+    (shown,) = next(s for s in found.samples if s.kind == "other").images
+    assert (shown.width, shown.height) == (224, 56)
+    content = base64.b64decode(shown.uri.removeprefix("data:image/jpeg;base64,"))
     assert Image.open(io.BytesIO(content)).size == (224, 56)
     found = make_samples(records, RUNS[:1], said, scores, max_pixels=39_999)
-    assert all("over the limit of 39999 pixels" in s["images"][0]["problem"] for s in found["samples"][2:4])
+    assert all("over the limit of 39999 pixels" in s.images[0].problem for s in found.samples[2:4])
 
 
 def test_images_of_samples_are_bounded(records, monkeypatch):
     monkeypatch.setattr(samples, "MOST_IMAGE_BYTES", 10)
     found = make_samples(records, RUNS[:1], *answered({"unpruned": range(40), "depth": ()}), max_pixels=10**6)
-    assert ["uri" in sample["images"][0] for sample in found["samples"]] == [True, False, False]
+    assert [sample.images[0].uri is not None for sample in found.samples] == [True, False, False]
 
 
 def test_samples_on_the_page(workdir, records):
     said, scores = answered({"unpruned": range(30), "depth": range(20), "depth-sft": range(25)})
     said["depth"][20] = "\x1b[31m<script>alert(1)</script>"
     found = make_samples(records, RUNS[:2], said, scores, max_pixels=10**6)
-    (workdir / "eval/samples.json").write_text(as_json({"questions": found}))
+    write_artefact(workdir / "eval/samples.json", Samples(sets={"questions": found}))
     page = build_report(workdir).read_text()
     headings = re.findall(r"<h3>(.*?)</h3>", page)
     assert headings[:3] == [
@@ -171,15 +178,17 @@ def test_samples_on_the_page(workdir, records):
 def test_pictures_from_elsewhere_are_refused(workdir, records):
     found = make_samples(records, RUNS[:1], *answered({"unpruned": range(40), "depth": ()}), max_pixels=10**6)
     for uri in ("https://example.org/x.png", "data:image/svg+xml;base64,aGFsbG8=", 'data:image/png;base64,a"b'):
-        found["samples"][0]["images"][0]["uri"] = uri
-        (workdir / "eval/samples.json").write_text(as_json({"questions": found}))
-        with pytest.raises(UserError, match=r"samples\.json: .*evaluate again"):
+        sample = found.samples[0]
+        sample = replace(sample, images=[replace(sample.images[0], uri=uri)])
+        file = Samples(sets={"questions": replace(found, samples=[sample])})
+        write_artefact(workdir / "eval/samples.json", file)
+        with pytest.raises(UserError, match=r"samples\.json: .*run `vlmprune evaluate` again"):
             build_report(workdir)
 
 
 def test_scores_between_right_and_wrong(records):
     scores = {"unpruned": [0.9] * 40, "depth": [0.3] * 20 + [None] * 20, "depth-sft": [0.6] * 40}
     found = make_samples(records, RUNS[:2], {name: ["x"] * 40 for name in scores}, scores, max_pixels=10**6)
-    assert found["counts"] == {"repaired": 40, "broken": 0, "other": 0}
-    verdicts = [answer["verdict"] for answer in next(shown_samples(found))[1][0]["answers"]]
+    assert found.counts == {"repaired": 40, "broken": 0, "other": 0}
+    verdicts = [answer.verdict for answer in next(shown_samples(found))[1][0].answers]
     assert verdicts == ["right", "wrong", "right"]

@@ -5,7 +5,8 @@ import re
 
 import numpy as np
 import pytest
-from sweep_cases import some_runs, write_sweep
+from msgspec.structs import replace
+from sweep_cases import some_runs, with_models, write_sweep
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.evaluation.statistics import interval_of_mean
@@ -13,7 +14,8 @@ from vlmprune_jax.report import comparison
 from vlmprune_jax.report import comparison_plots as plots
 from vlmprune_jax.report.comparison import build_comparison
 from vlmprune_jax.report.plots import COLOURS
-from vlmprune_jax.report.sweep import as_csv, groups_of, read_sweep, table_of
+from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.sweep import as_csv, groups_of, read_sweep, table_of
 
 
 def test_interval_over_seeds():
@@ -32,7 +34,7 @@ def test_groups_differ_in_more_than_seeds(tmp_path):
     assert len(groups) == 12
     assert [len(group.models) for group in groups[:3]] == [1, 2, 2]
     assert groups[1].labels == {"method": "depth", "ratio": "0.1", "recovery": "sft", "fraction": "0.05"}
-    kept = [one["evaluation"]["mean_of_ratios"] for one in groups[2].models]
+    kept = [one.evaluation.mean_of_ratios for one in groups[2].models]
     assert groups[2].retained == interval_of_mean(kept)
     header, rows = table_of(read_sweep(tmp_path))
     assert header[:5] == ("method", "ratio", "recovery", "fraction", "parameters")
@@ -62,7 +64,8 @@ def test_page(tmp_path, sets, figures, radar):
 
 
 def test_names_of_anybody_are_text(tmp_path):
-    found = json.dumps(write_sweep(tmp_path, runs=some_runs(seeds=(1,))))
+    write_sweep(tmp_path, runs=some_runs(seeds=(1,)))
+    found = (tmp_path / "sweep.json").read_text()
     hostile = found.replace('"sft"', json.dumps("<b>$x^</b>\x1b[2J")).replace(
         "method=depth", "<script>alert(1)</script>"
     )
@@ -79,13 +82,16 @@ def test_lines_are_of_what_differs(tmp_path):
     sweep = write_sweep(tmp_path, ("docs",))
     groups = groups_of(sweep)
     assert set(plots.series_of(groups).values()) == {"depth", "width"}
-    for one in sweep["models"]:
-        rate = "1e-3" if one["labels"].get("fraction") == "0.05" else "1e-4"
-        one["labels"] = {**one["labels"], "rate": rate}
-        one["data_fraction"] = 0.05 if one["data_fraction"] else 0.0
+    rates = {"0.05": "1e-3"}
+    labelled = [
+        replace(one, labels={**one.labels, "rate": rates.get(one.labels.get("fraction"), "1e-4")})
+        for one in sweep.models
+    ]
+    sweep = with_models(
+        replace(sweep, models=labelled), data_fraction=lambda one: 0.05 if one.found.data_fraction else 0.0
+    )
     assert set(plots.series_of(groups_of(sweep)).values()) >= {"depth, 0.05, 1e-3", "width, 0.2, 1e-4"}
-    for one in sweep["models"]:
-        one["criterion"] = "l1" if one["labels"]["ratio"] == "0.1" else "l2"
+    sweep = with_models(sweep, criterion=lambda one: "l1" if one.labels["ratio"] == "0.1" else "l2")
     assert any(name.startswith("width, l2") for name in plots.series_of(groups_of(sweep)).values())
 
 
@@ -93,8 +99,7 @@ def test_ways(tmp_path):
     sweep = write_sweep(tmp_path, ("docs",), runs=some_runs(seeds=(1,))[:2])
     none, sft = groups_of(sweep)
     assert (plots.way_of(none), plots.way_of(sft)) == ("none", "sft")
-    for group in (none, sft):
-        group.first["reconstruct"] = "least_squares"
+    none, sft = groups_of(with_models(sweep, reconstruct="least_squares"))
     assert (plots.way_of(none), plots.way_of(sft)) == ("reconstruct", "reconstruct + sft")
 
 
@@ -119,9 +124,9 @@ def test_colours_repeat_with_other_dashes():
 def test_failed_and_pending_runs_are_told(tmp_path):
     sweep = write_sweep(tmp_path, ("docs",))
     for place, status in ((0, "failed"), (1, "pending")):
-        kept = {name: sweep["models"][place][name] for name in ("name", "run", "group", "labels", "overrides", "seed")}
-        sweep["models"][place] = {**kept, "status": status, "error": "no <such> thing" if status == "failed" else None}
-    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+        error = "no <such> thing" if status == "failed" else None
+        sweep.models[place] = replace(sweep.models[place], found=None, error=error)
+    write_artefact(tmp_path / "sweep.json", sweep)
     page = build_comparison(tmp_path).read_text()
     assert "18 of 20 runs are done (1 failed, 1 pending): 18 models." in page
     assert "no &lt;such&gt; thing" in page
@@ -133,13 +138,15 @@ def test_failed_and_pending_runs_are_told(tmp_path):
 def test_models_of_which_nothing_can_be_said(tmp_path):
     """The unpruned model scores 0 where these have no share of it, or one that no axis has a place for."""
     sweep = write_sweep(tmp_path, ("docs",), runs=some_runs(seeds=(1,)))
-    sweep["models"][0]["evaluation"]["mean_of_ratios"] = None
-    sweep["models"][1]["evaluation"]["mean_of_ratios"] = 1e200
-    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    values = {sweep.models[0].name: None, sweep.models[1].name: 1e200}
+
+    def averaged(one):
+        return replace(one.found.evaluation, mean_of_ratios=values.get(one.name, one.found.evaluation.mean_of_ratios))
+
+    write_artefact(tmp_path / "sweep.json", with_models(sweep, evaluation=averaged))
     build_comparison(tmp_path)
-    for one in sweep["models"]:
-        one["evaluation"]["mean_of_ratios"] = None
-    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    values = dict.fromkeys(one.name for one in sweep.models)
+    write_artefact(tmp_path / "sweep.json", with_models(sweep, evaluation=averaged))
     page = build_comparison(tmp_path).read_text()
     assert "<svg" not in page
     assert "method=width,ratio=0.3" in page
@@ -148,16 +155,16 @@ def test_models_of_which_nothing_can_be_said(tmp_path):
 @pytest.mark.parametrize(
     ("edit", "told"),
     [
-        (lambda sweep: sweep.update(version=7), "is of version 7, this is 1: update vlmprune-jax"),
-        (lambda sweep: sweep["models"][0].pop("parameters"), "parameters"),
-        (lambda sweep: sweep["models"][0].update(status="dead"), "status"),
-        (lambda sweep: sweep["models"][0].update(model="other"), "nothing is known of 'other'"),
-        (lambda sweep: sweep["models"][0]["evaluation"]["scores"].clear(), "nothing is known of 'docs'"),
+        (lambda sweep: sweep.update(format=7), "written by a newer vlmprune"),
+        (lambda sweep: sweep["models"][0]["found"].pop("parameters"), "parameters"),
+        (lambda sweep: sweep["models"][0]["found"].update(model="other"), "nothing is known of 'other'"),
+        (lambda sweep: sweep["models"][0]["found"]["evaluation"]["scores"].clear(), "nothing is known of 'docs'"),
         (lambda sweep: sweep["models"].clear(), "models"),
     ],
 )
 def test_damage_is_one_line(tmp_path, edit, told):
-    sweep = write_sweep(tmp_path, ("docs",), runs=some_runs(seeds=(1,))[:2])
+    write_sweep(tmp_path, ("docs",), runs=some_runs(seeds=(1,))[:2])
+    sweep = json.loads((tmp_path / "sweep.json").read_text())
     edit(sweep)
     (tmp_path / "sweep.json").write_text(json.dumps(sweep))
     with pytest.raises(UserError, match=f"sweep.json.*{told}"):

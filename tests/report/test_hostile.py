@@ -20,8 +20,9 @@ from vlmprune_jax.recovery.metrics import read_metrics
 from vlmprune_jax.report import plots
 from vlmprune_jax.report.build import build_report, tables_of
 from vlmprune_jax.report.figures import importance_figure
-from vlmprune_jax.report.fit import read_planned
-from vlmprune_jax.report.result import best_run, read_result
+from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.result import best_run, read_result
+from vlmprune_jax.workdir.tpu_plan import Planned, TpuPlan, as_rows, read_tpu_plan
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def printed(workdir):
     reporter = Reporter(Console(file=out, width=120))
     for table in tables_of(result):
         reporter.table(table.title, table.header, table.rows)
-    best_run(result["runs"], result["sets"])
+    best_run(result.runs, result.sets)
     return out.getvalue()
 
 
@@ -60,9 +61,9 @@ def refused_or_done(good, write, use, path, share):
     return counts
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_mutants_of_a_result(workdir, version):
-    if version == 2:
+@pytest.mark.parametrize("several", [False, True])
+def test_mutants_of_a_result(workdir, several):
+    if several:
         write_several(workdir)
     path = workdir / "result.json"
     good = json.loads(path.read_text())
@@ -108,8 +109,14 @@ def test_mutants_of_metrics_and_of_what_was_planned(workdir):
 
     assert min(refused_or_done(rows, write, draw, path, 0.5).values()) > 5
     path = workdir / "tpu_plan.json"
-    told = {"a": PLANNED, "<b>": {"problem": "too large", "search": {"slice": PLANNED}}}
-    counts = refused_or_done(told, lambda v: path.write_text(json.dumps(v)), lambda: read_planned(workdir), path, 0.2)
+    search = Planned(problem="too large", search={"slice": PLANNED})
+    write_artefact(path, TpuPlan(recoveries={"a": Planned(step=PLANNED), "<b>": search}))
+    told = json.loads(path.read_text())
+
+    def shown():
+        return [as_rows(planned) for planned in read_tpu_plan(workdir).values()]
+
+    counts = refused_or_done(told, lambda v: path.write_text(json.dumps(v)), shown, path, 0.2)
     assert min(counts.values()) > 20
 
 
@@ -180,8 +187,8 @@ def test_very_many_models_and_sets(workdir, monkeypatch):
     shown = printed(workdir)
     assert shown.count("run 90 ") == 3
     assert "run 150" not in shown
-    assert "  the first of 204 rows and 24 columns\n" in shown
-    figure = plots.score_figure(result, plots.Measured("n", "t", "l", None, [1.0] * 204))
+    assert "(shortened from 203 rows and 24 columns)\n" in shown
+    figure = plots.score_figure(read_result(workdir), plots.Measured("n", "t", "l", None, [1.0] * 204))
     assert len(figure.axes[1].patches) == plots.MOST_BARS
     curves = {str(n): [{"step": n, "ce": 1.0}] for n in range(30)}
     assert len(plots.loss_figure(curves, {"ce": "ce"}).axes) == 1

@@ -3,20 +3,21 @@
 import dataclasses
 import html
 import html.parser
-import json
 import re
 import struct
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from report_cases import PLANNED, write_several, write_workdir
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.prune import Scores
 from vlmprune_jax.report import plots
 from vlmprune_jax.report.build import build_report, tables_of
-from vlmprune_jax.report.fit import as_rows
-from vlmprune_jax.report.result import read_result
+from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.result import Workload, read_result
+from vlmprune_jax.workdir.tpu_plan import Planned, TpuPlan, as_rows
 
 
 @pytest.fixture
@@ -25,10 +26,11 @@ def workdir(tmp_path):
     return tmp_path
 
 
-def change(workdir, edit):
-    result = json.loads((workdir / "result.json").read_text())
-    edit(result)
-    (workdir / "result.json").write_text(json.dumps(result))
+def change(workdir, run, **changes):
+    """Replace fields of a run of the result, by its number."""
+    result = read_result(workdir)
+    result.runs[run] = replace(result.runs[run], **changes)
+    write_artefact(workdir / "result.json", result)
 
 
 class _Links(html.parser.HTMLParser):
@@ -100,8 +102,9 @@ def test_kinds_of_tokens_and_what_serves_vision(workdir):
 
 def test_what_was_planned_for_a_slice_is_shown(workdir):
     assert "TPU" not in build_report(workdir).read_text()
-    runs = {"depth-sft": PLANNED, "<width>": {"problem": "12 GiB too many", "search": {"slice": PLANNED}}}
-    (workdir / "tpu_plan.json").write_text(json.dumps(runs))
+    search = Planned(problem="12 GiB too many", search={"slice": PLANNED})
+    plan = TpuPlan(recoveries={"depth-sft": Planned(step=PLANNED), "<width>": search})
+    write_artefact(workdir / "tpu_plan.json", plan)
     page = build_report(workdir).read_text()
     section = page[page.index("Recovery on a TPU slice") :]
     told = {
@@ -122,18 +125,19 @@ def test_what_was_planned_for_a_slice_is_shown(workdir):
     assert "<h3>&lt;width&gt;</h3>" in section
     (workdir / "tpu_plan.json").write_text("[]")
     with pytest.raises(
-        UserError, match=r"tpu_plan\.json: .*Expected `object`, got `array`\): plan again, or remove it"
+        UserError,
+        match=r"tpu_plan\.json: .*Expected `object`, got `array`\): run `vlmprune plan` again",
     ):
         build_report(workdir)
 
 
 def test_what_a_planned_step_takes():
     """One image or several, pixels or features, a teacher in memory or in a cache."""
-    told = dict(as_rows(PLANNED))
+    told = dict(as_rows(Planned(step=PLANNED)))
     assert told["step"] == "64 rows of 2,048 tokens and 1 image, 2 micro-batches, remat full"
     assert told["student"] == "5,700,000,000 parameters in 27 layers, teacher 7,000,000,000 in 32"
     cached = {"images_per_row": 13, "feature_cache": True, "teacher": None, "teacher_top_k": 64}
-    told = dict(as_rows({**PLANNED, **cached}))
+    told = dict(as_rows(Planned(step=replace(PLANNED, **cached))))
     assert told["step"] == "64 rows of 2,048 tokens and 13 cached images, 2 micro-batches, remat full"
     assert told["student"] == "5,700,000,000 parameters in 27 layers, the teacher's top 64 from its cache"
 
@@ -206,10 +210,8 @@ def test_axes_of_figures(several):
 
 
 def test_no_ratio_and_nothing_retained(workdir):
-    def edit(result):
-        result["runs"][0].update(ratio_asked=None, retained=None)
-
-    change(workdir, edit)
+    evaluation = replace(read_result(workdir).runs[0].evaluation, mean_of_ratios=None)
+    change(workdir, 0, ratio_asked=None, evaluation=evaluation)
     (table,) = tables_of(read_result(workdir))
     assert table.rows[1][3] == table.rows[1][6] == ""
     build_report(workdir)
@@ -244,7 +246,7 @@ def test_loss_figure():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "is not valid JSON"), ("{", "is not valid JSON"), ('{"runs": []}', "`teacher`")],
+    [("", "is not valid JSON"), ("{", "is not valid JSON"), ('{"format": 1, "sets": {}}', "sets")],
 )
 def test_damaged_result(workdir, text, message):
     (workdir / "result.json").write_text(text)
@@ -253,15 +255,13 @@ def test_damaged_result(workdir, text, message):
 
 
 def test_it_says_what_the_guide_recommends_for_the_cut_of_the_best_run(workdir):
-    def edit(result):
-        best = next(run for run in result["runs"] if run["name"] == result["best"])
-        best |= {"ratio_reached": 0.27, "decoder_ratio": 0.3, "data_fraction": 0.05}
-        result["workload"] = {"length": 640, "images": 1, "dtype": "bfloat16"}
-
-    change(workdir, edit)
+    change(workdir, 1, ratio_reached=0.27, decoder_ratio=0.3, data_fraction=0.05)
+    result = read_result(workdir)
+    workload = Workload(length=640, images=1, dtype="bfloat16")
+    write_artefact(workdir / "result.json", replace(result, workload=workload))
     text = re.sub(r"<[^>]+>", " ", build_report(workdir).read_text())
     told = text.partition("What the guide recommends")[2]
     assert "27 % of all parameters and 30 % of the decoder, with the data it was trained on" in told
     assert "Recommended: remove whole layers by Block Influence; then train adapters and projector" in told
-    change(workdir, lambda result: result.pop("workload"))
+    write_artefact(workdir / "result.json", result)
     assert "What the guide recommends" not in build_report(workdir).read_text()

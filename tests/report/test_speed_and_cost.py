@@ -1,14 +1,14 @@
 """What the report says of measured speed, and of cost by shape."""
 
-import json
-
 import pytest
+from msgspec.structs import replace
 from report_cases import BENCH, SPEED, write_several, write_workdir
 
 from vlmprune_jax.report.build import build_report
-from vlmprune_jax.report.result import read_result
-from vlmprune_jax.report.speed import bench_tables, read_bench, read_speed, speed_notes, speed_tables, speeds_of
-from vlmprune_jax.report.tables import benchmark_rows
+from vlmprune_jax.report.speed import bench_tables, speed_notes, speed_tables
+from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.result import Costs, Workload, benchmark_rows, read_result
+from vlmprune_jax.workdir.speed import MedianSpeed, read_bench, read_speed
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def test_speed_is_told_with_its_range_and_where_it_was_measured(workdir):
     page = build_report(workdir).read_text()
     assert "Speed was not measured: <code>vlmprune run --config=FILE.py" in page
     assert "--config.speed.rounds=5" in page
-    (workdir / "speed.json").write_text(json.dumps(SPEED))
+    write_artefact(workdir / "speed.json", SPEED)
     page = build_report(workdir).read_text()
     assert "Speed was not measured" not in page
     assert "Measured on Some &lt;b&gt;CPU (load 0.5 before) in float32: 1 row(s) of 640 tokens, an image first" in page
@@ -38,16 +38,16 @@ def test_speed_is_told_with_its_range_and_where_it_was_measured(workdir):
 
 def test_a_card_tells_speeds_behind_the_scores(workdir):
     result = read_result(workdir)
-    run, teacher, sets = result["runs"][0], result["teacher"], result["sets"]
+    run, teacher, sets = result.runs[0], result.teacher, result.sets
     assert len(benchmark_rows(run, teacher, sets)) == len(sets)
-    speeds = speeds_of(SPEED)
-    rows = benchmark_rows({**run, "speed": speeds["depth"]}, {**teacher, "speed": speeds[""]}, sets)[len(sets) :]
+    speeds = SPEED.medians()
+    rows = benchmark_rows(replace(run, speed=speeds["depth"]), replace(teacher, speed=speeds[""]), sets)[len(sets) :]
     assert [row[1:] for row in rows] == [("100", "150", "150.00", ""), ("20", "20", "100.00", "")]
     assert rows[1][0] == "generated tokens per second, our forward on the machine of the run"
 
 
 def test_a_bench_in_the_workdir_is_told(workdir):
-    (workdir / "bench.json").write_text(json.dumps(BENCH))
+    write_artefact(workdir / "bench.json", BENCH)
     page = build_report(workdir).read_text()
     assert "Times as fast, round by round" in page
     assert "Measured on Some &lt;b&gt;CPU, 2 thread(s), load 0.5 before: one prompt" in page
@@ -56,26 +56,30 @@ def test_a_bench_in_the_workdir_is_told(workdir):
 
 
 def test_slower_in_every_round():
-    pair = SPEED["pairs"][0]
-    turned = {**SPEED, "pairs": [{**pair, "unpruned": pair["pruned"], "pruned": pair["unpruned"]}]}
+    pair = SPEED.pairs[0]
+    turned = replace(SPEED, pairs=[replace(pair, unpruned=pair.pruned, pruned=pair.unpruned)])
     assert speed_tables(turned)[1].rows[0][1].endswith("), slower")
 
 
 def test_medians_for_other_tools():
-    found = speeds_of(SPEED)
+    found = SPEED.medians()
     assert found["depth"] == found["depth-sft"]
-    assert found[""] == {"prefill": 100.0, "decode": 20.0, "first_token": 0.2, "peak_bytes": 1 << 20}
-    assert speeds_of(None) == speeds_of({**SPEED, "pairs": []}) == {}
+    assert found[""] == MedianSpeed(prefill=100.0, decode=20.0, first_token=0.2, peak_bytes=1 << 20)
+    assert replace(SPEED, pairs=[]).medians() == {}
 
 
 def test_costs_are_told_beside_those_of_the_unpruned_model(workdir):
     write_several(workdir)
-    result = json.loads((workdir / "result.json").read_text())
-    result["workload"] = {"length": 640, "images": 1, "dtype": "bfloat16"}
-    result["teacher"]["costs"] = {"forward_flops": 4e12, "kv_bytes_per_token": 1000, "file_bytes": 8_000_000}
-    for run in result["runs"]:
-        run["costs"] = {"forward_flops": 3e12, "kv_bytes_per_token": 500, "file_bytes": 6_000_000}
-    (workdir / "result.json").write_text(json.dumps(result))
+    result = read_result(workdir)
+    before = Costs(forward_flops=4e12, kv_bytes_per_token=1000, file_bytes=8_000_000)
+    after = Costs(forward_flops=3e12, kv_bytes_per_token=500, file_bytes=6_000_000)
+    costed = replace(
+        result,
+        workload=Workload(length=640, images=1, dtype="bfloat16"),
+        teacher=replace(result.teacher, costs=before),
+        runs=[replace(run, costs=after) for run in result.runs],
+    )
+    write_artefact(workdir / "result.json", costed)
     page = build_report(workdir).read_text()
     for cell in ("4,000.00", "3,000.00", "75.0", "500", "50.0", "8.00", "6.00"):
         assert f"<td>{cell}</td>" in page

@@ -8,6 +8,7 @@ from hf_cases import random_ids
 
 import vlmprune_jax as vp
 from vlmprune_jax.cli.main import main
+from vlmprune_jax.workdir.result import read_result
 
 CONFIG = """
 from vlmprune_jax.cli.config_files import experiment_config
@@ -55,10 +56,10 @@ def test_whole_run(goldens, tmp_path, torch_outputs, family):
     (tmp_path / "records.json").write_text(json.dumps(records))
     (tmp_path / "run.py").write_text(CONFIG.format(golden=golden, root=tmp_path))
     assert main(["run", f"--config={tmp_path / 'run.py'}", f"--workdir={tmp_path / 'w'}"]) == 0
-    result = json.loads((tmp_path / "w/result.json").read_text())
-    assert result["teacher"]["questions"] == 8
-    assert len(result["runs"]) == 2
-    assert result["export"]["max_abs_logit_difference"] <= 1e-4
+    result = read_result(tmp_path / "w")
+    assert result.sets["questions"].count == 8
+    assert len(result.runs) == 2
+    assert result.export.max_abs_logit_difference <= 1e-4
     model = vp.load(tmp_path / "w/export")
     assert len(model.cfg.text.layers) < 5
     inputs = random_ids(model)

@@ -9,6 +9,9 @@ import pytest
 from hf_cases import copy_llava
 
 from vlmprune_jax.cli.main import main
+from vlmprune_jax.workdir.result import Workload, read_result
+from vlmprune_jax.workdir.samples import read_samples
+from vlmprune_jax.workdir.speed import read_speed
 
 GRID = """
 from vlmprune_jax.cli.config_files import experiment_config
@@ -92,47 +95,46 @@ def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
     assert facts["resumed_from"] == 2
     assert facts["steps"] == 4
 
-    result = json.loads((workdir / "result.json").read_text())
-    assert result["teacher"]["questions"] == 10
-    assert [run["name"] for run in result["runs"]] == [
+    result = read_result(workdir)
+    assert result.sets["questions"].size == "10 questions"
+    assert [run.name for run in result.runs] == [
         "depth", "depth-sft_l2", "width", "width-reconstructed", "width-sft_l2"
     ]  # fmt: skip
-    wanted = ("name", "method", "ratio_asked", "ratio_reached", "parameters", "recovery", "data_fraction", "accuracy")
-    for run in result["runs"]:
-        assert {*wanted, "retained", "seconds", "path"} <= set(run)
-        assert sum(x.size for x in tree_leaves(load(workdir / run["path"]).params)) == run["parameters"]
-        assert run["ratio_reached"] == pytest.approx(1 - run["parameters"] / result["teacher"]["parameters"])
-    assert [run["recovery"] for run in result["runs"]] == ["none", "sft_l2", "none", "reconstructed", "sft_l2"]
-    assert [run["data_fraction"] for run in result["runs"]] == [0.0, 0.5, 0.0, 0.0, 0.5]
-    assert result["export"]["max_abs_logit_difference"] <= 1e-4
-    best = next(run for run in result["runs"] if run["name"] == result["best"])
+    for run in result.runs:
+        assert sum(x.size for x in tree_leaves(load(workdir / run.path).params)) == run.parameters
+        assert run.ratio_reached == pytest.approx(1 - run.parameters / result.teacher.parameters)
+    assert [run.recovery for run in result.runs] == ["none", "sft_l2", "none", "reconstructed", "sft_l2"]
+    assert [run.data_fraction for run in result.runs] == [0.0, 0.5, 0.0, 0.0, 0.5]
+    assert result.export.max_abs_logit_difference <= 1e-4
+    best = result.best_run
     card = (workdir / "export/README.md").read_text()
     assert "Made from `teacher` by" in card
-    assert ("trained after pruning" in card) == (best["recovery"] == "sft_l2")
-    retained = best["evaluation"]["retained"]["questions"]
-    assert (
-        f"| questions (exact_match): accuracy in %, 10 questions | {100 * result['teacher']['accuracy']:.2f} |" in card
+    assert ("trained after pruning" in card) == (best.recovery == "sft_l2")
+    retained, accuracy = (
+        best.evaluation.retained["questions"],
+        result.teacher.evaluation.scores["questions"]["accuracy"],
     )
+    assert f"| questions (exact_match): accuracy in %, 10 questions | {100 * accuracy:.2f} |" in card
     assert ("" if retained is None else f" {retained:.2f} |") in card
     ids = np.array([[1, 5, 9, 12]])
-    exported, chosen = (np.asarray(forward(load(f), ids)[0]) for f in (workdir / "export", workdir / best["path"]))
+    exported, chosen = (np.asarray(forward(load(f), ids)[0]) for f in (workdir / "export", workdir / best.path))
     np.testing.assert_array_equal(exported, chosen)
     answers = [json.loads(line) for line in (workdir / "eval/teacher.answers.jsonl").read_text().splitlines()]
     assert [answer["id"] for answer in answers] == [f"r{i}" for i in range(10)]
 
     # What the report needs beside: costs and speed of every model, sample questions, and who made it.
-    assert result["workload"] == {"length": 24, "images": 1, "dtype": "float32"}
-    for model in (result["teacher"], *result["runs"]):
-        assert min(model["speed"][name] for name in ("prefill", "decode", "first_token")) > 0
-        assert model["costs"]["file_bytes"] == 4 * model["parameters"]
-    assert [pair["models"] for pair in json.loads((workdir / "speed.json").read_text())["pairs"]] == [
+    assert result.workload == Workload(length=24, images=1, dtype="float32")
+    for _, model in result.models:
+        assert min(model.speed.prefill, model.speed.decode, model.speed.first_token) > 0
+        assert model.costs.file_bytes == 4 * model.parameters
+    assert [pair.models for pair in read_speed(workdir).pairs] == [
         ["depth", "depth-sft_l2"], ["width", "width-reconstructed", "width-sft_l2"]
     ]  # fmt: skip
-    chosen = json.loads((workdir / "eval/samples.json").read_text())["sets"]["questions"]
-    assert sum(chosen["counts"].values()) == chosen["questions"] == 10
-    sample = chosen["samples"][0]
-    assert [answer["model"] for answer in sample["answers"]] == ["unpruned", *(run["name"] for run in result["runs"])]
-    assert sample["images"][0]["uri"].startswith("data:image/")
+    chosen = read_samples(workdir)["questions"]
+    assert sum(chosen.counts.values()) == chosen.questions == 10
+    sample = chosen.samples[0]
+    assert [answer.model for answer in sample.answers] == [name for name, _ in result.models]
+    assert sample.images[0].uri.startswith("data:image/")
     made = json.loads((workdir / ".stages/depth.prune.json").read_text())["by"]
     assert made["versions"]["jax"]
     page = (workdir / "report.html").read_text()
@@ -198,26 +200,19 @@ def test_lines_are_neither_wrapped_nor_markup():
 
 
 def test_the_demo_table_fits_80_columns():
-    from vlmprune_jax.evaluation.metrics import METRICS
-    from vlmprune_jax.report.build import tables_of
-    from vlmprune_jax.report.result import make_result, make_run
+    from report_cases import FACTS, evaluated, result_of
 
-    metric = {"name": "exact_match", **METRICS["exact_match"].describe()}
-    found = {"metric": metric, "values": {"accuracy": 0.9871}, "groups": {}, "questions": 9673, "seconds": 9.0}
-    teacher = {"questions": {**found, "parameters": 1658976}}
-    facts = {
-        "ratio_asked": 0.2,
-        "ratio_reached": 0.2003,
-        "parameters": 1326624,
-        "data_fraction": 0.05,
-        "seconds": 136.5,
-    }
+    from vlmprune_jax.report.build import tables_of
+    from vlmprune_jax.workdir.result import Run, compare
+
+    teacher = {"questions": evaluated(0.9871, {}, count=9673, parameters=1658976)}
+    facts = {**FACTS, "ratio_reached": 0.2003, "parameters": 1326624, "data_fraction": 0.05, "seconds": 136.5}
     runs = [
-        make_run(name, {**facts, "recovery": recovery}, teacher, teacher, "pruned")
+        Run(**{**facts, "name": name, "recovery": recovery}, evaluation=compare(teacher, teacher))
         for name, recovery in (("depth", "none"), ("depth-sft_l2", "sft_l2"))
     ]
     shown = reporter(80, False)
-    (table,) = tables_of(make_result(teacher, runs, "depth", {}))
+    (table,) = tables_of(result_of(teacher, runs))
     shown.table(table.title, table.header, table.rows)
     text = shown.console.file.getvalue()
     assert "depth-sft_l2" in text

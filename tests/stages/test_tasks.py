@@ -120,27 +120,24 @@ def test_a_task_is_a_set_whose_answers_are_our_own(evaluate, root, goldens):
 
 
 def test_result_json_gains_the_tasks(evaluate, goldens):
-    from vlmprune_jax.report.result import make_result, make_run, read_result
-    from vlmprune_jax.workdir.ledger import write_json
+    from report_cases import EXPORT, FACTS, evaluated, result_of
+
+    from vlmprune_jax.workdir.artefact import write_artefact
+    from vlmprune_jax.workdir.result import Run, compare, read_result
 
     workdir = evaluate.folder.parent
     copy_llava(goldens, workdir / "pruned")
-    facts = {"method": "depth", "ratio_asked": 0.1, "ratio_reached": 0.1, "parameters": 1, "plan": "plan.json"}
-    facts |= {"scores": [], "recovery": "none", "data_fraction": 0.0, "seconds": 1.0}
-    metric = {"name": "exact_match", "main": "accuracy", "unit": "%", "scale": 100.0, "full": 1.0, "grouped_by": None}
-    old = {"questions": 8, "metric": {**metric, "higher_is_better": True}, "values": {"accuracy": 0.5}, "groups": {}}
-    found = {"questions": {**old, "seconds": 1.0, "parameters": 1}}
-    run = make_run("depth", facts, found, found, "pruned")
-    export = {"path": "export", "max_abs_logit_difference": 0.0}
-    write_json(workdir / "result.json", make_result(found, [run], "depth", export))
+    teacher = {"questions": evaluated(0.5, {}, count=8, parameters=1)}
+    run = Run(**{**FACTS, "name": "depth", "scores": []}, evaluation=compare(teacher, teacher))
+    write_artefact(workdir / "result.json", result_of(teacher, [run], export=EXPORT))
     code, lines = evaluate("--tasks=pairs")
     assert code == 0, lines
     result = read_result(workdir)
-    assert list(result["sets"]) == ["questions", "pairs_mme_perception_score", "pairs_mme_cognition_score"]
-    evaluation = result["runs"][0]["evaluation"]
-    assert evaluation["retained"]["pairs_mme_cognition_score"] == 100.0
-    assert evaluation["paper_average"] == pytest.approx(100.0)
-    assert result["runs"][0]["plan"] == "plan.json"
+    assert list(result.sets) == ["questions", "pairs_mme_perception_score", "pairs_mme_cognition_score"]
+    evaluation = result.runs[0].evaluation
+    assert evaluation.retained["pairs_mme_cognition_score"] == 100.0
+    assert evaluation.paper_average == pytest.approx(100.0)
+    assert result.runs[0].plan == "plan.json"
 
 
 @pytest.mark.parametrize(

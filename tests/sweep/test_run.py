@@ -7,7 +7,7 @@ import pytest
 from hf_cases import copy_llava
 
 from vlmprune_jax.cli.main import main
-from vlmprune_jax.report.sweep import read_sweep
+from vlmprune_jax.workdir.sweep import read_sweep
 
 CONFIG = """
 from vlmprune_jax.cli.config_files import experiment_config
@@ -81,13 +81,13 @@ def test_a_killed_sweep_goes_on_and_makes_nothing_twice(sweep, tmp_path, monkeyp
     assert [line.split()[0] for line in out.splitlines() if line.endswith(" ...")] == ["recover", "evaluate"] * 2
 
     found = read_sweep(workdir)
-    assert [one["name"] for one in found["models"]] == ["recovery=none", "recovery=sft,seed=1", "recovery=sft,seed=2"]
-    none, first, second = found["models"]
-    assert (none["recovery"], none["data_fraction"], first["recovery"]) == ("none", 0.0, "recovered")
-    assert first["group"] == second["group"] == "recovery=sft"
-    assert len({one["digest"] for one in found["models"]}) == 3
-    assert none["parameters"] == first["parameters"] < next(iter(found["unpruned"].values()))["parameters"]
-    weights = [workdir / "runs" / one["run"] / "pruned/model.safetensors" for one in found["models"]]
+    assert [one.name for one in found.models] == ["recovery=none", "recovery=sft,seed=1", "recovery=sft,seed=2"]
+    none, first, _ = found.done
+    assert (none.recovery, none.data_fraction, first.recovery) == ("none", 0.0, "recovered")
+    assert found.models[1].group == found.models[2].group == "recovery=sft"
+    assert len({one.digest for one in found.done}) == 3
+    assert none.parameters == first.parameters < next(iter(found.unpruned.values())).parameters
+    weights = [workdir / "runs" / one.run / "pruned/model.safetensors" for one in found.models]
     assert os.path.samefile(*weights[:2])
     assert os.path.samefile(*weights[1:])
     assert "3 of 3 runs are done: 3 models." in (workdir / "sweep.html").read_text()
@@ -97,4 +97,4 @@ def test_a_killed_sweep_goes_on_and_makes_nothing_twice(sweep, tmp_path, monkeyp
     assert "3 of 4 runs are done and unchanged, skipped" in out
     assert "[1]   prune ..." in out
     assert "[1] done; 0 of 1 runs left" in out
-    assert [one["status"] for one in read_sweep(workdir)["models"]] == ["done"] * 4
+    assert [one.status for one in read_sweep(workdir).models] == ["done"] * 4

@@ -1,21 +1,24 @@
 """Runs of a sweep: skipped, shared, failed, killed, spread over shards and processes; and what is told of them."""
 
 import csv
-import json
 import os
 import signal
 
 import pytest
 import sweep_cases as cases
+from msgspec.structs import replace
+from study_cases import row
 from worker_cases import start_counting
 
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.experiment.spec import Experiment
-from vlmprune_jax.report.sweep import read_sweep
+from vlmprune_jax.report import comparison
 from vlmprune_jax.sweep import run as sweep_run
 from vlmprune_jax.sweep import sweep as stages
 from vlmprune_jax.sweep.workers import in_processes
+from vlmprune_jax.workdir.result import read_result
+from vlmprune_jax.workdir.sweep import read_sweep
 
 CONFIG = """
 from vlmprune_jax.cli.config_files import experiment_config
@@ -56,12 +59,12 @@ def sweep(tmp_path, monkeypatch):
 
     call.ran, call.fail, call.pages, call.workdir = [], {}, [], workdir
     monkeypatch.setattr(sweep_run, "make_models", made)
-    monkeypatch.setattr(stages, "build_comparison", lambda folder: call.pages.append(folder))
+    monkeypatch.setattr(comparison, "build_comparison", lambda folder: call.pages.append(folder))
     return call
 
 
 def states(workdir):
-    return {one["run"]: one["status"] for one in read_sweep(workdir)["models"]}
+    return {one.run: one.status for one in read_sweep(workdir).models}
 
 
 def test_every_run_once(sweep, capsys):
@@ -71,21 +74,21 @@ def test_every_run_once(sweep, capsys):
     assert "run 2 of 4: ratio=0.2" in out
     assert "unpruned" in out
     found = read_sweep(sweep.workdir)
-    assert [one["name"] for one in found["models"]] == ["ratio=0.1", "ratio=0.2", "ratio=0.3", "ratio=0.4"]
-    one = found["models"][1]
-    assert one["overrides"] == {"prune.ratio": 0.2}
-    assert (one["recovery"], one["reconstruct"], one["parameters"]) == ("none", "none", 800)
-    assert (one["bytes"], one["forward_flops"]) == (6_400_000, 1_600_000_000)
-    assert (one["prefill_tokens_per_second"], one["decode_tokens_per_second"]) == (1.25, 10.0)
-    assert (one["prefill_speedup"], one["decode_speedup"]) == (2.5, 1.0)
-    assert one["evaluation"]["retained"]["docs"] == pytest.approx(80)
-    assert (sweep.workdir / one["path"]).is_dir()
+    assert [one.name for one in found.models] == ["ratio=0.1", "ratio=0.2", "ratio=0.3", "ratio=0.4"]
+    assert found.models[1].overrides == {"prune.ratio": 0.2}
+    one = found.models[1].found
+    assert (one.recovery, one.reconstruct, one.parameters) == ("none", "none", 800)
+    assert (one.bytes, one.forward_flops) == (6_400_000, 1_600_000_000)
+    assert (one.prefill_tokens_per_second, one.decode_tokens_per_second) == (1.25, 10.0)
+    assert (one.prefill_speedup, one.decode_speedup) == (2.5, 1.0)
+    assert one.evaluation.retained["docs"] == pytest.approx(80)
+    assert (sweep.workdir / one.path).is_dir()
     lines = list(csv.DictReader((sweep.workdir / "sweep.csv").read_text().splitlines()))
-    assert [line["run"] for line in lines] == [one["run"] for one in found["models"]]
+    assert [line["run"] for line in lines] == [one.run for one in found.models]
     assert float(lines[1]["docs.retained"]) == pytest.approx(80)
     assert lines[1]["label.ratio"] == "0.2"
     assert sweep.pages == [sweep.workdir]
-    assert json.loads((sweep.workdir / "runs/ratio=0.2/result.json").read_text())["best"] == "depth"
+    assert read_result(sweep.workdir / "runs/ratio=0.2").best == "depth"
 
     assert sweep() == 0
     assert sweep.ran == []
@@ -107,9 +110,9 @@ def test_a_failed_run_is_listed_and_tried_again(sweep, capsys):
     assert err == (
         "vlmprune: error: 2 of 4 runs failed, the first: ratio=0.1: no such thing; the same command tries them again\n"
     )
-    found = read_sweep(sweep.workdir)["models"]
-    assert [one["status"] for one in found] == ["failed", "done", "failed", "done"]
-    assert found[2]["error"] == "ZeroDivisionError: a defect"
+    found = read_sweep(sweep.workdir).models
+    assert [one.status for one in found] == ["failed", "done", "failed", "done"]
+    assert found[2].error == "ZeroDivisionError: a defect"
     sweep.fail = {}
     assert sweep() == 0
     assert sweep.ran == [0.1, 0.3]
@@ -211,9 +214,10 @@ def test_equal_models_of_several_runs_are_listed_once(tmp_path):
     runs, seen = cases.some_runs(seeds=(1, 2))[:2], set()
     names = []
     for run in runs:
-        models = [{"digest": "same", "path": f"runs/{run.name}/{name}"} for name in ("pruned", "recovered")]
-        entry = {"name": run.name, "run": run.name, "group": run.group}
-        names += [one["name"] for one in sweep_run._entries(run, entry, models, seen)]
+        one = row("depth", 0.15, "none", 50.0, digest="same")
+        models = [replace(one.found, path=f"runs/{run.name}/{name}") for name in ("pruned", "recovered")]
+        entry = replace(one, name=run.name, run=run.name, group=run.group, found=None)
+        names += [one.name for one in sweep_run._entries(run, entry, models, seen)]
     assert names == [f"{runs[0].name}/pruned", runs[0].name, runs[1].name]
 
 

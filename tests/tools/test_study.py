@@ -6,7 +6,8 @@ import PIL.Image
 import pytest
 import study as study_script
 from insights import conclude, points_of
-from study_cases import row, rows, sweep, write_sweep
+from msgspec.structs import replace
+from study_cases import changed, row, rows, sweep, write_sweep
 from study_guide import evidence_of
 from study_page import BEGIN, END, as_markdown, study_figure
 
@@ -54,7 +55,7 @@ def test_some_insights_hold_and_some_do_not():
 def test_without_rows_nothing_can_be_said():
     for one in concluded([]).values():
         assert (one.verdict, one.comparisons) == ("undecided", ())
-    alone = concluded([model for model in rows() if model["seed"] == 0])  # one pair has no interval
+    alone = concluded([model for model in rows() if model.seed == 0])  # one pair has no interval
     assert {one.verdict for one in alone.values()} == {"undecided"}
     (silent,) = [line for line in as_markdown("mine", sweep([])).splitlines() if "without rows" in line]
     assert silent.startswith("Claims without rows in this sweep: 1; 2a; ")
@@ -81,13 +82,13 @@ def test_what_was_not_trained_is_a_partner_for_any_seed():
 def test_what_is_left_out():
     """Runs that failed, models without an average, and criteria that the paper does not prune by."""
     whole = [row("depth", 0.15, "none", 50.0)]
-    failed = {**whole[0], "status": "failed", "error": "stopped"}
-    no_average = row("depth", 0.15, "none", 50.0)
-    no_average["evaluation"]["mean_of_ratios"] = None
-    assert points_of(sweep([failed, no_average, row("width", 0.15, "none", 50.0, criterion="l1")])) == []
+    failed = replace(whole[0], found=None, error="stopped")
+    no_average = changed(whole[0], evaluation=replace(whole[0].found.evaluation, mean_of_ratios=None))
+    models = [failed, no_average, row("width", 0.15, "none", 50.0, criterion="l1")]
+    assert points_of(replace(sweep(whole), models=models)) == []
     (point,) = points_of(sweep(whole))
     assert (point.level, point.reached, point.recovery, point.interval) == (0.15, 0.16, "none", (48.0, 52.0))
-    (of_layers,) = points_of(sweep([{**whole[0], "ratio_asked": None}]))
+    (of_layers,) = points_of(sweep([changed(whole[0], ratio_asked=None)]))
     assert of_layers.level == 0.16
 
 
@@ -176,19 +177,20 @@ def test_what_a_study_cannot_be(capsys, tmp_path, study):
 
 def test_perplexities_stand_in_a_table_over_seeds():
     def text(model, value):
-        scores = {**model["evaluation"]["scores"], "text": {"perplexity": value}}
-        return {**model, "evaluation": {**model["evaluation"], "scores": scores}}
+        scores = {**model.found.evaluation.scores, "text": {"perplexity": value}}
+        return changed(model, evaluation=replace(model.found.evaluation, scores=scores))
 
     plain = [text(row("depth", 0.15, "none", 90.0, seed=seed), value) for seed, value in enumerate((20.0, 80.0))]
     trained = [text(row("depth", 0.15, "sft_l2", 95.0, data=0.05, seed=0, solved=True), 60.0)]
     found = sweep([*plain, *trained, row("width", 0.45, "none", 60.0)])
     assert "Perplexity" not in as_markdown("study", found)
-    found["sets"] = found["sets"] | {"text": {**found["sets"]["questions"], "name": "perplexity", "main": "perplexity"}}
-    found["unpruned"]["models/teacher"]["evaluation"]["scores"]["text"] = {"perplexity": 10.0}
-    found["sets"]["text"]["full"] = None  # as perplexity has none: averages leave it out
+    # A metric without a full score: averages leave it out.
+    of_text = replace(found.sets["questions"], name="perplexity", main="perplexity", full=None)
+    found = replace(found, sets={**found.sets, "text": of_text})
+    found.unpruned["models/teacher"].evaluation.scores["text"] = {"perplexity": 10.0}
     assert "by the paper's criteria: accuracy of questions.\n" in as_markdown("study", found)
-    found["models"].append(text(row("width", 0.45, "none", 60.0), 1e6))
-    found["models"].append(text(row("width", 0.45, "none", 60.0, solved=True), 600.0))
+    found.models.append(text(row("width", 0.45, "none", 60.0), 1e6))
+    found.models.append(text(row("width", 0.45, "none", 60.0, solved=True), 600.0))
     table = as_markdown("study", found).split("**Perplexity of text**, 10.00 unpruned.")[1].split("\n")
     assert table[2:] == [
         "| decoder removed | none | reconstruct | reconstruct + sft_l2, 5 % |",
@@ -209,12 +211,12 @@ def test_perplexities_stand_in_a_table_over_seeds():
 def test_a_figure_has_a_line_for_what_is_compared(changes, titles, lines):
     models = rows()
     if changes:
-        models = [one for one in models if one["recovery"] == "none" and one["method"] == "depth"]
-        models += [{**one, **changes, "name": f"{one['name']}x", "group": f"{one['group']}x"} for one in models]
+        models = [one for one in models if one.found.recovery == "none" and one.found.method == "depth"]
+        models += [replace(changed(one, **changes), name=f"{one.name}x", group=f"{one.group}x") for one in models]
     figure = study_figure(sweep(models))
     assert [axes.get_title("left") for axes in figure.axes] == titles
     assert lines <= {text.get_text() for text in figure.legends[0].get_texts()}
-    assert study_figure(sweep(one for one in models if one["decoder_ratio"] < 0.2)) is None
+    assert study_figure(sweep(one for one in models if one.found.decoder_ratio < 0.2)) is None
 
 
 def test_a_figure_where_layers_were_counted():
@@ -222,7 +224,7 @@ def test_a_figure_where_layers_were_counted():
     models = []
     for level, retained in ((0.15, 90.0), (0.45, 40.0)):
         one = row("depth", level, "none", retained)
-        models.append({**one, "ratio_asked": None, "labels": {**one["labels"], "ratio": f"{level}"}})
+        models.append(replace(changed(one, ratio_asked=None), labels={**one.labels, "ratio": f"{level}"}))
     figure = study_figure(sweep(models))
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["none"]
     assert [axes.get_title("left") for axes in figure.axes] == ["depth"]

@@ -41,19 +41,19 @@ def run(flags: Any) -> None:
     from vlmprune_jax.distributed.processor import cores
     from vlmprune_jax.evaluation.speed.bench import bench, check_bench, find_sides
     from vlmprune_jax.report.speed import bench_notes, bench_tables
-    from vlmprune_jax.workdir.ledger import write_json
+    from vlmprune_jax.workdir.artefact import write_artefact
+    from vlmprune_jax.workdir.speed import make_bench
 
     if not flags.model:
         raise UserError("no model given: --model=DIR_OR_GGUF")
     threads = flags.threads or cores()
     check_bench(threads, flags.json)
     config = SpeedConfig(**{name: flags[name].value for name in ("rounds", "prompt_tokens", "new_tokens", "image")})
-    options, models = {"dtype": flags.dtype, "threads": threads}, [flags.model, *flags.against]
-    sides, left_out = find_sides(models, flags.backends, flags.vision_dir, config, **options)
-    reporter = make_reporter(True)
-    found = bench(sides, config, reporter, **options)
+    options, reporter = {"dtype": flags.dtype, "threads": threads}, make_reporter(True)
+    sides, left_out = find_sides([flags.model, *flags.against], flags.backends, flags.vision_dir, config, **options)
+    found = make_bench(*bench(sides, config, reporter), config, **options)
     if flags.json is not None:
-        write_json(Path(flags.json), found)
+        write_artefact(Path(flags.json), found)
     for table in bench_tables(found):
         reporter.table(table.title, table.header, table.rows)
     for line in (*bench_notes(found), *left_out):

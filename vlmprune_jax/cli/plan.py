@@ -37,8 +37,8 @@ def run(flags: Any) -> None:
     from vlmprune_jax.core.console import make_reporter
     from vlmprune_jax.core.errors import UserError
     from vlmprune_jax.planning.fit import fit_all
-    from vlmprune_jax.report.fit import PLANNED
-    from vlmprune_jax.workdir.ledger import write_json
+    from vlmprune_jax.workdir.artefact import write_artefact
+    from vlmprune_jax.workdir.tpu_plan import TPU_PLAN
 
     jax.config.update("jax_platforms", "cpu")  # libtpu is here to compile, there may be no TPU and it stays free
     experiment = read_experiment(flags.config)
@@ -48,6 +48,6 @@ def run(flags: Any) -> None:
         raise UserError(f"--records={flags.records} must be at least 1")
     workdir = None if flags.workdir is None else Path(flags.workdir)
     found = fit_all(experiment, workdir, make_reporter(True), flags.topology, flags.records, flags.search)
-    saved = flags.save or (workdir and workdir / PLANNED)
+    saved = flags.save or (workdir and workdir / TPU_PLAN)
     if saved:
-        write_json(Path(saved), found)
+        write_artefact(Path(saved), found)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
@@ -143,10 +144,14 @@ def is_main_process() -> bool:
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def on_process_zero(compute: Callable[[], Any]) -> Any:
-    """What `compute` returns on process 0 (any JSON value), on every process; all of them must call it, in step.
+def on_process_zero(compute: Callable[[], Any], kind: Any = Any) -> Any:
+    """Return on every process what `compute` returns on process 0; all processes must call it, in step.
 
     Files of a workdir are looked at and changed by process 0 alone: others could see them before or after a change.
+
+    Args:
+      compute: returns a JSON value, or an instance of `kind`.
+      kind: a type that msgspec converts from JSON, as a Struct.
 
     Raises:
       SharedError: `compute` raised a UserError; every process does.
@@ -165,12 +170,12 @@ def on_process_zero(compute: Callable[[], Any]) -> Any:
     said = _tell(said)
     if "error" in said:
         raise SharedError(said["error"])
-    return said["value"]
+    return msgspec.convert(said["value"], kind)
 
 
 def _tell(said: dict[str, Any]) -> dict[str, Any]:
     """Process 0's value, on every process."""
-    raw = np.frombuffer(json.dumps(said).encode(), np.uint8)
+    raw = np.frombuffer(json.dumps(said, default=msgspec.to_builtins).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.asarray(raw.size, np.int32)))
     padded = raw if is_main_process() else np.zeros(size, np.uint8)
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes())
@@ -191,7 +196,7 @@ def from_all(compute: Callable[[], Any]) -> list[Any]:
         said = {"error": str(error)}
     except BaseException as error:  # the others must not wait for an answer that never comes
         said, failure = {"error": f"process {jax.process_index()} failed ({type(error).__name__}: {error})"}, error
-    raw = np.frombuffer(json.dumps(said).encode(), np.uint8)
+    raw = np.frombuffer(json.dumps(said, default=msgspec.to_builtins).encode(), np.uint8)
     lengths = np.asarray(multihost_utils.process_allgather(np.asarray(raw.size, np.int32)))
     padded = np.zeros(lengths.max(), np.uint8)
     padded[: raw.size] = raw

@@ -13,7 +13,7 @@ from vlmprune_jax.evaluation.metrics import metric_named
 from vlmprune_jax.experiment.spec import EvaluationSetSpec, Experiment, PruneSpec, RecoverSpec
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.objective import check_losses, needs_teacher
-from vlmprune_jax.report.speed import decode_rates, read_bench
+from vlmprune_jax.workdir.speed import read_bench
 
 QUESTIONS, TEXT = "questions", "text"  # the evaluation sets of an experiment that names none
 
@@ -25,7 +25,7 @@ def plan_config(experiment: Experiment) -> PruneSpec:
         return spec
     dtype, uneven, curve = export_dtype(experiment), experiment.export.uneven, budget.curve
     if budget.bench is not None:
-        curve = tuple((size, 1000 / rate) for size, rate in decode_rates(read_bench(Path(budget.bench))).items())
+        curve = tuple((size, 1000 / rate) for size, rate in read_bench(Path(budget.bench)).decode_rates().items())
     budget = dataclasses.replace(budget, dtype=dtype, uneven=uneven, bench=None, curve=curve)
     return dataclasses.replace(spec, budget=budget)
 

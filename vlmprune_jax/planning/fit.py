@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.experiment.spec import Experiment
@@ -15,11 +18,19 @@ from vlmprune_jax.models.params import count_params
 from vlmprune_jax.planning.ahead_of_time import DoesNotFit, make_slice
 from vlmprune_jax.planning.case import Case, Estimate, estimate, make_case
 from vlmprune_jax.recovery.config import REMAT
-from vlmprune_jax.report.fit import as_rows
 from vlmprune_jax.stages.inputs import count_records
-from vlmprune_jax.workdir.ledger import Json
+from vlmprune_jax.workdir.tpu_plan import (
+    GIB,
+    Hbm,
+    Planned,
+    PlannedModel,
+    PlannedStep,
+    StepFlops,
+    StepSeconds,
+    TpuPlan,
+    as_rows,
+)
 
-GIB = 2**30
 Attempts = dict[Case, Estimate | UserError]
 
 
@@ -88,89 +99,84 @@ def too_large(case: Case, error: DoesNotFit) -> UserError:
     return UserError(f"the recovery step on {case.slice.name} {error}: try {' or '.join(ways) or 'shorter rows'}")
 
 
-def facts(found: Estimate, n_records: int | None) -> Json:
-    """Everything about an estimate, as JSON values; sizes and bytes are per chip, FLOPs and throughput of all chips."""
+def planned_step(found: Estimate, n_records: int | None) -> PlannedStep:
+    """Describe an estimate; sizes and bytes are per chip, FLOPs and throughput are of all chips."""
     case, config = found.case, found.case.config
-    n_steps = config.steps if config.steps is not None or n_records is None else config.num_steps(n_records)
-    hours = None if n_steps is None else n_steps * found.step_seconds / 3600
-    n_chips, tokens = len(case.slice.devices), config.batch_size * case.length
-    return {
-        "topology": case.slice.name,
-        "chips": n_chips,
-        "mesh": dict(case.make_mesh().shape),
-        "student": {"layers": len(case.cfg.text.layers), "parameters": count_params(case.cfg)},
-        "teacher": case.teacher_cfg
-        and {
-            "layers": len(case.teacher_cfg.text.layers),
-            "parameters": count_params(case.teacher_cfg),
-        },
-        "batch_size": config.batch_size,
-        "accumulation": config.accumulation,
-        "remat": config.remat,
-        "tokens_per_row": case.length,
-        "images_per_row": case.images,
-        "tokens_buckets": list(case.lengths),
-        "images_buckets": list(case.slots),
-        "image_tokens_buckets": list(case.image_tokens),
-        "feature_cache": not case.cfg.tower,
-        "teacher_top_k": config.losses.teacher_top_k,
-        "hbm": {
-            "arguments": found.compiled.arguments,
-            "temporaries": found.compiled.temporaries,
-            "free": int(found.free),
-        },
-        "flops": {"executed": found.compiled.flops, "model": found.model.total, **dataclasses.asdict(found.model)},
-        "received": found.compiled.received,
-        "seconds": {"step": found.step_seconds, **found.seconds},
-        "mfu": found.mfu,
-        "tokens_per_second": tokens / found.step_seconds,
-        "steps": n_steps,
-        "hours": hours,
-        "chip_hours": None if hours is None else hours * n_chips,
-        "compile_seconds": found.compiled.seconds,
-    }
+    return PlannedStep(
+        topology=case.slice.name,
+        chips=len(case.slice.devices),
+        mesh=dict(case.make_mesh().shape),
+        student=_size(case.cfg),
+        teacher=None if case.teacher_cfg is None else _size(case.teacher_cfg),
+        batch_size=config.batch_size,
+        accumulation=config.accumulation,
+        remat=config.remat,
+        tokens_per_row=case.length,
+        images_per_row=case.images,
+        tokens_buckets=list(case.lengths),
+        images_buckets=list(case.slots),
+        image_tokens_buckets=list(case.image_tokens),
+        feature_cache=not case.cfg.tower,
+        teacher_top_k=config.losses.teacher_top_k,
+        hbm=Hbm(arguments=found.compiled.arguments, temporaries=found.compiled.temporaries, free=int(found.free)),
+        flops=StepFlops(executed=found.compiled.flops, model=found.model.total, **dataclasses.asdict(found.model)),
+        received=dict(found.compiled.received),
+        seconds=StepSeconds(step=found.step_seconds, **found.seconds),
+        mfu=found.mfu,
+        tokens_per_second=config.batch_size * case.length / found.step_seconds,
+        steps=config.steps if config.steps is not None or n_records is None else config.num_steps(n_records),
+        compile_seconds=found.compiled.seconds,
+    )
 
 
-def plan_recovery(case: Case, n_records: int | None, searching: bool, say: Callable[[str], None]) -> Json:
-    """`facts` of a case, or its "problem"; all said as lines, and under "search" what else fits.
+def _size(cfg: ModelConfig) -> PlannedModel:
+    return PlannedModel(layers=len(cfg.text.layers), parameters=count_params(cfg))
+
+
+def plan_recovery(case: Case, n_records: int | None, searching: bool, say: Callable[[str], None]) -> Planned:
+    """Describe the step of a case, or why it does not fit, and with `searching` what else fits; say all of it as lines.
 
     Raises:
       UserError: the case does not fit, with what to change, unless a search is to find that out.
     """
+
+    def say_rows(planned: Planned) -> None:
+        for what, value in as_rows(planned):
+            say(f"  {what:<13} {value}")
+
     first = _attempt(case)
     if isinstance(first, Estimate):
-        told = facts(first, n_records)
+        planned = Planned(step=planned_step(first, n_records))
     elif isinstance(first, DoesNotFit):
         problem = too_large(case, first)
         if not searching:
             raise problem from first
-        told = {"problem": str(problem)}
+        planned = Planned(problem=str(problem))
     else:
         raise first
-    for what, value in as_rows(told):
-        say(f"  {what:<13} {value}")
+    say_rows(planned)
     if searching:
-        told["search"] = {what: facts(found, n_records) for what, found in search(case, say, {case: first}).items()}
-        for what, value in as_rows({"search": told["search"]}):
-            say(f"  {what:<13} {value}")
-    return told
+        found = {what: planned_step(one, n_records) for what, one in search(case, say, {case: first}).items()}
+        say_rows(Planned(search=found))
+        planned = replace(planned, search=found)
+    return planned
 
 
 def fit_all(
     experiment: Experiment, workdir: Path | None, reporter: Reporter, topology: str, n_records: int | None, search: bool
-) -> Json:
-    """What every recovery needs on a TPU slice, by its name (see `facts`); `search`: and what else would fit.
+) -> TpuPlan:
+    """Plan every recovery on a TPU slice; `search`: find what else would fit.
 
     Raises:
       UserError: an unknown slice, a step that does not fit it, with what to change, or nothing is trained.
     """
-    result: Json = {}
+    recoveries: dict[str, Planned] = {}
     for pruned in prune_runs(experiment, workdir or Path()):
         for run in recover_runs(pruned):
             case = make_case(run.experiment, None if workdir is None else pruned.folder, topology)
             records = count_records(run.experiment.data) if n_records is None else n_records
             reporter.say(f"{run.name}: compiling for {topology} ...")
-            result[run.name] = plan_recovery(case, records, search, reporter.say)
-    if not result:
+            recoveries[run.name] = plan_recovery(case, records, search, reporter.say)
+    if not recoveries:
         raise UserError('recover.method is "none", so there is no training to plan: set it to "train"')
-    return result
+    return TpuPlan(recoveries=recoveries)

@@ -27,8 +27,9 @@ from vlmprune_jax.planning.case import predict_plan
 from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.report.advice import advised, footnotes, in_words, percent, tables_of, what_to_know
 from vlmprune_jax.report.guide import Guide, Recommendation, recommend
-from vlmprune_jax.report.speed import bench_notes, bench_tables, read_bench
+from vlmprune_jax.report.speed import bench_notes, bench_tables
 from vlmprune_jax.workdir.ledger import write_text
+from vlmprune_jax.workdir.speed import Bench, read_bench
 
 UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _LARGE = 10**9  # parameters, from which weights are held in bfloat16
@@ -46,7 +47,7 @@ class Advice:
     recommendation: Recommendation
     plans: dict[str, PrunePlan]
     config: str
-    bench: dict[str, Any] | None = None
+    bench: Bench | None = None
 
 
 def parse_bytes(text: str) -> float:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from vlmprune_jax.report.guide import Evidence, Recommendation, read_guide, recommend_for
 from vlmprune_jax.report.page import Section, Table
+from vlmprune_jax.workdir.result import Result
 
 _CUTS = {"depth": "remove whole layers by Block Influence", "width": "remove neurons and heads by Taylor importance"}
 _TRAINED = {"projector": "the projector alone", "sft_l2": "adapters and projector, SFT + L2 distillation,"}
@@ -63,17 +63,17 @@ def tables_of(found: Recommendation) -> list[Table]:
     return tables
 
 
-def advice_section(result: dict[str, Any]) -> Iterator[Section]:
+def advice_section(result: Result) -> Iterator[Section]:
     """What the guide would have advised for the cut of the best run, with the data and training that the run had."""
-    run = next((run for run in result["runs"] if run["name"] == result.get("best")), None)
-    if run is None or "workload" not in result or not 0 < run.get("decoder_ratio", 0) <= 1:
+    run = result.best_run
+    if result.workload is None or run.decoder_ratio is None or not 0 < run.decoder_ratio <= 1:
         return
-    sees, trained = result["workload"]["images"] > 0, run["data_fraction"] > 0
+    trained = run.data_fraction > 0
     found = recommend_for(
-        run["ratio_reached"],
-        run["decoder_ratio"],
-        sees,
-        data_fraction=min(max(run["data_fraction"], 0), 1),
+        run.ratio_reached,
+        run.decoder_ratio,
+        result.workload.images > 0,
+        data_fraction=min(max(run.data_fraction, 0), 1),
         compute="full" if trained else "none",
         speed=False,
         guide=read_guide(),

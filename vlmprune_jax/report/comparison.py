@@ -16,23 +16,33 @@ from vlmprune_jax.report import comparison_plots as plots
 from vlmprune_jax.report.comparison_plots import DATA, DECODER, Cost, drawable, series_of, way_of
 from vlmprune_jax.report.page import Figure, Section, Table, write_page
 from vlmprune_jax.report.plots import to_svg
-from vlmprune_jax.report.result import averaged_sets, main_value, shown
-from vlmprune_jax.report.sweep import DONE, FAILED, SPEEDS, Group, Json, done, groups_of, read_sweep
+from vlmprune_jax.report.tables import over
+from vlmprune_jax.workdir.result import averaged_sets
+from vlmprune_jax.workdir.sweep import (
+    DONE,
+    FAILED,
+    Group,
+    SweepResult,
+    SweptModel,
+    UnprunedModel,
+    groups_of,
+    read_sweep,
+)
 
 FILE = "sweep.html"
 ENOUGH = 95.0  # percent retained: the paper's "almost all"
 LEAST_RADAR = 3  # sets
 MOST_SETS, MOST_FIGURES = 12, 6
-PARAMETERS = Cost("Parameters", "parameters (millions)", lambda model: model["parameters"] / 1e6)
+PARAMETERS = Cost("Parameters", "parameters (millions)", lambda model: model.parameters / 1e6)
 COSTS = (
     PARAMETERS,
-    Cost("Bytes of the weights", "MiB", lambda model: model["bytes"] / 2**20),
-    Cost("FLOPs of a prompt", "GFLOPs", lambda model: model["forward_flops"] / 1e9),
+    Cost("Bytes of the weights", "MiB", lambda model: model.bytes / 2**20),
+    Cost("FLOPs of a prompt", "GFLOPs", lambda model: model.forward_flops / 1e9),
 )
 TIMES = "times the unpruned model's tokens/s"
 SPEEDUPS = {
-    f"{part}_speedup": Cost(name, TIMES, operator.itemgetter(f"{part}_speedup"), rising=True)
-    for part, name in zip(SPEEDS, ("Prefill", "Decoding"), strict=True)
+    f"{part}_speedup": Cost(name, TIMES, operator.attrgetter(f"{part}_speedup"), rising=True)
+    for part, name in (("prefill", "Prefill"), ("decode", "Decoding"))
 }
 NOTES = (
     "A row is what differs in more than seeds. Retained: share of the unpruned model's score, in percent{averages}; ± "
@@ -65,7 +75,7 @@ def build_comparison(workdir: Path) -> Path:
         lead=list(_lead(sweep, groups, best)),
         sections=sections,
         best="" if best is None else printable(best.name),
-        origin=f"Made by vlmprune sweep --config={printable(sweep['config'])}; numbers: sweep.json, sweep.csv.",
+        origin=f"Made by vlmprune sweep --config={printable(sweep.config)}; numbers: sweep.json, sweep.csv.",
     )
 
 
@@ -75,14 +85,14 @@ def _best(groups: Sequence[Group]) -> Group | None:
     return min(known, key=lambda group: (-_worth(group), group.mean("parameters")), default=None)
 
 
-def _lead(sweep: Json, groups: Sequence[Group], best: Group | None) -> Iterator[str]:
-    runs = {one["run"]: one["status"] for one in sweep["models"]}
+def _lead(sweep: SweepResult, groups: Sequence[Group], best: Group | None) -> Iterator[str]:
+    runs = {entry.run: entry.status for entry in sweep.models}
     count = {status: sum(found == status for found in runs.values()) for status in dict.fromkeys(runs.values())}
     left = ", ".join(f"{number} {status}" for status, number in count.items() if status != DONE)
-    yield f"{count.get(DONE, 0)} of {len(runs)} runs are done{f' ({left})' if left else ''}: {len(done(sweep))} models."
+    yield f"{count.get(DONE, 0)} of {len(runs)} runs are done{f' ({left})' if left else ''}: {len(sweep.done)} models."
     if best is None or best.retained is None:
         return
-    worth = f"{best.retained[0]:.2f} % {_over(sweep)}"
+    worth = f"{best.retained[0]:.2f} % {over(sweep.sets)}"
     yield f"Most is retained by {printable(best.name)}: {worth}, {_smaller(best, sweep)}."
     enough = [group for group in groups if _worth(group) >= ENOUGH]
     smallest = min(enough, key=lambda group: group.mean("parameters"), default=None)
@@ -95,18 +105,13 @@ def _lead(sweep: Json, groups: Sequence[Group], best: Group | None) -> Iterator[
         )
 
 
-def _smaller(group: Group, sweep: Json) -> str:
-    before = sweep["unpruned"][group.first["model"]]["parameters"]
+def _smaller(group: Group, sweep: SweepResult) -> str:
+    before = sweep.unpruned[group.first.model].parameters
     return f"with {100 * (1 - group.mean('parameters') / before):.1f} % fewer parameters"
 
 
-def _over(sweep: Json) -> str:
-    names = averaged_sets(sweep["sets"])
-    return f"on {names[0]}" if len(names) == 1 else f"on average over {len(names)} evaluation sets"
-
-
-def _averages(sweep: Json) -> str:
-    names = averaged_sets(sweep["sets"])
+def _averages(sweep: SweepResult) -> str:
+    names = averaged_sets(sweep.sets)
     return "" if len(names) == 1 else f", the mean over {', '.join(names)}"
 
 
@@ -114,11 +119,11 @@ def _figure(figure: Any, alt: str, caption: str) -> Figure:
     return Figure(Markup(to_svg(figure)), alt, caption)
 
 
-def _pareto_section(sweep: Json, groups: Sequence[Group]) -> Iterator[Section]:
+def _pareto_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Section]:
     drawn = drawable(groups)
     if not drawn:
         return
-    models = [*sweep["unpruned"].values()]
+    models = [*sweep.unpruned.values()]
     figures = [
         _figure(
             plots.pareto_figure(groups, models, COSTS),
@@ -127,9 +132,11 @@ def _pareto_section(sweep: Json, groups: Sequence[Group]) -> Iterator[Section]:
             "beats in both; the star is the unpruned model.",
         )
     ]
-    timed = [group for group in drawn if all(set(SPEEDUPS) <= set(model) for model in group.models)]
+    timed = [
+        group for group in drawn if all(getattr(model, name) is not None for model in group.models for name in SPEEDUPS)
+    ]
     if timed:
-        figure = plots.pareto_figure(timed, [dict.fromkeys(SPEEDUPS, 1.0)], list(SPEEDUPS.values()))
+        figure = plots.pareto_figure(timed, None, list(SPEEDUPS.values()))
         alt = f"{len(timed)} models: retained percent against speed, as a multiple of the unpruned model's."
         figures.append(_figure(figure, alt, "Measured in turns with the unpruned model, on one machine at a time."))
     yield Section("What is retained at which cost", figures=tuple(figures))
@@ -137,7 +144,7 @@ def _pareto_section(sweep: Json, groups: Sequence[Group]) -> Iterator[Section]:
 
 def _asked(group: Group) -> Any:
     """Models of one ratio are compared, whatever each reaches."""
-    asked = group.first["ratio_asked"]
+    asked = group.first.ratio_asked
     return round(group.mean("ratio_reached"), 3) if asked is None else asked
 
 
@@ -145,9 +152,9 @@ def _ratio_section(groups: Sequence[Group]) -> Iterator[Section]:
     if len({_asked(group) for group in drawable(groups)}) < 2:
         return
     series, figures = series_of(groups), []
-    fractions = sorted({group.first["data_fraction"] for group in drawable(groups)})
+    fractions = sorted({group.first.data_fraction for group in drawable(groups)})
     for fraction in fractions[:MOST_FIGURES]:
-        some = [group for group in drawable(groups) if group.first["data_fraction"] == fraction]
+        some = [group for group in drawable(groups) if group.first.data_fraction == fraction]
         of = f"Trained on {100 * fraction:g} % of the data" if fraction else "Without training"
         figure = plots.curves_figure(some, way_of, lambda group: series[group.name], DECODER, "linear")
         figures.append(
@@ -161,8 +168,8 @@ def _ratio_section(groups: Sequence[Group]) -> Iterator[Section]:
 
 
 def _data_section(groups: Sequence[Group]) -> Iterator[Section]:
-    trained = [group for group in drawable(groups) if group.first["data_fraction"]]
-    if len({group.first["data_fraction"] for group in trained}) < 2:
+    trained = [group for group in drawable(groups) if group.first.data_fraction]
+    if len({group.first.data_fraction for group in trained}) < 2:
         return
     series, figures = series_of(groups), []
     for name in list(dict.fromkeys(series[group.name] for group in trained))[:MOST_FIGURES]:
@@ -178,9 +185,9 @@ def _share_told(shares: Mapping[Any, float], group: Group) -> str:
     return f"{shares[_asked(group)]:.0f} % of the decoder removed"
 
 
-def _radar_section(sweep: Json, groups: Sequence[Group]) -> Iterator[Section]:
+def _radar_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Section]:
     """Of every method at every ratio the one that retains most."""
-    names = [name for name in sweep["sets"] if all(_kept(group, name) is not None for group in drawable(groups))]
+    names = [name for name in sweep.sets if all(_kept(group, name) is not None for group in drawable(groups))]
     names = names[:MOST_SETS]
     if len(names) < LEAST_RADAR:
         return
@@ -207,55 +214,51 @@ def _worth(group: Group) -> float:
 
 
 def _kept(group: Group, name: str) -> float | None:
-    values = [one["evaluation"]["retained"].get(name) for one in group.models]
-    return None if None in values else sum(values) / len(values)
+    values = [one.evaluation.retained.get(name) for one in group.models]
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
 
 
-def _table(sweep: Json, groups: Sequence[Group]) -> Table:
+def _table(sweep: SweepResult, groups: Sequence[Group]) -> Table:
     """Everything in numbers; a row a group, the unpruned models first."""
-    sets = sweep["sets"]
+    sets = sweep.sets
     names = list(sets)[:MOST_SETS]
     costs = ("parameters", "MiB", "GFLOPs")
     facts = ("retained", "±", "seeds", "paper avg", "decoder removed, %", "data, %")
-    scores = (f"{name}: {sets[name]['main']}{f' in {unit}' if (unit := sets[name]['unit']) else ''}" for name in names)
+    scores = (f"{name}: {sets[name].label}" for name in names)
     header = ("model", *facts, *costs, *scores, "seconds")
     rows = []
-    for name, model in sweep["unpruned"].items():
-        values = (shown(main_value(model, one, sets), sets[one], unit=False) for one in names)
-        label = "unpruned" if len(sweep["unpruned"]) == 1 else f"unpruned {printable(name)}"
+    for name, model in sweep.unpruned.items():
+        values = (sets[one].show(model.evaluation.main(one, sets), unit=False) for one in names)
+        label = "unpruned" if len(sweep.unpruned) == 1 else f"unpruned {printable(name)}"
         rows.append((label, "100.00", "", "", "100.00", "", "", *_costs([model]), *values, ""))
     for group in groups:
         mean, low, high = group.retained or (None, 0.0, 0.0)
-        averages = [one["evaluation"]["paper_average"] for one in group.models]
+        averages = [value for one in group.models if (value := one.evaluation.paper_average) is not None]
         facts = (
             "" if mean is None else f"{mean:.2f}",
             f"{(high - low) / 2:.2f}" if len(group.models) > 1 else "",
             f"{len(group.models)}",
-            "" if None in averages else f"{sum(averages) / len(averages):.2f}",
+            f"{sum(averages) / len(averages):.2f}" if len(averages) == len(group.models) else "",
             f"{100 * group.mean('decoder_ratio'):.1f}",
-            f"{100 * group.first['data_fraction']:g}" if group.first["data_fraction"] else "",
+            f"{100 * group.first.data_fraction:g}" if group.first.data_fraction else "",
         )
-        values = (_score(group, one, sets) for one in names)
+        values = (group.show_mean(one, sets) for one in names)
         rows.append((printable(group.name), *facts, *_costs(group.models), *values, f"{group.mean('seconds'):.1f}"))
     return Table(f"{len(groups)} kinds of models", header, tuple(rows))
 
 
-def _costs(models: Sequence[Json]) -> tuple[str, str, str]:
+def _costs(models: Sequence[SweptModel | UnprunedModel]) -> tuple[str, str, str]:
     parameters, mib, flops = (sum(map(cost.of, models)) / len(models) for cost in COSTS)
     return f"{1e6 * parameters:,.0f}", f"{mib:,.2f}", f"{flops:,.3f}"
 
 
-def _score(group: Group, name: str, sets: Json) -> str:
-    values = [value for one in group.models if (value := main_value(one, name, sets)) is not None]
-    return shown(sum(values) / len(values), sets[name], unit=False) if values else ""
-
-
-def _open_section(sweep: Json) -> Iterator[Section]:
+def _open_section(sweep: SweepResult) -> Iterator[Section]:
     """What is not there, and why."""
     rows = [
-        (printable(one["run"]), one["status"], printable(one["error"] or ""))
-        for one in sweep["models"]
-        if one["status"] != DONE
+        (printable(entry.run), entry.status, printable(entry.error or ""))
+        for entry in sweep.models
+        if entry.status != DONE
     ]
     if rows:
         failed = sum(row[1] == FAILED for row in rows)

@@ -24,7 +24,7 @@ from vlmprune_jax.report.plots import (
     marker,
     styled,
 )
-from vlmprune_jax.report.sweep import Group
+from vlmprune_jax.workdir.sweep import Group, UnprunedModel
 
 MOST_PANELS = 9
 LABEL, HALF = "retained (%)", 50.0
@@ -38,17 +38,17 @@ class Cost:
 
     title: str
     label: str
-    of: Callable[[Mapping[str, Any]], float]
+    of: Callable[[Any], float]
     rising: bool = False
 
 
-DECODER = Cost("", "decoder's parameters removed (%)", lambda model: 100 * model["decoder_ratio"])
-DATA = Cost("", "data trained on (%)", lambda model: 100 * model["data_fraction"])
+DECODER = Cost("", "decoder's parameters removed (%)", lambda model: 100 * model.decoder_ratio)
+DATA = Cost("", "data trained on (%)", lambda model: 100 * model.data_fraction)
 
 
 def way_of(group: Group) -> str:
     """How a model was made good: "none", "reconstruct", "sft", "reconstruct + sft"."""
-    recovery, solved = group.first["recovery"], group.first["reconstruct"] != "none"
+    recovery, solved = group.first.recovery, group.first.reconstruct != "none"
     if not solved or recovery.startswith("reconstruct"):
         return recovery
     return "reconstruct" if recovery == "none" else f"reconstruct + {recovery}"
@@ -56,18 +56,18 @@ def way_of(group: Group) -> str:
 
 def series_of(groups: Sequence[Group]) -> dict[str, str]:
     """Group's name -> the line that it is on: its method, and what else tells it from others at the same place."""
-    criteria = {(group.first["method"], group.first["criterion"]) for group in groups}
+    criteria = {(group.first.method, group.first.criterion) for group in groups}
     several = {method for method, _ in criteria if sum(method == other for other, _ in criteria) > 1}
-    models = {group.first["model"] for group in groups}
+    models = {group.first.model for group in groups}
     series, places = dict[str, str](), dict[tuple[Any, ...], list[Group]]()
     for group in groups:
         first = group.first
-        name = f"{first['method']}, {first['criterion']}" if first["method"] in several else first["method"]
-        name = f"{name} of {first['model'].rstrip('/').rpartition('/')[2]}" if len(models) > 1 else name
+        name = f"{first.method}, {first.criterion}" if first.method in several else first.method
+        name = f"{name} of {first.model.rstrip('/').rpartition('/')[2]}" if len(models) > 1 else name
         series[group.name] = name
-        asked = first["ratio_asked"]  # not where layers were counted
+        asked = first.ratio_asked  # not where layers were counted
         share = round(group.mean("decoder_ratio"), 3) if asked is None else asked
-        places.setdefault((name, way_of(group), first["data_fraction"], share), []).append(group)
+        places.setdefault((name, way_of(group), first.data_fraction, share), []).append(group)
     extra = dict.fromkeys(label for at in places.values() for label in _differing(at))
     for group in groups:
         told = (group.labels[label] for label in extra if label in group.labels)
@@ -93,17 +93,20 @@ def _styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return {"none": {"color": UNRECOVERED, "linestyle": "-"}, **found}
 
 
-def pareto_figure(groups: Sequence[Group], unpruned: Sequence[Mapping[str, Any]], costs: Sequence[Cost]) -> Figure:
-    """What is retained against every cost, a panel each; the line joins what no other model beats in both."""
+def pareto_figure(groups: Sequence[Group], unpruned: Sequence[UnprunedModel] | None, costs: Sequence[Cost]) -> Figure:
+    """Draw retention against every cost, a panel each; the line joins models that no other beats in both.
+
+    `unpruned`: None if costs are multiples of the unpruned model's.
+    """
     groups = drawable(groups)
     ways = [way_of(group) for group in groups]
     styles = _styles(ways)
-    with styled(*(group.first["method"] for group in groups), *ways):
+    with styled(*(group.first.method for group in groups), *ways):
         figure, panels = _panels(len(costs), 3.3)
         for axes, cost in zip(panels, costs, strict=True):
             axes.axhline(100, color=MUTED, linestyle="--", linewidth=1)
-            for model in unpruned:
-                axes.plot(cost.of(model), 100, "*", color=INK, markersize=12, zorder=3)
+            for x in [1.0] if unpruned is None else map(cost.of, unpruned):
+                axes.plot(x, 100, "*", color=INK, markersize=12, zorder=3)
             places = [float(np.mean([cost.of(model) for model in group.models])) for group in groups]
             front = _front(places, groups, rising=cost.rising)
             if front:
@@ -136,7 +139,7 @@ def _point(axes: Axes, x: float, group: Group, colour: str) -> None:
     mean, low, high = group.retained
     if len(group.models) > 1:
         axes.plot([x, x], [low, high], color=colour, linewidth=1, alpha=0.7)
-    look = marker(group.first["method"], colour)
+    look = marker(group.first.method, colour)
     axes.plot(x, mean, **{**look, "markersize": 0.6 * look["markersize"] + 1.5, "markeredgewidth": 1.3})
 
 
@@ -165,7 +168,7 @@ def _legend(groups: Sequence[Group], styles: Mapping[str, Mapping[str, Any]]) ->
     """One entry per method (shape) and per way to make good (colour)."""
     plain: Any = {"linestyle": "none"}
     entries = [Line2D([], [], marker="*", color=INK, markersize=11, label="unpruned", **plain)]
-    for method in list(dict.fromkeys(group.first["method"] for group in groups))[:MOST_NAMED]:
+    for method in list(dict.fromkeys(group.first.method for group in groups))[:MOST_NAMED]:
         entries.append(Line2D([], [], label=legible(method), **{**marker(method, INK), **plain, "markersize": 7}))
     present = dict.fromkeys(way_of(group) for group in groups)
     for way in list(present)[:MOST_NAMED]:

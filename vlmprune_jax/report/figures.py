@@ -15,10 +15,10 @@ from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.metrics import read_metrics
 from vlmprune_jax.report import kinds, plots
 from vlmprune_jax.report.page import Figure, Section
-from vlmprune_jax.report.result import main_value
-from vlmprune_jax.report.tables import count, over, upper
+from vlmprune_jax.report.tables import over, upper
+from vlmprune_jax.workdir.result import Result, Run
+from vlmprune_jax.workdir.unfinished import Variant
 
-Json = dict[str, Any]
 MOST_UNITS = 1_000_000  # cells of a figure
 MOST_DRAWN = 20  # figures of a kind, curves in one; the tables have everything
 MOST_LISTED = 40  # numbers in a sentence
@@ -29,26 +29,25 @@ def figure_of(drawn: Any, alt: str, caption: str) -> Figure:
     return Figure(Markup(plots.to_svg(drawn)), printable(alt), caption)
 
 
-def measured_of(result: Json) -> list[plots.Measured]:
-    """What figures show: the value of the only evaluation set; of several first what was retained, then each."""
-    sets, teacher, runs = result["sets"], result["teacher"], result["runs"]
-    each = []
+def measured_of(result: Result) -> list[plots.Measured]:
+    """Return the numbers that figures show: the value of every evaluation set, after the average of several sets."""
+    sets, each = result.sets, []
     for name, of in sets.items():
-        values = [main_value(model, name, sets) for model in (teacher, *runs)]
-        scaled = [None if value is None else of["scale"] * value for value in values]
-        label = of["main"] + (f" ({of['unit']})" if of["unit"] else "")
-        title = f"{upper(of['main'])} on {count(of)}"
-        full = None if of["full"] is None else of["scale"] * of["full"]
+        values = [model.evaluation.main(name, sets) for _, model in result.models]
+        scaled = [None if value is None else of.scale * value for value in values]
+        label = of.main + (f" ({of.unit})" if of.unit else "")
+        title = f"{upper(of.main)} on {of.size}"
+        full = None if of.full is None else of.scale * of.full
         each.append(
-            plots.Measured(upper(of["main"]), title if len(sets) == 1 else f"{name}: {title}", label, full, scaled)
+            plots.Measured(upper(of.main), title if len(sets) == 1 else f"{name}: {title}", label, full, scaled)
         )
     if len(sets) == 1:
         return each
-    kept = [100.0, *(run["evaluation"]["mean_of_ratios"] for run in runs)]
+    kept = [100.0, *(run.evaluation.mean_of_ratios for run in result.runs)]
     return [plots.Measured("Retained", f"Retained {over(sets)}", "retained (%)", 100.0, kept), *each]
 
 
-def score_sections(result: Json, measured: Sequence[plots.Measured], first: Any) -> Iterator[Section]:
+def score_sections(result: Result, measured: Sequence[plots.Measured], first: Any) -> Iterator[Section]:
     """What models are worth against their size: the first figure, which is drawn already, and those of single sets."""
     alt = _score_alt(result, measured[0])
     yield Section(
@@ -56,23 +55,23 @@ def score_sections(result: Json, measured: Sequence[plots.Measured], first: Any)
     )
     if measured[1:]:
         figures = []
-        for one, of in zip(measured[1 : MOST_DRAWN + 1], result["sets"].values(), strict=False):
-            better = "Higher is better." if of["higher_is_better"] else "Lower is better."
+        for one, of in zip(measured[1 : MOST_DRAWN + 1], result.sets.values(), strict=False):
+            better = "Higher is better." if of.higher_is_better else "Lower is better."
             figures.append(figure_of(plots.score_figure(result, one), _score_alt(result, one), better))
         yield Section("Every evaluation set", figures=tuple(figures))
 
 
-def _score_alt(result: Json, measured: plots.Measured) -> str:
-    names = ["unpruned", *(run["name"] for run in result["runs"])]
+def _score_alt(result: Result, measured: plots.Measured) -> str:
+    names = [name for name, _ in result.models]
     values = zip(names[:MOST_LISTED], measured.values, strict=False)
     told = ", ".join(f"{name} {'unknown' if value is None else f'{value:.1f}'}" for name, value in values)
     return f"{measured.title}, against parameters and as bars, in {measured.label}: {told}"
 
 
-def removed_section(workdir: Path, variants: Sequence[Json]) -> Iterator[Section]:
+def removed_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
     """A map per plan and stack of the layers, heads and neurons that are gone."""
     plans = list[tuple[list[str], PrunePlan]]()  # those that keep the same, once
-    for name in dict.fromkeys(run["plan"] for run in variants if run["plan"]):
+    for name in dict.fromkeys(run.plan for run in variants if run.plan):
         plan = PrunePlan.from_json(workdir / name)
         names = next((names for names, known in plans if known.stacks == plan.stacks), None)
         if names is None:
@@ -103,17 +102,17 @@ def _removed_alt(where: str, kept: KeptStack) -> str:
     )
 
 
-def importance_section(workdir: Path, variants: Sequence[Json]) -> Iterator[Section]:
+def importance_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
     """One figure per scores file; variants that share one are drawn once per plan."""
     figures, seen = list[Figure](), set[tuple[str | None, str]]()
     for run in variants:
-        for name in run["scores"]:
-            if (run["plan"], name) in seen or len(figures) >= MOST_DRAWN:
+        for name in run.scores:
+            if (run.plan, name) in seen or len(figures) >= MOST_DRAWN:
                 continue
-            seen.add((run["plan"], name))
+            seen.add((run.plan, name))
             scores = Scores.load(workdir / name)
-            plan = None if run["plan"] is None else PrunePlan.from_json(workdir / run["plan"])
-            caption = name if run["method"] is None else f"{run['method']}: {name}"
+            plan = None if run.plan is None else PrunePlan.from_json(workdir / run.plan)
+            caption = name if run.method is None else f"{run.method}: {name}"
             figures.append(figure_of(importance_figure(scores, plan), _importance_alt(scores), caption))
     if figures:
         yield Section("Importance", figures=tuple(figures))
@@ -160,10 +159,10 @@ def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:MOST_LISTED])) + (", ..." if len(numbers) > MOST_LISTED else "")
 
 
-def kinds_section(workdir: Path, variants: Sequence[Json]) -> Iterator[Section]:
+def kinds_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
     """One figure per scores file that tells kinds of tokens apart."""
     figures = list[Figure]()
-    for name in dict.fromkeys(name for run in variants for name in run["scores"]):
+    for name in dict.fromkeys(name for run in variants for name in run.scores):
         scores = Scores.load(workdir / name)
         if scores.by_kind and len(figures) < MOST_DRAWN:
             if scores.heads is not None:
@@ -183,14 +182,14 @@ def _check_drawable(what: str, widths: Sequence[int]) -> None:
         )
 
 
-def loss_section(workdir: Path, runs: Sequence[Json]) -> Iterator[Section]:
+def loss_section(workdir: Path, runs: Sequence[Run]) -> Iterator[Section]:
     """Losses over steps, of every recovery that reported some."""
-    curves, titles = dict[str, list[Json]](), dict[str, str]()
+    curves, titles = dict[str, list[dict[str, Any]]](), dict[str, str]()
     for run in runs:
-        titles |= run.get("loss_terms") or {name: name for name in LossConfig().weights()}
-        path = workdir / run["metrics"] if run.get("metrics") else None
+        titles |= run.loss_terms or {name: name for name in LossConfig().weights()}
+        path = workdir / run.metrics if run.metrics else None
         if path is not None and path.is_file() and len(curves) < MOST_DRAWN:
-            curves[run["name"]] = read_metrics(path)
+            curves[run.name] = read_metrics(path)
     drawn = plots.loss_figure(curves, titles)
     if drawn is not None:
         steps = max(row["step"] for rows in curves.values() for row in rows)

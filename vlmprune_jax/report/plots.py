@@ -26,6 +26,7 @@ from matplotlib.ticker import MaxNLocator
 
 from vlmprune_jax.core.errors import printable
 from vlmprune_jax.core.files import replacing
+from vlmprune_jax.workdir.result import Result, Run
 
 # Text and axes are drawn in this colour, which an inline SVG then trades for the page's own (light or dark).
 INK = "#3a3b3c"
@@ -69,21 +70,21 @@ class Measured:
     values: Sequence[float | None]
 
 
-def score_figure(result: Mapping[str, Any], measured: Measured) -> Figure:
+def score_figure(result: Result, measured: Measured) -> Figure:
     """A number of every model against its parameters; the shape tells the method, the colour the recovery."""
-    runs, teacher = result["runs"], result["teacher"]
+    runs, teacher = result.runs, result.teacher
     colours = recovery_colours(runs)
     finite = [np.nan if v is None or not abs(v) < LARGEST else float(v) for v in measured.values]
     unpruned, values = finite[0], finite[1:]
-    names = [run[key] for run in runs for key in ("name", "method", "recovery")]
+    names = [name for run in runs for name in (run.name, run.method, run.recovery)]
     with styled(measured.label, measured.title, *names):
         figure = Figure(figsize=(9.2, 3.9), layout="constrained")
         axes, bars = figure.subplots(1, 2, width_ratios=(5, 4))
         axes.axhline(unpruned, color=MUTED, linestyle="--", linewidth=1)
-        axes.plot(teacher["parameters"] / 1e6, unpruned, "*", color=INK, markersize=14)
+        axes.plot(teacher.parameters / 1e6, unpruned, "*", color=INK, markersize=14)
         lines = dict[tuple[str, str], list[tuple[float, float]]]()
         for run, value in zip(runs, values, strict=True):
-            lines.setdefault((run["method"], run["recovery"]), []).append((run["parameters"] / 1e6, value))
+            lines.setdefault((run.method, run.recovery), []).append((run.parameters / 1e6, value))
         for (method, recovery), points in itertools.islice(lines.items(), MOST_LINES):
             axes.plot(*np.transpose(sorted(points)), **marker(method, colours[recovery]))
         axes.set_xlabel("parameters (millions)")
@@ -113,14 +114,14 @@ def marker(method: str, colour: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _legend(runs: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> list[Line2D]:
+def _legend(runs: Sequence[Run], colours: Mapping[str, str]) -> list[Line2D]:
     """One entry per method (shape) and per recovery (colour)."""
     plain: Any = {"linestyle": "none"}
     entries = [Line2D([], [], marker="*", color=INK, markersize=12, label="unpruned", **plain)]
-    for method in list(dict.fromkeys(run["method"] for run in runs))[:MOST_NAMED]:
+    for method in list(dict.fromkeys(run.method for run in runs))[:MOST_NAMED]:
         entries.append(Line2D([], [], label=legible(method), **{**marker(method, INK), **plain}))
     for recovery, colour in itertools.islice(colours.items(), MOST_NAMED):
-        if any(run["recovery"] == recovery for run in runs):
+        if any(run.recovery == recovery for run in runs):
             label = "unrecovered" if recovery == "none" else legible(recovery)
             entries.append(
                 Line2D([], [], marker="_", color=colour, markersize=12, markeredgewidth=4, label=label, **plain)
@@ -130,7 +131,7 @@ def _legend(runs: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> li
 
 def _score_bars(
     axes: Axes,
-    runs: Sequence[Mapping[str, Any]],
+    runs: Sequence[Run],
     values: Sequence[float],
     top: float,
     measured: Measured,
@@ -139,7 +140,7 @@ def _score_bars(
     """One bar per model (of many the first), with its value written beside it."""
     runs, values = runs[: MOST_BARS - 1], values[:MOST_BARS]
     places = np.arange(len(values))[::-1]
-    shades = [INK, *(colours[run["recovery"]] for run in runs)]
+    shades = [INK, *(colours[run.recovery] for run in runs)]
     axes.barh(places, values, color=shades, height=0.66)
     for place, value, told in zip(places, values, measured.values, strict=False):
         at = value if np.isfinite(value) else 0.0
@@ -150,7 +151,7 @@ def _score_bars(
             textcoords="offset points",
             va="center",
         )
-    axes.set_yticks(places, ["unpruned", *(legible(run["name"]) for run in runs)])
+    axes.set_yticks(places, ["unpruned", *(legible(run.name) for run in runs)])
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     axes.set_xlim(0, 1.18 * top)
@@ -159,9 +160,9 @@ def _score_bars(
     axes.set_xlabel(legible(measured.label, LONGEST_TITLE))
 
 
-def recovery_colours(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def recovery_colours(runs: Sequence[Run]) -> dict[str, str]:
     """One colour per recovery, grey for none."""
-    names = list(dict.fromkeys(run["recovery"] for run in runs if run["recovery"] != "none"))
+    names = list(dict.fromkeys(run.recovery for run in runs if run.recovery != "none"))
     return {"none": UNRECOVERED} | {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
 
 

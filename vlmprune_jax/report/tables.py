@@ -2,186 +2,125 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 from vlmprune_jax.core.errors import printable
 from vlmprune_jax.report.page import Table
-from vlmprune_jax.report.result import averaged_sets, main_value, shown
+from vlmprune_jax.workdir.evaluation import UNPRUNED, Group
+from vlmprune_jax.workdir.result import Result, Run, Set, Unpruned, averaged_sets, interval, percent
 
-Json = dict[str, Any]
 
-
-def tables_of(result: Json) -> list[Table]:
-    """The summary of all models; of several evaluation sets also the scores, and what was retained of each."""
-    sets, models = result["sets"], [{"name": "unpruned", **result["teacher"]}, *result["runs"]]
-    told = len(sets) == 1 and _has_intervals(models)
-    rows = [_summary(model, sets, told) for model in models]
-    columns = (*_columns(sets), *(("95 % interval",) if told else ()))
-    summary = Table(
-        f"{_columns_title(sets)}; asked, reached: shares of all parameters",
-        ("model", "data", "parameters", "asked", "reached", *columns, "seconds"),
-        tuple(rows),
-    )
+def tables_of(result: Result) -> list[Table]:
+    """Return the summary of all models; with several evaluation sets also scores and retained percentages by set."""
+    sets, runs = result.sets, result.runs
+    has_intervals = any(run.evaluation.retained_interval for run in runs)
+    if len(sets) == 1:
+        [(name, of)] = sets.items()
+        columns = (of.main, "retained", *(("95 % interval",) if has_intervals else ()))
+        worth = [_score_cells(result, model, name, of)[: len(columns)] for _, model in result.models]
+        title = f"{upper(of.label)}, retained in %"
+    else:
+        columns = ("retained", "paper avg")
+        averages = ((run.evaluation.mean_of_ratios, run.evaluation.paper_average) for run in runs)
+        worth = [tuple(map(percent, pair)) for pair in ((100.0, 100.0), *averages)]
+        title = f"Retained {over(sets)}, and the paper's average, in %"
+    rows = [(UNPRUNED, "", f"{result.teacher.parameters:,}", "", "", *worth[0], "")]
+    rows += [_summary(run, cells) for run, cells in zip(runs, worth[1:], strict=True)]
+    header = ("model", "data", "parameters", "asked", "reached", *columns, "seconds")
+    summary = Table(f"{title}; asked, reached: shares of all parameters", header, tuple(rows))
     if len(sets) == 1:
         return [summary]
-    header, intervals = ("model", *sets), _has_intervals(models)
     scores = [
-        (printable(m["name"]), *(shown(main_value(m, name, sets), of, unit=False) for name, of in sets.items()))
-        for m in models
+        (printable(label), *(of.show(model.evaluation.main(name, sets), unit=False) for name, of in sets.items()))
+        for label, model in result.models
     ]
-    kept = [(printable(m["name"]), *(_kept(m["evaluation"], name) for name in sets)) for m in models[1:]]
+    kept = [(printable(run.name), *(_kept(run, name) for name in sets)) for run in runs]
     return [
         summary,
-        Table(", ".join(f"{name}: {_label(of)}" for name, of in sets.items()), header, tuple(scores)),
-        Table(f"Retained of each, in %{', and 95 % intervals' if intervals else ''}", header, tuple(kept)),
+        Table(", ".join(f"{name}: {of.label}" for name, of in sets.items()), ("model", *sets), tuple(scores)),
+        Table(
+            f"Retained of each, in %{', and 95 % intervals' if has_intervals else ''}", ("model", *sets), tuple(kept)
+        ),
     ]
 
 
-def _columns(sets: Json) -> tuple[str, str]:
-    """The two columns that say how good a model is."""
-    return (next(iter(sets.values()))["main"], "retained") if len(sets) == 1 else ("retained", "paper avg")
+def _score_cells(result: Result, model: Run | Unpruned, name: str, of: Set) -> tuple[str, ...]:
+    """The score of a set, what is retained of it, and the interval."""
+    score = of.show(model.evaluation.main(name, result.sets), unit=False)
+    if isinstance(model, Unpruned):
+        return score, "100.00", ""
+    return score, percent(model.evaluation.mean_of_ratios), interval(model.evaluation, name)
 
 
-def _columns_title(sets: Json) -> str:
-    if len(sets) == 1:
-        return f"{upper(_label(next(iter(sets.values()))))}, retained in %"
-    return f"Retained {over(sets)}, and the paper's average, in %"
+def _summary(run: Run, worth: tuple[str, ...]) -> tuple[str, ...]:
+    return (
+        printable(run.name),
+        f"{100 * run.data_fraction:g} %" if run.data_fraction else "",
+        f"{run.parameters:,}",
+        "" if run.ratio_asked is None else f"{run.ratio_asked:.3f}",
+        f"{run.ratio_reached:.3f}",
+        *worth,
+        "" if run.seconds is None else f"{run.seconds:.1f}",
+    )
 
 
-def _has_intervals(models: list[Json]) -> bool:
-    return any(model["evaluation"].get("retained_interval") for model in models)
-
-
-def _kept(evaluation: Json, name: str) -> str:
-    """What was retained of a set, and its interval in brackets."""
-    interval = interval_of(evaluation, name)
-    return _percent(evaluation["retained"].get(name)) + (interval and f" ({interval})")
-
-
-def interval_of(evaluation: Json, name: str) -> str:
-    """ "95.1 to 97.3": what a run retained of a set, as other questions of the kind would have it; "" if unknown."""
-    interval = evaluation.get("retained_interval", {}).get(name)
-    return "" if interval is None else f"{interval[0]:.1f} to {interval[1]:.1f}"
-
-
-def _summary(model: Json, sets: Json, interval: bool) -> tuple[str, ...]:
-    if "ratio_reached" not in model:
-        what = ("", f"{model['parameters']:,}", "", "")
-        averages, seconds = (100.0, 100.0), ""
-    else:
-        asked = model["ratio_asked"]
-        what = (
-            f"{100 * model['data_fraction']:g} %" if model["data_fraction"] else "",
-            f"{model['parameters']:,}",
-            "" if asked is None else f"{asked:.3f}",
-            f"{model['ratio_reached']:.3f}",
-        )
-        averages = (model["evaluation"]["mean_of_ratios"], model["evaluation"]["paper_average"])
-        seconds = "" if model["seconds"] is None else f"{model['seconds']:.1f}"
-    worth = tuple(map(_percent, averages))
-    if len(sets) == 1:
-        name, of = next(iter(sets.items()))
-        worth = (shown(main_value(model, name, sets), of, unit=False), worth[0])
-        worth += (interval_of(model["evaluation"], name),) if interval else ()
-    return printable(model["name"]), *what, *worth, seconds
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
-def _label(described: Json) -> str:
-    """ "accuracy in %": the main value of a set and its unit."""
-    return described["main"] + (f" in {described['unit']}" if described["unit"] else "")
+def _kept(run: Run, name: str) -> str:
+    """What is retained of a set, with its interval in brackets."""
+    ends = interval(run.evaluation, name)
+    return percent(run.evaluation.retained.get(name)) + (ends and f" ({ends})")
 
 
 def upper(text: str) -> str:
-    """With a capital."""
+    """Capitalise the first letter."""
     return text[:1].upper() + text[1:]
 
 
-def lead(result: Json) -> str:
-    """The best model in a sentence."""
-    run = next(run for run in result["runs"] if run["name"] == result["best"])
-    teacher = result["teacher"]
-    smaller = 1 - run["parameters"] / teacher["parameters"]
-    recovery = "without recovery" if run["recovery"] == "none" else f"{run['recovery']}, without training,"
-    if run["data_fraction"]:
-        recovery = f"after recovery ({run['recovery']}) on {100 * run['data_fraction']:g} % of the training data"
-    among = f"Best of {len(result['runs'])} models: " if len(result["runs"]) > 1 else ""
+def lead(result: Result) -> str:
+    """Describe the best model in a sentence."""
+    run, teacher = result.best_run, result.teacher
+    smaller = 1 - run.parameters / teacher.parameters
+    recovery = "without recovery" if run.recovery == "none" else f"{run.recovery}, without training,"
+    if run.data_fraction:
+        recovery = f"after recovery ({run.recovery}) on {100 * run.data_fraction:g} % of the training data"
+    among = f"Best of {len(result.runs)} models: " if len(result.runs) > 1 else ""
     return (
-        f"{among}{run['name']} has {run['parameters']:,} of {teacher['parameters']:,} parameters "
-        f"({100 * smaller:.1f} % fewer) and {_worth(run, result)} {recovery}{_unpruned(result)}."
+        f"{among}{run.name} has {run.parameters:,} of {teacher.parameters:,} parameters "
+        f"({100 * smaller:.1f} % fewer) and {_scores(run, recovery, result)}."
     )
 
 
-def _worth(run: Json, result: Json) -> str:
-    sets = result["sets"]
+def _scores(run: Run, recovery: str, result: Result) -> str:
+    sets = result.sets
     if len(sets) > 1:
-        kept = _percent(run["evaluation"]["mean_of_ratios"])
+        kept = percent(run.evaluation.mean_of_ratios)
         share = f"{kept} % of the unpruned model's score" if kept else "an unknown share of the score"
-        return f"retains {share} {over(sets)}"
-    name, of = next(iter(sets.items()))
-    return f"reaches {_reached(run, name, sets)} {of['main']} on {count(of)}"
+        return f"retains {share} {over(sets)} {recovery}"
+    [(name, of)] = sets.items()
+    ours, theirs = (of.show(model.evaluation.main(name, sets)) for model in (run, result.teacher))
+    return f"reaches {ours} {of.main} on {of.size} {recovery}; the unpruned model reaches {theirs}"
 
 
-def over(sets: Json) -> str:
-    """What an average is over."""
+def over(sets: Mapping[str, Set]) -> str:
+    """Say which sets an average is over."""
     averaged = averaged_sets(sets)
     return f"on {averaged[0]}" if len(averaged) == 1 else f"on average over {len(averaged)} evaluation sets"
 
 
-def _unpruned(result: Json) -> str:
-    sets = result["sets"]
-    return (
-        "" if len(sets) > 1 else f"; the unpruned model reaches {_reached(result['teacher'], next(iter(sets)), sets)}"
-    )
-
-
-def _reached(model: Json, name: str, sets: Json) -> str:
-    return shown(main_value(model, name, sets), sets[name])
-
-
-def count(described: Json) -> str:
-    """ "9,673 questions"."""
-    counted = "questions" if "questions" in described else "tokens"
-    return f"{described[counted]:,} {counted}"
-
-
-def groups_of(result: Json) -> Iterator[Table]:
-    """Values by group of questions, of the unpruned model and every run, of every set that has groups."""
-    runs, sets = result["runs"], result["sets"]
-    for name, groups in result["teacher"]["evaluation"]["groups"].items():
-        of, rows = sets[name], []
-        for group, values in groups.items():
-            models = [values, *(run["evaluation"]["groups"].get(name, {}).get(group, {}) for run in runs)]
-            cells = [model.get(of["main"]) for model in models]
-            shares = ("" if c is None else f"{of['scale'] * c:.1f}" for c in cells)
-            rows.append((group, f"{values['questions']:,}", *shares))
-        title = f"{upper(of['main'])} by {of['grouped_by']}"
-        header = (of["grouped_by"], "questions", "unpruned", *(run["name"] for run in runs))
+def groups_of(result: Result) -> Iterator[Table]:
+    """Return one table for each set that has groups of questions: their values for every model."""
+    runs, sets = result.runs, result.sets
+    for name, groups in result.teacher.evaluation.groups.items():
+        of = sets[name]
+        models = [groups, *(run.evaluation.groups.get(name, {}) for run in runs)]
+        rows = [
+            (group, f"{values.questions:,}", *(_group_value(model, group, of) for model in models))
+            for group, values in groups.items()
+        ]
+        title, what = f"{upper(of.main)} by {of.grouped_by}", str(of.grouped_by)
+        header = (what, "questions", UNPRUNED, *(run.name for run in runs))
         yield Table(title if len(sets) == 1 else f"{name}: {title}", header, tuple(rows))
 
 
-def benchmark_rows(run: Json, teacher: Json, sets: Json) -> list[tuple[str, str, str, str, str]]:
-    """For a model card, of every evaluation set: what was asked, unpruned score, a run's, retained in %, interval.
-
-    Behind them the speeds, where the run measured any.
-    """
-    rows = [
-        (
-            f"{name} ({of['name']}): {_label(of)}, {count(of)}",
-            shown(main_value(teacher, name, sets), of, unit=False),
-            shown(main_value(run, name, sets), of, unit=False),
-            _percent(run["evaluation"]["retained"].get(name)),
-            interval_of(run["evaluation"], name),
-        )
-        for name, of in sets.items()
-    ]
-    if "speed" in run and "speed" in teacher:
-        for name, what in (("prefill", "prompt"), ("decode", "generated")):
-            before, after = teacher["speed"][name], run["speed"][name]
-            label = f"{what} tokens per second, our forward on the machine of the run"
-            rows.append((label, f"{before:,.0f}", f"{after:,.0f}", _percent(100 * after / before), ""))
-    return rows
+def _group_value(groups: Mapping[str, Group], group: str, of: Set) -> str:
+    value = groups[group].values.get(of.main) if group in groups else None
+    return "" if value is None else f"{of.scale * value:.1f}"

@@ -27,8 +27,6 @@ from vlmprune_jax.experiment.arguments import QUESTIONS, evaluation_sets
 from vlmprune_jax.experiment.spec import EvaluationSetSpec, Experiment, affecting
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.report.answers import TEACHER, evaluation_file
-from vlmprune_jax.report.result import shown
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import (
     Context,
@@ -39,7 +37,9 @@ from vlmprune_jax.stages.context import (
     model_inputs,
 )
 from vlmprune_jax.stages.tasks import evaluate_tasks
-from vlmprune_jax.workdir.ledger import Json, write_members, write_text
+from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.evaluation import TEACHER, Evaluated, as_columns, as_groups, evaluation_file, metric_info
+from vlmprune_jax.workdir.ledger import Json, write_text
 
 
 class _Facts(TypedDict):
@@ -72,8 +72,10 @@ class _Window(TypedDict):
     tokens: Count
 
 
-def evaluate_stage(experiment: Experiment, model_folder: Path, out: Path, name: str, context: Context) -> Json:
-    """{set: what is known of it} of one folder -> `eval/<name>.json`, of other sets than "questions"
+def evaluate_stage(
+    experiment: Experiment, model_folder: Path, out: Path, name: str, context: Context
+) -> dict[str, Evaluated]:
+    """Evaluations of one folder by set -> `eval/<name>.json`, of other sets than "questions"
     `eval/<name>.<set>.json`; the answers beside. The tasks of lmms-eval are sets like any other.
     """
     model = functools.cache(
@@ -95,7 +97,7 @@ def _evaluate_set(
     out: Path,
     name: str,
     context: Context,
-) -> Json:
+) -> Evaluated:
     title = name if key == QUESTIONS else f"{name} {key}"
     path = evaluation_file(out, name, key)
     answers = answers_file(path)
@@ -118,11 +120,10 @@ def _evaluate_set(
 
     facts = context.run(stage, body)
     original = answers_file(evaluation_file(context.workdir, TEACHER, key))
-    found = on_process_zero(lambda: _measure(of, answers, original if original != answers else None, path, facts))
-    metric, counted = found["metric"], "questions" if of.text is None else "tokens"
+    compared = original if original != answers else None
+    found: Evaluated = on_process_zero(lambda: _measure(of, answers, compared, path, facts), Evaluated)
     context.reporter.say(
-        f"  {title}: {metric['main']} {shown(found['values'][metric['main']], metric)} on {facts[counted]:,} {counted} "
-        f"({facts['parameters']:,} parameters, {facts['model_seconds']:.1f} s)"
+        f"  {title}: {found.main_line()} ({found.parameters:,} parameters, {found.model_seconds:.1f} s)"
     )
     return found
 
@@ -225,21 +226,31 @@ def _read_text(
     return list(lines), {"tokens": int(sum(line["tokens"] for line in lines)), "model_seconds": seconds}
 
 
-def _measure(of: EvaluationSetSpec, answers: Path, original: Path | None, path: Path, facts: Json) -> Json:
-    """What the metric makes of the answers in a file -> `path`; beside those of the unpruned model, where these are."""
+def _measure(of: EvaluationSetSpec, answers: Path, original: Path | None, path: Path, facts: Json) -> Evaluated:
+    """Score the answers in a file, and compare them with the unpruned model's in `original` -> `path`."""
     assert of.metric is not None
     metric = METRICS[of.metric]
     # Whether a lone image's mark may be missing was checked when the records were asked.
     records = () if of.text is not None else inputs.evaluation_records(of, image_lead=True)
     scores = _scores(of, answers, records)
-    values, groups = metric.values(scores, records), metric.values_of_groups(scores, records)
-    found = {**facts, "metric": {"name": of.metric, **metric.describe()}, "values": values, "groups": groups}
+    interval = None
     if original is not None and original.exists() and is_quick(metric, scores):
-        found["retained_interval"] = retained_interval(metric, scores, _scores(of, original, records), records)
-    names = dict.fromkeys(name for one in scores for name in one)
-    of_each = {name: [one.get(name) for one in scores] for name in names}
-    written = {**values, **found, "answers": answers.name, "scores": of_each}
-    write_members(path, written)
+        interval = retained_interval(metric, scores, _scores(of, original, records), records)
+    found = Evaluated(
+        metric=metric_info(of.metric, metric.describe()),
+        values=metric.values(scores, records),
+        groups=as_groups(metric.values_of_groups(scores, records)),
+        counted="questions" if of.text is None else "tokens",
+        count=facts["questions" if of.text is None else "tokens"],
+        parameters=facts["parameters"],
+        seconds=facts["seconds"],
+        model_seconds=facts["model_seconds"],
+        mean_generated_tokens=facts.get("mean_generated_tokens"),
+        retained_interval=interval,
+        answers=answers.name,
+        scores=as_columns(scores),
+    )
+    write_artefact(path, found)
     return found
 
 

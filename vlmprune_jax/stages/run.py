@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.experiment.spec import Experiment
@@ -13,10 +15,6 @@ from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.prune import PrunePlan, Scores
 from vlmprune_jax.report.build import build_report, tables_of
 from vlmprune_jax.report.provenance import provenance_section
-from vlmprune_jax.report.result import FOUND, best_run, describe_sets, make_result, make_run, read_result
-from vlmprune_jax.report.speed import speeds_of
-from vlmprune_jax.report.tables import benchmark_rows
-from vlmprune_jax.report.unfinished import read_unfinished
 from vlmprune_jax.stages.context import Context, teacher_folder
 from vlmprune_jax.stages.evaluate import evaluate_stage
 from vlmprune_jax.stages.export import export_stage
@@ -27,7 +25,23 @@ from vlmprune_jax.stages.recover import recover_stage
 from vlmprune_jax.stages.samples import write_samples
 from vlmprune_jax.stages.score import criteria_of, score_stage
 from vlmprune_jax.stages.speed import check_speed, costs_of_folder, speed_stage, workload_of
-from vlmprune_jax.workdir.ledger import Json, finished_stages, write_json
+from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.evaluation import Evaluated
+from vlmprune_jax.workdir.ledger import Json, finished_stages
+from vlmprune_jax.workdir.result import (
+    RESULT,
+    Export,
+    Result,
+    Run,
+    Unpruned,
+    benchmark_rows,
+    best_run,
+    compare,
+    describe_sets,
+    read_result,
+    unpruned_of,
+)
+from vlmprune_jax.workdir.unfinished import read_unfinished
 
 
 def score_all(experiment: Experiment, context: Context) -> None:
@@ -80,7 +94,7 @@ def recover_all(experiment: Experiment, context: Context) -> None:
 def evaluate_all(experiment: Experiment, context: Context) -> None:
     """Evaluate the teacher and every model that is there, and bring it into `result.json`, if that is there."""
     teacher = evaluate_teacher(experiment, context)
-    found: dict[str, Json] = {}  # by the model's path
+    found: dict[str, dict[str, Evaluated]] = {}  # by the model's path
     for pruned in prune_runs(experiment, context.workdir):
         for name in _untrained(pruned):
             folder = pruned.folder / name
@@ -92,74 +106,70 @@ def evaluate_all(experiment: Experiment, context: Context) -> None:
             if folder.is_dir():
                 one = evaluate_stage(run.experiment, folder, run.folder, "recovered", context)
                 found[_relative(folder, context)] = one
-    on_process_zero(lambda: write_samples(experiment, read_unfinished(context.workdir)["runs"], context))
+    on_process_zero(lambda: write_samples(experiment, read_unfinished(context.workdir).runs, context))
     if not found:
         context.reporter.say("no pruned or recovered model in this workdir yet: only the unpruned one was evaluated")
-    elif is_main_process() and (context.workdir / "result.json").is_file():
+    elif is_main_process() and (context.workdir / RESULT).is_file():
         _renew(teacher, found, context)
 
 
-def _renew(teacher: Json, found: dict[str, Json], context: Context) -> None:
-    """`result.json` with what was found now of its models; which of them is best, and its export, stay."""
+def _renew(teacher: dict[str, Evaluated], found: dict[str, dict[str, Evaluated]], context: Context) -> None:
+    """Write the new evaluations into `result.json`; the best run and its export stay."""
     result = read_result(context.workdir)
-    lacking = [run["path"] for run in result["runs"] if run["path"] not in found]
+    lacking = [run.path for run in result.runs if run.path not in found]
     if lacking:
         context.reporter.say(f"result.json is left as it is: {lacking[0]} is not among this experiment's models")
         return
-    done = [{name: value for name, value in run.items() if name not in FOUND} for run in result["runs"]]
-    runs = [make_run(run["name"], run, found[run["path"]], teacher, run["path"]) for run in done]
-    facts = {name: result["teacher"][name] for name in ("costs", "speed") if name in result["teacher"]}
-    renewed = make_result(
-        teacher, runs, result["best"], result.get("export"), facts=facts, workload=result.get("workload")
-    )
+    runs = [replace(run, evaluation=compare(found[run.path], teacher)) for run in result.runs]
+    unpruned = unpruned_of(teacher, result.teacher.costs, result.teacher.speed)
+    renewed = replace(result, sets=describe_sets(teacher), teacher=unpruned, runs=runs)
     if renewed != result:
-        write_json(context.workdir / "result.json", renewed)
+        write_artefact(context.workdir / RESULT, renewed)
         context.reporter.say("result.json holds what was found; `vlmprune report` makes its page anew")
 
 
-def evaluate_teacher(experiment: Experiment, context: Context) -> Json:
-    """What the unpruned model is worth on every set -> `eval/teacher.json`."""
+def evaluate_teacher(experiment: Experiment, context: Context) -> dict[str, Evaluated]:
+    """Evaluate the unpruned model on every set -> `eval/teacher.json`."""
     folder = teacher_folder(experiment.model)
     return evaluate_stage(experiment, folder, context.workdir, "teacher", context)
 
 
-def run_all(experiment: Experiment, context: Context) -> Json:
+def run_all(experiment: Experiment, context: Context) -> Result:
     """Every stage of every variant; returns and writes `result.json`, prints its table, builds the report."""
     result = make_models(experiment, context)
-    chosen = next(run for run in result["runs"] if run["name"] == result["best"])
-    exported = _export(experiment, chosen, result["teacher"], result["sets"], context)
-    result["export"] = {"path": "export", **exported}
-    write_json(context.workdir / "result.json", result)
+    exported = _export(experiment, result.best_run, result, context)
+    result = replace(result, export=Export(path="export", **exported))
+    write_artefact(context.workdir / RESULT, result)
     if is_main_process():
         finish(context)
     return result
 
 
-def make_models(experiment: Experiment, context: Context) -> Json:
+def make_models(experiment: Experiment, context: Context) -> Result:
     """Every stage of every variant but export; returns `result.json` without `export`."""
     check_speed(experiment)
     teacher = evaluate_teacher(experiment, context)
-    runs = [
-        entry for pruned in prune_runs(experiment, context.workdir) for entry in _run_variant(pruned, teacher, context)
-    ]
-    best = best_run(runs, describe_sets(teacher))["name"]
+    runs = [run for pruned in prune_runs(experiment, context.workdir) for run in _run_variant(pruned, teacher, context)]
+    best = best_run(runs, describe_sets(teacher)).name
     on_process_zero(lambda: write_samples(experiment, runs, context))
-    facts = _costs_and_speed(experiment, runs, context)
-    return make_result(teacher, runs, best, None, facts=facts, workload=workload_of(experiment))
+    unpruned, runs = _with_costs_and_speed(experiment, unpruned_of(teacher), runs, context)
+    workload = workload_of(experiment)
+    return Result(sets=describe_sets(teacher), teacher=unpruned, runs=runs, best=best, workload=workload)
 
 
-def _costs_and_speed(experiment: Experiment, runs: Sequence[Json], context: Context) -> Json:
-    """Note costs, and speed where it is measured, in every run; returns those of the unpruned model."""
-    folders = {run["name"]: context.workdir / run["path"] for run in runs}
-    speeds = speeds_of(speed_stage(experiment, folders, context))
-    for run in runs:
-        run["costs"] = costs_of_folder(experiment, folders[run["name"]])
-        run |= {"speed": speeds[run["name"]]} if run["name"] in speeds else {}
-    unpruned = costs_of_folder(experiment, teacher_folder(experiment.model))
-    return {"costs": unpruned, **({"speed": speeds[""]} if "" in speeds else {})}
+def _with_costs_and_speed(
+    experiment: Experiment, unpruned: Unpruned, runs: Sequence[Run], context: Context
+) -> tuple[Unpruned, list[Run]]:
+    """Add to all models their costs, and their speed if it is measured."""
+    folders = {run.name: context.workdir / run.path for run in runs}
+    speeds = speed_stage(experiment, folders, context)
+    costs = costs_of_folder(experiment, teacher_folder(experiment.model))
+    return replace(unpruned, costs=costs, speed=speeds.get("")), [
+        replace(run, costs=costs_of_folder(experiment, folders[run.name]), speed=speeds.get(run.name)) for run in runs
+    ]
 
 
-def _run_variant(pruned: PruneRun, teacher: Json, context: Context) -> Iterator[Json]:
+def _run_variant(pruned: PruneRun, teacher: dict[str, Evaluated], context: Context) -> Iterator[Run]:
     scored = score_stage(pruned.experiment, pruned.folder, context)
     plan = prune_stage(pruned.experiment, pruned.folder, context)
     seconds = scored["seconds"] + plan["seconds"]
@@ -178,23 +188,31 @@ def _run_variant(pruned: PruneRun, teacher: Json, context: Context) -> Iterator[
             continue
         folder = pruned.folder / name
         found = evaluate_stage(pruned.experiment, folder, pruned.folder, name, context)
-        how, called = (NO_RECOVERY, pruned.name) if name == "pruned" else (name, f"{pruned.name}-{name}")
-        facts = {**common, "recovery": how, "data_fraction": 0.0, "seconds": round(seconds, 2)}
-        yield make_run(called, facts, found, teacher, _relative(folder, context))
+        yield Run(
+            name=pruned.name if name == "pruned" else f"{pruned.name}-{name}",
+            recovery=NO_RECOVERY if name == "pruned" else name,
+            seconds=round(seconds, 2),
+            path=_relative(folder, context),
+            evaluation=compare(found, teacher),
+            **common,
+        )
     for run in recover_runs(pruned):
         trained = recover_stage(run.experiment, pruned.folder, run.folder, context)
         folder = run.folder / "recovered"
         found = evaluate_stage(run.experiment, folder, run.folder, "recovered", context)
-        recovery = {
-            "recovery": run.experiment.recover.name,
-            "data_fraction": run.experiment.data.fraction,
-            "seconds": round(seconds + trained["seconds"], 2),
-            "training_records": trained["records"],
-            "training_steps": trained["steps"],
-            "metrics": _relative(run.folder / "training" / "metrics.jsonl", context),
-            **({"loss_terms": trained["terms"]} if "terms" in trained else {}),  # recovered by an older version
-        }
-        yield make_run(run.name, {**common, **recovery}, found, teacher, _relative(folder, context))
+        yield Run(
+            name=run.name,
+            recovery=run.experiment.recover.name,
+            data_fraction=run.experiment.data.fraction,
+            training_records=trained["records"],
+            training_steps=trained["steps"],
+            loss_terms=trained["terms"],
+            seconds=round(seconds + trained["seconds"], 2),
+            metrics=_relative(run.folder / "training" / "metrics.jsonl", context),
+            path=_relative(folder, context),
+            evaluation=compare(found, teacher),
+            **common,
+        )
 
 
 def _untrained(pruned: PruneRun) -> list[str]:
@@ -214,44 +232,40 @@ def _relative(path: Path, context: Context) -> str:
 
 def export_best(experiment: Experiment, context: Context) -> Json:
     """Export the best model: that of `result.json`, else the recovered or pruned one of a workdir without variants."""
-    if (context.workdir / "result.json").is_file():
+    if (context.workdir / RESULT).is_file():
         result = read_result(context.workdir)
-        chosen = best_run(result["runs"], result["sets"])
-        return _export(experiment, chosen, result["teacher"], result["sets"], context)
+        return _export(experiment, best_run(result.runs, result.sets), result, context)
     for name in ("recovered", RECONSTRUCTED, "pruned"):
         if (context.workdir / name).is_dir():
             solved = name != "pruned" and experiment.reconstruct.method != "none"
-            known: Json = {"runs": ()}
-            if (context.workdir / "eval").is_dir():  # else nothing was evaluated, and there may be a model alone
-                known = read_unfinished(context.workdir)
-            rows = [
-                benchmark_rows(run, known["teacher"], known["sets"]) for run in known["runs"] if run["path"] == name
-            ]
-            shown = rows[0] if rows else ()
-            return export_stage(experiment, context.workdir / name, context, reconstructed=solved, benchmarks=shown)
+            # Without evaluations there may be a model alone.
+            known = read_unfinished(context.workdir).result if (context.workdir / "eval").is_dir() else None
+            run = next((run for run in known.runs if run.path == name), None) if known is not None else None
+            rows = benchmark_rows(run, known.teacher, known.sets) if run is not None and known is not None else ()
+            return export_stage(experiment, context.workdir / name, context, reconstructed=solved, benchmarks=rows)
     raise UserError(f"{context.workdir}: nothing to export yet: run `vlmprune run`, or prune and recover, first")
 
 
-def _export(experiment: Experiment, run: Json, teacher: Json, sets: Json, context: Context) -> Json:
-    """The model of a run of `result.json`."""
-    solved = run["recovery"] != NO_RECOVERY and run.get("reconstruct", "none") != "none"
-    rows = benchmark_rows(run, teacher, sets)
-    return export_stage(experiment, context.workdir / run["path"], context, reconstructed=solved, benchmarks=rows)
+def _export(experiment: Experiment, run: Run, result: Result, context: Context) -> Json:
+    """Export the model of a run of `result.json`."""
+    solved = run.recovery != NO_RECOVERY and run.reconstruct != "none"
+    rows = benchmark_rows(run, result.teacher, result.sets)
+    return export_stage(experiment, context.workdir / run.path, context, reconstructed=solved, benchmarks=rows)
 
 
 def finish(context: Context) -> None:
     """Print the table of `result.json`, and write the report and its plot; of an unfinished run, what there is."""
-    if (context.workdir / "result.json").exists():
+    if (context.workdir / RESULT).exists():
         result = read_result(context.workdir)
         for table in tables_of(result):
             context.reporter.table(table.title, table.header, table.rows)
-        export = result.get("export")
-        where = "" if export is None else f", exported to {context.workdir / export['path']}"
-        context.reporter.say(f"best: {result['best']}{where}")
+        export = result.export
+        where = "" if export is None else f", exported to {context.workdir / export.path}"
+        context.reporter.say(f"best: {result.best}{where}")
         if export is not None:
-            difference = export["max_abs_logit_difference"]
+            difference = export.max_abs_logit_difference
             context.reporter.say(f"  reloaded and compared: largest difference of any logit {difference:.2g}")
-        numbers = f", plot: {context.workdir / 'report.png'}, numbers: {context.workdir / 'result.json'}"
+        numbers = f", plot: {context.workdir / 'report.png'}, numbers: {context.workdir / RESULT}"
     else:
         numbers = ", of an unfinished run: it says what is missing"
     page = build_report(context.workdir, more=[provenance_section(finished_stages(context.workdir))])

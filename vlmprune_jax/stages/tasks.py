@@ -30,10 +30,11 @@ from vlmprune_jax.evaluation.statistics import is_quick, retained_interval
 from vlmprune_jax.experiment.spec import EvaluateSpec, Experiment, affecting
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.report.result import shown
 from vlmprune_jax.stages.context import Context, journal_path, mesh_of, model_inputs
 from vlmprune_jax.stages.inputs import load_inputs
-from vlmprune_jax.workdir.ledger import Json, write_members, write_text
+from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.evaluation import Evaluated, as_columns, metric_info
+from vlmprune_jax.workdir.ledger import Json, write_text
 
 _DATA = re.compile(r"\$\{data\}/([\w.-]+)")
 # Settings of questions of our own; a task says these itself.
@@ -67,13 +68,13 @@ class _Answer(TypedDict):
 
 def evaluate_tasks(
     experiment: Experiment, model_folder: Path, model: Callable[[], Model], out: Path, name: str, context: Context
-) -> Json:
-    """{set: what is known of it}, as of evaluation sets; a task that has several values that count is several sets.
+) -> dict[str, Evaluated]:
+    """Evaluations by set, as of the evaluation sets; a task with several main values is several sets.
 
     Raises:
       UserError: a task is unknown, has no data, or fails.
     """
-    found: Json = {}
+    found: dict[str, Evaluated] = {}
     for task in experiment.evaluate.tasks:
         sets = _evaluate_task(experiment, task, model_folder, model, out, name, context)
         twice = [key for key in sets if key in found]
@@ -91,7 +92,7 @@ def _evaluate_task(
     out: Path,
     name: str,
     context: Context,
-) -> Json:
+) -> dict[str, Evaluated]:
     title, answers = f"evaluate {name} {task}", out / "eval" / f"{name}.{task}.answers.jsonl"
     files, data = _task_files(experiment.evaluate, task)
     stage = context.stage(
@@ -112,15 +113,14 @@ def _evaluate_task(
 
     facts = context.run(stage, body)
     original = context.workdir / "eval" / f"teacher.{task}.answers.jsonl"
-    found = on_process_zero(lambda: _measure(answers, original, facts, out / "eval", name))
+    found: dict[str, Evaluated] = on_process_zero(
+        lambda: _measure(answers, original, facts, out / "eval", name), dict[str, Evaluated]
+    )
     if facts["empty_answers"]:
         context.reporter.say(f"  {name} {task}: {facts['empty_answers']:,} of {facts['questions']:,} answers are empty")
     for key, of in found.items():
-        metric = of["metric"]
-        context.reporter.say(
-            f"  {name} {key}: {metric['main']} {shown(of['values'][metric['main']], metric)} on {of['questions']:,} "
-            f"questions ({of['parameters']:,} parameters, {facts['model_seconds']:.1f} s)"
-        )
+        seconds = facts["model_seconds"]
+        context.reporter.say(f"  {name} {key}: {of.main_line()} ({of.parameters:,} parameters, {seconds:.1f} s)")
     return found
 
 
@@ -303,30 +303,31 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else str(value)
 
 
-def _measure(answers: Path, original: Path, facts: Json, folder: Path, name: str) -> Json:
-    """What the answers in a file are worth, by set, beside those of the unpruned model -> `eval/<name>.<set>.json`."""
+def _measure(answers: Path, original: Path, facts: Json, folder: Path, name: str) -> dict[str, Evaluated]:
+    """Score the answers in a file by set, and compare them with the unpruned model's -> `eval/<name>.<set>.json`."""
     compared = original != answers and original.exists()
     mine, theirs = _sets(answers, facts), _sets(original, facts) if compared else {}
-    common = {key: facts[key] for key in ("parameters", "mean_generated_tokens")}
-    found: Json = {}
+    found: dict[str, Evaluated] = {}
     for key, (task, of, count) in mine.items():
-        metric = {"name": f"lmms-eval {task}", **of.describe()}
-        found[key] = {
-            **common,
-            **{time: facts[time] / len(mine) for time in ("seconds", "model_seconds")},
-            "questions": count,
-            "metric": metric,
-            "values": {**facts["values"][task]},
-            "groups": {},
-        }
+        values, interval = facts["values"][task], None
         before = theirs[key][1].scores if key in theirs else ()
-        whole = of.makes(facts["values"][task][of.key]) and len(before) == len(of.scores)
-        if whole and is_quick(of.metric, of.scores):
-            found[key]["retained_interval"] = retained_interval(of.metric, of.scores, before, of.records)
-        names = dict.fromkeys(score for one in of.scores for score in one)
-        of_each = {score: [one.get(score) for one in of.scores] for score in names}
-        written = {**found[key]["values"], **found[key], "answers": answers.name, "scores": of_each}
-        write_members(folder / f"{name}.{key}.json", written)
+        comparable = of.makes(values[of.key]) and len(before) == len(of.scores)
+        if comparable and is_quick(of.metric, of.scores):
+            interval = retained_interval(of.metric, of.scores, before, of.records)
+        found[key] = Evaluated(
+            metric=metric_info(f"lmms-eval {task}", of.describe()),
+            values={**values},
+            counted="questions",
+            count=count,
+            parameters=facts["parameters"],
+            seconds=facts["seconds"] / len(mine),
+            model_seconds=facts["model_seconds"] / len(mine),
+            mean_generated_tokens=facts["mean_generated_tokens"],
+            retained_interval=interval,
+            answers=answers.name,
+            scores=as_columns(of.scores),
+        )
+        write_artefact(folder / f"{name}.{key}.json", found[key])
     return found
 
 

@@ -9,42 +9,31 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
+
+from msgspec.structs import replace
 
 from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.files import read_json
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.experiment.arguments import evaluation_sets
 from vlmprune_jax.experiment.spec import STAGES, Experiment, affecting
 from vlmprune_jax.experiment.variants import prune_runs, recover_runs
 from vlmprune_jax.recovery.objective import weighted_terms
-from vlmprune_jax.report import sweep as report
-from vlmprune_jax.report.result import Set
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import VERSIONS, Context, model_inputs
 from vlmprune_jax.stages.evaluate import set_files
 from vlmprune_jax.stages.run import make_models
 from vlmprune_jax.stages.score import criteria_of, criterion_files
 from vlmprune_jax.sweep.hyper import SweepRun
-from vlmprune_jax.workdir.ledger import Json, digest, remove, write_json
+from vlmprune_jax.workdir.artefact import read_artefact, write_artefact
+from vlmprune_jax.workdir.ledger import digest, remove
+from vlmprune_jax.workdir.result import RESULT, Costs, Run, Set, Unpruned
 from vlmprune_jax.workdir.store import Store, whole_digest
+from vlmprune_jax.workdir.sweep import Entry, RunError, RunRecord, SweepResult, SweptModel, UnprunedModel
 
 RUNS, SHARED = "runs", "shared"
 RUN, ERROR = "run.json", "error.json"  # in a run's folder: what it found, or why it stopped
-
-
-class _Run(TypedDict):
-    """`made_from`: see `_made_from`. The rest is what `sweep.json` takes from it."""
-
-    made_from: str
-    sets: dict[str, Set]
-    unpruned: dict[str, report.Unpruned]
-    models: list[report.Found]
-
-
-class _Error(TypedDict):
-    error: str
 
 
 @dataclass(frozen=True)
@@ -105,60 +94,65 @@ def do_run(run: SweepRun, sweep: Sweep, reporter: Reporter) -> None:
     result = make_models(run.experiment, context)
     if not is_main_process():
         return
-    write_json(folder / "result.json", result)
-    found = {
-        "made_from": made_from,
-        "sets": result["sets"],
-        "unpruned": {run.experiment.model.hf_dir: _known(report.Unpruned, result["teacher"])},
-        "models": [_found(run, model, result["teacher"], sweep) for model in result["runs"]],
-    }
-    write_json(folder / RUN, found)
+    write_artefact(folder / RESULT, result)
+    unpruned, costs = result.teacher, _costs(result.teacher)
+    known = UnprunedModel(
+        parameters=unpruned.parameters,
+        bytes=costs.file_bytes,
+        forward_flops=costs.forward_flops,
+        evaluation=unpruned.evaluation,
+    )
+    models = [_swept(run, model, unpruned, sweep) for model in result.runs]
+    unpruned_models = {run.experiment.model.hf_dir: known}
+    write_artefact(
+        folder / RUN, RunRecord(made_from=made_from, sets=result.sets, unpruned=unpruned_models, models=models)
+    )
 
 
-def _found(run: SweepRun, model: Json, unpruned: Json, sweep: Sweep) -> Json:
-    """`report.sweep.Found` of one of `runs` of a result."""
-    path, untrained = sweep.folder(run) / model["path"], model["data_fraction"] == 0
-    return {
-        **_known(report.Found, {**model, **_speeds(model, unpruned)}),
+def _swept(run: SweepRun, model: Run, unpruned: Unpruned, sweep: Sweep) -> SweptModel:
+    path, costs = sweep.folder(run) / model.path, _costs(model)
+    shared = {name: getattr(model, name) for name in SweptModel.__struct_fields__ if hasattr(model, name)}
+    own = {
         "model": run.experiment.model.hf_dir,
-        "recovery": "none" if untrained else model["recovery"],
-        "reconstruct": "none" if path.name == "pruned" else model["reconstruct"],
+        "bytes": costs.file_bytes,
+        "forward_flops": costs.forward_flops,
+        "recovery": "none" if model.data_fraction == 0 else model.recovery,
+        "reconstruct": "none" if path.name == "pruned" else model.reconstruct,
         "digest": whole_digest(path),
         "path": path.relative_to(sweep.workdir).as_posix(),
     }
+    return SweptModel(**{**shared, **own, **_speeds(model, unpruned)})
 
 
-def _speeds(model: Json, unpruned: Json) -> Json:
-    """Tokens per second, and beside those of the unpruned model, which were measured in turns with them."""
-    if "speed" not in model:
+def _costs(model: Run | Unpruned) -> Costs:
+    assert model.costs is not None  # `make_models` adds them to every model
+    return model.costs
+
+
+def _speeds(model: Run, unpruned: Unpruned) -> dict[str, float]:
+    """Return tokens per second, and the speed-up over the unpruned model, which was measured in turns."""
+    if model.speed is None or unpruned.speed is None:
         return {}
-    ours, theirs = model["speed"], unpruned["speed"]
-    found = {f"{part}_tokens_per_second": ours[part] for part in report.SPEEDS}
-    return found | {f"{part}_speedup": ours[part] / theirs[part] for part in report.SPEEDS if theirs[part]}
-
-
-def _known(kind: Any, model: Json) -> Json:
-    """What a kind of object names of a model of a result."""
-    costs, found = model["costs"], dict(model)
-    found |= {"bytes": costs["file_bytes"], "forward_flops": costs["forward_flops"]}
-    return {name: found[name] for name in kind.__annotations__ if name in found}
+    speeds = {part: (getattr(model.speed, part), getattr(unpruned.speed, part)) for part in ("prefill", "decode")}
+    found = {f"{part}_tokens_per_second": ours for part, (ours, _) in speeds.items()}
+    return found | {f"{part}_speedup": ours / theirs for part, (ours, theirs) in speeds.items() if theirs}
 
 
 def note_error(run: SweepRun, sweep: Sweep, line: str) -> None:
     """Keep what stopped a run."""
-    write_json(sweep.folder(run) / ERROR, {"error": line})
+    write_artefact(sweep.folder(run) / ERROR, RunError(error=line))
 
 
 def is_done(run: SweepRun, sweep: Sweep) -> bool:
     """Whether it found what it would find now."""
     found = read_run(run, sweep)
-    return found is not None and found["made_from"] == _made_from(run.experiment)
+    return found is not None and found.made_from == _made_from(run.experiment)
 
 
-def read_run(run: SweepRun, sweep: Sweep) -> Json | None:
+def read_run(run: SweepRun, sweep: Sweep) -> RunRecord | None:
     """What a run found; a damaged file counts as none."""
     try:
-        return read_json(sweep.folder(run) / RUN, _Run, missing="", unicode=False)
+        return read_artefact(sweep.folder(run) / RUN, RunRecord)
     except UserError:
         return None
 
@@ -166,14 +160,14 @@ def read_run(run: SweepRun, sweep: Sweep) -> Json | None:
 def read_error(run: SweepRun, sweep: Sweep) -> str | None:
     """What stopped it the last time."""
     try:
-        return read_json(sweep.folder(run) / ERROR, _Error, missing="", unicode=False)["error"]
+        return read_artefact(sweep.folder(run) / ERROR, RunError).error
     except UserError:
         return None
 
 
 def _made_from(experiment: Experiment) -> str:
     """Hash of all that decides what a run finds: every setting that changes it, and what its files hold."""
-    settings: Json = {stage: affecting(stage, experiment) for stage in STAGES}
+    settings: dict[str, Any] = {stage: affecting(stage, experiment) for stage in STAGES}
     settings["evaluate.metrics"] = {name: of.metric for name, of in evaluation_sets(experiment).items()}
     settings["evaluate.unrecovered"] = experiment.evaluate.unrecovered
     settings["recover"] = {name: getattr(experiment.recover, name) for name in ("method", "name")}
@@ -208,32 +202,32 @@ def digest_once(path: Path | str) -> str:
     return digest(path)
 
 
-def collect(runs: Sequence[SweepRun], sweep: Sweep) -> Json:
-    """`sweep.json` of what the runs have found by now."""
-    sets, unpruned, models, seen = dict[str, Any](), dict[str, Any](), list[Json](), set[str]()
+def collect(runs: Sequence[SweepRun], sweep: Sweep) -> SweepResult:
+    """Return `sweep.json` of what the runs have found by now."""
+    sets, unpruned, models = dict[str, Set](), dict[str, UnprunedModel](), list[Entry]()
+    seen = set[str]()
     for run in runs:
-        entry = {
-            **{name: getattr(run, name) for name in ("group", "labels", "overrides", "seed")},
-            **{"name": run.name, "run": run.name, "status": report.PENDING, "error": None},
-        }
+        settings = {name: getattr(run, name) for name in ("group", "labels", "overrides", "seed")}
+        entry = Entry(name=run.name, run=run.name, **settings)
         found = read_run(run, sweep)
-        if found is None or found["made_from"] != _made_from(run.experiment):
-            line = read_error(run, sweep)
-            models.append(entry if line is None else {**entry, "status": report.FAILED, "error": line})
+        if found is None or found.made_from != _made_from(run.experiment):
+            models.append(replace(entry, error=read_error(run, sweep)))
             continue
-        sets, unpruned = sets or found["sets"], {**found["unpruned"], **unpruned}
-        models += _entries(run, entry, found["models"], seen)
-    return report.make_sweep(sweep.config, sets, unpruned, models)
+        sets, unpruned = sets or found.sets, {**found.unpruned, **unpruned}
+        models += _entries(run, entry, found.models, seen)
+    return SweepResult(config=sweep.config, sets=sets, unpruned=unpruned, models=models)
 
 
-def _entries(run: SweepRun, entry: Json, models: Sequence[Json], seen: set[str]) -> Iterator[Json]:
+def _entries(run: SweepRun, entry: Entry, models: Sequence[SweptModel], seen: set[str]) -> Iterator[Entry]:
     """The models of a run: its last one has the run's name, others only where no run before had the same."""
     several = bool(run.experiment.prune_variants or run.experiment.recover_variants)
     for number, model in enumerate(models, start=1):
-        last, known = number == len(models), model["digest"] in seen
-        seen.add(model["digest"])
+        last, known = number == len(models), model.digest in seen
+        seen.add(model.digest)
         if known and not last:
             continue
-        own = Path(model["path"]).relative_to(Path(RUNS) / run.name).as_posix()
-        names = {} if last and not several else {name: f"{entry[name]}/{own}" for name in ("name", "group")}
-        yield {**entry, **names, "status": report.DONE, **model}
+        if last and not several:
+            yield replace(entry, found=model)
+        else:
+            own = Path(model.path).relative_to(Path(RUNS) / run.name).as_posix()
+            yield replace(entry, name=f"{entry.name}/{own}", group=f"{entry.group}/{own}", found=model)

@@ -17,8 +17,6 @@ from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero, proc
 from vlmprune_jax.experiment.arguments import evaluation_sets
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.experiment.variants import check_experiment
-from vlmprune_jax.report import sweep as report
-from vlmprune_jax.report.comparison import build_comparison
 from vlmprune_jax.stages.score import criteria_of
 from vlmprune_jax.sweep.hyper import SweepRun
 from vlmprune_jax.sweep.run import (
@@ -32,8 +30,11 @@ from vlmprune_jax.sweep.run import (
     read_run,
 )
 from vlmprune_jax.sweep.workers import Work, in_processes
-from vlmprune_jax.workdir.ledger import Json, write_json, write_text
+from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.ledger import write_text
+from vlmprune_jax.workdir.sweep import FAILED, SWEEP, SweepResult, as_csv, table_of
 
+Page = Callable[[Path], object]  # makes the page of a sweep's workdir
 PAGE_SECONDS = 300.0  # between two pages of a sweep that goes on
 MOST_MAPS = 15_000  # of a process's memory, of which Linux allows 65,530: XLA:CPU has several for every program
 
@@ -87,18 +88,19 @@ def run_sweep(
     shard: str,
     jobs: int,
     start: Callable[[], Work],
+    page: Page,
     only: str = "",
 ) -> None:
     """Do what is left of a shard of the runs named, and write and tell what all runs have found by then.
 
     `jobs` at a time, each in one of as many processes, which `start` makes ready; one after the other in this process,
-    or together in all processes of a pod.
+    or together in all processes of a pod. `page` makes the page that compares them, in the sweep's workdir.
 
     Raises:
       UserError: some of them failed.
     """
     digest_once.cache_clear()  # what another command of this process knew
-    mine, pages = shard_of(runs_named(runs, only), shard), _Pages(runs, sweep)
+    mine, pages = shard_of(runs_named(runs, only), shard), _Pages(runs, sweep, page)
     left = _left(mine, sweep)
     if len(left) < len(mine):
         reporter.say(f"{len(mine) - len(left)} of {len(mine)} runs are done and unchanged, skipped")
@@ -107,19 +109,19 @@ def run_sweep(
     else:
         _run_here(left, sweep, reporter, pages)
     if is_main_process():
-        _finish(write_sweep(runs, sweep), mine, sweep, reporter)
+        _finish(write_sweep(runs, sweep, page), mine, sweep, reporter)
 
 
 class _Pages:
     """Writes what a sweep has found while it goes on, now and then."""
 
-    def __init__(self, runs: Sequence[SweepRun], sweep: Sweep):
-        self._runs, self._sweep, self._written = runs, sweep, time.monotonic()
+    def __init__(self, runs: Sequence[SweepRun], sweep: Sweep, page: Page):
+        self._runs, self._sweep, self._page, self._written = runs, sweep, page, time.monotonic()
 
     def maybe(self) -> None:
         """Write it if it is time."""
         if time.monotonic() - self._written > PAGE_SECONDS and is_main_process():
-            write_sweep(self._runs, self._sweep)
+            write_sweep(self._runs, self._sweep, self._page)
             self._written = time.monotonic()
 
 
@@ -189,34 +191,34 @@ def _forget_programs() -> None:
         jax.clear_caches()
 
 
-def write_sweep(runs: Sequence[SweepRun], sweep: Sweep) -> Json:
-    """`sweep.json`, `sweep.csv` and `sweep.html` of what the runs have found by now."""
+def write_sweep(runs: Sequence[SweepRun], sweep: Sweep, page: Page) -> SweepResult:
+    """Write `sweep.json`, `sweep.csv` and the page of what the runs have found by now."""
     found = collect(runs, sweep)
-    write_json(sweep.workdir / report.FILE, found)
-    write_text(sweep.workdir / "sweep.csv", report.as_csv(found))
-    if report.done(found):
-        build_comparison(sweep.workdir)
+    write_artefact(sweep.workdir / SWEEP, found)
+    write_text(sweep.workdir / "sweep.csv", as_csv(found))
+    if found.done:
+        page(sweep.workdir)
     return found
 
 
-def _finish(found: Json, mine: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> None:
+def _finish(found: SweepResult, mine: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> None:
     """Print the table of what was found, and where it is.
 
     Raises:
       UserError: a run of this call failed.
     """
-    if report.done(found):
-        reporter.table("Retained in % of the unpruned model's score", *report.table_of(found))
+    if found.done:
+        reporter.table("Retained in % of the unpruned model's score", *table_of(found))
     names = {run.name for run in mine}
-    failed = [one for one in found["models"] if one["status"] == report.FAILED]
+    failed = [one for one in found.models if one.status == FAILED]
     for one in failed:
-        reporter.say(f"failed: {one['name']}: {one['error']}")
-    there = [name for name in (report.FILE, "sweep.csv", "sweep.html") if (sweep.workdir / name).is_file()]
+        reporter.say(f"failed: {one.name}: {one.error}")
+    there = [name for name in (SWEEP, "sweep.csv", "sweep.html") if (sweep.workdir / name).is_file()]
     reporter.say(f"comparison: {', '.join(str(sweep.workdir / name) for name in reversed(there))}")
-    ours = [one for one in failed if one["run"] in names]
+    ours = [one for one in failed if one.run in names]
     if ours:
         raise UserError(
-            f"{len(ours)} of {len(mine)} runs failed, the first: {ours[0]['name']}: {ours[0]['error']}; the same "
+            f"{len(ours)} of {len(mine)} runs failed, the first: {ours[0].name}: {ours[0].error}; the same "
             "command tries them again"
         )
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import json
 import sys
 import types
 
@@ -22,6 +21,7 @@ from vlmprune_jax.evaluation.speed.engines import Answer, Job
 from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.report.speed import bench_notes, bench_tables
+from vlmprune_jax.workdir.speed import make_bench, read_bench
 
 
 def side(model, backend):
@@ -46,19 +46,20 @@ def test_turns_and_tokens_per_second(monkeypatch):
 
     monkeypatch.setattr(bench_file._Engine, "start", process)
     config = SpeedConfig(rounds=2, prompt_tokens=90, new_tokens=16)
-    found = bench(sides, config, make_reporter(False), dtype="float32", threads=1)
+    load, found = bench(sides, config, make_reporter(False))
     order = [(one.model, one.job.backend) for one in sides]
     assert turns == [*order, *order[::-1]]
-    a, other, b = found["sides"]
-    assert (a["prefill"], a["decode"], a["first_token"]) == ((45.0,) * 2, (4.0,) * 2, (2.0,) * 2)
-    assert (other["prefill"], b["decode"]) == ((22.0,) * 2, (8.0,) * 2)
-    assert (a["peak_bytes"], b["peak_bytes"]) == (6 * 2**20, 4 * 2**20)  # of the last turn
-    speeds, sizes, times = bench_tables(json.loads(json.dumps(found)))
+    a, other, b = found
+    assert (a.prefill, a.decode, a.first_token) == ((45.0,) * 2, (4.0,) * 2, (2.0,) * 2)
+    assert (other.prefill, b.decode) == ((22.0,) * 2, (8.0,) * 2)
+    assert (a.peak_bytes, b.peak_bytes) == (6 * 2**20, 4 * 2**20)  # of the last turn
+    file = make_bench(load, found, config, dtype="float32", threads=1)
+    speeds, sizes, times = bench_tables(file)
     assert speeds.rows[1] == ("a", "transformers", "22 (22 to 22)", "2 (2 to 2)", "4,000 (4,000 to 4,000)")
     assert sizes.rows[2] == ("b", "jax", "float32", "90, image", "2.0", "4.0")
     assert times.rows == (("b", "jax", "a", "2.00 (2.00 to 2.00)", "2.00 (2.00 to 2.00)"),)
-    assert "1 thread(s)" in bench_notes(found)[0]
-    assert "jax 0" in bench_notes(found)[1]
+    assert "1 thread(s)" in bench_notes(file)[0]
+    assert "jax 0" in bench_notes(file)[1]
 
 
 @pytest.fixture
@@ -167,17 +168,17 @@ def test_every_engine(tmp_path, capsys, make):
     out = tmp_path / "bench.json"
     assert main(["bench", f"--model={folder}", f"--against={tmp_path / 'gguf'}", f"--json={out}", *flags]) == 0
     assert "llama_cpp" in capsys.readouterr().out
-    found = json.loads(out.read_text())
-    assert [one["backend"] for one in found["sides"]] == ["jax", "transformers", "llama_cpp"]
-    for one in found["sides"]:
-        assert one["image"]
-        assert 248 <= one["prompt_tokens"] <= 250
-        assert len(one["prefill"]) == len(one["decode"]) == 2
-        assert min(*one["prefill"], *one["decode"]) > 0
-        assert one["prefill"][0] == pytest.approx(one["prompt_tokens"] / one["first_token"][0])
-        assert 2**24 < one["peak_bytes"] < 2**30  # less than this process, which has all of them, and more than none
+    sides = read_bench(out).sides
+    assert [one.backend for one in sides] == ["jax", "transformers", "llama_cpp"]
+    for one in sides:
+        assert one.image
+        assert 248 <= one.prompt_tokens <= 250
+        assert len(one.prefill) == len(one.decode) == 2
+        assert min(*one.prefill, *one.decode) > 0
+        assert one.prefill[0] == pytest.approx(one.prompt_tokens / one.first_token[0])
+        assert 2**24 < one.peak_bytes < 2**30  # less than this process, which has all of them, and more than none
     short = refusal(capsys, f"--model={tmp_path / 'gguf'}", "--prompt_tokens=12", "--threads=1")
     assert "--prompt_tokens=12: an image and its chat template do not fit" in short
     files = [*(tmp_path / "gguf").glob("*.gguf")]
-    assert found["sides"][2]["bytes"] == sum(file.stat().st_size for file in files)
-    assert found["sides"][0]["bytes"] == (folder / "model.safetensors").stat().st_size
+    assert sides[2].bytes == sum(file.stat().st_size for file in files)
+    assert sides[0].bytes == (folder / "model.safetensors").stat().st_size

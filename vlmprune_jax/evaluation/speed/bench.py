@@ -20,8 +20,8 @@ from vlmprune_jax.core.checks import suggest
 from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import UserError, error_context, printable
 from vlmprune_jax.core.files import open_file, parse_json, reading
-from vlmprune_jax.distributed.processor import cores, cpu
-from vlmprune_jax.evaluation.speed.clock import Measurement, SpeedConfig, take_turns, to_speed
+from vlmprune_jax.distributed.processor import cores
+from vlmprune_jax.evaluation.speed.clock import BenchSide, SpeedConfig, take_turns, to_speed
 from vlmprune_jax.evaluation.speed.engines import Answer, Job
 from vlmprune_jax.evaluation.speed.measure import make_prompts
 from vlmprune_jax.export.per_layer import loader_class
@@ -52,19 +52,6 @@ class Side:
     parameters: int
     image: bool
     job: Job
-
-
-class BenchSide(Measurement, frozen=True, kw_only=True):
-    """One model in one engine: `weights` is their type, `bytes` their size on disk."""
-
-    model: str
-    backend: str
-    versions: dict[str, str]
-    weights: str
-    bytes: int
-    parameters: int
-    image: bool
-    prompt_tokens: int
 
 
 def check_bench(threads: int, json_file: str | None) -> None:
@@ -128,15 +115,15 @@ def find_sides(
     return sides, left_out
 
 
-def bench(
-    sides: Sequence[Side], config: SpeedConfig, reporter: Reporter, *, dtype: str, threads: int
-) -> dict[str, Any]:
-    """Measure all sides in turns (see `take_turns`); all are in memory together. Returns the object of `bench.json`.
+def bench(sides: Sequence[Side], config: SpeedConfig, reporter: Reporter) -> tuple[float, list[BenchSide]]:
+    """Measure all sides in turns (see `take_turns`); all are in memory together.
+
+    Returns: the machine's load average before, and the measurements.
 
     Raises:
       UserError: an engine does not load its model, or ends.
     """
-    load = os.getloadavg()[0]
+    load = round(os.getloadavg()[0], 1)
     with contextlib.ExitStack() as stack:
         engines = list[_Engine]()
         with reporter.bar("load", len(sides)) as progress:
@@ -145,15 +132,7 @@ def bench(
                 progress(number)
         with reporter.bar("measure", len(sides) * config.rounds) as progress:
             answers = take_turns([engine.read for engine in engines], config.rounds, progress)
-    results = [_result(side, rounds, config.new_tokens) for side, rounds in zip(sides, answers, strict=True)]
-    workload = {name: getattr(config, name) for name in ("rounds", "prompt_tokens", "new_tokens", "image")}
-    return {
-        "processor": cpu(),
-        "threads": threads,
-        "load": round(load, 1),
-        "workload": {**workload, "dtype": dtype},
-        "sides": [msgspec.to_builtins(result) for result in results],
-    }
+    return load, [_result(side, rounds, config.new_tokens) for side, rounds in zip(sides, answers, strict=True)]
 
 
 def _result(side: Side, answers: Sequence[Answer], new_tokens: int) -> BenchSide:

@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import Count
 from vlmprune_jax.core.settings import check_settings, setting
 
 # A reading is the fastest of several runs, because other work on the machine only slows runs down.
@@ -74,7 +75,20 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     prefill: _Rounds
     decode: _Rounds
     first_token: _Rounds
-    peak_bytes: Annotated[int, Meta(ge=0)] | None
+    peak_bytes: Count | None
+
+
+class BenchSide(Measurement, frozen=True, kw_only=True):
+    """One model in one engine: `weights` is their type, `bytes` their size on disk."""
+
+    model: str
+    backend: str
+    versions: dict[str, str]
+    weights: str
+    bytes: Count
+    parameters: Count
+    image: bool
+    prompt_tokens: Count
 
 
 def to_speed(rounds: Sequence[Seconds], prompt_tokens: int, new_tokens: int) -> dict[str, tuple[float, ...]]:

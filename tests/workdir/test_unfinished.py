@@ -1,6 +1,5 @@
 """Workdirs of runs that are not finished: what is there is shown, what is missing is named with its command."""
 
-import json
 import re
 import shutil
 
@@ -10,7 +9,8 @@ from report_cases import SPEED, write_answers, write_workdir
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.report.build import build_report
-from vlmprune_jax.report.unfinished import read_unfinished
+from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.unfinished import read_unfinished
 
 
 @pytest.fixture
@@ -32,12 +32,12 @@ def test_everything_but_the_export(workdir):
     page = build_report(workdir).read_text()
     assert "This run is not finished" in page
     found = read_unfinished(workdir)
-    assert [(run["name"], run["recovery"], run["path"]) for run in found["runs"]] == [
+    assert [(run.name, run.recovery, run.path) for run in found.runs] == [
         ("depth", "none", "depth/pruned"),
         ("depth-sft", "sft", "depth/sft/recovered"),
         ("width", "none", "width/pruned"),
     ]
-    assert [run["evaluation"]["retained"]["questions"] for run in found["runs"]] == pytest.approx(
+    assert [run.evaluation.retained["questions"] for run in found.runs] == pytest.approx(
         [100 * 10 / 32, 100 * 30 / 32, 100 * 31 / 32]
     )
     assert "Is one really better?" in page
@@ -54,7 +54,7 @@ def test_only_scores_and_plan(workdir):
     page = build_report(workdir).read_text()
     assert page.count("<svg") == 2  # what goes, and the importances
     assert missing(page) == {
-        "what the unpruned model is worth": "evaluate",
+        "the scores of the unpruned model": "evaluate",
         "depth: the plan and the pruned model": "prune",
         "the best model, exported and compared, and everything else that is left": "run",
     }
@@ -74,11 +74,11 @@ def test_only_the_unpruned_model(workdir):
 
 def test_a_model_that_is_not_evaluated_and_speed(workdir):
     (workdir / "width/eval/pruned.json").unlink()
-    (workdir / "speed.json").write_text(json.dumps(SPEED))
+    write_artefact(workdir / "speed.json", SPEED)
     page = build_report(workdir).read_text()
-    assert missing(page)["what width is worth"] == "evaluate"
+    assert missing(page)["the scores of width"] == "evaluate"
     assert "150 (140 to 165)" in page
-    assert [run["name"] for run in read_unfinished(workdir)["runs"]] == ["depth", "depth-sft"]
+    assert [run.name for run in read_unfinished(workdir).runs] == ["depth", "depth-sft"]
 
 
 def test_models_in_the_workdir_itself(workdir):
@@ -91,7 +91,7 @@ def test_models_in_the_workdir_itself(workdir):
     (workdir / "pruned/config.json").write_text("{}")
     for name in ("pruned", "recovered"):
         shutil.copy(workdir / "eval/teacher.json", workdir / f"eval/{name}.json")
-    assert [run["name"] for run in read_unfinished(workdir)["runs"]] == ["depth", "depth-recovered"]
+    assert [run.name for run in read_unfinished(workdir).runs] == ["depth", "depth-recovered"]
 
 
 def test_nothing_of_a_run(tmp_path, capsys):

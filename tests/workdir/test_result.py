@@ -1,0 +1,133 @@
+"""`result.json`: averages, the best model, what is written and read back."""
+
+import json
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+from report_cases import EXPORT, FACTS, result_of
+
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.evaluation.metrics import METRICS, Metric
+from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.evaluation import Evaluated, Group, metric_info
+from vlmprune_jax.workdir.result import Run, best_run, compare, describe_sets, read_result
+
+F1 = Metric("f1", lambda *_: {}, groups=("category", lambda record: "a"))
+
+
+def found(groups=None, **values):
+    """Evaluations by set; all but "questions" and "pope" are texts."""
+    metrics = {"questions": ("exact_match", METRICS["exact_match"]), "pope": ("pope", F1)}
+    reported = {}
+    for name, value in values.items():
+        key, metric = metrics.get(name, ("perplexity", METRICS["perplexity"]))
+        reported[name] = Evaluated(
+            metric=metric_info(key, metric.describe()),
+            values={metric.main: value},
+            groups=groups or {},
+            counted="tokens" if name == "text" else "questions",
+            count=40,
+            parameters=100,
+            seconds=1.25,
+        )
+    return reported
+
+
+def run(name, model, teacher, parameters=60):
+    facts = {**FACTS, "name": name, "parameters": parameters, "path": f"{name}/pruned"}
+    return Run(**facts, evaluation=compare(model, teacher))
+
+
+def test_a_run_beside_the_unpruned_model():
+    groups = {"yes": Group(questions=40, values={"accuracy": 0.5})}
+    teacher = found(groups, questions=0.8, text=10.0)
+    made = compare(found(groups, questions=0.6, text=12.5), teacher)
+    assert msgspec.to_builtins(made) == {
+        "scores": {"questions": {"accuracy": 0.6}, "text": {"perplexity": 12.5}},
+        "retained": {"questions": pytest.approx(75.0), "text": pytest.approx(80.0)},
+        "mean_of_ratios": pytest.approx(75.0),  # of benchmarks; perplexity has no full score
+        "paper_average": pytest.approx(75.0),
+        "groups": {name: {"yes": {"questions": 40, "values": {"accuracy": 0.5}}} for name in ("questions", "text")},
+        "seconds": 2.5,
+    }
+
+
+def test_sets_say_how_large_they_are():
+    sets = describe_sets(found(pope=0.5, text=10.0))
+    assert [of.size for of in sets.values()] == ["40 questions", "40 tokens"]
+    assert [of.label for of in sets.values()] == ["f1 in %", "perplexity"]
+
+
+def test_averages_leave_out_what_cannot_be_retained():
+    teacher = found(questions=0.0, pope=0.5)
+    kept = compare(found(questions=0.1, pope=0.25), teacher)
+    assert (kept.retained, kept.mean_of_ratios) == ({"questions": None, "pope": 50.0}, 50.0)
+    nothing = compare(found(questions=0.1), found(questions=0.0))
+    assert (nothing.mean_of_ratios, nothing.paper_average) == (None, None)
+    text = compare(found(text=12.5), found(text=10.0))
+    assert (text.mean_of_ratios, text.paper_average) == (pytest.approx(80.0), None)
+    json.dumps(msgspec.to_builtins([kept, nothing, text]), allow_nan=False)
+
+
+def test_intervals_are_written_where_there_are_any_and_read_back(tmp_path):
+    teacher, pruned = found(questions=0.8, pope=0.5, text=9.0), found(questions=0.6, pope=0.25, text=9.0)
+    pruned["questions"] = replace(pruned["questions"], retained_interval=(70.5, 80.0))
+    made = run("depth", pruned, teacher)
+    assert made.evaluation.retained_interval == {"questions": (70.5, 80.0)}
+    path = tmp_path / "result.json"
+    write_artefact(path, result_of(teacher, [made], export=EXPORT))
+    assert read_result(tmp_path).runs == [made]
+    plain = json.loads(path.read_text())
+    plain["runs"][0]["evaluation"]["retained_interval"]["pope"] = [1.0]
+    path.write_text(json.dumps(plain))
+    with pytest.raises(UserError, match=r"result\.json: .*retained_interval"):
+        read_result(tmp_path)
+
+
+def test_many_groups_stay_in_eval():
+    groups = {str(i): Group(questions=1, values={"f1": 0.5}) for i in range(41)}
+    assert compare(found(groups, pope=0.5), found(groups, pope=0.5)).groups == {}
+
+
+def test_best():
+    teacher = found(questions=0.8, pope=0.5)
+    runs = [
+        run("a", found(questions=0.8, pope=0.30), teacher),  # 80 % on average, more answers right
+        run("b", found(questions=0.6, pope=0.45), teacher, 70),  # 82.5 %
+        run("c", found(questions=0.6, pope=0.45), teacher, 60),  # the same, smaller
+    ]
+    assert best_run(runs, describe_sets(teacher)).name == "c"
+    teacher = found(questions=0.0)
+    runs = [run("a", found(questions=0.0), teacher, 10), run("b", found(questions=0.1), teacher, 90)]
+    assert best_run(runs, describe_sets(teacher)).name == "b"
+    teacher = found(text=10.0)
+    runs = [run("a", found(text=20.0), teacher, 10), run("b", found(text=15.0), teacher, 90)]
+    assert best_run(runs, describe_sets(teacher)).name == "b"
+    with pytest.raises(UserError, match="no model was evaluated"):
+        best_run([], {})
+
+
+def test_reading(tmp_path):
+    path = tmp_path / "result.json"
+    with pytest.raises(UserError, match=r"result\.json: no such file: run `vlmprune run` first"):
+        read_result(tmp_path)
+    made = result_of(found(pope=0.5), [run("depth", found(pope=0.5), found(pope=0.5))], export=EXPORT)
+    write_artefact(path, made)
+    assert read_result(tmp_path) == made
+    good = json.loads(path.read_text())
+    for edit, told in (
+        ({"format": 7}, "written by a newer vlmprune"),
+        ({"sets": None}, "Expected `object`, got `null`"),
+        ({"best": "width"}, "its best run 'width' is none of its runs: run `vlmprune run` again"),
+        ({"sets": {**good["sets"], "docs": good["sets"]["pope"]}}, "set 'docs' is not in its scores"),
+    ):
+        path.write_text(json.dumps({**good, **edit}))
+        with pytest.raises(UserError, match=rf"result\.json: .*{told}"):
+            read_result(tmp_path)
+
+
+def test_values_are_shown_as_their_metric_says():
+    of = describe_sets(found(pope=0.5, text=10.0))
+    assert (of["pope"].show(0.5), of["pope"].show(0.5, unit=False)) == ("50.00 %", "50.00")
+    assert (of["text"].show(12.345), of["text"].show(None)) == ("12.35", "")

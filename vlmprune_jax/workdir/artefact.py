@@ -1,0 +1,91 @@
+"""The base of every JSON file of a workdir that is written and read back: one Struct for the writer and all readers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import msgspec
+
+from vlmprune_jax.core.errors import UserError, reason
+from vlmprune_jax.core.files import MAX_JSON_BYTES, read_json, replacing
+from vlmprune_jax.distributed.mesh import is_main_process
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An object inside an artefact; fields that have their default are left out of the file."""
+
+
+class Artefact(Part, frozen=True, kw_only=True, omit_defaults=True, tag_field="format", tag=0):
+    """A whole file. Its format is the number in the class statement: `class Result(Artefact, tag=1)`.
+
+    Raise the number when a file of the old class would be misread. `HINT` says how to make the file again.
+    """
+
+    HINT: ClassVar[str] = "run the same command again"
+    MAX_BYTES: ClassVar[int] = MAX_JSON_BYTES
+    COMPACT: ClassVar[bool] = False  # one line for each field: files with thousands of numbers
+
+    def problems(self, folder: Path) -> str | None:
+        """Return what is wrong beyond the types of the fields, for a file in `folder`; None if nothing is."""
+        del folder
+        return None
+
+
+_A = TypeVar("_A", bound=Artefact)
+
+
+def read_artefact(path: Path, kind: type[_A], missing: str = "no such file") -> _A:
+    """Read a file that `write_artefact` wrote; fields that `kind` does not name are ignored.
+
+    Args:
+      path: the file.
+      kind: the class that it must hold.
+      missing: what to say if there is no such file.
+
+    Raises:
+      UserError: the file is missing, too large, damaged, of another format, or holds something else.
+    """
+    value = read_json(path, missing=missing, todo=kind.HINT, most=kind.MAX_BYTES, unicode=False)
+    ours, found = kind.__struct_config__.tag, value.get("format")
+    if found != ours or isinstance(found, bool):
+        if isinstance(found, int) and isinstance(ours, int) and found > ours:
+            told = f"written by a newer vlmprune (format {found}, this version reads {ours}): upgrade vlmprune-jax"
+        else:
+            told = f"has no format that this version reads (format {ours}): {kind.HINT}"
+        raise UserError(f"{path}: {told}")
+    read = as_kind(value, kind, path)
+    problem = read.problems(path.parent)
+    if problem is not None:
+        raise UserError(f"{path}: {problem}: {kind.HINT}")
+    return read
+
+
+def as_kind(value: Any, kind: type[_A], where: object) -> _A:
+    """Convert a JSON value to an artefact.
+
+    Raises:
+      UserError: a field is missing or of another type; names the place in the value.
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except (msgspec.ValidationError, RecursionError, UnicodeEncodeError, OverflowError) as error:
+        raise UserError(f"{where}: holds something else than it should ({reason(error)}): {kind.HINT}") from None
+
+
+def to_json(value: Any) -> Any:
+    """Convert a Struct to JSON values; NumPy's scalars become Python's."""
+    return msgspec.to_builtins(value, enc_hook=lambda scalar: scalar.item())
+
+
+def write_artefact(path: Path, value: Artefact) -> None:
+    """Write a file atomically, on process 0 only."""
+    plain = to_json(value)
+    if value.COMPACT:
+        text = "{\n" + ",\n".join(f"  {json.dumps(name)}: {json.dumps(of)}" for name, of in plain.items()) + "\n}\n"
+    else:
+        text = json.dumps(plain, indent=2) + "\n"
+    if is_main_process():
+        with replacing(path) as file:
+            file.write(text.encode())

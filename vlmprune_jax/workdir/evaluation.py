@@ -1,0 +1,143 @@
+"""`eval/*.json`: the scores of one model on one evaluation set, question by question."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from vlmprune_jax.core.files import Count, Finite
+from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
+
+Values = dict[str, float]
+UNPRUNED = "unpruned"  # the name in tables of the model that runs are compared with
+TEACHER, DEFAULT_SET = "teacher", "questions"  # the unpruned model's file name, and the set that no file names
+
+
+class MetricInfo(Part, frozen=True, kw_only=True):
+    """How a metric's values are shown and compared (`Metric.describe`).
+
+    `main` is the name of the value that is compared. A value times `scale`, then `unit`, is shown. `full` is the value
+    of a perfect model, None if there is none. `grouped_by` says what the groups are, None without groups.
+    """
+
+    name: str
+    main: str
+    unit: str
+    scale: Finite
+    full: Finite | None
+    higher_is_better: bool
+    grouped_by: str | None
+
+    @property
+    def label(self) -> str:
+        """The main value and its unit, as "accuracy in %"."""
+        return self.main + (f" in {self.unit}" if self.unit else "")
+
+    def show(self, value: float | None, *, unit: bool = True) -> str:
+        """Format a value, with or without its unit; "" for None."""
+        return "" if value is None else f"{self.scale * value:.2f} {self.unit if unit else ''}".strip()
+
+
+class Group(Part, frozen=True, kw_only=True):
+    """The values of one group of questions."""
+
+    questions: Count
+    values: Values
+
+
+class Evaluated(Artefact, frozen=True, kw_only=True, tag=1):
+    """One `eval/*.json`.
+
+    `scores` holds one number per question for each score of the metric, None where a question has none. `answers` is
+    the name of the file beside it that holds the answers. `retained_interval` is the 95 % interval of the retained
+    percentage (paired bootstrap); None for the unpruned model, or if it would take long or the unpruned model scores 0.
+    """
+
+    HINT: ClassVar[str] = "run `vlmprune evaluate` again"
+    COMPACT: ClassVar[bool] = True
+    metric: MetricInfo
+    values: Values
+    groups: dict[str, Group] = {}
+    counted: Literal["questions", "tokens"]
+    count: Count
+    parameters: Count
+    seconds: float
+    model_seconds: float = 0.0
+    mean_generated_tokens: Finite | None = None
+    retained_interval: tuple[float, float] | None = None
+    answers: str = ""
+    scores: dict[str, list[float | None]] = {}
+
+    def problems(self, folder: Path) -> str | None:
+        """Return what is wrong if the metric's main value is missing."""
+        main = self.metric.main
+        return None if main in self.values else f"the metric's main value {main!r} is not among its values"
+
+    @property
+    def question_scores(self) -> list[float | None]:
+        """The score of every question: the metric's main score, or else its first."""
+        return self.scores.get(self.metric.main) or next(iter(self.scores.values()), [])
+
+    def main_line(self) -> str:
+        """Summarise in words, as "accuracy 81.25 % on 160 questions"."""
+        return f"{self.metric.main} {self.metric.show(self.values[self.metric.main])} on {self.count:,} {self.counted}"
+
+
+def as_groups(values_by_group: Mapping[str, Mapping[str, float]]) -> dict[str, Group]:
+    """Convert what `Metric.values_of_groups` returns."""
+    return {
+        name: Group(questions=int(of["questions"]), values={key: v for key, v in of.items() if key != "questions"})
+        for name, of in values_by_group.items()
+    }
+
+
+def as_columns(scores: Iterable[Mapping[str, float]]) -> dict[str, list[float | None]]:
+    """Convert one mapping per question to one list per score, None where a question has no such score."""
+    rows = list(scores)
+    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+
+
+def evaluation_file(folder: Path, name: str, key: str) -> Path:
+    """Return the file of a model's evaluation: `folder/eval/NAME.json`, or NAME.SET.json for a set of another name."""
+    return folder / "eval" / (f"{name}.json" if key == DEFAULT_SET else f"{name}.{key}.json")
+
+
+def read_evaluated(path: Path) -> Evaluated:
+    """Read an `eval/*.json`.
+
+    Raises:
+      UserError: see `read_artefact`.
+    """
+    return read_artefact(path, Evaluated, missing="no such file: run `vlmprune evaluate`")
+
+
+def find_evaluated(workdir: Path, path: str | None, key: str) -> Path | None:
+    """Find the evaluation of the model at `path` of a result, or of the unpruned model (None); None if not there."""
+    if not re.fullmatch(r"[\w-]{1,100}", key, re.ASCII):  # a foreign result may name sets as it likes
+        return None
+    folder = workdir / (TEACHER if path is None else path)
+    file = evaluation_file(folder.parent, folder.name, key)
+    inside = Path(os.path.realpath(file)).is_relative_to(os.path.realpath(workdir))
+    return file if inside and file.is_file() else None
+
+
+def evaluations_of(folder: Path, name: str) -> dict[str, Evaluated]:
+    """Read all evaluations of the model `name`, by set.
+
+    Raises:
+      UserError: see `read_artefact`.
+    """
+    found = {}
+    for path in sorted((folder / "eval").glob(f"{name}*.json")):
+        key = DEFAULT_SET if path.stem == name else path.stem.removeprefix(f"{name}.")
+        if path == evaluation_file(folder, name, key):
+            found[key] = read_evaluated(path)
+    return found
+
+
+def metric_info(name: str, described: Mapping[str, Any]) -> MetricInfo:
+    """Make the description of a metric from its name and `Metric.describe()`."""
+    return MetricInfo(name=name, **described)

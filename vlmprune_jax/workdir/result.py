@@ -1,0 +1,295 @@
+"""`result.json`: all models of a run beside the unpruned one; what is computed of them to compare them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import msgspec
+from msgspec import Meta
+
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import Count, Finite
+from vlmprune_jax.evaluation.averages import mean_of_ratios, paper_average, retained
+from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
+from vlmprune_jax.workdir.evaluation import UNPRUNED, Evaluated, Group, MetricInfo, Values
+from vlmprune_jax.workdir.speed import MedianSpeed
+
+RESULT = "result.json"
+MOST_GROUPS = 40  # of a set; more stay in eval/*.json
+Evaluations = Mapping[str, Evaluated]  # of one model, by set
+
+
+class Set(MetricInfo, frozen=True, kw_only=True):
+    """An evaluation set: its metric and its size."""
+
+    counted: Literal["questions", "tokens"]
+    count: Count
+
+    @property
+    def size(self) -> str:
+        """The size in words, as "9,673 questions"."""
+        return f"{self.count:,} {self.counted}"
+
+
+Sets = Mapping[str, Set]
+
+
+class ModelEvaluation(Part, frozen=True, kw_only=True):
+    """The values of a model, unscaled, by set and name; and by set, group and name."""
+
+    scores: dict[str, Values]
+    groups: dict[str, dict[str, Group]] = {}
+
+    def main(self, name: str, sets: Sets) -> float | None:
+        """Return the main value of a set; None if the model has none."""
+        return self.scores.get(name, {}).get(sets[name].main)
+
+
+class RunEvaluation(ModelEvaluation, frozen=True, kw_only=True):
+    """The same of a pruned model, beside the unpruned one.
+
+    `retained` is 100 * value / the unpruned model's value by set, inverted where lower is better; None where that is 0.
+    `retained_interval`: see `Evaluated`; only sets that have one. `mean_of_ratios` is the mean of `retained`, and
+    `paper_average` AVG-% of arXiv 2604.24380: 100 * sum of value / full over the same sum of the unpruned model. Both
+    are over the sets whose metric has a full score (perplexity only without any such set) and on which the unpruned
+    model does not score 0; None over no set.
+    """
+
+    retained: dict[str, float | None]
+    retained_interval: dict[str, tuple[float, float]] = {}
+    mean_of_ratios: float | None
+    paper_average: float | None
+    seconds: float
+
+
+class Costs(Part, frozen=True, kw_only=True):
+    """Costs of a model by its shapes (`prune.cost.costs_of`)."""
+
+    forward_flops: Finite
+    kv_bytes_per_token: Count
+    file_bytes: Count
+
+
+class Workload(Part, frozen=True, kw_only=True):
+    """The row that `Costs` are for: its tokens and images, and the dtype of cache and file."""
+
+    length: Count
+    images: Count
+    dtype: str
+
+
+class Unpruned(Part, frozen=True, kw_only=True):
+    """The unpruned model."""
+
+    parameters: Annotated[int, Meta(ge=1, le=2**53)]
+    evaluation: ModelEvaluation
+    costs: Costs | None = None
+    speed: MedianSpeed | None = None
+
+
+class Run(Part, frozen=True, kw_only=True):
+    """One model: how it was made and what it scores. Paths are relative to the workdir.
+
+    `ratio_asked`, `ratio_reached` and `decoder_ratio` are shares of parameters to remove, removed of the whole model,
+    and removed of the decoder. `plan`, `scores`, `metrics` and `path` are the plan, the importance files, the training
+    curve and the model's folder. `recovery` is the recovery's name, "none" without training. `loss_terms` maps the
+    losses in `metrics` to their titles. `seconds` are of scoring, pruning and training.
+    """
+
+    name: str
+    method: str
+    criterion: str
+    ratio_asked: Finite | None
+    ratio_reached: Finite
+    decoder_ratio: Finite | None = None
+    parameters: Count
+    removed_layers: list[Count] = []
+    reconstruct: str = "none"
+    recovery: str
+    data_fraction: Finite = 0.0
+    training_records: Count | None = None
+    training_steps: Count | None = None
+    loss_terms: dict[str, str] = {}
+    seconds: float | None
+    plan: str
+    scores: list[str]
+    metrics: str | None = None
+    path: str
+    evaluation: RunEvaluation
+    costs: Costs | None = None
+    speed: MedianSpeed | None = None
+
+
+class Export(Part, frozen=True, kw_only=True):
+    """The exported folder, reloaded by `backend`: the largest difference of any logit, and its limit."""
+
+    path: str
+    backend: str
+    max_abs_logit_difference: float
+    tolerance: float
+    seconds: float
+
+
+class Result(Artefact, frozen=True, kw_only=True, tag=1):
+    """The file. `best` names the run that is exported; runs of a sweep export nothing."""
+
+    HINT: ClassVar[str] = "run `vlmprune run` again, or restore the file"
+    MAX_BYTES: ClassVar[int] = 2**25  # thousands of models
+    sets: Annotated[dict[str, Set], Meta(min_length=1, max_length=1000)]
+    teacher: Unpruned
+    runs: Annotated[list[Run], Meta(min_length=1, max_length=10_000)]
+    best: str
+    export: Export | None = None
+    workload: Workload | None = None
+
+    def problems(self, folder: Path) -> str | None:
+        """Return what the types cannot say: an unknown name, or a path that leads out of the workdir."""
+        if all(run.name != self.best for run in self.runs):
+            return f"its best run {self.best!r} is none of its runs"
+        for name, model in self.models:
+            missing = [key for key in self.sets if model.evaluation.main(key, self.sets) is None]
+            unknown = [key for key in model.evaluation.groups if key not in self.sets]
+            if missing or unknown:
+                return f"{name}: set {(missing + unknown)[0]!r} is not in its scores, or not in sets"
+        home = os.path.realpath(folder)
+        named = (path for run in self.runs for path in (run.plan, *run.scores, run.metrics, run.path))
+        for path in dict.fromkeys(named):
+            if path is not None and ("\0" in path or not Path(os.path.realpath(folder / path)).is_relative_to(home)):
+                return f"{path!r} lies outside the workdir"
+        return None
+
+    @property
+    def models(self) -> list[tuple[str, Unpruned | Run]]:
+        """All models by name, the unpruned one first."""
+        return [(UNPRUNED, self.teacher), *((run.name, run) for run in self.runs)]
+
+    @property
+    def best_run(self) -> Run:
+        """The run that `best` names."""
+        return next(run for run in self.runs if run.name == self.best)
+
+
+def read_result(workdir: Path) -> Result:
+    """Read `result.json`.
+
+    Raises:
+      UserError: see `read_artefact`; or the file names something outside the workdir.
+    """
+    return read_artefact(workdir / RESULT, Result, missing="no such file: run `vlmprune run` first")
+
+
+def describe_sets(evaluations: Evaluations) -> dict[str, Set]:
+    """Return the evaluation sets, from the evaluations of any model."""
+    return {
+        name: Set(**msgspec.structs.asdict(of.metric), counted=of.counted, count=of.count)
+        for name, of in evaluations.items()
+    }
+
+
+def unpruned_of(evaluations: Evaluations, costs: Costs | None = None, speed: MedianSpeed | None = None) -> Unpruned:
+    """Make the entry of the unpruned model."""
+    evaluation = ModelEvaluation(scores=_values(evaluations), groups=_groups(evaluations))
+    parameters = next(iter(evaluations.values())).parameters
+    return Unpruned(parameters=parameters, evaluation=evaluation, costs=costs, speed=speed)
+
+
+def compare(evaluations: Evaluations, teacher: Evaluations) -> RunEvaluation:
+    """Compare a model with the unpruned one."""
+    sets, scores, original = describe_sets(teacher), _values(evaluations), _values(teacher)
+    ours, theirs = _averaged(scores, sets), _averaged(original, sets)
+    theirs = {name: value for name, value in theirs.items() if value and math.isfinite(value)}
+    ours = {name: ours[name] for name in theirs}
+    full = {name: of for name in theirs if (of := sets[name].full) is not None}
+    intervals = {name: of.retained_interval for name, of in evaluations.items() if of.retained_interval is not None}
+    return RunEvaluation(
+        scores=scores,
+        groups=_groups(evaluations),
+        retained={name: _retained(scores[name], original[name], of) for name, of in sets.items()},
+        retained_interval=intervals,
+        mean_of_ratios=mean_of_ratios(ours, theirs) if theirs else None,
+        paper_average=paper_average(ours, theirs, full) if theirs and len(full) == len(theirs) else None,
+        seconds=round(sum(of.seconds for of in evaluations.values()), 2),
+    )
+
+
+def best_run(runs: Sequence[Run], sets: Sets) -> Run:
+    """Return the run with the highest mean_of_ratios (without one: the highest scores); the smallest among equals.
+
+    Raises:
+      UserError: there is no run.
+    """
+    if not runs:
+        raise UserError("no model was evaluated: set evaluate.unrecovered, or add a recovery")
+
+    def rank(run: Run) -> tuple[float, float, int]:
+        scores = _averaged(run.evaluation.scores, sets).values()
+        return -(run.evaluation.mean_of_ratios or 0.0), -sum(scores), run.parameters
+
+    return min(runs, key=rank)
+
+
+def averaged_sets(sets: Sets) -> list[str]:
+    """Return the sets that averages are over: those with a full score, or all if none has one."""
+    return [name for name, of in sets.items() if of.full is not None] or list(sets)
+
+
+def _values(evaluations: Evaluations) -> dict[str, Values]:
+    return {name: dict(of.values) for name, of in evaluations.items()}
+
+
+def _groups(evaluations: Evaluations) -> dict[str, dict[str, Group]]:
+    return {name: of.groups for name, of in evaluations.items() if 0 < len(of.groups) <= MOST_GROUPS}
+
+
+def _retained(values: Values, original: Values, metric: MetricInfo) -> float | None:
+    ours, theirs = values[metric.main], original[metric.main]
+    if not metric.higher_is_better:
+        ours, theirs = theirs, ours
+    return retained(ours, theirs) if theirs else None  # JSON has no NaN
+
+
+def _averaged(scores: Mapping[str, Values], sets: Sets) -> dict[str, float]:
+    """Return the values that averages are over, all better when higher."""
+    mains = {name: scores[name][sets[name].main] for name in averaged_sets(sets)}
+    return {name: value if sets[name].higher_is_better else _inverse(value) for name, value in mains.items()}
+
+
+def _inverse(value: float) -> float:
+    return 1 / value if value else math.inf
+
+
+def benchmark_rows(run: Run, teacher: Unpruned, sets: Sets) -> list[tuple[str, str, str, str, str]]:
+    """Return the rows of a model card: set, unpruned score, the run's score, retained in %, interval; then speeds."""
+    rows = [
+        (
+            f"{name} ({of.name}): {of.label}, {of.size}",
+            of.show(teacher.evaluation.main(name, sets), unit=False),
+            of.show(run.evaluation.main(name, sets), unit=False),
+            percent(run.evaluation.retained.get(name)),
+            interval(run.evaluation, name),
+        )
+        for name, of in sets.items()
+    ]
+    if run.speed is not None and teacher.speed is not None:
+        for what, before, after in (
+            ("prompt", teacher.speed.prefill, run.speed.prefill),
+            ("generated", teacher.speed.decode, run.speed.decode),
+        ):
+            label = f"{what} tokens per second, our forward on the machine of the run"
+            rows.append((label, f"{before:,.0f}", f"{after:,.0f}", percent(100 * after / before), ""))
+    return rows
+
+
+def percent(value: float | None) -> str:
+    """Format a percentage without its sign; "" for None."""
+    return "" if value is None else f"{value:.2f}"
+
+
+def interval(evaluation: RunEvaluation, name: str) -> str:
+    """Format the interval of what is retained of a set, as "95.1 to 97.3"; "" if unknown."""
+    ends = evaluation.retained_interval.get(name)
+    return "" if ends is None else f"{ends[0]:.1f} to {ends[1]:.1f}"

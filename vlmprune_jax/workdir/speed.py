@@ -1,0 +1,129 @@
+"""`speed.json` (pruned shapes beside the unpruned model) and `bench.json` (`vlmprune bench --json`): measured speed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from msgspec import Meta
+
+from vlmprune_jax.core.files import Count, Finite
+from vlmprune_jax.distributed.processor import cpu
+from vlmprune_jax.evaluation.speed.clock import BenchSide, Measurement, SpeedConfig
+from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
+
+SPEED, BENCH = "speed.json", "bench.json"
+
+
+class MedianSpeed(Part, frozen=True, kw_only=True):
+    """Medians over rounds: prefill and decode in tokens/s, first token in seconds."""
+
+    prefill: Finite
+    decode: Finite
+    first_token: Finite
+    peak_bytes: Count | None
+
+
+def medians(measured: Measurement) -> MedianSpeed:
+    """Return the medians over the rounds."""
+    speeds = {name: statistics.median(getattr(measured, name)) for name in ("prefill", "decode", "first_token")}
+    return MedianSpeed(**speeds, peak_bytes=measured.peak_bytes)
+
+
+class Pair(Part, frozen=True, kw_only=True):
+    """One pruned shape, measured in turns with the unpruned model; `models` are the runs of that shape."""
+
+    models: Annotated[list[str], Meta(min_length=1)]
+    unpruned: Measurement
+    pruned: Measurement
+
+
+class BenchWorkload(Part, frozen=True, kw_only=True):
+    """The prompt that every model was given, and how often."""
+
+    rounds: Count
+    prompt_tokens: Count
+    new_tokens: Count
+    image: bool
+    dtype: str
+
+
+class SpeedWorkload(BenchWorkload, frozen=True, kw_only=True):
+    """The same for rows that are answered together."""
+
+    batch_size: Count
+
+
+class Speed(Artefact, frozen=True, kw_only=True, tag=1):
+    """`speed.json`. `load` is the machine's load average in the minute before."""
+
+    HINT: ClassVar[str] = "run `vlmprune run` again, or remove the file"
+    processor: str
+    load: float
+    workload: SpeedWorkload
+    pairs: list[Pair]
+
+    def medians(self) -> dict[str, MedianSpeed]:
+        """Return the medians by the names of runs; the unpruned model's, over all rounds, is named ""."""
+        if not self.pairs:
+            return {}
+        unpruned = [pair.unpruned for pair in self.pairs]
+        every = Measurement(
+            prefill=tuple(value for one in unpruned for value in one.prefill),
+            decode=tuple(value for one in unpruned for value in one.decode),
+            first_token=tuple(value for one in unpruned for value in one.first_token),
+            peak_bytes=unpruned[0].peak_bytes,
+        )
+        return {"": medians(every), **{name: medians(of.pruned) for of in self.pairs for name in of.models}}
+
+
+class Bench(Artefact, frozen=True, kw_only=True, tag=1):
+    """`bench.json`: models in the engines that read them, all measured in turns."""
+
+    HINT: ClassVar[str] = "measure again with `vlmprune bench --json`, or remove the file"
+    processor: str
+    threads: Count
+    load: float
+    workload: BenchWorkload
+    sides: Annotated[list[BenchSide], Meta(min_length=1, max_length=1000)]
+
+    def decode_rates(self) -> dict[int, float]:
+        """Return decoded tokens/s by parameters, of the models in the first engine and type of weights."""
+        first, rates = self.sides[0], dict[int, list[float]]()
+        for side in self.sides:
+            if (side.backend, side.weights) == (first.backend, first.weights):
+                rates.setdefault(side.parameters, []).extend(side.decode)
+        return {size: statistics.median(rates[size]) for size in sorted(rates)}
+
+
+def make_bench(load: float, sides: Sequence[BenchSide], config: SpeedConfig, *, dtype: str, threads: int) -> Bench:
+    """Make the file of what `evaluation.speed.bench` measured on this machine."""
+    given = {name: getattr(config, name) for name in ("rounds", "prompt_tokens", "new_tokens", "image")}
+    workload = BenchWorkload(**given, dtype=dtype)
+    return Bench(processor=cpu(), threads=threads, load=load, workload=workload, sides=list(sides))
+
+
+def read_bench(path: Path) -> Bench:
+    """Read the file of `vlmprune bench --json`.
+
+    Raises:
+      UserError: see `read_artefact`.
+    """
+    return read_artefact(path, Bench)
+
+
+def read_speed(workdir: Path) -> Speed | None:
+    """Read `speed.json`; None if it is not there.
+
+    Raises:
+      UserError: see `read_artefact`.
+    """
+    path = workdir / SPEED
+    return read_artefact(path, Speed) if path.is_file() else None
+
+
+def ratios(before: Sequence[float], after: Sequence[float]) -> list[float]:
+    """Return the speed-up of every round."""
+    return [new / old for old, new in zip(before, after, strict=False)]

@@ -1,0 +1,233 @@
+"""`sweep.json`, `sweep.csv` and each run's `run.json` and `error.json`: what the runs of a sweep found."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from msgspec import Meta
+
+from vlmprune_jax.core.errors import printable
+from vlmprune_jax.core.files import Count, Finite
+from vlmprune_jax.evaluation.statistics import interval_of_mean
+from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
+from vlmprune_jax.workdir.evaluation import UNPRUNED
+from vlmprune_jax.workdir.result import ModelEvaluation, RunEvaluation, Set, Sets
+
+SWEEP = "sweep.json"
+MOST_SETS = 4  # with columns of their own in a terminal
+DONE, FAILED, PENDING = "done", "failed", "pending"
+
+
+class UnprunedModel(Part, frozen=True, kw_only=True):
+    """A model that was pruned."""
+
+    parameters: Count
+    bytes: Count
+    forward_flops: Finite
+    evaluation: ModelEvaluation
+
+
+class SweptModel(Part, frozen=True, kw_only=True):
+    """An evaluated model of a run; fields that a `result.json` has too mean the same as there.
+
+    `model` is the folder of the unpruned model, a key of `SweepResult.unpruned`. `bytes` are of the exported weights,
+    `forward_flops` of the prompt of `speed`. `seconds` are of all stages that made the model, in whichever run of the
+    sweep. Speeds and speed-ups are there if they were measured, speed-ups in turns with the unpruned model. `digest` is
+    the hash of the folder at `path`, relative to the sweep's workdir.
+    """
+
+    model: str
+    method: str
+    criterion: str
+    ratio_asked: Finite | None
+    ratio_reached: Finite
+    decoder_ratio: Finite
+    parameters: Count
+    bytes: Count
+    forward_flops: Finite
+    reconstruct: str
+    recovery: str
+    data_fraction: Finite
+    seconds: Finite
+    training_records: Count | None = None
+    training_steps: Count | None = None
+    prefill_tokens_per_second: Finite | None = None
+    decode_tokens_per_second: Finite | None = None
+    prefill_speedup: Finite | None = None
+    decode_speedup: Finite | None = None
+    digest: str
+    path: str
+    evaluation: RunEvaluation
+
+
+class Entry(Part, frozen=True, kw_only=True):
+    """One model of a sweep, or one run that has none yet: it failed with `error`, or did not run here.
+
+    `name` is unique: the run's, or "RUN/pruned" for a model that is not the run's last. `group` is the name without
+    seeds. `labels` are the parts of the name, `overrides` the settings of the run. `seed` is the run's seed if it sets
+    one, and only one. A model that several runs share is listed under the first.
+    """
+
+    name: str
+    run: str
+    group: str
+    labels: dict[str, str]
+    overrides: dict[str, Any]
+    seed: int | None
+    error: str | None = None
+    found: SweptModel | None = None
+
+    @property
+    def status(self) -> str:
+        """`done`, `failed` or `pending`."""
+        return DONE if self.found is not None else PENDING if self.error is None else FAILED
+
+
+class SweepResult(Artefact, frozen=True, kw_only=True, tag=1):
+    """`sweep.json`. `config` is the config file with its variant; `unpruned` has one model as a rule."""
+
+    HINT: ClassVar[str] = "run `vlmprune sweep` again, or restore the file"
+    MAX_BYTES: ClassVar[int] = 2**28  # ten thousand models with groups
+    config: str
+    sets: dict[str, Set]
+    unpruned: dict[str, UnprunedModel]
+    models: Annotated[list[Entry], Meta(min_length=1, max_length=100_000)]
+
+    def problems(self, folder: Path) -> str | None:
+        """Return what the types cannot say: a model without its unpruned model, or without the value of a set."""
+        for entry in self.models:
+            if (found := entry.found) is not None:
+                missing = [name for name in self.sets if found.evaluation.main(name, self.sets) is None]
+                if found.model not in self.unpruned or missing:
+                    return f"{entry.name}: nothing is known of {missing[0] if missing else found.model!r}"
+        return None
+
+    @property
+    def done(self) -> list[SweptModel]:
+        """The models that were evaluated."""
+        return [entry.found for entry in self.models if entry.found is not None]
+
+
+class RunRecord(Artefact, frozen=True, kw_only=True, tag=1):
+    """`run.json`: what one run found; `made_from` is the hash of all that decides it."""
+
+    made_from: str
+    sets: dict[str, Set]
+    unpruned: dict[str, UnprunedModel]
+    models: list[SweptModel]
+
+
+class RunError(Artefact, frozen=True, kw_only=True, tag=1):
+    """`error.json`: why a run stopped, in one line."""
+
+    error: str
+
+
+def read_sweep(workdir: Path) -> SweepResult:
+    """Read `sweep.json`.
+
+    Raises:
+      UserError: see `read_artefact`.
+    """
+    return read_artefact(workdir / SWEEP, SweepResult, missing="no such file: run `vlmprune sweep` first")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Models that differ in seeds only; `retained`: the mean of what they retain in %, and its 95 % interval."""
+
+    name: str
+    labels: Mapping[str, str]
+    models: Sequence[SweptModel]
+    retained: tuple[float, float, float] | None
+
+    @property
+    def first(self) -> SweptModel:
+        """One of the models, for what all have in common."""
+        return self.models[0]
+
+    def mean(self, field: str) -> float:
+        """Return the mean of a number that every model has."""
+        return sum(getattr(model, field) for model in self.models) / len(self.models)
+
+    def show_mean(self, name: str, sets: Sets) -> str:
+        """Format the mean of a set's main value; "" if no model has one."""
+        values = [value for one in self.models if (value := one.evaluation.main(name, sets)) is not None]
+        return sets[name].show(sum(values) / len(values), unit=False) if values else ""
+
+
+def groups_of(sweep: SweepResult) -> list[Group]:
+    """Group the evaluated models that differ in seeds only."""
+    found: dict[str, list[Entry]] = {}
+    for entry in sweep.models:
+        if entry.found is not None:
+            found.setdefault(entry.group, []).append(entry)
+    return [_group(name, entries) for name, entries in found.items()]
+
+
+def _group(name: str, entries: Sequence[Entry]) -> Group:
+    labels = {label: value for label, value in entries[0].labels.items() if label.rpartition(".")[2] != "seed"}
+    models = [entry.found for entry in entries if entry.found is not None]
+    kept = [value for one in models if (value := one.evaluation.mean_of_ratios) is not None]
+    return Group(name, labels, models, interval_of_mean(kept) if len(kept) == len(models) else None)
+
+
+def table_of(sweep: SweepResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return (header, rows) for a terminal: the unpruned models, then a row for every group."""
+    groups, sets = groups_of(sweep), sweep.sets
+    seeds = max((len(group.models) for group in groups), default=1)
+    counted = ("seeds",) if seeds > 1 else ()
+    labels = tuple(dict.fromkeys(label for group in groups for label in group.labels)) or ("model",)
+    named = tuple(sets) if len(sets) <= MOST_SETS else ()
+    header = (*labels, "parameters", "reached", *named, "retained", *counted)
+    rows = []
+    for name, model in sweep.unpruned.items():
+        label = UNPRUNED if len(sweep.unpruned) == 1 else Path(name).name
+        values = (sets[key].show(model.evaluation.main(key, sets), unit=False) for key in named)
+        blank = ("" for _ in labels[1:])
+        rows.append((label, *blank, f"{model.parameters:,}", "", *values, "100.00", *("" for _ in counted)))
+    for group in groups:
+        own = [group.labels.get(label, "") for label in labels] if group.labels else [group.name]
+        if "/" in group.name:  # not the last model of its run
+            own[0] = f"{own[0]} ({group.name.partition('/')[2]})"
+        values = (group.show_mean(key, sets) for key in named)
+        row = (f"{group.mean('parameters'):,.0f}", f"{group.mean('ratio_reached'):.3f}", *values, _retained(group))
+        rows.append((*map(printable, own), *row, *(str(len(group.models)) for _ in counted)))
+    return header, rows
+
+
+def _retained(group: Group) -> str:
+    if group.retained is None:
+        return ""
+    mean, low, high = group.retained
+    return f"{mean:.2f}" + (f" ±{(high - low) / 2:.2f}" if len(group.models) > 1 else "")
+
+
+def as_csv(sweep: SweepResult) -> str:
+    """Return `sweep.csv`: a line for every entry of the sweep."""
+    labels = list(dict.fromkeys(label for one in sweep.models for label in one.labels))
+    facts = [name for name in SweptModel.__struct_fields__ if name != "evaluation"]
+    parts = [f"{name}.{part}" for name in sweep.sets for part in ("score", "retained", "low", "high")]
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    entry = ("name", "run", "group", "seed", "status", "error")
+    scores = ("evaluation_seconds", "retained", "paper_average")
+    lines.writerow([*entry, *facts, *(f"label.{label}" for label in labels), *scores, *parts])
+    for one in sweep.models:
+        row = [*(getattr(one, name) for name in entry), *(getattr(one.found, name, None) for name in facts)]
+        row += [one.labels.get(label) for label in labels]
+        row += ["" for _ in (*scores, *parts)] if one.found is None else _scores(one.found.evaluation, sweep.sets)
+        lines.writerow(["" if value is None else value for value in row])
+    return text.getvalue()
+
+
+def _scores(evaluation: RunEvaluation, sets: Sets) -> Iterator[float | None]:
+    yield from (evaluation.seconds, evaluation.mean_of_ratios, evaluation.paper_average)
+    for name in sets:
+        ends = evaluation.retained_interval.get(name) or (None, None)
+        yield from (evaluation.main(name, sets), evaluation.retained.get(name), *ends)

@@ -1,0 +1,174 @@
+"""`tpu_plan.json`: memory, FLOPs and least time of the recovery step on a TPU slice (`vlmprune plan`), and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+from vlmprune_jax.core.files import Count, Finite
+from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
+
+TPU_PLAN = "tpu_plan.json"
+NOTES = (
+    "From the training step as compiled ahead of time; nothing ran. Times are lower bounds: the slowest of arithmetic, "
+    "memory and links between chips. Executed FLOPs include what the backward pass computes again."
+)
+GIB = 2**30
+
+
+class PlannedModel(Part, frozen=True, kw_only=True):
+    """Size of a student or teacher."""
+
+    layers: Count
+    parameters: Count
+
+
+class Hbm(Part, frozen=True, kw_only=True):
+    """Bytes of memory per chip."""
+
+    arguments: Finite
+    temporaries: Finite
+    free: Finite
+
+
+class StepFlops(Part, frozen=True, kw_only=True):
+    """FLOPs of a step on all chips: those executed, those of the model, and these by part."""
+
+    executed: Finite
+    model: Finite
+    student: Finite
+    teacher: Finite
+    attention: Finite
+    vision: Finite
+
+
+class StepSeconds(Part, frozen=True, kw_only=True):
+    """Least seconds of a step, and by what limits it."""
+
+    step: Finite
+    compute: Finite
+    memory: Finite
+    interconnect: Finite
+
+
+class PlannedStep(Part, frozen=True, kw_only=True):
+    """A recovery step that fits. `received` is bytes per chip by kind of communication; throughput is of all chips."""
+
+    topology: str
+    chips: Count
+    mesh: dict[str, Count]
+    student: PlannedModel
+    teacher: PlannedModel | None
+    batch_size: Count
+    accumulation: Count
+    remat: str
+    tokens_per_row: Count
+    images_per_row: Count
+    tokens_buckets: list[Count]
+    images_buckets: list[Count]
+    image_tokens_buckets: list[Count] = []  # for images of any size
+    feature_cache: bool
+    teacher_top_k: Count
+    hbm: Hbm
+    flops: StepFlops
+    received: dict[str, Finite]
+    seconds: StepSeconds
+    mfu: Finite
+    tokens_per_second: Finite
+    steps: Count | None
+    compile_seconds: Finite
+
+    @property
+    def hours(self) -> float | None:
+        """Least hours of all steps; None if their number is not known."""
+        return None if self.steps is None else self.steps * self.seconds.step / 3600
+
+    @property
+    def buckets(self) -> str:
+        """The shapes that a batch can have, as "768, 1024, 2048 tokens and 1, 13 images"; "" for a single shape."""
+        named = {
+            "tokens": self.tokens_buckets,
+            "images": self.images_buckets,
+            "tokens an image": self.image_tokens_buckets,
+        }
+        return " and ".join(f"{', '.join(map(str, sizes))} {what}" for what, sizes in named.items() if len(sizes) > 1)
+
+
+class Planned(Part, frozen=True, kw_only=True):
+    """One recovery: its step, or why it does not fit, and the best steps that a search found, by what was searched."""
+
+    step: PlannedStep | None = None
+    problem: str | None = None
+    search: dict[str, PlannedStep] = {}
+
+
+class TpuPlan(Artefact, frozen=True, kw_only=True, tag=1):
+    """The file: every recovery by its name."""
+
+    HINT: ClassVar[str] = "run `vlmprune plan` again, or remove the file"
+    recoveries: dict[str, Planned]
+
+
+def read_tpu_plan(workdir: Path) -> dict[str, Planned]:
+    """Read the recoveries that `vlmprune plan` left in a workdir; empty if there are none.
+
+    Raises:
+      UserError: see `read_artefact`.
+    """
+    path = workdir / TPU_PLAN
+    return read_artefact(path, TpuPlan).recoveries if path.is_file() else {}
+
+
+def as_rows(planned: Planned) -> list[tuple[str, str]]:
+    """Return (what, value) rows for one recovery."""
+    rows = [] if planned.step is None else [*_step_rows(planned.step)]
+    if planned.problem is not None:
+        rows.append(("does not fit", planned.problem))
+    return rows + [(f"best {what}", _summary(step)) for what, step in planned.search.items()]
+
+
+def _step_rows(step: PlannedStep) -> Iterator[tuple[str, str]]:
+    hbm, flops, seconds, teacher = step.hbm, step.flops, step.seconds, step.teacher
+    mesh = " x ".join(f"{name} {size}" for name, size in step.mesh.items())
+    yield "slice", f"{step.topology}: {step.chips} chips, mesh {mesh}"
+    models = f"{step.student.parameters:,} parameters in {step.student.layers} layers"
+    if teacher:
+        models += f", teacher {teacher.parameters:,} in {teacher.layers}"
+    if step.teacher_top_k:
+        models += f", the teacher's top {step.teacher_top_k} from its cache"
+    yield "student", models
+    images = f"{step.images_per_row}{' cached' if step.feature_cache else ''} image"
+    images += "" if step.images_per_row == 1 else "s"
+    yield (
+        "step",
+        f"{step.batch_size} rows of {step.tokens_per_row:,} tokens and {images}, "
+        f"{step.accumulation} micro-batches, remat {step.remat}",
+    )
+    if step.buckets:
+        yield "buckets", f"the largest of {step.buckets}; smaller ones need less"
+    yield (
+        "HBM per chip",
+        f"{hbm.arguments / GIB:.2f} GiB arguments + {hbm.temporaries / GIB:.2f} GiB temporaries, "
+        f"{hbm.free / GIB:.2f} GiB free",
+    )
+    parts = ", ".join(f"{name} {getattr(flops, name):.2e}" for name in ("student", "teacher", "attention", "vision"))
+    yield "FLOPs", f"{flops.executed:.2e} executed, {flops.model:.2e} of the model ({parts})"
+    received = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in step.received.items()) or "none"
+    yield "received", f"per chip, in GiB: {received}"
+    limits = ", ".join(f"{name} {getattr(seconds, name):.3f}" for name in ("compute", "memory", "interconnect"))
+    yield "step time", f"at least {seconds.step:.3f} s ({limits}); MFU at most {100 * step.mfu:.1f} %"
+    yield "throughput", f"at most {step.tokens_per_second:,.0f} tokens/s"
+    if step.hours is not None:
+        run = f"{step.steps:,} steps: at least {step.hours:.2f} hours, {step.hours * step.chips:.1f} chip-hours"
+        largest = " if every batch is of the largest bucket (how many are of each depends on the data)"
+        yield "run", run + (largest if step.buckets else "")
+    yield "compiled in", f"{step.compile_seconds:.0f} s"
+
+
+def _summary(step: PlannedStep) -> str:
+    return (
+        f"{step.batch_size} rows in {step.accumulation}, remat {step.remat}, on {step.topology}: "
+        f"{step.hbm.free / GIB:.2f} GiB free, at least {step.seconds.step:.3f} s a step, "
+        f"{step.tokens_per_second:,.0f} tokens/s"
+    )
