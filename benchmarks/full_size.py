@@ -158,7 +158,7 @@ def shrink(config: Any) -> Any:
 
 def make_checkpoint(config: dict[str, Any], folder: Path) -> None:
     """A folder with random weights: bits of numbers below 2, the same 64 MiB again and again from other places."""
-    from vlmprune_jax.export.write import MAX_SHARD_BYTES
+    from vlmprune_jax.export.folder import MAX_SHARD_BYTES
     from vlmprune_jax.hf.disk.tensors import Tensor, write_weights
     from vlmprune_jax.hf.layout import make_slots
     from vlmprune_jax.hf.read import read_config

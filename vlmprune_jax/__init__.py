@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from vlmprune_jax.evaluation.runner import evaluate, perplexity
     from vlmprune_jax.evaluation.speed.clock import SpeedConfig
     from vlmprune_jax.evaluation.speed.measure import measure_speed
+    from vlmprune_jax.export.format import Contents, Format
+    from vlmprune_jax.export.formats import FORMATS as formats
     from vlmprune_jax.export.write import save
     from vlmprune_jax.hf.read import load
     from vlmprune_jax.models.generate import generate
@@ -63,7 +65,9 @@ if TYPE_CHECKING:
 # Public name -> module, with ":NAME" if the module has another name for it. Loaded at first use, so that
 # `import vlmprune_jax` takes milliseconds and imports no jax.
 _HOMES = {
+    "Contents": "export.format",
     "Criterion": "prune",
+    "Format": "export.format",
     "KeptLayer": "prune",
     "LossConfig": "recovery.config",
     "LossTerm": "recovery.terms",
@@ -85,6 +89,7 @@ _HOMES = {
     "evaluate": "evaluation.runner",
     "expand_images": "data.placeholders",
     "fingerprint": "prune",
+    "formats": "export.formats:FORMATS",
     "forward": "models.vlm",
     "generate": "models.generate",
     "gptq": "prune.gptq",
@@ -105,8 +110,10 @@ _HOMES = {
 }
 
 __all__ = [
+    "Contents",
     "Criterion",
     "Family",
+    "Format",
     "KeptLayer",
     "LossConfig",
     "LossTerm",
@@ -130,6 +137,7 @@ __all__ = [
     "expand_images",
     "families",
     "fingerprint",
+    "formats",
     "forward",
     "generate",
     "gptq",

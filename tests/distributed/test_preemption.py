@@ -15,7 +15,7 @@ from hf_cases import copy_llava
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.distributed.preemption import StopSignal
-from vlmprune_jax.export import write
+from vlmprune_jax.export import folder
 from vlmprune_jax.prune import Scores
 
 CONFIG = """
@@ -130,7 +130,7 @@ def test_outside_the_main_thread_signals_stay_what_they_are():
 
 
 def test_a_folder_that_is_being_written_goes(straight, experiment, monkeypatch, capsys):
-    original, once = write.write_files, []
+    original, once = folder.write_files, []
 
     def interrupted(*args):
         original(*args)
@@ -138,7 +138,7 @@ def test_a_folder_that_is_being_written_goes(straight, experiment, monkeypatch, 
             once.append(True)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(write, "write_files", interrupted)
+    monkeypatch.setattr(folder, "write_files", interrupted)
     flags = experiment("straight")
     before = sorted(os.listdir(straight))
     assert (

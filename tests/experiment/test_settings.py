@@ -219,7 +219,12 @@ def test_only_what_a_setting_affects_is_made_again(kept):
         names |= {f"{name}.{inner}" for name, value in found.items() if isinstance(value, dict) for inner in value}
         declared = {o.name for o in options() if stage in o.about.affects and not o.about.by_content}
         declared = {name for name in declared if not name.startswith("evaluate.sets.")}
-        declared -= {"recover.losses.extra", "score.options", "evaluate.text_window"}  # empty, or of a text
+        declared -= {
+            "recover.losses.extra",
+            "score.options",
+            "export.options",
+            "evaluate.text_window",
+        }  # empty, or of a text
         if stage == "score":
             names = (names - {"criteria.scores.npz"}) | {"score.depth", "score.width"}
         assert names == declared, stage

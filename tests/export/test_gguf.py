@@ -317,7 +317,7 @@ def test_from_files_one_tensor_at_a_time(tmp_path, monkeypatch):
     plan = keep_width(load(source), [0, 2], range(32))[1]
     options = {"source_dir": source, "format": "gguf", "quantize": "q8_0"}
     save(apply_plan(load(source), plan), tmp_path / "memory", **options)
-    monkeypatch.setattr("vlmprune_jax.export.gguf._CHUNK", 100)
+    monkeypatch.setattr("vlmprune_jax.export.gguf_model._CHUNK", 100)
     prune_folder(source, plan, tmp_path / "files", format="gguf", dtype="bfloat16", quantize="q8_0")
     assert (tmp_path / "files/llama-pruned-Q8_0.gguf").is_file()
     memory, files = ({t.name: t.data.tobytes() for t in opened(tmp_path / n).tensors} for n in ("memory", "files"))
@@ -371,11 +371,17 @@ def test_options_that_do_not_fit(tmp_path, models):
     source, model = models("llama")
     out = tmp_path / "out"
     refused("quantize 'q4_k' is not one of none, .*q8_0", model, out, source_dir=source, quantize="q4_k")
-    refused("layout 'transformers' is one of Hugging Face", model, out, source_dir=source, layout="transformers")
+    refused(
+        "layout='transformers' is an option of format 'huggingface'",
+        model,
+        out,
+        source_dir=source,
+        layout="transformers",
+    )
     refused('no layers of unequal width.*uneven="pad"', prune(model, UNEVEN), out, source_dir=source, uneven="refuse")
     with pytest.raises(UserError, match="quantize 'q8_0' is not for format 'huggingface'"):
         save(model, out, source_dir=source, quantize="q8_0")
-    with pytest.raises(UserError, match="format 'onnx' is not one of huggingface, gguf"):
+    with pytest.raises(UserError, match="format 'onnx' is not one of huggingface, compressed-tensors, gguf"):
         save(model, out, source_dir=source, format="onnx")
     save(model, out, source_dir=source, format="gguf")
     refused("exists already", model, out, source_dir=source)

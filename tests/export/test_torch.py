@@ -10,7 +10,7 @@ from hf_cases import LLAMA, LLAVA, edit_weights, keep_layers, keep_width, make_f
 from torch_compat import VERSIONS
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.export import reload, write
+from vlmprune_jax.export import reload
 from vlmprune_jax.export.reload import check_export
 from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.read import load
@@ -63,7 +63,7 @@ def test_pruned_folder(saved, torch_outputs, family, pruning, version):
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("family", CLASSES)
 def test_sharded_bfloat16_folder(saved, torch_outputs, monkeypatch, family, version):
-    monkeypatch.setattr(write, "MAX_SHARD_BYTES", 30_000)
+    monkeypatch.setattr("vlmprune_jax.export.folder.MAX_SHARD_BYTES", 30_000)
     model, out = saved(family, "depth", dtype="bfloat16")
     assert len(list(out.glob("*.safetensors"))) > 2
     inputs = random_ids(model)

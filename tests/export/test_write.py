@@ -28,7 +28,6 @@ from safetensors.numpy import load_file
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import make_mesh
-from vlmprune_jax.export import write
 from vlmprune_jax.export.reload import check_export
 from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
@@ -89,7 +88,7 @@ def test_original_layout_with_the_tower_inside(goldens, tmp_path):
 
 
 def test_shards_are_split_at_the_limit_and_indexed(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "MAX_SHARD_BYTES", 40_000)
+    monkeypatch.setattr("vlmprune_jax.export.folder.MAX_SHARD_BYTES", 40_000)
     save(load(llama), tmp_path / "out", source_dir=llama, dtype="source")
     assert_same_tensors(llama, tmp_path / "out")
     shards = sorted((tmp_path / "out").glob("*.safetensors"))

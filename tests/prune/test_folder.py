@@ -116,7 +116,7 @@ def test_mixed_dtypes_and_blocks_smaller_than_a_tensor(tmp_path, monkeypatch):
     """Norms in float32 among float16 weights, carried tensors, several shards, and block ends inside tensors."""
     source = make_folder(tmp_path / "llava", LLAVA)
     edit_weights(source, lambda all_: {k: v if "norm" in k else v.astype(np.float16) for k, v in all_.items()})
-    monkeypatch.setattr("vlmprune_jax.export.write.MAX_SHARD_BYTES", 30_000)
+    monkeypatch.setattr("vlmprune_jax.export.folder.MAX_SHARD_BYTES", 30_000)
     monkeypatch.setattr(verified, "BLOCK", 4096)
     for number, cut in enumerate(CUTS.values()):
         (tmp_path / str(number)).mkdir()
@@ -252,7 +252,7 @@ def test_a_source_that_shrinks_while_it_is_read(llama, tmp_path, monkeypatch):
         os.truncate(llama / "model.safetensors", 20_000)
         write_weights(*args)
 
-    monkeypatch.setattr("vlmprune_jax.export.write.write_weights", shrink_and_write)
+    monkeypatch.setattr("vlmprune_jax.export.folder.write_weights", shrink_and_write)
     with pytest.raises(UserError, match=r"model.safetensors: became shorter"):
         prune_folder(llama, plan, tmp_path / "out")
     assert names(tmp_path) == ["llama"]

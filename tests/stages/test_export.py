@@ -59,12 +59,12 @@ def test_gguf_by_command(command, tmp_path, capsys):
             "quantize=q8",
             "export.quantize 'q8' is not one of none, w8a16, w4a16, w8a8, q8_0, q5_1, q4_0; did you mean 'q8_0'?",
         ),
-        ("format=ggf", "export.format 'ggf' is not one of huggingface, gguf; did you mean 'gguf'?"),
+        ("format=ggf", "export.format 'ggf' is not one of huggingface, compressed-tensors, gguf; did you mean 'gguf'?"),
         (
-            "quantize=w4a16 --config.export.rounding=gptq --config.export.uneven=pad",
-            'export.rounding="gptq" rounds the widths that the model has, and export.uneven="pad" writes wider layers',
+            "format=huggingface --config.export.quantize=w4a16 --config.export.rounding=gptq --config.export.uneven=pad",
+            'rounding="gptq" rounds the widths that the model has, and uneven="pad" writes wider layers',
         ),
-        ("layout=transformers", "layout 'transformers' is one of Hugging Face folders"),
+        ("layout=transformers", "layout='transformers' is an option of format 'huggingface'"),
     ],
 )
 def test_wrong_settings(command, tmp_path, capsys, setting, said):
@@ -117,7 +117,7 @@ def test_integers_by_command(tmp_path, capsys):
     assert main([*plain, "--overwrite"]) == 0
     assert (tmp_path / "w/export/imatrix-teacher-pruned.gguf_file").is_file()
     assert main([*plain, "--config.export.quantize=q8_0"]) == 2
-    assert "export.imatrix=True is for llama-quantize" in capsys.readouterr().err
+    assert "imatrix is for llama-quantize" in capsys.readouterr().err
     assert main([*command, "--config.export.rounding=gptq", "--config.export.quantize=none"]) == 2
-    said = "export.rounding=\"gptq\" goes with w8a16, w4a16 and w8a8, not quantize='none'"
+    said = "rounding='gptq' is an option of format 'compressed-tensors', not of 'huggingface'"
     assert said in capsys.readouterr().err

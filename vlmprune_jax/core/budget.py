@@ -92,7 +92,7 @@ class Budget:
         "bfloat16", "Data type of weights and key/value cache.", choices="hf.disk.dtypes:DTYPES", offered=False
     )
     uneven: str = setting(
-        "per_layer", "Storage of layers of unequal width.", choices="export.target:UNEVEN", offered=False
+        "per_layer", "Storage of layers of unequal width.", choices="export.uneven:UNEVEN", offered=False
     )
     other_bytes: int = setting(
         0, "Size of exported weights that the computed model does not contain.", unit="bytes", offered=False

@@ -10,7 +10,7 @@ from typing import Any
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.evaluation.metrics import metric_named
-from vlmprune_jax.experiment.spec import EvaluationSetSpec, Experiment, PruneSpec, RecoverSpec
+from vlmprune_jax.experiment.spec import EvaluationSetSpec, Experiment, ExportSpec, PruneSpec, RecoverSpec
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.objective import check_losses, needs_teacher
 from vlmprune_jax.workdir.speed import read_bench
@@ -28,6 +28,11 @@ def plan_config(experiment: Experiment) -> PruneSpec:
         curve = tuple((size, 1000 / rate) for size, rate in read_bench(Path(budget.bench)).decode_rates().items())
     budget = dataclasses.replace(budget, dtype=dtype, uneven=uneven, bench=None, curve=curve)
     return dataclasses.replace(spec, budget=budget)
+
+
+def export_options(spec: ExportSpec) -> dict[str, Any]:
+    """Return the `save` keywords of an export: the settings, with `export.options`."""
+    return {name: value for name, value in vars(spec).items() if name not in ("format", "options")} | dict(spec.options)
 
 
 def export_dtype(experiment: Experiment) -> str:

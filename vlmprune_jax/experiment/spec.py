@@ -10,6 +10,8 @@ from typing import Any
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import check_settings, setting, settings_of
 from vlmprune_jax.evaluation.speed.clock import SpeedConfig
+from vlmprune_jax.export.gguf import GgufOptions
+from vlmprune_jax.export.integers import IntegerOptions
 from vlmprune_jax.prune.config import PlanConfig, ReconstructConfig, ScoreConfig
 from vlmprune_jax.recovery.config import MAX_ROWS, RecoverConfig
 
@@ -18,7 +20,6 @@ STAGES = ("score", "prune", "reconstruct", "recover", "evaluate", "export", "spe
 
 RECONSTRUCTIONS = ("none", "least_squares")
 RECOVERIES = ("train", "none")
-ROUNDINGS = ("nearest", "gptq")
 
 _ALL = STAGES
 _RECORDS = ("score", "reconstruct", "recover", "evaluate")  # what becomes of a record, beside its batch
@@ -346,76 +347,32 @@ class EvaluateSpec:
 
 
 @dataclass(frozen=True)
-class ExportSpec:
-    """The folder handed out."""
-
+class _FormatName:
     format: str = setting(
         "huggingface",
-        "A Hugging Face folder, or the GGUF files that llama.cpp loads.",
+        'Format: "huggingface" (or "compressed-tensors", which `quantize` chooses) or "gguf" (for llama.cpp).',
         affects=_EXPORT,
-        choices="export.target:FORMATS",
+        choices="export.formats:FORMATS",
     )
-    layout: str = setting(
-        "source",
-        "The layout that was read, or that of the stock class of transformers.",
-        affects=_EXPORT,
-        choices="export.target:LAYOUTS",
-    )
-    uneven: str = setting(
-        "per_layer",
-        "Unequal layer widths: true size with a PyTorch file of their own, zeros up to the widest, or refused.",
-        affects=_EXPORT,
-        choices="export.target:UNEVEN",
-    )
-    dtype: str = setting("bfloat16", "What weights are written in.", affects=_EXPORT, choices="export.target:WRITTEN")
+
+
+@dataclass(frozen=True)
+class ExportSpec(IntegerOptions, GgufOptions, _FormatName):
+    """The exported model: its format and the options of all built-in formats."""
+
     quantize: str = setting(
         "none",
-        "How the decoder's matrices are rounded: q8_0, q5_1 and q4_0 in GGUF, w8a16, w4a16 and w8a8 in folders of the "
-        "compressed-tensors format.",
+        "Type of the decoder's matrices: w8a16, w4a16 or w8a8 in Hugging Face folders (compressed-tensors), q8_0, q5_1 "
+        "or q4_0 in GGUF.",
         affects=_EXPORT,
-        choices="export.target:quantizations",
+        choices="export.formats:quantizations",
     )
-    group_size: int | None = setting(
-        None,
-        "In folders: values of a row that share a scale (128, 64, 32); None: with 8 bits a row, with 4 the largest "
-        "that divides every row.",
-        affects=_EXPORT,
-        unit="values",
-        least=1,
-    )
-    symmetric: bool = setting(True, "In folders: without zero points; not in w8a8, which has none.", affects=_EXPORT)
-    rounding: str = setting(
-        "nearest",
-        'In folders: "gptq" chooses integers by what they make of calibration records, those of `reconstruct`.',
-        affects=_EXPORT,
-        choices=ROUNDINGS,
-    )
-    rolled_positions: bool = setting(
-        False,
-        "In GGUF: the tower's positions for builds of llama.cpp that put its class token last (#25814).",
-        affects=_EXPORT,
-    )
-    imatrix: bool = setting(
-        False,
-        "In GGUF that is not quantised: beside it, for `llama-quantize --imatrix`, what its matrices read in the "
-        "calibration records of `reconstruct`.",
-        affects=_EXPORT,
+    options: Mapping[str, Any] = setting(
+        {}, "Options of the format that have no setting of their own.", affects=_EXPORT
     )
 
     def __post_init__(self) -> None:
         check_settings("export", self)
-        if self.imatrix and (self.format != "gguf" or self.quantize != "none"):
-            raise UserError(
-                "export.imatrix=True is for llama-quantize, which starts from plain GGUF: it goes with "
-                f"export.format=gguf and export.quantize=none, not {self.format} and {self.quantize}"
-            )
-        if self.rounding == "gptq" and not self.quantize.startswith("w"):
-            raise UserError(f'export.rounding="gptq" goes with w8a16, w4a16 and w8a8, not quantize={self.quantize!r}')
-        if self.rounding == "gptq" and self.uneven == "pad":
-            raise UserError(
-                'export.rounding="gptq" rounds the widths that the model has, and export.uneven="pad" writes wider '
-                'layers: use uneven="per_layer" (the same where all are equal), or rounding="nearest"'
-            )
 
 
 @dataclass(frozen=True)

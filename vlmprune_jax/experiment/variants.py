@@ -13,10 +13,12 @@ from vlmprune_jax.core.settings import check_settings, override
 from vlmprune_jax.experiment.arguments import (
     check_tasks,
     evaluation_sets,
+    export_options,
     plan_config,
     recover_config,
 )
 from vlmprune_jax.experiment.spec import Experiment, ScoreSpec, sections
+from vlmprune_jax.export.formats import choose_format
 from vlmprune_jax.prune.criteria import CRITERIA, scoring
 
 NO_RECOVERY = "none"
@@ -118,6 +120,7 @@ def check_experiment(experiment: Experiment, workdir: Path) -> None:
         _check_criteria(spec.score)
         _check_target(spec)
         _check_sections(spec)
+        choose_format(spec.export.format, export_options(spec.export))
         for run in recover_runs(pruned):
             _check_sections(run.experiment)
             recover_config(run.experiment.recover)

@@ -60,12 +60,12 @@ def model_name(folder: Path) -> str:
 
 def write_card(
     folder: Path,
-    *,
     cfg: ModelConfig,
     name: str,
     steps: Sequence[str],
+    *,
     loading: str,
-    library: str = "transformers",
+    library: str,
     benchmarks: Sequence[Sequence[str]] = (),
 ) -> None:
     """The model card of a folder that holds everything else.

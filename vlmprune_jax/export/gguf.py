@@ -1,370 +1,98 @@
-"""Model -> GGUF, as llama.cpp loads it: a file of the decoder with its tokenizer, and one of tower and projector."""
+"""The format "gguf": the files that llama.cpp loads, one of the decoder and one of tower and projector."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import re
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from vlmprune_jax.core.config import LayerShape, ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.export.gguf_metadata import (
-    cut,
-    file_type,
-    licence,
-    pixels,
-    text_fields,
-    text_remarks,
-    title,
-    tower_remarks,
-)
-from vlmprune_jax.export.gguf_tokenizer import make_vocabulary
-from vlmprune_jax.export.uneven import pad_tensor, padded
-from vlmprune_jax.families import Family, family_of
-from vlmprune_jax.families.decoders import decoder_of
-from vlmprune_jax.families.gguf import (
-    TOWER,
-    Architecture,
-    projector_tensors,
-    tower_fields,
-    tower_lacks,
-    tower_misfit,
-    tower_tensors,
-)
-from vlmprune_jax.families.table import JsonDict, Weight
-from vlmprune_jax.families.towers import vision_of
-from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES, file_name
-from vlmprune_jax.hf.disk.tensors import Tensor
-from vlmprune_jax.hf.fetch import origin, to_host
-from vlmprune_jax.hf.layout import Slot, by_key, join_tensor, make_slots
-from vlmprune_jax.hf.read import check_finite
-from vlmprune_jax.models.layers import inverse_frequencies
-from vlmprune_jax.models.params import flatten
-from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.core.settings import setting, settings_of
+from vlmprune_jax.export.format import Calibration, Comparison, Contents, Format, Importance, Origin
 
-# Values of a row that share a scale, in every type of `quantize`.
-BLOCK = 32
-_CHUNK = 2**24  # values of a tensor that are quantised at a time: gguf's quantisers hold it several times over
-_NO_LEAF = "v.class_embd"
-_FILTERS = "v.patch_embd.weight"
-# Tensors whose rows are in pairs where an architecture interleaves them.
-ROTATED = ("attn_q", "attn_k")
+if TYPE_CHECKING:
+    from vlmprune_jax.models.vlm import Model
 
 
 @dataclass(frozen=True)
-class GgufFile:
-    """One file to write: its metadata (`add_NAME` of `gguf.GGUFWriter`) and its tensors.
+class GgufOptions:
+    """Options of GGUF files."""
 
-    `layers` are the widths in the file, `remarks` what a user of it must know, `kept` the tensors that stay in F16
-    since their rows are not whole blocks.
-    """
+    uneven: str = setting(
+        "per_layer",
+        'Layers of unequal width: "per_layer" writes true sizes if an architecture of llama.cpp has them.',
+        affects=("export",),
+        choices="export.uneven:UNEVEN",
+    )
+    dtype: str = setting(
+        "bfloat16",
+        'Data type of the exported weights; "source" takes that of the embedding.',
+        affects=("export",),
+        choices="hf.disk.dtypes:WRITTEN",
+    )
+    quantize: str = setting(
+        "none",
+        "Type of the decoder's matrices, in blocks of 32 values of a row.",
+        affects=("export",),
+        choices=("none", "q8_0", "q5_1", "q4_0"),
+    )
+    rolled_positions: bool = setting(
+        False,
+        "GGUF: write the tower's position table for builds of llama.cpp that put its class token last "
+        "(ggml-org/llama.cpp#25814); wrong for all others.",
+        affects=("export",),
+    )
+    imatrix: bool | Importance = setting(
+        False,
+        "GGUF without quantisation: also write the file for `llama-quantize --imatrix`: mean squares of the inputs of "
+        "each matrix on the calibration records of `reconstruct`. In Python the result of `vp.importance`.",
+        affects=("export",),
+    )
 
-    name: str
-    architecture: str
-    fields: JsonDict
-    tensors: list[Tensor]
-    layers: tuple[LayerShape, ...]
-    remarks: tuple[str, ...] = ()
-
-    @property
-    def kept(self) -> tuple[str, ...]:
-        """Tensors that are not of the file's own type, though they are matrices of the decoder's layers."""
-        own = {tensor.dtype for tensor in self.tensors} & {"Q8_0", "Q5_1", "Q4_0"}
-        return tuple(t.key for t in self.tensors if own and t.dtype == "F16") if own else ()
-
-
-def make_gguf(
-    model: Model, source: Path, *, name: str, uneven: str, dtype: str, quantize: str, rolled_positions: bool = False
-) -> list[GgufFile]:
-    """The files of a model: `NAME-TYPE.gguf`, and `mmproj-NAME-f16.gguf` of one that sees images.
-
-    Args:
-      model: the model, in memory or in its files.
-      source: the folder that it came from, for tokenizer, chat template, image statistics and licence.
-      name: of the model.
-      uneven: as in `save`: true widths where an architecture has them, zeros up to what one has, or neither.
-      dtype, quantize: of the matrices.
-      rolled_positions: see `save`.
-
-    Raises:
-      UserError: llama.cpp has no architecture, tower or tokenizer like this model's.
-    """
-    family, cfg = family_of(model.cfg), model.cfg
-    architecture, wide = fit(cfg, uneven)
-    dtype = flatten(model.params)["text/embed_tokens/weight"].dtype.name if dtype == "source" else dtype
-    plain = file_name(dtype)
-    label = plain if quantize == "none" else quantize.upper()
-    vocabulary = make_vocabulary(source, cfg, family)
-    about = {"name": title(name, vocabulary.fast), **licence(source)}
-    fields = {"type": "model", **about, **file_type(label), **text_fields(wide), **vocabulary.fields}
-    tensors = _tensors(model, wide, family, "text", architecture.tensors, plain, quantize, architecture.interleaved)
-    tensors += _constants(wide.text, architecture, tensors)
-    stem = re.sub(r"[^\w.+-]+", "-", name.rpartition("/")[2])
-    remarks = (*text_remarks(cfg.text, architecture), *vocabulary.remarks)
-    files = [
-        GgufFile(f"{stem}-{label}.gguf", architecture.name, fields, tensors, wide.text.layers, remarks),
-    ]
-    if family.images == "splits" and len(vocabulary.fast("\n\n", add_special_tokens=False)["input_ids"]) != 1:
-        raise UserError(
-            f"{source}: its tokenizer has no token for two newlines, which llama.cpp puts before the overview of an "
-            "image that it splits: no GGUF of this model"
-        )
-    if cfg.vision is not None:
-        files.append(_tower(model, wide, family, source, f"mmproj-{stem}", about, plain, rolled_positions))
-    return files
+    def __post_init__(self) -> None:
+        if self.imatrix and self.quantize != "none":
+            raise UserError(
+                'imatrix is for llama-quantize, which needs a GGUF file without quantisation: use quantize="none", '
+                f"not {self.quantize!r}"
+            )
 
 
-def _tower(
-    model: Model, wide: ModelConfig, family: Family, source: Path, stem: str, about: JsonDict, plain: str, rolled: bool
-) -> GgufFile:
-    """The file of tower and projector; its convolution takes F16 and F32 alone, whatever the decoder is in."""
-    vision = vision_of(wide)
-    plain = plain if plain == "F32" else "F16"
-    fields = {"type": "mmproj", **about, **file_type(plain), **pixels(wide, family, source)}
-    fields |= tower_fields(wide, cut(family, source))
-    tensors = _tensors(model, wide, family, "vision", tower_tensors(wide), plain)
-    if rolled and vision.class_token:
-        tensors = [_rolled(one) if one.key.startswith("v.position_embd") else one for one in tensors]
-    if vision.any_size:
-        tensors = [part for one in tensors for part in (_copies(one) if one.key == _FILTERS else (one,))]
-    tensors += _tensors(model, wide, family, "projector", projector_tensors(wide), plain)
-    return GgufFile(f"{stem}-{plain.lower()}.gguf", TOWER, fields, tensors, vision.layers, tower_remarks(wide, rolled))
+def prepare(model: Model, origin: Origin, options: GgufOptions) -> Contents:
+    """Return the content of the files: `NAME-TYPE.gguf`, `mmproj-NAME-f16.gguf` and `imatrix-NAME.gguf_file`."""
+    from vlmprune_jax.export.gguf_card import gguf_loading  # comes with jax, as all that reads a model
+    from vlmprune_jax.export.gguf_file import write_gguf
+    from vlmprune_jax.export.gguf_model import make_gguf
+    from vlmprune_jax.export.imatrix import imatrix_file
+
+    settings = {name: getattr(options, name) for name in settings_of(options) if name != "imatrix"}
+    models = make_gguf(model, origin.folder, name=origin.name, **settings)
+    imatrix = None
+    if isinstance(options.imatrix, Importance):
+        imatrix = imatrix_file(options.imatrix, models[0], model.cfg, options.uneven)
+    elif options.imatrix:
+        raise UserError("imatrix=True needs calibration: pass imatrix=vp.importance(model, batches)")
+    files = models if imatrix is None else [*models, imatrix]
+
+    def write(folder: Path) -> None:
+        for file in files:
+            write_gguf(file, folder)
+
+    tensors = [tensor for file in files for tensor in file.tensors]
+    return Contents(tensors, write, lambda folder: gguf_loading(models, model.cfg, imatrix))
 
 
-def _rolled(table: Tensor) -> Tensor:
-    """The position table with the first row, the class token's, behind all others."""
-    fetch = lambda: np.roll(table.fetch(), -(table.n_bytes // table.shape[0]))  # noqa: E731
-    return dataclasses.replace(table, fetch=fetch)
+def check(model: Model, folder: Path, origin: Origin, options: GgufOptions) -> Comparison:
+    """Read the files back, load them in llama.cpp if it is installed, and compare logits with the model's."""
+    from vlmprune_jax.export.gguf_check import check_gguf
 
-
-def _copies(filters: Tensor) -> list[Tensor]:
-    """Filters of patches [vision, channel, copy, row, column], of which a file holds a tensor for each copy."""
-    vision, channels, copies, *sides = filters.shape
-
-    def one(number: int) -> Tensor:
-        fetch = lambda: np.ascontiguousarray(filters.fetch().reshape(vision * channels, copies, -1)[:, number])  # noqa: E731
-        return Tensor(copy_of(number), filters.dtype, (vision, channels, *sides), filters.n_bytes // copies, fetch)
-
-    return [one(number) for number in range(copies)]
-
-
-def copy_of(number: int) -> str:
-    """Name of the filters of patches for one copy of the image."""
-    return f"{_FILTERS}.{number}" if number else _FILTERS
-
-
-def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
-    """The architecture of llama.cpp that holds a model, and the model as it holds it, padded where that was asked for.
-
-    Raises:
-      UserError: there is none, or none of these widths.
-    """
-    decoder = decoder_of(cfg.text.decoder)
-    if not decoder.gguf:
-        raise UserError(f"family {cfg.family}: its {cfg.text.decoder} decoder names no architecture of llama.cpp")
-    able = [one for one in decoder.gguf if one.lacks(cfg.text) is None]
-    if not able:
-        first = decoder.gguf[0]
-        raise UserError(f"llama.cpp's {first.name} has no {first.lacks(cfg.text)}: there is no GGUF of this model")
-    if cfg.vision is not None:
-        lacks = tower_lacks(cfg)
-        if lacks is not None or not cfg.tower:
-            raise UserError(f"llama.cpp has no {lacks or 'use for a model without its tower'}: no GGUF of this model")
-    text, vision = cfg.text, cfg.vision
-    if uneven == "pad":
-        text, vision = _padded_text(text, able[0]), None if vision is None else _padded_tower(vision)
-    found = next((one for one in able if one.misfit(text) is None), None)
-    problem = None if vision is None else tower_misfit(vision)
-    if found is None or (uneven == "refuse" and not text.even):
-        problem = able[0].misfit(text)
-    if problem is not None:
-        raise UserError(
-            f"llama.cpp's {able[0].name} has no {problem}: prune layers and neurons alike and keep the heads, or "
-            'export with uneven="pad" (zeros: the same function, no savings)'
-        )
-    assert found is not None
-    return found, dataclasses.replace(cfg, text=text, vision=vision)
-
-
-def support(cfg: ModelConfig) -> str:
-    """What becomes of a pruned copy of a model in llama.cpp, before it is made."""
-    try:
-        architecture, _ = fit(cfg, "pad")
-    except UserError as error:
-        return str(error)
-    able = [one for one in decoder_of(cfg.text.decoder).gguf if one.lacks(cfg.text) is None]
-    wide = next((one.name for one in able if one.per_layer), None)
-    heads = next((one.name for one in able if one.free_heads), None)
-    return f"llama.cpp's {architecture.name}; fewer heads {_held(heads)}, unequal widths {_held(wide)}" + (
-        "; tower: all heads, or uneven=pad" if cfg.vision is not None else ""
+    return check_gguf(
+        model, folder, source_dir=origin.folder, uneven=options.uneven, rolled_positions=options.rolled_positions
     )
 
 
-def _held(name: str | None) -> str:
-    return "with uneven=pad only" if name is None else f"at true size ({name})"
+def calibration(options: GgufOptions) -> Calibration | None:
+    """Return the call of `importance` that imatrix=True asks for."""
+    return Calibration("imatrix", "importance", {}) if options.imatrix is True else None
 
 
-def _padded_text(text: TextConfig, architecture: Architecture) -> TextConfig:
-    if architecture.misfit(text) is None:
-        return text
-    whole = None if architecture.free_heads else text.hidden_size // text.head_dim
-    wide = text.with_layers(padded(text.layers, whole))
-    if architecture.misfit(wide) is not None:
-        raise UserError(
-            f"llama.cpp's {architecture.name} has no {architecture.misfit(text)}, and no number of zero heads makes "
-            f"{whole} in equal groups of what is left: keep the heads"
-        )
-    return wide
-
-
-def _padded_tower(vision: VisionConfig) -> VisionConfig:
-    whole = vision.hidden_size // vision.head_dim
-    return vision.with_layers([LayerShape(whole, whole, shape.mlp, shape.window) for shape in vision.layers])
-
-
-# Tensors --------------------------------------------------------------------------------------------------------------
-
-
-def _tensors(
-    model: Model,
-    wide: ModelConfig,
-    family: Family,
-    part: str,
-    names: Mapping[str, str],
-    plain: str,
-    quantize: str = "none",
-    interleaved: bool = False,
-) -> list[Tensor]:
-    """Every tensor of a part of the model, under llama.cpp's names and at the widths of `wide`."""
-    flat, here = flatten(model.params), under_names(family, part, names)
-    before = {slot.name: slot for slot in make_slots(model.cfg, here) if slot.part == part}
-    tensors = []
-    for key, parts in by_key(slot for slot in make_slots(wide, here) if slot.part == part).items():
-        pairs = [(before[slot.name], slot) for slot in parts]
-        turned = interleaved and key.split(".")[-2] in ROTATED
-        tensors.append(
-            _tensor(key, _type_of(key, parts[0].hf_shape, plain, quantize), pairs, model.cfg, wide, flat, turned)
-        )
-    return tensors
-
-
-def under_names(family: Family, part: str, names: Mapping[str, str]) -> Family:
-    """The family with its lines of one part under the names of llama.cpp, which has no batch axes in files."""
-
-    def weights(cfg: ModelConfig) -> list[Weight]:
-        lines = []
-        for line in family.weights(cfg):
-            inside, _, leaf = line.path.removeprefix(f"{part}/").rpartition("/")
-            if line.path.startswith(f"{part}/"):
-                key = names[inside] if names[inside] == _NO_LEAF else f"{names[inside]}.{leaf}"
-                line = Weight(line.path, key, " ".join(axis for axis in line.layout.split() if axis != "1"))
-            lines.append(line)
-        return lines
-
-    return dataclasses.replace(family, weights=weights)
-
-
-def _type_of(key: str, shape: tuple[int, ...], plain: str, quantize: str) -> str:
-    """Vectors, and what is added to them, are F32; embeddings and head are never in less than 8 bits."""
-    if len(shape) == 1 or key.startswith("v.position_embd"):
-        return "F32"
-    if quantize == "none":
-        return plain
-    if shape[-1] % BLOCK:
-        return "F16"
-    return "Q8_0" if key in ("token_embd.weight", "output.weight") else quantize.upper()
-
-
-def _tensor(
-    key: str,
-    kind: str,
-    pairs: Sequence[tuple[Slot, Slot]],
-    old: ModelConfig,
-    new: ModelConfig,
-    flat: Mapping[str, Any],
-    interleaved: bool,
-) -> Tensor:
-    """One tensor from its parameters, each as (slot in the model, slot in the file)."""
-
-    def fetch_part(before: Slot, after: Slot) -> np.ndarray:
-        array = to_host(flat[before.path], before.index)
-        if before.shape != after.shape:
-            assert before.layer is not None
-            shapes = [cfg.stack(before.part).layers[before.layer] for cfg in (old, new)]
-            array = pad_tensor(array, before.axes, *shapes)
-        return neighbours(array) if interleaved else array
-
-    shape = pairs[0][1].hf_shape
-    array, index = flat[pairs[0][0].path], pairs[0][0].index
-    what = f"{origin(array, index) or key}, to be written as {kind},"
-    return _encoded(key, kind, shape, lambda: join_tensor([fetch_part(*pair) for pair in pairs]), what)
-
-
-def neighbours(array: np.ndarray, back: bool = False) -> np.ndarray:
-    """[heads, head, ...] with channel i of a head's first half beside that of the other half; `back`: the inverse."""
-    heads, head, *rest = array.shape
-    halves = (head // 2, 2) if back else (2, head // 2)
-    return np.ascontiguousarray(array.reshape(heads, *halves, *rest).swapaxes(1, 2)).reshape(array.shape)
-
-
-def _encoded(key: str, kind: str, shape: tuple[int, ...], fetch: Callable[[], np.ndarray], what: str) -> Tensor:
-    """A tensor that is encoded some rows at a time, so that it is in memory once in its own dtype and once encoded."""
-    rows, width = int(np.prod(shape[:-1])), shape[-1]
-    size = rows * _row_bytes(width, kind)
-
-    def encode() -> np.ndarray:
-        values, done = fetch().reshape(rows, width), np.empty(size, np.uint8)
-        check_finite(values, what=what)
-        step = max(1, _CHUNK // width)
-        for start in range(0, rows, step):
-            piece = _encode(values[start : start + step], kind, what)
-            done[start * (size // rows) :][: piece.size] = piece
-        return done
-
-    return Tensor(key, kind, shape, size, encode)
-
-
-def _row_bytes(width: int, kind: str) -> int:
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    return width // block * size
-
-
-def _encode(values: np.ndarray, kind: str, what: str) -> np.ndarray:
-    """uint8[bytes] of float[rows, width]."""
-    from gguf import GGMLQuantizationType
-    from gguf.quants import quantize
-
-    if kind in WEIGHT_DTYPES:
-        with np.errstate(over="ignore"):  # reported with the tensor's name instead
-            narrow = values.astype(WEIGHT_DTYPES[kind], copy=False)
-        check_finite(narrow, what=what)
-        return np.ascontiguousarray(narrow).reshape(-1).view(np.uint8)
-    return quantize(np.ascontiguousarray(values, np.float32), GGMLQuantizationType[kind]).reshape(-1)
-
-
-def _constants(text: TextConfig, architecture: Architecture, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors that llama.cpp has beside the model's: rotary factors, and a head of its own."""
-    found: dict[str, np.ndarray] = {}
-    if text.rope.kind == "llama3":
-        plain = dataclasses.replace(text.rope, kind="default")
-        found["rope_freqs.weight"] = inverse_frequencies(plain, text.rotary_dim) / inverse_frequencies(
-            text.rope, text.rotary_dim
-        )
-    if text.rope.kind == "longrope":
-        found["rope_factors_long.weight"] = np.asarray(text.rope.long_factors, np.float32)
-        found["rope_factors_short.weight"] = np.asarray(text.rope.short_factors, np.float32)
-    if architecture.own_head and not text.head_bias:
-        found["output.bias"] = np.zeros(text.vocab_size, np.float32)
-    made = [_encoded(key, "F32", one.shape, functools.partial(np.asarray, one), key) for key, one in found.items()]
-    if architecture.own_head and text.tie_embeddings:
-        embedding = next(tensor for tensor in tensors if tensor.key == "token_embd.weight")
-        made.append(dataclasses.replace(embedding, key="output.weight"))
-    return made
+GGUF = Format(GgufOptions, prepare, check, library="gguf", calibration=calibration)

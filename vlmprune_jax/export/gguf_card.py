@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.export.gguf import GgufFile
+from vlmprune_jax.export.gguf_model import GgufFile
 from vlmprune_jax.models.params import count_params
 
 

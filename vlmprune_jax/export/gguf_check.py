@@ -18,8 +18,9 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import parse_json
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.distributed.mesh import gather_to_host, on_process_zero
-from vlmprune_jax.export.gguf import ROTATED, copy_of, fit, neighbours, under_names
+from vlmprune_jax.export.format import Comparison
 from vlmprune_jax.export.gguf_metadata import context_length
+from vlmprune_jax.export.gguf_model import ROTATED, copy_of, fit, neighbours, under_names
 from vlmprune_jax.export.reload import TOLERANCE, random_inputs
 from vlmprune_jax.families import family_of
 from vlmprune_jax.families.gguf import NAME, WHEEL, projector_tensors, tower_tensors
@@ -68,7 +69,7 @@ Likeliest = tuple[int, dict[int, float]]  # tokens of a prompt, and the log-prob
 
 def check_gguf(
     model: Model, out_dir: str | Path, *, source_dir: str | Path, uneven: str, rolled_positions: bool = False
-) -> dict[str, Any]:
+) -> Comparison:
     """Read written GGUF files back and compare their logits with the model's, on random text (and images), in float32.
 
     Where xllamacpp is installed llama.cpp loads the decoder's file as well: it must split texts into the tokens of the
@@ -105,7 +106,7 @@ def _compare(
     inputs: dict[str, Any],
     expected: np.ndarray,
     read: Callable[[], tuple[Model, set[str]]],
-) -> dict[str, Any]:
+) -> Comparison:
     written, kinds = read()
     found = np.asarray(forward(written, **inputs)[0])
     kind = max(kinds, key=lambda name: _ROUNDING.get(name, 0.0))
@@ -121,7 +122,7 @@ def _compare(
     return _in_llama(written, _decoder(folder), source, _PLAIN_TOLERANCE if kind[0] != "Q" else _QUANTISED_TOLERANCE)
 
 
-def _in_llama(written: Model, path: Path, source: Path, tolerance: float) -> dict[str, Any]:
+def _in_llama(written: Model, path: Path, source: Path, tolerance: float) -> Comparison:
     tokens = _tokens(load_tokenizer(source), written.cfg.text)
     answers = _ask(path, [*tokens, *tokens.values()])
     gaps, halves = [0.0], (answers[: len(tokens)], answers[len(tokens) :])

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from vlmprune_jax.core.files import read_bytes
-from vlmprune_jax.export.gguf import GgufFile
+from vlmprune_jax.export.gguf_model import GgufFile
 from vlmprune_jax.hf.disk.verified import CheckedFile
 
 _ALIGNMENT = 32

@@ -6,45 +6,18 @@ tokens, and `NAME.counts` float32[1, 1], whole numbers, by which it divides.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
 import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.export.gguf import GgufFile, fit, under_names
+from vlmprune_jax.export.format import Importance
+from vlmprune_jax.export.gguf_model import GgufFile, fit, under_names
 from vlmprune_jax.export.uneven import pad_tensor
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.disk.tensors import Tensor
 from vlmprune_jax.hf.layout import Slot, by_key, make_slots
 
 PREFIX, SUFFIX = "imatrix-", ".gguf_file"  # not .gguf, by which models are found
-
-
-@dataclass(frozen=True)
-class Importance:
-    """Mean squares float64[in] of what the matrices of a decoder's layers read, by the names of their slots.
-
-    `rows`, `tokens`: how many they are of.
-    """
-
-    means: Mapping[str, np.ndarray]
-    rows: int
-    tokens: int
-
-
-def check_imatrix(wanted: bool, format: str, quantize: str) -> None:
-    """Refuse an importance file where nothing could be made with it.
-
-    Raises:
-      UserError: it is wanted beside something else than plain weights in GGUF.
-    """
-    if wanted and (format != "gguf" or quantize != "none"):
-        raise UserError(
-            "imatrix: llama-quantize starts from a GGUF file that is not quantised: it goes with "
-            f'format="gguf" and quantize="none", not {format!r} and {quantize!r}'
-        )
 
 
 def imatrix_file(importance: Importance, model: GgufFile, cfg: ModelConfig, uneven: str) -> GgufFile:

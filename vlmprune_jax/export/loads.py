@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import LayerShape, ModelConfig, Stack
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.export.gguf import fit
+from vlmprune_jax.export.gguf_model import fit
 from vlmprune_jax.families import family_of, target_of
 from vlmprune_jax.families.decoders import decoder_of
 

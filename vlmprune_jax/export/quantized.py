@@ -7,28 +7,8 @@ from collections.abc import Mapping
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.families import Family
-from vlmprune_jax.hf.disk.compressed_tensors import CompressedTensors
+from vlmprune_jax.hf.disk.compressed_tensors import GROUPS, SCHEMES, CompressedTensors, check_scheme
 from vlmprune_jax.hf.layout import Slot, make_slots
-
-# Bits of weights and, with 8, of what they read: names as vLLM and llm-compressor have them -> (bits, activations).
-SCHEMES = {"w8a16": (8, False), "w4a16": (4, False), "w8a8": (8, True)}
-# Values that may share a scale: what kernels of serving engines have, the largest first.
-GROUPS = (128, 64, 32)
-
-
-def check_groups(quantize: str, group_size: int | None, symmetric: bool) -> None:
-    """Refuse groups and zero points where there are none.
-
-    Raises:
-      UserError: names the option.
-    """
-    if quantize not in SCHEMES and (group_size is not None or not symmetric):
-        option = f"symmetric={symmetric}" if group_size is None else f"group_size={group_size}"
-        raise UserError(f"{option} goes with quantize={', '.join(map(repr, SCHEMES))}, not {quantize!r}")
-    if quantize == "w8a8" and (group_size is not None or not symmetric):
-        raise UserError("w8a8 has a scale for every row and no zero points: leave out group_size and symmetric")
-    if group_size is not None and group_size not in GROUPS:
-        raise UserError(f"group_size={group_size} is not one of {', '.join(map(str, GROUPS))}")
 
 
 def make_storage(
@@ -42,7 +22,7 @@ def make_storage(
     Raises:
       UserError: a group that divides not every width, or none.
     """
-    check_groups(quantize, group_size, symmetric)
+    check_scheme(quantize, group_size, symmetric)
     bits, activations = SCHEMES[quantize]
     widths = {slot.name: slot.hf_shape[1] for slot in _matrices(cfg, family)}
     if group_size is not None:

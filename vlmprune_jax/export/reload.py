@@ -16,6 +16,7 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import reading
 from vlmprune_jax.distributed.mesh import gather_to_host, on_process_zero
+from vlmprune_jax.export.format import Comparison
 from vlmprune_jax.export.per_layer import loader_class
 from vlmprune_jax.families import detect, family_of
 from vlmprune_jax.families.table import Stock
@@ -36,7 +37,7 @@ _ROUNDINGS = 4
 _ROWS, _TEXT_TOKENS = 2, 24
 
 
-def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | None = None) -> dict[str, Any]:
+def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | None = None) -> Comparison:
     """Reload a written folder and compare its logits with the model's, on random text (and images), in float32.
 
     The reload is in PyTorch where torch is installed and stock transformers has the class, else in JAX. Weights that

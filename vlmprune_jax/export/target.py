@@ -15,21 +15,13 @@ from vlmprune_jax.core.files import copy_file, copy_folder
 from vlmprune_jax.export.convert import rows_for, to_transformers
 from vlmprune_jax.export.per_layer import with_loader, without_loader, write_loader
 from vlmprune_jax.export.processor import write_processor
-from vlmprune_jax.export.quantized import SCHEMES, check_groups
 from vlmprune_jax.export.tokenizer import add_token, read_tokenizer
 from vlmprune_jax.export.uneven import padded_stacks
 from vlmprune_jax.families import Family, detect, family_of, target_of
 from vlmprune_jax.families.table import JsonDict
-from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.hf.disk.storage import without_storage
 from vlmprune_jax.hf.read import read_fields
 
-LAYOUTS = ("source", "transformers")
-UNEVEN = ("per_layer", "pad", "refuse")
-WRITTEN = (*DTYPES, "source")  # dtypes of a folder
-# What an export is -> how its matrices may be quantised there.
-QUANTIZE = {"huggingface": ("none", *SCHEMES), "gguf": ("none", "q8_0", "q5_1", "q4_0")}
-FORMATS = tuple(QUANTIZE)
 # What makes a folder usable beside its weights and config.json.
 _ALWAYS = ("LICENSE*", "NOTICE*", "USE_POLICY*", "plan.json")
 _SAME_LAYOUT = (
@@ -61,11 +53,6 @@ class Target:
     tokenizer: JsonDict | None = None
 
 
-def quantizations() -> tuple[str, ...]:
-    """How matrices may be quantised, in any format."""
-    return tuple(dict.fromkeys(name for names in QUANTIZE.values() for name in names))
-
-
 def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype: str) -> Target:
     """The folder for a model that came from `source`.
 
@@ -73,7 +60,8 @@ def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype:
       UserError: unknown options, a source of another family, unequal layers with uneven="refuse", or a model that
         the layout cannot hold.
     """
-    check_options(cfg, layout=layout, uneven=uneven, dtype=dtype)
+    if uneven == "refuse":
+        _check_uneven(cfg)
     family, config = family_of(cfg), without_storage(read_fields(source / "config.json"))
     if detect(config, str(source / "config.json")) is not family:
         raise UserError(f"{source}: is not the folder that this {family.name} ({family.layout} layout) model came from")
@@ -99,48 +87,20 @@ def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype:
     return Target(family, wide, written, new_family is not None, ships, tokenizer)
 
 
-def check_options(
-    cfg: ModelConfig,
-    *,
-    layout: str,
-    uneven: str,
-    dtype: str,
-    format: str = "huggingface",
-    quantize: str = "none",
-    group_size: int | None = None,
-    symmetric: bool = True,
-) -> None:
-    """Refuse options that are unknown, do not go together, or do not suit the model.
+def _check_uneven(cfg: ModelConfig) -> None:
+    """Refuse layers and towers that stock transformers cannot load at their true size.
 
     Raises:
-      UserError: names the option.
+      UserError: names the reason and the alternatives.
     """
-    for name, value, known in (
-        ("format", format, FORMATS),
-        ("layout", layout, LAYOUTS),
-        ("uneven", uneven, UNEVEN),
-        ("dtype", dtype, WRITTEN),
-        ("quantize", quantize, quantizations()),
-    ):
-        if value not in known:
-            raise UserError(f"{name} {value!r} is not one of {', '.join(known)}")
-    if quantize not in QUANTIZE[format]:
-        raise UserError(f"quantize {quantize!r} is not for format {format!r} (there is {', '.join(QUANTIZE[format])})")
-    check_groups(quantize, group_size, symmetric)
-    if format == "gguf" and layout != "source":
-        raise UserError(f'layout {layout!r} is one of Hugging Face folders: leave it out with format="gguf"')
-    if cfg.lora is not None:
-        raise UserError("the model has unmerged LoRA adapters: merge them first (recovery.merge_lora)")
-    if format == "gguf":
-        return  # llama.cpp holds other widths
-    if uneven == "refuse" and not cfg.text.even:
+    if not cfg.text.even:
         raise UserError(
             "the layers have unequal widths, which stock transformers cannot load: prune all layers alike (without "
             'attn_layers and mlp_layers), or export with uneven="pad" (same function, no savings) or "per_layer" '
             "(true sizes)"
         )
     tower = cfg.vision if cfg.tower else None
-    if uneven == "refuse" and tower is not None and tower.even and not tower.whole_heads:
+    if tower is not None and tower.even and not tower.whole_heads:
         raise UserError(
             "the vision tower has fewer heads than make up its width, which its class in PyTorch cannot hold: prune it "
             'with heads="keep", or export with uneven="pad" (same function, no savings) or "per_layer" (true sizes, '
@@ -160,19 +120,17 @@ def _with_dtype(config: JsonDict, dtype: str, family: Family) -> JsonDict:
     return result | dict.fromkeys(names, dtype)
 
 
-def write_files(target: Target, cfg: ModelConfig, source: Path, folder: Path, plan: Plan | None) -> None:
-    """config.json, tokenizer, processor, chat template, generation config, PyTorch file and plan.
+def write_files(target: Target, cfg: ModelConfig, source: Path, folder: Path) -> None:
+    """Write config.json, tokenizer, processor, chat template, generation config and PyTorch file.
 
     Args:
       target: what to write.
       cfg: the model, with the source's layout and true widths.
       source: the folder it came from.
       folder: where to write.
-      plan: the prune plan, if any.
     """
     (folder / "config.json").write_text(json.dumps(target.config, indent=2, ensure_ascii=False) + "\n", "utf-8")
     code = ("*.py",) if "auto_map" in target.config else ()
-    copy_always(source, folder, plan)
     if not target.converts:
         _copy_files(source, folder, (*_SAME_LAYOUT, *code))
     if target.tokenizer is not None:

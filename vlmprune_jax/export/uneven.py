@@ -9,6 +9,8 @@ import numpy as np
 
 from vlmprune_jax.core.config import LayerShape, ModelConfig
 
+UNEVEN = ("per_layer", "pad", "refuse")  # what to do with unequal layers: true widths, zeros, or an error
+
 
 def widest(layers: Sequence[LayerShape], heads: int | None = None) -> LayerShape:
     """The smallest shape that every layer fits in with its query heads in their groups.

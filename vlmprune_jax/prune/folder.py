@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.lazy import open_model
@@ -17,14 +18,9 @@ def prune_folder(
     out_dir: str | Path,
     *,
     vision_dir: str | Path | None = None,
-    format: str = "huggingface",
     dtype: str = "source",
-    quantize: str = "none",
-    group_size: int | None = None,
-    symmetric: bool = True,
-    layout: str = "source",
-    uneven: str = "per_layer",
     overwrite: bool = False,
+    **options: Any,
 ) -> None:
     """Write the pruned copy of a folder, byte for byte what `save(apply_plan(load(source_dir), plan), ...)` writes.
 
@@ -39,8 +35,8 @@ def prune_folder(
       plan: what stays; its fingerprint is compared with weights sampled from the files.
       out_dir: the new folder, which appears whole or not at all.
       vision_dir: the tower's own folder, as in `load`.
-      format, dtype, quantize, group_size, symmetric, layout, uneven, overwrite: as in `save`; "source" keeps every
-        tensor's dtype.
+      dtype: data type of the weights; "source" keeps that of every tensor.
+      overwrite, **options: as in `save`, for example format, layout, uneven and quantize.
 
     Raises:
       UserError: as `load`, `apply_plan` and `save`; also when a disk gives back other bytes than were written.
@@ -48,17 +44,4 @@ def prune_folder(
     source = resolve(source_dir)
     model = open_model(source, None if vision_dir is None else resolve(vision_dir))
     pruned = apply_plan(model, plan)
-    save(
-        pruned,
-        out_dir,
-        source_dir=source,
-        format=format,
-        layout=layout,
-        uneven=uneven,
-        dtype=dtype,
-        quantize=quantize,
-        group_size=group_size,
-        symmetric=symmetric,
-        overwrite=overwrite,
-        plan=plan,
-    )
+    save(pruned, out_dir, source_dir=source, dtype=dtype, overwrite=overwrite, plan=plan, **options)

@@ -28,9 +28,9 @@ from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.distributed.mesh import gather_to_host, use_mesh
-from vlmprune_jax.export.quantized import SCHEMES, make_storage
+from vlmprune_jax.export.quantized import make_storage
 from vlmprune_jax.families import family_of
-from vlmprune_jax.hf.disk.compressed_tensors import CompressedTensors
+from vlmprune_jax.hf.disk.compressed_tensors import SCHEMES, CompressedTensors
 from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.hf.layout import Slot, by_key, make_slots
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch
@@ -94,6 +94,7 @@ def gptq(
       UserError: groups that do not fit, batches that do not, activations that are not finite.
     """
     one_of("quantize", quantize, tuple(SCHEMES))
+    dtype = model.params["text"]["embed_tokens"]["weight"].dtype.name if dtype == "source" else dtype
     one_of("dtype", dtype, tuple(DTYPES))
     weights = override(TokenWeights() if weights is None else weights, options, "gptq")
     family, mesh = family_of(model.cfg), mesh_of(model.params)

@@ -16,7 +16,7 @@ import numpy as np
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.distributed.mesh import use_mesh
-from vlmprune_jax.export.imatrix import Importance
+from vlmprune_jax.export.format import Importance
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.layout import make_slots
 from vlmprune_jax.models.vlm import Model, mesh_of

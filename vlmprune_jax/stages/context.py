@@ -161,8 +161,6 @@ def save_model(
         model,
         out_dir,
         source_dir=source_dir,
-        layout="source",
-        uneven="per_layer",
         dtype=spec.dtype,
         plan=plan,
         name=model_name(teacher_folder(spec)),

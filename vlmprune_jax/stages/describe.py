@@ -9,7 +9,7 @@ from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig, Stack, VisionConfig, runs
 from vlmprune_jax.core.errors import printable
-from vlmprune_jax.export.gguf import support
+from vlmprune_jax.export.gguf_model import support
 from vlmprune_jax.export.loads import what_loads
 from vlmprune_jax.families import Family, target_of
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint

@@ -1,36 +1,29 @@
-"""One folder of the workdir -> `export/`, reloaded and compared before it counts as done."""
+"""Export a model of the workdir to `export/`, then reload it and compare it with the model."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any
 
-from vlmprune_jax.core.files import Finite
-from vlmprune_jax.data.batching import Batch
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
+from vlmprune_jax.experiment.arguments import export_options
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.export.card import model_name
-from vlmprune_jax.export.gguf_check import check_gguf
-from vlmprune_jax.export.imatrix import Importance
-from vlmprune_jax.export.reload import check_export
-from vlmprune_jax.export.write import save
+from vlmprune_jax.export.format import Calibration, Comparison
+from vlmprune_jax.export.formats import choose_format
+from vlmprune_jax.export.write import check_saved, save
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import PrunePlan
-from vlmprune_jax.prune.gptq import Rounded, gptq
+from vlmprune_jax.prune.gptq import gptq
 from vlmprune_jax.prune.importance import importance
 from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import Context, load_model, model_inputs, teacher_folder
 from vlmprune_jax.workdir.ledger import Json, differs_only_in, remove
 
-
-class _Facts(TypedDict):
-    """What `check_export` or `check_gguf` found."""
-
-    backend: str
-    max_abs_logit_difference: Finite
-    tolerance: Finite
+# Function of a model and calibration batches, by the name that a format's `Calibration` gives.
+CALIBRATIONS: dict[str, Callable[..., Any]] = {"gptq": gptq, "importance": importance}
 
 
 def export_stage(
@@ -41,51 +34,49 @@ def export_stage(
     reconstructed: bool = False,
     benchmarks: Sequence[Sequence[str]] = (),
 ) -> Json:
-    """One folder of the workdir -> `export/`, reloaded and compared before it counts as done.
+    """Export a folder of the workdir to `export/`; a folder that differs from the model when reloaded is removed.
 
-    `reconstructed`, `benchmarks`: what the model card says (see `save`).
+    `reconstructed`, `benchmarks`: for the model card (see `save`).
     """
     out, spec = context.workdir / "export", experiment.export
+    chosen, values = choose_format(spec.format, export_options(spec))
+    calibration = chosen.calibration(values)
+    repair = affecting("reconstruct", experiment) if calibration else {}
+    records = inputs.record_files(experiment.data, "train") if calibration else {}
+    code = {} if chosen.file is None else {f"format {spec.format}": chosen.file}
     shown = {"benchmarks": benchmarks} if benchmarks else {}
-    calibrates = spec.rounding == "gptq" or spec.imatrix
-    calibration = affecting("reconstruct", experiment) if calibrates else {}
-    records = inputs.record_files(experiment.data, "train") if calibrates else {}
     stage = context.stage(
         "export",
         context.workdir,
         "export",
-        settings=calibration | affecting("export", experiment) | shown,
-        inputs=model_inputs(experiment.model, model=model_folder, **records),
+        settings=repair | affecting("export", experiment) | shown,
+        inputs=model_inputs(experiment.model, model=model_folder, **records, **code),
         outputs=[out],
-        facts=_Facts,
+        facts=Comparison,
     )
 
     def body() -> Json:
         model = load_model(experiment.model, experiment.mesh, model_folder)
-        plan = PrunePlan.from_json(model_folder / "plan.json")
-        options = {name: value for name, value in vars(spec).items() if name not in ("rounding", "imatrix")}
+        options = {"format": spec.format, **vars(values)}
+        if calibration is not None:
+            options[calibration.option] = _calibrate(calibration, experiment, model, context)
         save(
             model,
             out,
             source_dir=model_folder,
-            **options,
-            storage=_compensated(experiment, model, context) if spec.rounding == "gptq" else None,
-            imatrix=_importance(experiment, model, context) if spec.imatrix else None,
-            plan=plan,
+            plan=PrunePlan.from_json(model_folder / "plan.json"),
             name=model_name(teacher_folder(experiment.model)),
             reconstructed=reconstructed,
             recovered=model_folder.name == "recovered",
             benchmarks=benchmarks,
+            **options,
         )
         try:
-            if spec.format == "gguf":
-                return check_gguf(
-                    model, out, source_dir=model_folder, uneven=spec.uneven, rolled_positions=spec.rolled_positions
-                )
-            return check_export(model, out, vision_dir=experiment.model.vision_dir)
+            vision_dir = experiment.model.vision_dir
+            return {**check_saved(model, out, source_dir=model_folder, vision_dir=vision_dir, **options)}
         except BaseException:
             if is_main_process():
-                remove(out)  # a folder that failed its comparison, or was not compared, is not an export
+                remove(out)
             raise
 
     if on_process_zero(lambda: differs_only_in(stage, "benchmarks")):
@@ -93,22 +84,10 @@ def export_stage(
     return context.run(stage, body)
 
 
-def _compensated(experiment: Experiment, model: Model, context: Context) -> Rounded:
-    """The codes of the model's matrices by the calibration records of `reconstruct`."""
-    spec = experiment.export
-    options = {name: getattr(spec, name) for name in ("quantize", "group_size", "symmetric", "dtype")}
-    if spec.dtype == "source":
-        options["dtype"] = experiment.model.dtype
-    with context.phase("gptq", len(model.cfg.text.layers)) as progress:
-        return gptq(model, _batches(experiment, model), experiment.reconstruct, progress=progress, **options)
-
-
-def _importance(experiment: Experiment, model: Model, context: Context) -> Importance:
-    """What the model's matrices read, of the same records."""
-    with context.phase("imatrix", len(model.cfg.text.layers)) as progress:
-        return importance(model, _batches(experiment, model), experiment.reconstruct, progress=progress)
-
-
-def _batches(experiment: Experiment, model: Model) -> list[Batch]:
+def _calibrate(calibration: Calibration, experiment: Experiment, model: Model, context: Context) -> Any:
+    """Return a calibration's value on the records of `reconstruct`, with its weights of prompts, images and answers."""
     repair = experiment.reconstruct
-    return inputs.calibration_batches(experiment.model, experiment.data, repair, model.cfg, seed=repair.seed)
+    batches = inputs.calibration_batches(experiment.model, experiment.data, repair, model.cfg, seed=repair.seed)
+    with context.phase(calibration.function, len(model.cfg.text.layers)) as progress:
+        function = CALIBRATIONS[calibration.function]
+        return function(model, batches, repair, progress=progress, **calibration.settings)

@@ -13,9 +13,9 @@ from vlmprune_jax.data.batching import Batch
 from vlmprune_jax.distributed.mesh import on_process_zero
 from vlmprune_jax.experiment.arguments import export_dtype, plan_config
 from vlmprune_jax.experiment.spec import Experiment, PruneSpec, affecting
+from vlmprune_jax.export.folder import MAX_SHARD_BYTES, make_tensors
 from vlmprune_jax.export.target import make_target
 from vlmprune_jax.export.uneven import padded_stacks
-from vlmprune_jax.export.write import MAX_SHARD_BYTES, make_tensors
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.hf.disk.tensors import bytes_on_disk
@@ -158,7 +158,7 @@ def _plan_config(experiment: Experiment, cfg: ModelConfig) -> PruneSpec:
     config = plan_config(experiment)
     if config.budget.disk_bytes is not None:
         spec, source, dtype = experiment.export, teacher_folder(experiment.model), export_dtype(experiment)
-        if spec.format == "gguf" or spec.quantize != "none":
+        if spec.format != "huggingface" or spec.quantize != "none":
             raise UserError(
                 "prune.budget.disk_bytes counts the bytes of a folder of plain weights, and export.format and "
                 "export.quantize ask for others: leave it out"

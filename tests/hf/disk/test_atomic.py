@@ -19,7 +19,7 @@ from hf_cases import (
 )
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.export import write
+from vlmprune_jax.export import folder
 from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.disk import atomic
 from vlmprune_jax.hf.read import load
@@ -95,13 +95,13 @@ def test_where_nothing_can_be_written(llama, tmp_path):
 
 
 def test_a_source_that_goes_while_it_is_read(llama, tmp_path, monkeypatch):
-    plan, begun = keep_layers(load(llama), [0])[1], write.write_weights
+    plan, begun = keep_layers(load(llama), [0])[1], folder.write_weights
 
     def too_late(*args):
         (llama / "model.safetensors").unlink()
         begun(*args)
 
-    monkeypatch.setattr(write, "write_weights", too_late)
+    monkeypatch.setattr(folder, "write_weights", too_late)
     with pytest.raises(UserError, match=r"model\.safetensors: no such file"):
         prune_folder(llama, plan, tmp_path / "out")
     assert names(tmp_path) == ["llama"]
@@ -114,7 +114,7 @@ def test_failure_keeps_the_old_folder(llama, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk gone")
 
-    monkeypatch.setattr(write, "write_files", fail)
+    monkeypatch.setattr(folder, "write_files", fail)
     with pytest.raises(OSError, match="disk gone"):
         save(keep_layers(model, [0])[0], tmp_path / "out", source_dir=llama, overwrite=True)
     assert_same_tensors(tmp_path / "out", llama)
@@ -125,7 +125,8 @@ WRITER = """
 import sys, time
 from vlmprune_jax.hf import fetch
 from vlmprune_jax.hf.disk import verified
-from vlmprune_jax.export import write
+from vlmprune_jax.export import folder
+from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.read import load
 source, out = sys.argv[1:]
 verified.BLOCK = 4096  # or nothing of so small a model is on the disk before its end
@@ -137,8 +138,8 @@ def slow(*args):
         print("writing", flush=True)
         time.sleep(600)
     return plain(*args)
-write.to_host = slow
-write.save(model, out, source_dir=source, overwrite=True)
+folder.to_host = slow
+save(model, out, source_dir=source, overwrite=True)
 """
 
 

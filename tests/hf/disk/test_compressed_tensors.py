@@ -243,7 +243,7 @@ def torch_logits(folder: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
         ({"quantize": "w4a16", "group_size": 48}, "group_size=48 is not one of 128, 64, 32"),
         ({"quantize": "w8a8", "group_size": 32}, "w8a8 has a scale for every row"),
         ({"quantize": "w8a8", "symmetric": False}, "w8a8 has a scale for every row"),
-        ({"group_size": 32}, "group_size=32 goes with quantize='w8a16', 'w4a16', 'w8a8', not 'none'"),
+        ({"group_size": 32}, "group_size=32 is an option of format 'compressed-tensors', not of 'huggingface'"),
         ({"quantize": "q8_0"}, "quantize 'q8_0' is not for format 'huggingface'"),
         ({"quantize": "w4a16", "format": "gguf"}, "quantize 'w4a16' is not for format 'gguf'"),
     ],

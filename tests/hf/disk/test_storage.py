@@ -30,7 +30,6 @@ import vlmprune_jax as vp
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import make_mesh
-from vlmprune_jax.export import write
 from vlmprune_jax.export.reload import check_export
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.disk.storage import storages
@@ -101,7 +100,7 @@ def dequantised(folder):
 @pytest.fixture(params=["llama", "llava_sharded", "phi3"])
 def pair(request, goldens, tmp_path, monkeypatch):
     """A folder in the format, and one with the same values in plain tensors."""
-    monkeypatch.setattr(write, "MAX_SHARD_BYTES", 40_000)
+    monkeypatch.setattr("vlmprune_jax.export.folder.MAX_SHARD_BYTES", 40_000)
     if request.param == "phi3":
         from decoder_cases import PHI3
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import open_file
 
 # Room beside the weights for file system overhead and small files.
 SPARE_BYTES = 16 * 2**20
@@ -38,10 +39,20 @@ def check_target(out_dir: Path, source_dir: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"{out_dir}: exists already: choose another folder or pass --overwrite (overwrite=True)")
-    if not (out_dir / "config.json").is_file() and not any(out_dir.glob("*.gguf")):
+    if not (out_dir / "config.json").is_file() and not _has_card(out_dir):
         raise UserError(
-            f"{out_dir}: not a model folder (no config.json and no GGUF), so it is not overwritten: remove it by hand"
+            f"{out_dir}: not a model folder (no config.json and no model card), so it is not overwritten: remove it by "
+            "hand"
         )
+
+
+def _has_card(folder: Path) -> bool:
+    """Return True if a folder has a model card, a README.md that begins with the library's name."""
+    try:
+        with open_file(folder / "README.md") as file:
+            return file.read(64).startswith(b"---\nlibrary_name:")
+    except UserError:
+        return False
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -21,6 +21,10 @@ from vlmprune_jax.hf.disk.weight_files import Entry
 
 JsonDict = dict[str, Any]
 _METHOD = "compressed-tensors"
+# Quantisation, by its name in vLLM and llm-compressor -> (bits of weights, True if activations have 8 bits).
+SCHEMES = {"w8a16": (8, False), "w4a16": (4, False), "w8a8": (8, True)}
+# Values that may share a scale, the largest first: sizes for which serving engines have kernels.
+GROUPS = (128, 64, 32)
 
 
 class _Arguments(TypedDict):
@@ -220,6 +224,18 @@ class CompressedTensors:
         if self.bits == 4:
             unsigned = np.stack([unsigned & 15, unsigned >> 4], axis=-1).reshape(len(words), -1)
         return (unsigned[:, :count].astype(np.int16) - 2 ** (self.bits - 1)).astype(np.int8)
+
+
+def check_scheme(quantize: str, group_size: int | None, symmetric: bool) -> None:
+    """Refuse a group size or zero points that a quantisation does not have.
+
+    Raises:
+      UserError: names the option.
+    """
+    if quantize == "w8a8" and (group_size is not None or not symmetric):
+        raise UserError("w8a8 has a scale for every row and no zero points: leave out group_size and symmetric")
+    if group_size is not None and group_size not in GROUPS:
+        raise UserError(f"group_size={group_size} is not one of {', '.join(map(str, GROUPS))}")
 
 
 def _read_shape(part: Entry) -> tuple[int, ...]:

@@ -21,6 +21,8 @@ FILE_DTYPES: dict[str, np.dtype] = {
 WEIGHT_DTYPES = {name: FILE_DTYPES[name] for name in ("F32", "F16", "BF16")}
 # The same by the names that users, configs, numpy and torch give them.
 DTYPES = {FILE_DTYPES[name].name: FILE_DTYPES[name] for name in ("F32", "BF16", "F16")}
+# Choices for the weights of a new folder: "source" keeps the dtype of each tensor.
+WRITTEN = (*DTYPES, "source")
 
 
 def file_name(dtype: str) -> str:

@@ -39,8 +39,8 @@ def weight(
     dtype: str,
     shape: tuple[int, ...],
     fetch: Callable[[], np.ndarray],
-    extent: Extent | None,
-    check: Callable[[np.ndarray], None],
+    extent: Extent | None = None,
+    check: Callable[[np.ndarray], None] = lambda array: None,
 ) -> Tensor:
     """A tensor whose `fetch` gives an array of any shape with the right number of elements and dtype.
 

@@ -1,0 +1,168 @@
+"""Content of a Hugging Face folder: tensors under their keys, config.json, tokenizer and the files that load it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.export.card import loading_of
+from vlmprune_jax.export.convert import more_words
+from vlmprune_jax.export.format import Contents
+from vlmprune_jax.export.target import Target, write_files
+from vlmprune_jax.export.uneven import pad_tensor
+from vlmprune_jax.families import Family, family_of
+from vlmprune_jax.families.towers import is_left_out, stock_tower_constants, stock_tower_key, vision_of
+from vlmprune_jax.hf.disk.checkpoint import Checkpoint
+from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES, file_name
+from vlmprune_jax.hf.disk.storage import Storage
+from vlmprune_jax.hf.disk.tensors import Tensor, encoded, split_shards, weight, write_weights
+from vlmprune_jax.hf.fetch import extent_of, origin, to_host
+from vlmprune_jax.hf.layout import (
+    Slot,
+    block_number,
+    block_prefix,
+    by_key,
+    join_tensor,
+    make_slots,
+    template,
+    tied_head,
+)
+from vlmprune_jax.hf.read import check_finite
+from vlmprune_jax.models.params import flatten
+from vlmprune_jax.models.vlm import Model
+
+MAX_SHARD_BYTES = 5 * 10**9  # the default of the hub and of transformers
+
+
+def folder_contents(model: Model, source: Path, target: Target, dtype: str, storage: Storage | None) -> Contents:
+    """Return the content of a folder for `target`; weights that `storage` holds are written in it, others plain.
+
+    Raises:
+      UserError: the source does not hold a tensor of the model.
+    """
+    tensors = make_tensors(model, target, Checkpoint(source), dtype, storage)
+    if storage is not None:
+        settings = storage.to_config({tensor.key: tensor.shape for tensor in tensors})
+        target = dataclasses.replace(target, config=target.config | {"quantization_config": settings})
+
+    def write(folder: Path) -> None:
+        write_weights(tensors, folder, MAX_SHARD_BYTES)
+        write_files(target, model.cfg, source, folder)
+
+    return Contents(
+        [*itertools.chain(*split_shards(tensors, MAX_SHARD_BYTES))],
+        write,
+        lambda folder: loading_of(folder, model.cfg, target.cfg, target.config),
+    )
+
+
+def make_tensors(
+    model: Model, target: Target, source: Checkpoint, dtype: str, storage: Storage | None = None
+) -> list[Tensor]:
+    """Every tensor of the new folder, its blocks padded to those of the target.
+
+    In the source's layout the model's own come under the source's spelling of their keys, where it has them, then those
+    of the source that are not computed with.
+
+    Raises:
+      UserError: the source does not hold a tensor of the model.
+    """
+    flat, family = flatten(model.params), family_of(model.cfg)
+    spelling = {template(family.canonical(key)): (template(key), entry.dtype) for key, entry in source.entries.items()}
+    before = {slot.name: slot for slot in make_slots(model.cfg, family)}
+    after = by_key(make_slots(target.cfg, target.family))
+    placed = {part.name for parts in after.values() for part in parts}
+    homeless = [slot for name, slot in before.items() if name not in placed]
+    if homeless:
+        key = homeless[0].key
+        raise UserError(f"{source.folder}: has no tensor {key}: is it the folder that this model came from?")
+    head = tied_head(target.cfg, target.family)
+    if head in spelling and not target.converts:  # some tied checkpoints hold the embedding twice
+        after[head] = next(parts for parts in after.values() if parts[0].path == "text/embed_tokens/weight")
+    weights: list[tuple[str, Tensor]] = []
+    for key, parts in after.items():
+        first = before[parts[0].name]
+        held = spelling.get(template(first.key))
+        if held is None and family.separate_vision and first.path.startswith("vision/"):
+            if not target.converts:
+                continue  # the tower stays in its own folder
+            held = (key, file_name(flat[first.path].dtype.name))
+        if held is None:
+            raise UserError(f"{source.folder}: has no tensor {first.key}: is it the folder that this model came from?")
+        if target.converts:
+            spelled, stored = stock_tower_key(key, vision_of(target.cfg)), held[1]
+        else:
+            spelled, stored = spelling.get(template(key), (template(key), held[1]))
+            spelled = spelled.replace("{}", str(parts[0].layer))
+            stored = source.entries[spelled].dtype if spelled in source.entries else stored
+        stored = stored if dtype == "source" else file_name(dtype)
+        pairs = [(before[part.name], part) for part in parts]
+        weights.append((parts[0].name, _weight(spelled, stored, pairs, model.cfg, target.cfg, flat)))
+    if target.converts:
+        others = _constants(target.cfg, weights[0][1].dtype)
+    else:
+        others = _carried(source, set(after), target, family)
+    tensors = [tensor for _, tensor in weights] if storage is None else encoded(weights, storage)
+    return tensors + others
+
+
+def _weight(
+    key: str,
+    dtype: str,
+    pairs: list[tuple[Slot, Slot]],
+    old: ModelConfig,
+    new: ModelConfig,
+    flat: Mapping[str, Any],
+) -> Tensor:
+    """One tensor of the new folder from its parameters, each as (slot in the model, slot in the folder)."""
+
+    def fetch_part(before: Slot, after: Slot) -> np.ndarray:
+        array = to_host(flat[before.path], before.index)
+        if before.shape != after.shape:
+            if before.layer is not None:
+                shapes = [cfg.stack(before.part).layers[before.layer] for cfg in (old, new)]
+                array = pad_tensor(array, before.axes, *shapes)
+            else:
+                array = more_words(array, before.axes, new.text.vocab_size)
+        with np.errstate(over="ignore"):  # reported with the tensor's name instead
+            return array.astype(WEIGHT_DTYPES[dtype], copy=False)
+
+    parts = [(flat[before.path], before.index) for before, _ in pairs]
+    extent = extent_of(parts, dtype) if all(before.shape == after.shape for before, after in pairs) else None
+    check = functools.partial(check_finite, what=f"{origin(*parts[0]) or key}, to be written as {dtype},")
+    fetch = lambda: join_tensor([fetch_part(*pair) for pair in pairs])  # noqa: E731
+    return weight(key, dtype, pairs[0][1].hf_shape, fetch, extent, check)
+
+
+def _constants(cfg: ModelConfig, dtype: str) -> list[Tensor]:
+    """Weights that a class holds and never uses."""
+    tensors = []
+    for key, (shape, value) in stock_tower_constants(vision_of(cfg)).items():
+        fetch = functools.partial(np.full, shape, value, WEIGHT_DTYPES[dtype])
+        tensors.append(weight(key, dtype, shape, fetch, None, lambda array: None))
+    return tensors
+
+
+def _carried(source: Checkpoint, known: set[str], target: Target, family: Family) -> list[Tensor]:
+    """Tensors of the source that are not computed with, byte for byte; not those of layers that are gone."""
+    cfg = target.cfg
+    ends = {"text": len(cfg.text.layers)} | ({"vision": cfg.vision.n_layers_total} if cfg.vision is not None else {})
+    prefixes = {stack: block_prefix(stack, cfg, family) for stack in ends}
+    tensors = []
+    for key, entry in source.entries.items():
+        name = family.canonical(key)
+        if name in known or not family.is_ignored(name) or is_left_out(name, target.config):
+            continue
+        numbers = {stack: block_number(name, prefix) for stack, prefix in prefixes.items()}
+        if all(number is None or number < ends[stack] for stack, number in numbers.items()):
+            extent = entry.extent(0, entry.n_bytes)
+            tensors.append(Tensor(key, entry.dtype, entry.shape, entry.n_bytes, entry.raw, extent))
+    return tensors

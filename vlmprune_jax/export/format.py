@@ -1,0 +1,114 @@
+"""Export formats: the options, the files, the check and the model-card section of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from vlmprune_jax.core.checks import file_of_users
+from vlmprune_jax.core.files import Finite
+from vlmprune_jax.core.settings import settings_of
+
+if TYPE_CHECKING:  # configs read the options of formats, and start without jax and numpy
+    import numpy as np
+
+    from vlmprune_jax.hf.disk.tensors import Tensor
+    from vlmprune_jax.models.vlm import Model
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Source of an exported model: its checkpoint folder, the name for the export, and a separate tower's folder."""
+
+    folder: Path
+    name: str
+    vision_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Content of an export, before anything is written.
+
+    Attributes:
+      tensors: every tensor, in the order in which `write` fetches them: their bytes must fit on the disk, and processes
+        that share the weights fetch them in step with the one that writes.
+      write: writes all files of the format into an empty folder.
+      card: section "Loading" of the model card, given the folder with all files.
+    """
+
+    tensors: Sequence[Tensor]
+    write: Callable[[Path], None]
+    card: Callable[[Path], str]
+
+
+class Comparison(TypedDict):
+    """Result of comparing a written model with the model in memory."""
+
+    backend: str
+    max_abs_logit_difference: Finite
+    tolerance: Finite
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Mean squares float64[in] of the inputs of each matrix in a decoder's layers, by the name of its slot.
+
+    `rows` and `tokens` are the numbers of calibration records and tokens.
+    """
+
+    means: Mapping[str, np.ndarray]
+    rows: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A value that the export stage computes from calibration records and passes to the format.
+
+    Attributes:
+      option: the option that receives the value.
+      function: name in `stages.export.CALIBRATIONS`.
+      settings: arguments of the function, beside the model and the batches.
+    """
+
+    option: str
+    function: str
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Format:
+    """An export format. Add one by assignment: `vp.formats["mine"] = vp.Format(...)`.
+
+    Attributes:
+      options: frozen dataclass of `core.checks.setting` fields: keywords of `save`, and settings `export.NAME` of a
+        config (in `export.options` if `export` has no such name). The choices of `quantize` are the quantisations.
+      prepare: (model, origin, options) -> `Contents`; raises UserError for a model that the format cannot hold.
+      check: (model, folder, origin, options) -> `Comparison` of the written folder with the model; raises UserError if
+        they differ.
+      library: `library_name` of the model card.
+      calibration: options -> the `Calibration` that they ask for, if any.
+      extends: name of the format that leads here for a quantisation, or a storage of the class `storage`, that is only
+        here.
+    """
+
+    options: type
+    prepare: Callable[[Model, Origin, Any], Contents]
+    check: Callable[[Model, Path, Origin, Any], Comparison]
+    library: str = "transformers"
+    calibration: Callable[[Any], Calibration | None] = lambda options: None
+    extends: str | None = None
+    storage: type | None = None
+
+    @property
+    def quantizations(self) -> tuple[str, ...]:
+        """Values of the option `quantize`."""
+        declared = settings_of(self.options).get("quantize")
+        return ("none",) if declared is None else declared.names()
+
+    @property
+    def file(self) -> Path | None:
+        """The user's file that defines the format, or None for a built-in one."""
+        return file_of_users(self.prepare)

@@ -1,0 +1,62 @@
+"""Export formats by name, and the choice of one by its options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlmprune_jax.core.checks import one_of, suggest
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.settings import check_settings, settings_of
+from vlmprune_jax.export.format import Format
+from vlmprune_jax.export.gguf import GGUF
+from vlmprune_jax.export.huggingface import HUGGINGFACE
+from vlmprune_jax.export.integers import COMPRESSED_TENSORS
+
+# A user's file adds its own by assignment: FORMATS["mine"] = Format(...).
+FORMATS: dict[str, Format] = {"huggingface": HUGGINGFACE, "compressed-tensors": COMPRESSED_TENSORS, "gguf": GGUF}
+
+
+def quantizations() -> tuple[str, ...]:
+    """Return the quantisations of all formats."""
+    return tuple(dict.fromkeys(name for chosen in FORMATS.values() for name in chosen.quantizations))
+
+
+def choose_format(name: str, values: Mapping[str, Any]) -> tuple[Format, Any]:
+    """Return a format and its options, from values by name; missing options have their defaults.
+
+    `name` may lead to a format that extends it (see `Format.extends`). Options of other formats are accepted at their
+    defaults, as a config has them.
+
+    Raises:
+      UserError: an unknown format or option, or a value that the format does not have.
+    """
+    base = FORMATS[one_of("format", name, tuple(FORMATS))]
+    quantize, storage = one_of("quantize", values.get("quantize", "none"), quantizations()), values.get("storage")
+    extensions = [extension for extension in FORMATS.values() if extension.extends == name]
+    chosen = next((f for f in extensions if f.storage is not None and isinstance(storage, f.storage)), base)
+    if quantize not in base.quantizations:
+        chosen = next((extension for extension in extensions if quantize in extension.quantizations), base)
+    if "quantize" in values and quantize not in chosen.quantizations:
+        known = dict.fromkeys(known for f in (base, *extensions) for known in f.quantizations)
+        raise UserError(f"quantize {quantize!r} is not for format {name!r} (there is {', '.join(known)})")
+    own = settings_of(chosen.options)
+    for option, value in values.items():
+        if option not in own:
+            _check_foreign(option, value, name, tuple(own))
+    options = chosen.options(**{option: value for option, value in values.items() if option in own})
+    check_settings("export", options, elsewhere=True)
+    return chosen, options
+
+
+def _check_foreign(option: str, value: Any, name: str, own: tuple[str, ...]) -> None:
+    """Refuse an option that a format does not have, unless it has its default in another one."""
+    others = {other: settings_of(f.options) for other, f in FORMATS.items()}
+    homes = {other: settings[option].default for other, settings in others.items() if option in settings}
+    if not homes:
+        raise UserError(f"format {name!r} has no option {option!r}{suggest(option, own)}")
+    if value not in homes.values():
+        raise UserError(
+            f"{option}={value!r} is an option of format {' or '.join(map(repr, homes))}, not of {name!r} with the "
+            "quantisation chosen: leave it out, or choose another format or quantize"
+        )

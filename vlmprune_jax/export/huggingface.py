@@ -1,0 +1,60 @@
+"""The format "huggingface": a folder in the layout of its source, or in that of a stock class of transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmprune_jax.core.settings import setting
+from vlmprune_jax.export.format import Comparison, Contents, Format, Origin
+
+if TYPE_CHECKING:
+    from vlmprune_jax.models.vlm import Model
+
+LAYOUTS = ("source", "transformers")
+
+
+@dataclass(frozen=True)
+class FolderOptions:
+    """Options of a Hugging Face folder."""
+
+    layout: str = setting(
+        "source",
+        'Layout of keys and config: "source" keeps that of the input, "transformers" converts to the stock class.',
+        affects=("export",),
+        choices=LAYOUTS,
+    )
+    uneven: str = setting(
+        "per_layer",
+        'Layers of unequal width: "per_layer" writes true sizes (Hugging Face folders include the PyTorch file that '
+        'loads them), "pad" adds zero heads and neurons (same function, no savings), "refuse" stops with an error.',
+        affects=("export",),
+        choices="export.uneven:UNEVEN",
+    )
+    dtype: str = setting(
+        "bfloat16",
+        'Data type of the exported weights; "source" keeps that of the input.',
+        affects=("export",),
+        choices="hf.disk.dtypes:WRITTEN",
+    )
+    storage: Any = setting(None, "Storage format of the weights that it holds.", offered=False)
+
+
+def prepare(model: Model, origin: Origin, options: FolderOptions) -> Contents:
+    """Return the content of the folder."""
+    from vlmprune_jax.export.folder import folder_contents  # comes with jax, as all that reads a model
+    from vlmprune_jax.export.target import make_target
+
+    target = make_target(model.cfg, origin.folder, options.layout, options.uneven, options.dtype)
+    return folder_contents(model, origin.folder, target, options.dtype, options.storage)
+
+
+def check(model: Model, folder: Path, origin: Origin, options: FolderOptions) -> Comparison:
+    """Reload the folder in PyTorch, or in JAX, and compare its logits with the model's."""
+    from vlmprune_jax.export.reload import check_export
+
+    return check_export(model, folder, vision_dir=origin.vision_dir)
+
+
+HUGGINGFACE = Format(FolderOptions, prepare, check)

@@ -1,0 +1,91 @@
+"""The format "compressed-tensors": a Hugging Face folder whose decoder matrices are integers of 4 or 8 bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.settings import setting
+from vlmprune_jax.export.format import Calibration, Contents, Format, Origin
+from vlmprune_jax.export.huggingface import HUGGINGFACE, FolderOptions
+from vlmprune_jax.hf.disk.compressed_tensors import SCHEMES, CompressedTensors, check_scheme
+
+if TYPE_CHECKING:
+    from vlmprune_jax.models.vlm import Model
+
+ROUNDINGS = ("nearest", "gptq")
+
+
+@dataclass(frozen=True)
+class IntegerOptions(FolderOptions):
+    """Options of a folder of integers."""
+
+    quantize: str = setting(
+        "none",
+        "Bits of weights and activations of the decoder's matrices (w4a16: 4-bit weights, 16-bit activations).",
+        affects=("export",),
+        choices=tuple(SCHEMES),
+    )
+    group_size: int | None = setting(
+        None,
+        "Values of a row that share a scale (128, 64, 32), for w8a16 and w4a16. None: one scale per row with 8 bits, "
+        "the largest size that divides every row with 4 bits.",
+        affects=("export",),
+        unit="values",
+        least=1,
+    )
+    symmetric: bool = setting(
+        True, "Integers without zero points; False adds them to w8a16 and w4a16.", affects=("export",)
+    )
+    rounding: str = setting(
+        "nearest",
+        'How integers are chosen: "nearest", or "gptq" (least error on the calibration records of `reconstruct`).',
+        affects=("export",),
+        choices=ROUNDINGS,
+    )
+
+    def __post_init__(self) -> None:
+        if self.quantize == "none" and self.storage is None:
+            raise UserError(f"format 'compressed-tensors' needs quantize: choose {', '.join(SCHEMES)}")
+        if self.quantize != "none":
+            check_scheme(self.quantize, self.group_size, self.symmetric)
+        if self.rounding == "gptq" and self.uneven == "pad":
+            raise UserError(
+                'rounding="gptq" rounds the widths that the model has, and uneven="pad" writes wider layers: use '
+                'uneven="per_layer" (the same if all layers are equal), or rounding="nearest"'
+            )
+
+
+def prepare(model: Model, origin: Origin, options: IntegerOptions) -> Contents:
+    """Return the content of the folder; its integers are those of `storage`, else rounded to the nearest."""
+    from vlmprune_jax.export.folder import folder_contents
+    from vlmprune_jax.export.quantized import make_storage, quantized_loading
+    from vlmprune_jax.export.target import make_target
+
+    if options.rounding == "gptq" and options.storage is None:
+        raise UserError('rounding="gptq" needs calibration: pass storage=vp.gptq(model, batches, quantize=...)')
+    target = make_target(model.cfg, origin.folder, options.layout, options.uneven, options.dtype)
+    storage = options.storage or make_storage(
+        target.cfg, target.family, options.quantize, options.group_size, options.symmetric
+    )
+    contents = folder_contents(model, origin.folder, target, options.dtype, storage)
+    integers = quantized_loading(storage, target.cfg, target.family, options.dtype)
+    return replace(contents, card=lambda folder: f"{contents.card(folder)}\n\n{integers}")
+
+
+def calibration(options: IntegerOptions) -> Calibration | None:
+    """Return the call of `gptq` that rounding="gptq" asks for."""
+    names = ("quantize", "group_size", "symmetric", "dtype")
+    settings = {name: getattr(options, name) for name in names}
+    return Calibration("storage", "gptq", settings) if options.rounding == "gptq" else None
+
+
+COMPRESSED_TENSORS = Format(
+    IntegerOptions,
+    prepare,
+    HUGGINGFACE.check,
+    calibration=calibration,
+    extends="huggingface",
+    storage=CompressedTensors,
+)
