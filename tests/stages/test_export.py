@@ -61,7 +61,8 @@ def test_gguf_by_command(command, tmp_path, capsys):
         ),
         ("format=ggf", "export.format 'ggf' is not one of huggingface, compressed-tensors, gguf; did you mean 'gguf'?"),
         (
-            "format=huggingface --config.export.quantize=w4a16 --config.export.rounding=gptq --config.export.uneven=pad",
+            "format=compressed-tensors --config.export.quantize=w4a16 --config.export.rounding=gptq "
+            "--config.export.uneven=pad",
             'rounding="gptq" rounds the widths that the model has, and uneven="pad" writes wider layers',
         ),
         ("layout=transformers", "layout='transformers' is an option of format 'huggingface'"),
