@@ -15,7 +15,7 @@ from vlmprune_jax.prune.config import TokenWeights
 
 # Functions that take single settings as keywords -> their section, and parameters that are no setting of that name.
 KEYWORDS = [
-    (vp.save, ExportSpec, {"imatrix"}),
+    (vp.save, ExportSpec, set()),
     (vp.gptq, ExportSpec, set()),
     (vp.load, ModelSpec, set()),
     (vp.evaluate, EvaluateSpec, set()),
@@ -45,7 +45,7 @@ def test_a_difference_is_noticed():
         pass
 
     assert differences(other, ExportSpec, {"imatrix"}) == ({"dtype": ("float64", "bfloat16")}, 2)
-    assert differences(vp.save, ExportSpec, {"imatrix"})[1] >= 8
+    assert differences(vp.gptq, ExportSpec, set())[1] >= 3
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,14 @@ def test_a_section_has_the_defaults_of_the_dataclass_that_the_function_takes(kin
     names = settings_of(kind).keys() - ({"rounds"} if section == "speed" else set())
     assert {name: getattr(spec, name) for name in names} == {name: getattr(own, name) for name in names}
     assert TokenWeights().by_name == ReconstructConfig().by_name
+
+
+@pytest.mark.parametrize("name", vp.formats)
+def test_formats_have_the_defaults_of_the_export_section(name):
+    """`save` takes the options of a format as keywords."""
+    own, section = settings_of(vp.formats[name].options), settings_of(ExportSpec)
+    assert len(own) >= 4
+    assert {n: about.default for n, about in own.items()} == {n: section[n].default for n in own}
 
 
 def test_criteria_have_the_defaults_of_the_score_section():
