@@ -6,17 +6,23 @@ A test fails if a committed page differs from what this script writes.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import io
+import pkgutil
 import re
 import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 import vlmprune_jax as vp
+from vlmprune_jax import workdir
 from vlmprune_jax.cli.main import COMMANDS, main
 from vlmprune_jax.experiment.options import Option, options, sections
+from vlmprune_jax.workdir.artefact import Artefact, Part
 
 PAGES = Path(__file__).parents[1] / "docs" / "reference"
 SETTINGS = """\
@@ -34,6 +40,28 @@ COMMAND_PAGE = """\
 This page shows `vlmprune COMMAND --help` for every command. It is generated: `make docs` writes it.
 
 The flag `--debug` of all commands shows the traceback of an error. Stage commands also take:
+"""
+FILES = """\
+# Files of a workdir
+
+This page lists the files that a run writes. It is generated: `make docs` writes it.
+
+|file|written by|content|
+|---|---|---|
+|`scores.npz`, `scores_vision.npz`|`score`|importance of layers, heads and neurons|
+|`plan.json`|`prune`|kept indices of every stack, and the fingerprint of the model|
+|`pruned/`, `reconstructed/`, `recovered/`|`prune`, `reconstruct`, `recover`|Hugging Face checkpoints|
+|`training/`|`recover`|checkpoints, `metrics.jsonl`, TensorBoard events|
+|`eval/`|`evaluate`|answers, scores of every question, samples for the report|
+|`export/`|`export`|the exported model with its card|
+|`result.json`, `speed.json`|`run`|accuracy, retention, costs and speed of all models|
+|`report.html`, `report.png`|`report`|one page, one figure|
+|`tpu_plan.json`|`plan`|memory and step time on a TPU slice|
+|`.stages/`|every stage|hashes of the inputs and settings that the outputs were made from|
+
+With variants, the files lie in folders of their names, for example `width/sft/recovered/`.
+JSON files have a number `format`; a version of vlmprune reads one format of each file.
+The tables below list their fields; a field with `=` may be absent.
 """
 API = """\
 # Python API
@@ -92,6 +120,28 @@ def _help(name: str) -> list[str]:
     return out.getvalue().rstrip().splitlines()
 
 
+def files_page() -> str:
+    """Return the fields of all JSON files of a workdir, from the Structs that write and read them."""
+    lines = [FILES]
+    for info in sorted(pkgutil.iter_modules(workdir.__path__), key=lambda one: one.name):
+        module = importlib.import_module(f"{workdir.__name__}.{info.name}")
+        kinds = [kind for kind in vars(module).values() if _is_part(kind) and kind.__module__ == module.__name__]
+        if any(issubclass(kind, Artefact) for kind in kinds):
+            rows = [f"|`{kind.__name__}`|{_words(kind.__doc__)}|{_fields(kind)}|" for kind in kinds]
+            title = _words(module.__doc__).partition(". ")[0].rstrip(".")
+            lines += [f"## {title}", "", "|object||fields|", "|---|---|---|", *rows, ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _is_part(kind: object) -> bool:
+    return inspect.isclass(kind) and issubclass(kind, Part) and kind not in (Part, Artefact)
+
+
+def _fields(kind: type[Part]) -> str:
+    fields = msgspec.structs.fields(kind)
+    return ", ".join(f"`{field.encode_name}{'' if field.required else '='}`" for field in fields)
+
+
 def api_page() -> str:
     """Return one row per public name: its parameters and the first sentence of its docstring."""
     classes, functions, other = [], [], []
@@ -136,7 +186,7 @@ def _words(text: str | None) -> str:
     return " ".join((text or "").split())
 
 
-PAGE_OF = {"settings.md": settings_page, "commands.md": commands_page, "api.md": api_page}
+PAGE_OF = {"settings.md": settings_page, "commands.md": commands_page, "files.md": files_page, "api.md": api_page}
 
 if __name__ == "__main__":
     for file, page in PAGE_OF.items():
