@@ -25,13 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import vlmprune_jax as vp
+from vlmprune_jax.core.source import ModelSpec
+from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.demo.easyvqa import write_dataset
 from vlmprune_jax.demo.experiment import get_config
-from vlmprune_jax.experiment.spec import DataSpec, EvaluateSpec, EvaluationSetSpec, ModelSpec
+from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
+from vlmprune_jax.evaluation.inputs import arranged_questions
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import encode, head_of, tower_features
-from vlmprune_jax.stages.inputs import arranged_questions
 
 TEACHER = Path(get_config().model.hf_dir)
 LONGEST = 4  # tokens of an answer

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vlmprune_jax.export.format import Contents, Format
     from vlmprune_jax.export.formats import FORMATS as formats
     from vlmprune_jax.export.write import save
+    from vlmprune_jax.hf.batches import batches
     from vlmprune_jax.hf.read import load
     from vlmprune_jax.models.generate import generate
     from vlmprune_jax.models.params import count_params
@@ -60,7 +61,6 @@ if TYPE_CHECKING:
     from vlmprune_jax.recovery.loop import recover
     from vlmprune_jax.recovery.losses import losses
     from vlmprune_jax.recovery.terms import LossTerm
-    from vlmprune_jax.stages.batches import batches
 
 # Public name -> module, with ":NAME" if the module has another name for it. Loaded at first use, so that
 # `import vlmprune_jax` takes milliseconds and imports no jax.
@@ -82,7 +82,7 @@ _HOMES = {
     "Scores": "prune",
     "SpeedConfig": "evaluation.speed.clock",
     "apply_plan": "prune",
-    "batches": "stages.batches",
+    "batches": "hf.batches",
     "compose": "prune",
     "count_params": "models.params",
     "criteria": "prune.criteria:CRITERIA",

@@ -136,9 +136,9 @@ def test_what_is_not_such_a_folder_is_refused(source, tmp_path):
 
 
 def test_the_command_writes_what_a_config_reads(source, tmp_path, capsys):
-    from vlmprune_jax.experiment.spec import DataSpec
+    from vlmprune_jax.data.config import DataSpec
+    from vlmprune_jax.data.inputs import training_records
     from vlmprune_jax.families import templates
-    from vlmprune_jax.stages.inputs import training_records
 
     file, root = source
     out = tmp_path / "set"
@@ -154,7 +154,7 @@ def test_the_command_writes_what_a_config_reads(source, tmp_path, capsys):
 def test_tensorflow_is_not_imported_nor_is_tfds_before_it_is_needed(source, tmp_path):
     file, root = source
     code = (
-        "import sys; from pathlib import Path; import vlmprune_jax.stages.inputs; "
+        "import sys; from pathlib import Path; import vlmprune_jax.data.inputs; "
         "assert 'tensorflow_datasets' not in sys.modules; "
         "from vlmprune_jax.data.records import read_records; from vlmprune_jax.data.tfds import read_tfds, write_tfds; "
         f"root = Path({str(root)!r}); out = Path({str(tmp_path / 'set')!r}); "

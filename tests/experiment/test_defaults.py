@@ -7,9 +7,12 @@ from prune_cases import EQUAL, config, model
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.settings import override, settings_of
+from vlmprune_jax.core.source import ModelSpec
+from vlmprune_jax.evaluation.config import EvaluateSpec
 from vlmprune_jax.evaluation.speed.clock import SpeedConfig
 from vlmprune_jax.experiment.arguments import plan_config
-from vlmprune_jax.experiment.spec import EvaluateSpec, Experiment, ExportSpec, ModelSpec
+from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.export.config import ExportSpec
 from vlmprune_jax.prune import CRITERIA, PlanConfig, ReconstructConfig, ScoreConfig
 from vlmprune_jax.prune.config import TokenWeights
 

@@ -10,10 +10,10 @@ from repository import ROOT
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.console import make_reporter
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.settings import check_settings, override, setting, settings_of
+from vlmprune_jax.core.settings import STAGES, check_settings, override, setting, settings_of
 from vlmprune_jax.experiment.arguments import recover_config
 from vlmprune_jax.experiment.options import options, sections
-from vlmprune_jax.experiment.spec import STAGES, Experiment
+from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import check_experiment
 from vlmprune_jax.models.decoder import REMAT_POLICIES
 from vlmprune_jax.recovery.config import REMAT, LossConfig, RecoverConfig

@@ -13,15 +13,16 @@ from PIL import Image
 import vlmprune_jax as vp
 from vlmprune_jax.core.config import ImageShape
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.source import ModelSpec
+from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.images import load_image_processor
+from vlmprune_jax.data.inputs import load_inputs
 from vlmprune_jax.data.measure import measure
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.data.splitting import Splitting
-from vlmprune_jax.experiment.spec import DataSpec, ModelSpec
 from vlmprune_jax.families import templates
 from vlmprune_jax.models.vlm import to_nnx
 from vlmprune_jax.prune import KeptLayer
-from vlmprune_jax.stages.inputs import load_inputs
 
 HUB = Splitting(384, 1536, True, (0.5,) * 3, (0.5,) * 3, 1)
 

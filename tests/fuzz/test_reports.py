@@ -8,7 +8,7 @@ from fuzz_cases import fuzz, json_files, json_lines, reads, scores_of
 from report_cases import BENCH, PLANNED, SPEED, evaluated, write_workdir
 
 from vlmprune_jax.core.files import read_json
-from vlmprune_jax.experiment.spec import EvaluationSetSpec
+from vlmprune_jax.evaluation.config import EvaluationSetSpec
 from vlmprune_jax.prune import make_plan
 from vlmprune_jax.report.answers import comparison_section
 from vlmprune_jax.report.build import tables_of

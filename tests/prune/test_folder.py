@@ -18,7 +18,8 @@ from rich.console import Console
 import vlmprune_jax as vp
 from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.experiment.spec import Experiment, ModelSpec, PruneSpec, ScoreSpec
+from vlmprune_jax.core.source import ModelSpec
+from vlmprune_jax.experiment.spec import Experiment, PruneSpec, ScoreSpec
 from vlmprune_jax.hf.disk import verified
 from vlmprune_jax.hf.disk.tensors import write_weights
 from vlmprune_jax.hf.disk.verified import CheckedFile

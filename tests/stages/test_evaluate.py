@@ -12,10 +12,12 @@ from vlmprune_jax.cli.config_files import experiment_config
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
+from vlmprune_jax.data.config import DataSpec
+from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.evaluation.metrics import METRICS, Metric
 from vlmprune_jax.evaluation.metrics.metric import mean
 from vlmprune_jax.experiment.arguments import check_tasks, evaluation_sets
-from vlmprune_jax.experiment.spec import DataSpec, EvaluateSpec, EvaluationSetSpec, Experiment
+from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import check_experiment
 
 CONFIG = """
@@ -193,7 +195,7 @@ def test_a_set_has_its_own_settings_or_those_of_all():
         ({"sets": {"a": {"metirc": "x"}}}, "config.evaluate.sets.a has no 'metirc'; did you mean 'metric'?"),
         ({"sets": {"a": 3}}, "config.evaluate.sets.a=3: is a section"),
         ({"sets": {"a": {"max_new_tokens": 0}}}, "evaluate.sets.max_new_tokens=0 must be at least 1"),
-        ({"sets": {"a": {"text": "t", "data": "d"}}}, "a set is a text (t) or questions"),
+        ({"sets": {"a": {"text": "t", "data": "d"}}}, "a set is either a text (t) or questions"),
         ({"sets": {"a/b": {}}}, "the name 'a/b' becomes a file's: use letters, digits, _ and -"),
         ({"sets": {"a": {"metric": "exact"}}}, "evaluate.sets.a.metric 'exact' is not one of exact_match, "),
         ({"sets": {"a": {"metric": "perplexity"}}}, "metric perplexity is of running text, but the set has questions"),

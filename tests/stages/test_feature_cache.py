@@ -24,6 +24,7 @@ from vlmprune_jax.data import cache as cache_module
 from vlmprune_jax.data.batching import train_batches
 from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.images import ImageLoader
+from vlmprune_jax.data.inputs import load_inputs
 from vlmprune_jax.data.records import read_records
 from vlmprune_jax.data.tfds import read_tfds, write_tfds
 from vlmprune_jax.experiment.arguments import recover_config
@@ -37,7 +38,6 @@ from vlmprune_jax.recovery import loop
 from vlmprune_jax.recovery.metrics import Recorder
 from vlmprune_jax.stages.context import Context
 from vlmprune_jax.stages.feature_cache import cached_features, check_frozen
-from vlmprune_jax.stages.inputs import load_inputs
 from vlmprune_jax.stages.recover import recover_stage
 
 RECOVER = {

@@ -15,12 +15,15 @@ from hf_cases import copy_llava
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data import batching
+from vlmprune_jax.core.source import ModelSpec
+from vlmprune_jax.data import batching, inputs
+from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.prompts import load_tokenizer
+from vlmprune_jax.evaluation.config import EvaluateSpec
+from vlmprune_jax.evaluation.inputs import arranged_questions
 from vlmprune_jax.experiment.arguments import evaluation_sets
-from vlmprune_jax.experiment.spec import DataSpec, EvaluateSpec, Experiment, ModelSpec, ScoreSpec
+from vlmprune_jax.experiment.spec import Experiment, ScoreSpec
 from vlmprune_jax.hf.read import read_config
-from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import in_memory
 
 LONG = "ab " * 100_000
@@ -57,7 +60,7 @@ def asked(folder: Path, cfg: ModelConfig, spec: EvaluateSpec, **changes: Any) ->
     experiment = Experiment(data=data(folder, **changes), evaluate=spec)
     questions = evaluation_sets(experiment)["questions"]
     model = ModelSpec(hf_dir=str(folder / "teacher"))
-    return inputs.arranged_questions(model, experiment.data, spec, questions, cfg, multiple=1)
+    return arranged_questions(model, experiment.data, spec, questions, cfg, multiple=1)
 
 
 def test_a_record_that_is_too_long_for_the_model_is_named(folder: Path, cfg: ModelConfig) -> None:
@@ -126,7 +129,7 @@ def test_batches_that_do_not_fit_this_machine(folder: Path, cfg: ModelConfig, mo
     questions = dataclasses.replace(data(folder), eval=str(folder / "few.json"), max_images=10_000)
     model, spec = ModelSpec(hf_dir=str(folder / "teacher")), EvaluateSpec()
     of = evaluation_sets(Experiment(data=questions, evaluate=spec))["questions"]
-    arranged = inputs.arranged_questions(model, questions, spec, of, cfg, multiple=1)
+    arranged = arranged_questions(model, questions, spec, of, cfg, multiple=1)
     with pytest.raises(UserError, match="and 10000 images: "):
         arranged.batches(threads=1, prefetch=4)
 

@@ -15,6 +15,9 @@ from typing import Any
 from vlmprune_jax.core.checks import one_of, suggest
 from vlmprune_jax.core.errors import UserError
 
+# What a setting may affect: the stages with results of their own, and the cache of the teacher's logits.
+STAGES = ("score", "prune", "reconstruct", "recover", "evaluate", "export", "speed", "teacher_cache")
+MAX_ROWS = 8192  # maximum size of any batch: above what trains well, and few enough to list and pad
 FRACTION = "fraction"  # the unit of a share of something, 0 to 1
 _TYPES = {
     bool: "True or False",
@@ -153,7 +156,7 @@ def hints_of(spec: Any, *, offered: bool = True) -> dict[str, Any]:
     """Name -> type of the settings of a dataclass; `offered`: only those that a config has."""
     hints = typing.get_type_hints(spec if isinstance(spec, type) else type(spec))
     kept_back = {name for name, about in settings_of(spec).items() if not about.offered} if offered else ()
-    return {name: hint for name, hint in hints.items() if name not in kept_back}
+    return {f.name: hints[f.name] for f in dataclasses.fields(spec) if f.name not in kept_back}
 
 
 def override(spec: Any, values: Mapping[str, Any], where: str = "config", *, offered: bool = True) -> Any:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.evaluation.config import EvaluationSetSpec
 from vlmprune_jax.evaluation.metrics import metric_named
-from vlmprune_jax.experiment.spec import EvaluationSetSpec, Experiment, ExportSpec, PruneSpec, RecoverSpec
+from vlmprune_jax.experiment.spec import Experiment, PruneSpec, RecoverSpec
+from vlmprune_jax.export.config import ExportSpec
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.objective import check_losses, needs_teacher
 from vlmprune_jax.workdir.speed import read_bench

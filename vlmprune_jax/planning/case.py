@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.data.buckets import image_buckets, length_buckets, tile_buckets, within_row
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.rules import sharding
@@ -31,7 +32,6 @@ from vlmprune_jax.recovery.flops import StepFlops, step_flops
 from vlmprune_jax.recovery.objective import needs_teacher
 from vlmprune_jax.recovery.program import Program, make_program
 from vlmprune_jax.recovery.step import abstract_state, batch_sharding, step_context
-from vlmprune_jax.stages.buckets import image_buckets, length_buckets, tile_buckets, within_row
 from vlmprune_jax.stages.context import teacher_folder
 from vlmprune_jax.stages.feature_cache import check_frozen
 

@@ -12,13 +12,13 @@ from msgspec.structs import replace
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.data.inputs import count_records
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import prune_runs, recover_runs
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.planning.ahead_of_time import DoesNotFit, make_slice
 from vlmprune_jax.planning.case import Case, Estimate, estimate, make_case
 from vlmprune_jax.recovery.config import REMAT
-from vlmprune_jax.stages.inputs import count_records
 from vlmprune_jax.workdir.tpu_plan import (
     GIB,
     Hbm,

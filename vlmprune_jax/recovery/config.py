@@ -12,7 +12,7 @@ from typing import Any
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import LoraConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.settings import check_settings, setting, settings_of
+from vlmprune_jax.core.settings import MAX_ROWS, check_settings, setting, settings_of
 
 # (regex over the whole path, True | False | group name); the first rule that matches a path decides.
 Rule = tuple[str, bool | str]
@@ -30,7 +30,6 @@ PRESETS: dict[str, Rules] = {
 REMAT = ("none", "dots", "full")  # from the least recomputation to the most
 SCHEDULES = ("cosine", "linear", "constant")
 COMPUTE_DTYPES = ("float32", "bfloat16")
-MAX_ROWS = 8192  # of any batch: above what trains well, and few enough to list and pad
 STRATEGIES = ("kl", "rkl", "l2", "l2+kl", "l2+rkl")
 WEIGHT = "weight"  # the unit of a loss term's setting
 

@@ -13,11 +13,12 @@ from jax.sharding import Mesh
 
 from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import Stopped, UserError, reason
+from vlmprune_jax.core.source import ModelSpec
 from vlmprune_jax.data.tokenizer_files import without_output
+from vlmprune_jax.distributed.config import MeshSpec
 from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.preemption import StopSignal, noticed
-from vlmprune_jax.experiment.spec import MeshSpec, ModelSpec
 from vlmprune_jax.export.card import model_name
 from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.layout import PARTS

@@ -17,17 +17,19 @@ from typing import TypedDict
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Count, Finite, read_json_lines, read_text, reading
 from vlmprune_jax.core.settings import settings_of
+from vlmprune_jax.data import inputs
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.distributed.mesh import on_process_zero, row_ways
+from vlmprune_jax.evaluation.config import EvaluationSetSpec
+from vlmprune_jax.evaluation.inputs import arranged_questions, evaluation_records
 from vlmprune_jax.evaluation.metrics import METRICS
 from vlmprune_jax.evaluation.metrics.metric import Scores
 from vlmprune_jax.evaluation.runner import ask, check_answered, log_likelihoods
 from vlmprune_jax.evaluation.statistics import is_quick, retained_interval
 from vlmprune_jax.experiment.arguments import QUESTIONS, evaluation_sets
-from vlmprune_jax.experiment.spec import EvaluationSetSpec, Experiment, affecting
+from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import (
     Context,
     journal_of,
@@ -171,9 +173,7 @@ def _ask(
     assert of.max_new_tokens is not None
     model.cfg.check_row("evaluate's max_new_tokens", of.max_new_tokens)
     ways = row_ways(mesh_of(experiment.mesh))
-    questions = inputs.arranged_questions(
-        experiment.model, experiment.data, experiment.evaluate, of, model.cfg, multiple=ways
-    )
+    questions = arranged_questions(experiment.model, experiment.data, experiment.evaluate, of, model.cfg, multiple=ways)
     _check_metric(of, questions.records)  # the last one now, not after hours
     start = time.perf_counter()
     with context.phase(title, len(questions)) as progress:
@@ -231,7 +231,7 @@ def _measure(of: EvaluationSetSpec, answers: Path, original: Path | None, path: 
     assert of.metric is not None
     metric = METRICS[of.metric]
     # Whether a lone image's mark may be missing was checked when the records were asked.
-    records = () if of.text is not None else inputs.evaluation_records(of, image_lead=True)
+    records = () if of.text is not None else evaluation_records(of, image_lead=True)
     scores = _scores(of, answers, records)
     interval = None
     if original is not None and original.exists() and is_quick(metric, scores):

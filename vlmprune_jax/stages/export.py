@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmprune_jax.data import inputs
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.experiment.arguments import export_options
 from vlmprune_jax.experiment.spec import Experiment, affecting
@@ -18,7 +19,6 @@ from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.prune.gptq import gptq
 from vlmprune_jax.prune.importance import importance
-from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import Context, load_model, model_inputs, teacher_folder
 from vlmprune_jax.workdir.ledger import Json, differs_only_in, remove
 

@@ -9,10 +9,13 @@ import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.source import ModelSpec
+from vlmprune_jax.data import inputs
 from vlmprune_jax.data.cache import ArrayCache
+from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.feature_loader import FeatureLoader
+from vlmprune_jax.distributed.config import MeshSpec
 from vlmprune_jax.distributed.mesh import on_process_zero
-from vlmprune_jax.experiment.spec import DataSpec, MeshSpec, ModelSpec
 from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.hf.layout import PARTS
 from vlmprune_jax.models.params import param_shapes
@@ -24,7 +27,6 @@ from vlmprune_jax.recovery.feature_pass import compute_features, feature_identit
 from vlmprune_jax.recovery.objective import needs_teacher
 from vlmprune_jax.recovery.program import make_program
 from vlmprune_jax.recovery.trainable import assign_groups
-from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import Context, load_model, mesh_of, open_folder, teacher_folder
 
 TOWER = "vision"

@@ -30,17 +30,20 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_bytes
 from vlmprune_jax.core.settings import check_settings, override
+from vlmprune_jax.core.source import ModelSpec
+from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.encoding import Encoder
+from vlmprune_jax.data.inputs import PREFETCH, Inputs, load_inputs
 from vlmprune_jax.data.records import IMAGE_TOKEN, Record, StoredImage, make_record
+from vlmprune_jax.distributed.config import MeshSpec
 from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.distributed.mesh import initialize, row_ways
+from vlmprune_jax.evaluation.config import EvaluateSpec
 from vlmprune_jax.evaluation.questions import arrange_questions
 from vlmprune_jax.evaluation.runner import Reply, ask
-from vlmprune_jax.experiment.spec import DataSpec, EvaluateSpec, MeshSpec, ModelSpec
 from vlmprune_jax.hf.read import resolve
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.stages.context import load_model, mesh_of
-from vlmprune_jax.stages.inputs import PREFETCH, Inputs, load_inputs
 
 # Of a request that says nothing, as lmms-eval's own models have it.
 NEW_TOKENS = 1024

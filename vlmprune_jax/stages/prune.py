@@ -9,6 +9,7 @@ from typing import NotRequired, TypedDict
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.core.files import Count, Finite
+from vlmprune_jax.data import inputs
 from vlmprune_jax.data.batching import Batch
 from vlmprune_jax.distributed.mesh import on_process_zero
 from vlmprune_jax.experiment.arguments import export_dtype, plan_config
@@ -24,7 +25,6 @@ from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune import CRITERIA, KeptStack, PrunePlan, Scores, prune_folder, prune_iteratively
 from vlmprune_jax.prune.cost import amount
 from vlmprune_jax.prune.select import moved_features, plan_stacks
-from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import (
     Context,
     load_model,

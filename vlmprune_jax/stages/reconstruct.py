@@ -8,11 +8,11 @@ from typing import Any, NotRequired, TypedDict
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Count, Finite
+from vlmprune_jax.data import inputs
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.prune.reconstruction import layers_to_solve, reconstruct
-from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import Context, load_model, model_inputs, save_model, teacher_folder
 from vlmprune_jax.workdir.ledger import Json
 

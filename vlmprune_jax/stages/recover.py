@@ -7,6 +7,7 @@ from typing import NotRequired, TypedDict
 
 from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.core.files import Count
+from vlmprune_jax.data import inputs
 from vlmprune_jax.distributed.mesh import on_process_zero
 from vlmprune_jax.experiment.arguments import recover_config
 from vlmprune_jax.experiment.spec import Experiment, affecting
@@ -18,7 +19,6 @@ from vlmprune_jax.recovery.loop import recover
 from vlmprune_jax.recovery.objective import needs_teacher, weighted_terms
 from vlmprune_jax.recovery.peft import write_adapter
 from vlmprune_jax.recovery.trainable import assign_groups, merge_lora
-from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import (
     Context,
     mesh_of,
@@ -76,7 +76,14 @@ def recover_stage(experiment: Experiment, prune_folder: Path, folder: Path, cont
         taught = cached_teacher(experiment, config, context, features) if config.losses.teacher_top_k else None
         student, teacher = load_for_training(model_spec, experiment.mesh, config, pruned, features)
         batches, n_records = inputs.recovery_batches(
-            model_spec, data, config, student.cfg, context.reporter.bar, features=features, teacher=taught
+            model_spec,
+            data,
+            student.cfg,
+            context.reporter.bar,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            features=features,
+            teacher=taught,
         )
         model, summary = recover(
             student,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vlmprune_jax.evaluation.inputs import evaluation_records
 from vlmprune_jax.experiment.arguments import evaluation_sets
 from vlmprune_jax.experiment.spec import Experiment
-from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import Context
 from vlmprune_jax.stages.evaluate import read_predictions
 from vlmprune_jax.workdir.artefact import write_artefact
@@ -21,7 +21,7 @@ def write_samples(experiment: Experiment, runs: Sequence[Run], context: Context)
     for key, of in evaluation_sets(experiment).items():
         if of.text is not None:
             continue
-        records = inputs.evaluation_records(of, image_lead=True)
+        records = evaluation_records(of, image_lead=True)
         said, scores = dict[str, list[str]](), dict[str, list[float | None]]()
         for name, folder in [(UNPRUNED, None), *((run.name, run.path) for run in runs)]:
             path = find_evaluated(context.workdir, folder, key)

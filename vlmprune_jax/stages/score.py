@@ -8,11 +8,11 @@ from typing import Any, NotRequired, TypedDict
 
 from vlmprune_jax.core.config import STACKS
 from vlmprune_jax.core.files import Count
+from vlmprune_jax.data import inputs
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.prune import CRITERIA, score
-from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import (
     Context,
     journal_of,

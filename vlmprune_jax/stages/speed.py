@@ -10,10 +10,11 @@ from pathlib import Path
 from msgspec.structs import asdict
 
 from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.source import ModelSpec
 from vlmprune_jax.distributed.processor import processor
 from vlmprune_jax.evaluation.speed.measure import measure_speed
 from vlmprune_jax.experiment.arguments import export_dtype
-from vlmprune_jax.experiment.spec import Experiment, ModelSpec, affecting
+from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.prune.cost import costs_of
 from vlmprune_jax.stages.context import Context, load_model, model_inputs, teacher_folder

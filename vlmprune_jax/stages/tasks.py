@@ -23,15 +23,16 @@ import jax
 from vlmprune_jax.core.checks import suggest
 from vlmprune_jax.core.errors import UserError, reason
 from vlmprune_jax.core.files import Count, Finite, copy_file, read_json_lines, read_text, reading
+from vlmprune_jax.data.inputs import load_inputs
 from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.distributed.mesh import on_process_zero, row_ways
+from vlmprune_jax.evaluation.config import EvaluateSpec
 from vlmprune_jax.evaluation.lmms.scores import TaskSet, sets_of
 from vlmprune_jax.evaluation.statistics import is_quick, retained_interval
-from vlmprune_jax.experiment.spec import EvaluateSpec, Experiment, affecting
+from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.stages.context import Context, journal_path, mesh_of, model_inputs
-from vlmprune_jax.stages.inputs import load_inputs
 from vlmprune_jax.workdir.artefact import write_artefact
 from vlmprune_jax.workdir.evaluation import Evaluated, as_columns, metric_info
 from vlmprune_jax.workdir.ledger import Json, write_text

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from vlmprune_jax.core.errors import Stopped
+from vlmprune_jax.data import inputs
 from vlmprune_jax.data.batching import train_batches
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.feature_loader import FeatureLoader
@@ -20,7 +21,6 @@ from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.objective import check_teacher
 from vlmprune_jax.recovery.program import check_mesh
 from vlmprune_jax.recovery.teacher_pass import teacher_top_k
-from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import Context, load_model, mesh_of, open_folder, teacher_folder
 from vlmprune_jax.stages.feature_cache import parts_beside
 from vlmprune_jax.workdir.ledger import digest

@@ -15,12 +15,13 @@ from msgspec.structs import replace
 
 from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.settings import STAGES
+from vlmprune_jax.data import inputs
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.experiment.arguments import evaluation_sets
-from vlmprune_jax.experiment.spec import STAGES, Experiment, affecting
+from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.experiment.variants import prune_runs, recover_runs
 from vlmprune_jax.recovery.objective import weighted_terms
-from vlmprune_jax.stages import inputs
 from vlmprune_jax.stages.context import VERSIONS, Context, model_inputs
 from vlmprune_jax.stages.evaluate import set_files
 from vlmprune_jax.stages.run import make_models

@@ -18,7 +18,10 @@ from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig, VisionConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_json
+from vlmprune_jax.core.source import ModelSpec
 from vlmprune_jax.data.batching import ON_ERROR, Batch, TrainBatches, train_batches
+from vlmprune_jax.data.buckets import image_buckets, length_buckets, tile_buckets
+from vlmprune_jax.data.config import Calibration, DataSpec
 from vlmprune_jax.data.datasets import PREFIX as DATASETS
 from vlmprune_jax.data.datasets import datasets_folder, datasets_state, read_datasets
 from vlmprune_jax.data.encoding import Encoder
@@ -31,19 +34,8 @@ from vlmprune_jax.data.records import Record, data_files, read_records, take_fra
 from vlmprune_jax.data.teacher_rows import TeacherRows
 from vlmprune_jax.data.tfds import PREFIX, read_tfds, tfds_folder, tfds_state
 from vlmprune_jax.distributed.mesh import from_all
-from vlmprune_jax.evaluation.questions import ArrangedQuestions, arrange_questions
-from vlmprune_jax.experiment.spec import (
-    DataSpec,
-    EvaluateSpec,
-    EvaluationSetSpec,
-    ModelSpec,
-    ReconstructSpec,
-    ScoreSpec,
-)
 from vlmprune_jax.families import Family, family_of, templates
 from vlmprune_jax.families.templates import Template
-from vlmprune_jax.recovery.config import RecoverConfig
-from vlmprune_jax.stages.buckets import image_buckets, length_buckets, tile_buckets
 
 # (what, total) -> takes the number of items done, while entered (`Reporter.bar`).
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -141,7 +133,7 @@ def training_records(data: DataSpec, template: Template) -> list[Record]:
       UserError: `data.train` is not set, or the file is malformed.
     """
     one_of("data.on_error", data.on_error, ON_ERROR)
-    return _read(data.train, data.images, "data.train", template.image_lead, data.on_error)
+    return read_set(data.train, data.images, "data.train", template.image_lead, data.on_error)
 
 
 def count_records(data: DataSpec) -> int | None:
@@ -149,20 +141,11 @@ def count_records(data: DataSpec) -> int | None:
     if data.train is None:
         return None
     # Whether an image's mark may be missing from a text depends on the template, and changes no count.
-    records = _read(data.train, data.images, "data.train", True, data.on_error)
+    records = read_set(data.train, data.images, "data.train", True, data.on_error)
     return len(take_fraction(records, data.fraction, data.seed))
 
 
-def evaluation_records(of: EvaluationSetSpec, *, image_lead: bool) -> tuple[Record, ...]:
-    """The questions of an evaluation set, perhaps only the first `of.questions`.
-
-    Raises:
-      UserError: there is no data file, or it is malformed.
-    """
-    return tuple(_read(of.data, of.images, "data.eval", image_lead, "stop")[: of.questions])
-
-
-def _read(path: str | None, images: str | None, what: str, image_lead: bool, on_error: str) -> list[Record]:
+def read_set(path: str | None, images: str | None, what: str, image_lead: bool, on_error: str) -> list[Record]:
     path = _given(path, what)
     root = None if images is None else Path(images)
     if path.startswith(PREFIX):
@@ -202,7 +185,7 @@ def record_files(data: DataSpec, which: str) -> dict[str, Path | str]:
 
 
 def calibration_batches(
-    model: ModelSpec, data: DataSpec, spec: ScoreSpec | ReconstructSpec, cfg: ModelConfig, *, seed: int
+    model: ModelSpec, data: DataSpec, spec: Calibration, cfg: ModelConfig, *, seed: int
 ) -> list[Batch]:
     """`spec.samples` training records drawn with `seed`, in batches of equal shape (the last filled with padding).
 
@@ -233,7 +216,7 @@ def calibration_batches(
 
 
 def _draw(
-    spec: ScoreSpec | ReconstructSpec, seed: int, inputs: Inputs, cfg: ModelConfig, encoder: Encoder
+    spec: Calibration, seed: int, inputs: Inputs, cfg: ModelConfig, encoder: Encoder
 ) -> tuple[list[Record], list[tuple[str, str]]]:
     """The records, and (id, reason) of those that are skipped."""
     records = training_records(inputs.data, inputs.template)
@@ -250,11 +233,10 @@ def _draw(
         if spec.longest_text is None or _text_length(records[index], inputs, cfg) <= spec.longest_text:
             chosen.append(records[index])
     if len(chosen) < spec.samples:
-        section = "score" if isinstance(spec, ScoreSpec) else "reconstruct"
         limit = "" if spec.longest_text is None else f" of at most {spec.longest_text} tokens"
         gone = f", {len(skipped)} cannot be used (the first: {skipped[0][1]})" if skipped else ""
         raise UserError(
-            f"{section}.samples={spec.samples} but there are {len(chosen)} training records{limit}{gone}: ask for fewer"
+            f"{spec.SECTION}.samples={spec.samples} but there are {len(chosen)} training records{limit}{gone}: lower it"
         )
     return chosen, skipped
 
@@ -305,10 +287,11 @@ def training_rows(
 def recovery_batches(
     model: ModelSpec,
     data: DataSpec,
-    config: RecoverConfig,
     cfg: ModelConfig,
     bar: Bar,
     *,
+    batch_size: int,
+    seed: int,
     features: FeatureLoader | None = None,
     teacher: TeacherRows | None = None,
 ) -> tuple[TrainBatches, int]:
@@ -320,8 +303,8 @@ def recovery_batches(
     batches = train_batches(
         rows.records,
         rows.encoder,
-        batch_size=config.batch_size,
-        seed=config.seed,
+        batch_size=batch_size,
+        seed=seed,
         shuffle=True,
         epochs=None,
         drop_remainder=True,
@@ -359,30 +342,3 @@ def _measured(records: tuple[Record, ...], encoder: Encoder, on_error: str, thre
 def _as_long_as(encoder: Encoder, sizes: np.ndarray) -> Encoder:
     """The encoder, with the longest record as `max_length` where there is no other."""
     return dataclasses.replace(encoder, max_length=encoder.max_length or int(sizes[:, 0].max()))
-
-
-def arranged_questions(
-    model: ModelSpec,
-    data: DataSpec,
-    evaluate: EvaluateSpec,
-    of: EvaluationSetSpec,
-    cfg: ModelConfig,
-    *,
-    multiple: int,
-) -> ArrangedQuestions:
-    """The questions of an evaluation set as batches; every model of an experiment is asked from the same ones.
-
-    `multiple`: devices that share a batch.
-    """
-    inputs = load_inputs(model, data, cfg)
-    records = evaluation_records(of, image_lead=inputs.template.image_lead)
-    cfg.check_row("evaluate.max_length", evaluate.max_length or 0)
-    encoder = inputs.encoder(cfg, evaluate.max_length or 0)
-    return _arranged(records, encoder, evaluate.batch_size, multiple, of.prompt_suffix or "")
-
-
-@functools.lru_cache(maxsize=16)
-def _arranged(
-    records: tuple[Record, ...], encoder: Encoder, batch_size: int, multiple: int, suffix: str
-) -> ArrangedQuestions:
-    return arrange_questions(records, encoder, batch_size=batch_size, multiple=multiple, prompt_suffix=suffix)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.images import Preparation
-from vlmprune_jax.experiment.spec import DataSpec
 
 
 def length_buckets(data: DataSpec, cfg: ModelConfig) -> tuple[int, ...]:

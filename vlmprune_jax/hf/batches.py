@@ -10,12 +10,13 @@ from typing import Any
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
+from vlmprune_jax.core.source import ModelSpec
 from vlmprune_jax.data.batching import Batch, train_batches
+from vlmprune_jax.data.config import DataSpec
+from vlmprune_jax.data.inputs import PREFETCH, load_inputs, training_records
 from vlmprune_jax.data.measure import measure
 from vlmprune_jax.data.records import make_records
-from vlmprune_jax.experiment.spec import DataSpec, ModelSpec
 from vlmprune_jax.hf.read import read_config, resolve
-from vlmprune_jax.stages.inputs import PREFETCH, load_inputs, training_records
 
 
 def batches(

@@ -11,15 +11,19 @@ import pytest
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.source import ModelSpec
+from vlmprune_jax.data import inputs
+from vlmprune_jax.data.buckets import within_row
+from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.encoding import Room
+from vlmprune_jax.data.inputs import load_inputs
 from vlmprune_jax.data.tiling import Tiling
+from vlmprune_jax.evaluation.config import EvaluateSpec
+from vlmprune_jax.evaluation.inputs import arranged_questions
 from vlmprune_jax.experiment.arguments import evaluation_sets
-from vlmprune_jax.experiment.spec import DataSpec, EvaluateSpec, Experiment, ModelSpec, ScoreSpec
+from vlmprune_jax.experiment.spec import Experiment, ScoreSpec
 from vlmprune_jax.families import detect
 from vlmprune_jax.hf.read import read_config
-from vlmprune_jax.stages import inputs
-from vlmprune_jax.stages.buckets import within_row
-from vlmprune_jax.stages.inputs import load_inputs
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +99,7 @@ def test_internvl_batches_of_every_stage(goldens: Path, internvl: tuple[ModelSpe
                 real = batch.arrays["attention_mask"][row] == 1
                 assert batch.arrays["input_ids"][row][real].tolist() == stored[names.index(name)]["input_ids"]
     questions = evaluation_sets(experiment)["questions"]
-    arranged = inputs.arranged_questions(
-        experiment.model, experiment.data, experiment.evaluate, questions, cfg, multiple=1
-    )
+    arranged = arranged_questions(experiment.model, experiment.data, experiment.evaluate, questions, cfg, multiple=1)
     batches = arranged.batches(threads=1, prefetch=1)
     assert sorted(place for batch in batches for place in batch.places[batch.valid]) == [*range(14)]
 

@@ -1,0 +1,42 @@
+"""The section `export`: the format of the exported model, and its options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vlmprune_jax.core.settings import check_settings, setting
+from vlmprune_jax.export.gguf import GgufOptions
+from vlmprune_jax.export.integers import IntegerOptions
+
+_EXPORT = ("export",)
+
+
+@dataclass(frozen=True)
+class _FormatName:
+    format: str = setting(
+        "huggingface",
+        'Format: "huggingface" (or "compressed-tensors", which `quantize` chooses) or "gguf" (for llama.cpp).',
+        affects=_EXPORT,
+        choices="export.formats:FORMATS",
+    )
+
+
+@dataclass(frozen=True)
+class ExportSpec(IntegerOptions, GgufOptions, _FormatName):
+    """The exported model: its format and the options of all built-in formats."""
+
+    quantize: str = setting(
+        "none",
+        "Type of the decoder's matrices: w8a16, w4a16 or w8a8 in Hugging Face folders (compressed-tensors), q8_0, q5_1 "
+        "or q4_0 in GGUF.",
+        affects=_EXPORT,
+        choices="export.formats:quantizations",
+    )
+    options: Mapping[str, Any] = setting(
+        {}, "Options of the format that have no setting of their own.", affects=_EXPORT
+    )
+
+    def __post_init__(self) -> None:
+        check_settings("export", self)
