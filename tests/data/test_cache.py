@@ -55,7 +55,7 @@ def test_arrays_come_back_as_they_were(tmp_path):
         for key, expected in given.items():
             assert cache[key].dtype == expected.dtype
             assert np.array_equal(cache[key], expected), key
-    with pytest.raises(UserError, match="holds nothing for other: run the same command again"):
+    with pytest.raises(UserError, match="has no array for other: run the same command again"):
         first["other"]
 
 
@@ -94,7 +94,9 @@ def test_many_threads_read(tmp_path, monkeypatch):
 def test_identity_is_readable_and_another_one_is_refused(tmp_path):
     filled(tmp_path, [1])
     assert json.loads((tmp_path / "cache.json").read_text()) == {"version": 1, **MADE_FROM}
-    with pytest.raises(UserError, match=r'something else gave \(tower.weights was "a1", now "b2"\): give another fold'):
+    with pytest.raises(
+        UserError, match=r'cache of other inputs \(tower.weights was "a1", now "b2"\): use another fold'
+    ):
         ArrayCache(tmp_path, {**MADE_FROM, "tower": {"weights": "b2", "layers": 3}})
     with pytest.raises(UserError, match=r'\(dtype was "float32", now "bfloat16"; tiles was null, now 4\)'):
         ArrayCache(tmp_path, {**MADE_FROM, "dtype": "bfloat16", "tiles": 4})
@@ -103,9 +105,9 @@ def test_identity_is_readable_and_another_one_is_refused(tmp_path):
 def test_folders_that_cannot_be_a_cache(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     for folder, reason in (
-        (tmp_path, "is not empty and no cache"),
-        (tmp_path / "thesis.tex", "cannot be used as a cache .*: give another"),
-        (tmp_path / "thesis.tex/cache", "cannot be used as a cache .*: give another"),
+        (tmp_path, "is neither empty nor a cache"),
+        (tmp_path / "thesis.tex", "cannot be used as a cache .*: use another"),
+        (tmp_path / "thesis.tex/cache", "cannot be used as a cache .*: use another"),
     ):
         with pytest.raises(UserError, match=reason) as error:
             ArrayCache(folder, MADE_FROM)
@@ -122,12 +124,14 @@ def test_damaged_files(tmp_path):
     filled(tmp_path, range(3))
     (shard,) = (tmp_path / name for name in shards(tmp_path))
     shard.write_bytes(shard.read_bytes()[:-7])
-    with pytest.raises(UserError, match=f"{shard.name}: damaged .*: remove it, and what it held is computed again"):
+    with pytest.raises(
+        UserError, match=f"{shard.name}: damaged .*: remove the file, and run the command again to recompute it"
+    ):
         ArrayCache(tmp_path, MADE_FROM)
     shard.unlink()
     assert ArrayCache(tmp_path, MADE_FROM).missing(["k0"]) == ["k0"]
     (tmp_path / "cache.json").write_text("{")
-    with pytest.raises(UserError, match=r"cache.json: is not valid JSON .*: give another folder, or remove this one"):
+    with pytest.raises(UserError, match=r"cache.json: is not valid JSON .*: use another folder or remove this one"):
         ArrayCache(tmp_path, MADE_FROM)
 
 
@@ -160,7 +164,9 @@ def test_shards_that_lie(tmp_path, content):
     filled(tmp_path, [1])
     shard = tmp_path / "0.safetensors"
     shard.write_bytes(content)
-    with pytest.raises(UserError, match=f"{shard}: .*: remove it, and what it held is computed again") as caught:
+    with pytest.raises(
+        UserError, match=f"{shard}: .*: remove the file, and run the command again to recompute it"
+    ) as caught:
         ArrayCache(tmp_path, MADE_FROM)
     assert "\n" not in str(caught.value)
 
@@ -185,7 +191,7 @@ def test_a_shard_that_is_cut_while_it_is_read(tmp_path):
     cache = filled(tmp_path, [1])
     (shard,) = (tmp_path / name for name in shards(tmp_path))
     os.truncate(shard, shard.stat().st_size - 4)
-    with pytest.raises(UserError, match=r"damaged \(it was cut while it was in use\): remove it"):
+    with pytest.raises(UserError, match=r"damaged \(truncated while in use\): remove the file"):
         cache["k1"]
     shard.unlink()
     with pytest.raises(UserError, match="no such file"):
@@ -200,7 +206,7 @@ def test_a_full_disk_leaves_whole_shards(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(module.os, "fsync", full)
-    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\): make room"):
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\): free disk space"):
         cache.publish()
     monkeypatch.undo()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["cache.json", *shards(tmp_path)])
@@ -211,10 +217,13 @@ def test_a_folder_that_others_do_not_see(tmp_path, monkeypatch):
     """Process 1 wrote a shard that this one cannot open; a new folder has none yet, but it is not there either."""
     cache = filled(tmp_path, [1])
     monkeypatch.setattr(module, "from_all", lambda compute: [compute() or [], ["0123.safetensors"]])
-    with pytest.raises(UserError, match=r"0123\.safetensors: process 1 of .* must lie on a disk that all processes sh"):
+    with pytest.raises(
+        UserError,
+        match=r"0123\.safetensors: written by process 1 of .* use a folder on a disk that all processes share",
+    ):
         cache.publish()
     monkeypatch.setattr(module, "on_process_zero", lambda begin: [])
-    with pytest.raises(UserError, match=r"new/cache\.json: process 0 of .* has it, but here it cannot be opened"):
+    with pytest.raises(UserError, match=r"new/cache\.json: written by process 0 of .* but not visible to this process"):
         ArrayCache(tmp_path / "new", MADE_FROM)
 
 

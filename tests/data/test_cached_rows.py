@@ -40,7 +40,7 @@ def cache(folder: Path, **arrays: np.ndarray) -> ArrayCache:
 def test_a_teachers_rows_of_another_shape(tmp_path: Path, ids: np.ndarray, logprobs: np.ndarray) -> None:
     key = record_key(RECORD)
     rows = TeacherRows(cache(tmp_path, **{f"{key}.ids": ids, f"{key}.logprobs": logprobs}), 3, "all", np.dtype("f4"))
-    with pytest.raises(UserError, match=r"record r1: .* holds something else than its top 3 tokens: remove"):
+    with pytest.raises(UserError, match=r"record r1: .* does not have its top 3 tokens: remove"):
         rows.fill(dict(ROW), RECORD)
 
 
@@ -51,5 +51,7 @@ def test_features_of_another_shape(goldens: Path, tmp_path: Path, features: np.n
     images = load_image_processor(folder, aspect_ratio="pad", max_pixels=10**6, cache_bytes=0)
     stored = cache(tmp_path / "cache", **{image_key(tmp_path / "a.png"): features})
     loader = FeatureLoader(images, stored, (4, 8), np.dtype(np.float32))
-    with pytest.raises(UserError, match=r"a\.png \(record r1\): .* not float32\[tiles, 4, 8\]: remove that folder"):
+    with pytest.raises(
+        UserError, match=r"a\.png \(record r1\): .* expected float32\[tiles, 4, 8\]: remove that folder"
+    ):
         loader.load(tmp_path / "a.png", "r1")

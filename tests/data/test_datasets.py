@@ -117,7 +117,7 @@ def test_the_only_split_need_not_be_named(tmp_path):
     assert datasets_folder(f"datasets:{tmp_path}/set/test") == tmp_path / "set/test"
     assert datasets_state(tmp_path / "set/test") != ""
     (tmp_path / "set/dataset_dict.json").write_text(json.dumps({"splits": ["a", "b"]}))
-    with pytest.raises(UserError, match=r"has the splits a, b: name one, datasets:.*/set/SPLIT"):
+    with pytest.raises(UserError, match=r"has the splits a, b: use datasets:.*/set/SPLIT"):
         datasets_folder(f"datasets:{tmp_path}/set")
     for outside in ("..", "../x", "a/b"):
         (tmp_path / "set/dataset_dict.json").write_text(json.dumps({"splits": [outside]}))
@@ -131,12 +131,12 @@ def test_the_only_split_need_not_be_named(tmp_path):
         (POPE, {"_data_files": [{"filename": "../data-00000-of-00001.arrow"}]}, "is not a file of this folder"),
         (POPE, {"_data_files": [{"filename": "gone.arrow"}]}, "gone.arrow: no such file"),
         (POPE, {"files": []}, "state.json: does not have the expected content"),
-        (POPE, {"_data_files": []}, "holds no row"),
+        (POPE, {"_data_files": []}, "contains no rows"),
         ([{"text": "no question"}], None, "record 0: 'conversations' must be a non-empty list"),
         (
             [{"question": "a <image> <image>", "answer": "x", "image": A}],
             None,
-            "2 <image> mark.s. but the record lists 1",
+            "2 <image> placeholder.s. for 1",
         ),
     ],
 )
@@ -156,7 +156,7 @@ def test_an_image_that_is_only_a_path_is_refused(tmp_path):
     table = pa.table({"question": ["a"], "answer": ["b"], "image": image})
     with (folder / "data-00000-of-00001.arrow").open("wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
         stream.write_table(table)
-    with pytest.raises(UserError, match="an image of column 'image' is only the path of one"):
+    with pytest.raises(UserError, match="column 'image' has an image path instead of its bytes"):
         read_datasets(folder)
 
 

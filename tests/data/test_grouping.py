@@ -245,7 +245,7 @@ PROBLEMS = {
     "half": "not a readable image",
     "bomb": "bomb.png (record bomb): image is far too large",
     "empty": "'conversations' must be a non-empty list",
-    "late": "2 <image> mark(s)",
+    "late": "2 <image> placeholder(s)",
 }
 
 
@@ -296,7 +296,7 @@ def test_stopping_names_the_record(broken: Path, encoder: Encoder) -> None:
         with pytest.raises(UserError, match=rf"\(record {name}\)"):
             next(iter(train_batches([records[name]], encoder, **{**TRAIN, "batch_size": 1}, sizes=sizes)))
     uncut = dataclasses.replace(encoder, max_length=100, truncate=False)
-    with pytest.raises(UserError, match=r"record good1: \d+ tokens with its images, over max_length 100"):
+    with pytest.raises(UserError, match=r"record good1: \d+ tokens with images, over max_length 100"):
         sizes_of([records["good1"]], uncut)
     assert not sizes_of([records["good1"]], uncut, "skip").any()
 
@@ -307,5 +307,5 @@ def test_refused_settings(samples: list[Record], encoder: Encoder) -> None:
         with pytest.raises(UserError, match="need sizes=measure"):
             train_batches(samples, changed, **TRAIN, **options)
     for name in ("group_by", "on_error"):
-        with pytest.raises(UserError, match=f"{name} 'lenght' is not supported; use one of"):
+        with pytest.raises(UserError, match=f"{name} 'lenght' is unknown: use one of"):
             train_batches(samples, plain, **TRAIN, **{name: "lenght"})

@@ -66,7 +66,7 @@ def test_a_class_that_a_file_names_is_not_imported(
     text = file.read_text()
     file.write_text(text.replace("tensorflow_datasets.core.features.text_feature.Text", "evil_features.Text", 1))
     assert file.read_text() != text
-    assert "features.json: describes other examples than `vlmprune tfds` writes: write it again" in refused(folder)
+    assert "features.json: describes other features than `vlmprune tfds` writes: write it again" in refused(folder)
     assert not (tmp_path / "ran").exists()
     assert "evil_features" not in sys.modules
 
@@ -87,9 +87,9 @@ def test_folders_of_older_versions_are_read(source: tuple[Path, Path], tmp_path:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"fileFormat": "tfrecord"}, "is not of"),
+        ({"fileFormat": "tfrecord"}, "does not describe"),
         ({"fileFormat": 3}, "$.fileFormat"),
-        ({"splits": []}, "is not of"),
+        ({"splits": []}, "does not describe"),
         ({"splits": {}}, "$.splits"),
         ({"splits": [{"name": "train", "shardLengths": [2]}]}, "$.splits[0].shardLengths[0]"),
         ({"splits": [{"name": "train", "shardLengths": ["-1"]}]}, "$.splits[0].shardLengths[0]"),
@@ -183,7 +183,9 @@ def test_a_disk_that_is_full_leaves_nothing(
 
     records = read_records(*source)
     monkeypatch.setattr(tfds, "_picture", full)
-    with pytest.raises(UserError, match=r"set: cannot be written \(.*No space left on device.*\): make room or give"):
+    with pytest.raises(
+        UserError, match=r"set: cannot be written \(.*No space left on device.*\): free disk space or use"
+    ):
         write_tfds(records, tmp_path / "set", image_root=source[1])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.json", "images"]
     (tmp_path / "link").symlink_to("nowhere")

@@ -52,10 +52,10 @@ TILES = {"image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 28,
         (CLIP | {"resample": "bicubic"}, "$.resample"),
         (CLIP | {"do_resize": "yes"}, "$.do_resize"),
         (CLIP | {"do_normalize": 1}, "$.do_normalize"),
-        (CLIP | {"do_resize": False, "do_center_crop": False}, "neither resized nor cropped"),
+        (CLIP | {"do_resize": False, "do_center_crop": False}, "do_resize and do_center_crop are both off"),
         (CLIP | {"image_processor_type": ["CLIPImageProcessor"]}, "$.image_processor_type"),
         (TILES | {"size": {"height": 28, "width": 28.5}}, "$.size.width"),
-        (TILES | {"size": {"height": 28, "width": 14}}, "is not a square"),
+        (TILES | {"size": {"height": 28, "width": 14}}, "must be a square"),
         (TILES | {"image_mean": [float("nan")] * 3}, "$.image_mean["),
         (TILES | {"rescale_factor": "x"}, "$.rescale_factor"),
         (TILES | {"max_patches": 10**30}, "max_tiles"),
@@ -67,8 +67,8 @@ TILES = {"image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 28,
         (PATCHES | {"patch_size": 10**6}, "$.patch_size"),
         (PATCHES | {"temporal_patch_size": 0}, "$.temporal_patch_size"),
         (PATCHES | {"merge_size": "2"}, "$.merge_size"),
-        (PATCHES | {"merge_size": None, "image_mean": None}, "says nothing of merge_size, image_mean"),
-        ({name: value for name, value in PATCHES.items() if name != "size"}, "says nothing of min_pixels, max_pixels"),
+        (PATCHES | {"merge_size": None, "image_mean": None}, "merge_size, image_mean"),
+        ({name: value for name, value in PATCHES.items() if name != "size"}, "min_pixels, max_pixels missing"),
         (PATCHES | {"do_resize": False}, "do_resize false"),
         (PATCHES | {"rescale_factor": 0.5}, "rescale_factor 0.5"),
     ],
@@ -103,13 +103,13 @@ def test_another_size_than_the_towers_is_refused_before_it_runs(
 @pytest.mark.parametrize(
     ("settings", "sizes", "words"),
     [
-        (PATCHES, {"patches": (1536, 2)}, "makes patches of 1176 numbers, 2 a side for a token, but the .* of 1536"),
-        (PATCHES, {"patches": (1176, 3)}, "but the vision tower takes patches of 1176 numbers, 3 a side for a token"),
+        (PATCHES, {"patches": (1536, 2)}, "makes patches of 1176 values, 2 per side of a token, but the .* of 1536"),
+        (PATCHES, {"patches": (1176, 3)}, "but the vision tower takes patches of 1176 values, 3 per side of a token"),
         (PATCHES, {"image_size": 56}, "makes patches of .* tower takes 56 x 56 pixels"),
         (TILES, {"patches": (1176, 2)}, "makes 28 x 28 pixels, but the vision tower takes patches of 1176"),
         (TILES, {"patches": (28, 28)}, "makes 28 x 28 pixels, but the vision tower takes patches of 28"),
-        (PATCHES, {"tiling": {"max_tiles": 3}}, "data.max_tiles given, but this model does not cut"),
-        (TILES, {"max_image_tokens": 9}, "data.max_image_tokens given, but this model does not take images of any"),
+        (PATCHES, {"tiling": {"max_tiles": 3}}, "data.max_tiles set, but this model has no best-fitting tile grids"),
+        (TILES, {"max_image_tokens": 9}, "data.max_image_tokens set, but this model's images have one size"),
     ],
 )
 def test_a_tower_of_another_kind(tmp_path: Path, settings: dict, sizes: dict, words: str) -> None:
@@ -127,7 +127,7 @@ def test_images_that_stay_oblong_name_file_and_record(tmp_path: Path) -> None:
         for ratio in ("square", "pad")
     )
     assert padded.load(tmp_path / "a.png", "r").shape == (1, *square.shape)
-    with pytest.raises(UserError, match=r"a.png \(record r\): becomes an image of 56x28 pixels, but .* takes 28x28"):
+    with pytest.raises(UserError, match=r"a.png \(record r\): prepared size is 56x28 pixels, but .* takes 28x28"):
         square.load(tmp_path / "a.png", "r")
 
 

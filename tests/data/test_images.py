@@ -130,8 +130,8 @@ def test_bad_files_are_refused_by_name(goldens: Path, tmp_path: Path) -> None:
         "truncated.png": (whole[: len(whole) // 2], "not a readable image"),
         "text.png": (b"not an image at all", "not a readable image"),
         "empty.png": (b"", "not a readable image"),
-        "large.png": (png_header(2_000, 2_000), "2000x2000 pixels is over the limit of 1000000"),
-        "bomb.png": (png_header(15_000, 10_000), "15000x10000 pixels is over the limit of 1000000"),
+        "large.png": (png_header(2_000, 2_000), "2000x2000 pixels exceeds the limit of 1000000"),
+        "bomb.png": (png_header(15_000, 10_000), "15000x10000 pixels exceeds the limit of 1000000"),
         "worse_bomb.png": (png_header(100_000, 100_000), "too large"),
     }
     for name, (content, words) in files.items():
@@ -149,7 +149,7 @@ def test_bad_files_are_refused_by_name(goldens: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("aspect_ratio", ["pad", "square"])
 def test_thin_image_that_grows_over_the_limit(goldens: Path, tmp_path: Path, aspect_ratio: str) -> None:
     Image.new("RGB", (3_000, 1)).save(tmp_path / "thin.png")  # 3,000 pixels; 9,000,000 padded, 28 x 84,000 resized
-    with pytest.raises(UserError, match="3000x1 pixels is over the limit"):
+    with pytest.raises(UserError, match="3000x1 pixels exceeds the limit"):
         loader(goldens, aspect_ratio).load(tmp_path / "thin.png", "r")
 
 
@@ -197,7 +197,7 @@ def test_bad_processor_folders(goldens: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not valid JSON"):
         load_image_processor(tmp_path, aspect_ratio="pad", **options)
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "ViltImageProcessor"}')
-    with pytest.raises(UserError, match="'ViltImageProcessor' is not supported; known: CLIP"):
+    with pytest.raises(UserError, match=r"'ViltImageProcessor' is not supported .supported: CLIP"):
         load_image_processor(tmp_path, aspect_ratio="pad", **options)
     (tmp_path / "preprocessor_config.json").write_text("[]")
     with pytest.raises(UserError, match="does not have the expected content"):

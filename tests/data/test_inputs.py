@@ -118,7 +118,7 @@ def test_internvl_records_may_leave_the_mark_out(
     llava = ModelSpec(
         hf_dir=folder_of(tmp_path, goldens, "llava_hf", "llava"), vision_dir=str(goldens / "ckpt/clip_tower")
     )
-    with pytest.raises(UserError, match=r"record r1: its text has 0 <image> mark\(s\)"):
+    with pytest.raises(UserError, match=r"record r1: text has 0 <image> placeholder\(s\)"):
         inputs.training_records(spec, load_inputs(llava, spec, cfg).template)
 
 
@@ -165,11 +165,9 @@ def test_wrong_template_names(goldens: Path, internvl: tuple[ModelSpec, ModelCon
 def test_tile_settings_of_a_model_without_tiles(goldens: Path, tmp_path: Path, cfg: ModelConfig) -> None:
     folder = folder_of(tmp_path, goldens, "llava_hf", "llava")
     model = ModelSpec(hf_dir=folder, vision_dir=str(goldens / "ckpt/clip_tower"))
-    with pytest.raises(UserError, match=r"data\.thumbnail given, but this model does not cut images"):
+    with pytest.raises(UserError, match=r"data\.thumbnail set, but this model has no best-fitting tile grids"):
         load_inputs(model, data(goldens, thumbnail=True), cfg)
-    with pytest.raises(
-        UserError, match=r"data\.max_image_tokens given, but this model does not take images of any size"
-    ):
+    with pytest.raises(UserError, match=r"data\.max_image_tokens set, but this model's images have one size"):
         load_inputs(model, data(goldens, max_image_tokens=9), cfg)
     with pytest.raises(
         UserError, match=r"data\.image_buckets \(9,\) given, but this model does not take images of any"

@@ -143,9 +143,9 @@ def test_lone_image_without_a_mark_leads(phi3: Any) -> None:
 def test_text_cannot_pose_as_an_image(phi3: Any) -> None:
     for images in ((), (Path("a"),)):
         record = Record("r9", (("human", "<IMG_CONTEXT> hi"), ("gpt", "x")), images)
-        with pytest.raises(UserError, match="record r9: its text holds <IMG_CONTEXT>"):
+        with pytest.raises(UserError, match="record r9: its text contains <IMG_CONTEXT>"):
             tokenize_training(record, phi3, **PHI3, cut_text_at=None)
-        with pytest.raises(UserError, match="record r9: its text holds <IMG_CONTEXT>"):
+        with pytest.raises(UserError, match="record r9: its text contains <IMG_CONTEXT>"):
             tokenize_prompt(record, phi3, **PHI3)
 
 
@@ -246,7 +246,7 @@ def test_template_of_a_family(goldens: Path, name: str, family: str, folder: str
 
 def test_template_that_the_tokenizer_cannot_write(tokenizer: Any) -> None:
     with pytest.raises(
-        UserError, match=r"no token <\|im_start\|>, .*<img>, .*; set data.template to one of llava_v1, bunny"
+        UserError, match=r"lacks <\|im_start\|>, .*<img>, .*: set data.template to one of llava_v1, bunny"
     ):
         choose_template("auto", FAMILIES["internvl"], tokenizer, config={}, has_vision=True)
 

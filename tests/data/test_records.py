@@ -101,7 +101,7 @@ def test_mark_of_a_lone_image_may_be_left_out(tmp_path: Path, root: Path) -> Non
         {"images": ["a.png", "a.png"], "conversations": TALK},
         {"conversations": TALK},
     ):
-        with pytest.raises(UserError, match=r"record r1: its text has \d <image> mark\(s\)"):
+        with pytest.raises(UserError, match=r"record r1: text has \d <image> placeholder\(s\)"):
             read_leading(wrong)
 
 
@@ -115,15 +115,15 @@ def test_text_needs_no_image_root(tmp_path: Path) -> None:
         ({"id": "r1", "conversations": TEXT, "answers": []}, "'answers' must be a non-empty list of strings, got []"),
         ({"id": "r1", "conversations": TEXT, "answers": "5"}, "'answers' must be a non-empty list of strings, got '5'"),
         ({"id": "r1", "conversations": TEXT, "answers": ["5", 5]}, "must be a non-empty list of strings, got ['5', 5]"),
-        ({"id": "r1", "conversations": TEXT, "answers": ["\ud83d"]}, "'answers' holds half a surrogate pair"),
-        ({"id": "r1", "conversations": TALK}, "1 <image> mark(s) but the record lists 0 image(s)"),
-        ({"id": "r1", "image": "a.png", "conversations": TEXT}, "0 <image> mark(s) but the record lists 1 image(s)"),
-        ({"id": "r1", "images": ["a.png", "a.png"], "conversations": TALK}, "lists 2 image(s)"),
+        ({"id": "r1", "conversations": TEXT, "answers": ["\ud83d"]}, "'answers' contains a lone surrogate"),
+        ({"id": "r1", "conversations": TALK}, "1 <image> placeholder(s) for 0 image(s)"),
+        ({"id": "r1", "image": "a.png", "conversations": TEXT}, "0 <image> placeholder(s) for 1 image(s)"),
+        ({"id": "r1", "images": ["a.png", "a.png"], "conversations": TALK}, "for 2 image(s)"),
         ({"id": "r1", "image": "none.png", "conversations": TALK}, "does not exist"),
-        ({"id": "r1", "image": "sub", "conversations": TALK}, "is no file"),
+        ({"id": "r1", "image": "sub", "conversations": TALK}, "is not a file"),
         ({"id": "r1", "image": "\0", "conversations": TALK}, "must be a path below the image root"),
         ({"id": "r1", "image": "\ud800", "conversations": TALK}, "does not exist"),
-        ({"id": "r1", "image": ["a.png"] * 10**6, "conversations": TALK}, "lists 1000000 image(s)"),
+        ({"id": "r1", "image": ["a.png"] * 10**6, "conversations": TALK}, "for 1000000 image(s)"),
         ({"id": "r1", "image": {"a": 1}, "conversations": TALK}, "path or a list of paths, got {'a': 1}"),
         ({"id": "r1", "image": "a" * 300, "conversations": TALK}, "does not exist"),
         ({"id": "r1", "image": "../outside.png", "conversations": TALK}, "below the image root"),
@@ -133,11 +133,11 @@ def test_text_needs_no_image_root(tmp_path: Path) -> None:
         ({"id": "r1", "image": "a/" * 4000, "conversations": TALK}, "does not exist"),
         (
             {"id": "r1", "image": "data:image/png;base64," + "A" * 9999, "conversations": TALK},
-            "AAA...' is no file; save",
+            "AAA...' is not a file: save",
         ),
         (
             {"id": "r1", "image": "https://host/a.png", "conversations": TALK},
-            "'https://host/a.png' is no file; save it",
+            "'https://host/a.png' is not a file: save it",
         ),
         ({"id": "r1", "image": "", "conversations": TALK}, "path or a list of paths"),
         ({"id": "r1", "image": 3, "conversations": TALK}, "path or a list of paths"),
@@ -148,7 +148,7 @@ def test_text_needs_no_image_root(tmp_path: Path) -> None:
         ({"id": "r1", "conversations": ["hello"]}, "turn 0"),
         ({"id": "r1", "conversations": [TEXT[0], {"from": "bot", "value": "x"}]}, "turn 1"),
         ({"id": "r1", "conversations": [{"from": "human", "value": 3}]}, "turn 0"),
-        ({"id": "r1", "conversations": [TEXT[0], {"from": "gpt", "value": "\ud83d"}]}, "turn 1 holds half a"),
+        ({"id": "r1", "conversations": [TEXT[0], {"from": "gpt", "value": "\ud83d"}]}, "turn 1 contains a lone"),
         ({"id": "r1", "conversations": [TEXT[0], TEXT[0]]}, "alternate"),
         ({"id": "r1", "conversations": [TEXT[1]]}, "alternate"),
     ],
@@ -168,18 +168,18 @@ def test_malformed_record_names_file_and_record(tmp_path: Path, root: Path, entr
     [
         ("[{]", "d.json", "line 1: not valid JSON"),
         ('[{"id": ' + "9" * 5000 + "}]", "d.json", "line 1: not valid JSON (Exceeds the limit"),
-        ('{"conversations": []}\n{"conversations": []}', "d.json", "name JSON lines .jsonl"),
+        ('{"conversations": []}\n{"conversations": []}', "d.json", "JSON Lines need the suffix .jsonl"),
         ('{"id": "a"', "d.jsonl", "line 1: not valid JSON"),
         ("\n\n{bad}", "d.jsonl", "line 3: not valid JSON"),
-        ('{"a": 1}', "d.json", "'a' is no data set; expected a list of conversations"),
-        ("3", "d.json", "holds a JSON int"),
-        ("[]", "d.json", "holds no record"),
-        ("", "d.jsonl", "holds no record"),
+        ('{"a": 1}', "d.json", "'a' is not a data set, expected an object"),
+        ("3", "d.json", "contains a JSON int"),
+        ("[]", "d.json", "contains no records"),
+        ("", "d.jsonl", "contains no records"),
         ("[3]", "d.json", "record 0: is a int"),
         ('[{"id": "", "conversations": []}]', "d.json", "record 0: id ''"),
         ('[{"id": true, "conversations": []}]', "d.json", "record 0: id True"),
         ('[{"id": "\\ud83d", "conversations": []}]', "d.json", "record 0: id '\\ud83d' must be"),
-        ("{}", "d.json", "keeps no record of its data sets"),
+        ("{}", "d.json", "its data sets yield no records"),
         ("[" * 100_000, "d.json", "not valid JSON"),
     ],
 )
@@ -212,7 +212,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 
 def test_image_without_a_root(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no image folder was given"):
+    with pytest.raises(UserError, match="there is no image folder"):
         read(tmp_path, None, [{"image": "a.png", "conversations": TALK}])
 
 
@@ -261,7 +261,7 @@ def test_the_sets_that_internvl_lists(tmp_path: Path, root: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"annotation": None}, "'seen' is no data set"),
+        ({"annotation": None}, "'seen' is not a data set"),
         ({"annotation": "none.jsonl"}, "none.jsonl: no such file"),
         ({"repeat_time": 1.5}, "set seen: repeat_time 1.5"),
         ({"repeat_time": True}, "set seen: repeat_time True"),
@@ -270,7 +270,7 @@ def test_the_sets_that_internvl_lists(tmp_path: Path, root: Path, monkeypatch: p
         ({"repeat_time": 1e308}, "set seen: repeat_time 1e+308"),
         ({"repeat_time": 10**9}, "set seen: repeat_time 1000000000"),
         ({"repeat_time": [1]}, "set seen: repeat_time [1]"),
-        ({"annotation": "meta.json"}, "meta.json: holds a JSON dict, expected a list of conversations"),
+        ({"annotation": "meta.json"}, "meta.json: contains a JSON dict, expected a list of conversations"),
         ({"annotation": "a\0b"}, "path contains an invalid character"),
         ({"annotation": "a" * 5000}, "cannot be opened (File name too long)"),
         ({"data_augment": True}, "set seen: data_augment and max_dynamic_patch"),

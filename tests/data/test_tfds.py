@@ -84,11 +84,11 @@ def test_the_same_limits_and_messages(source, tmp_path, goldens):
     write_tfds(read_records(file, root, image_lead=True), tmp_path / "set", image_root=root)
     records = read_tfds(tmp_path / "set", image_lead=True)
     small = load_image_processor(goldens / "ckpt/clip_tower", aspect_ratio="pad", max_pixels=2000, cache_bytes=0)
-    with pytest.raises(UserError, match=r"a.png \(record first\): image of 50x30 pixels is over the limit of 2000"):
+    with pytest.raises(UserError, match=r"a.png \(record first\): image of 50x30 pixels exceeds the limit of 2000"):
         small.load(records[0].images[0], "first")
     with pytest.raises(UserError, match=r"sub/b.jpg \(record second\): not a readable image \(none of JPEG, PNG"):
         small.load(records[1].images[0], "second")
-    with pytest.raises(UserError, match=r"set, record led: its text has 0 <image> mark\(s\)"):
+    with pytest.raises(UserError, match=r"set, record led: text has 0 <image> placeholder\(s\)"):
         read_tfds(tmp_path / "set")
 
 
@@ -122,9 +122,9 @@ def test_a_folder_appears_whole_or_not_at_all(source, tmp_path):
 
 def test_what_is_not_such_a_folder_is_refused(source, tmp_path):
     file, root = source
-    with pytest.raises(UserError, match=r"nothing: is no data set that `vlmprune tfds` wrote"):
+    with pytest.raises(UserError, match=r"nothing: was not written by `vlmprune tfds`"):
         read_tfds(tmp_path / "nothing")
-    with pytest.raises(UserError, match=r"tfds:s3://bucket/x: give a folder, tfds:DIR, or one in a bucket"):
+    with pytest.raises(UserError, match=r"tfds:s3://bucket/x: is not a folder: use tfds:DIR, or tfds:gs:"):
         tfds_folder("tfds:s3://bucket/x")
     write_tfds(read_records(file, root, image_lead=True), tmp_path / "set", image_root=root)
     for shard in (tmp_path / "set/records/1.0.0").glob("*array_record*"):
@@ -146,7 +146,7 @@ def test_the_command_writes_what_a_config_reads(source, tmp_path, capsys):
     assert f"4 records, 2 images; use --config.data.train=tfds:{out}" in capsys.readouterr().out.replace("\n", "")
     data = DataSpec(train=f"tfds:{out}")
     assert [r.id for r in training_records(data, templates()["phi3-chat"])] == ["first", "second", "7", "led"]
-    with pytest.raises(UserError, match="record led: its text has 0 <image>"):
+    with pytest.raises(UserError, match="record led: text has 0 <image>"):
         training_records(data, templates()["llava_v1"])
     assert main(["tfds", f"--data={file}"]) == 2
 
@@ -228,7 +228,7 @@ def test_a_folder_in_a_bucket(source, bucket):
     assert not any("records" in path for path in asked)  # one request each: they are copied
     before = tfds_state(folder)
     assert before
-    with pytest.raises(UserError, match=r"gs://bucket/other: is no data set that `vlmprune tfds` wrote"):
+    with pytest.raises(UserError, match=r"gs://bucket/other: was not written by `vlmprune tfds`"):
         read_tfds(tfds_folder("tfds:gs://bucket/other"))
     shutil.rmtree(bucket / "set")
     assert tfds_state(folder) == ""
@@ -241,7 +241,7 @@ def test_a_bucket_needs_gcsfs(bucket, monkeypatch):
         raise ImportError("Please install gcsfs")
 
     monkeypatch.setattr(fsspec, "filesystem", missing)
-    with pytest.raises(UserError, match=r"gs://bucket/set.*: a bucket is read with gcsfs, which is missing"):
+    with pytest.raises(UserError, match=r"gs://bucket/set.*: reading a bucket needs gcsfs"):
         read_tfds(tfds_folder("tfds:gs://bucket/set"))
     assert main(["tfds", "--data=x.json", "--out=gs://bucket/set"]) == 2
 

@@ -141,11 +141,11 @@ def test_headers_are_enough_to_count(goldens: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no\.png \(record r3\): not a readable image \(none of JPEG, PNG"):
         loader.shapes([tmp_path / "no.png"], "r3")
     Image.new("L", (1100, 1000)).save(tmp_path / "large.png")
-    with pytest.raises(UserError, match=r"large\.png \(record r3\): image of 1100x1000 pixels is over the limit"):
+    with pytest.raises(UserError, match=r"large\.png \(record r3\): image of 1100x1000 pixels exceeds the limit"):
         loader.shapes([tmp_path / "large.png"], "r3")
     few = ImageLoader(FULL, max_pixels=448 * 448 * 11, cache_bytes=0)
     Image.new("L", (80, 60)).save(tmp_path / "grows.png")
-    with pytest.raises(UserError, match="image of 80x60 pixels is over the limit of 2207744 pixels once prepared"):
+    with pytest.raises(UserError, match="image of 80x60 pixels exceeds the limit of 2207744 pixels after preparation"):
         few.load(tmp_path / "grows.png", "r")
     Image.new("RGB", (5000, 1)).save(tmp_path / "thin.png")  # a strip becomes twelve tiles, not 5,000 x 5,000 pixels
     thin = ImageLoader(FULL, max_pixels=448 * 448 * 12, cache_bytes=0).shapes([tmp_path / "thin.png"], "r")
@@ -173,8 +173,8 @@ def test_bad_chat_configs(goldens: Path, tmp_path: Path, change: dict[str, Any],
     ("change", "words"),
     [
         ({"do_normalize": False}, "do_normalize false is not supported"),
-        ({"size": {"height": 28, "width": 56}}, "is not a square"),
-        ({"size": {"shortest_edge": 28}}, "is not a square"),
+        ({"size": {"height": 28, "width": 56}}, "must be a square"),
+        ({"size": {"shortest_edge": 28}}, "must be a square"),
         ({"rescale_factor": 0.1}, "rescale_factor 0.1 is not supported"),
         ({"max_patches": "many"}, "Expected `int | null`, got `str` - at `$.max_patches`"),
     ],
@@ -187,5 +187,5 @@ def test_bad_tile_processors(tmp_path: Path, change: dict[str, Any], words: str)
 
 
 def test_tile_options_of_a_model_without_tiles(goldens: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.max_tiles given, but this model does not cut images"):
+    with pytest.raises(UserError, match=r"data\.max_tiles set, but this model has no best-fitting tile grids"):
         load(goldens / "ckpt/clip_tower", tiling={"max_tiles": 3, "thumbnail": None})

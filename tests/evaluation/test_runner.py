@@ -146,7 +146,7 @@ def test_sharded_evaluation_gives_the_same(goldens, llava, encoder, expected):
 
 def test_bad_questions(goldens, llava, encoder):
     asked = records(goldens, ["x"] * 8)
-    with pytest.raises(UserError, match=r"record q0: \d+ tokens with its images, over max_length 9"):
+    with pytest.raises(UserError, match=r"record q0: \d+ tokens with images, over max_length 9"):
         arrange_questions(asked, dataclasses.replace(encoder, max_length=9), batch_size=2)
     with pytest.raises(UserError, match="record q0: has an image but the model has no vision tower"):
         arrange_questions(asked, dataclasses.replace(encoder, image_loader=None), batch_size=2)

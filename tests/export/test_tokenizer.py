@@ -35,5 +35,5 @@ def test_the_ids_of_the_missing_file(goldens, tmp_path, name):
 def test_a_folder_with_neither(tmp_path):
     assert read_tokenizer(tmp_path) is None
     (tmp_path / "vocab.json").write_text("{}")
-    with pytest.raises(UserError, match=r"its tokenizer: cannot be read .*give a folder with tokenizer.json"):
+    with pytest.raises(UserError, match=r"its tokenizer: cannot be read .*use a folder with tokenizer.json"):
         read_tokenizer(tmp_path)

@@ -164,9 +164,9 @@ def test_without_splitting(goldens, folder, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"do_rescale": False}, "do_rescale false is not supported for images that are split"),
-        ({"size": {"height": 48, "width": 48}}, "does not give the longest edge"),
-        ({"max_image_size": {"longest_edge": 1}}, "make up to 2305 sub-images of an image, at most 1000"),
+        ({"do_rescale": False}, "do_rescale false is not supported for split images"),
+        ({"size": {"height": 48, "width": 48}}, "has no longest_edge"),
+        ({"max_image_size": {"longest_edge": 1}}, "give up to 2305 sub-images per image, the maximum is 1000"),
         ({"max_image_size": {"longest_edge": 0}}, "max_image_size"),
         ({"max_image_size": {"longest_edge": 12}}, "makes 12 x 12 pixels, but the vision tower takes 24 x 24"),
     ],
@@ -230,10 +230,10 @@ def test_rows_and_buckets(goldens, folder, model):
         assert np.abs(row["pixel_values"][slots:]).max(initial=0) == 0
         prompt = encoder.prompt_ids(record)
         assert row["input_ids"][: len(prompt)].tolist() == prompt.tolist()
-    with pytest.raises(UserError, match=r"record two: \d+ tokens with its images, over max_length 50"):
+    with pytest.raises(UserError, match=r"record two: \d+ tokens with images, over max_length 50"):
         dataclasses.replace(encoder, max_length=50, truncate=False).training_row(records[3], None)
-    with pytest.raises(UserError, match="record two: its images make 8 tiles, over the largest bucket of 5"):
+    with pytest.raises(UserError, match="record two: 8 tiles are over the largest bucket of 5"):
         dataclasses.replace(encoder, tile_buckets=(1, 5)).room(records)
     fewer = dataclasses.replace(records[3], images=records[3].images[:1])
-    with pytest.raises(UserError, match="record two: its text holds <image>, which marks image positions"):
+    with pytest.raises(UserError, match="record two: its text contains <image>, which marks image positions"):
         encoder.training_row(fewer, None)

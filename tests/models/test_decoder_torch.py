@@ -60,7 +60,7 @@ def test_logits(tmp_path, torch_outputs, name, version):
     [
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported"),
         ({"hidden_act": "mish"}, "'mish' is not supported"),
-        ({"head_dim": 7}, "odd"),
+        ({"head_dim": 7}, "must be even"),
         ({"num_key_value_heads": 4}, "multiple of kv_heads"),
         ({"per_layer_shapes": [[6, 3, 56]]}, "lists 1 layers"),
     ],

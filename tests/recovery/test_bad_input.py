@@ -90,9 +90,9 @@ def refused(root, capsys, *settings):
         ),
         (["mesh.data=8"], "2 rows (batch_size / accumulation) does not divide over data x fsdp = 8 devices: make it"),
         (["data.fraction=0"], "data.fraction=0.0 must be above 0 and at most 1"),
-        (["data.train={root}/empty.json"], "empty.json: holds no record; a LLaVA data file is a list"),
-        (["data.max_length=10"], "an image lies beyond max_length 10; raise it"),
-        (["data.max_length=10", "data.truncate=False"], "tokens with its images, over max_length 10; raise max_length"),
+        (["data.train={root}/empty.json"], "empty.json: contains no records: check that it is a list"),
+        (["data.max_length=10"], "beyond max_length 10: raise"),
+        (["data.max_length=10", "data.truncate=False"], "tokens with images, over max_length 10: raise max_length"),
     ],
     ids=lambda value: value[0].split("=")[0] if isinstance(value, list) else "",
 )

@@ -214,7 +214,7 @@ def test_an_image_that_can_be_read_again_is_not_taken_for_one_without_tiles(gold
     fill(loader, (model, records), on_error="skip")
     image.write_bytes(good)
     with pytest.raises(
-        UserError, match=r"one.png \(record other\): could not be read when .* now it can: remove .*cache"
+        UserError, match=r"one.png \(record other\): could not be read when .* readable now: remove .*cache"
     ):
         loader.load(image, "other")
 

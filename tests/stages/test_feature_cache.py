@@ -156,7 +156,7 @@ def test_what_is_refused(llava, goldens, tmp_path):
         ({"recover": {"trainable": "all"}}, "recover.trainable='all' trains the vision tower"),
         ({"recover": {"trainable": "tower"}}, "recover.trainable='tower' trains the vision tower"),
         ({"mesh": {"data": 8}}, "a micro-batch of 2 rows .* does not divide over data x fsdp = 8 devices"),
-        ({"recover": {"compute_dtype": "bfloat16"}}, 'something else gave .dtype was "float32", now "bfloat16"'),
+        ({"recover": {"compute_dtype": "bfloat16"}}, 'cache of other inputs .dtype was "float32", now "bfloat16"'),
         ({"model": {"dtype": "bfloat16"}}, 'weights.dtype was "float32", now "bfloat16"'),
         ({"data": {"aspect_ratio": "square"}}, 'images.aspect_ratio was "pad", now "square"'),
     ):
@@ -199,7 +199,7 @@ def test_images_of_a_tfds_data_set(llava, tmp_path):
     assert [number for number, reason in enumerate(reasons) if reason] == [5, 11]
     assert (
         reasons[5]
-        == "broken.png (record r5): not a readable image (none of JPEG, PNG, WEBP, GIF, BMP, TIFF); replace the file"
+        == "broken.png (record r5): not a readable image (none of JPEG, PNG, WEBP, GIF, BMP, TIFF): replace the file"
     )
     for one, other, reason in zip(again, records, reasons, strict=True):
         if not reason:

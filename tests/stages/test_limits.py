@@ -64,7 +64,7 @@ def asked(folder: Path, cfg: ModelConfig, spec: EvaluateSpec, **changes: Any) ->
 
 
 def test_a_record_that_is_too_long_for_the_model_is_named(folder: Path, cfg: ModelConfig) -> None:
-    said = rf"record long: \d+ tokens with its images, more than the {cfg.longest_row} that a row"
+    said = rf"record long: \d+ tokens with images, the maximum for this model is {cfg.longest_row}"
     with pytest.raises(UserError, match=said):
         calibrated(folder, cfg, 2)
     with pytest.raises(UserError, match=said):
@@ -121,7 +121,7 @@ def test_batches_that_do_not_fit_this_machine(folder: Path, cfg: ModelConfig, mo
     few = {"fraction": 1.0, "max_length": 64}
     assert calibrated(folder, cfg, 2, **few, max_images=10)
     said = (
-        r"batches of 1 rows of 64 tokens and 10000 images: 5 of them take .* more than this machine has; lower batch_"
+        r"batches of 1 rows of 64 tokens and 10000 images: 5 batches take .* more than this machine has: lower batch_"
     )
     with pytest.raises(UserError, match=said):
         calibrated(folder, cfg, 2, **few, max_images=10_000)

@@ -252,7 +252,7 @@ def test_a_cache_of_something_else_is_refused(experiment, straight, capsys, flag
     capsys.readouterr()
     assert main(["recover", *experiment("refused", "straight", *flags, "--overwrite")]) == 2
     line = capsys.readouterr().err.strip()
-    assert f"{straight}: holds what something else gave" in line
+    assert f"{straight}: cache of other inputs" in line
     assert field in line
     assert "\n" not in line
     assert sorted(path.name for path in straight.iterdir()) == before
@@ -280,7 +280,7 @@ def test_another_teacher_is_refused(experiment, straight, capsys):
             ["--config.mesh.data=8"],
             "a micro-batch of 4 rows (batch_size / accumulation) does not divide over data x fsdp",
         ),
-        (["--config.recover.teacher_cache={root}/teacher"], "teacher: is not empty and no cache"),
+        (["--config.recover.teacher_cache={root}/teacher"], "teacher: is neither empty nor a cache"),
         (["--config.recover.teacher_cache={root}/records.json"], "records.json: "),
     ],
     ids=lambda value: value[0].split(".")[-1] if isinstance(value, list) else "",

@@ -1,4 +1,4 @@
-"""Records to fixed-shape batches: shuffled and resumable ones for training, in order and left-padded for generation."""
+"""Fixed-shape batches of records: shuffled and resumable for training, in order and left-padded for generation."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from vlmprune_jax.data.teacher_rows import TeacherRows
 AUGMENTATIONS = ("none", "flip_shift")
 ON_ERROR = ("stop", "skip")
 _PADDING_ROW = -1
-Kind = dict[str, tuple[tuple[int, ...], np.dtype]]  # of the arrays of a batch, by name: their sizes and dtypes
+Kind = dict[str, tuple[tuple[int, ...], np.dtype]]  # array name in a batch -> shape and dtype
 
 
 @dataclass(frozen=True)
 class Batch:
     """Rows of equal shape for training and scoring.
 
-    `arrays`: input_ids, attention_mask, labels int32[batch, tokens] (labels are not shifted) and, with a vision tower,
-    pixel_values float32[batch, slots, 3, height, width], or with a feature cache vision_features [batch, slots, tokens,
-    features]; rows with fewer images (or tiles of images) carry zeros in the other slots, which come last. A model that
-    takes images of any size has pixel_values float32[batch, slots, patches, values], the patches of a token one after
-    the other and zeros behind an image's last, image_grid_thw int32[batch, slots, 3] (frames, rows and columns of
-    patches, 0 of an empty slot) and position_ids int32[batch, 3, tokens]. With a cached teacher also what `TeacherRows`
-    adds.
-    A padding row has mask 0 everywhere and the id "". `skipped`: (record id, reason) of the records that could not be
-    read and whose rows are padding instead.
+    `arrays`: input_ids, attention_mask, labels int32[batch, tokens] (labels are not shifted). With a vision tower also
+    pixel_values float32[batch, slots, 3, height, width], or from a feature cache vision_features [batch, slots, tokens,
+    features]; unused slots come last and are zero. For images of any size, pixel_values are float32[batch, slots,
+    patches, values] with the patches of a token next to each other and zeros at the end, image_grid_thw int32[batch,
+    slots, 3] (frames, rows and columns of patches, 0 for an empty slot), and position_ids int32[batch, 3, tokens]. A
+    cached teacher adds the arrays of `TeacherRows`.
+
+    A padding row has attention mask 0 and the id "". `skipped`: (record id, reason) of unreadable records, whose rows
+    are padding.
     """
 
     arrays: dict[str, np.ndarray]
@@ -46,7 +46,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class GenerationBatch(Batch):
-    """Left-padded prompts (no labels) and the records they are of; rows with `valid` False only fill the batch."""
+    """Left-padded prompts (no labels) and their records; rows with `valid` False only fill the batch."""
 
     records: tuple[Record, ...]
     valid: np.ndarray  # bool[batch]
@@ -54,9 +54,9 @@ class GenerationBatch(Batch):
 
 @dataclass(frozen=True, eq=False)
 class TrainBatches:
-    """This process's rows of every global batch of a training, in order, and what their arrays will be.
+    """This process's rows of every global batch of a training run, in order, and the shapes of their arrays.
 
-    Iterators have `get_state` and `set_state` (grain's). `batches` are made of `rows`, see `_batch_rows`.
+    Iterators have `get_state` and `set_state` (grain's). `batches` are made from `rows`, see `_batch_rows`.
     """
 
     batches: grain.IterDataset[Batch]
@@ -70,35 +70,35 @@ class TrainBatches:
         return iter(self.batches)
 
     def kinds(self, first: int, last: int) -> list[Kind]:
-        """What the arrays of the batches `first` ... `last` - 1 are, each kind once, the longest rows first.
+        """Return shapes and dtypes of batches `first` ... `last` - 1, each combination once, longest rows first.
 
-        The same on all processes; nothing where only images that were not measured tell.
+        Equal on all processes; empty if the shapes depend on images that were not measured.
 
         Raises:
           UserError: a batch does not fit this machine's memory.
         """
-        found = []
+        kinds = []
         for shape in sorted(self._shapes(first, min(last, len(self.rows))), reverse=True):
             check_memory(self.local, shape, self.encoder, 0)
             row = self.encoder.padding_row(shape)
             if self.teacher is not None:
                 self.teacher.fill(row, None)
-            found.append({name: ((self.local, *array.shape), array.dtype) for name, array in row.items()})
-        return found
+            kinds.append({name: ((self.local, *array.shape), array.dtype) for name, array in row.items()})
+        return kinds
 
     def _shapes(self, first: int, last: int) -> set[Shape]:
         if first >= last or (self.sizes is None and self.encoder.images_decide):
             return set()
         if self.sizes is None:
             return {self.encoder.least_shape}
-        found: set[Shape] = set()
+        shapes: set[Shape] = set()
         most = self.encoder.count_shapes(self.sizes)
-        # 50 microseconds a record: all of LLaVA's 665k take half a minute, unless every shape turns up earlier.
+        # 50 microseconds per record: LLaVA's 665k take half a minute, unless all shapes occur earlier
         for place in range(first, last):
-            found.add(self.encoder.shape(self.sizes[_real(self.rows[place])]))
-            if len(found) == most:
+            shapes.add(self.encoder.shape(self.sizes[_real(self.rows[place])]))
+            if len(shapes) == most:
                 break
-        return found
+        return shapes
 
 
 def train_batches(
@@ -122,33 +122,38 @@ def train_batches(
 ) -> TrainBatches:
     """Return this process's rows of every global batch of `batch_size`.
 
-    The order of the records is a function of `seed` and the epoch (and of `sizes` with `group_by`) alone; epochs=None
-    never ends, and batches run across epoch borders. Process p takes rows [p, p + 1) * batch_size / process_count:
-    joined, they are the batch that one process would read. A last short batch is dropped, or filled up with padding
-    rows. The iterator's state continues exactly. `augment="flip_shift"` (pretraining) is seeded by (seed, place).
+    The order of records depends only on `seed` and the epoch (and with `group_by` on `sizes`). With epochs=None the
+    batches never end; batches continue across epoch borders. Process p takes rows [p, p + 1) * batch_size /
+    process_count, which together are the batch that a single process would read. A last short batch is dropped or
+    filled with padding rows. The iterator's state resumes exactly. `augment="flip_shift"` (pretraining) is seeded by
+    (seed, place).
 
-    `sizes`: int[records, 3] (`measure.measure`), equal on all processes; the shape of a batch follows from them. They
-    are needed to group rows (`grouping.grouped_order`), for length buckets, and to skip what cannot be read: with
-    `on_error="skip"` such a record keeps its place, and its row is padding. `teacher` adds its arrays to every row.
+    `sizes` int[records, 3] (`measure.measure`) must be equal on all processes and decide the shape of each batch. They
+    are required for grouping (`grouping.grouped_order`), for length buckets, and for `on_error="skip"`, which replaces
+    unreadable records by padding rows in the same place. `teacher` adds its arrays to every row.
     """
     known = {"augment": (augment, AUGMENTATIONS), "group_by": (group_by, GROUPINGS), "on_error": (on_error, ON_ERROR)}
     for name, (value, values) in known.items():
         if value not in values:
-            raise UserError(f"{name} {value!r} is not supported; use one of {', '.join(values)}")
+            raise UserError(f"{name} {value!r} is unknown: use one of {', '.join(values)}")
     if augment != "none" and (teacher is not None or isinstance(encoder.image_loader, FeatureLoader)):
-        raise UserError(f"augment {augment!r} changes images, and what is cached is of images as they are: drop one")
+        raise UserError(
+            f"augment {augment!r} changes images, but cached features or logits are of the originals: use only one"
+        )
     if augment != "none" and encoder.image_buckets is not None:
-        raise UserError(f"augment {augment!r} is for images of one size, and this model takes any: drop it")
+        raise UserError(
+            f"augment {augment!r} needs images of one size, and this model takes any size: set it to 'none'"
+        )
     if sizes is None and (group_by, on_error, encoder.length_buckets) != ("none", "stop", None):
         raise UserError("group_by, length buckets and on_error='skip' need sizes=measure(records, encoder, ...)")
     if drop_remainder and epochs is not None and len(records) * epochs < batch_size:
         raise UserError(
-            f"{len(records)} records x {epochs} epochs do not fill one batch of {batch_size}; use a smaller batch size"
+            f"{len(records)} records x {epochs} epochs do not fill one batch of {batch_size}: use a smaller batch size"
         )
     order = None
     if sizes is not None and group_by != "none":
         grouped = functools.partial(grouped_order, sizes, group_by=group_by, batch_size=batch_size, seed=seed)
-        order = functools.lru_cache(maxsize=2)(grouped)  # batches run across the border of two epochs
+        order = functools.lru_cache(maxsize=2)(grouped)  # a batch may span two epochs
     shuffle_seed = seed if shuffle and order is None else None
     check_memory(batch_size // process_count, encoder.least_shape, encoder, prefetch)
     rows = _batch_rows(len(records), batch_size, process_count, shuffle_seed, epochs, drop_remainder, order)
@@ -167,7 +172,7 @@ def train_batches(
 
 
 def _real(batch: np.ndarray) -> list[int]:
-    """The records of a global batch of (place, record index), without padding."""
+    """Return the record indices of a global batch of (place, record index), without padding."""
     return [index for index in batch[:, 1].tolist() if index != _PADDING_ROW]
 
 
@@ -182,7 +187,7 @@ def _load_training(
     skip: bool,
     teacher: TeacherRows | None,
 ) -> Batch:
-    """The rows `mine` of a global batch of (place, record index), in the shape that all of its rows need."""
+    """Return the rows `mine` of a global batch of (place, record index), in the shape that all its rows need."""
     real = _real(batch)
     if sizes is None:
         shape = Shape(encoder.max_length, *encoder.room([records[index] for index in real]))
@@ -197,10 +202,12 @@ def _load_training(
             try:
                 if sizes is not None and not sizes[index, 0]:
                     raise UserError(encoder.problem(record) or f"record {record.id}: could not be read when measured")
-                made = encoder.training_row(record, None if augment_seed is None else (augment_seed, place), shape)
+                training_row = encoder.training_row(
+                    record, None if augment_seed is None else (augment_seed, place), shape
+                )
                 if teacher is not None:
-                    teacher.fill(made, record)
-                row, name = made, record.id
+                    teacher.fill(training_row, record)
+                row, name = training_row, record.id
             except UserError as error:
                 if not skip:
                     raise
@@ -226,8 +233,8 @@ def generation_batches(
 ) -> grain.IterDataset[GenerationBatch]:
     """Return this process's rows of every global batch of prompts, in file order.
 
-    The last batch is filled with copies of the first record whose `valid` is False, so that all shapes are equal and
-    every process sees ceil(len(records) / batch_size) batches.
+    The last batch is filled with copies of the first record, with `valid` False, so that all shapes are equal and every
+    process gets ceil(len(records) / batch_size) batches.
     """
     check_memory(batch_size // process_count, encoder.least_shape, encoder, prefetch)
     rows = _batch_rows(len(records), batch_size, process_count, None, 1, False)
@@ -246,21 +253,21 @@ def generation_batches(
 
 
 def check_memory(rows: int, shape: Shape, encoder: Encoder, prefetch: int) -> None:
-    """Refuse batches of so many rows of a shape where they and those read ahead take more than this machine's memory.
+    """Refuse batches that, with those read ahead, need more than this machine's memory.
 
-    Raises UserError naming what makes them large.
+    Raises UserError with the settings that make them large.
     """
     loader = encoder.image_loader
     arrays = {} if loader is None else loader.arrays(shape.slots, shape.image_tokens)
-    of_images = sum(math.prod(size) * dtype.itemsize for size, dtype in arrays.values())
-    needed = (prefetch + 1) * rows * (3 * 4 * shape.tokens + of_images)
+    image_bytes = sum(math.prod(size) * dtype.itemsize for size, dtype in arrays.values())
+    needed = (prefetch + 1) * rows * (3 * 4 * shape.tokens + image_bytes)
     if needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        images, ways = "images", "data.max_images"
+        images, setting = "images", "data.max_images"
         if shape.image_tokens:
-            images, ways = f"images of up to {shape.image_tokens} tokens", "data.max_image_tokens"
+            images, setting = f"images of up to {shape.image_tokens} tokens", "data.max_image_tokens"
         raise UserError(
-            f"batches of {rows} rows of {shape.tokens} tokens and {shape.slots} {images}: {prefetch + 1} of them take "
-            f"{needed / 2**30:,.0f} GiB, more than this machine has; lower batch_size, {ways} or data.max_length"
+            f"batches of {rows} rows of {shape.tokens} tokens and {shape.slots} {images}: {prefetch + 1} batches take "
+            f"{needed / 2**30:,.0f} GiB, more than this machine has: lower batch_size, {setting} or data.max_length"
         )
 
 
@@ -284,13 +291,12 @@ def _batch_rows(
 ) -> grain.MapDataset[np.ndarray]:
     """Return int64[batch_size, 2] per global batch: (place in the stream, record index or _PADDING_ROW).
 
-    `order(epoch=n)`: the record indices of an epoch in order, instead of a shuffle.
-
-    Only numbers go through the global batch: a process never decodes an image that is not its own (for tile buckets it
-    reads the headers of the others', because all processes must agree on the shape).
+    `order(epoch=n)` returns an epoch's record indices in order, instead of a shuffle. Global batches hold numbers only,
+    so that a process decodes only its own images (for tile buckets it also reads the headers of the others, since all
+    processes must agree on the shape).
     """
     if not count:
-        raise UserError("there are no records to batch; check the data file")
+        raise UserError("no records to batch: check the data file")
     if batch_size < 1 or batch_size % process_count:
         raise UserError(f"batch size {batch_size} must be a positive multiple of the {process_count} processes")
     indices = grain.MapDataset.range(count)

@@ -1,4 +1,4 @@
-"""Arrays by key on disk, computed once and read many times: features of a frozen tower, a teacher's logits."""
+"""Cache of arrays by key on disk: features of a frozen tower, logits of a teacher."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ from vlmprune_jax.core.files import MAX_JSON_BYTES, checked, open_file, parse_js
 from vlmprune_jax.distributed.mesh import from_all, on_process_zero, process_count
 
 IDENTITY, SUFFIX = "cache.json", ".safetensors"
-VERSION = 1  # of the files' layout
-SHARD_BYTES = 64 << 20  # what a run that is killed computes again, at most
-_ABANDONED_SECONDS = 3600.0  # no shard takes so long to write: a killed process left it
+VERSION = 1  # of the file layout
+SHARD_BYTES = 64 << 20  # maximum that a killed run computes again
+_ABANDONED_SECONDS = 3600.0  # older partial files were left by killed processes
 _DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "BOOL": np.dtype(bool)} | {
     name: np.dtype(f"{name[0].lower()}{int(name[1:]) // 8}")
     for name in ("F16", "F32", "F64", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
 }
-_MAX_ARRAY = 2**31  # bytes; those of an image or a record are far less
-_AGAIN = "remove it, and what it held is computed again"
+_MAX_ARRAY = 2**31  # bytes; arrays of an image or a record are far smaller
+_AGAIN = "remove the file, and run the command again to recompute it"
+_OTHER_FOLDER = "use another folder or remove this one"
 _Size = Annotated[int, Meta(ge=0)]
 
 
 class _Tensor(TypedDict):
-    """What the header of a safetensors file says of an array."""
+    """Header entry of one array in a safetensors file."""
 
     dtype: str
     shape: Annotated[list[_Size], Meta(max_length=32)]
@@ -43,7 +44,7 @@ class _Tensor(TypedDict):
 
 
 class _Place(NamedTuple):
-    """Where an array lies."""
+    """Byte range, dtype and shape of one array in a shard."""
 
     shard: Path
     dtype: np.dtype
@@ -53,27 +54,26 @@ class _Place(NamedTuple):
 
 
 class ArrayCache:
-    """A folder of safetensors shards, and `cache.json`, which says what the arrays were made from.
+    """A folder of safetensors shards with `cache.json`, which records what the arrays were computed from.
 
-    There is no index: the headers of the shards list the keys. A shard appears whole or not at all, under a name that
-    its keys decide, so that a run that was killed continues after the shards that are there, and runs may share a
-    folder. Reading is safe in several threads, and nothing is mapped: a shard that is cut meanwhile ends in a message,
-    not the process. All processes of a run open and `publish` together;
-    each adds what it computed, and the folder must be one that all of them see.
+    There is no index; the shards' headers list the keys. Shards are written atomically under a name derived from their
+    keys, so that a killed run continues after its last shard and runs may share a folder. Reading is thread-safe and
+    uses no memory maps, so that a truncated shard raises an error instead of killing the process. All processes of a
+    run open and `publish` together; each adds its own results, in a folder that all of them see.
 
     Args:
-      folder: made if it is not there.
-      made_from: everything that the values depend on beside their key (JSON values).
+      folder: created if missing.
+      made_from: everything beside the key that the values depend on (JSON values).
 
     Raises:
-      UserError: the folder holds something else or was made from something else, a shard is damaged, or the processes
+      UserError: the folder has other content or was computed from something else, a shard is damaged, or the processes
         do not see the same folder.
     """
 
     def __init__(self, folder: Path, made_from: Mapping[str, Any]):
         self.folder = folder
         self._made_from = json.loads(json.dumps({"version": VERSION, **made_from}))
-        self._where: dict[str, _Place] = {}
+        self._places: dict[str, _Place] = {}
         self._pending: dict[str, np.ndarray] = {}
         self._bytes = 0
         self._written: list[str] = []
@@ -81,96 +81,93 @@ class ArrayCache:
         from_all(lambda: self._open([IDENTITY, *shards], 0))
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """The keys, each once and in order, that are not there."""
-        return [key for key in dict.fromkeys(keys) if key not in self._where]
+        """Return the keys that are not in the cache, each once and in order."""
+        return [key for key in dict.fromkeys(keys) if key not in self._places]
 
     def __getitem__(self, key: str) -> np.ndarray:
-        """A copy of an array.
+        """Return a copy of an array.
 
         Raises:
-          UserError: it is not there, or no longer.
+          UserError: the array is not in the cache, or the file has been removed.
         """
-        if key not in self._where:
-            raise UserError(f"{self.folder}: holds nothing for {key}: run the same command again, which computes it")
-        shard, dtype, shape, start, size = self._where[key]
+        if key not in self._places:
+            raise UserError(f"{self.folder}: has no array for {key}: run the same command again to compute it")
+        shard, dtype, shape, start, size = self._places[key]
         array = np.empty(size, np.uint8)
         with open_file(shard) as file, reading(shard, _AGAIN):
             file.seek(start)
             if file.readinto(array.data) != size:
-                raise UserError(f"{shard}: damaged (it was cut while it was in use): {_AGAIN}")
+                raise UserError(f"{shard}: damaged (truncated while in use): {_AGAIN}")
         return array.view(dtype).reshape(shape)
 
     def add(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Take arrays that belong together; they are there for all after `publish`.
+        """Add arrays that belong together; all processes see them after `publish`.
 
         Raises:
           UserError: a shard cannot be written.
         """
-        # The library writes the buffer of a transposed view as if it were in order.
+        # safetensors would write the buffer of a transposed view in the wrong order
         self._pending |= {key: np.ascontiguousarray(array) for key, array in arrays.items()}
         self._bytes += sum(array.nbytes for array in arrays.values())
         if self._bytes >= SHARD_BYTES:
             self._flush()
 
     def publish(self) -> None:
-        """Write what is left, and open what all processes wrote; every process must call it, in step.
+        """Write the remaining arrays and open those of all processes; every process must call it, in step.
 
         Raises:
           UserError: a shard cannot be written, or a process does not see what another one wrote.
         """
 
-        def written() -> list[str]:
+        def flush() -> list[str]:
             self._flush()
             return self._written
 
-        names = from_all(written)
+        names = from_all(flush)
         self._written = []
 
-        def see() -> None:
+        def open_all() -> None:
             for process, shards in enumerate(names):
                 self._open(shards, process)
 
-        from_all(see)
+        from_all(open_all)
 
     def _begin(self) -> list[str]:
-        """Check or make the folder; returns the names of its shards (process 0)."""
+        """Check or create the folder, and return the names of its shards (process 0)."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             names = sorted(path.name for path in self.folder.iterdir())
             if IDENTITY in names:
-                found = read_json(self.folder / IDENTITY, todo="give another folder, or remove this one", unicode=False)
+                recorded = read_json(self.folder / IDENTITY, todo=_OTHER_FOLDER, unicode=False)
             elif names and not all(name.startswith(".") for name in names):
-                raise UserError(f"{self.folder}: is not empty and no cache (no {IDENTITY}): give another folder")
+                raise UserError(f"{self.folder}: is neither empty nor a cache (no {IDENTITY}): use another folder")
             else:
-                found = self._made_from
-                self._write(IDENTITY, (json.dumps(found, indent=2) + "\n").encode())
+                recorded = self._made_from
+                self._write(IDENTITY, (json.dumps(recorded, indent=2) + "\n").encode())
             for name in names:
                 path = self.folder / name
                 if name.endswith(".partial") and time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
                     path.unlink(missing_ok=True)
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.folder}: cannot be used as a cache ({error}): give another folder") from error
-        with reading(self.folder / IDENTITY, "give another folder, or remove this one"):
-            different = differences(found, self._made_from)
+            raise UserError(f"{self.folder}: cannot be used as a cache ({error}): use another folder") from error
+        with reading(self.folder / IDENTITY, _OTHER_FOLDER):
+            different = differences(recorded, self._made_from)
         if different:
-            raise UserError(
-                f"{self.folder}: holds what something else gave ({'; '.join(different[:4])}): give another folder, or "
-                "remove this one"
-            )
+            raise UserError(f"{self.folder}: cache of other inputs ({'; '.join(different[:4])}): {_OTHER_FOLDER}")
         return [name for name in names if name.endswith(SUFFIX)]
 
     def _open(self, names: Iterable[str], process: int) -> None:
-        """Read the headers of shards that `process` saw or wrote, by name: a listing may be behind on network disks."""
+        """Read the headers of shards that `process` saw or wrote, by name, since network disks may list them late."""
         for name in names:
             path = self.folder / name
             if not path.exists():
                 raise UserError(
-                    f"{path}: process {process} of {process_count()} has it, but here it cannot be opened: the folder "
-                    "must lie on a disk that all processes share"
+                    f"{path}: written by process {process} of {process_count()} but not visible to this process: use a "
+                    "folder on a disk that all processes share"
                 )
             if name != IDENTITY:
                 for key, place in _arrays_of(path).items():
-                    self._where.setdefault(key, place)
+                    self._places.setdefault(key, place)
 
     def _flush(self) -> None:
         if not self._pending:
@@ -181,13 +178,14 @@ class ArrayCache:
         except OSError as error:
             reason = error.strerror or error
             raise UserError(
-                f"{self.folder}: cannot be written ({reason}): make room or give another folder; what is there counts"
+                f"{self.folder}: cannot be written ({reason}): free disk space or use another folder (finished shards "
+                "are kept)"
             ) from error
         self._written.append(name)
         self._pending, self._bytes = {}, 0
 
     def _write(self, name: str, content: bytes) -> None:
-        """A file that appears whole or not at all."""
+        """Write a file atomically."""
         partial = self.folder / f".{name}.{socket.gethostname()}-{os.getpid()}.partial"
         try:
             with partial.open("wb") as file:
@@ -201,10 +199,10 @@ class ArrayCache:
 
 
 def _arrays_of(shard: Path) -> dict[str, _Place]:
-    """Where the arrays of a shard lie, by its header: all in bytes that are there, and no byte is left over.
+    """Return the places of all arrays in a shard, after checking that they cover the file exactly.
 
     Raises:
-      UserError: it is damaged.
+      UserError: the shard is damaged.
     """
     with open_file(shard) as file, reading(shard, _AGAIN):
         size = os.fstat(file.fileno()).st_size
@@ -217,7 +215,7 @@ def _arrays_of(shard: Path) -> dict[str, _Place]:
     for key, tensor in checked(header, dict[str, _Tensor], str(shard), _AGAIN).items():
         dtype, shape, (start, stop) = _DTYPES.get(tensor["dtype"]), tuple(tensor["shape"]), tensor["data_offsets"]
         if dtype is None or stop - start != math.prod(shape) * dtype.itemsize or stop - start > _MAX_ARRAY:
-            raise UserError(f"{shard}: damaged ({key} is not as large as it says): {_AGAIN}")
+            raise UserError(f"{shard}: damaged (size of {key} does not match its shape): {_AGAIN}")
         places[key], end = _Place(shard, dtype, shape, 8 + length + start, stop - start), max(end, stop)
     if 8 + length + end != size:
         raise UserError(f"{shard}: damaged ({size:,} bytes instead of {8 + length + end:,}): {_AGAIN}")

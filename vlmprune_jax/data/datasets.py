@@ -1,11 +1,11 @@
-"""Folders that `save_to_disk` of Hugging Face's datasets wrote, as records: read with pyarrow, image by image.
+"""Records from folders written by `save_to_disk` of Hugging Face datasets, read with pyarrow image by image.
 
-A folder is one split: Arrow streams, `state.json` that lists them, `dataset_info.json`. Texts are read at once, as from
-JSON; an image's bytes when it is decoded, from their place in the file, so that no more than a batch of rows is in
-memory. Nothing is mapped: a file that is cut while it is read ends in a line.
+A folder is one split: Arrow streams, `state.json` that lists them, and `dataset_info.json`. Texts are read at once, an
+image's bytes when it is decoded, so that at most one Arrow record batch is in memory. Files are not memory-mapped, so
+that a truncated file raises an error instead of killing the process.
 
-A row that has `conversations` is a LLaVA record. Any other is a question, `question`, about its images, with `answer`
-or `answers`; how it becomes a record, `_entry` says. All its columns but the images are fields, which metrics read.
+A row with `conversations` is a LLaVA record. Any other row is a question (`question`, with `answer` or `answers`) about
+its images; see `_entry`. All columns except images become fields, which metrics read.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _File(TypedDict):
 
 
 class _State(TypedDict):
-    """What `save_to_disk` writes of a split, as far as it is read back."""
+    """Fields of a split's state.json that are read back."""
 
     _data_files: list[_File]
 
@@ -50,49 +50,49 @@ class _Dict(TypedDict):
 
 
 def datasets_folder(text: str) -> Path:
-    """The folder of the split that a setting `datasets:FOLDER` names; that of a single split may be left out.
+    """Return the split's folder for a setting `datasets:FOLDER`; the name of a single split may be omitted.
 
     Raises:
-      UserError: it has several splits, or is no such folder.
+      UserError: the folder has several splits, or was not written by `save_to_disk`.
     """
     folder = Path(text.removeprefix(PREFIX))
     if text == PREFIX or "://" in text:
-        raise UserError(f"{text}: give a folder that save_to_disk wrote, {PREFIX}DIR")
+        raise UserError(f"{text}: is not a folder: use {PREFIX}DIR with a folder written by save_to_disk")
     if not (folder / _SPLITS).exists():
         return folder
     splits = read_json(folder / _SPLITS, _Dict, todo=_TODO)["splits"]
     if len(splits) != 1 or splits[0] in (".", "..") or set(splits[0]) & set("/\\\0"):
-        raise UserError(f"{text}: has the splits {', '.join(splits) or '(none)'}: name one, {PREFIX}{folder}/SPLIT")
+        raise UserError(f"{text}: has the splits {', '.join(splits) or '(none)'}: use {PREFIX}{folder}/SPLIT")
     return folder / splits[0]
 
 
 def datasets_state(folder: Path) -> str:
-    """A short text that changes when a split is saved again, "" where there is none."""
+    """Return a short text that changes if a split is saved again, or "" without a split."""
     state = folder / _STATE
     return str(state.stat().st_mtime_ns) if state.is_file() else ""
 
 
 def read_datasets(folder: Path, *, image_lead: bool = False, on_error: str = "stop") -> list[Record]:
-    """The records of a split.
+    """Return the records of a split.
 
-    Images are `StoredImage`s. Raises UserError naming folder and row where something is malformed; with `on_error`
-    "skip" the record tells it, as in `read_records`.
+    Images are `StoredImage`s. Raises UserError with folder and row for malformed rows; with `on_error` "skip" they
+    become records with a `problem`, as in `read_records`.
     """
     split = _Split(folder)
     records = [
         make_record(entry, index, folder, split, image_lead, on_error) for index, entry in enumerate(split.entries())
     ]
     if not records:
-        raise UserError(f"{folder}: holds no row: {_TODO}")
+        raise UserError(f"{folder}: contains no rows: {_TODO}")
     return records
 
 
 class _Split:
-    """The rows of a split and where each batch of them is; safe to read images of from several threads."""
+    """Rows of a split and the place of each record batch; images can be read from several threads."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        missing = f"no such file: give a folder that save_to_disk wrote, {PREFIX}DIR or {PREFIX}DIR/SPLIT"
+        missing = f"no such file: use {PREFIX}DIR or {PREFIX}DIR/SPLIT with a folder written by save_to_disk"
         state = read_json(folder / _STATE, _State, missing=missing, todo=_TODO)
         self._files = [folder / file["filename"] for file in state["_data_files"]]
         outside = [file.name for file in self._files if file.parent != folder]
@@ -106,24 +106,24 @@ class _Split:
         self._lock = threading.Lock()
 
     def identity(self) -> str:
-        """A digest of all images."""
+        """Return a digest of all images."""
         return hashlib.sha256("".join(self._numbers).encode()).hexdigest()[:16]
 
     def find(self, name: str, where: str) -> StoredImage:
-        """The image of a digest: rows that share one share what is made of it."""
+        """Return the image with a digest; rows with equal images share one."""
         del where
         return StoredImage(name, self._numbers[name], self)
 
     def read(self, number: int) -> bytes:
-        """The encoded bytes of an image. Raises UserError for a damaged folder."""
+        """Return the encoded bytes of an image. Raises UserError for a damaged folder."""
         row, place = divmod(number, _MOST_IMAGES)
         batch = bisect.bisect_right(self._firsts, row) - 1
         with self._lock, reading(f"{self.folder}, row {row}", _TODO):
             if self._batch[0] != batch:
                 self._batch = (batch, self._read_batch(batch))
-            _, found = self._batch
-            assert found is not None
-            images = _images(found.slice(row - self._firsts[batch], 1), found.schema)[0]
+            _, rows = self._batch
+            assert rows is not None
+            images = _images(rows.slice(row - self._firsts[batch], 1), rows.schema)[0]
             return list(itertools.chain(*images.values()))[place]
 
     def _read_batch(self, number: int) -> pa.RecordBatch:
@@ -133,7 +133,7 @@ class _Split:
             return _checked(pa.ipc.read_record_batch(pa.ipc.read_message(source), self._schemas[path]))
 
     def entries(self) -> Iterator[dict[str, Any]]:
-        """Every row as the entry of a JSON file."""
+        """Yield every row in the form of a JSON data file's entry."""
         row = 0
         for path in self._files:
             with reading(path, _TODO), open_file(path) as file, pa.PythonFile(file, mode="r") as source:
@@ -162,7 +162,7 @@ class _Split:
 
 
 def _messages(reader: pa.ipc.MessageReader, source: pa.PythonFile) -> Iterator[tuple[int, pa.ipc.Message]]:
-    """(offset, message) of every batch."""
+    """Yield (offset, message) of every record batch."""
     while True:
         offset = source.tell()
         try:
@@ -170,18 +170,18 @@ def _messages(reader: pa.ipc.MessageReader, source: pa.PythonFile) -> Iterator[t
         except StopIteration:
             return
         if message.type != "record batch":
-            raise ValueError(f"holds a {message.type}, not rows alone")
+            raise ValueError(f"contains a {message.type}, expected only record batches")
         yield offset, message
 
 
 def _checked(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The batch, its offsets and texts gone through: what pyarrow is given it believes."""
+    """Return the batch after checking offsets and texts, which pyarrow trusts otherwise."""
     batch.validate(full=True)
     return batch
 
 
 def _image_columns(schema: pa.Schema) -> list[str]:
-    """The columns of images, or of lists of them, as the feature `Image` is stored."""
+    """Return the columns of images or lists of images, as the feature `Image` stores them."""
     return [field.name for field in schema if _is_image(field.type) or _is_list_of_images(field.type)]
 
 
@@ -194,18 +194,18 @@ def _is_list_of_images(kind: pa.DataType) -> bool:
 
 
 def _images(batch: pa.RecordBatch, schema: pa.Schema) -> list[dict[str, list[bytes]]]:
-    """{column: bytes of its images} of every row, empty columns left out.
+    """Return {column: bytes of its images} for every row, without empty columns.
 
     Raises:
-      ValueError: an image is a path, which may be anybody's file; or there are too many.
+      ValueError: an image is a path, which may point to any file; or a row has too many images.
     """
     rows: list[dict[str, list[bytes]]] = [{} for _ in range(batch.num_rows)]
     for name in _image_columns(schema):
         for row, value in zip(rows, batch.column(name).to_pylist(), strict=True):
-            found = value if isinstance(value, list) else [value]
-            images = [one["bytes"] for one in found if one is not None]
+            items = value if isinstance(value, list) else [value]
+            images = [item["bytes"] for item in items if item is not None]
             if any(image is None for image in images):
-                raise ValueError(f"an image of column {name!r} is only the path of one, not its bytes")
+                raise ValueError(f"column {name!r} has an image path instead of its bytes")
             if images:
                 row[name] = images
     if any(sum(map(len, row.values())) > _MOST_IMAGES for row in rows):
@@ -214,11 +214,11 @@ def _images(batch: pa.RecordBatch, schema: pa.Schema) -> list[dict[str, list[byt
 
 
 def _entry(row: dict[str, Any], images: Mapping[str, list[str]]) -> dict[str, Any]:
-    """A row as the entry of a JSON file: LLaVA's as it stands, any other as a question.
+    """Return a row in the form of a JSON data file's entry: LLaVA rows unchanged, any other row as a question.
 
-    The question is `Context: hint` where there is one, `question`, and a line `A. text` for each of its `choices` or
-    `options`. A mark `<image N>` in it is replaced by the image of column `image_N`; other images come before the text.
-    An answer that is the place of a choice (a whole number; beside `options` also its text, as AI2D has it) becomes the
+    The question consists of `Context: hint` if there is a hint, `question`, and a line `A. text` for each of its
+    `choices` or `options`. A mark `<image N>` is replaced by the image of column `image_N`; other images precede the
+    text. An answer that is the index of a choice (a whole number; with `options` also its text, as in AI2D) becomes the
     choice's letter.
     """
     others = {name: value for name, value in row.items() if value is not None}
@@ -236,7 +236,7 @@ def _entry(row: dict[str, Any], images: Mapping[str, list[str]]) -> dict[str, An
 
 
 def _with_marks(text: str, images: Mapping[str, list[str]]) -> tuple[str, list[str]]:
-    """The text with `<image>` where an image belongs, and the images in that order."""
+    """Return the text with `<image>` at the place of each image, and the images in that order."""
     marked = {f"image_{number}" for number in _MARK.findall(text)}
     before = [name for column, names in images.items() if column not in marked for name in names]
     marks = "" if IMAGE_TOKEN in text else f"{IMAGE_TOKEN}\n" * len(before)
@@ -260,10 +260,10 @@ def _answer(answer: Any, choices: int, *, by_text: bool) -> str | None:
 
 
 def parse_choices(value: Any) -> list[str] | None:
-    """Texts to choose from, given as a list or, as MMMU has it, as the text of one; None for anything else."""
+    """Return the choices given as a list, or as the text of a list (MMMU); None for anything else."""
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             return None
-    return value if isinstance(value, list) and all(isinstance(one, str) for one in value) else None
+    return value if isinstance(value, list) and all(isinstance(choice, str) for choice in value) else None

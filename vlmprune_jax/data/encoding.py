@@ -1,4 +1,4 @@
-"""One record as one row of a batch: token ids, labels and image slots, in a fixed shape."""
+"""Encoding of a record as one row of a batch: token ids, labels and image slots, in a fixed shape."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from vlmprune_jax.models.positions import AXES, mrope_positions
 
 
 class Room(NamedTuple):
-    """What a batch has of images: slots in a row, and of images of any size the tokens that each is padded to (0)."""
+    """Image capacity of a batch: slots per row, and tokens per slot for images of any size (else 0)."""
 
     slots: int
     image_tokens: int = 0
 
 
 class Shape(NamedTuple):
-    """What the rows of a batch are padded to; see `Room`."""
+    """Padded shape of the rows of a batch; see `Room`."""
 
     tokens: int
     slots: int
@@ -36,17 +36,18 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoder:
-    """How one record becomes one row of tokens, at most `max_length`, and of image slots.
+    """Encoder of records as rows of tokens and image slots.
 
-    Every image, or every tile of one, takes `tokens_per_image` positions that hold `image_token_id`, and one slot.
-    `image_loader` is None for a model without a vision tower; it may read cached features instead of images. `truncate`
-    cuts longer training rows at the right, as the reference does; without it they are refused. A record has at most
-    `max_images` images. With `tile_buckets` (ascending) a batch has as many slots as the smallest of them that holds
-    each of its rows, so that there are as many compiled programs as buckets; None = always `max_images` slots.
-    `image_buckets` (ascending) are the same for the tokens of one image, where images are of any size (else None).
-    `length_buckets` (ascending, up to `max_length`) are the same for the tokens of measured training batches; None =
-    always `max_length`. `longest`: rows of more tokens are refused where nothing cuts them
-    (`ModelConfig.longest_row`; 0 = any). `words`: of the model's vocabulary, beyond which ids are refused (0 = any).
+    Every image or tile takes one slot and `tokens_per_image` positions, which hold `image_token_id`. A record has at
+    most `max_images` images. `image_loader` is None without a vision tower; it may read cached features.
+
+    Length: rows have `max_length` tokens. With `truncate` longer training rows are cut at the right, as in the
+    reference; otherwise they are refused. If nothing cuts them, rows over `longest` tokens (`ModelConfig.longest_row`;
+    0 = no limit) are refused. `words` is the size of the model's vocabulary; larger ids are refused (0 = no limit).
+
+    Buckets (ascending) limit the number of compiled programs: a batch takes the smallest bucket that holds all its
+    rows. `tile_buckets` are numbers of slots (None: always `max_images`), `image_buckets` tokens per image for images
+    of any size (else None), `length_buckets` tokens of measured training batches (None: always `max_length`).
     """
 
     tokenizer: Any
@@ -89,7 +90,7 @@ class Encoder:
         return row
 
     def padding_row(self, shape: Shape) -> dict[str, np.ndarray]:
-        """Return a row that counts nowhere."""
+        """Return a row without real tokens."""
         return self._empty_row(shape)
 
     def prompt_ids(self, record: Record) -> np.ndarray:
@@ -107,7 +108,7 @@ class Encoder:
         return ids
 
     def images(self, record: Record, room: Room) -> dict[str, np.ndarray]:
-        """Return the arrays of a row that hold the record's images or tiles in order, then zeros; {} of text models."""
+        """Return the row arrays that hold the record's images or tiles in order, then zeros; {} for text models."""
         if self.image_loader is None:
             return {}
         row = self._empty_row(Shape(0, *room))
@@ -115,21 +116,21 @@ class Encoder:
         return {name: row[name] for name in self.image_loader.arrays(*room)}
 
     def shapes(self, record: Record) -> list[ImageShape]:
-        """Return what each image of a record becomes; none for text. Raises UserError naming the record."""
+        """Return the shape of each image of a record; empty without images. Raises UserError naming the record."""
         if record.problem is not None:
             raise UserError(record.problem)
         if not record.images:
             return []
         if self.image_loader is None:
-            raise UserError(f"record {record.id}: has an image but the model has no vision tower; drop it")
+            raise UserError(f"record {record.id}: has an image but the model has no vision tower: drop the record")
         if len(record.images) > self.max_images:
             raise UserError(
-                f"record {record.id}: {len(record.images)} images, over max_images {self.max_images}; raise max_images"
+                f"record {record.id}: {len(record.images)} images, over max_images {self.max_images}: raise max_images"
             )
         return self.image_loader.shapes(record.images, record.id)
 
     def room(self, records: Sequence[Record]) -> Room:
-        """Return what a batch of these records has of images. Raises UserError naming a record that no bucket holds."""
+        """Return the image capacity for a batch of these records. Raises UserError if no bucket is large enough."""
         if self.image_loader is None or (self.tile_buckets is None and self.image_buckets is None):
             return Room(self.max_images)
         slots, tokens = 0, 0
@@ -146,23 +147,23 @@ class Encoder:
         return Shape(length, *self._room(slots, image))
 
     def count_shapes(self, sizes: np.ndarray) -> int:
-        """Return how many shapes training batches of records with these sizes may have at most."""
+        """Return the maximum number of shapes of training batches of records with these sizes."""
         least, most = self.shape(sizes.min(0)[None]), self.shape(sizes)
         buckets = (self.length_buckets, self.tile_buckets, self.image_buckets)
         return math.prod(
-            sum(low <= bucket <= high for bucket in some or (high,))
-            for some, low, high in zip(buckets, least, most, strict=True)
+            sum(low <= bucket <= high for bucket in sizes_of_axis or (high,))
+            for sizes_of_axis, low, high in zip(buckets, least, most, strict=True)
         )
 
     @property
     def images_decide(self) -> bool:
-        """Whether batches of one length may differ in shape, by what their images need."""
-        several = any(len(some or ()) > 1 for some in (self.tile_buckets, self.image_buckets))
+        """True if batches of equal length may differ in shape, depending on their images."""
+        several = any(len(buckets or ()) > 1 for buckets in (self.tile_buckets, self.image_buckets))
         return several and self.image_loader is not None
 
     @property
     def least_shape(self) -> Shape:
-        """The smallest shape that a batch can have."""
+        """The smallest shape of a batch."""
         return Shape((self.length_buckets or (self.max_length,))[0], *self._room(0, 0))
 
     def _room(self, slots: int, image_tokens: int) -> Room:
@@ -175,20 +176,20 @@ class Encoder:
         needed, most = slots_of(images), self.tile_buckets
         if most is not None and needed > most[-1]:
             raise UserError(
-                f"record {record.id}: its images make {needed} tiles, over the largest bucket of {most[-1]}; raise "
+                f"record {record.id}: {needed} tiles are over the largest bucket of {most[-1]}: raise "
                 "data.tile_buckets or lower data.max_tiles"
             )
         needed, most = largest(images), self.image_buckets
         if most is not None and needed > most[-1]:
             raise UserError(
-                f"record {record.id}: an image makes {needed} tokens, over the largest bucket of {most[-1]}; raise "
+                f"record {record.id}: an image of {needed} tokens is over the largest bucket of {most[-1]}: raise "
                 "data.image_buckets or lower data.max_image_tokens"
             )
 
     def image_positions(self, images: Sequence[ImageShape]) -> int:
-        """Return the tokens that images of these shapes add to those of the text with its marks."""
-        marks = 0 if self.template.image_tokens is None else sum(map(self.template.context_tokens, images))
-        return sum(image.positions(self.tokens_per_image) for image in images) - marks
+        """Return the number of tokens that images of these shapes add to the text with its context tokens."""
+        written = 0 if self.template.image_tokens is None else sum(map(self.template.context_tokens, images))
+        return sum(image.positions(self.tokens_per_image) for image in images) - written
 
     def training_tokens(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
         """Return (input_ids, labels) of at most `max_length` (0 = any). Raises UserError naming the record."""
@@ -211,13 +212,13 @@ class Encoder:
             if record.images and self._cuts_image(ids):
                 last = int(np.flatnonzero(ids == self.image_token_id)[-1])
                 raise UserError(
-                    f"record {record.id}: an image lies beyond max_length {limit}; raise it, or shrink the images, "
-                    f"which end with token {last + 1}"
+                    f"record {record.id}: an image ends at token {last + 1}, beyond max_length {limit}: raise "
+                    "max_length, or shrink the images"
                 )
         return ids[:limit], labels[:limit]
 
     def problem(self, record: Record) -> str | None:
-        """Return why a record cannot be a training row, None where it can."""
+        """Return why a record cannot be a training row, or None."""
         try:
             self.training_tokens(record)
             images = self.shapes(record)
@@ -230,25 +231,25 @@ class Encoder:
     def _check_ids(self, ids: np.ndarray, record: Record) -> None:
         if self.words and (ids[ids != self.image_token_id] >= self.words).any():
             raise UserError(
-                f"record {record.id}: the tokenizer gives id {ids.max()}, but the vocabulary of the model has "
-                f"{self.words} words: use the model's own tokenizer"
+                f"record {record.id}: token id {ids.max()} is outside the model's vocabulary of {self.words}: use the "
+                "model's own tokenizer"
             )
 
     def _check_longest(self, ids: np.ndarray, record: Record) -> None:
         if 0 < self.longest < len(ids):
             raise UserError(
-                f"record {record.id}: {len(ids)} tokens with its images, more than the {self.longest} that a row of "
-                "this model may have; drop the record, or set data.max_length, which cuts it in training"
+                f"record {record.id}: {len(ids)} tokens with images, the maximum for this model is {self.longest}: "
+                "drop the record, or set data.max_length to cut it in training"
             )
 
     def _cuts_image(self, ids: np.ndarray) -> bool:
-        """Whether `max_length` falls before the last position of an image, or before the mark that closes it."""
+        """Return True if `max_length` cuts an image, or separates an image from its end token."""
         last_is_image = bool(ids[self.max_length - 1] == self.image_token_id)
         closed = self.template.image_tokens is not None
         return bool(np.any(ids[self.max_length :] == self.image_token_id)) or (closed and last_is_image)
 
     def _empty_row(self, shape: Shape) -> dict[str, np.ndarray]:
-        # Which id pads is immaterial under the mask, but it must be one the embedding has.
+        # any id of the vocabulary will do, since padding is masked
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         row = {
             "input_ids": np.full(shape.tokens, pad, np.int32),
@@ -264,11 +265,11 @@ class Encoder:
 
     @property
     def _merge(self) -> int:
-        """See `Preparation.merge`."""
+        """`Preparation.merge` of the image loader; 0 without one."""
         return 0 if self.image_loader is None else self.image_loader.preparation.merge
 
     def _fill_positions(self, row: dict[str, np.ndarray]) -> None:
-        """Give a row of a model that places images in a plane the positions of its tokens."""
+        """Add position ids to a row, for models with M-RoPE."""
         if self._merge:
             ids, mask, grids = (row[name][None] for name in ("input_ids", "attention_mask", GRIDS))
             row["position_ids"] = mrope_positions(ids, mask, grids, self.image_token_id, self._merge)[0][0]
@@ -277,13 +278,15 @@ class Encoder:
         if not record.images:
             return
         loader = self.image_loader
-        assert loader is not None  # the prompt was tokenised, which checks it
+        assert loader is not None  # checked when the prompt was tokenised
         slot, array, shapes = 0, row[loader.array], self.shapes(record)
         for path, shape in zip(record.images, shapes, strict=True):
-            counted = loader.arrays(1, shape.tokens)[loader.array][0][1]  # patches or tokens of one of any size
+            counted = loader.arrays(1, shape.tokens)[loader.array][0][1]  # patches or tokens, for images of any size
             for pixels in loader.load(path, record.id, len(record.images)):
                 if slot == len(array) or (shape.tokens and not len(pixels) == counted <= len(array[slot])):
-                    raise UserError(f"record {record.id}: its images make more tiles than when they were counted")
+                    raise UserError(
+                        f"record {record.id}: its images changed since they were measured: run the same command again"
+                    )
                 if shape.tokens:
                     array[slot, : len(pixels)], row[GRIDS][slot] = pixels, shape.grid
                 else:
@@ -292,12 +295,12 @@ class Encoder:
 
 
 def slots_of(images: Sequence[ImageShape]) -> int:
-    """Return the slots of a row with these images."""
+    """Return the number of slots of these images."""
     return sum(image.slots for image in images)
 
 
 def largest(images: Sequence[ImageShape]) -> int:
-    """Return the tokens of the largest of images of any size (0: there is none)."""
+    """Return the tokens of the largest image, for images of any size (0 without images)."""
     return max((image.tokens for image in images), default=0)
 
 
@@ -306,9 +309,9 @@ def _smallest(buckets: Sequence[int], needed: int) -> int:
 
 
 def check_length(length: int, record: Record, limit: int) -> None:
-    """Raise UserError naming the record where its tokens exceed a limit."""
+    """Raise UserError naming the record if its tokens exceed a limit."""
     if length > limit:
         raise UserError(
-            f"record {record.id}: {length} tokens with its images, over max_length {limit}; "
-            "raise max_length or drop the record"
+            f"record {record.id}: {length} tokens with images, over max_length {limit}: raise max_length or drop the "
+            "record"
         )

@@ -1,4 +1,4 @@
-"""Features of a frozen vision tower, read from a cache where a batch would hold pixels."""
+"""Features of a frozen vision tower, read from a cache in place of pixels."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from vlmprune_jax.data.records import Record, StoredImage, image_key
 
 
 class Picture(NamedTuple):
-    """An image as a record has it: `place` among the record's images."""
+    """An image of a record; `place` is its index among the record's images."""
 
     record: Record
     place: int
 
     @property
     def image(self) -> Path | StoredImage:
-        """The image itself."""
+        """The image file or stored image."""
         return self.record.images[self.place]
 
 
 class FeatureLoader:
-    """What an `ImageLoader` is to pixels: features [tiles, tokens, features] of images, which are not decoded.
+    """Loader of cached features [tiles, tokens, features], in place of an `ImageLoader` of pixels.
 
-    One of any size has one tile, of as many tokens as it makes. An image is known by its `image_key`, where tiles
-    depend on them also by how many images its record has. One that could not be read when features were computed has no
-    tiles in the cache.
+    An image of any size has one tile, with as many tokens as it has merged patches. The key of an image is its
+    `image_key`, with the number of images in its record if its tiles depend on that. Images that could not be read when
+    the features were computed have no tiles in the cache.
 
     Args:
-      images: loads the pixels of the same images.
-      cache: holds the features.
-      shape: (tokens, features) of one tile, or (features,) where images are of any size.
-      dtype: of the features.
+      images: loader of the pixels of the same images.
+      cache: cache of the features.
+      shape: (tokens, features) of one tile, or (features,) for images of any size.
+      dtype: dtype of the features.
     """
 
     array = "vision_features"
@@ -48,11 +48,11 @@ class FeatureLoader:
 
     @property
     def preparation(self) -> Preparation:
-        """How images became arrays."""
+        """The preparation of the images before the tower."""
         return self.images.preparation
 
     def arrays(self, slots: int, image_tokens: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """See `ImageLoader.arrays`."""
+        """Return shapes and dtypes of the arrays in a row; see `ImageLoader.arrays`."""
         if not self.preparation.merge:
             return {self.array: ((slots, *self.shape), self.dtype)}
         return {
@@ -61,7 +61,7 @@ class FeatureLoader:
         }
 
     def shapes(self, paths: Sequence[Path | StoredImage], record: str) -> list[ImageShape]:
-        """See `ImageLoader.shapes`."""
+        """Return the shape of each image; see `ImageLoader.shapes`."""
         return self.images.shapes(paths, record)
 
     def load(self, path: Path | StoredImage, record: str, sharing: int = 1) -> np.ndarray:
@@ -71,38 +71,38 @@ class FeatureLoader:
         sizes = features.shape[len(open_axes) :]
         if (sizes, features.dtype) != (self.shape, self.dtype):
             raise UserError(
-                f"{path} (record {record}): {self.cache.folder} holds {features.dtype}{list(features.shape)} for it, "
-                f"not {self.dtype}[{', '.join(map(str, (*open_axes, *self.shape)))}]: remove that folder"
+                f"{path} (record {record}): {self.cache.folder} has {features.dtype}{list(features.shape)}, "
+                f"expected {self.dtype}[{', '.join(map(str, (*open_axes, *self.shape)))}]: remove that folder"
             )
         if len(features):
             return features
-        self.images.load(path, record, sharing)  # raises what it raised when the features were computed
+        self.images.load(path, record, sharing)  # normally raises the error that occurred when features were computed
         raise UserError(
-            f"{path} (record {record}): could not be read when its features were cached, and now it can: "
+            f"{path} (record {record}): could not be read when its features were cached, but is readable now: "
             f"remove {self.cache.folder}"
         )
 
     def key(self, path: Path | StoredImage, sharing: int) -> str:
-        """Return the name of an image's features."""
+        """Return the cache key of an image's features."""
         name = image_key(path)
         return f"{name}:1/{sharing}" if self.preparation.shares else name
 
     def missing(self, records: Iterable[Record]) -> dict[str, Picture]:
-        """Return the pictures of these records whose features are not there, each once, in order."""
-        found = (Picture(record, place) for record in records for place in range(len(record.images)))
+        """Return the pictures of these records whose features are not cached, each once, in order."""
         pictures: dict[str, Picture] = {}
-        for picture in found:
-            pictures.setdefault(self.key(picture.image, len(picture.record.images)), picture)
+        for record in records:
+            for place, image in enumerate(record.images):
+                pictures.setdefault(self.key(image, len(record.images)), Picture(record, place))
         return {key: pictures[key] for key in self.cache.missing(pictures)}
 
     def pixels(self, picture: Picture) -> np.ndarray:
-        """Return a picture's pixels as `ImageLoader.load` does. Raises UserError naming file and record."""
+        """Return a picture's pixels, as `ImageLoader.load` does. Raises UserError naming file and record."""
         return self.images.load(picture.image, picture.record.id, len(picture.record.images))
 
     def shape_of(self, picture: Picture) -> ImageShape:
-        """Return what a picture becomes. Raises UserError naming file and record."""
+        """Return a picture's shape. Raises UserError naming file and record."""
         return self.images.shapes(picture.record.images, picture.record.id)[picture.place]
 
     def count(self, picture: Picture) -> int:
-        """Return how many of `shape` a picture takes: tiles or tokens. Raises UserError naming file and record."""
+        """Return a picture's number of tiles or tokens. Raises UserError naming file and record."""
         return self.shape_of(picture).positions(1)

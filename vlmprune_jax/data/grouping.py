@@ -1,34 +1,34 @@
-"""The order of training records in which the rows of a batch are alike in length, and perhaps in modality."""
+"""Order of training records that gives batches of similar length, and optionally of one modality."""
 
 from __future__ import annotations
 
 import numpy as np
 
 GROUPINGS = ("none", "length", "modality_length")
-MEGABATCH = 50  # batches whose rows are sorted together, as `mega_batch_mult` of transformers' `group_by_length`
+MEGABATCH = 50  # batches sorted together, like `mega_batch_mult` of transformers' `group_by_length`
 
 
 def grouped_order(sizes: np.ndarray, *, group_by: str, batch_size: int, seed: int, epoch: int) -> np.ndarray:
-    """Return int64[records], the record numbers of one epoch in order; each once, a function of the arguments alone.
+    """Return int64[records], the record indices of one epoch in order, as a function of the arguments alone.
 
-    Records are permuted, per modality with "modality_length" (LLaVA), and cut into megabatches; inside one they are
-    sorted by length and cut into batches, and the batches of all megabatches are permuted, the longest row's first, so
-    that a batch that does not fit in memory is met at once. What fills no batch comes last. LLaVA's own megabatch is
-    one batch, which keeps modalities apart but pads as much as no grouping.
+    Records are permuted, per modality with "modality_length" (LLaVA), and cut into megabatches. Each megabatch is
+    sorted by length and cut into batches; the batches of all megabatches are permuted. The batch with the longest row
+    comes first, so that a lack of memory shows at once, and records that do not fill a batch come last. LLaVA's own
+    megabatch is a single batch, which separates modalities but needs as much padding as no grouping.
 
-    Batches run on across epochs: an epoch begins with the records that fill up the last one's open batch.
+    Batches continue across epochs: an epoch begins with the records that complete the previous epoch's last batch.
 
     Args:
-      sizes: int[records, ...], tokens and image slots first (`measure.measure`). Those of 0 tokens, which cannot be
-        read, are spread like the others, so that no batch is empty.
+      sizes: int[records, ...], tokens and image slots first (`measure.measure`). Unreadable records (0 tokens) are
+        spread like the others, so that no batch is empty.
       group_by: "length" or "modality_length".
-      batch_size: global.
+      batch_size: rows of a global batch.
     """
     draw = np.random.Generator(np.random.PCG64([seed, epoch]))
-    lost = sizes[:, 0] == 0
-    if lost.any() and not lost.all():
+    unreadable = sizes[:, 0] == 0
+    if unreadable.any() and not unreadable.all():
         sizes = sizes.copy()
-        sizes[lost] = sizes[draw.choice(np.flatnonzero(~lost), int(lost.sum()))]
+        sizes[unreadable] = sizes[draw.choice(np.flatnonzero(~unreadable), int(unreadable.sum()))]
     order = draw.permutation(len(sizes))
     begun = -epoch * len(sizes) % batch_size
     head, rest = order[:begun], order[begun:]

@@ -1,31 +1,33 @@
-"""The image processor that a folder's file describes: every field checked, then the `transformers` class made."""
+"""Image processor settings of a model folder: every field is checked, then the `transformers` class is created."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
+import numpy as np
 from msgspec import Meta
+from PIL import Image
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import checked, read_json, reading
 from vlmprune_jax.families import FAMILIES
 from vlmprune_jax.families.tiles import MAX_SIDE
 
-# Ways of families that cut images, or leave them their size: the classes here are not used for them.
+# Values of `Family.images` for which the transformers classes are not used.
 _CUT = ("tiles", "splits", "patches")
 _SUFFIXES = ("ImageProcessor", "ImageProcessorPil", "ImageProcessorFast", "FeatureExtractor")
 _TODO = "restore it from the model's source"
 
 _Side = Annotated[int, Meta(ge=1, le=MAX_SIDE)]
 _Sides = Annotated[list[_Side], Meta(min_length=2, max_length=2)]
-# Also of values that are not rescaled to 0..1 first.
+# The range also allows values that are not rescaled to 0..1.
 _Means = Annotated[list[Annotated[float, Meta(ge=-255, le=255)]], Meta(min_length=3, max_length=3)]
 _Deviations = Annotated[list[Annotated[float, Meta(ge=1e-6, le=255)]], Meta(min_length=3, max_length=3)]
 _Count = Annotated[int, Meta(ge=1)] | None
-_Area = Annotated[int, Meta(ge=1, le=MAX_SIDE**2 * 64)] | None  # in pixels, far above any model's (4096 x 4096)
+_Area = Annotated[int, Meta(ge=1, le=MAX_SIDE**2 * 64)] | None  # pixels; far above any model's maximum (4096 x 4096)
 
 
 class _Size(TypedDict, total=False):
@@ -39,7 +41,7 @@ _AnySize = _Side | _Sides | _Size | None
 
 
 class ProcessorFile(TypedDict, total=False):
-    """What a preprocessor_config.json says that matters here; of other fields, nothing is used."""
+    """Fields of a preprocessor_config.json that are used."""
 
     image_processor_type: str | None
     feature_extractor_type: str | None
@@ -67,7 +69,7 @@ class _Areas(TypedDict, total=False):
 
 
 class PatchFile(TypedDict, total=False):
-    """The same of a model that takes images of any size: `size` is two areas, which older files name by themselves."""
+    """Fields for images of any size that are used; `size` is two areas, which older files name separately."""
 
     image_processor_type: str | None
     feature_extractor_type: str | None
@@ -91,27 +93,27 @@ class _Named(TypedDict, total=False):
     feature_extractor_type: str | None
 
 
-# What our classes take of it. They pad no image: the reference does that before, whatever the processor would do.
-_TAKEN = (
+# Fields passed to the processor classes. Padding is not among them, since the reference pads images before.
+_USED_FIELDS = (
     "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize",
     "image_mean", "image_std", "default_to_square",
 )  # fmt: skip
 
 
 def checked_processor(config: Any, where: str) -> dict[str, Any]:
-    """The settings of an image processor, if they can be those of one.
+    """Return the settings of an image processor after checking them.
 
     Raises:
-      UserError: they cannot; the field is named.
+      UserError: with the field that has an invalid value.
     """
     way = way_of(checked(config, _Named, where, _TODO))
     return checked(config, PatchFile if way == "patches" else ProcessorFile, where, _TODO)
 
 
 def processor_settings(folder: Path) -> tuple[Any, str] | None:
-    """What a folder's file says of its image processor, as it stands there, and that file; None where there is none.
+    """Return a folder's image processor settings, unchecked, and their file; None without settings.
 
-    `preprocessor_config.json`, or the part of `processor_config.json`: transformers 5 writes only that one.
+    Reads `preprocessor_config.json`, or a section of `processor_config.json`, the only file that transformers 5 writes.
     """
     for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         path = folder / name
@@ -122,41 +124,67 @@ def processor_settings(folder: Path) -> tuple[Any, str] | None:
     return None
 
 
+def check_steps(config: Mapping[str, Any], where: str, images: str) -> None:
+    """Refuse settings without resizing, rescaling by 1/255 or normalisation; `images` names the kind of images."""
+    for step in ("do_resize", "do_rescale", "do_normalize"):
+        if config.get(step) is False:
+            raise UserError(f"{where}: {step} false is not supported for {images}: set it to true")
+    if abs(float(config.get("rescale_factor") or 1 / 255) - 1 / 255) > 1e-9:
+        raise UserError(
+            f"{where}: rescale_factor {config['rescale_factor']} is not supported for {images}: set it to 1/255"
+        )
+
+
+def normalize(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Return uint8[..., 3] pixels as float32, divided by 255 and normalised, in place to save memory."""
+    values = pixels.astype(np.float32)
+    values /= np.float32(255)
+    values -= np.array(mean, np.float32)
+    values /= np.array(std, np.float32)
+    return values
+
+
+def crop_grid(image: Image.Image, size: int) -> list[Image.Image]:
+    """Return the `size` x `size` pieces of an image, row by row; `size` divides its sides."""
+    places = [(left, top) for top in range(0, image.height, size) for left in range(0, image.width, size)]
+    return [image.crop((left, top, left + size, top + size)) for left, top in places]
+
+
 def way_of(config: Mapping[str, Any]) -> str:
-    """How the processor of these settings prepares images (`Family.images`); "whole" where its type is not known."""
+    """Return how a processor with these settings prepares images (`Family.images`); "whole" for an unknown type."""
     return next((way for way in _CUT if _type_of(config) in _processors(way)), "whole")
 
 
 def make_processor(config: Mapping[str, Any], where: str) -> Any:
-    """The processor of these settings (`checked_processor`); nothing has run yet.
+    """Return the processor of these settings (see `checked_processor`).
 
-    Only NumPy/PIL classes: their values are the reference's, while the torchvision ones of transformers 5 differ in the
-    last bits and need torch.
+    Uses NumPy/PIL classes only: their values equal the reference's, while transformers 5's torchvision classes differ
+    in the last bits and need torch.
 
     Raises:
-      UserError: its type is not known, or it does not take them.
+      UserError: the type is unknown, or it does not accept the settings.
     """
     import transformers
 
     name, classes = _type_of(config), _processors("whole")
     if name not in classes:
         known = ", ".join(sorted({*classes, *(name for way in _CUT for name in _processors(way))}))
-        raise UserError(f"{where}: image processor {name!r} is not supported; known: {known}")
+        raise UserError(f"{where}: image processor {name!r} is not supported (supported: {known})")
     for class_name in classes[name]:
         try:
             processor_class = getattr(transformers, class_name)
-        except (AttributeError, ImportError):  # transformers 4 has no *Pil name: its plain name is the NumPy one
+        except (AttributeError, ImportError):  # transformers 4: the name without Pil is the NumPy class
             continue
         with reading(where, _TODO):
-            return processor_class.from_dict({field: config[field] for field in _TAKEN if field in config})
-    raise UserError(f"transformers {transformers.__version__} has no image processor {classes[name]}; use >= 4.57")
+            return processor_class.from_dict({field: config[field] for field in _USED_FIELDS if field in config})
+    raise UserError(f"transformers {transformers.__version__} has no image processor {classes[name]}: use >= 4.57")
 
 
 def sides(size: Any, where: str) -> tuple[int, int]:
-    """(height, width) that a square image is resized or cropped to, by a processor's `size` or `crop_size`.
+    """Return (height, width) that a square image is resized or cropped to, from a processor's `size` or `crop_size`.
 
     Raises:
-      UserError: it says neither both nor the shortest edge.
+      UserError: neither height and width nor the shortest edge is set.
     """
     if isinstance(size, int | list):
         height, width = [size] * 2 if isinstance(size, int) else size
@@ -166,13 +194,13 @@ def sides(size: Any, where: str) -> tuple[int, int]:
         side = min(size["shortest_edge"], size.get("longest_edge", size["shortest_edge"]))
         return side, side
     if "height" not in size or "width" not in size:
-        raise UserError(f"{where}: size {size} gives neither height and width nor the shortest edge; {_TODO}")
+        raise UserError(f"{where}: size {size} needs height and width, or the shortest edge: {_TODO}")
     return size["height"], size["width"]
 
 
 def _processors(way: str) -> dict[str, tuple[str, str]]:
-    """image_processor_type (or the older feature_extractor_type) -> classes to try, of families that prepare so."""
-    kinds = [kind for one in FAMILIES.values() if one.images == way for kind in one.image_processors]
+    """Return image_processor_type -> classes to try, for the families that prepare images this way."""
+    kinds = [kind for family in FAMILIES.values() if family.images == way for kind in family.image_processors]
     suffixes = _SUFFIXES if way == "whole" else _SUFFIXES[:3]
     return {f"{k}{suffix}": (f"{k}ImageProcessorPil", f"{k}ImageProcessor") for k in kinds for suffix in suffixes}
 

@@ -1,4 +1,4 @@
-"""Image files to pixel arrays: guarded decoding, LLaVA's square padding, the folder's processor, tiles or patches."""
+"""Image files to pixel arrays: safe decoding, LLaVA's square padding, the folder's processor, tiles or patches."""
 
 from __future__ import annotations
 
@@ -29,80 +29,82 @@ from vlmprune_jax.data.tiling import Tiling, pad_to_square, tiling_from_processo
 from vlmprune_jax.families import find
 
 ASPECT_RATIOS = ("pad", "square")
-GRIDS = "image_grid_thw"  # of a batch: frames, rows and columns of patches of every slot, 0 of an empty one
-_CRISP = 96  # pixels of a side up to which a thumbnail keeps every pixel as it is
-# Decoders warn of metadata, which nothing here reads, and of sizes, which `max_pixels` bounds; what hinders them they
-# raise as well. Silenced for good, because filters are the process's, not a thread's.
+GRIDS = "image_grid_thw"  # array in a batch: frames, rows and columns of patches of every slot, 0 for an empty slot
+_CRISP = 96  # pixels per side up to which thumbnails are stored without loss
+# Decoders warn of metadata, which is not used, and of sizes, which `max_pixels` limits; real problems raise errors.
+# Silenced for the whole process, because warning filters are not per thread.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
-with contextlib.suppress(AttributeError, OSError):  # libtiff prints by itself; not every build has it
+with contextlib.suppress(AttributeError, OSError):  # libtiff prints to stderr; not every build has it
     ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 
 class Preparation(Protocol):
-    """How a decoded image becomes arrays; `sharing` is the number of images in its record."""
+    """Conversion of a decoded image to arrays; `sharing` is the number of images in its record."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(channels, height, width) of what the vision tower takes, or (values,) of a patch of an image of any size."""
+        """(channels, height, width) of the vision tower's input, or (values,) of a patch for images of any size."""
 
     @property
     def merge(self) -> int:
-        """Patches along a side of what becomes one token of an image of any size; 0 where all have one size."""
+        """Patches per side of a token, for images of any size; else 0."""
 
     @property
     def image_buckets(self) -> tuple[int, ...]:
-        """Tokens that a slot of images of any size may be padded to, ascending, the last enough for all; else ()."""
+        """Numbers of tokens that a slot may be padded to, ascending, for images of any size; else ()."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the arrays depend on beside the image, as JSON values."""
+        """Settings that the arrays depend on, as JSON values."""
 
     @property
     def shares(self) -> bool:
-        """Whether what an image becomes depends on how many share its record."""
+        """True if the arrays depend on the number of images in the record."""
 
     @property
     def usual(self) -> tuple[int, ...]:
-        """Slots that one image often takes, ascending."""
+        """Common numbers of slots per image, ascending."""
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
-        """Return what an image becomes."""
+        """Return the shape of a prepared image."""
 
     def most(self, images: int) -> int:
-        """Return the most slots of a record with up to `images` images."""
+        """Return the maximum number of slots of a record with up to `images` images."""
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
-        """Return the pixels in the largest picture on the way."""
+        """Return the pixels of the largest intermediate image."""
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
         """Return float32[slots, channels, height, width] of an RGB image, or float32[1, patches, values]."""
 
 
 class WholeImage:
-    """An image as one picture: LLaVA's `image_aspect_ratio`, then the folder's `transformers` processor.
+    """Preparation of an image as one picture: LLaVA's `image_aspect_ratio`, then the folder's processor.
 
-    `aspect_ratio` "pad" centres the image on a square of the colour int(255 * mean), "square" gives it to the processor
-    as it is.
+    `aspect_ratio` "pad" centres the image on a square of the colour int(255 * mean); "square" passes it on
+    unchanged.
     """
 
     shares, usual, merge, image_buckets = False, (1,), 0, ()
 
     def __init__(self, config: Mapping[str, Any], *, where: str, aspect_ratio: str) -> None:
         if aspect_ratio not in ASPECT_RATIOS:
-            raise UserError(f"image_aspect_ratio {aspect_ratio!r} is unknown; use one of {', '.join(ASPECT_RATIOS)}")
+            raise UserError(f"image_aspect_ratio {aspect_ratio!r} is unknown: use one of {', '.join(ASPECT_RATIOS)}")
         self._processor = make_processor(config, where)
         self._pad = aspect_ratio == "pad"
         self.settings: dict[str, Any] = {"aspect_ratio": aspect_ratio, "processor": dict(config)}
         crops = getattr(self._processor, "do_center_crop", None)
         if not (crops or self._processor.do_resize):
-            raise UserError(f"{where}: images are neither resized nor cropped: restore do_resize or do_center_crop")
+            raise UserError(
+                f"{where}: do_resize and do_center_crop are both off, so images differ in size: restore one of them"
+            )
         self._resized = sides(self._processor.size, where)
         self._short_side = "shortest_edge" in dict(self._processor.size)
         self.shape = (3, *(sides(self._processor.crop_size, where) if crops else self._resized))
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
-        """Return that of a whole image."""
+        """Return the shape of a whole image."""
         del width, height, sharing
         return ImageShape()
 
@@ -111,7 +113,7 @@ class WholeImage:
         return images
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
-        """Return the pixels after padding, or after the short side is resized: thin images grow enormously there."""
+        """Return the pixels after padding, or after resizing the short side (thin images get huge)."""
         del sharing
         height_after, width_after = self._resized
         if self._pad:
@@ -129,10 +131,10 @@ class WholeImage:
 
 
 class ImageLoader:
-    """Reads and prepares image files; results stay in a bounded LRU cache, because many records share an image.
+    """Loader of prepared images, with a bounded LRU cache because many records share an image.
 
-    `max_pixels` bounds the file's size and the size after padding or resizing. Safe to call from several threads.
-    `array` and `dtype`: what it fills in a batch.
+    `max_pixels` limits the size of the file's image and the size after padding or resizing. Thread-safe. `array` and
+    `dtype` are name and dtype of its array in a batch.
     """
 
     array, dtype = "pixel_values", np.dtype(np.float32)
@@ -148,10 +150,10 @@ class ImageLoader:
         self._lock = threading.Lock()
 
     def load(self, path: Path | StoredImage, record: str, sharing: int = 1) -> np.ndarray:
-        """Return read-only float32[slots, 3, height, width] of an image in a record of `sharing` images, or
-        float32[1, patches, values].
+        """Return the read-only pixels of an image in a record of `sharing` images.
 
-        Raises UserError naming the file and the record.
+        float32[slots, 3, height, width], or float32[1, patches, values] for images of any size. Raises UserError naming
+        the file and the record.
         """
         key = (path, sharing)
         with self._lock:
@@ -162,8 +164,8 @@ class ImageLoader:
             pixels = self.preparation.prepare(_to_rgb(image), sharing)
         if pixels.shape[-len(self.shape) :] != self.shape:
             raise UserError(
-                f"{path} (record {record}): becomes an image of {pixels.shape[3]}x{pixels.shape[2]} pixels, but the "
-                f"vision tower takes {self.shape[2]}x{self.shape[1]}; pad it to a square (data.aspect_ratio)"
+                f"{path} (record {record}): prepared size is {pixels.shape[3]}x{pixels.shape[2]} pixels, but the "
+                f"vision tower takes {self.shape[2]}x{self.shape[1]}: pad it to a square (data.aspect_ratio)"
             )
         pixels.flags.writeable = False
         with self._lock:
@@ -175,7 +177,7 @@ class ImageLoader:
         return pixels
 
     def arrays(self, slots: int, image_tokens: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Return shape and dtype of what a row of so many slots holds, each with room for `image_tokens` tokens."""
+        """Return shapes and dtypes of the arrays in a row of `slots` slots of `image_tokens` tokens."""
         merge = self.preparation.merge
         if not merge:
             return {self.array: ((slots, *self.shape), self.dtype)}
@@ -185,7 +187,7 @@ class ImageLoader:
         }
 
     def shapes(self, paths: Sequence[Path | StoredImage], record: str) -> list[ImageShape]:
-        """Return what each image of a record becomes; reads their headers only where that depends on their sizes.
+        """Return the shape of each image of a record; reads headers only if shapes depend on image sizes.
 
         Raises UserError naming the file and the record.
         """
@@ -199,13 +201,13 @@ class ImageLoader:
 
     @contextlib.contextmanager
     def _open(self, path: Path | StoredImage, record: str, sharing: int) -> Iterator[Image.Image]:
-        """An image whose size is checked; what is raised within names it and the record."""
+        """Open an image and check its size; errors in the block name the file and the record."""
         with _opened(path, record) as image:
             width, height = image.size
             if max(width * height, self.preparation.prepared_pixels(width, height, sharing)) > self._max_pixels:
                 raise UserError(
-                    f"{path}: image of {width}x{height} pixels is over the limit of {self._max_pixels} pixels once "
-                    "prepared; shrink it or raise max_image_pixels"
+                    f"{path}: image of {width}x{height} pixels exceeds the limit of {self._max_pixels} pixels after "
+                    "preparation: shrink it or raise max_image_pixels"
                 )
             yield image
 
@@ -213,13 +215,13 @@ class ImageLoader:
 def thumbnail(
     image: Path | StoredImage, record: str, *, side: int, max_pixels: int
 ) -> tuple[bytes, str, tuple[int, int]]:
-    """Return an image made small for people, as an encoded file: its bytes, "jpeg" or "png", and (width, height).
+    """Return a small copy of an image for people: the encoded file, "jpeg" or "png", and (width, height).
 
     Args:
-      image: of a record.
-      record: named in messages.
-      side: pixels of its longer side at most; smaller images are not enlarged.
-      max_pixels: larger images are refused.
+      image: image of a record.
+      record: id of the record, for messages.
+      side: maximum pixels of the longer side; smaller images are not enlarged.
+      max_pixels: limit above which images are refused.
 
     Raises UserError naming the file and the record.
     """
@@ -227,44 +229,44 @@ def thumbnail(
         width, height = opened.size
         if width * height > max_pixels:
             raise UserError(
-                f"{image}: image of {width}x{height} pixels is over the limit of {max_pixels} pixels; shrink it or "
+                f"{image}: image of {width}x{height} pixels exceeds the limit of {max_pixels} pixels: shrink it or "
                 "raise max_image_pixels"
             )
-        opened.draft("RGB", (side, side))  # of a JPEG: decode no more than that takes
+        opened.draft("RGB", (side, side))  # decodes a JPEG at reduced size
         small = _to_rgb(opened)
         small.thumbnail((side, side))
     kind = "png" if max(small.size) <= _CRISP else "jpeg"
-    written = io.BytesIO()
-    small.save(written, kind, **({} if kind == "png" else {"quality": 80}))
-    return written.getvalue(), kind, small.size
+    encoded = io.BytesIO()
+    small.save(encoded, kind, **({} if kind == "png" else {"quality": 80}))
+    return encoded.getvalue(), kind, small.size
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
-        # The same colours as a direct conversion, without PIL's warning about transparent palettes.
+        # same colours as a direct conversion, without PIL's warning about transparent palettes
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")
 
 
 @contextlib.contextmanager
 def _opened(path: Path | StoredImage, record: str) -> Iterator[Image.Image]:
-    """An image, its header read; what is raised within names it and the record."""
+    """Open an image and read its header; errors in the block name the file and the record."""
     with _readable(path, record), open_image(path if isinstance(path, Path) else path.read_bytes()) as image:
         yield image
 
 
 @contextlib.contextmanager
 def _readable(path: Path | StoredImage, record: str) -> Iterator[None]:
-    """Turn whatever a decoder raises into one line that names the file and the record."""
+    """Turn any error of a decoder into one line that names the file and the record."""
     try:
         yield
     except UserError as error:
         raise UserError(f"{path} (record {record}): {str(error).removeprefix(f'{path}: ')}") from error
     except Image.DecompressionBombError as error:
-        raise UserError(f"{path} (record {record}): image is far too large ({error}); shrink it") from error
+        raise UserError(f"{path} (record {record}): image is far too large ({error}): shrink it") from error
     except Exception as error:  # PIL decoders raise OSError, ValueError, SyntaxError, struct.error, ... by format
-        said = f"none of {', '.join(IMAGE_FORMATS)}" if isinstance(error, UnidentifiedImageError) else reason(error)
-        raise UserError(f"{path} (record {record}): not a readable image ({said}); replace the file") from error
+        problem = f"none of {', '.join(IMAGE_FORMATS)}" if isinstance(error, UnidentifiedImageError) else reason(error)
+        raise UserError(f"{path} (record {record}): not a readable image ({problem}): replace the file") from error
 
 
 def load_image_processor(
@@ -278,24 +280,24 @@ def load_image_processor(
     patches: tuple[int, int] | None = None,
     max_image_tokens: int | None = None,
 ) -> ImageLoader:
-    """Return the ImageLoader that an HF folder describes.
+    """Return the ImageLoader that a Hugging Face folder describes.
 
     Args:
-      folder: a model or its vision tower. A family's config.json may say how images are cut; otherwise
-        `preprocessor_config.json` is read, or the `image_processor` part of `processor_config.json` (transformers 5
-        writes only that one).
-      aspect_ratio: "pad" or "square", for models that do not cut images (see `WholeImage`).
-      max_pixels: largest image.
-      cache_bytes: what prepared images may take in memory.
-      image_size: side of the images that the vision tower takes; also for a family whose processor the hub's code
-        holds instead of a file.
-      tiling: fields of `Tiling` to use instead of the folder's, for models that cut images.
-      patches: of a tower that takes images of any size, the numbers in a patch, and patches along a side of a token.
-      max_image_tokens: images that make more are shrunk, for models that take images of any size.
+      folder: a model or its vision tower. For some families config.json describes the tiling; otherwise
+        `preprocessor_config.json` is read, or the section `image_processor` of `processor_config.json` (the only file
+        that transformers 5 writes).
+      aspect_ratio: "pad" or "square", for models without tiling (see `WholeImage`).
+      max_pixels: maximum size of an image.
+      cache_bytes: memory for prepared images.
+      image_size: pixels per side of the vision tower's input; also decides the settings of families whose processor is
+        in the hub's code instead of a file.
+      tiling: fields of `Tiling` that replace the folder's, for models with tiling.
+      patches: (values per patch, patches per side of a token) of a tower for images of any size.
+      max_image_tokens: limit to which larger images are shrunk, for models that take images of any size.
 
     Raises:
-      UserError: nothing there describes a processor, its type is not known, a field holds what it cannot, or images
-        would not be as large as the tower takes; or `tiling` or `max_image_tokens` are given for another model.
+      UserError: the folder does not describe a processor, its type is unknown, a field has an invalid value, or the
+        output does not fit the tower; or `tiling` or `max_image_tokens` are set for a model that does not use them.
     """
     folder = Path(folder)
     preparation, where = _preparation(folder, aspect_ratio, image_size)
@@ -303,68 +305,67 @@ def load_image_processor(
     preparation = _changed(preparation, changes, max_image_tokens, folder)
     _check_fits(preparation, where, image_size, patches)
     if isinstance(preparation, WholeImage):
-        with reading(where):  # that its settings run together, on hardly an image, is not a matter of records
+        with reading(where):  # try the settings on a small image, so that errors name this file and not a record
             preparation.prepare(Image.new("RGB", (8, 8)), 1)
     return ImageLoader(preparation, max_pixels=max_pixels, cache_bytes=cache_bytes)
 
 
 def _check_fits(preparation: Preparation, where: str, image_size: int | None, patches: tuple[int, int] | None) -> None:
-    """Refuse what the vision tower does not take, where that is known (see `load_image_processor`)."""
+    """Refuse a preparation whose output does not fit the vision tower (see `load_image_processor`)."""
     if patches is None and image_size is None:
         return
     makes_patches = isinstance(preparation, Patching)
-    made = (*preparation.shape, preparation.merge) if makes_patches else preparation.shape[1:]
-    taken = (image_size, image_size) if patches is None else patches
-    if (made, makes_patches) != (taken, patches is not None):
+    output = (*preparation.shape, preparation.merge) if makes_patches else preparation.shape[1:]
+    expected = (image_size, image_size) if patches is None else patches
+    if (output, makes_patches) != (expected, patches is not None):
         raise UserError(
-            f"{where}: the image processor makes {_sides_of(made, makes_patches)}, but the vision tower takes "
-            f"{_sides_of(taken, patches is not None)}: is it another model's?"
+            f"{where}: the image processor makes {_size_text(output, makes_patches)}, but the vision tower takes "
+            f"{_size_text(expected, patches is not None)}: use the model's own processor"
         )
 
 
-def _sides_of(sizes: Sequence[int | None], in_patches: bool) -> str:
+def _size_text(sizes: Sequence[int | None], in_patches: bool) -> str:
     first, second = sizes
-    return f"patches of {first} numbers, {second} a side for a token" if in_patches else f"{first} x {second} pixels"
+    return f"patches of {first} values, {second} per side of a token" if in_patches else f"{first} x {second} pixels"
 
 
 def _changed(preparation: Preparation, changes: dict[str, Any], most: int | None, folder: Path) -> Preparation:
-    """The preparation with settings of the user. Raises UserError where they are of other models."""
+    """Return the preparation with the user's settings. Raises UserError if they are for other models."""
     if changes and not isinstance(preparation, Tiling):
         raise UserError(
-            f"{folder}: data.{', data.'.join(changes)} given, but this model does not cut images into tiles that fit "
-            "them best"
+            f"{folder}: data.{', data.'.join(changes)} set, but this model has no best-fitting tile grids: unset it"
         )
     if isinstance(preparation, Tiling):
         preparation = dataclasses.replace(preparation, **changes)
     if most is None:
         return preparation
     if not isinstance(preparation, Patching):
-        raise UserError(f"{folder}: data.max_image_tokens given, but this model does not take images of any size")
+        raise UserError(f"{folder}: data.max_image_tokens set, but this model's images have one size: unset it")
     return preparation.with_most_tokens(most)
 
 
 def _preparation(folder: Path, aspect_ratio: str, image_size: int | None) -> tuple[Preparation, str]:
-    """How a folder has images prepared, and the file that says so; nothing has run yet."""
+    """Return the preparation that a folder describes, and the file that describes it."""
     model_path = folder / "config.json"
     model = read_json(model_path) if os.path.lexists(model_path) else {}
     family = find(model)
     if family is not None and family.tiling is not None:
         return Tiling(**vars(family.tiling(model, str(model_path)))), str(model_path)
-    found = processor_settings(folder)
-    if found is not None:
-        config, where = checked_processor(*found), found[1]
+    settings = processor_settings(folder)
+    if settings is not None:
+        config, where = checked_processor(*settings), settings[1]
         way = way_of(config)
         if way != "whole":
-            return _CUTTING[way](config, where), where
+            return _PREPARATIONS[way](config, where), where
         return WholeImage(config, where=where, aspect_ratio=aspect_ratio), where
     if image_size is not None and family is not None and family.pixels is not None:
         config = checked_processor(family.pixels(image_size), str(model_path))
         return WholeImage(config, where=str(model_path), aspect_ratio=aspect_ratio), str(model_path)
-    raise UserError(f"{folder}: has no preprocessor_config.json; copy it from the model or its vision tower")
+    raise UserError(f"{folder}: has no preprocessor_config.json: copy it from the model or its vision tower")
 
 
-# How images that a family cuts, or leaves their size, are prepared (`Family.images`).
-_CUTTING: dict[str, Callable[[Mapping[str, Any], str], Preparation]] = {
+# `Family.images` -> preparation, for images that are cut or keep their size.
+_PREPARATIONS: dict[str, Callable[[Mapping[str, Any], str], Preparation]] = {
     "tiles": tiling_from_processor,
     "splits": splitting_from_processor,
     "patches": patching_from_processor,
@@ -375,8 +376,7 @@ def augment_flip_shift(pixels: np.ndarray, seed: tuple[int, ...], max_shift: int
     """Return float[3, height, width] flipped at random along both axes and moved by up to `max_shift` pixels.
 
     Each flip has probability 1/2; both offsets are uniform in -max_shift..max_shift and the edge pixels fill the gap.
-    Only pretraining uses it, for images whose meaning does not change when mirrored. `seed` names the example: equal
-    seeds give equal results.
+    Used by pretraining only, for images whose meaning does not change when mirrored. Equal seeds give equal results.
     """
     generator = np.random.default_rng(seed)
     flip_rows, flip_columns = generator.integers(2, size=2)

@@ -1,4 +1,4 @@
-"""What every training record takes of a batch, counted before training: for grouping, buckets and skipped records."""
+"""Sizes of all training records, measured before training: for grouping, buckets and skipping records."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ def measure(
     threads: int,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Return int32[records, 3]: of each training row the tokens (at most `encoder.max_length`, 0 = any), the image
-    slots, and the tokens of the largest image where images are of any size (else 0).
+    """Return int32[records, 3]: tokens, image slots and tokens of the largest image of each training row.
 
-    With `on_error` "skip" a record that cannot be used has zeros. Images are not decoded; `threads` read the headers
-    of those that are cut into tiles. `progress` takes the number of records done. Raises UserError naming the record
-    ("stop").
+    Tokens are at most `encoder.max_length` (0 = no limit); tokens of an image are 0 if images have one size. With
+    `on_error` "skip" an unusable record has zeros; with "stop" it raises UserError naming the record. Images are not
+    decoded; `threads` read the headers of images with tiles. `progress` takes the number of records done.
     """
 
     def attempt(compute: Callable[[Record], Any], record: Record) -> Any:
@@ -42,7 +41,7 @@ def measure(
             return None
 
     def parts(record: Record) -> tuple[list[ImageShape], list[str]]:
-        encoder.room([record])  # refuses what no bucket holds
+        encoder.room([record])  # refuses records that no bucket holds
         images = encoder.shapes(record)
         return images, prompt_pieces(record, encoder.template, images)
 
@@ -50,12 +49,13 @@ def measure(
     with ThreadPoolExecutor(max(threads, 1)) as pool:
         for start in range(0, len(records), _CHUNK):
             chunk = records[start : start + _CHUNK]
-            found = list(pool.map(lambda record: attempt(parts, record), chunk))
-            texts = iter(count_tokens([pieces for _, pieces in filter(None, found)], encoder.tokenizer).tolist())
-            for place, (record, part) in enumerate(zip(chunk, found, strict=True), start):
+            images_and_pieces = list(pool.map(lambda record: attempt(parts, record), chunk))
+            pieces = [pieces for _, pieces in filter(None, images_and_pieces)]
+            text_tokens = iter(count_tokens(pieces, encoder.tokenizer).tolist())
+            for place, (record, part) in enumerate(zip(chunk, images_and_pieces, strict=True), start):
                 if part is None:
                     continue
-                tokens = next(texts) + encoder.image_positions(part[0])
+                tokens = next(text_tokens) + encoder.image_positions(part[0])
                 if 0 < (encoder.max_length or encoder.longest) < tokens:
                     cut = attempt(encoder.training_tokens, record)
                     tokens = 0 if cut is None else len(cut[0])

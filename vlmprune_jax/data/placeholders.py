@@ -1,4 +1,4 @@
-"""One id per image, as prompts have it, written out as one id per image feature, as the decoder takes it."""
+"""Expansion of image placeholders: one id per image in prompts, one id per image feature in the decoder."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ def expand_images(
     tiles: Any = None,
     image_grid_thw: Any = None,
 ) -> dict[str, np.ndarray]:
-    """The arrays that `vp.forward` and `vp.score` take, of rows that hold every image as one `cfg.image_token_id`.
+    """Return arrays for `vp.forward` and `vp.score` from rows with one `cfg.image_token_id` per image.
 
-    Processors of transformers do this themselves; it is for ids that a tokenizer made. Rows come out padded on the
-    right to the longest, with id 0.
+    Only needed for ids from a tokenizer; transformers processors expand images themselves. Rows are padded on the right
+    to the longest row, with id 0.
 
     Args:
       input_ids: int[batch, seq], image positions not expanded.
-      cfg: the model's config (`model.cfg`); an image becomes `cfg.tokens_per_image` positions, or one of any size as
-        many as its grid says.
-      attention_mask: int[batch, seq], 1 = real token; default all. Padding is dropped on either side.
-      labels: int[batch, seq], -100 where nothing is to be learnt; positions of images never are.
-      tiles: int[images], how many tiles each image was cut into, in order of appearance; default one each.
-      image_grid_thw: int[images, 3], frames, rows and columns of patches, where images are of any size.
+      cfg: the model's config (`model.cfg`); an image takes `cfg.tokens_per_image` positions per tile, or the positions
+        of its grid for images of any size.
+      attention_mask: int[batch, seq], 1 = real token; default all 1. Padding is dropped on either side.
+      labels: int[batch, seq], -100 for positions without loss; image positions always get -100.
+      tiles: int[images], number of tiles of each image, in order of appearance; default 1.
+      image_grid_thw: int[images, 3], frames, rows and columns of patches, for images of any size.
 
     Returns:
-      input_ids and attention_mask int32[batch, longest], and labels if given.
+      input_ids and attention_mask int32[batch, longest], and labels if passed.
 
     Raises:
-      UserError: a model without images, shapes that differ, or as many `tiles` or grids as there are no images.
+      UserError: the model takes no images, shapes differ, or the number of `tiles` or grids is not that of images.
     """
     ids = np.asarray(input_ids)
     if cfg.image_token_id is None or not cfg.tokens_per_image:
         raise UserError("expand_images: this model takes no images")
-    given = {"input_ids": ids, "attention_mask": np.ones_like(ids) if attention_mask is None else attention_mask}
-    given |= {} if labels is None else {"labels": labels}
-    arrays = {name: np.asarray(array) for name, array in given.items()}
+    inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids) if attention_mask is None else attention_mask}
+    inputs |= {} if labels is None else {"labels": labels}
+    arrays = {name: np.asarray(array) for name, array in inputs.items()}
     wrong = {name: array.shape for name, array in arrays.items() if array.shape != ids.shape or ids.ndim != 2}
     if wrong:
-        raise UserError(f"expand_images: arrays must be int[batch, seq] of one shape, got {wrong or ids.shape}")
+        raise UserError(f"expand_images: arrays must have one shape [batch, seq], got {wrong or ids.shape}")
     real = arrays["attention_mask"] == 1
     is_image = (ids == cfg.image_token_id) & real
     times = real.astype(np.int64)
@@ -64,10 +64,10 @@ def expand_images(
 
 
 def _tokens(cfg: ModelConfig, images: int, tiles: Any, image_grid_thw: Any) -> np.ndarray:
-    """int64[images], positions that each image takes."""
+    """Return int64[images], the positions of each image."""
     if (tiles if cfg.any_size else image_grid_thw) is not None:
         name = "image_grid_thw" if cfg.any_size else "tiles"
-        raise UserError(f"expand_images: the images of this model are counted by {name} alone: leave the other out")
+        raise UserError(f"expand_images: this model's images need {name}: omit the other argument")
     if cfg.any_size:
         assert cfg.projector is not None
         grids = np.asarray(np.zeros((0, 3)) if image_grid_thw is None else image_grid_thw, np.int64)

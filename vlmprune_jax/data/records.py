@@ -1,4 +1,4 @@
-"""LLaVA-format data files (a JSON list, or JSON lines) as validated records."""
+"""LLaVA-format data files (a JSON list, or JSON Lines) as validated records."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from vlmprune_jax.core.files import open_file, read_text
 IMAGE_TOKEN = "<image>"
 _SPEAKERS = ("human", "gpt")
 _OWN_FIELDS = ("id", "image", "images", "conversations", "answers", "video")  # all others are `Record.fields`
-_SHOWN = 200  # characters of an image's name, or of another value, in a message
-MAX_REPEATS = 1000  # of a data set: its records are copied, and a file may name any number
+_SHOWN = 200  # maximum characters of a value in a message
+MAX_REPEATS = 1000  # of a data set, since its records are copied
 
 
 class _Store(Protocol):
@@ -31,7 +31,7 @@ class _Store(Protocol):
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image inside a data set (see data/tfds.py) instead of in a file of its own; `name` is for messages."""
+    """Image inside a data set (see data/tfds.py); `name` is for messages."""
 
     name: str
     number: int
@@ -41,12 +41,12 @@ class StoredImage:
         return self.name
 
     def read_bytes(self) -> bytes:
-        """Return the encoded bytes. Raises OSError where they cannot be read."""
+        """Return the encoded bytes. Raises OSError if they cannot be read."""
         return self.store.read(self.number)
 
 
 def image_key(image: Path | StoredImage) -> str:
-    """Return what caches know an image by: its path and size, in a data set its number there."""
+    """Return the key of an image in caches: path and size, or in a data set its number."""
     if isinstance(image, StoredImage):
         return f"{image.store.identity()}/{image.number}"
     return f"{image.absolute()}:{image.stat().st_size if image.exists() else 'missing'}"
@@ -56,9 +56,9 @@ def image_key(image: Path | StoredImage) -> str:
 class Record:
     """One conversation: turns are ("human" | "gpt", text) in strict alternation from "human"; images in order.
 
-    `problem`: why there are no turns, in the place of an entry that could not be read and was not to stop the run.
-    `answers`: what counts as right, where an evaluation record lists it. `fields`: all other fields of the entry as
-    JSON gave them (choices, category, question_id, ...), which metrics may read; they are no part of its identity.
+    `problem`: why the entry could not be read, in which case there are no turns. `answers`: right answers of an
+    evaluation record. `fields`: all other JSON fields of the entry (choices, category, question_id, ...), which metrics
+    may read; they are not part of the record's identity.
     """
 
     id: str
@@ -70,7 +70,7 @@ class Record:
 
     @property
     def references(self) -> tuple[str, ...]:
-        """The right answers to the last question: `answers`, else the turn of gpt that ends the record, if one does."""
+        """The right answers to the last question: `answers`, or the final gpt turn."""
         if self.answers:
             return self.answers
         return tuple(text for speaker, text in self.turns[-1:] if speaker == "gpt")
@@ -79,17 +79,17 @@ class Record:
 def read_records(
     path: Path, image_root: Path | None, *, image_lead: bool = False, on_error: str = "stop"
 ) -> list[Record]:
-    """Read `{id, image? | images?, conversations: [{from, value}], answers?}` of a `.json` list or a `.jsonl` file.
+    """Return the records of a `.json` list, a `.jsonl` file, or all data sets of InternVL's `.json` object.
 
-    Or those of all data sets that InternVL's `.json` object lists (see `_read_sets`).
+    Entries are `{id, image? | images?, conversations: [{from, value}], answers?}`. `image` is a path or a list of paths
+    below `image_root`; a missing id becomes the entry's index. A first turn of gpt is dropped (reference:
+    `preprocess_v1`). `answers` lists the right answers of a question, as texts (TextVQA, DocVQA) or as VQA's
+    `{"answer": text}`. With `image_lead` the text may omit the `<image>` placeholder of a record's only image, which
+    the template then puts in front (as in InternVL data files).
 
-    `image` is a path or a list of paths below `image_root`; a missing id becomes the entry's index. A first turn of gpt
-    is dropped (reference: `preprocess_v1`). `answers` lists the right answers of a question that has several, as texts
-    (TextVQA, DocVQA) or as VQA's `{"answer": text}`. With `image_lead` the text may leave out the `<image>` mark of a
-    record's only image, which the template then puts in front (InternVL data files do so). Raises UserError naming file
-    and record for anything malformed: turns that do not alternate, `<image>` marks that do not match the images, one
-    that is missing or lies outside the root. With `on_error` "skip" such a record stays, with nothing but its problem:
-    the places of the others do not depend on it.
+    Raises UserError with file and record for malformed entries: turns that do not alternate, `<image>` placeholders
+    that do not match the images, an image that is missing or outside the root. With `on_error` "skip" such an entry
+    becomes a record with only a `problem`, so that the other records keep their positions.
     """
     path = Path(path)
     read = _read_sets if _lists_sets(path) else _read_list
@@ -101,21 +101,21 @@ def _read_list(path: Path, image_root: Path | None, image_lead: bool, on_error: 
     entries = _read_entries(path, on_error)
     records = [make_record(entry, index, path, root, image_lead, on_error) for index, entry in enumerate(entries)]
     if not records:
-        raise UserError(f"{path}: holds no record; a LLaVA data file is a list of conversations")
+        raise UserError(f"{path}: contains no records: check that it is a list of conversations")
     return records
 
 
 def make_records(entries: Sequence[Any], image_root: Path | None, *, image_lead: bool = False) -> list[Record]:
-    """Return the records of entries as `read_records` finds them in a file.
+    """Return the records of entries, as `read_records` does for a file.
 
-    Raises UserError naming the record for anything malformed.
+    Raises UserError with the record for malformed entries.
     """
     root = _ImageRoot(image_root)
     return [make_record(entry, i, PurePath("records"), root, image_lead) for i, entry in enumerate(entries)]
 
 
 def data_files(path: Path, image_root: Path | None) -> list[Path]:
-    """Return the files that `read_records` reads: `path`, and those that it lists if it is InternVL's object."""
+    """Return the files that `read_records` reads: `path`, and those that InternVL's object lists."""
     return [path, *(annotation for annotation, *_ in _sets(path, image_root).values())] if _lists_sets(path) else [path]
 
 
@@ -124,14 +124,14 @@ def _lists_sets(path: Path) -> bool:
         with open_file(path) as file:
             return path.suffix == ".json" and file.read(4096).decode("utf-8-sig", "replace").lstrip()[:1] == "{"
     except (UserError, OSError):
-        return False  # which reading it will tell
+        return False  # reported when the file is read
 
 
 def _read_sets(path: Path, image_root: Path | None, image_lead: bool, on_error: str) -> list[Record]:
-    """The records of every set of InternVL's `{name: {root, annotation, repeat_time}}`, their ids as "name/id".
+    """Return the records of every set in InternVL's `{name: {root, annotation, repeat_time}}`, with ids "name/id".
 
-    `repeat_time` below 1 keeps the first int(n * repeat_time) records, a whole number repeats them (reference: InternVL
-    `LazySupervisedDataset`). Of sets in a set there are none.
+    `repeat_time` below 1 keeps the first int(n * repeat_time) records, a whole number repeats all (reference: InternVL
+    `LazySupervisedDataset`). Sets cannot be nested.
     """
     records: list[Record] = []
     for name, (annotation, root, repeat) in _sets(path, image_root).items():
@@ -139,65 +139,67 @@ def _read_sets(path: Path, image_root: Path | None, image_lead: bool, on_error: 
         named = [replace(record, id=f"{name}/{record.id}") for record in read]
         records += named[: int(len(read) * repeat)] if repeat < 1 else named * int(repeat)
     if not records:
-        raise UserError(f"{path}: keeps no record of its data sets; list some, or raise their repeat_time")
+        raise UserError(f"{path}: its data sets yield no records: add sets, or raise repeat_time")
     return records
 
 
 def _sets(path: Path, image_root: Path | None) -> dict[str, tuple[Path, Path, float]]:
-    """Name -> (annotation file, image folder, repeat_time); paths are below the image root or the current folder."""
+    """Return name -> (annotation file, image folder, repeat_time); paths are below the image root or current folder."""
     base, sets = Path(image_root or ""), {}
-    for name, given in next(_read_entries(path, "stop", kind=dict)).items():
-        if not isinstance(given, dict) or not all(isinstance(given.get(key), str) for key in ("annotation", "root")):
-            raise UserError(f"{path}: {name!r} is no data set; expected a list of conversations, or InternVL's object "
-                            "of sets, each with 'root' and 'annotation'")  # fmt: skip
+    for name, entry in next(_read_entries(path, "stop", kind=dict)).items():
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("annotation", "root")):
+            raise UserError(
+                f"{path}: {name!r} is not a data set, expected an object with 'root' and 'annotation' (InternVL), or a "
+                "file with a list of conversations"
+            )
         if _broken(name):
-            raise UserError(f"{path}: the name of set {name!r} holds half a surrogate pair; give it another one")
-        repeat = given.get("repeat_time", 1)
+            raise UserError(f"{path}: the name of set {name!r} contains a lone surrogate: rename it")
+        repeat = entry.get("repeat_time", 1)
         fits = isinstance(repeat, int | float) and (0 < repeat < 1 or repeat in range(1, MAX_REPEATS + 1))
         if isinstance(repeat, bool) or not fits:
             raise UserError(
                 f"{path}, set {name}: repeat_time {_shown(repeat)} must be a whole number up to {MAX_REPEATS}, or "
                 "between 0 and 1"
             )
-        if given.get("data_augment") or given.get("max_dynamic_patch") is not None:
+        if entry.get("data_augment") or entry.get("max_dynamic_patch") is not None:
             raise UserError(
-                f"{path}, set {name}: data_augment and max_dynamic_patch of a single set are not supported; remove "
-                "them, and set data.max_tiles for all"
+                f"{path}, set {name}: data_augment and max_dynamic_patch are not supported per set: remove them and "
+                "set data.max_tiles for all"
             )
-        sets[name] = (base / given["annotation"], base / given["root"], repeat)
+        sets[name] = (base / entry["annotation"], base / entry["root"], repeat)
     return sets
 
 
 def take_fraction(records: Sequence[Record], fraction: float, seed: int) -> list[Record]:
-    """Return int(fraction * n) records, at least one, drawn without replacement and kept in file order.
+    """Return int(fraction * n) random records, at least one, without replacement and in file order.
 
-    The draw depends on `n`, `fraction` and `seed` alone (a numpy PCG64 generator of its own), so every process of a run
-    sees the same subset; the reference draws an unseeded one per rank.
+    The subset depends only on `n`, `fraction` and `seed` (its own numpy PCG64 generator), so that all processes
+    of a run agree; the reference draws an unseeded subset per rank.
     """
     if not 0.0 < fraction <= 1.0:
-        raise UserError(f"data.fraction {fraction} must be above 0 and at most 1; 0.05 means 5 % of the records")
+        raise UserError(f"data.fraction={fraction} must be above 0 and at most 1 (0.05 is 5 % of the records)")
     count = max(1, int(len(records) * fraction))
     chosen = np.random.Generator(np.random.PCG64(seed)).permutation(len(records))[:count]
     return [records[index] for index in sorted(chosen.tolist())]
 
 
 def _read_entries(path: Path, on_error: str, kind: type = list) -> Iterator[Any]:
-    """Each entry as JSON gives it, or with "skip" the error in place of a line that is no JSON; an object as one."""
-    text = read_text(path, missing="no such file; check the data path")
-    text = text.removeprefix("\ufeff")  # some editors begin a file with a mark
+    """Yield the JSON entries of a file; with "skip", yield the error in place of a malformed line."""
+    text = read_text(path, missing="no such file: check the data path")
+    text = text.removeprefix("\ufeff")  # byte order mark of some editors
     if path.suffix == ".jsonl":
         for number, line in enumerate(text.split("\n")):
             if line.strip():
                 try:
-                    yield _parse(line, path, number, "one JSON object a line")
+                    yield _parse(line, path, number, "one JSON object per line")
                 except UserError as error:
                     if on_error == "stop":
                         raise
                     yield error
         return
-    entries = _parse(text, path, 0, "one JSON list; name JSON lines .jsonl")
+    entries = _parse(text, path, 0, "one JSON list (JSON Lines need the suffix .jsonl)")
     if not isinstance(entries, kind):
-        raise UserError(f"{path}: holds a JSON {type(entries).__name__}, expected a list of conversations")
+        raise UserError(f"{path}: contains a JSON {type(entries).__name__}, expected a list of conversations")
     yield from entries if isinstance(entries, list) else [entries]
 
 
@@ -207,22 +209,22 @@ def _parse(text: str, path: Path, lines_before: int, expected: str) -> Any:
     except (ValueError, RecursionError) as error:
         line = lines_before + getattr(error, "lineno", 1)
         reason = getattr(error, "msg", str(error))
-        raise UserError(f"{path}, line {line}: not valid JSON ({reason}); expected {expected}") from error
+        raise UserError(f"{path}, line {line}: not valid JSON ({reason}), expected {expected}") from error
 
 
 class Images(Protocol):
-    """Where a record's images are looked up by name."""
+    """Collection in which a record's images are looked up by name."""
 
     def find(self, name: str, where: str) -> Path | StoredImage:
-        """Return the image. Raises UserError, which says `where`, if there is none."""
+        """Return the image. Raises UserError, prefixed with `where`, if there is none."""
 
 
 def make_record(
     entry: Any, index: int, path: PurePath, root: Images, image_lead: bool, on_error: str = "stop"
 ) -> Record:
-    """Return the record of one entry of a data file, validated.
+    """Return the validated record of one entry of a data file.
 
-    Raises UserError naming `path` and the record; with `on_error` "skip" the record tells it as its `problem`.
+    Raises UserError with `path` and the record; with `on_error` "skip" the message becomes the record's `problem`.
     """
     try:
         return _valid_record(entry, index, path, root, image_lead)
@@ -243,14 +245,14 @@ def _valid_record(entry: Any, index: int, path: PurePath, root: Images, image_le
         raise UserError(f"{path}, record {index}: id {_shown(name)} must be a non-empty string or a number")
     where = f"{path}, record {name}"
     if entry.get("video") is not None:
-        raise UserError(f"{where}: has a video, which no model here takes; drop the record")
+        raise UserError(f"{where}: has a video, which is not supported: drop the record")
     turns = _make_turns(entry.get("conversations"), where)
     images = tuple(root.find(image, where) for image in _image_names(entry, where))
-    marks = sum(text.count(IMAGE_TOKEN) for _, text in turns)
-    if marks != len(images) and not (image_lead and marks == 0 and len(images) == 1):
+    placeholders = sum(text.count(IMAGE_TOKEN) for _, text in turns)
+    if placeholders != len(images) and not (image_lead and placeholders == 0 and len(images) == 1):
         raise UserError(
-            f"{where}: its text has {marks} {IMAGE_TOKEN} mark(s) but the record lists {len(images)} image(s); "
-            "give one mark per image"
+            f"{where}: text has {placeholders} {IMAGE_TOKEN} placeholder(s) for {len(images)} image(s): write one per "
+            "image"
         )
     answers = _answers(entry.get("answers"), where)
     return Record(str(name), turns, images, None, answers, {k: v for k, v in entry.items() if k not in _OWN_FIELDS})
@@ -261,24 +263,24 @@ def _is_id(name: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """A value of a JSON file for a message."""
+    """Return a JSON value as text for a message."""
     try:
         return repr(value)[:_SHOWN]
     except RecursionError:
         return f"a {type(value).__name__}"
 
 
-def _answers(given: Any, where: str) -> tuple[str, ...]:
-    if given is None:
+def _answers(value: Any, where: str) -> tuple[str, ...]:
+    if value is None:
         return ()
-    listed = given if isinstance(given, list) else []
+    listed = value if isinstance(value, list) else []
     answers = tuple(
         answer["answer"] if isinstance(answer, dict) and "answer" in answer else answer for answer in listed
     )
     if not answers or not all(isinstance(answer, str) for answer in answers):
-        raise UserError(f"{where}: 'answers' must be a non-empty list of strings, got {_shown(given)}")
+        raise UserError(f"{where}: 'answers' must be a non-empty list of strings, got {_shown(value)}")
     if any(map(_broken, answers)):
-        raise UserError(f"{where}: 'answers' holds half a surrogate pair (\\ud800 to \\udfff); remove it")
+        raise UserError(f"{where}: 'answers' contains a lone surrogate (\\ud800 to \\udfff): remove it")
     return answers
 
 
@@ -291,17 +293,17 @@ def _make_turns(conversation: Any, where: str) -> tuple[tuple[str, str], ...]:
         if speaker not in _SPEAKERS or not isinstance(text, str):
             raise UserError(f"{where}: turn {len(turns)} must have 'from' human or gpt and a string 'value'")
         if _broken(text):
-            raise UserError(f"{where}: turn {len(turns)} holds half a surrogate pair (\\ud800 to \\udfff); remove it")
+            raise UserError(f"{where}: turn {len(turns)} contains a lone surrogate (\\ud800 to \\udfff): remove it")
         turns.append((speaker, text))
     if turns[0][0] == "gpt":
         turns = turns[1:]
     if not turns or any(speaker != _SPEAKERS[place % 2] for place, (speaker, _) in enumerate(turns)):
-        raise UserError(f"{where}: turns must alternate human, gpt, human, ...; merge or drop the odd one")
+        raise UserError(f"{where}: turns must alternate human, gpt, human, ...: merge or drop the odd one")
     return tuple(turns)
 
 
 def _broken(text: str) -> bool:
-    """Whether it is no Unicode text, which JSON allows: an emoji that was cut in the middle."""
+    """Return True for text with a lone surrogate (half of an emoji), which JSON allows but Unicode does not."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -310,45 +312,45 @@ def _broken(text: str) -> bool:
 
 
 def _image_names(entry: dict[str, Any], where: str) -> Iterable[str]:
-    given = [entry[key] for key in ("image", "images") if entry.get(key) is not None]
-    if len(given) > 1:
-        raise UserError(f"{where}: has both 'image' and 'images'; keep one")
-    names = given[0] if given else []
+    values = [entry[key] for key in ("image", "images") if entry.get(key) is not None]
+    if len(values) > 1:
+        raise UserError(f"{where}: has both 'image' and 'images': keep one")
+    names = values[0] if values else []
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f"{where}: 'image' must be a path or a list of paths, got {_shown(given[0])}")
+        raise UserError(f"{where}: 'image' must be a path or a list of paths, got {_shown(values[0])}")
     return names
 
 
 class _ImageRoot:
-    """Finds images below one folder; a path already seen costs a dictionary look-up (many records share an image)."""
+    """Lookup of images below one folder; known paths cost a dictionary access, since many records share an image."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = None if folder is None else Path(folder)
         try:
             self._real = None if folder is None else os.path.realpath(folder)
         except ValueError as error:
-            raise UserError(f"the image root {_shown(str(folder))} holds a character that no path can have") from error
-        self._found: dict[str, Path] = {}
+            raise UserError(f"image root {_shown(str(folder))}: path contains an invalid character") from error
+        self._paths: dict[str, Path] = {}
 
     def find(self, name: str, where: str) -> Path:
-        """Return the image's path. Raises UserError where it is missing or its real place is outside the folder."""
-        if name in self._found:
-            return self._found[name]
+        """Return the image's path. Raises UserError if it is missing or its real path is outside the folder."""
+        if name in self._paths:
+            return self._paths[name]
         if self._folder is None or self._real is None:
-            raise UserError(f"{where}: has image {_shown(name)} but no image folder was given; set the image root")
+            raise UserError(f"{where}: has image {_shown(name)}, but there is no image folder: set the image root")
         shown, pure = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}...", PurePosixPath(name)
         if name.startswith("data:") or "://" in name:
-            raise UserError(f"{where}: image {shown!r} is no file; save it below the image root {self._folder}")
+            raise UserError(f"{where}: image {shown!r} is not a file: save it below the image root {self._folder}")
         if pure.is_absolute() or ".." in pure.parts or "\0" in name:
             raise UserError(f"{where}: image {shown!r} must be a path below the image root {self._folder}")
         path = self._folder / name
         if not os.path.isfile(path):  # unlike Path.is_file, false for a name that is too long
-            lacks = "is no file" if os.path.lexists(path) else "does not exist"
+            problem = "is not a file" if os.path.lexists(path) else "does not exist"
             raise UserError(
-                f"{where}: image {self._folder / shown} {lacks}; check the image root and the record's path"
+                f"{where}: image {self._folder / shown} {problem}: check the image root and the record's path"
             )
         if not os.path.realpath(path).startswith(self._real.rstrip(os.sep) + os.sep):
-            raise UserError(f"{where}: image {path} is a link out of the image root {self._folder}; copy it inside")
-        self._found[name] = path
+            raise UserError(f"{where}: image {path} is a link out of the image root {self._folder}: copy it inside")
+        self._paths[name] = path
         return path

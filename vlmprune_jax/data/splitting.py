@@ -1,4 +1,4 @@
-"""SmolVLM's image splitting: an image at its own ratio becomes square sub-images, the whole image the last of them."""
+"""SmolVLM's image splitting: square sub-images at the image's own aspect ratio, then the whole image."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from PIL import Image
 
 from vlmprune_jax.core.config import ImageShape
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.data.image_processor import check_steps, crop_grid, normalize
 from vlmprune_jax.families.tiles import MAX_SIDE, MAX_TILES
 
 _LANCZOS = 1  # PIL.Image.Resampling.LANCZOS
-_HALF = (0.5, 0.5, 0.5)  # ImageNet's "standard" mean and deviation, the class's defaults
-_SIDE = 364  # as are sub-images of 364, and a longest side of four of them
+_HALF = (0.5, 0.5, 0.5)  # default mean and standard deviation of the class
+_SIDE = 364  # default pixels per side of a sub-image; the default longest side is four of them
 
 
 @dataclass(frozen=True)
 class Splitting:
-    """How images become sub-images of `size` x `size` pixels: the long side is made `longest` pixels first.
+    """Splitting of images into sub-images of `size` x `size` pixels.
 
-    With `splits` both sides are then rounded up to whole sub-images, and an image of several has the whole image as its
-    last one; without, an image becomes one sub-image. `mean` and `std` normalise, `resample` is PIL's number of the
-    filter (reference: transformers' `SmolVLMImageProcessor`).
+    The long side is first resized to `longest` pixels. With `splits` both sides are then rounded up to whole
+    sub-images, and the whole image follows as the last one; without it, an image is one sub-image. `mean` and `std`
+    normalise, `resample` is PIL's number of the filter (reference: transformers' `SmolVLMImageProcessor`).
     """
 
     size: int
@@ -45,32 +46,32 @@ class Splitting:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the sub-images depend on beside the image, as JSON values."""
+        """Settings that the sub-images depend on, as JSON values."""
         return {"splitting": dataclasses.asdict(self)}
 
     @property
     def _along(self) -> int:
-        """Sub-images along the long side, whatever the image."""
+        """Maximum number of sub-images along the long side."""
         return -(-min(self.longest, MAX_SIDE) // self.size) if self.splits else 1
 
     @property
     def usual(self) -> tuple[int, ...]:
-        """Slots of an image with one row of sub-images, two, ... up to a square of them."""
+        """Common numbers of slots: an image with one row of sub-images, two, ... up to a square."""
         along = self._along
         return (1,) if along == 1 else (1, *(along * rows + 1 for rows in range(1, along + 1)))
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
-        """Return the grid of an image, and how many sub-images it has with its overview."""
+        """Return the grid of an image, and its number of sub-images with the overview."""
         del sharing
         rows, columns = self._grid(width, height)
         return ImageShape(rows, columns, rows * columns + (rows * columns != 1))
 
     def most(self, images: int) -> int:
-        """Return the most sub-images of a record with up to `images` images."""
+        """Return the maximum number of sub-images of a record with up to `images` images."""
         return images * self.usual[-1]
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
-        """Return the pixels in the largest picture on the way."""
+        """Return the pixels of the largest intermediate image."""
         del sharing
         rows, columns = self._grid(width, height)
         first_width, first_height = self._resized(width, height)
@@ -79,25 +80,17 @@ class Splitting:
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
         """Return float32[sub-images, 3, size, size]: the grid row by row, then the whole image."""
         del sharing
-        pieces = np.stack([np.asarray(piece) for piece in self.cut(image)]).astype(np.float32)
-        pieces /= np.float32(255)
-        pieces -= np.array(self.mean, np.float32)
-        pieces /= np.array(self.std, np.float32)
-        return np.ascontiguousarray(pieces.transpose(0, 3, 1, 2))
+        pieces = np.stack([np.asarray(piece) for piece in self.cut(image)])
+        return np.ascontiguousarray(normalize(pieces, self.mean, self.std).transpose(0, 3, 1, 2))
 
     def cut(self, image: Image.Image) -> list[Image.Image]:
-        """Return the sub-images of an RGB image; it is resized up to three times, as the reference does."""
+        """Return the sub-images of an RGB image, which is resized up to three times as in the reference."""
         rows, columns = self._grid(*image.size)
         image = image.resize(self._resized(*image.size), self.resample)
         image = image.resize((columns * self.size, rows * self.size), self.resample)
         if rows * columns == 1:
             return [image]
-        pieces = [
-            image.crop((left, top, left + self.size, top + self.size))
-            for top in range(0, rows * self.size, self.size)
-            for left in range(0, columns * self.size, self.size)
-        ]
-        return [*pieces, image.resize((self.size, self.size), self.resample)]
+        return [*crop_grid(image, self.size), image.resize((self.size, self.size), self.resample)]
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         """Return (width, height) with the long side at `longest`, the short one even, and both at most `MAX_SIDE`."""
@@ -116,7 +109,7 @@ class Splitting:
         return max(width, 1), max(height, 1)
 
     def _grid(self, width: int, height: int) -> tuple[int, int]:
-        """Return (rows, columns); 1 x 1 is an image that stays whole."""
+        """Return (rows, columns); 1 x 1 for an image that is not split."""
         if not self.splits:
             return 1, 1
         width, height = self._resized(width, height)
@@ -133,16 +126,12 @@ class Splitting:
 def splitting_from_processor(config: Mapping[str, Any], where: str) -> Splitting:
     """Return the splitting of a SmolVLM folder.
 
-    `config`: settings as `image_processor.checked_processor` returns them.
+    `config` has the settings that `image_processor.checked_processor` returns.
 
     Raises:
-      UserError: a step is switched off, a size is not that of the longest edge, or images become too many pieces.
+      UserError: a step is switched off, a size is not of the longest edge, or images have too many sub-images.
     """
-    for step in ("do_resize", "do_rescale", "do_normalize"):
-        if config.get(step) is False:
-            raise UserError(f"{where}: {step} false is not supported for images that are split; set it to true")
-    if abs(float(config.get("rescale_factor") or 1 / 255) - 1 / 255) > 1e-9:
-        raise UserError(f"{where}: rescale_factor {config['rescale_factor']} is not supported; SmolVLM's is 1/255")
+    check_steps(config, where, "split images (SmolVLM)")
     resample = config.get("resample")
     splitting = Splitting(
         size=_longest_edge(config, "max_image_size", _SIDE, where),
@@ -154,8 +143,8 @@ def splitting_from_processor(config: Mapping[str, Any], where: str) -> Splitting
     )
     if splitting.most(1) > MAX_TILES:
         raise UserError(
-            f"{where}: size {splitting.longest} and max_image_size {splitting.size} make up to {splitting.most(1)} "
-            f"sub-images of an image, at most {MAX_TILES} are supported; restore them from the model's source"
+            f"{where}: size {splitting.longest} and max_image_size {splitting.size} give up to {splitting.most(1)} "
+            f"sub-images per image, the maximum is {MAX_TILES}: restore them from the model's source"
         )
     return splitting
 
@@ -166,5 +155,5 @@ def _longest_edge(config: Mapping[str, Any], name: str, default: int, where: str
         return default
     edge = size.get("longest_edge") if isinstance(size, Mapping) else None
     if edge is None:
-        raise UserError(f"{where}: {name} {size} does not give the longest edge; restore it from the model's source")
+        raise UserError(f"{where}: {name} {size} has no longest_edge: restore it from the model's source")
     return int(edge)

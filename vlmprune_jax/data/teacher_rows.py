@@ -1,4 +1,4 @@
-"""A teacher's likeliest tokens for training rows: kept once per record, and read back into the rows of a batch."""
+"""Cached top-k tokens of a teacher for training rows: stored once per record, read into the rows of a batch."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Row = dict[str, np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class TeacherRows:
-    """What the loss needs of a teacher, per record and only at the positions that it counts.
+    """Cache of a teacher's top-k log-probabilities, per record and only at positions that contribute to the loss.
 
     A row gets `teacher_ids` int32[tokens, k] and `teacher_logprobs` [tokens, k + 1] in `dtype` (see
-    `recover.top_k.top_k_logprobs`), zeros at positions that do not count. `positions`: "all" that are real, or those
-    before "labels".
+    `recovery.top_k.top_k_logprobs`), zeros at other positions. `positions` is "all" (real tokens) or "labels" (tokens
+    before a label).
     """
 
     cache: ArrayCache
@@ -31,11 +31,11 @@ class TeacherRows:
     dtype: np.dtype
 
     def has(self, record: Record) -> bool:
-        """Whether a record is there."""
+        """Return True if the cache has a record."""
         return not self.cache.missing(_keys(record))
 
     def keep(self, record: Record, row: Row, ids: np.ndarray, logprobs: np.ndarray) -> None:
-        """Take what a teacher gave at all positions of a record's row; it is there after `cache.publish`.
+        """Store a teacher's outputs at all positions of a record's row; readable after `cache.publish`.
 
         Raises:
           UserError: a log-probability is NaN.
@@ -46,20 +46,20 @@ class TeacherRows:
             raise UserError(
                 f"record {record.id}: the teacher's logits are not finite: check its weights, or compute in float32"
             )
-        kept = (ids.astype(_narrow(ids.max(initial=0))), logprobs)
-        self.cache.add(dict(zip(_keys(record), kept, strict=True)))
+        arrays = (ids.astype(_narrow(ids.max(initial=0))), logprobs)
+        self.cache.add(dict(zip(_keys(record), arrays, strict=True)))
 
     def bytes_of(self, labels: np.ndarray, vocab_size: int) -> int:
-        """Bytes that `keep` takes for a record of int[tokens] labels, without padding."""
+        """Return the bytes that `keep` stores for a record with int[tokens] labels, without padding."""
         counted = self._counted({"attention_mask": np.ones_like(labels), "labels": labels}).sum()
         per_position = self.top_k * _narrow(vocab_size - 1).itemsize + (self.top_k + 1) * self.dtype.itemsize
         return int(counted) * per_position
 
     def fill(self, row: Row, record: Record | None) -> None:
-        """Add the arrays of a record, or of no record (a row of padding).
+        """Add the arrays of a record to its row; zeros for a padding row (None).
 
         Raises:
-          UserError: the record is not there, or was another one.
+          UserError: the record is not in the cache, or has changed.
         """
         tokens = len(row["labels"])
         row["teacher_ids"] = np.zeros((tokens, self.top_k), np.int32)
@@ -69,18 +69,18 @@ class TeacherRows:
         counted, (ids, logprobs) = self._counted(row), (self.cache[key] for key in _keys(record))
         if ids.shape[1:] != (self.top_k,) or logprobs.shape != (len(ids), self.top_k + 1) or ids.dtype.kind not in "iu":
             raise UserError(
-                f"record {record.id}: {self.cache.folder} holds something else than its top {self.top_k} tokens: "
-                "remove that folder, or give another recover.teacher_cache"
+                f"record {record.id}: {self.cache.folder} does not have its top {self.top_k} tokens: remove that "
+                "folder, or use another recover.teacher_cache"
             )
         if len(ids) != counted.sum():
             raise UserError(
-                f"record {record.id}: {counted.sum()} of its positions count but {self.cache.folder} holds {len(ids)}: "
-                "remove that folder, or give another recover.teacher_cache"
+                f"record {record.id}: {self.cache.folder} has {len(ids)} positions, expected {counted.sum()}: remove "
+                "that folder, or use another recover.teacher_cache"
             )
         row["teacher_ids"][counted], row["teacher_logprobs"][counted] = ids, logprobs
 
     def _counted(self, row: Row) -> np.ndarray:
-        """bool[tokens]; position t is before label t + 1."""
+        """Return bool[tokens] of the positions that contribute to the loss; position t predicts label t + 1."""
         if self.positions == "all":
             return row["attention_mask"] == 1
         return np.append(row["labels"][1:] != IGNORED, False)
@@ -91,9 +91,9 @@ def _narrow(largest: int) -> np.dtype:
 
 
 def record_key(record: Record) -> str:
-    """32 hex digits of all that a record says and shows: ids repeat in LLaVA's mix."""
-    said = json.dumps([record.id, record.turns, [image_key(image) for image in record.images]])
-    return hashlib.sha256(said.encode()).hexdigest()[:32]
+    """Return 32 hex digits of a record's content, since ids repeat in LLaVA's data mix."""
+    content = json.dumps([record.id, record.turns, [image_key(image) for image in record.images]])
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 def _keys(record: Record) -> tuple[str, str]:

@@ -1,15 +1,14 @@
-"""Records as a tensorflow-datasets data set in ArrayRecord files: built and read without TensorFlow.
+"""Records as a tensorflow-datasets data set in ArrayRecord files, written and read without TensorFlow.
 
-A folder holds two data sets that `tfds.builder_from_directory` opens like any other: `records` (id, turns, which
-images, and what else the entry had) and `images` (encoded bytes, each image once however many records share it).
-Records are read at once, as from JSON; an image's bytes when it is decoded. Few large files instead of many small ones,
-which network disks like.
+A folder has two data sets that `tfds.builder_from_directory` can open: `records` (id, turns, image numbers, other
+fields of the entry) and `images` (encoded bytes, once per image even if records share it). Records are read at once, an
+image's bytes when it is decoded. Network disks prefer few large files to many small ones.
 
-What a folder says of itself is compared with what we write, and nothing in it decides what is run: tfds imports the
-classes that a features.json names, so examples are read here from the files that only our own specification describes.
+The folder's metadata is compared with what `write_tfds` writes and never decides what code runs: tfds would import the
+classes named in features.json, so examples are read directly from the files that our own specification describes.
 
-The folder may lie in a bucket, gs://BUCKET/DIR: records are copied to this machine for as long as they are read, images
-are read where they are (array_record has a reader for Google Cloud Storage; the small files beside need gcsfs).
+The folder may be in a bucket, gs://BUCKET/DIR: records are copied to this machine while they are read, images are read
+in place (array_record reads Google Cloud Storage itself; the small metadata files need gcsfs).
 """
 
 from __future__ import annotations
@@ -49,27 +48,27 @@ class _Split(TypedDict):
 
 
 class _Info(TypedDict):
-    """What tfds writes of a data set, as far as it is read back."""
+    """Fields of a tfds data set's dataset_info.json that are read back."""
 
     fileFormat: str
     splits: list[_Split]
 
 
 def tfds_folder(text: str) -> Path | epath.Path:
-    """Return the folder that a setting `tfds:FOLDER` names: an epath for one in a bucket.
+    """Return the folder of a setting `tfds:FOLDER`, as an epath if it is in a bucket.
 
-    Raises UserError for an address of another kind.
+    Raises UserError for other kinds of addresses.
     """
     name = text.removeprefix(PREFIX)
     if name.startswith(BUCKET):
         return epath.Path(name)
     if not name or "://" in name:
-        raise UserError(f"{text}: give a folder, {PREFIX}DIR, or one in a bucket, {PREFIX}{BUCKET}BUCKET/DIR")
+        raise UserError(f"{text}: is not a folder: use {PREFIX}DIR, or {PREFIX}{BUCKET}BUCKET/DIR for a bucket")
     return Path(name)
 
 
 def tfds_state(folder: Path | epath.Path) -> str:
-    """Return a short text that changes when the records of a folder are written again, "" where there are none."""
+    """Return a short text that changes if the records of a folder are written again, or "" without records."""
     info = folder / RECORDS / VERSION / _INFO
     with _readable(info):
         if not info.is_file():
@@ -80,27 +79,27 @@ def tfds_state(folder: Path | epath.Path) -> str:
 def write_tfds(
     records: Sequence[Record], out_dir: Path, *, image_root: Path | None, progress: Callable[[int], None] | None = None
 ) -> None:
-    """Write records and their images to a new folder, which appears whole or not at all.
+    """Write records and their images to a new folder, atomically.
 
     Args:
-      records: as `read_records` returns them; read them with `image_lead` where a template may add the image mark.
+      records: records from `read_records` (with `image_lead` if the template may add the image placeholder).
       out_dir: the new folder.
-      image_root: images are named by their paths below it (None: as they are).
-      progress: called with the number of examples written, of `len(records)` and then of the images.
+      image_root: folder that image names are relative to (None: full paths).
+      progress: called with the number of examples written, first records, then images.
 
     Raises:
-      UserError: the folder exists, there is no record, or an image cannot be read.
+      UserError: the folder exists, there are no records, or an image cannot be read.
     """
     out_dir = Path(out_dir)
     if os.path.lexists(out_dir):
-        raise UserError(f"{out_dir}: exists already; remove it or choose another folder")
+        raise UserError(f"{out_dir}: exists already: remove it or choose another folder")
     if not records:
-        raise UserError(f"{out_dir}: there is no record to write")
+        raise UserError(f"{out_dir}: no records to write: check the data file")
     names = {image: _name(image, image_root) for record in records for image in record.images}
     numbers = {image: number for number, image in enumerate(names)}
     building = out_dir.parent / f".{out_dir.name}.partial-{os.getpid()}"
     try:
-        with reading(out_dir, "make room or give another folder", "written"):
+        with reading(out_dir, "free disk space or use another folder", "written"):
             examples = (_example(record, names, numbers) for record in records)
             _write(RECORDS, building, _counted(examples, 0, progress))
             if names:
@@ -112,7 +111,7 @@ def write_tfds(
 
 
 def _features(name: str) -> tuple[Any, ...]:
-    """What the examples of a data set hold: as we write it, then as older versions did."""
+    """Return the features of a data set's examples: the current ones, then those of older versions."""
     tfds = _load_tfds()
     text, sequence, features = tfds.features.Text(), tfds.features.Sequence, tfds.features.FeaturesDict
     if name == IMAGES:
@@ -160,7 +159,7 @@ def _write(name: str, data_dir: Path, examples: Iterator[tuple[int, Any]]) -> No
     class Builder(base, skip_registration=True):  # type: ignore[call-arg]
         """One of the two data sets of a folder; examples keep their order."""
 
-        code_path = None  # no checksums of downloads lie beside this file; the look-up needs one more package
+        code_path = None  # no checksums to look up, which would need another package
         VERSION = tfds.core.Version(VERSION)
 
         def _info(self) -> Any:
@@ -177,13 +176,13 @@ def _write(name: str, data_dir: Path, examples: Iterator[tuple[int, Any]]) -> No
     Builder.name = name
     builder = Builder(data_dir=str(data_dir), file_format=FILE_FORMAT)
     config = tfds.download.DownloadConfig(try_download_gcs=False)
-    with contextlib.redirect_stdout(io.StringIO()):  # it announces downloads, of which there are none
+    with contextlib.redirect_stdout(io.StringIO()):  # suppresses messages about downloads
         builder.download_and_prepare(download_dir=str(data_dir / "downloads"), download_config=config)
     shutil.rmtree(data_dir / "downloads", ignore_errors=True)
 
 
 class ImageStore:
-    """The `images` data set of a folder, opened at the first read; safe to use from several threads."""
+    """The `images` data set of a folder, opened at the first read; thread-safe."""
 
     def __init__(self, folder: Path | epath.Path) -> None:
         self.folder = folder
@@ -192,14 +191,14 @@ class ImageStore:
         self._lock = threading.Lock()
 
     def identity(self) -> str:
-        """Return a digest of what describes the data set: the number of its images and their bytes."""
+        """Return a digest of the data set's metadata, which includes the number and total size of its images."""
         if self._identity is None:
             text = _text(self.folder / IMAGES / VERSION / _INFO)
             self._identity = hashlib.sha256(text.encode()).hexdigest()[:16]
         return self._identity
 
     def read(self, number: int) -> bytes:
-        """Return the encoded bytes of an image. Raises OSError where there is none, UserError for a damaged folder."""
+        """Return the encoded bytes of an image. Raises OSError for a missing image, UserError for a damaged folder."""
         with self._lock:
             if self._source is None:
                 self._source = _Source(self.folder, IMAGES)
@@ -210,17 +209,17 @@ class ImageStore:
 
 
 class _Source:
-    """The examples of one of the two data sets of a folder, by number; images stay encoded.
+    """Examples of one of the two data sets of a folder, by number; images stay encoded.
 
     Raises:
-      UserError: it is not what `write_tfds` writes.
+      UserError: the data set was not written by `write_tfds`.
     """
 
     def __init__(self, folder: Path | epath.Path, name: str) -> None:
         place = folder / name / VERSION
         with _readable(place):
             if not (place / _INFO).exists():
-                raise UserError(f"{folder}: is no data set that `vlmprune tfds` wrote (no {name}/{VERSION}/{_INFO})")
+                raise UserError(f"{folder}: was not written by `vlmprune tfds` (no {name}/{VERSION}/{_INFO}): {_TODO}")
             self._features = self._described(place, name)
             lengths = _shard_lengths(place, name)
             shards = [f"{place}/{name}-{SPLIT}.{FILE_FORMAT}-{i:05}-of-{len(lengths):05}" for i in range(len(lengths))]
@@ -229,7 +228,7 @@ class _Source:
                     open_file(Path(shard)).close()
             from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-            # With the range of its examples a shard is opened when it is read.
+            # shards named with their range of examples are opened only when they are read
             ranges = [f"{shard}[0:{length}]" for shard, length in zip(shards, lengths, strict=True) if length]
             self._examples = ArrayRecordDataSource(ranges) if ranges else []
         self._decoders = {"image": _load_tfds().decode.SkipDecoding()} if name == IMAGES else None
@@ -245,24 +244,24 @@ class _Source:
 
     @staticmethod
     def _described(place: Path | epath.Path, name: str) -> Any:
-        """Our features that the folder's are; no class is looked up by a name that a file gives."""
+        """Return our features that match the folder's description; no class is looked up by a name in a file."""
         from google.protobuf.json_format import MessageToDict
 
         file = place / _FEATURES
-        found = parse_json(_text(file), str(file), _TODO)
+        described = parse_json(_text(file), str(file), _TODO)
         for features in _features(name):
-            if found == MessageToDict(features.to_proto()):  # as tfds writes it
+            if described == MessageToDict(features.to_proto()):  # the form that tfds writes
                 return features
-        raise UserError(f"{file}: describes other examples than `vlmprune tfds` writes: {_TODO}")
+        raise UserError(f"{file}: describes other features than `vlmprune tfds` writes: {_TODO}")
 
 
 def _shard_lengths(place: Path | epath.Path, name: str) -> list[int]:
-    """Return how many examples each file of a data set has, as it says of itself."""
+    """Return the number of examples in each file of a data set, from its metadata."""
     file = place / _INFO
     info = checked(parse_json(_text(file), str(file), _TODO), _Info, str(file), _TODO)
     lengths = [list(map(int, split["shardLengths"])) for split in info["splits"] if split["name"] == SPLIT]
     if info["fileFormat"] != FILE_FORMAT or len(lengths) != 1:
-        raise UserError(f"{file}: is not of {name} in {FILE_FORMAT} files: {_TODO}")
+        raise UserError(f"{file}: does not describe {name} in {FILE_FORMAT} files: {_TODO}")
     return lengths[0]
 
 
@@ -274,10 +273,10 @@ def _text(file: Path | epath.Path) -> str:
 
 
 def read_tfds(folder: Path | epath.Path, *, image_lead: bool = False, on_error: str = "stop") -> list[Record]:
-    """Return the records of a folder that `write_tfds` made, the same as `read_records` returns for its source.
+    """Return the records of a folder written by `write_tfds`, equal to those of `read_records` for its source.
 
-    Images are `StoredImage`s. Raises UserError naming folder and record where something is malformed; with `on_error`
-    "skip" the record tells it, as in `read_records`.
+    Images are `StoredImage`s. Raises UserError with folder and record for malformed entries; with `on_error` "skip"
+    they become records with a `problem`, as in `read_records`.
     """
     store, numbers = ImageStore(folder), dict[str, int]()
 
@@ -297,27 +296,27 @@ def read_tfds(folder: Path | epath.Path, *, image_lead: bool = False, on_error: 
                 numbers |= images
             records.append(make_record(entry, index, folder, Stored(), image_lead, on_error))
     if not records:
-        raise UserError(f"{folder / RECORDS}: holds no record: {_TODO}")
+        raise UserError(f"{folder / RECORDS}: contains no records: {_TODO}")
     return records
 
 
-def _entry(found: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """An example as the entry of a JSON file that it was made of, and the numbers of its images by name."""
-    names = [name.decode() for name in found["images"]["name"]]
-    turns = zip(found["conversations"]["from"], found["conversations"]["value"], strict=True)
-    others = parse_json(found.get("others", b"{}"), where, _TODO)  # which older versions do not have
+def _entry(example: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return an example in the form of a JSON data file's entry, and the numbers of its images by name."""
+    names = [name.decode() for name in example["images"]["name"]]
+    turns = zip(example["conversations"]["from"], example["conversations"]["value"], strict=True)
+    others = parse_json(example.get("others", b"{}"), where, _TODO)  # absent in older versions
     entry = {
         **checked(others, dict[str, Any], where, _TODO),
-        "id": found["id"].decode(),
+        "id": example["id"].decode(),
         "conversations": [{"from": speaker.decode(), "value": text.decode()} for speaker, text in turns],
         "images": names,
     }
-    return entry, dict(zip(names, map(int, found["images"]["number"]), strict=True))
+    return entry, dict(zip(names, map(int, example["images"]["number"]), strict=True))
 
 
 @contextlib.contextmanager
 def _on_this_machine(folder: Path | epath.Path) -> Iterator[Path]:
-    """The folder, or a copy of the records of one in a bucket, which would take one request each."""
+    """Yield the folder, or a local copy of a bucket's records, which would need one request each."""
     if isinstance(folder, Path):
         yield folder
         return
@@ -337,15 +336,13 @@ def _readable(place: Path | epath.Path) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise UserError(
-            f"{place}: a bucket is read with gcsfs, which is missing; pip install 'vlmprune-jax[gcs]'"
-        ) from error
+        raise UserError(f"{place}: reading a bucket needs gcsfs: pip install 'vlmprune-jax[gcs]'") from error
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{place}: cannot be read ({reason(error)}); {_TODO}") from error
+        raise UserError(f"{place}: cannot be read ({reason(error)}): {_TODO}") from error
 
 
 def _load_tfds() -> Any:
-    """The library, which takes half a second to import, and whose bars are not ours."""
+    """Import the library on first use (half a second) and switch off its progress bars."""
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""InternVL's dynamic tiling: an image becomes a grid of square tiles, perhaps with the whole image as a last one."""
+"""InternVL's dynamic tiling: an image becomes a grid of square tiles, optionally followed by a thumbnail."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from PIL import Image
 
 from vlmprune_jax.core.config import ImageShape
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.image_processor import sides
+from vlmprune_jax.data.image_processor import check_steps, crop_grid, normalize, sides
 from vlmprune_jax.families.tiles import BICUBIC, TilingConfig, whole_number
 
 
 @dataclass(frozen=True)
 class Tiling(TilingConfig):
-    """What a model's folder says about tiles, at work."""
+    """A `TilingConfig` that can be applied to images."""
 
     merge, image_buckets = 0, ()
 
@@ -30,12 +30,12 @@ class Tiling(TilingConfig):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the tiles depend on beside the image, as JSON values."""
+        """Settings that the tiles depend on, as JSON values."""
         return {"tiling": dataclasses.asdict(self)}
 
     @property
     def usual(self) -> tuple[int, ...]:
-        """Slots of a lone tile, and of a thumbnail with 1, 3, 6 and 12 tiles (the common grids)."""
+        """Common numbers of slots: a single tile, and a thumbnail with 1, 3, 6 and 12 tiles."""
         return (1, 2, 4, 7, 13)
 
     def grid(self, width: int, height: int, sharing: int) -> tuple[int, int]:
@@ -48,31 +48,29 @@ class Tiling(TilingConfig):
         return max(1, self.max_tiles // sharing) if self.shares else self.max_tiles
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
-        """Return the grid of an image, and how many tiles it has with its thumbnail."""
+        """Return the grid of an image, and its number of tiles with the thumbnail."""
         columns, rows = self.grid(width, height, sharing)
         return ImageShape(rows, columns, columns * rows + (self.thumbnail and columns * rows != 1))
 
     def most(self, images: int) -> int:
-        """Return the largest number of tiles that a record with up to `images` images can have."""
+        """Return the maximum number of tiles of a record with up to `images` images."""
 
-        def of(sharing: int) -> int:
+        def tiles(sharing: int) -> int:
             most = self._most_tiles(sharing)
             return sharing * (most + (self.thumbnail and most != 1))
 
-        return max(map(of, (*range(1, min(images, self.max_tiles) + 1), images)))  # more images have one tile each
+        # beyond max_tiles images each has one tile
+        return max(map(tiles, (*range(1, min(images, self.max_tiles) + 1), images)))
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
-        """Return the number of pixels that an image is resized to."""
+        """Return the pixels of the largest intermediate image."""
         columns, rows = self.grid(width, height, sharing)
         return max(columns * rows * self.size**2, max(width, height) ** 2 if self.pad else 0)
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
         """Return float32[tiles, 3, size, size]: the grid row by row, then the thumbnail."""
-        tiles = np.stack([np.asarray(tile) for tile in self.cut(image, sharing)]).astype(np.float32)
-        tiles /= np.float32(255)  # in place: an image of 100 megapixels is 1.2 GB here
-        tiles -= np.array(self.mean, np.float32)
-        tiles /= np.array(self.std, np.float32)
-        return np.ascontiguousarray(tiles.transpose(0, 3, 1, 2))
+        tiles = np.stack([np.asarray(tile) for tile in self.cut(image, sharing)])
+        return np.ascontiguousarray(normalize(tiles, self.mean, self.std).transpose(0, 3, 1, 2))
 
     def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
         """Return the tiles of an RGB image (reference: InternVL dataset.py `dynamic_preprocess`)."""
@@ -80,11 +78,7 @@ class Tiling(TilingConfig):
             image = pad_to_square(image, self.mean)
         columns, rows = self.grid(*image.size, sharing)
         resized = image.resize((columns * self.size, rows * self.size), self.resample)
-        tiles = [
-            resized.crop((left, top, left + self.size, top + self.size))
-            for top in range(0, rows * self.size, self.size)
-            for left in range(0, columns * self.size, self.size)
-        ]
+        tiles = crop_grid(resized, self.size)
         if self.thumbnail and len(tiles) != 1:
             tiles.append(image.resize((self.size, self.size), self.resample))
         return tiles
@@ -92,19 +86,19 @@ class Tiling(TilingConfig):
 
 @functools.lru_cache(maxsize=64)
 def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
-    """Return every (columns, rows) of min_tiles to max_tiles tiles, small areas first.
+    """Return every (columns, rows) with min_tiles to max_tiles tiles, in order of area.
 
-    The order within an area is immaterial: no two different ratios that are neighbours have the same area.
+    The order within an area does not matter: neighbouring ratios have different areas.
     """
     pairs = [(columns, rows) for columns in range(1, max_tiles + 1) for rows in range(1, max_tiles // columns + 1)]
     return tuple(sorted((pair for pair in pairs if pair[0] * pair[1] >= min_tiles), key=lambda pair: pair[0] * pair[1]))
 
 
 def closest_grid(width: int, height: int, tile: int, min_tiles: int, max_tiles: int) -> tuple[int, int]:
-    """Return the (columns, rows) whose ratio is closest to the image's.
+    """Return the (columns, rows) whose aspect ratio is closest to the image's.
 
-    Of equally close ones the larger wins if the image has more than half its pixels (reference: InternVL dataset.py
-    `find_closest_aspect_ratio`). One tile where min_tiles is above max_tiles.
+    Of two equally close grids the larger is used if the image has more than half its pixels (reference: InternVL
+    dataset.py `find_closest_aspect_ratio`). Returns one tile if min_tiles is above max_tiles.
     """
     best, closest = (1, 1), float("inf")
     for columns, rows in _grids(min_tiles, max_tiles):
@@ -127,22 +121,18 @@ def pad_to_square(image: Image.Image, mean: tuple[float, ...]) -> Image.Image:
 
 
 def tiling_from_processor(config: Mapping[str, Any], where: str) -> Tiling:
-    """Return the tiling of a transformers InternVL folder (`GotOcr2ImageProcessor`; InternVLProcessor turns tiles on).
+    """Return the tiling of a transformers InternVL folder (`GotOcr2ImageProcessor`).
 
-    `config`: settings as `image_processor.checked_processor` returns them.
+    `config` has the settings that `image_processor.checked_processor` returns. `InternVLProcessor` always uses tiles.
 
     Raises:
       UserError: a step is switched off, or the size is not a square.
     """
-    for step in ("do_resize", "do_rescale", "do_normalize"):
-        if config.get(step) is False:
-            raise UserError(f"{where}: {step} false is not supported for InternVL tiles; set it to true")
+    check_steps(config, where, "InternVL tiles")
     size = config.get("size") or 384
     height, width = (size.get("height"), size.get("width")) if isinstance(size, Mapping) else sides(size, where)
     if height != width or height is None:
-        raise UserError(f"{where}: size {size} is not a square, which InternVL tiles are; restore it")
-    if abs(float(config.get("rescale_factor") or 1 / 255) - 1 / 255) > 1e-9:
-        raise UserError(f"{where}: rescale_factor {config['rescale_factor']} is not supported; InternVL's is 1/255")
+        raise UserError(f"{where}: size {size} must be a square for InternVL tiles: restore it")
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     return Tiling(

@@ -1,4 +1,4 @@
-"""The files of a tokenizer: what they may hold, and a trial of their rules, before the libraries get to see them."""
+"""Checks of tokenizer files, with a trial run of their rules, before libraries load them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import MAX_JSON_BYTES, read_bytes, read_parts
 
 TOKENIZER, TOKENIZER_CONFIG, ADDED_TOKENS = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
-# Files that a tokenizer without tokenizer.json is made of.
+# Files of a tokenizer without tokenizer.json.
 SLOW = ("tokenizer.model", "vocab.json", "merges.txt", "tokenizer.tiktoken")
-_OTHERS = ("special_tokens_map.json", "chat_template.json", "chat_template.jinja")  # which the libraries open as well
+_OTHERS = ("special_tokens_map.json", "chat_template.json", "chat_template.jinja")  # also opened by the libraries
 
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]  # as batches hold them
 
@@ -34,13 +34,13 @@ class _NamedToken(TypedDict):
 
 
 class _Vocabulary(TypedDict):
-    """The ids of pieces, or (Unigram) a list of [piece, score] in the order of their ids."""
+    """Token ids by piece, or (Unigram) a list of [piece, score] in the order of ids."""
 
     vocab: Annotated[dict[str, TokenId], Meta(min_length=1)] | Annotated[list[tuple[str, float]], Meta(min_length=1)]
 
 
 class TokenizerFile(TypedDict):
-    """What is used of a tokenizer.json."""
+    """Fields of a tokenizer.json that are used."""
 
     model: _Vocabulary
     added_tokens: NotRequired[list[_AddedToken] | None]
@@ -50,16 +50,16 @@ class TokenizerFile(TypedDict):
 
 
 class TokenizerConfig(TypedDict):
-    """What is used of a tokenizer_config.json; the keys of `added_tokens_decoder` are ids."""
+    """Fields of a tokenizer_config.json that are used; keys of `added_tokens_decoder` are ids."""
 
     added_tokens_decoder: NotRequired[dict[Annotated[str, Meta(pattern="^[0-9]{1,9}$")], _NamedToken] | None]
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Refuse the tokenizer of a folder if a file of it is not what it should be.
+    """Refuse a folder whose tokenizer files are malformed or have rules that run away.
 
     Raises:
-      UserError: see `read_bytes`; a file holds something else than it should, or rules that run away on plain text.
+      UserError: see `read_bytes`; a file is malformed, or its rules run away on plain text.
     """
     kinds = {TOKENIZER: TokenizerFile, TOKENIZER_CONFIG: TokenizerConfig, ADDED_TOKENS: dict[str, TokenId]}
     for name, kind in kinds.items():
@@ -73,7 +73,7 @@ def check_tokenizer_files(folder: Path) -> None:
 
 
 def added_tokens(folder: Path) -> dict[str, int]:
-    """Ids of the added tokens of a folder's tokenizer, by any of the files that can list them; {} without one.
+    """Return the ids of the added tokens of a folder's tokenizer, from all files that list them.
 
     Raises:
       UserError: see `read_parts`.
@@ -92,13 +92,13 @@ def added_tokens(folder: Path) -> dict[str, int]:
 
 # Rules ----------------------------------------------------------------------------------------------------------------
 
-# Regular expressions can take exponential time, and replacements memory. No analysis tells which do: those that a file
-# brings along are tried on texts that such rules are bad at, in a process of its own, which may take only so much of
-# either. It costs 0.2 s, and nothing where a file has no expression and no replacement that makes texts longer.
+# Regular expressions can take exponential time, and replacements unlimited memory, which cannot be decided by analysis.
+# The rules of a file are therefore tried on hard texts in a separate process with limited time and memory. The trial
+# takes 0.2 s; it is skipped for files without regular expressions and lengthening replacements.
 _RULES = ("normalizer", "pre_tokenizer", "decoder")
-_TRIAL_SECONDS, _TRIAL_BYTES, _WALL_SECONDS = 10, 2**31, 50  # of the processor, and by the clock on a busy machine
-_LONGEST = 10_000  # letters of a rule's text
-_RUN = 1000
+_TRIAL_SECONDS, _TRIAL_BYTES, _WALL_SECONDS = 10, 2**31, 50  # CPU time, memory, wall time on a busy machine
+_MAX_RULE = 10_000  # characters of a rule's text
+_RUN = 1000  # characters of a repetitive test text
 _TRIAL = """
 import json, resource, sys
 from tokenizers import Tokenizer
@@ -108,12 +108,12 @@ resource.setrlimit(resource.RLIMIT_AS, (most, most))
 try:
     tokenizer = Tokenizer.from_str(json.dumps(rules))
 except Exception:
-    sys.exit(0)  # what is wrong is told where the whole tokenizer is loaded
+    sys.exit(0)  # reported when the whole tokenizer is loaded
 tokenizer.encode_batch(texts)
 if tokenizer.decoder is not None:
     tokenizer.decoder.decode(texts)
 """
-_MODEL = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}  # in the place of the real one, which is large
+_MODEL = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}  # replaces the large real model
 _FORMAT: dict[str, Any] = {
     "version": "1.0",
     "truncation": None,
@@ -126,39 +126,41 @@ _FORMAT: dict[str, Any] = {
 def _try_rules(path: Path, rules: dict[str, Any]) -> None:
     parts = [part for part in _walk(rules) if "Regex" in part or _lengthens(part)]
     texts = [text for part in parts for text in part.values() if isinstance(text, str)]
-    if max(map(len, texts), default=0) > _LONGEST:
-        raise UserError(f"{path}: a rule holds a text of over {_LONGEST:,} letters: use the model's source's tokenizer")
+    if max(map(len, texts), default=0) > _MAX_RULE:
+        raise UserError(
+            f"{path}: a rule has a text of over {_MAX_RULE:,} characters: use the tokenizer of the model's source"
+        )
     if not parts:
         return
     patterns = [str(part.get("Regex", part.get("pattern"))) for part in parts]
     words = ["".join(filter(str.isalnum, pattern))[:100] for pattern in patterns]
-    letters = "".join(sorted(set("".join(words))))[:100]  # with all of them no expression is ruled out at once
+    letters = "".join(sorted(set("".join(words))))[:100]  # all letters, so that no expression fails at once
     runs = dict.fromkeys(filter(None, [*words[:10], *letters, *"aA0 \n.-_'é中"]))
     texts = [f"{run * count}{end}" for run in runs for count in (40, _RUN // len(run)) for end in ("", f"!{letters}!")]
-    command = [sys.executable, "-P", "-c", _TRIAL]  # -P: not from this folder
-    given = json.dumps([{**_FORMAT, **rules, "model": _MODEL}, texts, _TRIAL_BYTES, _TRIAL_SECONDS]).encode()
+    command = [sys.executable, "-P", "-c", _TRIAL]  # -P: do not import from the current folder
+    request = json.dumps([{**_FORMAT, **rules, "model": _MODEL}, texts, _TRIAL_BYTES, _TRIAL_SECONDS]).encode()
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     with contextlib.suppress(subprocess.TimeoutExpired):
-        done = subprocess.run(command, input=given, capture_output=True, env=environment, timeout=_WALL_SECONDS)
-        if done.returncode == 0:
+        trial = subprocess.run(command, input=request, capture_output=True, env=environment, timeout=_WALL_SECONDS)
+        if trial.returncode == 0:
             return
     raise UserError(
-        f"{path}: its rules for splitting and replacing text run away on plain text (more than {_TRIAL_SECONDS} s, "
-        f"{_TRIAL_BYTES >> 30} GiB, or a crash): use the tokenizer of the model's source"
+        f"{path}: its rules for splitting and replacing text need more than {_TRIAL_SECONDS} s or "
+        f"{_TRIAL_BYTES >> 30} GiB for plain text, or crash: use the tokenizer of the model's source"
     )
 
 
 def _walk(value: Any) -> Iterator[dict[str, Any]]:
-    """Every object in a JSON value, which is not deeply nested."""
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    """Yield every object in a JSON value."""
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     if isinstance(value, dict):
         yield value
-    for one in inside:
-        yield from _walk(one)
+    for child in children:
+        yield from _walk(child)
 
 
 def _lengthens(part: dict[str, Any]) -> bool:
-    """Whether a rule replaces something by more, or puts something before it."""
+    """Return True if a rule replaces text by longer text, or prepends text."""
     content, pattern = part.get("content", part.get("prepend")), part.get("pattern")
     replaced = pattern.get("String") if isinstance(pattern, dict) else None
     return isinstance(content, str) and len(content) > max(1, len(replaced) if isinstance(replaced, str) else 1)
@@ -166,23 +168,21 @@ def _lengthens(part: dict[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def without_output() -> Iterator[None]:
-    """Nothing that is written to stdout or stderr meanwhile is seen, not even by native code, which writes to the file
-    descriptors: panics and remarks of Rust, logs of C++. What they are about is raised as well, or of no consequence.
-    """
+    """Discard stdout and stderr, including output of native code (Rust panics, C++ logs)."""
     if sys.stdout is not None:
         sys.stdout.flush()
-    nowhere = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-    with nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        seen = {}
+    sink = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    with sink, contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+        copies = {}
         for descriptor in (1, 2):
-            with contextlib.suppress(OSError):  # there is no such descriptor, and nobody to see it
-                seen[descriptor] = os.dup(descriptor)
+            with contextlib.suppress(OSError):  # the descriptor is closed
+                copies[descriptor] = os.dup(descriptor)
         try:
-            for descriptor in seen:
-                os.dup2(nowhere.fileno(), descriptor)
+            for descriptor in copies:
+                os.dup2(sink.fileno(), descriptor)
             yield
         finally:
-            nowhere.flush()
-            for descriptor, copy in seen.items():
+            sink.flush()
+            for descriptor, copy in copies.items():
                 os.dup2(copy, descriptor)
                 os.close(copy)
