@@ -235,5 +235,5 @@ def test_rows_and_buckets(goldens, folder, model):
     with pytest.raises(UserError, match="record two: 8 tiles are over the largest bucket of 5"):
         dataclasses.replace(encoder, tile_buckets=(1, 5)).room(records)
     fewer = dataclasses.replace(records[3], images=records[3].images[:1])
-    with pytest.raises(UserError, match="record two: its text contains <image>, which marks image positions"):
+    with pytest.raises(UserError, match="record two: its text contains <image>, the token of image positions"):
         encoder.training_row(fewer, None)

@@ -293,9 +293,9 @@ def test_rows_keep_the_positions_that_count(tmp_path):
         rows.keep(records[0], row, ids, np.full_like(logprobs, np.nan))
     options = {"augment": "flip_shift", "teacher": rows, "batch_size": 1, "seed": 0, "shuffle": False, "epochs": 1}
     processes = {"process_index": 0, "process_count": 1, "threads": 1, "prefetch": 1, "drop_remainder": False}
-    with pytest.raises(UserError, match="augment 'flip_shift' changes images, and what is cached"):
+    with pytest.raises(UserError, match="augment 'flip_shift' changes images, but cached features"):
         train_batches(records, None, **options, **processes)
-    with pytest.raises(UserError, match="holds nothing for"):
+    with pytest.raises(UserError, match="has no array for"):
         rows.fill(dict(nothing), Record("same", records[0].turns, (tmp_path / "image.png",)))
 
 

@@ -174,7 +174,7 @@ def test_what_is_refused(llava, goldens, tmp_path):
     with pytest.raises(UserError, match="this model has no vision tower"):
         check_frozen(cases.config(vision=False), recover_config(experiment.recover))
     encoder = dataclasses.replace(load_inputs(experiment.model, experiment.data, load(root / "teacher").cfg))
-    with pytest.raises(UserError, match="augment 'flip_shift' changes images, and what is cached"):
+    with pytest.raises(UserError, match="augment 'flip_shift' changes images, but cached features"):
         augmented(encoder, prepared(experiment, root, cache))
 
 
@@ -208,7 +208,7 @@ def test_images_of_a_tfds_data_set(llava, tmp_path):
             assert all(np.array_equal(row[name], wanted[name]) for name in row)
     shutil.copytree(tmp_path / "set", tmp_path / "copy")
     assert not stored.missing(read_tfds(tmp_path / "copy"))
-    with pytest.raises(UserError, match="holds nothing for"):
+    with pytest.raises(UserError, match="has no array for"):
         stored.load(records[0].images[0], "r0")
 
 

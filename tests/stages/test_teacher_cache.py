@@ -98,7 +98,7 @@ def metrics(root, workdir: str) -> dict[str, list[float]]:
 def held(folder) -> dict[str, np.ndarray]:
     """Everything in a cache."""
     found = ArrayCache(folder, {k: v for k, v in json.loads((folder / "cache.json").read_text()).items()})
-    return {key: found[key] for key in found._where}
+    return {key: found[key] for key in found._places}
 
 
 @pytest.mark.slow
