@@ -57,7 +57,7 @@ def test_every_command_has_help(capsys, name):
     out = capsys.readouterr().out
     assert out.startswith(f"vlmprune {name}")
     assert "--debug" in out
-    of_their_own = {"inspect": "HF_DIR", "diff": "diff A B", "tfds": "--out", "help": "SETTING", "recommend": "--ratio",
+    of_their_own = {"inspect": "HF_DIR", "diff": "diff A B", "tfds": "--out", "help": "NAME", "recommend": "--ratio",
                     "bench": "--against"}  # fmt: skip
     assert of_their_own.get(name, "--workdir") in out
 

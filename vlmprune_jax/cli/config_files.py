@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from vlmprune_jax.core.errors import UserError, reason
 from vlmprune_jax.core.settings import hints_of, override
 from vlmprune_jax.experiment import recipes
 from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.experiment.variants import choose_variants, prefer_explicit, prune_runs, recover_runs
 from vlmprune_jax.sweep.hyper import Hyper
 
 
@@ -81,24 +82,36 @@ def _other_than_none(hint: Any) -> type:
     return next(option for option in typing.get_args(hint) if option is not type(None))
 
 
-def read_experiment(config: ConfigDict | None) -> Experiment:
-    """The experiment that a config describes, as it stands there.
+def read_experiment(config: ConfigDict | None, *, only: str = "", explicit: Collection[str] = ()) -> Experiment:
+    """Return the experiment that a config describes.
+
+    Args:
+      config: the config.
+      only: names of the variants to run, see `choose_variants`.
+      explicit: settings given on the command line, which replace those of variants.
 
     Raises:
-      UserError: no config, an unknown setting, a value of the wrong kind.
+      UserError: no config, an unknown setting, a value of the wrong type, an unknown variant, or see
+        `prefer_explicit`.
     """
     if config is None:
         raise UserError("no experiment given: --config=FILE.py (see configs/)")
-    return override(Experiment(), config.to_dict())
+    experiment = choose_variants(override(Experiment(), config.to_dict()), only)
+    experiment = prefer_explicit(experiment, explicit, "--config.")
+    for pruned in prune_runs(experiment, Path()):  # what variants set is checked as well
+        recover_runs(pruned)
+    return experiment
 
 
-def to_experiment(config: ConfigDict | None, workdir: str | None) -> tuple[Experiment, Path]:
-    """The experiment that a config describes, with the data it names in place, and its workdir.
+def to_experiment(
+    config: ConfigDict | None, workdir: str | None, *, only: str = "", explicit: Collection[str] = ()
+) -> tuple[Experiment, Path]:
+    """Return the experiment that a config describes, with its model and data as local paths, and its workdir.
 
     Raises:
       UserError: no workdir, or see `read_experiment`.
     """
-    experiment = read_experiment(config)
+    experiment = read_experiment(config, only=only, explicit=explicit)
     if not workdir:
         raise UserError("no workdir given: --workdir=DIR, for everything this experiment makes")
     folder = to_workdir(workdir)

@@ -30,10 +30,17 @@ def config_flag(values: Flags) -> None:
         flags.DEFINE_string("config", None, "experiment file, perhaps FILE.py:VARIANT", flag_values=values)
 
 
+def only_flag(values: Flags) -> None:
+    """Define --only."""
+    text = "only variants (sweep: only runs) whose names fit a pattern, as 'width*'; several variants with commas"
+    flags.DEFINE_string("only", "", text, flag_values=values)
+
+
 def common(values: Flags) -> None:
     """Flags that every stage command has."""
     config_flag(values)
     flags.DEFINE_string("workdir", None, "folder for everything this experiment makes", flag_values=values)
+    only_flag(values)
     flags.DEFINE_bool("overwrite", False, "replace outputs that were made from other inputs", flag_values=values)
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no TPU slice tells", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "how many processes run this command together", flag_values=values)
@@ -46,7 +53,7 @@ def parse(name: str, command: ModuleType, argv: Sequence[str]) -> Flags:
     Raises:
       UserError: an unknown flag or config field (with the nearest known one), a bad value, a missing --config.
     """
-    values = _define(command)
+    values, given = _define(command), list(argv)
     config, default, unset = value_of(argv, "config"), getattr(command, "CONFIG", None), list[str]()
     if config is None and default is not None:
         config, argv = default, [f"--config={default}", *argv]
@@ -68,6 +75,7 @@ def parse(name: str, command: ModuleType, argv: Sequence[str]) -> Flags:
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{error}") from None
     values["args"].value = rest[1:]
+    values["explicit"].value = [setting for arg in given if (setting := _setting_of(arg)) is not None]
     if rest[1:] and not getattr(command, "TAKES_ARGUMENTS", False):
         raise UserError(f"vlmprune {name} takes no argument {rest[1]!r}: settings begin with --, as --config.{rest[1]}")
     return values
@@ -110,6 +118,7 @@ def _define(command: ModuleType, argv: list[str] | None = None) -> Flags:
         config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True, sys_argv=argv)
     flags.DEFINE_bool("debug", False, "show the traceback of an error", flag_values=values)
     flags.DEFINE_list("args", [], "positional arguments", flag_values=values)
+    flags.DEFINE_list("explicit", [], "settings given as --config.x.y", flag_values=values)
     command.define(values)
     return values
 
@@ -135,9 +144,15 @@ def _check_overrides(argv: Sequence[str], config: str) -> None:
         told = lines[-1].strip() if lines and isinstance(error, Exception) else repr(error)
         raise UserError(f"--config={config}: cannot be loaded ({told}); --debug shows more") from error
     for arg in argv:
-        path = arg.lstrip("-").split("=", 1)[0]
-        if arg.startswith("--") and path.startswith("config."):
-            _check_path(path.split(".")[1:], loaded)
+        setting = _setting_of(arg)
+        if setting is not None:
+            _check_path(setting.split("."), loaded)
+
+
+def _setting_of(arg: str) -> str | None:
+    """Return the setting that an argument `--config.x.y=value` gives, else None."""
+    name = arg.split("=", 1)[0]
+    return name.removeprefix("--config.").partition("[")[0] if name.startswith("--config.") else None
 
 
 def _check_path(parts: Sequence[str], config: Any) -> None:
@@ -168,7 +183,7 @@ def switch(argv: Sequence[str], name: str) -> bool:
 
 
 def _names(values: Flags) -> list[str]:
-    return sorted(name for name in values if name not in ("args", "help"))
+    return sorted(name for name in values if name not in ("args", "explicit", "help"))
 
 
 def help_of(name: str, command: ModuleType) -> str:

@@ -1,6 +1,7 @@
-"""vlmprune help SETTING: what a setting or a section does, its default and choices, and the stages that it changes.
+"""vlmprune help NAME: meaning, default and allowed values of a setting, or of all settings of a section.
 
-As `vlmprune help recover.losses.kl`, or just `kl`; without a name the commands. docs/reference/settings.md lists all.
+NAME is a full name, as `vlmprune help recover.losses.kl`, or its last part, as `vlmprune help kl`. Without a name it
+lists the commands. docs/reference/settings.md has all settings.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ TAKES_ARGUMENTS = True
 
 
 def define(values: Flags) -> None:
-    """Flags of this command: none of its own."""
+    """Define the flags of this command: none of its own."""
 
 
 def run(flags: Any) -> None:
-    """Print what is declared of each name."""
-    from vlmprune_jax.experiment.options import as_lines, find
+    """Print the declaration of every name."""
+    from vlmprune_jax.experiment.options import describe
 
     for name in flags.args:
-        print("\n".join(line for option in find(name) for line in as_lines(option)))
+        print("\n".join(describe(name)))

@@ -13,12 +13,13 @@ from typing import Any
 
 from absl import flags as absl_flags
 
-from vlmprune_jax.cli.flags import Flags, config_flag
+from vlmprune_jax.cli.flags import Flags, config_flag, only_flag
 
 
 def define(values: Flags) -> None:
     """Flags of this command."""
     config_flag(values)
+    only_flag(values)
     about = "folder whose plan.json files say what is pruned, and whose report shows the numbers"
     absl_flags.DEFINE_string("workdir", None, about, flag_values=values)
     absl_flags.DEFINE_string("topology", None, "TPU slice, as v5e:8x8, v5p:4x4x4, v6e:8x8", flag_values=values)
@@ -41,7 +42,7 @@ def run(flags: Any) -> None:
     from vlmprune_jax.workdir.tpu_plan import TPU_PLAN
 
     jax.config.update("jax_platforms", "cpu")  # libtpu is here to compile, there may be no TPU and it stays free
-    experiment = read_experiment(flags.config)
+    experiment = read_experiment(flags.config, only=flags.only, explicit=flags.explicit)
     if not flags.topology:
         raise UserError("no slice given: --topology=v5e:8x8 (or v5p:4x4x4, v6e:8x8)")
     if flags.records is not None and flags.records < 1:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from absl import logging
-from ml_collections import config_flags
 from transformers.utils.logging import disable_progress_bar
 
 from vlmprune_jax.cli.config_files import load_file, placed, read_experiment, read_hyper, to_experiment, to_workdir
@@ -32,7 +31,7 @@ def prepare(flags: Any) -> tuple[Experiment, Context]:
       UserError: see `initialize`, `to_experiment` and `check_experiment`.
     """
     reporter = _join(flags)
-    experiment, workdir = to_experiment(flags.config, flags.workdir)
+    experiment, workdir = to_experiment(flags.config, flags.workdir, only=flags.only, explicit=flags.explicit)
     check_experiment(experiment, workdir)
     return experiment, Context(workdir, reporter, flags.overwrite)
 
@@ -44,12 +43,12 @@ def prepare_sweep(flags: Any) -> tuple[list[SweepRun], Sweep, Reporter]:
       UserError: no config or workdir, a setting that does not exist, or one that the command line sets as well.
     """
     reporter = _join(flags)
-    base = read_experiment(flags.config)
+    base = read_experiment(flags.config, explicit=flags.explicit)
     if not flags.workdir:
         raise UserError("no workdir given: --workdir=DIR, for the runs and their comparison")
     config = flags["config"].config_filename
     runs = sweep_runs(base, read_hyper(config))
-    for setting in config_flags.get_override_values(flags["config"]):
+    for setting in flags.explicit:
         if any(setting in run.overrides for run in runs):
             raise UserError(f"--config.{setting}: the sweep sets it for every run: leave it out, or change get_hyper")
     return runs, Sweep(to_workdir(flags.workdir), config, flags.overwrite), reporter

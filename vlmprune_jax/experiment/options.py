@@ -17,7 +17,7 @@ from vlmprune_jax.experiment.spec import Experiment
 
 @dataclass(frozen=True)
 class Option:
-    """One setting: its place in a config, its type, and what is declared of it."""
+    """One setting: its full name in a config, its type and its declaration."""
 
     name: str
     kind: str
@@ -25,23 +25,19 @@ class Option:
 
     @property
     def section(self) -> str:
-        """Where it is, `recover.losses`."""
+        """The name of its section, such as `recover.losses`."""
         return self.name.rpartition(".")[0]
 
     @property
-    def values(self) -> str:
-        """What it may be: choices or bounds."""
-        return ", ".join(self.about.names()) or self.about.bounds
-
-    @property
-    def changes(self) -> str:
-        """The stages that it changes."""
-        content = " (by what is there)" if self.about.by_content and self.about.affects else ""
-        return ", ".join(self.about.affects) + content
+    def allowed(self) -> str:
+        """Type, unit and allowed values, in words."""
+        unit = f" ({self.about.unit})" if self.about.unit else ""
+        choices = f"one of {', '.join(self.about.names())}" if self.about.choices else ""
+        return ", ".join(part for part in (f"{self.kind}{unit}", choices or self.about.bounds) if part)
 
 
 def sections() -> dict[str, Any]:
-    """Every section of a config by its place; that of any evaluation set is `evaluate.sets.NAME`."""
+    """Return every section of a config by its name; `evaluate.sets.NAME` stands for any evaluation set."""
     return dict(_sections(Experiment(), ""))
 
 
@@ -56,51 +52,67 @@ def _sections(spec: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def options() -> list[Option]:
-    """Every setting of a config, in order."""
+    """Return every setting of a config, in order; the variants, which are in no section, come last."""
     return [
-        Option(f"{place}.{name}", _kind(hint), settings_of(section)[name])
-        for place, section in sections().items()
+        Option(f"{place}.{name}".lstrip("."), _kind(hint), settings_of(section)[name])
+        for place, section in (*sections().items(), ("", Experiment()))
         for name, hint in hints_of(section).items()
         if name in settings_of(section)
     ]
 
 
 def _kind(hint: Any) -> str:
-    """`int or None`, `tuple of int`."""
+    """Return a type in words: `whole number or None`, `tuple of texts`."""
     if isinstance(hint, types.UnionType):
-        return " or ".join(_kind(one) for one in typing.get_args(hint))
+        return " or ".join(filter(None, map(_kind, typing.get_args(hint))))
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple:
-        return f"tuple of {_kind(args[0])}" if args[-1] is ... else "(" + ", ".join(map(_kind, args)) + ")"
+        return f"tuple of {_kind(args[0])}s" if args[-1] is ... else "(" + ", ".join(map(_kind, args)) + ")"
     if origin is not None:
-        return f"mapping of names to {_kind(args[1])}"
-    return {type(None): "None", Any: "values"}.get(hint) or hint.__name__
+        return "mapping by name"
+    plain = {bool: "True or False", int: "whole number", float: "number", str: "text", type(None): "None"}
+    return plain.get(hint, "")  # objects that only Python functions take have no name here
 
 
-def find(name: str) -> list[Option]:
-    """The settings that a name means: a whole one or all of a section, or the end or a part of one (`kl`, `lora`).
+def find(name: str) -> tuple[list[str], list[Option]]:
+    """Return the sections and settings that a name stands for.
+
+    A name is that of a section or setting, in full (`recover.losses.kl`) or its last parts (`losses.kl`, `kl`).
 
     Raises:
-      UserError: there is none, with the nearest that exists.
+      UserError: an unknown name, with the nearest that exists.
     """
-    known = options()
-    found = [one for one in known if f"{one.name}.".startswith(f"{name}.")]
-    found = found or [one for one in known if one.name.endswith(f".{name}")]
-    found = found or [one for one in known if f".{name}." in one.name]
+    known, places = options(), [place.removesuffix(".NAME") for place in sections()]
+    whole = [place for place in places if place == name or place.endswith(f".{name}")]
+    found = [option for option in known if option.name == name]
+    if not found and not whole:
+        found = [option for option in known if option.name.endswith(f".{name}")]
+    for place in whole:
+        found += [option for option in known if option.name.startswith(f"{place}.")]
     if not found:
-        names = {part for one in known for part in (one.name, *one.name.split("."))}
+        names = {part for option in known for part in (option.name, *option.name.split("."))}
         near = difflib.get_close_matches(name, sorted(names), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f" (sections are {', '.join(sections())})"
+        hint = f"; did you mean {near[0]!r}?" if near else f" (sections: {', '.join(places)})"
         raise UserError(f"no setting {name!r}{hint}")
-    return found
+    return whole, found
 
 
-def as_lines(option: Option) -> list[str]:
-    """A setting for the command line."""
-    about = option.about
-    facts = [option.kind, about.unit, option.values]
-    return [
-        f"{option.name} = {about.default!r}   ({'; '.join(fact for fact in facts if fact)})",
-        f"  {about.sentence}",
-        f"  changes: {option.changes or 'nothing'}",
-    ]
+def describe(name: str) -> list[str]:
+    """Return the lines of `vlmprune help NAME`: the sentence of each section, and its settings.
+
+    Raises:
+      UserError: see `find`.
+    """
+    whole, found = find(name)
+    docs = {place.removesuffix(".NAME"): section.__doc__ or "" for place, section in sections().items()}
+    lines = []
+    for place in whole:
+        lines += [f"section {place}: {' '.join(docs[place].split())}", ""]
+    for option in found:
+        lines += [
+            f"{option.name} = {option.about.default!r}",
+            f"  {option.about.sentence}",
+            f"  {option.allowed}",
+            f"  stages that run again after a change: {', '.join(option.about.affects) or 'none'}",
+        ]
+    return lines

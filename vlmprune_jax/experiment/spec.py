@@ -141,10 +141,9 @@ class SpeedSpec(SpeedConfig):
 
 @dataclass(frozen=True)
 class Experiment:
-    """One model pruned, recovered, evaluated and exported.
+    """One model pruned, recovered, evaluated and exported; with variants, several in one workdir.
 
-    `variants` make it a grid in one workdir: every prune variant with every recovery variant. A variant is a name and a
-    partial experiment that overrides this one. Without variants there is one of each, in the workdir itself.
+    Each variant works in a folder of its name. Without variants there is one model, in the workdir itself.
     """
 
     model: ModelSpec = field(default_factory=ModelSpec)
@@ -157,8 +156,16 @@ class Experiment:
     export: ExportSpec = field(default_factory=ExportSpec)
     speed: SpeedSpec = field(default_factory=SpeedSpec)
     mesh: MeshSpec = field(default_factory=MeshSpec)
-    prune_variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    recover_variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    prune_variants: Mapping[str, Mapping[str, Any]] = setting(
+        {},
+        "Ways to prune, by name: each is a partial config whose settings replace those of the config, for example "
+        '{"depth": {"prune": {"method": "depth"}}}. Every prune variant is combined with every recover variant.',
+    )
+    recover_variants: Mapping[str, Mapping[str, Any]] = setting(
+        {},
+        "Ways to recover each pruned model, by name: each is a partial config whose settings replace those of the "
+        'config, for example {"sft": {"recover": {"losses": {"ce": 1.0}}}}.',
+    )
 
 
 def sections(experiment: Experiment) -> dict[str, Any]:

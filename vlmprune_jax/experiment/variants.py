@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fnmatch
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.core.checks import one_of, with_defaults
+from vlmprune_jax.core.checks import one_of, suggest, with_defaults
 from vlmprune_jax.core.chips import slice_of
 from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.core.settings import check_settings, override
@@ -43,6 +46,68 @@ class RecoverRun:
     experiment: Experiment
     folder: Path
     pruned: PruneRun
+
+
+def choose_variants(experiment: Experiment, only: str) -> Experiment:
+    """Return the experiment with the prune and recover variants whose names fit `only`, shell patterns with commas.
+
+    Patterns that fit no prune variant leave all prune variants, and likewise for recover variants.
+
+    Raises:
+      UserError: a pattern that fits no variant.
+    """
+    patterns = [pattern for pattern in only.split(",") if pattern]
+    kinds = ("prune_variants", "recover_variants")
+    names = [name for kind in kinds for name in getattr(experiment, kind)]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            known = suggest(pattern, names) if names else " (this config has no variants)"
+            raise UserError(f"--only={pattern}: fits no variant{known}")
+    changes: dict[str, Any] = {}
+    for kind in kinds:
+        variants = getattr(experiment, kind)
+        chosen = {n: v for n, v in variants.items() if any(fnmatch.fnmatchcase(n, p) for p in patterns)}
+        changes[kind] = chosen or variants
+    return dataclasses.replace(experiment, **changes)
+
+
+def prefer_explicit(experiment: Experiment, settings: Collection[str], given_by: str) -> Experiment:
+    """Return the experiment in which settings given explicitly replace those of its variants.
+
+    Args:
+      settings: full names, such as `prune.ratio`; their values are in the experiment already.
+      given_by: prefix of the names in messages, such as `--config.`.
+
+    Raises:
+      UserError: several variants set it as well: they would differ in nothing, or in something else than asked for.
+    """
+    for kind in ("prune_variants", "recover_variants"):
+        variants = getattr(experiment, kind)
+        for setting in settings:
+            path = setting.split(".")
+            names = [name for name, values in variants.items() if _sets(values, path)]
+            if not names:
+                continue
+            if len(variants) > 1:
+                raise UserError(
+                    f"{given_by}{setting}: the variants {', '.join(names)} set {setting} as well: set "
+                    f"{kind}.NAME.{setting}{', or --only=NAME' if given_by == '--config.' else ''}"
+                )
+            variants = {name: _without(values, path) for name, values in variants.items()}
+        changes: dict[str, Any] = {kind: variants}
+        experiment = dataclasses.replace(experiment, **changes)
+    return experiment
+
+
+def _sets(values: Any, path: Sequence[str]) -> bool:
+    """Return True if a partial config sets the setting at `path`, or one in the section there."""
+    return not path or (isinstance(values, Mapping) and path[0] in values and _sets(values[path[0]], path[1:]))
+
+
+def _without(values: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    first, *rest = path
+    others = {name: value for name, value in values.items() if name != first}
+    return {**others, first: _without(values[first], rest)} if rest else others
 
 
 def prune_runs(experiment: Experiment, workdir: Path) -> list[PruneRun]:

@@ -12,6 +12,7 @@ from vlmprune_jax.core.checks import suggest
 from vlmprune_jax.core.errors import UserError, differences, error_context
 from vlmprune_jax.core.settings import hints_of, override
 from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.experiment.variants import prefer_explicit
 
 SEED = "seed"  # the last part of the settings that are seeds
 MOST_RUNS = 10_000
@@ -124,7 +125,7 @@ def sweep_runs(base: Experiment, points: Any) -> list[SweepRun]:
         overrides = _flat(point)
         name, group = (_name(part) for part in (found, {k: v for k, v in found.items() if not _is_seed(k)}))
         with error_context(f"run {name}"):
-            experiment = override(base, _nested(base, overrides))
+            experiment = prefer_explicit(override(base, _nested(base, overrides)), overrides, "config.")
         runs.append(SweepRun(name, group, found, overrides, experiment))
     _check_names(runs)
     return runs
