@@ -33,7 +33,7 @@ EXCEPTIONS = {
     ("distributed/journal.py", "__init__", "json.loads"): _OWN,
     ("recovery/checkpoint.py", "__init__", "json.loads"): _OWN,
     ("workdir/ledger.py", "_plain", "json.loads"): _OWN,
-    ("distributed/mesh.py", "_tell", "json.loads"): _RUN,
+    ("distributed/mesh.py", "_broadcast", "json.loads"): _RUN,
     ("distributed/mesh.py", "from_all", "json.loads"): _RUN,
     ("distributed/failure.py", "_watch", "json.loads"): _RUN,
     ("distributed/mesh.py", "_slice_has_workers", ".open"): "the metadata server of a TPU VM: an address, not a file",

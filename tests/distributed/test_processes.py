@@ -73,8 +73,8 @@ def test_named_processes_are_joined(joined, monkeypatch):
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        (("host:1", 2, None), "several processes need all of --coordinator=HOST:PORT"),
-        ((None, None, 0), "got None, None, 0"),
+        (("host:1", 2, None), "set all of --coordinator=HOST:PORT"),
+        ((None, None, 0), "num_processes None, process_id 0"),
         (("host", 2, 0), "coordinator 'host' must be HOST:PORT"),
         (("host:port", 2, 0), "coordinator 'host:port' must be HOST:PORT"),
         (("host:1", 2, 2), "process 2 of 2: process_id must be between 0 and num_processes - 1"),
@@ -113,7 +113,7 @@ def test_a_tpu_vm_asks_its_metadata_server(joined, tpu_vm, status, text, expecte
 
 def test_a_metadata_server_in_trouble_is_no_answer(joined, tpu_vm):
     tpu_vm(503, "")
-    with pytest.raises(UserError, match="answers 503, so the workers of this slice are unknown"):
+    with pytest.raises(UserError, match="HTTP error 503, so the workers of this slice are unknown"):
         mesh.initialize(None, None, None)
 
 

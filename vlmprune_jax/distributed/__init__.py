@@ -1,1 +1,1 @@
-"""The device mesh and where each named axis lives on it."""
+"""Device mesh, sharding rules, and cooperation of the processes of a run."""

@@ -1,8 +1,8 @@
-"""When one process of a run fails all of them end, each with a line that says which one it was.
+"""Failure of one process of a run: all processes end, each with a line that names the one that failed.
 
-The others would wait in a collective until the coordination service misses a heartbeat, and end by SIGABRT, which a pod
-takes for a preemption and starts again. The failure goes through that service's key-value store. (No jax at the top: a
-command's help does without it.)
+Otherwise the others would wait in a collective until the coordination service misses a heartbeat and end by SIGABRT,
+which a pod takes for a preemption and restarts. Failures are published in that service's key-value store. jax is
+imported inside functions, since a command's help must not import it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import time
 from typing import Any
 
 _FAILED, _HEARD, _LEFT = "vlmprune/failed", "vlmprune/heard", "vlmprune/left"
-POLL_SECONDS, LEAVE_SECONDS = 0.5, 10.0  # between two looks; for all to hear of a failure, at most
-_ending, _done = threading.Event(), threading.Event()  # this process ends: on a failure; in good order
-_place: tuple[int, int] | None = None  # own number, and how many processes there are
+POLL_SECONDS, LEAVE_SECONDS = 0.5, 10.0  # polling interval; maximum time for all processes to hear of a failure
+_ending, _done = threading.Event(), threading.Event()  # this process ends after a failure; normally
+_place: tuple[int, int] | None = None  # own number, number of processes
 
 
 def watch(number: int, count: int) -> None:
-    """From here on the failure (`end`) of any of `count` processes ends this one too; all of them call it, once."""
+    """Let a failure (`end`) of any of `count` processes end this process too; every process calls this once."""
     global _place
     _place = number, count
     thread = threading.Thread(target=_watch, args=(_store(), number, count), daemon=True)
@@ -33,10 +33,10 @@ def watch(number: int, count: int) -> None:
         from jax.errors import JaxRuntimeError
 
         _done.set()
-        thread.join()  # nobody may be in the store when jax disconnects
-        # jax would end process 0's service in the moment in which all have disconnected, while it still answers the
-        # others: gRPC aborted such a process once ("Check failed: queue.Pop() == nullptr"), after all was done.
-        with contextlib.suppress(JaxRuntimeError):  # jax disconnects again, and tells
+        thread.join()  # no thread may use the store when jax disconnects
+        # jax would stop process 0's service as soon as all have disconnected, while it still answers the others; gRPC
+        # aborted a finished process then ("Check failed: queue.Pop() == nullptr").
+        with contextlib.suppress(JaxRuntimeError):  # jax disconnects again, and reports errors
             _store().shutdown()
         if number == 0:
             time.sleep(POLL_SECONDS)
@@ -45,32 +45,32 @@ def watch(number: int, count: int) -> None:
 
 
 def joined() -> bool:
-    """Whether this process is one of several."""
+    """Return True if this process is one of several."""
     return _place is not None
 
 
 def end(text: str, reason: str, code: int) -> int:
-    """Print why this process ends and return its exit code; one of several ends all of them with it instead.
+    """Print why this process ends and return its exit code; in a run of several processes, end all of them instead.
 
-    The others print the reason, one line.
+    The other processes print `reason`, one line.
     """
     if _place is None:
         print(text, file=sys.stderr)
         return code
     from jax.errors import JaxRuntimeError
 
-    if not _ending.is_set():  # else this is what comes of another's failure: a broken connection, mostly
+    if not _ending.is_set():  # otherwise this error follows from another process's failure
         _ending.set()
         print(text, file=sys.stderr, flush=True)
-        said = {"process": _place[0], "reason": reason, "code": code}
-        with contextlib.suppress(JaxRuntimeError):  # another one failed as well and was first
-            _store().key_value_set(_FAILED, json.dumps(said))
-    time.sleep(3 * LEAVE_SECONDS)  # the watching thread ends the process, unless the store is gone
+        failure = {"process": _place[0], "reason": reason, "code": code}
+        with contextlib.suppress(JaxRuntimeError):  # another process published its failure first
+            _store().key_value_set(_FAILED, json.dumps(failure))
+    time.sleep(3 * LEAVE_SECONDS)  # the watching thread ends the process earlier, unless the store is gone
     os._exit(code)
 
 
 def _store() -> Any:
-    """The store; jax has no public name for it, orbax (slow to import) has one."""
+    """Return the key-value store, which has no public name in jax; orbax (slow to import) has one."""
     from orbax.checkpoint import multihost
 
     return multihost.get_jax_distributed_client()
@@ -79,32 +79,31 @@ def _store() -> Any:
 def _watch(store: Any, number: int, count: int) -> None:
     from jax.errors import JaxRuntimeError
 
-    said: dict[str, Any] = {}
-    while not said:
+    failure: dict[str, Any] = {}
+    while not failure:
         if _done.wait(POLL_SECONDS):
             return
-        with contextlib.suppress(JaxRuntimeError):  # nobody failed
-            said = json.loads(store.key_value_try_get(_FAILED))
+        with contextlib.suppress(JaxRuntimeError):  # no failure yet
+            failure = json.loads(store.key_value_try_get(_FAILED))
     if not _ending.is_set():
         _ending.set()
-        line = f"vlmprune: error: process {said['process']} failed: {said['reason']}"
-        print(
-            line, file=sys.__stderr__, flush=True
-        )  # what libraries say is kept from `sys.stderr` while a command runs
-    with contextlib.suppress(JaxRuntimeError):  # process 0 has gone, and with it the store
-        _part(store, number, count)
+        line = f"vlmprune: error: process {failure['process']} failed: {failure['reason']}"
+        print(line, file=sys.__stderr__, flush=True)  # `sys.stderr` is redirected while a command runs
+    with contextlib.suppress(JaxRuntimeError):  # process 0 has ended, and with it the store
+        _leave_together(store, number, count)
     sys.stdout.flush()
-    os._exit(said["code"])  # not sys.exit, which would wait for all processes to disconnect from jax
+    os._exit(failure["code"])  # sys.exit would wait for all processes to disconnect from jax
 
 
-def _part(store: Any, number: int, count: int) -> None:
-    """Wait until all know of the failure, who would take a broken connection for one otherwise; process 0 goes last,
-    for jax aborts those who lose the store.
+def _leave_together(store: Any, number: int, count: int) -> None:
+    """Wait until all processes know of the failure, and let process 0 leave last.
+
+    Otherwise the others would report a broken connection, and jax aborts processes that lose the store.
     """
 
-    def meet(what: str, expected: int) -> None:
-        until = time.monotonic() + LEAVE_SECONDS
-        while len(store.key_value_dir_get(what)) < expected and time.monotonic() < until:
+    def meet(key: str, expected: int) -> None:
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while len(store.key_value_dir_get(key)) < expected and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS / 5)
 
     store.key_value_set(f"{_HEARD}/{number}", "")
@@ -113,4 +112,4 @@ def _part(store: Any, number: int, count: int) -> None:
         store.key_value_set(f"{_LEFT}/{number}", "")
     else:
         meet(_LEFT, count - 1)
-        time.sleep(POLL_SECONDS)  # they still have to hear that this was written
+        time.sleep(POLL_SECONDS)  # the others still have to receive the confirmation

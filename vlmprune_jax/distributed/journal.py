@@ -1,4 +1,4 @@
-"""What the batches of a long pass gave, kept as they finish, so that an interrupted pass continues after them."""
+"""Results of a long pass, stored batch by batch, so that an interrupted pass continues after them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ T = TypeVar("T")
 
 
 class Journal:
-    """A JSON line for each finished batch, in order; the first line says what pass it is of.
+    """File with a JSON line per finished batch, in order; the first line identifies the pass.
 
-    Process 0 reads and writes it. A journal of another pass (`made_from`) starts again, and a line that a crash cut off
-    is dropped. Floats survive: JSON spells a float64 so that it is read back exactly.
+    Process 0 reads and writes it. The journal of another pass (`made_from`) is discarded, and so is a line truncated by
+    a crash. Floats are exact, since JSON's text of a float64 is read back to the same value.
     """
 
     def __init__(self, path: Path, made_from: Mapping[str, Any]):
@@ -27,10 +27,10 @@ class Journal:
         self.entries: list[Any] = on_process_zero(self._open)
 
     def _open(self) -> list[Any]:
-        """The entries of an interrupted pass; the file then holds them and nothing else, and is not there without."""
+        """Return the entries of an interrupted pass, and rewrite the file with only them (or remove it)."""
         try:
             lines = read_json_lines(self.path, Any, cut=True)
-        except UserError:  # not there, or nothing that a pass left
+        except UserError:  # missing, or not a journal
             lines = []
         if lines[:1] != [self._made_from]:
             self.path.unlink(missing_ok=True)
@@ -43,13 +43,13 @@ class Journal:
             file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def cut(self, number: int) -> None:
-        """Keep the first `number` entries: those that follow are damaged."""
+        """Keep the first `number` entries, since the following ones are damaged."""
         del self.entries[number:]
         if is_main_process():
             self._write([self._made_from, *self.entries])
 
     def add(self, entry: Any) -> None:
-        """Note what the next batch gave (a JSON value)."""
+        """Append the result of the next batch (a JSON value)."""
         if is_main_process():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
@@ -63,15 +63,15 @@ def continued(
     journal: Journal | None,
     fits: Callable[[T, Any], bool] = lambda batch, entry: True,
 ) -> Iterator[Any]:
-    """`compute(batch)` of every batch (JSON values), taken from the journal where an interrupted pass left it there.
+    """Yield `compute(batch)` of every batch (JSON values), from the journal as far as an interrupted pass got.
 
-    From the first entry on that does not fit its batch, which may be damaged, all are computed again.
+    Results are computed again from the first entry that does not fit its batch, which may be damaged.
     """
-    known = [] if journal is None else journal.entries
+    entries = [] if journal is None else journal.entries
     for number, batch in enumerate(batches):
-        if number < len(known):
-            if fits(batch, known[number]):
-                yield known[number]
+        if number < len(entries):
+            if fits(batch, entries[number]):
+                yield entries[number]
                 continue
             assert journal is not None
             journal.cut(number)
@@ -82,7 +82,7 @@ def continued(
 
 
 def is_of(kind: Any, entry: Any) -> bool:
-    """Whether an entry of a journal is of a kind (see core.files)."""
+    """Return True if a journal entry has this type (see core.files)."""
     try:
         checked(entry, kind, "", "")
     except UserError:

@@ -1,4 +1,4 @@
-"""How much memory is free."""
+"""Free memory of devices and machine."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _GROUP = Path("/sys/fs/cgroup")
 
 
 def free_memory() -> int:
-    """Bytes that one of this process's devices can still take; devices that are CPUs share what the machine has."""
+    """Return the bytes that one of this process's devices can allocate; CPU devices share the machine's memory."""
     devices = jax.local_devices()
-    known = [stats for stats in (device.memory_stats() for device in devices) if stats and "bytes_limit" in stats]
-    if len(known) == len(devices):
-        return min(stats["bytes_limit"] - stats["bytes_in_use"] for stats in known)
+    limited = [stats for stats in (device.memory_stats() for device in devices) if stats and "bytes_limit" in stats]
+    if len(limited) == len(devices):
+        return min(stats["bytes_limit"] - stats["bytes_in_use"] for stats in limited)
     return min(_of_machine(), _of_container()) // len(devices)
 
 
 def _of_machine() -> int:
-    """What Linux says that programs can have without swapping; elsewhere half of what is built in."""
+    """Return the bytes available to programs without swapping (Linux); elsewhere half of the built-in memory."""
     for line in _lines(Path("/proc/meminfo")):
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
@@ -31,7 +31,7 @@ def _of_machine() -> int:
 
 
 def _of_container() -> int:
-    """What a container may take beyond what it has."""
+    """Return the bytes that a container may still allocate."""
     most, used = (_lines(_GROUP / name) for name in ("memory.max", "memory.current"))
     return max(0, int(most[0]) - int(used[0])) if most and used and most[0] != "max" else 2**62
 
@@ -39,5 +39,5 @@ def _of_container() -> int:
 def _lines(path: Path) -> list[str]:
     try:
         return read_text(path).splitlines()
-    except UserError:  # another system
+    except UserError:  # not Linux
         return []

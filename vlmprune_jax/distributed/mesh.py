@@ -1,10 +1,11 @@
-"""Making the device mesh from one line of config, and the process's place on a pod."""
+"""Device mesh of a run, and the place of this process among the others."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import urllib.error
 import urllib.request
@@ -21,22 +22,22 @@ from vlmprune_jax.core.errors import SharedError, UserError, reason
 from vlmprune_jax.distributed import failure
 from vlmprune_jax.distributed.rules import MESH_AXES
 
-# Names for processes that no cluster introduces to each other (flags of the same names win).
+# Environment variables for processes without a cluster (flags have priority).
 VARIABLES = ("VLMPRUNE_COORDINATOR", "VLMPRUNE_NUM_PROCESSES", "VLMPRUNE_PROCESS_ID")
-# How long the others of a run wait for a process that died, or that ended with an error while they expect it.
+# Time that processes wait for one that died, or that failed while they expect it.
 _LOSS: dict[str, Any] = {"heartbeat_timeout_seconds": 60, "shutdown_timeout_seconds": 60}
-METADATA_SECONDS = 3.0  # a machine that is not on Google Cloud has no such server
+METADATA_SECONDS = 3.0  # outside Google Cloud there is no such server
 
 
 def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Join the other processes of a run, before anything touches a device; alone, do nothing.
+    """Join the other processes of a run, before any device is used; do nothing for a single process.
 
-    The processes are those that the arguments name (None: the environment's VLMPRUNE_COORDINATOR and its companions),
-    or else the workers of the TPU slice that this machine belongs to, when it has several. A second call does nothing.
-    From then on they fail together (distributed/failure.py).
+    The processes are given by the arguments (None: by the environment, VLMPRUNE_COORDINATOR etc.), or are the workers
+    of this machine's TPU slice if it has several. A second call does nothing. Joined processes fail together
+    (distributed/failure.py).
 
     Raises:
-      UserError: an incomplete or impossible place among the processes, or the others cannot be reached.
+      UserError: the arguments are incomplete or invalid, or the other processes cannot be reached.
     """
     if jax.distributed.is_initialized():
         return
@@ -50,23 +51,25 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
             jax.distributed.initialize(*place, **_LOSS)
     except (RuntimeError, ValueError) as error:
         where = "the workers of this TPU slice" if place is None else f"process {place[2]} of {place[1]} at {place[0]}"
-        raise UserError(f"{where}: could not join the other processes ({reason(error)}): start all of them") from error
+        raise UserError(
+            f"{where}: could not join the other processes ({reason(error)}): start all processes"
+        ) from error
     if process_count() > 1:
         failure.watch(jax.process_index(), jax.process_count())
 
 
 def _named_place(coordinator: str | None, num_processes: int | None, process_id: int | None) -> tuple | None:
-    """(host:port, number of processes, own number) from arguments and environment, or None where nothing is named."""
-    given = (coordinator, num_processes, process_id)
+    """Return (host:port, number of processes, own number) from arguments and environment, or None if not set."""
+    arguments = (coordinator, num_processes, process_id)
     values = [os.environ.get(name) if value is None else str(value)
-              for name, value in zip(VARIABLES, given, strict=True)]  # fmt: skip
+              for name, value in zip(VARIABLES, arguments, strict=True)]  # fmt: skip
     if not any(values):
         return None
     address, count, number = values
     if not (address and count and number):
         raise UserError(
-            "several processes need all of --coordinator=HOST:PORT, --num_processes and --process_id "
-            f"(or {', '.join(VARIABLES)}); got {address}, {count}, {number}"
+            f"several processes: got coordinator {address}, num_processes {count}, process_id {number}: set all of "
+            f"--coordinator=HOST:PORT, --num_processes and --process_id (or {', '.join(VARIABLES)})"
         )
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
@@ -77,13 +80,13 @@ def _named_place(coordinator: str | None, num_processes: int | None, process_id:
 
 
 def _slice_has_workers() -> bool:
-    """Whether this machine is one of several workers of a TPU slice.
+    """Return True if this machine is one of several workers of a TPU slice.
 
-    GKE says so in the environment, a TPU VM's metadata server in `worker-network-endpoints`. A machine that has libtpu
-    only to compile for TPUs has neither.
+    On GKE the environment tells, on a TPU VM the metadata server's `worker-network-endpoints`. A machine with libtpu
+    only for compilation has neither.
 
     Raises:
-      UserError: the metadata server answers, but not this question.
+      UserError: the metadata server answers with an error.
     """
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if importlib.util.find_spec("libtpu") is None or (platforms and "tpu" not in platforms.split(",")):
@@ -93,7 +96,7 @@ def _slice_has_workers() -> bool:
         return True
     if hosts or os.environ.get("TPU_SKIP_MDS_QUERY"):
         return False
-    server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")  # the name that jax uses as well
+    server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")  # the name that jax also uses
     url = f"http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -104,14 +107,17 @@ def _slice_has_workers() -> bool:
         error.close()
         if error.code == 404:  # on Google Cloud, but not on a TPU VM
             return False
-        raise UserError(f"{url}: answers {error.code}, so the workers of this slice are unknown: try again") from error
-    except OSError:  # no such server: not on Google Cloud
+        raise UserError(
+            f"{url}: HTTP error {error.code}, so the workers of this slice are unknown: try again"
+        ) from error
+    except OSError:  # not on Google Cloud
         return False
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh `(data, fsdp, tensor)` over all devices of all processes, or over `devices`; one size may be -1 (what is
-    left).
+    """Return a mesh `(data, fsdp, tensor)` over `devices`, or all devices of all processes.
+
+    One size may be -1: the remaining devices.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
@@ -119,84 +125,82 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
     sizes, n_devices = [data, fsdp, tensor], jax.device_count() if devices is None else len(devices)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(f"mesh {dict(zip(MESH_AXES, sizes, strict=True))}: sizes are positive, and at most one is -1")
-    known = 1
-    for size in sizes:
-        known *= size if size != -1 else 1
-    if -1 in sizes and n_devices % known == 0:
-        sizes[sizes.index(-1)] = n_devices // known
-        known = n_devices
-    if known != n_devices:
+    product = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and n_devices % product == 0:
+        sizes[sizes.index(-1)] = n_devices // product
+        product = n_devices
+    if product != n_devices:
         raise UserError(
-            f"mesh {dict(zip(MESH_AXES, sizes, strict=True))} needs {known} devices but there are {n_devices}: "
-            "their product must be the number of devices (use -1 for one size to fill up)"
+            f"mesh {dict(zip(MESH_AXES, sizes, strict=True))} needs {product} devices but there are {n_devices}: "
+            "choose sizes with this product (-1 for one size: the remaining devices)"
         )
-    # Auto: the compiler propagates shardings from the parameters and the pinned activations (distributed/rules.py).
+    # Auto: the compiler propagates shardings from parameters and pinned activations (distributed/rules.py)
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def process_count() -> int:
-    """Number of processes that run together; asking does not start the accelerator where there is one process."""
+    """Return the number of processes of the run, without starting the accelerator for a single process."""
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def is_main_process() -> bool:
-    """Whether this process writes exports, logs and progress; asking does not start the accelerator either."""
+    """Return True if this process writes exports, logs and progress, without starting the accelerator."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def on_process_zero(compute: Callable[[], Any], kind: Any = Any) -> Any:
-    """Return on every process what `compute` returns on process 0; all processes must call it, in step.
+    """Return on every process the value (JSON) of `compute()` on process 0; all must call it, in step.
 
-    Files of a workdir are looked at and changed by process 0 alone: others could see them before or after a change.
+    Workdir files are read and written by process 0 alone, since other processes could see them before a change.
 
     Args:
       compute: returns a JSON value, or an instance of `kind`.
-      kind: a type that msgspec converts from JSON, as a Struct.
+      kind: a type that msgspec converts from JSON, such as a Struct.
 
     Raises:
-      SharedError: `compute` raised a UserError; every process does.
+      SharedError: on every process, if `compute` raised a UserError.
     """
     if process_count() == 1:
         return compute()
-    said: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     if is_main_process():
         try:
-            said = {"value": compute()}
+            result = {"value": compute()}
         except UserError as error:
-            said = {"error": str(error)}
-        except BaseException as error:  # the others must not wait for an answer that never comes
-            _tell({"error": f"process 0 failed ({type(error).__name__}: {error})"})
+            result = {"error": str(error)}
+        except BaseException as error:  # otherwise the others would wait for ever
+            _broadcast({"error": f"process 0 failed ({type(error).__name__}: {error})"})
             raise
-    said = _tell(said)
-    if "error" in said:
-        raise SharedError(said["error"])
-    return msgspec.convert(said["value"], kind)
+    result = _broadcast(result)
+    if "error" in result:
+        raise SharedError(result["error"])
+    return msgspec.convert(result["value"], kind)
 
 
-def _tell(said: dict[str, Any]) -> dict[str, Any]:
-    """Process 0's value, on every process."""
-    raw = np.frombuffer(json.dumps(said, default=msgspec.to_builtins).encode(), np.uint8)
+def _broadcast(result: dict[str, Any]) -> dict[str, Any]:
+    """Return process 0's value on every process."""
+    raw = np.frombuffer(json.dumps(result, default=msgspec.to_builtins).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.asarray(raw.size, np.int32)))
     padded = raw if is_main_process() else np.zeros(size, np.uint8)
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes())
 
 
 def from_all(compute: Callable[[], Any]) -> list[Any]:
-    """What `compute` returns on each process (any JSON value), in their order, on every process; all must call it.
+    """Return on every process the values (JSON) of `compute()` on each process, in order; all must call it.
 
     Raises:
-      SharedError: `compute` raised a UserError on any process; every process does.
+      SharedError: on every process, if `compute` raised a UserError on any.
     """
     if process_count() == 1:
         return [compute()]
     failure: BaseException | None = None
     try:
-        said = {"value": compute()}
+        result = {"value": compute()}
     except UserError as error:
-        said = {"error": str(error)}
-    except BaseException as error:  # the others must not wait for an answer that never comes
-        said, failure = {"error": f"process {jax.process_index()} failed ({type(error).__name__}: {error})"}, error
-    raw = np.frombuffer(json.dumps(said, default=msgspec.to_builtins).encode(), np.uint8)
+        result = {"error": str(error)}
+    except BaseException as error:  # otherwise the others would wait for ever
+        result, failure = {"error": f"process {jax.process_index()} failed ({type(error).__name__}: {error})"}, error
+    raw = np.frombuffer(json.dumps(result, default=msgspec.to_builtins).encode(), np.uint8)
     lengths = np.asarray(multihost_utils.process_allgather(np.asarray(raw.size, np.int32)))
     padded = np.zeros(lengths.max(), np.uint8)
     padded[: raw.size] = raw
@@ -211,17 +215,17 @@ def from_all(compute: Callable[[], Any]) -> list[Any]:
 
 
 def gather_to_host(array: jax.Array) -> np.ndarray:
-    """An array's values in host memory, on every process; all of them must call it where it is split over them."""
+    """Return an array's values in host memory, on every process; all must call it for an array split over them."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """The context in which computations are laid out on `mesh` (`rules.constrain`); nothing without one."""
+    """Return the context in which computations are sharded over `mesh` (`rules.constrain`); no effect for None."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def row_ways(mesh: Mesh | AbstractMesh | None) -> int:
-    """Over how many ways the rows of a batch are split: data x fsdp."""
+    """Return the number of ways in which the rows of a batch are split: data x fsdp."""
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]

@@ -1,4 +1,4 @@
-"""Stopping in good order when the machine is taken away."""
+"""Orderly stop of a run when the machine is preempted."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from jax.experimental import multihost_utils
 
 from vlmprune_jax.distributed.mesh import process_count
 
-_calls = itertools.count(1)  # of `noticed`, over all phases: the number that processes agree to stop at
+_calls = itertools.count(1)  # calls of `noticed` over all phases, by which processes agree where to stop
 
 
 def noticed() -> bool:
-    """Whether any process of a run of several got SIGTERM; all must call it in step, and all get True at the same call.
+    """Return True if any process of a run of several got SIGTERM; all must call it in step, with the same result.
 
-    `jax.distributed` catches the signal from the moment that the processes join, so that none of them dies of it.
+    Once processes have joined, `jax.distributed` catches the signal, so that it does not kill them.
     """
     return process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_calls))
 
 
 class StopSignal:
-    """While entered, SIGTERM sets a flag instead of ending the process; on a pod all processes agree when to stop.
+    """Context in which SIGTERM sets a flag instead of ending the process; processes of a pod agree when to stop.
 
-    Outside the main thread signals cannot be caught, and SIGTERM keeps its usual meaning.
+    Outside the main thread signals cannot be caught, and SIGTERM ends the process as usual.
     """
 
     def __init__(self) -> None:
@@ -48,5 +48,5 @@ class StopSignal:
         self._flag.set()
 
     def requested(self) -> bool:
-        """Whether to save and stop here; on a pod every process must ask, in step."""
+        """Return True if the run should save and stop here; on a pod every process must ask, in step."""
         return self._flag.is_set() or noticed()

@@ -1,4 +1,4 @@
-"""What computes, by name: a time or a speed means nothing without it."""
+"""Names of the hardware that computes, recorded with every time and speed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlmprune_jax.core.files import read_text
 
 
 def processor() -> str:
-    """ "8 x TPU v5 lite", "AMD EPYC 9B45, 2 cores": all devices of the run, or the processor that they are."""
+    """Return the devices of the run, such as "8 x TPU v5 lite", or the CPU: "AMD EPYC 9B45, 2 cores"."""
     kinds = Counter(device.device_kind for device in jax.devices())
     if set(kinds) == {"cpu"}:
         return f"{cpu()}, {cores()} cores"
@@ -22,15 +22,15 @@ def processor() -> str:
 
 
 def cores() -> int:
-    """Cores of the processor that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu() -> str:
-    """ "AMD EPYC 9B45": the processor's name."""
+    """Return the name of the CPU, such as "AMD EPYC 9B45"."""
     try:
         lines = read_text(Path("/proc/cpuinfo")).splitlines()
-    except UserError:  # another system
+    except UserError:  # not Linux
         lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return printable(named[0] if named else platform.processor() or platform.machine())
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return printable(names[0] if names else platform.processor() or platform.machine())

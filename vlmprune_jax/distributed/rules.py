@@ -1,4 +1,4 @@
-"""The one place where named axes meet mesh axes."""
+"""Sharding rules: the mesh axes of every named axis, in one place."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from vlmprune_jax.core.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# Named axis -> mesh axis or axes; an axis that is not listed is replicated. Parameters are split over `fsdp` along the
-# residual width and over `tensor` along heads, neurons and vocabulary; activations along the batch.
+# Named axis -> mesh axis or axes; axes that are not listed are replicated. Parameters are split over `fsdp` along the
+# residual width and over `tensor` along heads, neurons and vocabulary; activations are split along the batch.
 RULES: dict[str, str | tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "embed": "fsdp",
@@ -28,7 +28,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
 
 
 def spec(axes: Sequence[str | None]) -> PartitionSpec:
-    """The PartitionSpec of an array with these named axes; a mesh axis is used once, by the first that names it."""
+    """Return the PartitionSpec of an array with these named axes; the first axis that names a mesh axis uses it."""
     used: set[str] = set()
     entries: list[str | tuple[str, ...] | None] = []
     for axis in axes:
@@ -43,12 +43,12 @@ def spec(axes: Sequence[str | None]) -> PartitionSpec:
 
 
 def sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
-    """NamedSharding of an array with these named axes on `mesh`."""
+    """Return the NamedSharding of an array with these named axes on `mesh`."""
     return NamedSharding(mesh, spec(axes))
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """Pin an activation's sharding inside jit; the identity when no mesh is set (`jax.set_mesh`)."""
+    """Pin an activation's sharding inside jit; the identity without a mesh (`jax.set_mesh`)."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
@@ -58,7 +58,7 @@ def check_divides(cfg: ModelConfig, mesh: Mesh) -> None:
     """Refuse a mesh that does not divide the model, before anything is placed on it.
 
     Raises:
-      UserError: names every axis that fails and a size that works.
+      UserError: with every axis that fails and sizes that work.
     """
     text, tensor, fsdp = cfg.text, mesh.shape["tensor"], mesh.shape["fsdp"]
     sizes: dict[str, tuple[str, int]] = {
@@ -79,13 +79,14 @@ def check_divides(cfg: ModelConfig, mesh: Mesh) -> None:
             "projector width": ("tensor", text.hidden_size),
         }
     split = {"tensor": tensor, "fsdp": fsdp}
-    bad = [f"{name} = {size}" for name, (axis, size) in sizes.items() if size % split[axis]]
-    if not bad:
+    indivisible = [f"{name} = {size}" for name, (axis, size) in sizes.items() if size % split[axis]]
+    if not indivisible:
         return
     fits = {axis: _largest_divisor([s for a, s in sizes.values() if a == axis], split[axis]) for axis in split}
     data = mesh.size // (fits["fsdp"] * fits["tensor"])  # all devices stay in use
     raise UserError(
-        f"mesh fsdp={fsdp} tensor={tensor} does not divide {'; '.join(bad[:4])}{' …' if len(bad) > 4 else ''}: "
+        f"mesh fsdp={fsdp} tensor={tensor} does not divide {'; '.join(indivisible[:4])}"
+        f"{' …' if len(indivisible) > 4 else ''}: "
         f"use data={data} fsdp={fits['fsdp']} tensor={fits['tensor']} "
         f"or prune to widths that are multiples of tensor={tensor}"
     )
