@@ -207,7 +207,7 @@ def test_speed(tmp_path):
 
     def shown():
         measured = read_speed(tmp_path)
-        return speed_tables(measured), speed_notes(measured), measured.medians()
+        return speed_tables(measured, {}), speed_notes(measured, {}), measured.medians()
 
     whole = saved(path, SPEED)
     assert len(shown()) == 3
@@ -234,7 +234,7 @@ def test_samples(tmp_path):
     whole = saved(path, Samples(sets={"questions": SampleSet(questions=2, counts={"broken": 1}, samples=samples)}))
 
     def pictures():
-        parts = [part for of in read_samples(tmp_path).values() for _, part in shown_samples(of)]
+        parts = [part for of in read_samples(tmp_path).values() for _, part in shown_samples(of, {})]
         return [image.uri for part in parts for one in part for image in one.images if image.uri]
 
     assert pictures() == [image.uri]

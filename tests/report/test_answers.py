@@ -48,12 +48,12 @@ def test_tables_of_comparisons(workdir):
     unpruned, best = section.tables
     assert unpruned.header[:2] == ("model", "only unpruned right")
     assert unpruned.rows == (
-        ("depth", "22", "0", "< 0.001", "worse", ""),
-        ("depth-sft", "2", "0", "1.000", "could be chance", "90.9 % of 22"),  # 0.5, raised for three tests
-        ("width", "1", "0", "1.000", "could be chance", ""),
+        ("depth 30 %", "22", "0", "< 0.001", "worse", ""),
+        ("depth 30 %, SFT", "2", "0", "1.000", "could be chance", "90.9 % of 22"),  # 0.5, raised for three tests
+        ("width 30 %", "1", "0", "1.000", "could be chance", ""),
     )
-    assert [row[0] for row in best.rows] == ["depth", "width"]
-    assert best.rows[1] == ("width", "0", "1", "1.000", "could be chance")
+    assert [row[0] for row in best.rows] == ["depth 30 %", "width 30 %"]
+    assert best.rows[1] == ("width 30 %", "0", "1", "1.000", "could be chance")
 
 
 def test_no_test_without_right_and_wrong(workdir):
@@ -66,7 +66,7 @@ def test_no_test_without_right_and_wrong(workdir):
     short = workdir / "width/eval/pruned.json"
     short.write_text(json.dumps({**old, "scores": {"accuracy": [1.0] * 39}}))
     (section,) = comparison_section(workdir, read_result(workdir))
-    assert [row[0] for row in section.tables[0].rows] == ["depth", "depth-sft"]
+    assert [row[0] for row in section.tables[0].rows] == ["depth 30 %", "depth 30 %, SFT"]
     write_several(workdir)
     assert list(comparison_section(workdir, read_result(workdir))) == []
 
@@ -144,7 +144,7 @@ def test_images_of_samples_are_small_and_damaged_ones_told(records):
     content = base64.b64decode(shown.uri.removeprefix("data:image/jpeg;base64,"))
     assert Image.open(io.BytesIO(content)).size == (224, 56)
     found = make_samples(records, RUNS[:1], said, scores, max_pixels=39_999)
-    assert all("over the limit of 39999 pixels" in s.images[0].problem for s in found.samples[2:4])
+    assert all("exceeds the limit of 39999 pixels" in s.images[0].problem for s in found.samples[2:4])
 
 
 def test_images_of_samples_are_bounded(records, monkeypatch):
@@ -190,5 +190,5 @@ def test_scores_between_right_and_wrong(records):
     scores = {"unpruned": [0.9] * 40, "depth": [0.3] * 20 + [None] * 20, "depth-sft": [0.6] * 40}
     found = make_samples(records, RUNS[:2], {name: ["x"] * 40 for name in scores}, scores, max_pixels=10**6)
     assert found.counts == {"repaired": 40, "broken": 0, "other": 0}
-    verdicts = [answer.verdict for answer in next(shown_samples(found))[1][0].answers]
+    verdicts = [answer.verdict for answer in next(shown_samples(found, {}))[1][0].answers]
     assert verdicts == ["right", "wrong", "right"]

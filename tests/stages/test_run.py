@@ -215,7 +215,7 @@ def test_the_demo_table_fits_80_columns():
     (table,) = tables_of(result_of(teacher, runs))
     shown.table(table.title, table.header, table.rows)
     text = shown.console.file.getvalue()
-    assert "depth-sft_l2" in text
+    assert "depth 30 %, SFT + L2" in text
     assert "1,326,624" in text
     assert "98.71" in text
     assert "…" not in text

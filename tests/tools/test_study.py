@@ -204,8 +204,8 @@ def test_perplexities_stand_in_a_table_over_seeds():
 @pytest.mark.parametrize(
     ("changes", "titles", "lines"),
     [
-        ({}, ["depth", "width"], {"none", "reconstruct", "sft_l2, 5 %", "sft_l2, 100 %"}),
-        ({"criterion": "random"}, ["depth, none", "depth, reconstruct"], {"block_influence", "random"}),
+        ({}, ["depth", "width"], {"without recovery", "reconstructed", "SFT + L2, 5 %"}),
+        ({"criterion": "random"}, ["depth, without recovery", "depth, reconstructed"], {"block_influence", "random"}),
     ],
 )
 def test_a_figure_has_a_line_for_what_is_compared(changes, titles, lines):
@@ -226,7 +226,7 @@ def test_a_figure_where_layers_were_counted():
         one = row("depth", level, "none", retained)
         models.append(replace(changed(one, ratio_asked=None), labels={**one.labels, "ratio": f"{level}"}))
     figure = study_figure(sweep(models))
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["none"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["without recovery"]
     assert [axes.get_title("left") for axes in figure.axes] == ["depth"]
 
 

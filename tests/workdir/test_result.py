@@ -131,3 +131,23 @@ def test_values_are_shown_as_their_metric_says():
     of = describe_sets(found(pope=0.5, text=10.0))
     assert (of["pope"].show(0.5), of["pope"].show(0.5, unit=False)) == ("50.00 %", "50.00")
     assert (of["text"].show(12.345), of["text"].show(None)) == ("12.35", "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "label"),
+    [
+        ({}, "depth 30 %"),
+        ({"ratio_asked": None}, "depth 31 %"),
+        ({"recovery": "reconstructed", "reconstruct": "least_squares"}, "depth 30 %, reconstructed"),
+        ({"reconstruct": "least_squares"}, "depth 30 %"),  # the model before its reconstruction
+        ({"recovery": "sft_l2", "reconstruct": "least_squares"}, "depth 30 %, reconstructed + SFT + L2"),
+        ({"recovery": "mine"}, "depth 30 %, mine"),
+    ],
+)
+def test_models_in_the_words_of_readers(changes, label):
+    teacher = found(pope=0.5)
+    one = replace(run("a", teacher, teacher), **changes)
+    assert one.label == label
+    assert result_of(teacher, [one]).labels == {"unpruned": "unpruned", "a": label}
+    twice = result_of(teacher, [one, replace(one, name="b")])
+    assert list(twice.labels.values()) == ["unpruned", f"{label} (a)", f"{label} (b)"]

@@ -18,7 +18,7 @@ Right = Mapping[str, Sequence[float]]  # by model: 1 (right) or 0 (wrong) for ev
 
 def comparison_section(workdir: Path, result: Result) -> Iterator[Section]:
     """McNemar's test of every run against the unpruned model, and of the best against all others, set by set."""
-    tables, left_out = list[Table](), list[str]()
+    tables, left_out, labels = list[Table](), list[str](), result.labels
     for key, of in result.sets.items():
         if of.counted != "questions" or of.full is None:
             continue
@@ -27,11 +27,11 @@ def comparison_section(workdir: Path, result: Result) -> Iterator[Section]:
         if len(right) < 2 or UNPRUNED not in right:
             left_out.append(key)
             continue
-        tables.append(_against(f"{prefix}Against the unpruned model", UNPRUNED, right, result.runs))
+        tables.append(_against(f"{prefix}Against the unpruned model", UNPRUNED, right, labels, result.runs))
         if result.best in right and len(right) > 2:
             others = {name: scores for name, scores in right.items() if name != UNPRUNED}
-            title = f"{prefix}Against {printable(result.best)}, the best"
-            tables.append(_against(title, result.best, others, ()))
+            title = f"{prefix}Against {labels[result.best]}, the best"
+            tables.append(_against(title, result.best, others, labels))
     notes = [
         "McNemar's exact test on the questions that only one of both models got right: p is the probability of a split "
         "at least as uneven if both were equally good, corrected for the number of tests in the table (Holm). It "
@@ -58,7 +58,7 @@ def _right_by_model(workdir: Path, runs: Sequence[Run], key: str) -> Right:
     return found
 
 
-def _against(title: str, reference: str, right: Right, runs: Sequence[Run]) -> Table:
+def _against(title: str, reference: str, right: Right, labels: Mapping[str, str], runs: Sequence[Run] = ()) -> Table:
     """A row for every other model; with `runs` also the share of the broken questions that recovery repaired."""
     names = [name for name in right if name != reference]
     tests = [mcnemar(right[reference], right[name]) for name in names]
@@ -67,13 +67,13 @@ def _against(title: str, reference: str, right: Right, runs: Sequence[Run]) -> T
     rows = []
     for name, test, p in zip(names, tests, holm([test.p_value for test in tests]), strict=True):
         better = "better" if test.only_second > test.only_first else "worse"
-        row = [printable(name), f"{test.only_first:,}", f"{test.only_second:,}", _probability(p)]
+        row = [labels[name], f"{test.only_first:,}", f"{test.only_second:,}", _probability(p)]
         row.append(better if p < SIGNIFICANT else "could be chance")
         if runs:
             pruned = pruned_of.get(plans[name])
             row.append("" if pruned in (None, name) else _repaired(right[reference], right[str(pruned)], right[name]))
         rows.append(tuple(row))
-    header = ("model", f"only {printable(reference)} right", "only this right", "p", "verdict")
+    header = ("model", f"only {labels[reference]} right", "only this right", "p", "verdict")
     return Table(title, (*header, *(("repaired of what pruning broke",) if runs else ())), tuple(rows))
 
 

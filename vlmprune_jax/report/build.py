@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from vlmprune_jax.core.errors import printable
@@ -15,7 +15,7 @@ from vlmprune_jax.report.page import Section, Table, write_page
 from vlmprune_jax.report.samples import shown_samples
 from vlmprune_jax.report.speed import bench_notes, bench_tables, speed_notes, speed_tables, together
 from vlmprune_jax.report.tables import groups_of, lead, tables_of
-from vlmprune_jax.workdir.result import RESULT, Costs, Result, Run, Unpruned, read_result
+from vlmprune_jax.workdir.result import RESULT, Costs, Result, read_result
 from vlmprune_jax.workdir.samples import read_samples
 from vlmprune_jax.workdir.speed import BENCH, read_bench, read_speed
 from vlmprune_jax.workdir.tpu_plan import NOTES as PLAN_NOTES
@@ -23,7 +23,7 @@ from vlmprune_jax.workdir.tpu_plan import as_rows, read_tpu_plan
 from vlmprune_jax.workdir.unfinished import Variant, read_unfinished
 
 NOTES = (
-    "Data: share of the training records used for recovery. Asked, reached: share of all parameters to remove. "
+    "Data: share of the training records used for recovery. Removed: share of all parameters. "
     "Retained: share of the unpruned model's score, in percent{averages}. Seconds: scoring, pruning and training, "
     "without evaluation."
 )
@@ -65,8 +65,8 @@ def build_report(workdir: Path, *, more: Sequence[Section] = ()) -> Path:
         title="Structural pruning report",
         lead=lead(result) if finished and result else "This run is not finished: what is there so far.",
         missing=missing,
-        tables=() if result is None else tables_of(result),
-        best=printable(result.best) if finished and result else "",
+        tables=() if result is None else tables_of(result, names=True),
+        best=result.labels[result.best] if finished and result else "",
         notes="" if result is None else _notes(result),
         sections=[*_sections(workdir, result, variants, finished), *more],
         result_json=read_text(path) if finished else "",
@@ -78,19 +78,20 @@ def _variants(result: Result | None) -> list[Variant]:
 
 
 def _sections(workdir: Path, result: Result | None, variants: Sequence[Variant], finished: bool) -> Iterator[Section]:
+    labels = {} if result is None else result.labels
     if result is not None and result.runs:
         measured = figures.measured_of(result)
         first = plots.score_figure(result, measured[0])
         plots.write_png(first, workdir / "report.png")
         yield from figures.score_sections(result, measured, first)
         yield from comparison_section(workdir, result)
-    yield from _samples(workdir, finished)
+    yield from _samples(workdir, labels, finished)
     yield from _costs(workdir, result, finished)
     yield from figures.removed_section(workdir, variants)
     yield from figures.importance_section(workdir, variants)
     yield from figures.kinds_section(workdir, variants)
     if result is not None:
-        yield from figures.loss_section(workdir, result.runs)
+        yield from figures.loss_section(workdir, result)
         groups = tuple(groups_of(result))
         if groups:
             yield Section("By group of questions", tables=groups)
@@ -105,10 +106,10 @@ def _sections(workdir: Path, result: Result | None, variants: Sequence[Variant],
 
 def _export(result: Result) -> Section:
     if result.export is None:  # a run of a sweep
-        missing = f"Nothing is exported, the best model is {result.best}"
+        missing = f"Nothing is exported, the best model is {result.labels[result.best]}"
         return Section("Export", missing=missing, command="vlmprune export")
     note = (
-        f"Exported: {result.export.path} (the model {result.best}), reloaded and compared: largest difference of "
+        f"Exported: {result.export.path} ({result.labels[result.best]}), reloaded and compared: largest difference of "
         f"any logit {result.export.max_abs_logit_difference:.2g}."
     )
     return Section("Export", notes=(note,))
@@ -119,14 +120,14 @@ def _notes(result: Result) -> str:
     return notes + (INTERVALS if any(run.evaluation.retained_interval for run in result.runs) else "")
 
 
-def _samples(workdir: Path, finished: bool) -> Iterator[Section]:
+def _samples(workdir: Path, labels: Mapping[str, str], finished: bool) -> Iterator[Section]:
     sets = read_samples(workdir)
     title = "Questions and what every model answers"
     if not sets and finished:
         command = COMMAND.format(workdir, "").replace(" run ", " evaluate ")
         yield Section(title, missing="No questions were kept for this page", command=command)
     for name, samples in sets.items():
-        shown = tuple(shown_samples(samples))
+        shown = tuple(shown_samples(samples, labels))
         if shown:
             notes = () if any(sample.images for _, mine in shown for sample in mine) else ("These have no images.",)
             yield Section(title if len(sets) == 1 else f"{title}: {name}", samples=shown, notes=notes)
@@ -135,16 +136,17 @@ def _samples(workdir: Path, finished: bool) -> Iterator[Section]:
 def _costs(workdir: Path, result: Result | None, finished: bool) -> Iterator[Section]:
     """Costs by shape, and measured speed."""
     measured, tables, notes = read_speed(workdir), list[Table](), list[str]()
+    labels = {} if result is None else result.labels
     if result is not None and result.teacher.costs is not None and result.workload is not None:
         workload = result.workload
-        tables.append(_cost_table(result.teacher, result.teacher.costs, result.runs))
+        tables.append(_cost_table(result, result.teacher.costs))
         notes.append(
             f"FLOPs: a forward pass of {workload.length:,} tokens, those of {workload.images} image(s) among them; a "
             f"multiply-add is two. Cache and file as {workload.dtype}."
         )
     if measured is not None:
-        tables += speed_tables(measured)
-        notes += speed_notes(measured)
+        tables += speed_tables(measured, labels)
+        notes += speed_notes(measured, labels)
     if os.path.lexists(workdir / BENCH):
         bench = read_bench(workdir / BENCH)
         tables += bench_tables(bench)
@@ -159,7 +161,9 @@ def _costs(workdir: Path, result: Result | None, finished: bool) -> Iterator[Sec
         )
 
 
-def _cost_table(teacher: Unpruned, unpruned: Costs, runs: Sequence[Run]) -> Table:
+def _cost_table(result: Result, unpruned: Costs) -> Table:
+    teacher, labels = result.teacher, result.labels
+
     def row(parameters: int, costs: Costs) -> tuple[str, ...]:
         cells = [f"{parameters:,}", f"{100 * parameters / teacher.parameters:.1f}"]
         for key, scale in (("forward_flops", 1e9), ("kv_bytes_per_token", 1), ("file_bytes", 1e6)):
@@ -169,9 +173,9 @@ def _cost_table(teacher: Unpruned, unpruned: Costs, runs: Sequence[Run]) -> Tabl
         return tuple(cells)
 
     shapes = dict[tuple[str, ...], list[str]]()
-    for run in runs:
+    for run in result.runs:
         if run.costs is not None:
-            shapes.setdefault(row(run.parameters, run.costs), []).append(printable(run.name))
+            shapes.setdefault(row(run.parameters, run.costs), []).append(labels[run.name])
     header = ("model", "parameters", "%", "GFLOPs", "%", "cache, bytes a token", "%", "file, MB", "%")
     rows = [("unpruned", *row(teacher.parameters, unpruned))]
     rows += [(together(names), *cells) for cells, names in shapes.items()]

@@ -20,10 +20,12 @@ from vlmprune_jax.report.plots import (
     MOST_NAMED,
     MUTED,
     UNRECOVERED,
+    legend_entries,
     legible,
     marker,
     styled,
 )
+from vlmprune_jax.workdir.result import WITHOUT, recovery_label
 from vlmprune_jax.workdir.sweep import Group, UnprunedModel
 
 MOST_PANELS = 9
@@ -47,11 +49,8 @@ DATA = Cost("", "data trained on (%)", lambda model: 100 * model.data_fraction)
 
 
 def way_of(group: Group) -> str:
-    """How a model was made good: "none", "reconstruct", "sft", "reconstruct + sft"."""
-    recovery, solved = group.first.recovery, group.first.reconstruct != "none"
-    if not solved or recovery.startswith("reconstruct"):
-        return recovery
-    return "reconstruct" if recovery == "none" else f"reconstruct + {recovery}"
+    """Name the recovery of a group in a reader's words, as "reconstructed + SFT"."""
+    return recovery_label(group.first.recovery, reconstructed=group.first.reconstruct != "none")
 
 
 def series_of(groups: Sequence[Group]) -> dict[str, str]:
@@ -86,11 +85,11 @@ def drawable(groups: Sequence[Group]) -> list[Group]:
 
 
 def _styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """A line of its own for every name, grey for "none"."""
-    others = [name for name in dict.fromkeys(names) if name != "none"]
+    """Return a line style for every name, grey for "without recovery"."""
+    others = [name for name in dict.fromkeys(names) if name != WITHOUT]
     dashes = [_DASHES[i // len(COLOURS) % len(_DASHES)] for i in range(len(others))]
     found = {name: {"color": COLOURS[i % len(COLOURS)], "linestyle": dashes[i]} for i, name in enumerate(others)}
-    return {"none": {"color": UNRECOVERED, "linestyle": "-"}, **found}
+    return {WITHOUT: {"color": UNRECOVERED, "linestyle": "-"}, **found}
 
 
 def pareto_figure(groups: Sequence[Group], unpruned: Sequence[UnprunedModel] | None, costs: Sequence[Cost]) -> Figure:
@@ -117,7 +116,8 @@ def pareto_figure(groups: Sequence[Group], unpruned: Sequence[UnprunedModel] | N
             axes.set_xlabel(cost.label)
             axes.set_ylim(*_limits(groups))
             axes.margins(x=0.1)
-        _add_legend(figure, _legend(groups, styles))
+        colours = {way: styles[way]["color"] for way in dict.fromkeys(ways)}
+        _add_legend(figure, legend_entries((group.first.method for group in groups), colours, size=7))
         return figure
 
 
@@ -162,21 +162,6 @@ def _limits(groups: Sequence[Group]) -> tuple[float, float]:
     low, high = min(worth), max(worth)
     bottom = 10.0 * ((low - 2) // 10) if low > HALF else 0.0
     return bottom - 0.03 * (high - bottom), high + 0.08 * (high - bottom)
-
-
-def _legend(groups: Sequence[Group], styles: Mapping[str, Mapping[str, Any]]) -> list[Line2D]:
-    """One entry per method (shape) and per way to make good (colour)."""
-    plain: Any = {"linestyle": "none"}
-    entries = [Line2D([], [], marker="*", color=INK, markersize=11, label="unpruned", **plain)]
-    for method in list(dict.fromkeys(group.first.method for group in groups))[:MOST_NAMED]:
-        entries.append(Line2D([], [], label=legible(method), **{**marker(method, INK), **plain, "markersize": 7}))
-    present = dict.fromkeys(way_of(group) for group in groups)
-    for way in list(present)[:MOST_NAMED]:
-        colour = styles[way]["color"]
-        entries.append(
-            Line2D([], [], marker="_", color=colour, markersize=12, markeredgewidth=4, label=legible(way), **plain)
-        )
-    return entries
 
 
 def _add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:

@@ -16,7 +16,7 @@ from vlmprune_jax.recovery.metrics import read_metrics
 from vlmprune_jax.report import kinds, plots
 from vlmprune_jax.report.page import Figure, Section
 from vlmprune_jax.report.tables import over, upper
-from vlmprune_jax.workdir.result import Result, Run
+from vlmprune_jax.workdir.result import Result
 from vlmprune_jax.workdir.unfinished import Variant
 
 MOST_UNITS = 1_000_000  # cells of a figure
@@ -62,8 +62,7 @@ def score_sections(result: Result, measured: Sequence[plots.Measured], first: An
 
 
 def _score_alt(result: Result, measured: plots.Measured) -> str:
-    names = [name for name, _ in result.models]
-    values = zip(names[:MOST_LISTED], measured.values, strict=False)
+    values = zip(list(result.labels.values())[:MOST_LISTED], measured.values, strict=False)
     told = ", ".join(f"{name} {'unknown' if value is None else f'{value:.1f}'}" for name, value in values)
     return f"{measured.title}, against parameters and as bars, in {measured.label}: {told}"
 
@@ -182,14 +181,14 @@ def _check_drawable(what: str, widths: Sequence[int]) -> None:
         )
 
 
-def loss_section(workdir: Path, runs: Sequence[Run]) -> Iterator[Section]:
+def loss_section(workdir: Path, result: Result) -> Iterator[Section]:
     """Losses over steps, of every recovery that reported some."""
     curves, titles = dict[str, list[dict[str, Any]]](), dict[str, str]()
-    for run in runs:
+    for run in result.runs:
         titles |= run.loss_terms or {name: name for name in LossConfig().weights()}
         path = workdir / run.metrics if run.metrics else None
         if path is not None and path.is_file() and len(curves) < MOST_DRAWN:
-            curves[run.name] = read_metrics(path)
+            curves[result.labels[run.name]] = read_metrics(path)
     drawn = plots.loss_figure(curves, titles)
     if drawn is not None:
         steps = max(row["step"] for rows in curves.values() for row in rows)

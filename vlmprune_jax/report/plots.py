@@ -9,7 +9,7 @@ import io
 import itertools
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from matplotlib.ticker import MaxNLocator
 
 from vlmprune_jax.core.errors import printable
 from vlmprune_jax.core.files import replacing
-from vlmprune_jax.workdir.result import Result, Run
+from vlmprune_jax.workdir.evaluation import UNPRUNED
+from vlmprune_jax.workdir.result import WITHOUT, Result, Run
 
 # Text and axes are drawn in this colour, which an inline SVG then trades for the page's own (light or dark).
 INK = "#3a3b3c"
@@ -76,7 +77,7 @@ def score_figure(result: Result, measured: Measured) -> Figure:
     colours = recovery_colours(runs)
     finite = [np.nan if v is None or not abs(v) < LARGEST else float(v) for v in measured.values]
     unpruned, values = finite[0], finite[1:]
-    names = [name for run in runs for name in (run.name, run.method, run.recovery)]
+    names = [name for run in runs for name in (run.label, run.method, run.after_pruning)]
     with styled(measured.label, measured.title, *names):
         figure = Figure(figsize=(9.2, 3.9), layout="constrained")
         axes, bars = figure.subplots(1, 2, width_ratios=(5, 4))
@@ -84,7 +85,7 @@ def score_figure(result: Result, measured: Measured) -> Figure:
         axes.plot(teacher.parameters / 1e6, unpruned, "*", color=INK, markersize=14)
         lines = dict[tuple[str, str], list[tuple[float, float]]]()
         for run, value in zip(runs, values, strict=True):
-            lines.setdefault((run.method, run.recovery), []).append((run.parameters / 1e6, value))
+            lines.setdefault((run.method, run.after_pruning), []).append((run.parameters / 1e6, value))
         for (method, recovery), points in itertools.islice(lines.items(), MOST_LINES):
             axes.plot(*np.transpose(sorted(points)), **marker(method, colours[recovery]))
         axes.set_xlabel("parameters (millions)")
@@ -93,8 +94,8 @@ def score_figure(result: Result, measured: Measured) -> Figure:
         top = _top(finite, measured.full)
         axes.set_ylim(-0.04 * top, 1.06 * top)
         axes.margins(x=0.15)
-        axes.legend(handles=_legend(runs, colours), loc="best")
-        _score_bars(bars, runs, finite, top, measured, colours)
+        axes.legend(handles=legend_entries((run.method for run in runs), colours), loc="best")
+        _score_bars(bars, result, finite, top, measured, colours)
         return figure
 
 
@@ -114,33 +115,32 @@ def marker(method: str, colour: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _legend(runs: Sequence[Run], colours: Mapping[str, str]) -> list[Line2D]:
-    """One entry per method (shape) and per recovery (colour)."""
+def legend_entries(methods: Iterable[str], colours: Mapping[str, str], size: float | None = None) -> list[Line2D]:
+    """Return one entry for the unpruned model, for each method (shape) and for each recovery (colour)."""
     plain: Any = {"linestyle": "none"}
-    entries = [Line2D([], [], marker="*", color=INK, markersize=12, label="unpruned", **plain)]
-    for method in list(dict.fromkeys(run.method for run in runs))[:MOST_NAMED]:
-        entries.append(Line2D([], [], label=legible(method), **{**marker(method, INK), **plain}))
+    bar: Any = {"marker": "_", "markersize": 12, "markeredgewidth": 4}
+    entries = [Line2D([], [], marker="*", color=INK, markersize=12, label=UNPRUNED, **plain)]
+    for method in list(dict.fromkeys(methods))[:MOST_NAMED]:
+        look = marker(method, INK)
+        look["markersize"] = size or look["markersize"]
+        entries.append(Line2D([], [], label=legible(method), **{**look, **plain}))
     for recovery, colour in itertools.islice(colours.items(), MOST_NAMED):
-        if any(run.recovery == recovery for run in runs):
-            label = "unrecovered" if recovery == "none" else legible(recovery)
-            entries.append(
-                Line2D([], [], marker="_", color=colour, markersize=12, markeredgewidth=4, label=label, **plain)
-            )
+        entries.append(Line2D([], [], color=colour, label=legible(recovery), **bar, **plain))
     return entries
 
 
 def _score_bars(
     axes: Axes,
-    runs: Sequence[Run],
+    result: Result,
     values: Sequence[float],
     top: float,
     measured: Measured,
     colours: Mapping[str, str],
 ) -> None:
     """One bar per model (of many the first), with its value written beside it."""
-    runs, values = runs[: MOST_BARS - 1], values[:MOST_BARS]
+    runs, values = result.runs[: MOST_BARS - 1], values[:MOST_BARS]
     places = np.arange(len(values))[::-1]
-    shades = [INK, *(colours[run.recovery] for run in runs)]
+    shades = [INK, *(colours[run.after_pruning] for run in runs)]
     axes.barh(places, values, color=shades, height=0.66)
     for place, value, told in zip(places, values, measured.values, strict=False):
         at = value if np.isfinite(value) else 0.0
@@ -151,7 +151,7 @@ def _score_bars(
             textcoords="offset points",
             va="center",
         )
-    axes.set_yticks(places, ["unpruned", *(legible(run.name) for run in runs)])
+    axes.set_yticks(places, [legible(name) for name in list(result.labels.values())[: len(values)]])
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     axes.set_xlim(0, 1.18 * top)
@@ -162,8 +162,9 @@ def _score_bars(
 
 def recovery_colours(runs: Sequence[Run]) -> dict[str, str]:
     """One colour per recovery, grey for none."""
-    names = list(dict.fromkeys(run.recovery for run in runs if run.recovery != "none"))
-    return {"none": UNRECOVERED} | {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    names = list(dict.fromkeys(run.after_pruning for run in runs))
+    trained = [name for name in names if name != WITHOUT]
+    return {name: UNRECOVERED if name == WITHOUT else COLOURS[trained.index(name) % len(COLOURS)] for name in names}
 
 
 def layer_importance_figure(title: str, importance: np.ndarray, removed: Sequence[int]) -> Figure:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from vlmprune_jax.core.errors import printable
@@ -35,18 +35,19 @@ class ShownSample:
     answers: Sequence[ShownAnswer]
 
 
-def shown_samples(samples: SampleSet) -> Iterator[tuple[str, list[ShownSample]]]:
-    """(heading, samples) of every kind that a set has."""
+def shown_samples(samples: SampleSet, labels: Mapping[str, str]) -> Iterator[tuple[str, list[ShownSample]]]:
+    """(heading, samples) of every kind that a set has; `labels`: names of models for readers."""
     for kind, heading in HEADINGS.items():
         mine = [sample for sample in samples.samples if sample.kind == kind]
         if mine:
-            yield f"{heading} ({samples.counts.get(kind, 0):,} of {samples.questions:,})", list(map(_shown, mine))
+            title = f"{heading} ({samples.counts.get(kind, 0):,} of {samples.questions:,})"
+            yield title, [_shown(sample, labels) for sample in mine]
 
 
-def _shown(sample: Sample) -> ShownSample:
+def _shown(sample: Sample, labels: Mapping[str, str]) -> ShownSample:
     answers = [
         ShownAnswer(
-            printable(answer.model),
+            printable(labels.get(answer.model, answer.model)),
             printable(answer.said) or "(nothing)",
             "" if answer.score is None else "right" if answer.score >= 0.5 else "wrong",
         )

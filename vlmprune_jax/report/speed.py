@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from vlmprune_jax.core.errors import printable
 from vlmprune_jax.evaluation.speed.clock import BenchSide, Measurement
@@ -13,12 +13,15 @@ from vlmprune_jax.workdir.speed import Bench, Speed, ratios
 _Row = tuple[str, ...]
 
 
-def speed_tables(measured: Speed) -> tuple[Table, Table]:
-    """Return the measured speed of every shape with the unpruned model's beside it, and the speed-ups."""
+def speed_tables(measured: Speed, labels: Mapping[str, str]) -> tuple[Table, Table]:
+    """Return the measured speed of every shape with the unpruned model's beside it, and the speed-ups.
+
+    `labels`: names of models for readers.
+    """
     rows, times = list[_Row](), list[_Row]()
     for pair in measured.pairs:
-        name = together(list(map(printable, pair.models)))
-        beside = "unpruned" if len(measured.pairs) == 1 else f"unpruned, beside {printable(pair.models[0])}"
+        name = _shape_name(pair.models, labels)
+        beside = "unpruned" if len(measured.pairs) == 1 else f"unpruned, beside {_label(pair.models[0], labels)}"
         rows += [(beside, *_cells(pair.unpruned)), (name, *_cells(pair.pruned))]
         times.append((name, *_speedups(pair.unpruned, pair.pruned)))
     header = ("model", "prefill, tokens/s", "decoding, tokens/s", "first token, ms", "memory, MiB")
@@ -31,6 +34,14 @@ def speed_tables(measured: Speed) -> tuple[Table, Table]:
 def together(names: Sequence[str]) -> str:
     """Name models that have the same shape."""
     return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} of its shape)"
+
+
+def _shape_name(models: Sequence[str], labels: Mapping[str, str]) -> str:
+    return together([_label(name, labels) for name in models])
+
+
+def _label(name: str, labels: Mapping[str, str]) -> str:
+    return printable(labels.get(name, name))
 
 
 def _cells(speed: Measurement) -> _Row:
@@ -58,7 +69,7 @@ def _speedup(before: Sequence[float], after: Sequence[float]) -> str:
     return text if min(rounds) > 1 else f"{text}, {'slower' if max(rounds) < 1 else 'no speed-up'}"
 
 
-def speed_notes(measured: Speed) -> list[str]:
+def speed_notes(measured: Speed, labels: Mapping[str, str]) -> list[str]:
     """Say what was measured where, and which models are no faster."""
     workload = measured.workload
     images = ", an image first" if workload.image else ""
@@ -70,7 +81,7 @@ def speed_notes(measured: Speed) -> list[str]:
     ]
     for name, what in (("prefill", "the prompt"), ("decode", "generating tokens")):
         slow = [
-            together(list(map(printable, pair.models)))
+            _shape_name(pair.models, labels)
             for pair in measured.pairs
             if min(ratios(getattr(pair.unpruned, name), getattr(pair.pruned, name))) <= 1
         ]

@@ -10,9 +10,12 @@ from vlmprune_jax.workdir.evaluation import UNPRUNED, Group
 from vlmprune_jax.workdir.result import Result, Run, Set, Unpruned, averaged_sets, interval, percent
 
 
-def tables_of(result: Result) -> list[Table]:
-    """Return the summary of all models; with several evaluation sets also scores and retained percentages by set."""
-    sets, runs = result.sets, result.runs
+def tables_of(result: Result, *, names: bool = False) -> list[Table]:
+    """Return the summary of all models; with several evaluation sets also scores and retained percentages by set.
+
+    `names`: add a column with the names of runs, which are those of their folders.
+    """
+    sets, runs, labels = result.sets, result.runs, result.labels
     has_intervals = any(run.evaluation.retained_interval for run in runs)
     if len(sets) == 1:
         [(name, of)] = sets.items()
@@ -24,17 +27,20 @@ def tables_of(result: Result) -> list[Table]:
         averages = ((run.evaluation.mean_of_ratios, run.evaluation.paper_average) for run in runs)
         worth = [tuple(map(percent, pair)) for pair in ((100.0, 100.0), *averages)]
         title = f"Retained {over(sets)}, and the paper's average, in %"
-    rows = [(UNPRUNED, "", f"{result.teacher.parameters:,}", "", "", *worth[0], "")]
-    rows += [_summary(run, cells) for run, cells in zip(runs, worth[1:], strict=True)]
-    header = ("model", "data", "parameters", "asked", "reached", *columns, "seconds")
-    summary = Table(f"{title}; asked, reached: shares of all parameters", header, tuple(rows))
+    rows: list[tuple[str, ...]] = [(UNPRUNED, "", f"{result.teacher.parameters:,}", "", *worth[0], "")]
+    rows += [(labels[run.name], *_summary(run, cells)) for run, cells in zip(runs, worth[1:], strict=True)]
+    header: tuple[str, ...] = ("model", "data", "parameters", "removed", *columns, "seconds")
+    if names:
+        header = (*header, "run")
+        rows = [(*row, name) for row, name in zip(rows, ("", *(printable(run.name) for run in runs)), strict=True)]
+    summary = Table(f"{title}; removed: share of all parameters", header, tuple(rows))
     if len(sets) == 1:
         return [summary]
     scores = [
-        (printable(label), *(of.show(model.evaluation.main(name, sets), unit=False) for name, of in sets.items()))
-        for label, model in result.models
+        (labels[key], *(of.show(model.evaluation.main(name, sets), unit=False) for name, of in sets.items()))
+        for key, model in result.models
     ]
-    kept = [(printable(run.name), *(_kept(run, name) for name in sets)) for run in runs]
+    kept = [(labels[run.name], *(_kept(run, name) for name in sets)) for run in runs]
     return [
         summary,
         Table(", ".join(f"{name}: {of.label}" for name, of in sets.items()), ("model", *sets), tuple(scores)),
@@ -54,10 +60,8 @@ def _score_cells(result: Result, model: Run | Unpruned, name: str, of: Set) -> t
 
 def _summary(run: Run, worth: tuple[str, ...]) -> tuple[str, ...]:
     return (
-        printable(run.name),
         f"{100 * run.data_fraction:g} %" if run.data_fraction else "",
         f"{run.parameters:,}",
-        "" if run.ratio_asked is None else f"{run.ratio_asked:.3f}",
         f"{run.ratio_reached:.3f}",
         *worth,
         "" if run.seconds is None else f"{run.seconds:.1f}",
@@ -79,25 +83,23 @@ def lead(result: Result) -> str:
     """Describe the best model in a sentence."""
     run, teacher = result.best_run, result.teacher
     smaller = 1 - run.parameters / teacher.parameters
-    recovery = "without recovery" if run.recovery == "none" else f"{run.recovery}, without training,"
-    if run.data_fraction:
-        recovery = f"after recovery ({run.recovery}) on {100 * run.data_fraction:g} % of the training data"
     among = f"Best of {len(result.runs)} models: " if len(result.runs) > 1 else ""
+    trained = f", trained on {100 * run.data_fraction:g} % of the data," if run.data_fraction else ""
     return (
-        f"{among}{run.name} has {run.parameters:,} of {teacher.parameters:,} parameters "
-        f"({100 * smaller:.1f} % fewer) and {_scores(run, recovery, result)}."
+        f"{among}{result.labels[run.name]}{trained} has {run.parameters:,} of {teacher.parameters:,} parameters "
+        f"({100 * smaller:.1f} % fewer) and {_scores(run, result)}."
     )
 
 
-def _scores(run: Run, recovery: str, result: Result) -> str:
+def _scores(run: Run, result: Result) -> str:
     sets = result.sets
     if len(sets) > 1:
         kept = percent(run.evaluation.mean_of_ratios)
         share = f"{kept} % of the unpruned model's score" if kept else "an unknown share of the score"
-        return f"retains {share} {over(sets)} {recovery}"
+        return f"retains {share} {over(sets)}"
     [(name, of)] = sets.items()
     ours, theirs = (of.show(model.evaluation.main(name, sets)) for model in (run, result.teacher))
-    return f"reaches {ours} {of.main} on {of.size} {recovery}; the unpruned model reaches {theirs}"
+    return f"reaches {ours} {of.main} on {of.size}; the unpruned model reaches {theirs}"
 
 
 def over(sets: Mapping[str, Set]) -> str:
@@ -117,7 +119,7 @@ def groups_of(result: Result) -> Iterator[Table]:
             for group, values in groups.items()
         ]
         title, what = f"{upper(of.main)} by {of.grouped_by}", str(of.grouped_by)
-        header = (what, "questions", UNPRUNED, *(run.name for run in runs))
+        header = (what, "questions", *result.labels.values())
         yield Table(title if len(sets) == 1 else f"{name}: {title}", header, tuple(rows))
 
 

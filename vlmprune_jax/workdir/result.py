@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -11,7 +12,7 @@ from typing import Annotated, ClassVar, Literal
 import msgspec
 from msgspec import Meta
 
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.errors import UserError, printable
 from vlmprune_jax.core.files import Count, Finite
 from vlmprune_jax.evaluation.averages import mean_of_ratios, paper_average, retained
 from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
@@ -19,6 +20,9 @@ from vlmprune_jax.workdir.evaluation import UNPRUNED, Evaluated, Group, MetricIn
 from vlmprune_jax.workdir.speed import MedianSpeed
 
 RESULT = "result.json"
+NOT_TRAINED = ("none", "reconstructed")  # recoveries without training
+WITHOUT = "without recovery"
+RECOVERIES = {"sft": "SFT", "sft_l2": "SFT + L2", "sft_kl": "SFT + KL"}  # labels of common names of recoveries
 MOST_GROUPS = 40  # of a set; more stay in eval/*.json
 Evaluations = Mapping[str, Evaluated]  # of one model, by set
 
@@ -123,6 +127,19 @@ class Run(Part, frozen=True, kw_only=True):
     costs: Costs | None = None
     speed: MedianSpeed | None = None
 
+    @property
+    def after_pruning(self) -> str:
+        """The recovery in a reader's words, as "reconstructed + SFT"; "without recovery" if there was none."""
+        repaired = self.recovery == "reconstructed" or (self.recovery != "none" and self.reconstruct != "none")
+        return recovery_label(self.recovery, reconstructed=repaired)
+
+    @property
+    def label(self) -> str:
+        """The model in a reader's words, as "width 30 %, reconstructed + SFT"."""
+        ratio = self.ratio_reached if self.ratio_asked is None else self.ratio_asked
+        after = "" if self.after_pruning == WITHOUT else f", {self.after_pruning}"
+        return f"{self.method} {100 * ratio:.3g} %{after}"
+
 
 class Export(Part, frozen=True, kw_only=True):
     """The exported folder, reloaded by `backend`: the largest difference of any logit, and its limit."""
@@ -168,9 +185,22 @@ class Result(Artefact, frozen=True, kw_only=True, tag=1):
         return [(UNPRUNED, self.teacher), *((run.name, run) for run in self.runs)]
 
     @property
+    def labels(self) -> dict[str, str]:
+        """The names of all models in a reader's words; runs with the same label keep their names behind it."""
+        counts = Counter(run.label for run in self.runs)
+        labels = {run.name: run.label + ("" if counts[run.label] == 1 else f" ({run.name})") for run in self.runs}
+        return {UNPRUNED: UNPRUNED, **{name: printable(label) for name, label in labels.items()}}
+
+    @property
     def best_run(self) -> Run:
         """The run that `best` names."""
         return next(run for run in self.runs if run.name == self.best)
+
+
+def recovery_label(recovery: str, *, reconstructed: bool) -> str:
+    """Name a recovery in a reader's words, as "reconstructed + SFT"."""
+    trained = RECOVERIES.get(recovery, recovery) if recovery not in NOT_TRAINED else ""
+    return " + ".join(filter(None, ("reconstructed" if reconstructed else "", trained))) or WITHOUT
 
 
 def read_result(workdir: Path) -> Result:

@@ -11,10 +11,9 @@ import msgspec
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.workdir.evaluation import TEACHER, Evaluated, evaluations_of
-from vlmprune_jax.workdir.result import Result, Run, compare, describe_sets, unpruned_of
+from vlmprune_jax.workdir.result import NOT_TRAINED, Result, Run, compare, describe_sets, unpruned_of
 from vlmprune_jax.workdir.speed import read_speed
 
-NOT_TRAINED = ("none", "reconstructed")  # recoveries without training
 _COMMAND = "vlmprune {} --config=FILE.py --workdir={}"
 
 
