@@ -25,6 +25,7 @@ from vlmprune_jax.experiment.options import Option, options, sections
 from vlmprune_jax.workdir.artefact import Artefact, Part
 
 PAGES = Path(__file__).parents[1] / "docs" / "reference"
+COUNTED = ("fraction", "images", "rows", "weight")  # units that a setting's sentence implies
 SETTINGS = """\
 # Settings
 
@@ -92,9 +93,9 @@ def settings_page() -> str:
 
 def _row(option: Option) -> str:
     choices, unit, sentence = option.about.names(), option.about.unit, option.about.sentence
-    if unit and unit.lower() not in sentence.lower():
+    if unit and unit.lower() not in sentence.lower() and unit not in COUNTED:
         sentence += f" Unit: {unit}."
-    if choices:
+    if not all(f'"{name}"' in sentence for name in choices):
         sentence += f" One of {', '.join(f'`{name}`' for name in choices)}."
     cells = (f"`{option.name.rpartition('.')[2]}`", f"`{option.about.default!r}`", sentence)
     return "|" + "|".join(cell.replace("|", "\\|") for cell in cells) + "|"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from insights import Point, conclude, points_of
+from insights import SMALL, Point, conclude, points_of
 from matplotlib.figure import Figure
 
 from vlmprune_jax.core.errors import UserError
@@ -23,6 +23,7 @@ BEGIN, END = "<!-- vlmprune study: begin -->", "<!-- vlmprune study: end -->"
 PAPER = "paper"  # a source that no sweep may be called
 PERPLEXITY = "perplexity"
 _HEADING = "### "
+_SHARE = f", {100 * SMALL:g} % of the data"
 
 
 def read_studies(given: Sequence[str]) -> dict[str, SweepResult]:
@@ -53,14 +54,21 @@ def as_markdown(name: str, sweep: SweepResult) -> str:
     lines = [f"{_HEADING}{name}", "", about, "", *retention_lines(points)]
     found = conclude(points)
     for one in found:
+        sure = [row for row in one.comparisons if row.interval]
+        shared = {row.where.partition(_SHARE)[1] for row in sure} == {_SHARE}  # said once, in the header
         rows = [
-            f"| {row.where} ({row.pairs}) | {_interval(row.effect, *row.interval)} | {row.verdict} |"
-            for row in one.comparisons
-            if row.interval
+            f"| {row.where.removesuffix(_SHARE) if shared else row.where} ({row.pairs}) "
+            f"| {_interval(row.effect, *row.interval)} | {row.verdict} |"
+            for row in sure
         ]
         if rows:
             lines += [f"**{one.claim}**: {one.verdict}.", ""]
-            lines += [f"| setting (pairs) | {one.effect} (95 %) | verdict |", "|---|---|---|", *rows, ""]
+            lines += [
+                f"| setting{_SHARE if shared else ''} (pairs) | {one.effect} (95 %) | verdict |",
+                "|---|---|---|",
+                *rows,
+                "",
+            ]
     single = _numbers(
         one.claim for one in found if one.comparisons and not any(row.interval for row in one.comparisons)
     )
