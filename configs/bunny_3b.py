@@ -1,17 +1,18 @@
-"""Bunny-v1.0-3B pruned and recovered as in the paper (arXiv 2604.24380): every method and ratio of its tables.
+"""Bunny-v1.0-3B pruned and recovered as in the paper (arXiv 2604.24380): all methods and ratios of its tables.
 
   vlmprune run --config=configs/bunny_3b.py:depth,0.3 --workdir=runs/bunny_3b_depth_30 \
       --config.model.hf_dir=DIR/Bunny-v1_0-3B --config.data.train=DIR/bunny_695k.json \
       --config.data.images=DIR --config.data.eval=DIR/questions.json
 
-The variant is METHOD,RATIO. depth: whole layers by Block Influence; 0.15, 0.3, 0.45 and 0.6 are the paper's 5, 10, 15
-and 20 of 32 layers, 12, 25, 37 and 49 % of the whole model, other ratios shares of it.
-width: heads and neurons by first-order Taylor importance, by the share of the whole model; layers 0 to 2 and 31 stay
-whole; with `:width,0.3,uniform` all are cut alike, which stock transformers loads at its true size.
+Variants are METHOD,RATIO. depth: whole layers by Block Influence; 0.15, 0.3, 0.45 and 0.6 remove 5, 10, 15 and 20 of
+32 layers as in the paper, 12, 25, 37 and 49 % of the whole model; other ratios are shares
+of the whole model.
+width: heads and neurons by first-order Taylor importance, as a share of the whole model; layers 0 to 2 and 31 are not
+pruned. `:width,0.3,uniform` prunes all layers equally, so that stock transformers loads the model at its true size.
 
-data/ holds bunny_695k.json and images/, or give --config.data.train=tfds:DIR; 5 % of it are some 34,750 records.
+data/ has bunny_695k.json and images/; or set --config.data.train=tfds:DIR. 5 % of the data are 34,749 records.
 
-The paper's AVG-% over nine benchmarks, and the recovery step as compiled: memory a chip, least time of the run.
+The paper's AVG-% over nine benchmarks, and the compiled recovery step: memory per chip, minimum time of the run.
 
   variant      pruned  SFT + L2   v5e:8x8 (15.75 GiB)              v5p:2x2x2 (95.74 GiB)
   depth,0.15    88.84     98.98   4.14 GiB, 0.03 h, 2.2 chip-h     12.57 GiB, 0.12 h, 1.0 chip-h
@@ -21,8 +22,8 @@ The paper's AVG-% over nine benchmarks, and the recovery step as compiled: memor
   width,0.45              90.48   2.97 GiB, 0.02 h, 1.5 chip-h     11.95 GiB, 0.08 h, 0.6 chip-h
   width,0.6               83.86   2.51 GiB, 0.02 h, 1.1 chip-h     11.06 GiB, 0.06 h, 0.5 chip-h
 
-A step: 128 rows of 2,048 tokens with an image in two micro-batches; one epoch of 5 % of the data, rows all that long.
-Larger cuts by depth need less. With a folder DIR that has a config.json:
+A step has 128 rows of 2,048 tokens with an image in two micro-batches; the run is one epoch of 5 % of the data,
+with all rows of that length. Higher depth ratios need less. To compile it, with a folder DIR that has a config.json:
 
   vlmprune plan --config=configs/bunny_3b.py:depth,0.15 --topology=v5e:8x8 \
       --config.model.hf_dir=DIR --records=34749
@@ -35,7 +36,7 @@ from vlmprune_jax.experiment.recipes import paper_cut
 
 
 def get_config(variant: str = "depth,0.3") -> ConfigDict:
-    """The paper's settings (reference code: ShortGPT/, LLM-Pruner/, VLM/bunny/train/train_pruned.py)."""
+    """Return the paper's settings (reference code: ShortGPT/, LLM-Pruner/, VLM/bunny/train/train_pruned.py)."""
     config = experiment_config(recipe="bunny")
     config.model.hf_dir = "BAAI/Bunny-v1_0-3B"
     config.model.dtype = "bfloat16"
@@ -48,7 +49,7 @@ def get_config(variant: str = "depth,0.3") -> ConfigDict:
     cut = paper_cut(variant, longest_text=64)
     config.score = cut["score"]
     config.prune = cut["prune"]
-    config.recover.accumulation = 2  # one row of 2,048 tokens on each of 64 chips
+    config.recover.accumulation = 2  # one row of 2,048 tokens per chip on 64 chips
 
     config.evaluate.batch_size = 64
     config.evaluate.max_new_tokens = 16

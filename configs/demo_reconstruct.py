@@ -1,11 +1,11 @@
-"""What reconstruction wins back of the demo's teacher without any training: a grid of cuts, each before and after it.
+"""Accuracy of the demo's pruned teacher before and after reconstruction, without training, for a grid of plans.
 
   for stage in score prune reconstruct evaluate; do
       vlmprune $stage --config=configs/demo_reconstruct.py:heads --workdir=runs/demo_heads
   done
 
-`heads`: four ratios, with the heads kept and with as large a share of them gone as of neurons. `tower`: 30 % of the
-vision tower, by three choices. docs/explanation/results.md has the tables.
+`heads`: four ratios, with all heads kept or with the same share of heads and neurons removed. `tower`: 30 % of the
+vision tower, by three choices of criterion and heads. docs/explanation/results.md has the tables.
 """
 
 from ml_collections import ConfigDict
@@ -14,11 +14,11 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.demo.experiment import get_config as demo
 
 RATIOS = (0.155, 0.2, 0.25, 0.305)
-TOWER = 0.1341  # 30 % of the tower, as a share of the whole model, of which it is 44.7 %
+TOWER = 0.1341  # 30 % of the tower, which is 44.7 % of the model
 
 
 def get_config(variant: str = "heads") -> ConfigDict:
-    """The demo's data and teacher, with other cuts."""
+    """Return the demo's data and teacher, with other plans."""
     config = demo()
     config.prune.method = "width"
     config.reconstruct.method = "least_squares"
@@ -38,5 +38,5 @@ def get_config(variant: str = "heads") -> ConfigDict:
             for heads in ("keep", "proportional")
         }
     else:
-        raise UserError(f"there is no variant {variant!r}: use heads or tower")
+        raise UserError(f"unknown variant {variant!r}: use heads or tower")
     return config

@@ -1,4 +1,4 @@
-"""The demo's teacher, from scratch: LLaVA-1.5's architecture with 1.06 M parameters, trained on easy-VQA.
+"""The demo's teacher, trained from scratch: LLaVA-1.5's architecture with 1.06 M parameters, trained on easy-VQA.
 
 python tools/pretrain.py --config=configs/easyvqa_pretrain.py --workdir=runs/teacher
 
@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Architecture (a LlavaConfig), and the stages in order."""
+    """Return the architecture (a LlavaConfig) and the training stages in order."""
     config = ConfigDict()
     config.seed = 0
     config.architecture = ConfigDict(
@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
         "words": 0,
         "keeps": ".*",
     }
-    # Captions with a one-layer decoder teach the tower shape and colour.
+    # with a one-layer decoder, captions teach the tower shape and colour
     tower = {
         "name": "tower",
         "records": "train_captions",
@@ -66,8 +66,8 @@ def get_config() -> ConfigDict:
         "steps": 700,
         "keeps": "vision/.*",
     }
-    # Questions about a caption in words: comparing a question's word with its context is learnt in minutes here, and
-    # not at all from images in as many steps. Then the caption fills as many places as an image has patches.
+    # Questions about a caption in words: the decoder learns in minutes to compare a question's word with its context,
+    # which it does not learn from images in as many steps. Then the caption fills as many positions as an image.
     words = {
         "name": "words",
         "records": "train",
@@ -89,8 +89,8 @@ def get_config() -> ConfigDict:
         "steps": 300,
         "batch_size": 64,
     }
-    # The image learns to be what the decoder reads as words. A decoder that trains along forgets how to compare
-    # before there is anything to compare, so it stays frozen; then all of it.
+    # Tower and projector learn features that the decoder reads like words. The decoder stays frozen first, since it
+    # would forget how to compare before the features are useful; then everything is trained.
     align = {
         "name": "align",
         "records": "train_multi_turn",

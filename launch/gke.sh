@@ -27,7 +27,7 @@ case "$action" in
       "--mount-point=/mnt/$BUCKET" --readonly=false --auto-mount=true --size=1 ;;
   run | resume) # resume: after delete, or when the restarts are used up; vlmprune continues from its checkpoints
     need WORKLOAD IMAGE TPU_TYPE
-    [[ $# -gt 1 ]] || fail "say what to run: gke.sh $action recover --config=FILE.py --workdir=DIR"
+    [[ $# -gt 1 ]] || fail "no command: use gke.sh $action recover --config=FILE.py --workdir=DIR"
     if [[ "$action" == resume ]]; then run xpk workload delete "${at[@]}" "--workload=$WORKLOAD" --force; fi
     workload "${@:2}" ;;
   logs)
@@ -36,5 +36,5 @@ case "$action" in
       "--selector=jobset.sigs.k8s.io/jobset-name=$WORKLOAD,batch.kubernetes.io/job-completion-index=${WORKER:-0}" ;;
   delete) need WORKLOAD && run xpk workload delete "${at[@]}" "--workload=$WORKLOAD" --force ;;
   delete-cluster) run xpk cluster delete "${at[@]}" ;;
-  *) fail "no action '$action': create, setup, run, resume, logs, delete or delete-cluster" ;;
+  *) fail "unknown action '$action': use create, setup, run, resume, logs, delete or delete-cluster" ;;
 esac

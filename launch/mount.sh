@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A bucket as the folder /mnt/BUCKET of this machine, by gcsfuse, installed where it is missing: mount.sh BUCKET
+# A bucket as the folder /mnt/BUCKET of this machine, by gcsfuse, installed if missing: mount.sh BUCKET
 source "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/lib.sh"
-[[ $# == 1 ]] || fail "say which bucket: mount.sh BUCKET"
+[[ $# == 1 ]] || fail "no bucket: use mount.sh BUCKET"
 if ! command -v gcsfuse > /dev/null; then
   from=https://packages.cloud.google.com/apt key=/usr/share/keyrings/cloud.google.asc
   curl -fsSL "$from/doc/apt-key.gpg" | sudo tee "$key" > /dev/null

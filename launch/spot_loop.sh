@@ -6,7 +6,7 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$here/lib.sh"
 if [[ "${1:-}" == --dry-run ]]; then export DRY_RUN=1; shift; fi
 need PROJECT ZONE TPU_NAME ACCELERATOR RUNTIME
-[[ $# -gt 0 ]] || fail "say what to run: spot_loop.sh recover --config=FILE.py --workdir=DIR"
+[[ $# -gt 0 ]] || fail "no command: use spot_loop.sh recover --config=FILE.py --workdir=DIR"
 export SPOT=1
 
 slice() { "$here/tpu_vm.sh" "$@"; }

@@ -6,12 +6,12 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$here/lib.sh"
 if [[ "${1:-}" == --dry-run ]]; then export DRY_RUN=1; shift; fi
 count="${1:-}"
-[[ "$count" =~ ^[1-9][0-9]?$ && $# -gt 1 ]] || fail "say how many slices, and what: sweep.sh 4 --config=FILE.py --workdir=DIR"
+[[ "$count" =~ ^[1-9][0-9]?$ && $# -gt 1 ]] || fail "number of slices or command missing: use sweep.sh 4 --config=FILE.py --workdir=DIR"
 shift
 case "${BY:-spot}" in
   spot) need PROJECT ZONE TPU_NAME ACCELERATOR RUNTIME ;;
   gke) need PROJECT ZONE CLUSTER WORKLOAD IMAGE TPU_TYPE ;;
-  *) fail "BY=$BY: spot or gke" ;;
+  *) fail "BY=$BY: use spot or gke" ;;
 esac
 
 share() { # share NUMBER COMMAND...: the runs of one slice, on a slice of its own

@@ -31,10 +31,10 @@ case "$action" in
     on_workers all "mkdir -p vlmprune-jax && tar xzf vlmprune-jax.tar.gz -C vlmprune-jax"
     on_workers all "vlmprune-jax/launch/worker.sh setup${BUCKET:+ $BUCKET}" ;;
   run | resume) # the same command: vlmprune continues from what it finds; a run that is still going is followed
-    [[ $# -gt 1 ]] || fail "say what to run: tpu_vm.sh $action recover --config=FILE.py --workdir=DIR"
+    [[ $# -gt 1 ]] || fail "no command: use tpu_vm.sh $action recover --config=FILE.py --workdir=DIR"
     on_workers all "vlmprune-jax/launch/worker.sh run$(printf ' %q' "${@:2}")" ;;
   logs) on_workers "${WORKER:-0}" "tail -n 100 -F vlmprune-jax/run.log" ;;
   stop) on_workers all "vlmprune-jax/launch/worker.sh stop" ;;
   delete) run gcloud compute tpus queued-resources delete "$TPU_NAME" "${at[@]}" --force --quiet ;;
-  *) fail "no action '$action': create, state, wait, setup, run, resume, logs, stop or delete" ;;
+  *) fail "unknown action '$action': use create, state, wait, setup, run, resume, logs, stop or delete" ;;
 esac

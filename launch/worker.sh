@@ -29,5 +29,5 @@ case "${1:-}" in
     exit "$(cat run.exit)" ;;
   stop) # saves and ends (exit code 143); the same command continues
     if going; then pkill -TERM -P "$(cat run.pid)"; fi ;;
-  *) fail "no action '${1:-}': setup, run or stop" ;;
+  *) fail "unknown action '${1:-}': use setup, run or stop" ;;
 esac

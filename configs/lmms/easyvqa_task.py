@@ -1,4 +1,4 @@
-"""What lmms-eval asks of a record in LLaVA's format: one question about one image, and the right answer."""
+"""lmms-eval task functions for records in LLaVA's format with one question about one image."""
 
 from pathlib import Path
 
@@ -6,17 +6,17 @@ from PIL import Image
 
 
 def doc_to_text(doc, lmms_eval_specific_kwargs=None):
-    """The question, without the mark of its image."""
+    """Return the question without the image placeholder."""
     return doc["conversations"][0]["value"].replace("<image>", "").strip()
 
 
 def doc_to_target(doc):
-    """The answer."""
+    """Return the answer."""
     return doc["conversations"][1]["value"]
 
 
 def doc_to_messages(doc, lmms_eval_specific_kwargs):
-    """One message: the image below the task's `images`, then the question."""
+    """Return one message: the image from the task's folder `images`, then the question."""
     with Image.open(Path(lmms_eval_specific_kwargs["images"]) / doc["image"]) as image:
         picture = image.convert("RGB")
     content = [{"type": "image", "url": picture}, {"type": "text", "text": doc_to_text(doc)}]

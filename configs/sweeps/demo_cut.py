@@ -1,9 +1,9 @@
-"""Study 1 in small: does everything of a sweep run, and what do its tables and plots look like?
+"""A small version of study 1, to test a sweep and see its tables and plots.
 
   vlmprune sweep --config=configs/sweeps/demo_cut.py --workdir=runs/cut --jobs=2
 
 easy-VQA and the package's teacher: depth and width at 30 and 56 % of the decoder, with and without reconstruction,
-and a few steps of training. 10 runs on 256 questions; the numbers mean little.
+and with a few training steps. 10 runs on 256 questions; the numbers are not meaningful.
 """
 
 from ml_collections import ConfigDict
@@ -17,17 +17,17 @@ RECOVERIES = {
 
 
 def get_config() -> ConfigDict:
-    """The demo with few questions and steps, without its own grid."""
+    """Return the demo with few questions and steps, without its own variants."""
     config = demo("quick")
     config.prune_variants = config.recover_variants = {}
-    config.evaluate.unrecovered = False  # a run of its own
+    config.evaluate.unrecovered = False  # these are separate runs of the sweep
     config.recover.losses = {"ce": 0.5, "l2": 0.5}
     config.recover.name = "sft_l2"
     return config
 
 
 def get_hyper(hyper):
-    """Every cut with every way to make it good."""
+    """Return every plan with every recovery."""
     cuts = hyper.product(
         [
             hyper.sweep("config.prune.method", ["depth", "width"]),

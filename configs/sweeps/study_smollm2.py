@@ -1,12 +1,12 @@
-"""Study 3: a language model alone, every criterion before and after reconstruction, by perplexity.
+"""Study 3: all criteria on a language model, before and after reconstruction, by perplexity.
 
   vlmprune sweep --config=configs/sweeps/study_smollm2.py:DIR --workdir=runs/study_smollm2
 
-DIR: SmolLM2-135M, by default where the tests make it (tests/cases/smollm2.py). Every criterion of layers and of widths,
-{10, 20, 30 % of all parameters} x {none, reconstruct}: 60 runs, 30 plans. Calibration: 16 records of 256 tokens, of
-every second topic of the language reference that ships with Python (pydoc_data.topics); evaluation: 12 windows of 512
-tokens of the others. benchmarks/reconstruction.py asks the same with calibration rows that have no chat template; its
-numbers are in docs/explanation/results.md.
+DIR is SmolLM2-135M (default: the folder that tests/cases/smollm2.py makes). All criteria of layers and of widths, {10,
+20, 30 % of all parameters} x {none, reconstruct}: 60 runs, 30 plans. Calibration: 16 records of 256 tokens from every
+second topic of Python's own language reference (pydoc_data.topics); evaluation: 12 windows of 512 tokens from the other
+topics. benchmarks/reconstruction.py measures the same with calibration rows without chat template; its numbers are in
+docs/explanation/results.md.
 """
 
 import json
@@ -20,14 +20,14 @@ from vlmprune_jax.demo.topics import topic_entries, write_topics
 from vlmprune_jax.prune.criteria import CRITERIA
 
 RATIOS = (0.1, 0.2, 0.3)
-BLOCKS = {0.1: 4, 0.2: 8, 0.3: 11}  # layers that go at each ratio
-UNTRAINED = {"none": {}, "reconstruct": {"reconstruct.method": "least_squares"}}
-TEXTS = Path("runs/texts")  # of any sweep that reads them
-LETTERS = {"text": 26_000, "record": 1_300}  # some more than 12 x 512, and 256 tokens
+BLOCKS = {0.1: 4, 0.2: 8, 0.3: 11}  # layers removed at each ratio
+WITHOUT_RECOVERY = {"none": {}, "reconstruct": {"reconstruct.method": "least_squares"}}
+TEXTS = Path("runs/texts")  # shared by all sweeps that read them
+LETTERS = {"text": 26_000, "record": 1_300}  # characters: a little more than 12 x 512 and 256 tokens
 
 
 def get_config(folder: str = ".cache/smollm2-135m") -> ConfigDict:
-    """Perplexity alone; nothing is trained."""
+    """Return settings without training, evaluated by perplexity only."""
     config = experiment_config()
     config.model.hf_dir = folder
     config.data.train = write_records()
@@ -43,7 +43,7 @@ def get_config(folder: str = ".cache/smollm2-135m") -> ConfigDict:
 
 
 def get_hyper(hyper):
-    """Layers by their criteria, then widths by theirs with all heads kept."""
+    """Return depth plans by all layer criteria and width plans by all width criteria, with all heads kept."""
     cuts = []
     for ratio in RATIOS:
         for name, criterion in CRITERIA.items():
@@ -51,11 +51,11 @@ def get_hyper(hyper):
                 cuts += block(hyper, ratio) if name == "angular" else cut(hyper, "depth", name, {}, ratio)
             if "widths" in criterion.scores:
                 cuts += cut(hyper, "width", name, {"prune.heads": "keep"}, ratio)
-    return hyper.product([cuts, hyper.named("recovery", UNTRAINED)])
+    return hyper.product([cuts, hyper.named("recovery", WITHOUT_RECOVERY)])
 
 
 def cut(hyper, method, criterion, settings, ratio):
-    """One way to prune at one ratio."""
+    """Return the runs of one criterion at one ratio."""
     return hyper.product(
         [
             hyper.fixed("prune.method", method),
@@ -66,7 +66,7 @@ def cut(hyper, method, criterion, settings, ratio):
 
 
 def block(hyper, ratio):
-    """Consecutive layers: as many as the ratio comes to, since a plan of the angular criterion goes by their number."""
+    """Return the runs of the angular criterion at one ratio, which needs a number of consecutive layers."""
     layers = BLOCKS[ratio]
     return hyper.product(
         [
@@ -78,7 +78,7 @@ def block(hyper, ratio):
 
 
 def write_records() -> str:
-    """The other half as records, each of an answer that fills a row; returns their path."""
+    """Write the calibration topics as records with an answer that fills a row; return the path."""
     path = TEXTS / "topics_records.json"
     with replacing(path) as file:
         file.write(json.dumps(topic_entries(0, LETTERS["record"])).encode())

@@ -1,15 +1,15 @@
-"""Study 2: a vision-language model with a pretrained language model, and what recovery on images costs the language.
+"""Study 2: a model with a pretrained language model, and the effect of recovery on images on its language.
 
   vlmprune sweep --config=configs/sweeps/study_vlm.py:DIR --workdir=runs/study_vlm --jobs=2
 
-DIR: a folder that answers easy-VQA, as configs/smollm2_vlm.py makes it: a SmolVLM of SmolLM2-135M and the demo's tower.
+DIR is a model that answers easy-VQA, from configs/smollm2_vlm.py: a SmolVLM with SmolLM2-135M and the demo's tower.
 {depth, width} x {15, 30, 45 % of the decoder} x {none, reconstruct, projector, SFT, SFT + L2, reconstruct + SFT + L2}
-on 5 % of the data, 3 seeds: 108 runs. Beside the answers each model's perplexity on English text, the part of Python's
-language reference that study_smollm2.py reads; it has no full score, so averages leave it out.
+on 5 % of the data, 3 seeds: 108 runs. Evaluates the answers, and perplexity on the same part of Python's language
+reference as study_smollm2.py; perplexity has no full score, so averages leave it out.
 """
 
 from ml_collections import ConfigDict
-from study_easyvqa import TRAINED, UNTRAINED, named, of_decoder, seeded
+from study_easyvqa import TRAINED, WITHOUT_RECOVERY, named, of_decoder, seeded
 from study_smollm2 import LETTERS, TEXTS
 
 from vlmprune_jax.core.errors import UserError
@@ -22,10 +22,10 @@ _folder = ""
 
 
 def get_config(folder: str = "") -> ConfigDict:
-    """The demo's data, with the model in a folder."""
+    """Return the demo's data with the model in `folder`."""
     global _folder
     if not folder:
-        raise UserError("name the model's folder: --config=configs/sweeps/study_vlm.py:DIR")
+        raise UserError("study_vlm.py: the model's folder is missing: use --config=configs/sweeps/study_vlm.py:DIR")
     _folder = folder
     config = demo()
     config.model.hf_dir = folder
@@ -41,12 +41,12 @@ def get_config(folder: str = "") -> ConfigDict:
 
 
 def get_hyper(hyper):
-    """Seed after seed, each with what costs least first: an interrupted sweep has whole tables."""
+    """Return the runs seed by seed, cheapest first, so that an interrupted sweep has complete tables."""
     return hyper.chainit([part for seed in SEEDS for part in _runs(hyper, seed)])
 
 
 def _runs(hyper, seed):
     cuts = [hyper.sweep("prune.method", ["depth", "width"]), hyper.named("decoder", of_decoder(_folder, SHARES))]
-    untrained = hyper.product([*cuts, hyper.named("recovery", UNTRAINED), seeded(hyper, [seed])])
+    untrained = hyper.product([*cuts, hyper.named("recovery", WITHOUT_RECOVERY), seeded(hyper, [seed])])
     trained = [*cuts, hyper.named("recovery", named(RECOVERIES)), hyper.fixed("data.fraction", 0.05)]
     return untrained, hyper.product([*trained, seeded(hyper, [seed])])

@@ -1,9 +1,9 @@
-"""Study 2, scored and reconstructed by text as well: what of the language stays when nothing is trained.
+"""Study 2 with text among the calibration records, without training: its effect on the language.
 
   vlmprune sweep --config=configs/sweeps/study_vlm_text.py:DIR --workdir=runs/study_vlm_text
 
-As study_vlm.py, but half of the calibration records are pieces of Python's language reference, of that half which the
-perplexity is not of. {depth, width} x {15, 30, 45 % of the decoder} x {none, reconstruct}: 12 runs.
+Like study_vlm.py, but half of the calibration records are pieces of Python's language reference, from the topics that
+are not used for perplexity. {depth, width} x {15, 30, 45 % of the decoder} x {none, reconstruct}: 12 runs.
 """
 
 import json
@@ -12,19 +12,19 @@ from pathlib import Path
 
 import study_vlm
 from ml_collections import ConfigDict
-from study_easyvqa import SOLVED, of_decoder
+from study_easyvqa import RECONSTRUCTED, of_decoder
 
 from vlmprune_jax.core.files import replacing
 from vlmprune_jax.demo.easyvqa import write_dataset
 from vlmprune_jax.demo.topics import topic_entries
 
 DATA = Path("runs/easyvqa")
-LETTERS = 500  # of a piece, about 130 tokens
+LETTERS = 500  # characters per piece, about 130 tokens
 _folder = ""
 
 
 def get_config(folder: str = "") -> ConfigDict:
-    """The study's model, and records of both kinds."""
+    """Return study 2's settings with records of questions and text."""
     global _folder
     config, _folder = study_vlm.get_config(folder), folder
     files = write_dataset(DATA)
@@ -36,22 +36,22 @@ def get_config(folder: str = "") -> ConfigDict:
 
 
 def get_hyper(hyper):
-    """What is cut most first."""
+    """Return all runs, highest ratio first."""
     return hyper.product(
         [
             hyper.named("decoder", of_decoder(_folder, study_vlm.SHARES[::-1])),
             hyper.sweep("prune.method", ["depth", "width"]),
-            hyper.named("recovery", {"none": {}, "reconstruct": SOLVED}),
+            hyper.named("recovery", {"none": {}, "reconstruct": RECONSTRUCTED}),
         ]
     )
 
 
 def write_records(questions: Path) -> str:
-    """As many questions as there are pieces of text, one between the others; returns the file's path."""
+    """Write a shuffled mix of text pieces and as many questions; return the path."""
     texts = topic_entries(0, LETTERS)
-    asked = json.loads(questions.read_text(encoding="utf-8"))
-    random.Random(0).shuffle(asked)
-    records = asked[: len(texts)] + texts
+    entries = json.loads(questions.read_text(encoding="utf-8"))
+    random.Random(0).shuffle(entries)
+    records = entries[: len(texts)] + texts
     random.Random(1).shuffle(records)
     path = DATA / "questions_and_text.json"
     with replacing(path) as file:
