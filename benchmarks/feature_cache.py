@@ -23,10 +23,10 @@ from typing import Any
 
 SIDES = ("tower", "cached")
 CONFIG = """
-from vlmprune_jax.demo.experiment import get_config as demo
+from vlmprune_jax.cli.config_files import shipped_config
 
 def get_config(run):
-    config = demo()
+    config = shipped_config("demo")
     config.prune_variants = {{"depth": {{"prune": {{"method": "depth", "ratio": 0.155}}}}}}
     losses = {{"ce": 0.5, "l2": 0.5, "l2_layers": (-1,), "teacher_inputs": "own"}}
     variant = {{"recover": {{"losses": losses, "steps": {steps}}}}}

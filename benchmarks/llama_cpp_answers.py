@@ -25,17 +25,17 @@ import jax.numpy as jnp
 import numpy as np
 
 import vlmprune_jax as vp
+from vlmprune_jax.cli.config_files import shipped_config
 from vlmprune_jax.core.source import ModelSpec
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.demo.easyvqa import write_dataset
-from vlmprune_jax.demo.experiment import get_config
 from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.evaluation.inputs import arranged_questions
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import encode, head_of, tower_features
 
-TEACHER = Path(get_config().model.hf_dir)
+TEACHER = Path(shipped_config("demo").model.hf_dir)
 LONGEST = 4  # tokens of an answer
 DATA: dict[str, Any] = {"system": "", "aspect_ratio": "square", "max_length": 88}
 CUTS: dict[str, dict[str, Any]] = {

@@ -45,10 +45,10 @@ def get_config():
     return config
 """
 ACCURACY = """
-from vlmprune_jax.demo.experiment import get_config as demo
+from vlmprune_jax.cli.config_files import shipped_config
 
 def get_config():
-    config = demo()
+    config = shipped_config("demo")
     config.recover.epochs = 2.0
     losses = {losses}
     config.prune_variants = {{"width": {{"prune": {{"method": "width", "ratio": 0.155}}}}}}

@@ -10,8 +10,8 @@ vision tower, by three choices of criterion and heads. docs/explanation/results.
 
 from ml_collections import ConfigDict
 
+from vlmprune_jax.cli.config_files import shipped_config
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.demo.experiment import get_config as demo
 
 RATIOS = (0.155, 0.2, 0.25, 0.305)
 TOWER = 0.1341  # 30 % of the tower, which is 44.7 % of the model
@@ -19,7 +19,7 @@ TOWER = 0.1341  # 30 % of the tower, which is 44.7 % of the model
 
 def get_config(variant: str = "heads") -> ConfigDict:
     """Return the demo's data and teacher, with other plans."""
-    config = demo()
+    config = shipped_config("demo")
     config.prune.method = "width"
     config.reconstruct.method = "least_squares"
     if variant == "tower":

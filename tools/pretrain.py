@@ -1,6 +1,6 @@
-"""python tools/pretrain.py --config=configs/easyvqa_pretrain.py --workdir=DIR: train the demo's teacher from scratch.
+"""python tools/pretrain.py --config=tools/pretrain_easyvqa.py --workdir=DIR: train the demo's teacher from scratch.
 
-With configs/smollm2_vlm.py a pretrained language model learns to see. Writes DIR/teacher, a LLaVA or a SmolVLM folder
+With tools/pretrain_smollm2.py a pretrained language model learns to see. Writes DIR/teacher, a LLaVA or SmolVLM folder
 in the layout of transformers, with its tokenizer and processor. Every stage resumes.
 
 Training goes as LLaVA's: a tower and a language model first, then both together. Each stage is a run of the package's
@@ -247,11 +247,11 @@ def define(values: Flags) -> None:
 def run(flags: Any) -> None:
     """Run the stages of the config."""
     if flags.config is None or not flags.workdir:
-        raise UserError("pretraining needs --config=configs/easyvqa_pretrain.py and --workdir=DIR")
+        raise UserError("pretraining needs --config=tools/pretrain_easyvqa.py and --workdir=DIR")
     initialize(flags.coordinator, flags.num_processes, flags.process_id)
     config = flags.config.to_dict()
     if "stages" not in config:
-        raise UserError("--config: has no `stages`: pretraining needs a config like configs/easyvqa_pretrain.py")
+        raise UserError("--config: has no `stages`: pretraining needs a config like tools/pretrain_easyvqa.py")
     own = tuple(field.name for field in dataclasses.fields(Stage) if field.name != "training")
     stages = []
     for stage in (dict(s) for s in config["stages"]):

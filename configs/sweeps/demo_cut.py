@@ -8,7 +8,7 @@ and with a few training steps. 10 runs on 256 questions; the numbers are not mea
 
 from ml_collections import ConfigDict
 
-from vlmprune_jax.demo.experiment import get_config as demo
+from vlmprune_jax.cli.config_files import shipped_config
 
 RECOVERIES = {
     "none": {"recover.method": "none"},
@@ -18,7 +18,7 @@ RECOVERIES = {
 
 def get_config() -> ConfigDict:
     """Return the demo with few questions and steps, without its own variants."""
-    config = demo("quick")
+    config = shipped_config("demo:quick")
     config.prune_variants = config.recover_variants = {}
     config.evaluate.unrecovered = False  # these are separate runs of the sweep
     config.recover.losses = {"ce": 0.5, "l2": 0.5}

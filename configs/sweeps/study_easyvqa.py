@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from vlmprune_jax.demo.experiment import get_config as demo
+from vlmprune_jax.cli.config_files import shipped_config
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import count_params
 
@@ -35,7 +35,7 @@ TRAINED = {
     **{name: {"recover.losses": losses} for name, losses in LOSSES.items()},
     "reconstruct_sft_l2": {"recover.losses": LOSSES["sft_l2"], **RECONSTRUCTED},
 }
-TEACHER = demo().model.hf_dir
+TEACHER = shipped_config("demo").model.hf_dir
 SMALL = "small"
 _most, _small = FRACTIONS[-1], False
 
@@ -45,7 +45,7 @@ def get_config(most: str = "100") -> ConfigDict:
     global _most, _small
     _small = most == SMALL
     _most = FRACTIONS[0] if _small else int(most)
-    config = demo()
+    config = shipped_config("demo")
     config.prune_variants = config.recover_variants = {}
     config.recover.epochs = 1.0
     config.recover.log_every = 20

@@ -2,7 +2,7 @@
 
   vlmprune sweep --config=configs/sweeps/study_vlm.py:DIR --workdir=runs/study_vlm --jobs=2
 
-DIR is a model that answers easy-VQA, from configs/smollm2_vlm.py: a SmolVLM with SmolLM2-135M and the demo's tower.
+DIR is a model that answers easy-VQA, from tools/pretrain_smollm2.py: a SmolVLM with SmolLM2-135M and the demo's tower.
 {depth, width} x {15, 30, 45 % of the decoder} x {none, reconstruct, projector, SFT, SFT + L2, reconstruct + SFT + L2}
 on 5 % of the data, 3 seeds: 108 runs. Evaluates the answers, and perplexity on the same part of Python's language
 reference as study_smollm2.py; perplexity has no full score, so averages leave it out.
@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from study_easyvqa import TRAINED, WITHOUT_RECOVERY, named, of_decoder, seeded
 from study_smollm2 import LETTERS, TEXTS
 
+from vlmprune_jax.cli.config_files import shipped_config
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.demo.experiment import get_config as demo
 from vlmprune_jax.demo.topics import write_topics
 
 SHARES, SEEDS = (15, 30, 45), (1, 2, 3)
@@ -27,7 +27,7 @@ def get_config(folder: str = "") -> ConfigDict:
     if not folder:
         raise UserError("study_vlm.py: the model's folder is missing: use --config=configs/sweeps/study_vlm.py:DIR")
     _folder = folder
-    config = demo()
+    config = shipped_config("demo")
     config.model.hf_dir = folder
     config.prune_variants = config.recover_variants = {}
     config.data.max_length = None

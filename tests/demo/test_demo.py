@@ -15,11 +15,11 @@ def test_the_demo_reaches_its_numbers(tmp_path, capsys):
     """
     config = tmp_path / "demo.py"
     config.write_text("""
-from vlmprune_jax.demo.experiment import get_config as demo
+from vlmprune_jax.cli.config_files import shipped_config
 
 
 def get_config():
-    config = demo()
+    config = shipped_config("demo")
     del config.recover_variants.sft, config.prune_variants.width
     config.prune_variants.width_solved.recover = {"method": "none"}
     config.speed.rounds = 1

@@ -22,7 +22,7 @@ from vlmprune_jax.models.params import flatten
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.metrics import read_metrics
 
-CONFIG = ROOT / "configs/easyvqa_pretrain.py"
+CONFIG = ROOT / "tools/pretrain_easyvqa.py"
 TURNS = (("human", "<image>\nis it red?"), ("gpt", "yes"), ("human", "is it blue?"), ("gpt", "no"))
 RECORD = Record(id="r", images=(Path("0.png"),), turns=TURNS)
 
@@ -117,7 +117,7 @@ def get_config():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "pretraining needs --config=configs/easyvqa_pretrain.py and --workdir=DIR"),
+        ([], "pretraining needs --config=tools/pretrain_easyvqa.py and --workdir=DIR"),
         ([f"--config={ROOT / 'configs/demo.py'}", "--workdir=w"], "has no `stages`: pretraining needs a config like"),
         (["--workdi=w"], "has no flag --workdi; did you mean 'workdir'?"),
     ],

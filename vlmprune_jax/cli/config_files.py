@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from vlmprune_jax.cli.flags import file_of, importing_beside
+from vlmprune_jax.cli.flags import file_of, importing_beside, locate
 from vlmprune_jax.core.errors import UserError, reason
 from vlmprune_jax.core.settings import hints_of, override
 from vlmprune_jax.experiment import recipes
@@ -159,6 +159,16 @@ def load_file(config: str) -> types.ModuleType:
         spec.loader.exec_module(module)
         module.get_config(*([variant] if variant else []))
     return module
+
+
+def shipped_config(name: str) -> ConfigDict:
+    """Return a config that comes with vlmprune, NAME or NAME:VARIANT, for a config file that starts from it.
+
+    Raises:
+      UserError: there is none of this name, or it does not have the variant.
+    """
+    module, (_, colon, variant) = load_file(locate(name)), name.partition(":")
+    return module.get_config(*([variant] if colon else []))
 
 
 def to_workdir(text: str) -> Path:

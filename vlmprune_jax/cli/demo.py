@@ -1,18 +1,17 @@
 """vlmprune demo --workdir=runs/demo: the whole run on bundled real data, on a CPU, in about five minutes.
 
-The same as `vlmprune run --config=configs/demo.py`: easy-VQA (1,000 test images, 9,673 questions) and a small LLaVA
+The same as `vlmprune run --config=demo`: easy-VQA (1,000 test images, 9,673 questions) and a small LLaVA
 teacher that comes with the package, pruned by depth and by width at about 56 % of the decoder, recovered with 5 % of
 the training questions by fine-tuning alone and with hidden-state distillation, evaluated, exported and compared.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.cli.flags import Flags, common
 
-CONFIG = str(Path(__file__).parents[1] / "demo" / "experiment.py")
+CONFIG = "demo"
 
 
 def define(values: Flags) -> None:

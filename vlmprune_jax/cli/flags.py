@@ -27,7 +27,8 @@ _UNSET = re.compile(r"--config\.\S+=None")
 def config_flag(values: Flags) -> None:
     """--config, unless a file is being read into it already."""
     if "config" not in values:
-        flags.DEFINE_string("config", None, "experiment file, perhaps FILE.py:VARIANT", flag_values=values)
+        text = "config: FILE.py or FILE.py:VARIANT, or the name of a shipped one, such as demo or llava15_7b:depth,0.3"
+        flags.DEFINE_string("config", None, text, flag_values=values)
 
 
 def only_flag(values: Flags) -> None:
@@ -53,10 +54,11 @@ def parse(name: str, command: ModuleType, argv: Sequence[str]) -> Flags:
     Raises:
       UserError: an unknown flag or config field (with the nearest known one), a bad value, a missing --config.
     """
-    values, given = _define(command), list(argv)
-    config, default, unset = value_of(argv, "config"), getattr(command, "CONFIG", None), list[str]()
-    if config is None and default is not None:
-        config, argv = default, [f"--config={default}", *argv]
+    default, unset = getattr(command, "CONFIG", None), list[str]()
+    if value_of(argv, "config") is None and default is not None:
+        argv = [f"--config={default}", *argv]
+    argv = given = _located(argv)
+    values, config = _define(command), value_of(argv, "config")
     if "config" in values and config is not None:
         _check_overrides(argv, config)
         unset = [arg for arg in argv if _UNSET.fullmatch(arg)]
@@ -103,6 +105,45 @@ def importing_beside(config: str | None) -> Iterator[None]:
         yield
     finally:
         sys.path.remove(folder)
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return name -> file of the configs that come with vlmprune: `demo`, `sweeps/demo_cut`.
+
+    They lie in the installed package, and in a checkout beside it.
+    """
+    package = Path(__file__).parents[1]
+    folder = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), package)
+    files = (file for file in sorted(folder.rglob("*.py")) if folder != package)
+    names = {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+    return {name: file for name, file in names.items() if "def get_config(" in file.read_text(encoding="utf-8")}
+
+
+def locate(config: str) -> str:
+    """Return FILE.py:VARIANT of a config given as FILE.py:VARIANT or as the name of a shipped one, NAME:VARIANT.
+
+    Raises:
+      UserError: there is no such file or name.
+    """
+    if config.endswith(".py") or ".py:" in config or (os.path.lexists(config) and not os.path.isdir(config)):
+        return config
+    name, colon, variant = config.partition(":")
+    known = shipped_configs()
+    if name not in known:
+        raise UserError(f"--config={config}: no such file, and no shipped config of this name{suggest(name, known)}")
+    return f"{known[name]}{colon}{variant}"
+
+
+def _located(argv: Sequence[str]) -> list[str]:
+    """Return the arguments with the files of shipped configs in place of their names."""
+    found = list(argv)
+    for i, arg in enumerate(found):
+        if arg in ("--config", "-config") and i + 1 < len(found):
+            found[i + 1] = locate(found[i + 1])
+        elif arg.startswith(("--config=", "-config=")):
+            flag, _, config = arg.partition("=")
+            found[i] = f"{flag}={locate(config)}"
+    return found
 
 
 def file_of(config: str) -> Path:

@@ -9,13 +9,14 @@ import io
 import os
 import signal
 import sys
+import textwrap
 import threading
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, ModuleType
 
-from vlmprune_jax.cli.flags import help_of, parse, switch, value_of
+from vlmprune_jax.cli.flags import help_of, parse, shipped_configs, switch, value_of
 from vlmprune_jax.cli.messages import kept, leave_quietly
 from vlmprune_jax.core.checks import suggest
 from vlmprune_jax.core.errors import SharedError, Stopped, UserError, printable, reason
@@ -50,8 +51,10 @@ usage: vlmprune COMMAND [flags]        vlmprune COMMAND --help
 {commands}
 
   vlmprune demo --workdir=runs/demo
-  vlmprune run --config=configs/llava15_7b.py:depth,0.3 --workdir=runs/llava --config.model.hf_dir=DIR
+  vlmprune run --config=llava15_7b:depth,0.3 --workdir=runs/llava --config.model.hf_dir=DIR
                --config.data.train=FILE.json --config.data.images=DIR --config.data.eval=FILE.json
+
+{configs}
 """
 # Commands that keep nothing of what they have done.
 _ANEW = ("bench", "diff", "help", "inspect", "recommend")
@@ -195,11 +198,18 @@ def _dispatch(argv: list[str], script: ModuleType | None) -> None:
     if script is not None:
         _run(script, *argv)
     elif not argv or argv[0] in ("-h", "--help") or argv == ["help"]:
-        print(OVERVIEW.format(commands="\n".join(f"  {name:<11} {text}" for name, text in COMMANDS.items())))
+        commands = "\n".join(f"  {name:<11} {text}" for name, text in COMMANDS.items())
+        print(OVERVIEW.format(commands=commands, configs=_shipped()))
     else:
         _run(_command(argv[0]), *argv)
     if sys.stdout is not None:
         sys.stdout.flush()  # what cannot be written is told here, not by Python at the very end
+
+
+def _shipped() -> str:
+    """Return the names of the configs that come with vlmprune, in lines."""
+    text = f"configs that come with vlmprune (--config=NAME): {', '.join(shipped_configs())}"
+    return textwrap.fill(text, 100, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _command(name: str) -> ModuleType:

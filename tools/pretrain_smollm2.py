@@ -1,6 +1,6 @@
 """A vision-language model with a pretrained language model, for study 2: a SmolVLM with SmolLM2-135M.
 
-  python tools/pretrain.py --config=configs/smollm2_vlm.py:DIR --workdir=runs/smollm2_vlm
+  python tools/pretrain.py --config=tools/pretrain_smollm2.py:DIR --workdir=runs/smollm2_vlm
 
 DIR is SmolLM2-135M (default: the folder that tests/cases/smollm2.py makes) or another Llama. Stages: the demo teacher's
 tower and the projector learn captions with a frozen decoder, then all parts; the decoder learns to compare

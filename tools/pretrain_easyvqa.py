@@ -1,6 +1,6 @@
 """The demo's teacher, trained from scratch: LLaVA-1.5's architecture with 1.06 M parameters, trained on easy-VQA.
 
-python tools/pretrain.py --config=configs/easyvqa_pretrain.py --workdir=runs/teacher
+python tools/pretrain.py --config=tools/pretrain_easyvqa.py --workdir=runs/teacher
 
 About 36 minutes on 2 cores; 99.59 % of the 9,673 test questions (evaluated by `vlmprune demo`).
 """
