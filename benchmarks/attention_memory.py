@@ -25,7 +25,7 @@ from jax.sharding import AxisType, Mesh
 
 from vlmprune_jax.core.config import LayerShape, ModelConfig, ProjectorConfig, RopeConfig, TextConfig, VisionConfig
 from vlmprune_jax.distributed.rules import MESH_AXES, sharding
-from vlmprune_jax.models import decoder, vision
+from vlmprune_jax.models import block
 from vlmprune_jax.models.params import param_axes, param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, encode, to_nnx
 
@@ -35,7 +35,7 @@ TEXT = TextConfig(
     max_positions=4096, qkv_bias=False, out_bias=False, mlp_bias=False, tie_embeddings=False, decoder="llama",
 )  # fmt: skip
 TILES, BLOCKS = 13, (LayerShape(16, 16, 4096),) * LAYERS
-TOWER = VisionConfig(1024, 64, BLOCKS, LAYERS, 448, 14, 3, 1e-6, "gelu", kind="internvit")
+TOWER = VisionConfig(1024, 64, BLOCKS, LAYERS, 448, 14, 3, norm_eps=1e-6, activation="gelu", kind="internvit")
 
 
 def decoder_case(mesh: Mesh, seq: int, remat: str) -> tuple[Callable[..., Any], list[Any]]:
@@ -95,8 +95,7 @@ def main() -> None:
         for kind in ("xla", "splash"):
             with (
                 jax.set_mesh(mesh),
-                mock.patch.object(decoder, "for_tpu", lambda kind=kind: kind == "splash"),
-                mock.patch.object(vision, "for_tpu", lambda kind=kind: kind == "splash"),
+                mock.patch.object(block, "for_tpu", lambda kind=kind: kind == "splash"),
             ):
                 line[f"{kind}_temporaries_gib"] = temporaries(*case(mesh))
         print(json.dumps(line), flush=True)

@@ -47,7 +47,7 @@ def config(layers: tuple[LayerShape, ...] = EQUAL, *, vision: bool = False, **ch
     text = text_config(layers, **changes)
     if not vision:
         return ModelConfig(family="llama", layout="transformers", text=text)
-    tower = VisionConfig(8, 4, (LayerShape(2, 2, 10),) * 2, 3, 6, 3, 3, 2e-4, "gelu", kind="clip")
+    tower = VisionConfig(8, 4, (LayerShape(2, 2, 10),) * 2, 3, 6, 3, 3, norm_eps=2e-4, activation="gelu", kind="clip")
     projector = ProjectorConfig("relu", True)
     return ModelConfig("llava", "transformers", text, vision=tower, projector=projector, image_token_id=61)
 
@@ -128,7 +128,8 @@ def llava_7b() -> ModelConfig:
         max_positions=4096,
         decoder="llama",
     )
-    vision = VisionConfig(1024, 64, (LayerShape(16, 16, 4096),) * 23, 24, 336, 14, 3, 1e-5, "quick_gelu", kind="clip")
+    shapes, block = (LayerShape(16, 16, 4096),) * 23, {"norm_eps": 1e-5, "activation": "quick_gelu"}
+    vision = VisionConfig(1024, 64, shapes, 24, 336, 14, 3, **block, kind="clip")
     return ModelConfig("llava", "original", text, vision, ProjectorConfig("gelu", True), image_token_id=-200)
 
 

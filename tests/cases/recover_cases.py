@@ -33,10 +33,11 @@ def config(*, vision: bool = True, layers: int = 2, **changes: Any) -> ModelConf
     biases = dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True)
     values = biases | {"tie_embeddings": False, "decoder": "llama", **changes}
     rope = RopeConfig(theta=700.0, kind="linear", factor=1.5)
-    text = TextConfig(16, 6, shapes, 64, 3e-4, "gelu_new", rope, rotary_dim=6, max_positions=50, **values)
+    block = {"norm_eps": 3e-4, "activation": "gelu_new"}
+    text = TextConfig(16, 6, shapes, 64, rope, rotary_dim=6, max_positions=50, **block, **values)
     if not vision:
         return ModelConfig("llama", "transformers", text)
-    tower = VisionConfig(8, 4, (LayerShape(2, 2, 16),) * 2, 3, 6, 3, 3, 2e-4, "gelu", kind="clip")
+    tower = VisionConfig(8, 4, (LayerShape(2, 2, 16),) * 2, 3, 6, 3, 3, norm_eps=2e-4, activation="gelu", kind="clip")
     return ModelConfig("llava", "transformers", text, tower, ProjectorConfig("relu", True), image_token_id=IMAGE)
 
 

@@ -103,7 +103,7 @@ def test_tower(golden):
         pixels = np.concatenate([pixels, np.ones((4, pixels.shape[1]), np.float32)])
         _, found = tower.tapped(pixels[None], lambda block: (block.before, block.after), grid=grid)
         if any(shape.window for shape in tower.cfg.layers):  # stored window by window
-            windows = tower.context(pixels[None], grid).segments[tower.cfg.layers[0].window]
+            windows = tower.context(pixels[None], grid=grid).segments[tower.cfg.layers[0].window]
             order = np.argsort(windows[0, :-4], kind="stable")
         found = [(before[:, order], after[:, order]) for before, after in found]
     else:

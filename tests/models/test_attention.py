@@ -15,7 +15,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from vlmprune_jax.core.config import LayerShape
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.rules import MESH_AXES
-from vlmprune_jax.models import attention, decoder, vision
+from vlmprune_jax.models import attention, block
 from vlmprune_jax.models.attention import attention_mask, splash_attention, windowed, xla_attention
 from vlmprune_jax.models.params import param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, apply
@@ -94,9 +94,8 @@ def test_a_model_with_splash_equals_one_with_xla(monkeypatch):
     """Layers of unequal heads and windows, and the tower."""
     model, batch = _case()
     expected = jax.jit(_logits, static_argnums=1)(model.params, model.cfg, batch)
-    for module in (decoder, vision):
-        monkeypatch.setattr(module, "for_tpu", lambda: True)
-        monkeypatch.setattr(module, "splash_attention", functools.partial(splash_attention, interpret=True))
+    monkeypatch.setattr(block, "for_tpu", lambda: True)
+    monkeypatch.setattr(block, "splash_attention", functools.partial(splash_attention, interpret=True))
     found = jax.jit(lambda params, batch: _logits(params, model.cfg, batch))(model.params, batch)
     np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
 

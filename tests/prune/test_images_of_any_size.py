@@ -15,12 +15,12 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.params import unstack_layers
 from vlmprune_jax.models.patch_rows import patch_rows
 from vlmprune_jax.models.vlm import Model, apply, encode, to_nnx
-from vlmprune_jax.prune import KeptLayer, gptq, reconstruction
+from vlmprune_jax.prune import KeptLayer, gptq
 from vlmprune_jax.prune.criteria.calibration import calibration_batches
 from vlmprune_jax.prune.criteria.greedy import _Cut
 from vlmprune_jax.prune.layers import Layer
 from vlmprune_jax.prune.select import moved_features
-from vlmprune_jax.prune.steps import image_steps, row_steps
+from vlmprune_jax.prune.steps import STEPS, image_steps, row_steps
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")
 
@@ -144,7 +144,7 @@ def _forward_of(params, cfg, arrays):
 
 def forward_of(model, step):
     """(streams between the layers, the last one normed, and what o_proj and down_proj of each layer read) of a step."""
-    arrays = step.inputs | {"attention_mask": step.mask, "position_ids": step.positions}
+    arrays = step.inputs | step.context
     return jax.tree.map(np.asarray, _forward_of(model.params, model.cfg, arrays))
 
 
@@ -157,7 +157,9 @@ def of_rows(hidden, batch, step):
     ids, real = batch["input_ids"], batch["attention_mask"] == 1
     where = {tuple(row[own]): (number, own) for number, (row, own) in enumerate(zip(ids, real, strict=True))}
     rows = (
-        where[tuple(row[own == 1])] for row, own in zip(step.inputs["input_ids"], step.mask, strict=True) if own.any()
+        where[tuple(row[own == 1])]
+        for row, own in zip(step.inputs["input_ids"], step.context["attention_mask"], strict=True)
+        if own.any()
     )
     return np.concatenate([np.asarray(hidden)[number][own] for number, own in rows])
 
@@ -177,9 +179,11 @@ def test_layer_by_layer_is_the_forward(goldens, family):
         layer, last = Layer.of(model, "text", number), number + 1 == len(model.cfg.text.layers)
         sums, gram, squares = gptq.finite_sums(gptq._sums, layer, steps, "test"), 0.0, 0.0
         for step, tapped, count in zip(steps, taps, counts, strict=True):
-            step.ours = layer.run(step.ours, step.given(number), "after")
+            step.ours = layer.run(step.ours, step.given(number))
             found = normed(model, step.ours) if last else step.ours
-            np.testing.assert_allclose(found[step.mask == 1], of_rows(hidden[number + 1], batch, step), atol=1e-5)
+            np.testing.assert_allclose(
+                found[step.context["attention_mask"] == 1], of_rows(hidden[number + 1], batch, step), atol=1e-5
+            )
             attended, neurons = (read.reshape(*count.shape, -1).astype(np.float64) for read in tapped[number])
             scaled = neurons * (count / np.mean(step.ours**2, axis=2))[..., None]
             gram += np.einsum("bsi,bsj->ij", scaled, neurons)
@@ -208,7 +212,7 @@ def test_reconstruction(goldens, family, monkeypatch):
         steps.extend(row_steps(*arguments))
         return steps
 
-    monkeypatch.setattr(reconstruction, "row_steps", seen)
+    monkeypatch.setitem(STEPS, "text", seen)
     solved, report = vp.reconstruct(pruned, plan, teacher, many(teacher, range(16)), image_weight=1.0)
     assert [(one["layer"], one["module"]) for one in report] == [(0, "down_proj"), (3, "o_proj"), (3, "down_proj")]
     assert all(one["ridge"] is not None and one["error_after"] < one["error_before"] for one in report)
@@ -218,7 +222,7 @@ def test_reconstruction(goldens, family, monkeypatch):
         errors.append(np.mean((dense - ours) ** 2, axis=2) / np.mean(dense**2, axis=2))
     np.testing.assert_allclose(report[0]["error_before"], np.average(errors, weights=weights), rtol=1e-4)
     for step in (steps[0], steps[-1]):
-        real = step.mask == 1
+        real = step.context["attention_mask"] == 1
         for model, stream in ((teacher, step.dense), (solved, step.ours)):
             expected = forward_of(model, step)[0][-1]
             np.testing.assert_allclose(normed(model, stream)[real], expected[real], atol=2e-5)
@@ -254,16 +258,16 @@ def test_towers_are_reconstructed(goldens, family, monkeypatch):
         steps.extend(image_steps(*arguments))
         return steps
 
-    monkeypatch.setattr(reconstruction, "image_steps", seen)
+    monkeypatch.setitem(STEPS, "vision", seen)
     batches = many(teacher, range(16))
     solved, report = vp.reconstruct(pruned, plan, teacher, batches)
     assert [(one["stack"], one["module"]) for one in report] == [("vision", "down_proj")] * len(layers)
     assert all(one["ridge"] is not None and one["error_after"] < one["error_before"] for one in report)
     images = np.concatenate([batch["image_grid_thw"].reshape(-1, 3) for batch in batches])
-    assert sum(int((step.mask[:, 0] > 0).sum()) for step in steps) == len(images)
-    assert sum(int(step.mask.sum()) for step in steps) == images.prod(axis=1).sum()
+    assert sum(int((step.weight[:, 0] > 0).sum()) for step in steps) == len(images)
+    assert sum(int(step.weight.sum()) for step in steps) == images.prod(axis=1).sum()
     for step in (steps[0], steps[-1]):
-        real = step.mask == 1
+        real = step.weight == 1
         for model, stream in ((teacher, step.dense), (solved, step.ours)):
             norm = to_nnx(model).vision.post_layernorm
             found = stream if norm is None else np.asarray(norm(jnp.asarray(stream)))

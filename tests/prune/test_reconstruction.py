@@ -171,7 +171,7 @@ def test_an_interrupted_pass_continues_to_the_byte(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         reconstruct(pruned, plan, teacher, batches, progress=stop, cache=ArrayCache(tmp_path / "parts", {"of": 1}))
     cache = ArrayCache(tmp_path / "parts", {"of": 1})
-    assert cache.missing(["0/o_proj", "1/down_proj", "3/o_proj"]) == ["3/o_proj"]
+    assert cache.missing(["text/0/o_proj", "text/1/down_proj", "text/3/o_proj"]) == ["text/3/o_proj"]
     found, again = reconstruct(pruned, plan, teacher, batches, cache=cache)
     assert again == told
     pairs = zip(*(jax.tree.leaves(one.params) for one in (found, expected)), strict=True)

@@ -16,7 +16,7 @@ from vlmprune_jax.core.config import LoraConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.rules import sharding
-from vlmprune_jax.models.decoder import _dropout_masks
+from vlmprune_jax.models.block import _dropout_masks
 from vlmprune_jax.models.layers import Projection
 from vlmprune_jax.models.params import flatten, param_axes, param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, encode

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, ClassVar, Self
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import check_settings, setting
@@ -107,6 +107,12 @@ class RopeConfig:
             )
 
 
+_CHOICES = {
+    "block": ("sequential", "parallel"),
+    "norm": ("rms", "layer"),
+    "norm_place": ("before", "after", "both"),
+    "mlp_kind": ("gated", "plain"),
+}
 TIMES_POSITIONS, SHORT_ROW = 4, 4096  # maximum tokens of a row: 4 times the model's positions, or 4096 if that is more
 # Decoder and vision tower: names of the fields of a `ModelConfig` and of its params.
 STACKS = ("text", "vision")
@@ -114,14 +120,38 @@ STACKS = ("text", "vision")
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers that share one residual stream of `hidden_size`, one shape each, in order; heads are `head_dim` wide.
+    """Transformer blocks that share one residual stream, one shape each, in order; models and plans name them (STACKS).
 
-    Models and plans refer to stacks by name, see `STACKS`.
+    The fields by keyword describe the block (`models/block.py`). `norm` is "rms" or "layer"; `norm_place` is "before"
+    each branch, "after" it (its output is normalised before it is added to the stream) or "both"; norms multiply by
+    their weight + `norm_offset`. `block` is "sequential", or "parallel" for x + attention(norm x) + mlp(norm x).
+    `mlp_kind` is "gated" or "plain" (two projections). `qk_norm` normalises every query and key head; `layer_scale`
+    scales what a branch adds, channel by channel.
     """
+
+    causal: ClassVar[bool] = False  # whether a position sees only itself and those before it
 
     hidden_size: int
     head_dim: int
     layers: tuple[LayerShape, ...]
+    _: KW_ONLY
+    norm_eps: float
+    activation: str
+    norm: str
+    mlp_kind: str
+    qkv_bias: bool = True
+    out_bias: bool = True
+    mlp_bias: bool = True
+    qk_norm: bool = False
+    layer_scale: bool = False
+    block: str = "sequential"
+    norm_place: str = "before"
+    norm_offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} {getattr(self, name)!r} of a block is not one of {', '.join(known)}")
 
     @property
     def even(self) -> bool:
@@ -137,38 +167,29 @@ class Stack:
         return self.with_layers((shape,))
 
 
-_CHOICES = {"block": ("sequential", "parallel"), "norm": ("rms", "layer"), "mlp_kind": ("gated", "plain")}
-
-
 @dataclass(frozen=True)
 class TextConfig(Stack):
-    """A pre-norm decoder.
+    """A decoder.
 
-    The first `rotary_dim` channels of every head are rotated. `block` is "sequential", or "parallel" for Phi's x +
-    attention(norm x) + mlp(norm x) with one norm; `norm` is "rms" or "layer"; `mlp_kind` is "gated" or "plain" (two
-    projections); `qk_norm` is Qwen3's norm of every query and key head. `decoder` is the `model_type` in files.
-    `whole_heads` is True if the PyTorch class computes head_dim as hidden_size / heads.
+    The first `rotary_dim` channels of every head are rotated. `decoder` is the `model_type` in files, and `whole_heads`
+    says that its PyTorch class derives the size of a head as hidden_size / heads.
     """
 
+    causal: ClassVar[bool] = True
+
     vocab_size: int
-    norm_eps: float
-    activation: str
     rope: RopeConfig
     tie_embeddings: bool
     max_positions: int
     rotary_dim: int
-    qkv_bias: bool
-    out_bias: bool
-    mlp_bias: bool
     head_bias: bool = False
-    qk_norm: bool = False
-    block: str = "sequential"
-    norm: str = "rms"
-    mlp_kind: str = "gated"
     whole_heads: bool = False
-    decoder: str = dataclasses.field(kw_only=True)
+    decoder: str = field(kw_only=True)
+    norm: str = field(default="rms", kw_only=True)
+    mlp_kind: str = field(default="gated", kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.layers:
             raise UserError("a decoder needs at least one layer")
         if not 0 < self.rotary_dim <= self.head_dim:
@@ -216,15 +237,11 @@ class VisionConfig(Stack):
     image_size: int
     patch_size: int
     channels: int
-    norm_eps: float
-    activation: str
-    kind: str = dataclasses.field(kw_only=True)
+    kind: str = field(kw_only=True)
     class_token: bool = True
     patch_bias: bool = False
     pre_norm: bool = True
     post_norm: bool = False
-    layer_scale: bool = False
-    qkv_bias: bool = True
     position_size: int = 0
     resizes: bool = False
     spreads: bool = False
@@ -232,11 +249,12 @@ class VisionConfig(Stack):
     merge: int = 1
     table: bool = True
     rope_theta: float = 0.0
-    norm: str = "layer"
-    mlp_kind: str = "plain"
     deepstack: tuple[int, ...] = ()
+    norm: str = field(default="layer", kw_only=True)
+    mlp_kind: str = field(default="plain", kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.image_size < self.patch_size:
             raise UserError(f"vision tower: image_size {self.image_size} is below patch_size {self.patch_size}")
         if self.rope_theta and self.head_dim % 4:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import gather_to_host, use_mesh
-from vlmprune_jax.models.decoder import Cache
+from vlmprune_jax.models.block import Cache
 from vlmprune_jax.models.inputs import check_inputs, needed_mask
 from vlmprune_jax.models.patch_rows import check_types, patch_rows
 from vlmprune_jax.models.vlm import Embedded, Model, Params, VisionLanguageModel, mesh_of, place_batch, to_nnx
@@ -218,7 +218,7 @@ def _generate(
     x, _, added = module.embed(arrays["ids"], None) if start else _embed(module, arrays, arrays["ids"])
     empty = module.text.empty_cache(batch, length + max_new_tokens, x.dtype)
     cache = empty if cache is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), cache, empty)
-    context = module.text.context(own, slots, slot=start)
+    context = module.text.context(slots, own, slot=start)
     hidden, aux = module.text(x, context, cache=cache, added=added)
     padding = _padding(cfg, eos)
 
@@ -231,7 +231,7 @@ def _generate(
         i, token, ended, tokens, cache = state
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1)
         slot = start + length + i
-        context = module.text.context(n_real + i, slots, slot=slot)
+        context = module.text.context(slots, n_real + i, slot=slot)
         hidden, aux = module.text(module.text.embed_tokens.lookup(token[:, None]), context, cache=cache)
         token, ended = choose(hidden, ended)
         return i + 1, token, ended, tokens, aux["cache"]
@@ -252,11 +252,8 @@ def _prefill_prefix(module: VisionLanguageModel, arrays: dict[str, Any]) -> tupl
         return None, jnp.zeros((arrays["valid"].shape[0], 0), arrays["valid"].dtype)
     valid, rows = arrays["prefix_valid"], arrays["rows"]
     x, _, added = _embed(module, arrays, arrays["prefix_ids"])
-    positions = arrays.get("positions")
-    if positions is None:
-        positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
     cache = module.text.empty_cache(valid.shape[0], valid.shape[1], x.dtype)
-    _, aux = module.text(x, module.text.context(positions, valid), cache=cache, added=added)
+    _, aux = module.text(x, module.text.context(valid, arrays.get("positions")), cache=cache, added=added)
     return jax.tree.map(lambda leaf: leaf[:, rows], aux["cache"]), valid[rows]
 
 

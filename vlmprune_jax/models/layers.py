@@ -49,31 +49,51 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     return ACTIVATIONS[name]
 
 
-class RMSNorm(nnx.Module):
-    """Root-mean-square norm: the mean square in float32, the result cast back, then scaled (as Llama does)."""
+class Norm(nnx.Module):
+    """Root-mean-square norm (`kind` "rms") or layer norm ("layer"), statistics in float32.
 
-    def __init__(self, sizes: Mapping[str, int], axis: str, *, eps: float):
-        self.weight, self.eps = declare(sizes, (axis,)), eps
+    The result is cast back and multiplied by the weight, as Llama does; with an `offset` by weight + offset in float32,
+    as Gemma does. A layer norm also has a bias.
+    """
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __init__(self, sizes: Mapping[str, int], axis: str, *, kind: str, eps: float, offset: float = 0.0):
+        self.weight = declare(sizes, (axis,))
+        self.bias = declare(sizes, (axis,)) if kind == "layer" else None
+        self.eps, self.offset = eps, offset
+
+    def __call__(self, x: jax.Array, statistics: jax.Array | None = None) -> jax.Array:
+        """Return the norm of x, or with `statistics` of another array the affine map that the norm is at that array."""
         full = x.astype(jnp.float32)
-        full = full * jax.lax.rsqrt(jnp.mean(full * full, axis=-1, keepdims=True) + self.eps)
-        return full.astype(x.dtype) * _broadcast(self.weight.get_value(), x.ndim)
+        if statistics is not None:
+            full = (full - statistics[..., :1]) * statistics[..., 1:]
+        else:
+            full = full if self.bias is None else full - jnp.mean(full, axis=-1, keepdims=True)
+            full = full * self._rate(full)
+        gain = _broadcast(self.gain, x.ndim)
+        y = (full * gain).astype(x.dtype) if self.offset else full.astype(x.dtype) * gain
+        return y if self.bias is None else y + _broadcast(self.bias.get_value(), x.ndim)
 
+    @property
+    def gain(self) -> jax.Array:
+        """Factors of the channels, in float32 if there is an offset."""
+        weight = self.weight.get_value()
+        return weight.astype(jnp.float32) + self.offset if self.offset else weight
 
-class LayerNorm(nnx.Module):
-    """Layer norm with weight and bias, statistics in float32."""
-
-    def __init__(self, sizes: Mapping[str, int], axis: str, *, eps: float):
-        self.weight, self.bias, self.eps = declare(sizes, (axis,)), declare(sizes, (axis,)), eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def statistics(self, x: jax.Array) -> jax.Array:
+        """Return float32[..., 2]: the centre that the norm subtracts from x and the factor that it multiplies by."""
         full = x.astype(jnp.float32)
-        full = full - jnp.mean(full, axis=-1, keepdims=True)
-        full = full * jax.lax.rsqrt(jnp.mean(full * full, axis=-1, keepdims=True) + self.eps)
-        return full.astype(x.dtype) * _broadcast(self.weight.get_value(), x.ndim) + _broadcast(
-            self.bias.get_value(), x.ndim
-        )
+        centre = jnp.zeros_like(full[..., :1]) if self.bias is None else jnp.mean(full, axis=-1, keepdims=True)
+        return jnp.concatenate([centre, self._rate(full - centre)], axis=-1)
+
+    def _rate(self, full: jax.Array) -> jax.Array:
+        return jax.lax.rsqrt(jnp.mean(full * full, axis=-1, keepdims=True) + self.eps)
+
+
+class Leaf(nnx.Module):
+    """A parameter that is not part of a projection or norm."""
+
+    def __init__(self, sizes: Mapping[str, int], axes: Axes):
+        self.weight = declare(sizes, axes)
 
 
 def _broadcast(x: jax.Array, ndim: int) -> jax.Array:

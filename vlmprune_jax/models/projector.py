@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlmprune_jax.core.config import ProjectorConfig
-from vlmprune_jax.models.layers import LayerNorm, Projection, activation
-from vlmprune_jax.models.vision import NORMS
+from vlmprune_jax.models.layers import Norm, Projection, activation
 
 
 def pixel_shuffle(x: jax.Array, factor: int, version: str) -> jax.Array:
@@ -50,8 +49,8 @@ class Projector(nnx.Module):
         if merges:
             sizes |= {"projector": wide, "vision": vision_size}
         self.patch_size = vision_size
-        self.patch_norm = NORMS[cfg.norm](sizes, "vision", eps=cfg.norm_eps) if merges else None
-        self.layer_norm = LayerNorm(sizes, into, eps=cfg.norm_eps) if cfg.kind == "pixel_shuffle" else None
+        self.patch_norm = Norm(sizes, "vision", kind=cfg.norm, eps=cfg.norm_eps) if merges else None
+        self.layer_norm = Norm(sizes, into, kind="layer", eps=cfg.norm_eps) if cfg.kind == "pixel_shuffle" else None
         self.linear_1 = Projection(sizes, ("projector",), (into,), bias=cfg.bias)
         self.linear_2 = Projection(sizes, ("embed",), ("projector",), bias=cfg.bias)
         if cfg.deepstack:
@@ -82,7 +81,7 @@ class DeepMerger(nnx.Module):
     """linear_2(act(linear_1(norm(features)))) of one of a tower's middle blocks."""
 
     def __init__(self, cfg: ProjectorConfig, sizes: Mapping[str, int]):
-        self.layer_norm = LayerNorm(sizes, "shuffled", eps=cfg.norm_eps)
+        self.layer_norm = Norm(sizes, "shuffled", kind="layer", eps=cfg.norm_eps)
         self.linear_1 = Projection(sizes, ("projector",), ("shuffled",), bias=cfg.bias)
         self.linear_2 = Projection(sizes, ("embed",), ("projector",), bias=cfg.bias)
         self.activation = cfg.activation

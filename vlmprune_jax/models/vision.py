@@ -2,50 +2,23 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vlmprune_jax.core.config import LayerShape, VisionConfig, runs
+from vlmprune_jax.core.config import VisionConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.models.attention import for_tpu, splash_attention, xla_attention
-from vlmprune_jax.models.decoder import Block, Tap
-from vlmprune_jax.models.layers import LayerNorm, Projection, RMSNorm, activation, declare, rotate
+from vlmprune_jax.models.block import Blocks, Context, Names, Tap
+from vlmprune_jax.models.layers import Leaf, Norm, declare
 from vlmprune_jax.models.patches import Places, axial_angles, places_of, resampled, windows_of
 
-# Weights that write to the residual stream -> the scale of what they write, in towers that have one (InternViT).
-SCALES = {"self_attn/out_proj/weight": "layer_scale1/weight", "mlp/fc2/weight": "layer_scale2/weight"}
 # Keys' cubic kernel as torch has it (jax.image.resize uses -0.5).
 _CUBIC = -0.75
-
-
-class VisionContext(NamedTuple):
-    """What every block of a tower shares in one forward pass.
-
-    `segments`: per window (0 = none) int32[images, positions], a position looks at those of its own number; of padding
-    -1. None: at all. `cos`, `sin`: float32[images, positions, head / 2], where rows and columns turn queries and keys.
-    """
-
-    segments: dict[int, jax.Array] | None = None
-    cos: jax.Array | None = None
-    sin: jax.Array | None = None
-
-
-NORMS = {"layer": LayerNorm, "rms": RMSNorm}
-NOWHERE = VisionContext()  # of whole images of one size
-
-
-class Leaf(nnx.Module):
-    """A parameter that is not part of a projection or norm."""
-
-    def __init__(self, sizes: Mapping[str, int], axes: tuple[str, ...]):
-        self.weight = declare(sizes, axes)
 
 
 class PatchEmbedding(nnx.Module):
@@ -73,105 +46,13 @@ class PatchEmbedding(nnx.Module):
         return x if self.bias is None else x + self.bias.get_value()[None, None]
 
 
-class VisionAttention(nnx.Module):
-    """Bidirectional attention, over the positions that bool[images, positions] `real` names (None: all), or over those
-    of the same segment.
-    """
+class VisionTower(Blocks):
+    """A vision tower up to its feature layer; blocks above that layer are neither loaded nor run."""
 
-    def __init__(self, cfg: VisionConfig, sizes: Mapping[str, int], window: int):
-        into = ("vision",)
-        self.window = window
-        self.q_proj = Projection(sizes, ("q_heads", "head"), into, bias=cfg.qkv_bias)
-        self.k_proj = Projection(sizes, ("kv_heads", "head"), into, bias=cfg.qkv_bias)
-        self.v_proj = Projection(sizes, ("kv_heads", "head"), into, bias=cfg.qkv_bias)
-        self.out_proj = Projection(sizes, into, ("q_heads", "head"), bias=True)
-
-    def __call__(
-        self, x: jax.Array, real: jax.Array | None, context: VisionContext = NOWHERE
-    ) -> tuple[jax.Array, jax.Array]:
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if context.cos is not None and context.sin is not None:
-            q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
-        segments = None if context.segments is None else context.segments[self.window]
-        if for_tpu():
-            mixed = splash_attention(q, k, v, real, causal=False, segments=segments)
-        elif segments is not None:
-            mixed = xla_attention(q, k, v, (segments[:, :, None] == segments[:, None])[:, None])
-        else:
-            mixed = xla_attention(q, k, v, None if real is None else real[:, None, None])
-        return self.out_proj(mixed), mixed
-
-
-class VisionMlp(nnx.Module):
-    """fc2(act(fc1(x)))."""
-
-    def __init__(self, cfg: VisionConfig, sizes: Mapping[str, int]):
-        self.fc1 = Projection(sizes, ("mlp",), ("vision",), bias=True)
-        self.fc2 = Projection(sizes, ("vision",), ("mlp",), bias=True)
-        self.activation = cfg.activation
-
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        hidden = activation(self.activation)(self.fc1(x))
-        return self.fc2(hidden), hidden
-
-
-class VisionGatedMlp(nnx.Module):
-    """down(act(gate(x)) * up(x))."""
-
-    def __init__(self, cfg: VisionConfig, sizes: Mapping[str, int]):
-        self.gate_proj = Projection(sizes, ("mlp",), ("vision",), bias=True)
-        self.up_proj = Projection(sizes, ("mlp",), ("vision",), bias=True)
-        self.down_proj = Projection(sizes, ("vision",), ("mlp",), bias=True)
-        self.activation = cfg.activation
-
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        hidden = activation(self.activation)(self.gate_proj(x)) * self.up_proj(x)
-        return self.down_proj(hidden), hidden
-
-
-class VisionLayer(nnx.Module):
-    """One pre-norm block, stacked for a scan over equal ones; InternViT scales each branch channel by channel."""
-
-    def __init__(self, cfg: VisionConfig, shape: LayerShape, length: int):
-        sizes = {
-            "layer": length,
-            "vision": cfg.hidden_size,
-            "head": cfg.head_dim,
-            "q_heads": shape.q_heads,
-            "kv_heads": shape.kv_heads,
-            "mlp": shape.mlp,
-        }
-        self.layer_norm1 = NORMS[cfg.norm](sizes, "vision", eps=cfg.norm_eps)
-        self.self_attn = VisionAttention(cfg, sizes, shape.window or 0)
-        self.layer_norm2 = NORMS[cfg.norm](sizes, "vision", eps=cfg.norm_eps)
-        self.mlp = (VisionGatedMlp if cfg.mlp_kind == "gated" else VisionMlp)(cfg, sizes)
-        self.layer_scale1 = Leaf(sizes, ("vision",)) if cfg.layer_scale else None
-        self.layer_scale2 = Leaf(sizes, ("vision",)) if cfg.layer_scale else None
-
-    def __call__(
-        self,
-        x: jax.Array,
-        tap_inputs: tuple[str, ...] = (),
-        real: jax.Array | None = None,
-        context: VisionContext = NOWHERE,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """(output, what out_proj and fc2 read, as far as `tap_inputs` ask for it by the decoder's names)."""
-        attended, mixed = self.self_attn(self.layer_norm1(x), real, context)
-        x = x + _scaled(attended, self.layer_scale1)
-        out, hidden = self.mlp(self.layer_norm2(x))
-        read = {"o_proj": mixed, "down_proj": hidden}
-        return x + _scaled(out, self.layer_scale2), {name: read[name] for name in tap_inputs}
-
-
-def _scaled(branch: jax.Array, scale: Leaf | None) -> jax.Array:
-    return branch if scale is None else branch * scale.weight.get_value()[None, None]
-
-
-class VisionTower(nnx.Module):
-    """A tower up to the feature layer; blocks above it are neither loaded nor run."""
+    cfg: VisionConfig
 
     def __init__(self, cfg: VisionConfig):
-        self.cfg = cfg
+        super().__init__(cfg, Names("vision", ("layer_norm1", "layer_norm2"), "out_proj"))
         sizes = {
             "vision": cfg.hidden_size,
             "channel": cfg.channels,
@@ -183,11 +64,12 @@ class VisionTower(nnx.Module):
         self.class_embedding = Leaf(sizes, ("vision",)) if cfg.class_token else None
         self.patch_embedding = PatchEmbedding(cfg, sizes)
         self.position_embedding = Leaf(sizes, ("position", "vision")) if cfg.table else None
-        self.pre_layrnorm = LayerNorm(sizes, "vision", eps=cfg.norm_eps) if cfg.pre_norm else None
-        self.layers = nnx.Dict(
-            {str(r): VisionLayer(cfg, shape, length) for r, (_, length, shape) in enumerate(runs(cfg.layers))}
-        )
-        self.post_layernorm = LayerNorm(sizes, "vision", eps=cfg.norm_eps) if cfg.post_norm else None
+        self.pre_layrnorm = Norm(sizes, "vision", kind="layer", eps=cfg.norm_eps) if cfg.pre_norm else None
+        self.post_layernorm = Norm(sizes, "vision", kind="layer", eps=cfg.norm_eps) if cfg.post_norm else None
+
+    def final_norm(self, x: jax.Array) -> jax.Array:
+        """Return the norm after the last block, in towers that have one."""
+        return x if self.post_layernorm is None else self.post_layernorm(x)
 
     def _table(self) -> jax.Array:
         assert self.position_embedding is not None
@@ -235,14 +117,20 @@ class VisionTower(nnx.Module):
         """Where the patches [images, patches, values] of images of int[images, 3] `grid` lie."""
         return places_of(grid, pixels.shape[1], self.cfg.merge)
 
-    def context(self, pixels: jax.Array, grid: jax.Array | None) -> VisionContext:
-        """What the blocks share over these pixels; nothing for whole images of one size (no `grid`)."""
+    def context(self, x: jax.Array, patches: jax.Array | None = None, grid: jax.Array | None = None) -> Context:
+        """Return the blocks' context for float[images, positions, ...] states or patches; see `tapped`."""
         if grid is None:
-            return NOWHERE
-        cfg, places = self.cfg, self.places(pixels, grid)
+            real = None if patches is None else patches.reshape(len(patches), -1)
+            return Context({} if real is None else {0: real[:, None, None]}, valid=real)
+        cfg, places = self.cfg, self.places(x, grid)
         sides = sorted({shape.window or 0 for shape in cfg.layers})
         segments = {side: windows_of(places, grid, cfg.merge, side) if side else places.image for side in sides}
-        return VisionContext(segments, *axial_angles(places, cfg.head_dim, cfg.rope_theta))
+        masks = {side: (own[:, :, None] == own[:, None])[:, None] for side, own in segments.items()}
+        return Context(masks, *axial_angles(places, cfg.head_dim, cfg.rope_theta), segments=segments)
+
+    def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
+        """Return the context of images without padding, or of any size by their "image_grid_thw"."""
+        return self.context(x, grid=arrays.get("image_grid_thw"))
 
     def embed(self, pixels: jax.Array, patches: jax.Array | None = None, grid: jax.Array | None = None) -> jax.Array:
         """float[images, positions, vision] states before the blocks of float[images, channel, height, width] pixels.
@@ -267,32 +155,15 @@ class VisionTower(nnx.Module):
             x = self.pre_layrnorm(x)
         return constrain(x, ("batch", None, None))
 
-    def run_parts(self, run: str) -> tuple[Callable[..., Any], nnx.State]:
-        """One run as `(apply, state)`, see `Decoder.run_parts`.
-
-        `apply(slice of state, x, tap_inputs, real, context)` is one block.
-        """
-        graph, state = nnx.split(self.layers[run])
-
-        def apply(
-            layer_state: nnx.State,
-            x: jax.Array,
-            tap_inputs: tuple[str, ...] = (),
-            real: jax.Array | None = None,
-            context: VisionContext = NOWHERE,
-        ):
-            return nnx.merge(graph, layer_state)(x, tap_inputs, real, context)
-
-        return apply, state
-
     def __call__(self, pixels: jax.Array, patches: jax.Array | None = None, grid: jax.Array | None = None) -> jax.Array:
-        """States behind the last block (and its norm), as `embed` has those before the first; see `tapped`."""
+        """Return the states behind the last block and its norm; see `tapped`."""
         return self.tapped(pixels, None, patches=patches, grid=grid)[0]
 
     def levels(self, pixels: jax.Array, grid: jax.Array) -> list[jax.Array]:
-        """float[images, patches, vision] states behind the last block, and behind every one of `deepstack`."""
-        last, _, kept = self._run(pixels, None, (), None, grid, self.cfg.deepstack)
-        return [last, *(kept[i] for i in range(len(self.cfg.deepstack)))]
+        """Return float[images, patches, vision] states behind the last block, and behind each of `deepstack`."""
+        x, deep = self.embed(pixels, grid=grid), self.cfg.deepstack
+        passed = self.pass_through(x, self.context(x, grid=grid), keep=deep, final=self.final_norm)
+        return [passed.last] + ([] if passed.kept is None else [passed.kept[i] for i in range(len(deep))])
 
     def tapped(
         self,
@@ -302,42 +173,19 @@ class VisionTower(nnx.Module):
         patches: jax.Array | None = None,
         grid: jax.Array | None = None,
     ) -> tuple[jax.Array, list[Any]]:
-        """States behind the last block, and what `tap(Block)` gave for each, see `Decoder.__call__`.
+        """Return the states behind the last block and its norm, and the result of `tap(BlockValues)` for each block.
 
-        `patches`: bool[images, rows, columns], which patches show the image and not padding (None: all); for towers
-        that `spread` positions alone. `grid`: int[images, 3] frames, rows and columns of patches, where images are of
-        any size and pixels are their patches, padding behind them.
+        Args:
+          pixels: float[images, channel, height, width].
+          tap, tap_inputs: see `Blocks.pass_through`.
+          patches: bool[images, rows, columns], patches that show the image and not padding (None: all); for towers
+            that `spread` positions.
+          grid: int[images, 3] frames, rows and columns of patches of images of any size; pixels are then their patches
+            [images, patches, values], with padding behind them.
         """
-        return self._run(pixels, tap, tap_inputs, patches, grid, ())[:2]
-
-    def _run(
-        self,
-        pixels: jax.Array,
-        tap: Tap | None,
-        tap_inputs: tuple[str, ...],
-        patches: jax.Array | None,
-        grid: jax.Array | None,
-        wanted: tuple[int, ...],
-    ) -> tuple[jax.Array, list[Any], Any]:
-        """What `tapped` says, and [n + 1, ...] states behind the n blocks `wanted` (the last entry is arbitrary)."""
-        x, taps = self.embed(pixels, patches, grid), list[Any]()
-        real = None if patches is None else patches.reshape(len(patches), -1)
-        context = self.context(pixels, grid)
-        kept = jnp.zeros((len(wanted) + 1, *x.shape), x.dtype) if wanted else None
-        for run, (start, length, _) in enumerate(runs(self.cfg.layers)):
-            apply, state = self.run_parts(str(run))
-            places = [wanted.index(i) if i in wanted else len(wanted) for i in range(start, start + length)]
-
-            def body(carry: Any, layer: Any, apply=apply) -> tuple[Any, Any]:
-                (x, kept), (state, place) = carry, layer
-                y, read = apply(state, x, tap_inputs, real, context)
-                if kept is not None:
-                    kept = jax.lax.dynamic_update_index_in_dim(kept, y, place, axis=0)
-                return (y, kept), None if tap is None else tap(Block(x, y, read, nnx.to_pure_dict(state)))
-
-            (x, kept), tapped = jax.lax.scan(body, (x, kept), (state, jnp.asarray(places) if wanted else None))
-            taps += [jax.tree.map(operator.itemgetter(i), tapped) for i in range(length)]
-        return x if self.post_layernorm is None else self.post_layernorm(x), taps, kept
+        x = self.embed(pixels, patches, grid)
+        passed = self.pass_through(x, self.context(x, patches, grid), tap=tap, tap_inputs=tap_inputs)
+        return self.final_norm(passed.last), passed.taps
 
 
 def bicubic(n_in: int, n_out: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.config import ModelConfig, Stack
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import row_ways, use_mesh
 from vlmprune_jax.distributed.rules import constrain, sharding
-from vlmprune_jax.models.decoder import Context, Decoder, Tap
+from vlmprune_jax.models.block import Blocks, Tap, fill
+from vlmprune_jax.models.decoder import Decoder
 from vlmprune_jax.models.inputs import check_inputs, needed_mask
 from vlmprune_jax.models.patch_rows import patch_rows, real_features
 from vlmprune_jax.models.patches import slot_index
@@ -151,11 +152,15 @@ def patches_of(mask: jax.Array, patch: int) -> jax.Array:
 def tower_features(tower: Params, cfg: ModelConfig, pixels: jax.Array, grid: jax.Array | None = None) -> jax.Array:
     """`VisionLanguageModel.vision_features` by the params of the tower alone, in their dtype."""
     assert cfg.vision is not None
-    vision = cfg.vision
-    graph, state = nnx.split(nnx.eval_shape(lambda: VisionTower(vision)))
-    nnx.replace_by_pure_dict(state, tower)
     dtype = jax.tree.leaves(tower)[0].dtype
-    return _features(nnx.merge(graph, state), cfg, pixels.astype(dtype), None, grid)
+    module = fill(stack_module("vision", cfg.vision), tower)
+    return _features(module, cfg, pixels.astype(dtype), None, grid)
+
+
+def stack_module(stack: str, cfg: Stack) -> Any:
+    """Return the abstract module of one stack, a `Blocks`; nothing is allocated."""
+    kinds: dict[str, Callable[[Any], Blocks]] = {"text": Decoder, "vision": VisionTower}
+    return nnx.eval_shape(lambda: kinds[stack](cfg))
 
 
 def splice(x: jax.Array, is_image: jax.Array, features: jax.Array, per_row: bool) -> jax.Array:
@@ -233,21 +238,9 @@ def encode(
         raise UserError(
             "image_grid_thw without position_ids: images have rows and columns (models.positions makes them)"
         )
-    context = text_context(module, attention_mask, dropout_key, position_ids)
+    context = module.text.context(attention_mask, position_ids, dropout_key=dropout_key)
     final, aux = module.text(x, context, states=states, tap=tap, tap_inputs=tap_inputs, remat=remat, added=added)
     return final, {**aux, "inputs_embeds": inputs_embeds, "image_features": features, "added": added}
-
-
-def text_context(
-    module: VisionLanguageModel,
-    attention_mask: jax.Array,
-    dropout_key: jax.Array | None = None,
-    position_ids: jax.Array | None = None,
-) -> Context:
-    """What the decoder's blocks share in a forward without cache, from int[batch, seq] `attention_mask` (1 = real)."""
-    if position_ids is None:
-        position_ids = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
-    return module.text.context(position_ids, attention_mask, dropout_key=dropout_key)
 
 
 def head_of(params: Params, cfg: ModelConfig) -> Head:

@@ -24,7 +24,7 @@ import numpy as np
 import scipy.linalg
 
 from vlmprune_jax.core.checks import one_of
-from vlmprune_jax.core.config import TextConfig
+from vlmprune_jax.core.config import Stack
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.distributed.mesh import gather_to_host, use_mesh
@@ -33,13 +33,13 @@ from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.disk.compressed_tensors import SCHEMES, CompressedTensors
 from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.hf.layout import Slot, by_key, make_slots
+from vlmprune_jax.models.block import READERS, WRITERS
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch
 from vlmprune_jax.prune.config import TokenWeights
 from vlmprune_jax.prune.criteria.calibration import calibration_batches, positive
-from vlmprune_jax.prune.layers import Given, Layer, block, projection
+from vlmprune_jax.prune.layers import Given, Layer, run_block
 from vlmprune_jax.prune.steps import Step, embedded, names_of_rows, row_steps
 
-READ = ("self_attn", "mlp", "o_proj", "down_proj")
 _DAMPING = 0.01  # of each column's own weight, as GPTQ has it of their mean
 _FLOOR = 1e-6  # of the mean: what columns weigh that are never active
 _BLOCK = 128
@@ -113,7 +113,7 @@ def gptq(
             codes |= found
             layer = dataclasses.replace(layer, params=layer.params | params)
             for step in steps:
-                step.ours = layer.run(step.ours, step.given(number), "after")
+                step.ours = layer.run(step.ours, step.given(number))
             if progress is not None:
                 progress(number + 1)
     return Rounded(**vars(storage), codes=codes)
@@ -126,7 +126,7 @@ def embedded_steps(model: Model, batches: Iterable[Any], weights: TokenWeights) 
     steps = row_steps(checked, weights.by_name, names_of_rows(batches, checked))
     positive(len(steps))
     for step in steps:
-        step.ours, step.added_ours = embedded(step, model, "text")
+        step.ours, step.added_ours = embedded(step, model)
     return steps
 
 
@@ -136,8 +136,8 @@ def _round_layer(
     """(tensors by path, what the layer's parameters then are) of matrices, each the slots of a tensor of files."""
     sums = finite_sums(_sums, layer, steps, "gptq")
     codes, params = dict[str, dict[str, np.ndarray]](), dict[str, jax.Array]()
-    for tap in READ:
-        matrices = [parts for parts in held if reads(inside(parts[0]), layer.cfg) == tap]
+    for tap in READERS:
+        matrices = [parts for parts in held if layer.block.reader_of(inside(parts[0])) == tap]
         if not matrices:
             continue
         # what reads the same has the same sums: one factor, one pass over the columns
@@ -188,24 +188,24 @@ def inside(slot: Slot) -> str:
     return slot.name.split("/", 3)[3]
 
 
-def reads(path: str, cfg: Any) -> str:
-    """Which of `READ` a matrix of a layer reads."""
-    module = path.removesuffix("/weight")
-    outputs = {projection(cfg, name): name for name in ("o_proj", "down_proj")}
-    return outputs.get(module, module.split("/")[0])
-
-
-@functools.partial(jax.jit, static_argnames=("cfg",))
-def _sums(params: Mapping[str, jax.Array], x: jax.Array, weight: jax.Array, given: Given, *, cfg: TextConfig):
-    _, after, inputs = block(params, x, given, cfg, READ)
+@functools.partial(jax.jit, static_argnames=("stack", "cfg"))
+def _sums(params: Mapping[str, jax.Array], x: jax.Array, weight: jax.Array, given: Given, *, stack: str, cfg: Stack):
+    outs = {name: f"{name}_out" for name in WRITERS}
+    block, after, values = run_block(stack, cfg, params, x, given, (*READERS, *outs.values()))
     counts = weight[..., None] > 0
 
-    def gram(name: str) -> jax.Array:
-        read = jnp.where(counts, inputs[name].reshape(*x.shape[:2], -1), 0.0)  # padding may hold anything
-        scale = weight if name in ("self_attn", "mlp") else weight / jnp.mean(after * after, axis=-1)
-        return jnp.einsum("bsi,bsj->ij", read * jnp.where(weight > 0, scale, 0.0)[..., None], read, precision="highest")
+    def scale(name: str) -> jax.Array:
+        if name not in WRITERS:
+            return weight
+        norm, of_stream = block.norm_after(name), weight / jnp.mean(after * after, axis=-1)
+        return of_stream if norm is None else of_stream * norm.statistics(values[outs[name]])[..., 1] ** 2
 
-    return {name: gram(name) for name in READ}
+    def gram(name: str) -> jax.Array:
+        read = jnp.where(counts, values[name].reshape(*x.shape[:2], -1), 0.0)  # padding may hold anything
+        weighted = read * jnp.where(weight > 0, scale(name), 0.0)[..., None]
+        return jnp.einsum("bsi,bsj->ij", weighted, read, precision="highest")
+
+    return {name: gram(name) for name in READERS}
 
 
 def finite_sums(
@@ -219,7 +219,9 @@ def finite_sums(
     totals: dict[str, np.ndarray] = {}
     for step in steps:
         placed, given = place_batch({"x": step.ours, "weight": step.weight}, layer.mesh), step.given(layer.number)
-        for name, one in sums(layer.params, **placed, given=given.placed(layer.mesh), cfg=layer.cfg).items():
+        for name, one in sums(
+            layer.params, **placed, given=given.placed(layer.mesh), stack=layer.stack, cfg=layer.cfg
+        ).items():
             own = np.asarray(gather_to_host(one), np.float64)
             if not np.isfinite(own).all():
                 raise UserError(

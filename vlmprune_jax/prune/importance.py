@@ -13,16 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmprune_jax.core.config import TextConfig
+from vlmprune_jax.core.config import Stack
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.export.format import Importance
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.layout import make_slots
+from vlmprune_jax.models.block import READERS
 from vlmprune_jax.models.vlm import Model, mesh_of
 from vlmprune_jax.prune.config import TokenWeights
-from vlmprune_jax.prune.gptq import READ, embedded_steps, finite_sums, inside, reads
-from vlmprune_jax.prune.layers import Given, Layer, block
+from vlmprune_jax.prune.gptq import embedded_steps, finite_sums, inside
+from vlmprune_jax.prune.layers import Given, Layer, run_block
 
 
 def importance(
@@ -59,21 +60,21 @@ def importance(
             sums = finite_sums(_squares, layer, steps, "importance")
             for slot in slots:
                 if slot.layer == number and len(slot.hf_shape) == 2:
-                    means[slot.name] = sums[reads(inside(slot), layer.cfg)] / weight
+                    means[slot.name] = sums[layer.block.reader_of(inside(slot))] / weight
             for step in steps:
-                step.ours = layer.run(step.ours, step.given(number), "after")
+                step.ours = layer.run(step.ours, step.given(number))
             if progress is not None:
                 progress(number + 1)
     rows = sum(int((step.weight > 0).any(axis=1).sum()) for step in steps)
     return Importance(means, rows, sum(int((step.weight > 0).sum()) for step in steps))
 
 
-@functools.partial(jax.jit, static_argnames=("cfg",))
-def _squares(params: Mapping[str, jax.Array], x: jax.Array, weight: jax.Array, given: Given, *, cfg: TextConfig):
-    _, _, inputs = block(params, x, given, cfg, READ)
+@functools.partial(jax.jit, static_argnames=("stack", "cfg"))
+def _squares(params: Mapping[str, jax.Array], x: jax.Array, weight: jax.Array, given: Given, *, stack: str, cfg: Stack):
+    _, _, values = run_block(stack, cfg, params, x, given, READERS)
 
     def of(name: str) -> jax.Array:
-        read = inputs[name].reshape(*x.shape[:2], -1)
+        read = values[name].reshape(*x.shape[:2], -1)
         return jnp.einsum("bsi,bs->i", jnp.where(weight[..., None] > 0, read, 0.0) ** 2, weight, precision="highest")
 
-    return {name: of(name) for name in READ}
+    return {name: of(name) for name in READERS}

@@ -35,16 +35,16 @@ from vlmprune_jax.core.settings import override
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.mesh import gather_to_host, use_mesh
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.models.decoder import TAP_INPUTS
+from vlmprune_jax.models.block import WRITERS
 from vlmprune_jax.models.params import param_shapes
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch
 from vlmprune_jax.prune.config import ReconstructConfig
 from vlmprune_jax.prune.criteria.calibration import calibration_batches
-from vlmprune_jax.prune.layers import Layer, block, with_layers
+from vlmprune_jax.prune.layers import Layer, run_block, with_layers
 from vlmprune_jax.prune.plan import KeptStack, PrunePlan
 from vlmprune_jax.prune.ridge import RIDGES, Sums, held_out_errors
 from vlmprune_jax.prune.ridge import change as solve
-from vlmprune_jax.prune.steps import Step, embedded, image_steps, names_of_rows, row_steps
+from vlmprune_jax.prune.steps import STEPS, Step, embedded, names_of_rows
 from vlmprune_jax.prune.surgery import check_plan_is_for
 
 SolveReport = dict[str, Any]
@@ -99,12 +99,8 @@ def reconstruct(
     store, report, done = _Store(cache), list[SolveReport](), itertools.count(1)
     with use_mesh(mesh):
         for stack in _stacks(plan):
-            steps = (
-                row_steps(checked, settings, names)
-                if stack == "text"
-                else image_steps(checked, pruned.cfg, settings, names)
-            )
-            _enter(steps, teacher, pruned, stack)
+            steps = STEPS[stack](checked, settings, names, pruned.cfg)
+            _enter(steps, teacher, pruned)
             tick = lambda: None if progress is None else progress(next(done))  # noqa: E731
             solved, told = _solve(stack, plan.stacks[stack], teacher, pruned, steps, store, tick)
             pruned = with_layers(pruned, stack, solved)
@@ -112,11 +108,11 @@ def reconstruct(
     return pruned, report
 
 
-def _enter(steps: Sequence[Step], teacher: Model, pruned: Model, stack: str) -> None:
+def _enter(steps: Sequence[Step], teacher: Model, pruned: Model) -> None:
     """Both streams before the first layer of a stack, and what is added to them on their way."""
     for step in steps:
-        step.dense, step.added_dense = embedded(step, teacher, stack)
-        step.ours, ours = embedded(step, pruned, stack)
+        step.dense, step.added_dense = embedded(step, teacher)
+        step.ours, ours = embedded(step, pruned)
         same = step.added_dense is not None and ours is not None and np.array_equal(step.added_dense, ours)
         step.added_ours = step.added_dense if same else ours  # of one tower: in memory once
 
@@ -137,20 +133,20 @@ def _solve(
         _advance(steps, teacher, stack, range(first, end))
         layer = dataclasses.replace(Layer.of(pruned, stack, number), number=first)
         for module in _modules(kept, number):
-            key = f"{number}/{module}" if stack == "text" else f"{stack}/{number}/{module}"
+            key = f"{stack}/{number}/{module}"
             change, told = store.change(key, functools.partial(solve_for, layer, module, steps, number))
             report.append({"layer": first, "module": module, **told, **_counts(layer, module, steps)})
             if change is not None:
                 layer = layer.changed(module, change)
                 solved[number] = layer.written
         for step in steps:
-            step.ours = layer.run(step.ours, step.given(number), "after")
+            step.ours = layer.run(step.ours, step.given(number))
         tick()
     return solved, report
 
 
 def _counts(layer: Layer, module: str, steps: Sequence[Step]) -> SolveReport:
-    path = layer.projection(module)
+    path = layer.block.writers[module].projection
     unknowns = layer.params[f"{path}/weight"][0].size + (f"{path}/bias" in layer.params)
     return {"tokens": sum(int((step.weight > 0).sum()) for step in steps), "unknowns": unknowns}
 
@@ -176,7 +172,7 @@ def _modules(kept: KeptStack, number: int) -> list[str]:
     layer, (first, end) = kept.layers[number], _spans(kept)[number]
     before, cut = kept.layers_before[layer.index], end - first > 1
     lost = {"o_proj": len(layer.q_heads) < before.q_heads, "down_proj": cut or len(layer.neurons) < before.mlp}
-    return [module for module in TAP_INPUTS if lost[module]]
+    return [module for module in WRITERS if lost[module]]
 
 
 def _advance(steps: Sequence[Step], teacher: Model, stack: str, layers: range) -> None:
@@ -184,9 +180,11 @@ def _advance(steps: Sequence[Step], teacher: Model, stack: str, layers: range) -
     for number in layers:
         layer = Layer.of(teacher, stack, number)
         for step in steps:
+            given = step.given(number, dense=True)
             if number == layers.start:
-                step.middle = layer.run(step.dense, step.given(number, dense=True), "middle")
-            step.dense = layer.run(step.dense, step.given(number, dense=True), "after")
+                step.dense, step.middle, step.statistics = layer.streams(step.dense, given)
+            else:
+                step.dense = layer.run(step.dense, given)
 
 
 class _Store:
@@ -211,52 +209,66 @@ class _Store:
         return (None if told["ridge"] is None else self._cache[f"{key}/change"]), told
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "module", "bias"))
-def _sums(params, x, target, weight, given, *, cfg, module, bias):
-    middle, after, inputs = block(params, x, given, cfg, (module,))
-    residual = target - (middle if module == "o_proj" else after)
-    read = inputs[module].reshape(*x.shape[:2], -1)
-    if bias:
+@functools.partial(jax.jit, static_argnames=("stack", "cfg", "module"))
+def _sums(params, x, target, weight, statistics, given, *, stack, cfg, module):
+    want = (module, f"{module}_out", "middle")
+    block, after, values = run_block(stack, cfg, params, x, given, want)
+    residual = target - (values["middle"] if module == "o_proj" else after)
+    read = values[module].reshape(*x.shape[:2], -1)
+    if f"{block.writers[module].projection}/bias" in params:
         read = jnp.concatenate([read, jnp.ones_like(read[..., :1])], axis=-1)
+    missing = residual
+    if statistics is not None:
+        # At the dense output's statistics the norm is an affine map: what enters it is fitted to the dense model's.
+        out = values[f"{module}_out"]
+        missing = residual + block.follow(module, out) - block.follow(module, out, statistics)
+        read = read * statistics[..., 1:]
     # where, not products: padding may hold anything, and NaN * 0 is NaN
     counts = weight[..., None] > 0
-    read, residual = jnp.where(counts, read, 0.0), jnp.where(counts, residual, 0.0)
+    read, missing, residual = (jnp.where(counts, array, 0.0) for array in (read, missing, residual))
     scale = jnp.where(weight > 0, weight / jnp.mean(target * target, axis=-1), 0.0)
     weighted = read * scale[..., None]
     gram = jnp.einsum("bsi,bsj->ij", weighted, read, precision="highest")
-    cross = jnp.einsum("bsi,bse->ie", weighted, residual, precision="highest")
+    cross = jnp.einsum("bsi,bse->ie", weighted, missing, precision="highest")
     energy = jnp.sum(scale * jnp.sum(residual * residual, axis=-1), axis=-1)
     return Sums(constrain(gram, ("mlp", None)), constrain(cross, ("mlp", None)), constrain(energy, ()))
 
 
 def solve_for(layer: Layer, module: str, steps: Sequence[Step], place: int) -> tuple[np.ndarray | None, SolveReport]:
-    """float32[in (+ 1), embed] to add to a weight (and its bias), or None where nothing lessens the held-out error.
+    """Return float32[in (+ 1), embed] for `Layer.changed`, or None where nothing reduces the held-out error.
 
     `place`: the layer's among those that are left.
     """
-    fit, held = (_total(layer, module, [one for one in steps if one.held_out == out], place) for out in (False, True))
-    stream = layer.cfg.hidden_size * float(sum(one.weight.sum() for one in steps if one.held_out))
+    fitted, held_out = ([one for one in steps if one.held_out == out] for out in (False, True))
+    fit, held = (_total(layer, module, part, place) for part in (fitted, held_out))
+    stream = layer.cfg.hidden_size * float(sum(one.weight.sum() for one in held_out))
     errors = np.asarray(held_out_errors(fit, held, jnp.asarray(RIDGES, jnp.float32)), np.float64)
     best, before = int(np.nanargmin(np.append(errors, 0.0))), float(held.energy) / stream
+    unchanged = {"ridge": None, "error_before": before, "error_after": before}
     if best == len(RIDGES):
-        return None, {"ridge": None, "error_before": before, "error_after": before}
+        return None, unchanged
+    after = before + float(errors[best]) / stream
+    if layer.block.writers[module].norm is not None:  # the norm's statistics change with the weight: look
+        trial = layer.changed(module, np.array(gather_to_host(solve(fit, RIDGES[best]))))
+        after = float(_total(trial, module, held_out, place).energy) / stream
+        if after >= before:
+            return None, unchanged
     change = solve(jax.tree.map(jnp.add, fit, held), RIDGES[best])
-    told = {"ridge": RIDGES[best], "error_before": before, "error_after": before + float(errors[best]) / stream}
-    return np.array(gather_to_host(change)), told
+    return np.array(gather_to_host(change)), {"ridge": RIDGES[best], "error_before": before, "error_after": after}
 
 
 def _total(layer: Layer, module: str, steps: Sequence[Step], place: int) -> Sums:
-    """Sums over these rows, `energy` over all of them.
+    """Return the sums over these rows, `energy` over all of them.
 
     Raises:
-      UserError: what a row gives is not finite.
+      UserError: a row has activations that are not finite.
     """
-    totals, bias = None, f"{layer.projection(module)}/bias" in layer.params
+    totals = None
     for step in steps:
         target = step.middle if module == "o_proj" else step.dense
-        placed = place_batch({"x": step.ours, "target": target, "weight": step.weight}, layer.mesh)
-        given = step.given(place).placed(layer.mesh)
-        sums = _sums(layer.params, **placed, given=given, cfg=layer.cfg, module=module, bias=bias)
+        arrays = {"x": step.ours, "target": target, "weight": step.weight, "statistics": step.statistics.get(module)}
+        placed, given = place_batch(arrays, layer.mesh), step.given(place).placed(layer.mesh)
+        sums = _sums(layer.params, **placed, given=given, stack=layer.stack, cfg=layer.cfg, module=module)
         energy = np.asarray(sums.energy)
         wrong = [name for name, one in zip(step.names, energy, strict=False) if not math.isfinite(one)]
         if wrong:

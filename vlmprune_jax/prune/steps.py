@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,41 +16,41 @@ from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import gather_to_host
 from vlmprune_jax.distributed.rules import constrain
+from vlmprune_jax.models.block import STREAM
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, to_nnx
 from vlmprune_jax.prune.criteria.activations import real_images
 from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, PADDING, PROMPT, Arrays
-from vlmprune_jax.prune.layers import STREAM, Given
+from vlmprune_jax.prune.layers import Given
 
 
 @dataclasses.dataclass
 class Step:
     """Rows that go through the device together, and where both streams are: float32[rows, seq, embed] on the host.
 
-    `inputs`: what the models embed. `mask`, and of text `labels` with -100 where there is none: int32[rows, seq].
-    `weight`: float32[rows, seq], what each token counts. `names`: what messages call the rows. `positions`:
-    int32[rows, 3, seq] where images have rows and columns. `middle`: the dense stream between attention and MLP of the
-    layer at work. `added_dense`, `added_ours`: float32[n, rows, seq, embed], what is added to the outputs of the first
-    n layers of either model, whatever their number in the other.
+    `inputs`: what the models embed. `context`: arrays that give the layers' context, see `Blocks.context_of`. `weight`:
+    float32[rows, seq] of the tokens. `names`: of the rows, for messages. `labels`: of text, int32[rows, seq] with -100
+    where there is none. `middle`, `statistics`: of the dense model's layer at work, see `layers.Streams`.
+    `added_dense`, `added_ours`: float32[n, rows, seq, embed], added to the outputs of the first n layers of either
+    model, whatever their number in the other.
     """
 
     inputs: dict[str, Any]
-    mask: np.ndarray
+    context: dict[str, Any]
     weight: np.ndarray
     names: list[str]
     held_out: bool
     labels: np.ndarray | None = None
-    positions: np.ndarray | None = None
     dense: np.ndarray = dataclasses.field(init=False)
     ours: np.ndarray = dataclasses.field(init=False)
     middle: np.ndarray = dataclasses.field(init=False)
+    statistics: dict[str, np.ndarray] = dataclasses.field(init=False)
     added_dense: np.ndarray | None = dataclasses.field(init=False, default=None)
     added_ours: np.ndarray | None = dataclasses.field(init=False, default=None)
 
     def given(self, place: int, *, dense: bool = False) -> Given:
-        """What the layer at a place of the pruned (or the `dense`) model is given beside the stream."""
+        """Return what the layer at a place of the pruned (or the `dense`) model is given beside the stream."""
         added = self.added_dense if dense else self.added_ours
-        grid = None if "input_ids" in self.inputs else self.inputs.get("image_grid_thw")
-        return Given(self.mask, self.positions, None if added is None or place >= len(added) else added[place], grid)
+        return Given(self.context, None if added is None or place >= len(added) else added[place])
 
 
 def names_of_rows(batches: Sequence[Any], checked: Sequence[Arrays]) -> list[str]:
@@ -62,8 +62,13 @@ def names_of_rows(batches: Sequence[Any], checked: Sequence[Arrays]) -> list[str
     return names
 
 
-def row_steps(batches: Sequence[Arrays], settings: Mapping[str, Any], names: Sequence[str] | None = None) -> list[Step]:
-    """All rows, those to fit to and those to hold out apart, as many at a time as the first batch has.
+def row_steps(
+    batches: Sequence[Arrays],
+    settings: Mapping[str, Any],
+    names: Sequence[str] | None = None,
+    cfg: ModelConfig | None = None,
+) -> list[Step]:
+    """Return all rows, those to fit to and those to hold out apart, as many at a time as the first batch has.
 
     Without a `held_out` in the settings none is held out.
     """
@@ -96,8 +101,8 @@ def _step(rows: Sequence[Mapping[str, Any]], size: int, weight_of: np.ndarray, h
     mask, names = arrays["attention_mask"], [row["name"] for row in rows]
     inputs = {name: _padded(rows, name, size) for name in ("pixel_values", "image_grid_thw")}
     inputs["input_ids"] = arrays["input_ids"]
-    positions = _padded(rows, "position_ids", size)
-    return Step(inputs, mask, weight_of[arrays["kind"]], names, held_out, arrays["labels"], positions)
+    context = {"attention_mask": mask, "position_ids": _padded(rows, "position_ids", size)}
+    return Step(inputs, context, weight_of[arrays["kind"]], names, held_out, arrays["labels"])
 
 
 def _padded(rows: Sequence[Mapping[str, Any]], name: str, size: int) -> np.ndarray | None:
@@ -112,9 +117,9 @@ def _padded(rows: Sequence[Mapping[str, Any]], name: str, size: int) -> np.ndarr
 
 
 def image_steps(
-    batches: Sequence[Arrays], cfg: ModelConfig, settings: Mapping[str, Any], names: Sequence[str]
+    batches: Sequence[Arrays], settings: Mapping[str, Any], names: Sequence[str], cfg: ModelConfig
 ) -> list[Step]:
-    """The images of all rows, each once, since one that is fitted to must not be held out as well."""
+    """Return the images of all rows, each once, since one that is fitted to must not be held out as well."""
     images = dict[bytes, tuple[np.ndarray, np.ndarray | None, str]]()
     row = 0
     for arrays in batches:
@@ -159,7 +164,7 @@ def _image_step(
     first, grid, _ = images[0]
     shape = first.shape if grid is None else (positions, first.shape[-1])
     inputs["pixel_values"] = np.zeros((size, *shape), np.float32)
-    real = np.zeros((size, positions), np.int32)
+    real = np.zeros((size, positions), np.float32)
     if grid is not None:
         inputs["image_grid_thw"] = np.zeros((size, 3), np.int32)
     for at, (pixels, grid, _) in enumerate(images):
@@ -167,7 +172,8 @@ def _image_step(
         real[at, : positions if grid is None else len(pixels)] = 1
         if grid is not None:
             inputs["image_grid_thw"][at] = grid
-    return Step(inputs, real, real.astype(np.float32), [name for _, _, name in images], held_out)
+    context = {"image_grid_thw": inputs.get("image_grid_thw")}
+    return Step(inputs, context, real, [name for _, _, name in images], held_out)
 
 
 def _parted(chosen: Sequence[Any], settings: Mapping[str, Any], what: str) -> tuple[tuple[Sequence[Any], bool], ...]:
@@ -184,17 +190,21 @@ def _parted(chosen: Sequence[Any], settings: Mapping[str, Any], what: str) -> tu
     return (chosen[n_held:], False), (chosen[:n_held], True)
 
 
-def embedded(step: Step, model: Model, stack: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """(stream before the first layer of a model's stack, what its first layers add) of a step's rows."""
+# stack -> its inputs in calibration batches, as steps
+STEPS: dict[str, Callable[..., list[Step]]] = {"text": row_steps, "vision": image_steps}
+
+
+def embedded(step: Step, model: Model) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return (stream before the first layer, what the first layers add) of a step's rows, or of its images."""
     placed = place_batch(step.inputs, mesh_of(model.params))
-    x, added = _embed(model.params, placed, cfg=model.cfg, stack=stack)
+    x, added = _embed(model.params, placed, cfg=model.cfg)
     return np.array(gather_to_host(x)), None if added is None else np.array(gather_to_host(added))
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "stack"))
-def _embed(params, inputs, *, cfg, stack):
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def _embed(params, inputs, *, cfg):
     module, added = to_nnx(Model(params, cfg)), None
-    if stack == "vision":
+    if "input_ids" not in inputs:
         dtype = jax.tree.leaves(params["vision"])[0].dtype
         x = module.vision.embed(inputs["pixel_values"].astype(dtype), grid=inputs.get("image_grid_thw"))
     else:

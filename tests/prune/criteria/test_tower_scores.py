@@ -12,10 +12,10 @@ from prune_cases import batch, config, model, on_mesh
 from vlmprune_jax.core.config import LayerShape
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.params import flatten, unflatten, unstack_layers
-from vlmprune_jax.models.vision import SCALES
 from vlmprune_jax.models.vlm import Model, apply, to_nnx
 from vlmprune_jax.prune import CRITERIA, Criterion, Scores, make_plan, score
 
+SCALES = {"self_attn/out_proj/weight": "layer_scale1/weight", "mlp/fc2/weight": "layer_scale2/weight"}
 SHAPES = (LayerShape(2, 2, 10), LayerShape(2, 2, 10), LayerShape(4, 4, 6))
 
 
@@ -32,7 +32,7 @@ def tapped(params, cfg, images):
 
 
 def of_real_images(one, arrays):
-    """Per layer what `Block` has, as float64[images * positions, ...], of those images that the rows have."""
+    """Per layer what `BlockValues` has, as float64[images * positions, ...], of those images that the rows have."""
     images = jnp.asarray(arrays["pixel_values"][:-1, 0])
     for block in tapped(jax.tree.map(jnp.asarray, one.params), one.cfg, images):
         parts = {"before": block.before, "after": block.after, **block.inputs}

@@ -17,7 +17,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.journal import Journal, continued
 from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.models.decoder import TAP_INPUTS, Block, Tap
+from vlmprune_jax.models.block import VALUES, BlockValues, Tap
 from vlmprune_jax.models.vlm import Model, Params, encode, mesh_of, place_batch, to_nnx
 from vlmprune_jax.prune.criteria.calibration import IMAGE, KINDS, PADDING, Arrays, kinds_in
 
@@ -37,9 +37,9 @@ class Tokens(NamedTuple):
 class Blocks(Protocol):
     """The blocks of a stack over one batch: `blocks(tap, inputs=())` -> a list with what `tap` gave for each block.
 
-    `tap(block)` sees a `models.decoder.Block`: `before` and `after` (of the decoder's last block after the final norm),
-    `inputs` by the names asked for ("o_proj", "down_proj"; in every family and tower) and `params`. Whatever it gives
-    exists for all blocks at once: reduce it over the tokens.
+    `tap(block)` sees `models.block.BlockValues`: `before` and `after` (of the decoder's last block after the final
+    norm), `inputs` by the names asked for ("o_proj", "down_proj" and others of `models.block.VALUES`; the same in every
+    family and tower), `params` and `scales`. Its results exist for all blocks at once: reduce them over the tokens.
     """
 
     def __call__(self, tap: Tap, inputs: tuple[str, ...] = ()) -> list[Any]: ...
@@ -142,7 +142,7 @@ def _sums(params, batch, counting, *, cfg, stack, function, options):
 
     def blocks(tap: Tap, inputs: tuple[str, ...] = ()) -> list[Any]:
         for name in inputs:
-            one_of("input", name, TAP_INPUTS)
+            one_of("input", name, VALUES)
         return run(tap, tuple(inputs))
 
     def of(weights: jax.Array) -> Any:
@@ -185,9 +185,9 @@ def _tower(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
         return x.reshape(-1, 1, *x.shape[2:])
 
     def run(tap: Tap, inputs: tuple[str, ...]) -> list[Any]:
-        def tapped(block: Block) -> Any:
-            read = {name: rows(x) for name, x in block.inputs.items()}
-            return tap(Block(rows(block.before), rows(block.after), read, block.params))
+        def tapped(block: BlockValues) -> Any:
+            before, after, inputs, scales = jax.tree.map(rows, (block.before, block.after, block.inputs, block.scales))
+            return tap(BlockValues(before, after, inputs, block.params, scales))
 
         return tower.tapped(images, tapped, inputs, grid=grid)[1]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from vlmprune_jax.core.config import STACKS
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.models.decoder import Block
+from vlmprune_jax.models.block import BlockValues
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.criteria.activations import Blocks, Tokens
 from vlmprune_jax.prune.criteria.block_influence import cosine_distance
@@ -35,7 +35,7 @@ def angles(blocks: Blocks, tokens: Tokens, *, layers_removed: int | None) -> tup
     def at_last(x: jax.Array) -> jax.Array:
         return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
 
-    def tap(block: Block) -> tuple[jax.Array, jax.Array]:
+    def tap(block: BlockValues) -> tuple[jax.Array, jax.Array]:
         return at_last(block.before), at_last(block.after)
 
     ends = blocks(tap)

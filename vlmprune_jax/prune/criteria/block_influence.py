@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from vlmprune_jax.core.config import STACKS
-from vlmprune_jax.models.decoder import Block
+from vlmprune_jax.models.block import BlockValues
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.criteria.activations import Blocks, Tokens
 from vlmprune_jax.prune.criteria.calibration import positive
@@ -23,7 +23,7 @@ def distances(blocks: Blocks, tokens: Tokens, *, reference_compat: bool) -> tupl
     """
     weight = jnp.ones_like(tokens.weight) if reference_compat else tokens.weight
 
-    def tap(block: Block) -> jax.Array:
+    def tap(block: BlockValues) -> jax.Array:
         # where, not a product: padding may hold anything, and NaN * 0 is NaN
         distance = cosine_distance(block.before, block.after)
         return jnp.sum(jnp.where(weight > 0, weight * distance, jnp.zeros_like(distance)))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.core.config import STACKS
-from vlmprune_jax.models.decoder import TAP_INPUTS, Block
+from vlmprune_jax.models.block import WRITERS, BlockValues
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.criteria.activations import Blocks, Tokens
 from vlmprune_jax.prune.criteria.calibration import positive
@@ -31,16 +31,19 @@ def moments(blocks: Blocks, tokens: Tokens) -> tuple[list[Any], jax.Array]:
     """Sums of w x and w x^2 of every channel that o_proj and down_proj read, per layer, and of w."""
     weight = tokens.weight
 
-    def tap(block: Block) -> dict[str, tuple[jax.Array, jax.Array]]:
+    def tap(block: BlockValues) -> dict[str, tuple[jax.Array, jax.Array]]:
         found = {}
         for name, read in block.inputs.items():
             x = read.astype(jnp.float32)
+            if name in block.scales:
+                scale = block.scales[name]
+                x = x * scale.reshape(*scale.shape, *(1,) * (x.ndim - 3))
             counts = weight.reshape(*weight.shape, *(1,) * (x.ndim - 2))
             x = jnp.where(counts > 0, x, jnp.zeros_like(x))  # padding may hold anything
             found[name] = jnp.sum(counts * x, (0, 1)), jnp.sum(counts * x * x, (0, 1))
         return found
 
-    return blocks(tap, inputs=TAP_INPUTS), jnp.sum(weight)
+    return blocks(tap, inputs=WRITERS), jnp.sum(weight)
 
 
 def weighted(sums: Any, model: Model, *, moment: Moments, power: int, gqa: str, stack: str) -> Parts:

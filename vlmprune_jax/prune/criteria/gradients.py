@@ -24,7 +24,7 @@ from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.memory import free_memory
 from vlmprune_jax.distributed.mesh import from_all, gather_to_host, use_mesh
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.models.decoder import STREAM, at_layer
+from vlmprune_jax.models.block import STREAM, at_layer
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model, Params, mesh_of, place_batch, to_nnx
 from vlmprune_jax.models.vocabulary import chunks, cross_entropy

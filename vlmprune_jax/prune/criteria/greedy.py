@@ -93,7 +93,7 @@ class _Cut:
         self._model, self._steps, self._solved = model, steps, solved
         self._changed = dict[int, Layer]()
         for step in steps:
-            step.ours, step.added_ours = embedded(step, model, "text")
+            step.ours, step.added_ours = embedded(step, model)
         self._before = dict[int, States]()
         self._fill(0, [step.ours for step in steps])
         self._dense = dict(self._before) if solved else {}
@@ -138,6 +138,8 @@ class _Cut:
         for step, ours, dense in zip(self._steps, self._before[before], self._dense[after], strict=True):
             step.ours, step.dense = ours, dense
         layer = Layer.of(self._model, "text", before)  # not as an earlier cut has changed it: this one is wider
+        for step, dense in zip(self._steps, self._dense[before], strict=True):
+            step.statistics = layer.streams(dense, step.given(before, dense=True)).statistics
         change, _ = solve_for(layer, "down_proj", self._steps, place - 1)
         layer = layer if change is None else layer.changed("down_proj", change)
         return layer, self._run(layer, place - 1, self._before[before])
@@ -147,7 +149,7 @@ class _Cut:
 
     def _run(self, layer: Layer, place: int, x: States) -> States:
         """What it makes of the streams at a place among the layers that are left."""
-        return [layer.run(one, step.given(place), "after") for one, step in zip(x, self._steps, strict=True)]
+        return [layer.run(one, step.given(place)) for one, step in zip(x, self._steps, strict=True)]
 
     def _loss(self, x: States) -> float:
         mesh, total = mesh_of(self._model.params), 0.0

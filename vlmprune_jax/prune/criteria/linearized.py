@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlmprune_jax.core.config import TextConfig
-from vlmprune_jax.models.decoder import REMAT_POLICIES, Decoder
+from vlmprune_jax.models.block import REMAT_POLICIES, fill
 from vlmprune_jax.models.layers import Projection, contract
 from vlmprune_jax.models.params import flatten, unflatten
-from vlmprune_jax.models.vlm import Params
+from vlmprune_jax.models.vlm import Params, stack_module
 
 Products = list[jax.Array]
 
@@ -41,14 +41,11 @@ def linearized(
       text: a decoder's config that has this layer only.
       positions: int[batch, seq] or int[batch, 3, seq], by default counted along the mask.
     """
-    decoder = nnx.eval_shape(lambda: Decoder(text, None))
-    graph, state = nnx.split(decoder.layers["0"])
-    ctx = decoder.context(jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0) if positions is None else positions, mask)
+    decoder = stack_module("text", text)
+    ctx = decoder.context(mask, positions)
 
     def block(own: Params, h: jax.Array) -> jax.Array:
-        filled = jax.tree.map(lambda leaf: leaf, state)
-        nnx.replace_by_pure_dict(filled, own)
-        module = nnx.merge(graph, filled)
+        module = fill(decoder.layers["0"], own)
         for _, part in nnx.iter_modules(module):
             if isinstance(part, Projection):
                 part.product = lambda x, weight, n: _product(x, weight, counts, n)
