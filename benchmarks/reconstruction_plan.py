@@ -75,11 +75,15 @@ def row(family: str, topology: str) -> str:
     mask = abstract((rows, length), ("batch", None), np.int32)
     weight = abstract((rows, length), ("batch", None))
     found = {}
+
+    def given(mask):
+        return layers.Given({"attention_mask": mask})
+
     with use_mesh(mesh):
         for name, of in (("dense", dense), ("ours", cfg)):
             params, text = layer(of)
             found[name] = compile_for_tpu(
-                jax.jit(lambda p, x, m, text=text: layers._run(p, x, layers.Given(m), cfg=text, what="after")),
+                jax.jit(lambda p, x, m, text=text: layers._streams(p, x, given(m), stack="text", cfg=text)),
                 params,
                 stream,
                 mask,
@@ -87,7 +91,7 @@ def row(family: str, topology: str) -> str:
         found["sums"] = compile_for_tpu(
             jax.jit(
                 lambda p, x, t, m, w: reconstruction._sums(
-                    p, x, t, w, layers.Given(m), cfg=text, module="down_proj", bias=False
+                    p, x, t, w, None, given(m), stack="text", cfg=text, module="down_proj"
                 )
             ),
             params, stream, stream, mask, weight,

@@ -15,7 +15,7 @@ from vlmprune_jax.experiment.arguments import recover_config
 from vlmprune_jax.experiment.options import options, sections
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import check_experiment
-from vlmprune_jax.models.block import REMAT_POLICIES
+from vlmprune_jax.models.stack import REMAT_POLICIES
 from vlmprune_jax.recovery.config import REMAT, LossConfig, RecoverConfig
 from vlmprune_jax.recovery.losses import losses
 from vlmprune_jax.stages.context import Context

@@ -1,4 +1,4 @@
-"""The transformer block of decoder and vision tower, and stacks of blocks scanned over runs of equal shape.
+"""The transformer block of decoder and vision tower.
 
 A block adds two branches to its residual stream, attention and MLP. It names what writes to the stream: the projections
 "o_proj" and "down_proj" (whatever a family calls them, see `Block.writers`) and what their outputs pass on the way. The
@@ -11,19 +11,17 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vlmprune_jax.core.config import LayerShape, LoraConfig, Stack, runs
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.config import LayerShape, LoraConfig, Stack
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.attention import for_tpu, splash_attention, xla_attention
 from vlmprune_jax.models.layers import (
-    SAVEABLE,
     Leaf,
     Norm,
     Projection,
@@ -35,18 +33,12 @@ from vlmprune_jax.models.layers import (
 from vlmprune_jax.models.random import bernoulli
 
 STREAM = ("batch", "sequence", None)
-REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names(SAVEABLE),
-}
 WRITERS = ("o_proj", "down_proj")  # projections that write to the stream, in this order
 READERS = ("self_attn", "mlp", *WRITERS)  # groups of matrices that read the same input
 # "self_attn", "mlp": float[batch, seq, embed], inputs of both branches; "o_proj" float[batch, seq, q_heads, head] and
 # "down_proj" float[batch, seq, mlp], inputs of the writers; "o_proj_out", "down_proj_out": their outputs, before what
 # `Block.follow` applies; "middle": float[batch, seq, embed], the stream between attention and MLP.
 VALUES = (*READERS, *(f"{name}_out" for name in WRITERS), "middle")
-_Module = TypeVar("_Module", bound=nnx.Module)
 _MLPS = {"gated": ("gate_proj", "up_proj", "down_proj"), "plain": ("fc1", "fc2")}
 
 # (keys, values) of one run: [layer, batch, slots, kv_heads, head] each.
@@ -252,139 +244,6 @@ class Block(nnx.Module):
         y = constrain(middle + self.follow("down_proj", out), STREAM)
         values = dict(zip(VALUES, (attention_input, mlp_input, mixed, hidden, attended, out, middle), strict=True))
         return y, cache, {name: values[name] for name in want}
-
-
-class Passed(NamedTuple):
-    """Results of a pass through all blocks.
-
-    `last`: the final output, float[batch, seq, embed]; `kept`: the outputs of the blocks asked for, [n + 1, ...] with
-    an arbitrary last entry (None: none asked for); `taps`: per block, what the tap returned; `cache`: updated.
-    """
-
-    last: jax.Array
-    kept: jax.Array | None
-    taps: list[Any]
-    cache: Cache
-
-
-class Blocks(nnx.Module):
-    """The blocks of one residual stream; what comes before and after them is up to decoder and tower."""
-
-    def __init__(self, cfg: Stack, names: Names, lora: LoraConfig | None = None):
-        self.cfg: Any = cfg
-        self.layers = nnx.Dict(
-            {
-                str(run): Block(cfg, shape, length, names, lora)
-                for run, (_, length, shape) in enumerate(runs(cfg.layers))
-            }
-        )
-
-    def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
-        """Return the context for a stream float[rows, seq, embed] of a batch with these arrays, by `encode`'s names."""
-        raise NotImplementedError
-
-    def run_parts(self, run: str) -> tuple[Callable[..., Any], nnx.State]:
-        """Return one run as `(apply, state)`: `apply(slice of state, x, ctx, cache=None, want=())` is one block.
-
-        `state` has a leading layer axis; scanning it, or differentiating block by block, is up to the caller.
-        """
-        graph, state = nnx.split(self.layers[run])
-
-        def apply(layer_state: nnx.State, x: jax.Array, ctx: Context, cache=None, want: tuple[str, ...] = ()):
-            return nnx.merge(graph, layer_state)(x, ctx, cache, want)
-
-        return apply, state
-
-    def pass_through(
-        self,
-        x: jax.Array,
-        ctx: Context,
-        *,
-        keep: Sequence[int] = (),
-        tap: Tap | None = None,
-        tap_inputs: tuple[str, ...] = (),
-        final: Callable[[jax.Array], jax.Array] | None = None,
-        cache: Cache | None = None,
-        remat: str = "none",
-        added: jax.Array | None = None,
-    ) -> Passed:
-        """Run all blocks on float[batch, seq, embed].
-
-        Args:
-          x, ctx: the stream before the first block, and what all blocks share.
-          keep: numbers of the blocks whose outputs are kept.
-          tap: function of `BlockValues`, evaluated per block inside the scan.
-          tap_inputs: the `VALUES` that the tap sees.
-          final: what follows the last block; its result is `last`, and the last block's `after` that the tap sees.
-          cache: keys and values of earlier tokens.
-          remat: one of `REMAT_POLICIES`.
-          added: float[n, batch, seq, embed], added to the outputs of the first n blocks (DeepStack, Meng et al. 2024),
-            whatever their number in an unpruned model.
-        """
-        block = self.layers["0"]
-        norms = {name: norm for name in tap_inputs if name in WRITERS and (norm := block.norm_after(name))}
-        want = (*tap_inputs, *(f"{name}_out" for name in norms))
-
-        def seen(before: jax.Array, after: jax.Array, values: dict[str, jax.Array], params: Any) -> BlockValues:
-            scales = {name: norm.statistics(values[f"{name}_out"])[..., 1:] for name, norm in norms.items()}
-            return BlockValues(before, after, {name: values[name] for name in tap_inputs}, params, scales)
-
-        kept = jnp.zeros((len(keep) + 1, *x.shape), x.dtype) if keep else None
-        taps, caches, last = list[Any](), {}, None
-        for run, (start, length, _) in enumerate(runs(self.cfg.layers)):
-            apply, state = self.run_parts(str(run))
-            own_cache = (cache or {}).get(str(run))
-            apply = _with_remat(apply, ctx, want, remat)
-            if tap is not None and final is not None:
-                first = jax.tree.map(operator.itemgetter(0), (state, own_cache))
-                values = jax.eval_shape(apply, first[0], x, jnp.int32(0), first[1])[2]
-                last = (x, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), values))
-            slots = [keep.index(i) if i in keep else len(keep) for i in range(start, start + length)]
-
-            def body(carry: Any, layer: Any, apply=apply) -> tuple[Any, Any]:
-                (x, kept, last), (state, index, slot, cache) = carry, layer
-                y, cache, values = apply(state, x, index, cache)
-                if added is not None:
-                    y = jax.lax.cond(index < len(added), lambda y: y + at_layer(added, index), lambda y: y, y)
-                if kept is not None:
-                    kept = jax.lax.dynamic_update_index_in_dim(kept, y, slot, axis=0)
-                tapped = None if tap is None else tap(seen(x, y, values, nnx.to_pure_dict(state)))
-                return (y, kept, None if last is None else (x, values)), (tapped, cache)
-
-            layers = (state, jnp.arange(start, start + length), jnp.asarray(slots) if keep else None, own_cache)
-            (x, kept, last), (tapped, caches[str(run)]) = jax.lax.scan(body, (x, kept, last), layers)
-            taps += [jax.tree.map(operator.itemgetter(i), tapped) for i in range(length)]
-        if final is not None:
-            x = final(x)
-        if tap is not None and last is not None:
-            params = jax.tree.map(operator.itemgetter(-1), nnx.to_pure_dict(state))
-            taps[-1] = tap(seen(last[0], x, last[1], params))
-        return Passed(x, kept, taps, caches)
-
-
-def _with_remat(apply: Callable[..., Any], ctx: Context, want: tuple[str, ...], remat: str) -> Callable[..., Any]:
-    """Return `apply(state, x, index, cache)` of one block under a remat policy."""
-
-    def block(state: nnx.State, x: jax.Array, index: jax.Array, cache: Any):
-        key = None if ctx.dropout_key is None else jax.random.fold_in(ctx.dropout_key, index)
-        return apply(state, x, ctx._replace(dropout_key=key), cache, want)
-
-    if remat not in REMAT_POLICIES:
-        raise UserError(f"remat {remat!r} is not one of {', '.join(REMAT_POLICIES)}")
-    return block if remat == "none" else jax.checkpoint(block, policy=REMAT_POLICIES[remat])
-
-
-def at_layer(added: jax.Array, index: Any) -> jax.Array:
-    """Return float[batch, seq, embed], what is added behind a block, of float[n, batch, seq, embed]."""
-    return jax.lax.dynamic_index_in_dim(added, index, keepdims=False)
-
-
-def fill(module: _Module, params: Mapping[str, Any]) -> _Module:
-    """Return a module like an abstract one, holding these parameters."""
-    graph, state = nnx.split(module)
-    state = jax.tree.map(lambda leaf: leaf, state)  # a copy: the next line writes to it
-    nnx.replace_by_pure_dict(state, dict(params))
-    return nnx.merge(graph, state)
 
 
 def _adapter(lora: LoraConfig | None, name: str) -> LoraConfig | None:

@@ -11,8 +11,9 @@ from flax import nnx
 
 from vlmprune_jax.core.config import LoraConfig, TextConfig, runs
 from vlmprune_jax.models.attention import attention_mask, windowed
-from vlmprune_jax.models.block import Blocks, Cache, Context, Names, Tap
+from vlmprune_jax.models.block import Cache, Context, Names, Tap
 from vlmprune_jax.models.layers import Norm, declare, rope_tables
+from vlmprune_jax.models.stack import BlockStack
 from vlmprune_jax.models.vocabulary import Head
 
 
@@ -33,7 +34,7 @@ class Table(nnx.Module):
         return Head(self.weight.get_value(), None if self.bias is None else self.bias.get_value()).logits(hidden)
 
 
-class Decoder(Blocks):
+class Decoder(BlockStack):
     """Embedding, blocks, final norm and head."""
 
     cfg: TextConfig
@@ -93,7 +94,7 @@ class Decoder(Blocks):
 
         `states`: indices into the Hugging Face hidden-state tuple (0 = embeddings, n_layers = after the final norm) ->
         aux["states"]. `tap` -> aux["tap"], a list with its result for each block; the last block's `after` is the
-        final-norm state, as in that tuple. `cache` -> aux["cache"], updated. See `Blocks.pass_through`.
+        final-norm state, as in that tuple. `cache` -> aux["cache"], updated. See `BlockStack.pass_through`.
         """
         n_layers = len(self.cfg.layers)
         keep = [i - 1 for i in states if 0 < i < n_layers]

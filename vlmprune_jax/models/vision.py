@@ -13,9 +13,10 @@ from flax import nnx
 from vlmprune_jax.core.config import VisionConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.models.block import Blocks, Context, Names, Tap
+from vlmprune_jax.models.block import Context, Names, Tap
 from vlmprune_jax.models.layers import Leaf, Norm, declare
 from vlmprune_jax.models.patches import Places, axial_angles, places_of, resampled, windows_of
+from vlmprune_jax.models.stack import BlockStack
 
 # Keys' cubic kernel as torch has it (jax.image.resize uses -0.5).
 _CUBIC = -0.75
@@ -46,7 +47,7 @@ class PatchEmbedding(nnx.Module):
         return x if self.bias is None else x + self.bias.get_value()[None, None]
 
 
-class VisionTower(Blocks):
+class VisionTower(BlockStack):
     """A vision tower up to its feature layer; blocks above that layer are neither loaded nor run."""
 
     cfg: VisionConfig
@@ -177,7 +178,7 @@ class VisionTower(Blocks):
 
         Args:
           pixels: float[images, channel, height, width].
-          tap, tap_inputs: see `Blocks.pass_through`.
+          tap, tap_inputs: see `BlockStack.pass_through`.
           patches: bool[images, rows, columns], patches that show the image and not padding (None: all); for towers
             that `spread` positions.
           grid: int[images, 3] frames, rows and columns of patches of images of any size; pixels are then their patches

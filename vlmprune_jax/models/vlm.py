@@ -17,12 +17,13 @@ from vlmprune_jax.core.config import ModelConfig, Stack
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import row_ways, use_mesh
 from vlmprune_jax.distributed.rules import constrain, sharding
-from vlmprune_jax.models.block import Blocks, Tap, fill
+from vlmprune_jax.models.block import Tap
 from vlmprune_jax.models.decoder import Decoder
 from vlmprune_jax.models.inputs import check_inputs, needed_mask
 from vlmprune_jax.models.patch_rows import patch_rows, real_features
 from vlmprune_jax.models.patches import slot_index
 from vlmprune_jax.models.projector import Projector, merged, pixel_shuffle
+from vlmprune_jax.models.stack import BlockStack, fill
 from vlmprune_jax.models.vision import VisionTower
 from vlmprune_jax.models.vocabulary import Head
 
@@ -158,8 +159,8 @@ def tower_features(tower: Params, cfg: ModelConfig, pixels: jax.Array, grid: jax
 
 
 def stack_module(stack: str, cfg: Stack) -> Any:
-    """Return the abstract module of one stack, a `Blocks`; nothing is allocated."""
-    kinds: dict[str, Callable[[Any], Blocks]] = {"text": Decoder, "vision": VisionTower}
+    """Return the abstract module of one stack, a `BlockStack`; nothing is allocated."""
+    kinds: dict[str, Callable[[Any], BlockStack]] = {"text": Decoder, "vision": VisionTower}
     return nnx.eval_shape(lambda: kinds[stack](cfg))
 
 

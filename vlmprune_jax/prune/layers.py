@@ -14,16 +14,16 @@ from jax.sharding import Mesh
 
 from vlmprune_jax.core.config import Stack, runs
 from vlmprune_jax.distributed.mesh import gather_to_host
-from vlmprune_jax.models.block import WRITERS, Block, fill
+from vlmprune_jax.models.block import WRITERS, Block
 from vlmprune_jax.models.params import flatten, unflatten
+from vlmprune_jax.models.stack import fill
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, stack_module
 
 
 class Given(NamedTuple):
     """Inputs of a layer beside the stream.
 
-    `arrays` give its context, see `Blocks.context_of`; `added`: float[rows, seq, embed], added to the layer's output
-    (None: nothing).
+    `arrays` give its context (`BlockStack.context_of`); `added`: float[rows, seq, embed], added to the layer's output.
     """
 
     arrays: Mapping[str, Any]

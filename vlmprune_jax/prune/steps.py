@@ -27,8 +27,8 @@ from vlmprune_jax.prune.layers import Given
 class Step:
     """Rows that go through the device together, and where both streams are: float32[rows, seq, embed] on the host.
 
-    `inputs`: what the models embed. `context`: arrays that give the layers' context, see `Blocks.context_of`. `weight`:
-    float32[rows, seq] of the tokens. `names`: of the rows, for messages. `labels`: of text, int32[rows, seq] with -100
+    `inputs`: ids and images that the models embed. `context`: arrays for `BlockStack.context_of`. `weight`:
+    float32[rows, seq], of the tokens. `names`: of the rows, for messages. `labels`: of text, int32[rows, seq] with -100
     where there is none. `middle`, `statistics`: of the dense model's layer at work, see `layers.Streams`.
     `added_dense`, `added_ours`: float32[n, rows, seq, embed], added to the outputs of the first n layers of either
     model, whatever their number in the other.

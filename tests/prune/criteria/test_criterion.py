@@ -176,7 +176,7 @@ def test_scores_of_another_kind_or_shape_are_refused(monkeypatch):
             score(model(cfg), criterion="mine")
     gates = Criterion(("layers",), "activations", lambda blocks, tokens: blocks(len, ("gate_proj",)), lambda s, m: s)
     monkeypatch.setitem(CRITERIA, "mine", gates)
-    with pytest.raises(UserError, match="input 'gate_proj' is not one of o_proj, down_proj"):
+    with pytest.raises(UserError, match="input 'gate_proj' is not one of self_attn, mlp, o_proj, down_proj, "):
         score(model(cfg), [batch(cfg)], criterion="mine")
 
 

@@ -24,8 +24,9 @@ from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.memory import free_memory
 from vlmprune_jax.distributed.mesh import from_all, gather_to_host, use_mesh
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.models.block import STREAM, at_layer
+from vlmprune_jax.models.block import STREAM
 from vlmprune_jax.models.params import flatten
+from vlmprune_jax.models.stack import at_layer
 from vlmprune_jax.models.vlm import Model, Params, mesh_of, place_batch, to_nnx
 from vlmprune_jax.models.vocabulary import chunks, cross_entropy
 from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, KINDS, PADDING, PROMPT, Arrays, kinds_in

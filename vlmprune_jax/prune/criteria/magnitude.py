@@ -10,8 +10,8 @@ import numpy as np
 
 from vlmprune_jax.core.config import STACKS, runs
 from vlmprune_jax.distributed.mesh import use_mesh
-from vlmprune_jax.models.block import fill
 from vlmprune_jax.models.params import flatten
+from vlmprune_jax.models.stack import fill
 from vlmprune_jax.models.vlm import Model, mesh_of, stack_module
 from vlmprune_jax.prune.criteria.criterion import Criterion, Parts, declared
 from vlmprune_jax.prune.criteria.groups import Channels, coupled, reduce_groups
