@@ -323,7 +323,7 @@ def test_no_usable_record_stops_every_process(experiment, pruned):
     pruned("gone")
     flags = [f"--config.data.train={experiment / 'gone.jsonl'}", *RECOVER, "--config.data.on_error=skip"]
     assert [process.wait(timeout=300) for process in start(experiment, "gone", "recover", 2, *flags)] == [2, 2]
-    words = "none of the 20 training records can be used; the first:"
+    words = "none of the 20 records is usable (the first:"
     assert all(words in (experiment / f"gone-{number}.log").read_text() for number in range(2))
 
 

@@ -355,7 +355,7 @@ def test_buckets_are_planned_by_the_largest(experiment_file, monkeypatch, capsys
     assert "the largest of 32, 64, 128 tokens" in said
     assert "if every batch is of the largest bucket (how many are of each depends on the data)" in said
     assert main(["plan", *flags, "--config.data.length_buckets=(32,64)"]) == 2
-    assert "must end with data.max_length 128" in capsys.readouterr().err
+    assert "must end with data.max_length=128" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ class Budget:
 
     @property
     def given(self) -> dict[str, Any]:
-        """The values that differ from the defaults, as JSON holds them."""
+        """Settings that differ from their defaults, as JSON values."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["curve"] = [list(point) for point in self.curve] or ()
         return {f.name: values[f.name] for f in dataclasses.fields(self) if values[f.name] != f.default}

@@ -153,10 +153,10 @@ def _limit_text(limit: float) -> str:
 
 
 def hints_of(spec: Any, *, offered: bool = True) -> dict[str, Any]:
-    """Name -> type of the settings of a dataclass; `offered`: only those that a config has."""
+    """Return name -> type of the settings of a dataclass; with `offered`, only those available in configs."""
     hints = typing.get_type_hints(spec if isinstance(spec, type) else type(spec))
-    kept_back = {name for name, about in settings_of(spec).items() if not about.offered} if offered else ()
-    return {f.name: hints[f.name] for f in dataclasses.fields(spec) if f.name not in kept_back}
+    library_only = {name for name, about in settings_of(spec).items() if not about.offered} if offered else ()
+    return {f.name: hints[f.name] for f in dataclasses.fields(spec) if f.name not in library_only}
 
 
 def override(spec: Any, values: Mapping[str, Any], where: str = "config", *, offered: bool = True) -> Any:

@@ -1,4 +1,4 @@
-"""The section `model`: the model to prune."""
+"""Settings of the section `model`: the model to prune."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The section `data`: records and images, and how they become rows."""
+"""Settings of the section `data`: records and images, and their encoding as rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Calibration(Protocol):
 
 @dataclass(frozen=True)
 class DataSpec:
-    """Records for calibration, recovery and evaluation, and how they become rows."""
+    """Records for calibration, recovery and evaluation, and their encoding as rows."""
 
     source: str = setting(
         "files",

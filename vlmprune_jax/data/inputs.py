@@ -37,14 +37,14 @@ from vlmprune_jax.distributed.mesh import from_all
 from vlmprune_jax.families import Family, family_of, templates
 from vlmprune_jax.families.templates import Template
 
-# (what, total) -> takes the number of items done, while entered (`Reporter.bar`).
+# (label, total) -> context that yields a function of the number of items done (`Reporter.bar`).
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-PREFETCH = 4  # batches read ahead, so that reading images overlaps with computing
+PREFETCH = 4  # batches read ahead, so that image decoding overlaps with computation
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What turns a model's records into arrays; shared by all stages and variants of an experiment."""
+    """Tokenizer, template and image loader of a model, shared by all stages and variants of an experiment."""
 
     data: DataSpec
     tokenizer: Any
@@ -52,7 +52,7 @@ class Inputs:
     image_loader: ImageLoader | None
 
     def encoder(self, cfg: ModelConfig, max_length: int) -> Encoder:
-        """Rows of `max_length` tokens for this model."""
+        """Return the encoder of rows of `max_length` tokens for this model."""
         return Encoder(
             tokenizer=self.tokenizer,
             template=self.template,
@@ -73,14 +73,14 @@ class Inputs:
         return None if self.image_loader is None else self.image_loader.preparation
 
     def training_encoder(self, cfg: ModelConfig) -> Encoder:
-        """Rows of at most `data.max_length` or the last of `data.length_buckets`; of any length without both."""
+        """Return the encoder of training rows: up to `data.max_length` or the last of `data.length_buckets`."""
         lengths = length_buckets(self.data, cfg)
         encoder = self.encoder(cfg, lengths[-1] if lengths else 0)
         return dataclasses.replace(encoder, length_buckets=self.data.length_buckets or None)
 
 
 def load_inputs(model: ModelSpec, data: DataSpec, cfg: ModelConfig) -> Inputs:
-    """Tokenizer, template and image processor of a model folder (the latter also from its vision folder).
+    """Load tokenizer, template and image processor of a model folder (the processor perhaps from its tower's folder).
 
     Raises:
       UserError: the template is unknown or does not fit the tokenizer, or a file is missing or malformed.
@@ -118,7 +118,7 @@ def _load_inputs(model: ModelSpec, data: DataSpec, family: Family, tower: Vision
 
 @functools.lru_cache(maxsize=16)
 def _records(path: str, root: Path | None, image_lead: bool, on_error: str, state: str) -> list[Record]:
-    del state  # part of the key: a file that is written again is read again
+    del state  # part of the cache key, so that a changed file is read again
     if path.startswith(PREFIX):
         return read_tfds(tfds_folder(path), image_lead=image_lead, on_error=on_error)
     if path.startswith(DATASETS):
@@ -127,7 +127,7 @@ def _records(path: str, root: Path | None, image_lead: bool, on_error: str, stat
 
 
 def training_records(data: DataSpec, template: Template) -> list[Record]:
-    """All training records (before `fraction`), those that `data.on_error` skips in their places.
+    """Return all training records (before `fraction`); records skipped by `data.on_error` keep their places.
 
     Raises:
       UserError: `data.train` is not set, or the file is malformed.
@@ -137,16 +137,17 @@ def training_records(data: DataSpec, template: Template) -> list[Record]:
 
 
 def count_records(data: DataSpec) -> int | None:
-    """Training records after `fraction`, read without a tokenizer; None where `data.train` is not set."""
+    """Return the number of training records after `fraction`, without a tokenizer; None without `data.train`."""
     if data.train is None:
         return None
-    # Whether an image's mark may be missing from a text depends on the template, and changes no count.
+    # image_lead=True: whether texts may omit the image placeholder depends on the template, and changes no count
     records = read_set(data.train, data.images, "data.train", True, data.on_error)
     return len(take_fraction(records, data.fraction, data.seed))
 
 
 def read_set(path: str | None, images: str | None, what: str, image_lead: bool, on_error: str) -> list[Record]:
-    path = _given(path, what)
+    """Return the records of a set, from a file, tfds folder or datasets folder; `what` is the setting's name."""
+    path = _required_path(path, what)
     root = None if images is None else Path(images)
     if path.startswith(PREFIX):
         state = tfds_state(tfds_folder(path))
@@ -158,22 +159,22 @@ def read_set(path: str | None, images: str | None, what: str, image_lead: bool, 
     return _records(path, root, image_lead, on_error, state)
 
 
-def _given(path: str | None, what: str) -> str:
+def _required_path(path: str | None, what: str) -> str:
     if path is None:
         raise UserError(
-            f"{what} is not set: give a LLaVA-format JSON file, {PREFIX}FOLDER or {DATASETS}FOLDER "
-            f"(--config.{what}=FILE)"
+            f"{what} is not set: use --config.{what}=FILE with a JSON file in LLaVA's format, {PREFIX}FOLDER or "
+            f"{DATASETS}FOLDER"
         )
     return path
 
 
 def record_files(data: DataSpec, which: str) -> dict[str, Path | str]:
-    """What the "train" or "eval" records are read from, by name; of a folder in a bucket the text that describes it.
+    """Return the sources of the "train" or "eval" records by name; for a bucket, a text that describes it.
 
     Raises:
-      UserError: it is not set.
+      UserError: the setting is not set.
     """
-    path = _given(getattr(data, which), f"data.{which}")
+    path = _required_path(getattr(data, which), f"data.{which}")
     if path.startswith(PREFIX):
         folder = tfds_folder(path)
         return {f"data.{which}": folder if isinstance(folder, Path) else tfds_state(folder)}
@@ -187,12 +188,13 @@ def record_files(data: DataSpec, which: str) -> dict[str, Path | str]:
 def calibration_batches(
     model: ModelSpec, data: DataSpec, spec: Calibration, cfg: ModelConfig, *, seed: int
 ) -> list[Batch]:
-    """`spec.samples` training records drawn with `seed`, in batches of equal shape (the last filled with padding).
+    """Return `spec.samples` training records drawn with `seed`, in batches of equal shape.
 
-    The first batch tells which records were drawn in vain, where `data.on_error` skips them: others take their places.
+    The last batch is filled with padding. Records skipped by `data.on_error` are replaced by others and listed in the
+    first batch.
 
     Raises:
-      UserError: there are fewer records (short enough) than asked for.
+      UserError: there are not enough (short enough) records.
     """
     inputs = load_inputs(model, data, cfg)
     encoder = dataclasses.replace(inputs.training_encoder(cfg), length_buckets=None)
@@ -206,7 +208,7 @@ def calibration_batches(
         epochs=1,
         drop_remainder=False,
         augment="none",
-        process_index=0,  # every process scores the whole batch, which the mesh splits
+        process_index=0,  # every process gets the whole batch, which the mesh splits
         process_count=1,
         threads=data.threads,
         prefetch=PREFETCH,
@@ -218,7 +220,7 @@ def calibration_batches(
 def _draw(
     spec: Calibration, seed: int, inputs: Inputs, cfg: ModelConfig, encoder: Encoder
 ) -> tuple[list[Record], list[tuple[str, str]]]:
-    """The records, and (id, reason) of those that are skipped."""
+    """Return the drawn records, and (id, reason) of skipped records."""
     records = training_records(inputs.data, inputs.template)
     chosen: list[Record] = []
     skipped: list[tuple[str, str]] = []
@@ -234,9 +236,10 @@ def _draw(
             chosen.append(records[index])
     if len(chosen) < spec.samples:
         limit = "" if spec.longest_text is None else f" of at most {spec.longest_text} tokens"
-        gone = f", {len(skipped)} cannot be used (the first: {skipped[0][1]})" if skipped else ""
+        unusable = f", {len(skipped)} are unusable (the first: {skipped[0][1]})" if skipped else ""
         raise UserError(
-            f"{spec.SECTION}.samples={spec.samples} but there are {len(chosen)} training records{limit}{gone}: lower it"
+            f"{spec.SECTION}.samples={spec.samples} but there are {len(chosen)} training records{limit}{unusable}: "
+            "lower it"
         )
     return chosen, skipped
 
@@ -250,14 +253,14 @@ def _text_length(record: Record, inputs: Inputs, cfg: ModelConfig) -> int:
 
 
 def recovery_records(model: ModelSpec, data: DataSpec, cfg: ModelConfig) -> tuple[Record, ...]:
-    """The training records of a recovery."""
+    """Return the training records of a recovery."""
     template = load_inputs(model, data, cfg).template
     return tuple(take_fraction(training_records(data, template), data.fraction, data.seed))
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingRows:
-    """The records that recovery trains on and how each becomes a row; `sizes`: see `train_batches`."""
+    """Records of a recovery and the encoder of their rows; `sizes`: see `train_batches`."""
 
     records: tuple[Record, ...]
     encoder: Encoder
@@ -267,15 +270,15 @@ class TrainingRows:
 def training_rows(
     model: ModelSpec, data: DataSpec, cfg: ModelConfig, bar: Bar, features: FeatureLoader | None = None
 ) -> TrainingRows:
-    """The rows of `data.fraction` of the training records for this model.
+    """Return the rows of `data.fraction` of the training records for this model.
 
-    `bar` shows how far they are measured; `features`: what images are read from in place of pixels.
+    `bar` shows the progress of measuring; `features` is a loader of cached features in place of pixels.
     """
     inputs = load_inputs(model, data, cfg)
     one_of("data.group_by", data.group_by, GROUPINGS)
     records = recovery_records(model, data, cfg)
     encoder, sizes = inputs.training_encoder(cfg), None
-    varied = encoder.length_buckets is not None or encoder.images_decide  # what is compiled must be known beforehand
+    varied = encoder.length_buckets is not None or encoder.images_decide  # shapes must be known before compilation
     if not encoder.max_length or varied or data.group_by != "none" or data.on_error == "skip":
         sizes = _measured(records, encoder, data.on_error, data.threads, bar)
         encoder = _as_long_as(encoder, sizes)
@@ -295,9 +298,9 @@ def recovery_batches(
     features: FeatureLoader | None = None,
     teacher: TeacherRows | None = None,
 ) -> tuple[TrainBatches, int]:
-    """This process's endless training batches, and the number of records behind them.
+    """Return this process's endless training batches, and the number of records behind them.
 
-    `bar`, `features`: see `training_rows`; `teacher`: what rows have of a cached teacher.
+    `bar`, `features`: see `training_rows`; `teacher` adds the arrays of a cached teacher to the rows.
     """
     rows = training_rows(model, data, cfg, bar, features)
     batches = train_batches(
@@ -323,7 +326,7 @@ def recovery_batches(
 
 @functools.lru_cache(maxsize=2)
 def _measured(records: tuple[Record, ...], encoder: Encoder, on_error: str, threads: int, bar: Bar) -> np.ndarray:
-    """`measure`, a share of the records by each process: what one of them cannot read is lost to all of them."""
+    """Return `measure` of all records, a share by each process; a record that one cannot read is skipped by all."""
     mine = records[jax.process_index() :: jax.process_count()]
     with bar("measure records", len(mine)) as progress:
         shares = from_all(
@@ -334,11 +337,12 @@ def _measured(records: tuple[Record, ...], encoder: Encoder, on_error: str, thre
         sizes[process :: len(shares)] = np.array(share, np.int32).reshape(-1, 3)
     if not sizes.any():
         raise UserError(
-            f"none of the {len(records)} training records can be used; the first: {encoder.problem(records[0])}"
+            f"data.train: none of the {len(records)} records is usable (the first: {encoder.problem(records[0])}): "
+            "correct the file or the image root"
         )
     return sizes
 
 
 def _as_long_as(encoder: Encoder, sizes: np.ndarray) -> Encoder:
-    """The encoder, with the longest record as `max_length` where there is no other."""
+    """Return the encoder, with the longest record as `max_length` if none is set."""
     return dataclasses.replace(encoder, max_length=encoder.max_length or int(sizes[:, 0].max()))

@@ -1,1 +1,1 @@
-"""The bundled demo: data, tokenizer and the small teacher."""
+"""Bundled demo: data, tokenizer and the small teacher."""

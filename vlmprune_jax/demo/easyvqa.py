@@ -24,11 +24,11 @@ QUESTION_COUNTS = {"train": 38_575, "test": 9_673}
 IMAGE_COUNTS = {"train": 4_000, "test": 1_000}
 _FILES = ("train", "test", "train_multi_turn", "train_balanced", "train_captions")
 _MANIFEST = "manifest.json"
-_SEED = 0  # part of the data set's identity: another seed would be other files
+_SEED = 0  # part of the data set's identity; another seed gives other files
 
 
 class _Manifest(TypedDict):
-    """The part of a folder's `manifest.json` that tells whether it is whole; there is more for people."""
+    """Fields of a folder's `manifest.json` that are read back to check that it is complete."""
 
     bytes: dict[str, int]
 
@@ -40,15 +40,15 @@ JsonRecord = dict[str, Any]
 def write_dataset(out_dir: Path) -> dict[str, Path]:
     """Write easy-VQA as LLaVA JSON files and images below `out_dir` and return the files by name.
 
-    Names: `train`, `test` (one question per record), `train_multi_turn` (one record per image), `train_balanced` (a
+    Names: `train`, `test` (one question per record), `train_multi_turn` (one record per image), `train_balanced` (one
     question per record, none answered by its wording) and `train_captions`, both for pretraining, and `images`, the
-    image root of all of them. The folder is built beside its place and renamed, so it is whole or absent; a whole one
-    is left as it is. Raises UserError where `out_dir` holds something else.
+    image root of all files. The folder is written atomically; a complete one is kept. Raises UserError if `out_dir` has
+    other content.
     """
     out_dir = Path(out_dir)
     if out_dir.exists():
         if not _is_complete(out_dir):
-            raise UserError(f"{out_dir}: exists but is not a complete easy-VQA folder; remove it or give another path")
+            raise UserError(f"{out_dir}: exists but is not a complete easy-VQA folder: remove it or use another path")
         return _paths(out_dir)
     package = _load_package()
     out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -88,12 +88,12 @@ def multi_turn_records(questions: Questions, split: str, seed: int) -> list[Json
 
 
 def balanced(questions: Questions, seed: int) -> Questions:
-    """Leave out questions with a negation, and of the others with yes or no so many that both are as often the answer.
+    """Return questions without negation and with equally many answers yes and no.
 
-    Five in six of easy-VQA's "is there a red shape?" are answered with no, of "is there not a red shape?" with yes: a
-    model may learn that and never look (as in VQA: Goyal et al. 2017, arXiv 1612.00837). With both kinds the answer is
-    one thing or the other, of which neither alone tells anything, and learning does not begin. What is left out is
-    drawn from `seed`; the order stays.
+    In easy-VQA, five in six questions "is there a red shape?" are answered with no, and with negation with yes, so that
+    a model may learn the wording and ignore the image (as in VQA: Goyal et al. 2017, arXiv 1612.00837). With negations
+    included, neither wording nor image alone predicts the answer, and training does not start to improve. Questions are
+    dropped at random by `seed`; the order is kept.
     """
     places: dict[str, list[int]] = {"yes": [], "no": []}
     negated = [place for place, question in enumerate(questions[0]) if _is_negated(question)]
@@ -101,9 +101,9 @@ def balanced(questions: Questions, seed: int) -> Questions:
         if questions[1][place] in places:
             places[questions[1][place]].append(place)
     few, many = sorted(places.values(), key=len)
-    left_out = {*negated, *np.random.default_rng(seed).permutation(many)[len(few) :].tolist()}
-    kept = [row for place, row in enumerate(zip(*questions, strict=True)) if place not in left_out]
-    return [row[0] for row in kept], [row[1] for row in kept], [row[2] for row in kept]
+    dropped = {*negated, *np.random.default_rng(seed).permutation(many)[len(few) :].tolist()}
+    rows = [row for place, row in enumerate(zip(*questions, strict=True)) if place not in dropped]
+    return [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
 
 
 def _is_negated(question: str) -> bool:
@@ -120,10 +120,10 @@ def caption_records(questions: Questions, split: str) -> list[JsonRecord]:
 
 
 def image_facts(questions: Questions) -> dict[int, tuple[str | None, str | None]]:
-    """Return (colour, shape) per image as far as its questions and answers tell, by elimination where needed.
+    """Return (colour, shape) of each image as far as its questions and answers determine them.
 
-    A yes/no question about a word leaves that word alone or removes it; an open question names its words outright
-    ("what color is the circle?" -> red: a red circle). One candidate left is the fact.
+    The answer to a yes/no question selects or excludes a word; an open question and its answer name facts directly
+    ("what color is the circle?" -> red: a red circle). The last remaining candidate is the fact.
     """
     candidates: dict[int, tuple[set[str], set[str]]] = defaultdict(lambda: (set(COLORS), set(SHAPES)))
     for question, answer, image in zip(*questions, strict=True):
@@ -166,11 +166,11 @@ def _load_package() -> dict[str, tuple[Questions, Mapping[int, str]]]:
     loaded = {}
     for split, (read_questions, read_paths) in readers.items():
         questions, paths = read_questions(), read_paths()
-        found = (len(questions[0]), len(paths))
+        counts = (len(questions[0]), len(paths))
         expected = (QUESTION_COUNTS[split], IMAGE_COUNTS[split])
-        if found != expected:
+        if counts != expected:
             raise UserError(
-                f"easy-VQA {split}: found {found} questions and images, not {expected}; install easy-vqa 1.0"
+                f"easy-VQA {split}: found {counts} questions and images, expected {expected}: install easy-vqa 1.0"
             )
         loaded[split] = (questions, paths)
     return loaded
@@ -203,7 +203,7 @@ def _is_complete(folder: Path) -> bool:
     try:
         sizes = read_json(folder / _MANIFEST, _Manifest)["bytes"]
         return (
-            {f"{name}.json" for name in _FILES} == set(sizes)  # else of another version
+            {f"{name}.json" for name in _FILES} == set(sizes)  # otherwise of another version
             and all((folder / name).stat().st_size == size for name, size in sizes.items())
             and all(len(os.listdir(folder / "images" / split)) == count for split, count in IMAGE_COUNTS.items())
         )

@@ -1,4 +1,4 @@
-"""English text that is there wherever Python is: its language reference (`pydoc_data.topics`), in two halves."""
+"""English text that every Python has: the topics of its language reference (`pydoc_data.topics`), in two halves."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ ASKED = "Go on with the language reference."
 
 
 def topics(half: int) -> str:
-    """Every second topic, from the first (0) or the second (1)."""
-    found = pydoc_data.topics.topics
-    return "".join(found[name].replace("\n   ", "\n") + "\n" for name in sorted(found)[half::2])
+    """Return the text of every second topic, from the first (0) or the second (1)."""
+    texts = pydoc_data.topics.topics
+    return "".join(texts[name].replace("\n   ", "\n") + "\n" for name in sorted(texts)[half::2])
 
 
 def write_topics(path: Path, half: int, letters: int) -> str:
-    """The beginning of a half as a file, for perplexity; returns its path."""
+    """Write the first `letters` characters of a half to a file, for perplexity; return its path."""
     with replacing(path) as file:
         file.write(topics(half)[:letters].encode())
     return str(path)
 
 
 def topic_records(half: int, letters: int) -> list[Record]:
-    """A half in pieces, each the answer to the same question."""
+    """Return a half in pieces of `letters` characters, each the answer to the same question."""
     text = topics(half)
     pieces = [text[at : at + letters] for at in range(0, len(text) - letters, letters)]
     return [Record(f"topics-{n}", (("human", ASKED), ("gpt", piece)), ()) for n, piece in enumerate(pieces)]
 
 
 def topic_entries(half: int, letters: int) -> list[dict[str, Any]]:
-    """The same as LLaVA's files have them."""
+    """Return `topic_records` as entries of a LLaVA data file."""
     return [
         {"id": record.id, "conversations": [{"from": who, "value": text} for who, text in record.turns]}
         for record in topic_records(half, letters)

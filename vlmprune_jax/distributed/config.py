@@ -1,4 +1,4 @@
-"""The section `mesh`: sizes of the device mesh."""
+"""Settings of the section `mesh`: sizes of the device mesh."""
 
 from __future__ import annotations
 
