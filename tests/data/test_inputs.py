@@ -132,7 +132,7 @@ def test_images_of_any_size(goldens: Path) -> None:
     capped = load_inputs(model, data(goldens, max_image_tokens=6, image_buckets=(4, 6)), qwen)
     assert capped.image_loader.preparation.max_pixels == 6 * 8**2
     assert capped.encoder(qwen, 10).room([]) == Room(1, 4)
-    with pytest.raises(UserError, match=r"data\.image_buckets \(6, 4\) must be positive and ascending"):
+    with pytest.raises(UserError, match=r"data\.image_buckets=\(6, 4\) must be positive and ascending"):
         load_inputs(model, data(goldens, image_buckets=(6, 4)), qwen).encoder(qwen, 10)
     assert [within_row((64, 128, 256), length) for length in (10, 64, 65, 999)] == [(64,)] * 2 + [
         (64, 128),
