@@ -86,7 +86,7 @@ def test_layers_with_features_stay(goldens):
     for options in ({"layers_removed": 4, "deepstack": "move"}, {"layers_removed": 4}):
         with pytest.raises(UserError, match="must be between 0 and 3"):
             vp.make_plan(lowest, model.cfg, method="depth", **options)
-    with pytest.raises(UserError, match="decoder has 1 layers, but .* first 2"):
+    with pytest.raises(UserError, match=r"decoder has 1 layers, but .* first 2"):
         keep_layers(model, [4])
     with pytest.raises(UserError, match=r"blocks of this vision tower cannot be removed"):
         vp.make_plan(
