@@ -352,11 +352,15 @@ class LoraConfig:
     Used if `recover.trainable` trains adapters.
     """
 
-    rank: int = setting(128, "Rank of the two factors.", affects=("recover",), least=1)
-    alpha: float = setting(256.0, "The adapter is scaled by alpha / rank.", affects=("recover",), above=0)
-    dropout: float = setting(0.05, "Of the adapter's input, in training.", affects=("recover",), least=0, below=1)
+    rank: int = setting(128, "Rank of the LoRA factors.", affects=("recover",), least=1)
+    alpha: float = setting(
+        256.0, "Scale of the LoRA update, which is multiplied by alpha / rank.", affects=("recover",), above=0
+    )
+    dropout: float = setting(
+        0.05, "Dropout rate of the LoRA input, in training.", affects=("recover",), least=0, below=1
+    )
     targets: tuple[str, ...] = setting(
-        (), "Projections with adapters, as `q_proj`; none means all that the decoder has.", affects=("recover",)
+        (), "Decoder projections that get LoRA adapters, such as `q_proj` (() = all).", affects=("recover",)
     )
 
     def __post_init__(self) -> None:

@@ -162,7 +162,11 @@ class DataSpec:
         1.0, "Share of the training records to use in recovery.", affects=_RECOVER, unit=FRACTION, above=0, most=1
     )
     seed: int = setting(
-        42, "Random seed for choosing this share of the training records.", affects=_RECOVER, least=0, below=2**32
+        42,
+        "Random seed for choosing the share `fraction` of the training records.",
+        affects=_RECOVER,
+        least=0,
+        below=2**32,
     )
 
     def __post_init__(self) -> None:

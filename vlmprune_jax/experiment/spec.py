@@ -96,31 +96,29 @@ class ReconstructSpec(ReconstructConfig):
 
 @dataclass(frozen=True)
 class RecoverSpec(RecoverConfig):
-    """Training after pruning: `RecoverConfig`, and what goes with it in a workdir.
-
-    The reference's settings per family, distillation included, are recipes to start a config from (`recipes`).
-    """
+    """Training of the pruned or reconstructed model. `experiment_config(recipe="llava")` starts from the paper's."""
 
     method: str = setting(
         "train",
-        'Train, or leave it at what pruning or reconstruction gave ("none").',
+        'Train the pruned (or reconstructed) model, or use it without training ("none").',
         choices=RECOVERIES,
     )
-    name: str = setting("recovered", "What tables call this recovery.")
+    name: str = setting("recovered", "Name of this recovery in tables and reports.")
     save_adapter: bool = setting(
         False,
-        "Beside recovered/, where adapters are merged, write adapter/ for `peft` on top of pruned/.",
+        "Also write the LoRA adapters in the format of `peft`, as adapter/, for use with pruned/ (recovered/ has them "
+        "merged).",
         affects=_RECOVER,
     )
     teacher_cache: str | None = setting(
         None,
-        "A folder, which runs may share, for the teacher's likeliest tokens at every position that counts; what is not "
-        "there is computed first, then training runs without the teacher. Not for every loss, and with "
-        '`losses.teacher_inputs` "own".',
+        "Folder for a cache of the teacher's top-k logits at every position in the loss, which runs may share; missing "
+        'logits are computed first, and training then runs without the teacher. Needs `losses.teacher_inputs="own"`, '
+        "and losses other than `l2` and `cosine`.",
     )
     teacher_top_k: int = setting(
         64,
-        "How many tokens `teacher_cache` keeps of a position.",
+        "Number of logits per position that `teacher_cache` keeps.",
         affects=("recover", "teacher_cache"),
         unit="tokens",
         least=1,
@@ -135,7 +133,7 @@ class SpeedSpec(SpeedConfig):
     """
 
     rounds: int = setting(
-        0, "Number of measurements of each model; 0: do not measure speed.", affects=_SPEED, least=0, most=1000
+        0, "Number of speed measurements of each model (0 = do not measure speed).", affects=_SPEED, least=0, most=1000
     )
 
 

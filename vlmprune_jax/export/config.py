@@ -17,7 +17,8 @@ _EXPORT = ("export",)
 class _FormatName:
     format: str = setting(
         "huggingface",
-        'Format: "huggingface" (or "compressed-tensors", which `quantize` chooses) or "gguf" (for llama.cpp).',
+        'Format of the export: a Hugging Face folder ("huggingface", or "compressed-tensors" if quantised), or GGUF '
+        "files for llama.cpp.",
         affects=_EXPORT,
         choices="export.formats:FORMATS",
     )
@@ -29,13 +30,13 @@ class ExportSpec(IntegerOptions, GgufOptions, _FormatName):
 
     quantize: str = setting(
         "none",
-        "Type of the decoder's matrices: w8a16, w4a16 or w8a8 in Hugging Face folders (compressed-tensors), q8_0, q5_1 "
-        "or q4_0 in GGUF.",
+        "Quantisation of the decoder's weight matrices: w8a16, w4a16 or w8a8 in Hugging Face folders "
+        "(compressed-tensors), q8_0, q5_1 or q4_0 in GGUF.",
         affects=_EXPORT,
         choices="export.formats:quantizations",
     )
     options: Mapping[str, Any] = setting(
-        {}, "Options of the format that have no setting of their own.", affects=_EXPORT
+        {}, "Further options of the format, by name, for example those of a format of your own.", affects=_EXPORT
     )
 
     def __post_init__(self) -> None:

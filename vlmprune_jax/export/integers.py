@@ -29,18 +29,19 @@ class IntegerOptions(FolderOptions):
     )
     group_size: int | None = setting(
         None,
-        "Values of a row that share a scale (128, 64, 32), for w8a16 and w4a16. None: one scale per row with 8 bits, "
-        "the largest size that divides every row with 4 bits.",
+        "Number of values in a row that share a scale, 128, 64 or 32, for w8a16 and w4a16 (None = the whole row with 8 "
+        "bits, the largest that divides every row with 4 bits).",
         affects=("export",),
         unit="values",
         least=1,
     )
     symmetric: bool = setting(
-        True, "Integers without zero points; False adds them to w8a16 and w4a16.", affects=("export",)
+        True, "Quantise without zero points (False adds zero points to w8a16 and w4a16).", affects=("export",)
     )
     rounding: str = setting(
         "nearest",
-        'How integers are chosen: "nearest", or "gptq" (least error on the calibration records of `reconstruct`).',
+        'Rounding to integers: to the nearest, or by GPTQ ("gptq", smallest error on the calibration records of '
+        "`reconstruct`).",
         affects=("export",),
         choices=ROUNDINGS,
     )

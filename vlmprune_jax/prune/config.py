@@ -36,7 +36,8 @@ class ScoreConfig:
 
     variant: str = setting(
         "param_first",
-        "Taylor expansion that the Taylor criterion uses.",
+        'Taylor importance, from weights w and gradients g: sum of |w g| ("param_first"), |sum of w g| ("vectorize"), '
+        'second order ("param_second"), or first and second order ("param_mix").',
         affects=_SCORE,
         choices="prune.criteria.taylor:VARIANTS",
     )
@@ -72,9 +73,9 @@ class ScoreConfig:
         least=0,
         below=2**32,
     )
-    prompt_weight: float = setting(1.0, "Weight of prompt tokens in the score.", affects=_SCORE, least=0)
-    image_weight: float = setting(1.0, "Weight of image tokens in the score.", affects=_SCORE, least=0)
-    answer_weight: float = setting(1.0, "Weight of answer tokens in the score.", affects=_SCORE, least=0)
+    prompt_weight: float = setting(1.0, "Weight of prompt tokens in the score (0 = ignored).", affects=_SCORE, least=0)
+    image_weight: float = setting(1.0, "Weight of image tokens in the score (0 = ignored).", affects=_SCORE, least=0)
+    answer_weight: float = setting(1.0, "Weight of answer tokens in the score (0 = ignored).", affects=_SCORE, least=0)
     by_kind: bool = setting(
         False,
         "Report Taylor scores also for prompt, image and answer tokens separately (the other criteria always do).",
@@ -88,7 +89,7 @@ class ScoreConfig:
         least=0,
     )
     options: Mapping[str, Any] = setting(
-        {}, "Further options of the criterion, by name, such as those of a criterion of yours.", affects=_SCORE
+        {}, "Further options of the criterion, by name, for example those of a criterion of your own.", affects=_SCORE
     )
 
     def __post_init__(self) -> None:
@@ -101,7 +102,7 @@ class PlanConfig:
 
     method: str = setting(
         "depth",
-        'What to remove: whole layers ("depth"), attention heads and MLP neurons ("width"), or layers first and then '
+        'Parts to remove: whole layers ("depth"), attention heads and MLP neurons ("width"), or layers first and then '
         'heads and neurons ("hybrid").',
         affects=_PRUNE,
         choices=METHODS,
@@ -174,7 +175,7 @@ class PlanConfig:
     )
     heads: str = setting(
         "auto",
-        'How many attention heads to remove: the same share as of neurons ("proportional", as in the paper), none '
+        'Number of attention heads to remove: the same share as of neurons ("proportional", as in the paper), none '
         '("keep"), or whichever of several splits loses the least score ("auto"; with a sparsity or global selection '
         "it is proportional).",
         affects=_PRUNE,
@@ -261,11 +262,18 @@ class PlanConfig:
 class TokenWeights:
     """Weights of the calibration tokens in reconstruction, GPTQ and importance matrices."""
 
-    prompt_weight: float = setting(1.0, "Weight of prompt tokens in the error.", affects=_RECONSTRUCT, least=0)
-    image_weight: float = setting(
-        0.1, "Weight of image tokens in the error (low, because there are many).", affects=_RECONSTRUCT, least=0
+    prompt_weight: float = setting(
+        1.0, "Weight of prompt tokens in the reconstruction error (0 = ignored).", affects=_RECONSTRUCT, least=0
     )
-    answer_weight: float = setting(1.0, "Weight of answer tokens in the error.", affects=_RECONSTRUCT, least=0)
+    image_weight: float = setting(
+        0.1,
+        "Weight of image tokens in the reconstruction error (low, because there are many).",
+        affects=_RECONSTRUCT,
+        least=0,
+    )
+    answer_weight: float = setting(
+        1.0, "Weight of answer tokens in the reconstruction error (0 = ignored).", affects=_RECONSTRUCT, least=0
+    )
 
     def __post_init__(self) -> None:
         check_settings("reconstruct", self)

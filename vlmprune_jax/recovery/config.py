@@ -1,4 +1,4 @@
-"""Every setting of training, declared once: what trains, on which losses, and how; no arrays and no jax here."""
+"""Settings of recovery training: trained parameters, losses and optimizer; no jax."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PRESETS: dict[str, Rules] = {
     "tower": ((r"projector/.*", PROJECTOR), (r"vision/layers/\d+/(self_attn|mlp)/.*", MAIN)),
     "all": ((r"projector/.*", PROJECTOR), (r".*", MAIN)),
 }
-REMAT = ("none", "dots", "full")  # from the least recomputation to the most
+REMAT = ("none", "dots", "full")  # by increasing recomputation
 SCHEDULES = ("cosine", "linear", "constant")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 STRATEGIES = ("kl", "rkl", "l2", "l2+kl", "l2+rkl")
@@ -38,7 +38,7 @@ _TEACHER = ("recover", "teacher_cache")
 
 
 class _Weights(dict[str, float]):
-    """A mapping that can be part of a static argument."""
+    """Hashable mapping, so that it can be part of a static argument."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(frozenset(self.items()))
@@ -46,56 +46,77 @@ class _Weights(dict[str, float]):
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the loss terms, and how they are measured.
+    """Weights of the loss terms, and options of their computation.
 
-    `reference_compat` measures as the reference does: terms with a teacher over all positions, padding (at the right)
-    included, divergences divided by the batch size only, and hidden layers index each model's own tuple. Padding is
-    zero embeddings in LLaVA's and Bunny's trainers ("student"), its ids at position 0 in InternVL's ("own").
+    `reference_compat` computes the losses as the paper's trainers do: distillation terms average over all positions,
+    padding at the right included; KL terms are divided by the batch size only; and `l2_layers` index the hidden states
+    of teacher and student separately. Padding is zero embeddings in LLaVA's and Bunny's trainers
+    (`teacher_inputs="student"`), and token ids at position 0 in InternVL's ("own").
     """
 
     ce: float = setting(
-        1.0, "Cross-entropy of the next token, over labelled positions.", affects=_RECOVER, unit=WEIGHT, least=0
+        1.0, "Weight of the next-token cross-entropy, over labelled positions.", affects=_RECOVER, unit=WEIGHT, least=0
     )
     l2: float = setting(
-        0.0, "Squared difference of student's and teacher's hidden states.", affects=_RECOVER, unit=WEIGHT, least=0
+        0.0,
+        "Weight of the mean squared difference between the hidden states of student and teacher.",
+        affects=_RECOVER,
+        unit=WEIGHT,
+        least=0,
     )
     kl: float = setting(
-        0.0, "Forward KL, teacher to student, at `temperature`.", affects=_RECOVER, unit=WEIGHT, least=0
+        0.0,
+        "Weight of the forward KL divergence, KL(teacher || student), at `temperature`.",
+        affects=_RECOVER,
+        unit=WEIGHT,
+        least=0,
     )
     rkl: float = setting(
-        0.0, "Reverse KL, student to teacher, at `temperature`.", affects=_RECOVER, unit=WEIGHT, least=0
+        0.0,
+        "Weight of the reverse KL divergence, KL(student || teacher), at `temperature`.",
+        affects=_RECOVER,
+        unit=WEIGHT,
+        least=0,
     )
     l2_layers: tuple[int, ...] = setting(
         (-1,),
-        "Hidden states that terms on them compare: indices of the student's (0 embeddings, -1 after the final norm).",
+        "Hidden states that `l2` and `cosine` compare, by index in the student (0 = embeddings, -1 = after the last "
+        "norm).",
         affects=_RECOVER,
         unit="layers",
     )
-    temperature: float = setting(2.0, "Softens both distributions of a divergence.", affects=_TEACHER, above=0)
+    temperature: float = setting(
+        2.0, "Temperature of teacher and student distributions in the KL terms.", affects=_TEACHER, above=0
+    )
     teacher_inputs: str = setting(
         "student",
-        'What the teacher sees: the "student"\'s input embeddings (the reference), or its "own" of ids and pixels.',
+        'Inputs of the teacher: the input embeddings of the student ("student", as in the paper), or the embeddings that '
+        'the teacher itself computes ("own").',
         affects=_RECOVER,
         choices=("student", "own"),
     )
     reference_compat: bool = setting(
-        False, "Measure exactly as the paper's trainers do, padding included.", affects=_RECOVER
+        False, "Compute the losses exactly as the paper's trainers do, padding included.", affects=_RECOVER
     )
     chunk: int = setting(
-        128, "Positions of a row whose logits exist at a time.", affects=_RECOVER, unit="tokens", least=1
+        128, "Number of positions per row whose logits are in memory at once.", affects=_RECOVER, unit="tokens", least=1
     )
     cosine: float = setting(
-        0.0, "1 - cosine of student's and teacher's hidden states.", affects=_RECOVER, unit=WEIGHT, least=0
+        0.0,
+        "Weight of 1 - cosine similarity between the hidden states of student and teacher.",
+        affects=_RECOVER,
+        unit=WEIGHT,
+        least=0,
     )
     kl_positions: str = setting(
         "all",
-        'Where divergences are measured: at "all" real tokens (the reference), or before "labels".',
+        'Positions in the KL terms: all tokens ("all", as in the paper), or only those that predict labels ("labels").',
         affects=_TEACHER,
         choices=("all", "labels"),
     )
     teacher_top_k: int = setting(
         0,
-        "No teacher runs, batches bring its k likeliest tokens of every position that counts; 0: it runs.",
+        "Number of cached teacher logits per position, in place of running the teacher (0 = run the teacher).",
         affects=_RECOVER,
         unit="tokens",
         least=0,
@@ -103,7 +124,7 @@ class LossConfig:
     )
     extra: Mapping[str, float] = setting(
         {},
-        "Weights of terms that a file of yours adds to `vp.losses`, by name.",
+        "Weights of loss terms that a file of your own adds to `vp.losses`, by name.",
         affects=_RECOVER,
         unit=WEIGHT,
         least=0,
@@ -125,13 +146,16 @@ class LossConfig:
             )
 
     def weights(self) -> dict[str, float]:
-        """Weight of every term that has a setting."""
+        """Return the weight of every loss term."""
         found = settings_of(self).items()
         return {n: getattr(self, n) for n, about in found if about.unit == WEIGHT and n != "extra"} | dict(self.extra)
 
 
 def from_alpha(strategy: str, alpha: float, *, kl_norm: float = 1.0, **options: Any) -> LossConfig:
-    """The reference's `dist_strategy`/`dist_alpha`/`dist_norm`: alpha * distillation + (1 - alpha) * cross-entropy."""
+    """Return the losses of the paper's trainers (`dist_strategy`, `dist_alpha`, `dist_norm`).
+
+    The loss is alpha * distillation + (1 - alpha) * cross-entropy.
+    """
     one_of("distillation strategy", strategy, STRATEGIES)
     if not 0 <= alpha <= 1 or kl_norm <= 0:
         raise UserError(f"distillation: alpha {alpha} must lie in [0, 1] and norm {kl_norm} be positive")
@@ -142,61 +166,87 @@ def from_alpha(strategy: str, alpha: float, *, kl_norm: float = 1.0, **options: 
 
 @dataclass(frozen=True)
 class RecoverConfig:
-    """How to train; the defaults are the reference's optimizer and LLaVA's adapters, in float32, without a teacher."""
+    """Settings of `recover`; the defaults are the paper's optimizer and LLaVA's LoRA, in float32, without a teacher."""
 
     trainable: str | Rules = setting(
         "lora",
-        "What trains: adapters, the decoder, the projections of the tower or everything, each with the projector; or "
-        "the projector alone. In Python also rules (regex of paths, True | False | optimizer group) in order.",
+        "Parameters to train: LoRA adapters, the decoder, the projections of the vision tower, or all, each together "
+        "with the projector; or the projector alone. In Python also a tuple of rules (regex of parameter paths, True | "
+        "False | optimizer group), of which the first match decides.",
         affects=_RECOVER,
         choices=tuple(PRESETS),
     )
     learning_rate: float = setting(2e-4, "Peak learning rate.", affects=_RECOVER, above=0)
     batch_size: int = setting(
-        128, "Rows per optimizer step, over all devices.", affects=_RECOVER, unit="rows", least=1, most=MAX_ROWS
+        128,
+        "Number of rows per optimizer step, over all devices.",
+        affects=_RECOVER,
+        unit="rows",
+        least=1,
+        most=MAX_ROWS,
     )
     losses: LossConfig = field(default_factory=LossConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     projector_learning_rate: float | None = setting(
-        None, "The projector's own peak learning rate; None: the same.", affects=_RECOVER, above=0
+        None, "Peak learning rate of the projector (None = `learning_rate`).", affects=_RECOVER, above=0
     )
-    weight_decay: float = setting(0.0, "AdamW's decay of matrices.", affects=_RECOVER, least=0)
-    schedule: str = setting("cosine", "Learning rate after the warm-up.", affects=_RECOVER, choices=SCHEDULES)
+    weight_decay: float = setting(0.0, "Weight decay of AdamW, applied to matrices only.", affects=_RECOVER, least=0)
+    schedule: str = setting("cosine", "Learning-rate schedule after the warm-up.", affects=_RECOVER, choices=SCHEDULES)
     warmup_ratio: float = setting(
-        0.03, "Share of the steps in which the learning rate rises.", affects=_RECOVER, least=0, below=1
+        0.03,
+        "Share of the optimizer steps in which the learning rate rises linearly from 0.",
+        affects=_RECOVER,
+        least=0,
+        below=1,
     )
-    b1: float = setting(0.9, "AdamW's decay of the mean gradient.", affects=_RECOVER, least=0, below=1)
-    b2: float = setting(0.999, "AdamW's decay of the mean square.", affects=_RECOVER, least=0, below=1)
+    b1: float = setting(0.9, "AdamW's decay rate of the first moment (beta 1).", affects=_RECOVER, least=0, below=1)
+    b2: float = setting(0.999, "AdamW's decay rate of the second moment (beta 2).", affects=_RECOVER, least=0, below=1)
     eps: float = setting(1e-8, "AdamW's epsilon.", affects=_RECOVER, above=0)
     clip_norm: float | None = setting(
-        1.0, "Gradients are scaled down to this norm; None: never.", affects=_RECOVER, above=0
+        1.0,
+        "Maximum global gradient norm; larger gradients are scaled down (None = no clipping).",
+        affects=_RECOVER,
+        above=0,
     )
     steps: int | None = setting(
-        None, "Optimizer steps, in place of `epochs`.", affects=_RECOVER, unit="steps", least=1, most=10**9
+        None, "Number of optimizer steps, instead of `epochs`.", affects=_RECOVER, unit="steps", least=1, most=10**9
     )
     epochs: float = setting(
-        1.0, "Passes over the training records.", affects=_RECOVER, unit="epochs", above=0, most=10_000
+        1.0, "Number of passes over the training records.", affects=_RECOVER, unit="epochs", above=0, most=10_000
     )
     accumulation: int = setting(
-        1, "Micro-batches that an optimizer step is computed in.", affects=_RECOVER, unit="micro-batches", least=1
+        1,
+        "Number of micro-batches per optimizer step (gradient accumulation).",
+        affects=_RECOVER,
+        unit="micro-batches",
+        least=1,
     )
     compute_dtype: str = setting(
         "float32",
-        "What passes are computed in; what trains has float32 masters in any case.",
+        "Data type of the forward and backward passes; trained parameters always have float32 master copies.",
         affects=_TEACHER,
         choices=COMPUTE_DTYPES,
     )
     remat: str = setting(
         "dots",
-        'What the backward pass computes again: nothing, all but matrix products ("dots"), or whole blocks.',
+        'Rematerialisation in the backward pass: nothing ("none"), everything but matrix products ("dots"), or whole '
+        'blocks ("full").',
         affects=_RECOVER,
         choices=REMAT,
     )
-    seed: int = setting(42, "Of adapters, dropout and the order of records.", affects=_RECOVER, least=0, below=2**32)
-    merge_lora: bool = setting(True, "The returned model has its adapters merged.", offered=False)
-    save_every: int = setting(100, "Steps between checkpoints; 0: only at the end.", unit="steps", least=0)
-    keep_checkpoints: int = setting(2, "Newest checkpoints that are kept.", unit="checkpoints", least=1)
-    log_every: int = setting(10, "Steps between lines of metrics.jsonl.", unit="steps", least=1)
+    seed: int = setting(
+        42,
+        "Random seed for adapter initialisation, dropout and the order of records.",
+        affects=_RECOVER,
+        least=0,
+        below=2**32,
+    )
+    merge_lora: bool = setting(True, "Merge the LoRA adapters into the weights of the returned model.", offered=False)
+    save_every: int = setting(
+        100, "Number of optimizer steps between checkpoints (0 = only at the end).", unit="steps", least=0
+    )
+    keep_checkpoints: int = setting(2, "Number of most recent checkpoints to keep.", unit="checkpoints", least=1)
+    log_every: int = setting(10, "Number of optimizer steps between lines of metrics.jsonl.", unit="steps", least=1)
 
     def __post_init__(self) -> None:
         check_settings("recover", self)
@@ -208,18 +258,18 @@ class RecoverConfig:
 
     @property
     def adapters(self) -> LoraConfig | None:
-        """`lora` where a rule of what trains names adapters ("lora_a", "lora_b"), else None."""
+        """`lora` if a rule of `trainable` names adapters (lora_a, lora_b), else None."""
         rules, _ = resolve_rules(self.trainable)
         return self.lora if any("lora_" in pattern and value is not False for pattern, value in rules) else None
 
     def num_steps(self, n_records: int) -> int:
-        """Optimizer steps of a run over `n_records` training rows."""
+        """Return the number of optimizer steps over `n_records` training rows."""
         if self.steps is not None:
             return self.steps
         return max(math.floor(self.epochs * n_records / self.batch_size), 1)
 
     def identity(self) -> dict[str, Any]:
-        """What two runs must agree on to be one: every setting that changes the numbers, None where it is of no use."""
+        """Return the settings that a resumed run must share with its checkpoint; unused settings are None."""
         free = [name for name, about in settings_of(self).items() if not about.affects]
         values = {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
         unused: dict[str, Any] = {} if self.steps is None else {"epochs": None}
@@ -231,7 +281,7 @@ class RecoverConfig:
 
 
 def resolve_rules(trainable: str | Sequence[Rule]) -> tuple[Rules, bool]:
-    """The rules of a preset or a list of rules, and whether each of them has to match something (a user's own do)."""
+    """Return the rules of a preset or a list of rules, and whether each rule must match a parameter (a user's must)."""
     if isinstance(trainable, str):
         return PRESETS[one_of("recover.trainable", trainable, PRESETS)], False
     for rule in trainable:
