@@ -90,8 +90,8 @@ class LossConfig:
     )
     teacher_inputs: str = setting(
         "student",
-        'Inputs of the teacher: the input embeddings of the student ("student", as in the paper), or the embeddings that '
-        'the teacher itself computes ("own").',
+        'Inputs of the teacher: the input embeddings of the student ("student", as in the paper), or the embeddings '
+        'that the teacher itself computes ("own").',
         affects=_RECOVER,
         choices=("student", "own"),
     )
