@@ -276,7 +276,7 @@ def test_help_of_settings(capsys):
         ]
     assert main(["help", "lora", "group_by"]) == 0
     out = capsys.readouterr().out
-    assert [line.split(" = ")[0] for line in out.splitlines() if " = " in line] == [
+    assert [line.split(" = ")[0] for line in out.splitlines() if line[:1] not in ("", " ") and " = " in line] == [
         *("recover.lora.rank", "recover.lora.alpha", "recover.lora.dropout", "recover.lora.targets", "data.group_by")
     ]
     assert "section recover.lora: " in out

@@ -113,10 +113,10 @@ def shipped_configs() -> dict[str, Path]:
     They lie in the installed package, and in a checkout beside it.
     """
     package = Path(__file__).parents[1]
-    folder = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), package)
-    files = (file for file in sorted(folder.rglob("*.py")) if folder != package)
-    names = {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
-    return {name: file for name, file in names.items() if "def get_config(" in file.read_text(encoding="utf-8")}
+    folder = package / "configs"
+    folder = folder if folder.is_dir() else package.parent / "configs"
+    files = [*sorted(folder.glob("*.py")), *sorted(folder.glob("sweeps/*.py"))]
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
 
 
 def locate(config: str) -> str:
