@@ -2,7 +2,7 @@
 
 Each insight holds, does not hold or is open, with the compared pairs, their mean difference and its interval. NAME is
 the heading of the sweep's section. --guide replaces the rows of that name in a guide, for `vlmprune recommend`.
-  python tools/study.py NAME=runs/study_easyvqa --page=docs/explanation/study.md --guide=vlmprune_jax/report/guide.json
+  python tools/study.py easyvqa=runs/easyvqa --page=docs/explanation/study-tables.md --guide=FILE.json
 """
 
 from __future__ import annotations
