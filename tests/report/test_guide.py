@@ -129,10 +129,10 @@ def test_data(shapes):
     assert "less than 5 %" in advised(cfg, 0.3, data=0.01).notes[0]
     deep = advised(cfg, 0.6, data=0.2)
     assert deep.data_fraction == 0.2
-    assert "asks for all of the training data; there are 20 %" in deep.notes[0]
+    assert "recommends all training data; 20 % are available" in deep.notes[0]
     none = advised(cfg, 0.15, data=0.0)
     assert none.rule.compute == "none"
-    assert "Without data nothing can be trained" in none.notes[0]
+    assert "Training needs data" in none.notes[0]
 
 
 def test_conflicts_are_named(shapes):
@@ -150,7 +150,7 @@ def test_a_decoder_alone_has_its_own_rows(shapes):
     assert any("nothing is trained, round first" in one for one in found.conflicts)
     trained = advised(shapes["llama"], 0.2)
     assert not any("round first" in one for one in trained.conflicts)
-    assert any("Nothing measured says what to expect" in one for one in trained.notes)
+    assert any("No measurement of a similar model" in one for one in trained.notes)
     with pytest.raises(UserError, match="this model has no projector: use none or full"):
         advised(shapes["llama"], 0.1, "projector")
 
@@ -186,11 +186,11 @@ def test_what_cannot_be_asked(shapes, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "is of version 2, this is 1"),
-        ({"sources": {}}, "a row is from 'paper', which is none of its sources"),
+        ({"version": 2}, "written in format 2, this version reads 1"),
+        ({"sources": {}}, "a row has the unknown source 'paper'"),
         ({"settings": {}}, "advises 'depth', which has no settings"),
-        ({"rules": ()}, "no rule of 'none' fits every ratio"),
-        ({"conflicts": {}}, "names a conflict that is not there"),
+        ({"rules": ()}, "no rule for compute 'none' covers all ratios"),
+        ({"conflicts": {}}, "names an unknown conflict"),
     ],
 )
 def test_a_guide_that_does_not_hold_together(tmp_path, changes, message):

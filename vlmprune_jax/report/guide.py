@@ -1,7 +1,7 @@
-"""Which cut, recovered how: the paper's decision guide and what this project measured, as rules over `guide.json`.
+"""Recommendation of a pruning method and recovery: the paper's decision guide and our measurements, as rules.
 
-That file holds rules (the first that fits decides), rows of evidence, the settings that each word of advice stands for,
-and where the guide contradicts itself. `tools/study_guide.py` adds the rows of a sweep to it.
+`guide.json` has the rules (the first that fits applies), rows of evidence, the settings of each recommendation, and the
+contradictions between sources. `tools/study_guide.py` adds the rows of a sweep.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TODO = "write it again with tools/study.py, or leave --guide out"
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows are from; `measure`: what of the unpruned model is retained, in %. `vision`: of models that see."""
+    """Source of evidence rows; `measure` names the metric retained, in %; `vision`: its models have a vision tower."""
 
     title: str
     measure: str
@@ -39,12 +39,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What one way to prune and recover retained of a model, in %.
+    """Measured retention (%) of a model after one way to prune and recover.
 
-    `recovery`: "none", "projector", "sft", "sft_l2", ...; "reconstruct" before it, or alone, where weights were solved
-    for. `decoder_ratio`: share of the decoder's parameters that went; of the paper its nominal ratio, which is nearest
-    to that. `interval`: 95 %, over `seeds` runs, or over questions where there is one. What does not `count` is shown
-    and left out of ranges, for the reason in `note`.
+    `recovery`: "none", "projector", "sft", "sft_l2", ...; with "reconstruct" in front, or alone, for reconstructed
+    weights. `decoder_ratio`: removed share of the decoder's parameters (for the paper, its nominal ratio, which is
+    close). `interval`: 95 %, over `seeds` runs, or over questions for a single run. Rows without `counts` are shown but
+    left out of ranges, for the reason in `note`.
     """
 
     source: str
@@ -67,10 +67,11 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Rule:
-    """Advice for a budget of training (`compute`), and ratios of the decoder up to `up_to` that no rule before it took.
+    """Advice for a training budget (`compute`) and decoder ratios up to `up_to` that no earlier rule covers.
 
-    `speed`: only where speed matters, or None. `evidence`: recoveries whose rows say what to expect; of each source the
-    first that it has. `source`: what the advice is from. `supported`: whether anything speaks for it.
+    `speed`: True if the rule is only for users who need speed, False if only for others, None for all. `evidence`:
+    recoveries whose rows predict the outcome; the first that a source has is used. `source`: origin of the advice.
+    `supported`: True if any measurement supports it.
     """
 
     name: str
@@ -90,7 +91,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Speed:
-    """Decoding of a pruned model, in times of the unpruned one's."""
+    """Decoding speed of a pruned model relative to the unpruned model."""
 
     model: str
     method: str
@@ -101,7 +102,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Data:
-    """`least`: the smallest share of the training data that was measured, which suffices below a ratio."""
+    """`least`: smallest measured share of the training data, which suffices below the ratio `suffices_below`."""
 
     least: Finite
     suffices_below: Finite
@@ -109,7 +110,10 @@ class Data:
 
 @dataclass(frozen=True)
 class Guide:
-    """`guide.json`. `at`: ratios this near count as equal. `settings`: a partial experiment for each word of advice."""
+    """Content of `guide.json`.
+
+    Ratios within `at` of each other count as equal. `settings`: partial experiment for each recommendation.
+    """
 
     version: int
     at: Finite
@@ -124,9 +128,9 @@ class Guide:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the rows of one source leave of the unpruned model: from `low` (None: nobody went so far) to `high` %.
+    """Expected retention from the rows of one source: `low` (None: no row at such a high ratio) to `high`, in %.
 
-    `alike`: they are of models that see, or not, as the one asked about.
+    `alike`: the source's models have a vision tower exactly if the user's model has one.
     """
 
     name: str
@@ -139,11 +143,11 @@ class Expected:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The rule that fits, what it leads to and what speaks for it.
+    """The rule that applies, its predicted outcome and its evidence.
 
-    `data_fraction`: of the training data, to train on; 0 without training. `beside`: other rows at a like ratio.
-    `conflicts`: what in the sources speaks against each other here. `notes`: what the asker should know.
-    `variants`: a partial experiment for each method advised.
+    `data_fraction`: share of the training data to train on; 0 without training. `beside`: other rows at a similar
+    ratio. `conflicts`: contradictions between the sources. `notes`: remarks for the user. `variants`: a partial
+    experiment for each recommended method.
     """
 
     rule: Rule
@@ -159,13 +163,12 @@ class Recommendation:
 
 
 def read_guide(path: Path = FILE) -> Guide:
-    """The guide, of the package or one that `tools/study_guide.py` wrote.
+    """Return the guide of the package, or one written by `tools/study_guide.py`.
 
     Raises:
-      UserError: it is missing or damaged.
+      UserError: the file is missing or damaged.
     """
-    found = read_json(path, Guide, missing="no such file", todo=_TODO)
-    guide = msgspec.convert(found, Guide)
+    guide = msgspec.convert(read_json(path, Guide, missing="no such file", todo=_TODO), Guide)
     problem = next(_problems(guide), None)
     if problem is not None:
         raise UserError(f"{path}: {problem}: {_TODO}")
@@ -173,12 +176,12 @@ def read_guide(path: Path = FILE) -> Guide:
 
 
 def _problems(guide: Guide) -> Iterator[str]:
-    """What a schema cannot say: which names must be known, and that some rule fits whatever is asked."""
+    """Yield problems that the schema cannot express: unknown names, and ratios that no rule covers."""
     if guide.version != VERSION:
-        yield f"is of version {guide.version}, this is {VERSION}"
+        yield f"written in format {guide.version}, this version reads {VERSION}"
     for row in guide.evidence:
         if row.source not in guide.sources:
-            yield f"a row is from {row.source!r}, which is none of its sources"
+            yield f"a row has the unknown source {row.source!r}"
     for rule in guide.rules:
         for name in (*rule.methods, rule.recovery, *([SOLVED] if rule.reconstruct else [])):
             if name not in guide.settings:
@@ -186,49 +189,49 @@ def _problems(guide: Guide) -> Iterator[str]:
         if not rule.methods or not {*rule.methods} <= {*METHODS} or rule.recovery not in RECOVERIES:
             yield f"rule {rule.name!r} must advise of {', '.join(METHODS)} and one of {', '.join(RECOVERIES)}"
         if any(name not in guide.conflicts for name in rule.conflicts):
-            yield f"rule {rule.name!r} names a conflict that is not there"
+            yield f"rule {rule.name!r} names an unknown conflict"
     for compute in COMPUTE:
         if not any(rule.compute == compute and rule.up_to >= 1 and rule.speed is None for rule in guide.rules):
-            yield f"no rule of {compute!r} fits every ratio"
+            yield f"no rule for compute {compute!r} covers all ratios"
     if any(name not in guide.conflicts for name in ALWAYS):
-        yield f"{', '.join(ALWAYS)} must be among its conflicts"
+        yield f"conflicts must include {', '.join(ALWAYS)}"
 
 
 def as_json(guide: Guide) -> str:
-    """The text of `guide.json`, a line for each rule and row."""
+    """Return the text of `guide.json`, with a line for each rule and row."""
     parts = []
     for name, value in msgspec.to_builtins(guide).items():
         if isinstance(value, dict):
-            inner, ends = [f"{json.dumps(key)}: {_line(one)}" for key, one in value.items()], "{}"
+            inner, ends = [f"{json.dumps(key)}: {_json_line(one)}" for key, one in value.items()], "{}"
         elif isinstance(value, list | tuple):
-            inner, ends = [_line(one) for one in value], "[]"
+            inner, ends = [_json_line(one) for one in value], "[]"
         else:
-            parts.append(f" {json.dumps(name)}: {_line(value)}")
+            parts.append(f" {json.dumps(name)}: {_json_line(value)}")
             continue
         parts.append(f" {json.dumps(name)}: {ends[0]}\n  " + ",\n  ".join(inner) + f"\n {ends[1]}")
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def _line(value: Any) -> str:
+def _json_line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
 def recommend(
     cfg: ModelConfig, *, ratio: float, data_fraction: float, compute: str, speed: bool, guide: Guide
 ) -> Recommendation:
-    """What the guide advises for a model (arXiv 2604.24380, decision guide, with this project's numbers beside it).
+    """Return the guide's recommendation for a model (decision guide of arXiv 2604.24380, and our measurements).
 
     Args:
       ratio: share of the whole model's parameters to remove.
-      data_fraction: share of the training data that is there; 0: none.
+      data_fraction: available share of the training data; 0: none.
       compute: "none" (no training), "projector" (the projector alone) or "full" (adapters, with the teacher).
-      speed: whether the pruned model's speed matters as much as its accuracy.
+      speed: the pruned model's speed matters as much as its accuracy.
 
     Raises:
-      UserError: a ratio or share that cannot be, an unknown word, or a projector to train where there is none.
+      UserError: an invalid ratio or share, an unknown `compute`, or "projector" for a model without projector.
     """
     if not fraction("ratio", ratio):
-        raise UserError("ratio=0 must be above 0: nothing would go")
+        raise UserError("ratio=0 must be above 0: choose the share of parameters to remove")
     if compute == "projector" and cfg.projector is None:
         raise UserError("compute='projector': this model has no projector: use none or full")
     share, sees = ratio * count_params(cfg) / count_params(cfg, "text"), cfg.vision is not None
@@ -238,14 +241,16 @@ def recommend(
 def recommend_for(
     ratio: float, share: float, sees: bool, *, data_fraction: float, compute: str, speed: bool, guide: Guide
 ) -> Recommendation:
-    """`recommend` without the model: `share` is that of the decoder, `sees` whether there is a vision tower.
+    """Return the recommendation for a decoder ratio `share`; `sees`: the model has a vision tower.
 
     Raises:
-      UserError: a share of the data that cannot be, or an unknown word.
+      UserError: an invalid share of the data, or an unknown `compute`.
     """
     one_of("compute", compute, COMPUTE)
     if not 0 <= data_fraction <= 1:
-        raise UserError(f"data={data_fraction:g} must be a share of the training data: 0 to 1, or 5%")
+        raise UserError(
+            f"data={data_fraction:g} must be a share of the training data: between 0 and 1, or for example 5%"
+        )
     trains = compute if data_fraction else "none"
     rule = next(
         rule
@@ -259,9 +264,11 @@ def recommend_for(
     beside = [row for row in guide.evidence if abs(row.decoder_ratio - share) <= guide.at and id(row) not in shown]
     notes = list(_data_notes(data_fraction, needed, compute, rule, guide))
     if not sees:
-        notes.append("The guide is of models with a vision tower; of a decoder alone only this project's texts tell.")
+        notes.append(
+            "The guide is for models with a vision tower; for decoders there are only this project's text measurements."
+        )
     if not any(one.alike for one in expected):
-        notes.append("Nothing measured says what to expect here: evaluate before you rely on it.")
+        notes.append("No measurement of a similar model predicts the result: evaluate it before use.")
     nominal, average, five_percent = ALWAYS
     named = [*((nominal, average) if sees else ()), *rule.conflicts]
     named += [five_percent] if used and sees else []
@@ -281,7 +288,7 @@ def recommend_for(
 
 
 def _settings(rule: Rule, method: str, guide: Guide) -> dict[str, Any]:
-    """The partial experiment of a rule; widths alone are reconstructed where both methods are tried."""
+    """Return the partial experiment of a rule; if both methods are tried, only width is reconstructed."""
     words = [method, rule.recovery]
     if rule.reconstruct and (method == "width" or len(rule.methods) == 1):
         words.append(SOLVED)
@@ -291,41 +298,41 @@ def _settings(rule: Rule, method: str, guide: Guide) -> dict[str, Any]:
     return settings
 
 
-def _data_notes(given: float, needed: float, compute: str, rule: Rule, guide: Guide) -> Iterable[str]:
+def _data_notes(available: float, needed: float, compute: str, rule: Rule, guide: Guide) -> Iterable[str]:
     if rule.recovery == "none":
         if compute != "none":
-            yield "Without data nothing can be trained: this is the advice without training."
-        yield "Scores and reconstruction still take some 50 to 500 records of the kind that the model is for."
-    elif given < guide.data.least:
-        yield f"Nothing was measured with less than {100 * guide.data.least:g} % of the training data."
-    elif given < needed:
-        yield f"At such a ratio the guide asks for all of the training data; there are {100 * given:g} %."
-    elif given > needed:
-        yield f"{100 * needed:g} % of the data should do by the guide; more can be tried with --config.data.fraction."
+            yield "Training needs data: this is the recommendation without training."
+        yield "Scoring and reconstruction still need about 50 to 500 records of the model's task."
+    elif available < guide.data.least:
+        yield f"No measurement used less than {100 * guide.data.least:g} % of the training data."
+    elif available < needed:
+        yield f"At this ratio the guide recommends all training data; {100 * available:g} % are available."
+    elif available > needed:
+        yield f"By the guide, {100 * needed:g} % of the data suffice; to use more, set --config.data.fraction."
 
 
 def _expected(rule: Rule, sees: bool, share: float, used: float, guide: Guide) -> list[Expected]:
-    """What each source says of the advice; sources of models like this one (seeing or not) come first."""
-    found = []
+    """Return the expectation from each source; sources of similar models (with or without tower) come first."""
+    expected = []
     for name, source in sorted(guide.sources.items(), key=lambda item: item[1].vision != sees):
         rows = [row for row in guide.evidence if row.source == name and row.method in rule.methods]
         kind = next((kind for kind in rule.evidence if any(row.recovery == kind for row in rows)), None)
         of_kind = _nearest_data([row for row in rows if row.recovery == kind], used)
         near = _near(of_kind, share, guide.at)
         if near is not None:
-            found.append(Expected(name, source, source.vision == sees, *near))
-    return found
+            expected.append(Expected(name, source, source.vision == sees, *near))
+    return expected
 
 
 def _nearest_data(rows: Sequence[Evidence], used: float) -> list[Evidence]:
-    """Rows of the share of the data nearest to what is used, and those that do not tell theirs."""
-    told = [row.data_fraction for row in rows if row.data_fraction is not None]
-    nearest = min(told, key=lambda one: abs(one - used), default=None)
+    """Return the rows with the share of the data nearest to `used`, and those without a share."""
+    shares = [row.data_fraction for row in rows if row.data_fraction is not None]
+    nearest = min(shares, key=lambda share: abs(share - used), default=None)
     return [row for row in rows if row.data_fraction in (None, nearest)]
 
 
 def _near(rows: Sequence[Evidence], share: float, at: float) -> tuple[float | None, float, tuple[Evidence, ...]] | None:
-    """The range of what rows at a ratio retained; of a model that has none, from its rows around it.
+    """Return the range that rows at a ratio retained; for models without such rows, from their neighbouring ratios.
 
     A larger cut leaves less: its rows are the low end, those of the next smaller cut the high end, or the unpruned
     model.
