@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from vlmprune_jax.core.errors import SharedError, UserError, reason
 from vlmprune_jax.distributed import failure
+from vlmprune_jax.distributed.config import MeshSpec
 from vlmprune_jax.distributed.rules import MESH_AXES
 
 # Environment variables for processes without a cluster (flags have priority).
@@ -112,6 +113,13 @@ def _slice_has_workers() -> bool:
         ) from error
     except OSError:  # not on Google Cloud
         return False
+
+
+def mesh_of(sizes: MeshSpec) -> Mesh | None:
+    """Return the device mesh of these sizes, or None for one device."""
+    if (sizes.data, sizes.fsdp, sizes.tensor) == (1, 1, 1):
+        return None
+    return make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:

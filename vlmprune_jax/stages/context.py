@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import Stopped, UserError, reason
@@ -17,7 +16,7 @@ from vlmprune_jax.core.source import ModelSpec
 from vlmprune_jax.data.tokenizer_files import without_output
 from vlmprune_jax.distributed.config import MeshSpec
 from vlmprune_jax.distributed.journal import Journal
-from vlmprune_jax.distributed.mesh import make_mesh
+from vlmprune_jax.distributed.mesh import mesh_of
 from vlmprune_jax.distributed.preemption import StopSignal, noticed
 from vlmprune_jax.export.card import model_name
 from vlmprune_jax.export.write import save
@@ -108,13 +107,6 @@ def in_memory(what: str) -> Iterator[None]:
 def journal_of(mesh: MeshSpec, path: Path, batches: int) -> Journal:
     """What an interrupted pass over so many batches left; another mesh may cut and round them in another way."""
     return Journal(path, {"batches": batches, "mesh": vars(mesh)})
-
-
-def mesh_of(sizes: MeshSpec) -> Mesh | None:
-    """The device mesh, or None for one device."""
-    if (sizes.data, sizes.fsdp, sizes.tensor) == (1, 1, 1):
-        return None
-    return make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
 
 
 def load_model(spec: ModelSpec, mesh: MeshSpec, folder: Path, parts: Collection[str] = PARTS) -> Model:

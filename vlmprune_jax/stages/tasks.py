@@ -187,7 +187,7 @@ def _ask(
     experiment: Experiment, task: str, files: Path | None, model: Model, title: str, answers: Path, context: Context
 ) -> tuple[list[Json], Json]:
     """The answers to a task, one line each, and facts about them."""
-    from vlmprune_jax.stages.lmms_backend import Answering, Backend
+    from vlmprune_jax.evaluation.lmms.backend import Answering, Backend
 
     _quiet()
     start = time.perf_counter()

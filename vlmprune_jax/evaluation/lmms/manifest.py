@@ -13,4 +13,4 @@ def manifest() -> Any:
     """
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest(model_id="vlmprune_jax", chat_class_path="vlmprune_jax.stages.lmms_backend.VlmpruneJax")
+    return ModelManifest(model_id="vlmprune_jax", chat_class_path="vlmprune_jax.evaluation.lmms.backend.VlmpruneJax")

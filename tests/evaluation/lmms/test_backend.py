@@ -104,7 +104,7 @@ def test_images_stay_in_the_text_where_the_family_has_them_there(goldens, tmp_pa
     """InternVL: an image is cut into tiles, here one each, between the words around it; answers are those of rows."""
     from hf_cases import copy_golden
 
-    from vlmprune_jax.stages.lmms_backend import VlmpruneJax
+    from vlmprune_jax.evaluation.lmms.backend import VlmpruneJax
 
     folder = copy_golden(goldens, "internvl", tmp_path / "internvl")
     shutil.copytree(goldens / "tokenizers/internvl", folder, dirs_exist_ok=True)
@@ -127,7 +127,7 @@ def test_images_stay_in_the_text_where_the_family_has_them_there(goldens, tmp_pa
 
 
 def test_pictures_are_read_without_loss(made, goldens):
-    from vlmprune_jax.stages.lmms_backend import _Pictures
+    from vlmprune_jax.evaluation.lmms.backend import _Pictures
 
     backend = made()
     for mode in ("RGB", "L", "P", "CMYK"):
@@ -183,7 +183,7 @@ def test_wrong_model_args(made, arguments, message):
 
 
 def test_without_a_folder_or_with_a_device():
-    from vlmprune_jax.stages.lmms_backend import VlmpruneJax
+    from vlmprune_jax.evaluation.lmms.backend import VlmpruneJax
 
     with pytest.raises(UserError, match="needs pretrained=DIR"):
         VlmpruneJax()

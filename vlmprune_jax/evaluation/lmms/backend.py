@@ -37,13 +37,12 @@ from vlmprune_jax.data.inputs import PREFETCH, Inputs, load_inputs
 from vlmprune_jax.data.records import IMAGE_TOKEN, Record, StoredImage, make_record
 from vlmprune_jax.distributed.config import MeshSpec
 from vlmprune_jax.distributed.journal import Journal
-from vlmprune_jax.distributed.mesh import initialize, row_ways
+from vlmprune_jax.distributed.mesh import initialize, mesh_of, row_ways
 from vlmprune_jax.evaluation.config import EvaluateSpec
 from vlmprune_jax.evaluation.questions import arrange_questions
 from vlmprune_jax.evaluation.runner import Reply, ask
-from vlmprune_jax.hf.read import resolve
+from vlmprune_jax.hf.read import load, resolve
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.stages.context import load_model, mesh_of
 
 # Of a request that says nothing, as lmms-eval's own models have it.
 NEW_TOKENS = 1024
@@ -194,9 +193,10 @@ class VlmpruneJax(Backend):
         spec = override(spec, {"dtype": dtype}, "--model_args")
         check_settings("--model_args", spec, elsewhere=True)
         data_spec = override(DataSpec(), settings, "--model_args")
-        model = load_model(spec, mesh, Path(spec.hf_dir))
+        devices = mesh_of(mesh)
+        model = load(spec.hf_dir, vision_dir=spec.vision_dir, dtype=spec.dtype, mesh=devices)
         inputs = load_inputs(spec, data_spec, model.cfg)
-        super().__init__(Answering(model, inputs, rows, row_ways(mesh_of(mesh)), 0, _bar, lambda made_from: None))
+        super().__init__(Answering(model, inputs, rows, row_ways(devices), 0, _bar, lambda made_from: None))
 
 
 @contextlib.contextmanager
