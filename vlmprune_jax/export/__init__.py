@@ -1,1 +1,1 @@
-"""What a written folder holds, and the proof that it loads."""
+"""Export formats: writing a model, checking the result, and its model card."""

@@ -1,4 +1,4 @@
-"""The README.md of an exported folder: what was removed, what is left, how to load it."""
+"""Model card (README.md) of an exported folder: what was removed, the remaining parameters, and how to load it."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _Shapes = Annotated[list[_Shape], Meta(min_length=1, max_length=MAX_LAYERS)]
 
 
 class _Stack(TypedDict):
-    """What the card says of a stack of layers."""
+    """Fields of one stack of layers in plan.json that the card shows."""
 
     layers_before: _Shapes
     kept_layers: list[int]
 
 
 class _Plan(TypedDict):
-    """What the card says of a plan.json; format 1 was the decoder's alone, its stack beside the rest."""
+    """Fields of plan.json that the card shows. In format 1 the decoder is the only stack, at the top level."""
 
     method: str
     criterion: str
@@ -51,7 +51,7 @@ class _Plan(TypedDict):
 
 
 def model_name(folder: Path) -> str:
-    """What a folder's model is called: the hub id of a snapshot in the hub's cache, else the folder's name."""
+    """Return the name of a folder's model: the hub id of a snapshot in the hub cache, else the folder's name."""
     cached = folder.parent.parent.name
     if folder.parent.name == "snapshots" and cached.startswith("models--"):
         return cached.removeprefix("models--").replace("--", "/", 1)
@@ -68,11 +68,16 @@ def write_card(
     library: str,
     benchmarks: Sequence[Sequence[str]] = (),
 ) -> None:
-    """The model card of a folder that holds everything else.
+    """Write the model card of a folder that has all other files.
 
-    `name` is that of the model before pruning; `steps` says what was done to it after that: "reconstructed",
-    "recovered". `loading` says how to load it, with the `library` of that name; `benchmarks` what it is worth, a row
-    per evaluation set (see `save`).
+    Args:
+      folder: the exported folder.
+      cfg: the exported model.
+      name: name of the model before pruning.
+      steps: steps after pruning, of "reconstructed" and "recovered".
+      loading: text of the section "Loading".
+      library: name of the library that loads the folder.
+      benchmarks: rows of the evaluation table (see `save`).
     """
     plan_file = folder / "plan.json"
     plan = read_json(plan_file, _Plan, todo="move it away") if os.path.lexists(plan_file) else None
@@ -123,7 +128,7 @@ def _removed(plan: dict[str, Any] | None) -> str:
 
 
 def _stacks(plan: dict[str, Any]) -> dict[str, Any]:
-    """What a plan says of each stack of layers; format 1 was the decoder's alone."""
+    """Return the stacks of a plan by name; format 1 has the decoder only."""
     return plan.get("stacks", {"text": plan})
 
 
@@ -140,7 +145,7 @@ def _table(cfg: ModelConfig, plan: dict[str, Any] | None) -> str:
 
 
 def _benchmarks(rows: Sequence[Sequence[str]]) -> str:
-    """A section of its own, or nothing."""
+    """Return the section "Evaluation", or "" without rows."""
     if not rows:
         return ""
     lines = ["| " + " | ".join(printable(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
@@ -153,7 +158,7 @@ def _benchmarks(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _tower(cfg: ModelConfig, plan: dict[str, Any] | None) -> str:
-    """The vision tower's layers, where the plan names them."""
+    """Return the shapes of the vision tower's layers, or "" if the plan does not prune them."""
     if plan is None or cfg.vision is None or "vision" not in _stacks(plan):
         return ""
     return f"\nVision layers: {len(cfg.vision.layers)}, {_shapes(cfg.vision.layers)}."
@@ -168,10 +173,13 @@ def _shapes(layers: tuple[LayerShape, ...]) -> str:
 
 
 def loading_of(folder: Path, cfg: ModelConfig, written: ModelConfig, config: dict[str, Any]) -> str:
-    """How a Hugging Face folder that holds everything else is loaded.
+    """Return the text of "Loading" for a Hugging Face folder that has all other files.
 
-    `written` is `cfg` with the blocks as they are in the files (wider than the model's where layers were padded),
-    `config` the config.json beside it.
+    Args:
+      folder: the exported folder.
+      cfg: the model.
+      written: the model as it is in the files, with padded layers.
+      config: the folder's config.json.
     """
     processor = any((folder / f"{kind}_config.json").is_file() for kind in ("processor", "preprocessor"))
     parts = []
@@ -218,7 +226,7 @@ def loading_of(folder: Path, cfg: ModelConfig, written: ModelConfig, config: dic
 
 
 def _has_zero_points(config: dict[str, Any]) -> bool:
-    """Whether a folder's integers do, which transformers loads as plain weights alone."""
+    """Return True if the integers of a folder have zero points, which transformers can only dequantise."""
     groups = config.get("quantization_config", {}).get("config_groups", {})
     return any(not group["weights"]["symmetric"] for group in groups.values())
 

@@ -1,4 +1,4 @@
-"""Hub layouts -> the layouts of transformers, as each family's `conversion` says."""
+"""Conversion of configs and vocabularies from hub layouts to transformers layouts (each family's `conversion`)."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _NOT_TEXT = re.compile(
 
 
 def rows_for(cfg: ModelConfig, ids: Mapping[str, int]) -> int:
-    """Vocabulary rows after tokens with these ids were added.
+    """Return the number of vocabulary rows that tokens with the new ids need.
 
     Raises:
-      UserError: that would more than double them: these ids are not this model's.
+      UserError: the vocabulary would more than double, so the tokenizer belongs to another model.
     """
     needed = max((cfg.text.vocab_size, *(token + 1 for token in ids.values())))
     if needed > 2 * cfg.text.vocab_size + VOCAB_MULTIPLE:
@@ -41,12 +41,12 @@ def rows_for(cfg: ModelConfig, ids: Mapping[str, int]) -> int:
 
 
 def to_transformers(cfg: ModelConfig, source: JsonDict, image_token_id: int, vocab_size: int) -> JsonDict:
-    """config.json of the transformers layout for a model from a hub folder with config `source`.
+    """Return config.json of the transformers layout for a model from a hub folder with config `source`.
 
-    The vision tower is described as far as it is computed: its last block's output is then the feature.
+    The vision tower ends at the last computed block, whose output is the image feature.
 
     Raises:
-      UserError: the model has something that the transformers class lacks.
+      UserError: the transformers class lacks something that the model has.
     """
     family = target_of(family_of(cfg))
     assert family is not None
@@ -98,7 +98,7 @@ def _check(cfg: ModelConfig, what: str | None) -> None:
 
 
 def more_words(array: np.ndarray, axes: tuple[str, ...], size: int) -> np.ndarray:
-    """A vocabulary of `size`: new embeddings, and new rows of the output head, are the mean of all others.
+    """Extend an embedding or output head to `size` rows; each new row is the mean of the others.
 
     The logit of a new word is then the mean of all logits, so it is never the largest.
     """

@@ -43,10 +43,10 @@ MAX_SHARD_BYTES = 5 * 10**9  # the default of the hub and of transformers
 
 
 def folder_contents(model: Model, source: Path, target: Target, dtype: str, storage: Storage | None) -> Contents:
-    """Return the content of a folder for `target`; weights that `storage` holds are written in it, others plain.
+    """Return the content of a folder for `target`, with weights in `storage` if it holds them, else plain.
 
     Raises:
-      UserError: the source does not hold a tensor of the model.
+      UserError: the source lacks a tensor of the model.
     """
     tensors = make_tensors(model, target, Checkpoint(source), dtype, storage)
     if storage is not None:
@@ -67,13 +67,12 @@ def folder_contents(model: Model, source: Path, target: Target, dtype: str, stor
 def make_tensors(
     model: Model, target: Target, source: Checkpoint, dtype: str, storage: Storage | None = None
 ) -> list[Tensor]:
-    """Every tensor of the new folder, its blocks padded to those of the target.
+    """Return every tensor of the new folder, with blocks padded to those of the target.
 
-    In the source's layout the model's own come under the source's spelling of their keys, where it has them, then those
-    of the source that are not computed with.
+    In the source's layout, keys keep their spelling, and the source's tensors that are not computed with follow.
 
     Raises:
-      UserError: the source does not hold a tensor of the model.
+      UserError: the source lacks a tensor of the model.
     """
     flat, family = flatten(model.params), family_of(model.cfg)
     spelling = {template(family.canonical(key)): (template(key), entry.dtype) for key, entry in source.entries.items()}
@@ -122,7 +121,7 @@ def _weight(
     new: ModelConfig,
     flat: Mapping[str, Any],
 ) -> Tensor:
-    """One tensor of the new folder from its parameters, each as (slot in the model, slot in the folder)."""
+    """Return one tensor of the new folder from its parameters, as pairs (slot in the model, slot in the folder)."""
 
     def fetch_part(before: Slot, after: Slot) -> np.ndarray:
         array = to_host(flat[before.path], before.index)
@@ -143,7 +142,7 @@ def _weight(
 
 
 def _constants(cfg: ModelConfig, dtype: str) -> list[Tensor]:
-    """Weights that a class holds and never uses."""
+    """Return the weights that the stock tower class declares but never uses."""
     tensors = []
     for key, (shape, value) in stock_tower_constants(vision_of(cfg)).items():
         fetch = functools.partial(np.full, shape, value, WEIGHT_DTYPES[dtype])
@@ -152,7 +151,7 @@ def _constants(cfg: ModelConfig, dtype: str) -> list[Tensor]:
 
 
 def _carried(source: Checkpoint, known: set[str], target: Target, family: Family) -> list[Tensor]:
-    """Tensors of the source that are not computed with, byte for byte; not those of layers that are gone."""
+    """Return the tensors of the source that are not computed with, except those of removed layers, as raw bytes."""
     cfg = target.cfg
     ends = {"text": len(cfg.text.layers)} | ({"vision": cfg.vision.n_layers_total} if cfg.vision is not None else {})
     prefixes = {stack: block_prefix(stack, cfg, family) for stack in ends}

@@ -1,4 +1,4 @@
-"""What the model card of GGUF files says: how to load them, what is in them, and what differs in llama.cpp."""
+"""Section "Loading" of the model card of GGUF files: commands, contents, and differences in llama.cpp."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vlmprune_jax.models.params import count_params
 
 
 def gguf_loading(files: Sequence[GgufFile], cfg: ModelConfig, imatrix: GgufFile | None = None) -> str:
-    """The card's part about loading; `cfg` is the model before any padding, `imatrix` lies beside the files."""
+    """Return the section; `cfg` is the model before padding, `imatrix` the importance file if there is one."""
     text, tower = files[0], files[1] if len(files) > 1 else None
     names = f"-m {text.name}" + (f" --mmproj {tower.name}" if tower else "")
     rows = [f"| `{one.name}` | {one.architecture} | {_types(one)} |" for one in files]
@@ -39,7 +39,7 @@ def gguf_loading(files: Sequence[GgufFile], cfg: ModelConfig, imatrix: GgufFile 
 
 
 def _k_quants(name: str, imatrix: GgufFile | None) -> str:
-    """How llama.cpp's own tool makes files that this package does not."""
+    """Return the instructions for k-quants, which llama.cpp's own tool makes."""
     base = name.rpartition("-")[0]
     if imatrix is None:
         return (

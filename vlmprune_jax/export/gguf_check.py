@@ -1,4 +1,4 @@
-"""GGUF files are not done before they were read back, and loaded in llama.cpp where it is installed (xllamacpp)."""
+"""Check of GGUF files: read them back in JAX, and load them in llama.cpp if it is installed (xllamacpp)."""
 
 from __future__ import annotations
 
@@ -70,21 +70,21 @@ Likeliest = tuple[int, dict[int, float]]  # tokens of a prompt, and the log-prob
 def check_gguf(
     model: Model, out_dir: str | Path, *, source_dir: str | Path, uneven: str, rolled_positions: bool = False
 ) -> Comparison:
-    """Read written GGUF files back and compare their logits with the model's, on random text (and images), in float32.
+    """Compare the logits of written GGUF files with the model's, on random text (and images), in float32.
 
-    Where xllamacpp is installed llama.cpp loads the decoder's file as well: it must split texts into the tokens of the
-    folder's tokenizer, and give the likeliest next tokens the log-probabilities that the weights in the file have here.
+    If xllamacpp is installed, llama.cpp also loads the decoder's file. It must tokenise texts like the folder's
+    tokenizer, and its log-probabilities of the likeliest next tokens must match those of the file's weights in JAX.
 
     Args:
-      model: what was written.
-      out_dir: where.
-      source_dir, uneven, rolled_positions: as they were for `save`.
+      model: the model that was written.
+      out_dir: the folder of the GGUF files.
+      source_dir, uneven, rolled_positions: as passed to `save`.
 
     Returns:
-      {"backend": "llama.cpp" | "jax", "max_abs_logit_difference", "tolerance"}; of log-probabilities in llama.cpp.
+      Backend "llama.cpp" (difference of log-probabilities) or "jax" (difference of logits), difference and tolerance.
 
     Raises:
-      UserError: the difference is above the tolerance, llama.cpp does not load the file, or splits texts otherwise.
+      UserError: the difference exceeds the tolerance, llama.cpp cannot load the file, or it tokenises differently.
     """
     folder, inputs = Path(out_dir), random_inputs(model.cfg)
 
@@ -144,7 +144,7 @@ def _in_llama(written: Model, path: Path, source: Path, tolerance: float) -> Com
 
 
 def _tokens(tokenizer: Any, text: TextConfig) -> dict[str, list[int]]:
-    """Texts and their tokens, as long as the model's context allows."""
+    """Return {text: tokens} for texts cut to the model's context."""
     longest, found = min(_CONTEXT, context_length(text)) - 2, {}
     for sample in _TEXTS:
         while len(row := tokenizer(sample)["input_ids"]) > longest and len(sample) > 1:
@@ -158,12 +158,12 @@ def _tokens(tokenizer: Any, text: TextConfig) -> dict[str, list[int]]:
 
 
 def _gap(these: dict[int, float], others: dict[int, float]) -> float:
-    """Largest difference of the log-probabilities of the likeliest of the others (0.0 where nothing is known)."""
+    """Return the largest difference from `reference` over its likeliest tokens, or 0.0 if it is empty."""
     return max((abs(these.get(one, -np.inf) - value) for one, value in [*others.items()][:_LIKELIEST]), default=0.0)
 
 
 def _ask(path: Path, prompts: list[Any]) -> list[Likeliest]:
-    """The likeliest tokens behind prompts, each a text or ids, by llama.cpp."""
+    """Return llama.cpp's likeliest next tokens for prompts, each a text or a list of token ids."""
     command, given = [sys.executable, "-P", "-c", _LLAMA], json.dumps([str(path), prompts])
     done = subprocess.run(command, input=given.encode(), capture_output=True, timeout=_SECONDS)
     lines = done.stdout.decode(errors="replace").strip().splitlines()
@@ -179,7 +179,7 @@ def _decoder(folder: Path) -> Path:
 
 
 def read_gguf(folder: Path, cfg: ModelConfig, uneven: str, rolled_positions: bool = False) -> tuple[Model, set[str]]:
-    """The model in GGUF files that `save` wrote of a model with `cfg`, in float32, and the types of their tensors."""
+    """Return the model in GGUF files that `save` wrote for `cfg`, in float32, and the types of their tensors."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
 

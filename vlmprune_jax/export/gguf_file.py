@@ -1,4 +1,4 @@
-"""GGUF files on the disk: header and tensors, a tensor in memory at a time."""
+"""Writing of a GGUF file: header and tensors, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ALIGNMENT = 32
 
 
 def write_gguf(one: GgufFile, folder: Path) -> None:
-    """Write a file, a tensor in memory at a time, every block read back and compared."""
+    """Write a file with one tensor in memory at a time; every block is read back and compared."""
     with CheckedFile(folder / one.name) as file:
         header = _header(one, folder)
         file.write(header + bytes(-len(header) % _ALIGNMENT))
@@ -26,7 +26,7 @@ def write_gguf(one: GgufFile, folder: Path) -> None:
 
 
 def _header(one: GgufFile, folder: Path) -> bytes:
-    """Everything before the tensors; gguf writes it to a file only, which nothing would read back."""
+    """Return all bytes before the tensors (gguf can only write them to a file, which would not be verified)."""
     from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
 
     writer = GGUFWriter(None, one.architecture)

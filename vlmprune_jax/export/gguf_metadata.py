@@ -1,4 +1,4 @@
-"""What GGUF files say of a model beside its tensors, and what their users must know."""
+"""Metadata of GGUF files, and remarks for their users on differences in llama.cpp."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def file_type(label: str) -> JsonDict:
 
 
 def text_fields(cfg: ModelConfig) -> JsonDict:
-    """Shapes and hyper-parameters of a model's decoder."""
+    """Return the shapes and hyper-parameters of the decoder."""
     text = cfg.text
 
     def widths(name: str) -> int | list[int]:
@@ -77,12 +77,12 @@ def text_fields(cfg: ModelConfig) -> JsonDict:
 
 
 def context_length(text: TextConfig) -> int:
-    """Positions up to which llama.cpp computes the same function: it has no sliding window."""
+    """Return the longest context that llama.cpp computes exactly: it has no sliding window."""
     return min([text.max_positions, *(shape.window for shape in text.layers if shape.window is not None)])
 
 
 def pixels(cfg: ModelConfig, family: Family, source: Path) -> JsonDict:
-    """Mean and deviation of the pixels: those of the folder's processor, where it is what runs."""
+    """Return mean and standard deviation of pixels, from the folder's image processor if the family uses it."""
     if family.images == "patches":
         patching = _patching(source)
         return {"vision_image_mean": list(patching.mean), "vision_image_std": list(patching.std)}
@@ -94,7 +94,7 @@ def pixels(cfg: ModelConfig, family: Family, source: Path) -> JsonDict:
 
 
 def cut(family: Family, source: Path) -> JsonDict:
-    """How an image becomes pieces, in a family that cuts images, or how large one may be; see `tower_fields`."""
+    """Return the limits on image size or number of tiles, for families that cut images (see `tower_fields`)."""
     if family.images == "patches":
         patching = _patching(source)
         return {"vision_min_pixels": patching.min_pixels, "vision_max_pixels": patching.max_pixels}
@@ -112,10 +112,10 @@ def cut(family: Family, source: Path) -> JsonDict:
 
 
 def _patching(source: Path) -> Patching:
-    """How images of any size become patches.
+    """Return the patch settings of images of any size.
 
     Raises:
-      UserError: the folder does not say.
+      UserError: the folder has no image processor config.
     """
     found = _processor(source)
     if found is None:
@@ -124,20 +124,20 @@ def _patching(source: Path) -> Patching:
 
 
 def _processor(source: Path) -> tuple[Mapping[str, Any], str] | None:
-    """Settings of a folder's image processor and the file they are from; None without one."""
+    """Return the settings of a folder's image processor and their file, or None without one."""
     found = processor_settings(source)
     return None if found is None else (checked_processor(*found), found[1])
 
 
 def title(name: str, tokenizer: Any) -> str:
-    """The model's name, by which llama.cpp takes it for a Phi-3 if and only if its tokenizer is one."""
+    """Return the model's name, containing "Phi-3" exactly if its tokenizer strips spaces as Phi-3's does."""
     if drops_white_space(tokenizer):
         return name if DROPPING_NAME.search(name) else f"{name} (Phi-3)"
     return DROPPING_NAME.sub(lambda found: " ".join((found[0][:-1].rstrip("-"), found[0][-1])), name)
 
 
 def licence(source: Path) -> JsonDict:
-    """Licence and origin, from the front matter of the source's model card."""
+    """Return licence fields from the front matter of the source's model card."""
     path = source / "README.md"
     text = read_text(path) if os.path.lexists(path) else ""
     front = text.split("\n---", 1)[0] if text.startswith("---\n") else ""
@@ -171,7 +171,7 @@ _FAULT = "builds of llama.cpp that put the class token behind the patches (up to
 
 
 def tower_remarks(cfg: ModelConfig, rolled: bool) -> tuple[str, ...]:
-    """What differs in llama.cpp's tower; `rolled`: its positions are for builds with a fault."""
+    """Return the differences of llama.cpp's tower; `rolled` means positions for builds with the fault below."""
     remarks = []
     if vision_of(cfg).class_token and rolled:
         remarks.append(f"The tower's positions are rolled, for {_FAULT}: the file is wrong for all others.")

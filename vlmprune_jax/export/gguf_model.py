@@ -1,4 +1,4 @@
-"""Model -> GGUF, as llama.cpp loads it: a file of the decoder with its tokenizer, and one of tower and projector."""
+"""GGUF files from a model: one of the decoder with its tokenizer, and one of tower and projector."""
 
 from __future__ import annotations
 
@@ -59,10 +59,12 @@ ROTATED = ("attn_q", "attn_k")
 
 @dataclass(frozen=True)
 class GgufFile:
-    """One file to write: its metadata (`add_NAME` of `gguf.GGUFWriter`) and its tensors.
+    """One GGUF file to write.
 
-    `layers` are the widths in the file, `remarks` what a user of it must know, `kept` the tensors that stay in F16
-    since their rows are not whole blocks.
+    Attributes:
+      fields: metadata, named as methods `add_NAME` of `gguf.GGUFWriter`.
+      layers: widths of the layers in the file.
+      remarks: differences in llama.cpp that users must know.
     """
 
     name: str
@@ -74,7 +76,7 @@ class GgufFile:
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """Tensors that are not of the file's own type, though they are matrices of the decoder's layers."""
+        """Decoder matrices that stay in F16 because their rows are not whole blocks."""
         own = {tensor.dtype for tensor in self.tensors} & {"Q8_0", "Q5_1", "Q4_0"}
         return tuple(t.key for t in self.tensors if own and t.dtype == "F16") if own else ()
 
@@ -82,15 +84,13 @@ class GgufFile:
 def make_gguf(
     model: Model, source: Path, *, name: str, uneven: str, dtype: str, quantize: str, rolled_positions: bool = False
 ) -> list[GgufFile]:
-    """The files of a model: `NAME-TYPE.gguf`, and `mmproj-NAME-f16.gguf` of one that sees images.
+    """Return the files of a model: `NAME-TYPE.gguf`, and `mmproj-NAME-f16.gguf` of a vision-language model.
 
     Args:
       model: the model, in memory or in its files.
-      source: the folder that it came from, for tokenizer, chat template, image statistics and licence.
-      name: of the model.
-      uneven: as in `save`: true widths where an architecture has them, zeros up to what one has, or neither.
-      dtype, quantize: of the matrices.
-      rolled_positions: see `save`.
+      source: its source folder, for tokenizer, chat template, image statistics and licence.
+      name: name of the model.
+      uneven, dtype, quantize, rolled_positions: as in `save`.
 
     Raises:
       UserError: llama.cpp has no architecture, tower or tokenizer like this model's.
@@ -123,7 +123,7 @@ def make_gguf(
 def _tower(
     model: Model, wide: ModelConfig, family: Family, source: Path, stem: str, about: JsonDict, plain: str, rolled: bool
 ) -> GgufFile:
-    """The file of tower and projector; its convolution takes F16 and F32 alone, whatever the decoder is in."""
+    """Return the file of tower and projector, in F16 or F32, the only types that its convolution supports."""
     vision = vision_of(wide)
     plain = plain if plain == "F32" else "F16"
     fields = {"type": "mmproj", **about, **file_type(plain), **pixels(wide, family, source)}
@@ -138,13 +138,13 @@ def _tower(
 
 
 def _rolled(table: Tensor) -> Tensor:
-    """The position table with the first row, the class token's, behind all others."""
+    """Return the position table with the first row, of the class token, moved to the end."""
     fetch = lambda: np.roll(table.fetch(), -(table.n_bytes // table.shape[0]))  # noqa: E731
     return dataclasses.replace(table, fetch=fetch)
 
 
 def _copies(filters: Tensor) -> list[Tensor]:
-    """Filters of patches [vision, channel, copy, row, column], of which a file holds a tensor for each copy."""
+    """Return one tensor per image copy of patch filters [vision, channel, copy, row, column]."""
     vision, channels, copies, *sides = filters.shape
 
     def one(number: int) -> Tensor:
@@ -155,15 +155,15 @@ def _copies(filters: Tensor) -> list[Tensor]:
 
 
 def copy_of(number: int) -> str:
-    """Name of the filters of patches for one copy of the image."""
+    """Return the key of the patch filters of one image copy."""
     return f"{_FILTERS}.{number}" if number else _FILTERS
 
 
 def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
-    """The architecture of llama.cpp that holds a model, and the model as it holds it, padded where that was asked for.
+    """Return the llama.cpp architecture that holds a model, and the model padded to it if `uneven` is "pad".
 
     Raises:
-      UserError: there is none, or none of these widths.
+      UserError: no architecture fits the model or its widths.
     """
     decoder = decoder_of(cfg.text.decoder)
     if not decoder.gguf:
@@ -193,7 +193,7 @@ def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
 
 
 def support(cfg: ModelConfig) -> str:
-    """What becomes of a pruned copy of a model in llama.cpp, before it is made."""
+    """Describe the support of llama.cpp for pruned copies of a model."""
     try:
         architecture, _ = fit(cfg, "pad")
     except UserError as error:
@@ -241,7 +241,7 @@ def _tensors(
     quantize: str = "none",
     interleaved: bool = False,
 ) -> list[Tensor]:
-    """Every tensor of a part of the model, under llama.cpp's names and at the widths of `wide`."""
+    """Return the tensors of one part of the model, under llama.cpp's names and at the widths of `wide`."""
     flat, here = flatten(model.params), under_names(family, part, names)
     before = {slot.name: slot for slot in make_slots(model.cfg, here) if slot.part == part}
     tensors = []
@@ -255,7 +255,7 @@ def _tensors(
 
 
 def under_names(family: Family, part: str, names: Mapping[str, str]) -> Family:
-    """The family with its lines of one part under the names of llama.cpp, which has no batch axes in files."""
+    """Return the family with one part's weights under llama.cpp's names, without batch axes."""
 
     def weights(cfg: ModelConfig) -> list[Weight]:
         lines = []
@@ -271,7 +271,7 @@ def under_names(family: Family, part: str, names: Mapping[str, str]) -> Family:
 
 
 def _type_of(key: str, shape: tuple[int, ...], plain: str, quantize: str) -> str:
-    """Vectors, and what is added to them, are F32; embeddings and head are never in less than 8 bits."""
+    """Return the type of a tensor: F32 for vectors and positions, at least 8 bits for embeddings and head."""
     if len(shape) == 1 or key.startswith("v.position_embd"):
         return "F32"
     if quantize == "none":
@@ -290,7 +290,7 @@ def _tensor(
     flat: Mapping[str, Any],
     interleaved: bool,
 ) -> Tensor:
-    """One tensor from its parameters, each as (slot in the model, slot in the file)."""
+    """Return one tensor from its parameters, as pairs (slot in the model, slot in the file)."""
 
     def fetch_part(before: Slot, after: Slot) -> np.ndarray:
         array = to_host(flat[before.path], before.index)
@@ -307,14 +307,14 @@ def _tensor(
 
 
 def neighbours(array: np.ndarray, back: bool = False) -> np.ndarray:
-    """[heads, head, ...] with channel i of a head's first half beside that of the other half; `back`: the inverse."""
+    """Interleave the two halves of each head in an array [heads, head, ...]; `back` inverts this."""
     heads, head, *rest = array.shape
     halves = (head // 2, 2) if back else (2, head // 2)
     return np.ascontiguousarray(array.reshape(heads, *halves, *rest).swapaxes(1, 2)).reshape(array.shape)
 
 
 def _encoded(key: str, kind: str, shape: tuple[int, ...], fetch: Callable[[], np.ndarray], what: str) -> Tensor:
-    """A tensor that is encoded some rows at a time, so that it is in memory once in its own dtype and once encoded."""
+    """Return a tensor that is encoded in groups of rows, so that float copies of it stay small."""
     rows, width = int(np.prod(shape[:-1])), shape[-1]
     size = rows * _row_bytes(width, kind)
 
@@ -338,7 +338,7 @@ def _row_bytes(width: int, kind: str) -> int:
 
 
 def _encode(values: np.ndarray, kind: str, what: str) -> np.ndarray:
-    """uint8[bytes] of float[rows, width]."""
+    """Return the bytes of float[rows, width] in a GGML type."""
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
@@ -351,7 +351,7 @@ def _encode(values: np.ndarray, kind: str, what: str) -> np.ndarray:
 
 
 def _constants(text: TextConfig, architecture: Architecture, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors that llama.cpp has beside the model's: rotary factors, and a head of its own."""
+    """Return llama.cpp's tensors that are not parameters of the model: rotary factors, and an untied head."""
     found: dict[str, np.ndarray] = {}
     if text.rope.kind == "llama3":
         plain = dataclasses.replace(text.rope, kind="default")

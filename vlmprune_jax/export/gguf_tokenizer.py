@@ -1,8 +1,8 @@
-"""tokenizer.json -> what llama.cpp needs to split texts in the same way: tokens, merges or scores, and a split by name.
+"""Conversion of tokenizer.json to GGUF: tokens, merges or scores, and the name of the pre-tokenizer.
 
-llama.cpp has a tokenizer's split of texts into words built in, by a name (`tokenizer.ggml.pre`), and a wrong name is
-silent: the ids are others. So a name is given only where tokenizer.json has the very rules that it stands for; all
-others are refused. tests/export/test_gguf_tokenizer.py tokenises with both sides under every name.
+llama.cpp has its pre-tokenizers built in, by name (`tokenizer.ggml.pre`). A wrong name changes token ids silently, so a
+name is written only if tokenizer.json has exactly its rules; other tokenizers are refused.
+tests/export/test_gguf_tokenizer.py tokenises with both sides under every name.
 """
 
 from __future__ import annotations
@@ -33,9 +33,12 @@ _SPACE = "▁"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer for llama.cpp: `fields` are named as methods `add_NAME` of `gguf.GGUFWriter`.
+    """Tokenizer for llama.cpp.
 
-    `fast` is the same tokenizer of transformers, `remarks` say what is not the same in llama.cpp.
+    Attributes:
+      fields: metadata, named as methods `add_NAME` of `gguf.GGUFWriter`.
+      fast: the same tokenizer in transformers.
+      remarks: differences in llama.cpp.
     """
 
     fields: JsonDict
@@ -44,10 +47,10 @@ class Vocabulary:
 
 
 def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family) -> Vocabulary:
-    """The tokenizer of a folder, as long as the model's vocabulary.
+    """Return the tokenizer of a folder, padded to the model's vocabulary.
 
     Raises:
-      UserError: there is none, llama.cpp does not split texts like it, or it has more tokens than the model.
+      UserError: there is no tokenizer, llama.cpp would split texts differently, or it has more tokens than the model.
     """
     if not any(os.path.lexists(folder / name) for name in (TOKENIZER, *SLOW)):
         raise UserError(f"{folder}: has no tokenizer, without which llama.cpp loads no model: put its files there")
@@ -77,7 +80,7 @@ def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family) -> Vocabular
 
 
 def _tokens(content: JsonDict, rows: int, where: str) -> tuple[list[str], list[int]]:
-    """Text and kind of every id; ids that no token has are unused rows of the embedding."""
+    """Return text and type of every id; ids without a token are unused rows of the embedding."""
     vocab, spaced = content["model"]["vocab"], bool(content["model"].get("byte_fallback"))
     added = {one["id"]: one for one in content.get("added_tokens") or ()}
     texts = {number: text for text, number in vocab.items()} | {i: one["content"] for i, one in added.items()}
@@ -100,7 +103,7 @@ def _tokens(content: JsonDict, rows: int, where: str) -> tuple[list[str], list[i
 
 
 def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
-    """SentencePiece joins the pair with the best score first: the rank of the first merge that makes a token."""
+    """Return the scores of tokens: SentencePiece merges the best score first, so minus the rank of the first merge."""
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)
@@ -108,7 +111,11 @@ def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
 
 
 def _check_spaced(content: JsonDict, where: str) -> bool:
-    """Whether a text begins with a space mark, of a tokenizer whose words begin with one (SentencePiece's)."""
+    """Return True if a SentencePiece-like tokenizer puts a space mark before a text.
+
+    Raises:
+      UserError: llama.cpp has no tokenizer with its rules.
+    """
     rules = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")], sort_keys=True)
     for normalizer, before, prefix in _spaced_rules():
         if rules == json.dumps([normalizer, before], sort_keys=True):
@@ -130,7 +137,7 @@ def _spaced_rules() -> Iterator[tuple[Any, Any, bool]]:
 
 
 def _rules(step: JsonDict | None) -> Iterator[str]:
-    """The steps of a pre_tokenizer, each as one text; what cannot be one of llama.cpp's spells itself out."""
+    """Return the steps of a pre_tokenizer as texts to compare with llama.cpp's; an unknown step is its JSON."""
     kind = None if step is None else step.get("type")
     if step is None:
         yield "none"
@@ -151,7 +158,7 @@ def _rules(step: JsonDict | None) -> Iterator[str]:
 
 
 def _pre(content: JsonDict, fast: Any, where: str) -> str:
-    """The name that llama.cpp has for the rules of a byte-level tokenizer."""
+    """Return llama.cpp's name for the rules of a byte-level tokenizer."""
     rules, model = tuple(_rules(content.get("pre_tokenizer"))), content["model"]
     normalizer = content.get("normalizer")
     pre = PRE.get(rules) if normalizer is None or normalizer.get("type") == "NFC" else None
@@ -171,7 +178,7 @@ def _pre(content: JsonDict, fast: Any, where: str) -> str:
 
 
 def _same_words(content: JsonDict, fast: Any) -> bool:
-    """Whether a tokenizer without merges gives the same ids under the rules of `OF_WORDS`, for all that it knows."""
+    """Return True if a tokenizer without merges gives the same ids under the rules of `OF_WORDS`."""
     from tokenizers import Tokenizer
 
     split = next(rules[0] for rules, name in PRE.items() if name == OF_WORDS)
@@ -186,7 +193,7 @@ def _same_words(content: JsonDict, fast: Any) -> bool:
 
 
 def _marks(cfg: ModelConfig, content: JsonDict, fast: Any, where: str) -> JsonDict:
-    """Ids of marks, and which of them a text gets by itself."""
+    """Return the ids of special tokens, and flags for those that are added to every text."""
     ends = cfg.eos_token_ids or ((fast.eos_token_id,) if fast.eos_token_id is not None else ())
     bos = fast.bos_token_id if cfg.bos_token_id is None else cfg.bos_token_id
     unknown = content["model"].get("unk_token")
@@ -216,7 +223,7 @@ def _marks(cfg: ModelConfig, content: JsonDict, fast: Any, where: str) -> JsonDi
 
 
 def drops_white_space(tokenizer: Any) -> bool:
-    """Whether the marks behind which a tokenizer drops white space are all that Phi-3's drops it behind."""
+    """Return True if a tokenizer strips spaces after the same special tokens as Phi-3's."""
     marks = {one.content: one.rstrip for one in tokenizer.added_tokens_decoder.values() if one.special}
     return (
         set(marks) >= KEEPING_MARKS | {"</s>"} and {name for name, drops in marks.items() if not drops} == KEEPING_MARKS
@@ -224,9 +231,9 @@ def drops_white_space(tokenizer: Any) -> bool:
 
 
 def _chat_template(folder: Path, family: Family, fast: Any) -> str:
-    """The chat template of a folder of transformers, else the family's; llama.cpp puts images in their place.
+    """Return the chat template of a transformers folder, else the family's, without image markers.
 
-    White space that the tokenizer drops behind marks is left out: llama.cpp keeps it.
+    llama.cpp keeps white space after special tokens, so white space that the tokenizer would drop is left out.
     """
     own = fast.chat_template
     own = own.get("default") if isinstance(own, dict) else own

@@ -1,4 +1,4 @@
-"""What llama.cpp's quantiser calls an importance matrix: what each channel that a matrix reads weighs, in one file.
+"""Importance file ("imatrix") for llama.cpp's quantiser: the weight of each input channel of each matrix.
 
 Source: llama.cpp of October 2026, common/imatrix-loader.cpp: `NAME.in_sum2` float32[1, in], the sum of squares over all
 tokens, and `NAME.counts` float32[1, 1], whole numbers, by which it divides.
@@ -21,10 +21,10 @@ PREFIX, SUFFIX = "imatrix-", ".gguf_file"  # not .gguf, by which models are foun
 
 
 def imatrix_file(importance: Importance, model: GgufFile, cfg: ModelConfig, uneven: str) -> GgufFile:
-    """The file beside a GGUF `model`, which holds one with `cfg`, padded where `uneven` says so.
+    """Return the importance file for a GGUF file `model` of a model with `cfg`, padded if `uneven` is "pad".
 
     Raises:
-      UserError: the importance is of another model.
+      UserError: the importance belongs to another model.
     """
     architecture, wide = fit(cfg, uneven)
     family = family_of(cfg)
@@ -53,7 +53,7 @@ def imatrix_file(importance: Importance, model: GgufFile, cfg: ModelConfig, unev
 
 
 def _widened(mean: np.ndarray, before: Slot, after: Slot, cfg: ModelConfig, wide: ModelConfig) -> np.ndarray:
-    """Of a padded matrix: what its zeros read weighs nothing."""
+    """Return the channel means of a padded matrix, with zeros for padded channels."""
     if before.shape == after.shape:
         return mean
     assert before.layer is not None

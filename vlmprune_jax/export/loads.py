@@ -1,7 +1,7 @@
-"""Which pruned copies of a model load where at their true size: stock transformers, vLLM and llama.cpp.
+"""Loading of pruned models at their true size: support in stock transformers, vLLM and llama.cpp.
 
-What the classes of an engine take for granted is in the descriptions of families, decoders and architectures. vLLM's is
-by its code (vllm/model_executor/models); it was not tried.
+The limits of each engine come from the descriptions of families, decoders and architectures. Those of vLLM are read
+from its code (vllm/model_executor/models) and not tested.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ALIKE = f"prune all layers alike (no attn_layers and mlp_layers, selection loca
 
 
 def why_not(cfg: ModelConfig, target: str) -> str | None:
-    """Why a model does not load at its true size in one of `TARGETS`, and what to do; None where it does."""
+    """Return the reason why a model does not load at its true size in one of `TARGETS`, or None if it does."""
     one_of("loads_in", target, TARGETS)
     if target == "gguf":
         try:
@@ -45,7 +45,7 @@ def why_not(cfg: ModelConfig, target: str) -> str | None:
 
 
 def keeps_heads(cfg: ModelConfig, stack: str, targets: Sequence[str]) -> bool:
-    """Whether one of the targets loads the model, and not with fewer heads in every layer of a stack."""
+    """Return True if one of the targets loads the model, but not with fewer heads in the layers of a stack."""
     fewer = cfg.with_layers(_fewer_heads(cfg.stack(stack)), stack)
     return any(why_not(cfg, target) is None and why_not(fewer, target) is not None for target in targets)
 
@@ -54,7 +54,7 @@ def check_loads(cfg: ModelConfig, targets: Sequence[str]) -> None:
     """Refuse a pruned model that one of the targets does not load.
 
     Raises:
-      UserError: names it, the reason, and what to do instead.
+      UserError: names the target, the reason, and the alternative.
     """
     for target in targets:
         reason = why_not(cfg, target)
@@ -63,7 +63,7 @@ def check_loads(cfg: ModelConfig, targets: Sequence[str]) -> None:
 
 
 def what_loads(cfg: ModelConfig) -> dict[str, dict[str, dict[str, str | None]]]:
-    """{target: {stack: {what a copy has: why it does not load there, or None}}}."""
+    """Return {target: {stack: {type of pruning: reason why the result does not load, or None}}}."""
     copies = {
         "fewer layers": _fewer_layers,
         "neurons": _fewer_neurons,
@@ -80,7 +80,7 @@ def what_loads(cfg: ModelConfig) -> dict[str, dict[str, dict[str, str | None]]]:
 
 
 def _why_not_copy(cfg: ModelConfig, stack: str, layers: Sequence[LayerShape], target: str) -> str | None:
-    """`why_not` of a model with other layers, or why there is no such model."""
+    """Return `why_not` of a model with other layers, or the reason why the model cannot exist."""
     try:
         changed = cfg.with_layers(layers, stack)
     except UserError as error:
@@ -108,7 +108,7 @@ def _unequal(stack: Stack) -> list[LayerShape]:
 
 
 def _cut(shape: LayerShape, heads: int = 0, neurons: int = 0) -> LayerShape:
-    """The layer without so many groups of heads, and neurons."""
+    """Return a layer with fewer groups of heads and fewer neurons."""
     groups = max(1, shape.kv_heads - heads)
     widths = shape.q_heads // shape.kv_heads * groups, groups, max(1, shape.mlp - neurons)
     return LayerShape(*widths, shape.window)

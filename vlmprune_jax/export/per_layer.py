@@ -1,4 +1,4 @@
-"""config.json and the PyTorch file of exports whose layers have unequal widths."""
+"""Config and PyTorch loader file of exports whose layers have unequal widths."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _PREFIX = "PerLayer"
 
 
 def with_loader(config: JsonDict, text: TextConfig, family: Family) -> JsonDict:
-    """The config of a folder of unequal layers in this stock family, naming the class in the shipped file.
+    """Return the config of a stock family with unequal layers, which names the class in the loader file.
 
-    Config classes check head counts that such a folder has no use for: Llama's that they divide `hidden_size`, Phi-3's
-    that LongRoPE has a factor per frequency of hidden_size / heads. So the nominal ones, from which every layer is cut,
-    are the next that pass.
+    Config classes validate nominal head counts: Llama's must divide `hidden_size`, and Phi-3's LongRoPE needs one
+    factor per frequency of hidden_size / heads. The nominal counts, from which each layer is cut, are the next valid
+    ones.
     """
     assert family.stock is not None
     inner = family.text_config(config)
@@ -38,7 +38,7 @@ def with_loader(config: JsonDict, text: TextConfig, family: Family) -> JsonDict:
 
 
 def without_loader(config: JsonDict) -> JsonDict:
-    """The config as the stock class wants it: the inverse of `with_loader`; other configs are returned as they are."""
+    """Return the config for the stock class: the inverse of `with_loader`, or the config itself."""
     module = LOADER_FILE.removesuffix(".py") + "."
     result = dict(config)
     kept = {k: v for k, v in (config.get("auto_map") or {}).items() if not str(v).startswith(module)}
@@ -52,12 +52,12 @@ def without_loader(config: JsonDict) -> JsonDict:
 
 
 def write_loader(folder: Path) -> None:
-    """Put the PyTorch file beside the weights."""
+    """Copy the loader file into the folder."""
     shutil.copyfile(_LOADER, folder / LOADER_FILE)
 
 
 def loader_class(config: JsonDict) -> str | None:
-    """The class of the shipped file that loads a folder with this config, or None where a stock class does."""
+    """Return the class in the loader file that loads a folder with this config, or None for a stock class."""
     module = LOADER_FILE.removesuffix(".py") + "."
     named = [str(v) for v in (config.get("auto_map") or {}).values() if str(v).startswith(module)]
     return named[0].removeprefix(module) if named else None

@@ -16,17 +16,17 @@ from vlmprune_jax.hf.read import read_fields
 
 
 def write_processor(folder: Path, source: Path, cfg: ModelConfig, config: JsonDict, tokenizer: JsonDict) -> None:
-    """Everything between a chat and the model's inputs, for the processor class of a transformers layout.
+    """Write tokenizer, processor, chat template and generation config for a transformers processor class.
 
     Args:
-      folder: where the files go.
-      source: the hub folder, for what its tokenizer's config says.
+      folder: the exported folder.
+      source: the hub folder, for the settings of its tokenizer.
       cfg: the model in its hub layout.
       config: the hub's config.json.
-      tokenizer: the content of tokenizer.json, with the new token.
+      tokenizer: content of tokenizer.json, with the new token.
 
     Raises:
-      UserError: the processor does not do what the config asks for.
+      UserError: the processor does not do what the config requires.
     """
     family = family_of(cfg)
     target, conversion, template = target_of(family), family.conversion, template_of(family, config, None)
@@ -47,7 +47,7 @@ def write_processor(folder: Path, source: Path, cfg: ModelConfig, config: JsonDi
 
 
 def _generation_config(source: Path, cfg: ModelConfig, template: Template, tokenizer: JsonDict) -> JsonDict:
-    """The source's, with the mark that ends the family's answers among the ids that end a text."""
+    """Return the source's generation config, with the end token of the family's answers as eos token."""
     path = source / "generation_config.json"
     config: dict[str, Any] = read_fields(path) if os.path.lexists(path) else {}
     end = token_id(tokenizer, template.assistant_end.strip())
@@ -62,10 +62,10 @@ def _generation_config(source: Path, cfg: ModelConfig, template: Template, token
 
 
 def chat_template(template: Template, image: str) -> str:
-    """The family's prompt (data/prompts.py `render`) as a Jinja template; `image` is what stands for one image.
+    """Return the family's prompt (data/prompts.py `render`) as a Jinja template; `image` stands for one image.
 
-    A message's content is a string or a list of image and text parts. The family's system text is used unless the
-    first message is a system message.
+    A message's content is a string or a list of image and text parts. The family's system text is used unless the first
+    message is a system message.
     """
 
     def literal(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Hugging Face folders of integers (compressed-tensors): which groups fit a model, and what its card says of them."""
+"""Integer storage (compressed-tensors) for a model: group sizes that fit it, and its text on the model card."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from vlmprune_jax.hf.layout import Slot, make_slots
 def make_storage(
     cfg: ModelConfig, family: Family, quantize: str, group_size: int | None, symmetric: bool
 ) -> CompressedTensors:
-    """The format of a folder, whose blocks are those of `cfg`; without `group_size` the largest that fits them all.
+    """Return the storage format for a folder with the widths of `cfg`.
 
-    8 bits have a scale for every row then. Where no size divides every width, 4 bits take the smallest, and what it
-    does not divide stays as it is.
+    Without `group_size`, 8 bits have one scale per row, and 4 bits the largest size that divides every row. If no size
+    does, 4 bits use the smallest one, and rows that it does not divide stay plain.
 
     Raises:
-      UserError: a group that divides not every width, or none.
+      UserError: `group_size` does not divide every row, or no size divides any row.
     """
     check_scheme(quantize, group_size, symmetric)
     bits, activations = SCHEMES[quantize]
@@ -50,7 +50,7 @@ def _advice(widths: Mapping[str, int]) -> str:
 
 
 def quantized_loading(storage: CompressedTensors, cfg: ModelConfig, family: Family, dtype: str) -> str:
-    """What the card of a folder says of its integers; `cfg` and `family` are the folder's."""
+    """Return the text on integers for a folder's card; `cfg` and `family` are those of the folder."""
     others = ["embeddings", "head", "norms", *(["tower and projector"] if cfg.vision is not None else [])]
     parts = [
         f"The matrices of the decoder's layers are {storage.name}; {', '.join(others)} are {dtype}. Transformers needs "
@@ -72,6 +72,6 @@ def quantized_loading(storage: CompressedTensors, cfg: ModelConfig, family: Fami
 
 
 def _matrices(cfg: ModelConfig, family: Family) -> list[Slot]:
-    """Those of the decoder's layers."""
+    """Return the slots of the matrices in the decoder's layers."""
     slots = make_slots(cfg, family)
     return [slot for slot in slots if slot.path.startswith("text/layers/") and len(slot.hf_shape) == 2]

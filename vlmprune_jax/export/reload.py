@@ -1,4 +1,4 @@
-"""An export is not done before it was reloaded and computes the same logits."""
+"""Check of a Hugging Face folder: reload it in PyTorch or JAX and compare logits."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ _ROWS, _TEXT_TOKENS = 2, 24
 
 
 def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | None = None) -> Comparison:
-    """Reload a written folder and compare its logits with the model's, on random text (and images), in float32.
+    """Compare the logits of a written folder with the model's, on random text (and images), in float32.
 
-    The reload is in PyTorch where torch is installed and stock transformers has the class, else in JAX. Weights that
-    were written in a narrower dtype are compared with the model's own rounded to it, a folder in another storage with
-    what it decodes to. Every process of a run must call it; process 0 alone reloads in PyTorch.
+    The folder is reloaded in PyTorch if torch is installed and stock transformers has its class, else in JAX. Weights
+    written in a narrower dtype are compared with the model's rounded to it, and quantised folders with their decoded
+    weights. Every process must call this function; process 0 alone reloads in PyTorch.
 
     Args:
-      model: what was written.
-      out_dir: where.
-      vision_dir: the vision tower's folder, for an original-layout LLaVA that does not hold it.
+      model: the model that was written.
+      out_dir: the written folder.
+      vision_dir: folder of the vision tower, for an original-layout LLaVA that does not include it.
 
     Returns:
-      {"backend": "torch" | "jax", "max_abs_logit_difference", "tolerance"}.
+      Backend ("torch" or "jax"), difference and tolerance.
 
     Raises:
-      UserError: the difference is above the tolerance, or transformers does not load the folder cleanly.
+      UserError: the difference exceeds the tolerance, or transformers does not load the folder cleanly.
     """
     folder, tower = Path(out_dir), None if vision_dir is None else resolve(vision_dir)
     inputs = random_inputs(model.cfg, _image_start(folder))
@@ -87,7 +87,7 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
 
 
 def _differences(folder: Path, backend: str, expected: np.ndarray, actual: np.ndarray) -> list[list[float]]:
-    """float[rows, tokens]: the largest of every position."""
+    """Return float[rows, tokens], the largest difference of the logits at each position."""
     words = expected.shape[-1]
     if actual.shape[-1] > words and float(actual[..., words:].max() - actual[..., :words].max()) > 0:
         raise UserError(f"{folder}: a word that was only added to fill the vocabulary is the likeliest: do not use it")
@@ -100,9 +100,9 @@ def _differences(folder: Path, backend: str, expected: np.ndarray, actual: np.nd
 
 
 def _moved_by_rounding(model: Model, inputs: dict[str, Any], expected: np.ndarray) -> np.ndarray:
-    """float[rows, tokens]: how far logits move at most when every weight changes by its last bit, at random.
+    """Return float[rows, tokens], the largest change of logits if the last bit of every weight changes at random.
 
-    Takes the memory of a second copy of the float32 weights.
+    Needs memory for a second copy of the float32 weights.
     """
     flat, moved = flatten(model.params), np.zeros(expected.shape[:-1], np.float32)
     for seed in range(_ROUNDINGS):
@@ -121,7 +121,7 @@ def _last_bit(leaf: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def _as_written(model: Model, folder: Path, tower: Path | None) -> Model:
-    """The model in float32 with every weight rounded to the dtype it has in the folder."""
+    """Return the model in float32 with every weight rounded to its dtype in the folder."""
     family, cfg = read_config(folder, tower)
     keys = {family.canonical(key): entry.dtype for key, entry in Checkpoint(folder).entries.items()}
     dtypes = {slot.name: keys.get(slot.key, "F32") for slot in make_slots(cfg, family)}
@@ -134,9 +134,9 @@ def _as_written(model: Model, folder: Path, tower: Path | None) -> Model:
 
 
 def _reloaded(written: Model, folder: Path, tower: Path | None) -> Model:
-    """The folder in float32 on the model's mesh; a tower that it does not hold is the model's.
+    """Return the folder's model in float32 on the mesh of `written`; a tower that it does not hold is copied.
 
-    Its own folder, `tower`, only describes it here: weights there are no part of the export and may have another dtype.
+    The tower's own folder, `tower`, is read for its config only: its weights are not exported and may differ in dtype.
     """
     family, cfg = read_config(folder, tower)
     keys, slots = {family.canonical(key) for key in Checkpoint(folder)}, make_slots(cfg, family)
@@ -149,9 +149,9 @@ def _reloaded(written: Model, folder: Path, tower: Path | None) -> Model:
 
 
 def random_inputs(cfg: ModelConfig, image_start: int | None = None) -> dict[str, Any]:
-    """What exports are compared on: rows of random tokens, each with an image if the model has a tower.
+    """Return inputs for comparisons: rows of random tokens, with one image each if the model has a tower.
 
-    `image_start`: the token that its class wants in front of an image of any size.
+    `image_start` is the token that the stock class requires before an image of any size.
     """
     rng = np.random.default_rng(0)
     special = [token for token in (cfg.image_token_id, cfg.video_token_id) if token is not None]
@@ -168,7 +168,7 @@ def random_inputs(cfg: ModelConfig, image_start: int | None = None) -> dict[str,
 
 
 def _image_start(folder: Path) -> int | None:
-    """The token that precedes an image, where the class that loads the folder finds images by it."""
+    """Return the token before an image if the stock class of the folder needs it, else None."""
     config = read_fields(folder / "config.json")
     stock = detect(config, str(folder)).stock
     return None if stock is None or stock.image_start is None else config.get(*stock.image_start)
@@ -177,7 +177,7 @@ def _image_start(folder: Path) -> int | None:
 def _random_patches(
     cfg: ModelConfig, ids: np.ndarray, rng: np.random.Generator, image_start: int | None
 ) -> dict[str, Any]:
-    """Rows of these tokens with an image each, of other sizes and wider and higher than a window of the tower."""
+    """Return rows with images of different sizes, wider and higher than a window of the tower."""
     vision = cfg.vision
     assert vision is not None
     assert cfg.image_token_id is not None
@@ -196,7 +196,7 @@ def _random_patches(
 
 
 def _renamed_images(inputs: dict[str, Any], cfg: ModelConfig, folder: Path, tower: Path | None) -> dict[str, Any]:
-    """The inputs with the folder's id at image positions, which another layout may have changed."""
+    """Return the inputs with the folder's image token id, which differs in a converted layout."""
     _, written = read_config(folder, tower)
     if written.image_token_id == cfg.image_token_id:
         return inputs
@@ -205,7 +205,7 @@ def _renamed_images(inputs: dict[str, Any], cfg: ModelConfig, folder: Path, towe
 
 
 def torch_loads(folder: Path, tower: Path | None) -> bool:
-    """Whether torch is installed and transformers has a class for the folder that computes the same."""
+    """Return True if torch is installed and transformers has a class that computes the folder exactly."""
     family, cfg = read_config(folder, tower)
     known = cfg.text.even or loader_class(read_fields(folder / "config.json")) is not None
     known = known and (cfg.vision is None or cfg.vision.whole_heads)
@@ -217,7 +217,7 @@ def torch_loads(folder: Path, tower: Path | None) -> bool:
 
 
 def _decodes() -> bool:
-    """Whether transformers can decode compressed-tensors as it loads, bit for bit and without rounding activations."""
+    """Return True if transformers can dequantise compressed-tensors exactly on loading."""
     from transformers import CompressedTensorsConfig
 
     known = "dequantize" in inspect.signature(CompressedTensorsConfig).parameters
@@ -225,7 +225,7 @@ def _decodes() -> bool:
 
 
 def _torch_class(config: dict[str, Any], stock: Stock) -> Any:
-    """The class that loads a folder with this config: of stock transformers, or of our own copy of the shipped file."""
+    """Return the class for a folder with this config: of transformers, or of our copy of the loader file."""
     import transformers
 
     name = loader_class(config)

@@ -1,4 +1,4 @@
-"""What an exported folder is to hold beside its weights: layout, config.json, and the files that make it usable."""
+"""Target of an exported folder: its layout, config.json, and the files that make it usable."""
 
 from __future__ import annotations
 
@@ -31,18 +31,21 @@ _SAME_LAYOUT = (
 
 
 class Plan(Protocol):
-    """What a folder may carry along as plan.json: a `PrunePlan`, whose room stands above this one."""
+    """Prune plan that can be written as plan.json (`prune.PrunePlan`, which this room cannot import)."""
 
     def to_json(self, path: Path) -> str:
-        """Write it."""
+        """Write the plan to a file."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A folder to be written: its family, its model (`cfg`, with padded layers and new words) and its config.json.
+    """Family, model and config.json of a folder to write.
 
-    `converts` says that its layout is not the source's; `tokenizer` is then the tokenizer.json to be written, if the
-    source has a tokenizer. `ships_loader` says that PyTorch needs the per-layer file.
+    Attributes:
+      cfg: the model with padded layers and new vocabulary rows.
+      converts: True if the layout differs from the source's.
+      ships_loader: True if PyTorch needs the per-layer loader file.
+      tokenizer: content of tokenizer.json for a converted folder, if the source has a tokenizer.
     """
 
     family: Family
@@ -54,11 +57,11 @@ class Target:
 
 
 def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype: str) -> Target:
-    """The folder for a model that came from `source`.
+    """Return the target folder for a model that came from `source`.
 
     Raises:
-      UserError: unknown options, a source of another family, unequal layers with uneven="refuse", or a model that
-        the layout cannot hold.
+      UserError: the source has another family, layers are unequal with uneven="refuse", or the layout cannot hold the
+        model.
     """
     if uneven == "refuse":
         _check_uneven(cfg)
@@ -109,7 +112,7 @@ def _check_uneven(cfg: ModelConfig) -> None:
 
 
 def _with_dtype(config: JsonDict, dtype: str, family: Family) -> JsonDict:
-    """The config naming the weights' dtype under whichever of both names (`torch_dtype`, `dtype`) the source has."""
+    """Return the config with the dtype of the weights, under the name (`torch_dtype` or `dtype`) it uses."""
     if dtype == "source":
         return config
     result = dict(config)
@@ -124,10 +127,10 @@ def write_files(target: Target, cfg: ModelConfig, source: Path, folder: Path) ->
     """Write config.json, tokenizer, processor, chat template, generation config and PyTorch file.
 
     Args:
-      target: what to write.
-      cfg: the model, with the source's layout and true widths.
-      source: the folder it came from.
-      folder: where to write.
+      target: the target folder.
+      cfg: the model, in the source's layout and with its true widths.
+      source: the source folder.
+      folder: the folder to write to.
     """
     (folder / "config.json").write_text(json.dumps(target.config, indent=2, ensure_ascii=False) + "\n", "utf-8")
     code = ("*.py",) if "auto_map" in target.config else ()
@@ -140,7 +143,7 @@ def write_files(target: Target, cfg: ModelConfig, source: Path, folder: Path) ->
 
 
 def copy_always(source: Path, folder: Path, plan: Plan | None) -> None:
-    """Licence and plan, which go with the weights in every format; `plan` in place of the source's."""
+    """Copy licence files, and write plan.json: `plan`, or else that of the source."""
     _copy_files(source, folder, _ALWAYS)
     if plan is not None:
         plan.to_json(folder / "plan.json")

@@ -1,4 +1,4 @@
-"""The tokenizer of an export in a transformers layout: the source's, with the tokens that the layout needs."""
+"""Tokenizer of an export in a transformers layout: the source's, with the tokens that the layout needs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": 
 
 
 def read_tokenizer(folder: Path) -> JsonDict | None:
-    """The content of tokenizer.json, made from the older files where there is none; None without a tokenizer.
+    """Return the content of tokenizer.json, converted from older files if needed, or None without a tokenizer.
 
     Raises:
       UserError: the older files cannot be read.
@@ -34,12 +34,12 @@ def read_tokenizer(folder: Path) -> JsonDict | None:
 
 
 def token_id(tokenizer: JsonDict, token: str) -> int | None:
-    """The id of a token, or None."""
+    """Return the id of a token, or None."""
     return _ids(tokenizer).get(token)
 
 
 def add_token(tokenizer: JsonDict, token: str) -> tuple[JsonDict, int]:
-    """The tokenizer with a special token, and the token's id: the next free one, unless it is there already."""
+    """Return the tokenizer with a special token added, unless present, and the token's id."""
     ids = _ids(tokenizer)
     if token in ids:
         return tokenizer, ids[token]
@@ -56,17 +56,17 @@ def _ids(tokenizer: JsonDict) -> dict[str, int]:
 
 
 def prefixes_only_the_start(tokenizer: JsonDict) -> bool:
-    """Whether the space mark that a text begins with is missing where a text goes on behind a special token."""
+    """Return True if only the start of a text gets a space mark, not text after a special token."""
     step = tokenizer.get("pre_tokenizer") or {}
     steps = [one for one in step.get("pretokenizers", [step]) if isinstance(one, dict)]
     return any(one.get("type") == "Metaspace" and one.get("prepend_scheme") == "first" for one in steps)
 
 
 def write_tokenizer(folder: Path, source: Path, tokenizer: JsonDict, named: dict[str, str], processor: str) -> None:
-    """tokenizer.json and its config; `named` are special tokens that a processor asks the tokenizer for.
+    """Write tokenizer.json and its config; `named` are special tokens that the processor looks up by name.
 
-    The class is the plain one that takes tokenizer.json as it is: LlamaTokenizer of transformers 5 puts its own text
-    rules in place of the file's, and Phi-3's are others.
+    The class is PreTrainedTokenizerFast, which uses tokenizer.json unchanged: LlamaTokenizer of transformers 5 replaces
+    its rules with its own, which differ from Phi-3's.
     """
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", TOKENIZER_CONFIG):

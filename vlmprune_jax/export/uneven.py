@@ -1,4 +1,4 @@
-"""Layers of unequal width as layers of equal width: zero heads and neurons change nothing but the size."""
+"""Padding of layers of unequal width: zero heads and neurons change the size and nothing else."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ UNEVEN = ("per_layer", "pad", "refuse")  # what to do with unequal layers: true 
 
 
 def widest(layers: Sequence[LayerShape], heads: int | None = None) -> LayerShape:
-    """The smallest shape that every layer fits in with its query heads in their groups.
+    """Return the smallest shape that holds every layer, with query heads in their groups.
 
-    With `heads` it has that many query heads, if groups of any size at least as large make up that many.
+    With `heads`, it has that many query heads if some group size of at least the largest allows it.
     """
     kv_heads = max(shape.kv_heads for shape in layers)
     per_group = max(shape.q_heads // shape.kv_heads for shape in layers)
@@ -26,13 +26,13 @@ def widest(layers: Sequence[LayerShape], heads: int | None = None) -> LayerShape
 
 
 def padded(layers: Sequence[LayerShape], heads: int | None = None) -> tuple[LayerShape, ...]:
-    """All layers at the widths of `widest`, each with its own sliding window."""
+    """Return all layers at the widths of `widest`, each with its own sliding window."""
     widths = widest(layers, heads).widths
     return tuple(LayerShape(*widths, shape.window) for shape in layers)
 
 
 def padded_stacks(cfg: ModelConfig) -> ModelConfig:
-    """The model with the layers of each of its stacks `padded`, a tower's to all the heads of its width."""
+    """Return the model with all stacks padded; a tower is padded to the full number of heads."""
     for name, stack in cfg.stacks.items():
         heads = stack.hidden_size // stack.head_dim
         layers = padded(stack.layers, heads if name == "text" and cfg.text.whole_heads else None)
@@ -43,10 +43,10 @@ def padded_stacks(cfg: ModelConfig) -> ModelConfig:
 
 
 def pad_tensor(array: np.ndarray, axes: tuple[str, ...], shape: LayerShape, target: LayerShape) -> np.ndarray:
-    """A tensor of a layer of `shape`, with these named axes, widened to `target` with zeros.
+    """Widen a tensor with named `axes` from a layer of `shape` to `target`, with zeros.
 
-    A zero value head or neuron adds zero to the residual stream; a query head whose output weights are zero may look
-    anywhere. Query head g * per_group + r belongs to key/value head g, so both numbers are padded on their own.
+    A zero value head or neuron adds nothing to the residual stream, and a query head with zero output weights may
+    attend anywhere. Query head g * per_group + r belongs to key/value head g, so both counts are padded separately.
     """
     if "q_heads" in axes:
         at = axes.index("q_heads")

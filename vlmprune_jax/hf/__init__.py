@@ -1,1 +1,1 @@
-"""Hugging Face folders: read onto the mesh, write atomically, check what was written."""
+"""Hugging Face folders: configs, weights on the mesh or in their files, and their layout in `params`."""

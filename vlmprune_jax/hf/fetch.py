@@ -1,4 +1,4 @@
-"""Arrays in host memory, one at a time, from wherever they are: devices, other processes, files."""
+"""Arrays of devices, other processes or files as host arrays, one at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlmprune_jax.hf.lazy import FileArray, FileStack
 
 
 def to_host(array: Any, index: int | None) -> np.ndarray:
-    """An array, or entry `index` of a stack, in host memory; every process must call it for arrays split over them."""
+    """Return an array, or entry `index` of a stack, in host memory; every process must call it for split arrays."""
     stored = _in_file(array, index)
     if stored is not None:
         return stored.read()
@@ -38,12 +38,12 @@ def to_host(array: Any, index: int | None) -> np.ndarray:
 
 
 def is_split(array: Any) -> bool:
-    """Whether no process alone can read the whole array."""
+    """Return True if no single process can read the whole array."""
     return isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated)
 
 
 def extent_of(parts: Sequence[tuple[Any, int | None]], dtype: str) -> Extent | None:
-    """Where these arrays (or entries of stacks) lie in a file one after the other, as they are written; or None."""
+    """Return the byte range of arrays (or entries of stacks) that are consecutive in a file as written, or None."""
     pieces = [_in_file(*part) for part in parts]
     extents = [one.extent for one in pieces if one is not None and one.dtype == WEIGHT_DTYPES[dtype]]
     found = [extent for extent in extents if extent is not None]
@@ -52,7 +52,7 @@ def extent_of(parts: Sequence[tuple[Any, int | None]], dtype: str) -> Extent | N
 
 
 def origin(array: Any, index: int | None) -> str | None:
-    """File and key that an array (or entry of a stack) is read from, or None for one in memory."""
+    """Return file and key of an array (or entry of a stack) that is read from a file, or None."""
     one = _in_file(array, index)
     return None if one is None else f"{one.source.file}: tensor {one.source.key}"
 

@@ -1,4 +1,4 @@
-"""Where every tensor of a checkpoint goes in `params`: derived from the family's table and the modules' axes."""
+"""Mapping of checkpoint tensors to `params`, derived from the family's table and the modules' axes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,17 @@ PARTS = ("text", "projector", "vision")
 
 @dataclass(frozen=True)
 class Slot:
-    """One parameter's place: its tensor's canonical key and shape in files, its path in `params`, its index in a stack.
+    """Place of one parameter in files and in `params`.
 
-    `shape` is the array's own: the file's shape with the named `axes` split. Both have the same order of elements, so
-    conversion either way is a reshape. `layer` is the block's number in its tower, where `index` is that in its run.
-    `hf_shape` is the whole tensor's. Parameters that are fused in files share one, each with its rows `start ... stop`;
-    all others own every row. `name` is the parameter's path with the layer's own number in place of run and index.
+    Attributes:
+      key: canonical key of the tensor in files.
+      name: path of the parameter, with the layer's number instead of run and index.
+      hf_shape: shape of the whole tensor in files.
+      path: path in `params`.
+      index: position in a run of stacked layers.
+      shape: shape of the array: that in files with the named `axes` split, so that conversion is a reshape.
+      layer: number of the block in its stack.
+      start, stop: rows of the tensor; parameters that files fuse share a tensor, others own all rows.
     """
 
     key: str
@@ -44,16 +49,16 @@ class Slot:
 
     @property
     def part(self) -> str:
-        """Which of `PARTS` it belongs to; of a layer's, that is its stack."""
+        """Part of the model (see `PARTS`); for a layer, its stack."""
         return self.path.split("/")[0]
 
 
 @dataclass
 class Match:
-    """What a checkpoint holds of a model: canonical key -> key in the files, and what is wrong with the rest.
+    """Match of a checkpoint with a model: canonical key -> key in the files, and problems.
 
     `carried` are known keys that are not computed with; `tied` is the copy of the embedding that some checkpoints with
-    tied embeddings hold as output head.
+    tied embeddings store as output head.
     """
 
     found: dict[str, str] = field(default_factory=dict)
@@ -63,10 +68,10 @@ class Match:
 
 
 def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
-    """Every tensor of a model, layer by layer, in the table's order.
+    """Return a slot for every parameter, layer by layer, in the table's order.
 
     Raises:
-      UserError: the family's lines are not those of the model's parameters.
+      UserError: the family's table does not match the model's parameters.
     """
     axes, shapes = param_axes(cfg), param_shapes(cfg)
     slots = []
@@ -92,7 +97,7 @@ def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
 
 
 def _fused(slots: Sequence[Slot]) -> list[Slot]:
-    """The same slots, those that name one key as consecutive rows of one tensor."""
+    """Return the slots, with those of one key as consecutive rows of its tensor."""
     rows: Counter[str] = Counter()
     placed = []
     for slot in slots:
@@ -103,7 +108,7 @@ def _fused(slots: Sequence[Slot]) -> list[Slot]:
 
 
 def by_key(slots: Iterable[Slot]) -> dict[str, list[Slot]]:
-    """Slots per tensor in the files, in the order of their rows."""
+    """Group slots by tensor in the files, in the order of their rows."""
     tensors: dict[str, list[Slot]] = {}
     for slot in slots:
         tensors.setdefault(slot.key, []).append(slot)
@@ -111,12 +116,12 @@ def by_key(slots: Iterable[Slot]) -> dict[str, list[Slot]]:
 
 
 def join_tensor(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """The elements of a tensor, in order, from its parameters."""
+    """Return the elements of a tensor, in order, from its parameters."""
     return parts[0] if len(parts) == 1 else np.concatenate([part.reshape(-1) for part in parts])
 
 
 def _grouped(tokens: Iterable[str], size: dict[str, int]) -> tuple[int, ...]:
-    """Shape of an einops side: `( q_heads head ) embed` -> (q_heads * head, embed)."""
+    """Return the shape of an einops side: `( q_heads head ) embed` -> (q_heads * head, embed)."""
     shape: list[int] = []
     inside: list[int] | None = None
     for token in tokens:
@@ -133,9 +138,9 @@ def _grouped(tokens: Iterable[str], size: dict[str, int]) -> tuple[int, ...]:
 def match_keys(
     slots: Sequence[Slot], cfg: ModelConfig, family: Family, checkpoint: Checkpoint, parts: Collection[str] = PARTS
 ) -> Match:
-    """Pair the keys in the files with the slots of these parts; every problem is noted, none raises.
+    """Match the keys in the files with the slots of some parts; problems are collected, not raised.
 
-    What the checkpoint holds of other parts is another checkpoint's business and is passed over.
+    Keys of other parts are ignored: they may come from another checkpoint.
     """
     known = {slot.key: slot for slot in slots}
     wanted = {key: slot for key, slot in known.items() if slot.path.split("/")[0] in parts}
@@ -179,7 +184,7 @@ def refuse(problems: Sequence[str], family: Family, where: object) -> None:
 
 
 def tied_head(cfg: ModelConfig, family: Family) -> str | None:
-    """Canonical key of the output head that a model with tied embeddings does not have, or None."""
+    """Return the canonical key of the output head that a model with tied embeddings lacks, or None."""
     if not cfg.text.tie_embeddings:
         return None
     untied = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, tie_embeddings=False))
@@ -187,20 +192,20 @@ def tied_head(cfg: ModelConfig, family: Family) -> str | None:
 
 
 def _in_computed_block(number: int | None, cfg: ModelConfig) -> bool:
-    """Whether a vision block is a computed one, where every tensor must be known, or one that the tower has not."""
+    """Return True if a vision block is computed or beyond the tower, where all keys must be known."""
     if number is None or cfg.vision is None:
         return False
     return number < len(cfg.vision.layers) or number >= cfg.vision.n_layers_total
 
 
 def block_prefix(part: str, cfg: ModelConfig, family: Family) -> str | None:
-    """What the canonical keys of the `part`'s blocks begin with, before the block's number."""
+    """Return the common prefix, up to the block number, of the canonical keys of a part's blocks."""
     keys = (weight.key for weight in family.weights(cfg) if weight.path.startswith(f"{part}/layers/{{i}}"))
     return next((key.split("{i}")[0] for key in keys), None)
 
 
 def block_number(name: str, prefix: str | None) -> int | None:
-    """Number of the block that a canonical key lies in, -1 where it is no number, None outside of blocks."""
+    """Return the block number in a canonical key, -1 if it is not a number, or None outside blocks."""
     if prefix is None or not name.startswith(prefix):
         return None
     number = name[len(prefix) :].partition(".")[0]
@@ -208,5 +213,5 @@ def block_number(name: str, prefix: str | None) -> int | None:
 
 
 def template(key: str) -> str:
-    """A key with its block number replaced by `{}`; keys outside blocks are returned as they are."""
+    """Replace the block number of a key by `{}`; keys outside blocks are unchanged."""
     return re.sub(r"\b(layers?)\.\d+\.", r"\1.{}.", key, count=1)

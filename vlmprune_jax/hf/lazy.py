@@ -1,4 +1,4 @@
-"""Weights that stay in their files: what file surgery prunes in place of device arrays."""
+"""Weights that stay in their files, which file surgery prunes like device arrays."""
 
 from __future__ import annotations
 
@@ -22,10 +22,14 @@ from vlmprune_jax.models.vlm import Model
 
 @dataclass(frozen=True, eq=False)
 class FileArray:
-    """One weight of one layer, in a file: `stored` is its shape there, `picks` are the (axis, indices) that stay.
+    """One weight of one layer in a file.
 
-    `first` is its first element in a tensor of the file that holds several weights one after the other. Nothing is read
-    before `read` or `elements`. Like a numpy array it has `shape`, `dtype` and `take`.
+    Attributes:
+      stored: shape of the weight in the file.
+      first: position of its first element, in a tensor that holds several weights in sequence.
+      picks: pairs (axis, kept indices).
+
+    Only `read` and `elements` read data. Like a numpy array, it has `shape`, `dtype` and `take`.
     """
 
     source: StoredWeight
@@ -47,18 +51,18 @@ class FileArray:
         return WEIGHT_DTYPES[self.source.dtype]
 
     def take(self, indices: np.ndarray, axis: int) -> FileArray:
-        """The same weight with `indices` of an axis that was whole so far."""
+        """Return the weight with `indices` of an axis that was not picked from before."""
         return replace(self, picks=(*self.picks, (axis, np.asarray(indices))))
 
     @property
     def extent(self) -> Extent | None:
-        """Its bytes in the file, or None where they are not in one piece (picked, or encoded)."""
+        """Byte range in the file, or None if it is not contiguous (picked or encoded)."""
         if self.picks:
             return None
         return self.source.extent(self.first * self.dtype.itemsize, self._size * self.dtype.itemsize)
 
     def read(self) -> np.ndarray:
-        """The values, read from the file; nothing of it stays in memory."""
+        """Return the values, read from the file."""
         # Bits instead of values: numpy has fast paths for taking integers, and none for bfloat16.
         bits = self.source.values(self.first, self._size).view(f"u{self.dtype.itemsize}")
         array = bits.reshape(self.stored)
@@ -67,7 +71,7 @@ class FileArray:
         return array.view(self.dtype)
 
     def elements(self, positions: tuple[np.ndarray, ...]) -> np.ndarray:
-        """The values at these index arrays, reading nothing else."""
+        """Return the values at index arrays; nothing else is read."""
         flat = np.ravel_multi_index(positions, self.stored)
         assert not self.picks, "elements are those of the weight as stored"
         return self.source.elements(self.first + flat)
@@ -78,13 +82,13 @@ class FileArray:
 
     @staticmethod
     def stack(members: Sequence[FileArray]) -> FileStack:
-        """What `numpy.stack` is to arrays."""
+        """Return a stack of weights, like `numpy.stack`."""
         return FileStack(tuple(members))
 
 
 @dataclass(frozen=True, eq=False)
 class FileStack:
-    """The same weight of a run of equal layers, as `params` stacks them."""
+    """One weight of a run of equal layers, stacked as in `params`."""
 
     members: tuple[FileArray, ...]
 
@@ -103,12 +107,12 @@ class FileStack:
 
 
 def open_model(folder: Path, vision_dir: Path | None = None) -> Model:
-    """The model in a folder, with `FileArray` and `FileStack` in place of arrays: headers are read and checked, only.
+    """Return the model in a folder with `FileArray` and `FileStack` as arrays; only headers are read and checked.
 
-    `apply_plan` and `save` take it like any other model; it cannot compute.
+    `apply_plan` and `save` accept the model; it cannot compute.
 
     Raises:
-      UserError: as `load`, but for weights that are not finite (found when they are written).
+      UserError: as `load`, except for weights that are not finite (found when they are written).
     """
     family, cfg = read_config(folder, vision_dir)
     slots = make_slots(cfg, family)
@@ -116,7 +120,7 @@ def open_model(folder: Path, vision_dir: Path | None = None) -> Model:
 
 
 def file_params(cfg: ModelConfig, slots: Sequence[Slot], sources: Sources) -> dict[str, Any]:
-    """`params` of file arrays."""
+    """Return `params` of file arrays."""
     flat: dict[str, Any] = {}
     for slot in slots:
         one = FileArray(sources[slot.key], slot.shape, first=slot.start * math.prod(slot.hf_shape[1:]))

@@ -1,4 +1,4 @@
-"""Hugging Face folder -> Model: every device reads its own slice of the files."""
+"""Loading of a Hugging Face folder: every device reads its own slice of the files."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ def load(
     mesh: Mesh | None = None,
     parts: Collection[str] = PARTS,
 ) -> Model:
-    """The model in a Hugging Face folder (or hub id).
+    """Load the model in a Hugging Face folder (or hub id).
 
     Args:
       hf_dir: folder with config.json and safetensors (or `pytorch_model*.bin`), or a hub id.
-      vision_dir: the vision tower's own folder (CLIP, SigLIP) for an original-layout LLaVA or Bunny; it wins over a
-        tower inside `hf_dir`.
-      dtype: of all parameters: "float32", "bfloat16" or "float16".
-      mesh: where the parameters go, split by `distributed.rules`; None is the default device.
-      parts: what to read, of "text", "projector" and "vision". Without "vision" the model takes features of images.
+      vision_dir: folder of the vision tower (CLIP, SigLIP) for an original-layout LLaVA or Bunny; it takes precedence
+        over a tower in `hf_dir`.
+      dtype: data type of all parameters: "float32", "bfloat16" or "float16".
+      mesh: device mesh; parameters are split by `distributed.rules`. None uses the default device.
+      parts: parts to load, of "text", "projector" and "vision". Without "vision" the model takes image features.
 
     Raises:
-      UserError: unknown family, missing or damaged files, weights that do not fit config.json or are not finite, or a
+      UserError: unknown family, missing or damaged files, weights that do not match config.json or are not finite, or a
         mesh that does not divide the model.
     """
     if dtype not in DTYPES:
@@ -85,10 +85,10 @@ def load(
 
 
 def resolve(name: str | Path) -> Path:
-    """A local folder, or the local snapshot of a hub id such as `llava-hf/llava-1.5-7b-hf`.
+    """Return a local folder, or the local snapshot of a hub id such as `llava-hf/llava-1.5-7b-hf`.
 
     Raises:
-      UserError: there is no such folder and the hub has no such model or cannot be reached.
+      UserError: the folder does not exist, and the hub has no such model or cannot be reached.
     """
     folder, text = Path(name), str(name)
     inside = folder.glob("*.gguf") if os.path.isdir(folder) and not os.path.lexists(folder / "config.json") else ()
@@ -110,13 +110,12 @@ def resolve(name: str | Path) -> Path:
 
 
 def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, ModelConfig]:
-    """Family and config of a folder, from its JSON files only.
+    """Return family and config of a folder, from its JSON files only.
 
     generation_config.json supplies the begin, end and padding ids that config.json leaves out.
 
     Raises:
-      UserError: unknown family, unsupported settings, fields that hold something else than they can, weights
-        that are quantised in a way that is not known.
+      UserError: unknown family, unsupported settings or quantisation, or invalid fields.
     """
     path, generation = folder / "config.json", folder / "generation_config.json"
     config = read_fields(path)
@@ -147,7 +146,7 @@ def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, M
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """The content of a config.json or generation_config.json, none of whose known fields holds what it cannot.
+    """Return the content of a config.json or generation_config.json, with its known fields checked.
 
     Raises:
       UserError: see `read_json` and `check_fields`.
@@ -165,11 +164,10 @@ def find_weights(
     vision_dir: Path | None,
     parts: Collection[str] = PARTS,
 ) -> Sources:
-    """Where every weight of these parts lies; the tower of an original LLaVA or Bunny is its own folder's, as in the
-    reference.
+    """Return the weights of some parts in the files; `vision_dir` supplies the tower of an original LLaVA or Bunny.
 
     Raises:
-      UserError: unknown, missing or doubled keys, wrong shapes and dtypes, all in one line.
+      UserError: unknown, missing or repeated keys, wrong shapes and dtypes, all in one line.
     """
     holders: list[tuple[Checkpoint, Collection[str]]] = [(Checkpoint(folder), parts)]
     if family.separate_vision and vision_dir is not None and has_weights(vision_dir):
@@ -189,7 +187,7 @@ def find_weights(
 
 
 def _same_values(one: StoredWeight, other: StoredWeight) -> bool:
-    """Whether two weights of equal shape have the same dtype and bits, read piece by piece."""
+    """Return True if two weights of equal shape have the same dtype and bits; they are read in pieces."""
     size = math.prod(one.shape)
     cuts = [*range(0, size, _PIECE), size]
     pairs = zip(one.pieces(cuts), other.pieces(cuts), strict=True) if one.dtype == other.dtype else ()
@@ -197,7 +195,7 @@ def _same_values(one: StoredWeight, other: StoredWeight) -> bool:
 
 
 def read_params(cfg: ModelConfig, slots: list[Slot], sources: Sources, dtype: np.dtype, mesh: Mesh | None) -> Params:
-    """The parameters of these slots; beside them, one piece of a file per thread is in memory at a time."""
+    """Read the parameters of slots; each thread holds one additional piece of a file in memory."""
     members: dict[str, list[Slot]] = defaultdict(list)
     for slot in slots:
         members[slot.path].append(slot)
@@ -235,10 +233,10 @@ def _look_up(blocks: Mapping[Bounds, np.ndarray], shape: tuple[int, ...], index:
 
 
 def _fill(slot: Slot, *, sources: Sources, blocks: Mapping[Bounds, np.ndarray]) -> None:
-    """Put one tensor into its parameter's blocks: read once, in pieces that stay in the processor's cache.
+    """Copy one tensor into its parameter's blocks, in pieces that fit the processor's cache.
 
     Raises:
-      UserError: a weight is not finite, in the file or as the blocks' dtype.
+      UserError: a weight is not finite, in the file or in the dtype of the blocks.
     """
     source = sources[slot.key]
     targets = []
@@ -282,7 +280,7 @@ def _aligned(bounds: Bounds, dtype: np.dtype) -> np.ndarray:
 def check_finite(array: np.ndarray, what: str) -> None:
     """Refuse infinity and NaN, which would spread to every score and loss.
 
-    Two maxima over the bit patterns, signed and unsigned: no temporary array, and several times faster than isfinite.
+    Two maxima over the bit patterns, signed and unsigned, need no temporary array and are much faster than isfinite.
 
     Raises:
       UserError: names `what`.

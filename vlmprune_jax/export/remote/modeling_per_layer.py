@@ -15,7 +15,7 @@ PREFIX = "PerLayer"
 
 
 class LayerConfig:
-    """The config of one layer: its own head counts, and everything else as the model's config has it at that moment."""
+    """Config of one layer: its own head counts, and all other fields of the model's config."""
 
     def __init__(self, config, **own):
         self.__dict__.update(own, _model_config=config)
@@ -95,12 +95,12 @@ class PerLayerWidths(nn.Module):
 
     @classmethod
     def is_custom_code(cls):
-        """False: transformers 5 then renames the keys of old checkpoints as it does for the stock class."""
+        """Return False, so that transformers 5 renames keys of old checkpoints as for the stock class."""
         return False
 
 
 def __getattr__(name: str) -> Any:
-    """`PerLayerX` of a class X of transformers; config.json names the one that loads the folder (`auto_map`)."""
+    """Return class `PerLayerX` for a transformers class X; `auto_map` in config.json names the class to load."""
     stock = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
     if stock is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -112,7 +112,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _rename_as(stock: str, name: str) -> None:
-    """In transformers 5, rename keys of files for class `name` as for its parent, where that is looked up by class."""
+    """Register the checkpoint key renamings of `stock` for class `name` (transformers 5 looks them up by class)."""
     try:
         from transformers.conversion_mapping import (
             get_checkpoint_conversion_mapping,

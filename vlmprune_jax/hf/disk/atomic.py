@@ -1,4 +1,4 @@
-"""Output folders that exist completely or not at all."""
+"""Output folders that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_target(out_dir: Path, source_dir: Path, overwrite: bool) -> None:
     """Refuse an output folder that would destroy something.
 
     Raises:
-      UserError: it exists and `overwrite` is off, it is not a model folder, or it holds the source.
+      UserError: it exists and `overwrite` is off, it is not a model folder, or it contains the source.
     """
     out, source = out_dir.resolve(), source_dir.resolve()
     if out == source or out in source.parents:
@@ -56,10 +56,10 @@ def _has_card(folder: Path) -> bool:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Refuse to start what cannot be finished.
+    """Refuse to write more than the disk can hold.
 
     Raises:
-      UserError: fewer than `needed` bytes (and some spare) are free where `folder` is to be.
+      UserError: the disk of `folder` has fewer than `needed` + SPARE_BYTES bytes free.
     """
     free = shutil.disk_usage(next(parent for parent in folder.resolve().parents if parent.is_dir())).free
     if free < needed + SPARE_BYTES:
@@ -71,13 +71,13 @@ def check_space(folder: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(out_dir: Path) -> Iterator[Path]:
-    """A hidden folder beside `out_dir` to write into; it becomes `out_dir` in one rename when the block succeeds.
+    """Yield a hidden folder beside `out_dir` that becomes `out_dir` in one rename if the block succeeds.
 
-    Whatever was at `out_dir` is replaced at that moment and not before. If the block fails the hidden folder goes; if
-    the process is killed, a later call for the same `out_dir` removes it (`clean_stale`).
+    An existing `out_dir` is replaced only then. If the block fails, the hidden folder is removed; if the process is
+    killed, the next call for the same `out_dir` removes it (`clean_stale`).
 
     Raises:
-      UserError: the disk (or a quota) is full, or the system refuses to read or write a file of the work.
+      UserError: the disk (or a quota) is full, or a file cannot be read or written.
     """
     owner = f"{socket.gethostname()}-{os.getpid()}"
     partial = out_dir.parent / f".{out_dir.name}.partial-{owner}"
@@ -106,9 +106,9 @@ def atomic_folder(out_dir: Path) -> Iterator[Path]:
 
 
 def clean_stale(out_dir: Path) -> None:
-    """Remove what killed writers of `out_dir` left beside it, and put back a folder that one was just replacing.
+    """Remove leftovers of killed writers of `out_dir`, and restore a folder that a writer was replacing.
 
-    A writer on this machine is gone when its process is; one on another machine (which a pod may have lost) when it
+    A writer on this machine is dead if its process is gone; a writer on another machine (of a pod, perhaps lost) if it
     wrote nothing for `ABANDONED_SECONDS`.
     """
     for kind in ("replaced", "partial"):
@@ -124,7 +124,7 @@ def clean_stale(out_dir: Path) -> None:
 
 
 def _writing(folder: Path, host: str, pid: int) -> bool:
-    """Whether the process that made a folder may still be at it."""
+    """Return True if the process that created a folder may still be writing."""
     if host == socket.gethostname():
         return pid != os.getpid() and _alive(pid)
     try:
@@ -145,7 +145,7 @@ def _alive(pid: int) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or a folder's entries to the disk."""
+    """Flush a file's data or a folder's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""A checkpoint folder: its shards, the tensors in them, and the weights that these make up."""
+"""Checkpoint folder: shards, their tensors, and the weights that the tensors encode."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ BIN_SINGLE = "pytorch_model.bin"
 
 
 class _Index(TypedDict):
-    """What lists the keys of several weight files."""
+    """Index of a sharded checkpoint."""
 
     weight_map: dict[str, str]
 
 
 class Checkpoint(Mapping[str, np.ndarray]):
-    """All weights of a folder by key, each read (or decoded) when it is asked for.
+    """Weights of a folder by key, read (and decoded) on access.
 
-    `tensors` are what the files hold, `entries` the weights: the same, but where config.json names a `storage`, whose
-    weights are several tensors each.
+    `tensors` are those in the files. `entries` are the weights: the same objects, unless config.json names a `storage`
+    with several tensors per weight.
 
     Raises:
-      UserError: no weights, a missing or damaged shard, the same key in two shards, a storage that is not known, or
-        parts of weights that are missing or do not fit one another.
+      UserError: no weights, a missing or damaged shard, the same key in two shards, an unknown storage, or missing or
+        inconsistent parts of a weight.
     """
 
     def __init__(self, folder: Path):
@@ -75,12 +75,12 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder holds weights in one of the known forms, perhaps damaged."""
+    """Return True if a folder has a weight file or index in a known form, even a damaged one."""
     return any(os.path.lexists(folder / name) for name in (SINGLE, INDEX, BIN_SINGLE, BIN_INDEX))
 
 
 def list_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """The weight files of a folder in order (transformers' precedence), and the index's key -> file name, if any."""
+    """Return the weight files in order (transformers' precedence) and the index's {key: file name}, if any."""
     for index, single in ((INDEX, SINGLE), (BIN_INDEX, BIN_SINGLE)):
         if os.path.lexists(folder / single):
             return [folder / single], {}

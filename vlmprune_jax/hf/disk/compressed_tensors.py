@@ -1,7 +1,7 @@
-"""The integers of the compressed-tensors format, as vLLM and transformers read it: 4 or 8 bits with scales.
+"""Integer storage of compressed-tensors, as vLLM and transformers read it: 4 or 8 bits with scales.
 
-`pack-quantized`: KEY_packed int32 holds a row's codes one after the other, low bits first, each plus 2^(bits-1);
-KEY_scale [rows, groups]; KEY_shape; and KEY_zero_point, packed along the rows, where groups are not symmetric.
+`pack-quantized`: KEY_packed int32 holds the codes of a row in sequence, low bits first, each plus 2^(bits-1);
+KEY_scale [rows, groups]; KEY_shape; and KEY_zero_point, packed along the rows, for asymmetric groups.
 `int-quantized`: KEY int8 and KEY_scale. A weight is scale * (code - zero point), in the scale's dtype.
 """
 
@@ -28,7 +28,7 @@ GROUPS = (128, 64, 32)
 
 
 class _Arguments(TypedDict):
-    """How weights or activations are rounded."""
+    """Quantisation of weights or activations."""
 
     num_bits: Literal[4, 8]
     type: NotRequired[Literal["int"]]
@@ -40,7 +40,7 @@ class _Arguments(TypedDict):
 
 
 class _Group(TypedDict):
-    """Modules that are rounded alike."""
+    """Quantisation of a group of modules."""
 
     weights: _Arguments
     input_activations: NotRequired[_Arguments | None]
@@ -49,7 +49,7 @@ class _Group(TypedDict):
 
 
 class _Settings(TypedDict):
-    """A quantization_config that can be read."""
+    """Readable content of `quantization_config`."""
 
     format: Literal["pack-quantized", "int-quantized"]
     config_groups: Annotated[dict[str, _Group], Meta(min_length=1, max_length=1)]
@@ -59,10 +59,13 @@ class _Settings(TypedDict):
 
 @dataclass(frozen=True)
 class CompressedTensors:
-    """Matrices of the decoder's layers in integers of `bits`, a scale for every `group` values of a row (0: the row).
+    """Storage of the matrices in the decoder's layers as integers.
 
-    `symmetric`: without zero points. `activations`: engines round what a matrix reads to 8 bits, token by token; the
-    weights are then int8 as they are, else packed.
+    Attributes:
+      bits: 4 or 8.
+      group: number of values of a row that share a scale, or 0 for one scale per row.
+      symmetric: True without zero points.
+      activations: True if engines round activations to 8 bits per token; weights are then plain int8, else packed.
     """
 
     bits: int
@@ -72,10 +75,10 @@ class CompressedTensors:
 
     @classmethod
     def from_config(cls, settings: JsonDict) -> CompressedTensors:
-        """What a folder's quantization_config says.
+        """Return the storage that a folder's `quantization_config` describes.
 
         Raises:
-          UserError: it is not of integers of 4 or 8 bits, alike in all modules.
+          UserError: it is not of integers of 4 or 8 bits with the same settings in all modules.
         """
         todo = "only integers of 4 or 8 bits, with scales of rows or groups, can be read: use the checkpoint before"
         checked(settings, _Settings, _METHOD, todo)
@@ -93,7 +96,7 @@ class CompressedTensors:
         return found
 
     def to_config(self, shapes: Mapping[str, tuple[int, ...]]) -> JsonDict:
-        """As transformers and vLLM want it; `ignore` has the matrices that stay, the outermost module of each."""
+        """Return `quantization_config` for transformers and vLLM; `ignore` lists the outermost plain modules."""
         held = {key.removesuffix("_scale") for key in shapes if key.endswith(".weight_scale")}
         matrices = [key for key, shape in shapes.items() if len(shape) == 2 and key.endswith(".weight")]
         inside = {name for key in held for name in _modules(key)}
@@ -119,31 +122,31 @@ class CompressedTensors:
 
     @property
     def name(self) -> str:
-        """What `inspect` and cards call it."""
+        """Description for `inspect` and model cards."""
         scales = f"a scale for every {self.group} values" if self.group else "a scale for every row"
         zeros = "" if self.symmetric else " and zero points"
         return f"{_METHOD} (int{self.bits}, {scales}{zeros}{', activations int8' if self.activations else ''})"
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """Of a weight's tensors."""
+        """Suffixes of the tensors of a weight."""
         if self.activations:
             return ("", "_scale")
         return ("_packed", "_scale", "_shape", *(() if self.symmetric else ("_zero_point",)))
 
     def holds(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether a weight is written like this: matrices of the decoder's layers whose rows the group divides."""
+        """Return True for matrices of the decoder's layers whose rows the group size divides."""
         return name.startswith("text/layers/") and len(shape) == 2 and (not self.group or shape[1] % self.group == 0)
 
     def weight(self, parts: Mapping[str, Entry]) -> tuple[str, tuple[int, ...]]:
-        """Dtype and shape of the weight in these tensors; ValueError: they are none."""
+        """Return dtype and shape of the weight in some tensors; raise ValueError if they form none."""
         shape = parts[""].shape if self.activations else _read_shape(parts["_shape"])
         if len(shape) != 2 or min(shape) < 1 or (self.group and shape[1] % self.group):
             raise ValueError(f"shape {list(shape)}, expected rows of {f'groups of {self.group}' if self.group else 1}")
         return parts["_scale"].dtype, shape
 
     def tensors(self, dtype: str, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Dtype and shape of the tensors of such a weight."""
+        """Return dtype and shape of the tensors of a weight."""
         rows, columns = shape
         scales = (rows, columns // self.group if self.group else 1)
         if self.activations:
@@ -152,7 +155,7 @@ class CompressedTensors:
         return found if self.symmetric else found | {"_zero_point": ("I32", (self._words(rows), scales[1]))}
 
     def decode(self, parts: Mapping[str, Entry], start: int, stop: int) -> np.ndarray:
-        """Rows `start` to `stop` of the weight."""
+        """Return rows `start` to `stop` of the weight."""
         scale = parts["_scale"].rows(start, stop)
         if self.activations:
             codes = parts[""].rows(start, stop)
@@ -169,16 +172,16 @@ class CompressedTensors:
         return (values * scale.astype(np.float32)[..., None]).astype(scale.dtype).reshape(codes.shape)
 
     def encode(self, name: str, values: np.ndarray) -> dict[str, np.ndarray]:
-        """The tensors of a weight, every value rounded to the nearest."""
+        """Return the tensors of a weight, with every value rounded to the nearest code."""
         scale, zeros = self.grid(values.astype(np.float32), values.dtype)
         groups = values.astype(np.float32).reshape(*scale.shape, -1)
         codes = self.round(groups, scale[..., None], zeros[..., None]).reshape(values.shape)
         return self.parts(codes, scale.astype(values.dtype), zeros)
 
     def grid(self, values: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-        """Scales, float32 of values that `dtype` has, and zero points, both [rows, groups], over a weight's extremes.
+        """Return scales (float32 that fit `dtype`) and zero points, both [rows, groups], for the range of values.
 
-        As compressed-tensors computes them: symmetric, the largest value lies half a step beyond the last code.
+        As in compressed-tensors, the largest value of a symmetric group lies half a step beyond the last code.
         """
         groups = values.reshape(len(values), values.shape[1] // self.group if self.group else 1, -1)
         steps = 2**self.bits - 1
@@ -193,11 +196,11 @@ class CompressedTensors:
         return scale, np.clip(zeros, *self._ends).astype(np.int8)
 
     def round(self, values: np.ndarray, scale: np.ndarray, zeros: np.ndarray) -> np.ndarray:
-        """The nearest codes, int8."""
+        """Return the nearest codes, int8."""
         return np.clip(np.rint(values / scale) + zeros, *self._ends).astype(np.int8)
 
     def parts(self, codes: np.ndarray, scale: np.ndarray, zeros: np.ndarray) -> dict[str, np.ndarray]:
-        """The tensors of int8[rows, columns] codes with scales and zero points [rows, groups]."""
+        """Return the tensors of int8[rows, columns] codes with scales and zero points [rows, groups]."""
         if self.activations:
             return {"": codes, "_scale": scale}
         found = {"_packed": self._pack(codes), "_scale": scale, "_shape": np.asarray(codes.shape, np.int64)}
@@ -212,14 +215,14 @@ class CompressedTensors:
         return -(-count * self.bits // 32)
 
     def _pack(self, codes: np.ndarray) -> np.ndarray:
-        """int32[rows, words] of int8[rows, count]."""
+        """Pack int8[rows, count] into int32[rows, words]."""
         rows, count = codes.shape
         unsigned = np.zeros((rows, self._words(count) * 32 // self.bits), np.uint8)
         unsigned[:, :count] = codes.astype(np.int16) + 2 ** (self.bits - 1)
         return (unsigned if self.bits == 8 else unsigned[:, ::2] | unsigned[:, 1::2] << 4).view("<i4")
 
     def _unpack(self, words: np.ndarray, count: int) -> np.ndarray:
-        """int8[rows, count] of int32[rows, words]."""
+        """Unpack int32[rows, words] into int8[rows, count]."""
         unsigned = np.ascontiguousarray(words).view(np.uint8)
         if self.bits == 4:
             unsigned = np.stack([unsigned & 15, unsigned >> 4], axis=-1).reshape(len(words), -1)
@@ -245,12 +248,12 @@ def _read_shape(part: Entry) -> tuple[int, ...]:
 
 
 def _modules(key: str) -> list[str]:
-    """The module of a weight and those around it, the outermost first."""
+    """Return the module of a weight and its parents, outermost first."""
     names = key.removesuffix(".weight").split(".")
     return [".".join(names[: end + 1]) for end in range(len(names))]
 
 
 def _pattern(module: str) -> str:
-    """An expression for a module and all in it, whatever modules classes and engines put around it."""
+    """Return a regex for a module and its children, under any parent modules."""
     layer = re.search(r"layers\.\d+\..*", module)
     return rf"re:.*\b{re.escape(layer[0] if layer else module.rpartition('.')[2])}\b.*"

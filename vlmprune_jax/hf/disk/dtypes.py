@@ -1,4 +1,4 @@
-"""Dtypes by the names that weight files and configs give them: one table, from which the others are derived."""
+"""Dtypes by their names in weight files and configs: one table, and others derived from it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ WRITTEN = (*DTYPES, "source")
 
 
 def file_name(dtype: str) -> str:
-    """What weight files call a dtype of numpy or torch ("BF16" for "bfloat16"); unknown ones stay as they are."""
+    """Return the name in weight files of a numpy or torch dtype ("BF16" for "bfloat16"), or the name itself."""
     return next((name for name, known in FILE_DTYPES.items() if known.name == dtype), dtype)
 
 
 def bytes_in_file(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor of a dtype in `FILE_DTYPES`."""
+    """Return the size in bytes of a tensor with a dtype of `FILE_DTYPES`."""
     return math.prod(shape) * FILE_DTYPES[dtype].itemsize

@@ -1,7 +1,7 @@
-"""Storage formats: how a weight lies in the tensors of a folder where it is not one plain tensor (quantised, packed).
+"""Storage formats: weights that several tensors encode (quantised or packed).
 
-A format is one object, a `Storage`: `storages` finds it by the `quant_method` of config.json, and `save` takes one. The
-files hold its tensors; everything above `hf/disk` sees one array per weight, decoded row by row as it is read.
+A format is an object with the methods of `Storage`. `storages` finds it by `quant_method` of config.json, and `save`
+takes one. Code above `hf/disk` sees one array per weight, decoded row by row on reading.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ _WEIGHT = ".weight"  # how the keys end that a storage may hold: biases and buff
 
 
 class Storage(Protocol):
-    """How a weight lies in tensors: that of `KEY` in `KEY` + each of `suffixes`, of which "" may be one.
+    """Encoding of a weight `KEY` in tensors `KEY` + suffix; "" may be a suffix.
 
-    Dtypes are spelled as in weight files ("F32", "I8"), and parts go by their suffix.
+    Dtypes are spelled as in weight files ("F32", "I8"); tensors of a weight are passed by suffix.
     """
 
     @property
     def name(self) -> str:
-        """What people and `inspect` call it."""
+        """Description for people and `inspect`."""
 
     @property
     def suffixes(self) -> Sequence[str]:
-        """Of its tensors; every weight has each of them."""
+        """Suffixes of the tensors, the same for every weight."""
 
     def weight(self, parts: Mapping[str, Entry]) -> tuple[str, tuple[int, ...]]:
-        """Dtype (F32, F16 or BF16) and shape of the weight in these tensors; ValueError: what cannot be one."""
+        """Return dtype (F32, F16 or BF16) and shape of a weight; raise ValueError if the tensors form none."""
 
     def tensors(self, dtype: str, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Dtype and shape of the tensors of such a weight: the inverse of `weight`, against which files are checked."""
+        """Return dtype and shape of the tensors of a weight: the inverse of `weight`, to check files."""
 
     def decode(self, parts: Mapping[str, Entry], start: int, stop: int) -> np.ndarray:
-        """Rows `start` to `stop` of the weight, in its dtype; `Entry.rows` reads what it needs of a part."""
+        """Return rows `start` to `stop` of the weight, in its dtype; `Entry.rows` reads rows of a tensor."""
 
     def encode(self, name: str, values: np.ndarray) -> dict[str, np.ndarray]:
-        """The tensors of a weight with these values, as `tensors` says; `name` as in `holds`."""
+        """Return the tensors of a weight with these values, as in `tensors`; `name` as in `holds`."""
 
     def holds(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether a weight is written like this, by its path in `params` and its shape in files; others are plain."""
+        """Return True to encode a weight, given its path in `params` and its shape in files; others are plain."""
 
     def to_config(self, shapes: Mapping[str, tuple[int, ...]]) -> JsonDict:
-        """`quantization_config` of a folder with tensors of these keys and shapes, `quant_method` among it."""
+        """Return `quantization_config`, with `quant_method`, of a folder with tensors {key: shape}."""
 
 
 # quant_method -> the storage that a folder's quantization_config describes (UserError: what it cannot read of it).
@@ -64,7 +64,7 @@ storages: dict[str, Callable[[JsonDict], Storage]] = {"compressed-tensors": Comp
 
 @dataclass(frozen=True)
 class EncodedWeight:
-    """A weight in the tensors of a storage: what `Entry` is to a plain one. Only the rows asked for are decoded."""
+    """Weight encoded in several tensors, with the interface of `Entry`; only requested rows are decoded."""
 
     key: str
     dtype: str
@@ -74,24 +74,24 @@ class EncodedWeight:
 
     @property
     def file(self) -> Path:
-        """Where its first tensor is."""
+        """File of the first tensor."""
         return next(iter(self.parts.values())).file
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of its values."""
+        """Size of the decoded values in bytes."""
         return math.prod(self.shape) * WEIGHT_DTYPES[self.dtype].itemsize
 
     def raw(self) -> np.ndarray:
-        """uint8[bytes] of all values."""
+        """Return the bytes of all values, uint8[bytes]."""
         return self.values(0, math.prod(self.shape)).view(np.uint8)
 
     def array(self) -> np.ndarray:
-        """All values."""
+        """Return all values."""
         return self.values(0, math.prod(self.shape)).reshape(self.shape)
 
     def values(self, first: int, count: int) -> np.ndarray:
-        """`count` values from flat position `first` on."""
+        """Return `count` values from flat position `first`."""
         width = max(1, math.prod(self.shape[1:]))
         start, stop = first // width, -(-(first + count) // width)
         with np.errstate(all="ignore"):  # what is not finite is reported with the weight's name
@@ -100,15 +100,15 @@ class EncodedWeight:
         return rows.reshape(-1)[first - start * width :][:count]
 
     def extent(self, first: int, size: int) -> Extent | None:
-        """None: its values are nowhere in a file."""
+        """Return None: no file holds the decoded bytes."""
 
     def elements(self, positions: np.ndarray) -> np.ndarray:
-        """The values at flat positions."""
+        """Return the values at flat positions."""
         found = [self.values(int(at), 1) for at in positions.reshape(-1)]
         return np.concatenate(found).reshape(positions.shape)
 
     def pieces(self, cuts: Sequence[int]) -> Iterator[np.ndarray]:
-        """The values between consecutive `cuts` (ascending flat positions)."""
+        """Yield the values between consecutive `cuts` (ascending flat positions)."""
         return (self.values(begin, end - begin) for begin, end in itertools.pairwise(cuts))
 
 
@@ -116,10 +116,10 @@ StoredWeight = Entry | EncodedWeight
 
 
 def find_storage(config: JsonDict, where: str) -> Storage | None:
-    """The storage of a folder with this config.json, or None where every weight is one plain tensor.
+    """Return the storage named in config.json, or None for plain weights.
 
     Raises:
-      UserError: its weights are quantised in a way that is not known.
+      UserError: the quantisation is not supported.
     """
     for part in (config, config.get("text_config"), config.get("llm_config")):
         settings = part.get("quantization_config") if isinstance(part, dict) else None
@@ -140,17 +140,17 @@ def find_storage(config: JsonDict, where: str) -> Storage | None:
 
 
 def without_storage(config: JsonDict) -> JsonDict:
-    """The config.json of a folder with plain weights."""
+    """Return config.json without quantisation."""
     inner = {name: config[name] for name in ("text_config", "llm_config") if isinstance(config.get(name), dict)}
     plain = {name: {k: v for k, v in part.items() if k != "quantization_config"} for name, part in inner.items()}
     return {name: value for name, value in (config | plain).items() if name != "quantization_config"}
 
 
 def join_parts(storage: Storage, tensors: Mapping[str, Entry], where: str) -> dict[str, StoredWeight]:
-    """The weights in the tensors of a folder, in their order; what belongs to no weight is left as it is.
+    """Return the weights in the tensors of a folder, in file order; tensors of no weight are returned unchanged.
 
     Raises:
-      UserError: tensors of a weight are missing, or do not fit one another.
+      UserError: tensors of a weight are missing or inconsistent.
     """
     marks = [suffix for suffix in storage.suffixes if suffix]
     groups: dict[str, dict[str, Entry]] = {}
@@ -177,7 +177,7 @@ def join_parts(storage: Storage, tensors: Mapping[str, Entry], where: str) -> di
 
 
 def _join(storage: Storage, key: str, parts: Mapping[str, Entry]) -> EncodedWeight:
-    """One weight; ValueError, or what a storage raises for headers that it did not expect: what is wrong with it."""
+    """Return one weight. Raise ValueError (or an error of the storage) if parts are missing or inconsistent."""
     missing = [key + suffix for suffix in storage.suffixes if suffix not in parts]
     if missing:
         raise ValueError(f"{next(iter(parts.values())).key} has no {', '.join(missing)} beside it")

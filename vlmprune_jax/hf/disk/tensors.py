@@ -1,4 +1,4 @@
-"""Tensors on their way to disk: their bytes fetched one at a time, streamed into safetensors shards."""
+"""Tensors to write: bytes are fetched one tensor at a time and streamed into safetensors shards."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from vlmprune_jax.hf.disk.weight_files import Extent
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor to write: its key, safetensors dtype and shape, and how to get its bytes (uint8[n_bytes]).
+    """One tensor to write: its key, safetensors dtype and shape, and a function that returns its bytes.
 
-    Where the very bytes lie in a file, `extent` says so: they are copied block by block, and `look` sees every block.
+    If the same bytes are in a file, at `extent`, they are copied in blocks, and `look` receives every block.
     """
 
     key: str
@@ -42,9 +42,9 @@ def weight(
     extent: Extent | None = None,
     check: Callable[[np.ndarray], None] = lambda array: None,
 ) -> Tensor:
-    """A tensor whose `fetch` gives an array of any shape with the right number of elements and dtype.
+    """Return a tensor whose `fetch` returns an array of the right dtype and number of elements, in any shape.
 
-    `extent` is where the same bytes lie in a file, if they do; `check` sees every value that is written.
+    `extent` locates the same bytes in a file, if any; `check` receives all values written.
     """
 
     def look(block: np.ndarray) -> None:
@@ -59,10 +59,10 @@ def weight(
 
 
 def encoded(weights: Sequence[tuple[str, Tensor]], storage: Storage) -> list[Tensor]:
-    """The tensors of these weights, (path in `params`, plain tensor), in a storage; those that it does not hold stay.
+    """Return tensors for weights, given as pairs (path in `params`, plain tensor), encoded if the storage holds them.
 
-    Sizes are known beforehand; a weight is fetched and encoded when its first tensor is written, and once more for
-    those that are written after other weights' (`split_shards` puts wide dtypes first).
+    A weight is fetched and encoded when its first tensor is written, and again for tensors that are written after those
+    of other weights (`split_shards` puts wide dtypes first).
     """
 
     @functools.lru_cache(maxsize=1)
@@ -92,10 +92,9 @@ def _bytes_of(array: np.ndarray) -> np.ndarray:
 
 
 def split_shards(tensors: Sequence[Tensor], max_bytes: int) -> list[list[Tensor]]:
-    """Consecutive tensors in shards of at most `max_bytes` (a larger tensor has one of its own), in the order written.
+    """Return consecutive tensors in shards of at most `max_bytes`; a larger tensor gets its own shard.
 
-    Within a shard wide dtypes come first, as the safetensors library writes them: every tensor is then aligned to its
-    element.
+    Within a shard, wide dtypes come first, as the safetensors library writes them, which aligns every tensor.
     """
     shards: list[list[Tensor]] = [[]]
     size = 0
@@ -109,7 +108,7 @@ def split_shards(tensors: Sequence[Tensor], max_bytes: int) -> list[list[Tensor]
 
 
 def write_weights(tensors: Sequence[Tensor], folder: Path, max_bytes: int) -> None:
-    """`model.safetensors`, or numbered shards and their index."""
+    """Write `model.safetensors`, or numbered shards and their index."""
     shards = split_shards(tensors, max_bytes)
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
@@ -124,14 +123,14 @@ def write_weights(tensors: Sequence[Tensor], folder: Path, max_bytes: int) -> No
 
 
 def bytes_on_disk(tensors: Sequence[Tensor], max_bytes: int) -> int:
-    """Bytes of the safetensors files that `write_weights` makes of these tensors."""
+    """Return the size of the safetensors files that `write_weights` writes."""
     return sum(
         len(_header(shard)) + sum(tensor.n_bytes for tensor in shard) for shard in split_shards(tensors, max_bytes)
     )
 
 
 def _header(tensors: Sequence[Tensor]) -> bytes:
-    """What a safetensors file begins with."""
+    """Return the header of a safetensors file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
@@ -147,7 +146,7 @@ def _header(tensors: Sequence[Tensor]) -> bytes:
 
 
 def write_safetensors(tensors: Sequence[Tensor], file: CheckedFile) -> None:
-    """One safetensors file, a tensor in memory at a time (the library's own writer wants all of them at once)."""
+    """Write one safetensors file with one tensor in memory at a time (the library's writer needs all at once)."""
     file.write(_header(tensors))
     for tensor in tensors:
         if tensor.extent is not None:

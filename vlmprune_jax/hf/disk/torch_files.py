@@ -1,7 +1,7 @@
-"""The tensors of a `pytorch_model*.bin`: its pickle is read as a list of places in the file, and never run.
+"""Tensors of a `pytorch_model*.bin`, located without running its pickle.
 
-Such a file is a zip archive: `data.pkl`, a pickle whose tensors name records of the archive, and those records, stored
-as they are. Nothing here imports what a pickle names: names stay texts, and all but a few are refused.
+The file is a zip archive: `data.pkl`, a pickle whose tensors refer to records of the archive, and the uncompressed
+records. Nothing that the pickle names is imported: names stay texts, and all but a few are refused.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ _LOCAL_HEADER = 30  # bytes of a zip record's own header, before its name and it
 
 
 class _Name(NamedTuple):
-    """A class or function that a pickle names."""
+    """Name of a class or function in a pickle."""
 
     text: str
 
 
 class _Storage(NamedTuple):
-    """A record with values of a storage class (or of none, where each tensor says its dtype)."""
+    """Record of a storage class (or of untyped bytes, if each tensor has its dtype)."""
 
     kind: str
     record: str
 
 
 class _Tensor(NamedTuple):
-    """Values of a storage from `first` on."""
+    """View of a storage that starts at element `first`."""
 
     storage: _Storage
     first: int
@@ -53,16 +53,16 @@ class _Tensor(NamedTuple):
 
 
 class _Other(NamedTuple):
-    """Anything else, by the function that would make it."""
+    """Any other object, by the name of its constructor."""
 
     maker: str
 
 
 def read_torch(path: Path) -> dict[str, Entry]:
-    """The tensors of a `pytorch_model*.bin`.
+    """Return the tensors of a `pytorch_model*.bin` by key.
 
     Raises:
-      UserError: damaged, or anything but a state dict of plain tensors, each in one piece.
+      UserError: the file is damaged, or is not a state dict of plain contiguous tensors.
     """
     with open_file(path) as file, reading(path, _EXPECTED):
         check_no_pointer(path, file)
@@ -82,7 +82,7 @@ def read_torch(path: Path) -> dict[str, Entry]:
 
 
 def _places(file: BinaryIO, members: dict[str, zipfile.ZipInfo]) -> Callable[..., tuple[int, int]]:
-    """A function that gives the first and last + 1 byte of a record in the file."""
+    """Return a function that returns the byte range of a record in the file."""
     size, known = os.fstat(file.fileno()).st_size, dict[str, tuple[int, int]]()
 
     def place(name: str, most: int = 2**63) -> tuple[int, int]:
@@ -131,7 +131,7 @@ def _entry(path: Path, key: str, value: Any, root: str, place: Callable[..., tup
 
 
 def _in_one_piece(tensor: _Tensor) -> bool:
-    """Whether the values lie one after the other, the last axis fastest."""
+    """Return True if a tensor is contiguous in row-major order."""
     step = 1
     for size, stride in reversed(list(zip(tensor.shape, tensor.strides, strict=True))):
         if size > 1 and stride != step:
@@ -141,10 +141,10 @@ def _in_one_piece(tensor: _Tensor) -> bool:
 
 
 def _interpret(pickle: bytes) -> Any:
-    """What a pickle builds, of texts, numbers, tuples, lists, dicts with texts as keys, and the classes above.
+    """Return the object of a pickle made of texts, numbers, tuples, lists, dicts with text keys and the classes above.
 
     Raises:
-      Exception: of many types, for what is damaged or has other parts.
+      Exception: of various types, if the pickle is damaged or has other content.
     """
     below: list[list[Any]] = []  # what lies under each mark
     stack: list[Any] = []

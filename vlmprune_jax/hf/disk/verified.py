@@ -1,4 +1,4 @@
-"""Files that are written in large blocks past the page cache, every block read back and compared."""
+"""Writing of files in large blocks past the page cache; every block is read back and compared."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ Look = Callable[[np.ndarray], None]
 
 
 class CheckedFile:
-    """A new file, written from front to back.
+    """New file, written from front to back.
 
-    Threads write a block each and read it back while the caller fills the next: through the page cache 13.5 GB cost
-    tens of seconds of copies and evictions, and a block read back from there proves little. File systems without direct
-    access (tmpfs, some network ones) are written the ordinary way.
+    Threads write and read back one block each while the caller fills the next. Through the page cache, 13.5 GB cost
+    tens of seconds of copies and evictions, and reading back proves little. File systems without direct access (tmpfs,
+    some network file systems) are written normally.
 
     Raises:
-      UserError: a block read back differs from what was written.
+      UserError: a block read back differs from the block written.
       OSError: the disk is full or fails.
     """
 
@@ -75,11 +75,11 @@ class CheckedFile:
             rest = rest[len(part) :]
 
     def copy(self, extent: Extent, look: Look) -> None:
-        """Append bytes of another file, at most one block in memory at a time.
+        """Append bytes of another file, with at most one block in memory.
 
         Args:
-          extent: what to copy.
-          look: called with uint8[bytes] of each part in turn, cut at multiples of 8 bytes of this file.
+          extent: file and byte range to copy.
+          look: function of uint8[bytes] for each part in turn; parts are cut at multiples of 8 bytes of this file.
         """
         begin = extent.begin
         with open_file(extent.file) as source:
@@ -106,7 +106,7 @@ class CheckedFile:
         self._size += self._filled
 
     def _put(self, block: mmap.mmap, length: int, offset: int) -> None:
-        """Write one block and compare it with what is read back (a worker's thread)."""
+        """Write one block, read it back and compare, in a worker's thread."""
         try:
             padded = min(-(-length // _ALIGNMENT) * _ALIGNMENT, BLOCK) if self._direct else length
             rest = memoryview(block)[:padded]
@@ -150,7 +150,7 @@ class CheckedFile:
             )
 
     def _finish(self) -> None:
-        """Write the last block, cut off its padding and put everything on the disk."""
+        """Write the last block, cut its padding and flush the file to the disk."""
         if self._filled:
             memoryview(self._block)[self._filled :][: -self._filled % _ALIGNMENT] = bytes(-self._filled % _ALIGNMENT)
             self._flush()
@@ -161,7 +161,7 @@ class CheckedFile:
 
 
 def _create(path: Path) -> tuple[int, bool]:
-    """Descriptor of a new file, and whether it passes the page cache by."""
+    """Return the descriptor of a new file, and True if it bypasses the page cache."""
     flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
     if _DIRECT:
         try:

@@ -1,4 +1,4 @@
-"""The tensors of weight files: where each lies, with every claim of a header checked, and how its bytes are read."""
+"""Tensors of weight files: location, validated headers, and reading."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Extent:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: its key, the file's name for its dtype, its shape, and its bytes `begin` to `end`.
+    """One tensor of a file: its key, dtype (as the file spells it), shape, and byte range.
 
-    Whatever is read of it is read from the file when it is asked for, and nothing stays in memory.
+    Bytes are read on access and not kept.
 
     Raises:
       UserError: the file is gone, or became shorter.
@@ -52,28 +52,28 @@ class Entry:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes in the file."""
+        """Size in the file in bytes."""
         return self.end - self.begin
 
     def raw(self) -> np.ndarray:
-        """uint8[bytes]; works for every dtype."""
+        """Return uint8[bytes]; works for every dtype."""
         return self._read(self.begin, self.n_bytes)
 
     def array(self) -> np.ndarray:
-        """The values in their shape."""
+        """Return the values in their shape."""
         return self.raw().view(FILE_DTYPES[self.dtype]).reshape(self.shape)
 
     def values(self, first: int, count: int) -> np.ndarray:
-        """`count` values from flat position `first` on."""
+        """Return `count` values from flat position `first`."""
         dtype = FILE_DTYPES[self.dtype]
         return self._read(self.begin + first * dtype.itemsize, count * dtype.itemsize).view(dtype)
 
     def extent(self, first: int, size: int) -> Extent:
-        """Where the bytes `first` to `first + size` are."""
+        """Return the byte range `first` to `first + size` of the tensor."""
         return Extent(self.file, self.begin + first, self.begin + first + size)
 
     def elements(self, positions: np.ndarray) -> np.ndarray:
-        """The values at flat positions, by single reads of them alone."""
+        """Return the values at flat positions, each read on its own."""
         found = np.empty(positions.shape, FILE_DTYPES[self.dtype])
         flat, size = found.reshape(-1).view(np.uint8).data, found.itemsize
         with open_file(self.file) as file:
@@ -83,10 +83,10 @@ class Entry:
         return found
 
     def pieces(self, cuts: Sequence[int]) -> Iterator[np.ndarray]:
-        """The values between consecutive `cuts` (ascending flat positions), each array valid until the next is asked.
+        """Yield the values between consecutive `cuts` (ascending flat positions); each array is valid until the next.
 
-        Read and never mapped: a page fault per 4 KiB costs more than copying them, and ends the process where the file
-        became shorter.
+        The file is not memory-mapped: a page fault per 4 KiB costs more than copying, and a file that becomes shorter
+        would kill the process.
         """
         dtype = FILE_DTYPES[self.dtype]
         room = memoryview(bytearray(max(end - begin for begin, end in itertools.pairwise(cuts)) * dtype.itemsize))
@@ -97,7 +97,7 @@ class Entry:
                 yield np.frombuffer(part, dtype)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """The rows `start` to `stop`: [stop - start, ...]."""
+        """Return rows `start` to `stop`, [stop - start, ...]."""
         width = math.prod(self.shape[1:])
         return self.values(start * width, (stop - start) * width).reshape(stop - start, *self.shape[1:])
 
@@ -109,10 +109,10 @@ class Entry:
 
 
 def read_at(descriptor: int, room: memoryview, offset: int, path: Path) -> None:
-    """Fill `room` with the bytes from `offset` on.
+    """Fill `room` with the bytes from `offset`.
 
     Raises:
-      UserError: the file at `path`, which is open, ends before.
+      UserError: the open file at `path` ends before.
     """
     while room:
         count = os.preadv(descriptor, [room], offset)
@@ -122,17 +122,17 @@ def read_at(descriptor: int, room: memoryview, offset: int, path: Path) -> None:
 
 
 def advise(descriptor: int, begin: int, size: int, name: str) -> None:
-    """Tell the page cache how bytes of a file are used (`posix_fadvise`), where the system can be told (not macOS)."""
+    """Tell the page cache how bytes will be used (`posix_fadvise`), if the system has it (macOS does not)."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, begin, size, getattr(os, name))
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of one safetensors file, with every claim of its header checked against the file.
+    """Return the tensors of a safetensors file, with its header checked against the file.
 
     Raises:
-      UserError: no regular file, truncated or too long, overlapping or with gaps, out of range, a size that does not
-        fit its shape, or a name that comes twice (the safetensors library refuses the same).
+      UserError: not a regular file, truncated or too long, overlapping or out-of-range tensors, gaps, a size that does
+        not match its shape, or a repeated name (as the safetensors library).
     """
     with open_file(path) as file, reading(path, "download it again"):
         check_no_pointer(path, file)
@@ -152,7 +152,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def check_no_pointer(path: Path, file: BinaryIO) -> None:
-    """Refuse what stands in a repository in the place of a large file; `file` stays at its start."""
+    """Refuse a Git LFS pointer; otherwise `file` is back at its start."""
     if file.read(12) == b"version http":
         size = os.fstat(file.fileno()).st_size
         raise UserError(f"{path}: a Git LFS pointer, not the file itself ({size} bytes): download it again")
@@ -160,7 +160,7 @@ def check_no_pointer(path: Path, file: BinaryIO) -> None:
 
 
 def _check_layout(path: Path, entries: Mapping[str, Entry], first: int, size: int) -> None:
-    """Refuse tensors that do not fill the bytes from `first` to the end of the file, each with as many as it needs."""
+    """Refuse tensors of the wrong size, or that do not fill the bytes from `first` to the end of the file."""
     last = max(entries, key=lambda key: entries[key].end, default=None)
     if last is not None and entries[last].end > size:
         raise UserError(
@@ -186,7 +186,7 @@ def _check_layout(path: Path, entries: Mapping[str, Entry], first: int, size: in
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; json alone would keep the last of two equal names."""
+    """Return a JSON object; refuse repeated names, of which json would keep the last."""
     result: dict[str, Any] = {}
     for name, value in pairs:
         if name in result:
@@ -207,7 +207,7 @@ def _entry(path: Path, key: str, value: Mapping[str, Any], start: int) -> Entry:
 
 
 def check_shape(shape: Sequence[Any]) -> None:
-    """Raise ValueError for what cannot be the shape of an array."""
+    """Raise ValueError if a shape is not a short sequence of whole numbers."""
     if len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"a tensor of {len(shape)} dimensions")
     if any(type(n) is not int or not 0 <= n < 2**64 for n in shape):
