@@ -236,7 +236,7 @@ def test_the_hubs_code_does_not_load_fewer_heads(converted, name):
     """And the card does not say that it does."""
     _, out = converted(name, "width", layout="source")
     card = (out / "README.md").read_text()
-    assert "cannot load: it takes hidden_size / heads for the size of a head" in card
+    assert "cannot load: it computes the head size as hidden_size / heads" in card
     assert "loads it" not in card
 
 

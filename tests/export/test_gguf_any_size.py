@@ -125,5 +125,5 @@ def test_biases_of_the_decoder(tmp_path):
     with pytest.raises(UserError, match=r"qwen3vl has no biases .qkv_bias, out_bias."):
         save(load(biased), tmp_path / "out", source_dir=biased, format="gguf")
     (source / "processor_config.json").unlink()
-    with pytest.raises(UserError, match=r"has no preprocessor_config\.json, which says how large images may be"):
+    with pytest.raises(UserError, match=r"has no preprocessor_config\.json, which limits the size of images"):
         save(model, tmp_path / "out", source_dir=source, format="gguf")

@@ -81,7 +81,7 @@ def test_plans_are_held_to_targets(models):
     for options, said in (
         (
             {"ratio": None, "sparsity": 0.5, "heads": "proportional", "loads_in": ("vllm",)},
-            r"loads_in='vllm'.*size of a head: heads=\"keep\"",
+            r"loads_in='vllm'.*hidden_size / heads: use heads=\"keep\"",
         ),
         (
             {"heads": "keep", "mlp_layers": (0, 2), "loads_in": ("transformers",)},

@@ -257,7 +257,7 @@ def test_model_card_names_the_hub_model(llama, tmp_path):
     save(load(snapshot), tmp_path / "again", source_dir=tmp_path / "out", name="llama", **done)
     text = (tmp_path / "again/README.md").read_text()
     assert "\n# llama, reconstructed, recovered\n" in text
-    assert "solved for by least squares, without training." in text
+    assert "reconstructed by least squares, without training." in text
     assert "It was trained after pruning." in text
     assert "\n## Evaluation\n\n| evaluation set | unpruned | this model | retained, % | 95 % interval |\n|---|" in text
     assert "\n| a\\|b: accuracy in %, 40 questions | 80.00 | 76.00 | 95.00 | 92.1 to 97.0 |\n| text |" in text
@@ -310,7 +310,7 @@ def test_pad_is_the_same_function(uneven, tmp_path):
     card = (tmp_path / "out/README.md").read_text()
     assert "padded with zero heads" in card
     after, before = count_params(padded.cfg), count_params(model.cfg)
-    assert f"{after:,} parameters in the files and in memory instead of {before:,}" in card
+    assert f"{after:,} parameters in files, memory and computation instead of {before:,}" in card
     assert check_export(model, tmp_path / "out")["backend"] == "torch"
 
 

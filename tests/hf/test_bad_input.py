@@ -111,10 +111,10 @@ HEADERS = {
     larger_shape: (KEY, "cannot take"),
     longer_range: (KEY, "cannot take"),
     overlapping: ("overlaps",),
-    with_a_gap: ("bytes before tensor", "belong to none"),
-    without_the_last: ("bytes after the last tensor belong to none",),
+    with_a_gap: ("bytes before tensor", "belong to no tensor"),
+    without_the_last: ("bytes after the last tensor belong to no tensor",),
     huge: (KEY, "truncated"),
-    twice: (KEY, "comes twice"),
+    twice: (KEY, "is repeated"),
     nested: ("damaged safetensors header", "recursion"),
     not_in_utf8: ("damaged safetensors header", "utf-8"),
 }

@@ -112,7 +112,7 @@ def test_damaged_or_unsafe_bin(goldens, tmp_path):
     torch.save({"model.norm.weight": pytest.approx(1)}, path)  # an object that must not be unpickled
     refused(folder, "pytorch_model.bin", "state dict", vision_dir=tower)
     torch.save({"step": 3}, path)
-    refused(folder, "step is a int", "must map names to plain tensors", vision_dir=tower)
+    refused(folder, "step is a int", "maps names to plain tensors", vision_dir=tower)
 
 
 # Dtypes and placement -------------------------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ def test_bad_index(goldens, tmp_path, weight_map):
     def edit(folder, index):
         index["weight_map"] = weight_map
 
-    refused(sharded(goldens, tmp_path, edit), "index.json", "leaves the folder" if weight_map else "weight_map")
+    refused(sharded(goldens, tmp_path, edit), "index.json", "is outside the folder" if weight_map else "weight_map")
 
 
 # Weights --------------------------------------------------------------------------------------------------------------

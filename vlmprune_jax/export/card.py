@@ -18,7 +18,7 @@ from vlmprune_jax.families.fields import MAX_LAYERS
 from vlmprune_jax.models.params import count_params
 
 _STEPS = {
-    "reconstructed": "Weights behind what was removed were solved for by least squares, without training.",
+    "reconstructed": "The remaining weights were reconstructed by least squares, without training.",
     "recovered": "It was trained after pruning.",
 }
 _DECODED = "CompressedTensorsConfig"
@@ -81,12 +81,12 @@ def write_card(
     """
     plan_file = folder / "plan.json"
     plan = read_json(plan_file, _Plan, todo="move it away") if os.path.lexists(plan_file) else None
-    done = [*(["pruned"] if plan else []), *steps]
+    all_steps = [*(["pruned"] if plan else []), *steps]
     base = f"base_model: {name}\n" if "/" in name else ""
     try:
         removed, table = _removed(plan), _table(cfg, plan)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{name}: its plan.json is not a prune plan ({error!r}): move it away") from error
+        raise UserError(f"{name}: plan.json is not a prune plan ({error!r}): move it away") from error
     task = "text-generation" if cfg.vision is None else "image-text-to-text"
     card = f"""---
 library_name: {library}
@@ -94,7 +94,7 @@ pipeline_tag: {task}
 {base}tags: [vlmprune-jax, pruned]
 ---
 
-# {", ".join([name, *done])}
+# {", ".join([name, *all_steps])}
 
 Made from `{name}` by vlmprune-jax (structural pruning of the language model; arXiv 2604.24380).\
 {"".join(f" {_STEPS[step]}" for step in steps)}
@@ -117,13 +117,13 @@ def _removed(plan: dict[str, Any] | None) -> str:
         return "No prune plan came with this model."
     stacks = _stacks(plan)
     before = stacks["text"]["layers_before"]
-    gone = sorted(set(range(len(before))) - set(stacks["text"]["kept_layers"]))
-    asked = "" if plan["asked"] is None else f" ({plan['asked']:.1%} asked)"
+    removed = sorted(set(range(len(before))) - set(stacks["text"]["kept_layers"]))
+    request = "" if plan["asked"] is None else f" (requested: {plan['asked']:.1%})"
     return (
         f"Method: {plan['method']}, criterion: {plan['criterion']}. Removed: {plan['reached']:.1%} of "
-        f"{plan['parameters_total']:,} parameters{asked}; {len(gone)} of {len(before)} layers"
-        f"{' (numbers ' + ', '.join(map(str, gone)) + ')' if gone else ''}. The kept heads and neurons are listed in "
-        f"`plan.json`. Plan fingerprint: `{plan['fingerprint']}`."
+        f"{plan['parameters_total']:,} parameters{request}; {len(removed)} of {len(before)} layers"
+        f"{' (numbers ' + ', '.join(map(str, removed)) + ')' if removed else ''}. "
+        f"`plan.json` lists the kept heads and neurons. Plan fingerprint: `{plan['fingerprint']}`."
     )
 
 
@@ -138,8 +138,8 @@ def _table(cfg: ModelConfig, plan: dict[str, Any] | None) -> str:
         rows = [f"| {name} | {count_params(cfg, part):,} |" for name, part in parts]
         return "\n".join(["| part | parameters |", "|---|---|", *rows])
     original = cfg
-    for name, kept in _stacks(plan).items():
-        original = original.with_layers([LayerShape(*shape) for shape in kept["layers_before"]], name)
+    for name, stack in _stacks(plan).items():
+        original = original.with_layers([LayerShape(*shape) for shape in stack["layers_before"]], name)
     rows = [f"| {name} | {count_params(original, part):,} | {count_params(cfg, part):,} |" for name, part in parts]
     return "\n".join(["| parameters | before | after |", "|---|---|---|", *rows])
 
@@ -151,8 +151,8 @@ def _benchmarks(rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(printable(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
     header = ["| evaluation set | unpruned | this model | retained, % | 95 % interval |", "|---|---|---|---|---|"]
     note = (
-        "Retained: share of the unpruned model's score on the same questions. The interval is of a paired bootstrap "
-        "over them; it says nothing about other data or another run of training."
+        "Retained: share of the unpruned model's score on the same questions. Intervals are from a paired "
+        "bootstrap over the questions; they do not cover other data or training runs."
     )
     return "\n".join(["", "## Evaluation", "", *header, *lines, "", note, ""])
 
@@ -198,17 +198,16 @@ def loading_of(folder: Path, cfg: ModelConfig, written: ModelConfig, config: dic
         parts.append("\n".join(["```python", *code, "```"]))
         if loader is not None:
             parts.append(
-                f"The layers have unequal widths and are stored at their true size (`per_layer_shapes` in "
-                f"config.json). What it costs: `{LOADER_FILE}` in this folder has to run, which takes "
-                "`trust_remote_code=True`; it cuts the layers of the stock class to their widths and changes nothing "
-                'else. Stock transformers and serving engines without it need an export with `uneven="pad"`.'
+                "The layers have unequal widths and are stored at their true size (`per_layer_shapes` in config.json). "
+                f"`trust_remote_code=True` runs `{LOADER_FILE}` from this folder, which cuts the layers of the stock "
+                'class to their widths. Stock transformers and serving engines need an export with `uneven="pad"`.'
             )
     if written.layout != cfg.layout:
         parts.append(_converted(cfg, written))
     if written.vision is not None and not written.vision.whole_heads:
         parts.append(
-            "The vision tower has fewer heads than its width, which its class in PyTorch cannot hold: it takes "
-            'hidden_size / heads for the size of a head. For PyTorch export with `uneven="pad"`.'
+            "PyTorch cannot load this vision tower: its class computes the head size as hidden_size / heads, and some "
+            'heads are removed. For PyTorch, export with `uneven="pad"`.'
         )
     padded = cfg
     for name in cfg.stacks:
@@ -217,8 +216,8 @@ def loading_of(folder: Path, cfg: ModelConfig, written: ModelConfig, config: dic
     if after != before:
         parts.append(
             f"Unequal layers were padded with zero heads and neurons to {_shapes(written.text.layers)}: the same "
-            f"function as the pruned model in a stock class. What it costs: {after:,} parameters in the files and in "
-            f"memory instead of {before:,}, and the time of all of them."
+            f"function as the pruned model, in a stock class, but with {after:,} parameters in files, memory and "
+            f"computation instead of {before:,}."
         )
     tower = "" if family_of(written).holds_tower else ", `vision_dir=...` for the tower"
     parts.append(f"In JAX: `vlmprune_jax.load(folder)`{tower}.")
@@ -236,23 +235,23 @@ def _hub_loading(written: ModelConfig, config: dict[str, Any]) -> str:
     if not written.text.even:
         return (
             "The layers have unequal widths and are stored at their true size in the hub's layout "
-            f"(`per_layer_shapes` in config.json), which `{name}` cannot load. For PyTorch export with "
-            '`layout="transformers"` (with a file that loads them) or `uneven="pad"`.'
+            f"(`per_layer_shapes` in config.json), which `{name}` cannot load. For PyTorch, export with "
+            '`layout="transformers"` (includes a loader file) or `uneven="pad"`.'
         )
     text = written.text
     if any(shape.q_heads * text.head_dim != text.hidden_size for shape in text.layers):
         return (
-            f"In the hub's layout with fewer heads, which `{name}` cannot load: it takes hidden_size / heads for the "
-            'size of a head. For PyTorch export with `layout="transformers"`.'
+            f"In the hub's layout with fewer heads, which `{name}` cannot load: it computes the head size as "
+            'hidden_size / heads. For PyTorch, export with `layout="transformers"`.'
         )
     where = "the code in this folder (`trust_remote_code=True`)" if config.get("auto_map") else "the model's own code"
     return (
-        f"In the hub's layout: `{name}` of {where} loads it. For stock transformers export with "
+        f"In the hub's layout: `{name}` of {where} loads it. For stock transformers, export with "
         '`layout="transformers"`.'
     )
 
 
 def _converted(cfg: ModelConfig, written: ModelConfig) -> str:
     words = written.text.vocab_size - cfg.text.vocab_size
-    more = f" The vocabulary has {words} more rows, for a token of the processor and padding." if words else ""
-    return f"Converted from the {cfg.family} hub layout to a class of transformers: no code of the hub is needed.{more}"
+    more = f" The vocabulary has {words} more rows, for an image token and padding." if words else ""
+    return f"Converted from the {cfg.family} hub layout to a transformers class: no remote code is needed.{more}"

@@ -15,9 +15,9 @@ from vlmprune_jax.families import family_of, target_of
 from vlmprune_jax.families.table import JsonDict
 from vlmprune_jax.families.towers import projector_of, stock_tower, vision_of
 
-# New vocabularies are padded to a multiple of this many rows, as llava-hf does (32,002 words in 32,064 rows).
+# New vocabularies are padded to a multiple, as llava-hf does (32,002 words in 32,064 rows).
 VOCAB_MULTIPLE = 64
-# What the hub's configs say beside the decoder, which a text_config has no use for.
+# Fields of hub configs that a text_config does not have.
 _NOT_TEXT = re.compile(
     r"(mm|tune|freeze|unfreeze|image|tokenizer|use_mm|use_im|use_s2)_.*|.*_projector.*|_.*|architectures|auto_map|"
     r"model_type|attn_implementation|transformers_version|(torch_)?dtype|max_length|pretraining_tp|s2_.*|continuous_.*|"
@@ -34,8 +34,8 @@ def rows_for(cfg: ModelConfig, ids: Mapping[str, int]) -> int:
     needed = max((cfg.text.vocab_size, *(token + 1 for token in ids.values())))
     if needed > 2 * cfg.text.vocab_size + VOCAB_MULTIPLE:
         raise UserError(
-            f"the tokenizer has the id {needed - 2:,}, and the vocabulary {cfg.text.vocab_size:,} rows: "
-            "is it another model's?"
+            f"the tokenizer has token id {needed - 2:,}, but the vocabulary has {cfg.text.vocab_size:,} rows: use the "
+            "tokenizer of this model"
         )
     return cfg.text.vocab_size if needed == cfg.text.vocab_size else -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
@@ -87,14 +87,14 @@ def to_transformers(cfg: ModelConfig, source: JsonDict, image_token_id: int, voc
     return family.to_hf(wide, config)
 
 
-def _check(cfg: ModelConfig, what: str | None) -> None:
+def _check(cfg: ModelConfig, missing: str | None) -> None:
     vision = vision_of(cfg)
-    if what is None and vision.position_size not in (0, vision.image_size):
-        what = f"images of another size ({vision.image_size}) than its tower's positions ({vision.position_size})"
-    elif what is None and cfg.text.head_bias:
-        what = "a bias in its output head (none)"
-    if what is not None:
-        raise UserError(f'layout "transformers": its {cfg.family} class has no {what}: use layout "source"')
+    if missing is None and vision.position_size not in (0, vision.image_size):
+        missing = f"images of another size ({vision.image_size}) than its tower's positions ({vision.position_size})"
+    elif missing is None and cfg.text.head_bias:
+        missing = "a bias in its output head (none)"
+    if missing is not None:
+        raise UserError(f'layout "transformers": its {cfg.family} class has no {missing}: use layout "source"')
 
 
 def more_words(array: np.ndarray, axes: tuple[str, ...], size: int) -> np.ndarray:

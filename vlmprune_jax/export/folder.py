@@ -79,38 +79,38 @@ def make_tensors(
     before = {slot.name: slot for slot in make_slots(model.cfg, family)}
     after = by_key(make_slots(target.cfg, target.family))
     placed = {part.name for parts in after.values() for part in parts}
-    homeless = [slot for name, slot in before.items() if name not in placed]
-    if homeless:
-        key = homeless[0].key
-        raise UserError(f"{source.folder}: has no tensor {key}: is it the folder that this model came from?")
+    missing = [slot for name, slot in before.items() if name not in placed]
+    if missing:
+        key = missing[0].key
+        raise UserError(f"{source.folder}: has no tensor {key}: pass the folder that the model came from")
     head = tied_head(target.cfg, target.family)
     if head in spelling and not target.converts:  # some tied checkpoints hold the embedding twice
         after[head] = next(parts for parts in after.values() if parts[0].path == "text/embed_tokens/weight")
     weights: list[tuple[str, Tensor]] = []
     for key, parts in after.items():
         first = before[parts[0].name]
-        held = spelling.get(template(first.key))
-        if held is None and family.separate_vision and first.path.startswith("vision/"):
+        source_tensor = spelling.get(template(first.key))
+        if source_tensor is None and family.separate_vision and first.path.startswith("vision/"):
             if not target.converts:
                 continue  # the tower stays in its own folder
-            held = (key, file_name(flat[first.path].dtype.name))
-        if held is None:
-            raise UserError(f"{source.folder}: has no tensor {first.key}: is it the folder that this model came from?")
+            source_tensor = (key, file_name(flat[first.path].dtype.name))
+        if source_tensor is None:
+            raise UserError(f"{source.folder}: has no tensor {first.key}: pass the folder that the model came from")
         if target.converts:
-            spelled, stored = stock_tower_key(key, vision_of(target.cfg)), held[1]
+            spelled, stored = stock_tower_key(key, vision_of(target.cfg)), source_tensor[1]
         else:
-            spelled, stored = spelling.get(template(key), (template(key), held[1]))
+            spelled, stored = spelling.get(template(key), (template(key), source_tensor[1]))
             spelled = spelled.replace("{}", str(parts[0].layer))
             stored = source.entries[spelled].dtype if spelled in source.entries else stored
         stored = stored if dtype == "source" else file_name(dtype)
         pairs = [(before[part.name], part) for part in parts]
         weights.append((parts[0].name, _weight(spelled, stored, pairs, model.cfg, target.cfg, flat)))
     if target.converts:
-        others = _constants(target.cfg, weights[0][1].dtype)
+        unused = _constants(target.cfg, weights[0][1].dtype)
     else:
-        others = _carried(source, set(after), target, family)
+        unused = _carried(source, set(after), target, family)
     tensors = [tensor for _, tensor in weights] if storage is None else encoded(weights, storage)
-    return tensors + others
+    return tensors + unused
 
 
 def _weight(

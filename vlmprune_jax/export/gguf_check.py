@@ -30,20 +30,20 @@ from vlmprune_jax.hf.read import resolve
 from vlmprune_jax.models.params import unflatten
 from vlmprune_jax.models.vlm import Model, forward
 
-# What the types may change of logits, as a share of the largest: below what a misplaced tensor does (1.4, as two
-# unrelated rows of logits), and above what they do to tiny random models, which amplify it (Q5_1: 0.57).
+# Tolerance of logits by tensor type, relative to the largest: below the effect of a misplaced tensor (1.4, as for two
+# unrelated rows of logits), above the rounding error of tiny random models, which amplify it (Q5_1: 0.57).
 _ROUNDING = {"F32": 1e-4, "F16": 0.02, "BF16": 0.1, "Q8_0": 0.2, "Q5_1": 0.8, "Q4_0": 1.1}
-# Between llama.cpp and JAX on the same weights, of log-probabilities: its cache is in F16, and beside quantised weights
-# it quantises activations to 8 bits.
+# Tolerances of log-probabilities between llama.cpp and JAX on the same weights: its cache is in F16, and with quantised
+# weights it rounds activations to 8 bits.
 _LIKELIEST, _PLAIN_TOLERANCE, _QUANTISED_TOLERANCE = 5, 0.1, 1.0
-_SAME = 0.02  # of the same tokens twice: batches are cut in other places
+_SAME = 0.02  # difference between two runs on the same tokens, whose batches are cut differently
 _TEXTS = (
     "The capital of France is Paris, isn't it? They've said so since 1789.",
     "def f(x):\n    return x ** 2  # 12345.678\n\n\nA naïve café — 你好，世界! Größe: 3½ kg",
     "USER: What is the colour of the shape?\nASSISTANT: It's blue, e.g. #0000FF; 100% sure.",
 )
 _SECONDS, _CONTEXT = 3600.0, 1024
-# In a process of its own: where llama.cpp does not like a file it may end the process.
+# Runs in its own process, which llama.cpp may abort on a bad file.
 _LLAMA = """
 import json, sys
 import xllamacpp
@@ -51,20 +51,20 @@ model, prompts = json.load(sys.stdin)
 params = xllamacpp.CommonParams()
 params.model.path, params.n_ctx, params.n_parallel, params.warmup, params.verbosity = model, CONTEXT, 1, False, -1
 server = xllamacpp.Server(params)
-found = []
+results = []
 for prompt in prompts:
-    asked = {"prompt": prompt, "n_predict": 1, "n_probs": 20, "temperature": 0.0, "cache_prompt": False}
-    answer = server.handle_completions(asked)
+    request = {"prompt": prompt, "n_predict": 1, "n_probs": 20, "temperature": 0.0, "cache_prompt": False}
+    answer = server.handle_completions(request)
     answer = answer if isinstance(answer, dict) else json.loads(answer)
     if "error" in answer:
         sys.exit(str(answer["error"]))
-    told = answer["choices"][0]["logprobs"]  # not of a token that is a part of a character
-    likeliest = told["content"][0]["top_logprobs"] if told else []
-    found.append([answer["usage"]["prompt_tokens"], [[one["id"], one["logprob"]] for one in likeliest]])
-print("\\n" + json.dumps(found))
+    logprobs = answer["choices"][0]["logprobs"]  # missing for a token that is part of a character
+    likeliest = logprobs["content"][0]["top_logprobs"] if logprobs else []
+    results.append([answer["usage"]["prompt_tokens"], [[token["id"], token["logprob"]] for token in likeliest]])
+print("\\n" + json.dumps(results))
 """.replace("CONTEXT", str(_CONTEXT))
 
-Likeliest = tuple[int, dict[int, float]]  # tokens of a prompt, and the log-probabilities of the likeliest next ones
+Likeliest = tuple[int, dict[int, float]]  # (number of prompt tokens, {likeliest next token: log-probability})
 
 
 def check_gguf(
@@ -108,14 +108,14 @@ def _compare(
     read: Callable[[], tuple[Model, set[str]]],
 ) -> Comparison:
     written, kinds = read()
-    found = np.asarray(forward(written, **inputs)[0])
+    actual = np.asarray(forward(written, **inputs)[0])
     kind = max(kinds, key=lambda name: _ROUNDING.get(name, 0.0))
-    difference, largest = float(np.abs(found - expected).max()), float(np.abs(expected).max())
+    difference, largest = float(np.abs(actual - expected).max()), float(np.abs(expected).max())
     tolerance = max(TOLERANCE, _ROUNDING[kind] * largest)
     if not difference <= tolerance:
         raise UserError(
             f"{folder}: read back its logits differ from the model's by {difference:.2g} (tolerance {tolerance:.2g}): "
-            "do not use these files, and report it with their config.json"
+            "do not use these files, and report the error with the model's config.json"
         )
     if importlib.util.find_spec(WHEEL) is None:
         return {"backend": "jax", "max_abs_logit_difference": difference, "tolerance": tolerance}
@@ -129,8 +129,8 @@ def _in_llama(written: Model, path: Path, source: Path, tolerance: float) -> Com
     for (text, row), of_text, of_ids in zip(tokens.items(), *halves, strict=True):
         if of_text[0] != len(row) or _gap(of_text[1], of_ids[1]) > _SAME:
             raise UserError(
-                f"{path}: llama.cpp splits {text!r} into other tokens than the tokenizer of {source}: do not use this "
-                "file, and report it with that tokenizer.json"
+                f"{path}: llama.cpp tokenises {text!r} differently from the tokenizer of {source}: do not use this "
+                "file, and report the error with tokenizer.json"
             )
         here = np.asarray(jax.nn.log_softmax(forward(written, np.asarray([row]))[0][0, -1]))
         gaps.append(_gap(dict(enumerate(here.tolist())), of_ids[1]))
@@ -138,39 +138,40 @@ def _in_llama(written: Model, path: Path, source: Path, tolerance: float) -> Com
     if not difference <= tolerance:
         raise UserError(
             f"{path}: in llama.cpp log-probabilities differ from the model's by {difference:.2g} (tolerance "
-            f"{tolerance:.2g}): do not use this file, and report it"
+            f"{tolerance:.2g}): do not use this file, and report the error"
         )
     return {"backend": NAME, "max_abs_logit_difference": difference, "tolerance": tolerance}
 
 
 def _tokens(tokenizer: Any, text: TextConfig) -> dict[str, list[int]]:
     """Return {text: tokens} for texts cut to the model's context."""
-    longest, found = min(_CONTEXT, context_length(text)) - 2, {}
+    longest, tokens = min(_CONTEXT, context_length(text)) - 2, dict[str, list[int]]()
     for sample in _TEXTS:
         while len(row := tokenizer(sample)["input_ids"]) > longest and len(sample) > 1:
             sample = sample[: len(sample) // 2]
-        found[sample] = row
+        tokens[sample] = row
     if text.rope.kind == "longrope":
-        # llama.cpp takes the long factors for the whole of a long context, here a long text asks for them
+        # llama.cpp chooses the long factors by the size of the context, this package by the length of the text
         long = text.rope.original_max_positions < _CONTEXT
-        found = {one: row for one, row in found.items() if (len(row) > text.rope.original_max_positions) == long}
-    return found
+        tokens = {k: row for k, row in tokens.items() if (len(row) > text.rope.original_max_positions) == long}
+    return tokens
 
 
-def _gap(these: dict[int, float], others: dict[int, float]) -> float:
+def _gap(logprobs: dict[int, float], reference: dict[int, float]) -> float:
     """Return the largest difference from `reference` over its likeliest tokens, or 0.0 if it is empty."""
-    return max((abs(these.get(one, -np.inf) - value) for one, value in [*others.items()][:_LIKELIEST]), default=0.0)
+    return max((abs(logprobs.get(k, -np.inf) - value) for k, value in [*reference.items()][:_LIKELIEST]), default=0.0)
 
 
 def _ask(path: Path, prompts: list[Any]) -> list[Likeliest]:
     """Return llama.cpp's likeliest next tokens for prompts, each a text or a list of token ids."""
-    command, given = [sys.executable, "-P", "-c", _LLAMA], json.dumps([str(path), prompts])
-    done = subprocess.run(command, input=given.encode(), capture_output=True, timeout=_SECONDS)
-    lines = done.stdout.decode(errors="replace").strip().splitlines()
-    if done.returncode or not lines:
-        said = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        raise UserError(f"{path}: llama.cpp does not load it ({said[0]}): do not use this file, and report it")
-    answers = parse_json(lines[-1], f"{path}: what llama.cpp says", "report it")
+    command, request = [sys.executable, "-P", "-c", _LLAMA], json.dumps([str(path), prompts])
+    process = subprocess.run(command, input=request.encode(), capture_output=True, timeout=_SECONDS)
+    lines = process.stdout.decode(errors="replace").strip().splitlines()
+    if process.returncode or not lines:
+        errors = process.stderr.decode(errors="replace").strip().splitlines()
+        problem = errors[-1] if errors else f"exit code {process.returncode}"
+        raise UserError(f"{path}: llama.cpp does not load it ({problem}): do not use this file, and report the error")
+    answers = parse_json(lines[-1], f"{path}: answer of llama.cpp", "report the error")
     return [(count, {number: logprob for number, logprob in likeliest}) for count, likeliest in answers]
 
 
@@ -188,10 +189,10 @@ def read_gguf(folder: Path, cfg: ModelConfig, uneven: str, rolled_positions: boo
     if wide.vision is not None and wide.projector is not None:
         family = under_names(family, "vision", tower_tensors(wide))
         family = under_names(family, "projector", projector_tensors(wide))
-    tensors = {one.name: one for path in folder.glob("*.gguf") for one in GGUFReader(path).tensors}
+    tensors = {tensor.name: tensor for path in folder.glob("*.gguf") for tensor in GGUFReader(path).tensors}
 
     def stored(key: str, shape: tuple[int, ...]) -> np.ndarray:
-        if len(shape) == 5:  # filters with a matrix for each copy of the image, each a tensor
+        if len(shape) == 5:  # one tensor of patch filters per image copy
             rows, channels, copies, *sides = shape
             return np.stack([stored(copy_of(n), (rows, channels, *sides)) for n in range(copies)], axis=2)
         return dequantize(tensors[key].data, tensors[key].tensor_type).reshape(shape)
@@ -207,5 +208,5 @@ def read_gguf(folder: Path, cfg: ModelConfig, uneven: str, rolled_positions: boo
             flat[slot.path] = array
         else:
             flat.setdefault(slot.path, []).append(array)
-    stacked = {path: np.stack(one) if isinstance(one, list) else one for path, one in flat.items()}
-    return Model(unflatten(stacked), wide), {one.tensor_type.name for one in tensors.values()}
+    stacked = {path: np.stack(leaf) if isinstance(leaf, list) else leaf for path, leaf in flat.items()}
+    return Model(unflatten(stacked), wide), {tensor.tensor_type.name for tensor in tensors.values()}

@@ -24,10 +24,11 @@ from vlmprune_jax.families.table import JsonDict
 from vlmprune_jax.families.towers import PIXELS, vision_of
 from vlmprune_jax.hf.read import read_fields
 
-_BLOCK = 32  # values of a row that its kernels take at once
+_BLOCK = 32  # values of a row per block in kernels of llama.cpp
 
 
 def file_type(label: str) -> JsonDict:
+    """Return the metadata that names the type of most tensors."""
     from gguf import LlamaFileType
 
     name = "ALL_F32" if label == "F32" else f"MOSTLY_{label}"
@@ -58,7 +59,7 @@ def text_fields(cfg: ModelConfig) -> JsonDict:
         "layer_norm_rms_eps" if text.norm == "rms" else "layer_norm_eps": text.norm_eps,
     }
     if rope.sections:
-        fields["rope_dimension_sections"] = [*rope.sections, 0]  # time, rows, columns, and what it has no use for
+        fields["rope_dimension_sections"] = [*rope.sections, 0]  # time, rows, columns, and an unused section
     if cfg.deepstack:
         fields["num_deepstack_layers"] = cfg.deepstack
     if rope.kind in ("linear", "yarn", "longrope"):
@@ -71,7 +72,7 @@ def text_fields(cfg: ModelConfig) -> JsonDict:
         fields["rope_scaling_attn_factors"] = rope.attention_factor
     if rope.kind == "yarn":
         fields |= {"rope_scaling_yarn_beta_fast": rope.beta_fast, "rope_scaling_yarn_beta_slow": rope.beta_slow}
-        # llama.cpp multiplies it by 1 + 0.1 log(factor) itself
+        # llama.cpp multiplies by 1 + 0.1 log(factor) itself
         fields["rope_scaling_attn_factors"] = rope.attention_factor / (1 + 0.1 * float(np.log(rope.factor)))
     return fields
 
@@ -87,10 +88,10 @@ def pixels(cfg: ModelConfig, family: Family, source: Path) -> JsonDict:
         patching = _patching(source)
         return {"vision_image_mean": list(patching.mean), "vision_image_std": list(patching.std)}
     mean, std = PIXELS[vision_of(cfg).kind]
-    found = None if family.tiling is not None else _processor(source)
-    if found is not None:
-        mean, std = (found[0].get(name) or default for name, default in (("image_mean", mean), ("image_std", std)))
-    return {"vision_image_mean": [float(one) for one in mean], "vision_image_std": [float(one) for one in std]}
+    processor = None if family.tiling is not None else _processor(source)
+    if processor is not None:
+        mean, std = (processor[0].get(name) or default for name, default in (("image_mean", mean), ("image_std", std)))
+    return {"vision_image_mean": [float(x) for x in mean], "vision_image_std": [float(x) for x in std]}
 
 
 def cut(family: Family, source: Path) -> JsonDict:
@@ -102,12 +103,12 @@ def cut(family: Family, source: Path) -> JsonDict:
         where = str(source / "config.json")
         tiling = family.tiling(read_fields(source / "config.json"), where)
         return {"vision_preproc_min_tiles": tiling.min_tiles, "vision_preproc_max_tiles": tiling.max_tiles}
-    found = None if family.images == "whole" else _processor(source)
-    if found is None:
+    processor = None if family.images == "whole" else _processor(source)
+    if processor is None:
         return {}
     if family.images == "splits":
-        return {"vision_preproc_image_size": splitting_from_processor(*found).longest}
-    tiling = tiling_from_processor(*found)
+        return {"vision_preproc_image_size": splitting_from_processor(*processor).longest}
+    tiling = tiling_from_processor(*processor)
     return {"vision_preproc_min_tiles": tiling.min_tiles, "vision_preproc_max_tiles": tiling.max_tiles}
 
 
@@ -117,23 +118,23 @@ def _patching(source: Path) -> Patching:
     Raises:
       UserError: the folder has no image processor config.
     """
-    found = _processor(source)
-    if found is None:
-        raise UserError(f"{source}: has no preprocessor_config.json, which says how large images may be: put it there")
-    return patching_from_processor(*found)
+    processor = _processor(source)
+    if processor is None:
+        raise UserError(f"{source}: has no preprocessor_config.json, which limits the size of images: add the file")
+    return patching_from_processor(*processor)
 
 
 def _processor(source: Path) -> tuple[Mapping[str, Any], str] | None:
     """Return the settings of a folder's image processor and their file, or None without one."""
-    found = processor_settings(source)
-    return None if found is None else (checked_processor(*found), found[1])
+    settings = processor_settings(source)
+    return None if settings is None else (checked_processor(*settings), settings[1])
 
 
 def title(name: str, tokenizer: Any) -> str:
     """Return the model's name, containing "Phi-3" exactly if its tokenizer strips spaces as Phi-3's does."""
     if drops_white_space(tokenizer):
         return name if DROPPING_NAME.search(name) else f"{name} (Phi-3)"
-    return DROPPING_NAME.sub(lambda found: " ".join((found[0][:-1].rstrip("-"), found[0][-1])), name)
+    return DROPPING_NAME.sub(lambda match: " ".join((match[0][:-1].rstrip("-"), match[0][-1])), name)
 
 
 def licence(source: Path) -> JsonDict:
@@ -141,33 +142,35 @@ def licence(source: Path) -> JsonDict:
     path = source / "README.md"
     text = read_text(path) if os.path.lexists(path) else ""
     front = text.split("\n---", 1)[0] if text.startswith("---\n") else ""
-    found = dict(re.findall(r"^(license|license_name|license_link): *['\"]?([^'\"\n]+?)['\"]? *$", front, re.M))
-    return {name: value for name, value in found.items() if value.isprintable()}
+    fields = dict(re.findall(r"^(license|license_name|license_link): *['\"]?([^'\"\n]+?)['\"]? *$", front, re.M))
+    return {name: value for name, value in fields.items() if value.isprintable()}
 
 
 def text_remarks(text: TextConfig, architecture: Architecture) -> tuple[str, ...]:
+    """Return the differences of llama.cpp's decoder."""
     remarks = []
     if context_length(text) < text.max_positions:
         remarks.append(
-            f"llama.cpp has no sliding window for `{architecture.name}`: both compute the same up to "
-            f"{context_length(text):,} tokens, which is the context length in the file."
+            f"llama.cpp has no sliding window for `{architecture.name}`: results agree up to {context_length(text):,} "
+            "tokens, the context length in the file."
         )
-    broken = sorted({shape.mlp for shape in text.layers if shape.mlp % _BLOCK})
-    if broken:
-        named = ", ".join(map(str, broken[:3])) + (" ..." if len(broken) > 3 else "")
+    widths = sorted({shape.mlp for shape in text.layers if shape.mlp % _BLOCK})
+    if widths:
+        listed = ", ".join(map(str, widths[:3])) + (" ..." if len(widths) > 3 else "")
         remarks.append(
-            f"Rows of {named} neurons are no whole blocks of {_BLOCK}, and llama.cpp takes longer with them than "
-            'their length says. `prune.snap_for="gguf"` plans widths that are.'
+            f"Rows of {listed} neurons are no whole blocks of {_BLOCK}, which slows llama.cpp down. "
+            '`prune.snap_for="gguf"` plans multiples of it.'
         )
     if text.rope.kind == "longrope":
         remarks.append(
-            "LongRoPE: llama.cpp takes the long factors for the whole of a context (`-c`) above "
-            f"{text.rope.original_max_positions:,} tokens, transformers once a text is that long."
+            "LongRoPE: llama.cpp uses the long factors if the context size (`-c`) is above "
+            f"{text.rope.original_max_positions:,} tokens, transformers if the text is that long."
         )
     return tuple(remarks)
 
 
-_FAULT = "builds of llama.cpp that put the class token behind the patches (up to October 2026 all: #25814, #25844)"
+# All builds up to October 2026.
+_FAULT = "builds of llama.cpp that put the class token after the patches (#25814, #25844)"
 
 
 def tower_remarks(cfg: ModelConfig, rolled: bool) -> tuple[str, ...]:
@@ -177,23 +180,22 @@ def tower_remarks(cfg: ModelConfig, rolled: bool) -> tuple[str, ...]:
         remarks.append(f"The tower's positions are rolled, for {_FAULT}: the file is wrong for all others.")
     elif vision_of(cfg).class_token:
         remarks.append(
-            f"In {_FAULT}, every patch has its neighbour's position, so answers about images differ. This file is "
-            "right for a right llama.cpp; `rolled_positions=True` makes one for such builds, in which each "
-            "patch has its own position and the class token is the last patch still: try which of both answers better."
+            f"In {_FAULT}, every patch gets its neighbour's position, so answers about images differ. This file is for "
+            "corrected builds. `rolled_positions=True` writes a file for the others, in which each patch has its own "
+            "position and only the class token is misplaced: compare the answers of both."
         )
     vision = vision_of(cfg)
     if vision.any_size:
         side = vision.merge * vision.patch_size
-        need = f"sides that are multiples of {side} pixels, within the processor's limits, need no resizing."
+        advice = f"sides that are multiples of {side} pixels, within the processor's limits, need no resizing."
     else:
-        need = f"images of {vision.image_size} x {vision.image_size} pixels need neither."
+        advice = f"images of {vision.image_size} x {vision.image_size} pixels need neither."
     remarks.append(
-        "llama.cpp prepares images by itself (padding and resizing may differ in the last bits from the processor's): "
-        + need
+        f"llama.cpp has its own image processing (padding and resizing may differ in the last bits): {advice}"
     )
     if family_of(cfg).templates[0].behind_image:
         remarks.append(
-            "The chat interface of llama.cpp joins an image and the text behind it without a newline; this model was "
-            'trained with one: begin the text with "\\n".'
+            "The chat interface of llama.cpp joins an image and the text after it without a newline, with which this "
+            'model was trained: begin the text with "\\n".'
         )
     return tuple(remarks)

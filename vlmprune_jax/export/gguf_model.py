@@ -48,12 +48,12 @@ from vlmprune_jax.models.layers import inverse_frequencies
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model
 
-# Values of a row that share a scale, in every type of `quantize`.
+# Values of a row that share a scale, in all quantised types.
 BLOCK = 32
-_CHUNK = 2**24  # values of a tensor that are quantised at a time: gguf's quantisers hold it several times over
+_CHUNK = 2**24  # values quantised at a time: gguf's quantisers need several copies
 _NO_LEAF = "v.class_embd"
 _FILTERS = "v.patch_embd.weight"
-# Tensors whose rows are in pairs where an architecture interleaves them.
+# Tensors whose rows some architectures interleave (rotary pairs).
 ROTATED = ("attn_q", "attn_k")
 
 
@@ -75,10 +75,10 @@ class GgufFile:
     remarks: tuple[str, ...] = ()
 
     @property
-    def kept(self) -> tuple[str, ...]:
+    def unquantised(self) -> tuple[str, ...]:
         """Decoder matrices that stay in F16 because their rows are not whole blocks."""
-        own = {tensor.dtype for tensor in self.tensors} & {"Q8_0", "Q5_1", "Q4_0"}
-        return tuple(t.key for t in self.tensors if own and t.dtype == "F16") if own else ()
+        quantised = any(tensor.dtype.startswith("Q") for tensor in self.tensors)
+        return tuple(tensor.key for tensor in self.tensors if quantised and tensor.dtype == "F16")
 
 
 def make_gguf(
@@ -112,8 +112,8 @@ def make_gguf(
     ]
     if family.images == "splits" and len(vocabulary.fast("\n\n", add_special_tokens=False)["input_ids"]) != 1:
         raise UserError(
-            f"{source}: its tokenizer has no token for two newlines, which llama.cpp puts before the overview of an "
-            "image that it splits: no GGUF of this model"
+            f"{source}: its tokenizer has no token for two newlines, which llama.cpp puts before the overview of a "
+            "split image: this model cannot be exported to GGUF"
         )
     if cfg.vision is not None:
         files.append(_tower(model, wide, family, source, f"mmproj-{stem}", about, plain, rolled_positions))
@@ -130,9 +130,9 @@ def _tower(
     fields |= tower_fields(wide, cut(family, source))
     tensors = _tensors(model, wide, family, "vision", tower_tensors(wide), plain)
     if rolled and vision.class_token:
-        tensors = [_rolled(one) if one.key.startswith("v.position_embd") else one for one in tensors]
+        tensors = [_rolled(tensor) if tensor.key.startswith("v.position_embd") else tensor for tensor in tensors]
     if vision.any_size:
-        tensors = [part for one in tensors for part in (_copies(one) if one.key == _FILTERS else (one,))]
+        tensors = [part for tensor in tensors for part in (_copies(tensor) if tensor.key == _FILTERS else (tensor,))]
     tensors += _tensors(model, wide, family, "projector", projector_tensors(wide), plain)
     return GgufFile(f"{stem}-{plain.lower()}.gguf", TOWER, fields, tensors, vision.layers, tower_remarks(wide, rolled))
 
@@ -147,11 +147,11 @@ def _copies(filters: Tensor) -> list[Tensor]:
     """Return one tensor per image copy of patch filters [vision, channel, copy, row, column]."""
     vision, channels, copies, *sides = filters.shape
 
-    def one(number: int) -> Tensor:
+    def filters_of(number: int) -> Tensor:
         fetch = lambda: np.ascontiguousarray(filters.fetch().reshape(vision * channels, copies, -1)[:, number])  # noqa: E731
         return Tensor(copy_of(number), filters.dtype, (vision, channels, *sides), filters.n_bytes // copies, fetch)
 
-    return [one(number) for number in range(copies)]
+    return [filters_of(number) for number in range(copies)]
 
 
 def copy_of(number: int) -> str:
@@ -167,29 +167,33 @@ def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
     """
     decoder = decoder_of(cfg.text.decoder)
     if not decoder.gguf:
-        raise UserError(f"family {cfg.family}: its {cfg.text.decoder} decoder names no architecture of llama.cpp")
-    able = [one for one in decoder.gguf if one.lacks(cfg.text) is None]
+        raise UserError(f"family {cfg.family}: llama.cpp has no architecture for its {cfg.text.decoder} decoder")
+    able = [candidate for candidate in decoder.gguf if candidate.lacks(cfg.text) is None]
     if not able:
         first = decoder.gguf[0]
-        raise UserError(f"llama.cpp's {first.name} has no {first.lacks(cfg.text)}: there is no GGUF of this model")
+        raise UserError(
+            f"llama.cpp's {first.name} has no {first.lacks(cfg.text)}: this model cannot be exported to GGUF"
+        )
     if cfg.vision is not None:
         lacks = tower_lacks(cfg)
         if lacks is not None or not cfg.tower:
-            raise UserError(f"llama.cpp has no {lacks or 'use for a model without its tower'}: no GGUF of this model")
+            raise UserError(
+                f"llama.cpp has no {lacks or 'models without their tower'}: this model cannot be exported to GGUF"
+            )
     text, vision = cfg.text, cfg.vision
     if uneven == "pad":
         text, vision = _padded_text(text, able[0]), None if vision is None else _padded_tower(vision)
-    found = next((one for one in able if one.misfit(text) is None), None)
+    chosen = next((candidate for candidate in able if candidate.misfit(text) is None), None)
     problem = None if vision is None else tower_misfit(vision)
-    if found is None or (uneven == "refuse" and not text.even):
+    if chosen is None or (uneven == "refuse" and not text.even):
         problem = able[0].misfit(text)
     if problem is not None:
         raise UserError(
-            f"llama.cpp's {able[0].name} has no {problem}: prune layers and neurons alike and keep the heads, or "
+            f"llama.cpp's {able[0].name} has no {problem}: prune all layers alike and keep the heads, or "
             'export with uneven="pad" (zeros: the same function, no savings)'
         )
-    assert found is not None
-    return found, dataclasses.replace(cfg, text=text, vision=vision)
+    assert chosen is not None
+    return chosen, dataclasses.replace(cfg, text=text, vision=vision)
 
 
 def support(cfg: ModelConfig) -> str:
@@ -198,9 +202,9 @@ def support(cfg: ModelConfig) -> str:
         architecture, _ = fit(cfg, "pad")
     except UserError as error:
         return str(error)
-    able = [one for one in decoder_of(cfg.text.decoder).gguf if one.lacks(cfg.text) is None]
-    wide = next((one.name for one in able if one.per_layer), None)
-    heads = next((one.name for one in able if one.free_heads), None)
+    able = [candidate for candidate in decoder_of(cfg.text.decoder).gguf if candidate.lacks(cfg.text) is None]
+    wide = next((candidate.name for candidate in able if candidate.per_layer), None)
+    heads = next((candidate.name for candidate in able if candidate.free_heads), None)
     return f"llama.cpp's {architecture.name}; fewer heads {_held(heads)}, unequal widths {_held(wide)}" + (
         "; tower: all heads, or uneven=pad" if cfg.vision is not None else ""
     )
@@ -218,7 +222,7 @@ def _padded_text(text: TextConfig, architecture: Architecture) -> TextConfig:
     if architecture.misfit(wide) is not None:
         raise UserError(
             f"llama.cpp's {architecture.name} has no {architecture.misfit(text)}, and no number of zero heads makes "
-            f"{whole} in equal groups of what is left: keep the heads"
+            f"{whole} equal groups: keep the heads"
         )
     return wide
 
@@ -319,13 +323,13 @@ def _encoded(key: str, kind: str, shape: tuple[int, ...], fetch: Callable[[], np
     size = rows * _row_bytes(width, kind)
 
     def encode() -> np.ndarray:
-        values, done = fetch().reshape(rows, width), np.empty(size, np.uint8)
+        values, encoded = fetch().reshape(rows, width), np.empty(size, np.uint8)
         check_finite(values, what=what)
         step = max(1, _CHUNK // width)
         for start in range(0, rows, step):
             piece = _encode(values[start : start + step], kind, what)
-            done[start * (size // rows) :][: piece.size] = piece
-        return done
+            encoded[start * (size // rows) :][: piece.size] = piece
+        return encoded
 
     return Tensor(key, kind, shape, size, encode)
 
@@ -352,19 +356,19 @@ def _encode(values: np.ndarray, kind: str, what: str) -> np.ndarray:
 
 def _constants(text: TextConfig, architecture: Architecture, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return llama.cpp's tensors that are not parameters of the model: rotary factors, and an untied head."""
-    found: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
     if text.rope.kind == "llama3":
         plain = dataclasses.replace(text.rope, kind="default")
-        found["rope_freqs.weight"] = inverse_frequencies(plain, text.rotary_dim) / inverse_frequencies(
+        arrays["rope_freqs.weight"] = inverse_frequencies(plain, text.rotary_dim) / inverse_frequencies(
             text.rope, text.rotary_dim
         )
     if text.rope.kind == "longrope":
-        found["rope_factors_long.weight"] = np.asarray(text.rope.long_factors, np.float32)
-        found["rope_factors_short.weight"] = np.asarray(text.rope.short_factors, np.float32)
+        arrays["rope_factors_long.weight"] = np.asarray(text.rope.long_factors, np.float32)
+        arrays["rope_factors_short.weight"] = np.asarray(text.rope.short_factors, np.float32)
     if architecture.own_head and not text.head_bias:
-        found["output.bias"] = np.zeros(text.vocab_size, np.float32)
-    made = [_encoded(key, "F32", one.shape, functools.partial(np.asarray, one), key) for key, one in found.items()]
+        arrays["output.bias"] = np.zeros(text.vocab_size, np.float32)
+    constants = [_encoded(key, "F32", x.shape, functools.partial(np.asarray, x), key) for key, x in arrays.items()]
     if architecture.own_head and text.tie_embeddings:
         embedding = next(tensor for tensor in tensors if tensor.key == "token_embd.weight")
-        made.append(dataclasses.replace(embedding, key="output.weight"))
-    return made
+        constants.append(dataclasses.replace(embedding, key="output.weight"))
+    return constants

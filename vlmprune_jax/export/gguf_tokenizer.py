@@ -53,17 +53,21 @@ def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family) -> Vocabular
       UserError: there is no tokenizer, llama.cpp would split texts differently, or it has more tokens than the model.
     """
     if not any(os.path.lexists(folder / name) for name in (TOKENIZER, *SLOW)):
-        raise UserError(f"{folder}: has no tokenizer, without which llama.cpp loads no model: put its files there")
+        raise UserError(f"{folder}: has no tokenizer, which llama.cpp needs: add its files")
     fast, rows = load_tokenizer(folder), cfg.text.vocab_size
-    # as the library spells it, whatever version wrote the file
-    content = parse_json(fast.backend_tokenizer.to_str(), str(folder / TOKENIZER), "use the model's source's")
+    # normalised by the library, whatever version wrote the file
+    content = parse_json(
+        fast.backend_tokenizer.to_str(), str(folder / TOKENIZER), "use the tokenizer of the source model"
+    )
     model = content["model"]
     if model.get("type") != "BPE":
-        raise UserError(f"{folder}: tokenizers of type {model.get('type')!r} are not written to GGUF (BPE is)")
+        raise UserError(
+            f"{folder}: tokenizer type {model.get('type')!r} cannot be exported to GGUF, only BPE: use another format"
+        )
     spaced = bool(model.get("byte_fallback"))
     tokens, kinds = _tokens(content, rows, str(folder))
     fields: JsonDict = {"token_list": tokens, "token_types": kinds}
-    merges = [one if isinstance(one, list) else one.split(" ", 1) for one in model.get("merges") or ()]
+    merges = [pair if isinstance(pair, list) else pair.split(" ", 1) for pair in model.get("merges") or ()]
     if spaced:
         prefix = _check_spaced(content, str(folder))
         fields |= {"tokenizer_model": SPACED, "tokenizer_pre": "default", "add_space_prefix": prefix}
@@ -71,10 +75,10 @@ def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family) -> Vocabular
     else:
         pre = _pre(content, fast, str(folder))
         fields |= {"tokenizer_model": BYTE_LEVEL, "tokenizer_pre": pre, "add_space_prefix": False}
-        # Without any the key is left out, and llama.cpp refuses the file: one that can never apply.
+        # gguf omits an empty list, and llama.cpp then refuses the file: write a merge that never applies.
         specials = [token for token, kind in zip(tokens, kinds, strict=True) if kind in (CONTROL, UNUSED)] * 2
         fields["token_merges"] = [" ".join(pair) for pair in merges] or [" ".join(specials[:2] or tokens[:2])]
-    fields |= _marks(cfg, content, fast, str(folder))
+    fields |= _special_tokens(cfg, content, fast, str(folder))
     fields["chat_template"] = _chat_template(folder, family, fast)
     return Vocabulary(fields, fast, tuple(_remarks(content, fast)))
 
@@ -82,11 +86,11 @@ def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family) -> Vocabular
 def _tokens(content: JsonDict, rows: int, where: str) -> tuple[list[str], list[int]]:
     """Return text and type of every id; ids without a token are unused rows of the embedding."""
     vocab, spaced = content["model"]["vocab"], bool(content["model"].get("byte_fallback"))
-    added = {one["id"]: one for one in content.get("added_tokens") or ()}
-    texts = {number: text for text, number in vocab.items()} | {i: one["content"] for i, one in added.items()}
+    added = {token["id"]: token for token in content.get("added_tokens") or ()}
+    texts = {number: text for text, number in vocab.items()} | {i: token["content"] for i, token in added.items()}
     if max(texts) >= rows:
         raise UserError(
-            f"{where}: its tokenizer has the id {max(texts):,}, and the model {rows:,} words: is it another model's?"
+            f"{where}: the tokenizer has token id {max(texts):,}, but the model has {rows:,} words: use the model's own"
         )
     unknown, tokens, kinds = content["model"].get("unk_token"), [], []
     for number in range(rows):
@@ -122,7 +126,7 @@ def _check_spaced(content: JsonDict, where: str) -> bool:
             return prefix
     raise UserError(
         f"{where}: llama.cpp has no tokenizer with the rules of this tokenizer.json (normalizer and pre_tokenizer "
-        f"{rules[:200]}), so there is no GGUF of this model"
+        f"{rules[:200]}): this model cannot be exported to GGUF"
     )
 
 
@@ -142,8 +146,8 @@ def _rules(step: JsonDict | None) -> Iterator[str]:
     if step is None:
         yield "none"
     elif kind == "Sequence":
-        for one in step.get("pretokenizers") or ():
-            yield from _rules(one)
+        for inner in step.get("pretokenizers") or ():
+            yield from _rules(inner)
     elif kind == "ByteLevel" and not step.get("add_prefix_space"):
         yield WORDS if step.get("use_regex", True) else BYTES
     elif kind == "Digits" and step.get("individual_digits"):
@@ -164,16 +168,16 @@ def _pre(content: JsonDict, fast: Any, where: str) -> str:
     pre = PRE.get(rules) if normalizer is None or normalizer.get("type") == "NFC" else None
     if pre is None:
         raise UserError(
-            f"{where}: llama.cpp has no tokenizer that splits texts by the rules of this tokenizer.json (known are "
-            f"those of {', '.join(PRE.values())}; this has {' + '.join(rules)[:200]}): there is no GGUF of this model"
+            f"{where}: llama.cpp has no tokenizer that splits texts by the rules of this tokenizer.json (found "
+            f"{' + '.join(rules)[:200]}, supported {', '.join(PRE.values())}): this model cannot be exported to GGUF"
         )
     if bool(model.get("ignore_merges")) == (pre in WHOLE_WORDS):
         return pre
     if not model.get("merges") and model.get("ignore_merges") and _same_words(content, fast):
         return OF_WORDS
     raise UserError(
-        f"{where}: this tokenizer.json {'takes' if model.get('ignore_merges') else 'does not take'} words that are "
-        f"tokens as a whole, and llama.cpp's {pre} does {'not' if model.get('ignore_merges') else ''}: there is no GGUF"
+        f"{where}: ignore_merges is {bool(model.get('ignore_merges'))} in this tokenizer.json, and the opposite in "
+        f"llama.cpp's {pre}: this model cannot be exported to GGUF"
     )
 
 
@@ -192,7 +196,7 @@ def _same_words(content: JsonDict, fast: Any) -> bool:
     return all(fast(text)["input_ids"] == other.encode(text).ids for text in texts)
 
 
-def _marks(cfg: ModelConfig, content: JsonDict, fast: Any, where: str) -> JsonDict:
+def _special_tokens(cfg: ModelConfig, content: JsonDict, fast: Any, where: str) -> JsonDict:
     """Return the ids of special tokens, and flags for those that are added to every text."""
     ends = cfg.eos_token_ids or ((fast.eos_token_id,) if fast.eos_token_id is not None else ())
     bos = fast.bos_token_id if cfg.bos_token_id is None else cfg.bos_token_id
@@ -206,7 +210,9 @@ def _marks(cfg: ModelConfig, content: JsonDict, fast: Any, where: str) -> JsonDi
     }
     outside = [name for name, number in ids.items() if number is not None and not 0 <= number < cfg.text.vocab_size]
     if outside:
-        raise UserError(f"{where}: {outside[0]} {ids[outside[0]]} is not one of the {cfg.text.vocab_size:,} words")
+        raise UserError(
+            f"{where}: {outside[0]} {ids[outside[0]]} is outside the vocabulary ({cfg.text.vocab_size:,} words)"
+        )
     bare, marked = (fast("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     adds = {
         (): (False, False),
@@ -217,17 +223,19 @@ def _marks(cfg: ModelConfig, content: JsonDict, fast: Any, where: str) -> JsonDi
     if added is None and marked[1:-1] == bare:
         added = (marked[0], marked[-1])
     if added not in adds:
-        raise UserError(f"{where}: its tokenizer adds other marks to a text than a beginning and an end: no GGUF")
+        raise UserError(
+            f"{where}: the tokenizer adds other special tokens than begin and end: "
+            "this model cannot be exported to GGUF"
+        )
     fields: JsonDict = {name: number for name, number in ids.items() if number is not None}
     return fields | dict(zip(("add_bos_token", "add_eos_token"), adds[added], strict=True))
 
 
 def drops_white_space(tokenizer: Any) -> bool:
     """Return True if a tokenizer strips spaces after the same special tokens as Phi-3's."""
-    marks = {one.content: one.rstrip for one in tokenizer.added_tokens_decoder.values() if one.special}
-    return (
-        set(marks) >= KEEPING_MARKS | {"</s>"} and {name for name, drops in marks.items() if not drops} == KEEPING_MARKS
-    )
+    strips = {token.content: token.rstrip for token in tokenizer.added_tokens_decoder.values() if token.special}
+    keeping = {name for name, strip in strips.items() if not strip}
+    return set(strips) >= KEEPING_MARKS | {"</s>"} and keeping == KEEPING_MARKS
 
 
 def _chat_template(folder: Path, family: Family, fast: Any) -> str:
@@ -240,7 +248,7 @@ def _chat_template(folder: Path, family: Family, fast: Any) -> str:
     if isinstance(own, str) and family.layout == "transformers":
         return own
     template = template_of(family, read_fields(folder / "config.json"), fast.eos_token)
-    drops = [one.content for one in fast.added_tokens_decoder.values() if one.rstrip]
+    drops = [token.content for token in fast.added_tokens_decoder.values() if token.rstrip]
     marks = {name: getattr(template, name) for name in ("system_start", "system_end", "user", "user_end", "assistant")}
     bare = {name: text.rstrip() for name, text in marks.items() if text.rstrip().endswith(tuple(drops))}
     return chat_template(dataclasses.replace(template, **bare), "")
@@ -248,15 +256,15 @@ def _chat_template(folder: Path, family: Family, fast: Any) -> str:
 
 def _remarks(content: JsonDict, fast: Any) -> Iterator[str]:
     if content.get("normalizer") and content["normalizer"].get("type") == "NFC":
-        yield "llama.cpp does not bring texts into Unicode's normal form C, as this tokenizer does: send them so."
+        yield "llama.cpp does not normalise texts to Unicode NFC, as this tokenizer does: send normalised texts."
     if (content.get("pre_tokenizer") or {}).get("type") == "Metaspace":
         yield (
-            "llama.cpp puts a space mark before every text, also one that begins with a space or goes on behind a mark "
-            "or an image; this tokenizer does so only before other texts. The prompts of one turn are the same."
+            "llama.cpp puts a space mark before every text. This tokenizer does not if the text begins with a space or "
+            "follows a special token or an image. Prompts of one turn are the same."
         )
-    drops = sorted(one.content for one in fast.added_tokens_decoder.values() if one.rstrip)
+    drops = sorted(token.content for token in fast.added_tokens_decoder.values() if token.rstrip)
     if drops and not drops_white_space(fast):
         yield (
-            f"This tokenizer drops white space behind {', '.join(map(printable, drops[:8]))}; llama.cpp keeps it: "
+            f"This tokenizer drops white space after {', '.join(map(printable, drops[:8]))}; llama.cpp keeps it: "
             "write none there (the chat template in the file has none)."
         )

@@ -17,7 +17,7 @@ from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.disk.tensors import Tensor
 from vlmprune_jax.hf.layout import Slot, by_key, make_slots
 
-PREFIX, SUFFIX = "imatrix-", ".gguf_file"  # not .gguf, by which models are found
+PREFIX, SUFFIX = "imatrix-", ".gguf_file"  # not .gguf, the suffix of models
 
 
 def imatrix_file(importance: Importance, model: GgufFile, cfg: ModelConfig, uneven: str) -> GgufFile:
@@ -35,10 +35,12 @@ def imatrix_file(importance: Importance, model: GgufFile, cfg: ModelConfig, unev
     ]
     tensors = list[Tensor]()
     for key, parts in by_key(slots).items():
-        after = parts[0]  # all of them read the same
+        after = parts[0]  # parts of a tensor have the same inputs
         mean = importance.means.get(after.name)
         if mean is None or mean.shape != (before[after.name].hf_shape[1],):
-            raise UserError(f"{after.name}: the importance is not of this model: compute it for the one that is saved")
+            raise UserError(
+                f"{after.name}: the importance is not of this model: compute it for the model that is saved"
+            )
         sums = _widened(mean, before[after.name], after, cfg, wide) * importance.tokens
         tensors.append(_tensor(f"{key}.in_sum2", sums[None]))
         tensors.append(_tensor(f"{key}.counts", np.full((1, 1), importance.tokens)))
@@ -57,7 +59,7 @@ def _widened(mean: np.ndarray, before: Slot, after: Slot, cfg: ModelConfig, wide
     if before.shape == after.shape:
         return mean
     assert before.layer is not None
-    shapes = [one.text.layers[before.layer] for one in (cfg, wide)]
+    shapes = [config.text.layers[before.layer] for config in (cfg, wide)]
     inside = len(before.shape) - 1
     while np.prod(before.shape[inside:]) < mean.size:
         inside -= 1

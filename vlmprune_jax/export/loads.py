@@ -6,7 +6,7 @@ from its code (vllm/model_executor/models) and not tested.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import LayerShape, ModelConfig, Stack
@@ -31,16 +31,16 @@ def why_not(cfg: ModelConfig, target: str) -> str | None:
         return None
     family, text, vision = family_of(cfg), cfg.text, cfg.vision if cfg.tower else None
     if family.layout != "transformers" and target_of(family) is None:
-        return f"no class of transformers holds a {family.name}: leave {target!r} out"
+        return f"transformers has no class for {family.name}: leave out {target!r}"
     if not text.even:
         return f"its class has one width for all layers: {_ALIKE}"
     own = any(shape.q_heads * text.head_dim != text.hidden_size for shape in text.layers)
     if own and target in decoder_of(text.decoder).derives_head_dim:
-        return f'its class takes hidden_size / heads of a {text.decoder} for the size of a head: heads="keep"'
+        return f'its class computes the head size of {text.decoder} as hidden_size / heads: use heads="keep"'
     if vision is not None and not vision.even:
         return f"its class has one width for all layers of the tower: {_ALIKE}"
     if vision is not None and not vision.whole_heads:
-        return f'its class takes hidden_size / heads of the tower for the size of a head: heads="keep", or {_PAD}'
+        return f'its class computes the head size of the tower as hidden_size / heads: use heads="keep", or {_PAD}'
     return None
 
 
@@ -59,16 +59,16 @@ def check_loads(cfg: ModelConfig, targets: Sequence[str]) -> None:
     for target in targets:
         reason = why_not(cfg, target)
         if reason is not None:
-            raise UserError(f"loads_in={target!r}: the pruned model would not load there: {reason}")
+            raise UserError(f"loads_in={target!r}: the pruned model would not load: {reason}")
 
 
 def what_loads(cfg: ModelConfig) -> dict[str, dict[str, dict[str, str | None]]]:
     """Return {target: {stack: {type of pruning: reason why the result does not load, or None}}}."""
-    copies = {
-        "fewer layers": _fewer_layers,
-        "neurons": _fewer_neurons,
+    copies: dict[str, Callable[[Stack], list[LayerShape]]] = {
+        "fewer layers": lambda stack: list(stack.layers[: max(1, len(stack.layers) - 1)]),
+        "neurons": lambda stack: [_cut(shape, neurons=1) for shape in stack.layers],
         "heads": _fewer_heads,
-        "unequal widths": _unequal,
+        "unequal widths": lambda stack: [_cut(stack.layers[0], neurons=1), *stack.layers[1:]],
     }
     return {
         target: {
@@ -88,23 +88,11 @@ def _why_not_copy(cfg: ModelConfig, stack: str, layers: Sequence[LayerShape], ta
     return why_not(changed, target)
 
 
-# Copies that lost the least that they can -----------------------------------------------------------------------------
-
-
-def _fewer_layers(stack: Stack) -> list[LayerShape]:
-    return list(stack.layers[: max(1, len(stack.layers) - 1)])
-
-
-def _fewer_neurons(stack: Stack) -> list[LayerShape]:
-    return [_cut(shape, neurons=1) for shape in stack.layers]
+# Copies with the least removed -----------------------------------------------------------------------------
 
 
 def _fewer_heads(stack: Stack) -> list[LayerShape]:
     return [_cut(shape, heads=1) for shape in stack.layers]
-
-
-def _unequal(stack: Stack) -> list[LayerShape]:
-    return [_cut(stack.layers[0], neurons=1), *stack.layers[1:]]
 
 
 def _cut(shape: LayerShape, heads: int = 0, neurons: int = 0) -> LayerShape:

@@ -41,10 +41,10 @@ def without_loader(config: JsonDict) -> JsonDict:
     """Return the config for the stock class: the inverse of `with_loader`, or the config itself."""
     module = LOADER_FILE.removesuffix(".py") + "."
     result = dict(config)
-    kept = {k: v for k, v in (config.get("auto_map") or {}).items() if not str(v).startswith(module)}
-    if kept:
-        result["auto_map"] = kept
-    elif len(kept) != len(config.get("auto_map") or {}):
+    remaining = {k: v for k, v in (config.get("auto_map") or {}).items() if not str(v).startswith(module)}
+    if remaining:
+        result["auto_map"] = remaining
+    elif len(remaining) != len(config.get("auto_map") or {}):
         del result["auto_map"]
     if config.get("architectures"):
         result["architectures"] = [name.removeprefix(_PREFIX) for name in config["architectures"]]
@@ -59,5 +59,5 @@ def write_loader(folder: Path) -> None:
 def loader_class(config: JsonDict) -> str | None:
     """Return the class in the loader file that loads a folder with this config, or None for a stock class."""
     module = LOADER_FILE.removesuffix(".py") + "."
-    named = [str(v) for v in (config.get("auto_map") or {}).values() if str(v).startswith(module)]
-    return named[0].removeprefix(module) if named else None
+    classes = [str(v) for v in (config.get("auto_map") or {}).values() if str(v).startswith(module)]
+    return classes[0].removeprefix(module) if classes else None

@@ -34,7 +34,7 @@ def write_processor(folder: Path, source: Path, cfg: ModelConfig, config: JsonDi
     assert make is not None
     assert conversion is not None
     processor = make(cfg, config, template, conversion.new_token)
-    # Where the reference tokenises the text behind an image on its own, that begins with a space mark.
+    # The reference tokenises the text after an image separately, so it begins with a space mark.
     alone = template.image_tokens is None and prefixes_only_the_start(tokenizer)
     image = f"{processor.image}{' ' if alone else ''}\n"
     name = processor.files["processor_config.json"]["processor_class"]

@@ -30,12 +30,14 @@ def make_storage(
         if wrong:
             raise UserError(
                 f"group_size={group_size} does not divide the {widths[wrong[0]]} values of a row of {wrong[0]} "
-                f"({len(wrong)} matrices in all): {_advice(widths)}"
+                f"({len(wrong)} matrices in total): {_advice(widths)}"
             )
     elif bits == 4:
         group_size = _largest(widths) or GROUPS[-1]
         if all(width % group_size for width in widths.values()):
-            raise UserError(f"w4a16: no row of this model divides by {group_size}: use w8a16, a scale for every row")
+            raise UserError(
+                f"w4a16: no row of this model divides by {group_size}: use w8a16, which has one scale per row"
+            )
     return CompressedTensors(bits, group_size or 0, symmetric, activations)
 
 
@@ -45,29 +47,29 @@ def _largest(widths: Mapping[str, int]) -> int | None:
 
 def _advice(widths: Mapping[str, int]) -> str:
     largest = _largest(widths)
-    instead = f"use {largest}" if largest else "leave it out (what does not divide stays as it is)"
+    instead = f"use {largest}" if largest else "leave it out (rows that do not divide stay plain)"
     return f'{instead}, or prune with snap_for="int4"'
 
 
 def quantized_loading(storage: CompressedTensors, cfg: ModelConfig, family: Family, dtype: str) -> str:
     """Return the text on integers for a folder's card; `cfg` and `family` are those of the folder."""
-    others = ["embeddings", "head", "norms", *(["tower and projector"] if cfg.vision is not None else [])]
+    plain = ["embeddings", "head", "norms", *(["tower and projector"] if cfg.vision is not None else [])]
     parts = [
-        f"The matrices of the decoder's layers are {storage.name}; {', '.join(others)} are {dtype}. Transformers needs "
-        "`pip install compressed-tensors` and makes plain weights of them again on a CPU: smaller on disk, not in "
-        "memory. It has the keys that vLLM documents (not tried there)."
+        f"The matrices of the decoder's layers are {storage.name}; {', '.join(plain)} are {dtype}. Transformers needs "
+        "`pip install compressed-tensors`. On a CPU it decodes the weights on loading, so the model is smaller on disk "
+        "but not in memory. The keys follow the documentation of vLLM (not tested there)."
     ]
     left = [slot.key for slot in _matrices(cfg, family) if not storage.holds(slot.name, slot.hf_shape)]
     if left:
         names = ", ".join(f"`{key}`" for key in dict.fromkeys(left))
-        parts.append(f"In {dtype} as well, since groups of {storage.group} do not divide their rows: {names}.")
+        parts.append(f"Also in {dtype}, because groups of {storage.group} do not divide their rows: {names}.")
     if not storage.symmetric:
         parts.append(
-            "Zero points take `quantization_config=CompressedTensorsConfig(dequantize=True)` in transformers: "
-            "compressed-tensors 0.20 has no room for packed ones otherwise."
+            "In transformers, zero points need `quantization_config=CompressedTensorsConfig(dequantize=True)`: "
+            "compressed-tensors 0.20 does not support packed zero points otherwise."
         )
     if storage.activations:
-        parts.append("What these matrices read is rounded to 8 bits by the engine, token by token.")
+        parts.append("The engine rounds the inputs of these matrices to 8 bits, per token.")
     return " ".join(parts)
 
 

@@ -27,8 +27,8 @@ from vlmprune_jax.hf.read import find_weights, read_config, read_fields, read_pa
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import Model, forward, mesh_of
 
-# Of float32 logits between two implementations: absolute, and beyond logits of 10 relative to the largest
-# (SmolLM2-135M, three layers removed, on random ids: 1.1e-4 between torch and XLA; its logits reach 33).
+# Tolerances of float32 logits between two implementations: absolute, and relative to the largest logit above 10
+# (SmolLM2-135M without three layers, random ids: 1.1e-4 between torch and XLA; its logits reach 33).
 TOLERANCE, RELATIVE_TOLERANCE = 1e-4, 1e-5
 # One position may be ill-conditioned: SmolLM2, its width reconstructed and recovered, is 8.0e-4 off float64 here and
 # 2.6e-4 in torch at one of 48, where others are off by 1e-4. It may differ by this many times the most that it moves in
@@ -62,17 +62,17 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
         renamed = _renamed_images(inputs, model.cfg, folder, tower)
         if Checkpoint(folder).storage is None:
             written = _as_written(model, folder, tower)
-        else:  # how much a storage rounds is its own affair
+        else:  # a storage may round as much as it needs
             written, inputs = _reloaded(model, folder, tower), renamed
         expected = gather_to_host(forward(written, **inputs)[0])[..., : model.cfg.text.vocab_size]
         backend = "torch" if on_process_zero(lambda: torch_loads(folder, tower)) else "jax"
         if backend == "torch":
-            found = on_process_zero(lambda: _differences(folder, backend, expected, _torch_logits(folder, renamed)))
+            gaps = on_process_zero(lambda: _differences(folder, backend, expected, _torch_logits(folder, renamed)))
         else:
             again = _reloaded(written, folder, tower)
-            found = _differences(folder, backend, expected, gather_to_host(forward(again, **renamed)[0]))
+            gaps = _differences(folder, backend, expected, gather_to_host(forward(again, **renamed)[0]))
             del again
-        differences, tolerance = np.asarray(found), np.full(expected.shape[:-1], TOLERANCE)
+        differences, tolerance = np.asarray(gaps), np.full(expected.shape[:-1], TOLERANCE)
         tolerance = np.maximum(tolerance, RELATIVE_TOLERANCE * np.abs(expected).max())
         if not (differences <= tolerance).all():
             tolerance = np.maximum(tolerance, _ROUNDINGS * _moved_by_rounding(written, inputs, expected))
@@ -81,7 +81,7 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
     if not difference <= allowed:
         raise UserError(
             f"{folder}: reloaded in {backend} its logits differ from the model's by {difference:.2g} (tolerance "
-            f"{allowed:.2g}): do not use this folder, and report it with its config.json"
+            f"{allowed:.2g}): do not use this folder, and report the error with its config.json"
         )
     return {"backend": backend, "max_abs_logit_difference": difference, "tolerance": allowed}
 
@@ -90,7 +90,7 @@ def _differences(folder: Path, backend: str, expected: np.ndarray, actual: np.nd
     """Return float[rows, tokens], the largest difference of the logits at each position."""
     words = expected.shape[-1]
     if actual.shape[-1] > words and float(actual[..., words:].max() - actual[..., :words].max()) > 0:
-        raise UserError(f"{folder}: a word that was only added to fill the vocabulary is the likeliest: do not use it")
+        raise UserError(f"{folder}: a padding row of the vocabulary has the largest logit: do not use this folder")
     actual = actual[..., :words]
     if actual.shape != expected.shape:
         shapes = f"{list(actual.shape)} instead of {list(expected.shape)}"
@@ -243,26 +243,26 @@ def _torch_logits(folder: Path, inputs: dict[str, Any]) -> np.ndarray:
     assert family.stock is not None
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
     shows_progress = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()  # ours is the one on the screen
+    transformers.utils.logging.disable_progress_bar()  # this package shows its own
     try:
         with reading(f"{folder}: transformers does not load it", "do not use this folder"):
-            made = _torch_class(config, family.stock)
+            stock_class = _torch_class(config, family.stock)
             if "quantization_config" in config:
-                options["config"] = made.config_class.from_pretrained(folder)
+                options["config"] = stock_class.config_class.from_pretrained(folder)
                 options["config"].quantization_config["dequantize"] = True
-            loaded, info = made.from_pretrained(folder, output_loading_info=True, **options)
+            loaded, info = stock_class.from_pretrained(folder, output_loading_info=True, **options)
     finally:
         if shows_progress:
             transformers.utils.logging.enable_progress_bar()
-    # Buffers that old checkpoints hold and new classes do not know are carried over and do no harm.
+    # Buffers of old checkpoints that new classes do not declare are harmless.
     info["unexpected_keys"] = [key for key in info["unexpected_keys"] if not family.is_ignored(family.canonical(key))]
-    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    problems = [f"{kind}: {', '.join(sorted(map(str, info[kind]))[:3])}" for kind in kinds if info.get(kind)]
+    lists = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    problems = [f"{name}: {', '.join(sorted(map(str, info[name]))[:3])}" for name in lists if info.get(name)]
     if problems:
         raise UserError(f"{folder}: transformers does not load it cleanly: {'; '.join(problems)}")
     if family.stock.by_row and "pixel_values" in inputs:
         inputs = inputs | {"pixel_values": inputs["pixel_values"][:, None]}
-    takes = inspect.signature(made.forward).parameters  # version 4 finds images by their ids
+    takes = inspect.signature(stock_class.forward).parameters  # version 4 finds images by token id
     inputs = {name: array for name, array in inputs.items() if name != "mm_token_type_ids" or name in takes}
     tensors = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in inputs.items()}
     with torch.inference_mode():

@@ -22,7 +22,7 @@ from vlmprune_jax.families.table import JsonDict
 from vlmprune_jax.hf.disk.storage import without_storage
 from vlmprune_jax.hf.read import read_fields
 
-# What makes a folder usable beside its weights and config.json.
+# Files that make a folder usable, beside weights and config.json.
 _ALWAYS = ("LICENSE*", "NOTICE*", "USE_POLICY*", "plan.json")
 _SAME_LAYOUT = (
     "*token*.json", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "special_tokens_map.json",
@@ -67,7 +67,7 @@ def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype:
         _check_uneven(cfg)
     family, config = family_of(cfg), without_storage(read_fields(source / "config.json"))
     if detect(config, str(source / "config.json")) is not family:
-        raise UserError(f"{source}: is not the folder that this {family.name} ({family.layout} layout) model came from")
+        raise UserError(f"{source}: not the folder that this {family.name} ({family.layout} layout) model came from")
     wide = padded_stacks(cfg) if uneven == "pad" else cfg
     new_family, conversion = target_of(family) if layout == "transformers" else None, family.conversion
     tokenizer = None
@@ -82,7 +82,7 @@ def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype:
         wide = family.from_hf(written, None)
     else:
         written = family.to_hf(wide, without_loader(config))
-        if not family.separate_vision:  # whose config.json does not describe the tower, and never changes the table
+        if not family.separate_vision:  # else config.json does not describe the tower
             family = detect(written, "the new config.json")
             wide = family.from_hf(written, None)
     ships = family.layout == "transformers" and not wide.text.even
@@ -105,7 +105,7 @@ def _check_uneven(cfg: ModelConfig) -> None:
     tower = cfg.vision if cfg.tower else None
     if tower is not None and tower.even and not tower.whole_heads:
         raise UserError(
-            "the vision tower has fewer heads than make up its width, which its class in PyTorch cannot hold: prune it "
+            "the vision tower has fewer heads than its width requires, which its PyTorch class cannot load: prune it "
             'with heads="keep", or export with uneven="pad" (same function, no savings) or "per_layer" (true sizes, '
             "for this package)"
         )
@@ -150,7 +150,7 @@ def copy_always(source: Path, folder: Path, plan: Plan | None) -> None:
 
 
 def _copy_files(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
-    for name in sorted(os.listdir(source)):  # a glob passes over links that lead nowhere
+    for name in sorted(os.listdir(source)):  # a glob would skip broken links
         wanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
         if wanted and not name.endswith(".index.json") and not os.path.isdir(source / name):
             copy_file(source / name, folder / name, source)

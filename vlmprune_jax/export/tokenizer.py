@@ -12,7 +12,7 @@ from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.tokenizer_files import SLOW, TOKENIZER, TOKENIZER_CONFIG, TokenizerFile
 from vlmprune_jax.families.table import JsonDict
 
-# Settings of classes that build tokenizer.json anew when they load; the file itself says all of it.
+# Settings of classes that rebuild tokenizer.json on loading; the file contains all rules.
 _REBUILD = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "sp_model_kwargs", "auto_map", "from_slow",
             "use_default_system_prompt", "spaces_between_special_tokens", "special_tokens_map_file", "name_or_path",
             "chat_template", "tokenizer_file", "added_tokens_decoder")  # fmt: skip
@@ -58,8 +58,8 @@ def _ids(tokenizer: JsonDict) -> dict[str, int]:
 def prefixes_only_the_start(tokenizer: JsonDict) -> bool:
     """Return True if only the start of a text gets a space mark, not text after a special token."""
     step = tokenizer.get("pre_tokenizer") or {}
-    steps = [one for one in step.get("pretokenizers", [step]) if isinstance(one, dict)]
-    return any(one.get("type") == "Metaspace" and one.get("prepend_scheme") == "first" for one in steps)
+    steps = [inner for inner in step.get("pretokenizers", [step]) if isinstance(inner, dict)]
+    return any(inner.get("type") == "Metaspace" and inner.get("prepend_scheme") == "first" for inner in steps)
 
 
 def write_tokenizer(folder: Path, source: Path, tokenizer: JsonDict, named: dict[str, str], processor: str) -> None:

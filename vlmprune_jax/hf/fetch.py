@@ -27,8 +27,8 @@ def to_host(array: Any, index: int | None) -> np.ndarray:
         return np.asarray(multihost_utils.process_allgather(part, tiled=True))
     if array.is_fully_replicated:
         # On CPU this is a view of the device buffer.
-        whole = np.asarray(array.addressable_data(0))
-        return whole if index is None else whole[index]
+        host = np.asarray(array.addressable_data(0))
+        return host if index is None else host[index]
     # Assembled by hand: np.asarray(array) would keep a host copy of every weight alive inside the model.
     part = array if index is None else _entry(array, index)
     host = np.empty(part.shape, part.dtype)
@@ -44,22 +44,22 @@ def is_split(array: Any) -> bool:
 
 def extent_of(parts: Sequence[tuple[Any, int | None]], dtype: str) -> Extent | None:
     """Return the byte range of arrays (or entries of stacks) that are consecutive in a file as written, or None."""
-    pieces = [_in_file(*part) for part in parts]
-    extents = [one.extent for one in pieces if one is not None and one.dtype == WEIGHT_DTYPES[dtype]]
-    found = [extent for extent in extents if extent is not None]
-    follows = all(a.file == b.file and a.end == b.begin for a, b in itertools.pairwise(found))
-    return Extent(found[0].file, found[0].begin, found[-1].end) if len(found) == len(parts) and follows else None
+    arrays = [_in_file(*part) for part in parts]
+    extents = [array.extent for array in arrays if array is not None and array.dtype == WEIGHT_DTYPES[dtype]]
+    known = [extent for extent in extents if extent is not None]
+    consecutive = all(a.file == b.file and a.end == b.begin for a, b in itertools.pairwise(known))
+    return Extent(known[0].file, known[0].begin, known[-1].end) if len(known) == len(parts) and consecutive else None
 
 
 def origin(array: Any, index: int | None) -> str | None:
     """Return file and key of an array (or entry of a stack) that is read from a file, or None."""
-    one = _in_file(array, index)
-    return None if one is None else f"{one.source.file}: tensor {one.source.key}"
+    stored = _in_file(array, index)
+    return None if stored is None else f"{stored.source.file}: tensor {stored.source.key}"
 
 
 def _in_file(array: Any, index: int | None) -> FileArray | None:
-    one = array[index] if isinstance(array, FileStack) and index is not None else array
-    return one if isinstance(one, FileArray) else None
+    entry = array[index] if isinstance(array, FileStack) and index is not None else array
+    return entry if isinstance(entry, FileArray) else None
 
 
 @jax.jit

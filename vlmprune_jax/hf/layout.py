@@ -80,15 +80,19 @@ def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
         for i, path, index in locate(cfg, weight.path):
             line = weight if i is None else weight.at(i)
             if path not in axes:
-                raise UserError(f"family {family.name}: a line for {line.path}, a parameter that this model has not")
+                raise UserError(
+                    f"family {family.name}: line for {line.path}, a parameter that this model does not have"
+                )
             names, shape = axes[path], shapes[path]
             if index is not None:
                 names, shape = names[1:], shape[1:]
             if [t for t in tokens if t not in "()1"] != list(names):
-                raise UserError(f"family {family.name}: layout {line.layout!r} of {line.path}, whose axes are {names}")
+                raise UserError(
+                    f"family {family.name}: layout {line.layout!r} of {line.path} does not match its axes {names}"
+                )
             size = {"1": 1, **dict(zip(names, shape, strict=True))}
-            whole = _grouped(tokens, size)
-            slots.append(Slot(line.key, line.path, whole, path, index, shape, names, i, 0, whole[0]))
+            hf_shape = _grouped(tokens, size)
+            slots.append(Slot(line.key, line.path, hf_shape, path, index, shape, names, i, 0, hf_shape[0]))
     slots = _fused(slots)
     missing = sorted(set(shapes) - {slot.path for slot in slots})
     if missing:
@@ -151,7 +155,7 @@ def match_keys(
         if slot is None and name in known:
             continue
         if slot is None and name == head:
-            match.tied, slot = key, next(one for one in slots if one.path == "text/embed_tokens/weight")
+            match.tied, slot = key, next(slot for slot in slots if slot.path == "text/embed_tokens/weight")
         elif slot is None:
             if family.is_ignored(name) and not _in_computed_block(block_number(name, blocks), cfg):
                 match.carried.append(key)

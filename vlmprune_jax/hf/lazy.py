@@ -63,7 +63,7 @@ class FileArray:
 
     def read(self) -> np.ndarray:
         """Return the values, read from the file."""
-        # Bits instead of values: numpy has fast paths for taking integers, and none for bfloat16.
+        # Integers of the same width: numpy has fast paths for them, and none for bfloat16.
         bits = self.source.values(self.first, self._size).view(f"u{self.dtype.itemsize}")
         array = bits.reshape(self.stored)
         for axis, indices in self.picks:
@@ -73,7 +73,7 @@ class FileArray:
     def elements(self, positions: tuple[np.ndarray, ...]) -> np.ndarray:
         """Return the values at index arrays; nothing else is read."""
         flat = np.ravel_multi_index(positions, self.stored)
-        assert not self.picks, "elements are those of the weight as stored"
+        assert not self.picks, "elements index the weight as stored"
         return self.source.elements(self.first + flat)
 
     @property
@@ -123,12 +123,12 @@ def file_params(cfg: ModelConfig, slots: Sequence[Slot], sources: Sources) -> di
     """Return `params` of file arrays."""
     flat: dict[str, Any] = {}
     for slot in slots:
-        one = FileArray(sources[slot.key], slot.shape, first=slot.start * math.prod(slot.hf_shape[1:]))
+        array = FileArray(sources[slot.key], slot.shape, first=slot.start * math.prod(slot.hf_shape[1:]))
         if slot.index is None:
-            flat[slot.path] = one
+            flat[slot.path] = array
         else:
-            flat.setdefault(slot.path, []).append((slot.index, one))
+            flat.setdefault(slot.path, []).append((slot.index, array))
     for path, leaf in flat.items():
         if isinstance(leaf, list):
-            flat[path] = FileArray.stack([one for _, one in sorted(leaf, key=lambda pair: pair[0])])
+            flat[path] = FileArray.stack([array for _, array in sorted(leaf, key=lambda pair: pair[0])])
     return unflatten(flat)

@@ -32,19 +32,19 @@ from vlmprune_jax.models.layers import activation
 from vlmprune_jax.models.params import param_axes, param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, Params
 
-# Bit patterns from which on a number (without, with sign) is infinite or NaN.
+# First bit patterns (positive, negative) that are infinite or NaN.
 _NOT_FINITE = {"float32": (0x7F800000, 0xFF800000), "bfloat16": (0x7F80, 0xFF80), "float16": (0x7C00, 0xFC00)}
-# XLA on CPU takes over a host buffer of this alignment without a copy.
+# XLA on CPU uses a host buffer of this alignment without a copy.
 _ALIGNMENT = 64
 _PIECE = 2**18  # elements of a tensor that are read, checked and distributed at a time
-# Reading waits for the disk, and copying and checking do without Python's lock.
+# Reading waits for the disk; copying and checking release Python's lock.
 _THREADS = min(4, os.cpu_count() or 1)
-# Everything but weights, which come in one of two forms.
+# All files but weights, which have one of two forms.
 _HUB_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
 
-# Where a weight lies, by its canonical key.
+# Stored weight by canonical key.
 Sources = dict[str, StoredWeight]
-# First and last + 1 index along every axis of a parameter that some device holds.
+# Start and stop along every axis of the slice of a parameter on a device.
 Bounds = tuple[tuple[int, int], ...]
 
 
@@ -120,7 +120,7 @@ def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, M
     path, generation = folder / "config.json", folder / "generation_config.json"
     config = read_fields(path)
     family = detect(config, str(path))
-    find_storage(config, str(path))  # refuses what cannot be read
+    find_storage(config, str(path))  # refuses unknown quantisation
     if os.path.lexists(generation):
         ids = {
             k: v for k, v in read_fields(generation).items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -181,17 +181,17 @@ def find_weights(
         if not _same_values(checkpoint.entries[match.tied], checkpoint.entries[embedding]):
             raise UserError(
                 f"{folder}: tie_word_embeddings is true but {match.tied} differs from {embedding}: "
-                "set it to false in config.json, or remove the one that does not count"
+                "set it to false in config.json, or remove the wrong one of the two"
             )
     return {name: checkpoint.entries[key] for checkpoint, match in matches for name, key in match.found.items()}
 
 
-def _same_values(one: StoredWeight, other: StoredWeight) -> bool:
+def _same_values(weight: StoredWeight, other: StoredWeight) -> bool:
     """Return True if two weights of equal shape have the same dtype and bits; they are read in pieces."""
-    size = math.prod(one.shape)
+    size = math.prod(weight.shape)
     cuts = [*range(0, size, _PIECE), size]
-    pairs = zip(one.pieces(cuts), other.pieces(cuts), strict=True) if one.dtype == other.dtype else ()
-    return one.dtype == other.dtype and all(np.array_equal(a.view(np.uint8), b.view(np.uint8)) for a, b in pairs)
+    pairs = zip(weight.pieces(cuts), other.pieces(cuts), strict=True) if weight.dtype == other.dtype else ()
+    return weight.dtype == other.dtype and all(np.array_equal(a.view(np.uint8), b.view(np.uint8)) for a, b in pairs)
 
 
 def read_params(cfg: ModelConfig, slots: list[Slot], sources: Sources, dtype: np.dtype, mesh: Mesh | None) -> Params:
@@ -291,4 +291,6 @@ def check_finite(array: np.ndarray, what: str) -> None:
     bits = array.dtype.itemsize * 8
     if array.view(f"int{bits}").max() >= positive or array.view(f"uint{bits}").max() >= negative:
         count = int(np.sum(~np.isfinite(array)))
-        raise UserError(f"{what} holds {count} NaN or infinite values: damaged weights, or too narrow a dtype")
+        raise UserError(
+            f"{what} holds {count} NaN or infinite values: the weights are damaged, or the dtype is too narrow"
+        )

@@ -205,7 +205,7 @@ def test_wrong_options(goldens, llama, tmp_path):
     for name in ("layout", "uneven", "dtype"):
         refused(f"{name} 'odd' is not one of", model, tmp_path / "out", source_dir=llama, **{name: "odd"})
     refused("no such folder", model, tmp_path / "out", source_dir=tmp_path / "nothing")
-    refused("is not the folder", model, tmp_path / "out", source_dir=goldens / "ckpt/llava_hf")
+    refused("not the folder that this llama", model, tmp_path / "out", source_dir=goldens / "ckpt/llava_hf")
     other = make_folder(tmp_path / "biased", {**LLAMA, "attention_bias": True})
     refused("has no tensor", load(other), tmp_path / "out", source_dir=llama)
 

@@ -71,9 +71,9 @@ def header(path, **fields):
     [
         ({"shape": [1] * 400_000}, "a tensor of 400000 dimensions"),
         ({"shape": [2**31] * 64}, "cannot take 8 bytes"),
-        ({"shape": [10**4000]}, "no list of whole numbers"),
-        ({"shape": [2.0]}, "no list of whole numbers"),
-        ({"shape": "ab"}, "no list of whole numbers"),
+        ({"shape": [10**4000]}, "not a list of whole numbers"),
+        ({"shape": [2.0]}, "not a list of whole numbers"),
+        ({"shape": "ab"}, "not a list of whole numbers"),
         ({"data_offsets": [0, 10**4000]}, "offsets"),
         ({"dtype": "\x1b[31mF32"}, r"dtype \x1b[31mF32"),
         ({"dtype": "F" * 10**6}, "FFF...)"),
@@ -95,7 +95,7 @@ def test_many_names_one_of_them_twice(path):
     names = [f'"{number}":{one}' for number in range(100_000)]
     text = ("{" + ",".join([*names, names[-1]]) + "}").encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text)
-    with pytest.raises(UserError, match="99999 comes twice"):
+    with pytest.raises(UserError, match="99999 is repeated"):
         read_header(path)
 
 
@@ -113,7 +113,7 @@ def test_what_is_no_file(tmp_path, name):
 @pytest.mark.parametrize("shard", ["", "..", ".", "a/../b", "/etc/passwd", "x" * 300, "a\0b", "\ud800"])
 def test_shard_names(tmp_path, shard):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
-    with pytest.raises(UserError, match=r"leaves the folder|missing|is a folder|surrogates not allowed"):
+    with pytest.raises(UserError, match=r"is outside the folder|missing|is a folder|surrogates not allowed"):
         Checkpoint(tmp_path)
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import open_file
 
-# Room beside the weights for file system overhead and small files.
+# Space beside the weights for file system overhead and small files.
 SPARE_BYTES = 16 * 2**20
-# Weights are written all the time; the longest pause is a shard that other processes gather.
+# Writers pause at most while other processes gather a shard.
 ABANDONED_SECONDS = 3600.0
 # Disk, quota or file size limit.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -129,7 +129,7 @@ def _writing(folder: Path, host: str, pid: int) -> bool:
         return pid != os.getpid() and _alive(pid)
     try:
         newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
-    except FileNotFoundError:  # it is, or somebody else removes it
+    except FileNotFoundError:  # being renamed or removed
         return True
     return time.time() - newest < ABANDONED_SECONDS
 

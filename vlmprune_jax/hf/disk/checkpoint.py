@@ -43,20 +43,21 @@ class Checkpoint(Mapping[str, np.ndarray]):
         self.shards, self.indexed = list_shards(folder)
         self.tensors: dict[str, Entry] = {}
         for shard in self.shards:
-            found = read_torch(shard) if shard.suffix == ".bin" else read_header(shard)
-            twice = sorted(set(found) & set(self.tensors))
-            if twice:
+            tensors = read_torch(shard) if shard.suffix == ".bin" else read_header(shard)
+            repeated = sorted(set(tensors) & set(self.tensors))
+            if repeated:
                 raise UserError(
-                    f"{shard}: tensor {twice[0]} ({len(twice)} in all) is also in {self.tensors[twice[0]].file.name}: "
-                    "shards of different checkpoints are mixed, download the folder again"
+                    f"{shard}: tensor {repeated[0]} ({len(repeated)} in all) is also in "
+                    f"{self.tensors[repeated[0]].file.name}: shards of different checkpoints are mixed, "
+                    "download the folder again"
                 )
-            self.tensors.update(found)
+            self.tensors.update(tensors)
         held = {key: entry.file.name for key, entry in self.tensors.items()}
         wrong = sorted(key for key, shard in self.indexed.items() if held.get(key) != shard)
         if wrong:
             raise UserError(
                 f"{folder}: the index lists {wrong[0]} in {self.indexed[wrong[0]]} ({len(wrong)} in all), but "
-                "that shard does not hold it: a shard of another checkpoint? download the folder again"
+                "that shard does not hold it: download the folder again"
             )
         config = folder / "config.json"
         self.storage = find_storage(read_json(config), str(config)) if os.path.lexists(config) else None
@@ -91,7 +92,7 @@ def list_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
                 raise UserError(f"{folder / index}: its weight_map is empty: download it again")
             outside = [name for name in names if Path(name).name != name or name == ".."]
             if outside:
-                raise UserError(f"{folder / index}: shard name {outside[0]!r} leaves the folder: refused")
+                raise UserError(f"{folder / index}: shard name {outside[0]!r} is outside the folder: refused")
             missing = [name for name in names if not os.path.lexists(folder / name)]
             if missing:
                 listed = f"{', '.join(missing[:8])}{f' and {len(missing) - 8} more' if len(missing) > 8 else ''}"

@@ -86,14 +86,14 @@ class CompressedTensors:
         weights, inputs = group["weights"], group.get("input_activations")
         size = max(0, weights.get("group_size") or 0)
         strategy = weights.get("strategy") or ("group" if size else "channel")
-        found = cls(weights["num_bits"], size, weights.get("symmetric", True), inputs is not None)
+        storage = cls(weights["num_bits"], size, weights.get("symmetric", True), inputs is not None)
         packed = settings["format"] == "pack-quantized"
-        fits = packed != found.activations and (packed or (found.bits == 8 and found.symmetric))
+        fits = packed != storage.activations and (packed or (storage.bits == 8 and storage.symmetric))
         fits = fits and strategy == ("group" if size else "channel") and not weights.get("dynamic")
         fits = fits and (inputs is None or (inputs["num_bits"] == 8 and bool(inputs.get("dynamic"))))
         if not fits or group.get("format") not in (None, settings["format"]):
-            raise UserError(f"{_METHOD}: its fields do not go together: {todo}")
-        return found
+            raise UserError(f"{_METHOD}: inconsistent fields: {todo}")
+        return storage
 
     def to_config(self, shapes: Mapping[str, tuple[int, ...]]) -> JsonDict:
         """Return `quantization_config` for transformers and vLLM; `ignore` lists the outermost plain modules."""
@@ -151,8 +151,8 @@ class CompressedTensors:
         scales = (rows, columns // self.group if self.group else 1)
         if self.activations:
             return {"": ("I8", shape), "_scale": (dtype, scales)}
-        found = {"_packed": ("I32", (rows, self._words(columns))), "_scale": (dtype, scales), "_shape": ("I64", (2,))}
-        return found if self.symmetric else found | {"_zero_point": ("I32", (self._words(rows), scales[1]))}
+        tensors = {"_packed": ("I32", (rows, self._words(columns))), "_scale": (dtype, scales), "_shape": ("I64", (2,))}
+        return tensors if self.symmetric else tensors | {"_zero_point": ("I32", (self._words(rows), scales[1]))}
 
     def decode(self, parts: Mapping[str, Entry], start: int, stop: int) -> np.ndarray:
         """Return rows `start` to `stop` of the weight."""
@@ -168,7 +168,7 @@ class CompressedTensors:
             words = parts["_zero_point"].rows(first, -(-stop // per_word))
             zeros = self._unpack(words.T, words.shape[0] * per_word).T
             values -= zeros[start - first * per_word :][: stop - start, :, None]
-        # exact in float32 for scales of 16 bits, so that it is rounded once, as torch rounds it
+        # exact in float32 for scales of 16 bits, so the result is rounded once, as in torch
         return (values * scale.astype(np.float32)[..., None]).astype(scale.dtype).reshape(codes.shape)
 
     def encode(self, name: str, values: np.ndarray) -> dict[str, np.ndarray]:
@@ -203,8 +203,8 @@ class CompressedTensors:
         """Return the tensors of int8[rows, columns] codes with scales and zero points [rows, groups]."""
         if self.activations:
             return {"": codes, "_scale": scale}
-        found = {"_packed": self._pack(codes), "_scale": scale, "_shape": np.asarray(codes.shape, np.int64)}
-        return found if self.symmetric else found | {"_zero_point": self._pack(zeros.T).T}
+        tensors = {"_packed": self._pack(codes), "_scale": scale, "_shape": np.asarray(codes.shape, np.int64)}
+        return tensors if self.symmetric else tensors | {"_zero_point": self._pack(zeros.T).T}
 
     @property
     def _ends(self) -> tuple[int, int]:

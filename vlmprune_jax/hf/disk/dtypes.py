@@ -7,7 +7,7 @@ import math
 import ml_dtypes
 import numpy as np
 
-# What a safetensors header may name.
+# Dtypes of safetensors headers.
 FILE_DTYPES: dict[str, np.dtype] = {
     name: np.dtype(kind)
     for name, kind in {
@@ -17,9 +17,9 @@ FILE_DTYPES: dict[str, np.dtype] = {
         "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
     }.items()
 }  # fmt: skip
-# Those that are computed with; all others are parts of a storage, or buffers that are carried over as bytes.
+# Dtypes of weights; others belong to storages or to buffers that are copied as bytes.
 WEIGHT_DTYPES = {name: FILE_DTYPES[name] for name in ("F32", "F16", "BF16")}
-# The same by the names that users, configs, numpy and torch give them.
+# The same by their names in settings, configs, numpy and torch.
 DTYPES = {FILE_DTYPES[name].name: FILE_DTYPES[name] for name in ("F32", "BF16", "F16")}
 # Choices for the weights of a new folder: "source" keeps the dtype of each tensor.
 WRITTEN = (*DTYPES, "source")

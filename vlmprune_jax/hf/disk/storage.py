@@ -22,7 +22,7 @@ from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES
 from vlmprune_jax.hf.disk.weight_files import Entry, Extent
 
 JsonDict = dict[str, Any]
-_WEIGHT = ".weight"  # how the keys end that a storage may hold: biases and buffers are plain
+_WEIGHT = ".weight"  # suffix of keys that a storage may encode: biases and buffers are plain
 
 
 class Storage(Protocol):
@@ -58,7 +58,7 @@ class Storage(Protocol):
         """Return `quantization_config`, with `quant_method`, of a folder with tensors {key: shape}."""
 
 
-# quant_method -> the storage that a folder's quantization_config describes (UserError: what it cannot read of it).
+# quant_method -> function of quantization_config that returns the storage (UserError if it is not supported).
 storages: dict[str, Callable[[JsonDict], Storage]] = {"compressed-tensors": CompressedTensors.from_config}
 
 
@@ -94,7 +94,7 @@ class EncodedWeight:
         """Return `count` values from flat position `first`."""
         width = max(1, math.prod(self.shape[1:]))
         start, stop = first // width, -(-(first + count) // width)
-        with np.errstate(all="ignore"):  # what is not finite is reported with the weight's name
+        with np.errstate(all="ignore"):  # non-finite values are reported with the weight's name
             rows = self.storage.decode(self.parts, start, stop)
         assert rows.dtype == WEIGHT_DTYPES[self.dtype], f"{self.key}: {rows.dtype} decoded, {self.dtype} announced"
         return rows.reshape(-1)[first - start * width :][:count]
@@ -104,8 +104,8 @@ class EncodedWeight:
 
     def elements(self, positions: np.ndarray) -> np.ndarray:
         """Return the values at flat positions."""
-        found = [self.values(int(at), 1) for at in positions.reshape(-1)]
-        return np.concatenate(found).reshape(positions.shape)
+        values = [self.values(int(position), 1) for position in positions.reshape(-1)]
+        return np.concatenate(values).reshape(positions.shape)
 
     def pieces(self, cuts: Sequence[int]) -> Iterator[np.ndarray]:
         """Yield the values between consecutive `cuts` (ascending flat positions)."""
@@ -129,7 +129,7 @@ def find_storage(config: JsonDict, where: str) -> Storage | None:
         if not isinstance(settings, dict) or not isinstance(method, str) or method not in storages:
             raise UserError(
                 f"{where}: the weights are quantised (quantization_config, quant_method {method!r}) "
-                "and cannot be pruned like this: use the checkpoint they were made from"
+                "and cannot be pruned: use the checkpoint they were made from"
             )
         with reading(f"{where}: quantization_config"):
             try:
@@ -157,15 +157,15 @@ def join_parts(storage: Storage, tensors: Mapping[str, Entry], where: str) -> di
     for name, entry in tensors.items():
         suffix = next((mark for mark in marks if name.endswith(_WEIGHT + mark)), "")
         groups.setdefault(name.removesuffix(suffix), {})[suffix] = entry
-    found: dict[str, StoredWeight] = {}
+    weights: dict[str, StoredWeight] = {}
     problems = []
     for key, parts in groups.items():
-        one = parts.get("")
-        if one is not None and len(parts) == 1 and (one.dtype in WEIGHT_DTYPES or not key.endswith(_WEIGHT)):
-            found[key] = one
+        plain = parts.get("")
+        if plain is not None and len(parts) == 1 and (plain.dtype in WEIGHT_DTYPES or not key.endswith(_WEIGHT)):
+            weights[key] = plain
             continue
         try:
-            found[key] = _join(storage, key, parts)
+            weights[key] = _join(storage, key, parts)
         except (ValueError, LookupError, TypeError) as error:
             problems.append(f"{key}: {error}")
     if problems:
@@ -173,7 +173,7 @@ def join_parts(storage: Storage, tensors: Mapping[str, Entry], where: str) -> di
         raise UserError(
             f"{where}: its {storage.name} weights are incomplete: {'; '.join(problems[:8])}{more}: download it again"
         )
-    return found
+    return weights
 
 
 def _join(storage: Storage, key: str, parts: Mapping[str, Entry]) -> EncodedWeight:

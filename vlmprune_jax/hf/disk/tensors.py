@@ -66,23 +66,23 @@ def encoded(weights: Sequence[tuple[str, Tensor]], storage: Storage) -> list[Ten
     """
 
     @functools.lru_cache(maxsize=1)
-    def encode(name: str, one: Tensor) -> dict[str, np.ndarray]:
-        return storage.encode(name, one.fetch().view(WEIGHT_DTYPES[one.dtype]).reshape(one.shape))
+    def encode(name: str, plain: Tensor) -> dict[str, np.ndarray]:
+        return storage.encode(name, plain.fetch().view(WEIGHT_DTYPES[plain.dtype]).reshape(plain.shape))
 
-    def fetch(name: str, one: Tensor, suffix: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-        array = encode(name, one)[suffix]
-        found = (array.dtype, array.shape)
-        assert found == (FILE_DTYPES[dtype], shape), f"{one.key}{suffix}: {found}, {dtype} {shape} announced"
+    def fetch(name: str, plain: Tensor, suffix: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        array = encode(name, plain)[suffix]
+        actual = (array.dtype, array.shape)
+        assert actual == (FILE_DTYPES[dtype], shape), f"{plain.key}{suffix}: {actual}, {dtype} {shape} announced"
         return _bytes_of(array)
 
     tensors = []
-    for name, one in weights:
-        if not storage.holds(name, one.shape):
-            tensors.append(one)
+    for name, plain in weights:
+        if not storage.holds(name, plain.shape):
+            tensors.append(plain)
             continue
-        for suffix, (dtype, shape) in storage.tensors(one.dtype, one.shape).items():
-            part = functools.partial(fetch, name, one, suffix, dtype, shape)
-            tensors.append(Tensor(one.key + suffix, dtype, shape, bytes_in_file(dtype, shape), part))
+        for suffix, (dtype, shape) in storage.tensors(plain.dtype, plain.shape).items():
+            part = functools.partial(fetch, name, plain, suffix, dtype, shape)
+            tensors.append(Tensor(plain.key + suffix, dtype, shape, bytes_in_file(dtype, shape), part))
     return tensors
 
 

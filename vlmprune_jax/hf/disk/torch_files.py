@@ -76,8 +76,8 @@ def read_torch(path: Path) -> dict[str, Entry]:
             if order in members and _bytes(file, *place(order, 16)) != b"little":
                 raise ValueError("its numbers are big-endian")
             if not isinstance(state, dict):
-                made = f"what {state.maker} makes, which is not run" if isinstance(state, _Other) else "something else"
-                raise ValueError(f"it holds {made}")
+                content = f"an object of {state.maker}" if isinstance(state, _Other) else "another object"
+                raise ValueError(f"it holds {content}, not a state dict")
             return {key: _entry(path, key, value, f"{root}data/", place) for key, value in state.items()}
 
 
@@ -96,7 +96,7 @@ def _places(file: BinaryIO, members: dict[str, zipfile.ZipInfo]) -> Callable[...
             known[name] = begin, begin + member.file_size
         begin, end = known[name]
         if end > size or end - begin > most:
-            raise ValueError(f"record {name} has {end - begin} bytes, which cannot be")
+            raise ValueError(f"record {name} has an impossible size of {end - begin} bytes")
         return begin, end
 
     return place
@@ -109,19 +109,16 @@ def _bytes(file: BinaryIO, begin: int, end: int) -> bytes:
 
 def _entry(path: Path, key: str, value: Any, root: str, place: Callable[..., tuple[int, int]]) -> Entry:
     if not isinstance(value, _Tensor):
-        what = f"what {value.maker} makes" if isinstance(value, _Other) else f"a {type(value).__name__}"
+        kind = f"an object of {value.maker}" if isinstance(value, _Other) else f"a {type(value).__name__}"
         raise UserError(
-            f"{path}: {key} is {what} (something sparse, quantised, without values, or no tensor at all): a state dict "
-            "must map names to plain tensors and hold nothing else, save it again so"
+            f"{path}: {key} is {kind} (a sparse, quantised or empty tensor, or no tensor): save a state dict that maps "
+            "names to plain tensors and holds nothing else"
         )
     check_shape(value.shape)
     if value.dtype not in FILE_DTYPES:
         raise ValueError(f"{key} has dtype {value.dtype}")
     if type(value.first) is not int or value.first < 0 or not _in_one_piece(value):
-        raise UserError(
-            f"{path}: {key} does not lie in one piece in the file: save the state dict again with each tensor's "
-            ".contiguous()"
-        )
+        raise UserError(f"{path}: {key} is not contiguous: save the state dict again with each tensor's .contiguous()")
     first, last = place(root + value.storage.record)
     begin = first + value.first * FILE_DTYPES[value.dtype].itemsize
     end = begin + bytes_in_file(value.dtype, value.shape)
@@ -146,7 +143,7 @@ def _interpret(pickle: bytes) -> Any:
     Raises:
       Exception: of various types, if the pickle is damaged or has other content.
     """
-    below: list[list[Any]] = []  # what lies under each mark
+    below: list[list[Any]] = []  # stack below each mark
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     argument: Any
@@ -193,7 +190,7 @@ def _interpret(pickle: bytes) -> Any:
                 stack[-1] = _storage(*stack[-1])
             case "REDUCE" | "NEWOBJ":
                 arguments = stack.pop()
-                stack[-1] = _made(stack[-1].text, arguments)
+                stack[-1] = _construct(stack[-1].text, arguments)
             case "BUILD":
                 stack.pop()  # attributes, as the `_metadata` of a state dict
             case "STOP":
@@ -205,18 +202,18 @@ def _interpret(pickle: bytes) -> Any:
 
 def _storage(kind: str, of: _Name, record: str, *_: Any) -> _Storage:
     if kind != "storage":
-        raise ValueError("it names something else than storages")
+        raise ValueError("it names objects other than storages")
     return _Storage(of.text.rpartition(".")[2], f"{record:s}")
 
 
 def _pairs(keys: Sequence[Any], values: Sequence[Any]) -> dict[str, Any]:
     for key in keys:
         if not isinstance(key, str):
-            raise ValueError(f"the key {key} is no text" if isinstance(key, int) else "a key is no text")
+            raise ValueError(f"key {key} is not a string" if isinstance(key, int) else "a key is not a string")
     return dict(zip(keys, values, strict=True))
 
 
-def _made(function: str, arguments: tuple[Any, ...]) -> Any:
+def _construct(function: str, arguments: tuple[Any, ...]) -> Any:
     match function:
         case "collections.OrderedDict":
             pairs = arguments[0] if arguments else []

@@ -44,7 +44,7 @@ class CheckedFile:
         self._path = path
         self._descriptor, self._direct = _create(path)
         self._free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
-        self._spare: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()  # for what is read back
+        self._spare: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()  # buffers to read back into
         for _ in range(_WORKERS):
             self._free.put(mmap.mmap(-1, BLOCK))
             self._spare.put(mmap.mmap(-1, BLOCK))
@@ -87,7 +87,7 @@ class CheckedFile:
             while begin < extent.end:
                 room = memoryview(self._block)[self._filled :][: extent.end - begin]
                 read_at(source.fileno(), room, begin, extent.file)
-                # Gigabytes that nobody reads again took two thirds of the processor time to keep in the page cache.
+                # Keeping gigabytes in the page cache that are not read again took two thirds of the CPU time.
                 advise(source.fileno(), begin, len(room), "POSIX_FADV_DONTNEED")
                 look(np.frombuffer(room, np.uint8))
                 begin += len(room)
@@ -100,7 +100,7 @@ class CheckedFile:
             self._block, self._filled = self._free.get(), 0
 
     def _flush(self) -> None:
-        while self._pending and self._pending[0].done():  # an error ends the work now and not at the last byte
+        while self._pending and self._pending[0].done():  # raise an error now and not at the last byte
             self._pending.pop(0).result()
         self._pending.append(self._workers.submit(self._put, self._block, self._filled, self._size))
         self._size += self._filled
@@ -115,7 +115,7 @@ class CheckedFile:
                 rest = rest[written:]
             self._compare(block, length, offset)
         finally:
-            self._free.put(block)  # after an error too: whoever waits for it goes on, to the error
+            self._free.put(block)  # after an error too: a waiting caller then meets the error
 
     def _pwrite(self, data: memoryview, offset: int) -> int:
         try:
@@ -123,24 +123,24 @@ class CheckedFile:
         except OSError as error:
             if error.errno != errno.EINVAL or not self._direct:
                 raise
-            # A file system that accepts the flag when it opens a file and not when it writes one.
+            # The file system accepts the flag on opening a file but not on writing.
             flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
             fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
             return os.pwrite(self._descriptor, data, offset)
 
     def _compare(self, block: mmap.mmap, length: int, offset: int) -> None:
         spare = self._spare.get()
-        room, got = memoryview(spare), 0
+        room, count_read = memoryview(spare), 0
         try:
-            while got < length:  # whole blocks, as direct reads must be; the end of the file ends the last one
-                count = os.preadv(self._descriptor, [room[got:]], offset + got)
+            while count_read < length:  # direct reads need whole blocks; the last one ends with the file
+                count = os.preadv(self._descriptor, [room[count_read:]], offset + count_read)
                 if not count:
                     break
-                got += count
-            wrote, found = (np.frombuffer(of, np.uint8, length) for of in (block, room))
+                count_read += count
+            written, reread = (np.frombuffer(buffer, np.uint8, length) for buffer in (block, room))
             parts = (slice(begin, begin + _PART) for begin in range(0, length, _PART))
-            # Several times as fast as checksums of both.
-            same = got >= length and all(np.array_equal(wrote[part], found[part]) for part in parts)
+            # Several times faster than checksums of both.
+            same = count_read >= length and all(np.array_equal(written[part], reread[part]) for part in parts)
         finally:
             self._spare.put(spare)
         if not same:

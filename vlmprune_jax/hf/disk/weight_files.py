@@ -21,7 +21,7 @@ from vlmprune_jax.hf.disk.dtypes import FILE_DTYPES, bytes_in_file
 # A header lists names and offsets; the limit of the safetensors library itself.
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 64  # as numpy has it
-_DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,15}")  # how a dtype is spelled, also one that is not known yet
+_DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,15}")  # spelling of known and future dtypes
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,13 @@ class Entry:
 
     def elements(self, positions: np.ndarray) -> np.ndarray:
         """Return the values at flat positions, each read on its own."""
-        found = np.empty(positions.shape, FILE_DTYPES[self.dtype])
-        flat, size = found.reshape(-1).view(np.uint8).data, found.itemsize
+        values = np.empty(positions.shape, FILE_DTYPES[self.dtype])
+        flat, size = values.reshape(-1).view(np.uint8).data, values.itemsize
         with open_file(self.file) as file:
             advise(file.fileno(), 0, 0, "POSIX_FADV_RANDOM")
             for number, at in enumerate(positions.reshape(-1).tolist()):
                 read_at(file.fileno(), flat[number * size :][:size], self.begin + at * size, self.file)
-        return found
+        return values
 
     def pieces(self, cuts: Sequence[int]) -> Iterator[np.ndarray]:
         """Yield the values between consecutive `cuts` (ascending flat positions); each array is valid until the next.
@@ -102,10 +102,10 @@ class Entry:
         return self.values(start * width, (stop - start) * width).reshape(stop - start, *self.shape[1:])
 
     def _read(self, begin: int, size: int) -> np.ndarray:
-        found = np.empty(size, np.uint8)
+        data = np.empty(size, np.uint8)
         with open_file(self.file) as file:
-            read_at(file.fileno(), found.data, begin, self.file)
-        return found
+            read_at(file.fileno(), data.data, begin, self.file)
+        return data
 
 
 def read_at(descriptor: int, room: memoryview, offset: int, path: Path) -> None:
@@ -117,7 +117,7 @@ def read_at(descriptor: int, room: memoryview, offset: int, path: Path) -> None:
     while room:
         count = os.preadv(descriptor, [room], offset)
         if not count:
-            raise UserError(f"{path}: became shorter while it was read: is something else writing to it?")
+            raise UserError(f"{path}: became shorter while it was read: stop other programs that write to it")
         room, offset = room[count:], offset + count
 
 
@@ -177,12 +177,12 @@ def _check_layout(path: Path, entries: Mapping[str, Entry], first: int, size: in
             raise UserError(f"{path}: tensor {key} overlaps the one before it: damaged header, download it again")
         if entry.begin > end:
             raise UserError(
-                f"{path}: {entry.begin - end} bytes before tensor {key} belong to none: damaged header, "
+                f"{path}: {entry.begin - end} bytes before tensor {key} belong to no tensor: damaged header, "
                 "download it again"
             )
         end = entry.end
     if end != size:
-        raise UserError(f"{path}: {size - end} bytes after the last tensor belong to none: download it again")
+        raise UserError(f"{path}: {size - end} bytes after the last tensor belong to no tensor: download it again")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in pairs:
         if name in result:
-            raise ValueError(f"{name} comes twice")
+            raise ValueError(f"{name} is repeated")
         result[name] = value
     return result
 
@@ -211,4 +211,4 @@ def check_shape(shape: Sequence[Any]) -> None:
     if len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"a tensor of {len(shape)} dimensions")
     if any(type(n) is not int or not 0 <= n < 2**64 for n in shape):
-        raise ValueError("a tensor whose shape is no list of whole numbers")
+        raise ValueError("a tensor whose shape is not a list of whole numbers")
