@@ -1,4 +1,4 @@
-"""From `sweep.json` to `sweep.html`: the models of a sweep beside each other."""
+"""The page that compares the models of a sweep: `sweep.json` -> `sweep.html`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from vlmprune_jax.core.errors import printable
 from vlmprune_jax.report import comparison_plots as plots
 from vlmprune_jax.report.comparison_plots import DATA, DECODER, Cost, drawable, series_of, way_of
-from vlmprune_jax.report.page import Figure, Section, Table, write_page
-from vlmprune_jax.report.plots import to_svg
+from vlmprune_jax.report.figures import figure_of
+from vlmprune_jax.report.page import Section, Table, write_page
 from vlmprune_jax.report.tables import over
 from vlmprune_jax.workdir.result import averaged_sets
 from vlmprune_jax.workdir.sweep import (
@@ -45,14 +43,14 @@ SPEEDUPS = {
     for part, name in (("prefill", "Prefill"), ("decode", "Decoding"))
 }
 NOTES = (
-    "A row is what differs in more than seeds. Retained: share of the unpruned model's score, in percent{averages}; ± "
-    "is half of a 95 % interval over seeds (Student's t), which says nothing of other questions. Seconds: scoring, "
-    "pruning, reconstruction and training, the mean, without evaluation, by whichever run did it."
+    "A row is the mean over seeds. Retained: share of the unpruned model's score, in percent{averages}; ± is half of "
+    "the 95 % interval over seeds (Student's t), not over questions. Seconds: scoring, pruning, reconstruction and "
+    "training, without evaluation, in whichever run did it."
 )
 
 
 def build_comparison(workdir: Path) -> Path:
-    """Write `sweep.html` (one file, nothing external) of a sweep with at least one model; returns its path.
+    """Write `sweep.html` (one file without external resources) of a sweep with at least one model; return its path.
 
     Raises:
       UserError: `sweep.json` is missing or damaged.
@@ -80,9 +78,9 @@ def build_comparison(workdir: Path) -> Path:
 
 
 def _best(groups: Sequence[Group]) -> Group | None:
-    """The one that retains most, among equals the smallest."""
+    """Return the group that retains most, the smallest among equals."""
     known = [group for group in groups if group.retained is not None]
-    return min(known, key=lambda group: (-_worth(group), group.mean("parameters")), default=None)
+    return min(known, key=lambda group: (-_retention(group), group.mean("parameters")), default=None)
 
 
 def _lead(sweep: SweepResult, groups: Sequence[Group], best: Group | None) -> Iterator[str]:
@@ -92,9 +90,9 @@ def _lead(sweep: SweepResult, groups: Sequence[Group], best: Group | None) -> It
     yield f"{count.get(DONE, 0)} of {len(runs)} runs are done{f' ({left})' if left else ''}: {len(sweep.done)} models."
     if best is None or best.retained is None:
         return
-    worth = f"{best.retained[0]:.2f} % {over(sweep.sets)}"
-    yield f"Most is retained by {printable(best.name)}: {worth}, {_smaller(best, sweep)}."
-    enough = [group for group in groups if _worth(group) >= ENOUGH]
+    kept = f"{best.retained[0]:.2f} % {over(sweep.sets)}"
+    yield f"{printable(best.name)} retains most: {kept}, {_smaller(best, sweep)}."
+    enough = [group for group in groups if _retention(group) >= ENOUGH]
     smallest = min(enough, key=lambda group: group.mean("parameters"), default=None)
     if smallest is None or smallest.retained is None:
         yield f"No model retains {ENOUGH:g} %."
@@ -115,21 +113,16 @@ def _averages(sweep: SweepResult) -> str:
     return "" if len(names) == 1 else f", the mean over {', '.join(names)}"
 
 
-def _figure(figure: Any, alt: str, caption: str) -> Figure:
-    return Figure(Markup(to_svg(figure)), alt, caption)
-
-
 def _pareto_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Section]:
     drawn = drawable(groups)
     if not drawn:
         return
     models = [*sweep.unpruned.values()]
     figures = [
-        _figure(
+        figure_of(
             plots.pareto_figure(groups, models, COSTS),
             f"{len(drawn)} models: retained percent against parameters, bytes and FLOPs; the table has the numbers.",
-            "Shape: what was removed; colour: what was done afterwards. The line joins the models that no other one "
-            "beats in both; the star is the unpruned model.",
+            "Shape: pruning method; colour: recovery. The line is the Pareto front; the star is the unpruned model.",
         )
     ]
     timed = [
@@ -138,12 +131,12 @@ def _pareto_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sec
     if timed:
         figure = plots.pareto_figure(timed, None, list(SPEEDUPS.values()))
         alt = f"{len(timed)} models: retained percent against speed, as a multiple of the unpruned model's."
-        figures.append(_figure(figure, alt, "Measured in turns with the unpruned model, on one machine at a time."))
-    yield Section("What is retained at which cost", figures=tuple(figures))
+        figures.append(figure_of(figure, alt, "Measured in turns with the unpruned model, on one machine at a time."))
+    yield Section("Retention and cost", figures=tuple(figures))
 
 
 def _asked(group: Group) -> Any:
-    """Models of one ratio are compared, whatever each reaches."""
+    """Return the ratio that models are compared at: as asked, whatever each reaches."""
     asked = group.first.ratio_asked
     return round(group.mean("ratio_reached"), 3) if asked is None else asked
 
@@ -158,9 +151,9 @@ def _ratio_section(groups: Sequence[Group]) -> Iterator[Section]:
         of = f"Trained on {100 * fraction:g} % of the data" if fraction else "Without training"
         figure = plots.curves_figure(some, way_of, lambda group: series[group.name], DECODER, "linear")
         figures.append(
-            _figure(
+            figure_of(
                 figure,
-                f"{of}: retained percent over the share of the decoder that went, {len(some)} points.",
+                f"{of}: retained percent over the share of the decoder removed, {len(some)} points.",
                 f"{of}. Bands: 95 % intervals over seeds.",
             )
         )
@@ -175,18 +168,18 @@ def _data_section(groups: Sequence[Group]) -> Iterator[Section]:
     for name in list(dict.fromkeys(series[group.name] for group in trained))[:MOST_FIGURES]:
         some = sorted((group for group in trained if series[group.name] == name), key=_asked)
         shares = {_asked(group): 100 * group.mean("decoder_ratio") for group in some}
-        figure = plots.curves_figure(some, functools.partial(_share_told, shares), way_of, DATA, "log")
+        figure = plots.curves_figure(some, functools.partial(_panel_title, shares), way_of, DATA, "log")
         alt = f"{name}: retained percent over the share of the training data, {len(some)} points."
-        figures.append(_figure(figure, alt, f"{name}. Bands: 95 % intervals over seeds."))
+        figures.append(figure_of(figure, alt, f"{name}. Bands: 95 % intervals over seeds."))
     yield Section("Over the training data", figures=tuple(figures))
 
 
-def _share_told(shares: Mapping[Any, float], group: Group) -> str:
+def _panel_title(shares: Mapping[Any, float], group: Group) -> str:
     return f"{shares[_asked(group)]:.0f} % of the decoder removed"
 
 
 def _radar_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Section]:
-    """Of every method at every ratio the one that retains most."""
+    """Radar of the best model of each method at each ratio."""
     names = [name for name in sweep.sets if all(_kept(group, name) is not None for group in drawable(groups))]
     names = names[:MOST_SETS]
     if len(names) < LEAST_RADAR:
@@ -195,7 +188,7 @@ def _radar_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sect
     for group in sorted(drawable(groups), key=_asked):
         at = chosen.setdefault(_asked(group), {})
         known = at.get(series[group.name])
-        if known is None or _worth(group) > _worth(known):
+        if known is None or _retention(group) > _retention(known):
             at[series[group.name]] = group
     panels: dict[str, Mapping[str, Mapping[str, float]]] = {}
     for at in chosen.values():
@@ -204,12 +197,12 @@ def _radar_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sect
             name: {one: _kept(group, one) or 0.0 for one in names} for name, group in at.items()
         }
     figure = plots.radar_figure(panels, names)
-    alt = f"Radar of what is retained of {', '.join(names)}, for the best model of each method at each ratio."
-    caption = "Of each method at each ratio the model that retains most on average; dashed: the unpruned model."
-    yield Section("Every benchmark", figures=(_figure(figure, alt, caption),))
+    alt = f"Radar of retention on {', '.join(names)}, for the best model of each method at each ratio."
+    caption = "The best model on average of each method at each ratio; dashed: the unpruned model."
+    yield Section("Every benchmark", figures=(figure_of(figure, alt, caption),))
 
 
-def _worth(group: Group) -> float:
+def _retention(group: Group) -> float:
     return -math.inf if group.retained is None else group.retained[0]
 
 
@@ -220,7 +213,7 @@ def _kept(group: Group, name: str) -> float | None:
 
 
 def _table(sweep: SweepResult, groups: Sequence[Group]) -> Table:
-    """Everything in numbers; a row a group, the unpruned models first."""
+    """All numbers: the unpruned models, then a row for every group."""
     sets = sweep.sets
     names = list(sets)[:MOST_SETS]
     costs = ("parameters", "MiB", "GFLOPs")
@@ -245,7 +238,7 @@ def _table(sweep: SweepResult, groups: Sequence[Group]) -> Table:
         )
         values = (group.show_mean(one, sets) for one in names)
         rows.append((printable(group.name), *facts, *_costs(group.models), *values, f"{group.mean('seconds'):.1f}"))
-    return Table(f"{len(groups)} kinds of models", header, tuple(rows))
+    return Table(f"{len(groups)} models, means over seeds", header, tuple(rows))
 
 
 def _costs(models: Sequence[SweptModel | UnprunedModel]) -> tuple[str, str, str]:
@@ -254,7 +247,7 @@ def _costs(models: Sequence[SweptModel | UnprunedModel]) -> tuple[str, str, str]
 
 
 def _open_section(sweep: SweepResult) -> Iterator[Section]:
-    """What is not there, and why."""
+    """Runs without a result, and why."""
     rows = [
         (printable(entry.run), entry.status, printable(entry.error or ""))
         for entry in sweep.models
@@ -263,5 +256,5 @@ def _open_section(sweep: SweepResult) -> Iterator[Section]:
     if rows:
         failed = sum(row[1] == FAILED for row in rows)
         table = Table(f"{failed} failed, {len(rows) - failed} pending", ("run", "state", "error"), tuple(rows))
-        note = "The same `vlmprune sweep` goes on with them, and tries those that failed again."
+        note = "The same `vlmprune sweep` command runs pending runs, and tries failed runs again."
         yield Section("Runs without a result", tables=(table,), notes=(note,))

@@ -1,4 +1,4 @@
-"""Figures that compare the models of a sweep: what is retained by costs, by ratio, by data and by benchmark."""
+"""Figures that compare the models of a sweep: retention by cost, ratio, data and benchmark."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _DASHES = ("-", "--", ":", "-.")
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model costs (or, `rising`, gives), and how an axis of it is named."""
+    """A cost of a model (or, with `rising`, a gain), and its names in a figure."""
 
     title: str
     label: str
@@ -54,7 +54,7 @@ def way_of(group: Group) -> str:
 
 
 def series_of(groups: Sequence[Group]) -> dict[str, str]:
-    """Group's name -> the line that it is on: its method, and what else tells it from others at the same place."""
+    """Return the line of each group by its name: the method, and labels that tell it from others at the same point."""
     criteria = {(group.first.method, group.first.criterion) for group in groups}
     several = {method for method, _ in criteria if sum(method == other for other, _ in criteria) > 1}
     models = {group.first.model for group in groups}
@@ -80,7 +80,7 @@ def _differing(groups: Sequence[Group]) -> list[str]:
 
 
 def drawable(groups: Sequence[Group]) -> list[Group]:
-    """Those of which is known what they retain, and that an axis has a place for."""
+    """Return the groups whose retention is known and fits an axis."""
     return [group for group in groups if group.retained is not None and abs(group.retained[0]) < LARGEST]
 
 
@@ -122,7 +122,7 @@ def pareto_figure(groups: Sequence[Group], unpruned: Sequence[UnprunedModel] | N
 
 
 def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of so many panels, at most three beside each other, whose upright axes are named at the left."""
+    """Return a figure and its panels, at most three in a row, with the y label on the left ones."""
     columns = 2 if count in (2, 4) else min(count, 3)
     rows = -(-count // columns)
     figure = Figure(figsize=(9.2, height * rows + 0.5), layout="constrained")
@@ -144,7 +144,7 @@ def _point(axes: Axes, x: float, group: Group, colour: str) -> None:
 
 
 def _front(places: Sequence[float], groups: Sequence[Group], *, rising: bool) -> list[tuple[float, float]]:
-    """The points that none beats, from the cheapest (`rising`: the fastest) on."""
+    """Return the points of the Pareto front, from the cheapest (`rising`: the fastest) on."""
     points = sorted(
         ((x, group.retained[0]) for x, group in zip(places, groups, strict=True) if group.retained),
         key=lambda point: (-point[0] if rising else point[0], -point[1]),
@@ -157,7 +157,7 @@ def _front(places: Sequence[float], groups: Sequence[Group], *, rising: bool) ->
 
 
 def _limits(groups: Sequence[Group]) -> tuple[float, float]:
-    """Of an axis of what is retained: from 0, or where all is above 50 from the tens below, and 100 in any case."""
+    """Return the limits of a retention axis: from 0, or from the tens below if all is above 50; 100 is always in it."""
     worth = [100.0, *(group.retained[0] for group in groups if group.retained)]
     low, high = min(worth), max(worth)
     bottom = 10.0 * ((low - 2) // 10) if low > HALF else 0.0
@@ -165,7 +165,7 @@ def _limits(groups: Sequence[Group]) -> tuple[float, float]:
 
 
 def _add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
-    """Below the panels, in as few rows as fit, all of like length."""
+    """Add a legend below the panels, in as few rows of equal length as fit."""
     rows = -(-sum(len(str(handle.get_label())) + 8 for handle in handles) // LINE_LETTERS)
     figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // max(rows, 1)))
 
@@ -173,9 +173,9 @@ def _add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
 def curves_figure(
     groups: Sequence[Group], panel_of: Callable[[Group], str], line_of: Callable[[Group], str], x: Cost, scale: str
 ) -> Figure:
-    """What is retained over `x`, a panel for every `panel_of` and a line for every `line_of`.
+    """Draw retention over `x`, a panel for every `panel_of` and a line for every `line_of`.
 
-    Bands are 95 % intervals over seeds, of the points that have several.
+    Bands are 95 % intervals over seeds, at points with several seeds.
     """
     panels: dict[str, dict[str, list[Group]]] = {}
     for group in drawable(groups):
@@ -216,9 +216,9 @@ def _curve(axes: Axes, groups: Sequence[Group], x: Cost, look: Mapping[str, Any]
 
 
 def radar_figure(panels: Mapping[str, Mapping[str, Mapping[str, float]]], sets: Sequence[str]) -> Figure:
-    """What is retained of every evaluation set, a spoke each (as Figure 1 of arXiv 2604.24380).
+    """Draw retention by evaluation set, a spoke each (as Figure 1 of arXiv 2604.24380).
 
-    `panels`: title -> name of a model -> set -> retained in %.
+    `panels`: title -> model -> set -> retained in %.
     """
     panels = dict(list(panels.items())[:MOST_PANELS])
     names = list(dict.fromkeys(name for models in panels.values() for name in models))

@@ -1,4 +1,4 @@
-"""The figures of a report, section by section, each with a sentence for those who do not see it."""
+"""The figures of a report, section by section, each with a text alternative."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MOST_LISTED = 40  # numbers in a sentence
 
 
 def figure_of(drawn: Any, alt: str, caption: str) -> Figure:
-    """A figure of matplotlib's for a page."""
+    """Return a matplotlib figure for a page."""
     return Figure(Markup(plots.to_svg(drawn)), printable(alt), caption)
 
 
@@ -48,7 +48,7 @@ def measured_of(result: Result) -> list[plots.Measured]:
 
 
 def score_sections(result: Result, measured: Sequence[plots.Measured], first: Any) -> Iterator[Section]:
-    """What models are worth against their size: the first figure, which is drawn already, and those of single sets."""
+    """Scores against size: `first` (drawn already), and a figure for every evaluation set."""
     alt = _score_alt(result, measured[0])
     yield Section(
         f"{measured[0].name} and size", figures=(figure_of(first, alt, "The dashed line is the unpruned model."),)
@@ -68,7 +68,7 @@ def _score_alt(result: Result, measured: plots.Measured) -> str:
 
 
 def removed_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
-    """A map per plan and stack of the layers, heads and neurons that are gone."""
+    """Maps of the removed layers, heads and neurons, one for each plan and stack."""
     plans = list[tuple[list[str], PrunePlan]]()  # those that keep the same, once
     for name in dict.fromkeys(run.plan for run in variants if run.plan):
         plan = PrunePlan.from_json(workdir / name)
@@ -102,7 +102,7 @@ def _removed_alt(where: str, kept: KeptStack) -> str:
 
 
 def importance_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
-    """One figure per scores file; variants that share one are drawn once per plan."""
+    """One figure for each pair of scores file and plan."""
     figures, seen = list[Figure](), set[tuple[str | None, str]]()
     for run in variants:
         for name in run.scores:
@@ -118,13 +118,13 @@ def importance_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[S
 
 
 def importance_figure(scores: Scores, plan: PrunePlan | None) -> Any:
-    """The scores, with what a plan removes where there is one.
+    """Draw importances, and which layers and heads a plan removes.
 
     Raises:
-      UserError: the scores are too many for a figure, or of a stack that the plan says nothing about.
+      UserError: the scores are too many for a figure, or of a stack that the plan does not have.
     """
     if plan is not None and scores.stack not in plan.stacks:
-        raise UserError(f"{scores.criterion} scores are of the {scores.stack} stack, which the plan says nothing about")
+        raise UserError(f"{scores.criterion} scores are of the {scores.stack} stack, which the plan does not have")
     kept_of = None if plan is None else plan.stacks[scores.stack]
     what = scores.criterion if scores.stack == "text" else f"{scores.criterion} of the tower"
     by_layer = scores.importance is not None and plan is not None and plan.method == "depth"
@@ -159,7 +159,7 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def kinds_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
-    """One figure per scores file that tells kinds of tokens apart."""
+    """One figure for each scores file that has importances by token type."""
     figures = list[Figure]()
     for name in dict.fromkeys(name for run in variants for name in run.scores):
         scores = Scores.load(workdir / name)
@@ -167,11 +167,11 @@ def kinds_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Sectio
             if scores.heads is not None:
                 _check_drawable(f"{scores.criterion} scores are", list(map(len, scores.heads)))
             shares = {k: (kinds.head_shares(parts), kinds.layer_shares(parts)) for k, parts in scores.by_kind.items()}
-            drawn = plots.kinds_figure(f"{scores.criterion} by kind of token", shares)
+            drawn = plots.kinds_figure(f"{scores.criterion} by token type", shares)
             alt = f"Importance by {scores.criterion} per layer, apart for {', '.join(shares)} tokens"
             figures.append(figure_of(drawn, alt, f"{name}. {kinds.serves_vision(scores)}"))
     if figures:
-        yield Section("Importance by kind of token", figures=tuple(figures))
+        yield Section("Importance by token type", figures=tuple(figures))
 
 
 def _check_drawable(what: str, widths: Sequence[int]) -> None:
@@ -182,7 +182,7 @@ def _check_drawable(what: str, widths: Sequence[int]) -> None:
 
 
 def loss_section(workdir: Path, result: Result) -> Iterator[Section]:
-    """Losses over steps, of every recovery that reported some."""
+    """Training losses over steps, for every recovery that logged any."""
     curves, titles = dict[str, list[dict[str, Any]]](), dict[str, str]()
     for run in result.runs:
         titles |= run.loss_terms or {name: name for name in LossConfig().weights()}

@@ -1,4 +1,4 @@
-"""Scores by kind of token: what of the model works on images, and what on text."""
+"""Importance by token type: which layers and heads process images, and which process text."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ Parts = Mapping[str, Any]
 
 
 def layer_shares(parts: Parts) -> np.ndarray:
-    """float64[n_layers], adding up to 1: what of a kind's importance each layer has.
+    """Return float64[n_layers] shares of the layers in a token type's importance, adding up to 1.
 
-    Of scores of widths each layer's neurons count, which are most of it; what is never removed (infinite) counts 0.
+    Width scores are summed over neurons, most of a layer. Infinite scores (never removed) have weight 0.
     """
     values = parts["importance"] if "importance" in parts else [np.sum(layer) for layer in parts["mlp"]]
     return _shares([np.asarray(values, np.float64)])[0]
 
 
 def head_shares(parts: Parts) -> list[np.ndarray] | None:
-    """The same of attention heads, over all layers; None where the scores say nothing about heads."""
+    """Return the shares of attention heads in the sum over all layers; None without scores of heads."""
     return None if parts.get("heads") is None else _shares(parts["heads"])
 
 
@@ -35,7 +35,7 @@ def _shares(layers: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def serves_vision(scores: Scores) -> str:
-    """Names the layers and heads that work on images more than on text, at most 5; "" where no score is of images."""
+    """Name at most 5 layers and heads that are more important for images than for text; "" without image scores."""
     text = [parts for kind, parts in scores.by_kind.items() if kind != "image"]
     if "image" not in scores.by_kind or not text:
         return ""
@@ -55,7 +55,7 @@ def serves_vision(scores: Scores) -> str:
 
 
 def _leaning(image: Sequence[np.ndarray], text: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
-    """Image / (image + mean of the kinds of text), per layer; 0.5 where nothing is scored."""
+    """Return image / (image + mean over types of text) per layer; 0.5 where both are 0."""
     found = []
     for i, layer in enumerate(image):
         both = layer + np.mean([kind[i] for kind in text], axis=0)

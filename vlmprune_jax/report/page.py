@@ -16,7 +16,7 @@ from vlmprune_jax.core.files import replacing
 
 @dataclass(frozen=True)
 class Table:
-    """One table of text; the first column names the rows. On a page it sorts, so a column keeps to one unit."""
+    """A table of text whose first column names the rows. Pages sort columns, so a column has one unit."""
 
     title: str
     header: tuple[str, ...]
@@ -25,7 +25,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """An `<svg>` with what it shows in words, for those who do not see it, and its caption."""
+    """An `<svg>` with its text alternative and its caption."""
 
     svg: Markup
     alt: str
@@ -34,9 +34,9 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page under a heading: sentences, figures, tables, (title, (what, value) pairs), samples of a set.
+    """A part of a page under a heading: sentences, figures, tables, (title, (name, value) pairs), samples of a set.
 
-    `missing`: what is not there yet, and `command`, which makes it.
+    `missing` says what is not there yet, and `command` makes it.
     """
 
     title: str
@@ -50,10 +50,10 @@ class Section:
 
 
 def write_page(template: str, path: Path, **values: Any) -> Path:
-    """Fill a template that extends `page.html` and write the page; returns its path.
+    """Fill a template that extends `page.html`, write the page and return its path.
 
-    `values` are text and never markup, but for what is `Markup`; `title` is among them. The page's own policy forbids
-    browsers to fetch anything and to run any other script than ours.
+    `values` are escaped unless they are `Markup`; `title` is one of them. The page's content policy forbids browsers to
+    fetch anything and to run any script but ours.
     """
     loader = jinja2.PackageLoader("vlmprune_jax.report", ".")
     made = jinja2.Environment(

@@ -1,4 +1,4 @@
-"""The report's figures: accuracy against size, importance per layer, losses over steps."""
+"""Figures of a report: accuracy against size, importance per layer, losses over steps."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Measured:
-    """One number of every model, the unpruned one first (None: it has none), and how to name it.
+    """One number per model, the unpruned model first (None if unknown), and its names in a figure.
 
-    `full`: what a perfect model reaches, which is where the axis ends; None = as far as there are values.
+    `full`: the value of a perfect model, where the axis ends; None ends the axis at the largest value.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Measured:
 
 
 def score_figure(result: Result, measured: Measured) -> Figure:
-    """A number of every model against its parameters; the shape tells the method, the colour the recovery."""
+    """Draw a number against parameters, and as bars; the shape is the method, the colour the recovery."""
     runs, teacher = result.runs, result.teacher
     colours = recovery_colours(runs)
     finite = [np.nan if v is None or not abs(v) < LARGEST else float(v) for v in measured.values]
@@ -100,13 +100,13 @@ def score_figure(result: Result, measured: Measured) -> Figure:
 
 
 def _top(values: Sequence[float], full: float | None) -> float:
-    """Where an axis from 0 ends: at the full score, or the largest value beyond it."""
+    """Return the end of an axis from 0: the full score, or the largest value if that is larger."""
     real = [value for value in (full or 0.0, *values) if abs(value) < LARGEST]
     return max([0.0, *real]) or 1.0
 
 
 def marker(method: str, colour: str) -> dict[str, Any]:
-    """Depth filled and width hollow: both stay visible where they coincide."""
+    """Return the marker of a method; depth is filled and width hollow, so both are visible at one place."""
     shape, size = MARKERS.get(method, ("^", 8))
     face = colour if method == "depth" else "none"
     return {
@@ -137,7 +137,7 @@ def _score_bars(
     measured: Measured,
     colours: Mapping[str, str],
 ) -> None:
-    """One bar per model (of many the first), with its value written beside it."""
+    """Draw one bar per model (the first of many), with its value beside it."""
     runs, values = result.runs[: MOST_BARS - 1], values[:MOST_BARS]
     places = np.arange(len(values))[::-1]
     shades = [INK, *(colours[run.after_pruning] for run in runs)]
@@ -161,14 +161,14 @@ def _score_bars(
 
 
 def recovery_colours(runs: Sequence[Run]) -> dict[str, str]:
-    """One colour per recovery, grey for none."""
+    """Return one colour per recovery, grey without recovery."""
     names = list(dict.fromkeys(run.after_pruning for run in runs))
     trained = [name for name in names if name != WITHOUT]
     return {name: UNRECOVERED if name == WITHOUT else COLOURS[trained.index(name) % len(COLOURS)] for name in names}
 
 
 def layer_importance_figure(title: str, importance: np.ndarray, removed: Sequence[int]) -> Figure:
-    """Importance of every decoder layer (original numbers), the removed ones in another colour."""
+    """Draw the importance of every layer (original numbers), removed layers in another colour."""
     with styled(title):
         figure = Figure(figsize=(7.6, 2.7), layout="constrained")
         axes = figure.add_subplot()
@@ -187,9 +187,10 @@ def layer_importance_figure(title: str, importance: np.ndarray, removed: Sequenc
 def width_importance_figure(
     title: str, heads: Sequence[np.ndarray], kept: Mapping[int, tuple[set[int], int, int]]
 ) -> Figure:
-    """Importance of attention units by layer (as a share of the layer's largest), removed ones crossed; neurons kept.
+    """Draw the importance of attention heads as a share of the layer's largest, and the share of neurons that is kept.
 
-    `kept`: original layer number -> (kept units, kept neurons, neurons before); a layer that is missing is gone whole.
+    Removed heads are crossed. `kept`: original layer number -> (kept heads, kept neurons, neurons before); layers that
+    are not in it are removed.
     """
     n_layers, shares = len(heads), _by_layer(heads)
     with styled(title):
@@ -216,10 +217,10 @@ def width_importance_figure(
 def removed_figure(
     title: str, widths: Sequence[tuple[int, int]], kept: Mapping[int, tuple[Sequence[int], Sequence[int]]]
 ) -> Figure:
-    """Which layers, attention heads and MLP neurons are gone; of neurons, what share of each run of neighbours.
+    """Draw which layers, attention heads and MLP neurons are removed; a cell shows the kept share of neighbours.
 
-    `widths`: heads and neurons of every layer before. `kept`: original layer number -> indices of heads and neurons
-    that stay; a layer that is missing is gone whole.
+    `widths`: heads and neurons of every layer before. `kept`: original layer number -> indices of kept heads and
+    neurons; layers that are not in it are removed.
     """
     with styled(title):
         figure = Figure(figsize=(7.6, 3.9), layout="constrained")
@@ -250,9 +251,9 @@ def removed_figure(
 
 
 def kinds_figure(title: str, kinds: Mapping[str, tuple[Sequence[np.ndarray] | None, np.ndarray]]) -> Figure:
-    """Importance by kind of token, a column each: of heads (as a share of the layer's largest), and of layers.
+    """Draw importance by token type, a column each: heads as a share of the layer's largest, and layers.
 
-    `kinds`: name -> (per layer what each head has, or None; float[n_layers] what each layer has of the kind's sum).
+    `kinds`: token type -> (importance of heads per layer, or None; float[n_layers] shares of layers in the sum).
     """
     drawn = {name: heads for name, (heads, _) in kinds.items() if heads is not None}
     top = max(float(layers.max()) for _, layers in kinds.values()) or 1.0
@@ -279,7 +280,7 @@ def kinds_figure(title: str, kinds: Mapping[str, tuple[Sequence[np.ndarray] | No
 
 
 def _by_layer(heads: Sequence[np.ndarray]) -> np.ndarray:
-    """float[widest, n_layers]: what each unit has of the layer's largest; NaN where there is none."""
+    """Return float[widest, n_layers] shares of the layer's largest importance, NaN where a layer has no such head."""
     shares = np.full((max(len(h) for h in heads), len(heads)), np.nan)
     for layer, values in enumerate(heads):
         finite = np.where(np.abs(values) < LARGEST, values, np.nan)
@@ -295,9 +296,9 @@ def _layer_axis(axes: Axes, which: str, n_layers: int, most: int = 32) -> None:
 
 
 def loss_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mapping[str, str]) -> Figure | None:
-    """Loss terms over steps, one panel per term, one line per run; None where no run reported any.
+    """Draw loss terms over steps, one panel per term, one line per run; None if no run reported any.
 
-    `curves`: run name -> rows of its metrics file. `titles`: term -> what its panel is called.
+    `curves`: run -> rows of its metrics file. `titles`: term -> title of its panel.
     """
     named = set()
     shown = {term: {name: _curve(rows, term) for name, rows in curves.items()} for term in titles}
@@ -323,13 +324,13 @@ def loss_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mappi
 
 
 def _curve(rows: Sequence[Mapping[str, Any]], term: str) -> list[tuple[float, float]]:
-    """(step, value) of at most `MOST_POINTS` rows that have a value which a logarithmic axis has a place for."""
+    """Return (step, value) of at most `MOST_POINTS` rows whose value fits a logarithmic axis."""
     points = [(row["step"], float(row[term])) for row in rows if 1 / LARGEST < row.get(term, 0.0) < LARGEST]
     return points[:: -(-len(points) // MOST_POINTS) or 1]
 
 
 def legible(text: str, longest: int = LONGEST) -> str:
-    """A name of anybody's as a figure can show it: no formula, not wider than the figure.
+    """Return a foreign name so that a figure can show it: not as a formula, and no wider than the figure.
 
     Characters that no font has are spelled out.
     """
@@ -340,7 +341,7 @@ def legible(text: str, longest: int = LONGEST) -> str:
 
 
 def styled(*names: str) -> Any:
-    """The style of a figure in which these names stand, in fonts that have their characters."""
+    """Return the style of a figure with these names, in fonts that have their characters."""
     fonts = {_font_of(c): None for c in sorted(set("".join(map(printable, names)))) if not c.isascii()}
     others = [family for family in fonts if family not in (None, _FONT)]
     return matplotlib.rc_context({**STYLE, "font.family": ["sans-serif", *others]} if others else STYLE)
@@ -348,7 +349,7 @@ def styled(*names: str) -> Any:
 
 @functools.cache
 def _font_of(character: str) -> str | None:
-    """The family of a font that has a character: the figures' own if it has, else one that is installed."""
+    """Return the family of a font that has a character: the figures' font, or else an installed one."""
     own = font_manager.findfont(_FONT)
     for path, family in [(own, _FONT), *((font.fname, font.name) for font in font_manager.fontManager.ttflist)]:
         if ord(character) in _characters(path) and "last resort" not in family.lower():
@@ -366,14 +367,14 @@ def _characters(path: str) -> frozenset[int]:
 
 @contextlib.contextmanager
 def _drawing() -> Iterator[None]:
-    """Where long names leave no room for the axes, these lie beneath them; nothing is said about it."""
+    """Silence the warning that long names leave no room for the axes."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "constrained_layout not applied", UserWarning)
         yield
 
 
 def to_svg(figure: Figure) -> str:
-    """An `<svg>` element that takes its ink from the page."""
+    """Return an `<svg>` element whose ink is the page's text colour."""
     text = io.StringIO()
     with _drawing():
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -384,6 +385,6 @@ def to_svg(figure: Figure) -> str:
 
 
 def write_png(figure: Figure, path: Path) -> None:
-    """The figure on white, twice the size of the page's."""
+    """Write the figure on white, twice the size of the page's."""
     with replacing(path) as file, _drawing():
         figure.savefig(file, format="png", dpi=200, facecolor="white", metadata={"Software": None})

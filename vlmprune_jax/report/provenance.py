@@ -1,4 +1,4 @@
-"""The report's section on what made a workdir's stages, and from what."""
+"""The report's section about provenance: machine, command, versions, settings and data of every stage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MOST_NAMED, _LONGEST = 8, 300  # stages of a value, letters of one
 
 
 def provenance_section(records: Mapping[str, Mapping[str, Any]]) -> Section:
-    """What made a workdir's stages and from what, by their records in the ledger."""
+    """Describe the provenance of all stages by their records in the ledger."""
     rows, settings, inputs = (
         list[tuple[str, ...]](),
         dict[str, dict[str, list[str]]](),
@@ -42,7 +42,7 @@ def provenance_section(records: Mapping[str, Mapping[str, Any]]) -> Section:
 
 
 def _as_facts(of: Mapping[str, Mapping[str, list[str]]]) -> tuple[tuple[str, str], ...]:
-    """What all stages share as it is, else each value with the stages that it is of."""
+    """Show a value that all stages share alone, else every value with its stages."""
     return tuple(
         (printable(name), " | ".join(v if len(values) == 1 else f"{v} ({_named(mine)})" for v, mine in values.items()))
         for name, values in sorted(of.items())
