@@ -281,22 +281,20 @@ def test_json_round_trip_is_exact(tmp_path):
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["plan.json"]
 
 
-def plan_data(form):
-    """(a plan as JSON has it in this format, what of it is the decoder's)."""
+def plan_data():
+    """(a plan as JSON, its part of the decoder)."""
     cfg = config(EQUAL)
     data = json.loads(make_plan(width_scores(cfg), cfg, method="width", ratio=0.2).to_json())
-    if form == 1:
-        data = {**data, "format": 1, **data.pop("stacks")["text"]}
-    return data, data if form == 1 else data["stacks"]["text"]
+    return data, data["stacks"]["text"]
 
 
-@pytest.mark.parametrize("form", [1, 2])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda d, _: d.pop("fingerprint"), "missing required field `fingerprint`.*: plan again"),
         (lambda _, t: t.pop("layers"), "missing required field `layers`.*: plan again"),
-        (lambda d, _: d.update(format=7), "plan of format 7, this version reads up to 2"),
+        (lambda d, _: d.update(format=7), "plan of format 7, this version reads 2: upgrade vlmprune-jax"),
+        (lambda d, _: d.update(format=1), "plan of format 1, this version reads 2: plan again"),
         (lambda _, t: t.update(layers=[]), "no layer is kept"),
         (lambda _, t: t["layers"].reverse(), r"kept layers \[4, 3, 2, 1, 0\] are not increasing numbers below 5"),
         (lambda _, t: t["layers"][4].update(index=5), r"kept layers .* are not increasing numbers below 5"),
@@ -327,8 +325,8 @@ def plan_data(form):
         (lambda _, t: t.update(layers_before=[[4, 3, 12]]), "q_heads must be a multiple of kv_heads"),
     ],
 )
-def test_from_json_refuses(tmp_path, change, message, form):
-    data, text = plan_data(form)
+def test_from_json_refuses(tmp_path, change, message):
+    data, text = plan_data()
     change(data, text)
     (tmp_path / "plan.json").write_text(json.dumps(data))
     with pytest.raises(UserError, match=rf"plan.json: .*{message}"):
@@ -344,45 +342,9 @@ def test_from_json_refuses(tmp_path, change, message, form):
     ],
 )
 def test_from_json_refuses_stacks(stacks, message):
-    data, text = plan_data(2)
+    data, text = plan_data()
     with pytest.raises(UserError, match=f"plan JSON: .*{message}"):
         PrunePlan.from_json(json.dumps(data | {"stacks": stacks(text)}))
-
-
-# As version 0.1 wrote it.
-FORMAT_1 = """{
-  "format": 1,
-  "fingerprint": "0123456789ab-0123456789abcdef",
-  "method": "width",
-  "criterion": "l1",
-  "asked": 0.25,
-  "reached": 0.26,
-  "parameters_before": 100,
-  "parameters_after": 74,
-  "parameters_total": 100,
-  "options": {"gqa": "groups"},
-  "kept_layers": [1, 3],
-  "layers_before": [[4, 2, 12], [4, 2, 12], [8, 2, 10], [4, 4, 12]],
-  "layers": [
-    {"index": 1, "q_heads": [2, 3], "kv_heads": [1], "neurons": [0, 5, 11]},
-    {"index": 3, "q_heads": [0, 1, 2, 3], "kv_heads": [0, 1, 2, 3], "neurons": [4]}
-  ]
-}
-"""
-
-
-def test_format_1_is_the_decoder_alone(tmp_path):
-    (tmp_path / "plan.json").write_text(FORMAT_1)
-    plan = PrunePlan.from_json(tmp_path / "plan.json")
-    assert plan.stacks.keys() == {"text"}
-    assert (plan.kept_layers, plan.removed_layers, plan.reached) == ((1, 3), (0, 2), 0.26)
-    assert plan.layers == (KeptLayer(1, (2, 3), (1,), (0, 5, 11)), KeptLayer(3, (0, 1, 2, 3), (0, 1, 2, 3), (4,)))
-    assert plan.layers_before == UNEQUAL
-    cfg = config(UNEQUAL, vision=True)
-    assert plan.apply_to(cfg) == cfg.with_layers([LayerShape(2, 1, 3), LayerShape(4, 4, 1)])
-    again = json.loads(plan.to_json())
-    assert again["format"] == 2
-    assert PrunePlan.from_json(plan.to_json()) == plan
 
 
 # The tower ------------------------------------------------------------------------------------------------------------
@@ -449,7 +411,7 @@ def test_from_json_refuses_files_that_are_not_plans(tmp_path):
 def test_a_plan_that_lists_many_heads_is_checked_at_once():
     """Not each with each."""
     many = 40_000
-    data, text = plan_data(2)
+    data, text = plan_data()
     text.update(layers_before=[[many, many, 1]], layers=[{key: [*range(many)] for key in ("q_heads", "kv_heads")}])
     text["layers"][0].update(index=0, neurons=[0])
     text["kept_layers"] = [0]

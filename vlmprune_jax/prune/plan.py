@@ -18,7 +18,7 @@ from vlmprune_jax.core.config import STACKS, LayerShape, ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Count, Finite, checked, parse_json, read_json, replacing
 
-FORMAT = 2  # 1, which had the decoder's layers only, is read
+FORMAT = 2
 MAX_BYTES = 2**26  # the plan of a 70B model that keeps everything has 16 MB
 _TODO = "plan again"
 _Index = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
@@ -45,7 +45,7 @@ class _StackJson(TypedDict):
     layers: Annotated[list[_LayerJson], _FEW]
 
 
-class _HeadJson(_VersionJson):
+class _PlanJson(_VersionJson):
     fingerprint: str
     method: str
     criterion: str
@@ -55,14 +55,7 @@ class _HeadJson(_VersionJson):
     parameters_after: Count
     parameters_total: Annotated[int, msgspec.Meta(ge=1, le=2**53)]
     options: dict[str, Any]
-
-
-class _PlanJson(_HeadJson):
     stacks: dict[str, _StackJson]
-
-
-class _Plan1Json(_HeadJson, _StackJson):
-    """Of format 1."""
 
 
 @dataclass(frozen=True)
@@ -305,15 +298,15 @@ def _stack_from_dict(data: _StackJson) -> KeptStack:
 
 def _from_dict(data: Any, where: str) -> PrunePlan:
     known = checked(data, _VersionJson, where, _TODO)["format"]
-    if known not in (1, FORMAT):
-        raise UserError(f"plan of format {known}, this version reads up to {FORMAT}: {_TODO}")
-    checked(data, _Plan1Json if known == 1 else _PlanJson, where, _TODO)
-    stacks = {"text": data} if known == 1 else data["stacks"]
+    if known != FORMAT:
+        todo = "upgrade vlmprune-jax" if known > FORMAT else _TODO
+        raise UserError(f"plan of format {known}, this version reads {FORMAT}: {todo}")
+    checked(data, _PlanJson, where, _TODO)
     return PrunePlan(
         fingerprint=data["fingerprint"],
         method=data["method"],
         criterion=data["criterion"],
-        stacks={name: _stack_from_dict(one) for name, one in stacks.items()},
+        stacks={name: _stack_from_dict(one) for name, one in data["stacks"].items()},
         parameters_before=data["parameters_before"],
         parameters_after=data["parameters_after"],
         parameters_total=data["parameters_total"],
