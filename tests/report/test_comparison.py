@@ -8,14 +8,12 @@ import pytest
 from msgspec.structs import replace
 from sweep_cases import some_runs, with_models, write_sweep
 
-from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.evaluation.statistics import interval_of_mean
-from vlmprune_jax.report import comparison
 from vlmprune_jax.report import comparison_plots as plots
 from vlmprune_jax.report.comparison import build_comparison
 from vlmprune_jax.report.plots import COLOURS
 from vlmprune_jax.workdir.artefact import write_artefact
-from vlmprune_jax.workdir.sweep import as_csv, groups_of, read_sweep, table_of
+from vlmprune_jax.workdir.sweep import as_csv, groups_of
 
 
 def test_interval_over_seeds():
@@ -26,22 +24,6 @@ def test_interval_over_seeds():
     draws = np.random.default_rng(0).normal(size=(2000, 4))
     inside = np.mean([low < 0 < high for _, low, high in map(interval_of_mean, draws)])
     assert inside == pytest.approx(0.95, abs=0.02)
-
-
-def test_groups_differ_in_more_than_seeds(tmp_path):
-    write_sweep(tmp_path)
-    groups = groups_of(read_sweep(tmp_path))
-    assert len(groups) == 12
-    assert [len(group.models) for group in groups[:3]] == [1, 2, 2]
-    assert groups[1].labels == {"method": "depth", "ratio": "0.1", "recovery": "sft", "fraction": "0.05"}
-    kept = [one.evaluation.mean_of_ratios for one in groups[2].models]
-    assert groups[2].retained == interval_of_mean(kept)
-    header, rows = table_of(read_sweep(tmp_path))
-    assert header[:5] == ("method", "ratio", "recovery", "fraction", "parameters")
-    assert rows[0][0] == "unpruned"
-    assert rows[1][-1] == "1"
-    assert "±" in rows[2][-2]
-    assert len(rows) == 13
 
 
 @pytest.mark.parametrize(("sets", "figures", "radar"), [(("docs",), 7, False), (("docs", "mme", "wiki"), 8, True)])
@@ -150,28 +132,3 @@ def test_models_of_which_nothing_can_be_said(tmp_path):
     page = build_comparison(tmp_path).read_text()
     assert "<svg" not in page
     assert "method=width,ratio=0.3" in page
-
-
-@pytest.mark.parametrize(
-    ("edit", "told"),
-    [
-        (lambda sweep: sweep.update(format=7), "written by a newer vlmprune"),
-        (lambda sweep: sweep["models"][0]["found"].pop("parameters"), "parameters"),
-        (lambda sweep: sweep["models"][0]["found"].update(model="other"), "nothing is known of 'other'"),
-        (lambda sweep: sweep["models"][0]["found"]["evaluation"]["scores"].clear(), "nothing is known of 'docs'"),
-        (lambda sweep: sweep["models"].clear(), "models"),
-    ],
-)
-def test_damage_is_one_line(tmp_path, edit, told):
-    write_sweep(tmp_path, ("docs",), runs=some_runs(seeds=(1,))[:2])
-    sweep = json.loads((tmp_path / "sweep.json").read_text())
-    edit(sweep)
-    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
-    with pytest.raises(UserError, match=f"sweep.json.*{told}"):
-        build_comparison(tmp_path)
-
-
-def test_nothing_there_says_what_to_run(tmp_path):
-    with pytest.raises(UserError, match=r"sweep.json: no such file: run `vlmprune sweep` first"):
-        read_sweep(tmp_path)
-    assert comparison.FILE == "sweep.html"

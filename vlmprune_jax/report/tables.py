@@ -84,7 +84,7 @@ def lead(result: Result) -> str:
     run, teacher = result.best_run, result.teacher
     smaller = 1 - run.parameters / teacher.parameters
     among = f"Best of {len(result.runs)} models: " if len(result.runs) > 1 else ""
-    trained = f", trained on {100 * run.data_fraction:g} % of the data," if run.data_fraction else ""
+    trained = f" ({100 * run.data_fraction:g} % of the training data)" if run.data_fraction else ""
     return (
         f"{among}{result.labels[run.name]}{trained} has {run.parameters:,} of {teacher.parameters:,} parameters "
         f"({100 * smaller:.1f} % fewer) and {_scores(run, result)}."

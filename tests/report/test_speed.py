@@ -8,7 +8,7 @@ from vlmprune_jax.report.build import build_report
 from vlmprune_jax.report.speed import bench_tables, speed_notes, speed_tables
 from vlmprune_jax.workdir.artefact import write_artefact
 from vlmprune_jax.workdir.result import Costs, Workload, benchmark_rows, read_result
-from vlmprune_jax.workdir.speed import MedianSpeed, read_bench, read_speed
+from vlmprune_jax.workdir.speed import read_bench, read_speed
 
 LABELS = {"depth": "depth 30 %"}
 
@@ -63,13 +63,6 @@ def test_slower_in_every_round():
     pair = SPEED.pairs[0]
     turned = replace(SPEED, pairs=[replace(pair, unpruned=pair.pruned, pruned=pair.unpruned)])
     assert speed_tables(turned, {})[1].rows[0][1].endswith("), slower")
-
-
-def test_medians_for_other_tools():
-    found = SPEED.medians()
-    assert found["depth"] == found["depth-sft"]
-    assert found[""] == MedianSpeed(prefill=100.0, decode=20.0, first_token=0.2, peak_bytes=1 << 20)
-    assert replace(SPEED, pairs=[]).medians() == {}
 
 
 def test_costs_are_told_beside_those_of_the_unpruned_model(workdir):

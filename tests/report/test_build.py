@@ -17,7 +17,7 @@ from vlmprune_jax.report import plots
 from vlmprune_jax.report.build import build_report, tables_of
 from vlmprune_jax.workdir.artefact import write_artefact
 from vlmprune_jax.workdir.result import Workload, read_result
-from vlmprune_jax.workdir.tpu_plan import Planned, TpuPlan, as_rows
+from vlmprune_jax.workdir.tpu_plan import Planned, TpuPlan
 
 
 @pytest.fixture
@@ -129,17 +129,6 @@ def test_what_was_planned_for_a_slice_is_shown(workdir):
         match=r"tpu_plan\.json: .*Expected `object`, got `array`\): run `vlmprune plan` again",
     ):
         build_report(workdir)
-
-
-def test_what_a_planned_step_takes():
-    """One image or several, pixels or features, a teacher in memory or in a cache."""
-    told = dict(as_rows(Planned(step=PLANNED)))
-    assert told["step"] == "64 rows of 2,048 tokens and 1 image, 2 micro-batches, remat full"
-    assert told["student"] == "5,700,000,000 parameters in 27 layers, teacher 7,000,000,000 in 32"
-    cached = {"images_per_row": 13, "feature_cache": True, "teacher": None, "teacher_top_k": 64}
-    told = dict(as_rows(Planned(step=replace(PLANNED, **cached))))
-    assert told["step"] == "64 rows of 2,048 tokens and 13 cached images, 2 micro-batches, remat full"
-    assert told["student"] == "5,700,000,000 parameters in 27 layers, the teacher's top 64 from its cache"
 
 
 def test_plot_is_a_png_of_its_size(workdir):

@@ -1,0 +1,23 @@
+"""Medians of measured speed."""
+
+from msgspec.structs import replace
+from report_cases import BENCH, SPEED
+
+from vlmprune_jax.workdir.speed import MedianSpeed, ratios
+
+
+def test_medians_over_rounds():
+    found = SPEED.medians()
+    assert found["depth"] == found["depth-sft"]
+    assert found[""] == MedianSpeed(prefill=100.0, decode=20.0, first_token=0.2, peak_bytes=1 << 20)
+    assert replace(SPEED, pairs=[]).medians() == {}
+
+
+def test_decode_rates_are_of_the_first_engine_and_type_of_weights():
+    assert BENCH.decode_rates() == {800: 20.0, 1000: 20.0}
+    other = replace(BENCH.sides[1], weights="Q4_0")
+    assert replace(BENCH, sides=[BENCH.sides[0], other]).decode_rates() == {1000: 20.0}
+
+
+def test_ratios_are_round_by_round():
+    assert ratios([1.0, 2.0], [2.0, 3.0]) == [2.0, 1.5]
