@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from vlmprune_jax.core.config import LayerShape, ModelConfig, ProjectorConfig, R
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.hf.read import load
-from vlmprune_jax.models.params import flatten, param_axes, param_shapes, unflatten
-from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.prune import Scores
+from vlmprune_jax.models.params import count_params, flatten, param_axes, param_shapes, unflatten
+from vlmprune_jax.models.vlm import Model, forward
+from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, Scores, fingerprint
 from vlmprune_jax.prune.fingerprint import shape_digest
 
 UNEQUAL = (LayerShape(4, 2, 12), LayerShape(4, 2, 12), LayerShape(8, 2, 10), LayerShape(4, 4, 12))
@@ -143,3 +144,27 @@ def width_scores(cfg: ModelConfig, seed: int = 0, gqa: str = "groups") -> Scores
 
 def depth_scores(cfg: ModelConfig, importance: list[float]) -> Scores:
     return Scores("block_influence", shape_digest(cfg) + "-x", {}, importance=np.asarray(importance, np.float64))
+
+
+def rows(number=16, length=12, vocabulary=61, seed=0, batch=4):
+    """Calibration batches; every second row is padded."""
+    draw = np.random.default_rng(seed)
+    ids, mask = draw.integers(0, vocabulary, (number, length)), np.ones((number, length), np.int32)
+    mask[1::2, length - 3 :] = 0
+    return [
+        {"input_ids": ids[at : at + batch], "attention_mask": mask[at : at + batch]} for at in range(0, number, batch)
+    ]
+
+
+def plan_for(teacher: Model, keep) -> PrunePlan:
+    """A plan that keeps (layer, query heads, key heads, neurons)."""
+    stack = KeptStack(tuple(teacher.cfg.text.layers), tuple(KeptLayer(*one) for one in keep))
+    plan = PrunePlan(fingerprint(teacher), "hybrid", "none", {"text": stack}, 1, 1, 1)
+    before, after = count_params(teacher.cfg), count_params(plan.apply_to(teacher.cfg))
+    return dataclasses.replace(plan, parameters_before=before, parameters_after=after, parameters_total=before)
+
+
+def missing(ours: Model, teacher: Model, batch) -> float:
+    """Squared error of the final states over a batch's real tokens."""
+    a, b = (np.asarray(forward(one, **batch, want=("hidden",))[1]["hidden"][-1]) for one in (ours, teacher))
+    return float((((a - b) ** 2) * batch["attention_mask"][..., None]).sum())

@@ -8,36 +8,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prune_cases import EQUAL, UNEQUAL, config, model, on_mesh
+from prune_cases import EQUAL, UNEQUAL, config, missing, model, on_mesh, plan_for, rows
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.models.params import count_params, flatten, unflatten
-from vlmprune_jax.models.vlm import encode, forward
-from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, apply_plan, fingerprint, keep_everything
+from vlmprune_jax.models.vlm import encode
+from vlmprune_jax.prune import KeptLayer, apply_plan, fingerprint, keep_everything
 from vlmprune_jax.prune.reconstruction import reconstruct
 from vlmprune_jax.prune.ridge import RIDGES
 
 SHAPES = {"sequential": {}, "parallel": {"block": "parallel", "norm": "layer", "mlp_kind": "plain"}}
 NAMES = ["sequential", pytest.param("parallel", marks=pytest.mark.slow)]
-
-
-def rows(number=16, length=12, vocabulary=61, seed=0, batch=4):
-    """Calibration batches; every second row is padded."""
-    draw = np.random.default_rng(seed)
-    ids, mask = draw.integers(0, vocabulary, (number, length)), np.ones((number, length), np.int32)
-    mask[1::2, length - 3 :] = 0
-    return [
-        {"input_ids": ids[at : at + batch], "attention_mask": mask[at : at + batch]} for at in range(0, number, batch)
-    ]
-
-
-def plan_for(teacher, keep):
-    """A plan that keeps (layer, query heads, key heads, neurons)."""
-    stack = KeptStack(tuple(teacher.cfg.text.layers), tuple(KeptLayer(*one) for one in keep))
-    plan = PrunePlan(fingerprint(teacher), "hybrid", "none", {"text": stack}, 1, 1, 1)
-    before, after = count_params(teacher.cfg), count_params(plan.apply_to(teacher.cfg))
-    return dataclasses.replace(plan, parameters_before=before, parameters_after=after, parameters_total=before)
 
 
 def hybrid(teacher):
@@ -104,11 +86,6 @@ def test_every_weight_that_lost_something_comes_nearer_to_the_teacher(shape):
     new = rows(16, seed=1)
     errors = [sum(missing(one, teacher, batch) for batch in new) for one in (solved, pruned)]
     assert errors[0] < 0.9 * errors[1]
-
-
-def missing(ours, teacher, batch):
-    a, b = (np.asarray(forward(one, **batch, want=("hidden",))[1]["hidden"][-1]) for one in (ours, teacher))
-    return float((((a - b) ** 2) * batch["attention_mask"][..., None]).sum())
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vlmprune_jax.core.config import ModelConfig, runs
+from vlmprune_jax.core.config import STACKS, ModelConfig, runs
 from vlmprune_jax.models.vlm import Params, abstract
 
 Flat = dict[str, Any]
@@ -116,7 +116,9 @@ def _init(
     if leaf == "bias" or leaf == "lora_b":
         return jnp.zeros(shape, dtype)
     if "norm" in owner:
-        return jnp.ones(shape, dtype)
+        stack = path.split("/")[0]
+        offset = cfg.stack(stack).norm_offset if stack in STACKS else 0.0
+        return jnp.full(shape, 1 - offset, dtype)
     if owner.startswith("layer_scale"):
         return jnp.full(shape, 0.1, dtype)  # InternVLVisionConfig.layer_scale_init_value
     if owner == "embed_tokens":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,8 +66,9 @@ class VisionTower(BlockStack):
         self.class_embedding = Leaf(sizes, ("vision",)) if cfg.class_token else None
         self.patch_embedding = PatchEmbedding(cfg, sizes)
         self.position_embedding = Leaf(sizes, ("position", "vision")) if cfg.table else None
-        self.pre_layrnorm = Norm(sizes, "vision", kind="layer", eps=cfg.norm_eps) if cfg.pre_norm else None
-        self.post_layernorm = Norm(sizes, "vision", kind="layer", eps=cfg.norm_eps) if cfg.post_norm else None
+        norm = functools.partial(Norm, sizes, "vision", kind="layer", eps=cfg.norm_eps, offset=cfg.norm_offset)
+        self.pre_layrnorm = norm() if cfg.pre_norm else None
+        self.post_layernorm = norm() if cfg.post_norm else None
 
     def final_norm(self, x: jax.Array) -> jax.Array:
         """Return the norm after the last block, in towers that have one."""
