@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from repository import ROOT
 
-from vlmprune_jax.cli.flags import _define, parse
+from vlmprune_jax.cli.flags import _define, parse, shipped_configs
 from vlmprune_jax.cli.main import COMMANDS
 
 PAGES = ("README.md", "launch/README.md", "docs/**/*.md", "configs/*.py", "configs/sweeps/*.py")
@@ -49,7 +49,8 @@ def test_commands_are_as_documented(page, words, monkeypatch):
     assert name in COMMANDS or (ROOT / f"tools/{name}.py").is_file()
     module = importlib.import_module(f"vlmprune_jax.cli.{name}" if name in COMMANDS else name)
     config = next((word.removeprefix("--config=") for word in rest if word.startswith("--config=")), None)
-    if config is not None and (ROOT / f"{config.partition('.py')[0]}.py").is_file():
+    file = (config or "").partition(":")[0]
+    if file in shipped_configs() or (file.endswith(".py") and (ROOT / file).is_file()):
         parse(name, module, rest)  # loads it, and refuses settings that do not exist
     else:
         known = set(_define(module))
