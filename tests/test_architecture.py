@@ -47,6 +47,7 @@ CLI_PLUMBING = {
     "flags",
     "config_files",
     "workdir",
+    "stages",
 }  # every other file of cli/ is one command
 SHIPPED_TORCH = PACKAGE / "export" / "remote"  # PyTorch files that exports carry; only the check of one imports them
 

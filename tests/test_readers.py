@@ -32,7 +32,7 @@ EXCEPTIONS = {
     ("data/datasets.py", "_rows", "json.loads"): _OWN,
     ("distributed/journal.py", "__init__", "json.loads"): _OWN,
     ("recovery/checkpoint.py", "__init__", "json.loads"): _OWN,
-    ("workdir/ledger.py", "_plain", "json.loads"): _OWN,
+    ("workdir/content.py", "plain", "json.loads"): _OWN,
     ("distributed/mesh.py", "_broadcast", "json.loads"): _RUN,
     ("distributed/mesh.py", "from_all", "json.loads"): _RUN,
     ("distributed/failure.py", "_watch", "json.loads"): _RUN,

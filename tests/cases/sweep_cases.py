@@ -67,7 +67,7 @@ def write_sweep(workdir: Path, sets=tuple(METRICS), runs=None, **kind) -> SweepR
     runs, sweep = runs or some_runs(**kind), Sweep(workdir, "configs/sweeps/made_up.py", overwrite=False)
     with (
         mock.patch.object(stages, "make_models", make_models),
-        mock.patch.object(stages, "_inputs", return_value={}),
+        mock.patch.object(stages, "made_from_of", lambda run, sweep: run.name),
     ):
         for run in runs:
             stages.do_run(run, sweep, QUIET)

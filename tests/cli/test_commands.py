@@ -154,7 +154,9 @@ def test_wrong_command_lines(capsys, config_file, flags, message):
 def test_a_setting_can_be_unset(config_file, monkeypatch):
     """What a config file sets, where a recipe or another variant sets something else instead."""
     seen = []
-    monkeypatch.setattr("vlmprune_jax.cli.run.run", lambda flags: seen.append(read_experiment(flags.config)))
+    monkeypatch.setattr(
+        "vlmprune_jax.cli.stages.run_command", lambda _, flags: seen.append(read_experiment(flags.config))
+    )
     texts = ["--config.data.system=", "--config.data.images=None", "--config.prune.layers_removed=3"]
     assert main(["run", f"--config={config_file}:half", "--config.prune.ratio=None", *texts]) == 0
     (experiment,) = seen
@@ -171,20 +173,21 @@ def test_debug_shows_where(capsys):
 
 @pytest.mark.parametrize(("file", "where"), [(None, "W"), ("/a/b.json", "/a/b.json")])
 def test_a_full_disk_anywhere(capsys, monkeypatch, file, where):
-    def full(flags):
+    def full(name, flags):
         raise OSError(errno.ENOSPC, "No space left on device", file)
 
-    monkeypatch.setattr("vlmprune_jax.cli.run.run", full)
+    monkeypatch.setattr("vlmprune_jax.cli.stages.run_command", full)
     line = failing(capsys, "run", "--workdir=W")
     assert f"error: {where}: No space left on device: make room or mend the disk, and run the same command" in line
 
 
 @pytest.mark.parametrize(("command", "then"), [("inspect", "begins anew"), ("score", "continues")])
 def test_interrupt(capsys, monkeypatch, command, then):
-    def stop(flags):
+    def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"vlmprune_jax.cli.{command}.run", stop)
+    place = "inspect.run" if command == "inspect" else "stages.run_command"
+    monkeypatch.setattr(f"vlmprune_jax.cli.{place}", stop)
     assert main([command] + ["x"] * (command == "inspect")) == 130
     assert f"the same command {then}" in capsys.readouterr().err
 
@@ -268,7 +271,7 @@ def test_shipped_configs_are_experiments(file):
     exec(compile(text, str(file), "exec"), space)
     experiment = override(Experiment(), space["get_config"]().to_dict())
     for run in prune_runs(experiment, Path("W")):
-        plan_config(run.experiment).check()
+        plan_config(run.experiment.prune, run.experiment.model, run.experiment.export).check()
     for values in list(experiment.recover_variants.values()) or [{}]:
         recover_config(override(experiment, values).recover)
 

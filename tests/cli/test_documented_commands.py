@@ -10,7 +10,7 @@ import pytest
 from repository import ROOT
 
 from vlmprune_jax.cli.flags import _define, parse, shipped_configs
-from vlmprune_jax.cli.main import COMMANDS
+from vlmprune_jax.cli.main import COMMANDS, _command
 
 PAGES = ("README.md", "launch/README.md", "docs/**/*.md", "configs/*.py", "configs/sweeps/*.py")
 VARIABLES = {
@@ -47,7 +47,7 @@ def test_commands_are_as_documented(page, words, monkeypatch):
     monkeypatch.chdir(ROOT)
     name, *rest = words
     assert name in COMMANDS or (ROOT / f"tools/{name}.py").is_file()
-    module = importlib.import_module(f"vlmprune_jax.cli.{name}" if name in COMMANDS else name)
+    module = _command(name) if name in COMMANDS else importlib.import_module(name)
     config = next((word.removeprefix("--config=") for word in rest if word.startswith("--config=")), None)
     file = (config or "").partition(":")[0]
     if file in shipped_configs() or (file.endswith(".py") and (ROOT / file).is_file()):

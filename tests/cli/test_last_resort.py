@@ -24,7 +24,7 @@ class Panic(BaseException):
 
 
 def raising(error):
-    def run(flags):
+    def run(*arguments):
         raise error
 
     return run
@@ -32,7 +32,7 @@ def raising(error):
 
 def ended(capsys, monkeypatch, run, *argv):
     """(exit code, standard error) of `vlmprune report`, with this in its place."""
-    monkeypatch.setattr("vlmprune_jax.cli.report.run", run)
+    monkeypatch.setattr("vlmprune_jax.cli.stages.run_command", lambda _, flags: run(flags))
     code = main(["report", *argv])
     return code, capsys.readouterr().err
 
@@ -78,7 +78,7 @@ def test_defects_are_told_with_what_was_read(capsys, monkeypatch, tmp_path, run,
     read_bytes(tmp_path / "f.json")
     code, said = ended(capsys, monkeypatch, run)
     assert (code, said.count("\n")) == (1, 1)
-    assert "vlmprune: error: vlmprune report failed at cli/main.py:" in said
+    assert "vlmprune: error: vlmprune report failed at cli/stages.py:" in said
     assert f" after reading {tmp_path}/f.json with " in said
     assert line in said
     code, said = ended(capsys, monkeypatch, run, "--debug")
@@ -88,7 +88,8 @@ def test_defects_are_told_with_what_was_read(capsys, monkeypatch, tmp_path, run,
 
 @pytest.mark.parametrize(("command", "then"), [("bench", "begins anew"), ("report", "continues with what is left")])
 def test_what_an_interruption_costs(capsys, monkeypatch, command, then):
-    monkeypatch.setattr(f"vlmprune_jax.cli.{command}.run", raising(KeyboardInterrupt()))
+    place = "stages.run_command" if command == "report" else f"{command}.run"
+    monkeypatch.setattr(f"vlmprune_jax.cli.{place}", raising(KeyboardInterrupt()))
     assert main([command]) == 130
     assert capsys.readouterr().err == f"\nvlmprune: interrupted; the same command {then}\n"
 
@@ -113,7 +114,7 @@ def test_a_reader_that_goes_ends_silently(capsys, monkeypatch):
 def test_a_terminal_without_the_characters(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
-    monkeypatch.setattr("vlmprune_jax.cli.report.run", lambda flags: print("中 \udcff é"))
+    monkeypatch.setattr("vlmprune_jax.cli.stages.run_command", lambda name, flags: print("中 \udcff é"))
     assert main(["report"]) == 0
     assert stream.buffer.getvalue() == b"\\u4e2d \\udcff \\xe9\n"
 

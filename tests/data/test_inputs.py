@@ -98,7 +98,7 @@ def test_internvl_batches_of_every_stage(goldens: Path, internvl: tuple[ModelSpe
             if name:
                 real = batch.arrays["attention_mask"][row] == 1
                 assert batch.arrays["input_ids"][row][real].tolist() == stored[names.index(name)]["input_ids"]
-    questions = evaluation_sets(experiment)["questions"]
+    questions = evaluation_sets(experiment.data, experiment.evaluate)["questions"]
     arranged = arranged_questions(experiment.model, experiment.data, experiment.evaluate, questions, cfg, multiple=1)
     batches = arranged.batches(threads=1, prefetch=1)
     assert sorted(place for batch in batches for place in batch.places[batch.valid]) == [*range(14)]

@@ -14,18 +14,16 @@ from vlmprune_jax.core.settings import STAGES, check_settings, override, setting
 from vlmprune_jax.experiment.arguments import recover_config
 from vlmprune_jax.experiment.options import options, sections
 from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.experiment.spec import sections as sections_of
 from vlmprune_jax.experiment.variants import check_experiment
 from vlmprune_jax.models.stack import REMAT_POLICIES
 from vlmprune_jax.recovery.config import REMAT, LossConfig, RecoverConfig
 from vlmprune_jax.recovery.losses import losses
-from vlmprune_jax.stages.context import Context
-from vlmprune_jax.stages.evaluate import evaluate_stage
-from vlmprune_jax.stages.export import export_stage
-from vlmprune_jax.stages.prune import prune_stage
-from vlmprune_jax.stages.reconstruct import reconstruct_stage
-from vlmprune_jax.stages.recover import recover_stage
-from vlmprune_jax.stages.score import score_stage
+from vlmprune_jax.stages.job import make_job
+from vlmprune_jax.stages.registry import STAGES as DECLARED
+from vlmprune_jax.stages.run import make_work
 from vlmprune_jax.stages.teacher_cache import _made_from
+from vlmprune_jax.stages.work import Context
 
 # --- declarations -----------------------------------------------------------------------------------------------------
 
@@ -155,40 +153,23 @@ LOSSES = {
 }
 
 
-class Seen(Exception):
-    """The stage that would have run."""
-
-
 @pytest.fixture
-def kept(tmp_path, monkeypatch):
+def kept(tmp_path):
     """Callable (experiment, stage) -> the settings that its ledger keeps."""
-    for folder in ("model", "pruned"):
-        (tmp_path / folder).mkdir()
-    for name in ("records.json", "scores.npz"):
-        (tmp_path / name).write_text("[]")
-
-    def seen(self, stage, body):
-        raise Seen(stage)
-
-    monkeypatch.setattr(Context, "run", seen)
-    context = Context(tmp_path, make_reporter(False), False)
-    calls = {
-        "score": lambda e: score_stage(e, tmp_path, context),
-        "prune": lambda e: prune_stage(e, tmp_path, context),
-        "reconstruct": lambda e: reconstruct_stage(e, tmp_path, context),
-        "recover": lambda e: recover_stage(e, tmp_path, tmp_path, context),
-        "evaluate": lambda e: evaluate_stage(e, tmp_path / "pruned", tmp_path, "pruned", context),
-        "export": lambda e: export_stage(e, tmp_path / "pruned", context),
-    }
+    (tmp_path / "records.json").write_text("[]")
 
     def of(experiment, stage):
         files = {"train": str(tmp_path / "records.json"), "eval": str(tmp_path / "records.json"), "images": None}
         experiment = override(experiment, {"model": {"hf_dir": str(tmp_path / "model")}, "data": files})
-        with pytest.raises(Seen) as told:
-            calls[stage](experiment)
-        return told.value.args[0].settings
+        context = Context(workdir=tmp_path, reporter=make_reporter(False))
+        work = make_work(experiment, context, start=tmp_path / "pruned", part="pruned")
+        return make_job(stage, work, sections_of(experiment)).settings
 
     return of
+
+
+def test_every_stage_is_declared():
+    assert set(STAGES) - {"teacher_cache"} == set(DECLARED)
 
 
 def shipped(name: str) -> Experiment:
@@ -244,7 +225,8 @@ def test_a_teacher_cache_is_of_what_its_logits_depend_on(tmp_path):
     experiment = override(
         Experiment(), {"model": {"hf_dir": str(tmp_path)}, "recover": spec, "data": {"max_length": 9}}
     )
-    assert _made_from(experiment).keys() == {
+    work = make_work(experiment, Context(workdir=tmp_path, reporter=make_reporter(False)))
+    assert _made_from(work, experiment.data, experiment.recover).keys() == {
         *("holds", "model.hf_dir", "model.vision_dir", "model.dtype", "data.max_length", "recover.teacher_top_k"),
         *named("data", "template system truncate aspect_ratio min_tiles max_tiles thumbnail max_image_tokens"),
         *named("recover", "compute_dtype losses.temperature losses.kl_positions"),

@@ -17,8 +17,10 @@ from vlmprune_jax.report.guide import FILE, read_guide, recommend
 from vlmprune_jax.report.samples import shown_samples
 from vlmprune_jax.report.speed import bench_notes, bench_tables, speed_notes, speed_tables
 from vlmprune_jax.stages import evaluate
+from vlmprune_jax.stages.tasks import AnswerFacts
 from vlmprune_jax.sweep.run import Sweep, read_error, read_run
 from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.ledger import Finished
 from vlmprune_jax.workdir.result import best_run, read_result
 from vlmprune_jax.workdir.samples import Picture, Sample, SampleAnswer, Samples, SampleSet, read_samples
 from vlmprune_jax.workdir.speed import read_bench, read_speed
@@ -142,11 +144,11 @@ def test_answers(tmp_path):
     records, path = tmp_path / "records.json", tmp_path / "pruned.answers.jsonl"
     records.write_text(json.dumps([{"id": f"r{number}", "conversations": turns} for number in range(3)]))
     answer = {"id": "r0", "prediction": "yes", "references": ["yes"], "tokens": 1}
-    facts = dict.fromkeys(("questions", "parameters", "seconds", "model_seconds"), 3)
+    done = Finished(AnswerFacts(questions=3, parameters=3, model_seconds=3), 3.0)
     of = EvaluationSetSpec(data=str(records), metric="exact_match")
 
     def measured():
-        return evaluate._measure(of, path, None, tmp_path / "pruned.json", facts).values["accuracy"]
+        return evaluate._measure(of, tmp_path / "pruned.json", None, done).values["accuracy"]
 
     lines = [{**answer, "id": f"r{number}"} for number in range(3)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -4,6 +4,7 @@ import json
 import zipfile
 
 import jax
+import msgspec
 import numpy as np
 import pytest
 import recover_cases as cases
@@ -18,7 +19,7 @@ from vlmprune_jax.recovery.metrics import METRICS_FILE, Recorder
 from vlmprune_jax.recovery.step import TrainState
 from vlmprune_jax.report.provenance import provenance_section
 from vlmprune_jax.workdir import provenance
-from vlmprune_jax.workdir.ledger import Stage, finished_stages, run_stage, write_text
+from vlmprune_jax.workdir.ledger import Job, finished_stages, run_job, write_text
 
 CFG = cases.config()
 MADE_FROM = {"tower": {"weights": "a1", "layers": 3}, "dtype": "float32"}
@@ -92,18 +93,23 @@ def test_scores(tmp_path):
 # --- what lets a stage be skipped or continued -----------------------------------------------------------------------
 
 
+class Facts(msgspec.Struct):
+    number: int
+    share: float
+
+
 def test_ledger(tmp_path, monkeypatch):
     monkeypatch.setattr(provenance, "_commit", lambda: None)  # which asks git
     out = tmp_path / "out.txt"
     (tmp_path / "in.txt").write_text("input")
-    stage = Stage("score", 1, tmp_path, {"ratio": 0.3}, {"data.train": tmp_path / "in.txt"}, [out])
+    stage = Job("score", 1, tmp_path, {"ratio": 0.3}, {"data.train": tmp_path / "in.txt"}, [out], Facts)
 
     def body():
         write_text(out, "made")
-        return {"number": 1, "seconds": 2.0}
+        return Facts(number=1, share=2.0)
 
     def run(overwrite=False):
-        return run_stage(stage, body, overwrite=overwrite, say=lambda text: None)
+        return run_job(stage, body, overwrite=overwrite, say=lambda text: None)
 
     run()
     whole = json.loads(stage.record.read_text())

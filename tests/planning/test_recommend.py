@@ -9,10 +9,10 @@ from study_cases import rows, write_sweep
 from study_guide import update_guide
 from vlm_cases import llava_config
 
-from vlmprune_jax.cli import score
 from vlmprune_jax.cli.config_files import read_experiment
 from vlmprune_jax.cli.flags import parse
 from vlmprune_jax.cli.main import main
+from vlmprune_jax.cli.stages import StageCommand
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.experiment.variants import check_experiment
 from vlmprune_jax.hf.read import read_config
@@ -49,7 +49,7 @@ def failing(capsys, *argv):
 
 
 def experiment_of(path):
-    return read_experiment(parse("score", score, [f"--config={path}", "--workdir=w"]).config)
+    return read_experiment(parse("score", StageCommand("score"), [f"--config={path}", "--workdir=w"]).config)
 
 
 @pytest.mark.parametrize(

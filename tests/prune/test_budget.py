@@ -14,7 +14,7 @@ from vlmprune_jax.core.config import LayerShape
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.experiment.arguments import plan_config
-from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.experiment.spec import ExportSpec, ModelSpec, PruneSpec
 from vlmprune_jax.export.uneven import padded_stacks
 from vlmprune_jax.models.flops import forward_flops
 from vlmprune_jax.models.params import count_params, param_shapes
@@ -166,7 +166,7 @@ def test_speed_by_what_a_bench_measured(tmp_path):
     ]
     write_artefact(tmp_path / "bench.json", replace(BENCH, sides=sides))
     budget = {"decode_ms": 17.0, "bench": str(tmp_path / "bench.json")}
-    limits = plan_config(override(Experiment(), {"prune": {"budget": budget}})).budget.given
+    limits = plan_config(override(PruneSpec(), {"budget": budget}), ModelSpec(), ExportSpec()).budget.given
     assert limits["curve"] == [[whole // 2, 10.0], [whole, 20.0]]
     plan = make_plan(scores, cfg, method="width", budget=limits)
     assert plan.parameters_after / whole == pytest.approx(0.85, abs=0.02)

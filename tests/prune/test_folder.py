@@ -13,21 +13,21 @@ import pytest
 from decoder_cases import MISTRAL, PHI, PHI3, QWEN2, QWEN3
 from hf_cases import LLAMA, LLAVA, edit_weights, keep_layers, keep_width, make_folder, prune
 from prune_cases import on_mesh
-from rich.console import Console
 
 import vlmprune_jax as vp
-from vlmprune_jax.core.console import Reporter
+from vlmprune_jax.core.console import make_reporter
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.source import ModelSpec
-from vlmprune_jax.experiment.spec import Experiment, PruneSpec, ScoreSpec
+from vlmprune_jax.experiment.spec import Experiment, PruneSpec, ScoreSpec, sections
 from vlmprune_jax.hf.disk import verified
 from vlmprune_jax.hf.disk.tensors import write_weights
 from vlmprune_jax.hf.disk.verified import CheckedFile
 from vlmprune_jax.hf.disk.weight_files import Extent
 from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.prune import KeptLayer, fingerprint, prune_folder
-from vlmprune_jax.stages.context import Context
-from vlmprune_jax.stages.prune import prune_stage
+from vlmprune_jax.stages.job import run_stage
+from vlmprune_jax.stages.run import make_work
+from vlmprune_jax.stages.work import Context
 
 SOURCES = {"llava_hf": None, "llava_orig": "clip_tower", "llava_orig_bin": "clip_tower", "llama_gqa": None}
 DECODERS = {"mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3, "phi": PHI, "phi3": PHI3}
@@ -348,11 +348,11 @@ def test_the_prune_stage_does_not_load_the_model(llama, tmp_path, monkeypatch):
     experiment = Experiment(
         model=ModelSpec(hf_dir=str(llama)), score=ScoreSpec(depth="random"), prune=PruneSpec(layers_removed=2)
     )
-    for home in ("vlmprune_jax.stages.prune.load_model", "vlmprune_jax.hf.read.load"):
-        monkeypatch.setattr(home, None)
-    facts = prune_stage(experiment, work, Context(work, Reporter(Console(), enabled=False), overwrite=False))
+    monkeypatch.setattr("vlmprune_jax.stages.work.load", None)
+    context = Context(workdir=work, reporter=make_reporter(False))
+    facts = run_stage("prune", make_work(experiment, context, out=work / "pruned"), sections(experiment)).facts
     plan = vp.PrunePlan.from_json(work / "plan.json")
     vp.save(vp.apply_plan(model, plan), tmp_path / "saved", source_dir=llama, plan=plan, dtype="float32")
     assert contents(work / "pruned") == contents(tmp_path / "saved")
-    assert facts["parameters"] == plan.parameters_after
+    assert facts.parameters == plan.parameters_after
     assert len(plan.layers) == 2

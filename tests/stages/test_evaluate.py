@@ -172,19 +172,19 @@ DATA = DataSpec(eval="e.json", images="i", eval_images="ei")
 
 
 def test_without_sets_there_are_those_of_the_old_settings():
-    plain = evaluation_sets(Experiment(data=DATA, evaluate=EvaluateSpec(max_new_tokens=4, questions=9)))
+    plain = evaluation_sets(DATA, EvaluateSpec(max_new_tokens=4, questions=9))
     shared = {"prompt_suffix": "", "max_new_tokens": 4, "questions": 9}
     expected = EvaluationSetSpec(data="e.json", images="ei", metric="exact_match", **shared)
     assert plain == {"questions": expected}
     text = EvaluationSetSpec(text="t.txt", metric="perplexity", text_window=512)
-    both = evaluation_sets(Experiment(data=DATA, evaluate=EvaluateSpec(text="t.txt")))
+    both = evaluation_sets(DATA, EvaluateSpec(text="t.txt"))
     assert (list(both), both["text"]) == (["questions", "text"], text)
-    assert evaluation_sets(Experiment(evaluate=EvaluateSpec(text="t.txt"))) == {"text": text}
+    assert evaluation_sets(DataSpec(), EvaluateSpec(text="t.txt")) == {"text": text}
 
 
 def test_a_set_has_its_own_settings_or_those_of_all():
     spec = {"metric": "exact_match", "max_new_tokens": 4, "sets": {"a": {"data": "a.json", "questions": 3}, "b": {}}}
-    sets = evaluation_sets(override(Experiment(data=DATA), {"evaluate": spec}))
+    sets = evaluation_sets(DATA, override(EvaluateSpec(), spec))
     assert (sets["a"].data, sets["a"].images, sets["a"].questions, sets["a"].max_new_tokens) == ("a.json", "ei", 3, 4)
     assert (sets["b"].data, sets["b"].questions) == ("e.json", None)
 
@@ -211,7 +211,7 @@ def test_a_set_has_its_own_settings_or_those_of_all():
 )
 def test_wrong_sets(evaluate, message):
     with pytest.raises(UserError) as error:
-        evaluation_sets(override(Experiment(data=DATA), {"evaluate": evaluate}))
+        evaluation_sets(DATA, override(Experiment(), {"evaluate": evaluate}).evaluate)
     assert message in str(error.value)
 
 
@@ -230,12 +230,12 @@ def test_wrong_tasks(monkeypatch, tasks, installed, message):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: known[name] if name in known else found(name))
     experiment = override(Experiment(data=DATA), {"evaluate": {"tasks": tasks, "sets": {"a": {}}}})
     with pytest.raises(UserError, match=message):
-        check_tasks(experiment)
+        check_tasks(experiment.data, experiment.evaluate)
 
 
 def test_tasks_alone_need_no_questions_of_our_own():
-    assert evaluation_sets(Experiment(evaluate=EvaluateSpec(tasks=("pope",)))) == {}
-    assert list(evaluation_sets(Experiment(data=DATA, evaluate=EvaluateSpec(tasks=("pope",))))) == ["questions"]
+    assert evaluation_sets(DataSpec(), EvaluateSpec(tasks=("pope",))) == {}
+    assert list(evaluation_sets(DATA, EvaluateSpec(tasks=("pope",)))) == ["questions"]
 
 
 def test_variants_are_compared_on_the_same_sets(tmp_path):

@@ -28,17 +28,18 @@ from vlmprune_jax.data.inputs import load_inputs
 from vlmprune_jax.data.records import read_records
 from vlmprune_jax.data.tfds import read_tfds, write_tfds
 from vlmprune_jax.experiment.arguments import recover_config
-from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.experiment.spec import Experiment, sections
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.inputs import check_inputs
 from vlmprune_jax.models.params import flatten
-from vlmprune_jax.prune import PrunePlan, make_plan, prune_folder, score
+from vlmprune_jax.prune import make_plan, prune_folder, score
 from vlmprune_jax.recovery import loop
 from vlmprune_jax.recovery.metrics import Recorder
-from vlmprune_jax.stages.context import Context
 from vlmprune_jax.stages.feature_cache import cached_features, check_frozen
-from vlmprune_jax.stages.recover import recover_stage
+from vlmprune_jax.stages.job import run_stage
+from vlmprune_jax.stages.run import make_work
+from vlmprune_jax.stages.work import Context
 
 RECOVER = {
     "trainable": "decoder",
@@ -81,11 +82,17 @@ def make_experiment(root: Path, goldens: Path, **sections: Any) -> Experiment:
     return override(Experiment(), changes)
 
 
+def quiet(root: Path) -> Context:
+    """Nothing is printed."""
+    return Context(workdir=root, reporter=Reporter(Console(file=io.StringIO())))
+
+
 def recovered(experiment: Experiment, root: Path, name: str, cache: Path | None = None, **recover: Any) -> Path:
     """The folder of one recovery."""
     data = {"feature_cache": None if cache is None else str(cache)}
-    context = Context(root, Reporter(Console(file=io.StringIO())), overwrite=False)
-    recover_stage(override(experiment, {"data": data, "recover": recover}), root, root / name, context)
+    changed = override(experiment, {"data": data, "recover": recover})
+    place = {"folder": root / name, "start": root / "pruned", "out": root / name / "recovered", "recovered": True}
+    run_stage("recover", make_work(changed, quiet(root), **place), sections(changed))
     return root / name
 
 
@@ -139,10 +146,8 @@ def prepared(experiment: Experiment, root: Path, cache: Path, **sections: Any) -
     """The stage's part before training."""
     data = {"feature_cache": str(cache), **sections.pop("data", {})}
     changed = override(experiment, {"data": data, **sections})
-    context = Context(root, Reporter(Console(file=io.StringIO())), overwrite=False)
-    plan = PrunePlan.from_json(root / "plan.json")
-    config = recover_config(changed.recover)
-    return cached_features(changed.model, changed.data, changed.mesh, config, plan, root / "pruned", context)
+    work = make_work(changed, quiet(root), start=root / "pruned")
+    return cached_features(work, changed.data, recover_config(changed.recover), work.plan)
 
 
 def test_what_is_refused(llava, goldens, tmp_path):

@@ -24,7 +24,7 @@ from vlmprune_jax.evaluation.inputs import arranged_questions
 from vlmprune_jax.experiment.arguments import evaluation_sets
 from vlmprune_jax.experiment.spec import Experiment, ScoreSpec
 from vlmprune_jax.hf.read import read_config
-from vlmprune_jax.stages.context import in_memory
+from vlmprune_jax.stages.work import in_memory
 
 LONG = "ab " * 100_000
 TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Nothing."}]
@@ -58,7 +58,7 @@ def calibrated(folder: Path, cfg: ModelConfig, samples: int, **changes: Any) -> 
 
 def asked(folder: Path, cfg: ModelConfig, spec: EvaluateSpec, **changes: Any) -> Any:
     experiment = Experiment(data=data(folder, **changes), evaluate=spec)
-    questions = evaluation_sets(experiment)["questions"]
+    questions = evaluation_sets(experiment.data, experiment.evaluate)["questions"]
     model = ModelSpec(hf_dir=str(folder / "teacher"))
     return arranged_questions(model, experiment.data, spec, questions, cfg, multiple=1)
 
@@ -128,7 +128,7 @@ def test_batches_that_do_not_fit_this_machine(folder: Path, cfg: ModelConfig, mo
     (folder / "few.json").write_text(json.dumps([{"id": "short", "conversations": TURNS}]))
     questions = dataclasses.replace(data(folder), eval=str(folder / "few.json"), max_images=10_000)
     model, spec = ModelSpec(hf_dir=str(folder / "teacher")), EvaluateSpec()
-    of = evaluation_sets(Experiment(data=questions, evaluate=spec))["questions"]
+    of = evaluation_sets(questions, spec)["questions"]
     arranged = arranged_questions(model, questions, spec, of, cfg, multiple=1)
     with pytest.raises(UserError, match="and 10000 images: "):
         arranged.batches(threads=1, prefetch=4)

@@ -37,7 +37,7 @@ def test_the_first_step_uses_the_scores_that_are_there(experiment, tmp_path, mon
         iterative, "score", lambda model, *rest, **more: scored.append(1) or score(model, *rest, **more)
     )
     assert main(["prune", *experiment]) == 2
-    assert "scores.npz: no such scores file: run `vlmprune score`" in capsys.readouterr().err
+    assert "scores.npz: no such file or folder: run `vlmprune score`" in capsys.readouterr().err
     assert main(["score", *experiment]) == 0
     assert main(["prune", *experiment]) == 0
     assert len(scored) == 2

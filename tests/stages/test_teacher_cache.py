@@ -20,7 +20,7 @@ from vlmprune_jax.hf.disk.atomic import check_space
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.prune import make_plan, prune_folder, score
 from vlmprune_jax.stages import teacher_cache
-from vlmprune_jax.stages.context import load_model
+from vlmprune_jax.stages.work import Work
 
 VOCAB = 416
 ONE_STEP = "--config.recover.steps=1"
@@ -101,6 +101,14 @@ def held(folder) -> dict[str, np.ndarray]:
     return {key: found[key] for key in found._places}
 
 
+LOAD = Work.load
+
+
+def only_the_student(self, folder, parts):
+    assert folder != self.teacher
+    return LOAD(self, folder, parts)
+
+
 @pytest.mark.slow
 def test_the_whole_vocabulary_trains_like_the_teacher_itself(experiment, capsys, monkeypatch):
     """With images, text alone, several turns, a cut record, buckets and a skipped record; again without a pass, and
@@ -115,7 +123,7 @@ def test_the_whole_vocabulary_trains_like_the_teacher_itself(experiment, capsys,
     assert found["loss"][0] > found["loss"][-1]
     for name, values in found.items():
         np.testing.assert_allclose(values, expected[name], rtol=5e-6, err_msg=name)
-    monkeypatch.setattr(teacher_cache, "load_model", None)
+    monkeypatch.setattr(Work, "load", only_the_student)
     features = f"--config.data.feature_cache={root / 'features'}"
     assert main(["recover", *experiment("both", "whole", whole, features)]) == 0
     assert list((root / "features").glob("*.safetensors"))
@@ -133,12 +141,13 @@ def test_with_cached_features_the_teacher_decodes_nothing(experiment, straight, 
         decoded.append(path.name)
         return decode(self, path, *args)
 
-    def load_parts(spec, mesh, folder, parts):
-        loaded.append(parts)
-        return load_model(spec, mesh, folder, parts)
+    def load_parts(self, folder, parts):
+        if folder == self.teacher:
+            loaded.append(parts)
+        return LOAD(self, folder, parts)
 
     monkeypatch.setattr(ImageLoader, "load", listed)
-    monkeypatch.setattr(teacher_cache, "load_model", load_parts)
+    monkeypatch.setattr(Work, "load", load_parts)
     root = experiment.root
     features = f"--config.data.feature_cache={root / 'features'}"
     assert main(["recover", *experiment("both-caches", "beside-features", features, ONE_STEP)]) == 0
@@ -159,7 +168,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_pass(experiment, straigh
         check_space(folder, needed)
 
     monkeypatch.setattr(teacher_cache, "check_space", full)
-    monkeypatch.setattr(teacher_cache, "load_model", None)
+    monkeypatch.setattr(Work, "load", only_the_student)
     assert main(["recover", *experiment("small", "small-cache")]) == 2
     line = capsys.readouterr().err.strip()
     assert "small-cache/*.safetensors: needs 16 MiB but only 0 MiB are free: make room or choose" in line

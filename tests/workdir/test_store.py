@@ -6,11 +6,16 @@ import shutil
 import threading
 import time
 
+import msgspec
 import pytest
 
 from vlmprune_jax.workdir import store as stores
-from vlmprune_jax.workdir.ledger import Stage, run_stage, write_text
-from vlmprune_jax.workdir.store import RECORD, Store, whole_digest
+from vlmprune_jax.workdir.ledger import Job, run_job, write_text
+from vlmprune_jax.workdir.store import RECORD, Store
+
+
+class Facts(msgspec.Struct):
+    number: int
 
 
 class Sweep:
@@ -22,14 +27,15 @@ class Sweep:
 
     def __call__(self, name, *, also=(), body=None, outputs=("out.txt", "model"), **settings):
         work = self.folder / name
-        stage = Stage(
+        job = Job(
             name="recover",
             version=1,
             workdir=work,
             settings={"ratio": 0.3, **settings},
             inputs={"data.train": self.folder / "in.bin"},
             outputs=[work / path for path in outputs],
-            kind="recover",
+            stage="recover",
+            facts=Facts,
             store=Store(self.folder / "shared", dict(also)),
         )
 
@@ -39,9 +45,9 @@ class Sweep:
             write_text(work / outputs[0], "text")
             (work / "model/inner").mkdir(parents=True)
             (work / "model/inner/weights").write_bytes(b"weights")
-            return {"number": len(self.made)}
+            return Facts(len(self.made))
 
-        return run_stage(stage, make, overwrite=False, say=self.said.append)
+        return run_job(job, make, overwrite=False, say=self.said.append)
 
 
 @pytest.fixture
@@ -141,13 +147,3 @@ def test_one_makes_it_while_another_one_waits(sweep):
     assert len(sweep.made) == 1
     assert "recover: another run makes it, waiting" in sweep.said
     assert (sweep.folder / "a/out.txt").read_text() == (sweep.folder / "b/out.txt").read_text() == "text"
-
-
-def test_digests_are_of_names_and_content(tmp_path):
-    for name in "ab":
-        (tmp_path / name / "x").mkdir(parents=True)
-        (tmp_path / name / "x/one").write_text("1")
-    assert whole_digest(tmp_path / "a") == whole_digest(tmp_path / "b")
-    (tmp_path / "b/x/one").rename(tmp_path / "b/x/two")
-    assert whole_digest(tmp_path / "a") != whole_digest(tmp_path / "b")
-    assert whole_digest("text") != whole_digest("texts")

@@ -22,7 +22,6 @@ def define(values: Flags) -> None:
 
 def run(flags: Any) -> None:
     """Run the demo's config."""
-    from vlmprune_jax.cli.workdir import prepare
-    from vlmprune_jax.stages.run import run_all
+    from vlmprune_jax.cli.stages import run_command
 
-    run_all(*prepare(flags))
+    run_command("run", flags)

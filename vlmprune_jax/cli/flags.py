@@ -10,7 +10,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from absl import flags
@@ -48,7 +47,7 @@ def common(values: Flags) -> None:
     flags.DEFINE_integer("process_id", None, "the number of this process, from 0", flag_values=values)
 
 
-def parse(name: str, command: ModuleType, argv: Sequence[str]) -> Flags:
+def parse(name: str, command: Any, argv: Sequence[str]) -> Flags:
     """The command's flags with `values.config` as a locked ConfigDict, and positional arguments as `values.args`.
 
     Raises:
@@ -152,7 +151,7 @@ def file_of(config: str) -> Path:
     return Path(f"{file}.py" if mark else config)
 
 
-def _define(command: ModuleType, argv: list[str] | None = None) -> Flags:
+def _define(command: Any, argv: list[str] | None = None) -> Flags:
     """The command's flags; with the arguments of a config file, every field of that file is a flag as well."""
     values = Flags()
     if argv is not None:
@@ -227,7 +226,7 @@ def _names(values: Flags) -> list[str]:
     return sorted(name for name in values if name not in ("args", "explicit", "help"))
 
 
-def help_of(name: str, command: ModuleType) -> str:
+def help_of(name: str, command: Any) -> str:
     """The command's docstring and its flags."""
     values = _define(command)
     lines = [inspect.cleandoc(command.__doc__ or ""), "", "flags:"]

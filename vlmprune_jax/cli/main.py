@@ -18,31 +18,25 @@ from types import FrameType, ModuleType
 
 from vlmprune_jax.cli.flags import help_of, parse, shipped_configs, switch, value_of
 from vlmprune_jax.cli.messages import kept, leave_quietly
+from vlmprune_jax.cli.stages import StageCommand, commands
 from vlmprune_jax.core.checks import suggest
 from vlmprune_jax.core.errors import SharedError, Stopped, UserError, printable, reason
 from vlmprune_jax.core.files import last_read
 from vlmprune_jax.distributed.failure import end, joined
 
-# Command -> what it does, in the order of a run. Modules load when they are called: help stays fast.
-COMMANDS = {
-    "run": "all stages: score, prune, reconstruct, recover, evaluate, export, report",
-    "score": "importances of layers, heads and neurons -> scores.npz",
-    "prune": "plan from the scores, and the pruned model -> plan.json, pruned/",
-    "reconstruct": "solve, without training, for what the kept weights can make up for -> reconstructed/",
-    "recover": "train the pruned model -> recovered/",
-    "evaluate": "answers to questions and what metrics say of them -> eval/*.json",
-    "export": "the best model as a Hugging Face folder, reloaded and compared -> export/",
-    "report": "one page of what a run found, finished or not -> report.html, report.png",
-    "sweep": "many such runs, what they share made once, compared -> sweep.json, sweep.csv, sweep.html",
-    "plan": "what recovery needs on a TPU slice, compiled ahead of time on this machine",
-    "recommend": "which cut, recovered how, for a model and a budget, with the evidence and a config",
-    "bench": "speed, memory and size of models here, by jax, transformers and llama.cpp, in turns",
-    "diff": "how much of what two plans keep is the same, layer by layer",
-    "help": "what a setting does, as `vlmprune help kl`, its default and choices",
-    "inspect": "what a Hugging Face folder holds and what can be pruned, from its headers",
-    "tfds": "LLaVA records and their images as a tensorflow-datasets data set",
-    "demo": "the whole run on bundled real data, on a CPU",
+# The other commands: modules of this folder, which load when they are called, so that help stays fast.
+OTHERS = {
+    "sweep": "run many such experiments, sharing equal stages, and compare them -> sweep.json, sweep.csv, sweep.html",
+    "plan": "compile the recovery step for a TPU slice on this machine, and print what it needs",
+    "recommend": "recommend a pruning method and recovery for a model and a budget, with the evidence and a config",
+    "bench": "measure speed, memory and size of models here, by jax, transformers and llama.cpp, in turns",
+    "diff": "compare two plans layer by layer",
+    "help": "explain a setting, as `vlmprune help kl`: default, choices, effect",
+    "inspect": "print what a Hugging Face folder holds and what can be pruned, from its headers",
+    "tfds": "convert LLaVA records and their images to a tensorflow-datasets data set",
+    "demo": "run the whole pipeline on bundled real data, on a CPU",
 }
+COMMANDS = {**commands(), **OTHERS}
 OVERVIEW = """\
 vlmprune: structured pruning and recovery of vision-language models, from Hugging Face folder to Hugging Face folder.
 
@@ -198,10 +192,10 @@ def _dispatch(argv: list[str], script: ModuleType | None) -> None:
     if script is not None:
         _run(script, *argv)
     elif not argv or argv[0] in ("-h", "--help") or argv == ["help"]:
-        commands = "\n".join(f"  {name:<11} {text}" for name, text in COMMANDS.items())
-        print(OVERVIEW.format(commands=commands, configs=_shipped()))
+        lines = "\n".join(f"  {name:<11} {text}" for name, text in COMMANDS.items())
+        print(OVERVIEW.format(commands=lines, configs=_shipped()))
     else:
-        _run(_command(argv[0]), *argv)
+        _run(_command(*argv), *argv)
     if sys.stdout is not None:
         sys.stdout.flush()  # what cannot be written is told here, not by Python at the very end
 
@@ -212,13 +206,16 @@ def _shipped() -> str:
     return textwrap.fill(text, 100, subsequent_indent="  ", break_on_hyphens=False)
 
 
-def _command(name: str) -> ModuleType:
-    if name not in COMMANDS:
+def _command(name: str, *rest: str) -> ModuleType | StageCommand:
+    """Return the command; a config may add a stage, so with one any other name may be that of a stage."""
+    if name in OTHERS:
+        return importlib.import_module(f"vlmprune_jax.cli.{name}")
+    if name not in COMMANDS and value_of(rest, "config") is None:
         raise UserError(f"no command {name!r}{suggest(name, COMMANDS)}")
-    return importlib.import_module(f"vlmprune_jax.cli.{name}")
+    return StageCommand(name)
 
 
-def _run(command: ModuleType, name: str, *rest: str) -> None:
+def _run(command: ModuleType | StageCommand, name: str, *rest: str) -> None:
     if any(arg in ("-h", "--help") for arg in rest):
         print(help_of(name, command))
         return

@@ -17,7 +17,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import initialize, is_main_process
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import check_experiment
-from vlmprune_jax.stages.context import Context
+from vlmprune_jax.stages.work import Context
 from vlmprune_jax.sweep.hyper import SweepRun, sweep_runs
 from vlmprune_jax.sweep.run import Sweep, with_caches
 from vlmprune_jax.sweep.sweep import attempt
@@ -33,7 +33,7 @@ def prepare(flags: Any) -> tuple[Experiment, Context]:
     reporter = _join(flags)
     experiment, workdir = to_experiment(flags.config, flags.workdir, only=flags.only, explicit=flags.explicit)
     check_experiment(experiment, workdir)
-    return experiment, Context(workdir, reporter, flags.overwrite)
+    return experiment, Context(workdir=workdir, reporter=reporter, overwrite=flags.overwrite)
 
 
 def prepare_sweep(flags: Any) -> tuple[list[SweepRun], Sweep, Reporter]:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.evaluation.config import EvaluationSetSpec
+from vlmprune_jax.core.source import ModelSpec
+from vlmprune_jax.data.config import DataSpec
+from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.evaluation.metrics import metric_named
-from vlmprune_jax.experiment.spec import Experiment, PruneSpec, RecoverSpec
+from vlmprune_jax.experiment.spec import PruneSpec, RecoverSpec
 from vlmprune_jax.export.config import ExportSpec
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.objective import check_losses, needs_teacher
@@ -20,12 +22,12 @@ from vlmprune_jax.workdir.speed import read_bench
 QUESTIONS, TEXT = "questions", "text"  # the evaluation sets of an experiment that names none
 
 
-def plan_config(experiment: Experiment) -> PruneSpec:
+def plan_config(spec: PruneSpec, model: ModelSpec, export: ExportSpec) -> PruneSpec:
     """Return the settings of `make_plan`, with a budget in the dtype and shape of the export."""
-    spec, budget = experiment.prune, experiment.prune.budget
+    budget = spec.budget
     if not budget.limits:
         return spec
-    dtype, uneven, curve = export_dtype(experiment), experiment.export.uneven, budget.curve
+    dtype, uneven, curve = export_dtype(model, export), export.uneven, budget.curve
     if budget.bench is not None:
         curve = tuple((size, 1000 / rate) for size, rate in read_bench(Path(budget.bench)).decode_rates().items())
     budget = dataclasses.replace(budget, dtype=dtype, uneven=uneven, bench=None, curve=curve)
@@ -37,9 +39,9 @@ def export_options(spec: ExportSpec) -> dict[str, Any]:
     return {name: value for name, value in vars(spec).items() if name not in ("format", "options")} | dict(spec.options)
 
 
-def export_dtype(experiment: Experiment) -> str:
+def export_dtype(model: ModelSpec, export: ExportSpec) -> str:
     """Return the data type of the exported weights."""
-    return experiment.model.dtype if experiment.export.dtype == "source" else experiment.export.dtype
+    return model.dtype if export.dtype == "source" else export.dtype
 
 
 def recover_config(spec: RecoverSpec) -> RecoverConfig:
@@ -61,29 +63,29 @@ def recover_config(spec: RecoverSpec) -> RecoverConfig:
     return RecoverConfig(**{**values, "losses": losses, "merge_lora": not spec.save_adapter})
 
 
-def evaluation_sets(experiment: Experiment) -> dict[str, EvaluationSetSpec]:
+def evaluation_sets(data: DataSpec, spec: EvaluateSpec) -> dict[str, EvaluationSetSpec]:
     """The evaluation sets by name, with every setting that applies to each in place.
 
     Raises:
       UserError: a name that no file can have, or a metric that does not exist or does not fit.
     """
-    spec, sets = experiment.evaluate, dict(experiment.evaluate.sets)
-    if not sets and (experiment.data.eval is not None or (spec.text is None and not spec.tasks)):
+    sets = dict(spec.sets)
+    if not sets and (data.eval is not None or (spec.text is None and not spec.tasks)):
         sets[QUESTIONS] = EvaluationSetSpec()
     if spec.text is not None:
         if TEXT in sets:
             raise UserError(f"evaluate.text is the evaluation set {TEXT!r}, which evaluate.sets has as well: drop one")
         sets[TEXT] = EvaluationSetSpec(text=spec.text)
-    return {name: _resolved(name, given, experiment) for name, given in sets.items()}
+    return {name: _resolved(name, given, data, spec) for name, given in sets.items()}
 
 
-def check_tasks(experiment: Experiment) -> None:
+def check_tasks(data: DataSpec, spec: EvaluateSpec) -> None:
     """Refuse tasks of lmms-eval that cannot be told apart from sets, or without lmms-eval.
 
     Raises:
       UserError: a name that no file can have, that comes twice or is a set's; or lmms-eval is not installed.
     """
-    tasks, sets = experiment.evaluate.tasks, evaluation_sets(experiment)
+    tasks, sets = spec.tasks, evaluation_sets(data, spec)
     for place, name in enumerate(tasks):
         if not re.fullmatch(r"[\w-]+", name, re.ASCII):
             raise UserError(f"evaluate.tasks: the name {name!r} becomes a file's: use letters, digits, _ and -")
@@ -95,8 +97,7 @@ def check_tasks(experiment: Experiment) -> None:
         )
 
 
-def _resolved(name: str, given: EvaluationSetSpec, experiment: Experiment) -> EvaluationSetSpec:
-    spec, data = experiment.evaluate, experiment.data
+def _resolved(name: str, given: EvaluationSetSpec, data: DataSpec, spec: EvaluateSpec) -> EvaluationSetSpec:
     if not re.fullmatch(r"[\w-]+", name, re.ASCII):
         raise UserError(f"evaluate.sets: the name {name!r} becomes a file's: use letters, digits, _ and -")
     defaults: dict[str, Any] = {"metric": "perplexity", "text_window": spec.text_window}

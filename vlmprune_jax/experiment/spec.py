@@ -172,20 +172,21 @@ def sections(experiment: Experiment) -> dict[str, Any]:
     return {name: value for name, value in found.items() if dataclasses.is_dataclass(value)}
 
 
-def affecting(stage: str, experiment: Experiment) -> dict[str, Any]:
-    """`section.name` -> value of every setting that changes a stage's results; sections in a section are mappings.
+def affecting(stage: str, sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `section.name` -> value of every setting in these sections that changes a stage's results.
 
-    Files and folders are not among them: their content counts, as the stage's inputs. Nor is an empty mapping.
+    Sections in a section are mappings. Files and folders are left out: their content counts, as the stage's inputs; so
+    are empty mappings. A stage of the user's own depends on every setting that changes any result.
     """
-    found = {section: _affecting(stage, spec) for section, spec in sections(experiment).items()}
+    found = {section: _affecting(stage, spec) for section, spec in sections.items()}
     return {f"{section}.{name}": value for section, values in found.items() for name, value in values.items()}
 
 
 def _affecting(stage: str, spec: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, about in settings_of(spec).items():
-        value = getattr(spec, name)
-        if stage in about.affects and about.offered and not about.by_content and value != {}:
+        value, stages = getattr(spec, name), about.affects if stage in STAGES else (stage,) * bool(about.affects)
+        if stage in stages and about.offered and not about.by_content and value != {}:
             found[name] = value
     inner = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
     parts = {name: _affecting(stage, value) for name, value in inner.items() if dataclasses.is_dataclass(value)}

@@ -155,7 +155,7 @@ def _check_criteria(spec: ScoreSpec) -> None:
 
 def _check_target(experiment: Experiment) -> None:
     """Refuse several targets of pruning, settings that the method does not have, and a slice that does not exist."""
-    config = plan_config(experiment)
+    config = plan_config(experiment.prune, experiment.model, experiment.export)
     if config.budget.limits or any(t is not None for t in (config.ratio, config.layers_removed, config.sparsity)):
         config.check()
     if config.budget.limits:
@@ -174,8 +174,8 @@ def check_experiment(experiment: Experiment, workdir: Path) -> None:
     Raises:
       UserError: a setting that does not exist, has no such value, or goes with another one.
     """
-    sets, tasks = evaluation_sets(experiment), experiment.evaluate.tasks
-    check_tasks(experiment)
+    sets, tasks = evaluation_sets(experiment.data, experiment.evaluate), experiment.evaluate.tasks
+    check_tasks(experiment.data, experiment.evaluate)
     for pruned in prune_runs(experiment, workdir):
         spec = pruned.experiment
         if spec.prune.steps > 1 and spec.prune.method != "width":
@@ -189,5 +189,8 @@ def check_experiment(experiment: Experiment, workdir: Path) -> None:
         for run in recover_runs(pruned):
             _check_sections(run.experiment)
             recover_config(run.experiment.recover)
-            if evaluation_sets(run.experiment) != sets or run.experiment.evaluate.tasks != tasks:
+            if (
+                evaluation_sets(run.experiment.data, run.experiment.evaluate) != sets
+                or run.experiment.evaluate.tasks != tasks
+            ):
                 raise UserError(f"variant {run.name} is evaluated on other sets: give all models the same questions")

@@ -32,8 +32,8 @@ from vlmprune_jax.recovery.flops import StepFlops, step_flops
 from vlmprune_jax.recovery.objective import needs_teacher
 from vlmprune_jax.recovery.program import Program, make_program
 from vlmprune_jax.recovery.step import abstract_state, batch_sharding, step_context
-from vlmprune_jax.stages.context import teacher_folder
 from vlmprune_jax.stages.feature_cache import check_frozen
+from vlmprune_jax.stages.work import teacher_folder
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
     Equal widths and the number of layers do not depend on scores; which layers go, widths chosen over all layers at
     once (`selection="global"`), and how many heads go under `heads="auto"` (here: their share) do.
     """
-    config = plan_config(experiment)
+    config = plan_config(experiment.prune, experiment.model, experiment.export)
     gqa = experiment.score.gqa
     scores = Scores("none", f"{shape_digest(cfg)}-", {"gqa": gqa}, **random_scores(cfg, seed=0, gqa=gqa))
     pair = (scores, scores) if config.method == "hybrid" else scores

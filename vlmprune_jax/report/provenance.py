@@ -8,11 +8,12 @@ from typing import Any
 
 from vlmprune_jax.core.errors import printable
 from vlmprune_jax.report.page import Section, Table
+from vlmprune_jax.workdir.ledger import Done
 
 _MOST_NAMED, _LONGEST = 8, 300  # stages of a value, letters of one
 
 
-def provenance_section(records: Mapping[str, Mapping[str, Any]]) -> Section:
+def provenance_section(records: Mapping[str, Done]) -> Section:
     """Describe the provenance of all stages by their records in the ledger."""
     rows, settings, inputs = (
         list[tuple[str, ...]](),
@@ -21,18 +22,16 @@ def provenance_section(records: Mapping[str, Mapping[str, Any]]) -> Section:
     )
     made = dict[str, dict[str, list[str]]]()
     for name, record in records.items():
-        by = record.get("by")
-        when, where = (by["finished"], printable(by["processor"])) if by else ("", "")
-        rows.append((printable(name), f"{record['seconds']:.1f}", when, where))
-        for setting, value in record["made_from"]["settings"].items():
+        by = record.by
+        rows.append((printable(name), f"{record.seconds:.1f}", by.finished, printable(by.processor)))
+        for setting, value in record.made_from.settings.items():
             settings.setdefault(setting, {}).setdefault(_short(value), []).append(name)
-        for path, digest in record["made_from"]["inputs"].items():
+        for path, digest in record.made_from.inputs.items():
             inputs.setdefault(path, {}).setdefault(digest, []).append(name)
-        if by:
-            told = {"command": by["command"], "versions": ", ".join(f"{k} {v}" for k, v in by["versions"].items())}
-            told["commit"] = by["commit"] or "not known: the package is not run from its repository"
-            for what, value in told.items():
-                made.setdefault(what, {}).setdefault(value, []).append(name)
+        told = {"command": by.command, "versions": ", ".join(f"{k} {v}" for k, v in by.versions.items())}
+        told["commit"] = by.commit or "not known: the package is not run from its repository"
+        for what, value in told.items():
+            made.setdefault(what, {}).setdefault(value, []).append(name)
     facts = [("Made by", made), ("Settings", settings), ("Data and models, by content", inputs)]
     return Section(
         "Where it comes from",

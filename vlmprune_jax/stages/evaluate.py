@@ -1,61 +1,42 @@
-"""What one model folder says to every evaluation set, and what that is worth -> `eval/<name>.json`.
+"""The answers of one model to an evaluation set, and their scores -> `eval/<name>.json`.
 
-Asking is a stage of its own for every set: adding one repeats no other. What the answers are worth is worked out anew
-from the answers on disk each time, in moments: another metric, or a mended one, asks the model nothing.
+Asking is a job of its own for every set and every task of lmms-eval: adding one repeats no other. Scores are computed
+anew from the answers on disk each time, in moments: another metric, or a corrected one, asks the model nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
+import importlib.metadata
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.files import Count, Finite, read_json_lines, read_text, reading
+from vlmprune_jax.core.files import Count, read_json_lines, read_text, reading
 from vlmprune_jax.core.settings import settings_of
 from vlmprune_jax.data import inputs
+from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.distributed.mesh import on_process_zero, row_ways
-from vlmprune_jax.evaluation.config import EvaluationSetSpec
+from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.evaluation.inputs import arranged_questions, evaluation_records
 from vlmprune_jax.evaluation.metrics import METRICS
 from vlmprune_jax.evaluation.metrics.metric import Scores
 from vlmprune_jax.evaluation.runner import ask, check_answered, log_likelihoods
 from vlmprune_jax.evaluation.statistics import is_quick, retained_interval
 from vlmprune_jax.experiment.arguments import QUESTIONS, evaluation_sets
-from vlmprune_jax.experiment.spec import Experiment, affecting
+from vlmprune_jax.experiment.spec import affecting
 from vlmprune_jax.models.params import count_params
-from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.stages.context import (
-    Context,
-    journal_of,
-    journal_path,
-    load_model,
-    mesh_of,
-    model_inputs,
-)
-from vlmprune_jax.stages.tasks import evaluate_tasks
+from vlmprune_jax.stages.job import run_stage
+from vlmprune_jax.stages.stage import Files
+from vlmprune_jax.stages.tasks import NOT_OF_TASKS, AnswerFacts, ask_task, measure_task, task_sources
+from vlmprune_jax.stages.work import Work, journal_path
 from vlmprune_jax.workdir.artefact import write_artefact
 from vlmprune_jax.workdir.evaluation import TEACHER, Evaluated, as_columns, as_groups, evaluation_file, metric_info
-from vlmprune_jax.workdir.ledger import Json, write_text
-
-
-class _Facts(TypedDict):
-    parameters: Count
-    model_seconds: Finite
-
-
-class _QuestionFacts(_Facts):
-    questions: Count
-    mean_generated_tokens: Finite
-
-
-class _TextFacts(_Facts):
-    tokens: Count
+from vlmprune_jax.workdir.ledger import Finished, write_text
 
 
 class _Answer(TypedDict):
@@ -74,128 +55,132 @@ class _Window(TypedDict):
     tokens: Count
 
 
-def evaluate_stage(
-    experiment: Experiment, model_folder: Path, out: Path, name: str, context: Context
-) -> dict[str, Evaluated]:
-    """Evaluations of one folder by set -> `eval/<name>.json`, of other sets than "questions"
-    `eval/<name>.<set>.json`; the answers beside. The tasks of lmms-eval are sets like any other.
+def evaluate_model(work: Work, sections: Mapping[str, Any]) -> dict[str, Evaluated]:
+    """Evaluate the model `work.start` on all sets and tasks, `work.part` being its name -> `eval/<name>*.json`.
+
+    Raises:
+      UserError: two tasks have a set of one name; see `run_stage`.
     """
-    model = functools.cache(
-        lambda: load_model(experiment.model, experiment.mesh, model_folder)
-    )  # for the first set that needs it
-    found = {
-        key: _evaluate_set(experiment, key, of, model_folder, model, out, name, context)
-        for key, of in evaluation_sets(experiment).items()
-    }
-    return found | evaluate_tasks(experiment, model_folder, model, out, name, context)
-
-
-def _evaluate_set(
-    experiment: Experiment,
-    key: str,
-    of: EvaluationSetSpec,
-    model_folder: Path,
-    model: Callable[[], Model],
-    out: Path,
-    name: str,
-    context: Context,
-) -> Evaluated:
-    title = name if key == QUESTIONS else f"{name} {key}"
-    path = evaluation_file(out, name, key)
-    answers = answers_file(path)
-    stage = context.stage(
-        "evaluate",
-        out,
-        f"evaluate {title}",
-        settings=_settings(experiment, key, of),
-        inputs=model_inputs(experiment.model, model=model_folder, **set_files(experiment, key, of)),
-        outputs=[answers],
-        journals=[journal_path(path)],
-        facts=_QuestionFacts if of.text is None else _TextFacts,
-    )
-
-    def body() -> Json:
-        run = _ask if of.text is None else _read_text
-        lines, facts = run(experiment, of, model(), f"evaluate {title}", journal_path(path), context)
-        write_text(answers, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        return {**facts, "parameters": count_params(model().cfg)}
-
-    facts = context.run(stage, body)
-    original = answers_file(evaluation_file(context.workdir, TEACHER, key))
-    compared = original if original != answers else None
-    found: Evaluated = on_process_zero(lambda: _measure(of, answers, compared, path, facts), Evaluated)
-    context.reporter.say(
-        f"  {title}: {found.main_line()} ({found.parameters:,} parameters, {found.model_seconds:.1f} s)"
-    )
+    sets, found = evaluation_sets(sections["data"], sections["evaluate"]), dict[str, Evaluated]()
+    for key, part in parts_of(dataclasses.replace(work, loaded={}), sections).items():
+        done = run_stage("evaluate", part, sections)
+        made = _measured(part, sets[key], done) if key in sets else _measured_task(part, key, done)
+        twice = [name for name in made if name in found]
+        if twice:
+            raise UserError(f"evaluate.tasks: {key} has the set {twice[0]!r}, as another task has: drop one of them")
+        found |= made
     return found
 
 
+def parts_of(work: Work, sections: Mapping[str, Any]) -> dict[str, Work]:
+    """Return the place of each set and task of a model."""
+    spec = sections["evaluate"]
+    names = {
+        key: work.part if key == QUESTIONS else f"{work.part} {key}" for key in evaluation_sets(sections["data"], spec)
+    }
+    names |= {task: f"{work.part} {task}" for task in spec.tasks}
+    return {key: dataclasses.replace(work, part=name) for key, name in names.items()}
+
+
+def _part(work: Work) -> tuple[str, str]:
+    """The model's name, and the set or task."""
+    name, _, key = work.part.partition(" ")
+    return name, key or QUESTIONS
+
+
+def _file(work: Work, folder: Path, name: str) -> Path:
+    return evaluation_file(folder, name, _part(work)[1])
+
+
 def answers_file(path: Path) -> Path:
-    """Where the answers lie beside an evaluation."""
+    """Return the file of answers beside an evaluation."""
     return path.with_name(f"{path.stem}.answers.jsonl")
 
 
+def evaluate_files(work: Work, data: DataSpec, spec: EvaluateSpec) -> Files:
+    """The model, and the records, text or task data of one set; its settings without the metric (see `_measure`)."""
+    name, key = _part(work)
+    path = _file(work, work.folder, name)
+    answers = answers_file(path)
+    if key in spec.tasks:
+        sources, without = task_sources(spec, key)[1], NOT_OF_TASKS
+        settings = {"task": key, "lmms_eval": importlib.metadata.version("lmms_eval")}
+        return Files({"model": work.start, **sources}, [answers], [journal_path(answers)], settings, without)
+    of, where = evaluation_sets(data, spec)[key], "evaluate" if key == QUESTIONS else f"evaluate.sets.{key}"
+    names = ("text_window",) if of.text is not None else ("prompt_suffix", "max_new_tokens", "questions")
+    shared = affecting("evaluate", {"model": work.model, "data": data, "evaluate": spec})
+    kept = shared if of.text is None else ("model.dtype", "evaluate.batch_size")
+    return Files(
+        inputs={"model": work.start, **set_files(data, key, of)},
+        outputs=[answers],
+        journals=[journal_path(path)],
+        settings={f"{where}.{name}": getattr(of, name) for name in names},
+        without=[name for name in shared if name not in kept] + [f"evaluate.{name}" for name in settings_of(of)],
+    )
+
+
+def set_files(data: DataSpec, key: str, of: EvaluationSetSpec) -> dict[str, Path | str]:
+    """Return the files that a set is read from, by name."""
+    if of.text is not None:
+        return {f"text of {key}": Path(of.text)}
+    return inputs.record_files(dataclasses.replace(data, eval=of.data, eval_images=of.images), "eval")
+
+
+def evaluate_stage(work: Work, data: DataSpec, spec: EvaluateSpec) -> AnswerFacts:
+    """Ask the model all questions of a set or task, or read it a text, and write a line for each."""
+    name, key = _part(work)
+    path = _file(work, work.folder, name)
+    if key in spec.tasks:
+        return ask_task(work, data, spec, key, answers_file(path))
+    of = evaluation_sets(data, spec)[key]
+    lines, facts = (_ask if of.text is None else _read_text)(work, data, spec, of, path)
+    write_text(answers_file(path), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return facts
+
+
 def read_predictions(path: Path) -> list[str]:
-    """What a model said to every question, from the answers beside an evaluation.
+    """Return a model's answer to every question, from the answers beside an evaluation.
 
     Raises:
-      UserError: they are not there, or damaged.
+      UserError: they are missing or damaged.
     """
     return [line["prediction"] for line in read_json_lines(answers_file(path), _Answer)]
 
 
-def _settings(experiment: Experiment, key: str, of: EvaluationSetSpec) -> Json:
-    """What the answers depend on, the metric not among it."""
-    where = "evaluate" if key == QUESTIONS else f"evaluate.sets.{key}"
-    shared = affecting("evaluate", experiment)
-    if of.text is not None:
-        return {f"{where}.text_window": of.text_window} | {
-            name: shared[name] for name in ("model.dtype", "evaluate.batch_size")
-        }
-    for field in settings_of(of):  # the set's own, with those of the experiment in place of what it does not set
-        shared.pop(f"evaluate.{field}", None)
-    return shared | {
-        f"{where}.{field}": getattr(of, field) for field in ("prompt_suffix", "max_new_tokens", "questions")
-    }
-
-
-def set_files(experiment: Experiment, key: str, of: EvaluationSetSpec) -> dict[str, Path | str]:
-    """What the set is read from, by name."""
-    if of.text is not None:
-        return {f"text of {key}": Path(of.text)}
-    return inputs.record_files(dataclasses.replace(experiment.data, eval=of.data, eval_images=of.images), "eval")
-
-
 def _ask(
-    experiment: Experiment, of: EvaluationSetSpec, model: Model, title: str, journal: Path, context: Context
-) -> tuple[list[Json], Json]:
-    """The model's answers to questions, one line each, and facts about them."""
+    work: Work, data: DataSpec, spec: EvaluateSpec, of: EvaluationSetSpec, path: Path
+) -> tuple[list[dict[str, Any]], AnswerFacts]:
+    """Answer questions: one line each, and facts about all."""
     assert of.max_new_tokens is not None
+    model = work.load(work.start)
     model.cfg.check_row("evaluate's max_new_tokens", of.max_new_tokens)
-    ways = row_ways(mesh_of(experiment.mesh))
-    questions = arranged_questions(experiment.model, experiment.data, experiment.evaluate, of, model.cfg, multiple=ways)
+    questions = arranged_questions(work.model, data, spec, of, model.cfg, multiple=row_ways(work.devices))
     _check_metric(of, questions.records)  # the last one now, not after hours
     start = time.perf_counter()
-    with context.phase(title, len(questions)) as progress:
+    with work.phase(f"evaluate {work.part}", len(questions)) as progress:
         replies = ask(
             model,
-            questions.batches(threads=experiment.data.threads, prefetch=inputs.PREFETCH),
+            questions.batches(threads=data.threads, prefetch=inputs.PREFETCH),
             tokenizer=questions.encoder.tokenizer,
             max_new_tokens=of.max_new_tokens,
             progress=progress,
-            journal=journal_of(experiment.mesh, journal, len(questions)),
+            journal=work.journal(path, len(questions)),
         )
     lines = [
         {
-            "id": said.record.id,
-            "prediction": said.prediction,
-            "references": said.record.references,
-            "tokens": said.tokens,
+            "id": reply.record.id,
+            "prediction": reply.prediction,
+            "references": reply.record.references,
+            "tokens": reply.tokens,
         }
-        for said in replies
+        for reply in replies
     ]
-    mean, seconds = sum(said.tokens for said in replies) / len(replies), round(time.perf_counter() - start, 3)
-    return lines, {"questions": len(replies), "mean_generated_tokens": mean, "model_seconds": seconds}
+    return lines, AnswerFacts(
+        parameters=count_params(model.cfg),
+        model_seconds=round(time.perf_counter() - start, 3),
+        questions=len(replies),
+        mean_generated_tokens=sum(reply.tokens for reply in replies) / len(replies),
+    )
 
 
 def _check_metric(of: EvaluationSetSpec, records: Sequence[Record]) -> None:
@@ -207,29 +192,55 @@ def _check_metric(of: EvaluationSetSpec, records: Sequence[Record]) -> None:
 
 
 def _read_text(
-    experiment: Experiment, of: EvaluationSetSpec, model: Model, title: str, journal: Path, context: Context
-) -> tuple[list[Json], Json]:
-    """The log-likelihood of a text, one line a batch of windows, and facts about them."""
+    work: Work, data: DataSpec, spec: EvaluateSpec, of: EvaluationSetSpec, path: Path
+) -> tuple[list[dict[str, Any]], AnswerFacts]:
+    """Measure the log-likelihood of a text: one line for each batch of windows, and facts about all."""
     assert of.text is not None
     assert of.text_window is not None
-    path, size, window = Path(of.text), experiment.evaluate.batch_size, of.text_window
+    file, size, window, model = Path(of.text), spec.batch_size, of.text_window, work.load(work.start)
     model.cfg.check_row("evaluate's text_window", window)
-    tokenizer = inputs.load_inputs(experiment.model, experiment.data, model.cfg).tokenizer
-    text = read_text(path, missing="no such file: evaluate.text names it")
-    with reading(path, "give another text"):
+    tokenizer = inputs.load_inputs(work.model, data, model.cfg).tokenizer
+    text = read_text(file, missing="no such file: evaluate.text names it")
+    with reading(file, "give another text"):
         ids = tokenizer(text.replace("\r\n", "\n").replace("\r", "\n"))["input_ids"]
     total, start = -(-len(ids) // (window * size)), time.perf_counter()
-    with context.phase(title, total) as progress:
-        kept = journal_of(experiment.mesh, journal, total)
+    with work.phase(f"evaluate {work.part}", total) as progress:
+        kept = work.journal(path, total)
         lines = log_likelihoods(model, ids, window=window, batch_size=size, progress=progress, journal=kept)
-    seconds = round(time.perf_counter() - start, 3)
-    return list(lines), {"tokens": int(sum(line["tokens"] for line in lines)), "model_seconds": seconds}
+    return list(lines), AnswerFacts(
+        parameters=count_params(model.cfg),
+        model_seconds=round(time.perf_counter() - start, 3),
+        tokens=int(sum(line["tokens"] for line in lines)),
+    )
 
 
-def _measure(of: EvaluationSetSpec, answers: Path, original: Path | None, path: Path, facts: Json) -> Evaluated:
-    """Score the answers in a file, and compare them with the unpruned model's in `original` -> `path`."""
+def _measured_task(work: Work, task: str, done: Finished) -> dict[str, Evaluated]:
+    """Score the answers to a task, by set, and print a line for each."""
+    name = _part(work)[0]
+    answers, original = (answers_file(_file(work, *at)) for at in ((work.folder, name), (work.workdir, TEACHER)))
+    facts, kind = done.facts, dict[str, Evaluated]
+    found: dict[str, Evaluated] = on_process_zero(lambda: measure_task(answers, original, done, name), kind)
+    if facts.empty_answers:
+        work.say(f"  {name} {task}: {facts.empty_answers:,} of {facts.questions:,} answers are empty")
+    for key, of in found.items():
+        work.say(f"  {name} {key}: {of.main_line()} ({of.parameters:,} parameters, {facts.model_seconds:.1f} s)")
+    return found
+
+
+def _measured(work: Work, of: EvaluationSetSpec, done: Finished) -> dict[str, Evaluated]:
+    """Score the answers to a set, and print a line."""
+    name, key = _part(work)
+    path, original = _file(work, work.folder, name), answers_file(_file(work, work.workdir, TEACHER))
+    compared = None if original == answers_file(path) else original
+    found: Evaluated = on_process_zero(lambda: _measure(of, path, compared, done), Evaluated)
+    work.say(f"  {work.part}: {found.main_line()} ({found.parameters:,} parameters, {found.model_seconds:.1f} s)")
+    return {key: found}
+
+
+def _measure(of: EvaluationSetSpec, path: Path, original: Path | None, done: Finished) -> Evaluated:
+    """Score the answers beside `path`, and compare them with the unpruned model's in `original`."""
     assert of.metric is not None
-    metric = METRICS[of.metric]
+    metric, answers, facts = METRICS[of.metric], answers_file(path), done.facts
     # Whether a lone image's mark may be missing was checked when the records were asked.
     records = () if of.text is not None else evaluation_records(of, image_lead=True)
     scores = _scores(of, answers, records)
@@ -241,11 +252,11 @@ def _measure(of: EvaluationSetSpec, answers: Path, original: Path | None, path: 
         values=metric.values(scores, records),
         groups=as_groups(metric.values_of_groups(scores, records)),
         counted="questions" if of.text is None else "tokens",
-        count=facts["questions" if of.text is None else "tokens"],
-        parameters=facts["parameters"],
-        seconds=facts["seconds"],
-        model_seconds=facts["model_seconds"],
-        mean_generated_tokens=facts.get("mean_generated_tokens"),
+        count=facts.questions if of.text is None else facts.tokens,
+        parameters=facts.parameters,
+        seconds=done.seconds,
+        model_seconds=facts.model_seconds,
+        mean_generated_tokens=facts.mean_generated_tokens,
         retained_interval=interval,
         answers=answers.name,
         scores=as_columns(scores),

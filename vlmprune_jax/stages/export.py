@@ -2,92 +2,89 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
+from vlmprune_jax.core.files import Finite
 from vlmprune_jax.data import inputs
-from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
+from vlmprune_jax.data.config import DataSpec
+from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.experiment.arguments import export_options
-from vlmprune_jax.experiment.spec import Experiment, affecting
+from vlmprune_jax.experiment.spec import ReconstructSpec, affecting
 from vlmprune_jax.export.card import model_name
-from vlmprune_jax.export.format import Calibration, Comparison
+from vlmprune_jax.export.config import ExportSpec
+from vlmprune_jax.export.format import Calibration
 from vlmprune_jax.export.formats import choose_format
 from vlmprune_jax.export.write import check_saved, save
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.prune.gptq import gptq
 from vlmprune_jax.prune.importance import importance
-from vlmprune_jax.stages.context import Context, load_model, model_inputs, teacher_folder
-from vlmprune_jax.workdir.ledger import Json, differs_only_in, remove
+from vlmprune_jax.stages.stage import Files
+from vlmprune_jax.stages.work import Work
+from vlmprune_jax.workdir.ledger import remove
 
 # Function of a model and calibration batches, by the name that a format's `Calibration` gives.
 CALIBRATIONS: dict[str, Callable[..., Any]] = {"gptq": gptq, "importance": importance}
 
 
-def export_stage(
-    experiment: Experiment,
-    model_folder: Path,
-    context: Context,
-    *,
-    reconstructed: bool = False,
-    benchmarks: Sequence[Sequence[str]] = (),
-) -> Json:
-    """Export a folder of the workdir to `export/`; a folder that differs from the model when reloaded is removed.
+class ExportFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """The comparison of the reloaded export with the model (`check_saved`)."""
 
-    `reconstructed`, `benchmarks`: for the model card (see `save`).
-    """
-    out, spec = context.workdir / "export", experiment.export
+    backend: str
+    max_abs_logit_difference: Finite
+    tolerance: Finite
+
+
+def export_files(work: Work, data: DataSpec, repair: ReconstructSpec, spec: ExportSpec) -> Files:
+    """The calibration records if the format needs any, the file of a user's own format, and the card's benchmarks."""
     chosen, values = choose_format(spec.format, export_options(spec))
-    calibration = chosen.calibration(values)
-    repair = affecting("reconstruct", experiment) if calibration else {}
-    records = inputs.record_files(experiment.data, "train") if calibration else {}
-    code = {} if chosen.file is None else {f"format {spec.format}": chosen.file}
-    shown = {"benchmarks": benchmarks} if benchmarks else {}
-    stage = context.stage(
-        "export",
-        context.workdir,
-        "export",
-        settings=repair | affecting("export", experiment) | shown,
-        inputs=model_inputs(experiment.model, model=model_folder, **records, **code),
-        outputs=[out],
-        facts=Comparison,
+    calibrates = chosen.calibration(values) is not None
+    sections = {"model": work.model, "data": data, "reconstruct": repair, "export": spec}
+    return Files(
+        inputs={
+            **(inputs.record_files(data, "train") if calibrates else {}),
+            **({} if chosen.file is None else {f"format {spec.format}": chosen.file}),
+        },
+        settings={
+            **(affecting("reconstruct", sections) if calibrates else {}),
+            **({"benchmarks": work.benchmarks} if work.benchmarks else {}),
+        },
     )
 
-    def body() -> Json:
-        model = load_model(experiment.model, experiment.mesh, model_folder)
-        options = {"format": spec.format, **vars(values)}
-        if calibration is not None:
-            options[calibration.option] = _calibrate(calibration, experiment, model, context)
-        save(
-            model,
-            out,
-            source_dir=model_folder,
-            plan=PrunePlan.from_json(model_folder / "plan.json"),
-            name=model_name(teacher_folder(experiment.model)),
-            reconstructed=reconstructed,
-            recovered=model_folder.name == "recovered",
-            benchmarks=benchmarks,
-            **options,
-        )
-        try:
-            vision_dir = experiment.model.vision_dir
-            return {**check_saved(model, out, source_dir=model_folder, vision_dir=vision_dir, **options)}
-        except BaseException:
-            if is_main_process():
-                remove(out)
-            raise
 
-    if on_process_zero(lambda: differs_only_in(stage, "benchmarks")):
-        context = dataclasses.replace(context, overwrite=True)  # the same weights: only the card is out of date
-    return context.run(stage, body)
+def export_stage(work: Work, data: DataSpec, repair: ReconstructSpec, spec: ExportSpec) -> ExportFacts:
+    """Write the export, reload it and compare its logits; an export that differs from the model is removed."""
+    chosen, values = choose_format(spec.format, export_options(spec))
+    model, out, calibration = work.load(work.start), work.folder / "export", chosen.calibration(values)
+    options = {"format": spec.format, **vars(values)}
+    if calibration is not None:
+        options[calibration.option] = _calibrate(calibration, work, data, repair, model)
+    save(
+        model,
+        out,
+        source_dir=work.start,
+        plan=PrunePlan.from_json(work.start / "plan.json"),
+        name=model_name(work.teacher),
+        reconstructed=work.reconstructed,
+        recovered=work.recovered,
+        benchmarks=work.benchmarks,
+        **options,
+    )
+    try:
+        comparison = check_saved(model, out, source_dir=work.start, vision_dir=work.model.vision_dir, **options)
+    except BaseException:
+        if is_main_process():
+            remove(out)
+        raise
+    return ExportFacts(**comparison)
 
 
-def _calibrate(calibration: Calibration, experiment: Experiment, model: Model, context: Context) -> Any:
+def _calibrate(calibration: Calibration, work: Work, data: DataSpec, repair: ReconstructSpec, model: Model) -> Any:
     """Return a calibration's value on the records of `reconstruct`, with its weights of prompts, images and answers."""
-    repair = experiment.reconstruct
-    batches = inputs.calibration_batches(experiment.model, experiment.data, repair, model.cfg, seed=repair.seed)
-    with context.phase(calibration.function, len(model.cfg.text.layers)) as progress:
+    batches = inputs.calibration_batches(work.model, data, repair, model.cfg, seed=repair.seed)
+    with work.phase(calibration.function, len(model.cfg.text.layers)) as progress:
         function = CALIBRATIONS[calibration.function]
         return function(model, batches, repair, progress=progress, **calibration.settings)

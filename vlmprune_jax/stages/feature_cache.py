@@ -9,12 +9,10 @@ import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.source import ModelSpec
 from vlmprune_jax.data import inputs
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.feature_loader import FeatureLoader
-from vlmprune_jax.distributed.config import MeshSpec
 from vlmprune_jax.distributed.mesh import on_process_zero
 from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.hf.layout import PARTS
@@ -27,21 +25,13 @@ from vlmprune_jax.recovery.feature_pass import compute_features, feature_identit
 from vlmprune_jax.recovery.objective import needs_teacher
 from vlmprune_jax.recovery.program import make_program
 from vlmprune_jax.recovery.trainable import assign_groups
-from vlmprune_jax.stages.context import Context, load_model, mesh_of, open_folder, teacher_folder
+from vlmprune_jax.stages.work import Work
 
 TOWER = "vision"
 
 
-def cached_features(
-    model: ModelSpec,
-    data: DataSpec,
-    mesh: MeshSpec,
-    config: RecoverConfig,
-    plan: PrunePlan,
-    pruned: Path,
-    context: Context,
-) -> FeatureLoader | None:
-    """What recovery reads images from, complete for its records; None without `data.feature_cache`.
+def cached_features(work: Work, data: DataSpec, config: RecoverConfig, plan: PrunePlan) -> FeatureLoader | None:
+    """Fill the cache of image features for all records of a recovery; None without `data.feature_cache`.
 
     Raises:
       UserError: training would be refused, the tower is none or trains, the teacher has another one, the folder is of
@@ -50,24 +40,24 @@ def cached_features(
     """
     if data.feature_cache is None:
         return None
-    cfg, devices = open_folder(model, pruned).cfg, mesh_of(mesh)
+    cfg, devices = work.open_model(work.start).cfg, work.devices
     check_frozen(cfg, config)
-    teacher_cfg = open_folder(model, teacher_folder(model)).cfg if needs_teacher(config.losses) else None
+    teacher_cfg = work.open_model(work.teacher).cfg if needs_teacher(config.losses) else None
     # Settings that training refuses are better refused before a long pass.
     make_program(cfg, config, teacher_cfg=teacher_cfg, kept_layers=plan.kept_layers, mesh=devices, num_steps=1)
-    weights = on_process_zero(lambda: _digest(model, config, pruned))
-    images = inputs.load_inputs(model, data, cfg).image_loader
+    weights = on_process_zero(lambda: _digest(work, config))
+    images = inputs.load_inputs(work.model, data, cfg).image_loader
     assert images is not None  # there is a tower
-    made_from = {"digest": weights, "dtype": model.dtype}
+    made_from = {"digest": weights, "dtype": work.model.dtype}
     identity = feature_identity(cfg, made_from, images.preparation.settings, config.compute_dtype)
     dtype: np.dtype = DTYPES[config.compute_dtype]
     shape = cfg.feature_shape[1:] if cfg.any_size else cfg.feature_shape
     loader = FeatureLoader(images, ArrayCache(Path(data.feature_cache), identity), shape, dtype)
-    missing = loader.missing(inputs.recovery_records(model, data, cfg))
+    missing = loader.missing(inputs.recovery_records(work.model, data, cfg))
     if missing:
-        with context.phase("features", len(missing)) as progress:
+        with work.phase("features", len(missing)) as progress:
             compute_features(
-                load_model(model, mesh, pruned, (TOWER,)).params[TOWER],
+                work.load(work.start, (TOWER,)).params[TOWER],
                 cfg,
                 loader,
                 missing,
@@ -77,7 +67,7 @@ def cached_features(
                 mesh=devices,
                 progress=progress,
             )
-    context.reporter.say(f"  {data.feature_cache} holds the features of all images ({len(missing):,} computed now)")
+    work.say(f"  {data.feature_cache} holds the features of all images ({len(missing):,} computed now)")
     return loader
 
 
@@ -97,39 +87,34 @@ def check_frozen(cfg: ModelConfig, config: RecoverConfig) -> None:
         )
 
 
-def _digest(model: ModelSpec, config: RecoverConfig, pruned: Path) -> str:
-    """Of the student's tower, which must be the teacher's where that looks at images itself."""
-    student = content_digest(open_folder(model, pruned), f"{TOWER}/")
+def _digest(work: Work, config: RecoverConfig) -> str:
+    """Hash the student's tower, which must be the teacher's if the teacher looks at images itself."""
+    student = content_digest(work.open_model(work.start), f"{TOWER}/")
     looks = needs_teacher(config.losses) or config.losses.teacher_top_k
-    if looks and config.losses.teacher_inputs == "own":
-        teacher = teacher_folder(model)
-        if content_digest(open_folder(model, teacher), f"{TOWER}/") != student:
-            raise UserError(
-                f"data.feature_cache: {teacher} and {pruned} have different vision towers: leave feature_cache out, or "
-                'use losses.teacher_inputs="student"'
-            )
+    own = bool(looks) and config.losses.teacher_inputs == "own"
+    if own and content_digest(work.open_model(work.teacher), f"{TOWER}/") != student:
+        raise UserError(
+            f"data.feature_cache: {work.teacher} and {work.start} have different vision towers: leave feature_cache "
+            'out, or use losses.teacher_inputs="student"'
+        )
     return student
 
 
 def parts_beside(features: FeatureLoader | None) -> list[str]:
-    """What is loaded of a model: its tower only where no cached features stand for it."""
+    """Return the parts of a model to load: without its tower if features are cached."""
     return [part for part in PARTS if features is None or part != TOWER]
 
 
-def load_for_training(
-    model: ModelSpec, mesh: MeshSpec, config: RecoverConfig, pruned: Path, features: FeatureLoader | None
-) -> tuple[Model, Model | None]:
-    """Student, and teacher if a loss needs one, as far as they are needed beside cached features."""
+def load_for_training(work: Work, config: RecoverConfig, features: FeatureLoader | None) -> tuple[Model, Model | None]:
+    """Load the student, and the teacher if a loss needs one, as far as they are needed beside cached features."""
     parts = parts_beside(features)
-    teacher = None
-    if needs_teacher(config.losses):
-        teacher = load_model(model, mesh, teacher_folder(model), parts)
-    return load_model(model, mesh, pruned, parts), teacher
+    teacher = work.load(work.teacher, parts) if needs_teacher(config.losses) else None
+    return work.load(work.start, parts), teacher
 
 
-def with_tower(model: Model, spec: ModelSpec, folder: Path) -> Model:
-    """The model with the tower that lies in a folder, if it was trained without."""
+def with_tower(model: Model, work: Work) -> Model:
+    """Add the tower of the model that training started from, if it was trained without."""
     if model.cfg.tower:
         return model
-    tower = open_folder(spec, folder).params[TOWER]
+    tower = work.open_model(work.start).params[TOWER]
     return Model({**model.params, TOWER: tower}, dataclasses.replace(model.cfg, tower=True))

@@ -3,42 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NotRequired, TypedDict
+
+import msgspec
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.core.files import Count, Finite
 from vlmprune_jax.data import inputs
 from vlmprune_jax.data.batching import Batch
+from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.distributed.mesh import on_process_zero
 from vlmprune_jax.experiment.arguments import export_dtype, plan_config
-from vlmprune_jax.experiment.spec import Experiment, PruneSpec, affecting
+from vlmprune_jax.experiment.spec import PruneSpec, ScoreSpec, affecting
+from vlmprune_jax.export.config import ExportSpec
 from vlmprune_jax.export.folder import MAX_SHARD_BYTES, make_tensors
 from vlmprune_jax.export.target import make_target
 from vlmprune_jax.export.uneven import padded_stacks
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.hf.disk.tensors import bytes_on_disk
-from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune import CRITERIA, KeptStack, PrunePlan, Scores, prune_folder, prune_iteratively
 from vlmprune_jax.prune.cost import amount
 from vlmprune_jax.prune.select import moved_features, plan_stacks
-from vlmprune_jax.stages.context import (
-    Context,
-    load_model,
-    model_inputs,
-    open_folder,
-    save_model,
-    teacher_folder,
-)
+from vlmprune_jax.stages.plan_tables import Table, explain
 from vlmprune_jax.stages.score import criteria_of, criterion_files, stacks_of
-from vlmprune_jax.workdir.ledger import Json, write_text
+from vlmprune_jax.stages.stage import Files
+from vlmprune_jax.stages.work import Work
+from vlmprune_jax.workdir.ledger import write_text
 
 
-class _Facts(TypedDict):
-    """What `plan_facts` tells."""
+class PruneFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The plan in numbers: ratios of parameters asked for and reached, of the whole model, decoder and tower."""
 
     method: str
     criterion: str
@@ -48,76 +46,57 @@ class _Facts(TypedDict):
     parameters: Count
     parameters_before: Count
     removed_layers: list[Count]
-    tower_ratio: NotRequired[Finite]
+    tower_ratio: Finite | None = None
 
 
-def prune_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
-    """Scores -> `plan.json` and the pruned model's folder `pruned/`."""
-    criteria = criteria_of(experiment)
-    scores = {name: folder / name for name in criteria}
-    for path in scores.values():
-        if not path.is_file():
-            raise UserError(f"{path}: no such scores file: run `vlmprune score` (or `vlmprune run`) first")
-    iterative = experiment.prune.steps > 1
-    if iterative and experiment.prune.stack == "both":
+def prune_files(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, export: ExportSpec) -> Files:
+    """The scores; the measured speeds of a budget, and if it prunes in steps everything that scoring reads.
+
+    Raises:
+      UserError: steps over two stacks.
+    """
+    criteria, iterative = criteria_of(score, spec), spec.steps > 1
+    if iterative and spec.stack == "both":
         raise UserError('prune.steps: rounds are of one stack: set prune.stack to "text" or "vision"')
-    settings = affecting("prune", experiment)
-    if experiment.prune.budget.limits:
-        settings |= affecting("export", experiment)
-    if iterative:  # it scores as well
-        settings |= affecting("score", experiment)
-    needs_data = iterative and CRITERIA[experiment.score.width].needs_batches
-    records = inputs.record_files(experiment.data, "train") if needs_data else {}
-    own = criterion_files(criteria.values()) if iterative else {}
-    bench = experiment.prune.budget.bench
-    measured = {} if bench is None else {"prune.budget.bench": Path(bench)}
-    stage = context.stage(
-        "prune",
-        folder,
-        "prune",
-        settings=settings,
-        inputs=model_inputs(experiment.model, **scores, **records, **own, **measured),
-        outputs=[folder / "plan.json", folder / "pruned"],
-        facts=_Facts,
+    sections = {"model": work.model, "data": data, "score": score, "export": export}
+    needs_records = iterative and CRITERIA[score.width].needs_batches
+    return Files(
+        inputs={
+            **{name: work.folder / name for name in criteria},
+            **(inputs.record_files(data, "train") if needs_records else {}),
+            **(criterion_files(criteria.values()) if iterative else {}),
+            **({} if spec.budget.bench is None else {"prune.budget.bench": Path(spec.budget.bench)}),
+        },
+        settings={
+            **(affecting("export", sections) if spec.budget.limits else {}),
+            **(affecting("score", sections) if iterative else {}),
+        },
     )
 
-    def body() -> Json:
-        if iterative:
-            plan, cfg = _prune_in_steps(experiment, next(iter(scores.values())), folder / "pruned")
-        else:
-            plan, cfg = _prune_files(experiment, folder, folder / "pruned")
-        write_text(folder / "plan.json", plan.to_json())
-        facts = plan_facts(plan, cfg)
-        context.reporter.say(
-            f"  {plan.method}: {_percent(plan.asked)} asked, {_percent(plan.reached)} of all parameters reached "
-            f"({_of_parts(facts)})"
-        )
-        for line in _budget_lines(plan):
-            context.reporter.say(line)
-        moved = moved_features(plan, cfg)
-        if moved is not None:
-            context.reporter.say(f"  {moved}")
-        context.reporter.say(
-            f"  {facts['parameters']:,} of {facts['parameters_before']:,} parameters left"
-            + "".join(_layers_gone(name, stack) for name, stack in plan.stacks.items())
-        )
-        return facts
 
-    return context.run(stage, body)
-
-
-def _prune_files(experiment: Experiment, folder: Path, out_dir: Path) -> tuple[PrunePlan, ModelConfig]:
-    """Plan from the scores, applied from file to file: the model is not loaded."""
-    source, vision_dir = teacher_folder(experiment.model), experiment.model.vision_dir
-    scores: list[Scores | tuple[Scores, Scores]] = []
-    for stack in stacks_of(experiment):
-        first, *second = [_load(folder / name, stack) for name in criteria_of(experiment, stack)]
-        scores.append((first, second[0]) if second else first)
-    _, cfg = read_config(source, None if vision_dir is None else Path(vision_dir))
-    with error_context(" and ".join(str(folder / name) for name in criteria_of(experiment))):
-        plan = plan_stacks(scores, cfg, _plan_config(experiment, cfg))
-    on_process_zero(lambda: prune_folder(source, plan, out_dir, vision_dir=vision_dir, dtype=experiment.model.dtype))
-    return plan, cfg
+def prune_stage(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, export: ExportSpec) -> PruneFacts:
+    """Plan from the scores, and write the plan and the pruned model."""
+    scores = [
+        [_load(work.folder / name, stack) for name in criteria_of(score, spec, stack)] for stack in stacks_of(spec)
+    ]
+    if spec.steps > 1:
+        plan, cfg = _prune_in_steps(work, data, score, spec, export, scores[0][0])
+    else:
+        plan, cfg = _prune_files(work, score, spec, export, scores)
+    write_text(work.folder / "plan.json", plan.to_json())
+    facts = plan_facts(plan, cfg)
+    work.say(
+        f"  {plan.method}: {_percent(plan.asked)} asked, {_percent(plan.reached)} of all parameters reached "
+        f"({_of_parts(facts)})"
+    )
+    moved = moved_features(plan, cfg)
+    for line in (*_budget_lines(plan), *([] if moved is None else [f"  {moved}"])):
+        work.say(line)
+    work.say(
+        f"  {facts.parameters:,} of {facts.parameters_before:,} parameters left"
+        + "".join(_layers_gone(name, stack) for name, stack in plan.stacks.items())
+    )
+    return facts
 
 
 def _load(path: Path, stack: str) -> Scores:
@@ -127,84 +106,102 @@ def _load(path: Path, stack: str) -> Scores:
     return scores
 
 
-def _prune_in_steps(experiment: Experiment, scores: Path, out_dir: Path) -> tuple[PrunePlan, ModelConfig]:
-    """Rounds of scoring and pruning, the first from `scores`; the model that the last one leaves is written."""
-    spec, criterion = experiment.prune, experiment.score.width
-    source = teacher_folder(experiment.model)
-    model = load_model(experiment.model, experiment.mesh, source)
+def _prune_files(
+    work: Work, score: ScoreSpec, spec: PruneSpec, export: ExportSpec, loaded: Sequence[Sequence[Scores]]
+) -> tuple[PrunePlan, ModelConfig]:
+    """Plan from the scores, and apply the plan from file to file: the model is not loaded."""
+    scores = [first if not second else (first, second[0]) for first, *second in loaded]
+    cfg = work.config(work.teacher)
+    with error_context(" and ".join(str(work.folder / name) for name in criteria_of(score, spec))):
+        plan = plan_stacks(scores, cfg, _plan_config(work, spec, export, cfg))
+    on_process_zero(
+        lambda: prune_folder(work.teacher, plan, work.out, vision_dir=work.model.vision_dir, dtype=work.model.dtype)
+    )
+    return plan, cfg
+
+
+def _prune_in_steps(
+    work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, export: ExportSpec, scores: Scores
+) -> tuple[PrunePlan, ModelConfig]:
+    """Score and prune in rounds, the first from `scores`, and write the model that the last one leaves."""
+    model = work.load(work.teacher)
 
     def batches(step: int) -> list[Batch]:
-        if not CRITERIA[criterion].needs_batches:
+        if not CRITERIA[score.width].needs_batches:
             return []
-        score = experiment.score
-        return inputs.calibration_batches(experiment.model, experiment.data, score, model.cfg, seed=score.seed + step)
+        return inputs.calibration_batches(work.model, data, score, model.cfg, seed=score.seed + step)
 
     pruned, plan, _ = prune_iteratively(
         model,
         batches,
-        _plan_config(experiment, model.cfg),
+        _plan_config(work, spec, export, model.cfg),
         steps=spec.steps,
-        criterion=criterion,
-        scores=_load(scores, spec.stack),
+        criterion=score.width,
+        scores=scores,
         stack=spec.stack,
-        score_config=experiment.score,
+        score_config=score,
     )
-    save_model(pruned, out_dir, experiment.model, source, plan)
+    work.save(pruned, plan)
     return plan, model.cfg
 
 
-def _plan_config(experiment: Experiment, cfg: ModelConfig) -> PruneSpec:
+def _plan_config(work: Work, spec: PruneSpec, export: ExportSpec, cfg: ModelConfig) -> PruneSpec:
     """Return `plan_config`; a limit on exported bytes also gets the size of weights that are exported unchanged."""
-    config = plan_config(experiment)
+    config = plan_config(spec, work.model, export)
     if config.budget.disk_bytes is not None:
-        spec, source, dtype = experiment.export, teacher_folder(experiment.model), export_dtype(experiment)
-        if spec.format != "huggingface" or spec.quantize != "none":
+        source, dtype = work.teacher, export_dtype(work.model, export)
+        if export.format != "huggingface" or export.quantize != "none":
             raise UserError(
                 "prune.budget.disk_bytes counts the bytes of a folder of plain weights, and export.format and "
                 "export.quantize ask for others: leave it out"
             )
-        target = make_target(cfg, source, spec.layout, spec.uneven, dtype)
-        tensors = make_tensors(open_folder(experiment.model, source), target, Checkpoint(source), dtype)
-        computed = padded_stacks(cfg) if spec.uneven == "pad" else cfg
+        target = make_target(cfg, source, export.layout, export.uneven, dtype)
+        tensors = make_tensors(work.open_model(source), target, Checkpoint(source), dtype)
+        computed = padded_stacks(cfg) if export.uneven == "pad" else cfg
         other = bytes_on_disk(tensors, MAX_SHARD_BYTES) - count_params(computed) * DTYPES[dtype].itemsize
         config = dataclasses.replace(config, budget=dataclasses.replace(config.budget, other_bytes=other))
     return config
 
 
+def explain_plan(work: Work, score: ScoreSpec, spec: PruneSpec) -> list[Table]:
+    """Return tables of what each layer lost and why."""
+    scores = [Scores.load(work.folder / name) for name in criteria_of(score, spec)]
+    return explain(work.plan, work.config(work.teacher), spec, scores)
+
+
 def _budget_lines(plan: PrunePlan) -> list[str]:
-    """What the limits of a budget came to."""
+    """Return a line for each limit of a budget and the cost that was reached."""
     limits, reached = (plan.options.get(name, {}) for name in ("budget", "budget_reached"))
     return [f"  {name}: {amount(cost)} of {amount(limits[name])} allowed" for name, cost in reached.items()]
 
 
-def plan_facts(plan: PrunePlan, cfg: ModelConfig) -> Json:
-    """What tables and reports tell about a plan."""
+def plan_facts(plan: PrunePlan, cfg: ModelConfig) -> PruneFacts:
+    """Return the numbers of a plan for tables and reports."""
     lost = {}
     for name in plan.stacks:
         before, after = (count_params(one, name) for one in (cfg, plan.apply_to(cfg)))
         lost[name] = (before - after) / before
-    tower = {"tower_ratio": lost["vision"]} if "vision" in lost else {}
-    return {
-        "method": plan.method,
-        "criterion": plan.criterion,
-        "ratio_asked": plan.asked,
-        "ratio_reached": plan.reached,
-        "decoder_ratio": lost["text"],
-        **tower,
-        "parameters": plan.parameters_after,
-        "parameters_before": plan.parameters_before,
-        "removed_layers": list(plan.removed_layers),
-    }
+    return PruneFacts(
+        method=plan.method,
+        criterion=plan.criterion,
+        ratio_asked=plan.asked,
+        ratio_reached=plan.reached,
+        decoder_ratio=lost["text"],
+        tower_ratio=lost.get("vision"),
+        parameters=plan.parameters_after,
+        parameters_before=plan.parameters_before,
+        removed_layers=list(plan.removed_layers),
+    )
 
 
 def _percent(value: float | None) -> str:
     return "no ratio" if value is None else f"{100 * value:.2f} %"
 
 
-def _of_parts(facts: Json) -> str:
-    """What the decoder lost and, in a plan that is about it, the tower."""
-    decoder = f"{_percent(facts['decoder_ratio'])} of the decoder"
-    return f"{decoder}, {_percent(facts['tower_ratio'])} of the tower" if "tower_ratio" in facts else decoder
+def _of_parts(facts: PruneFacts) -> str:
+    """Return the ratio of the decoder, and of the tower if it is pruned."""
+    decoder = f"{_percent(facts.decoder_ratio)} of the decoder"
+    return decoder if facts.tower_ratio is None else f"{decoder}, {_percent(facts.tower_ratio)} of the tower"
 
 
 def _layers_gone(name: str, stack: KeptStack) -> str:

@@ -2,114 +2,118 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
+
+import msgspec
 
 from vlmprune_jax.core.config import STACKS
 from vlmprune_jax.core.files import Count
 from vlmprune_jax.data import inputs
+from vlmprune_jax.data.batching import Batch
 from vlmprune_jax.data.cache import ArrayCache
+from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.distributed.mesh import is_main_process
-from vlmprune_jax.experiment.spec import Experiment, affecting
-from vlmprune_jax.prune import CRITERIA, score
-from vlmprune_jax.stages.context import (
-    Context,
-    journal_of,
-    journal_path,
-    load_model,
-    model_inputs,
-    teacher_folder,
-)
-from vlmprune_jax.workdir.ledger import Json
+from vlmprune_jax.experiment.spec import PruneSpec, ScoreSpec, affecting
+from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.prune import CRITERIA, Scores, score
+from vlmprune_jax.stages.stage import Files
+from vlmprune_jax.stages.work import Work, journal_path
 
 _FILES = {"text": "scores", "vision": "scores_vision"}
 
 
-def stacks_of(experiment: Experiment) -> tuple[str, ...]:
-    """The stacks that lose something."""
-    stack = experiment.prune.stack
-    return STACKS if stack == "both" else (stack,)
+class ScoreFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """{scores file: criterion}, number of calibration records, and ids of records that could not be read."""
+
+    criteria: dict[str, str]
+    samples: Count
+    skipped: list[str] = []
 
 
-def criteria_of(experiment: Experiment, stack: str | None = None) -> dict[str, str]:
-    """Scores file -> criterion, as the method needs them: of all stacks that lose something, or of one."""
-    spec, method = experiment.score, experiment.prune.method
-    files = {"": spec.depth, "_width": spec.width} if method == "hybrid" else {"": spec.depth}
-    if method == "width":
+def stacks_of(prune: PruneSpec) -> tuple[str, ...]:
+    """Return the stacks that are pruned."""
+    return STACKS if prune.stack == "both" else (prune.stack,)
+
+
+def criteria_of(spec: ScoreSpec, prune: PruneSpec, stack: str | None = None) -> dict[str, str]:
+    """Return {scores file: criterion} of the method, for all stacks that are pruned or for one."""
+    files = {"": spec.depth, "_width": spec.width} if prune.method == "hybrid" else {"": spec.depth}
+    if prune.method == "width":
         files = {"": spec.width}
-    stacks = stacks_of(experiment) if stack is None else (stack,)
-    return {f"{_FILES[of]}{kind}.npz": criterion for of in stacks for kind, criterion in files.items()}
+    stacks = stacks_of(prune) if stack is None else (stack,)
+    return {f"{_FILES[of]}{suffix}.npz": criterion for of in stacks for suffix, criterion in files.items()}
 
 
 def criterion_files(criteria: Iterable[str]) -> dict[str, Path]:
-    """The files of users' own criteria: what these give changes with them."""
+    """Return the files of users' own criteria, whose scores change with them."""
     files = {f"criterion {name}": CRITERIA[name].file for name in criteria}
     return {name: path for name, path in files.items() if path is not None}
 
 
+def _needs_records(criteria: Mapping[str, str]) -> bool:
+    return any(CRITERIA[criterion].needs_batches for criterion in criteria.values())
+
+
 def _parts(output: Path) -> Path:
-    """Where a pass that goes from layer to layer keeps what it has."""
+    """Where a pass that goes from layer to layer keeps the layers that are done."""
     return output.with_name(f".{output.name}.parts")
 
 
-class _Facts(TypedDict):
-    criteria: dict[str, str]
-    samples: Count
-    skipped: NotRequired[list[str]]
-
-
-def score_stage(experiment: Experiment, folder: Path, context: Context) -> Json:
-    """Importances of the unpruned model -> `scores.npz` (hybrid: also `scores_width.npz`), or those of its tower."""
-    criteria = criteria_of(experiment)
-    settings = affecting("score", experiment)
-    for name in ("score.depth", "score.width"):  # those of them that the method needs are its criteria
-        del settings[name]
-    needs_data = any(CRITERIA[criterion].needs_batches for criterion in criteria.values())
-    stage = context.stage(
-        "score",
-        folder,
-        "score",
-        settings={"criteria": criteria, **settings},
-        inputs=model_inputs(
-            experiment.model,
-            **(inputs.record_files(experiment.data, "train") if needs_data else {}),
-            **criterion_files(criteria.values()),
-        ),
-        outputs=[folder / name for name in criteria],
-        journals=[path for name in criteria for path in (journal_path(folder / name), _parts(folder / name))],
-        facts=_Facts,
+def score_files(work: Work, data: DataSpec, spec: ScoreSpec, prune: PruneSpec) -> Files:
+    """A file of scores for each criterion that the method needs, and the records if one of them needs any."""
+    criteria = criteria_of(spec, prune)
+    records = inputs.record_files(data, "train") if _needs_records(criteria) else {}
+    outputs = [work.folder / name for name in criteria]
+    return Files(
+        inputs={**records, **criterion_files(criteria.values())},
+        outputs=outputs,
+        journals=[path for output in outputs for path in (journal_path(output), _parts(output))],
+        settings={"criteria": criteria},
+        without=("score.depth", "score.width"),  # those that the method needs are its criteria
     )
 
-    def body() -> Json:
-        model = load_model(experiment.model, experiment.mesh, teacher_folder(experiment.model))
-        for stack in stacks_of(experiment):
-            model.cfg.stack(stack)  # one that the model does not have is told before the first pass
-        batches = None
-        if needs_data:
-            batches = inputs.calibration_batches(
-                experiment.model, experiment.data, experiment.score, model.cfg, seed=experiment.score.seed
-            )
-        for stack in stacks_of(experiment):
-            for name, criterion in criteria_of(experiment, stack).items():
-                chosen = CRITERIA[criterion]
-                total = chosen.total(model.cfg, batches or [], stack)
-                kept: dict[str, Any] = {}
-                if chosen.needs == "labels" and chosen.journals and stack == "text":
-                    made_from = {"criterion": criterion, "settings": settings, "mesh": vars(experiment.mesh)}
-                    kept["cache"] = ArrayCache(_parts(folder / name), made_from)
-                else:
-                    kept["journal"] = journal_of(experiment.mesh, journal_path(folder / name), total)
-                what = criterion if stack == "text" else f"{criterion} of the tower"
-                options = {"stack": stack, **kept}
-                with context.phase(f"score ({what})", total) as progress:
-                    scores = score(model, batches, experiment.score, criterion=criterion, progress=progress, **options)
-                if is_main_process():
-                    scores.save(folder / name)
-        skipped = [name for batch in batches or [] for name, _ in batch.skipped]
-        if skipped:
-            context.reporter.say(f"  {len(skipped)} unreadable records were passed over: {', '.join(skipped[:5])}")
-        facts = {"criteria": criteria, "samples": experiment.score.samples if needs_data else 0}
-        return {**facts, "skipped": skipped} if skipped else facts
 
-    return context.run(stage, body)
+def score_stage(work: Work, data: DataSpec, spec: ScoreSpec, prune: PruneSpec) -> ScoreFacts:
+    """Score the layers, heads and neurons of every stack that is pruned."""
+    model, criteria = work.load(work.teacher), criteria_of(spec, prune)
+    for stack in stacks_of(prune):
+        model.cfg.stack(stack)  # refuses a stack that the model does not have before the first pass
+    batches = None
+    if _needs_records(criteria):
+        batches = inputs.calibration_batches(work.model, data, spec, model.cfg, seed=spec.seed)
+    settings = affecting("score", {"model": work.model, "data": data, "score": spec})
+    for stack in stacks_of(prune):
+        for name, criterion in criteria_of(spec, prune, stack).items():
+            made_from = {"criterion": criterion, "settings": settings, "mesh": vars(work.mesh)}
+            scores = _score(work, spec, model, batches, criterion, stack, work.folder / name, made_from)
+            if is_main_process():
+                scores.save(work.folder / name)
+    skipped = [name for batch in batches or [] for name, _ in batch.skipped]
+    if skipped:
+        work.say(f"  {len(skipped)} unreadable records were skipped: {', '.join(skipped[:5])}")
+    return ScoreFacts(criteria=criteria, samples=0 if batches is None else spec.samples, skipped=skipped)
+
+
+def _score(
+    work: Work,
+    spec: ScoreSpec,
+    model: Model,
+    batches: list[Batch] | None,
+    criterion: str,
+    stack: str,
+    output: Path,
+    made_from: Mapping[str, Any],
+) -> Scores:
+    """Score one stack by one criterion; what an interrupted pass left is used again."""
+    chosen = CRITERIA[criterion]
+    total = chosen.total(model.cfg, batches or [], stack)
+    if chosen.needs == "labels" and chosen.journals and stack == "text":
+        kept: dict[str, Any] = {"cache": ArrayCache(_parts(output), made_from)}
+    else:
+        kept = {"journal": work.journal(output, total)}
+    options = {"stack": stack, **kept}
+    title = criterion if stack == "text" else f"{criterion} of the tower"
+    with work.phase(f"score ({title})", total) as progress:
+        return score(model, batches, spec, criterion=criterion, progress=progress, **options)

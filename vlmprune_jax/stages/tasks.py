@@ -14,46 +14,50 @@ import logging
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
 import jax
+import msgspec
 
 from vlmprune_jax.core.checks import suggest
 from vlmprune_jax.core.errors import UserError, reason
 from vlmprune_jax.core.files import Count, Finite, copy_file, read_json_lines, read_text, reading
+from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.inputs import load_inputs
 from vlmprune_jax.distributed.journal import Journal
-from vlmprune_jax.distributed.mesh import on_process_zero, row_ways
+from vlmprune_jax.distributed.mesh import row_ways
 from vlmprune_jax.evaluation.config import EvaluateSpec
 from vlmprune_jax.evaluation.lmms.scores import TaskSet, sets_of
 from vlmprune_jax.evaluation.statistics import is_quick, retained_interval
-from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.models.params import count_params
-from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.stages.context import Context, journal_path, mesh_of, model_inputs
+from vlmprune_jax.stages.work import Work, journal_path
 from vlmprune_jax.workdir.artefact import write_artefact
 from vlmprune_jax.workdir.evaluation import Evaluated, as_columns, metric_info
-from vlmprune_jax.workdir.ledger import Json, write_text
+from vlmprune_jax.workdir.ledger import Finished, write_text
 
 _DATA = re.compile(r"\$\{data\}/([\w.-]+)")
-# Settings of questions of our own; a task says these itself.
-_NOT_OF_TASKS = ("evaluate.max_new_tokens", "evaluate.prompt_suffix", "evaluate.text_window")
+# Settings of questions of our own; a task has its own.
+NOT_OF_TASKS = ("evaluate.max_new_tokens", "evaluate.prompt_suffix", "evaluate.text_window")
 # What is taken out of answers before they are scored: the default of lmms-eval's command line.
 _REASONING = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
 
 
-class _Facts(TypedDict):
-    """`values`: {task: {metric: value}}, of several tasks where a group was asked for."""
+class AnswerFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Facts about the answers of a model, or a text's `tokens`.
+
+    Of lmms-eval: `values` {task: {metric: value}}, of several tasks if a group was asked for, and `higher_is_better`.
+    """
 
     parameters: Count
     model_seconds: Finite
-    questions: Count
-    empty_answers: Count
-    mean_generated_tokens: Finite
-    values: dict[str, dict[str, Finite]]
-    higher_is_better: dict[str, dict[str, bool]]
+    questions: Count = 0
+    tokens: Count = 0
+    mean_generated_tokens: Finite | None = None
+    empty_answers: Count = 0
+    values: dict[str, dict[str, Finite]] = {}
+    higher_is_better: dict[str, dict[str, bool]] = {}
 
 
 class _Answer(TypedDict):
@@ -67,75 +71,11 @@ class _Answer(TypedDict):
     entries: dict[str, Any]
 
 
-def evaluate_tasks(
-    experiment: Experiment, model_folder: Path, model: Callable[[], Model], out: Path, name: str, context: Context
-) -> dict[str, Evaluated]:
-    """Evaluations by set, as of the evaluation sets; a task with several main values is several sets.
+def task_sources(spec: EvaluateSpec, task: str) -> tuple[Path | None, dict[str, Path | str]]:
+    """Return the folder of task files, None if lmms-eval has the task itself; and what the task reads, by name.
 
     Raises:
-      UserError: a task is unknown, has no data, or fails.
-    """
-    found: dict[str, Evaluated] = {}
-    for task in experiment.evaluate.tasks:
-        sets = _evaluate_task(experiment, task, model_folder, model, out, name, context)
-        twice = [key for key in sets if key in found]
-        if twice:
-            raise UserError(f"evaluate.tasks: {task} has the set {twice[0]!r}, as another task has: drop one of them")
-        found |= sets
-    return found
-
-
-def _evaluate_task(
-    experiment: Experiment,
-    task: str,
-    model_folder: Path,
-    model: Callable[[], Model],
-    out: Path,
-    name: str,
-    context: Context,
-) -> dict[str, Evaluated]:
-    title, answers = f"evaluate {name} {task}", out / "eval" / f"{name}.{task}.answers.jsonl"
-    files, data = _task_files(experiment.evaluate, task)
-    stage = context.stage(
-        "evaluate",
-        out,
-        title,
-        settings=_settings(experiment, task),
-        inputs=model_inputs(experiment.model, model=model_folder, **data),
-        outputs=[answers],
-        journals=[journal_path(answers)],
-        facts=_Facts,
-    )
-
-    def body() -> Json:
-        lines, facts = _ask(experiment, task, files, model(), title, answers, context)
-        write_text(answers, "".join(json.dumps(line, ensure_ascii=False, default=_plain) + "\n" for line in lines))
-        return {**facts, "parameters": count_params(model().cfg)}
-
-    facts = context.run(stage, body)
-    original = context.workdir / "eval" / f"teacher.{task}.answers.jsonl"
-    found: dict[str, Evaluated] = on_process_zero(
-        lambda: _measure(answers, original, facts, out / "eval", name), dict[str, Evaluated]
-    )
-    if facts["empty_answers"]:
-        context.reporter.say(f"  {name} {task}: {facts['empty_answers']:,} of {facts['questions']:,} answers are empty")
-    for key, of in found.items():
-        seconds = facts["model_seconds"]
-        context.reporter.say(f"  {name} {key}: {of.main_line()} ({of.parameters:,} parameters, {seconds:.1f} s)")
-    return found
-
-
-def _settings(experiment: Experiment, task: str) -> Json:
-    """What the answers depend on."""
-    shared = {key: value for key, value in affecting("evaluate", experiment).items() if key not in _NOT_OF_TASKS}
-    return shared | {"task": task, "lmms_eval": importlib.metadata.version("lmms_eval")}
-
-
-def _task_files(spec: EvaluateSpec, task: str) -> tuple[Path | None, dict[str, Path | str]]:
-    """The folder of task files, None where lmms-eval has the task itself; and what the task is read from, by name.
-
-    Raises:
-      UserError: its data set is not there.
+      UserError: its data set does not exist.
     """
     folder = None if spec.tasks_path is None else Path(spec.tasks_path)
     if folder is not None and not folder.is_dir():
@@ -183,27 +123,25 @@ def write_tasks(folder: Path, data: Path | None, into: Path) -> None:
             copy_file(file, into / file.name, folder)
 
 
-def _ask(
-    experiment: Experiment, task: str, files: Path | None, model: Model, title: str, answers: Path, context: Context
-) -> tuple[list[Json], Json]:
-    """The answers to a task, one line each, and facts about them."""
+def ask_task(work: Work, data: DataSpec, spec: EvaluateSpec, task: str, answers: Path) -> AnswerFacts:
+    """Answer a task of lmms-eval: one line each in `answers`, and facts about all."""
     from vlmprune_jax.evaluation.lmms.backend import Answering, Backend
 
     _quiet()
-    start = time.perf_counter()
+    start, model, files = time.perf_counter(), work.load(work.start), task_sources(spec, task)[0]
     backend = Backend(
         Answering(
             model=model,
-            inputs=load_inputs(experiment.model, experiment.data, model.cfg),
-            batch_size=experiment.evaluate.batch_size,
-            multiple=row_ways(mesh_of(experiment.mesh)),
-            max_length=experiment.evaluate.max_length or 0,
-            phase=lambda total: context.phase(title, total),
-            journal=lambda made_from: Journal(journal_path(answers), {**made_from, "mesh": vars(experiment.mesh)}),
+            inputs=load_inputs(work.model, data, model.cfg),
+            batch_size=spec.batch_size,
+            multiple=row_ways(work.devices),
+            max_length=spec.max_length or 0,
+            phase=lambda total: work.phase(f"evaluate {work.part}", total),
+            journal=lambda made_from: Journal(journal_path(answers), {**made_from, "mesh": vars(work.mesh)}),
         )
     )
     with tempfile.TemporaryDirectory() as scratch:
-        results = _evaluated(experiment.evaluate, task, files, backend, Path(scratch))
+        results = _evaluated(spec, task, files, backend, Path(scratch))
     values = {name: _values(found) for name, found in results["results"].items() if name in results["samples"]}
     lines = []
     for name in values or [task]:
@@ -212,17 +150,19 @@ def _ask(
         mine = [_line(name, samples[doc], values[name], backend.said[name, doc]) for doc in sorted(samples)]
         sets_of(name, values.get(name, {}), [line["entries"] for line in mine], {})  # refuses a task that failed
         lines += mine
-    return lines, {
-        "questions": len(lines),
-        "empty_answers": sum(not line["prediction"] for line in lines),
-        "mean_generated_tokens": sum(line["tokens"] for line in lines) / len(lines),
-        "model_seconds": round(time.perf_counter() - start, 3),
-        "values": values,
-        "higher_is_better": {name: results["higher_is_better"].get(name, {}) for name in values},
-    }
+    write_text(answers, "".join(json.dumps(line, ensure_ascii=False, default=_plain) + "\n" for line in lines))
+    return AnswerFacts(
+        parameters=count_params(model.cfg),
+        model_seconds=round(time.perf_counter() - start, 3),
+        questions=len(lines),
+        empty_answers=sum(not line["prediction"] for line in lines),
+        mean_generated_tokens=sum(line["tokens"] for line in lines) / len(lines),
+        values=values,
+        higher_is_better={name: results["higher_is_better"].get(name, {}) for name in values},
+    )
 
 
-def _evaluated(spec: EvaluateSpec, task: str, files: Path | None, backend: Any, scratch: Path) -> Json:
+def _evaluated(spec: EvaluateSpec, task: str, files: Path | None, backend: Any, scratch: Path) -> dict[str, Any]:
     """What lmms-eval finds of a task.
 
     Raises:
@@ -286,7 +226,7 @@ def _values(found: Mapping[str, Any]) -> dict[str, float]:
     return values
 
 
-def _line(task: str, sample: Mapping[str, Any], values: Mapping[str, float], said: Any) -> Json:
+def _line(task: str, sample: Mapping[str, Any], values: Mapping[str, float], said: Any) -> dict[str, Any]:
     """A question's answer as it is kept."""
     entries = {metric: sample[metric] for metric in values if metric in sample}
     if "mmmu_acc" in entries:
@@ -304,13 +244,14 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else str(value)
 
 
-def _measure(answers: Path, original: Path, facts: Json, folder: Path, name: str) -> dict[str, Evaluated]:
+def measure_task(answers: Path, original: Path, done: Finished, name: str) -> dict[str, Evaluated]:
     """Score the answers in a file by set, and compare them with the unpruned model's -> `eval/<name>.<set>.json`."""
+    facts: AnswerFacts = done.facts
     compared = original != answers and original.exists()
     mine, theirs = _sets(answers, facts), _sets(original, facts) if compared else {}
     found: dict[str, Evaluated] = {}
     for key, (task, of, count) in mine.items():
-        values, interval = facts["values"][task], None
+        values, interval = facts.values[task], None
         before = theirs[key][1].scores if key in theirs else ()
         comparable = of.makes(values[of.key]) and len(before) == len(of.scores)
         if comparable and is_quick(of.metric, of.scores):
@@ -320,26 +261,26 @@ def _measure(answers: Path, original: Path, facts: Json, folder: Path, name: str
             values={**values},
             counted="questions",
             count=count,
-            parameters=facts["parameters"],
-            seconds=facts["seconds"] / len(mine),
-            model_seconds=facts["model_seconds"] / len(mine),
-            mean_generated_tokens=facts["mean_generated_tokens"],
+            parameters=facts.parameters,
+            seconds=done.seconds / len(mine),
+            model_seconds=facts.model_seconds / len(mine),
+            mean_generated_tokens=facts.mean_generated_tokens,
             retained_interval=interval,
             answers=answers.name,
             scores=as_columns(of.scores),
         )
-        write_artefact(folder / f"{name}.{key}.json", found[key])
+        write_artefact(answers.with_name(f"{name}.{key}.json"), found[key])
     return found
 
 
-def _sets(answers: Path, facts: Json) -> dict[str, tuple[str, TaskSet, int]]:
+def _sets(answers: Path, facts: AnswerFacts) -> dict[str, tuple[str, TaskSet, int]]:
     """{set: (task, what counts, questions)} of a file of answers."""
     lines = read_json_lines(answers, _Answer)
     found: dict[str, tuple[str, TaskSet, int]] = {}
     with reading(answers, "remove it, and run the same command"):
-        for task, values in facts["values"].items():
+        for task, values in facts.values.items():
             entries = [line["entries"] for line in lines if line["task"] == task]
-            sets = sets_of(task, values, entries, facts["higher_is_better"].get(task, {}))
+            sets = sets_of(task, values, entries, facts.higher_is_better.get(task, {}))
             for of in sets:
                 found[_set_name(task, of.key, len(sets))] = (task, of, len(entries))
     return found

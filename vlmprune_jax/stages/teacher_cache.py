@@ -12,26 +12,27 @@ from vlmprune_jax.core.errors import Stopped
 from vlmprune_jax.data import inputs
 from vlmprune_jax.data.batching import train_batches
 from vlmprune_jax.data.cache import ArrayCache
+from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.teacher_rows import TeacherRows, record_key
 from vlmprune_jax.distributed.mesh import on_process_zero
-from vlmprune_jax.experiment.spec import Experiment, affecting
+from vlmprune_jax.experiment.spec import RecoverSpec, affecting
 from vlmprune_jax.hf.disk.atomic import check_space
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.objective import check_teacher
 from vlmprune_jax.recovery.program import check_mesh
 from vlmprune_jax.recovery.teacher_pass import teacher_top_k
-from vlmprune_jax.stages.context import Context, load_model, mesh_of, open_folder, teacher_folder
 from vlmprune_jax.stages.feature_cache import parts_beside
-from vlmprune_jax.workdir.ledger import digest
+from vlmprune_jax.stages.work import Work
+from vlmprune_jax.workdir.content import digest
 
 _SPREAD = 256  # records whose sizes tell that of a pass
 
 
 def cached_teacher(
-    experiment: Experiment, config: RecoverConfig, context: Context, features: FeatureLoader | None
+    work: Work, data: DataSpec, spec: RecoverSpec, config: RecoverConfig, features: FeatureLoader | None
 ) -> TeacherRows:
-    """What `recover.teacher_cache` holds of the training records; what is missing is computed first.
+    """Open `recover.teacher_cache`, after computing the training records that it lacks.
 
     With cached `features`, of the teacher's tower as well, it needs neither its tower nor an image. Records are
     computed in batches that do not depend on what is there: an interrupted pass ends with the same bytes.
@@ -41,24 +42,22 @@ def cached_teacher(
         refused.
       Stopped: SIGTERM; what was computed is kept.
     """
-    spec, data, loss, mesh = experiment.model, experiment.data, config.losses, mesh_of(experiment.mesh)
-    folder = teacher_folder(spec)
-    cfg = open_folder(spec, folder).cfg
+    loss, mesh, cfg = config.losses, work.devices, work.open_model(work.teacher).cfg
     check_teacher(loss, cfg, None)
     if mesh is not None:
         check_mesh(mesh, cfg, config)
-    training = inputs.training_rows(spec, data, cfg, context.reporter.bar, features)
-    cache = ArrayCache(Path(experiment.recover.teacher_cache or ""), on_process_zero(lambda: _made_from(experiment)))
+    training = inputs.training_rows(work.model, data, cfg, work.reporter.bar, features)
+    cache = ArrayCache(Path(spec.teacher_cache or ""), on_process_zero(lambda: _made_from(work, data, spec)))
     rows = TeacherRows(cache, loss.teacher_top_k, loss.kl_positions, np.dtype(config.compute_dtype))
     size = config.batch_size // config.accumulation
     todo = _unfinished(training, rows, size)
-    context.reporter.say(f"  teacher's top {rows.top_k}: {len(todo):,} of {len(training.records):,} records to compute")
+    work.say(f"  teacher's top {rows.top_k}: {len(todo):,} of {len(training.records):,} records to compute")
     if not todo:
         return rows
     on_process_zero(
         lambda: check_space(cache.folder / "*.safetensors", _bytes(training, rows, todo, cfg.text.vocab_size))
     )
-    teacher = load_model(spec, experiment.mesh, folder, parts_beside(features))
+    teacher = work.load(work.teacher, parts_beside(features))
     batches = train_batches(
         [training.records[number] for number in todo],
         training.encoder,
@@ -78,7 +77,7 @@ def cached_teacher(
     local = size // jax.process_count()
     found = teacher_top_k(teacher, batches, loss, compute_dtype=config.compute_dtype, mesh=mesh)
     try:
-        with context.phase("teacher's top-k logits", -(-len(todo) // size)) as progress:
+        with work.phase("teacher's top-k logits", -(-len(todo) // size)) as progress:
             for done, (batch, ids, logprobs) in enumerate(found, start=1):
                 first = (done - 1) * size + jax.process_index() * local
                 for place, name in enumerate(batch.record_ids):
@@ -114,16 +113,15 @@ def _bytes(training: inputs.TrainingRows, rows: TeacherRows, todo: list[int], vo
     return sum(rows.bytes_of(row, vocab_size) for row in labels) * len(todo) // len(spread)
 
 
-def _made_from(experiment: Experiment) -> dict[str, Any]:
-    """Everything that the logits of a record depend on."""
-    model, data = experiment.model, experiment.data
-    settings = affecting("teacher_cache", experiment)
+def _made_from(work: Work, data: DataSpec, spec: RecoverSpec) -> dict[str, Any]:
+    """Return everything that the logits of a record depend on."""
+    settings = affecting("teacher_cache", {"model": work.model, "data": data, "recover": spec})
     losses = settings.pop("recover.losses")
     longest = data.max_length or (data.length_buckets[-1] if data.length_buckets else None)
     return {
         "holds": "a teacher's top-k logits",
-        "model.hf_dir": digest(teacher_folder(model)),
-        "model.vision_dir": None if model.vision_dir is None else digest(Path(model.vision_dir)),
+        "model.vision_dir": None,
+        **{name: digest(folder) for name, folder in work.model_files.items()},
         **settings,
         **{f"recover.losses.{name}": value for name, value in losses.items()},
         "data.max_length": longest,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,27 +11,23 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from vlmprune_jax.core.console import Reporter
+from vlmprune_jax.core.console import Reporter, make_reporter
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.settings import STAGES
-from vlmprune_jax.data import inputs
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.experiment.arguments import evaluation_sets
-from vlmprune_jax.experiment.spec import Experiment, affecting
-from vlmprune_jax.experiment.variants import prune_runs, recover_runs
-from vlmprune_jax.recovery.objective import weighted_terms
-from vlmprune_jax.stages.context import VERSIONS, Context, model_inputs
-from vlmprune_jax.stages.evaluate import set_files
-from vlmprune_jax.stages.run import make_models
-from vlmprune_jax.stages.score import criteria_of, criterion_files
+from vlmprune_jax.experiment.spec import Experiment, affecting, sections
+from vlmprune_jax.stages.run import evaluation_jobs, make_models, plan_steps
+from vlmprune_jax.stages.work import Context
 from vlmprune_jax.sweep.hyper import SweepRun
 from vlmprune_jax.workdir.artefact import read_artefact, write_artefact
-from vlmprune_jax.workdir.ledger import digest, remove
+from vlmprune_jax.workdir.content import content_key, digest
+from vlmprune_jax.workdir.ledger import Job, remove
 from vlmprune_jax.workdir.result import RESULT, Costs, Run, Set, Unpruned
-from vlmprune_jax.workdir.store import Store, whole_digest
+from vlmprune_jax.workdir.store import Store
 from vlmprune_jax.workdir.sweep import Entry, RunError, RunRecord, SweepResult, SweptModel, UnprunedModel
 
 RUNS, SHARED = "runs", "shared"
+_QUIET = make_reporter(False)
 RUN, ERROR = "run.json", "error.json"  # in a run's folder: what it found, or why it stopped
 
 
@@ -50,14 +44,11 @@ class Sweep:
         return self.workdir / RUNS / run.name
 
     def context(self, run: SweepRun, reporter: Reporter) -> Context:
-        """That of a run, with what runs leave for each other."""
-        data, sets = run.experiment.data, evaluation_sets(run.experiment)
-        images = [
-            data.images,
-            *(of.images for of in sets.values()),
-        ]  # no stage has them as inputs: there are many files
+        """Return the context of a run, with the store that all runs share."""
+        data, sets = run.experiment.data, evaluation_sets(run.experiment.data, run.experiment.evaluate)
+        images = [data.images, *(of.images for of in sets.values())]  # no stage has them as inputs: they are many files
         store = Store(self.workdir / SHARED, {"images": [path and str(Path(path).resolve()) for path in images]})
-        return Context(self.folder(run), reporter, self.overwrite, store)
+        return Context(workdir=self.folder(run), reporter=reporter, overwrite=self.overwrite, store=store)
 
 
 def with_caches(experiment: Experiment) -> Experiment:
@@ -66,13 +57,14 @@ def with_caches(experiment: Experiment) -> Experiment:
     A cache of logits or features refuses what another teacher, tower or way to prepare records gave.
     """
     teacher, features = experiment.recover.teacher_cache, experiment.data.feature_cache
-    model, shared = experiment.model, affecting("teacher_cache", experiment)
+    model, parts = experiment.model, sections(experiment)
+    shared = affecting("teacher_cache", parts)
     if teacher is not None:
         recover = dataclasses.replace(experiment.recover, teacher_cache=_below(teacher, [vars(model), shared]))
         experiment = dataclasses.replace(experiment, recover=recover)
     if features is not None:
         stages = () if experiment.prune.stack == "text" else ("score", "prune", "reconstruct")
-        tower = [affecting(stage, experiment) for stage in stages]
+        tower = [affecting(stage, parts) for stage in stages]
         data = [shared, experiment.data.max_images, experiment.data.images, experiment.recover.compute_dtype]
         own = _below(features, [vars(model), data, tower])
         experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, feature_cache=own))
@@ -80,7 +72,7 @@ def with_caches(experiment: Experiment) -> Experiment:
 
 
 def _below(folder: str, made_from: Any) -> str:
-    return str(Path(folder) / hashlib.sha256(json.dumps(made_from, default=str).encode()).hexdigest()[:16])
+    return str(Path(folder) / content_key(made_from)[:16])
 
 
 def do_run(run: SweepRun, sweep: Sweep, reporter: Reporter) -> None:
@@ -89,7 +81,7 @@ def do_run(run: SweepRun, sweep: Sweep, reporter: Reporter) -> None:
     Raises:
       UserError: whatever a stage refuses.
     """
-    folder, made_from = sweep.folder(run), on_process_zero(lambda: _made_from(run.experiment))
+    folder, made_from = sweep.folder(run), on_process_zero(lambda: made_from_of(run, sweep))
     on_process_zero(lambda: remove(folder / ERROR))
     context = sweep.context(run, reporter)
     result = make_models(run.experiment, context)
@@ -119,7 +111,7 @@ def _swept(run: SweepRun, model: Run, unpruned: Unpruned, sweep: Sweep) -> Swept
         "forward_flops": costs.forward_flops,
         "recovery": "none" if model.data_fraction == 0 else model.recovery,
         "reconstruct": "none" if path.name == "pruned" else model.reconstruct,
-        "digest": whole_digest(path),
+        "digest": digest(path, every_byte=True),
         "path": path.relative_to(sweep.workdir).as_posix(),
     }
     return SweptModel(**{**shared, **own, **_speeds(model, unpruned)})
@@ -147,7 +139,7 @@ def note_error(run: SweepRun, sweep: Sweep, line: str) -> None:
 def is_done(run: SweepRun, sweep: Sweep) -> bool:
     """Whether it found what it would find now."""
     found = read_run(run, sweep)
-    return found is not None and found.made_from == _made_from(run.experiment)
+    return found is not None and found.made_from == made_from_of(run, sweep)
 
 
 def read_run(run: SweepRun, sweep: Sweep) -> RunRecord | None:
@@ -166,40 +158,27 @@ def read_error(run: SweepRun, sweep: Sweep) -> str | None:
         return None
 
 
-def _made_from(experiment: Experiment) -> str:
-    """Hash of all that decides what a run finds: every setting that changes it, and what its files hold."""
-    settings: dict[str, Any] = {stage: affecting(stage, experiment) for stage in STAGES}
-    settings["evaluate.metrics"] = {name: of.metric for name, of in evaluation_sets(experiment).items()}
-    settings["evaluate.unrecovered"] = experiment.evaluate.unrecovered
-    settings["recover"] = {name: getattr(experiment.recover, name) for name in ("method", "name")}
-    settings["budget"] = dataclasses.asdict(experiment.prune.budget)
-    settings["variants"] = [dict(experiment.prune_variants), dict(experiment.recover_variants)]
-    known = {
-        "settings": settings,
-        "versions": VERSIONS,
-        "inputs": {n: digest_once(p) for n, p in _inputs(experiment).items()},
-    }
-    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+def made_from_of(run: SweepRun, sweep: Sweep) -> str:
+    """Return the content key of a run: of every stage its settings, version and the files that it reads elsewhere."""
+    experiment, context, jobs = run.experiment, sweep.context(run, _QUIET), dict[str, Any]()
+    for job in (*evaluation_jobs(experiment, context), *(step.job for step in plan_steps(experiment, context))):
+        files = {name: digest_once(path) for name, path in files_elsewhere(job).items()}
+        jobs[job.name] = (job.settings, files, job.version)
+    parts, sets = sections(experiment), evaluation_sets(experiment.data, experiment.evaluate)
+    results = [{name: of.metric for name, of in sets.items()}, experiment.evaluate.unrecovered, experiment.recover.name]
+    variants = [list(experiment.prune_variants), list(experiment.recover_variants)]
+    return content_key(jobs, results, variants, [affecting(stage, parts) for stage in ("speed", "export")])
 
 
-def _inputs(experiment: Experiment) -> dict[str, Path | str]:
-    """Every file that a run reads from elsewhere, by name."""
-    found = model_inputs(experiment.model)
-    if experiment.data.train is not None:
-        found |= inputs.record_files(experiment.data, "train")
-    for name, of in evaluation_sets(experiment).items():
-        found |= {f"{name}: {what}": path for what, path in set_files(experiment, name, of).items()}
-    for pruned in prune_runs(experiment, Path()):
-        found |= criterion_files(criteria_of(pruned.experiment).values())
-        for run in recover_runs(pruned):
-            terms = weighted_terms(run.experiment.recover.losses).items()
-            found |= {f"loss {name}": term.file for name, term in terms if term.file is not None}
-    return found
+def files_elsewhere(job: Job) -> dict[str, Path | str]:
+    """Return the inputs of a job that lie outside the workdir: no other job makes them."""
+    below = {name for name, path in job.inputs.items() if isinstance(path, Path) and path.is_relative_to(job.workdir)}
+    return {name: path for name, path in job.inputs.items() if name not in below}
 
 
 @functools.cache
 def digest_once(path: Path | str) -> str:
-    """`ledger.digest`, once for all runs of a command."""
+    """`digest`, once for all runs of a command."""
     return digest(path)
 
 
@@ -211,7 +190,7 @@ def collect(runs: Sequence[SweepRun], sweep: Sweep) -> SweepResult:
         settings = {name: getattr(run, name) for name in ("group", "labels", "overrides", "seed")}
         entry = Entry(name=run.name, run=run.name, **settings)
         found = read_run(run, sweep)
-        if found is None or found.made_from != _made_from(run.experiment):
+        if found is None or found.made_from != made_from_of(run, sweep):
             models.append(replace(entry, error=read_error(run, sweep)))
             continue
         sets, unpruned = sets or found.sets, {**found.unpruned, **unpruned}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -15,15 +15,16 @@ from vlmprune_jax.core.errors import SharedError, Stopped, UserError, error_cont
 from vlmprune_jax.core.files import read_bytes
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero, process_count
 from vlmprune_jax.experiment.arguments import evaluation_sets
-from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.experiment.variants import check_experiment
-from vlmprune_jax.stages.score import criteria_of
+from vlmprune_jax.stages.registry import STAGES
+from vlmprune_jax.stages.run import plan_steps
 from vlmprune_jax.sweep.hyper import SweepRun
 from vlmprune_jax.sweep.run import (
     Sweep,
     collect,
     digest_once,
     do_run,
+    files_elsewhere,
     is_done,
     note_error,
     read_error,
@@ -31,6 +32,7 @@ from vlmprune_jax.sweep.run import (
 )
 from vlmprune_jax.sweep.workers import Work, in_processes
 from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.content import content_key
 from vlmprune_jax.workdir.ledger import write_text
 from vlmprune_jax.workdir.sweep import FAILED, SWEEP, SweepResult, as_csv, table_of
 
@@ -50,7 +52,9 @@ def check_runs(runs: Sequence[SweepRun], sweep: Sweep, jobs: int) -> None:
     for run in runs:
         with error_context(f"run {run.name}"):
             check_experiment(run.experiment, sweep.folder(run))
-        if evaluation_sets(run.experiment) != evaluation_sets(runs[0].experiment):
+        if evaluation_sets(run.experiment.data, run.experiment.evaluate) != evaluation_sets(
+            runs[0].experiment.data, runs[0].experiment.evaluate
+        ):
             raise UserError(
                 f"run {run.name} is evaluated on other sets than {runs[0].name}: give all the same questions"
             )
@@ -224,36 +228,30 @@ def _finish(found: SweepResult, mine: Sequence[SweepRun], sweep: Sweep, reporter
 
 
 def tell_sharing(runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> None:
-    """List the runs, what became of them, and by which of them each stage is done, as far as settings tell."""
+    """List the runs, their state, and for each stage the run that makes its result, as far as settings tell."""
+    stages = [name for name, stage in STAGES.items() if stage.per in ("variant", "recovery")]
     first: dict[str, int] = {}
     labels = tuple(dict.fromkeys(label for run in runs for label in run.labels))
-    made, rows = dict.fromkeys(SHARED_STAGES, 0), []
+    made, rows = dict.fromkeys(stages, 0), []
     for number, run in enumerate(runs, start=1):
-        cells = []
-        for stage, key in zip(SHARED_STAGES, _stage_keys(run.experiment), strict=True):
-            by = None if key is None else first.setdefault(key, number)
+        keys, cells = _stage_keys(run, sweep, reporter), []
+        for stage in stages:
+            by = first.setdefault(keys[stage], number) if stage in keys else None
             made[stage] += by == number
             cells.append("" if by is None else "makes" if by == number else f"of {by}")
         state = "failed" if read_error(run, sweep) else "there" if read_run(run, sweep) else ""
         rows.append((str(number), *(run.labels.get(label, "") for label in labels), *cells, state))
-    reporter.table(f"{len(runs)} runs", ("run", *labels, *SHARED_STAGES, "state"), rows)
+    reporter.table(f"{len(runs)} runs", ("run", *labels, *stages, "state"), rows)
     counts = ", ".join(f"{stage} {count} times" for stage, count in made.items() if count)
     reporter.say(f"{len(runs)} runs: {counts}; the unpruned model, and equal models, are evaluated once")
 
 
-SHARED_STAGES = ("score", "prune", "reconstruct", "recover")
-
-
-def _stage_keys(experiment: Experiment) -> Iterator[str | None]:
-    """What stages of one run without variants have in common with others': a text each, None where there is none."""
-    wanted = {"reconstruct": experiment.reconstruct.method != "none", "recover": experiment.recover.method != "none"}
-    before = json.dumps([experiment.model.hf_dir, experiment.data.train, criteria_of(experiment)])
-    for stage in SHARED_STAGES:
-        settings = affecting(stage, experiment)
-        if stage == "score":
-            settings = {name: value for name, value in settings.items() if name not in ("score.depth", "score.width")}
-        if not wanted.get(stage, True):
-            yield None
-            continue
-        before = f"{before} {stage} {json.dumps(settings, default=str)}"
-        yield before
+def _stage_keys(run: SweepRun, sweep: Sweep, reporter: Reporter) -> dict[str, str]:
+    """Return a key for each stage of a run: of its settings, its files and the stages before it."""
+    data = run.experiment.data
+    data = dataclasses.replace(data, train=data.train or "train.json", eval=data.eval or "eval.json")  # not written yet
+    keys: dict[str, str] = {}
+    for step in plan_steps(dataclasses.replace(run.experiment, data=data), sweep.context(run, reporter)):
+        files, before = sorted(map(str, files_elsewhere(step.job).values())), [keys[one.stage] for one in step.before]
+        keys[step.stage] = content_key(step.stage, step.job.settings, files, before)
+    return keys

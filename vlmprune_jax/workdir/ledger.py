@@ -1,65 +1,59 @@
-"""Which stages of a workdir are done: content hashes of their inputs, kept in `.stages/`, and atomic side files."""
+"""The ledger of a workdir, `.stages/`: what each stage was made from and made, and so which stages are done."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, Literal
+
+import msgspec
 
 from vlmprune_jax.core.errors import UserError, differences
-from vlmprune_jax.core.files import Finite, checked, open_file, read_json, replacing
+from vlmprune_jax.core.files import Finite, checked, read_json, replacing
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
+from vlmprune_jax.workdir.content import MadeFrom, digest, made_from, plain
 from vlmprune_jax.workdir.provenance import MadeBy, made_by
 from vlmprune_jax.workdir.store import RECORD, Store, exclusive
 
 Json = dict[str, Any]
 
 
-class _MadeFrom(TypedDict):
-    settings: Json
-    inputs: dict[str, str]
-    version: int
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """The last run of a stage, which has begun or is done."""
 
-
-class _Record(TypedDict):
-    """What the ledger keeps of a stage's last run."""
-
-    made_from: _MadeFrom
+    format: Literal[1] = 1
+    made_from: MadeFrom
     done: bool
 
 
-class _Done(_Record):
-    """`outputs`: digests by name; `by`: what made them, which older versions did not note."""
+class Done(Record, frozen=True, kw_only=True):
+    """The last run of a stage that is done. `outputs`: digests by name; `facts`: what its function returned."""
 
     seconds: Finite
     facts: Json
     outputs: dict[str, str]
-    by: NotRequired[MadeBy]
+    by: MadeBy
 
 
 FOLDER = ".stages"
 # A lost machine keeps its locks on a network disk until its lease ends (NFS: 90 s); the run that takes over waits.
 LOCK_SECONDS = 100.0
-_WHOLE = 8 << 20  # files up to this size are hashed whole
-_BLOCK, _BLOCKS = 64 << 10, 32  # of larger ones these blocks, so that a 13 GB folder takes milliseconds
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One step from inputs to outputs.
+class Job:
+    """A stage applied in a workdir.
 
-    `settings`: every option that the result depends on (JSON values). `inputs`: files and folders by name.
-    `outputs`: what the stage makes, each written atomically by the stage. `scratch`: what an interrupted stage leaves
-    to resume from; `journals`: the same, but dropped without asking where the inputs changed. `version`: changes
-    whenever the stage's code gives other results. `facts`: what kind (see core.files) of facts its body reports.
-    `store`: where runs of a sweep leave for each other what they made; stages of one `kind` can stand in for another.
+    `name`: of its record, as `depth/prune`. `stage`: jobs of one stage can take each other's results from a `store`.
+    `settings`: every setting that the result depends on (JSON values). `inputs`: files and folders by name.
+    `outputs`: what the stage makes, each written atomically. `scratch`: what an interrupted stage resumes from;
+    `journals`: the same, but dropped without asking if the inputs changed. `version`: changes whenever the stage's code
+    gives other results. `facts`: the struct that its function returns. `store`: where runs of a sweep share results.
     """
 
     name: str
@@ -68,229 +62,196 @@ class Stage:
     settings: Mapping[str, Any]
     inputs: Mapping[str, Path | str]
     outputs: Sequence[Path]
+    facts: type[msgspec.Struct]
     scratch: Sequence[Path] = ()
     journals: Sequence[Path] = ()
-    facts: Any = Json
-    kind: str = ""
+    stage: str = ""
     store: Store | None = None
 
     @property
     def record(self) -> Path:
-        """Where the ledger keeps this stage's last run."""
+        """Where the ledger keeps this job's last run."""
         return self.workdir / FOLDER / f"{self.name.replace('/', '.')}.json"
 
 
-def run_stage(stage: Stage, body: Callable[[], Json], *, overwrite: bool, say: Callable[[str], None]) -> Json:
-    """Run `body` unless its result is already there; returns the facts it reported, and `seconds`.
+@dataclass(frozen=True)
+class Finished:
+    """The facts of a job that is done, and the seconds of the attempt that finished."""
 
-    Every process of a run calls it. `body` runs on all of them; what is there, is decided and noted by process 0.
+    facts: Any
+    seconds: float
 
-    A stage whose inputs are unchanged is skipped; one that was interrupted starts again (or resumes from its scratch).
-    Facts are kept with the ledger, so a skipped stage returns those of the run that made its outputs. `seconds` are
-    those of the attempt that finished: what an interrupted one had spent before is not known.
+
+def run_job(job: Job, body: Callable[[], msgspec.Struct], *, overwrite: bool, say: Callable[[str], None]) -> Finished:
+    """Run `body` unless its result is already there.
+
+    Every process of a run calls it, and `body` runs on all of them; process 0 decides what is there, and notes it.
+
+    A job whose inputs are unchanged is skipped; one that was interrupted starts again (or resumes from its scratch).
+    Facts are kept in the ledger, so a skipped job returns those of the run that made its outputs. Seconds spent before
+    an interruption are not known.
 
     Raises:
-      UserError: an input is not there, another run is at this stage, or an output exists that was made from other
-        inputs, or by hand, and `overwrite` is off.
+      UserError: an input is missing, another run is at this job, or an output exists that was made from other inputs,
+        or by hand, and `overwrite` is off.
     """
     with contextlib.ExitStack() as held:
         key: str | None = None
 
-        def begin() -> Json | None:
+        def begin() -> Done | None:
             nonlocal key
-            held.enter_context(_alone(stage, say))
-            finished = _begin(stage, overwrite, say)
-            if finished is None and stage.store is not None:
-                key = _key(stage)
-                held.enter_context(stage.store.alone(key, lambda: say(f"{stage.name}: another run makes it, waiting")))
-                finished = _take(stage, key, say)
-            return finished
+            held.enter_context(_alone(job, say))
+            done = _begin(job, overwrite, say)
+            if done is None and job.store is not None:
+                key = job.store.key(job.stage, job.settings, job.inputs, job.version, job.outputs)
+                held.enter_context(job.store.alone(key, lambda: say(f"{job.name}: another run makes it, waiting")))
+                done = _take(job, key, say)
+            return done
 
-        finished = on_process_zero(begin)
-        if finished is not None:
-            return finished
-        start = time.perf_counter()
-        try:
-            facts = body()
-        except BaseException:
-            if is_main_process() and not any(_holds(path) for path in (*stage.scratch, *stage.journals)):
-                remove(stage.record)
-            raise
-        return on_process_zero(lambda: _end(stage, facts, round(time.perf_counter() - start, 2), key))
+        done: Done | None = on_process_zero(begin, Done | None)
+        if done is None:
+            start = time.perf_counter()
+            try:
+                facts = body()
+            except BaseException:
+                # With nothing to show for it the job never began; else its record lets the same command go on.
+                if is_main_process() and not any(_holds(path) for path in (*job.outputs, *job.scratch, *job.journals)):
+                    remove(job.record)
+                raise
+            done = on_process_zero(lambda: _end(job, facts, round(time.perf_counter() - start, 2), key), Done)
+        return Finished(msgspec.convert(done.facts, job.facts), done.seconds)
 
 
 @contextlib.contextmanager
-def _alone(stage: Stage, say: Callable[[str], None]) -> Iterator[None]:
-    """Refuse a second run of a stage in the same workdir.
+def _alone(job: Job, say: Callable[[str], None]) -> Iterator[None]:
+    """Refuse a second run of a job in the same workdir.
 
     Raises:
       UserError: another run is at it, and stays.
     """
 
     def waiting() -> None:
-        say(f"{stage.name}: another run is at it, waiting up to {LOCK_SECONDS:.0f} s for its end")
+        say(f"{job.name}: another run is at it, waiting up to {LOCK_SECONDS:.0f} s for its end")
 
-    with exclusive(stage.record.with_suffix(".lock"), LOCK_SECONDS, waiting) as held:
+    with exclusive(job.record.with_suffix(".lock"), LOCK_SECONDS, waiting) as held:
         if not held:
             raise UserError(
-                f"{stage.name}: another run is at it in {stage.workdir}: wait for its end, or use another --workdir"
+                f"{job.name}: another run is at it in {job.workdir}: wait for its end, or use another --workdir"
             )
         yield
 
 
-def _begin(stage: Stage, overwrite: bool, say: Callable[[str], None]) -> Json | None:
-    """The facts of a stage that is done, or None where it has to run; then its place is cleared."""
-    for name, path in stage.inputs.items():
+def _begin(job: Job, overwrite: bool, say: Callable[[str], None]) -> Done | None:
+    """Return the record of a job that is done; None if it has to run, after clearing its place."""
+    for name, path in job.inputs.items():
         if isinstance(path, Path) and not path.exists():
-            raise UserError(f"{stage.name}: {name} is {path}: no such file or folder")
-    now = {"settings": _plain(stage.settings), "inputs": {n: digest(p) for n, p in stage.inputs.items()}}
-    now["version"] = stage.version
-    last = _read(stage.record, stage.facts)
-    same = last.get("made_from") == now
-    present = [path for path in stage.outputs if path.exists()]
-    if same and last.get("done") and len(present) == len(stage.outputs) and _unchanged(stage, last):
-        say(f"{stage.name}: unchanged, skipped ({_relative(stage.outputs[0], stage.workdir)} is up to date)")
-        _clear(stage)  # what a process left that was killed just after it had noted the end
-        return {**last["facts"], "seconds": last["seconds"]}
-    resumes = same and not last.get("done")
-    if not resumes:
-        _refuse(stage, present, last, now, overwrite)
-    for path in [*stage.outputs, *(() if resumes else (*stage.scratch, *stage.journals))]:
+            raise UserError(f"{job.name}: {name} is {path}: no such file or folder")
+    now = made_from(job.settings, job.inputs, job.version)
+    last = _read(job.record, job.facts)
+    same = last is not None and last.made_from == now
+    present = [path for path in job.outputs if path.exists()]
+    if same and isinstance(last, Done) and len(present) == len(job.outputs) and last.outputs == _digests(job.outputs):
+        say(f"{job.name}: unchanged, skipped ({_relative(job.outputs[0], job.workdir)} is up to date)")
+        _clear(job)  # left by a process that was killed just after it had noted the end
+        return last
+    resumes = same and not isinstance(last, Done)
+    if not resumes and not overwrite:
+        _refuse(job, present, last, now)
+    for path in [*job.outputs, *(() if resumes else (*job.scratch, *job.journals))]:
         remove(path)
-    write_json(stage.record, {"made_from": now, "done": False})
+    write_json(job.record, Record(made_from=now, done=False))
     return None
 
 
-def _key(stage: Stage) -> str:
-    """What the stage's result is known by among the runs of a sweep."""
-    assert stage.store is not None
-    made_from = {"settings": _plain(stage.settings), "version": stage.version}
-    return stage.store.key(stage.kind, made_from, stage.inputs, [path.name for path in stage.outputs])
-
-
-def _take(stage: Stage, key: str, say: Callable[[str], None]) -> Json | None:
-    """The facts of a stage that another run of the sweep did, with its outputs in place; None where none did."""
-    assert stage.store is not None
-    entry = stage.store.folder / key
-    last = _read(entry / RECORD, stage.facts)
-    made = [entry / path.name for path in stage.outputs]
-    if not last.get("done") or not all(path.exists() for path in made) or last["outputs"] != _digests(made):
+def _take(job: Job, key: str, say: Callable[[str], None]) -> Done | None:
+    """Put the outputs of another run of the sweep in place and return its record; None if there is none."""
+    assert job.store is not None
+    entry = job.store.folder / key
+    last, begun = _read(entry / RECORD, job.facts), _read(job.record, job.facts)
+    made = [entry / path.name for path in job.outputs]
+    if not isinstance(last, Done) or not all(path.exists() for path in made) or last.outputs != _digests(made):
         remove(entry)
         return None
-    stage.store.take(key, stage.outputs)
-    write_json(stage.record, {**last, "made_from": _read(stage.record, stage.facts)["made_from"]})
-    say(f"{stage.name}: taken from another run")
-    _clear(stage)
-    return {**last["facts"], "seconds": last["seconds"]}
+    assert begun is not None
+    job.store.take(key, job.outputs)
+    write_json(job.record, msgspec.structs.replace(last, made_from=begun.made_from))
+    say(f"{job.name}: taken from another run")
+    _clear(job)
+    return last
 
 
-def _end(stage: Stage, facts: Json, seconds: float, key: str | None) -> Json:
-    """Note in the ledger that the stage is done, and keep it for other runs of the sweep."""
-    last, made = _read(stage.record, stage.facts), _digests(stage.outputs)
-    done = {**last, "done": True, "seconds": seconds, "facts": facts, "outputs": made, "by": made_by()}
-    write_json(stage.record, done)
-    if stage.store is not None and key is not None:
-        stage.store.put(key, stage.outputs, _plain(done))
-    _clear(stage)
-    return {**facts, "seconds": seconds}
+def _end(job: Job, facts: msgspec.Struct, seconds: float, key: str | None) -> Done:
+    """Note in the ledger that the job is done, and share its result with other runs of the sweep."""
+    last = _read(job.record, job.facts)
+    assert last is not None
+    done = Done(
+        made_from=last.made_from,
+        done=True,
+        seconds=seconds,
+        facts=plain(facts),
+        outputs=_digests(job.outputs),
+        by=made_by(),
+    )
+    write_json(job.record, done)
+    if job.store is not None and key is not None:
+        job.store.put(key, job.outputs, msgspec.to_builtins(done))
+    _clear(job)
+    return done
 
 
-def _clear(stage: Stage) -> None:
-    for path in (*stage.scratch, *stage.journals):
+def _clear(job: Job) -> None:
+    for path in (*job.scratch, *job.journals):
         remove(path)
 
 
 def _holds(path: Path) -> bool:
-    """Whether something is there; an empty folder (a run failed before its first checkpoint) is nothing."""
+    """Return True if something is there; an empty folder (a run failed before its first checkpoint) is nothing."""
     return any(path.iterdir()) if path.is_dir() else path.exists()
-
-
-def _unchanged(stage: Stage, last: Json) -> bool:
-    return last["outputs"] == _digests(stage.outputs)
 
 
 def _digests(outputs: Sequence[Path]) -> dict[str, str]:
     return {path.name: digest(path) for path in outputs}
 
 
-def _refuse(stage: Stage, present: Sequence[Path], last: Json, now: Json, overwrite: bool) -> None:
-    left = [*present, *(path for path in stage.scratch if _holds(path))]
-    if overwrite or not left:
+def _refuse(job: Job, present: Sequence[Path], last: Record | None, now: MadeFrom) -> None:
+    left = [*present, *(path for path in job.scratch if _holds(path))]
+    if not left:
         return
-    if last.get("made_from") == now:
+    if last is not None and last.made_from == now:
         reason = "was changed since this stage made it"
-    elif last:
-        reason = f"was made from other inputs ({'; '.join(_changes(last['made_from'], now)[:4])})"
-    elif stage.record.exists():
-        reason = f"exists, but its record {stage.record} is damaged"
+    elif last is not None:
+        reason = f"was made from other inputs ({'; '.join(_changes(last.made_from, now)[:4])})"
+    elif job.record.exists():
+        reason = f"exists, but its record {job.record} is damaged, or of another version of vlmprune"
     else:
         reason = "exists and was not made by this stage"
-    raise UserError(f"{stage.name}: {left[0]} {reason}: use --overwrite to replace it, or another --workdir")
+    raise UserError(f"{job.name}: {left[0]} {reason}: use --overwrite to replace it, or another --workdir")
 
 
-def _changes(before: Json, now: Json) -> list[str]:
+def _changes(before: MadeFrom, now: MadeFrom) -> list[str]:
     """`input changed` and `setting was a, now b`, for all in which what a stage was made from differs."""
-    known, given = before["inputs"], now["inputs"]
-    inputs = [f"{name} changed" for name in sorted({*known, *given}) if known.get(name) != given.get(name)]
-    old, new = ({**made["settings"], "version": made["version"]} for made in (before, now))
+    names = sorted({*before.inputs, *now.inputs})
+    inputs = [f"{name} changed" for name in names if before.inputs.get(name) != now.inputs.get(name)]
+    old, new = ({**made.settings, "version": made.version} for made in (before, now))
     return [*inputs, *differences(old, new)]
 
 
-def differs_only_in(stage: Stage, setting: str) -> bool:
-    """Whether the stage's outputs are as its last run left them, and were made from the same but for one setting."""
-    last = _read(stage.record, stage.facts)
-    if not last.get("done") or not all(path.exists() for path in stage.outputs) or not _unchanged(stage, last):
+def differs_only_in(job: Job, setting: str) -> bool:
+    """Return True if the outputs are as the last run left them, made from the same inputs except for one setting."""
+    last = _read(job.record, job.facts)
+    if not isinstance(last, Done) or not all(path.exists() for path in job.outputs):
         return False
-    settings = [{k: v for k, v in of.items() if k != setting} for of in (stage.settings, last["made_from"]["settings"])]
-    same = _plain(settings[0]) == settings[1] and last["made_from"]["version"] == stage.version
-    return same and last["made_from"]["inputs"] == {name: digest(path) for name, path in stage.inputs.items()}
+    if last.outputs != _digests(job.outputs):
+        return False
+    now = made_from(job.settings, job.inputs, job.version)
+    before, after = ({k: v for k, v in of.settings.items() if k != setting} for of in (last.made_from, now))
+    return (before, last.made_from.inputs, last.made_from.version) == (after, now.inputs, now.version)
 
 
-def finished_stages(workdir: Path) -> dict[str, Json]:
-    """Name -> record of every stage of a workdir that is done; a damaged record is none."""
-    found = {}
-    for path in sorted((workdir / FOLDER).glob("*.json")):
-        try:
-            record = read_json(path, _Record, missing="", unicode=False)
-            if record["done"]:
-                found[path.stem] = checked(record, _Done, "", "")
-        except UserError:
-            continue
-    return found
-
-
-def digest(path: Path | str) -> str:
-    """Hash of a file's or folder's content: names, sizes and, for files over 8 MiB, 2 MiB of spread-out blocks.
-
-    A text stands for something elsewhere and is hashed itself.
-
-    Raises:
-      UserError: nothing is there.
-    """
-    total = hashlib.sha256()
-    if isinstance(path, str):
-        total.update(os.fsencode(path))
-    elif path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
-            total.update(os.fsencode(f"{file.relative_to(path).as_posix()}\0{_file_digest(file)}\n"))
-    elif path.is_file():
-        total.update(_file_digest(path).encode())
-    else:
-        raise UserError(f"{path}: no such file or folder")
-    return total.hexdigest()[:20]
-
-
-def _file_digest(path: Path) -> str:
-    total = hashlib.sha256()
-    with open_file(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size <= _WHOLE:
-            total.update(file.read())
-        else:
-            for i in range(_BLOCKS):
-                file.seek((size - _BLOCK) * i // (_BLOCKS - 1))
-                total.update(file.read(_BLOCK))
-    return f"{size}:{total.hexdigest()}"
+def finished_stages(workdir: Path) -> dict[str, Done]:
+    """Return the record of every job of a workdir that is done, by name; damaged records are left out."""
+    records = {path.stem: _read(path, None) for path in sorted((workdir / FOLDER).glob("*.json"))}
+    return {name: record for name, record in records.items() if isinstance(record, Done)}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -303,8 +264,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of indented JSON."""
-    write_text(path, json.dumps(_plain(value), indent=2) + "\n")
+    """`write_text` of indented JSON, of a struct the object of its fields."""
+    write_text(path, json.dumps(value, indent=2, default=msgspec.to_builtins) + "\n")
 
 
 def write_members(path: Path, value: Mapping[str, Any]) -> None:
@@ -321,21 +282,17 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _read(record: Path, facts: Any) -> Json:
-    """The last run of a stage; a damaged record counts as none (its outputs are then refused, not trusted)."""
+def _read(path: Path, facts: type[msgspec.Struct] | None) -> Record | None:
+    """Return the last run of a job; None for a damaged record, whose outputs are then refused, not trusted."""
     try:
-        last = read_json(record, _Record, missing="", unicode=False)
-        if last["done"]:
-            checked(last, _Done, "", "")
-            checked(last["facts"], facts, "", "")
+        record = read_json(path, Record, missing="", unicode=False)
+        kind = Done if record["done"] else Record
+        checked(record, kind, "", "")
+        if kind is Done and facts is not None:
+            checked(record["facts"], facts, "", "")
     except UserError:
-        return {}
-    return dict(last)
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON would return it (tuples as lists), so that it compares equal after a round trip."""
-    return json.loads(json.dumps(value))
+        return None
+    return msgspec.convert(record, kind)
 
 
 def _relative(path: Path, workdir: Path) -> str:

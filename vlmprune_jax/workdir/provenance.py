@@ -1,4 +1,4 @@
-"""By what a stage was made: versions, commit, processor, command and time, noted with it in the ledger."""
+"""Provenance of a stage in the ledger: versions, commit, processor, command and time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import TypedDict
+
+import msgspec
 
 from vlmprune_jax.core.errors import printable
 from vlmprune_jax.distributed.processor import processor
@@ -19,8 +20,8 @@ _PACKAGES = ("vlmprune-jax", "jax", "flax", "optax", "transformers", "numpy")
 _SOURCE = Path(__file__).parents[2]
 
 
-class MadeBy(TypedDict):
-    """`versions`: of packages, and of Python. `commit`: of the source, with "-dirty" where it was changed; or null."""
+class MadeBy(msgspec.Struct, frozen=True, kw_only=True):
+    """The command, machine and code of a run. `commit` ends in "-dirty" if the source was changed; None if unknown."""
 
     finished: str
     command: str
@@ -30,12 +31,10 @@ class MadeBy(TypedDict):
 
 
 def made_by() -> MadeBy:
-    """This process, now."""
+    """Describe this process, now."""
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     command = printable(shlex.join(["vlmprune", *sys.argv[1:]]))
-    return {
-        "finished": now, "command": command, "processor": processor(), "versions": _versions(), "commit": _commit()
-    }  # fmt: skip
+    return MadeBy(finished=now, command=command, processor=processor(), versions=_versions(), commit=_commit())
 
 
 @functools.cache
@@ -51,7 +50,7 @@ def _versions() -> dict[str, str]:
 
 @functools.cache
 def _commit() -> str | None:
-    """Of the repository that this package lies in, if it lies in one."""
+    """Return the commit of the repository that this package lies in, if it lies in one."""
     if not (_SOURCE / ".git").exists():
         return None
     command = ["git", "-C", str(_SOURCE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

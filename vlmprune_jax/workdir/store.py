@@ -1,11 +1,9 @@
-"""Stages that are done, by content: what one run of a sweep made, the others take instead of making it again."""
+"""Results of stages by content: what one run of a sweep made, the others take instead of making it again."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
-import hashlib
 import json
 import math
 import os
@@ -18,6 +16,7 @@ from typing import IO, Any
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import open_file, replacing
 from vlmprune_jax.hf.disk.atomic import atomic_folder
+from vlmprune_jax.workdir.content import content_key, made_from
 
 RECORD = "stage.json"
 _AT_ONCE = 16 << 20
@@ -25,29 +24,29 @@ _AT_ONCE = 16 << 20
 
 @dataclass(frozen=True)
 class Store:
-    """A folder with an entry for every stage that was done: its outputs, and `stage.json`, the ledger's record.
+    """A folder with an entry for every result: a stage's outputs, and `stage.json`, the ledger's record.
 
     An entry appears whole or not at all, and holds hard links to files that the runs have as well (copies, where the
     disk knows no links): it takes no room, and may be removed at any time. A stage replaces its files and never changes
     them, so no run sees what another one does later.
 
-    `also`: what all results depend on beside settings and inputs, as where images are.
+    `also`: JSON values that all results depend on beside settings and inputs, as the folders of images.
     """
 
     folder: Path
     also: Mapping[str, Any] = field(default_factory=dict)
 
     def key(
-        self, kind: str, made_from: Mapping[str, Any], inputs: Mapping[str, Path | str], names: Sequence[str]
+        self,
+        stage: str,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, Path | str],
+        version: int,
+        outputs: Sequence[Path],
     ) -> str:
-        """What a stage's result is known by: everything that it is made from, and what it is called.
-
-        The ledger samples large files, which tells a file that was replaced; here two models that differ in their
-        projectors alone must not be one, so inputs are read whole (once, as long as they stay the same).
-        """
-        inputs = {name: whole_digest(path) for name, path in inputs.items()}
-        known = {**made_from, "kind": kind, "inputs": inputs, "outputs": list(names), "also": dict(self.also)}
-        return f"{kind}-{hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]}"
+        """Return the name of a result's entry: everything that it is made from, and what its files are called."""
+        made = made_from(settings, inputs, version, every_byte=True)
+        return f"{stage}-{content_key(made, [path.name for path in outputs], self.also)}"
 
     @contextlib.contextmanager
     def alone(self, key: str, waiting: Callable[[], None]) -> Iterator[None]:
@@ -93,32 +92,6 @@ def _link(source: Path, target: Path) -> None:
                 copy.write(block)
 
 
-def whole_digest(path: Path | str) -> str:
-    """Hash of all content of a file or folder; a text stands for something elsewhere and is hashed itself."""
-    total = hashlib.sha256()
-    if isinstance(path, str):
-        total.update(os.fsencode(path))
-    elif path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
-            total.update(os.fsencode(f"{file.relative_to(path).as_posix()}\0{_digest(file)}\n"))
-    else:
-        total.update(_digest(path).encode())
-    return total.hexdigest()[:32]
-
-
-def _digest(path: Path) -> str:
-    with open_file(path) as file:
-        found = os.fstat(file.fileno())
-        return _content(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=100_000)
-def _content(path: Path, *state: int) -> str:
-    del state  # part of the key: a file that is written again is read again
-    with open_file(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @contextlib.contextmanager
 def exclusive(path: Path, seconds: float, waiting: Callable[[], None]) -> Iterator[bool]:
     """Hold a lock; False where another process still holds it after so many seconds.
@@ -143,7 +116,7 @@ def exclusive(path: Path, seconds: float, waiting: Callable[[], None]) -> Iterat
 
 
 def _locked(file: IO[bytes]) -> bool:
-    """Whether this process has the file now, or its disk (a mounted bucket) knows no locks."""
+    """Return True if this process holds the lock now, or the disk (a mounted bucket) knows no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

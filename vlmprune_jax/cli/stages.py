@@ -1,0 +1,128 @@
+"""The commands that take an experiment: one of every stage, and `run` and `report`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from absl import flags as absl_flags
+
+from vlmprune_jax.cli.flags import Flags, common
+from vlmprune_jax.core.checks import suggest
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.stages.registry import STAGES
+
+RUN = """\
+Results made from the same inputs are skipped, and an interrupted run continues. The workdir ends up with scores.npz,
+plan.json, pruned/, recovered/, eval/*.json, export/, result.json, report.html and report.png.
+  vlmprune run --config=configs/demo.py --workdir=runs/demo
+  vlmprune run --config=configs/llava15_7b.py --workdir=W --config.model.hf_dir=DIR --config.data.train=FILE.json ..."""
+REPORT = """\
+The page is one file without external resources: tables, scores against size, sample questions with every model's
+answer, cost and speed, what was removed and why, training curves, and provenance. The report of an unfinished run
+shows what is there, and names the command that makes what is missing."""
+
+
+def commands() -> dict[str, str]:
+    """Return the line of help of every command, in the order of a run."""
+    return {
+        "run": "run all stages and report -> result.json, report.html",
+        **{name: stage.help for name, stage in STAGES.items()},
+        "report": "write one page of the results, of a finished run or not -> report.html, report.png",
+    }
+
+
+class StageCommand:
+    """One of the commands; its docstring is its help."""
+
+    def __init__(self, name: str):
+        self.name, stage = name, STAGES.get(name)
+        details = {"run": RUN, "report": REPORT}.get(name, "" if stage is None else _details(name))
+        self.__doc__ = f"vlmprune {name} --config=FILE.py --workdir=DIR: {commands().get(name, '')}\n\n{details}"
+
+    def define(self, values: Flags) -> None:
+        """Define the flags of this command."""
+        common(values)
+        if self.name == "prune":
+            absl_flags.DEFINE_bool("explain", False, "print what each layer lost and why", flag_values=values)
+        if self.name == "evaluate":
+            about = "tasks of lmms-eval, in place of evaluate.tasks"
+            absl_flags.DEFINE_list("tasks", None, about, flag_values=values)
+
+    def run(self, flags: Any) -> None:
+        """Run the stage for every variant of the experiment.
+
+        Raises:
+          UserError: there is no such command, not even one that the config adds.
+        """
+        if self.name not in commands():
+            raise UserError(f"no command {self.name!r}{suggest(self.name, commands())}")
+        run_command(self.name, flags)
+
+
+def _details(name: str) -> str:
+    stage = STAGES[name]
+    sections = ", ".join(("model", *stage.sections))
+    own = next((section for section in stage.sections if section == name), stage.sections[-1] if stage.sections else "")
+    about = f"Settings are in the sections {sections}: `vlmprune help {own or 'model'}` lists one of them."
+    return f"{stage.details}\n{about}".strip()
+
+
+def run_command(name: str, flags: Any) -> None:
+    """Run a command on the experiment and the workdir that its flags name."""
+    from vlmprune_jax.cli.workdir import prepare
+    from vlmprune_jax.stages import run
+
+    if name == "report":
+        _report(flags)
+        return
+    if name == "evaluate" and flags.tasks is not None and flags.config is not None:
+        flags.config.evaluate.tasks = tuple(flags.tasks)
+    experiment, context = prepare(flags)
+    if name == "run":
+        run.run_all(experiment, context)
+        finish(context)
+    elif name == "evaluate":
+        run.evaluate_all(experiment, context)
+    elif name == "speed":
+        run.speed_all(experiment, context)
+    elif name == "export":
+        run.export_best(experiment, context)
+    else:
+        run.run_everywhere(name, experiment, context, explain=name == "prune" and flags.explain)
+
+
+def _report(flags: Any) -> None:
+    from vlmprune_jax.cli.config_files import to_workdir
+    from vlmprune_jax.core.console import make_reporter
+    from vlmprune_jax.stages.work import Context
+
+    if not flags.workdir:
+        raise UserError("no workdir given: --workdir=DIR of `vlmprune run`, finished or not")
+    finish(Context(workdir=to_workdir(flags.workdir), reporter=make_reporter(True), overwrite=flags.overwrite))
+
+
+def finish(context: Any) -> None:
+    """Print the table of `result.json` and write the report, on process 0; of an unfinished run, of what there is."""
+    from vlmprune_jax.distributed.mesh import is_main_process
+    from vlmprune_jax.report.build import build_report, tables_of
+    from vlmprune_jax.report.provenance import provenance_section
+    from vlmprune_jax.workdir.ledger import finished_stages
+    from vlmprune_jax.workdir.result import RESULT, read_result
+
+    if not is_main_process():
+        return
+    if (context.workdir / RESULT).exists():
+        result = read_result(context.workdir)
+        for table in tables_of(result):
+            context.reporter.table(table.title, table.header, table.rows)
+        export = result.export
+        where = "" if export is None else f", exported to {context.workdir / export.path}"
+        context.say(f"best: {result.best}{where}")
+        if export is not None:
+            difference = export.max_abs_logit_difference
+            context.say(f"  reloaded and compared: largest difference of any logit {difference:.2g}")
+        numbers = f", plot: {context.workdir / 'report.png'}, numbers: {context.workdir / RESULT}"
+    else:
+        numbers = ", of an unfinished run: it says what is missing"
+    page = build_report(context.workdir, more=[provenance_section(finished_stages(context.workdir))])
+    context.say(f"report: {page}{numbers}")

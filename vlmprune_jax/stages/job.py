@@ -1,0 +1,92 @@
+"""From the declaration of a stage to a job of the ledger, which runs unless its result is there."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import msgspec
+
+from vlmprune_jax.core.checks import file_of_users
+from vlmprune_jax.core.errors import Stopped, UserError
+from vlmprune_jax.data.inputs import record_files
+from vlmprune_jax.data.tokenizer_files import without_output
+from vlmprune_jax.distributed.preemption import noticed
+from vlmprune_jax.experiment.spec import affecting
+from vlmprune_jax.stages.registry import STAGES
+from vlmprune_jax.stages.stage import NoFacts
+from vlmprune_jax.stages.work import Work, in_memory, teacher_folder
+from vlmprune_jax.workdir.ledger import Finished, Job, run_job
+
+Sections = Mapping[str, Any]
+
+
+def make_job(name: str, work: Work, sections: Sections) -> Job:
+    """Return the job of a stage in its place: the settings, inputs and outputs that its declaration names."""
+    stage = STAGES[name]
+    more = stage.more(work, *(sections[section] for section in stage.sections))
+    settings = affecting(name, {section: sections[section] for section in ("model", *stage.sections)})
+    below = work.folder.relative_to(work.workdir).as_posix()
+    title = f"{name} {work.part}".strip()
+    made = [name for name in (*stage.outputs, stage.model) if name and "*" not in name]
+    return Job(
+        title if below == "." else f"{below}/{title}",
+        stage.version,
+        work.workdir,
+        settings={key: of for key, of in settings.items() if key not in more.without} | {**more.settings},
+        inputs={**work.model_files, **_inputs(name, work, sections), **more.inputs},
+        outputs=[*(work.folder / name for name in made), *more.outputs],
+        facts=stage.facts,
+        scratch=[work.folder / name for name in stage.scratch],
+        journals=[*(work.folder / name for name in stage.journals), *more.journals],
+        stage=name,
+        store=work.store,
+    )
+
+
+def _inputs(name: str, work: Work, sections: Sections) -> dict[str, Path | str]:
+    stage, inputs = STAGES[name], dict[str, Path | str]()
+    for source in stage.inputs:
+        section, _, which = source.partition(".")
+        if section == "data":
+            inputs |= record_files(sections["data"], which)
+        else:
+            path = work.start if source == "start" else work.folder / source
+            inputs[path.name] = path
+    own = file_of_users(stage.function)
+    return inputs if own is None else {**inputs, f"stage {name}": own}
+
+
+def run_stage(name: str, work: Work, sections: Sections) -> Finished:
+    """Run a stage unless its result is there, with a line when the work starts.
+
+    Raises:
+      Stopped: another process of the run got SIGTERM.
+      UserError: an input is missing, memory does not suffice, or see `run_job`.
+    """
+    teacher_folder(work.model)  # refuses a missing one
+    stage, job = STAGES[name], make_job(name, work, sections)
+    _check_inputs(job)
+
+    def body() -> msgspec.Struct:
+        if noticed():
+            raise Stopped(f"stopped on SIGTERM before {job.name}; the same command continues with it")
+        work.say(f"{job.name} ...")
+        with without_output():
+            jax.devices()  # starts them: where it finds no TPU, libtpu says so at length
+        with in_memory(job.name):
+            return stage.function(work, *(sections[section] for section in stage.sections)) or NoFacts()
+
+    return run_job(job, body, overwrite=work.overwrite, say=work.say)
+
+
+def _check_inputs(job: Job) -> None:
+    """Refuse to start before the stage that makes an input, which the message names."""
+    for path in job.inputs.values():
+        if isinstance(path, Path) and path.is_relative_to(job.workdir) and not path.exists():
+            for name, stage in STAGES.items():
+                if any(fnmatch.fnmatchcase(path.name, made) for made in (*stage.outputs, stage.model)):
+                    raise UserError(f"{path}: no such file or folder: run `vlmprune {name}` (or `vlmprune run`) first")

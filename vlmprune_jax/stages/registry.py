@@ -1,0 +1,79 @@
+"""The stages by name, in the order of a run; a user's file adds its own to `vp.stages`."""
+
+from __future__ import annotations
+
+from vlmprune_jax.stages.stage import Stage
+
+STAGES = {
+    "score": Stage(
+        "measure the importance of layers, heads and neurons -> scores.npz",
+        run="stages.score:score_stage",
+        sections=("data", "score", "prune"),
+        outputs=("scores*.npz",),
+        files="stages.score:score_files",
+        per="variant",
+    ),
+    "prune": Stage(
+        "plan from the scores and write the pruned model -> plan.json, pruned/",
+        run="stages.prune:prune_stage",
+        sections=("data", "score", "prune", "export"),
+        outputs=("plan.json",),
+        model="pruned",
+        files="stages.prune:prune_files",
+        per="variant",
+        details="--explain prints what each layer lost and why, also for a model that is already pruned.",
+    ),
+    "reconstruct": Stage(
+        "repair the pruned weights by least squares, without training -> reconstructed/",
+        run="stages.reconstruct:reconstruct_stage",
+        sections=("data", "reconstruct"),
+        inputs=("start", "data.train"),
+        model="reconstructed",
+        journals=(".reconstructed.parts",),
+        per="variant",
+        switch="reconstruct.method",
+        details="It takes a few calibration records.",
+    ),
+    "recover": Stage(
+        "train the pruned model -> recovered/",
+        run="stages.recover:recover_stage",
+        sections=("data", "recover"),
+        inputs=("start", "data.train"),
+        model="recovered",
+        scratch=("training/checkpoints",),
+        files="stages.recover:recover_files",
+        switch="recover.method",
+        details="Metrics of every step are in training/metrics.jsonl.",
+    ),
+    "evaluate": Stage(
+        "run the evaluation sets and compute their metrics -> eval/*.json",
+        run="stages.evaluate:evaluate_stage",
+        sections=("data", "evaluate"),
+        outputs=("eval/*.answers.jsonl",),
+        files="stages.evaluate:evaluate_files",
+        per="model",
+        version=2,
+        details="""\
+Of the unpruned model and of every model in the workdir. Every answer is kept: another metric is computed from the
+answers, without the model. --tasks=pope,mme runs tasks of lmms-eval (docs/how-to/benchmarks.md). A result.json in the
+workdir is brought up to date.""",
+    ),
+    "speed": Stage(
+        "measure the speed of the unpruned model and of every pruned shape, in turns -> speed.json",
+        run="stages.speed:speed_stage",
+        sections=("speed",),
+        outputs=("speed.json",),
+        files="stages.speed:speed_files",
+        per="run",
+    ),
+    "export": Stage(
+        "write the best model as a Hugging Face folder or GGUF files, and check it -> export/",
+        run="stages.export:export_stage",
+        sections=("data", "reconstruct", "export"),
+        inputs=("start",),
+        outputs=("export",),
+        files="stages.export:export_files",
+        per="run",
+        details="The export is reloaded and its logits are compared before it counts as done.",
+    ),
+}

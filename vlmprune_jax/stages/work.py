@@ -1,0 +1,183 @@
+"""What a stage works with beside its settings: its place in a workdir, the model folders, and how it reports."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.console import Reporter
+from vlmprune_jax.core.errors import Stopped, UserError, reason
+from vlmprune_jax.core.source import ModelSpec
+from vlmprune_jax.distributed.config import MeshSpec
+from vlmprune_jax.distributed.journal import Journal
+from vlmprune_jax.distributed.mesh import mesh_of
+from vlmprune_jax.distributed.preemption import StopSignal
+from vlmprune_jax.export.card import model_name
+from vlmprune_jax.export.write import save
+from vlmprune_jax.hf import lazy
+from vlmprune_jax.hf.layout import PARTS
+from vlmprune_jax.hf.read import load, read_config
+from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.prune import PrunePlan
+from vlmprune_jax.workdir.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """The workdir and the reporter of a command; `overwrite` outputs that were made from other inputs.
+
+    `store`: in a run of a sweep, where runs share what they made.
+    """
+
+    workdir: Path
+    reporter: Reporter
+    overwrite: bool = False
+    store: Store | None = None
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self.reporter.say(text)
+
+    @contextlib.contextmanager
+    def phase(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show a progress bar whose work ends between two items on SIGTERM.
+
+        Raises:
+          Stopped: from the function that takes the number of items done; every process must call it in step.
+        """
+        with self.reporter.bar(title, total) as update, StopSignal() as stop:
+
+            def progress(done: int) -> None:
+                update(done)
+                if stop.requested():
+                    raise Stopped(f"{title} stopped on SIGTERM after {done} of {total}; the same command continues")
+
+            yield progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work(Context):
+    """The place of one stage: what it may read, where its outputs go, and the model and mesh of the experiment.
+
+    `variant`: folder of the prune variant, with scores, `plan.json` and the models made before recovery. `folder`:
+    where outputs go, that of the recovery variant for stages after pruning. `start`: the model that the stage starts
+    from, the last one made in `variant`, at first the unpruned one. `out`: the folder of the model that the stage
+    makes. `part`: of a stage that works in parts, the name of one. `models`: all models of the run by name, for stages
+    that compare them. `loaded`: models that several parts share. `reconstructed`, `recovered`, `benchmarks`: for the
+    card of a model.
+    """
+
+    model: ModelSpec
+    mesh: MeshSpec
+    variant: Path
+    folder: Path
+    start: Path
+    out: Path
+    part: str = ""
+    models: Mapping[str, Path] = field(default_factory=dict)
+    loaded: dict[Path, Model] | None = None
+    reconstructed: bool = False
+    recovered: bool = False
+    benchmarks: Sequence[Sequence[str]] = ()
+
+    @property
+    def teacher(self) -> Path:
+        """The unpruned model's folder."""
+        return teacher_folder(self.model)
+
+    @property
+    def tower(self) -> Path | None:
+        """The vision tower's own folder, if it has one."""
+        return None if self.model.vision_dir is None else Path(self.model.vision_dir)
+
+    @property
+    def model_files(self) -> dict[str, Path | str]:
+        """The unpruned model's folders, by the names that the ledger gives them."""
+        tower = {} if self.tower is None else {"model.vision_dir": self.tower}
+        return {"model.hf_dir": Path(self.model.hf_dir), **tower}
+
+    @property
+    def devices(self) -> Mesh | None:
+        """The device mesh, or None for one device."""
+        return mesh_of(self.mesh)
+
+    @property
+    def plan(self) -> PrunePlan:
+        """The plan of the prune variant."""
+        return PrunePlan.from_json(self.variant / "plan.json")
+
+    def load(self, folder: Path, parts: Collection[str] = PARTS) -> Model:
+        """Load a model folder, or parts of it, in the experiment's dtype and on its mesh."""
+        shared = {} if self.loaded is None else self.loaded
+        if folder not in shared:
+            dtype, tower = self.model.dtype, self.model.vision_dir
+            shared[folder] = load(folder, vision_dir=tower, dtype=dtype, mesh=self.devices, parts=parts)
+        return shared[folder]
+
+    def open_model(self, folder: Path) -> Model:
+        """Open a model folder whose weights stay in their files."""
+        return lazy.open_model(folder, self.tower)
+
+    def config(self, folder: Path) -> ModelConfig:
+        """Read the shapes of the model in a folder."""
+        return read_config(folder, self.tower)[1]
+
+    def save(self, model: Model, plan: PrunePlan | None = None) -> None:
+        """Write the stage's model: source layout, true widths, the experiment's dtype. `plan`: if not `self.plan`."""
+        save(
+            model,
+            self.out,
+            source_dir=self.start,
+            dtype=self.model.dtype,
+            plan=plan or self.plan,
+            name=model_name(self.teacher),
+            reconstructed=self.reconstructed,
+            recovered=self.recovered,
+        )
+
+    def journal(self, output: Path, batches: int) -> Journal:
+        """Open what an interrupted pass that makes a file left; another mesh may cut and round batches differently."""
+        return Journal(journal_path(output), {"batches": batches, "mesh": vars(self.mesh)})
+
+
+def journal_path(output: Path) -> Path:
+    """Where the pass that makes a file keeps its journal."""
+    return output.with_name(f"{output.name}.journal")
+
+
+def teacher_folder(spec: ModelSpec) -> Path:
+    """Return the unpruned model's folder.
+
+    Raises:
+      UserError: it is not set, or does not exist.
+    """
+    if not spec.hf_dir:
+        raise UserError("model.hf_dir is not set: give the Hugging Face folder to prune (--config.model.hf_dir=DIR)")
+    folder = Path(spec.hf_dir)
+    if not folder.is_dir():
+        raise UserError(f"model.hf_dir={folder}: no such folder")
+    return folder
+
+
+@contextlib.contextmanager
+def in_memory(stage: str) -> Iterator[None]:
+    """Say in one line that a stage did not fit in memory, for which XLA takes fifty.
+
+    Raises:
+      UserError: names the settings that make it smaller.
+    """
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"{stage}: needs more memory than there is ({reason(error)}): lower its batch_size, or the length of a row "
+            "(data.max_length, data.max_images, max_new_tokens, text_window), or give it more devices"
+        ) from error

@@ -1,0 +1,98 @@
+"""The content key: a hash of everything that a result is made from. Ledger, store and sweeps compare results by it.
+
+Files are hashed by one of two rules. The ledger asks if a file changed since a stage read it: whoever replaces a large
+file changes blocks all over it, so a sample of 2 MiB tells, in milliseconds for a 13 GB checkpoint. A sweep's store
+asks if two models are the same: models that differ in their projectors alone share almost every block, so there every
+byte is read, once for each version of a file.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import open_file
+
+_SAMPLED = 8 << 20  # bytes: larger files are sampled
+_BLOCK, _BLOCKS = 64 << 10, 32
+
+
+class MadeFrom(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that a stage's result depends on: settings, digests of its inputs by name, the stage's version."""
+
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    version: int
+
+
+def made_from(
+    settings: Mapping[str, Any], inputs: Mapping[str, Path | str], version: int, *, every_byte: bool = False
+) -> MadeFrom:
+    """Hash the inputs of a stage; `every_byte` also of large files.
+
+    Raises:
+      UserError: an input does not exist.
+    """
+    digests = {name: digest(path, every_byte=every_byte) for name, path in inputs.items()}
+    return MadeFrom(settings=plain(settings), inputs=digests, version=version)
+
+
+def content_key(*parts: Any) -> str:
+    """Return 32 hexadecimal digits that stand for JSON values or structs."""
+    return hashlib.sha256(json.dumps(plain(parts), sort_keys=True).encode()).hexdigest()[:32]
+
+
+def digest(path: Path | str, *, every_byte: bool = False) -> str:
+    """Hash a file or folder: names, sizes and content, of files over 8 MiB a sample unless `every_byte`.
+
+    Files whose names begin with a dot are left out. A text describes something elsewhere and is hashed itself.
+
+    Raises:
+      UserError: nothing is there.
+    """
+    total = hashlib.sha256()
+    if isinstance(path, str):
+        total.update(os.fsencode(path))
+    elif path.is_dir():
+        for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
+            total.update(os.fsencode(f"{file.relative_to(path).as_posix()}\0{_file_digest(file, every_byte)}\n"))
+    elif path.is_file():
+        total.update(_file_digest(path, every_byte).encode())
+    else:
+        raise UserError(f"{path}: no such file or folder")
+    return total.hexdigest()[:32]
+
+
+def _file_digest(path: Path, every_byte: bool) -> str:
+    with open_file(path) as file:
+        state = os.fstat(file.fileno())
+        if every_byte:
+            return _every_byte(path, state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+        total = hashlib.sha256()
+        if state.st_size <= _SAMPLED:
+            total.update(file.read())
+        else:
+            for i in range(_BLOCKS):
+                file.seek((state.st_size - _BLOCK) * i // (_BLOCKS - 1))
+                total.update(file.read(_BLOCK))
+    return f"{state.st_size}:{total.hexdigest()}"
+
+
+@functools.lru_cache(maxsize=100_000)
+def _every_byte(path: Path, *state: int) -> str:
+    del state  # part of the cache's key: a file that is written again is read again
+    with open_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """Return the value as JSON would (tuples as lists), so that it compares equal after a round trip."""
+    return json.loads(json.dumps(value, default=msgspec.to_builtins))
