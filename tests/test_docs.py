@@ -7,8 +7,8 @@ import pytest
 from make_reference import PAGE_OF
 from repository import ROOT
 
-from vlmprune_jax.cli import run
 from vlmprune_jax.cli.flags import parse
+from vlmprune_jax.cli.stages import StageCommand
 from vlmprune_jax.experiment.options import sections
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -126,5 +126,5 @@ def test_generated_pages_are_up_to_date(name):
 def test_the_config_of_the_tutorial_is_valid(tmp_path):
     text = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
     (tmp_path / "my_run.py").write_text(re.search(r"```python\n(# my_run\.py\n.*?)```", text, re.DOTALL)[1])
-    config = parse("run", run, [f"--config={tmp_path / 'my_run.py'}"]).config
+    config = parse("run", StageCommand("run"), [f"--config={tmp_path / 'my_run.py'}"]).config
     assert (config.prune.method, config.reconstruct.method) == ("width", "least_squares")

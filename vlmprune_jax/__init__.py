@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from vlmprune_jax.core.errors import UserError
 
-# Imported eagerly: the subpackage of the same name would otherwise shadow it. Imports no jax.
+# Imported eagerly: the subpackages of the same names would otherwise shadow them. These import no jax.
 from vlmprune_jax.families import FAMILIES as families
 from vlmprune_jax.families import Family
+from vlmprune_jax.stages.registry import STAGES as stages
+from vlmprune_jax.stages.stage import Stage
 
 if TYPE_CHECKING:
     from vlmprune_jax.core.config import ModelConfig
@@ -127,6 +129,7 @@ __all__ = [
     "ScoreConfig",
     "Scores",
     "SpeedConfig",
+    "Stage",
     "UserError",
     "apply_plan",
     "batches",
@@ -154,6 +157,7 @@ __all__ = [
     "recover",
     "save",
     "score",
+    "stages",
     "to_nnx",
 ]
 

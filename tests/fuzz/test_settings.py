@@ -7,9 +7,9 @@ from fuzz_cases import ESCAPES, edited, fuzz, reads
 from hypothesis import strategies as st
 from repository import ROOT
 
-from vlmprune_jax.cli import score
 from vlmprune_jax.cli.config_files import read_experiment
 from vlmprune_jax.cli.flags import parse
+from vlmprune_jax.cli.stages import StageCommand
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import check_experiment
@@ -43,7 +43,11 @@ def test_flags(tmp_path):
     @fuzz(60, name=st.sampled_from(known), value=st.sampled_from(VALUES))
     def check(name, value):
         def read():
-            flags = parse("score", score, [f"--config={CONFIG}", f"--workdir={tmp_path}", f"--config.{name}={value}"])
+            flags = parse(
+                "score",
+                StageCommand("score"),
+                [f"--config={CONFIG}", f"--workdir={tmp_path}", f"--config.{name}={value}"],
+            )
             return read_experiment(flags.config)
 
         reads(read)

@@ -25,6 +25,7 @@ from vlmprune_jax.hf.disk.verified import CheckedFile
 from vlmprune_jax.hf.disk.weight_files import Extent
 from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.prune import KeptLayer, fingerprint, prune_folder
+from vlmprune_jax.stages import work as work_module
 from vlmprune_jax.stages.job import run_stage
 from vlmprune_jax.stages.run import make_work
 from vlmprune_jax.stages.work import Context
@@ -348,7 +349,7 @@ def test_the_prune_stage_does_not_load_the_model(llama, tmp_path, monkeypatch):
     experiment = Experiment(
         model=ModelSpec(hf_dir=str(llama)), score=ScoreSpec(depth="random"), prune=PruneSpec(layers_removed=2)
     )
-    monkeypatch.setattr("vlmprune_jax.stages.work.load", None)
+    monkeypatch.setattr(work_module, "load", None)
     context = Context(workdir=work, reporter=make_reporter(False))
     facts = run_stage("prune", make_work(experiment, context, out=work / "pruned"), sections(experiment)).facts
     plan = vp.PrunePlan.from_json(work / "plan.json")

@@ -12,14 +12,12 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.stages.registry import STAGES
 
 RUN = """\
-Results made from the same inputs are skipped, and an interrupted run continues. The workdir ends up with scores.npz,
-plan.json, pruned/, recovered/, eval/*.json, export/, result.json, report.html and report.png.
+Results made from the same inputs are skipped, and an interrupted run continues.
   vlmprune run --config=configs/demo.py --workdir=runs/demo
   vlmprune run --config=configs/llava15_7b.py --workdir=W --config.model.hf_dir=DIR --config.data.train=FILE.json ..."""
 REPORT = """\
-The page is one file without external resources: tables, scores against size, sample questions with every model's
-answer, cost and speed, what was removed and why, training curves, and provenance. The report of an unfinished run
-shows what is there, and names the command that makes what is missing."""
+One file without external resources: tables, scores against size, sample questions with every model's answer, cost and
+speed, what was removed, training curves, provenance. For an unfinished run it names the commands that are missing."""
 
 
 def commands() -> dict[str, str]:
@@ -37,7 +35,9 @@ class StageCommand:
     def __init__(self, name: str):
         self.name, stage = name, STAGES.get(name)
         details = {"run": RUN, "report": REPORT}.get(name, "" if stage is None else _details(name))
-        self.__doc__ = f"vlmprune {name} --config=FILE.py --workdir=DIR: {commands().get(name, '')}\n\n{details}"
+        config = "" if name == "report" else "--config=FILE.py "
+        about = commands().get(name, "")
+        self.__doc__ = f"vlmprune {name} {config}--workdir=DIR\n\n{about[:1].upper()}{about[1:]}.\n{details}"
 
     def define(self, values: Flags) -> None:
         """Define the flags of this command."""
@@ -61,10 +61,7 @@ class StageCommand:
 
 def _details(name: str) -> str:
     stage = STAGES[name]
-    sections = ", ".join(("model", *stage.sections))
-    own = next((section for section in stage.sections if section == name), stage.sections[-1] if stage.sections else "")
-    about = f"Settings are in the sections {sections}: `vlmprune help {own or 'model'}` lists one of them."
-    return f"{stage.details}\n{about}".strip()
+    return f"{stage.details}\nSettings: {', '.join(('model', *stage.sections))} (`vlmprune help SECTION`).".lstrip()
 
 
 def run_command(name: str, flags: Any) -> None:

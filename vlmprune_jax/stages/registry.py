@@ -21,7 +21,6 @@ STAGES = {
         model="pruned",
         files="stages.prune:prune_files",
         per="variant",
-        details="--explain prints what each layer lost and why, also for a model that is already pruned.",
     ),
     "reconstruct": Stage(
         "repair the pruned weights by least squares, without training -> reconstructed/",
@@ -32,7 +31,6 @@ STAGES = {
         journals=(".reconstructed.parts",),
         per="variant",
         switch="reconstruct.method",
-        details="It takes a few calibration records.",
     ),
     "recover": Stage(
         "train the pruned model -> recovered/",
@@ -43,7 +41,7 @@ STAGES = {
         scratch=("training/checkpoints",),
         files="stages.recover:recover_files",
         switch="recover.method",
-        details="Metrics of every step are in training/metrics.jsonl.",
+        details="Metrics are in training/metrics.jsonl.",
     ),
     "evaluate": Stage(
         "run the evaluation sets and compute their metrics -> eval/*.json",
@@ -54,9 +52,8 @@ STAGES = {
         per="model",
         version=2,
         details="""\
-Of the unpruned model and of every model in the workdir. Every answer is kept: another metric is computed from the
-answers, without the model. --tasks=pope,mme runs tasks of lmms-eval (docs/how-to/benchmarks.md). A result.json in the
-workdir is brought up to date.""",
+Answers are kept, so another metric needs no model. --tasks=pope,mme runs tasks of lmms-eval.
+A result.json in the workdir is brought up to date.""",
     ),
     "speed": Stage(
         "measure the speed of the unpruned model and of every pruned shape, in turns -> speed.json",
@@ -74,6 +71,6 @@ workdir is brought up to date.""",
         outputs=("export",),
         files="stages.export:export_files",
         per="run",
-        details="The export is reloaded and its logits are compared before it counts as done.",
+        details="The export is reloaded and its logits are compared.",
     ),
 }
