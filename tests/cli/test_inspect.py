@@ -60,7 +60,10 @@ def test_every_family_from_headers_alone(goldens, capsys, monkeypatch, name):
     if found["family"] == "bunny":
         assert "  loads in    transformers: fewer layers, neurons, heads; tower: fewer layers, neurons\n" in out
         assert "              vllm: fewer layers, neurons; tower: fewer layers, neurons\n" in out
-        assert 'its class computes the head size of phi as hidden_size / heads: use heads="keep"' in found["loads"]["vllm"]["text"]["heads"]
+        assert (
+            'its class computes the head size of phi as hidden_size / heads: use heads="keep"'
+            in found["loads"]["vllm"]["text"]["heads"]
+        )
     assert ("layout=transformers" in found["export"]) == (found["layout"] == "original")
     assert ("where no head is missing" in found["export"]["equal widths"]) == (found["layout"] == "original")
 

@@ -138,7 +138,7 @@ def test_it_is_a_decoder_of_the_vision_language_families_too(config, tmp_path, t
         ),
         (
             lambda line: replace(line, layout=line.layout.replace("mlp embed", "embed mlp")),
-            r"layout 'embed mlp' of text/layers/0/mlp/gate_proj/weight, whose axes are \('mlp', 'embed'\)",
+            r"layout 'embed mlp' of text/layers/0/mlp/gate_proj/weight does not match its axes \('mlp', 'embed'\)",
         ),
     ],
 )
