@@ -169,7 +169,7 @@ def _parameters(function: Callable[..., object]) -> str:
         if parameter.kind is parameter.KEYWORD_ONLY and not starred:
             words.append("*")
         starred |= parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_POSITIONAL)
-        marks = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}
+        marks: dict[object, str] = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}
         optional = "" if parameter.default is parameter.empty else "="
         words.append(f"{marks.get(parameter.kind, '')}{parameter.name}{optional}")
     return ", ".join(words)

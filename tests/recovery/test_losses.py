@@ -178,11 +178,11 @@ def test_layers_are_aligned_by_the_plan():
     compat = dataclasses.replace(loss, reference_compat=True)
     assert layer_pairs(compat, student, teacher, kept) == ((0, 1, 2, 3, 2), (0, 1, 2, 6, 5))
     assert layer_pairs(loss, student, student, None) == ((0, 1, 2, 3, 2), (0, 1, 2, 3, 2))
-    with pytest.raises(UserError, match="pass plan, or use layer -1"):
+    with pytest.raises(UserError, match="pass plan, or use -1"):
         layer_pairs(loss, student, teacher, None)
     with pytest.raises(UserError, match="plan keeps 2 layers"):
         layer_pairs(loss, student, teacher, (0, 3))
-    with pytest.raises(UserError, match="layer 4 is outside the student's 4 hidden states"):
+    with pytest.raises(UserError, match="l2_layers: 4 is outside the student's 4 hidden states"):
         layer_pairs(LossConfig(l2=1.0, l2_layers=(4,)), student, teacher, kept)
 
 
@@ -267,13 +267,13 @@ def _avals(jaxpr):
     ("changes", "message"),
     [
         ({"cosine": 1.0, "l2_layers": ()}, "cosine needs l2_layers"),
-        ({"ce": 0.0}, "at least one must be positive"),
+        ({"ce": 0.0}, "set at least one above 0"),
         ({"l2": -0.5}, "recover.losses.l2=-0.5 must be at least 0"),
         ({"l2": float("inf")}, "recover.losses.l2=inf must be at least 0"),
         ({"temperature": 0.0}, "recover.losses.temperature=0.0 must be above 0"),
         ({"l2": 1.0, "cosine": 0.5, "l2_layers": ()}, "l2 and cosine needs l2_layers"),
         ({"extra": {"jsd": 1.0}}, "extra has no term 'jsd'"),
-        ({"extra": {"kl": 1.0}}, "kl has a setting of its own, recover.losses.kl"),
+        ({"extra": {"kl": 1.0}}, "kl is a built-in term: set recover.losses.kl instead"),
         ({"extra": {"jsd": -1.0}}, "recover.losses.extra={'jsd': -1.0} must be at least 0"),
         ({"teacher_inputs": "both"}, "'both' is not one of student, own"),
     ],
@@ -287,8 +287,8 @@ def test_bad_loss_settings(changes, message):
     ("strategy", "alpha", "norm", "message"),
     [
         ("l2-kl", 0.5, 1.0, r"'l2-kl' is not one of kl, rkl, l2, l2\+kl, l2\+rkl; did you mean 'l2\+kl'"),
-        ("kl", 1.5, 1.0, "alpha 1.5 must lie"),
-        ("kl", 0.5, 0.0, "norm 0.0 be positive"),
+        ("kl", 1.5, 1.0, "alpha=1.5 must be between"),
+        ("kl", 0.5, 0.0, "kl_norm=0.0 above 0"),
     ],
 )
 def test_bad_strategies(strategy, alpha, norm, message):

@@ -126,10 +126,12 @@ def test_what_is_not_finite_is_told_with_its_records(tmp_path):
     """Some of them in the message, all in a file; rows that were skipped in that step are listed before it stops."""
     names = [f"r{number}" for number in range(18)]
     values = {**STEP, "grad_norm": float("inf"), "tokens": 1.0}
-    told = r"step 3: loss 2.0, gradient norm inf not finite; records r0, .*r15 and 2 more \(all in .*nonfinite-0.json\)"
+    told = (
+        r"step 3: loss 2.0 or gradient norm inf is not finite; records r0, .*r15 and 2 more \(all in .*finite-0.json\)"
+    )
     with (
         Recorder(tmp_path, 2, 5, 1, False, jax.devices()) as recorder,
-        pytest.raises(UserError, match=rf"{told}; the last good checkpoint is of step 2"),
+        pytest.raises(UserError, match=rf"{told}; last checkpoint: step 2"),
     ):
         recorder.step(3, values, (*names, ""), 0.1, [("lost", "why")], 1)
     assert json.loads((tmp_path / "nonfinite-0.json").read_text())["records"] == names

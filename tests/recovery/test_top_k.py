@@ -232,14 +232,17 @@ def test_training_is_what_it_is_beside_a_teacher(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rkl": 0.5}, "rkl cannot be had from a teacher's cached top-k logits, only kl can: set rkl=0, or train"),
-        ({"l2": 0.5, "cosine": 0.1}, "l2 and cosine cannot be had .* set l2=0 and cosine=0"),
-        ({"kl": 0.0}, "teacher_top_k 5 is for kl > 0"),
+        (
+            {"rkl": 0.5},
+            "rkl cannot be computed from cached top-k logits of a teacher \\(only kl can\\): set rkl=0, or train",
+        ),
+        ({"l2": 0.5, "cosine": 0.1}, "l2 and cosine cannot be computed .* set l2=0 and cosine=0"),
+        ({"kl": 0.0}, "teacher_top_k=5 needs a term that uses it: set kl above 0"),
         ({"teacher_top_k": -1}, "teacher_top_k=-1 must be at least 0"),
-        ({"teacher_inputs": "student"}, 'cached teacher saw its own embeddings .* set teacher_inputs="own"'),
+        ({"teacher_inputs": "student"}, 'cached teacher was run on its own embeddings.* set teacher_inputs="own"'),
         ({"reference_compat": True}, "and reference_compat=False"),
         ({"kl_positions": "label"}, "'label' is not one of all, labels; did you mean 'labels'"),
-        ({"kl_positions": "labels", "reference_compat": True, "teacher_top_k": 0}, 'leave kl_positions "all"'),
+        ({"kl_positions": "labels", "reference_compat": True, "teacher_top_k": 0}, 'needs kl_positions="all"'),
     ],
 )
 def test_settings_that_contradict_each_other(changes, message):
@@ -249,7 +252,7 @@ def test_settings_that_contradict_each_other(changes, message):
 
 def test_more_tokens_than_there_are_and_batches_without_any():
     cfg = cases.config(vision=False)
-    with pytest.raises(UserError, match="teacher_top_k 65 is more than the vocabulary's 64 tokens"):
+    with pytest.raises(UserError, match="teacher_top_k=65 must be at most the vocabulary size, 64"):
         check_teacher(dataclasses.replace(KL, teacher_top_k=65), cfg, None)
     with pytest.raises(UserError, match="teacher_top_k=5 needs batches with 5 teacher_ids and 6 teacher_logprobs"):
         _top_k({"teacher_ids": jnp.zeros((1, 2, 5), jnp.int32)}, dataclasses.replace(KL, teacher_top_k=5))

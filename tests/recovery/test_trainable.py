@@ -57,11 +57,11 @@ def test_first_matching_rule_decides_and_the_rest_is_frozen():
     ("trainable", "message"),
     [
         ("projektor", "did you mean 'projector'"),
-        ([("text/layers/.*/q_prj/weight", True)], r"matches no parameter \(it must match a whole path; close"),
-        ([("text/norm/weight", False)], "nothing would train"),
+        ([("text/layers/.*/q_prj/weight", True)], r"matches no parameter \(it must match a full path; similar"),
+        ([("text/norm/weight", False)], "selects no parameter of this model"),
         ([("text/(norm", True)], "not a regular expression"),
         ([("text/.*", "decoder")], "one of main, projector"),
-        ([], "no rules given"),
+        ([], "empty: use"),
     ],
 )
 def test_bad_rules(trainable, message):
@@ -189,7 +189,7 @@ def test_adapters_follow_their_weights_dtype_and_mesh():
 
 
 def test_bad_adapter_targets():
-    with pytest.raises(UserError, match=r"qproj are not projections .* use down_proj, "):
+    with pytest.raises(UserError, match=r"qproj is not a projection .* use down_proj, "):
         add_lora(cases.model(CFG), LoraConfig(4, 8.0, 0.0, ("q_proj", "qproj")), jax.random.key(0))
 
 

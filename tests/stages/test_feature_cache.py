@@ -160,7 +160,7 @@ def test_what_is_refused(llava, goldens, tmp_path):
     for changes, reason in (
         ({"recover": {"trainable": "all"}}, "recover.trainable='all' trains the vision tower"),
         ({"recover": {"trainable": "tower"}}, "recover.trainable='tower' trains the vision tower"),
-        ({"mesh": {"data": 8}}, "a micro-batch of 2 rows .* does not divide over data x fsdp = 8 devices"),
+        ({"mesh": {"data": 8}}, "a micro-batch of 2 rows .* must be a multiple of data x fsdp = 8 devices"),
         ({"recover": {"compute_dtype": "bfloat16"}}, 'cache of other inputs .dtype was "float32", now "bfloat16"'),
         ({"model": {"dtype": "bfloat16"}}, 'weights.dtype was "float32", now "bfloat16"'),
         ({"data": {"aspect_ratio": "square"}}, 'images.aspect_ratio was "pad", now "square"'),

@@ -281,13 +281,13 @@ def test_another_teacher_is_refused(experiment, straight, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--config.recover.losses.l2=0.5"], "l2 cannot be had from a teacher's cached top-k logits"),
+        (["--config.recover.losses.l2=0.5"], "l2 cannot be computed from cached top-k logits of a teacher"),
         (["--config.recover.losses.teacher_inputs=student"], 'set teacher_inputs="own"'),
         (["--config.recover.teacher_top_k=0"], "recover.teacher_top_k=0 must be at least 1"),
-        (["--config.recover.teacher_top_k=417"], "teacher_top_k 417 is more than the vocabulary's 416 tokens"),
+        (["--config.recover.teacher_top_k=417"], "teacher_top_k=417 must be at most the vocabulary size, 416"),
         (
             ["--config.mesh.data=8"],
-            "a micro-batch of 4 rows (batch_size / accumulation) does not divide over data x fsdp",
+            "a micro-batch of 4 rows (batch_size / accumulation) must be a multiple of data x fsdp",
         ),
         (["--config.recover.teacher_cache={root}/teacher"], "teacher: is neither empty nor a cache"),
         (["--config.recover.teacher_cache={root}/records.json"], "records.json: "),

@@ -1,1 +1,1 @@
-"""Training what pruning lost: settings, losses, what trains, the step, checkpoints and the loop."""
+"""Recovery training of pruned models: settings, losses, trainable parameters, step, checkpoints and loop."""

@@ -1,4 +1,4 @@
-"""The programs of a run, compiled before its first batch: one for each kind of batch that it will meet."""
+"""Compilation of all programs of a run before its first batch: one program per batch shape."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from vlmprune_jax.recovery.step import place_rows
 
 
 class Programs:
-    """A jitted function's compiled programs, by the sizes and dtypes of its last argument, the arrays of a batch.
+    """Compiled programs of a jitted function, by the shapes and dtypes of its last argument, the arrays of a batch.
 
-    A program that is compiled when its first batch comes lets a pod wait for minutes in mid-run, and what does not fit
-    in memory ends the run there.
+    Compiling ahead avoids pauses of minutes on a pod in the middle of a run, and shows at the start if a program does
+    not fit in memory.
     """
 
     def __init__(self, function: Any):
@@ -25,18 +25,18 @@ class Programs:
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
     def has(self, batch: Mapping[str, Any]) -> bool:
-        """Whether the program of such a batch is compiled."""
+        """Return True if the program for a batch of this shape is compiled."""
         return _key(batch) in self._compiled
 
     def compile(self, *arguments: Any) -> None:
-        """Compile for such arguments, in the context in which the program will be called; nothing is computed.
+        """Compile for arguments of these shapes, in the context of the later call; nothing is computed.
 
-        All processes of a pod compile the same programs in the same order.
+        All processes of a pod must compile the same programs in the same order.
         """
         self._compiled[_key(arguments[-1])] = self._function.lower(*arguments).compile()
 
     def __call__(self, *arguments: Any) -> Any:
-        """The function's result, by the program of such a batch."""
+        """Call the compiled program for a batch of this shape."""
         return self._compiled[_key(arguments[-1])](*arguments)
 
 
@@ -45,12 +45,12 @@ def _key(batch: Mapping[str, Any]) -> Any:
 
 
 def stand_in(kind: Mapping[str, tuple[tuple[int, ...], np.dtype]], mesh: Mesh | None) -> dict[str, Any]:
-    """Zeros in the place of a batch of a kind (see `TrainBatches.kinds`), on the devices as the batch will be."""
+    """Return zeros with the shapes of a kind of batch (see `TrainBatches.kinds`), placed on devices like the batch."""
     return place_rows({name: np.zeros(size, dtype) for name, (size, dtype) in kind.items()}, mesh)
 
 
 def describe(cfg: ModelConfig, batches: Sequence[Mapping[str, Any]]) -> str:
-    """Batches for a person: "1,024, 512 tokens", with their images where these differ."""
+    """Describe batch shapes in words: "1,024, 512 tokens", with the number of images if it differs."""
     sizes = [_sizes(cfg, batch) for batch in batches]
     if len({images for _, images in sizes}) == 1:
         return f"{', '.join(f'{tokens:,}' for tokens, _ in sizes)} tokens"
@@ -58,7 +58,7 @@ def describe(cfg: ModelConfig, batches: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _sizes(cfg: ModelConfig, batch: Mapping[str, Any]) -> tuple[int, str]:
-    """Tokens of a row, and what it has of images."""
+    """Return the tokens of a row, and its image slots in words."""
     images = batch.get("pixel_values", batch.get("vision_features"))
     slots = 0 if images is None else images.shape[1]
     room = f" of {room_of(cfg, batch):,}" if "image_grid_thw" in batch else ""

@@ -1,4 +1,4 @@
-"""Resumable training state on disk: trained parameters, optimizer, step, key and data position, saved together."""
+"""Resumable training state on disk: trained parameters, optimizer, step, random key and data position."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from vlmprune_jax.distributed.mesh import from_all, on_process_zero
 from vlmprune_jax.recovery.step import TrainState
 
 STATE, META = "state", "meta"
-_HALF_WRITTEN = ".orbax-checkpoint-tmp"  # what orbax ends the name of a checkpoint with until it is complete
+_HALF_WRITTEN = ".orbax-checkpoint-tmp"  # suffix that orbax gives to incomplete checkpoints
 _REMEDY = "remove that folder, and run the same command"
 
 
 class _Meta(TypedDict):
-    """`data`: the data state of every process, see `_gather`; `digest`: of the state, which older versions lack."""
+    """Facts of a checkpoint: `data` is the data state of every process (see `_gather`), `digest` that of the state."""
 
     identity: dict[str, Any]
     data: Annotated[list[str], msgspec.Meta(min_length=1)]
@@ -38,13 +38,13 @@ class _Meta(TypedDict):
 
 
 class Checkpointer:
-    """Checkpoints of one run in one folder, written in the background, the newest `keep` of them kept.
+    """Checkpoints of one run in one folder, written in the background; the newest `keep` remain.
 
-    A checkpoint appears by a rename when it is complete: a process that is killed while saving leaves the previous
-    one in place. `identity` is everything that has to be the same for a resumed run to be this run. Devices and
-    processes are not part of it: arrays are read onto whatever mesh there is now.
+    A complete checkpoint is renamed into place, so a process that is killed while saving leaves the previous
+    checkpoint. `identity` holds everything that must be equal for a run to resume. Devices and processes are not part
+    of it: arrays are restored onto the current mesh.
 
-    As a context it waits for the save in progress at the end.
+    As a context manager it waits for the save in progress at the end.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], keep: int):
@@ -62,52 +62,52 @@ class Checkpointer:
         if error is None:
             with self._failing():
                 self._manager.close()
-        else:  # what went wrong first is what the user should read
+        else:  # the user should read the first error
             with contextlib.suppress(Exception):
                 self._manager.close()
 
     def check(self) -> None:
-        """Raise UserError if a save that went on in the background has failed."""
+        """Raise UserError if a background save has failed."""
         with self._failing():
             self._manager.check_for_errors()
 
     def prepare(self, state: TrainState) -> None:
-        """Compile what `save` computes, so that no step waits for it."""
+        """Compile the computations of `save`, so that no step waits for the compiler."""
         weights_digest(_tree(state))
 
     def save(self, step: int, state: TrainState, data_state: Any) -> None:
-        """Start saving; returns when the arrays are on the host. Data states of all processes go into one file.
+        """Start saving; returns when the arrays are on the host. One file holds the data states of all processes.
 
         Raises:
-          UserError: this save or the one before it cannot be written.
+          UserError: this save or the previous one cannot be written.
         """
         meta = {"identity": self.identity, "data": _gather(data_state), "digest": weights_digest(_tree(state))}
         args = ocp.args.Composite(
             **{STATE: ocp.args.StandardSave(_tree(state)), META: ocp.args.JsonSave(meta)},
         )
-        with self._failing():  # force: orbax would ask on its own whether the machine is taken away
+        with self._failing():  # force: otherwise orbax checks for preemption on its own
             self._manager.save(step, args=args, force=True)
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
-        """Whatever orbax and its storage raise, as one line with the folder."""
+        """Convert exceptions of orbax and its storage to one line with the folder."""
         try:
             yield
         except Exception as error:
             complete = sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdecimal())
-            last = f"the last complete one is of step {complete[-1]}" if complete else "there is no complete one"
+            last = f"last complete checkpoint: step {complete[-1]}" if complete else "no complete checkpoint"
             raise UserError(
                 f"{self.folder}: cannot save a checkpoint ({_why(error)}); {last}: "
-                "make room or mend the disk, and run the same command"
+                "free or repair the disk, and run the same command"
             ) from error
 
     def restore(self, like: TrainState) -> tuple[TrainState, Any] | None:
-        """The newest complete checkpoint and this process's data state, or None in a new folder.
+        """Return the newest complete checkpoint and the data state of this process, or None in a new folder.
 
-        `like` gives shapes, dtypes and shardings (a state of step 0).
+        `like` is a state of step 0 with the shapes, dtypes and shardings.
 
         Raises:
-          UserError: the checkpoint is of another run; the message names the fields that differ.
+          UserError: the checkpoint belongs to another run (names the fields that differ) or is damaged.
         """
         step = self._manager.latest_step()
         if step is None:
@@ -117,29 +117,29 @@ class Checkpointer:
         differs = differences(meta["identity"], self.identity)
         if differs:
             raise UserError(
-                f"{self.folder}/{step} is a checkpoint of another run: {'; '.join(differs[:5])}; "
-                "use another workdir, or remove that folder to start again"
+                f"{self.folder}/{step}: checkpoint of another run ({'; '.join(differs[:5])}): use another workdir, or "
+                "remove that folder to start again"
             )
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _tree(like))
         tree = self._read(step, STATE, ocp.args.StandardRestore(abstract))
         with reading(where, _REMEDY):
             state = jax.tree.unflatten(jax.tree.structure(like), [tree[name] for name in sorted(tree)])
             if int(state.step) != step:
-                raise UserError(f"{where}: holds the state of step {int(state.step)}: {_REMEDY}")
+                raise UserError(f"{where}: holds the state of step {int(state.step)}, not {step}: {_REMEDY}")
             if "digest" in meta and weights_digest(tree) != meta["digest"]:
-                raise UserError(f"{where}: holds other numbers than were saved: {_REMEDY}")
+                raise UserError(f"{where}: the arrays differ from those that were saved: {_REMEDY}")
             return state, self._own(step, meta["data"])
 
     def _own(self, step: int, states: list[str]) -> Any:
-        """This process's data state of those that were saved.
+        """Select the data state of this process from the saved ones.
 
-        Streams that go through the global batches (`data.batching`) are in the same place on every process, so that
-        any number of processes can continue them.
+        Streams over global batches (`data.batching`) have the same position on every process, so any number of
+        processes can continue them.
         """
         if len(states) != jax.process_count() and len(set(states)) > 1:
             raise UserError(
-                f"{self.folder}/{step} was saved by {len(states)} processes, each in another place of its data: "
-                f"continue with {len(states)} processes, not {jax.process_count()}"
+                f"{self.folder}/{step}: saved by {len(states)} processes at different positions in their data, now "
+                f"there are {jax.process_count()}: continue with {len(states)} processes"
             )
         return _decode(states[jax.process_index() if len(states) == jax.process_count() else 0])
 
@@ -149,7 +149,7 @@ class Checkpointer:
 
 
 def _prepare(folder: Path) -> None:
-    """Make the folder, remove half-written checkpoints, and refuse what orbax would wait for: FIFOs, devices."""
+    """Create the folder, remove incomplete checkpoints, and refuse files on which orbax would hang: FIFOs, devices."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("*" + _HALF_WRITTEN):
         _discard(path)
@@ -159,7 +159,7 @@ def _prepare(folder: Path) -> None:
 
 
 def _discard(path: Path, patience_s: float = 10.0) -> None:
-    """Remove a half-written checkpoint. A save that failed may still be writing files into it for a moment.
+    """Remove an incomplete checkpoint; retry while a failed save still writes files into it.
 
     Raises:
       UserError: it cannot be removed.
@@ -175,18 +175,18 @@ def _discard(path: Path, patience_s: float = 10.0) -> None:
 
 
 def _why(error: Exception) -> str:
-    """Why a save failed; tensorstore tells what it was at first, and that the disk is full at the very end."""
+    """Return the reason why a save failed; tensorstore mentions a full disk only at the end of its message."""
     full = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
     return next((text for text in full if text in str(error)), reason(error))
 
 
 def _tree(state: TrainState) -> dict[str, jax.Array]:
-    """The state's leaves by position: an order that does not depend on how optax nests its tuples."""
+    """Return the leaves of the state by position, an order that does not depend on how optax nests its tuples."""
     return {f"{i:06d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
 
 
 def _gather(data_state: Any) -> list[str]:
-    """Every process's data state (bytes, or anything JSON can hold), encoded as one string each."""
+    """Return the data state of every process (bytes or a JSON value), each encoded as a string."""
     if isinstance(data_state, bytes):
         text = "b" + base64.b64encode(data_state).decode()
     else:
@@ -200,7 +200,7 @@ def _decode(text: str) -> Any:
 
 @jax.jit
 def _digest(leaves: list[jax.Array]) -> list[jax.Array]:
-    """uint32[] wrapping sum of each leaf's bits, weighted by position: exact in any order and on any sharding."""
+    """Return uint32[] per leaf: the wrapping sum of its bits, weighted by position; equal for any sharding."""
     sums = []
     for leaf in leaves:
         width = jnp.dtype(f"uint{leaf.dtype.itemsize * 8}")
@@ -213,7 +213,7 @@ def _digest(leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def weights_digest(params: Any) -> str:
-    """A short text that changes when any weight does; one pass on the devices."""
+    """Return a short text that changes with any weight; takes one pass on the devices."""
     sums = np.asarray(jax.device_get(_digest(jax.tree.leaves(params))), np.uint64)
     mixed = np.uint64(1469598103934665603)
     for value in sums:

@@ -1,4 +1,4 @@
-"""The pass that fills a cache with the features of a frozen vision tower, once per image."""
+"""Computation of the features of a frozen vision tower, once per image, into a cache."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ from vlmprune_jax.recovery.step import batch_sharding, local_rows, place_rows, s
 def feature_identity(
     cfg: ModelConfig, weights: Mapping[str, str], preparation: Mapping[str, Any], dtype: str
 ) -> dict[str, Any]:
-    """What features depend on beside the image: the tower and its weights (a digest and their dtype), what is selected
-    of its states, how images become arrays, and the dtype of the computation.
+    """Return everything that features depend on beside the image.
+
+    That is the tower and its weights (a digest and their dtype), the selected states, the image preprocessing, and the
+    dtype of the computation.
     """
     assert cfg.vision is not None
     assert cfg.projector is not None
@@ -55,34 +57,36 @@ def compute_features(
     mesh: Mesh | None,
     progress: Callable[[int], None],
 ) -> None:
-    """Add the features of these pictures, by their keys, to the loader's cache.
+    """Add the features of pictures, by key, to the cache of the loader.
 
-    Every process calls it with the same pictures and computes those of its share; all of them run one program together,
-    or one for each of the sizes that images of any size are padded to, the largest of them first: each is compiled
-    once, in turn, and nothing waits for it but this pass. What is finished is
-    published also when `progress` stops the pass.
+    Every process calls it with the same pictures and computes its share. All processes run one program together, or
+    for images of any size one program per padded size, largest first; each is compiled once. Finished features are
+    published even if `progress` stops the pass.
 
     Args:
-      tower: the parameters below "vision", on the mesh.
-      batch_size: tiles that all devices take at a time.
-      on_error: "stop" at a picture that cannot be read, or "skip" it: it has no tiles in the cache.
-      progress: called with the number of pictures done.
+      tower: parameters below "vision", on the mesh.
+      cfg: config of the model.
+      loader: reads and preprocesses pictures; owns the cache.
+      pictures: pictures by key.
+      batch_size: number of tiles per batch, over all devices.
+      on_error: "stop" at a picture that cannot be read, or "skip" it (it then has no tiles in the cache).
+      threads: number of threads that read images.
+      mesh: where the tower is computed.
+      progress: called with the number of finished pictures.
 
     Raises:
-      UserError: an image cannot be read, the disk is full, or the processes do not see the same folder.
+      UserError: an image cannot be read, the disk is full, or the processes see different folders.
     """
     mine = _share(loader, pictures, on_error)
     decoded = _decoded(loader, mine, on_error, threads)
-    rows, waiting = deque[_Tile](), deque[tuple[str, int]]()  # tiles, and how many each picture has
+    rows, waiting = deque[_Tile](), deque[tuple[str, int]]()  # tiles; (key, number of tiles) of each picture
     finished, local = deque[np.ndarray](), batch_size // jax.process_count()
     compute = _make_compute(cfg, mesh)
     cast = jax.tree.map(lambda x: x.astype(loader.dtype), tower)
     left = len(mine)
 
     def advance() -> tuple[int, int]:
-        """Put away whole pictures and read others; returns how many this process has in hand, and the tokens that the
-        next ones of any size need.
-        """
+        """Store finished pictures and read more; return (pictures in progress, tokens of the largest next tile)."""
         nonlocal left
         while waiting and waiting[0][1] <= len(finished):
             key, count = waiting.popleft()
@@ -90,21 +94,21 @@ def compute_features(
             nothing = np.empty((0, *[0] * (2 - len(loader.shape)), *loader.shape), loader.dtype)
             loader.cache.add({key: np.stack(states) if states else nothing})
             left -= 1
-        while len(rows) < local and (found := next(decoded, None)) is not None:
-            waiting.append((found[0], len(found[1])))
-            rows.extend(found[1])
+        while len(rows) < local and (picture := next(decoded, None)) is not None:
+            waiting.append((picture[0], len(picture[1])))
+            rows.extend(picture[1])
         return len(waiting), max((tile.shape.tokens for tile in list(rows)[:local]), default=0)
 
     try:
         while True:
-            hands = from_all(advance)
-            if not any(in_hand for in_hand, _ in hands):
+            shares = from_all(advance)
+            if not any(in_progress for in_progress, _ in shares):
                 break
             progress(len(pictures) - min(left * jax.process_count(), len(pictures)))
             taken = [rows.popleft() for _ in range(min(local, len(rows)))]
-            batch = _batch(loader, taken, local, max(tokens for _, tokens in hands))
+            batch = _batch(loader, taken, local, max(tokens for _, tokens in shares))
             states = local_rows(compute(cast, batch))
-            finished.extend(one[: tile.shape.tokens or None] for one, tile in zip(states, taken, strict=False))
+            finished.extend(state[: tile.shape.tokens or None] for state, tile in zip(states, taken, strict=False))
         progress(len(pictures))
     except Stopped:
         loader.cache.publish()
@@ -113,14 +117,14 @@ def compute_features(
 
 
 class _Tile(NamedTuple):
-    """Pixels of a tile, or patches of an image of any size, and what its picture becomes."""
+    """Pixels of a tile, or patches of an image of any size, with the shape of its picture."""
 
     pixels: np.ndarray
     shape: ImageShape
 
 
 def _batch(loader: FeatureLoader, tiles: Sequence[_Tile], rows: int, tokens: int) -> dict[str, np.ndarray]:
-    """Tiles as the first of so many rows; images of any size are padded to a bucket that holds so many tokens."""
+    """Return `tiles` as the first of `rows` rows; images of any size are padded to a bucket of at least `tokens`."""
     room = next((bucket for bucket in loader.preparation.image_buckets if bucket >= tokens), 0)
     arrays = {name: np.zeros(size, dtype) for name, (size, dtype) in loader.images.arrays(rows, room).items()}
     for row, tile in enumerate(tiles):
@@ -131,7 +135,7 @@ def _batch(loader: FeatureLoader, tiles: Sequence[_Tile], rows: int, tokens: int
 
 
 def _make_compute(cfg: ModelConfig, mesh: Mesh | None) -> Callable[[Params, dict[str, np.ndarray]], jax.Array]:
-    """`tower_features` of this process's rows, as one program over the mesh for each of their shapes."""
+    """Return a function that computes `tower_features` of this process's rows, one compiled program per shape."""
     where = None if mesh is None else batch_sharding(mesh, 3)
     program = jax.jit(
         lambda tower, rows: tower_features(tower, cfg, rows["pixel_values"], rows.get(GRIDS)), out_shardings=where
@@ -148,13 +152,13 @@ def _make_compute(cfg: ModelConfig, mesh: Mesh | None) -> Callable[[Params, dict
 def _decoded(
     loader: FeatureLoader, pictures: Mapping[str, Picture], on_error: str, threads: int
 ) -> Iterator[tuple[str, list[_Tile]]]:
-    """(key, tiles) of the pictures in order, read ahead in threads."""
+    """Iterate over (key, tiles) of the pictures in order, read ahead in threads."""
     if not pictures:
         return iter(())
 
     def tiles(picture: Picture) -> list[_Tile]:
         pixels = loader.pixels(picture)
-        return [_Tile(one, loader.shape_of(picture)) for one in pixels]
+        return [_Tile(tile, loader.shape_of(picture)) for tile in pixels]
 
     def decode(item: tuple[str, Picture]) -> tuple[str, list[_Tile]]:
         return item[0], _attempt(functools.partial(tiles, item[1]), [], on_error)
@@ -173,10 +177,10 @@ def _attempt(compute: Callable[[], Any], otherwise: Any, on_error: str) -> Any:
 
 
 def _share(loader: FeatureLoader, pictures: Mapping[str, Picture], on_error: str) -> dict[str, Picture]:
-    """The pictures that this process computes, those of any size by size, so that batches hold like ones.
+    """Return the pictures that this process computes; images of any size are sorted so that batches have equal sizes.
 
     Raises:
-      UserError: there is no room for all features on the disk, or an image cannot be read.
+      UserError: the disk has no room for all features, or an image cannot be read.
     """
     keys, turns = list(pictures), slice(jax.process_index(), None, jax.process_count())
 

@@ -1,4 +1,4 @@
-"""The arithmetic that one optimizer step needs: the model FLOPs behind MFU and the planner."""
+"""Model FLOPs of one optimizer step, for MFU and the planner."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from vlmprune_jax.recovery.objective import compares_logits, needs_logits, needs
 
 @dataclass(frozen=True)
 class StepFlops:
-    """FLOPs (a multiply-add is two) of one optimizer step over all devices.
+    """FLOPs of one optimizer step over all devices (a multiply-add counts as two).
 
-    `student`, `teacher`: matrix products of decoder and head; `attention`: scores and mixing in both decoders;
+    `student`, `teacher`: matrix products of decoder and head. `attention`: scores and weighted sums in both decoders.
     `vision`: towers and projectors.
     """
 
@@ -30,7 +30,7 @@ class StepFlops:
 
     @property
     def total(self) -> int:
-        """All parts."""
+        """The sum of all parts."""
         return self.student + self.teacher + self.attention + self.vision
 
 
@@ -46,21 +46,24 @@ def step_flops(
     image_tokens: int = 0,
     looked_at: int | None = None,
 ) -> StepFlops:
-    """6 N_student + 2 N_teacher per token, plus attention and vision: model FLOPs as in PaLM (arXiv 2204.02311, B).
+    """Return the model FLOPs of a step: 6 N_student + 2 N_teacher per token, plus attention and vision.
 
-    What is computed again in the backward pass does not count, and padding does, so that MFU is about the program and
-    `padding` about the data. Logits count where a loss looks at them: nobody computes the others. N are the weights of
-    matrix products, the head included and looked-up tables not. Of the 6 N, 2 N are the forward pass; 2 N gradients of
-    activations, in the decoder always, for whatever trains is in it or below; 2 N gradients of the weight, where it
-    trains: a frozen weight above an adapter counts 4 N. Attention counts the keys that a query may see (causal, within
-    its window), twice again where gradients pass.
+    Counted as in PaLM (arXiv 2204.02311, B): recomputation in the backward pass is excluded and padding is included, so
+    that MFU describes the program and the metric `padding` describes the data. Logits are included only at positions
+    that a loss uses. N counts the weights of matrix products, including the head but not lookup tables. Of the 6 N, 2 N
+    are the forward pass, 2 N the gradients of activations (always computed in the decoder), and 2 N the gradients of
+    trained weights: a frozen weight above an adapter costs 4 N. Attention includes the keys that a query may see
+    (causal, within its window), three times where gradients pass.
 
     Args:
-      cfg: the student, with its adapters. teacher_cfg: None if no loss needs a teacher.
-      trained: paths of the parameters that train.
-      rows, length: of the global batch of one optimizer step, all micro-batches; images: its image or tile slots;
-        image_tokens: that each has room for, where images are of any size.
-      looked_at: the positions whose logits are needed; None: all.
+      cfg: the student, with its adapters.
+      teacher_cfg: the teacher; None if no loss needs one.
+      loss: loss terms.
+      trained: paths of the trained parameters.
+      rows, length: size of the global batch of one optimizer step, all micro-batches.
+      images: number of image or tile slots in that batch.
+      image_tokens: tokens per slot, for images of any size.
+      looked_at: number of positions whose logits are needed; None: all.
     """
     tokens = rows * length
     looked_at = tokens if looked_at is None else looked_at
@@ -82,9 +85,9 @@ def step_flops(
 def batch_flops(
     cfg: ModelConfig, teacher_cfg: ModelConfig | None, loss: LossConfig, trained: Collection[str], *, rows: int
 ) -> Callable[[Mapping[str, Any]], int]:
-    """`step_flops` in all, as a function of one process's arrays of a batch; the global batch has `rows`.
+    """Return a function from one process's arrays of a batch to the total of `step_flops`; the global batch has `rows`.
 
-    Where only labels are looked at, the others' rows are taken to have as many as this process's.
+    If losses use only labelled positions, the rows of other processes are assumed to have as many labels.
     """
 
     @functools.cache
@@ -106,7 +109,7 @@ def batch_flops(
 
 
 def room_of(cfg: ModelConfig, arrays: Mapping[str, Any]) -> int:
-    """Tokens that each slot of a batch with images of any size has room for, as pixels or features."""
+    """Return the tokens per image slot of a batch with images of any size, given as pixels or features."""
     assert cfg.projector is not None
     if "vision_features" in arrays:
         return int(arrays["vision_features"].shape[2])

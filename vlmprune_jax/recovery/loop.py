@@ -1,4 +1,4 @@
-"""The one training loop: recovery of a pruned model, and pretraining from scratch; methods differ by config only."""
+"""The training loop, for recovery of a pruned model and for pretraining; methods differ only in their config."""
 
 from __future__ import annotations
 
@@ -46,26 +46,30 @@ def recover(
     """Train `model` on `batches` and return the trained model and a summary.
 
     Args:
-      model: the pruned model, or a fresh one (`init_params`) to pretrain; its arrays are left alone.
-      batches: this process's rows as `Batch`es, for ever or at least `num_steps` of them. With `workdir` its iterator
-        needs `get_state()` and `set_state()` (grain has them). If they say of what kinds they will be
-        (`TrainBatches.kinds`), the programs of all of them are compiled before the first step.
-      config: what trains, on which losses, and how.
+      model: the pruned model, or a new one (`init_params`) to pretrain; its arrays are not modified.
+      batches: this process's rows as `Batch`es, endless or at least `num_steps` of them. With `workdir` the iterator
+        needs `get_state()` and `set_state()` (grain has them). If `batches` has a method `kinds`
+        (`TrainBatches.kinds`), all programs are compiled before the first step.
+      config: trainable parameters, losses and optimizer.
       teacher: the unpruned model, for distillation.
-      plan: the prune plan that made `model` from `teacher` (its `kept_layers` align hidden states).
-      workdir: checkpoints, metrics.jsonl and TensorBoard go there; a run that stopped there continues, bitwise on the
-        same devices and processes, within rounding on others.
-      mesh: where to train (default: where the model's arrays live).
+      plan: the prune plan that turned `teacher` into `model` (its `kept_layers` align hidden states).
+      workdir: folder for checkpoints, metrics.jsonl and TensorBoard; a stopped run continues from it, bitwise equal on
+        the same devices and processes, within rounding on others.
+      mesh: devices to train on (default: those of the model's arrays).
+      progress: show a progress bar.
       num_steps: optimizer steps (default: `config.steps`).
 
     Raises:
-      UserError: settings that do not fit the model, mesh or checkpoint; a loss or gradient that is not finite (names
-        the records); data that ends early; a checkpoint that cannot be written.
-      Stopped: SIGTERM; the state is saved.
+      UserError: settings do not fit the model, mesh or checkpoint; a loss or gradient is not finite (names the
+        records); the data ends early; a checkpoint cannot be written.
+      Stopped: on SIGTERM, after saving the state.
     """
     total = num_steps or config.steps
     if total is None:
-        raise UserError("epochs given without num_steps: pass num_steps=config.num_steps(number of training records)")
+        raise UserError(
+            "recover: config.epochs needs the number of steps: pass num_steps=config.num_steps(number of training "
+            "records)"
+        )
     run = prepare(model, config, teacher, plan, mesh, total)
     stream = iter(batches)
     folder = None if workdir is None else Path(workdir)
@@ -83,28 +87,33 @@ def recover(
 
 
 def _resume(run: Run, stream: Iterator[Any], saver: Checkpointer | None) -> tuple[TrainState, int]:
-    """The state to start from and its step; the stream is moved to where that state left it."""
+    """Return the state to start from and its step; moves the stream to the position of that state."""
     if saver is None:
         return run.state, 0
     if not (hasattr(stream, "get_state") and hasattr(stream, "set_state")):
-        raise UserError("batches cannot be resumed (no get_state/set_state): use a grain dataset, or no workdir")
+        raise UserError(
+            "recover: batches cannot be resumed (no get_state/set_state): use a grain dataset, or leave out workdir"
+        )
     restored = saver.restore(run.state)
     if restored is None:
         return run.state, 0
     state, data_state = restored
     try:
         stream.set_state(data_state)
-    except Exception as error:  # whatever a stream may raise
-        raise UserError(f"{saver.folder}: its place in the data does not fit these batches ({error!r})") from error
+    except Exception as error:  # a stream may raise anything
+        raise UserError(
+            f"{saver.folder}: the saved data position does not fit these batches ({error!r}): use the same data, or "
+            "remove that folder to start again"
+        ) from error
     return state, int(state.step)
 
 
 @runtime_checkable
 class Foreseen(Protocol):
-    """Batches that know beforehand what their arrays will be."""
+    """Batches that know the shapes of their arrays in advance."""
 
     def kinds(self, first: int, last: int) -> Sequence[Kind]:
-        """What the arrays of the batches `first` ... `last` - 1 are, each kind once, the same on all processes."""
+        """Return the distinct array shapes of the batches `first` ... `last` - 1, equal on all processes."""
 
 
 class _Pending(NamedTuple):
@@ -126,7 +135,7 @@ def _train(
     saver: Checkpointer | None,
     recorder: Recorder,
 ) -> TrainState:
-    """Steps `first ... total - 1`. Metrics are read one step late, so that the device never waits for the host."""
+    """Run the steps of `span`; metrics are read one step late, so that the device never waits for the host."""
     pending: deque[_Pending] = deque()
     trained = run.state.params.keys()
     programs = Programs(run.step)
@@ -156,12 +165,12 @@ def _train(
             stopping = stop.requested()
             due = step + 1 == span[1] or (config.save_every and (step + 1) % config.save_every == 0)
             if saver is not None and (due or stopping):
-                settle(0)  # a state is only saved after its loss and gradient proved finite
+                settle(0)  # save a state only after its loss and gradient proved finite
                 saver.save(step + 1, state, stream.get_state())  # type: ignore[attr-defined]
                 recorder.saved = step + 1
             if stopping:
-                kept = f"saved in {saver.folder}: the same command continues it" if saver else "nothing is saved"
-                raise Stopped(f"training stopped on SIGTERM after step {step + 1} of {span[1]}; {kept}")
+                where = f"saved in {saver.folder}: run the same command to continue" if saver else "nothing is saved"
+                raise Stopped(f"training stopped on SIGTERM after step {step + 1} of {span[1]}; {where}")
         settle(0)
     return state
 
@@ -172,7 +181,7 @@ def _compile_ahead(
     """Compile the step for every kind of batch.
 
     Raises:
-      Stopped: SIGTERM; nothing is lost.
+      Stopped: on SIGTERM; nothing is lost.
     """
     if kinds:
         batches = [{name: np.broadcast_to(0, size) for name, (size, _) in kind.items()} for kind in kinds]
@@ -181,7 +190,7 @@ def _compile_ahead(
         batch = stand_in(kind, run.mesh)
         programs.compile(state, run.frozen, run.teacher_params, batch)
         if stop.requested():
-            raise Stopped("training stopped on SIGTERM while it compiled the programs of its steps; nothing is lost")
+            raise Stopped("training stopped on SIGTERM while compiling, before its first step; nothing is lost")
 
 
 def _run_step(
@@ -192,7 +201,7 @@ def _run_step(
     unforeseen: str,
     recorder: Recorder,
 ) -> tuple[TrainState, Metrics]:
-    """One step; where its program is not there, it is compiled and `unforeseen` is said."""
+    """Run one step; if its program is missing, print `unforeseen` and compile it."""
     arguments = (state, run.frozen, run.teacher_params, place_rows(arrays, run.mesh))
     if not programs.has(arguments[-1]):
         recorder.say(f"{unforeseen}: {describe(run.cfg, [arrays])}")
@@ -202,18 +211,22 @@ def _run_step(
 
 
 def _next(stream: Iterator[Any], run: Run, config: RecoverConfig, step: int) -> Any:
-    """The next batch, checked.
+    """Return the next batch after checking it.
 
     Raises:
-      UserError: the data ended, the batch has another size, or ids do not fit the model.
+      UserError: the data ended, the batch has another size, or its inputs do not fit the model.
     """
     batch = next(stream, None)
     if batch is None:
-        raise UserError(f"the training data ended after {step} steps: give fewer steps or more epochs of data")
+        raise UserError(
+            f"recover: the training data ended after {step} steps: set fewer steps, or pass more epochs of data"
+        )
     rows = config.batch_size // jax.process_count()
     ids = batch.arrays["input_ids"]
     if len(ids) != rows:
-        raise UserError(f"batch of step {step + 1} has {len(ids)} rows, config says {rows} per process")
+        raise UserError(
+            f"recover: batch of step {step + 1} has {len(ids)} rows, expected {rows} per process: check batch_size"
+        )
     check_inputs(
         run.cfg,
         ids,
@@ -239,9 +252,9 @@ def _summary(run: Run, recorder: Recorder, first: int, total: int) -> dict[str, 
 
 
 def _finish(run: Run, state: TrainState, model: Model, merge: bool) -> Model:
-    """The trained model in its original dtypes; frozen leaves are the given arrays."""
-    given = flatten(model.params)
+    """Return the trained model in its original dtypes; frozen leaves are the original arrays."""
+    original = flatten(model.params)
     trained = {path: master.astype(run.dtypes[path]) for path, master in state.params.items()}
-    frozen = {path: given.get(path, leaf) if run.mesh is None else leaf for path, leaf in run.frozen.items()}
+    frozen = {path: original.get(path, leaf) if run.mesh is None else leaf for path, leaf in run.frozen.items()}
     result = Model(unflatten({**frozen, **trained}), run.cfg)
     return merge_lora(result) if merge else result

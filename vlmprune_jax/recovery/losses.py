@@ -1,6 +1,6 @@
-"""Training losses as (sum, weight) pairs over the terms of `losses`, which a user's file may extend.
+"""Training losses as (sum, weight) pairs over the terms of `losses`, which a file of the user may extend.
 
-Vocabulary terms are computed in chunks of positions, so that no [batch, seq, vocab] array exists.
+Vocabulary terms are computed in chunks of positions, so that no array of shape [batch, seq, vocab] exists.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from vlmprune_jax.recovery.terms import LossTerm
 
 
 class LossTerms(UserDict[str, LossTerm]):
-    """The loss terms by name: `vp.losses["mine"] = vp.LossTerm(...)` adds one, and a call measures them on a batch."""
+    """Loss terms by name: `vp.losses["mine"] = vp.LossTerm(...)` adds a term; a call evaluates them on a batch."""
 
     def __setitem__(self, name: str, term: LossTerm) -> None:
         if not isinstance(term, LossTerm) or not name.isidentifier():
-            raise UserError(f"losses: {name!r} must be a name as in Python, and its term a LossTerm, not {term!r}")
+            raise UserError(f"losses: {name!r} must be a Python identifier and its value a LossTerm, got {term!r}")
         super().__setitem__(name, term)
 
     def __call__(
@@ -55,17 +55,17 @@ class LossTerms(UserDict[str, LossTerm]):
         teacher: Model | None = None,
         plan: PrunePlan | None = None,
     ) -> dict[str, float]:
-        """The mean of every term over one batch, without dropout, and their weighted sum as "total".
+        """Return the mean of every term over one batch, without dropout, and their weighted sum as "total".
 
         Args:
           model: the student, with or without adapters.
-          batch: a mapping of arrays, or an object with such `.arrays`: input_ids, attention_mask and labels
-            int[batch, seq] (labels are not shifted, -100 where nothing is to be learnt), perhaps pixel_values.
-          config: which terms; a `RecoverConfig` also in which precision (else in the model's own).
-          teacher, plan: as for `recover`.
+          batch: a mapping of arrays, or an object with the attribute `arrays`: input_ids, attention_mask and labels,
+            int[batch, seq] (labels are not shifted; -100 = no label), and optionally pixel_values.
+          config: weights of the terms; a `RecoverConfig` also sets the precision (default: the model's own).
+          teacher, plan: see `recover`.
 
         Raises:
-          UserError: terms, teacher or batch that do not fit.
+          UserError: terms, teacher or batch do not fit.
         """
         loss, dtype = (config.losses, config.compute_dtype) if isinstance(config, RecoverConfig) else (config, None)
         theirs = None if teacher is None else teacher.cfg
@@ -74,7 +74,7 @@ class LossTerms(UserDict[str, LossTerm]):
         arrays = {name: jnp.asarray(array) for name, array in getattr(batch, "arrays", batch).items()}
         missing = [name for name in ("input_ids", "attention_mask", "labels") if name not in arrays]
         if missing:
-            raise UserError(f"losses: the batch has no {', '.join(missing)}")
+            raise UserError(f"losses: the batch has no {', '.join(missing)}: add the array")
         check_inputs(
             model.cfg,
             arrays["input_ids"],
@@ -99,9 +99,9 @@ losses.data = TERMS
 
 
 def term_weights(loss: LossConfig, cfg: ModelConfig, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    """float32[] weight of every term over int[..., batch, seq] labels and mask; known before any forward pass.
+    """Return the float32[] weight of every term from int[..., batch, seq] labels and mask, before any forward pass.
 
-    Knowing the totals first makes gradients of micro-batches simply additive.
+    Because the totals are known first, gradients of micro-batches can simply be added.
     """
     n_labels = jnp.sum(labels[..., 1:] != IGNORED, dtype=jnp.float32)
     n_valid = jnp.float32(mask.size) if loss.reference_compat else jnp.sum(mask, dtype=jnp.float32)
@@ -119,7 +119,7 @@ def term_weights(loss: LossConfig, cfg: ModelConfig, labels: jax.Array, mask: ja
 
 @dataclass(frozen=True)
 class Teacher:
-    """What distillation needs beside the student: the teacher's config and the aligned hidden-state indices."""
+    """The teacher of a distillation: its config and the aligned hidden-state indices."""
 
     cfg: ModelConfig
     student_layers: tuple[int, ...]
@@ -137,10 +137,11 @@ def loss_sums(
     remat: str,
     dropout_key: jax.Array | None,
 ) -> dict[str, jax.Array]:
-    """float32[] sum of every term over one (micro-)batch of `input_ids, attention_mask, labels` and perhaps images:
-    `pixel_values`, or `vision_features` for models without their tower.
+    """Return the float32[] sum of every term over one (micro-)batch.
 
-    With `loss.teacher_top_k` it has `teacher_ids` and `teacher_logprobs` as well (see `data.teacher_rows`).
+    The batch holds `input_ids`, `attention_mask`, `labels` and optionally images: `pixel_values`, or `vision_features`
+    for models without their tower. With `loss.teacher_top_k` it also holds `teacher_ids` and `teacher_logprobs` (see
+    `data.teacher_rows`).
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
     images: dict[str, Any] = {name: batch.get(name) for name in IMAGE_INPUTS}
@@ -164,8 +165,8 @@ def loss_sums(
     target, teacher_head = None, None
     taught: Sequence[jax.Array | None] = (None,) * len(states)
     if teacher is not None and teacher_params is not None:
-        given = ("inputs_embeds", "added") if loss.teacher_inputs == "student" else ()
-        inputs |= {name: aux[name] for name in given}
+        shared = ("inputs_embeds", "added") if loss.teacher_inputs == "student" else ()
+        inputs |= {name: aux[name] for name in shared}
         states = teacher.teacher_layers if hidden else ()
         target, seen = encode(teacher_params, teacher.cfg, ids, **images, states=states, **inputs)
         target, taught = jax.lax.stop_gradient((target, seen.get("states", ())))
@@ -179,17 +180,20 @@ def loss_sums(
 
 
 def _top_k(batch: dict[str, jax.Array], loss: LossConfig) -> dict[str, jax.Array]:
-    """The teacher's part of a batch."""
+    """Return the cached teacher's part of a batch."""
     top, k = {name: batch.get(f"teacher_{name}") for name in ("ids", "logprobs")}, loss.teacher_top_k
     widths = {name: None if array is None else array.shape[-1] for name, array in top.items()}
     if widths != {"ids": k, "logprobs": k + 1}:
-        raise UserError(f"losses: teacher_top_k={k} needs batches with {k} teacher_ids and {k + 1} teacher_logprobs")
+        raise UserError(
+            f"losses: teacher_top_k={k} needs batches with {k} teacher_ids and {k + 1} teacher_logprobs per position"
+        )
     return top  # type: ignore[return-value]
 
 
 def gathered_head(params: Params, cfg: ModelConfig) -> Head:
-    """A model's head. The matrix is gathered here, once, and not again in every chunk: over 64 chips a 7B step in 8
-    chunks, forward and backward, received 3.9 GiB for it instead of 0.5.
+    """Return a model's head with its matrix gathered once for all chunks.
+
+    Gathering it in every chunk cost 3.9 GiB of traffic instead of 0.5 in a 7B step of 8 chunks on 64 chips.
     """
     head = head_of(params, cfg)
     return head._replace(weight=constrain(head.weight, ("vocab", None)))
@@ -198,11 +202,11 @@ def gathered_head(params: Params, cfg: ModelConfig) -> Head:
 def _over_tokens(
     term: LossTerm, ours: jax.Array, theirs: jax.Array | None, mask: jax.Array, loss: LossConfig
 ) -> jax.Array:
-    """float32[] sum of a term on one layer's states over all positions, or the valid ones."""
-    given = {
+    """Return the float32[] sum of a hidden-state term of one layer over valid positions (all if `reference_compat`)."""
+    states = {
         name: x.astype(jnp.float32) for name, x in {"hidden": ours, "teacher_hidden": theirs}.items() if x is not None
     }
-    values = term.value(*(given[name] for name in term.needs))
+    values = term.value(*(states[name] for name in term.needs))
     return jnp.sum(values if loss.reference_compat else values * mask.astype(jnp.float32))
 
 
@@ -216,11 +220,13 @@ def vocabulary_sums(
     teacher_head: Head | None,
     top: dict[str, jax.Array] | None = None,
 ) -> dict[str, jax.Array]:
-    """float32[] sums of the vocabulary terms: position t against label t + 1 and, with a teacher head, its logits at t.
+    """Return the float32[] sums of the vocabulary terms.
 
-    `hidden`: final-norm states [batch, seq, embed]. `top`: instead of a teacher its likeliest tokens, ids int[batch,
-    seq, k] and logprobs [batch, seq, k + 1]. Logits exist for a chunk of the positions that a term looks at, and are
-    computed again for the gradient: the largest array is [batch, chunk, vocab].
+    Position t is compared with label t + 1 and, with a teacher head, with the teacher's logits at t.
+
+    `hidden`: final-norm states [batch, seq, embed]. `top`: the teacher's likeliest tokens instead of a teacher, ids
+    int[batch, seq, k] and logprobs [batch, seq, k + 1]. Logits are computed for one chunk of the needed positions at a
+    time, and again for the gradient: the largest array has the shape [batch, chunk, vocab].
     """
     targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
     weigh = jnp.ones_like(mask) if loss.reference_compat else mask
@@ -248,36 +254,36 @@ def _chunk_sums(
     x: dict[str, jax.Array],
     teacher_head: Head | None,
 ) -> dict[str, jax.Array]:
-    x = {**x, "y": jnp.where(counted, x["y"], IGNORED)}  # what fills up the last chunk is no label
-    given = {"logits": head(states), "targets": x["y"]}
+    x = {**x, "y": jnp.where(counted, x["y"], IGNORED)}  # padding of the last chunk has no label
+    values = {"logits": head(states), "targets": x["y"]}
     if teacher_head is not None:
-        given["teacher_logits"] = teacher_head(x["t"])
+        values["teacher_logits"] = teacher_head(x["t"])
     if any(term.tempered and not (term.needs_teacher and "ids" in x) for _, term in terms):
-        for name in [name for name in given if name.endswith("logits")]:
-            logprobs = jax.nn.log_softmax(given[name] / loss.temperature, axis=-1)
-            given[name.replace("logits", "log_probs")] = logprobs
+        for name in [name for name in values if name.endswith("logits")]:
+            logprobs = jax.nn.log_softmax(values[name] / loss.temperature, axis=-1)
+            values[name.replace("logits", "log_probs")] = logprobs
     weight = x["w"].astype(jnp.float32)
-    return {name: _over_chunk(term, given, x, weight, loss) for name, term in terms}
+    return {name: _over_chunk(term, values, x, weight, loss) for name, term in terms}
 
 
 def _over_chunk(
     term: LossTerm,
-    given: Mapping[str, jax.Array],
+    inputs: Mapping[str, jax.Array],
     x: Mapping[str, jax.Array],
     weight: jax.Array,
     loss: LossConfig,
 ) -> jax.Array:
-    """float32[] sum of a vocabulary term over the positions of a chunk that it counts."""
+    """Return the float32[] sum of a vocabulary term over the weighted positions of a chunk."""
     if term.needs_teacher and "ids" in x and term.from_top_k is not None:
-        values = term.from_top_k(given["logits"], x["ids"], x["logprobs"], loss.temperature)
+        values = term.from_top_k(inputs["logits"], x["ids"], x["logprobs"], loss.temperature)
     else:
-        values = term.value(*(given[name] for name in term.needs))
+        values = term.value(*(inputs[name] for name in term.needs))
     total = jnp.sum(jnp.where(x["y"] == IGNORED, 0.0, values) if term.counts == "labels" else values * weight)
     return loss.temperature**2 * total if term.tempered else total
 
 
 def combine(sums: dict[str, jax.Array], weights: dict[str, jax.Array], loss: LossConfig) -> jax.Array:
-    """float32[] total = sum over terms of coefficient * sum / weight; a term without any weight (no labels) adds 0."""
+    """Return float32[], the sum over terms of coefficient * sum / weight; a term of weight 0 (no labels) adds 0."""
     coefficients = loss.weights()
     total = jnp.float32(0)
     for name, value in sums.items():
@@ -297,7 +303,7 @@ def _means(
     dtype: str | None,
     terms: tuple[tuple[str, LossTerm], ...],
 ) -> dict[str, jax.Array]:
-    del terms  # part of the key: a term that was replaced is compiled again
+    del terms  # part of the cache key: replacing a term compiles again
     if dtype is not None:
         params, teacher_params = jax.tree.map(lambda x: x.astype(dtype), (params, teacher_params))
     weights = term_weights(loss, cfg, batch["labels"], batch["attention_mask"])

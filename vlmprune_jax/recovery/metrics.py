@@ -1,4 +1,4 @@
-"""Numbers of a training run: progress bar, metrics.jsonl, TensorBoard, and the check that they are finite."""
+"""Metrics of a training run: progress bar, metrics.jsonl, TensorBoard, and the check for non-finite values."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from vlmprune_jax.distributed.mesh import from_all, is_main_process
 
 METRICS_FILE = "metrics.jsonl"
 LISTED_IDS = 16
-_Row = dict[str, float]  # of metrics.jsonl
-PAUSE_SECONDS = 60.0  # between two lines where no bar can be drawn, as in a pod's log
+_Row = dict[str, float]  # a line of metrics.jsonl
+PAUSE_SECONDS = 60.0  # between progress lines if no bar can be drawn (log of a pod)
 
 
 class _Step(TypedDict):
@@ -37,11 +37,11 @@ class _Skipped(_Step):
 
 
 class Recorder:
-    """Receives every finished step in order. Files and the bar belong to process 0.
+    """Writer of the metrics of every finished step; process 0 writes files and draws the bar.
 
-    `devices`: those of the run; `mfu` is recorded where their peak is known. `saved`: the last step that was
-    checkpointed, for messages. A resumed run drops the lines of steps it repeats. Each process lists the records that
-    it skipped in a file of its own, skipped-N.jsonl.
+    `devices`: devices of the run; `mfu` is recorded if their peak is known. `saved`: the last checkpointed step, for
+    messages. A resumed run drops the lines of steps that it repeats. Each process lists its skipped records in a file
+    of its own, skipped-N.jsonl.
     """
 
     def __init__(
@@ -84,19 +84,19 @@ class Recorder:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for resource, close in ((self._bar, "stop"), (self._file, "close"), (self._board, "close")):
-            # On a full disk they fail as well, and what failed first is what the user should read.
+            # On a full disk closing fails as well; the user should read the first error.
             with contextlib.suppress(*(() if error is None else (OSError,))):
                 if resource is not None:
                     getattr(resource, close)()
 
     def say(self, text: str) -> None:
-        """One line of progress."""
+        """Print a line of progress."""
         if self._bar is not None:
             print(f"  train: {text}", flush=True)
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
-        """While entered time counts to no step and no speed, but to `compile_seconds`."""
+        """Count the time inside as `compile_seconds`, not as part of a step or a speed."""
         began = time.perf_counter()
         yield
         seconds = time.perf_counter() - began
@@ -114,11 +114,10 @@ class Recorder:
         skipped: Sequence[tuple[str, str]],
         flops: int,
     ) -> None:
-        """Take the fetched metrics of a step (counted from 1), the (record id, reason) that it skipped, and its model
-        FLOPs over all devices.
+        """Record a finished step, counted from 1: its metrics, skipped records (id, reason) and FLOPs over all devices.
 
         Raises:
-          UserError: loss or gradient norm is not finite; names step and records.
+          UserError: the loss or gradient norm is not finite; names step and records.
         """
         values = {name: float(value) for name, value in metrics.items()}
         self._list_skipped(step, skipped)
@@ -128,7 +127,7 @@ class Recorder:
         seconds, self._mark = now - self._mark, now
         tokens = values.pop("tokens")
         if self._steady is None:
-            self._steady = now  # the first step waits for the first batch to be read
+            self._steady = now  # the first step includes reading the first batch
         else:
             self._counted += tokens
             self._flops += flops
@@ -152,7 +151,7 @@ class Recorder:
                     file.write(json.dumps({"step": step, "record": record, "reason": reason}) + "\n")
 
     def _speeds(self, tokens: float, flops: float, seconds: float) -> dict[str, float]:
-        """Real tokens and model FLOPs a second, and the latter as a share of the devices' bfloat16 peak."""
+        """Return tokens (without padding) and model FLOPs per second, and MFU: the share of the bfloat16 peak."""
         speeds = {"tokens_per_second": tokens / seconds, "model_flops_per_second": flops / seconds}
         return speeds if self._peak is None else {**speeds, "mfu": flops / seconds / self._peak}
 
@@ -174,15 +173,15 @@ class Recorder:
             metrics = {name: str(value) for name, value in values.items()}
             with replacing(path) as file:
                 file.write(json.dumps({"step": step, "metrics": metrics, "records": ids}).encode())
-            where = f" (all in {path}); the last good checkpoint is of step {self.saved}"
+            where = f" (all in {path}); last checkpoint: step {self.saved}"
         loss, norm = values["loss"], values["grad_norm"]
         raise UserError(
-            f"step {step}: loss {loss}, gradient norm {norm} not finite; records {listed}{where}; "
-            "look at these records, or lower the learning rate"
+            f"step {step}: loss {loss} or gradient norm {norm} is not finite; records {listed}{where}: check these "
+            "records, or lower the learning rate"
         )
 
     def summary(self) -> dict[str, Any]:
-        """Totals of this process's run, the last step's numbers, and the rows that all processes skipped so far."""
+        """Return totals of the run on this process, metrics of the last step, and rows skipped by all processes."""
         now = time.perf_counter()
         steady = now - self._steady if self._steady is not None else 0.0
         return {
@@ -196,7 +195,7 @@ class Recorder:
 
 
 def _shown(last: Mapping[str, float]) -> dict[str, Any]:
-    """What the bar tells about a step."""
+    """Return the texts of the progress bar for a step."""
     rate = f"{last['tokens_per_second']:,.0f} tok/s"
     if "mfu" in last:
         rate += f"  MFU {100 * last['mfu']:.0f} %"
@@ -217,7 +216,7 @@ def _bar() -> Progress:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file: `step`, and numbers by name; a line that a crash cut off is dropped.
+    """Read the rows of a metrics file, `step` and numbers by name; a line cut off by a crash is dropped.
 
     Raises:
       UserError: the file is damaged.
@@ -229,12 +228,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _keep_until(path: Path, step: int, kind: Any) -> list[dict[str, Any]]:
-    """Lines of steps up to `step`, which is what the file then holds; a line that a crash cut off is dropped."""
+    """Truncate a file to lines of steps up to `step` and return them; a line cut off by a crash is dropped."""
     if not path.exists():
-        path.unlink(missing_ok=True)  # a link to nothing, which would be written through
+        path.unlink(missing_ok=True)  # a dangling link, through which writes would follow
         return []
     kept = [line for line in read_json_lines(path, kind, cut=True) if line["step"] <= step]
-    # A process killed here, or before the next line is there, keeps the old ones.
+    # A process killed here keeps the old file.
     with replacing(path) as file:
         file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
     return kept

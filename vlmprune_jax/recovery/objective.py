@@ -1,4 +1,4 @@
-"""What a `LossConfig` asks for: the terms that are measured, and what they need of student, teacher and layers."""
+"""Requirements of a `LossConfig`: which terms are computed, and what they need of student, teacher and layers."""
 
 from __future__ import annotations
 
@@ -10,51 +10,51 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.terms import BUILT_IN, LossTerm
 
-TERMS: dict[str, LossTerm] = dict(BUILT_IN)  # and those of users, see `losses`
+TERMS: dict[str, LossTerm] = dict(BUILT_IN)  # users add theirs, see `losses`
 
 
 def reported_terms(loss: LossConfig) -> dict[str, LossTerm]:
-    """The terms that are computed: those that count, and those that are reported in any case."""
+    """Return the terms to compute: those with a weight, and those that are always reported."""
     weights = loss.weights()
     return {name: term for name, term in TERMS.items() if weights.get(name) or term.reported}
 
 
 def weighted_terms(loss: LossConfig) -> dict[str, LossTerm]:
-    """The terms with a weight."""
+    """Return the terms with a positive weight."""
     weights = loss.weights()
     return {name: term for name, term in TERMS.items() if weights.get(name)}
 
 
 def needs_teacher(loss: LossConfig) -> bool:
-    """Whether a teacher runs beside the student: any term that needs one counts, and it is not cached."""
+    """Return True if a teacher runs beside the student: a weighted term needs it, and its logits are not cached."""
     return any(term.needs_teacher for term in weighted_terms(loss).values()) and not loss.teacher_top_k
 
 
 def compares_logits(loss: LossConfig) -> bool:
-    """Whether a term counts that needs the teacher's logits."""
+    """Return True if a weighted term needs the teacher's logits."""
     return any(term.needs_teacher and not term.on_hidden for term in weighted_terms(loss).values())
 
 
 def needs_logits(loss: LossConfig) -> bool:
-    """Whether a term counts that needs the student's logits."""
+    """Return True if a weighted term needs the student's logits."""
     return not all(term.on_hidden for term in weighted_terms(loss).values())
 
 
 def only_at_labels(loss: LossConfig) -> bool:
-    """Whether no term looks at the logits of positions that no label follows."""
+    """Return True if all terms use logits only at positions before a label."""
     return loss.kl_positions == "labels" or all(term.counts != "positions" for term in reported_terms(loss).values())
 
 
 def on_hidden(loss: LossConfig) -> dict[str, LossTerm]:
-    """The terms on hidden states that are computed."""
+    """Return the terms on hidden states to compute."""
     return {name: term for name, term in reported_terms(loss).items() if term.on_hidden}
 
 
 def check_losses(loss: LossConfig) -> None:
-    """Refuse terms that do not exist, or cannot be measured with these settings.
+    """Refuse terms that do not exist, or that cannot be computed with these settings.
 
     Raises:
-      UserError: names them.
+      UserError: names the terms.
     """
     for name in loss.weights():
         if name not in TERMS:
@@ -62,7 +62,7 @@ def check_losses(loss: LossConfig) -> None:
     hidden = on_hidden(loss)
     if hidden and not loss.l2_layers:
         raise UserError(
-            f"recover.losses: {_listed(hidden)} needs l2_layers, for example [-1] (the state after the final norm)"
+            f"recover.losses: {_listed(hidden)} needs l2_layers: set it, for example to [-1] (after the final norm)"
         )
     if not loss.teacher_top_k:
         return
@@ -71,11 +71,13 @@ def check_losses(loss: LossConfig) -> None:
     whole = [name for name, term in terms.items() if term.needs_teacher and name not in able]
     if whole:
         raise UserError(
-            f"recover.losses: {_listed(whole)} cannot be had from a teacher's cached top-k logits, only "
-            f"{_listed(able)} can: set {' and '.join(f'{name}=0' for name in whole)}, or train without teacher_cache"
+            f"recover.losses: {_listed(whole)} cannot be computed from cached top-k logits of a teacher (only "
+            f"{_listed(able)} can): set {' and '.join(f'{name}=0' for name in whole)}, or train without teacher_cache"
         )
     if not set(able) & set(terms):
-        raise UserError(f"recover.losses: teacher_top_k {loss.teacher_top_k} is for {_listed(able)} > 0")
+        raise UserError(
+            f"recover.losses: teacher_top_k={loss.teacher_top_k} needs a term that uses it: set {_listed(able)} above 0"
+        )
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -83,34 +85,37 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def student_layers(loss: LossConfig, cfg: ModelConfig) -> tuple[int, ...]:
-    """`loss.l2_layers` counted from 0.
+    """Return `loss.l2_layers` as indices counted from 0.
 
     Raises:
-      UserError: an index outside the model.
+      UserError: an index is outside the model.
     """
     n_layers = len(cfg.text.layers)
     for index in loss.l2_layers:
         if not -n_layers - 1 <= index <= n_layers:
-            raise UserError(f"losses: l2 layer {index} is outside the student's {n_layers + 1} hidden states")
+            raise UserError(
+                f"losses: l2_layers: {index} is outside the student's {n_layers + 1} hidden states (-{n_layers + 1} to "
+                f"{n_layers})"
+            )
     return tuple(index % (n_layers + 1) for index in loss.l2_layers)
 
 
 def layer_pairs(
     loss: LossConfig, student: ModelConfig, teacher: ModelConfig, kept: Sequence[int] | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Hidden-state indices (student's, teacher's) of `loss.l2_layers`, all counted from 0.
+    """Return hidden-state indices of student and teacher for `loss.l2_layers`, all counted from 0.
 
-    A depth-pruned student's state after its i-th layer is compared with the teacher's state after the original layer
-    `kept[i - 1]`; embeddings with embeddings, the final-norm state with the final-norm state.
+    The state of a depth-pruned student after its i-th layer is compared with the teacher's state after the original
+    layer `kept[i - 1]`, embeddings with embeddings, and the final-norm state with the final-norm state.
 
     Raises:
-      UserError: an index outside the student, or layer counts that differ without a plan to align them.
+      UserError: an index is outside the student, or layer counts differ without a plan to align them.
     """
     n_student, n_teacher = len(student.text.layers), len(teacher.text.layers)
     if kept is not None and (len(kept) != n_student or max(kept) >= n_teacher):
         raise UserError(
-            f"the plan keeps {len(kept)} layers (up to {max(kept)}) but the student has {n_student} and the teacher "
-            f"{n_teacher}: pass the plan that made this student from this teacher"
+            f"recover: the plan keeps {len(kept)} layers (up to {max(kept)}) but the student has {n_student} and the "
+            f"teacher {n_teacher}: pass the plan that this student was pruned with"
         )
     ours, theirs = student_layers(loss, student), []
     for index, i in zip(loss.l2_layers, ours, strict=True):
@@ -119,39 +124,42 @@ def layer_pairs(
         elif i in (0, n_student):
             theirs.append(0 if i == 0 else n_teacher)
         elif kept is None and n_student != n_teacher:
-            raise UserError(f"losses: l2 layer {index} cannot be aligned without a plan: pass plan, or use layer -1")
+            raise UserError(f"losses: l2_layers: {index} cannot be aligned without a plan: pass plan, or use -1")
         else:
             theirs.append(i if kept is None else kept[i - 1] + 1)
     return ours, tuple(theirs)
 
 
 def check_teacher(loss: LossConfig, student: ModelConfig, teacher: ModelConfig | None) -> None:
-    """Refuse a teacher that is missing or does not fit.
+    """Refuse a teacher that is missing or does not fit the student.
 
     Raises:
-      UserError: names both sizes.
+      UserError: names the sizes of both models.
     """
     if loss.teacher_top_k > student.text.vocab_size:
         raise UserError(
-            f"losses: teacher_top_k {loss.teacher_top_k} is more than the vocabulary's {student.text.vocab_size} tokens"
+            f"losses: teacher_top_k={loss.teacher_top_k} must be at most the vocabulary size, {student.text.vocab_size}"
         )
     if not needs_teacher(loss):
         return
     if teacher is None:
         taught = _listed(name for name, term in weighted_terms(loss).items() if term.needs_teacher)
-        raise UserError(f"losses: a teacher is needed for {taught}: pass the unpruned model, or set their weights to 0")
+        raise UserError(f"losses: {taught} needs a teacher: pass the unpruned model, or set the weight to 0")
     ours, theirs = student.text, teacher.text
     if ours.hidden_size != theirs.hidden_size:
-        raise UserError(f"teacher hidden_size {theirs.hidden_size} is not the student's {ours.hidden_size}")
+        raise UserError(
+            f"teacher: hidden_size {theirs.hidden_size} differs from the student's {ours.hidden_size}: pass the "
+            "unpruned model"
+        )
     own = loss.teacher_inputs == "own"
     if (compares_logits(loss) or own) and ours.vocab_size != theirs.vocab_size:
         raise UserError(
-            f"teacher vocab_size {theirs.vocab_size} is not the student's {ours.vocab_size}: pass the model that was "
-            'pruned, or distil by terms on hidden states with teacher_inputs "student"'
+            f"teacher: vocab_size {theirs.vocab_size} differs from the student's {ours.vocab_size}: pass the "
+            'unpruned model, or use only terms on hidden states with teacher_inputs="student"'
         )
     if own and (student.image_token_id, student.tokens_per_image) != (teacher.image_token_id, teacher.tokens_per_image):
         raise UserError(
-            f"teacher images are {teacher.tokens_per_image} tokens of id {teacher.image_token_id}, the student's "
-            f"{student.tokens_per_image} of {student.image_token_id}: pass the model that was pruned, or use "
-            'teacher_inputs "student"'
+            f"teacher: an image is {teacher.tokens_per_image} tokens of id {teacher.image_token_id}, for the student "
+            f"{student.tokens_per_image} of id {student.image_token_id}: pass the unpruned model, or use "
+            'teacher_inputs="student"'
         )

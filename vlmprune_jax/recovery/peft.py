@@ -1,4 +1,4 @@
-"""Trained adapters as a folder that `peft` loads onto the pruned model's Hugging Face folder."""
+"""Export of trained adapters as a folder that `peft` loads onto the pruned model's Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.recovery.trainable import LORA_SUFFIXES
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
-_ROOT = "base_model.model."  # how peft calls the model that it wraps
+_ROOT = "base_model.model."  # prefix of the wrapped model in peft
 
 
 class _Adapter(NamedTuple):
-    """One Hugging Face module's adapter; `members` projections of ours were fused in it."""
+    """Adapter of one Hugging Face module, in which `members` of our projections are fused."""
 
     a: np.ndarray  # float32[members * rank, in]
     b: np.ndarray  # float32[out, members * rank]
@@ -39,23 +39,23 @@ class _Adapter(NamedTuple):
 
 
 def write_adapter(model: Model, out_dir: Path, *, base_dir: Path, trained: Collection[str]) -> None:
-    """Write what a training with adapters changed, in peft's format, and a card that says how to load it.
+    """Write trained adapters in the format of peft, with a card that explains how to load them.
 
-    The config names the base by its path relative to `out_dir`, so that a folder which holds both can move. In a
-    multi-process run every process must call it; the first one writes.
+    The config names the base by its path relative to `out_dir`, so that a folder which holds both can be moved. In a
+    multi-process run every process must call it; process 0 writes.
 
     Args:
-      model: with its adapters, not merged.
+      model: the model with its adapters, not merged.
       out_dir: the new folder.
-      base_dir: the folder of the model that was trained, which the adapter belongs to.
-      trained: flat paths of everything that trained; modules other than adapters (the projector) are written whole.
+      base_dir: folder of the model that was trained.
+      trained: flat paths of all trained parameters; other trained modules (the projector) are written in full.
 
     Raises:
-      UserError: the model has no adapters, a part trained that such a folder cannot hold, or `base_dir` has no config.
+      UserError: the model has no adapters, the vision tower was trained, or `base_dir` has no config.
     """
     lora = model.cfg.lora
     if lora is None:
-        raise UserError(f"{out_dir}: the model has no LoRA adapters to write (were they merged?)")
+        raise UserError(f"{out_dir}: the model has no LoRA adapters to write: train with merge_lora=False")
     plain = ModelConfig(**{**vars(model.cfg), "lora": None})
     family, flat = family_of(plain), flatten(model.params)
     slots, tensors = make_slots(plain, family), dict[str, np.ndarray]()
@@ -75,18 +75,20 @@ def write_adapter(model: Model, out_dir: Path, *, base_dir: Path, trained: Colle
             save_file(contiguous, folder / WEIGHTS_FILE, metadata={"format": "pt"})
             (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             (folder / CARD_FILE).write_text(_card(config, model_name(base_dir), "auto_map" in stock), encoding="utf-8")
-            shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors makes private files
+            shutil.copymode(
+                folder / CONFIG_FILE, folder / WEIGHTS_FILE
+            )  # safetensors creates files without group permissions
 
 
 def _adapters(slots: Sequence[Slot], flat: Mapping[str, Any], family: Family) -> dict[str, _Adapter]:
-    """Module name -> adapter, in the order of the slots."""
+    """Return the adapters by module name, in the order of the slots."""
     weights = by_key(slot for slot in slots if slot.path.endswith("/weight"))
-    found = {_module(key, family): _fuse(members, flat) for key, members in weights.items()}
-    return {module: adapter for module, adapter in found.items() if adapter is not None}
+    adapters = {_module(key, family): _fuse(members, flat) for key, members in weights.items()}
+    return {module: adapter for module, adapter in adapters.items() if adapter is not None}
 
 
 def _fuse(members: Sequence[Slot], flat: Mapping[str, Any]) -> _Adapter | None:
-    """The adapters of one tensor's members as one: A stacked, B block by block (the same function, a higher rank)."""
+    """Fuse the adapters of one tensor's members: A stacked, B block-diagonal (the same function at a higher rank)."""
     pairs: list[tuple[Slot, np.ndarray, np.ndarray]] = []
     for slot in members:
         owner = slot.path.rpartition("/")[0]
@@ -104,11 +106,11 @@ def _fuse(members: Sequence[Slot], flat: Mapping[str, Any]) -> _Adapter | None:
 
 
 def _whole_modules(slots: Sequence[Slot], trained: Collection[str], family: Family) -> dict[str, list[Slot]]:
-    """Module name -> its tensors, for every module of which something trained that is no adapter."""
+    """Return the tensors of every module with trained parameters other than adapters, by module name."""
     plain = {path for path in trained if not path.endswith(LORA_SUFFIXES)}
     vision = sorted(path for path in plain if path.startswith("vision/"))
     if vision:
-        raise UserError(f"an adapter cannot hold a trained vision tower ({vision[0]}): export the merged model instead")
+        raise UserError(f"adapter: cannot hold a trained vision tower ({vision[0]}): export the merged model instead")
     modules: dict[str, list[Slot]] = {}
     for slot in slots:
         modules.setdefault(_module(slot.key, family), []).append(slot)
@@ -116,7 +118,7 @@ def _whole_modules(slots: Sequence[Slot], trained: Collection[str], family: Fami
 
 
 def _module(key: str, family: Family) -> str:
-    """The module of a tensor's key, as stock transformers names it in memory."""
+    """Return the module of a tensor's key, under its name in stock transformers."""
     name = key.rpartition(".")[0]
     for pattern, replacement in family.modules:
         name = re.sub(pattern, replacement, name)
@@ -124,7 +126,7 @@ def _module(key: str, family: Family) -> str:
 
 
 def _loader(cfg: ModelConfig, config: Mapping[str, Any]) -> str | None:
-    """The class of transformers that loads a base with this config.json; None where only the hub's own code does."""
+    """Return the transformers class that loads a base with this config.json; None if only the hub's code can."""
     if cfg.vision is None:
         return "AutoModelForCausalLM"
     autos = [name for name in config.get("auto_map") or {} if name.startswith("AutoModel")]
@@ -135,27 +137,27 @@ def _loader(cfg: ModelConfig, config: Mapping[str, Any]) -> str | None:
 def _config(
     adapters: Mapping[str, _Adapter], whole: Sequence[str], lora: LoraConfig, base: str, loader: str | None
 ) -> dict[str, Any]:
-    """adapter_config.json. Targets are a regex over whole names: a vision tower has projections of the same names.
+    """Return adapter_config.json; targets are a regex over full names, as a vision tower has equal projection names.
 
-    peft's Auto classes find a decoder's class by `task_type`; for models that see images there is none, and they look
-    into `auto_mapping`.
+    The Auto classes of peft find the class of a decoder by `task_type`, and that of a vision-language model by
+    `auto_mapping`.
     """
     targets = dict.fromkeys(re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(module)) for module in adapters)
     members = {module.rpartition(".")[2]: adapter.members for module, adapter in adapters.items()}
     fused = {name: count for name, count in members.items() if count > 1}
     causal = loader == "AutoModelForCausalLM"
-    found = None if causal or loader is None else {"base_model_class": loader, "parent_library": "transformers"}
+    mapping = None if causal or loader is None else {"base_model_class": loader, "parent_library": "transformers"}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if causal else None,
-        "auto_mapping": found,
+        "auto_mapping": mapping,
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
         "target_modules": "|".join(targets),
         "modules_to_save": list(whole) or None,
-        # Scale is alpha / r: both grow with the number of projections in one fused tensor.
+        # The scale is alpha / r: both are multiplied by the number of fused projections.
         "rank_pattern": {name: count * lora.rank for name, count in fused.items()},
         "alpha_pattern": {name: count * lora.alpha for name, count in fused.items()},
         "bias": "none",
@@ -166,15 +168,15 @@ def _config(
 
 
 def _card(config: Mapping[str, Any], name: str, remote: bool) -> str:
-    """README.md of an adapter_config for the base called `name`, which takes code of its own folder if `remote`."""
+    """Return the README.md of an adapter for the base `name`; `remote`: the base ships its own model code."""
     base, trust = config["base_model_name_or_path"], ", trust_remote_code=True" if remote else ""
-    found, whole = config["auto_mapping"], config["modules_to_save"] or []
-    loader = found["base_model_class"] if found else "AutoModelForCausalLM" if config["task_type"] else None
+    mapping, whole = config["auto_mapping"], config["modules_to_save"] or []
+    loader = mapping["base_model_class"] if mapping else "AutoModelForCausalLM" if config["task_type"] else None
     if loader is None:
-        load = f"The code of the hub that loads `{base}` makes the model that `peft.PeftModel.from_pretrained` takes."
+        load = f"Load `{base}` with the code of its hub page, and pass the model to `peft.PeftModel.from_pretrained`."
     else:
-        auto = "AutoPeftModel" if found else "AutoPeftModelForCausalLM"
-        load = f"""In this folder, to which the path of the base model, `{base}`, is relative:
+        auto = "AutoPeftModel" if mapping else "AutoPeftModelForCausalLM"
+        load = f"""In this folder (the path of the base model, `{base}`, is relative to it):
 
 ```python
 from peft import {auto}
@@ -182,7 +184,7 @@ from peft import {auto}
 model = {auto}.from_pretrained("."{trust})
 ```
 
-In another one with the paths of both:
+In another folder, with the paths of both:
 
 ```python
 from peft import PeftModel
@@ -200,7 +202,7 @@ tags: [vlmprune-jax, lora]
 # Adapters for {name}
 
 LoRA adapters of rank {config["r"]} (alpha {config["lora_alpha"]:g}) for `{name}`, trained by vlmprune-jax.\
-{" Trained whole and in here: " + ", ".join(f"`{module}`" for module in whole) + "." if whole else ""}
+{" Also trained, and stored here in full: " + ", ".join(f"`{module}`" for module in whole) + "." if whole else ""}
 
 ## Loading
 

@@ -1,4 +1,4 @@
-"""What a run compiles and what it holds: everything checked, placed and built before the first batch."""
+"""Preparation of a training run before its first batch: checks, placement of arrays, and the step."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from vlmprune_jax.recovery.trainable import add_lora, assign_groups, with_lora
 
 
 class Program(NamedTuple):
-    """What a run compiles, for which no weights are needed.
+    """The compiled part of a run, independent of weights.
 
-    `cfg` has the adapters, `groups` is path -> optimizer group of what trains, `shardings` those of the state.
+    `cfg` includes the adapters, `groups` maps trained paths to optimizer groups, `shardings` are those of the state.
     """
 
     cfg: ModelConfig
@@ -59,10 +59,10 @@ def make_program(
     mesh: Mesh | None,
     num_steps: int,
 ) -> Program:
-    """The step of a run, with everything checked that does not depend on weights (`kept_layers`: the prune plan's).
+    """Build the step of a run after all checks that do not depend on weights; `kept_layers` is from the prune plan.
 
     Raises:
-      UserError: settings that do not fit the model, the teacher or the mesh.
+      UserError: settings do not fit the model, the teacher or the mesh.
     """
     check_losses(config.losses)
     check_teacher(config.losses, cfg, teacher_cfg)
@@ -86,7 +86,7 @@ def make_program(
 
 
 class Run(NamedTuple):
-    """A prepared run: the model's config (with adapters) and dtypes, its two halves on the devices, the step."""
+    """A prepared run: config (with adapters) and dtypes of the model, its arrays on devices, and the step."""
 
     cfg: ModelConfig
     dtypes: dict[str, Any]
@@ -102,7 +102,7 @@ class Run(NamedTuple):
 def prepare(
     model: Model, config: RecoverConfig, teacher: Model | None, plan: PrunePlan | None, mesh: Mesh | None, total: int
 ) -> Run:
-    """Check everything that can be checked before the first batch, place the arrays and build the step."""
+    """Check everything before the first batch, place the arrays and build the step."""
     mesh = mesh if mesh is not None else mesh_of(model.params)
     program = make_program(
         model.cfg,
@@ -145,13 +145,13 @@ def check_mesh(mesh: Mesh, cfg: ModelConfig, config: RecoverConfig) -> None:
     rows = config.batch_size // config.accumulation
     if rows % ways:
         raise UserError(
-            f"a micro-batch of {rows} rows (batch_size / accumulation) "
-            f"does not divide over data x fsdp = {ways} devices: make it a multiple of {ways}"
+            f"recover: a micro-batch of {rows} rows (batch_size / accumulation) must be a multiple of data x fsdp = "
+            f"{ways} devices: change batch_size or accumulation"
         )
 
 
 def place(model: Model, mesh: Mesh | None) -> Flat:
-    """Flat params on the mesh (or the default device); arrays that are there already are not copied."""
+    """Return flat params on the mesh (or the default device); arrays already there are not copied."""
     flat = flatten(model.params)
     if mesh is None:
         return {path: jax.numpy.asarray(leaf) for path, leaf in flat.items()}

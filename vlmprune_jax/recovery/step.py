@@ -1,4 +1,4 @@
-"""One jitted training step: micro-batches, clipping, AdamW; only what trains is differentiated."""
+"""The jitted training step: micro-batches, clipping, AdamW; only trained parameters are differentiated."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Metrics = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """What a step changes: float32 masters of what trains, optimizer state, int32[] step, and the random key's data."""
+    """Training state: float32 masters of trained parameters, optimizer state, int32[] step, data of the random key."""
 
     params: Flat
     opt_state: optax.OptState
@@ -40,9 +40,9 @@ class TrainState(NamedTuple):
 
 
 def make_schedule(config: RecoverConfig, num_steps: int) -> optax.Schedule:
-    """Learning rate of step 0, 1, ...: 0 rising over ceil(warmup_ratio * num_steps) steps, then cosine or linear to 0.
+    """Return the learning rate schedule: linear warm-up over ceil(warmup_ratio * num_steps) steps, then decay.
 
-    As transformers' `get_*_schedule_with_warmup`.
+    Equal to `get_*_schedule_with_warmup` of transformers.
     """
     warmup = math.ceil(config.warmup_ratio * num_steps)
     rest, peak = max(num_steps - warmup, 1), config.learning_rate
@@ -57,7 +57,7 @@ def make_schedule(config: RecoverConfig, num_steps: int) -> optax.Schedule:
 
 
 def learning_rates(config: RecoverConfig, groups: Mapping[str, str], num_steps: int) -> dict[str, optax.Schedule]:
-    """Metric name -> schedule: the main rate, and that of the projector where it trains (see `make_optimizer`)."""
+    """Return schedules by metric name: the main learning rate, and that of the projector if it is trained."""
     schedules = {"learning_rate": make_schedule(config, num_steps)}
     if PROJECTOR in groups.values():
         own = dataclasses.replace(config, learning_rate=config.projector_learning_rate or config.learning_rate)
@@ -66,7 +66,7 @@ def learning_rates(config: RecoverConfig, groups: Mapping[str, str], num_steps: 
 
 
 def make_optimizer(config: RecoverConfig, groups: Mapping[str, str], num_steps: int) -> optax.GradientTransformation:
-    """AdamW over a flat dict of masters: decay on matrices only, the projector group at its own rate.
+    """Return AdamW over flat parameters, with decay on matrices only and an own learning rate for the projector.
 
     `groups`: path -> "main" or "projector" (see `trainable.assign_groups`).
     """
@@ -87,14 +87,14 @@ def make_optimizer(config: RecoverConfig, groups: Mapping[str, str], num_steps: 
 def init_state(
     trainable: Flat, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState | None
 ) -> TrainState:
-    """State of step 0; `trainable` is copied to float32 masters, so that the caller's arrays survive donation."""
+    """Return the state of step 0; `trainable` is copied to float32, so that the caller's arrays survive donation."""
 
     build = functools.partial(_initial, optimizer=optimizer, seed=seed)
     return jax.jit(build, out_shardings=shardings)(trainable)
 
 
 def abstract_state(trainable: Flat, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
-    """The shapes and shardings of `init_state`, for leaves that may be shapes as well."""
+    """Return shapes and shardings of `init_state`; `trainable` may hold shapes as well."""
     state = jax.eval_shape(functools.partial(_initial, optimizer=optimizer, seed=0), trainable)
     return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, shardings)
 
@@ -107,7 +107,7 @@ def _initial(trainable: Flat, optimizer: optax.GradientTransformation, seed: int
 def state_shardings(
     trainable: Flat, optimizer: optax.GradientTransformation, cfg: ModelConfig, mesh: Mesh | None
 ) -> TrainState | None:
-    """NamedSharding of every leaf of the state (None without a mesh); moments go with their parameter."""
+    """Return the sharding of every leaf of the state (None without a mesh); moments follow their parameter."""
     if mesh is None:
         return None
     axes = param_axes(cfg)
@@ -122,7 +122,7 @@ def state_shardings(
 
 @dataclass(frozen=True)
 class StepConfig:
-    """What a compiled step depends on beside its arrays."""
+    """Static configuration of a compiled step."""
 
     cfg: ModelConfig
     loss: LossConfig
@@ -142,9 +142,9 @@ def make_step(
     rates: Mapping[str, optax.Schedule],
     shardings: TrainState | None,
 ) -> Step:
-    """The jitted `(state, frozen, teacher params, batch) -> (state, metrics)`; the state is donated.
+    """Return the jitted step `(state, frozen, teacher params, batch) -> (state, metrics)`; it donates the state.
 
-    `batch`: global arrays, rows split over (data, fsdp). `rates`: metric name -> schedule, to be reported. Metrics are
+    `batch`: global arrays, rows split over (data, fsdp). `rates`: schedules to report, by metric name. Metrics are
     float32 scalars on the device; nothing in the step waits for the host.
     """
     replicated = None if shardings is None else shardings.step
@@ -175,14 +175,14 @@ def make_step(
         if "image_grid_thw" in batch:
             metrics["image_padding"] = _image_padding(config.cfg, batch)
         if taken := metrics.keys() & terms.keys():
-            raise UserError(f"losses: a term cannot be called {', '.join(taken)}, a metric is: give it another name")
+            raise UserError(f"losses: {', '.join(taken)} is the name of a metric: give the term another name")
         return TrainState(params, opt_state, state.step + 1, state.key), {**terms, **metrics}
 
     return jax.jit(step, donate_argnums=(0,), out_shardings=None if shardings is None else (shardings, replicated))
 
 
 def _image_padding(cfg: ModelConfig, batch: dict[str, jax.Array]) -> jax.Array:
-    """float32[], the share of a batch's room for images of any size that holds none."""
+    """Return float32[], the share of padding in the image slots of a batch with images of any size."""
     assert cfg.projector is not None
     grids = batch["image_grid_thw"]
     room = grids.shape[0] * grids.shape[1] * room_of(cfg, batch) * cfg.projector.downsample**2
@@ -197,7 +197,7 @@ def _gradients(
     batch: dict[str, jax.Array],
     weights: dict[str, jax.Array],
 ) -> tuple[Flat, dict[str, jax.Array]]:
-    """Gradient of the total loss over the whole batch, and the summed terms; one micro-batch in memory at a time."""
+    """Return the gradient of the total loss over the batch and the summed terms, one micro-batch at a time."""
     cfg, dtype = config.cfg, jnp.dtype(config.compute_dtype)
     dropout = cfg.lora is not None and cfg.lora.dropout > 0
     step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
@@ -234,35 +234,35 @@ def _gradients(
 
 
 def _split(x: jax.Array, n: int) -> jax.Array:
-    """[rows, ...] -> [n, rows / n, ...]; micro-batch i takes every n-th row, so that rows stay on their device."""
+    """Reshape [rows, ...] to [n, rows / n, ...]; micro-batch i takes every n-th row, so rows stay on their device."""
     split = jnp.swapaxes(x.reshape(-1, n, *x.shape[1:]), 0, 1)
     return constrain(split, (None, "batch", *(None,) * (x.ndim - 1)))
 
 
 @functools.cache
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
-    """Rows over (data, fsdp)."""
+    """Return the sharding that splits rows over (data, fsdp)."""
     return sharding(mesh, ("batch", *(None,) * (ndim - 1)))
 
 
 def place_rows(arrays: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Array]:
-    """This process's rows of a batch as global device arrays."""
+    """Place this process's rows of a batch as global device arrays."""
     if mesh is None:
         return {name: jnp.asarray(x) for name, x in arrays.items()}
     return {name: jax.make_array_from_process_local_data(batch_sharding(mesh, x.ndim), x) for name, x in arrays.items()}
 
 
 def local_rows(array: jax.Array) -> np.ndarray:
-    """This process's rows of a global array, whose other axes are whole: the inverse of `place_rows`."""
+    """Return this process's rows of a global array that is split over rows only: the inverse of `place_rows`."""
     parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
 
 @contextlib.contextmanager
 def step_context(mesh: Mesh | None, compute_dtype: str) -> Iterator[None]:
-    """The context in which a step runs: activations are pinned to `mesh` (`rules.constrain`).
+    """Set the context in which a step runs: activations are placed on `mesh` (`rules.constrain`).
 
-    In bfloat16 the backward pass of attention in jax.nn mixes bfloat16 with float32, which strict promotion refuses.
+    In bfloat16, the backward pass of attention in jax.nn mixes bfloat16 and float32, which strict promotion refuses.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(use_mesh(mesh))

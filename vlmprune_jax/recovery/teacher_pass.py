@@ -1,4 +1,4 @@
-"""The teacher run once over training batches instead of in every step, for `LossConfig.teacher_top_k`."""
+"""One pass of the teacher over training batches, instead of one in every step, for `LossConfig.teacher_top_k`."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from vlmprune_jax.recovery.top_k import top_k_logprobs
 def teacher_top_k(
     teacher: Model, batches: Iterable[Any], loss: LossConfig, *, compute_dtype: str, mesh: Mesh | None
 ) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
-    """Every batch, with ids int32[rows, seq, k] and log-probabilities float32[rows, seq, k + 1] of its rows.
+    """Yield every batch with ids int32[rows, seq, k] and log-probabilities float32[rows, seq, k + 1] of its rows.
 
-    k = `loss.teacher_top_k`, at `loss.temperature`. `teacher` lives on `mesh`; `batches` are this process's rows
-    (`Batch`), and all processes go through theirs in step. A program is compiled when the first batch of its shape
-    comes, since nothing but this pass waits for it. A teacher without its tower takes `vision_features`.
+    k is `loss.teacher_top_k`; distributions are at `loss.temperature`. `teacher` is on `mesh`; `batches` are this
+    process's rows (`Batch`), and all processes iterate in step. Programs are compiled at the first batch of a shape. A
+    teacher without its tower takes `vision_features`.
 
     Raises:
-      UserError: ids or images that do not fit the teacher.
+      UserError: ids or images do not fit the teacher.
     """
     params = jax.tree.map(lambda x: jnp.asarray(x).astype(compute_dtype), teacher.params)
     for batch in batches:
@@ -60,5 +60,5 @@ def _top_k(
         x = jnp.moveaxis(x, 0, 1).reshape(len(ids), -1, x.shape[-1])[:, : ids.shape[1]]
         return constrain(x, ("batch", None, None))
 
-    found, logprobs = jax.lax.map(body, chunks(final, loss.chunk, 0))
-    return join(found), join(logprobs)
+    top_ids, logprobs = jax.lax.map(body, chunks(final, loss.chunk, 0))
+    return join(top_ids), join(logprobs)

@@ -1,4 +1,4 @@
-"""A teacher's distribution as its k likeliest tokens and the probability of all others together."""
+"""A teacher's distribution, stored as its k likeliest tokens and the total probability of all others."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
-_ABSENT = -1e30  # the log-probability of what is not among the k; finite, so that exp(_ABSENT) * _ABSENT is 0
+_ABSENT = -1e30  # log-probability of tokens outside the k; finite, so that exp(_ABSENT) * _ABSENT is 0
 
 
 def top_k_logprobs(logits: jax.Array, temperature: float, k: int) -> tuple[jax.Array, jax.Array]:
-    """Of float32[..., vocab] logits the k likeliest tokens, int32[..., k], and log-probabilities float32[..., k + 1].
+    """Return the k likeliest tokens, int32[..., k], and log-probabilities, float32[..., k + 1], of [..., vocab] logits.
 
-    The last one is of all other tokens together, -inf where there are none; their exponentials sum to 1.
+    The last log-probability is that of all other tokens together (-inf if there are none); the probabilities sum to 1.
     """
     logprobs = jax.nn.log_softmax(logits / temperature, axis=-1)
     values, ids = jax.lax.top_k(logprobs, k)
@@ -22,22 +22,22 @@ def top_k_logprobs(logits: jax.Array, temperature: float, k: int) -> tuple[jax.A
 
 
 def top_k_divergence(student: jax.Array, ids: jax.Array, logprobs: jax.Array, temperature: float) -> jax.Array:
-    """float32[...] KL(teacher || student) over the teacher's k likeliest tokens and one more that stands for the rest.
+    """Return float32[...], KL(teacher || student) over the teacher's k likeliest tokens and one token for all others.
 
-    Both distributions are summed over the tokens outside the k (the "ghost token" of arXiv 2503.16870): the exact KL
-    where there are none, and never more than it (log-sum inequality). The gradient of the rest is spread over its
-    tokens as the student spreads it. Without that token, or with the k scaled up to 1, the student would learn that
-    all others are impossible.
+    In both distributions the tokens outside the k are summed to one (the "ghost token" of arXiv 2503.16870). The result
+    equals the exact KL if there are no others, and is never larger (log-sum inequality). The gradient of the others is
+    distributed as in the student. Without this token, or with the k scaled to sum to 1, the student would learn that
+    all other tokens are impossible.
 
     Args:
       student: float32[..., vocab] logits.
-      ids, logprobs: int[..., k] and [..., k + 1], see `top_k_logprobs`; in any precision, they are normalised again.
-      temperature: of both distributions.
+      ids, logprobs: int[..., k] and [..., k + 1] of any precision, see `top_k_logprobs`; they are normalised again.
+      temperature: temperature of both distributions.
     """
     ours, theirs = jax.nn.log_softmax(student / temperature, axis=-1), logprobs.astype(jnp.float32)
     theirs -= jax.nn.logsumexp(theirs, axis=-1, keepdims=True)
     chosen = _spread(ids, theirs[..., :-1], student.shape[-1])
-    # As the KL of two whole distributions, which keeps the precision of their small differences.
+    # Computed like the KL of two full distributions, which keeps the precision of small differences.
     divergence = jnp.sum(jnp.exp(chosen) * (chosen - ours), axis=-1)
     if ids.shape[-1] == student.shape[-1]:
         return divergence
@@ -46,15 +46,15 @@ def top_k_divergence(student: jax.Array, ids: jax.Array, logprobs: jax.Array, te
 
 
 def _spread(ids: jax.Array, values: jax.Array, vocab: int) -> jax.Array:
-    """float32[..., vocab] with [..., k] values at their ids and _ABSENT elsewhere.
+    """Return float32[..., vocab] with [..., k] values at their ids and _ABSENT elsewhere.
 
-    Every position is a batch of the scatter, so that each device fills its own part of a split vocabulary; and it
-    carries no gradient, where gathering the student's k values would need a scatter backwards.
+    The scatter is batched over positions, so that each device fills its own part of a sharded vocabulary. It carries no
+    gradient, whereas gathering the student's k values would need a scatter in the backward pass.
     """
     place = functools.reduce(lambda f, _: jax.vmap(f), ids.shape[:-1], lambda row, at, x: row.at[at].set(x))
     return place(jnp.full((*ids.shape[:-1], vocab), _ABSENT), ids, values)
 
 
 def _log_rest(logprobs: jax.Array, chosen: jax.Array) -> jax.Array:
-    """float32[...] log of the probability of all tokens that are _ABSENT in `chosen`; [..., vocab] both."""
+    """Return float32[...], the log-probability of all tokens that are _ABSENT in `chosen`; both are [..., vocab]."""
     return jax.nn.logsumexp(jnp.where(chosen > _ABSENT, -jnp.inf, logprobs), axis=-1)

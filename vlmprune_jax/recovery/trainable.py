@@ -1,4 +1,4 @@
-"""What trains: ordered regexes over parameter paths, LoRA adapters, and optimizer groups."""
+"""Selection of trained parameters: ordered regexes over parameter paths, LoRA adapters, optimizer groups."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ LORA_SUFFIXES = ("lora_a", "lora_b")
 
 
 def assign_groups(paths: Sequence[str], trainable: str | Sequence[Rule]) -> dict[str, str]:
-    """The optimizer group ("main" or "projector") of every path that trains; paths without a match stay frozen.
+    """Return the optimizer group ("main" or "projector") of every trained path; paths without a match stay frozen.
 
-    `trainable` is a preset's name or rules `(regex, True | False | group)`; a regex must match the whole path.
+    `trainable` is the name of a preset, or rules `(regex, True | False | group)`; a regex must match the full path.
 
     Raises:
-      UserError: unknown preset or group, a regex that is malformed or matches nothing, or nothing trains.
+      UserError: a preset or group is unknown, a regex is malformed or matches nothing, or nothing is trained.
     """
     rules, strict = resolve_rules(trainable)
     for pattern, _ in rules if strict else ():
         if not any(re.fullmatch(pattern, path) for path in paths):
-            raise UserError(f"trainable: regex {pattern!r} matches no parameter {_suggest(pattern, paths)}")
+            raise UserError(f"recover.trainable: regex {pattern!r} matches no parameter {_suggest(pattern, paths)}")
     groups: dict[str, str] = {}
     for path in paths:
         value = next((value for pattern, value in rules if re.fullmatch(pattern, path)), False)
@@ -40,47 +40,48 @@ def assign_groups(paths: Sequence[str], trainable: str | Sequence[Rule]) -> dict
             groups[path] = MAIN if value is True else value
     if not groups:
         hint = "its adapters are missing" if trainable == "lora" else _suggest(str(rules[0][0]), paths)
-        raise UserError(f"trainable: {trainable!r} selects no parameter of this model, nothing would train: {hint}")
+        raise UserError(f"recover.trainable: {trainable!r} selects no parameter of this model: {hint}")
     return groups
 
 
 def _suggest(pattern: str, paths: Sequence[str]) -> str:
     plain = re.sub(r"[\\.*+?^$()\[\]|]", "", pattern)
     close = difflib.get_close_matches(plain, paths, n=3, cutoff=0.3) or list(paths)[:3]
-    return f"(it must match a whole path; close paths: {', '.join(close)})"
+    return f"(it must match a full path; similar paths: {', '.join(close)})"
 
 
 def partition(flat: Mapping[str, Any], trainable: str | Sequence[Rule]) -> tuple[Flat, Flat]:
-    """Split flat params into (what trains, what stays frozen); see `assign_groups`."""
+    """Split flat params into (trained, frozen); see `assign_groups`."""
     groups = assign_groups(list(flat), trainable)
     return {p: x for p, x in flat.items() if p in groups}, {p: x for p, x in flat.items() if p not in groups}
 
 
 def decays(path: str) -> bool:
-    """Whether weight decay applies: not to biases and norm scales, as in transformers' parameter groups."""
+    """Return True if weight decay applies; it does not to biases and norm scales, as in transformers."""
     owner, leaf = path.split("/")[-2:]
     return leaf != "bias" and "norm" not in owner
 
 
 def with_lora(cfg: ModelConfig, lora: LoraConfig) -> ModelConfig:
-    """The config with adapters on the decoder projections named in `lora.targets`, or on all of them if it names none.
+    """Return the config with adapters on the decoder projections in `lora.targets`, or on all if it is empty.
 
     Raises:
-      UserError: the model has adapters already, or a target is not a projection of its decoder.
+      UserError: the model already has adapters, or a target is not a projection of its decoder.
     """
     if cfg.lora is not None:
-        raise UserError("the model has LoRA adapters already: merge them first (merge_lora)")
+        raise UserError("recover.lora: the model already has LoRA adapters: merge them first (merge_lora)")
     projections = projection_names(cfg)
     unknown = [target for target in lora.targets if target not in projections]
     if unknown:
         known = ", ".join(projections)
-        raise UserError(f"LoRA targets {', '.join(unknown)} are not projections of the decoder: use {known}")
+        raise UserError(f"recover.lora.targets: {', '.join(unknown)} is not a projection of the decoder: use {known}")
     return dataclasses.replace(cfg, lora=dataclasses.replace(lora, targets=lora.targets or tuple(projections)))
 
 
 def add_lora(model: Model, lora: LoraConfig, key: jax.Array) -> Model:
-    """The model with adapters (see `with_lora`) that leave its outputs as they are: A Kaiming-uniform, B zero, PEFT's
-    initialisation. Adapters have their weight's dtype and sharding.
+    """Add adapters (see `with_lora`) that do not change the outputs: A Kaiming-uniform and B zero, as in peft.
+
+    Adapters have the dtype and sharding of their weight.
     """
     flat, cfg = flatten(model.params), with_lora(model.cfg, lora)
     added = [path for path in param_axes(cfg) if path.endswith(LORA_SUFFIXES)]
@@ -94,13 +95,13 @@ def add_lora(model: Model, lora: LoraConfig, key: jax.Array) -> Model:
 
 
 def projection_names(cfg: ModelConfig) -> list[str]:
-    """The decoder's projections, which adapters can be on: q_proj, ..., or Phi's dense, fc1, fc2."""
+    """Return the names of the decoder's projections, such as q_proj, or dense, fc1 and fc2 in Phi."""
     paths = [name.split("/") for name in layer_axes(cfg)]
     return sorted({path[-2] for path in paths if path[-1] == "weight" and "norm" not in path[-2]})
 
 
 def merge_lora(model: Model) -> Model:
-    """The same function without adapters: weight + alpha/rank * B A (summed in float32), `cfg.lora` None."""
+    """Merge adapters into the weights: weight + alpha/rank * B A, summed in float32; `cfg.lora` becomes None."""
     lora = model.cfg.lora
     if lora is None:
         return model
@@ -116,7 +117,7 @@ def merge_lora(model: Model) -> Model:
 
 
 def _delta(a: jax.Array, b: jax.Array, n_out: int) -> jax.Array:
-    """float32[layer, out..., in...] = B [layer, out..., rank] x A [layer, rank, in...]."""
+    """Return float32[layer, out..., in...] = B [layer, out..., rank] x A [layer, rank, in...]."""
     a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
     contract = (((n_out + 1,), (1,)), ((0,), (0,)))
     return jax.lax.dot_general(b, a, contract, precision=jax.lax.Precision.HIGHEST)
