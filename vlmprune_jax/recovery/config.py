@@ -66,14 +66,14 @@ class LossConfig:
     )
     kl: float = setting(
         0.0,
-        "Weight of the forward KL divergence, KL(teacher || student), at `temperature`.",
+        "Weight of the forward KL divergence (teacher to student) at `temperature`.",
         affects=_RECOVER,
         unit=WEIGHT,
         least=0,
     )
     rkl: float = setting(
         0.0,
-        "Weight of the reverse KL divergence, KL(student || teacher), at `temperature`.",
+        "Weight of the reverse KL divergence (student to teacher) at `temperature`.",
         affects=_RECOVER,
         unit=WEIGHT,
         least=0,
