@@ -58,7 +58,7 @@ def as_markdown(name: str, sweep: SweepResult) -> str:
         shared = {row.where.partition(_SHARE)[1] for row in sure} == {_SHARE}  # said once, in the header
         rows = [
             f"| {row.where.removesuffix(_SHARE) if shared else row.where} ({row.pairs}) "
-            f"| {_interval(row.effect, *row.interval)} | {row.verdict} |"
+            f"| {_interval(row.effect, *(row.interval or ()))} | {row.verdict} |"
             for row in sure
         ]
         if rows:
@@ -217,9 +217,9 @@ def _cut(row: SweptModel) -> tuple[Any, ...]:
 
 def _done_to(row: SweptModel) -> tuple[float, str]:
     """The share of the data, and what was done to a cut in words."""
-    parts = [row.reconstruct != "none" and "reconstruct", row.recovery != "none" and row.recovery]
+    steps = ("" if row.reconstruct == "none" else "reconstruct", "" if row.recovery == "none" else row.recovery)
     data = row.data_fraction
-    return data, " + ".join(filter(None, parts)) + (f", {100 * data:g} %" if data else "") or "none"
+    return data, " + ".join(filter(None, steps)) + (f", {100 * data:g} %" if data else "") or "none"
 
 
 def _mean(values: list[Any]) -> float:
