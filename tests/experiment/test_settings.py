@@ -252,7 +252,7 @@ def test_help_of_settings(capsys):
         out = capsys.readouterr().out
         assert out.splitlines() == [
             "recover.losses.kl = 0.0",
-            "  Weight of the forward KL divergence, KL(teacher || student), at `temperature`.",
+            "  Weight of the forward KL divergence (teacher to student) at `temperature`.",
             "  number (weight), at least 0",
             "  stages that run again after a change: recover",
         ]

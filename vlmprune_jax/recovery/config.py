@@ -31,7 +31,7 @@ REMAT = ("none", "dots", "full")  # by increasing recomputation
 SCHEDULES = ("cosine", "linear", "constant")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 STRATEGIES = ("kl", "rkl", "l2", "l2+kl", "l2+rkl")
-WEIGHT = "weight"  # the unit of a loss term's setting
+WEIGHT = "weight"  # unit of the settings that are weights of loss terms
 
 _RECOVER = ("recover",)
 _TEACHER = ("recover", "teacher_cache")
@@ -134,15 +134,19 @@ class LossConfig:
         object.__setattr__(self, "extra", _Weights(self.extra))
         check_settings("recover.losses", self)
         for name in settings_of(self).keys() & self.extra.keys():
-            raise UserError(f"recover.losses.extra: {name} has a setting of its own, recover.losses.{name}")
+            raise UserError(f"recover.losses.extra: {name} is a built-in term: set recover.losses.{name} instead")
         if not any(self.weights().values()):
-            raise UserError(f"recover.losses: of the weights {self.weights()} at least one must be positive")
+            raise UserError(
+                f"recover.losses: all weights are 0 ({', '.join(self.weights())}): set at least one above 0"
+            )
         if self.reference_compat and self.kl_positions != "all":
-            raise UserError('recover.losses: reference_compat measures at all positions: leave kl_positions "all"')
+            raise UserError(
+                'recover.losses: reference_compat needs kl_positions="all", not "labels": change one of them'
+            )
         if self.teacher_top_k and (self.teacher_inputs != "own" or self.reference_compat):
             raise UserError(
-                "recover.losses: a cached teacher saw its own embeddings of real tokens, not the student's of this "
-                'step nor padding: set teacher_inputs="own" and reference_compat=False, or train without teacher_cache'
+                "recover.losses: a cached teacher was run on its own embeddings, without padding: set "
+                'teacher_inputs="own" and reference_compat=False, or train without teacher_cache'
             )
 
     def weights(self) -> dict[str, float]:
@@ -158,7 +162,7 @@ def from_alpha(strategy: str, alpha: float, *, kl_norm: float = 1.0, **options: 
     """
     one_of("distillation strategy", strategy, STRATEGIES)
     if not 0 <= alpha <= 1 or kl_norm <= 0:
-        raise UserError(f"distillation: alpha {alpha} must lie in [0, 1] and norm {kl_norm} be positive")
+        raise UserError(f"distillation: alpha={alpha} must be between 0 and 1 and kl_norm={kl_norm} above 0")
     parts = strategy.split("+")
     weights: dict[str, Any] = {name: alpha / (1.0 if name == "l2" else kl_norm) for name in parts}
     return LossConfig(ce=1 - alpha, **weights, **options)
@@ -201,7 +205,7 @@ class RecoverConfig:
     )
     b1: float = setting(0.9, "AdamW's decay rate of the first moment (beta 1).", affects=_RECOVER, least=0, below=1)
     b2: float = setting(0.999, "AdamW's decay rate of the second moment (beta 2).", affects=_RECOVER, least=0, below=1)
-    eps: float = setting(1e-8, "AdamW's epsilon.", affects=_RECOVER, above=0)
+    eps: float = setting(1e-8, "Epsilon of AdamW.", affects=_RECOVER, above=0)
     clip_norm: float | None = setting(
         1.0,
         "Maximum global gradient norm; larger gradients are scaled down (None = no clipping).",
@@ -286,11 +290,13 @@ def resolve_rules(trainable: str | Sequence[Rule]) -> tuple[Rules, bool]:
         return PRESETS[one_of("recover.trainable", trainable, PRESETS)], False
     for rule in trainable:
         if len(rule) != 2 or not isinstance(rule[0], str) or not (isinstance(rule[1], bool) or rule[1] in GROUPS):
-            raise UserError(f"trainable: rule {rule!r} must be (regex, True | False | one of {', '.join(GROUPS)})")
+            raise UserError(
+                f"recover.trainable: rule {rule!r} must be (regex, True | False | one of {', '.join(GROUPS)})"
+            )
         try:
             re.compile(rule[0])
         except re.error as error:
-            raise UserError(f"trainable: {rule[0]!r} is not a regular expression: {error}") from None
+            raise UserError(f"recover.trainable: {rule[0]!r} is not a regular expression ({error})") from None
     if not trainable:
-        raise UserError(f"trainable: no rules given: use {', '.join(PRESETS)} or (regex, True | False | group) pairs")
+        raise UserError(f"recover.trainable: empty: use {', '.join(PRESETS)}, or pairs (regex, True | False | group)")
     return tuple((str(pattern), value) for pattern, value in trainable), True
