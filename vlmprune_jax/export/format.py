@@ -11,7 +11,7 @@ from vlmprune_jax.core.checks import file_of_users
 from vlmprune_jax.core.files import Finite
 from vlmprune_jax.core.settings import settings_of
 
-if TYPE_CHECKING:  # configs read the options of formats, and start without jax and numpy
+if TYPE_CHECKING:  # configs import the options of formats, and load without jax
     import numpy as np
 
     from vlmprune_jax.hf.disk.tensors import Tensor

@@ -59,8 +59,7 @@ class GgufOptions:
 
 def prepare(model: Model, origin: Origin, options: GgufOptions) -> Contents:
     """Return the content of the files: `NAME-TYPE.gguf`, `mmproj-NAME-f16.gguf` and `imatrix-NAME.gguf_file`."""
-    from vlmprune_jax.export.gguf_card import gguf_loading  # comes with jax, as all that reads a model
-    from vlmprune_jax.export.gguf_file import write_gguf
+    from vlmprune_jax.export.gguf_file import gguf_loading, write_gguf  # imports jax, like all that reads a model
     from vlmprune_jax.export.gguf_model import make_gguf
     from vlmprune_jax.export.imatrix import imatrix_file
 

@@ -43,7 +43,7 @@ class FolderOptions:
 
 def prepare(model: Model, origin: Origin, options: FolderOptions) -> Contents:
     """Return the content of the folder."""
-    from vlmprune_jax.export.folder import folder_contents  # comes with jax, as all that reads a model
+    from vlmprune_jax.export.folder import folder_contents  # imports jax, like all that reads a model
     from vlmprune_jax.export.target import make_target
 
     target = make_target(model.cfg, origin.folder, options.layout, options.uneven, options.dtype)

@@ -30,9 +30,9 @@ from vlmprune_jax.models.vlm import Model, forward, mesh_of
 # Tolerances of float32 logits between two implementations: absolute, and relative to the largest logit above 10
 # (SmolLM2-135M without three layers, random ids: 1.1e-4 between torch and XLA; its logits reach 33).
 TOLERANCE, RELATIVE_TOLERANCE = 1e-4, 1e-5
-# One position may be ill-conditioned: SmolLM2, its width reconstructed and recovered, is 8.0e-4 off float64 here and
-# 2.6e-4 in torch at one of 48, where others are off by 1e-4. It may differ by this many times the most that it moves in
-# as many runs with the last bit of every weight changed (decision 85).
+# A position may be ill-conditioned: at 1 of 48, a recovered SmolLM2 differs from float64 by 8.0e-4 here and 2.6e-4 in
+# torch, at others by 1e-4. Tolerance: this multiple of the largest change in as many runs, each with the last bit of
+# every weight changed (decision 85).
 _ROUNDINGS = 4
 _ROWS, _TEXT_TOKENS = 2, 24
 

@@ -36,7 +36,7 @@ def padded_stacks(cfg: ModelConfig) -> ModelConfig:
     for name, stack in cfg.stacks.items():
         heads = stack.hidden_size // stack.head_dim
         layers = padded(stack.layers, heads if name == "text" and cfg.text.whole_heads else None)
-        if name == "vision":  # whose classes in PyTorch take hidden_size / heads for the size of a head
+        if name == "vision":  # PyTorch classes compute its head size as hidden_size / heads
             layers = tuple(dataclasses.replace(shape, q_heads=heads, kv_heads=heads) for shape in layers)
         cfg = cfg.with_layers(layers, name)
     return cfg

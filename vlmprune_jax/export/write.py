@@ -1,4 +1,4 @@
-"""Write a model in an export format, and check what was written."""
+"""Writing of a model in an export format, and comparison of the result with the model."""
 
 from __future__ import annotations
 
@@ -52,20 +52,9 @@ def save(
       reconstructed, recovered: steps after pruning that the model card names.
       benchmarks: rows of the model card's table, as text: name, unpruned score, score of this model, retained % and
         its interval, of each evaluation set.
-      **options: options of the format, by default:
-        layout="source": "transformers" converts original LLaVA, Bunny and InternVL-Chat to stock classes of
-          transformers, with tower, tokenizer, processor and chat template. Not in GGUF.
-        uneven="per_layer": layers of unequal width at true size, with the file that loads them in PyTorch; "pad" adds
-          zero heads and neurons (same function in stock classes, no savings); "refuse" raises. GGUF: "per_layer"
-          raises if llama.cpp has no architecture with such widths.
-        dtype="bfloat16": or "float32", "float16", "source" (dtype of each source tensor; GGUF: of the embedding).
-        quantize="none": type of the decoder's matrices. Folders: "w8a16", "w4a16" or "w8a8" (engines also round
-          activations), which choose compressed-tensors. GGUF: "q8_0", "q5_1" or "q4_0".
-        group_size=None, symmetric=True: integers: values of a row per scale (128, 64, 32; None: a row with 8 bits, the
-          largest that divides every row with 4), and no zero points.
-        storage=None: folders: a storage format, such as the result of `vp.gptq`, for the weights that it holds.
-        rolled_positions=False: GGUF: position table for builds of llama.cpp before ggml-org/llama.cpp#25814.
-        imatrix=False: GGUF without quantisation: the result of `vp.importance`, written for `llama-quantize`.
+      **options: options of the format, named as the settings `export.NAME`: layout, uneven, dtype, quantize,
+        group_size, symmetric and rolled_positions, with the same defaults. Results of calibration are objects here:
+        storage=vp.gptq(...) for folders, and imatrix=vp.importance(...) for GGUF.
 
     Raises:
       UserError: out_dir exists, source_dir is not this model's, options do not fit, weights are not finite, or the
