@@ -90,7 +90,7 @@ def check(model: Model, folder: Path, origin: Origin, options: GgufOptions) -> C
 
 
 def calibration(options: GgufOptions) -> Calibration | None:
-    """Return the call of `importance` that imatrix=True asks for."""
+    """Return the calibration for imatrix=True, or None."""
     return Calibration("imatrix", "importance", {}) if options.imatrix is True else None
 
 

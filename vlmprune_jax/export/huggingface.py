@@ -38,7 +38,9 @@ class FolderOptions:
         affects=("export",),
         choices="hf.disk.dtypes:WRITTEN",
     )
-    storage: Any = setting(None, "Storage format of the weights that it holds.", offered=False)
+    storage: Any = setting(
+        None, "Storage format for the weights that it can hold, such as the result of `vp.gptq`.", offered=False
+    )
 
 
 def prepare(model: Model, origin: Origin, options: FolderOptions) -> Contents:

@@ -76,7 +76,7 @@ def prepare(model: Model, origin: Origin, options: IntegerOptions) -> Contents:
 
 
 def calibration(options: IntegerOptions) -> Calibration | None:
-    """Return the call of `gptq` that rounding="gptq" asks for."""
+    """Return the calibration for rounding="gptq", or None."""
     names = ("quantize", "group_size", "symmetric", "dtype")
     settings = {name: getattr(options, name) for name in names}
     return Calibration("storage", "gptq", settings) if options.rounding == "gptq" else None

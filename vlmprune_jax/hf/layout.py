@@ -182,8 +182,8 @@ def refuse(problems: Sequence[str], family: Family, where: object) -> None:
     order = sorted(problems, key=lambda text: ("missing key" in text, "unknown key" in text))
     more = f"; and {len(order) - 8} more" if len(order) > 8 else ""
     raise UserError(
-        f"{where}: the weights do not fit config.json: {'; '.join(order[:8])}{more}: is it a complete, "
-        f"unquantised {family.name} checkpoint in {family.layout} layout?"
+        f"{where}: the weights do not fit config.json: {'; '.join(order[:8])}{more}: use a complete, "
+        f"unquantised {family.name} checkpoint in {family.layout} layout"
     )
 
 
