@@ -294,7 +294,7 @@ def test_a_thousand_layers_in_seconds(capsys, folder, plan, widths):
     shapes = [[4, 4, 80 + number % widths] for number in range(layers)]
     edit_config(folder, text_config={**config["text_config"], "num_hidden_layers": layers, "per_layer_shapes": shapes})
     before = time.monotonic()
-    refused_by_all(capsys, folder, plan, "has shape [48, 48], config.json says", "more: is it a complete")
+    refused_by_all(capsys, folder, plan, "has shape [48, 48], config.json says", "more: use a complete")
     assert time.monotonic() - before < 20
 
 

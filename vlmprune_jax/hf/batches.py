@@ -1,4 +1,4 @@
-"""Records as the batches that scoring, losses and training take, for notebooks and training loops of one's own."""
+"""Batches of records for scoring, losses and training, in notebooks and custom training loops."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def batches(
     batch_size: int = 1,
     **settings: Any,
 ) -> list[Batch]:
-    """All records as rows for the model in a folder: its tokenizer, prompt template and image processor.
+    """Return all records in batches, prepared with the tokenizer, prompt template and image processor of a model.
 
     Args:
       hf_dir: the model's folder, or hub id; no weights are read.
-      records: a data file (see docs/how-to/own-data.md), or entries as such a file holds them, {"image": ...,
+      records: a data file (see docs/how-to/own-data.md), or its entries, {"image": ...,
         "conversations": [{"from": "human", "value": ...}, ...]}.
-      images: the folder that image paths are below.
-      vision_dir: the tower's own folder, where the model's does not describe it.
+      images: root folder of the image paths.
+      vision_dir: folder of the vision tower, if the model's folder does not describe it.
       batch_size: rows per batch; the last batch is filled up with rows whose mask is 0.
-      settings: of the section `data` in docs/reference/settings.md, as max_length=2048 or template="bunny".
+      settings: settings of the section `data` in docs/reference/settings.md, such as max_length=2048.
 
     Returns:
       Batches of one length, in the order of the records; `.arrays` has input_ids, attention_mask and labels
@@ -45,7 +45,7 @@ def batches(
       see `Batch`).
 
     Raises:
-      UserError: records that are malformed, unreadable or too long, an unknown setting, batch_size < 1.
+      UserError: malformed, unreadable or too long records, an unknown setting, or batch_size < 1.
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1")
