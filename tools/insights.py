@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vlmprune_jax.evaluation.statistics import interval_of_mean
-from vlmprune_jax.report.guide import METHODS, SOLVED, read_guide
+from vlmprune_jax.planning.guide import METHODS, SOLVED, read_guide
 from vlmprune_jax.workdir.sweep import SweepResult
 
 Values = dict[str, list[float]]  # where it was compared -> a number of each pair

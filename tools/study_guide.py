@@ -13,7 +13,7 @@ from study_page import measured
 
 from vlmprune_jax.core.files import replacing
 from vlmprune_jax.evaluation.statistics import interval_of_mean
-from vlmprune_jax.report.guide import FILE, Evidence, Guide, Source, as_json, read_guide
+from vlmprune_jax.planning.guide import FILE, Evidence, Guide, Source, as_json, read_guide
 from vlmprune_jax.workdir.sweep import SweepResult
 
 

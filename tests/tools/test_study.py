@@ -12,7 +12,7 @@ from study_guide import evidence_of
 from study_page import BEGIN, END, as_markdown, study_figure
 
 from vlmprune_jax.cli.main import main
-from vlmprune_jax.report.guide import FILE, read_guide
+from vlmprune_jax.planning.guide import FILE, read_guide
 
 
 def concluded(models):

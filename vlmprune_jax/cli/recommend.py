@@ -36,8 +36,9 @@ def run(flags: Any) -> None:
 
     from vlmprune_jax.core.console import make_reporter
     from vlmprune_jax.core.errors import UserError
-    from vlmprune_jax.planning.recommend import advise, parse_bytes, parse_share, saved_as, tell
-    from vlmprune_jax.report.guide import FILE, read_guide
+    from vlmprune_jax.planning.guide import FILE, read_guide
+    from vlmprune_jax.planning.recommend import advise, parse_bytes, parse_share, saved_as
+    from vlmprune_jax.report.advice import tell
 
     if not flags.model:
         raise UserError("no model given: --model=DIR")

@@ -14,7 +14,6 @@ from typing import Any
 
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.experiment.recipes import recipes
@@ -23,12 +22,10 @@ from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.hf.read import read_config, resolve
 from vlmprune_jax.models.params import count_params
+from vlmprune_jax.planning.advice import expectation_lines, percent, rule_lines, summarize
 from vlmprune_jax.planning.case import predict_plan
+from vlmprune_jax.planning.guide import Guide, Recommendation, recommend
 from vlmprune_jax.prune import PrunePlan
-from vlmprune_jax.report.advice import advised, footnotes, in_words, percent, tables_of, what_to_know
-from vlmprune_jax.report.guide import Guide, Recommendation, recommend
-from vlmprune_jax.report.speed import bench_notes, bench_tables
-from vlmprune_jax.workdir.ledger import write_text
 from vlmprune_jax.workdir.speed import Bench, read_bench
 
 UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -147,7 +144,7 @@ def as_lines(advice: Advice) -> list[str]:
         f"{percent(count_params(cfg, 'text') / count_params(cfg))} of them",
         f"asked: {percent(found.ratio)} of all parameters, {percent(found.decoder_ratio)} of the decoder",
         "",
-        *advised(found),
+        *rule_lines(found),
     ]
     for method, plan in advice.plans.items():
         kept = plan.stacks["text"].layers
@@ -156,36 +153,7 @@ def as_lines(advice: Advice) -> list[str]:
             f"  {method}: {len(kept)} of {len(cfg.text.layers)} layers, {plan.parameters_after:,} parameters, "
             f"{size:.3g} GB in bfloat16, {percent(plan.reached)} removed"
         )
-    return lines + what_to_know(found)
-
-
-def tell(advice: Advice, save: str | None, reporter: Reporter) -> None:
-    """Print a recommendation, and its config, or write that to `save`.
-
-    Raises:
-      UserError: see `saved_as`.
-    """
-    path = saved_as(save)
-    for line in as_lines(advice):
-        reporter.say(line)
-    for table in tables_of(advice.recommendation):
-        reporter.table(table.title, table.header, table.rows)
-    for line in footnotes(advice.recommendation):
-        reporter.say(line)
-    if advice.bench is not None:
-        for table in bench_tables(advice.bench):
-            reporter.table(table.title, table.header, table.rows)
-        for line in bench_notes(advice.bench):
-            reporter.say(line)
-    if save is not None:
-        write_text(path, advice.config)
-        reporter.say(f"config: {path}")
-    else:
-        for line in ["", "config, which --save=FILE.py writes:", *advice.config.splitlines()]:
-            reporter.say(f"  {line}" if line else "")
-    reporter.say("commands:")
-    for line in commands(advice, str(path)):
-        reporter.say(f"  {line}")
+    return lines + expectation_lines(found)
 
 
 def commands(advice: Advice, config: str) -> list[str]:
@@ -207,7 +175,7 @@ def _config_file(found: Recommendation, cfg: ModelConfig, model: dict[str, Any],
     changes["data"] = {"fraction": found.data_fraction} if found.data_fraction else {}
     one = next(iter(found.variants.values())) if len(found.variants) == 1 else {}
     changes |= {**one, "prune": {**one.get("prune", {}), **target}}
-    what = f"What `vlmprune recommend` advises for {percent(found.ratio)} of all parameters: {in_words(found)}."
+    what = f"What `vlmprune recommend` advises for {percent(found.ratio)} of all parameters: {summarize(found)}."
     lines = [
         *textwrap.wrap(f'"""{what}', 110),
         "",

@@ -13,7 +13,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.hf.read import read_config
-from vlmprune_jax.report.guide import COMPUTE, FILE, as_json, read_guide, recommend
+from vlmprune_jax.planning.guide import COMPUTE, FILE, as_json, read_guide, recommend
 
 GUIDE = read_guide()
 
