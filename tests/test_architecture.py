@@ -28,11 +28,11 @@ ORDER = (
     ("recovery",),
     ("evaluation",),
     ("workdir",),
-    ("report",),
     ("experiment",),  # every setting of a run, as the sections that the library functions take
     ("stages",),  # what the commands run: library calls in order, with what to skip
     ("planning",),
     ("sweep",),
+    ("report",),  # pages and tables from what a workdir holds
     ("demo",),  # the data and the model that come with the package
     ("cli",),
     ("__main__",),
