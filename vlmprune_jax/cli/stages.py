@@ -114,7 +114,7 @@ def finish(context: Any) -> None:
             context.reporter.table(table.title, table.header, table.rows)
         export = result.export
         where = "" if export is None else f", exported to {context.workdir / export.path}"
-        context.say(f"best: {result.best}{where}")
+        context.say(f"best: {result.labels[result.best]} ({context.workdir / result.best_run.path}){where}")
         if export is not None:
             difference = export.max_abs_logit_difference
             context.say(f"  reloaded and compared: largest difference of any logit {difference:.2g}")
