@@ -228,7 +228,7 @@ class Block(nnx.Module):
         ctx: Context,
         cache: tuple[jax.Array, jax.Array] | None = None,
         want: tuple[str, ...] = (),
-    ):
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None, dict[str, jax.Array]]:
         """Return (output, cache, the `VALUES` named by `want`)."""
         attention_key, mlp_key = (None, None) if ctx.dropout_key is None else jax.random.split(ctx.dropout_key)
         norms = [getattr(self, name, None) for name in self.names.norms]

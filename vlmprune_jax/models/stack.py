@@ -59,7 +59,9 @@ class BlockStack(nnx.Module):
         """
         graph, state = nnx.split(self.layers[run])
 
-        def apply(layer_state: nnx.State, x: jax.Array, ctx: Context, cache=None, want: tuple[str, ...] = ()):
+        def apply(
+            layer_state: nnx.State, x: jax.Array, ctx: Context, cache: Any = None, want: tuple[str, ...] = ()
+        ) -> Any:
             return nnx.merge(graph, layer_state)(x, ctx, cache, want)
 
         return apply, state
@@ -106,7 +108,7 @@ class BlockStack(nnx.Module):
                 last = (x, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), values))
             slots = [keep.index(i) if i in keep else len(keep) for i in range(start, start + length)]
 
-            def body(carry: Any, layer: Any, apply=apply) -> tuple[Any, Any]:
+            def body(carry: Any, layer: Any, apply: Callable[..., Any] = apply) -> tuple[Any, Any]:
                 (x, kept, last), (state, index, slot, cache) = carry, layer
                 y, cache, values = apply(state, x, index, cache)
                 if added is not None:
@@ -130,7 +132,7 @@ class BlockStack(nnx.Module):
 def _with_remat(apply: Callable[..., Any], ctx: Context, want: tuple[str, ...], remat: str) -> Callable[..., Any]:
     """Return `apply(state, x, index, cache)` of one block under a remat policy."""
 
-    def block(state: nnx.State, x: jax.Array, index: jax.Array, cache: Any):
+    def block(state: nnx.State, x: jax.Array, index: jax.Array, cache: Any) -> Any:
         key = None if ctx.dropout_key is None else jax.random.fold_in(ctx.dropout_key, index)
         return apply(state, x, ctx._replace(dropout_key=key), cache, want)
 

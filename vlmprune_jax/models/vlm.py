@@ -286,7 +286,7 @@ def apply(
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "want"))
-def _forward(params, cfg, arrays, want):
+def _forward(params: Params, cfg: ModelConfig, arrays: Any, want: tuple[str, ...]) -> tuple[jax.Array, dict[str, Any]]:
     arrays = dict(arrays)
     return apply(params, cfg, arrays.pop("input_ids"), **arrays, want=want)
 

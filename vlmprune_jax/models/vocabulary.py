@@ -131,13 +131,13 @@ def _ordered(x: jax.Array, order: jax.Array) -> jax.Array:
     return constrain(rows, ("batch",) + (None,) * (x.ndim - 1))
 
 
-def _forward(body, chunk, *primals):
+def _forward(body: Any, chunk: int, *primals: Any) -> tuple[Any, Any]:
     arrays = jax.tree.map(lambda primal: primal.value, primals, is_leaf=lambda x: hasattr(x, "perturbed"))
     trains = any(primal.perturbed for primal in jax.tree.leaves(primals[0], is_leaf=lambda x: hasattr(x, "perturbed")))
     return chunk_sums(body, chunk, *arrays), (arrays, () if trains else None)  # a structure, since values are traced
 
 
-def _backward(body, chunk, kept, cotangent):
+def _backward(body: Any, chunk: int, kept: Any, cotangent: Any) -> tuple[Any, ...]:
     (head, states, counted, pieces, fixed), trains = kept
     cut = _cut(chunk, states, counted, pieces)
     zero = jax.custom_derivatives.SymbolicZero

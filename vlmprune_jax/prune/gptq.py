@@ -189,7 +189,9 @@ def inside(slot: Slot) -> str:
 
 
 @functools.partial(jax.jit, static_argnames=("stack", "cfg"))
-def _sums(params: Mapping[str, jax.Array], x: jax.Array, weight: jax.Array, given: Given, *, stack: str, cfg: Stack):
+def _sums(
+    params: Mapping[str, jax.Array], x: jax.Array, weight: jax.Array, given: Given, *, stack: str, cfg: Stack
+) -> dict[str, jax.Array]:
     outs = {name: f"{name}_out" for name in WRITERS}
     block, after, values = run_block(stack, cfg, params, x, given, (*READERS, *outs.values()))
     counts = weight[..., None] > 0

@@ -70,7 +70,9 @@ def importance(
 
 
 @functools.partial(jax.jit, static_argnames=("stack", "cfg"))
-def _squares(params: Mapping[str, jax.Array], x: jax.Array, weight: jax.Array, given: Given, *, stack: str, cfg: Stack):
+def _squares(
+    params: Mapping[str, jax.Array], x: jax.Array, weight: jax.Array, given: Given, *, stack: str, cfg: Stack
+) -> dict[str, jax.Array]:
     _, _, values = run_block(stack, cfg, params, x, given, READERS)
 
     def of(name: str) -> jax.Array:

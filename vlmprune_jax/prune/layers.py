@@ -128,7 +128,7 @@ def run_block(
 
 
 @functools.partial(jax.jit, static_argnames=("stack", "cfg"))
-def _streams(params, x, given, *, stack, cfg):
+def _streams(params: Any, x: jax.Array, given: Given, *, stack: str, cfg: Stack) -> Streams:
     want = ("middle", *(f"{name}_out" for name in WRITERS))
     block, after, values = run_block(stack, cfg, params, x, given, want)
     norms = {name: block.norm_after(name) for name in WRITERS}

@@ -210,7 +210,9 @@ class _Store:
 
 
 @functools.partial(jax.jit, static_argnames=("stack", "cfg", "module"))
-def _sums(params, x, target, weight, statistics, given, *, stack, cfg, module):
+def _sums(
+    params: Any, x: Any, target: Any, weight: Any, statistics: Any, given: Any, *, stack: str, cfg: Any, module: str
+) -> Any:
     want = (module, f"{module}_out", "middle")
     block, after, values = run_block(stack, cfg, params, x, given, want)
     residual = target - (values["middle"] if module == "o_proj" else after)

@@ -202,7 +202,7 @@ def embedded(step: Step, model: Model) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
-def _embed(params, inputs, *, cfg):
+def _embed(params: Any, inputs: Any, *, cfg: ModelConfig) -> tuple[jax.Array, jax.Array | None]:
     module, added = to_nnx(Model(params, cfg)), None
     if "input_ids" not in inputs:
         dtype = jax.tree.leaves(params["vision"])[0].dtype

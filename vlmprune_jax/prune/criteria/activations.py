@@ -137,7 +137,9 @@ def with_images(batches: Iterable[Arrays]) -> Iterator[Arrays]:
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "stack", "function", "options"))
-def _sums(params, batch, counting, *, cfg, stack, function, options):
+def _sums(
+    params: Params, batch: Any, counting: Any, *, cfg: ModelConfig, stack: str, function: Any, options: Any
+) -> Any:
     run, kind = (_decoder if stack == "text" else _tower)(params, cfg, batch)
 
     def blocks(tap: Tap, inputs: tuple[str, ...] = ()) -> list[Any]:

@@ -291,30 +291,30 @@ def _layer_of(model: Model, number: int) -> tuple[Params, TextConfig]:
 
 
 @jax.jit
-def _slice(stacked, index):
+def _slice(stacked: Any, index: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stacked)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
-def _embed(params, micro, *, cfg):
+def _embed(params: Params, micro: Any, *, cfg: ModelConfig) -> tuple[jax.Array, jax.Array | None]:
     images = {name: micro.get(name) for name in ("pixel_values", "image_grid_thw")}
     x, _, added = to_nnx(Model(params, cfg)).embed(micro["input_ids"], **images)
     return constrain(x, STREAM), added
 
 
 @jax.jit
-def _add(y, added, number):
+def _add(y: jax.Array, added: jax.Array, number: Any) -> jax.Array:
     return constrain(y + at_layer(added, number), STREAM)
 
 
 @functools.partial(jax.jit, static_argnames=("text",))
-def _block(layer, x, micro, *, text):
+def _block(layer: Params, x: jax.Array, micro: Any, *, text: TextConfig) -> tuple[jax.Array, Any]:
     y, products, _ = linearized(layer, x, micro["attention_mask"], None, text, micro.get("position_ids"))
     return y, products
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
-def _loss_gradient(params, x, micro, *, cfg):
+def _loss_gradient(params: Params, x: jax.Array, micro: Any, *, cfg: ModelConfig) -> jax.Array:
     """d(sum of cross-entropies) / dx of the last block's output; float32 logits exist for CHUNK positions at a time."""
     module, positions, targets = to_nnx(Model(params, cfg)), micro["positions"], micro["targets"]
 
@@ -339,7 +339,9 @@ def _no_sums(layer: Params, cfg: ModelConfig, squares: bool, ways: int) -> tuple
 
 
 @functools.partial(jax.jit, static_argnames=("text",), donate_argnames=("cotangent", "sums"))
-def _differentiate(layer, x, micro, products, cotangent, weight, sums, *, text):
+def _differentiate(
+    layer: Params, x: jax.Array, micro: Any, products: Any, cotangent: Any, weight: Any, sums: Any, *, text: TextConfig
+) -> tuple[tuple[Any, Any], jax.Array]:
     """Sums of the coupled weights' gradients and of their squares with this step's, and the gradient at the input.
 
     weight: labels of the step, whose one row's mean loss is squared.
@@ -356,7 +358,7 @@ def _differentiate(layer, x, micro, products, cotangent, weight, sums, *, text):
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "channels"))
-def _reduce(layer, sums, total, samples, *, cfg, channels):
+def _reduce(layer: Params, sums: Any, total: Any, samples: Any, *, cfg: ModelConfig, channels: Any) -> dict[str, Any]:
     attention, mlp = coupled(cfg)
     flat, (first, squared) = flatten(layer), sums
     scores = {}

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -160,7 +161,7 @@ class _Cut:
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
-def _loss(params, x, labels, *, cfg):
+def _loss(params: Any, x: jax.Array, labels: jax.Array, *, cfg: Any) -> jax.Array:
     final = to_nnx(Model(params, cfg)).text.final_norm(x)
     return cross_entropy_sum(final, head_of(params, cfg), labels, chunk=_CHUNK)
 

@@ -82,11 +82,11 @@ def _product(x: jax.Array, weight: jax.Array, counts: jax.Array | None, n: int) 
     return contract(x, weight[0], n)
 
 
-def _product_forward(x: jax.Array, weight: jax.Array, counts: jax.Array | None, n: int):
+def _product_forward(x: jax.Array, weight: jax.Array, counts: jax.Array | None, n: int) -> tuple[jax.Array, Any]:
     return contract(x, weight[0], n), (x, weight, counts)
 
 
-def _product_backward(n: int, saved: tuple[jax.Array, jax.Array, jax.Array | None], grad: jax.Array):
+def _product_backward(n: int, saved: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     x, (first, *_), counts = saved[0], saved[1], saved[2]
     tokens, outputs = tuple(range(x.ndim - n)), tuple(range(first.ndim - n))
     by_input = jax.lax.dot_general(grad, first, ((tuple(range(len(tokens), grad.ndim)), outputs), ((), ())))

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmprune_jax.core.config import IGNORED, runs
+from vlmprune_jax.core.config import IGNORED, ModelConfig, runs
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.params import Flat, flatten, unflatten
-from vlmprune_jax.models.vlm import Model, encode, head_of, mesh_of, place_batch
+from vlmprune_jax.models.vlm import Model, Params, encode, head_of, mesh_of, place_batch
 from vlmprune_jax.models.vocabulary import cross_entropy_sum
 from vlmprune_jax.prune.criteria.activations import with_images
 from vlmprune_jax.prune.criteria.calibration import Arrays
@@ -95,7 +95,9 @@ def _steps(batches: Iterable[Arrays], rows: int | None) -> Iterator[Arrays]:
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("sums",))
-def _add(sums, own, params, batch, labels, *, cfg):
+def _add(
+    sums: Any, own: Flat, params: Params, batch: Any, labels: Any, *, cfg: ModelConfig
+) -> tuple[Flat, Flat | None]:
     """float32 sums with a step's gradient, and its square where that is asked for.
 
     `own`: the weights, by path below the tower's layers. The loss is the summed cross-entropy; what is squared is the
@@ -120,7 +122,7 @@ def _add(sums, own, params, batch, labels, *, cfg):
 
 
 @functools.partial(jax.jit, static_argnames=("channels", "of_axis"))
-def _reduced(own, sums, total, samples, channels, of_axis):
+def _reduced(own: Flat, sums: Any, total: Any, samples: Any, channels: Any, of_axis: Any) -> dict[str, Any]:
     """{path: `channels` of every layer of a run, stacked}."""
     first, squared = sums
     found = {}
