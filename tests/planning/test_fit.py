@@ -250,7 +250,7 @@ def test_a_program_that_does_not_fit_says_by_how_much(topology, size):
     target = make_slice(topology)
     mesh = make_mesh(1, 4, 1, devices=target.devices)
     array = jax.ShapeDtypeStruct((size * 2**18, 2**10), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
-    with pytest.raises(DoesNotFit, match=r"needs \d+\.\d\d GiB of HBM per chip, \d\.\d\d too many") as caught:
+    with pytest.raises(DoesNotFit, match=r"needs \d+\.\d\d GiB of HBM per chip, \d\.\d\d GiB more") as caught:
         compile_for_tpu(jax.jit(lambda x: x + 1), array)
     assert caught.value.needed == pytest.approx(2 * size * 2**30, rel=0.05)
     assert caught.value.capacity == pytest.approx(target.chip.hbm, rel=1e-3)
@@ -264,7 +264,7 @@ def test_what_to_do_about_a_step_that_does_not_fit(experiment_file, monkeypatch,
     flags = [f"--config={experiment_file}", "--topology=v5e:2x2"]
     assert main(["plan", *flags]) == 2
     error = capsys.readouterr().err
-    assert "on v5e:2x2 needs 20.00 GiB of HBM per chip, 4.00 too many" in error
+    assert "on v5e:2x2 needs 20.00 GiB of HBM per chip, 4.00 GiB more than it has" in error
     assert "try --topology=v5e:2x4" in error
     assert main(["plan", *flags, "--config.recover.remat=none", "--config.recover.accumulation=1"]) == 2
     assert "try recover.remat=full or recover.accumulation=2 or --topology=v5e:2x4" in capsys.readouterr().err
@@ -311,7 +311,7 @@ def test_a_search_doubles_rows_and_shrinks_the_slice(experiment_file, monkeypatc
     assert found["remat"].case.config.remat == "none"
     assert found["batch"].case.config.batch_size == 64  # 8 rows a chip would need 16.5 GiB
     assert found["slice"].case.slice.name == "v5e:2x4"  # on four chips 16 rows do not fit
-    assert any("too many" in line for line in said)
+    assert any("more than it has" in line for line in said)
     compiled.clear()
     unsaved = dataclasses.replace(case, config=dataclasses.replace(config, remat="none"))
     tpu_fit.search(unsaved, said.append, {unsaved: fake(unsaved)})
@@ -332,7 +332,9 @@ def test_a_search_asks_the_compiler(experiment_file, monkeypatch, tmp_path, caps
     with jax.default_matmul_precision("default"):
         assert main(["plan", *flags, *(f"--config.{name}={value}" for name, value in changes.items())]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"micro-batch of 4096 rows: needs \d+\.\d\d GiB of HBM per chip, \d+\.\d\d too many", said)
+    assert re.search(
+        r"micro-batch of 4096 rows: needs \d+\.\d\d GiB of HBM per chip, \d+\.\d\d GiB more than it has", said
+    )
     [told] = read_tpu_plan(tmp_path).values()
     assert told.search == dict.fromkeys(("remat", "batch", "slice"), told.step)
 
@@ -363,7 +365,7 @@ def test_buckets_are_planned_by_the_largest(experiment_file, monkeypatch, capsys
     [
         ("v5x:8x8", "'v5x:8x8': unknown TPU generation .known: v5e, v5p, v6e.: use for example v5e:"),
         ("v5e", "'v5e' is not GENERATION:SIZES: use for example v5e:"),
-        ("v5e:3x5", "does not exist .* v5e has 2x2, 2x4"),
+        ("v5e:3x5", "does not exist .* use one of v5e: 2x2, 2x4"),
     ],
 )
 def test_unknown_topologies_suggest_known_ones(topology, message):

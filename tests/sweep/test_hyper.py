@@ -26,9 +26,9 @@ def test_product_zip_and_chain():
     ]  # fmt: skip
     assert HYPER.chainit([methods, HYPER.fixed("config.prune.ratio", 0.3)]) == [*methods, {"prune.ratio": 0.3}]
     assert HYPER.product([]) == [{}]
-    with pytest.raises(UserError, match=r"hyper.zipit: sweeps of 2, 1 values: give all as many"):
+    with pytest.raises(UserError, match=r"hyper.zipit: sweeps have 2, 1 values: give all the same number"):
         HYPER.zipit([methods, HYPER.fixed("prune.ratio", 0.3)])
-    with pytest.raises(UserError, match=r"hyper.product: prune.ratio is in two of its sweeps"):
+    with pytest.raises(UserError, match=r"hyper.product: prune.ratio is set by two of the sweeps"):
         HYPER.product([ratios, HYPER.named("cut", {"a": {"config.prune.ratio": 0.3}})])
 
 
@@ -87,12 +87,12 @@ def test_names_are_names_of_folders():
         ([{"prunes.ratio": 0.1}], r"config has no 'prunes'; did you mean 'prune'\?"),
         ([{"prune.ratio.x": 0.1}], r"config.prune.ratio is a value, not a section"),
         ([{"prune.ratio": "much"}], r"config.prune.ratio='much' must be a number"),
-        ([{"prune.ratio": 0.1}, {"prune.ratio": 0.1}], r"lists only twice: leave one of them out"),
+        ([{"prune.ratio": 0.1}, {"prune.ratio": 0.1}], r"lists only twice: remove one of them"),
         (
             [{"prune.ratio": 0.1}, {"prune.ratio": 0.1 + 1e-12}, {"prune.ratio": 0.2}],
-            r"two runs would be called ratio=0.1 \(prune.ratio was .*tell them apart with hyper.named",
+            r"two runs have the name ratio=0.1 \(prune.ratio was .*name them with hyper.named",
         ),
-        ([{"recover.name": "sft"}, {"recover.name": "SFT"}], r"two runs would be called name=SFT"),
+        ([{"recover.name": "sft"}, {"recover.name": "SFT"}], r"two runs have the name name=SFT"),
         ([], r"lists 0 runs"),
         (None, r"must return a list of overrides"),
         ({"prune.ratio": [0.1]}, r"must return a list of overrides"),

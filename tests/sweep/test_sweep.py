@@ -108,7 +108,7 @@ def test_a_failed_run_is_listed_and_tried_again(sweep, capsys):
     assert "  failed: no such thing" in out
     assert "failed: ratio=0.3: ZeroDivisionError: a defect" in out
     assert err == (
-        "vlmprune: error: 2 of 4 runs failed, the first: ratio=0.1: no such thing; the same command tries them again\n"
+        "vlmprune: error: 2 of 4 runs failed, first ratio=0.1: no such thing: run the same command to retry\n"
     )
     found = read_sweep(sweep.workdir).models
     assert [one.status for one in found] == ["failed", "done", "failed", "done"]
@@ -168,11 +168,15 @@ def test_runs_are_chosen_by_their_names(sweep, capsys):
         ((), "return 1 / 0", "get_hyper(hyper) failed (ZeroDivisionError: division by zero); --debug shows more"),
         ((), "return [{'prune.ratio': 0.1}] * 2", "lists only twice"),
         ((), "return [{'score.depth': 'l7'}]", "run only: score.depth 'l7' is not one of"),
-        ((), "return [{'prune.ratio': 0.1}, {'evaluate.metric': 'vqa_accuracy'}]", "is evaluated on other sets than"),
+        (
+            (),
+            "return [{'prune.ratio': 0.1}, {'evaluate.metric': 'vqa_accuracy'}]",
+            "its evaluation sets differ from those of",
+        ),
         (("--config.prune.ratio=0.2",), BODY, "--config.prune.ratio: the sweep sets it for every run"),
         (("--jobs=0",), BODY, "--jobs=0: must be at least 1"),
         (("--shard=5",), BODY, "--shard=5: must be i/n"),
-        (("--only=decoder=*",), BODY, "--only=decoder=*: no run has such a name; the first is ratio=0.1"),
+        (("--only=decoder=*",), BODY, "--only=decoder=*: no run matches (the first is ratio=0.1)"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_runs(sweep, capsys, flags, body, told):
@@ -246,10 +250,20 @@ def test_a_process_that_is_killed_costs_its_item_alone():
     items = [1, 2, "die", 3, "fail", 4, 5]
     in_processes(items, 2, start_counting, lambda item, line: told.setdefault(item, line))
     assert set(told) == set(items)
-    assert told["die"].startswith("its process ended (SIGKILL), perhaps for lack of memory")
+    assert told["die"].startswith("its process ended (SIGKILL), perhaps out of memory")
     assert told["fail"] == "it failed"
     pids = {told[item].split()[0] for item in (1, 2, 3, 4, 5)}
     assert len(pids) in (2, 3)  # and not a process for every item
+
+
+def test_workers_import_nothing_from_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("multiprocessing", "json", "numpy"):
+        (tmp_path / f"{name}.py").write_text("import pathlib; pathlib.Path('ran').touch()\n")
+    told = []
+    in_processes([1], 1, start_counting, lambda item, line: told.append(line))
+    assert told[0].endswith("1"), told
+    assert not (tmp_path / "ran").exists()
 
 
 def test_an_interruption_ends_all_processes():

@@ -158,7 +158,7 @@ def _load_package() -> dict[str, tuple[Questions, Mapping[int, str]]]:
     try:
         import easy_vqa
     except ImportError as error:
-        raise UserError("the easy-VQA data set is not installed: pip install 'vlmprune-jax[demo]'") from error
+        raise UserError("easy-VQA: the data set is not installed: pip install 'vlmprune-jax[demo]'") from error
     readers: dict[str, tuple[Callable[[], Questions], Callable[[], Mapping[int, str]]]] = {
         "train": (easy_vqa.get_train_questions, easy_vqa.get_train_image_paths),
         "test": (easy_vqa.get_test_questions, easy_vqa.get_test_image_paths),

@@ -1,1 +1,1 @@
-"""How good a model is: metrics of its answers to questions, or of text, and what pruning retained of them."""
+"""Evaluation of models: metrics of answers or of text, retained percentages, statistics and speed."""

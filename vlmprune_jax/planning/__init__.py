@@ -1,1 +1,1 @@
-"""What a run needs on a TPU slice, compiled ahead of time: memory, time, the search for what fits."""
+"""Planning of recovery on a TPU slice by ahead-of-time compilation: memory, time, and a search for what fits."""

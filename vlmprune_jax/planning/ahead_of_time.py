@@ -1,4 +1,4 @@
-"""Compiling a program for TPUs that this machine has not, and reading off what it will cost there."""
+"""Compilation of programs for TPUs without having them, and the cost of the compiled programs."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from jax.extend.core import Literal
 from vlmprune_jax.core.chips import Chip, slice_of
 from vlmprune_jax.core.errors import UserError
 
-# libtpu asks the metadata server of Google Cloud where it runs, unless the first three say it; the last lets it load
-# beside another one, since this one only compiles and uses no chips.
+# The first three keep libtpu from asking the metadata server of Google Cloud where it runs; the last allows a second
+# libtpu in one machine, since this one only compiles.
 _ELSEWHERE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -32,7 +32,7 @@ _ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Slice:
-    """A TPU slice to compile for: "v5e:8x8", its generation and its devices."""
+    """A TPU slice to compile for: name ("v5e:8x8"), generation and devices."""
 
     name: str
     chip: Chip
@@ -40,14 +40,14 @@ class Slice:
 
 
 def make_slice(name: str) -> Slice:
-    """The slice of that name, without any TPU.
+    """Return the slice with this name; needs no TPU.
 
     Raises:
-      UserError: unknown generation or impossible topology (with known ones), or libtpu is missing.
+      UserError: the generation or topology does not exist (names those that do), or libtpu is missing.
     """
     chip, _ = slice_of(name)
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("planning compiles with libtpu, which is not installed: pip install 'vlmprune-jax[tpu]'")
+        raise UserError("plan: libtpu, which compiles for TPUs, is not installed: pip install 'vlmprune-jax[tpu]'")
     for variable, value in _ELSEWHERE.items():
         os.environ.setdefault(variable, value)
     try:
@@ -56,16 +56,20 @@ def make_slice(name: str) -> Slice:
         sizes = ", ".join(chip.slices)
         reason = str(error).splitlines()[0]
         if "INVALID_ARGUMENT" not in reason:
-            raise UserError(f"libtpu, which compiles for {name}, does not start here: {reason}") from error
-        raise UserError(f"topology {name!r} does not exist ({reason}): {name.partition(':')[0]} has {sizes}") from error
+            raise UserError(
+                f"plan: libtpu, which compiles for {name}, does not start on this machine: {reason}"
+            ) from error
+        raise UserError(
+            f"topology {name!r} does not exist ({reason}): use one of {name.partition(':')[0]}: {sizes}"
+        ) from error
     return Slice(name, chip, tuple(devices))
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a compiled program takes, per chip and run: bytes of HBM and of links between chips (`received`, by kind).
+    """Cost of a compiled program per chip: bytes of HBM, and bytes received from other chips by kind of collective.
 
-    `flops`: executed, all chips together. `seconds`: compiling took.
+    `flops`: executed FLOPs of all chips together. `seconds`: time of the compilation.
     """
 
     arguments: int
@@ -76,18 +80,20 @@ class Compiled:
 
 
 class DoesNotFit(UserError):
-    """The compiler found no way to hold the program in HBM; `needed` and `capacity` in bytes per chip."""
+    """The program does not fit in HBM; `needed` and `capacity` are in bytes per chip."""
 
     def __init__(self, needed: int, capacity: int):
-        super().__init__(f"needs {needed / 2**30:.2f} GiB of HBM per chip, {(needed - capacity) / 2**30:.2f} too many")
+        super().__init__(
+            f"needs {needed / 2**30:.2f} GiB of HBM per chip, {(needed - capacity) / 2**30:.2f} GiB more than it has"
+        )
         self.needed, self.capacity = needed, capacity
 
 
 def compile_for_tpu(program: Any, *arguments: Any) -> Compiled:
-    """Compile a jitted function for abstract arguments on a slice's devices.
+    """Compile a jitted function for abstract arguments on the devices of a slice.
 
     Raises:
-      DoesNotFit: it does not.
+      DoesNotFit: the program needs more HBM than a chip has.
     """
     traced = program.trace(*arguments)
     started = time.perf_counter()
@@ -119,10 +125,10 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def executed_flops(jaxpr: Any) -> int:
-    """FLOPs of all matrix products in a jaxpr, loops as often as they run, recomputation included.
+    """Return the FLOPs of all matrix products in a jaxpr, including every loop iteration and recomputation.
 
-    Kernels count all their blocks, those that a causal mask lets them skip as well. XLA's own `cost_analysis` counts a
-    loop once.
+    All blocks of kernels are counted, even those that a causal mask skips. (XLA's `cost_analysis` counts a loop body
+    once.)
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -131,21 +137,21 @@ def executed_flops(jaxpr: Any) -> int:
             depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
             total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
             continue
-        inner = [executed_flops(one) for value in equation.params.values() for one in _jaxprs(value)]
+        inner = [executed_flops(jaxpr) for value in equation.params.values() for jaxpr in _jaxprs(value)]
         if inner:
             total += _times(equation) * (max(inner) if equation.primitive.name == "cond" else sum(inner))
     return total
 
 
 def _jaxprs(value: Any) -> list[Any]:
-    """The jaxprs in a parameter of an equation."""
+    """Return the jaxprs in a parameter of an equation."""
     values = value if isinstance(value, tuple | list) else (value,)
-    opened = [getattr(one, "jaxpr", one) for one in values]
-    return [one for one in opened if hasattr(one, "eqns")]
+    jaxprs = [getattr(item, "jaxpr", item) for item in values]
+    return [jaxpr for jaxpr in jaxprs if hasattr(jaxpr, "eqns")]
 
 
 def _times(equation: Any) -> int:
-    """How often the inner jaxprs of an equation run."""
+    """Return the number of times that the inner jaxprs of an equation run."""
     params, name = equation.params, equation.primitive.name
     if name == "scan":
         return params["length"]
@@ -153,7 +159,7 @@ def _times(equation: Any) -> int:
         return params["mesh"].size  # attention is mapped over the whole mesh
     if name == "pallas_call":
         return math.prod(params["grid_mapping"].grid)
-    if name == "while":  # at most: the largest number that the condition compares with, as in `_trip_count`
+    if name == "while":  # upper bound: the largest constant in the condition, as in `_trip_count`
         values = [x.val for one in params["cond_jaxpr"].jaxpr.eqns for x in one.invars if isinstance(x, Literal)]
         return max((int(value) for value in values if np.ndim(value) == 0), default=1)
     return 1
@@ -169,15 +175,15 @@ _CHANNEL = re.compile(r"channel_id=(\d+)")
 
 
 def collective_bytes(hlo: str) -> dict[str, int]:
-    """Bytes that every chip receives in one run of a compiled program, by kind of collective.
+    """Return the bytes that every chip receives in one run of a compiled program, by kind of collective.
 
-    A collective in a loop counts as often as the loop runs. Rings are assumed: of a result of n bytes over g chips, a
-    gather, scatter or exchange receives n (g - 1) / g bytes (a scatter g times that of its smaller result), a
-    reduction twice as much, a permutation n.
+    A collective in a loop is counted in every iteration. Rings are assumed: for a result of n bytes over g chips, a
+    gather, scatter or all-to-all receives n (g - 1) / g bytes (a scatter g times that of its smaller result), a
+    reduction twice as many, and a permutation n.
     """
     computations = _computations(hlo)
     runs = _executions(hlo, computations)
-    # The compiler writes one asynchronous collective into several fusions, all with its channel.
+    # The compiler writes an asynchronous collective into several fusions with the same channel.
     largest: dict[tuple[str, str], int] = defaultdict(int)
     for name, lines in computations.items():
         for number, line in enumerate(lines):
@@ -186,7 +192,7 @@ def collective_bytes(hlo: str) -> dict[str, int]:
                 continue
             channel = _CHANNEL.search(line)
             key = (found[2], channel[1] if channel else f"{name}/{number}")
-            # What starts an all-reduce names its result alone, the others (operands, results, ...).
+            # The start of an all-reduce names only its result, other starts (operands, results, ...).
             result = _second(found[1]) if found[3] and found[2] != "all-reduce" else found[1]
             largest[key] = max(largest[key], runs[name] * _received(found[2], result, line))
     total: dict[str, int] = defaultdict(int)
@@ -208,7 +214,7 @@ def _computations(hlo: str) -> dict[str, list[str]]:
 
 
 def _executions(hlo: str, computations: dict[str, list[str]]) -> dict[str, int]:
-    """How often each computation runs, from the entry down; a while loop runs up to the constant it compares with."""
+    """Return the number of runs of each computation; a while loop runs up to the constant in its condition."""
     calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for name, lines in computations.items():
         for line in lines:
@@ -231,7 +237,7 @@ def _trip_count(condition: Sequence[str]) -> int:
 
 
 def _second(result: str) -> str:
-    """The second part of "(first, second, ...)", any of which may be a tuple itself."""
+    """Return the second part of "(first, second, ...)"; parts may be nested tuples."""
     depth, parts = 0, [""]
     for character in result[1:-1]:
         depth += (character in "([{") - (character in ")]}")
@@ -253,13 +259,13 @@ def _received(kind: str, result: str, line: str) -> int:
 
 
 def _width(dtype: str) -> float:
-    """Bytes of a number: "bf16", "f32", "s8", "pred", "f8e4m3fn"."""
+    """Return the bytes of a number type: "bf16", "f32", "s8", "pred", "f8e4m3fn"."""
     bits = re.match(r"[a-z]+?(\d+)", dtype)
     return int(bits[1]) / 8 if bits else 1
 
 
 def _group_size(line: str) -> int:
-    """Chips that take part together, in any of the three ways in which XLA writes replica groups."""
+    """Return the number of chips in a group, in any of the three notations of replica groups in XLA."""
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)
     if mesh:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))

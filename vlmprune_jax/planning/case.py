@@ -1,4 +1,4 @@
-"""One recovery on a TPU slice: the real step, compiled ahead of time without weights and without TPUs."""
+"""One recovery on a TPU slice: its training step, compiled ahead of time without weights or TPUs."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ from vlmprune_jax.stages.work import teacher_folder
 
 @dataclass(frozen=True)
 class Case:
-    """One recovery on one slice: student, teacher and training settings, and the shape of a row.
+    """One recovery on one slice: student, teacher, training settings and row shapes.
 
-    `lengths`: tokens per row of every bucket, ascending; `slots`: the same for images (or tiles), and `image_tokens`
-    for the tokens of one where images are of any size (else empty). The step is that of the largest of all.
+    `lengths`, `slots`, `image_tokens`: buckets of tokens per row, image (or tile) slots per row, and tokens per image
+    (empty unless images are of any size), ascending. The planned step uses the largest of each.
     """
 
     cfg: ModelConfig
@@ -57,27 +57,27 @@ class Case:
 
     @property
     def length(self) -> int:
-        """Tokens per row."""
+        """Tokens per row in the largest bucket."""
         return self.lengths[-1]
 
     @property
     def images(self) -> int:
-        """Images (or tiles) per row."""
+        """Image (or tile) slots per row in the largest bucket."""
         return self.slots[-1]
 
     @property
     def tokens_per_image(self) -> int:
-        """Tokens that an image has room for where images are of any size, or 0."""
+        """Tokens per image slot in the largest bucket for images of any size, else 0."""
         return self.image_tokens[-1] if self.image_tokens else 0
 
     def make_mesh(self) -> Mesh:
-        """The mesh over the slice's devices."""
+        """Return the mesh over the devices of the slice."""
         return make_mesh(*self.mesh, devices=self.slice.devices)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the step of a case needs, as compiled, and its model FLOPs. Times are lower bounds."""
+    """Compiled cost and model FLOPs of the step of a case; times are lower bounds."""
 
     case: Case
     compiled: Compiled
@@ -85,14 +85,14 @@ class Estimate:
 
     @property
     def free(self) -> float:
-        """Bytes of HBM per chip that the step leaves."""
+        """Free bytes of HBM per chip during the step."""
         return self.case.slice.chip.hbm - self.compiled.arguments - self.compiled.temporaries
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds of a step if only this limited it: arithmetic, memory, links between chips.
+        """Lower bounds of the step time (s) from arithmetic, memory traffic and links between chips.
 
-        Memory: arguments are read and temporaries and what other chips send are written and read, once at least.
+        Memory traffic: arguments are read once; temporaries and received data are written and read once.
         """
         received = sum(self.compiled.received.values())
         traffic = self.compiled.arguments + 2 * (self.compiled.temporaries + received)
@@ -100,33 +100,35 @@ class Estimate:
 
     @property
     def step_seconds(self) -> float:
-        """The roofline: the slowest of the three, the others hidden behind it."""
+        """Roofline estimate of the step time: the largest of the three bounds."""
         return max(self.seconds.values())
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs over what the chips could do in that time."""
+        """Model FLOPs utilisation: model FLOPs / peak FLOPs of all chips in the step time."""
         return self.model.total / (self.step_seconds * len(self.case.slice.devices) * self.case.slice.chip.flops)
 
 
 def make_case(experiment: Experiment, folder: Path | None, topology: str) -> Case:
-    """The case that a config describes; of the model's folder only JSON files are read.
+    """Build the case of a config; reads only JSON files of the model folder.
 
-    `folder`: where the prune stage leaves plan.json; without one the pruned shapes are predicted from the config.
+    `folder`: workdir of the prune stage with plan.json; if there is none, the shapes are predicted from the config.
 
     Raises:
-      UserError: an unknown topology, or settings that leave shapes open.
+      UserError: the topology is unknown, or the settings do not determine the shapes.
     """
     target = make_slice(topology)
     model = experiment.model
     hf_dir, tower = teacher_folder(model), None if model.vision_dir is None else Path(model.vision_dir)
     _, cfg = read_config(hf_dir, tower)
-    made = None if folder is None else folder / "plan.json"
-    plan = predict_plan(experiment, cfg) if made is None or not made.is_file() else PrunePlan.from_json(made)
+    file = None if folder is None else folder / "plan.json"
+    plan = predict_plan(experiment, cfg) if file is None or not file.is_file() else PrunePlan.from_json(file)
     config = recover_config(experiment.recover)
     lengths = length_buckets(experiment.data, cfg)
     if not lengths:
-        raise UserError("data.max_length is not set: planning needs the tokens per row (--config.data.max_length=2048)")
+        raise UserError(
+            "data.max_length: not set, but planning needs the tokens per row: add --config.data.max_length=2048"
+        )
     slots, image_tokens = _image_slots(experiment, cfg, hf_dir)
     if experiment.data.feature_cache is not None:
         check_frozen(cfg, config)
@@ -146,10 +148,10 @@ def make_case(experiment: Experiment, folder: Path | None, topology: str) -> Cas
 
 
 def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
-    """A plan with the shapes that the config's prune section leads to, from scores that know nothing.
+    """Predict the plan of a config's prune section from random scores, for its shapes.
 
-    Equal widths and the number of layers do not depend on scores; which layers go, widths chosen over all layers at
-    once (`selection="global"`), and how many heads go under `heads="auto"` (here: their share) do.
+    Equal widths and the number of layers do not depend on scores. The choice of layers, widths under
+    `selection="global"`, and the share of heads under `heads="auto"` do; the last is predicted as proportional.
     """
     config = plan_config(experiment.prune, experiment.model, experiment.export)
     gqa = experiment.score.gqa
@@ -161,7 +163,7 @@ def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
 
 
 def _image_slots(experiment: Experiment, cfg: ModelConfig, folder: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Images or tiles per row that a batch can have, and tokens of an image where these are of any size."""
+    """Return the buckets of image (or tile) slots per row, and of tokens per image if images are of any size."""
     data, preparation = experiment.data, None
     if cfg.vision is None:
         return (0,), ()
@@ -182,12 +184,12 @@ def estimate(case: Case) -> Estimate:
     """Compile the step of a case.
 
     Raises:
-      DoesNotFit: it needs more HBM than a chip has.
-      UserError: settings that do not fit the model or the slice.
+      DoesNotFit: the step needs more HBM than a chip has.
+      UserError: the settings do not fit the model or the slice.
     """
     mesh = case.make_mesh()
     config = case.config
-    steps = config.steps or 1000  # of the schedule, which has the same operations for any number
+    steps = config.steps or 1000  # length of the schedule: any number gives the same operations
     program = make_program(
         case.cfg, config, teacher_cfg=case.teacher_cfg, kept_layers=case.kept_layers, mesh=mesh, num_steps=steps
     )
@@ -208,7 +210,7 @@ def estimate(case: Case) -> Estimate:
 
 
 def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
-    """The step's arguments, as shapes with shardings."""
+    """Return the arguments of the step as shapes with shardings."""
 
     def leaves(cfg: ModelConfig, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
         axes = param_axes(cfg)
@@ -223,7 +225,7 @@ def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
     student = leaves(program.cfg, case.dtype)
     frozen = {path: leaf for path, leaf in student.items() if path not in program.groups}
     trained = {path: leaf for path, leaf in student.items() if path in program.groups}
-    assert program.shardings is not None  # there is a mesh
+    assert program.shardings is not None  # a mesh always has shardings
     state = abstract_state(trained, program.optimizer, program.shardings)
     teacher = None
     if program.teacher is not None:

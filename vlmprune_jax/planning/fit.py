@@ -1,4 +1,4 @@
-"""What recoveries will need on a TPU slice, what else fits, and what to change where a step does not."""
+"""Planning of recoveries on a TPU slice: cost of the step, a search for what fits, and advice if a step does not."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ Attempts = dict[Case, Estimate | UserError]
 
 
 def search(case: Case, say: Callable[[str], None], tried: Attempts) -> dict[str, Estimate]:
-    """What else fits, each found by compiling: the cheapest "remat", then with it the largest micro-"batch"; and the
-    smallest "slice" with the settings as they are. Where nothing fits, the entry is missing.
+    """Search by compilation for settings that fit.
 
-    `tried`: cases that need not be compiled again; it grows.
+    Returns the cheapest "remat", the largest micro-"batch" with that remat, and the smallest "slice" with unchanged
+    settings; an entry is missing if nothing fits. `tried` caches compiled cases and is extended.
     """
     found: dict[str, Estimate] = {}
     cheapest = _first_fit([(f"remat {name}", _with(case, remat=name)) for name in REMAT], say, tried)
@@ -52,7 +52,7 @@ def search(case: Case, say: Callable[[str], None], tried: Attempts) -> dict[str,
     generation, most = case.slice.name.partition(":")[0], len(case.slice.devices)
     names = [f"{generation}:{grid}" for grid in case.slice.chip.slices]
     slices = [case.slice if name == case.slice.name else make_slice(name) for name in names]
-    smaller = [(one.name, dataclasses.replace(case, slice=one)) for one in slices if len(one.devices) <= most]
+    smaller = [(grid.name, dataclasses.replace(case, slice=grid)) for grid in slices if len(grid.devices) <= most]
     smallest = _first_fit(smaller, say, tried)
     if smallest is not None:
         found["slice"] = smallest
@@ -70,7 +70,7 @@ def _first_fit(cases: Sequence[tuple[str, Case]], say: Callable[[str], None], tr
 
 
 def _attempt(case: Case) -> Estimate | UserError:
-    """The estimate, or why there is none: too large, or rows or sizes that do not divide over so many chips."""
+    """Return the estimate, or the error: the step is too large, or sizes do not divide over the chips."""
     try:
         return estimate(case)
     except UserError as error:
@@ -82,13 +82,13 @@ def _with(case: Case, **changes: Any) -> Case:
 
 
 def _doubled(case: Case) -> Case | None:
-    """The case with twice the rows per micro-batch, in one micro-batch; None beyond 1,024 rows a chip."""
+    """Return the case with twice the rows per micro-batch in one micro-batch; None beyond 1,024 rows per chip."""
     rows = 2 * case.config.batch_size // case.config.accumulation
     return _with(case, batch_size=rows, accumulation=1) if rows <= 1024 * len(case.slice.devices) else None
 
 
 def too_large(case: Case, error: DoesNotFit) -> UserError:
-    """`error` with what to change."""
+    """Return the error with advice on what to change."""
     config, chip = case.config, case.slice.chip
     ways = [] if config.remat == "full" else ["recover.remat=full"]
     if config.batch_size // config.accumulation > len(case.slice.devices):
@@ -100,7 +100,7 @@ def too_large(case: Case, error: DoesNotFit) -> UserError:
 
 
 def planned_step(found: Estimate, n_records: int | None) -> PlannedStep:
-    """Describe an estimate; sizes and bytes are per chip, FLOPs and throughput are of all chips."""
+    """Convert an estimate to the facts of a plan; bytes are per chip, FLOPs and throughput are of all chips."""
     case, config = found.case, found.case.config
     return PlannedStep(
         topology=case.slice.name,
@@ -134,10 +134,10 @@ def _size(cfg: ModelConfig) -> PlannedModel:
 
 
 def plan_recovery(case: Case, n_records: int | None, searching: bool, say: Callable[[str], None]) -> Planned:
-    """Describe the step of a case, or why it does not fit, and with `searching` what else fits; say all of it as lines.
+    """Plan the step of a case and print it; with `searching` also search for settings that fit.
 
     Raises:
-      UserError: the case does not fit, with what to change, unless a search is to find that out.
+      UserError: the case does not fit and `searching` is False (with advice), or the settings do not fit.
     """
 
     def say_rows(planned: Planned) -> None:
@@ -156,7 +156,7 @@ def plan_recovery(case: Case, n_records: int | None, searching: bool, say: Calla
         raise first
     say_rows(planned)
     if searching:
-        found = {what: planned_step(one, n_records) for what, one in search(case, say, {case: first}).items()}
+        found = {what: planned_step(fit, n_records) for what, fit in search(case, say, {case: first}).items()}
         say_rows(Planned(search=found))
         planned = replace(planned, search=found)
     return planned
@@ -165,10 +165,10 @@ def plan_recovery(case: Case, n_records: int | None, searching: bool, say: Calla
 def fit_all(
     experiment: Experiment, workdir: Path | None, reporter: Reporter, topology: str, n_records: int | None, search: bool
 ) -> TpuPlan:
-    """Plan every recovery on a TPU slice; `search`: find what else would fit.
+    """Plan every recovery on a TPU slice; `search`: also search for settings that fit.
 
     Raises:
-      UserError: an unknown slice, a step that does not fit it, with what to change, or nothing is trained.
+      UserError: the slice is unknown, a step does not fit it (with advice), or nothing is trained.
     """
     recoveries: dict[str, Planned] = {}
     for pruned in prune_runs(experiment, workdir or Path()):
@@ -178,5 +178,5 @@ def fit_all(
             reporter.say(f"{run.name}: compiling for {topology} ...")
             recoveries[run.name] = plan_recovery(case, records, search, reporter.say)
     if not recoveries:
-        raise UserError('recover.method is "none", so there is no training to plan: set it to "train"')
+        raise UserError('recover.method="none": there is no training to plan: set it to "train"')
     return TpuPlan(recoveries=recoveries)

@@ -1,1 +1,1 @@
-"""Many runs of an experiment: their list, workers, and comparison data."""
+"""Sweeps, many runs of one experiment: list of runs, worker processes and comparison data."""

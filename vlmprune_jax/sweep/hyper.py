@@ -1,4 +1,4 @@
-"""The runs of a sweep: what each overrides in one experiment, as `get_hyper` of a config file says, and its name."""
+"""The list of runs of a sweep: names and overrides, from `get_hyper` of a config file."""
 
 from __future__ import annotations
 
@@ -14,61 +14,61 @@ from vlmprune_jax.core.settings import hints_of, override
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import prefer_explicit
 
-SEED = "seed"  # the last part of the settings that are seeds
+SEED = "seed"  # last part of the names of seed settings
 MOST_RUNS = 10_000
-LONGEST_NAME, LONGEST_VALUE = 120, 40  # letters; a folder's name may have 255
-ONLY = "only"  # the name of a run that differs from none
+LONGEST_NAME, LONGEST_VALUE = 120, 40  # characters; a folder name may have 255
+ONLY = "only"  # name of a single run without overrides
 
-# Setting, or a label of the file's own -> value, or what that stands for.
+# Setting (or label of the config file) -> value (or `Choice`).
 Point = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One of several named ways to set some settings."""
+    """A named group of overrides."""
 
     name: str
     overrides: Mapping[str, Any]
 
 
 class Hyper:
-    """What `get_hyper(hyper)` puts runs together with, as sweeps of ml_collections configs (big_vision, XManager) do.
+    """Functions that `get_hyper(hyper)` combines runs with, named as in big_vision and XManager.
 
-    Settings are named as on the command line, with or without `config.` before them.
+    Settings have their names of the command line, with or without the prefix `config.`.
     """
 
     def sweep(self, setting: str, values: Iterable[Any]) -> list[Point]:
-        """A run for each value of a setting."""
+        """Return one run per value of a setting."""
         return [{setting.removeprefix("config."): value} for value in values]
 
     def fixed(self, setting: str, value: Any) -> list[Point]:
-        """The one run that has this value."""
+        """Return a single run with this value."""
         return self.sweep(setting, [value])
 
     def named(self, label: str, choices: Mapping[str, Mapping[str, Any]]) -> list[Point]:
-        """A run for each of several ways to set some settings, which names of runs tell as `label=CHOICE`."""
+        """Return one run per named group of overrides; run names contain `label=NAME`."""
         return [{label: Choice(str(name), _bare(overrides))} for name, overrides in choices.items()]
 
     def product(self, sweeps: Sequence[Sequence[Mapping[str, Any]]]) -> list[Point]:
-        """Every run of one with every run of the others; the last varies fastest."""
+        """Combine every run of each sweep with every run of the others; the last sweep varies fastest."""
         points: list[Point] = [{}]
         for runs in sweeps:
             points = [_joined(point, run) for point in points for run in runs]
         return points
 
     def zipit(self, sweeps: Sequence[Sequence[Mapping[str, Any]]]) -> list[Point]:
-        """The first runs together, the second ones, and so on.
+        """Combine the first runs of all sweeps, then the second, and so on.
 
         Raises:
-          UserError: they are not of one length.
+          UserError: the sweeps have different lengths.
         """
         lengths = [len(runs) for runs in sweeps]
         if len(set(lengths)) > 1:
-            raise UserError(f"hyper.zipit: sweeps of {', '.join(map(str, lengths))} values: give all as many")
+            raise UserError(f"hyper.zipit: sweeps have {', '.join(map(str, lengths))} values: give all the same number")
         return [self.product([[run] for run in runs])[0] for runs in zip(*sweeps, strict=True)]
 
     def chainit(self, sweeps: Sequence[Sequence[Mapping[str, Any]]]) -> list[Point]:
-        """All runs of one after all runs of another."""
+        """Return all runs of the first sweep, then those of the next, and so on."""
         return [_bare(run) for runs in sweeps for run in runs]
 
 
@@ -79,21 +79,21 @@ def _bare(overrides: Mapping[str, Any]) -> Point:
 def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> Point:
     twice = [name for name in _flat(first) if name in _flat(second)] or [name for name in first if name in second]
     if twice:
-        raise UserError(f"hyper.product: {twice[0]} is in two of its sweeps: leave it in one")
+        raise UserError(f"hyper.product: {twice[0]} is set by two of the sweeps: remove it from one")
     return {**first, **_bare(second)}
 
 
 def _flat(point: Mapping[str, Any]) -> Point:
-    """Setting -> value, also of what labels stand for."""
-    found: Point = {}
+    """Return the value of every setting, with groups of overrides expanded."""
+    settings: Point = {}
     for name, value in _bare(point).items():
-        found |= value.overrides if isinstance(value, Choice) else {name: value}
-    return found
+        settings |= value.overrides if isinstance(value, Choice) else {name: value}
+    return settings
 
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One run: its name, that of those which differ in seeds only, what names are made of, and its experiment."""
+    """One run of a sweep: `group` is the name without seeds, `labels` are the parts of the name."""
 
     name: str
     group: str
@@ -103,36 +103,40 @@ class SweepRun:
 
     @property
     def seed(self) -> int | None:
-        """The run's seed, if it has one in all that it overrides."""
+        """The seed, if all seed settings that the run overrides are equal; else None."""
         seeds = {value for setting, value in self.overrides.items() if _is_seed(setting)}
         return seeds.pop() if len(seeds) == 1 else None
 
 
 def sweep_runs(base: Experiment, points: Any) -> list[SweepRun]:
-    """The runs that a list of overrides asks for, in its order.
+    """Convert a list of overrides to runs, in order.
 
     Raises:
-      UserError: it is none, or empty; a setting that does not exist or has no such value; or two runs with one name.
+      UserError: not a list of overrides, or empty; a setting or value does not exist; or two runs have the same name.
     """
     if not isinstance(points, list | tuple) or not all(isinstance(point, Mapping) for point in points):
-        raise UserError("get_hyper(hyper) must return a list of overrides: hyper.product([...]), or [{setting: value}]")
+        raise UserError(
+            "get_hyper(hyper): must return a list of overrides, such as hyper.product([...]) or [{setting: value}]"
+        )
     if not 0 < len(points) <= MOST_RUNS:
-        raise UserError(f"get_hyper(hyper) lists {len(points):,} runs: between 1 and {MOST_RUNS:,} can be run")
+        raise UserError(
+            f"get_hyper(hyper): lists {len(points):,} runs, allowed are 1 to {MOST_RUNS:,}: change the list"
+        )
     points = [_bare(point) for point in points]
     labels = [_labels_of(point, short) for short in [_short_names(points)] for point in points]
     runs = []
-    for point, found in zip(points, labels, strict=True):
+    for point, parts in zip(points, labels, strict=True):
         overrides = _flat(point)
-        name, group = (_name(part) for part in (found, {k: v for k, v in found.items() if not _is_seed(k)}))
+        name, group = _name(parts), _name({label: value for label, value in parts.items() if not _is_seed(label)})
         with error_context(f"run {name}"):
             experiment = prefer_explicit(override(base, _nested(base, overrides)), overrides, "config.")
-        runs.append(SweepRun(name, group, found, overrides, experiment))
+        runs.append(SweepRun(name, group, parts, overrides, experiment))
     _check_names(runs)
     return runs
 
 
 def _nested(base: Experiment, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`a.b.c` -> value as mappings in mappings; what is set in a mapping of the experiment's leaves the rest of it."""
+    """Convert {"a.b.c": value} to nested mappings; other entries of a mapping in the experiment are preserved."""
     nested: dict[str, Any] = {}
     for setting, value in overrides.items():
         at, spec, (*parts, last) = nested, base, setting.split(".")
@@ -146,15 +150,15 @@ def _nested(base: Experiment, overrides: Mapping[str, Any]) -> dict[str, Any]:
                 raise UserError(f"config.{setting}: {where}.{part} is a value, not a section")
             at = at.setdefault(part, dict(spec) if isinstance(spec, Mapping) else {})
             if not isinstance(at, dict):
-                raise UserError(f"config.{setting}: sweep config.{'.'.join(parts)} as a whole")
+                raise UserError(f"config.{setting}: config.{'.'.join(parts)} is set as well: sweep only one of them")
         at[last] = value
     return nested
 
 
 def _short_names(points: Sequence[Point]) -> dict[str, str]:
-    """What differs between runs -> its name in theirs: as few of its last words as tell it apart.
+    """Return a short name for each setting that differs between runs: as few trailing words as make it unique.
 
-    Several that always have the same value, as seeds, share one.
+    Settings that always have equal values, such as seeds, share a name.
     """
     names = dict.fromkeys(name for point in points for name in point)
     varied = [name for name in names if any(_text(point.get(name)) != _text(points[0].get(name)) for point in points)]
@@ -175,9 +179,9 @@ def _short_names(points: Sequence[Point]) -> dict[str, str]:
 
 
 def _labels_of(point: Point, short: Mapping[str, str]) -> dict[str, str]:
-    """Label -> text of the value, seeds last."""
-    found = {short[name]: _text(value) for name, value in point.items() if name in short}
-    return dict(sorted(found.items(), key=lambda item: _is_seed(item[0])))
+    """Return the value of each label as text, seeds last."""
+    labels = {short[name]: _text(value) for name, value in point.items() if name in short}
+    return dict(sorted(labels.items(), key=lambda item: _is_seed(item[0])))
 
 
 def _is_seed(name: str) -> bool:
@@ -185,7 +189,7 @@ def _is_seed(name: str) -> bool:
 
 
 def _text(value: Any) -> str:
-    """A value in a name: letters, digits and `_ . + -`."""
+    """Return a value as part of a name, with letters, digits and `_ . + -` only."""
     if isinstance(value, Choice):
         value = value.name
     if isinstance(value, Mapping):
@@ -214,7 +218,7 @@ def _name(labels: Mapping[str, str]) -> str:
 
 
 def _check_names(runs: Sequence[SweepRun]) -> None:
-    """Refuse two runs that would have one folder, also on disks that do not tell capitals apart."""
+    """Refuse two runs that would share a folder, also on case-insensitive disks."""
     known: dict[str, SweepRun] = {}
     for run in runs:
         other = known.setdefault(run.name.casefold(), run)
@@ -222,9 +226,9 @@ def _check_names(runs: Sequence[SweepRun]) -> None:
             continue
         changes = list(_changes(other, run))
         if not changes:
-            raise UserError(f"get_hyper(hyper) lists {run.name} twice: leave one of them out")
+            raise UserError(f"get_hyper(hyper): lists {run.name} twice: remove one of them")
         raise UserError(
-            f"two runs would be called {run.name} ({'; '.join(changes[:2])}): tell them apart with "
+            f"get_hyper(hyper): two runs have the name {run.name} ({'; '.join(changes[:2])}): name them with "
             "hyper.named(LABEL, {NAME: {setting: value}})"
         )
 

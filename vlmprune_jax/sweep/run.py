@@ -1,4 +1,4 @@
-"""One run of a sweep: its workdir in `runs/`, what it shares with others in `shared/`, and what it found."""
+"""One run of a sweep: its workdir in `runs/`, shared results in `shared/`, and its results."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ from vlmprune_jax.workdir.sweep import Entry, RunError, RunRecord, SweepResult, 
 
 RUNS, SHARED = "runs", "shared"
 _QUIET = make_reporter(False)
-RUN, ERROR = "run.json", "error.json"  # in a run's folder: what it found, or why it stopped
+RUN, ERROR = "run.json", "error.json"  # results of a run, or the error that stopped it
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Where a sweep works, the config file FILE.py:VARIANT that lists its runs, and whether these may replace."""
+    """A sweep: its workdir, the config file (FILE.py:VARIANT) that lists its runs, and permission to overwrite."""
 
     workdir: Path
     config: str
     overwrite: bool
 
     def folder(self, run: SweepRun) -> Path:
-        """The run's own workdir."""
+        """Return the workdir of a run."""
         return self.workdir / RUNS / run.name
 
     def context(self, run: SweepRun, reporter: Reporter) -> Context:
         """Return the context of a run, with the store that all runs share."""
         data, sets = run.experiment.data, evaluation_sets(run.experiment.data, run.experiment.evaluate)
-        images = [data.images, *(of.images for of in sets.values())]  # no stage has them as inputs: they are many files
+        images = [data.images, *(of.images for of in sets.values())]  # not inputs of any stage, as they are many files
         store = Store(self.workdir / SHARED, {"images": [path and str(Path(path).resolve()) for path in images]})
         return Context(workdir=self.folder(run), reporter=reporter, overwrite=self.overwrite, store=store)
 
 
 def with_caches(experiment: Experiment) -> Experiment:
-    """The experiment with its caches in folders below those it names, one for runs that can share it.
+    """Return the experiment with its caches in subfolders of those it names, one for each group of runs that can share.
 
-    A cache of logits or features refuses what another teacher, tower or way to prepare records gave.
+    A cache of logits or features refuses entries of another teacher, tower or preprocessing.
     """
     teacher, features = experiment.recover.teacher_cache, experiment.data.feature_cache
     model, parts = experiment.model, sections(experiment)
@@ -76,10 +76,10 @@ def _below(folder: str, made_from: Any) -> str:
 
 
 def do_run(run: SweepRun, sweep: Sweep, reporter: Reporter) -> None:
-    """Every stage of a run, and what it found in `run.json`; goes on where it was interrupted.
+    """Do all stages of a run and write `run.json`; continues after an interruption.
 
     Raises:
-      UserError: whatever a stage refuses.
+      UserError: a stage refuses its settings or inputs.
     """
     folder, made_from = sweep.folder(run), on_process_zero(lambda: made_from_of(run, sweep))
     on_process_zero(lambda: remove(folder / ERROR))
@@ -132,18 +132,18 @@ def _speeds(model: Run, unpruned: Unpruned) -> dict[str, float]:
 
 
 def note_error(run: SweepRun, sweep: Sweep, line: str) -> None:
-    """Keep what stopped a run."""
+    """Record the error that stopped a run."""
     write_artefact(sweep.folder(run) / ERROR, RunError(error=line))
 
 
 def is_done(run: SweepRun, sweep: Sweep) -> bool:
-    """Whether it found what it would find now."""
+    """Return True if a run is complete and its settings and inputs are unchanged."""
     found = read_run(run, sweep)
     return found is not None and found.made_from == made_from_of(run, sweep)
 
 
 def read_run(run: SweepRun, sweep: Sweep) -> RunRecord | None:
-    """What a run found; a damaged file counts as none."""
+    """Return the results of a run; None if the file is missing or damaged."""
     try:
         return read_artefact(sweep.folder(run) / RUN, RunRecord)
     except UserError:
@@ -151,7 +151,7 @@ def read_run(run: SweepRun, sweep: Sweep) -> RunRecord | None:
 
 
 def read_error(run: SweepRun, sweep: Sweep) -> str | None:
-    """What stopped it the last time."""
+    """Return the error that stopped a run; None if there is none."""
     try:
         return read_artefact(sweep.folder(run) / ERROR, RunError).error
     except UserError:
@@ -178,12 +178,12 @@ def files_elsewhere(job: Job) -> dict[str, Path | str]:
 
 @functools.cache
 def digest_once(path: Path | str) -> str:
-    """`digest`, once for all runs of a command."""
+    """Return `digest(path)`, computed once per command."""
     return digest(path)
 
 
 def collect(runs: Sequence[SweepRun], sweep: Sweep) -> SweepResult:
-    """Return `sweep.json` of what the runs have found by now."""
+    """Return the contents of `sweep.json` from the runs that are complete."""
     sets, unpruned, models = dict[str, Set](), dict[str, UnprunedModel](), list[Entry]()
     seen = set[str]()
     for run in runs:
@@ -199,7 +199,7 @@ def collect(runs: Sequence[SweepRun], sweep: Sweep) -> SweepResult:
 
 
 def _entries(run: SweepRun, entry: Entry, models: Sequence[SweptModel], seen: set[str]) -> Iterator[Entry]:
-    """The models of a run: its last one has the run's name, others only where no run before had the same."""
+    """Yield the models of a run: the last under the run's name, others unless an earlier run had the same model."""
     several = bool(run.experiment.prune_variants or run.experiment.recover_variants)
     for number, model in enumerate(models, start=1):
         last, known = number == len(models), model.digest in seen

@@ -1,4 +1,4 @@
-"""The runs of a sweep: in order, in this process or several, and what is told of them all."""
+"""Execution of a sweep: runs in order, in this process or several, and the comparison of their results."""
 
 from __future__ import annotations
 
@@ -36,19 +36,21 @@ from vlmprune_jax.workdir.content import content_key
 from vlmprune_jax.workdir.ledger import write_text
 from vlmprune_jax.workdir.sweep import FAILED, SWEEP, SweepResult, as_csv, table_of
 
-Page = Callable[[Path], object]  # makes the page of a sweep's workdir
-PAGE_SECONDS = 300.0  # between two pages of a sweep that goes on
-MOST_MAPS = 15_000  # of a process's memory, of which Linux allows 65,530: XLA:CPU has several for every program
+Page = Callable[[Path], object]  # writes the page of a sweep's workdir
+PAGE_SECONDS = 300.0  # between updates of the page during a sweep
+MOST_MAPS = 15_000  # memory maps of a process; Linux allows 65,530, and XLA:CPU uses several per program
 
 
 def check_runs(runs: Sequence[SweepRun], sweep: Sweep, jobs: int) -> None:
-    """Refuse before anything runs what a stage of any run would refuse hours later.
+    """Check all runs before the first starts.
 
     Raises:
-      UserError: see `check_experiment`; runs that cannot be compared, or so many at once.
+      UserError: see `check_experiment`; runs have different evaluation sets; or `jobs` is not possible.
     """
     if jobs < 1 or (jobs > 1 and process_count() > 1):
-        raise UserError(f"--jobs={jobs}: must be at least 1, and 1 on a pod, whose processes share each run")
+        raise UserError(
+            f"--jobs={jobs}: must be at least 1, and exactly 1 with several processes, which share each run"
+        )
     for run in runs:
         with error_context(f"run {run.name}"):
             check_experiment(run.experiment, sweep.folder(run))
@@ -56,32 +58,33 @@ def check_runs(runs: Sequence[SweepRun], sweep: Sweep, jobs: int) -> None:
             runs[0].experiment.data, runs[0].experiment.evaluate
         ):
             raise UserError(
-                f"run {run.name} is evaluated on other sets than {runs[0].name}: give all the same questions"
+                f"run {run.name}: its evaluation sets differ from those of {runs[0].name}: use the same sets in all "
+                "runs"
             )
 
 
 def shard_of(runs: Sequence[SweepRun], shard: str) -> list[SweepRun]:
-    """Of `i/n` every n-th run from the i-th.
+    """Return shard `i/n`: every n-th run, starting with the i-th.
 
     Raises:
-      UserError: it is something else, or there are not so many.
+      UserError: not of the form i/n with 1 <= i <= n.
     """
     number, mark, count = shard.partition("/")
     if not (mark and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise UserError(f"--shard={shard}: must be i/n with i from 1 to n, as 2/8")
+        raise UserError(f"--shard={shard}: must be i/n with i from 1 to n, such as 2/8")
     return list(runs)[int(number) - 1 :: int(count)]
 
 
 def runs_named(runs: Sequence[SweepRun], pattern: str) -> list[SweepRun]:
-    """Those whose names fit a pattern with * and ?; all for "".
+    """Return the runs whose names match a pattern with * and ?; all runs for "".
 
     Raises:
-      UserError: there is none.
+      UserError: no run matches.
     """
-    found = [run for run in runs if not pattern or fnmatch.fnmatchcase(run.name, pattern)]
-    if not found:
-        raise UserError(f"--only={pattern}: no run has such a name; the first is {runs[0].name}, --dry_run lists them")
-    return found
+    matches = [run for run in runs if not pattern or fnmatch.fnmatchcase(run.name, pattern)]
+    if not matches:
+        raise UserError(f"--only={pattern}: no run matches (the first is {runs[0].name}): see --dry_run for all names")
+    return matches
 
 
 def run_sweep(
@@ -95,15 +98,15 @@ def run_sweep(
     page: Page,
     only: str = "",
 ) -> None:
-    """Do what is left of a shard of the runs named, and write and tell what all runs have found by then.
+    """Do the unfinished runs of a shard, then write and print the comparison of all runs.
 
-    `jobs` at a time, each in one of as many processes, which `start` makes ready; one after the other in this process,
-    or together in all processes of a pod. `page` makes the page that compares them, in the sweep's workdir.
+    With `jobs` > 1, as many worker processes do one run each at a time (`start` prepares a worker); else runs are done
+    in sequence in this process, or together by all processes of a pod. `page` writes the comparison page.
 
     Raises:
-      UserError: some of them failed.
+      UserError: some runs failed.
     """
-    digest_once.cache_clear()  # what another command of this process knew
+    digest_once.cache_clear()  # files may have changed since another command of this process
     mine, pages = shard_of(runs_named(runs, only), shard), _Pages(runs, sweep, page)
     left = _left(mine, sweep)
     if len(left) < len(mine):
@@ -117,13 +120,13 @@ def run_sweep(
 
 
 class _Pages:
-    """Writes what a sweep has found while it goes on, now and then."""
+    """Periodic update of the comparison while a sweep is running."""
 
     def __init__(self, runs: Sequence[SweepRun], sweep: Sweep, page: Page):
         self._runs, self._sweep, self._page, self._written = runs, sweep, page, time.monotonic()
 
     def maybe(self) -> None:
-        """Write it if it is time."""
+        """Write the comparison if enough time has passed."""
         if time.monotonic() - self._written > PAGE_SECONDS and is_main_process():
             write_sweep(self._runs, self._sweep, self._page)
             self._written = time.monotonic()
@@ -146,7 +149,7 @@ def _run_in_processes(
     def done(item: tuple[int, SweepRun], line: str | None) -> None:
         nonlocal left
         left -= 1
-        if line is not None:  # also that of a process which could not tell
+        if line is not None:  # a process that was killed has not recorded it
             note_error(item[1], sweep, line)
         reporter.say(f"[{item[0]}] {'done' if line is None else f'failed: {line}'}; {left} of {len(runs)} runs left")
         pages.maybe()
@@ -157,7 +160,7 @@ def _run_in_processes(
 
 
 def _left(runs: Sequence[SweepRun], sweep: Sweep) -> list[SweepRun]:
-    """The runs that are not done, those that stopped with an error last."""
+    """Return the unfinished runs; those that failed before come last."""
 
     def ranked() -> list[int]:
         left = [number for number, run in enumerate(runs) if not is_done(run, sweep)]
@@ -167,11 +170,11 @@ def _left(runs: Sequence[SweepRun], sweep: Sweep) -> list[SweepRun]:
 
 
 def attempt(run: SweepRun, sweep: Sweep, reporter: Reporter) -> str | None:
-    """Run it, or go on with it; returns one line about what stopped it, if anything did.
+    """Do or continue a run; return the error that stopped it as one line, or None.
 
     Raises:
-      Stopped: SIGTERM.
-      Exception: with several processes, an error that the others do not have as well.
+      Stopped: on SIGTERM.
+      Exception: with several processes, an error that only this process has.
     """
     try:
         do_run(run, sweep, reporter)
@@ -189,14 +192,14 @@ def attempt(run: SweepRun, sweep: Sweep, reporter: Reporter) -> str | None:
 
 
 def _forget_programs() -> None:
-    """Drop compiled programs before they are too many for one process: every shape of a model has its own."""
+    """Drop compiled programs before their memory maps reach the limit of a process (one program per model shape)."""
     maps = Path("/proc/self/maps")
     if maps.exists() and read_bytes(maps).count(b"\n") > MOST_MAPS:
         jax.clear_caches()
 
 
 def write_sweep(runs: Sequence[SweepRun], sweep: Sweep, page: Page) -> SweepResult:
-    """Write `sweep.json`, `sweep.csv` and the page of what the runs have found by now."""
+    """Write `sweep.json`, `sweep.csv` and the page with the results so far."""
     found = collect(runs, sweep)
     write_artefact(sweep.workdir / SWEEP, found)
     write_text(sweep.workdir / "sweep.csv", as_csv(found))
@@ -206,7 +209,7 @@ def write_sweep(runs: Sequence[SweepRun], sweep: Sweep, page: Page) -> SweepResu
 
 
 def _finish(found: SweepResult, mine: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> None:
-    """Print the table of what was found, and where it is.
+    """Print the table of results and the paths of the comparison.
 
     Raises:
       UserError: a run of this call failed.
@@ -214,21 +217,21 @@ def _finish(found: SweepResult, mine: Sequence[SweepRun], sweep: Sweep, reporter
     if found.done:
         reporter.table("Retained in % of the unpruned model's score", *table_of(found))
     names = {run.name for run in mine}
-    failed = [one for one in found.models if one.status == FAILED]
-    for one in failed:
-        reporter.say(f"failed: {one.name}: {one.error}")
+    failed = [entry for entry in found.models if entry.status == FAILED]
+    for entry in failed:
+        reporter.say(f"failed: {entry.name}: {entry.error}")
     there = [name for name in (SWEEP, "sweep.csv", "sweep.html") if (sweep.workdir / name).is_file()]
     reporter.say(f"comparison: {', '.join(str(sweep.workdir / name) for name in reversed(there))}")
-    ours = [one for one in failed if one.run in names]
+    ours = [entry for entry in failed if entry.run in names]
     if ours:
         raise UserError(
-            f"{len(ours)} of {len(mine)} runs failed, the first: {ours[0].name}: {ours[0].error}; the same "
-            "command tries them again"
+            f"{len(ours)} of {len(mine)} runs failed, first {ours[0].name}: {ours[0].error}: run the same command to "
+            "retry"
         )
 
 
 def tell_sharing(runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> None:
-    """List the runs, their state, and for each stage the run that makes its result, as far as settings tell."""
+    """Print the runs, their state, and for each stage the run that computes its result, predicted from settings."""
     stages = [name for name, stage in STAGES.items() if stage.per in ("variant", "recovery")]
     first: dict[str, int] = {}
     labels = tuple(dict.fromkeys(label for run in runs for label in run.labels))
@@ -247,7 +250,7 @@ def tell_sharing(runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> 
 
 
 def _stage_keys(run: SweepRun, sweep: Sweep, reporter: Reporter) -> dict[str, str]:
-    """Return a key for each stage of a run: of its settings, its files and the stages before it."""
+    """Return a key for each stage of a run, from its settings, its files and the previous stages."""
     data = run.experiment.data
     data = dataclasses.replace(data, train=data.train or "train.json", eval=data.eval or "eval.json")  # not written yet
     keys: dict[str, str] = {}

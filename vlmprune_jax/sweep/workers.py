@@ -1,9 +1,10 @@
-"""Several runs at once on one machine: processes that take one run after the other, and may die alone."""
+"""Worker processes for several runs at once on one machine; a killed worker costs only its current run."""
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import queue
 import signal
 import sys
@@ -16,21 +17,21 @@ from typing import Any
 
 from vlmprune_jax.core.errors import Stopped
 
-Work = Callable[[Any], str | None]  # an item -> a line about what stopped it
+Work = Callable[[Any], str | None]  # does an item; returns the error that stopped it as one line, or None
 
 
 def in_processes(
     items: Sequence[Any], jobs: int, start: Callable[[], Work], done: Callable[[Any, str | None], None]
 ) -> None:
-    """Do every item in one of `jobs` new processes; one that is killed costs the item that it was at.
+    """Do every item in one of `jobs` new processes; if a process is killed, only its current item fails.
 
-    An interruption ends the processes with SIGTERM, on which training saves its step.
+    An interruption ends the processes with SIGTERM, on which training saves its state.
 
     Args:
-      items: what can be sent to another process.
+      items: picklable items.
       jobs: number of processes.
-      start: called once in each new process: gives the function that does an item there. It must be importable.
-      done: called with an item and what stopped it, here, one item at a time.
+      start: importable function, called once in each new process; returns the function that does an item.
+      done: called in this process with each finished item and its error or None, one at a time.
     """
     waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for item in items:
@@ -59,17 +60,17 @@ def in_processes(
 
 
 class _Worker:
-    """A process, started when there is something to do, and again where it was killed."""
+    """A process that is started for the first item, and again after it was killed."""
 
     def __init__(self, start: Callable[[], Work]):
         self._start = start
-        self._context: SpawnContext = multiprocessing.get_context("spawn")  # jax has threads, which a fork would lose
+        self._context: SpawnContext = multiprocessing.get_context("spawn")  # a fork would lose the threads of jax
         self._process: SpawnProcess | None = None
         self._connection: Connection | None = None
         self._starting, self._ended = threading.Lock(), False
 
     def do(self, item: Any) -> str | None:
-        """What the process says of an item, or how it ended over it."""
+        """Do an item in the process; return its error as one line, or None."""
         process, connection = self._running()
         if process is None or connection is None:
             return None
@@ -80,19 +81,20 @@ class _Worker:
             process.join()
             code, self._process = process.exitcode or 0, None
             what = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            return f"its process ended ({what}), perhaps for lack of memory: use fewer --jobs, or smaller batches"
+            return f"its process ended ({what}), perhaps out of memory: use fewer --jobs, or smaller batches"
 
     def _running(self) -> tuple[SpawnProcess | None, Connection | None]:
         with self._starting:
             if self._process is None and not self._ended:
                 self._connection, theirs = self._context.Pipe()
                 self._process = self._context.Process(target=_serve, args=(theirs, self._start))
+                os.environ["PYTHONSAFEPATH"] = "1"  # a module in the current folder is not imported in its place
                 self._process.start()
                 theirs.close()
             return self._process, self._connection
 
     def end(self) -> None:
-        """Ask the process to end, and wait until it has."""
+        """Terminate the process and wait for its end."""
         with self._starting:
             self._ended, process = True, self._process
         if process is not None:
@@ -101,7 +103,7 @@ class _Worker:
 
 
 def _serve(connection: Connection, start: Callable[[], Work]) -> None:
-    """The life of a process: do what comes, answer, until nobody asks any more."""
+    """Do items and send their errors until the connection is closed."""
     with contextlib.suppress(EOFError, OSError, Stopped):
         try:
             work = start()

@@ -153,9 +153,9 @@ def test_answers_end_at_the_models_positions(made, goldens):
         (["a"], {"temperature": 0.7}, "task t: generation_kwargs temperature=0.7, but vlmprune_jax decodes greedily"),
         (["a"], {"temperature": None, "do_sample": True}, "generation_kwargs do_sample=True"),
         (["a"], {"num_beams": 4}, "generation_kwargs num_beams=4"),
-        (["a <image> b"], {}, "t/0: its text contains <image>, which marks an image"),
+        (["a <image> b"], {}, "t/0: its text contains the image token <image>"),
         ([{"type": "video", "url": "x.mp4"}], {}, "t/0: has video, which no model here takes"),
-        ([{"type": "image", "url": 3}], {}, "t/0: its image is a int, expected a picture"),
+        ([{"type": "image", "url": 3}], {}, "t/0: its image is a int, expected a Pillow image"),
     ],
 )
 def test_what_is_refused(made, contents, kwargs, message):

@@ -1,8 +1,8 @@
-"""The model `vlmprune_jax` of lmms-eval: its requests answered greedily by the JAX forward, in batches, on a mesh.
+"""The model `vlmprune_jax` of lmms-eval: answers requests greedily with the JAX model, in batches, on a mesh.
 
 python -m lmms_eval --model vlmprune_jax --model_args pretrained=DIR,dtype=bfloat16,fsdp=-1 --batch_size 32 --tasks ...
 
-Only this module and those that lmms-eval calls import lmms_eval; nothing else here does.
+Only this module and the entry point (`manifest`) import lmms_eval.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from vlmprune_jax.models.vlm import Model
 NEW_TOKENS = 1024
 # What a prompt that fills the model's positions still gets: rotary ones go on.
 LEAST_NEW_TOKENS = 128
-# Settings of the section `data` that say how a request becomes a row.
+# Settings of the section `data` for the conversion of a request to a row.
 SETTINGS = (
     *("template", "system", "aspect_ratio", "min_tiles", "max_tiles", "thumbnail"),
     *("max_image_tokens", "max_image_pixels", "cache_megabytes", "threads"),
@@ -58,10 +58,10 @@ Phase = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 
 @dataclass(frozen=True)
 class Answering:
-    """How requests are answered: `batch_size` rows at once, a multiple of `multiple` (devices that share a batch).
+    """Model and settings that answer requests, in batches of `batch_size` rows (a multiple of `multiple` devices).
 
-    `max_length`: of prompts, 0 = any. `phase`: number of batches -> what takes the number done, while entered.
-    `journal`: what tells this pass from any other -> where the answers of its batches are kept, or None.
+    `max_length`: maximum prompt length, 0 = any. `phase`: number of batches -> context manager of a progress callback.
+    `journal`: identity of a pass -> journal that stores the answers of its batches, or None.
     """
 
     model: Model
@@ -73,14 +73,14 @@ class Answering:
     journal: Callable[[Mapping[str, Any]], Journal | None]
 
     def replies(self, records: Sequence[Record], max_new_tokens: int) -> list[Reply]:
-        """The answers in the order of the records, of at most so many tokens and at most the model's positions."""
+        """Return the answers in the order of the records, limited to `max_new_tokens` and the model's positions."""
         cfg = self.model.cfg
         encoder = _encoder(self.inputs, cfg, self.max_length, records)
         arranged = arrange_questions(
             records, encoder, batch_size=self.batch_size, multiple=self.multiple, by_length=True
         )
         max_new_tokens = min(max_new_tokens, max(cfg.text.max_positions - arranged.longest, LEAST_NEW_TOKENS))
-        # lmms-eval may ask more than once within a task.
+        # lmms-eval may call this more than once per task.
         asked = hashlib.sha256(repr([(record.turns, *map(str, record.images)) for record in records]).encode())
         made_from = {"batches": len(arranged), "new_tokens": max_new_tokens, "asked": asked.hexdigest()}
         with self.phase(len(arranged)) as progress:
@@ -95,7 +95,7 @@ class Answering:
 
 
 def _encoder(inputs: Inputs, cfg: ModelConfig, max_length: int, records: Sequence[Record]) -> Encoder:
-    """An encoder for as many images as a record here has; rows with fewer do not wait for those with most."""
+    """Return an encoder for the numbers of images in the records; rows with few images are not padded to the most."""
     counts = {max(1, len(record.images)) for record in records}
     inputs = dataclasses.replace(inputs, data=dataclasses.replace(inputs.data, max_images=max(counts)))
     encoder = inputs.encoder(cfg, max_length)
@@ -103,7 +103,7 @@ def _encoder(inputs: Inputs, cfg: ModelConfig, max_length: int, records: Sequenc
 
 
 class Backend(lmms):
-    """Answers the requests of lmms-eval; `said` are the replies so far by (task, number of the document)."""
+    """Backend of lmms-eval; `said` holds the replies so far by (task, document number)."""
 
     is_simple = False
 
@@ -113,10 +113,10 @@ class Backend(lmms):
         self.said: dict[tuple[str, int], Reply] = {}
 
     def generate_until(self, requests: Sequence[Any]) -> list[GenerationResult]:
-        """Greedy answers; `until` cuts nothing, as in lmms-eval's models of transformers.
+        """Return greedy answers; `until` is ignored, as in the transformers models of lmms-eval.
 
         Raises:
-          UserError: a request asks for sampling or beams, or has what no model here takes.
+          UserError: a request needs sampling or beam search, or has an input that the model does not take.
         """
         start = time.perf_counter()
         groups: dict[int, list[int]] = {}
@@ -135,28 +135,28 @@ class Backend(lmms):
         return [GenerationResult(reply.prediction, TokenCounts(output_tokens=reply.tokens)) for reply in ordered]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Refused: none of lmms-eval's tasks for this kind of model asks for it."""
-        raise UserError("vlmprune_jax answers questions (output_type generate_until), it gives no log-likelihoods")
+        """Refuse tasks of this type; lmms-eval has none for chat models."""
+        raise UserError("vlmprune_jax: tasks with log-likelihoods are not supported, only output_type generate_until")
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Refused: a conversation goes on only where the task is asked in one go."""
-        raise UserError("vlmprune_jax answers in one round (output_type generate_until), not in several")
+        """Refuse tasks of this type."""
+        raise UserError("vlmprune_jax: tasks of several rounds are not supported, only output_type generate_until")
 
 
 class VlmpruneJax(Backend):
-    """A model folder, with lmms-eval's `--model_args`.
+    """A model folder as a model of lmms-eval, with its `--model_args`.
 
     Args:
-      pretrained: the folder, or hub id.
-      batch_size: rows of a batch, also `--batch_size`; "auto" is the default of `evaluate.batch_size`.
-      dtype: what weights are held in.
-      vision_dir: the tower's own folder, where it is not in `pretrained`.
+      pretrained: model folder or hub id.
+      batch_size: rows per batch, also set by `--batch_size`; "auto" is the default of `evaluate.batch_size`.
+      dtype: data type of the weights in memory.
+      vision_dir: folder of the vision tower, if it is not in `pretrained`.
       data, fsdp, tensor: sizes of the device mesh.
-      device, max_batch_size: what lmms-eval passes on for PyTorch; they must not be set.
-      settings: `SETTINGS` of the section `data`; the prompt is that of the family (`template`, `system`).
+      device, max_batch_size: options of lmms-eval for PyTorch; must not be set.
+      settings: `SETTINGS` of the section `data`; the default prompt is that of the family (`template`, `system`).
 
     Raises:
-      UserError: an unknown argument or value, or the folder cannot be read.
+      UserError: an argument or value is unknown, or the folder cannot be read.
     """
 
     def __init__(
@@ -179,13 +179,13 @@ class VlmpruneJax(Backend):
         if not pretrained:
             raise UserError("--model_args: vlmprune_jax needs pretrained=DIR, a Hugging Face model folder")
         if device is not None or max_batch_size is not None:
-            raise UserError("--device, --max_batch_size: jax chooses its devices; leave both out")
-        given = (
+            raise UserError("--device, --max_batch_size: not supported, as jax chooses its devices: leave both out")
+        options = (
             {}
             if batch_size == "auto"
             else {"batch_size": int(batch_size) if str(batch_size).isdecimal() else batch_size}
         )
-        rows = override(EvaluateSpec(), given, "lmms-eval: -").batch_size
+        rows = override(EvaluateSpec(), options, "lmms-eval: -").batch_size
         initialize(None, None, None)
         mesh = override(MeshSpec(), {"data": data, "fsdp": fsdp, "tensor": tensor}, "--model_args")
         folders = {"hf_dir": pretrained, **({} if vision_dir is None else {"vision_dir": vision_dir})}
@@ -201,7 +201,7 @@ class VlmpruneJax(Backend):
 
 @contextlib.contextmanager
 def _bar(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar as lmms-eval's models have it."""
+    """Show a progress bar like the models of lmms-eval."""
     from tqdm import tqdm
 
     with tqdm(total=total, desc="Model Responding") as bar:
@@ -209,30 +209,30 @@ def _bar(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _new_tokens(request: Any) -> int:
-    """The most tokens that a request allows.
+    """Return the maximum number of new tokens of a request.
 
     Raises:
-      UserError: it asks for anything but greedy decoding.
+      UserError: the request needs more than greedy decoding.
     """
-    given, task = request.args[2], request.args[4]
-    temperature = given.get("temperature")
+    options, task = request.args[2], request.args[4]
+    temperature = options.get("temperature")
     wrong = {
         "temperature": temperature not in (None, 0),
-        "do_sample": bool(given.get("do_sample")) and temperature is None,
-        "num_beams": given.get("num_beams") not in (None, 1),
-        "repetition_penalty": given.get("repetition_penalty") not in (None, 1),
+        "do_sample": bool(options.get("do_sample")) and temperature is None,
+        "num_beams": options.get("num_beams") not in (None, 1),
+        "repetition_penalty": options.get("repetition_penalty") not in (None, 1),
     }
     for name, is_wrong in wrong.items():
         if is_wrong:
             raise UserError(
-                f"task {task}: generation_kwargs {name}={given[name]}, but vlmprune_jax decodes greedily: set "
+                f"task {task}: generation_kwargs {name}={options[name]}, but vlmprune_jax decodes greedily: set "
                 "temperature: 0, num_beams: 1, do_sample: false (--gen_kwargs), or leave the task out"
             )
-    return int(given.get("max_new_tokens") or NEW_TOKENS)
+    return int(options.get("max_new_tokens") or NEW_TOKENS)
 
 
 class _Pictures:
-    """The pictures of requests, by the digest of their pixels: read again from the document when they are needed."""
+    """Pictures of requests, by the digest of their pixels; read again from the document when needed."""
 
     def __init__(self, task_dict: Mapping[str, Any]) -> None:
         self._task_dict = task_dict
@@ -240,16 +240,16 @@ class _Pictures:
         self._numbers: dict[str, int] = {}
 
     def identity(self) -> str:
-        """A digest of all pictures."""
+        """Return a digest of all pictures."""
         return hashlib.sha256("".join(self._numbers).encode()).hexdigest()[:16]
 
     def find(self, name: str, where: str) -> StoredImage:
-        """The picture of a digest."""
+        """Return the picture with this digest."""
         del where
         return StoredImage(name, self._numbers[name], self)
 
     def read(self, number: int) -> bytes:
-        """The bytes of a picture, without loss."""
+        """Return a picture as lossless image bytes."""
         request, place = self._where[number]
         picture = self._messages(request).extract_media()[0][place]
         if isinstance(picture, str):
@@ -264,38 +264,40 @@ class _Pictures:
         return ChatMessages(messages=doc_to_messages(self._task_dict[task][split][doc]))
 
     def record(self, request: Any) -> Record:
-        """A request as a conversation whose last turn has no answer.
+        """Convert a request to a conversation whose last turn has no answer.
 
         Raises:
-          UserError: it holds video, audio or a system text, or a text with a mark of an image.
+          UserError: the request holds video, audio or a system text, or a text with an image token.
         """
         task, doc = request.args[4], request.args[3]
         name, turns, names = f"{task}/{doc}", list[dict[str, str]](), list[str]()
         for message in self._messages(request).messages:
             if message.role == "system":
-                raise UserError(f"{name}: has a system text; set it for all, system=TEXT in --model_args")
+                raise UserError(f"{name}: has a system text: set it for all requests with system=TEXT in --model_args")
             parts = []
             for content in message.content:
                 if content.type == "text":
                     if IMAGE_TOKEN in content.text:
-                        raise UserError(f"{name}: its text holds {IMAGE_TOKEN}, which marks an image: leave it out")
+                        raise UserError(f"{name}: its text contains the image token {IMAGE_TOKEN}: remove it")
                     parts.append(content.text)
                 elif content.type == "image":
                     parts.append(IMAGE_TOKEN)
                     names.append(self._number(content.url, request, len(names), name))
                 else:
-                    raise UserError(f"{name}: has {content.type}, which no model here takes: leave the task out")
+                    raise UserError(
+                        f"{name}: contains {content.type}, which this model does not take: leave the task out"
+                    )
             turns.append({"from": "human" if message.role == "user" else "gpt", "value": "\n".join(parts)})
         return make_record({"id": name, "conversations": turns, "images": names}, 0, PurePath("lmms-eval"), self, False)
 
     def _number(self, picture: Any, request: Any, place: int, name: str) -> str:
-        """The digest of a picture, whose place is noted."""
+        """Return the digest of a picture and record its place."""
         if isinstance(picture, str):
             digest = hashlib.sha256(picture.encode())
         elif isinstance(picture, Image):
             digest = hashlib.sha256(json.dumps([picture.mode, picture.size]).encode() + picture.tobytes())
         else:
-            raise UserError(f"{name}: its image is a {type(picture).__name__}, expected a picture of Pillow or a path")
+            raise UserError(f"{name}: its image is a {type(picture).__name__}, expected a Pillow image or a path")
         key = digest.hexdigest()[:20]
         if key not in self._numbers:
             self._numbers[key] = len(self._where)
