@@ -318,3 +318,11 @@ def test_random_scores_follow_their_seed():
     assert [h.size for h in first.heads] == [2, 2, 2, 4]
     assert all((m >= 0).all() and (m < 1).all() for m in first.mlp)
     assert max(h.max() for h in first.heads) > 1  # a head is the sum of its 6 channels' draws
+
+
+def test_all_layers_by_word():
+    """Ranges are (start, stop) or "all", which is the default."""
+    whole = model(config(UNEQUAL))
+    scores = score(whole, None, criterion="l2")
+    named = make_plan(scores, whole.cfg, method="width", ratio=0.2, attn_layers="all", mlp_layers="all")
+    assert named == make_plan(scores, whole.cfg, method="width", ratio=0.2)

@@ -80,6 +80,8 @@ def make_plan(
 
 
 def _configured(config: PlanConfig | None, options: Mapping[str, Any]) -> PlanConfig:
+    whole = {name: () for name in ("attn_layers", "mlp_layers") if options.get(name) == "all"}
+    options = {**options, **whole}
     return override(PlanConfig() if config is None else config, options, "make_plan", offered=False)
 
 
