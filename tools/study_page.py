@@ -57,14 +57,14 @@ def as_markdown(name: str, sweep: SweepResult) -> str:
         sure = [row for row in one.comparisons if row.interval]
         shared = {row.where.partition(_SHARE)[1] for row in sure} == {_SHARE}  # said once, in the header
         rows = [
-            f"| {row.where.removesuffix(_SHARE) if shared else row.where} ({row.pairs}) "
-            f"| {_interval(row.effect, *(row.interval or ()))} | {row.verdict} |"
+            f"|{row.where.removesuffix(_SHARE) if shared else row.where} ({row.pairs})"
+            f"|{_interval(row.effect, *(row.interval or ()))}|{row.verdict}|"
             for row in sure
         ]
         if rows:
             lines += [f"**{one.claim}**: {one.verdict}.", ""]
             lines += [
-                f"| setting{_SHARE if shared else ''} (pairs) | {one.effect} (95 %) | verdict |",
+                f"|setting{_SHARE if shared else ''} (pairs)|{one.effect} (95 %)|verdict|",
                 "|---|---|---|",
                 *rows,
                 "",
@@ -100,12 +100,12 @@ def retention_lines(points: Sequence[Point]) -> list[str]:
         return []
     heads = [recovery + (f", {100 * data:g} %" if data else "") for data, recovery in columns]
     lines = ["Retained (%), mean over seeds ± half of the 95 % interval; without ± one seed.", ""]
-    lines += [f"| decoder removed | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    lines += [f"|decoder removed|{'|'.join(heads)}|", "|---" * (len(heads) + 1) + "|"]
     several = len({model for *_, model in cells}) > 1
     for (_, method, model), row in sorted(cells.items()):
         reached = 100 * float(np.mean([point.reached for of in row.values() for point in of]))
         label = f"{method} {reached:.1f} %" + (f", {model}" if several else "")
-        lines.append(f"| {label} | {' | '.join(_retained(row.get(column, ())) for column in columns)} |")
+        lines.append(f"|{label}|{'|'.join(_retained(row.get(column, ())) for column in columns)}|")
     return [*lines, ""]
 
 
@@ -192,14 +192,14 @@ def perplexity_lines(sweep: SweepResult) -> list[str]:
         columns = sorted({column for row in cells.values() for column in row})
         told = ", ".join(_short(value) for value in before.values())
         lines += [f"**Perplexity of {name}**, {told} unpruned.", ""]
-        lines += [f"| decoder removed | {' | '.join(words for _, words in columns)} |"]
+        lines += [f"|decoder removed|{'|'.join(words for _, words in columns)}|"]
         lines += ["|---" * (len(columns) + 1) + "|"]
         for cut in sorted(cells, key=lambda cut: cut[1:]):
             found = cells[cut]
             share = 100 * float(np.mean([row.decoder_ratio for rows in found.values() for row in rows]))
             means = [[row.evaluation.main(name, sweep.sets) for row in found.get(column, ())] for column in columns]
-            shown = " | ".join(_short(_mean(one)) if one else "" for one in means)
-            lines.append(f"| {cut[1]}, {cut[2]}, {share:.1f} % | {shown} |")
+            shown = "|".join(_short(_mean(one)) if one else "" for one in means)
+            lines.append(f"|{cut[1]}, {cut[2]}, {share:.1f} %|{shown}|")
         lines.append("")
     return lines
 

@@ -134,7 +134,7 @@ def test_the_command_prints_conclusions(capsys, study):
     out = capsys.readouterr().out
     assert "### mine\n\n" in out
     assert "**2a. With recovery, depth pruning is as good up to 30 % (at most 1 point behind)**: holds.\n" in out
-    assert "| 15 % (width 16.0, depth 16.0) (3) | -10.00 (-10.00 to -10.00) | does not hold |\n" in out
+    assert "|15 % (width 16.0, depth 16.0) (3)|-10.00 (-10.00 to -10.00)|does not hold|\n" in out
 
 
 def test_a_page_and_a_guide_take_rows(tmp_path, study, capsys):
@@ -193,10 +193,10 @@ def test_perplexities_stand_in_a_table_over_seeds():
     found.models.append(text(row("width", 0.45, "none", 60.0, solved=True), 600.0))
     table = as_markdown("study", found).split("**Perplexity of text**, 10.00 unpruned.")[1].split("\n")
     assert table[2:] == [
-        "| decoder removed | none | reconstruct | reconstruct + sft_l2, 5 % |",
+        "|decoder removed|none|reconstruct|reconstruct + sft_l2, 5 %|",
         "|---|---|---|---|",
-        "| depth, block_influence, 16.0 % | 40.00 |  | 60.00 |",
-        "| width, taylor, 46.0 % | 1,000,000 | 600.00 |  |",
+        "|depth, block_influence, 16.0 %|40.00||60.00|",
+        "|width, taylor, 46.0 %|1,000,000|600.00||",
         "",
     ]
 
