@@ -39,7 +39,7 @@ TOWER = VisionConfig(1024, 64, BLOCKS, LAYERS, 448, 14, 3, norm_eps=1e-6, activa
 
 
 def decoder_case(mesh: Mesh, seq: int, remat: str) -> tuple[Callable[..., Any], list[Any]]:
-    """Gradient of the decoder at its input embeddings, and abstract arguments."""
+    """Return the gradient of the decoder at its input embeddings, and abstract arguments."""
     cfg = ModelConfig("llama", "transformers", TEXT)
     embeds = _abstract(mesh, (CHIPS, seq, TEXT.hidden_size), ("batch", None, None))
     mask = _abstract(mesh, (CHIPS, seq), ("batch", None), "int32")
@@ -52,7 +52,7 @@ def decoder_case(mesh: Mesh, seq: int, remat: str) -> tuple[Callable[..., Any], 
 
 
 def tower_case(mesh: Mesh) -> tuple[Callable[..., Any], list[Any]]:
-    """Features of the tiles, and abstract arguments."""
+    """Return a function for the features of tiles, and abstract arguments."""
     projector = ProjectorConfig("gelu", True, "pixel_shuffle", 1e-5, 2)
     cfg = ModelConfig("internvl", "source", TEXT, TOWER, projector, image_token_id=0)
     size = TOWER.image_size
@@ -70,7 +70,7 @@ def _abstract(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...], 
 
 
 def temporaries(function: Callable[..., Any], arguments: list[Any]) -> float:
-    """GiB of one chip that the compiled function needs beside its arguments; the compiler refuses what does not fit."""
+    """Return the temporary memory (GiB per chip) of the compiled function."""
     try:
         compiled = jax.jit(function).lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -82,7 +82,7 @@ def temporaries(function: Callable[..., Any], arguments: list[Any]) -> float:
 
 
 def main() -> None:
-    """One JSON line per case."""
+    """Print one JSON line per case."""
     chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
     mesh = Mesh(np.asarray(chips).reshape(1, CHIPS, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     cases: dict[str, Callable[[Mesh], tuple[Callable[..., Any], list[Any]]]] = {

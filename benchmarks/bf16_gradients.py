@@ -1,4 +1,4 @@
-"""How far gradients in bfloat16 are from those in float32: ours and PyTorch + peft, same student, rows and adapters.
+"""Error of bfloat16 gradients against float32: ours and PyTorch + peft, with equal student, rows and adapters.
 
     python benchmarks/bf16_gradients.py --work=DIR [--folder=DIR/smollm2-135m] [--batch=10x128] [--draws=4]
 
@@ -30,7 +30,7 @@ Gradient = Callable[[Flat, np.ndarray, int], Flat]
 
 
 def sketch(gradient: Flat) -> np.ndarray:
-    """float64[SKETCH] random projection that keeps norms and differences."""
+    """Return a float64[SKETCH] random projection that preserves norms and differences."""
     signs, total = np.random.default_rng(7), np.zeros(SKETCH)
     for name in sorted(gradient):
         values = gradient[name].ravel().astype(np.float64)
@@ -40,7 +40,7 @@ def sketch(gradient: Flat) -> np.ndarray:
 
 
 def ours(args: argparse.Namespace, dtype: str, jitter: bool) -> tuple[Flat, Gradient]:
-    """Adapters (their shapes count) and our gradient."""
+    """Return adapters (for their shapes) and our gradient function."""
     import jax
     import jax.numpy as jnp
 
@@ -90,7 +90,7 @@ def ours(args: argparse.Namespace, dtype: str, jitter: bool) -> tuple[Flat, Grad
 
 
 def peft(args: argparse.Namespace) -> tuple[Flat, Gradient]:
-    """The same in PyTorch as train_step.py has it: bfloat16 base, float32 adapters, autocast."""
+    """Return the same in PyTorch, set up as in train_step.py: bfloat16 base, float32 adapters, autocast."""
     import torch
     from peft import PeftModel
     from torch.nn import functional
@@ -126,7 +126,7 @@ def peft(args: argparse.Namespace) -> tuple[Flat, Gradient]:
 
 
 def draw_adapters(like: Flat, seed: int) -> Flat:
-    """As `train_step.adapted` draws them, by sorted name."""
+    """Draw adapters like `train_step.adapted`, in order of their names."""
     draw = np.random.default_rng(100 + seed)
     scales = {True: 0.02, False: 0.001}
     return {
@@ -136,7 +136,7 @@ def draw_adapters(like: Flat, seed: int) -> Flat:
 
 
 def child(args: argparse.Namespace) -> None:
-    """A side: its sketches, float64[rows, draws, SKETCH], to a file."""
+    """Run one side and write its sketches, float64[rows, draws, SKETCH], to a file."""
     ids = np.load(args.work / "ids.npy")
     if args.child == "peft":
         like, gradient = peft(args)
@@ -147,7 +147,7 @@ def child(args: argparse.Namespace) -> None:
 
 
 def errors(args: argparse.Namespace) -> dict[str, np.ndarray]:
-    """Side -> float64[rows, draws] relative errors, and "norm" of the float32 gradients."""
+    """Return float64[rows, draws] relative errors by side, and "norm" of the float32 gradients."""
     exact, *others = (np.load(args.work / f"{side}.npy") for side in SIDES)
     norm = np.linalg.norm(exact, axis=-1)
     return {"norm": norm} | {
@@ -163,7 +163,7 @@ def summary(found: dict[str, np.ndarray], rows: Iterable[int]) -> dict[str, Any]
 
 
 def main() -> None:
-    """Make the models, let every side compute, compare."""
+    """Create the models, run every side and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="the teacher's Hugging Face folder")
     parser.add_argument("--work", type=Path, required=True, help="where models and gradients are written")

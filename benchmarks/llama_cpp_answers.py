@@ -1,4 +1,4 @@
-"""Questions of easy-VQA answered by llama.cpp and by `vlmprune evaluate`, of the same pruned models of the demo.
+"""Answers of llama.cpp and of `vlmprune evaluate` to questions of easy-VQA, for the same pruned models of the demo.
 
   python benchmarks/llama_cpp_answers.py --work=DIR [--questions 200]
 
@@ -46,7 +46,7 @@ CUTS: dict[str, dict[str, Any]] = {
 
 
 def questions(work: Path, count: int) -> list[dict[str, Any]]:
-    """A fixed sample of the test records, which lie in `work` afterwards as sample.json."""
+    """Return a fixed sample of the test records, written to sample.json in `work`."""
     paths = write_dataset(work / "easyvqa")
     records = json.loads(paths["test"].read_text())
     chosen = np.sort(np.random.default_rng(0).permutation(len(records))[:count])
@@ -56,7 +56,7 @@ def questions(work: Path, count: int) -> list[dict[str, Any]]:
 
 
 def calibration(work: Path, count: int) -> list[Any]:
-    """The first rows of a fixed order of the training records."""
+    """Return the first rows of the training records in a fixed order."""
     paths = write_dataset(work / "easyvqa")
     records = json.loads(paths["train"].read_text())
     chosen = np.random.default_rng(0).permutation(len(records))[:count]
@@ -65,7 +65,7 @@ def calibration(work: Path, count: int) -> list[Any]:
 
 
 def evaluate(model: vp.Model, work: Path, count: int) -> Any:
-    """`vp.evaluate` of `questions`, as the command does it."""
+    """Run `vp.evaluate` on `questions`, as the command does."""
     questions(work, count)
     images = str(work / "easyvqa" / "images")
     data = DataSpec(**DATA, eval=str(work / f"sample-{count}.json"), eval_images=images)
@@ -80,7 +80,7 @@ def evaluate(model: vp.Model, work: Path, count: int) -> Any:
 
 
 def by_llama_cpp(folder: Path, records: Sequence[dict[str, Any]], images: Path) -> list[str]:
-    """The answers of GGUF files in a folder, in a process of its own."""
+    """Return the answers of GGUF files in a folder, computed in a process of its own."""
     files = sorted(folder.glob("*.gguf"), key=lambda path: path.name.startswith("mmproj"))
     asked = [[str(images / one["image"]), one["conversations"][0]["value"].removeprefix("<image>")] for one in records]
     job = json.dumps({"files": list(map(str, files)), "asked": asked})
@@ -113,7 +113,7 @@ def in_that_order(model: vp.Model, records: Sequence[dict[str, Any]], images: Pa
 
 
 def _answer() -> None:
-    """The child: a job comes in, answers go out."""
+    """Run the child process: read a job, write answers."""
     import xllamacpp
 
     job, params = json.load(sys.stdin), xllamacpp.CommonParams()
@@ -135,7 +135,7 @@ def _answer() -> None:
 
 
 def main() -> None:
-    """Print a table in Markdown, a row a model."""
+    """Print a Markdown table with a row per model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--questions", type=int, default=200)

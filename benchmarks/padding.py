@@ -1,4 +1,4 @@
-"""How much of a training batch is padding: with and without grouping and length buckets; and what measuring costs.
+"""Share of padding in training batches, with and without grouping and length buckets, and the cost of measuring.
 
   python benchmarks/padding.py --tokenizer=DIR
 
@@ -30,7 +30,7 @@ PARTS = ((0.24, 350, 0.35, True), (0.57, 110, 0.6, True), (0.13, 250, 0.4, True)
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print one JSON line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--texts", type=int, default=8000)
@@ -57,14 +57,14 @@ def _order(sizes: np.ndarray, group_by: str) -> np.ndarray:
 
 
 def _padding(lengths: np.ndarray, buckets: tuple[int, ...]) -> float:
-    """The share of padding in all full batches."""
+    """Return the share of padding in all full batches."""
     batches = lengths[: len(lengths) // BATCH * BATCH].reshape(-1, BATCH)
     padded = np.array(buckets)[np.searchsorted(buckets, batches.max(1))]
     return round(1 - float(batches.sum() / (padded.sum() * BATCH)), 4)
 
 
 def _measuring(folder: Path, texts: int) -> dict[str, float]:
-    """Records a second, counting and tokenising for training."""
+    """Return records per second, for counting tokens and for tokenising."""
     draw = np.random.default_rng(1)
     words = ["the", "a", "man", "is", "riding", "on", "top", "of", "red", "bicycle", "near", "what", "color", "."]
     records = []

@@ -1,4 +1,4 @@
-"""What `vlmprune plan` finds for the real families at their true shapes, one JSON line per case.
+"""Results of `vlmprune plan` for the real families at full size, one JSON line per case.
 
     python benchmarks/plan.py --topology=v5e:8x8 [--remat=dots] [--cases=llava/depth15,bunny/width30]
 

@@ -72,7 +72,7 @@ def get_config():
 
 
 def make_teacher(folder: Path) -> None:
-    """The first `LAYERS` decoder layers of the demo's teacher, with all that is beside them."""
+    """Write the demo's teacher with only its first `LAYERS` decoder layers."""
     shutil.copytree(TEACHER, folder)
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["num_hidden_layers"] = LAYERS
@@ -84,7 +84,7 @@ def make_teacher(folder: Path) -> None:
 
 
 def make_experiment(root: Path) -> None:
-    """The teacher, coloured circles, questions about them, and the config."""
+    """Write the teacher, images of coloured circles, questions and the config."""
     root.mkdir(parents=True)
     make_teacher(root / "teacher")
     colors = ("red", "green", "blue", "yellow")
@@ -135,11 +135,11 @@ class Pair:
                 self.processes.append(subprocess.Popen(whole, env=environment, stdout=file, stderr=subprocess.STDOUT))
 
     def running(self) -> bool:
-        """Whether both are."""
+        """Return True if both processes are running."""
         return all(process.poll() is None for process in self.processes)
 
     def kill(self, *numbers: int) -> None:
-        """SIGKILL, as nearly at once as one caller can."""
+        """Kill both processes as simultaneously as possible."""
         for number in numbers:
             self.processes[number].send_signal(signal.SIGKILL)
         for number in numbers:
@@ -161,7 +161,7 @@ class Pair:
 
 
 def finished_step(workdir: Path) -> int:
-    """The last step in the metrics."""
+    """Return the last step in the metrics."""
     try:
         lines = (workdir / "training/metrics.jsonl").read_text().splitlines()
         return json.loads(lines[-1])["step"] if lines else 0
@@ -170,7 +170,7 @@ def finished_step(workdir: Path) -> int:
 
 
 def being_written(workdir: Path) -> list[str]:
-    """Unfinished checkpoints, model folders and journals."""
+    """Return unfinished checkpoints, model folders and journals."""
     patterns = (
         "training/checkpoints/*.orbax-checkpoint-tmp*",
         ".*.partial*",
@@ -188,7 +188,7 @@ Come = Callable[[int, set[str]], bool]  # (steps since the start, what was begun
 
 
 def moment(draw: random.Random, seconds: float) -> tuple[str, Come, float]:
-    """(phase, whether it has come, seconds to wait then), drawn at random."""
+    """Draw a random moment: (phase, function that detects it, delay in seconds)."""
     phase = draw.choice(("step", "step", "save", "save", "export", "journal", "any"))
     count = draw.randrange(1, 3)
     if phase == "any":
@@ -200,7 +200,7 @@ def moment(draw: random.Random, seconds: float) -> tuple[str, Come, float]:
 
 
 def results(workdir: Path) -> dict[str, Any]:
-    """Digests of every file that a run hands out, and the losses of its steps."""
+    """Return digests of all output files of a run, and the losses of its steps."""
     files = [path for name in ("recovered", "export", "eval") for path in sorted((workdir / name).rglob("*"))]
     found: dict[str, Any] = {
         path.relative_to(workdir).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -213,7 +213,7 @@ def results(workdir: Path) -> dict[str, Any]:
 
 
 def differing(workdir: Path, expected: dict[str, Any]) -> list[str]:
-    """What is not as in the undisturbed run; files that a killed process left beside count as well."""
+    """Return the differences from the undisturbed run, including leftover files of a killed process."""
     found = results(workdir)
     names = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
     return names + being_written(workdir)
@@ -237,7 +237,7 @@ def killed_once(pair: Pair, workdir: Path, come: Come, delay: float) -> bool:
 
 
 def kill_both(root: Path, kills: int, seed: int, seconds: float, expected: dict[str, Any]) -> dict[str, Any]:
-    """`kills` kills, over as many runs as they take."""
+    """Kill `kills` times, over as many runs as needed."""
     draw, done, runs, wrong = random.Random(seed), 0, 0, list[str]()
     phases: dict[str, int] = {}
     for left in root.glob(f"seed-{seed}-run-*"):
@@ -265,7 +265,7 @@ def kill_both(root: Path, kills: int, seed: int, seconds: float, expected: dict[
 
 
 def kill_one(root: Path, number: int, expected: dict[str, Any]) -> dict[str, Any]:
-    """Kill one process in the middle of the training: how the other ends, and that the run then continues."""
+    """Kill one process during training; check that the other ends and that the run then continues."""
     workdir = root / f"alone-{number}"
     shutil.rmtree(workdir, ignore_errors=True)
     pair = Pair(root, workdir, fill_cache=False)
@@ -283,7 +283,7 @@ def kill_one(root: Path, number: int, expected: dict[str, Any]) -> dict[str, Any
 
 
 def undisturbed(root: Path) -> tuple[dict[str, Any], float]:
-    """Results and seconds of the run that nothing disturbs; it compiles everything for the others."""
+    """Return results and seconds of the undisturbed run, which fills the compilation cache for the others."""
     kept = root / "undisturbed.json"
     if not kept.exists():
         shutil.rmtree(root, ignore_errors=True)
@@ -297,7 +297,7 @@ def undisturbed(root: Path) -> tuple[dict[str, Any], float]:
 
 
 def main() -> None:
-    """Everything; exit code 1 if anything differs or a process hangs."""
+    """Run all parts; exit with code 1 if anything differs or a process hangs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="a new folder, or one of this script")
     parser.add_argument("--kills", type=int, default=20)

@@ -1,4 +1,4 @@
-"""Pruned and whole, rounded and not: bytes, and what is left, of SmolLM2-135M and of the demo's teacher.
+"""Size and quality of pruned and quantised copies of SmolLM2-135M and of the demo's teacher.
 
   python benchmarks/quantise.py --work=DIR [--only smollm2|demo] [--tokens 4096] [--windows 12] [--questions 1000]
 
@@ -74,7 +74,7 @@ class Subject:
 
 
 def smollm2(options: argparse.Namespace, work: Path) -> Subject:
-    """Perplexity of SmolLM2-135M."""
+    """Return SmolLM2-135M with its perplexity."""
     del work
     source = smollm2_folder(ROOT)
     tokenizer = load_tokenizer(source)
@@ -97,7 +97,7 @@ def smollm2(options: argparse.Namespace, work: Path) -> Subject:
 
 
 def easyvqa(options: argparse.Namespace, work: Path) -> Subject:
-    """Accuracy of the demo's teacher in %."""
+    """Return the demo's teacher with its accuracy in %."""
     count, records = options.questions, demo.questions(work, options.questions)
 
     def of_gguf(folder: Path) -> float:
@@ -117,7 +117,7 @@ def easyvqa(options: argparse.Namespace, work: Path) -> Subject:
 
 
 def make(subject: Subject, cut: str) -> vp.Model:
-    """The model of a row, scored and perhaps solved for on the calibration records."""
+    """Return the model of a row: pruned, and reconstructed if the row says so, on the calibration records."""
     model, plan = vp.load(subject.source), CUTS[cut]
     if plan is None:
         return model
@@ -132,7 +132,7 @@ def make(subject: Subject, cut: str) -> vp.Model:
 
 
 def cell(subject: Subject, model: vp.Model, name: str) -> dict[str, float]:
-    """Bytes and worth of one model in one format."""
+    """Return bytes and quality of one model in one format."""
     options, start = dict(FORMATS[name]), time.perf_counter()
     if "gptq" in name:
         options["storage"] = vp.gptq(model, subject.calibration("gptq"), quantize=options["quantize"])
@@ -147,7 +147,7 @@ def cell(subject: Subject, model: vp.Model, name: str) -> dict[str, float]:
 
 
 def table(subject: Subject, work: Path, log: Callable[[str], None]) -> str:
-    """Every cell, computed or read; a Markdown row a model and a column a format."""
+    """Compute or read every cell; return a Markdown table with a row per model and a column per format."""
     kept = work / f"{subject.name}.json"
     cells: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.exists() else {}
     model = functools.cache(functools.partial(make, subject))
@@ -167,7 +167,7 @@ def table(subject: Subject, work: Path, log: Callable[[str], None]) -> str:
 
 
 def main() -> None:
-    """Print a table in Markdown for each model."""
+    """Print a Markdown table for each model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="where cells are kept")
     parser.add_argument("--only", choices=["smollm2", "demo"])

@@ -1,4 +1,4 @@
-"""What reconstruction wins back of SmolLM2-135M's perplexity, by ratio, way to prune, criterion and tokens.
+"""Perplexity of SmolLM2-135M after reconstruction, by ratio, method, criterion and number of calibration tokens.
 
   python benchmarks/reconstruction.py [--tokens 512 4096 16384] [--criteria taylor] [--other FILE]
 
@@ -32,14 +32,14 @@ DEPTHS, RATIOS = (4, 8, 11), (0.1, 0.2, 0.3)
 
 
 def batches(ids: list[int], tokens: int) -> list[dict[str, np.ndarray]]:
-    """The first `tokens` as rows; every token is a label."""
+    """Return the first `tokens` as rows; every token is a label."""
     rows = np.asarray(ids[:tokens], np.int32).reshape(-1, ROW)
     parts = [rows[at : at + BATCH] for at in range(0, len(rows), BATCH)]
     return [{"input_ids": part, "attention_mask": np.ones_like(part), "labels": part} for part in parts]
 
 
 def main() -> None:
-    """Print a table in Markdown, a row a plan."""
+    """Print a Markdown table with a row per plan."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 4096, 16384], help="of calibration")
     parser.add_argument(
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def plans(scores: vp.Scores, cfg: vp.ModelConfig, heads: list[str]) -> list[tuple[str, Any]]:
-    """The plans that these scores can make, by name."""
+    """Return the plans that these scores support, by name."""
     if scores.importance is not None:
         return [(f"{n} layers", vp.make_plan(scores, cfg, method="depth", layers_removed=n)) for n in DEPTHS]
     return [

@@ -1,4 +1,4 @@
-"""What reconstruction needs on a TPU slice for the real families, compiled ahead of time: a Markdown table.
+"""Cost of reconstruction on a TPU slice for the real families, compiled ahead of time, as a Markdown table.
 
     python benchmarks/reconstruction_plan.py [--topology=v5e:8x8] [--families llava bunny internvl]
 
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def row(family: str, topology: str) -> str:
-    """One line of the table."""
+    """Return one line of the table."""
     import jax
     import jax.numpy as jnp
     import numpy as np

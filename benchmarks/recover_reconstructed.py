@@ -47,7 +47,7 @@ LEAST, MOST = 250, 1000  # letters of a docstring that is taken, and of an answe
 
 
 def records() -> list[dict[str, object]]:
-    """What modules, classes and functions of the standard library say of themselves, and the even topics in pieces."""
+    """Return records of docstrings of the standard library, and of the even topics in pieces."""
     pairs = []
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.glob("*.py")) + sorted(library.glob("[a-z]*/*.py")):
@@ -65,7 +65,7 @@ def records() -> list[dict[str, object]]:
 
 
 def main() -> None:
-    """Write records, text and config, and run them."""
+    """Write records, text and config, and run the pipeline."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=24)

@@ -38,7 +38,7 @@ Pass = Callable[[], list[np.ndarray]]
 
 
 def ours(args: argparse.Namespace, ids: np.ndarray) -> Pass:
-    """What `vlmprune score` runs."""
+    """Return the computation of `vlmprune score`."""
     import vlmprune_jax as vp
 
     model, given = vp.load(args.folder), args.option
@@ -55,7 +55,7 @@ def ours(args: argparse.Namespace, ids: np.ndarray) -> Pass:
 
 
 def torch(args: argparse.Namespace, ids: np.ndarray) -> Pass:
-    """The same as the reference code computes it."""
+    """Return the same computation as in the reference code."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -82,7 +82,7 @@ def torch(args: argparse.Namespace, ids: np.ndarray) -> Pass:
 
 
 def _widths(layer: Any, config: Any) -> np.ndarray:
-    """Scores of whole groups of heads, and of neurons, of one layer that has gradients."""
+    """Return scores of head groups and of neurons of one layer with gradients."""
 
     def channels(projection: Any, axis: int) -> Any:
         return (projection.weight * projection.weight.grad).detach().abs().sum(axis)
@@ -95,7 +95,7 @@ def _widths(layer: Any, config: Any) -> np.ndarray:
 
 
 def child(args: argparse.Namespace) -> None:
-    """A side; the numbers of its first pass go to a file."""
+    """Run one side; write the results of its first pass to a file."""
     run, out = {"ours": ours, "torch": torch}[args.child](args, np.load(args.work / "ids.npy")), args.work
 
     def work() -> dict[str, float]:
@@ -108,14 +108,14 @@ def child(args: argparse.Namespace) -> None:
 
 
 def own(args: argparse.Namespace, name: str, batch: str, criterion: str) -> list[str]:
-    """Command line of a child."""
+    """Return the command line of a child."""
     command = [sys.executable, __file__, f"--folder={args.folder}", f"--work={args.work}", f"--child={name}"]
     command += ["--batch", batch, "--criterion", criterion, f"--option={json.dumps(args.option)}"]
     return command + ([f"--rows={args.rows}"] if args.rows else [])
 
 
 def compare(args: argparse.Namespace, batch: str, criterion: str) -> Iterator[dict[str, Any]]:
-    """A line per side, and the ratios."""
+    """Print a line per side, and the ratios."""
     rows, length = map(int, batch.split("x"))
     np.save(args.work / "ids.npy", read_ids(args, rows * length).reshape(rows, length))
     for name in SIDES:
@@ -174,7 +174,7 @@ def main() -> None:
 
 
 def tiny(folder: Path) -> Path:
-    """A small random Llama."""
+    """Return a small random Llama."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     LlamaForCausalLM(LlamaConfig(**TINY)).save_pretrained(folder)

@@ -62,7 +62,7 @@ LOSSES = {"ce": 0.5, "kl": 0.5, "teacher_inputs": "own", "kl_positions": "labels
 
 
 def steps(args: argparse.Namespace) -> None:
-    """A line per way for SmolLM2."""
+    """Print a line per variant for SmolLM2."""
     sys.path.insert(0, str(ROOT / "tests/cases"))
     from smollm2 import english_text, smollm2_folder
 
@@ -91,7 +91,7 @@ def steps(args: argparse.Namespace) -> None:
 
 
 def accuracy(args: argparse.Namespace) -> None:
-    """A line per way for the demo."""
+    """Print a line per variant for the demo."""
     from vlmprune_jax.workdir.result import read_result
 
     config, workdir = args.work / "accuracy.py", args.work / "demo"
@@ -112,7 +112,7 @@ def with_cache(k: int | None, folder: Path) -> list[str]:
 
 
 def child(command: str, config: Path, workdir: Path, *flags: str) -> tuple[float, float]:
-    """Run a command of vlmprune; (peak resident GiB, wall seconds)."""
+    """Run a command of vlmprune; return (peak memory in GiB, wall seconds)."""
     code = (
         "import resource, sys; from vlmprune_jax.cli.main import main; code = main(sys.argv[1:]);"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
@@ -124,7 +124,7 @@ def child(command: str, config: Path, workdir: Path, *flags: str) -> tuple[float
 
 
 def disk(folder: Path) -> dict[str, Any]:
-    """Bytes of a cache, in all and per position that counts."""
+    """Return the bytes of a cache, in total and per weighted position."""
     from vlmprune_jax.hf.disk.weight_files import read_header
 
     shards = sorted(folder.glob("*.safetensors"))
@@ -141,7 +141,7 @@ def report(*facts: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Run the parts asked for."""
+    """Run the selected parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--part", choices=("steps", "accuracy"))

@@ -49,7 +49,7 @@ Step = Callable[[], dict[str, float]]
 
 
 def make(args: argparse.Namespace) -> None:
-    """The student's folder, the adapters' folder and the batch, from the teacher's folder."""
+    """Create the student's folder, the adapters' folder and the batch from the teacher's folder."""
     import vlmprune_jax as vp
     from vlmprune_jax.recovery.peft import write_adapter
 
@@ -70,7 +70,7 @@ def make(args: argparse.Namespace) -> None:
 
 
 def read_ids(args: argparse.Namespace, n: int) -> np.ndarray:
-    """int32[n] tokens of English text, or random ones of the tiny model."""
+    """Return int32[n] tokens of English text, or random tokens for the tiny model."""
     if args.tiny:
         return np.random.default_rng(0).integers(0, TINY["vocab_size"], n).astype(np.int32)
     sys.path.insert(0, str(ROOT / "tests/cases"))
@@ -81,7 +81,7 @@ def read_ids(args: argparse.Namespace, n: int) -> np.ndarray:
 
 
 def adapted(student: Any, dropout: float) -> Any:
-    """The student with float32 adapters; B is not zero, so that A has a gradient from the first step."""
+    """Return the student with float32 adapters; B is not zero, so that A has a gradient from the first step."""
     import jax
 
     from vlmprune_jax.core.config import LoraConfig
@@ -98,7 +98,7 @@ def adapted(student: Any, dropout: float) -> Any:
 
 
 def ours(args: argparse.Namespace, ids: np.ndarray) -> Step:
-    """The step that `vlmprune recover` runs."""
+    """Return the training step of `vlmprune recover`."""
     import jax
 
     import vlmprune_jax as vp
@@ -141,7 +141,7 @@ def ours(args: argparse.Namespace, ids: np.ndarray) -> Step:
 
 
 def peft(args: argparse.Namespace, ids: np.ndarray) -> Step:
-    """The same in PyTorch: sdpa, fused AdamW, no logits and no graph for the teacher, no gradient checkpointing.
+    """Return the same step in PyTorch: sdpa, fused AdamW, no logits and no graph for the teacher, no checkpointing.
 
     In bfloat16 as transformers' Trainer does it: bfloat16 base, float32 adapters, autocast.
     """
@@ -185,7 +185,7 @@ def peft(args: argparse.Namespace, ids: np.ndarray) -> Step:
 
 
 def child(args: argparse.Namespace) -> None:
-    """A side: a step per line of standard input, a JSON line each; the first step (which compiles) comes unasked."""
+    """Run one side: a step and a JSON line per line of standard input; the first step starts on its own."""
     sides = {"ours": ours, "peft": peft}
     started = time.perf_counter()
     step = sides[args.child](args, np.load(args.work / "ids.npy"))
@@ -193,7 +193,7 @@ def child(args: argparse.Namespace) -> None:
 
 
 def own(args: argparse.Namespace, name: str, dropout: float = DROPOUT) -> list[str]:
-    """Command line of a child."""
+    """Return the command line of a child."""
     rows, length = args.batch
     options = [f"--folder={args.folder}", f"--work={args.work}", f"--batch={rows}x{length}", f"--dtype={args.dtype}"]
     options += [f"--remat={args.remat}", f"--threads={args.threads}", *["--tiny"] * args.tiny]
@@ -201,7 +201,7 @@ def own(args: argparse.Namespace, name: str, dropout: float = DROPOUT) -> list[s
 
 
 def check_equal(args: argparse.Namespace) -> None:
-    """Both sides compute the same losses and gradient norms in their first steps without dropout.
+    """Check that both sides compute equal losses and gradient norms in their first steps without dropout.
 
     Losses after a step tell gradients apart better than norms do: in float32 all losses differ by 3e-6 (relative), the
     norms of the first step by 1e-4. In bfloat16 one row of the text makes the norms of either side several times off
@@ -219,7 +219,7 @@ def check_equal(args: argparse.Namespace) -> None:
 
 
 def summaries(args: argparse.Namespace, lines: dict[str, list[dict[str, float]]]) -> Iterator[dict[str, Any]]:
-    """A line per side, and the ratios: above 1 is better for throughput, below 1 for processor time and memory."""
+    """Return a line per side, and the ratios: above 1 is better for throughput, below 1 for time and memory."""
     tokens, found = args.batch[0] * args.batch[1], {}
     for name, (first, *rest) in lines.items():
         seconds = statistics.median(line["seconds"] for line in rest)
@@ -239,7 +239,7 @@ def summaries(args: argparse.Namespace, lines: dict[str, list[dict[str, float]]]
 
 
 def main() -> None:
-    """Make what is missing, check that both sides agree, measure them in turn."""
+    """Create missing inputs, check that both sides agree, and measure them in turns."""
     args = arguments()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     if args.child:
@@ -277,7 +277,7 @@ def arguments() -> argparse.Namespace:
 
 
 def smollm2() -> Path:
-    """The folder of SmolLM2-135M."""
+    """Return the folder of SmolLM2-135M."""
     sys.path.insert(0, str(ROOT / "tests/cases"))
     from smollm2 import smollm2_folder
 

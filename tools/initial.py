@@ -1,4 +1,4 @@
-"""The folders that pretraining starts from: all at random, or a language model and a tower that never met."""
+"""Initial model folders of pretraining: random weights, or a language model joined with a tower."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _TOKENS = ("<fake_token_around_image>", "<global-img>", IMAGE_TOKEN)
 
 
 def write_random(folder: Path, architecture: Mapping[str, Any], records: Path, *, seed: int) -> None:
-    """Write a whole `llava-hf` folder with random weights (and the blocks that stock models have above the feature)."""
+    """Write a complete `llava-hf` folder with random weights (including the tower blocks above the feature layer)."""
     shutil.rmtree(folder, ignore_errors=True)
     vision = architecture["vision_config"]
     size = make_tokenizer(
@@ -53,20 +53,20 @@ def write_random(folder: Path, architecture: Mapping[str, Any], records: Path, *
 
 
 def write_joined(folder: Path, language: Path, tower: Path, *, seed: int) -> None:
-    """Write a SmolVLM folder of a pretrained language model behind the tower of a LLaVA; the projector is at random.
+    """Write a SmolVLM folder from a pretrained language model and the tower of a LLaVA; the projector is random.
 
     SmolVLM's tower has neither the class token of LLaVA's CLIP nor its first norm: see `_without_first_norm`. Images
     are not split, and 2 x 2 of their patches are one token.
 
     Args:
-      folder: replaced.
-      language: a Llama's folder. Its vocabulary gains SmolVLM's tokens. New rows of the embeddings are their mean, but
-        that of what ends an utterance: there the language model ended its own.
+      folder: output folder; replaced.
+      language: folder of a Llama. The special tokens of SmolVLM are added to its vocabulary; their embeddings are the
+        mean embedding, except that of the end token, which is copied from the language model's end token.
       tower: a LLaVA folder with a CLIP tower.
-      seed: of the projector.
+      seed: random seed of the projector.
 
     Raises:
-      UserError: see `load`; `language` is no language model, or `tower` has none of CLIP's.
+      UserError: see `load`; `language` is not a language model, or `tower` has no CLIP tower.
     """
     decoder, seeing = load(language), load(tower)
     if decoder.cfg.vision is not None:
@@ -119,10 +119,10 @@ def write_joined(folder: Path, language: Path, tower: Path, *, seed: int) -> Non
 
 
 def _without_first_norm(clip: Mapping[str, Any], normalize: Mapping[str, Any]) -> dict[str, Any]:
-    """The flat tower of CLIP as one of SigLIP: its first norm is folded into the patch embedding.
+    """Convert a flat CLIP tower to a SigLIP tower by folding its first norm into the patch embedding.
 
-    LN(u) = g (u - mean u) / std u + b is linear but for std u, in whose place stands that of a white patch. Of the demo
-    teacher 95 % of the variance of the features are left (decision 89); training wins back the rest.
+    LN(u) = g (u - mean u) / std u + b is linear except for std u, which is replaced by that of a white patch. For the
+    demo's teacher, 95 % of the variance of the features remain (decision 89); training recovers the rest.
     """
     gain, shift = clip["vision/pre_layrnorm/weight"], clip["vision/pre_layrnorm/bias"]
     kernel, places = clip["vision/patch_embedding/weight"], clip["vision/position_embedding/weight"][1:]
@@ -140,7 +140,7 @@ def _without_first_norm(clip: Mapping[str, Any], normalize: Mapping[str, Any]) -
 
 
 def _write_processor(tower: Path, folder: Path, *, side: int, patches: int) -> dict[str, Any]:
-    """Write SmolVLM's processor for whole images of one size, and return what it normalises by: LLaVA's."""
+    """Write a SmolVLM processor for unsplit images of one size; return LLaVA's normalisation, which it uses."""
     normalize = {key: read_json(tower / "preprocessor_config.json")[key] for key in ("image_mean", "image_std")}
     image = {
         "image_processor_type": "SmolVLMImageProcessor",
@@ -164,7 +164,7 @@ def _write_processor(tower: Path, folder: Path, *, side: int, patches: int) -> d
 
 
 def _write_tokenizer(language: Path, folder: Path, *, words: int) -> dict[str, int]:
-    """Write a language model's tokenizer with SmolVLM's tokens, behind `words` others; returns ids as in configs."""
+    """Write a language model's tokenizer with SmolVLM's tokens after `words` tokens; return the ids for configs."""
     source = load_tokenizer(language)
     tokenizer: Tokenizer = source.backend_tokenizer
     start, end = SMOLVLM.templates[0].special
@@ -196,7 +196,7 @@ def _write_tokenizer(language: Path, folder: Path, *, words: int) -> dict[str, i
 
 
 def _hf_tensors(cfg: ModelConfig, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Checkpoint tensors of these params of a model, under the names that every transformers release reads."""
+    """Return the checkpoint tensors of params, under names that every transformers release reads."""
     axes, tensors = param_axes(cfg), {}
     for weight in family_of(cfg).weights(cfg):
         for i, path, index in locate(cfg, weight.path):

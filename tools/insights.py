@@ -1,7 +1,7 @@
-"""What a study says of the paper's insights, with numbers.
+"""Tests of the paper's insights on the runs of a sweep.
 
-Insights are those of arXiv 2604.24380, and a sixth about reconstruction. Each is compared where the sweep has both
-sides of it: at one ratio, with one seed, and with the same share of the data, so that what is hard for both cancels.
+The insights are those of arXiv 2604.24380, and a sixth about reconstruction. Each is tested on pairs of runs that
+differ in nothing else: same ratio, seed and share of the data.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BEST, SMALL = "sft_l2", 0.05
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluated model of a sweep. `level`: share of the decoder that was asked for, `reached`: that went."""
+    """One evaluated model of a sweep; `level` and `reached` are the requested and the removed share of the decoder."""
 
     model: str
     method: str
@@ -41,7 +41,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The pairs of one place; `interval`: 95 % of their mean by Student's t, None of a single pair."""
+    """Pairs of one setting; `interval` is the 95 % interval of their mean by Student's t, None for a single pair."""
 
     where: str
     pairs: int
@@ -52,7 +52,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Conclusion:
-    """An insight, and what the sweep says of it."""
+    """An insight with its verdict and comparisons."""
 
     claim: str
     effect: str
@@ -62,7 +62,7 @@ class Conclusion:
 
 @dataclass(frozen=True)
 class Insight:
-    """A claim about numbers that all must be at least `threshold`; None: a question, whose answer is the numbers."""
+    """A claim that all values are at least `threshold`; None: an open question, answered by the values."""
 
     claim: str
     effect: str
@@ -71,7 +71,7 @@ class Insight:
 
 
 def points_of(sweep: SweepResult) -> list[Point]:
-    """The evaluated models of a `sweep.json` that were pruned by the paper's criteria and have an average."""
+    """Return the evaluated models of a `sweep.json` that were pruned with the paper's criteria and have an average."""
     settings, found = read_guide().settings, []
     criteria = tuple(settings[method]["score"][method] for method in METHODS)  # others are another question
     for entry in sweep.models:
@@ -103,13 +103,13 @@ def points_of(sweep: SweepResult) -> list[Point]:
 
 
 def _name(folder: str, parameters: int) -> str:
-    """A model by its folder and size: many a folder is called `teacher`."""
+    """Return the folder name and size of a model, as many folders are named `teacher`."""
     millions = parameters / 1e6
     return f"{Path(folder).name}, {millions:,.{2 if millions < 10 else 0}f} M"
 
 
 def conclude(points: Sequence[Point]) -> list[Conclusion]:
-    """Every insight, with what is compared where, how large the difference is and how sure."""
+    """Return every insight with its verdict, comparisons, differences and intervals."""
     return [_concluded(insight, insight.values(points)) for insight in INSIGHTS]
 
 
@@ -139,9 +139,9 @@ def _compared(where: str, numbers: Sequence[float], threshold: float | None) -> 
 def _pairs(
     points: Sequence[Point], ours: tuple[str, str], theirs: tuple[str, str], low: float = 0.0, high: float = 1.0
 ) -> list[tuple[Point, Point]]:
-    """Models of two (method, recovery) that differ in nothing else, at levels in (low, high].
+    """Return pairs of models with two (method, recovery) that differ in nothing else, at levels in (low, high].
 
-    What nothing was trained for has no share of the data, and perhaps no seed, and is a partner for any.
+    A model without recovery has no share of the data and perhaps no seed, and is a partner for any.
     """
 
     def key(point: Point, seed: int | None, data: float) -> tuple[Any, ...]:
@@ -159,7 +159,7 @@ def _pairs(
 
 
 def _of_methods(recovery: str, first: str, second: str, low: float, high: float) -> Callable[[Sequence[Point]], Values]:
-    """Differences of one method from another after one recovery, by level; both shares reached are named."""
+    """Return a function for the differences between two methods after one recovery, by level."""
 
     def values(points: Sequence[Point]) -> Values:
         by_place: dict[tuple[float, float], list[tuple[Point, Point]]] = {}
@@ -182,7 +182,7 @@ def _of_data(share: float) -> str:
 def _of_recoveries(
     ours: str, others: Sequence[str], high: float = 1.0, methods: Sequence[str] = ("depth", "width")
 ) -> Callable[[Sequence[Point]], Values]:
-    """Differences of one recovery from others, by method, level and what it is compared with."""
+    """Return a function for the differences between one recovery and others, by method, level and other recovery."""
 
     def values(points: Sequence[Point]) -> Values:
         found: Values = {}
@@ -197,7 +197,7 @@ def _of_recoveries(
 
 
 def _of_little_data(points: Sequence[Point]) -> Values:
-    """What is retained with the small share of the data below half of the decoder."""
+    """Return the retained percentages with the small share of the data, below half of the decoder."""
     found: Values = {}
     for point in points:
         if point.recovery == BEST and point.data == SMALL and point.level < 0.5:
@@ -206,7 +206,7 @@ def _of_little_data(points: Sequence[Point]) -> Values:
 
 
 def _of_all_data(points: Sequence[Point]) -> Values:
-    """What the small share of the data retains, in % of what all of it does, below half of the decoder."""
+    """Return retention with the small share of the data, in % of that with all data, below half of the decoder."""
     whole = {
         (p.model, p.method, p.level, p.seed): p.retained
         for p in points
@@ -222,7 +222,7 @@ def _of_all_data(points: Sequence[Point]) -> Values:
 
 
 def _replaced(points: Sequence[Point]) -> Values:
-    """What solving wins back, in % of what training wins back of the same pruned model."""
+    """Return the gain of reconstruction, in % of the gain of training for the same pruned model."""
     found: Values = {}
     for method in ("depth", "width"):
         solved = {id(one): other for one, other in _pairs(points, (method, BEST), (method, SOLVED))}

@@ -53,14 +53,13 @@ TEXT_TOKENS, TEXT_LETTERS = 96, 500  # of a row of text; what is longer is cut
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run: which records, how many questions of one image per row, how deep the decoder, and how to train.
+    """One training run: records, questions per row, decoder depth and training settings.
 
-    `words`: how many words of description take the place of the image (0: the image itself); `also_images`: every
-    record comes once with them and once with its image. `text_share`: of the rows, those of English text (`topics`)
-    without any image, in batches of their own, as LLaVA's second stage has conversations.
-    `keeps`: regex of the parameters that the next stage starts from; the others go back to what they were.
-    `until_loss`: a stage that ends with a larger loss is run again from where it came to, with its rows in another
-    order, at most `runs` times in all.
+    `words`: number of words of description instead of the image (0: the image itself); `also_images`: use every record
+    once with words and once with its image. `text_share`: share of rows of English text (`topics`) without images, in
+    batches of their own. `keeps`: regex of the parameters that the next stage starts from; the others are reset.
+    `until_loss`: a stage that ends with a larger loss continues with its rows in another order, at most `runs` times
+    in total.
     """
 
     name: str
@@ -83,7 +82,7 @@ class Stage:
             raise UserError(f"stage {self.name}: runs={self.runs} must be at least 1")
 
     def again(self, number: int) -> Stage:
-        """Its run of a number, from 1: each has a name and an order of rows of its own."""
+        """Return run `number` of the stage, from 1; each has its own name and order of rows."""
         if number == 1:
             return self
         training = dataclasses.replace(self.training, seed=self.training.seed + number - 1)
@@ -101,12 +100,12 @@ def pretrain(
 ) -> Path:
     """Train a model on easy-VQA and return its folder, `workdir/teacher`.
 
-    A LLaVA starts at random from `architecture`, a LlavaConfig dictionary without the fields that the tokenizer
-    decides; a SmolVLM from what is `joined`: the folders of a language model and of a LLaVA whose tower it takes
-    (`write_joined`). Every stage resumes from its own checkpoints in `workdir/<stage>`.
+    A LLaVA starts with random weights of `architecture`, a LlavaConfig dictionary without the fields that depend on the
+    tokenizer; a SmolVLM starts from `joined`, the folders of a language model and of a LLaVA whose tower it uses
+    (`write_joined`). Every stage resumes from its checkpoints in `workdir/<stage>`.
 
     Raises:
-      UserError: not just one of the two is given, or a stage does not come to its `until_loss`; see `write_joined`.
+      UserError: none or both of the two are given, or a stage does not reach its `until_loss`; see `write_joined`.
     """
     if (architecture is None) == (joined is None):
         raise UserError("pretraining starts from an architecture or from two joined folders: give one of them")
@@ -124,7 +123,7 @@ def pretrain(
 
 
 def _learn(model: Model, stage: Stage, files: Mapping[str, Path], folder: Path, workdir: Path) -> Model:
-    """The model after as many runs of a stage as it takes."""
+    """Return the model after as many runs of a stage as it needs."""
     for number in range(1, stage.runs + 1):
         run = stage.again(number)
         model, loss = _train_stage(model, run, files, folder, workdir / run.name)
@@ -139,9 +138,7 @@ def _learn(model: Model, stage: Stage, files: Mapping[str, Path], folder: Path, 
 def _train_stage(
     model: Model, stage: Stage, files: Mapping[str, Path], folder: Path, workdir: Path
 ) -> tuple[Model, float]:
-    """The model after a run of a stage, and the loss of its last step; decoder layers beyond the stage's depth are left
-    as they were, too.
-    """
+    """Return the model after a run of a stage, and its last loss; layers beyond the stage's depth are unchanged."""
     records = stage_records(stage, files)
     encoder = make_encoder(model.cfg, folder)
     if not any(record.images for record in records):
@@ -185,7 +182,7 @@ def _train_stage(
 
 
 def stage_records(stage: Stage, files: Mapping[str, Path]) -> list[Record]:
-    """What a stage trains on, before it is shuffled."""
+    """Return the records of a stage, before shuffling."""
     records = split_conversations(read_records(files[stage.records], files["images"]), stage.turns_per_row)
     if not stage.words:
         return records
@@ -195,14 +192,14 @@ def stage_records(stage: Stage, files: Mapping[str, Path]) -> list[Record]:
 
 
 def mixed_in(pieces: Sequence[Record], share: float, others: int) -> list[Record]:
-    """Pieces of text, again and again, to be `share` of all rows beside so many others."""
+    """Repeat pieces of text until they are `share` of all rows, beside `others` other rows."""
     count = round(others * share / (1 - share))
     rows = itertools.islice(itertools.cycle(pieces), count)
     return [dataclasses.replace(row, id=f"{row.id}-{n}") for n, row in enumerate(rows)]
 
 
 def describe(record: Record, caption: str, length: int) -> Record:
-    """The record with `length` words in place of its image: the caption, again and again."""
+    """Return the record with `length` words of its repeated caption instead of its image."""
     (speaker, text), *rest = record.turns
     question = text.removeprefix("<image>\n")
     words = itertools.islice(itertools.cycle(caption.split()), length)
@@ -210,7 +207,7 @@ def describe(record: Record, caption: str, length: int) -> Record:
 
 
 def make_encoder(cfg: ModelConfig, folder: Path) -> Encoder:
-    """The row encoder of a folder with the prompt of its chat template (LLaVA's without a system text)."""
+    """Return the row encoder of a folder, with the prompt of its chat template (no system text for LLaVA)."""
     assert cfg.image_token_id is not None
     tokenizer = load_tokenizer(folder)
     template = choose_template(AUTO, family_of(cfg), tokenizer, config={}, has_vision=True)
@@ -227,7 +224,7 @@ def make_encoder(cfg: ModelConfig, folder: Path) -> Encoder:
 
 
 def split_conversations(records: Sequence[Record], turns_per_row: int) -> list[Record]:
-    """Records of at most `turns_per_row` questions; each part starts with the images."""
+    """Split records into parts of at most `turns_per_row` questions; each part starts with the images."""
     parts = []
     for record in records:
         marks = "<image>\n" * len(record.images)

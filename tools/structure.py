@@ -21,7 +21,7 @@ def functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionD
     return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
-def annotations(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+def annotated_types(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
     """Yield the source of every annotation of a function's parameters and result."""
     arguments = function.args
     parameters = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
@@ -50,8 +50,8 @@ def main() -> None:
     texts = [path.read_text(encoding="utf-8") for path in paths]
     trees = [ast.parse(text) for text in texts]
     every = [(path, function) for path, tree in zip(paths, trees, strict=True) for function in functions(tree)]
-    experiments = [function for _, function in every if "Experiment" in annotations(function)]
-    json = sum(bool(re.search(r"\bJson\b", text)) for _, function in every for text in annotations(function))
+    experiments = [function for _, function in every if "Experiment" in annotated_types(function)]
+    json = sum(bool(re.search(r"\bJson\b", text)) for _, function in every for text in annotated_types(function))
     long = [
         f"{path.relative_to(ROOT)}:{function.name}"
         for path, function in every

@@ -1,4 +1,4 @@
-"""What a sweep found as rows of the guide that `vlmprune recommend` goes by."""
+"""Results of a sweep as rows of the guide of `vlmprune recommend`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from vlmprune_jax.workdir.sweep import SweepResult
 
 
 def update_guide(path: Path, studies: Mapping[str, SweepResult]) -> None:
-    """Write a guide with the rows of sweeps in place of those it had of these names; a new one starts from our own.
+    """Write the rows of sweeps into a guide, replacing rows of the same names; a new guide starts from the package's.
 
     Raises:
-      UserError: what is there is no guide.
-      OSError: it cannot be written.
+      UserError: the file is not a guide.
+      OSError: the file cannot be written.
     """
     guide = read_guide(path if path.exists() else FILE)
     for name, sweep in studies.items():
@@ -32,7 +32,7 @@ def update_guide(path: Path, studies: Mapping[str, SweepResult]) -> None:
 
 
 def with_study(guide: Guide, name: str, sweep: SweepResult) -> Guide:
-    """The guide with the rows of a sweep in place of those it had of that name."""
+    """Return the guide with the rows of a sweep, replacing those of the same name."""
     vision = any(of.counted == "questions" for of in sweep.sets.values())
     source = Source(f"{name}, a sweep, by tools/study.py", measured(sweep), vision)
     rows = [row for row in guide.evidence if row.source != name] + evidence_of(name, points_of(sweep))
@@ -40,7 +40,7 @@ def with_study(guide: Guide, name: str, sweep: SweepResult) -> Guide:
 
 
 def evidence_of(name: str, points: Sequence[Point]) -> list[Evidence]:
-    """The points as rows of the guide, over seeds: the mean with its interval, of one run the run's own."""
+    """Return rows of the guide from points: mean over seeds and its interval (of a single run, its own interval)."""
     cells: dict[tuple[Any, ...], list[Point]] = {}
     for point in points:
         key = (point.model, point.method, point.recovery, point.level, point.data)

@@ -1,4 +1,4 @@
-"""The page of a study: conclusions, perplexities of texts and a figure of each sweep, in Markdown."""
+"""The page of a study in Markdown: conclusions, perplexities and a figure for each sweep."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _SHARE = f", {100 * SMALL:g} % of the data"
 
 
 def read_studies(given: Sequence[str]) -> dict[str, SweepResult]:
-    """The sweeps of arguments NAME=SWEEP_DIR, by name.
+    """Read the sweeps of arguments NAME=SWEEP_DIR, by name.
 
     Raises:
-      UserError: none, another form, a name twice or of the paper, or see `read_sweep`.
+      UserError: no argument, another form, a repeated or reserved name, or see `read_sweep`.
     """
     studies: dict[str, SweepResult] = {}
     for argument in given:
@@ -46,7 +46,7 @@ def read_studies(given: Sequence[str]) -> dict[str, SweepResult]:
 
 
 def as_markdown(name: str, sweep: SweepResult) -> str:
-    """The conclusions of one sweep as a section of a page."""
+    """Return the conclusions of one sweep as a section of a page."""
     points = points_of(sweep)
     seeds = len({point.seed for point in points} - {None}) or 1
     of = "1 seed" if seeds == 1 else f"{seeds} seeds"
@@ -117,18 +117,18 @@ def _retained(points: Sequence[Point]) -> str:
 
 
 def measured(sweep: SweepResult) -> str:
-    """What the retained percentages of its models are of: not perplexity, where there are questions beside it."""
+    """Name the metrics behind the retained percentages (perplexity only if there are no questions)."""
     return ", ".join(f"{sweep.sets[name].main} of {name}" for name in averaged_sets(sweep.sets))
 
 
 def update_page(path: Path, studies: Mapping[str, SweepResult]) -> None:
-    """Write the conclusions between the marks of a page, in place of those it had of sweeps of these names.
+    """Write conclusions between the marks of a page, replacing those of sweeps with the same names.
 
-    What can be drawn of a sweep is NAME.png beside the page.
+    The figure of a sweep is NAME.png beside the page.
 
     Raises:
-      UserError: it has no marks.
-      OSError: it cannot be written.
+      UserError: the page has no marks.
+      OSError: the page cannot be written.
     """
     before, begin, rest = read_text(path).partition(BEGIN)
     old, end, after = rest.partition(END)
@@ -148,9 +148,9 @@ def update_page(path: Path, studies: Mapping[str, SweepResult]) -> None:
 
 
 def study_figure(sweep: SweepResult) -> Figure | None:
-    """What is retained over the share of the decoder that went, a panel for every method; None without two shares.
+    """Plot retention over the removed share of the decoder, one panel per method; None with fewer than two shares.
 
-    Lines are what was done afterwards; where several criteria are compared each is a line, and a panel what was done.
+    Lines are recoveries; if several criteria are compared, lines are criteria and panels are method and recovery.
     """
     groups = drawable(groups_of(sweep))
     if len({round(group.mean("decoder_ratio"), 2) for group in groups}) < 2:
@@ -205,7 +205,7 @@ def perplexity_lines(sweep: SweepResult) -> list[str]:
 
 
 def _short(value: float) -> str:
-    """With two decimals, from 1,000 without, and with one digit where two decimals would be zero."""
+    """Format with two decimals, with none from 1,000, and with one digit if two decimals would show zero."""
     if value >= 1000:
         return f"{value:,.0f}"
     return f"{value:.2f}" if value >= 0.01 else f"{value:.1g}"
@@ -216,7 +216,7 @@ def _cut(row: SweptModel) -> tuple[Any, ...]:
 
 
 def _done_to(row: SweptModel) -> tuple[float, str]:
-    """The share of the data, and what was done to a cut in words."""
+    """Return the share of the data, and the repair and recovery of a model in words."""
     steps = ("" if row.reconstruct == "none" else "reconstruct", "" if row.recovery == "none" else row.recovery)
     data = row.data_fraction
     return data, " + ".join(filter(None, steps)) + (f", {100 * data:g} %" if data else "") or "none"

@@ -53,7 +53,10 @@ def make_tokenizer(records: Iterable[Mapping[str, Any]], out_dir: Path, *, image
 
     Byte-level BPE without merges: a word that occurs in the records or in LLaVA's template is one token (its leading
     space belongs to it), any other text falls back to its bytes, and `<s>` is put in front. The words are taken by
-    falling frequency, so equal records give equal ids. Raises UserError where the words do not fit MAX_VOCABULARY.
+    falling frequency, so equal records give equal ids.
+
+    Raises:
+      UserError: there are more than MAX_VOCABULARY tokens.
     """
     pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     counts = _count_words(records, pre_tokenizer)
@@ -61,7 +64,7 @@ def make_tokenizer(records: Iterable[Mapping[str, Any]], out_dir: Path, *, image
     words = [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if len(word) > 1]
     tokens = [*SPECIAL_TOKENS, *alphabet, *words]
     if len(tokens) > MAX_VOCABULARY:
-        raise UserError(f"make_tokenizer: {len(tokens)} tokens, limit {MAX_VOCABULARY}; this tokenizer is for easy-VQA")
+        raise UserError(f"make_tokenizer: {len(tokens)} tokens, limit {MAX_VOCABULARY}: use it for easy-VQA only")
     # ignore_merges looks a whole word up before any merge: one entry per word, no intermediate pieces.
     tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [], unk_token="<unk>", ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizer
@@ -96,7 +99,7 @@ def _count_words(records: Iterable[Mapping[str, Any]], pre_tokenizer: pre_tokeni
 
 
 def _side_files(image_size: int, patch_size: int) -> dict[str, dict[str, Any]]:
-    """Return what transformers 4.57 and 5.x read beside `tokenizer.json` to build a LlavaProcessor."""
+    """Return the files beside `tokenizer.json` from which transformers 4.57 and 5.x build a LlavaProcessor."""
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     added = {
         str(index): {"content": token, "lstrip": False, "rstrip": False, "normalized": False, "special": True,
