@@ -209,7 +209,7 @@ def make_plans(folder: Path, work: Path) -> None:
 
 
 def child(args: argparse.Namespace) -> None:
-    """What is ours, in a process of its own: a child's peak memory is at least its parent's, which stays small so."""
+    """Run our side in a process of its own: a child's peak memory is at least its parent's, which stays small so."""
     step, folder, work = args.child, args.folder, args.work
     if step == "make":
         make_checkpoint(shrink(MODELS[args.model]) if args.tiny else MODELS[args.model], folder)

@@ -95,7 +95,7 @@ def test_bytes_are_kept_to(folder, tmp_path, capsys):
         plan = predict_plan(experiment_of(path), cfg)
         assert 0.7 * whole < 2 * plan.parameters_after <= 0.8 * whole
         assert "asked: 20 % of all parameters" in out
-    assert f"the weights have {whole:,} in bfloat16: nothing has to go" in failing(
+    assert f"the weights need only {whole:,} bytes in bfloat16: no pruning is needed" in failing(
         capsys, f"--model={folder}", "--bytes=2GB"
     )
     err = failing(capsys, f"--model={folder}", "--bytes=1000")
@@ -140,17 +140,17 @@ def test_what_is_refused(folder, tmp_path, capsys):
     model, ratio = f"--model={folder}", "--ratio=0.2"
     assert "no model given: --model=DIR" in failing(capsys, ratio)
     assert "nowhere" in failing(capsys, f"--model={tmp_path / 'nowhere'}", ratio)
-    both = "give --ratio=0.3 (of all parameters to remove) or --bytes=2GB (to fit in), and not both"
+    both = "give either --ratio=0.3 (share of all parameters to remove) or --bytes=2GB (maximum size)"
     assert both in failing(capsys, model)
     assert both in failing(capsys, model, ratio, "--bytes=2GB")
     assert "ratio=1.2 must be at least 0 and below 1" in failing(capsys, model, "--ratio=1.2")
     assert "--ratio: ratio 0.97" in failing(capsys, model, "--ratio=0.97")
-    assert "--ratio=much: must be a share, as 5% or 0.05" in failing(capsys, model, "--ratio=much")
+    assert "--ratio=much: must be a share, such as 5% or 0.05" in failing(capsys, model, "--ratio=much")
     assert "did you mean 'full'?" in failing(capsys, model, ratio, "--compute=ful")
     assert "has no flag --rati; did you mean 'ratio'?" in failing(capsys, model, "--rati=0.2")
     assert "takes no argument" in failing(capsys, model, ratio, "0.3")
     (tmp_path / "there.py").write_text("mine")
-    assert "is there already" in failing(capsys, model, ratio, f"--save={tmp_path / 'there.py'}")
+    assert "exists already" in failing(capsys, model, ratio, f"--save={tmp_path / 'there.py'}")
     assert "must be the name of a config file" in failing(capsys, model, ratio, f"--save={tmp_path / 'there.json'}")
     assert "no such file" in failing(capsys, model, ratio, f"--guide={tmp_path / 'none.json'}")
     assert (tmp_path / "there.py").read_text() == "mine"

@@ -1,4 +1,4 @@
-"""A model's folder and a wish -> what the guide advises, in words, and a config file that does it."""
+"""Advice of the guide for a model folder and a target, in words and as a config file."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.workdir.speed import Bench, read_bench
 
 UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_LARGE = 10**9  # parameters, from which weights are held in bfloat16
+_LARGE = 10**9  # parameters; larger models are loaded in bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """A recommendation for a folder: the plans it leads to, by method, and the text of a config file.
+    """A recommendation for a folder: predicted plans by method, and the text of a config file.
 
-    `bench`: what `read_bench` says of this machine, in place of the guide's speeds.
+    `bench`: speeds measured on this machine, shown instead of the guide's speeds.
     """
 
     folder: str
@@ -48,10 +48,10 @@ class Advice:
 
 
 def parse_bytes(text: str) -> float:
-    """2e9, "2GB" (10**9) or "2GiB" (2**30) as a number of bytes.
+    """Convert 2e9, "2GB" (10**9) or "2GiB" (2**30) to a number of bytes.
 
     Raises:
-      UserError: something else, or nothing that a model could fit in.
+      UserError: another form, or not above 0.
     """
     found = re.fullmatch(r"\s*([\d.]+(?:[eE]\+?\d+)?)\s*([a-zA-Z]*)\s*", text)
     try:
@@ -59,34 +59,34 @@ def parse_bytes(text: str) -> float:
     except ValueError:
         number = math.nan
     if found is None or not 0 < number < math.inf:
-        raise UserError(f"--bytes={text}: must be a size above 0, as 2e9, 2GB or 2GiB")
+        raise UserError(f"--bytes={text}: must be a size above 0, such as 2e9, 2GB or 2GiB")
     return number * UNITS[one_of("--bytes: unit", found[2].upper(), tuple(UNITS))]
 
 
 def parse_share(name: str, text: str) -> float:
-    """5%, 0.05 or "none" (0) as a share.
+    """Convert 5%, 0.05 or "none" (0) to a share.
 
     Raises:
-      UserError: something else.
+      UserError: another form.
     """
     number = text.strip().removesuffix("%")
     try:
         return 0.0 if number == "none" else float(number) / (100 if "%" in text else 1)
     except ValueError:
-        raise UserError(f"--{name}={text}: must be a share, as 5% or 0.05") from None
+        raise UserError(f"--{name}={text}: must be a share, such as 5% or 0.05") from None
 
 
 def saved_as(text: str | None) -> Path:
-    """Where the config file goes, or would.
+    """Return the path of the config file (default: recommended.py).
 
     Raises:
-      UserError: not the name of a Python file, or one that is there.
+      UserError: not the name of a Python file, or the file exists.
     """
     path = Path(text or "recommended.py")
     if path.suffix != ".py" or "\0" in path.name:
-        raise UserError(f"--save={text}: must be the name of a config file, as recommended.py")
+        raise UserError(f"--save={text}: must be the name of a config file, such as recommended.py")
     if text and path.exists():
-        raise UserError(f"--save={text}: is there already: give another name, or remove it")
+        raise UserError(f"--save={text}: exists already: give another name, or remove it")
     return path
 
 
@@ -102,19 +102,20 @@ def advise(
     guide: Guide,
     bench: Path | None = None,
 ) -> Advice:
-    """What the guide advises for the model in a folder (or hub id); of the folder only JSON files are read.
+    """Return the guide's advice for a model folder or hub id; reads only JSON files of the folder.
 
     Args:
-      ratio, most_bytes: share of all parameters to remove, or bytes of bfloat16 weights to keep to; one of them.
-      data_fraction, compute, speed, guide: as `recommend` takes them.
+      hf_dir, vision_dir: see `load`.
+      ratio, most_bytes: share of all parameters to remove, or maximum size of the bfloat16 weights; give one.
+      data_fraction, compute, speed, guide: see `recommend`.
       bench: what `vlmprune bench --json` wrote, told in place of the guide's speeds.
 
     Raises:
-      UserError: no such model or file; not one of both targets, or one that no plan reaches, with the nearest; see
-        `recommend`.
+      UserError: the model or file is missing; none or both targets are given; no plan reaches the target (names the
+        nearest); see `recommend`.
     """
     if (ratio is None) == (most_bytes is None):
-        raise UserError("give --ratio=0.3 (of all parameters to remove) or --bytes=2GB (to fit in), and not both")
+        raise UserError("give either --ratio=0.3 (share of all parameters to remove) or --bytes=2GB (maximum size)")
     measured = None if bench is None else read_bench(bench)
     folder = resolve(hf_dir)
     _, cfg = read_config(folder, None if vision_dir is None else resolve(vision_dir))
@@ -122,7 +123,9 @@ def advise(
     target: dict[str, Any] = {"ratio": ratio}
     if most_bytes is not None:
         if most_bytes >= whole:
-            raise UserError(f"--bytes={most_bytes:,.0f}: the weights have {whole:,} in bfloat16: nothing has to go")
+            raise UserError(
+                f"--bytes={most_bytes:,.0f}: the weights need only {whole:,} bytes in bfloat16: no pruning is needed"
+            )
         ratio, target = 1 - most_bytes / whole, {"budget": {"disk_bytes": most_bytes}}
     assert ratio is not None
     found = recommend(cfg, ratio=ratio, data_fraction=data_fraction, compute=compute, speed=speed, guide=guide)
@@ -137,7 +140,7 @@ def advise(
 
 
 def as_lines(advice: Advice) -> list[str]:
-    """The recommendation for this model in words, without its tables."""
+    """Return the recommendation for this model in words, without its tables."""
     found, cfg = advice.recommendation, advice.cfg
     lines = [
         f"{advice.folder}: {count_params(cfg):,} parameters, the decoder has "
@@ -157,7 +160,7 @@ def as_lines(advice: Advice) -> list[str]:
 
 
 def commands(advice: Advice, config: str) -> list[str]:
-    """What to run, for a config that lies in a file."""
+    """Return the commands to run for a config file."""
     workdir, config = shlex.quote(f"runs/{Path(config).stem}"), shlex.quote(config)
     run = f"vlmprune run --config={config} --workdir={workdir}"
     if advice.recommendation.rule.recovery == "none":
@@ -166,7 +169,7 @@ def commands(advice: Advice, config: str) -> list[str]:
 
 
 def _config_file(found: Recommendation, cfg: ModelConfig, model: dict[str, Any], target: dict[str, Any]) -> str:
-    """The text of a config file: the family's recipe, the model, the data and what is advised."""
+    """Return the text of a config file: recipe of the family, model, data and the advised settings."""
     named = family_of(cfg).name
     changes: dict[str, Any] = {"model": {name: value for name, value in model.items() if value is not None}}
     if count_params(cfg) >= _LARGE:
@@ -202,7 +205,7 @@ def _config_file(found: Recommendation, cfg: ModelConfig, model: dict[str, Any],
 
 
 def _leaves(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
-    """`recover.losses.ce` -> 0.5 of nested settings."""
+    """Yield pairs such as ("recover.losses.ce", 0.5) from nested settings."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{where}{name}.")
@@ -211,7 +214,7 @@ def _leaves(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, A
 
 
 def _literal(value: Any) -> str:
-    """A value of JSON as Python spells it."""
+    """Return a JSON value as a Python literal."""
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{_literal(name)}: {_literal(one)}' for name, one in value.items())}}}"
     if isinstance(value, list | tuple):
