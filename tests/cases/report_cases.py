@@ -18,6 +18,7 @@ from vlmprune_jax.workdir.artefact import write_artefact
 from vlmprune_jax.workdir.evaluation import Evaluated, Group, metric_info
 from vlmprune_jax.workdir.result import Export, Result, Run, compare, describe_sets, read_result, unpruned_of
 from vlmprune_jax.workdir.speed import Bench, BenchWorkload, Pair, Speed, SpeedWorkload
+from vlmprune_jax.workdir.steps import STEPS, StepRecord, Steps
 from vlmprune_jax.workdir.tpu_plan import Hbm, PlannedModel, PlannedStep, StepFlops, StepSeconds
 
 CFG = config((LayerShape(4, 4, 12),) * len(EQUAL))
@@ -80,6 +81,19 @@ def write_workdir(folder):
         pruned_run(folder, "width", "none", 0.5),
     ]
     write_artefact(folder / "result.json", result_of({"questions": evaluated(0.8)}, runs, "depth-sft", export=EXPORT))
+    write_artefact(folder / STEPS, Steps(steps=[*steps_of("depth", "sft"), *steps_of("width", "sft")]))
+
+
+def steps_of(variant, recovery, folder=None):
+    """The steps of a prune variant and a recovery, as a run notes them."""
+    folder = variant if folder is None else folder
+    first = {"name": variant, "recovery": "none", "variant": folder, "folder": folder}
+    then = {"name": f"{variant}-{recovery}", "recovery": recovery, "variant": folder, "folder": f"{folder}/{recovery}"}
+    return [
+        StepRecord(stage="score", about="score", outputs=["scores*.npz"], **first),
+        StepRecord(stage="prune", about="prune", outputs=["plan.json"], model="pruned", **first),
+        StepRecord(stage="recover", about="recover", model="recovered", **then),
+    ]
 
 
 # How many of the 40 questions each model gets right, the first ones, by where its evaluation lies.

@@ -39,7 +39,7 @@ def some_runs(seeds=(1, 2), **base) -> list[SweepRun]:
 
 
 def make_models(experiment: Experiment, context) -> Result:
-    """In the place of `stages.run.make_models`: numbers that follow from settings, and a folder."""
+    """In the place of `Pipeline.make_models`: numbers that follow from settings, and a folder."""
     spec, trained = experiment.prune, experiment.recover.method != "none"
     path = "recovered" if trained else "pruned"
     folder = context.workdir / path
@@ -66,7 +66,7 @@ def write_sweep(workdir: Path, sets=tuple(METRICS), runs=None, **kind) -> SweepR
     """`sweep.json` of what `some_runs` would find, on some of the evaluation sets; `kind`: see there."""
     runs, sweep = runs or some_runs(**kind), Sweep(workdir, "configs/sweeps/made_up.py", overwrite=False)
     with (
-        mock.patch.object(stages, "make_models", make_models),
+        mock.patch.object(stages.Pipeline, "make_models", lambda self: make_models(self.experiment, self.context)),
         mock.patch.object(stages, "made_from_of", lambda run, sweep: run.name),
     ):
         for run in runs:

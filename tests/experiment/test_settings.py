@@ -20,8 +20,8 @@ from vlmprune_jax.models.stack import REMAT_POLICIES
 from vlmprune_jax.recovery.config import REMAT, LossConfig, RecoverConfig
 from vlmprune_jax.recovery.losses import losses
 from vlmprune_jax.stages.job import make_job
+from vlmprune_jax.stages.pipeline import Pipeline
 from vlmprune_jax.stages.registry import STAGES as DECLARED
-from vlmprune_jax.stages.run import make_work
 from vlmprune_jax.stages.teacher_cache import _made_from
 from vlmprune_jax.stages.work import Context
 
@@ -162,7 +162,7 @@ def kept(tmp_path):
         files = {"train": str(tmp_path / "records.json"), "eval": str(tmp_path / "records.json"), "images": None}
         experiment = override(experiment, {"model": {"hf_dir": str(tmp_path / "model")}, "data": files})
         context = Context(workdir=tmp_path, reporter=make_reporter(False))
-        work = make_work(experiment, context, start=tmp_path / "pruned", part="pruned")
+        work = Pipeline(experiment, context).work(start=tmp_path / "pruned", part="pruned")
         return make_job(stage, work, sections_of(experiment)).settings
 
     return of
@@ -225,7 +225,7 @@ def test_a_teacher_cache_is_of_what_its_logits_depend_on(tmp_path):
     experiment = override(
         Experiment(), {"model": {"hf_dir": str(tmp_path)}, "recover": spec, "data": {"max_length": 9}}
     )
-    work = make_work(experiment, Context(workdir=tmp_path, reporter=make_reporter(False)))
+    work = Pipeline(experiment, Context(workdir=tmp_path, reporter=make_reporter(False))).work()
     assert _made_from(work, experiment.data, experiment.recover).keys() == {
         *("holds", "model.hf_dir", "model.vision_dir", "model.dtype", "data.max_length", "recover.teacher_top_k"),
         *named("data", "template system truncate aspect_ratio min_tiles max_tiles thumbnail max_image_tokens"),

@@ -27,7 +27,7 @@ from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.prune import KeptLayer, fingerprint, prune_folder
 from vlmprune_jax.stages import work as work_module
 from vlmprune_jax.stages.job import run_stage
-from vlmprune_jax.stages.run import make_work
+from vlmprune_jax.stages.pipeline import Pipeline
 from vlmprune_jax.stages.work import Context
 
 SOURCES = {"llava_hf": None, "llava_orig": "clip_tower", "llava_orig_bin": "clip_tower", "llama_gqa": None}
@@ -351,7 +351,7 @@ def test_the_prune_stage_does_not_load_the_model(llama, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(work_module, "load", None)
     context = Context(workdir=work, reporter=make_reporter(False))
-    facts = run_stage("prune", make_work(experiment, context, out=work / "pruned"), sections(experiment)).facts
+    facts = run_stage("prune", Pipeline(experiment, context).work(out=work / "pruned"), sections(experiment)).facts
     plan = vp.PrunePlan.from_json(work / "plan.json")
     vp.save(vp.apply_plan(model, plan), tmp_path / "saved", source_dir=llama, plan=plan, dtype="float32")
     assert contents(work / "pruned") == contents(tmp_path / "saved")

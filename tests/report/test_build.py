@@ -76,7 +76,7 @@ def test_page_tells_the_numbers_and_is_one_file(workdir):
     assert "depth-sft" in best
     assert "&lt;b&gt;" in page  # an answer is text, not markup
     assert "<b>" not in page
-    assert list(workdir.glob(".*")) == []
+    assert list(workdir.glob(".*")) == [workdir / ".stages"]
 
 
 def test_kinds_of_tokens_and_what_serves_vision(workdir):

@@ -38,7 +38,7 @@ from vlmprune_jax.recovery import loop
 from vlmprune_jax.recovery.metrics import Recorder
 from vlmprune_jax.stages.feature_cache import cached_features, check_frozen
 from vlmprune_jax.stages.job import run_stage
-from vlmprune_jax.stages.run import make_work
+from vlmprune_jax.stages.pipeline import Pipeline
 from vlmprune_jax.stages.work import Context
 
 RECOVER = {
@@ -92,7 +92,7 @@ def recovered(experiment: Experiment, root: Path, name: str, cache: Path | None 
     data = {"feature_cache": None if cache is None else str(cache)}
     changed = override(experiment, {"data": data, "recover": recover})
     place = {"folder": root / name, "start": root / "pruned", "out": root / name / "recovered", "recovered": True}
-    run_stage("recover", make_work(changed, quiet(root), **place), sections(changed))
+    run_stage("recover", Pipeline(changed, quiet(root)).work(**place), sections(changed))
     return root / name
 
 
@@ -146,7 +146,7 @@ def prepared(experiment: Experiment, root: Path, cache: Path, **sections: Any) -
     """The stage's part before training."""
     data = {"feature_cache": str(cache), **sections.pop("data", {})}
     changed = override(experiment, {"data": data, **sections})
-    work = make_work(changed, quiet(root), start=root / "pruned")
+    work = Pipeline(changed, quiet(root)).work(start=root / "pruned")
     return cached_features(work, changed.data, recover_config(changed.recover), work.plan)
 
 

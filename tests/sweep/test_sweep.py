@@ -58,7 +58,7 @@ def sweep(tmp_path, monkeypatch):
         return main(["sweep", f"--config={tmp_path}/sweep.py", f"--workdir={workdir}", *flags])
 
     call.ran, call.fail, call.pages, call.workdir = [], {}, [], workdir
-    monkeypatch.setattr(sweep_run, "make_models", made)
+    monkeypatch.setattr(sweep_run.Pipeline, "make_models", lambda self: made(self.experiment, self.context))
     monkeypatch.setattr(comparison, "build_comparison", lambda folder: call.pages.append(folder))
     return call
 

@@ -4,12 +4,14 @@ import re
 import shutil
 
 import pytest
-from report_cases import SPEED, write_answers, write_workdir
+from msgspec.structs import replace
+from report_cases import SPEED, steps_of, write_answers, write_workdir
 
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.report.build import build_report
 from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.steps import STEPS, Steps
 from vlmprune_jax.workdir.unfinished import read_unfinished
 
 
@@ -43,7 +45,7 @@ def test_everything_but_the_export(workdir):
     assert "Is one really better?" in page
     assert (workdir / "report.png").is_file()
     assert missing(page) == {
-        "width: recovery training": "recover",
+        "width-sft: recover": "recover",
         "the best model, exported and compared, and everything else that is left": "run",
     }
 
@@ -55,7 +57,8 @@ def test_only_scores_and_plan(workdir):
     assert page.count("<svg") == 2  # what goes, and the importances
     assert missing(page) == {
         "the scores of the unpruned model": "evaluate",
-        "depth: the plan and the pruned model": "prune",
+        "depth: prune": "prune",
+        "width: score": "score",
         "the best model, exported and compared, and everything else that is left": "run",
     }
     (workdir / "depth/plan.json").unlink()
@@ -69,7 +72,7 @@ def test_only_the_unpruned_model(workdir):
         shutil.rmtree(workdir / folder)
     page = build_report(workdir).read_text()
     assert "<td>80.00</td>" in page
-    assert missing(page)["importances of layers, heads and neurons"] == "score"
+    assert missing(page)["depth: score"] == "score"
 
 
 def test_a_model_that_is_not_evaluated_and_speed(workdir):
@@ -91,6 +94,8 @@ def test_models_in_the_workdir_itself(workdir):
     (workdir / "pruned/config.json").write_text("{}")
     for name in ("pruned", "recovered"):
         shutil.copy(workdir / "eval/teacher.json", workdir / f"eval/{name}.json")
+    steps = [replace(step, folder=".") for step in steps_of("depth", "recovered", ".")]
+    write_artefact(workdir / STEPS, Steps(steps=steps))
     assert [run.name for run in read_unfinished(workdir).runs] == ["depth", "depth-recovered"]
 
 

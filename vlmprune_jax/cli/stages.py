@@ -67,7 +67,7 @@ def _details(name: str) -> str:
 def run_command(name: str, flags: Any) -> None:
     """Run a command on the experiment and the workdir that its flags name."""
     from vlmprune_jax.cli.workdir import prepare
-    from vlmprune_jax.stages import run
+    from vlmprune_jax.stages.pipeline import Pipeline
 
     if name == "report":
         _report(flags)
@@ -75,17 +75,18 @@ def run_command(name: str, flags: Any) -> None:
     if name == "evaluate" and flags.tasks is not None and flags.config is not None:
         flags.config.evaluate.tasks = tuple(flags.tasks)
     experiment, context = prepare(flags)
+    pipeline = Pipeline(experiment, context)
     if name == "run":
-        run.run_all(experiment, context)
+        pipeline.run()
         finish(context)
     elif name == "evaluate":
-        run.evaluate_all(experiment, context)
+        pipeline.evaluate()
     elif name == "speed":
-        run.speed_all(experiment, context)
+        pipeline.measure_speed()
     elif name == "export":
-        run.export_best(experiment, context)
+        pipeline.export()
     else:
-        run.run_everywhere(name, experiment, context, explain=name == "prune" and flags.explain)
+        pipeline.run_stage(name, explain=name == "prune" and flags.explain)
 
 
 def _report(flags: Any) -> None:

@@ -16,7 +16,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.experiment.arguments import evaluation_sets
 from vlmprune_jax.experiment.spec import Experiment, affecting, sections
-from vlmprune_jax.stages.run import evaluation_jobs, make_models, plan_steps
+from vlmprune_jax.stages.pipeline import Pipeline
 from vlmprune_jax.stages.work import Context
 from vlmprune_jax.sweep.hyper import SweepRun
 from vlmprune_jax.workdir.artefact import read_artefact, write_artefact
@@ -84,7 +84,7 @@ def do_run(run: SweepRun, sweep: Sweep, reporter: Reporter) -> None:
     folder, made_from = sweep.folder(run), on_process_zero(lambda: made_from_of(run, sweep))
     on_process_zero(lambda: remove(folder / ERROR))
     context = sweep.context(run, reporter)
-    result = make_models(run.experiment, context)
+    result = Pipeline(run.experiment, context).make_models()
     if not is_main_process():
         return
     write_artefact(folder / RESULT, result)
@@ -160,8 +160,8 @@ def read_error(run: SweepRun, sweep: Sweep) -> str | None:
 
 def made_from_of(run: SweepRun, sweep: Sweep) -> str:
     """Return the content key of a run: of every stage its settings, version and the files that it reads elsewhere."""
-    experiment, context, jobs = run.experiment, sweep.context(run, _QUIET), dict[str, Any]()
-    for job in (*evaluation_jobs(experiment, context), *(step.job for step in plan_steps(experiment, context))):
+    experiment, jobs = run.experiment, dict[str, Any]()
+    for job in Pipeline(experiment, sweep.context(run, _QUIET)).jobs():
         files = {name: digest_once(path) for name, path in files_elsewhere(job).items()}
         jobs[job.name] = (job.settings, files, job.version)
     parts, sets = sections(experiment), evaluation_sets(experiment.data, experiment.evaluate)

@@ -16,8 +16,8 @@ from vlmprune_jax.core.files import read_bytes
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero, process_count
 from vlmprune_jax.experiment.arguments import evaluation_sets
 from vlmprune_jax.experiment.variants import check_experiment
+from vlmprune_jax.stages.pipeline import Pipeline
 from vlmprune_jax.stages.registry import STAGES
-from vlmprune_jax.stages.run import plan_steps
 from vlmprune_jax.sweep.hyper import SweepRun
 from vlmprune_jax.sweep.run import (
     Sweep,
@@ -254,7 +254,8 @@ def _stage_keys(run: SweepRun, sweep: Sweep, reporter: Reporter) -> dict[str, st
     data = run.experiment.data
     data = dataclasses.replace(data, train=data.train or "train.json", eval=data.eval or "eval.json")  # not written yet
     keys: dict[str, str] = {}
-    for step in plan_steps(dataclasses.replace(run.experiment, data=data), sweep.context(run, reporter)):
+    placed = dataclasses.replace(run.experiment, data=data)
+    for step in Pipeline(placed, sweep.context(run, reporter)).steps():
         files, before = sorted(map(str, files_elsewhere(step.job).values())), [keys[one.stage] for one in step.before]
         keys[step.stage] = content_key(step.stage, step.job.settings, files, before)
     return keys

@@ -1,0 +1,351 @@
+"""The stages of an experiment in order: every variant in one workdir, and the `result.json` that they end in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from msgspec.structs import asdict, replace
+
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
+from vlmprune_jax.experiment.spec import Experiment, sections
+from vlmprune_jax.experiment.variants import NO_RECOVERY, prune_runs, recover_runs
+from vlmprune_jax.stages.evaluate import evaluate_model, parts_of
+from vlmprune_jax.stages.job import Sections, make_job, run_stage
+from vlmprune_jax.stages.prune import explain_plan
+from vlmprune_jax.stages.registry import STAGES
+from vlmprune_jax.stages.samples import write_samples
+from vlmprune_jax.stages.score import criteria_of
+from vlmprune_jax.stages.speed import check_speed, costs_of_folder, workload_of
+from vlmprune_jax.stages.work import Context, Work, teacher_folder
+from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.evaluation import TEACHER, Evaluated
+from vlmprune_jax.workdir.ledger import Finished, Job, differs_only_in
+from vlmprune_jax.workdir.result import (
+    RESULT,
+    Export,
+    Result,
+    Run,
+    benchmark_rows,
+    best_run,
+    compare,
+    describe_sets,
+    read_result,
+    unpruned_of,
+)
+from vlmprune_jax.workdir.speed import MedianSpeed, Speed
+from vlmprune_jax.workdir.steps import STEPS, StepRecord, Steps
+from vlmprune_jax.workdir.unfinished import read_unfinished
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A stage of one variant, in its place.
+
+    `name`, `recovery`: of the model that it makes, in results. `evaluated`: if that model is. `before`: the steps that
+    led to it, the first one first.
+    """
+
+    stage: str
+    name: str
+    recovery: str
+    evaluated: bool
+    sections: Sections
+    work: Work
+    before: tuple[Step, ...]
+
+    @property
+    def makes_model(self) -> bool:
+        """True if the stage makes a model."""
+        return bool(STAGES[self.stage].model)
+
+    @property
+    def path(self) -> str:
+        """The model's folder in the workdir."""
+        return self.work.out.relative_to(self.work.workdir).as_posix()
+
+    @property
+    def job(self) -> Job:
+        """The stage with its settings and files."""
+        return make_job(self.stage, self.work, self.sections)
+
+    @property
+    def planned(self) -> StepRecord:
+        """The step as it is noted in the workdir."""
+        stage, places = STAGES[self.stage], (self.work.variant, self.work.folder)
+        variant, folder = (place.relative_to(self.work.workdir).as_posix() for place in places)
+        return StepRecord(
+            stage=self.stage,
+            name=self.name,
+            recovery=self.recovery,
+            about=stage.help,
+            variant=variant,
+            folder=folder,
+            outputs=list(stage.outputs),
+            model=stage.model,
+            evaluated=self.evaluated,
+        )
+
+    def run(self) -> Finished:
+        """Run the stage unless its result is there."""
+        return run_stage(self.stage, self.work, self.sections)
+
+    def evaluate(self) -> dict[str, Evaluated]:
+        """Evaluate the model that the stage made."""
+        return evaluate_model(
+            dataclasses.replace(self.work, start=self.work.out, part=self.work.out.name), self.sections
+        )
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The stages of an experiment, in a workdir."""
+
+    experiment: Experiment
+    context: Context
+
+    @property
+    def sections(self) -> dict[str, Any]:
+        """The settings by section."""
+        return sections(self.experiment)
+
+    def work(self, **place: Any) -> Work:
+        """Return the place of a stage, by default in the workdir itself and on the unpruned model."""
+        shared = {field.name: getattr(self.context, field.name) for field in dataclasses.fields(Context)}
+        default: dict[str, Any] = dict.fromkeys(("variant", "folder", "out"), self.context.workdir)
+        default["start"] = Path(self.experiment.model.hf_dir)
+        return Work(**{**shared, "model": self.experiment.model, "mesh": self.experiment.mesh, **default, **place})
+
+    def steps(self) -> Iterator[Step]:
+        """Yield the steps of every prune variant, and after them those of each of its recovery variants, in order."""
+        for pruned in prune_runs(self.experiment, self.context.workdir):
+            variant, recoveries = dataclasses.replace(self, experiment=pruned.experiment), recover_runs(pruned)
+            shared = variant._chain("variant", (pruned.name, NO_RECOVERY), pruned.folder, pruned.folder, (), recoveries)
+            yield from shared
+            for run in recoveries:
+                recovery = dataclasses.replace(self, experiment=run.experiment)
+                named = (run.name, run.experiment.recover.name)
+                yield from recovery._chain("recovery", named, pruned.folder, run.folder, shared)
+
+    def _chain(
+        self,
+        scope: str,
+        named: tuple[str, str],
+        variant: Path,
+        folder: Path,
+        before: Sequence[Step],
+        recoveries: Sequence[object] = (),
+    ) -> list[Step]:
+        """Return the steps of one variant; its first model has the names given, others add their own."""
+        found, settings = list[Step](), self.sections
+        stages = {name: stage for name, stage in STAGES.items() if stage.per == scope and stage.is_on(settings)}
+        final = [name for name, stage in stages.items() if stage.model and not recoveries][-1:]
+        for name, stage in stages.items():
+            chain = (*before, *found)
+            starts = [step.work.out for step in (before or found) if step.makes_model]
+            work = self.work(
+                variant=variant,
+                folder=folder,
+                **({"start": starts[-1]} if starts else {}),
+                out=folder / stage.model,
+                reconstructed="reconstruct" in (name, *(step.stage for step in chain)),
+                recovered=scope == "recovery",
+            )
+            title, recovery = named
+            if any(step.makes_model for step in found):
+                title = f"{title}-{stage.model}"
+                recovery = stage.model if recovery == NO_RECOVERY else f"{recovery}-{stage.model}"
+            evaluated = scope == "recovery" or self.experiment.evaluate.unrecovered or name in final
+            found.append(Step(name, title, recovery, evaluated, settings, work, chain))
+        return found
+
+    def models(self) -> list[Step]:
+        """Return the steps whose models are evaluated and in the workdir."""
+        return [step for step in self.steps() if step.makes_model and step.evaluated and step.work.out.is_dir()]
+
+    def note_steps(self) -> None:
+        """Write the steps into the workdir, by which a report knows what is missing."""
+        write_artefact(self.context.workdir / STEPS, Steps(steps=[step.planned for step in self.steps()]))
+
+    def run_stage(self, name: str, *, explain: bool = False) -> None:
+        """Run one stage for every variant; `explain` also prints what each layer lost and why.
+
+        Raises:
+          UserError: no variant asks for it.
+        """
+        steps = [step for step in self.steps() if step.stage == name]
+        if not steps:
+            raise UserError(STAGES[name].off(self.sections))
+        for step in steps:
+            step.run()
+            self.note_steps()
+            if explain:
+                for table in explain_plan(step.work, step.sections["score"], step.sections["prune"]):
+                    self.context.reporter.table(*table)
+
+    def run(self) -> Result:
+        """Run every stage of every variant, and write `result.json`."""
+        result = self.make_models()
+        done = self._export_run(result.best_run, result)
+        result = replace(result, export=Export(path="export", seconds=done.seconds, **asdict(done.facts)))
+        write_artefact(self.context.workdir / RESULT, result)
+        return result
+
+    def make_models(self) -> Result:
+        """Run every stage of every variant but export; the result has no `export`."""
+        spec, work, finished, runs = self.experiment, self.work(), dict[Step, Finished](), list[Run]()
+        check_speed(work, spec.speed)
+        teacher = self.evaluate_teacher()
+        self.note_steps()
+        for step in self.steps():
+            finished[step] = step.run()
+            if step.makes_model and step.evaluated:
+                runs.append(_as_run(step, [finished[one] for one in (*step.before, step)], step.evaluate(), teacher))
+        best = best_run(runs, describe_sets(teacher)).name
+        on_process_zero(lambda: write_samples(self.context.workdir, spec.data, spec.evaluate, runs))
+        models = {run.name: self.context.workdir / run.path for run in runs}
+        speeds = self._speeds(models) if spec.speed.rounds else {}
+        workload = workload_of(work, spec.speed, spec.export)
+        costs = {name: costs_of_folder(work, folder, workload, spec.export) for name, folder in models.items()}
+        unpruned = costs_of_folder(work, work.teacher, workload, spec.export)
+        return Result(
+            sets=describe_sets(teacher),
+            teacher=unpruned_of(teacher, unpruned, speeds.get("")),
+            runs=[replace(run, costs=costs[run.name], speed=speeds.get(run.name)) for run in runs],
+            best=best,
+            workload=workload,
+        )
+
+    def evaluate(self) -> None:
+        """Evaluate the unpruned model and all models in the workdir, and bring an existing `result.json` up to date."""
+        context, spec = self.context, self.experiment
+        teacher = self.evaluate_teacher()
+        self.note_steps()
+        found = {step.path: step.evaluate() for step in self.models()}
+        on_process_zero(
+            lambda: write_samples(context.workdir, spec.data, spec.evaluate, read_unfinished(context.workdir).runs)
+        )
+        if not found:
+            context.say("no pruned or recovered model in this workdir yet: only the unpruned one was evaluated")
+        elif is_main_process() and (context.workdir / RESULT).is_file():
+            _renew(teacher, found, context)
+
+    def evaluate_teacher(self) -> dict[str, Evaluated]:
+        """Evaluate the unpruned model on every set -> `eval/teacher.json`."""
+        teacher_folder(self.experiment.model)  # refuses a missing one
+        return evaluate_model(self.work(part=TEACHER), self.sections)
+
+    def jobs(self) -> list[Job]:
+        """Return the jobs of all stages but export; every model is evaluated on the sets of the unpruned one."""
+        parts = parts_of(self.work(part=TEACHER), self.sections).values()
+        return [*(make_job("evaluate", part, self.sections) for part in parts), *(step.job for step in self.steps())]
+
+    def measure_speed(self) -> None:
+        """Measure the speed of every model in the workdir.
+
+        Raises:
+          UserError: it is turned off, or there is no model.
+        """
+        if not self.experiment.speed.rounds:
+            raise UserError("speed.rounds is 0: set the number of rounds (--config.speed.rounds=5)")
+        models = {step.name: step.work.out for step in self.models()}
+        if not models:
+            raise UserError(f"{self.context.workdir}: no pruned or recovered model yet: run `vlmprune prune` first")
+        self._speeds(models)
+
+    def _speeds(self, models: Mapping[str, Path]) -> dict[str, MedianSpeed]:
+        """Return the median speeds of models by name, that of the unpruned one as ""."""
+        speed: Speed = run_stage("speed", self.work(models=models, overwrite=True), self.sections).facts
+        return speed.medians()
+
+    def export(self) -> None:
+        """Export the best model: that of `result.json`, else the last one made in a workdir without variants.
+
+        Raises:
+          UserError: there is none.
+        """
+        workdir = self.context.workdir
+        if (workdir / RESULT).is_file():
+            result = read_result(workdir)
+            self._export_run(best_run(result.runs, result.sets), result)
+            return
+        made = [step for step in self.steps() if step.makes_model and step.work.out.is_dir()]
+        made = [step for step in made if step.work.folder == workdir]
+        if not made:
+            raise UserError(f"{workdir}: nothing to export yet: run `vlmprune run`, or prune and recover, first")
+        # Without evaluations there may be a model alone.
+        known = read_unfinished(workdir).result if (workdir / "eval").is_dir() else None
+        run = None if known is None else next((run for run in known.runs if run.path == made[-1].path), None)
+        rows = () if run is None or known is None else benchmark_rows(run, known.teacher, known.sets)
+        work = made[-1].work
+        self._export(work.out, work.reconstructed, work.recovered, rows)
+
+    def _export_run(self, run: Run, result: Result) -> Finished:
+        """Export the model of a run of `result.json`."""
+        reconstructed = run.recovery != NO_RECOVERY and run.reconstruct != "none"
+        path, unrecovered = Path(run.path), [stage.model for stage in STAGES.values() if stage.per == "variant"]
+        rows = benchmark_rows(run, result.teacher, result.sets)
+        return self._export(self.context.workdir / path, reconstructed, path.name not in unrecovered, rows)
+
+    def _export(self, model: Path, reconstructed: bool, recovered: bool, rows: Sequence[Any]) -> Finished:
+        work = self.work(start=model, reconstructed=reconstructed, recovered=recovered, benchmarks=rows)
+        job = make_job("export", work, self.sections)
+        if on_process_zero(lambda: differs_only_in(job, "benchmarks")):  # the same weights: only the card is outdated
+            work = dataclasses.replace(work, overwrite=True)
+        return run_stage("export", work, self.sections)
+
+
+def _renew(teacher: dict[str, Evaluated], found: Mapping[str, dict[str, Evaluated]], context: Context) -> None:
+    """Write the new evaluations into `result.json`; the best run and its export stay."""
+    result = read_result(context.workdir)
+    lacking = [run.path for run in result.runs if run.path not in found]
+    if lacking:
+        context.say(f"result.json is left as it is: {lacking[0]} is not among this experiment's models")
+        return
+    runs = [replace(run, evaluation=compare(found[run.path], teacher)) for run in result.runs]
+    unpruned = unpruned_of(teacher, result.teacher.costs, result.teacher.speed)
+    renewed = replace(result, sets=describe_sets(teacher), teacher=unpruned, runs=runs)
+    if renewed != result:
+        write_artefact(context.workdir / RESULT, renewed)
+        context.say("result.json holds what was found; `vlmprune report` makes its page anew")
+
+
+def _as_run(
+    step: Step, finished: Sequence[Finished], evaluations: dict[str, Evaluated], teacher: dict[str, Evaluated]
+) -> Run:
+    """Make the entry of a model from the facts of the stages that led to it and its evaluations."""
+    facts = {one.stage: done.facts for one, done in zip((*step.before, step), finished, strict=True)}
+    plan, trained, settings = facts["prune"], facts.get("recover"), step.sections
+    scores = criteria_of(settings["score"], settings["prune"])
+    folder, variant = (path.relative_to(step.work.workdir) for path in (step.work.folder, step.work.variant))
+    training: dict[str, Any] = {}
+    if trained is not None:
+        training = {
+            "data_fraction": settings["data"].fraction,
+            "training_records": trained.records,
+            "training_steps": trained.steps,
+            "loss_terms": trained.terms,
+            "metrics": (folder / "training" / "metrics.jsonl").as_posix() if step.stage == "recover" else None,
+        }
+    return Run(
+        name=step.name,
+        method=plan.method,
+        criterion=plan.criterion,
+        ratio_asked=plan.ratio_asked,
+        ratio_reached=plan.ratio_reached,
+        decoder_ratio=plan.decoder_ratio,
+        parameters=plan.parameters,
+        removed_layers=plan.removed_layers,
+        reconstruct=settings["reconstruct"].method,
+        recovery=step.recovery,
+        seconds=round(sum(done.seconds for done in finished), 2),
+        plan=(variant / "plan.json").as_posix(),
+        scores=[(variant / name).as_posix() for name in scores],
+        path=step.path,
+        evaluation=compare(evaluations, teacher),
+        **training,
+    )
