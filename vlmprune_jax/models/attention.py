@@ -1,4 +1,4 @@
-"""Attention over `[batch, seq, heads, head]`: XLA's anywhere, the splash kernel where the computation is for TPUs.
+"""Attention over `[batch, seq, heads, head]`: XLA's on any device, the splash kernel on TPUs.
 
 Splash attention (jax.experimental.pallas.ops.tpu) keeps softmax tiles on the chip; XLA writes float32 scores
 [batch, heads, seq, seq] to memory, which at 4,096 tokens are 2 GiB a row and layer of a 7B model.
@@ -24,7 +24,7 @@ _HIDDEN = np.float32(-0.7 * np.finfo(np.float32).max)
 
 
 def for_tpu() -> bool:
-    """Whether the function that is being traced is for TPUs.
+    """Return True if the function being traced is compiled for TPUs.
 
     The mesh in use (`jax.set_mesh`) decides, since it may be a topology that is only compiled for; else the default
     backend does.
@@ -34,7 +34,8 @@ def for_tpu() -> bool:
 
 
 def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Softmax attention, scores in float32; `mask`: bool[batch, 1, queries, keys], true where a query may look.
+    """Return softmax attention, with scores in float32; `mask`: bool[batch, 1, queries, keys], true where a query sees
+    a key.
 
     The narrow arrays are scaled and transposed, so that no pass but softmax goes over the scores: jax.nn's attention
     has XLA:CPU transpose them, forward and backward (6 % of a step of SmolLM2-135M).
@@ -60,13 +61,13 @@ def splash_attention(
     segments: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Softmax attention of a sequence with itself, scores in float32 tiles; compiles for TPUs only.
+    """Return softmax attention of a sequence with itself, with scores in float32 tiles; compiles for TPUs only.
 
-    `valid`: bool[batch, seq], keys that may be looked at; a query that may look at none has an arbitrary finite output.
-    `segments`: instead of it int[batch, seq], and a query looks at keys of its own number.
-    `causal`: a query does not look ahead, and with a `window` sees that many slots, its own included (xla_attention
-    under `windowed` counts real keys: the same where padding lies at the ends of a row). Heads are split over `tensor`
-    and rows over (data, fsdp) of the mesh in use, rows only if they divide. `interpret` runs the kernel on a CPU.
+    `valid`: bool[batch, seq], visible keys; a query that sees none has an arbitrary finite output. `segments`: instead
+    of it int[batch, seq], and a query sees the keys of its own segment. `causal`: a query sees no later key, and with a
+    `window` only that many slots, its own included (xla_attention under `windowed` counts real keys, which is the same
+    if padding lies at the ends of a row). Heads are split over `tensor` and rows over (data, fsdp) of the mesh in use,
+    rows only if they divide. `interpret` runs the kernel on a CPU.
     """
     batch, seq = q.shape[:2]
     n_blocks = -(-seq // _LARGEST_BLOCK)
@@ -103,7 +104,7 @@ def splash_attention(
 
 
 def _kernel(heads: int, seq: int, block: int, causal: bool, window: int, interpret: bool) -> Any:
-    """The splash kernel of one row: `[heads, seq, head]` and segment ids in, `[heads, seq, head]` out."""
+    """Return the splash kernel of one row: `[heads, seq, head]` and segment ids in, `[heads, seq, head]` out."""
     mask: Any = splash.FullMask((seq, seq))
     if causal:
         mask = splash.LocalMask((seq, seq), (window - 1, 0), 0) if 0 < window < seq else splash.CausalMask((seq, seq))
@@ -119,7 +120,7 @@ def _kernel(heads: int, seq: int, block: int, causal: bool, window: int, interpr
 
 
 def attention_mask(valid_keys: jax.Array, n_queries: int, start: Any) -> jax.Array:
-    """bool[batch, queries, slots]: causal by slot, and real keys only.
+    """Return bool[batch, queries, slots]: causal by slot, and real keys only.
 
     `valid_keys`: bool[batch, slots]; the queries occupy slots `start ... start + n_queries - 1`.
     """
@@ -129,7 +130,7 @@ def attention_mask(valid_keys: jax.Array, n_queries: int, start: Any) -> jax.Arr
 
 
 def windowed(mask: jax.Array, size: int) -> jax.Array:
-    """bool[batch, queries, slots] `mask` without all but the last `size` keys that each query may see (0: all stay).
+    """Return a bool[batch, queries, slots] mask that keeps the last `size` keys that each query sees (0: all).
 
     Counting keys instead of slots keeps the window right where padding lies between a shared prefix and its rows.
     """

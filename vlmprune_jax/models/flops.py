@@ -1,4 +1,4 @@
-"""The arithmetic of a forward pass, part by part, and what gradients add to it."""
+"""FLOPs of a forward pass, part by part, and what gradients add to them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from vlmprune_jax.models.params import param_axes, param_shapes
 
 
 def weight_flops(cfg: ModelConfig, prefix: str, trained: Collection[str], passes: bool) -> int:
-    """FLOPs per position of the matrix products below a path; `passes`: whether gradients pass their activations."""
+    """Return the FLOPs per position of the matrix products below a path; `passes`: gradients pass through their
+    activations.
+    """
     axes, total = param_axes(cfg), 0
     for path, shape in param_shapes(cfg).items():
         leaf = path.rpartition("/")[2]
@@ -21,29 +23,31 @@ def weight_flops(cfg: ModelConfig, prefix: str, trained: Collection[str], passes
 
 
 def head_of(cfg: ModelConfig) -> str:
-    """Where the weights of the output head lie."""
+    """Return the path of the output head's weights."""
     return f"text/{'embed_tokens' if cfg.text.tie_embeddings else 'lm_head'}/"
 
 
 def forward_flops(cfg: ModelConfig, *, length: int, images: int) -> int:
-    """FLOPs of the forward pass of one row of `length` tokens, `images` images (or tiles) with theirs among them."""
+    """Return the forward FLOPs of one row of `length` tokens, with `images` images (or tiles) among them."""
     products = weight_flops(cfg, "text/layers/", (), False) + weight_flops(cfg, head_of(cfg), (), False)
     return length * products + causal_flops(cfg, length) + vision_flops(cfg, (), images)
 
 
 def causal_flops(cfg: ModelConfig, length: int) -> int:
-    """FLOPs of one row's attention, forward: 4 per channel and pair of a query and a key that it may see."""
+    """Return the forward FLOPs of one row's attention: 4 per channel and visible pair of a query and a key."""
     return sum(4 * seen(length, shape.window) * shape.q_heads * cfg.text.head_dim for shape in cfg.text.layers)
 
 
 def seen(length: int, window: int | None) -> int:
-    """Pairs of a query and a key that it may see in a row of `length` tokens: causal, within the layer's window."""
+    """Return the number of visible pairs of a query and a key in a row: causal, within the layer's window."""
     full = min(window or length, length)  # from this position on a query sees a whole window
     return full * (full + 1) // 2 + (length - full) * full
 
 
 def vision_flops(cfg: ModelConfig, trained: Collection[str], images: int, image_tokens: int = 0) -> int:
-    """FLOPs of projector and tower, if it runs, over `images` images or tiles; `image_tokens`: see `positions_of`."""
+    """Return the FLOPs of projector and tower (if it runs) for `images` images or tiles; `image_tokens`: see
+    `positions_of`.
+    """
     tower = cfg.vision
     if tower is None or cfg.projector is None:
         return 0
@@ -61,14 +65,14 @@ def vision_flops(cfg: ModelConfig, trained: Collection[str], images: int, image_
 
 
 def positions_of(cfg: ModelConfig, image_tokens: int = 0) -> int:
-    """Positions in the tower of one image (or tile), of one with so many tokens where images are of any size."""
+    """Return the tower positions of one image (or tile), or of an image of any size with this many tokens."""
     assert cfg.vision is not None
     assert cfg.projector is not None
     return (image_tokens * cfg.projector.downsample**2 or cfg.vision.n_patches) + cfg.vision.class_token
 
 
 def tower_pairs(cfg: ModelConfig, shape: LayerShape, positions: int) -> int:
-    """Pairs of a query and a key in one layer of the tower: of all positions, or within its windows."""
+    """Return the visible pairs of a query and a key in one layer of the tower."""
     assert cfg.projector is not None
     side = (shape.window or positions) * cfg.projector.downsample
     return positions * min(positions, side**2)

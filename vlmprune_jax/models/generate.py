@@ -22,7 +22,8 @@ from vlmprune_jax.models.vlm import Embedded, Model, Params, VisionLanguageModel
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """Prompt beginnings (usually an image and what precedes it) that several rows continue; each is computed once.
+    """Beginnings of prompts (usually an image and the text before it) that several rows continue; each is computed
+    once.
 
     `input_ids`, `attention_mask`: int[prefixes, seq], padding on either side; `rows`: int[batch], each row's prefix.
     """
@@ -45,7 +46,7 @@ def generate(
     eos_token_ids: tuple[int, ...] | None = None,
     prefix: SharedPrefix | None = None,
 ) -> np.ndarray:
-    """Greedy continuation of every prompt: int32[batch, max_new_tokens].
+    """Return the greedy continuation of every prompt: int32[batch, max_new_tokens].
 
     Args:
       model: the model; sharded parameters give a sharded computation.
@@ -88,9 +89,9 @@ def generate(
 
 @dataclass(frozen=True)
 class CompiledGeneration:
-    """`generate` of prompts of one shape, compiled ahead, in which no row ends early (see `compile_generation`).
+    """`generate` compiled ahead for prompts of one shape, of which no row ends early (see `compile_generation`).
 
-    `peak_bytes`: what the program takes of a device's memory, weights included.
+    `peak_bytes`: device memory that the program takes, weights included.
     """
 
     program: jax.stages.Compiled
@@ -115,7 +116,7 @@ class CompiledGeneration:
 def compile_generation(
     model: Model, input_ids: Any, *, pixel_values: Any = None, image_grid_thw: Any = None, max_new_tokens: int
 ) -> CompiledGeneration:
-    """What `generate` runs for these prompts, all of one length, to be run again and again.
+    """Compile `generate` for prompts like these, all of one length, so that it can be run repeatedly.
 
     Args:
       model, input_ids, pixel_values, image_grid_thw, max_new_tokens: see `generate`.
@@ -139,14 +140,14 @@ def compile_generation(
 def _prompts(
     cfg: ModelConfig, input_ids: Any, attention_mask: Any, pixel_values: Any, pixel_attention_mask: Any
 ) -> dict[str, Any]:
-    """What the program takes of prompts, on the host."""
+    """Return the program's inputs for these prompts, on the host."""
     ids, valid = _align_right(input_ids, attention_mask)
     mask = needed_mask(cfg, pixel_values, pixel_attention_mask)
     return {"ids": ids, "valid": valid, "pixels": pixel_values, "pixel_mask": mask, "ended": np.zeros(len(ids), bool)}
 
 
 def _patches(cfg: ModelConfig, host: dict[str, Any], pixel_values: Any, image_grid_thw: Any) -> dict[str, Any]:
-    """Images of any size in prompts (or their prefixes): pixels, grids, positions and what comes after."""
+    """Return the program's inputs for images of any size: pixels, grids, positions, offset of later positions."""
     before = "prefix_" * ("rows" in host)
     made = patch_rows(cfg, host[f"{before}ids"], host[f"{before}valid"], pixel_values, image_grid_thw)
     deltas = made["deltas"] if "rows" not in host else made["deltas"][host["rows"]]
@@ -159,10 +160,10 @@ def _patches(cfg: ModelConfig, host: dict[str, Any], pixel_values: Any, image_gr
 
 
 def _until_long(cfg: ModelConfig, host: dict[str, Any]) -> int:
-    """Tokens that the longest row generates before LongRoPE changes its factors; 0 or less: none, or never.
+    """Return the number of tokens that the longest row generates before LongRoPE changes its factors.
 
-    What was cached under the short factors is no longer valid then, in any layer: as in transformers, the whole text is
-    computed again.
+    Zero or negative if no tokens remain or the factors never change. Keys cached under the short factors are invalid
+    afterwards, in all layers: as in transformers, the whole text is computed again.
     """
     if cfg.text.rope.kind != "longrope":
         return 0
@@ -176,7 +177,9 @@ def _until_long(cfg: ModelConfig, host: dict[str, Any]) -> int:
 def _run(
     model: Model, host: dict[str, Any], max_new_tokens: int, eos: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """int32[batch, max_new_tokens] tokens of one prefill and one loop, and bool[batch] which rows have ended."""
+    """Return the int32[batch, max_new_tokens] tokens of one prefill and one loop, and bool[batch], rows that have
+    ended.
+    """
     mesh = mesh_of(model.params)
     arrays = place_batch(host, mesh)
     with use_mesh(mesh):
@@ -189,7 +192,7 @@ def _padding(cfg: ModelConfig, eos: tuple[int, ...]) -> int:
 
 
 def _align_right(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Real tokens moved to the right, so that every row continues from the last slot; their order is kept."""
+    """Move real tokens to the right, in order, so that every row continues from the last slot."""
     ids = np.asarray(input_ids, np.int32)
     valid = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask, np.int32)
     if (valid.sum(axis=1) == 0).any():
@@ -247,7 +250,7 @@ def _generate(
 
 
 def _prefill_prefix(module: VisionLanguageModel, arrays: dict[str, Any]) -> tuple[Cache | None, jax.Array]:
-    """Every row's cache after its prefix, and int[batch, prefix seq] which of those slots are real."""
+    """Return every row's cache after its prefix, and int[batch, prefix seq], which of those slots are real."""
     if "rows" not in arrays:
         return None, jnp.zeros((arrays["valid"].shape[0], 0), arrays["valid"].dtype)
     valid, rows = arrays["prefix_valid"], arrays["rows"]
@@ -258,7 +261,7 @@ def _prefill_prefix(module: VisionLanguageModel, arrays: dict[str, Any]) -> tupl
 
 
 def _embed(module: VisionLanguageModel, arrays: dict[str, Any], ids: jax.Array) -> Embedded:
-    """What the decoder reads of the tokens that images are among."""
+    """Return the decoder's inputs for tokens with images among them."""
     return module.embed(
         ids, arrays["pixels"], pixel_attention_mask=arrays["pixel_mask"], image_grid_thw=arrays.get("grid")
     )

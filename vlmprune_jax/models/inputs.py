@@ -1,4 +1,4 @@
-"""What a call may be given: ids and images that fit the model and one another."""
+"""Checks of a call's inputs: ids and images must fit the model and each other."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from vlmprune_jax.models.patch_rows import check_patches
 
 
 def needed_mask(cfg: ModelConfig, pixel_values: Any, pixel_attention_mask: Any) -> np.ndarray | None:
-    """The mask where it hides a part of an image: none is needed for images that are whole, and for empty slots.
+    """Return the image mask if it hides a part of an image; whole images and empty slots need none.
 
     Raises:
-      UserError: its shape is not that of the pixels, or the tower looks at whole images.
+      UserError: its shape is not that of the pixels, or the tower reads whole images only.
     """
     if pixel_attention_mask is None:
         return None
@@ -41,7 +41,9 @@ def check_inputs(
     image_grid_thw: Any = None,
     attention_mask: Any = None,
 ) -> None:
-    """Refuse ids outside the vocabulary and image positions without an image each (a silent wrong splice)."""
+    """Refuse ids outside the vocabulary, and image positions that do not match the images (they would be spliced
+    wrongly).
+    """
     ids = np.asarray(input_ids)
     if ids.ndim != 2:
         raise UserError(f"input_ids must be int[batch, seq], got shape {ids.shape}")

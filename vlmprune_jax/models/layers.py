@@ -1,4 +1,4 @@
-"""The layers every tower and decoder is made of: norms, projections with LoRA, activations and rotary embedding."""
+"""Layers of towers and decoders: norms, projections with LoRA, activations and rotary embedding."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ SAVEABLE = "saveable"
 
 
 class Parameter(nnx.Param):
-    """An nnx.Param that declares its named axes; the value is abstract until `params` fill it."""
+    """Parameter that declares its named axes; the value is abstract until `params` fill it."""
 
 
 def declare(sizes: Mapping[str, int], axes: Axes) -> Parameter:
-    """A parameter with these named axes. Layers that are scanned have a leading `layer` axis, if `sizes` names one."""
+    """Return a parameter with these named axes, and a leading `layer` axis if `sizes` names one (scanned layers)."""
     if "layer" in sizes:
         axes = ("layer", *axes)
     return Parameter(jnp.zeros(tuple(sizes[axis] for axis in axes), jnp.float32), axes=axes)
@@ -43,7 +43,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    """The activation that a Hugging Face config calls `name`."""
+    """Return the activation that a Hugging Face config calls `name`."""
     if name not in ACTIVATIONS:
         raise UserError(f"activation {name!r} is not supported (supported: {', '.join(ACTIVATIONS)})")
     return ACTIVATIONS[name]
@@ -101,11 +101,11 @@ def _broadcast(x: jax.Array, ndim: int) -> jax.Array:
 
 
 class Projection(nnx.Module):
-    """A linear map between named axes, kept in Hugging Face's (out, in) order; optionally with a LoRA adapter.
+    """Linear map between named axes, in Hugging Face's (out, in) order, optionally with a LoRA adapter.
 
-    The adapter is added to the output and never merged into the weight here: a merged weight would make the backward
-    pass build the full weight gradient. `product`: what multiplies inputs and weight, `contract` or one like it that
-    has a gradient of its own (scoring's).
+    The adapter is added to the output and never merged into the weight: a merged weight would make the backward pass
+    build the full weight gradient. `product` multiplies inputs and weight: `contract`, or a function like it with its
+    own gradient (scoring).
     """
 
     def __init__(self, sizes: Mapping[str, int], out: Axes, into: Axes, *, bias: bool, lora: LoraConfig | None = None):
@@ -121,11 +121,11 @@ class Projection(nnx.Module):
 
     @property
     def dropout(self) -> float:
-        """Share of its inputs that the adapter drops in training."""
+        """Share of the inputs that the adapter drops in training."""
         return 0.0 if self.lora is None else self.lora.dropout
 
     def __call__(self, x: jax.Array, dropout_mask: jax.Array | None = None) -> jax.Array:
-        """`dropout_mask`: bool mask of the inputs that adapter dropout leaves, or None."""
+        """Return the projected inputs; `dropout_mask`: bool mask of the inputs that adapter dropout keeps, or None."""
         y = self.product(x, self.weight.get_value(), self.n_in)
         if self.bias is not None:
             y = y + _broadcast(self.bias.get_value(), y.ndim)
@@ -140,19 +140,17 @@ class Projection(nnx.Module):
 
 
 def compute_once(x: jax.Array) -> jax.Array:
-    """`x`, behind a barrier, and so is its gradient: what several products read is computed once for all of them.
+    """Return `x` behind a barrier, as is its gradient, so that several products read one computation of it.
 
-    XLA copies the norm, activation or sum that makes their input into each of them. Compiling a layer of a 7B model
-    with adapters took 63 CPU seconds so for a v5e, and 51 without copies (decision 50).
+    XLA otherwise copies the norm, activation or sum that makes their input into each of them. Compiling a layer of a 7B
+    model with adapters for a v5e took 63 CPU seconds with copies, and 51 without (decision 50).
     """
     return jax.lax.optimization_barrier(x)
 
 
 @jax.custom_vjp
 def _compute_gradient_once(x: jax.Array) -> jax.Array:
-    """`x`, its gradient behind the same barrier: several products read that. What follows `x` may still join the one
-    that makes it.
-    """
+    """Return `x`, with its gradient behind the same barrier; what follows `x` may still be fused with what makes it."""
     return x
 
 
@@ -160,7 +158,9 @@ _compute_gradient_once.defvjp(lambda x: (x, None), lambda _, grad: (compute_once
 
 
 def saveable(x: jax.Array) -> jax.Array:
-    """`x`, marked as what the remat policy "dots" saves: costly to compute, or (dropout) drawn at random."""
+    """Return `x` marked for the remat policy "dots", which saves it: it is costly to compute, or drawn at random
+    (dropout).
+    """
     return checkpoint_name(x, SAVEABLE)
 
 
@@ -173,10 +173,10 @@ def contract(x: jax.Array, weight: jax.Array, n: int) -> jax.Array:
 
 @jax.custom_vjp
 def _expand(low: jax.Array, b: jax.Array) -> jax.Array:
-    """An adapter's second half: `[..., rank] x [out, rank] -> [..., out]`.
+    """Apply an adapter's second half: `[..., rank] x [out, rank] -> [..., out]`.
 
-    Its gradient is jax's own but for the order of operands: there XLA:CPU transposes the wide gradient of the output,
-    and once more all that made it; here the narrow `low` (8 % of a step of SmolLM2-135M). A TPU takes either.
+    Its gradient is jax's own but for the order of operands: XLA:CPU transposes the first, which in jax's is the wide
+    gradient of the output and here the narrow `low` (8 % of a step of SmolLM2-135M). TPUs are indifferent.
     """
     return contract(low, b, 1)
 
@@ -198,7 +198,7 @@ _expand.defvjp(_expand_forward, _expand_backward)
 
 
 def inverse_frequencies(rope: RopeConfig, rotary_dim: int, long: bool = False) -> np.ndarray:
-    """float32[rotary_dim/2] rotations per position, as transformers' `modeling_rope_utils` defines each kind.
+    """Return float32[rotary_dim/2] rotations per position, as transformers' `modeling_rope_utils` defines each kind.
 
     `long` asks for LongRoPE's long factors.
     """
@@ -233,9 +233,9 @@ def inverse_frequencies(rope: RopeConfig, rotary_dim: int, long: bool = False) -
 
 
 def rope_tables(rope: RopeConfig, rotary_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """float32[batch, seq, rotary_dim/2] cosines and sines at int[batch, seq] positions.
+    """Return float32[batch, seq, rotary_dim/2] cosines and sines at int[batch, seq] positions.
 
-    int[batch, 3, seq] are those of frame, row and column, which `rope.sections` of the frequencies turn with.
+    Positions int[batch, 3, seq] are those of frame, row and column; `rope.sections` says which frequencies use which.
     """
     frequencies = jnp.asarray(inverse_frequencies(rope, rotary_dim))
     if rope.kind == "longrope":
@@ -250,7 +250,9 @@ def rope_tables(rope: RopeConfig, rotary_dim: int, positions: jax.Array) -> tupl
 
 
 def section_axes(rope: RopeConfig) -> np.ndarray:
-    """int[rotary_dim/2], which of frame (0), row (1) and column (2) each frequency turns with (M-RoPE)."""
+    """Return int[rotary_dim/2]: the position, of frame (0), row (1) and column (2), that rotates each frequency
+    (M-RoPE).
+    """
     blocks = np.repeat(np.arange(3), rope.sections)
     if not rope.interleaved:
         return blocks
@@ -261,7 +263,9 @@ def section_axes(rope: RopeConfig) -> np.ndarray:
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Half-split rotary embedding of the first channels of `[batch, seq, heads, head]`, as many as the tables have."""
+    """Apply half-split rotary embedding to the first channels of `[batch, seq, heads, head]`, as many as the tables
+    have.
+    """
     rotary_dim = 2 * cos.shape[-1]
     turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
     first, second = jnp.split(turned, 2, axis=-1)

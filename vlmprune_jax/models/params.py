@@ -19,32 +19,32 @@ Flat = dict[str, Any]
 
 
 def flatten(params: Params) -> Flat:
-    """`{"text/norm/weight": array, ...}` of a nested dict."""
+    """Return `{"text/norm/weight": array, ...}` of a nested dict."""
     return flatten_dict(params, sep="/")
 
 
 def unflatten(flat: Mapping[str, Any]) -> Params:
-    """The nested dict of flat paths."""
+    """Return the nested dict of flat paths."""
     return unflatten_dict(dict(flat), sep="/")
 
 
 def param_axes(cfg: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Named axes of every parameter, as its module declares them (stacked layers lead with `layer`)."""
+    """Return the named axes of every parameter, as its module declares them (stacked layers lead with `layer`)."""
     return {"/".join(map(str, path)): leaf.get_metadata()["axes"] for path, leaf in nnx.to_flat_state(abstract(cfg)[1])}
 
 
 def param_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter."""
+    """Return the shape of every parameter."""
     return {path: leaf.shape for path, leaf in flatten(nnx.to_pure_dict(abstract(cfg)[1])).items()}
 
 
 def layer_axes(cfg: ModelConfig, stack: str = "text") -> dict[str, tuple[str, ...]]:
-    """Named axes of the parameters of a layer of a stack, `self_attn/q_proj/weight` -> ("q_heads", "head", "embed")."""
+    """Return the named axes of a layer's parameters: `self_attn/q_proj/weight` -> ("q_heads", "head", "embed")."""
     return _of_first_run(param_axes(cfg), stack)
 
 
 def layer_shapes(cfg: ModelConfig, stack: str = "text") -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters of the first layer of a stack."""
+    """Return the shapes of the parameters of the first layer of a stack."""
     return _of_first_run(param_shapes(cfg), stack)
 
 
@@ -54,12 +54,12 @@ def _of_first_run(found: Mapping[str, tuple[Any, ...]], stack: str) -> dict[str,
 
 
 def count_params(cfg: ModelConfig, part: str = "") -> int:
-    """Number of parameters that the config describes, optionally of one part ("text", "vision", "projector")."""
+    """Return the number of parameters, optionally of one part ("text", "vision", "projector")."""
     return sum(math.prod(shape) for path, shape in param_shapes(cfg).items() if path.startswith(part))
 
 
 def locate(cfg: ModelConfig, path: str) -> list[tuple[int | None, str, int | None]]:
-    """Where the parameters of a line of the table live, in one pass over its layers.
+    """Return where the parameters of a weight line are, in one pass over its layers.
 
     `text/layers/{i}/…` -> (layer, `text/layers/<run>/…`, index in that run's stack) of every layer; a path without
     `{i}` is the only one, with None for both numbers.
@@ -76,7 +76,7 @@ def locate(cfg: ModelConfig, path: str) -> list[tuple[int | None, str, int | Non
 
 
 def unstack_layers(params: Params, cfg: ModelConfig, stack: str = "text") -> tuple[list[Flat], Params]:
-    """The layers of a stack as one flat dict each (`self_attn/q_proj/weight`, …), and params without them."""
+    """Return the layers of a stack as one flat dict each (`self_attn/q_proj/weight`, …), and params without them."""
     layers: list[Flat] = []
     for run, (_, length, _) in enumerate(runs(cfg.stack(stack).layers)):
         flat = flatten(params[stack]["layers"][str(run)])
@@ -86,7 +86,7 @@ def unstack_layers(params: Params, cfg: ModelConfig, stack: str = "text") -> tup
 
 
 def stack_layers(layers: Sequence[Flat], rest: Params, cfg: ModelConfig, stack: str = "text") -> Params:
-    """Inverse of `unstack_layers` for a config whose layers have these shapes."""
+    """Stack layers again for a config with these shapes: the inverse of `unstack_layers`."""
     stacked = {}
     for run, (start, length, _) in enumerate(runs(cfg.stack(stack).layers)):
         members = layers[start : start + length]
@@ -98,11 +98,12 @@ def stack_layers(layers: Sequence[Flat], rest: Params, cfg: ModelConfig, stack: 
 
 
 def init_params(cfg: ModelConfig, key: jax.Array, dtype: Any, paths: Sequence[str] | None = None) -> Params:
-    """Random parameters: norms 1, biases 0, matrices normal with 1/sqrt(inputs), words of unit length, LoRA as PEFT.
+    """Return random parameters: norms 1, biases 0, matrices normal with 1/sqrt(inputs), words of unit length, LoRA as
+    PEFT.
 
-    `paths` limits it to these flat paths, with the same values as in the whole.
-    Branch outputs (o_proj, dense, down_proj, out_proj, fc2) are scaled by 1/sqrt(2 layers) as in GPT-2, so that the
-    residual stream of a deep model starts near the identity.
+    `paths` limits the result to these flat paths, with the same values. Branch outputs (o_proj, dense, down_proj,
+    out_proj, fc2) are scaled by 1/sqrt(2 layers) as in GPT-2, so that the residual stream of a deep model starts near
+    the identity.
     """
     axes, shapes = param_axes(cfg), param_shapes(cfg)
     keys = dict(zip(sorted(shapes), jax.random.split(key, len(shapes)), strict=True))

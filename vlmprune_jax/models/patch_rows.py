@@ -1,4 +1,4 @@
-"""Images of any size on the host: what processors emit, row by row in one shape, with positions."""
+"""Images of any size on the host: a processor's patches arranged row by row in one shape, with positions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def patch_rows(
     image_grid_thw: Any,
     mm_token_type_ids: Any = None,
 ) -> dict[str, Any]:
-    """The images and positions of a batch, for a model whose images are of any size.
+    """Return the images and positions of a batch, for a model whose images are of any size.
 
     Args:
       cfg: the model.
@@ -57,12 +57,12 @@ def patch_rows(
 
 
 def check_patches(cfg: ModelConfig, input_ids: Any, attention_mask: Any, pixel_values: Any, grids: Any) -> None:
-    """Refuse what `patch_rows` refuses."""
+    """Refuse inputs that `patch_rows` refuses."""
     patch_rows(cfg, input_ids, attention_mask, pixel_values, grids)
 
 
 def real_features(cfg: ModelConfig, features: Any, image_grid_thw: Any) -> np.ndarray:
-    """float[tokens, embed] in order of appearance, of padded [images, tokens, embed]."""
+    """Return float[tokens, embed] in order of appearance, from padded [images, tokens, embed]."""
     counts = np.asarray(image_grid_thw).reshape(-1, AXES).prod(axis=1) // _merge(cfg) ** 2
     array = np.asarray(features)
     return array[np.arange(array.shape[1])[None] < counts[:, None]]
@@ -73,7 +73,7 @@ def _merge(cfg: ModelConfig) -> int:
 
 
 def check_types(cfg: ModelConfig, input_ids: Any, types: Any) -> None:
-    """Refuse videos, and mm_token_type_ids (None: not given) that mark other tokens than input_ids do."""
+    """Refuse videos, and mm_token_type_ids (None: not passed) that disagree with input_ids."""
     ids = np.asarray(input_ids)
     is_image = ids == cfg.image_token_id
     if cfg.video_token_id is not None and (ids == cfg.video_token_id).any():
@@ -107,7 +107,7 @@ def _check_rows(cfg: ModelConfig, pixels: np.ndarray, grids: np.ndarray, rows: i
 
 
 def _by_row(cfg: ModelConfig, pixels: np.ndarray, by_row: list[list[np.ndarray]]) -> dict[str, np.ndarray]:
-    """Slots of each row, filled from patches [patches, values] of all images in order."""
+    """Return the slots of each row, filled from the patches [patches, values] of all images in order."""
     sizes = [[int(one.prod()) for one in row] for row in by_row]
     total, values = sum(map(sum, sizes)), _values(cfg)
     if pixels.shape != (total, values):

@@ -1,4 +1,4 @@
-"""Images of any size as patches: where each of them lies, as a tower needs it, from the grid of the image."""
+"""Positions of the patches of images of any size, from the grid of each image."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 
 class Places(NamedTuple):
-    """Where patches lie in their images; all int32[images, patches].
+    """Positions of patches in their images; all int32[images, patches].
 
     Patches come in merged cells, row by row of cells and row by row inside a cell. `cell_row`, `cell_column`: of the
-    cell; `row`, `column`: of the patch; `image`: 0, or -1 of padding behind an image's own patches.
+    cell; `row`, `column`: of the patch; `image`: 0, or -1 for padding after an image's own patches.
     """
 
     row: jax.Array
@@ -23,7 +23,9 @@ class Places(NamedTuple):
 
 
 def places_of(grid: jax.Array, patches: int, merge: int) -> Places:
-    """Where the first `patches` of images of int[images, 3] `grid` lie (0, 0, 0: no image, all of it is padding)."""
+    """Return the positions of the first `patches` patches of images of int[images, 3] `grid` (0, 0, 0: no image, all
+    padding).
+    """
     index = jnp.arange(patches, dtype=jnp.int32)[None]
     rows, columns = (grid[:, axis, None].astype(jnp.int32) for axis in (1, 2))
     cell, inside = index // merge**2, index % merge**2
@@ -35,9 +37,9 @@ def places_of(grid: jax.Array, patches: int, merge: int) -> Places:
 
 
 def windows_of(places: Places, grid: jax.Array, merge: int, side: int) -> jax.Array:
-    """int32[images, patches], the window of every patch (-1: padding): squares of `side` x `side` merged cells.
+    """Return int32[images, patches], the window of every patch (-1: padding): squares of `side` x `side` merged cells.
 
-    They are counted row by row from the upper left, and cut short at the right and at the bottom.
+    Windows are numbered row by row from the upper left, and cut short at the right and at the bottom.
     """
     across = -(-grid[:, 2, None].astype(jnp.int32) // (merge * side))
     window = places.cell_row // side * across + places.cell_column // side
@@ -45,9 +47,9 @@ def windows_of(places: Places, grid: jax.Array, merge: int, side: int) -> jax.Ar
 
 
 def resampled(table: jax.Array, places: Places, grid: jax.Array) -> jax.Array:
-    """float[images, patches, vision]: a square table [side * side, vision] of positions, stretched over every image.
+    """Return float[images, patches, vision]: a square position table [side * side, vision] stretched over every image.
 
-    Bilinear, the corners of both on one another.
+    Bilinear, with aligned corners.
     """
     side = round(table.shape[0] ** 0.5)
     (top, down), (left, right) = (
@@ -63,7 +65,7 @@ def resampled(table: jax.Array, places: Places, grid: jax.Array) -> jax.Array:
 
 
 def _between(at: jax.Array, count: jax.Array, side: int) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """Two neighbours in a table of `side` entries between which place `at` of `count` lies, and the second's share."""
+    """Return the two neighbours, in a table of `side` entries, of position `at` of `count`, and the second's share."""
     last = jnp.maximum(count.astype(jnp.int32) - 1, 1)
     where = jnp.clip(at * (side - 1), 0, last * (side - 1))
     # whole numbers until the end, so that no rounding puts a place beyond an entry that it lies on
@@ -73,8 +75,8 @@ def _between(at: jax.Array, count: jax.Array, side: int) -> tuple[tuple[jax.Arra
 
 
 def axial_angles(places: Places, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """float32[images, patches, head_dim / 2] cosines and sines: half of the frequencies turn with the row, half with
-    the column.
+    """Return float32[images, patches, head_dim / 2] cosines and sines; rows rotate half of the frequencies, columns the
+    other.
     """
     quarter = head_dim // 4
     inverse = 1.0 / theta ** (jnp.arange(quarter, dtype=jnp.float32) / quarter)
@@ -84,10 +86,10 @@ def axial_angles(places: Places, head_dim: int, theta: float) -> tuple[jax.Array
 
 
 def slot_index(marks: jax.Array, counts: jax.Array, room: int) -> jax.Array:
-    """int32[batch, seq]: where the feature of each image token is among a row's [slots * room] features.
+    """Return int32[batch, seq]: the index of each image token's feature among a row's [slots * room] features.
 
     marks: bool[batch, seq], image tokens; counts: int[batch, slots], features of each image, which come first in its
-    `room`. Places that are no image tokens have an arbitrary index.
+    `room`. Other positions have an arbitrary index.
     """
     nth = jnp.cumsum(marks, axis=1, dtype=jnp.int32) - 1
     ends = jnp.cumsum(counts.astype(jnp.int32), axis=1, dtype=jnp.int32)

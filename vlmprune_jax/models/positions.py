@@ -14,10 +14,10 @@ AXES = 3  # frame, row and column
 def mrope_positions(
     input_ids: Any, attention_mask: Any, image_grid_thw: Any, image_token_id: int, merge: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions int32[batch, 3, seq] of real tokens (0 elsewhere), and int32[batch] what a row's next one differs by.
+    """Return positions int32[batch, 3, seq] of real tokens (0 elsewhere), and int32[batch] offsets of later tokens.
 
-    Text counts all three on by 1. An image stands at (pos, pos + row, pos + column) of its merged cells, and takes the
-    longer of its sides. A row of n real tokens goes on at n + its difference.
+    Text increases all three by 1. An image at position p has (p, p + row, p + column) for its merged cells, and takes
+    up the longer of its sides. The token after a row of n real tokens is at n + the row's offset.
 
     Args:
       input_ids: int[batch, seq], an image's tokens expanded.
@@ -43,7 +43,9 @@ def mrope_positions(
 
 
 def grids_by_row(is_image: np.ndarray, image_grid_thw: Any, merge: int) -> list[list[np.ndarray]]:
-    """The grids int[3] of each row's images, in order; `is_image`: bool[batch, seq]. Raises: see `mrope_positions`."""
+    """Return the grids int[3] of each row's images, in order; `is_image`: bool[batch, seq]. Raises as
+    `mrope_positions`.
+    """
     counts = [int(row.sum()) for row in is_image]
     grids = np.zeros((0, AXES), np.int64) if image_grid_thw is None else np.asarray(image_grid_thw)
     if grids.ndim not in (2, 3) or grids.shape[-1] != AXES or (grids.ndim == 3 and len(grids) != len(counts)):
@@ -73,12 +75,12 @@ def grids_by_row(is_image: np.ndarray, image_grid_thw: Any, merge: int) -> list[
 
 
 def tokens_of(grid: Any, merge: int) -> int:
-    """Tokens of an image of int[3] `grid` patches."""
+    """Return the number of tokens of an image of int[3] `grid` patches."""
     return int(np.prod(np.asarray(grid, np.int64))) // merge**2
 
 
 def _in_order(counts: list[int], grids: list[np.ndarray], merge: int) -> list[list[np.ndarray]]:
-    """Grids dealt out to rows of so many image tokens; what no row has room for is the last row's that sees images."""
+    """Assign grids, in order, to rows with this many image tokens; the last row that has images gets the rest."""
     by_row: list[list[np.ndarray]] = [[] for _ in counts]
     left = iter(grids)
     for images, count in zip(by_row, counts, strict=True):
@@ -92,7 +94,7 @@ def _in_order(counts: list[int], grids: list[np.ndarray], merge: int) -> list[li
 
 
 def _row_positions(is_image: np.ndarray, grids: list[np.ndarray]) -> np.ndarray:
-    """int32[3, tokens] of one row's real tokens; `grids`: of its images, in merged cells."""
+    """Return int32[3, tokens] of one row's real tokens; `grids`: of its images, in merged cells."""
     positions = np.zeros((AXES, len(is_image)), np.int32)
     at = first = 0  # tokens placed, and the position of the next one
     for grid in grids:

@@ -1,4 +1,4 @@
-"""The projectors between a vision tower and the decoder, and how neighbouring patches become one feature."""
+"""Projectors between vision tower and decoder, and the joining of neighbouring patches to one feature."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlmprune_jax.models.layers import Norm, Projection, activation
 
 
 def pixel_shuffle(x: jax.Array, factor: int, version: str) -> jax.Array:
-    """`factor` x `factor` neighbouring patches as one longer feature (InternVL 1.5, Chen et al. 2024).
+    """Join `factor` x `factor` neighbouring patches to one longer feature (InternVL 1.5, Chen et al. 2024).
 
     float[images, grid * grid, vision] -> float[images, (grid / factor)^2, vision * factor^2]. Output cell (r, c) of
     "v2" is the concatenation of the input cells of that square, row by row; "v1" has its cells transposed.
@@ -27,14 +27,14 @@ def pixel_shuffle(x: jax.Array, factor: int, version: str) -> jax.Array:
 
 
 def merged(x: jax.Array, factor: int) -> jax.Array:
-    """`factor`^2 consecutive patches as one longer feature: [images, patches, vision] -> [images, cells, longer]."""
+    """Join `factor`^2 consecutive patches to one feature: [images, patches, vision] -> [images, cells, longer]."""
     return x.reshape(*x.shape[:-2], x.shape[-2] // factor**2, -1)
 
 
 class Projector(nnx.Module):
-    """linear_2(act(linear_1(features))), InternVL's behind a layer norm; SmolVLM's one `linear` alone.
+    """linear_2(act(linear_1(features))), after a layer norm in InternVL; a single `linear` in SmolVLM.
 
-    A merger's norm is that of every patch; its features end with those that more mergers (`deepstack`) read.
+    A merger normalises each patch; the features of its deeper levels (`deepstack`) have mergers of their own.
     """
 
     def __init__(self, cfg: ProjectorConfig, vision_size: int, hidden_size: int):
@@ -58,7 +58,7 @@ class Projector(nnx.Module):
         self.activation = cfg.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """float[..., embed] of float[..., features]."""
+        """Return float[..., embed] of float[..., features]."""
         if self.linear is not None:
             return self.linear(x)
         if self.patch_norm is not None:
@@ -70,7 +70,7 @@ class Projector(nnx.Module):
         return self.linear_2(activation(self.activation)(self.linear_1(x)))
 
     def added(self, x: jax.Array) -> jax.Array | None:
-        """float[n, ..., embed] of float[..., features]: what the first n decoder layers add; None where n is 0."""
+        """Return float[n, ..., embed], added by the first n decoder layers, of float[..., features] (None: n is 0)."""
         if not self.n_deepstack:
             return None
         _, *levels = jnp.split(x, 1 + self.n_deepstack, axis=-1)
@@ -78,7 +78,7 @@ class Projector(nnx.Module):
 
 
 class DeepMerger(nnx.Module):
-    """linear_2(act(linear_1(norm(features)))) of one of a tower's middle blocks."""
+    """linear_2(act(linear_1(norm(features)))) for one of the tower's middle blocks."""
 
     def __init__(self, cfg: ProjectorConfig, sizes: Mapping[str, int]):
         self.layer_norm = Norm(sizes, "shuffled", kind="layer", eps=cfg.norm_eps)

@@ -1,4 +1,4 @@
-"""Vision towers (CLIP, SigLIP, InternViT, SmolVLM's, Qwen's; their computed part)."""
+"""Vision towers: CLIP, SigLIP, InternViT, SmolVLM's and Qwen's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CUBIC = -0.75
 
 
 class PatchEmbedding(nnx.Module):
-    """A convolution whose stride is its kernel: one linear map per patch; a rest beyond the last patch is not read."""
+    """Convolution with stride = kernel: one linear map per patch; pixels after the last whole patch are ignored."""
 
     def __init__(self, cfg: VisionConfig, sizes: Mapping[str, int]):
         frames = ("temporal",) if cfg.any_size else ()
@@ -32,9 +32,9 @@ class PatchEmbedding(nnx.Module):
         self.bias = declare(sizes, ("vision",)) if cfg.patch_bias else None
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """float[images, rows * columns, vision] of float[images, channel, height, width].
+        """Return float[images, rows * columns, vision] of float[images, channel, height, width].
 
-        Patches, [images, patches, channel * temporal * row * column], are taken as they come.
+        Inputs [images, patches, channel * temporal * row * column] are patches already.
         """
         weight = self.weight.get_value()
         if pixels.ndim == 3:
@@ -79,10 +79,10 @@ class VisionTower(BlockStack):
         return self.position_embedding.weight.get_value()
 
     def positions(self, rows: int, columns: int) -> jax.Array:
-        """float[positions, vision] embeddings of an image of rows x columns patches, the class token's first.
+        """Return float[positions, vision] embeddings of an image of rows x columns patches, the class token's first.
 
         Raises:
-          UserError: another grid than the tower was trained on, and the tower does not resize (only InternViT does).
+          UserError: the tower was trained on another grid and does not resize its table (only InternViT does).
         """
         table, cfg = self._table(), self.cfg
         if (rows, columns) == (cfg.position_grid, cfg.position_grid):
@@ -100,11 +100,11 @@ class VisionTower(BlockStack):
         return jnp.concatenate([table[: int(cfg.class_token)], resized])
 
     def spread(self, patches: jax.Array) -> jax.Array:
-        """float[images, positions, vision] embeddings of masked images, bool[images, rows, columns] `patches`.
+        """Return float[images, positions, vision] embeddings of masked images, bool[images, rows, columns] `patches`.
 
-        Patch i of n in a row or column has the position of the table's that it would fall on, were the real patches
-        stretched over the whole image (Dehghani et al. 2023; reference: transformers' `SmolVLMVisionEmbeddings`, whose
-        float32 boundaries are those of whole numbers here).
+        Patch i of n real ones in a row or column takes the table's position at i / n of its length, as if they covered
+        the whole image (Dehghani et al. 2023; reference: transformers' `SmolVLMVisionEmbeddings`, whose float32
+        boundaries equal these integers).
         """
         table, grid = self._table(), self.cfg.position_grid
 
@@ -117,7 +117,7 @@ class VisionTower(BlockStack):
         return table[jnp.where(patches, index, 0).reshape(len(patches), -1)]
 
     def places(self, pixels: jax.Array, grid: jax.Array) -> Places:
-        """Where the patches [images, patches, values] of images of int[images, 3] `grid` lie."""
+        """Return the positions of the patches [images, patches, values] of images of int[images, 3] `grid`."""
         return places_of(grid, pixels.shape[1], self.cfg.merge)
 
     def context(self, x: jax.Array, patches: jax.Array | None = None, grid: jax.Array | None = None) -> Context:
@@ -136,9 +136,10 @@ class VisionTower(BlockStack):
         return self.context(x, grid=arrays.get("image_grid_thw"))
 
     def embed(self, pixels: jax.Array, patches: jax.Array | None = None, grid: jax.Array | None = None) -> jax.Array:
-        """float[images, positions, vision] states before the blocks of float[images, channel, height, width] pixels.
+        """Return float[images, positions, vision] states before the blocks, of float[images, channel, height, width]
+        pixels.
 
-        The class token, where there is one, comes first; patches follow row by row. `patches`, `grid`: see `tapped`.
+        The class token, if there is one, comes first; patches follow row by row. `patches`, `grid`: see `tapped`.
         """
         n, patch = pixels.shape[0], self.cfg.patch_size
         x = self.patch_embedding(pixels)
@@ -192,7 +193,7 @@ class VisionTower(BlockStack):
 
 
 def bicubic(n_in: int, n_out: int) -> np.ndarray:
-    """float32[n_out, n_in] weights of torch's bicubic interpolation (align_corners=False, borders repeated)."""
+    """Return float32[n_out, n_in] weights of torch's bicubic interpolation (align_corners=False, borders repeated)."""
     a = _CUBIC
     weights = np.zeros((n_out, n_in))
     for i in range(n_out):

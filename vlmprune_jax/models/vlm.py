@@ -41,12 +41,12 @@ class Model:
     cfg: ModelConfig
 
     def replace(self, **changes: Any) -> Model:
-        """A copy with other params or cfg."""
+        """Return a copy with other params or cfg."""
         return dataclasses.replace(self, **changes)
 
 
 class VisionLanguageModel(nnx.Module):
-    """Vision tower -> projector -> decoder; a plain decoder when the config has no vision tower."""
+    """Vision tower -> projector -> decoder; a plain decoder if the config has no vision tower."""
 
     def __init__(self, cfg: ModelConfig):
         self.cfg = cfg
@@ -59,7 +59,7 @@ class VisionLanguageModel(nnx.Module):
     def vision_features(
         self, pixels: jax.Array, mask: jax.Array | None = None, grid: jax.Array | None = None
     ) -> jax.Array:
-        """float[images, tokens, features]: selected (and shuffled, or merged) tower states.
+        """Return float[images, tokens, features]: selected (and shuffled, or merged) tower states.
 
         `pixels`: float[images, channel, height, width]; `mask`: int[images, height, width], 1 = no padding. With
         `grid`, int[images, 3], pixels are [images, patches, values], and features those of all levels of the tower.
@@ -70,7 +70,7 @@ class VisionLanguageModel(nnx.Module):
     def image_features(
         self, pixels: jax.Array, mask: jax.Array | None = None, grid: jax.Array | None = None
     ) -> jax.Array:
-        """float[images, tokens, embed]: what replaces an image's positions in the decoder input."""
+        """Return float[images, tokens, embed], which replace an image's positions in the decoder input."""
         return self.projector(self.vision_features(pixels, mask, grid))
 
     def embed(
@@ -81,12 +81,12 @@ class VisionLanguageModel(nnx.Module):
         pixel_attention_mask: jax.Array | None = None,
         image_grid_thw: jax.Array | None = None,
     ) -> Embedded:
-        """Decoder input with image features spliced in, those features, and what the first layers add.
+        """Return the decoder input with image features spliced in, those features, and what the first layers add.
 
         `pixel_values`: [images, 3, H, W] in order of appearance over the batch, or [batch, slots, 3, H, W] per row
         (then every device splices its own rows without communication), `pixel_attention_mask` without the channels.
         Images of any size: [batch, slots, patches, values], with `image_grid_thw` int[batch, slots, 3].
-        `vision_features`: instead of pixels, what the tower made of them, [batch, slots, tokens, features].
+        `vision_features`: instead of pixels, the tower's features of them, [batch, slots, tokens, features].
         """
         x = self.text.embed_tokens.lookup(input_ids)
         grid = image_grid_thw
@@ -118,8 +118,10 @@ class VisionLanguageModel(nnx.Module):
 
 
 class Embedded(NamedTuple):
-    """Decoder input `x` float[batch, seq, embed], the image features in it [images, tokens, embed], and what the first
-    n layers add to their outputs, float[n, batch, seq, embed] (None: nothing).
+    """Inputs of the decoder.
+
+    `x`: float[batch, seq, embed]; `features`: the image features in it, [images, tokens, embed]; `added`: float[n,
+    batch, seq, embed], added to the outputs of the first n layers (None: nothing).
     """
 
     x: jax.Array
@@ -130,7 +132,7 @@ class Embedded(NamedTuple):
 def _features(
     tower: VisionTower, cfg: ModelConfig, pixels: jax.Array, mask: jax.Array | None, grid: jax.Array | None
 ) -> jax.Array:
-    """The projector's input of images."""
+    """Return the projector's input for images."""
     projector = cfg.projector
     if grid is not None:
         factor = 1 if projector is None else projector.downsample
@@ -144,14 +146,14 @@ def _features(
 
 
 def patches_of(mask: jax.Array, patch: int) -> jax.Array:
-    """bool[images, rows, columns], the patches with a pixel where int[images, height, width] `mask` is not 0."""
+    """Return bool[images, rows, columns]: patches with a pixel where int[images, height, width] `mask` is not 0."""
     n, rows, columns = len(mask), mask.shape[1] // patch, mask.shape[2] // patch
     whole = mask[:, : rows * patch, : columns * patch]
     return (whole.reshape(n, rows, patch, columns, patch) != 0).any(axis=(2, 4))
 
 
 def tower_features(tower: Params, cfg: ModelConfig, pixels: jax.Array, grid: jax.Array | None = None) -> jax.Array:
-    """`VisionLanguageModel.vision_features` by the params of the tower alone, in their dtype."""
+    """Return `VisionLanguageModel.vision_features` from the params of the tower alone, in their dtype."""
     assert cfg.vision is not None
     dtype = jax.tree.leaves(tower)[0].dtype
     module = fill(stack_module("vision", cfg.vision), tower)
@@ -165,7 +167,7 @@ def stack_module(stack: str, cfg: Stack) -> Any:
 
 
 def splice(x: jax.Array, is_image: jax.Array, features: jax.Array, per_row: bool) -> jax.Array:
-    """`x` [batch, seq, embed] with the rows where bool[batch, seq] `is_image` replaced by features, in order."""
+    """Return `x` [batch, seq, embed] with the rows at bool[batch, seq] `is_image` replaced by features, in order."""
     batch = x.shape[0] if per_row else 1
     flat = features.reshape(batch, -1, x.shape[-1])
     marks = is_image.reshape(batch, -1)
@@ -175,19 +177,19 @@ def splice(x: jax.Array, is_image: jax.Array, features: jax.Array, per_row: bool
 
 
 def _placed(x: jax.Array, is_image: jax.Array, features: jax.Array, index: jax.Array) -> jax.Array:
-    """`x` with image tokens replaced by those at int[batch, seq] `index` of a row's features [batch * slots, ...]."""
+    """Return `x` with image tokens replaced by features of their row, at int[batch, seq] `index`."""
     flat = features.reshape(len(x), -1, x.shape[-1])
     return jnp.where(is_image[..., None], jnp.take_along_axis(flat, index[..., None], axis=1), x)
 
 
 @functools.lru_cache(maxsize=64)
 def abstract(cfg: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """Graph and abstract state of a config's module; nothing is allocated."""
+    """Return graph and abstract state of a config's module; nothing is allocated."""
     return nnx.split(nnx.eval_shape(lambda: VisionLanguageModel(cfg)))
 
 
 def to_nnx(model: Model) -> VisionLanguageModel:
-    """A fresh NNX module holding the model's arrays (for people who bring their own training loop)."""
+    """Return a new NNX module holding the model's arrays (for people who bring their own training loop)."""
     graph, state = abstract(model.cfg)
     if jax.tree.map(lambda _: 0, nnx.to_pure_dict(state)) != jax.tree.map(lambda _: 0, model.params):
         raise UserError("params do not have the structure that cfg describes: change both together")
@@ -215,13 +217,13 @@ def encode(
     remat: str = "none",
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Everything before the head: final-norm states float[batch, seq, embed] and aux.
+    """Run everything before the head; return final-norm states float[batch, seq, embed] and aux.
 
     `vision_features` and the arrays before it: see `VisionLanguageModel.embed`. `inputs_embeds` replaces embedding and
-    splicing (a teacher fed with the student's embeddings), and `added` goes with it; `position_ids` int[batch, seq]
-    replaces the positions counted along `attention_mask`, and is int[batch, 3, seq] where images have rows and columns
-    (`positions.mrope_positions`). `states`, `tap`, `tap_inputs`: see `Decoder.__call__`.
-    aux always has "inputs_embeds" and "added" and, with images, "image_features".
+    splicing (a teacher fed with the student's embeddings), together with `added`. `position_ids` int[batch, seq]
+    replaces positions counted along `attention_mask`; with images of any size int[batch, 3, seq]
+    (`positions.mrope_positions`). `states`, `tap`, `tap_inputs`: see `Decoder.__call__`. aux always has "inputs_embeds"
+    and "added" and, with images, "image_features".
 
     Raises:
       UserError: images of any size without their positions.
@@ -245,7 +247,7 @@ def encode(
 
 
 def head_of(params: Params, cfg: ModelConfig) -> Head:
-    """What gives logits of final-norm states."""
+    """Return the output head, which makes logits of final-norm states."""
     head = params["text"]["embed_tokens" if cfg.text.tie_embeddings else "lm_head"]
     return Head(head["weight"], head.get("bias"))
 
@@ -262,7 +264,7 @@ def apply(
     position_ids: jax.Array | None = None,
     want: Collection[str] = (),
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Logits float[batch, seq, vocab] and the `want`ed intermediates; pure, to be called inside jit.
+    """Return logits float[batch, seq, vocab] and the intermediates in `want`; pure, to be called inside jit.
 
     aux["hidden"]: n_layers + 1 arrays, first = embeddings, last = after the final norm (the Hugging Face convention).
     """
@@ -302,17 +304,17 @@ def forward(
     attention_mask: Any = None,
     want: Collection[str] = (),
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Logits float[batch, seq, vocab] of int[batch, seq] ids whose image positions are already expanded.
+    """Return logits float[batch, seq, vocab] of int[batch, seq] ids whose image positions are already expanded.
 
     Args:
       model: the model; sharded parameters give a sharded computation.
       input_ids: image positions hold `model.cfg.image_token_id`, once per image feature.
-      pixel_values: float[images or tiles, 3, H, W] in order of appearance, or [batch, slots, 3, H, W] by row, what
-        rows do not need at their ends.
+      pixel_values: float[images or tiles, 3, H, W] in order of appearance, or [batch, slots, 3, H, W] by row, with
+        empty slots at the end of rows that have fewer images.
       pixel_attention_mask: int of the same shape without the channels, 1 = image, 0 = padding (SmolVLM).
-      image_grid_thw: int[images, 3], frames, rows and columns of patches, where images are of any size; pixel_values
-        are then [patches of all images, values], as processors emit them (or both by row, see `patch_rows`).
-      mm_token_type_ids: int[batch, seq] of the same processors; only checked, since ids say it.
+      image_grid_thw: int[images, 3], frames, rows and columns of patches of images of any size; pixel_values are then
+        [patches of all images, values], as processors emit them (or both by row, see `patch_rows`).
+      mm_token_type_ids: int[batch, seq] of the same processors; only checked, since the ids contain it.
       attention_mask: int[batch, seq], 1 = real token.
       want: any of "hidden", "image_features", "inputs_embeds" -> returned in aux.
 
@@ -339,14 +341,14 @@ def forward(
 
 
 def mesh_of(params: Params) -> Mesh | None:
-    """The mesh that the parameters live on, or None for single-device arrays."""
+    """Return the mesh that the parameters are on, or None for single-device arrays."""
     leaf = jax.tree.leaves(params)[0]
     placed = getattr(leaf, "sharding", None)
     return placed.mesh if isinstance(placed, NamedSharding) and isinstance(placed.mesh, Mesh) else None
 
 
 def place_batch(arrays: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Array | None]:
-    """Host arrays as device arrays, split along the batch where the mesh divides it (else replicated)."""
+    """Return host arrays as device arrays, split along the batch if the mesh divides it (else replicated)."""
     placed: dict[str, jax.Array | None] = {}
     for name, array in arrays.items():
         if array is None or mesh is None:

@@ -1,4 +1,4 @@
-"""The head, and sums over its logits in chunks of positions, so that no [batch, seq, vocab] array exists."""
+"""The output head, and sums over its logits in chunks of positions, so that no [batch, seq, vocab] array exists."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ _LEAST = 8  # chunks of a row, at least: fewer would leave little to skip
 
 
 class Head(NamedTuple):
-    """What gives logits: a [vocab, embed] weight, and its [vocab] bias or None."""
+    """Output head: a [vocab, embed] weight, and its [vocab] bias or None."""
 
     weight: jax.Array
     bias: jax.Array | None
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., vocab] of final-norm states [..., embed]."""
+        """Return [..., vocab] of final-norm states [..., embed]."""
         logits = jnp.einsum("...d,vd->...v", hidden, self.weight)
         return logits if self.bias is None else logits + self.bias.reshape((1,) * (logits.ndim - 1) + self.bias.shape)
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        """The logits in float32."""
+        """Return the logits in float32."""
         return self.logits(hidden).astype(jnp.float32)
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """float32[...] negative log-probability of int[...] targets.
+    """Return the float32[...] negative log-probability of int[...] targets.
 
-    The target is picked with a mask instead of a gather, so that a vocabulary split over devices stays split; times the
-    mask, not by a select, whose zeros XLA would keep in memory as an array of the logits' size.
+    The target is picked with a mask instead of a gather, so that a vocabulary split over devices stays split. It is
+    multiplied by the mask, not selected: XLA would keep a select's zeros in memory, an array of the logits' size.
     """
     hit = jnp.arange(logits.shape[-1]).reshape((1,) * targets.ndim + (-1,)) == targets[..., None]
     picked = jnp.sum(logits * hit.astype(logits.dtype), axis=-1)
@@ -43,7 +43,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def chunks(x: jax.Array, size: int, fill: int) -> jax.Array:
-    """[batch, seq, ...] -> [n, batch, chunk, ...]: at least two chunks of at most `size`; `fill` fills up the last."""
+    """Split [batch, seq, ...] into [n >= 2, batch, chunk <= size, ...]; `fill` pads the last chunk."""
     batch, seq = x.shape[:2]
     size = min(size, -(-seq // 2))
     x = jnp.pad(x, ((0, 0), (0, -seq % size)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
@@ -51,7 +51,7 @@ def chunks(x: jax.Array, size: int, fill: int) -> jax.Array:
 
 
 def cross_entropy_sum(hidden: jax.Array, head: Head, labels: jax.Array, *, chunk: int) -> jax.Array:
-    """float32[] sum over int[batch, seq] labels (not shifted, -100 ignored) of final-norm states."""
+    """Return the float32[] sum over int[batch, seq] labels (not shifted, -100 ignored) of final-norm states."""
     targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
     return chunk_sums(_summed, chunk, head, hidden, targets != IGNORED, targets, None)
 
@@ -74,18 +74,19 @@ def chunk_sums(
     pieces: Tree,
     fixed: Tree,
 ) -> Tree:
-    """Sums of `body` over the positions that count, and their gradients, in chunks whose logits exist one at a time.
+    """Sum `body` over the positions with weight, with gradients, in chunks whose logits exist one at a time.
 
-    In every row those that count come first, and chunks without any are left out: most tokens of a question are no
-    answer, and logits that nobody looks at would be a quarter of the arithmetic of SmolLM2-135M.
+    In every row the positions with weight come first, and chunks without any are skipped: most tokens of a question are
+    no answer, and their unused logits would be a quarter of the arithmetic of SmolLM2-135M.
 
     Args:
-      body: (head, states, counted, pieces, fixed), all but the first and the last of a chunk's positions, to the
-        chunk's sums, float32[] each. It is computed again for the gradient, and no tracer may hide in it.
-      chunk: positions of a row at a time, at most.
-      head, states: of the model, [batch, seq, embed] after the final norm; what is differentiated.
-      counted: bool[batch, seq].
-      pieces: what `body` needs besides of each position, [batch, seq, ...]. fixed: and whole.
+      body: function of (head, states, counted, pieces, fixed), all but head and fixed restricted to a chunk's
+        positions, that returns the chunk's sums, float32[] each. It is computed again for the gradient, and must not
+        close over tracers.
+      chunk: maximum positions of a row at a time.
+      head, states: of the model, [batch, seq, embed] after the final norm; both are differentiated.
+      counted: bool[batch, seq], positions with weight.
+      pieces, fixed: further inputs of `body`, by position [batch, seq, ...] or as they are.
     """
     cut = _cut(chunk, states, counted, pieces)
 
@@ -97,18 +98,18 @@ def chunk_sums(
 
 
 class _Cut(NamedTuple):
-    """Arrays in chunks of positions, in every row those that count first."""
+    """Arrays in chunks of positions, in every row those with weight first."""
 
     order: jax.Array  # int[batch, seq]: the positions in their new order
     used: jax.Array  # int[]: how many chunks hold one that counts
     arrays: tuple[jax.Array, jax.Array, Tree]  # states, counted and pieces, [n, batch, chunk, ...]
 
     def at(self, i: jax.Array | int) -> tuple[jax.Array, jax.Array, Tree]:
-        """The arrays of one chunk."""
+        """Return the arrays of one chunk."""
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), self.arrays)
 
     def loop(self, step: Callable[[jax.Array, Tree], Tree], start: Tree) -> Tree:
-        """What `step(number, carry)` makes of `start` over all chunks that are used."""
+        """Return the result of `step(number, carry)` over all chunks in use, from `start`."""
         n = len(self.arrays[1])  # a constant, for who reads the program and asks how often it runs at most
 
         def go_on(state: tuple[jax.Array, Tree]) -> jax.Array:
@@ -126,7 +127,7 @@ def _cut(chunk: int, *arrays: Tree) -> _Cut:
 
 
 def _ordered(x: jax.Array, order: jax.Array) -> jax.Array:
-    """The positions of [batch, seq, ...] in another order."""
+    """Return the positions of [batch, seq, ...] in another order."""
     rows = jax.vmap(lambda row, at: row.at[at].get(unique_indices=True, mode="promise_in_bounds"))(x, order)
     return constrain(rows, ("batch",) + (None,) * (x.ndim - 1))
 

@@ -1,4 +1,4 @@
-"""Score, plan, apply: which layers, heads and neurons go, as numbers, a small JSON, and pure indexing."""
+"""Score, plan, apply: choose layers, heads and neurons to remove, as numbers, a small JSON and pure indexing."""
 
 from vlmprune_jax.prune.config import METHODS, PlanConfig, ReconstructConfig, ScoreConfig
 from vlmprune_jax.prune.criteria import CRITERIA, Criterion

@@ -1,4 +1,4 @@
-"""What a config costs by every limit of a budget, and the least removal that keeps to all of them."""
+"""Cost of a config under every limit of a budget, and the smallest removal that satisfies all limits."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ Measure = Callable[[ModelConfig], dict[str, float]]  # what a config costs, by t
 
 
 def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
-    """Costs of the model with other layers; exact, and without its shapes being made, which takes a second at 7B.
+    """Return a function that costs the model with other layers, exactly and without building its shapes (a second at
+    7B).
 
     `parameters`, `disk_bytes`, `memory_bytes` and `flops` (a multiply-add is two) add up over layers. `step_ms` is the
-    roofline of `vlmprune plan` for a token of every row: weights of decoder and head and all of the cache are read
-    once, split evenly over the slice's chips; what these send each other is left out. `decode_ms` is interpolated over
-    parameters between the sizes that were measured.
+    roofline of `vlmprune plan` for one token of every row: the weights of decoder and head and the whole cache are read
+    once, split evenly over the slice's chips, without communication. `decode_ms` is interpolated over the parameter
+    counts of measured models.
 
     Raises:
       UserError: a workload that this model cannot have, an unknown slice or dtype.
@@ -75,7 +76,7 @@ def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
 
 
 def _check_curve(curve: Sequence[Sequence[float]], whole: int) -> None:
-    """Refuse measurements that say nothing of a model of `whole` parameters and smaller ones.
+    """Refuse decode measurements that do not cover a model of `whole` parameters and smaller ones.
 
     Raises:
       UserError: says what to measure.
@@ -90,10 +91,10 @@ def _check_curve(curve: Sequence[Sequence[float]], whole: int) -> None:
 
 
 def _between(curve: Sequence[Sequence[float]], size: int) -> float:
-    """Milliseconds of a token at a size, on straight lines between those measured; the largest one's a little beyond.
+    """Return the interpolated milliseconds per token at a size (that of the largest model slightly above it).
 
     Raises:
-      OutOfReach: smaller than all that were measured.
+      OutOfReach: smaller than all measured models.
     """
     sizes, times = zip(*sorted(map(tuple, curve)), strict=True)
     if size < sizes[0]:
@@ -102,8 +103,10 @@ def _between(curve: Sequence[Sequence[float]], size: int) -> float:
 
 
 def costs_of(cfg: ModelConfig, *, dtype: str, uneven: str, length: int, images: int) -> dict[str, int]:
-    """What a model costs by its shapes: `forward_flops` of a row of `length` tokens with `images` images among them,
-    `kv_bytes_per_token` (of a row, beyond any layer's window less) and `file_bytes` of its exported weights.
+    """Return a model's costs by its shapes.
+
+    `forward_flops`: of a row of `length` tokens with `images` images among them; `kv_bytes_per_token`: of a row (less
+    beyond a layer's window); `file_bytes`: of the exported weights.
     """
     itemsize, text = DTYPES[dtype].itemsize, cfg.text
     return {
@@ -114,23 +117,23 @@ def costs_of(cfg: ModelConfig, *, dtype: str, uneven: str, length: int, images: 
 
 
 def _total(cfg: ModelConfig, costs: Mapping[str, Costs], stacks: Mapping[str, Stack] | None = None) -> int:
-    """Of all layers."""
+    """Return the sum of the costs of all layers."""
     found = cfg.stacks if stacks is None else stacks
     return sum(costs[name].of(shape) for name, stack in found.items() for shape in stack.layers)
 
 
 def _cache(text: Stack, context: int) -> int:
-    """Numbers in the key/value cache of a row."""
+    """Return the number of values in the key/value cache of a row."""
     return sum(2 * one.kv_heads * text.head_dim * min(one.window or context, context) for one in text.layers)
 
 
 def _attention_of_token(text: Stack, context: int) -> int:
-    """FLOPs of the attention of the row's last token."""
+    """Return the attention FLOPs of the row's last token."""
     return sum(4 * one.q_heads * text.head_dim * min(one.window or context, context) for one in text.layers)
 
 
 def _forward_of_layers(cfg: ModelConfig, products: Mapping[str, Costs], length: int, images: int) -> int:
-    """FLOPs of all layers in `forward_flops`."""
+    """Return the FLOPs of all layers in `forward_flops`."""
     total, text = 0, cfg.text
     for one in text.layers:
         total += 2 * length * products["text"].of(one) + 4 * seen(length, one.window) * one.q_heads * text.head_dim
@@ -146,14 +149,14 @@ def _forward_of_layers(cfg: ModelConfig, products: Mapping[str, Costs], length: 
 def least_ratio(
     budget: Budget, measure: Measure, config_at: Callable[[float], ModelConfig], total: int
 ) -> tuple[float, dict[str, float]]:
-    """The least ratio whose plan keeps to the budget, and what that plan costs.
+    """Return the smallest ratio whose plan satisfies the budget, and the cost of that plan.
 
-    Where more is asked for, plans cost less; but for a little where heads are traded for neurons, layers for widths, or
-    a layer is left whole rather than empty: what is found is then the least ratio of its neighbourhood. Ratios are told
-    apart down to one of `total` parameters.
+    Costs decrease with the ratio, except for small steps where heads are traded for neurons or layers for widths, or
+    where a layer is kept rather than emptied; there the result is the smallest ratio of its neighbourhood. Ratios are
+    resolved to one of `total` parameters.
 
     Raises:
-      UserError: no plan does: says the nearest there is.
+      UserError: no plan satisfies the budget; names the nearest.
     """
     limits = budget.limits
 
@@ -195,5 +198,5 @@ def _unreachable(limits: Mapping[str, float], least: Mapping[str, float]) -> str
 
 
 def amount(value: float) -> str:
-    """A cost for people."""
+    """Format a cost for people."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

@@ -1,4 +1,4 @@
-"""File surgery: a plan applied to a folder, tensor by tensor, without an accelerator or the model in memory."""
+"""File surgery: apply a plan to a checkpoint, tensor by tensor, without an accelerator or the model in memory."""
 
 from __future__ import annotations
 

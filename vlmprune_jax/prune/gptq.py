@@ -1,13 +1,13 @@
-"""GPTQ (Frantar et al. 2022): codes of a decoder's matrices chosen for what they make of calibration tokens.
+"""GPTQ (Frantar et al. 2022): quantised codes of a decoder's matrices, chosen to keep outputs on calibration tokens.
 
-With x what a matrix reads, the sum G = sum_t w_t x x^T is all that its error |(W - Q) x|^2 asks of the tokens. With
-G = R^T R, R upper triangular, and the columns rounded from the last to the first, each makes up for the errors of those
-before it: column j is rounded at w_j + sum_k>j R_jk (w_k - q_k) / R_jj. (Babai's nearest plane, which GPTQ is, without
-an inverse.) Columns that weigh most come first.
+With x the input of a matrix, its error |(W - Q) x|^2 depends on the tokens through the sum G = sum_t w_t x x^T alone.
+With G = R^T R, R upper triangular, columns are rounded from the last to the first, each compensating the errors of
+those rounded before it: column j is rounded at w_j + sum_k>j R_jk (w_k - q_k) / R_jj. (Babai's nearest plane, which
+equals GPTQ without an inverse.) Columns with the largest weight come first.
 
-Layer by layer the stream of the model rounded so far lies on the host, and on the device one layer and a batch, as in
-`reconstruct`; sums, factor and codes are the host's, float64[in, in]. What writes to the stream weighs a token by
-1 / mean(h^2), as there; what reads it reads it behind a norm.
+Layer by layer, the stream of the model rounded so far is on the host, and one layer and a batch on the device, as in
+`reconstruct`; sums, factor and codes are on the host, float64[in, in]. For matrices that write to the stream, a token's
+weight is divided by mean(h^2), as there; matrices that read it read it after a norm.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ _BLOCK = 128
 
 @dataclass(frozen=True)
 class Rounded(CompressedTensors):
-    """The format with codes of its own, by the weights' paths: those of one model, in the shapes that it has."""
+    """Storage format with codes for the weights of one model, by their paths and in its shapes."""
 
     codes: Mapping[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
     def encode(self, name: str, values: np.ndarray) -> dict[str, np.ndarray]:
-        """The tensors that were found for this weight, whatever its values are.
+        """Return the tensors that gptq found for this weight, whatever its values are.
 
         Raises:
-          UserError: it is none of the model's.
+          UserError: the weight is not the model's.
         """
         parts = self.codes.get(name, {})
         if {suffix: part.shape for suffix, part in parts.items()} != {
@@ -80,18 +80,18 @@ def gptq(
     progress: Callable[[int], None] | None = None,
     **options: Any,
 ) -> Rounded:
-    """Error-compensated codes of the matrices of a model's decoder, for `save(..., storage=...)`.
+    """Return error-compensated codes of the matrices of a model's decoder, for `save(..., storage=...)`.
 
     Args:
       model: the model to be saved, on one device or a mesh.
-      batches: calibration batches as `score` takes them; labels, where they have them, tell answers from prompts.
-      quantize, group_size, symmetric, dtype: as they would be in `save`.
+      batches: calibration batches as `score` takes them; labels, if present, tell answers from prompts.
+      quantize, group_size, symmetric, dtype: as in `save`.
       progress: called with the number of finished layers.
       weights: weights of the calibration tokens; `options` override single ones.
       options: `prompt_weight`, `image_weight`, `answer_weight`, see `TokenWeights`.
 
     Raises:
-      UserError: groups that do not fit, batches that do not, activations that are not finite.
+      UserError: groups or batches that do not fit, activations that are not finite.
     """
     one_of("quantize", quantize, tuple(SCHEMES))
     dtype = model.params["text"]["embed_tokens"]["weight"].dtype.name if dtype == "source" else dtype
@@ -133,7 +133,9 @@ def embedded_steps(model: Model, batches: Iterable[Any], weights: TokenWeights) 
 def _round_layer(
     layer: Layer, held: Sequence[Sequence[Slot]], steps: Sequence[Step], storage: CompressedTensors, dtype: np.dtype
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, jax.Array]]:
-    """(tensors by path, what the layer's parameters then are) of matrices, each the slots of a tensor of files."""
+    """Return (tensors by path, the layer's new parameters) of matrices, each given as the slots of a tensor in
+    files.
+    """
     sums = finite_sums(_sums, layer, steps, "gptq")
     codes, params = dict[str, dict[str, np.ndarray]](), dict[str, jax.Array]()
     for tap in READERS:
@@ -163,7 +165,9 @@ def _round_layer(
 def compensated(
     values: np.ndarray, gram: np.ndarray, storage: CompressedTensors, scale: np.ndarray, zeros: np.ndarray
 ) -> np.ndarray:
-    """int8[rows, in] codes of float32[rows, in] for sums float64[in, in], on scales and zero points [rows, groups]."""
+    """Return int8[rows, in] codes of float32[rows, in] for sums float64[in, in], on scales and zero points [rows,
+    groups].
+    """
     diagonal = np.diagonal(gram)
     diagonal = np.maximum(diagonal, max(_FLOOR * diagonal.mean(), float(np.finfo(np.float32).tiny)))
     order = np.argsort(diagonal, kind="stable")  # rounded from the last on
@@ -184,7 +188,7 @@ def compensated(
 
 
 def inside(slot: Slot) -> str:
-    """Path of a parameter in its layer."""
+    """Return the path of a parameter in its layer."""
     return slot.name.split("/", 3)[3]
 
 
@@ -213,10 +217,11 @@ def _sums(
 def finite_sums(
     sums: Callable[..., dict[str, jax.Array]], layer: Layer, steps: Sequence[Step], what: str
 ) -> dict[str, np.ndarray]:
-    """`sums(params, x, weight, given, cfg=)` of a layer over all rows, in float64; `what` is at work.
+    """Return `sums(params, x, weight, given, stack=, cfg=)` of a layer over all rows, in float64; `what` names the
+    caller.
 
     Raises:
-      UserError: what a row gives is not finite.
+      UserError: the sums of a row are not finite.
     """
     totals: dict[str, np.ndarray] = {}
     for step in steps:

@@ -1,6 +1,6 @@
-"""What the matrices of a decoder read, as mean squares of its channels: what llama.cpp's quantiser weighs them by.
+"""Importance matrices: mean squares of the input channels of a decoder's matrices, weights of llama.cpp's quantiser.
 
-The stream of the model lies on the host and goes through it layer by layer, as in `gptq`; sums are float64.
+The stream of the model is on the host and passes layer by layer, as in `gptq`; sums are float64.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def importance(
     progress: Callable[[int], None] | None = None,
     **options: Any,
 ) -> Importance:
-    """What the matrices of a model's decoder read, for `save(..., format="gguf", imatrix=...)`.
+    """Return the mean squares of the inputs of the decoder's matrices, for `save(..., format="gguf", imatrix=...)`.
 
     Args:
       model: the model to be saved, on one device or a mesh.
-      batches: calibration batches as `score` takes them; labels, where they have them, tell answers from prompts.
+      batches: calibration batches as `score` takes them; labels, if present, tell answers from prompts.
       progress: called with the number of finished layers.
       weights: weights of the calibration tokens; `options` override single ones.
       options: `prompt_weight`, `image_weight`, `answer_weight`, see `TokenWeights`.

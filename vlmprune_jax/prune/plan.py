@@ -38,7 +38,7 @@ class _LayerJson(TypedDict):
 
 
 class _StackJson(TypedDict):
-    """`kept_layers` repeats the indices of `layers`, for people."""
+    """JSON of a stack; `kept_layers` repeats the indices of `layers`, for people."""
 
     kept_layers: NotRequired[list[_Index]]
     layers_before: Annotated[list[tuple[_Width, _Width, _Width]], _FEW]
@@ -60,7 +60,7 @@ class _PlanJson(_VersionJson):
 
 @dataclass(frozen=True)
 class KeptLayer:
-    """What stays of layer `index` of a stack: sorted indices of query heads, key/value heads and MLP neurons."""
+    """What layer `index` of a stack keeps: sorted indices of query heads, key/value heads and MLP neurons."""
 
     index: int
     q_heads: tuple[int, ...]
@@ -69,18 +69,18 @@ class KeptLayer:
 
     @classmethod
     def whole(cls, index: int, shape: LayerShape) -> KeptLayer:
-        """All of a layer."""
+        """Return a layer kept whole."""
         return cls(index, tuple(range(shape.q_heads)), tuple(range(shape.kv_heads)), tuple(range(shape.mlp)))
 
     @property
     def shape(self) -> LayerShape:
-        """The layer's widths after pruning."""
+        """Widths of the layer after pruning."""
         return LayerShape(len(self.q_heads), len(self.kv_heads), len(self.neurons))
 
 
 @dataclass(frozen=True)
 class KeptStack:
-    """What stays of one stack: the widths of all its `layers_before`, and the `layers` that are kept, in order."""
+    """What a stack keeps: the widths of all its `layers_before`, and the kept `layers` in order."""
 
     layers_before: tuple[LayerShape, ...]
     layers: tuple[KeptLayer, ...]
@@ -94,33 +94,33 @@ class KeptStack:
 
     @classmethod
     def whole(cls, layers: Sequence[LayerShape]) -> KeptStack:
-        """All of a stack."""
+        """Return a stack kept whole."""
         return cls(tuple(layers), tuple(KeptLayer.whole(i, shape) for i, shape in enumerate(layers)))
 
     @property
     def shapes(self) -> tuple[LayerShape, ...]:
-        """The widths after pruning."""
+        """Widths after pruning."""
         return tuple(layer.shape for layer in self.layers)
 
     @property
     def kept_layers(self) -> tuple[int, ...]:
-        """Original numbers of the layers that stay, in order."""
+        """Original numbers of the kept layers, in order."""
         return tuple(layer.index for layer in self.layers)
 
     @property
     def removed_layers(self) -> tuple[int, ...]:
-        """Original numbers of the layers that go."""
+        """Original numbers of the removed layers."""
         return tuple(sorted(set(range(len(self.layers_before))) - set(self.kept_layers)))
 
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """What to keep of the model with this fingerprint, and how that was decided.
+    """Plan of what to keep of the model with this fingerprint, and how that was decided.
 
-    `stacks` says it by name of the stack: of the decoder, "text", always; another that is not there is kept whole.
-    `layers_before`, `layers`, `kept_layers` and `removed_layers` are the decoder's.
-    `asked` and `reached` are reductions of `parameters_total`, the count that ratios refer to (by default all
-    parameters of the computed model); `asked` is None if no ratio was asked for.
+    `stacks`: kept layers by name of the stack; always the decoder, "text"; a stack without an entry is kept whole.
+    `layers_before`, `layers`, `kept_layers` and `removed_layers` are the decoder's. `asked` and `reached` are
+    reductions relative to `parameters_total` (by default all parameters of the computed model); `asked` is None if no
+    ratio was asked for.
     """
 
     fingerprint: str
@@ -146,7 +146,7 @@ class PrunePlan:
 
     @property
     def layers(self) -> tuple[KeptLayer, ...]:
-        """What stays of the decoder."""
+        """Kept layers of the decoder."""
         return self.stacks["text"].layers
 
     @property
@@ -156,16 +156,16 @@ class PrunePlan:
 
     @property
     def kept_layers(self) -> tuple[int, ...]:
-        """Original numbers of the decoder layers that stay, in order: the teacher layer of each student layer."""
+        """Original numbers of the kept decoder layers, in order: the teacher layer of each student layer."""
         return self.stacks["text"].kept_layers
 
     @property
     def removed_layers(self) -> tuple[int, ...]:
-        """Original numbers of the decoder layers that go."""
+        """Original numbers of the removed decoder layers."""
         return self.stacks["text"].removed_layers
 
     def apply_to(self, cfg: ModelConfig) -> ModelConfig:
-        """The config of the pruned model."""
+        """Return the config of the pruned model."""
         for name, kept in self.stacks.items():
             windows = [shape.window for shape in cfg.stack(name).layers]
             shapes = [dataclasses.replace(one.shape, window=windows[one.index]) for one in kept.layers]
@@ -173,7 +173,7 @@ class PrunePlan:
         return cfg
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """JSON text (one line per layer), also written to `path` if given."""
+        """Return JSON text (one line per layer), and write it to `path` if passed."""
         head = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
@@ -196,7 +196,7 @@ class PrunePlan:
 
     @classmethod
     def from_json(cls, source: str | os.PathLike[str]) -> PrunePlan:
-        """The plan in a file, or in JSON text.
+        """Read a plan from a file, or from JSON text.
 
         Raises:
           UserError: no such file, not JSON, or a key that is missing or inconsistent.
@@ -214,7 +214,7 @@ class PrunePlan:
 
 
 def keep_everything(cfg: ModelConfig, fingerprint: str, parameters: int) -> PrunePlan:
-    """The plan that changes nothing about a model with this many `parameters`."""
+    """Return the plan that removes nothing from a model with this many `parameters`."""
     return PrunePlan(
         fingerprint=fingerprint,
         method="none",
@@ -227,7 +227,7 @@ def keep_everything(cfg: ModelConfig, fingerprint: str, parameters: int) -> Prun
 
 
 def compose(first: PrunePlan, second: PrunePlan) -> PrunePlan:
-    """One plan that does `first`, then `second` (which was made for the model that `first` leaves).
+    """Return one plan equal to `first` followed by `second` (made for the model that `first` leaves).
 
     Raises:
       UserError: `second` is for other widths than `first` leaves.
@@ -273,7 +273,7 @@ def _pick(indices: Sequence[int], chosen: Sequence[int]) -> tuple[int, ...]:
 
 
 def _as_json(kept: KeptStack) -> str:
-    """A stack as JSON text, one line per layer."""
+    """Return a stack as JSON text, one line per layer."""
     lines = [
         f'"kept_layers": {json.dumps(kept.kept_layers)}',
         f'"layers_before": {json.dumps([shape.widths for shape in kept.layers_before])}',
@@ -316,7 +316,7 @@ def _from_dict(data: Any, where: str) -> PrunePlan:
 
 
 def _problem(before: Sequence[LayerShape], layers: Sequence[KeptLayer]) -> str | None:
-    """Why these layers cannot be kept of a stack with these widths, or None."""
+    """Return why these layers cannot be kept of a stack with these widths, or None."""
     if not layers:
         return "no layer is kept"
     indices = [layer.index for layer in layers]
@@ -343,7 +343,7 @@ def _problem(before: Sequence[LayerShape], layers: Sequence[KeptLayer]) -> str |
 
 
 def _listed(indices: Sequence[int]) -> str:
-    """The first of them."""
+    """Return the first few of them as text."""
     return str([*indices]) if len(indices) <= 64 else f"{str([*indices[:64]])[:-1]}, ... {len(indices):,} in all]"
 
 

@@ -1,20 +1,22 @@
-"""Training-free repair: least squares around the weights that a plan kept, from a few thousand calibration tokens.
+"""Training-free repair: least squares for the weights that a plan keeps, from a few thousand calibration tokens.
 
-After pruning, what a layer adds to the residual stream is wrong in itself and in what earlier layers left it. Both can
-be mended where the layer writes to the stream: with x the input of `down_proj` (or `o_proj`) in the pruned model and r
-what then still misses in the stream, sum_t w_t |r_t - D^T x_t|^2 is minimised over a change D of the weight. No
-parameter is added. Depth cuts are closed by the layer before them, whose target is the dense stream behind the cut.
+After pruning, what a layer adds to the residual stream is wrong, and so is the stream that earlier layers left. Both
+are repaired where the layer writes to the stream: with x the input of `down_proj` (or `o_proj`) in the pruned model and
+r the error of the stream, sum_t w_t |r_t - D^T x_t|^2 is minimised over a change D of the weight. No parameter is
+added. The layer before a depth cut closes it: its target is the dense stream behind the cut.
 
-A tower is solved for before the decoder, over the positions of all images, which count alike; the decoder then reads
-what the solved tower sees, and its dense stream what the dense tower sees.
+If a norm follows the projection, what enters the norm is fitted: at the statistics of the dense model's output the norm
+is an affine map, which scales x and r. The reported error is always that of the stream, computed with the norm itself.
 
-Layer by layer two residual streams, the dense model's and the pruned one's, lie on the host, float32[rows, seq, embed]
-each, of a tower float32[images, positions, width] (2.4 MB an image of CLIP ViT-L at 336 pixels), and as much as one of
-them for each of the first layers to whose outputs features of the tower are added (Qwen3-VL: three). On the device are
-one layer of either, the activations of a batch, and for one module at a time the sums G = sum w x x^T [in, in] and
-C = sum w x r^T [in, embed], of the fitted and of the held-out rows: 8 * in * (in + embed) bytes in all. Tokens are
-weighted by 1 / mean(h^2), by which the next norm divides anyway: otherwise the few tokens with a massive residual would
-decide everything.
+The tower is reconstructed before the decoder, over the positions of all images with equal weight; the decoder then
+reads the features of the reconstructed tower, and its dense stream those of the dense tower.
+
+The residual streams of the dense and of the pruned model are on the host, float32[rows, seq, embed] each, of a tower
+float32[images, positions, width] (2.4 MB an image of CLIP ViT-L at 336 pixels), and one more for each first layer to
+whose output features of the tower are added (Qwen3-VL: three). On the device are one layer of either model, the
+activations of a batch, and for one module at a time the sums G = sum w x x^T [in, in] and C = sum w x r^T [in, embed],
+of fitted and held-out rows: 8 * in * (in + embed) bytes in all. Tokens are weighted by 1 / mean(h^2), the factor of the
+next norm: otherwise the few tokens with a massive residual would dominate.
 """
 
 from __future__ import annotations
@@ -61,26 +63,26 @@ def reconstruct(
     cache: ArrayCache | None = None,
     **options: Any,
 ) -> tuple[Model, list[SolveReport]]:
-    """The pruned model, with the weights solved for that write to the stream where something was removed.
+    """Fit the weights that write to the residual stream where something was removed, by least squares.
 
-    These are `down_proj` (fc2) of layers that lost neurons or stand before a depth cut, and `o_proj` (dense, out_proj)
-    of layers that lost heads, with their biases where the model has them, in every stack that the plan cuts. A change
-    is taken only if it lessens the error on rows that it was not fitted to, so that few tokens do no harm.
+    The weights are `down_proj` (fc2) of layers that lost neurons or precede a depth cut, and `o_proj` (dense, out_proj)
+    of layers that lost heads, with their biases if the model has them, in every stack that the plan cuts. A change is
+    accepted only if it reduces the error on held-out rows, so that few tokens do no harm.
 
     Args:
-      pruned: what `plan` leaves of `teacher`, on one device or a mesh.
+      pruned: the model that `plan` leaves of `teacher`, on one device or a mesh.
       plan: the plan.
       teacher: the dense model, in the same place.
-      batches: calibration batches as `score` takes them; labels, where they have them, tell answers from prompts.
-      progress: called with the number of finished layers, of those that `layers_to_solve` counts.
-      cache: where what was solved for is kept, to continue after an interruption.
+      batches: calibration batches as `score` takes them; labels, if present, tell answers from prompts.
+      progress: called with the number of finished layers, out of `layers_to_solve`.
+      cache: keeps solved changes, to continue after an interruption.
       config: settings; `options` override single ones.
-      options: settings by name, see `ReconstructConfig`. Which rows are held out depends on their content.
+      options: settings by name, see `ReconstructConfig`. Held-out rows are chosen by their content.
 
     Returns:
-      The model, and for each of these weights: stack, layer (original number), module, ridge (None: left alone),
-      error_before and error_after: of the stream behind it, on the held-out rows, relative to the stream; and how many
-      tokens there were for how many unknowns of each output.
+      The model, and for each of these weights: stack, layer (original number), module, ridge (None: unchanged),
+        error_before and error_after of the stream behind it, on the held-out rows, relative to the stream; and the
+        number of tokens, and of unknowns per output.
 
     Raises:
       UserError: models and plan that do not belong together, batches that do not fit, activations that are not finite.
@@ -109,7 +111,7 @@ def reconstruct(
 
 
 def _enter(steps: Sequence[Step], teacher: Model, pruned: Model) -> None:
-    """Both streams before the first layer of a stack, and what is added to them on their way."""
+    """Compute both streams before the first layer of a stack, and what its first layers add."""
     for step in steps:
         step.dense, step.added_dense = embedded(step, teacher)
         step.ours, ours = embedded(step, pruned)
@@ -126,7 +128,7 @@ def _solve(
     store: _Store,
     tick: Callable[[], None],
 ) -> tuple[dict[int, dict[str, np.ndarray]], list[SolveReport]]:
-    """What is new of the layers of one stack, by number and path, and what was done to each weight."""
+    """Return the new parameters of a stack's layers, by number and path, and the report of each weight."""
     solved, report = dict[int, dict[str, np.ndarray]](), list[SolveReport]()
     _advance(steps, teacher, stack, range(kept.kept_layers[0]))
     for number, (first, end) in enumerate(_spans(kept)):
@@ -152,23 +154,23 @@ def _counts(layer: Layer, module: str, steps: Sequence[Step]) -> SolveReport:
 
 
 def layers_to_solve(plan: PrunePlan) -> int:
-    """How far `progress` counts: the layers left of the stacks that lost something."""
+    """Return the final value of `progress`: the layers left in the stacks that lost something."""
     return sum(len(plan.stacks[stack].layers) for stack in _stacks(plan))
 
 
 def _stacks(plan: PrunePlan) -> list[str]:
-    """Stacks that lost something that a weight could make up for, in the order in which a batch passes through them."""
+    """Return the stacks that lost something that a weight can make up for, in the order of the forward pass."""
     order = [name for name in ("vision", "text") if name in plan.stacks]
     return [name for name in order if any(_modules(plan.stacks[name], i) for i in range(len(plan.stacks[name].layers)))]
 
 
 def _spans(kept: KeptStack) -> list[tuple[int, int]]:
-    """Of each layer that is left, the original numbers of itself and of the next: it stands for all in between."""
+    """Return, for each layer left, the original numbers of itself and of the next: it replaces all in between."""
     return list(itertools.pairwise((*kept.kept_layers, len(kept.layers_before))))
 
 
 def _modules(kept: KeptStack, number: int) -> list[str]:
-    """Which weights of a layer are solved for, in the order in which they write to the stream."""
+    """Return the weights of a layer to solve for, in the order in which they write to the stream."""
     layer, (first, end) = kept.layers[number], _spans(kept)[number]
     before, cut = kept.layers_before[layer.index], end - first > 1
     lost = {"o_proj": len(layer.q_heads) < before.q_heads, "down_proj": cut or len(layer.neurons) < before.mlp}
@@ -176,7 +178,7 @@ def _modules(kept: KeptStack, number: int) -> list[str]:
 
 
 def _advance(steps: Sequence[Step], teacher: Model, stack: str, layers: range) -> None:
-    """The dense streams behind these layers, and between attention and MLP of the first."""
+    """Advance the dense streams through these layers, and keep the middle of the first."""
     for number in layers:
         layer = Layer.of(teacher, stack, number)
         for step in steps:
@@ -188,7 +190,7 @@ def _advance(steps: Sequence[Step], teacher: Model, stack: str, layers: range) -
 
 
 class _Store:
-    """What was solved for, by module: taken from the cache where an interrupted pass left it there."""
+    """Solved changes by module: read from the cache if an interrupted pass left them there."""
 
     def __init__(self, cache: ArrayCache | None):
         self._cache = cache
@@ -196,7 +198,7 @@ class _Store:
     def change(
         self, key: str, solve: Callable[[], tuple[np.ndarray | None, SolveReport]]
     ) -> tuple[np.ndarray | None, SolveReport]:
-        """(change of the weight or None, what the report says); every process must call it, in step."""
+        """Return (change of the weight or None, its report); every process must call it, in step."""
         if self._cache is None:
             return solve()
         if self._cache.missing([key]):

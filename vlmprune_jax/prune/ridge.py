@@ -1,8 +1,9 @@
-"""Ridge regression from sums: all that `reconstruct` asks of the tokens, and what it solves for.
+"""Ridge regression from sums over tokens.
 
-sum_t w_t |r_t - D^T x_t|^2 over changes D of a weight depends on the tokens by G = sum w x x^T and C = sum w x r^T
-alone: D = (G + ridge diag G)^-1 C, and the error on other tokens, with their G and C, is <D, G D> - 2 <D, C> off that
-of D = 0. A ridge in shares of the diagonal has no scale; one of the mean would be decided by the few largest entries.
+sum_t w_t |r_t - D^T x_t|^2 over changes D of a weight depends on the tokens through G = sum w x x^T and C = sum w x r^T
+alone: D = (G + ridge diag G)^-1 C, and the error on other tokens, with their G and C, differs from that of D = 0 by <D,
+G D> - 2 <D, C>. A ridge relative to the diagonal has no scale; one relative to its mean would depend on the few largest
+entries.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ _PRODUCT: Any = {"precision": "highest"}
 
 
 class Sums(NamedTuple):
-    """Over weighted tokens, float32: sum w x x^T [in, in], sum w x r^T [in, embed], and sum w |r|^2 of each row."""
+    """Sums over weighted tokens, float32: sum w x x^T [in, in], sum w x r^T [in, embed], and sum w |r|^2 of
+    each row.
+    """
 
     gram: jax.Array
     cross: jax.Array
@@ -30,7 +33,7 @@ class Sums(NamedTuple):
 
 @jax.jit
 def change(sums: Sums, ridge: Any) -> jax.Array:
-    """(G + ridge diag G)^-1 C, float32[in, embed]."""
+    """Return (G + ridge diag G)^-1 C, float32[in, embed]."""
     diagonal = jnp.diagonal(sums.gram)
     diagonal = jnp.maximum(diagonal, _FLOOR * jnp.mean(diagonal))
     matrix = sums.gram + jnp.diag(ridge * diagonal)
@@ -39,7 +42,7 @@ def change(sums: Sums, ridge: Any) -> jax.Array:
 
 @jax.jit
 def held_out_errors(fit: Sums, held: Sums, ridges: jax.Array) -> jax.Array:
-    """By how much the fit with each ridge changes the held-out error, float32[ridges]; NaN where none can be found."""
+    """Return the change of the held-out error by the fit with each ridge, float32[ridges]; NaN if the solve fails."""
 
     def error(ridge: jax.Array) -> jax.Array:
         changed = change(fit, ridge)
@@ -54,10 +57,11 @@ def _by_lapack(matrix: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def in_blocks(matrix: jax.Array, right: jax.Array) -> jax.Array:
-    """matrix^-1 right of a positive definite float32[n, n] and a float32[n, m], by blocks of the Cholesky factor.
+    """Solve matrix x = right for a positive definite float32[n, n] and a float32[n, m], by blocks of the Cholesky
+    factor.
 
-    XLA unrolls its own Cholesky for TPUs: 2,048 rows compile for minutes, the 11,008 of a 7B model never. Here blocks
-    of one size go round in loops, and all but the diagonal ones are products.
+    XLA unrolls its own Cholesky for TPUs: 2,048 rows compile for minutes, the 11,008 of a 7B model never. Here loops go
+    over blocks of one size, and all but the diagonal blocks are matrix products.
     """
     n, width = len(matrix), right.shape[1]
     rest = -n % _BLOCK

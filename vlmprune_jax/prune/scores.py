@@ -1,4 +1,4 @@
-"""Scores: what a criterion says about layers, heads and neurons; numbers only, in one small file."""
+"""Scores of layers, heads and neurons under one criterion: numbers only, in one small file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Version(TypedDict):
 
 
 class _Options(TypedDict, total=False):
-    """Those options of a criterion that a plan, or a report, asks for."""
+    """Options of a criterion that plans and reports read."""
 
     variant: str | None
     gqa: Literal["groups", "q_heads"]
@@ -35,9 +35,10 @@ class _Options(TypedDict, total=False):
 
 
 class _Meta(_Version):
-    """`layers`: how many have scores of widths; `stack`: older versions scored the decoder, and did not say so.
+    """Description in a scores file.
 
-    `kinds`: of tokens that there are scores of.
+    `layers`: number of layers with width scores; `stack`: absent in files of older versions, which scored the decoder;
+    `kinds`: token types with scores of their own.
     """
 
     criterion: str
@@ -52,13 +53,12 @@ class _Meta(_Version):
 class Scores:
     """Importances of one stack of a model under one criterion; the smallest are removed first.
 
-    `stack`: of the decoder, "text", or of the tower, "vision".
-    `importance`: float64[n_layers], or None if the criterion says nothing about whole layers; with an option
-    `layers_removed` entry i is of that many consecutive layers from layer i on, together.
-    `by_kind`: the same over the calibration tokens of one kind alone, "image", "prompt" or "answer" -> some of
-    importance, heads and mlp; empty where the criterion does not tell, or all tokens are of one kind.
-    `heads[i]`: float64[kv_heads] (whole groups of grouped-query attention) or float64[q_heads] of layer i, as
-    `options["gqa"]` says; `mlp[i]`: float64[neurons]. Both None if the criterion says nothing about widths.
+    `stack`: the decoder, "text", or the tower, "vision". `importance`: float64[n_layers], or None if the criterion does
+    not score whole layers; with an option `layers_removed`, entry i is of that many consecutive layers from layer i on.
+    `by_kind`: the same over calibration tokens of one type alone, "image", "prompt" or "answer" -> some of importance,
+    heads and mlp; empty if the criterion does not split, or all tokens are of one type. `heads[i]`: float64[kv_heads]
+    (whole groups of grouped-query attention) or float64[q_heads] of layer i, as `options["gqa"]` says; `mlp[i]`:
+    float64[neurons]. Both None if the criterion does not score widths.
     """
 
     criterion: str
@@ -77,18 +77,18 @@ class Scores:
 
     @property
     def name(self) -> str:
-        """The criterion, and its `variant` where it has several: `taylor/param_first`."""
+        """Name of the criterion, with its `variant` if it has several: `taylor/param_first`."""
         variant = self.options.get("variant")
         return f"{self.criterion}/{variant}" if variant else self.criterion
 
     @property
     def span(self) -> int | None:
-        """How many consecutive layers an entry of `importance` is of; None where each is of its layer alone."""
+        """Number of consecutive layers that an entry of `importance` stands for; None if each is of one layer."""
         return self.options.get("layers_removed")
 
     @property
     def widths(self) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-        """(heads, mlp), for a criterion that scores widths.
+        """Return (heads, mlp), for a criterion that scores widths.
 
         Raises:
           UserError: it does not.
@@ -99,7 +99,7 @@ class Scores:
 
     @property
     def layers(self) -> np.ndarray:
-        """`importance`, for a criterion that scores whole layers.
+        """Return `importance`, for a criterion that scores whole layers.
 
         Raises:
           UserError: it does not.
@@ -125,7 +125,7 @@ class Scores:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:
-        """Read what `save` wrote.
+        """Read the file that `save` wrote.
 
         Raises:
           UserError: no such file, or not a scores file.
@@ -160,7 +160,7 @@ class Scores:
             raise UserError(f"{path}: {error}") from None
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        """By name in the file: `importance`, `heads_0`, `image/heads_0`."""
+        """Return the arrays by their names in the file: `importance`, `heads_0`, `image/heads_0`."""
         whole = {name: getattr(self, name) for name in _PARTS}
         arrays = {}
         for prefix, parts in (("", whole), *((f"{kind}/", parts) for kind, parts in self.by_kind.items())):
@@ -172,14 +172,14 @@ class Scores:
 
 
 def _below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """The arrays of one kind, by their names without it; those of all tokens have none."""
+    """Return the arrays of one token type, by their names without it; those of all tokens have no prefix."""
     if prefix == "/":
         return {name: array for name, array in arrays.items() if "/" not in name}
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
 def _parts(arrays: Mapping[str, np.ndarray], layers: int) -> dict[str, Any]:
-    """The fields of `Scores` that these arrays are."""
+    """Return the fields of `Scores` that these arrays hold."""
     found: dict[str, Any] = {"importance": arrays["importance"]} if "importance" in arrays else {}
     for name in ("heads", "mlp") if layers else ():
         found[name] = tuple(arrays[f"{name}_{i}"] for i in range(layers))
@@ -187,7 +187,7 @@ def _parts(arrays: Mapping[str, np.ndarray], layers: int) -> dict[str, Any]:
 
 
 def _numbers(array: np.ndarray, most: int, where: str) -> np.ndarray:
-    """One row of floats, at most so many."""
+    """Check one row of floats, of at most this length."""
     if array.dtype.kind != "f" or array.dtype.itemsize > 8 or array.ndim != 1 or not 0 < array.size <= most:
         raise UserError(f"{where} is {array.dtype}{list(array.shape)}, not a row of numbers: {_TODO}")
     return np.asarray(array, np.float64)

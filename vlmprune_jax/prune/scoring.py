@@ -38,18 +38,18 @@ def score(
     cache: ArrayCache | None = None,
     **options: Any,
 ) -> Scores:
-    """What a criterion of `vp.criteria` says about a stack: importances of layers, of heads and neurons, or of both.
+    """Score a stack under a criterion of `vp.criteria`: importances of layers, of heads and neurons, or of both.
 
     Args:
       model: on one device or on a mesh; the numbers are the same.
       batches: calibration batches, mappings of arrays or objects with `.arrays`: input_ids and attention_mask
         int[batch, seq], with a tower pixel_values float[images, 3, height, width] in order of appearance (or per row,
-        float[batch, images, 3, height, width]), and labels int[batch, seq] (not shifted, -100 where nothing is to be
-        learnt) for criteria that need them; None for those that look at weights alone.
-      stack: whose layers: the decoder's, "text", or the tower's, "vision", over the images of the batches.
+        float[batch, images, 3, height, width]), and labels int[batch, seq] (not shifted, -100 = ignored) for criteria
+        that need them; None for criteria that read weights alone.
+      stack: the decoder, "text", or the tower, "vision", over the images of the batches.
       progress: called with the number of finished batches or layers, as the criterion counts.
-      journal, cache: where a criterion that journals keeps what each batch gave, or each layer (one that needs labels),
-        to continue after an interruption.
+      journal, cache: keep the sums of each batch, or each layer (for criteria that need labels), to continue after an
+        interruption, if the criterion supports it.
       config: settings, of which each criterion uses those that it has; `options` override single ones.
       options: settings by name, see `ScoreConfig`, that the criterion has (`vp.criteria[name].settings`).
 
@@ -87,7 +87,7 @@ def _measure(
     journal: Journal | None,
     cache: ArrayCache | None,
 ) -> tuple[Parts, Mapping[str, Parts]]:
-    """The scores, and those over the tokens of each kind; all of a tower's are of images."""
+    """Return the scores, and those by token type (a tower's positions are all of one type)."""
     options = taken(chosen.function, {**settings, "stack": stack})
     if not chosen.needs_batches:
         return chosen.function(model, **options), {}
@@ -117,7 +117,7 @@ def _measure(
 def _check(
     name: str, chosen: Criterion, parts: Parts, settings: Mapping[str, Any], layers: Sequence[LayerShape]
 ) -> None:
-    """Refuse parts that are not what the criterion says it scores, in the shapes of these layers."""
+    """Refuse scores of other fields or shapes than the criterion declares for these layers."""
     heads = [one.q_heads if settings.get("gqa") == "q_heads" else one.kv_heads for one in layers]
     shapes = {
         "importance": (len(layers),),

@@ -1,4 +1,4 @@
-"""From scores to a plan: which layers, heads and neurons go so that the asked share of all parameters is removed."""
+"""From scores to a plan: layers, heads and neurons whose removal reaches the asked share of all parameters."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def plan_stacks(
 
 @dataclass(frozen=True)
 class _Request:
-    """Everything that decides what goes, but for the ratio."""
+    """Everything that decides what to remove, except the ratio."""
 
     cfg: ModelConfig
     depth: Scores | None
@@ -149,11 +149,11 @@ class _Request:
 
     @property
     def gqa(self) -> str:
-        """What an attention unit is."""
+        """Attention unit: "groups" or "q_heads"."""
         return "groups" if self.width is None else self.width.options.get("gqa", "groups")
 
     def decide(self, ratio: float | None) -> tuple[dict[int, Kept], Mapping[str, Any]]:
-        """What stays of each layer that stays, and what the solver found, for the plan's record."""
+        """Return what each kept layer keeps, and the solver's result for the plan's record."""
         cfg, config, stack, total = self.cfg, self.config, self.stack, self.total
         removed: tuple[int, ...] = ()
         if self.depth is not None:
@@ -171,7 +171,7 @@ class _Request:
         return ratio, {"budget": budget.given, "budget_reached": reached}
 
     def config_at(self, ratio: float) -> ModelConfig:
-        """The pruned model's config."""
+        """Return the pruned model's config at a ratio."""
         shapes = self.cfg.stack(self.stack).layers
         kept, _ = self.decide(ratio)
         return self.cfg.with_layers([shape_of(one, shapes[i], self.gqa) for i, one in kept.items()], self.stack)
@@ -192,7 +192,7 @@ def _check_scores(used: list[Scores], cfg: ModelConfig, stack: str) -> None:
 
 
 def moved_features(plan: PrunePlan, cfg: ModelConfig) -> str | None:
-    """What a plan does to features of the tower that enter several decoder layers, if it removes one of those."""
+    """Return a notice if a plan removes decoder layers that receive features of the tower (deepstack)."""
     gone = [layer for layer in plan.removed_layers if layer < cfg.deepstack]
     if not gone:
         return None
@@ -211,7 +211,7 @@ def _recorded(config: PlanConfig, cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _pair(scores: Any, method: str) -> tuple[Scores | None, Scores | None]:
-    """(depth scores, width scores), None where the method does not need them."""
+    """Return (depth scores, width scores), with None for scores that the method does not need."""
     if method == "hybrid":
         if isinstance(scores, Scores) or len(scores) != 2:
             raise UserError("method 'hybrid' needs a pair (depth scores, width scores)")
@@ -273,7 +273,7 @@ def _choose_layers(
 
 
 def _nearest_count(sizes: Sequence[int], removal: float, rounding: str) -> int | None:
-    """How many of the first layers to remove, or None if all of them are not enough; ties remove fewer."""
+    """Return how many of the first layers to remove, or None if all are not enough; ties remove fewer."""
     removed = np.concatenate([[0], np.cumsum(sizes)])
     if removal > removed[-1]:
         return None
@@ -285,7 +285,7 @@ def _nearest_count(sizes: Sequence[int], removal: float, rounding: str) -> int |
 def _block(
     scores: Scores, size: int, protect: set[int], ratio: float | None, layers_removed: int | None
 ) -> tuple[int, ...]:
-    """The `size` consecutive layers that score lowest; their number was fixed when scoring."""
+    """Return the `size` consecutive layers with the lowest score; their number was fixed when scoring."""
     if ratio is not None or layers_removed not in (None, size):
         raise UserError(
             f"{scores.criterion} scores are for removing {size} consecutive layers: plan with layers_removed={size} or "

@@ -1,4 +1,4 @@
-"""Widths that suit where the pruned model will run: multiples of heads and neurons by the name of a target."""
+"""Hardware-friendly widths: multiples of heads and neurons by the name of a target."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def reason_of(config: PlanConfig) -> str:
 
 
 def check_divides(shapes: Iterable[tuple[int, LayerShape]], devices: int) -> None:
-    """Refuse layers, (number, shape), that so many devices cannot share: those that are kept whole count as well.
+    """Refuse layers, (number, shape), that this many devices cannot share, including layers that are kept whole.
 
     Raises:
-      UserError: names the layer and what does not divide.
+      UserError: names the layer and the width that does not divide.
     """
     for index, shape in shapes:
         for what, size in zip(("query heads", "key/value heads", "neurons"), shape.widths, strict=True):

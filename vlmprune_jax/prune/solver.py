@@ -1,4 +1,4 @@
-"""From a ratio to widths: what a layer, a head and a neuron cost, and which sparsity reaches a target."""
+"""From a ratio to widths: the cost of a layer, a head and a neuron, and the sparsity that reaches a target."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ GRID = 10_000  # sparsities that are tried: multiples of 1e-4
 
 
 class OutOfReach(UserError):
-    """More is asked for than the method can remove."""
+    """The method cannot remove as much as asked."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Parameters per layer of a stack (what never changes), per query head, per key/value head and per MLP neuron."""
+    """Parameters per layer of a stack (the constant part), per query head, per key/value head and per MLP neuron."""
 
     layer: int
     q_head: int
@@ -31,12 +31,12 @@ class Costs:
     neuron: int
 
     def of(self, shape: LayerShape) -> int:
-        """Parameters of a layer with these widths."""
+        """Return the parameters of a layer with these widths."""
         return self.layer + shape.q_heads * self.q_head + shape.kv_heads * self.kv_head + shape.mlp * self.neuron
 
 
 def layer_costs(cfg: ModelConfig, stack: str = "text", *, products: bool = False) -> Costs:
-    """Costs of one layer of a stack, from the named axes of its weights; `products`: of matrices alone."""
+    """Return the costs of one layer of a stack, from the named axes of its weights; `products`: of matrices alone."""
     fixed, pruned, axes = 0, {"q_heads": 0, "kv_heads": 0, "mlp": 0}, layer_axes(cfg, stack)
     for name, shape in layer_shapes(cfg, stack).items():
         names = axes[name]
@@ -53,8 +53,10 @@ def layer_costs(cfg: ModelConfig, stack: str = "text", *, products: bool = False
 
 @dataclass(frozen=True)
 class Units:
-    """What width pruning removes from one layer: attention units (a whole key/value group, or one query head of every
-    group) and neurons, each with its cost in parameters. `prune_heads`, `prune_neurons`: whether the layer is in range.
+    """Units that width pruning removes from one layer, with their cost in parameters.
+
+    Attention units are whole key/value groups, or one query head of every group. `prune_heads`, `prune_neurons`: the
+    layer is in range.
     """
 
     heads: int
@@ -77,7 +79,7 @@ def units_of(
     heads_multiple: int,
     neurons_multiple: int,
 ) -> list[Units]:
-    """Units of every layer.
+    """Return the units of every layer.
 
     Raises:
       UserError: a layer in range is narrower than the multiple asked for.
@@ -103,7 +105,8 @@ def units_of(
 
 
 def kept_heads(units: int, head_dim: int, sparsity: np.ndarray) -> np.ndarray:
-    """Attention units left at each sparsity, as the reference counts: floor((C - int(C (1 - s))) / head_dim) go.
+    """Return the attention units left at each sparsity, as the reference counts: floor((C - int(C (1 - s))) / head_dim)
+    go.
 
     C = units * head_dim channels; int() truncates (algorithms of LLM-Pruner's MetaPruner).
     """
@@ -113,18 +116,18 @@ def kept_heads(units: int, head_dim: int, sparsity: np.ndarray) -> np.ndarray:
 
 
 def kept_neurons(neurons: int, sparsity: np.ndarray) -> np.ndarray:
-    """MLP neurons left at each sparsity: int(C (1 - s))."""
+    """Return the MLP neurons left at each sparsity: int(C (1 - s))."""
     return (neurons * (1 - sparsity)).astype(np.int64)
 
 
 def snap(kept: np.ndarray, step: int, full: int) -> np.ndarray:
-    """The nearest multiples of `step` from `step` to `full` (halves go up)."""
+    """Return the nearest multiples of `step` from `step` to `full` (halves round up)."""
     return np.clip((kept + step // 2) // step * step, step, full // step * step)
 
 
 @dataclass(frozen=True)
 class Widths:
-    """Attention units and neurons that stay in each layer, the sparsity behind them and the parameters they remove."""
+    """Attention units and neurons kept in each layer, their sparsity, and the parameters that they remove."""
 
     heads: tuple[int, ...]
     neurons: tuple[int, ...]
@@ -133,7 +136,7 @@ class Widths:
 
 
 def widths_at(units: Sequence[Units], head_dim: int, sparsity: float) -> Widths:
-    """Widths at one explicit sparsity, exactly as the reference counts.
+    """Return the widths at one explicit sparsity, exactly as the reference counts.
 
     Raises:
       UserError: a layer would lose all its heads or neurons.
@@ -150,14 +153,16 @@ def widths_at(units: Sequence[Units], head_dim: int, sparsity: float) -> Widths:
 
 
 def smallest_sparsity(units: Sequence[Units], head_dim: int, removal: float) -> Widths:
-    """Widths at the smallest multiple of 1e-4 whose common sparsity removes at least `removal` parameters."""
+    """Return the widths at the smallest multiple of 1e-4 whose common sparsity removes at least `removal`
+    parameters.
+    """
     heads, neurons, removed = _whole_grid(tuple(units), head_dim)
     best = int(np.argmax(removed >= removal)) if removed[-1] >= removal else GRID
     return Widths(tuple(map(int, heads[best])), tuple(map(int, neurons[best])), best / GRID, int(removed[best]))
 
 
 def most_removable(units: Sequence[Units]) -> int:
-    """Parameters that go when every layer in range keeps only one unit (or one multiple) of each kind."""
+    """Return the parameters removed if every layer in range keeps only one unit (or multiple) of each kind."""
     return sum(
         u.prune_heads * (u.heads - u.head_step) * u.head_cost
         + u.prune_neurons * (u.neurons - u.neuron_step) * u.neuron_cost
@@ -166,7 +171,7 @@ def most_removable(units: Sequence[Units]) -> int:
 
 
 def solve_widths(units: Sequence[Units], head_dim: int, removal: float) -> Widths:
-    """Widths that remove as nearly `removal` parameters as equal widths allow.
+    """Return the widths that remove `removal` parameters as nearly as equal widths allow.
 
     Heads follow the smallest common sparsity that reaches the target; then the number of neurons, one fraction for all
     layers in range, is moved until the total is nearest. With neurons in range the error is at most half of one neuron
@@ -179,10 +184,10 @@ def solve_widths(units: Sequence[Units], head_dim: int, removal: float) -> Width
 
 
 def apart(units: Sequence[Units], head_dim: int, removal: float) -> list[Widths]:
-    """Widths that remove about `removal` parameters with 0, 1, 2, ... attention units of every layer in range.
+    """Return widths that remove about `removal` parameters with 0, 1, 2, ... attention units of every layer in range.
 
-    What heads do not give, neurons do, one fraction of them for all layers in range; where these are too few (or too
-    many heads go) there is no such entry.
+    Neurons make up for the rest, one fraction of them for all layers in range; a number of heads is left out if it
+    removes too much or leaves too few neurons to remove.
     """
     inside = [u for u in units if u.prune_heads]
     found = []
@@ -201,7 +206,7 @@ def apart(units: Sequence[Units], head_dim: int, removal: float) -> list[Widths]
 
 
 def _previous(units: Sequence[Units], head_dim: int, start: Widths) -> Widths | None:
-    """Widths one step of the grid below `start`."""
+    """Return the widths one step of the grid below `start`."""
     if start.sparsity == 0:
         return None
     sparsity = round(start.sparsity * GRID - 1) / GRID
@@ -226,7 +231,9 @@ def _tune_neurons(units: Sequence[Units], widths: Widths, removal: float) -> Wid
 
 @functools.lru_cache(maxsize=4)  # a search for a budget asks for the same ones again and again
 def _neuron_grid(units: tuple[Units, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """int[fractions, layers] neurons left at each fraction of the widest layer, int[fractions] parameters that go."""
+    """Return int[fractions, layers] neurons left at each fraction of the widest layer, int[fractions] parameters
+    removed.
+    """
     widest = max(u.neurons for u in units)
     fractions = np.arange(1, widest + 1)
     kept = np.stack([snap(u.neurons * fractions // widest, u.neuron_step, u.neurons) for u in units], axis=1)
@@ -237,14 +244,14 @@ def _neuron_grid(units: tuple[Units, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.lru_cache(maxsize=4)
 def _whole_grid(units: tuple[Units, ...], head_dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`_on_grid` at every sparsity that is tried; no layer empties."""
+    """Return `_on_grid` at every sparsity that is tried; no layer empties."""
     return _on_grid(units, head_dim, np.arange(GRID + 1) / GRID, smallest=1)
 
 
 def _on_grid(
     units: Sequence[Units], head_dim: int, sparsity: np.ndarray, smallest: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """int[grid, layers] heads and neurons, and int[grid] removed parameters; `smallest` = 1 never empties a layer."""
+    """Return int[grid, layers] heads and neurons, and int[grid] removed parameters; `smallest` = 1 empties no layer."""
     heads, neurons, removed = [], [], np.zeros(len(sparsity), np.int64)
     for u in units:
         h = np.full(len(sparsity), u.heads)

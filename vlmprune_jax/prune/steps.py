@@ -1,4 +1,4 @@
-"""Calibration rows as they go through a stack layer by layer: some at a time, between layers on the host."""
+"""Calibration rows on their way through a stack layer by layer: a few at a time, between layers on the host."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class Step:
     added_ours: np.ndarray | None = dataclasses.field(init=False, default=None)
 
     def given(self, place: int, *, dense: bool = False) -> Given:
-        """Return what the layer at a place of the pruned (or the `dense`) model is given beside the stream."""
+        """Return the inputs beside the stream of the layer at a place of the pruned (or the `dense`) model."""
         added = self.added_dense if dense else self.added_ours
         return Given(self.context, None if added is None or place >= len(added) else added[place])
 
 
 def names_of_rows(batches: Sequence[Any], checked: Sequence[Arrays]) -> list[str]:
-    """What messages call the rows of the batches: by their records, where the batches tell them."""
+    """Return the rows' names for messages: those of their records, if the batches have them."""
     names = list[str]()
     for batch, arrays in zip(batches, checked, strict=True):
         ids = getattr(batch, "record_ids", None) or [""] * len(arrays["kind"])
@@ -91,7 +91,7 @@ def row_steps(
 
 
 def _step(rows: Sequence[Mapping[str, Any]], size: int, weight_of: np.ndarray, held_out: bool) -> Step:
-    """Rows padded to the longest of them and to `size` rows."""
+    """Return a step of rows padded to the longest of them and to `size` rows."""
     arrays = {}
     for name, fill in (("input_ids", 0), ("attention_mask", 0), ("kind", PADDING), ("labels", IGNORED)):
         arrays[name] = np.full((size, max(len(row["kind"]) for row in rows)), fill, np.int32)
@@ -106,7 +106,7 @@ def _step(rows: Sequence[Mapping[str, Any]], size: int, weight_of: np.ndarray, h
 
 
 def _padded(rows: Sequence[Mapping[str, Any]], name: str, size: int) -> np.ndarray | None:
-    """An array of rows, [size, ...], with zeros where one has less of it than another, or none; None: no row has it."""
+    """Return an array of rows, [size, ...], padded with zeros, for rows that lack it too; None: no row has it."""
     parts = [(at, row[name]) for at, row in enumerate(rows) if name in row]
     if not parts:
         return None
@@ -142,7 +142,7 @@ def image_steps(
 
 
 def _images(arrays: Arrays, row: int, cfg: ModelConfig) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """The pixels of a row's images, and where they are of any size their grids."""
+    """Yield the pixels of a row's images, and their grids for images of any size."""
     pixels = arrays.get("pixel_values")
     if pixels is None:
         return
@@ -159,7 +159,7 @@ def _images(arrays: Arrays, row: int, cfg: ModelConfig) -> Iterator[tuple[np.nda
 def _image_step(
     images: Sequence[tuple[np.ndarray, np.ndarray | None, str]], size: int, positions: int, held_out: bool
 ) -> Step:
-    """Images filled up to `size` of them, each with so many positions in the tower."""
+    """Return a step of images padded to `size` of them, each with this many positions in the tower."""
     inputs: dict[str, Any] = {}
     first, grid, _ = images[0]
     shape = first.shape if grid is None else (positions, first.shape[-1])
@@ -177,7 +177,7 @@ def _image_step(
 
 
 def _parted(chosen: Sequence[Any], settings: Mapping[str, Any], what: str) -> tuple[tuple[Sequence[Any], bool], ...]:
-    """(those to fit to, False) and (those to hold out, True).
+    """Return (items to fit to, False) and (items to hold out, True).
 
     Raises:
       UserError: there are fewer than two.

@@ -1,4 +1,4 @@
-"""Applying a plan: pure indexing along the named axes that each weight declares."""
+"""Application of a plan: pure indexing along the named axes that each weight declares."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from vlmprune_jax.prune.plan import KeptLayer, PrunePlan
 
 
 def apply_plan(model: Model, plan: PrunePlan) -> Model:
-    """The pruned model; `model` itself is not changed.
+    """Return the pruned model; `model` itself is not changed.
 
-    Works on host and device arrays, and on those that stay in their files (hf/lazy.py); on a mesh every parameter
+    Works on host and device arrays, and on arrays that stay in their files (hf/lazy.py); on a mesh every parameter
     keeps its named-axis sharding.
 
     Raises:
@@ -68,9 +68,9 @@ def check_plan_is_for(model: Model, plan: PrunePlan) -> None:
 
 
 def keep_indices(leaf: Any, axes: tuple[str, ...], layer: KeptLayer) -> Any:
-    """One parameter of one layer, indexed along whichever of its axes the plan prunes.
+    """Index one parameter of one layer along each axis that the plan prunes.
 
-    Whole axes are left alone, so a kept-whole tensor is returned as it is, without a copy.
+    A tensor that is kept whole is returned as it is, without a copy.
     """
     chosen = {"q_heads": layer.q_heads, "kv_heads": layer.kv_heads, "mlp": layer.neurons}
     for position, axis in enumerate(axes):

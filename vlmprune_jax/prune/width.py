@@ -1,4 +1,4 @@
-"""Which heads and neurons stay: equal widths layer by layer, or one pool over all layers."""
+"""Choice of heads and neurons: equal widths layer by layer, or one pool over all layers."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ Kept = tuple[np.ndarray, np.ndarray]  # sorted: key/value heads (gqa "groups") o
 
 @dataclass(frozen=True)
 class Target:
-    """What a width plan aims at: `removal` parameters from the layers that stay, or the reference's sparsity.
+    """Target of a width plan: `removal` parameters from the kept layers, or the reference's sparsity.
 
-    `asked` is the ratio as the user gave it and `total` what it refers to, for messages.
+    `asked` is the ratio that the user set and `total` the count it refers to, for messages.
     """
 
     removal: float | None
@@ -57,7 +57,7 @@ def choose_widths(
     total: int,
     stack: str = "text",
 ) -> tuple[dict[int, Kept], dict[str, Any]]:
-    """What each layer of `alive` (original numbers) keeps, and what the solver found, for the plan's record.
+    """Return what each layer of `alive` (original numbers) keeps, and the solver's result for the plan's record.
 
     With a `base`, ratio and sparsity are relative to that wider config, as in the reference's iterative pruning.
 
@@ -119,10 +119,10 @@ def _units(base: Stack, costs: Costs, gqa: str, alive: Collection[int], config: 
 def _local(
     scores: Scores, base: Stack, units: Sequence[Units], alive: Sequence[int], target: Target, *, trade: bool
 ) -> tuple[dict[int, Kept], dict[str, Any]]:
-    """The highest-scoring units of each layer; widths are the same in all layers in range.
+    """Return the highest-scoring units of each layer; widths are equal in all layers in range.
 
-    Heads and neurons lose the same share, or (`trade`) those shares whose scores add up to least: the loss that is left
-    to a parameter, in as far as scores of both are of one kind.
+    Heads and neurons lose the same share, or (`trade`) the shares whose scores add up to the least: the smallest loss
+    per parameter, as far as scores of both are comparable.
     """
     if target.removal is None:
         assert target.sparsity is not None
@@ -139,7 +139,7 @@ def _local(
 
 
 def _lost(scores: Scores, base: Stack, widths: Widths, alive: Sequence[int]) -> float:
-    """Sum of the scores of what goes."""
+    """Return the sum of the scores of removed units."""
     heads, neurons = (_ranked(scores, kind, base.layers) for kind in ("heads", "mlp"))
     lost = 0.0
     for i in alive:
@@ -150,25 +150,25 @@ def _lost(scores: Scores, base: Stack, widths: Widths, alive: Sequence[int]) -> 
 
 @dataclass(frozen=True, eq=False)
 class _Pool:
-    """Units that compete: their indices from the lowest score up, and the sum of the scores of the n lowest."""
+    """Competing units: their indices by ascending score, and the sum of the scores of the n lowest."""
 
     order: np.ndarray
     lost: np.ndarray
 
     @classmethod
     def of(cls, values: np.ndarray, first: int) -> _Pool:
-        """Of equal scores the later ones rank higher; `first` is the index of the first unit."""
+        """Rank units by score; of equal scores the later ones rank higher. `first`: index of the first unit."""
         order = np.argsort(values, kind="stable")
         return cls(first + order, np.concatenate([[0.0], np.cumsum(values[order])]))
 
     def highest(self, count: int) -> np.ndarray:
-        """Sorted indices of the `count` highest (all, if there are fewer)."""
+        """Return sorted indices of the `count` highest (all, if there are fewer)."""
         return np.sort(self.order[max(len(self.order) - count, 0) :])
 
 
 @functools.lru_cache(maxsize=4)  # by identity; a search for a budget asks for the same ones again and again
 def _ranked(scores: Scores, kind: str, shapes: tuple[LayerShape, ...]) -> tuple[tuple[_Pool, ...], ...]:
-    """The pools of each layer: one, of query heads one per key/value head."""
+    """Return the pools of each layer: one, or one per key/value head for query heads."""
     values = dict(zip(("heads", "mlp"), scores.widths, strict=True))[kind]
     within = kind == "heads" and scores.options.get("gqa") == "q_heads"
     parts = [one.reshape(shape.kv_heads if within else 1, -1) for one, shape in zip(values, shapes, strict=True)]
@@ -176,7 +176,7 @@ def _ranked(scores: Scores, kind: str, shapes: tuple[LayerShape, ...]) -> tuple[
 
 
 def _kept(scores: Scores, base: Stack, widths: Widths, alive: Sequence[int]) -> dict[int, Kept]:
-    """The highest-scoring units of each layer, as many as the widths say."""
+    """Return the highest-scoring units of each layer, as many as the widths say."""
     heads, neurons = (_ranked(scores, kind, base.layers) for kind in ("heads", "mlp"))
     return {
         i: (
@@ -188,14 +188,14 @@ def _kept(scores: Scores, base: Stack, widths: Widths, alive: Sequence[int]) -> 
 
 
 def shape_of(kept: Kept, shape: LayerShape, gqa: str) -> LayerShape:
-    """What is left of a layer of this shape."""
+    """Return the shape that is left of a layer."""
     heads, neurons = map(len, kept)
     q, kv = (heads * (shape.q_heads // shape.kv_heads), heads) if gqa == "groups" else (heads, shape.kv_heads)
     return LayerShape(q, kv, neurons, shape.window)
 
 
 def kept_layer(index: int, kept: Kept, shape: LayerShape, gqa: str) -> KeptLayer:
-    """The same as a plan has it."""
+    """Return the plan's entry of a layer."""
     heads, neurons = kept
     group = shape.q_heads // shape.kv_heads
     if gqa == "groups":
@@ -208,10 +208,11 @@ def kept_layer(index: int, kept: Kept, shape: LayerShape, gqa: str) -> KeptLayer
 def _global(
     scores: Scores, base: Stack, units: Sequence[Units], alive: Sequence[int], target: Target
 ) -> tuple[dict[int, Kept], dict[str, Any]]:
-    """One pool of head and neuron scores over all layers in range; everything up to the n-th smallest goes.
+    """Remove the lowest-scoring units of one pool of head and neuron scores over all layers.
 
-    As in the reference, scores are not normalised (heads, sums over many channels, rarely go), and a group that would
-    lose everything stays whole. n = pool - int(initial units * (1 - sparsity)), or what comes nearest to the ratio.
+    As in the reference, scores are not normalised (heads, sums over many channels, are rarely removed), and a group
+    that would lose everything stays whole. Everything up to the n-th smallest is removed: n = pool - int(initial units
+    * (1 - sparsity)), or the count nearest to the ratio.
     """
     head_scores, neuron_scores = scores.widths
     attention = [head_scores[i] for i in alive if units[i].prune_heads]
@@ -259,7 +260,7 @@ def _above(values: np.ndarray, threshold: float, inside: bool) -> np.ndarray:
 
 
 def _nearest_count(removed: Callable[[int], int], most: int, removal: float) -> int:
-    """The count whose `removed` is nearest to `removal`; it grows until a layer would empty."""
+    """Return the count whose `removed` is nearest to `removal`; it grows until a layer would empty."""
     low, high = 0, most
     while high - low > 1:
         middle = (low + high) // 2

@@ -1,4 +1,4 @@
-"""What makes a layer, a head or a neuron worth keeping: one file per criterion, and all of them by name."""
+"""Criteria that score layers, heads and neurons: one file each, and a mapping by name."""
 
 from vlmprune_jax.prune.criteria.activations import Blocks, Tokens
 from vlmprune_jax.prune.criteria.angular import ANGULAR
@@ -28,7 +28,7 @@ CRITERIA: dict[str, Criterion] = {
 
 
 def scoring(what: str) -> str:
-    """The criteria that score "layers" or "widths", for messages: `a or b or c`."""
+    """Return the criteria that score "layers" or "widths", for messages: `a or b or c`."""
     return " or ".join(name for name, criterion in CRITERIA.items() if what in criterion.scores)
 
 

@@ -23,11 +23,10 @@ from vlmprune_jax.prune.criteria.calibration import IMAGE, KINDS, PADDING, Array
 
 
 class Tokens(NamedTuple):
-    """The tokens of a batch, both [batch, seq]; of a tower every position of every image is a row of one token.
+    """Tokens of a batch, [batch, seq]; of a tower, every position of every image is a row of one token.
 
-    `weight`: float32, what a token counts: 0 where it is padding or of a kind that is left out, else 1 or what the
-    settings say its kind counts. `kind`: int32, one of PADDING, PROMPT, IMAGE and
-    ANSWER (a token with a label; of a batch without labels none is).
+    `weight`: float32, 0 for padding and excluded token types, else 1 or the weight that the settings give the type.
+    `kind`: int32, one of PADDING, PROMPT, IMAGE and ANSWER (a token with a label; a batch without labels has none).
     """
 
     weight: jax.Array
@@ -35,7 +34,7 @@ class Tokens(NamedTuple):
 
 
 class Blocks(Protocol):
-    """The blocks of a stack over one batch: `blocks(tap, inputs=())` -> a list with what `tap` gave for each block.
+    """Blocks of a stack over one batch: `blocks(tap, inputs=())` -> a list with the result of `tap` for each block.
 
     `tap(block)` sees `models.block.BlockValues`: `before` and `after` (of the decoder's last block after the final
     norm), `inputs` by the names asked for ("o_proj", "down_proj" and others of `models.block.VALUES`; the same in every
@@ -57,17 +56,18 @@ def accumulate(
     progress: Callable[[int], None] | None,
     journal: Journal | None,
 ) -> tuple[Any, dict[str, Any]]:
-    """The tree that `function(blocks, tokens, **options)` gives, float64 on the host, added up over all batches.
+    """Return the tree that `function(blocks, tokens, **options)` returns, summed over all batches in float64 on the
+    host.
 
-    With `splits` also the trees over the tokens of each kind alone, by name, if there are several kinds.
+    With `splits` also the trees over the tokens of each type alone, by name, if there are several types.
 
     Args:
-      stack: whose blocks these are; of the tower's, batches without an image have nothing to say.
-      weight_of: float32[4], what a token of each kind counts.
-      journal: where each batch's sums are kept, and continued from.
+      stack: name of the stack; for the tower, batches without images are skipped.
+      weight_of: float32[4], weight of a token of each type.
+      journal: keeps the sums of each batch, to continue from.
 
     Raises:
-      UserError: the tower is asked about, and no batch has an image.
+      UserError: the tower is to be scored, and no batch has an image.
     """
     mesh = mesh_of(model.params)
     params = jax.tree.map(jnp.asarray, model.params) if mesh is None else model.params
@@ -108,7 +108,7 @@ def accumulate(
 
 
 def _fits(entry: Any, shapes: list[tuple[int, ...]]) -> bool:
-    """Whether an entry of a journal is numbers of these shapes."""
+    """Return True if an entry of a journal holds numbers of these shapes."""
     try:
         found = [np.asarray(leaf) for leaf in entry]
     except (TypeError, ValueError):
@@ -122,7 +122,7 @@ def _inputs(arrays: Arrays) -> dict[str, Any]:
 
 
 def with_images(batches: Iterable[Arrays]) -> Iterator[Arrays]:
-    """Those that have images.
+    """Return the batches that have images.
 
     Raises:
       UserError: none has.
@@ -197,6 +197,6 @@ def _tower(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
 
 
 def real_images(kind: Any, slots: int, tokens_per_image: int) -> Any:
-    """bool[batch, slots], which of a row's images it has positions of; the others are zeros."""
+    """Return bool[batch, slots]: images that a row has positions for; the other slots are zeros."""
     count = -(-(kind == IMAGE).sum(axis=1) // tokens_per_image)
     return np.arange(slots)[None] < count[:, None]

@@ -1,4 +1,4 @@
-"""How far apart the states before and after several consecutive layers are (arXiv 2403.17887)."""
+"""Angular distance between the states before and after several consecutive layers (arXiv 2403.17887)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from vlmprune_jax.prune.criteria.criterion import Criterion, Parts, declared
 
 
 def angles(blocks: Blocks, tokens: Tokens, *, layers_removed: int | None) -> tuple[jax.Array, jax.Array]:
-    """Sums over rows of arccos(cos)/pi between h_i and h_{i + layers_removed}, one per start i, and how many rows.
+    """Return the sums over rows of arccos(cos)/pi between h_i and h_{i + layers_removed}, one per start i, and the row
+    count.
 
-    States are those of each row's last token that counts; a row counts what that token does.
+    States are those of each row's last token with weight; the row has that token's weight.
 
     Raises:
-      UserError: `layers_removed` is not given, or does not leave a layer.
+      UserError: `layers_removed` is not set, or leaves no layer.
     """
     if layers_removed is None:
         raise UserError("criterion 'angular' needs layers_removed= (the number of consecutive layers to remove)")
@@ -49,9 +50,10 @@ def angles(blocks: Blocks, tokens: Tokens, *, layers_removed: int | None) -> tup
 
 
 def mean_angle(sums: Any, model: Model, *, reference_compat: bool, stack: str) -> Parts:
-    """float64[n_layers]: the mean over rows (`reference_compat`: the sum) of the layers that start at each.
+    """Return float64[n_layers]: the mean over rows (`reference_compat`: the sum) for the layers that start at each
+    index.
 
-    Those that would reach past the last layer are +inf (never removed).
+    Starts whose layers would reach past the last layer are +inf (never removed).
     """
     total, rows = sums
     importance = np.full(len(model.cfg.stack(stack).layers), np.inf)

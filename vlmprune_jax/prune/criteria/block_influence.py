@@ -1,4 +1,4 @@
-"""How much each layer changes its input (ShortGPT, arXiv 2403.03853)."""
+"""Block Influence: how much each layer changes its input (ShortGPT, arXiv 2403.03853)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from vlmprune_jax.prune.criteria.criterion import Criterion, Parts, declared
 
 
 def distances(blocks: Blocks, tokens: Tokens, *, reference_compat: bool) -> tuple[jax.Array, jax.Array]:
-    """Weighted sums of 1 - cos(input, output) of each layer over the tokens, float[n_layers], and of the weights.
+    """Return weighted sums over tokens of 1 - cos(input, output) of each layer, float[n_layers], and the sum of the
+    weights.
 
-    The last layer's output is taken after the final norm, and a token whose input or output is zero counts 0.5.
+    The last layer's output is taken after the final norm. A token whose input or output is zero contributes 0.5.
     `reference_compat` sums over all positions, padding included.
     """
     weight = jnp.ones_like(tokens.weight) if reference_compat else tokens.weight
@@ -32,13 +33,13 @@ def distances(blocks: Blocks, tokens: Tokens, *, reference_compat: bool) -> tupl
 
 
 def mean_distance(sums: Any, model: Model, *, reference_compat: bool) -> Parts:
-    """float64[n_layers] mean over the real tokens; `reference_compat`: the sums, the reference code's importances."""
+    """Return the float64[n_layers] mean over real tokens; `reference_compat`: the sums, as in the reference code."""
     total, tokens = sums
     return {"importance": total if reference_compat else total / positive(tokens)}
 
 
 def cosine_distance(a: jax.Array, b: jax.Array) -> jax.Array:
-    """1 - cos over the last axis in float32; 0.5 where a vector is zero.
+    """Return 1 - cos over the last axis in float32; 0.5 if a vector is zero.
 
     Computed as |a/|a| - b/|b||^2 / 2, which keeps its relative precision for the nearly equal states of deep layers,
     where 1 - cos cancels.

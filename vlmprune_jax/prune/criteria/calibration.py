@@ -1,4 +1,4 @@
-"""Calibration batches: checked once, on the host, before anything is compiled for them."""
+"""Calibration batches, checked once on the host before anything is compiled for them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ KIND_WEIGHTS = {f"{name}_weight": getattr(ScoreConfig(), f"{name}_weight") for n
 
 
 def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: bool) -> Iterator[Arrays]:
-    """Arrays of each batch: input_ids, attention_mask, kind (of every token), perhaps pixel_values and labels.
+    """Yield the arrays of each batch: input_ids, attention_mask, kind (type of every token), perhaps pixel_values,
+    labels.
 
-    `batches`: mappings, or objects with such a mapping as `.arrays`. `labels`: whether every batch must have them.
+    `batches`: mappings, or objects with such a mapping as `.arrays`. `labels`: require labels in every batch.
     pixel_values come out per row, float32[batch, images, 3, H, W]; as [images, 3, H, W] in order of appearance, as
-    processors emit them, they are given to the rows that have their positions. Where images are of any size they come
-    out as `patch_rows` has them, with image_grid_thw and position_ids.
+    processors emit them, they are assigned to the rows that have their positions. Images of any size come out as
+    `patch_rows` arranges them, with image_grid_thw and position_ids.
 
     Raises:
       UserError: there is no batch, an array is missing, or shapes, ids, images or labels do not fit the model.
@@ -43,7 +44,7 @@ def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: boo
 
 
 def weight_of_kinds(options: Mapping[str, float]) -> np.ndarray:
-    """float32[4]: what a token of each kind counts by these options (of `KIND_WEIGHTS`); padding counts nothing."""
+    """Return float32[4]: the weight of a token of each type by these options (`KIND_WEIGHTS`); 0 for padding."""
     weights = np.zeros(4, np.float32)
     for name, kind in KINDS.items():
         weights[kind] = options[f"{name}_weight"]
@@ -51,16 +52,16 @@ def weight_of_kinds(options: Mapping[str, float]) -> np.ndarray:
 
 
 def kinds_in(counts: np.ndarray) -> list[str]:
-    """Names of the kinds that there are tokens of (int[4], how many of each), if they are several."""
+    """Return the names of the token types present (int[4], count of each), if there are several."""
     names = [name for name, kind in KINDS.items() if counts[kind]]
     return names if len(names) > 1 else []
 
 
 def positive(count: Any) -> Any:
-    """`count` of real tokens, or rows with one.
+    """Return `count`, the number of real tokens or of rows with one.
 
     Raises:
-      UserError: there is none.
+      UserError: it is zero.
     """
     if count == 0:
         raise UserError("the calibration batches have no real token: every attention_mask is 0")
@@ -105,7 +106,7 @@ def _check_labels(labels: np.ndarray, cfg: ModelConfig) -> None:
 
 
 def _per_row(pixels: np.ndarray, ids: np.ndarray, cfg: ModelConfig) -> np.ndarray:
-    """[batch, images, 3, H, W] of [images, 3, H, W] in order of appearance; rows with fewer carry zeros at the end."""
+    """Return [batch, images, 3, H, W] of [images, 3, H, W] in order of appearance; rows with fewer end with zeros."""
     positions = (ids == cfg.image_token_id).sum(axis=1)
     counts, rest = np.divmod(positions, cfg.tokens_per_image)
     if rest.any():
@@ -122,7 +123,7 @@ def _per_row(pixels: np.ndarray, ids: np.ndarray, cfg: ModelConfig) -> np.ndarra
 
 
 def _kinds(arrays: Arrays, cfg: ModelConfig) -> np.ndarray:
-    """int32[batch, seq], what every token is."""
+    """Return int32[batch, seq], the type of every token."""
     kind = np.full(arrays["input_ids"].shape, PROMPT, np.int32)
     if "labels" in arrays:
         kind[arrays["labels"] != IGNORED] = ANSWER

@@ -1,8 +1,8 @@
-"""What heads and neurons add to the residual stream, from a forward pass alone.
+"""Contribution of heads and neurons to the residual stream, from a forward pass alone.
 
 `activation`: the norm of a channel's values over the tokens times the norm of the weights that they are multiplied with
 (Wanda's product, arXiv 2306.11695, for whole units). `fluctuation`: the variance of the values times the squared norm
-(FLAP, arXiv 2312.11983): a channel that hardly varies is one that a bias could stand for.
+(FLAP, arXiv 2312.11983): a bias could replace a channel that hardly varies.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Moments = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of means of x and of
 
 
 def moments(blocks: Blocks, tokens: Tokens) -> tuple[list[Any], jax.Array]:
-    """Sums of w x and w x^2 of every channel that o_proj and down_proj read, per layer, and of w."""
+    """Return the sums of w x and w x^2 of every input channel of o_proj and down_proj, per layer, and of w."""
     weight = tokens.weight
 
     def tap(block: BlockValues) -> dict[str, tuple[jax.Array, jax.Array]]:
@@ -47,7 +47,9 @@ def moments(blocks: Blocks, tokens: Tokens) -> tuple[list[Any], jax.Array]:
 
 
 def weighted(sums: Any, model: Model, *, moment: Moments, power: int, gqa: str, stack: str) -> Parts:
-    """Heads and neurons: `moment` of each channel times its weights' norm to the `power`, summed over a unit."""
+    """Return the scores of heads and neurons: each channel's `moment` times its weights' norm to the `power`, summed by
+    unit.
+    """
     layers, total = sums
     count = positive(total)
     norms = [

@@ -1,4 +1,4 @@
-"""What a criterion is: one description, which scoring, the checks of settings and the commands go by."""
+"""Description of a criterion, which scoring, settings checks and commands read."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ Parts = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Criterion:
-    """One way to tell what of a model matters.
+    """Criterion for the importance of layers or of heads and neurons.
 
-    `scores`: of "layers" and "widths" (heads and neurons), what it tells about. `options`: defaults by name; each
-    function is given those that it has parameters for. An option `variant` shows in the criterion's name, `gqa` and
-    `layers_removed` say what the numbers are of (see `Scores`).
+    `scores`: which of "layers" and "widths" (heads and neurons) it scores. `options`: defaults by name; each function
+    is passed those that it has parameters for. An option `variant` shows in the criterion's name; `gqa` and
+    `layers_removed` say what the numbers refer to (see `Scores`).
 
-    What `function` is depends on what it `needs`:
+    The signature of `function` depends on `needs`:
       weights: function(model, **options) -> parts.
       activations: function(blocks, tokens, **options) -> a tree of sums over the tokens of one batch, computed on the
-        device (`activations.Blocks`, `activations.Tokens`). Sums of all batches are added up in float64, and
-        `finish(sums, model, **options)` -> parts.
-      labels: function(model, batches, progress, **options) -> parts, a pass of its own over checked batches that have
-        labels (weight gradients: `gradients.gradient_channels`); with `splits` -> (parts, {kind: parts}), and with
-        `journals` it takes a `cache` (`data.cache.ArrayCache`, or None) to continue from.
+        device (`activations.Blocks`, `activations.Tokens`). Sums of all batches are added in float64, and `finish(sums,
+        model, **options)` -> parts.
+      labels: function(model, batches, progress, **options) -> parts, its own pass over checked batches with labels
+        (weight gradients: `gradients.gradient_channels`); with `splits` -> (parts, {kind: parts}), and with `journals`
+        it takes a `cache` (`data.cache.ArrayCache`, or None) to continue from.
     Parts are fields of `Scores`: {"importance": ...}, {"heads": ..., "mlp": ...} or all three.
 
-    `stacks`: whose layers it can score, see `config.STACKS`; a function with a parameter `stack` is told which ones.
-    `counts`: what `progress` is called with, the number of finished "batches" or "layers". `journals`: whether the sums
-    of every batch are kept on disk, so that an interrupted pass continues after them; for sums of few numbers.
-    `splits`: whether all that it sums is weighed by `tokens.weight`, so that over the tokens of a kind it says what the
-    model does with these; its scores then come by kind of token as well (`Scores.by_kind`).
+    `stacks`: stacks that it can score, see `config.STACKS`; a function with a parameter `stack` is passed the name.
+    `counts`: unit of `progress`, finished "batches" or "layers". `journals`: the sums of every batch are kept on disk,
+    so that an interrupted pass continues (for sums of few numbers). `splits`: all its sums are weighted by
+    `tokens.weight`, so that they can be restricted to tokens of one type; its scores then come by token type as well
+    (`Scores.by_kind`).
 
     Raises:
       UserError: a description that contradicts itself, or an option that no function has a parameter for.
@@ -80,7 +80,7 @@ class Criterion:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """`options`, and what tokens of each kind count where that is not the criterion's own business."""
+        """Defaults of `options`, and token weights unless the criterion has its own."""
         return {**self.options, **(KIND_WEIGHTS if self.splits else {})}
 
     def options_in(self, config: ScoreConfig) -> dict[str, Any]:
@@ -93,16 +93,16 @@ class Criterion:
 
     @property
     def needs_batches(self) -> bool:
-        """Whether it looks at calibration data at all."""
+        """True if it reads calibration data."""
         return self.needs != "weights"
 
     @property
     def file(self) -> Path | None:
-        """The file of a criterion that is not this package's own: what it gives changes with that file."""
+        """File of a criterion that is not this package's own; its scores depend on that file."""
         return file_of_users(self.finish or self.function)
 
     def total(self, cfg: ModelConfig, batches: Sized, stack: str = "text") -> int:
-        """How far `progress` counts."""
+        """Return the final value of `progress`."""
         return len(cfg.stack(stack).layers) if self.counts == "layers" else len(batches)
 
 
@@ -112,6 +112,6 @@ def declared(*names: str) -> dict[str, Any]:
 
 
 def taken(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the options that a function has parameters for."""
+    """Return the options that a function has parameters for."""
     parameters = inspect.signature(function).parameters
     return {name: value for name, value in options.items() if name in parameters}

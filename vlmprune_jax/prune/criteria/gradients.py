@@ -1,4 +1,4 @@
-"""Channel scores from the gradients of the calibration loss by the weights of every decoder layer.
+"""Channel scores from the gradients of the calibration loss with respect to the weights of every decoder layer.
 
 Memory-bounded: a forward pass saves each block's input; then, block by block in reverse, the block's weight gradients
 are built, reduced to channel scores, and dropped. One layer's gradients exist at a time; the embeddings and the vision
@@ -50,25 +50,25 @@ def gradient_channels(
     progress: Callable[[int], None] | None,
     cache: ArrayCache | None,
 ) -> tuple[list[Found], dict[str, list[Found]]]:
-    """Per layer {path: channels(weight, gradient, squared, axis)} of its coupled weights (see `groups.coupled`).
+    """Return per layer {path: channels(weight, gradient, squared, axis)} of its coupled weights (see `groups.coupled`).
 
     `gradient`: of the mean cross-entropy over all labels of all batches, however the rows are cut; `squared`: with
     `squares` the mean over the samples of the squared gradients of their own mean losses, else None; all float32 in the
-    weight's shape. `axis` is the one that is not pruned: `channels` reduces over it, on the device, to any tree.
+    weight's shape. `axis` is the axis that is not pruned: `channels` reduces over it, on the device, to any tree.
 
-    The gradient by the weight of a projection is a sum over the tokens that go through it, of gradient at its output
-    times input. `weight_of` weighs them by kind. With `by_kind` there is also what `channels` makes of the share of
-    each kind alone, by name; these shares add up to the gradient.
+    The gradient of a projection's weight is a sum over tokens of (gradient at the output) x (input). `weight_of`
+    weights the terms by token type. With `by_kind` the result also has `channels` of each type's share, by name; the
+    shares add up to the gradient.
 
     Args:
       batches: with labels (-100 ignored, not shifted). Rows of different length are padded on the right.
-      channels: a function of a module; its identity decides what is compiled again.
+      channels: a module-level function; its identity decides what is compiled again.
       rows_per_step: rows differentiated at once, default the first batch's; with `squares` it is 1.
       memory_budget: bytes on a device for products that are kept for the backward pass, default half of what is free;
-        those that do not fit are computed twice. It does not change the result, to the bit.
-      weight_of: float32[4], what a token of each kind counts.
+        products that do not fit are computed twice. The result is the same to the bit.
+      weight_of: float32[4], weight of a token of each type.
       progress: called with the number of finished layers.
-      cache: where an interrupted pass continues from: an eighth of the layers at a time, and where `Stopped` ends it.
+      cache: saves an eighth of the layers at a time, and on `Stopped`, for an interrupted pass to continue from.
 
     Raises:
       UserError: no label at all.
@@ -94,7 +94,7 @@ def gradient_channels(
 
 
 class _Weighed(NamedTuple):
-    """Labels of each step (int[steps]) and of all, and the number of samples."""
+    """Number of labels in each step (int[steps]) and in all, and the number of samples."""
 
     steps: np.ndarray
     total: float
@@ -111,7 +111,7 @@ def _backward(
     progress: Callable[[int], None] | None,
     cache: ArrayCache | None,
 ) -> list[Found]:
-    """Of every layer what `channels` made, with a first axis of the ways that tokens are counted in."""
+    """Return the result of `channels` for every layer, with a first axis over the token weightings."""
     cfg, n_layers = model.cfg, len(model.cfg.text.layers)
     ways = 1 if steps[0]["counts"] is None else steps[0]["counts"].shape[1]
     structure = functools.partial(_structure, model, channels, squares, ways)
@@ -146,14 +146,14 @@ def _backward(
 
 
 def _structure(model: Model, channels: Callable[..., Any], squares: bool, ways: int, number: int) -> Any:
-    """The tree that `_reduce` makes of a layer."""
+    """Return the tree structure of `_reduce` for a layer."""
     layer, _ = _layer_of(model, number)
     reduce = functools.partial(_reduce, cfg=model.cfg, channels=channels)
     return jax.tree.structure(jax.eval_shape(reduce, layer, _no_sums(layer, model.cfg, squares, ways), 1.0, 1.0))
 
 
 def _save(cache: ArrayCache | None, layers: list[Found], cotangents: list[jax.Array]) -> None:
-    """Keep the layers that the cache has not, and the gradients at the input of the last."""
+    """Save the layers that are missing from the cache, and the gradients at the input of the last."""
     if cache is None:
         return
     last, arrays = len(layers), dict[str, np.ndarray]()
@@ -167,7 +167,7 @@ def _save(cache: ArrayCache | None, layers: list[Found], cotangents: list[jax.Ar
 def _resume(
     cache: ArrayCache | None, structure: Callable[[int], Any], n_layers: int, steps: list[Any], mesh: Mesh | None
 ) -> tuple[list[Found], list[jax.Array]]:
-    """What `_save` kept last."""
+    """Return what `_save` saved last."""
 
     def there(done: int) -> bool:
         keys = [*(f"layer {n}/0" for n in range(done)), *(f"{done} layers/{at}" for at in range(len(steps)))]
@@ -186,7 +186,7 @@ def _resume(
 
 
 def _stack(batches: Iterable[Arrays], rows: int | None) -> Arrays:
-    """All rows as [steps, rows, ...]: padded to one length and one number of images, then to whole steps."""
+    """Return all rows as [steps, rows, ...]: padded to one length and one number of images, then to whole steps."""
     seen = list(batches)
     rows = rows or len(seen[0]["input_ids"])
     if rows < 1:
@@ -212,7 +212,9 @@ def _stack(batches: Iterable[Arrays], rows: int | None) -> Arrays:
 
 
 def _stack_rows(seen: list[Arrays], name: str, rows: int, length: int) -> np.ndarray:
-    """An array of all batches, of images or positions, each padded with zeros to the largest; batches may have none."""
+    """Return an array of images or positions of all batches, each padded with zeros to the largest; batches may lack
+    it.
+    """
     parts = [arrays[name] for arrays in seen if name in arrays]
     sizes = np.max([part.shape[1:] for part in parts], axis=0).tolist()
     if name == "position_ids":
@@ -227,14 +229,14 @@ def _stack_rows(seen: list[Arrays], name: str, rows: int, length: int) -> np.nda
 
 
 def _label_counts(labels: np.ndarray) -> np.ndarray:
-    """int[steps, rows] labels that are predicted: not the first position, which nothing precedes."""
+    """Return int[steps, rows], the number of predicted labels: nothing predicts the first position."""
     return (labels[..., 1:] != IGNORED).sum(axis=-1)
 
 
 def _micro(data: Arrays, ways: list[np.ndarray]) -> Iterator[dict[str, Any]]:
-    """What is differentiated at once: arrays with the positions and targets of the loss in place of labels.
+    """Yield the inputs of one step: arrays with the positions and targets of the loss in place of labels.
 
-    counts: float32[rows, ways, seq], what each token counts; None where all count 1.
+    counts: float32[rows, ways, seq], the weight of each token in each weighting; None if all are 1.
     """
     labels = data["labels"]
     targets = np.concatenate([labels[..., 1:], np.full_like(labels[..., :1], IGNORED)], axis=-1)
@@ -250,13 +252,13 @@ def _micro(data: Arrays, ways: list[np.ndarray]) -> Iterator[dict[str, Any]]:
 
 
 class _Budget:
-    """Bytes of a device that products may take: those asked for, or half of what is free."""
+    """Device memory for products, in bytes: as asked, or half of what is free."""
 
     def __init__(self, asked: int | None):
         self.left = min(from_all(lambda: free_memory() // 2 if asked is None else asked))
 
     def kept(self, products: list[jax.Array]) -> list[jax.Array] | None:
-        """The products, where they fit."""
+        """Return the products if they fit, else None."""
         size = sum(leaf.addressable_shards[0].data.nbytes for leaf in products)
         if size > self.left:
             return None
@@ -265,7 +267,9 @@ class _Budget:
 
 
 def _forward(model: Model, steps: list[dict[str, Any]], budget: _Budget, layers: int) -> list[list[Any]]:
-    """Of these first layers, at every step, input and products (None: they do not fit); at last the output of them."""
+    """Return, for these first layers and every step, input and products (None if they do not fit), and the
+    last output.
+    """
     embedded = [_embed(model.params, micro, cfg=model.cfg) for micro in steps]
     xs, added = [x for x, _ in embedded], [one for _, one in embedded]
     stream = []
@@ -282,7 +286,7 @@ def _forward(model: Model, steps: list[dict[str, Any]], budget: _Budget, layers:
 
 
 def _layer_of(model: Model, number: int) -> tuple[Params, TextConfig]:
-    """The parameters of a decoder layer, and a decoder's config that has this layer only."""
+    """Return the parameters of a decoder layer, and a config with this layer only."""
     for run, (start, length, shape) in enumerate(runs(model.cfg.text.layers)):
         if number < start + length:
             stacked = model.params["text"]["layers"][str(run)]
@@ -315,7 +319,7 @@ def _block(layer: Params, x: jax.Array, micro: Any, *, text: TextConfig) -> tupl
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def _loss_gradient(params: Params, x: jax.Array, micro: Any, *, cfg: ModelConfig) -> jax.Array:
-    """d(sum of cross-entropies) / dx of the last block's output; float32 logits exist for CHUNK positions at a time."""
+    """Return d(sum of cross-entropies) / dx at the last block's output; logits exist for CHUNK positions at a time."""
     module, positions, targets = to_nnx(Model(params, cfg)), micro["positions"], micro["targets"]
 
     def loss(h: jax.Array, wanted: jax.Array) -> jax.Array:
@@ -342,7 +346,8 @@ def _no_sums(layer: Params, cfg: ModelConfig, squares: bool, ways: int) -> tuple
 def _differentiate(
     layer: Params, x: jax.Array, micro: Any, products: Any, cotangent: Any, weight: Any, sums: Any, *, text: TextConfig
 ) -> tuple[tuple[Any, Any], jax.Array]:
-    """Sums of the coupled weights' gradients and of their squares with this step's, and the gradient at the input.
+    """Add one step's gradients of the coupled weights, and their squares, to the sums; return the gradient at the
+    input.
 
     weight: labels of the step, whose one row's mean loss is squared.
     """

@@ -1,10 +1,9 @@
-"""Whole layers by search: one after the other goes that without which the answers are predicted best.
+"""Whole layers by greedy search: each round removes the layer without which the labels are predicted best.
 
-Each round runs the calibration rows from the layer that is tried to the end; what comes before is kept on the host,
-float32[rows, seq, embed] for every kept layer. After the first round only those layers are tried again that cost least
-when they were tried last, since a layer seldom becomes cheaper by the removal of another. `solved` closes every cut
-that is tried as `reconstruct` would (least squares in the layer before it), and so searches for what is left after
-that.
+Each round runs the calibration rows from the layer on trial to the end; the inputs of every kept layer stay on the
+host, float32[rows, seq, embed]. After the first round only the layers that cost least at their last trial are tried
+again, since removing one layer seldom makes another cheaper. `solved` closes every trial cut as `reconstruct` would
+(least squares in the layer before it), and so searches for the best model after reconstruction.
 """
 
 from __future__ import annotations
@@ -43,14 +42,14 @@ def greedy_loss(
     candidates: int,
     search: int | None,
 ) -> Parts:
-    """float64[n_layers], the order in which the layers go, by the summed cross-entropy of all labels.
+    """Return float64[n_layers], the order in which layers are removed, by the summed cross-entropy of all labels.
 
     Args:
       batches: with labels (-100 ignored, not shifted).
-      progress: called with the number of layers that were searched for, behind each that was tried.
-      solved: whether every cut is closed by least squares before it is judged.
-      candidates: how many layers each round but the first tries: those that cost least the last time.
-      search: how many layers are searched for, default half; the others follow by what they cost the last time.
+      progress: called after each trial with the number of removed layers.
+      solved: close every cut by least squares before it is judged.
+      candidates: number of layers tried in each round but the first, those with the lowest cost at their last trial.
+      search: number of layers to search for, default half; the others follow by their last cost.
 
     Raises:
       UserError: options out of range, too few rows to solve for, or a loss that is not finite.
@@ -87,7 +86,7 @@ def greedy_loss(
 
 
 class _Cut:
-    """The model without the layers that went, and what enters each layer that is `kept`; `loss`: with all of them."""
+    """Model without the removed layers, and the inputs of each layer that is `kept`; `loss`: with all layers."""
 
     def __init__(self, model: Model, steps: Sequence[Step], solved: bool):
         self.kept = list(range(len(model.cfg.text.layers)))
@@ -105,7 +104,7 @@ class _Cut:
             )
 
     def loss_without(self, layer: int) -> float:
-        """Summed cross-entropy without it; infinite if it is no number."""
+        """Return the summed cross-entropy without a layer; infinite if it is not finite."""
         place = self.kept.index(layer)
         _, x = self._closed(place)
         for now, number in enumerate(self.kept[place + 1 :], start=place):
@@ -114,7 +113,7 @@ class _Cut:
         return loss if math.isfinite(loss) else math.inf
 
     def remove(self, layer: int) -> None:
-        """For good."""
+        """Remove a layer for good."""
         place = self.kept.index(layer)
         changed, x = self._closed(place)
         if changed is not None:
@@ -124,14 +123,14 @@ class _Cut:
         self._fill(place, x)
 
     def _fill(self, place: int, x: States) -> None:
-        """What enters the layers from this place on, and what leaves the last one."""
+        """Compute the inputs of the layers from this place on, and the output of the last one."""
         for now, number in enumerate(self.kept[place:], start=place):
             self._before[number] = x
             x = self._run(self._layer(number), now, x)
         self._before[len(self._model.cfg.text.layers)] = x
 
     def _closed(self, place: int) -> tuple[Layer | None, States]:
-        """(the layer before this place, solved for if the cut can be closed; the stream behind the cut)."""
+        """Return (the layer before this place, reconstructed if the cut can be closed; the stream behind the cut)."""
         x = self._before[self.kept[place]]
         if not self._solved or place == 0:
             return None, x
@@ -149,7 +148,7 @@ class _Cut:
         return self._changed.get(number) or Layer.of(self._model, "text", number)
 
     def _run(self, layer: Layer, place: int, x: States) -> States:
-        """What it makes of the streams at a place among the layers that are left."""
+        """Return the streams after a layer at a place among the layers that are left."""
         return [layer.run(one, step.given(place)) for one, step in zip(x, self._steps, strict=True)]
 
     def _loss(self, x: States) -> float:

@@ -1,7 +1,7 @@
-"""Coupled groups: how the channel scores of tensors that are pruned together become one score per unit.
+"""Coupled groups: tensors that are pruned together, whose channel scores are reduced to one score per unit.
 
 A head couples its rows of q, k, v and its columns of o; a neuron couples its rows of gate and up and its column of
-down, or its row of fc1 and its column of fc2 (LLM-Pruner, arXiv 2305.11627). Biases do not count.
+down, or its row of fc1 and its column of fc2 (LLM-Pruner, arXiv 2305.11627). Biases are ignored.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ Channels = dict[str, np.ndarray]  # of one layer: tensor -> float[heads, head] o
 
 
 def coupled(cfg: ModelConfig, stack: str = "text") -> tuple[dict[str, int], dict[str, int]]:
-    """Weights of the attention group and of the MLP group of a layer of a stack, in reference order.
+    """Return the weights of a layer's attention group and of its MLP group, in reference order.
 
-    Each with its axis (of the layer's own array) that channel scores sum over: the one that is not pruned.
+    Each with its axis (of the layer's own array) that channel scores sum over: the axis that is not pruned.
     """
     attention: dict[str, int] = {}
     mlp: dict[str, int] = {}
@@ -52,7 +52,7 @@ def coupled(cfg: ModelConfig, stack: str = "text") -> tuple[dict[str, int], dict
 def reduce_groups(
     channels: Sequence[Channels], cfg: ModelConfig, *, reduction: str, gqa: str, stack: str = "text"
 ) -> Parts:
-    """{"heads": ..., "mlp": ...}: per layer, the scores of its units.
+    """Return {"heads": ..., "mlp": ...}: per layer, the scores of its units.
 
     Args:
       channels: per layer, path of every coupled weight -> float[heads, head] or float[neurons].
@@ -76,10 +76,10 @@ def reduce_groups(
 def reduce_inputs(
     channels: Sequence[Mapping[str, np.ndarray]], cfg: ModelConfig, *, gqa: str, stack: str = "text"
 ) -> Parts:
-    """{"heads": ..., "mlp": ...} of scores of what o_proj and down_proj read, by these names, per layer.
+    """Return {"heads": ..., "mlp": ...}, per layer, from scores of the input channels of o_proj and down_proj.
 
-    "o_proj" is float[q_heads, head], whose sum over a unit's channels (`gqa`, see `reduce_groups`) is its score;
-    "down_proj" float[neurons].
+    "o_proj": float[q_heads, head], summed over a unit's channels (`gqa`, see `reduce_groups`); "down_proj":
+    float[neurons].
     """
     one_of("gqa", gqa, GQA)
     heads, neurons = [], []
@@ -91,7 +91,7 @@ def reduce_inputs(
 
 
 def _unit_channels(channels: np.ndarray, shape: LayerShape, gqa: str) -> np.ndarray | None:
-    """float[units, head] of a tensor's float[heads, head]; None if the unit does not own the tensor."""
+    """Return float[units, head] of a tensor's float[heads, head]; None if the unit does not own the tensor."""
     n, head = channels.shape
     if gqa == "q_heads" and shape.q_heads != shape.kv_heads:
         return channels if n == shape.q_heads else None

@@ -1,4 +1,4 @@
-"""One decoder block, its derivative, and all that the derivative needs beside weights, input and mask: its products."""
+"""One decoder block and its derivative, with the products that the derivative needs beside weights, input and mask."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ def linearized(
     text: TextConfig,
     positions: jax.Array | None = None,
 ) -> tuple[jax.Array, Products, Callable[[Products], Callable[..., Any]]]:
-    """(output of a block, its products, pull): `pull(products)` is the transpose of its derivative.
+    """Return (output of a block, its products, pull): `pull(products)` is the transpose of its derivative.
 
-    The products (of the projections and of attention: what the remat policy "dots" saves) are all that it needs beside
-    the arguments. Given others than its own, these are not computed: XLA drops what made them. So a backward pass is
-    one program, the same to the bit, whether its products were kept or are made again by the one that made them first.
+    The products (outputs of projections and attention, which the remat policy "dots" saves) and the arguments are all
+    that the derivative needs. If `pull` gets other products, the block's own are not computed: XLA drops their
+    computation. So a backward pass is one program, the same to the bit, whether its products were kept or are
+    recomputed.
 
     Args:
       layer, x, mask: the block's parameters, float[batch, seq, embed] input and int[batch, seq] mask.
-      counts: float32[ways, batch, seq], what each token counts in the gradients of the projections' weights, which come
-        out as [ways, *shape]; None: 1, in one way.
+      counts: float32[ways, batch, seq], weights of the tokens in the gradients of the projections, which come out as
+        [ways, *shape]; None: 1, in one way.
       text: a decoder's config that has this layer only.
       positions: int[batch, seq] or int[batch, 3, seq], by default counted along the mask.
     """
@@ -73,11 +74,11 @@ def linearized(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _product(x: jax.Array, weight: jax.Array, counts: jax.Array | None, n: int) -> jax.Array:
-    """`contract` with weight[0], all of which are equal; the gradient by each of them counts tokens in its own way.
+    """`contract` with weight[0], all of which are equal; each one's gradient weights the tokens in its own way.
 
-    And has the narrower factor first: XLA:CPU transposes the first factor and, to do so, computes again all that made
-    it. jax puts the gradient of the output there, at the end of a long computation; the input is narrower for gate_proj
-    and up_proj, and it is one for both (10 % of the backward pass of SmolLM2-135M).
+    The gradient has the narrower factor first: XLA:CPU transposes the first factor and, to do so, recomputes it. In
+    jax's own gradient that is the gradient of the output, at the end of a long computation; the input is narrower for
+    gate_proj and up_proj, and one for both (10 % of the backward pass of SmolLM2-135M).
     """
     return contract(x, weight[0], n)
 

@@ -1,4 +1,4 @@
-"""The control: scores that know nothing."""
+"""Random scores, as a control."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from vlmprune_jax.prune.criteria.groups import GQA
 
 
 def random(model: Model, *, seed: int, gqa: str, stack: str) -> Parts:
-    """`random_scores` of a model."""
+    """Return `random_scores` of a model."""
     return random_scores(model.cfg, seed=seed, gqa=gqa, stack=stack)
 
 
 def random_scores(cfg: ModelConfig, *, seed: int, gqa: str, stack: str = "text") -> Parts:
-    """Importance, heads and mlp: a draw from U(0, 1) per layer and per channel; a head is the sum of its channels."""
+    """Return importance, heads and mlp, drawn from U(0, 1) per layer and channel; a head is the sum of its channels."""
     one_of("gqa", gqa, GQA)
     draw = np.random.default_rng(seed)
     layers = cfg.stack(stack).layers

@@ -1,4 +1,4 @@
-"""Taylor scores: how much the loss would change without a head or a neuron (LLM-Pruner, arXiv 2305.11627)."""
+"""Taylor scores: estimated change of the loss without a head or a neuron (LLM-Pruner, arXiv 2305.11627)."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def taylor(
     answer_weight: float,
     cache: ArrayCache | None,
 ) -> tuple[Parts, dict[str, Parts]]:
-    """Head and neuron scores of the mean cross-entropy over all labels of all batches.
+    """Return head and neuron scores from the mean cross-entropy over all labels of all batches.
 
     With W a weight, g its gradient and A = sum_j g_j^2 / N over the N samples' own mean losses, the channel score sums
     over the axis that is not pruned: vectorize |sum W g|, param_first sum |W g|, param_second sum |W A W|, param_mix
     sum |W g - W A W / 2|.
 
     Args:
-      batches, progress: see `gradient_channels`; of a tower `tower_channels`.
+      batches, progress: see `gradient_channels`; for a tower `tower_channels`.
       rows_per_step: rows differentiated at once, default the first batch's; second order takes one row at a time.
       memory_budget, cache: see `gradient_channels`.
-      by_kind: also the scores by the shares that tokens of each kind have in every gradient; costs a product more for
-        each kind and weight.
-      image_weight, prompt_weight, answer_weight: what these shares count in the gradient.
+      by_kind: also return the scores by token type, from each type's share of the gradients; costs one more product for
+        each type and weight.
+      image_weight, prompt_weight, answer_weight: weights of these shares in the gradient.
 
     Raises:
       UserError: no label at all, or rows_per_step with second order.

@@ -1,8 +1,9 @@
-"""Channel scores from the gradients of the calibration loss by the weights of every layer of the vision tower.
+"""Channel scores from the gradients of the calibration loss with respect to the weights of every vision tower layer.
 
-The loss is the decoder's, so the gradient comes back through all of it, block by block computed again, and through the
-projector; neither is differentiated by its weights. Unlike the decoder's (`gradients`), those of a tower fit all at
-once: float32 gradients of its heads and neurons, 1.2 GB for CLIP ViT-L, and for second order once more.
+The loss is the decoder's: the gradient passes back through all of it, with blocks recomputed one by one, and through
+the projector; neither is differentiated with respect to its weights. Unlike the decoder's (`gradients`), a tower's
+gradients fit all at once: float32 gradients of its heads and neurons, 1.2 GB for CLIP ViT-L, twice that for second
+order.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ def tower_channels(
     rows_per_step: int | None,
     progress: Callable[[int], None] | None,
 ) -> list[dict[str, Any]]:
-    """What `gradients.gradient_channels` gives, of the tower's layers.
+    """Return the result of `gradients.gradient_channels`, for the tower's layers.
 
-    Batches without images say nothing, and their labels do not count. Nothing is finished before all is: `progress` is
-    called with 0 after every step.
+    Batches without images are skipped, with their labels. All layers finish together at the end: `progress` is called
+    with 0 after every step before.
 
     Raises:
       UserError: no image, or no label in a batch that has one.
@@ -85,7 +86,7 @@ def _zeros(flat: Flat) -> Flat:
 
 
 def _steps(batches: Iterable[Arrays], rows: int | None) -> Iterator[Arrays]:
-    """Rows that are differentiated together, by default the batches as they are."""
+    """Yield the rows that are differentiated together, by default the batches as they are."""
     if rows is not None and rows < 1:
         raise UserError(f"rows_per_step={rows} must be at least 1")
     for arrays in batches:
@@ -98,10 +99,10 @@ def _steps(batches: Iterable[Arrays], rows: int | None) -> Iterator[Arrays]:
 def _add(
     sums: Any, own: Flat, params: Params, batch: Any, labels: Any, *, cfg: ModelConfig
 ) -> tuple[Flat, Flat | None]:
-    """float32 sums with a step's gradient, and its square where that is asked for.
+    """Add a step's gradient, and its square if asked for, to the float32 sums.
 
-    `own`: the weights, by path below the tower's layers. The loss is the summed cross-entropy; what is squared is the
-    gradient of its mean over the `labels` of the step.
+    `own`: the weights, by path below the tower's layers. The loss is the summed cross-entropy; the square is that of
+    the gradient of its mean over the `labels` of the step.
     """
 
     def loss(own: Flat) -> jax.Array:
@@ -123,7 +124,7 @@ def _add(
 
 @functools.partial(jax.jit, static_argnames=("channels", "of_axis"))
 def _reduced(own: Flat, sums: Any, total: Any, samples: Any, channels: Any, of_axis: Any) -> dict[str, Any]:
-    """{path: `channels` of every layer of a run, stacked}."""
+    """Return {path: `channels` of every layer of a run, stacked}."""
     first, squared = sums
     found = {}
     for path, axis in of_axis:
