@@ -99,7 +99,7 @@ def test_a_mask_for_a_tower_that_has_no_use_for_it(goldens):
     model = vp.load(goldens / "families/internvl3/ckpt")
     pixels, mask = np.zeros((1, 3, 30, 30), np.float32), np.tri(30, dtype=int)[None]
     ids = np.full((1, 9), model.cfg.image_token_id)
-    with pytest.raises(UserError, match="this model's tower looks at whole ones"):
+    with pytest.raises(UserError, match="this model's tower takes whole images only"):
         vp.forward(model, ids, pixel_values=pixels, pixel_attention_mask=mask)
 
 

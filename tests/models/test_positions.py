@@ -54,5 +54,5 @@ def test_grids_that_do_not_fit(grids, said):
 
 
 def test_text_among_the_tokens_of_an_image():
-    with pytest.raises(UserError, match="text stands among"):
+    with pytest.raises(UserError, match="text tokens interrupt"):
         mrope_positions([[IMAGE, 1, IMAGE]], None, [[1, 2, 4]], IMAGE, 2)

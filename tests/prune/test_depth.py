@@ -207,7 +207,7 @@ def test_angular_plans_remove_the_nearest_free_block():
     [
         (
             {"ratio": 0.99},
-            r"ratio 0.99 cannot be reached by depth: removing 4 of 5 layers \(0 protected\) gives at most 0\.\d+",
+            r"ratio 0.99 cannot be reached by depth pruning of the text stack: removing 4 of 5 layers \(0 protected\) gives at most 0\.\d+",
         ),
         ({"ratio": 0.4, "protect": (0, 1, 2, 3)}, r"removing 1 of 5 layers \(4 protected\)"),
         ({"ratio": 30}, r"ratio=30.0 must be at least 0 and below 1 \(0.3 is 30 %\)"),
@@ -232,9 +232,9 @@ def test_scores_of_another_model_or_kind_are_refused():
     with pytest.raises(UserError, match="scores of another model: their shapes differ"):
         make_plan(depth_scores(config(UNEQUAL), [0, 1, 2, 3]), cfg, method="depth", layers_removed=1)
     widths = Scores("l1", shape_digest(cfg) + "-x", {}, heads=(np.ones(2),) * 5, mlp=(np.ones(12),) * 5)
-    with pytest.raises(UserError, match="l1 scores say nothing about layers: depth needs block_influence"):
+    with pytest.raises(UserError, match="l1 scores have no layer importances: depth needs block_influence"):
         make_plan(widths, cfg, method="depth", layers_removed=1)
-    with pytest.raises(UserError, match="block_influence scores say nothing about widths: width needs taylor"):
+    with pytest.raises(UserError, match="block_influence scores have no widths: width needs taylor"):
         make_plan(depth_scores(cfg, [0, 1, 2, 3, 4]), cfg, method="width", ratio=0.1)
     with pytest.raises(UserError, match="method 'depth' needs one Scores, got tuple"):
         make_plan((widths, widths), cfg, method="depth", layers_removed=1)

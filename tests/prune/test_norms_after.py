@@ -82,7 +82,7 @@ def test_a_weight_before_a_norm_equals_least_squares_in_float64(norms):
 
 
 def test_reported_errors_are_those_of_the_stream_behind_the_norm():
-    """Two rows, of which one is held out: its error is looked at with the norm's own statistics."""
+    """Errors before and after are measured with the norm's own statistics."""
     teacher = model(config(EQUAL[:2], **SANDWICH))
     plan = plan_for(teacher, [(0, (0, 1), (0,), NEURONS), (1, HEADS, KEYS, NEURONS)])
     pruned = apply_plan(teacher, plan)

@@ -99,7 +99,8 @@ def test_llava_7b_costs_and_sparsity_from_the_config():
     assert plan.layers[2].shape == cfg.text.layers[2]
     assert plan.asked is None
     with pytest.raises(
-        UserError, match=r"ratio 0.6 cannot be reached by width within attn_layers=\(3, 21\), mlp_layers=\(3, 20\)"
+        UserError,
+        match=r"ratio 0.6 cannot be reached by width pruning of the text stack within attn_layers=\(3, 21\), mlp_layers=\(3, 20\)",
     ):
         make_plan(width_scores(cfg), cfg, method="width", ratio=0.6, attn_layers=(3, 21), mlp_layers=(3, 20))
 
@@ -190,7 +191,7 @@ def test_global_selection_meets_a_ratio():
     flat = dataclasses.replace(
         scores, mlp=tuple(np.zeros(12) for _ in range(5)), heads=tuple(np.zeros(2) for _ in range(5))
     )
-    with pytest.raises(UserError, match="cannot be reached by global selection, which leaves a layer whole"):
+    with pytest.raises(UserError, match="cannot be reached by global selection, which never empties a layer"):
         make_plan(flat, cfg, method="width", ratio=0.3, selection="global")
     for bad in ({"neurons_multiple": 2}, {"heads_multiple": 2}):
         with pytest.raises(UserError, match='selection="global" gives every layer its own width'):
@@ -229,7 +230,7 @@ def test_hybrid_takes_its_share_in_layers_and_the_rest_in_widths():
         ({"sparsity": 0.99}, "sparsity 0.99 would remove all heads or neurons of layer 0"),
         (
             {"ratio": 0.9},
-            r"ratio 0.9 cannot be reached by width within attn_layers=all, mlp_layers=all: the most is 0\.\d{4}",
+            r"ratio 0.9 cannot be reached by width pruning of the text stack within attn_layers=all, mlp_layers=all: the most is 0\.\d{4}",
         ),
         ({"ratio": 0.1, "attn_layers": (2, 9)}, r"attn_layers=\(2, 9\) must lie within the 5 layers"),
         ({"ratio": 0.1, "mlp_layers": (3, 2)}, r"mlp_layers=\(3, 2\) must lie within the 5 layers"),
@@ -318,7 +319,7 @@ def plan_data():
         (lambda _, t: t.update(layers_before=[[4, 4, 12]] * 4), r"kept layers .* are not increasing numbers below 4"),
         (lambda _, t: t.update(layers_before=[[4, 4, 12]] * 10**5), "Expected `array` of length <= 10000"),
         (lambda _, t: t.update(layers_before=[[4, 4]]), "Expected `array` of length 3, got 2"),
-        (lambda _, t: t.update(kept_layers=[0, 1]), "kept_layers are not those of layers"),
+        (lambda _, t: t.update(kept_layers=[0, 1]), "kept_layers disagree with layers"),
         (lambda d, _: d.update(asked=float("nan")), "Expected `float` >= .*asked"),
         (lambda d, _: d.update(parameters_total=0), "Expected `int` >= 1 - at `.*parameters_total`"),
         (lambda d, _: d.update(format=True), "Expected `int`, got `bool` - at `.*format`"),
@@ -336,8 +337,8 @@ def test_from_json_refuses(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("stacks", "message"),
     [
-        (lambda t: {"vision": t}, "its stacks are vision, of which text must be one and vision may be"),
-        (lambda t: {"text": t, "audio": t}, "its stacks are text, audio, of which text must be"),
+        (lambda t: {"vision": t}, "stacks are vision, expected text and perhaps vision"),
+        (lambda t: {"text": t, "audio": t}, "stacks are text, audio, expected text"),
         (lambda t: [t], "Expected `object`, got `array` - at `.*stacks`"),
     ],
 )
@@ -390,11 +391,11 @@ def test_plans_of_the_tower(method):
 def test_plans_of_another_stack_are_refused():
     cfg = config(UNEQUAL, vision=True).with_layers((*TOWER, TOWER[0]), "vision")
     for method, scores in (("depth", depth_scores(cfg, [0, 1, 2, 3])), ("width", width_scores(cfg))):
-        with pytest.raises(UserError, match="scores are not of the vision stack: their layers or widths are others"):
+        with pytest.raises(UserError, match="scores do not fit the vision stack: layers or widths differ"):
             make_plan(dataclasses.replace(scores, stack="vision"), cfg, method=method, ratio=0.01)
         with pytest.raises(UserError, match=r"this model has no stack of layers 'audio' \(it has text, vision\)"):
             make_plan(dataclasses.replace(scores, stack="audio"), cfg, method=method, ratio=0.01)
-    with pytest.raises(UserError, match="scores are not of the text stack"):
+    with pytest.raises(UserError, match="scores do not fit the text stack"):
         make_plan(dataclasses.replace(tower_scores(cfg), stack="text"), cfg, method="width", ratio=0.01)
 
 
@@ -425,7 +426,7 @@ def test_a_plan_that_lists_many_heads_is_checked_at_once():
 def test_plans_that_do_not_follow_each_other_are_not_composed():
     cfg = config(EQUAL)
     one = make_plan(width_scores(cfg), cfg, method="width", ratio=0.2)
-    with pytest.raises(UserError, match="these plans do not follow each other"):
+    with pytest.raises(UserError, match="the plans do not compose"):
         compose(one, one)
 
 

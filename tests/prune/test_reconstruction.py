@@ -177,7 +177,7 @@ def test_bad_input():
     pruned = apply_plan(teacher, plan)
     with pytest.raises(UserError, match="plan of another model: same shapes, other weights"):
         reconstruct(pruned, plan, model(config(EQUAL), seed=1), rows())
-    with pytest.raises(UserError, match="is not what this plan leaves of this teacher"):
+    with pytest.raises(UserError, match="is not made by this plan from this teacher"):
         reconstruct(teacher, plan, teacher, rows())
     with pytest.raises(UserError, match="at least 2 calibration rows"):
         reconstruct(pruned, plan, teacher, rows(1, batch=1))

@@ -221,7 +221,7 @@ def test_a_tower_on_a_mesh_keeps_its_shardings_and_numbers():
 def test_widths_that_the_mesh_does_not_divide_are_refused():
     one = model(config())
     plan = plan_for(one, [KeptLayer(i, (0, 1), (0,), tuple(range(11))) for i in range(5)])
-    with pytest.raises(UserError, match=r"does not divide kv_heads of layer 0 = 1; mlp of layer 0 = 11"):
+    with pytest.raises(UserError, match=r"does not divide kv_heads of text layer 0 = 1; mlp of text layer 0 = 11"):
         apply_plan(on_mesh(one, 2, 2, 2), plan)
 
 
@@ -255,11 +255,9 @@ def test_plans_of_other_models_are_refused():
         apply_plan(apply_plan(one, plan), plan)
     seeing = model(CFG)
     tower = plan_for(seeing, [KeptLayer.whole(0, TOWER[0])], "vision")
-    with pytest.raises(
-        UserError, match=r"it is for 4 layers \(2 x 2/2 .*\), this model has in its vision tower 1 layers"
-    ):
+    with pytest.raises(UserError, match=r"its vision stack has 4 layers \(2 x 2/2 .*\), this model's 1 layers"):
         apply_plan(apply_plan(seeing, tower), tower)
-    with pytest.raises(UserError, match=r"it is for 4 layers .*, this model has in its vision tower no layers"):
+    with pytest.raises(UserError, match=r"its vision stack has 4 layers .*, this model's no layers"):
         apply_plan(model(config(UNEQUAL)), tower)
     wider = config((LayerShape(4, 2, 13),) * 5)
     with pytest.raises(

@@ -73,7 +73,7 @@ def test_the_tower_by_commands(experiment, tmp_path, capsys, stack):
         shares = [share_of_layers(plan.apply_to(source), source, name) for name in ("text", "vision")]
         assert abs(shares[0] - shares[1]) < 0.01  # both lose alike
     assert main(["prune", *alone, "--config.prune.ratio=0.2", "--overwrite"]) == (2 if stack == "vision" else 0)
-    message = "ratio 0.2 of the whole model is not in its tower by width within"
+    message = "ratio 0.2 cannot be reached by width pruning of the vision stack within"
     assert (message in capsys.readouterr().err) == (stack == "vision")
 
 
@@ -98,7 +98,7 @@ def test_what_is_not_one_stack_is_refused(experiment, tmp_path, goldens, capsys)
     assert main(["prune", *both]) == 2
     assert 'rounds are of one stack: set prune.stack to "text" or "vision"' in capsys.readouterr().err
     assert main(["prune", *both, "--config.prune.steps=1", "--config.prune.mlp_layers=(0,2)"]) == 2
-    assert "mlp_layers: means layers of one stack: prune the stacks one after the other" in capsys.readouterr().err
+    assert "mlp_layers: refers to layers of one stack: prune the stacks one after the other" in capsys.readouterr().err
     assert main(["score", *both, f"--config.model.hf_dir={goldens}/ckpt/llama_gqa", f"--workdir={tmp_path}/v"]) == 2
     assert "this model has no stack of layers 'vision' (it has text)" in capsys.readouterr().err
 

@@ -154,6 +154,11 @@ class Stack:
                 raise UserError(f"{name} {getattr(self, name)!r} of a block is not one of {', '.join(known)}")
 
     @property
+    def fixed_depth(self) -> bool:
+        """True if no layer can be removed."""
+        return False
+
+    @property
     def even(self) -> bool:
         """True if all layers have the same widths, as stock transformers requires."""
         return len({shape.widths for shape in self.layers}) <= 1
@@ -295,6 +300,11 @@ class VisionConfig(Stack):
     def whole_heads(self) -> bool:
         """True if heads x head_dim is hidden_size in every layer, as PyTorch classes assume."""
         return all(shape.q_heads * self.head_dim == self.hidden_size for shape in self.layers)
+
+    @property
+    def fixed_depth(self) -> bool:
+        """True if features of the blocks enter decoder layers (deepstack), so that no block can be removed."""
+        return bool(self.deepstack)
 
     def with_layers(self, layers: Sequence[LayerShape]) -> Self:
         """Return the same tower with other layers; it then ends with the feature layer."""

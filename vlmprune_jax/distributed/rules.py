@@ -66,12 +66,11 @@ def check_divides(cfg: ModelConfig, mesh: Mesh) -> None:
         "vocab_size": ("tensor", text.vocab_size),
     }
     for name, stack in cfg.stacks.items():
-        prefix = "" if name == "text" else f"{name} "
         for i, shape in enumerate(stack.layers):
             sizes |= {
-                f"q_heads of {prefix}layer {i}": ("tensor", shape.q_heads),
-                f"kv_heads of {prefix}layer {i}": ("tensor", shape.kv_heads),
-                f"mlp of {prefix}layer {i}": ("tensor", shape.mlp),
+                f"q_heads of {name} layer {i}": ("tensor", shape.q_heads),
+                f"kv_heads of {name} layer {i}": ("tensor", shape.kv_heads),
+                f"mlp of {name} layer {i}": ("tensor", shape.mlp),
             }
     if cfg.vision is not None:
         sizes |= {

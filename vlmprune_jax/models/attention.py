@@ -19,7 +19,7 @@ from vlmprune_jax.models.layers import SAVEABLE, saveable
 
 # Tiles are multiples of the 128 lanes of a vector register; 512 is what MaxText and Levanter run with by default.
 _LANES, _LARGEST_BLOCK = 128, 512
-# A score that softmax turns to 0, finite so that a query which may look at no key has an arbitrary finite output.
+# A score that softmax turns to 0, finite so that a query that sees no key has an arbitrary finite output.
 _HIDDEN = np.float32(-0.7 * np.finfo(np.float32).max)
 
 
@@ -88,7 +88,7 @@ def splash_attention(
         def row(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array | None) -> jax.Array:
             if segments is not None and keys is not None:
                 return kernel(q, k, v, splash.SegmentIds(keys, keys))
-            # Queries are all of one segment, padding among them: they then see what they see in xla_attention.
+            # Queries are all of one segment, padding among them: as in xla_attention.
             return kernel(q, k, v, None if keys is None else splash.SegmentIds(jnp.ones_like(keys), keys))
 
         return jax.vmap(row)(q, k, v, keys)

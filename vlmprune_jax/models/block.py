@@ -1,4 +1,4 @@
-"""The transformer block of decoder and vision tower.
+"""Transformer block of decoder and vision tower.
 
 A block adds two branches to its residual stream, attention and MLP. It names what writes to the stream: the projections
 "o_proj" and "down_proj" (whatever a family calls them, see `Block.writers`) and what their outputs pass on the way. The
@@ -83,7 +83,7 @@ Tap = Callable[[BlockValues], Any]
 
 
 class Writer(NamedTuple):
-    """A projection that writes to the residual stream, and the norm and scale that its output passes, as paths."""
+    """Paths of a projection that writes to the residual stream, and of the norm and scale that its output passes."""
 
     projection: str
     norm: str | None
@@ -190,7 +190,7 @@ class Block(nnx.Module):
 
     @property
     def writers(self) -> dict[str, Writer]:
-        """The projections that write to the stream, by the names of `WRITERS`."""
+        """Projections that write to the stream, by the names of `WRITERS`."""
         return dict(zip(WRITERS, self._writers, strict=True))
 
     def reader_of(self, path: str) -> str:

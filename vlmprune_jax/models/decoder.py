@@ -1,4 +1,4 @@
-"""The decoder: embedding, causal blocks with rotary embedding, final norm and head."""
+"""Decoder: embedding, causal blocks with rotary embedding, final norm and head."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlmprune_jax.models.vocabulary import Head
 
 
 class Table(nnx.Module):
-    """A `[vocab, embed]` matrix: the input embedding, or the output head (which may have a bias)."""
+    """`[vocab, embed]` matrix: the input embedding, or the output head (which may have a bias)."""
 
     def __init__(self, cfg: TextConfig, bias: bool = False):
         sizes = {"vocab": cfg.vocab_size, "embed": cfg.hidden_size}

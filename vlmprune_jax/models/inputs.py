@@ -29,7 +29,7 @@ def needed_mask(cfg: ModelConfig, pixel_values: Any, pixel_attention_mask: Any) 
     if not (hides.any(axis=1) & ~hides.all(axis=1)).any():
         return None
     if cfg.vision is None or not cfg.vision.spreads:
-        raise UserError("pixel_attention_mask hides parts of images, and this model's tower looks at whole ones")
+        raise UserError("pixel_attention_mask hides parts of images, but this model's tower takes whole images only")
     return mask
 
 
@@ -55,7 +55,7 @@ def check_inputs(
             f"input_ids[{row}, {column}] = {ids[row, column]} is outside the vocabulary of {cfg.text.vocab_size}"
         )
     if image_grid_thw is not None and not cfg.any_size:
-        raise UserError("image_grid_thw given to a model whose images are of one size")
+        raise UserError("image_grid_thw passed to a model whose images all have one size: leave it out")
     if vision_features is not None or not cfg.tower:
         shape, per_image = np.shape(vision_features), cfg.feature_shape
         if cfg.any_size and len(shape) == 4:
@@ -71,7 +71,7 @@ def check_inputs(
             raise UserError(f"input_ids hold {int(is_image.sum())} image positions but pixel_values is missing")
         return
     if cfg.vision is None:
-        raise UserError("pixel_values given to a model without a vision tower")
+        raise UserError("pixel_values passed to a model without a vision tower: leave it out")
     if cfg.any_size:
         check_patches(cfg, ids, attention_mask, pixel_values, image_grid_thw)
         return

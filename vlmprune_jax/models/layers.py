@@ -90,7 +90,7 @@ class Norm(nnx.Module):
 
 
 class Leaf(nnx.Module):
-    """A parameter that is not part of a projection or norm."""
+    """Parameter that is not part of a projection or norm."""
 
     def __init__(self, sizes: Mapping[str, int], axes: Axes):
         self.weight = declare(sizes, axes)

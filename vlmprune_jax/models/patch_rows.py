@@ -10,7 +10,7 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.positions import AXES, grids_by_row, mrope_positions
 
-# Rows of patches are padded to multiples of so many merged cells: programs are compiled for less shapes.
+# Rows of patches are padded to multiples of so many merged cells: fewer shapes are compiled.
 _CELLS = 16
 
 
@@ -43,7 +43,7 @@ def patch_rows(
     check_types(cfg, ids, mm_token_type_ids)
     if (pixel_values is None) != (image_grid_thw is None):
         given, absent = ("pixel_values", "image_grid_thw")[:: -1 if pixel_values is None else 1]
-        raise UserError(f"{given} without {absent}: pass what the processor emits, both")
+        raise UserError(f"{given} without {absent}: pass both, as the processor emits them")
     positions, deltas = mrope_positions(ids, attention_mask, image_grid_thw, cfg.image_token_id or 0, merge)
     placed = {"position_ids": positions, "deltas": deltas}
     if pixel_values is None:

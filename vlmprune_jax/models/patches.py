@@ -68,7 +68,7 @@ def _between(at: jax.Array, count: jax.Array, side: int) -> tuple[tuple[jax.Arra
     """Return the two neighbours, in a table of `side` entries, of position `at` of `count`, and the second's share."""
     last = jnp.maximum(count.astype(jnp.int32) - 1, 1)
     where = jnp.clip(at * (side - 1), 0, last * (side - 1))
-    # whole numbers until the end, so that no rounding puts a place beyond an entry that it lies on
+    # integers until the end, so that rounding cannot move a position past an entry
     first = where // last
     share = (where - first * last).astype(jnp.float32) / last.astype(jnp.float32)
     return (first, jnp.minimum(first + 1, side - 1)), share

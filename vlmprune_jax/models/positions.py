@@ -103,7 +103,7 @@ def _row_positions(is_image: np.ndarray, grids: list[np.ndarray]) -> np.ndarray:
         at, first = at + text, first + text
         tokens = int(np.prod(grid))
         if not is_image[at : at + tokens].all():
-            raise UserError(f"the image_grid_thw of an image makes {tokens} tokens, but text stands among them")
+            raise UserError(f"the image_grid_thw of an image makes {tokens} tokens, but text tokens interrupt them")
         positions[:, at : at + tokens] = first + np.indices(tuple(map(int, grid))).reshape(AXES, tokens)
         at, first = at + tokens, first + int(max(grid[1:]))
     positions[:, at:] = first + np.arange(len(is_image) - at)

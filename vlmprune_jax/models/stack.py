@@ -37,7 +37,7 @@ class Passed(NamedTuple):
 
 
 class BlockStack(nnx.Module):
-    """The blocks of one residual stream; what comes before and after them is up to decoder and tower."""
+    """Blocks of one residual stream; decoder and tower add the parts before and after them."""
 
     def __init__(self, cfg: Stack, names: Names, lora: LoraConfig | None = None):
         self.cfg: Any = cfg

@@ -49,7 +49,7 @@ class PatchEmbedding(nnx.Module):
 
 
 class VisionTower(BlockStack):
-    """A vision tower up to its feature layer; blocks above that layer are neither loaded nor run."""
+    """Vision tower up to its feature layer; blocks above that layer are neither loaded nor run."""
 
     cfg: VisionConfig
 

@@ -1,4 +1,4 @@
-"""The whole model as pure functions of `(params, cfg)`, and the NNX module that describes it."""
+"""Whole model as pure functions of `(params, cfg)`, and the NNX module that describes it."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from vlmprune_jax.models.vocabulary import Head
 
 Params = dict[str, Any]
 WANT = ("hidden", "image_features", "inputs_embeds")
-# What a batch may hold of its images beside ids and mask, by the names of `encode`.
+# Arrays of a batch's images, beside ids and mask, by the names of `encode`.
 IMAGE_INPUTS = ("pixel_values", "vision_features", "image_grid_thw", "position_ids")
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model: a nested dict of arrays and the config that gives them meaning."""
+    """Model: a nested dict of arrays and the config that gives them meaning."""
 
     params: Params
     cfg: ModelConfig

@@ -1,4 +1,4 @@
-"""The output head, and sums over its logits in chunks of positions, so that no [batch, seq, vocab] array exists."""
+"""Output head, and sums over its logits in chunks of positions, so that no [batch, seq, vocab] array exists."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class _Cut(NamedTuple):
     """Arrays in chunks of positions, in every row those with weight first."""
 
     order: jax.Array  # int[batch, seq]: the positions in their new order
-    used: jax.Array  # int[]: how many chunks hold one that counts
+    used: jax.Array  # int[]: number of chunks with a weighted position
     arrays: tuple[jax.Array, jax.Array, Tree]  # states, counted and pieces, [n, batch, chunk, ...]
 
     def at(self, i: jax.Array | int) -> tuple[jax.Array, jax.Array, Tree]:
@@ -110,7 +110,7 @@ class _Cut(NamedTuple):
 
     def loop(self, step: Callable[[jax.Array, Tree], Tree], start: Tree) -> Tree:
         """Return the result of `step(number, carry)` over all chunks in use, from `start`."""
-        n = len(self.arrays[1])  # a constant, for who reads the program and asks how often it runs at most
+        n = len(self.arrays[1])  # a constant bound of the loop, for tools that read the program
 
         def go_on(state: tuple[jax.Array, Tree]) -> jax.Array:
             return (state[0] < n) & (state[0] < self.used)

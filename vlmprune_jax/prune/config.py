@@ -98,7 +98,7 @@ class ScoreConfig:
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """How much of a model to remove, and from where: the settings of `make_plan`."""
+    """Settings of `make_plan`: how much of a model to remove, and from where."""
 
     method: str = setting(
         "depth",
@@ -280,7 +280,7 @@ class TokenWeights:
 
     @property
     def by_name(self) -> dict[str, float]:
-        """The three weights by setting name."""
+        """Token weights by setting name."""
         return {name: getattr(self, name) for name in settings_of(TokenWeights)}
 
 

@@ -17,7 +17,7 @@ from vlmprune_jax.models.flops import forward_flops, head_of, positions_of, seen
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune.solver import Costs, OutOfReach, layer_costs
 
-Measure = Callable[[ModelConfig], dict[str, float]]  # what a config costs, by the names of the limits
+Measure = Callable[[ModelConfig], dict[str, float]]  # cost of a config, by the names of the limits
 
 
 def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
@@ -98,7 +98,7 @@ def _between(curve: Sequence[Sequence[float]], size: int) -> float:
     """
     sizes, times = zip(*sorted(map(tuple, curve)), strict=True)
     if size < sizes[0]:
-        raise OutOfReach(f"nothing was measured below {sizes[0]:,.0f} parameters")
+        raise OutOfReach(f"no measured model has fewer than {sizes[0]:,.0f} parameters")
     return float(np.interp(size, sizes, times))
 
 
@@ -179,7 +179,7 @@ def least_ratio(
         if cost is not None and fits(cost):
             high, best = middle, cost
         elif cost is None and best is None:
-            high = middle  # more than can go
+            high = middle  # more than can be removed
         else:
             low, least = middle, cost or least
     if best is None:

@@ -41,7 +41,7 @@ from vlmprune_jax.prune.layers import Given, Layer, run_block
 from vlmprune_jax.prune.steps import Step, embedded, names_of_rows, row_steps
 
 _DAMPING = 0.01  # of each column's own weight, as GPTQ has it of their mean
-_FLOOR = 1e-6  # of the mean: what columns weigh that are never active
+_FLOOR = 1e-6  # of the mean: weight of columns that are never active
 _BLOCK = 128
 
 
@@ -62,8 +62,8 @@ class Rounded(CompressedTensors):
             suffix: shape for suffix, (_, shape) in self.tensors("F32", values.shape).items()
         }:
             raise UserError(
-                f"{name} {list(values.shape)} was not rounded by gptq, or in another shape: save the very model, "
-                'without uneven="pad" where its layers are unequal'
+                f"{name} {list(values.shape)} has no codes in this shape: save the model that gptq rounded, "
+                'without uneven="pad" if its layers are unequal'
             )
         return parts | {"_scale": parts["_scale"].astype(values.dtype)}
 
@@ -142,7 +142,7 @@ def _round_layer(
         matrices = [parts for parts in held if layer.block.reader_of(inside(parts[0])) == tap]
         if not matrices:
             continue
-        # what reads the same has the same sums: one factor, one pass over the columns
+        # matrices with one input share its sums: one factor, one pass over the columns
         slots = [slot for parts in matrices for slot in parts]
         values = np.concatenate(
             [np.asarray(gather_to_host(layer.params[inside(s)])).reshape(-1, s.hf_shape[1]) for s in slots]
@@ -233,7 +233,7 @@ def finite_sums(
             if not np.isfinite(own).all():
                 raise UserError(
                     f"{what}: activations in layer {layer.number} are not finite in {', '.join(step.names[:5])} of the "
-                    "calibration batches: look for what is wrong there, or with the weights"
+                    "calibration batches: check these records and the weights"
                 )
             totals[name] = totals.get(name, 0.0) + own
     return totals

@@ -35,7 +35,7 @@ class Given(NamedTuple):
 
 
 class Streams(NamedTuple):
-    """The stream after a layer and in its middle, between attention and MLP: float32[rows, seq, embed].
+    """Stream after a layer and in its middle, between attention and MLP: float32[rows, seq, embed].
 
     `statistics`: per writer whose output is normalised, float32[rows, seq, 2], see `Norm.statistics`.
     """
@@ -47,7 +47,7 @@ class Streams(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A layer of a stack: its number in the unpruned model, `params` by flat path in float32, the model's dtype."""
+    """Layer of a stack: its number in the unpruned model, `params` by flat path in float32, the model's dtype."""
 
     number: int
     stack: str
@@ -72,7 +72,7 @@ class Layer:
 
     @functools.cached_property
     def block(self) -> Block:
-        """The module of the layer."""
+        """Module of the layer."""
         return fill(stack_module(self.stack, self.cfg).layers["0"], unflatten(self.params))
 
     def run(self, x: np.ndarray, given: Given) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A prune plan: the kept layers, heads and neurons in original numbering, as a small JSON."""
+"""Prune plan: the kept layers, heads and neurons in original numbering, as a small JSON."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class _PlanJson(_VersionJson):
 
 @dataclass(frozen=True)
 class KeptLayer:
-    """What layer `index` of a stack keeps: sorted indices of query heads, key/value heads and MLP neurons."""
+    """Kept parts of layer `index` of a stack: sorted indices of query heads, key/value heads and MLP neurons."""
 
     index: int
     q_heads: tuple[int, ...]
@@ -80,7 +80,7 @@ class KeptLayer:
 
 @dataclass(frozen=True)
 class KeptStack:
-    """What a stack keeps: the widths of all its `layers_before`, and the kept `layers` in order."""
+    """Kept parts of a stack: the widths of all its `layers_before`, and the kept `layers` in order."""
 
     layers_before: tuple[LayerShape, ...]
     layers: tuple[KeptLayer, ...]
@@ -135,9 +135,7 @@ class PrunePlan:
 
     def __post_init__(self) -> None:
         if "text" not in self.stacks or not self.stacks.keys() <= set(STACKS):
-            raise UserError(
-                f"prune plan: its stacks are {', '.join(self.stacks)}, of which text must be one and vision may be"
-            )
+            raise UserError(f"prune plan: stacks are {', '.join(self.stacks)}, expected text and perhaps vision")
 
     @property
     def layers_before(self) -> tuple[LayerShape, ...]:
@@ -235,9 +233,7 @@ def compose(first: PrunePlan, second: PrunePlan) -> PrunePlan:
     both = first.stacks.keys() & second.stacks.keys()
     follows = all(second.stacks[name].layers_before == first.stacks[name].shapes for name in both)
     if not follows or second.parameters_before != first.parameters_after:
-        raise UserError(
-            "these plans do not follow each other: the second must be made for the model that the first leaves"
-        )
+        raise UserError("the plans do not compose: make the second for the model that the first leaves")
     together = {name: _compose(first.stacks[name], second.stacks[name]) for name in both}
     stacks = {**first.stacks, **second.stacks, **together}
     methods = {first.method, second.method} - {"none"}
@@ -292,7 +288,7 @@ def _stack_from_dict(data: _StackJson) -> KeptStack:
         ),
     )
     if data.get("kept_layers", [*stack.kept_layers]) != [*stack.kept_layers]:
-        raise UserError(f"prune plan: kept_layers are not those of layers: {_TODO}")
+        raise UserError(f"prune plan: kept_layers disagree with layers: {_TODO}")
     return stack
 
 

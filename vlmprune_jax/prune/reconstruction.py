@@ -91,7 +91,7 @@ def reconstruct(
     settings = {**config.by_name, "held_out": config.held_out}
     check_plan_is_for(teacher, plan)
     if param_shapes(plan.apply_to(teacher.cfg)) != param_shapes(pruned.cfg):
-        raise UserError("reconstruct: the pruned model is not what this plan leaves of this teacher: apply the plan")
+        raise UserError("reconstruct: the pruned model is not made by this plan from this teacher: apply the plan")
     mesh = mesh_of(pruned.params)
     if mesh is None:
         pruned, teacher = (m.replace(params=jax.tree.map(jnp.asarray, m.params)) for m in (pruned, teacher))
@@ -252,7 +252,7 @@ def solve_for(layer: Layer, module: str, steps: Sequence[Step], place: int) -> t
     if best == len(RIDGES):
         return None, unchanged
     after = before + float(errors[best]) / stream
-    if layer.block.writers[module].norm is not None:  # the norm's statistics change with the weight: look
+    if layer.block.writers[module].norm is not None:  # the norm's statistics change with the weight: measure
         trial = layer.changed(module, np.array(gather_to_host(solve(fit, RIDGES[best]))))
         after = float(_total(trial, module, held_out, place).energy) / stream
         if after >= before:
@@ -278,8 +278,7 @@ def _total(layer: Layer, module: str, steps: Sequence[Step], place: int) -> Sums
         if wrong:
             raise UserError(
                 f"reconstruct: activations behind {module} of layer {layer.number} are not finite in "
-                f"{', '.join(sorted(wrong)[:5])} of the calibration batches: look for what is wrong there, or with the "
-                "weights"
+                f"{', '.join(sorted(wrong)[:5])} of the calibration batches: check these records and the weights"
             )
         sums = sums._replace(energy=jnp.asarray(energy.sum()))
         totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)

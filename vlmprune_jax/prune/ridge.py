@@ -16,7 +16,7 @@ import jax.numpy as jnp
 # Ridges that are tried. At 4,096 tokens for 1,000 unknowns 0.3 to 3 win; with more tokens, or fewer unknowns, smaller
 # ones do. Leaving the weight alone is always among the choices.
 RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
-_FLOOR = 1e-6  # of the mean diagonal: what neurons count that are never active
+_FLOOR = 1e-6  # of the mean diagonal: weight of neurons that are never active
 _BLOCK = 256
 _PRODUCT: Any = {"precision": "highest"}
 
@@ -89,7 +89,7 @@ def in_blocks(matrix: jax.Array, right: jax.Array) -> jax.Array:
         strip = strip.T if transposed else strip
         corner = jax.lax.dynamic_slice(strip, (0, start), (_BLOCK, _BLOCK))
         wanted = jax.lax.dynamic_slice(found, (start, 0), (_BLOCK, width))
-        # what `found` has there itself is what is wanted, not yet solved for
+        # the block's own rows of `found` still hold the right-hand side
         others = jax.lax.dynamic_update_slice(strip, jnp.zeros_like(corner), (0, start))
         wanted -= jnp.einsum("ik,ke->ie", others, found, **_PRODUCT)
         solved = jax.scipy.linalg.solve_triangular(corner, wanted, lower=not transposed)

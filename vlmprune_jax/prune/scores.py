@@ -94,7 +94,7 @@ class Scores:
           UserError: it does not.
         """
         if self.heads is None or self.mlp is None:
-            raise UserError(f"{self.criterion} scores say nothing about widths: width needs {scoring('widths')}")
+            raise UserError(f"{self.criterion} scores have no widths: width needs {scoring('widths')}")
         return self.heads, self.mlp
 
     @property
@@ -105,7 +105,7 @@ class Scores:
           UserError: it does not.
         """
         if self.importance is None:
-            raise UserError(f"{self.criterion} scores say nothing about layers: depth needs {scoring('layers')}")
+            raise UserError(f"{self.criterion} scores have no layer importances: depth needs {scoring('layers')}")
         return self.importance
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -144,9 +144,9 @@ class Scores:
         sets = {kind: _below(arrays, f"{kind}/") for kind in ("", *meta.get("kinds", ()))}
         whole = sets.pop("")
         if whole.keys() - {"importance"} != names:
-            raise UserError(f"{path}: says it has {meta['layers']} layers, which its arrays are not of: {_TODO}")
+            raise UserError(f"{path}: its arrays are not those of {meta['layers']} layers, as declared: {_TODO}")
         if any({n: a.shape for n, a in one.items()} != {n: a.shape for n, a in whole.items()} for one in sets.values()):
-            raise UserError(f"{path}: its scores by kind are not of the shapes of its scores: {_TODO}")
+            raise UserError(f"{path}: scores by token type have other shapes than the scores: {_TODO}")
         try:
             return cls(
                 criterion=meta["criterion"],

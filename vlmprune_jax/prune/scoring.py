@@ -22,7 +22,7 @@ from vlmprune_jax.prune.criteria.criterion import FIELDS, Criterion, Parts, take
 from vlmprune_jax.prune.fingerprint import fingerprint
 from vlmprune_jax.prune.scores import Scores
 
-# Options that change how numbers come about, and none of them.
+# Options that change how scores are computed, but not the scores.
 OPERATIONAL = ("memory_budget",)
 
 
@@ -96,9 +96,10 @@ def _measure(
         kept = {"cache": cache} if chosen.journals else {}
         found = chosen.function(model, checked, progress, **options, **kept)
         return found if chosen.splits else (found, {})
-    weight_of = weight_of_kinds({**KIND_WEIGHTS, **(settings if chosen.splits and stack == "text" else {})})
-    # summed exactly as the paper's code does, padding counts too: there is no such sum over a kind
-    splits = chosen.splits and stack == "text" and not settings.get("reference_compat")
+    splits = chosen.splits and model.cfg.stack(stack).causal  # all positions of a tower are of one type
+    weight_of = weight_of_kinds({**KIND_WEIGHTS, **(settings if splits else {})})
+    # the paper's sums include padding: they do not split by token type
+    splits = splits and not settings.get("reference_compat")
     sums, by_kind = accumulate(
         model,
         checked,
@@ -130,4 +131,4 @@ def _check(
         for field, part in parts.items()
     }
     if found != wanted:
-        raise UserError(f"criterion {name!r} gives {found} where the scores of this model have the shapes {wanted}")
+        raise UserError(f"criterion {name!r} returns {found}, expected the shapes {wanted}")

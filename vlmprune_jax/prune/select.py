@@ -21,7 +21,7 @@ from vlmprune_jax.prune.fingerprint import shape_digest
 from vlmprune_jax.prune.plan import KeptStack, PrunePlan
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.solver import OutOfReach, layer_costs
-from vlmprune_jax.prune.width import Kept, choose_widths, kept_layer, shape_of, unreachable_by
+from vlmprune_jax.prune.width import Kept, choose_widths, kept_layer, shape_of
 
 OF_ONE_STACK = ("layers_removed", "protect", "attn_layers", "mlp_layers")  # settings that name or count layers
 
@@ -105,7 +105,7 @@ def plan_stacks(
     config = _configured(config, options)
     named = [name for name in OF_ONE_STACK if getattr(config, name)]
     if named:
-        raise UserError(f"{', '.join(named)}: means layers of one stack: prune the stacks one after the other")
+        raise UserError(f"{', '.join(named)}: refers to layers of one stack: prune the stacks one after the other")
     total = config.parameters_total or count_params(cfg)
     if config.budget.limits:
         config.check()
@@ -188,7 +188,7 @@ def _check_scores(used: list[Scores], cfg: ModelConfig, stack: str) -> None:
         heads, neurons = ([*map(len, scored or ())] for scored in (one.heads, one.mlp))
         scored = list(zip(heads, neurons, strict=False))
         if layers != len(shapes) or scored not in ([], widths):
-            raise UserError(f"{one.criterion} scores are not of the {stack} stack: their layers or widths are others")
+            raise UserError(f"{one.criterion} scores do not fit the {stack} stack: layers or widths differ")
 
 
 def moved_features(plan: PrunePlan, cfg: ModelConfig) -> str | None:
@@ -236,22 +236,23 @@ def _choose_layers(
     stack: str,
 ) -> tuple[int, ...]:
     """Return the original numbers of the layers to remove."""
-    if stack == "vision" and cfg.deepstack:
+    own = cfg.stack(stack)
+    if own.fixed_depth:
         raise UserError(
             f"blocks of this vision tower cannot be removed: features of {cfg.deepstack} of them enter decoder layers "
             '(deepstack): prune its widths (method "width"), or the decoder'
         )
-    shapes = cfg.stack(stack).layers
-    n_layers = len(shapes)
+    shapes, n_layers = own.layers, len(own.layers)
+    features = cfg.deepstack if own.causal else 0  # added to the outputs of this many first layers
     protect, layers_removed = set(config.protect), config.layers_removed
     if not protect <= set(range(n_layers)):
         raise UserError(f"protect={sorted(protect)} names layers that do not exist: there are {n_layers}")
-    if stack == "text":
-        protect |= {i for i in range(cfg.deepstack) if config.deepstack == "keep"}
+    if config.deepstack == "keep":
+        protect |= set(range(features))
     if scores.span is not None:
         return _block(scores, scores.span, protect, ratio, layers_removed)
     order = [int(i) for i in np.argsort(scores.layers, kind="stable") if int(i) not in protect]
-    most = min(len(order), n_layers - max(1, cfg.deepstack if stack == "text" else 0))
+    most = min(len(order), n_layers - max(1, features))
     if layers_removed is not None:
         if not 0 <= layers_removed <= most:
             raise UserError(
@@ -266,8 +267,8 @@ def _choose_layers(
     count = _nearest_count(sizes, share * ratio * total, config.rounding)
     if count is None:
         raise OutOfReach(
-            f"ratio {share * ratio:g} {unreachable_by('depth', stack)}: removing {most} of {n_layers} layers "
-            f"({len(protect)} protected) gives at most {sum(sizes) / total:.4f}"
+            f"ratio {share * ratio:g} cannot be reached by depth pruning of the {stack} stack: "
+            f"removing {most} of {n_layers} layers ({len(protect)} protected) gives at most {sum(sizes) / total:.4f}"
         )
     return tuple(order[:count])
 

@@ -56,7 +56,6 @@ def check_divides(shapes: Iterable[tuple[int, LayerShape]], devices: int) -> Non
         for what, size in zip(("query heads", "key/value heads", "neurons"), shape.widths, strict=True):
             if size % devices:
                 raise UserError(
-                    f"layer {index} keeps {size} {what}, which tensor_parallel={devices} does not divide: use a number "
-                    "that divides the widths of the layers that stay whole, or let them lose some (attn_layers, "
-                    "mlp_layers, heads)"
+                    f"layer {index} keeps {size} {what}, which tensor_parallel={devices} does not divide: choose one "
+                    "that divides the widths of unpruned layers, or prune them too (attn_layers, mlp_layers, heads)"
                 )

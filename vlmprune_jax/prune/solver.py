@@ -18,7 +18,7 @@ GRID = 10_000  # sparsities that are tried: multiples of 1e-4
 
 
 class OutOfReach(UserError):
-    """The method cannot remove as much as asked."""
+    """Error: the method cannot remove as much as asked."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def _tune_neurons(units: Sequence[Units], widths: Widths, removal: float) -> Wid
     return Widths(widths.heads, tuple(neurons), widths.sparsity, int(removed[best]))
 
 
-@functools.lru_cache(maxsize=4)  # a search for a budget asks for the same ones again and again
+@functools.lru_cache(maxsize=4)  # a search for a budget repeats its arguments
 def _neuron_grid(units: tuple[Units, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Return int[fractions, layers] neurons left at each fraction of the widest layer, int[fractions] parameters
     removed.

@@ -54,9 +54,8 @@ def check_plan_is_for(model: Model, plan: PrunePlan) -> None:
     others = [pair for pair in pairs if [shape.widths for shape in pair[1]] != [shape.widths for shape in pair[2]]]
     if others or not plan.fingerprint.startswith(shape_digest(model.cfg)):
         name, planned, found = (others or pairs)[0]
-        which = "" if name == "text" else f"in its {name} tower "
         raise UserError(
-            f"plan of another model: it is for {_describe(planned)}, this model has {which}{_describe(found)}: "
+            f"plan of another model: its {name} stack has {_describe(planned)}, this model's {_describe(found)}: "
             "score and plan this model"
         )
     actual = fingerprint(model)

@@ -75,7 +75,8 @@ def choose_widths(
     target = Target(removal, config.sparsity, ratio, total, by_depth)
     if removal is not None and removal > most_removable(units):
         raise OutOfReach(
-            f"ratio {ratio:g} {unreachable_by('width', stack)} within attn_layers={config.attn_layers or 'all'}, "
+            f"ratio {ratio:g} cannot be reached by width pruning of the {stack} stack "
+            f"within attn_layers={config.attn_layers or 'all'}, "
             f"mlp_layers={config.mlp_layers or 'all'}{', heads kept' if config.heads == 'keep' else ''}"
             f"{' after removing layers' if by_depth else ''}: the most is "
             f"{(by_depth + most_removable(units)) / total:.4f}"
@@ -89,13 +90,6 @@ def choose_widths(
     shapes = cfg.stack(stack).layers
     check_divides(((i, shape_of(kept[i], shapes[i], gqa)) for i in alive), config.tensor_parallel)
     return kept, {**solved, **snapped}
-
-
-def unreachable_by(method: str, stack: str) -> str:
-    """That a ratio is too much for a stack."""
-    return (
-        f"cannot be reached by {method}" if stack == "text" else f"of the whole model is not in its tower by {method}"
-    )
 
 
 def _units(base: Stack, costs: Costs, gqa: str, alive: Collection[int], config: PlanConfig) -> list[Units]:
@@ -131,7 +125,7 @@ def _local(
         found = [solve_widths(units, base.head_dim, target.removal)]
         if trade:
             found += apart(units, base.head_dim, target.removal)
-        # of those that come about as near to the target as the first: a unit more or less decides nothing
+        # of all that come about as near to the target: one unit more or less is immaterial
         gap = max(abs(found[0].removed - target.removal), sum(u.prune_neurons * u.neuron_cost for u in units))
         near = [one for one in found if abs(one.removed - target.removal) <= gap]
         widths = min(near, key=lambda one: _lost(scores, base, one, alive)) if len(near) > 1 else near[0]
@@ -166,7 +160,7 @@ class _Pool:
         return np.sort(self.order[max(len(self.order) - count, 0) :])
 
 
-@functools.lru_cache(maxsize=4)  # by identity; a search for a budget asks for the same ones again and again
+@functools.lru_cache(maxsize=4)  # by identity; a search for a budget repeats its arguments
 def _ranked(scores: Scores, kind: str, shapes: tuple[LayerShape, ...]) -> tuple[tuple[_Pool, ...], ...]:
     """Return the pools of each layer: one, or one per key/value head for query heads."""
     values = dict(zip(("heads", "mlp"), scores.widths, strict=True))[kind]
@@ -245,10 +239,10 @@ def _global(
     else:
         count = _nearest_count(removed, len(pool), target.removal)
         largest = max((u.head_cost if u.prune_heads else u.neuron_cost) for u in units)
-        if target.removal - removed(count) > largest:  # further off than the coarsest single unit
+        if target.removal - removed(count) > largest:  # further away than the coarsest single unit
             raise OutOfReach(
-                f"ratio {target.asked:g} cannot be reached by global selection, which leaves a layer whole rather than "
-                f"empty: it comes to {(target.by_depth + removed(count)) / target.total:.4f}: "
+                f"ratio {target.asked:g} cannot be reached by global selection, which never empties a layer "
+                f"(it reaches {(target.by_depth + removed(count)) / target.total:.4f}): "
                 'use selection="local" or a smaller ratio'
             )
     return keep(count), {"units_removed": count}

@@ -158,9 +158,9 @@ def test_a_criterion_that_does_not_journal_leaves_no_file(tmp_path, monkeypatch)
         ({"scores": ("heads",)}, "a criterion's scores: 'heads' is not one of layers, widths"),
         ({"needs": "gradients"}, "a criterion's needs: 'gradients' is not one of weights, activations, labels"),
         ({"counts": "steps"}, "a criterion's counts: 'steps' is not one of batches, layers"),
-        ({"finish": None}, 'a criterion has finish= .* where it needs "activations", only'),
-        ({"needs": "labels", "finish": None}, 'a criterion has finish= .* where it needs "activations", only'),
-        ({"options": {"powr": 2}}, "a criterion's option 'powr' does nothing: its functions have no parameter powr"),
+        ({"finish": None}, 'a criterion: finish= .* goes with needs="activations" only'),
+        ({"needs": "labels", "finish": None}, 'a criterion: finish= .* goes with needs="activations" only'),
+        ({"options": {"powr": 2}}, "a criterion: option 'powr' has no effect: give a function a parameter powr"),
     ],
 )
 def test_descriptions_that_contradict_themselves(changes, message):

@@ -80,8 +80,8 @@ ARRAYS = {"heads_0": np.ones(2), "mlp_0": np.ones(3)}
     [
         ({"layers": 10**9}, {}, r"meta: .*Expected `int` <= 10000 - at `\$.layers`\): score again"),
         ({"layers": True}, {}, r"Expected `int`, got `bool` - at `\$.layers`"),
-        ({"layers": 2}, {}, "says it has 2 layers, which its arrays are not of"),
-        ({"layers": 0}, {}, "says it has 0 layers, which its arrays are not of"),
+        ({"layers": 2}, {}, "its arrays are not those of 2 layers"),
+        ({"layers": 0}, {}, "its arrays are not those of 0 layers"),
         ({"criterion": 1}, {}, r"Expected `str`, got `int` - at `\$.criterion`"),
         ({"options": {"gqa": "all"}}, {}, "Invalid enum value 'all'"),
         ({"options": {"layers_removed": 1.5}}, {}, "Expected `int .* null`, got `float`"),
@@ -91,7 +91,7 @@ ARRAYS = {"heads_0": np.ones(2), "mlp_0": np.ones(3)}
         ({}, {"mlp_0": np.array(["a"])}, r"mlp_0 is <U1\[1\], not a row"),
         ({}, {"mlp_0": np.ones(0)}, r"mlp_0 is float64\[0\], not a row"),
         ({}, {"mlp_0": np.array([np.nan])}, r"hostile.npz: l1 scores mlp_0 hold NaN"),
-        ({}, {"extra": np.ones(1)}, "says it has 1 layers, which its arrays are not of"),
+        ({}, {"extra": np.ones(1)}, "its arrays are not those of 1 layers"),
     ],
 )
 def test_hostile_scores_are_refused(tmp_path, meta, arrays, message):
@@ -191,11 +191,11 @@ def test_score_refuses(request_, message):
         ),
         (
             {"pixel_values": np.zeros((4, 3, 6, 6))},
-            "calibration batch 1: pixel_values given to a model without a vision",
+            "calibration batch 1: pixel_values passed to a model without a vision",
         ),
         (
             {"pixel_values": np.zeros((4, 1, 3, 6, 6))},
-            "calibration batch 1: pixel_values given to a model without a vision",
+            "calibration batch 1: pixel_values passed to a model without a vision",
         ),
     ],
 )

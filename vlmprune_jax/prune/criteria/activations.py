@@ -72,11 +72,11 @@ def accumulate(
     mesh = mesh_of(model.params)
     params = jax.tree.map(jnp.asarray, model.params) if mesh is None else model.params
     fixed = tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in options.items())
-    # every way that tokens are counted: all of them, and each kind alone
+    # token weights: over all tokens, and over each type alone
     counted_as = [weight_of, *(np.eye(4, dtype=np.float32)[kind] for kind in KINDS.values() if splits)]
     step = functools.partial(_sums, cfg=model.cfg, stack=stack, function=function, options=fixed)
     ways, counts = jnp.asarray(np.stack(counted_as)), np.zeros(4, int)
-    batches = iter(batches) if stack == "text" else with_images(batches)
+    batches = _RUNS[stack].batches(batches)
     first = next(batches)
 
     def counted(batches: Iterable[Arrays]) -> Iterator[Arrays]:
@@ -91,7 +91,7 @@ def accumulate(
 
     totals: list[np.ndarray] = []
     with use_mesh(mesh):
-        # not from a result: an interrupted pass may find all of them in its journal
+        # not from a result: the journal of an interrupted pass may hold all of them
         expected = jax.eval_shape(step, params, _inputs(first), ways)
         structure, shapes = jax.tree.structure(expected), [leaf.shape for leaf in jax.tree.leaves(expected)]
         entries = continued(
@@ -133,7 +133,7 @@ def with_images(batches: Iterable[Arrays]) -> Iterator[Arrays]:
             some = True
             yield arrays
     if not some:
-        raise UserError("the calibration batches have no image, without which a tower cannot be looked at")
+        raise UserError("the calibration batches have no image: a vision tower is scored over images")
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "stack", "function", "options"))
@@ -150,11 +150,11 @@ def _sums(
     def of(weights: jax.Array) -> Any:
         return function(blocks, Tokens(weights[kind], kind), **dict(options))
 
-    sums = jax.vmap(of)(counting)  # the blocks depend on none of them, and run once
+    sums = jax.vmap(of)(counting)  # the blocks do not depend on the weights, and run once
     return jax.tree.map(lambda leaf: constrain(leaf, (None,) * leaf.ndim), sums)
 
 
-Run = tuple[Callable[[Tap, tuple[str, ...]], list[Any]], jax.Array]  # over the blocks, and the kind of every token
+Run = tuple[Callable[[Tap, tuple[str, ...]], list[Any]], jax.Array]  # (pass over the blocks, type of every token)
 
 
 def _decoder(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
@@ -200,3 +200,13 @@ def real_images(kind: Any, slots: int, tokens_per_image: int) -> Any:
     """Return bool[batch, slots]: images that a row has positions for; the other slots are zeros."""
     count = -(-(kind == IMAGE).sum(axis=1) // tokens_per_image)
     return np.arange(slots)[None] < count[:, None]
+
+
+class _Stack(NamedTuple):
+    """Pass over a stack's blocks, and the batches that have inputs for it."""
+
+    run: Callable[..., Run]
+    batches: Callable[[Iterable[Arrays]], Iterator[Arrays]]
+
+
+_RUNS = {"text": _Stack(_decoder, iter), "vision": _Stack(_tower, with_images)}

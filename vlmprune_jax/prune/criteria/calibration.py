@@ -14,7 +14,7 @@ from vlmprune_jax.models.patch_rows import patch_rows
 from vlmprune_jax.prune.config import ScoreConfig
 
 Arrays = dict[str, np.ndarray]
-# What a token is; an answer is a token with a label.
+# Token types; an answer is a token with a label.
 PADDING, PROMPT, IMAGE, ANSWER = range(4)
 KINDS = {"image": IMAGE, "prompt": PROMPT, "answer": ANSWER}
 KIND_WEIGHTS = {f"{name}_weight": getattr(ScoreConfig(), f"{name}_weight") for name in KINDS}

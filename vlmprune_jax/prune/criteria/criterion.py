@@ -69,14 +69,13 @@ class Criterion:
         resumes = streams or taken(self.function, {"cache": None})
         if streams != (self.finish is not None) or (self.journals and not resumes):
             raise UserError(
-                "a criterion has finish= (and may have journals=True without a parameter cache) "
-                'where it needs "activations", only'
+                'a criterion: finish= (and journals=True without a parameter cache) goes with needs="activations" only'
             )
         if self.splits and not self.needs_batches:
-            raise UserError('a criterion that needs "weights" has no tokens that it splits= by kind')
+            raise UserError('a criterion: splits=True needs sums over tokens, but needs="weights" reads none')
         for name in self.options:
             if not any(name in taken(function, {name: None}) for function in (self.function, self.finish) if function):
-                raise UserError(f"a criterion's option {name!r} does nothing: its functions have no parameter {name}")
+                raise UserError(f"a criterion: option {name!r} has no effect: give a function a parameter {name}")
 
     @property
     def settings(self) -> dict[str, Any]:

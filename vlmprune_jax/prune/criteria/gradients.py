@@ -33,7 +33,7 @@ from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, KINDS, PADDIN
 from vlmprune_jax.prune.criteria.groups import coupled
 from vlmprune_jax.prune.criteria.linearized import linearized
 
-Found = dict[str, Any]  # of one layer: path of a weight -> what was made of its gradient
+Found = dict[str, Any]  # of one layer: path of a weight -> its reduced gradient
 CHUNK = 512  # positions whose float32 logits exist at once: 66 MB for 32,000 words
 
 

@@ -66,7 +66,7 @@ def greedy_loss(
         model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
     with use_mesh(mesh_of(model.params)):
         cut = _Cut(model, row_steps(list(batches), dataclasses.asdict(ReconstructConfig())), solved)
-        # What each layer cost when it was last tried: the loss without it less that of then, which has grown since.
+        # Cost of each layer at its last trial: the loss without it minus the loss at that time.
         order, costs, loss = list[int](), dict[int, float](), cut.loss
         for done in range(rounds):
             tried = sorted(cut.kept, key=lambda layer: costs.get(layer, -math.inf))[: candidates if done else None]

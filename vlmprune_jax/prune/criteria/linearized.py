@@ -74,7 +74,7 @@ def linearized(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _product(x: jax.Array, weight: jax.Array, counts: jax.Array | None, n: int) -> jax.Array:
-    """`contract` with weight[0], all of which are equal; each one's gradient weights the tokens in its own way.
+    """Contract x with weight[0], all of which are equal; each one's gradient weights the tokens in its own way.
 
     The gradient has the narrower factor first: XLA:CPU transposes the first factor and, to do so, recomputes it. In
     jax's own gradient that is the gradient of the output, at the end of a long computation; the input is narrower for

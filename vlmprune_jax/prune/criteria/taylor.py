@@ -64,7 +64,7 @@ def taylor(
         channels = [{name: found[variant] for name, found in layer.items()} for layer in layers]
         return reduce_groups(channels, model.cfg, reduction=reduction, gqa=gqa, stack=stack)
 
-    if stack == "vision":  # all of its positions are of images
+    if not model.cfg.stack(stack).causal:  # a tower: all of its positions are of one type
         layers = tower_channels(
             model, batches, _saliencies, squares=squares, rows_per_step=rows_per_step, progress=progress
         )
@@ -86,7 +86,7 @@ def taylor(
 
 
 def _saliencies(w: jax.Array, g: jax.Array, a: jax.Array | None, axis: int) -> dict[str, jax.Array]:
-    """All variants that the gradients allow: next to the products they cost nothing, and one program serves all."""
+    """Return all variants that the gradients allow: they cost little beside the products, and share one program."""
     if a is None:
         return {"vectorize": jnp.abs(jnp.sum(w * g, axis=axis)), "param_first": jnp.sum(jnp.abs(w * g), axis=axis)}
     return {
