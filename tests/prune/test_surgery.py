@@ -251,7 +251,9 @@ def test_plans_of_other_models_are_refused():
         UserError, match=r"plan of another model: same shapes, other weights .* score and plan this model"
     ):
         apply_plan(model(config(EQUAL), seed=1), plan)
-    with pytest.raises(UserError, match=r"it is for 5 layers \(5 x 4/2 heads, 12 neurons\), this model has 4 layers"):
+    with pytest.raises(
+        UserError, match=r"its text stack has 5 layers \(5 x 4/2 heads, 12 neurons\), this model's 4 layers"
+    ):
         apply_plan(apply_plan(one, plan), plan)
     seeing = model(CFG)
     tower = plan_for(seeing, [KeptLayer.whole(0, TOWER[0])], "vision")
@@ -261,6 +263,6 @@ def test_plans_of_other_models_are_refused():
         apply_plan(model(config(UNEQUAL)), tower)
     wider = config((LayerShape(4, 2, 13),) * 5)
     with pytest.raises(
-        UserError, match=r"plan of another model: .*this model has 5 layers \(5 x 4/2 heads, 13 neurons\)"
+        UserError, match=r"plan of another model: .*this model's 5 layers \(5 x 4/2 heads, 13 neurons\)"
     ):
         apply_plan(model(wider), plan)

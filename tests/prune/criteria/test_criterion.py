@@ -172,7 +172,7 @@ def test_scores_of_another_kind_or_shape_are_refused(monkeypatch):
     cfg = config(EQUAL)
     for scores, parts in ((("layers",), {"mlp": ()}), (("layers",), {"importance": np.zeros(4)})):
         monkeypatch.setitem(CRITERIA, "mine", Criterion(scores, "weights", lambda model, parts=parts: parts))
-        with pytest.raises(UserError, match=r"criterion 'mine' gives .* have the shapes \{'importance': \(5,\)\}"):
+        with pytest.raises(UserError, match=r"'mine' returns .* expected the shapes \{'importance': \(5,\)\}"):
             score(model(cfg), criterion="mine")
     gates = Criterion(("layers",), "activations", lambda blocks, tokens: blocks(len, ("gate_proj",)), lambda s, m: s)
     monkeypatch.setitem(CRITERIA, "mine", gates)

@@ -102,7 +102,7 @@ def test_files_hold_them_and_files_of_before_are_read(tmp_path):
     Scores.load(tmp_path / "odd.npz")
     old["meta"] = np.array(str(old["meta"]).replace("{", '{"kinds": ["image"], ', 1))
     np.savez(tmp_path / "cut.npz", **{**old, "image/mlp_0": np.zeros(3)})
-    with pytest.raises(UserError, match="scores by kind are not of the shapes"):
+    with pytest.raises(UserError, match="scores by token type have other shapes"):
         Scores.load(tmp_path / "cut.npz")
 
 
@@ -113,5 +113,5 @@ def test_a_criterion_that_weighs_nothing_is_not_split(monkeypatch):
     )  # fmt: skip
     monkeypatch.setitem(CRITERIA, "own", own)
     assert score(model(CFG), [batch(CFG)], criterion="own").by_kind == {}
-    with pytest.raises(UserError, match="has no tokens that it splits"):
+    with pytest.raises(UserError, match="splits=True needs sums over tokens"):
         dataclasses.replace(CRITERIA["l1"], splits=True)

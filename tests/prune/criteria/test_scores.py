@@ -105,7 +105,7 @@ def test_scores_of_other_widths_plan_nothing():
     cfg = config(UNEQUAL)
     mlp = tuple(np.ones(shape.mlp) for shape in cfg.text.layers)
     scores = Scores("l1", f"{shape_digest(cfg)}-x", {"gqa": "groups"}, heads=(np.ones(1),) * len(mlp), mlp=mlp)
-    with pytest.raises(UserError, match="their layers or widths are others"):
+    with pytest.raises(UserError, match="do not fit the text stack: layers or widths differ"):
         make_plan(scores, cfg, method="width", ratio=0.1)
 
 

@@ -174,7 +174,7 @@ def test_what_cannot_be_scored_is_refused(monkeypatch):
         score(model(config()), criterion="l1", stack="vision")
     text = {name: array for name, array in batch(config()).items() if name != "pixel_values"}
     for criterion in ("block_influence", "taylor"):
-        with pytest.raises(UserError, match="the calibration batches have no image, without which a tower cannot be"):
+        with pytest.raises(UserError, match="the calibration batches have no image: a vision tower"):
             score(one, [text], criterion=criterion, stack="vision")
     unlabelled = batch(one.cfg) | {"labels": np.full((4, 9), -100)}
     with pytest.raises(UserError, match="the calibration batches with images have no label"):
