@@ -140,7 +140,7 @@ def with_images(batches: Iterable[Arrays]) -> Iterator[Arrays]:
 def _sums(
     params: Params, batch: Any, counting: Any, *, cfg: ModelConfig, stack: str, function: Any, options: Any
 ) -> Any:
-    run, kind = (_decoder if stack == "text" else _tower)(params, cfg, batch)
+    run, kind = _RUNS[stack].run(params, cfg, batch)
 
     def blocks(tap: Tap, inputs: tuple[str, ...] = ()) -> list[Any]:
         for name in inputs:
