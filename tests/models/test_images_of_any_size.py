@@ -55,7 +55,7 @@ def test_what_does_not_fit_together(qwen, change, said):
 
 
 def test_grids_for_images_of_one_size(goldens):
-    with pytest.raises(UserError, match="images are of one size"):
+    with pytest.raises(UserError, match="images all have one size"):
         vp.forward(vp.load(goldens / "families/internvl3/ckpt"), [[1, 2]], image_grid_thw=[[1, 2, 2]])
 
 

@@ -168,7 +168,7 @@ def test_fewer_heads_say_how_they_load(tmp_path):
     layers = [KeptLayer(0, (0, 2), (0, 2), SOME), KeptLayer(1, (0, 1), (0, 1), SOME)]
     pruned, plan = prune(vp.load(source), layers, "vision")
     vp.prune_folder(source, plan, tmp_path / "out")
-    with pytest.raises(UserError, match=r'tower has fewer heads than make up its width, .* with heads="keep", or exp'):
+    with pytest.raises(UserError, match=r'tower has fewer heads than its width requires, .* with heads="keep", or exp'):
         vp.prune_folder(source, plan, tmp_path / "refused", uneven="refuse")
     card = (tmp_path / "out/README.md").read_text()
     assert "fewer heads than its width, which its class in PyTorch cannot hold" in card
