@@ -171,7 +171,7 @@ def test_fewer_heads_say_how_they_load(tmp_path):
     with pytest.raises(UserError, match=r'tower has fewer heads than its width requires, .* with heads="keep", or exp'):
         vp.prune_folder(source, plan, tmp_path / "refused", uneven="refuse")
     card = (tmp_path / "out/README.md").read_text()
-    assert "fewer heads than its width, which its class in PyTorch cannot hold" in card
+    assert "PyTorch cannot load this vision tower: its class computes the head size as hidden_size / heads" in card
     assert check_export(pruned, tmp_path / "out")["backend"] == "jax"
     edit_config(tmp_path / "out", vision_config={**tower_of(tmp_path / "out")[0], "head_dim": None})
     with pytest.raises(UserError, match=r"the weights do not fit config.json: .*q_proj"):
