@@ -24,11 +24,16 @@ from vlmprune_jax.workdir.ledger import Finished
 from vlmprune_jax.workdir.result import best_run, read_result
 from vlmprune_jax.workdir.samples import Picture, Sample, SampleAnswer, Samples, SampleSet, read_samples
 from vlmprune_jax.workdir.speed import read_bench, read_speed
+from vlmprune_jax.workdir.steps import STEPS, StepRecord, Steps
 from vlmprune_jax.workdir.sweep import RunError, SweptModel, as_csv, groups_of, read_sweep, table_of
 from vlmprune_jax.workdir.tpu_plan import TPU_PLAN, Planned, TpuPlan, as_rows, read_tpu_plan
 from vlmprune_jax.workdir.unfinished import read_unfinished
 
 CFG = cases.config()
+PRUNE = StepRecord(
+    stage="prune", name="width", recovery="none", about="the plan", variant=".", folder=".", outputs=["plan.json"],
+    model="pruned",
+)  # fmt: skip
 
 
 def saved(path, artefact):
@@ -170,6 +175,7 @@ def test_evaluations_of_an_unfinished_run(tmp_path):
     path = tmp_path / "eval/teacher.json"
     evaluation = evaluated(0.5, retained_interval=(90.0, 99.5), scores={"accuracy": [1.0, 0.0]})
     write_artefact(tmp_path / "eval/pruned.json", evaluation)
+    steps = saved(tmp_path / STEPS, Steps(steps=[PRUNE]))
 
     def compared():
         result = read_unfinished(tmp_path).result
@@ -184,6 +190,14 @@ def test_evaluations_of_an_unfinished_run(tmp_path):
         reads(compared, path.name)
 
     check()
+    path.write_text(json.dumps(whole))
+
+    @fuzz(100, content=json_files(steps))
+    def check_steps(content):
+        (tmp_path / STEPS).write_bytes(content)
+        reads(compared, "steps.json")
+
+    check_steps()
 
 
 def test_bench(tmp_path):
