@@ -47,4 +47,6 @@ def paper_average(scores: Mapping[str, float], original: Mapping[str, float], fu
     """
     retained_per_benchmark(scores, original)
     ours, theirs = (sum(value / full[name] for name, value in side.items()) for side in (scores, original))
+    if theirs == 0:
+        raise UserError("paper average: the unpruned model's scores sum to 0, so no percentage exists: leave some out")
     return 100.0 * ours / theirs

@@ -6,7 +6,9 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from msgspec import Meta
 
 from vlmprune_jax.core.files import Count, Finite
 from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
@@ -27,7 +29,7 @@ class MetricInfo(Part, frozen=True, kw_only=True):
     main: str
     unit: str
     scale: Finite
-    full: Finite | None
+    full: Annotated[float, Meta(ge=1e-100, le=1e100)] | None
     higher_is_better: bool
     grouped_by: str | None
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import ClassVar
 
+from vlmprune_jax.core.errors import reason
 from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
 
 STEPS = ".stages/steps.json"
+_PATTERN = re.compile(r"(?!.*\*\*)\w[\w./*-]*")
 
 
 class StepRecord(Part, frozen=True, kw_only=True):
@@ -45,11 +49,20 @@ class Steps(Artefact, frozen=True, kw_only=True, tag=1):
     steps: list[StepRecord]
 
     def problems(self, folder: Path) -> str | None:
-        """Return the first path that leads out of the workdir."""
+        """Return the first path that leads out of the workdir or that no file can have."""
         for step in self.steps:
+            for pattern in (*step.outputs, *([step.model] if step.model else [])):  # both are looked for by glob
+                if not _PATTERN.fullmatch(pattern):
+                    return f"{pattern[:40]!r} cannot be an output"
             for path in (step.variant, step.folder, step.model, *step.outputs):
                 if "\0" in path or Path(path).is_absolute() or ".." in Path(path).parts:
                     return f"{path!r} lies outside the workdir"
+                try:
+                    os.lstat(folder.parent / path)
+                except (FileNotFoundError, NotADirectoryError):
+                    continue
+                except (OSError, ValueError) as error:
+                    return f"{path[:40]!r} cannot be a path ({reason(error)})"
         return None
 
 
