@@ -16,6 +16,7 @@ from vlmprune_jax.models.params import unstack_layers
 from vlmprune_jax.models.patch_rows import patch_rows
 from vlmprune_jax.models.vlm import Model, apply, encode, to_nnx
 from vlmprune_jax.prune import KeptLayer, gptq
+from vlmprune_jax.prune.config import TokenWeights
 from vlmprune_jax.prune.criteria.calibration import calibration_batches
 from vlmprune_jax.prune.criteria.greedy import _Cut
 from vlmprune_jax.prune.layers import Layer
@@ -172,7 +173,7 @@ def test_layer_by_layer_is_the_forward(goldens, family):
     hidden = vp.forward(model, batch["input_ids"], **images, want=("hidden",))[1]["hidden"]
     weights = {"prompt_weight": 1.0, "image_weight": 0.5, "answer_weight": 0.25}
     means = vp.importance(model, rows_apart(batch), **weights).means
-    steps = gptq.embedded_steps(model, rows_apart(batch), weights)
+    steps = gptq.embedded_steps(model, rows_apart(batch), TokenWeights(**weights))
     taps = [forward_of(model, step)[1] for step in steps]
     counts = [np.asarray(step.weight, np.float64) for step in steps]
     for number in range(len(model.cfg.text.layers)):
