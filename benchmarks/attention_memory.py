@@ -31,8 +31,9 @@ from vlmprune_jax.models.vlm import Model, encode, to_nnx
 
 CHIPS, LAYERS = 4, 4
 TEXT = TextConfig(
-    4096, 128, (LayerShape(32, 32, 11008),) * LAYERS, 32000, 1e-5, "silu", RopeConfig(1e4, "default"), rotary_dim=128,
-    max_positions=4096, qkv_bias=False, out_bias=False, mlp_bias=False, tie_embeddings=False, decoder="llama",
+    4096, 128, (LayerShape(32, 32, 11008),) * LAYERS, 32000, RopeConfig(1e4, "default"), rotary_dim=128,
+    norm_eps=1e-5, activation="silu", max_positions=4096, qkv_bias=False, out_bias=False, mlp_bias=False,
+    tie_embeddings=False, decoder="llama",
 )  # fmt: skip
 TILES, BLOCKS = 13, (LayerShape(16, 16, 4096),) * LAYERS
 TOWER = VisionConfig(1024, 64, BLOCKS, LAYERS, 448, 14, 3, norm_eps=1e-6, activation="gelu", kind="internvit")
