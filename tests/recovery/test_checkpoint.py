@@ -198,7 +198,9 @@ def test_a_save_that_fails_ends_the_run(uninterrupted, tmp_path, at):
     """Saves go on in the background; a failed one is fatal, and the last good checkpoint is continued from."""
     config = dataclasses.replace(SETTINGS, log_every=100)
     try:
-        with pytest.raises(UserError, match=rf"checkpoints: cannot save a checkpoint \(.*last .* step {at}: make room"):
+        with pytest.raises(
+            UserError, match=rf"checkpoints: cannot save a checkpoint \(.*last .* step {at}: free or repair the disk"
+        ):
             train(Full(mid_epoch_stream(), at, tmp_path), tmp_path, config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -343,7 +345,7 @@ def test_a_stream_without_state_needs_no_workdir(tmp_path):
 def test_nan_stops_and_names_the_records(tmp_path):
     """Batch 3 is poisoned: steps 1 to 3 are saved, nothing of step 4 is."""
     config = cases.settings(save_every=1)
-    with pytest.raises(UserError, match=r"step 4: loss nan.* records record-3-0, record-3-1.* checkpoint is of step 3"):
+    with pytest.raises(UserError, match=r"step 4: loss nan.* records record-3-0, record-3-1.* last checkpoint: step 3"):
         recover(cases.model(CFG), cases.Stream(CFG, poison=3), config, workdir=tmp_path, progress=False)
     listed = json.loads((tmp_path / "nonfinite-0.json").read_text())
     assert listed["step"] == 4

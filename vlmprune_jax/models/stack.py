@@ -89,8 +89,8 @@ class BlockStack(nnx.Module):
           cache, remat: keys and values of earlier tokens; one of `REMAT_POLICIES`.
           added: float[n, batch, seq, embed], added to the outputs of the first n blocks (DeepStack, Meng et al. 2024).
         """
-        block = self.layers["0"]
-        norms = {name: norm for name in tap_inputs if name in WRITERS and (norm := block.norm_after(name))}
+        writers = [name for name in tap_inputs if name in WRITERS]  # a stack without blocks has no norms either
+        norms = {name: norm for name in writers if (norm := self.layers["0"].norm_after(name))}
         want = (*tap_inputs, *(f"{name}_out" for name in norms))
 
         def seen(before: jax.Array, after: jax.Array, values: dict[str, jax.Array], params: Any) -> BlockValues:

@@ -9,13 +9,15 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
 from vlmprune_jax.core.errors import Stopped
+
+_ENVIRONMENT = threading.Lock()  # of this process, which workers inherit
 
 Work = Callable[[Any], str | None]  # does an item; returns the error that stopped it as one line, or None
 
@@ -88,8 +90,8 @@ class _Worker:
             if self._process is None and not self._ended:
                 self._connection, theirs = self._context.Pipe()
                 self._process = self._context.Process(target=_serve, args=(theirs, self._start))
-                os.environ["PYTHONSAFEPATH"] = "1"  # a module in the current folder is not imported in its place
-                self._process.start()
+                with _safe_path():
+                    self._process.start()
                 theirs.close()
             return self._process, self._connection
 
@@ -100,6 +102,20 @@ class _Worker:
         if process is not None:
             process.terminate()
             process.join()
+
+
+@contextlib.contextmanager
+def _safe_path() -> Iterator[None]:
+    """Let processes that start meanwhile import no module from the current folder in place of one of Python's."""
+    with _ENVIRONMENT:
+        before = os.environ.get("PYTHONSAFEPATH")
+        os.environ["PYTHONSAFEPATH"] = "1"
+        try:
+            yield
+        finally:
+            del os.environ["PYTHONSAFEPATH"]
+            if before is not None:
+                os.environ["PYTHONSAFEPATH"] = before
 
 
 def _serve(connection: Connection, start: Callable[[], Work]) -> None:
