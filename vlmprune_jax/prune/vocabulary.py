@@ -1,0 +1,258 @@
+"""Choose the tokens that a smaller vocabulary keeps, so that texts made of kept tokens are split as before.
+
+The guarantee: a text whose full tokenisation uses kept tokens only gets the same tokens from the trimmed tokenizer.
+
+BPE applies the merge of lowest rank that is present, and never undoes one. If every merge of the full run is kept, the
+kept merge of lowest rank is the same at every step, so both runs are identical. No merge crosses the borders of a final
+token, so the merges that build a token are those of the full run on the string of that token: `Subwords.closure` adds
+their operands and results. Unigram (best path) and WordPiece (longest match) need no closure: the best of more paths
+that uses kept tokens only is still the best.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlmprune_jax.core.errors import UserError
+
+CLOSED, LOCAL = ("BPE",), ("Unigram", "WordPiece", "WordLevel")
+SPACE = "\u2581"  # how SentencePiece spells a space
+
+
+def byte_symbols() -> frozenset[str]:
+    """Return the 256 letters by which byte-level tokenizers spell bytes (GPT-2's `bytes_to_unicode`)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    return frozenset([*map(chr, printable), *(chr(256 + i) for i in range(256 - len(printable)))])
+
+
+@dataclass(frozen=True, eq=False)
+class Subwords:
+    """The subword model of a tokenizer.json.
+
+    `tokens`: id -> text of every token that is not an added one. `ranks`: rank of each merge (BPE). `added`: id -> text
+    of added tokens, which are matched before the subword model sees the text. `byte_level`: bytes are spelt by
+    `byte_symbols`; `byte_fallback`: characters without a token are spelt by `<0x00>` ... `<0xFF>`.
+    """
+
+    kind: str
+    tokens: Mapping[int, str]
+    ranks: Mapping[tuple[str, str], int]
+    added: Mapping[int, str]
+    special: frozenset[int]
+    unknown: str | None
+    byte_level: bool
+    byte_fallback: bool
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any], where: str) -> Subwords:
+        """Read the content of a tokenizer.json.
+
+        Raises:
+          UserError: a kind of tokenizer for which trimming is not exact.
+        """
+        model = content["model"]
+        kind = model.get("type") or ("BPE" if "merges" in model else "Unigram")
+        if kind not in (*CLOSED, *LOCAL):
+            raise UserError(
+                f"{where}: tokenizers of type {kind!r} cannot be trimmed (supported: {', '.join(CLOSED + LOCAL)})"
+            )
+        vocab = model["vocab"]
+        texts = (
+            {i: piece for i, (piece, _) in enumerate(vocab)}
+            if isinstance(vocab, list)
+            else {i: t for t, i in vocab.items()}
+        )
+        added = {token["id"]: token["content"] for token in content.get("added_tokens") or ()}
+        special = frozenset(token["id"] for token in content.get("added_tokens") or () if token.get("special"))
+        merges = [
+            tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ", 1))
+            for merge in model.get("merges") or ()
+        ]
+        unknown = model.get("unk_token")
+        if unknown is None and model.get("unk_id") is not None:
+            unknown = texts[model["unk_id"]]
+        return cls(
+            kind=kind,
+            tokens={i: text for i, text in texts.items() if i not in added},
+            ranks={pair: rank for rank, pair in reversed(list(enumerate(merges)))},
+            added=added,
+            special=special,
+            unknown=unknown,
+            byte_level="ByteLevel" in _types(content.get("pre_tokenizer")) | _types(content.get("decoder")),
+            byte_fallback=bool(model.get("byte_fallback")),
+        )
+
+    @functools.cached_property
+    def ids(self) -> dict[str, int]:
+        """Text -> id of every token of the subword model."""
+        return {text: i for i, text in self.tokens.items()}
+
+    @property
+    def size(self) -> int:
+        """Number of tokens, added ones included."""
+        return len({*self.tokens, *self.added})
+
+    @functools.cached_property
+    def required(self) -> frozenset[int]:
+        """Tokens without which text is lost: bytes, the unknown token, and single spaces of SentencePiece."""
+        texts = {SPACE} if self.byte_fallback or self.kind == "Unigram" else set()
+        texts |= byte_symbols() if self.byte_level else set()
+        texts |= {f"<0x{byte:02X}>" for byte in range(256)} if self.byte_fallback or self.kind == "Unigram" else set()
+        texts |= {self.unknown} if self.unknown is not None else set()
+        return frozenset(self.ids[text] for text in texts if text in self.ids) | (frozenset(self.added) - self._unused)
+
+    @functools.cached_property
+    def _unused(self) -> frozenset[int]:
+        """Added tokens that a vocabulary reserves and no text uses."""
+        return frozenset(i for i, text in self.added.items() if text.startswith(("<unused", "<|reserved_")))
+
+    def derivation(self, text: str) -> Iterator[tuple[str, str]]:
+        """Yield the merges of the full BPE run on the string of a token, in order."""
+        symbols = [symbol for letter in text for symbol in self._spell(letter)]
+        while len(symbols) > 1:
+            ranked = ((self.ranks.get(pair), place) for place, pair in enumerate(itertools.pairwise(symbols)))
+            best = min(((rank, place) for rank, place in ranked if rank is not None), default=None)
+            if best is None:
+                return
+            place = best[1]
+            yield symbols[place], symbols[place + 1]
+            symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
+
+    def _spell(self, letter: str) -> list[str]:
+        """Return the symbols that a BPE run starts from: the letter, or its bytes where it has no token."""
+        if letter in self.ids or not self.byte_fallback:
+            return [letter]
+        return [f"<0x{byte:02X}>" for byte in letter.encode()]
+
+    def closure(self, kept: Iterable[int]) -> set[int]:
+        """Return the tokens with everything that their derivations need, and the `required` ones."""
+        closed = {*self.required, *kept}
+        if self.kind in CLOSED:
+            for i in list(closed):
+                closed |= self._needs(self.tokens.get(i, ""))
+        return closed
+
+    @functools.cache  # noqa: B019 (lives as long as the tokenizer; closures repeat while filling)
+    def _needs(self, text: str) -> frozenset[int]:
+        letters = {symbol for letter in text for symbol in self._spell(letter)}
+        parts = {part for pair in self.derivation(text) for part in (*pair, "".join(pair))}
+        return frozenset(self.ids[part] for part in letters | parts if part in self.ids)
+
+    def by_rank(self) -> Iterator[int]:
+        """Yield the tokens in the order in which the vocabulary was learnt: by merge rank (BPE) or id."""
+        if self.kind not in CLOSED:
+            yield from sorted(self.tokens)
+            return
+        yield from (i for text, i in sorted(self.ids.items(), key=lambda item: item[1]) if len(text) == 1)
+        seen = set[int]()
+        for left, right in sorted(self.ranks, key=self.ranks.__getitem__):
+            i = self.ids.get(left + right)
+            if i is not None and i not in seen:
+                seen.add(i)
+                yield i
+
+
+def choose_tokens(
+    subwords: Subwords,
+    used: Collection[int],
+    *,
+    size: int | None = None,
+    multiple: int = 64,
+    always: Collection[int] = (),
+) -> tuple[int, ...]:
+    """Return the sorted ids of a closed vocabulary: the tokens used, filled up by merge rank.
+
+    Args:
+      subwords: the tokenizer's subword model.
+      used: ids that the source texts use.
+      size: number of tokens wanted, rounded up to a multiple; None keeps the closure of `used` and `always` alone.
+      multiple: the number of rows of the embedding is a multiple of it (64; 128 per way of a sharded vocabulary).
+      always: further ids to keep (ids in config files, chat templates, label sets).
+
+    Raises:
+      UserError: ids beyond the vocabulary, or `size` is smaller than what must be kept.
+    """
+    known = {*subwords.tokens, *subwords.added}
+    beyond = sorted({*used, *always} - known)
+    if beyond:
+        raise UserError(f"vocabulary: token id {beyond[0]} is not in the tokenizer, which has {len(known):,} tokens")
+    if multiple < 1:
+        raise UserError(f"vocabulary.multiple={multiple} must be at least 1")
+    kept = subwords.closure({*used, *always})
+    least = -(-len(kept) // multiple) * multiple
+    wanted = least if size is None else min(-(-size // multiple) * multiple, len(known))
+    if len(kept) > wanted:
+        raise UserError(
+            f"vocabulary.size={size}: the sources use {len(kept):,} tokens with their derivations: "
+            f"ask for at least {least:,}, or give fewer sources"
+        )
+    for i in subwords.by_rank():
+        if len(kept) >= wanted:
+            break
+        missing = (subwords.closure({i}) if subwords.kind in CLOSED else {i}) - kept
+        if len(kept) + len(missing) <= wanted:
+            kept |= missing
+    return tuple(sorted(kept))
+
+
+def trim_tokenizer(content: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """Return the content of tokenizer.json with the kept tokens only, renumbered in their old order."""
+    new = {old: i for i, old in enumerate(kept)}
+    model = dict(content["model"])
+    vocab = model["vocab"]
+    if isinstance(vocab, list):
+        model["vocab"] = [vocab[old] for old in kept if old < len(vocab)]
+        if model.get("unk_id") is not None:
+            model["unk_id"] = new[model["unk_id"]]
+    else:
+        model["vocab"] = {text: new[old] for text, old in sorted(vocab.items(), key=lambda item: item[1]) if old in new}
+    if model.get("merges"):
+        there = model["vocab"]
+        model["merges"] = [merge for merge in model["merges"] if all(part in there for part in _parts(merge))]
+    added = [{**token, "id": new[token["id"]]} for token in content.get("added_tokens") or () if token["id"] in new]
+    trimmed = {
+        **content,
+        "model": model,
+        "added_tokens": added,
+        "post_processor": _renumbered(content.get("post_processor"), new),
+    }
+    if isinstance(content.get("padding"), dict) and content["padding"].get("pad_id") in new:
+        trimmed["padding"] = {**content["padding"], "pad_id": new[content["padding"]["pad_id"]]}
+    return trimmed
+
+
+def _parts(merge: str | list[str]) -> tuple[str, str, str]:
+    left, right = merge if isinstance(merge, list) else merge.split(" ", 1)
+    return left, right, left + right
+
+
+def _types(step: Any) -> set[str]:
+    """Return the types of a tokenizer.json's step and of the steps in it."""
+    if isinstance(step, list):
+        return set().union(*map(_types, step))
+    if not isinstance(step, dict):
+        return set()
+    return {str(step.get("type"))}.union(*(_types(part) for part in step.values()))
+
+
+def _renumbered(step: Any, new: Mapping[int, int]) -> Any:
+    """Return a post_processor with new ids: `special_tokens[...].ids`, and `cls`, `sep` as [text, id]."""
+    if isinstance(step, list):
+        return [_renumbered(part, new) for part in step]
+    if not isinstance(step, dict):
+        return step
+    changed = {name: _renumbered(part, new) for name, part in step.items()}
+    if isinstance(step.get("special_tokens"), dict):
+        changed["special_tokens"] = {
+            name: {**token, "ids": [new[i] for i in token["ids"]]}
+            for name, token in step["special_tokens"].items()
+            if all(i in new for i in token["ids"])
+        }
+    for name in ("cls", "sep"):
+        if isinstance(step.get(name), list) and len(step[name]) == 2:
+            changed[name] = [step[name][0], new[step[name][1]]]
+    return changed
