@@ -128,7 +128,7 @@ def placed(experiment: Experiment, workdir: Path) -> Experiment:
 
 
 def read_hyper(config: str) -> Any:
-    """What `get_hyper(hyper)` of a config file FILE.py:VARIANT lists.
+    """Return the runs that `get_hyper(hyper)` of a config file FILE.py:VARIANT lists.
 
     Raises:
       UserError: it has none, or whatever that raised.

@@ -218,7 +218,7 @@ def value_of(argv: Sequence[str], name: str) -> str | None:
 
 
 def switch(argv: Sequence[str], name: str) -> bool:
-    """Whether a yes/no flag is given, without parsing the rest (which may be what failed)."""
+    """Return True if a yes/no flag is set, without parsing the other flags (which may have failed)."""
     return f"--{name}" in argv or f"--{name}=true" in argv
 
 

@@ -153,7 +153,7 @@ def _ended(argv: list[str], error: BaseException) -> int:
 
 
 def _of_the_system(argv: list[str], error: BaseException) -> str | None:
-    """What to do about an error that is no defect of this program, or None.
+    """Return the line for an error that is no defect of this program, with what to do; None for a defect.
 
     One of several processes is left to start again what the loss of another may have caused.
     """
@@ -174,7 +174,7 @@ def _of_the_system(argv: list[str], error: BaseException) -> str | None:
 
 
 def _defect(argv: list[str], error: BaseException) -> str:
-    """What happened where, for a report: this program should have said it better."""
+    """Return the line that asks the user to report a defect, with its place in the code."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _PACKAGE in Path(frame.filename).parents]
     where = f" at {Path(frames[-1].filename).relative_to(_PACKAGE)}:{frames[-1].lineno}" if frames else ""
     told = f"failed{where}{_after()} with {type(error).__name__}: {reason(error)}"

@@ -55,7 +55,7 @@ class ScoreSpec(ScoreConfig):
 
 @dataclass(frozen=True)
 class PruneSpec(PlanConfig):
-    """How much to remove, and from where."""
+    """Amount to remove, and the parts to remove it from."""
 
     stack: str = setting(
         "text",

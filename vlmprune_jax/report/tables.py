@@ -69,7 +69,7 @@ def _summary(run: Run, worth: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _kept(run: Run, name: str) -> str:
-    """What is retained of a set, with its interval in brackets."""
+    """Format the retention on a set, with its interval in brackets."""
     ends = interval(run.evaluation, name)
     return percent(run.evaluation.retained.get(name)) + (ends and f" ({ends})")
 

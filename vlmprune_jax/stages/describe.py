@@ -98,7 +98,7 @@ def _prunable(cfg: ModelConfig, stack: str) -> dict[str, Any]:
 
 
 def _export(cfg: ModelConfig, family: Family) -> dict[str, str]:
-    """What becomes of a pruned copy of this folder: kind of pruning or export option -> its size, and who loads it."""
+    """Return {pruning method or export option: size of the pruned copy, and the programs that load it}."""
     stock, target = family.layout == "transformers", target_of(family)
     loader = "stock transformers" if stock else "this package and the hub's own code"
     # which takes hidden_size / heads for the size of a head

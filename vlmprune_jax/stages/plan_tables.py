@@ -18,7 +18,7 @@ NONE = "-"
 
 
 def explain(plan: PrunePlan, cfg: ModelConfig, spec: PruneSpec, scores: Sequence[Scores]) -> list[Table]:
-    """What each layer of every stack that lost something has lost, and why: one table per stack.
+    """Return one table per pruned stack: the parts that each layer lost, and why.
 
     Args:
       cfg: the unpruned model. spec: what was asked for. scores: as `make_plan` takes
@@ -87,7 +87,7 @@ def _scores_lost(scores: Scores, index: int, layer: KeptLayer | None) -> list[st
 
 
 def _why(index: int, layer: KeptLayer | None, spec: PruneSpec, method: str) -> str:
-    """What decided about a layer beside its scores."""
+    """Return the reason for a layer's widths, apart from its scores."""
     if layer is None:
         return "goes"
     if index in spec.protect:
@@ -110,7 +110,7 @@ def read_plan(place: str) -> PrunePlan:
 
 
 def compare(first: PrunePlan, second: PrunePlan) -> list[Table]:
-    """How much of what two plans keep is the same, by layer: |both| / |either| of heads, neurons and layers.
+    """Compare two plans layer by layer: |both| / |either| of the heads, neurons and layers that they keep.
 
     Raises:
       UserError: the plans are of different models.
@@ -144,6 +144,6 @@ def _compare_stack(name: str, first: KeptStack, second: KeptStack) -> Table:
 
 
 def _overlap(first: Collection[object], second: Collection[object]) -> list[str]:
-    """How many each keeps, and the share of all of them that both do."""
+    """Return the numbers that each plan keeps, and the share that both keep."""
     a, b = set(first), set(second)
     return [f"{len(a):,} / {len(b):,}", f"{100 * len(a & b) / len(a | b):.1f} %"]

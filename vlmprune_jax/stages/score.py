@@ -57,7 +57,7 @@ def _needs_records(criteria: Mapping[str, str]) -> bool:
 
 
 def _parts(output: Path) -> Path:
-    """Where a pass that goes from layer to layer keeps the layers that are done."""
+    """Return the folder in which a layer-by-layer pass keeps finished layers."""
     return output.with_name(f".{output.name}.parts")
 
 

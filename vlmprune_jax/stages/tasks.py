@@ -163,7 +163,7 @@ def ask_task(work: Work, data: DataSpec, spec: EvaluateSpec, task: str, answers:
 
 
 def _evaluated(spec: EvaluateSpec, task: str, files: Path | None, backend: Any, scratch: Path) -> dict[str, Any]:
-    """What lmms-eval finds of a task.
+    """Return lmms-eval's evaluation of a task.
 
     Raises:
       UserError: it does not know the task, or fails.

@@ -147,7 +147,7 @@ class Work(Context):
 
 
 def journal_path(output: Path) -> Path:
-    """Where the pass that makes a file keeps its journal."""
+    """Return the path of the journal of the pass that makes a file."""
     return output.with_name(f"{output.name}.journal")
 
 

@@ -70,7 +70,7 @@ class Job:
 
     @property
     def record(self) -> Path:
-        """Where the ledger keeps this job's last run."""
+        """Path of the record of this job's last run."""
         return self.workdir / FOLDER / f"{self.name.replace('/', '.')}.json"
 
 

@@ -30,7 +30,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """What is there: `result` with an empty `best`, None before the unpruned model is evaluated.
+    """The finished part of a run: `result` with an empty `best`, None before the unpruned model is evaluated.
 
     `missing`: (what is missing, the command that makes it).
     """
