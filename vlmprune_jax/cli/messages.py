@@ -1,4 +1,4 @@
-"""What libraries warn and log while a command runs: kept, and told once at its end, a line each.
+"""Warnings and logs of libraries while a command runs: kept, and printed once at its end, a line each.
 
 Nobody who uses the functions of the package has this: the command line installs it for itself.
 """

@@ -1,4 +1,4 @@
-"""What the stage commands have in common: from flags to an experiment, or those of a sweep, and a place to work."""
+"""Shared start of the stage commands: from flags to an experiment or the runs of a sweep, and their workdir."""
 
 from __future__ import annotations
 

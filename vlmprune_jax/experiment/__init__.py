@@ -1,1 +1,1 @@
-"""What an experiment is: settings, recipes, overrides, variants."""
+"""Experiments: the sections of a config, their recipes and variants."""

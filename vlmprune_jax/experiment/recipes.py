@@ -1,4 +1,4 @@
-"""What a config may start from: the reference's recovery of each family, by the family's name, and the paper's cuts."""
+"""Starting points of a config: the reference's recovery of each family, by the family's name, and the paper's cuts."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def _config_file(found: Recommendation, cfg: ModelConfig, model: dict[str, Any],
         "",
         "",
         "def get_config() -> ConfigDict:",
-        '    """What is advised, on top of the defaults or of the family\'s recipe."""',
+        '    """Recommended settings, on top of the defaults or of the family\'s recipe."""',
         f"    config = experiment_config({f'recipe={_literal(named)}' if named in recipes() else ''})",
         *(f"    config.{name} = {_literal(value)}" for name, value in _leaves(changes)),
     ]

@@ -1,4 +1,4 @@
-"""What a Hugging Face folder holds, what can be pruned from it and how it can be exported; from its headers alone."""
+"""Describe a Hugging Face folder from its headers: its model, the parts that can be pruned, and its exports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stage works with beside its settings: its place in a workdir, the model folders, and how it reports."""
+"""Resources of a stage beside its settings: its place in a workdir, the model folders, and the reporter."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a workdir holds and who made it: the contract between stages, sweeps and reports."""
+"""Files of a workdir and the record of their origin: the contract between stages, sweeps and reports."""
