@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import http.server
+import os
+import subprocess
+import sys
 import threading
 
 import jax
@@ -140,3 +143,14 @@ def test_what_process_0_finds_is_what_all_find():
     assert mesh.on_process_zero(lambda: {"a": [1, None]}) == {"a": [1, None]}
     with pytest.raises(UserError, match="wrong"):
         mesh.on_process_zero(lambda: (_ for _ in ()).throw(UserError("wrong")))
+
+
+def test_a_platform_that_is_not_there_is_one_line(tmp_path):
+    """jax asserts that CUDA is there, without a message."""
+    demo = [sys.executable, "-m", "vlmprune_jax", "demo", f"--workdir={tmp_path}"]
+    run = subprocess.run(demo, env={**os.environ, "JAX_PLATFORMS": "cuda"}, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr == (
+        "vlmprune: error: JAX_PLATFORMS=cuda: jax cannot start this platform (no such device, or jax is installed "
+        "without its plugin): unset it, or install vlmprune-jax[cuda] or vlmprune-jax[tpu] on a machine that has one\n"
+    )

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, ModuleType
 
+from vlmprune_jax.cli import env
 from vlmprune_jax.cli.flags import help_of, parse, shipped_configs, switch, value_of
 from vlmprune_jax.cli.messages import kept, leave_quietly
 from vlmprune_jax.cli.stages import StageCommand, commands
@@ -31,6 +32,7 @@ OTHERS = {
     "recommend": "recommend a pruning method and recovery for a model and a budget, with the evidence and a config",
     "bench": "measure speed, memory and size of models here, by jax, transformers and llama.cpp, in turns",
     "diff": "compare two plans layer by layer",
+    "env": "print versions, devices and installed packages, for a bug report",
     "help": "explain a setting, as `vlmprune help kl`: default, choices, effect",
     "inspect": "print what a Hugging Face folder holds and what can be pruned, from its headers",
     "tfds": "convert LLaVA records and their images to a tensorflow-datasets data set",
@@ -40,7 +42,7 @@ COMMANDS = {**commands(), **OTHERS}
 OVERVIEW = """\
 vlmprune: structured pruning and recovery of vision-language models, from Hugging Face folder to Hugging Face folder.
 
-usage: vlmprune COMMAND [flags]        vlmprune COMMAND --help
+usage: vlmprune COMMAND [flags]        vlmprune COMMAND --help        vlmprune --version
 
 {commands}
 
@@ -51,7 +53,7 @@ usage: vlmprune COMMAND [flags]        vlmprune COMMAND --help
 {configs}
 """
 # Commands that keep nothing of what they have done.
-_ANEW = ("bench", "diff", "help", "inspect", "recommend")
+_ANEW = ("bench", "diff", "env", "help", "inspect", "recommend")
 OURS, USER_ERROR, INTERRUPTED, BROKEN_PIPE, TERMINATED = 1, 2, 130, 141, 143
 # What a person can do something about: no room (disk, quota, largest file), no right to write.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -194,6 +196,8 @@ def _dispatch(argv: list[str], script: ModuleType | None) -> None:
     elif not argv or argv[0] in ("-h", "--help") or argv == ["help"]:
         lines = "\n".join(f"  {name:<11} {text}" for name, text in COMMANDS.items())
         print(OVERVIEW.format(commands=lines, configs=_shipped()))
+    elif argv == ["--version"]:
+        print(f"vlmprune {env.version()}")
     else:
         _run(_command(*argv), *argv)
     if sys.stdout is not None:

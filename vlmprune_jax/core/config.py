@@ -493,3 +493,19 @@ def runs(layers: Sequence[LayerShape]) -> tuple[tuple[int, int, LayerShape], ...
         result.append((start, length, shape))
         start += length
     return tuple(result)
+
+
+def describe_layers(layers: Sequence[LayerShape], most: int | None = None) -> str:
+    """Return "3 x (6/2 heads, 64 neurons), ...": the widths of neighbouring layers, and how many lack a window.
+
+    Only the first `most` groups of equal neighbours are listed, with the number of all layers.
+    """
+    parts = []
+    for (q_heads, kv_heads, mlp), alike in itertools.groupby(layers, lambda shape: shape.widths):
+        windows = [shape.window for shape in alike]
+        heads = f"{q_heads} heads" if q_heads == kv_heads else f"{q_heads}/{kv_heads} heads"
+        whole = windows.count(None)
+        without = f", {whole} of them without windows" if 0 < whole < len(windows) else ""
+        parts.append(f"{len(windows)} x ({heads}, {mlp:,} neurons){without}")
+    more = [] if most is None or len(parts) <= most else [f"... ({len(layers)} layers)"]
+    return ", ".join([*(parts[:most] if more else parts), *more])

@@ -8,11 +8,12 @@ import numpy as np
 
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.models.vlm import Model, config_of
 
 
 def expand_images(
     input_ids: Any,
-    cfg: ModelConfig,
+    cfg: ModelConfig | Model,
     *,
     attention_mask: Any = None,
     labels: Any = None,
@@ -26,8 +27,8 @@ def expand_images(
 
     Args:
       input_ids: int[batch, seq], image positions not expanded.
-      cfg: the model's config (`model.cfg`); an image takes `cfg.tokens_per_image` positions per tile, or the positions
-        of its grid for images of any size.
+      cfg: the model or its config; an image takes `cfg.tokens_per_image` positions per tile, or the positions of its
+        grid for images of any size.
       attention_mask: int[batch, seq], 1 = real token; default all 1. Padding is dropped on either side.
       labels: int[batch, seq], -100 for positions without loss; image positions always get -100.
       tiles: int[images], number of tiles of each image, in order of appearance; default 1.
@@ -39,7 +40,7 @@ def expand_images(
     Raises:
       UserError: the model takes no images, shapes differ, or the number of `tiles` or grids is not that of images.
     """
-    ids = np.asarray(input_ids)
+    ids, cfg = np.asarray(input_ids), config_of(cfg)
     if cfg.image_token_id is None or not cfg.tokens_per_image:
         raise UserError("expand_images: this model takes no images")
     inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids) if attention_mask is None else attention_mask}

@@ -59,6 +59,23 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
         failure.watch(jax.process_index(), jax.process_count())
 
 
+def start_devices() -> None:
+    """Start this machine's accelerator, or its CPU.
+
+    Raises:
+      UserError: JAX_PLATFORMS names a platform that is not there.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # jax asserts that CUDA is there
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        why = str(error) or "no such device, or jax is installed without its plugin"
+        raise UserError(
+            f"JAX_PLATFORMS={platforms}: jax cannot start this platform ({why}): unset it, or install "
+            "vlmprune-jax[cuda] or vlmprune-jax[tpu] on a machine that has one"
+        ) from error
+
+
 def _named_place(coordinator: str | None, num_processes: int | None, process_id: int | None) -> tuple | None:
     """Return (host:port, number of processes, own number) from arguments and environment, or None if not set."""
     arguments = (coordinator, num_processes, process_id)

@@ -54,7 +54,9 @@ def save(
         its interval, of each evaluation set.
       **options: options of the format, named as the settings `export.NAME`: layout, uneven, dtype, quantize,
         group_size, symmetric and rolled_positions, with the same defaults. Results of calibration are objects here:
-        storage=vp.gptq(...) for folders, and imatrix=vp.importance(...) for GGUF.
+        storage=vp.gptq(...) for folders, and imatrix=vp.importance(...) for GGUF. `dtype` is "bfloat16" by default,
+        as checkpoints are published, whatever type `vp.load` computes in (by default float32, for scores and
+        training): dtype="float32" keeps every bit.
 
     Raises:
       UserError: out_dir exists, source_dir is not this model's, options do not fit, weights are not finite, or the

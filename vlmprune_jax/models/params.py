@@ -13,7 +13,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vlmprune_jax.core.config import STACKS, ModelConfig, runs
-from vlmprune_jax.models.vlm import Params, abstract
+from vlmprune_jax.models.vlm import Model, Params, abstract, config_of
 
 Flat = dict[str, Any]
 
@@ -53,9 +53,10 @@ def _of_first_run(found: Mapping[str, tuple[Any, ...]], stack: str) -> dict[str,
     return {path.removeprefix(prefix): sizes[1:] for path, sizes in found.items() if path.startswith(prefix)}
 
 
-def count_params(cfg: ModelConfig, part: str = "") -> int:
-    """Return the number of parameters, optionally of one part ("text", "vision", "projector")."""
-    return sum(math.prod(shape) for path, shape in param_shapes(cfg).items() if path.startswith(part))
+def count_params(cfg: ModelConfig | Model, part: str = "") -> int:
+    """Return the number of parameters of a model or config, optionally of one part ("text", "vision", "projector")."""
+    shapes = param_shapes(config_of(cfg))
+    return sum(math.prod(shape) for path, shape in shapes.items() if path.startswith(part))
 
 
 def locate(cfg: ModelConfig, path: str) -> list[tuple[int | None, str, int | None]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from vlmprune_jax.core.config import ModelConfig, Stack
+from vlmprune_jax.core.config import ModelConfig, Stack, describe_layers
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import row_ways, use_mesh
 from vlmprune_jax.distributed.rules import constrain, sharding
@@ -40,9 +41,25 @@ class Model:
     params: Params
     cfg: ModelConfig
 
+    def __repr__(self) -> str:
+        """Return family, size, dtype and the layers of every stack; the arrays would be millions of digits."""
+        leaves, cfg = jax.tree.leaves(self.params), self.cfg
+        size, dtypes = sum(math.prod(leaf.shape) for leaf in leaves), sorted({str(leaf.dtype) for leaf in leaves})
+        stacks = [("text", cfg.text), *([("vision", cfg.vision)] if cfg.vision is not None and cfg.tower else [])]
+        lines = [f"Model({cfg.family}, {cfg.layout} layout, {size:,} parameters, {', '.join(dtypes)}"]
+        lines += [
+            f"  {name}: hidden size {one.hidden_size:,}, {describe_layers(one.layers, most=3)}" for name, one in stacks
+        ]
+        return "\n".join(lines) + ")"
+
     def replace(self, **changes: Any) -> Model:
         """Return a copy with other params or cfg."""
         return dataclasses.replace(self, **changes)
+
+
+def config_of(model: Model | ModelConfig) -> ModelConfig:
+    """Return the config of a model, or a config unchanged."""
+    return model.cfg if isinstance(model, Model) else model
 
 
 class VisionLanguageModel(nnx.Module):
@@ -304,11 +321,11 @@ def forward(
     attention_mask: Any = None,
     want: Collection[str] = (),
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Return logits float[batch, seq, vocab] of int[batch, seq] ids whose image positions are already expanded.
+    """Return the logits of token ids whose image positions are already expanded, and intermediates on request.
 
     Args:
       model: the model; sharded parameters give a sharded computation.
-      input_ids: image positions hold `model.cfg.image_token_id`, once per image feature.
+      input_ids: int[batch, seq]; image positions hold `model.cfg.image_token_id`, once per image feature.
       pixel_values: float[images or tiles, 3, H, W] in order of appearance, or [batch, slots, 3, H, W] by row, with
         empty slots at the end of rows that have fewer images.
       pixel_attention_mask: int of the same shape without the channels, 1 = image, 0 = padding (SmolVLM).
@@ -316,10 +333,16 @@ def forward(
         [patches of all images, values], as processors emit them (or both by row, see `patch_rows`).
       mm_token_type_ids: int[batch, seq] of the same processors; only checked, since the ids contain it.
       attention_mask: int[batch, seq], 1 = real token.
-      want: any of "hidden", "image_features", "inputs_embeds" -> returned in aux.
+      want: names of intermediates: any of "hidden", "image_features", "inputs_embeds".
+
+    Returns:
+      (logits, aux): logits [batch, seq, vocab] in the data type of the parameters, and a dictionary with what `want`
+      names: "hidden", a tuple of n_layers + 1 arrays [batch, seq, embed], first the embeddings, last after the final
+      norm (the Hugging Face convention); "image_features" [images, tokens, embed] (None without images), for images of
+      any size [tokens of all images, embed]; "inputs_embeds" [batch, seq, embed].
 
     Raises:
-      UserError: ids outside the vocabulary, or image positions that do not match the images.
+      UserError: an unknown name in `want`, ids outside the vocabulary, or image positions that do not match the images.
     """
     check_inputs(model.cfg, input_ids, pixel_values, image_grid_thw=image_grid_thw, attention_mask=attention_mask)
     arrays = {

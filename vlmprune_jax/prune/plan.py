@@ -14,7 +14,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 
-from vlmprune_jax.core.config import STACKS, LayerShape, ModelConfig
+from vlmprune_jax.core.config import STACKS, LayerShape, ModelConfig, describe_layers
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Count, Finite, checked, parse_json, read_json, replacing
 
@@ -136,6 +136,21 @@ class PrunePlan:
     def __post_init__(self) -> None:
         if "text" not in self.stacks or not self.stacks.keys() <= set(STACKS):
             raise UserError(f"prune plan: stacks are {', '.join(self.stacks)}, expected text and perhaps vision")
+
+    def __repr__(self) -> str:
+        """Return method, sizes and the layers of every pruned stack, without the indices."""
+        sizes = (
+            f"{self.parameters_before:,} -> {self.parameters_after:,} parameters, {100 * self.reached:.2f} % removed"
+        )
+        lines = [f"PrunePlan({self.method} by {self.criterion}: {sizes}"]
+        for name, stack in self.stacks.items():
+            if stack.shapes != stack.layers_before:
+                gone = f", without {', '.join(map(str, stack.removed_layers))}" if stack.removed_layers else ""
+                before = len(stack.layers_before)
+                lines.append(
+                    f"  {name}: {len(stack.layers)} of {before} layers{gone}; {describe_layers(stack.shapes, most=3)}"
+                )
+        return "\n".join(lines) + ")"
 
     @property
     def layers_before(self) -> tuple[LayerShape, ...]:

@@ -75,6 +75,19 @@ class Scores:
             if np.isnan(values).any():
                 raise UserError(f"{self.criterion} scores {name} hold NaN: check weights and calibration data for NaN")
 
+    def __repr__(self) -> str:
+        """Return criterion, stack and what is scored, without the numbers."""
+        heads, neurons = (None if part is None else sum(map(len, part)) for part in (self.heads, self.mlp))
+        layers = len(self.heads or ()) if self.importance is None else len(self.importance)
+        unit = "heads" if self.options.get("gqa") == "q_heads" else "head groups"
+        scored = [
+            f"{layers} layers" if heads is None else f"{heads:,} {unit} and {neurons:,} neurons of {layers} layers"
+        ]
+        if heads is not None and self.importance is not None:
+            scored.insert(0, f"{layers} layers")
+        kinds = f", also by token type ({', '.join(self.by_kind)})" if self.by_kind else ""
+        return f"Scores({self.name}, {self.stack}: importance of {', '.join(scored)}{kinds}; model {self.fingerprint})"
+
     @property
     def name(self) -> str:
         """Name of the criterion, with its `variant` if it has several: `taylor/param_first`."""

@@ -15,6 +15,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.export.loads import check_loads, keeps_heads
 from vlmprune_jax.models.params import count_params
+from vlmprune_jax.models.vlm import Model, config_of
 from vlmprune_jax.prune.config import PlanConfig
 from vlmprune_jax.prune.cost import least_ratio, make_measure
 from vlmprune_jax.prune.fingerprint import shape_digest
@@ -27,15 +28,15 @@ OF_ONE_STACK = ("layers_removed", "protect", "attn_layers", "mlp_layers")  # set
 
 
 def make_plan(
-    scores: Scores | tuple[Scores, Scores], cfg: ModelConfig, config: PlanConfig | None = None, **options: Any
+    scores: Scores | tuple[Scores, Scores], cfg: ModelConfig | Model, config: PlanConfig | None = None, **options: Any
 ) -> PrunePlan:
     """Plan the removal of a share of the model's parameters, or down to a budget; no forward pass, seconds at 7B.
 
-    `make_plan(scores, model.cfg, method="depth", ratio=0.3, protect=(0, 1))`
+    `make_plan(scores, model, method="depth", ratio=0.3, protect=(0, 1))`
 
     Args:
       scores: scores of this model, of the stack to prune; for "hybrid" the pair (depth scores, width scores).
-      cfg: the model's config.
+      cfg: the model or its config.
       config: settings; `options` override single ones.
       options: settings by name, see `PlanConfig`. The target is one of `ratio`, `layers_removed` (depth), `sparsity`
         (width) and `budget` ({"parameters": 1e8}, see `Budget`). The least is removed that satisfies a budget; the
@@ -45,7 +46,7 @@ def make_plan(
       UserError: scores of another model or of the wrong type, a setting that does not exist or that the method does
         not have, or a ratio out of reach.
     """
-    config = _configured(config, options)
+    config, cfg = _configured(config, options), config_of(cfg)
     config.check([name for name, value in options.items() if value is not None])
     depth, width = _pair(scores, config.method)
     used = [one for one in (depth, width) if one is not None]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.core.config import ModelConfig, Stack, VisionConfig, runs
+from vlmprune_jax.core.config import LayerShape, ModelConfig, Stack, VisionConfig, describe_layers, runs
 from vlmprune_jax.core.errors import printable
 from vlmprune_jax.export.gguf_model import support
 from vlmprune_jax.export.loads import what_loads
@@ -190,16 +189,12 @@ def _can_go(layer: str, prunable: dict[str, Any]) -> list[str]:
 
 
 def _runs(stack: dict[str, Any]) -> str:
-    alike = itertools.groupby(stack["runs"], lambda run: (run["q_heads"], run["kv_heads"], run["mlp"]))
-    return ", ".join(_run(*widths, list(mine)) for widths, mine in alike)
-
-
-def _run(q_heads: int, kv_heads: int, mlp: int, mine: list[dict[str, Any]]) -> str:
-    """Neighbours of these widths; how many of them see everything, where others look through windows."""
-    heads = f"{q_heads} heads" if q_heads == kv_heads else f"{q_heads}/{kv_heads} heads"
-    count, whole = (sum(run["layers"] for run in some) for some in (mine, [r for r in mine if r["window"] is None]))
-    windows = f", {whole} of them without windows" if 0 < whole < count else ""
-    return f"{count} x ({heads}, {mlp:,} neurons){windows}"
+    shapes = [
+        LayerShape(run["q_heads"], run["kv_heads"], run["mlp"], run["window"])
+        for run in stack["runs"]
+        for _ in range(run["layers"])
+    ]
+    return describe_layers(shapes)
 
 
 def _percent(share: float) -> str:

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import msgspec
 
 from vlmprune_jax.core.checks import file_of_users
 from vlmprune_jax.core.errors import Stopped, UserError
 from vlmprune_jax.data.inputs import record_files
 from vlmprune_jax.data.tokenizer_files import without_output
+from vlmprune_jax.distributed.mesh import start_devices
 from vlmprune_jax.distributed.preemption import noticed
 from vlmprune_jax.experiment.spec import affecting
 from vlmprune_jax.stages.registry import STAGES
@@ -76,7 +76,7 @@ def run_stage(name: str, work: Work, sections: Sections) -> Finished:
             raise Stopped(f"stopped on SIGTERM before {job.name}; the same command continues with it")
         work.say(f"{job.name} ...")
         with without_output():
-            jax.devices()  # starts them: where it finds no TPU, libtpu says so at length
+            start_devices()  # libtpu, installed without a TPU, prints many lines
         with in_memory(job.name):
             return stage.function(work, *(sections[section] for section in stage.sections)) or NoFacts()
 

@@ -34,13 +34,14 @@ def made_by() -> MadeBy:
     """Describe this process, now."""
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     command = printable(shlex.join(["vlmprune", *sys.argv[1:]]))
-    return MadeBy(finished=now, command=command, processor=processor(), versions=_versions(), commit=_commit())
+    return MadeBy(finished=now, command=command, processor=processor(), versions=versions(), commit=commit())
 
 
 @functools.cache
-def _versions() -> dict[str, str]:
+def versions(packages: tuple[str, ...] = _PACKAGES) -> dict[str, str]:
+    """Return the versions of Python and of the installed ones of these packages."""
     found = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:  # run from a folder that is not installed
@@ -49,7 +50,7 @@ def _versions() -> dict[str, str]:
 
 
 @functools.cache
-def _commit() -> str | None:
+def commit() -> str | None:
     """Return the commit of the repository that this package lies in, if it lies in one."""
     if not (_SOURCE / ".git").exists():
         return None

@@ -1,0 +1,60 @@
+"""vlmprune env: versions, devices and installed packages of this machine, for a bug report.
+
+Also shows the environment variables that jax and the hub client read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlmprune_jax.cli.flags import Flags
+
+_REQUIRED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "safetensors",
+             "huggingface_hub", "numpy")  # fmt: skip
+_OPTIONAL = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "torch", "compressed-tensors", "lmms_eval", "datasets",
+             "gcsfs", "easy-vqa", "wandb", "trackio")  # fmt: skip
+_VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE", "HF_HUB_OFFLINE", "HF_HOME", "VLMPRUNE_")
+
+
+def define(values: Flags) -> None:
+    """Define the flags of this command: none of its own."""
+
+
+def run(flags: Any) -> None:
+    """Print one line per topic."""
+    import os
+    import platform
+
+    from vlmprune_jax.distributed.processor import cores, cpu
+    from vlmprune_jax.workdir.provenance import commit, versions
+
+    found = versions((*_REQUIRED, *_OPTIONAL))
+    variables = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)]
+    print("vlmprune  ", ", commit ".join(filter(None, (version(), commit()))))
+    print("python    ", f"{found['python']}, {platform.platform()}")
+    print("processor ", f"{cpu()}, {cores()} cores")
+    print("devices   ", _devices())
+    print("packages  ", ", ".join(f"{name} {number}" for name, number in found.items() if name != "python"))
+    print("missing   ", ", ".join(name for name in _OPTIONAL if name not in found))
+    print("variables ", ", ".join(variables))
+
+
+def version() -> str:
+    """Return the version of this package."""
+    from vlmprune_jax.workdir.provenance import versions
+
+    return versions(("vlmprune-jax",)).get("vlmprune-jax", "not installed")
+
+
+def _devices() -> str:
+    import jax
+
+    from vlmprune_jax.core.errors import UserError
+    from vlmprune_jax.distributed.mesh import start_devices
+    from vlmprune_jax.distributed.processor import processor
+
+    try:
+        start_devices()
+    except UserError as error:
+        return f"none: {error}"
+    return f"{jax.device_count()} on {jax.default_backend()}: {processor()}"
