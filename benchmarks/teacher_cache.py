@@ -125,7 +125,7 @@ def child(command: str, config: Path, workdir: Path, *flags: str) -> tuple[float
 
 def disk(folder: Path) -> dict[str, Any]:
     """Return the bytes of a cache, in total and per weighted position."""
-    from vlmprune_jax.hf.disk.weight_files import read_header
+    from vlmprune_jax.core.weight_files import read_header
 
     shards = sorted(folder.glob("*.safetensors"))
     entries = {key: entry for shard in shards for key, entry in read_header(shard).items()}

@@ -1,4 +1,4 @@
-"""Files that anybody may have written come in at one place: core/files.py, and hf/disk/ for weights."""
+"""Files that anybody may have written come in at one place: core/files.py (weights: core/weight_files.py, hf/disk/)."""
 
 import ast
 import functools
@@ -9,7 +9,7 @@ import pytest
 from repository import ROOT
 
 PACKAGE = ROOT / "vlmprune_jax"
-CHECKED = ("core/files.py", "hf/disk/")
+CHECKED = ("core/files.py", "core/weight_files.py", "hf/disk/")
 # Functions that open, read, copy or decode what a path, a file or a text holds. `copymode` reads no content.
 READERS = {
     "json.load", "json.loads", "msgspec.json.decode", "mmap.mmap", "zipfile.ZipFile", "zipfile.Path", "tarfile.open",

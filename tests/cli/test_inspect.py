@@ -12,8 +12,8 @@ from repository import ROOT
 
 import vlmprune_jax as vp
 from vlmprune_jax.cli.main import main
+from vlmprune_jax.core.weight_files import Entry
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
-from vlmprune_jax.hf.disk.weight_files import Entry
 from vlmprune_jax.hf.layout import make_slots
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import flatten

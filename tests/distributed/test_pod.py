@@ -18,8 +18,8 @@ import pytest
 from hf_cases import copy_llava
 from repository import ROOT, WORKERS
 
+from vlmprune_jax.core.weight_files import read_header
 from vlmprune_jax.data.cache import ArrayCache
-from vlmprune_jax.hf.disk.weight_files import read_header
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.prune import make_plan, prune_folder, score

@@ -18,11 +18,11 @@ import vlmprune_jax as vp
 from vlmprune_jax.core.console import make_reporter
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.source import ModelSpec
+from vlmprune_jax.core.weight_files import Extent
 from vlmprune_jax.experiment.spec import Experiment, PruneSpec, ScoreSpec, sections
 from vlmprune_jax.hf.disk import verified
 from vlmprune_jax.hf.disk.tensors import write_weights
 from vlmprune_jax.hf.disk.verified import CheckedFile
-from vlmprune_jax.hf.disk.weight_files import Extent
 from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.prune import KeptLayer, fingerprint, prune_folder
 from vlmprune_jax.stages import work as work_module

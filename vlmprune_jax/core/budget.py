@@ -89,7 +89,7 @@ class Budget:
     )
     slice: str = setting("v5e:1x1", "TPU slice for `step_ms`, such as v5e:2x4.", affects=_PRUNE)
     dtype: str = setting(
-        "bfloat16", "Data type of weights and key/value cache.", choices="hf.disk.dtypes:DTYPES", offered=False
+        "bfloat16", "Data type of weights and key/value cache.", choices="core.weight_files:DTYPES", offered=False
     )
     uneven: str = setting(
         "per_layer", "Storage of layers of unequal width.", choices="export.uneven:UNEVEN", offered=False

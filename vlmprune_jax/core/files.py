@@ -1,4 +1,4 @@
-"""Safe access to files from any source: opened, decoded and copied here, or in `hf/disk` (weights).
+"""Safe access to files from any source: opened, decoded and copied here; weights in `weight_files`, `hf/disk`.
 
 Every problem with a file is one line that names the file. No function waits for a FIFO, runs a program, follows a link
 out of a copied folder, or allocates memory that a file only claims to need. tests/test_readers.py keeps other modules
@@ -307,15 +307,16 @@ def open_image(source: Path | bytes) -> Iterator[Image]:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[io.BufferedWriter]:
+def replacing(path: Path, *, writer: str = "") -> Iterator[io.BufferedWriter]:
     """Open a file for writing that replaces `path` atomically, and only if the block succeeds.
 
     The file survives a power cut, whole, or does not appear. A link at `path` is replaced, never written through.
+    `writer` distinguishes processes that may write the same file at the same time.
 
     Raises:
       OSError: the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}{writer}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         partial.unlink(missing_ok=True)

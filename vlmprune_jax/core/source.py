@@ -24,7 +24,7 @@ class ModelSpec:
         "float32",
         "Data type of the weights in memory and in all model folders before the export.",
         affects=STAGES,
-        choices="hf.disk.dtypes:DTYPES",
+        choices="core.weight_files:DTYPES",
     )
 
     def __post_init__(self) -> None:

@@ -4,53 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import socket
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import Any
 
-import ml_dtypes
 import numpy as np
-from msgspec import Meta
 from safetensors.numpy import save
 
 from vlmprune_jax.core.errors import UserError, differences
-from vlmprune_jax.core.files import MAX_JSON_BYTES, checked, open_file, parse_json, read_json, reading
+from vlmprune_jax.core.files import read_json, reading, replacing
+from vlmprune_jax.core.weight_files import FILE_DTYPES, Entry, read_header
 from vlmprune_jax.distributed.mesh import from_all, on_process_zero, process_count
 
 IDENTITY, SUFFIX = "cache.json", ".safetensors"
 VERSION = 1  # of the file layout
 SHARD_BYTES = 64 << 20  # maximum that a killed run computes again
 _ABANDONED_SECONDS = 3600.0  # older partial files were left by killed processes
-_DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "BOOL": np.dtype(bool)} | {
-    name: np.dtype(f"{name[0].lower()}{int(name[1:]) // 8}")
-    for name in ("F16", "F32", "F64", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
-}
-_MAX_ARRAY = 2**31  # bytes; arrays of an image or a record are far smaller
 _AGAIN = "remove the file, and run the command again to recompute it"
 _OTHER_FOLDER = "use another folder or remove this one"
-_Size = Annotated[int, Meta(ge=0)]
-
-
-class _Tensor(TypedDict):
-    """Header entry of one array in a safetensors file."""
-
-    dtype: str
-    shape: Annotated[list[_Size], Meta(max_length=32)]
-    data_offsets: Annotated[list[_Size], Meta(min_length=2, max_length=2)]
-
-
-class _Place(NamedTuple):
-    """Byte range, dtype and shape of one array in a shard."""
-
-    shard: Path
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    start: int
-    size: int
 
 
 class ArrayCache:
@@ -73,7 +47,7 @@ class ArrayCache:
     def __init__(self, folder: Path, made_from: Mapping[str, Any]):
         self.folder = folder
         self._made_from = json.loads(json.dumps({"version": VERSION, **made_from}))
-        self._places: dict[str, _Place] = {}
+        self._entries: dict[str, Entry] = {}
         self._pending: dict[str, np.ndarray] = {}
         self._bytes = 0
         self._written: list[str] = []
@@ -82,7 +56,7 @@ class ArrayCache:
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Return the keys that are not in the cache, each once and in order."""
-        return [key for key in dict.fromkeys(keys) if key not in self._places]
+        return [key for key in dict.fromkeys(keys) if key not in self._entries]
 
     def __getitem__(self, key: str) -> np.ndarray:
         """Return a copy of an array.
@@ -90,15 +64,9 @@ class ArrayCache:
         Raises:
           UserError: the array is not in the cache, or the file has been removed.
         """
-        if key not in self._places:
+        if key not in self._entries:
             raise UserError(f"{self.folder}: has no array for {key}: run the same command again to compute it")
-        shard, dtype, shape, start, size = self._places[key]
-        array = np.empty(size, np.uint8)
-        with open_file(shard) as file, reading(shard, _AGAIN):
-            file.seek(start)
-            if file.readinto(array.data) != size:
-                raise UserError(f"{shard}: damaged (truncated while in use): {_AGAIN}")
-        return array.view(dtype).reshape(shape)
+        return self._entries[key].array()
 
     def add(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Add arrays that belong together; all processes see them after `publish`.
@@ -166,8 +134,10 @@ class ArrayCache:
                     "folder on a disk that all processes share"
                 )
             if name != IDENTITY:
-                for key, place in _arrays_of(path).items():
-                    self._places.setdefault(key, place)
+                for key, entry in read_header(path, _AGAIN).items():
+                    if entry.dtype not in FILE_DTYPES:
+                        raise UserError(f"{path}: {key} has the unknown dtype {entry.dtype}: {_AGAIN}")
+                    self._entries.setdefault(key, entry)
 
     def _flush(self) -> None:
         if not self._pending:
@@ -185,38 +155,5 @@ class ArrayCache:
         self._pending, self._bytes = {}, 0
 
     def _write(self, name: str, content: bytes) -> None:
-        """Write a file atomically."""
-        partial = self.folder / f".{name}.{socket.gethostname()}-{os.getpid()}.partial"
-        try:
-            with partial.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self.folder / name)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-
-
-def _arrays_of(shard: Path) -> dict[str, _Place]:
-    """Return the places of all arrays in a shard, after checking that they cover the file exactly.
-
-    Raises:
-      UserError: the shard is damaged.
-    """
-    with open_file(shard) as file, reading(shard, _AGAIN):
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= min(size - 8, MAX_JSON_BYTES):
-            raise UserError(f"{shard}: damaged (no header): {_AGAIN}")
-        header = parse_json(file.read(length), str(shard), _AGAIN)
-    checked(header, dict[str, Any], str(shard), _AGAIN).pop("__metadata__", None)
-    places, end = {}, 0
-    for key, tensor in checked(header, dict[str, _Tensor], str(shard), _AGAIN).items():
-        dtype, shape, (start, stop) = _DTYPES.get(tensor["dtype"]), tuple(tensor["shape"]), tensor["data_offsets"]
-        if dtype is None or stop - start != math.prod(shape) * dtype.itemsize or stop - start > _MAX_ARRAY:
-            raise UserError(f"{shard}: damaged (size of {key} does not match its shape): {_AGAIN}")
-        places[key], end = _Place(shard, dtype, shape, 8 + length + start, stop - start), max(end, stop)
-    if 8 + length + end != size:
-        raise UserError(f"{shard}: damaged ({size:,} bytes instead of {8 + length + end:,}): {_AGAIN}")
-    return places
+        with replacing(self.folder / name, writer=f".{socket.gethostname()}-{os.getpid()}") as file:
+            file.write(content)

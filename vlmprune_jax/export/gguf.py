@@ -28,7 +28,7 @@ class GgufOptions:
         "bfloat16",
         'Data type of the exported weights; "source" takes that of the embedding.',
         affects=("export",),
-        choices="hf.disk.dtypes:WRITTEN",
+        choices="core.weight_files:WRITTEN",
     )
     quantize: str = setting(
         "none",

@@ -14,6 +14,7 @@ import numpy as np
 
 from vlmprune_jax.core.config import LayerShape, ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.weight_files import WEIGHT_DTYPES, file_name
 from vlmprune_jax.export.gguf_metadata import (
     cut,
     file_type,
@@ -39,7 +40,6 @@ from vlmprune_jax.families.gguf import (
 )
 from vlmprune_jax.families.table import JsonDict, Weight
 from vlmprune_jax.families.towers import vision_of
-from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES, file_name
 from vlmprune_jax.hf.disk.tensors import Tensor
 from vlmprune_jax.hf.fetch import origin, to_host
 from vlmprune_jax.hf.layout import Slot, by_key, join_tensor, make_slots

@@ -36,7 +36,7 @@ class FolderOptions:
         "bfloat16",
         'Data type of the exported weights; "source" keeps that of the input.',
         affects=("export",),
-        choices="hf.disk.dtypes:WRITTEN",
+        choices="core.weight_files:WRITTEN",
     )
     storage: Any = setting(
         None, "Storage format for the weights that it can hold, such as the result of `vp.gptq`.", offered=False

@@ -15,13 +15,13 @@ import numpy as np
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import reading
+from vlmprune_jax.core.weight_files import WEIGHT_DTYPES
 from vlmprune_jax.distributed.mesh import gather_to_host, on_process_zero
 from vlmprune_jax.export.format import Comparison
 from vlmprune_jax.export.per_layer import loader_class
 from vlmprune_jax.families import detect, family_of
 from vlmprune_jax.families.table import Stock
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
-from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES
 from vlmprune_jax.hf.layout import PARTS, make_slots
 from vlmprune_jax.hf.read import find_weights, read_config, read_fields, read_params, resolve
 from vlmprune_jax.models.params import flatten, unflatten

@@ -10,8 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES
-from vlmprune_jax.hf.disk.weight_files import Extent
+from vlmprune_jax.core.weight_files import WEIGHT_DTYPES, Extent
 from vlmprune_jax.hf.lazy import FileArray, FileStack
 
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.weight_files import WEIGHT_DTYPES
 from vlmprune_jax.families import Family
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
-from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES
 from vlmprune_jax.models.params import locate, param_axes, param_shapes
 
 PARTS = ("text", "projector", "vision")

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES
+from vlmprune_jax.core.weight_files import WEIGHT_DTYPES, Extent
 from vlmprune_jax.hf.disk.storage import StoredWeight
-from vlmprune_jax.hf.disk.weight_files import Extent
 from vlmprune_jax.hf.layout import Slot, make_slots
 from vlmprune_jax.hf.read import Sources, find_weights, read_config
 from vlmprune_jax.models.params import unflatten

@@ -20,12 +20,12 @@ from jax.sharding import Mesh
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError, reason
 from vlmprune_jax.core.files import read_json, reading
+from vlmprune_jax.core.weight_files import DTYPES
 from vlmprune_jax.data.tokenizer_files import added_tokens
 from vlmprune_jax.distributed.rules import check_divides, sharding
 from vlmprune_jax.families import Family, detect
 from vlmprune_jax.families.fields import check_fields
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint, has_weights
-from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.hf.disk.storage import StoredWeight, find_storage
 from vlmprune_jax.hf.layout import PARTS, Slot, make_slots, match_keys, refuse
 from vlmprune_jax.models.layers import activation

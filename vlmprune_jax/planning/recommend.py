@@ -16,10 +16,10 @@ from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.core.settings import override
+from vlmprune_jax.core.weight_files import DTYPES
 from vlmprune_jax.experiment.recipes import recipes
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.families import family_of
-from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.hf.read import read_config, resolve
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.planning.advice import expectation_lines, percent, rule_lines, summarize

@@ -11,8 +11,8 @@ from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.chips import slice_of
 from vlmprune_jax.core.config import ModelConfig, Stack
 from vlmprune_jax.core.errors import UserError, error_context
+from vlmprune_jax.core.weight_files import DTYPES
 from vlmprune_jax.export.uneven import UNEVEN, padded_stacks
-from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.models.flops import forward_flops, head_of, positions_of, seen, tower_pairs, weight_flops
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune.solver import Costs, OutOfReach, layer_costs

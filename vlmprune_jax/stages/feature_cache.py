@@ -9,12 +9,12 @@ import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.weight_files import DTYPES
 from vlmprune_jax.data import inputs
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.distributed.mesh import on_process_zero
-from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.hf.layout import PARTS
 from vlmprune_jax.models.params import param_shapes
 from vlmprune_jax.models.vlm import Model

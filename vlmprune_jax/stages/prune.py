@@ -11,6 +11,7 @@ import msgspec
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.core.files import Count, Finite
+from vlmprune_jax.core.weight_files import DTYPES
 from vlmprune_jax.data import inputs
 from vlmprune_jax.data.batching import Batch
 from vlmprune_jax.data.config import DataSpec
@@ -22,7 +23,6 @@ from vlmprune_jax.export.folder import MAX_SHARD_BYTES, make_tensors
 from vlmprune_jax.export.target import make_target
 from vlmprune_jax.export.uneven import padded_stacks
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
-from vlmprune_jax.hf.disk.dtypes import DTYPES
 from vlmprune_jax.hf.disk.tensors import bytes_on_disk
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune import CRITERIA, KeptStack, PrunePlan, Scores, prune_folder, prune_iteratively

@@ -29,11 +29,11 @@ from safetensors.numpy import load_file
 import vlmprune_jax as vp
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.weight_files import Entry
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.export.reload import check_export
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.disk.storage import storages
-from vlmprune_jax.hf.disk.weight_files import Entry
 from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.prune import fingerprint
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_json
+from vlmprune_jax.core.weight_files import Entry, read_header
 from vlmprune_jax.hf.disk.storage import StoredWeight, find_storage, join_parts
 from vlmprune_jax.hf.disk.torch_files import read_torch
-from vlmprune_jax.hf.disk.weight_files import Entry, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

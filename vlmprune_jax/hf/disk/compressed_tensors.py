@@ -17,7 +17,7 @@ from msgspec import Meta
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import checked
-from vlmprune_jax.hf.disk.weight_files import Entry
+from vlmprune_jax.core.weight_files import Entry
 
 JsonDict = dict[str, Any]
 _METHOD = "compressed-tensors"

@@ -17,9 +17,8 @@ import numpy as np
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import reading
+from vlmprune_jax.core.weight_files import WEIGHT_DTYPES, Entry, Extent
 from vlmprune_jax.hf.disk.compressed_tensors import CompressedTensors
-from vlmprune_jax.hf.disk.dtypes import WEIGHT_DTYPES
-from vlmprune_jax.hf.disk.weight_files import Entry, Extent
 
 JsonDict = dict[str, Any]
 _WEIGHT = ".weight"  # suffix of keys that a storage may encode: biases and buffers are plain

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from vlmprune_jax.core.weight_files import FILE_DTYPES, WEIGHT_DTYPES, Extent, bytes_in_file
 from vlmprune_jax.hf.disk.checkpoint import INDEX, SINGLE
-from vlmprune_jax.hf.disk.dtypes import FILE_DTYPES, WEIGHT_DTYPES, bytes_in_file
 from vlmprune_jax.hf.disk.storage import Storage
 from vlmprune_jax.hf.disk.verified import CheckedFile, Look
-from vlmprune_jax.hf.disk.weight_files import Extent
 
 
 @dataclass(frozen=True)

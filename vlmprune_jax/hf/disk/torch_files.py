@@ -15,8 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import open_file, reading
-from vlmprune_jax.hf.disk.dtypes import FILE_DTYPES, bytes_in_file, file_name
-from vlmprune_jax.hf.disk.weight_files import Entry, check_no_pointer, check_shape
+from vlmprune_jax.core.weight_files import FILE_DTYPES, Entry, bytes_in_file, check_no_pointer, check_shape, file_name
 
 _EXPECTED = "expected a plain PyTorch state dict, as torch.save has written it since version 1.6"
 _STORAGES = {

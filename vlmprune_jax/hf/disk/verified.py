@@ -16,7 +16,7 @@ import numpy as np
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import open_file
-from vlmprune_jax.hf.disk.weight_files import Extent, advise, read_at
+from vlmprune_jax.core.weight_files import Extent, advise, read_at
 
 BLOCK = 16 * 2**20
 _WORKERS = 3  # blocks on their way to the disk and back at a time: one after the other leaves a disk a quarter idle

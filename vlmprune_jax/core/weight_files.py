@@ -1,4 +1,4 @@
-"""Tensors of weight files: location, validated headers, and reading."""
+"""Tensors of weight files: dtypes by their names in files and configs, validated headers, and reading."""
 
 from __future__ import annotations
 
@@ -12,16 +12,42 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import ml_dtypes
 import numpy as np
 
 from vlmprune_jax.core.errors import UserError, reason
 from vlmprune_jax.core.files import open_file, reading
-from vlmprune_jax.hf.disk.dtypes import FILE_DTYPES, bytes_in_file
 
+# Dtypes of safetensors headers.
+FILE_DTYPES: dict[str, np.dtype] = {
+    name: np.dtype(kind)
+    for name, kind in {
+        "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+        "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+        "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+    }.items()
+}  # fmt: skip
+# Dtypes of weights; others belong to storages or to buffers that are copied as bytes.
+WEIGHT_DTYPES = {name: FILE_DTYPES[name] for name in ("F32", "F16", "BF16")}
+# The same by their names in settings, configs, numpy and torch.
+DTYPES = {FILE_DTYPES[name].name: FILE_DTYPES[name] for name in ("F32", "BF16", "F16")}
+# Choices for the weights of a new folder: "source" keeps the dtype of each tensor.
+WRITTEN = (*DTYPES, "source")
 # A header lists names and offsets; the limit of the safetensors library itself.
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 64  # as numpy has it
 _DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,15}")  # spelling of known and future dtypes
+
+
+def file_name(dtype: str) -> str:
+    """Return the name in weight files of a numpy or torch dtype ("BF16" for "bfloat16"), or the name itself."""
+    return next((name for name, known in FILE_DTYPES.items() if known.name == dtype), dtype)
+
+
+def bytes_in_file(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the size in bytes of a tensor with a dtype of `FILE_DTYPES`."""
+    return math.prod(shape) * FILE_DTYPES[dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -33,14 +59,11 @@ class Extent:
     end: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One tensor of a file: its key, dtype (as the file spells it), shape, and byte range.
 
-    Bytes are read on access and not kept.
-
-    Raises:
-      UserError: the file is gone, or became shorter.
+    Bytes are read on access and not kept; reading raises UserError if the file is gone, or became shorter.
     """
 
     key: str
@@ -127,27 +150,30 @@ def advise(descriptor: int, begin: int, size: int, name: str) -> None:
         os.posix_fadvise(descriptor, begin, size, getattr(os, name))
 
 
-def read_header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path, todo: str = "download it again") -> dict[str, Entry]:
     """Return the tensors of a safetensors file, with its header checked against the file.
 
     Raises:
       UserError: not a regular file, truncated or too long, overlapping or out-of-range tensors, gaps, a size that does
         not match its shape, or a repeated name (as the safetensors library).
     """
-    with open_file(path) as file, reading(path, "download it again"):
+    with open_file(path) as file, reading(path, todo):
         check_no_pointer(path, file)
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise UserError(f"{path}: truncated or not safetensors ({size} bytes): download it again")
+            raise UserError(f"{path}: truncated or not safetensors ({size} bytes): {todo}")
         try:
             header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique)
             header.pop("__metadata__", None)
             entries = {key: _entry(path, key, value, 8 + length) for key, value in header.items()}
+            last = max(entries.values(), key=lambda entry: entry.end, default=None)
+            if last is not None and last.end > size:
+                raise UserError(f"{path}: truncated: tensor {last.key} ends at byte {last.end} of {size}: {todo}")
+            _check_layout(entries, 8 + length, size)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path}: damaged safetensors header ({reason(error)}): download it again") from error
-    _check_layout(path, entries, 8 + length, size)
+            raise UserError(f"{path}: damaged safetensors header ({reason(error)}): {todo}") from error
     return entries
 
 
@@ -159,30 +185,19 @@ def check_no_pointer(path: Path, file: BinaryIO) -> None:
     file.seek(0)
 
 
-def _check_layout(path: Path, entries: Mapping[str, Entry], first: int, size: int) -> None:
-    """Refuse tensors of the wrong size, or that do not fill the bytes from `first` to the end of the file."""
-    last = max(entries, key=lambda key: entries[key].end, default=None)
-    if last is not None and entries[last].end > size:
-        raise UserError(
-            f"{path}: truncated: tensor {last} ends at byte {entries[last].end} of {size}: download it again"
-        )
+def _check_layout(entries: Mapping[str, Entry], first: int, size: int) -> None:
+    """Raise ValueError if tensors have the wrong size, or do not fill the bytes from `first` to the end of the file."""
     end = first
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.dtype in FILE_DTYPES and bytes_in_file(entry.dtype, entry.shape) != entry.n_bytes:
-            raise UserError(
-                f"{path}: tensor {key} of shape {list(entry.shape)} and dtype {entry.dtype} cannot take "
-                f"{entry.n_bytes} bytes: damaged header, download it again"
-            )
+            raise ValueError(f"tensor {key} cannot take {entry.n_bytes} bytes: {entry.dtype} {list(entry.shape)}")
         if entry.begin < end:
-            raise UserError(f"{path}: tensor {key} overlaps the one before it: damaged header, download it again")
+            raise ValueError(f"tensor {key} overlaps the one before it")
         if entry.begin > end:
-            raise UserError(
-                f"{path}: {entry.begin - end} bytes before tensor {key} belong to no tensor: damaged header, "
-                "download it again"
-            )
+            raise ValueError(f"{entry.begin - end} bytes before tensor {key} belong to no tensor")
         end = entry.end
     if end != size:
-        raise UserError(f"{path}: {size - end} bytes after the last tensor belong to no tensor: download it again")
+        raise ValueError(f"{size - end} bytes after the last tensor belong to no tensor")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

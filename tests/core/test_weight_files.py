@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.weight_files import Extent, read_header
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
-from vlmprune_jax.hf.disk.weight_files import Extent, read_header
 
 VALUES = np.arange(4000, dtype=np.float32).reshape(100, 40)
 
