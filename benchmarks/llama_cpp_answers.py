@@ -26,7 +26,7 @@ import numpy as np
 
 import vlmprune_jax as vp
 from vlmprune_jax.cli.config_files import shipped_config
-from vlmprune_jax.core.source import ModelSpec
+from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.demo.easyvqa import write_dataset

@@ -84,7 +84,7 @@ def adapted(student: Any, dropout: float) -> Any:
     """Return the student with float32 adapters; B is not zero, so that A has a gradient from the first step."""
     import jax
 
-    from vlmprune_jax.core.config import LoraConfig
+    from vlmprune_jax.core.sections import LoraConfig
     from vlmprune_jax.models.params import flatten, unflatten
     from vlmprune_jax.recovery.trainable import LORA_SUFFIXES, add_lora
 

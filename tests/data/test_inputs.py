@@ -11,7 +11,7 @@ import pytest
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.source import ModelSpec
+from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.data import inputs
 from vlmprune_jax.data.buckets import within_row
 from vlmprune_jax.data.config import DataSpec

@@ -6,8 +6,8 @@ import pytest
 from prune_cases import EQUAL, config, model
 
 import vlmprune_jax as vp
+from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.core.settings import override, settings_of
-from vlmprune_jax.core.source import ModelSpec
 from vlmprune_jax.evaluation.config import EvaluateSpec
 from vlmprune_jax.evaluation.speed.clock import SpeedConfig
 from vlmprune_jax.experiment.arguments import plan_config

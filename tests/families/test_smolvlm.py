@@ -13,7 +13,7 @@ from PIL import Image
 import vlmprune_jax as vp
 from vlmprune_jax.core.config import ImageShape
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.source import ModelSpec
+from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.inputs import load_inputs

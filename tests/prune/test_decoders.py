@@ -11,7 +11,7 @@ import pytest
 from decoder_cases import PHI, PHI3, fed_with, golden_decoder
 from hf_cases import edit_weights, keep_width, make_folder
 
-from vlmprune_jax.core.config import LoraConfig
+from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.families import PHI as PHI_FAMILY
 from vlmprune_jax.hf.read import load

@@ -17,7 +17,7 @@ from prune_cases import on_mesh
 import vlmprune_jax as vp
 from vlmprune_jax.core.console import make_reporter
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.source import ModelSpec
+from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.core.weight_files import Extent
 from vlmprune_jax.experiment.spec import Experiment, PruneSpec, ScoreSpec, sections
 from vlmprune_jax.hf.disk import verified

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from prune_cases import EQUAL, UNEQUAL, batch, config, model, on_mesh
 
-from vlmprune_jax.core.config import LoraConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import Scores, fingerprint, make_plan, score

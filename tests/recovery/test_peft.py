@@ -16,8 +16,8 @@ from hf_cases import LLAMA, LLAVA, keep_layers, keep_width, make_folder, random_
 from safetensors.numpy import load_file
 from torch_compat import VERSIONS
 
-from vlmprune_jax.core.config import LoraConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.experiment.arguments import recover_config
 from vlmprune_jax.experiment.spec import RecoverSpec
 from vlmprune_jax.export.write import save

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import recover_cases as cases
 
-from vlmprune_jax.core.config import LayerShape, LoraConfig, ModelConfig
+from vlmprune_jax.core.config import LayerShape, ModelConfig
+from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.models.params import param_shapes, unflatten
 from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.losses import Teacher

@@ -12,8 +12,8 @@ import pytest
 import recover_cases as cases
 from flax import nnx
 
-from vlmprune_jax.core.config import LoraConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.models.block import _dropout_masks

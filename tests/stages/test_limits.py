@@ -15,7 +15,7 @@ from hf_cases import copy_llava
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.source import ModelSpec
+from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.data import batching, inputs
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.prompts import load_tokenizer

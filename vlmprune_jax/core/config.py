@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar, Self
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.settings import check_settings, setting
+from vlmprune_jax.core.sections import LoraConfig
 
 IGNORED = -100  # label of a position without loss, as in torch's cross-entropy
 
@@ -201,9 +201,6 @@ class TextConfig(Stack):
             raise UserError(f"rotary_dim {self.rotary_dim} must be between 1 and head_dim {self.head_dim}")
         if self.rotary_dim % 2:
             raise UserError(f"rotary_dim {self.rotary_dim} must be even (rotary embedding rotates pairs of channels)")
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise UserError(f"decoder: {name} {getattr(self, name)!r} is not one of {', '.join(known)}")
         sections = self.rope.sections
         if sections and (len(sections) != 3 or min(sections) < 0 or sum(sections) != self.rotary_dim // 2):
             raise UserError(
@@ -353,28 +350,6 @@ class ProjectorConfig:
     def shuffles(self) -> bool:
         """True if neighbouring patches are joined into one feature."""
         return self.kind != "mlp"
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters on decoder projections (Hu et al. 2021): y += alpha/rank * B A dropout(x).
-
-    Used if `recover.trainable` trains adapters.
-    """
-
-    rank: int = setting(128, "Rank of the LoRA factors.", affects=("recover",), least=1)
-    alpha: float = setting(
-        256.0, "Scale of the LoRA update, which is multiplied by alpha / rank.", affects=("recover",), above=0
-    )
-    dropout: float = setting(
-        0.05, "Dropout rate of the LoRA input, in training.", affects=("recover",), least=0, below=1
-    )
-    targets: tuple[str, ...] = setting(
-        (), "Decoder projections that get LoRA adapters, such as `q_proj` (() = all).", affects=("recover",)
-    )
-
-    def __post_init__(self) -> None:
-        check_settings("recover.lora", self)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numbers
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from vlmprune_jax.core.checks import one_of, suggest
@@ -32,19 +32,30 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """Declaration of one setting, beside its name and type; see `setting`."""
+    """Declaration of one setting, beside its name and type; checks, ledger, help and the settings page derive from it.
+
+    Attributes:
+      sentence: what the setting does, shown in help and docs.
+      affects: stages whose results the setting changes (see `STAGES`); empty if it may change at any time.
+      choices: the allowed texts, or "module:NAME" of a mapping, a tuple or a function that returns one; looked up when
+        a command starts, since a user's file may add names.
+      least, above, below, most: bounds of a number, or of each number in a tuple; all numbers must be finite.
+      by_content: the setting names a file or folder; results depend on its content, not on its name.
+      offered: available in configs; False for arguments of the Python library alone.
+    """
 
     default: Any
     sentence: str
-    affects: tuple[str, ...]
-    unit: str
-    choices: Collection[str] | str
-    least: float | None
-    above: float | None
-    below: float | None
-    most: float | None
-    by_content: bool
-    offered: bool
+    _: KW_ONLY
+    affects: tuple[str, ...] = ()
+    unit: str = ""
+    choices: Collection[str] | str = ()
+    least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    most: float | None = None
+    by_content: bool = False
+    offered: bool = True
 
     @property
     def bounds(self) -> str:
@@ -63,45 +74,9 @@ class Setting:
         return (self.default, *choices) if alone else tuple(choices)
 
 
-def setting(
-    default: Any,
-    sentence: str,
-    *,
-    affects: Sequence[str] = (),
-    unit: str = "",
-    choices: Collection[str] | str = (),
-    least: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    most: float | None = None,
-    by_content: bool = False,
-    offered: bool = True,
-) -> Any:
-    """Declare a dataclass field as a setting; checks, ledger, help and the settings page derive from the declaration.
-
-    Args:
-      sentence: what the setting does, shown in help and docs.
-      affects: stages whose results the setting changes (`experiment.spec.STAGES`); empty if it may change at any time.
-      choices: the allowed texts, or "module:NAME" of a mapping, a tuple or a function that returns one; looked up when
-        a command starts, since a user's file may add names.
-      least, above, below, most: bounds of a number, or of each number in a tuple; all numbers must be finite.
-      by_content: the setting names a file or folder; results depend on its content, not on its name.
-      offered: available in configs; False for arguments of the Python library alone.
-    """
-    declared = Setting(
-        default,
-        sentence,
-        tuple(affects),
-        unit,
-        choices,
-        least,
-        above,
-        below,
-        most,
-        by_content=by_content,
-        offered=offered,
-    )
-    metadata = {"setting": declared}
+def setting(default: Any, sentence: str, **declared: Any) -> Any:
+    """Declare a dataclass field as a setting; the keywords are attributes of `Setting`."""
+    metadata = {"setting": Setting(default, sentence, **declared)}
     if isinstance(default, dict):
         return field(default_factory=lambda: default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -172,23 +147,21 @@ def override(spec: Any, values: Mapping[str, Any], where: str = "config", *, off
     for name, value in values.items():
         if name not in hints:
             raise UserError(f"{where} has no {name!r}{suggest(name, hints)}")
-        current = getattr(spec, name)
-        if dataclasses.is_dataclass(current) and not isinstance(value, type(current)):
-            if not isinstance(value, Mapping):
-                raise UserError(f"{where}.{name}={value!r}: is a section: set its settings by name")
-            changes[name] = override(current, value, f"{where}.{name}", offered=offered)
+        current, place = getattr(spec, name), f"{where}.{name}"
+        if dataclasses.is_dataclass(current):
+            changes[name] = _section(current, value, place, offered=offered)
         else:
-            changes[name] = _checked(value, hints[name], f"{where}.{name}")
+            changes[name] = _checked(value, hints[name], place)
     return dataclasses.replace(spec, **changes)
 
 
-def _named(value: Any, section: Any, where: str) -> Any:
-    """Return one section of a mapping whose names the user chooses."""
-    if isinstance(value, section):
+def _section(current: Any, value: Any, where: str, *, offered: bool = True) -> Any:
+    """Return a nested section, given as a whole or as a mapping of the settings that differ from `current`."""
+    if isinstance(value, type(current)):
         return value
     if not isinstance(value, Mapping):
         raise UserError(f"{where}={value!r}: is a section: set its settings by name")
-    return override(section(), value, where)
+    return override(current, value, where, offered=offered)
 
 
 def _checked(value: Any, kind: Any, where: str) -> Any:
@@ -212,8 +185,9 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
             return int(value)
         if plain is Mapping and isinstance(value, Mapping):
             inner = typing.get_args(option)[1]
-            check = _named if dataclasses.is_dataclass(inner) else _checked
-            return {key: check(item, inner, f"{where}.{key}") for key, item in value.items()}
+            if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+                return {key: _section(inner(), item, f"{where}.{key}") for key, item in value.items()}
+            return {key: _checked(item, inner, f"{where}.{key}") for key, item in value.items()}
         if isinstance(plain, type) and isinstance(value, plain) and (plain is bool or not isinstance(value, bool)):
             return value
     names = [_TYPES.get(typing.get_origin(option) or option) or option.__name__ for option in options]

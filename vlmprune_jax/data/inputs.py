@@ -18,7 +18,7 @@ from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig, VisionConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_json
-from vlmprune_jax.core.source import ModelSpec
+from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.data.batching import ON_ERROR, Batch, TrainBatches, train_batches
 from vlmprune_jax.data.buckets import image_buckets, length_buckets, tile_buckets
 from vlmprune_jax.data.config import Calibration, DataSpec

@@ -19,8 +19,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from vlmprune_jax.core.errors import SharedError, UserError, reason
+from vlmprune_jax.core.sections import MeshSpec
 from vlmprune_jax.distributed import failure
-from vlmprune_jax.distributed.config import MeshSpec
 from vlmprune_jax.distributed.rules import MESH_AXES
 
 # Environment variables for processes without a cluster (flags have priority).

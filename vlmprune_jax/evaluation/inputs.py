@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.source import ModelSpec
+from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.inputs import load_inputs, read_set

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.source import ModelSpec
+from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.evaluation.metrics import metric_named

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from vlmprune_jax.core.sections import MeshSpec, ModelSpec
 from vlmprune_jax.core.settings import MAX_ROWS, STAGES, setting, settings_of
-from vlmprune_jax.core.source import ModelSpec
 from vlmprune_jax.data.config import DataSpec
-from vlmprune_jax.distributed.config import MeshSpec
 from vlmprune_jax.evaluation.config import EvaluateSpec
 from vlmprune_jax.evaluation.speed.clock import SpeedConfig
 from vlmprune_jax.export.config import ExportSpec

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.core.settings import override
-from vlmprune_jax.core.source import ModelSpec
 from vlmprune_jax.data.batching import Batch, train_batches
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.inputs import PREFETCH, load_inputs, training_records

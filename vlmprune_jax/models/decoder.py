@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vlmprune_jax.core.config import LoraConfig, TextConfig, runs
+from vlmprune_jax.core.config import TextConfig, runs
+from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.models.attention import attention_mask, windowed
 from vlmprune_jax.models.block import Cache, Context, Names, Tap
 from vlmprune_jax.models.layers import Norm, declare, rope_tables

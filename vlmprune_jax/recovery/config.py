@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlmprune_jax.core.checks import one_of
-from vlmprune_jax.core.config import LoraConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.core.settings import MAX_ROWS, check_settings, setting, settings_of
 
 # (regex over the whole path, True | False | group name); the first rule that matches a path decides.

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import save_file
 
-from vlmprune_jax.core.config import LoraConfig, ModelConfig
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.export.card import model_name
 from vlmprune_jax.families import Family, family_of

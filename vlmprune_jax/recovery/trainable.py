@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlmprune_jax.core.config import LoraConfig, ModelConfig
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.models.params import Flat, flatten, init_params, layer_axes, param_axes, unflatten
 from vlmprune_jax.models.vlm import Model, mesh_of

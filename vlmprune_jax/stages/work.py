@@ -13,8 +13,7 @@ from jax.sharding import Mesh
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import Stopped, UserError, reason
-from vlmprune_jax.core.source import ModelSpec
-from vlmprune_jax.distributed.config import MeshSpec
+from vlmprune_jax.core.sections import MeshSpec, ModelSpec
 from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.distributed.mesh import mesh_of
 from vlmprune_jax.distributed.preemption import StopSignal

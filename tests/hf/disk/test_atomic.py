@@ -211,7 +211,7 @@ def test_wrong_options(goldens, llama, tmp_path):
 
 
 def test_lora_must_be_merged(llama, tmp_path):
-    from vlmprune_jax.core.config import LoraConfig
+    from vlmprune_jax.core.sections import LoraConfig
 
     model = load(llama)
     cfg = model.cfg.__class__(**{**vars(model.cfg), "lora": LoraConfig(2, 4.0, 0.0, ("q_proj",))})

@@ -29,13 +29,12 @@ from vlmprune_jax.core.checks import suggest
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_bytes
+from vlmprune_jax.core.sections import MeshSpec, ModelSpec
 from vlmprune_jax.core.settings import check_settings, override
-from vlmprune_jax.core.source import ModelSpec
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.inputs import PREFETCH, Inputs, load_inputs
 from vlmprune_jax.data.records import IMAGE_TOKEN, Record, StoredImage, make_record
-from vlmprune_jax.distributed.config import MeshSpec
 from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.distributed.mesh import initialize, mesh_of, row_ways
 from vlmprune_jax.evaluation.config import EvaluateSpec

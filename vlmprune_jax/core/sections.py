@@ -1,0 +1,69 @@
+"""Sections of a config that several packages share: the model, the device mesh, LoRA adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vlmprune_jax.core.settings import STAGES, check_settings, setting
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The model to prune."""
+
+    hf_dir: str = setting(
+        "", "Hugging Face folder of the model to prune, or its hub id.", affects=STAGES, by_content=True
+    )
+    vision_dir: str | None = setting(
+        None,
+        "Folder of the vision tower, for models that keep it apart (original LLaVA and Bunny).",
+        affects=STAGES,
+        by_content=True,
+    )
+    dtype: str = setting(
+        "float32",
+        "Data type of the weights in memory and in all model folders before the export.",
+        affects=STAGES,
+        choices="core.weight_files:DTYPES",
+    )
+
+    def __post_init__(self) -> None:
+        check_settings("model", self)
+
+
+@dataclass(frozen=True)
+class MeshSpec:
+    """Sizes of the device mesh; -1 means all remaining devices. With all sizes 1, a run uses one device and no mesh."""
+
+    data: int = setting(1, "Number of copies of the model, each of which processes a share of a batch.", unit="devices")
+    fsdp: int = setting(
+        1,
+        "Number of devices that share the weights of a copy (along the residual width) and its batch.",
+        unit="devices",
+    )
+    tensor: int = setting(1, "Number of devices that share heads, neurons and vocabulary.", unit="devices")
+
+    def __post_init__(self) -> None:
+        check_settings("mesh", self)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on decoder projections (Hu et al. 2021): y += alpha/rank * B A dropout(x).
+
+    Used if `recover.trainable` trains adapters.
+    """
+
+    rank: int = setting(128, "Rank of the LoRA factors.", affects=("recover",), least=1)
+    alpha: float = setting(
+        256.0, "Scale of the LoRA update, which is multiplied by alpha / rank.", affects=("recover",), above=0
+    )
+    dropout: float = setting(
+        0.05, "Dropout rate of the LoRA input, in training.", affects=("recover",), least=0, below=1
+    )
+    targets: tuple[str, ...] = setting(
+        (), "Decoder projections that get LoRA adapters, such as `q_proj` (() = all).", affects=("recover",)
+    )
+
+    def __post_init__(self) -> None:
+        check_settings("recover.lora", self)
