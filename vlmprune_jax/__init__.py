@@ -26,6 +26,7 @@ from vlmprune_jax.stages.stage import Stage
 if TYPE_CHECKING:
     from vlmprune_jax.core.config import ModelConfig
     from vlmprune_jax.data.placeholders import expand_images
+    from vlmprune_jax.evaluation.answer import answer, questions
     from vlmprune_jax.evaluation.metrics import METRICS as metrics
     from vlmprune_jax.evaluation.metrics import Metric
     from vlmprune_jax.evaluation.runner import evaluate, perplexity
@@ -83,6 +84,7 @@ _HOMES = {
     "RecoverConfig": "recovery.config",
     "Scores": "prune",
     "SpeedConfig": "evaluation.speed.clock",
+    "answer": "evaluation.answer",
     "apply_plan": "prune",
     "batches": "hf.batches",
     "compose": "prune",
@@ -104,6 +106,7 @@ _HOMES = {
     "perplexity": "evaluation.runner",
     "prune_folder": "prune",
     "prune_iteratively": "prune",
+    "questions": "evaluation.answer",
     "reconstruct": "prune",
     "recover": "recovery.loop",
     "save": "export.write",
@@ -131,6 +134,7 @@ __all__ = [
     "SpeedConfig",
     "Stage",
     "UserError",
+    "answer",
     "apply_plan",
     "batches",
     "compose",
@@ -153,6 +157,7 @@ __all__ = [
     "perplexity",
     "prune_folder",
     "prune_iteratively",
+    "questions",
     "reconstruct",
     "recover",
     "save",

@@ -30,6 +30,7 @@ OTHERS = {
     "sweep": "run many such experiments, sharing equal stages, and compare them -> sweep.json, sweep.csv, sweep.html",
     "plan": "compile the recovery step for a TPU slice on this machine, and print what it needs",
     "recommend": "recommend a pruning method and recovery for a model and a budget, with the evidence and a config",
+    "chat": "ask models a question about an image, for example before and after pruning",
     "bench": "measure speed, memory and size of models here, by jax, transformers and llama.cpp, in turns",
     "diff": "compare two plans layer by layer",
     "env": "print versions, devices and installed packages, for a bug report",
@@ -53,7 +54,7 @@ usage: vlmprune COMMAND [flags]        vlmprune COMMAND --help        vlmprune -
 {configs}
 """
 # Commands that keep nothing of what they have done.
-_ANEW = ("bench", "diff", "env", "help", "inspect", "recommend")
+_ANEW = ("bench", "chat", "diff", "env", "help", "inspect", "recommend")
 OURS, USER_ERROR, INTERRUPTED, BROKEN_PIPE, TERMINATED = 1, 2, 130, 141, 143
 # What a person can do something about: no room (disk, quota, largest file), no right to write.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)

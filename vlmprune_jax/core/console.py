@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -106,3 +107,25 @@ def make_reporter(enabled: bool) -> Reporter:
     """Return a reporter on standard output."""
     console = Terminal()
     return Reporter(console if console.is_terminal else Terminal(width=PIPE_WIDTH), enabled)
+
+
+@contextlib.contextmanager
+def without_output() -> Iterator[None]:
+    """Discard stdout and stderr, including output of native code (Rust panics, C++ logs)."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    sink = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    with sink, contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+        copies = {}
+        for descriptor in (1, 2):
+            with contextlib.suppress(OSError):  # the descriptor is closed
+                copies[descriptor] = os.dup(descriptor)
+        try:
+            for descriptor in copies:
+                os.dup2(sink.fileno(), descriptor)
+            yield
+        finally:
+            sink.flush()
+            for descriptor, copy in copies.items():
+                os.dup2(copy, descriptor)
+                os.close(copy)

@@ -164,25 +164,3 @@ def _lengthens(part: dict[str, Any]) -> bool:
     content, pattern = part.get("content", part.get("prepend")), part.get("pattern")
     replaced = pattern.get("String") if isinstance(pattern, dict) else None
     return isinstance(content, str) and len(content) > max(1, len(replaced) if isinstance(replaced, str) else 1)
-
-
-@contextlib.contextmanager
-def without_output() -> Iterator[None]:
-    """Discard stdout and stderr, including output of native code (Rust panics, C++ logs)."""
-    if sys.stdout is not None:
-        sys.stdout.flush()
-    sink = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-    with sink, contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
-        copies = {}
-        for descriptor in (1, 2):
-            with contextlib.suppress(OSError):  # the descriptor is closed
-                copies[descriptor] = os.dup(descriptor)
-        try:
-            for descriptor in copies:
-                os.dup2(sink.fileno(), descriptor)
-            yield
-        finally:
-            sink.flush()
-            for descriptor, copy in copies.items():
-                os.dup2(copy, descriptor)
-                os.close(copy)

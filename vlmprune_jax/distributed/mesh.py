@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from vlmprune_jax.core.console import without_output
 from vlmprune_jax.core.errors import SharedError, UserError, reason
 from vlmprune_jax.core.sections import MeshSpec
 from vlmprune_jax.distributed import failure
@@ -66,7 +67,8 @@ def start_devices() -> None:
       UserError: JAX_PLATFORMS names a platform that is not there.
     """
     try:
-        jax.devices()
+        with without_output():  # libtpu without a TPU prints many lines
+            jax.devices()
     except (RuntimeError, AssertionError) as error:  # jax asserts that CUDA is there
         platforms = os.environ.get("JAX_PLATFORMS", "")
         why = str(error) or "no such device, or jax is installed without its plugin"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import grain
@@ -17,7 +17,9 @@ import numpy as np
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.batching import GenerationBatch, check_memory
+from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.encoding import Encoder, Room, Shape, check_length
+from vlmprune_jax.data.inputs import PREFETCH
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.models.generate import SharedPrefix
 
@@ -73,6 +75,10 @@ class ArrangedQuestions:
     def __len__(self) -> int:
         """Number of batches."""
         return len(self.groups)
+
+    def __iter__(self) -> Iterator[QuestionBatch]:
+        """Iterate over all batches, read ahead in as many threads as `data.threads` says by default."""
+        return iter(self.batches(threads=DataSpec().threads, prefetch=PREFETCH))
 
     @property
     def longest(self) -> int:

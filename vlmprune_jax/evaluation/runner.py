@@ -22,7 +22,7 @@ from vlmprune_jax.distributed.mesh import row_ways, use_mesh
 from vlmprune_jax.evaluation.metrics import Metric, metric_named
 from vlmprune_jax.evaluation.metrics.metric import Scores
 from vlmprune_jax.evaluation.metrics.perplexity import PERPLEXITY
-from vlmprune_jax.evaluation.questions import QuestionBatch
+from vlmprune_jax.evaluation.questions import ArrangedQuestions, QuestionBatch
 from vlmprune_jax.models.generate import generate
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model, encode, head_of, mesh_of, place_batch
@@ -92,7 +92,7 @@ def evaluate(
     model: Model,
     batches: Iterable[GenerationBatch],
     *,
-    tokenizer: Any,
+    tokenizer: Any = None,
     max_new_tokens: int,
     metric: Metric | str = "exact_match",
     progress: Progress | None = None,
@@ -101,7 +101,8 @@ def evaluate(
     """Score a model's greedy answers with a metric; by default the share that exactly matches a reference.
 
     Args:
-      model, batches, tokenizer, max_new_tokens, progress, journal: see `ask`.
+      model, batches, max_new_tokens, progress, journal: see `ask`.
+      tokenizer: see `ask`; None takes that of `vp.questions`.
       metric: a metric, or the name of one in `vp.metrics`.
 
     Raises:
@@ -110,6 +111,7 @@ def evaluate(
     start = time.perf_counter()
     metric = metric_named(metric) if isinstance(metric, str) else metric
     answered = _with_answers(batches)
+    tokenizer = batches.encoder.tokenizer if tokenizer is None and isinstance(batches, ArrangedQuestions) else tokenizer
     replies = ask(
         model, answered, tokenizer=tokenizer, max_new_tokens=max_new_tokens, progress=progress, journal=journal
     )

@@ -8,20 +8,48 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.data.batching import Batch, train_batches
 from vlmprune_jax.data.config import DataSpec
-from vlmprune_jax.data.inputs import PREFETCH, load_inputs, training_records
+from vlmprune_jax.data.inputs import PREFETCH, Inputs, load_inputs, training_records
 from vlmprune_jax.data.measure import measure
-from vlmprune_jax.data.records import make_records
+from vlmprune_jax.data.records import Record, make_records
 from vlmprune_jax.hf.read import read_config, resolve
+
+Records = str | Path | Sequence[Mapping[str, Any]]
+
+
+def open_inputs(
+    hf_dir: str | Path, vision_dir: str | Path | None, images: str | Path | None, settings: Mapping[str, Any]
+) -> tuple[ModelConfig, Inputs]:
+    """Return the config, and the tokenizer, template and image processor, of a model's folder or hub id."""
+    data = override(DataSpec(), {**settings, "images": None if images is None else os.fspath(images)}, "data")
+    folder, tower = resolve(hf_dir), None if vision_dir is None else resolve(vision_dir)
+    cfg = read_config(folder, tower)[1]
+    return cfg, load_inputs(ModelSpec(str(folder), None if tower is None else str(tower)), data, cfg)
+
+
+def to_records(records: Records, inputs: Inputs) -> list[Record]:
+    """Return the records of a data file, or of its entries.
+
+    Raises:
+      UserError: malformed records, or none.
+    """
+    if isinstance(records, (str, os.PathLike)):
+        return training_records(dataclasses.replace(inputs.data, train=os.fspath(records)), inputs.template)
+    root = None if inputs.data.images is None else Path(inputs.data.images)
+    read = make_records(records, root, image_lead=inputs.template.image_lead)
+    if not read:
+        raise UserError("there are no records: pass at least one")
+    return read
 
 
 def batches(
     hf_dir: str | Path,
-    records: str | Path | Sequence[Mapping[str, Any]],
+    records: Records,
     *,
     images: str | Path | None = None,
     vision_dir: str | Path | None = None,
@@ -49,18 +77,8 @@ def batches(
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1")
-    data = override(DataSpec(), {**settings, "images": None if images is None else os.fspath(images)}, "data")
-    folder, tower = resolve(hf_dir), None if vision_dir is None else resolve(vision_dir)
-    _, cfg = read_config(folder, tower)
-    inputs = load_inputs(ModelSpec(hf_dir=str(folder), vision_dir=None if tower is None else str(tower)), data, cfg)
-    if isinstance(records, (str, os.PathLike)):
-        read = training_records(dataclasses.replace(data, train=os.fspath(records)), inputs.template)
-    else:
-        root = None if images is None else Path(images)
-        read = make_records(records, root, image_lead=inputs.template.image_lead)
-    if not read:
-        raise UserError("there are no records: pass at least one")
-    encoder = inputs.training_encoder(cfg)
+    cfg, inputs = open_inputs(hf_dir, vision_dir, images, settings)
+    data, read, encoder = inputs.data, to_records(records, inputs), inputs.training_encoder(cfg)
     if not encoder.max_length:
         longest = int(measure(read, encoder, on_error="stop", threads=data.threads)[:, 0].max())
         encoder = dataclasses.replace(encoder, max_length=longest)

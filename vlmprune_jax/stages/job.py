@@ -12,7 +12,6 @@ import msgspec
 from vlmprune_jax.core.checks import file_of_users
 from vlmprune_jax.core.errors import Stopped, UserError
 from vlmprune_jax.data.inputs import record_files
-from vlmprune_jax.data.tokenizer_files import without_output
 from vlmprune_jax.distributed.mesh import start_devices
 from vlmprune_jax.distributed.preemption import noticed
 from vlmprune_jax.experiment.spec import affecting
@@ -75,8 +74,7 @@ def run_stage(name: str, work: Work, sections: Sections) -> Finished:
         if noticed():
             raise Stopped(f"stopped on SIGTERM before {job.name}; the same command continues with it")
         work.say(f"{job.name} ...")
-        with without_output():
-            start_devices()  # libtpu, installed without a TPU, prints many lines
+        start_devices()
         with in_memory(job.name):
             return stage.function(work, *(sections[section] for section in stage.sections)) or NoFacts()
 

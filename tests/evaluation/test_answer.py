@@ -1,0 +1,61 @@
+"""`vp.answer`, `vp.questions` and `vlmprune chat`: a question to a model, without an experiment."""
+
+import pytest
+from hf_cases import copy_llava
+from PIL import Image
+
+import vlmprune_jax as vp
+from vlmprune_jax.cli.main import main
+
+QUESTION = "Is a dog here?"
+
+
+@pytest.fixture(scope="module")
+def folder(goldens, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "llava"
+    copy_llava(goldens, folder)
+    return folder
+
+
+def test_an_answer_is_that_of_an_evaluation(goldens, folder, capsys):
+    image = goldens / "data/images/img1.png"
+    entry = {
+        "image": image.name,
+        "conversations": [{"from": "human", "value": f"<image>\n{QUESTION}"}],
+        "answers": ["x"],
+    }
+    asked = vp.questions(folder, [entry], images=image.parent, batch_size=1)
+    model = vp.load(folder)
+    (expected,) = vp.evaluate(model, asked, max_new_tokens=3).answers
+    assert expected.prediction
+    with Image.open(image) as picture:
+        for source in (image, str(image), [image], picture):
+            assert vp.answer(model, source, QUESTION, source_dir=folder, max_new_tokens=3) == expected.prediction
+    assert main(["chat", str(folder), str(folder), str(image), QUESTION, "--max_new_tokens=3"]) == 0
+    size = f"{folder} ({vp.count_params(model):,} parameters)"
+    assert capsys.readouterr().out.split("\n") == [*[size, f"  {expected.prediction}"] * 2, ""]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], 'chat takes models, images and a question: vlmprune chat MODEL image.png "What is this?"'),
+        (
+            ["{image}", QUESTION],
+            'chat takes models, images and a question: vlmprune chat MODEL image.png "What is this?"',
+        ),
+        (["{folder}", "{folder}/config.json", QUESTION], "config.json (record question): not a readable image"),
+        (["{folder}", "missing.png", QUESTION], "missing.png: no such folder"),
+    ],
+)
+def test_wrong_arguments(goldens, folder, capsys, argv, message):
+    image = goldens / "data/images/img1.png"
+    assert main(["chat", *[arg.format(folder=folder, image=image) for arg in argv]]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_loaded_model_needs_its_folder(folder):
+    with pytest.raises(vp.UserError, match="a loaded model has no tokenizer: pass source_dir="):
+        vp.answer(vp.load(folder), None, QUESTION)

@@ -1,0 +1,49 @@
+"""vlmprune chat MODEL [MODEL ...] [IMAGE ...] "QUESTION": ask models a question, for example before and after pruning.
+
+Models are Hugging Face folders or hub ids; images are files. Answers are greedy.
+  vlmprune chat DIR/llava-1.5-7b-hf runs/llava/export cat.png "What animal is this?"
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from absl import flags as absl_flags
+
+from vlmprune_jax.cli.flags import Flags
+
+TAKES_ARGUMENTS = True
+
+
+def define(values: Flags) -> None:
+    """Define the flags of this command."""
+    absl_flags.DEFINE_string("vision_dir", None, "vision tower folder (original LLaVA, Bunny)", flag_values=values)
+    dtypes = ["float32", "bfloat16", "float16"]
+    absl_flags.DEFINE_enum("dtype", "float32", dtypes, "data type of the weights in memory", flag_values=values)
+    about = "maximum length of an answer (tokens)"
+    absl_flags.DEFINE_integer("max_new_tokens", 64, about, lower_bound=1, flag_values=values)
+
+
+def run(flags: Any) -> None:
+    """Print the answer of each model."""
+    import os
+
+    from vlmprune_jax.core.console import make_reporter
+    from vlmprune_jax.core.errors import UserError
+    from vlmprune_jax.distributed.mesh import start_devices
+    from vlmprune_jax.evaluation.answer import answer
+    from vlmprune_jax.hf.read import load
+    from vlmprune_jax.models.params import count_params
+
+    *names, question = flags.args or [""]
+    images = [name for name in names if os.path.isfile(name)]
+    models = [name for name in names if name not in images]
+    if not models or not question:
+        raise UserError('chat takes models, images and a question: vlmprune chat MODEL image.png "What is this?"')
+    start_devices()
+    reporter = make_reporter(True)
+    for name in models:
+        model = load(name, vision_dir=flags.vision_dir, dtype=flags.dtype)
+        options = {"source_dir": name, "vision_dir": flags.vision_dir, "max_new_tokens": flags.max_new_tokens}
+        reporter.say(f"{name} ({count_params(model):,} parameters)")
+        reporter.say(f"  {answer(model, images or None, question, **options)}")

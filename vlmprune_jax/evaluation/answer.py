@@ -1,0 +1,102 @@
+"""Questions of records, and the answer to a single one, without an experiment."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.data.records import IMAGE_TOKEN, Record, StoredImage
+from vlmprune_jax.evaluation.questions import ArrangedQuestions, arrange_questions
+from vlmprune_jax.evaluation.runner import ask
+from vlmprune_jax.hf.batches import Records, open_inputs, to_records
+from vlmprune_jax.hf.read import load
+from vlmprune_jax.models.vlm import Model
+
+
+def questions(
+    hf_dir: str | Path,
+    records: Records,
+    *,
+    images: str | Path | None = None,
+    vision_dir: str | Path | None = None,
+    batch_size: int = 8,
+    prompt_suffix: str = "",
+    **settings: Any,
+) -> ArrangedQuestions:
+    """Return records as batches of questions for `vp.evaluate`, which encodes an image of several questions once.
+
+    Args:
+      hf_dir, images, vision_dir, settings: as for `vp.batches`.
+      records: a data file, or its entries, with the right answer as last turn or in "answers".
+      batch_size: questions per batch.
+      prompt_suffix: text after every question, such as "\\nAnswer the question using a single word or phrase."
+
+    Raises:
+      UserError: malformed records, an unreadable image or an unknown setting.
+    """
+    cfg, inputs = open_inputs(hf_dir, vision_dir, images, settings)
+    read = to_records(records, inputs)
+    return arrange_questions(read, inputs.encoder(cfg, 0), batch_size=batch_size, prompt_suffix=prompt_suffix)
+
+
+def answer(
+    model: Model | str | Path,
+    image: Any,
+    question: str,
+    *,
+    source_dir: str | Path | None = None,
+    vision_dir: str | Path | None = None,
+    max_new_tokens: int = 64,
+    **settings: Any,
+) -> str:
+    """Return the greedy answer of a model to a question about an image.
+
+    `vp.answer("llava-1.5-7b-hf", "cat.png", "What animal is this?")`
+
+    Args:
+      model: a model's folder or hub id, or a loaded model.
+      image: a file or a PIL image, a list of these, or None.
+      question: the question, without image placeholders.
+      source_dir: for a loaded model, the folder with its tokenizer and image processor.
+      vision_dir: folder of the vision tower, if the model's folder does not describe it.
+      max_new_tokens: maximum length of the answer.
+      settings: settings of the section `data`, such as template="vicuna_v1".
+
+    Raises:
+      UserError: a loaded model without `source_dir`, an image that cannot be read, or a model that takes none.
+    """
+    folder = source_dir if isinstance(model, Model) else model
+    if folder is None:
+        raise UserError("answer: a loaded model has no tokenizer: pass source_dir=, the folder that it came from")
+    pictures = list(image) if isinstance(image, (list, tuple)) else [] if image is None else [image]
+    cfg, inputs = open_inputs(folder, vision_dir, None, {"max_images": max(1, len(pictures)), **settings})
+    loaded = model if isinstance(model, Model) else load(folder, vision_dir=vision_dir)
+    text = f"{IMAGE_TOKEN}\n" * len(pictures) + question
+    record = Record("question", (("human", text),), tuple(map(_source, pictures)))
+    asked = arrange_questions([record], inputs.encoder(cfg, 0), batch_size=1)
+    return ask(loaded, asked, tokenizer=inputs.tokenizer, max_new_tokens=max_new_tokens)[0].prediction
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A PIL image as the only one of a store."""
+
+    encoded: bytes
+
+    def read(self, number: int) -> bytes:
+        return self.encoded
+
+    def identity(self) -> str:
+        return hashlib.sha256(self.encoded).hexdigest()
+
+
+def _source(image: Any) -> Path | StoredImage:
+    if isinstance(image, (str, Path)):
+        return Path(image)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return StoredImage("image", 0, _Picture(buffer.getvalue()))
