@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from vlmprune_jax.data import grouping
-from vlmprune_jax.data.encoding import Encoder
-from vlmprune_jax.data.measure import measure
+from vlmprune_jax.data.encoding import Encoder, measure
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.families import templates

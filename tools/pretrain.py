@@ -28,12 +28,12 @@ from initial import write_joined, write_random
 
 from vlmprune_jax.cli.flags import Flags, common
 from vlmprune_jax.cli.main import main
+from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.batching import train_batches
-from vlmprune_jax.data.encoding import Encoder
+from vlmprune_jax.data.batching import Batch, train_batches
+from vlmprune_jax.data.encoding import Encoder, measure
 from vlmprune_jax.data.images import load_image_processor
-from vlmprune_jax.data.measure import measure
 from vlmprune_jax.data.prompts import AUTO, choose_template, load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.demo.easyvqa import write_dataset
@@ -76,6 +76,7 @@ class Stage:
     runs: int = 1
 
     def __post_init__(self) -> None:
+        one_of(f"stage {self.name}: augment", self.augment, ("none", "flip_shift"))
         if not 0 <= self.text_share < 1:
             raise UserError(f"stage {self.name}: text_share={self.text_share} must be at least 0 and below 1")
         if self.runs < 1:
@@ -159,17 +160,17 @@ def _train_stage(
         encoder,
         batch_size=stage.training.batch_size,
         seed=stage.training.seed,
-        shuffle=True,
         epochs=None,
         drop_remainder=True,
-        augment=stage.augment,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         threads=2,
-        prefetch=4,
         sizes=sizes if stage.text_share else None,
         group_by="modality_length" if stage.text_share else "none",
     )
+    if stage.augment == "flip_shift":
+        moved = batches.batches.random_map(flip_shift, seed=stage.training.seed)
+        batches = dataclasses.replace(batches, batches=moved)
     layers, rest = unstack_layers(model.params, model.cfg)
     cfg = model.cfg.with_layers(model.cfg.text.layers[: stage.decoder_layers])
     shallow = Model(stack_layers(layers[: stage.decoder_layers], rest, cfg), cfg)
@@ -179,6 +180,23 @@ def _train_stage(
     whole = flatten(stack_layers(first + layers[stage.decoder_layers :], rest, model.cfg))
     kept = {path: leaf for path, leaf in whole.items() if re.fullmatch(stage.keeps, path)}
     return Model(unflatten({**flatten(model.params), **kept}), model.cfg), summary["last"]["loss"]
+
+
+def flip_shift(batch: Batch, generator: np.random.Generator, max_shift: int = 4) -> Batch:
+    """Return the batch with each image flipped at random along both axes and moved by up to `max_shift` pixels.
+
+    Each flip has probability 1/2; both offsets are uniform in -max_shift..max_shift and the edge pixels fill the gap.
+    For images whose meaning does not change when mirrored.
+    """
+    if "pixel_values" not in batch.arrays:
+        return batch
+    pixels = batch.arrays["pixel_values"].copy()
+    for image in pixels.reshape(-1, *pixels.shape[-3:]):
+        rows, columns = generator.integers(2, size=2) * 2 - 1
+        down, right = generator.integers(0, 2 * max_shift + 1, size=2)
+        padded = np.pad(image[:, ::rows, ::columns], [(0, 0), *[(max_shift, max_shift)] * 2], mode="edge")
+        image[:] = padded[:, down : down + image.shape[1], right : right + image.shape[2]]
+    return dataclasses.replace(batch, arrays=batch.arrays | {"pixel_values": pixels})
 
 
 def stage_records(stage: Stage, files: Mapping[str, Path]) -> list[Record]:

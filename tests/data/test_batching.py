@@ -9,10 +9,9 @@ import pytest
 
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.batching import Batch, generation_batches, train_batches
-from vlmprune_jax.data.encoding import Encoder
-from vlmprune_jax.data.images import augment_flip_shift, load_image_processor
-from vlmprune_jax.data.measure import measure
+from vlmprune_jax.data.batching import Batch, train_batches
+from vlmprune_jax.data.encoding import Encoder, measure
+from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.families import templates
@@ -20,16 +19,12 @@ from vlmprune_jax.families import templates
 TRAIN: dict[str, Any] = {
     "batch_size": 4,
     "seed": 3,
-    "shuffle": True,
     "epochs": 1,
     "drop_remainder": True,
-    "augment": "none",
     "process_index": 0,
     "process_count": 1,
     "threads": 1,
-    "prefetch": 2,
 }
-GENERATE = {"batch_size": 4, "process_index": 0, "process_count": 1, "threads": 1, "prefetch": 2}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +61,7 @@ def equal(first: Batch, second: Batch) -> bool:
 
 
 def test_training_rows(goldens: Path, samples: list[Record], encoder: Encoder) -> None:
-    batches = list(train_batches(samples, encoder, **{**TRAIN, "shuffle": False, "drop_remainder": False}))
+    batches = list(train_batches(samples, encoder, **{**TRAIN, "seed": None, "drop_remainder": False}))
     assert ids(batches) == [*(record.id for record in samples), ""]
     for batch in batches:
         assert {name: (array.shape, array.dtype.name) for name, array in batch.arrays.items()} == {
@@ -92,23 +87,6 @@ def test_training_rows(goldens: Path, samples: list[Record], encoder: Encoder) -
     assert (second.arrays["labels"][3] == IGNORED).all()
 
 
-def test_generation_rows(samples: list[Record], encoder: Encoder) -> None:
-    batches = list(generation_batches(samples, encoder, **GENERATE))
-    assert [batch.valid.tolist() for batch in batches] == [[True] * 4, [True, True, True, False]]
-    assert ids(batches) == [*(record.id for record in samples), ""]
-    assert [record.id for record in batches[0].records] == list(batches[0].record_ids)
-    references = [record.references for record in batches[0].records]
-    assert references == [("The car is red.",), ("Small",), ("A lamp is a light.",), ("It is 10:45.",)]
-    end = encoder.tokenizer("ASSISTANT:")["input_ids"][-3:]
-    for batch in batches:
-        assert set(batch.arrays) == {"input_ids", "attention_mask", "pixel_values"}
-        assert batch.arrays["input_ids"].shape == (4, 220)
-        assert batch.arrays["input_ids"][:, -3:].tolist() == [end] * 4
-        assert batch.arrays["attention_mask"][:, -1].all()
-        assert (np.diff(batch.arrays["attention_mask"], axis=1) >= 0).all()  # padding at the left only
-    assert np.array_equal(batches[1].arrays["input_ids"][3], batches[0].arrays["input_ids"][0])
-
-
 def test_shuffle_depends_on_seed_and_epoch(samples: list[Record], encoder: Encoder) -> None:
     options = {**TRAIN, "batch_size": 7, "epochs": 3}
     epochs = [batch.record_ids for batch in train_batches(samples, encoder, **options)]
@@ -127,7 +105,7 @@ def test_batches_cross_epochs_and_the_rest_is_dropped(samples: list[Record], enc
 
 @pytest.mark.parametrize("drop_remainder", [True, False])
 def test_process_slices_join_to_the_global_batch(samples: list[Record], encoder: Encoder, drop_remainder: bool) -> None:
-    options = {**TRAIN, "epochs": 2, "drop_remainder": drop_remainder, "augment": "flip_shift"}
+    options = {**TRAIN, "epochs": 2, "drop_remainder": drop_remainder}
     whole = list(train_batches(samples, encoder, **options))
     parts = [
         list(train_batches(samples, encoder, **{**options, "process_index": index, "process_count": 2}))
@@ -140,17 +118,9 @@ def test_process_slices_join_to_the_global_batch(samples: list[Record], encoder:
         assert equal(batch, Batch(arrays, names))
 
 
-def test_generation_slices_have_equal_counts(samples: list[Record], encoder: Encoder) -> None:
-    options = {**GENERATE, "batch_size": 6, "process_count": 3}
-    parts = [list(generation_batches(samples, encoder, **{**options, "process_index": i})) for i in range(3)]
-    assert [len(part) for part in parts] == [2, 2, 2]
-    assert [part[1].valid.tolist() for part in parts] == [[True, False], [False, False], [False, False]]
-    assert sorted(name for part in parts for name in ids(part) if name) == sorted(record.id for record in samples)
-
-
 @pytest.mark.parametrize("threads", [0, 2])
 def test_state_restores_exactly(samples: list[Record], encoder: Encoder, threads: int) -> None:
-    options = {**TRAIN, "epochs": None, "augment": "flip_shift", "threads": threads, "prefetch": 4}
+    options = {**TRAIN, "epochs": None, "threads": threads}
     running = iter(train_batches(samples, encoder, **options))
     for _ in range(5):
         next(running)
@@ -160,17 +130,6 @@ def test_state_restores_exactly(samples: list[Record], encoder: Encoder, threads
     next(fresh)
     fresh.set_state(state)
     assert all(equal(next(fresh), batch) for batch in expected)
-
-
-def test_augmentation_is_seeded_by_place(samples: list[Record], encoder: Encoder) -> None:
-    options = {**TRAIN, "shuffle": False, "epochs": 2, "batch_size": 7}
-    plain = next(iter(train_batches(samples, encoder, **options)))
-    first, second = train_batches(samples, encoder, **{**options, "augment": "flip_shift"})
-    pixels = plain.arrays["pixel_values"]
-    assert np.array_equal(first.arrays["pixel_values"][0, 0], augment_flip_shift(pixels[0, 0], (3, 0, 0)))
-    assert np.array_equal(first.arrays["pixel_values"][6, 1], augment_flip_shift(pixels[6, 1], (3, 6, 1)))
-    assert not np.array_equal(first.arrays["pixel_values"], second.arrays["pixel_values"])
-    assert not first.arrays["pixel_values"][2].any()
 
 
 def test_model_without_a_vision_tower(samples: list[Record], encoder: Encoder) -> None:
@@ -194,20 +153,18 @@ def test_long_rows_name_their_record(samples: list[Record], encoder: Encoder) ->
     short = dataclasses.replace(encoder, max_length=140)
     with pytest.raises(UserError, match="record 000004: 141 tokens"):
         next(iter(train_batches(samples[2:3], short, **{**TRAIN, "batch_size": 1})))
-    with pytest.raises(UserError, match=r"record two: \d+ tokens"):
-        next(iter(generation_batches(samples[-1:], short, **{**GENERATE, "batch_size": 1})))
 
 
 def test_truncation_cuts_at_the_right(samples: list[Record], encoder: Encoder) -> None:
-    full = encoder.training_row(samples[0], None)
+    full = encoder.training_row(samples[0])
     cut = dataclasses.replace(encoder, max_length=152, truncate=True)
-    row = cut.training_row(samples[0], None)
+    row = cut.training_row(samples[0])
     for name in ("input_ids", "attention_mask", "labels"):
         assert np.array_equal(row[name], full[name][:152])
     assert (row["labels"] != IGNORED).any()
     inside_image = dataclasses.replace(encoder, max_length=110, truncate=True)
     with pytest.raises(UserError, match=r"record 000000: an image ends at token .*, beyond max_length 110"):
-        inside_image.training_row(samples[0], None)
+        inside_image.training_row(samples[0])
 
 
 def test_refused_settings(samples: list[Record], encoder: Encoder) -> None:
@@ -218,10 +175,8 @@ def test_refused_settings(samples: list[Record], encoder: Encoder) -> None:
         train_batches(samples, encoder, **{**TRAIN, "process_count": 3})
     with pytest.raises(UserError, match="do not fill one batch of 8"):
         train_batches(samples, encoder, **{**TRAIN, "batch_size": 8})
-    with pytest.raises(UserError, match="augment 'crop'"):
-        train_batches(samples, encoder, **{**TRAIN, "augment": "crop"})
     with pytest.raises(UserError, match="no records to batch"):
-        generation_batches([], encoder, **GENERATE)
+        train_batches([], encoder, **TRAIN)
 
 
 def test_broken_image_inside_a_batch(tmp_path: Path, encoder: Encoder) -> None:

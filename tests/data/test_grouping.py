@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.batching import Batch, train_batches
-from vlmprune_jax.data.encoding import Encoder, slots_of
+from vlmprune_jax.data.encoding import Encoder, measure, slots_of
 from vlmprune_jax.data.grouping import MEGABATCH, grouped_order
 from vlmprune_jax.data.images import load_image_processor
-from vlmprune_jax.data.measure import measure
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.families import templates
@@ -23,14 +22,11 @@ from vlmprune_jax.families import templates
 TRAIN: dict[str, Any] = {
     "batch_size": 4,
     "seed": 3,
-    "shuffle": True,
     "epochs": 2,
     "drop_remainder": True,
-    "augment": "none",
     "process_index": 0,
     "process_count": 1,
     "threads": 2,
-    "prefetch": 2,
 }
 
 
@@ -137,7 +133,7 @@ def test_sizes_are_those_of_the_rows(samples: list[Record], encoder: Encoder, ma
 def test_measuring_tells_how_far_it_is(samples: list[Record], encoder: Encoder, monkeypatch) -> None:
     """And the sizes are the same in chunks of any length."""
     expected, told = sizes_of(samples, encoder), []
-    monkeypatch.setattr("vlmprune_jax.data.measure._CHUNK", 7)
+    monkeypatch.setattr("vlmprune_jax.data.encoding._CHUNK", 7)
     found = measure(samples[:20], encoder, on_error="stop", threads=2, progress=told.append)
     assert told == [7, 14, 20]
     assert np.array_equal(found, expected[:20])
@@ -307,5 +303,5 @@ def test_refused_settings(samples: list[Record], encoder: Encoder) -> None:
         with pytest.raises(UserError, match="need sizes=measure"):
             train_batches(samples, changed, **TRAIN, **options)
     for name in ("group_by", "on_error"):
-        with pytest.raises(UserError, match=f"{name} 'lenght' is unknown: use one of"):
+        with pytest.raises(UserError, match=f"{name} 'lenght' is not one of"):
             train_batches(samples, plain, **TRAIN, **{name: "lenght"})

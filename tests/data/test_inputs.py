@@ -15,7 +15,7 @@ from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.data import inputs
 from vlmprune_jax.data.buckets import within_row
 from vlmprune_jax.data.config import DataSpec
-from vlmprune_jax.data.encoding import Room
+from vlmprune_jax.data.encoding import Shape
 from vlmprune_jax.data.inputs import load_inputs
 from vlmprune_jax.data.tiling import Tiling
 from vlmprune_jax.evaluation.config import EvaluateSpec
@@ -113,7 +113,7 @@ def test_internvl_records_may_leave_the_mark_out(
     spec = dataclasses.replace(data(goldens), train=str(tmp_path / "d.json"))
     loaded = load_inputs(model, spec, internvl_cfg)
     records = inputs.training_records(spec, loaded.template)
-    row = loaded.encoder(internvl_cfg, 4096).training_row(records[0], None)
+    row = loaded.encoder(internvl_cfg, 4096).training_row(records[0])
     assert (row["input_ids"] == 393).sum() == 4 * len(row["pixel_values"]) > 0
     llava = ModelSpec(
         hf_dir=folder_of(tmp_path, goldens, "llava_hf", "llava"), vision_dir=str(goldens / "ckpt/clip_tower")
@@ -131,7 +131,7 @@ def test_images_of_any_size(goldens: Path) -> None:
     assert (encoder.tile_buckets, encoder.image_buckets) == (None, (64,))  # 1300 / 8**2 are 21, thin images make more
     capped = load_inputs(model, data(goldens, max_image_tokens=6, image_buckets=(4, 6)), qwen)
     assert capped.image_loader.preparation.max_pixels == 6 * 8**2
-    assert capped.encoder(qwen, 10).room([]) == Room(1, 4)
+    assert capped.encoder(qwen, 10).shape_of([]) == Shape(10, 1, 4)
     with pytest.raises(UserError, match=r"data\.image_buckets=\(6, 4\) must be positive and ascending"):
         load_inputs(model, data(goldens, image_buckets=(6, 4)), qwen).encoder(qwen, 10)
     assert [within_row((64, 128, 256), length) for length in (10, 64, 65, 999)] == [(64,)] * 2 + [
@@ -171,6 +171,6 @@ def test_tile_settings_of_a_model_without_tiles(goldens: Path, tmp_path: Path, c
         load_inputs(model, data(goldens, max_image_tokens=9), cfg)
     with pytest.raises(UserError, match=r"data\.image_buckets=\(9,\) is set, but this model's images have one size"):
         load_inputs(model, data(goldens, image_buckets=(9,)), cfg).encoder(cfg, 10)
-    assert load_inputs(model, data(goldens, max_images=3), cfg).encoder(cfg, 10).room([]) == Room(3)
+    assert load_inputs(model, data(goldens, max_images=3), cfg).encoder(cfg, 10).shape_of([]) == Shape(10, 3)
     by_images = load_inputs(model, data(goldens, max_images=3, tile_buckets=(1, 3)), cfg).encoder(cfg, 10)
-    assert by_images.room([]) == Room(1)  # other models' images are one tile each
+    assert by_images.shape_of([]) == Shape(10, 1)  # other models' images are one tile each

@@ -9,10 +9,9 @@ import pytest
 
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.batching import generation_batches, train_batches
-from vlmprune_jax.data.encoding import Encoder, slots_of
+from vlmprune_jax.data.batching import train_batches
+from vlmprune_jax.data.encoding import Encoder, measure, slots_of
 from vlmprune_jax.data.images import load_image_processor
-from vlmprune_jax.data.measure import measure
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.families import templates
@@ -20,17 +19,12 @@ from vlmprune_jax.families import templates
 CONTEXT = 393
 TRAIN: dict[str, Any] = {
     "batch_size": 3,
-    "seed": 3,
-    "shuffle": False,
     "epochs": 1,
     "drop_remainder": False,
-    "augment": "none",
     "process_index": 0,
     "process_count": 1,
     "threads": 1,
-    "prefetch": 2,
 }
-GENERATE = {"batch_size": 3, "process_index": 0, "process_count": 1, "threads": 1, "prefetch": 2}
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +86,10 @@ def test_two_images_share_tiles_and_follow_each_other(samples: list[Record], enc
     assert [len(run) for run in runs if run] == [4 * count for count in counts]
 
 
-@pytest.mark.parametrize("generation", [False, True])
-def test_processes_agree_on_the_slots(samples: list[Record], encoder: Encoder, generation: bool) -> None:
+def test_processes_agree_on_the_slots(samples: list[Record], encoder: Encoder) -> None:
     chosen = [samples[i] for i in (2, 4, 0, 2, 11, 4, 1)]
 
     def batches(**changes: int) -> list[Any]:
-        if generation:
-            return list(generation_batches(chosen, encoder, **{**GENERATE, "batch_size": 4, **changes}))
         return list(train_batches(chosen, encoder, **{**TRAIN, "batch_size": 4, **changes}))
 
     whole = batches()
@@ -118,17 +109,6 @@ def test_other_processes_images_are_not_decoded(samples: list[Record], encoder: 
     assert first.arrays["pixel_values"].shape[1] == 7  # the header of the other row was enough
     with pytest.raises(UserError, match=r"half\.png \(record broken\): not a readable image"):
         next(iter(train_batches([samples[2], broken], encoder, **{**options, "process_index": 1})))
-
-
-def test_generation_rows_end_alike(samples: list[Record], encoder: Encoder) -> None:
-    batches = list(generation_batches([samples[i] for i in (4, 2, 11, 5, 0)], encoder, **GENERATE))
-    assert [batch.arrays["pixel_values"].shape[1] for batch in batches] == [1, 7]
-    for batch in batches:
-        assert (batch.arrays["input_ids"][:, -1] == 381).all()  # <|assistant|>
-        assert (np.diff(batch.arrays["attention_mask"], axis=1) >= 0).all()
-    assert batches[1].valid.tolist() == [True, True, False]
-    references = [record.references for record in batches[1].records]
-    assert references[:2] == [("You are welcome.",), ("The car is red.",)]
 
 
 def test_collator_of_internvl(goldens: Path, samples: list[Record], encoder: Encoder) -> None:
@@ -168,28 +148,24 @@ def test_collators_of_llava_and_bunny(goldens: Path, samples: list[Record], name
 
 def test_truncation_spares_images_and_their_closing_marks(samples: list[Record], encoder: Encoder) -> None:
     record = samples[1]  # four tiles, then a long conversation
-    ids = encoder.training_row(record, None)["input_ids"]
+    ids = encoder.training_row(record)["input_ids"]
     close = int(np.flatnonzero(ids == 392)[0])
     cut = dataclasses.replace(encoder, truncate=True)
-    row = dataclasses.replace(cut, max_length=close + 30).training_row(record, None)
+    row = dataclasses.replace(cut, max_length=close + 30).training_row(record)
     assert np.array_equal(row["input_ids"], ids[: close + 30])
     assert (row["labels"] != IGNORED).any()
     for length in (close - 3, close):  # inside the image, and before the mark that closes it
         with pytest.raises(UserError, match=f"record 000001: an image ends at token .*, beyond max_length {length}"):
-            dataclasses.replace(cut, max_length=length).training_row(record, None)
-    assert dataclasses.replace(cut, max_length=close + 1).training_row(record, None)["input_ids"][-1] == 392
+            dataclasses.replace(cut, max_length=length).training_row(record)
+    assert dataclasses.replace(cut, max_length=close + 1).training_row(record)["input_ids"][-1] == 392
     with pytest.raises(UserError, match=r"record 000001: \d+ tokens with images, over max_length 200"):
-        dataclasses.replace(encoder, max_length=200).training_row(record, None)
-    with pytest.raises(UserError, match=r"record 000001: \d+ tokens with images, over max_length 200"):
-        dataclasses.replace(encoder, max_length=200).generation_row(record)
+        dataclasses.replace(encoder, max_length=200).training_row(record)
 
 
 def test_too_many_tiles_or_images_name_their_record(samples: list[Record], encoder: Encoder) -> None:
     few = dataclasses.replace(encoder, tile_buckets=(1, 5))
     with pytest.raises(UserError, match="record 000000: 7 tiles are over the largest bucket of 5"):
         next(iter(train_batches([samples[4], samples[0]], few, **TRAIN)))
-    with pytest.raises(UserError, match="record 000000: 7 tiles"):
-        next(iter(generation_batches([samples[0]], few, **GENERATE)))
     three = dataclasses.replace(
         samples[0], turns=(("human", "<image>" * 3), ("gpt", "x")), images=samples[0].images * 3
     )

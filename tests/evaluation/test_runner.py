@@ -10,7 +10,6 @@ import pytest
 from prune_cases import config, model, on_mesh
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.batching import generation_batches
 from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.prompts import load_tokenizer
@@ -55,13 +54,13 @@ def records(goldens, answers):
 
 def greedy(llava, encoder, record, steps):
     """Tokens by repeated full forwards of one row, padded at the right."""
-    row = encoder.generation_row(record)
-    tokens = row["input_ids"][row["attention_mask"] == 1].tolist()
+    tokens = encoder.prompt_ids(record).tolist()
+    pixels = encoder.images(record, encoder.shape_of([record]))["pixel_values"][None]
     start = len(tokens)
     for _ in range(steps):
         ids, mask = np.zeros((2, 1, 80), np.int32)
         ids[0, : len(tokens)], mask[0, : len(tokens)] = tokens, 1
-        logits, _ = forward(llava, ids, attention_mask=mask, pixel_values=row["pixel_values"][None])
+        logits, _ = forward(llava, ids, attention_mask=mask, pixel_values=pixels)
         tokens.append(int(np.asarray(logits)[0, len(tokens) - 1].argmax()))
         if tokens[-1] in llava.cfg.eos_token_ids:
             break
@@ -101,14 +100,6 @@ def test_accuracy_of_known_answers(goldens, llava, encoder, expected):
     assert result.mean_generated_tokens == pytest.approx(np.mean(lengths))
     assert result.groups["wrong"] == {"questions": 2, "accuracy": 0.0}
     assert seen == list(range(1, len(asking) + 1))
-
-
-def test_batches_of_whole_prompts_give_the_same(goldens, llava, encoder, expected):
-    asked = records(goldens, ["yes"] * 8)
-    batches = generation_batches(asked, encoder, batch_size=3, process_index=0, process_count=1, threads=1, prefetch=1)
-    result = evaluate(llava, batches, tokenizer=encoder.tokenizer, max_new_tokens=STEPS)
-    assert [answer.prediction for answer in result.answers] == [text.strip() for text in expected[0]]
-    assert result.questions == 8  # the filled-up ninth row does not count
 
 
 def test_shared_images_are_computed_once(goldens, encoder):

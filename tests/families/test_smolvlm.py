@@ -15,9 +15,9 @@ from vlmprune_jax.core.config import ImageShape
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.data.config import DataSpec
+from vlmprune_jax.data.encoding import measure
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.inputs import load_inputs
-from vlmprune_jax.data.measure import measure
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.data.splitting import Splitting
 from vlmprune_jax.families import templates
@@ -223,17 +223,17 @@ def test_rows_and_buckets(goldens, folder, model):
     sizes = measure(records, encoder, on_error="stop", threads=1)
     assert sizes[:, 1].tolist() == [0, 3, 5, 8]
     for record, (tokens, slots) in zip(records, sizes[:, :2].tolist(), strict=True):
-        row = encoder.training_row(record, None)
+        row = encoder.training_row(record)
         assert row["attention_mask"].sum() == tokens
-        assert len(row["pixel_values"]) == encoder.room([record]).slots >= slots
+        assert len(row["pixel_values"]) == encoder.shape_of([record]).slots >= slots
         assert (row["input_ids"] == model.cfg.image_token_id).sum() == slots * model.cfg.tokens_per_image
         assert np.abs(row["pixel_values"][slots:]).max(initial=0) == 0
         prompt = encoder.prompt_ids(record)
         assert row["input_ids"][: len(prompt)].tolist() == prompt.tolist()
     with pytest.raises(UserError, match=r"record two: \d+ tokens with images, over max_length 50"):
-        dataclasses.replace(encoder, max_length=50, truncate=False).training_row(records[3], None)
+        dataclasses.replace(encoder, max_length=50, truncate=False).training_row(records[3])
     with pytest.raises(UserError, match="record two: 8 tiles are over the largest bucket of 5"):
-        dataclasses.replace(encoder, tile_buckets=(1, 5)).room(records)
+        dataclasses.replace(encoder, tile_buckets=(1, 5)).shape_of(records)
     fewer = dataclasses.replace(records[3], images=records[3].images[:1])
     with pytest.raises(UserError, match="record two: its text contains <image>, the token of image positions"):
-        encoder.training_row(fewer, None)
+        encoder.training_row(fewer)

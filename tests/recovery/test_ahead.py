@@ -17,8 +17,7 @@ import recover_cases as cases
 
 from vlmprune_jax.core.errors import Stopped
 from vlmprune_jax.data.batching import Batch, train_batches
-from vlmprune_jax.data.encoding import Encoder
-from vlmprune_jax.data.measure import measure
+from vlmprune_jax.data.encoding import Encoder, measure
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.distributed.mesh import make_mesh
@@ -114,9 +113,8 @@ def batches(goldens):
     tokenizer, lengths = load_tokenizer(goldens / "tokenizers/llava"), (140, 200, 260)
     encoder = Encoder(tokenizer, templates()["llava_v1"], lengths[-1], None, -1, 0, 1, False, length_buckets=lengths)
     sizes = measure(records, encoder, on_error="stop", threads=1)
-    places = {"process_index": 0, "process_count": 1, "threads": 1, "prefetch": 2, "augment": "none"}
-    order = {"seed": 3, "shuffle": True, "group_by": "length", "epochs": None, "drop_remainder": True}
-    return train_batches(records, encoder, batch_size=8, sizes=sizes, **order, **places)
+    order = {"seed": 3, "group_by": "length", "epochs": None, "drop_remainder": True}
+    return train_batches(records, encoder, batch_size=8, sizes=sizes, threads=1, **order)
 
 
 def test_nothing_is_compiled_in_mid_run(batches, tmp_path, capsys):

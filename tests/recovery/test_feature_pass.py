@@ -129,7 +129,7 @@ def test_images_of_any_size(goldens, tmp_path):
             {k: v for k, v in model.params.items() if k != "vision"},
         ),
     ):
-        rows = [dataclasses.replace(encoder, image_loader=loader).training_row(record, None) for record in records]
+        rows = [dataclasses.replace(encoder, image_loader=loader).training_row(record) for record in records]
         arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         losses.append(vp.losses(Model(params, cfg), arrays, vp.LossConfig(ce=1.0))["total"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)

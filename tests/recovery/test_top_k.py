@@ -17,7 +17,6 @@ import recover_cases as cases
 
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.batching import train_batches
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.records import Record, StoredImage
 from vlmprune_jax.data.teacher_rows import TeacherRows, record_key
@@ -294,10 +293,6 @@ def test_rows_keep_the_positions_that_count(tmp_path):
         rows.fill(dict(nothing), records[0])
     with pytest.raises(UserError, match="record same: the teacher's logits are not finite"):
         rows.keep(records[0], row, ids, np.full_like(logprobs, np.nan))
-    options = {"augment": "flip_shift", "teacher": rows, "batch_size": 1, "seed": 0, "shuffle": False, "epochs": 1}
-    processes = {"process_index": 0, "process_count": 1, "threads": 1, "prefetch": 1, "drop_remainder": False}
-    with pytest.raises(UserError, match="augment 'flip_shift' changes images, but cached features"):
-        train_batches(records, None, **options, **processes)
     with pytest.raises(UserError, match="has no array for"):
         rows.fill(dict(nothing), Record("same", records[0].turns, (tmp_path / "image.png",)))
 

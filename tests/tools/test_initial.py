@@ -47,7 +47,8 @@ def test_a_language_model_is_joined_with_a_tower(tmp_path):
         bare = dataclasses.replace(
             model.cfg, vision=dataclasses.replace(model.cfg.vision, post_norm=False), projector=joined.cfg.projector
         )
-        pixels = make_encoder(model.cfg, folder).generation_row(seen)["pixel_values"]
+        encoder = make_encoder(model.cfg, folder)
+        pixels = encoder.images(seen, encoder.shape_of([seen]))["pixel_values"]
         tower = {name: leaf for name, leaf in model.params["vision"].items() if name != "post_layernorm"}
         features.append(np.asarray(tower_features(tower, bare, pixels)))
     theirs, ours = features

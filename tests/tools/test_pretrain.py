@@ -10,11 +10,12 @@ import numpy as np
 import PIL.Image
 import pretrain
 import pytest
-from pretrain import Stage, describe, mixed_in, split_conversations, stage_records
+from pretrain import Stage, describe, flip_shift, mixed_in, split_conversations, stage_records
 from repository import ROOT
 
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.data.batching import Batch
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.demo.topics import topic_records, topics
 from vlmprune_jax.hf.read import load
@@ -34,6 +35,27 @@ def test_conversations_are_split_and_described():
     assert describe(second, "red circle", 5) == Record(
         id="r-1", images=(), turns=(("human", "red circle red circle red\nis it blue?"), ("gpt", "no"))
     )
+
+
+def test_augmentation_flips_and_shifts_by_seed() -> None:
+    pixels = np.arange(3 * 12 * 12, dtype=np.float32).reshape(3, 12, 12)
+    batch = Batch({"pixel_values": np.tile(pixels, (50, 4, 1, 1, 1))}, ("r",) * 50)
+    results, again = (flip_shift(batch, np.random.default_rng(5)).arrays["pixel_values"] for _ in range(2))
+    assert np.array_equal(results, again)
+    results = results.reshape(-1, *pixels.shape)
+    assert len({result.tobytes() for result in results}) > 100
+    seen = set()
+    for result in results:
+        assert result.shape == pixels.shape
+        for flip_rows in (1, -1):
+            for flip_columns in (1, -1):
+                padded = np.pad(pixels[:, ::flip_rows, ::flip_columns], ((0, 0), (4, 4), (4, 4)), mode="edge")
+                for down in range(9):
+                    for right in range(9):
+                        if np.array_equal(result, padded[:, down : down + 12, right : right + 12]):
+                            seen.add((flip_rows, flip_columns, down, right))
+    assert {key[:2] for key in seen} == {(1, 1), (1, -1), (-1, 1), (-1, -1)}
+    assert {key[2] for key in seen} == {key[3] for key in seen} == set(range(9))
 
 
 @pytest.mark.parametrize(("words", "also_images", "expected"), [(0, False, "i"), (2, False, "w"), (2, True, "wi")])

@@ -1,4 +1,4 @@
-"""Fixed-shape batches of records: shuffled and resumable for training, in order and left-padded for generation."""
+"""Fixed-shape batches of records, shuffled and resumable."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 import grain
 import numpy as np
 
+from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.encoding import Encoder, Shape
-from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.grouping import GROUPINGS, grouped_order
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.data.teacher_rows import TeacherRows
 
-AUGMENTATIONS = ("none", "flip_shift")
 ON_ERROR = ("stop", "skip")
+PREFETCH = 4  # batches read ahead, so that image decoding overlaps with computation
 _PADDING_ROW = -1
 Kind = dict[str, tuple[tuple[int, ...], np.dtype]]  # array name in a batch -> shape and dtype
 
@@ -42,14 +42,6 @@ class Batch:
     arrays: dict[str, np.ndarray]
     record_ids: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)
-
-
-@dataclass(frozen=True)
-class GenerationBatch(Batch):
-    """Left-padded prompts (no labels) and their records; rows with `valid` False only fill the batch."""
-
-    records: tuple[Record, ...]
-    valid: np.ndarray  # bool[batch]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +72,7 @@ class TrainBatches:
         kinds = []
         for shape in sorted(self._shapes(first, min(last, len(self.rows))), reverse=True):
             check_memory(self.local, shape, self.encoder, 0)
-            row = self.encoder.padding_row(shape)
-            if self.teacher is not None:
-                self.teacher.fill(row, None)
+            row = _padding_row(self.encoder, shape, self.teacher)
             kinds.append({name: ((self.local, *array.shape), array.dtype) for name, array in row.items()})
         return kinds
 
@@ -95,7 +85,8 @@ class TrainBatches:
         most = self.encoder.count_shapes(self.sizes)
         # 50 microseconds per record: LLaVA's 665k take half a minute, unless all shapes occur earlier
         for place in range(first, last):
-            shapes.add(self.encoder.shape(self.sizes[_real(self.rows[place])]))
+            batch = self.rows[place]
+            shapes.add(self.encoder.shape(self.sizes[batch[batch != _PADDING_ROW]]))
             if len(shapes) == most:
                 break
         return shapes
@@ -106,15 +97,12 @@ def train_batches(
     encoder: Encoder,
     *,
     batch_size: int,
-    seed: int,
-    shuffle: bool,
-    epochs: int | None,
-    drop_remainder: bool,
-    augment: str,
-    process_index: int,
-    process_count: int,
     threads: int,
-    prefetch: int,
+    seed: int | None = None,
+    epochs: int | None = 1,
+    drop_remainder: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
     sizes: np.ndarray | None = None,
     group_by: str = "none",
     on_error: str = "stop",
@@ -122,89 +110,72 @@ def train_batches(
 ) -> TrainBatches:
     """Return this process's rows of every global batch of `batch_size`.
 
-    The order of records depends only on `seed` and the epoch (and with `group_by` on `sizes`). With epochs=None the
-    batches never end; batches continue across epoch borders. Process p takes rows [p, p + 1) * batch_size /
-    process_count, which together are the batch that a single process would read. A last short batch is dropped or
-    filled with padding rows. The iterator's state resumes exactly. `augment="flip_shift"` (pretraining) is seeded by
-    (seed, place).
+    The order of records depends only on `seed` (None: as they come) and the epoch, and with `group_by` on `sizes`. With
+    epochs=None the batches never end; batches continue across epoch borders. Process p takes rows [p, p + 1) *
+    batch_size / process_count, which together are the batch that a single process would read. A last short batch is
+    dropped or filled with padding rows. The iterator's state resumes exactly.
 
-    `sizes` int[records, 3] (`measure.measure`) must be equal on all processes and decide the shape of each batch. They
+    `sizes` int[records, 3] (`encoding.measure`) must be equal on all processes and decide the shape of each batch. They
     are required for grouping (`grouping.grouped_order`), for length buckets, and for `on_error="skip"`, which replaces
     unreadable records by padding rows in the same place. `teacher` adds its arrays to every row.
     """
-    known = {"augment": (augment, AUGMENTATIONS), "group_by": (group_by, GROUPINGS), "on_error": (on_error, ON_ERROR)}
-    for name, (value, values) in known.items():
-        if value not in values:
-            raise UserError(f"{name} {value!r} is unknown: use one of {', '.join(values)}")
-    if augment != "none" and (teacher is not None or isinstance(encoder.image_loader, FeatureLoader)):
-        raise UserError(
-            f"augment {augment!r} changes images, but cached features or logits are of the originals: use only one"
-        )
-    if augment != "none" and encoder.image_buckets is not None:
-        raise UserError(
-            f"augment {augment!r} needs images of one size, and this model takes any size: set it to 'none'"
-        )
+    one_of("group_by", group_by, GROUPINGS)
+    one_of("on_error", on_error, ON_ERROR)
     if sizes is None and (group_by, on_error, encoder.length_buckets) != ("none", "stop", None):
         raise UserError("group_by, length buckets and on_error='skip' need sizes=measure(records, encoder, ...)")
+    if not records:
+        raise UserError("no records to batch: check the data file")
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(f"batch size {batch_size} must be a positive multiple of the {process_count} processes")
     if drop_remainder and epochs is not None and len(records) * epochs < batch_size:
         raise UserError(
             f"{len(records)} records x {epochs} epochs do not fill one batch of {batch_size}: use a smaller batch size"
         )
-    order = None
+    local = batch_size // process_count
+    check_memory(local, encoder.least_shape, encoder, PREFETCH)
+    indices, order = grain.MapDataset.range(len(records)), None
     if sizes is not None and group_by != "none":
-        grouped = functools.partial(grouped_order, sizes, group_by=group_by, batch_size=batch_size, seed=seed)
+        grouped = functools.partial(grouped_order, sizes, group_by=group_by, batch_size=batch_size, seed=seed or 0)
         order = functools.lru_cache(maxsize=2)(grouped)  # a batch may span two epochs
-    shuffle_seed = seed if shuffle and order is None else None
-    check_memory(batch_size // process_count, encoder.least_shape, encoder, prefetch)
-    rows = _batch_rows(len(records), batch_size, process_count, shuffle_seed, epochs, drop_remainder, order)
+    elif seed is not None:
+        indices = indices.shuffle(seed=seed)
+    rows = _batch_rows(indices, batch_size, epochs, drop_remainder, order)
     load = functools.partial(
-        _load_training,
+        _load_rows,
         records=records,
         encoder=encoder,
-        mine=_slice(batch_size, process_index, process_count),
-        augment_seed=seed if augment == "flip_shift" else None,
+        mine=slice(process_index * local, (process_index + 1) * local),
         sizes=sizes,
         skip=on_error == "skip",
         teacher=teacher,
     )
-    batches = rows.map(load).to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
-    return TrainBatches(batches, rows, encoder, sizes, teacher, batch_size // process_count)
+    batches = rows.map(load).to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=PREFETCH))
+    return TrainBatches(batches, rows, encoder, sizes, teacher, local)
 
 
-def _real(batch: np.ndarray) -> list[int]:
-    """Return the record indices of a global batch of (place, record index), without padding."""
-    return [index for index in batch[:, 1].tolist() if index != _PADDING_ROW]
-
-
-def _load_training(
+def _load_rows(
     batch: np.ndarray,
     *,
     records: Sequence[Record],
     encoder: Encoder,
     mine: slice,
-    augment_seed: int | None,
     sizes: np.ndarray | None,
     skip: bool,
     teacher: TeacherRows | None,
 ) -> Batch:
-    """Return the rows `mine` of a global batch of (place, record index), in the shape that all its rows need."""
-    real = _real(batch)
-    if sizes is None:
-        shape = Shape(encoder.max_length, *encoder.room([records[index] for index in real]))
-    else:
-        shape = encoder.shape(sizes[real])
+    """Return the rows `mine` of a global batch of record indices, in the shape that all its rows need."""
+    real = batch[batch != _PADDING_ROW]
+    shape = encoder.shape_of([records[index] for index in real]) if sizes is None else encoder.shape(sizes[real])
     check_memory(mine.stop - mine.start, shape, encoder, 0)
     rows, names, skipped = [], [], []
-    for place, index in batch[mine].tolist():
+    for index in batch[mine].tolist():
         row, name = None, ""
         if index != _PADDING_ROW:
             record = records[index]
             try:
                 if sizes is not None and not sizes[index, 0]:
                     raise UserError(encoder.problem(record) or f"record {record.id}: could not be read when measured")
-                training_row = encoder.training_row(
-                    record, None if augment_seed is None else (augment_seed, place), shape
-                )
+                training_row = encoder.training_row(record, shape)
                 if teacher is not None:
                     teacher.fill(training_row, record)
                 row, name = training_row, record.id
@@ -212,44 +183,17 @@ def _load_training(
                 if not skip:
                     raise
                 skipped.append((record.id, str(error)))
-        if row is None:
-            row = encoder.padding_row(shape)
-            if teacher is not None:
-                teacher.fill(row, None)
-        rows.append(row)
+        rows.append(_padding_row(encoder, shape, teacher) if row is None else row)
         names.append(name)
-    return Batch(_stack(rows), tuple(names), skipped=tuple(skipped))
+    arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    return Batch(arrays, tuple(names), skipped=tuple(skipped))
 
 
-def generation_batches(
-    records: Sequence[Record],
-    encoder: Encoder,
-    *,
-    batch_size: int,
-    process_index: int,
-    process_count: int,
-    threads: int,
-    prefetch: int,
-) -> grain.IterDataset[GenerationBatch]:
-    """Return this process's rows of every global batch of prompts, in file order.
-
-    The last batch is filled with copies of the first record, with `valid` False, so that all shapes are equal and every
-    process gets ceil(len(records) / batch_size) batches.
-    """
-    check_memory(batch_size // process_count, encoder.least_shape, encoder, prefetch)
-    rows = _batch_rows(len(records), batch_size, process_count, None, 1, False)
-    mine = _slice(batch_size, process_index, process_count)
-
-    def load(batch: np.ndarray) -> GenerationBatch:
-        valid = batch[mine, 1] != _PADDING_ROW
-        everyone = [records[max(index, 0)] for index in batch[:, 1].tolist()]
-        room, chosen = encoder.room(everyone), everyone[mine]
-        check_memory(len(chosen), Shape(encoder.max_length, *room), encoder, 0)
-        arrays = _stack([encoder.generation_row(record, room) for record in chosen])
-        names = tuple(record.id if real else "" for record, real in zip(chosen, valid, strict=True))
-        return GenerationBatch(arrays, names, tuple(chosen), valid)
-
-    return rows.map(load).to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
+def _padding_row(encoder: Encoder, shape: Shape, teacher: TeacherRows | None) -> dict[str, np.ndarray]:
+    row = encoder.padding_row(shape)
+    if teacher is not None:
+        teacher.fill(row, None)
+    return row
 
 
 def check_memory(rows: int, shape: Shape, encoder: Encoder, prefetch: int) -> None:
@@ -271,44 +215,25 @@ def check_memory(rows: int, shape: Shape, encoder: Encoder, prefetch: int) -> No
         )
 
 
-def _stack(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def _slice(batch_size: int, process_index: int, process_count: int) -> slice:
-    local = batch_size // process_count
-    return slice(process_index * local, (process_index + 1) * local)
-
-
 def _batch_rows(
-    count: int,
+    indices: grain.MapDataset[int],
     batch_size: int,
-    process_count: int,
-    shuffle_seed: int | None,
     epochs: int | None,
     drop_remainder: bool,
-    order: Callable[..., np.ndarray] | None = None,
+    order: Callable[..., np.ndarray] | None,
 ) -> grain.MapDataset[np.ndarray]:
-    """Return int64[batch_size, 2] per global batch: (place in the stream, record index or _PADDING_ROW).
+    """Return int64[batch_size] per global batch: record indices or _PADDING_ROW.
 
-    `order(epoch=n)` returns an epoch's record indices in order, instead of a shuffle. Global batches hold numbers only,
-    so that a process decodes only its own images (for tile buckets it also reads the headers of the others, since all
-    processes must agree on the shape).
+    `order(epoch=n)` returns an epoch's record indices in order. Global batches hold numbers only, so that a process
+    decodes only its own images (for tile buckets it also reads the headers of the others, since all processes must
+    agree on the shape).
     """
-    if not count:
-        raise UserError("no records to batch: check the data file")
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"batch size {batch_size} must be a positive multiple of the {process_count} processes")
-    indices = grain.MapDataset.range(count)
-    if shuffle_seed is not None:
-        indices = indices.shuffle(seed=shuffle_seed)
+    count = len(indices)
 
-    def pair(place: int, index: int) -> np.ndarray:
-        return np.array([place, index if order is None else order(epoch=place // count)[index]], np.int64)
-
-    pairs = indices.repeat(epochs).map_with_index(pair)
+    def record_of(place: int, index: int) -> np.int64:
+        return np.int64(index if order is None else order(epoch=place // count)[index])
 
     def fill(rows: np.ndarray) -> np.ndarray:
-        return np.concatenate([rows, np.full((batch_size - len(rows), 2), _PADDING_ROW, np.int64)])
+        return np.concatenate([rows, np.full(batch_size - len(rows), _PADDING_ROW, np.int64)])
 
-    return pairs.batch(batch_size, drop_remainder=drop_remainder).map(fill)
+    return indices.repeat(epochs).map_with_index(record_of).batch(batch_size, drop_remainder=drop_remainder).map(fill)

@@ -1,9 +1,10 @@
-"""Encoding of a record as one row of a batch: token ids, labels and image slots, in a fixed shape."""
+"""Encoding of records as rows of a batch (token ids, labels and image slots), and the sizes of rows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,22 +13,17 @@ import numpy as np
 from vlmprune_jax.core.config import IGNORED, ImageShape
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.feature_loader import FeatureLoader
-from vlmprune_jax.data.images import GRIDS, ImageLoader, augment_flip_shift
-from vlmprune_jax.data.prompts import tokenize_prompt, tokenize_training
+from vlmprune_jax.data.images import GRIDS, ImageLoader
+from vlmprune_jax.data.prompts import count_tokens, prompt_pieces, tokenize_prompt, tokenize_training
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.families.templates import Template
 from vlmprune_jax.models.positions import AXES, mrope_positions
 
-
-class Room(NamedTuple):
-    """Image capacity of a batch: slots per row, and tokens per slot for images of any size (else 0)."""
-
-    slots: int
-    image_tokens: int = 0
+_CHUNK = 4096  # records whose texts are tokenised in one call, which spreads them over all cores
 
 
 class Shape(NamedTuple):
-    """Padded shape of the rows of a batch; see `Room`."""
+    """Padded shape of a row: tokens, image slots, and tokens per slot for images of any size (else 0)."""
 
     tokens: int
     slots: int
@@ -64,34 +60,32 @@ class Encoder:
     longest: int = 0
     words: int = 0
 
-    def training_row(
-        self, record: Record, augment_seed: tuple[int, ...] | None, shape: Shape | None = None
-    ) -> dict[str, np.ndarray]:
+    def training_row(self, record: Record, shape: Shape | None = None) -> dict[str, np.ndarray]:
         """Return the unbatched arrays of a Batch, padded at the right. Raises UserError naming the record."""
         ids, labels = self.training_tokens(record)
-        row = self._empty_row(Shape(self.max_length, *self.room([record])) if shape is None else shape)
+        shape = self.shape_of([record]) if shape is None else shape
+        row = self.padding_row(shape)
         row["input_ids"][: len(ids)] = ids
         row["attention_mask"][: len(ids)] = 1
         row["labels"][: len(ids)] = labels
-        self._fill_images(row, record, augment_seed)
-        self._fill_positions(row)
-        return row
-
-    def generation_row(self, record: Record, room: Room | None = None) -> dict[str, np.ndarray]:
-        """Return the unbatched arrays of a GenerationBatch, padded at the left. Raises UserError naming the record."""
-        ids = self.prompt_ids(record)
-        check_length(len(ids), record, self.max_length)
-        row = self._empty_row(Shape(self.max_length, *(self.room([record]) if room is None else room)))
-        del row["labels"]
-        row["input_ids"][self.max_length - len(ids) :] = ids
-        row["attention_mask"][self.max_length - len(ids) :] = 1
-        self._fill_images(row, record, None)
-        self._fill_positions(row)
+        row |= self.images(record, shape)
+        if self._merge:
+            tokens, mask, grids = (row[name][None] for name in ("input_ids", "attention_mask", GRIDS))
+            row["position_ids"] = mrope_positions(tokens, mask, grids, self.image_token_id, self._merge)[0][0]
         return row
 
     def padding_row(self, shape: Shape) -> dict[str, np.ndarray]:
         """Return a row without real tokens."""
-        return self._empty_row(shape)
+        # any id of the vocabulary will do, since padding is masked
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        row = {
+            "input_ids": np.full(shape.tokens, pad, np.int32),
+            "attention_mask": np.zeros(shape.tokens, np.int32),
+            "labels": np.full(shape.tokens, IGNORED, np.int32),
+        }
+        if self._merge:
+            row["position_ids"] = np.zeros((AXES, shape.tokens), np.int32)
+        return row | self._empty_slots(shape)
 
     def prompt_ids(self, record: Record) -> np.ndarray:
         """Return int32[tokens] of the prompt, images expanded. Raises UserError naming the record."""
@@ -107,13 +101,29 @@ class Encoder:
         self._check_longest(ids, record)
         return ids
 
-    def images(self, record: Record, room: Room) -> dict[str, np.ndarray]:
+    def images(self, record: Record, shape: Shape) -> dict[str, np.ndarray]:
         """Return the row arrays that hold the record's images or tiles in order, then zeros; {} for text models."""
-        if self.image_loader is None:
-            return {}
-        row = self._empty_row(Shape(0, *room))
-        self._fill_images(row, record, None)
-        return {name: row[name] for name in self.image_loader.arrays(*room)}
+        loader, arrays, slot = self.image_loader, self._empty_slots(shape), 0
+        if loader is None or not record.images:
+            return arrays
+        array = arrays[loader.array]
+        for path, image in zip(record.images, self.shapes(record), strict=True):
+            counted = loader.arrays(1, image.tokens)[loader.array][0][1]  # patches or tokens, for images of any size
+            for pixels in loader.load(path, record.id, len(record.images)):
+                if slot == len(array) or (image.tokens and not len(pixels) == counted <= len(array[slot])):
+                    raise UserError(
+                        f"record {record.id}: its images changed since they were measured: run the same command again"
+                    )
+                if image.tokens:
+                    array[slot, : len(pixels)], arrays[GRIDS][slot] = pixels, image.grid
+                else:
+                    array[slot] = pixels
+                slot += 1
+        return arrays
+
+    def _empty_slots(self, shape: Shape) -> dict[str, np.ndarray]:
+        arrays = {} if self.image_loader is None else self.image_loader.arrays(shape.slots, shape.image_tokens)
+        return {name: np.zeros(size, dtype) for name, (size, dtype) in arrays.items()}
 
     def shapes(self, record: Record) -> list[ImageShape]:
         """Return the shape of each image of a record; empty without images. Raises UserError naming the record."""
@@ -129,22 +139,25 @@ class Encoder:
             )
         return self.image_loader.shapes(record.images, record.id)
 
-    def room(self, records: Sequence[Record]) -> Room:
-        """Return the image capacity for a batch of these records. Raises UserError if no bucket is large enough."""
-        if self.image_loader is None or (self.tile_buckets is None and self.image_buckets is None):
-            return Room(self.max_images)
+    def shape_of(self, records: Sequence[Record]) -> Shape:
+        """Return the shape of a batch of these records, `max_length` tokens long.
+
+        Raises:
+          UserError: no bucket is large enough, naming the record.
+        """
         slots, tokens = 0, 0
-        for record in records:
-            images = self.shapes(record)
-            self._check_buckets(record, images)
-            slots, tokens = max(slots, slots_of(images)), max(tokens, largest(images))
-        return self._room(slots, tokens)
+        if self.image_loader is not None and (self.tile_buckets is not None or self.image_buckets is not None):
+            for record in records:
+                images = self.shapes(record)
+                self._check_buckets(record, images)
+                slots, tokens = max(slots, slots_of(images)), max(tokens, largest(images))
+        return self._padded(self.max_length, slots, tokens)
 
     def shape(self, sizes: np.ndarray) -> Shape:
-        """Return the shape of a training batch of records with these sizes, int[rows, 3] (see `measure.measure`)."""
+        """Return the shape of a training batch of records with these sizes, int[rows, 3] (see `measure`)."""
         tokens, slots, image = sizes.max(0, initial=0).tolist()
         length = self.max_length if self.length_buckets is None else _smallest(self.length_buckets, tokens)
-        return Shape(length, *self._room(slots, image))
+        return self._padded(length, slots, image)
 
     def count_shapes(self, sizes: np.ndarray) -> int:
         """Return the maximum number of shapes of training batches of records with these sizes."""
@@ -164,10 +177,11 @@ class Encoder:
     @property
     def least_shape(self) -> Shape:
         """The smallest shape of a batch."""
-        return Shape((self.length_buckets or (self.max_length,))[0], *self._room(0, 0))
+        return self._padded((self.length_buckets or (self.max_length,))[0], 0, 0)
 
-    def _room(self, slots: int, image_tokens: int) -> Room:
-        return Room(
+    def _padded(self, tokens: int, slots: int, image_tokens: int) -> Shape:
+        return Shape(
+            tokens,
             self.max_images if self.tile_buckets is None else _smallest(self.tile_buckets, slots),
             0 if self.image_buckets is None else _smallest(self.image_buckets, image_tokens),
         )
@@ -223,7 +237,7 @@ class Encoder:
             self.training_tokens(record)
             images = self.shapes(record)
             self._check_buckets(record, images)
-            self._fill_images(self._empty_row(Shape(0, slots_of(images), largest(images))), record, None)
+            self.images(record, Shape(0, slots_of(images), largest(images)))
         except UserError as error:
             return str(error)
         return None
@@ -248,50 +262,10 @@ class Encoder:
         closed = self.template.image_tokens is not None
         return bool(np.any(ids[self.max_length :] == self.image_token_id)) or (closed and last_is_image)
 
-    def _empty_row(self, shape: Shape) -> dict[str, np.ndarray]:
-        # any id of the vocabulary will do, since padding is masked
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        row = {
-            "input_ids": np.full(shape.tokens, pad, np.int32),
-            "attention_mask": np.zeros(shape.tokens, np.int32),
-            "labels": np.full(shape.tokens, IGNORED, np.int32),
-        }
-        if self.image_loader is not None:
-            arrays = self.image_loader.arrays(shape.slots, shape.image_tokens)
-            row |= {name: np.zeros(size, dtype) for name, (size, dtype) in arrays.items()}
-        if self._merge:
-            row["position_ids"] = np.zeros((AXES, shape.tokens), np.int32)
-        return row
-
     @property
     def _merge(self) -> int:
         """`Preparation.merge` of the image loader; 0 without one."""
         return 0 if self.image_loader is None else self.image_loader.preparation.merge
-
-    def _fill_positions(self, row: dict[str, np.ndarray]) -> None:
-        """Add position ids to a row, for models with M-RoPE."""
-        if self._merge:
-            ids, mask, grids = (row[name][None] for name in ("input_ids", "attention_mask", GRIDS))
-            row["position_ids"] = mrope_positions(ids, mask, grids, self.image_token_id, self._merge)[0][0]
-
-    def _fill_images(self, row: dict[str, np.ndarray], record: Record, augment_seed: tuple[int, ...] | None) -> None:
-        if not record.images:
-            return
-        loader = self.image_loader
-        assert loader is not None  # checked when the prompt was tokenised
-        slot, array, shapes = 0, row[loader.array], self.shapes(record)
-        for path, shape in zip(record.images, shapes, strict=True):
-            counted = loader.arrays(1, shape.tokens)[loader.array][0][1]  # patches or tokens, for images of any size
-            for pixels in loader.load(path, record.id, len(record.images)):
-                if slot == len(array) or (shape.tokens and not len(pixels) == counted <= len(array[slot])):
-                    raise UserError(
-                        f"record {record.id}: its images changed since they were measured: run the same command again"
-                    )
-                if shape.tokens:
-                    array[slot, : len(pixels)], row[GRIDS][slot] = pixels, shape.grid
-                else:
-                    array[slot] = pixels if augment_seed is None else augment_flip_shift(pixels, (*augment_seed, slot))
-                slot += 1
 
 
 def slots_of(images: Sequence[ImageShape]) -> int:
@@ -315,3 +289,52 @@ def check_length(length: int, record: Record, limit: int) -> None:
             f"record {record.id}: {length} tokens with images, over max_length {limit}: raise max_length or drop the "
             "record"
         )
+
+
+def measure(
+    records: Sequence[Record],
+    encoder: Encoder,
+    *,
+    on_error: str,
+    threads: int,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Return int32[records, 3]: tokens, image slots and tokens of the largest image of each training row.
+
+    Tokens are at most `encoder.max_length` (0 = no limit); tokens of an image are 0 if images have one size. With
+    `on_error` "skip" an unusable record has zeros; with "stop" it raises UserError naming the record. Images are not
+    decoded; `threads` read the headers of images with tiles. `progress` takes the number of records done.
+    """
+
+    def attempt(compute: Callable[[Record], Any], record: Record) -> Any:
+        try:
+            return compute(record)
+        except UserError:
+            if on_error == "stop":
+                raise
+            return None
+
+    def parts(record: Record) -> tuple[list[ImageShape], list[str]]:
+        encoder.shape_of([record])  # refuses records that no bucket holds
+        images = encoder.shapes(record)
+        return images, prompt_pieces(record, encoder.template, images)
+
+    sizes = np.zeros((len(records), 3), np.int32)
+    with ThreadPoolExecutor(max(threads, 1)) as pool:
+        for start in range(0, len(records), _CHUNK):
+            chunk = records[start : start + _CHUNK]
+            images_and_pieces = list(pool.map(lambda record: attempt(parts, record), chunk))
+            pieces = [pieces for _, pieces in filter(None, images_and_pieces)]
+            text_tokens = iter(count_tokens(pieces, encoder.tokenizer).tolist())
+            for place, (record, part) in enumerate(zip(chunk, images_and_pieces, strict=True), start):
+                if part is None:
+                    continue
+                tokens = next(text_tokens) + encoder.image_positions(part[0])
+                if 0 < (encoder.max_length or encoder.longest) < tokens:
+                    cut = attempt(encoder.training_tokens, record)
+                    tokens = 0 if cut is None else len(cut[0])
+                if tokens:
+                    sizes[place] = tokens, slots_of(part[0]), largest(part[0])
+            if progress is not None:
+                progress(start + len(chunk))
+    return sizes

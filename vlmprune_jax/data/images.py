@@ -370,18 +370,3 @@ _PREPARATIONS: dict[str, Callable[[Mapping[str, Any], str], Preparation]] = {
     "splits": splitting_from_processor,
     "patches": patching_from_processor,
 }
-
-
-def augment_flip_shift(pixels: np.ndarray, seed: tuple[int, ...], max_shift: int = 4) -> np.ndarray:
-    """Return float[3, height, width] flipped at random along both axes and moved by up to `max_shift` pixels.
-
-    Each flip has probability 1/2; both offsets are uniform in -max_shift..max_shift and the edge pixels fill the gap.
-    Used by pretraining only, for images whose meaning does not change when mirrored. Equal seeds give equal results.
-    """
-    generator = np.random.default_rng(seed)
-    flip_rows, flip_columns = generator.integers(2, size=2)
-    down, right = generator.integers(0, 2 * max_shift + 1, size=2)
-    height, width = pixels.shape[1:]
-    pixels = pixels[:, :: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
-    padded = np.pad(pixels, ((0, 0), (max_shift, max_shift), (max_shift, max_shift)), mode="edge")
-    return padded[:, down : down + height, right : right + width]

@@ -24,11 +24,10 @@ from vlmprune_jax.data.buckets import image_buckets, length_buckets, tile_bucket
 from vlmprune_jax.data.config import Calibration, DataSpec
 from vlmprune_jax.data.datasets import PREFIX as DATASETS
 from vlmprune_jax.data.datasets import datasets_folder, datasets_state, read_datasets
-from vlmprune_jax.data.encoding import Encoder
+from vlmprune_jax.data.encoding import Encoder, measure
 from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.grouping import GROUPINGS
 from vlmprune_jax.data.images import ImageLoader, Preparation, load_image_processor
-from vlmprune_jax.data.measure import measure
 from vlmprune_jax.data.prompts import AUTO, choose_template, load_tokenizer, tokenize_training
 from vlmprune_jax.data.records import Record, data_files, read_records, take_fraction
 from vlmprune_jax.data.teacher_rows import TeacherRows
@@ -39,7 +38,6 @@ from vlmprune_jax.families.templates import Template
 
 # (label, total) -> context that yields a function of the number of items done (`Reporter.bar`).
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-PREFETCH = 4  # batches read ahead, so that image decoding overlaps with computation
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,16 +200,8 @@ def calibration_batches(
     batches = train_batches(
         records,
         _as_long_as(encoder, measure(records, encoder, on_error="stop", threads=data.threads)),
-        batch_size=spec.batch_size,
-        seed=seed,
-        shuffle=False,
-        epochs=1,
-        drop_remainder=False,
-        augment="none",
-        process_index=0,  # every process gets the whole batch, which the mesh splits
-        process_count=1,
+        batch_size=spec.batch_size,  # every process gets the whole batch, which the mesh splits
         threads=data.threads,
-        prefetch=PREFETCH,
     )
     first, *rest = batches
     return [dataclasses.replace(first, skipped=tuple(skipped)), *rest]
@@ -308,14 +298,11 @@ def recovery_batches(
         rows.encoder,
         batch_size=batch_size,
         seed=seed,
-        shuffle=True,
         epochs=None,
         drop_remainder=True,
-        augment="none",
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         threads=data.threads,
-        prefetch=PREFETCH,
         sizes=rows.sizes,
         group_by=data.group_by,
         on_error=data.on_error,

@@ -16,10 +16,9 @@ import grain
 import numpy as np
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.batching import GenerationBatch, check_memory
+from vlmprune_jax.data.batching import PREFETCH, Batch, check_memory
 from vlmprune_jax.data.config import DataSpec
-from vlmprune_jax.data.encoding import Encoder, Room, Shape, check_length
-from vlmprune_jax.data.inputs import PREFETCH
+from vlmprune_jax.data.encoding import Encoder, Shape, check_length
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.models.generate import SharedPrefix
 
@@ -27,12 +26,14 @@ _SHORT = 31  # tokens: shorter lengths share a compiled shape
 
 
 @dataclass(frozen=True)
-class QuestionBatch(GenerationBatch):
+class QuestionBatch(Batch):
     """Left-padded ends of questions in `arrays`; the beginnings that they continue, with all images, in `prefix`.
 
-    `places`: int[batch], index of each row among the records.
+    `places`: int[batch], index of each row among the records. Rows with `valid` False only fill the batch.
     """
 
+    records: tuple[Record, ...]
+    valid: np.ndarray  # bool[batch]
     prefix: SharedPrefix
     places: np.ndarray
 
@@ -48,17 +49,16 @@ class _Question:
 class _Beginning:
     ids: np.ndarray
     record: Record
-    room: Room
+    shape: Shape  # of its whole row
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Questions of one batch and its shape: image slots, number and length of beginnings, length of the rests."""
+    """Questions of one batch, and its shape: that of a beginning, number of beginnings, length of the rests."""
 
     questions: tuple[_Question, ...]
-    room: Room
+    shape: Shape
     beginnings: int
-    beginning_length: int
     rest_length: int
 
 
@@ -93,7 +93,7 @@ class ArrangedQuestions:
           UserError: the batches do not fit in memory.
         """
         for group in self.groups:
-            check_memory(group.beginnings, Shape(group.beginning_length, *group.room), self.encoder, prefetch)
+            check_memory(group.beginnings, group.shape, self.encoder, prefetch)
         rows = grain.MapDataset.range(len(self.groups)).map(lambda number: self._load(self.groups[number]))
         return rows.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
 
@@ -107,8 +107,8 @@ class ArrangedQuestions:
         arrays = {"input_ids": ids, "attention_mask": mask}
         shared = [self.beginnings[number] for number in numbers]
         shared += [shared[0]] * (group.beginnings - len(shared))
-        prefix_ids, prefix_mask = _left_padded([beginning.ids for beginning in shared], group.beginning_length)
-        images = [self.encoder.images(beginning.record, group.room) for beginning in shared]
+        prefix_ids, prefix_mask = _left_padded([beginning.ids for beginning in shared], group.shape.tokens)
+        images = [self.encoder.images(beginning.record, group.shape) for beginning in shared]
         arrays |= {name: np.stack([row[name] for row in images]) for name in images[0]}
         names = [self.records[question.place].id for question in questions]
         return QuestionBatch(
@@ -157,7 +157,7 @@ def arrange_questions(
         key = (ids[:cut].tobytes(), tuple(map(str, record.images)))
         if key not in known:
             known[key] = len(beginnings)
-            beginnings.append(_Beginning(ids[:cut], record, encoder.room([record])))
+            beginnings.append(_Beginning(ids[:cut], record, encoder.shape_of([record])))
             members.append([])
         members[known[key]].append(_Question(place, known[key], ids[cut:]))
     return ArrangedQuestions(
@@ -182,19 +182,18 @@ def _groups(
     Batches of equal shape follow each other, so each program is compiled once.
     """
     groups: list[_Group] = []
-    buckets: dict[tuple[Room, *tuple[int, ...]], list[int]] = {}
+    buckets: dict[tuple[Shape, *tuple[int, ...]], list[int]] = {}
     for number, beginning in enumerate(beginnings):
         longest = (len(beginning.ids), max(len(question.rest) for question in members[number]))
         doublings = tuple(max(length, _SHORT).bit_length() for length in longest) if by_length else ()
-        buckets.setdefault((beginning.room, *doublings), []).append(number)
-    for (room, *_), mine in sorted(buckets.items()):
+        buckets.setdefault((beginning.shape, *doublings), []).append(number)
+    for (shape, *_), mine in sorted(buckets.items()):
         ordered = [question for number in mine for question in members[number]]
         per_batch = min(-(-batch_size * len(mine) // len(ordered)) + 1, batch_size)
         group = functools.partial(
             _Group,
-            room=room,
+            shape=shape._replace(tokens=max(len(beginnings[number].ids) for number in mine)),
             beginnings=(most := -(-per_batch // multiple) * multiple),
-            beginning_length=max(len(beginnings[number].ids) for number in mine),
             rest_length=max(len(question.rest) for question in ordered),
         )
         current: list[_Question] = []

@@ -15,7 +15,6 @@ import numpy as np
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Count
-from vlmprune_jax.data.batching import GenerationBatch
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.distributed.journal import Journal, continued, is_of
 from vlmprune_jax.distributed.mesh import row_ways, use_mesh
@@ -90,7 +89,7 @@ class Perplexity:
 
 def evaluate(
     model: Model,
-    batches: Iterable[GenerationBatch],
+    batches: Iterable[QuestionBatch],
     *,
     tokenizer: Any = None,
     max_new_tokens: int,
@@ -133,7 +132,7 @@ def evaluate(
 
 def ask(
     model: Model,
-    batches: Iterable[GenerationBatch],
+    batches: Iterable[QuestionBatch],
     *,
     tokenizer: Any,
     max_new_tokens: int,
@@ -145,7 +144,7 @@ def ask(
     Args:
       model: the model; sharded parameters split every batch over the mesh.
       batches: padded prompts with their records, from `arrange_questions(...).batches(...)`, which encodes a shared
-        image once, or from `data.batching.generation_batches`; rows with `valid` False are ignored.
+        image once; rows with `valid` False are ignored.
       tokenizer: decodes the answers.
       max_new_tokens: maximum length of an answer; longer answers are cut and usually wrong.
       progress: called with the number of batches done.
@@ -158,18 +157,13 @@ def ask(
     asked: list[tuple[int, Record]] = []  # (place, record) of every valid row, in the order of the batches
     said: list[tuple[str, int]] = []
 
-    def noted() -> Iterator[GenerationBatch]:
+    def noted() -> Iterator[QuestionBatch]:
         for batch in batches:
             rows = np.flatnonzero(batch.valid).tolist()
-            records = [batch.records[row] for row in rows]
-            first = len(asked)
-            places = (
-                batch.places[rows].tolist() if isinstance(batch, QuestionBatch) else range(first, first + len(rows))
-            )
-            asked.extend(zip(places, records, strict=True))
+            asked.extend(zip(batch.places[rows].tolist(), [batch.records[row] for row in rows], strict=True))
             yield batch
 
-    def answer(batch: GenerationBatch) -> list[tuple[str, int]]:
+    def answer(batch: QuestionBatch) -> list[tuple[str, int]]:
         tokens = generate(
             model,
             batch.arrays["input_ids"],
@@ -177,7 +171,7 @@ def ask(
             image_grid_thw=batch.arrays.get("image_grid_thw"),
             attention_mask=batch.arrays["attention_mask"],
             max_new_tokens=max_new_tokens,
-            prefix=batch.prefix if isinstance(batch, QuestionBatch) else None,
+            prefix=batch.prefix,
         )
         return _decoded(batch, tokens, tokenizer, model.cfg)
 
@@ -191,7 +185,7 @@ def ask(
     return [reply for _, reply in sorted(replies, key=lambda pair: pair[0])]
 
 
-def _answers_all(batch: GenerationBatch, entry: Any) -> bool:
+def _answers_all(batch: QuestionBatch, entry: Any) -> bool:
     """Return True if a journal entry has an answer to every question of a batch."""
     return is_of(_Answers, entry) and len(entry) == np.count_nonzero(batch.valid)
 
@@ -205,7 +199,7 @@ def _measures(batch: tuple[np.ndarray, np.ndarray], entry: Any) -> bool:
     return is_of(_LogLikelihood, entry) and entry["tokens"] == int(batch[1][:, 1:].sum())
 
 
-def _decoded(batch: GenerationBatch, tokens: np.ndarray, tokenizer: Any, cfg: ModelConfig) -> list[tuple[str, int]]:
+def _decoded(batch: QuestionBatch, tokens: np.ndarray, tokenizer: Any, cfg: ModelConfig) -> list[tuple[str, int]]:
     """Return (text, tokens) of every valid row."""
     is_end = np.isin(tokens, cfg.eos_token_ids)
     lengths = np.where(is_end.any(axis=1), is_end.argmax(axis=1) + 1, tokens.shape[1]).tolist()
@@ -214,7 +208,7 @@ def _decoded(batch: GenerationBatch, tokens: np.ndarray, tokenizer: Any, cfg: Mo
     return [(text.strip(), lengths[row]) for row, text in zip(rows, texts, strict=True)]
 
 
-def _with_answers(batches: Iterable[GenerationBatch]) -> Iterator[GenerationBatch]:
+def _with_answers(batches: Iterable[QuestionBatch]) -> Iterator[QuestionBatch]:
     """Yield the batches after checking that all their questions have reference answers."""
     for batch in batches:
         check_answered(record for record, valid in zip(batch.records, batch.valid, strict=True) if valid)

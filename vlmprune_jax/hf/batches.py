@@ -14,8 +14,8 @@ from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.data.batching import Batch, train_batches
 from vlmprune_jax.data.config import DataSpec
-from vlmprune_jax.data.inputs import PREFETCH, Inputs, load_inputs, training_records
-from vlmprune_jax.data.measure import measure
+from vlmprune_jax.data.encoding import measure
+from vlmprune_jax.data.inputs import Inputs, load_inputs, training_records
 from vlmprune_jax.data.records import Record, make_records
 from vlmprune_jax.hf.read import read_config, resolve
 
@@ -86,14 +86,6 @@ def batches(
         read,
         dataclasses.replace(encoder, length_buckets=None),
         batch_size=batch_size,
-        seed=data.seed,
-        shuffle=False,
-        epochs=1,
-        drop_remainder=False,
-        augment="none",
-        process_index=0,
-        process_count=1,
         threads=data.threads,
-        prefetch=PREFETCH,
     )
     return list(rows)

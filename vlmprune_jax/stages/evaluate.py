@@ -18,6 +18,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Count, read_json_lines, read_text, reading
 from vlmprune_jax.core.settings import settings_of
 from vlmprune_jax.data import inputs
+from vlmprune_jax.data.batching import PREFETCH
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.distributed.mesh import on_process_zero, row_ways
@@ -160,7 +161,7 @@ def _ask(
     with work.phase(f"evaluate {work.part}", len(questions)) as progress:
         replies = ask(
             model,
-            questions.batches(threads=data.threads, prefetch=inputs.PREFETCH),
+            questions.batches(threads=data.threads, prefetch=PREFETCH),
             tokenizer=questions.encoder.tokenizer,
             max_new_tokens=of.max_new_tokens,
             progress=progress,

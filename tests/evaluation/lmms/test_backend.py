@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.encoding import Room
+from vlmprune_jax.data.encoding import Shape
 from vlmprune_jax.models.generate import generate
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install -e '.[eval]'")
@@ -74,7 +74,7 @@ def test_answers_are_those_of_single_rows(made, goldens):
         ids = encoder.prompt_ids(record)
         pixels = None
         if record.images:
-            pixels = encoder.images(record, Room(len(record.images)))["pixel_values"]
+            pixels = encoder.images(record, Shape(0, len(record.images)))["pixel_values"]
             paths = [
                 goldens / f"data/images/img{int(part is second)}.png"
                 for part in contents[place]
@@ -116,7 +116,7 @@ def test_images_stay_in_the_text_where_the_family_has_them_there(goldens, tmp_pa
         encoder = answering.inputs.encoder(answering.model.cfg, 0)
         encoder = dataclasses.replace(encoder, max_images=2, tile_buckets=None)
         ids = encoder.prompt_ids(record)
-        pixels = encoder.images(record, Room(len(record.images)))["pixel_values"] if record.images else None
+        pixels = encoder.images(record, Shape(0, len(record.images)))["pixel_values"] if record.images else None
         tokens = generate(answering.model, ids[None], pixel_values=pixels, max_new_tokens=3)
         assert answer.text == encoder.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
         if record is records[0]:

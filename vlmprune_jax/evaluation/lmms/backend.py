@@ -31,9 +31,10 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_bytes
 from vlmprune_jax.core.sections import MeshSpec, ModelSpec
 from vlmprune_jax.core.settings import check_settings, override
+from vlmprune_jax.data.batching import PREFETCH
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.encoding import Encoder
-from vlmprune_jax.data.inputs import PREFETCH, Inputs, load_inputs
+from vlmprune_jax.data.inputs import Inputs, load_inputs
 from vlmprune_jax.data.records import IMAGE_TOKEN, Record, StoredImage, make_record
 from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.distributed.mesh import initialize, mesh_of, row_ways
