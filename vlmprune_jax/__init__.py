@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vlmprune_jax.evaluation.speed.measure import measure_speed
     from vlmprune_jax.export.format import Contents, Format
     from vlmprune_jax.export.formats import FORMATS as formats
+    from vlmprune_jax.export.hub import push
     from vlmprune_jax.export.write import save
     from vlmprune_jax.hf.batches import batches
     from vlmprune_jax.hf.read import load
@@ -106,6 +107,7 @@ _HOMES = {
     "perplexity": "evaluation.runner",
     "prune_folder": "prune",
     "prune_iteratively": "prune",
+    "push": "export.hub",
     "questions": "evaluation.answer",
     "reconstruct": "prune",
     "recover": "recovery.loop",
@@ -157,6 +159,7 @@ __all__ = [
     "perplexity",
     "prune_folder",
     "prune_iteratively",
+    "push",
     "questions",
     "reconstruct",
     "recover",

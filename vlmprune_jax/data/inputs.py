@@ -166,6 +166,11 @@ def _required_path(path: str | None, what: str) -> str:
     return path
 
 
+def name_of_records(path: str) -> str:
+    """Return the name of a set of records for people: the name of its file or folder."""
+    return Path(path.rpartition(":")[2]).name
+
+
 def record_files(data: DataSpec, which: str) -> dict[str, Path | str]:
     """Return the sources of the "train" or "eval" records by name; for a bucket, a text that describes it.
 

@@ -14,7 +14,7 @@ from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.evaluation.metrics import metric_named
 from vlmprune_jax.experiment.spec import PruneSpec, RecoverSpec
-from vlmprune_jax.export.config import ExportSpec
+from vlmprune_jax.export.config import CardOptions, ExportSpec
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.objective import check_losses, needs_teacher
 from vlmprune_jax.workdir.speed import read_bench
@@ -36,7 +36,8 @@ def plan_config(spec: PruneSpec, model: ModelSpec, export: ExportSpec) -> PruneS
 
 def export_options(spec: ExportSpec) -> dict[str, Any]:
     """Return the `save` keywords of an export: the settings, with `export.options`."""
-    return {name: value for name, value in vars(spec).items() if name not in ("format", "options")} | dict(spec.options)
+    others = ("format", "options", *CardOptions.__dataclass_fields__)
+    return {name: value for name, value in vars(spec).items() if name not in others} | dict(spec.options)
 
 
 def export_dtype(model: ModelSpec, export: ExportSpec) -> str:

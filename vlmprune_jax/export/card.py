@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
@@ -11,7 +12,7 @@ from msgspec import Meta
 
 from vlmprune_jax.core.config import LayerShape, ModelConfig
 from vlmprune_jax.core.errors import UserError, printable
-from vlmprune_jax.core.files import read_json
+from vlmprune_jax.core.files import read_json, read_text
 from vlmprune_jax.export.per_layer import LOADER_FILE, loader_class
 from vlmprune_jax.families import family_of
 from vlmprune_jax.families.fields import MAX_LAYERS
@@ -58,6 +59,15 @@ def model_name(folder: Path) -> str:
     return folder.resolve().name
 
 
+def license_of(source: Path) -> dict[str, str]:
+    """Return the license fields of the metadata in a folder's model card."""
+    path = source / "README.md"
+    text = read_text(path) if os.path.lexists(path) else ""
+    front = text.split("\n---", 1)[0] if text.startswith("---\n") else ""
+    fields = dict(re.findall(r"^(license|license_name|license_link): *['\"]?([^'\"\n]+?)['\"]? *$", front, re.M))
+    return {name: value for name, value in fields.items() if value.isprintable()}
+
+
 def write_card(
     folder: Path,
     cfg: ModelConfig,
@@ -66,6 +76,8 @@ def write_card(
     *,
     loading: str,
     library: str,
+    license: Mapping[str, str],
+    datasets: Sequence[str] = (),
     benchmarks: Sequence[Sequence[str]] = (),
 ) -> None:
     """Write the model card of a folder that has all other files.
@@ -77,27 +89,30 @@ def write_card(
       steps: steps after pruning, of "reconstructed" and "recovered".
       loading: text of the section "Loading".
       library: name of the library that loads the folder.
+      license: license fields of the metadata.
+      datasets: training data, hub ids or other names.
       benchmarks: rows of the evaluation table (see `save`).
     """
     plan_file = folder / "plan.json"
     plan = read_json(plan_file, _Plan, todo="move it away") if os.path.lexists(plan_file) else None
     all_steps = [*(["pruned"] if plan else []), *steps]
-    base = f"base_model: {name}\n" if "/" in name else ""
+    fields = {"library_name": library, "pipeline_tag": _task(cfg), **({"base_model": name} if "/" in name else {})}
+    listed = [one for one in datasets if "/" in one]
+    metadata = [f"{field}: {value}" for field, value in (fields | dict(license)).items()]
+    metadata += [f"datasets: [{', '.join(listed)}]"] if listed else []
     try:
         removed, table = _removed(plan), _table(cfg, plan)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{name}: plan.json is not a prune plan ({error!r}): move it away") from error
-    task = "text-generation" if cfg.vision is None else "image-text-to-text"
     card = f"""---
-library_name: {library}
-pipeline_tag: {task}
-{base}tags: [vlmprune-jax, pruned]
+{chr(10).join(metadata)}
+tags: [vlmprune-jax, pruned]
 ---
 
 # {", ".join([name, *all_steps])}
 
 Made from `{name}` by vlmprune-jax (structural pruning of the language model; arXiv 2604.24380).\
-{"".join(f" {_STEPS[step]}" for step in steps)}
+{"".join(f" {_STEPS[step]}" for step in steps)}{_data(datasets)}
 
 {removed}
 
@@ -110,6 +125,14 @@ Decoder layers: {len(cfg.text.layers)}, {_shapes(cfg.text.layers)}.{_tower(cfg, 
 {loading}
 """
     (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+
+
+def _task(cfg: ModelConfig) -> str:
+    return "text-generation" if cfg.vision is None else "image-text-to-text"
+
+
+def _data(datasets: Sequence[str]) -> str:
+    return f" Data: {', '.join(f'`{printable(name)}`' for name in datasets)}." if datasets else ""
 
 
 def _removed(plan: dict[str, Any] | None) -> str:

@@ -25,7 +25,26 @@ class _FormatName:
 
 
 @dataclass(frozen=True)
-class ExportSpec(IntegerOptions, GgufOptions, _FormatName):
+class CardOptions:
+    """Settings of the model card and of its upload, which no export format has."""
+
+    base_model: str | None = setting(
+        None, "Hub id of the unpruned model, for the model card (None = `model.hf_dir` if it is one).", affects=_EXPORT
+    )
+    license: str | None = setting(
+        None,
+        "License in the model card, as the hub names it (None = that of the unpruned model's card).",
+        affects=_EXPORT,
+    )
+    push_to_hub: str | None = setting(
+        None,
+        "Hub repository that the checked export is uploaded to, as ORG/NAME; needs `hf auth login` (None = no upload).",
+        affects=_EXPORT,
+    )
+
+
+@dataclass(frozen=True)
+class ExportSpec(CardOptions, IntegerOptions, GgufOptions, _FormatName):
     """The exported model: its format and the options of all built-in formats."""
 
     quantize: str = setting(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,6 @@ import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.files import read_text
 from vlmprune_jax.data.image_processor import checked_processor, processor_settings
 from vlmprune_jax.data.patching import Patching, patching_from_processor
 from vlmprune_jax.data.splitting import splitting_from_processor
@@ -135,15 +132,6 @@ def title(name: str, tokenizer: Any) -> str:
     if drops_white_space(tokenizer):
         return name if DROPPING_NAME.search(name) else f"{name} (Phi-3)"
     return DROPPING_NAME.sub(lambda match: " ".join((match[0][:-1].rstrip("-"), match[0][-1])), name)
-
-
-def licence(source: Path) -> JsonDict:
-    """Return licence fields from the front matter of the source's model card."""
-    path = source / "README.md"
-    text = read_text(path) if os.path.lexists(path) else ""
-    front = text.split("\n---", 1)[0] if text.startswith("---\n") else ""
-    fields = dict(re.findall(r"^(license|license_name|license_link): *['\"]?([^'\"\n]+?)['\"]? *$", front, re.M))
-    return {name: value for name, value in fields.items() if value.isprintable()}
 
 
 def text_remarks(text: TextConfig, architecture: Architecture) -> tuple[str, ...]:

@@ -15,10 +15,10 @@ import numpy as np
 from vlmprune_jax.core.config import LayerShape, ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.weight_files import WEIGHT_DTYPES, file_name
+from vlmprune_jax.export.card import license_of
 from vlmprune_jax.export.gguf_metadata import (
     cut,
     file_type,
-    licence,
     pixels,
     text_fields,
     text_remarks,
@@ -101,7 +101,7 @@ def make_gguf(
     plain = file_name(dtype)
     label = plain if quantize == "none" else quantize.upper()
     vocabulary = make_vocabulary(source, cfg, family)
-    about = {"name": title(name, vocabulary.fast), **licence(source)}
+    about = {"name": title(name, vocabulary.fast), **license_of(source)}
     fields = {"type": "model", **about, **file_type(label), **text_fields(wide), **vocabulary.fields}
     tensors = _tensors(model, wide, family, "text", architecture.tensors, plain, quantize, architecture.interleaved)
     tensors += _constants(wide.text, architecture, tensors)

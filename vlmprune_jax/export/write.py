@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
-from vlmprune_jax.export.card import model_name, write_card
+from vlmprune_jax.export.card import license_of, model_name, write_card
 from vlmprune_jax.export.format import Comparison, Origin
 from vlmprune_jax.export.formats import choose_format
 from vlmprune_jax.export.target import Plan, copy_always
@@ -31,6 +31,8 @@ def save(
     overwrite: bool = False,
     plan: Plan | None = None,
     name: str | None = None,
+    license: str | None = None,
+    datasets: Sequence[str] = (),
     reconstructed: bool = False,
     recovered: bool = False,
     benchmarks: Sequence[Sequence[str]] = (),
@@ -48,7 +50,9 @@ def save(
       format: name in `vp.formats`: "huggingface", "compressed-tensors" (integers), or "gguf" (for llama.cpp).
       overwrite: replace an existing model folder.
       plan: the prune plan, written beside the weights as plan.json.
-      name: name of the unpruned model on the model card; None takes that of `source_dir`.
+      name: name of the unpruned model on the model card, a hub id if it has one; None takes that of `source_dir`.
+      license: license on the model card, as the hub names it; None takes that of `source_dir`'s card.
+      datasets: names of the training data on the model card, hub ids if they have one.
       reconstructed, recovered: steps after pruning that the model card names.
       benchmarks: rows of the model card's table, as text: name, unpruned score, score of this model, retained % and
         its interval, of each evaluation set.
@@ -84,7 +88,17 @@ def save(
             copy_always(source, folder, plan)
             steps = [step for step, done in (("reconstructed", reconstructed), ("recovered", recovered)) if done]
             loading = contents.card(folder)
-            write_card(folder, model.cfg, name, steps, loading=loading, library=chosen.library, benchmarks=benchmarks)
+            write_card(
+                folder,
+                model.cfg,
+                name,
+                steps,
+                loading=loading,
+                library=chosen.library,
+                license=license_of(source) if license is None else {"license": license},
+                datasets=datasets,
+                benchmarks=benchmarks,
+            )
     if split:
         for tensor in () if is_main_process() else contents.tensors:
             tensor.fetch()  # gathering split arrays takes all processes, in the same order

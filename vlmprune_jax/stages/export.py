@@ -17,6 +17,7 @@ from vlmprune_jax.export.card import model_name
 from vlmprune_jax.export.config import ExportSpec
 from vlmprune_jax.export.format import Calibration
 from vlmprune_jax.export.formats import choose_format
+from vlmprune_jax.export.hub import push
 from vlmprune_jax.export.write import check_saved, save
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import PrunePlan
@@ -67,7 +68,9 @@ def export_stage(work: Work, data: DataSpec, repair: ReconstructSpec, spec: Expo
         out,
         source_dir=work.start,
         plan=PrunePlan.from_json(work.start / "plan.json"),
-        name=model_name(work.teacher),
+        name=spec.base_model or model_name(work.teacher),
+        license=spec.license,
+        datasets=[inputs.name_of_records(data.train)] if data.train and (work.recovered or work.reconstructed) else [],
         reconstructed=work.reconstructed,
         recovered=work.recovered,
         benchmarks=work.benchmarks,
@@ -79,6 +82,9 @@ def export_stage(work: Work, data: DataSpec, repair: ReconstructSpec, spec: Expo
         if is_main_process():
             remove(out)
         raise
+    if spec.push_to_hub is not None and is_main_process():
+        upload = push(out, spec.push_to_hub)
+        work.say(f"  uploaded to {upload.url}: {len(upload.files)} files, {upload.n_bytes:,} bytes")
     return ExportFacts(**comparison)
 
 

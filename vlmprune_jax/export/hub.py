@@ -1,0 +1,79 @@
+"""Upload of an exported folder to the Hugging Face hub, after a check of its model card."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlmprune_jax.core.errors import UserError, reason
+
+_NEEDED = {
+    "base_model": "export.base_model=ORG/NAME (vp.save: name=)",
+    "license": "export.license=NAME (vp.save: license=)",
+}
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An upload to the hub: address, names of the files and their bytes. `done` is False for a dry run."""
+
+    url: str
+    files: tuple[str, ...]
+    n_bytes: int
+    done: bool
+
+
+def push(folder: str | Path, repo_id: str, *, private: bool = False, dry_run: bool = False) -> Upload:
+    """Upload an exported folder, after checking the metadata of its model card.
+
+    Args:
+      folder: a folder that `vp.save` or the stage `export` wrote.
+      repo_id: ORG/NAME; made if it does not exist.
+      private: make a new repository private.
+      dry_run: check everything that needs no network, and upload nothing.
+
+    Raises:
+      UserError: the card names no base model or license, the repository name is malformed, or the hub refuses.
+    """
+    from huggingface_hub import HfApi, ModelCard, constants
+    from huggingface_hub.utils import validate_repo_id
+
+    card = check_card(Path(folder))
+    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    names = tuple(path.relative_to(folder).as_posix() for path in paths)
+    upload = Upload(f"{constants.ENDPOINT}/{repo_id}", names, sum(path.stat().st_size for path in paths), not dry_run)
+    try:
+        validate_repo_id(repo_id)
+        if "/" not in repo_id:
+            raise ValueError("it has no organisation or user")
+        if not dry_run:
+            ModelCard(card).validate()
+            api = HfApi()
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload by vlmprune-jax")
+    except Exception as error:  # the hub client raises its own, its transport's and OS errors
+        todo = "give ORG/NAME, log in by `hf auth login`, and check the connection"
+        raise UserError(f"push to the hub, {repo_id}: {reason(error)}: {todo}") from error
+    return upload
+
+
+def check_card(folder: Path) -> str:
+    """Return the text of a folder's model card, whose metadata the hub can read.
+
+    Raises:
+      UserError: no card, or metadata that is malformed or incomplete.
+    """
+    from huggingface_hub import ModelCard
+
+    path = folder / "README.md"
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: no such file: push a folder that vp.save or `vlmprune export` wrote")
+    try:
+        card = ModelCard.load(path)
+    except Exception as error:  # yaml's own, ValueError of malformed results
+        raise UserError(f"{path}: its metadata is malformed ({reason(error)}): correct it") from error
+    missing = [f"{name}: set {todo}" for name, todo in _NEEDED.items() if not getattr(card.data, name, None)]
+    if missing:
+        raise UserError(f"{path}: the metadata lacks {'; '.join(missing)}")
+    return card.content
