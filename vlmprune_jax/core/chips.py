@@ -75,8 +75,7 @@ def peak_flops(device_kind: str) -> float | None:
 def slice_of(name: str) -> tuple[Chip, int]:
     """Return the chip type and the number of chips of a slice, such as "v5e:8x8".
 
-    Raises:
-      UserError: the generation is unknown, or the sizes are not numbers.
+    Raises UserError if the generation is unknown, or the sizes are not numbers.
     """
     generation, _, grid = name.partition(":")
     examples = ", ".join(f"{key}:{chip.slices[-3]}" for key, chip in CHIPS.items())

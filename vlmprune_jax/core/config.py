@@ -428,8 +428,7 @@ class ModelConfig:
     def check_row(self, setting: str, tokens: int) -> None:
         """Refuse a setting that asks for rows longer than `longest_row`.
 
-        Raises:
-          UserError: with the name of the setting.
+        Raises UserError with the name of the setting.
         """
         if tokens > self.longest_row:
             raise UserError(
@@ -444,11 +443,7 @@ class ModelConfig:
         return {"text": self.text, **tower}
 
     def stack(self, name: str) -> Stack:
-        """Return the stack of this name.
-
-        Raises:
-          UserError: the model has no such stack.
-        """
+        """Return the stack of this name. Raises UserError if the model has no such stack."""
         stack: Stack | None = getattr(self, name) if name in STACKS else None
         if stack is None:
             raise UserError(f"this model has no stack of layers {name!r} (it has {', '.join(self.stacks)})")

@@ -118,8 +118,7 @@ def _open_problem(path: Path, error: OSError | ValueError, missing: str) -> str:
 def read_bytes(path: Path, most: int | None = None, missing: str = "no such file") -> bytes:
     """Return the content of a regular file of at most `most` bytes.
 
-    Raises:
-      UserError: see `open_file`; the file is too large; or the disk fails.
+    Raises UserError as `open_file` does, if the file is too large, or if the disk fails.
     """
     with open_file(path, missing) as file, reading(path, "check the disk"):
         size = os.fstat(file.fileno()).st_size
@@ -134,8 +133,7 @@ def read_bytes(path: Path, most: int | None = None, missing: str = "no such file
 def read_text(path: Path, most: int | None = None, missing: str = "no such file") -> str:
     """Return the content of a UTF-8 text file.
 
-    Raises:
-      UserError: see `read_bytes`; or the content is not UTF-8.
+    Raises UserError as `read_bytes` does, or if the content is not UTF-8.
     """
     try:
         return read_bytes(path, most, missing).decode()
@@ -175,8 +173,7 @@ def read_json(
 def read_parts(path: Path, kind: Any, todo: str = "restore it from its source") -> Any:
     """Return the fields that `kind` declares of the JSON value in a file, ten times as fast as `read_json`.
 
-    Raises:
-      UserError: see `read_json`.
+    Raises UserError as `read_json` does.
     """
     try:
         value = msgspec.json.decode(read_bytes(path, MAX_JSON_BYTES), type=kind)
@@ -192,8 +189,7 @@ def read_parts(path: Path, kind: Any, todo: str = "restore it from its source") 
 def parse_json(text: str | bytes, where: str, todo: str, *, unicode: bool = True) -> Any:
     """Parse JSON text into a value that can be traversed and written again (`unicode`: see `read_json`).
 
-    Raises:
-      UserError: the text is not JSON, is too deeply nested, or contains a lone surrogate.
+    Raises UserError if the text is not JSON, is too deeply nested, or contains a lone surrogate.
     """
     try:
         value = json.loads(text)
@@ -219,8 +215,7 @@ def _nesting_depth(value: Any) -> int:
 def checked(value: Any, kind: Any, where: str, todo: str) -> Any:
     """Return the value after checking it against a type (see `read_json`).
 
-    Raises:
-      UserError: the value has another type; the message names the place in it.
+    Raises UserError if the value has another type; the message names the place in it.
     """
     try:
         msgspec.convert(value, kind)
@@ -259,8 +254,8 @@ def read_json_lines(path: Path, kind: Any, *, cut: bool = False, missing: str = 
 def read_arrays(path: Path, *, missing: str, todo: str) -> dict[str, np.ndarray]:
     """Return the arrays in an `.npz` file of at most 64 MiB, without pickles.
 
-    Raises:
-      UserError: see `open_file`; or the file is not an `.npz`, is damaged, or an array has another size than claimed.
+    Raises UserError as `open_file` does, or if the file is not an `.npz`, is damaged, or an array has another size than
+    claimed.
     """
     arrays = {}
     content = io.BytesIO(read_bytes(path, MAX_ARRAYS_BYTES, missing))
@@ -311,10 +306,8 @@ def replacing(path: Path, *, writer: str = "") -> Iterator[io.BufferedWriter]:
     """Open a file for writing that replaces `path` atomically, and only if the block succeeds.
 
     The file survives a power cut, whole, or does not appear. A link at `path` is replaced, never written through.
-    `writer` distinguishes processes that may write the same file at the same time.
-
-    Raises:
-      OSError: the file cannot be written.
+    `writer` distinguishes processes that may write the same file at the same time. Raises OSError if the file cannot be
+    written.
     """
     partial = path.with_name(f".{path.name}{writer}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -137,10 +137,8 @@ def hints_of(spec: Any, *, offered: bool = True) -> dict[str, Any]:
 def override(spec: Any, values: Mapping[str, Any], where: str = "config", *, offered: bool = True) -> Any:
     """Return `spec` (a dataclass of settings) with a nested mapping of values in place of its own.
 
-    `offered`: only settings that a config has; False for the keyword arguments of a Python function.
-
-    Raises:
-      UserError: an unknown name, with the nearest that exists, or a value of the wrong type.
+    `offered`: only settings that a config has; False for the keyword arguments of a Python function. Raises UserError
+    for an unknown name, with the nearest that exists, or a value of the wrong type.
     """
     hints = hints_of(spec, offered=offered)
     changes = {}

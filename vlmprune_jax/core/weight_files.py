@@ -132,11 +132,7 @@ class Entry:
 
 
 def read_at(descriptor: int, room: memoryview, offset: int, path: Path) -> None:
-    """Fill `room` with the bytes from `offset`.
-
-    Raises:
-      UserError: the open file at `path` ends before.
-    """
+    """Fill `room` with the bytes from `offset`. Raises UserError if the open file at `path` ends before."""
     while room:
         count = os.preadv(descriptor, [room], offset)
         if not count:

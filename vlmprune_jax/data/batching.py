@@ -64,10 +64,8 @@ class TrainBatches:
     def kinds(self, first: int, last: int) -> list[Kind]:
         """Return shapes and dtypes of batches `first` ... `last` - 1, each combination once, longest rows first.
 
-        Equal on all processes; empty if the shapes depend on images that were not measured.
-
-        Raises:
-          UserError: a batch does not fit this machine's memory.
+        Equal on all processes; empty if the shapes depend on images that were not measured. Raises UserError if a batch
+        does not fit this machine's memory.
         """
         kinds = []
         for shape in sorted(self._shapes(first, min(last, len(self.rows))), reverse=True):

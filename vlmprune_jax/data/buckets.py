@@ -13,8 +13,8 @@ from vlmprune_jax.data.images import Preparation
 def length_buckets(data: DataSpec, cfg: ModelConfig) -> tuple[int, ...]:
     """Return the possible row lengths of a training batch, ascending; () if the longest record decides.
 
-    Raises:
-      UserError: `data.length_buckets` and `data.max_length` contradict each other, or are too long for the model.
+    Raises UserError if `data.length_buckets` and `data.max_length` contradict each other, or are too long for the
+    model.
     """
     buckets, limit = data.length_buckets, data.max_length
     _check_buckets("data.length_buckets", buckets)
@@ -38,8 +38,7 @@ def tile_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int, 
 def image_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int, ...] | None:
     """Return `data.image_buckets`, or defaults that hold every image of a model for any size (else None).
 
-    Raises:
-      UserError: they are set for a model whose images have one size.
+    Raises UserError if they are set for a model whose images have one size.
     """
     buckets, own = data.image_buckets, () if preparation is None else preparation.image_buckets
     _check_buckets("data.image_buckets", buckets)

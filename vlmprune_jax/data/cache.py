@@ -61,8 +61,7 @@ class ArrayCache:
     def __getitem__(self, key: str) -> np.ndarray:
         """Return a copy of an array.
 
-        Raises:
-          UserError: the array is not in the cache, or the file has been removed.
+        Raises UserError if the array is not in the cache, or the file has been removed.
         """
         if key not in self._entries:
             raise UserError(f"{self.folder}: has no array for {key}: run the same command again to compute it")
@@ -71,8 +70,7 @@ class ArrayCache:
     def add(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Add arrays that belong together; all processes see them after `publish`.
 
-        Raises:
-          UserError: a shard cannot be written.
+        Raises UserError if a shard cannot be written.
         """
         # safetensors would write the buffer of a transposed view in the wrong order
         self._pending |= {key: np.ascontiguousarray(array) for key, array in arrays.items()}
@@ -83,8 +81,7 @@ class ArrayCache:
     def publish(self) -> None:
         """Write the remaining arrays and open those of all processes; every process must call it, in step.
 
-        Raises:
-          UserError: a shard cannot be written, or a process does not see what another one wrote.
+        Raises UserError if a shard cannot be written, or a process does not see what another one wrote.
         """
 
         def flush() -> list[str]:

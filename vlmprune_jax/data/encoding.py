@@ -142,8 +142,7 @@ class Encoder:
     def shape_of(self, records: Sequence[Record]) -> Shape:
         """Return the shape of a batch of these records, `max_length` tokens long.
 
-        Raises:
-          UserError: no bucket is large enough, naming the record.
+        Raises UserError naming the record if no bucket is large enough.
         """
         slots, tokens = 0, 0
         if self.image_loader is not None and (self.tile_buckets is not None or self.image_buckets is not None):

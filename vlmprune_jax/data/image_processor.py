@@ -103,8 +103,7 @@ _USED_FIELDS = (
 def checked_processor(config: Any, where: str) -> dict[str, Any]:
     """Return the settings of an image processor after checking them.
 
-    Raises:
-      UserError: with the field that has an invalid value.
+    Raises UserError naming a field with an invalid value.
     """
     way = way_of(checked(config, _Named, where, _TODO))
     return checked(config, PatchFile if way == "patches" else ProcessorFile, where, _TODO)
@@ -159,10 +158,7 @@ def make_processor(config: Mapping[str, Any], where: str) -> Any:
     """Return the processor of these settings (see `checked_processor`).
 
     Uses NumPy/PIL classes only: their values equal the reference's, while transformers 5's torchvision classes differ
-    in the last bits and need torch.
-
-    Raises:
-      UserError: the type is unknown, or it does not accept the settings.
+    in the last bits and need torch. Raises UserError if the type is unknown, or it does not accept the settings.
     """
     import transformers
 
@@ -183,8 +179,7 @@ def make_processor(config: Mapping[str, Any], where: str) -> Any:
 def sides(size: Any, where: str) -> tuple[int, int]:
     """Return (height, width) that a square image is resized or cropped to, from a processor's `size` or `crop_size`.
 
-    Raises:
-      UserError: neither height and width nor the shortest edge is set.
+    Raises UserError if neither height and width nor the shortest edge is set.
     """
     if isinstance(size, int | list):
         height, width = [size] * 2 if isinstance(size, int) else size

@@ -80,8 +80,7 @@ class Inputs:
 def load_inputs(model: ModelSpec, data: DataSpec, cfg: ModelConfig) -> Inputs:
     """Load tokenizer, template and image processor of a model folder (the processor perhaps from its tower's folder).
 
-    Raises:
-      UserError: the template is unknown or does not fit the tokenizer, or a file is missing or malformed.
+    Raises UserError if the template is unknown or does not fit the tokenizer, or a file is missing or malformed.
     """
     return _load_inputs(model, data, family_of(cfg), cfg.vision)
 
@@ -127,8 +126,7 @@ def _records(path: str, root: Path | None, image_lead: bool, on_error: str, stat
 def training_records(data: DataSpec, template: Template) -> list[Record]:
     """Return all training records (before `fraction`); records skipped by `data.on_error` keep their places.
 
-    Raises:
-      UserError: `data.train` is not set, or the file is malformed.
+    Raises UserError if `data.train` is not set, or the file is malformed.
     """
     one_of("data.on_error", data.on_error, ON_ERROR)
     return read_set(data.train, data.images, "data.train", template.image_lead, data.on_error)
@@ -174,8 +172,7 @@ def name_of_records(path: str) -> str:
 def record_files(data: DataSpec, which: str) -> dict[str, Path | str]:
     """Return the sources of the "train" or "eval" records by name; for a bucket, a text that describes it.
 
-    Raises:
-      UserError: the setting is not set.
+    Raises UserError if the setting is not set.
     """
     path = _required_path(getattr(data, which), f"data.{which}")
     if path.startswith(PREFIX):
@@ -194,10 +191,7 @@ def calibration_batches(
     """Return `spec.samples` training records drawn with `seed`, in batches of equal shape.
 
     The last batch is filled with padding. Records skipped by `data.on_error` are replaced by others and listed in the
-    first batch.
-
-    Raises:
-      UserError: there are not enough (short enough) records.
+    first batch. Raises UserError if there are not enough (short enough) records.
     """
     inputs = load_inputs(model, data, cfg)
     encoder = dataclasses.replace(inputs.training_encoder(cfg), length_buckets=None)

@@ -69,8 +69,7 @@ class Patching:
     def with_most_tokens(self, tokens: int) -> Patching:
         """Return a patching with at most `tokens` tokens per image (thin images: see `_most_tokens`).
 
-        Raises:
-          UserError: images of `min_pixels` have more tokens.
+        Raises UserError if images of `min_pixels` have more tokens.
         """
         pixels = tokens * (self.patch * self.merge) ** 2
         if pixels < self.min_pixels:
@@ -131,10 +130,8 @@ def patching_from_processor(config: Mapping[str, Any], where: str) -> Patching:
     """Return the patching of a Qwen-VL folder; `min_pixels` and `max_pixels` override the newer field `size`.
 
     `config` has the settings that `image_processor.checked_processor` returns. Missing settings are refused, since
-    several models share the class and its defaults are those of one of them.
-
-    Raises:
-      UserError: a step is switched off, or a setting is missing or contradicts another.
+    several models share the class and its defaults are those of one of them. Raises UserError if a step is switched
+    off, or a setting is missing or contradicts another.
     """
     check_steps(config, where, "images of any size (Qwen-VL)")
     size = config.get("size") or {}

@@ -126,10 +126,8 @@ class Splitting:
 def splitting_from_processor(config: Mapping[str, Any], where: str) -> Splitting:
     """Return the splitting of a SmolVLM folder.
 
-    `config` has the settings that `image_processor.checked_processor` returns.
-
-    Raises:
-      UserError: a step is switched off, a size is not of the longest edge, or images have too many sub-images.
+    `config` has the settings that `image_processor.checked_processor` returns. Raises UserError if a step is switched
+    off, a size is not of the longest edge, or images have too many sub-images.
     """
     check_steps(config, where, "split images (SmolVLM)")
     resample = config.get("resample")

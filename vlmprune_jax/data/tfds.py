@@ -211,8 +211,7 @@ class ImageStore:
 class _Source:
     """Examples of one of the two data sets of a folder, by number; images stay encoded.
 
-    Raises:
-      UserError: the data set was not written by `write_tfds`.
+    Raises UserError if the data set was not written by `write_tfds`.
     """
 
     def __init__(self, folder: Path | epath.Path, name: str) -> None:

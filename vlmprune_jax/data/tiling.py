@@ -124,9 +124,7 @@ def tiling_from_processor(config: Mapping[str, Any], where: str) -> Tiling:
     """Return the tiling of a transformers InternVL folder (`GotOcr2ImageProcessor`).
 
     `config` has the settings that `image_processor.checked_processor` returns. `InternVLProcessor` always uses tiles.
-
-    Raises:
-      UserError: a step is switched off, or the size is not a square.
+    Raises UserError if a step is switched off, or the size is not a square.
     """
     check_steps(config, where, "InternVL tiles")
     size = config.get("size") or 384

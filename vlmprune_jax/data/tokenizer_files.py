@@ -58,8 +58,7 @@ class TokenizerConfig(TypedDict):
 def check_tokenizer_files(folder: Path) -> None:
     """Refuse a folder whose tokenizer files are malformed or have rules that run away.
 
-    Raises:
-      UserError: see `read_bytes`; a file is malformed, or its rules run away on plain text.
+    Raises UserError if a file is unreadable or malformed, or its rules run away on plain text.
     """
     kinds = {TOKENIZER: TokenizerFile, TOKENIZER_CONFIG: TokenizerConfig, ADDED_TOKENS: dict[str, TokenId]}
     for name, kind in kinds.items():
@@ -75,8 +74,7 @@ def check_tokenizer_files(folder: Path) -> None:
 def added_tokens(folder: Path) -> dict[str, int]:
     """Return the ids of the added tokens of a folder's tokenizer, from all files that list them.
 
-    Raises:
-      UserError: see `read_parts`.
+    Raises UserError as `read_parts` does.
     """
     ids: dict[str, int] = {}
     if os.path.lexists(folder / ADDED_TOKENS):

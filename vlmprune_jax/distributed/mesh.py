@@ -36,10 +36,8 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
 
     The processes are given by the arguments (None: by the environment, VLMPRUNE_COORDINATOR etc.), or are the workers
     of this machine's TPU slice if it has several. A second call does nothing. Joined processes fail together
-    (distributed/failure.py).
-
-    Raises:
-      UserError: the arguments are incomplete or invalid, or the other processes cannot be reached.
+    (distributed/failure.py). Raises UserError if the arguments are incomplete or invalid, or the other processes cannot
+    be reached.
     """
     if jax.distributed.is_initialized():
         return
@@ -63,8 +61,7 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
 def start_devices() -> None:
     """Start this machine's accelerator, or its CPU.
 
-    Raises:
-      UserError: JAX_PLATFORMS names a platform that is not there.
+    Raises UserError if JAX_PLATFORMS names a platform that is not there.
     """
     try:
         with without_output():  # libtpu without a TPU prints many lines
@@ -103,10 +100,7 @@ def _slice_has_workers() -> bool:
     """Return True if this machine is one of several workers of a TPU slice.
 
     On GKE the environment tells, on a TPU VM the metadata server's `worker-network-endpoints`. A machine with libtpu
-    only for compilation has neither.
-
-    Raises:
-      UserError: the metadata server answers with an error.
+    only for compilation has neither. Raises UserError if the metadata server answers with an error.
     """
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if importlib.util.find_spec("libtpu") is None or (platforms and "tpu" not in platforms.split(",")):
@@ -144,10 +138,7 @@ def mesh_of(sizes: MeshSpec) -> Mesh | None:
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Return a mesh `(data, fsdp, tensor)` over `devices`, or all devices of all processes.
 
-    One size may be -1: the remaining devices.
-
-    Raises:
-      UserError: the sizes do not multiply to the number of devices.
+    One size may be -1: the remaining devices. Raises UserError if the sizes do not multiply to the number of devices.
     """
     sizes, n_devices = [data, fsdp, tensor], jax.device_count() if devices is None else len(devices)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
@@ -215,8 +206,7 @@ def _broadcast(result: dict[str, Any]) -> dict[str, Any]:
 def from_all(compute: Callable[[], Any]) -> list[Any]:
     """Return on every process the values (JSON) of `compute()` on each process, in order; all must call it.
 
-    Raises:
-      SharedError: on every process, if `compute` raised a UserError on any.
+    Raises SharedError on every process, if `compute` raised a UserError on any.
     """
     if process_count() == 1:
         return [compute()]

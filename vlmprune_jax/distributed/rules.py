@@ -57,8 +57,7 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
 def check_divides(cfg: ModelConfig, mesh: Mesh) -> None:
     """Refuse a mesh that does not divide the model, before anything is placed on it.
 
-    Raises:
-      UserError: with every axis that fails and sizes that work.
+    Raises UserError with every axis that fails and sizes that work.
     """
     text, tensor, fsdp = cfg.text, mesh.shape["tensor"], mesh.shape["fsdp"]
     sizes: dict[str, tuple[str, int]] = {

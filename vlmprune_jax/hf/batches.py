@@ -33,11 +33,7 @@ def open_inputs(
 
 
 def to_records(records: Records, inputs: Inputs) -> list[Record]:
-    """Return the records of a data file, or of its entries.
-
-    Raises:
-      UserError: malformed records, or none.
-    """
+    """Return the records of a data file, or of its entries. Raises UserError for malformed records, or none."""
     if isinstance(records, (str, os.PathLike)):
         return training_records(dataclasses.replace(inputs.data, train=os.fspath(records)), inputs.template)
     root = None if inputs.data.images is None else Path(inputs.data.images)

@@ -70,8 +70,7 @@ class Match:
 def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
     """Return a slot for every parameter, layer by layer, in the table's order.
 
-    Raises:
-      UserError: the family's table does not match the model's parameters.
+    Raises UserError if the family's table does not match the model's parameters.
     """
     axes, shapes = param_axes(cfg), param_shapes(cfg)
     slots = []

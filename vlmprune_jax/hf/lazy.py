@@ -108,10 +108,8 @@ class FileStack:
 def open_model(folder: Path, vision_dir: Path | None = None) -> Model:
     """Return the model in a folder with `FileArray` and `FileStack` as arrays; only headers are read and checked.
 
-    `apply_plan` and `save` accept the model; it cannot compute.
-
-    Raises:
-      UserError: as `load`, except for weights that are not finite (found when they are written).
+    `apply_plan` and `save` accept the model; it cannot compute. Raises UserError as `load` does, except for weights
+    that are not finite (found when they are written).
     """
     family, cfg = read_config(folder, vision_dir)
     slots = make_slots(cfg, family)

@@ -87,8 +87,7 @@ def load(
 def resolve(name: str | Path) -> Path:
     """Return a local folder, or the local snapshot of a hub id such as `llava-hf/llava-1.5-7b-hf`.
 
-    Raises:
-      UserError: the folder does not exist, and the hub has no such model or cannot be reached.
+    Raises UserError if the folder does not exist, and the hub has no such model or cannot be reached.
     """
     folder, text = Path(name), str(name)
     inside = folder.glob("*.gguf") if os.path.isdir(folder) and not os.path.lexists(folder / "config.json") else ()
@@ -112,10 +111,8 @@ def resolve(name: str | Path) -> Path:
 def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, ModelConfig]:
     """Return family and config of a folder, from its JSON files only.
 
-    generation_config.json supplies the begin, end and padding ids that config.json leaves out.
-
-    Raises:
-      UserError: unknown family, unsupported settings or quantisation, or invalid fields.
+    generation_config.json supplies the begin, end and padding ids that config.json leaves out. Raises UserError for an
+    unknown family, unsupported settings or quantisation, or invalid fields.
     """
     path, generation = folder / "config.json", folder / "generation_config.json"
     config = read_fields(path)
@@ -148,8 +145,7 @@ def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, M
 def read_fields(path: Path) -> dict[str, Any]:
     """Return the content of a config.json or generation_config.json, with its known fields checked.
 
-    Raises:
-      UserError: see `read_json` and `check_fields`.
+    Raises UserError as `read_json` and `check_fields` do.
     """
     config: dict[str, Any] = read_json(path)
     check_fields(config, str(path))
@@ -166,8 +162,7 @@ def find_weights(
 ) -> Sources:
     """Return the weights of some parts in the files; `vision_dir` supplies the tower of an original LLaVA or Bunny.
 
-    Raises:
-      UserError: unknown, missing or repeated keys, wrong shapes and dtypes, all in one line.
+    Raises UserError that lists all unknown, missing or repeated keys, wrong shapes and dtypes.
     """
     holders: list[tuple[Checkpoint, Collection[str]]] = [(Checkpoint(folder), parts)]
     if family.separate_vision and vision_dir is not None and has_weights(vision_dir):
@@ -235,8 +230,7 @@ def _look_up(blocks: Mapping[Bounds, np.ndarray], shape: tuple[int, ...], index:
 def _fill(slot: Slot, *, sources: Sources, blocks: Mapping[Bounds, np.ndarray]) -> None:
     """Copy one tensor into its parameter's blocks, in pieces that fit the processor's cache.
 
-    Raises:
-      UserError: a weight is not finite, in the file or in the dtype of the blocks.
+    Raises UserError if a weight is not finite, in the file or in the dtype of the blocks.
     """
     source = sources[slot.key]
     targets = []
@@ -281,9 +275,7 @@ def check_finite(array: np.ndarray, what: str) -> None:
     """Refuse infinity and NaN, which would spread to every score and loss.
 
     Two maxima over the bit patterns, signed and unsigned, need no temporary array and are much faster than isfinite.
-
-    Raises:
-      UserError: names `what`.
+    Raises UserError that begins with `what`.
     """
     if array.size == 0:
         return

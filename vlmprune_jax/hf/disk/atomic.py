@@ -25,8 +25,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def check_target(out_dir: Path, source_dir: Path, overwrite: bool) -> None:
     """Refuse an output folder that would destroy something.
 
-    Raises:
-      UserError: it exists and `overwrite` is off, it is not a model folder, or it contains the source.
+    Raises UserError if it exists and `overwrite` is off, it is not a model folder, or it contains the source.
     """
     out, source = out_dir.resolve(), source_dir.resolve()
     if out == source or out in source.parents:
@@ -58,8 +57,7 @@ def _has_card(folder: Path) -> bool:
 def check_space(folder: Path, needed: int) -> None:
     """Refuse to write more than the disk can hold.
 
-    Raises:
-      UserError: the disk of `folder` has fewer than `needed` + SPARE_BYTES bytes free.
+    Raises UserError if the disk of `folder` has fewer than `needed` + SPARE_BYTES bytes free.
     """
     free = shutil.disk_usage(next(parent for parent in folder.resolve().parents if parent.is_dir())).free
     if free < needed + SPARE_BYTES:
@@ -74,10 +72,8 @@ def atomic_folder(out_dir: Path) -> Iterator[Path]:
     """Yield a hidden folder beside `out_dir` that becomes `out_dir` in one rename if the block succeeds.
 
     An existing `out_dir` is replaced only then. If the block fails, the hidden folder is removed; if the process is
-    killed, the next call for the same `out_dir` removes it (`clean_stale`).
-
-    Raises:
-      UserError: the disk (or a quota) is full, or a file cannot be read or written.
+    killed, the next call for the same `out_dir` removes it (`clean_stale`). Raises UserError if the disk (or a quota)
+    is full, or a file cannot be read or written.
     """
     owner = f"{socket.gethostname()}-{os.getpid()}"
     partial = out_dir.parent / f".{out_dir.name}.partial-{owner}"

@@ -31,11 +31,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
     """Weights of a folder by key, read (and decoded) on access.
 
     `tensors` are those in the files. `entries` are the weights: the same objects, unless config.json names a `storage`
-    with several tensors per weight.
-
-    Raises:
-      UserError: no weights, a missing or damaged shard, the same key in two shards, an unknown storage, or missing or
-        inconsistent parts of a weight.
+    with several tensors per weight. Raises UserError for no weights, a missing or damaged shard, the same key in two
+    shards, an unknown storage, or missing or inconsistent parts of a weight.
     """
 
     def __init__(self, folder: Path):

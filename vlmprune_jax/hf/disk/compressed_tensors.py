@@ -77,8 +77,7 @@ class CompressedTensors:
     def from_config(cls, settings: JsonDict) -> CompressedTensors:
         """Return the storage that a folder's `quantization_config` describes.
 
-        Raises:
-          UserError: it is not of integers of 4 or 8 bits with the same settings in all modules.
+        Raises UserError if it is not of integers of 4 or 8 bits with the same settings in all modules.
         """
         todo = "only integers of 4 or 8 bits, with scales of rows or groups, can be read: use the checkpoint before"
         checked(settings, _Settings, _METHOD, todo)
@@ -230,11 +229,7 @@ class CompressedTensors:
 
 
 def check_scheme(quantize: str, group_size: int | None, symmetric: bool) -> None:
-    """Refuse a group size or zero points that a quantisation does not have.
-
-    Raises:
-      UserError: names the option.
-    """
+    """Refuse a group size or zero points that a quantisation does not have. Raises UserError naming the option."""
     if quantize == "w8a8" and (group_size is not None or not symmetric):
         raise UserError("w8a8 has a scale for every row and no zero points: leave out group_size and symmetric")
     if group_size is not None and group_size not in GROUPS:

@@ -117,8 +117,7 @@ StoredWeight = Entry | EncodedWeight
 def find_storage(config: JsonDict, where: str) -> Storage | None:
     """Return the storage named in config.json, or None for plain weights.
 
-    Raises:
-      UserError: the quantisation is not supported.
+    Raises UserError if the quantisation is not supported.
     """
     for part in (config, config.get("text_config"), config.get("llm_config")):
         settings = part.get("quantization_config") if isinstance(part, dict) else None
@@ -148,8 +147,7 @@ def without_storage(config: JsonDict) -> JsonDict:
 def join_parts(storage: Storage, tensors: Mapping[str, Entry], where: str) -> dict[str, StoredWeight]:
     """Return the weights in the tensors of a folder, in file order; tensors of no weight are returned unchanged.
 
-    Raises:
-      UserError: tensors of a weight are missing or inconsistent.
+    Raises UserError if tensors of a weight are missing or inconsistent.
     """
     marks = [suffix for suffix in storage.suffixes if suffix]
     groups: dict[str, dict[str, Entry]] = {}

@@ -60,8 +60,7 @@ class _Other(NamedTuple):
 def read_torch(path: Path) -> dict[str, Entry]:
     """Return the tensors of a `pytorch_model*.bin` by key.
 
-    Raises:
-      UserError: the file is damaged, or is not a state dict of plain contiguous tensors.
+    Raises UserError if the file is damaged, or is not a state dict of plain contiguous tensors.
     """
     with open_file(path) as file, reading(path, _EXPECTED):
         check_no_pointer(path, file)
@@ -139,8 +138,7 @@ def _in_one_piece(tensor: _Tensor) -> bool:
 def _interpret(pickle: bytes) -> Any:
     """Return the object of a pickle made of texts, numbers, tuples, lists, dicts with text keys and the classes above.
 
-    Raises:
-      Exception: of various types, if the pickle is damaged or has other content.
+    Raises Exception of various types if the pickle is damaged or has other content.
     """
     below: list[list[Any]] = []  # stack below each mark
     stack: list[Any] = []
