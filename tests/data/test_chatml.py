@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from vlm_cases import internvl_chat_config, make_vlm_folder
 
-from vlmprune_jax.core.config import IGNORED, ImageShape
+from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.prompts import (
     choose_template,
@@ -24,6 +24,7 @@ from vlmprune_jax.data.records import Record
 from vlmprune_jax.export.processor import chat_template
 from vlmprune_jax.export.write import save
 from vlmprune_jax.families import FAMILIES, templates
+from vlmprune_jax.families.tiles import ImageShape
 from vlmprune_jax.hf.read import load
 
 NAMES = ("Hermes-2", "internvl2_5")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vlmprune_jax.core.config import IGNORED, ImageShape
+from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.prompts import (
     choose_template,
@@ -24,6 +24,7 @@ from vlmprune_jax.data.prompts import (
 from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.families import FAMILIES, templates
 from vlmprune_jax.families.templates import Template
+from vlmprune_jax.families.tiles import ImageShape
 
 LLAVA = templates()["llava_v1"]
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmprune_jax.core.config import ImageShape
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.images import ImageLoader, load_image_processor
 from vlmprune_jax.data.tiling import Tiling, closest_grid
+from vlmprune_jax.families.tiles import ImageShape
 from vlmprune_jax.families.towers import PIXELS
 
 SMALL = Tiling(28, 1, 6, True, False, *PIXELS["internvit"], int(Image.Resampling.BICUBIC), True)

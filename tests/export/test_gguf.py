@@ -17,13 +17,13 @@ from hf_cases import prune as prune_by_hand
 from llama_cpp import MARKER, llama_cpp
 from PIL import Image
 
-from vlmprune_jax.core.config import ImageShape
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.export.gguf_check import check_gguf
 from vlmprune_jax.export.write import save
 from vlmprune_jax.families import family_of
+from vlmprune_jax.families.tiles import ImageShape
 from vlmprune_jax.families.towers import PIXELS
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten, unflatten

@@ -11,7 +11,6 @@ from hf_cases import prune
 from PIL import Image
 
 import vlmprune_jax as vp
-from vlmprune_jax.core.config import ImageShape
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.data.config import DataSpec
@@ -21,6 +20,7 @@ from vlmprune_jax.data.inputs import load_inputs
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.data.splitting import Splitting
 from vlmprune_jax.families import templates
+from vlmprune_jax.families.tiles import ImageShape
 from vlmprune_jax.models.vlm import to_nnx
 from vlmprune_jax.prune import KeptLayer
 

@@ -9,6 +9,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar, Self
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.rope import RopeConfig
 from vlmprune_jax.core.sections import LoraConfig
 
 IGNORED = -100  # label of a position without loss, as in torch's cross-entropy
@@ -29,82 +30,15 @@ class LayerShape:
     window: int | None = None
 
     def __post_init__(self) -> None:
-        if min(self.q_heads, self.kv_heads, self.mlp) < 1:
-            raise UserError(f"{self}: every width of a layer must be at least 1")
+        if min(*self.widths, 1 if self.window is None else self.window) < 1:
+            raise UserError(f"{self}: every width of a layer and its window must be at least 1")
         if self.q_heads % self.kv_heads:
             raise UserError(f"{self}: q_heads must be a multiple of kv_heads (grouped-query attention)")
-        if self.window is not None and self.window < 1:
-            raise UserError(f"{self}: window must be at least 1")
 
     @property
     def widths(self) -> tuple[int, int, int]:
         """(q_heads, kv_heads, mlp), as recorded by plans and `per_layer_shapes`."""
         return self.q_heads, self.kv_heads, self.mlp
-
-
-@dataclass(frozen=True)
-class ImageShape:
-    """Layout of one processed image: `rows` x `columns` pieces (1 x 1: the whole image), in `slots` of the batch.
-
-    A slot is one entry of a batch's image array: a whole image or a tile. A tile grid may have one more slot, the last,
-    for its overview. For models that take images of any size, an image is one slot, its pieces are patches, and
-    `tokens` is the number of its tokens; otherwise `tokens` is 0 and every slot takes the model's `tokens_per_image`.
-    """
-
-    rows: int = 1
-    columns: int = 1
-    slots: int = 1
-    tokens: int = 0
-
-    def positions(self, per_slot: int) -> int:
-        """Return the number of decoder positions; `per_slot` applies to images that all have one size."""
-        return self.tokens or per_slot * self.slots
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """(frames, rows, columns) of patches, for images of any size."""
-        return (1, self.rows, self.columns)
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding as Hugging Face configs describe it (`rope_theta` and `rope_scaling`).
-
-    `kind` is "default", "linear", "llama3", "yarn" or "longrope"; the other fields are its parameters, 0 or empty if
-    unused. LongRoPE divides each frequency by its short factor, or by its long factor for the whole batch
-    as soon as one position reaches `original_max_positions`.
-
-    `sections` (M-RoPE) are the numbers of frequencies that rotate with an image's frame, row and column: in consecutive
-    blocks, or `interleaved`.
-    """
-
-    theta: float
-    kind: str
-    factor: float = 1.0
-    original_max_positions: int = 0
-    low_freq_factor: float = 0.0
-    high_freq_factor: float = 0.0
-    beta_fast: float = 0.0
-    beta_slow: float = 0.0
-    attention_factor: float = 1.0
-    short_factors: tuple[float, ...] = ()
-    long_factors: tuple[float, ...] = ()
-    sections: tuple[int, ...] = ()
-    interleaved: bool = False
-
-    def __post_init__(self) -> None:
-        wrong = (
-            (self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor)
-            or (self.kind == "yarn" and not (self.theta > 1 and 0 < self.beta_slow <= self.beta_fast))
-            or (self.kind in ("llama3", "yarn") and self.original_max_positions < 1)
-        )
-        if wrong:
-            raise UserError(
-                f"{self.kind} rope with theta {self.theta:g}, original_max_position_embeddings "
-                f"{self.original_max_positions}, low and high_freq_factor {self.low_freq_factor:g} and "
-                f"{self.high_freq_factor:g}, beta_slow and beta_fast {self.beta_slow:g} and {self.beta_fast:g}: "
-                "inconsistent values: check rope_parameters in config.json"
-            )
 
 
 _CHOICES = {
@@ -197,26 +131,16 @@ class TextConfig(Stack):
         super().__post_init__()
         if not self.layers:
             raise UserError("a decoder needs at least one layer")
-        if not 0 < self.rotary_dim <= self.head_dim:
-            raise UserError(f"rotary_dim {self.rotary_dim} must be between 1 and head_dim {self.head_dim}")
-        if self.rotary_dim % 2:
-            raise UserError(f"rotary_dim {self.rotary_dim} must be even (rotary embedding rotates pairs of channels)")
-        sections = self.rope.sections
-        if sections and (len(sections) != 3 or min(sections) < 0 or sum(sections) != self.rotary_dim // 2):
+        if not 0 < self.rotary_dim <= self.head_dim or self.rotary_dim % 2:
             raise UserError(
-                f"mrope_section {list(sections)} must be three numbers that sum to {self.rotary_dim // 2} "
-                f"(half of rotary_dim {self.rotary_dim})"
+                f"rotary_dim {self.rotary_dim} must be even (rotary embedding rotates pairs of channels) and at most "
+                f"head_dim {self.head_dim}"
             )
+        self.rope.check(self.rotary_dim)
         if self.head_bias and self.tie_embeddings:
             raise UserError(
                 "tie_word_embeddings: an output head with a bias cannot be tied to the embeddings: set it to false"
             )
-        for factors in (self.rope.short_factors, self.rope.long_factors):
-            if self.rope.kind == "longrope" and len(factors) != self.rotary_dim // 2:
-                raise UserError(
-                    f"longrope: short_factor and long_factor in config.json need one number per frequency, "
-                    f"{self.rotary_dim // 2} (found {len(factors)})"
-                )
 
 
 @dataclass(frozen=True)
@@ -418,18 +342,11 @@ class ModelConfig:
 
     @property
     def longest_row(self) -> int:
-        """Maximum number of tokens per row, checked before memory is allocated.
-
-        Rotary positions continue beyond `max_positions`, as in transformers, with growing error; rows of several times
-        as many tokens are useless. Short rows are always accepted. Arrays passed by library users may have any length.
-        """
+        """Maximum number of tokens per row, beyond which rotary positions are useless; arrays may have any length."""
         return max(TIMES_POSITIONS * self.text.max_positions, SHORT_ROW)
 
     def check_row(self, setting: str, tokens: int) -> None:
-        """Refuse a setting that asks for rows longer than `longest_row`.
-
-        Raises UserError with the name of the setting.
-        """
+        """Refuse a setting that asks for rows longer than `longest_row`. Raises UserError that names it."""
         if tokens > self.longest_row:
             raise UserError(
                 f"{setting}={tokens} is more than {TIMES_POSITIONS} times the model's max_position_embeddings "

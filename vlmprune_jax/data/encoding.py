@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlmprune_jax.core.config import IGNORED, ImageShape
+from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.images import GRIDS, ImageLoader
 from vlmprune_jax.data.prompts import count_tokens, prompt_pieces, tokenize_prompt, tokenize_training
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.families.templates import Template
+from vlmprune_jax.families.tiles import ImageShape
 from vlmprune_jax.models.positions import AXES, mrope_positions
 
 _CHUNK = 4096  # records whose texts are tokenised in one call, which spreads them over all cores

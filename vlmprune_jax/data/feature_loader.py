@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vlmprune_jax.core.config import ImageShape
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.images import GRIDS, ImageLoader, Preparation
 from vlmprune_jax.data.records import Record, StoredImage, image_key
+from vlmprune_jax.families.tiles import ImageShape
 
 
 class Picture(NamedTuple):

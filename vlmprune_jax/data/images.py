@@ -18,7 +18,6 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from vlmprune_jax.core.config import ImageShape
 from vlmprune_jax.core.errors import UserError, reason
 from vlmprune_jax.core.files import IMAGE_FORMATS, open_image, read_json, reading
 from vlmprune_jax.data.image_processor import checked_processor, make_processor, processor_settings, sides, way_of
@@ -27,6 +26,7 @@ from vlmprune_jax.data.records import StoredImage
 from vlmprune_jax.data.splitting import splitting_from_processor
 from vlmprune_jax.data.tiling import Tiling, pad_to_square, tiling_from_processor
 from vlmprune_jax.families import find
+from vlmprune_jax.families.tiles import ImageShape
 
 ASPECT_RATIOS = ("pad", "square")
 GRIDS = "image_grid_thw"  # array in a batch: frames, rows and columns of patches of every slot, 0 for an empty slot

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlmprune_jax.core.config import ImageShape
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.image_processor import check_steps, normalize
-from vlmprune_jax.families.tiles import BICUBIC
+from vlmprune_jax.families.tiles import BICUBIC, ImageShape
 
 _THINNEST = 200  # maximum ratio of long to short side, as in the reference
 _SMALLEST_BUCKET = 64  # tokens; smaller buckets save no time

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlmprune_jax.core.config import IGNORED, ImageShape
+from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.console import without_output
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import reading
@@ -20,6 +20,7 @@ from vlmprune_jax.data.records import IMAGE_TOKEN, Record
 from vlmprune_jax.data.tokenizer_files import TOKENIZER, check_tokenizer_files
 from vlmprune_jax.families import Family, template_of, templates
 from vlmprune_jax.families.templates import Template
+from vlmprune_jax.families.tiles import ImageShape
 
 AUTO = "auto"
 

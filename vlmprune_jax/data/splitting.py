@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlmprune_jax.core.config import ImageShape
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.image_processor import check_steps, crop_grid, normalize
-from vlmprune_jax.families.tiles import MAX_SIDE, MAX_TILES
+from vlmprune_jax.families.tiles import MAX_SIDE, MAX_TILES, ImageShape
 
 _LANCZOS = 1  # PIL.Image.Resampling.LANCZOS
 _HALF = (0.5, 0.5, 0.5)  # default mean and standard deviation of the class

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlmprune_jax.core.config import ImageShape
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.image_processor import check_steps, crop_grid, normalize, sides
-from vlmprune_jax.families.tiles import BICUBIC, TilingConfig, whole_number
+from vlmprune_jax.families.tiles import BICUBIC, ImageShape, TilingConfig, whole_number
 
 
 @dataclass(frozen=True)

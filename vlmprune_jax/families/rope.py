@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from vlmprune_jax.core.config import RopeConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.rope import RopeConfig
 from vlmprune_jax.families.table import JsonDict
 
 KINDS = ("default", "linear", "llama3", "yarn", "longrope")

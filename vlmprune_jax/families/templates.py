@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from vlmprune_jax.core.config import ImageShape
+from vlmprune_jax.families.tiles import ImageShape
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Tiling of images, as families describe it."""
+"""Layout of a processed image, and tiling as families describe it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,30 @@ from vlmprune_jax.core.errors import UserError
 MAX_TILES = 1000
 MAX_SIDE = 4096  # pixels per side of a tile or image (the largest real tower takes 1,536)
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
+
+
+@dataclass(frozen=True)
+class ImageShape:
+    """Layout of one processed image: `rows` x `columns` pieces (1 x 1: the whole image), in `slots` of the batch.
+
+    A slot is one entry of a batch's image array: a whole image or a tile. A tile grid may have one more slot, the last,
+    for its overview. For models that take images of any size, an image is one slot, its pieces are patches, and
+    `tokens` is the number of its tokens; otherwise `tokens` is 0 and every slot takes the model's `tokens_per_image`.
+    """
+
+    rows: int = 1
+    columns: int = 1
+    slots: int = 1
+    tokens: int = 0
+
+    def positions(self, per_slot: int) -> int:
+        """Return the number of decoder positions; `per_slot` applies to images that all have one size."""
+        return self.tokens or per_slot * self.slots
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(frames, rows, columns) of patches, for images of any size."""
+        return (1, self.rows, self.columns)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from vlmprune_jax.core.config import RopeConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.rope import RopeConfig
 from vlmprune_jax.core.sections import LoraConfig
 
 Axes = tuple[str, ...]

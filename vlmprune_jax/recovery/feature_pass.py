@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vlmprune_jax.core.config import ImageShape, ModelConfig
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import Stopped, UserError
 from vlmprune_jax.data.feature_loader import FeatureLoader, Picture
 from vlmprune_jax.data.images import GRIDS
 from vlmprune_jax.distributed.mesh import from_all, on_process_zero
+from vlmprune_jax.families.tiles import ImageShape
 from vlmprune_jax.hf.disk.atomic import check_space
 from vlmprune_jax.models.vlm import Params, tower_features
 from vlmprune_jax.recovery.step import batch_sharding, local_rows, place_rows, step_context
