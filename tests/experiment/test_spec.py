@@ -14,7 +14,6 @@ from vlmprune_jax.core.settings import STAGES, check_settings, override, setting
 from vlmprune_jax.experiment.arguments import recover_config
 from vlmprune_jax.experiment.options import options, sections
 from vlmprune_jax.experiment.spec import Experiment
-from vlmprune_jax.experiment.spec import sections as sections_of
 from vlmprune_jax.experiment.variants import check_experiment
 from vlmprune_jax.models.stack import REMAT_POLICIES
 from vlmprune_jax.recovery.config import REMAT, LossConfig, RecoverConfig
@@ -164,7 +163,7 @@ def kept(tmp_path):
         experiment = override(experiment, {"model": {"hf_dir": str(tmp_path / "model")}, "data": files})
         context = Context(workdir=tmp_path, reporter=make_reporter(False))
         work = Pipeline(experiment, context).work(start=tmp_path / "pruned", part="pruned")
-        return make_job(stage, work, sections_of(experiment)).settings
+        return make_job(stage, work, experiment.sections).settings
 
     return of
 

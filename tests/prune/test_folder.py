@@ -19,7 +19,7 @@ from vlmprune_jax.core.console import make_reporter
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.core.weight_files import Extent
-from vlmprune_jax.experiment.spec import Experiment, PruneSpec, ScoreSpec, sections
+from vlmprune_jax.experiment.spec import Experiment, PruneSpec, ScoreSpec
 from vlmprune_jax.hf.disk import verified
 from vlmprune_jax.hf.disk.tensors import write_weights
 from vlmprune_jax.hf.disk.verified import CheckedFile
@@ -351,7 +351,7 @@ def test_the_prune_stage_does_not_load_the_model(llama, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(work_module, "load", None)
     context = Context(workdir=work, reporter=make_reporter(False))
-    facts = run_stage("prune", Pipeline(experiment, context).work(out=work / "pruned"), sections(experiment)).facts
+    facts = run_stage("prune", Pipeline(experiment, context).work(out=work / "pruned"), experiment.sections).facts
     plan = vp.PrunePlan.from_json(work / "plan.json")
     vp.save(vp.apply_plan(model, plan), tmp_path / "saved", source_dir=llama, plan=plan, dtype="float32")
     assert contents(work / "pruned") == contents(tmp_path / "saved")

@@ -27,7 +27,7 @@ from vlmprune_jax.data.inputs import load_inputs
 from vlmprune_jax.data.records import read_records
 from vlmprune_jax.data.tfds import read_tfds, write_tfds
 from vlmprune_jax.experiment.arguments import recover_config
-from vlmprune_jax.experiment.spec import Experiment, sections
+from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.inputs import check_inputs
@@ -91,7 +91,7 @@ def recovered(experiment: Experiment, root: Path, name: str, cache: Path | None 
     data = {"feature_cache": None if cache is None else str(cache)}
     changed = override(experiment, {"data": data, "recover": recover})
     place = {"folder": root / name, "start": root / "pruned", "out": root / name / "recovered", "recovered": True}
-    run_stage("recover", Pipeline(changed, quiet(root)).work(**place), sections(changed))
+    run_stage("recover", Pipeline(changed, quiet(root)).work(**place), changed.sections)
     return root / name
 
 

@@ -120,11 +120,16 @@ def to_experiment(
 
 def placed(experiment: Experiment, workdir: Path) -> Experiment:
     """The experiment with the model and the data that it names on this machine."""
-    model = experiment.model
+    model, data = experiment.model, experiment.data
     model = dataclasses.replace(
         model, hf_dir=_local(model.hf_dir), vision_dir=model.vision_dir and _local(model.vision_dir)
     )
-    return dataclasses.replace(experiment, model=model, data=_with_files(experiment, workdir))
+    if data.source != "files":
+        from vlmprune_jax.demo.easyvqa import write_dataset
+
+        files = {name: str(path) for name, path in write_dataset(workdir / "data").items()}
+        data = dataclasses.replace(data, train=files["train"], eval=files["test"], images=files["images"])
+    return dataclasses.replace(experiment, model=model, data=data)
 
 
 def read_hyper(config: str) -> Any:
@@ -192,13 +197,3 @@ def _local(name: str) -> str:
     from vlmprune_jax.hf.read import resolve
 
     return str(resolve(name))
-
-
-def _with_files(experiment: Experiment, workdir: Path) -> Any:
-    data = experiment.data
-    if data.source == "files":
-        return data
-    from vlmprune_jax.demo.easyvqa import write_dataset
-
-    files = {name: str(path) for name, path in write_dataset(workdir / "data").items()}
-    return dataclasses.replace(data, train=files["train"], eval=files["test"], images=files["images"])

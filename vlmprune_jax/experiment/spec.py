@@ -164,11 +164,10 @@ class Experiment:
         'config, for example {"sft": {"recover": {"losses": {"ce": 1.0}}}}.',
     )
 
-
-def sections(experiment: Experiment) -> dict[str, Any]:
-    """The sections by name."""
-    found = {name: getattr(experiment, name) for name in (f.name for f in dataclasses.fields(experiment))}
-    return {name: value for name, value in found.items() if dataclasses.is_dataclass(value)}
+    @property
+    def sections(self) -> dict[str, Any]:
+        """The sections by name."""
+        return {name: value for name, value in vars(self).items() if dataclasses.is_dataclass(value)}
 
 
 def affecting(stage: str, sections: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from vlmprune_jax.experiment.arguments import (
     plan_config,
     recover_config,
 )
-from vlmprune_jax.experiment.spec import Experiment, ScoreSpec, sections
+from vlmprune_jax.experiment.spec import Experiment, PruneSpec, ScoreSpec
 from vlmprune_jax.export.formats import choose_format
 from vlmprune_jax.prune.criteria import CRITERIA, scoring
 
@@ -153,19 +153,13 @@ def _check_criteria(spec: ScoreSpec) -> None:
     with_defaults(f"score.options of {spec.depth!r} or {spec.width!r}", spec.options, options)
 
 
-def _check_target(experiment: Experiment) -> None:
+def _check_target(config: PruneSpec) -> None:
     """Refuse several targets of pruning, settings that the method does not have, and a slice that does not exist."""
-    config = plan_config(experiment.prune, experiment.model, experiment.export)
     if config.budget.limits or any(t is not None for t in (config.ratio, config.layers_removed, config.sparsity)):
         config.check()
     if config.budget.limits:
         with error_context("prune.budget.slice"):
             slice_of(config.budget.slice)
-
-
-def _check_sections(experiment: Experiment) -> None:
-    for name, section in sections(experiment).items():
-        check_settings(name, section, elsewhere=True)
 
 
 def check_experiment(experiment: Experiment, workdir: Path) -> None:
@@ -177,20 +171,19 @@ def check_experiment(experiment: Experiment, workdir: Path) -> None:
     sets, tasks = evaluation_sets(experiment.data, experiment.evaluate), experiment.evaluate.tasks
     check_tasks(experiment.data, experiment.evaluate)
     for pruned in prune_runs(experiment, workdir):
-        spec = pruned.experiment
+        spec, recoveries = pruned.experiment, recover_runs(pruned)
+        for one in (spec, *(run.experiment for run in recoveries)):
+            for name, section in one.sections.items():
+                check_settings(name, section, elsewhere=True)
         if spec.prune.steps > 1 and spec.prune.method != "width":
             raise UserError(
                 f"prune.steps={spec.prune.steps} is for prune.method='width': depth and hybrid prune in one step"
             )
         _check_criteria(spec.score)
-        _check_target(spec)
-        _check_sections(spec)
+        _check_target(plan_config(spec.prune, spec.model, spec.export))
         choose_format(spec.export.format, export_options(spec.export))
-        for run in recover_runs(pruned):
-            _check_sections(run.experiment)
-            recover_config(run.experiment.recover)
-            if (
-                evaluation_sets(run.experiment.data, run.experiment.evaluate) != sets
-                or run.experiment.evaluate.tasks != tasks
-            ):
+        for run in recoveries:
+            changed = run.experiment
+            recover_config(changed.recover)
+            if evaluation_sets(changed.data, changed.evaluate) != sets or changed.evaluate.tasks != tasks:
                 raise UserError(f"variant {run.name} is evaluated on other sets: give all models the same questions")

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.buckets import image_buckets, length_buckets, tile_buckets, within_row
+from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.rules import sharding
@@ -129,7 +130,7 @@ def make_case(experiment: Experiment, folder: Path | None, topology: str) -> Cas
         raise UserError(
             "data.max_length: not set, but planning needs the tokens per row: add --config.data.max_length=2048"
         )
-    slots, image_tokens = _image_slots(experiment, cfg, hf_dir)
+    slots, image_tokens = _image_slots(experiment.data, cfg, hf_dir)
     if experiment.data.feature_cache is not None:
         check_frozen(cfg, config)
         cfg = dataclasses.replace(cfg, tower=False)
@@ -162,9 +163,9 @@ def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
     return make_plan(pair, cfg, config)
 
 
-def _image_slots(experiment: Experiment, cfg: ModelConfig, folder: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _image_slots(data: DataSpec, cfg: ModelConfig, folder: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the buckets of image (or tile) slots per row, and of tokens per image if images are of any size."""
-    data, preparation = experiment.data, None
+    preparation = None
     if cfg.vision is None:
         return (0,), ()
     if family_of(cfg).images != "whole":

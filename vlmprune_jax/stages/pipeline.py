@@ -12,7 +12,7 @@ from msgspec.structs import asdict, replace
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
-from vlmprune_jax.experiment.spec import Experiment, sections
+from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import NO_RECOVERY, prune_runs, recover_runs
 from vlmprune_jax.stages.evaluate import evaluate_model, parts_of
 from vlmprune_jax.stages.job import Sections, make_job, run_stage
@@ -111,7 +111,7 @@ class Pipeline:
     @property
     def sections(self) -> dict[str, Any]:
         """The settings by section."""
-        return sections(self.experiment)
+        return self.experiment.sections
 
     def work(self, **place: Any) -> Work:
         """Return the place of a stage, by default in the workdir itself and on the unpruned model."""

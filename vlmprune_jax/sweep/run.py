@@ -15,7 +15,7 @@ from vlmprune_jax.core.console import Reporter, make_reporter
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.experiment.arguments import evaluation_sets
-from vlmprune_jax.experiment.spec import Experiment, affecting, sections
+from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.stages.pipeline import Pipeline
 from vlmprune_jax.stages.work import Context
 from vlmprune_jax.sweep.hyper import SweepRun
@@ -57,7 +57,7 @@ def with_caches(experiment: Experiment) -> Experiment:
     A cache of logits or features refuses entries of another teacher, tower or preprocessing.
     """
     teacher, features = experiment.recover.teacher_cache, experiment.data.feature_cache
-    model, parts = experiment.model, sections(experiment)
+    model, parts = experiment.model, experiment.sections
     shared = affecting("teacher_cache", parts)
     if teacher is not None:
         recover = dataclasses.replace(experiment.recover, teacher_cache=_below(teacher, [vars(model), shared]))
@@ -164,7 +164,7 @@ def made_from_of(run: SweepRun, sweep: Sweep) -> str:
     for job in Pipeline(experiment, sweep.context(run, _QUIET)).jobs():
         files = {name: digest_once(path) for name, path in files_elsewhere(job).items()}
         jobs[job.name] = (job.settings, files, job.version)
-    parts, sets = sections(experiment), evaluation_sets(experiment.data, experiment.evaluate)
+    parts, sets = experiment.sections, evaluation_sets(experiment.data, experiment.evaluate)
     results = [{name: of.metric for name, of in sets.items()}, experiment.evaluate.unrecovered, experiment.recover.name]
     variants = [list(experiment.prune_variants), list(experiment.recover_variants)]
     return content_key(jobs, results, variants, [affecting(stage, parts) for stage in ("speed", "export")])
