@@ -106,10 +106,16 @@ def test_shards_are_split_at_the_limit_and_indexed(llama, tmp_path, monkeypatch)
 
 def test_every_tensor_is_aligned_to_its_dtype(tmp_path):
     """Torch maps a tensor in place only at a multiple of its element size."""
-    source = make_folder(tmp_path / "llava", LLAVA)
+    source, buffer = make_folder(tmp_path / "llava", LLAVA), "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit_weights(source, lambda tensors: tensors | {buffer: np.ones(3, np.float32)})
     save(load(source), tmp_path / "out", source_dir=source, dtype="bfloat16")
     entries = Checkpoint(tmp_path / "out").entries
-    assert {entry.dtype for entry in entries.values()} == {"BF16", "F32"}  # what is carried over keeps its dtype
+    unused = [key for key in entries if "vision_tower" in key and ".layers.2." in key]
+    assert unused  # weights of a tower layer that is not computed with follow the dtype, rotary tables keep theirs
+    assert {key for key, entry in entries.items() if entry.dtype != "BF16"} == {buffer}
+    after = load_file(tmp_path / "out/model.safetensors")
+    for key, value in load_file(source / "model.safetensors").items():
+        np.testing.assert_array_equal(after[key], value.astype(after[key].dtype))
     assert all(entry.begin % {"BF16": 2, "F32": 4}[entry.dtype] == 0 for entry in entries.values())
 
 

@@ -132,6 +132,13 @@ def test_bytes_on_disk_are_those_of_the_export(export, mlp_layers, share, experi
     plan = vp.PrunePlan.from_json(tmp_path / "w/plan.json")
     reached = plan.options["budget_reached"]["disk_bytes"]
     assert f"disk_bytes: {reached:,} of {limit:,} allowed" in capsys.readouterr().out
+    cfg, budget = vp.load(tmp_path / "teacher").cfg, {"disk_bytes": limit, "source_dir": str(tmp_path / "teacher")}
+    in_python = vp.make_plan(
+        vp.Scores.load(tmp_path / "w/scores.npz"), cfg, method="width", attn_layers=(0, 2), mlp_layers=mlp_layers,
+        budget=budget | options,
+    )  # fmt: skip
+    assert in_python.options["budget_reached"] == {"disk_bytes": reached}
+    assert in_python.options["budget"] == plan.options["budget"]
     source = tmp_path / "w/pruned"
     vp.save(vp.load(source), tmp_path / "out", source_dir=source, **options)
     # shorter numbers make a shorter header

@@ -17,8 +17,8 @@ _PRUNE = ("prune",)
 class Budget:
     """Upper limits on the cost of the pruned model, instead of a ratio; the plan satisfies all limits that are set.
 
-    `dtype` and `uneven` are those of the export. `other_bytes`: size of the exported weights that the computed model
-    does not contain (negative if the export leaves some out).
+    `dtype`, `layout` and `uneven` are those of the export. `disk_bytes` counts the weights of the model; with
+    `source_dir` also those that `save` copies from there (and not those that it leaves out): `other_bytes`.
     """
 
     parameters: float | None = setting(
@@ -93,6 +93,15 @@ class Budget:
     )
     uneven: str = setting(
         "per_layer", "Storage of layers of unequal width.", choices="export.uneven:UNEVEN", offered=False
+    )
+    layout: str = setting(
+        "source", "Layout of the exported folder.", choices="export.huggingface:LAYOUTS", offered=False
+    )
+    source_dir: str | None = setting(
+        None, "Folder of the unpruned model, for `disk_bytes` of everything that is exported.", offered=False
+    )
+    vision_dir: str | None = setting(
+        None, "Folder of its vision tower, if `source_dir` does not include it.", offered=False
     )
     other_bytes: int = setting(
         0, "Size of exported weights that the computed model does not contain.", unit="bytes", offered=False

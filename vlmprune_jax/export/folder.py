@@ -22,7 +22,7 @@ from vlmprune_jax.export.uneven import pad_tensor
 from vlmprune_jax.families import Family, family_of
 from vlmprune_jax.families.towers import is_left_out, stock_tower_constants, stock_tower_key, vision_of
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
-from vlmprune_jax.hf.disk.storage import Storage
+from vlmprune_jax.hf.disk.storage import Storage, StoredWeight
 from vlmprune_jax.hf.disk.tensors import Tensor, encoded, split_shards, weight, write_weights
 from vlmprune_jax.hf.fetch import extent_of, origin, to_host
 from vlmprune_jax.hf.layout import (
@@ -69,7 +69,8 @@ def make_tensors(
 ) -> list[Tensor]:
     """Return every tensor of the new folder, with blocks padded to those of the target.
 
-    In the source's layout, keys keep their spelling, and the source's tensors that are not computed with follow.
+    In the source's layout, keys keep their spelling, and the source's tensors that are not computed with follow, in
+    the same dtype.
 
     Raises:
       UserError: the source lacks a tensor of the model.
@@ -108,7 +109,7 @@ def make_tensors(
     if target.converts:
         unused = _constants(target.cfg, weights[0][1].dtype)
     else:
-        unused = _carried(source, set(after), target, family)
+        unused = _carried(source, set(after), target, family, dtype)
     tensors = [tensor for _, tensor in weights] if storage is None else encoded(weights, storage)
     return tensors + unused
 
@@ -131,14 +132,22 @@ def _weight(
                 array = pad_tensor(array, before.axes, *shapes)
             else:
                 array = more_words(array, before.axes, new.text.vocab_size)
-        with np.errstate(over="ignore"):  # reported with the tensor's name instead
-            return array.astype(WEIGHT_DTYPES[dtype], copy=False)
+        return _as_dtype(array, dtype)
 
     parts = [(flat[before.path], before.index) for before, _ in pairs]
     extent = extent_of(parts, dtype) if all(before.shape == after.shape for before, after in pairs) else None
     check = functools.partial(check_finite, what=f"{origin(*parts[0]) or key}, to be written as {dtype},")
     fetch = lambda: join_tensor([fetch_part(*pair) for pair in pairs])  # noqa: E731
     return weight(key, dtype, pairs[0][1].hf_shape, fetch, extent, check)
+
+
+def _as_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
+    with np.errstate(over="ignore"):  # reported with the tensor's name instead
+        return array.astype(WEIGHT_DTYPES[dtype], copy=False)
+
+
+def _converted(key: str, entry: StoredWeight, dtype: str) -> Tensor:
+    return weight(key, dtype, entry.shape, lambda: _as_dtype(entry.array(), dtype))
 
 
 def _constants(cfg: ModelConfig, dtype: str) -> list[Tensor]:
@@ -150,8 +159,11 @@ def _constants(cfg: ModelConfig, dtype: str) -> list[Tensor]:
     return tensors
 
 
-def _carried(source: Checkpoint, known: set[str], target: Target, family: Family) -> list[Tensor]:
-    """Return the tensors of the source that are not computed with, except those of removed layers, as raw bytes."""
+def _carried(source: Checkpoint, known: set[str], target: Target, family: Family, dtype: str) -> list[Tensor]:
+    """Return the tensors of the source that are not computed with, except those of removed layers.
+
+    Weights get the dtype; rotary tables of old checkpoints and integers keep theirs, as raw bytes.
+    """
     cfg = target.cfg
     ends = {"text": len(cfg.text.layers)} | ({"vision": cfg.vision.n_layers_total} if cfg.vision is not None else {})
     prefixes = {stack: block_prefix(stack, cfg, family) for stack in ends}
@@ -161,7 +173,12 @@ def _carried(source: Checkpoint, known: set[str], target: Target, family: Family
         if name in known or not family.is_ignored(name) or is_left_out(name, target.config):
             continue
         numbers = {stack: block_number(name, prefix) for stack, prefix in prefixes.items()}
-        if all(number is None or number < ends[stack] for stack, number in numbers.items()):
+        if any(number is not None and number >= ends[stack] for stack, number in numbers.items()):
+            continue
+        stored = entry.dtype if dtype == "source" else file_name(dtype)
+        if stored == entry.dtype or entry.dtype not in WEIGHT_DTYPES or key.endswith("inv_freq"):
             extent = entry.extent(0, entry.n_bytes)
             tensors.append(Tensor(key, entry.dtype, entry.shape, entry.n_bytes, entry.raw, extent))
+        else:
+            tensors.append(_converted(key, entry, stored))
     return tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -12,7 +13,13 @@ from vlmprune_jax.core.chips import slice_of
 from vlmprune_jax.core.config import ModelConfig, Stack
 from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.core.weight_files import DTYPES
+from vlmprune_jax.export.folder import MAX_SHARD_BYTES, make_tensors
+from vlmprune_jax.export.target import make_target
 from vlmprune_jax.export.uneven import UNEVEN, padded_stacks
+from vlmprune_jax.hf.disk.checkpoint import Checkpoint
+from vlmprune_jax.hf.disk.tensors import bytes_on_disk
+from vlmprune_jax.hf.lazy import open_model
+from vlmprune_jax.hf.read import resolve
 from vlmprune_jax.models.flops import forward_flops, head_of, positions_of, seen, tower_pairs, weight_flops
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune.solver import Costs, OutOfReach, layer_costs
@@ -73,6 +80,23 @@ def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
     if "decode_ms" in budget.limits:
         _check_curve(budget.curve, count_params(cfg))
     return lambda now: {name: found[name](now) for name in budget.limits}
+
+
+def with_other_bytes(budget: Budget) -> Budget:
+    """Return a budget with the bytes that its `source_dir` adds to (or takes from) an export, in place of the folder.
+
+    Raises:
+      UserError: the folder cannot be read or exported.
+    """
+    if budget.source_dir is None or budget.disk_bytes is None:
+        return dataclasses.replace(budget, source_dir=None, vision_dir=None)
+    source = resolve(budget.source_dir)
+    model = open_model(source, None if budget.vision_dir is None else resolve(budget.vision_dir))
+    target = make_target(model.cfg, source, budget.layout, budget.uneven, budget.dtype)
+    tensors = make_tensors(model, target, Checkpoint(source), budget.dtype)
+    computed = costs_of(model.cfg, dtype=budget.dtype, uneven=budget.uneven, length=1, images=0)["file_bytes"]
+    other = bytes_on_disk(tensors, MAX_SHARD_BYTES) - computed
+    return dataclasses.replace(budget, other_bytes=other, layout="source", source_dir=None, vision_dir=None)
 
 
 def _check_curve(curve: Sequence[Sequence[float]], whole: int) -> None:

@@ -17,7 +17,7 @@ from vlmprune_jax.export.loads import check_loads, keeps_heads
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model, config_of
 from vlmprune_jax.prune.config import PlanConfig
-from vlmprune_jax.prune.cost import least_ratio, make_measure
+from vlmprune_jax.prune.cost import least_ratio, make_measure, with_other_bytes
 from vlmprune_jax.prune.fingerprint import shape_digest
 from vlmprune_jax.prune.plan import KeptStack, PrunePlan
 from vlmprune_jax.prune.scores import Scores
@@ -83,7 +83,8 @@ def make_plan(
 def _configured(config: PlanConfig | None, options: Mapping[str, Any]) -> PlanConfig:
     whole = {name: () for name in ("attn_layers", "mlp_layers") if options.get(name) == "all"}
     options = {**options, **whole}
-    return override(PlanConfig() if config is None else config, options, "make_plan", offered=False)
+    config = override(PlanConfig() if config is None else config, options, "make_plan", offered=False)
+    return dataclasses.replace(config, budget=with_other_bytes(config.budget))
 
 
 def plan_stacks(

@@ -11,19 +11,13 @@ import msgspec
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.core.files import Count, Finite
-from vlmprune_jax.core.weight_files import DTYPES
 from vlmprune_jax.data import inputs
 from vlmprune_jax.data.batching import Batch
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.distributed.mesh import on_process_zero
-from vlmprune_jax.experiment.arguments import export_dtype, plan_config
+from vlmprune_jax.experiment.arguments import plan_config
 from vlmprune_jax.experiment.spec import PruneSpec, ScoreSpec, affecting
 from vlmprune_jax.export.config import ExportSpec
-from vlmprune_jax.export.folder import MAX_SHARD_BYTES, make_tensors
-from vlmprune_jax.export.target import make_target
-from vlmprune_jax.export.uneven import padded_stacks
-from vlmprune_jax.hf.disk.checkpoint import Checkpoint
-from vlmprune_jax.hf.disk.tensors import bytes_on_disk
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune import CRITERIA, KeptStack, PrunePlan, Scores, prune_folder, prune_iteratively
 from vlmprune_jax.prune.cost import amount
@@ -113,7 +107,7 @@ def _prune_files(
     scores = [first if not second else (first, second[0]) for first, *second in loaded]
     cfg = work.config(work.teacher)
     with error_context(" and ".join(str(work.folder / name) for name in criteria_of(score, spec))):
-        plan = plan_stacks(scores, cfg, _plan_config(work, spec, export, cfg))
+        plan = plan_stacks(scores, cfg, _plan_config(work, spec, export))
     on_process_zero(
         lambda: prune_folder(work.teacher, plan, work.out, vision_dir=work.model.vision_dir, dtype=work.model.dtype)
     )
@@ -134,7 +128,7 @@ def _prune_in_steps(
     pruned, plan, _ = prune_iteratively(
         model,
         batches,
-        _plan_config(work, spec, export, model.cfg),
+        _plan_config(work, spec, export),
         steps=spec.steps,
         criterion=score.width,
         scores=scores,
@@ -145,21 +139,18 @@ def _prune_in_steps(
     return plan, model.cfg
 
 
-def _plan_config(work: Work, spec: PruneSpec, export: ExportSpec, cfg: ModelConfig) -> PruneSpec:
-    """Return `plan_config`; a limit on exported bytes also gets the size of weights that are exported unchanged."""
+def _plan_config(work: Work, spec: PruneSpec, export: ExportSpec) -> PruneSpec:
+    """Return `plan_config`; a limit on exported bytes counts all that is exported."""
     config = plan_config(spec, work.model, export)
     if config.budget.disk_bytes is not None:
-        source, dtype = work.teacher, export_dtype(work.model, export)
         if export.format != "huggingface" or export.quantize != "none":
             raise UserError(
                 "prune.budget.disk_bytes counts the bytes of a folder of plain weights, and export.format and "
                 "export.quantize ask for others: leave it out"
             )
-        target = make_target(cfg, source, export.layout, export.uneven, dtype)
-        tensors = make_tensors(work.open_model(source), target, Checkpoint(source), dtype)
-        computed = padded_stacks(cfg) if export.uneven == "pad" else cfg
-        other = bytes_on_disk(tensors, MAX_SHARD_BYTES) - count_params(computed) * DTYPES[dtype].itemsize
-        config = dataclasses.replace(config, budget=dataclasses.replace(config.budget, other_bytes=other))
+        source, tower = str(work.teacher), work.model.vision_dir
+        budget = dataclasses.replace(config.budget, layout=export.layout, source_dir=source, vision_dir=tower)
+        config = dataclasses.replace(config, budget=budget)
     return config
 
 
