@@ -51,6 +51,11 @@ def test_a_difference_is_noticed():
     assert differences(vp.gptq, ExportSpec, set())[1] >= 3
 
 
+def test_save_names_every_setting_of_the_export():
+    configs = {"rounding", "base_model", "push_to_hub"}  # settings that only configs have
+    assert settings_of(ExportSpec).keys() - inspect.signature(vp.save).parameters.keys() == configs
+
+
 @pytest.mark.parametrize(
     ("kind", "section"),
     [(ScoreConfig, "score"), (PlanConfig, "prune"), (ReconstructConfig, "reconstruct"), (SpeedConfig, "speed")],

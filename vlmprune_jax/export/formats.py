@@ -37,7 +37,7 @@ def choose_format(name: str, values: Mapping[str, Any]) -> tuple[Format, Any]:
     chosen = next((f for f in extensions if f.storage is not None and isinstance(storage, f.storage)), base)
     if quantize not in base.quantizations:
         chosen = next((extension for extension in extensions if quantize in extension.quantizations), base)
-    if "quantize" in values and quantize not in chosen.quantizations:
+    if quantize != "none" and quantize not in chosen.quantizations:
         known = dict.fromkeys(known for f in (base, *extensions) for known in f.quantizations)
         raise UserError(f"quantize {quantize!r} is not for format {name!r} (there is {', '.join(known)})")
     own = settings_of(chosen.options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from jax.experimental import multihost_utils
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.export.card import license_of, model_name, write_card
-from vlmprune_jax.export.format import Comparison, Origin
+from vlmprune_jax.export.format import Comparison, Format, Importance, Origin
 from vlmprune_jax.export.formats import choose_format
 from vlmprune_jax.export.target import Plan, copy_always
 from vlmprune_jax.hf.disk.atomic import atomic_folder, check_space, check_target
+from vlmprune_jax.hf.disk.storage import Storage
 from vlmprune_jax.hf.read import resolve
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model
@@ -28,6 +29,15 @@ def save(
     *,
     source_dir: str | Path,
     format: str = "huggingface",
+    layout: str = "source",
+    uneven: str = "per_layer",
+    dtype: str = "bfloat16",
+    quantize: str = "none",
+    group_size: int | None = None,
+    symmetric: bool = True,
+    storage: Storage | None = None,
+    imatrix: bool | Importance = False,
+    rolled_positions: bool = False,
     overwrite: bool = False,
     plan: Plan | None = None,
     name: str | None = None,
@@ -38,39 +48,62 @@ def save(
     benchmarks: Sequence[Sequence[str]] = (),
     **options: Any,
 ) -> None:
-    """Write a model in an export format, by default as a Hugging Face folder. The output appears whole or not at all.
+    """Write a model in an export format. The output appears whole or not at all.
 
     Process 0 writes. If arrays are split over processes, every process must call this function.
 
     Args:
       model: the model; adapters must be merged (`recovery.merge_lora`).
       out_dir: the new folder.
-      source_dir: the folder that the model came from. Spelling of the keys, unknown config fields, tokenizer,
-        processor, chat template, generation config, and tensors that are not computed with are copied from it.
+      source_dir: the folder that the model came from, whose tokenizer, processor and unused tensors are copied.
       format: name in `vp.formats`: "huggingface", "compressed-tensors" (integers), or "gguf" (for llama.cpp).
+      layout: keys and config of "source", or of the stock class of "transformers".
+      uneven: layers of unequal width get their true sizes ("per_layer") or zeros ("pad"), or are refused ("refuse").
+      dtype: data type of the written weights, whatever `vp.load` computes in: "bfloat16" as checkpoints are published,
+        "float32" (keeps every bit of the default of `vp.load`), "float16", or "source" (that of each tensor there).
+      quantize: "w8a16", "w4a16" or "w8a8" for Hugging Face folders; "q8_0", "q5_1" or "q4_0" for GGUF.
+      group_size: values of a row that share a scale, with w8a16 and w4a16 (None = see `help export.group_size`).
+      symmetric: False adds zero points to w8a16 and w4a16.
+      storage: storage of weights that it holds, such as `vp.gptq(...)`; for Hugging Face folders.
+      imatrix: `vp.importance(...)`, to write the importance file of llama-quantize as well; for GGUF.
+      rolled_positions: True for builds of llama.cpp that put the tower's class token last; for GGUF.
       overwrite: replace an existing model folder.
       plan: the prune plan, written beside the weights as plan.json.
-      name: name of the unpruned model on the model card, a hub id if it has one; None takes that of `source_dir`.
-      license: license on the model card, as the hub names it; None takes that of `source_dir`'s card.
+      name: name of the unpruned model on the model card, a hub id if it has one (None = that of `source_dir`).
+      license: license on the model card, as the hub names it (None = that of `source_dir`'s card).
       datasets: names of the training data on the model card, hub ids if they have one.
-      reconstructed, recovered: steps after pruning that the model card names.
-      benchmarks: rows of the model card's table, as text: name, unpruned score, score of this model, retained % and
-        its interval, of each evaluation set.
-      **options: options of the format, named as the settings `export.NAME`: layout, uneven, dtype, quantize,
-        group_size, symmetric and rolled_positions, with the same defaults. Results of calibration are objects here:
-        storage=vp.gptq(...) for folders, and imatrix=vp.importance(...) for GGUF. `dtype` is "bfloat16" by default,
-        as checkpoints are published, whatever type `vp.load` computes in (by default float32, for scores and
-        training): dtype="float32" keeps every bit.
+      reconstructed, recovered: True if the model card names these steps after pruning.
+      benchmarks: rows of the model card's table: evaluation set, unpruned and own score, retained % and its interval.
+      **options: options of a format of your own.
 
     Raises:
       UserError: out_dir exists, source_dir is not this model's, options do not fit, weights are not finite, or the
         disk is full.
     """
-    out, source = Path(out_dir), resolve(source_dir)
-    chosen, settings = choose_format(format, options)
+    options |= {"layout": layout, "uneven": uneven, "dtype": dtype, "quantize": quantize, "group_size": group_size}
+    options |= {"symmetric": symmetric, "storage": storage, "imatrix": imatrix, "rolled_positions": rolled_positions}
+    chosen, source = choose_format(format, options), resolve(source_dir)
+    steps = [step for step, done in (("reconstructed", reconstructed), ("recovered", recovered)) if done]
+    licenses = license_of(source) if license is None else {"license": license}
+    card = {"steps": steps, "license": licenses, "datasets": datasets, "benchmarks": benchmarks}
+    _write(model, Path(out_dir), source, *chosen, overwrite, plan, name or model_name(source), card)
+
+
+def _write(
+    model: Model,
+    out: Path,
+    source: Path,
+    chosen: Format,
+    settings: Any,
+    overwrite: bool,
+    plan: Plan | None,
+    name: str,
+    card: Mapping[str, Any],
+) -> None:
+    """Write a model in the chosen format with its settings; `card` has arguments of `write_card`."""
     if model.cfg.lora is not None:
         raise UserError("the model has unmerged LoRA adapters: merge them first (recovery.merge_lora)")
-    name, pruned = name or model_name(source), plan is not None or os.path.lexists(source / "plan.json")
+    pruned = plan is not None or os.path.lexists(source / "plan.json")
     contents = chosen.prepare(model, Origin(source, f"{name}-pruned" if pruned else name), settings)
     split = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in flatten(model.params).values())
 
@@ -86,19 +119,7 @@ def save(
         with atomic_folder(out) as folder:
             contents.write(folder)
             copy_always(source, folder, plan)
-            steps = [step for step, done in (("reconstructed", reconstructed), ("recovered", recovered)) if done]
-            loading = contents.card(folder)
-            write_card(
-                folder,
-                model.cfg,
-                name,
-                steps,
-                loading=loading,
-                library=chosen.library,
-                license=license_of(source) if license is None else {"license": license},
-                datasets=datasets,
-                benchmarks=benchmarks,
-            )
+            write_card(folder, model.cfg, name, loading=contents.card(folder), library=chosen.library, **card)
     if split:
         for tensor in () if is_main_process() else contents.tensors:
             tensor.fetch()  # gathering split arrays takes all processes, in the same order
