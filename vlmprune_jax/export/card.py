@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
@@ -72,11 +72,13 @@ def write_card(
     folder: Path,
     cfg: ModelConfig,
     name: str,
-    steps: Sequence[str],
+    source: Path,
     *,
     loading: str,
     library: str,
-    license: Mapping[str, str],
+    reconstructed: bool = False,
+    recovered: bool = False,
+    license: str | None = None,
     datasets: Sequence[str] = (),
     benchmarks: Sequence[Sequence[str]] = (),
 ) -> None:
@@ -86,19 +88,19 @@ def write_card(
       folder: the exported folder.
       cfg: the exported model.
       name: name of the model before pruning.
-      steps: steps after pruning, of "reconstructed" and "recovered".
+      source: the folder that the model came from.
       loading: text of the section "Loading".
       library: name of the library that loads the folder.
-      license: license fields of the metadata.
-      datasets: training data, hub ids or other names.
-      benchmarks: rows of the evaluation table (see `save`).
+      reconstructed, recovered, license, datasets, benchmarks: see `save`.
     """
     plan_file = folder / "plan.json"
     plan = read_json(plan_file, _Plan, todo="move it away") if os.path.lexists(plan_file) else None
+    steps = [step for step, done in (("reconstructed", reconstructed), ("recovered", recovered)) if done]
     all_steps = [*(["pruned"] if plan else []), *steps]
     fields = {"library_name": library, "pipeline_tag": _task(cfg), **({"base_model": name} if "/" in name else {})}
     listed = [one for one in datasets if "/" in one]
-    metadata = [f"{field}: {value}" for field, value in (fields | dict(license)).items()]
+    fields |= license_of(source) if license is None else {"license": license}
+    metadata = [f"{field}: {value}" for field, value in fields.items()]
     metadata += [f"datasets: [{', '.join(listed)}]"] if listed else []
     try:
         removed, table = _removed(plan), _table(cfg, plan)

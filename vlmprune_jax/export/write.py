@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
-from vlmprune_jax.export.card import license_of, model_name, write_card
+from vlmprune_jax.export.card import model_name, write_card
 from vlmprune_jax.export.format import Comparison, Format, Importance, Origin
 from vlmprune_jax.export.formats import choose_format
 from vlmprune_jax.export.target import Plan, copy_always
@@ -59,8 +59,7 @@ def save(
       format: name in `vp.formats`: "huggingface", "compressed-tensors" (integers), or "gguf" (for llama.cpp).
       layout: keys and config of "source", or of the stock class of "transformers".
       uneven: layers of unequal width get their true sizes ("per_layer") or zeros ("pad"), or are refused ("refuse").
-      dtype: data type of the written weights, whatever `vp.load` computes in: "bfloat16" as checkpoints are published,
-        "float32" (keeps every bit of the default of `vp.load`), "float16", or "source" (that of each tensor there).
+      dtype: type of the written weights: "bfloat16", "float16", "float32" (all bits that `vp.load` reads), or "source".
       quantize: "w8a16", "w4a16" or "w8a8" for Hugging Face folders; "q8_0", "q5_1" or "q4_0" for GGUF.
       group_size: values of a row that share a scale, with w8a16 and w4a16 (None = see `help export.group_size`).
       symmetric: False adds zero points to w8a16 and w4a16.
@@ -77,16 +76,13 @@ def save(
       **options: options of a format of your own.
 
     Raises:
-      UserError: out_dir exists, source_dir is not this model's, options do not fit, weights are not finite, or the
-        disk is full.
+      UserError: out_dir exists, source_dir is not this model's, an option or weight does not fit, or the disk is full.
     """
     options |= {"layout": layout, "uneven": uneven, "dtype": dtype, "quantize": quantize, "group_size": group_size}
     options |= {"symmetric": symmetric, "storage": storage, "imatrix": imatrix, "rolled_positions": rolled_positions}
-    chosen, source = choose_format(format, options), resolve(source_dir)
-    steps = [step for step, done in (("reconstructed", reconstructed), ("recovered", recovered)) if done]
-    licenses = license_of(source) if license is None else {"license": license}
-    card = {"steps": steps, "license": licenses, "datasets": datasets, "benchmarks": benchmarks}
-    _write(model, Path(out_dir), source, *chosen, overwrite, plan, name or model_name(source), card)
+    card: dict[str, Any] = {"reconstructed": reconstructed, "recovered": recovered}
+    card |= {"license": license, "datasets": datasets, "benchmarks": benchmarks}
+    _write(model, Path(out_dir), resolve(source_dir), *choose_format(format, options), overwrite, plan, name, card)
 
 
 def _write(
@@ -97,13 +93,13 @@ def _write(
     settings: Any,
     overwrite: bool,
     plan: Plan | None,
-    name: str,
+    name: str | None,
     card: Mapping[str, Any],
 ) -> None:
     """Write a model in the chosen format with its settings; `card` has arguments of `write_card`."""
     if model.cfg.lora is not None:
         raise UserError("the model has unmerged LoRA adapters: merge them first (recovery.merge_lora)")
-    pruned = plan is not None or os.path.lexists(source / "plan.json")
+    name, pruned = name or model_name(source), plan is not None or os.path.lexists(source / "plan.json")
     contents = chosen.prepare(model, Origin(source, f"{name}-pruned" if pruned else name), settings)
     split = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in flatten(model.params).values())
 
@@ -119,7 +115,7 @@ def _write(
         with atomic_folder(out) as folder:
             contents.write(folder)
             copy_always(source, folder, plan)
-            write_card(folder, model.cfg, name, loading=contents.card(folder), library=chosen.library, **card)
+            write_card(folder, model.cfg, name, source, loading=contents.card(folder), library=chosen.library, **card)
     if split:
         for tensor in () if is_main_process() else contents.tensors:
             tensor.fetch()  # gathering split arrays takes all processes, in the same order
