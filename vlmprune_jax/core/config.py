@@ -60,7 +60,8 @@ class Stack:
     each branch, "after" it (its output is normalised before it is added to the stream) or "both"; norms multiply by
     their weight + `norm_offset`. `block` is "sequential", or "parallel" for x + attention(norm x) + mlp(norm x).
     `mlp_kind` is "gated" or "plain" (two projections). `qk_norm` normalises every query and key head; `layer_scale`
-    scales what a branch adds, channel by channel.
+    scales what a branch adds, channel by channel. Attention scores are multiplied by `query_scale` (0: head_dim **
+    -0.5).
     """
 
     causal: ClassVar[bool] = False  # whether a position sees only itself and those before it
@@ -81,6 +82,7 @@ class Stack:
     block: str = "sequential"
     norm_place: str = "before"
     norm_offset: float = 0.0
+    query_scale: float = 0.0
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
@@ -112,6 +114,9 @@ class TextConfig(Stack):
 
     The first `rotary_dim` channels of every head are rotated. `decoder` is the `model_type` in files, and `whole_heads`
     says that its PyTorch class derives the size of a head as hidden_size / heads.
+
+    Embeddings of tokens are multiplied by `embed_scale`. Layers with a window rotate by `window_rope` (None: by `rope`,
+    as all others). With `sees_images` the tokens of an image also see those that follow them in the same image.
     """
 
     causal: ClassVar[bool] = True
@@ -123,6 +128,9 @@ class TextConfig(Stack):
     rotary_dim: int
     head_bias: bool = False
     whole_heads: bool = False
+    embed_scale: float = 1.0
+    window_rope: RopeConfig | None = None
+    sees_images: bool = False
     decoder: str = field(kw_only=True)
     norm: str = field(default="rms", kw_only=True)
     mlp_kind: str = field(default="gated", kw_only=True)
@@ -251,10 +259,12 @@ class ProjectorConfig:
       pixel_shuffle: InternVL's; a layer norm (`norm_eps`), then two layers.
       linear: SmolVLM's single layer without activation.
       merger: Qwen-VL's; a norm before patches are joined, then two layers of the joined width.
+      pool: Gemma's; the mean of neighbours, a norm (`norm`, `norm_eps`, `norm_offset`), and one layer without
+        activation, whose matrix is stored [inputs, outputs] with `inputs_first`.
 
-    All but "mlp" first join `downsample` x `downsample` neighbours into one longer feature (`shuffle_version` "v1"
-    transposes the cells, "v2" does not). `deepstack` is the number of further mergers, with a layer norm after joining,
-    in the order of the tower's deepstack blocks.
+    All but "mlp" first join `downsample` x `downsample` neighbours into one longer feature, or their mean
+    (`shuffle_version` "v1" transposes the cells, "v2" does not). `deepstack` is the number of further mergers, with a
+    layer norm after joining, in the order of the tower's deepstack blocks.
     """
 
     activation: str
@@ -265,15 +275,22 @@ class ProjectorConfig:
     shuffle_version: str = "v2"
     norm: str = "layer"
     deepstack: int = 0
+    norm_offset: float = 0.0
+    inputs_first: bool = False
 
     def __post_init__(self) -> None:
         if self.shuffle_version not in ("v1", "v2"):
             raise UserError(f"ps_version {self.shuffle_version!r} is not one of v1, v2")
 
     @property
+    def pools(self) -> bool:
+        """True if the mean of neighbouring patches is one feature."""
+        return self.kind == "pool"
+
+    @property
     def shuffles(self) -> bool:
         """True if neighbouring patches are joined into one feature."""
-        return self.kind != "mlp"
+        return self.kind not in ("mlp", "pool")
 
 
 @dataclass(frozen=True)
@@ -337,7 +354,7 @@ class ModelConfig:
         """(tokens, features) of one image or tile before the projector; (0, 0) without a vision tower."""
         if self.vision is None or self.projector is None:
             return 0, 0
-        width = self.vision.hidden_size * self.projector.downsample**2
+        width = self.vision.hidden_size * (1 if self.projector.pools else self.projector.downsample**2)
         return self.tokens_per_image, width * (1 + self.projector.deepstack)
 
     @property

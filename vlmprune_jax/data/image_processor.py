@@ -17,7 +17,7 @@ from vlmprune_jax.families import FAMILIES
 from vlmprune_jax.families.tiles import MAX_SIDE
 
 # Values of `Family.images` for which the transformers classes are not used.
-_CUT = ("tiles", "splits", "patches")
+_CUT = ("tiles", "splits", "crops", "patches")
 _SUFFIXES = ("ImageProcessor", "ImageProcessorPil", "ImageProcessorFast", "FeatureExtractor")
 _TODO = "restore it from the model's source"
 
@@ -61,6 +61,10 @@ class ProcessorFile(TypedDict, total=False):
     max_image_size: _AnySize
     min_patches: _Count
     max_patches: _Count
+    do_pan_and_scan: bool | None
+    pan_and_scan_min_crop_size: _Count
+    pan_and_scan_max_num_crops: Annotated[int, Meta(ge=2, le=100)] | None
+    pan_and_scan_min_ratio_to_activate: Annotated[float, Meta(ge=1, le=1000)] | None
 
 
 class _Areas(TypedDict, total=False):

@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from vlmprune_jax.core.errors import UserError, reason
 from vlmprune_jax.core.files import IMAGE_FORMATS, open_image, read_json, reading
+from vlmprune_jax.data.cropping import cropping_from_processor
 from vlmprune_jax.data.image_processor import checked_processor, make_processor, processor_settings, sides, way_of
 from vlmprune_jax.data.patching import Patching, patching_from_processor
 from vlmprune_jax.data.records import StoredImage
@@ -368,5 +369,6 @@ def _preparation(folder: Path, aspect_ratio: str, image_size: int | None) -> tup
 _PREPARATIONS: dict[str, Callable[[Mapping[str, Any], str], Preparation]] = {
     "tiles": tiling_from_processor,
     "splits": splitting_from_processor,
+    "crops": cropping_from_processor,
     "patches": patching_from_processor,
 }

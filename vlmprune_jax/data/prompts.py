@@ -81,6 +81,8 @@ def choose_template(
             f"template {template.name}: the tokenizer lacks {', '.join(missing)}: set data.template to one of "
             f"{', '.join(other for other in templates() if other != template.name)}, or use the model's own tokenizer"
         )
+    if template.start == tokenizer.bos_token and tokenizer("")["input_ids"] == [tokenizer.bos_token_id]:
+        return replace(template, start="")  # the tokenizer adds it
     return template
 
 
@@ -96,6 +98,7 @@ def render(turns: Sequence[tuple[str, str]], template: Template, *, has_image: b
     for speaker, content in turns:
         if has_image and template.image_first:
             content = move_images_first(content, template.behind_image)
+        content = content.strip() if template.strips else content
         if has_image and template.tight_image:
             content = re.sub(rf"\s*{IMAGE_TOKEN}\s*", IMAGE_TOKEN, content)
         role, end = (

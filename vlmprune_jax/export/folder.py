@@ -101,6 +101,7 @@ def make_tensors(
             spelled, stored = stock_tower_key(key, vision_of(target.cfg)), source_tensor[1]
         else:
             spelled, stored = spelling.get(template(key), (template(key), source_tensor[1]))
+            spelled = template(key) if family.respells else spelled
             spelled = spelled.replace("{}", str(parts[0].layer))
             stored = source.entries[spelled].dtype if spelled in source.entries else stored
         stored = stored if dtype == "source" else file_name(dtype)

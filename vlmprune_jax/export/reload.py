@@ -264,6 +264,8 @@ def _torch_logits(folder: Path, inputs: dict[str, Any]) -> np.ndarray:
         inputs = inputs | {"pixel_values": inputs["pixel_values"][:, None]}
     takes = inspect.signature(stock_class.forward).parameters  # version 4 finds images by token id
     inputs = {name: array for name, array in inputs.items() if name != "mm_token_type_ids" or name in takes}
+    if "token_type_ids" in takes:  # without it, images would not see themselves
+        inputs["token_type_ids"] = (inputs["input_ids"] == family.from_hf(config, None).image_token_id).astype(np.int64)
     tensors = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in inputs.items()}
     with torch.inference_mode():
         return loaded.eval()(**tensors).logits.numpy()

@@ -8,6 +8,7 @@ from typing import Any
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.families.bunny import BUNNY
+from vlmprune_jax.families.gemma3 import GEMMA3
 from vlmprune_jax.families.internvl import INTERNVL_HF, INTERNVL_ORIGINAL
 from vlmprune_jax.families.llama import LLAMA
 from vlmprune_jax.families.llava import LLAVA_HF, LLAVA_ORIGINAL
@@ -32,6 +33,7 @@ FAMILIES.update(
         "smolvlm": SMOLVLM,
         "qwen3_vl": QWEN3_VL,
         "qwen2_5_vl": QWEN2_5_VL,
+        "gemma3": GEMMA3,
         **{family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI, PHI3)},
     }
 )

@@ -51,7 +51,8 @@ _KINDS: tuple[_Kind, ...] = (
         ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings",
          "num_channels", "scale_factor", "min_dynamic_patch", "max_dynamic_patch", "num_heads", "in_channels",
          "spatial_merge_size", "temporal_patch_size", "window_size", "out_hidden_size", "num_position_embeddings"),
-        ("num_key_value_heads", "head_dim", "sliding_window", "original_max_position_embeddings"),
+        ("num_key_value_heads", "head_dim", "sliding_window", "original_max_position_embeddings",
+         "sliding_window_pattern", "mm_tokens_per_image"),
     ),
     (f"a whole number from 1 to {MAX_LAYERS}", lambda v: _whole(v, MAX_LAYERS), ("num_hidden_layers", "depth"), ()),
     (
@@ -65,7 +66,8 @@ _KINDS: tuple[_Kind, ...] = (
         "a number above 0",
         _positive,
         ("rope_theta", "downsample_ratio", "factor", "low_freq_factor", "high_freq_factor"),
-        ("partial_rotary_factor", "attention_factor", "beta_fast", "beta_slow"),
+        ("partial_rotary_factor", "attention_factor", "beta_fast", "beta_slow", "rope_local_base_freq",
+         "query_pre_attn_scalar"),
     ),
     ("an integer", _integer, ("mm_vision_select_layer", "select_layer"), ("max_window_layers", "mm_hidden_size")),
     ("an integer", lambda v: _integer(v) or _list_of(_integer, v), ("vision_feature_layer",), ()),
@@ -97,12 +99,13 @@ _KINDS: tuple[_Kind, ...] = (
         (),
         ("tie_word_embeddings", "attention_bias", "mlp_bias", "qkv_bias", "use_sliding_window", "qk_layernorm",
          "multimodal_projector_bias", "use_s2", "qk_normalization", "use_qk_norm", "use_mean_pooling",
-         "use_absolute_position_embeddings", "vision_use_head", "dynamic_image_size", "use_thumbnail", "pad2square"),
+         "use_absolute_position_embeddings", "vision_use_head", "dynamic_image_size", "use_thumbnail", "pad2square",
+         "use_bidirectional_attention"),
     ),
     (
         "a text",
         lambda v: isinstance(v, str),
-        ("model_type", "hidden_act", "projector_hidden_act", "rope_type", "type", "ps_version"),
+        ("model_type", "hidden_act", "hidden_activation", "projector_hidden_act", "rope_type", "type", "ps_version"),
         ("template", "mm_projector_type", "mm_vision_tower", "norm_type", "mm_vision_select_feature",
          "vision_feature_select_strategy", "image_aspect_ratio", "transformers_version"),
     ),
@@ -110,13 +113,15 @@ _KINDS: tuple[_Kind, ...] = (
         "an object",
         lambda v: isinstance(v, dict),
         (),
-        ("text_config", "llm_config", "vision_config", "rope_scaling", "rope_parameters"),
+        ("text_config", "llm_config", "vision_config", "rope_scaling", "rope_parameters", "full_attention",
+         "sliding_attention"),
     ),
 )  # fmt: skip
 _EXPECTED = {
     name: (text, test, name in nullable) for text, test, required, nullable in _KINDS for name in (*required, *nullable)
 }
-_SECTIONS = ("text_config", "llm_config", "vision_config", "rope_scaling", "rope_parameters")
+_SECTIONS = ("text_config", "llm_config", "vision_config", "rope_scaling", "rope_parameters", "full_attention",
+             "sliding_attention")  # fmt: skip
 
 
 def check_fields(config: Mapping[str, Any], where: str, prefix: str = "") -> None:

@@ -119,14 +119,16 @@ class Family:
     Weights: `weights(cfg)` has one line per tensor. `renames` are ordered (regex, replacement) pairs that turn every
     accepted spelling of a key into the table's. Keys that match `ignored` are neither loaded nor refused, and are
     copied on export. `modules` are pairs that turn the table's spelling into names of modules in memory in
-    transformers. With `separate_vision` the tower may be a folder of its own; without `holds_tower` it always is.
+    transformers. With `respells` exports have the table's spelling, whatever their source's (some versions silently
+    ignore other ones). With `separate_vision` the tower may be a folder of its own; without `holds_tower` it always is.
 
     Tokens and prompt: `token_names` are pairs (field, token): config fields of `from_hf` that get the id of a token of
     the folder's tokenizer, if it has that token. Models were trained with the first of `templates`, unless
     `template_field` of config.json names another.
 
     Images: `image_processors` are transformers classes (without suffix) that `data/images.py` can run. `images` is
-    "whole", "tiles" (best-fitting grid), "splits" (pieces at the image's own size) or "patches" (any size).
+    "whole", "tiles" (best-fitting grid), "splits" (pieces at the image's own size), "crops" (pan and scan) or "patches"
+    (any size).
     `tiling(config, where)` reads the tiling from config.json. `pixels(size)` returns processor settings if the folder
     has no file.
 
@@ -145,6 +147,7 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     modules: tuple[tuple[str, str], ...] = ()
+    respells: bool = False
     separate_vision: bool = False
     holds_tower: bool = True
     token_names: tuple[tuple[str, str], ...] = ()

@@ -13,11 +13,13 @@ class Template:
 
     Placement of images: `image_first` moves a turn's placeholders in front of its stripped text, each followed by
     `behind_image`. `image_lead` puts a placeholder in front of the first turn if a record's only image has none there.
-    `tight_image` removes white space around images, and the gap before an image that begins a turn.
+    `tight_image` removes white space around images, and the gap before an image that begins a turn. `strips` removes
+    white space around the text of every turn.
 
     Text of images: with `image_tokens` (start, context, end), an image is written as these tokens, the context token
     once per position; otherwise the text is tokenised piece by piece between images. With `tile_start` ({row} and
-    {column} count from 1), tiles are written separately, with `row_end` after each row and before the overview.
+    {column} count from 1), tiles are written separately, with `row_end` after each row and before the overview. With
+    `crops` the whole image precedes its crops, which stand for {image} and, with spaces between them, {crops}.
 
     Labels: with `by_turn` an empty turn keeps its end, and every answer is trained from its gap to its end token,
     without the white space after it; otherwise labels are found by the end tokens in the whole text.
@@ -42,6 +44,8 @@ class Template:
     tight_image: bool = False
     image_tokens: tuple[str, str, str] | None = None
     tile_start: str = ""
+    crops: str = ""
+    strips: bool = False
     row_end: str = ""
     padding_mark: str | None = None
     by_turn: bool = False
@@ -52,8 +56,10 @@ class Template:
         """Return the text of an image: one context token for all tiles, or one per tile with `tile_start`."""
         assert self.image_tokens is not None
         whole, context = "".join(self.image_tokens), self.image_tokens[1]
-        if not self.tile_start or image.slots == 1:
+        if image.slots == 1 or not (self.tile_start or self.crops):
             return whole
+        if self.crops:
+            return self.crops.format(image=whole, crops=" ".join([whole] * (image.slots - 1)))
         text = ""
         for row in range(1, image.rows + 1):
             starts = [self.tile_start.format(row=row, column=column) for column in range(1, image.columns + 1)]
@@ -62,7 +68,7 @@ class Template:
 
     def context_tokens(self, image: ImageShape) -> int:
         """Return the number of context tokens in `image_text` (1 without `image_tokens`)."""
-        return 1 if self.image_tokens is None or not self.tile_start else image.slots
+        return image.slots if self.image_tokens is not None and (self.tile_start or self.crops) else 1
 
 
 # LLaVA's template, which is Vicuna's and the default of families.

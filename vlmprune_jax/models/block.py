@@ -50,15 +50,15 @@ class Context(NamedTuple):
     """Inputs that all blocks of one forward pass share.
 
     `masks`: per attention window (0 = none) bool[batch, 1, seq, slots], true where a query sees a key (absent or None:
-    everywhere). `cos`, `sin`: float32[batch, seq, rotary / 2] of the rotary embedding (None: none). `valid`:
-    bool[batch, slots], real keys; `segments`: per window int32[batch, seq], a position sees its own segment (kernels
-    take both instead of masks). `slot`: int32[], the first cache slot that this call writes. `dropout_key`: LoRA
-    dropout is on.
+    everywhere). `ropes`: per window (cos, sin), float32[batch, seq, rotary / 2] each, of the rotary embedding (None:
+    none). `valid`: bool[batch, slots], real keys; `segments`: per window int32[batch, seq], a position sees its own
+    segment (kernels take both instead of masks, unless `ahead`: bool[batch, seq, seq], later keys that queries see).
+    `slot`: int32[], the first cache slot that this call writes. `dropout_key`: LoRA dropout is on.
     """
 
     masks: Mapping[int, jax.Array | None]
-    cos: jax.Array | None = None
-    sin: jax.Array | None = None
+    ropes: Mapping[int, tuple[jax.Array, jax.Array]] | None = None
+    ahead: jax.Array | None = None
     valid: jax.Array | None = None
     segments: Mapping[int, jax.Array] | None = None
     slot: Any = 0
@@ -107,6 +107,7 @@ class Attention(nnx.Module):
             return Projection(sizes, out, into, bias=bias, lora=_adapter(lora, name))
 
         self.window, self.causal, self.out_name = shape.window or 0, cfg.causal, names.out
+        self.query_gain = cfg.query_scale * cfg.head_dim**0.5 or 1.0  # attention multiplies by head_dim ** -0.5
         self.q_proj = projection("q_proj", ("q_heads", "head"), (names.axis,), cfg.qkv_bias)
         self.k_proj = projection("k_proj", ("kv_heads", "head"), (names.axis,), cfg.qkv_bias)
         self.v_proj = projection("v_proj", ("kv_heads", "head"), (names.axis,), cfg.qkv_bias)
@@ -124,13 +125,16 @@ class Attention(nnx.Module):
         q, k, v = self.q_proj(x, dropout_masks[0]), self.k_proj(x, dropout_masks[1]), self.v_proj(x, dropout_masks[2])
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if ctx.cos is not None and ctx.sin is not None:
-            q, k = rotate(q, ctx.cos, ctx.sin), rotate(k, ctx.cos, ctx.sin)
+        if self.query_gain != 1:
+            q = q * self.query_gain
+        if ctx.ropes is not None:
+            rope = ctx.ropes[self.window]
+            q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, ctx.slot, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, ctx.slot, axis=1)
             cache = (k, v)
-        if cache is None and for_tpu():
+        if cache is None and ctx.ahead is None and for_tpu():
             segments = None if ctx.segments is None else ctx.segments[self.window]
             mixed = splash_attention(q, k, v, ctx.valid, causal=self.causal, window=self.window, segments=segments)
         else:

@@ -22,13 +22,15 @@ class Table(nnx.Module):
     """`[vocab, embed]` matrix: the input embedding, or the output head (which may have a bias)."""
 
     def __init__(self, cfg: TextConfig, bias: bool = False):
+        self.scale = cfg.embed_scale
         sizes = {"vocab": cfg.vocab_size, "embed": cfg.hidden_size}
         self.weight = declare(sizes, ("vocab", "embed"))
         self.bias = declare(sizes, ("vocab",)) if bias else None
 
     def lookup(self, ids: jax.Array) -> jax.Array:
-        """Return the rows of int[...] ids; sentinels outside the vocabulary give arbitrary ones, to be overwritten."""
-        return jnp.take(self.weight.get_value(), ids, axis=0, mode="clip")
+        """Return the scaled rows of int[...] ids; ids outside the vocabulary give arbitrary ones, to be overwritten."""
+        rows = jnp.take(self.weight.get_value(), ids, axis=0, mode="clip")
+        return rows if self.scale == 1 else rows * jnp.asarray(self.scale, rows.dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Return [..., vocab] of [..., embed]."""
@@ -64,16 +66,28 @@ class Decoder(BlockStack):
         """Return the blocks' context for queries at int[batch, seq] positions, in the slots `slot ...` of the cache.
 
         `mask`: [batch, slots], 1 = real key; without a cache the slots are the sequence. Positions are counted along
-        the mask by default, and may be int[batch, 3, seq], see `rope_tables`.
+        the mask by default, and may be int[batch, 3, seq], see `rope_tables`; or int[batch, 2, seq] with the number of
+        each token's image (0: none), if images fill the first slots and see themselves (`TextConfig.sees_images`).
         """
         if positions is None:
             positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-        cos, sin = rope_tables(self.cfg.rope, self.cfg.rotary_dim, positions)
-        valid = mask.astype(bool)
+        valid, ahead = mask.astype(bool), None
         seen = attention_mask(valid, positions.shape[-1], slot)
         windows = sorted({shape.window or 0 for shape in self.cfg.layers})
+        if self.cfg.sees_images and positions.ndim == 3:
+            positions, image = positions[:, 0], positions[:, 1]
+            keys = jnp.pad(image, ((0, 0), (0, mask.shape[1] - image.shape[1])))
+            ahead = ~seen & valid[:, None] & (keys[:, None] == image[..., None]) & (image[..., None] > 0)
         masks = {size: windowed(seen, size)[:, None] for size in windows}
-        return Context(masks, cos, sin, valid, slot=jnp.asarray(slot, jnp.int32), dropout_key=dropout_key)
+        if ahead is not None:  # a window limits what lies behind
+            masks = {size: own | ahead[:, None] for size, own in masks.items()}
+        tables = rope_tables(self.cfg.rope, self.cfg.rotary_dim, positions)
+        ropes = dict.fromkeys(windows, tables)
+        if self.cfg.window_rope is not None:
+            local = rope_tables(self.cfg.window_rope, self.cfg.rotary_dim, positions)
+            ropes |= {size: local for size in windows if size}
+        slot = jnp.asarray(slot, jnp.int32)
+        return Context(masks, ropes, ahead, valid, slot=slot, dropout_key=dropout_key)
 
     def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
         """Return the context of "attention_mask" and perhaps "position_ids"."""

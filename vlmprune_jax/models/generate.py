@@ -17,6 +17,7 @@ from vlmprune_jax.distributed.mesh import gather_to_host, use_mesh
 from vlmprune_jax.models.block import Cache
 from vlmprune_jax.models.inputs import check_inputs, needed_mask
 from vlmprune_jax.models.patch_rows import check_types, patch_rows
+from vlmprune_jax.models.positions import with_images
 from vlmprune_jax.models.vlm import Embedded, Model, Params, VisionLanguageModel, mesh_of, place_batch, to_nnx
 
 
@@ -41,6 +42,7 @@ def generate(
     pixel_attention_mask: Any = None,
     image_grid_thw: Any = None,
     mm_token_type_ids: Any = None,
+    token_type_ids: Any = None,
     attention_mask: Any = None,
     max_new_tokens: int,
     eos_token_ids: tuple[int, ...] | None = None,
@@ -51,7 +53,7 @@ def generate(
     Args:
       model: the model; sharded parameters give a sharded computation.
       input_ids: int[batch, seq] with image positions already expanded (see `forward`).
-      pixel_values, pixel_attention_mask, image_grid_thw, mm_token_type_ids: see `forward`.
+      pixel_values, pixel_attention_mask, image_grid_thw, mm_token_type_ids, token_type_ids: see `forward`.
       attention_mask: int[batch, seq], 1 = real token; padding may be on either side.
       max_new_tokens: length of the result; generation ends early once every row has ended.
       eos_token_ids: ids that end a row (default: the model's; `()` never ends). The id itself is kept, then come
@@ -71,8 +73,8 @@ def generate(
         check_inputs(model.cfg, input_ids, None)
         host["prefix_ids"], host["prefix_valid"] = _align_right(prefix.input_ids, prefix.attention_mask)
         host["rows"] = np.asarray(prefix.rows, np.int32)
+    check_types(model.cfg, shown_ids, mm_token_type_ids if token_type_ids is None else token_type_ids)
     if model.cfg.any_size:
-        check_types(model.cfg, shown_ids, mm_token_type_ids)
         host |= _patches(model.cfg, host, pixel_values, image_grid_thw)
     eos = model.cfg.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
     first = _until_long(model.cfg, host)
@@ -218,6 +220,8 @@ def _generate(
     if "delta" in arrays:  # images take fewer positions than tokens
         n_real = n_real + arrays["delta"]
         own = arrays["positions"] if start == 0 else own + arrays["delta"]
+    elif start == 0:
+        own = _seen(cfg, arrays, own, arrays["ids"], valid)
     x, _, added = module.embed(arrays["ids"], None) if start else _embed(module, arrays, arrays["ids"])
     empty = module.text.empty_cache(batch, length + max_new_tokens, x.dtype)
     cache = empty if cache is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), cache, empty)
@@ -256,8 +260,16 @@ def _prefill_prefix(module: VisionLanguageModel, arrays: dict[str, Any]) -> tupl
     valid, rows = arrays["prefix_valid"], arrays["rows"]
     x, _, added = _embed(module, arrays, arrays["prefix_ids"])
     cache = module.text.empty_cache(valid.shape[0], valid.shape[1], x.dtype)
-    _, aux = module.text(x, module.text.context(valid, arrays.get("positions")), cache=cache, added=added)
+    positions = _seen(module.cfg, arrays, arrays.get("positions"), arrays["prefix_ids"], valid)
+    _, aux = module.text(x, module.text.context(valid, positions), cache=cache, added=added)
     return jax.tree.map(lambda leaf: leaf[:, rows], aux["cache"]), valid[rows]
+
+
+def _seen(cfg: ModelConfig, arrays: dict[str, Any], positions: Any, ids: jax.Array, valid: jax.Array) -> Any:
+    """Return positions with the numbers of images, if there are some and they see themselves."""
+    if arrays["pixels"] is None or not cfg.text.sees_images:
+        return positions
+    return with_images(positions, ids, valid, cfg.image_token_id)
 
 
 def _embed(module: VisionLanguageModel, arrays: dict[str, Any], ids: jax.Array) -> Embedded:

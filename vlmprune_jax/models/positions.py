@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.core.errors import UserError
@@ -40,6 +41,21 @@ def mrope_positions(
         positions[row][:, real] = found
         deltas[row] = (found.max(initial=-1) + 1) - found.shape[1]
     return positions, deltas
+
+
+def with_images(positions: Any, input_ids: Any, attention_mask: Any, image_token_id: int | None) -> Any:
+    """Return int32[batch, 2, seq]: positions, and the number of each token's image in its row (0: none).
+
+    Images are runs of int[batch, seq] ids `image_token_id`. Positions int[batch, seq] are counted along the mask by
+    default; those that have image numbers are returned as they are.
+    """
+    if positions is not None and positions.ndim == 3:
+        return positions
+    if positions is None:
+        positions = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
+    is_image = jnp.equal(input_ids, jnp.asarray(image_token_id, input_ids.dtype))
+    begins = is_image & ~jnp.pad(is_image[:, :-1], ((0, 0), (1, 0)))
+    return jnp.stack([positions, jnp.where(is_image, jnp.cumsum(begins, axis=1), 0)], axis=1).astype(jnp.int32)
 
 
 def grids_by_row(is_image: np.ndarray, image_grid_thw: Any, merge: int) -> list[list[np.ndarray]]:

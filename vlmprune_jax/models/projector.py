@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlmprune_jax.core.config import ProjectorConfig
-from vlmprune_jax.models.layers import Norm, Projection, activation
+from vlmprune_jax.models.layers import Leaf, Norm, Projection, activation
 
 
 def pixel_shuffle(x: jax.Array, factor: int, version: str) -> jax.Array:
@@ -31,17 +32,26 @@ def merged(x: jax.Array, factor: int) -> jax.Array:
     return x.reshape(*x.shape[:-2], x.shape[-2] // factor**2, -1)
 
 
+def pooled(x: jax.Array, width: int) -> jax.Array:
+    """Return float[..., width], the mean of the features that were joined to float[..., n * width]."""
+    return x.reshape(*x.shape[:-1], -1, width).mean(axis=-2)
+
+
 class Projector(nnx.Module):
     """linear_2(act(linear_1(features))), after a layer norm in InternVL; a single `linear` in SmolVLM.
+
+    In Gemma a norm and a single `linear`, of pooled features.
 
     A merger normalises each patch; the features of its deeper levels (`deepstack`) have mergers of their own.
     """
 
     def __init__(self, cfg: ProjectorConfig, vision_size: int, hidden_size: int):
         into = "shuffled" if cfg.shuffles else "vision"
-        wide = vision_size * cfg.downsample**2
+        wide = vision_size * (1 if cfg.pools else cfg.downsample**2)
         sizes = {into: wide, "projector": hidden_size, "embed": hidden_size}
-        self.linear = Projection(sizes, ("embed",), (into,), bias=cfg.bias) if cfg.kind == "linear" else None
+        self.linear = _linear(cfg, sizes, into) if cfg.kind in ("linear", "pool") else None
+        norm = functools.partial(Norm, sizes, "vision", kind=cfg.norm, eps=cfg.norm_eps, offset=cfg.norm_offset)
+        self.pool_norm = norm() if cfg.pools else None
         self.n_deepstack = cfg.deepstack
         if self.linear is not None:
             return
@@ -49,7 +59,7 @@ class Projector(nnx.Module):
         if merges:
             sizes |= {"projector": wide, "vision": vision_size}
         self.patch_size = vision_size
-        self.patch_norm = Norm(sizes, "vision", kind=cfg.norm, eps=cfg.norm_eps) if merges else None
+        self.patch_norm = norm() if merges else None
         self.layer_norm = Norm(sizes, into, kind="layer", eps=cfg.norm_eps) if cfg.kind == "pixel_shuffle" else None
         self.linear_1 = Projection(sizes, ("projector",), (into,), bias=cfg.bias)
         self.linear_2 = Projection(sizes, ("embed",), ("projector",), bias=cfg.bias)
@@ -60,7 +70,8 @@ class Projector(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return float[..., embed] of float[..., features]."""
         if self.linear is not None:
-            return self.linear(x)
+            x = x if self.pool_norm is None else self.pool_norm(x)
+            return x @ self.linear.weight.get_value() if isinstance(self.linear, Leaf) else self.linear(x)
         if self.patch_norm is not None:
             x = x[..., : self.linear_1.inputs[0]]
             patches = x.reshape(*x.shape[:-1], -1, self.patch_size)
@@ -75,6 +86,12 @@ class Projector(nnx.Module):
             return None
         _, *levels = jnp.split(x, 1 + self.n_deepstack, axis=-1)
         return jnp.stack([self.deepstack[str(i)](level) for i, level in enumerate(levels)])
+
+
+def _linear(cfg: ProjectorConfig, sizes: Mapping[str, int], into: str) -> Projection | Leaf:
+    if cfg.inputs_first:
+        return Leaf(sizes, (into, "embed"))
+    return Projection(sizes, ("embed",), (into,), bias=cfg.bias)
 
 
 class DeepMerger(nnx.Module):

@@ -129,7 +129,8 @@ class VisionTower(BlockStack):
         sides = sorted({shape.window or 0 for shape in cfg.layers})
         segments = {side: windows_of(places, grid, cfg.merge, side) if side else places.image for side in sides}
         masks = {side: (own[:, :, None] == own[:, None])[:, None] for side, own in segments.items()}
-        return Context(masks, *axial_angles(places, cfg.head_dim, cfg.rope_theta), segments=segments)
+        rope = axial_angles(places, cfg.head_dim, cfg.rope_theta)
+        return Context(masks, dict.fromkeys(sides, rope), segments=segments)
 
     def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
         """Return the context of images without padding, or of any size by their "image_grid_thw"."""

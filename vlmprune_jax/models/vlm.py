@@ -21,9 +21,10 @@ from vlmprune_jax.distributed.rules import constrain, sharding
 from vlmprune_jax.models.block import Tap
 from vlmprune_jax.models.decoder import Decoder
 from vlmprune_jax.models.inputs import check_inputs, needed_mask
-from vlmprune_jax.models.patch_rows import patch_rows, real_features
+from vlmprune_jax.models.patch_rows import check_types, patch_rows, real_features
 from vlmprune_jax.models.patches import slot_index
-from vlmprune_jax.models.projector import Projector, merged, pixel_shuffle
+from vlmprune_jax.models.positions import with_images
+from vlmprune_jax.models.projector import Projector, merged, pixel_shuffle, pooled
 from vlmprune_jax.models.stack import BlockStack, fill
 from vlmprune_jax.models.vision import VisionTower
 from vlmprune_jax.models.vocabulary import Head
@@ -157,8 +158,9 @@ def _features(
     states = tower(pixels, None if mask is None else patches_of(mask, tower.cfg.patch_size))
     if cfg.feature_select == "patch":
         states = states[:, 1:]
-    if projector is not None and projector.shuffles:
-        states = pixel_shuffle(states, projector.downsample, projector.shuffle_version)
+    if projector is not None and (projector.shuffles or projector.pools):
+        joined = pixel_shuffle(states, projector.downsample, projector.shuffle_version)
+        states = pooled(joined, states.shape[-1]) if projector.pools else joined
     return states
 
 
@@ -258,6 +260,8 @@ def encode(
         raise UserError(
             "image_grid_thw without position_ids: images have rows and columns (models.positions makes them)"
         )
+    if cfg.text.sees_images and not (pixel_values is None and vision_features is None):
+        position_ids = with_images(position_ids, input_ids, attention_mask, cfg.image_token_id)
     context = module.text.context(attention_mask, position_ids, dropout_key=dropout_key)
     final, aux = module.text(x, context, states=states, tap=tap, tap_inputs=tap_inputs, remat=remat, added=added)
     return final, {**aux, "inputs_embeds": inputs_embeds, "image_features": features, "added": added}
@@ -318,6 +322,7 @@ def forward(
     pixel_attention_mask: Any = None,
     image_grid_thw: Any = None,
     mm_token_type_ids: Any = None,
+    token_type_ids: Any = None,
     attention_mask: Any = None,
     want: Collection[str] = (),
 ) -> tuple[jax.Array, dict[str, Any]]:
@@ -331,7 +336,7 @@ def forward(
       pixel_attention_mask: int of the same shape without the channels, 1 = image, 0 = padding (SmolVLM).
       image_grid_thw: int[images, 3], frames, rows and columns of patches of images of any size; pixel_values are then
         [patches of all images, values], as processors emit them (or both by row, see `patch_rows`).
-      mm_token_type_ids: int[batch, seq] of the same processors; only checked, since the ids contain it.
+      mm_token_type_ids, token_type_ids: int[batch, seq] of processors; only checked, since the ids contain it.
       attention_mask: int[batch, seq], 1 = real token.
       want: names of intermediates: any of "hidden", "image_features", "inputs_embeds".
 
@@ -345,6 +350,7 @@ def forward(
       UserError: an unknown name in `want`, ids outside the vocabulary, or image positions that do not match the images.
     """
     check_inputs(model.cfg, input_ids, pixel_values, image_grid_thw=image_grid_thw, attention_mask=attention_mask)
+    check_types(model.cfg, input_ids, mm_token_type_ids if token_type_ids is None else token_type_ids)
     arrays = {
         "input_ids": input_ids,
         "pixel_values": pixel_values,
@@ -352,8 +358,7 @@ def forward(
         "attention_mask": attention_mask,
     }
     if model.cfg.any_size:
-        images = (pixel_values, image_grid_thw, mm_token_type_ids)
-        arrays |= patch_rows(model.cfg, input_ids, attention_mask, *images)
+        arrays |= patch_rows(model.cfg, input_ids, attention_mask, pixel_values, image_grid_thw)
         del arrays["deltas"]
     mesh = mesh_of(model.params)
     with use_mesh(mesh):

@@ -11,6 +11,7 @@ from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.inputs import check_inputs, needed_mask
 from vlmprune_jax.models.patch_rows import patch_rows
+from vlmprune_jax.models.positions import with_images
 from vlmprune_jax.prune.config import ScoreConfig
 
 Arrays = dict[str, np.ndarray]
@@ -92,6 +93,9 @@ def _checked(arrays: Arrays, cfg: ModelConfig, labels: bool) -> Arrays:
     elif pixels is not None:
         pixels = np.asarray(pixels, np.float32)
         result["pixel_values"] = pixels if pixels.ndim == 5 else _per_row(pixels, result["input_ids"], cfg)
+    if cfg.text.sees_images:
+        marked = with_images(None, result["input_ids"], result["attention_mask"], cfg.image_token_id)
+        result["position_ids"] = np.asarray(marked)
     return {**result, "kind": _kinds(result, cfg)}
 
 

@@ -1,0 +1,120 @@
+"""Gemma 3's images: squares of one size regardless of aspect, and with pan and scan crops along the long side."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlmprune_jax.core.config import ImageShape
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.data.image_processor import check_steps, normalize, sides
+
+_BILINEAR = 2  # PIL.Image.Resampling.BILINEAR
+_HALF = (0.5, 0.5, 0.5)  # default mean and standard deviation of the class
+_LEAST, _MOST, _RATIO = 256, 4, 1.2  # default least side and number of crops, and least ratio of sides
+
+
+@dataclass(frozen=True)
+class Cropping:
+    """Resizing of images to `size` x `size` pixels, alone or followed by up to `most_crops` crops of the same size.
+
+    With `crops`, an image whose sides have at least the ratio `least_ratio` is cut across its long side into equal
+    crops, unless their short side were below `least_side`. `mean` and `std` normalise, `resample` is PIL's number of
+    the filter (reference: transformers' `Gemma3ImageProcessor`).
+    """
+
+    size: int
+    crops: bool
+    least_side: int
+    most_crops: int
+    least_ratio: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resample: int
+
+    shares, merge, image_buckets = False, 0, ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of an image."""
+        return (3, self.size, self.size)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings that the arrays depend on, as JSON values."""
+        return {"cropping": dataclasses.asdict(self)}
+
+    @property
+    def usual(self) -> tuple[int, ...]:
+        """Common numbers of slots: an image alone, and one with 2 to `most_crops` crops."""
+        return (1, *range(3, self.most_crops + 2)) if self.crops else (1,)
+
+    def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
+        """Return the crops of an image, and its number of slots with the whole image."""
+        del sharing
+        count = self._count(width, height)
+        return ImageShape(*((1, count) if width >= height else (count, 1)), count + (count != 1))
+
+    def most(self, images: int) -> int:
+        """Return the maximum number of slots of a record with up to `images` images."""
+        return images * self.usual[-1]
+
+    def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
+        """Return the pixels of all slots."""
+        return self.image_shape(width, height, sharing).slots * self.size**2
+
+    def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
+        """Return float32[slots, 3, size, size]: the whole image, then its crops from left to right or top to bottom."""
+        del sharing
+        pieces = [image.resize((self.size, self.size), self.resample) for image in (image, *self._cut(image))]
+        return np.ascontiguousarray(
+            normalize(np.stack([*map(np.asarray, pieces)]), self.mean, self.std).transpose(0, 3, 1, 2)
+        )
+
+    def _cut(self, image: Image.Image) -> list[Image.Image]:
+        count, (width, height) = self._count(*image.size), image.size
+        if count == 1:
+            return []
+        step = math.ceil(max(width, height) / count)
+        if width >= height:
+            return [image.crop((at, 0, min(at + step, width), height)) for at in range(0, count * step, step)]
+        return [image.crop((0, at, width, min(at + step, height))) for at in range(0, count * step, step)]
+
+    def _count(self, width: int, height: int) -> int:
+        """Return the number of crops of an image (1: it is not cut)."""
+        long, short = max(width, height), min(width, height)
+        if not self.crops or long / short < self.least_ratio:
+            return 1
+        count = min(self.most_crops, max(2, min(long // self.least_side, math.floor(long / short + 0.5))))
+        return count if min(math.ceil(long / count), short) >= self.least_side else 1
+
+
+def cropping_from_processor(config: Mapping[str, Any], where: str) -> Cropping:
+    """Return the cropping of a Gemma 3 folder.
+
+    `config` has the settings that `image_processor.checked_processor` returns.
+
+    Raises:
+      UserError: a step is switched off, or the size is not a square.
+    """
+    check_steps(config, where, "Gemma 3")
+    height, width = sides(config.get("size") or 224, where)
+    if height != width:
+        raise UserError(f"{where}: size {height} x {width} must be a square for Gemma 3: restore it")
+    resample = config.get("resample")
+    return Cropping(
+        size=height,
+        crops=bool(config.get("do_pan_and_scan")),
+        least_side=config.get("pan_and_scan_min_crop_size") or _LEAST,
+        most_crops=config.get("pan_and_scan_max_num_crops") or _MOST,
+        least_ratio=config.get("pan_and_scan_min_ratio_to_activate") or _RATIO,
+        mean=tuple(config.get("image_mean") or _HALF),
+        std=tuple(config.get("image_std") or _HALF),
+        resample=_BILINEAR if resample is None else resample,
+    )
