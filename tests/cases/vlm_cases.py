@@ -91,6 +91,28 @@ def smolvlm_config(text: str) -> dict[str, Any]:
     }
 
 
+def gemma3_config() -> dict[str, Any]:
+    """A Gemma3ForConditionalGeneration, as the hub's folders of version 4.50 describe it."""
+    text = {name: value for name, value in _RMS.items() if name not in ("hidden_act", "rope_theta")}
+    return {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "image_token_index": 90,
+        "boi_token_index": 91,
+        "eoi_token_index": 92,
+        "mm_tokens_per_image": 4,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "transformers_version": "4.50.0",
+        "text_config": {
+            **text, "model_type": "gemma3_text", "head_dim": 10, "query_pre_attn_scalar": 18, "sliding_window": 7,
+            "num_hidden_layers": 4, "sliding_window_pattern": 3, "rope_theta": 5000.0, "rope_local_base_freq": 300.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        },
+        "vision_config": {**_TOWER, "model_type": "siglip_vision_model", "vision_use_head": False},
+    }  # fmt: skip
+
+
 def qwen_vl_config(name: str) -> dict[str, Any]:
     """A Qwen3-VL or Qwen2.5-VL (`name`: its model_type), as the hub's folders of version 4 nest or do not nest it."""
     text = {

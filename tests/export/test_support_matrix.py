@@ -15,6 +15,7 @@ from torch_compat import VERSIONS
 from vlm_cases import (
     TEXTS,
     TOWERS,
+    gemma3_config,
     internvl_chat_config,
     internvl_config,
     llava_config,
@@ -35,6 +36,7 @@ NATIVE = {
     **{f"llava-{tower}-{text}": llava_config(text, tower) for tower in TOWERS for text in TEXTS},
     **{f"internvl-{text}": internvl_config(text) for text in ("llama", "qwen2", "qwen3", "phi3")},
     "smolvlm-llama": smolvlm_config("llama"),
+    "gemma3": gemma3_config(),
     **{name: qwen_vl_config(name) for name in ("qwen3_vl", "qwen2_5_vl")},
 }
 # The chat layout with pixel shuffle v2, the only one that transformers has, and a decoder that is not Phi-3.
@@ -124,6 +126,8 @@ def compare(out, pruned, inputs, expected, target, tower, torch_outputs):
     auto = CAUSAL if image is None else IMAGES
     by_row = detect(config, "matrix").stock.by_row
     inputs = {name: array for name, array in inputs.items() if array is not None}
+    if pruned.cfg.text.sees_images:
+        inputs = inputs | {"token_type_ids": (inputs["input_ids"] == image).astype(int)}
     if by_row:
         inputs = inputs | {"pixel_values": inputs["pixel_values"][:, None]}
     for version in VERSIONS:

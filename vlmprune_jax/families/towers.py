@@ -214,7 +214,7 @@ _LAYOUTS = {
     "post_layernorm": "vision",
 }
 # SigLIP's pooling head, which features do not pass through; its MLP has the widths of the layers.
-_POOLING_HEAD = "vision_tower.head."
+_POOLING_HEAD = ("vision_tower.head.", "vision_tower.vision_model.head.")
 # Keys that differ from the path with dots; paths that share a key are rows of a fused tensor, in this order.
 _CLIP_KEYS = {
     "class_embedding": "embeddings.class_embedding",
