@@ -12,10 +12,10 @@ from vlmprune_jax.evaluation.config import EvaluationSetSpec
 from vlmprune_jax.planning.guide import FILE, read_guide, recommend
 from vlmprune_jax.prune import make_plan
 from vlmprune_jax.report.answers import comparison_section
-from vlmprune_jax.report.build import tables_of
 from vlmprune_jax.report.comparison_plots import series_of, way_of
 from vlmprune_jax.report.samples import shown_samples
 from vlmprune_jax.report.speed import bench_notes, bench_tables, speed_notes, speed_tables
+from vlmprune_jax.report.tables import tables_of
 from vlmprune_jax.stages import evaluate
 from vlmprune_jax.stages.tasks import AnswerFacts
 from vlmprune_jax.sweep.run import Sweep, read_error, read_run

@@ -7,32 +7,60 @@ import shutil
 import subprocess
 
 import pytest
+from msgspec.structs import replace
 from report_cases import SPEED, write_answers, write_workdir
 
 from vlmprune_jax.report.build import build_report
+from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.result import read_result
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-# Clicks the parameters, then the model's name twice, and says what the first table then shows.
+# Clicks the retention twice, then the model's name, filters, and says what the first table then shows.
 CLICKS = """
 <script>
 const table = document.querySelector("table.sortable"), told = [];
-for (const column of [2, 2, 0]) {
-  table.tHead.rows[0].cells[column].querySelector("button").click();
+const tell = () => {
   const sorted = [...table.tHead.rows[0].cells].map((head) => head.getAttribute("aria-sort"));
-  told.push({ sorted, names: [...table.tBodies[0].rows].map((row) => row.cells[0].firstChild.textContent) });
+  const rows = [...table.tBodies[0].rows].filter((row) => !row.hidden);
+  told.push({ sorted, names: rows.map((row) => row.cells[0].firstChild.textContent.replaceAll("\u00a0", " ")) });
+};
+for (const column of [1, 1, 0]) {
+  table.tHead.rows[0].cells[column].querySelector("button").click();
+  tell();
 }
+const filter = document.querySelector("input[type=search]");
+filter.value = "DEPTH sft";
+filter.dispatchEvent(new Event("input"));
+tell();
 const pre = document.createElement("pre");
 pre.id = "told";
 pre.textContent = JSON.stringify(told);
 document.body.append(pre);
 </script>
 """
+# Says how high the page is in a frame of a width, and which cells of the first row can be seen without scrolling.
+FRAME = """<body><iframe src="report.html" style="width:{0}px;height:800px;border:0"></iframe><script>
+addEventListener("load", () => {{
+  const page = document.querySelector("iframe").contentDocument, pre = document.createElement("pre");
+  const heads = [...page.querySelector("table.sortable").tHead.rows[0].cells];
+  const seen = heads.filter((head) => head.getBoundingClientRect().width && head.getBoundingClientRect().right <= {0});
+  pre.id = "told";
+  pre.textContent = JSON.stringify([page.documentElement.scrollHeight, seen.map((head) => head.textContent)]);
+  document.body.append(pre);
+}});
+</script>"""
 
 
 def opened(page, profile):
     """(the page as the browser has it after scripts ran, what its console said)."""
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
-    command += [f"--user-data-dir={profile}", "--disable-extensions", "--no-first-run", page.as_uri()]
+    command += [
+        f"--user-data-dir={profile}",
+        "--disable-extensions",
+        "--no-first-run",
+        "--allow-file-access-from-files",
+    ]
+    command += ["--window-size=1400,900", page.as_uri()]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, "HOME": str(profile)}
     )
@@ -40,13 +68,22 @@ def opened(page, profile):
     return done.stdout, re.findall(r"CONSOLE.*", done.stderr)
 
 
+def report(workdir):
+    """The page of six models with speeds."""
+    write_workdir(workdir)
+    write_answers(workdir)
+    write_artefact(workdir / "speed.json", SPEED)
+    result, speed = read_result(workdir), SPEED.medians()["depth"]
+    more = [replace(result.runs[2], name=f"w{n}", recovery=f"sft_{n}", speed=speed) for n in range(3)]
+    runs = [*(replace(run, speed=speed) for run in result.runs), *more]
+    write_artefact(workdir / "result.json", replace(result, runs=runs))
+    return build_report(workdir)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
 def test_page_renders_and_sorts(tmp_path):
-    write_workdir(tmp_path)
-    write_answers(tmp_path)
-    (tmp_path / "speed.json").write_text(json.dumps(SPEED))
-    page = build_report(tmp_path)
+    page = report(tmp_path)
     shown, console = opened(page, tmp_path / "profile")
     assert console == []
     assert shown.count("<svg") == 6
@@ -63,11 +100,28 @@ def test_page_renders_and_sorts(tmp_path):
     other.write_text(clicking.replace("</body>", f"{CLICKS}</body>"))
     shown, console = opened(other, tmp_path / "profile")
     assert console == []
-    up, down, by_name = json.loads(re.search(r'<pre id="told">(.*?)</pre>', shown).group(1))
-    names = ["width", "depth", "depth-sft", "unpruned"]
-    assert set(up["names"]) == set(names)
-    assert up["names"][-1] == down["names"][0] == "unpruned"  # the most parameters
-    assert up["sorted"][2] == "ascending"
-    assert down["sorted"][2] == "descending"
-    assert by_name["sorted"] == ["ascending", *[None] * (len(up["sorted"]) - 1)]
-    assert by_name["names"] == ["depth", "depth-sft", "unpruned", "width"]
+    best, worst, by_name, filtered = json.loads(re.search(r'<pre id="told">(.*?)</pre>', shown).group(1))
+    widths = ["width 30 %", *(f"width 30 %, sft_{n}" for n in range(3))]
+    assert best["names"] == ["unpruned", "depth 30 %, SFT", *widths, "depth 30 %"]  # best first, unpruned stays
+    assert worst["names"] == ["unpruned", "depth 30 %", *widths, "depth 30 %, SFT"]
+    assert (best["sorted"][1], worst["sorted"][1]) == ("descending", "ascending")
+    assert by_name["sorted"] == ["ascending", *[None] * (len(best["sorted"]) - 1)]
+    assert by_name["names"] == ["unpruned", "depth 30 %", "depth 30 %, SFT", *widths]
+    assert filtered["names"] == ["unpruned", "depth 30 %, SFT"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_what_is_seen_without_scrolling(tmp_path, width):
+    """On a phone model, retention, size and speed; on a desktop the page is short and shows every column."""
+    page = report(tmp_path)
+    frame = page.with_name("frame.html")
+    frame.write_text(FRAME.format(width))
+    shown, _ = opened(frame, tmp_path / "profile")
+    height, heads = json.loads(re.search(r'<pre id="told">(.*?)</pre>', shown).group(1))
+    if width == 390:
+        assert heads == ["model", "retained, %", "size, %", "decoding, x"]
+    else:
+        assert height < 6000
+        assert heads[-1] == "run"

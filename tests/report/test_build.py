@@ -9,14 +9,15 @@ import struct
 import numpy as np
 import pytest
 from msgspec.structs import replace
-from report_cases import PLANNED, write_several, write_workdir
+from report_cases import PLANNED, SIZE, SPEED, write_several, write_workdir
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.prune import Scores
 from vlmprune_jax.report import plots
-from vlmprune_jax.report.build import build_report, tables_of
+from vlmprune_jax.report.build import build_report
+from vlmprune_jax.report.tables import lead, tables_of
 from vlmprune_jax.workdir.artefact import write_artefact
-from vlmprune_jax.workdir.result import Workload, read_result
+from vlmprune_jax.workdir.result import Costs, Workload, read_result
 from vlmprune_jax.workdir.tpu_plan import Planned, TpuPlan
 
 
@@ -145,13 +146,51 @@ def test_the_same_result_gives_the_same_page(workdir):
 
 
 def test_table(workdir):
+    change(workdir, 1, decoder_ratio=0.4, speed=SPEED.medians()["depth"])
     (table,) = tables_of(read_result(workdir))
-    assert table.title == "Accuracy in %, retained in %; removed: share of all parameters"
+    assert table.header[:3] == ("model", "retained, %", "size, %")
+    assert table.header[: table.first] == ("model", "retained, %", "size, %", "decoding, x")
     assert all(len(row) == len(table.header) for row in table.rows)
     unpruned, depth, recovered, _ = (dict(zip(table.header, row, strict=True)) for row in table.rows)
-    assert unpruned["accuracy"] == "80.00"
-    assert (depth["model"], depth["data"], depth["accuracy"], depth["retained"]) == ("depth 30 %", "", "25.00", "31.25")
-    assert (recovered["model"], recovered["data"], recovered["retained"]) == ("depth 30 %, SFT", "5 %", "95.00")
+    assert (unpruned["accuracy, %"], unpruned["retained, %"], unpruned["size, %"]) == ("80.00", "100.00", "100.0")
+    assert (depth["model"], depth["data, %"], depth["accuracy, %"]) == ("depth 30 %", "", "25.00")
+    assert depth["retained, %"] == "31.25"
+    assert (recovered["model"], recovered["data, %"], recovered["retained, %"]) == ("depth 30 %, SFT", "5", "95.00")
+    assert recovered["decoding, x"] == "0.98"
+    assert recovered["removed, % (of decoder)"].endswith(" (40.0)")
+
+
+def test_a_model_that_two_variants_share_is_shown_once(workdir):
+    """Width before reconstruction is the same model as width: one row, one answer, one figure."""
+    result = read_result(workdir)
+    twin = replace(result.runs[2], name="width_solved", reconstruct="least_squares", seconds=1.0)
+    write_artefact(workdir / "result.json", replace(result, runs=[*result.runs, twin]))
+    shown = read_result(workdir).distinct()
+    assert [run.name for run in shown.runs] == ["depth", "depth-sft", "width"]
+    assert list(shown.labels.values()) == ["unpruned", "depth 30 %", "depth 30 %, SFT", "width 30 %"]
+    page = build_report(workdir).read_text()
+    assert "(width_solved)" not in page
+    assert "Best of 3 models" in page
+    other = replace(twin, evaluation=replace(twin.evaluation, mean_of_ratios=60.0))
+    write_artefact(workdir / "result.json", replace(result, runs=[*result.runs, other]))
+    assert read_result(workdir).distinct().labels["width_solved"] == "width 30 % (width_solved)"
+    best = replace(result, runs=[*result.runs, twin], best="width_solved").distinct()
+    assert [run.name for run in best.runs] == ["depth", "depth-sft", "width_solved"]
+
+
+def test_the_headline_has_retention_size_and_speed(workdir):
+    costs = Costs(forward_flops=1e9, kv_bytes_per_token=10, file_bytes=2_000_000)
+    change(workdir, 1, decoder_ratio=0.4, speed=SPEED.medians()["depth"], costs=costs)
+    result = read_result(workdir)
+    teacher = replace(result.teacher, costs=replace(costs, file_bytes=3_000_000), carried=1000)
+    write_artefact(workdir / "result.json", replace(result, teacher=teacher))
+    told = lead(read_result(workdir))
+    assert "depth 30 %, SFT (trained on 5 % of the data) retains 95.00 % of the unpruned score" in told
+    assert "40.0 % of the decoder; 3 to 2 MB)" in told
+    assert told.endswith("It decodes 0.98 times and reads prompts 1.50 times as fast.")
+    page = build_report(workdir).read_text()
+    assert re.findall(r"<dt>(.*?)</dt>", page) == ["retained", "size", "decoding speed", "prompt speed"]
+    assert f"also counts 1,000 in tower layers after the feature layer ({SIZE + 1000:,} unpruned)" in page
 
 
 # --- several evaluation sets, with metrics that nothing here has ever heard of ----------------------------------------
@@ -165,9 +204,10 @@ def several(workdir):
 
 def test_tables_of_several_sets(several):
     summary, scores, kept = tables_of(read_result(several))
-    assert summary.header[4:6] == ("retained", "paper avg")
+    assert summary.header[:4] == ("model", "retained, %", "size, %", "paper avg, %")
     # docs 50 %, mme 80 %; in the paper's average 0.4 + 0.6 of 0.8 + 0.75
-    assert [row[4:6] for row in summary.rows[:2]] == [("100.00", "100.00"), ("65.00", "64.52")]
+    assert [(row[1], row[3]) for row in summary.rows[:2]] == [("100.00", "100.00"), ("65.00", "64.52")]
+    assert scores.ascending == ("wiki",)
     assert scores.title == "docs: anls in %, mme: perception, wiki: bits in bit"
     assert scores.rows[1] == ("depth 30 %", "40.00", "1200.00", "2.00")
     assert kept.rows[0] == ("depth 30 %", "50.00", "80.00", "50.00")
@@ -178,24 +218,28 @@ def test_page_of_several_sets(several):
     page = build_report(several).read_text()
     assert page.count("<svg") == 9  # the average, three sets, what two plans removed, two importances, losses
     for text in (
-        "retains 82.50 % of the unpruned model&#39;s score on average over 2 evaluation sets",
+        "retains 82.50 % of the unpruned score on average over 2 evaluation sets",
         "Lower is better",
     ):
         assert text in page
     assert "accuracy" not in page.lower().split("<summary>")[0]
 
 
-def test_axes_of_figures(several):
+def test_figures_separate_models(several):
+    """Rows are in the order of retention, and 99.0, 99.8 and 99.9 % are apart on an axis that has 26 % as well."""
     runs = read_result(several)
-    full = plots.Measured("Perception", "t", "perception", 2000.0, [1500.0, 1200.0, 1350.0, None])
-    points, bars = plots.score_figure(runs, full).axes
-    assert points.get_ylim() == pytest.approx((-80, 2120))
-    assert [bar.get_width() for bar in bars.patches] == pytest.approx([1500, 1200, 1350, np.nan], nan_ok=True)
-    assert [text.get_text() for text in bars.texts] == ["1500.0", "1200.0", "1350.0", ""]
-    free = plots.Measured("Bits", "t", "bits (bit)", None, [1.0, 2.0, 1.25, np.inf])
-    points, bars = plots.score_figure(runs, free).axes
-    assert points.get_ylim() == pytest.approx((-0.08, 2.12))
-    assert bars.texts[-1].get_text() == "inf"
+    kept = [100.0, 99.8, 99.9, 26.0]
+    measured = plots.Measured("Retained", "t", "retained (%)", kept, [None, None, (99.7, 100.0), None], retention=True)
+    points, rows = plots.score_figure(runs, measured).axes
+    places = [points.transData.transform((1.0, value))[1] for value in (99.0, 99.8, 99.9, 100.0)]
+    height = points.bbox.height
+    assert min(np.diff(places)) > 0.04 * height
+    assert points.get_ylim()[0] < 26 < 100 < points.get_ylim()[1]
+    assert [text.get_text() for text in rows.texts] == ["99.90", "99.80", "26.00"]
+    values = plots.Measured("Bits", "t", "bits (bit)", [1.0, 2.0, 1.25, np.inf])
+    points, rows = plots.score_figure(runs, values).axes
+    assert points.get_ylim()[0] > 0.9  # as far as there are values
+    assert rows.texts[-1].get_text() == "inf"
 
 
 def test_no_ratio_and_nothing_retained(workdir):
@@ -203,7 +247,7 @@ def test_no_ratio_and_nothing_retained(workdir):
     change(workdir, 0, ratio_asked=None, evaluation=evaluation)
     (table,) = tables_of(read_result(workdir))
     assert table.rows[1][0] == "depth 34 %"  # by what was reached
-    assert table.rows[1][5] == ""
+    assert table.rows[1][1] == ""
     build_report(workdir)
 
 

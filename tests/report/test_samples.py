@@ -51,5 +51,11 @@ def test_scores_between_right_and_wrong(records):
     scores = {"unpruned": [0.9] * 40, "depth": [0.3] * 20 + [None] * 20, "depth-sft": [0.6] * 40}
     found = make_samples(records, RUNS[:2], {name: ["x"] * 40 for name in scores}, scores, max_pixels=10**6)
     assert found.counts == {"repaired": 40, "broken": 0, "other": 0}
-    verdicts = [answer.verdict for answer in next(shown_samples(found, {}))[1][0].answers]
-    assert verdicts == ["right", "wrong", "right"]
+    labels = {"unpruned": "unpruned", "depth": "depth 30 %", "depth-sft": "depth 30 %, SFT"}
+    answers = next(shown_samples(found, labels))[1][0].answers
+    assert [(one.said, one.verdict, one.models) for one in answers] == [
+        ("x", "right", "unpruned; depth 30 %, SFT"),
+        ("x", "wrong", "depth 30 %"),
+    ]
+    del labels["depth"]  # a model that another one equals
+    assert [one.verdict for one in next(shown_samples(found, labels))[1][0].answers] == ["right"]

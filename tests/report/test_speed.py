@@ -10,7 +10,7 @@ from vlmprune_jax.workdir.artefact import write_artefact
 from vlmprune_jax.workdir.result import Costs, Workload, benchmark_rows, read_result
 from vlmprune_jax.workdir.speed import read_bench, read_speed
 
-LABELS = {"depth": "depth 30 %"}
+LABELS = {"depth": "depth 30 %", "depth-sft": "depth 30 %, SFT"}
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def test_speed_is_told_with_its_range_and_where_it_was_measured(workdir):
     page = build_report(workdir).read_text()
     assert "Speed was not measured" not in page
     assert "Measured on Some &lt;b&gt;CPU (load 0.5 before) in float32: 1 row(s) of 640 tokens, an image first" in page
-    table, times = speed_tables(read_speed(workdir), LABELS)
+    times, table = speed_tables(read_speed(workdir), LABELS)
     unpruned, pruned = table.rows
     assert unpruned == ("unpruned", "100 (90 to 110)", "20 (19 to 21)", "200 (100 to 300)", "1.0")
     assert pruned[:2] == ("depth 30 % (and 1 of its shape)", "150 (140 to 165)")
@@ -62,7 +62,7 @@ def test_a_bench_in_the_workdir_is_told(workdir):
 def test_slower_in_every_round():
     pair = SPEED.pairs[0]
     turned = replace(SPEED, pairs=[replace(pair, unpruned=pair.pruned, pruned=pair.unpruned)])
-    assert speed_tables(turned, {})[1].rows[0][1].endswith("), slower")
+    assert speed_tables(turned)[0].rows[0][1].endswith("), slower")
 
 
 def test_costs_are_told_beside_those_of_the_unpruned_model(workdir):

@@ -102,20 +102,24 @@ def _report(flags: Any) -> None:
 def finish(context: Any) -> None:
     """Print the table of `result.json` and write the report, on process 0; of an unfinished run, of what there is."""
     from vlmprune_jax.distributed.mesh import is_main_process
-    from vlmprune_jax.report.build import build_report, tables_of
+    from vlmprune_jax.report.build import build_report
     from vlmprune_jax.report.provenance import provenance_section
+    from vlmprune_jax.report.tables import lead, parameter_note, tables_of
     from vlmprune_jax.workdir.ledger import finished_stages
     from vlmprune_jax.workdir.result import RESULT, read_result
 
     if not is_main_process():
         return
     if (context.workdir / RESULT).exists():
-        result = read_result(context.workdir)
+        result = read_result(context.workdir).distinct()
         for table in tables_of(result):
             context.reporter.table(table.title, table.header, table.rows)
+        context.say(lead(result))
+        if note := parameter_note(result.teacher):
+            context.say(note)
         export = result.export
         where = "" if export is None else f", exported to {context.workdir / export.path}"
-        context.say(f"best: {result.labels[result.best]} ({context.workdir / result.best_run.path}){where}")
+        context.say(f"best: {context.workdir / result.best_run.path}{where}")
         if export is not None:
             difference = export.max_abs_logit_difference
             context.say(f"  reloaded and compared: largest difference of any logit {difference:.2g}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -20,9 +21,9 @@ from rich.text import Text
 from vlmprune_jax.core.errors import printable
 
 PAUSE_SECONDS = 60.0
-# Limits of a table: characters per column, columns, rows. The report shows all.
-WIDEST, MOST_COLUMNS, MOST_ROWS = 48, 16, 400
-PIPE_WIDTH = 120  # characters per line in a file or pipe
+# Limits of a table: characters of a column and of folded names, columns, rows. The report shows all.
+WIDEST, NARROWEST, MOST_COLUMNS, MOST_ROWS = 48, 20, 16, 400
+PIPE_WIDTH = 120  # characters per line in a file or pipe, unless COLUMNS says otherwise
 
 
 class Terminal(Console):
@@ -84,29 +85,56 @@ class Reporter:
         return update
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Print a table; the first column is text, the others are right-aligned numbers."""
+        """Print a table; the first column is text, the others are right-aligned numbers.
+
+        Put important columns first: the last ones are left out where the terminal is too narrow. Names fold into
+        several lines; numbers are never cut.
+        """
         if not self.enabled:
             return
+        cells = [[_cell(text) for text in row[:MOST_COLUMNS]] for row in rows[:MOST_ROWS]]
+        heads = [_cell(name) for name in header[:MOST_COLUMNS]]
+        columns = [(head, [row[place] for row in cells]) for place, head in enumerate(heads)]
+        widths = _fit_widths(columns, self.console.width)
+        count = len(widths)
         table = Table(title=_cell(title, "table.title"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for number, name in enumerate(header[:MOST_COLUMNS]):
+        for number, (head, width) in enumerate(zip(heads, widths, strict=False)):
             justify: Any = "right" if number else "left"
-            table.add_column(_cell(name), justify=justify, no_wrap=True, max_width=WIDEST)
-        for row in rows[:MOST_ROWS]:
-            table.add_row(*map(_cell, row[:MOST_COLUMNS]))
+            table.add_column(head, justify=justify, width=width, overflow="fold")
+        for row in cells:
+            table.add_row(*row[:count])
         self.console.print(table)
         if len(rows) > MOST_ROWS or len(header) > MOST_COLUMNS:
             self.say(f"  (shortened from {len(rows):,} rows and {len(header):,} columns)")
+        elif count < len(heads):
+            self.say(f"  (no room for: {'; '.join(head.plain for head in heads[count:])})")
+
+
+def _fit_widths(columns: Sequence[tuple[Text, Sequence[Text]]], room: int) -> list[int]:
+    """Return the widths of the columns that fit; headers fold first, then names, and then the last columns go."""
+    cells = [max([1, *(cell.cell_len for cell in column)]) for _, column in columns]
+    widest = [min(WIDEST, max(head.cell_len, width)) for (head, _), width in zip(columns, cells, strict=True)]
+    if sum(widest) + 2 * len(widest) < room:
+        return widest
+    words = [max(map(cell_len, head.plain.split()), default=1) for head, _ in columns]
+    widths = [min(WIDEST, max(pair)) for pair in zip(words, cells, strict=True)]
+    names = min(widths[0], NARROWEST)
+    count = max((n for n in range(2, len(widths) + 1) if names + sum(widths[1:n]) + 2 * n < room), default=1)
+    return [min(widest[0], room - sum(widths[1:count]) - 2 * count - 1), *widths[1:count]]
 
 
 def _cell(text: str, style: str = "") -> Text:
-    """Return text from any source as a table cell without markup."""
-    return Text(printable(text), style)
+    """Return text from any source as a table cell without markup, of two lines at most."""
+    line = Text(printable(text), style)
+    line.truncate(2 * WIDEST, overflow="ellipsis")
+    return line
 
 
 def make_reporter(enabled: bool) -> Reporter:
     """Return a reporter on standard output."""
     console = Terminal()
-    return Reporter(console if console.is_terminal else Terminal(width=PIPE_WIDTH), enabled)
+    wide = console.is_terminal or "COLUMNS" in os.environ  # rich reads it
+    return Reporter(console if wide else Terminal(width=PIPE_WIDTH), enabled)
 
 
 @contextlib.contextmanager

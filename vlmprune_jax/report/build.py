@@ -8,13 +8,13 @@ from pathlib import Path
 
 from vlmprune_jax.core.errors import printable
 from vlmprune_jax.core.files import read_text
-from vlmprune_jax.report import figures, plots
+from vlmprune_jax.report import figures
 from vlmprune_jax.report.advice import advice_section
 from vlmprune_jax.report.answers import comparison_section
 from vlmprune_jax.report.page import Section, Table, write_page
 from vlmprune_jax.report.samples import shown_samples
 from vlmprune_jax.report.speed import bench_notes, bench_tables, speed_notes, speed_tables, together
-from vlmprune_jax.report.tables import groups_of, lead, tables_of
+from vlmprune_jax.report.tables import groups_of, key_numbers, lead, parameter_note, tables_of
 from vlmprune_jax.workdir.result import RESULT, Costs, Result, read_result
 from vlmprune_jax.workdir.samples import read_samples
 from vlmprune_jax.workdir.speed import BENCH, read_bench, read_speed
@@ -23,13 +23,13 @@ from vlmprune_jax.workdir.tpu_plan import as_rows, read_tpu_plan
 from vlmprune_jax.workdir.unfinished import Variant, read_unfinished
 
 NOTES = (
-    "Data: share of the training records used for recovery. Removed: share of all parameters. "
-    "Retained: share of the unpruned model's score, in percent{averages}. Seconds: scoring, pruning and training, "
-    "without evaluation."
+    "Retained: share of the unpruned model's score{averages}. Size: share of its parameters. Decoding and prompt: "
+    "measured speed, as a multiple of its own. Removed: share of all parameters, and of the decoder's. Data: share of "
+    "the training records. Seconds: scoring, pruning and training, without evaluation."
 )
 AVERAGES = (
-    ", of several evaluation sets the mean. Paper avg: the sum of all scores, each divided by a perfect model's, as a "
-    "share of the unpruned model's sum"
+    ", the mean over sets. Paper avg: the sum of all scores, each divided by a perfect model's, as a share of the "
+    "unpruned model's sum"
 )
 INTERVALS = (
     " Intervals: 95 % of the samples of a paired bootstrap over the questions, which the unpruned model answered too."
@@ -52,23 +52,23 @@ def build_report(workdir: Path, *, more: Sequence[Section] = ()) -> Path:
     """
     path = workdir / RESULT
     if path.exists() or path.is_symlink():
-        result: Result | None = read_result(workdir)
+        known: Result | None = read_result(workdir)
         unfinished, missing = None, []
     else:
         unfinished = read_unfinished(workdir)
-        result, missing = unfinished.result, unfinished.missing
+        known, missing = unfinished.result, unfinished.missing
     finished = unfinished is None
-    variants = _variants(result) if unfinished is None else unfinished.variants
+    result = None if known is None else known.distinct()
+    variants = _variants(known) if unfinished is None else unfinished.variants
+    done = result if finished else None
     return write_page(
-        "template.html",
         workdir / "report.html",
-        title="Structural pruning report",
-        lead=lead(result) if finished and result else "This run is not finished: what is there so far.",
+        "Structural pruning report",
+        [*_sections(workdir, result, variants, finished), *more],
+        lead=["This run is not finished: what is there so far."] if done is None else [lead(done)],
+        numbers=() if done is None else key_numbers(done),
         missing=missing,
-        tables=() if result is None else tables_of(result, names=True),
-        best=result.labels[result.best] if finished and result else "",
-        notes="" if result is None else _notes(result),
-        sections=[*_sections(workdir, result, variants, finished), *more],
+        best="" if done is None else done.labels[done.best],
         result_json=read_text(path) if finished else "",
     )
 
@@ -79,22 +79,22 @@ def _variants(result: Result | None) -> list[Variant]:
 
 def _sections(workdir: Path, result: Result | None, variants: Sequence[Variant], finished: bool) -> Iterator[Section]:
     labels = {} if result is None else result.labels
+    if result is not None:
+        yield Section("Models", tables=tuple(tables_of(result, names=True)), notes=_notes(result), folded=False)
     if result is not None and result.runs:
-        measured = figures.measured_of(result)
-        first = plots.score_figure(result, measured[0])
-        plots.write_png(first, workdir / "report.png")
-        yield from figures.score_sections(result, measured, first)
-        yield from comparison_section(workdir, result)
-    yield from _samples(workdir, labels, finished)
+        yield from figures.score_sections(workdir, result)
     yield from _costs(workdir, result, finished)
+    yield from _samples(workdir, labels, finished)
+    if result is not None and result.runs:
+        yield from comparison_section(workdir, result)
+        groups = tuple(groups_of(result))
+        if groups:
+            yield Section("By group of questions", tables=groups)
     yield from figures.removed_section(workdir, variants)
     yield from figures.importance_section(workdir, variants)
     yield from figures.kinds_section(workdir, variants)
     if result is not None:
         yield from figures.loss_section(workdir, result)
-        groups = tuple(groups_of(result))
-        if groups:
-            yield Section("By group of questions", tables=groups)
     planned = read_tpu_plan(workdir)
     if planned:
         facts = tuple((printable(name), tuple(as_rows(recovery))) for name, recovery in planned.items())
@@ -115,12 +115,14 @@ def _export(result: Result) -> Section:
     return Section("Export", notes=(note,))
 
 
-def _notes(result: Result) -> str:
+def _notes(result: Result) -> tuple[str, ...]:
     notes = NOTES.format(averages=AVERAGES if len(result.sets) > 1 else "")
-    return notes + (INTERVALS if any(run.evaluation.retained_interval for run in result.runs) else "")
+    notes += INTERVALS if any(run.evaluation.retained_interval for run in result.runs) else ""
+    return tuple(filter(None, (notes, parameter_note(result.teacher))))
 
 
 def _samples(workdir: Path, labels: Mapping[str, str], finished: bool) -> Iterator[Section]:
+    """Questions of every evaluation set; the first heading of the first set is open."""
     sets = read_samples(workdir)
     title = "Questions and what every model answers"
     if not sets and finished:
@@ -136,7 +138,7 @@ def _samples(workdir: Path, labels: Mapping[str, str], finished: bool) -> Iterat
 def _costs(workdir: Path, result: Result | None, finished: bool) -> Iterator[Section]:
     """Costs by shape, and measured speed."""
     measured, tables, notes = read_speed(workdir), list[Table](), list[str]()
-    labels = {} if result is None else result.labels
+    labels = None if result is None else result.labels
     if result is not None and result.teacher.costs is not None and result.workload is not None:
         workload = result.workload
         tables.append(_cost_table(result, result.teacher.costs))
@@ -158,6 +160,7 @@ def _costs(workdir: Path, result: Result | None, finished: bool) -> Iterator[Sec
             tables=tuple(tables),
             missing="" if measured is not None else "Speed was not measured",
             command="" if measured is not None else COMMAND.format(workdir, " --config.speed.rounds=5"),
+            folded=False,
         )
 
 

@@ -67,11 +67,10 @@ def build_comparison(workdir: Path) -> Path:
         *_open_section(sweep),
     ]
     return write_page(
-        "comparison.html",
         workdir / FILE,
-        title="Comparison of pruned models",
+        "Comparison of pruned models",
+        sections,
         lead=list(_lead(sweep, groups, best)),
-        sections=sections,
         best="" if best is None else printable(best.name),
         origin=f"Made by vlmprune sweep --config={printable(sweep.config)}; numbers: sweep.json, sweep.csv.",
     )

@@ -117,7 +117,7 @@ def pareto_figure(groups: Sequence[Group], unpruned: Sequence[UnprunedModel] | N
             axes.set_ylim(*_limits(groups))
             axes.margins(x=0.1)
         colours = {way: styles[way]["color"] for way in dict.fromkeys(ways)}
-        _add_legend(figure, legend_entries((group.first.method for group in groups), colours, size=7))
+        _add_legend(figure, legend_entries((group.first.method for group in groups), colours))
         return figure
 
 
@@ -139,8 +139,7 @@ def _point(axes: Axes, x: float, group: Group, colour: str) -> None:
     mean, low, high = group.retained
     if len(group.models) > 1:
         axes.plot([x, x], [low, high], color=colour, linewidth=1, alpha=0.7)
-    look = marker(group.first.method, colour)
-    axes.plot(x, mean, **{**look, "markersize": 0.6 * look["markersize"] + 1.5, "markeredgewidth": 1.3})
+    axes.plot(x, mean, **{**marker(group.first.method, colour), "markersize": 5.5, "markeredgewidth": 1.3})
 
 
 def _front(places: Sequence[float], groups: Sequence[Group], *, rising: bool) -> list[tuple[float, float]]:

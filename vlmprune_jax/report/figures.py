@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,42 +30,39 @@ def figure_of(drawn: Any, alt: str, caption: str) -> Figure:
     return Figure(Markup(plots.to_svg(drawn)), printable(alt), caption)
 
 
-def measured_of(result: Result) -> list[plots.Measured]:
-    """Return the numbers that figures show: the value of every evaluation set, after the average of several sets."""
-    sets, each = result.sets, []
-    for name, of in sets.items():
-        values = [model.evaluation.main(name, sets) for _, model in result.models]
-        scaled = [None if value is None else of.scale * value for value in values]
-        label = of.main + (f" ({of.unit})" if of.unit else "")
-        title = f"{upper(of.main)} on {of.size}"
-        full = None if of.full is None else of.scale * of.full
-        each.append(
-            plots.Measured(upper(of.main), title if len(sets) == 1 else f"{name}: {title}", label, full, scaled)
-        )
+def score_sections(workdir: Path, result: Result) -> Iterator[Section]:
+    """Retention against speed or size, also as `report.png`; with several evaluation sets the values of each, too."""
+    sets, runs = result.sets, [run.evaluation for run in result.runs]
+    title = f"Retained {over(sets)}"
+    intervals: list[tuple[float, float] | None] = []
     if len(sets) == 1:
-        return each
-    kept = [100.0, *(run.evaluation.mean_of_ratios for run in result.runs)]
-    return [plots.Measured("Retained", f"Retained {over(sets)}", "retained (%)", 100.0, kept), *each]
-
-
-def score_sections(result: Result, measured: Sequence[plots.Measured], first: Any) -> Iterator[Section]:
-    """Scores against size: `first` (drawn already), and a figure for every evaluation set."""
-    alt = _score_alt(result, measured[0])
+        [(name, of)] = sets.items()
+        title = f"Retained {of.main} on {of.size}"
+        intervals = [None, *(run.retained_interval.get(name) for run in runs)]
+    kept = [100.0, *(run.mean_of_ratios for run in runs)]
+    first = plots.Measured("Retained", title, "retained (%)", kept, intervals, retention=True)
+    drawn = plots.score_figure(result, first)
+    plots.write_png(drawn, workdir / "report.png")
+    caption = "The dashed line is the unpruned model; the axis is logarithmic in the distance from 100 %."
     yield Section(
-        f"{measured[0].name} and size", figures=(figure_of(first, alt, "The dashed line is the unpruned model."),)
+        "Retention, size and speed", figures=(figure_of(drawn, _score_alt(result, first), caption),), folded=False
     )
-    if measured[1:]:
+    if len(sets) > 1:
         figures = []
-        for one, of in zip(measured[1 : MOST_DRAWN + 1], result.sets.values(), strict=False):
+        for name, of in itertools.islice(sets.items(), MOST_DRAWN):
+            values = [model.evaluation.main(name, sets) for _, model in result.models]
+            scaled = [None if value is None else of.scale * value for value in values]
+            label = of.main + (f" ({of.unit})" if of.unit else "")
+            measured = plots.Measured(upper(of.main), f"{name}: {upper(of.main)} on {of.size}", label, scaled)
             better = "Higher is better." if of.higher_is_better else "Lower is better."
-            figures.append(figure_of(plots.score_figure(result, one), _score_alt(result, one), better))
+            figures.append(figure_of(plots.score_figure(result, measured), _score_alt(result, measured), better))
         yield Section("Every evaluation set", figures=tuple(figures))
 
 
 def _score_alt(result: Result, measured: plots.Measured) -> str:
     values = zip(list(result.labels.values())[:MOST_LISTED], measured.values, strict=False)
     told = ", ".join(f"{name} {'unknown' if value is None else f'{value:.1f}'}" for name, value in values)
-    return f"{measured.title}, against parameters and as bars, in {measured.label}: {told}"
+    return f"{measured.title}, against speed or size and in rows, in {measured.label}: {told}"
 
 
 def removed_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
@@ -103,18 +101,18 @@ def _removed_alt(where: str, kept: KeptStack) -> str:
 
 def importance_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
     """One figure for each pair of scores file and plan."""
-    figures, seen = list[Figure](), set[tuple[str | None, str]]()
-    for run in variants:
-        for name in run.scores:
-            if (run.plan, name) in seen or len(figures) >= MOST_DRAWN:
-                continue
-            seen.add((run.plan, name))
+    figures = dict[str, Figure]()
+    for plan_file, method, name in dict.fromkeys(
+        (run.plan, run.method, name) for run in variants for name in run.scores
+    ):
+        if len(figures) < MOST_DRAWN:
             scores = Scores.load(workdir / name)
-            plan = None if run.plan is None else PrunePlan.from_json(workdir / run.plan)
-            caption = name if run.method is None else f"{run.method}: {name}"
-            figures.append(figure_of(importance_figure(scores, plan), _importance_alt(scores), caption))
+            plan = None if plan_file is None else PrunePlan.from_json(workdir / plan_file)
+            caption = name if method is None else f"{method}: {name}"
+            figure = figure_of(importance_figure(scores, plan), _importance_alt(scores), caption)
+            figures.setdefault(figure.svg, figure)  # variants of one plan have equal scores
     if figures:
-        yield Section("Importance", figures=tuple(figures))
+        yield Section("Importance", figures=tuple(figures.values()))
 
 
 def importance_figure(scores: Scores, plan: PrunePlan | None) -> Any:
@@ -160,7 +158,7 @@ def _listed(numbers: Sequence[int]) -> str:
 
 def kinds_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
     """One figure for each scores file that has importances by token type."""
-    figures = list[Figure]()
+    figures = dict[str, Figure]()
     for name in dict.fromkeys(name for run in variants for name in run.scores):
         scores = Scores.load(workdir / name)
         if scores.by_kind and len(figures) < MOST_DRAWN:
@@ -169,9 +167,10 @@ def kinds_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Sectio
             shares = {k: (kinds.head_shares(parts), kinds.layer_shares(parts)) for k, parts in scores.by_kind.items()}
             drawn = plots.kinds_figure(f"{scores.criterion} by token type", shares)
             alt = f"Importance by {scores.criterion} per layer, apart for {', '.join(shares)} tokens"
-            figures.append(figure_of(drawn, alt, f"{name}. {kinds.serves_vision(scores)}"))
+            figure = figure_of(drawn, alt, f"{name}. {kinds.serves_vision(scores)}")
+            figures.setdefault(figure.svg, figure)
     if figures:
-        yield Section("Importance by token type", figures=tuple(figures))
+        yield Section("Importance by token type", figures=tuple(figures.values()))
 
 
 def _check_drawable(what: str, widths: Sequence[int]) -> None:

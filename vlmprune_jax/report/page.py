@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,17 @@ from vlmprune_jax.core.files import replacing
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text whose first column names the rows. Pages sort columns, so a column has one unit."""
+    """A table of text whose first column names the rows. Pages sort columns, so a column has one unit.
+
+    `first`: number of columns that narrow screens show, others on request; 0: all. `ascending`: names of columns in
+    which small values are best, so that the first click sorts them upwards.
+    """
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    first: int = 0
+    ascending: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class Figure:
 class Section:
     """A part of a page under a heading: sentences, figures, tables, (title, (name, value) pairs), samples of a set.
 
-    `missing` says what is not there yet, and `command` makes it.
+    `missing` says what is not there yet, and `command` makes it. `folded`: the page shows it on request.
     """
 
     title: str
@@ -47,25 +54,26 @@ class Section:
     samples: tuple[Any, ...] = ()
     missing: str = ""
     command: str = ""
+    folded: bool = True
 
 
-def write_page(template: str, path: Path, **values: Any) -> Path:
-    """Fill a template that extends `page.html`, write the page and return its path.
+def write_page(path: Path, title: str, sections: Sequence[Section], **values: Any) -> Path:
+    """Write a page of sections and return its path.
 
-    `values` are escaped unless they are `Markup`; `title` is one of them. The page's content policy forbids browsers to
-    fetch anything and to run any script but ours.
+    `values` are escaped unless they are `Markup`: `lead` (sentences), `numbers` (pairs of name and value), `missing`
+    (pairs of what is missing and a command), `best` (the row that tables mark), `origin`, `result_json`. The page's
+    content policy forbids browsers to fetch anything and to run any script but ours.
     """
     loader = jinja2.PackageLoader("vlmprune_jax.report", ".")
-    made = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    made = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     script = loader.get_source(made, "page.js")[0]
     hashed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{hashed}'; base-uri 'none'; "
         "form-action 'none'"
     )
-    text = made.get_template(template).render(script=Markup(script), policy=policy, **values)
+    values |= {"title": title, "sections": sections, "script": Markup(script), "policy": policy}
+    text = made.get_template("page.html").render(values)
     with replacing(path) as file:
         file.write(text.encode(errors="backslashreplace"))
     return path

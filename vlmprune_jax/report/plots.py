@@ -22,7 +22,7 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from vlmprune_jax.core.errors import printable
 from vlmprune_jax.core.files import replacing
@@ -32,13 +32,16 @@ from vlmprune_jax.workdir.result import WITHOUT, Result, Run
 # Text and axes are drawn in this colour, which an inline SVG then trades for the page's own (light or dark).
 INK = "#3a3b3c"
 LARGEST = 1e100  # of the numbers that are drawn: axes need room around them
-MOST_BARS, MOST_LINES, MOST_NAMED, MOST_PANELS, MOST_POINTS, MOST_CELLS = 60, 200, 24, 6, 20_000, 64
+MOST_ROWS, MOST_LINES, MOST_NAMED, MOST_PANELS, MOST_POINTS, MOST_CELLS = 60, 200, 24, 6, 20_000, 64
 LONGEST, LONGEST_TITLE = 40, 80  # letters of a name
 _FONT = "DejaVu Sans"  # which comes with matplotlib
 # Okabe-Ito: told apart with any kind of colour vision, and on light and dark grounds.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 UNRECOVERED, MUTED = "#8c8c8c", "#8c8c8c"
-MARKERS = {"depth": ("o", 6), "width": ("s", 11), "hybrid": ("D", 14)}
+MARKERS = {"depth": "o", "width": "s", "hybrid": "D"}
+# Retained percentages with a place on an axis, where there is room; differences below FINEST points are not spread.
+RETENTION_TICKS = (0, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 100, 100.2, 100.5, 101, 102, 105, 110, 150, 200, 1000)
+FINEST = 0.1
 STYLE: Any = {
     "font.size": 9.5,
     "axes.titlesize": 10.5,
@@ -59,105 +62,117 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Measured:
-    """One number per model, the unpruned model first (None if unknown), and its names in a figure.
+    """One number per model (None if unknown), the unpruned model first, and its names in a figure.
 
-    `full`: the value of a perfect model, where the axis ends; None ends the axis at the largest value.
+    `intervals`: their 95 % intervals, None where unknown. `retention`: percentages of the unpruned model's score.
     """
 
     name: str
     title: str
     label: str
-    full: float | None
     values: Sequence[float | None]
+    intervals: Sequence[tuple[float, float] | None] = ()
+    retention: bool = False
 
 
 def score_figure(result: Result, measured: Measured) -> Figure:
-    """Draw a number against parameters, and as bars; the shape is the method, the colour the recovery."""
-    runs, teacher = result.runs, result.teacher
-    colours = recovery_colours(runs)
-    finite = [np.nan if v is None or not abs(v) < LARGEST else float(v) for v in measured.values]
-    unpruned, values = finite[0], finite[1:]
+    """Draw a number of every model against decoding speed (or size) and in a row of its own, the best models first.
+
+    The shape is the method, the colour the recovery.
+    """
+    runs, colours = result.runs, recovery_colours(result.runs)
+    values = [np.nan if v is None or not abs(v) < LARGEST else float(v) for v in measured.values]
+    speedups = [run.speed.decode_speedup for run in runs if run.speed is not None]
+    places = [speedup[0] for speedup in speedups if speedup is not None]
+    x_label = "decoding speed, as a multiple of the unpruned model's"
+    if len(places) < len(runs):
+        places = [100 * run.parameters / result.teacher.parameters for run in runs]
+        x_label = "parameters, % of the unpruned model's"
     names = [name for run in runs for name in (run.label, run.method, run.after_pruning)]
     with styled(measured.label, measured.title, *names):
-        figure = Figure(figsize=(9.2, 3.9), layout="constrained")
-        axes, bars = figure.subplots(1, 2, width_ratios=(5, 4))
-        axes.axhline(unpruned, color=MUTED, linestyle="--", linewidth=1)
-        axes.plot(teacher.parameters / 1e6, unpruned, "*", color=INK, markersize=14)
-        lines = dict[tuple[str, str], list[tuple[float, float]]]()
-        for run, value in zip(runs, values, strict=True):
-            lines.setdefault((run.method, run.after_pruning), []).append((run.parameters / 1e6, value))
-        for (method, recovery), points in itertools.islice(lines.items(), MOST_LINES):
-            axes.plot(*np.transpose(sorted(points)), **marker(method, colours[recovery]))
-        axes.set_xlabel("parameters (millions)")
+        figure = Figure(figsize=(9.2, max(3.9, 0.9 + 0.24 * min(len(values), MOST_ROWS))), layout="constrained")
+        axes, rows = figure.subplots(1, 2, width_ratios=(5, 4))
+        axes.axhline(values[0], color=MUTED, linestyle="--", linewidth=1)
+        for run, x, value in itertools.islice(zip(runs, places, values[1:], strict=True), MOST_LINES):
+            axes.plot(x, value, **{**marker(run.method, colours[run.after_pruning]), "linestyle": "none"})
+        axes.set_xlabel(x_label)
         axes.set_ylabel(legible(measured.label, LONGEST_TITLE))
         axes.set_title(legible(measured.title, LONGEST_TITLE))
-        top = _top(finite, measured.full)
-        axes.set_ylim(-0.04 * top, 1.06 * top)
-        axes.margins(x=0.15)
-        axes.legend(handles=legend_entries((run.method for run in runs), colours), loc="best")
-        _score_bars(bars, result, finite, top, measured, colours)
+        axes.margins(x=0.15, y=0.08)
+        axes.legend(handles=legend_entries((run.method for run in runs), colours), loc="best", fontsize=8)
+        _score_rows(rows, result, values, measured, colours)
+        if measured.retention:
+            retention_axis(axes, "y", values)
+            retention_axis(rows, "x", values)
         return figure
 
 
-def _top(values: Sequence[float], full: float | None) -> float:
-    """Return the end of an axis from 0: the full score, or the largest value if that is larger."""
-    real = [value for value in (full or 0.0, *values) if abs(value) < LARGEST]
-    return max([0.0, *real]) or 1.0
+def _score_rows(
+    axes: Axes, result: Result, values: Sequence[float], measured: Measured, colours: Mapping[str, str]
+) -> None:
+    """Draw a row for every model: its value as a point with its interval, and as a number."""
+    runs, labels = result.runs, result.labels
+    order = sorted(range(len(runs)), key=lambda i: -(runs[i].evaluation.mean_of_ratios or -np.inf))[: MOST_ROWS - 1]
+    axes.axvline(values[0], color=MUTED, linestyle="--", linewidth=1)
+    for row, i in enumerate(order):
+        colour, value, told = colours[runs[i].after_pruning], values[i + 1], measured.values[i + 1]
+        ends = measured.intervals[i + 1] if measured.intervals else None
+        if ends is not None:
+            axes.plot(ends, [row, row], color=colour, linewidth=1.2, alpha=0.7)
+        axes.plot(value, row, **marker(runs[i].method, colour))
+        text = "" if told is None else f"{told:.2f}" if abs(told) < 1e9 else f"{told:.3g}"
+        axes.annotate(text, (1.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+    axes.set_yticks(range(len(order)), [legible(labels[runs[i].name]) for i in order])
+    axes.set_ylim(len(order) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel(legible(measured.label, LONGEST_TITLE))
+
+
+def retention_axis(axes: Axes, which: str, values: Iterable[float]) -> None:
+    """Spread an axis of retained percentages: logarithmic in the distance from 100, so that 99.0 and 99.9 differ."""
+    getattr(axes, f"set_{which}scale")("function", functions=(_spread, _narrowed))
+    known = _spread(np.array([100.0, *(value for value in values if np.isfinite(value))]))
+    low, high = float(known.min()), float(known.max())
+    room = 0.06 * max(high - low, 0.3)
+    low, high = low - room, high + room
+    apart = room * (2.2 if which == "x" else 1.3)
+    ticks = list[float]()
+    for tick in sorted(RETENTION_TICKS, key=lambda tick: abs(tick - 100)):
+        place = float(_spread(np.array(tick)))
+        if low <= place <= high and all(abs(place - _spread(np.array(other))) > apart for other in ticks):
+            ticks.append(tick)
+    getattr(axes, f"set_{which}lim")(*_narrowed(np.array([low, high])))
+    getattr(axes, f"set_{which}ticks")(ticks, [f"{tick:g}" for tick in ticks])
+    getattr(axes, f"{which}axis").set_minor_locator(NullLocator())
+
+
+def _spread(values: np.ndarray) -> np.ndarray:
+    return np.sign(values - 100) * np.log10(1 + np.abs(values - 100) / FINEST)
+
+
+def _narrowed(places: np.ndarray) -> np.ndarray:
+    return 100 + np.sign(places) * FINEST * (10 ** np.minimum(np.abs(places), 300) - 1)
 
 
 def marker(method: str, colour: str) -> dict[str, Any]:
-    """Return the marker of a method; depth is filled and width hollow, so both are visible at one place."""
-    shape, size = MARKERS.get(method, ("^", 8))
-    face = colour if method == "depth" else "none"
+    """Return the marker of a method; depth is filled and others hollow, so that both are visible at one place."""
     return {
-        "marker": shape, "markersize": size, "markerfacecolor": face, "markeredgecolor": colour, "markeredgewidth": 1.8,
-        "color": colour, "linewidth": 1,
+        "marker": MARKERS.get(method, "^"), "markersize": 7, "markerfacecolor": colour if method == "depth" else "none",
+        "markeredgecolor": colour, "markeredgewidth": 1.8, "color": colour, "linewidth": 1,
     }  # fmt: skip
 
 
-def legend_entries(methods: Iterable[str], colours: Mapping[str, str], size: float | None = None) -> list[Line2D]:
+def legend_entries(methods: Iterable[str], colours: Mapping[str, str]) -> list[Line2D]:
     """Return one entry for the unpruned model, for each method (shape) and for each recovery (colour)."""
     plain: Any = {"linestyle": "none"}
     bar: Any = {"marker": "_", "markersize": 12, "markeredgewidth": 4}
-    entries = [Line2D([], [], marker="*", color=INK, markersize=12, label=UNPRUNED, **plain)]
+    entries = [Line2D([], [], color=MUTED, linestyle="--", linewidth=1, label=UNPRUNED)]
     for method in list(dict.fromkeys(methods))[:MOST_NAMED]:
-        look = marker(method, INK)
-        look["markersize"] = size or look["markersize"]
-        entries.append(Line2D([], [], label=legible(method), **{**look, **plain}))
+        entries.append(Line2D([], [], label=legible(method), **{**marker(method, INK), **plain}))
     for recovery, colour in itertools.islice(colours.items(), MOST_NAMED):
         entries.append(Line2D([], [], color=colour, label=legible(recovery), **bar, **plain))
     return entries
-
-
-def _score_bars(
-    axes: Axes,
-    result: Result,
-    values: Sequence[float],
-    top: float,
-    measured: Measured,
-    colours: Mapping[str, str],
-) -> None:
-    """Draw one bar per model (the first of many), with its value beside it."""
-    runs, values = result.runs[: MOST_BARS - 1], values[:MOST_BARS]
-    places = np.arange(len(values))[::-1]
-    shades = [INK, *(colours[run.after_pruning] for run in runs)]
-    axes.barh(places, values, color=shades, height=0.66)
-    for place, value, told in zip(places, values, measured.values, strict=False):
-        at = value if np.isfinite(value) else 0.0
-        axes.annotate(
-            "" if told is None else f"{told:.1f}" if abs(told) < 1e9 else f"{told:.3g}",
-            (at, place),
-            (4, 0),
-            textcoords="offset points",
-            va="center",
-        )
-    axes.set_yticks(places, [legible(name) for name in list(result.labels.values())[: len(values)]])
-    axes.tick_params(axis="y", length=0)
-    axes.grid(visible=False, axis="y")
-    axes.set_xlim(0, 1.18 * top)
-    if measured.full == top:
-        axes.set_xticks(np.linspace(0, top, 5))
-    axes.set_xlabel(legible(measured.label, LONGEST_TITLE))
 
 
 def recovery_colours(runs: Sequence[Run]) -> dict[str, str]:

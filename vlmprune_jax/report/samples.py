@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from vlmprune_jax.core.errors import printable
 from vlmprune_jax.workdir.samples import Picture, Sample, SampleSet
 
+MOST_MODELS = 3  # named for an answer, if another answer names the rest
 HEADINGS = {
     "repaired": "Broken by pruning, repaired by recovery",
     "broken": "Broken by pruning, and still wrong",
@@ -17,11 +18,11 @@ HEADINGS = {
 
 @dataclass(frozen=True)
 class ShownAnswer:
-    """A row of a sample's table; `verdict`: "right", "wrong" or ""."""
+    """An answer and the models that gave it; `verdict`: "right", "wrong" or ""."""
 
-    model: str
     said: str
     verdict: str
+    models: str
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class ShownSample:
 
 
 def shown_samples(samples: SampleSet, labels: Mapping[str, str]) -> Iterator[tuple[str, list[ShownSample]]]:
-    """(heading, samples) of every kind that a set has; `labels`: names of models for readers."""
+    """Yield (heading, samples) of every kind that a set has; `labels`: the models to show, with names for readers."""
     for kind, heading in HEADINGS.items():
         mine = [sample for sample in samples.samples if sample.kind == kind]
         if mine:
@@ -45,14 +46,15 @@ def shown_samples(samples: SampleSet, labels: Mapping[str, str]) -> Iterator[tup
 
 
 def _shown(sample: Sample, labels: Mapping[str, str]) -> ShownSample:
-    answers = [
-        ShownAnswer(
-            printable(labels.get(answer.model, answer.model)),
-            printable(answer.said) or "(nothing)",
-            "" if answer.score is None else "right" if answer.score >= 0.5 else "wrong",
-        )
-        for answer in sample.answers
-    ]
+    models = dict[tuple[str, str], list[str]]()
+    for answer in sample.answers:
+        if answer.model in labels:
+            verdict = "" if answer.score is None else "right" if answer.score >= 0.5 else "wrong"
+            models.setdefault((printable(answer.said) or "(nothing)", verdict), []).append(labels[answer.model])
+    most = max(models.values(), key=len, default=[])
+    if len(models) > 1 and len(most) > MOST_MODELS:
+        most[:] = [f"the other {len(most)} models"]
+    answers = [ShownAnswer(said, verdict, "; ".join(mine)) for (said, verdict), mine in models.items()]
     question = "\n".join(map(printable, sample.question.splitlines()))
     expected = " / ".join(map(printable, sample.references))
     return ShownSample(printable(sample.id), question, expected, sample.images, answers)

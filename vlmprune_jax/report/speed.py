@@ -8,40 +8,40 @@ from collections.abc import Mapping, Sequence
 from vlmprune_jax.core.errors import printable
 from vlmprune_jax.evaluation.speed.clock import BenchSide, Measurement
 from vlmprune_jax.report.page import Table
-from vlmprune_jax.workdir.speed import Bench, Speed, ratios
+from vlmprune_jax.workdir.evaluation import UNPRUNED
+from vlmprune_jax.workdir.speed import Bench, Speed, speedup
 
 _Row = tuple[str, ...]
 
 
-def speed_tables(measured: Speed, labels: Mapping[str, str]) -> tuple[Table, Table]:
-    """Return the measured speed of every shape with the unpruned model's beside it, and the speed-ups.
+def speed_tables(measured: Speed, labels: Mapping[str, str] | None = None) -> tuple[Table, Table]:
+    """Return the speed-ups of every shape, and its measured speed with the unpruned model's beside it.
 
-    `labels`: names of models for readers.
+    `labels`: the models to name, with names for readers.
     """
     rows, times = list[_Row](), list[_Row]()
     for pair in measured.pairs:
         name = _shape_name(pair.models, labels)
-        beside = "unpruned" if len(measured.pairs) == 1 else f"unpruned, beside {_label(pair.models[0], labels)}"
+        beside = UNPRUNED if len(measured.pairs) == 1 else f"{UNPRUNED}, beside {name}"
         rows += [(beside, *_cells(pair.unpruned)), (name, *_cells(pair.pruned))]
         times.append((name, *_speedups(pair.unpruned, pair.pruned)))
     header = ("model", "prefill, tokens/s", "decoding, tokens/s", "first token, ms", "memory, MiB")
     return (
-        Table("Measured speed: median (range) of all rounds", header, tuple(rows)),
-        Table("Times the unpruned model, round by round", ("model", "prefill", "decoding"), tuple(times)),
-    )
+        Table("Speed as a multiple of the unpruned model's, round by round", ("model", "prefill", "decoding"),
+              tuple(times)),
+        Table("Measured speed: median (range) of all rounds", header, tuple(rows), ascending=header[3:]),
+    )  # fmt: skip
 
 
 def together(names: Sequence[str]) -> str:
-    """Name models that have the same shape."""
-    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} of its shape)"
+    """Name models that have the same shape: by the one with the shortest name."""
+    first = min(names, key=len)
+    return first if len(names) == 1 else f"{first} (and {len(names) - 1} of its shape)"
 
 
-def _shape_name(models: Sequence[str], labels: Mapping[str, str]) -> str:
-    return together([_label(name, labels) for name in models])
-
-
-def _label(name: str, labels: Mapping[str, str]) -> str:
-    return printable(labels.get(name, name))
+def _shape_name(models: Sequence[str], labels: Mapping[str, str] | None) -> str:
+    named = models if labels is None else [labels[name] for name in models if name in labels] or models
+    return together([printable(name) for name in named])
 
 
 def _cells(speed: Measurement) -> _Row:
@@ -64,12 +64,12 @@ def _speedups(before: Measurement, after: Measurement) -> tuple[str, str]:
 
 
 def _speedup(before: Sequence[float], after: Sequence[float]) -> str:
-    rounds = ratios(before, after)
-    text = f"{statistics.median(rounds):.2f} ({min(rounds):.2f} to {max(rounds):.2f})"
-    return text if min(rounds) > 1 else f"{text}, {'slower' if max(rounds) < 1 else 'no speed-up'}"
+    median, least, most = speedup(before, after)
+    text = f"{median:.2f} ({least:.2f} to {most:.2f})"
+    return text if least > 1 else f"{text}, {'slower' if most < 1 else 'no speed-up'}"
 
 
-def speed_notes(measured: Speed, labels: Mapping[str, str]) -> list[str]:
+def speed_notes(measured: Speed, labels: Mapping[str, str] | None = None) -> list[str]:
     """Say what was measured where, and which models are no faster."""
     workload = measured.workload
     images = ", an image first" if workload.image else ""
@@ -83,7 +83,7 @@ def speed_notes(measured: Speed, labels: Mapping[str, str]) -> list[str]:
         slow = [
             _shape_name(pair.models, labels)
             for pair in measured.pairs
-            if min(ratios(getattr(pair.unpruned, name), getattr(pair.pruned, name))) <= 1
+            if speedup(getattr(pair.unpruned, name), getattr(pair.pruned, name))[1] <= 1
         ]
         if slow:
             lines.append(f"No speed-up in {what}: {'; '.join(slow)}. Not every round was faster.")
@@ -104,7 +104,8 @@ def bench_tables(bench: Bench) -> list[Table]:
             times.append((name, side.backend, _path_end(before.model, 24), *_speedups(before, side)))
     tables = [
         Table("Speed: median (range) of all rounds",
-              ("model", "engine", "prefill, tokens/s", "decoding, tokens/s", "first token, ms"), tuple(speeds)),
+              ("model", "engine", "prefill, tokens/s", "decoding, tokens/s", "first token, ms"), tuple(speeds),
+              ascending=("first token, ms",)),
         Table("Size",
               ("model", "engine", "weights", "prompt, tokens", "on disk, MiB", "peak memory, MiB"), tuple(sizes)),
     ]  # fmt: skip

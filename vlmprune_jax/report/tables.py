@@ -6,66 +6,80 @@ from collections.abc import Iterator, Mapping
 
 from vlmprune_jax.core.errors import printable
 from vlmprune_jax.report.page import Table
-from vlmprune_jax.workdir.evaluation import UNPRUNED, Group
+from vlmprune_jax.workdir.evaluation import Group
 from vlmprune_jax.workdir.result import Result, Run, Set, Unpruned, averaged_sets, interval, percent
+
+SIZE, DECODE, PROMPT = "size, %", "decoding, x", "prompt, x"
+SMALLEST_FIRST = (SIZE, "parameters", "seconds")
 
 
 def tables_of(result: Result, *, names: bool = False) -> list[Table]:
     """Return the summary of all models; with several evaluation sets also scores and retained percentages by set.
 
-    `names`: add a column with the names of runs, which are those of their folders.
+    `result` has no model twice (see `Result.distinct`). Important columns come first: a narrow terminal leaves out the
+    last ones, and a phone folds all but the first. `names`: add a column with the names of runs, which are those of
+    their folders.
     """
-    sets, runs, labels = result.sets, result.runs, result.labels
-    has_intervals = any(run.evaluation.retained_interval for run in runs)
-    if len(sets) == 1:
-        [(name, of)] = sets.items()
-        columns = (of.main, "retained", *(("95 % interval",) if has_intervals else ()))
-        worth = [_score_cells(result, model, name, of)[: len(columns)] for _, model in result.models]
-        title = f"{upper(of.label)}, retained in %"
-    else:
-        columns = ("retained", "paper avg")
-        averages = ((run.evaluation.mean_of_ratios, run.evaluation.paper_average) for run in runs)
-        worth = [tuple(map(percent, pair)) for pair in ((100.0, 100.0), *averages)]
-        title = f"Retained {over(sets)}, and the paper's average, in %"
-    rows: list[tuple[str, ...]] = [(UNPRUNED, "", f"{result.teacher.parameters:,}", "", *worth[0], "")]
-    rows += [(labels[run.name], *_summary(run, cells)) for run, cells in zip(runs, worth[1:], strict=True)]
-    header: tuple[str, ...] = ("model", "data", "parameters", "removed", *columns, "seconds")
+    sets, labels, models = result.sets, result.labels, result.models
+    columns = [("model", [labels[name] for name, _ in models]), *_quality(result), *_made(result)]
     if names:
-        header = (*header, "run")
-        rows = [(*row, name) for row, name in zip(rows, ("", *(printable(run.name) for run in runs)), strict=True)]
-    summary = Table(f"{title}; removed: share of all parameters", header, tuple(rows))
+        columns.append(("run", ["", *(printable(run.name) for run in result.runs)]))
+    columns = [(name, cells) for name, cells in columns if any(cells)]
+    order = ["model", "retained, %", SIZE, DECODE]
+    columns.sort(key=lambda column: order.index(column[0]) if column[0] in order else len(order))
+    rows = tuple(zip(*(cells for _, cells in columns), strict=True))
+    lower = tuple(of.main for of in sets.values() if not of.higher_is_better)
+    what = "Models" if len(sets) > 1 else f"Models on {next(iter(sets.values())).size}"
+    header = tuple(name for name, _ in columns)
+    summary = Table(what, header, rows, first=len({*order} & {*header}), ascending=(*SMALLEST_FIRST, *lower))
     if len(sets) == 1:
         return [summary]
     scores = [
         (labels[key], *(of.show(model.evaluation.main(name, sets), unit=False) for name, of in sets.items()))
-        for key, model in result.models
+        for key, model in models
     ]
-    kept = [(labels[run.name], *(_kept(run, name) for name in sets)) for run in runs]
+    kept = [(labels[run.name], *(_kept(run, name) for name in sets)) for run in result.runs]
+    has_intervals = any(run.evaluation.retained_interval for run in result.runs)
+    smallest = tuple(name for name, of in sets.items() if not of.higher_is_better)
+    titles = ", ".join(f"{name}: {of.label}" for name, of in sets.items())
+    title = f"Retained of each, in %{', and 95 % intervals' if has_intervals else ''}"
     return [
         summary,
-        Table(", ".join(f"{name}: {of.label}" for name, of in sets.items()), ("model", *sets), tuple(scores)),
-        Table(
-            f"Retained of each, in %{', and 95 % intervals' if has_intervals else ''}", ("model", *sets), tuple(kept)
-        ),
+        Table(titles, ("model", *sets), tuple(scores), ascending=smallest),
+        Table(title, ("model", *sets), tuple(kept)),
     ]
 
 
-def _score_cells(result: Result, model: Run | Unpruned, name: str, of: Set) -> tuple[str, ...]:
-    """The score of a set, what is retained of it, and the interval."""
-    score = of.show(model.evaluation.main(name, result.sets), unit=False)
-    if isinstance(model, Unpruned):
-        return score, "100.00", ""
-    return score, percent(model.evaluation.mean_of_ratios), interval(model.evaluation, name)
+def _quality(result: Result) -> Iterator[tuple[str, list[str]]]:
+    """Yield the columns of retention: of the one set with its interval and score, of several their averages."""
+    runs = [run.evaluation for run in result.runs]
+    yield "retained, %", [percent(value) for value in (100.0, *(run.mean_of_ratios for run in runs))]
+    if len(result.sets) > 1:
+        yield "paper avg, %", [percent(value) for value in (100.0, *(run.paper_average for run in runs))]
+        return
+    [(name, of)] = result.sets.items()
+    scores = [of.show(model.evaluation.main(name, result.sets), unit=False) for _, model in result.models]
+    yield "95 % interval", ["", *(interval(run, name) for run in runs)]
+    yield of.label.replace(" in %", ", %"), scores
 
 
-def _summary(run: Run, worth: tuple[str, ...]) -> tuple[str, ...]:
-    return (
-        f"{100 * run.data_fraction:g} %" if run.data_fraction else "",
-        f"{run.parameters:,}",
-        f"{run.ratio_reached:.3f}",
-        *worth,
-        "" if run.seconds is None else f"{run.seconds:.1f}",
-    )
+def _made(result: Result) -> Iterator[tuple[str, list[str]]]:
+    """Yield the columns of size, speed, and how each model was made."""
+    runs, teacher = result.runs, result.teacher
+    yield SIZE, ["100.0", *(f"{100 * run.parameters / teacher.parameters:.1f}" for run in runs)]
+    for column, name in ((DECODE, "decode_speedup"), (PROMPT, "prefill_speedup")):
+        known = [None if run.speed is None else getattr(run.speed, name) for run in runs]
+        yield column, ["1.00" if any(known) else "", *("" if one is None else f"{one[0]:.2f}" for one in known)]
+    yield "removed, % (of decoder)", ["", *map(_removed, runs)]
+    yield "data, %", ["", *(f"{100 * run.data_fraction:g}" if run.data_fraction else "" for run in runs)]
+    if teacher.costs is None:  # else a table has the costs by shape
+        yield "parameters", [f"{model.parameters:,}" for _, model in result.models]
+    yield "seconds", ["", *("" if run.seconds is None else f"{run.seconds:.1f}" for run in runs)]
+
+
+def _removed(run: Run) -> str:
+    decoder = "" if run.decoder_ratio is None else f" ({100 * run.decoder_ratio:.1f})"
+    return f"{100 * run.ratio_reached:.1f}{decoder}"
 
 
 def _kept(run: Run, name: str) -> str:
@@ -80,26 +94,57 @@ def upper(text: str) -> str:
 
 
 def lead(result: Result) -> str:
-    """Describe the best model in a sentence."""
+    """Describe the best model: what it retains, its size and its speed."""
     run, teacher = result.best_run, result.teacher
-    smaller = 1 - run.parameters / teacher.parameters
     among = f"Best of {len(result.runs)} models: " if len(result.runs) > 1 else ""
-    trained = f" ({100 * run.data_fraction:g} % of the training data)" if run.data_fraction else ""
+    trained = f" (trained on {100 * run.data_fraction:g} % of the data)" if run.data_fraction else ""
+    decoder = "" if run.decoder_ratio is None else f", {100 * run.decoder_ratio:.1f} % of the decoder"
+    size = f"{100 * (1 - run.parameters / teacher.parameters):.1f} % fewer parameters"
+    files = ""
+    if run.costs is not None and teacher.costs is not None:
+        files = f"; {teacher.costs.file_bytes / 1e6:,.3g} to {run.costs.file_bytes / 1e6:,.3g} MB"
+    speed = ""
+    if run.speed is not None and run.speed.decode_speedup and run.speed.prefill_speedup:
+        decode, prompt = run.speed.decode_speedup[0], run.speed.prefill_speedup[0]
+        speed = f" It decodes {decode:.2f} times and reads prompts {prompt:.2f} times as fast."
     return (
-        f"{among}{result.labels[run.name]}{trained} has {run.parameters:,} of {teacher.parameters:,} parameters "
-        f"({100 * smaller:.1f} % fewer) and {_scores(run, result)}."
+        f"{among}{result.labels[run.name]}{trained} {_scores(run, result)}, with {size} "
+        f"({teacher.parameters:,} to {run.parameters:,}{decoder}{files}).{speed}"
+    )
+
+
+def key_numbers(result: Result) -> list[tuple[str, str]]:
+    """Return (name, value) of what the best model is judged by."""
+    run = result.best_run
+    found = [("retained", f"{percent(run.evaluation.mean_of_ratios)} %")] if run.evaluation.mean_of_ratios else []
+    found.append(("size", f"{100 * run.parameters / result.teacher.parameters:.1f} %"))
+    if run.speed is not None and run.speed.decode_speedup and run.speed.prefill_speedup:
+        found.append(("decoding speed", f"{run.speed.decode_speedup[0]:.2f} x"))
+        found.append(("prompt speed", f"{run.speed.prefill_speedup[0]:.2f} x"))
+    return found
+
+
+def parameter_note(teacher: Unpruned) -> str:
+    """Say which parameters are counted, if transformers counts more."""
+    if not teacher.carried:
+        return ""
+    return (
+        f"Parameters are those that the model computes with, and ratios refer to them. num_parameters() of "
+        f"transformers also counts {teacher.carried:,} in tower layers after the feature layer "
+        f"({teacher.parameters + teacher.carried:,} unpruned)."
     )
 
 
 def _scores(run: Run, result: Result) -> str:
-    sets = result.sets
+    sets, kept = result.sets, percent(run.evaluation.mean_of_ratios)
+    share = f"retains {kept} % of the unpruned score" if kept else "retains an unknown share of the score"
     if len(sets) > 1:
-        kept = percent(run.evaluation.mean_of_ratios)
-        share = f"{kept} % of the unpruned model's score" if kept else "an unknown share of the score"
-        return f"retains {share} {over(sets)}"
+        return f"{share} {over(sets)}"
     [(name, of)] = sets.items()
+    ends = interval(run.evaluation, name)
     ours, theirs = (of.show(model.evaluation.main(name, sets)) for model in (run, result.teacher))
-    return f"reaches {ours} {of.main} on {of.size}; the unpruned model reaches {theirs}"
+    told = f"{of.main} {ours} on {of.size}, unpruned {theirs}"
+    return f"{share} ({told}{f', 95 % interval {ends}' if ends else ''})"
 
 
 def over(sets: Mapping[str, Set]) -> str:
@@ -109,18 +154,17 @@ def over(sets: Mapping[str, Set]) -> str:
 
 
 def groups_of(result: Result) -> Iterator[Table]:
-    """Return one table for each set that has groups of questions: their values for every model."""
-    runs, sets = result.runs, result.sets
+    """Return one table for each set that has groups of questions: their values for every model, a row each."""
+    sets = result.sets
     for name, groups in result.teacher.evaluation.groups.items():
         of = sets[name]
-        models = [groups, *(run.evaluation.groups.get(name, {}) for run in runs)]
         rows = [
-            (group, f"{values.questions:,}", *(_group_value(model, group, of) for model in models))
-            for group, values in groups.items()
+            (result.labels[key], *(_group_value(model.evaluation.groups.get(name, {}), group, of) for group in groups))
+            for key, model in result.models
         ]
-        title, what = f"{upper(of.main)} by {of.grouped_by}", str(of.grouped_by)
-        header = (what, "questions", *result.labels.values())
-        yield Table(title if len(sets) == 1 else f"{name}: {title}", header, tuple(rows))
+        rows.insert(0, ("questions", *(f"{values.questions:,}" for values in groups.values())))
+        title = f"{upper(of.main)} by {of.grouped_by}"
+        yield Table(title if len(sets) == 1 else f"{name}: {title}", ("model", *groups), tuple(rows))
 
 
 def _group_value(groups: Mapping[str, Group], group: str, of: Set) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from vlmprune_jax.export.gguf_model import support
 from vlmprune_jax.export.loads import what_loads
 from vlmprune_jax.families import Family, target_of
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
-from vlmprune_jax.hf.layout import make_slots
+from vlmprune_jax.hf.layout import make_slots, match_keys
 from vlmprune_jax.hf.read import find_weights, read_config, resolve
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune.solver import layer_costs, most_removable, units_of
@@ -45,11 +46,20 @@ def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[s
         "vision": None if cfg.vision is None else _vision(cfg.vision),
         "tokens_per_image": cfg.tokens_per_image,
         "parameters": {"total": count_params(cfg), **{part: count_params(cfg, part) for part in PARTS}},
+        "carried": count_carried(folder, tower),
         "prunable": _prunable(cfg, "text"),
         "prunable_tower": None if cfg.vision is None else _prunable(cfg, "vision"),
         "export": _export(cfg, family),
         "loads": what_loads(cfg),
     }
+
+
+def count_carried(folder: Path, vision_dir: Path | None) -> int:
+    """Count the parameters of a checkpoint that no forward pass uses, such as tower layers after the feature layer."""
+    (family, cfg), checkpoint = read_config(folder, vision_dir), Checkpoint(folder)
+    keys = match_keys(make_slots(cfg, family), cfg, family, checkpoint).carried
+    buffers = ("position_ids", "inv_freq")
+    return sum(math.prod(checkpoint.entries[key].shape) for key in keys if not key.endswith(buffers))
 
 
 def _stack(stack: Stack) -> dict[str, Any]:
@@ -146,6 +156,7 @@ def as_lines(found: dict[str, Any]) -> list[str]:
         + (f", weights in {found['storage']}" if found["storage"] else ""),
         f"  parameters  {total:,}: "
         + ", ".join(f"{part} {parts[part]:,} ({100 * parts[part] / total:.1f} %)" for part in PARTS if parts[part]),
+        *_carried(found),
         f"  decoder     {text['layers']} layers: {_runs(text)}",
         f"              hidden size {text['hidden_size']}, heads of {text['head_dim']}, vocabulary "
         f"{text['vocab_size']:,}{' (tied)' if text['tied_embeddings'] else ''}, {text['max_positions']:,} positions",
@@ -165,6 +176,13 @@ def as_lines(found: dict[str, Any]) -> list[str]:
     return lines + [
         f"  {'loads in' if i == 0 else '':<11} {name}: {_what_loads(stacks)}" for i, (name, stacks) in targets
     ]
+
+
+def _carried(found: dict[str, Any]) -> list[str]:
+    if not found["carried"]:
+        return []
+    total = found["parameters"]["total"] + found["carried"]
+    return [f"              num_parameters() of transformers: {total:,}, with tower layers that are not computed"]
 
 
 def _what_loads(stacks: dict[str, dict[str, str | None]]) -> str:

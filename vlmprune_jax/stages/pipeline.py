@@ -14,6 +14,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import NO_RECOVERY, prune_runs, recover_runs
+from vlmprune_jax.stages.describe import count_carried
 from vlmprune_jax.stages.evaluate import evaluate_model, parts_of
 from vlmprune_jax.stages.job import Sections, make_job, run_stage
 from vlmprune_jax.stages.prune import explain_plan
@@ -214,7 +215,7 @@ class Pipeline:
         unpruned = costs_of_folder(work, work.teacher, workload, spec.export)
         return Result(
             sets=describe_sets(teacher),
-            teacher=unpruned_of(teacher, unpruned, speeds.get("")),
+            teacher=unpruned_of(teacher, unpruned, speeds.get(""), count_carried(work.teacher, work.tower)),
             runs=[replace(run, costs=costs[run.name], speed=speeds.get(run.name)) for run in runs],
             best=best,
             workload=workload,
@@ -307,7 +308,7 @@ def _renew(teacher: dict[str, Evaluated], found: Mapping[str, dict[str, Evaluate
         context.say(f"result.json is left as it is: {lacking[0]} is not among this experiment's models")
         return
     runs = [replace(run, evaluation=compare(found[run.path], teacher)) for run in result.runs]
-    unpruned = unpruned_of(teacher, result.teacher.costs, result.teacher.speed)
+    unpruned = unpruned_of(teacher, result.teacher.costs, result.teacher.speed, result.teacher.carried)
     renewed = replace(result, sets=describe_sets(teacher), teacher=unpruned, runs=runs)
     if renewed != result:
         write_artefact(context.workdir / RESULT, renewed)

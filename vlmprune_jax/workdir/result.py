@@ -87,9 +87,14 @@ class Workload(Part, frozen=True, kw_only=True):
 
 
 class Unpruned(Part, frozen=True, kw_only=True):
-    """The unpruned model."""
+    """The unpruned model.
+
+    `parameters` are those that a forward pass uses. `carried` are the others of the checkpoint, such as tower layers
+    after the feature layer: `num_parameters()` of transformers counts them too.
+    """
 
     parameters: Annotated[int, Meta(ge=1, le=2**53)]
+    carried: Count = 0
     evaluation: ModelEvaluation
     costs: Costs | None = None
     speed: MedianSpeed | None = None
@@ -191,6 +196,15 @@ class Result(Artefact, frozen=True, kw_only=True, tag=1):
         labels = {run.name: run.label + ("" if counts[run.label] == 1 else f" ({run.name})") for run in self.runs}
         return {UNPRUNED: UNPRUNED, **{name: printable(label) for name, label in labels.items()}}
 
+    def distinct(self) -> Result:
+        """Return the result without models that another run made too, as before different recoveries of one plan."""
+        shown: dict[object, Run] = {}
+        for run in sorted(self.runs, key=lambda run: run.name != self.best):
+            evaluation = repr(msgspec.structs.replace(run.evaluation, seconds=0.0))
+            key = (run.label, run.criterion, run.parameters, tuple(run.removed_layers), run.data_fraction, evaluation)
+            shown.setdefault(key, run)
+        return msgspec.structs.replace(self, runs=[run for run in self.runs if run in shown.values()])
+
     @property
     def best_run(self) -> Run:
         """The run that `best` names."""
@@ -220,11 +234,13 @@ def describe_sets(evaluations: Evaluations) -> dict[str, Set]:
     }
 
 
-def unpruned_of(evaluations: Evaluations, costs: Costs | None = None, speed: MedianSpeed | None = None) -> Unpruned:
+def unpruned_of(
+    evaluations: Evaluations, costs: Costs | None = None, speed: MedianSpeed | None = None, carried: int = 0
+) -> Unpruned:
     """Make the entry of the unpruned model."""
     evaluation = ModelEvaluation(scores=_values(evaluations), groups=_groups(evaluations))
     parameters = next(iter(evaluations.values())).parameters
-    return Unpruned(parameters=parameters, evaluation=evaluation, costs=costs, speed=speed)
+    return Unpruned(parameters=parameters, carried=carried, evaluation=evaluation, costs=costs, speed=speed)
 
 
 def compare(evaluations: Evaluations, teacher: Evaluations) -> RunEvaluation:

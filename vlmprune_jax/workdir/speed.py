@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
 
@@ -17,19 +17,35 @@ from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
 SPEED, BENCH = "speed.json", "bench.json"
 
 
+SpeedUp = tuple[Finite, Finite, Finite]  # median, least and most over the rounds, as a multiple of the unpruned speed
+
+
 class MedianSpeed(Part, frozen=True, kw_only=True):
-    """Medians over rounds: prefill and decode in tokens/s, first token in seconds."""
+    """Medians over rounds: prefill and decode in tokens/s, first token in seconds; speed-ups of a pruned model."""
 
     prefill: Finite
     decode: Finite
     first_token: Finite
     peak_bytes: Count | None
+    prefill_speedup: SpeedUp | None = None
+    decode_speedup: SpeedUp | None = None
 
 
-def medians(measured: Measurement) -> MedianSpeed:
-    """Return the medians over the rounds."""
+def medians(measured: Measurement, unpruned: Measurement | None = None) -> MedianSpeed:
+    """Return the medians over the rounds, and of a pruned model the speed-ups."""
     speeds = {name: statistics.median(getattr(measured, name)) for name in ("prefill", "decode", "first_token")}
-    return MedianSpeed(**speeds, peak_bytes=measured.peak_bytes)
+    speedups: dict[str, Any] = {
+        f"{name}_speedup": speedup(getattr(unpruned, name), getattr(measured, name))
+        for name in ("prefill", "decode")
+        if unpruned is not None
+    }
+    return MedianSpeed(**speeds, **speedups, peak_bytes=measured.peak_bytes)
+
+
+def speedup(before: Sequence[float], after: Sequence[float]) -> SpeedUp:
+    """Return the speed-up, compared round by round: machines slow down for all models of a round."""
+    rounds = [new / old for old, new in zip(before, after, strict=False)]
+    return statistics.median(rounds), min(rounds), max(rounds)
 
 
 class Pair(Part, frozen=True, kw_only=True):
@@ -76,7 +92,10 @@ class Speed(Artefact, frozen=True, kw_only=True, tag=1):
             first_token=tuple(value for one in unpruned for value in one.first_token),
             peak_bytes=unpruned[0].peak_bytes,
         )
-        return {"": medians(every), **{name: medians(of.pruned) for of in self.pairs for name in of.models}}
+        return {
+            "": medians(every),
+            **{name: medians(of.pruned, of.unpruned) for of in self.pairs for name in of.models},
+        }
 
 
 class Bench(Artefact, frozen=True, kw_only=True, tag=1):
@@ -122,8 +141,3 @@ def read_speed(workdir: Path) -> Speed | None:
     """
     path = workdir / SPEED
     return read_artefact(path, Speed) if path.is_file() else None
-
-
-def ratios(before: Sequence[float], after: Sequence[float]) -> list[float]:
-    """Return the speed-up of every round."""
-    return [new / old for old, new in zip(before, after, strict=False)]
