@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlmprune_jax.core.config import ImageShape
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.image_processor import check_steps, normalize, sides
+from vlmprune_jax.families.tiles import ImageShape
 
 _BILINEAR = 2  # PIL.Image.Resampling.BILINEAR
 _HALF = (0.5, 0.5, 0.5)  # default mean and standard deviation of the class
