@@ -20,8 +20,8 @@ from vlmprune_jax.recovery.config import REMAT, LossConfig, RecoverConfig
 from vlmprune_jax.recovery.losses import losses
 from vlmprune_jax.stages.job import make_job
 from vlmprune_jax.stages.pipeline import Pipeline
+from vlmprune_jax.stages.recover import _made_from
 from vlmprune_jax.stages.registry import STAGES as DECLARED
-from vlmprune_jax.stages.teacher_cache import _made_from
 from vlmprune_jax.stages.work import Context
 
 # --- declarations -----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from vlmprune_jax.recovery.step import make_optimizer, make_schedule
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
 def test_schedules_equal_transformers(name: str, steps: int):
     ratio = 0.11
-    warmup = int(np.ceil(ratio * steps))
+    warmup = min(int(np.ceil(ratio * steps)), steps - 1)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-3)
     if name == "constant":
         expected = transformers.get_constant_schedule_with_warmup(optimizer, warmup)
@@ -93,3 +93,12 @@ def test_gradients_are_clipped_by_their_global_norm():
     moves = [(np.asarray(one[p] - start[p]).ravel(), np.asarray(two[p] - start[p]).ravel()) for p in start]
     whole, quarter = (np.concatenate([move[i] for move in moves]) for i in (0, 1))
     np.testing.assert_allclose(np.linalg.norm(whole) / np.linalg.norm(quarter), 4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_warmup_leaves_a_step_at_the_full_rate(schedule: str, steps: int):
+    """Before, the only step of a run, and all steps of a run with a large ratio, were warm-up."""
+    for ratio in (0.03, 0.99):
+        rate = make_schedule(cases.settings(schedule=schedule, learning_rate=2e-3, warmup_ratio=ratio), steps)
+        assert max(float(rate(step)) for step in range(steps)) == pytest.approx(2e-3)

@@ -34,10 +34,11 @@ from vlmprune_jax.models.inputs import check_inputs
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.prune import make_plan, prune_folder, score
 from vlmprune_jax.recovery import loop
+from vlmprune_jax.recovery.feature_pass import check_frozen
 from vlmprune_jax.recovery.metrics import Recorder
-from vlmprune_jax.stages.feature_cache import cached_features, check_frozen
 from vlmprune_jax.stages.job import run_stage
 from vlmprune_jax.stages.pipeline import Pipeline
+from vlmprune_jax.stages.recover import cached_features, prepare
 from vlmprune_jax.stages.work import Context
 
 RECOVER = {
@@ -146,7 +147,7 @@ def prepared(experiment: Experiment, root: Path, cache: Path, **sections: Any) -
     data = {"feature_cache": str(cache), **sections.pop("data", {})}
     changed = override(experiment, {"data": data, **sections})
     work = Pipeline(changed, quiet(root)).work(start=root / "pruned")
-    return cached_features(work, changed.data, recover_config(changed.recover), work.plan)
+    return cached_features(work, changed.data, prepare(work, changed.data, changed.recover))
 
 
 def test_what_is_refused(llava, goldens, tmp_path):

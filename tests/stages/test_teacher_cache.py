@@ -19,7 +19,7 @@ from vlmprune_jax.data.teacher_rows import TeacherRows
 from vlmprune_jax.hf.disk.atomic import check_space
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.prune import make_plan, prune_folder, score
-from vlmprune_jax.stages import teacher_cache
+from vlmprune_jax.stages import recover
 from vlmprune_jax.stages.work import Work
 
 VOCAB = 416
@@ -98,7 +98,7 @@ def metrics(root, workdir: str) -> dict[str, list[float]]:
 def held(folder) -> dict[str, np.ndarray]:
     """Everything in a cache."""
     found = ArrayCache(folder, {k: v for k, v in json.loads((folder / "cache.json").read_text()).items()})
-    return {key: found[key] for key in found._places}
+    return {key: found[key] for key in found._entries}
 
 
 LOAD = Work.load
@@ -167,7 +167,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_pass(experiment, straigh
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, needed))
         check_space(folder, needed)
 
-    monkeypatch.setattr(teacher_cache, "check_space", full)
+    monkeypatch.setattr(recover, "check_space", full)
     monkeypatch.setattr(Work, "load", only_the_student)
     assert main(["recover", *experiment("small", "small-cache")]) == 2
     line = capsys.readouterr().err.strip()
@@ -223,7 +223,7 @@ def test_an_interrupted_pass_continues_to_the_same_bytes(experiment, straight, c
 
 def test_the_longest_rows_come_first_in_the_smallest_buckets(experiment, monkeypatch):
     """What does not fit in memory is met at once; the last batch is filled up."""
-    seen, compute = [], teacher_cache.teacher_top_k
+    seen, compute = [], recover.teacher_top_k
 
     def watched(teacher, batches, *args, **options):
         for batch, *found in compute(teacher, batches, *args, **options):
@@ -231,7 +231,7 @@ def test_the_longest_rows_come_first_in_the_smallest_buckets(experiment, monkeyp
             yield batch, *found
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(teacher_cache, "teacher_top_k", watched)
+    monkeypatch.setattr(recover, "teacher_top_k", watched)
     assert main(["recover", *experiment("ordered", "ordered-cache")]) == 130
     lengths = [mask.sum(1).max() for mask, _ in seen]
     assert lengths == sorted(lengths, reverse=True)

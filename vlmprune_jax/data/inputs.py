@@ -241,9 +241,8 @@ def _text_length(record: Record, inputs: Inputs, cfg: ModelConfig) -> int:
     return len(ids)
 
 
-def recovery_records(model: ModelSpec, data: DataSpec, cfg: ModelConfig) -> tuple[Record, ...]:
-    """Return the training records of a recovery."""
-    template = load_inputs(model, data, cfg).template
+def recovery_records(data: DataSpec, template: Template) -> tuple[Record, ...]:
+    """Return the training records of a recovery, a `data.fraction` of all."""
     return tuple(take_fraction(training_records(data, template), data.fraction, data.seed))
 
 
@@ -257,16 +256,14 @@ class TrainingRows:
 
 
 def training_rows(
-    model: ModelSpec, data: DataSpec, cfg: ModelConfig, bar: Bar, features: FeatureLoader | None = None
+    data: DataSpec, encoder: Encoder, records: tuple[Record, ...], bar: Bar, features: FeatureLoader | None
 ) -> TrainingRows:
-    """Return the rows of `data.fraction` of the training records for this model.
+    """Return the rows of the records.
 
     `bar` shows the progress of measuring; `features` is a loader of cached features in place of pixels.
     """
-    inputs = load_inputs(model, data, cfg)
     one_of("data.group_by", data.group_by, GROUPINGS)
-    records = recovery_records(model, data, cfg)
-    encoder, sizes = inputs.training_encoder(cfg), None
+    sizes = None
     varied = encoder.length_buckets is not None or encoder.images_decide  # shapes must be known before compilation
     if not encoder.max_length or varied or data.group_by != "none" or data.on_error == "skip":
         sizes = _measured(records, encoder, data.on_error, data.threads, bar)
@@ -277,22 +274,10 @@ def training_rows(
 
 
 def recovery_batches(
-    model: ModelSpec,
-    data: DataSpec,
-    cfg: ModelConfig,
-    bar: Bar,
-    *,
-    batch_size: int,
-    seed: int,
-    features: FeatureLoader | None = None,
-    teacher: TeacherRows | None = None,
-) -> tuple[TrainBatches, int]:
-    """Return this process's endless training batches, and the number of records behind them.
-
-    `bar`, `features`: see `training_rows`; `teacher` adds the arrays of a cached teacher to the rows.
-    """
-    rows = training_rows(model, data, cfg, bar, features)
-    batches = train_batches(
+    rows: TrainingRows, data: DataSpec, *, batch_size: int, seed: int, teacher: TeacherRows | None
+) -> TrainBatches:
+    """Return this process's endless training batches; `teacher` adds the arrays of a cached teacher to the rows."""
+    return train_batches(
         rows.records,
         rows.encoder,
         batch_size=batch_size,
@@ -307,7 +292,6 @@ def recovery_batches(
         on_error=data.on_error,
         teacher=teacher,
     )
-    return batches, len(rows.records)
 
 
 @functools.lru_cache(maxsize=2)

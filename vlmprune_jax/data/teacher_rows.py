@@ -21,7 +21,7 @@ class TeacherRows:
     """Cache of a teacher's top-k log-probabilities, per record and only at positions that contribute to the loss.
 
     A row gets `teacher_ids` int32[tokens, k] and `teacher_logprobs` [tokens, k + 1] in `dtype` (see
-    `recovery.top_k.top_k_logprobs`), zeros at other positions. `positions` is "all" (real tokens) or "labels" (tokens
+    `recovery.terms.top_k_logprobs`), zeros at other positions. `positions` is "all" (real tokens) or "labels" (tokens
     before a label).
     """
 

@@ -29,11 +29,11 @@ from vlmprune_jax.prune import PrunePlan, Scores, make_plan
 from vlmprune_jax.prune.criteria.random import random_scores
 from vlmprune_jax.prune.fingerprint import shape_digest
 from vlmprune_jax.recovery.config import RecoverConfig
+from vlmprune_jax.recovery.feature_pass import check_frozen
 from vlmprune_jax.recovery.flops import StepFlops, step_flops
 from vlmprune_jax.recovery.objective import needs_teacher
 from vlmprune_jax.recovery.program import Program, make_program
 from vlmprune_jax.recovery.step import abstract_state, batch_sharding, step_context
-from vlmprune_jax.stages.feature_cache import check_frozen
 from vlmprune_jax.stages.work import teacher_folder
 
 

@@ -183,7 +183,7 @@ class RecoverConfig:
     learning_rate: float = setting(2e-4, "Peak learning rate.", affects=_RECOVER, above=0)
     batch_size: int = setting(
         128,
-        "Number of rows per optimizer step, over all devices.",
+        "Number of rows per optimizer step, over all devices; fewer if there are fewer training records.",
         affects=_RECOVER,
         unit="rows",
         least=1,
@@ -198,7 +198,7 @@ class RecoverConfig:
     schedule: str = setting("cosine", "Learning-rate schedule after the warm-up.", affects=_RECOVER, choices=SCHEDULES)
     warmup_ratio: float = setting(
         0.03,
-        "Share of the optimizer steps in which the learning rate rises linearly from 0.",
+        "Share of the optimizer steps in which the learning rate rises linearly from 0 (never all steps).",
         affects=_RECOVER,
         least=0,
         below=1,
@@ -265,6 +265,27 @@ class RecoverConfig:
         """`lora` if a rule of `trainable` names adapters (lora_a, lora_b), else None."""
         rules, _ = resolve_rules(self.trainable)
         return self.lora if any("lora_" in pattern and value is not False for pattern, value in rules) else None
+
+    def fit_records(self, n_records: int, devices: int) -> RecoverConfig:
+        """Return the settings with a batch that this many records fill, unless `steps` is set.
+
+        `devices`: number of devices that share the rows of a micro-batch.
+
+        Raises:
+          UserError: the records do not fill a batch of one row per micro-batch and device.
+        """
+        rows = min(n_records, math.floor(self.epochs * n_records))
+        if self.steps is not None or rows >= self.batch_size:
+            return self
+        unit = self.accumulation * devices
+        if rows < unit:
+            raise UserError(
+                f"recover: {n_records} training records in {self.epochs:g} epochs fill no batch of {unit} "
+                f"row{'s' * (unit > 1)} (accumulation {self.accumulation} x {devices} device{'s' * (devices > 1)}), so "
+                f"no step would train at learning rate {self.learning_rate:g}: add records or epochs, set "
+                "recover.steps, or lower recover.accumulation or the number of devices (mesh)"
+            )
+        return dataclasses.replace(self, batch_size=rows // unit * unit)
 
     def num_steps(self, n_records: int) -> int:
         """Return the number of optimizer steps over `n_records` training rows."""

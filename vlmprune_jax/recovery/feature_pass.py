@@ -21,8 +21,29 @@ from vlmprune_jax.data.images import GRIDS
 from vlmprune_jax.distributed.mesh import from_all, on_process_zero
 from vlmprune_jax.families.tiles import ImageShape
 from vlmprune_jax.hf.disk.atomic import check_space
+from vlmprune_jax.models.params import param_shapes
 from vlmprune_jax.models.vlm import Params, tower_features
+from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.step import batch_sharding, local_rows, place_rows, step_context
+from vlmprune_jax.recovery.trainable import assign_groups
+
+TOWER = "vision"
+
+
+def check_frozen(cfg: ModelConfig, config: RecoverConfig) -> None:
+    """Refuse cached features of a model without a tower, and of a tower that trains.
+
+    Raises:
+      UserError: names the setting.
+    """
+    if cfg.vision is None:
+        raise UserError("data.feature_cache: this model has no vision tower: leave it out")
+    trained = assign_groups(list(param_shapes(cfg)), config.trainable)
+    if any(path.startswith(f"{TOWER}/") for path in trained):
+        raise UserError(
+            f"data.feature_cache: recover.trainable={config.trainable!r} trains the vision tower, whose features then "
+            "change: leave feature_cache out, or train less (decoder, lora, projector)"
+        )
 
 
 def feature_identity(

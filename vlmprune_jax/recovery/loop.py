@@ -20,13 +20,12 @@ from vlmprune_jax.models.inputs import check_inputs
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.plan import PrunePlan
-from vlmprune_jax.recovery.ahead import Programs, describe, stand_in
 from vlmprune_jax.recovery.checkpoint import Checkpointer
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.flops import batch_flops
 from vlmprune_jax.recovery.metrics import Recorder
 from vlmprune_jax.recovery.objective import reported_terms
-from vlmprune_jax.recovery.program import Run, prepare
+from vlmprune_jax.recovery.program import Programs, Run, describe, prepare, stand_in
 from vlmprune_jax.recovery.step import Metrics, TrainState, place_rows, step_context
 from vlmprune_jax.recovery.trainable import merge_lora
 

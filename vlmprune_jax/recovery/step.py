@@ -42,9 +42,9 @@ class TrainState(NamedTuple):
 def make_schedule(config: RecoverConfig, num_steps: int) -> optax.Schedule:
     """Return the learning rate schedule: linear warm-up over ceil(warmup_ratio * num_steps) steps, then decay.
 
-    Equal to `get_*_schedule_with_warmup` of transformers.
+    Equal to `get_*_schedule_with_warmup` of transformers, except that one step at the full rate always remains.
     """
-    warmup = math.ceil(config.warmup_ratio * num_steps)
+    warmup = min(math.ceil(config.warmup_ratio * num_steps), num_steps - 1)
     rest, peak = max(num_steps - warmup, 1), config.learning_rate
     after = {
         "cosine": optax.cosine_decay_schedule(peak, rest),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.data.inputs import TrainingRows
+from vlmprune_jax.data.teacher_rows import TeacherRows, record_key
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.inputs import check_inputs
 from vlmprune_jax.models.vlm import IMAGE_INPUTS, Model, Params, encode
@@ -19,7 +21,30 @@ from vlmprune_jax.models.vocabulary import chunks
 from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.losses import gathered_head
 from vlmprune_jax.recovery.step import local_rows, place_rows, step_context
-from vlmprune_jax.recovery.top_k import top_k_logprobs
+from vlmprune_jax.recovery.terms import top_k_logprobs
+
+_SPREAD = 256  # records whose sizes tell that of a pass
+
+
+def records_to_compute(training: TrainingRows, rows: TeacherRows, size: int) -> list[int]:
+    """Return the numbers of the distinct records in batches of `size` that are not cached completely.
+
+    Rows of like length share a batch if lengths are known, the longest first: what does not fit in memory is met at
+    once.
+    """
+    records, sizes = training.records, training.sizes
+    order = range(len(records)) if sizes is None else np.argsort(-sizes[:, 0], kind="stable").tolist()
+    distinct = {record_key(records[number]): number for number in order if sizes is None or sizes[number, 0]}
+    numbers = list(distinct.values())
+    batches = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+    return [number for batch in batches if not all(rows.has(records[number]) for number in batch) for number in batch]
+
+
+def bytes_of_rows(training: TrainingRows, rows: TeacherRows, todo: Sequence[int], vocab_size: int) -> int:
+    """Return the bytes that these records will take, from evenly spread ones of them."""
+    spread = todo[:: -(-len(todo) // _SPREAD)]
+    labels = (training.encoder.training_tokens(training.records[number])[1] for number in spread)
+    return sum(rows.bytes_of(row, vocab_size) for row in labels) * len(todo) // len(spread)
 
 
 def teacher_top_k(

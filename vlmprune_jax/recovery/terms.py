@@ -1,7 +1,11 @@
-"""The class of loss terms and the five built-in terms: functions of logits or hidden states at one position."""
+"""The class of loss terms and the five built-in terms: functions of logits or hidden states at one position.
+
+A teacher's distribution may be stored as its k likeliest tokens and the total probability of all others.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +17,12 @@ import optax
 from vlmprune_jax.core.checks import file_of_users, one_of
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.vocabulary import cross_entropy
-from vlmprune_jax.recovery.top_k import top_k_divergence
 
 # Inputs of terms: vocabulary terms get a chunk of positions, [batch, chunk, vocab], terms on hidden states all
 # positions, [batch, seq, embed]; all are float32 except the targets.
 VOCABULARY = ("logits", "targets", "log_probs", "teacher_logits", "teacher_log_probs")
 HIDDEN = ("hidden", "teacher_hidden")
+_ABSENT = -1e30  # log-probability of tokens outside the k; finite, so that exp(_ABSENT) * _ABSENT is 0
 COUNTS = {"vocabulary": ("labels", "positions"), "hidden": ("tokens", "features")}
 
 
@@ -38,8 +42,8 @@ class LossTerm:
     of `losses.kl_positions`). Terms on hidden states: "tokens" (valid tokens of every layer) or "features" (tokens
     times hidden size).
     `from_top_k` computes `value` from a teacher's k likeliest tokens: (float32[batch, chunk, vocab]
-    logits, int[..., k] ids, [..., k + 1] log-probabilities, temperature), see `top_k`. Terms without it cannot use a
-    cached teacher.
+    logits, int[..., k] ids, [..., k + 1] log-probabilities, temperature), see `top_k_logprobs`. Terms without it cannot
+    use a cached teacher.
     `reported`: compute the term even if its weight is 0. `label`: name in plots ("": the name of the term).
     """
 
@@ -93,6 +97,56 @@ def squared_difference(ours: jax.Array, theirs: jax.Array) -> jax.Array:
 def cosine_distance(ours: jax.Array, theirs: jax.Array) -> jax.Array:
     """Return float32[...], 1 - cosine similarity; value and gradient are finite for states of zeros."""
     return 1.0 - optax.cosine_similarity(ours, theirs, epsilon=1e-16)
+
+
+def top_k_logprobs(logits: jax.Array, temperature: float, k: int) -> tuple[jax.Array, jax.Array]:
+    """Return the k likeliest tokens, int32[..., k], and log-probabilities, float32[..., k + 1], of [..., vocab] logits.
+
+    The last log-probability is that of all other tokens together (-inf if there are none); the probabilities sum to 1.
+    """
+    logprobs = jax.nn.log_softmax(logits / temperature, axis=-1)
+    values, ids = jax.lax.top_k(logprobs, k)
+    rest = _log_rest(logprobs, _spread(ids, values, logits.shape[-1]))
+    return ids, jnp.concatenate([values, rest[..., None]], axis=-1)
+
+
+def top_k_divergence(student: jax.Array, ids: jax.Array, logprobs: jax.Array, temperature: float) -> jax.Array:
+    """Return float32[...], KL(teacher || student) over the teacher's k likeliest tokens and one token for all others.
+
+    In both distributions the tokens outside the k are summed to one (the "ghost token" of arXiv 2503.16870). The result
+    equals the exact KL if there are no others, and is never larger (log-sum inequality). The gradient of the others is
+    distributed as in the student. Without this token, or with the k scaled to sum to 1, the student would learn that
+    all other tokens are impossible.
+
+    Args:
+      student: float32[..., vocab] logits.
+      ids, logprobs: int[..., k] and [..., k + 1] of any precision, see `top_k_logprobs`; they are normalised again.
+      temperature: temperature of both distributions.
+    """
+    ours, theirs = jax.nn.log_softmax(student / temperature, axis=-1), logprobs.astype(jnp.float32)
+    theirs -= jax.nn.logsumexp(theirs, axis=-1, keepdims=True)
+    chosen = _spread(ids, theirs[..., :-1], student.shape[-1])
+    # Computed like the KL of two full distributions, which keeps the precision of small differences.
+    divergence = jnp.sum(jnp.exp(chosen) * (chosen - ours), axis=-1)
+    if ids.shape[-1] == student.shape[-1]:
+        return divergence
+    rest = theirs[..., -1]
+    return divergence + jnp.exp(rest) * (rest - _log_rest(ours, chosen))
+
+
+def _spread(ids: jax.Array, values: jax.Array, vocab: int) -> jax.Array:
+    """Return float32[..., vocab] with [..., k] values at their ids and _ABSENT elsewhere.
+
+    The scatter is batched over positions, so that each device fills its own part of a sharded vocabulary. It carries no
+    gradient, whereas gathering the student's k values would need a scatter in the backward pass.
+    """
+    place = functools.reduce(lambda f, _: jax.vmap(f), ids.shape[:-1], lambda row, at, x: row.at[at].set(x))
+    return place(jnp.full((*ids.shape[:-1], vocab), _ABSENT), ids, values)
+
+
+def _log_rest(logprobs: jax.Array, chosen: jax.Array) -> jax.Array:
+    """Return float32[...], the log-probability of all tokens that are _ABSENT in `chosen`; both are [..., vocab]."""
+    return jax.nn.logsumexp(jnp.where(chosen > _ABSENT, -jnp.inf, logprobs), axis=-1)
 
 
 # Sources: the reference's trainers (LLaVA `llava_trainer.py`): KL = T^2 sum p_t (log p_t - log p_s) with

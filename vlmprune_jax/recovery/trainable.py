@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -115,6 +115,16 @@ def merge_lora(model: Model) -> Model:
         total = jnp.asarray(weight, jnp.float32) + delta * (lora.alpha / lora.rank)
         merged[f"{owner}/weight"] = total.astype(weight.dtype)
     return Model(unflatten(merged), dataclasses.replace(model.cfg, lora=None))
+
+
+def unchanged(before: Model, after: Model, trained: Iterable[str]) -> bool:
+    """Return True if two models without adapters are equal bit for bit in these parameters; adapters mean their weight.
+
+    The comparison ends at the first difference.
+    """
+    paths = {f"{p.rpartition('/')[0]}/weight" if p.endswith(LORA_SUFFIXES) else p for p in trained}
+    old, new = flatten(before.params), flatten(after.params)
+    return all(bool(jnp.array_equal(old[path], new[path])) for path in sorted(paths))
 
 
 def _delta(a: jax.Array, b: jax.Array, n_out: int) -> jax.Array:

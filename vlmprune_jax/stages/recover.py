@@ -1,29 +1,48 @@
-"""Pruned model + training records -> `recovered/`."""
+"""Pruned model + training records -> `recovered/`, perhaps with caches of image features and of a teacher's logits."""
 
 from __future__ import annotations
 
-import msgspec
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from vlmprune_jax.core.errors import UserError, error_context
+import jax
+import msgspec
+import numpy as np
+
+from vlmprune_jax.core.errors import Stopped, UserError, error_context
 from vlmprune_jax.core.files import Count, Finite
+from vlmprune_jax.core.weight_files import DTYPES
 from vlmprune_jax.data import inputs
+from vlmprune_jax.data.batching import train_batches
+from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.config import DataSpec
-from vlmprune_jax.distributed.mesh import on_process_zero
+from vlmprune_jax.data.encoding import Encoder
+from vlmprune_jax.data.feature_loader import FeatureLoader
+from vlmprune_jax.data.images import ImageLoader
+from vlmprune_jax.data.records import Record
+from vlmprune_jax.data.teacher_rows import TeacherRows
+from vlmprune_jax.distributed.mesh import on_process_zero, row_ways
 from vlmprune_jax.experiment.arguments import recover_config
-from vlmprune_jax.experiment.spec import RecoverSpec
-from vlmprune_jax.models.params import flatten
+from vlmprune_jax.experiment.spec import RecoverSpec, affecting
+from vlmprune_jax.hf.disk.atomic import check_space
+from vlmprune_jax.hf.layout import PARTS
+from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import KeptStack, PrunePlan
+from vlmprune_jax.prune.fingerprint import content_digest
 from vlmprune_jax.prune.surgery import check_plan_is_for
 from vlmprune_jax.recovery.config import RecoverConfig
+from vlmprune_jax.recovery.feature_pass import TOWER, check_frozen, compute_features, feature_identity
 from vlmprune_jax.recovery.loop import recover
 from vlmprune_jax.recovery.objective import needs_teacher, weighted_terms
 from vlmprune_jax.recovery.peft import write_adapter
-from vlmprune_jax.recovery.trainable import assign_groups, merge_lora
-from vlmprune_jax.stages.feature_cache import cached_features, load_for_training, with_tower
+from vlmprune_jax.recovery.program import make_program
+from vlmprune_jax.recovery.teacher_pass import bytes_of_rows, records_to_compute, teacher_top_k
+from vlmprune_jax.recovery.trainable import merge_lora, unchanged
 from vlmprune_jax.stages.stage import Files
-from vlmprune_jax.stages.teacher_cache import cached_teacher
 from vlmprune_jax.stages.work import Work
-from vlmprune_jax.workdir.content import plain
+from vlmprune_jax.workdir.content import digest, plain
 from vlmprune_jax.workdir.ledger import remove
 
 
@@ -56,45 +75,84 @@ def recover_files(work: Work, data: DataSpec, spec: RecoverSpec) -> Files:
 
 def recover_stage(work: Work, data: DataSpec, spec: RecoverSpec) -> RecoverFacts:
     """Train the model that pruning or reconstruction left; metrics stay in `training/metrics.jsonl`."""
-    config, plan, training = recover_config(spec), work.plan, work.folder / "training"
+    plan, mesh, training = work.plan, work.devices, work.folder / "training"
     on_process_zero(lambda: None if (training / "checkpoints").exists() else remove(training))
-    if needs_teacher(config.losses) or config.losses.teacher_top_k:  # another model would teach without complaint
-        with error_context(work.variant / "plan.json"):
-            check_plan_is_for(work.open_model(work.teacher), plan)
-            _check_teacher_differs(plan, config)
-    features = cached_features(work, data, config, plan)
-    rows = cached_teacher(work, data, spec, config, features) if config.losses.teacher_top_k else None
-    student, teacher = load_for_training(work, config, features)
-    batches, n_records = inputs.recovery_batches(
-        work.model,
-        data,
-        student.cfg,
-        work.reporter.bar,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        features=features,
-        teacher=rows,
-    )
+    ready = prepare(work, data, spec)
+    config, runs_teacher = ready.config, needs_teacher(ready.config.losses)
+    features = None if data.feature_cache is None else cached_features(work, data, ready)
+    rows = inputs.training_rows(data, ready.encoder, ready.records, work.reporter.bar, features)
+    parts = [part for part in PARTS if features is None or part != TOWER]
+    taught = cached_teacher(work, data, spec, ready, rows, parts) if config.losses.teacher_top_k else None
+    student = work.load(work.start, parts)
     model, summary = recover(
         student,
-        batches,
+        inputs.recovery_batches(rows, data, batch_size=config.batch_size, seed=config.seed, teacher=taught),
         config,
-        teacher=teacher,
+        teacher=work.load(work.teacher, parts) if runs_teacher else None,
         plan=plan,
         workdir=training,
-        mesh=work.devices,
+        mesh=mesh,
         progress=work.reporter.enabled,
-        num_steps=config.num_steps(n_records),
+        num_steps=ready.steps,
     )
     if summary["skipped_rows"]:
         work.say(f"  {summary['skipped_rows']:,} rows skipped, listed in {training}/skipped-*.jsonl")
-    model = with_tower(model, work)
+    if features is not None:
+        model = Model({**model.params, TOWER: ready.student.params[TOWER]}, dataclasses.replace(model.cfg, tower=True))
+    merged = merge_lora(model)
+    if unchanged(student, merged, ready.trained):
+        raise UserError(
+            f"recover: training changed no weight of {work.start.name} ({ready.steps} steps of {config.batch_size} "
+            f"rows, {len(ready.records)} records, learning rate {config.learning_rate:g}, {work.model.dtype}): raise "
+            "recover.learning_rate, recover.epochs or recover.steps"
+        )
     if spec.save_adapter:
-        trained = assign_groups(list(flatten(model.params)), config.trainable)
-        write_adapter(model, work.folder / "adapter", base_dir=work.start, trained=trained)
-        model = merge_lora(model)
-    work.save(model)
-    return msgspec.convert(plain({**summary, "records": n_records, "recovery": spec.name}), RecoverFacts)
+        write_adapter(model, work.folder / "adapter", base_dir=work.start, trained=ready.trained)
+    work.save(merged)
+    return msgspec.convert(plain({**summary, "records": len(ready.records), "recovery": spec.name}), RecoverFacts)
+
+
+class Ready(NamedTuple):
+    """A recovery that was checked: its models, whose weights are in their files, and paths of `trained` parameters."""
+
+    config: RecoverConfig
+    steps: int
+    encoder: Encoder
+    records: tuple[Record, ...]
+    student: Model
+    teacher: Model
+    trained: tuple[str, ...]
+
+
+def prepare(work: Work, data: DataSpec, spec: RecoverSpec) -> Ready:
+    """Refuse, before a long pass, what training would refuse, and fit the batch to the number of records."""
+    config, plan, mesh = recover_config(spec), work.plan, work.devices
+    student, teacher = work.open_model(work.start), work.open_model(work.teacher)
+    if needs_teacher(config.losses) or config.losses.teacher_top_k:  # another model would teach without complaint
+        with error_context(work.variant / "plan.json"):
+            check_plan_is_for(teacher, plan)
+            _check_teacher_differs(plan, config)
+    shared = inputs.load_inputs(work.model, data, student.cfg)
+    records = inputs.recovery_records(data, shared.template)
+    config = config.fit_records(len(records), row_ways(mesh))
+    if config.batch_size != spec.batch_size:
+        work.say(
+            f"  batches of {config.batch_size} rows instead of recover.batch_size={spec.batch_size}: there are "
+            f"{len(records)} training records, in {spec.epochs:g} epochs"
+        )
+    if data.feature_cache is not None:
+        check_frozen(student.cfg, config)
+    steps, runs_teacher = config.num_steps(len(records)), needs_teacher(config.losses)
+    program = make_program(
+        student.cfg,
+        config,
+        teacher_cfg=teacher.cfg if runs_teacher else None,
+        kept_layers=plan.kept_layers,
+        mesh=mesh,
+        num_steps=steps,
+    )
+    encoder = shared.training_encoder(student.cfg)
+    return Ready(config, steps, encoder, records, student, teacher, tuple(program.groups))
 
 
 def _check_teacher_differs(plan: PrunePlan, config: RecoverConfig) -> None:
@@ -109,3 +167,116 @@ def _check_teacher_differs(plan: PrunePlan, config: RecoverConfig) -> None:
             "the plan cuts only the vision tower, so a teacher that sees the student's image embeddings equals the "
             'student: set recover.losses.teacher_inputs="own"'
         )
+
+
+def cached_features(work: Work, data: DataSpec, ready: Ready) -> FeatureLoader:
+    """Open `data.feature_cache`, after computing the features of the records' images that it lacks.
+
+    Training then needs neither the tower nor an image.
+
+    Raises:
+      UserError: the teacher has another tower, the folder is of another tower or cannot be written, or an image cannot
+        be read.
+      Stopped: SIGTERM; what is computed stays.
+    """
+    cfg, config, images = ready.student.cfg, ready.config, ready.encoder.image_loader
+    assert isinstance(images, ImageLoader)  # there is a tower
+    made_from = {"digest": on_process_zero(lambda: _tower_digest(work, ready)), "dtype": work.model.dtype}
+    identity = feature_identity(cfg, made_from, images.preparation.settings, config.compute_dtype)
+    shape = cfg.feature_shape[1:] if cfg.any_size else cfg.feature_shape
+    dtype: np.dtype = DTYPES[config.compute_dtype]
+    loader = FeatureLoader(images, ArrayCache(Path(data.feature_cache or ""), identity), shape, dtype)
+    missing = loader.missing(ready.records)
+    if missing:
+        with work.phase("features", len(missing)) as progress:
+            compute_features(
+                work.load(work.start, (TOWER,)).params[TOWER],
+                cfg,
+                loader,
+                missing,
+                batch_size=config.batch_size // config.accumulation,
+                on_error=data.on_error,
+                threads=data.threads,
+                mesh=work.devices,
+                progress=progress,
+            )
+    work.say(f"  {data.feature_cache} holds the features of all images ({len(missing):,} computed now)")
+    return loader
+
+
+def _tower_digest(work: Work, ready: Ready) -> str:
+    """Hash the student's tower, which must be the teacher's if the teacher looks at images itself."""
+    losses, student = ready.config.losses, content_digest(ready.student, f"{TOWER}/")
+    looks = losses.teacher_inputs == "own" and (needs_teacher(losses) or losses.teacher_top_k)
+    if looks and content_digest(ready.teacher, f"{TOWER}/") != student:
+        raise UserError(
+            f"data.feature_cache: {work.teacher} and {work.start} have different vision towers: leave feature_cache "
+            'out, or use losses.teacher_inputs="student"'
+        )
+    return student
+
+
+def cached_teacher(
+    work: Work, data: DataSpec, spec: RecoverSpec, ready: Ready, training: inputs.TrainingRows, parts: Sequence[str]
+) -> TeacherRows:
+    """Open `recover.teacher_cache`, after computing the training records that it lacks with these parts of the teacher.
+
+    Records are computed in batches that do not depend on what is there: an interrupted pass ends with the same bytes.
+
+    Raises:
+      UserError: the folder is of another teacher or other settings, or its disk is too small.
+      Stopped: SIGTERM; what was computed is kept.
+    """
+    config, loss = ready.config, ready.config.losses
+    cache = ArrayCache(Path(spec.teacher_cache or ""), on_process_zero(lambda: _made_from(work, data, spec)))
+    rows = TeacherRows(cache, loss.teacher_top_k, loss.kl_positions, np.dtype(config.compute_dtype))
+    size = config.batch_size // config.accumulation
+    todo = records_to_compute(training, rows, size)
+    work.say(f"  teacher's top {rows.top_k}: {len(todo):,} of {len(training.records):,} records to compute")
+    if not todo:
+        return rows
+    vocab_size = ready.teacher.cfg.text.vocab_size
+    on_process_zero(
+        lambda: check_space(cache.folder / "*.safetensors", bytes_of_rows(training, rows, todo, vocab_size))
+    )
+    batches = train_batches(
+        [training.records[number] for number in todo],
+        training.encoder,
+        batch_size=size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        threads=data.threads,
+        sizes=None if training.sizes is None else training.sizes[todo],
+        on_error=data.on_error,
+    )
+    local, teacher = size // jax.process_count(), work.load(work.teacher, parts)
+    found = teacher_top_k(teacher, batches, loss, compute_dtype=config.compute_dtype, mesh=work.devices)
+    try:
+        with work.phase("teacher's top-k logits", -(-len(todo) // size)) as progress:
+            for done, (batch, ids, logprobs) in enumerate(found, start=1):
+                first = (done - 1) * size + jax.process_index() * local
+                for place, name in enumerate(batch.record_ids):
+                    if name:
+                        row = {key: array[place] for key, array in batch.arrays.items()}
+                        rows.keep(training.records[todo[first + place]], row, ids[place], logprobs[place])
+                progress(done)
+    except Stopped:
+        cache.publish()
+        raise
+    cache.publish()
+    return rows
+
+
+def _made_from(work: Work, data: DataSpec, spec: RecoverSpec) -> dict[str, Any]:
+    """Return everything that the cached logits of a record depend on."""
+    settings = affecting("teacher_cache", {"model": work.model, "data": data, "recover": spec})
+    losses = settings.pop("recover.losses")
+    longest = data.max_length or (data.length_buckets[-1] if data.length_buckets else None)
+    return {
+        "holds": "a teacher's top-k logits",
+        "model.vision_dir": None,
+        **{name: digest(folder) for name, folder in work.model_files.items()},
+        **settings,
+        **{f"recover.losses.{name}": value for name, value in losses.items()},
+        "data.max_length": longest,
+    }

@@ -41,6 +41,7 @@ STAGES = {
         scratch=("training/checkpoints",),
         files="stages.recover:recover_files",
         switch="recover.method",
+        version=2,
         details="Metrics are in training/metrics.jsonl.",
     ),
     "evaluate": Stage(

@@ -31,7 +31,7 @@ from vlmprune_jax.recovery.losses import _top_k, term_weights, vocabulary_sums
 from vlmprune_jax.recovery.objective import check_losses, check_teacher
 from vlmprune_jax.recovery.program import place
 from vlmprune_jax.recovery.teacher_pass import teacher_top_k
-from vlmprune_jax.recovery.top_k import top_k_divergence, top_k_logprobs
+from vlmprune_jax.recovery.terms import top_k_divergence, top_k_logprobs
 
 TEMPERATURE = 1.7
 VOCAB = 64
