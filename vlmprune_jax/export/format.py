@@ -20,10 +20,18 @@ if TYPE_CHECKING:  # configs import the options of formats, and load without jax
 
 @dataclass(frozen=True)
 class Origin:
-    """Source of an exported model: its checkpoint folder, the name for the export, and a separate tower's folder."""
+    """Source of an exported model.
+
+    Attributes:
+      folder: its checkpoint.
+      name: the name for the export.
+      files: folder of its tokenizer and configs: another than `folder` if the vocabulary is trimmed on the way.
+      vision_dir: folder of a separate tower.
+    """
 
     folder: Path
     name: str
+    files: Path
     vision_dir: Path | None = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -35,12 +36,18 @@ def read_tokenizer(folder: Path) -> JsonDict | None:
 
 def token_id(tokenizer: JsonDict, token: str) -> int | None:
     """Return the id of a token, or None."""
-    return _ids(tokenizer).get(token)
+    return token_ids(tokenizer).get(token)
+
+
+def vocabulary_digest(tokenizer: JsonDict) -> str:
+    """Return 16 hex digits over the id and text of every token."""
+    listed = sorted((i, text) for text, i in token_ids(tokenizer).items())
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
 
 
 def add_token(tokenizer: JsonDict, token: str) -> tuple[JsonDict, int]:
     """Return the tokenizer with a special token added, unless present, and the token's id."""
-    ids = _ids(tokenizer)
+    ids = token_ids(tokenizer)
     if token in ids:
         return tokenizer, ids[token]
     number = max(ids.values()) + 1
@@ -48,7 +55,8 @@ def add_token(tokenizer: JsonDict, token: str) -> tuple[JsonDict, int]:
     return {**tokenizer, "added_tokens": added}, number
 
 
-def _ids(tokenizer: JsonDict) -> dict[str, int]:
+def token_ids(tokenizer: JsonDict) -> dict[str, int]:
+    """Return the id of every token, added ones included."""
     vocab = tokenizer["model"]["vocab"]
     # Unigram lists [piece, score] pairs, in the order of their ids
     ids = dict(vocab) if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}

@@ -1,8 +1,9 @@
-"""Prune plan: the kept layers, heads and neurons in original numbering, as a small JSON."""
+"""Prune plan: the kept layers, heads, neurons and tokens in original numbering, as a small JSON."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -18,7 +19,7 @@ from vlmprune_jax.core.config import STACKS, LayerShape, ModelConfig, describe_l
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Count, Finite, checked, parse_json, read_json, replacing
 
-FORMAT = 2
+FORMAT, READS = 3, (2, 3)  # format 2 has no vocabulary
 MAX_BYTES = 2**26  # the plan of a 70B model that keeps everything has 16 MB
 _TODO = "plan again"
 _Index = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
@@ -45,6 +46,14 @@ class _StackJson(TypedDict):
     layers: Annotated[list[_LayerJson], _FEW]
 
 
+class _VocabularyJson(TypedDict):
+    """JSON of a vocabulary; `kept` are ranges [start, stop) of ids."""
+
+    rows_before: _Width
+    tokenizer: str
+    kept: Annotated[list[tuple[_Index, _Width]], msgspec.Meta(min_length=1, max_length=2**22)]
+
+
 class _PlanJson(_VersionJson):
     fingerprint: str
     method: str
@@ -56,6 +65,7 @@ class _PlanJson(_VersionJson):
     parameters_total: Annotated[int, msgspec.Meta(ge=1, le=2**53)]
     options: dict[str, Any]
     stacks: dict[str, _StackJson]
+    vocabulary: NotRequired[_VocabularyJson | None]
 
 
 @dataclass(frozen=True)
@@ -113,11 +123,64 @@ class KeptStack:
         return tuple(sorted(set(range(len(self.layers_before))) - set(self.kept_layers)))
 
 
+# Fields of a `ModelConfig` with ids of tokens.
+_TOKEN_IDS = ("bos_token_id", "eos_token_ids", "pad_token_id", "image_token_id", "video_token_id")
+
+
+@dataclass(frozen=True)
+class KeptVocabulary:
+    """Kept token ids of a vocabulary with `rows_before` rows, ascending; the new id of a token is its place in `kept`.
+
+    `tokenizer`: digest of the tokenizer that the ids belong to (`data.tokenizer_files.vocabulary_digest`).
+    """
+
+    rows_before: int
+    kept: tuple[int, ...]
+    tokenizer: str
+
+    def __post_init__(self) -> None:
+        if not self.kept or not _increasing(self.kept, self.rows_before):
+            raise UserError(
+                f"prune plan: kept tokens {_listed(self.kept)} are not increasing ids below {self.rows_before:,}, the "
+                f"size of the vocabulary: {_TODO}"
+            )
+
+    @functools.cached_property
+    def new_ids(self) -> dict[int, int]:
+        """Old id -> new id of every kept token."""
+        return {old: new for new, old in enumerate(self.kept)}
+
+    def apply_to(self, cfg: ModelConfig) -> ModelConfig:
+        """Return the config with the new ids; ids outside the vocabulary, such as LLaVA's -200, stay.
+
+        Raises:
+          UserError: the vocabulary has another size, or a token that the model itself uses is not kept.
+        """
+        if cfg.text.vocab_size != self.rows_before:
+            raise UserError(
+                f"plan of another model: its vocabulary has {self.rows_before:,} rows, this model's "
+                f"{cfg.text.vocab_size:,}: {_TODO} for this model"
+            )
+        changes = {name: self._renumbered(name, getattr(cfg, name)) for name in _TOKEN_IDS}
+        text = dataclasses.replace(cfg.text, vocab_size=len(self.kept))
+        return dataclasses.replace(cfg, text=text, **changes)
+
+    def _renumbered(self, name: str, ids: Any) -> Any:
+        if isinstance(ids, tuple):
+            return tuple(self._renumbered(name, i) for i in ids)
+        if ids is None or not 0 <= ids < self.rows_before:
+            return ids
+        if ids not in self.new_ids:
+            raise UserError(f"prune plan: token {ids}, the model's {name}, is not kept: {_TODO} with it")
+        return self.new_ids[ids]
+
+
 @dataclass(frozen=True)
 class PrunePlan:
     """Plan of what to keep of the model with this fingerprint, and how that was decided.
 
     `stacks`: kept layers by name of the stack; always the decoder, "text"; a stack without an entry is kept whole.
+    `vocabulary`: kept tokens, None if all are.
     `layers_before`, `layers`, `kept_layers` and `removed_layers` are the decoder's. `asked` and `reached` are
     reductions relative to `parameters_total` (by default all parameters of the computed model); `asked` is None if no
     ratio was asked for.
@@ -132,6 +195,7 @@ class PrunePlan:
     parameters_total: int
     asked: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    vocabulary: KeptVocabulary | None = None
 
     def __post_init__(self) -> None:
         if "text" not in self.stacks or not self.stacks.keys() <= set(STACKS):
@@ -183,7 +247,7 @@ class PrunePlan:
             windows = [shape.window for shape in cfg.stack(name).layers]
             shapes = [dataclasses.replace(one.shape, window=windows[one.index]) for one in kept.layers]
             cfg = cfg.with_layers(shapes, name)
-        return cfg
+        return cfg if self.vocabulary is None else self.vocabulary.apply_to(cfg)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return JSON text (one line per layer), and write it to `path` if passed."""
@@ -198,6 +262,7 @@ class PrunePlan:
             "parameters_after": self.parameters_after,
             "parameters_total": self.parameters_total,
             "options": dict(self.options),
+            "vocabulary": None if self.vocabulary is None else _vocabulary_json(self.vocabulary),
         }
         lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
         stacks = ",\n".join(f"    {json.dumps(name)}: {_as_json(kept)}" for name, kept in self.stacks.items())
@@ -261,7 +326,16 @@ def compose(first: PrunePlan, second: PrunePlan) -> PrunePlan:
         parameters_after=second.parameters_after,
         parameters_total=first.parameters_total,
         options={"first": dict(first.options), "second": dict(second.options)},
+        vocabulary=_compose_vocabularies(first.vocabulary, second.vocabulary),
     )
+
+
+def _compose_vocabularies(first: KeptVocabulary | None, second: KeptVocabulary | None) -> KeptVocabulary | None:
+    if first is None or second is None:
+        return first or second
+    if second.rows_before != len(first.kept):
+        raise UserError("the plans do not compose: the second is for another vocabulary than the first leaves")
+    return dataclasses.replace(first, kept=_pick(first.kept, second.kept))
 
 
 def _compose(first: KeptStack, second: KeptStack) -> KeptStack:
@@ -281,6 +355,23 @@ def _compose(first: KeptStack, second: KeptStack) -> KeptStack:
 
 def _pick(indices: Sequence[int], chosen: Sequence[int]) -> tuple[int, ...]:
     return tuple(indices[i] for i in chosen)
+
+
+def _vocabulary_json(vocabulary: KeptVocabulary) -> dict[str, Any]:
+    """Return the kept ids as ranges [start, stop)."""
+    edges = [i for i, (low, high) in enumerate(itertools.pairwise(vocabulary.kept), 1) if high != low + 1]
+    bounds = itertools.pairwise([0, *edges, len(vocabulary.kept)])
+    ranges = [(vocabulary.kept[start], vocabulary.kept[stop - 1] + 1) for start, stop in bounds]
+    return {"rows_before": vocabulary.rows_before, "tokenizer": vocabulary.tokenizer, "kept": ranges}
+
+
+def _vocabulary_from_dict(data: _VocabularyJson | None) -> KeptVocabulary | None:
+    if data is None:
+        return None
+    if sum(stop - start for start, stop in data["kept"]) > data["rows_before"]:
+        raise UserError(f"prune plan: keeps more tokens than the {data['rows_before']:,} of the vocabulary: {_TODO}")
+    kept = tuple(itertools.chain.from_iterable(range(*bounds) for bounds in data["kept"]))
+    return KeptVocabulary(data["rows_before"], kept, data["tokenizer"])
 
 
 def _as_json(kept: KeptStack) -> str:
@@ -309,7 +400,7 @@ def _stack_from_dict(data: _StackJson) -> KeptStack:
 
 def _from_dict(data: Any, where: str) -> PrunePlan:
     known = checked(data, _VersionJson, where, _TODO)["format"]
-    if known != FORMAT:
+    if known not in READS:
         todo = "upgrade vlmprune-jax" if known > FORMAT else _TODO
         raise UserError(f"plan of format {known}, this version reads {FORMAT}: {todo}")
     checked(data, _PlanJson, where, _TODO)
@@ -323,6 +414,7 @@ def _from_dict(data: Any, where: str) -> PrunePlan:
         parameters_total=data["parameters_total"],
         asked=data["asked"],
         options=data["options"],
+        vocabulary=_vocabulary_from_dict(data.get("vocabulary")),
     )
 
 

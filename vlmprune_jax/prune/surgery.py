@@ -8,13 +8,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlmprune_jax.core.config import LayerShape, runs
+from vlmprune_jax.core.config import LayerShape, ModelConfig, runs
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.rules import check_divides, sharding
 from vlmprune_jax.models.params import flatten, layer_axes, param_axes, stack_layers, unflatten, unstack_layers
-from vlmprune_jax.models.vlm import Model, mesh_of
+from vlmprune_jax.models.vlm import Model, Params, mesh_of
 from vlmprune_jax.prune.fingerprint import fingerprint, shape_digest
-from vlmprune_jax.prune.plan import KeptLayer, PrunePlan
+from vlmprune_jax.prune.plan import KeptLayer, KeptVocabulary, PrunePlan
 
 
 def apply_plan(model: Model, plan: PrunePlan) -> Model:
@@ -39,10 +39,35 @@ def apply_plan(model: Model, plan: PrunePlan) -> Model:
             flat = {path: keep_indices(leaf, axes[path], layer) for path, leaf in layers[layer.index].items()}
             kept.append({path: _place(leaf, axes[path], mesh) for path, leaf in flat.items()})
         params = stack_layers(kept, rest, cfg, name)
+    if plan.vocabulary is not None:
+        params = _keep_tokens(params, plan.vocabulary, cfg)
     if mesh is None:
         return Model(params, cfg)
     placed = {path: _place(params_leaf, param_axes(cfg)[path], mesh) for path, params_leaf in flatten(params).items()}
     return Model(unflatten(placed), cfg)
+
+
+def trim_vocabulary(model: Model, vocabulary: KeptVocabulary | None) -> Model:
+    """Return the model with the kept tokens only, and nothing else removed; a model that has only these is unchanged.
+
+    Its probabilities are those of the whole model, renormalised over the kept tokens: the teacher of a trimmed student.
+    """
+    if vocabulary is None or model.cfg.text.vocab_size == len(vocabulary.kept):
+        return model
+    cfg, mesh = vocabulary.apply_to(model.cfg), mesh_of(model.params)
+    if mesh is not None:
+        check_divides(cfg, mesh)
+    params = flatten(_keep_tokens(model.params, vocabulary, cfg))
+    axes = param_axes(cfg)
+    return Model(unflatten({path: _place(leaf, axes[path], mesh) for path, leaf in params.items()}), cfg)
+
+
+def _keep_tokens(params: Params, vocabulary: KeptVocabulary, cfg: ModelConfig) -> Params:
+    """Index every parameter with a vocabulary axis: embedding, output head and its bias."""
+    axes, rows = param_axes(cfg), np.asarray(vocabulary.kept)
+    flat = flatten(params)
+    named = {path: axes[path].index("vocab") for path in flat if "vocab" in axes[path]}
+    return unflatten(flat | {path: flat[path].take(rows, axis=axis) for path, axis in named.items()})
 
 
 def check_plan_is_for(model: Model, plan: PrunePlan) -> None:

@@ -199,37 +199,6 @@ def choose_tokens(
     return tuple(sorted(kept))
 
 
-def trim_tokenizer(content: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
-    """Return the content of tokenizer.json with the kept tokens only, renumbered in their old order."""
-    new = {old: i for i, old in enumerate(kept)}
-    model = dict(content["model"])
-    vocab = model["vocab"]
-    if isinstance(vocab, list):
-        model["vocab"] = [vocab[old] for old in kept if old < len(vocab)]
-        if model.get("unk_id") is not None:
-            model["unk_id"] = new[model["unk_id"]]
-    else:
-        model["vocab"] = {text: new[old] for text, old in sorted(vocab.items(), key=lambda item: item[1]) if old in new}
-    if model.get("merges"):
-        there = model["vocab"]
-        model["merges"] = [merge for merge in model["merges"] if all(part in there for part in _parts(merge))]
-    added = [{**token, "id": new[token["id"]]} for token in content.get("added_tokens") or () if token["id"] in new]
-    trimmed = {
-        **content,
-        "model": model,
-        "added_tokens": added,
-        "post_processor": _renumbered(content.get("post_processor"), new),
-    }
-    if isinstance(content.get("padding"), dict) and content["padding"].get("pad_id") in new:
-        trimmed["padding"] = {**content["padding"], "pad_id": new[content["padding"]["pad_id"]]}
-    return trimmed
-
-
-def _parts(merge: str | list[str]) -> tuple[str, str, str]:
-    left, right = merge if isinstance(merge, list) else merge.split(" ", 1)
-    return left, right, left + right
-
-
 def _types(step: Any) -> set[str]:
     """Return the types of a tokenizer.json's step and of the steps in it."""
     if isinstance(step, list):
@@ -237,22 +206,3 @@ def _types(step: Any) -> set[str]:
     if not isinstance(step, dict):
         return set()
     return {str(step.get("type"))}.union(*(_types(part) for part in step.values()))
-
-
-def _renumbered(step: Any, new: Mapping[int, int]) -> Any:
-    """Return a post_processor with new ids: `special_tokens[...].ids`, and `cls`, `sep` as [text, id]."""
-    if isinstance(step, list):
-        return [_renumbered(part, new) for part in step]
-    if not isinstance(step, dict):
-        return step
-    changed = {name: _renumbered(part, new) for name, part in step.items()}
-    if isinstance(step.get("special_tokens"), dict):
-        changed["special_tokens"] = {
-            name: {**token, "ids": [new[i] for i in token["ids"]]}
-            for name, token in step["special_tokens"].items()
-            if all(i in new for i in token["ids"])
-        }
-    for name in ("cls", "sep"):
-        if isinstance(step.get(name), list) and len(step[name]) == 2:
-            changed[name] = [step[name][0], new[step[name][1]]]
-    return changed

@@ -1,0 +1,274 @@
+"""Files of a folder with a trimmed vocabulary: the tokenizer, and token ids in every config file."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import MAX_JSON_BYTES, copy_file, copy_folder, read_bytes, read_json, read_text
+from vlmprune_jax.data.tokenizer_files import ADDED_TOKENS, TOKENIZER, TOKENIZER_CONFIG
+from vlmprune_jax.export.sentencepiece import trim_pieces
+from vlmprune_jax.export.tokenizer import read_tokenizer, token_ids, vocabulary_digest
+from vlmprune_jax.families import family_of
+from vlmprune_jax.families.table import JsonDict
+from vlmprune_jax.hf.read import read_fields
+
+_CONFIGS = ("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth", "*.npz", "*.index.json")
+# Fields with a token id, a list of ids, or lists of lists of ids.
+_ID = re.compile(r".*token_ids?|.*token_index|(begin_)?suppress_tokens|bad_words_ids|force_words_ids")
+_MAY_DROP = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")  # of tokens that no longer exist
+_ROWS = ("vocab_size", "vocab_size_per_layer_input")
+
+
+class Vocabulary(Protocol):
+    """Kept vocabulary of a plan (`prune.KeptVocabulary`, which this room cannot import)."""
+
+    @property
+    def rows_before(self) -> int: ...
+
+    @property
+    def kept(self) -> Sequence[int]: ...
+
+    @property
+    def tokenizer(self) -> str: ...
+
+    @property
+    def new_ids(self) -> Mapping[int, int]: ...
+
+
+@contextlib.contextmanager
+def trimmed_files(source: Path, vocabulary: Vocabulary | None, cfg: ModelConfig) -> Iterator[Path]:
+    """Yield the folder with tokenizer and configs of a model from `source`: a trimmed copy if the plan trims it.
+
+    Args:
+      source: the folder that the model came from.
+      vocabulary: of the plan; None, or of a plan that made `source`, leaves the files as they are.
+      cfg: the model to write.
+
+    Raises:
+      UserError: see `trim_files`.
+    """
+    section = family_of(cfg).text_config(read_fields(source / "config.json"))
+    if vocabulary is None or section.get("vocab_size", vocabulary.rows_before) != vocabulary.rows_before:
+        yield source
+        return
+    with tempfile.TemporaryDirectory(prefix="vlmprune-") as folder:
+        trim_files(source, Path(folder), vocabulary, cfg)
+        yield Path(folder)
+
+
+def trim_files(source: Path, folder: Path, vocabulary: Vocabulary, cfg: ModelConfig) -> None:
+    """Write all files of `source` but weights into `folder`, with the kept tokens and their new ids.
+
+    Raises:
+      UserError: the tokenizer is another than the plan's or cannot be trimmed, or a file has the id of a token that is
+        not kept.
+    """
+    content = read_tokenizer(source)
+    if content is None:
+        raise UserError(f"{source}: has no tokenizer, so its vocabulary cannot be trimmed: add tokenizer.json")
+    if vocabulary_digest(content) != vocabulary.tokenizer:
+        raise UserError(f"{source}: its tokenizer is not the one that the plan was made with: plan again")
+    for name in sorted(os.listdir(source)):
+        if os.path.isdir(source / name):
+            if name == "additional_chat_templates":
+                copy_folder(source / name, folder / name, source)
+        elif not any(fnmatch.fnmatchcase(name, pattern) for pattern in _WEIGHTS):
+            copy_file(source / name, folder / name, source)
+    _trim_tokenizer_files(source, folder, content, vocabulary)
+    for name in _CONFIGS:
+        if os.path.lexists(source / name):
+            config = trim_config(read_json(source / name), vocabulary, str(source / name))
+            _write(folder / name, _explicit(config, cfg) if name == "config.json" else config)
+
+
+def _trim_tokenizer_files(source: Path, folder: Path, content: JsonDict, vocabulary: Vocabulary) -> None:
+    """Write every tokenizer file of the source with the kept tokens; copies that tokenizer.json replaces are dropped."""
+    old, kept = token_ids(content), set(vocabulary.kept)
+    texts = {text for text, i in old.items() if i in kept}
+    fast = os.path.lexists(source / TOKENIZER)
+    if fast:
+        _write(folder / TOKENIZER, trim_tokenizer(content, vocabulary.kept), indent=None)
+    elif os.path.lexists(source / "tokenizer.tiktoken"):
+        raise UserError(f"{source}: tokenizer.tiktoken cannot be trimmed: convert the tokenizer to tokenizer.json")
+    if os.path.lexists(source / "tokenizer.model"):
+        pieces = read_bytes(source / "tokenizer.model", MAX_JSON_BYTES)
+        trimmed = trim_pieces(pieces, kept, vocabulary.new_ids, str(source / "tokenizer.model"))
+        (folder / "tokenizer.model").write_bytes(trimmed)
+    for name in ("vocab.json", "merges.txt"):
+        if fast:
+            (folder / name).unlink(missing_ok=True)
+        elif os.path.lexists(source / name):
+            (folder / name).write_text(_trim_legacy(source / name, texts, vocabulary), encoding="utf-8")
+    if os.path.lexists(source / ADDED_TOKENS):
+        added = {text: vocabulary.new_ids[i] for text, i in read_json(source / ADDED_TOKENS).items() if i in kept}
+        _write(folder / ADDED_TOKENS, added)
+    dropped = set(old) - texts
+    for name in (TOKENIZER_CONFIG, "special_tokens_map.json"):
+        if os.path.lexists(source / name):
+            _write(folder / name, _without(read_json(source / name), dropped, vocabulary.new_ids))
+
+
+def _trim_legacy(path: Path, texts: set[str], vocabulary: Vocabulary) -> str:
+    """Return vocab.json or merges.txt with the kept tokens."""
+    if path.name == "vocab.json":
+        ids = {text: vocabulary.new_ids[i] for text, i in read_json(path).items() if i in vocabulary.new_ids}
+        return json.dumps(ids, ensure_ascii=False)
+    lines = read_text(path).splitlines()
+    kept = [line for line in lines if line.startswith("#version") or all(part in texts for part in _parts(line))]
+    return "\n".join(kept) + "\n"
+
+
+def _without(config: JsonDict, dropped: set[str], new_ids: Mapping[int, int]) -> JsonDict:
+    """Return a tokenizer config with new ids in `added_tokens_decoder`, and special tokens without the dropped ones."""
+    found = dict(config)
+    for name, value in config.items():
+        if name.endswith("special_tokens") and isinstance(value, list):
+            found[name] = [token for token in value if _text_of(token) not in dropped]
+    listed = found.get("added_tokens_decoder")
+    if isinstance(listed, dict):
+        found["added_tokens_decoder"] = {
+            str(new_ids[int(i)]): token for i, token in listed.items() if int(i) in new_ids
+        }
+    return found
+
+
+def _text_of(token: Any) -> Any:
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def map_ids(value: Any, change: Callable[[str, int], int | None], name: str = "") -> Any:
+    """Return a JSON value with `change(field, id)` in place of the token ids in it.
+
+    Ids that become None are left out of lists that may name dropped tokens, with the list that they are in.
+    """
+    if isinstance(value, dict):
+        return {key: map_ids(part, change, key) for key, part in value.items()}
+    if isinstance(value, list):
+        parts = [map_ids(part, change, name) for part in value]
+        return [part for part in parts if part is not None] if name in _MAY_DROP else parts
+    if not _ID.fullmatch(name) or isinstance(value, bool) or not isinstance(value, int):
+        return value
+    return change(name, value)
+
+
+def trim_config(config: JsonDict, vocabulary: Vocabulary, where: str) -> JsonDict:
+    """Return a config file with new token ids and vocabulary sizes.
+
+    Raises:
+      UserError: it has the id of a token that is not kept.
+    """
+
+    def change(name: str, old: int) -> int | None:
+        new = vocabulary.new_ids.get(old)
+        if new is None and 0 <= old < vocabulary.rows_before and name not in _MAY_DROP:
+            raise UserError(f"{where}: {name} is token {old}, which the plan does not keep: plan again with it")
+        return new if new is not None or name in _MAY_DROP else old
+
+    rows = len(vocabulary.kept)
+
+    def resized(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {
+            name: rows if name in _ROWS and part == vocabulary.rows_before else resized(part)
+            for name, part in value.items()
+        }
+
+    changed: JsonDict = resized(map_ids(config, change))
+    return changed
+
+
+def ids_in(config: JsonDict) -> dict[int, str]:
+    """Return the token ids in a config file, with the field of each, except those that may be dropped."""
+    found: dict[int, str] = {}
+
+    def note(name: str, i: int) -> int:
+        if name not in _MAY_DROP:
+            found.setdefault(i, name)
+        return i
+
+    map_ids(config, note)
+    return found
+
+
+def _explicit(config: JsonDict, cfg: ModelConfig) -> JsonDict:
+    """Return config.json with the sizes and ids that it leaves to the defaults of its class, which are now wrong."""
+    changed, section = dict(config), family_of(cfg).text_section
+    for name, fields in (
+        ("image_token_id", ("image_token_id", "image_token_index")),
+        ("video_token_id", ("video_token_id", "video_token_index")),
+    ):
+        value = getattr(cfg, name)
+        if value is not None and value >= 0 and not any(field in changed for field in fields):
+            changed[name] = value
+    if section is None:
+        changed.setdefault("vocab_size", cfg.text.vocab_size)
+    elif isinstance(changed.get(section), dict):
+        changed[section] = {"vocab_size": cfg.text.vocab_size, **changed[section]}
+    return changed
+
+
+def _write(path: Path, value: Any, indent: int | None = 2) -> None:
+    path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def trim_tokenizer(content: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """Return the content of tokenizer.json with the kept tokens only, renumbered in their old order."""
+    new = {old: i for i, old in enumerate(kept)}
+    model = dict(content["model"])
+    vocab = model["vocab"]
+    if isinstance(vocab, list):
+        model["vocab"] = [vocab[old] for old in kept if old < len(vocab)]
+        if model.get("unk_id") is not None:
+            model["unk_id"] = new[model["unk_id"]]
+    else:
+        model["vocab"] = {text: new[old] for text, old in sorted(vocab.items(), key=lambda item: item[1]) if old in new}
+    if model.get("merges"):
+        there = model["vocab"]
+        model["merges"] = [merge for merge in model["merges"] if all(part in there for part in _parts(merge))]
+    added = [{**token, "id": new[token["id"]]} for token in content.get("added_tokens") or () if token["id"] in new]
+    trimmed = {
+        **content,
+        "model": model,
+        "added_tokens": added,
+        "post_processor": _renumbered(content.get("post_processor"), new),
+    }
+    if isinstance(content.get("padding"), dict) and content["padding"].get("pad_id") in new:
+        trimmed["padding"] = {**content["padding"], "pad_id": new[content["padding"]["pad_id"]]}
+    return trimmed
+
+
+def _parts(merge: str | list[str]) -> tuple[str, str, str]:
+    left, right = merge if isinstance(merge, list) else merge.split(" ", 1)
+    return left, right, left + right
+
+
+def _renumbered(step: Any, new: Mapping[int, int]) -> Any:
+    """Return a post_processor with new ids: `special_tokens[...].ids`, and `cls`, `sep` as [text, id]."""
+    if isinstance(step, list):
+        return [_renumbered(part, new) for part in step]
+    if not isinstance(step, dict):
+        return step
+    changed = {name: _renumbered(part, new) for name, part in step.items()}
+    if isinstance(step.get("special_tokens"), dict):
+        changed["special_tokens"] = {
+            name: {**token, "ids": [new[i] for i in token["ids"]]}
+            for name, token in step["special_tokens"].items()
+            if all(i in new for i in token["ids"])
+        }
+    for name in ("cls", "sep"):
+        if isinstance(step.get(name), list) and len(step[name]) == 2:
+            changed[name] = [step[name][0], new[step[name][1]]]
+    return changed
