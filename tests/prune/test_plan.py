@@ -294,8 +294,8 @@ def plan_data():
     [
         (lambda d, _: d.pop("fingerprint"), "missing required field `fingerprint`.*: plan again"),
         (lambda _, t: t.pop("layers"), "missing required field `layers`.*: plan again"),
-        (lambda d, _: d.update(format=7), "plan of format 7, this version reads 2: upgrade vlmprune-jax"),
-        (lambda d, _: d.update(format=1), "plan of format 1, this version reads 2: plan again"),
+        (lambda d, _: d.update(format=7), "plan of format 7, this version reads 3: upgrade vlmprune-jax"),
+        (lambda d, _: d.update(format=1), "plan of format 1, this version reads 3: plan again"),
         (lambda _, t: t.update(layers=[]), "no layer is kept"),
         (lambda _, t: t["layers"].reverse(), r"kept layers \[4, 3, 2, 1, 0\] are not increasing numbers below 5"),
         (lambda _, t: t["layers"][4].update(index=5), r"kept layers .* are not increasing numbers below 5"),

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.prune.vocabulary import Subwords, choose_tokens, trim_tokenizer
+from vlmprune_jax.export.vocabulary import trim_tokenizer
+from vlmprune_jax.prune.vocabulary import Subwords, choose_tokens
 
 TOPICS = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
 SOURCES, HELD_OUT = TOPICS[0::2], TOPICS[1::2]
@@ -121,7 +122,7 @@ def test_sizes_and_ids_are_checked():
     assert {0, 1, 2, 300, 301} <= {*kept}
     with pytest.raises(UserError, match="token id 9999 is not in the tokenizer"):
         choose_tokens(subwords, {9999})
-    with pytest.raises(UserError, match=r"vocabulary.size=64: .* ask for at least 320"):
+    with pytest.raises(UserError, match=r"vocabulary.size=64: 2.. tokens must stay .* ask for at least 320"):
         choose_tokens(subwords, {300}, size=64)
     with pytest.raises(UserError, match="tokenizers of type 'Magic' cannot be trimmed"):
         Subwords.of({"model": {"type": "Magic", "vocab": {"a": 0}}}, "tokenizer.json")

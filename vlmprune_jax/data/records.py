@@ -98,7 +98,7 @@ def read_records(
 
 def _read_list(path: Path, image_root: Path | None, image_lead: bool, on_error: str) -> list[Record]:
     root = _ImageRoot(image_root)
-    entries = _read_entries(path, on_error)
+    entries = read_entries(path, on_error)
     records = [make_record(entry, index, path, root, image_lead, on_error) for index, entry in enumerate(entries)]
     if not records:
         raise UserError(f"{path}: contains no records: check that it is a list of conversations")
@@ -146,7 +146,7 @@ def _read_sets(path: Path, image_root: Path | None, image_lead: bool, on_error: 
 def _sets(path: Path, image_root: Path | None) -> dict[str, tuple[Path, Path, float]]:
     """Return name -> (annotation file, image folder, repeat_time); paths are below the image root or current folder."""
     base, sets = Path(image_root or ""), {}
-    for name, entry in next(_read_entries(path, "stop", kind=dict)).items():
+    for name, entry in next(read_entries(path, "stop", kind=dict)).items():
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("annotation", "root")):
             raise UserError(
                 f"{path}: {name!r} is not a data set, expected an object with 'root' and 'annotation' (InternVL), or a "
@@ -183,7 +183,7 @@ def take_fraction(records: Sequence[Record], fraction: float, seed: int) -> list
     return [records[index] for index in sorted(chosen.tolist())]
 
 
-def _read_entries(path: Path, on_error: str, kind: type = list) -> Iterator[Any]:
+def read_entries(path: Path, on_error: str, kind: type = list) -> Iterator[Any]:
     """Yield the JSON entries of a file; with "skip", yield the error in place of a malformed line."""
     text = read_text(path, missing="no such file: check the data path")
     text = text.removeprefix("\ufeff")  # byte order mark of some editors

@@ -16,7 +16,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.weight_files import WEIGHT_DTYPES, file_name
 from vlmprune_jax.export.card import loading_of
 from vlmprune_jax.export.convert import more_words
-from vlmprune_jax.export.format import Contents
+from vlmprune_jax.export.format import Contents, Origin
 from vlmprune_jax.export.target import Target, write_files
 from vlmprune_jax.export.uneven import pad_tensor
 from vlmprune_jax.families import Family, family_of
@@ -42,20 +42,20 @@ from vlmprune_jax.models.vlm import Model
 MAX_SHARD_BYTES = 5 * 10**9  # the default of the hub and of transformers
 
 
-def folder_contents(model: Model, source: Path, target: Target, dtype: str, storage: Storage | None) -> Contents:
+def folder_contents(model: Model, origin: Origin, target: Target, dtype: str, storage: Storage | None) -> Contents:
     """Return the content of a folder for `target`, with weights in `storage` if it holds them, else plain.
 
     Raises:
       UserError: the source lacks a tensor of the model.
     """
-    tensors = make_tensors(model, target, Checkpoint(source), dtype, storage)
+    tensors = make_tensors(model, target, Checkpoint(origin.weights or origin.folder), dtype, storage)
     if storage is not None:
         settings = storage.to_config({tensor.key: tensor.shape for tensor in tensors})
         target = dataclasses.replace(target, config=target.config | {"quantization_config": settings})
 
     def write(folder: Path) -> None:
         write_weights(tensors, folder, MAX_SHARD_BYTES)
-        write_files(target, model.cfg, source, folder)
+        write_files(target, model.cfg, origin.folder, folder)
 
     return Contents(
         [*itertools.chain(*split_shards(tensors, MAX_SHARD_BYTES))],

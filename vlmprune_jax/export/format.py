@@ -23,16 +23,16 @@ class Origin:
     """Source of an exported model.
 
     Attributes:
-      folder: its checkpoint.
+      folder: folder of its configs and tokenizer.
       name: the name for the export.
-      files: folder of its tokenizer and configs: another than `folder` if the vocabulary is trimmed on the way.
       vision_dir: folder of a separate tower.
+      weights: folder of its tensors, if that is another one (the vocabulary is trimmed on the way).
     """
 
     folder: Path
     name: str
-    files: Path
     vision_dir: Path | None = None
+    weights: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def prepare(model: Model, origin: Origin, options: FolderOptions) -> Contents:
     from vlmprune_jax.export.target import make_target
 
     target = make_target(model.cfg, origin.folder, options.layout, options.uneven, options.dtype)
-    return folder_contents(model, origin.folder, target, options.dtype, options.storage)
+    return folder_contents(model, origin, target, options.dtype, options.storage)
 
 
 def check(model: Model, folder: Path, origin: Origin, options: FolderOptions) -> Comparison:

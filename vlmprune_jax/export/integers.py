@@ -70,7 +70,7 @@ def prepare(model: Model, origin: Origin, options: IntegerOptions) -> Contents:
     storage = options.storage or make_storage(
         target.cfg, target.family, options.quantize, options.group_size, options.symmetric
     )
-    contents = folder_contents(model, origin.folder, target, options.dtype, storage)
+    contents = folder_contents(model, origin, target, options.dtype, storage)
     integers = quantized_loading(storage, target.cfg, target.family, options.dtype)
     return replace(contents, card=lambda folder: f"{contents.card(folder)}\n\n{integers}")
 

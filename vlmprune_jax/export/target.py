@@ -17,6 +17,7 @@ from vlmprune_jax.export.per_layer import with_loader, without_loader, write_loa
 from vlmprune_jax.export.processor import write_processor
 from vlmprune_jax.export.tokenizer import add_token, read_tokenizer
 from vlmprune_jax.export.uneven import padded_stacks
+from vlmprune_jax.export.vocabulary import Vocabulary
 from vlmprune_jax.families import Family, detect, family_of, target_of
 from vlmprune_jax.families.table import JsonDict
 from vlmprune_jax.hf.disk.storage import without_storage
@@ -32,6 +33,9 @@ _SAME_LAYOUT = (
 
 class Plan(Protocol):
     """Prune plan that can be written as plan.json (`prune.PrunePlan`, which this room cannot import)."""
+
+    @property
+    def vocabulary(self) -> Vocabulary | None: ...
 
     def to_json(self, path: Path) -> str:
         """Write the plan to a file."""
@@ -68,6 +72,12 @@ def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype:
     family, config = family_of(cfg), without_storage(read_fields(source / "config.json"))
     if detect(config, str(source / "config.json")) is not family:
         raise UserError(f"{source}: not the folder that this {family.name} ({family.layout} layout) model came from")
+    rows = family.text_config(config).get("vocab_size", cfg.text.vocab_size)
+    if rows != cfg.text.vocab_size:
+        raise UserError(
+            f"{source}: its vocabulary has {rows:,} rows, the model's {cfg.text.vocab_size:,}: pass the plan that "
+            "trimmed it (plan=), or the folder that this model came from"
+        )
     wide = padded_stacks(cfg) if uneven == "pad" else cfg
     new_family, conversion = target_of(family) if layout == "transformers" else None, family.conversion
     tokenizer = None

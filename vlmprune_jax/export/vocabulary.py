@@ -22,7 +22,7 @@ from vlmprune_jax.families import family_of
 from vlmprune_jax.families.table import JsonDict
 from vlmprune_jax.hf.read import read_fields
 
-_CONFIGS = ("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json")
+CONFIGS = ("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth", "*.npz", "*.index.json")
 # Fields with a token id, a list of ids, or lists of lists of ids.
 _ID = re.compile(r".*token_ids?|.*token_index|(begin_)?suppress_tokens|bad_words_ids|force_words_ids")
@@ -86,14 +86,14 @@ def trim_files(source: Path, folder: Path, vocabulary: Vocabulary, cfg: ModelCon
         elif not any(fnmatch.fnmatchcase(name, pattern) for pattern in _WEIGHTS):
             copy_file(source / name, folder / name, source)
     _trim_tokenizer_files(source, folder, content, vocabulary)
-    for name in _CONFIGS:
+    for name in CONFIGS:
         if os.path.lexists(source / name):
             config = trim_config(read_json(source / name), vocabulary, str(source / name))
             _write(folder / name, _explicit(config, cfg) if name == "config.json" else config)
 
 
 def _trim_tokenizer_files(source: Path, folder: Path, content: JsonDict, vocabulary: Vocabulary) -> None:
-    """Write every tokenizer file of the source with the kept tokens; copies that tokenizer.json replaces are dropped."""
+    """Write every tokenizer file of the source with the kept tokens, without those that tokenizer.json replaces."""
     old, kept = token_ids(content), set(vocabulary.kept)
     texts = {text for text, i in old.items() if i in kept}
     fast = os.path.lexists(source / TOKENIZER)
@@ -151,12 +151,14 @@ def _text_of(token: Any) -> Any:
 def map_ids(value: Any, change: Callable[[str, int], int | None], name: str = "") -> Any:
     """Return a JSON value with `change(field, id)` in place of the token ids in it.
 
-    Ids that become None are left out of lists that may name dropped tokens, with the list that they are in.
+    Ids that become None are left out of lists that may name dropped tokens; a sequence of bad words is left out whole.
     """
     if isinstance(value, dict):
         return {key: map_ids(part, change, key) for key, part in value.items()}
     if isinstance(value, list):
         parts = [map_ids(part, change, name) for part in value]
+        if name == "bad_words_ids" and None in parts and not any(isinstance(part, list) for part in value):
+            return None
         return [part for part in parts if part is not None] if name in _MAY_DROP else parts
     if not _ID.fullmatch(name) or isinstance(value, bool) or not isinstance(value, int):
         return value

@@ -16,6 +16,7 @@ from vlmprune_jax.export.card import model_name, write_card
 from vlmprune_jax.export.format import Comparison, Format, Importance, Origin
 from vlmprune_jax.export.formats import choose_format
 from vlmprune_jax.export.target import Plan, copy_always
+from vlmprune_jax.export.vocabulary import trimmed_files
 from vlmprune_jax.hf.disk.atomic import atomic_folder, check_space, check_target
 from vlmprune_jax.hf.disk.storage import Storage
 from vlmprune_jax.hf.read import resolve
@@ -67,7 +68,7 @@ def save(
       imatrix: `vp.importance(...)`, to write the importance file of llama-quantize as well; for GGUF.
       rolled_positions: True for builds of llama.cpp that put the tower's class token last; for GGUF.
       overwrite: replace an existing model folder.
-      plan: the prune plan, written beside the weights as plan.json.
+      plan: the prune plan, written as plan.json; needed to write the tokenizer of a vocabulary that it trims.
       name: name of the unpruned model on the model card, a hub id if it has one (None = that of `source_dir`).
       license: license on the model card, as the hub names it (None = that of `source_dir`'s card).
       datasets: names of the training data on the model card, hub ids if they have one.
@@ -100,26 +101,30 @@ def _write(
     if model.cfg.lora is not None:
         raise UserError("the model has unmerged LoRA adapters: merge them first (recovery.merge_lora)")
     name, pruned = name or model_name(source), plan is not None or os.path.lexists(source / "plan.json")
-    contents = chosen.prepare(model, Origin(source, f"{name}-pruned" if pruned else name), settings)
-    split = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in flatten(model.params).values())
+    vocabulary = None if plan is None else plan.vocabulary
+    with trimmed_files(source, vocabulary, model.cfg) as files:
+        origin = Origin(files, f"{name}-pruned" if pruned else name, weights=source)
+        contents = chosen.prepare(model, origin, settings)
+        split = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in flatten(model.params).values())
 
-    def check() -> None:
-        check_target(out, source, overwrite)
-        check_space(out, sum(tensor.n_bytes for tensor in contents.tensors))
+        def check() -> None:
+            check_target(out, source, overwrite)
+            check_space(out, sum(tensor.n_bytes for tensor in contents.tensors))
 
-    if split:
-        on_process_zero(check)
-    elif is_main_process():
-        check()
-    if is_main_process():
-        with atomic_folder(out) as folder:
-            contents.write(folder)
-            copy_always(source, folder, plan)
-            write_card(folder, model.cfg, name, source, loading=contents.card(folder), library=chosen.library, **card)
-    if split:
-        for tensor in () if is_main_process() else contents.tensors:
-            tensor.fetch()  # gathering split arrays takes all processes, in the same order
-        multihost_utils.sync_global_devices(f"saved {out}")
+        if split:
+            on_process_zero(check)
+        elif is_main_process():
+            check()
+        if is_main_process():
+            with atomic_folder(out) as folder:
+                contents.write(folder)
+                copy_always(source, folder, plan)
+                loading, library = contents.card(folder), chosen.library
+                write_card(folder, model.cfg, name, source, loading=loading, library=library, **card)
+        if split:
+            for tensor in () if is_main_process() else contents.tensors:
+                tensor.fetch()  # gathering split arrays takes all processes, in the same order
+            multihost_utils.sync_global_devices(f"saved {out}")
 
 
 def check_saved(
@@ -129,6 +134,7 @@ def check_saved(
     source_dir: str | Path,
     vision_dir: str | Path | None = None,
     format: str = "huggingface",
+    plan: Plan | None = None,
     **options: Any,
 ) -> Comparison:
     """Compare a folder that `save` wrote with the model, given the same arguments; every process must call it.
@@ -140,4 +146,5 @@ def check_saved(
     """
     source, tower = resolve(source_dir), None if vision_dir is None else resolve(vision_dir)
     chosen, settings = choose_format(format, options)
-    return chosen.check(model, Path(out_dir), Origin(source, model_name(source), tower), settings)
+    with trimmed_files(source, None if plan is None else plan.vocabulary, model.cfg) as files:
+        return chosen.check(model, Path(out_dir), Origin(files, model_name(source), tower, source), settings)

@@ -1,11 +1,11 @@
 """Score, plan, apply: choose layers, heads and neurons to remove, as numbers, a small JSON and pure indexing."""
 
-from vlmprune_jax.prune.config import METHODS, PlanConfig, ReconstructConfig, ScoreConfig
+from vlmprune_jax.prune.config import METHODS, PlanConfig, ReconstructConfig, ScoreConfig, VocabularyConfig
 from vlmprune_jax.prune.criteria import CRITERIA, Criterion
 from vlmprune_jax.prune.fingerprint import fingerprint
 from vlmprune_jax.prune.folder import prune_folder
 from vlmprune_jax.prune.iterative import prune_iteratively
-from vlmprune_jax.prune.plan import KeptLayer, KeptStack, PrunePlan, compose, keep_everything
+from vlmprune_jax.prune.plan import KeptLayer, KeptStack, KeptVocabulary, PrunePlan, compose, keep_everything
 from vlmprune_jax.prune.reconstruction import reconstruct
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.scoring import score
@@ -18,11 +18,13 @@ __all__ = [
     "Criterion",
     "KeptLayer",
     "KeptStack",
+    "KeptVocabulary",
     "PlanConfig",
     "PrunePlan",
     "ReconstructConfig",
     "ScoreConfig",
     "Scores",
+    "VocabularyConfig",
     "apply_plan",
     "compose",
     "fingerprint",

@@ -97,6 +97,46 @@ class ScoreConfig:
 
 
 @dataclass(frozen=True)
+class VocabularyConfig:
+    """Trimming of the vocabulary: rows of the embedding and of the output head, with the tokenizer."""
+
+    size: int | None = setting(
+        None,
+        "Number of tokens to keep, rounded up to `multiple` (None = the whole vocabulary). Bytes, special tokens and "
+        "those of templates stay; the tokens of `sources` follow, the most frequent first, then others by merge rank.",
+        affects=_PRUNE,
+        unit="tokens",
+        least=1,
+    )
+    sources: tuple[str, ...] = setting(
+        (),
+        "Files with the texts to keep tokens for: records as in `data.train`, text files, or JSON lists of texts or of "
+        "token ids, which all stay (() = `data.train`).",
+        affects=_PRUNE,
+        by_content=True,
+    )
+    held_out: tuple[str, ...] = setting(
+        (),
+        "Files, like `sources`, whose texts are only measured (() = a tenth of the texts of `sources`, which then "
+        "choose no token).",
+        affects=_PRUNE,
+        by_content=True,
+    )
+    multiple: int = setting(
+        64,
+        "Keep a multiple of this number of tokens: 64 for tensor cores, 128 x `mesh.tensor` for TPUs.",
+        affects=_PRUNE,
+        unit="tokens",
+        least=1,
+        most=2**20,
+    )
+    source_dir: str | None = setting(None, "Folder of the model, for its tokenizer and configs.", offered=False)
+
+    def __post_init__(self) -> None:
+        check_settings("prune.vocabulary", self)
+
+
+@dataclass(frozen=True)
 class PlanConfig:
     """Settings of `make_plan`: how much of a model to remove, and from where."""
 
@@ -109,7 +149,7 @@ class PlanConfig:
     )
     ratio: float | None = setting(
         None,
-        "Share of the whole model's parameters to remove.",
+        "Share of the whole model's parameters to remove, rows of the vocabulary included.",
         affects=_PRUNE,
         unit=FRACTION,
         least=0,
@@ -221,6 +261,7 @@ class PlanConfig:
         None, "Config before earlier rounds of width pruning, which ratio and sparsity refer to.", offered=False
     )
     budget: Budget = field(default_factory=Budget)
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
 
     def __post_init__(self) -> None:
         check_settings("prune", self)
@@ -232,7 +273,8 @@ class PlanConfig:
         return [name for name in known if name not in (*targets, *_LACKS[self.method])]
 
     def check(self, named: Collection[str] = ()) -> None:
-        """Refuse settings that the method does not have, and anything but exactly one target.
+        """Refuse settings that the method does not have, and anything but exactly one target (with a vocabulary, one at
+        most).
 
         `named`: settings given by name in a call. `heads` may be set for all methods, as the paper's recipes do.
 
@@ -251,7 +293,7 @@ class PlanConfig:
         names = ("ratio", *{"depth": ("layers_removed",), "width": ("sparsity",), "hybrid": ()}[self.method])
         targets = [name for name in names if getattr(self, name) is not None]
         targets += ["budget"] * bool(self.budget.limits)
-        if len(targets) != 1:
+        if len(targets) > 1 or (not targets and self.vocabulary.size is None):
             raise UserError(
                 f"prune: method {self.method!r} needs exactly one of {', '.join(names)} and budget, got "
                 f"{' and '.join(targets) or 'none'}"

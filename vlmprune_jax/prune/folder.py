@@ -10,6 +10,7 @@ from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.hf.read import resolve
 from vlmprune_jax.prune.plan import PrunePlan
 from vlmprune_jax.prune.surgery import apply_plan
+from vlmprune_jax.prune.token_sources import Source
 
 
 def prune_folder(
@@ -44,4 +45,6 @@ def prune_folder(
     source = resolve(source_dir)
     model = open_model(source, None if vision_dir is None else resolve(vision_dir))
     pruned = apply_plan(model, plan)
+    if plan.vocabulary is not None:
+        Source.of(source, model.cfg).check(plan.vocabulary)
     save(pruned, out_dir, source_dir=source, dtype=dtype, overwrite=overwrite, plan=plan, **options)

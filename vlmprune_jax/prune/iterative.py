@@ -15,8 +15,8 @@ from vlmprune_jax.prune.config import PlanConfig, ScoreConfig
 from vlmprune_jax.prune.plan import PrunePlan, compose
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.scoring import score
-from vlmprune_jax.prune.select import make_plan
-from vlmprune_jax.prune.surgery import apply_plan
+from vlmprune_jax.prune.select import make_trim, plan_layers
+from vlmprune_jax.prune.surgery import apply_plan, trim_vocabulary
 
 
 def prune_iteratively(
@@ -54,7 +54,9 @@ def prune_iteratively(
         raise UserError(f"steps={steps} must be at least 1")
     config = override(PlanConfig() if config is None else config, options, "prune_iteratively", offered=False)
     config = dataclasses.replace(config, method="width")
-    ratio, sparsity = config.ratio, config.sparsity
+    config.check()
+    trim, total = make_trim(config.vocabulary, model.cfg), config.parameters_total or count_params(model.cfg)
+    ratio, sparsity = trim.share_left(config, total), config.sparsity
     current, plan, used = model, None, list[Scores]()
     for k in range(1, steps + 1):
         if k > 1 or scores is None:
@@ -63,7 +65,7 @@ def prune_iteratively(
             )
         used.append(scores)
         if config.budget.limits and k == 1:
-            ratio = make_plan(scores, model.cfg, config).reached
+            ratio = plan_layers(scores, model.cfg, config, None, trim.cfg).reached
         last = k == steps and bool(config.budget.limits)
         step = dataclasses.replace(
             config,
@@ -72,10 +74,11 @@ def prune_iteratively(
             budget=config.budget if last else Budget(),
             sparsity=None if sparsity is None else sparsity * k / steps,
         )
-        now = make_plan(scores, current.cfg, step)
+        costed = current.cfg if trim.vocabulary is None else trim.vocabulary.apply_to(current.cfg)
+        now = plan_layers(scores, current.cfg, step, step.ratio, costed)
         current = apply_plan(current, now)
         plan = now if plan is None else compose(plan, now)
     assert plan is not None
     recorded = {**now.options, **used[0].options, "steps": steps, "sparsity": sparsity}
-    total = config.parameters_total or count_params(model.cfg)
-    return current, dataclasses.replace(plan, asked=config.ratio, parameters_total=total, options=recorded), tuple(used)
+    plan = dataclasses.replace(plan, asked=config.ratio, parameters_total=total, options=recorded)
+    return trim_vocabulary(current, trim.vocabulary), trim.attach(plan), tuple(used)

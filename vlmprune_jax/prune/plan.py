@@ -124,7 +124,7 @@ class KeptStack:
 
 
 # Fields of a `ModelConfig` with ids of tokens.
-_TOKEN_IDS = ("bos_token_id", "eos_token_ids", "pad_token_id", "image_token_id", "video_token_id")
+TOKEN_IDS = ("bos_token_id", "eos_token_ids", "pad_token_id", "image_token_id", "video_token_id")
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class KeptVocabulary:
                 f"plan of another model: its vocabulary has {self.rows_before:,} rows, this model's "
                 f"{cfg.text.vocab_size:,}: {_TODO} for this model"
             )
-        changes = {name: self._renumbered(name, getattr(cfg, name)) for name in _TOKEN_IDS}
+        changes = {name: self._renumbered(name, getattr(cfg, name)) for name in TOKEN_IDS}
         text = dataclasses.replace(cfg.text, vocab_size=len(self.kept))
         return dataclasses.replace(cfg, text=text, **changes)
 

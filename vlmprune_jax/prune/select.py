@@ -16,12 +16,13 @@ from vlmprune_jax.core.settings import override
 from vlmprune_jax.export.loads import check_loads, keeps_heads
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model, config_of
-from vlmprune_jax.prune.config import PlanConfig
+from vlmprune_jax.prune.config import PlanConfig, VocabularyConfig
 from vlmprune_jax.prune.cost import least_ratio, make_measure, with_other_bytes
 from vlmprune_jax.prune.fingerprint import shape_digest
-from vlmprune_jax.prune.plan import KeptStack, PrunePlan
+from vlmprune_jax.prune.plan import KeptStack, KeptVocabulary, PrunePlan
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.solver import OutOfReach, layer_costs
+from vlmprune_jax.prune.token_sources import choose_vocabulary
 from vlmprune_jax.prune.width import Kept, choose_widths, kept_layer, shape_of
 
 OF_ONE_STACK = ("layers_removed", "protect", "attn_layers", "mlp_layers")  # settings that name or count layers
@@ -48,6 +49,24 @@ def make_plan(
     """
     config, cfg = _configured(config, options), config_of(cfg)
     config.check([name for name, value in options.items() if value is not None])
+    trim = make_trim(config.vocabulary, cfg)
+    share = trim.share_left(config, config.parameters_total or count_params(config.base or cfg))
+    plan = trim.attach(plan_layers(scores, cfg, config, share, trim.cfg))
+    check_loads(plan.apply_to(cfg), config.loads_in)
+    return plan
+
+
+def plan_layers(
+    scores: Scores | tuple[Scores, Scores],
+    cfg: ModelConfig,
+    config: PlanConfig,
+    share: float | None,
+    costed: ModelConfig,
+) -> PrunePlan:
+    """Return the plan that removes `share` of all parameters from layers, heads and neurons, and no token.
+
+    `costed`: the config with the kept tokens only, which budgets are of.
+    """
     depth, width = _pair(scores, config.method)
     used = [one for one in (depth, width) if one is not None]
     stack = used[0].stack
@@ -58,13 +77,13 @@ def make_plan(
     total = config.parameters_total or unpruned
     if config.heads == "auto" and keeps_heads(cfg, stack, config.loads_in):
         config = dataclasses.replace(config, heads="keep")
-    request = _Request(cfg, depth, width, config, total, stack)
-    share, within = request.fit_budget() if config.budget.limits else (config.ratio, {})
+    request = _Request(costed, depth, width, config, total, stack)
+    share, within = request.fit_budget() if config.budget.limits else (share, {})
     kept, solved = request.decide(share)
     layers = [kept_layer(i, one, shapes[i], request.gqa) for i, one in kept.items()]
     cost = layer_costs(cfg, stack).of
     gone = sum(map(cost, shapes)) - sum(cost(layer.shape) for layer in layers)
-    plan = PrunePlan(
+    return PrunePlan(
         fingerprint=used[0].fingerprint,
         method=config.method,
         criterion=" + ".join(one.name for one in used),
@@ -76,8 +95,44 @@ def make_plan(
         asked=None if config.ratio is None else config.ratio - (unpruned - before) / total,
         options={**_recorded(config, cfg), **solved, **within},
     )
-    check_loads(plan.apply_to(cfg), config.loads_in)
-    return plan
+
+
+@dataclass(frozen=True)
+class Trim:
+    """A trimmed vocabulary, the config with it and nothing else removed, and the parameters that it removes."""
+
+    vocabulary: KeptVocabulary | None
+    cfg: ModelConfig
+    parameters: int
+
+    def share_left(self, config: PlanConfig, total: int) -> float | None:
+        """Return the share of all parameters that layers, heads and neurons must lose; None if it is not a ratio."""
+        if config.ratio is not None:
+            return config.ratio if self.vocabulary is None else max(config.ratio - self.parameters / total, 0.0)
+        return 0.0 if (config.layers_removed, config.sparsity) == (None, None) else None
+
+    def attach(self, plan: PrunePlan) -> PrunePlan:
+        """Return the plan with the vocabulary."""
+        after = plan.parameters_after - self.parameters
+        return dataclasses.replace(plan, vocabulary=self.vocabulary, parameters_after=after)
+
+
+def make_trim(config: VocabularyConfig, cfg: ModelConfig) -> Trim:
+    """Choose the tokens that the settings keep.
+
+    Raises:
+      UserError: see `choose_vocabulary`; or no folder of a tokenizer is given.
+    """
+    if config.size is None:
+        return Trim(None, cfg, 0)
+    if config.source_dir is None:
+        raise UserError(
+            'vocabulary.source_dir: name the folder of the model, which has the tokenizer, as in vocabulary={"size": '
+            '16384, "sources": ("train.json",), "source_dir": "DIR"}'
+        )
+    vocabulary = choose_vocabulary(config.source_dir, cfg, config)
+    trimmed = vocabulary.apply_to(cfg)
+    return Trim(vocabulary, trimmed, count_params(cfg) - count_params(trimmed))
 
 
 def _configured(config: PlanConfig | None, options: Mapping[str, Any]) -> PlanConfig:
@@ -108,19 +163,27 @@ def plan_stacks(
     named = [name for name in OF_ONE_STACK if getattr(config, name)]
     if named:
         raise UserError(f"{', '.join(named)}: refers to layers of one stack: prune the stacks one after the other")
-    total = config.parameters_total or count_params(cfg)
-    if config.budget.limits:
-        config.check()
-        limits = config.budget
+    config.check()
+    total, trim = config.parameters_total or count_params(cfg), make_trim(config.vocabulary, cfg)
 
-        def plan_at(share: float) -> PrunePlan:
-            return plan_stacks(scores, cfg, dataclasses.replace(config, ratio=share, budget=Budget()))
+    def plan_at(share: float | None) -> PrunePlan:
+        """Return the plan whose stacks lose this share of all parameters together."""
+        alone = dataclasses.replace(config, ratio=share, budget=Budget(), vocabulary=VocabularyConfig())
+        return dataclasses.replace(trim.attach(_plan_each(scores, cfg, alone, total)), asked=config.ratio)
 
-        measure = make_measure(cfg, limits)
-        ratio, reached = least_ratio(limits, measure, lambda share: plan_at(share).apply_to(cfg), total)
-        plan = plan_at(ratio)
-        recorded = {**plan.options, "budget": limits.given, "budget_reached": reached}
-        return dataclasses.replace(plan, asked=None, options=recorded)
+    if not config.budget.limits:
+        return plan_at(trim.share_left(config, total))
+    limits = config.budget
+    measure = make_measure(trim.cfg, limits)
+    ratio, reached = least_ratio(limits, measure, lambda share: plan_at(share).apply_to(cfg), total)
+    plan = plan_at(ratio)
+    return dataclasses.replace(plan, options={**plan.options, "budget": limits.given, "budget_reached": reached})
+
+
+def _plan_each(
+    scores: Sequence[Scores | tuple[Scores, Scores]], cfg: ModelConfig, config: PlanConfig, total: int
+) -> PrunePlan:
+    """Return one plan of several stacks, each of which loses the same share of its layers."""
     stacks = [one.stack if isinstance(one, Scores) else one[0].stack for one in scores]
     sizes = {stack: sum(map(layer_costs(cfg, stack).of, cfg.stack(stack).layers)) for stack in stacks}
     plans = {}
@@ -133,7 +196,6 @@ def plan_stacks(
         criterion=" and ".join(dict.fromkeys(plan.criterion for plan in plans.values())),
         stacks={stack: plan.stacks[stack] for stack, plan in plans.items()},
         parameters_after=first.parameters_after - sum(p.parameters_before - p.parameters_after for p in others),
-        asked=config.ratio,
         options={stack: dict(plan.options) for stack, plan in plans.items()},
     )
 

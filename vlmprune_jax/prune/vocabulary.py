@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,10 +131,11 @@ class Subwords:
     def closure(self, kept: Iterable[int]) -> set[int]:
         """Return the tokens with everything that their derivations need, and the `required` ones."""
         closed = {*self.required, *kept}
-        if self.kind in CLOSED:
-            for i in list(closed):
-                closed |= self._needs(self.tokens.get(i, ""))
-        return closed
+        return closed.union(*(self.needs(i) for i in closed))
+
+    def needs(self, i: int) -> frozenset[int]:
+        """Return the tokens that the derivation of a token needs (none without merges)."""
+        return self._needs(self.tokens.get(i, "")) if self.kind in CLOSED else frozenset()
 
     @functools.cache  # noqa: B019 (lives as long as the tokenizer; closures repeat while filling)
     def _needs(self, text: str) -> frozenset[int]:
@@ -158,17 +159,17 @@ class Subwords:
 
 def choose_tokens(
     subwords: Subwords,
-    used: Collection[int],
+    used: Mapping[int, int] | Collection[int],
     *,
     size: int | None = None,
     multiple: int = 64,
     always: Collection[int] = (),
 ) -> tuple[int, ...]:
-    """Return the sorted ids of a closed vocabulary: the tokens used, filled up by merge rank.
+    """Return the sorted ids of a closed vocabulary: the tokens used, the most frequent first, filled up by merge rank.
 
     Args:
       subwords: the tokenizer's subword model.
-      used: ids that the source texts use.
+      used: ids that the source texts use, with their counts if known.
       size: number of tokens wanted, rounded up to a multiple; None keeps the closure of `used` and `always` alone.
       multiple: the number of rows of the embedding is a multiple of it (64; 128 per way of a sharded vocabulary).
       always: further ids to keep (ids in config files, chat templates, label sets).
@@ -177,23 +178,25 @@ def choose_tokens(
       UserError: ids beyond the vocabulary, or `size` is smaller than what must be kept.
     """
     known = {*subwords.tokens, *subwords.added}
-    beyond = sorted({*used, *always} - known)
+    beyond = sorted(set(used) - known)
     if beyond:
         raise UserError(f"vocabulary: token id {beyond[0]} is not in the tokenizer, which has {len(known):,} tokens")
     if multiple < 1:
         raise UserError(f"vocabulary.multiple={multiple} must be at least 1")
-    kept = subwords.closure({*used, *always})
+    counts = used if isinstance(used, Mapping) else dict.fromkeys(used, 1)
+    kept = subwords.closure(always if size is not None else {*used, *always})
     least = -(-len(kept) // multiple) * multiple
-    wanted = least if size is None else min(-(-size // multiple) * multiple, len(known))
+    wanted = least if size is None else min(-(-size // multiple) * multiple, max(len(known), len(kept)))
     if len(kept) > wanted:
         raise UserError(
-            f"vocabulary.size={size}: the sources use {len(kept):,} tokens with their derivations: "
-            f"ask for at least {least:,}, or give fewer sources"
+            f"prune.vocabulary.size={size}: {len(kept):,} tokens must stay (bytes, special tokens, templates): ask for "
+            f"at least {least:,}"
         )
-    for i in subwords.by_rank():
+    by_count = sorted(counts, key=lambda i: (-counts[i], i))
+    for i in itertools.chain(by_count, subwords.by_rank(), sorted(known)):
         if len(kept) >= wanted:
             break
-        missing = (subwords.closure({i}) if subwords.kind in CLOSED else {i}) - kept
+        missing = (subwords.needs(i) | {i}) - kept
         if len(kept) + len(missing) <= wanted:
             kept |= missing
     return tuple(sorted(kept))

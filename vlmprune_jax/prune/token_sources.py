@@ -1,0 +1,193 @@
+"""The tokens that a trimmed vocabulary keeps: those of texts, and those that the files of the model need."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import read_json
+from vlmprune_jax.data.prompts import AUTO, choose_template, load_tokenizer, render
+from vlmprune_jax.data.records import IMAGE_TOKEN
+from vlmprune_jax.data.texts import read_texts
+from vlmprune_jax.export.tokenizer import read_tokenizer, vocabulary_digest
+from vlmprune_jax.export.vocabulary import CONFIGS, ids_in
+from vlmprune_jax.families import family_of
+from vlmprune_jax.families.templates import Template
+from vlmprune_jax.prune.config import VocabularyConfig
+from vlmprune_jax.prune.plan import TOKEN_IDS, KeptVocabulary
+from vlmprune_jax.prune.vocabulary import Subwords, choose_tokens
+
+_ROLES = ("system", "user", "assistant", "model", "tool")
+_CHUNK = 10_000  # texts that are tokenised together
+HELD_BACK, LEAST_TEXTS = 10, 20  # every tenth text is held back, of at least 20
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A model's tokenizer: `subwords` of its tokenizer.json, `digest` of its tokens, and its prompt template.
+
+    `needed`: token id -> why the model's own files need it.
+    """
+
+    folder: Path
+    rows: int
+    tokenizer: Any
+    subwords: Subwords
+    digest: str
+    template: Template
+    needed: Mapping[int, str]
+
+    @classmethod
+    def of(cls, folder: Path, cfg: ModelConfig) -> Source:
+        """Read the tokenizer of a model folder.
+
+        Raises:
+          UserError: there is none, it cannot be trimmed, or it has ids beyond the model's vocabulary.
+        """
+        content = read_tokenizer(folder)
+        if content is None:
+            raise UserError(f"{folder}: has no tokenizer, so its vocabulary cannot be trimmed: add tokenizer.json")
+        subwords, rows = Subwords.of(content, str(folder)), cfg.text.vocab_size
+        last = max({*subwords.tokens, *subwords.added})
+        if last >= rows:
+            raise UserError(
+                f"{folder}: the tokenizer has token id {last:,}, the model {rows:,} rows: use the model's own tokenizer"
+            )
+        tokenizer, config = load_tokenizer(folder), read_json(folder / "config.json")
+        has_vision = cfg.vision is not None
+        template = choose_template(AUTO, family_of(cfg), tokenizer, config=config, has_vision=has_vision)
+        needed = {i: why for i, why in _needed(folder, cfg, tokenizer, template) if 0 <= i < rows}
+        return cls(folder, rows, tokenizer, subwords, vocabulary_digest(content), template, needed)
+
+    def tokens(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """Yield the token ids of each text, without special tokens around it."""
+        return tokens_of(self.tokenizer, texts)
+
+    def keep(self, used: Mapping[int, int], listed: Iterable[int], size: int | None, multiple: int) -> KeptVocabulary:
+        """Return the vocabulary of this size; see `choose_tokens`."""
+        always = {*self.needed, *listed}
+        kept = choose_tokens(self.subwords, used, size=size, multiple=multiple, always=always)
+        return KeptVocabulary(self.rows, kept, self.digest)
+
+    def check(self, vocabulary: KeptVocabulary) -> None:
+        """Refuse a vocabulary without the tokens that the tokenizer or the model's files need.
+
+        Raises:
+          UserError: names the first missing token, and why it is needed.
+        """
+        kept = set(vocabulary.kept)
+        missing = sorted(i for i in {*self.needed, *self.subwords.required} if i not in kept)
+        if missing:
+            why = self.needed.get(missing[0], "texts would lose characters or special tokens without it")
+            raise UserError(
+                f"prune plan: drops token {missing[0]} ({self._text(missing[0])!r}), {len(missing):,} needed ones in "
+                f"all: {why}: keep it"
+            )
+        broken = sorted(self.subwords.closure(kept) - kept)
+        if broken:
+            raise UserError(
+                f"prune plan: drops token {broken[0]} ({self._text(broken[0])!r}), from which kept tokens are merged: "
+                "choose the tokens with prune.vocabulary, which keeps such tokens"
+            )
+
+    def _text(self, i: int) -> str:
+        return self.subwords.tokens.get(i) or self.subwords.added.get(i, "")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Texts for a vocabulary: token counts and listed ids to choose by, and texts that are only measured."""
+
+    used: Counter[int]
+    listed: tuple[int, ...]
+    held_out: tuple[str, ...]
+
+
+def read_sample(source: Source, config: VocabularyConfig) -> Sample:
+    """Read `config.sources` and `config.held_out`.
+
+    Raises:
+      UserError: no sources are named, see `read_texts`, or a listed id is beyond the vocabulary.
+    """
+    if not config.sources:
+        raise UserError("prune.vocabulary.sources: name at least one file of records or texts to keep tokens for")
+    read = [read_texts(name, source.template) for name in config.sources]
+    texts, listed = [text for one in read for text in one.texts], [i for one in read for i in one.ids]
+    beyond = [i for i in listed if not 0 <= i < source.rows]
+    if beyond:
+        raise UserError(f"prune.vocabulary.sources: token id {beyond[0]} is beyond the {source.rows:,} of the model")
+    held_out = [text for name in config.held_out for text in read_texts(name, source.template).texts]
+    if not config.held_out and len(texts) >= LEAST_TEXTS:
+        held_out = texts[HELD_BACK - 1 :: HELD_BACK]
+        texts = [text for i, text in enumerate(texts) if i % HELD_BACK != HELD_BACK - 1]
+    used = Counter[int]()
+    for ids in source.tokens(texts):
+        used.update(ids)
+    return Sample(used, tuple(listed), tuple(held_out))
+
+
+def choose_vocabulary(folder: str | Path, cfg: ModelConfig, config: VocabularyConfig) -> KeptVocabulary:
+    """Choose the tokens that the settings `prune.vocabulary` keep of a model's vocabulary.
+
+    Raises:
+      UserError: see `Source.of`, `read_sample` and `choose_tokens`.
+    """
+    source = Source.of(Path(folder), cfg)
+    sample = read_sample(source, config)
+    return source.keep(sample.used, sample.listed, config.size, config.multiple)
+
+
+def tokens_of(tokenizer: Any, texts: Sequence[str]) -> Iterator[list[int]]:
+    """Yield the token ids of each text, without special tokens around it."""
+    for start in range(0, len(texts), _CHUNK):
+        part = [*texts[start : start + _CHUNK]]
+        for encoding in tokenizer.backend_tokenizer.encode_batch_fast(part, add_special_tokens=False):
+            yield encoding.ids
+
+
+def _needed(folder: Path, cfg: ModelConfig, tokenizer: Any, template: Template) -> Iterator[tuple[int, str]]:
+    """Yield ids that the files of a model need, with the reason of each."""
+    for why, texts in (
+        ("the chat template uses it", _template_texts(tokenizer.chat_template)),
+        (f"the prompt template {template.name} uses it", _prompt_texts(template)),
+    ):
+        for ids in tokens_of(tokenizer, list(texts)):
+            yield from ((i, why) for i in ids)
+    for name in TOKEN_IDS:
+        value = getattr(cfg, name)
+        yield from ((i, f"it is the model's {name}") for i in (value if isinstance(value, tuple) else (value,)) if i)
+    for name in CONFIGS:
+        if os.path.lexists(folder / name):
+            yield from ((i, f"{name} has it as {of}") for i, of in ids_in(read_json(folder / name)).items())
+
+
+def _prompt_texts(template: Template) -> Iterator[str]:
+    """Yield every text of a prompt template, alone and in a conversation."""
+    for one in fields(template):
+        value = getattr(template, one.name)
+        yield from (
+            text for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str) and text
+        )
+    for has_image in (False, True):
+        turns = [("human", f"{IMAGE_TOKEN}\na" if has_image else "a"), ("gpt", "a"), ("human", "a")]
+        yield from render(turns, template, has_image=has_image, generation=True).split(IMAGE_TOKEN)
+    yield from ("\n", "\n\n", " ", *_ROLES, *(f"{role}\n" for role in _ROLES))
+
+
+def _template_texts(template: Any) -> Iterator[str]:
+    """Yield the literal texts of chat templates: outside of Jinja's tags, and quoted inside them."""
+    named = template.values() if isinstance(template, Mapping) else [template]
+    for text in (text for text in named if isinstance(text, str)):
+        yield from (part for part in re.split(r"\{[{%#].*?[}%#]\}", text, flags=re.DOTALL) if part)
+        for quoted in re.findall(r"'(?:[^'\\\n]|\\.)*'|\"(?:[^\"\\\n]|\\.)*\"", text):
+            with contextlib.suppress(ValueError, SyntaxError):
+                yield str(ast.literal_eval(quoted))
