@@ -38,7 +38,7 @@ class Cropping:
     std: tuple[float, ...]
     resample: int
 
-    shares, merge, image_buckets = False, 0, ()
+    shares, merge, image_buckets, turns = False, 0, (), False
 
     @property
     def shape(self) -> tuple[int, ...]:
