@@ -55,7 +55,10 @@ def make_models(experiment: Experiment, context) -> Result:
         recovery=experiment.recover.name if trained else "none", seconds=2.5,
         data_fraction=experiment.data.fraction if trained else 0.0, path=path,
         evaluation=compare(found(0.8 * kept, 1500.0 * kept, 1 / kept), TEACHER), costs=costs,
-        speed=MedianSpeed(prefill=1000.0 / size, decode=10.0, first_token=1.0, peak_bytes=None),
+        speed=MedianSpeed(
+            prefill=1000.0 / size, decode=10.0, first_token=1.0, peak_bytes=None,
+            prefill_speedup=(2000.0 / size, 1900.0 / size, 2100.0 / size), decode_speedup=(1.0, 0.9, 1.1),
+        ),
     )  # fmt: skip
     speed = MedianSpeed(prefill=0.5, decode=10.0, first_token=1.0, peak_bytes=None)
     teacher = unpruned_of(TEACHER, Costs(**COSTS), speed)

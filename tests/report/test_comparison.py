@@ -1,5 +1,7 @@
 """The comparison of a sweep: intervals, what is drawn together, the page with one set and with several, damage."""
 
+import dataclasses
+import html
 import json
 import re
 
@@ -37,7 +39,9 @@ def test_page(tmp_path, sets, figures, radar):
     outside = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?(?!#)(\w+:[^"\')]+)', page)
     assert [link for link in outside if not link.startswith("data:") and "www.w3.org" not in link] == []
     best = re.search(r'<tr class="best"><th scope="row">(.*?)<', page).group(1)
-    assert best == "method=depth,ratio=0.1,recovery=sft,fraction=0.05"
+    assert html.unescape(best).replace("\u00a0", " ") == "depth 10 %, SFT, 5 % of the data"
+    assert "method=depth,ratio=0.1,recovery=sft,fraction=0.05" in page
+    assert "fewer parameters and 1.00 times the decoding speed" in page
     assert "20 of 20 runs are done: 20 models." in page
     assert "The smallest that retains 95 % is" not in page or "fewer parameters" in page
     if not radar:
@@ -88,13 +92,26 @@ def test_ways(tmp_path):
 def test_the_front_is_what_nothing_beats(tmp_path):
     groups = groups_of(write_sweep(tmp_path, ("docs",)))
     places = [group.mean("parameters") for group in groups]
-    front = plots._front(places, groups, rising=False)
+    front = plots._front([(place, place, place) for place in places], groups, rising=False)
     assert front == sorted(front)
     worth = {(x, group.retained[0]) for x, group in zip(places, groups, strict=True)}
     for x, value in worth:
         beaten = any(one <= x and kept >= value and (one, kept) != (x, value) for one, kept in worth)
         assert ((x, value) in front) is not beaten
     assert len(front) == 2
+
+
+def test_the_front_ignores_differences_inside_the_range_of_speeds(tmp_path):
+    """1.81 times is not faster than 1.54 where rounds range from 1.4 to 1.9; it is where they range by 0.1."""
+    groups = groups_of(write_sweep(tmp_path, ("docs",), runs=some_runs(seeds=(1,))[:3]))
+    groups = [
+        dataclasses.replace(group, retained=(kept, kept, kept))
+        for group, kept in zip(groups, (90.0, 99.0, 95.0), strict=True)
+    ]
+    noisy = [(1.81, 1.4, 1.9), (1.54, 1.5, 1.6), (1.48, 1.4, 1.5)]
+    assert plots._front(noisy, groups, rising=True) == [(1.54, 99.0)]
+    sure = [(1.81, 1.8, 1.9), (1.54, 1.5, 1.6), (1.48, 1.4, 1.5)]
+    assert plots._front(sure, groups, rising=True) == [(1.81, 90.0), (1.54, 99.0)]
 
 
 def test_colours_repeat_with_other_dashes():

@@ -80,13 +80,14 @@ def test_every_run_once(sweep, capsys):
     assert (one.recovery, one.reconstruct, one.parameters) == ("none", "none", 800)
     assert (one.bytes, one.forward_flops) == (6_400_000, 1_600_000_000)
     assert (one.prefill_tokens_per_second, one.decode_tokens_per_second) == (1.25, 10.0)
-    assert (one.prefill_speedup, one.decode_speedup) == (2.5, 1.0)
+    assert (one.prefill_speedup, one.decode_speedup) == ((2.5, 2.375, 2.625), (1.0, 0.9, 1.1))
     assert one.evaluation.retained["docs"] == pytest.approx(80)
     assert (sweep.workdir / one.path).is_dir()
     lines = list(csv.DictReader((sweep.workdir / "sweep.csv").read_text().splitlines()))
     assert [line["run"] for line in lines] == [one.run for one in found.models]
     assert float(lines[1]["docs.retained"]) == pytest.approx(80)
     assert lines[1]["label.ratio"] == "0.2"
+    assert [lines[1][f"prefill_speedup{end}"] for end in ("", "_low", "_high")] == ["2.5", "2.375", "2.625"]
     assert sweep.pages == [sweep.workdir]
     assert read_result(sweep.workdir / "runs/ratio=0.2").best == "depth"
 

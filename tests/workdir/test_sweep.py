@@ -19,10 +19,11 @@ def test_groups_differ_in_more_than_seeds(tmp_path):
     kept = [one.evaluation.mean_of_ratios for one in groups[2].models]
     assert groups[2].retained == interval_of_mean(kept)
     header, rows = table_of(read_sweep(tmp_path))
-    assert header[:5] == ("method", "ratio", "recovery", "fraction", "parameters")
+    assert header[:5] == ("method", "ratio", "recovery", "fraction", "retained, %")
     assert rows[0][0] == "unpruned"
-    assert rows[1][-1] == "1"
-    assert "±" in rows[2][-2]
+    assert header[5] == "seeds"
+    assert rows[1][5] == "1"
+    assert "±" in rows[2][4]
     assert len(rows) == 13
 
 

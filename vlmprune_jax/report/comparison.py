@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.core.errors import printable
 from vlmprune_jax.report import comparison_plots as plots
-from vlmprune_jax.report.comparison_plots import DATA, DECODER, Cost, drawable, series_of, way_of
+from vlmprune_jax.report.comparison_plots import DATA, REMOVED, Cost, drawable, series_of, titles_of, way_of
 from vlmprune_jax.report.figures import figure_of
 from vlmprune_jax.report.page import Section, Table, write_page
 from vlmprune_jax.report.tables import over
@@ -31,21 +30,26 @@ FILE = "sweep.html"
 ENOUGH = 95.0  # percent retained: the paper's "almost all"
 LEAST_RADAR = 3  # sets
 MOST_SETS, MOST_FIGURES = 12, 6
+DECODE = "decode_speedup"
 PARAMETERS = Cost("Parameters", "parameters (millions)", lambda model: model.parameters / 1e6)
 COSTS = (
     PARAMETERS,
     Cost("Bytes of the weights", "MiB", lambda model: model.bytes / 2**20),
     Cost("FLOPs of a prompt", "GFLOPs", lambda model: model.forward_flops / 1e9),
 )
-TIMES = "times the unpruned model's tokens/s"
-SPEEDUPS = {
-    f"{part}_speedup": Cost(name, TIMES, operator.attrgetter(f"{part}_speedup"), rising=True)
-    for part, name in (("prefill", "Prefill"), ("decode", "Decoding"))
-}
+
+
+def _speedup(title: str, part: str) -> Cost:
+    label = "times the unpruned model's tokens/s"
+    return Cost(title, label, lambda model: getattr(model, part)[0], True, lambda model: getattr(model, part)[1:])
+
+
+SPEEDUPS = {part: _speedup(title, part) for part, title in (("prefill_speedup", "Prefill"), (DECODE, "Decoding"))}
 NOTES = (
-    "A row is the mean over seeds. Retained: share of the unpruned model's score, in percent{averages}; ± is half of "
-    "the 95 % interval over seeds (Student's t), not over questions. Seconds: scoring, pruning, reconstruction and "
-    "training, without evaluation, in whichever run did it."
+    "A row is the mean over seeds. Retained: share of the unpruned model's score{averages}; ± is half of the 95 % "
+    "interval over seeds (Student's t), not over questions. Size: share of the unpruned model's parameters. Decoding: "
+    "measured speed of the shape, as a multiple of the unpruned model's. Removed: share of all parameters, and of the "
+    "decoder's. Seconds: scoring, pruning, reconstruction and training, without evaluation, in whichever run did it."
 )
 
 
@@ -57,21 +61,22 @@ def build_comparison(workdir: Path) -> Path:
     """
     sweep = read_sweep(workdir)
     groups = groups_of(sweep)
-    best = _best(groups)
+    best, titles = _best(groups), titles_of(groups)
     sections = [
         *_pareto_section(sweep, groups),
         *_ratio_section(groups),
         *_data_section(groups),
         *_radar_section(sweep, groups),
-        Section("All models", tables=(_table(sweep, groups),), notes=(NOTES.format(averages=_averages(sweep)),)),
         *_open_section(sweep),
     ]
+    table, notes = _table(sweep, groups, titles), (NOTES.format(averages=_averages(sweep)),)
+    sections.insert(0, Section("Models", tables=(table,), notes=notes, folded=False))
     return write_page(
         workdir / FILE,
         "Comparison of pruned models",
         sections,
-        lead=list(_lead(sweep, groups, best)),
-        best="" if best is None else printable(best.name),
+        lead=list(_lead(sweep, groups, best, titles)),
+        best="" if best is None else titles[best.name],
         origin=f"Made by vlmprune sweep --config={printable(sweep.config)}; numbers: sweep.json, sweep.csv.",
     )
 
@@ -82,7 +87,7 @@ def _best(groups: Sequence[Group]) -> Group | None:
     return min(known, key=lambda group: (-_retention(group), group.mean("parameters")), default=None)
 
 
-def _lead(sweep: SweepResult, groups: Sequence[Group], best: Group | None) -> Iterator[str]:
+def _lead(sweep: SweepResult, groups: Sequence[Group], best: Group | None, titles: Mapping[str, str]) -> Iterator[str]:
     runs = {entry.run: entry.status for entry in sweep.models}
     count = {status: sum(found == status for found in runs.values()) for status in dict.fromkeys(runs.values())}
     left = ", ".join(f"{number} {status}" for status, number in count.items() if status != DONE)
@@ -90,21 +95,26 @@ def _lead(sweep: SweepResult, groups: Sequence[Group], best: Group | None) -> It
     if best is None or best.retained is None:
         return
     kept = f"{best.retained[0]:.2f} % {over(sweep.sets)}"
-    yield f"{printable(best.name)} retains most: {kept}, {_smaller(best, sweep)}."
+    yield f"{titles[best.name]} retains most: {kept}, {_smaller(best, sweep)}."
     enough = [group for group in groups if _retention(group) >= ENOUGH]
     smallest = min(enough, key=lambda group: group.mean("parameters"), default=None)
     if smallest is None or smallest.retained is None:
         yield f"No model retains {ENOUGH:g} %."
     elif smallest is not best:
         yield (
-            f"The smallest that retains {ENOUGH:g} % is {printable(smallest.name)}: {smallest.retained[0]:.2f} %, "
+            f"The smallest that retains {ENOUGH:g} % is {titles[smallest.name]}: {smallest.retained[0]:.2f} %, "
             f"{_smaller(smallest, sweep)}."
         )
 
 
 def _smaller(group: Group, sweep: SweepResult) -> str:
     before = sweep.unpruned[group.first.model].parameters
-    return f"with {100 * (1 - group.mean('parameters') / before):.1f} % fewer parameters"
+    times = f" and {SPEEDUPS[DECODE].of_group(group)[0]:.2f} times the decoding speed" if _timed(group) else ""
+    return f"with {100 * (1 - group.mean('parameters') / before):.1f} % fewer parameters{times}"
+
+
+def _timed(group: Group) -> bool:
+    return all(getattr(model, part) is not None for model in group.models for part in SPEEDUPS)
 
 
 def _averages(sweep: SweepResult) -> str:
@@ -124,14 +134,16 @@ def _pareto_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sec
             "Shape: pruning method; colour: recovery. The line is the Pareto front; the star is the unpruned model.",
         )
     ]
-    timed = [
-        group for group in drawn if all(getattr(model, name) is not None for model in group.models for name in SPEEDUPS)
-    ]
+    timed = list(filter(_timed, drawn))
     if timed:
         figure = plots.pareto_figure(timed, None, list(SPEEDUPS.values()))
         alt = f"{len(timed)} models: retained percent against speed, as a multiple of the unpruned model's."
-        figures.append(figure_of(figure, alt, "Measured in turns with the unpruned model, on one machine at a time."))
-    yield Section("Retention and cost", figures=tuple(figures))
+        caption = (
+            "A shape is measured once, in turns with the unpruned model; bars are the range of the rounds. The line "
+            "leaves out models that are faster than a better one by less than this range."
+        )
+        figures.append(figure_of(figure, alt, caption))
+    yield Section("Retention and cost", figures=tuple(figures), folded=False)
 
 
 def _asked(group: Group) -> Any:
@@ -148,11 +160,11 @@ def _ratio_section(groups: Sequence[Group]) -> Iterator[Section]:
     for fraction in fractions[:MOST_FIGURES]:
         some = [group for group in drawable(groups) if group.first.data_fraction == fraction]
         of = f"Trained on {100 * fraction:g} % of the data" if fraction else "Without training"
-        figure = plots.curves_figure(some, way_of, lambda group: series[group.name], DECODER, "linear")
+        figure = plots.curves_figure(some, way_of, lambda group: series[group.name], REMOVED, "linear")
         figures.append(
             figure_of(
                 figure,
-                f"{of}: retained percent over the share of the decoder removed, {len(some)} points.",
+                f"{of}: retained percent over the share of parameters removed, {len(some)} points.",
                 f"{of}. Bands: 95 % intervals over seeds.",
             )
         )
@@ -166,15 +178,23 @@ def _data_section(groups: Sequence[Group]) -> Iterator[Section]:
     series, figures = series_of(groups), []
     for name in list(dict.fromkeys(series[group.name] for group in trained))[:MOST_FIGURES]:
         some = sorted((group for group in trained if series[group.name] == name), key=_asked)
-        shares = {_asked(group): 100 * group.mean("decoder_ratio") for group in some}
+        shares = {_asked(group): _removed([group]) for group in some}
         figure = plots.curves_figure(some, functools.partial(_panel_title, shares), way_of, DATA, "log")
         alt = f"{name}: retained percent over the share of the training data, {len(some)} points."
         figures.append(figure_of(figure, alt, f"{name}. Bands: 95 % intervals over seeds."))
     yield Section("Over the training data", figures=tuple(figures))
 
 
-def _panel_title(shares: Mapping[Any, float], group: Group) -> str:
-    return f"{shares[_asked(group)]:.0f} % of the decoder removed"
+def _panel_title(shares: Mapping[Any, str], group: Group) -> str:
+    return shares[_asked(group)]
+
+
+def _removed(groups: Sequence[Group]) -> str:
+    """Say what share of the model (and of its decoder) is removed on average."""
+    whole, decoder = (
+        100 * sum(group.mean(name) for group in groups) / len(groups) for name in ("ratio_reached", "decoder_ratio")
+    )
+    return f"{whole:.0f} % removed ({decoder:.0f} % of the decoder)"
 
 
 def _radar_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Section]:
@@ -191,8 +211,7 @@ def _radar_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sect
             at[series[group.name]] = group
     panels: dict[str, Mapping[str, Mapping[str, float]]] = {}
     for at in chosen.values():
-        share = 100 * sum(group.mean("decoder_ratio") for group in at.values()) / len(at)
-        panels[f"{share:.0f} % of the decoder"] = {
+        panels[_removed(list(at.values()))] = {
             name: {one: _kept(group, one) or 0.0 for one in names} for name, group in at.items()
         }
     figure = plots.radar_figure(panels, names)
@@ -211,38 +230,53 @@ def _kept(group: Group, name: str) -> float | None:
     return sum(known) / len(known) if len(known) == len(values) else None
 
 
-def _table(sweep: SweepResult, groups: Sequence[Group]) -> Table:
-    """All numbers: the unpruned models, then a row for every group."""
+def _table(sweep: SweepResult, groups: Sequence[Group], titles: Mapping[str, str]) -> Table:
+    """All numbers: the unpruned models, then a row for every group; columns in which nothing is known are left out."""
     sets = sweep.sets
     names = list(sets)[:MOST_SETS]
-    costs = ("parameters", "MiB", "GFLOPs")
-    facts = ("retained", "±", "seeds", "paper avg", "decoder removed, %", "data, %")
-    scores = (f"{name}: {sets[name].label}" for name in names)
-    header = ("model", *facts, *costs, *scores, "seconds")
-    rows = []
-    for name, model in sweep.unpruned.items():
-        values = (sets[one].show(model.evaluation.main(one, sets), unit=False) for one in names)
-        label = "unpruned" if len(sweep.unpruned) == 1 else f"unpruned {printable(name)}"
-        rows.append((label, "100.00", "", "", "100.00", "", "", *_costs([model]), *values, ""))
+    rows = [_unpruned_row(name, model, sweep, names) for name, model in sweep.unpruned.items()]
     for group in groups:
         mean, low, high = group.retained or (None, 0.0, 0.0)
         averages = [value for one in group.models if (value := one.evaluation.paper_average) is not None]
-        facts = (
-            "" if mean is None else f"{mean:.2f}",
-            f"{(high - low) / 2:.2f}" if len(group.models) > 1 else "",
-            f"{len(group.models)}",
-            f"{sum(averages) / len(averages):.2f}" if len(averages) == len(group.models) else "",
-            f"{100 * group.mean('decoder_ratio'):.1f}",
-            f"{100 * group.first.data_fraction:g}" if group.first.data_fraction else "",
+        before = sweep.unpruned[group.first.model].parameters
+        rows.append(
+            {
+                "model": titles[group.name],
+                "retained, %": "" if mean is None else f"{mean:.2f}",
+                "size, %": f"{100 * group.mean('parameters') / before:.1f}",
+                "decoding, x": f"{SPEEDUPS[DECODE].of_group(group)[0]:.2f}" if _timed(group) else "",
+                "±": f"{(high - low) / 2:.2f}" if len(group.models) > 1 else "",
+                "seeds": f"{len(group.models)}",
+                "paper avg, %": f"{sum(averages) / len(averages):.2f}" if len(averages) == len(group.models) else "",
+                "removed, % (of decoder)": f"{100 * group.mean('ratio_reached'):.1f} "
+                f"({100 * group.mean('decoder_ratio'):.1f})",
+                "data, %": f"{100 * group.first.data_fraction:g}" if group.first.data_fraction else "",
+                **_costs(group.models),
+                **{f"{name}: {sets[name].label}": group.show_mean(name, sets) for name in names},
+                "seconds": f"{group.mean('seconds'):.1f}",
+                "run": printable(group.name),
+            }
         )
-        values = (group.show_mean(one, sets) for one in names)
-        rows.append((printable(group.name), *facts, *_costs(group.models), *values, f"{group.mean('seconds'):.1f}"))
-    return Table(f"{len(groups)} models, means over seeds", header, tuple(rows))
+    header = [name for name in rows[-1] if any(row.get(name) for row in rows)]
+    lower = tuple(f"{name}: {sets[name].label}" for name in names if not sets[name].higher_is_better)
+    smallest = ("size, %", "±", "parameters", "MiB", "GFLOPs", "seconds", *lower)
+    first = len({"model", "retained, %", "size, %", "decoding, x"} & {*header})
+    cells = tuple(tuple(row.get(name, "") for name in header) for row in rows)
+    return Table(f"{len(groups)} models, means over seeds", tuple(header), cells, first=first, ascending=smallest)
 
 
-def _costs(models: Sequence[SweptModel | UnprunedModel]) -> tuple[str, str, str]:
+def _unpruned_row(name: str, model: UnprunedModel, sweep: SweepResult, names: Sequence[str]) -> dict[str, str]:
+    sets, label = sweep.sets, "unpruned" if len(sweep.unpruned) == 1 else f"unpruned {printable(name)}"
+    scores = {
+        f"{one}: {sets[one].label}": sets[one].show(model.evaluation.main(one, sets), unit=False) for one in names
+    }
+    whole = {"retained, %": "100.00", "size, %": "100.0", "paper avg, %": "100.00"}
+    return {"model": label, **whole, **_costs([model]), **scores}
+
+
+def _costs(models: Sequence[SweptModel | UnprunedModel]) -> dict[str, str]:
     parameters, mib, flops = (sum(map(cost.of, models)) / len(models) for cost in COSTS)
-    return f"{1e6 * parameters:,.0f}", f"{mib:,.2f}", f"{flops:,.3f}"
+    return {"parameters": f"{1e6 * parameters:,.0f}", "MiB": f"{mib:,.2f}", "GFLOPs": f"{flops:,.3f}"}
 
 
 def _open_section(sweep: SweepResult) -> Iterator[Section]:

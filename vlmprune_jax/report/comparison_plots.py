@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
+from vlmprune_jax.core.errors import printable
 from vlmprune_jax.report.plots import (
     COLOURS,
     INK,
@@ -23,27 +25,42 @@ from vlmprune_jax.report.plots import (
     legend_entries,
     legible,
     marker,
+    retention_axis,
     styled,
 )
 from vlmprune_jax.workdir.result import WITHOUT, recovery_label
 from vlmprune_jax.workdir.sweep import Group, UnprunedModel
 
 MOST_PANELS = 9
-LABEL, HALF = "retained (%)", 50.0
+LABEL = "retained (%)"
 LINE_LETTERS = 110  # beside each other in a legend
 _DASHES = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """A cost of a model (or, with `rising`, a gain), and its names in a figure."""
+    """A cost of a model (or, with `rising`, a gain), and its names in a figure.
+
+    `range_of`: the lowest and highest value that was measured; None if it is exact.
+    """
 
     title: str
     label: str
     of: Callable[[Any], float]
     rising: bool = False
+    range_of: Callable[[Any], tuple[float, float]] | None = None
+
+    def of_group(self, group: Group) -> tuple[float, float, float]:
+        """Return the mean over seeds, and the ends of the range."""
+        values = [self.of(model) for model in group.models]
+        mean = float(np.mean(values))
+        if self.range_of is None:
+            return mean, mean, mean
+        lows, highs = zip(*map(self.range_of, group.models), strict=True)
+        return mean, min(lows), max(highs)
 
 
+REMOVED = Cost("", "parameters removed (% of the model)", lambda model: 100 * model.ratio_reached)
 DECODER = Cost("", "decoder's parameters removed (%)", lambda model: 100 * model.decoder_ratio)
 DATA = Cost("", "data trained on (%)", lambda model: 100 * model.data_fraction)
 
@@ -51,6 +68,18 @@ DATA = Cost("", "data trained on (%)", lambda model: 100 * model.data_fraction)
 def way_of(group: Group) -> str:
     """Name the recovery of a group in a reader's words, as "reconstructed + SFT"."""
     return recovery_label(group.first.recovery, reconstructed=group.first.reconstruct != "none")
+
+
+def titles_of(groups: Sequence[Group]) -> dict[str, str]:
+    """Name groups in a reader's words, as "width 30 %, reconstructed + SFT, 5 % of the data"; equal ones by labels."""
+    words = {}
+    for group in groups:
+        ratio = group.mean("ratio_reached") if group.first.ratio_asked is None else group.first.ratio_asked
+        way = "" if way_of(group) == WITHOUT else f", {way_of(group)}"
+        data = f", {100 * group.first.data_fraction:g} % of the data" if group.first.data_fraction else ""
+        words[group.name] = printable(f"{group.first.method} {100 * ratio:.3g} %{way}{data}")
+    counts = Counter(words.values())
+    return {name: title if counts[title] == 1 else f"{title} ({printable(name)})" for name, title in words.items()}
 
 
 def series_of(groups: Sequence[Group]) -> dict[str, str]:
@@ -106,16 +135,16 @@ def pareto_figure(groups: Sequence[Group], unpruned: Sequence[UnprunedModel] | N
             axes.axhline(100, color=MUTED, linestyle="--", linewidth=1)
             for x in [1.0] if unpruned is None else map(cost.of, unpruned):
                 axes.plot(x, 100, "*", color=INK, markersize=12, zorder=3)
-            places = [float(np.mean([cost.of(model) for model in group.models])) for group in groups]
+            places = [cost.of_group(group) for group in groups]
             front = _front(places, groups, rising=cost.rising)
             if front:
                 axes.plot(*np.transpose(front), color=INK, linewidth=1, alpha=0.5, zorder=1)
-            for x, group, way in zip(places, groups, ways, strict=True):
-                _point(axes, x, group, styles[way]["color"])
+            for place, group, way in zip(places, groups, ways, strict=True):
+                _point(axes, place, group, styles[way]["color"])
             axes.set_title(cost.title)
             axes.set_xlabel(cost.label)
-            axes.set_ylim(*_limits(groups))
             axes.margins(x=0.1)
+            retention_axis(axes, "y", [group.retained[0] for group in groups if group.retained])
         colours = {way: styles[way]["color"] for way in dict.fromkeys(ways)}
         _add_legend(figure, legend_entries((group.first.method for group in groups), colours))
         return figure
@@ -134,33 +163,37 @@ def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
     return figure, list(grid.flat)[:count]
 
 
-def _point(axes: Axes, x: float, group: Group, colour: str) -> None:
+def _point(axes: Axes, place: tuple[float, float, float], group: Group, colour: str) -> None:
     assert group.retained is not None
-    mean, low, high = group.retained
+    (mean, low, high), (x, left, right) = group.retained, place
+    bar: Any = {"color": colour, "linewidth": 1, "alpha": 0.7}
     if len(group.models) > 1:
-        axes.plot([x, x], [low, high], color=colour, linewidth=1, alpha=0.7)
+        axes.plot([x, x], [low, high], **bar)
+    if left < right:
+        axes.plot([left, right], [mean, mean], **bar)
     axes.plot(x, mean, **{**marker(group.first.method, colour), "markersize": 5.5, "markeredgewidth": 1.3})
 
 
-def _front(places: Sequence[float], groups: Sequence[Group], *, rising: bool) -> list[tuple[float, float]]:
-    """Return the points of the Pareto front, from the cheapest (`rising`: the fastest) on."""
-    points = sorted(
-        ((x, group.retained[0]) for x, group in zip(places, groups, strict=True) if group.retained),
-        key=lambda point: (-point[0] if rising else point[0], -point[1]),
-    )
-    front: list[tuple[float, float]] = []
-    for x, value in points:
-        if not front or value > front[-1][1]:
-            front.append((x, value))
-    return front
+def _front(
+    places: Sequence[tuple[float, float, float]], groups: Sequence[Group], *, rising: bool
+) -> list[tuple[float, float]]:
+    """Return the points of the Pareto front, from the cheapest (`rising`: the fastest) on.
 
-
-def _limits(groups: Sequence[Group]) -> tuple[float, float]:
-    """Return the limits of a retention axis: from 0, or from the tens below if all is above 50; 100 is always in it."""
-    worth = [100.0, *(group.retained[0] for group in groups if group.retained)]
-    low, high = min(worth), max(worth)
-    bottom = 10.0 * ((low - 2) // 10) if low > HALF else 0.0
-    return bottom - 0.03 * (high - bottom), high + 0.08 * (high - bottom)
+    `places`: the mean and the range of each group's cost. A model is not cheaper than one that retains more if their
+    ranges overlap: that difference is noise.
+    """
+    sign = -1 if rising else 1
+    points = [
+        (sign * x, *sorted((sign * low, sign * high)), group.retained[0])
+        for (x, low, high), group in zip(places, groups, strict=True)
+        if group.retained
+    ]
+    best = [
+        (sign * x, value)
+        for x, _, high, value in points
+        if not any((other > value and low <= high) or (other == value and y < x) for y, low, _, other in points)
+    ]
+    return sorted(set(best), key=lambda point: sign * point[0])
 
 
 def _add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
@@ -196,7 +229,7 @@ def curves_figure(
                 axes.xaxis.set_minor_locator(NullLocator())
             axes.set_title(legible(title, LONGEST_TITLE))
             axes.set_xlabel(x.label)
-            axes.set_ylim(*_limits(drawable(groups)))
+            retention_axis(axes, "y", [group.retained[0] for group in drawable(groups) if group.retained])
         handles = [Line2D([], [], marker="o", markersize=4, label=legible(name), **styles[name]) for name in names]
         _add_legend(figure, handles)
         return figure

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import msgspec
 from msgspec.structs import asdict
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.distributed.processor import processor
+from vlmprune_jax.evaluation.speed.clock import Measurement
 from vlmprune_jax.evaluation.speed.measure import measure_speed
 from vlmprune_jax.experiment.arguments import export_dtype
 from vlmprune_jax.experiment.spec import SpeedSpec
@@ -17,6 +19,8 @@ from vlmprune_jax.prune.cost import costs_of
 from vlmprune_jax.stages.stage import Files
 from vlmprune_jax.stages.work import Work
 from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.content import content_key
+from vlmprune_jax.workdir.ledger import Job, run_job
 from vlmprune_jax.workdir.result import Costs, Workload
 from vlmprune_jax.workdir.speed import SPEED, Pair, Speed, SpeedWorkload
 
@@ -58,19 +62,41 @@ def speed_files(work: Work, spec: SpeedSpec) -> Files:
     )
 
 
+class ShapeSpeed(msgspec.Struct, frozen=True, kw_only=True):
+    """The speed of one shape, and of the unpruned model in the same rounds."""
+
+    unpruned: Measurement
+    pruned: Measurement
+
+
 def speed_stage(work: Work, spec: SpeedSpec) -> Speed:
     """Measure one of all models that have the same shape, beside the unpruned one, in turns."""
-    load, unpruned = os.getloadavg()[0], work.load(work.teacher)
-    shapes, pairs = _shapes(work), list[Pair]()
+    load, shapes, pairs = os.getloadavg()[0], _shapes(work), list[Pair]()
     with work.phase("speed", len(shapes)) as progress:
         for done, names in enumerate(shapes, start=1):
-            before, after = measure_speed(
-                {"unpruned": unpruned, names[0]: work.load(work.models[names[0]])}, spec
-            ).values()
-            pairs.append(Pair(models=names, unpruned=before, pruned=after))
+            speed = _shape_speed(work, spec, work.models[names[0]])
+            pairs.append(Pair(models=names, unpruned=speed.unpruned, pruned=speed.pruned))
             progress(done)
-    settings = {**vars(spec), "image": spec.with_image(unpruned.cfg)}
+    settings = {**vars(spec), "image": spec.with_image(work.config(work.teacher))}
     workload = SpeedWorkload(**settings, dtype=work.model.dtype)
-    speed = Speed(processor=processor(), load=round(load, 1), workload=workload, pairs=pairs)
-    write_artefact(work.folder / SPEED, speed)
-    return speed
+    speeds = Speed(processor=processor(), load=round(load, 1), workload=workload, pairs=pairs)
+    write_artefact(work.folder / SPEED, speeds)
+    return speeds
+
+
+def _shape_speed(work: Work, spec: SpeedSpec, folder: Path) -> ShapeSpeed:
+    """Measure the model in a folder; runs of a sweep measure a shape once, and share it."""
+
+    def measure() -> ShapeSpeed:
+        models = {"unpruned": work.load(work.teacher), "pruned": work.load(folder)}
+        return ShapeSpeed(**measure_speed(models, spec))
+
+    if work.store is None:
+        return measure()
+    shapes = [content_key(repr(work.config(path))) for path in (work.teacher, folder)]
+    settings = {**vars(spec), "dtype": work.model.dtype, "mesh": vars(work.mesh), "processor": processor()}
+    job = Job(
+        f"speed of {shapes[1][:8]}", 1, work.workdir, {**settings, "shapes": shapes}, {}, [], ShapeSpeed,
+        stage="speed_of_shape", store=work.store,
+    )  # fmt: skip
+    return run_job(job, measure, overwrite=True, say=work.say).facts

@@ -95,14 +95,14 @@ def do_run(run: SweepRun, sweep: Sweep, reporter: Reporter) -> None:
         forward_flops=costs.forward_flops,
         evaluation=unpruned.evaluation,
     )
-    models = [_swept(run, model, unpruned, sweep) for model in result.runs]
+    models = [_swept(run, model, sweep) for model in result.runs]
     unpruned_models = {run.experiment.model.hf_dir: known}
     write_artefact(
         folder / RUN, RunRecord(made_from=made_from, sets=result.sets, unpruned=unpruned_models, models=models)
     )
 
 
-def _swept(run: SweepRun, model: Run, unpruned: Unpruned, sweep: Sweep) -> SweptModel:
+def _swept(run: SweepRun, model: Run, sweep: Sweep) -> SweptModel:
     path, costs = sweep.folder(run) / model.path, _costs(model)
     shared = {name: getattr(model, name) for name in SweptModel.__struct_fields__ if hasattr(model, name)}
     own = {
@@ -114,7 +114,7 @@ def _swept(run: SweepRun, model: Run, unpruned: Unpruned, sweep: Sweep) -> Swept
         "digest": digest(path, every_byte=True),
         "path": path.relative_to(sweep.workdir).as_posix(),
     }
-    return SweptModel(**{**shared, **own, **_speeds(model, unpruned)})
+    return SweptModel(**{**shared, **own, **_speeds(model)})
 
 
 def _costs(model: Run | Unpruned) -> Costs:
@@ -122,13 +122,13 @@ def _costs(model: Run | Unpruned) -> Costs:
     return model.costs
 
 
-def _speeds(model: Run, unpruned: Unpruned) -> dict[str, float]:
+def _speeds(model: Run) -> dict[str, Any]:
     """Return tokens per second, and the speed-up over the unpruned model, which was measured in turns."""
-    if model.speed is None or unpruned.speed is None:
+    if model.speed is None:
         return {}
-    speeds = {part: (getattr(model.speed, part), getattr(unpruned.speed, part)) for part in ("prefill", "decode")}
-    found = {f"{part}_tokens_per_second": ours for part, (ours, _) in speeds.items()}
-    return found | {f"{part}_speedup": ours / theirs for part, (ours, theirs) in speeds.items() if theirs}
+    parts = ("prefill", "decode")
+    found = {f"{part}_tokens_per_second": getattr(model.speed, part) for part in parts}
+    return found | {f"{part}_speedup": getattr(model.speed, f"{part}_speedup") for part in parts}
 
 
 def note_error(run: SweepRun, sweep: Sweep, line: str) -> None:

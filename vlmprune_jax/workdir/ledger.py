@@ -151,7 +151,8 @@ def _begin(job: Job, overwrite: bool, say: Callable[[str], None]) -> Done | None
     same = last is not None and last.made_from == now
     present = [path for path in job.outputs if path.exists()]
     if same and isinstance(last, Done) and len(present) == len(job.outputs) and last.outputs == _digests(job.outputs):
-        say(f"{job.name}: unchanged, skipped ({_relative(job.outputs[0], job.workdir)} is up to date)")
+        made = job.outputs[0] if job.outputs else job.record
+        say(f"{job.name}: unchanged, skipped ({_relative(made, job.workdir)} is up to date)")
         _clear(job)  # left by a process that was killed just after it had noted the end
         return last
     resumes = same and not isinstance(last, Done)

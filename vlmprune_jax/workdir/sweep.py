@@ -17,6 +17,7 @@ from vlmprune_jax.evaluation.statistics import interval_of_mean
 from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
 from vlmprune_jax.workdir.evaluation import UNPRUNED
 from vlmprune_jax.workdir.result import ModelEvaluation, RunEvaluation, Set, Sets
+from vlmprune_jax.workdir.speed import SpeedUp
 
 SWEEP = "sweep.json"
 MOST_SETS = 4  # with columns of their own in a terminal
@@ -37,8 +38,8 @@ class SweptModel(Part, frozen=True, kw_only=True):
 
     `model` is the folder of the unpruned model, a key of `SweepResult.unpruned`. `bytes` are of the exported weights,
     `forward_flops` of the prompt of `speed`. `seconds` are of all stages that made the model, in whichever run of the
-    sweep. Speeds and speed-ups are there if they were measured, speed-ups in turns with the unpruned model. `digest` is
-    the hash of the folder at `path`, relative to the sweep's workdir.
+    sweep. Speeds and speed-ups are there if they were measured: once for each shape, in turns with the unpruned model.
+    `digest` is the hash of the folder at `path`, relative to the sweep's workdir.
     """
 
     model: str
@@ -58,8 +59,8 @@ class SweptModel(Part, frozen=True, kw_only=True):
     training_steps: Count | None = None
     prefill_tokens_per_second: Finite | None = None
     decode_tokens_per_second: Finite | None = None
-    prefill_speedup: Finite | None = None
-    decode_speedup: Finite | None = None
+    prefill_speedup: SpeedUp | None = None
+    decode_speedup: SpeedUp | None = None
     digest: str
     path: str
     evaluation: RunEvaluation
@@ -184,20 +185,22 @@ def table_of(sweep: SweepResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]
     counted = ("seeds",) if seeds > 1 else ()
     labels = tuple(dict.fromkeys(label for group in groups for label in group.labels)) or ("model",)
     named = tuple(sets) if len(sets) <= MOST_SETS else ()
-    header = (*labels, "parameters", "reached", *named, "retained", *counted)
+    header = (*labels, "retained, %", *counted, "parameters", "removed, %", *named)
     rows = []
     for name, model in sweep.unpruned.items():
         label = UNPRUNED if len(sweep.unpruned) == 1 else Path(name).name
         values = (sets[key].show(model.evaluation.main(key, sets), unit=False) for key in named)
         blank = ("" for _ in labels[1:])
-        rows.append((label, *blank, f"{model.parameters:,}", "", *values, "100.00", *("" for _ in counted)))
+        rows.append((label, *blank, "100.00", *("" for _ in counted), f"{model.parameters:,}", "", *values))
     for group in groups:
         own = [group.labels.get(label, "") for label in labels] if group.labels else [group.name]
         if "/" in group.name:  # not the last model of its run
             own[0] = f"{own[0]} ({group.name.partition('/')[2]})"
         values = (group.show_mean(key, sets) for key in named)
-        row = (f"{group.mean('parameters'):,.0f}", f"{group.mean('ratio_reached'):.3f}", *values, _retained(group))
-        rows.append((*map(printable, own), *row, *(str(len(group.models)) for _ in counted)))
+        facts = (f"{group.mean('parameters'):,.0f}", f"{100 * group.mean('ratio_reached'):.1f}")
+        rows.append(
+            (*map(printable, own), _retained(group), *(str(len(group.models)) for _ in counted), *facts, *values)
+        )
     return header, rows
 
 
@@ -211,15 +214,18 @@ def _retained(group: Group) -> str:
 def as_csv(sweep: SweepResult) -> str:
     """Return `sweep.csv`: a line for every entry of the sweep."""
     labels = list(dict.fromkeys(label for one in sweep.models for label in one.labels))
-    facts = [name for name in SweptModel.__struct_fields__ if name != "evaluation"]
+    speedups = ("prefill_speedup", "decode_speedup")
+    facts = [name for name in SweptModel.__struct_fields__ if name not in ("evaluation", *speedups)]
+    ends = [f"{name}{end}" for name in speedups for end in ("", "_low", "_high")]
     parts = [f"{name}.{part}" for name in sweep.sets for part in ("score", "retained", "low", "high")]
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     entry = ("name", "run", "group", "seed", "status", "error")
     scores = ("evaluation_seconds", "retained", "paper_average")
-    lines.writerow([*entry, *facts, *(f"label.{label}" for label in labels), *scores, *parts])
+    lines.writerow([*entry, *facts, *ends, *(f"label.{label}" for label in labels), *scores, *parts])
     for one in sweep.models:
         row = [*(getattr(one, name) for name in entry), *(getattr(one.found, name, None) for name in facts)]
+        row += [end for name in speedups for end in getattr(one.found, name, None) or (None, None, None)]
         row += [one.labels.get(label) for label in labels]
         row += ["" for _ in (*scores, *parts)] if one.found is None else _scores(one.found.evaluation, sweep.sets)
         lines.writerow(["" if value is None else value for value in row])

@@ -1,0 +1,50 @@
+"""Speed of the shapes of a run: measured once, also by the runs of a sweep."""
+
+import shutil
+
+from report_cases import SPEED
+from sweep_cases import QUIET
+
+from vlmprune_jax.core.settings import override
+from vlmprune_jax.demo import easyvqa
+from vlmprune_jax.experiment.spec import Experiment, SpeedSpec
+from vlmprune_jax.stages import speed as stage
+from vlmprune_jax.stages.pipeline import Pipeline
+from vlmprune_jax.stages.work import Context, Work
+from vlmprune_jax.workdir.speed import read_speed
+from vlmprune_jax.workdir.store import Store
+
+
+def test_runs_of_a_sweep_measure_a_shape_once(tmp_path, monkeypatch):
+    """Three runs with models of one shape have the same numbers; another prompt is measured anew."""
+    measured = []
+    pair = SPEED.pairs[0]
+
+    def measure(models, spec):
+        measured.append(spec.prompt_tokens)
+        return {"unpruned": pair.unpruned, "pruned": pair.pruned}
+
+    monkeypatch.setattr(stage, "measure_speed", measure)
+    monkeypatch.setattr(Work, "load", lambda self, folder: None)
+    monkeypatch.setattr(Context, "phase", lambda self, title, total: QUIET_BAR)
+    teacher = easyvqa.__file__.replace("easyvqa.py", "teacher")
+    experiment = override(Experiment(), {"model": {"hf_dir": teacher}})
+    for number, spec in enumerate((SpeedSpec(), SpeedSpec(), SpeedSpec(prompt_tokens=100))):
+        workdir = tmp_path / f"run{number}"
+        shutil.copytree(teacher, workdir / "pruned")
+        context = Context(workdir=workdir, reporter=QUIET, store=Store(tmp_path / "shared"))
+        work = Pipeline(experiment, context).work(models={f"depth-{number}": workdir / "pruned"})
+        stage.speed_stage(work, spec)
+        assert read_speed(workdir).pairs[0].models == [f"depth-{number}"]
+    assert measured == [640, 100]
+
+
+class _Bar:
+    def __enter__(self):
+        return lambda done: None
+
+    def __exit__(self, *_):
+        pass
+
+
+QUIET_BAR = _Bar()
