@@ -10,7 +10,7 @@ from prune_cases import EQUAL, config, model
 
 from vlmprune_jax.core.config import LayerShape
 from vlmprune_jax.evaluation.metrics import Metric
-from vlmprune_jax.evaluation.metrics.exact_match import EXACT_MATCH
+from vlmprune_jax.evaluation.metrics.texts import EXACT_MATCH
 from vlmprune_jax.evaluation.speed.clock import BenchSide, Measurement
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune import Scores, fingerprint, make_plan

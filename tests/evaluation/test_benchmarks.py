@@ -5,8 +5,8 @@ import pytest
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.evaluation.metrics import METRICS
-from vlmprune_jax.evaluation.metrics.mmmu import parse_letter, parse_open
-from vlmprune_jax.evaluation.metrics.vqa_accuracy import processed
+from vlmprune_jax.evaluation.metrics.choices import parse_letter, parse_open
+from vlmprune_jax.evaluation.metrics.texts import processed
 
 ANIMALS = {"choices": ["cat", "dog", "mouse"], "options": ["cat", "dog", "mouse"], "question_type": "multiple-choice"}
 PEOPLE = ("yes", "yes", "no", "no", "no", "no", "no", "no", "no", "maybe")

@@ -9,8 +9,7 @@ import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.evaluation.metrics import METRICS, Metric, metric_named
-from vlmprune_jax.evaluation.metrics.exact_match import EXACT_MATCH, is_exact_match, normalise
-from vlmprune_jax.evaluation.metrics.perplexity import PERPLEXITY
+from vlmprune_jax.evaluation.metrics.texts import EXACT_MATCH, PERPLEXITY, is_exact_match, normalise
 
 
 def asked(*references, **fields):

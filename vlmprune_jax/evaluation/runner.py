@@ -20,7 +20,7 @@ from vlmprune_jax.distributed.journal import Journal, continued, is_of
 from vlmprune_jax.distributed.mesh import row_ways, use_mesh
 from vlmprune_jax.evaluation.metrics import Metric, metric_named
 from vlmprune_jax.evaluation.metrics.metric import Scores
-from vlmprune_jax.evaluation.metrics.perplexity import PERPLEXITY
+from vlmprune_jax.evaluation.metrics.texts import PERPLEXITY
 from vlmprune_jax.evaluation.questions import ArrangedQuestions, QuestionBatch
 from vlmprune_jax.models.generate import generate
 from vlmprune_jax.models.params import count_params

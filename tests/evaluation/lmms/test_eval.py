@@ -143,13 +143,13 @@ def test_vqa_accuracy(lmms, draw):
 
 def test_contractions_of_vqa(lmms):
     theirs = lmms("tasks._task_utils.vqa_eval_metric").EvalAIAnswerProcessor.CONTRACTIONS
-    ours = importlib.import_module("vlmprune_jax.evaluation.metrics.vqa_accuracy")._CONTRACTIONS
+    ours = importlib.import_module("vlmprune_jax.evaluation.metrics.texts")._CONTRACTIONS
     assert {wrong: right for wrong, right in theirs.items() if wrong == wrong.lower() and wrong != right} == ours
 
 
 def test_mmmu_letters(lmms, draw, monkeypatch):
     utils = lmms("tasks.mmmu.utils")
-    drawn = importlib.import_module("vlmprune_jax.evaluation.metrics.mmmu").SEED
+    drawn = importlib.import_module("vlmprune_jax.evaluation.metrics.choices").SEED
 
     def score(said, options, right):
         doc = {"id": "validation_Art_1", "question_type": "multiple-choice", "answer": "ABCDE"[right]}

@@ -16,8 +16,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.evaluation.metrics import Metric
 from vlmprune_jax.evaluation.metrics.metric import Scores
-from vlmprune_jax.evaluation.metrics.mme import MME_COGNITION, MME_PERCEPTION
-from vlmprune_jax.evaluation.metrics.pope import POPE
+from vlmprune_jax.evaluation.metrics.yes_no import MME_COGNITION, MME_PERCEPTION, POPE
 
 Sample = Mapping[str, Any]  # log entry of lmms-eval for one question
 _ROUNDED = 1e-4  # of the full score: lmms-eval rounds MMMU to 5 decimals and MathVista to 2 of 100

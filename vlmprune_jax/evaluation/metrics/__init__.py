@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 from vlmprune_jax.core.checks import one_of
-from vlmprune_jax.evaluation.metrics.ai2d import AI2D
-from vlmprune_jax.evaluation.metrics.anls import ANLS
-from vlmprune_jax.evaluation.metrics.exact_match import EXACT_MATCH
-from vlmprune_jax.evaluation.metrics.gqa import GQA
-from vlmprune_jax.evaluation.metrics.mathvista import MATHVISTA
+from vlmprune_jax.evaluation.metrics.choices import AI2D, MATHVISTA, MMMU, SCIENCEQA
 from vlmprune_jax.evaluation.metrics.metric import Metric
-from vlmprune_jax.evaluation.metrics.mme import MME, MME_COGNITION, MME_PERCEPTION
-from vlmprune_jax.evaluation.metrics.mmmu import MMMU
-from vlmprune_jax.evaluation.metrics.perplexity import PERPLEXITY
-from vlmprune_jax.evaluation.metrics.pope import POPE
-from vlmprune_jax.evaluation.metrics.scienceqa import SCIENCEQA
-from vlmprune_jax.evaluation.metrics.vqa_accuracy import VQA_ACCURACY
+from vlmprune_jax.evaluation.metrics.texts import ANLS, EXACT_MATCH, GQA, PERPLEXITY, VQA_ACCURACY
+from vlmprune_jax.evaluation.metrics.yes_no import MME, MME_COGNITION, MME_PERCEPTION, POPE
 
 METRICS: dict[str, Metric] = {
     "exact_match": EXACT_MATCH,

@@ -1,4 +1,4 @@
-"""The class of metrics: from answers to values, and how values are displayed; no model involved."""
+"""The class of metrics, from answers to values and their display, and the fields of records that metrics read."""
 
 from __future__ import annotations
 
@@ -138,3 +138,34 @@ class Metric:
             name: {"questions": len(mine), **self.values([scores[i] for i in mine], [records[i] for i in mine])}
             for name, mine in ordered
         }
+
+
+def accuracy(is_right: Callable[[str, Record], bool], **settings: Any) -> Metric:
+    """Return a metric with the score "accuracy": 1 if `is_right(prediction, record)`, else 0."""
+    return Metric("accuracy", lambda said, _, record: {"accuracy": float(is_right(said, record))}, **settings)
+
+
+def field(record: Record, name: str) -> Any:
+    """Return a field of a record.
+
+    Raises:
+      UserError: the field is missing.
+    """
+    value = record.fields.get(name)
+    if value is None:
+        raise UserError(
+            f"record {record.id}: no field {name!r}, which the metric needs: add it, or choose another metric"
+        )
+    return value
+
+
+def name_field(record: Record, name: str) -> str:
+    """Return a field that holds a name or a whole number, as text.
+
+    Raises:
+      UserError: the field is missing or holds something else.
+    """
+    value = field(record, name)
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise UserError(f"record {record.id}: field {name!r} must be a text or a whole number, got {value!r}")
+    return str(value)
