@@ -106,11 +106,7 @@ def read_experiment(config: ConfigDict | None, *, only: str = "", explicit: Coll
 def to_experiment(
     config: ConfigDict | None, workdir: str | None, *, only: str = "", explicit: Collection[str] = ()
 ) -> tuple[Experiment, Path]:
-    """Return the experiment that a config describes, with its model and data as local paths, and its workdir.
-
-    Raises:
-      UserError: no workdir, or see `read_experiment`.
-    """
+    """Return the experiment that a config describes, with its model and data as local paths, and its workdir."""
     experiment = read_experiment(config, only=only, explicit=explicit)
     if not workdir:
         raise UserError("no workdir given: --workdir=DIR, for everything this experiment makes")
@@ -133,11 +129,7 @@ def placed(experiment: Experiment, workdir: Path) -> Experiment:
 
 
 def read_hyper(config: str) -> Any:
-    """Return the runs that `get_hyper(hyper)` of a config file FILE.py:VARIANT lists.
-
-    Raises:
-      UserError: it has none, or whatever that raised.
-    """
+    """Return the runs that `get_hyper(hyper)` of a config file FILE.py:VARIANT lists."""
     module = load_file(config)
     if not hasattr(module, "get_hyper"):
         raise UserError(
@@ -167,21 +159,13 @@ def load_file(config: str) -> types.ModuleType:
 
 
 def shipped_config(name: str) -> ConfigDict:
-    """Return a config that comes with vlmprune, NAME or NAME:VARIANT, for a config file that starts from it.
-
-    Raises:
-      UserError: there is none of this name, or it does not have the variant.
-    """
+    """Return a config that comes with vlmprune, NAME or NAME:VARIANT, for a config file that starts from it."""
     module, (_, colon, variant) = load_file(locate(name)), name.partition(":")
     return module.get_config(*([variant] if colon else []))
 
 
 def to_workdir(text: str) -> Path:
-    """A workdir, which need not be there yet.
-
-    Raises:
-      UserError: it cannot be.
-    """
+    """A workdir, which need not be there yet."""
     folder = Path(text)
     if "\0" in text:
         raise UserError(f"--workdir={text}: holds a NUL character, which no path can")

@@ -119,11 +119,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def locate(config: str) -> str:
-    """Return FILE.py:VARIANT of a config given as FILE.py:VARIANT or as the name of a shipped one, NAME:VARIANT.
-
-    Raises:
-      UserError: there is no such file or name.
-    """
+    """Return FILE.py:VARIANT of a config given as FILE.py:VARIANT or as the name of a shipped one, NAME:VARIANT."""
     if config.endswith(".py") or ".py:" in config or (os.path.lexists(config) and not os.path.isdir(config)):
         return config
     name, colon, variant = config.partition(":")

@@ -14,11 +14,7 @@ def retained(score: float, original: float) -> float:
 
 
 def retained_per_benchmark(scores: Mapping[str, float], original: Mapping[str, float]) -> dict[str, float]:
-    """Return the retained percentage of every benchmark, in the order of `original`.
-
-    Raises:
-      UserError: a benchmark is missing on either side, or the original score is 0.
-    """
+    """Return the retained percentage of every benchmark, in the order of `original`."""
     odd = sorted(set(scores) ^ set(original))
     if odd or not original:
         raise UserError(

@@ -15,11 +15,7 @@ from vlmprune_jax.evaluation.questions import ArrangedQuestions, arrange_questio
 
 
 def evaluation_records(of: EvaluationSetSpec, *, image_lead: bool) -> tuple[Record, ...]:
-    """The questions of an evaluation set, perhaps only the first `of.questions`.
-
-    Raises:
-      UserError: there is no data file, or it is malformed.
-    """
+    """The questions of an evaluation set, perhaps only the first `of.questions`."""
     return tuple(read_set(of.data, of.images, "data.eval", image_lead, "stop")[: of.questions])
 
 

@@ -87,11 +87,7 @@ class ArrangedQuestions:
         return max(len(self.beginnings[question.beginning].ids) + len(question.rest) for question in questions)
 
     def batches(self, *, threads: int, prefetch: int) -> grain.IterDataset[QuestionBatch]:
-        """Return an iterator over all batches, read ahead in threads, with one shape per number of image slots.
-
-        Raises:
-          UserError: the batches do not fit in memory.
-        """
+        """Return an iterator over all batches, read ahead in threads, with one shape per number of image slots."""
         for group in self.groups:
             check_memory(group.beginnings, group.shape, self.encoder, prefetch)
         rows = grain.MapDataset.range(len(self.groups)).map(lambda number: self._load(self.groups[number]))

@@ -216,11 +216,7 @@ def _with_answers(batches: Iterable[QuestionBatch]) -> Iterator[QuestionBatch]:
 
 
 def check_answered(records: Iterable[Record]) -> None:
-    """Refuse questions without a reference answer.
-
-    Raises:
-      UserError: names the record.
-    """
+    """Refuse questions without a reference answer."""
     for record in records:
         if not any(text.strip() for text in record.references):
             raise UserError(

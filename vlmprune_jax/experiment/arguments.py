@@ -81,11 +81,7 @@ def evaluation_sets(data: DataSpec, spec: EvaluateSpec) -> dict[str, EvaluationS
 
 
 def check_tasks(data: DataSpec, spec: EvaluateSpec) -> None:
-    """Refuse tasks of lmms-eval that cannot be told apart from sets, or without lmms-eval.
-
-    Raises:
-      UserError: a name that no file can have, that comes twice or is a set's; or lmms-eval is not installed.
-    """
+    """Refuse tasks of lmms-eval that cannot be told apart from sets, or without lmms-eval."""
     tasks, sets = spec.tasks, evaluation_sets(data, spec)
     for place, name in enumerate(tasks):
         if not re.fullmatch(r"[\w-]+", name, re.ASCII):

@@ -78,9 +78,6 @@ def find(name: str) -> tuple[list[str], list[Option]]:
     """Return the sections and settings that a name stands for.
 
     A name is that of a section or setting, in full (`recover.losses.kl`) or its last parts (`losses.kl`, `kl`).
-
-    Raises:
-      UserError: an unknown name, with the nearest that exists.
     """
     known, places = options(), [place.removesuffix(".NAME") for place in sections()]
     whole = [place for place in places if place == name or place.endswith(f".{name}")]
@@ -98,11 +95,7 @@ def find(name: str) -> tuple[list[str], list[Option]]:
 
 
 def describe(name: str) -> list[str]:
-    """Return the lines of `vlmprune help NAME`: the sentence of each section, and its settings.
-
-    Raises:
-      UserError: see `find`.
-    """
+    """Return the lines of `vlmprune help NAME`: the sentence of each section, and its settings."""
     whole, found = find(name)
     docs = {place.removesuffix(".NAME"): section.__doc__ or "" for place, section in sections().items()}
     lines = []

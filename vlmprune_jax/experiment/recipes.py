@@ -20,11 +20,7 @@ def recipes() -> dict[str, Mapping[str, Any]]:
 
 
 def recipe(name: str) -> Mapping[str, Any]:
-    """The settings of a recipe, to start a config or a variant from.
-
-    Raises:
-      UserError: an unknown name, with the nearest that exists.
-    """
+    """The settings of a recipe, to start a config or a variant from."""
     known = recipes()
     if name not in known:
         raise UserError(f"no recipe {name!r}{suggest(name, known)}")

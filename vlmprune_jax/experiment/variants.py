@@ -52,9 +52,6 @@ def choose_variants(experiment: Experiment, only: str) -> Experiment:
     """Return the experiment with the prune and recover variants whose names fit `only`, shell patterns with commas.
 
     Patterns that fit no prune variant leave all prune variants, and likewise for recover variants.
-
-    Raises:
-      UserError: a pattern that fits no variant.
     """
     patterns = [pattern for pattern in only.split(",") if pattern]
     kinds = ("prune_variants", "recover_variants")

@@ -26,11 +26,7 @@ _NOT_TEXT = re.compile(
 
 
 def rows_for(cfg: ModelConfig, ids: Mapping[str, int]) -> int:
-    """Return the number of vocabulary rows that tokens with the new ids need.
-
-    Raises:
-      UserError: the vocabulary would more than double, so the tokenizer belongs to another model.
-    """
+    """Return the number of vocabulary rows that tokens with the new ids need."""
     needed = max((cfg.text.vocab_size, *(token + 1 for token in ids.values())))
     if needed > 2 * cfg.text.vocab_size + VOCAB_MULTIPLE:
         raise UserError(
@@ -44,9 +40,6 @@ def to_transformers(cfg: ModelConfig, source: JsonDict, image_token_id: int, voc
     """Return config.json of the transformers layout for a model from a hub folder with config `source`.
 
     The vision tower ends at the last computed block, whose output is the image feature.
-
-    Raises:
-      UserError: the transformers class lacks something that the model has.
     """
     family = target_of(family_of(cfg))
     assert family is not None

@@ -43,11 +43,7 @@ MAX_SHARD_BYTES = 5 * 10**9  # the default of the hub and of transformers
 
 
 def folder_contents(model: Model, origin: Origin, target: Target, dtype: str, storage: Storage | None) -> Contents:
-    """Return the content of a folder for `target`, with weights in `storage` if it holds them, else plain.
-
-    Raises:
-      UserError: the source lacks a tensor of the model.
-    """
+    """Return the content of a folder for `target`, with weights in `storage` if it holds them, else plain."""
     tensors = make_tensors(model, target, Checkpoint(origin.weights or origin.folder), dtype, storage)
     if storage is not None:
         settings = storage.to_config({tensor.key: tensor.shape for tensor in tensors})

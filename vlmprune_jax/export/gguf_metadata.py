@@ -110,11 +110,7 @@ def cut(family: Family, source: Path) -> JsonDict:
 
 
 def _patching(source: Path) -> Patching:
-    """Return the patch settings of images of any size.
-
-    Raises:
-      UserError: the folder has no image processor config.
-    """
+    """Return the patch settings of images of any size."""
     processor = _processor(source)
     if processor is None:
         raise UserError(f"{source}: has no preprocessor_config.json, which limits the size of images: add the file")

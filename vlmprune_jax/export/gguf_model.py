@@ -160,11 +160,7 @@ def copy_of(number: int) -> str:
 
 
 def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
-    """Return the llama.cpp architecture that holds a model, and the model padded to it if `uneven` is "pad".
-
-    Raises:
-      UserError: no architecture fits the model or its widths.
-    """
+    """Return the llama.cpp architecture that holds a model, and the model padded to it if `uneven` is "pad"."""
     decoder = decoder_of(cfg.text.decoder)
     if not decoder.gguf:
         raise UserError(f"family {cfg.family}: llama.cpp has no architecture for its {cfg.text.decoder} decoder")

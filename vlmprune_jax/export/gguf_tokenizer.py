@@ -115,11 +115,7 @@ def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
 
 
 def _check_spaced(content: JsonDict, where: str) -> bool:
-    """Return True if a SentencePiece-like tokenizer puts a space mark before a text.
-
-    Raises:
-      UserError: llama.cpp has no tokenizer with its rules.
-    """
+    """Return True if a SentencePiece-like tokenizer puts a space mark before a text."""
     rules = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")], sort_keys=True)
     for normalizer, before, prefix in _spaced_rules():
         if rules == json.dumps([normalizer, before], sort_keys=True):

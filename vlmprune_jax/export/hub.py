@@ -59,11 +59,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, dry_run: bo
 
 
 def check_card(folder: Path) -> str:
-    """Return the text of a folder's model card, whose metadata the hub can read.
-
-    Raises:
-      UserError: no card, or metadata that is malformed or incomplete.
-    """
+    """Return the text of a folder's model card, whose metadata the hub can read."""
     from huggingface_hub import ModelCard
 
     path = folder / "README.md"

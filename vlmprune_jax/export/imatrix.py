@@ -21,11 +21,7 @@ PREFIX, SUFFIX = "imatrix-", ".gguf_file"  # not .gguf, the suffix of models
 
 
 def imatrix_file(importance: Importance, model: GgufFile, cfg: ModelConfig, uneven: str) -> GgufFile:
-    """Return the importance file for a GGUF file `model` of a model with `cfg`, padded if `uneven` is "pad".
-
-    Raises:
-      UserError: the importance belongs to another model.
-    """
+    """Return the importance file for a GGUF file `model` of a model with `cfg`, padded if `uneven` is "pad"."""
     architecture, wide = fit(cfg, uneven)
     family = family_of(cfg)
     here = under_names(family, "text", architecture.tensors)

@@ -51,11 +51,7 @@ def keeps_heads(cfg: ModelConfig, stack: str, targets: Sequence[str]) -> bool:
 
 
 def check_loads(cfg: ModelConfig, targets: Sequence[str]) -> None:
-    """Refuse a pruned model that one of the targets does not load.
-
-    Raises:
-      UserError: names the target, the reason, and the alternative.
-    """
+    """Refuse a pruned model that one of the targets does not load."""
     for target in targets:
         reason = why_not(cfg, target)
         if reason is not None:

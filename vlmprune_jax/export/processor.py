@@ -24,9 +24,6 @@ def write_processor(folder: Path, source: Path, cfg: ModelConfig, config: JsonDi
       cfg: the model in its hub layout.
       config: the hub's config.json.
       tokenizer: content of tokenizer.json, with the new token.
-
-    Raises:
-      UserError: the processor does not do what the config requires.
     """
     family = family_of(cfg)
     target, conversion, template = target_of(family), family.conversion, template_of(family, config, None)

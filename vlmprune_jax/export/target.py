@@ -101,11 +101,7 @@ def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype:
 
 
 def _check_uneven(cfg: ModelConfig) -> None:
-    """Refuse layers and towers that stock transformers cannot load at their true size.
-
-    Raises:
-      UserError: names the reason and the alternatives.
-    """
+    """Refuse layers and towers that stock transformers cannot load at their true size."""
     if not cfg.text.even:
         raise UserError(
             "the layers have unequal widths, which stock transformers cannot load: prune all layers alike (without "

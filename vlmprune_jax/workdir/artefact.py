@@ -63,11 +63,7 @@ def read_artefact(path: Path, kind: type[_A], missing: str = "no such file") -> 
 
 
 def as_kind(value: Any, kind: type[_A], where: object) -> _A:
-    """Convert a JSON value to an artefact.
-
-    Raises:
-      UserError: a field is missing or of another type; names the place in the value.
-    """
+    """Convert a JSON value to an artefact."""
     try:
         return msgspec.convert(value, kind)
     except (msgspec.ValidationError, RecursionError, UnicodeEncodeError, OverflowError) as error:

@@ -36,11 +36,7 @@ class MadeFrom(msgspec.Struct, frozen=True, kw_only=True):
 def made_from(
     settings: Mapping[str, Any], inputs: Mapping[str, Path | str], version: int, *, every_byte: bool = False
 ) -> MadeFrom:
-    """Hash the inputs of a stage; `every_byte` also of large files.
-
-    Raises:
-      UserError: an input does not exist.
-    """
+    """Hash the inputs of a stage; `every_byte` also of large files."""
     digests = {name: digest(path, every_byte=every_byte) for name, path in inputs.items()}
     return MadeFrom(settings=plain(settings), inputs=digests, version=version)
 

@@ -108,11 +108,7 @@ def evaluation_file(folder: Path, name: str, key: str) -> Path:
 
 
 def read_evaluated(path: Path) -> Evaluated:
-    """Read an `eval/*.json`.
-
-    Raises:
-      UserError: see `read_artefact`.
-    """
+    """Read an `eval/*.json`."""
     return read_artefact(path, Evaluated, missing="no such file: run `vlmprune evaluate`")
 
 
@@ -127,11 +123,7 @@ def find_evaluated(workdir: Path, path: str | None, key: str) -> Path | None:
 
 
 def evaluations_of(folder: Path, name: str) -> dict[str, Evaluated]:
-    """Read all evaluations of the model `name`, by set.
-
-    Raises:
-      UserError: see `read_artefact`.
-    """
+    """Read all evaluations of the model `name`, by set."""
     found = {}
     for path in sorted((folder / "eval").glob(f"{name}*.json")):
         key = DEFAULT_SET if path.stem == name else path.stem.removeprefix(f"{name}.")

@@ -124,11 +124,7 @@ def run_job(job: Job, body: Callable[[], msgspec.Struct], *, overwrite: bool, sa
 
 @contextlib.contextmanager
 def _alone(job: Job, say: Callable[[str], None]) -> Iterator[None]:
-    """Refuse a second run of a job in the same workdir.
-
-    Raises:
-      UserError: another run is at it, and stays.
-    """
+    """Refuse a second run of a job in the same workdir."""
 
     def waiting() -> None:
         say(f"{job.name}: another run is at it, waiting up to {LOCK_SECONDS:.0f} s for its end")

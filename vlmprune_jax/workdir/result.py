@@ -263,11 +263,7 @@ def compare(evaluations: Evaluations, teacher: Evaluations) -> RunEvaluation:
 
 
 def best_run(runs: Sequence[Run], sets: Sets) -> Run:
-    """Return the run with the highest mean_of_ratios (without one: the highest scores); the smallest among equals.
-
-    Raises:
-      UserError: there is no run.
-    """
+    """Return the run with the highest mean_of_ratios (without one: the highest scores); the smallest among equals."""
     if not runs:
         raise UserError("no model was evaluated: set evaluate.unrecovered, or add a recovery")
 

@@ -78,11 +78,7 @@ class Samples(Artefact, frozen=True, kw_only=True, tag=1):
 
 
 def read_samples(workdir: Path) -> dict[str, SampleSet]:
-    """Read the samples by set; empty if there is no such file.
-
-    Raises:
-      UserError: see `read_artefact`.
-    """
+    """Read the samples by set; empty if there is no such file."""
     path = workdir / SAMPLES
     return read_artefact(path, Samples).sets if path.is_file() else {}
 

@@ -125,19 +125,11 @@ def make_bench(load: float, sides: Sequence[BenchSide], config: SpeedConfig, *, 
 
 
 def read_bench(path: Path) -> Bench:
-    """Read the file of `vlmprune bench --json`.
-
-    Raises:
-      UserError: see `read_artefact`.
-    """
+    """Read the file of `vlmprune bench --json`."""
     return read_artefact(path, Bench)
 
 
 def read_speed(workdir: Path) -> Speed | None:
-    """Read `speed.json`; None if it is not there.
-
-    Raises:
-      UserError: see `read_artefact`.
-    """
+    """Read `speed.json`; None if it is not there."""
     path = workdir / SPEED
     return read_artefact(path, Speed) if path.is_file() else None

@@ -67,10 +67,6 @@ class Steps(Artefact, frozen=True, kw_only=True, tag=1):
 
 
 def read_steps(workdir: Path) -> list[StepRecord]:
-    """Read the steps of a run; none if it was never begun.
-
-    Raises:
-      UserError: see `read_artefact`; or a step lies outside the workdir.
-    """
+    """Read the steps of a run; none if it was never begun."""
     path = workdir / STEPS
     return read_artefact(path, Steps).steps if path.is_file() else []

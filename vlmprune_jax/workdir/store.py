@@ -97,9 +97,6 @@ def exclusive(path: Path, seconds: float, waiting: Callable[[], None]) -> Iterat
     """Hold a lock; False where another process still holds it after so many seconds.
 
     The system lets go of the lock of a process that is killed. `waiting` is called where it has to be waited for.
-
-    Raises:
-      UserError: its folder is a link.
     """
     if path.parent.is_symlink():
         raise UserError(f"{path.parent}: is a link: remove it, or use another --workdir")

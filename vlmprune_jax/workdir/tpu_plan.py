@@ -111,11 +111,7 @@ class TpuPlan(Artefact, frozen=True, kw_only=True, tag=1):
 
 
 def read_tpu_plan(workdir: Path) -> dict[str, Planned]:
-    """Read the recoveries that `vlmprune plan` left in a workdir; empty if there are none.
-
-    Raises:
-      UserError: see `read_artefact`.
-    """
+    """Read the recoveries that `vlmprune plan` left in a workdir; empty if there are none."""
     path = workdir / TPU_PLAN
     return read_artefact(path, TpuPlan).recoveries if path.is_file() else {}
 

@@ -209,11 +209,7 @@ def _bar(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _new_tokens(request: Any) -> int:
-    """Return the maximum number of new tokens of a request.
-
-    Raises:
-      UserError: the request needs more than greedy decoding.
-    """
+    """Return the maximum number of new tokens of a request."""
     options, task = request.args[2], request.args[4]
     temperature = options.get("temperature")
     wrong = {
@@ -264,11 +260,7 @@ class _Pictures:
         return ChatMessages(messages=doc_to_messages(self._task_dict[task][split][doc]))
 
     def record(self, request: Any) -> Record:
-        """Convert a request to a conversation whose last turn has no answer.
-
-        Raises:
-          UserError: the request holds video, audio or a system text, or a text with an image token.
-        """
+        """Convert a request to a conversation whose last turn has no answer."""
         task, doc = request.args[4], request.args[3]
         name, turns, names = f"{task}/{doc}", list[dict[str, str]](), list[str]()
         for message in self._messages(request).messages:

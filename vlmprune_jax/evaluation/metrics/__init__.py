@@ -28,9 +28,5 @@ __all__ = ["METRICS", "Metric", "metric_named"]
 
 
 def metric_named(name: str, what: str = "metric") -> Metric:
-    """Return the metric with this name; `what` is the setting in the message.
-
-    Raises:
-      UserError: there is no such metric; suggests the nearest name.
-    """
+    """Return the metric with this name; `what` is the setting in the message."""
     return METRICS[one_of(what, name, METRICS)]

@@ -29,11 +29,7 @@ _NUMBERS = (
 
 
 def choices_field(record: Record, name: str) -> list[str]:
-    """Return a field with up to 26 choices, given as a list or as the text of a list (MMMU).
-
-    Raises:
-      UserError: the field is missing or holds something else.
-    """
+    """Return a field with up to 26 choices, given as a list or as the text of a list (MMMU)."""
     value = parse_choices(field(record, name))
     if value is None or not 0 < len(value) <= len(_LETTERS):
         raise UserError(
@@ -48,11 +44,7 @@ def letters(choices: Sequence[str]) -> str:
 
 
 def right_letters(record: Record, name: str) -> set[str]:
-    """Return the references as letters of the choices in the field `name`.
-
-    Raises:
-      UserError: a reference is not one of the letters.
-    """
+    """Return the references as letters of the choices in the field `name`."""
     known = letters(choices_field(record, name))
     right = {reference.strip().upper() for reference in record.references}
     odd = sorted(letter for letter in right if len(letter) != 1 or letter not in known)

@@ -146,11 +146,7 @@ def accuracy(is_right: Callable[[str, Record], bool], **settings: Any) -> Metric
 
 
 def field(record: Record, name: str) -> Any:
-    """Return a field of a record.
-
-    Raises:
-      UserError: the field is missing.
-    """
+    """Return a field of a record."""
     value = record.fields.get(name)
     if value is None:
         raise UserError(
@@ -160,11 +156,7 @@ def field(record: Record, name: str) -> Any:
 
 
 def name_field(record: Record, name: str) -> str:
-    """Return a field that holds a name or a whole number, as text.
-
-    Raises:
-      UserError: the field is missing or holds something else.
-    """
+    """Return a field that holds a name or a whole number, as text."""
     value = field(record, name)
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise UserError(f"record {record.id}: field {name!r} must be a text or a whole number, got {value!r}")

@@ -18,11 +18,7 @@ _PERCEPTION = (
 
 
 def right_yes_or_no(record: Record) -> bool:
-    """Return True if the reference is yes; case and full stops are ignored.
-
-    Raises:
-      UserError: the reference is neither yes nor no.
-    """
+    """Return True if the reference is yes; case and full stops are ignored."""
     right = record.references[0].lower().strip().replace(".", "")
     if right not in ("yes", "no"):
         raise UserError(f"record {record.id}: answer {record.references[0]!r} must be yes or no for this metric")

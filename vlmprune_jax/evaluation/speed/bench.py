@@ -55,11 +55,7 @@ class Side:
 
 
 def check_bench(threads: int, json_file: str | None) -> None:
-    """Refuse more threads than there are cores, and a file that cannot be written.
-
-    Raises:
-      UserError: names the flag.
-    """
+    """Refuse more threads than there are cores, and a file that cannot be written."""
     if threads > cores():
         raise UserError(f"--threads={threads}: this process may use {cores()} cores: lower it")
     if json_file is not None and (Path(json_file).is_dir() or not Path(json_file).absolute().parent.is_dir()):
