@@ -31,7 +31,7 @@ from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.demo.easyvqa import write_dataset
 from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
-from vlmprune_jax.evaluation.inputs import arranged_questions
+from vlmprune_jax.evaluation.questions import arranged_questions
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import encode, head_of, tower_features
 

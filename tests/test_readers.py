@@ -38,7 +38,7 @@ EXCEPTIONS = {
     ("distributed/failure.py", "_watch", "json.loads"): _RUN,
     ("distributed/mesh.py", "_slice_has_workers", ".open"): "the metadata server of a TPU VM: an address, not a file",
     ("export/tokenizer.py", "read_tokenizer", "json.loads"): "the text of a tokenizer that load_tokenizer has read",
-    ("export/per_layer.py", "write_loader", "shutil.copyfile"): "the PyTorch file of this package",
+    ("export/uneven.py", "write_loader", "shutil.copyfile"): "the PyTorch file of this package",
     ("workdir/store.py", "exclusive", "os.open"): "a lock, whose content nobody reads",
     ("workdir/store.py", "exclusive", "os.fdopen"): "a lock, whose content nobody reads",
     (

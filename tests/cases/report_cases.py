@@ -18,8 +18,8 @@ from vlmprune_jax.workdir.artefact import write_artefact
 from vlmprune_jax.workdir.evaluation import Evaluated, Group, metric_info
 from vlmprune_jax.workdir.result import Export, Result, Run, compare, describe_sets, read_result, unpruned_of
 from vlmprune_jax.workdir.speed import Bench, BenchWorkload, Pair, Speed, SpeedWorkload
-from vlmprune_jax.workdir.steps import STEPS, StepRecord, Steps
 from vlmprune_jax.workdir.tpu_plan import Hbm, PlannedModel, PlannedStep, StepFlops, StepSeconds
+from vlmprune_jax.workdir.unfinished import STEPS, StepRecord, Steps
 
 CFG = config((LayerShape(4, 4, 12),) * len(EQUAL))
 SIZE = count_params(CFG)

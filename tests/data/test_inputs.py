@@ -19,7 +19,7 @@ from vlmprune_jax.data.encoding import Shape
 from vlmprune_jax.data.inputs import load_inputs
 from vlmprune_jax.data.tiling import Tiling
 from vlmprune_jax.evaluation.config import EvaluateSpec
-from vlmprune_jax.evaluation.inputs import arranged_questions
+from vlmprune_jax.evaluation.questions import arranged_questions
 from vlmprune_jax.experiment.arguments import evaluation_sets
 from vlmprune_jax.experiment.spec import Experiment, ScoreSpec
 from vlmprune_jax.families import detect

@@ -24,10 +24,9 @@ from vlmprune_jax.workdir.ledger import Finished
 from vlmprune_jax.workdir.result import best_run, read_result
 from vlmprune_jax.workdir.samples import Picture, Sample, SampleAnswer, Samples, SampleSet, read_samples
 from vlmprune_jax.workdir.speed import read_bench, read_speed
-from vlmprune_jax.workdir.steps import STEPS, StepRecord, Steps
 from vlmprune_jax.workdir.sweep import RunError, SweptModel, as_csv, groups_of, read_sweep, table_of
 from vlmprune_jax.workdir.tpu_plan import TPU_PLAN, Planned, TpuPlan, as_rows, read_tpu_plan
-from vlmprune_jax.workdir.unfinished import read_unfinished
+from vlmprune_jax.workdir.unfinished import STEPS, StepRecord, Steps, read_unfinished
 
 CFG = cases.config()
 PRUNE = StepRecord(

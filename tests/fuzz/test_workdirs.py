@@ -99,7 +99,7 @@ class Facts(msgspec.Struct):
 
 
 def test_ledger(tmp_path, monkeypatch):
-    monkeypatch.setattr(provenance, "_commit", lambda: None)  # which asks git
+    monkeypatch.setattr(provenance, "commit", lambda: None)  # which asks git
     out = tmp_path / "out.txt"
     (tmp_path / "in.txt").write_text("input")
     stage = Job("score", 1, tmp_path, {"ratio": 0.3}, {"data.train": tmp_path / "in.txt"}, [out], Facts)

@@ -20,7 +20,7 @@ from vlmprune_jax.data import batching, inputs
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.evaluation.config import EvaluateSpec
-from vlmprune_jax.evaluation.inputs import arranged_questions
+from vlmprune_jax.evaluation.questions import arranged_questions
 from vlmprune_jax.experiment.arguments import evaluation_sets
 from vlmprune_jax.experiment.spec import Experiment, ScoreSpec
 from vlmprune_jax.hf.read import read_config

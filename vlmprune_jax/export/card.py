@@ -13,7 +13,7 @@ from msgspec import Meta
 from vlmprune_jax.core.config import LayerShape, ModelConfig
 from vlmprune_jax.core.errors import UserError, printable
 from vlmprune_jax.core.files import read_json, read_text
-from vlmprune_jax.export.per_layer import LOADER_FILE, loader_class
+from vlmprune_jax.export.uneven import LOADER_FILE, loader_class
 from vlmprune_jax.families import family_of
 from vlmprune_jax.families.fields import MAX_LAYERS
 from vlmprune_jax.models.params import count_params

@@ -59,9 +59,12 @@ class GgufOptions:
 
 def prepare(model: Model, origin: Origin, options: GgufOptions) -> Contents:
     """Return the content of the files: `NAME-TYPE.gguf`, `mmproj-NAME-f16.gguf` and `imatrix-NAME.gguf_file`."""
-    from vlmprune_jax.export.gguf_file import gguf_loading, write_gguf  # imports jax, like all that reads a model
+    from vlmprune_jax.export.gguf_file import (  # imports jax, like all that reads a model
+        gguf_loading,
+        imatrix_file,
+        write_gguf,
+    )
     from vlmprune_jax.export.gguf_model import make_gguf
-    from vlmprune_jax.export.imatrix import imatrix_file
 
     settings = {name: getattr(options, name) for name in settings_of(options) if name != "imatrix"}
     models = make_gguf(model, origin.folder, name=origin.name, **settings)

@@ -60,8 +60,7 @@ class IntegerOptions(FolderOptions):
 
 def prepare(model: Model, origin: Origin, options: IntegerOptions) -> Contents:
     """Return the content of the folder; its integers are those of `storage`, else rounded to the nearest."""
-    from vlmprune_jax.export.folder import folder_contents
-    from vlmprune_jax.export.quantized import make_storage, quantized_loading
+    from vlmprune_jax.export.folder import folder_contents, make_storage, quantized_loading
     from vlmprune_jax.export.target import make_target
 
     if options.rounding == "gptq" and options.storage is None:

@@ -18,7 +18,7 @@ from vlmprune_jax.core.files import reading
 from vlmprune_jax.core.weight_files import WEIGHT_DTYPES
 from vlmprune_jax.distributed.mesh import gather_to_host, on_process_zero
 from vlmprune_jax.export.format import Comparison
-from vlmprune_jax.export.per_layer import loader_class
+from vlmprune_jax.export.uneven import loader_class
 from vlmprune_jax.families import detect, family_of
 from vlmprune_jax.families.table import Stock
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint

@@ -13,10 +13,9 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import copy_file, copy_folder
 from vlmprune_jax.export.convert import rows_for, to_transformers
-from vlmprune_jax.export.per_layer import with_loader, without_loader, write_loader
 from vlmprune_jax.export.processor import write_processor
 from vlmprune_jax.export.tokenizer import add_token, read_tokenizer
-from vlmprune_jax.export.uneven import padded_stacks
+from vlmprune_jax.export.uneven import padded_stacks, with_loader, without_loader, write_loader
 from vlmprune_jax.export.vocabulary import Vocabulary
 from vlmprune_jax.families import Family, detect, family_of, target_of
 from vlmprune_jax.families.table import JsonDict

@@ -29,7 +29,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.core.weight_files import DTYPES
 from vlmprune_jax.distributed.mesh import gather_to_host, use_mesh
-from vlmprune_jax.export.quantized import make_storage
+from vlmprune_jax.export.folder import make_storage
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.disk.compressed_tensors import SCHEMES, CompressedTensors
 from vlmprune_jax.hf.layout import Slot, by_key, make_slots

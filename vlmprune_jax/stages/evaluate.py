@@ -23,9 +23,9 @@ from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.distributed.mesh import on_process_zero, row_ways
 from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
-from vlmprune_jax.evaluation.inputs import arranged_questions, evaluation_records
 from vlmprune_jax.evaluation.metrics import METRICS
 from vlmprune_jax.evaluation.metrics.metric import Scores
+from vlmprune_jax.evaluation.questions import arranged_questions, evaluation_records
 from vlmprune_jax.evaluation.runner import ask, check_answered, log_likelihoods
 from vlmprune_jax.evaluation.statistics import is_quick, retained_interval
 from vlmprune_jax.experiment.arguments import QUESTIONS, evaluation_sets

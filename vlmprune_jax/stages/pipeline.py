@@ -39,8 +39,7 @@ from vlmprune_jax.workdir.result import (
     unpruned_of,
 )
 from vlmprune_jax.workdir.speed import MedianSpeed, Speed
-from vlmprune_jax.workdir.steps import STEPS, StepRecord, Steps
-from vlmprune_jax.workdir.unfinished import read_unfinished
+from vlmprune_jax.workdir.unfinished import STEPS, StepRecord, Steps, read_unfinished
 
 
 @dataclass(frozen=True, eq=False)

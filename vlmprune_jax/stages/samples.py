@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.evaluation.config import EvaluateSpec
-from vlmprune_jax.evaluation.inputs import evaluation_records
+from vlmprune_jax.evaluation.questions import evaluation_records
 from vlmprune_jax.experiment.arguments import evaluation_sets
 from vlmprune_jax.stages.evaluate import read_predictions
 from vlmprune_jax.workdir.artefact import write_artefact

@@ -1,19 +1,84 @@
-"""A workdir without `result.json`: what its files say so far, and which command makes what is missing."""
+"""The steps of a run (`.stages/steps.json`), and what a workdir without `result.json` has and lacks."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import msgspec
 
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.errors import UserError, reason
 from vlmprune_jax.prune import PrunePlan
+from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
 from vlmprune_jax.workdir.evaluation import TEACHER, Evaluated, evaluations_of
 from vlmprune_jax.workdir.result import Result, Run, compare, describe_sets, unpruned_of
 from vlmprune_jax.workdir.speed import read_speed
-from vlmprune_jax.workdir.steps import StepRecord, read_steps
+
+STEPS = ".stages/steps.json"
+_PATTERN = re.compile(r"(?!.*\*\*)\w[\w./*-]*")
+
+
+class StepRecord(Part, frozen=True, kw_only=True):
+    """A stage of one variant. `name`, `recovery`: of the model that it makes, which is `evaluated` or not.
+
+    `variant` and `folder` are the folders of the prune variant and of the outputs, relative to the workdir; `outputs`
+    are patterns in `folder`, and `model` is the folder of the model there, "" if the stage makes none.
+    """
+
+    stage: str
+    name: str
+    recovery: str
+    about: str
+    variant: str
+    folder: str
+    outputs: list[str] = []
+    model: str = ""
+    evaluated: bool = True
+
+    @property
+    def path(self) -> Path:
+        """The model's folder, relative to the workdir."""
+        return Path(self.folder) / self.model
+
+    def is_done(self, workdir: Path) -> bool:
+        """Return True if all that the step makes is there."""
+        made = (*self.outputs, *([self.model] if self.model else []))
+        return all(any((workdir / self.folder).glob(pattern)) for pattern in made)
+
+
+class Steps(Artefact, frozen=True, kw_only=True, tag=1):
+    """The file."""
+
+    HINT: ClassVar[str] = "run `vlmprune run` again"
+    steps: list[StepRecord]
+
+    def problems(self, folder: Path) -> str | None:
+        """Return the first path that leads out of the workdir or that no file can have."""
+        for step in self.steps:
+            for pattern in (*step.outputs, *([step.model] if step.model else [])):  # both are looked for by glob
+                if not _PATTERN.fullmatch(pattern):
+                    return f"{pattern[:40]!r} cannot be an output"
+            for path in (step.variant, step.folder, step.model, *step.outputs):
+                if "\0" in path or Path(path).is_absolute() or ".." in Path(path).parts:
+                    return f"{path!r} lies outside the workdir"
+                try:
+                    os.lstat(folder.parent / path)
+                except (FileNotFoundError, NotADirectoryError):
+                    continue
+                except (OSError, ValueError) as error:
+                    return f"{path[:40]!r} cannot be a path ({reason(error)})"
+        return None
+
+
+def read_steps(workdir: Path) -> list[StepRecord]:
+    """Read the steps of a run; none if it was never begun."""
+    path = workdir / STEPS
+    return read_artefact(path, Steps).steps if path.is_file() else []
+
 
 _COMMAND = "vlmprune {} --config=FILE.py --workdir={}"
 

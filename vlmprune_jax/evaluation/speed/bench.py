@@ -24,8 +24,8 @@ from vlmprune_jax.distributed.processor import cores
 from vlmprune_jax.evaluation.speed.clock import BenchSide, SpeedConfig, take_turns, to_speed
 from vlmprune_jax.evaluation.speed.engines import Answer, Job
 from vlmprune_jax.evaluation.speed.measure import make_prompts
-from vlmprune_jax.export.per_layer import loader_class
 from vlmprune_jax.export.reload import torch_loads
+from vlmprune_jax.export.uneven import loader_class
 from vlmprune_jax.families.gguf import ENGINE, TOWER, WHEEL
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint, has_weights
 from vlmprune_jax.hf.read import read_config, read_fields, resolve
