@@ -1,16 +1,20 @@
 """The docs without a site builder: links, anchors, named files, decision numbers, line lengths and the word budget."""
 
+import json
 import re
 from functools import cache
+from typing import Any
 
 import pytest
 from make_reference import PAGE_OF
 from repository import ROOT
 
+import vlmprune_jax as vp
 from vlmprune_jax.cli.flags import parse
 from vlmprune_jax.cli.stages import StageCommand
 from vlmprune_jax.experiment.options import sections
 
+NOTEBOOK = ROOT / "docs/tutorial.ipynb"
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 OTHERS = [ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "launch/README.md")]
 BUDGET = 25_000  # words of README and docs, generated pages included
@@ -128,3 +132,16 @@ def test_the_config_of_the_tutorial_is_valid(tmp_path):
     (tmp_path / "my_run.py").write_text(re.search(r"```python\n(# my_run\.py\n.*?)```", text, re.DOTALL)[1])
     config = parse("run", StageCommand("run"), [f"--config={tmp_path / 'my_run.py'}"]).config
     assert (config.prune.method, config.reconstruct.method) == ("width", "least_squares")
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    """A complete example, from scores to a dry run of the upload."""
+    monkeypatch.chdir(tmp_path)
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    names: dict[str, Any] = {}
+    for cell in cells:
+        exec("".join(cell["source"]), names)
+    accuracy = names["accuracy"]
+    assert accuracy["pruned"] < accuracy["reconstructed"] < accuracy["recovered"] < accuracy["unpruned"]
+    assert vp.load(names["out"]).cfg == names["recovered"].cfg

@@ -32,9 +32,10 @@ from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.batching import Batch, train_batches
+from vlmprune_jax.data.chat_template import AUTO, choose_template
 from vlmprune_jax.data.encoding import Encoder, measure
 from vlmprune_jax.data.images import load_image_processor
-from vlmprune_jax.data.prompts import AUTO, choose_template, load_tokenizer
+from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.demo.easyvqa import write_dataset
 from vlmprune_jax.demo.topics import topic_records

@@ -13,8 +13,8 @@ from vlm_cases import internvl_chat_config, make_vlm_folder
 
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.data.chat_template import choose_template
 from vlmprune_jax.data.prompts import (
-    choose_template,
     load_tokenizer,
     render,
     tokenize_prompt,

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.data.chat_template import choose_template
 from vlmprune_jax.data.prompts import (
-    choose_template,
     load_tokenizer,
     move_images_first,
     render,

@@ -13,8 +13,9 @@ from torch_compat import VERSIONS
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.config import IGNORED
+from vlmprune_jax.data.chat_template import choose_template
 from vlmprune_jax.data.images import load_image_processor
-from vlmprune_jax.data.prompts import choose_template, load_tokenizer, tokenize_prompt, tokenize_training
+from vlmprune_jax.data.prompts import load_tokenizer, tokenize_prompt, tokenize_training
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.export.reload import check_export

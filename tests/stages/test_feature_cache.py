@@ -156,14 +156,14 @@ def test_what_is_refused(llava, goldens, tmp_path):
     assert prepared(experiment, root, cache) is not None
     identity = json.loads((cache / "cache.json").read_text())
     assert len(identity["tower"]["layers"]) == 3
-    assert identity["images"]["aspect_ratio"] == "pad"
+    assert identity["images"]["aspect_ratio"] == "square"  # as the folder's processor does
     for changes, reason in (
         ({"recover": {"trainable": "all"}}, "recover.trainable='all' trains the vision tower"),
         ({"recover": {"trainable": "tower"}}, "recover.trainable='tower' trains the vision tower"),
         ({"mesh": {"data": 8}}, "a micro-batch of 2 rows .* must be a multiple of data x fsdp = 8 devices"),
         ({"recover": {"compute_dtype": "bfloat16"}}, 'cache of other inputs .dtype was "float32", now "bfloat16"'),
         ({"model": {"dtype": "bfloat16"}}, 'weights.dtype was "float32", now "bfloat16"'),
-        ({"data": {"aspect_ratio": "square"}}, 'images.aspect_ratio was "pad", now "square"'),
+        ({"data": {"aspect_ratio": "pad"}}, 'images.aspect_ratio was "square", now "pad"'),
     ):
         with pytest.raises(UserError, match=reason) as error:
             prepared(experiment, root, cache, **changes)

@@ -249,7 +249,7 @@ def test_the_longest_rows_come_first_in_the_smallest_buckets(experiment, monkeyp
         (["--config.recover.compute_dtype=bfloat16"], 'recover.compute_dtype was "float32", now "bfloat16"'),
         (["--config.data.system=Hi."], 'data.system was "", now "Hi."'),
         (["--config.data.length_buckets=(48, 64)"], "data.max_length was 96, now 64"),
-        (["--config.data.aspect_ratio=square"], 'data.aspect_ratio was "pad", now "square"'),
+        (["--config.data.aspect_ratio=square"], 'data.aspect_ratio was "auto", now "square"'),
         (["--config.data.template=bunny"], 'data.template was "auto", now "bunny"'),
         (["--config.model.dtype=bfloat16"], 'model.dtype was "float32", now "bfloat16"'),
         (["--config.data.truncate=False"], "data.truncate was true, now false"),

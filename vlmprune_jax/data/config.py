@@ -57,7 +57,7 @@ class DataSpec:
     )
     template: str = setting(
         "auto",
-        'Prompt template; "auto" chooses the template of the model family.',
+        'Prompt template; "auto" follows the chat template in the model folder, else that of the model family.',
         affects=_ROWS,
         choices="families:templates",
     )
@@ -81,8 +81,9 @@ class DataSpec:
         1, "Maximum number of images per record.", affects=_RECORDS, unit="images", least=1, most=10_000
     )
     aspect_ratio: str = setting(
-        "pad",
-        "Method to make images square, for models that do not cut images into tiles.",
+        "auto",
+        'Method to make images square, for models that do not cut images into tiles: "pad", or "square" (the image '
+        'processor resizes and crops); "auto" follows the model folder.',
         affects=_ROWS,
         choices="data.images:ASPECT_RATIOS",
     )

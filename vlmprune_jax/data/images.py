@@ -29,7 +29,7 @@ from vlmprune_jax.data.tiling import Tiling, pad_to_square, tiling_from_processo
 from vlmprune_jax.families import find
 from vlmprune_jax.families.tiles import ImageShape
 
-ASPECT_RATIOS = ("pad", "square")
+ASPECT_RATIOS = ("auto", "pad", "square")
 GRIDS = "image_grid_thw"  # array in a batch: frames, rows and columns of patches of every slot, 0 for an empty slot
 _CRISP = 96  # pixels per side up to which thumbnails are stored without loss
 # Decoders warn of metadata, which is not used, and of sizes, which `max_pixels` limits; real problems raise errors.
@@ -90,8 +90,8 @@ class WholeImage:
     shares, usual, merge, image_buckets = False, (1,), 0, ()
 
     def __init__(self, config: Mapping[str, Any], *, where: str, aspect_ratio: str) -> None:
-        if aspect_ratio not in ASPECT_RATIOS:
-            raise UserError(f"image_aspect_ratio {aspect_ratio!r} is unknown: use one of {', '.join(ASPECT_RATIOS)}")
+        if aspect_ratio not in ASPECT_RATIOS[1:]:
+            raise UserError(f"image_aspect_ratio {aspect_ratio!r} is unknown: use one of pad, square")
         self._processor = make_processor(config, where)
         self._pad = aspect_ratio == "pad"
         self.settings: dict[str, Any] = {"aspect_ratio": aspect_ratio, "processor": dict(config)}

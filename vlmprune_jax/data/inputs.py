@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +21,16 @@ from vlmprune_jax.core.files import read_json
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.data.batching import ON_ERROR, Batch, TrainBatches, train_batches
 from vlmprune_jax.data.buckets import image_buckets, length_buckets, tile_buckets
+from vlmprune_jax.data.chat_template import AUTO, chat_prompt, choose_template, prompt_of, with_marks
 from vlmprune_jax.data.config import Calibration, DataSpec
 from vlmprune_jax.data.datasets import PREFIX as DATASETS
 from vlmprune_jax.data.datasets import datasets_folder, datasets_state, read_datasets
 from vlmprune_jax.data.encoding import Encoder, measure
 from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.grouping import GROUPINGS
+from vlmprune_jax.data.image_processor import processor_settings
 from vlmprune_jax.data.images import ImageLoader, Preparation, load_image_processor
-from vlmprune_jax.data.prompts import AUTO, choose_template, load_tokenizer, tokenize_training
+from vlmprune_jax.data.prompts import load_tokenizer, tokenize_training
 from vlmprune_jax.data.records import Record, data_files, read_records, take_fraction
 from vlmprune_jax.data.teacher_rows import TeacherRows
 from vlmprune_jax.data.tfds import PREFIX, read_tfds, tfds_folder, tfds_state
@@ -42,12 +44,16 @@ Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Tokenizer, template and image loader of a model, shared by all stages and variants of an experiment."""
+    """Tokenizer, template and image loader of a model, shared by all stages and variants of an experiment.
+
+    `notes`: lines about settings that differ from what the model's folder says.
+    """
 
     data: DataSpec
     tokenizer: Any
     template: Template
     image_loader: ImageLoader | None
+    notes: tuple[str, ...] = ()
 
     def encoder(self, cfg: ModelConfig, max_length: int) -> Encoder:
         """Return the encoder of rows of `max_length` tokens for this model."""
@@ -90,19 +96,23 @@ def _load_inputs(model: ModelSpec, data: DataSpec, family: Family, tower: Vision
     one_of("data.template", data.template, (AUTO, *templates()))
     tokenizer = load_tokenizer(Path(model.hf_dir))
     config = read_json(Path(model.hf_dir) / "config.json")
-    template = choose_template(data.template, family, tokenizer, config=config, has_vision=tower is not None)
+    folder, named = Path(model.hf_dir), family.template_field is not None and family.template_field in config
+    # The code of hub layouts, and a template that the config names, have priority over the tokenizer's chat template.
+    follows = family.layout == "transformers" and not named
+    chat = chat_prompt(folder, tokenizer, has_image=tower is not None) if follows else None
+    template = choose_template(data.template, family, tokenizer, config=config, has_vision=tower is not None, chat=chat)
     if data.system is not None:
         template = dataclasses.replace(template, system=data.system)
-    loader = None
+    aspect_ratio = _aspect_ratio(data.aspect_ratio, config, folder)
+    loader, notes = None, [*_other_prompt(template, chat, has_image=tower is not None)]
     if tower is not None:
-        folder = Path(model.hf_dir)
         described = any(
             os.path.lexists(folder / name) for name in ("preprocessor_config.json", "processor_config.json")
         )
         own = described or model.vision_dir is None or family.images != "whole"
         loader = load_image_processor(
             folder if own else Path(model.vision_dir or ""),
-            aspect_ratio=data.aspect_ratio,
+            aspect_ratio=aspect_ratio,
             max_pixels=data.max_image_pixels,
             cache_bytes=data.cache_megabytes << 20,
             image_size=None if tower.any_size else tower.image_size,
@@ -110,7 +120,27 @@ def _load_inputs(model: ModelSpec, data: DataSpec, family: Family, tower: Vision
             tiling={name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")},
             max_image_tokens=data.max_image_tokens,
         )
-    return Inputs(data, tokenizer, template, loader)
+        says = _aspect_ratio(AUTO, config, folder)
+        if family.images == "whole" and says != aspect_ratio:
+            notes.append(f'data.aspect_ratio="{aspect_ratio}", but the model folder says "{says}"')
+    return Inputs(data, tokenizer, template, loader, tuple(notes))
+
+
+def _aspect_ratio(name: str, config: Mapping[str, Any], folder: Path) -> str:
+    """Return "pad" or "square": the setting, or for "auto" what config.json or the image processor says."""
+    if name != AUTO:
+        return name
+    said, settings = config.get("image_aspect_ratio"), processor_settings(folder)
+    if said in ("pad", "square"):
+        return said
+    return "pad" if settings is None or settings[0].get("do_pad") else "square"
+
+
+def _other_prompt(template: Template, chat: str | None, *, has_image: bool) -> Iterator[str]:
+    """Yield a line if a run writes prompts that differ from those of the folder's chat template."""
+    mine = prompt_of(template, has_image=has_image)
+    if chat is not None and with_marks(chat, template) != mine:
+        yield f"prompts are {mine!r} (template {template.name}), but those of the folder's chat template {chat!r}"
 
 
 @functools.lru_cache(maxsize=16)

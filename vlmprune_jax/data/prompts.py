@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +18,8 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import reading
 from vlmprune_jax.data.records import IMAGE_TOKEN, Record
 from vlmprune_jax.data.tokenizer_files import TOKENIZER, check_tokenizer_files
-from vlmprune_jax.families import Family, template_of, templates
 from vlmprune_jax.families.templates import Template
 from vlmprune_jax.families.tiles import ImageShape
-
-AUTO = "auto"
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -63,27 +60,6 @@ def _mark_every_piece(tokenizer: Any) -> None:
     if isinstance(metaspace, pre_tokenizers.Metaspace) and metaspace.prepend_scheme == "always":
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         backend.pre_tokenizer = None
-
-
-def choose_template(
-    name: str, family: Family, tokenizer: Any, *, config: Mapping[str, Any], has_vision: bool
-) -> Template:
-    """Return the template `name`, or for "auto" the model's own (`template_of` its `config`).
-
-    Raises UserError if the tokenizer lacks a token of the template.
-    """
-    template = template_of(family, config, tokenizer.eos_token) if name == AUTO else templates()[name]
-    image = re.findall(r"<[^<>]+>", "".join(template.image_tokens or ()) if has_vision else "")
-    vocabulary = tokenizer.get_vocab()
-    missing = [token for token in (*template.special, *image) if token not in vocabulary]
-    if missing:
-        raise UserError(
-            f"template {template.name}: the tokenizer lacks {', '.join(missing)}: set data.template to one of "
-            f"{', '.join(other for other in templates() if other != template.name)}, or use the model's own tokenizer"
-        )
-    if template.start == tokenizer.bos_token and tokenizer("")["input_ids"] == [tokenizer.bos_token_id]:
-        return replace(template, start="")  # the tokenizer adds it
-    return template
 
 
 def render(turns: Sequence[tuple[str, str]], template: Template, *, has_image: bool, generation: bool = False) -> str:

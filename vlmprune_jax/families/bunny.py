@@ -9,7 +9,7 @@ from typing import Any
 from vlmprune_jax.core.config import ModelConfig, ProjectorConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.families.decoders import text_from_hf
-from vlmprune_jax.families.llava import LLAVA_ORIGINAL, ORIGINAL_IMAGE_TOKEN
+from vlmprune_jax.families.llava import LLAVA_ORIGINAL, ORIGINAL_IMAGE_TOKEN, RECIPE
 from vlmprune_jax.families.shapes import layers_to_hf, token_ids
 from vlmprune_jax.families.table import JsonDict
 from vlmprune_jax.families.templates import LLAVA_V1
@@ -83,5 +83,6 @@ BUNNY = dataclasses.replace(
     to_hf=_to_hf,
     holds_tower=True,
     templates=(TEMPLATE,),
+    recipe={**RECIPE, "data": {**RECIPE["data"], "template": TEMPLATE.name}},
     pixels=_pixels,
 )

@@ -30,7 +30,7 @@ ORIGINAL_IMAGE_TOKEN = -200
 # Source: VLM/llava/train/train_pruned.py (for Bunny: VLM/bunny/train/train_pruned.py). Its command line is not
 # published, so learning rates, batch size, schedule and adapters are those of LLaVA's own LoRA script.
 RECIPE: dict[str, Any] = {
-    "data": {"max_length": 2048},
+    "data": {"max_length": 2048, "template": "llava_v1", "aspect_ratio": "pad"},
     "prune": {"heads": "proportional"},
     "recover": {
         "name": "sft_l2",

@@ -172,7 +172,7 @@ def _image_slots(data: DataSpec, cfg: ModelConfig, folder: Path) -> tuple[tuple[
         tiling = {name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")}
         preparation = load_image_processor(
             folder,
-            aspect_ratio=data.aspect_ratio,
+            aspect_ratio="pad",
             max_pixels=data.max_image_pixels,
             cache_bytes=0,
             tiling=tiling,

@@ -15,7 +15,8 @@ from typing import Any
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_json
-from vlmprune_jax.data.prompts import AUTO, choose_template, load_tokenizer, render
+from vlmprune_jax.data.chat_template import AUTO, choose_template
+from vlmprune_jax.data.prompts import load_tokenizer, render
 from vlmprune_jax.data.records import IMAGE_TOKEN
 from vlmprune_jax.data.texts import read_texts
 from vlmprune_jax.export.tokenizer import read_tokenizer, vocabulary_digest

@@ -1,0 +1,142 @@
+"""Choice of a prompt template: by name, or the one that makes the same prompt as the chat template of a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import read_json, read_text
+from vlmprune_jax.data.prompts import render
+from vlmprune_jax.data.records import IMAGE_TOKEN
+from vlmprune_jax.families import Family, template_of, templates
+from vlmprune_jax.families.templates import Template
+
+AUTO = "auto"
+QUESTION = "How many?"
+_SYSTEM = "\0"  # stands for the system text
+# The folder's code runs in jinja's sandbox, which loops may outlast: in a process with limited time and memory.
+_SECONDS, _BYTES, _WALL_SECONDS = 5, 2**30, 30
+_RENDER = """
+import json, re, resource, sys
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+text, values, seconds, most = json.load(sys.stdin)
+resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+def refuse(message):
+    raise ValueError(message)
+jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+jinja.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+jinja.globals.update(raise_exception=refuse, strftime_now=lambda form: "")
+text = re.sub(r"{%-?\\s*(end)?generation\\s*-?%}", "", text)  # a tag of transformers
+sys.stdout.buffer.write(jinja.from_string(text).render(**values).encode()[:10000])
+"""
+
+
+class _ChatTemplate(TypedDict):
+    """Fields of chat_template.json, which transformers 4 wrote beside a processor."""
+
+    chat_template: NotRequired[str]
+
+
+def choose_template(
+    name: str,
+    family: Family,
+    tokenizer: Any,
+    *,
+    config: Mapping[str, Any],
+    has_vision: bool,
+    chat: str | None = None,
+) -> Template:
+    """Return the template `name`, or for "auto" the model's own.
+
+    That is the known one that makes the prompt `chat` (see `chat_prompt`), else that of its family and
+    `config` (`template_of`). Raises UserError if the tokenizer lacks a token of the template.
+    """
+    template = template_of(family, config, tokenizer.eos_token) if name == AUTO else templates()[name]
+    known = [template, *templates().values()]
+    if adds_begin(tokenizer):
+        known = [replace(one, start="") if one.start == tokenizer.bos_token else one for one in known]
+    template = known[0]
+    if name == AUTO and chat is not None:
+        template = follow(chat, known, has_image=has_vision) or template
+    image = re.findall(r"<[^<>]+>", "".join(template.image_tokens or ()) if has_vision else "")
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in (*template.special, *image) if token not in vocabulary]
+    if missing:
+        raise UserError(
+            f"template {template.name}: the tokenizer lacks {', '.join(missing)}: set data.template to one of "
+            f"{', '.join(other for other in templates() if other != template.name)}, or use the model's own tokenizer"
+        )
+    return template
+
+
+def adds_begin(tokenizer: Any) -> bool:
+    """Return True if the tokenizer puts its begin token before every text."""
+    return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def chat_prompt(folder: Path, tokenizer: Any, *, has_image: bool) -> str | None:
+    """Return the prompt that the folder's chat template makes of `QUESTION`, behind an image if the model takes images.
+
+    None without a chat template, or if it does not accept such a chat or needs too much time or memory.
+    """
+    text = _chat_template(folder, tokenizer)
+    if text is None:
+        return None
+    parts: Any = [{"type": "image"}, {"type": "text", "text": QUESTION}] if has_image else QUESTION
+    tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    values = {"messages": [{"role": "user", "content": parts}], "add_generation_prompt": True, **tokens}
+    command = [sys.executable, "-P", "-c", _RENDER]
+    request = json.dumps([text, values, _SECONDS, _BYTES]).encode()
+    with contextlib.suppress(subprocess.TimeoutExpired, UnicodeDecodeError):
+        trial = subprocess.run(command, input=request, capture_output=True, timeout=_WALL_SECONDS)
+        if trial.returncode == 0:
+            return trial.stdout.decode().removeprefix(tokenizer.bos_token if adds_begin(tokenizer) else "")
+    return None
+
+
+def _chat_template(folder: Path, tokenizer: Any) -> str | None:
+    if os.path.lexists(folder / "chat_template.jinja"):
+        return read_text(folder / "chat_template.jinja")
+    if os.path.lexists(folder / "chat_template.json"):
+        return read_json(folder / "chat_template.json", _ChatTemplate).get("chat_template")
+    found = tokenizer.chat_template
+    return found.get("default") if isinstance(found, dict) else found
+
+
+def prompt_of(template: Template, *, has_image: bool) -> str:
+    """Return the prompt that a template makes of the same chat."""
+    text = f"{IMAGE_TOKEN}\n{QUESTION}" if has_image else QUESTION
+    return render([("human", text)], template, has_image=has_image, generation=True)
+
+
+def follow(prompt: str, known: Iterable[Template], *, has_image: bool) -> Template | None:
+    """Return the first template that makes this prompt, with its system text in place of the template's, or None."""
+    for template in known:
+        written = with_marks(prompt, template)
+        for system in (template.system, ""):
+            candidate = replace(template, system=system)
+            if prompt_of(candidate, has_image=has_image) == written:
+                return candidate
+        before, _, after = prompt_of(replace(template, system=_SYSTEM), has_image=has_image).partition(_SYSTEM)
+        if len(written) > len(before + after) and written.startswith(before) and written.endswith(after):
+            return replace(template, system=written[len(before) : len(written) - len(after)])
+    return None
+
+
+def with_marks(prompt: str, template: Template) -> str:
+    """Return a prompt with `<image>` in place of the template's image tokens."""
+    if template.image_tokens is None:
+        return prompt
+    whole, context = "".join(template.image_tokens), template.image_tokens[1]
+    return prompt.replace(whole if whole in prompt else context, IMAGE_TOKEN)
