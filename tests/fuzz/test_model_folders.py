@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
-from vlmprune_jax.stages.describe import describe
+from vlmprune_jax.prune.describe import describe
 
 TOWERS = {"bunny": "siglip_tower", "llava_orig": "clip_tower", "llava_orig_bin": "clip_tower"}
 FOLDERS = ("llava_hf", "llava_orig", "llava_orig_bin", "bunny", "internvl", "llama_gqa")

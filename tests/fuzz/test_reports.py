@@ -17,7 +17,7 @@ from vlmprune_jax.report.samples import shown_samples
 from vlmprune_jax.report.speed import bench_notes, bench_tables, speed_notes, speed_tables
 from vlmprune_jax.report.tables import tables_of
 from vlmprune_jax.stages import evaluate
-from vlmprune_jax.stages.tasks import AnswerFacts
+from vlmprune_jax.stages.evaluate import AnswerFacts
 from vlmprune_jax.sweep.run import Sweep, read_error, read_run
 from vlmprune_jax.workdir.artefact import write_artefact
 from vlmprune_jax.workdir.ledger import Finished

@@ -21,7 +21,7 @@ def run(flags: Any) -> None:
     """Print a table per stack."""
     from vlmprune_jax.core.console import make_reporter
     from vlmprune_jax.core.errors import UserError
-    from vlmprune_jax.stages.plan_tables import compare, read_plan
+    from vlmprune_jax.prune.tables import compare, read_plan
 
     if len(flags.args) != 2:
         raise UserError("diff takes two plans: vlmprune diff A B (plan.json files, or folders that hold one)")

@@ -14,8 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+import msgspec
+
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.files import Count, read_json_lines, read_text, reading
+from vlmprune_jax.core.files import Count, Finite, read_json_lines, read_text, reading
 from vlmprune_jax.core.settings import settings_of
 from vlmprune_jax.data import inputs
 from vlmprune_jax.data.batching import PREFETCH
@@ -23,6 +25,8 @@ from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.distributed.mesh import on_process_zero, row_ways
 from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
+from vlmprune_jax.evaluation.lmms.scores import TaskSet, sets_of
+from vlmprune_jax.evaluation.lmms.tasks import NOT_OF_TASKS, as_plain, ask_task, task_sources
 from vlmprune_jax.evaluation.metrics import METRICS
 from vlmprune_jax.evaluation.metrics.metric import Scores
 from vlmprune_jax.evaluation.questions import arranged_questions, evaluation_records
@@ -31,13 +35,43 @@ from vlmprune_jax.evaluation.statistics import is_quick, retained_interval
 from vlmprune_jax.experiment.arguments import QUESTIONS, evaluation_sets
 from vlmprune_jax.experiment.spec import affecting
 from vlmprune_jax.models.params import count_params
+from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.stages.job import run_stage
 from vlmprune_jax.stages.stage import Files
-from vlmprune_jax.stages.tasks import NOT_OF_TASKS, AnswerFacts, ask_task, measure_task, task_sources
 from vlmprune_jax.stages.work import Work, journal_path
 from vlmprune_jax.workdir.artefact import write_artefact
-from vlmprune_jax.workdir.evaluation import TEACHER, Evaluated, as_columns, as_groups, evaluation_file, metric_info
+from vlmprune_jax.workdir.evaluation import (
+    TEACHER,
+    UNPRUNED,
+    Evaluated,
+    as_columns,
+    as_groups,
+    evaluation_file,
+    find_evaluated,
+    metric_info,
+    read_evaluated,
+)
 from vlmprune_jax.workdir.ledger import Finished, write_text
+from vlmprune_jax.workdir.result import Run
+from vlmprune_jax.workdir.samples import SAMPLES, Samples, make_samples
+
+Lines = tuple[list[dict[str, Any]], dict[str, Any]]  # lines of answers, and the fields of `AnswerFacts` about them
+
+
+class AnswerFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Facts about the answers of a model, or a text's `tokens`.
+
+    Of lmms-eval: `values` {task: {metric: value}}, of several tasks if a group was asked for, and `higher_is_better`.
+    """
+
+    parameters: Count
+    model_seconds: Finite
+    questions: Count = 0
+    tokens: Count = 0
+    mean_generated_tokens: Finite | None = None
+    empty_answers: Count = 0
+    values: dict[str, dict[str, Finite]] = {}
+    higher_is_better: dict[str, dict[str, bool]] = {}
 
 
 class _Answer(TypedDict):
@@ -47,6 +81,13 @@ class _Answer(TypedDict):
     prediction: str
     references: list[str]
     tokens: Count
+
+
+class _TaskAnswer(_Answer):
+    """A line of answers to a task of lmms-eval; `entries`: what lmms-eval makes each metric's value of."""
+
+    task: str
+    entries: dict[str, Any]
 
 
 class _Window(TypedDict):
@@ -89,10 +130,6 @@ def _part(work: Work) -> tuple[str, str]:
     return name, key or QUESTIONS
 
 
-def _file(work: Work, folder: Path, name: str) -> Path:
-    return evaluation_file(folder, name, _part(work)[1])
-
-
 def answers_file(path: Path) -> Path:
     """Return the file of answers beside an evaluation."""
     return path.with_name(f"{path.stem}.answers.jsonl")
@@ -101,7 +138,7 @@ def answers_file(path: Path) -> Path:
 def evaluate_files(work: Work, data: DataSpec, spec: EvaluateSpec) -> Files:
     """The model, and the records, text or task data of one set; its settings without the metric (see `_measure`)."""
     name, key = _part(work)
-    path = _file(work, work.folder, name)
+    path = evaluation_file(work.folder, name, key)
     answers = answers_file(path)
     if key in spec.tasks:
         sources, without = task_sources(spec, key)[1], NOT_OF_TASKS
@@ -130,13 +167,15 @@ def set_files(data: DataSpec, key: str, of: EvaluationSetSpec) -> dict[str, Path
 def evaluate_stage(work: Work, data: DataSpec, spec: EvaluateSpec) -> AnswerFacts:
     """Ask the model all questions of a set or task, or read it a text, and write a line for each."""
     name, key = _part(work)
-    path = _file(work, work.folder, name)
-    if key in spec.tasks:
-        return ask_task(work, data, spec, key, answers_file(path))
-    of = evaluation_sets(data, spec)[key]
-    lines, facts = (_ask if of.text is None else _read_text)(work, data, spec, of, path)
-    write_text(answers_file(path), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    return facts
+    path, model = evaluation_file(work.folder, name, key), work.load(work.start)
+    of = None if key in spec.tasks else evaluation_sets(data, spec)[key]
+    if of is None:
+        lines, facts = _ask_task(work, data, spec, key, answers_file(path), model)
+    else:
+        lines, facts = (_ask if of.text is None else _read_text)(work, data, spec, of, path, model)
+    text = "".join(json.dumps(line, ensure_ascii=False, default=as_plain) + "\n" for line in lines)
+    write_text(answers_file(path), text)
+    return AnswerFacts(parameters=count_params(model.cfg), **facts)
 
 
 def read_predictions(path: Path) -> list[str]:
@@ -148,12 +187,9 @@ def read_predictions(path: Path) -> list[str]:
     return [line["prediction"] for line in read_json_lines(answers_file(path), _Answer)]
 
 
-def _ask(
-    work: Work, data: DataSpec, spec: EvaluateSpec, of: EvaluationSetSpec, path: Path
-) -> tuple[list[dict[str, Any]], AnswerFacts]:
+def _ask(work: Work, data: DataSpec, spec: EvaluateSpec, of: EvaluationSetSpec, path: Path, model: Model) -> Lines:
     """Answer questions: one line each, and facts about all."""
     assert of.max_new_tokens is not None
-    model = work.load(work.start)
     model.cfg.check_row("evaluate's max_new_tokens", of.max_new_tokens)
     questions = arranged_questions(work.model, data, spec, of, model.cfg, multiple=row_ways(work.devices))
     _check_metric(of, questions.records)  # the last one now, not after hours
@@ -165,7 +201,7 @@ def _ask(
             tokenizer=questions.encoder.tokenizer,
             max_new_tokens=of.max_new_tokens,
             progress=progress,
-            journal=work.journal(path, len(questions)),
+            journal=work.journal(path, {"batches": len(questions)}),
         )
     lines = [
         {
@@ -176,12 +212,30 @@ def _ask(
         }
         for reply in replies
     ]
-    return lines, AnswerFacts(
-        parameters=count_params(model.cfg),
-        model_seconds=round(time.perf_counter() - start, 3),
-        questions=len(replies),
-        mean_generated_tokens=sum(reply.tokens for reply in replies) / len(replies),
+    return lines, _about(lines, start)
+
+
+def _about(lines: Sequence[Mapping[str, Any]], start: float) -> dict[str, Any]:
+    """Return the facts of answers to questions that were asked from `start` on."""
+    tokens = sum(line["tokens"] for line in lines)
+    seconds = round(time.perf_counter() - start, 3)
+    return {"model_seconds": seconds, "questions": len(lines), "mean_generated_tokens": tokens / len(lines)}
+
+
+def _ask_task(work: Work, data: DataSpec, spec: EvaluateSpec, task: str, answers: Path, model: Model) -> Lines:
+    """Answer a task of lmms-eval: one line for each question, and facts about all."""
+    start = time.perf_counter()
+    lines, found = ask_task(
+        model,
+        inputs.load_inputs(work.model, data, model.cfg),
+        spec,
+        task,
+        multiple=row_ways(work.devices),
+        phase=lambda total: work.phase(f"evaluate {work.part}", total),
+        journal=lambda made_from: work.journal(answers, made_from),
     )
+    empty = sum(not line["prediction"] for line in lines)
+    return lines, {**_about(lines, start), "empty_answers": empty, **found}
 
 
 def _check_metric(of: EvaluationSetSpec, records: Sequence[Record]) -> None:
@@ -193,12 +247,12 @@ def _check_metric(of: EvaluationSetSpec, records: Sequence[Record]) -> None:
 
 
 def _read_text(
-    work: Work, data: DataSpec, spec: EvaluateSpec, of: EvaluationSetSpec, path: Path
-) -> tuple[list[dict[str, Any]], AnswerFacts]:
+    work: Work, data: DataSpec, spec: EvaluateSpec, of: EvaluationSetSpec, path: Path, model: Model
+) -> Lines:
     """Measure the log-likelihood of a text: one line for each batch of windows, and facts about all."""
     assert of.text is not None
     assert of.text_window is not None
-    file, size, window, model = Path(of.text), spec.batch_size, of.text_window, work.load(work.start)
+    file, size, window = Path(of.text), spec.batch_size, of.text_window
     model.cfg.check_row("evaluate's text_window", window)
     tokenizer = inputs.load_inputs(work.model, data, model.cfg).tokenizer
     text = read_text(file, missing="no such file: evaluate.text names it")
@@ -206,21 +260,19 @@ def _read_text(
         ids = tokenizer(text.replace("\r\n", "\n").replace("\r", "\n"))["input_ids"]
     total, start = -(-len(ids) // (window * size)), time.perf_counter()
     with work.phase(f"evaluate {work.part}", total) as progress:
-        kept = work.journal(path, total)
-        lines = log_likelihoods(model, ids, window=window, batch_size=size, progress=progress, journal=kept)
-    return list(lines), AnswerFacts(
-        parameters=count_params(model.cfg),
-        model_seconds=round(time.perf_counter() - start, 3),
-        tokens=int(sum(line["tokens"] for line in lines)),
-    )
+        kept = work.journal(path, {"batches": total})
+        lines = list(log_likelihoods(model, ids, window=window, batch_size=size, progress=progress, journal=kept))
+    seconds, tokens = round(time.perf_counter() - start, 3), int(sum(line["tokens"] for line in lines))
+    return lines, {"model_seconds": seconds, "tokens": tokens}
 
 
 def _measured_task(work: Work, task: str, done: Finished) -> dict[str, Evaluated]:
     """Score the answers to a task, by set, and print a line for each."""
     name = _part(work)[0]
-    answers, original = (answers_file(_file(work, *at)) for at in ((work.folder, name), (work.workdir, TEACHER)))
+    places = ((work.folder, name), (work.workdir, TEACHER))
+    answers, original = (answers_file(evaluation_file(*place, task)) for place in places)
     facts, kind = done.facts, dict[str, Evaluated]
-    found: dict[str, Evaluated] = on_process_zero(lambda: measure_task(answers, original, done, name), kind)
+    found: dict[str, Evaluated] = on_process_zero(lambda: _measure_task(answers, original, done, name), kind)
     if facts.empty_answers:
         work.say(f"  {name} {task}: {facts.empty_answers:,} of {facts.questions:,} answers are empty")
     for key, of in found.items():
@@ -231,7 +283,8 @@ def _measured_task(work: Work, task: str, done: Finished) -> dict[str, Evaluated
 def _measured(work: Work, of: EvaluationSetSpec, done: Finished) -> dict[str, Evaluated]:
     """Score the answers to a set, and print a line."""
     name, key = _part(work)
-    path, original = _file(work, work.folder, name), answers_file(_file(work, work.workdir, TEACHER))
+    path = evaluation_file(work.folder, name, key)
+    original = answers_file(evaluation_file(work.workdir, TEACHER, key))
     compared = None if original == answers_file(path) else original
     found: Evaluated = on_process_zero(lambda: _measure(of, path, compared, done), Evaluated)
     work.say(f"  {work.part}: {found.main_line()} ({found.parameters:,} parameters, {found.model_seconds:.1f} s)")
@@ -275,3 +328,73 @@ def _scores(of: EvaluationSetSpec, answers: Path, records: Sequence[Record]) -> 
     if len(lines) != len(records):
         raise UserError(f"{answers}: holds {len(lines)} answers to {len(records)} questions: remove it, and run again")
     return METRICS[of.metric].score_all([line["prediction"] for line in lines], records)
+
+
+def _measure_task(answers: Path, original: Path, done: Finished, name: str) -> dict[str, Evaluated]:
+    """Score the answers in a file by set, and compare them with the unpruned model's -> `eval/<name>.<set>.json`."""
+    facts: AnswerFacts = done.facts
+    compared = original != answers and original.exists()
+    mine, theirs = _task_sets(answers, facts), _task_sets(original, facts) if compared else {}
+    found: dict[str, Evaluated] = {}
+    for key, (task, of, count) in mine.items():
+        values, interval = facts.values[task], None
+        before = theirs[key][1].scores if key in theirs else ()
+        comparable = of.makes(values[of.key]) and len(before) == len(of.scores)
+        if comparable and is_quick(of.metric, of.scores):
+            interval = retained_interval(of.metric, of.scores, before, of.records)
+        found[key] = Evaluated(
+            metric=metric_info(f"lmms-eval {task}", of.describe()),
+            values={**values},
+            counted="questions",
+            count=count,
+            parameters=facts.parameters,
+            seconds=done.seconds / len(mine),
+            model_seconds=facts.model_seconds / len(mine),
+            mean_generated_tokens=facts.mean_generated_tokens,
+            retained_interval=interval,
+            answers=answers.name,
+            scores=as_columns(of.scores),
+        )
+        write_artefact(answers.with_name(f"{name}.{key}.json"), found[key])
+    return found
+
+
+def _task_sets(answers: Path, facts: AnswerFacts) -> dict[str, tuple[str, TaskSet, int]]:
+    """{set: (task, what counts, questions)} of a file of answers."""
+    lines = read_json_lines(answers, _TaskAnswer)
+    found: dict[str, tuple[str, TaskSet, int]] = {}
+    with reading(answers, "remove it, and run the same command"):
+        for task, values in facts.values.items():
+            entries = [line["entries"] for line in lines if line["task"] == task]
+            sets = sets_of(task, values, entries, facts.higher_is_better.get(task, {}))
+            for of in sets:
+                found[_set_name(task, of.key, len(sets))] = (task, of, len(entries))
+    return found
+
+
+def _set_name(task: str, key: str, sets: int) -> str:
+    """`mme_perception` of `mme`; the task's own name where one value counts."""
+    if sets == 1:
+        return task
+    return key.removesuffix("_score") if key.startswith(f"{task}_") else f"{task}_{key}"
+
+
+def write_samples(workdir: Path, data: DataSpec, evaluate: EvaluateSpec, runs: Sequence[Run]) -> None:
+    """Choose samples from the answers on disk, for every set of questions."""
+    sets = {}
+    for key, of in evaluation_sets(data, evaluate).items():
+        if of.text is not None:
+            continue
+        records = evaluation_records(of, image_lead=True)
+        said, scores = dict[str, list[str]](), dict[str, list[float | None]]()
+        for name, folder in [(UNPRUNED, None), *((run.name, run.path) for run in runs)]:
+            path = find_evaluated(workdir, folder, key)
+            if path is None:
+                continue
+            answers, worth = read_predictions(path), read_evaluated(path).question_scores
+            if len(answers) == len(worth) == len(records):  # else an earlier evaluation, on other questions
+                said[name], scores[name] = answers, worth
+        if UNPRUNED in said and len(said) > 1:
+            sets[key] = make_samples(records, runs, said, scores, max_pixels=data.max_image_pixels)
+    if sets:
+        write_artefact(workdir / SAMPLES, Samples(sets=sets))

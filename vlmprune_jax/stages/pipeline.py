@@ -14,12 +14,11 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import NO_RECOVERY, prune_runs, recover_runs
-from vlmprune_jax.stages.describe import count_carried
-from vlmprune_jax.stages.evaluate import evaluate_model, parts_of
+from vlmprune_jax.prune.describe import count_carried
+from vlmprune_jax.stages.evaluate import evaluate_model, parts_of, write_samples
 from vlmprune_jax.stages.job import Sections, make_job, run_stage
 from vlmprune_jax.stages.prune import explain_plan
 from vlmprune_jax.stages.registry import STAGES
-from vlmprune_jax.stages.samples import write_samples
 from vlmprune_jax.stages.score import criteria_of
 from vlmprune_jax.stages.speed import check_speed, costs_of_folder, workload_of
 from vlmprune_jax.stages.work import Context, Work, teacher_folder

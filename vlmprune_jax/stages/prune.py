@@ -22,7 +22,7 @@ from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune import CRITERIA, KeptStack, PrunePlan, Scores, prune_folder, prune_iteratively
 from vlmprune_jax.prune.cost import amount
 from vlmprune_jax.prune.select import moved_features, plan_stacks
-from vlmprune_jax.stages.plan_tables import Table, explain
+from vlmprune_jax.prune.tables import Table, explain
 from vlmprune_jax.stages.score import criteria_of, criterion_files, stacks_of
 from vlmprune_jax.stages.stage import Files
 from vlmprune_jax.stages.work import Work

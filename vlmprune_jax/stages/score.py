@@ -112,7 +112,7 @@ def _score(
     if chosen.needs == "labels" and chosen.journals and stack == "text":
         kept: dict[str, Any] = {"cache": ArrayCache(_parts(output), made_from)}
     else:
-        kept = {"journal": work.journal(output, total)}
+        kept = {"journal": work.journal(output, {"batches": total})}
     options = {"stack": stack, **kept}
     title = criterion if stack == "text" else f"{criterion} of the tower"
     with work.phase(f"score ({title})", total) as progress:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -140,9 +141,9 @@ class Work(Context):
             recovered=self.recovered,
         )
 
-    def journal(self, output: Path, batches: int) -> Journal:
+    def journal(self, output: Path, made_from: Mapping[str, Any]) -> Journal:
         """Open what an interrupted pass that makes a file left; another mesh may cut and round batches differently."""
-        return Journal(journal_path(output), {"batches": batches, "mesh": vars(self.mesh)})
+        return Journal(journal_path(output), {**made_from, "mesh": vars(self.mesh)})
 
 
 def journal_path(output: Path) -> Path:

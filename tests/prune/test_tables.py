@@ -12,7 +12,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.experiment.spec import PruneSpec
 from vlmprune_jax.prune import keep_everything, make_plan
 from vlmprune_jax.prune.solver import layer_costs
-from vlmprune_jax.stages.plan_tables import compare, explain
+from vlmprune_jax.prune.tables import compare, explain
 
 CONFIG = """
 from vlmprune_jax.cli.config_files import experiment_config

@@ -9,15 +9,16 @@ import numpy as np
 
 from vlmprune_jax.core.config import LayerShape, ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.experiment.spec import PruneSpec
-from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, Scores
+from vlmprune_jax.prune.config import PlanConfig
+from vlmprune_jax.prune.plan import KeptLayer, KeptStack, PrunePlan
+from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.solver import layer_costs
 
 Table = tuple[str, list[str], list[list[str]]]  # title, header, rows
 NONE = "-"
 
 
-def explain(plan: PrunePlan, cfg: ModelConfig, spec: PruneSpec, scores: Sequence[Scores]) -> list[Table]:
+def explain(plan: PrunePlan, cfg: ModelConfig, spec: PlanConfig, scores: Sequence[Scores]) -> list[Table]:
     """Return one table per pruned stack: the parts that each layer lost, and why.
 
     Args:
@@ -37,7 +38,7 @@ def explain(plan: PrunePlan, cfg: ModelConfig, spec: PruneSpec, scores: Sequence
     return tables
 
 
-def _explain_stack(plan: PrunePlan, cfg: ModelConfig, spec: PruneSpec, scores: Sequence[Scores], name: str) -> Table:
+def _explain_stack(plan: PrunePlan, cfg: ModelConfig, spec: PlanConfig, scores: Sequence[Scores], name: str) -> Table:
     kept, cost = plan.stacks[name], layer_costs(cfg, name).of
     layers = {layer.index: layer for layer in kept.layers}
     depth, width = None if plan.method == "width" else scores[0], None if plan.method == "depth" else scores[-1]
@@ -53,7 +54,7 @@ def _explain_stack(plan: PrunePlan, cfg: ModelConfig, spec: PruneSpec, scores: S
         rows.append([*row, _why(i, layer, spec, plan.method)])
     total = _loss(sum(before), sum(cost(layer.shape) for layer in kept.layers))
     rows.append(["all", NONE, NONE, *total, *[NONE] * (len(header) - 5), f"{len(kept.layers)} layers stay"])
-    rounds = f", scores of the first of {spec.steps} rounds" if spec.steps > 1 else ""
+    rounds = f", scores of the first of {plan.options['steps']} rounds" if plan.options.get("steps", 1) > 1 else ""
     return f"{name}: what each layer lost ({plan.method} by {plan.criterion}{rounds})", [*header, "why"], rows
 
 
@@ -86,7 +87,7 @@ def _scores_lost(scores: Scores, index: int, layer: KeptLayer | None) -> list[st
     return shares
 
 
-def _why(index: int, layer: KeptLayer | None, spec: PruneSpec, method: str) -> str:
+def _why(index: int, layer: KeptLayer | None, spec: PlanConfig, method: str) -> str:
     """Return the reason for a layer's widths, apart from its scores."""
     if layer is None:
         return "goes"

@@ -290,7 +290,7 @@ def test_the_same_answers_in_three_ways(tmp_path, capsys):
 
     import vlmprune_jax as vp
     from vlmprune_jax.demo.easyvqa import write_dataset
-    from vlmprune_jax.stages.tasks import write_tasks
+    from vlmprune_jax.evaluation.lmms.tasks import write_tasks
 
     teacher, workdir = Path(vp.__file__).parent / "demo/teacher", tmp_path / "w"
     pruned, plan = keep_layers(vp.load(teacher), [0, 1, 3, 5, 8, 9])

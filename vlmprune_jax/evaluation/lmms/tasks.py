@@ -1,74 +1,37 @@
-"""The tasks of lmms-eval on one model folder -> `eval/<name>.<set>.json`, in this process, on our forward.
+"""The tasks of lmms-eval on one model, in this process, on our forward.
 
-lmms-eval asks and scores; its command line is not used, since that ends with exit code 0 whatever happened. A task is a
-stage of its own, like an evaluation set; its cache, which knows a model by its path, is never used.
+lmms-eval asks and scores; its command line is not used, since that ends with exit code 0 whatever happened. Its cache,
+which knows a model by its path, is never used.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
-import json
 import logging
 import re
 import tempfile
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import jax
-import msgspec
 
 from vlmprune_jax.core.checks import suggest
 from vlmprune_jax.core.errors import UserError, reason
-from vlmprune_jax.core.files import Count, Finite, copy_file, read_json_lines, read_text, reading
-from vlmprune_jax.data.config import DataSpec
-from vlmprune_jax.data.inputs import load_inputs
+from vlmprune_jax.core.files import copy_file, read_text
+from vlmprune_jax.data.inputs import Inputs
 from vlmprune_jax.distributed.journal import Journal
-from vlmprune_jax.distributed.mesh import row_ways
 from vlmprune_jax.evaluation.config import EvaluateSpec
-from vlmprune_jax.evaluation.lmms.scores import TaskSet, sets_of
-from vlmprune_jax.evaluation.statistics import is_quick, retained_interval
-from vlmprune_jax.models.params import count_params
-from vlmprune_jax.stages.work import Work, journal_path
-from vlmprune_jax.workdir.artefact import write_artefact
-from vlmprune_jax.workdir.evaluation import Evaluated, as_columns, metric_info
-from vlmprune_jax.workdir.ledger import Finished, write_text
+from vlmprune_jax.evaluation.lmms.scores import sets_of
+from vlmprune_jax.models.vlm import Model
 
 _DATA = re.compile(r"\$\{data\}/([\w.-]+)")
 # Settings of questions of our own; a task has its own.
 NOT_OF_TASKS = ("evaluate.max_new_tokens", "evaluate.prompt_suffix", "evaluate.text_window")
 # What is taken out of answers before they are scored: the default of lmms-eval's command line.
 _REASONING = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
-
-
-class AnswerFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Facts about the answers of a model, or a text's `tokens`.
-
-    Of lmms-eval: `values` {task: {metric: value}}, of several tasks if a group was asked for, and `higher_is_better`.
-    """
-
-    parameters: Count
-    model_seconds: Finite
-    questions: Count = 0
-    tokens: Count = 0
-    mean_generated_tokens: Finite | None = None
-    empty_answers: Count = 0
-    values: dict[str, dict[str, Finite]] = {}
-    higher_is_better: dict[str, dict[str, bool]] = {}
-
-
-class _Answer(TypedDict):
-    """A line of answers; `entries`: what lmms-eval makes each metric's value of."""
-
-    id: str
-    task: str
-    prediction: str
-    references: list[str]
-    tokens: Count
-    entries: dict[str, Any]
 
 
 def task_sources(spec: EvaluateSpec, task: str) -> tuple[Path | None, dict[str, Path | str]]:
@@ -123,23 +86,25 @@ def write_tasks(folder: Path, data: Path | None, into: Path) -> None:
             copy_file(file, into / file.name, folder)
 
 
-def ask_task(work: Work, data: DataSpec, spec: EvaluateSpec, task: str, answers: Path) -> AnswerFacts:
-    """Answer a task of lmms-eval: one line each in `answers`, and facts about all."""
+def ask_task(
+    model: Model,
+    inputs: Inputs,
+    spec: EvaluateSpec,
+    task: str,
+    *,
+    multiple: int,
+    phase: Callable[[int], AbstractContextManager[Callable[[int], None]]],
+    journal: Callable[[Mapping[str, Any]], Journal | None],
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Answer a task of lmms-eval: one line for each question, and {"values": ..., "higher_is_better": ...} by task.
+
+    `multiple`, `phase`, `journal`: see `backend.Answering`.
+    """
+    _quiet()
     from vlmprune_jax.evaluation.lmms.backend import Answering, Backend
 
-    _quiet()
-    start, model, files = time.perf_counter(), work.load(work.start), task_sources(spec, task)[0]
-    backend = Backend(
-        Answering(
-            model=model,
-            inputs=load_inputs(work.model, data, model.cfg),
-            batch_size=spec.batch_size,
-            multiple=row_ways(work.devices),
-            max_length=spec.max_length or 0,
-            phase=lambda total: work.phase(f"evaluate {work.part}", total),
-            journal=lambda made_from: Journal(journal_path(answers), {**made_from, "mesh": vars(work.mesh)}),
-        )
-    )
+    answering = Answering(model, inputs, spec.batch_size, multiple, spec.max_length or 0, phase, journal)
+    backend, files = Backend(answering), task_sources(spec, task)[0]
     with tempfile.TemporaryDirectory() as scratch:
         results = _evaluated(spec, task, files, backend, Path(scratch))
     values = {name: _values(found) for name, found in results["results"].items() if name in results["samples"]}
@@ -150,16 +115,7 @@ def ask_task(work: Work, data: DataSpec, spec: EvaluateSpec, task: str, answers:
         mine = [_line(name, samples[doc], values[name], backend.said[name, doc]) for doc in sorted(samples)]
         sets_of(name, values.get(name, {}), [line["entries"] for line in mine], {})  # refuses a task that failed
         lines += mine
-    write_text(answers, "".join(json.dumps(line, ensure_ascii=False, default=_plain) + "\n" for line in lines))
-    return AnswerFacts(
-        parameters=count_params(model.cfg),
-        model_seconds=round(time.perf_counter() - start, 3),
-        questions=len(lines),
-        empty_answers=sum(not line["prediction"] for line in lines),
-        mean_generated_tokens=sum(line["tokens"] for line in lines) / len(lines),
-        values=values,
-        higher_is_better={name: results["higher_is_better"].get(name, {}) for name in values},
-    )
+    return lines, {"values": values, "higher_is_better": {n: results["higher_is_better"].get(n, {}) for n in values}}
 
 
 def _evaluated(spec: EvaluateSpec, task: str, files: Path | None, backend: Any, scratch: Path) -> dict[str, Any]:
@@ -239,55 +195,6 @@ def _line(task: str, sample: Mapping[str, Any], values: Mapping[str, float], sai
     return {**line, "tokens": said.tokens, "entries": entries}
 
 
-def _plain(value: Any) -> Any:
+def as_plain(value: Any) -> Any:
     """A number of NumPy as one of Python; anything else that JSON has not as text."""
     return value.item() if hasattr(value, "item") else str(value)
-
-
-def measure_task(answers: Path, original: Path, done: Finished, name: str) -> dict[str, Evaluated]:
-    """Score the answers in a file by set, and compare them with the unpruned model's -> `eval/<name>.<set>.json`."""
-    facts: AnswerFacts = done.facts
-    compared = original != answers and original.exists()
-    mine, theirs = _sets(answers, facts), _sets(original, facts) if compared else {}
-    found: dict[str, Evaluated] = {}
-    for key, (task, of, count) in mine.items():
-        values, interval = facts.values[task], None
-        before = theirs[key][1].scores if key in theirs else ()
-        comparable = of.makes(values[of.key]) and len(before) == len(of.scores)
-        if comparable and is_quick(of.metric, of.scores):
-            interval = retained_interval(of.metric, of.scores, before, of.records)
-        found[key] = Evaluated(
-            metric=metric_info(f"lmms-eval {task}", of.describe()),
-            values={**values},
-            counted="questions",
-            count=count,
-            parameters=facts.parameters,
-            seconds=done.seconds / len(mine),
-            model_seconds=facts.model_seconds / len(mine),
-            mean_generated_tokens=facts.mean_generated_tokens,
-            retained_interval=interval,
-            answers=answers.name,
-            scores=as_columns(of.scores),
-        )
-        write_artefact(answers.with_name(f"{name}.{key}.json"), found[key])
-    return found
-
-
-def _sets(answers: Path, facts: AnswerFacts) -> dict[str, tuple[str, TaskSet, int]]:
-    """{set: (task, what counts, questions)} of a file of answers."""
-    lines = read_json_lines(answers, _Answer)
-    found: dict[str, tuple[str, TaskSet, int]] = {}
-    with reading(answers, "remove it, and run the same command"):
-        for task, values in facts.values.items():
-            entries = [line["entries"] for line in lines if line["task"] == task]
-            sets = sets_of(task, values, entries, facts.higher_is_better.get(task, {}))
-            for of in sets:
-                found[_set_name(task, of.key, len(sets))] = (task, of, len(entries))
-    return found
-
-
-def _set_name(task: str, key: str, sets: int) -> str:
-    """`mme_perception` of `mme`; the task's own name where one value counts."""
-    if sets == 1:
-        return task
-    return key.removesuffix("_score") if key.startswith(f"{task}_") else f"{task}_{key}"
