@@ -223,9 +223,8 @@ def calibration_batches(
     The last batch is filled with padding. Records skipped by `data.on_error` are replaced by others and listed in the
     first batch. Raises UserError if there are not enough (short enough) records.
     """
-    inputs = load_inputs(model, data, cfg)
-    encoder = dataclasses.replace(inputs.training_encoder(cfg), length_buckets=None)
-    records, skipped = _draw(spec, seed, inputs, cfg, encoder)
+    encoder = dataclasses.replace(load_inputs(model, data, cfg).training_encoder(cfg), length_buckets=None)
+    records, skipped = _draw(data, spec, seed, encoder)
     batches = train_batches(
         records,
         _as_long_as(encoder, measure(records, encoder, on_error="stop", threads=data.threads)),
@@ -236,22 +235,20 @@ def calibration_batches(
     return [dataclasses.replace(first, skipped=tuple(skipped)), *rest]
 
 
-def _draw(
-    spec: Calibration, seed: int, inputs: Inputs, cfg: ModelConfig, encoder: Encoder
-) -> tuple[list[Record], list[tuple[str, str]]]:
+def _draw(data: DataSpec, spec: Calibration, seed: int, encoder: Encoder) -> tuple[list[Record], list[tuple[str, str]]]:
     """Return the drawn records, and (id, reason) of skipped records."""
-    records = training_records(inputs.data, inputs.template)
+    records = training_records(data, encoder.template)
     chosen: list[Record] = []
     skipped: list[tuple[str, str]] = []
     for index in np.random.Generator(np.random.PCG64(seed)).permutation(len(records)).tolist():
         if len(chosen) == spec.samples:
             break
-        if inputs.data.on_error == "skip":
+        if data.on_error == "skip":
             problem = encoder.problem(records[index])
             if problem is not None:
                 skipped.append((records[index].id, problem))
                 continue
-        if spec.longest_text is None or _text_length(records[index], inputs, cfg) <= spec.longest_text:
+        if spec.longest_text is None or _text_length(records[index], encoder) <= spec.longest_text:
             chosen.append(records[index])
     if len(chosen) < spec.samples:
         limit = "" if spec.longest_text is None else f" of at most {spec.longest_text} tokens"
@@ -263,10 +260,15 @@ def _draw(
     return chosen, skipped
 
 
-def _text_length(record: Record, inputs: Inputs, cfg: ModelConfig) -> int:
-    token = 0 if cfg.image_token_id is None else cfg.image_token_id
+def _text_length(record: Record, encoder: Encoder) -> int:
+    """Return the tokens of a record, with an image as one token."""
     ids, _ = tokenize_training(
-        record, inputs.tokenizer, inputs.template, image_token_id=token, tokens_per_image=1, cut_text_at=None
+        record,
+        encoder.tokenizer,
+        encoder.template,
+        image_token_id=encoder.image_token_id,
+        tokens_per_image=1,
+        cut_text_at=None,
     )
     return len(ids)
 

@@ -100,37 +100,20 @@ def compute_features(
       UserError: an image cannot be read, the disk is full, or the processes see different folders.
     """
     mine = _share(loader, pictures, on_error)
-    decoded = _decoded(loader, mine, on_error, threads)
-    rows, waiting = deque[_Tile](), deque[tuple[str, int]]()  # tiles; (key, number of tiles) of each picture
-    finished, local = deque[np.ndarray](), batch_size // jax.process_count()
-    compute = _make_compute(cfg, mesh)
-    cast = jax.tree.map(lambda x: x.astype(loader.dtype), tower)
-    left = len(mine)
-
-    def advance() -> tuple[int, int]:
-        """Store finished pictures and read more; return (pictures in progress, tokens of the largest next tile)."""
-        nonlocal left
-        while waiting and waiting[0][1] <= len(finished):
-            key, count = waiting.popleft()
-            states = [finished.popleft() for _ in range(count)]
-            nothing = np.empty((0, *[0] * (2 - len(loader.shape)), *loader.shape), loader.dtype)
-            loader.cache.add({key: np.stack(states) if states else nothing})
-            left -= 1
-        while len(rows) < local and (picture := next(decoded, None)) is not None:
-            waiting.append((picture[0], len(picture[1])))
-            rows.extend(picture[1])
-        return len(waiting), max((tile.shape.tokens for tile in list(rows)[:local]), default=0)
-
+    queue, local = _Queue(loader, mine, on_error, threads), batch_size // jax.process_count()
+    compute, cast = _make_compute(cfg, mesh), jax.tree.map(lambda x: x.astype(loader.dtype), tower)
     try:
         while True:
-            shares = from_all(advance)
+            shares = from_all(lambda: queue.advance(local))
             if not any(in_progress for in_progress, _ in shares):
                 break
-            progress(len(pictures) - min(left * jax.process_count(), len(pictures)))
-            taken = [rows.popleft() for _ in range(min(local, len(rows)))]
-            batch = _batch(loader, taken, local, max(tokens for _, tokens in shares))
+            progress(len(pictures) - min(queue.left * jax.process_count(), len(pictures)))
+            tiles = queue.take(local)
+            batch = _batch(loader, tiles, local, max(tokens for _, tokens in shares))
             states = local_rows(compute(cast, batch))
-            finished.extend(state[: tile.shape.tokens or None] for state, tile in zip(states, taken, strict=False))
+            queue.finished.extend(
+                state[: tile.shape.tokens or None] for state, tile in zip(states, tiles, strict=False)
+            )
         progress(len(pictures))
     except Stopped:
         loader.cache.publish()
@@ -143,6 +126,33 @@ class _Tile(NamedTuple):
 
     pixels: np.ndarray
     shape: ImageShape
+
+
+class _Queue:
+    """Pictures of a process on their way to the cache; `finished`: states of tiles, `left`: pictures to store."""
+
+    def __init__(self, loader: FeatureLoader, pictures: Mapping[str, Picture], on_error: str, threads: int):
+        self.finished, self.left = deque[np.ndarray](), len(pictures)
+        self._loader, self._decoded = loader, _decoded(loader, pictures, on_error, threads)
+        self._tiles, self._waiting = deque[_Tile](), deque[tuple[str, int]]()  # (key, number of tiles) of each picture
+
+    def advance(self, rows: int) -> tuple[int, int]:
+        """Store finished pictures and read more; return (pictures in progress, tokens of the largest next tile)."""
+        loader, waiting = self._loader, self._waiting
+        while waiting and waiting[0][1] <= len(self.finished):
+            key, count = waiting.popleft()
+            states = [self.finished.popleft() for _ in range(count)]
+            nothing = np.empty((0, *[0] * (2 - len(loader.shape)), *loader.shape), loader.dtype)
+            loader.cache.add({key: np.stack(states) if states else nothing})
+            self.left -= 1
+        while len(self._tiles) < rows and (picture := next(self._decoded, None)) is not None:
+            waiting.append((picture[0], len(picture[1])))
+            self._tiles.extend(picture[1])
+        return len(waiting), max((tile.shape.tokens for tile in list(self._tiles)[:rows]), default=0)
+
+    def take(self, rows: int) -> list[_Tile]:
+        """Return the next tiles, at most this many."""
+        return [self._tiles.popleft() for _ in range(min(rows, len(self._tiles)))]
 
 
 def _batch(loader: FeatureLoader, tiles: Sequence[_Tile], rows: int, tokens: int) -> dict[str, np.ndarray]:

@@ -78,7 +78,7 @@ def recover_stage(work: Work, data: DataSpec, spec: RecoverSpec) -> RecoverFacts
     plan, mesh, training = work.plan, work.devices, work.folder / "training"
     on_process_zero(lambda: None if (training / "checkpoints").exists() else remove(training))
     ready = prepare(work, data, spec)
-    config, runs_teacher = ready.config, needs_teacher(ready.config.losses)
+    config = ready.config
     features = None if data.feature_cache is None else cached_features(work, data, ready)
     rows = inputs.training_rows(data, ready.encoder, ready.records, work.reporter.bar, features)
     parts = [part for part in PARTS if features is None or part != TOWER]
@@ -88,7 +88,7 @@ def recover_stage(work: Work, data: DataSpec, spec: RecoverSpec) -> RecoverFacts
         student,
         inputs.recovery_batches(rows, data, batch_size=config.batch_size, seed=config.seed, teacher=taught),
         config,
-        teacher=work.load(work.teacher, parts) if runs_teacher else None,
+        teacher=work.load(work.teacher, parts) if ready.runs_teacher else None,
         plan=plan,
         workdir=training,
         mesh=mesh,
@@ -121,14 +121,16 @@ class Ready(NamedTuple):
     records: tuple[Record, ...]
     student: Model
     teacher: Model
+    runs_teacher: bool
     trained: tuple[str, ...]
 
 
 def prepare(work: Work, data: DataSpec, spec: RecoverSpec) -> Ready:
     """Refuse, before a long pass, what training would refuse, and fit the batch to the number of records."""
     config, plan, mesh = recover_config(spec), work.plan, work.devices
+    runs_teacher = needs_teacher(config.losses)
     student, teacher = work.open_model(work.start), work.open_model(work.teacher)
-    if needs_teacher(config.losses) or config.losses.teacher_top_k:  # another model would teach without complaint
+    if runs_teacher or config.losses.teacher_top_k:  # another model would teach without complaint
         with error_context(work.variant / "plan.json"):
             check_plan_is_for(teacher, plan)
             _check_teacher_differs(plan, config)
@@ -142,7 +144,7 @@ def prepare(work: Work, data: DataSpec, spec: RecoverSpec) -> Ready:
         )
     if data.feature_cache is not None:
         check_frozen(student.cfg, config)
-    steps, runs_teacher = config.num_steps(len(records)), needs_teacher(config.losses)
+    steps = config.num_steps(len(records))
     program = make_program(
         student.cfg,
         config,
@@ -152,7 +154,7 @@ def prepare(work: Work, data: DataSpec, spec: RecoverSpec) -> Ready:
         num_steps=steps,
     )
     encoder = shared.training_encoder(student.cfg)
-    return Ready(config, steps, encoder, records, student, teacher, tuple(program.groups))
+    return Ready(config, steps, encoder, records, student, teacher, runs_teacher, tuple(program.groups))
 
 
 def _check_teacher_differs(plan: PrunePlan, config: RecoverConfig) -> None:
@@ -207,7 +209,7 @@ def cached_features(work: Work, data: DataSpec, ready: Ready) -> FeatureLoader:
 def _tower_digest(work: Work, ready: Ready) -> str:
     """Hash the student's tower, which must be the teacher's if the teacher looks at images itself."""
     losses, student = ready.config.losses, content_digest(ready.student, f"{TOWER}/")
-    looks = losses.teacher_inputs == "own" and (needs_teacher(losses) or losses.teacher_top_k)
+    looks = losses.teacher_inputs == "own" and (ready.runs_teacher or losses.teacher_top_k)
     if looks and content_digest(ready.teacher, f"{TOWER}/") != student:
         raise UserError(
             f"data.feature_cache: {work.teacher} and {work.start} have different vision towers: leave feature_cache "
