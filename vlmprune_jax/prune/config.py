@@ -276,10 +276,8 @@ class PlanConfig:
         """Refuse settings that the method does not have, and anything but exactly one target (with a vocabulary, one at
         most).
 
-        `named`: settings given by name in a call. `heads` may be set for all methods, as the paper's recipes do.
-
-        Raises:
-          UserError: names the setting, or the targets.
+        `named`: settings given by name in a call. `heads` may be set for all methods, as the paper's recipes do. Raises
+        UserError with the name of the setting, or the targets.
         """
         check_settings("prune", self, elsewhere=True)
         for name in _LACKS[self.method]:

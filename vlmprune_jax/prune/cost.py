@@ -34,10 +34,7 @@ def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
     `parameters`, `disk_bytes`, `memory_bytes` and `flops` (a multiply-add is two) add up over layers. `step_ms` is the
     roofline of `vlmprune plan` for one token of every row: the weights of decoder and head and the whole cache are read
     once, split evenly over the slice's chips, without communication. `decode_ms` is interpolated over the parameter
-    counts of measured models.
-
-    Raises:
-      UserError: a workload that this model cannot have, an unknown slice or dtype.
+    counts of measured models. Raises UserError for a workload that this model cannot have, an unknown slice or dtype.
     """
     itemsize = DTYPES[one_of("budget dtype", budget.dtype, tuple(DTYPES))].itemsize
     one_of("budget uneven", budget.uneven, UNEVEN)
@@ -85,8 +82,7 @@ def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
 def with_other_bytes(budget: Budget) -> Budget:
     """Return a budget with the bytes that its `source_dir` adds to (or takes from) an export, in place of the folder.
 
-    Raises:
-      UserError: the folder cannot be read or exported.
+    Raises UserError if the folder cannot be read or exported.
     """
     if budget.source_dir is None or budget.disk_bytes is None:
         return dataclasses.replace(budget, source_dir=None, vision_dir=None)
@@ -102,8 +98,7 @@ def with_other_bytes(budget: Budget) -> Budget:
 def _check_curve(curve: Sequence[Sequence[float]], whole: int) -> None:
     """Refuse decode measurements that do not cover a model of `whole` parameters and smaller ones.
 
-    Raises:
-      UserError: says what to measure.
+    Raises UserError that says what to measure.
     """
     sizes = sorted({size for size, _ in curve})
     if len(sizes) < 2 or not sizes[0] < whole <= 1.01 * sizes[-1]:
@@ -117,8 +112,7 @@ def _check_curve(curve: Sequence[Sequence[float]], whole: int) -> None:
 def _between(curve: Sequence[Sequence[float]], size: int) -> float:
     """Return the interpolated milliseconds per token at a size (that of the largest model slightly above it).
 
-    Raises:
-      OutOfReach: smaller than all measured models.
+    Raises OutOfReach if it is smaller than all measured models.
     """
     sizes, times = zip(*sorted(map(tuple, curve)), strict=True)
     if size < sizes[0]:
@@ -177,10 +171,7 @@ def least_ratio(
 
     Costs decrease with the ratio, except for small steps where heads are traded for neurons or layers for widths, or
     where a layer is kept rather than emptied; there the result is the smallest ratio of its neighbourhood. Ratios are
-    resolved to one of `total` parameters.
-
-    Raises:
-      UserError: no plan satisfies the budget; names the nearest.
+    resolved to one of `total` parameters. Raises UserError if no plan satisfies the budget, with the nearest.
     """
     limits = budget.limits
 

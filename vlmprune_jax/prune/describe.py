@@ -24,8 +24,7 @@ PARTS = ("text", "vision", "projector")
 def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[str, Any]:
     """Everything `vlmprune inspect` tells, as JSON values; no weight is read.
 
-    Raises:
-      UserError: unknown family, missing or truncated shards, keys or shapes that do not fit config.json.
+    Raises UserError for an unknown family, missing or truncated shards, keys or shapes that do not fit config.json.
     """
     folder = resolve(hf_dir)
     tower = None if vision_dir is None else resolve(vision_dir)

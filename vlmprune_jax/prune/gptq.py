@@ -54,8 +54,7 @@ class Rounded(CompressedTensors):
     def encode(self, name: str, values: np.ndarray) -> dict[str, np.ndarray]:
         """Return the tensors that gptq found for this weight, whatever its values are.
 
-        Raises:
-          UserError: the weight is not the model's.
+        Raises UserError if the weight is not the model's.
         """
         parts = self.codes.get(name, {})
         if {suffix: part.shape for suffix, part in parts.items()} != {
@@ -220,8 +219,7 @@ def finite_sums(
     """Return `sums(params, x, weight, given, stack=, cfg=)` of a layer over all rows, in float64; `what` names the
     caller.
 
-    Raises:
-      UserError: the sums of a row are not finite.
+    Raises UserError if the sums of a row are not finite.
     """
     totals: dict[str, np.ndarray] = {}
     for step in steps:

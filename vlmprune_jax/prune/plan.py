@@ -276,8 +276,7 @@ class PrunePlan:
     def from_json(cls, source: str | os.PathLike[str]) -> PrunePlan:
         """Read a plan from a file, or from JSON text.
 
-        Raises:
-          UserError: no such file, not JSON, or a key that is missing or inconsistent.
+        Raises UserError if there is no such file, it is not JSON, or a key is missing or inconsistent.
         """
         if isinstance(source, str) and source.lstrip().startswith("{"):
             where, data = "plan JSON", parse_json(source, "plan JSON", _TODO)
@@ -307,8 +306,7 @@ def keep_everything(cfg: ModelConfig, fingerprint: str, parameters: int) -> Prun
 def compose(first: PrunePlan, second: PrunePlan) -> PrunePlan:
     """Return one plan equal to `first` followed by `second` (made for the model that `first` leaves).
 
-    Raises:
-      UserError: `second` is for other widths than `first` leaves.
+    Raises UserError if `second` is for other widths than `first` leaves.
     """
     both = first.stacks.keys() & second.stacks.keys()
     follows = all(second.stacks[name].layers_before == first.stacks[name].shapes for name in both)

@@ -264,8 +264,7 @@ def solve_for(layer: Layer, module: str, steps: Sequence[Step], place: int) -> t
 def _total(layer: Layer, module: str, steps: Sequence[Step], place: int) -> Sums:
     """Return the sums over these rows, `energy` over all of them.
 
-    Raises:
-      UserError: a row has activations that are not finite.
+    Raises UserError if a row has activations that are not finite.
     """
     totals = None
     for step in steps:

@@ -101,22 +101,14 @@ class Scores:
 
     @property
     def widths(self) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-        """Return (heads, mlp), for a criterion that scores widths.
-
-        Raises:
-          UserError: it does not.
-        """
+        """Return (heads, mlp), for a criterion that scores widths. Raises UserError if it does not."""
         if self.heads is None or self.mlp is None:
             raise UserError(f"{self.criterion} scores have no widths: width needs {scoring('widths')}")
         return self.heads, self.mlp
 
     @property
     def layers(self) -> np.ndarray:
-        """Return `importance`, for a criterion that scores whole layers.
-
-        Raises:
-          UserError: it does not.
-        """
+        """Return `importance`, for a criterion that scores whole layers. Raises UserError if it does not."""
         if self.importance is None:
             raise UserError(f"{self.criterion} scores have no layer importances: depth needs {scoring('layers')}")
         return self.importance
@@ -138,11 +130,7 @@ class Scores:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:
-        """Read the file that `save` wrote.
-
-        Raises:
-          UserError: no such file, or not a scores file.
-        """
+        """Read the file that `save` wrote. Raises UserError if there is no such file, or it is not a scores file."""
         where, arrays = Path(path), dict[str, np.ndarray]()
         missing = "no such scores file: run `vlmprune score` first"
         for name, array in read_arrays(where, missing=missing, todo=_TODO).items():

@@ -21,9 +21,7 @@ def multiples(config: PlanConfig, stack: Stack, gqa: str) -> dict[str, Any]:
     `tensor_parallel`); multiples set by the user must themselves be multiples of these.
 
     A multiple of heads is one of key/value heads with their query heads (gqa="groups"), or of query heads ("q_heads").
-
-    Raises:
-      UserError: a multiple that does not suit.
+    Raises UserError for a multiple that does not suit.
     """
     devices = config.tensor_parallel
     block = 1 if config.snap_for is None else BLOCKS[config.snap_for]
@@ -49,8 +47,7 @@ def reason_of(config: PlanConfig) -> str:
 def check_divides(shapes: Iterable[tuple[int, LayerShape]], devices: int) -> None:
     """Refuse layers, (number, shape), that this many devices cannot share, including layers that are kept whole.
 
-    Raises:
-      UserError: names the layer and the width that does not divide.
+    Raises UserError with the layer and the width that does not divide.
     """
     for index, shape in shapes:
         for what, size in zip(("query heads", "key/value heads", "neurons"), shape.widths, strict=True):

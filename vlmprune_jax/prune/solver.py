@@ -79,11 +79,7 @@ def units_of(
     heads_multiple: int,
     neurons_multiple: int,
 ) -> list[Units]:
-    """Return the units of every layer.
-
-    Raises:
-      UserError: a layer in range is narrower than the multiple asked for.
-    """
+    """Return the units of every layer. Raises UserError if a layer in range is narrower than the multiple asked for."""
     result = []
     for i, shape in enumerate(shapes):
         group = shape.q_heads // shape.kv_heads
@@ -138,8 +134,7 @@ class Widths:
 def widths_at(units: Sequence[Units], head_dim: int, sparsity: float) -> Widths:
     """Return the widths at one explicit sparsity, exactly as the reference counts.
 
-    Raises:
-      UserError: a layer would lose all its heads or neurons.
+    Raises UserError if a layer would lose all its heads or neurons.
     """
     if not 0 <= sparsity < 1:
         raise UserError(

@@ -177,11 +177,7 @@ def _image_step(
 
 
 def _parted(chosen: Sequence[Any], settings: Mapping[str, Any], what: str) -> tuple[tuple[Sequence[Any], bool], ...]:
-    """Return (items to fit to, False) and (items to hold out, True).
-
-    Raises:
-      UserError: there are fewer than two.
-    """
+    """Return (items to fit to, False) and (items to hold out, True). Raises UserError if there are fewer than two."""
     if "held_out" not in settings:
         return ((chosen, False),)
     n_held = min(max(1, round(settings["held_out"] * len(chosen))), len(chosen) - 1)

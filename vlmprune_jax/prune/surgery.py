@@ -21,10 +21,8 @@ def apply_plan(model: Model, plan: PrunePlan) -> Model:
     """Return the pruned model; `model` itself is not changed.
 
     Works on host and device arrays, and on arrays that stay in their files (hf/lazy.py); on a mesh every parameter
-    keeps its named-axis sharding.
-
-    Raises:
-      UserError: the plan is for another model, or leaves widths that the mesh does not divide.
+    keeps its named-axis sharding. Raises UserError if the plan is for another model, or leaves widths that the mesh
+    does not divide.
     """
     check_plan_is_for(model, plan)
     cfg, mesh = plan.apply_to(model.cfg), mesh_of(model.params)

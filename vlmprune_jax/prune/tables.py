@@ -113,8 +113,7 @@ def read_plan(place: str) -> PrunePlan:
 def compare(first: PrunePlan, second: PrunePlan) -> list[Table]:
     """Compare two plans layer by layer: |both| / |either| of the heads, neurons and layers that they keep.
 
-    Raises:
-      UserError: the plans are of different models.
+    Raises UserError if the plans are of different models.
     """
     if first.fingerprint != second.fingerprint:
         raise UserError(

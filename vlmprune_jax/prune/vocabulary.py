@@ -51,8 +51,7 @@ class Subwords:
     def of(cls, content: Mapping[str, Any], where: str) -> Subwords:
         """Read the content of a tokenizer.json.
 
-        Raises:
-          UserError: a kind of tokenizer for which trimming is not exact.
+        Raises UserError for a kind of tokenizer for which trimming is not exact.
         """
         model = content["model"]
         kind = model.get("type") or ("BPE" if "merges" in model else "Unigram")

@@ -59,10 +59,8 @@ def choose_widths(
 ) -> tuple[dict[int, Kept], dict[str, Any]]:
     """Return what each layer of `alive` (original numbers) keeps, and the solver's result for the plan's record.
 
-    With a `base`, ratio and sparsity are relative to that wider config, as in the reference's iterative pruning.
-
-    Raises:
-      UserError: ranges or multiples that do not fit, or a target out of reach.
+    With a `base`, ratio and sparsity are relative to that wider config, as in the reference's iterative pruning. Raises
+    UserError for ranges or multiples that do not fit, or a target out of reach.
     """
     base_cfg, gqa = config.base or cfg, scores.options.get("gqa", "groups")
     base, n_layers = base_cfg.stack(stack), len(cfg.stack(stack).layers)

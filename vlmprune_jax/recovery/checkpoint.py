@@ -78,8 +78,7 @@ class Checkpointer:
     def save(self, step: int, state: TrainState, data_state: Any) -> None:
         """Start saving; returns when the arrays are on the host. One file holds the data states of all processes.
 
-        Raises:
-          UserError: this save or the previous one cannot be written.
+        Raises UserError if this save or the previous one cannot be written.
         """
         meta = {"identity": self.identity, "data": _gather(data_state), "digest": weights_digest(_tree(state))}
         args = ocp.args.Composite(
@@ -104,10 +103,8 @@ class Checkpointer:
     def restore(self, like: TrainState) -> tuple[TrainState, Any] | None:
         """Return the newest complete checkpoint and the data state of this process, or None in a new folder.
 
-        `like` is a state of step 0 with the shapes, dtypes and shardings.
-
-        Raises:
-          UserError: the checkpoint belongs to another run (names the fields that differ) or is damaged.
+        `like` is a state of step 0 with the shapes, dtypes and shardings. Raises UserError if the checkpoint belongs to
+        another run (with the fields that differ) or is damaged.
         """
         step = self._manager.latest_step()
         if step is None:
@@ -161,8 +158,7 @@ def _prepare(folder: Path) -> None:
 def _discard(path: Path, patience_s: float = 10.0) -> None:
     """Remove an incomplete checkpoint; retry while a failed save still writes files into it.
 
-    Raises:
-      UserError: it cannot be removed.
+    Raises UserError if it cannot be removed.
     """
     until = time.monotonic() + patience_s
     while True:

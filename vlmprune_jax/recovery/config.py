@@ -269,10 +269,8 @@ class RecoverConfig:
     def fit_records(self, n_records: int, devices: int) -> RecoverConfig:
         """Return the settings with a batch that this many records fill, unless `steps` is set.
 
-        `devices`: number of devices that share the rows of a micro-batch.
-
-        Raises:
-          UserError: the records do not fill a batch of one row per micro-batch and device.
+        `devices`: number of devices that share the rows of a micro-batch. Raises UserError if the records do not fill a
+        batch of one row per micro-batch and device.
         """
         rows = min(n_records, math.floor(self.epochs * n_records))
         if self.steps is not None or rows >= self.batch_size:

@@ -33,8 +33,7 @@ TOWER = "vision"
 def check_frozen(cfg: ModelConfig, config: RecoverConfig) -> None:
     """Refuse cached features of a model without a tower, and of a tower that trains.
 
-    Raises:
-      UserError: names the setting.
+    Raises UserError with the name of the setting.
     """
     if cfg.vision is None:
         raise UserError("data.feature_cache: this model has no vision tower: leave it out")
@@ -211,8 +210,7 @@ def _attempt(compute: Callable[[], Any], otherwise: Any, on_error: str) -> Any:
 def _share(loader: FeatureLoader, pictures: Mapping[str, Picture], on_error: str) -> dict[str, Picture]:
     """Return the pictures that this process computes; images of any size are sorted so that batches have equal sizes.
 
-    Raises:
-      UserError: the disk has no room for all features, or an image cannot be read.
+    Raises UserError if the disk has no room for all features, or an image cannot be read.
     """
     keys, turns = list(pictures), slice(jax.process_index(), None, jax.process_count())
 

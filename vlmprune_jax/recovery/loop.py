@@ -177,11 +177,7 @@ def _train(
 def _compile_ahead(
     programs: Programs, run: Run, state: TrainState, kinds: Sequence[Kind], stop: StopSignal, recorder: Recorder
 ) -> None:
-    """Compile the step for every kind of batch.
-
-    Raises:
-      Stopped: on SIGTERM; nothing is lost.
-    """
+    """Compile the step for every kind of batch. Raises Stopped on SIGTERM; nothing is lost."""
     if kinds:
         batches = [{name: np.broadcast_to(0, size) for name, (size, _) in kind.items()} for kind in kinds]
         recorder.say(f"compiling {len(kinds)} program{'s' if len(kinds) > 1 else ''}: {describe(run.cfg, batches)}")
@@ -212,8 +208,7 @@ def _run_step(
 def _next(stream: Iterator[Any], run: Run, config: RecoverConfig, step: int) -> Any:
     """Return the next batch after checking it.
 
-    Raises:
-      UserError: the data ended, the batch has another size, or its inputs do not fit the model.
+    Raises UserError if the data ended, the batch has another size, or its inputs do not fit the model.
     """
     batch = next(stream, None)
     if batch is None:

@@ -116,8 +116,7 @@ class Recorder:
     ) -> None:
         """Record a finished step, counted from 1: its metrics, skipped records (id, reason) and FLOPs over all devices.
 
-        Raises:
-          UserError: the loss or gradient norm is not finite; names step and records.
+        Raises UserError if the loss or gradient norm is not finite, with the step and records.
         """
         values = {name: float(value) for name, value in metrics.items()}
         self._list_skipped(step, skipped)
@@ -218,8 +217,7 @@ def _bar() -> Progress:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a metrics file, `step` and numbers by name; a line cut off by a crash is dropped.
 
-    Raises:
-      UserError: the file is damaged.
+    Raises UserError if the file is damaged.
     """
     rows = read_json_lines(path, _Row, cut=True)
     for number, row in enumerate(rows, start=1):

@@ -53,8 +53,7 @@ def on_hidden(loss: LossConfig) -> dict[str, LossTerm]:
 def check_losses(loss: LossConfig) -> None:
     """Refuse terms that do not exist, or that cannot be computed with these settings.
 
-    Raises:
-      UserError: names the terms.
+    Raises UserError with the names of the terms.
     """
     for name in loss.weights():
         if name not in TERMS:
@@ -85,11 +84,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def student_layers(loss: LossConfig, cfg: ModelConfig) -> tuple[int, ...]:
-    """Return `loss.l2_layers` as indices counted from 0.
-
-    Raises:
-      UserError: an index is outside the model.
-    """
+    """Return `loss.l2_layers` as indices counted from 0. Raises UserError if an index is outside the model."""
     n_layers = len(cfg.text.layers)
     for index in loss.l2_layers:
         if not -n_layers - 1 <= index <= n_layers:
@@ -106,10 +101,8 @@ def layer_pairs(
     """Return hidden-state indices of student and teacher for `loss.l2_layers`, all counted from 0.
 
     The state of a depth-pruned student after its i-th layer is compared with the teacher's state after the original
-    layer `kept[i - 1]`, embeddings with embeddings, and the final-norm state with the final-norm state.
-
-    Raises:
-      UserError: an index is outside the student, or layer counts differ without a plan to align them.
+    layer `kept[i - 1]`, embeddings with embeddings, and the final-norm state with the final-norm state. Raises
+    UserError if an index is outside the student, or layer counts differ without a plan to align them.
     """
     n_student, n_teacher = len(student.text.layers), len(teacher.text.layers)
     if kept is not None and (len(kept) != n_student or max(kept) >= n_teacher):
@@ -131,11 +124,7 @@ def layer_pairs(
 
 
 def check_teacher(loss: LossConfig, student: ModelConfig, teacher: ModelConfig | None) -> None:
-    """Refuse a teacher that is missing or does not fit the student.
-
-    Raises:
-      UserError: names the sizes of both models.
-    """
+    """Refuse a teacher that is missing or does not fit the student. Raises UserError with the sizes of both models."""
     if loss.teacher_top_k > student.text.vocab_size:
         raise UserError(
             f"losses: teacher_top_k={loss.teacher_top_k} must be at most the vocabulary size, {student.text.vocab_size}"

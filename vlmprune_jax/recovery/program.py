@@ -63,8 +63,7 @@ def make_program(
 ) -> Program:
     """Build the step of a run after all checks that do not depend on weights; `kept_layers` is from the prune plan.
 
-    Raises:
-      UserError: settings do not fit the model, the teacher or the mesh.
+    Raises UserError if settings do not fit the model, the teacher or the mesh.
     """
     check_losses(config.losses)
     check_teacher(config.losses, cfg, teacher_cfg)
@@ -137,11 +136,7 @@ def prepare(
 
 
 def check_mesh(mesh: Mesh, cfg: ModelConfig, config: RecoverConfig) -> None:
-    """Refuse a mesh that does not divide the model or a micro-batch.
-
-    Raises:
-      UserError: names the sizes.
-    """
+    """Refuse a mesh that does not divide the model or a micro-batch. Raises UserError with the sizes."""
     check_divides(cfg, mesh)
     ways = row_ways(mesh)
     rows = config.batch_size // config.accumulation

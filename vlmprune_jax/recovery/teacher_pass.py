@@ -54,10 +54,7 @@ def teacher_top_k(
 
     k is `loss.teacher_top_k`; distributions are at `loss.temperature`. `teacher` is on `mesh`; `batches` are this
     process's rows (`Batch`), and all processes iterate in step. Programs are compiled at the first batch of a shape. A
-    teacher without its tower takes `vision_features`.
-
-    Raises:
-      UserError: ids or images do not fit the teacher.
+    teacher without its tower takes `vision_features`. Raises UserError if ids or images do not fit the teacher.
     """
     params = jax.tree.map(lambda x: jnp.asarray(x).astype(compute_dtype), teacher.params)
     for batch in batches:

@@ -26,9 +26,7 @@ def assign_groups(paths: Sequence[str], trainable: str | Sequence[Rule]) -> dict
     """Return the optimizer group ("main" or "projector") of every trained path; paths without a match stay frozen.
 
     `trainable` is the name of a preset, or rules `(regex, True | False | group)`; a regex must match the full path.
-
-    Raises:
-      UserError: a preset or group is unknown, a regex is malformed or matches nothing, or nothing is trained.
+    Raises UserError if a preset or group is unknown, a regex is malformed or matches nothing, or nothing is trained.
     """
     rules, strict = resolve_rules(trainable)
     for pattern, _ in rules if strict else ():
@@ -66,8 +64,7 @@ def decays(path: str) -> bool:
 def with_lora(cfg: ModelConfig, lora: LoraConfig) -> ModelConfig:
     """Return the config with adapters on the decoder projections in `lora.targets`, or on all if it is empty.
 
-    Raises:
-      UserError: the model already has adapters, or a target is not a projection of its decoder.
+    Raises UserError if the model already has adapters, or a target is not a projection of its decoder.
     """
     if cfg.lora is not None:
         raise UserError("recover.lora: the model already has LoRA adapters: merge them first (merge_lora)")

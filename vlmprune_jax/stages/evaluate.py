@@ -100,8 +100,7 @@ class _Window(TypedDict):
 def evaluate_model(work: Work, sections: Mapping[str, Any]) -> dict[str, Evaluated]:
     """Evaluate the model `work.start` on all sets and tasks, `work.part` being its name -> `eval/<name>*.json`.
 
-    Raises:
-      UserError: two tasks have a set of one name; see `run_stage`.
+    Raises UserError if two tasks have a set of one name, and as `run_stage` does.
     """
     sets, found = evaluation_sets(sections["data"], sections["evaluate"]), dict[str, Evaluated]()
     for key, part in parts_of(dataclasses.replace(work, loaded={}), sections).items():
@@ -181,8 +180,7 @@ def evaluate_stage(work: Work, data: DataSpec, spec: EvaluateSpec) -> AnswerFact
 def read_predictions(path: Path) -> list[str]:
     """Return a model's answer to every question, from the answers beside an evaluation.
 
-    Raises:
-      UserError: they are missing or damaged.
+    Raises UserError if they are missing or damaged.
     """
     return [line["prediction"] for line in read_json_lines(answers_file(path), _Answer)]
 

@@ -62,9 +62,8 @@ def _inputs(name: str, work: Work, sections: Sections) -> dict[str, Path | str]:
 def run_stage(name: str, work: Work, sections: Sections) -> Finished:
     """Run a stage unless its result is there, with a line when the work starts.
 
-    Raises:
-      Stopped: another process of the run got SIGTERM.
-      UserError: an input is missing, memory does not suffice, or see `run_job`.
+    Raises Stopped if another process of the run got SIGTERM; UserError if an input is missing, memory does not suffice,
+    and as `run_job` does.
     """
     teacher_folder(work.model)  # refuses a missing one
     stage, job = STAGES[name], make_job(name, work, sections)

@@ -173,8 +173,7 @@ class Pipeline:
     def run_stage(self, name: str, *, explain: bool = False) -> None:
         """Run one stage for every variant; `explain` also prints what each layer lost and why.
 
-        Raises:
-          UserError: no variant asks for it.
+        Raises UserError if no variant asks for it.
         """
         steps = [step for step in self.steps() if step.stage == name]
         if not steps:
@@ -246,8 +245,7 @@ class Pipeline:
     def measure_speed(self) -> None:
         """Measure the speed of every model in the workdir.
 
-        Raises:
-          UserError: it is turned off, or there is no model.
+        Raises UserError if it is turned off, or there is no model.
         """
         if not self.experiment.speed.rounds:
             raise UserError("speed.rounds is 0: set the number of rounds (--config.speed.rounds=5)")
@@ -264,8 +262,7 @@ class Pipeline:
     def export(self) -> None:
         """Export the best model: that of `result.json`, else the last one made in a workdir without variants.
 
-        Raises:
-          UserError: there is none.
+        Raises UserError if there is none.
         """
         workdir = self.context.workdir
         if (workdir / RESULT).is_file():

@@ -46,8 +46,7 @@ class PruneFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 def prune_files(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, export: ExportSpec) -> Files:
     """The scores; the measured speeds of a budget, and if it prunes in steps everything that scoring reads.
 
-    Raises:
-      UserError: steps over two stacks.
+    Raises UserError for steps over two stacks.
     """
     criteria, iterative = criteria_of(score, spec), spec.steps > 1
     if iterative and spec.stack == "both":

@@ -160,8 +160,7 @@ def prepare(work: Work, data: DataSpec, spec: RecoverSpec) -> Ready:
 def _check_teacher_differs(plan: PrunePlan, config: RecoverConfig) -> None:
     """Refuse a teacher that equals the student: the decoder is unpruned and sees the student's own image embeddings.
 
-    Raises:
-      UserError: it does.
+    Raises UserError if it does.
     """
     cut = [name for name, kept in plan.stacks.items() if kept != KeptStack.whole(kept.layers_before)]
     if cut == ["vision"] and config.losses.teacher_inputs == "student":
@@ -174,12 +173,8 @@ def _check_teacher_differs(plan: PrunePlan, config: RecoverConfig) -> None:
 def cached_features(work: Work, data: DataSpec, ready: Ready) -> FeatureLoader:
     """Open `data.feature_cache`, after computing the features of the records' images that it lacks.
 
-    Training then needs neither the tower nor an image.
-
-    Raises:
-      UserError: the teacher has another tower, the folder is of another tower or cannot be written, or an image cannot
-        be read.
-      Stopped: SIGTERM; what is computed stays.
+    Training then needs neither the tower nor an image. Raises UserError if the teacher has another tower, the folder is
+    of another tower or cannot be written, or an image cannot be read; Stopped on SIGTERM, and what is computed stays.
     """
     cfg, config, images = ready.student.cfg, ready.config, ready.encoder.image_loader
     assert isinstance(images, ImageLoader)  # there is a tower
@@ -224,10 +219,8 @@ def cached_teacher(
     """Open `recover.teacher_cache`, after computing the training records that it lacks with these parts of the teacher.
 
     Records are computed in batches that do not depend on what is there: an interrupted pass ends with the same bytes.
-
-    Raises:
-      UserError: the folder is of another teacher or other settings, or its disk is too small.
-      Stopped: SIGTERM; what was computed is kept.
+    Raises UserError if the folder is of another teacher or other settings, or its disk is too small; Stopped on
+    SIGTERM, and what was computed stays.
     """
     config, loss = ready.config, ready.config.losses
     cache = ArrayCache(Path(spec.teacher_cache or ""), on_process_zero(lambda: _made_from(work, data, spec)))

@@ -39,8 +39,7 @@ def costs_of_folder(work: Work, folder: Path, workload: Workload, export: Export
 def check_speed(work: Work, spec: SpeedSpec) -> None:
     """Refuse at the start prompts that the model cannot have, which would be seen when everything else is done.
 
-    Raises:
-      UserError: see `SpeedConfig.check`.
+    Raises UserError as `SpeedConfig.check` does.
     """
     if spec.rounds:
         spec.check(work.config(work.teacher))

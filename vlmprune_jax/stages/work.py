@@ -48,8 +48,7 @@ class Context:
     def phase(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
         """Show a progress bar whose work ends between two items on SIGTERM.
 
-        Raises:
-          Stopped: from the function that takes the number of items done; every process must call it in step.
+        Raises Stopped from the function that takes the number of items done; every process must call it in step.
         """
         with self.reporter.bar(title, total) as update, StopSignal() as stop:
 
@@ -152,11 +151,7 @@ def journal_path(output: Path) -> Path:
 
 
 def teacher_folder(spec: ModelSpec) -> Path:
-    """Return the unpruned model's folder.
-
-    Raises:
-      UserError: it is not set, or does not exist.
-    """
+    """Return the unpruned model's folder. Raises UserError if it is not set, or does not exist."""
     if not spec.hf_dir:
         raise UserError("model.hf_dir is not set: give the Hugging Face folder to prune (--config.model.hf_dir=DIR)")
     folder = Path(spec.hf_dir)
@@ -169,8 +164,7 @@ def teacher_folder(spec: ModelSpec) -> Path:
 def in_memory(stage: str) -> Iterator[None]:
     """Say in one line that a stage did not fit in memory, for which XLA takes fifty.
 
-    Raises:
-      UserError: names the settings that make it smaller.
+    Raises UserError with the settings that make it smaller.
     """
     try:
         yield

@@ -122,11 +122,7 @@ def _inputs(arrays: Arrays) -> dict[str, Any]:
 
 
 def with_images(batches: Iterable[Arrays]) -> Iterator[Arrays]:
-    """Return the batches that have images.
-
-    Raises:
-      UserError: none has.
-    """
+    """Return the batches that have images. Raises UserError if none has."""
     some = False
     for arrays in batches:
         if "pixel_values" in arrays:

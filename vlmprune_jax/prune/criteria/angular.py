@@ -22,10 +22,8 @@ def angles(blocks: Blocks, tokens: Tokens, *, layers_removed: int | None) -> tup
     """Return the sums over rows of arccos(cos)/pi between h_i and h_{i + layers_removed}, one per start i, and the row
     count.
 
-    States are those of each row's last token with weight; the row has that token's weight.
-
-    Raises:
-      UserError: `layers_removed` is not set, or leaves no layer.
+    States are those of each row's last token with weight; the row has that token's weight. Raises UserError if
+    `layers_removed` is not set, or leaves no layer.
     """
     if layers_removed is None:
         raise UserError("criterion 'angular' needs layers_removed= (the number of consecutive layers to remove)")

@@ -28,10 +28,8 @@ def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: boo
     `batches`: mappings, or objects with such a mapping as `.arrays`. `labels`: require labels in every batch.
     pixel_values come out per row, float32[batch, images, 3, H, W]; as [images, 3, H, W] in order of appearance, as
     processors emit them, they are assigned to the rows that have their positions. Images of any size come out as
-    `patch_rows` arranges them, with image_grid_thw and position_ids.
-
-    Raises:
-      UserError: there is no batch, an array is missing, or shapes, ids, images or labels do not fit the model.
+    `patch_rows` arranges them, with image_grid_thw and position_ids. Raises UserError if there is no batch, an array is
+    missing, or shapes, ids, images or labels do not fit the model.
     """
     number = -1
     for number, batch in enumerate(batches):
@@ -59,11 +57,7 @@ def kinds_in(counts: np.ndarray) -> list[str]:
 
 
 def positive(count: Any) -> Any:
-    """Return `count`, the number of real tokens or of rows with one.
-
-    Raises:
-      UserError: it is zero.
-    """
+    """Return `count`, the number of real tokens or of rows with one. Raises UserError if it is zero."""
     if count == 0:
         raise UserError("the calibration batches have no real token: every attention_mask is 0")
     return count

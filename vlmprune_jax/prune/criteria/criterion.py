@@ -42,10 +42,8 @@ class Criterion:
     `counts`: unit of `progress`, finished "batches" or "layers". `journals`: the sums of every batch are kept on disk,
     so that an interrupted pass continues (for sums of few numbers). `splits`: all its sums are weighted by
     `tokens.weight`, so that they can be restricted to tokens of one type; its scores then come by token type as well
-    (`Scores.by_kind`).
-
-    Raises:
-      UserError: a description that contradicts itself, or an option that no function has a parameter for.
+    (`Scores.by_kind`). Raises UserError for a description that contradicts itself, or an option that no function has a
+    parameter for.
     """
 
     scores: tuple[str, ...]
