@@ -60,8 +60,7 @@ if TYPE_CHECKING:
         score,
     )
     from vlmprune_jax.prune.criteria import CRITERIA as criteria
-    from vlmprune_jax.prune.gptq import gptq
-    from vlmprune_jax.prune.importance import importance
+    from vlmprune_jax.prune.gptq import gptq, importance
     from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
     from vlmprune_jax.recovery.loop import recover
     from vlmprune_jax.recovery.losses import losses
@@ -100,7 +99,7 @@ _HOMES = {
     "forward": "models.vlm",
     "generate": "models.generate",
     "gptq": "prune.gptq",
-    "importance": "prune.importance",
+    "importance": "prune.gptq",
     "load": "hf.read",
     "losses": "recovery.losses",
     "make_plan": "prune",

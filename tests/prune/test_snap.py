@@ -8,7 +8,7 @@ from prune_cases import config, depth_scores, llava_7b, width_scores
 from vlmprune_jax.core.config import LayerShape
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.prune import make_plan
-from vlmprune_jax.prune.snap import BLOCKS
+from vlmprune_jax.prune.solver import BLOCKS
 
 
 @pytest.mark.parametrize(

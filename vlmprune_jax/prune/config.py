@@ -204,7 +204,7 @@ class PlanConfig:
         'Keep widths that fill whole blocks of a target: 128 for "tpu" (lanes) and "int4" (groups), 32 for "gguf" '
         '(Q8_0, Q4_0), 256 for "gguf_k" (K-quants).',
         affects=_PRUNE,
-        choices="prune.snap:BLOCKS",
+        choices="prune.solver:BLOCKS",
     )
     tensor_parallel: int = setting(
         1,

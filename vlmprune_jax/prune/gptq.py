@@ -8,6 +8,8 @@ equals GPTQ without an inverse.) Columns with the largest weight come first.
 Layer by layer, the stream of the model rounded so far is on the host, and one layer and a batch on the device, as in
 `reconstruct`; sums, factor and codes are on the host, float64[in, in]. For matrices that write to the stream, a token's
 weight is divided by mean(h^2), as there; matrices that read it read it after a norm.
+
+`importance` passes the layers in the same way, for the quantiser of llama.cpp: mean squares of the inputs' channels.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from vlmprune_jax.core.settings import override
 from vlmprune_jax.core.weight_files import DTYPES
 from vlmprune_jax.distributed.mesh import gather_to_host, use_mesh
 from vlmprune_jax.export.folder import make_storage
+from vlmprune_jax.export.format import Importance
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.disk.compressed_tensors import SCHEMES, CompressedTensors
 from vlmprune_jax.hf.layout import Slot, by_key, make_slots
@@ -96,26 +99,71 @@ def gptq(
     dtype = model.params["text"]["embed_tokens"]["weight"].dtype.name if dtype == "source" else dtype
     one_of("dtype", dtype, tuple(DTYPES))
     weights = override(TokenWeights() if weights is None else weights, options, "gptq")
-    family, mesh = family_of(model.cfg), mesh_of(model.params)
-    storage = make_storage(model.cfg, family, quantize, group_size, symmetric)
+    storage = make_storage(model.cfg, family_of(model.cfg), quantize, group_size, symmetric)
+    codes: dict[str, dict[str, np.ndarray]] = {}
+
+    def round_layer(layer: Layer, slots: Sequence[Slot], steps: Sequence[Step]) -> Layer:
+        held = [parts for parts in by_key(slots).values() if storage.holds(parts[0].name, parts[0].hf_shape)]
+        found, params = _round_layer(layer, held, steps, storage, DTYPES[dtype])
+        codes.update(found)
+        return dataclasses.replace(layer, params=layer.params | params)
+
+    _pass_layers(model, batches, weights, round_layer, progress)
+    return Rounded(**vars(storage), codes=codes)
+
+
+def importance(
+    model: Model,
+    batches: Iterable[Any],
+    weights: TokenWeights | None = None,
+    *,
+    progress: Callable[[int], None] | None = None,
+    **options: Any,
+) -> Importance:
+    """Return the mean squares of the inputs of the decoder's matrices, for `save(..., format="gguf", imatrix=...)`.
+
+    Arguments and errors are those of `gptq`.
+    """
+    weights = override(TokenWeights() if weights is None else weights, options, "importance")
+    sums: dict[str, np.ndarray] = {}
+
+    def add_squares(layer: Layer, slots: Sequence[Slot], steps: Sequence[Step]) -> Layer:
+        found = finite_sums(_squares, layer, steps, "importance")
+        sums.update({slot.name: found[layer.block.reader_of(inside(slot))] for slot in slots})
+        return layer
+
+    steps = _pass_layers(model, batches, weights, add_squares, progress)
+    weight = sum(float(step.weight.sum(dtype=np.float64)) for step in steps)
+    rows = sum(int((step.weight > 0).any(axis=1).sum()) for step in steps)
+    tokens = sum(int((step.weight > 0).sum()) for step in steps)
+    return Importance({name: total / weight for name, total in sums.items()}, rows, tokens)
+
+
+def _pass_layers(
+    model: Model,
+    batches: Iterable[Any],
+    weights: TokenWeights,
+    visit: Callable[[Layer, Sequence[Slot], Sequence[Step]], Layer],
+    progress: Callable[[int], None] | None,
+) -> list[Step]:
+    """Pass the calibration rows through the decoder and return them.
+
+    `visit(layer, slots of its matrices, rows at its input)` returns the layer that they pass.
+    """
+    cfg, mesh = model.cfg, mesh_of(model.params)
     if mesh is None:
         model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
-    slots = [one for one in make_slots(model.cfg, family) if one.path.startswith("text/layers/")]
-    codes: dict[str, dict[str, np.ndarray]] = {}
+    slots = [one for one in make_slots(cfg, family_of(cfg)) if one.path.startswith("text/layers/")]
     with use_mesh(mesh):
         steps = embedded_steps(model, batches, weights)
-        for number in range(len(model.cfg.text.layers)):
-            layer = Layer.of(model, "text", number)
-            own = by_key(one for one in slots if one.layer == number and len(one.hf_shape) == 2)
-            held = [parts for parts in own.values() if storage.holds(parts[0].name, parts[0].hf_shape)]
-            found, params = _round_layer(layer, held, steps, storage, DTYPES[dtype])
-            codes |= found
-            layer = dataclasses.replace(layer, params=layer.params | params)
+        for number in range(len(cfg.text.layers)):
+            matrices = [slot for slot in slots if slot.layer == number and len(slot.hf_shape) == 2]
+            layer = visit(Layer.of(model, "text", number), matrices, steps)
             for step in steps:
                 step.ours = layer.run(step.ours, step.given(number))
             if progress is not None:
                 progress(number + 1)
-    return Rounded(**vars(storage), codes=codes)
+    return steps
 
 
 def embedded_steps(model: Model, batches: Iterable[Any], weights: TokenWeights) -> list[Step]:
@@ -235,3 +283,16 @@ def finite_sums(
                 )
             totals[name] = totals.get(name, 0.0) + own
     return totals
+
+
+@functools.partial(jax.jit, static_argnames=("stack", "cfg"))
+def _squares(
+    params: Mapping[str, jax.Array], x: jax.Array, weight: jax.Array, given: Given, *, stack: str, cfg: Stack
+) -> dict[str, jax.Array]:
+    _, _, values = run_block(stack, cfg, params, x, given, READERS)
+
+    def of(name: str) -> jax.Array:
+        read = values[name].reshape(*x.shape[:2], -1)
+        return jnp.einsum("bsi,bs->i", jnp.where(weight[..., None] > 0, read, 0.0) ** 2, weight, precision="highest")
+
+    return {name: of(name) for name in READERS}

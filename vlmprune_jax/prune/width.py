@@ -17,15 +17,17 @@ from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.prune.config import PlanConfig
 from vlmprune_jax.prune.plan import KeptLayer
 from vlmprune_jax.prune.scores import Scores
-from vlmprune_jax.prune.snap import check_divides, multiples, reason_of
 from vlmprune_jax.prune.solver import (
     Costs,
     OutOfReach,
     Units,
     Widths,
     apart,
+    check_divides,
     layer_costs,
     most_removable,
+    multiples,
+    reason_of,
     solve_widths,
     units_of,
     widths_at,

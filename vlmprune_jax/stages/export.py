@@ -21,8 +21,7 @@ from vlmprune_jax.export.hub import push
 from vlmprune_jax.export.write import check_saved, save
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import PrunePlan
-from vlmprune_jax.prune.gptq import gptq
-from vlmprune_jax.prune.importance import importance
+from vlmprune_jax.prune.gptq import gptq, importance
 from vlmprune_jax.stages.stage import Files
 from vlmprune_jax.stages.work import Work
 from vlmprune_jax.workdir.ledger import remove
