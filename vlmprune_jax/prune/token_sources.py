@@ -18,7 +18,6 @@ from vlmprune_jax.core.files import read_json
 from vlmprune_jax.data.chat_template import AUTO, choose_template
 from vlmprune_jax.data.prompts import load_tokenizer, render
 from vlmprune_jax.data.records import IMAGE_TOKEN
-from vlmprune_jax.data.texts import read_texts
 from vlmprune_jax.export.tokenizer import read_tokenizer, vocabulary_digest
 from vlmprune_jax.export.vocabulary import CONFIGS, ids_in
 from vlmprune_jax.families import family_of
@@ -119,6 +118,8 @@ def read_sample(source: Source, config: VocabularyConfig) -> Sample:
     Raises:
       UserError: no sources are named, see `read_texts`, or a listed id is beyond the vocabulary.
     """
+    from vlmprune_jax.data.texts import read_texts  # with grain, which `vlmprune inspect` starts without
+
     if not config.sources:
         raise UserError("prune.vocabulary.sources: name at least one file of records or texts to keep tokens for")
     read = [read_texts(name, source.template) for name in config.sources]
