@@ -29,6 +29,7 @@ from vlmprune_jax.models.vocabulary import cross_entropy_sum
 
 Progress = Callable[[int], None]
 _Answers = list[tuple[str, Count]]  # texts and token counts in a journal
+_Windows = tuple[np.ndarray, np.ndarray]  # ids and mask, int32[batch, window]
 CHUNK = 128  # positions whose float32 logits are in memory together when a text is scored
 
 
@@ -109,10 +110,14 @@ def evaluate(
     """
     start = time.perf_counter()
     metric = metric_named(metric) if isinstance(metric, str) else metric
-    answered = _with_answers(batches)
     tokenizer = batches.encoder.tokenizer if tokenizer is None and isinstance(batches, ArrangedQuestions) else tokenizer
     replies = ask(
-        model, answered, tokenizer=tokenizer, max_new_tokens=max_new_tokens, progress=progress, journal=journal
+        model,
+        _with_answers(batches),
+        tokenizer=tokenizer,
+        max_new_tokens=max_new_tokens,
+        progress=progress,
+        journal=journal,
     )
     records = [reply.record for reply in replies]
     scores = metric.score_all([reply.prediction for reply in replies], records)
@@ -195,10 +200,6 @@ class _LogLikelihood(TypedDict):
     tokens: Count
 
 
-def _measures(batch: tuple[np.ndarray, np.ndarray], entry: Any) -> bool:
-    return is_of(_LogLikelihood, entry) and entry["tokens"] == int(batch[1][:, 1:].sum())
-
-
 def _decoded(batch: QuestionBatch, tokens: np.ndarray, tokenizer: Any, cfg: ModelConfig) -> list[tuple[str, int]]:
     """Return (text, tokens) of every valid row."""
     is_end = np.isin(tokens, cfg.eos_token_ids)
@@ -235,10 +236,7 @@ def perplexity(
     """Compute the perplexity of a text.
 
     Args:
-      token_ids, window, batch_size, progress: see `log_likelihoods`.
-
-    Raises:
-      UserError: see `log_likelihoods`.
+      token_ids, window, batch_size, progress: see `log_likelihoods`, also for what is raised.
     """
     start = time.perf_counter()
     scores = log_likelihoods(model, token_ids, window=window, batch_size=batch_size, progress=progress)
@@ -281,20 +279,26 @@ def log_likelihoods(
             "use the tokenizer of this model"
         )
 
-    def measure(batch: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
-        rows, mask = batch
-        return {"nll": _negative_log_likelihood(model, rows, mask), "tokens": int(mask[:, 1:].sum())}
+    mesh, scores = mesh_of(model.params), []
 
-    scores = []
-    windows = _windows(ids, window, batch_size, row_ways(mesh_of(model.params)))
-    for done, score in enumerate(continued(measure, windows, journal, _measures), start=1):
+    def measure(batch: _Windows) -> dict[str, float]:
+        arrays = place_batch(dict(zip(("ids", "mask"), batch, strict=True)), mesh)
+        with use_mesh(mesh):
+            nll = float(_nll(model.params, model.cfg, arrays["ids"], arrays["mask"]))
+        return {"nll": nll, "tokens": int(batch[1][:, 1:].sum())}
+
+    def measures(batch: _Windows, entry: Any) -> bool:
+        return is_of(_LogLikelihood, entry) and entry["tokens"] == int(batch[1][:, 1:].sum())
+
+    windows = _windows(ids, window, batch_size, row_ways(mesh))
+    for done, score in enumerate(continued(measure, windows, journal, measures), start=1):
         scores.append(score)
         if progress is not None:
             progress(done)
     return scores
 
 
-def _windows(ids: np.ndarray, window: int, batch_size: int, ways: int) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+def _windows(ids: np.ndarray, window: int, batch_size: int, ways: int) -> Iterable[_Windows]:
     """Return pairs (ids, mask), int32[batch, window] each, padded on the right and with empty rows at the end.
 
     Uses as few batches as `batch_size` allows, of rows that split evenly into `ways`.
@@ -305,13 +309,6 @@ def _windows(ids: np.ndarray, window: int, batch_size: int, ways: int) -> Iterab
     padded = -(-rows // batch_size) * batch_size * window
     mask = (np.arange(padded) < len(ids)).astype(np.int32).reshape(-1, batch_size, window)
     return zip(np.pad(ids, (0, padded - len(ids))).reshape(-1, batch_size, window), mask, strict=True)
-
-
-def _negative_log_likelihood(model: Model, ids: np.ndarray, mask: np.ndarray) -> float:
-    mesh = mesh_of(model.params)
-    arrays = place_batch({"ids": ids, "mask": mask}, mesh)
-    with use_mesh(mesh):
-        return float(_nll(model.params, model.cfg, arrays["ids"], arrays["mask"]))
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))

@@ -13,6 +13,7 @@ from vlmprune_jax.data.records import Record
 from vlmprune_jax.evaluation.metrics.metric import Metric, Scores, mean
 
 DRAWS, LEVEL = 1000, 0.95
+_Models = tuple[Sequence[Scores], Sequence[Scores]]  # the pruned and the unpruned one
 _AT_ONCE = 100  # bootstrap samples whose counts are in memory together
 
 
@@ -50,9 +51,10 @@ def retained_interval(
             f"retained interval: {len(scores)} and {len(original)} answers: both models must answer the same questions"
         )
     random = np.random.Generator(np.random.PCG64(seed))
-    ours, theirs = (_drawn_means if _is_mean(metric, (*scores, *original)) else _drawn_values)(
-        metric, scores, original, records, draws, random
-    )
+    if _is_mean(metric, (*scores, *original)):
+        ours, theirs = _drawn_means(metric, (scores, original), draws, random)
+    else:
+        ours, theirs = _drawn_values(metric, (scores, original), records, draws, random)
     above, below = (ours, theirs) if metric.higher_is_better else (theirs, ours)
     if not (np.isfinite(above).all() and np.isfinite(below).all() and below.all()):
         return None
@@ -69,42 +71,27 @@ def _is_mean(metric: Metric, scores: Sequence[Scores]) -> bool:
     return metric.aggregate is mean and metric.drawn_by is None and all(metric.main in score for score in scores)
 
 
-def _drawn_means(
-    metric: Metric,
-    scores: Sequence[Scores],
-    original: Sequence[Scores],
-    records: Sequence[Record],
-    draws: int,
-    random: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return float[draws] sums for both models, by drawing the count of each distinct pair of scores."""
-    del records
-    pairs = np.array([[score[metric.main] for score in pair] for pair in zip(scores, original, strict=True)])
+def _drawn_means(metric: Metric, models: _Models, draws: int, random: np.random.Generator) -> np.ndarray:
+    """Return float[models, draws] sums, by drawing the count of each distinct pair of scores."""
+    pairs = np.array([[score[metric.main] for score in pair] for pair in zip(*models, strict=True)])
     different, counts = np.unique(pairs, axis=0, return_counts=True)
     times = random.multinomial(len(pairs), counts / len(pairs), size=draws)
-    sums = times @ different
-    return sums[:, 0], sums[:, 1]
+    return (times @ different).T
 
 
 def _drawn_values(
-    metric: Metric,
-    scores: Sequence[Scores],
-    original: Sequence[Scores],
-    records: Sequence[Record],
-    draws: int,
-    random: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return float[draws] values for both models, by aggregating every sample."""
-    keys = [metric.drawn_by(record) for record in records] if metric.drawn_by else list(range(len(scores)))
+    metric: Metric, models: _Models, records: Sequence[Record], draws: int, random: np.random.Generator
+) -> np.ndarray:
+    """Return float[models, draws] values, by aggregating every sample."""
+    keys = [metric.drawn_by(record) for record in records] if metric.drawn_by else list(range(len(models[0])))
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     units = np.array([numbers[key] for key in keys])
     values: list[list[np.ndarray]] = []
     for start in range(0, draws, _AT_ONCE):
         samples = (random.integers(len(numbers), size=len(numbers)) for _ in range(min(_AT_ONCE, draws - start)))
         times = np.stack([np.bincount(sample, minlength=len(numbers)) for sample in samples], axis=1)[units]
-        values.append([_values(metric, model, records, times) for model in (scores, original)])
-    ours, theirs = np.concatenate(values, axis=1)
-    return ours, theirs
+        values.append([_values(metric, model, records, times) for model in models])
+    return np.concatenate(values, axis=1)
 
 
 def _values(metric: Metric, scores: Sequence[Scores], records: Sequence[Record], times: np.ndarray) -> np.ndarray:

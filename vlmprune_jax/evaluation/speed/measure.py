@@ -35,7 +35,11 @@ def measure_speed(
     if not config.rounds:
         raise UserError("speed.rounds=0: must be at least 1 to measure speed")
     programs = {name: _compile(model, config) for name, model in models.items()}
-    reads = [Stopwatch(program, name, agree=_of_process_zero).read for name, program in programs.items()]
+
+    def agree(seconds: float) -> float:  # all processes must run a program equally often
+        return float(on_process_zero(lambda: seconds))
+
+    reads = [Stopwatch(program, name, agree=agree).read for name, program in programs.items()]
     prompt_tokens, new_tokens = config.batch_size * config.prompt_tokens, config.batch_size * config.new_tokens
     return {
         name: Measurement(**to_speed(seconds, prompt_tokens, new_tokens), peak_bytes=program.peak_bytes)
@@ -74,8 +78,3 @@ def make_prompts(cfg: ModelConfig, config: SpeedConfig) -> tuple[np.ndarray, dic
     if cfg.any_size:
         images["image_grid_thw"] = np.tile(np.array([1, vision.grid, vision.grid], np.int32), (rows, 1, 1))
     return ids, images
-
-
-def _of_process_zero(seconds: float) -> float:
-    """Return the time on process 0: all processes must run a program equally often."""
-    return float(on_process_zero(lambda: seconds))
